@@ -1,0 +1,237 @@
+"""Every number that fixes a run, as frozen pydantic models. Unknown keys are refused by name.
+
+One class per thing: `TextConfig`, `UNetConfig`, `DiffusionConfig`, `SamplingConfig` make a `ModelConfig` (what a weights
+file carries with it); with `DataConfig` and `TrainConfig` it makes a `Preset` (what `glide train` runs).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used. The message is one sentence for the user."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint for a misspelled name: the nearest known one, or all of them where none is near."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else "choose one of: " + ", ".join(known) + "."
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TextConfig(Frozen):
+    """The text transformer (sec. 4.1): K = `context` tokens of `width` channels through `layers` residual blocks."""
+
+    width: int = Field(gt=0)
+    layers: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    context: int = Field(128, gt=0)
+    vocabulary: int = Field(50257, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> TextConfig:
+        if self.width % self.heads:
+            raise ValueError(f"text.width {self.width} is not divisible by text.heads {self.heads}")
+        return self
+
+
+class UNetConfig(Frozen):
+    """The ADM UNet with text (Dhariwal & Nichol 2021; GLIDE sec. 4.1).
+
+    `low_res_size` makes it an upsampler (3 more input channels), `inpaint` an inpainting model (4 more: sec. 4.3).
+    """
+
+    image_size: int = Field(gt=0)
+    channels: int = Field(gt=0)
+    multipliers: tuple[int, ...] = Field(min_length=1)
+    blocks: int = Field(gt=0)
+    text: TextConfig
+    attention_sizes: tuple[int, ...] = (32, 16, 8)
+    head_channels: int = Field(64, gt=0)
+    groups: int = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    low_res_size: int | None = Field(None, gt=0)
+    inpaint: bool = False
+
+    @property
+    def in_channels(self) -> int:
+        return 3 + (3 if self.low_res_size else 0) + (4 if self.inpaint else 0)
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> UNetConfig:
+        halvings = len(self.multipliers) - 1
+        if self.image_size % 2**halvings:
+            raise ValueError(f"image_size {self.image_size} cannot be halved {halvings} times")
+        if self.channels % self.groups:
+            raise ValueError(f"channels {self.channels} are not divisible by groups {self.groups}")
+        for level, multiplier in enumerate(self.multipliers):
+            width = self.channels * multiplier
+            if self.image_size >> level in self.attention_sizes and width % self.head_channels:
+                raise ValueError(f"{width} channels at {self.image_size >> level} pixels are not divisible by "
+                                 f"head_channels {self.head_channels}")
+        if self.channels * self.multipliers[-1] % self.head_channels:
+            raise ValueError(f"the middle block's {self.channels * self.multipliers[-1]} channels are not divisible by "
+                             f"head_channels {self.head_channels}")
+        return self
+
+
+class DiffusionConfig(Frozen):
+    """The noise process: `cosine` for the base model, `linear` for the upsampler, in `steps` timesteps."""
+
+    schedule: Literal["cosine", "linear"] = "cosine"
+    steps: int = Field(1000, gt=1)
+
+
+class SamplingConfig(Frozen):
+    """How a model is sampled when a request does not say otherwise (app. B.2)."""
+
+    sampler: Literal["ancestral", "ddim"] = "ancestral"
+    respacing: str = "150"
+    guidance_scale: float = Field(3.0, ge=0)
+    noise_scale: float = Field(1.0, gt=0)   # of the initial noise; 0.997 for the released upsampler
+
+
+class ModelConfig(Frozen):
+    """All that is needed to rebuild and sample a model; stored inside its weights file."""
+
+    name: str
+    unet: UNetConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+
+class DataConfig(Frozen):
+    """What a run reads. `corpus` is a folder or `s3://` prefix of tar shards or Parquet files."""
+
+    corpus: str = "runs/corpus/train"
+    held_out: str = "runs/corpus/held_out"
+    min_size: int = Field(64, gt=0)                    # images smaller than this on a side are dropped, and counted
+    empty_caption_rate: float = Field(0.0, ge=0, le=1)  # 0.2 when fine-tuning for classifier-free guidance (sec. 4.2)
+    shuffle_buffer: int = Field(2048, ge=0)            # rows held for shuffling, per worker
+
+
+class TrainConfig(Frozen):
+    """One training run. `batch` is global: micro-batch x accumulation x workers."""
+
+    objective: Literal["base", "upsampler"]
+    steps: int = Field(gt=0)
+    batch: int = Field(gt=0)
+    accumulation: int = Field(1, gt=0)
+    workers: int = Field(1, gt=0)
+    learning_rate: float = Field(gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    clip_norm: float = Field(0.0, ge=0)                # 0 leaves gradients alone
+    ema_rate: float = Field(0.9999, ge=0, lt=1)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    activation_checkpointing: bool = False
+    log_every: int = Field(10, gt=0)
+    evaluate_every: int = Field(100, gt=0)
+    checkpoint_every: int = Field(100, gt=0)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> TrainConfig:
+        if self.batch % (self.workers * self.accumulation):
+            raise ValueError(f"train.batch {self.batch} is not divisible by workers x accumulation = "
+                             f"{self.workers} x {self.accumulation}")
+        return self
+
+    @property
+    def micro_batch(self) -> int:
+        return self.batch // (self.workers * self.accumulation)
+
+
+class ServeConfig(Frozen):
+    """The endpoint: which weights, how many samples in flight, what a request may ask for."""
+
+    base: str = "runs/demo/base/weights.safetensors"
+    upsampler: str = "runs/demo/upsampler/weights.safetensors"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    max_in_flight: int = Field(8, gt=0)
+    max_images: int = Field(4, gt=0)                   # the largest `n`
+    max_upload_bytes: int = Field(8 * 2**20, gt=0)
+    max_pixels: int = Field(16 * 10**6, gt=0)          # of an uploaded image, checked before it is decoded
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, lt=65536)
+
+
+class Preset(Frozen):
+    """A complete run by name."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def override(preset: Preset, settings: Iterable[str]) -> Preset:
+    """Apply `key=value` settings such as `train.steps=500` to a preset.
+
+    A dotted key names a field; a bare one is looked up in `train`, then `data`. Raises ConfigError with the nearest key.
+    """
+    tree = preset.model_dump()
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"{setting!r} is not of the form key=value, such as train.steps=500.")
+        _set(tree, _resolve(tree, key.strip()), value.strip())
+    return validate(Preset, tree)
+
+
+def validate(kind: type[Frozen], tree: dict[str, Any]):
+    """`kind.model_validate(tree)` with pydantic's report turned into one sentence. Raises ConfigError."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or kind.__name__
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"There is no setting {where!r}; {nearest(where, leaves(tree_of(kind)))}") from None
+        given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
+        raise ConfigError(f"Setting {where}: {first['msg'].removeprefix('Value error, ')}{given}.") from None
+
+
+def tree_of(kind: type[Frozen]) -> dict[str, Any]:
+    """The field names of a config class as a nested dict, with None at the leaves."""
+    return {name: tree_of(field.annotation) if isinstance(field.annotation, type)
+            and issubclass(field.annotation, BaseModel) else None for name, field in kind.model_fields.items()}
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of all leaves of a nested dict."""
+    return [name for key, value in tree.items()
+            for name in (leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key])]
+
+
+def _resolve(tree: dict[str, Any], key: str) -> list[str]:
+    names = leaves(tree)
+    for candidate in (key, f"train.{key}", f"data.{key}"):
+        if candidate in names:
+            return candidate.split(".")
+    tail = {name.rsplit(".", 1)[-1]: name for name in names}
+    hint = nearest(key, names) if "." in key else nearest(key, tail)
+    raise ConfigError(f"There is no setting {key!r}; {hint}")
+
+
+def _set(tree: dict[str, Any], path: list[str], value: str) -> None:
+    for part in path[:-1]:
+        tree = tree[part]
+    if value.lower() in ("none", "null"):
+        tree[path[-1]] = None
+    elif isinstance(tree[path[-1]], tuple):
+        tree[path[-1]] = [item for item in value.strip("()[]").split(",") if item]
+    else:
+        tree[path[-1]] = value

@@ -1,0 +1,152 @@
+"""Complete runs by name: `get("nano-base")`. Each number stands with its source.
+
+"sec." and "app." are GLIDE (Nichol et al. 2021); ADM is Dhariwal & Nichol (2021), whose settings hold where GLIDE is
+silent; "release" is what OpenAI's published configuration says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .config import (ConfigError, DataConfig, DiffusionConfig, ModelConfig, Preset, SamplingConfig, TextConfig,
+                     TrainConfig, UNetConfig, nearest)
+
+BASE_STAGES = (1, 2, 3, 4)               # ADM, ImageNet 64x64
+UPSAMPLER_STAGES = (1, 1, 2, 2, 4, 4)    # ADM, ImageNet 64 -> 256
+STRIDED_27 = "10,10,3,2,2"               # app. B.2: 27 steps in five segments
+
+
+def get(name: str) -> Preset:
+    """The preset of that name. Raises ConfigError with the nearest name for an unknown one."""
+    if name not in PRESETS:
+        raise ConfigError(f"There is no preset {name!r}; {nearest(name, PRESETS)}")
+    return PRESETS[name]()
+
+
+# -- as in the paper --------------------------------------------------------------------------------------------------
+
+def paper_base() -> Preset:
+    """3.55B parameters, 2.24B of them visual (sec. 4.1)."""
+    return Preset(
+        model=ModelConfig(
+            name="paper-base",
+            unet=UNetConfig(image_size=64, channels=512, multipliers=BASE_STAGES, blocks=3,   # sec. 4.1: ADM's, 512 wide
+                            dropout=0.1,                                                      # ADM, ImageNet 64x64
+                            text=TextConfig(width=2048, layers=24, heads=32)),                # sec. 4.1; 64 channels a head
+            diffusion=DiffusionConfig(schedule="cosine"),                                     # release
+            sampling=SamplingConfig(respacing="150", guidance_scale=3.0)),                    # app. B.2; table 1
+        data=DataConfig(corpus="s3://bucket/train", held_out="s3://bucket/held_out"),
+        train=TrainConfig(objective="base", steps=2_500_000, batch=2048, workers=64,          # sec. 4.1; 32 a GPU
+                          learning_rate=3e-4, ema_rate=0.9999,                                # ADM, 64x64 at batch 2048
+                          precision="fp16", activation_checkpointing=True,                    # sec. 4.1
+                          log_every=100, evaluate_every=5000, checkpoint_every=5000))
+
+
+def paper_upsampler() -> Preset:
+    """1.54B parameters (sec. 4.1 gives 1.5B and the text width, not the depth; 16 layers fit, 24 make 1.64B)."""
+    return Preset(
+        model=ModelConfig(
+            name="paper-upsampler",
+            unet=UNetConfig(image_size=256, low_res_size=64, channels=384, multipliers=UPSAMPLER_STAGES, blocks=2,
+                            text=TextConfig(width=1024, layers=16, heads=16)),
+            diffusion=DiffusionConfig(schedule="linear"),                                     # release
+            sampling=SamplingConfig(respacing=STRIDED_27, guidance_scale=1.0, noise_scale=0.997)),  # app. B.2; release
+        data=DataConfig(corpus="s3://bucket/train", held_out="s3://bucket/held_out", min_size=256),
+        train=TrainConfig(objective="upsampler", steps=1_600_000, batch=512, workers=64,      # sec. 4.1
+                          learning_rate=1e-4, ema_rate=0.9999, precision="fp16",              # ADM, upsampler
+                          activation_checkpointing=True, log_every=100, evaluate_every=5000, checkpoint_every=5000))
+
+
+# -- as released ------------------------------------------------------------------------------------------------------
+
+def filtered_base() -> Preset:
+    """385M parameters: GLIDE (filtered), the published base model."""
+    return Preset(
+        model=ModelConfig(
+            name="filtered-base",
+            unet=UNetConfig(image_size=64, channels=192, multipliers=BASE_STAGES, blocks=3, dropout=0.1,
+                            text=TextConfig(width=512, layers=16, heads=8)),
+            diffusion=DiffusionConfig(schedule="cosine"),
+            sampling=SamplingConfig(respacing="100", guidance_scale=3.0)),                    # release
+        data=DataConfig(corpus="s3://bucket/train", held_out="s3://bucket/held_out"),
+        train=TrainConfig(objective="base", steps=1_100_000, batch=2048, workers=16,          # app. B.1
+                          learning_rate=3e-4, ema_rate=0.9999, precision="fp16",
+                          log_every=100, evaluate_every=5000, checkpoint_every=5000))
+
+
+def filtered_upsampler() -> Preset:
+    """398M parameters: the published upsampler."""
+    return Preset(
+        model=ModelConfig(
+            name="filtered-upsampler",
+            unet=UNetConfig(image_size=256, low_res_size=64, channels=192, multipliers=UPSAMPLER_STAGES, blocks=2,
+                            text=TextConfig(width=512, layers=16, heads=8)),                  # app. B.1
+            diffusion=DiffusionConfig(schedule="linear"),
+            sampling=SamplingConfig(respacing="fast27", guidance_scale=1.0, noise_scale=0.997)),  # release
+        data=DataConfig(corpus="s3://bucket/train", held_out="s3://bucket/held_out", min_size=256),
+        train=TrainConfig(objective="upsampler", steps=400_000, batch=512, workers=16,        # app. B.1
+                          learning_rate=1e-4, ema_rate=0.9999, precision="fp16",
+                          log_every=100, evaluate_every=5000, checkpoint_every=5000))
+
+
+# -- ours: the emoji corpus on one GPU --------------------------------------------------------------------------------
+
+def emoji_base() -> Preset:
+    """A small base model that learns the emoji corpus on one GPU in minutes, on a CPU in hours."""
+    return Preset(
+        model=ModelConfig(
+            name="emoji-base",
+            unet=UNetConfig(image_size=64, channels=64, multipliers=(1, 2, 3, 4), blocks=2, attention_sizes=(16, 8),
+                            dropout=0.1, text=TextConfig(width=256, layers=4, heads=4)),
+            sampling=SamplingConfig(respacing="100", guidance_scale=3.0)),
+        data=DataConfig(empty_caption_rate=0.2),
+        train=TrainConfig(objective="base", steps=20_000, batch=128, learning_rate=3e-4, ema_rate=0.999,
+                          warmup_steps=500, clip_norm=1.0, evaluate_every=1000, checkpoint_every=1000))
+
+
+def emoji_upsampler() -> Preset:
+    """The upsampler beside `emoji-base`."""
+    return Preset(
+        model=ModelConfig(
+            name="emoji-upsampler",
+            unet=UNetConfig(image_size=256, low_res_size=64, channels=64, multipliers=(1, 1, 2, 2, 4), blocks=1,
+                            attention_sizes=(16,), text=TextConfig(width=128, layers=2, heads=2)),
+            diffusion=DiffusionConfig(schedule="linear"),
+            sampling=SamplingConfig(respacing=STRIDED_27, guidance_scale=1.0, noise_scale=0.997)),
+        data=DataConfig(min_size=256),
+        train=TrainConfig(objective="upsampler", steps=10_000, batch=32, learning_rate=2e-4, ema_rate=0.999,
+                          warmup_steps=200, clip_norm=1.0, evaluate_every=1000, checkpoint_every=1000))
+
+
+# -- ours: tests and the first run ------------------------------------------------------------------------------------
+
+def nano_base() -> Preset:
+    """The smallest base model that makes a picture: `make demo` trains it in minutes on two CPU cores."""
+    return Preset(
+        model=ModelConfig(
+            name="nano-base",
+            unet=UNetConfig(image_size=64, channels=32, multipliers=(1, 2, 2, 4), blocks=1, attention_sizes=(16, 8),
+                            head_channels=32, groups=8, text=TextConfig(width=64, layers=2, heads=2)),
+            sampling=SamplingConfig(sampler="ddim", respacing="50", guidance_scale=2.0)),
+        data=DataConfig(empty_caption_rate=0.2),
+        train=TrainConfig(objective="base", steps=600, batch=32, workers=2, learning_rate=1e-3, ema_rate=0.99,
+                          warmup_steps=20, clip_norm=1.0, evaluate_every=100, checkpoint_every=200))
+
+
+def nano_upsampler() -> Preset:
+    """The smallest upsampler, for the same purpose."""
+    return Preset(
+        model=ModelConfig(
+            name="nano-upsampler",
+            unet=UNetConfig(image_size=256, low_res_size=64, channels=16, multipliers=(1, 1, 2, 2), blocks=1,
+                            attention_sizes=(), head_channels=32, groups=8,
+                            text=TextConfig(width=64, layers=1, heads=2)),
+            diffusion=DiffusionConfig(schedule="linear"),
+            sampling=SamplingConfig(respacing=STRIDED_27, guidance_scale=1.0, noise_scale=0.997)),
+        data=DataConfig(min_size=256),
+        train=TrainConfig(objective="upsampler", steps=150, batch=8, workers=2, learning_rate=1e-3, ema_rate=0.98,
+                          warmup_steps=20, clip_norm=1.0, evaluate_every=50, checkpoint_every=50))
+
+
+PRESETS: dict[str, Callable[[], Preset]] = {function.__name__.replace("_", "-"): function for function in (
+    paper_base, paper_upsampler, filtered_base, filtered_upsampler, emoji_base, emoji_upsampler, nano_base, nano_upsampler)}
