@@ -82,5 +82,13 @@ class ModelOutput(Rows):
     variance: Tensor                                          # (B, 3, H, W) in [-1, 1] between the two variance bounds
 
 
+@dataclass(frozen=True)
+class Batch(Rows):
+    """What a training step reads."""
+
+    image: Tensor                                             # (B, 3, H, W) in [-1, 1]
+    conditioning: Conditioning
+
+
 # (x (B,3,H,W), timestep (B,)) -> ModelOutput; guidance takes a denoiser and gives a denoiser.
 Denoiser = Callable[[Tensor, Tensor], ModelOutput]

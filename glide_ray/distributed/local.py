@@ -1,0 +1,45 @@
+"""Ray for one process: join the cluster at hand, or start a small one fit for a laptop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import ray
+
+OBJECT_STORE_BYTES = 384 * 2**20   # bytes of images, not pixels, pass through it: little is enough
+
+
+def connect(cpus: int) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start one here with at least `cpus` logical CPUs.
+
+    Logical CPUs only admit tasks: two trainers hold two of them while data tasks want a whole one of their own, so on
+    a two-core laptop more are declared than there are cores. Does nothing when already connected.
+    """
+    if ray.is_initialized():
+        return
+    environment = _worker_environment()
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        return
+    os.environ.update(environment)
+    ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), object_store_memory=OBJECT_STORE_BYTES,
+             include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+
+
+def disconnect() -> None:
+    """End what `connect` started."""
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def _worker_environment() -> dict[str, str]:
+    """Inherited by the raylet and so by every worker: they find the checkout's `serve/`, and ninja beside the interpreter."""
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    binaries = [str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(os.pathsep)]
+    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "PATH": os.pathsep.join(dict.fromkeys(binaries)),
+            # One line a warning about unused GPUs per worker helps nobody on a CPU.
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_TRAIN_V2_ENABLED": "1"}
