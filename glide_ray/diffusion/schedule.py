@@ -1,0 +1,133 @@
+"""Noise schedules and respacing.
+
+A `Schedule` holds, for the S timesteps that are kept, everything that a training or sampling step reads. Step functions
+take a per-sample index i (B,) into its tables, so samples at different timesteps share one network call; schedules can be
+joined, so that samples with different numbers of steps do too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+COSINE_BETA_MAX = 0.999   # Nichol & Dhariwal (2021), sec. 3.2
+
+
+class ScheduleError(ValueError):
+    """A schedule or respacing that makes no sense. The message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Tables of shape (S,), float64 but for `timestep` and `last`. Index 0 is the least noisy step.
+
+    The posterior is q(x_{t-1} | x_t, x_0) = N(x0_weight x_0 + xt_weight x_t, posterior_variance) (Ho et al. 2020, eq. 6, 7).
+    """
+
+    total: int                    # timesteps of the training process
+    timestep: Tensor              # what the network is told, int64
+    alpha_bar: Tensor             # signal power at this step
+    alpha_bar_prev: Tensor        # at the next less noisy one; 1 after the last
+    alpha_bar_next: Tensor        # at the next noisier one; 0 before the first
+    posterior_variance: Tensor
+    min_log_variance: Tensor      # lower bound of the learned variance: the posterior's, at i=0 that of i=1
+    max_log_variance: Tensor      # upper bound: log beta
+    x0_weight: Tensor
+    xt_weight: Tensor
+    last: Tensor                  # bool, true where the step ends at x_0
+
+    def __len__(self) -> int:
+        return len(self.timestep)
+
+    def at(self, name: str, i: Tensor) -> Tensor:
+        """Table `name` at the indices i (B,), float32, shaped (B, 1, 1, 1) for images, on i's device."""
+        return self.__dict__[name].to(i.device)[i].float().reshape(-1, 1, 1, 1)
+
+    def to(self, device: torch.device | str) -> Schedule:
+        return Schedule(self.total, **{f.name: getattr(self, f.name).to(device) for f in fields(self)[1:]})
+
+
+def make_schedule(name: str, steps: int = 1000) -> Schedule:
+    """`cosine` (Nichol & Dhariwal 2021, eq. 17) or `linear` (Ho et al. 2020, rescaled to any number of steps)."""
+    if name == "cosine":
+        def alpha_bar(t):   # t in [0, 1]
+            return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = torch.tensor([min(1 - alpha_bar((t + 1) / steps) / alpha_bar(t / steps), COSINE_BETA_MAX)
+                              for t in range(steps)], dtype=torch.float64)
+    elif name == "linear":
+        scale = 1000 / steps
+        betas = torch.linspace(scale * 1e-4, scale * 0.02, steps, dtype=torch.float64)
+    else:
+        raise ScheduleError(f"There is no noise schedule {name!r}; choose cosine or linear.")
+    return _tables(steps, torch.arange(steps), torch.cumprod(1 - betas, dim=0))
+
+
+def respace(schedule: Schedule, spacing: str | int) -> Schedule:
+    """Keep some of the timesteps: the same signal powers, with the steps between them lengthened to fit."""
+    kept = torch.tensor(kept_timesteps(len(schedule), spacing))
+    return _tables(schedule.total, schedule.timestep[kept], schedule.alpha_bar[kept])
+
+
+def join(schedules: Sequence[Schedule]) -> Schedule:
+    """One after the other in the same tables: index j of the k-th is j plus the lengths of those before it."""
+    return Schedule(schedules[0].total, **{f.name: torch.cat([getattr(s, f.name) for s in schedules])
+                                           for f in fields(Schedule)[1:]})
+
+
+def kept_timesteps(total: int, spacing: str | int) -> list[int]:
+    """Which of `total` timesteps a respacing keeps, ascending.
+
+    `"27"`: evenly from first to last. `"10,10,3,2,2"`: so many evenly within each equal segment, the least noisy first
+    (app. B.2). `"ddim50"`: every k-th from 0, as DDIM's paper strides (Song et al. 2020). `"fast27"`: the release's
+    27 steps for its upsampler, `10,10,3,2,1` and one more just below the end, of a process of 1000 steps.
+    """
+    spacing = str(spacing).replace(" ", "")
+    if spacing == "fast27":
+        return sorted({*kept_timesteps(total, "10,10,3,2,1")} - {total - 1} | {total - 3})
+    if spacing.startswith("ddim"):
+        wanted = _positive(spacing[4:], spacing)
+        for stride in range(1, total):
+            if len(range(0, total, stride)) == wanted:
+                return list(range(0, total, stride))
+        raise ScheduleError(f"No whole stride through {total} timesteps gives {wanted} DDIM steps; "
+                            f"use {str(wanted)!r} for evenly spaced ones.")
+    counts = [_positive(count, spacing) for count in spacing.split(",")]
+    if len(counts) > total:
+        raise ScheduleError(f"Respacing {spacing!r} has more segments than the {total} timesteps.")
+    kept, start = [], 0
+    for segment, count in enumerate(counts):
+        size = total // len(counts) + (segment < total % len(counts))
+        if count > size:
+            raise ScheduleError(f"Respacing {spacing!r} wants {count} steps from a segment of {size}; ask for fewer.")
+        stride = (size - 1) / (count - 1) if count > 1 else 1
+        # Added up rather than multiplied: the released schedule rounds the running sum.
+        position = 0.0
+        for _ in range(count):
+            kept.append(start + round(position))
+            position += stride
+        start += size
+    return kept
+
+
+def _positive(text: str, spacing: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ScheduleError(f"Respacing {spacing!r} is not understood; write '27', '10,10,3,2,2', 'ddim50' or 'fast27'.")
+    return int(text)
+
+
+def _tables(total: int, timestep: Tensor, alpha_bar: Tensor) -> Schedule:
+    previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+    following = torch.cat([alpha_bar[1:], alpha_bar.new_zeros(1)])
+    beta = 1 - alpha_bar / previous
+    variance = beta * (1 - previous) / (1 - alpha_bar)
+    # The posterior of the last step has no variance; its logarithm is cut off at that of the step before it.
+    floor = torch.cat([variance[1:2] if len(variance) > 1 else beta[:1], variance[1:]])
+    return Schedule(total=total, timestep=timestep, alpha_bar=alpha_bar, alpha_bar_prev=previous, alpha_bar_next=following,
+                    posterior_variance=variance, min_log_variance=floor.log(), max_log_variance=beta.log(),
+                    x0_weight=beta * previous.sqrt() / (1 - alpha_bar),
+                    xt_weight=(1 - previous) * (1 - beta).sqrt() / (1 - alpha_bar),
+                    last=torch.arange(len(timestep)) == 0)

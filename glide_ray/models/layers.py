@@ -1,0 +1,92 @@
+"""The building blocks of the ADM UNet (Dhariwal & Nichol 2021, app. B) with text in its attention (GLIDE sec. 4.1).
+
+Images are (B, C, H, W) in channels-last memory: an attention layer then sees its (B, HW, C) tokens without a copy.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def timestep_embedding(timestep: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoids of the timesteps (B,) -> (B, width) float32: cosines, then sines, of falling frequency."""
+    half = width // 2
+    frequency = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
+    angle = timestep.float()[:, None] * frequency[None]
+    return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, width % 2))
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation whose statistics are float32 at any precision (sec. 4.1: fp16 training is stable with it)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" or x.dtype == torch.float32:   # the CPU kernel accumulates in float32 by itself
+            return super().forward(x)
+        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour, twice the size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class Downsample(nn.Module):
+    """Box filter, half the size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2)
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, [resample], conv; norm scaled and shifted by the embedding, SiLU, dropout, conv; plus the skip."""
+
+    def __init__(self, channels: int, out_channels: int, embedding: int, groups: int, dropout: float,
+                 resample: type[Upsample] | type[Downsample] | None = None):
+        super().__init__()
+        self.in_norm = GroupNorm(groups, channels)
+        self.resample = resample() if resample else nn.Identity()
+        self.in_conv = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.embedding = nn.Linear(embedding, 2 * out_channels)
+        self.out_norm = GroupNorm(groups, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.out_conv = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Conv2d(channels, out_channels, 1) if out_channels != channels else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.in_conv(self.resample(F.silu(self.in_norm(x))))                    # (B, out, H', W')
+        scale, shift = self.embedding(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(torch.addcmul(shift, self.out_norm(h), 1 + scale))
+        return self.skip(self.resample(x)) + self.out_conv(self.dropout(h))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over pixels whose keys and values are preceded by the projected text (sec. 4.1)."""
+
+    def __init__(self, channels: int, head_channels: int, text_width: int, groups: int):
+        super().__init__()
+        self.heads = channels // head_channels
+        self.norm = GroupNorm(groups, channels)
+        self.qkv = nn.Linear(channels, 3 * channels)            # per head: query, key, value
+        self.text_kv = nn.Linear(text_width, 2 * channels)      # per head: key, value
+        self.out = nn.Linear(channels, channels)
+
+    def text_keys_values(self, sequence: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, K, W) -> key and value (B, heads, K, D): the same at every step of a sample."""
+        b, k, _ = sequence.shape
+        key, value = self.text_kv(sequence).view(b, k, self.heads, 2, -1).permute(3, 0, 2, 1, 4)
+        return key, value
+
+    def forward(self, x: Tensor, text_key: Tensor, text_value: Tensor) -> Tensor:
+        b, c, height, width = x.shape
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(b, height * width, c)
+        query, key, value = self.qkv(tokens).view(b, height * width, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
+        attended = F.scaled_dot_product_attention(query, torch.cat([text_key, key], dim=2),
+                                                  torch.cat([text_value, value], dim=2))   # softmax is float32 inside
+        attended = self.out(attended.transpose(1, 2).reshape(b, height * width, c))
+        return x + attended.view(b, height, width, c).permute(0, 3, 1, 2)

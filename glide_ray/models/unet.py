@@ -1,0 +1,182 @@
+"""GlideUNet: the text-conditional ADM UNet (sec. 4.1), for all four forms of the model.
+
+Base, upsampler, and the inpainting form of each differ in their input channels only, which the config fixes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..config import UNetConfig
+from ..forms import Conditioning, ModelOutput, TextFeatures
+from .layers import AttentionBlock, Downsample, GroupNorm, ResBlock, Upsample, timestep_embedding
+from .text import TextTransformer
+
+
+class Stage(nn.Module):
+    """A residual block and, where the resolution asks for it, attention; `resample` follows as a block of its own."""
+
+    def __init__(self, block: ResBlock, attention: AttentionBlock | None, resample: ResBlock | None = None):
+        super().__init__()
+        self.block = block
+        self.attention = attention
+        self.resample = resample
+
+    def forward(self, x: Tensor, embedding: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
+        x = self.block(x, embedding)
+        if self.attention is not None:
+            x = self.attention(x, key, value)
+        return x if self.resample is None else self.resample(x, embedding)
+
+
+class GlideUNet(nn.Module):
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        embedding = 4 * config.channels
+        self.text = TextTransformer(config.text, pooled=embedding)
+        self.time_in = nn.Linear(config.channels, embedding)
+        self.time_out = nn.Linear(embedding, embedding)
+
+        def residual(channels, out_channels, resample=None):
+            return ResBlock(channels, out_channels, embedding, config.groups, config.dropout, resample)
+
+        def attention(channels):
+            return AttentionBlock(channels, config.head_channels, config.text.width, config.groups)
+
+        # Downwards: every stage's output is kept for the way up.
+        channels = config.channels * config.multipliers[0]
+        size = config.image_size
+        self.stem = nn.Conv2d(config.in_channels, channels, 3, padding=1)
+        self.down, kept = nn.ModuleList(), [channels]
+        for level, multiplier in enumerate(config.multipliers):
+            width = config.channels * multiplier
+            for _ in range(config.blocks):
+                self.down.append(Stage(residual(channels, width), attention(width) if size in config.attention_sizes else None))
+                channels = width
+                kept.append(channels)
+            if level < len(config.multipliers) - 1:
+                self.down.append(Stage(residual(channels, channels, Downsample), None))
+                kept.append(channels)
+                size //= 2
+
+        self.middle = nn.ModuleList([Stage(residual(channels, channels), attention(channels)),
+                                     Stage(residual(channels, channels), None)])
+
+        # Upwards: one block more a level, each fed what the way down kept.
+        self.up = nn.ModuleList()
+        for level, multiplier in reversed(list(enumerate(config.multipliers))):
+            width = config.channels * multiplier
+            for index in range(config.blocks + 1):
+                resample = residual(width, width, Upsample) if level and index == config.blocks else None
+                self.up.append(Stage(residual(channels + kept.pop(), width),
+                                     attention(width) if size in config.attention_sizes else None, resample))
+                channels = width
+            if level:
+                size *= 2
+
+        self.out_norm = GroupNorm(config.groups, channels)
+        self.out = nn.Conv2d(channels, 6, 3, padding=1)     # eps and the variance's interpolation
+        self.initialise()
+
+    # -- initialisation -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Draw every parameter. The release leaves its position and padding embeddings to whatever memory held."""
+        if self.stem.weight.is_meta:
+            return
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):                  # PyTorch's own default, as ADM trained with
+                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                nn.init.uniform_(module.bias, -bound, bound)
+            elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+        for table in (self.text.token.weight, self.text.position, self.text.padding):
+            nn.init.normal_(table, std=0.02)                                # as GPT-2
+        depth = math.sqrt(2 * max(1, len(self.text.blocks)))                # residual branches start small, as GPT-2
+        for block in self.text.blocks:
+            block.out.weight /= depth
+            block.mlp_out.weight /= depth
+        for module in self.modules():                                       # every residual branch starts as the identity
+            if isinstance(module, ResBlock):
+                nn.init.zeros_(module.out_conv.weight)
+                nn.init.zeros_(module.out_conv.bias)
+            elif isinstance(module, AttentionBlock):
+                nn.init.zeros_(module.out.weight)
+                nn.init.zeros_(module.out.bias)
+        nn.init.zeros_(self.out.weight)                                     # the first prediction is eps = 0
+        nn.init.zeros_(self.out.bias)
+        for channels in self._conditioning_channels():
+            nn.init.zeros_(self.stem.weight[:, channels])                   # sec. 4.3
+
+    def _conditioning_channels(self) -> list[slice]:
+        """Input channels of the known pixels and their mask, which start at zero."""
+        return [slice(3, 7)] if self.config.inpaint else []
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def attention_layers(self) -> list[AttentionBlock]:
+        """In the order in which a forward meets them, which is that of `TextFeatures.keys_values`."""
+        return [stage.attention for stage in (*self.down, *self.middle, *self.up) if stage.attention is not None]
+
+    def encode_text(self, tokens: Tensor, mask: Tensor) -> TextFeatures:
+        """tokens (B, K) int64, mask (B, K) bool -> what a caption gives every step of its sample."""
+        sequence, pooled = self.text(tokens, mask, self._checkpointing)
+        return TextFeatures(pooled, sequence, tuple(layer.text_keys_values(sequence) for layer in self.attention_layers()))
+
+    def forward(self, x: Tensor, timestep: Tensor, conditioning: Conditioning, text: TextFeatures | None = None) -> ModelOutput:
+        """x (B, 3, H, W), timestep (B,) -> eps and variance, float32. `text`, if at hand, spares the transformer."""
+        dtype = self.stem.weight.dtype
+        if text is None:
+            text = self.encode_text(conditioning.tokens, conditioning.mask)
+        time = timestep_embedding(timestep, self.config.channels).to(dtype)
+        embedding = self.time_out(F.silu(self.time_in(time))) + text.pooled                   # (B, 4C)
+        h = self.stem(self._network_input(x, conditioning).to(dtype, memory_format=torch.channels_last))
+        keys_values = iter(text.keys_values)
+        kept = [h]
+        for stage in self.down:
+            h = self._run(stage, h, embedding, keys_values)
+            kept.append(h)
+        for stage in self.middle:
+            h = self._run(stage, h, embedding, keys_values)
+        for stage in self.up:
+            h = self._run(stage, torch.cat([h, kept.pop()], dim=1), embedding, keys_values)
+        eps, variance = self.out(F.silu(self.out_norm(h))).float().chunk(2, dim=1)
+        return ModelOutput(eps, variance)
+
+    def _network_input(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        """x and what the form of the model adds to it along the channels: known pixels, their mask, the low-res image."""
+        parts = [x]
+        if self.config.inpaint:
+            parts += self._known(x, conditioning)
+        if self.config.low_res_size:
+            if conditioning.low_res is None:
+                raise ValueError("an upsampler needs conditioning.low_res, the image to make larger")
+            # Bilinear as in the release; the paper's text says bicubic.
+            parts.append(F.interpolate(conditioning.low_res.float(), x.shape[-2:], mode="bilinear", align_corners=False).to(x))
+        return torch.cat(parts, dim=1)
+
+    def _known(self, x: Tensor, conditioning: Conditioning) -> list[Tensor]:
+        if conditioning.known is None:                  # nothing is known: an inpainting model then generates
+            return [torch.zeros_like(x), torch.zeros_like(x[:, :1])]
+        mask = conditioning.known_mask.to(x)
+        return [conditioning.known.to(x) * mask, mask]
+
+    def _run(self, stage: Stage, x: Tensor, embedding: Tensor, keys_values) -> Tensor:
+        key, value = next(keys_values) if stage.attention is not None else (None, None)
+        if self._checkpointing:
+            return checkpoint(stage, x, embedding, key, value, use_reentrant=False)
+        return stage(x, embedding, key, value)
+
+    @property
+    def _checkpointing(self) -> bool:
+        return self.activation_checkpointing and torch.is_grad_enabled()

@@ -1,0 +1,97 @@
+"""Weights files: one safetensors file that carries its ModelConfig, so that it can be loaded by itself and never unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..config import ConfigError, ModelConfig, validate
+from .unet import GlideUNet
+
+
+class WeightsError(ValueError):
+    """A weights file that cannot be used. The message is one sentence for the user."""
+
+
+def save_weights(path: str | Path, state: Mapping[str, Tensor], config: ModelConfig, **metadata: str) -> None:
+    """Write the state dict and its config to one file, whole or not at all. Tensors are stored as they are."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial,
+                  metadata={**metadata, "config": config.model_dump_json()})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The config and the state dict of a weights file, on the CPU. Raises WeightsError."""
+    config = load_config(path)
+    with safe_open(path, "pt") as file:
+        return config, {name: file.get_tensor(name) for name in file.keys()}
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """The config alone, without reading the tensors. Raises WeightsError."""
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"There is no weights file {path}; train one with `glide train`, or give the path of another.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is not a whole safetensors file ({error}); export or copy it again.") from None
+    if "config" not in metadata:
+        raise WeightsError(f"{path} carries no glide_ray config; only weights that glide_ray wrote can be loaded as they are.")
+    try:
+        return validate(ModelConfig, json.loads(metadata["config"]))
+    except (ConfigError, json.JSONDecodeError) as error:
+        raise WeightsError(f"{path} carries a config that this version does not read: {error}") from None
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+               ) -> tuple[GlideUNet, ModelConfig]:
+    """The model in eval mode, channels last, frozen. Raises WeightsError where the weights do not fit their config."""
+    config, state = load_weights(path)
+    with torch.device("meta"):
+        model = GlideUNet(config.unet)
+    check_shapes(state, {name: tensor.shape for name, tensor in model.state_dict().items()}, str(path))
+    model.load_state_dict(state, assign=True)
+    return model.to(device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False), config
+
+
+def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: str) -> None:
+    """Raise WeightsError naming the first difference between a state dict and the shapes that a model expects."""
+    for name, shape in expected.items():
+        if name not in state:
+            raise WeightsError(f"{source} has no tensor {name!r}: it was made by another model.")
+        if state[name].shape != shape:
+            raise WeightsError(f"{source} is a checkpoint of another shape: {name} is {list(state[name].shape)} there and "
+                               f"{list(shape)} in this model.")
+    extra = sorted(set(state) - set(expected))
+    if extra:
+        raise WeightsError(f"{source} has a tensor {extra[0]!r} that this model does not have: it was made by another model.")
+
+
+def fingerprint(path: str | Path) -> str:
+    """The first 12 hexadecimal digits of the file's SHA-256: names the weights in logs and pictures."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12] if hasattr(hashlib, "file_digest") else _sha256(file)[:12]
+
+
+def _sha256(file) -> str:   # Python 3.10
+    digest = hashlib.sha256()
+    while chunk := file.read(2**20):
+        digest.update(chunk)
+    return digest.hexdigest()
