@@ -9,16 +9,19 @@ from ..forms import Denoiser, ModelOutput
 
 
 def classifier_free(paired: Denoiser, scale: Tensor) -> Denoiser:
-    """eps(empty) + scale (eps(caption) - eps(empty)), with the variance of the caption's half.
+    """eps(empty) + scale (eps(caption) - eps(empty)), with the variance of the caption's half. `scale` (B,).
 
-    `paired` answers for a doubled batch, the captions first and the empty captions behind them. `scale` (B,): a sample at
-    scale 1 needs no empty half, and the stepper spares it one.
+    `paired` is asked for B + G rows: every sample with its caption, then the G samples whose scale is not 1 with the empty
+    caption. At scale 1 the empty half would cancel, so it is not computed.
     """
-    def guided(x: Tensor, timestep: Tensor) -> ModelOutput:
-        both = paired(torch.cat([x, x]), torch.cat([timestep, timestep]))
+    guided = scale.ne(1).nonzero()[:, 0]
+
+    def denoise(x: Tensor, timestep: Tensor) -> ModelOutput:
+        both = paired(torch.cat([x, x[guided]]), torch.cat([timestep, timestep[guided]]))
         caption, empty = both[:len(x)], both[len(x):]
-        return ModelOutput(combine(caption.eps, empty.eps, scale), caption.variance)
-    return guided
+        eps = caption.eps.index_copy(0, guided, combine(caption.eps[guided], empty.eps, scale[guided]))
+        return ModelOutput(eps, caption.variance)
+    return denoise
 
 
 def combine(caption_eps: Tensor, empty_eps: Tensor, scale: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def variational_term(schedule: Schedule, output: ModelOutput, x0: Tensor, x_t: T
     mean = posterior_mean(schedule, x0_from_eps(schedule, x_t, i, output.eps), x_t, i)
     log_variance = learned_log_variance(schedule, output.variance, i)
     true_mean = posterior_mean(schedule, x0, x_t, i)
-    kl = _mean(gaussian_kl(true_mean, schedule.at("min_log_variance", i), mean, log_variance))
+    kl = _mean(gaussian_kl(true_mean, schedule.at("min_log_variance", i).float(), mean, log_variance))
     nll = _mean(-discretised_log_likelihood(x0, mean, log_variance / 2))
     return torch.where(i == 0, nll, kl) / math.log(2)
 

@@ -13,28 +13,28 @@ from .schedule import Schedule
 def q_sample(schedule: Schedule, x0: Tensor, i: Tensor, noise: Tensor) -> Tensor:
     """x_t ~ q(x_t | x_0) for the given standard normal noise (Ho et al. 2020, eq. 4)."""
     alpha_bar = schedule.at("alpha_bar", i)
-    return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+    return alpha_bar.sqrt().float() * x0 + (1 - alpha_bar).sqrt().float() * noise
 
 
 def x0_from_eps(schedule: Schedule, x: Tensor, i: Tensor, eps: Tensor) -> Tensor:
     """The image that `eps` says is under the noise of x."""
-    alpha_bar = schedule.__dict__["alpha_bar"].to(i.device)[i].reshape(-1, 1, 1, 1)
-    # The two factors reach 1e4 near t = T: they are formed in float64 and rounded once.
+    alpha_bar = schedule.at("alpha_bar", i)
     return (1 / alpha_bar).sqrt().float() * x - (1 / alpha_bar - 1).sqrt().float() * eps
 
 
 def eps_from_x0(schedule: Schedule, x: Tensor, i: Tensor, x0: Tensor) -> Tensor:
     """The noise that would make x from x_0."""
-    alpha_bar = schedule.__dict__["alpha_bar"].to(i.device)[i].reshape(-1, 1, 1, 1)
+    alpha_bar = schedule.at("alpha_bar", i)
     return ((1 / alpha_bar).sqrt().float() * x - x0) / (1 / alpha_bar - 1).sqrt().float()
 
 
 def posterior_mean(schedule: Schedule, x0: Tensor, x: Tensor, i: Tensor) -> Tensor:
     """Mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7)."""
-    return schedule.at("x0_weight", i) * x0 + schedule.at("xt_weight", i) * x
+    return schedule.at("x0_weight", i).float() * x0 + schedule.at("xt_weight", i).float() * x
 
 
 def learned_log_variance(schedule: Schedule, variance: Tensor, i: Tensor) -> Tensor:
     """Log variance between the posterior's (-1) and beta (+1), interpolated in the log (Nichol & Dhariwal 2021, eq. 15)."""
     fraction = (variance + 1) / 2
-    return fraction * schedule.at("max_log_variance", i) + (1 - fraction) * schedule.at("min_log_variance", i)
+    return (fraction * schedule.at("max_log_variance", i).float()
+            + (1 - fraction) * schedule.at("min_log_variance", i).float())

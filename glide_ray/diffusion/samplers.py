@@ -44,7 +44,7 @@ def ancestral_step(schedule: Schedule, output: ModelOutput, x: Tensor, i: Tensor
     mean = posterior_mean(schedule, x0, x, i)
     if gradient is not None:
         mean = mean + log_variance.exp() * gradient
-    moving = (~schedule.last.to(i.device)[i]).reshape(-1, 1, 1, 1)
+    moving = ~schedule.at("last", i)
     return Step(torch.where(moving, mean + (0.5 * log_variance).exp() * noise, mean), x0)
 
 
@@ -57,13 +57,12 @@ def ddim_step(schedule: Schedule, output: ModelOutput, x: Tensor, i: Tensor, noi
     x0 = predict_x0(schedule, output, x, i, known)
     alpha_bar, previous = schedule.at("alpha_bar", i), schedule.at("alpha_bar_prev", i)
     if gradient is not None:
-        eps = eps_from_x0(schedule, x, i, x0) - (1 - alpha_bar).sqrt() * gradient
+        eps = eps_from_x0(schedule, x, i, x0) - (1 - alpha_bar).sqrt().float() * gradient
         x0 = x0_from_eps(schedule, x, i, eps)
     eps = eps_from_x0(schedule, x, i, x0)
     sigma = eta * ((1 - previous) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / previous).sqrt()
-    mean = x0 * previous.sqrt() + (1 - previous - sigma**2).sqrt() * eps
-    moving = (~schedule.last.to(i.device)[i]).reshape(-1, 1, 1, 1)
-    return Step(torch.where(moving, mean + sigma * noise, x0), x0)
+    mean = x0 * previous.sqrt().float() + (1 - previous - sigma**2).clamp(min=0).sqrt().float() * eps
+    return Step(torch.where(~schedule.at("last", i), mean + sigma.float() * noise, x0), x0)
 
 
 def ddim_inversion_step(schedule: Schedule, output: ModelOutput, x: Tensor, i: Tensor) -> Step:
@@ -71,7 +70,7 @@ def ddim_inversion_step(schedule: Schedule, output: ModelOutput, x: Tensor, i: T
     x0 = predict_x0(schedule, output, x, i, None)
     eps = eps_from_x0(schedule, x, i, x0)
     following = schedule.at("alpha_bar_next", i)
-    return Step(x0 * following.sqrt() + (1 - following).sqrt() * eps, x0)
+    return Step(x0 * following.sqrt().float() + (1 - following).sqrt().float() * eps, x0)
 
 
 def predict_x0(schedule: Schedule, output: ModelOutput, x: Tensor, i: Tensor, known: Known | None) -> Tensor:

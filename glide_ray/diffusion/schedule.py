@@ -44,8 +44,11 @@ class Schedule:
         return len(self.timestep)
 
     def at(self, name: str, i: Tensor) -> Tensor:
-        """Table `name` at the indices i (B,), float32, shaped (B, 1, 1, 1) for images, on i's device."""
-        return self.__dict__[name].to(i.device)[i].float().reshape(-1, 1, 1, 1)
+        """Table `name` at the indices i (B,), shaped (B, 1, 1, 1) for images, on i's device.
+
+        Still float64: a step forms its factors, which reach 1e4, exactly, and rounds each once to float32.
+        """
+        return getattr(self, name).to(i.device)[i].reshape(-1, 1, 1, 1)
 
     def to(self, device: torch.device | str) -> Schedule:
         return Schedule(self.total, **{f.name: getattr(self, f.name).to(device) for f in fields(self)[1:]})
