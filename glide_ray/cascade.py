@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import ModelConfig
+from .config import ModelConfig, UserError
 from .data.images import area_downsample, to_tensor, to_uint8
 from .diffusion.schedule import ScheduleError, kept_timesteps
 from .forms import Conditioning
@@ -22,8 +22,8 @@ MAX_GUIDANCE_SCALE = 100.0
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class RequestError(ValueError):
-    """A request that cannot be served. `param` names the field; the message is one sentence for the user."""
+class RequestError(UserError):
+    """A request that cannot be served. `param` names the field."""
 
     def __init__(self, message: str, param: str):
         super().__init__(message)

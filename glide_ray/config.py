@@ -13,8 +13,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be used. The message is one sentence for the user."""
+class UserError(ValueError):
+    """Something that the user can mend. The message is one sentence for them: it names the thing and the remedy."""
+
+
+class ConfigError(UserError):
+    """A setting that cannot be used."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .config import ModelConfig
+from .config import ModelConfig, UserError
 from .diffusion.guidance import classifier_free
 from .diffusion.samplers import SAMPLERS, Known
 from .diffusion.schedule import Schedule, join, make_schedule, respace
@@ -89,9 +89,9 @@ class Stepper:
         return len(self._waiting)
 
     def submit(self, request: SampleRequest) -> int:
-        """Queue a request and return its ticket. Raises ScheduleError or ValueError at once for one that makes no sense."""
+        """Queue a request and return its ticket. Raises UserError at once for one that makes no sense."""
         if (request.sampler or self.config.sampling.sampler) not in SAMPLERS:
-            raise ValueError(f"There is no sampler {request.sampler!r}; choose one of: {', '.join(SAMPLERS)}.")
+            raise UserError(f"There is no sampler {request.sampler!r}; choose one of: {', '.join(SAMPLERS)}.")
         self.schedule(request.respacing)
         self._tickets += 1
         self._waiting.append((self._tickets, request))
@@ -278,7 +278,7 @@ class Engine:
             try:
                 self._futures[self._stepper.submit(request)] = future
                 block = False
-            except ValueError as error:
+            except UserError as error:
                 _settle(future, error)
 
 

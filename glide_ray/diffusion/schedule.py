@@ -14,11 +14,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from ..config import UserError
+
 COSINE_BETA_MAX = 0.999   # Nichol & Dhariwal (2021), sec. 3.2
 
 
-class ScheduleError(ValueError):
-    """A schedule or respacing that makes no sense. The message is one sentence for the user."""
+class ScheduleError(UserError):
+    """A schedule or respacing that makes no sense."""
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..config import UNetConfig
+from ..config import UNetConfig, UserError
 from .layers import AttentionBlock, ResBlock
 from .text import TextBlock
 from .unet import GlideUNet
 
 
-class ReleasedError(ValueError):
+class ReleasedError(UserError):
     """A state dict that is not the released form of this model. The message names the first keys that differ."""
 
 

@@ -140,7 +140,7 @@ class GlideUNet(nn.Module):
             text = self.encode_text(conditioning.tokens, conditioning.mask)
         time = timestep_embedding(timestep, self.config.channels).to(dtype)
         embedding = self.time_out(F.silu(self.time_in(time))) + text.pooled                   # (B, 4C)
-        h = self.stem(self._network_input(x, conditioning).to(dtype, memory_format=torch.channels_last))
+        h = self.stem(self._network_input(x, conditioning).to(dtype, memory_format=self._memory_format))
         keys_values = iter(text.keys_values)
         kept = [h]
         for stage in self.down:
@@ -176,6 +176,12 @@ class GlideUNet(nn.Module):
         if self._checkpointing:
             return checkpoint(stage, x, embedding, key, value, use_reentrant=False)
         return stage(x, embedding, key, value)
+
+    @property
+    def _memory_format(self) -> torch.memory_format:
+        """That of the weights: channels last after `model.to(memory_format=torch.channels_last)`, contiguous before."""
+        last = torch.channels_last
+        return last if self.stem.weight.is_contiguous(memory_format=last) else torch.contiguous_format
 
     @property
     def _checkpointing(self) -> bool:

@@ -14,12 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import ConfigError, ModelConfig, validate
+from ..config import ConfigError, ModelConfig, UserError, validate
 from .unet import GlideUNet
 
 
-class WeightsError(ValueError):
-    """A weights file that cannot be used. The message is one sentence for the user."""
+class WeightsError(UserError):
+    """A weights file that cannot be used."""
 
 
 def save_weights(path: str | Path, state: Mapping[str, Tensor], config: ModelConfig, **metadata: str) -> None:

@@ -1,0 +1,102 @@
+"""What a model costs, counted on the meta device: parameters by part, memory, and operations per network call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from .config import ModelConfig, Preset
+from .forms import Conditioning
+from .models.unet import GlideUNet
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """`parts`: name -> parameters. `flops`: of one image through the UNet; `text_flops`: of one caption."""
+
+    parts: dict[str, int]
+    flops: int
+    text_flops: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.parts.values())
+
+    def weight_bytes(self, precision: str) -> int:
+        return self.parameters * BYTES[precision]
+
+    @property
+    def training_bytes(self) -> int:
+        """Mixed-precision Adam and an EMA, unpartitioned: 2 + 2 (weights, gradients) + 4 + 4 + 4 (master, moments) + 4 (EMA)."""
+        return self.parameters * 20
+
+
+def inspect(config: ModelConfig) -> ModelInfo:
+    """Count a model without drawing a weight."""
+    with torch.device("meta"):
+        model = GlideUNet(config.unet).eval()
+        conditioning = example_conditioning(config, 1)
+        size = config.unet.image_size
+        x, timestep = torch.empty(1, 3, size, size), torch.empty(1, dtype=torch.int64)
+        with FlopCounterMode(display=False) as text_counter:
+            text = model.encode_text(conditioning.tokens, conditioning.mask)
+        with FlopCounterMode(display=False) as counter:
+            model(x, timestep, conditioning, text)
+    return ModelInfo(parts(model), counter.get_total_flops(), text_counter.get_total_flops())
+
+
+def parts(model: GlideUNet) -> dict[str, int]:
+    """Parameters by part; the sum is the whole model."""
+    def size(*modules):
+        return sum(p.numel() for module in modules for p in module.parameters())
+    attention = size(*model.attention_layers())
+    unet = (model.time_in, model.time_out, model.stem, model.down, model.middle, model.up, model.out_norm, model.out)
+    return {"text transformer": size(model.text), "UNet, convolutions": size(*unet) - attention, "UNet, attention": attention}
+
+
+def example_conditioning(config: ModelConfig, batch: int, device: str | None = None) -> Conditioning:
+    """Conditioning of the right shapes, on `device` or the default one: full captions, grey low-res images."""
+    unet, kind = config.unet, {"device": device} if device else {}
+    tokens = torch.zeros(batch, unet.text.context, dtype=torch.int64, **kind)
+    low_res = torch.zeros(batch, 3, unet.low_res_size, unet.low_res_size, **kind) if unet.low_res_size else None
+    return Conditioning(tokens, torch.ones_like(tokens, dtype=torch.bool), low_res)
+
+
+def describe(preset: Preset) -> str:
+    """The table that `glide info` prints."""
+    model, train = preset.model, preset.train
+    info = inspect(model)
+    unet, text = model.unet, model.unet.text
+    image = f"{unet.low_res_size} -> {unet.image_size}" if unet.low_res_size else str(unet.image_size)
+    lines = [
+        f"{model.name}: {info.parameters / 1e6:,.2f}M parameters",
+        f"  image        {image} pixels, {model.diffusion.schedule} schedule of {model.diffusion.steps} timesteps",
+        f"  UNet         {unet.channels} channels x {unet.multipliers}, {unet.blocks} blocks a level, attention at {unet.attention_sizes}",
+        f"  text         {text.layers} layers x {text.width}, {text.heads} heads, {text.context} tokens", "",
+        "parameters by part"]
+    lines += [f"  {name:<20}{number / 1e6:>12,.2f}M  {number / info.parameters:>5.1%}" for name, number in info.parts.items()]
+    lines += ["", "memory",
+              f"  {'weights, 16 bit':<20}{_gib(info.weight_bytes('bf16')):>12}    32 bit {_gib(info.weight_bytes('fp32'))}",
+              f"  {'training state':<20}{_gib(info.training_bytes):>12}    over {train.workers} workers with ZeRO-3 "
+              f"{_gib(info.training_bytes / train.workers)} each; activations come on top"]
+    guided = 2 if model.sampling.guidance_scale != 1 else 1
+    step = 3 * (info.flops + info.text_flops) * train.batch
+    lines += ["", "operations (a multiplication and an addition are two)",
+              f"  {'one network call':<20}{_flop(info.flops):>15}  and {_flop(info.text_flops)} once for each caption",
+              f"  {'one sampling step':<20}{_flop(guided * info.flops):>15}  at guidance scale {model.sampling.guidance_scale:g}",
+              f"  {'one training step':<20}{_flop(step):>15}  at batch {train.batch}: forward and twice that backward",
+              f"  {'the whole training':<20}{_flop(step * train.steps):>15}  in {train.steps:,} steps"]
+    return "\n".join(lines)
+
+
+def _flop(count: float) -> str:
+    power = max(2, min(6, (len(f"{count:.0f}") - 1) // 3))
+    return f"{count / 1000**power:,.1f} {' KMGTPE'[power]}FLOP"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB"

@@ -1,0 +1,90 @@
+"""The sizes that the paper and the release give, counted on the meta device."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from glide_ray import config, presets
+from glide_ray.models.released import ReleasedError, from_released, to_released
+from glide_ray.models.unet import GlideUNet
+
+SHAPES = json.loads((Path(__file__).parent / "golden" / "openai_state_dict_shapes.json").read_text())
+RELEASED = {"base": ("filtered-base", False), "base-inpaint": ("filtered-base", True),
+            "upsample": ("filtered-upsampler", False), "upsample-inpaint": ("filtered-upsampler", True)}
+
+
+def count(unet):
+    with torch.device("meta"):
+        model = GlideUNet(unet)
+    return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.text.parameters())
+
+
+@pytest.mark.parametrize("name, millions", [("paper-base", 3554), ("paper-upsampler", 1541)])
+def test_paper_models_have_the_papers_size(name, millions):
+    assert round(count(presets.get(name).model.unet)[0] / 1e6) == millions
+
+
+@pytest.mark.parametrize("name, millions", [("filtered-base", 385.03), ("filtered-upsampler", 398.36)])
+def test_released_models_have_the_released_size(name, millions):
+    assert round(count(presets.get(name).model.unet)[0] / 1e6, 2) == millions
+
+
+def test_the_visual_part_of_the_paper_base_is_2_24_billion():
+    whole, text = count(presets.get("paper-base").model.unet)
+    assert round((whole - text) / 1e9, 2) == 2.24
+
+
+@pytest.mark.parametrize("checkpoint", RELEASED)
+def test_every_key_and_shape_of_a_released_checkpoint_has_its_place(checkpoint):
+    name, inpaint = RELEASED[checkpoint]
+    unet = presets.get(name).model.unet.model_copy(update={"inpaint": inpaint})
+    released = {key: torch.empty(shape, device="meta") for key, shape in SHAPES[checkpoint].items()}
+    ours = from_released(released, unet)
+    with torch.device("meta"):
+        GlideUNet(unet).load_state_dict(ours, strict=True)
+    back = to_released(ours, unet)
+    assert {key: list(tensor.shape) for key, tensor in back.items()} == SHAPES[checkpoint]
+
+
+def test_a_released_checkpoint_with_a_missing_an_unexpected_or_a_misshapen_key_is_refused_by_name():
+    unet = presets.get("filtered-base").model.unet
+    released = {key: torch.empty(shape, device="meta") for key, shape in SHAPES["base"].items()}
+    with pytest.raises(ReleasedError, match="'final_ln.bias' is missing"):
+        from_released({key: tensor for key, tensor in released.items() if key != "final_ln.bias"}, unet)
+    with pytest.raises(ReleasedError, match="'surprise' is unexpected"):
+        from_released(released | {"surprise": torch.empty(1, device="meta")}, unet)
+    with pytest.raises(ReleasedError, match=r"input_blocks.0.0.weight has the shape \[192, 7, 3, 3\]"):
+        from_released(released | {"input_blocks.0.0.weight": torch.empty(192, 7, 3, 3, device="meta")}, unet)
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_a_preset_survives_json(name):
+    preset = presets.get(name)
+    assert config.Preset.model_validate_json(preset.model_dump_json()) == preset
+    assert preset.model.name == name
+
+
+def test_an_unknown_preset_is_answered_with_the_nearest_one():
+    with pytest.raises(config.ConfigError, match="'paper-bass'; did you mean 'paper-base'"):
+        presets.get("paper-bass")
+
+
+def test_settings_are_overridden_by_name_and_checked():
+    preset = config.override(presets.get("nano-base"), ["steps=7", "model.unet.multipliers=1,2", "data.corpus=s3://there/x"])
+    assert (preset.train.steps, preset.model.unet.multipliers, preset.data.corpus) == (7, (1, 2), "s3://there/x")
+
+
+@pytest.mark.parametrize("setting, message", [
+    ("train.stepps=3", "no setting 'train.stepps'; did you mean 'train.steps'"),
+    ("lerning_rate=3", "no setting 'lerning_rate'; did you mean 'learning_rate'"),
+    ("train.steps", "not of the form key=value"),
+    ("train.steps=many", "Setting train.steps: .*given: 'many'"),
+    ("train.steps=-4", "Setting train.steps: .*given: '-4'"),
+    ("train.batch=33", "train.batch 33 is not divisible by workers x accumulation"),
+    ("train.zero_stage=4", "Setting train.zero_stage"),
+])
+def test_a_setting_that_cannot_be_is_named(setting, message):
+    with pytest.raises(config.ConfigError, match=message):
+        config.override(presets.get("nano-base"), [setting])
