@@ -1,0 +1,92 @@
+"""Image bytes to pixels and back: decoding, the centre crop of app. A.2, box downsampling, tensors.
+
+Pixels are uint8 (H, W, 3) arrays; tensors are float (3, H, W) in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ..config import UserError
+
+MAX_PIXELS = 64 * 10**6   # of an image in a corpus; checked before its pixels are decoded
+
+
+class ImageError(UserError):
+    """Bytes that are not an image we can use."""
+
+
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image with its header read and its pixels not yet: `.size` and `.format` cost nothing. Raises ImageError."""
+    try:
+        image = Image.open(io.BytesIO(data))
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise ImageError("The file is not an image that can be read; give a PNG, JPEG or WebP.") from None
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(f"The image has {width}x{height} pixels, more than the {max_pixels:,} that are accepted; make it smaller.")
+    return image
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """RGB, upright as its EXIF says, what is transparent laid on white. Raises ImageError for anything unreadable."""
+    return flatten(load(open_image(data, max_pixels)))
+
+
+def load(image: Image.Image) -> Image.Image:
+    """Read the pixels of an opened image and turn it upright. Raises ImageError where the data ends or is broken."""
+    try:
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except Exception:   # Pillow's decoders raise whatever their format's parser does
+        raise ImageError("The image is broken or incomplete; export it again.") from None
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """To RGB; transparency onto white, as the emoji are shown."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def centre_crop(image: Image.Image, size: int) -> np.ndarray:
+    """The largest centred square, at `size` pixels: (size, size, 3). Box filter downwards, bicubic upwards."""
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    if (width, height) != (size, size):
+        image = image.resize((size, size), Image.Resampling.BOX if side >= size else Image.Resampling.BICUBIC,
+                             box=(left, top, left + side, top + side))
+    return np.asarray(image)
+
+
+def area_downsample(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Square pixels to `size` by the mean over each box: the low-resolution half of an upsampler's pair."""
+    if len(pixels) == size:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BOX))
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """uint8 (..., H, W, 3) -> float32 (..., 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(pixels)).movedim(-1, -3).float() / 127.5 - 1
+
+
+def to_uint8(image: Tensor) -> np.ndarray:
+    """float (3, H, W) in [-1, 1] -> uint8 (H, W, 3), rounded to the nearest value and clipped."""
+    return ((image.detach().float() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+
+
+def encode(pixels: np.ndarray, form: str = "png") -> bytes:
+    """uint8 (H, W, 3) as the bytes of a png, jpeg or webp file."""
+    buffer = io.BytesIO()
+    options = {"png": {}, "jpeg": {"quality": 95}, "webp": {"quality": 95}}[form]
+    Image.fromarray(pixels).save(buffer, form.upper(), **options)
+    return buffer.getvalue()

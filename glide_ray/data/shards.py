@@ -1,0 +1,134 @@
+"""Image-text shards: WebDataset tars as img2dataset writes them, `000000.tar` holding KEY.webp, KEY.txt, KEY.json.
+
+`index.json` is written last: a folder that has it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import UserError
+
+INDEX = "index.json"
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+
+
+class ShardError(UserError):
+    """A corpus that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its captions. `meta` is what the sample's .json says beside them."""
+
+    key: str
+    image: bytes
+    suffix: str
+    captions: tuple[str, ...]
+    meta: Mapping[str, Any]
+
+
+def write_shards(folder: str | Path, samples: Iterable[Sample], per_shard: int = 1000) -> dict[str, Any]:
+    """Write all samples and then the index, each file whole or not at all. Returns the index."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / INDEX).unlink(missing_ok=True)
+    shards, batch = [], []
+    for sample in samples:
+        batch.append(sample)
+        if len(batch) == per_shard:
+            shards.append(_write_shard(folder / f"{len(shards):06d}.tar", batch))
+            batch = []
+    if batch:
+        shards.append(_write_shard(folder / f"{len(shards):06d}.tar", batch))
+    for stale in set(folder.glob("*.tar")) - {folder / shard["name"] for shard in shards}:
+        stale.unlink()      # from an earlier, longer corpus in the same place
+    index = {"count": sum(shard["count"] for shard in shards), "shards": shards}
+    write_whole(folder / INDEX, json.dumps(index, indent=1).encode())
+    return index
+
+
+def read_index(folder: str | Path) -> dict[str, Any] | None:
+    """The index of a complete folder, None where there is none or a shard that it names is missing."""
+    try:
+        index = json.loads((Path(folder) / INDEX).read_text())
+        complete = all((Path(folder) / shard["name"]).stat().st_size == shard["bytes"] for shard in index["shards"])
+        return index if complete else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def read_shard(data: bytes | str | Path) -> Iterator[Sample]:
+    """The samples of one tar in their order. A truncated tar gives those before the cut."""
+    source = tarfile.open(fileobj=io.BytesIO(data)) if isinstance(data, bytes) else tarfile.open(data)
+    with source as tar:
+        parts: dict[str, bytes] = {}
+        current = None
+        try:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                if key != current and parts:
+                    yield from _sample(current, parts)
+                    parts = {}
+                current = key
+                content = tar.extractfile(member)
+                if content is not None:
+                    parts[suffix] = content.read()
+        except tarfile.ReadError:
+            parts = {} if not any(suffix in parts for suffix in ("txt", "json")) else parts
+        if parts:
+            yield from _sample(current, parts)
+
+
+def captions_of(text: str | None, meta: Mapping[str, Any]) -> tuple[str, ...]:
+    """All captions of a sample: our `captions`, else img2dataset's `caption`, else the .txt; () where there is none."""
+    several = meta.get("captions")
+    if isinstance(several, Sequence) and not isinstance(several, str):
+        return tuple(str(caption) for caption in several)
+    one = meta.get("caption") or text
+    return (one.strip(),) if one else ()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_shard(path: Path, samples: Sequence[Sample]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for sample in samples:
+            meta = {**sample.meta, "key": sample.key, "caption": sample.captions[0] if sample.captions else "",
+                    "captions": list(sample.captions)}
+            for suffix, content in ((sample.suffix, sample.image), ("txt", meta["caption"].encode()),
+                                    ("json", json.dumps(meta, ensure_ascii=False).encode())):
+                member = tarfile.TarInfo(f"{sample.key}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    data = buffer.getvalue()
+    write_whole(path, data)
+    return {"name": path.name, "count": len(samples), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _sample(key: str, parts: Mapping[str, bytes]) -> Iterator[Sample]:
+    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in parts), None)
+    try:
+        meta = json.loads(parts.get("json", b"{}"))
+    except ValueError:
+        meta = {}
+    text = parts["txt"].decode(errors="replace") if "txt" in parts else None
+    if suffix:
+        yield Sample(key, parts[suffix], suffix, captions_of(text, meta), meta)

@@ -1,0 +1,130 @@
+"""Local paths and `s3://` as one: list, read, fetch to a cache, put. Objects appear whole or not at all, and are checked.
+
+S3 goes through boto3 with its usual chain for credentials, region and endpoint (AWS_ENDPOINT_URL), and its own retries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from .config import UserError
+
+S3 = "s3://"
+CHECKSUM = "sha256"   # object metadata that `put` writes and `read` verifies
+
+
+class StorageError(UserError):
+    """A path that cannot be read or written."""
+
+
+def is_remote(path: str | Path) -> bool:
+    return str(path).startswith(S3)
+
+
+def list_files(path: str | Path, suffixes: tuple[str, ...]) -> Iterator[str]:
+    """Files under a folder or prefix whose names end so, in order; a file names itself. S3 is listed page by page."""
+    path = str(path)
+    if is_remote(path):
+        bucket, prefix = _split(path)
+        prefix = prefix if prefix.endswith(suffixes) else prefix.rstrip("/") + "/" if prefix else ""
+        with _errors(path):
+            for page in _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+                yield from (f"{S3}{bucket}/{item['Key']}" for item in page.get("Contents", ()) if item["Key"].endswith(suffixes))
+    elif Path(path).is_file():
+        yield path
+    else:
+        yield from (str(file) for file in sorted(Path(path).rglob("*")) if file.name.endswith(suffixes) and not file.name.startswith("."))
+
+
+def read(path: str | Path) -> bytes:
+    """All bytes of a file or object. Raises StorageError where it is missing, or not what was put there."""
+    with _errors(path):
+        if not is_remote(path):
+            return Path(path).read_bytes()
+        bucket, key = _split(str(path))
+        answer = _client().get_object(Bucket=bucket, Key=key)
+        data = answer["Body"].read()
+    expected = answer["Metadata"].get(CHECKSUM)
+    if expected and hashlib.sha256(data).hexdigest() != expected:
+        raise StorageError(f"{path} is damaged: its SHA-256 is not the one it was stored with; put it there again.")
+    return data
+
+
+def put(data: bytes | Path, path: str | Path) -> None:
+    """Store bytes, or a local file, under a path: whole or not at all."""
+    with _errors(path):
+        if is_remote(path):
+            bucket, key = _split(str(path))
+            content = data if isinstance(data, bytes) else data.read_bytes()
+            _client().put_object(Bucket=bucket, Key=key, Body=content, Metadata={CHECKSUM: hashlib.sha256(content).hexdigest()})
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+        try:
+            if isinstance(data, bytes):
+                partial.write_bytes(data)
+            else:
+                shutil.copyfile(data, partial)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def fetch(path: str | Path, cache: str | Path | None = None) -> Path:
+    """A local file with what `path` holds: itself, or a copy of the object in `cache` that is taken anew when it changed."""
+    if not is_remote(path):
+        if not Path(path).exists():
+            raise StorageError(f"There is no file {path}.")
+        return Path(path)
+    bucket, key = _split(str(path))
+    with _errors(path):
+        tag = _client().head_object(Bucket=bucket, Key=key)["ETag"].strip('"')
+    folder = Path(cache or os.environ.get("GLIDE_CACHE") or Path.home() / ".cache" / "glide_ray")
+    local = folder / hashlib.sha256(f"{path}@{tag}".encode()).hexdigest()[:16] / Path(key).name
+    if not local.exists():
+        put(read(path), local)
+    return local
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+def _split(path: str) -> tuple[str, str]:
+    bucket, _, key = path.removeprefix(S3).partition("/")
+    if not bucket:
+        raise StorageError(f"{path} names no bucket; write s3://bucket/path.")
+    return bucket, key
+
+
+@lru_cache(maxsize=1)
+def _client():
+    try:
+        import boto3   # only where s3:// is used
+        from botocore.config import Config
+    except ImportError:
+        raise StorageError("s3:// paths need boto3; run `pip install boto3`.") from None
+    return boto3.client("s3", config=Config(retries={"mode": "adaptive", "max_attempts": 6}))
+
+
+class _errors:
+    """Turn what the system and boto3 raise about `path` into a StorageError."""
+
+    def __init__(self, path: str | Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, FileNotFoundError):
+            raise StorageError(f"There is no file {self.path}.") from None
+        if isinstance(error, OSError):
+            raise StorageError(f"{self.path} cannot be used: {error.strerror or error}.") from None
+        if kind is not None and kind.__module__.startswith("botocore"):
+            raise StorageError(f"{self.path} cannot be used: {error}.") from None
