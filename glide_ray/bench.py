@@ -82,7 +82,8 @@ def random_model(config: ModelConfig, dtype: torch.dtype, channels_last: bool = 
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
-    return model.to(memory_format=torch.channels_last) if channels_last else model
+    model.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return model.to(memory_format=model.memory_format)
 
 
 def peak_memory_bytes() -> int:

@@ -119,6 +119,7 @@ class DataConfig(Frozen):
     corpus: str = "runs/corpus/train"
     held_out: str = "runs/corpus/held_out"
     min_size: int = Field(64, gt=0)                    # images smaller than this on a side are dropped, and counted
+    crop: int | None = Field(None, gt=0)               # upsamplers: train on random squares of this many pixels, not the whole
     empty_caption_rate: float = Field(0.0, ge=0, le=1)  # 0.2 when fine-tuning for classifier-free guidance (sec. 4.2)
     shuffle_buffer: int = Field(2048, ge=0)            # rows held for shuffling, per worker
 
@@ -137,7 +138,7 @@ class TrainConfig(Frozen):
     clip_norm: float = Field(0.0, ge=0)                # 0 leaves gradients alone
     ema_rate: float = Field(0.9999, ge=0, lt=1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: int = Field(2, ge=0, le=3)
     activation_checkpointing: bool = False
     log_every: int = Field(10, gt=0)
     evaluate_every: int = Field(100, gt=0)
@@ -176,6 +177,17 @@ class Preset(Frozen):
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Preset:
+        unet, crop = self.model.unet, self.data.crop
+        if (self.train.objective == "upsampler") != bool(unet.low_res_size):
+            raise ValueError(f"train.objective {self.train.objective!r} does not fit model.unet.low_res_size {unet.low_res_size}")
+        grain = 2 ** (len(unet.multipliers) - 1)
+        if crop is not None and (not unet.low_res_size or crop > unet.image_size or crop % grain
+                                 or crop % (unet.image_size // unet.low_res_size)):
+            raise ValueError(f"data.crop {crop} must be a multiple of {grain}, at most image_size, and of an upsampler")
+        return self
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Bytes move through Ray's object store, pixels do not: images are decoded in the 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -136,26 +137,43 @@ class Collate:
 
     def __call__(self, rows: Mapping[str, Sequence], epoch: int, augment: bool = True) -> Batch | None:
         """`augment` false takes the first caption, never the empty one: for held-out batches. None if no row is usable."""
-        pictures, captions = [], []
+        pictures, captions, corners = [], [], []
         for key, image, texts in zip(rows["key"], rows["image"], rows["captions"], strict=True):
             try:
                 pictures.append(centre_crop(decode(bytes(image)), self.unet.image_size))
             except ImageError:
                 self.broken += 1
                 continue
+            corners.append(self._corner(str(key), epoch) if augment else (0, 0))
             texts = json.loads(str(texts))
             captions.append(choose(texts, str(key), epoch, self.seed, self.data.empty_caption_rate) if augment else texts[0])
         if not pictures:
             return None
         order = [n % len(pictures) for n in range(len(rows["key"]))]
-        return self._batch([pictures[n] for n in order], [captions[n] for n in order])
+        tokens, mask = self._tokenizer.batch([captions[n] for n in order])
+        pairs = [self._pair(pictures[n], corners[n], augment) for n in order]
+        low_res = to_tensor(np.stack([small for _, small in pairs])) if self.unet.low_res_size else None
+        return Batch(to_tensor(np.stack([picture for picture, _ in pairs])), Conditioning(tokens, mask, low_res))
 
-    def _batch(self, pictures: list[np.ndarray], captions: list[str]) -> Batch:
-        tokens, mask = self._tokenizer.batch(captions)
-        low_res = None
-        if self.unet.low_res_size:
-            low_res = to_tensor(np.stack([area_downsample(picture, self.unet.low_res_size) for picture in pictures]))
-        return Batch(to_tensor(np.stack(pictures)), Conditioning(tokens, mask, low_res))
+    def _pair(self, picture: np.ndarray, corner: tuple[int, int], augment: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        """A picture and its low-res half, both cut to the crop when training on crops."""
+        if not self.unet.low_res_size:
+            return picture, None
+        small = area_downsample(picture, self.unet.low_res_size)
+        if not self.data.crop or not augment:
+            return picture, small
+        factor, size = self.unet.image_size // self.unet.low_res_size, self.data.crop
+        (top, left), small_size = corner, size // factor
+        return (picture[top * factor:top * factor + size, left * factor:left * factor + size],
+                small[top:top + small_size, left:left + small_size])
+
+    def _corner(self, key: str, epoch: int) -> tuple[int, int]:
+        """Where this epoch's crop begins, in low-res pixels, so that both halves of the pair can be cut there."""
+        if not self.data.crop:
+            return 0, 0
+        room = self.unet.low_res_size - self.data.crop * self.unet.low_res_size // self.unet.image_size + 1
+        digest = hashlib.sha256(f"crop/{self.seed}/{epoch}/{key}".encode()).digest()
+        return int.from_bytes(digest[:4], "big") % room, int.from_bytes(digest[4:8], "big") % room
 
 
 def held_out_batches(data: DataConfig, unet: UNetConfig, batch: int, limit: int, rank: int = 0, world: int = 1) -> list[Batch]:

@@ -39,6 +39,8 @@ class GlideUNet(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        # Of the activations. Convolutions follow their input's, so this holds where ZeRO has flattened the weights too.
+        self.memory_format = torch.channels_last
         embedding = 4 * config.channels
         self.text = TextTransformer(config.text, pooled=embedding)
         self.time_in = nn.Linear(config.channels, embedding)
@@ -140,7 +142,7 @@ class GlideUNet(nn.Module):
             text = self.encode_text(conditioning.tokens, conditioning.mask)
         time = timestep_embedding(timestep, self.config.channels).to(dtype)
         embedding = self.time_out(F.silu(self.time_in(time))) + text.pooled                   # (B, 4C)
-        h = self.stem(self._network_input(x, conditioning).to(dtype, memory_format=self._memory_format))
+        h = self.stem(self._network_input(x, conditioning).to(dtype, memory_format=self.memory_format))
         keys_values = iter(text.keys_values)
         kept = [h]
         for stage in self.down:
@@ -176,12 +178,6 @@ class GlideUNet(nn.Module):
         if self._checkpointing:
             return checkpoint(stage, x, embedding, key, value, use_reentrant=False)
         return stage(x, embedding, key, value)
-
-    @property
-    def _memory_format(self) -> torch.memory_format:
-        """That of the weights: channels last after `model.to(memory_format=torch.channels_last)`, contiguous before."""
-        last = torch.channels_last
-        return last if self.stem.weight.is_contiguous(memory_format=last) else torch.contiguous_format
 
     @property
     def _checkpointing(self) -> bool:

@@ -1,0 +1,273 @@
+"""A training run under Ray Train: data streamed to every worker, DeepSpeed across them, checkpoints that a new start takes up."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+import ray.data
+import ray.train
+import torch
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from tqdm import tqdm
+
+from .. import storage
+from ..config import ConfigError, Preset, UserError
+from ..data.filters import Report
+from ..forms import Batch
+from ..models.weights import save_weights
+from ..train.checkpoint import CheckpointError, check_same
+from ..train.loop import Outlets, Trainer, TrainingError, train_loop
+from .local import connect
+from .stream import Collate, Tally, corpus_files, held_out_batches, open_corpus
+
+WEIGHTS, METRICS, PRESET = "weights.safetensors", "metrics.jsonl", "preset.json"
+HELD_OUT_IMAGES = 256          # enough for a stable figure, few enough to be read at every evaluation
+DATA_CPUS = 2                  # beside the workers': a data task wants a whole CPU, and waits for ever where none is left
+RETRIES = 3                    # of the worker group, each from the last checkpoint
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run made: paths of the EMA weights and of the metrics, and the held-out loss before and after."""
+
+    weights: str
+    metrics: str
+    steps: int
+    first_held_out: float
+    last_held_out: float
+    rows: Report | None = None      # what the stream kept and dropped, over all epochs; None for a run that was there already
+
+
+def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingResult:
+    """Train a preset into the folder `out`, or go on with the run that is there. Raises UserError.
+
+    A run that is complete is returned as it is. `out` is local; on a cluster, a folder that all nodes share.
+    """
+    out = Path(out).resolve()
+    _check_run(preset, out)
+    if (out / WEIGHTS).exists() and _last_step(out / METRICS) >= preset.train.steps:
+        return _result(out)
+    storage.put(preset.model_dump_json(indent=1).encode(), out / PRESET)
+    preset = _absolute(preset)
+    corpus_files(preset.data.corpus)      # found missing before anything is started
+    corpus_files(preset.data.held_out)
+    connect(preset.train.workers + DATA_CPUS)
+    on_gpu = _check_cluster(preset)
+    board, tally = Board.remote(), Tally.remote()
+    trainer = TorchTrainer(
+        _worker, train_loop_config={"preset": preset.model_dump_json(), "board": board},
+        datasets={"train": open_corpus(preset.data.corpus, preset.data.min_size, tally)},
+        scaling_config=ScalingConfig(num_workers=preset.train.workers, use_gpu=on_gpu),
+        run_config=RunConfig(name="ray", storage_path=str(out), failure_config=FailureConfig(max_failures=RETRIES),
+                             checkpoint_config=CheckpointConfig(num_to_keep=2)))
+    with _Watching(board, out / METRICS, preset, progress) as watching:
+        result = trainer.fit()
+    if watching.failure:
+        raise TrainingError(watching.failure)
+    with result.checkpoint.as_directory() as folder:
+        storage.put(Path(folder) / WEIGHTS, out / WEIGHTS)
+    return _result(out, ray.get(tally.report.remote()))
+
+
+# -- before -----------------------------------------------------------------------------------------------------------
+
+def _check_run(preset: Preset, out: Path) -> None:
+    """A folder holds one run: the same settings go on with it, others are refused. More steps are the same run for longer."""
+    try:
+        saved = Preset.model_validate_json((out / PRESET).read_text())
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        raise CheckpointError(f"{out / PRESET} is not a preset that this version reads ({error}); use another output folder.") from None
+    longer = {"steps": preset.train.steps}
+    check_same({**saved.model_dump(), "train": {**saved.train.model_dump(), **longer}}, preset.model_dump(),
+               f"The folder {out} holds a run with other settings")
+
+
+def _absolute(preset: Preset) -> Preset:
+    """The preset as the workers read it: they run in a folder of their own."""
+    paths = {name: value if storage.is_remote(value) else str(Path(value).resolve())
+             for name, value in (("corpus", preset.data.corpus), ("held_out", preset.data.held_out))}
+    return preset.model_copy(update={"data": preset.data.model_copy(update=paths)})
+
+
+def _check_cluster(preset: Preset) -> bool:
+    """Whether the workers take GPUs. Raises ConfigError where the cluster has too few of either kind."""
+    resources = ray.cluster_resources()
+    gpus, cpus, workers = int(resources.get("GPU", 0)), int(resources.get("CPU", 0)), preset.train.workers
+    if gpus and gpus < workers:
+        raise ConfigError(f"Setting train.workers: {workers} workers want a GPU each and the cluster has {gpus}; add nodes, or set "
+                          f"train.workers={gpus}.")
+    if cpus < workers + 1:
+        raise ConfigError(f"Setting train.workers: {workers} workers and the data stream want {workers + 1} CPUs and the cluster has "
+                          f"{cpus}; add nodes, or set train.workers={max(1, cpus - 1)}.")
+    return bool(gpus)
+
+
+# -- in the workers ---------------------------------------------------------------------------------------------------
+
+def _worker(settings: dict) -> None:
+    """One rank. What the user can mend is told to the board, not raised: Ray would try it again three times."""
+    try:
+        _train_rank(Preset.model_validate_json(settings["preset"]), settings["board"])
+    except UserError as error:
+        ray.get(settings["board"].fail.remote(str(error)))
+
+
+def _train_rank(preset: Preset, board) -> None:
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    trainer = Trainer(preset)
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            trainer.load(Path(folder))
+    held_out = held_out_batches(preset.data, preset.model.unet, preset.train.micro_batch, HELD_OUT_IMAGES, rank, world)
+
+    def post(metrics):
+        if rank == 0:
+            board.post.remote(metrics)
+
+    def report(write: Callable[[Path], None]):
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder))
+            ray.train.report({"step": trainer.progress.step}, ray.train.Checkpoint.from_directory(folder))
+
+    shard = ray.train.get_dataset_shard("train")
+    train_loop(trainer, lambda epoch: _ahead(_epoch(shard, preset, epoch)), held_out, Outlets(post, report))
+    weights = trainer.averaged_weights()
+
+    def final(folder: Path):
+        trainer.save(folder, trainer.progress)
+        if rank == 0:
+            save_weights(folder / WEIGHTS, weights, preset.model, step=str(trainer.progress.step), weights="ema")
+    report(final)
+
+
+def _epoch(shard, preset: Preset, epoch: int) -> Iterator[Batch]:
+    """This rank's batches of one epoch: equally many on every rank, shuffled within a bounded window."""
+    collate = Collate(preset.model.unet, preset.data, preset.train.seed)
+    shuffle = {}
+    if preset.data.shuffle_buffer:
+        shuffle = {"local_shuffle_buffer_size": preset.data.shuffle_buffer, "local_shuffle_seed": preset.train.seed + epoch}
+    last = None
+    for rows in shard.iter_batches(batch_size=preset.train.micro_batch, drop_last=True, **shuffle):
+        batch = collate(rows, epoch)
+        # A rank that skipped a batch would wait for the others at the end of the epoch, and they for it in the all-reduce.
+        last = batch if batch is not None else last
+        if last is not None:
+            yield last
+
+
+def _ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
+    """The same batches, decoded in a thread while the network computes."""
+    ready: queue.Queue = queue.Queue(depth)
+
+    def fill():
+        try:
+            for batch in batches:
+                ready.put(batch)
+            ready.put(None)
+        except BaseException as error:   # to be raised where the batches are used
+            ready.put(error)
+    threading.Thread(target=fill, name="glide-decode", daemon=True).start()
+    while (item := ready.get()) is not None:
+        if isinstance(item, BaseException):
+            raise item
+        yield item
+
+
+# -- beside them ------------------------------------------------------------------------------------------------------
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Where rank 0 posts its figures and any rank its failure; the driver reads it, wherever both run."""
+
+    def __init__(self):
+        self._metrics: list[dict] = []
+        self._failure: str | None = None
+
+    def post(self, metrics: dict) -> None:
+        self._metrics.append(metrics)
+
+    def fail(self, message: str) -> None:
+        self._failure = self._failure or message
+
+    def since(self, position: int) -> tuple[list[dict], str | None]:
+        return self._metrics[position:], self._failure
+
+
+class _Watching:
+    """Read the board while `fit` blocks: draw the bar, and append every figure to the metrics file."""
+
+    def __init__(self, board, path: Path, preset: Preset, progress: bool):
+        self._board, self._path = board, path
+        self._bar = tqdm(total=preset.train.steps, desc=f"train {preset.model.name}", unit="step", disable=not progress,
+                         initial=_last_step(path), dynamic_ncols=True, mininterval=1.0)
+        self._read, self._shown, self._stop = 0, {}, threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="glide-progress", daemon=True)
+        self.failure: str | None = None
+
+    def __enter__(self) -> _Watching:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._poll()
+        self._bar.close()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(1.0):
+            self._poll()
+
+    def _poll(self) -> None:
+        news, self.failure = ray.get(self._board.since.remote(self._read))
+        self._read += len(news)
+        if not news:
+            return
+        with open(self._path, "a") as file:
+            file.writelines(json.dumps(metrics) + "\n" for metrics in news)
+        for metrics in news:
+            self._shown.update({short: f"{metrics[name]:.3g}" for name, short in
+                                (("loss", "loss"), ("held_out", "held-out"), ("images_per_s", "images/s")) if name in metrics})
+        self._bar.set_postfix(self._shown, refresh=False)
+        self._bar.update(news[-1]["step"] - self._bar.n)
+        self._bar.refresh()
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """The figures of a run in order of steps. Steps that were done again after a fault stand once, as last done."""
+    steps: dict[tuple, dict] = {}
+    try:
+        for line in Path(path).read_text().splitlines():
+            try:
+                metrics = json.loads(line)
+            except ValueError:      # the line that was being written when the machine went down
+                continue
+            steps[metrics["step"], "held_out" in metrics] = metrics
+    except FileNotFoundError:
+        pass
+    return [steps[key] for key in sorted(steps)]
+
+
+def _last_step(path: Path) -> int:
+    metrics = read_metrics(path)
+    return metrics[-1]["step"] if metrics else 0
+
+
+def _result(out: Path, rows: Report | None = None) -> TrainingResult:
+    held_out = [metrics["held_out"] for metrics in read_metrics(out / METRICS) if "held_out" in metrics]
+    return TrainingResult(str(out / WEIGHTS), str(out / METRICS), _last_step(out / METRICS), held_out[0], held_out[-1], rows)

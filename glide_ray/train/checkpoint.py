@@ -1,0 +1,61 @@
+"""What lies in a checkpoint folder, and whether it belongs to a run.
+
+    preset.json               the configuration that ran
+    progress.json             step and epoch
+    ema.RANK.safetensors      each rank's part of the average
+    state/                    DeepSpeed's own files, each rank its part
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import Preset, UserError
+
+STATE = "state"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that does not belong to this run."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Optimizer steps done, and the epoch of the corpus that the next one begins."""
+
+    step: int = 0
+    epoch: int = 0
+
+
+def write_progress(folder: Path, preset: Preset, progress: Progress) -> None:
+    (folder / "preset.json").write_text(preset.model_dump_json(indent=1))
+    (folder / "progress.json").write_text(json.dumps(asdict(progress)))
+
+
+def read_progress(folder: Path, preset: Preset) -> Progress:
+    """Raises CheckpointError where the checkpoint is another model's."""
+    try:
+        saved = Preset.model_validate_json((folder / "preset.json").read_text())
+        progress = Progress(**json.loads((folder / "progress.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        raise CheckpointError(f"{folder} is not a whole glide_ray checkpoint; give the folder of another run.") from None
+    check_same(saved.model.model_dump(), preset.model.model_dump(), f"The checkpoint in {folder} is of another shape", "model.")
+    return progress
+
+
+def ema_path(folder: Path, rank: int) -> Path:
+    return folder / f"ema.{rank}.safetensors"
+
+
+def check_same(saved: dict[str, Any], wanted: dict[str, Any], what: str, prefix: str = "") -> None:
+    """Raise CheckpointError naming the first setting in which two configurations differ."""
+    for key in {**saved, **wanted}:
+        there, here = saved.get(key), wanted.get(key)
+        if isinstance(there, dict) and isinstance(here, dict):
+            check_same(there, here, what, f"{prefix}{key}.")
+        elif there != here:
+            raise CheckpointError(f"{what}: {prefix}{key} is {there!r} there and {here!r} here; use the same setting, or another "
+                                  f"output folder.")

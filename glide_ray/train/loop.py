@@ -1,0 +1,212 @@
+"""The training loop over an iterator of batches: DeepSpeed ZeRO, EMA, held-out loss, checkpoints. Runs on one process too."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from ..config import Preset, UserError
+from ..diffusion.schedule import make_schedule
+from ..forms import Batch
+from ..models.unet import GlideUNet
+from .checkpoint import STATE, Progress, ema_path, read_progress, write_progress
+from .ema import Ema
+from .objectives import OBJECTIVES, draw, held_out_sums
+from .zero import deepspeed_config, learning_rate, resolve_precision
+
+Metrics = dict[str, float | int | str]
+
+
+class TrainingError(UserError):
+    """Training that cannot go on."""
+
+
+@dataclass(frozen=True)
+class Outlets:
+    """Where a run's news goes. All ranks call each of them equally often.
+
+    `metrics` is given the figures of a step; `checkpoint` a function that writes this rank's part into the folder it is given.
+    """
+
+    metrics: Callable[[Metrics], None]
+    checkpoint: Callable[[Callable[[Path], None]], None]
+
+
+class Trainer:
+    """One rank's engine, average and schedule."""
+
+    def __init__(self, preset: Preset):
+        join_process_group()
+        self.preset, train = preset, preset.train
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if self.world != train.workers:
+            raise TrainingError(f"train.workers is {train.workers}, but {self.world} processes have been started.")
+        self.device = torch.device(deepspeed.get_accelerator().current_device_name())
+        self.precision = resolve_precision(train.precision, self.device.type)
+        self.schedule = make_schedule(preset.model.diffusion.schedule, preset.model.diffusion.steps).to(self.device)
+        self.objective = OBJECTIVES[train.objective]
+        torch.manual_seed(train.seed)       # every rank draws the same initial weights
+        model = GlideUNet(preset.model.unet)
+        model.activation_checkpointing = train.activation_checkpointing
+        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(),
+                                               config=deepspeed_config(train, self.precision))
+        self.ema = Ema(master_tensors(self.engine), train.ema_rate)
+        self.progress = Progress()
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def step(self, batches: Iterator[Batch], number: int) -> torch.Tensor:
+        """Optimizer step `number`, counted from 1: (total, mse, vb) means, still on the device."""
+        self.engine.train()
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate(self.preset.train, number)
+        # Drawn from the step and the rank: a run that is resumed, or split otherwise in time, draws the same.
+        generator = torch.Generator().manual_seed(_mix(self.preset.train.seed, number, self.rank))
+        sums = torch.zeros(3, device=self.device)
+        for _ in range(self.preset.train.accumulation):
+            batch = next(batches).to(self.device)
+            loss = self.objective(self.engine, self.schedule, batch, *draw(self.schedule, batch, generator))
+            self.engine.backward(loss.total.mean())
+            self.engine.step()
+            sums += torch.stack([loss.total.mean(), loss.mse.mean(), loss.vb.mean()]).detach()
+        self.ema.update(number)
+        return sums / self.preset.train.accumulation
+
+    def held_out(self, batches: Sequence[Batch]) -> Metrics:
+        """The hybrid loss on held-out images, over all ranks."""
+        self.engine.eval()
+        sums = held_out_sums(self.objective, self.engine, self.schedule, [batch.to(self.device) for batch in batches],
+                             self.preset.train.seed + self.rank)
+        total, mse, vb, count = self._sum(sums).tolist()
+        return {"held_out": total / count, "held_out_mse": mse / count, "held_out_vb": vb / count}
+
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        values = values.to(self.device)
+        dist.all_reduce(values)
+        return values
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, progress: Progress) -> None:
+        """This rank's part of a checkpoint that stands for `progress`; rank 0 adds what is common to all."""
+        self.engine.save_checkpoint(str(folder), tag=STATE)
+        self.ema.save(ema_path(folder, self.rank))
+        if self.rank == 0:
+            write_progress(folder, self.preset, progress)
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint. Raises CheckpointError for another model's, EmaError for another number of workers."""
+        self.progress = read_progress(folder, self.preset)
+        if not ema_path(folder, self.rank).exists():
+            raise TrainingError(f"The checkpoint in {folder} was written by fewer workers; go on with as many as then.")
+        self.ema.load(ema_path(folder, self.rank))
+        self.engine.load_checkpoint(str(folder), tag=STATE)
+
+    def averaged_weights(self) -> dict[str, torch.Tensor]:
+        """The EMA as a full float32 state dict on the CPU, on rank 0 ({} on the others). Every rank must call this."""
+        state = {}
+        with self.ema.in_place():
+            for name, parameter in self.engine.module.named_parameters():
+                full = _full_float32(parameter)
+                if self.rank == 0:
+                    state[name] = full.detach().float().cpu().clone()
+        return state
+
+
+def train_loop(trainer: Trainer, epoch_batches: Callable[[int], Iterator[Batch]], held_out: Sequence[Batch], outlets: Outlets) -> None:
+    """Train to `preset.train.steps` from wherever the trainer stands. `epoch_batches(n)` gives this rank's n-th epoch."""
+    train = trainer.preset.train
+    batches = _endless(epoch_batches, trainer)
+    if trainer.progress.step == 0:
+        outlets.metrics({"step": 0, **trainer.held_out(held_out)})
+    recent: list[torch.Tensor] = []
+    began = time.perf_counter()
+    for number in range(trainer.progress.step + 1, train.steps + 1):
+        recent.append(trainer.step(batches, number))
+        trainer.progress = Progress(number, trainer.progress.epoch)
+
+        # Figures: one transfer from the device for all steps since the last.
+        if number % train.log_every == 0 or number == train.steps:
+            total, mse, vb = (trainer._sum(torch.stack(recent).mean(0)) / trainer.world).tolist()
+            now = time.perf_counter()
+            if not math.isfinite(total):
+                raise TrainingError(f"The loss is {total} at step {number}; lower train.learning_rate, or set train.clip_norm=1.")
+            outlets.metrics({"step": number, "loss": total, "mse": mse, "vb": vb, "epoch": trainer.progress.epoch,
+                             "images_per_s": train.batch * len(recent) / (now - began)})
+            recent, began = [], now
+
+        if number % train.evaluate_every == 0 or number == train.steps:
+            outlets.metrics({"step": number, **trainer.held_out(held_out)})
+            began = time.perf_counter()
+
+        if number % train.checkpoint_every == 0 and number < train.steps:
+            # A resumed run begins the next epoch: what it has seen of this one is not seen again.
+            progress = Progress(number, trainer.progress.epoch + 1)
+            outlets.checkpoint(lambda folder, progress=progress: trainer.save(folder, progress))
+            began = time.perf_counter()
+
+
+def _endless(epoch_batches: Callable[[int], Iterator[Batch]], trainer: Trainer) -> Iterator[Batch]:
+    epoch = trainer.progress.epoch
+    while True:
+        trainer.progress = Progress(trainer.progress.step, epoch)
+        seen = 0
+        for batch in epoch_batches(epoch):
+            seen += 1
+            yield batch
+        if not seen:
+            raise TrainingError(f"The corpus {trainer.preset.data.corpus} has too few usable images for one batch of "
+                                f"{trainer.preset.train.micro_batch} on each worker; lower train.batch, or add images.")
+        epoch += 1
+
+
+# -- DeepSpeed --------------------------------------------------------------------------------------------------------
+
+def quiet() -> None:
+    """Keep DeepSpeed's banners off the user's terminal, and do not compile its shared-memory collective (48 s at first use)."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def join_process_group() -> None:
+    """Use the process group at hand (Ray's); else make one of this single process."""
+    quiet()
+    if dist.is_initialized():
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port)), ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(name, value)
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def master_tensors(engine: deepspeed.DeepSpeedEngine) -> list[torch.Tensor]:
+    """The float32 tensors that this rank's optimizer steps, whatever the ZeRO stage and precision."""
+    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):     # stage 3; stages 1 and 2
+        tensors = getattr(engine.optimizer, attribute, None)
+        if tensors:
+            return list(tensors)
+    return list(engine.module.parameters())       # stage 0 in float32
+
+
+def _full_float32(parameter: torch.nn.Parameter) -> torch.Tensor:
+    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):      # partitioned: gathered over all ranks
+        return deepspeed.utils.safe_get_full_fp32_param(parameter)
+    return parameter
+
+
+def _mix(seed: int, step: int, rank: int) -> int:
+    """One 63-bit seed from three numbers, different for each."""
+    return (seed * 1_000_003 + step * 8191 + rank) % 2**63

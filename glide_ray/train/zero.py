@@ -1,0 +1,47 @@
+"""TrainConfig -> the dictionary that DeepSpeed takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import ConfigError, TrainConfig
+
+FIRST_LOSS_SCALE_POWER = 16   # of two; dynamic loss scaling halves it on overflow (sec. 4.1: traditional loss scaling)
+
+
+def resolve_precision(precision: str, device: str) -> str:
+    """`auto` is fp16 on a GPU, as in the paper, and bf16 on a CPU, where DeepSpeed refuses fp16. Raises ConfigError."""
+    if precision == "auto":
+        return "fp16" if device == "cuda" else "bf16"
+    if precision == "fp16" and device != "cuda":
+        raise ConfigError("Setting train.precision: fp16 needs a GPU; use bf16, fp32 or auto on a CPU.")
+    return precision
+
+
+def deepspeed_config(train: TrainConfig, precision: str) -> dict[str, Any]:
+    """`precision` resolved: fp32, bf16 or fp16. The learning rate's warm-up is the loop's. Raises ConfigError."""
+    if train.zero_stage == 0 and precision != "fp32":
+        raise ConfigError(f"Setting train.zero_stage: 0 keeps no float32 master weights for {precision}; use 1, 2 or 3.")
+    config: dict[str, Any] = {
+        "train_batch_size": train.batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": train.clip_norm,
+        # torch's AdamW: DeepSpeed's own CPU Adam would be compiled on the user's machine first.
+        "optimizer": {"type": "AdamW", "params": {"lr": train.learning_rate, "weight_decay": train.weight_decay,
+                                                  "torch_adam": True}},
+        "zero_optimization": {"stage": train.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if precision == "fp16":
+        config["fp16"] = {"enabled": True, "initial_scale_power": FIRST_LOSS_SCALE_POWER}
+    elif precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    return config
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """Of optimizer step number `step`, counted from 1: a linear warm-up, then constant (ADM)."""
+    return train.learning_rate * min(1.0, step / train.warmup_steps) if train.warmup_steps else train.learning_rate
