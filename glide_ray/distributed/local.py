@@ -42,4 +42,6 @@ def _worker_environment() -> dict[str, str]:
     binaries = [str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(os.pathsep)]
     return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "PATH": os.pathsep.join(dict.fromkeys(binaries)),
             # One line a warning about unused GPUs per worker helps nobody on a CPU.
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_TRAIN_V2_ENABLED": "1"}
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_TRAIN_V2_ENABLED": "1",
+            # Ray turns token authentication on for a new cluster; named, so that other processes of ours have it too.
+            "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}

@@ -1,0 +1,58 @@
+"""Pictures for people: contact sheets, edits, loss curves."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN, INK, PAPER, HOLE = 12, (30, 30, 30), (255, 255, 255), (70, 190, 90)
+
+
+def contact_sheet(images: Sequence[np.ndarray], labels: Sequence[str], columns: int = 4, size: int = 192, title: str = "") -> Image.Image:
+    """Images uint8 (H, W, 3) in a grid, each with its label below."""
+    font, line = ImageFont.load_default(13), 16
+    wrapped = [textwrap.wrap(label, size // 7)[:3] for label in labels]
+    label_height = line * max((len(lines) for lines in wrapped), default=1) + 4
+    top = MARGIN + (line + MARGIN if title else 0)
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (MARGIN + columns * (size + MARGIN), top + rows * (size + label_height + MARGIN)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((MARGIN, MARGIN), title, INK, ImageFont.load_default(15))
+    for n, (pixels, lines) in enumerate(zip(images, wrapped, strict=True)):
+        x, y = MARGIN + n % columns * (size + MARGIN), top + n // columns * (size + label_height + MARGIN)
+        sheet.paste(Image.fromarray(pixels).resize((size, size), Image.Resampling.BOX if len(pixels) > size else Image.Resampling.NEAREST), (x, y))
+        for k, text in enumerate(lines):
+            draw.text((x, y + size + 3 + k * line), text, INK, font)
+    return sheet
+
+
+def show_hole(image: np.ndarray, known_mask: np.ndarray) -> np.ndarray:
+    """The image with what is not known in green, as the paper's figure 2 shows it."""
+    return np.where(known_mask[..., None], image, np.array(HOLE, np.uint8))
+
+
+def loss_curves(runs: Mapping[str, Sequence[Mapping]], path: str | Path) -> None:
+    """Training and held-out loss over steps, one panel a run, to a PNG. `runs`: name -> metrics as `glide train` writes them."""
+    import matplotlib   # only where curves are drawn
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, len(runs), figsize=(5.5 * len(runs), 4), squeeze=False, layout="constrained")
+    for axis, (name, metrics) in zip(axes[0], runs.items(), strict=True):
+        for key, label, style in (("loss", "training", "-"), ("held_out", "held out", "o-")):
+            points = [(row["step"], row[key]) for row in metrics if key in row]
+            axis.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
+        first = next(row["held_out"] for row in metrics if "held_out" in row)
+        axis.axhline(first / 3, linestyle=":", color="grey", linewidth=1, label="a third of the first held-out value")
+        axis.set(title=name, xlabel="step", ylabel="hybrid loss (log scale)", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(path).with_suffix(".partial.png")
+    figure.savefig(partial, dpi=110)
+    partial.replace(path)
+    pyplot.close(figure)
