@@ -48,6 +48,10 @@ class Stage:
             request = cascade.upsampler_request(self.config, "", 0, torch.zeros(3, size, size), steps=1)
         self._engine.submit(request).result()
 
+    def load(self) -> tuple[int, int]:
+        """Samples in flight and waiting."""
+        return self._engine.in_flight, self._engine.queued
+
     async def sample(self, request) -> torch.Tensor:
         """(3, H, W). When the caller leaves, its future is cancelled and the sample with it, before the next step."""
         return await asyncio.wrap_future(self._engine.submit(request))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ray
 
+LAPTOP_CPUS = 4                    # two trainers and their data, or the three deployments
 OBJECT_STORE_BYTES = 384 * 2**20   # bytes of images, not pixels, pass through it: little is enough
 
 
@@ -25,7 +26,10 @@ def connect(cpus: int) -> None:
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
         return
     os.environ.update(environment)
-    ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), object_store_memory=OBJECT_STORE_BYTES,
+    # Ray turns token authentication on for a new cluster by itself, which is as it should be and no news to the user.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)     # a line at the end of every stream
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    ray.init(address="local", num_cpus=max(cpus, LAPTOP_CPUS, os.cpu_count() or 1), object_store_memory=OBJECT_STORE_BYTES,
              include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
 
 
@@ -42,6 +46,4 @@ def _worker_environment() -> dict[str, str]:
     binaries = [str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(os.pathsep)]
     return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "PATH": os.pathsep.join(dict.fromkeys(binaries)),
             # One line a warning about unused GPUs per worker helps nobody on a CPU.
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_TRAIN_V2_ENABLED": "1",
-            # Ray turns token authentication on for a new cluster; named, so that other processes of ours have it too.
-            "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_TRAIN_V2_ENABLED": "1"}

@@ -1,0 +1,111 @@
+"""Shared parts: one Ray for the session, an S3 server, a small drawn corpus, and tiny models with random weights."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from glide_ray import presets
+from glide_ray.config import override
+from glide_ray.data.images import encode
+from glide_ray.data.shards import Sample, write_shards
+from glide_ray.models.unet import GlideUNet
+from glide_ray.models.weights import save_weights
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+COLOURS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 70, 220), "yellow": (240, 210, 40)}
+TINY_BASE = ["model.unet.image_size=16", "model.unet.channels=16", "model.unet.multipliers=1,2", "model.unet.attention_sizes=8",
+             "model.unet.head_channels=16", "model.unet.text.width=16", "model.unet.text.layers=1", "model.unet.text.heads=1"]
+TINY_UPSAMPLER = [*TINY_BASE, "model.unet.image_size=64", "model.unet.low_res_size=16", "model.unet.attention_sizes=",
+                  "data.crop=none", "data.min_size=16"]
+
+
+def tiny(kind="base", *settings):
+    """A preset of a model that runs in milliseconds: 16 pixels, or 16 -> 64."""
+    return override(presets.get(f"nano-{kind}"), [*(TINY_BASE if kind == "base" else TINY_UPSAMPLER), *settings])
+
+
+def random_model(unet, seed=0):
+    """A model none of whose outputs is zero, as they are by initialisation."""
+    torch.manual_seed(seed)
+    model = GlideUNet(unet).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def draw(colour, shape, size=64):
+    image = Image.new("RGB", (size, size), (255, 255, 255))
+    getattr(ImageDraw.Draw(image), shape)((size // 5, size // 5, size * 4 // 5, size * 4 // 5), fill=COLOURS[colour])
+    return np.asarray(image)
+
+
+def drawn_samples(count, size=64):
+    for n in range(count):
+        colour, shape = list(COLOURS)[n % 4], ("ellipse", "rectangle")[n // 4 % 2]
+        yield Sample(f"{n:05d}", encode(draw(colour, shape, size)), "png", (f"a {colour} {shape}", colour), {"number": n})
+
+
+@pytest.fixture(scope="session")
+def drawn_corpus(tmp_path_factory):
+    """A folder with train/ (96 drawings in 3 shards) and held_out/ (16)."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_shards(folder / "train", drawn_samples(96), per_shard=32)
+    write_shards(folder / "held_out", drawn_samples(16))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory):
+    """Weights files of a tiny base model and upsampler: {"base": path, "upsampler": path}."""
+    folder = tmp_path_factory.mktemp("weights")
+    paths = {}
+    for kind in ("base", "upsampler"):
+        config = tiny(kind).model
+        paths[kind] = folder / f"{kind}.safetensors"
+        save_weights(paths[kind], random_model(config.unet).state_dict(), config)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    from glide_ray.distributed.local import connect, disconnect
+    connect(6)
+    yield
+    disconnect()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory):
+    """moto's S3 server in a process of its own; gives a bucket's URL. Credentials and endpoint are in the environment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen([os.path.join(os.path.dirname(sys.executable), "moto_server"), "-H", "127.0.0.1", "-p", str(port)],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
+                   "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "GLIDE_CACHE": str(tmp_path_factory.mktemp("cache"))}
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    import boto3
+
+    from glide_ray import storage
+    storage._client.cache_clear()
+    for _ in range(100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.1)
+    boto3.client("s3").create_bucket(Bucket="corpus")
+    yield "s3://corpus"
+    server.terminate()
+    server.wait(10)
+    for name, value in before.items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    storage._client.cache_clear()

@@ -1,0 +1,96 @@
+"""The cascade end to end on tiny models, and the files that it is loaded from."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from conftest import random_model, tiny
+from glide_ray.cascade import Cascade, RequestError, shrink_known
+from glide_ray.models.weights import WeightsError, load_config, load_model, load_weights, save_weights
+
+
+@pytest.fixture(scope="module")
+def cascade(tiny_weights):
+    return Cascade.load(tiny_weights["base"], tiny_weights["upsampler"])
+
+
+def test_prompts_become_pictures_of_the_upsamplers_size(cascade):
+    images = cascade.generate(["a red apple", "a dog"], [1, 2], steps=3, upsampler_steps="2,1")
+    assert [image.shape for image in images] == [(64, 64, 3)] * 2 and images[0].dtype == np.uint8
+    assert np.array_equal(cascade.generate(["a dog"], [2], steps=3, upsampler_steps="2,1")[0], images[1])
+
+
+def test_without_an_upsampler_pictures_have_the_bases_size(tiny_weights):
+    assert Cascade.load(tiny_weights["base"]).generate(["x"], [0], steps=2)[0].shape == (16, 16, 3)
+
+
+def test_progress_is_told_by_stage(cascade):
+    told = []
+    cascade.generate(["x", "y"], [0, 1], steps=2, upsampler_steps=2, progress=lambda stage, finished: told.append((stage, finished)))
+    assert told == [("base", 0), ("base", 2), ("upsampler", 0), ("upsampler", 2)]
+
+
+def test_an_edit_keeps_every_known_pixel_to_the_last_bit_and_paints_the_rest(cascade):
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    known = np.ones((64, 64), bool)
+    known[10:37, 20:51] = False
+    edited = cascade.edit(image, known, "a dog", 3, steps=3, upsampler_steps=3)
+    assert np.array_equal(edited[known], image[known])
+    assert (edited[~known] != image[~known]).mean() > 0.5
+
+
+def test_a_small_pixel_is_known_only_if_all_that_it_covers_is(cascade):
+    known = np.ones((64, 64), bool)
+    known[0, 0] = False
+    assert shrink_known(np.zeros((64, 64, 3), np.uint8), known, 16)[1].sum() == 16 * 16 - 1
+
+
+def test_an_edit_with_a_mask_of_another_size_is_refused(cascade):
+    with pytest.raises(RequestError, match="64x64.*64x64 and 32x32"):
+        cascade.edit(np.zeros((64, 64, 3), np.uint8), np.ones((32, 32), bool), "x", 0)
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+def test_a_weights_file_gives_back_the_model_and_its_config(tmp_path):
+    config = tiny().model
+    model = random_model(config.unet)
+    save_weights(tmp_path / "w.safetensors", model.state_dict(), config, step="7")
+    loaded, loaded_config = load_model(tmp_path / "w.safetensors")
+    assert loaded_config == config and not loaded.training
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_base_and_upsampler_exchanged_are_noticed(tiny_weights):
+    with pytest.raises(WeightsError, match="were the two exchanged"):
+        Cascade.load(tiny_weights["upsampler"], tiny_weights["base"])
+
+
+def test_weights_that_are_missing_truncated_foreign_or_misshapen_are_refused_in_one_sentence(tmp_path, tiny_weights):
+    def refuse(path, message):
+        with pytest.raises(WeightsError, match=message) as refusal:
+            load_model(path)
+        assert "\n" not in str(refusal.value)
+    refuse(tmp_path / "none.safetensors", "There is no weights file")
+    whole = tiny_weights["base"].read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:len(whole) // 2])
+    refuse(tmp_path / "cut.safetensors", "not a whole safetensors file")
+    (tmp_path / "text.safetensors").write_text("hello")
+    refuse(tmp_path / "text.safetensors", "not a whole safetensors file")
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    refuse(tmp_path / "foreign.safetensors", "carries no glide_ray config")
+    config, state = load_weights(tiny_weights["base"])
+    save_weights(tmp_path / "wide.safetensors", state, tiny("base", "model.unet.channels=32").model)
+    refuse(tmp_path / "wide.safetensors", r"another shape: \S+ is \[.*\] there and \[.*\] in this model")
+    save_weights(tmp_path / "less.safetensors", {name: state[name] for name in list(state)[1:]}, config)
+    refuse(tmp_path / "less.safetensors", "has no tensor")
+    save_weights(tmp_path / "more.safetensors", state | {"surprise": torch.zeros(1)}, config)
+    refuse(tmp_path / "more.safetensors", "'surprise'")
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "base.pt")
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        load_config(tmp_path / "base.pt")

@@ -1,0 +1,135 @@
+"""The diffusion process against closed forms."""
+
+import math
+
+import pytest
+import torch
+
+from glide_ray.diffusion.guidance import classifier_free
+from glide_ray.diffusion.loss import discretised_log_likelihood, gaussian_kl, hybrid_loss
+from glide_ray.diffusion.process import eps_from_x0, posterior_mean, q_sample, x0_from_eps
+from glide_ray.diffusion.samplers import SAMPLERS, Known
+from glide_ray.diffusion.schedule import ScheduleError, join, kept_timesteps, make_schedule, respace
+from glide_ray.forms import ModelOutput
+
+
+def full(index, batch=2):
+    return torch.full((batch,), index)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_respacing_keeps_the_signal_power_of_each_timestep_it_keeps(name):
+    schedule = make_schedule(name)
+    short = respace(schedule, "10,10,3,2,2")
+    assert len(short) == 27
+    assert torch.equal(short.alpha_bar, schedule.alpha_bar[short.timestep])
+    assert torch.equal(short.alpha_bar_prev[1:], short.alpha_bar[:-1]) and short.alpha_bar_prev[0] == 1
+
+
+def test_the_posterior_is_what_bayes_rule_gives():
+    """Product of q(x_{t-1}|x_0) and q(x_t|x_{t-1}), both normal, for one pixel."""
+    schedule = respace(make_schedule("linear"), "50")
+    for index in (1, 17, 49):
+        abar, prev = schedule.alpha_bar[index].item(), schedule.alpha_bar_prev[index].item()
+        alpha = abar / prev
+        precision = 1 / (1 - prev) + alpha / (1 - alpha)
+        assert schedule.posterior_variance[index].item() == pytest.approx(1 / precision, rel=1e-9)
+        x0, x = 0.3, -1.1
+        mean = (math.sqrt(prev) * x0 / (1 - prev) + math.sqrt(alpha) * x / (1 - alpha)) / precision
+        ours = posterior_mean(schedule, torch.full((1, 1, 1, 1), x0), torch.full((1, 1, 1, 1), x), full(index, 1))
+        assert ours.item() == pytest.approx(mean, abs=1e-6)
+
+
+def test_eps_and_x0_say_the_same_thing():
+    schedule, i = make_schedule("cosine"), torch.tensor([3, 500])
+    x0, noise = torch.rand(2, 3, 4, 4) * 2 - 1, torch.randn(2, 3, 4, 4)
+    x = q_sample(schedule, x0, i, noise)
+    assert torch.allclose(x0_from_eps(schedule, x, i, noise), x0, atol=1e-5)
+    assert torch.allclose(eps_from_x0(schedule, x, i, x0), noise, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_sampling_gaussian_data_with_its_exact_denoiser_gives_its_standard_deviation(sampler):
+    """For x_0 ~ N(0, s^2) the best eps is linear in x; 250 steps must carry noise to that distribution."""
+    s, schedule = 0.2, respace(make_schedule("linear"), "250")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 3, 32, 32, generator=generator)
+    for index in reversed(range(len(schedule))):
+        i, abar = full(index, 8), schedule.alpha_bar[index].item()
+        eps = x * math.sqrt(1 - abar) / (abar * s**2 + 1 - abar)
+        output = ModelOutput(eps, -torch.ones_like(x))       # the posterior's variance
+        x = SAMPLERS[sampler](schedule, output, x, i, torch.randn(x.shape, generator=generator)).x
+    assert x.std().item() == pytest.approx(s, rel=0.03)
+    assert abs(x.mean().item()) < 0.01
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_known_pixels_come_out_exactly(sampler):
+    schedule = respace(make_schedule("cosine"), "7")
+    known = Known(torch.rand(2, 3, 8, 8) * 2 - 1, (torch.rand(2, 1, 8, 8) > 0.5).float())
+    x = torch.randn(2, 3, 8, 8)
+    for index in reversed(range(7)):
+        output = ModelOutput(torch.randn_like(x), torch.rand_like(x) * 2 - 1)
+        x = SAMPLERS[sampler](schedule, output, x, full(index), torch.randn_like(x), known).x
+    kept = known.mask.expand_as(x) > 0
+    assert torch.equal(x[kept], known.image[kept])
+
+
+def test_samples_of_different_schedules_and_timesteps_share_a_step():
+    parts = [respace(make_schedule("cosine"), spacing) for spacing in ("5", "ddim25")]
+    both, i = join(parts), torch.tensor([3, 5 + 20])
+    x, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    output = ModelOutput(torch.randn_like(x), torch.rand_like(x))
+    together = SAMPLERS["ancestral"](both, output, x, i, noise).x
+    for row, (schedule, index) in enumerate(zip(parts, (3, 20), strict=True)):
+        alone = SAMPLERS["ancestral"](schedule, output[row:row + 1], x[row:row + 1], full(index, 1), noise[row:row + 1]).x
+        assert torch.equal(together[row:row + 1], alone)
+
+
+def test_guidance_extrapolates_per_sample_and_spares_scale_one_its_empty_half():
+    asked = []
+
+    def paired(x, timestep):
+        asked.append(len(x))
+        eps = torch.cat([torch.full((3, 3, 2, 2), 2.0), torch.full((len(x) - 3, 3, 2, 2), 1.0)])
+        return ModelOutput(eps, eps)
+    output = classifier_free(paired, torch.tensor([1.0, 3.0, 0.0]))(torch.zeros(3, 3, 2, 2), torch.zeros(3))
+    assert asked == [5]
+    assert output.eps[:, 0, 0, 0].tolist() == [2.0, 4.0, 1.0]
+    assert output.variance[:, 0, 0, 0].tolist() == [2.0, 2.0, 2.0]
+
+
+def test_the_kl_of_two_normals_is_that_of_torch():
+    mean1, mean2, log1, log2 = torch.randn(4, 100)
+    theirs = torch.distributions.kl_divergence(torch.distributions.Normal(mean1, (log1 / 2).exp()),
+                                               torch.distributions.Normal(mean2, (log2 / 2).exp()))
+    assert torch.allclose(gaussian_kl(mean1, log1, mean2, log2), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_likelihoods_of_all_256_pixel_values_add_up_to_one():
+    values = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    total = discretised_log_likelihood(values, torch.tensor(0.1), torch.tensor(-2.0)).exp().sum()
+    assert total.item() == pytest.approx(1, abs=1e-6)
+
+
+def test_the_variance_term_sends_no_gradient_through_eps():
+    schedule, i = make_schedule("cosine"), torch.tensor([5, 400])
+    x0, noise = torch.rand(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    eps, variance = torch.randn(2, 3, 4, 4, requires_grad=True), torch.zeros(2, 3, 4, 4, requires_grad=True)
+    loss = hybrid_loss(schedule, ModelOutput(eps, variance), x0, q_sample(schedule, x0, i, noise), i, noise)
+    assert torch.autograd.grad(loss.vb.sum(), eps, retain_graph=True, allow_unused=True)[0] is None
+    assert torch.autograd.grad(loss.vb.sum(), variance, retain_graph=True)[0].abs().sum() > 0
+    assert torch.autograd.grad(loss.mse.sum(), variance, allow_unused=True)[0] is None
+
+
+@pytest.mark.parametrize("spacing", ["0", "-3", "many", "", "1001", "300,800", "ddim999", "5,,3", "ddim", "1,"])
+def test_a_respacing_that_makes_no_sense_is_refused_in_one_sentence(spacing):
+    with pytest.raises(ScheduleError) as refusal:
+        kept_timesteps(1000, spacing)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) > 30
+
+
+def test_any_possible_number_of_steps_is_kept():
+    for count in (1, 2, 3, 27, 999, 1000):
+        kept = kept_timesteps(1000, count)
+        assert len(kept) == len(set(kept)) == count and kept == sorted(kept)

@@ -1,0 +1,136 @@
+"""The application on Ray Serve, asked by OpenAI's own client over HTTP."""
+
+import base64
+import io
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import ray
+from PIL import Image
+
+from conftest import random_model, tiny
+from glide_ray.cascade import Cascade
+from glide_ray.config import ConfigError, ServeConfig, UserError
+from glide_ray.models.weights import save_weights
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+PROMPT, STEPS = "a red apple", 3
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A cascade 16 -> 64, whose sizes the API does not name: the models here are 64 and 256 pixels wide and very thin."""
+    folder, paths = tmp_path_factory.mktemp("serve"), {}
+    for kind, sizes in (("base", ["model.unet.image_size=64"]), ("upsampler", ["model.unet.image_size=256", "model.unet.low_res_size=64"])):
+        config = tiny(kind, *sizes).model
+        paths[kind] = str(folder / f"{kind}.safetensors")
+        save_weights(paths[kind], random_model(config.unet).state_dict(), config)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def url(weights):
+    from serve.app import serving
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with serving(ServeConfig(**weights, port=port)) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def generate(client, seed, **options):
+    answer = client.images.generate(prompt=PROMPT, extra_body={"seed": seed, "steps": STEPS}, **options)
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(item.b64_json)))) for item in answer.data]
+
+
+def test_openais_client_generates(client):
+    images = generate(client, 1, n=2, size="256x256")
+    assert [image.shape for image in images] == [(256, 256, 3)] * 2 and not np.array_equal(*images)
+    assert generate(client, 1, size="64x64")[0].shape == (64, 64, 3)
+
+
+def test_the_picture_over_http_is_the_one_of_the_cascade_in_this_process(client, weights):
+    """The replica's base stage, 8-bit rounding and upsampler stage, against the same two calls here."""
+    here = Cascade.load(weights["base"], weights["upsampler"]).generate([PROMPT], [4], steps=STEPS)[0].astype(int)
+    assert np.abs(generate(client, 4)[0].astype(int) - here).max() <= 1
+
+
+def test_a_seed_gives_the_same_picture_alone_and_under_load(client):
+    alone = generate(client, 7)[0]
+    with ThreadPoolExecutor(6) as pool:
+        crowd = list(pool.map(lambda seed: generate(client, seed)[0], [7, 1, 2, 7, 3, 7]))
+    for n in (0, 3, 5):
+        assert np.array_equal(crowd[n], alone)
+
+
+def test_openais_client_edits_and_what_is_known_is_kept_exactly(client):
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    alpha = np.full((256, 256, 1), 255, np.uint8)
+    alpha[60:180, 90:200] = 0
+    files = []
+    for pixels in (image, np.concatenate([image, alpha], axis=2)):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        files.append(("x.png", buffer.getvalue(), "image/png"))
+    answer = client.images.edit(image=files[0], mask=files[1], prompt="a dog", extra_body={"seed": 2, "steps": STEPS})
+    edited = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))))
+    known = alpha[:, :, 0] > 0
+    assert np.array_equal(edited[known], image[known]) and (edited[~known] != image[~known]).mean() > 0.5
+
+
+def test_openais_client_lists_the_model_and_the_server_is_healthy(client, url):
+    assert [model.id for model in client.models.list()] == ["nano-base"]
+    assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
+
+
+def test_openais_client_understands_a_refusal(client):
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.images.generate(prompt="x", n=99)
+    assert refusal.value.param == "n" and "between 1 and 4" in refusal.value.message
+    with pytest.raises(openai.NotFoundError):
+        client.images.generate(prompt="x", model="dall-e-3")
+
+
+def test_every_answer_has_one_request_id(url):
+    answer = httpx.get(f"{url}/healthz", headers={"x-request-id": "mine-1"})
+    assert answer.headers.get_list("x-request-id") == ["mine-1"]
+
+
+def test_a_client_that_leaves_frees_its_place(client, url):
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/images/generations", json={"prompt": "x", "steps": 1000, "size": "64x64"}, timeout=1.0)
+    began = time.monotonic()
+    generate(client, 1, size="64x64")
+    assert time.monotonic() - began < 20      # a thousand steps take longer; the first one's are not waited for
+    base = ray.serve.get_deployment_handle("base", "glide")
+    assert base.load.remote().result(timeout_s=30) == (0, 0)
+
+
+def test_the_server_listens_on_loopback_only(url):
+    import subprocess
+    port = url.rsplit(":", 1)[1]
+    listening = subprocess.run(["ss", "-ltnH"], capture_output=True, text=True, check=False).stdout
+    addresses = {line.split()[3] for line in listening.splitlines() if line.split()[3].endswith(f":{port}")}
+    assert addresses in ({f"127.0.0.1:{port}"}, set())      # no `ss` on some machines
+
+
+def test_weights_that_do_not_belong_together_are_refused_before_anything_starts(weights, tiny_weights, tmp_path):
+    from serve.app import app, build
+    with pytest.raises(UserError, match="There is no file .*none.safetensors"):
+        build(ServeConfig(base=str(tmp_path / "none.safetensors"), upsampler=weights["upsampler"]))
+    with pytest.raises(UserError, match="were the two exchanged"):
+        build(ServeConfig(base=weights["upsampler"], upsampler=weights["base"]))
+    with pytest.raises(UserError, match="enlarges 16 pixels and .* makes 64"):
+        build(ServeConfig(base=weights["base"], upsampler=str(tiny_weights["upsampler"])))
+    with pytest.raises(ConfigError, match="no setting 'bas'; did you mean 'base'"):
+        app({"bas": "x"})

@@ -1,0 +1,155 @@
+"""Samples in flight: the same in any company, coming and going between steps."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from conftest import random_model, tiny
+from glide_ray.cascade import RequestError, base_request, check_options, upsampler_request
+from glide_ray.config import UserError
+from glide_ray.stepper import Engine, Stepper
+
+
+def stepper(kind="base", **options):
+    config = tiny(kind).model
+    return Stepper(random_model(config.unet), config, **options)
+
+
+def request(kind="base", seed=7, prompt="a red apple", **options):
+    config = tiny(kind).model
+    if kind == "base":
+        return base_request(config, prompt, seed, **options)
+    low_res = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return upsampler_request(config, prompt, seed, low_res, **options)
+
+
+def company(kind, crowd):
+    """A sample that joins four others under way, two of which leave before it."""
+    for seed, steps in ((1, 3), (2, 5), (3, "fast27")):
+        crowd.submit(request(kind, seed, f"other {seed}", steps=steps))
+    crowd.step()
+    ticket = crowd.submit(request(kind, steps=8))
+    crowd.submit(request(kind, 9, "late", steps=12))
+    images = {}
+    while ticket not in images:
+        images.update(crowd.step())
+    assert crowd.in_flight >= 1
+    return images[ticket]
+
+
+@pytest.mark.parametrize("kind", ["base", "upsampler"])
+def test_a_sample_is_the_same_to_the_bit_alone_and_among_four_others(kind):
+    alone = stepper(kind).run([request(kind, steps=8)])[0]
+    assert torch.equal(company(kind, stepper(kind)), alone)
+
+
+@pytest.mark.parametrize("kind", ["base", "upsampler"])
+def test_in_one_network_call_for_all_a_sample_differs_by_rounding_only(kind):
+    alone = stepper(kind).run([request(kind, steps=8)])[0]
+    together = company(kind, stepper(kind, batched=True))
+    assert (together - alone).abs().max() < 2e-3
+
+
+def test_guidance_samplers_steps_and_captions_are_each_samples_own():
+    wanted = [request(steps=4), request(steps=6, guidance_scale=1.0), request(steps=5, guidance_scale=5.0, sampler="ddim"),
+              request(steps=4, prompt="a dog")]
+    together = stepper(batched=True).run(wanted)
+    for image, one in zip(together, wanted, strict=True):
+        assert torch.allclose(image, stepper().run([one])[0], atol=2e-3)
+    assert len({image.sum().item() for image in together}) == 4
+
+
+def test_a_seed_gives_one_picture_and_another_seed_another():
+    images = stepper().run([request(seed=1, steps=3), request(seed=1, steps=3), request(seed=2, steps=3)])
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+    assert images.abs().max() <= 1
+
+
+def test_no_more_samples_are_in_flight_than_there_is_room_for():
+    crowd = stepper(max_in_flight=2)
+    for seed in range(5):
+        crowd.submit(request(seed=seed, steps=2))
+    crowd.step()
+    assert (crowd.in_flight, crowd.queued) == (2, 3)
+    done = 0
+    while crowd.in_flight or crowd.queued:
+        done += len(crowd.step())
+        assert crowd.in_flight <= 2
+    assert done == 5
+
+
+def test_a_cancelled_sample_leaves_at_once_and_changes_no_other():
+    alone = stepper().run([request(steps=5)])[0]
+    crowd = stepper()
+    leaver, stayer = crowd.submit(request(seed=3, steps=9)), crowd.submit(request(steps=5))
+    crowd.step()
+    assert crowd.cancel(leaver) and crowd.in_flight == 1
+    assert not crowd.cancel(leaver)
+    images = {}
+    while not images:
+        images.update(crowd.step())
+    assert torch.equal(images[stayer], alone)
+
+
+def test_known_pixels_are_kept_and_the_rest_is_painted():
+    import numpy as np
+    known = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    mask = np.zeros((16, 16), bool)
+    mask[:, :8] = True
+    image = stepper().run([request(steps=4, known=known, known_mask=mask)])[0]
+    from glide_ray.data.images import to_uint8
+    assert np.array_equal(to_uint8(image)[mask], known[mask])
+    assert not np.array_equal(to_uint8(image)[~mask], known[~mask])
+
+
+def test_an_engine_answers_many_threads_and_matches_the_stepper():
+    wanted = stepper().run([request(seed=seed, steps=3) for seed in range(6)])
+    engine = Engine(stepper(max_in_flight=3))
+    results = {}
+
+    def ask(seed):
+        results[seed] = engine.submit(request(seed=seed, steps=3)).result(60)
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    engine.close()
+    assert all(torch.equal(results[seed], wanted[seed]) for seed in range(6))
+
+
+def test_a_future_that_is_cancelled_frees_its_place_within_two_steps():
+    engine = Engine(stepper())
+    future = engine.submit(request(steps=1000))
+    while engine.steps_done < 2:
+        time.sleep(0.01)
+    assert engine.in_flight == 1
+    future.cancel()
+    before = engine.steps_done
+    deadline = time.monotonic() + 20
+    while engine.in_flight and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert engine.in_flight == 0 and engine.steps_done <= before + 2
+    engine.close()
+
+
+def test_an_engine_that_is_asked_for_nonsense_answers_and_goes_on():
+    engine = Engine(stepper())
+    with pytest.raises(UserError, match="no sampler 'euler'"):
+        engine.submit(request(sampler="euler")).result(60)
+    with pytest.raises(UserError, match="Respacing"):
+        engine.submit(request(steps="1,2,")).result(60)
+    assert engine.submit(request(steps=2)).result(60).shape == (3, 16, 16)
+    engine.close()
+
+
+@pytest.mark.parametrize("options, param", [
+    ({"guidance_scale": -1.0}, "guidance_scale"), ({"guidance_scale": float("nan")}, "guidance_scale"),
+    ({"guidance_scale": 1e9}, "guidance_scale"), ({"steps": 0}, "steps"), ({"steps": 1001}, "steps"), ({"steps": "abc"}, "steps"),
+    ({"seed": -1}, "seed"), ({"seed": 2**70}, "seed")])
+def test_options_that_make_no_sense_name_their_field(options, param):
+    with pytest.raises(RequestError) as refusal:
+        check_options(**options)
+    assert refusal.value.param == param

@@ -1,0 +1,73 @@
+"""Local paths and S3 as one. The S3 is moto's server, in a process of its own."""
+
+import os
+
+import boto3
+import pytest
+
+from glide_ray import storage
+from glide_ray.storage import StorageError
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request, tmp_path):
+    return str(tmp_path / "root") if request.param == "local" else f"{request.getfixturevalue('s3')}/{request.node.name}"
+
+
+def test_what_is_put_is_read_listed_and_fetched(root):
+    for name in ("b/1.tar", "a.tar", "a.txt"):
+        storage.put(name.encode(), f"{root}/{name}")
+    assert list(storage.list_files(root, (".tar",))) == [f"{root}/a.tar", f"{root}/b/1.tar"]
+    assert list(storage.list_files(f"{root}/a.tar", (".tar",))) == [f"{root}/a.tar"]
+    assert storage.read(f"{root}/b/1.tar") == b"b/1.tar"
+    assert storage.fetch(f"{root}/a.txt").read_bytes() == b"a.txt"
+
+
+def test_a_missing_file_is_named(root):
+    for use in (storage.read, storage.fetch):
+        with pytest.raises(StorageError, match="nothing.here"):
+            use(f"{root}/nothing.here")
+    assert list(storage.list_files(f"{root}/nothing", (".tar",))) == []
+
+
+def test_a_file_is_replaced_whole(root, tmp_path):
+    storage.put(b"old", f"{root}/w")
+    (tmp_path / "new").write_bytes(b"new" * 1000)
+    storage.put(tmp_path / "new", f"{root}/w")
+    assert storage.read(f"{root}/w") == b"new" * 1000
+
+
+def test_a_copy_in_the_cache_is_used_until_the_object_changes(s3):
+    storage.put(b"one", f"{s3}/cached/w")
+    first = storage.fetch(f"{s3}/cached/w")
+    written = os.stat(first).st_mtime_ns
+    assert storage.fetch(f"{s3}/cached/w") == first and os.stat(first).st_mtime_ns == written
+    storage.put(b"two", f"{s3}/cached/w")
+    assert storage.fetch(f"{s3}/cached/w").read_bytes() == b"two"
+
+
+def test_an_object_that_was_damaged_is_refused(s3):
+    storage.put(b"right", f"{s3}/damaged")
+    client = boto3.client("s3")
+    meta = client.head_object(Bucket="corpus", Key="damaged")["Metadata"]
+    client.put_object(Bucket="corpus", Key="damaged", Body=b"wrong", Metadata=meta)
+    with pytest.raises(StorageError, match="damaged"):
+        storage.read(f"{s3}/damaged")
+
+
+def test_listing_reads_every_page(s3):
+    client = boto3.client("s3")
+    for n in range(1005):
+        client.put_object(Bucket="corpus", Key=f"many/{n:05d}.tar", Body=b"")
+    assert len(list(storage.list_files(f"{s3}/many", (".tar",)))) == 1005
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file/below/w"):
+        storage.put(b"x", tmp_path / "file" / "below" / "w")
+
+
+def test_an_s3_path_without_a_bucket_is_refused():
+    with pytest.raises(StorageError, match="names no bucket"):
+        storage.read("s3:///key")

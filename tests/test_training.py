@@ -1,0 +1,198 @@
+"""The training loop in this process: DeepSpeed's stages against plain PyTorch, EMA, checkpoints, and what stops a run."""
+
+import pytest
+import torch
+
+from conftest import tiny
+from glide_ray.config import ConfigError
+from glide_ray.diffusion.schedule import make_schedule
+from glide_ray.forms import Batch, Conditioning
+from glide_ray.models.unet import GlideUNet
+from glide_ray.train.checkpoint import CheckpointError
+from glide_ray.train.ema import Ema, EmaError
+from glide_ray.train.loop import Outlets, Trainer, TrainingError, _mix, train_loop
+from glide_ray.train.objectives import denoising, draw, held_out_sums
+from glide_ray.train.zero import deepspeed_config, learning_rate, resolve_precision
+from glide_ray.tokenizer import Tokenizer
+
+STEPS = 6
+
+
+def preset(*settings):
+    return tiny("base", "workers=1", "batch=4", f"steps={STEPS}", "log_every=1", "evaluate_every=3", "checkpoint_every=2",
+                "precision=fp32", "warmup_steps=3", "ema_rate=0.9", "clip_norm=0.5", *settings)
+
+
+def batch(number, size=4, broken=False):
+    generator = torch.Generator().manual_seed(number)
+    tokens, mask = Tokenizer().batch(["a red circle", "a dog", "x", "a b c"][:size])
+    image = torch.rand(size, 3, 16, 16, generator=generator) * 2 - 1
+    return Batch(image * float("nan") if broken else image, Conditioning(tokens, mask))
+
+
+def epochs(epoch):
+    """Three batches an epoch, each of its own number."""
+    return iter([batch(10 * epoch + n) for n in range(3)])
+
+
+def run(made, folder=None, batches=epochs):
+    """Train to the end: (metrics, checkpoint folders, EMA weights)."""
+    metrics, saved = [], []
+
+    def checkpoint(write):
+        if folder is not None:
+            saved.append(folder / str(len(saved)))
+            saved[-1].mkdir(parents=True)
+            write(saved[-1])
+    train_loop(made, batches, [batch(999)], Outlets(metrics.append, checkpoint))
+    return metrics, saved, made.averaged_weights()
+
+
+def plain_adamw(settings, steps=STEPS):
+    """The same training without DeepSpeed: (losses, EMA state)."""
+    torch.manual_seed(settings.train.seed)
+    model = GlideUNet(settings.model.unet).train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=settings.train.learning_rate, weight_decay=settings.train.weight_decay)
+    schedule, losses = make_schedule("cosine"), []
+    average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    numbers = [10 * epoch + n for epoch in range(9) for n in range(3)]
+    for step in range(1, steps + 1):
+        optimiser.param_groups[0]["lr"] = settings.train.learning_rate * min(1, step / 3)
+        given = batch(numbers[step - 1])
+        loss = denoising(model, schedule, given, *draw(schedule, given, torch.Generator().manual_seed(_mix(0, step, 0)))).total.mean()
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.train.clip_norm)
+        optimiser.step()
+        losses.append(loss.item())
+        rate = min(settings.train.ema_rate, (1 + step) / (10 + step))
+        for name, parameter in model.named_parameters():
+            average[name] = rate * average[name] + (1 - rate) * parameter.detach()
+    return losses, average
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_zero_stage_trains_as_plain_adamw_does(stage):
+    settings = preset(f"zero_stage={stage}")
+    losses, average = plain_adamw(settings)
+    metrics, _, weights = run(Trainer(settings))
+    assert [row["loss"] for row in metrics if "loss" in row] == pytest.approx(losses, rel=1e-4)
+    assert set(weights) == set(average)
+    for name, tensor in weights.items():
+        assert tensor.dtype == torch.float32 and tensor.shape == average[name].shape
+        assert torch.allclose(tensor, average[name], atol=2e-5), name
+
+
+def test_accumulation_and_activation_checkpointing_change_nothing():
+    halves = [part for n in range(30) for part in (batch(10 * (n // 3) + n % 3)[:2], batch(10 * (n // 3) + n % 3)[2:])]
+
+    def losses(*settings, batches=epochs):
+        return [row["held_out"] for row in run(Trainer(preset(*settings)), batches=batches)[0] if "held_out" in row]
+    whole = losses()
+    assert losses("activation_checkpointing=true") == pytest.approx(whole, rel=1e-5)
+    # In halves the noise is drawn otherwise, so only the learning itself is compared.
+    assert losses("accumulation=2", batches=lambda epoch: iter(halves)) == pytest.approx(whole, rel=0.05)
+
+
+def test_bf16_follows_float32_closely():
+    exact = [row["loss"] for row in run(Trainer(preset()))[0] if "loss" in row]
+    rough = [row["loss"] for row in run(Trainer(preset("precision=bf16")))[0] if "loss" in row]
+    assert rough == pytest.approx(exact, rel=0.02)
+
+
+def test_the_loss_falls_when_one_batch_is_learnt():
+    metrics, _, _ = run(Trainer(preset("steps=60", "learning_rate=3e-3", "evaluate_every=60", "log_every=60", "checkpoint_every=60")),
+                        batches=lambda epoch: iter([batch(999)] * 60))
+    held_out = [row["held_out"] for row in metrics if "held_out" in row]
+    assert held_out[-1] < 0.7 * held_out[0]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path, stage):
+    whole, saved, weights = run(Trainer(preset(f"zero_stage={stage}")), tmp_path, batches=lambda epoch: iter([batch(1)] * 2))
+    assert len(saved) == 2
+    second = Trainer(preset(f"zero_stage={stage}"))
+    second.load(saved[0])
+    assert second.progress.step == 2
+    rest, _, weights_again = run(second, batches=lambda epoch: iter([batch(1)] * 2))
+    assert [row["loss"] for row in rest if "loss" in row] == [row["loss"] for row in whole if "loss" in row][2:]
+    assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
+
+
+def test_a_checkpoint_of_another_shape_is_refused_by_the_setting_that_differs(tmp_path):
+    _, saved, _ = run(Trainer(preset("steps=3")), tmp_path)
+    with pytest.raises(CheckpointError, match="another shape: model.unet.channels is 16 there and 32 here"):
+        Trainer(preset("model.unet.channels=32")).load(saved[0])
+    with pytest.raises(CheckpointError, match="not a whole glide_ray checkpoint"):
+        Trainer(preset()).load(tmp_path)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_says_where():
+    with pytest.raises(TrainingError, match="loss is nan at step 2; lower train.learning_rate"):
+        run(Trainer(preset()), batches=lambda epoch: iter([batch(1), batch(2, broken=True), batch(3)]))
+
+
+def test_a_corpus_without_a_whole_batch_stops_the_run():
+    with pytest.raises(TrainingError, match="too few usable images for one batch of 4"):
+        run(Trainer(preset()), batches=lambda epoch: iter([]))
+
+
+def test_another_number_of_processes_than_the_config_says_is_refused():
+    with pytest.raises(TrainingError, match="train.workers is 2, but 1 processes"):
+        Trainer(preset("workers=2"))
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+def test_the_average_is_its_closed_form_and_can_stand_in_for_the_weights(tmp_path):
+    weights = torch.zeros(3)
+    ema = Ema([weights], rate=0.5)
+    expected = torch.zeros(3)
+    for step in range(1, 6):
+        weights += 1
+        ema.update(step)
+        rate = min(0.5, (1 + step) / (10 + step))
+        expected = rate * expected + (1 - rate) * weights
+    with ema.in_place():
+        assert torch.allclose(weights, expected)
+    assert weights.tolist() == [5, 5, 5]
+    ema.save(tmp_path / "e")
+    other = Ema([torch.zeros(3)], rate=0.5)
+    other.load(tmp_path / "e")
+    assert torch.equal(other.average[0], ema.average[0])
+    with pytest.raises(EmaError, match="another number of workers"):
+        Ema([torch.zeros(2)], rate=0.5).load(tmp_path / "e")
+
+
+def test_the_held_out_loss_is_of_evenly_spread_timesteps_and_repeats():
+    seen, schedule = [], make_schedule("cosine")
+    unet = tiny().model.unet
+    model = GlideUNet(unet).eval()
+
+    def spying(network, schedule, batch, i, noise):
+        seen.extend(i.tolist())
+        return denoising(network, schedule, batch, i, noise)
+    first = held_out_sums(spying, model, schedule, [batch(1), batch(2)])
+    assert sorted(seen) == [62, 187, 312, 437, 562, 687, 812, 937]
+    assert torch.equal(first, held_out_sums(denoising, model, schedule, [batch(1), batch(2)])) and first[3] == 8
+    assert first[1].item() / 8 == pytest.approx(1, abs=0.05)       # a fresh model predicts no noise
+
+
+def test_precision_is_chosen_by_device_and_fp16_refused_on_a_cpu():
+    assert (resolve_precision("auto", "cpu"), resolve_precision("auto", "cuda")) == ("bf16", "fp16")
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        resolve_precision("fp16", "cpu")
+
+
+def test_the_deepspeed_config_says_what_the_train_config_does():
+    train = preset("accumulation=2", "zero_stage=3").train
+    made = deepspeed_config(train, "fp16")
+    assert (made["train_batch_size"], made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == (4, 2, 2)
+    assert made["zero_optimization"]["stage"] == 3 and made["fp16"]["enabled"] and "loss_scale" not in made["fp16"]
+    with pytest.raises(ConfigError, match="zero_stage: 0 keeps no float32 master weights for bf16"):
+        deepspeed_config(preset("zero_stage=0").train, "bf16")
+
+
+def test_the_learning_rate_warms_up_linearly():
+    train = preset("learning_rate=1").train
+    assert [round(learning_rate(train, step), 3) for step in (1, 2, 3, 50)] == [0.333, 0.667, 1, 1]

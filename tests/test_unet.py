@@ -1,0 +1,121 @@
+"""The UNet beyond the golden numbers: initialisation, memory, and the forms of its input."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import random_model, tiny
+from glide_ray.forms import Conditioning
+from glide_ray.info import inspect
+from glide_ray.models.unet import GlideUNet
+from glide_ray.tokenizer import Tokenizer
+
+
+def inputs(unet, batch=2):
+    torch.manual_seed(1)
+    tokens, mask = Tokenizer(unet.text.context).batch(["a red apple", ""][:batch])
+    size = unet.image_size
+    low_res = torch.rand(batch, 3, unet.low_res_size, unet.low_res_size) if unet.low_res_size else None
+    return torch.randn(batch, 3, size, size), torch.tensor([10, 700][:batch]), Conditioning(tokens, mask, low_res)
+
+
+def test_a_fresh_model_predicts_no_noise_and_every_parameter_is_initialised():
+    unet = tiny().model.unet
+    torch.manual_seed(0)
+    first = GlideUNet(unet)
+    torch.manual_seed(0)
+    second = GlideUNet(unet)
+    output = first(*inputs(unet))
+    assert not output.eps.any() and not output.variance.any()
+    for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
+        assert torch.isfinite(a).all() and torch.equal(a, b), f"{name} is not drawn from the seed"
+        assert a.abs().max() < 10, name
+
+
+@pytest.mark.parametrize("kind", ["base", "upsampler"])
+def test_every_parameter_takes_part_in_the_output(kind):
+    unet = tiny(kind).model.unet
+    model = random_model(unet).requires_grad_(True)
+    output = model(*inputs(unet))
+    (output.eps.square().sum() + output.variance.sum()).backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+
+
+def test_text_that_is_computed_once_gives_the_same_output():
+    unet = tiny().model.unet
+    model = random_model(unet)
+    x, timestep, conditioning = inputs(unet)
+    text = model.encode_text(conditioning.tokens, conditioning.mask)
+    assert torch.equal(model(x, timestep, conditioning).eps, model(x, timestep, conditioning, text).eps)
+    assert len(text.keys_values) == len(model.attention_layers())
+
+
+def test_channels_last_and_contiguous_memory_agree():
+    unet = tiny().model.unet
+    last, contiguous = random_model(unet).to(memory_format=torch.channels_last), random_model(unet)
+    contiguous.memory_format = torch.contiguous_format
+    assert torch.allclose(last(*inputs(unet)).eps, contiguous(*inputs(unet)).eps, atol=1e-5)
+
+
+def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients():
+    unet = tiny().model.unet
+
+    def run(checkpointing):
+        model = random_model(unet).requires_grad_(True)
+        model.activation_checkpointing = checkpointing
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes) or tensor, lambda tensor: tensor):
+            loss = model(*inputs(unet)).eps.square().sum()
+        loss.backward()
+        return sum(kept), [parameter.grad for parameter in model.parameters()]
+    plain_bytes, plain = run(False)
+    saved_bytes, checkpointed = run(True)
+    assert saved_bytes < plain_bytes / 3
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, checkpointed, strict=True) if a is not None)
+
+
+def test_the_known_pixels_of_a_fresh_inpainting_model_weigh_nothing():
+    unet = tiny().model.unet.model_copy(update={"inpaint": True})
+    model = GlideUNet(unet)
+    assert not model.stem.weight[:, 3:7].any() and model.stem.weight[:, :3].any()
+
+
+def test_an_inpainting_model_sees_the_known_part_only():
+    unet = tiny().model.unet.model_copy(update={"inpaint": True})
+    model = random_model(unet)
+    x, timestep, conditioning = inputs(unet)
+    known, mask = torch.rand(2, 3, 16, 16), torch.zeros(2, 1, 16, 16)
+    mask[:, :, :8] = 1
+    other = torch.where(mask > 0, known, -known)
+    given = [model(x, timestep, replace(conditioning, known=image, known_mask=mask)).eps for image in (known, other)]
+    assert torch.equal(*given)
+    assert not torch.equal(given[0], model(x, timestep, conditioning).eps)
+
+
+def test_an_upsampler_without_its_low_res_image_says_so():
+    unet = tiny("upsampler").model.unet
+    x, timestep, conditioning = inputs(unet)
+    with pytest.raises(ValueError, match="low_res"):
+        GlideUNet(unet)(x, timestep, replace(conditioning, low_res=None))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_outputs_are_near_float32(dtype):
+    unet = tiny().model.unet
+    exact = random_model(unet)(*inputs(unet)).eps
+    rough = random_model(unet).to(dtype)(*inputs(unet)).eps
+    assert rough.dtype == torch.float32
+    assert (rough - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_information_counts_parameters_and_operations_as_they_are():
+    preset = tiny()
+    info = inspect(preset.model)
+    model = GlideUNet(preset.model.unet)
+    assert info.parameters == sum(parameter.numel() for parameter in model.parameters())
+    from torch.utils.flop_counter import FlopCounterMode
+    x, timestep, conditioning = inputs(preset.model.unet, 1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x, timestep, conditioning)
+    assert info.flops + info.text_flops == counter.get_total_flops()
