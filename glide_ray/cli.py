@@ -119,8 +119,9 @@ def serve(options) -> None:
 
 
 def info(options) -> None:
+    preset = _preset(options)
     from .info import describe
-    print(describe(_preset(options)))
+    print(describe(preset))
 
 
 def bench(options) -> None:

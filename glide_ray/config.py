@@ -118,6 +118,7 @@ class DataConfig(Frozen):
 
     corpus: str = "runs/corpus/train"
     held_out: str = "runs/corpus/held_out"
+    held_out_images: int = Field(1024, gt=0)           # at most so many are read at each evaluation, over all workers
     min_size: int = Field(64, gt=0)                    # images smaller than this on a side are dropped, and counted
     crop: int | None = Field(None, gt=0)               # upsamplers: train on random squares of this many pixels, not the whole
     empty_caption_rate: float = Field(0.0, ge=0, le=1)  # 0.2 when fine-tuning for classifier-free guidance (sec. 4.2)
@@ -247,7 +248,7 @@ def _set(tree: dict[str, Any], path: list[str], value: str) -> None:
         tree = tree[part]
     if value.lower() in ("none", "null"):
         tree[path[-1]] = None
-    elif isinstance(tree[path[-1]], tuple):
+    elif isinstance(tree[path[-1]], (tuple, list)):
         tree[path[-1]] = [item for item in value.strip("()[]").split(",") if item]
     else:
         tree[path[-1]] = value

@@ -45,7 +45,7 @@ def _map(value, function):
 
 def _join(values):
     first = values[0]
-    if first is None:
+    if any(value is None for value in values):
         if any(value is not None for value in values):
             raise ValueError("rows with and without a condition cannot share a batch")
         return None

@@ -128,8 +128,8 @@ def nano_base() -> Preset:
             unet=UNetConfig(image_size=64, channels=16, multipliers=(1, 2, 4, 8), blocks=1, attention_sizes=(8,),
                             head_channels=32, groups=8, text=TextConfig(width=64, layers=2, heads=2)),
             sampling=SamplingConfig(respacing="50", guidance_scale=2.0)),
-        data=DataConfig(empty_caption_rate=0.2),
-        train=TrainConfig(objective="base", steps=600, batch=16, workers=2, learning_rate=3e-3, ema_rate=0.99,
+        data=DataConfig(empty_caption_rate=0.2, held_out_images=128),
+        train=TrainConfig(objective="base", steps=450, batch=16, workers=2, learning_rate=3e-3, ema_rate=0.99,
                           warmup_steps=20, clip_norm=1.0, precision="fp32",   # at 16 channels bf16 is no faster on a CPU
                           evaluate_every=100, checkpoint_every=100))
 
@@ -143,8 +143,8 @@ def nano_upsampler() -> Preset:
                             attention_sizes=(), head_channels=32, groups=8, text=TextConfig(width=32, layers=1, heads=1)),
             diffusion=DiffusionConfig(schedule="linear"),
             sampling=SamplingConfig(respacing=STRIDED_27, guidance_scale=1.0, noise_scale=0.997)),
-        data=DataConfig(min_size=256, crop=64),               # 16 times the steps in the same minutes
-        train=TrainConfig(objective="upsampler", steps=800, batch=8, workers=2, learning_rate=3e-3, ema_rate=0.99,
+        data=DataConfig(min_size=256, held_out_images=32, crop=64),               # 16 times the steps in the same minutes
+        train=TrainConfig(objective="upsampler", steps=600, batch=8, workers=2, learning_rate=3e-3, ema_rate=0.99,
                           warmup_steps=20, clip_norm=1.0, precision="fp32", evaluate_every=200, checkpoint_every=200))
 
 

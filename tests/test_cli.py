@@ -71,7 +71,7 @@ def test_bad_input_to_an_edit_is_refused_and_nothing_is_written(tmp_path, weight
 
 @pytest.mark.parametrize("options, message", [
     (["--guidance-scale", "-2"], "guidance_scale must lie between 0 and 100"), (["--guidance-scale", "nan"], "guidance_scale"),
-    (["--steps", "0"], "steps"), (["--steps", "2000"], "steps"), (["--steps", "quick"], "not understood"), (["--seed", "-1"], "seed"),
+    (["--steps", "0"], "Steps"), (["--steps", "2000"], "steps"), (["--steps", "quick"], "not understood"), (["--seed", "-1"], "seed"),
     (["--upsampler-steps", "10,,2"], "not understood"), (["--base", "nothing.safetensors"], "no weights file nothing.safetensors")])
 def test_options_that_make_no_sense_are_refused(weights, capsys, options, message):
     refused(capsys, ["generate", "x", *weights, *options], message)

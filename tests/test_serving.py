@@ -26,7 +26,8 @@ PROMPT, STEPS = "a red apple", 3
 def weights(tmp_path_factory):
     """A cascade 16 -> 64, whose sizes the API does not name: the models here are 64 and 256 pixels wide and very thin."""
     folder, paths = tmp_path_factory.mktemp("serve"), {}
-    for kind, sizes in (("base", ["model.unet.image_size=64"]), ("upsampler", ["model.unet.image_size=256", "model.unet.low_res_size=64"])):
+    for kind, sizes in (("base", ["model.unet.image_size=64"]), ("upsampler", ["model.unet.image_size=256", "model.unet.low_res_size=64",
+                                                                                                     "model.sampling.respacing=4"])):
         config = tiny(kind, *sizes).model
         paths[kind] = str(folder / f"{kind}.safetensors")
         save_weights(paths[kind], random_model(config.unet).state_dict(), config)

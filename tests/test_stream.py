@@ -144,11 +144,11 @@ def test_an_image_that_breaks_while_decoding_is_counted_and_its_place_filled():
 
 
 def test_held_out_batches_are_the_same_at_every_call_and_split_between_ranks(drawn_corpus):
-    data, unet = DataConfig(held_out=str(drawn_corpus / "held_out"), min_size=16), tiny().model.unet
-    whole = held_out_batches(data, unet, 4, 16)
-    assert [len(batch.image) for batch in whole] == [4, 4, 4, 4]
-    assert torch.equal(whole[2].image, held_out_batches(data, unet, 4, 16)[2].image)
-    parts = [held_out_batches(data, unet, 4, 16, rank, 2) for rank in range(2)]
+    data, unet = DataConfig(held_out=str(drawn_corpus / "held_out"), held_out_images=14, min_size=16), tiny().model.unet
+    whole = held_out_batches(data, unet, 4)
+    assert [len(batch.image) for batch in whole] == [4, 4, 4, 2]
+    assert torch.equal(whole[2].image, held_out_batches(data, unet, 4)[2].image)
+    parts = [held_out_batches(data, unet, 4, rank, 2) for rank in range(2)]
     assert torch.equal(parts[1][0].image, torch.cat([batch.image for batch in whole])[1::2][:4])
     with pytest.raises(ShardError, match="fewer than the 3 workers"):
-        held_out_batches(data, unet, 4, 2, 0, 3)
+        held_out_batches(data.model_copy(update={"held_out_images": 2}), unet, 4, 0, 3)

@@ -176,16 +176,16 @@ class Collate:
         return int.from_bytes(digest[:4], "big") % room, int.from_bytes(digest[4:8], "big") % room
 
 
-def held_out_batches(data: DataConfig, unet: UNetConfig, batch: int, limit: int, rank: int = 0, world: int = 1) -> list[Batch]:
-    """This rank's part of the first `limit` usable held-out rows, in batches; the same at every call."""
+def held_out_batches(data: DataConfig, unet: UNetConfig, batch: int, rank: int = 0, world: int = 1) -> list[Batch]:
+    """This rank's part of the first `held_out_images` usable held-out rows, in batches; the same at every call."""
     collate, rows = Collate(unet, data), []
     for url in corpus_files(data.held_out):
         for row in read_rows(url):
             if reason_to_drop(row["image"], json.loads(row["captions"]), data.min_size) is None:
                 rows.append(row)
-            if len(rows) == limit:
+            if len(rows) == data.held_out_images:
                 break
-        if len(rows) == limit:
+        if len(rows) == data.held_out_images:
             break
     if len(rows) < world:
         raise ShardError(f"The held-out corpus {data.held_out} has {len(rows)} usable rows, fewer than the {world} workers; "

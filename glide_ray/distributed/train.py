@@ -30,7 +30,6 @@ from .local import connect
 from .stream import Collate, Tally, corpus_files, held_out_batches, open_corpus
 
 WEIGHTS, METRICS, PRESET = "weights.safetensors", "metrics.jsonl", "preset.json"
-HELD_OUT_IMAGES = 256          # enough for a stable figure, few enough to be read at every evaluation
 DATA_CPUS = 2                  # beside the workers': a data task wants a whole CPU, and waits for ever where none is left
 RETRIES = 3                    # of the worker group, each from the last checkpoint
 
@@ -133,7 +132,7 @@ def _train_rank(preset: Preset, board) -> None:
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             trainer.load(Path(folder))
-    held_out = held_out_batches(preset.data, preset.model.unet, preset.train.micro_batch, HELD_OUT_IMAGES, rank, world)
+    held_out = held_out_batches(preset.data, preset.model.unet, preset.train.micro_batch, rank, world)
 
     def post(metrics):
         if rank == 0:
