@@ -129,7 +129,7 @@ def nano_base() -> Preset:
                             head_channels=32, groups=8, text=TextConfig(width=64, layers=2, heads=2)),
             sampling=SamplingConfig(respacing="50", guidance_scale=2.0)),
         data=DataConfig(empty_caption_rate=0.2, held_out_images=128),
-        train=TrainConfig(objective="base", steps=450, batch=16, workers=2, learning_rate=3e-3, ema_rate=0.99,
+        train=TrainConfig(objective="base", steps=500, batch=16, workers=2, learning_rate=2e-3, ema_rate=0.99,
                           warmup_steps=20, clip_norm=1.0, precision="fp32",   # at 16 channels bf16 is no faster on a CPU
                           evaluate_every=100, checkpoint_every=100))
 

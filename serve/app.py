@@ -142,7 +142,7 @@ def serving(config: ServeConfig) -> Iterator[str]:
         _wait_until_running()
         yield f"http://{config.host}:{config.port}"
     finally:
-        serve.shutdown()
+        serve.delete(APP)       # and not `serve.shutdown`, which ends the applications of others on a shared cluster
 
 
 def _wait_until_running() -> None:

@@ -1,10 +1,12 @@
 """The training loop in this process: DeepSpeed's stages against plain PyTorch, EMA, checkpoints, and what stops a run."""
 
+import numpy as np
 import pytest
 import torch
 
-from conftest import tiny
+from conftest import drawn_samples, tiny
 from glide_ray.config import ConfigError
+from glide_ray.data.images import centre_crop, decode, to_tensor
 from glide_ray.diffusion.schedule import make_schedule
 from glide_ray.forms import Batch, Conditioning
 from glide_ray.models.unet import GlideUNet
@@ -196,3 +198,26 @@ def test_the_deepspeed_config_says_what_the_train_config_does():
 def test_the_learning_rate_warms_up_linearly():
     train = preset("learning_rate=1").train
     assert [round(learning_rate(train, step), 3) for step in (1, 2, 3, 50)] == [0.333, 0.667, 1, 1]
+
+
+@pytest.mark.slow
+def test_a_model_learns_what_its_captions_mean():
+    """Eight drawings of four colours and two shapes: noise is told from picture better with the right caption than with another."""
+    settings = tiny("base", "precision=fp32", "workers=1", "batch=32", "learning_rate=3e-3", "warmup_steps=20")
+    drawings = list(drawn_samples(8))
+    image = to_tensor(np.stack([centre_crop(decode(drawing.image), 16) for drawing in drawings]))
+    tokens, mask = Tokenizer().batch([drawing.captions[0] for drawing in drawings])
+    trainer = Trainer(settings)
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn():
+        while True:
+            rows = torch.randint(0, 8, (32,), generator=generator)
+            yield Batch(image[rows], Conditioning(tokens[rows], mask[rows]))
+    batches = drawn()
+    for number in range(1, 401):
+        trainer.step(batches, number)
+    rows = torch.arange(64) % 8
+    other = (rows + 1 + torch.arange(64) // 8 % 7) % 8
+    losses = [trainer.held_out([Batch(image[rows], Conditioning(tokens[told], mask[told]))])["held_out_mse"] for told in (rows, other)]
+    assert losses[0] < 0.9 * losses[1]

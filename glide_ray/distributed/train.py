@@ -25,7 +25,6 @@ from ..data.filters import Report
 from ..forms import Batch
 from ..models.weights import save_weights
 from ..train.checkpoint import CheckpointError, check_same
-from ..train.loop import Outlets, Trainer, TrainingError, train_loop
 from .local import connect
 from .stream import Collate, Tally, corpus_files, held_out_batches, open_corpus
 
@@ -71,7 +70,7 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
     with _Watching(board, out / METRICS, preset, progress) as watching:
         result = trainer.fit()
     if watching.failure:
-        raise TrainingError(watching.failure)
+        raise UserError(watching.failure)
     with result.checkpoint.as_directory() as folder:
         storage.put(Path(folder) / WEIGHTS, out / WEIGHTS)
     return _result(out, ray.get(tally.report.remote()))
@@ -123,6 +122,7 @@ def _worker(settings: dict) -> None:
 
 
 def _train_rank(preset: Preset, board) -> None:
+    from ..train.loop import Outlets, Trainer, train_loop      # DeepSpeed, which the driver has no use for
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     if not torch.cuda.is_available():
@@ -243,8 +243,8 @@ class _Watching:
             self._shown.update({short: f"{metrics[name]:.3g}" for name, short in
                                 (("loss", "loss"), ("held_out", "held-out"), ("images_per_s", "images/s")) if name in metrics})
         self._bar.set_postfix(self._shown, refresh=False)
-        self._bar.update(news[-1]["step"] - self._bar.n)
-        self._bar.refresh()
+        if not self._bar.update(news[-1]["step"] - self._bar.n):
+            self._bar.refresh()
 
 
 def read_metrics(path: str | Path) -> list[dict]:
