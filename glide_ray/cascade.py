@@ -20,6 +20,7 @@ from .tokenizer import Tokenizer
 
 MAX_GUIDANCE_SCALE = 100.0
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Progress = Callable[[str, int, int], None]     # stage, denoising steps done in it, and in all
 
 
 class RequestError(UserError):
@@ -70,7 +71,6 @@ def shrink_known(image: np.ndarray, known_mask: np.ndarray, size: int) -> tuple[
 
 def _conditioning(config, prompt, low_res, known, known_mask) -> Conditioning:
     tokens, mask = Tokenizer(config.unet.text.context).batch([prompt])
-    tokens = tokens % config.unet.text.vocabulary          # smaller vocabularies than GPT-2's exist in tests only
     if known is not None:
         known, known_mask = to_tensor(known)[None], torch.from_numpy(np.ascontiguousarray(known_mask))[None, None].float()
     return Conditioning(tokens, mask, low_res, known, known_mask)
@@ -102,8 +102,8 @@ class Cascade:
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], guidance_scale: float | None = None,
                  steps: int | str | None = None, upsampler_steps: int | str | None = None, sampler: str | None = None,
-                 progress: Callable[[str, int], None] | None = None) -> list[np.ndarray]:
-        """A picture for each prompt and seed: uint8 (S, S, 3). `progress` is told the stage and how many are finished."""
+                 progress: Progress | None = None) -> list[np.ndarray]:
+        """A picture for each prompt and seed: uint8 (S, S, 3). `progress` is told of each step."""
         requests = [base_request(self.base.config, prompt, seed, guidance_scale=guidance_scale, steps=steps, sampler=sampler)
                     for prompt, seed in zip(prompts, seeds, strict=True)]
         small = self.base.run(requests, _stage(progress, "base"))
@@ -115,7 +115,7 @@ class Cascade:
 
     def edit(self, image: np.ndarray, known_mask: np.ndarray, prompt: str, seed: int, guidance_scale: float | None = None,
              steps: int | str | None = None, upsampler_steps: int | str | None = None,
-             progress: Callable[[str, int], None] | None = None) -> np.ndarray:
+             progress: Progress | None = None) -> np.ndarray:
         """Paint anew where `known_mask` (S, S) is false; every known pixel of `image` uint8 (S, S, 3) comes out as it was."""
         if known_mask.shape != (self.size, self.size) or image.shape != (self.size, self.size, 3):
             raise RequestError(f"The image and its mask must be {self.size}x{self.size} pixels (given: "
@@ -152,5 +152,5 @@ def resolve_precision(precision: str, device: str) -> torch.dtype:
     return PRECISIONS["fp16" if device == "cuda" else "fp32"] if precision == "auto" else PRECISIONS[precision]
 
 
-def _stage(progress: Callable[[str, int], None] | None, name: str) -> Callable[[int], None] | None:
-    return None if progress is None else lambda finished: progress(name, finished)
+def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(name, done, total)

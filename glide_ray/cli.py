@@ -73,7 +73,7 @@ def generate(options) -> None:
     from .data.images import encode
     from .storage import put
     _warn_of_cut(options.prompt, cascade.base.config.unet.text.context)
-    images = _with_bar(options.n, cascade, lambda progress: cascade.generate(
+    images = _with_bar(lambda progress: cascade.generate(
         [options.prompt] * options.n, range(options.seed, options.seed + options.n), options.guidance_scale, options.steps,
         options.upsampler_steps, options.sampler, progress))
     for n, image in enumerate(images):
@@ -96,7 +96,7 @@ def edit(options) -> None:
     check_sizes(pictures["image"], pictures["mask"])
     known = centre_crop_mask(mask_of(pictures["mask"]), cascade.size)
     _warn_of_cut(options.prompt, cascade.base.config.unet.text.context)
-    image = _with_bar(1, cascade, lambda progress: cascade.edit(
+    image = _with_bar(lambda progress: cascade.edit(
         centre_crop(flatten(pictures["image"]), cascade.size), known, options.prompt, options.seed, options.guidance_scale,
         options.steps, options.upsampler_steps, progress=progress))
     put(encode(image), options.out)
@@ -153,16 +153,17 @@ def _warn_of_cut(prompt: str, context: int) -> None:
         print(f"glide: the prompt is longer than {context} tokens; what comes after them is not read.", file=sys.stderr)
 
 
-def _with_bar(count: int, cascade, run):
-    """Run with a bar that counts finished images by stage."""
+def _with_bar(run):
+    """Run with a bar of denoising steps for each stage."""
     from tqdm import tqdm
-    stages = 1 if cascade.upsampler is None else 2
-    with tqdm(total=count * stages, unit="image", dynamic_ncols=True) as bar:
-        def progress(stage: str, finished: int) -> None:
-            bar.set_description(stage, refresh=False)
-            bar.update(finished + (count if stage == "upsampler" else 0) - bar.n)
-            bar.refresh()
-        return run(progress)
+    bars: dict[str, tqdm] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        bar = bars.get(stage) or bars.setdefault(stage, tqdm(total=total, desc=stage, unit="step", dynamic_ncols=True))
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+    return run(progress)
 
 
 def _use_checkout() -> None:

@@ -141,14 +141,17 @@ class Stepper:
         self._keep([not over for over in done])
         return finished
 
-    def run(self, requests: Sequence[SampleRequest], on_step: Callable[[int], None] | None = None) -> Tensor:
-        """All requests to their end: images (N, 3, H, W) in [-1, 1], in order. `on_step` is given how many are finished."""
+    def run(self, requests: Sequence[SampleRequest], on_step: Callable[[int, int], None] | None = None) -> Tensor:
+        """All requests to their end: images (N, 3, H, W) in [-1, 1], in order. `on_step` is given denoising steps done and in all."""
         tickets = [self.submit(request) for request in requests]
+        done, total = 0, sum(len(self.schedule(request.respacing)) for request in requests)
         images: dict[int, Tensor] = {}
         while len(images) < len(tickets):
-            images.update(self.step())
+            finished = self.step()
+            images.update(finished)
+            done += self.in_flight + len(finished)
             if on_step:
-                on_step(len(images))
+                on_step(done, total)
         return torch.stack([images[ticket] for ticket in tickets])
 
     # -- inside -------------------------------------------------------------------------------------------------------

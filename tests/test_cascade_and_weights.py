@@ -27,8 +27,8 @@ def test_without_an_upsampler_pictures_have_the_bases_size(tiny_weights):
 
 def test_progress_is_told_by_stage(cascade):
     told = []
-    cascade.generate(["x", "y"], [0, 1], steps=2, upsampler_steps=2, progress=lambda stage, finished: told.append((stage, finished)))
-    assert told == [("base", 0), ("base", 2), ("upsampler", 0), ("upsampler", 2)]
+    cascade.generate(["x", "y"], [0, 1], steps=2, upsampler_steps=2, progress=lambda *step: told.append(step))
+    assert told == [("base", 2, 4), ("base", 4, 4), ("upsampler", 2, 4), ("upsampler", 4, 4)]
 
 
 def test_an_edit_keeps_every_known_pixel_to_the_last_bit_and_paints_the_rest(cascade):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import uuid
@@ -82,16 +81,3 @@ def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]
     extra = sorted(set(state) - set(expected))
     if extra:
         raise WeightsError(f"{source} has a tensor {extra[0]!r} that this model does not have: it was made by another model.")
-
-
-def fingerprint(path: str | Path) -> str:
-    """The first 12 hexadecimal digits of the file's SHA-256: names the weights in logs and pictures."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12] if hasattr(hashlib, "file_digest") else _sha256(file)[:12]
-
-
-def _sha256(file) -> str:   # Python 3.10
-    digest = hashlib.sha256()
-    while chunk := file.read(2**20):
-        digest.update(chunk)
-    return digest.hexdigest()
