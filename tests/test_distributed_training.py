@@ -51,7 +51,7 @@ def test_what_the_user_can_mend_is_said_before_or_instead_of_training(drawn_corp
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_goes_on_from_its_checkpoint_with_the_same_command(drawn_corpus, tmp_path):
+def test_a_run_that_is_killed_or_interrupted_goes_on_from_its_checkpoint_with_the_same_command(drawn_corpus, tmp_path):
     out = tmp_path / "run"
     settings = [*TINY_BASE, f"data.corpus={drawn_corpus / 'train'}", f"data.held_out={drawn_corpus / 'held_out'}", "data.min_size=16",
                 "batch=4", "workers=1", "steps=2000", "log_every=1", "evaluate_every=2000", "checkpoint_every=10"]
@@ -70,20 +70,31 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint_with_the_same_command(
             return [made["metrics"]["step"] for made in snapshot["checkpoint_results"]]
         except (FileNotFoundError, ValueError, KeyError):
             return []
+
+    def wait_until(happened):
+        deadline = time.monotonic() + 150
+        while not happened() and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+    def lines():
+        return (out / "metrics.jsonl").read_text().splitlines()
     first = start()
-    deadline = time.monotonic() + 150
-    while not checkpoints() and time.monotonic() < deadline:
-        time.sleep(0.2)
+    wait_until(checkpoints)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait(20)
-    kept = max(checkpoints())
-    reached = max(row["step"] for row in read_metrics(out / "metrics.jsonl"))
+    kept, before = max(checkpoints()), len(lines())
     assert kept < 2000 and not (out / "weights.safetensors").exists()
 
-    lines_before = len((out / "metrics.jsonl").read_text().splitlines())
-    second = start(f"steps={max(kept, reached) + 20}")
-    output, _ = second.communicate(timeout=240)
-    assert second.returncode == 0, output
-    new = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()[lines_before:]]
-    assert min(new) == kept + 1, "it did not begin after its last checkpoint"
+    second = start()
+    wait_until(lambda: len(lines()) > before)
+    os.kill(second.pid, signal.SIGINT)
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 130 and "goes on from here" in output and "Traceback" not in output, output
+    assert json.loads(lines()[before])["step"] == kept + 1, "it did not begin after its last checkpoint"
+
+    kept, before = max(checkpoints()), len(lines())
+    third = start(f"steps={max(row['step'] for row in read_metrics(out / 'metrics.jsonl')) + 20}")
+    output, _ = third.communicate(timeout=240)
+    assert third.returncode == 0, output
+    assert json.loads(lines()[before])["step"] == kept + 1
     assert (out / "weights.safetensors").exists()

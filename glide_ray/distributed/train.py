@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +69,7 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
         scaling_config=ScalingConfig(num_workers=preset.train.workers, use_gpu=on_gpu),
         run_config=RunConfig(name="ray", storage_path=str(out), failure_config=FailureConfig(max_failures=RETRIES),
                              checkpoint_config=CheckpointConfig(num_to_keep=2)))
-    with _Watching(board, out / METRICS, preset, progress) as watching:
+    with _Watching(board, out / METRICS, preset, progress) as watching, _interruptible():
         result = trainer.fit()
     if watching.failure:
         raise UserError(watching.failure)
@@ -205,6 +207,19 @@ class Board:
 
     def since(self, position: int) -> tuple[list[dict], str | None]:
         return self._metrics[position:], self._failure
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C as KeyboardInterrupt: Ray Train's handler ends its run, then the process with exit code 0, and outlives `fit`."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 class _Watching:
