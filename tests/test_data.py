@@ -104,6 +104,7 @@ def test_an_emoji_has_several_captions_that_name_it():
     assert captions[0] == "a red apple, 3D render" and len(captions) == len(set(captions)) == 5
     assert all("red apple" in caption for caption in captions)
     assert emoji_captions("orange", [], "flat icon")[0] == "an orange, flat icon"
+    assert emoji_captions("people holding hands", [], "flat icon")[0] == "people holding hands, flat icon"
 
 
 def test_a_caption_is_chosen_by_key_epoch_and_seed_alone():

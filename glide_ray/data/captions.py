@@ -26,6 +26,6 @@ def choose(captions: Sequence[str], key: str, epoch: int, seed: int, empty_rate:
 
 def _article(name: str) -> str:
     """"a " or "an " before a countable name; nothing before plurals, numbers, flags and other proper names."""
-    if not name[:1].isalpha() or name.endswith("s") or name.startswith(("flag", "keycap", "input")):
+    if not name[:1].isalpha() or name.endswith("s") or name.startswith(("flag", "keycap", "input", "people", "men ", "women ")):
         return ""
     return "an " if name[0] in "aeiou" else "a "
