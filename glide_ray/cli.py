@@ -208,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--mask", required=True, help="a PNG of the same size, transparent where to paint")
         else:
             command.add_argument("-n", type=_positive, default=1, help="how many, with seeds one after the other (default: 1)")
-            command.add_argument("--sampler", choices=["ancestral", "ddim"], help="default: the model's own")
+            command.add_argument("--sampler", choices=["ancestral", "ddim", "plms", "dpm++"], help="default: the model's own")
         command.set_defaults(sampler=None)
         command.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture (default: %(default)s)")
         command.add_argument("--guidance-scale", type=float, help="how strongly the prompt pulls; 1 is none (default: the model's own)")

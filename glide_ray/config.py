@@ -98,7 +98,7 @@ class DiffusionConfig(Frozen):
 class SamplingConfig(Frozen):
     """How a model is sampled when a request does not say otherwise (app. B.2)."""
 
-    sampler: Literal["ancestral", "ddim"] = "ancestral"
+    sampler: Literal["ancestral", "ddim", "plms", "dpm++"] = "ancestral"
     respacing: str = "150"
     guidance_scale: float = Field(3.0, ge=0)
     noise_scale: float = Field(1.0, gt=0)   # of the initial noise; 0.997 for the released upsampler

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .config import ModelConfig, UserError
 from .diffusion.guidance import classifier_free
-from .diffusion.samplers import SAMPLERS, Known
+from .diffusion.process import q_sample
+from .diffusion.samplers import SAMPLERS, History, Known, Step, ddim_inversion_step, renoise_known
 from .diffusion.schedule import Schedule, join, make_schedule, respace
 from .forms import Conditioning, ModelOutput, Rows, TextFeatures
 from .models.unet import GlideUNet
@@ -34,6 +35,10 @@ class SampleRequest:
     respacing: str | None = None
     sampler: str | None = None
     guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)    # of the timesteps, 1 the noisiest: outside of it the scale is 1
+    noise: Tensor | None = None                            # (3, H, W): to begin from, instead of the seed's (see `invert`)
+    start: Tensor | None = None                            # (3, H, W): an image to begin from instead of noise (SDEdit)
+    strength: float = 1.0                                  # how much of the schedule is run from `start`
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Flight(Rows):
     x: Tensor                    # (S, 3, H, W) float32
     i: Tensor                    # (S,) index into the sample's own schedule, counting down to 0
     scale: Tensor                # (S,) guidance scale
+    interval: Tensor             # (S, 2) timesteps between which it holds
+    history: History
     conditioning: Conditioning
     text: TextFeatures
 
@@ -55,6 +62,7 @@ class Sample:
     sampler: str
     respacing: str
     generator: torch.Generator
+    edits: bool                  # whether it has known pixels
 
 
 class Stepper:
@@ -92,7 +100,7 @@ class Stepper:
         """Queue a request and return its ticket. Raises UserError at once for one that makes no sense."""
         if (request.sampler or self.config.sampling.sampler) not in SAMPLERS:
             raise UserError(f"There is no sampler {request.sampler!r}; choose one of: {', '.join(SAMPLERS)}.")
-        self.schedule(request.respacing)
+        self._first_index(request)
         self._tickets += 1
         self._waiting.append((self._tickets, request))
         return self._tickets
@@ -126,16 +134,14 @@ class Stepper:
         i = flight.i + torch.tensor([starts[sample.respacing] for sample in self._samples], device=self.device)
         output = self._denoise(flight, schedule.timestep[i])
         noise = torch.cat([self._noise(sample) for sample in self._samples]).to(self.device)
-        x = flight.x.clone()
-        for sampler in dict.fromkeys(sample.sampler for sample in self._samples):
-            rows = torch.tensor([n for n, sample in enumerate(self._samples) if sample.sampler == sampler], device=self.device)
-            part = flight[rows]
-            known = None
-            if part.conditioning.known is not None:
-                known = Known(part.conditioning.known, part.conditioning.known_mask)
-            x[rows] = SAMPLERS[sampler](schedule, output[rows], part.x, i[rows], noise[rows], known).x
+        step = self._sampled(schedule, output, flight, i, noise)
+        x = step.x
+        if not self.config.unet.inpaint and flight.conditioning.known_mask.any():
+            # This model does not see what is known but in x itself (sec. 4.3). The noise is drawn for edits only.
+            renoise = torch.cat([self._noise(sample) if sample.edits else torch.zeros_like(x[:1], device="cpu") for sample in self._samples])
+            x = renoise_known(schedule, x, i, renoise.to(self.device), Known(flight.conditioning.known, flight.conditioning.known_mask))
         self.steps_done += 1
-        self._flight = replace(flight, x=x, i=flight.i - 1)
+        self._flight = replace(flight, x=x, i=flight.i - 1, history=flight.history.then(step.remembered))
         done = schedule.last[i].tolist()
         finished = [(sample.ticket, x[n]) for n, sample in enumerate(self._samples) if done[n]]
         self._keep([not over for over in done])
@@ -144,7 +150,7 @@ class Stepper:
     def run(self, requests: Sequence[SampleRequest], on_step: Callable[[int, int], None] | None = None) -> Tensor:
         """All requests to their end: images (N, 3, H, W) in [-1, 1], in order. `on_step` is given denoising steps done and in all."""
         tickets = [self.submit(request) for request in requests]
-        done, total = 0, sum(len(self.schedule(request.respacing)) for request in requests)
+        done, total = 0, sum(self._first_index(request) + 1 for request in requests)
         images: dict[int, Tensor] = {}
         while len(images) < len(tickets):
             finished = self.step()
@@ -154,7 +160,39 @@ class Stepper:
                 on_step(done, total)
         return torch.stack([images[ticket] for ticket in tickets])
 
+    @torch.inference_mode()
+    def invert(self, requests: Sequence[SampleRequest], images: Tensor) -> Tensor:
+        """The noise (N, 3, H, W) from which DDIM's steps lead to `images` (N, 3, H, W), in as many steps as the first request says.
+
+        The ODE of eq. 14 of Song et al. (2020) run backwards; the way back is as exact as its steps are small.
+        """
+        flight = replace(Flight.join([self._row(request)[1] for request in requests]), x=images.to(self.device))
+        schedule = self.schedule(requests[0].respacing)
+        for index in range(len(schedule) - 1):
+            i = torch.full((len(images),), index, device=self.device)
+            flight = replace(flight, x=ddim_inversion_step(schedule, self._denoise(flight, schedule.timestep[i]), flight.x, i).x)
+        return flight.x
+
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _sampled(self, schedule: Schedule, output: ModelOutput, flight: Flight, i: Tensor, noise: Tensor) -> Step:
+        """One reverse step of every sample by its own sampler."""
+        names = [sample.sampler for sample in self._samples]
+        parts, order = [], []
+        for name in dict.fromkeys(names):
+            rows = torch.tensor([n for n, sampler in enumerate(names) if sampler == name], device=self.device)
+            part = flight[rows]
+            known = Known(part.conditioning.known, part.conditioning.known_mask)
+            parts.append(SAMPLERS[name](schedule, output[rows], part.x, i[rows], noise[rows], known, history=part.history))
+            order.append(rows)
+        return parts[0] if len(parts) == 1 else Step.join(parts)[torch.cat(order).argsort()]
+
+    def _first_index(self, request: SampleRequest) -> int:
+        """Where a sample enters its schedule: at the end, or as far from it as its strength says. Raises UserError."""
+        steps = len(self.schedule(request.respacing))
+        if not 0 < request.strength <= 1:      # also for nan
+            raise UserError(f"strength must lie above 0 and at most at 1 (given: {request.strength}); 0.6 keeps the picture's outline.")
+        return steps - 1 if request.start is None else max(1, round(request.strength * steps)) - 1
 
     def _denoise(self, flight: Flight, timestep: Tensor) -> ModelOutput:
         if self.batched:
@@ -162,7 +200,9 @@ class Stepper:
         return ModelOutput.join([self._guided(flight[n:n + 1], timestep[n:n + 1]) for n in range(len(timestep))])
 
     def _guided(self, flight: Flight, timestep: Tensor) -> ModelOutput:
-        guided = flight.scale.ne(1).nonzero()[:, 0]
+        inside = (timestep >= flight.interval[:, 0]) & (timestep <= flight.interval[:, 1])
+        scale = torch.where(inside, flight.scale, 1.0)
+        guided = scale.ne(1).nonzero()[:, 0]
 
         def paired(x: Tensor, timestep: Tensor) -> ModelOutput:
             if not len(guided):
@@ -170,7 +210,7 @@ class Stepper:
             conditioning = Conditioning.join([flight.conditioning, flight.conditioning[guided]])
             empty = self._empty_text().map(lambda tensor: tensor.expand(len(guided), *tensor.shape[1:]))
             return self.model(x, timestep, conditioning, TextFeatures.join([flight.text, empty]))
-        return classifier_free(paired, flight.scale)(flight.x, timestep)
+        return classifier_free(paired, scale)(flight.x, timestep)
 
     def _empty_text(self) -> TextFeatures:
         """The features of the empty caption, which every guided sample shares."""
@@ -181,21 +221,30 @@ class Stepper:
         return self._empty
 
     def _admit(self, ticket: int, request: SampleRequest) -> None:
+        sample, row = self._row(request, ticket)
+        self._flight = row if self._flight is None else Flight.join([self._flight, row])
+        self._samples.append(sample)
+
+    def _row(self, request: SampleRequest, ticket: int = 0) -> tuple[Sample, Flight]:
+        """A sample at the beginning of its way."""
         sampling = self.config.sampling
-        generator = torch.Generator().manual_seed(request.seed)
-        sample = Sample(ticket, request.sampler or sampling.sampler, request.respacing or sampling.respacing, generator)
         conditioning = request.conditioning.to(self.device)
-        if conditioning.known is None:                 # so that rows with and without known pixels share a batch
+        edits = conditioning.known is not None
+        if not edits:                 # so that rows with and without known pixels share a batch
             size = self.config.unet.image_size
             conditioning = replace(conditioning, known=torch.zeros(1, 3, size, size, device=self.device),
                                    known_mask=torch.zeros(1, 1, size, size, device=self.device))
+        generator = torch.Generator().manual_seed(request.seed)
+        sample = Sample(ticket, request.sampler or sampling.sampler, request.respacing or sampling.respacing, generator, edits)
         scale = sampling.guidance_scale if request.guidance_scale is None else request.guidance_scale
-        row = Flight(x=(self._noise(sample) * sampling.noise_scale).to(self.device),
-                     i=torch.tensor([len(self.schedule(sample.respacing)) - 1], device=self.device),
-                     scale=torch.tensor([scale], dtype=torch.float32, device=self.device), conditioning=conditioning,
-                     text=self.model.encode_text(conditioning.tokens, conditioning.mask))
-        self._flight = row if self._flight is None else Flight.join([self._flight, row])
-        self._samples.append(sample)
+        i = torch.tensor([self._first_index(request)], device=self.device)
+        x = (self._noise(sample) * sampling.noise_scale if request.noise is None else request.noise[None]).to(self.device)
+        if request.start is not None:
+            x = q_sample(self.schedule(request.respacing), request.start[None].to(self.device), i, x)
+        return sample, Flight(
+            x=x, i=i, scale=torch.tensor([scale], dtype=torch.float32, device=self.device),
+            interval=torch.tensor([request.guidance_interval], device=self.device) * self.config.diffusion.steps,
+            history=History.none(x), conditioning=conditioning, text=self.model.encode_text(conditioning.tokens, conditioning.mask))
 
     def _noise(self, sample: Sample) -> Tensor:
         size = self.config.unet.image_size

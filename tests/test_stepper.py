@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,6 +60,44 @@ def test_guidance_samplers_steps_and_captions_are_each_samples_own():
     for image, one in zip(together, wanted, strict=True):
         assert torch.allclose(image, stepper().run([one])[0], atol=2e-3)
     assert len({image.sum().item() for image in together}) == 4
+
+
+def test_every_sampler_makes_its_own_picture_the_same_in_any_company():
+    wanted = [request(steps=5, sampler=sampler) for sampler in ("ancestral", "ddim", "plms", "dpm++")]
+    together = stepper().run([*wanted, request(seed=3, steps=9, sampler="plms")])
+    for image, one in zip(together, wanted, strict=False):
+        assert torch.equal(image, stepper().run([one])[0])
+    assert len({image.sum().item() for image in together}) == 5
+
+
+def test_outside_of_its_interval_guidance_is_off():
+    plain, whole, none, part = stepper().run([
+        request(steps=6, guidance_scale=1.0), request(steps=6, guidance_scale=4.0),
+        replace(request(steps=6, guidance_scale=4.0), guidance_interval=(0.0, 0.0)),
+        replace(request(steps=6, guidance_scale=4.0), guidance_interval=(0.3, 0.7))])
+    assert torch.allclose(plain, none, atol=1e-3) and not torch.allclose(plain, whole, atol=1e-2)
+    assert not torch.allclose(part, whole, atol=1e-3) and not torch.allclose(part, plain, atol=1e-3)
+
+
+def test_a_small_strength_stays_near_the_image_it_begins_from():
+    start = torch.rand(3, 16, 16) * 2 - 1
+    near, far = (stepper().run([replace(request(steps=20, sampler="ddim"), start=start, strength=strength)])[0] for strength in (0.1, 1.0))
+    assert (near - start).abs().mean() < 0.5 * (far - start).abs().mean()
+    for strength in (0.0, 1.5, float("nan")):
+        with pytest.raises(UserError, match="strength must lie above 0"):
+            stepper().submit(replace(request(), start=start, strength=strength))
+
+
+def test_inversion_gives_the_noise_that_leads_back():
+    """Exactly so only in the limit of small steps: many steps come closer than few, and far closer than other noise."""
+    image = stepper().run([request(steps=50, sampler="ddim", guidance_scale=1.0)])
+
+    def error(steps):
+        one = request(steps=steps, sampler="ddim", guidance_scale=1.0)
+        noise = stepper().invert([one], image)[0]
+        return (stepper().run([replace(one, noise=noise)]) - image).abs().mean().item()
+    other = (stepper().run([request(seed=8, steps=50, sampler="ddim", guidance_scale=1.0)]) - image).abs().mean().item()
+    assert error(200) < error(20) / 3 and error(200) < other / 3
 
 
 def test_a_seed_gives_one_picture_and_another_seed_another():
