@@ -88,6 +88,34 @@ class UNetConfig(Frozen):
         return self
 
 
+class ClipConfig(Frozen):
+    """Noised CLIP (sec. 4.4): both towers, and the width of the space that they share."""
+
+    image_size: int = Field(64, gt=0)
+    patch_size: int = Field(4, gt=0)
+    image_width: int = Field(gt=0)
+    image_layers: int = Field(gt=0)
+    image_heads: int = Field(gt=0)
+    text_width: int = Field(gt=0)
+    text_layers: int = Field(gt=0)
+    text_heads: int = Field(gt=0)
+    context: int = Field(77, gt=0)
+    vocabulary: int = Field(50257, gt=0)
+    embedding: int = Field(512, gt=0)
+    timesteps: int = Field(1000, gt=0)
+    scale: float = Field(1 / 0.07, gt=0)               # of the logits, to begin with (Radford et al. 2021, sec. 2.5)
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> ClipConfig:
+        for tower in ("image", "text"):
+            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
+            if width % heads:
+                raise ValueError(f"{tower}_width {width} is not divisible by {tower}_heads {heads}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
+        return self
+
+
 class DiffusionConfig(Frozen):
     """The noise process: `cosine` for the base model, `linear` for the upsampler, in `steps` timesteps."""
 
@@ -131,6 +159,7 @@ class TrainConfig(Frozen):
     objective: Literal["base", "upsampler"]
     steps: int = Field(gt=0)
     batch: int = Field(gt=0)
+    start_from: str | None = None                      # weights to fine-tune; an inpainting model may start from one that is not
     accumulation: int = Field(1, gt=0)
     workers: int = Field(1, gt=0)
     learning_rate: float = Field(gt=0)

@@ -8,14 +8,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from glide_ray.config import TextConfig, UNetConfig
-from glide_ray.diffusion.guidance import classifier_free
+from glide_ray.config import ClipConfig, TextConfig, UNetConfig
+from glide_ray.diffusion.guidance import classifier_free, score_gradient
 from glide_ray.diffusion.loss import hybrid_loss
 from glide_ray.diffusion.process import q_sample
 from glide_ray.diffusion.samplers import Known, ancestral_step, ddim_inversion_step, ddim_step
 from glide_ray.diffusion.schedule import kept_timesteps, make_schedule, respace
 from glide_ray.forms import Conditioning, ModelOutput
-from glide_ray.models.released import from_released
+from glide_ray.models.clip import NoisedClip
+from glide_ray.models.released import clip_from_released, clip_to_released, from_released
 from glide_ray.models.unet import GlideUNet
 from glide_ray.tokenizer import Tokenizer
 
@@ -170,3 +171,37 @@ def test_captions_become_the_released_tokens():
         encoded = tokenizer.encode(row["text"])
         assert encoded.tokens == row["padded"], row["text"]
         assert sum(encoded.mask) == row["mask_true"]
+
+
+# -- noised CLIP ------------------------------------------------------------------------------------------------------
+
+def golden_clip():
+    """Computed once with the released encoders on drawn weights: the release draws only some of their parameters."""
+    state, _ = read("clip.weights.safetensors")
+    given, meta = read("clip.forward.safetensors")
+    layers, embedding = int(meta["layers"]), int(meta["embed_dim"])
+    config = ClipConfig(image_size=int(meta["image_size"]), patch_size=int(meta["patch_size"]), embedding=embedding,
+                        image_width=int(meta["image_heads"]) * int(meta["head_dim"]), image_layers=layers, image_heads=int(meta["image_heads"]),
+                        text_width=int(meta["text_heads"]) * int(meta["head_dim"]), text_layers=layers, text_heads=int(meta["text_heads"]),
+                        context=int(meta["text_ctx"]), vocabulary=int(meta["vocab_size"]), scale=float(meta["logit_scale"]))
+    towers = [{key.removeprefix(f"{tower}_encoder."): tensor.float() for key, tensor in state.items() if key.startswith(tower)}
+              for tower in ("image", "text")]
+    model = NoisedClip(config).eval().requires_grad_(False)
+    model.load_state_dict(clip_from_released(*towers, config))
+    return model, given, meta, towers
+
+
+def test_noised_clip_embeds_as_the_release_does():
+    model, given, _, towers = golden_clip()
+    assert worst(model.encode_text(given["tokens"], given["lengths"]), given["text_embeddings"]) <= TOLERANCE
+    assert worst(model.encode_image(given["images"], given["t"]), given["image_embeddings"]) <= TOLERANCE
+    for ours, theirs in zip(clip_to_released(model.state_dict()), towers, strict=True):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_the_gradient_of_clip_guidance_is_the_released_one():
+    model, given, meta, _ = golden_clip()
+    text = given["text_embeddings"]
+    gradient = score_gradient(lambda x, t: model.score(x, t, text), given["images"], given["t"],
+                              torch.full((3,), float(meta["gradient_scale"])))
+    assert worst(gradient, given["guidance_gradient"]) <= 1e-4 * given["guidance_gradient"].abs().max()

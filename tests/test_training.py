@@ -5,15 +5,17 @@ import pytest
 import torch
 
 from conftest import drawn_samples, tiny
-from glide_ray.config import ConfigError
+from glide_ray.config import ConfigError, UserError
 from glide_ray.data.images import centre_crop, decode, to_tensor
+from glide_ray.data.masks import random_known
 from glide_ray.diffusion.schedule import make_schedule
 from glide_ray.forms import Batch, Conditioning
 from glide_ray.models.unet import GlideUNet
+from glide_ray.models.weights import WeightsError, load_model, load_weights, with_known_channels
 from glide_ray.train.checkpoint import CheckpointError
 from glide_ray.train.ema import Ema, EmaError
 from glide_ray.train.loop import Outlets, Trainer, TrainingError, _mix, train_loop
-from glide_ray.train.objectives import denoising, draw, held_out_sums
+from glide_ray.train.objectives import denoising, draw, held_out_sums, with_known_pixels
 from glide_ray.train.zero import deepspeed_config, learning_rate, resolve_precision
 from glide_ray.tokenizer import Tokenizer
 
@@ -221,3 +223,51 @@ def test_a_model_learns_what_its_captions_mean():
     other = (rows + 1 + torch.arange(64) // 8 % 7) % 8
     losses = [trainer.held_out([Batch(image[rows], Conditioning(tokens[told], mask[told]))])["held_out_mse"] for told in (rows, other)]
     assert losses[0] < 0.9 * losses[1]
+
+
+# -- inpainting -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["base", "upsampler"])
+def test_right_after_surgery_an_inpainting_model_gives_the_very_output_of_the_model_it_comes_from(kind, tiny_weights):
+    config, state = load_weights(tiny_weights[kind])
+    unet = config.unet.model_copy(update={"inpaint": True})
+    before, after = load_model(tiny_weights[kind])[0], GlideUNet(unet).eval()
+    after.load_state_dict(with_known_channels(state, unet))
+    size = unet.image_size
+    tokens, mask = Tokenizer().batch(["a red circle", ""])
+    low_res = torch.randn(2, 3, 16, 16) if kind == "upsampler" else None
+    given = Conditioning(tokens, mask, low_res, torch.randn(2, 3, size, size), torch.ones(2, 1, size, size))
+    x, t = torch.randn(2, 3, size, size), torch.tensor([3, 900])
+    with torch.no_grad():
+        assert torch.equal(after(x, t, given).eps, before(x, t, given).eps)
+
+
+def test_an_inpainting_run_starts_from_weights_and_learns_to_use_what_is_known(tiny_weights):
+    """One image again and again: with all of it known the noise is plain to see, and the known channels come to weigh something."""
+    unet = ["model.unet.inpaint=true", f"start_from={tiny_weights['base']}"]
+    trainer = Trainer(preset("learning_rate=2e-3", *unet))
+    stem = trainer.engine.module.stem.weight
+    assert not stem[:, 3:7].any() and torch.equal(stem[:, :3], load_weights(tiny_weights["base"])[1]["stem.weight"])
+    first = trainer.held_out([batch(1)])["held_out"]
+    for number in range(1, 61):
+        trainer.step(iter([batch(1)]), number)
+    assert stem[:, 3:6].abs().max() > 1e-3 and stem[:, 6:7].abs().max() > 1e-3
+    assert trainer.held_out([batch(1)])["held_out"] < first / 2
+
+
+def test_weights_of_another_shape_are_no_start(tiny_weights):
+    with pytest.raises(WeightsError, match="checkpoint of another shape: text.token.weight|checkpoint of another shape|no tensor"):
+        Trainer(preset(f"start_from={tiny_weights['upsampler']}"))
+    with pytest.raises(UserError, match="no file nowhere"):
+        Trainer(preset("start_from=nowhere.safetensors"))
+
+
+def test_random_erasures_are_of_every_kind_and_the_same_for_the_same_seed():
+    shares = [random_known(64, np.random.default_rng(seed)).mean() for seed in range(300)]
+    assert 0.05 < np.mean([share == 0 for share in shares]) < 0.2 and 0 < np.mean([share == 1 for share in shares]) < 0.1
+    assert 0.05 < np.mean([share == 0.5 for share in shares]) < 0.25 and 0.2 < np.mean(shares) < 0.8
+    assert len(set(shares)) > 150
+    assert np.array_equal(random_known(64, np.random.default_rng(5)), random_known(64, np.random.default_rng(5)))
+    generator = torch.Generator().manual_seed(0)
+    conditioning = with_known_pixels(batch(1), generator).conditioning
+    assert conditioning.known_mask.shape == (4, 1, 16, 16) and set(conditioning.known_mask.unique().tolist()) <= {0.0, 1.0}

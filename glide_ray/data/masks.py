@@ -1,9 +1,9 @@
-"""Edit masks: which pixels are known and kept, which are painted anew. Bool (H, W), true = known."""
+"""Masks of what is known: an edit's, and random ones to train inpainting with. Bool (H, W), true = known and kept."""
 
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from ..config import UserError
 
@@ -39,3 +39,30 @@ def centre_crop_mask(known: np.ndarray, size: int) -> np.ndarray:
     left, top = (width - side) // 2, (height - side) // 2
     square = Image.fromarray(known.astype(np.uint8) * 255)
     return np.asarray(square.resize((size, size), Image.Resampling.BOX, box=(left, top, left + side, top + side))) == 255
+
+
+# -- to train with ----------------------------------------------------------------------------------------------------
+
+def random_known(size: int, draw: np.random.Generator) -> np.ndarray:
+    """What remains known after a random erasure (sec. 4.3): rectangles, brush strokes, a half, everything or nothing erased.
+
+    The paper says "random regions"; these kinds and their shares are ours. (`size`, `size`) bool.
+    """
+    kind = draw.choice(["rectangles", "strokes", "half", "everything", "nothing"], p=[0.4, 0.3, 0.15, 0.1, 0.05])
+    known = Image.new("1", (size, size), 0 if kind == "everything" else 1)
+    pencil = ImageDraw.Draw(known)
+    if kind == "rectangles":
+        for _ in range(draw.integers(1, 4)):
+            width, height = draw.integers(size // 8, size * 3 // 4, 2, endpoint=True)
+            left, top = draw.integers(-width // 2, size - width // 2), draw.integers(-height // 2, size - height // 2)
+            pencil.rectangle((left, top, left + width - 1, top + height - 1), fill=0)
+    elif kind == "strokes":
+        for _ in range(draw.integers(1, 5)):
+            points = np.clip(np.cumsum(draw.normal(0, size / 6, (draw.integers(3, 9), 2)), axis=0) + draw.uniform(0, size, 2), 0, size)
+            width = int(draw.integers(max(2, size // 16), max(3, size // 5)))
+            pencil.line([tuple(point) for point in points], fill=0, width=width, joint="curve")
+    elif kind == "half":
+        half = np.arange(size) < size // 2
+        half = np.broadcast_to(half if draw.random() < 0.5 else half[:, None], (size, size))
+        return np.ascontiguousarray(half if draw.random() < 0.5 else ~half)
+    return np.asarray(known)

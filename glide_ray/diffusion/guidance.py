@@ -1,6 +1,8 @@
-"""Guidance wraps a denoiser and gives a denoiser (sec. 2.3)."""
+"""Classifier-free guidance wraps a denoiser and gives a denoiser (sec. 2.3); CLIP guidance is a gradient for the samplers (sec. 2.4)."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,3 +29,14 @@ def classifier_free(paired: Denoiser, scale: Tensor) -> Denoiser:
 def combine(caption_eps: Tensor, empty_eps: Tensor, scale: Tensor) -> Tensor:
     """Extrapolate from the unconditional prediction through the conditional one. Shapes (B, 3, H, W); scale (B,)."""
     return empty_eps + scale.reshape(-1, 1, 1, 1) * (caption_eps - empty_eps)
+
+
+def score_gradient(score: Callable[[Tensor, Tensor], Tensor], x: Tensor, timestep: Tensor, scale: Tensor) -> Tensor:
+    """scale times the gradient of `score(x, timestep)` (B,) with respect to x (B, 3, H, W). `scale` (B,).
+
+    What the samplers take as `gradient`: of a log-probability, such as noised CLIP's score.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_(True)
+        gradient, = torch.autograd.grad(score(x, timestep.clone()).sum(), x)
+    return gradient * scale.reshape(-1, 1, 1, 1)

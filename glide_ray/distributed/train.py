@@ -25,7 +25,7 @@ from .. import storage
 from ..config import ConfigError, Preset, UserError
 from ..data.filters import Report
 from ..forms import Batch
-from ..models.weights import save_weights
+from ..models.weights import load_config, save_weights
 from ..train.checkpoint import CheckpointError, check_same
 from .local import connect
 from .stream import Collate, Tally, corpus_files, held_out_batches, open_corpus
@@ -60,6 +60,8 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
     preset = _absolute(preset)
     corpus_files(preset.data.corpus)      # found missing before anything is started
     corpus_files(preset.data.held_out)
+    if preset.train.start_from:
+        load_config(storage.fetch(preset.train.start_from))
     connect(preset.train.workers + DATA_CPUS)
     on_gpu = _check_cluster(preset)
     board, tally = Board.remote(), Tally.remote()
@@ -95,9 +97,10 @@ def _check_run(preset: Preset, out: Path) -> None:
 
 def _absolute(preset: Preset) -> Preset:
     """The preset as the workers read it: they run in a folder of their own."""
-    paths = {name: value if storage.is_remote(value) else str(Path(value).resolve())
-             for name, value in (("corpus", preset.data.corpus), ("held_out", preset.data.held_out))}
-    return preset.model_copy(update={"data": preset.data.model_copy(update=paths)})
+    def whole(path: str | None) -> str | None:
+        return path if path is None or storage.is_remote(path) else str(Path(path).resolve())
+    data = preset.data.model_copy(update={"corpus": whole(preset.data.corpus), "held_out": whole(preset.data.held_out)})
+    return preset.model_copy(update={"data": data, "train": preset.train.model_copy(update={"start_from": whole(preset.train.start_from)})})
 
 
 def _check_cluster(preset: Preset) -> bool:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..config import UNetConfig, UserError
+from ..config import ClipConfig, UNetConfig, UserError
+from .clip import NoisedClip
 from .layers import AttentionBlock, ResBlock
 from .text import TextBlock
 from .unet import GlideUNet
@@ -45,6 +46,29 @@ def to_released(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Te
             for name, released in names.items()}
 
 
+def clip_from_released(image: Mapping[str, Tensor], text: Mapping[str, Tensor], config: ClipConfig) -> dict[str, Tensor]:
+    """The released state dicts of both CLIP encoders -> that of our `NoisedClip`, but for the scale, which the release keeps in a
+    file of settings: the config's. Raises ReleasedError."""
+    with torch.device("meta"):
+        ours = NoisedClip(config).state_dict()
+    result = {"log_scale": torch.tensor(config.scale).log()}
+    for tower, state in (("image", image), ("text", text)):
+        names = {name: _clip_name(name.removeprefix(f"{tower}.")) for name in ours if name.startswith(f"{tower}.")}
+        _check_keys(set(names.values()), set(state))
+        for name, released in names.items():
+            if state[released].shape != ours[name].shape:
+                raise ReleasedError(f"{released} of the {tower} encoder has the shape {list(state[released].shape)}, where this model "
+                                    f"has {list(ours[name].shape)}: it belongs to a model of another size.")
+            result[name] = state[released]
+    return result
+
+
+def clip_to_released(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Our `NoisedClip` -> the released state dicts of the image and of the text encoder."""
+    return tuple({_clip_name(name.removeprefix(f"{tower}.")): tensor for name, tensor in state.items() if name.startswith(f"{tower}.")}
+                 for tower in ("image", "text"))
+
+
 def released_names(config: UNetConfig) -> dict[str, str]:
     """Our parameter name -> the released one, for every parameter of the model."""
     return _names_and_shapes(config)[0]
@@ -60,6 +84,25 @@ TEXT_BLOCK = {"attention_norm": "ln_1", "qkv": "attn.c_qkv", "out": "attn.c_proj
 TOP = {"text.token": "token_embedding", "text.norm": "final_ln", "text.pool": "transformer_proj", "time_in": "time_embed.0",
        "time_out": "time_embed.2", "stem": "input_blocks.0.0", "out_norm": "out.0", "out": "out.2"}
 TABLES = {"text.position": "positional_embedding", "text.padding": "padding_embedding"}
+
+
+CLIP = {"timestep.weight": "input.w_t", "patch.weight": "input.patch_proj", "token.weight": "input.w_voc", "position": "input.w_pos",
+        "norm_in": "input.ln", "norm_out": "output.ln", "project": "output.f"}
+CLIP_BLOCK = {"attention_norm": "f_attn.ln", "query": "f_attn.f_q", "key": "f_attn.f_k", "value": "f_attn.f_v", "out": "f_attn.f_c",
+              "mlp_norm": "f_mlp.ln", "mlp_in": "f_mlp.f_1", "mlp_out": "f_mlp.f_2"}
+
+
+def _clip_name(name: str) -> str:
+    """A tower's parameter name -> the released one."""
+    if name in CLIP:
+        return f"blocks.{CLIP[name]}"
+    module, _, leaf = name.rpartition(".")
+    norm = "norm" in module
+    leaf = {"weight": "g" if norm else "w", "bias": "b"}[leaf]
+    if module.startswith("blocks."):
+        _, index, part = module.split(".")
+        return f"blocks.block_{index}.{CLIP_BLOCK[part]}.{leaf}"
+    return f"blocks.{CLIP[module]}.{leaf}"
 
 
 def _names_and_shapes(config: UNetConfig) -> tuple[dict[str, str], dict[str, torch.Size]]:

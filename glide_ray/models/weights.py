@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import ConfigError, ModelConfig, UserError, validate
+from ..config import ConfigError, ModelConfig, UNetConfig, UserError, validate
 from .unet import GlideUNet
 
 
@@ -68,6 +68,14 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
     check_shapes(state, {name: tensor.shape for name, tensor in model.state_dict().items()}, str(path))
     model.load_state_dict(state, assign=True)
     return model.to(device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False), config
+
+
+def with_known_channels(state: Mapping[str, Tensor], unet: UNetConfig) -> dict[str, Tensor]:
+    """A model's weights as its inpainting form begins with them: the input channels of the known pixels weigh nothing (sec. 4.3)."""
+    stem = state["stem.weight"]
+    if not unet.inpaint or stem.shape[1] == unet.in_channels:
+        return dict(state)
+    return {**state, "stem.weight": torch.cat([stem[:, :3], stem.new_zeros(len(stem), 4, *stem.shape[2:]), stem[:, 3:]], dim=1)}
 
 
 def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: str) -> None:

@@ -19,9 +19,11 @@ from ..config import Preset, UserError
 from ..diffusion.schedule import make_schedule
 from ..forms import Batch
 from ..models.unet import GlideUNet
+from ..models.weights import check_shapes, load_weights, with_known_channels
+from ..storage import fetch
 from .checkpoint import STATE, Progress, ema_path, read_progress, write_progress
 from .ema import Ema
-from .objectives import OBJECTIVES, draw, held_out_sums
+from .objectives import OBJECTIVES, draw, held_out_sums, with_known_pixels
 from .zero import deepspeed_config, learning_rate, resolve_precision
 
 Metrics = dict[str, float | int | str]
@@ -58,6 +60,8 @@ class Trainer:
         torch.manual_seed(train.seed)       # every rank draws the same initial weights
         model = GlideUNet(preset.model.unet)
         model.activation_checkpointing = train.activation_checkpointing
+        if train.start_from:
+            start(model, train.start_from)
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(),
                                                config=deepspeed_config(train, self.precision))
         self.ema = Ema(master_tensors(self.engine), train.ema_rate)
@@ -75,6 +79,7 @@ class Trainer:
         sums = torch.zeros(3, device=self.device)
         for _ in range(self.preset.train.accumulation):
             batch = next(batches).to(self.device)
+            batch = with_known_pixels(batch, generator) if self.preset.model.unet.inpaint else batch
             loss = self.objective(self.engine, self.schedule, batch, *draw(self.schedule, batch, generator))
             self.engine.backward(loss.total.mean())
             self.engine.step()
@@ -86,7 +91,7 @@ class Trainer:
         """The hybrid loss on held-out images, over all ranks."""
         self.engine.eval()
         sums = held_out_sums(self.objective, self.engine, self.schedule, [batch.to(self.device) for batch in batches],
-                             self.preset.train.seed + self.rank)
+                             self.preset.train.seed + self.rank, self.preset.model.unet.inpaint)
         total, mse, vb, count = self._sum(sums).tolist()
         return {"held_out": total / count, "held_out_mse": mse / count, "held_out_vb": vb / count}
 
@@ -168,6 +173,14 @@ def _endless(epoch_batches: Callable[[int], Iterator[Batch]], trainer: Trainer) 
             raise TrainingError(f"The corpus {trainer.preset.data.corpus} has too few usable images for one batch of "
                                 f"{trainer.preset.train.micro_batch} on each worker; lower train.batch, or add images.")
         epoch += 1
+
+
+def start(model: GlideUNet, path: str) -> None:
+    """Put weights to be fine-tuned into a model. Raises WeightsError for those of another shape."""
+    _, state = load_weights(fetch(path))
+    state = with_known_channels(state, model.config)
+    check_shapes(state, {name: tensor.shape for name, tensor in model.state_dict().items()}, path)
+    model.load_state_dict(state)
 
 
 # -- DeepSpeed --------------------------------------------------------------------------------------------------------
