@@ -1,16 +1,17 @@
 """Every number that fixes a run, as frozen pydantic models. Unknown keys are refused by name.
 
 One class per thing: `TextConfig`, `UNetConfig`, `DiffusionConfig`, `SamplingConfig` make a `ModelConfig` (what a weights
-file carries with it); with `DataConfig` and `TrainConfig` it makes a `Preset` (what `glide train` runs).
+file carries with it), as `ClipConfig` makes a `ClipModelConfig`; with `DataConfig` and `TrainConfig` either makes a `Preset`
+(what `glide train` runs).
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 
 class UserError(ValueError):
@@ -104,6 +105,7 @@ class ClipConfig(Frozen):
     embedding: int = Field(512, gt=0)
     timesteps: int = Field(1000, gt=0)
     scale: float = Field(1 / 0.07, gt=0)               # of the logits, to begin with (Radford et al. 2021, sec. 2.5)
+    tokenizer: Literal["gpt2", "clip"] = "gpt2"        # "clip" is the released model's, whose vocabulary its weights file carries
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> ClipConfig:
@@ -132,6 +134,17 @@ class SamplingConfig(Frozen):
     noise_scale: float = Field(1.0, gt=0)   # of the initial noise; 0.997 for the released upsampler
 
 
+class SampleOptions(Frozen):
+    """What a request says of how it is sampled; None takes the model's own `SamplingConfig`."""
+
+    sampler: str | None = None                         # of the base model; the upsampler keeps its own
+    steps: int | str | None = None                     # of the base model: a number, or a respacing such as "10,10,3,2,2"
+    upsampler_steps: int | str | None = None
+    guidance_scale: float | None = None                # of classifier-free guidance
+    clip_scale: float = 0.0                            # of CLIP guidance; 0 is none
+    guidance_interval: tuple[float, float] = (0.0, 1.0)    # of the timesteps, 1 the noisiest: no guidance of either kind outside of it
+
+
 class ModelConfig(Frozen):
     """All that is needed to rebuild and sample a model; stored inside its weights file."""
 
@@ -139,6 +152,55 @@ class ModelConfig(Frozen):
     unet: UNetConfig
     diffusion: DiffusionConfig = DiffusionConfig()
     sampling: SamplingConfig = SamplingConfig()
+
+    @property
+    def role(self) -> str:
+        """What a weights file can be used as: "base", "upsampler", or (of a `ClipModelConfig`) "clip"."""
+        return "upsampler" if self.unet.low_res_size else "base"
+
+    @property
+    def image_size(self) -> int:
+        return self.unet.image_size
+
+    @property
+    def low_res_size(self) -> int | None:
+        return self.unet.low_res_size
+
+    @property
+    def inpaint(self) -> bool:
+        return self.unet.inpaint
+
+    @property
+    def context(self) -> int:
+        return self.unet.text.context
+
+
+class ClipModelConfig(Frozen):
+    """All that is needed to rebuild noised CLIP. `diffusion` must be the base model's (sec. 4.4)."""
+
+    name: str
+    clip: ClipConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+
+    role: ClassVar[str] = "clip"
+    low_res_size: ClassVar[None] = None
+    inpaint: ClassVar[bool] = False
+
+    @property
+    def image_size(self) -> int:
+        return self.clip.image_size
+
+    @property
+    def context(self) -> int:
+        return self.clip.context
+
+
+def _tag(given: Any) -> str:
+    return "CLIP" if isinstance(given, ClipModelConfig) or (isinstance(given, dict) and "clip" in given) else "UNET"
+
+
+TAGS = ("UNET", "CLIP")      # pydantic puts them into the places of its findings; `validate` leaves them out again
+AnyModelConfig = Annotated[Annotated[ModelConfig, Tag("UNET")] | Annotated[ClipModelConfig, Tag("CLIP")], Discriminator(_tag)]
 
 
 class DataConfig(Frozen):
@@ -156,7 +218,7 @@ class DataConfig(Frozen):
 class TrainConfig(Frozen):
     """One training run. `batch` is global: micro-batch x accumulation x workers."""
 
-    objective: Literal["base", "upsampler"]
+    objective: Literal["base", "upsampler", "clip"]
     steps: int = Field(gt=0)
     batch: int = Field(gt=0)
     start_from: str | None = None                      # weights to fine-tune; an inpainting model may start from one that is not
@@ -204,19 +266,22 @@ class ServeConfig(Frozen):
 class Preset(Frozen):
     """A complete run by name."""
 
-    model: ModelConfig
+    model: AnyModelConfig
     data: DataConfig
     train: TrainConfig
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Preset:
-        unet, crop = self.model.unet, self.data.crop
-        if (self.train.objective == "upsampler") != bool(unet.low_res_size):
-            raise ValueError(f"train.objective {self.train.objective!r} does not fit model.unet.low_res_size {unet.low_res_size}")
-        grain = 2 ** (len(unet.multipliers) - 1)
-        if crop is not None and (not unet.low_res_size or crop > unet.image_size or crop % grain
-                                 or crop % (unet.image_size // unet.low_res_size)):
-            raise ValueError(f"data.crop {crop} must be a multiple of {grain}, at most image_size, and of an upsampler")
+        model, crop = self.model, self.data.crop
+        if self.train.objective != model.role:
+            raise ValueError(f"train.objective {self.train.objective!r} does not fit a model of the kind {model.role!r}"
+                             + (f" (model.unet.low_res_size is {model.low_res_size})" if model.role != "clip" else ""))
+        if crop is not None:
+            if model.role != "upsampler":
+                raise ValueError(f"data.crop {crop} is for upsamplers only")
+            grain = 2 ** (len(model.unet.multipliers) - 1)
+            if crop > model.image_size or crop % grain or crop % (model.image_size // model.low_res_size):
+                raise ValueError(f"data.crop {crop} must be a multiple of {grain}, at most image_size, and of an upsampler")
         return self
 
 
@@ -243,7 +308,7 @@ def validate(kind: type[Frozen], tree: dict[str, Any]):
         return kind.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or kind.__name__
+        where = ".".join(str(part) for part in first["loc"] if part not in TAGS) or kind.__name__
         if first["type"] == "extra_forbidden":
             raise ConfigError(f"There is no setting {where!r}; {nearest(where, leaves(tree_of(kind)))}") from None
         given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"

@@ -83,6 +83,15 @@ class ModelOutput(Rows):
 
 
 @dataclass(frozen=True)
+class ClipOutput:
+    """Images and captions in CLIP's space, as vectors of length 1."""
+
+    image: Tensor                                             # (B, E)
+    text: Tensor                                              # (B, E)
+    scale: Tensor                                             # (), of the logits
+
+
+@dataclass(frozen=True)
 class Batch(Rows):
     """What a training step reads."""
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .config import ModelConfig, Preset
+from .config import AnyModelConfig, ModelConfig, Preset
 from .forms import Conditioning
+from .models.clip import NoisedClip
 from .models.unet import GlideUNet
+from .models.weights import build
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -35,24 +37,32 @@ class ModelInfo:
         return self.parameters * 20
 
 
-def inspect(config: ModelConfig) -> ModelInfo:
+def inspect(config: AnyModelConfig) -> ModelInfo:
     """Count a model without drawing a weight."""
+    size = config.image_size
     with torch.device("meta"):
-        model = GlideUNet(config.unet).eval()
-        conditioning = example_conditioning(config, 1)
-        size = config.unet.image_size
+        model = build(config).eval()
         x, timestep = torch.empty(1, 3, size, size), torch.empty(1, dtype=torch.int64)
-        with FlopCounterMode(display=False) as text_counter:
-            text = model.encode_text(conditioning.tokens, conditioning.mask)
-        with FlopCounterMode(display=False) as counter:
-            model(x, timestep, conditioning, text)
+        if isinstance(model, NoisedClip):
+            with FlopCounterMode(display=False) as text_counter:
+                model.encode_text(torch.zeros(1, config.context, dtype=torch.int64), torch.ones(1, dtype=torch.int64))
+            with FlopCounterMode(display=False) as counter:
+                model.encode_image(x, timestep)
+        else:
+            conditioning = example_conditioning(config, 1)
+            with FlopCounterMode(display=False) as text_counter:
+                text = model.encode_text(conditioning.tokens, conditioning.mask)
+            with FlopCounterMode(display=False) as counter:
+                model(x, timestep, conditioning, text)
     return ModelInfo(parts(model), counter.get_total_flops(), text_counter.get_total_flops())
 
 
-def parts(model: GlideUNet) -> dict[str, int]:
+def parts(model: GlideUNet | NoisedClip) -> dict[str, int]:
     """Parameters by part; the sum is the whole model."""
     def size(*modules):
         return sum(p.numel() for module in modules for p in module.parameters())
+    if isinstance(model, NoisedClip):
+        return {"text tower": size(model.text), "image tower": size(model.image), "scale of the logits": 1}
     attention = size(*model.attention_layers())
     unet = (model.time_in, model.time_out, model.stem, model.down, model.middle, model.up, model.out_norm, model.out)
     return {"text transformer": size(model.text), "UNet, convolutions": size(*unet) - attention, "UNet, attention": attention}
@@ -70,27 +80,40 @@ def describe(preset: Preset) -> str:
     """The table that `glide info` prints."""
     model, train = preset.model, preset.train
     info = inspect(model)
-    unet, text = model.unet, model.unet.text
-    image = f"{unet.low_res_size} -> {unet.image_size}" if unet.low_res_size else str(unet.image_size)
+    image = f"{model.low_res_size} -> {model.image_size}" if model.low_res_size else str(model.image_size)
     lines = [
         f"{model.name}: {info.parameters / 1e6:,.2f}M parameters",
         f"  image        {image} pixels, {model.diffusion.schedule} schedule of {model.diffusion.steps} timesteps",
-        f"  UNet         {unet.channels} channels x {unet.multipliers}, {unet.blocks} blocks a level, attention at {unet.attention_sizes}",
-        f"  text         {text.layers} layers x {text.width}, {text.heads} heads, {text.context} tokens", "",
-        "parameters by part"]
+        *_architecture(model), "", "parameters by part"]
     lines += [f"  {name:<20}{number / 1e6:>12,.2f}M  {number / info.parameters:>5.1%}" for name, number in info.parts.items()]
     lines += ["", "memory",
               f"  {'weights, 16 bit':<20}{_gib(info.weight_bytes('bf16')):>12}    32 bit {_gib(info.weight_bytes('fp32'))}",
               f"  {'training state':<20}{_gib(info.training_bytes):>12}    over {train.workers} workers with ZeRO-3 "
               f"{_gib(info.training_bytes / train.workers)} each; activations come on top"]
-    guided = 2 if model.sampling.guidance_scale != 1 else 1
     step = 3 * (info.flops + info.text_flops) * train.batch
     lines += ["", "operations (a multiplication and an addition are two)",
               f"  {'one network call':<20}{_flop(info.flops):>15}  and {_flop(info.text_flops)} once for each caption",
-              f"  {'one sampling step':<20}{_flop(guided * info.flops):>15}  at guidance scale {model.sampling.guidance_scale:g}",
+              *_sampling(model, info),
               f"  {'one training step':<20}{_flop(step):>15}  at batch {train.batch}: forward and twice that backward",
               f"  {'the whole training':<20}{_flop(step * train.steps):>15}  in {train.steps:,} steps"]
     return "\n".join(lines)
+
+
+def _architecture(model: AnyModelConfig) -> list[str]:
+    if not isinstance(model, ModelConfig):
+        clip = model.clip
+        return [f"  image tower  {clip.image_layers} layers x {clip.image_width}, {clip.image_heads} heads, patches of {clip.patch_size} pixels",
+                f"  text tower   {clip.text_layers} layers x {clip.text_width}, {clip.text_heads} heads, {clip.context} tokens"]
+    unet, text = model.unet, model.unet.text
+    return [f"  UNet         {unet.channels} channels x {unet.multipliers}, {unet.blocks} blocks a level, attention at {unet.attention_sizes}",
+            f"  text         {text.layers} layers x {text.width}, {text.heads} heads, {text.context} tokens"]
+
+
+def _sampling(model: AnyModelConfig, info: ModelInfo) -> list[str]:
+    if not isinstance(model, ModelConfig):
+        return []
+    scale = model.sampling.guidance_scale
+    return [f"  {'one sampling step':<20}{_flop((2 if scale != 1 else 1) * info.flops):>15}  at guidance scale {scale:g}"]
 
 
 def _flop(count: float) -> str:

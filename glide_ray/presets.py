@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from .config import (ConfigError, DataConfig, DiffusionConfig, ModelConfig, Preset, SamplingConfig, TextConfig,
+from .config import (ClipConfig, ClipModelConfig, ConfigError, DataConfig, DiffusionConfig, ModelConfig, Preset, SamplingConfig, TextConfig,
                      TrainConfig, UNetConfig, nearest)
 
 BASE_STAGES = (1, 2, 3, 4)               # ADM, ImageNet 64x64
@@ -90,6 +90,37 @@ def filtered_upsampler() -> Preset:
                           log_every=100, evaluate_every=5000, checkpoint_every=5000))
 
 
+# -- noised CLIP ------------------------------------------------------------------------------------------------------
+
+def noised_clip_l() -> Preset:
+    """The paper's ViT-L over patches of 4 pixels, with the text tower of Radford et al.'s (2021, table 20) ViT-L."""
+    return Preset(
+        model=ClipModelConfig(
+            name="noised-clip-l",
+            clip=ClipConfig(image_width=1024, image_layers=24, image_heads=16, text_width=768, text_layers=12, text_heads=12,
+                            embedding=768)),
+        data=DataConfig(corpus="s3://bucket/train", held_out="s3://bucket/held_out"),
+        train=TrainConfig(objective="clip", steps=390_000, batch=32_768, workers=256,         # app. B.1
+                          learning_rate=4e-4, warmup_steps=2000,                              # Radford et al., tables 18 and 20
+                          weight_decay=0.0125,                                                # app. B.1
+                          ema_rate=0.9999, precision="fp16", activation_checkpointing=True,
+                          log_every=100, evaluate_every=5000, checkpoint_every=5000))
+
+
+def noised_clip_b() -> Preset:
+    """ViT-B over patches of 4 pixels, as released; the released one has a vocabulary of its own."""
+    return Preset(
+        model=ClipModelConfig(
+            name="noised-clip-b",
+            clip=ClipConfig(image_width=768, image_layers=12, image_heads=12, text_width=512, text_layers=12, text_heads=8,
+                            embedding=512)),
+        data=DataConfig(corpus="s3://bucket/train", held_out="s3://bucket/held_out"),
+        train=TrainConfig(objective="clip", steps=390_000, batch=32_768, workers=128,         # app. B.1
+                          learning_rate=5e-4, warmup_steps=2000, weight_decay=0.2,            # Radford et al., tables 18 and 20
+                          ema_rate=0.9999, precision="fp16", activation_checkpointing=True,
+                          log_every=100, evaluate_every=5000, checkpoint_every=5000))
+
+
 # -- ours: the emoji corpus on one GPU --------------------------------------------------------------------------------
 
 def emoji_base() -> Preset:
@@ -117,6 +148,17 @@ def emoji_upsampler() -> Preset:
         data=DataConfig(min_size=256),
         train=TrainConfig(objective="upsampler", steps=10_000, batch=32, learning_rate=2e-4, ema_rate=0.999,
                           warmup_steps=200, clip_norm=1.0, evaluate_every=1000, checkpoint_every=1000))
+
+
+def emoji_clip() -> Preset:
+    """A noised CLIP beside `emoji-base`."""
+    return Preset(
+        model=ClipModelConfig(
+            name="emoji-clip",
+            clip=ClipConfig(image_width=256, image_layers=6, image_heads=4, text_width=256, text_layers=4, text_heads=4, embedding=128)),
+        data=DataConfig(),
+        train=TrainConfig(objective="clip", steps=10_000, batch=512, learning_rate=5e-4, weight_decay=0.1, ema_rate=0.999,
+                          warmup_steps=500, clip_norm=1.0, evaluate_every=500, checkpoint_every=500))
 
 
 # -- ours: tests and the first run ------------------------------------------------------------------------------------
@@ -149,6 +191,18 @@ def nano_upsampler() -> Preset:
                           warmup_steps=20, clip_norm=1.0, precision="fp32", evaluate_every=200, checkpoint_every=200))
 
 
+def nano_clip() -> Preset:
+    """The smallest noised CLIP: patches of 8 pixels, so that it learns shades and kinds of emoji in minutes on two CPU cores."""
+    return Preset(
+        model=ClipModelConfig(
+            name="nano-clip",
+            clip=ClipConfig(patch_size=8, image_width=128, image_layers=3, image_heads=4, text_width=64, text_layers=2, text_heads=2,
+                            embedding=64)),
+        data=DataConfig(held_out_images=256),
+        train=TrainConfig(objective="clip", steps=600, batch=128, workers=2, learning_rate=1e-3, weight_decay=0.1, ema_rate=0.99,
+                          warmup_steps=50, clip_norm=1.0, precision="fp32", evaluate_every=100, checkpoint_every=100))
+
+
 # -- fine-tuning, which the paper does twice --------------------------------------------------------------------------
 
 def guided(preset: Preset) -> Preset:
@@ -178,6 +232,8 @@ def _fine_tuned(preset: Preset, task: str, unet: dict, data: dict) -> Preset:
 
 PRESETS: dict[str, Callable[[], Preset]] = {function.__name__.replace("_", "-"): function for function in (
     paper_base, paper_upsampler, filtered_base, filtered_upsampler, emoji_base, emoji_upsampler, nano_base, nano_upsampler)}
+CLIPS = {function.__name__.replace("_", "-"): function for function in (noised_clip_l, noised_clip_b, emoji_clip, nano_clip)}
 # Ours are trained with empty captions from the start, so that there is nothing to fine-tune for guidance.
 PRESETS.update({f"{name}-{task.__name__}": partial(_task_on, task, make) for name, make in list(PRESETS.items())
                 for task in (guided, inpaint) if task is inpaint or not name.startswith(("emoji", "nano"))})
+PRESETS.update(CLIPS)

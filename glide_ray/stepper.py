@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig, UserError
-from .diffusion.guidance import classifier_free
+from .critic import Critic
+from .diffusion.guidance import classifier_free, score_gradient
 from .diffusion.process import q_sample
-from .diffusion.samplers import SAMPLERS, History, Known, Step, ddim_inversion_step, renoise_known
+from .diffusion.samplers import SAMPLERS, History, Known, Step, ddim_inversion_step, predict_x0, renoise_known
 from .diffusion.schedule import Schedule, join, make_schedule, respace
 from .forms import Conditioning, ModelOutput, Rows, TextFeatures
 from .models.unet import GlideUNet
@@ -35,7 +36,9 @@ class SampleRequest:
     respacing: str | None = None
     sampler: str | None = None
     guidance_scale: float | None = None
-    guidance_interval: tuple[float, float] = (0.0, 1.0)    # of the timesteps, 1 the noisiest: outside of it the scale is 1
+    guidance_interval: tuple[float, float] = (0.0, 1.0)    # of the timesteps, 1 the noisiest: outside of it nothing guides
+    clip_text: Tensor | None = None                        # (1, E): the caption as the stepper's critic embeds it, for CLIP guidance
+    clip_scale: float = 0.0
     noise: Tensor | None = None                            # (3, H, W): to begin from, instead of the seed's (see `invert`)
     start: Tensor | None = None                            # (3, H, W): an image to begin from instead of noise (SDEdit)
     strength: float = 1.0                                  # how much of the schedule is run from `start`
@@ -49,6 +52,8 @@ class Flight(Rows):
     i: Tensor                    # (S,) index into the sample's own schedule, counting down to 0
     scale: Tensor                # (S,) guidance scale
     interval: Tensor             # (S, 2) timesteps between which it holds
+    clip_text: Tensor            # (S, E)
+    clip_scale: Tensor           # (S,), 0 for no CLIP guidance
     history: History
     conditioning: Conditioning
     text: TextFeatures
@@ -70,13 +75,15 @@ class Stepper:
 
     `batched` puts all samples into one network call, which is what a GPU wants. On a CPU a call takes as long as its rows do
     one by one, so there each sample has a call to itself, and is then the same to the last bit in any company.
+    `critic` is the CLIP that guides those samples that ask for it.
     """
 
-    def __init__(self, model: GlideUNet, config: ModelConfig, device: torch.device | str = "cpu",
-                 dtype: torch.dtype = torch.float32, max_in_flight: int = 8, batched: bool | None = None):
+    def __init__(self, model: GlideUNet, config: ModelConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+                 max_in_flight: int = 8, batched: bool | None = None, critic: Critic | None = None):
         self.config, self.device, self.max_in_flight = config, torch.device(device), max_in_flight
         self.model = model.to(self.device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
         self.batched = self.device.type != "cpu" if batched is None else batched
+        self.critic = critic
         self.steps_done = 0
         self._process = make_schedule(config.diffusion.schedule, config.diffusion.steps)
         self._schedules: dict[str, Schedule] = {}
@@ -100,6 +107,8 @@ class Stepper:
         """Queue a request and return its ticket. Raises UserError at once for one that makes no sense."""
         if (request.sampler or self.config.sampling.sampler) not in SAMPLERS:
             raise UserError(f"There is no sampler {request.sampler!r}; choose one of: {', '.join(SAMPLERS)}.")
+        if request.clip_scale and (self.critic is None or request.clip_text is None):
+            raise UserError("CLIP guidance needs a CLIP model; give one, or leave clip_scale at 0.")
         self._first_index(request)
         self._tickets += 1
         self._waiting.append((self._tickets, request))
@@ -134,7 +143,7 @@ class Stepper:
         i = flight.i + torch.tensor([starts[sample.respacing] for sample in self._samples], device=self.device)
         output = self._denoise(flight, schedule.timestep[i])
         noise = torch.cat([self._noise(sample) for sample in self._samples]).to(self.device)
-        step = self._sampled(schedule, output, flight, i, noise)
+        step = self._sampled(schedule, output, flight, i, noise, self._gradient(schedule, output, flight, i))
         x = step.x
         if not self.config.unet.inpaint and flight.conditioning.known_mask.any():
             # This model does not see what is known but in x itself (sec. 4.3). The noise is drawn for edits only.
@@ -175,7 +184,7 @@ class Stepper:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _sampled(self, schedule: Schedule, output: ModelOutput, flight: Flight, i: Tensor, noise: Tensor) -> Step:
+    def _sampled(self, schedule: Schedule, output: ModelOutput, flight: Flight, i: Tensor, noise: Tensor, gradient: Tensor | None) -> Step:
         """One reverse step of every sample by its own sampler."""
         names = [sample.sampler for sample in self._samples]
         parts, order = [], []
@@ -183,9 +192,25 @@ class Stepper:
             rows = torch.tensor([n for n, sampler in enumerate(names) if sampler == name], device=self.device)
             part = flight[rows]
             known = Known(part.conditioning.known, part.conditioning.known_mask)
-            parts.append(SAMPLERS[name](schedule, output[rows], part.x, i[rows], noise[rows], known, history=part.history))
+            push = None if gradient is None else gradient[rows]
+            parts.append(SAMPLERS[name](schedule, output[rows], part.x, i[rows], noise[rows], known, push, part.history))
             order.append(rows)
         return parts[0] if len(parts) == 1 else Step.join(parts)[torch.cat(order).argsort()]
+
+    def _gradient(self, schedule: Schedule, output: ModelOutput, flight: Flight, i: Tensor) -> Tensor | None:
+        """The push of CLIP guidance (S, 3, H, W): zero for samples that have none, None where none has."""
+        timestep = schedule.timestep[i]
+        rows = (flight.clip_scale.ne(0) & _inside(timestep, flight.interval)).nonzero()[:, 0]
+        if not len(rows):
+            return None
+        seen = flight.x
+        if not self.critic.noised:      # it is shown the predicted image as it emerges from the noise (Crowson 2021a)
+            share = (1 - schedule.at("alpha_bar", i)).sqrt().float()
+            seen = share * predict_x0(schedule, output, flight.x, i, None) + (1 - share) * flight.x
+        gradient = torch.zeros_like(flight.x)
+        for group in [rows] if self.batched else rows.split(1):
+            gradient[group] = score_gradient(self.critic.score, seen[group], timestep[group], flight.clip_text[group], flight.clip_scale[group])
+        return gradient
 
     def _first_index(self, request: SampleRequest) -> int:
         """Where a sample enters its schedule: at the end, or as far from it as its strength says. Raises UserError."""
@@ -200,8 +225,7 @@ class Stepper:
         return ModelOutput.join([self._guided(flight[n:n + 1], timestep[n:n + 1]) for n in range(len(timestep))])
 
     def _guided(self, flight: Flight, timestep: Tensor) -> ModelOutput:
-        inside = (timestep >= flight.interval[:, 0]) & (timestep <= flight.interval[:, 1])
-        scale = torch.where(inside, flight.scale, 1.0)
+        scale = torch.where(_inside(timestep, flight.interval), flight.scale, 1.0)
         guided = scale.ne(1).nonzero()[:, 0]
 
         def paired(x: Tensor, timestep: Tensor) -> ModelOutput:
@@ -237,6 +261,9 @@ class Stepper:
         generator = torch.Generator().manual_seed(request.seed)
         sample = Sample(ticket, request.sampler or sampling.sampler, request.respacing or sampling.respacing, generator, edits)
         scale = sampling.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        clip_text = request.clip_text
+        if clip_text is None:       # so that rows with and without it share a batch
+            clip_text = torch.zeros(1, 0 if self.critic is None else self.critic.embedding)
         i = torch.tensor([self._first_index(request)], device=self.device)
         x = (self._noise(sample) * sampling.noise_scale if request.noise is None else request.noise[None]).to(self.device)
         if request.start is not None:
@@ -244,6 +271,7 @@ class Stepper:
         return sample, Flight(
             x=x, i=i, scale=torch.tensor([scale], dtype=torch.float32, device=self.device),
             interval=torch.tensor([request.guidance_interval], device=self.device) * self.config.diffusion.steps,
+            clip_text=clip_text.to(self.device), clip_scale=torch.tensor([request.clip_scale], dtype=torch.float32, device=self.device),
             history=History.none(x), conditioning=conditioning, text=self.model.encode_text(conditioning.tokens, conditioning.mask))
 
     def _noise(self, sample: Sample) -> Tensor:
@@ -260,6 +288,10 @@ class Stepper:
             return
         self._samples = [sample for sample, stays in zip(self._samples, keep, strict=True) if stays]
         self._flight = self._flight[torch.tensor(keep, device=self.device)] if self._samples else None
+
+
+def _inside(timestep: Tensor, interval: Tensor) -> Tensor:
+    return (timestep >= interval[:, 0]) & (timestep <= interval[:, 1])
 
 
 class Engine:

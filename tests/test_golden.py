@@ -202,6 +202,5 @@ def test_noised_clip_embeds_as_the_release_does():
 def test_the_gradient_of_clip_guidance_is_the_released_one():
     model, given, meta, _ = golden_clip()
     text = given["text_embeddings"]
-    gradient = score_gradient(lambda x, t: model.score(x, t, text), given["images"], given["t"],
-                              torch.full((3,), float(meta["gradient_scale"])))
+    gradient = score_gradient(model.score, given["images"], given["t"], text, torch.full((3,), float(meta["gradient_scale"])))
     assert worst(gradient, given["guidance_gradient"]) <= 1e-4 * given["guidance_gradient"].abs().max()

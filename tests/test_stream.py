@@ -98,24 +98,23 @@ def rows_of(samples):
 
 
 def test_a_batch_has_the_shapes_of_its_model():
-    base = Collate(tiny().model.unet, DataConfig())(rows_of(list(drawn_samples(4))), epoch=0)
+    base = Collate(tiny().model, DataConfig())(rows_of(list(drawn_samples(4))), epoch=0)
     assert base.image.shape == (4, 3, 16, 16) and base.conditioning.low_res is None and base.conditioning.tokens.shape == (4, 128)
-    pair = Collate(tiny("upsampler").model.unet, DataConfig())(rows_of(list(drawn_samples(4))), epoch=0)
+    pair = Collate(tiny("upsampler").model, DataConfig())(rows_of(list(drawn_samples(4))), epoch=0)
     assert pair.image.shape == (4, 3, 64, 64) and pair.conditioning.low_res.shape == (4, 3, 16, 16)
     assert -1 <= pair.image.min() and pair.image.max() <= 1
 
 
 def test_the_low_res_image_is_the_box_mean_of_the_large_one():
     from conftest import draw
-    pair = Collate(tiny("upsampler").model.unet, DataConfig())(rows_of(list(drawn_samples(1))), epoch=0)
+    pair = Collate(tiny("upsampler").model, DataConfig())(rows_of(list(drawn_samples(1))), epoch=0)
     assert torch.equal(pair.image[0], to_tensor(draw("red", "ellipse")))
     assert torch.equal(pair.conditioning.low_res[0], to_tensor(area_downsample(draw("red", "ellipse"), 16)))
     assert torch.allclose(pair.conditioning.low_res, torch.nn.functional.avg_pool2d(pair.image, 4), atol=1 / 127)
 
 
 def test_a_crop_cuts_both_halves_of_a_pair_at_one_place():
-    unet = tiny("upsampler").model.unet
-    collate = Collate(unet, DataConfig(crop=16))
+    collate = Collate(tiny("upsampler").model, DataConfig(crop=16))
     samples = list(drawn_samples(32))
     cropped, whole = collate(rows_of(samples), epoch=3), collate(rows_of(samples), epoch=3, augment=False)
     assert cropped.image.shape == (32, 3, 16, 16) and cropped.conditioning.low_res.shape == (32, 3, 4, 4)
@@ -126,7 +125,7 @@ def test_a_crop_cuts_both_halves_of_a_pair_at_one_place():
 
 def test_captions_are_drawn_anew_each_epoch_and_the_same_again_from_the_seed():
     samples = list(drawn_samples(40))
-    collate = Collate(tiny().model.unet, DataConfig(empty_caption_rate=0.3), seed=5)
+    collate = Collate(tiny().model, DataConfig(empty_caption_rate=0.3), seed=5)
     first, again, next_epoch = (collate(rows_of(samples), epoch) for epoch in (0, 0, 1))
     assert torch.equal(first.conditioning.tokens, again.conditioning.tokens)
     assert not torch.equal(first.conditioning.tokens, next_epoch.conditioning.tokens)
@@ -137,18 +136,18 @@ def test_an_image_that_breaks_while_decoding_is_counted_and_its_place_filled():
     samples = list(drawn_samples(4))
     rows = rows_of(samples)
     rows["image"][1] = rows["image"][1][:-40]
-    collate = Collate(tiny().model.unet, DataConfig())
+    collate = Collate(tiny().model, DataConfig())
     batch = collate(rows, epoch=0)
     assert batch.image.shape[0] == 4 and collate.broken == 1
     assert collate(rows_of([Sample("x", b"?", "png", ("x",), {})]), epoch=0) is None
 
 
 def test_held_out_batches_are_the_same_at_every_call_and_split_between_ranks(drawn_corpus):
-    data, unet = DataConfig(held_out=str(drawn_corpus / "held_out"), held_out_images=14, min_size=16), tiny().model.unet
-    whole = held_out_batches(data, unet, 4)
+    data, model = DataConfig(held_out=str(drawn_corpus / "held_out"), held_out_images=14, min_size=16), tiny().model
+    whole = held_out_batches(data, model, 4)
     assert [len(batch.image) for batch in whole] == [4, 4, 4, 2]
-    assert torch.equal(whole[2].image, held_out_batches(data, unet, 4)[2].image)
-    parts = [held_out_batches(data, unet, 4, rank, 2) for rank in range(2)]
+    assert torch.equal(whole[2].image, held_out_batches(data, model, 4)[2].image)
+    parts = [held_out_batches(data, model, 4, rank, 2) for rank in range(2)]
     assert torch.equal(parts[1][0].image, torch.cat([batch.image for batch in whole])[1::2][:4])
     with pytest.raises(ShardError, match="fewer than the 3 workers"):
-        held_out_batches(data.model_copy(update={"held_out_images": 2}), unet, 4, 0, 3)
+        held_out_batches(data.model_copy(update={"held_out_images": 2}), model, 4, 0, 3)

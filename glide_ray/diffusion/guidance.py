@@ -31,12 +31,12 @@ def combine(caption_eps: Tensor, empty_eps: Tensor, scale: Tensor) -> Tensor:
     return empty_eps + scale.reshape(-1, 1, 1, 1) * (caption_eps - empty_eps)
 
 
-def score_gradient(score: Callable[[Tensor, Tensor], Tensor], x: Tensor, timestep: Tensor, scale: Tensor) -> Tensor:
-    """scale times the gradient of `score(x, timestep)` (B,) with respect to x (B, 3, H, W). `scale` (B,).
+def score_gradient(score: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, timestep: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """scale times the gradient of `score(x, timestep, text)` (B,) with respect to x (B, 3, H, W). `text` (B, E), `scale` (B,).
 
-    What the samplers take as `gradient`: of a log-probability, such as noised CLIP's score.
+    What the samplers take as `gradient`: that of a log-probability, such as noised CLIP's score (sec. 2.4).
     """
     with torch.inference_mode(False), torch.enable_grad():
-        x = x.detach().clone().requires_grad_(True)
-        gradient, = torch.autograd.grad(score(x, timestep.clone()).sum(), x)
+        x, timestep, text = x.clone().requires_grad_(True), timestep.clone(), text.clone()      # free of the caller's inference mode
+        gradient, = torch.autograd.grad(score(x, timestep, text).sum(), x)
     return gradient * scale.reshape(-1, 1, 1, 1)

@@ -142,12 +142,12 @@ def _keep(x0: Tensor, known: Known | None) -> Tensor:
 
 
 def _guided_x0(schedule: Schedule, output: ModelOutput, x: Tensor, i: Tensor, known: Known | None, gradient: Tensor | None) -> Tensor:
-    """The predicted image, moved by a gradient's edit of eps."""
+    """The predicted image, moved by a gradient's edit of eps: -sqrt(1 - alpha_bar) gradient. Where that is 0, so is the move."""
     x0 = predict_x0(schedule, output, x, i, known)
     if gradient is None:
         return x0
-    eps = eps_from_x0(schedule, x, i, x0) - (1 - schedule.at("alpha_bar", i)).sqrt().float() * gradient
-    return _keep(x0_from_eps(schedule, x, i, eps), known)
+    alpha_bar = schedule.at("alpha_bar", i)
+    return _keep(x0 + ((1 - alpha_bar) / alpha_bar.sqrt()).float() * gradient, known)
 
 
 def _towards(schedule: Schedule, x0: Tensor, eps: Tensor, i: Tensor, noise: Tensor, eta: float) -> Tensor:

@@ -17,7 +17,7 @@ import ray
 import ray.data
 
 from .. import storage
-from ..config import DataConfig, UNetConfig, UserError
+from ..config import AnyModelConfig, DataConfig, UserError
 from ..data.captions import choose
 from ..data.filters import Report, reason_to_drop
 from ..data.images import ImageError, area_downsample, centre_crop, decode, to_tensor
@@ -130,17 +130,17 @@ class Collate:
     their places filled with the others of their batch, so that every worker sees equally many batches.
     """
 
-    def __init__(self, unet: UNetConfig, data: DataConfig, seed: int = 0):
-        self.unet, self.data, self.seed = unet, data, seed
+    def __init__(self, model: AnyModelConfig, data: DataConfig, seed: int = 0):
+        self.model, self.data, self.seed = model, data, seed
         self.broken = 0
-        self._tokenizer = Tokenizer(unet.text.context)
+        self._tokenizer = Tokenizer(model.context)
 
     def __call__(self, rows: Mapping[str, Sequence], epoch: int, augment: bool = True) -> Batch | None:
         """`augment` false takes the first caption, never the empty one: for held-out batches. None if no row is usable."""
         pictures, captions, corners = [], [], []
         for key, image, texts in zip(rows["key"], rows["image"], rows["captions"], strict=True):
             try:
-                pictures.append(centre_crop(decode(bytes(image)), self.unet.image_size))
+                pictures.append(centre_crop(decode(bytes(image)), self.model.image_size))
             except ImageError:
                 self.broken += 1
                 continue
@@ -152,17 +152,17 @@ class Collate:
         order = [n % len(pictures) for n in range(len(rows["key"]))]
         tokens, mask = self._tokenizer.batch([captions[n] for n in order])
         pairs = [self._pair(pictures[n], corners[n], augment) for n in order]
-        low_res = to_tensor(np.stack([small for _, small in pairs])) if self.unet.low_res_size else None
+        low_res = to_tensor(np.stack([small for _, small in pairs])) if self.model.low_res_size else None
         return Batch(to_tensor(np.stack([picture for picture, _ in pairs])), Conditioning(tokens, mask, low_res))
 
     def _pair(self, picture: np.ndarray, corner: tuple[int, int], augment: bool) -> tuple[np.ndarray, np.ndarray | None]:
         """A picture and its low-res half, both cut to the crop when training on crops."""
-        if not self.unet.low_res_size:
+        if not self.model.low_res_size:
             return picture, None
-        small = area_downsample(picture, self.unet.low_res_size)
+        small = area_downsample(picture, self.model.low_res_size)
         if not self.data.crop or not augment:
             return picture, small
-        factor, size = self.unet.image_size // self.unet.low_res_size, self.data.crop
+        factor, size = self.model.image_size // self.model.low_res_size, self.data.crop
         (top, left), small_size = corner, size // factor
         return (picture[top * factor:top * factor + size, left * factor:left * factor + size],
                 small[top:top + small_size, left:left + small_size])
@@ -171,14 +171,14 @@ class Collate:
         """Where this epoch's crop begins, in low-res pixels, so that both halves of the pair can be cut there."""
         if not self.data.crop:
             return 0, 0
-        room = self.unet.low_res_size - self.data.crop * self.unet.low_res_size // self.unet.image_size + 1
+        room = self.model.low_res_size - self.data.crop * self.model.low_res_size // self.model.image_size + 1
         digest = hashlib.sha256(f"crop/{self.seed}/{epoch}/{key}".encode()).digest()
         return int.from_bytes(digest[:4], "big") % room, int.from_bytes(digest[4:8], "big") % room
 
 
-def held_out_batches(data: DataConfig, unet: UNetConfig, batch: int, rank: int = 0, world: int = 1) -> list[Batch]:
+def held_out_batches(data: DataConfig, model: AnyModelConfig, batch: int, rank: int = 0, world: int = 1) -> list[Batch]:
     """This rank's part of the first `held_out_images` usable held-out rows, in batches; the same at every call."""
-    collate, rows = Collate(unet, data), []
+    collate, rows = Collate(model, data), []
     for url in corpus_files(data.held_out):
         for row in read_rows(url):
             if reason_to_drop(row["image"], json.loads(row["captions"]), data.min_size) is None:

@@ -137,7 +137,7 @@ def _train_rank(preset: Preset, board) -> None:
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             trainer.load(Path(folder))
-    held_out = held_out_batches(preset.data, preset.model.unet, preset.train.micro_batch, rank, world)
+    held_out = held_out_batches(preset.data, preset.model, preset.train.micro_batch, rank, world)
 
     def post(metrics):
         if rank == 0:
@@ -161,7 +161,7 @@ def _train_rank(preset: Preset, board) -> None:
 
 def _epoch(shard, preset: Preset, epoch: int) -> Iterator[Batch]:
     """This rank's batches of one epoch: equally many on every rank, shuffled within a bounded window."""
-    collate = Collate(preset.model.unet, preset.data, preset.train.seed)
+    collate = Collate(preset.model, preset.data, preset.train.seed)
     shuffle = {}
     if preset.data.shuffle_buffer:
         shuffle = {"local_shuffle_buffer_size": preset.data.shuffle_buffer, "local_shuffle_seed": preset.train.seed + epoch}

@@ -7,12 +7,15 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..config import ClipConfig
+from ..forms import ClipOutput
 
 # Of the pixels that CLIP was trained on, in 8 bits (Radford et al. 2021, release).
 CHANNEL_MEANS = (122.77093945, 116.74601272, 104.09373519)
 CHANNEL_STDS = (68.50053285, 66.63215831, 70.32316309)
+MAX_SCALE = 100.0
 
 
 class Block(nn.Module):
@@ -38,6 +41,12 @@ class Block(nn.Module):
         return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
 
 
+def _through(blocks: nn.ModuleList, h: Tensor, causal: bool, checkpointing: bool) -> Tensor:
+    for block in blocks:
+        h = checkpoint(block, h, causal, use_reentrant=False) if checkpointing else block(h, causal)
+    return h
+
+
 class ImageTower(nn.Module):
     """The timestep as a token of its own, then the patches; the embedding is read at the timestep's place."""
 
@@ -53,15 +62,15 @@ class ImageTower(nn.Module):
         self.norm_out = nn.LayerNorm(width)
         self.project = nn.Linear(width, config.embedding, bias=False)
 
-    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor, checkpointing: bool = False) -> Tensor:
         """x (B, 3, H, W) as the diffusion process has it, timestep (B,) -> (B, E)."""
         if x.shape[-1] != self.image_size:
             raise ValueError(f"this CLIP reads images of {self.image_size} pixels, not {x.shape[-1]}")
         mean, std = (x.new_tensor(values).reshape(1, 3, 1, 1) for values in (CHANNEL_MEANS, CHANNEL_STDS))
-        patches = self.patch(((x + 1) * 127.5 - mean) / std).flatten(2).transpose(1, 2)           # (B, P, W)
+        pixels = (((x + 1) * 127.5 - mean) / std).to(self.patch.weight.dtype)
+        patches = self.patch(pixels).flatten(2).transpose(1, 2)                                    # (B, P, W)
         h = self.norm_in(torch.cat([self.timestep(timestep)[:, None], patches], dim=1) + self.position)
-        for block in self.blocks:
-            h = block(h, causal=False)
+        h = _through(self.blocks, h, False, checkpointing)
         return self.project(self.norm_out(h[:, 0]))
 
 
@@ -76,11 +85,10 @@ class TextTower(nn.Module):
         self.norm_out = nn.LayerNorm(config.text_width)
         self.project = nn.Linear(config.text_width, config.embedding, bias=False)
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Tensor, checkpointing: bool = False) -> Tensor:
         """tokens (B, K) int64, of which the first `lengths` (B,) are the caption -> (B, E). An empty caption is read at its first place."""
         h = self.token(tokens) + self.position
-        for block in self.blocks:
-            h = block(h, causal=True)
+        h = _through(self.blocks, h, True, checkpointing)
         last = h[torch.arange(len(h), device=h.device), (lengths - 1).clamp(min=0)]
         return self.project(self.norm_out(last))
 
@@ -89,8 +97,9 @@ class NoisedClip(nn.Module):
     def __init__(self, config: ClipConfig):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
         self.image, self.text = ImageTower(config), TextTower(config)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale)))
+        self.log_scale = nn.Parameter(torch.tensor([math.log(config.scale)]))     # DeepSpeed cannot send one without an axis
         self.initialise()
 
     @torch.no_grad()
@@ -114,6 +123,14 @@ class NoisedClip(nn.Module):
         nn.init.normal_(self.image.timestep.weight, std=self.config.image_width**-0.5)
         nn.init.normal_(self.image.patch.weight, std=(2 / (self.config.image_width * self.config.patch_size**2)) ** 0.5)
 
+    def forward(self, x: Tensor, timestep: Tensor, tokens: Tensor, mask: Tensor) -> ClipOutput:
+        """Noised images x (B, 3, H, W) at timesteps (B,) and captions (B, K) with their masks: both embedded, as training wants it."""
+        checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
+        image, text = self.image(x, timestep, checkpointing), self.text(tokens, mask.sum(1), checkpointing)
+        # The scale is bounded for stability (Radford et al. 2021, sec. 2.5).
+        return ClipOutput(F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1),
+                          self.log_scale.float().clamp(max=math.log(MAX_SCALE)).exp())
+
     def encode_text(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Captions (B, K) of `lengths` (B,) tokens as vectors of length 1: (B, E)."""
         return F.normalize(self.text(tokens, lengths).float(), dim=-1)
@@ -124,4 +141,4 @@ class NoisedClip(nn.Module):
 
     def score(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """scale f(x_t, t) . g(c) (B,) for embedded captions `text` (B, E): what CLIP guidance climbs (sec. 2.4)."""
-        return self.log_scale.exp() * (self.encode_image(x, timestep) * text).sum(-1)
+        return self.log_scale.float().exp() * (self.encode_image(x, timestep) * text).sum(-1)

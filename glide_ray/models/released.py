@@ -51,7 +51,7 @@ def clip_from_released(image: Mapping[str, Tensor], text: Mapping[str, Tensor], 
     file of settings: the config's. Raises ReleasedError."""
     with torch.device("meta"):
         ours = NoisedClip(config).state_dict()
-    result = {"log_scale": torch.tensor(config.scale).log()}
+    result = {"log_scale": torch.tensor([config.scale]).log()}
     for tower, state in (("image", image), ("text", text)):
         names = {name: _clip_name(name.removeprefix(f"{tower}.")) for name in ours if name.startswith(f"{tower}.")}
         _check_keys(set(names.values()), set(state))

@@ -1,4 +1,4 @@
-"""Weights files: one safetensors file that carries its ModelConfig, so that it can be loaded by itself and never unpickled."""
+"""Weights files: one safetensors file that carries its model's config, so that it can be loaded by itself and never unpickled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import ConfigError, ModelConfig, UNetConfig, UserError, validate
+from ..config import AnyModelConfig, ClipModelConfig, ConfigError, ModelConfig, UNetConfig, UserError, validate
+from .clip import NoisedClip
 from .unet import GlideUNet
 
 
@@ -21,7 +22,7 @@ class WeightsError(UserError):
     """A weights file that cannot be used."""
 
 
-def save_weights(path: str | Path, state: Mapping[str, Tensor], config: ModelConfig, **metadata: str) -> None:
+def save_weights(path: str | Path, state: Mapping[str, Tensor], config: AnyModelConfig, **metadata: str) -> None:
     """Write the state dict and its config to one file, whole or not at all. Tensors are stored as they are."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,37 +35,48 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], config: ModelCon
         partial.unlink(missing_ok=True)
 
 
-def load_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+def load_weights(path: str | Path) -> tuple[AnyModelConfig, dict[str, Tensor]]:
     """The config and the state dict of a weights file, on the CPU. Raises WeightsError."""
     config = load_config(path)
     with safe_open(path, "pt") as file:
         return config, {name: file.get_tensor(name) for name in file.keys()}
 
 
-def load_config(path: str | Path) -> ModelConfig:
+def load_config(path: str | Path) -> AnyModelConfig:
     """The config alone, without reading the tensors. Raises WeightsError."""
+    metadata = load_metadata(path)
+    if "config" not in metadata:
+        raise WeightsError(f"{path} carries no glide_ray config; only weights that glide_ray wrote can be loaded as they are.")
+    try:
+        tree = json.loads(metadata["config"])
+        return validate(ClipModelConfig if "clip" in tree else ModelConfig, tree)
+    except (ConfigError, json.JSONDecodeError) as error:
+        raise WeightsError(f"{path} carries a config that this version does not read: {error}") from None
+
+
+def load_metadata(path: str | Path) -> dict[str, str]:
+    """What a weights file says of itself. Raises WeightsError."""
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"There is no weights file {path}; train one with `glide train`, or give the path of another.")
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}); export or copy it again.") from None
-    if "config" not in metadata:
-        raise WeightsError(f"{path} carries no glide_ray config; only weights that glide_ray wrote can be loaded as they are.")
-    try:
-        return validate(ModelConfig, json.loads(metadata["config"]))
-    except (ConfigError, json.JSONDecodeError) as error:
-        raise WeightsError(f"{path} carries a config that this version does not read: {error}") from None
+
+
+def build(config: AnyModelConfig) -> GlideUNet | NoisedClip:
+    """The model of a config, drawn at random."""
+    return GlideUNet(config.unet) if isinstance(config, ModelConfig) else NoisedClip(config.clip)
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-               ) -> tuple[GlideUNet, ModelConfig]:
+               ) -> tuple[GlideUNet | NoisedClip, AnyModelConfig]:
     """The model in eval mode, channels last, frozen. Raises WeightsError where the weights do not fit their config."""
     config, state = load_weights(path)
     with torch.device("meta"):
-        model = GlideUNet(config.unet)
+        model = build(config)
     check_shapes(state, {name: tensor.shape for name, tensor in model.state_dict().items()}, str(path))
     model.load_state_dict(state, assign=True)
     return model.to(device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False), config
@@ -72,8 +84,8 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
 
 def with_known_channels(state: Mapping[str, Tensor], unet: UNetConfig) -> dict[str, Tensor]:
     """A model's weights as its inpainting form begins with them: the input channels of the known pixels weigh nothing (sec. 4.3)."""
-    stem = state["stem.weight"]
-    if not unet.inpaint or stem.shape[1] == unet.in_channels:
+    stem = state.get("stem.weight")
+    if stem is None or not unet.inpaint or stem.shape[1] == unet.in_channels:
         return dict(state)
     return {**state, "stem.weight": torch.cat([stem[:, :3], stem.new_zeros(len(stem), 4, *stem.shape[2:]), stem[:, 3:]], dim=1)}
 

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from ..config import Preset, UserError
 from ..diffusion.schedule import make_schedule
 from ..forms import Batch
+from ..models.clip import NoisedClip
 from ..models.unet import GlideUNet
-from ..models.weights import check_shapes, load_weights, with_known_channels
+from ..models.weights import build, check_shapes, load_weights, with_known_channels
 from ..storage import fetch
 from .checkpoint import STATE, Progress, ema_path, read_progress, write_progress
 from .ema import Ema
@@ -58,47 +59,50 @@ class Trainer:
         self.schedule = make_schedule(preset.model.diffusion.schedule, preset.model.diffusion.steps).to(self.device)
         self.objective = OBJECTIVES[train.objective]
         torch.manual_seed(train.seed)       # every rank draws the same initial weights
-        model = GlideUNet(preset.model.unet)
+        model = build(preset.model)
         model.activation_checkpointing = train.activation_checkpointing
         if train.start_from:
             start(model, train.start_from)
-        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(),
+        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model, train.weight_decay),
                                                config=deepspeed_config(train, self.precision))
         self.ema = Ema(master_tensors(self.engine), train.ema_rate)
         self.progress = Progress()
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def step(self, batches: Iterator[Batch], number: int) -> torch.Tensor:
-        """Optimizer step `number`, counted from 1: (total, mse, vb) means, still on the device."""
+    def step(self, batches: Iterator[Batch], number: int) -> dict[str, torch.Tensor]:
+        """Optimizer step `number`, counted from 1: the mean of each of the objective's figures, still on the device."""
         self.engine.train()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(self.preset.train, number)
         # Drawn from the step and the rank: a run that is resumed, or split otherwise in time, draws the same.
         generator = torch.Generator().manual_seed(_mix(self.preset.train.seed, number, self.rank))
-        sums = torch.zeros(3, device=self.device)
+        sums: dict[str, torch.Tensor] = {}
         for _ in range(self.preset.train.accumulation):
             batch = next(batches).to(self.device)
-            batch = with_known_pixels(batch, generator) if self.preset.model.unet.inpaint else batch
-            loss = self.objective(self.engine, self.schedule, batch, *draw(self.schedule, batch, generator))
-            self.engine.backward(loss.total.mean())
+            batch = with_known_pixels(batch, generator) if self.preset.model.inpaint else batch
+            losses = self.objective(self.engine, self.schedule, batch, *draw(self.schedule, batch, generator))
+            self.engine.backward(losses["loss"].mean())
             self.engine.step()
-            sums += torch.stack([loss.total.mean(), loss.mse.mean(), loss.vb.mean()]).detach()
+            for name, values in losses.items():
+                sums[name] = sums.get(name, 0) + values.detach().mean() / self.preset.train.accumulation
         self.ema.update(number)
-        return sums / self.preset.train.accumulation
+        return sums
 
     def held_out(self, batches: Sequence[Batch]) -> Metrics:
-        """The hybrid loss on held-out images, over all ranks."""
+        """The objective's figures on held-out images, over all ranks."""
         self.engine.eval()
         sums = held_out_sums(self.objective, self.engine, self.schedule, [batch.to(self.device) for batch in batches],
-                             self.preset.train.seed + self.rank, self.preset.model.unet.inpaint)
-        total, mse, vb, count = self._sum(sums).tolist()
-        return {"held_out": total / count, "held_out_mse": mse / count, "held_out_vb": vb / count}
+                             self.preset.train.seed + self.rank, self.preset.model.inpaint)
+        sums = self._summed(sums)
+        images = sums.pop("images")
+        return {"held_out" if name == "loss" else f"held_out_{name}": value / images for name, value in sums.items()}
 
-    def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        values = values.to(self.device)
-        dist.all_reduce(values)
-        return values
+    def _summed(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Scalars added up over all ranks, in one transfer."""
+        stacked = torch.stack(list(values.values())).to(self.device)
+        dist.all_reduce(stacked)
+        return dict(zip(values, stacked.tolist(), strict=True))
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -134,7 +138,7 @@ def train_loop(trainer: Trainer, epoch_batches: Callable[[int], Iterator[Batch]]
     batches = _endless(epoch_batches, trainer)
     if trainer.progress.step == 0:
         outlets.metrics({"step": 0, **trainer.held_out(held_out)})
-    recent: list[torch.Tensor] = []
+    recent: list[dict[str, torch.Tensor]] = []
     began = time.perf_counter()
     for number in range(trainer.progress.step + 1, train.steps + 1):
         recent.append(trainer.step(batches, number))
@@ -142,11 +146,11 @@ def train_loop(trainer: Trainer, epoch_batches: Callable[[int], Iterator[Batch]]
 
         # Figures: one transfer from the device for all steps since the last.
         if number % train.log_every == 0 or number == train.steps:
-            total, mse, vb = (trainer._sum(torch.stack(recent).mean(0)) / trainer.world).tolist()
+            means = trainer._summed({name: torch.stack([step[name] for step in recent]).mean() / trainer.world for name in recent[0]})
             now = time.perf_counter()
-            if not math.isfinite(total):
-                raise TrainingError(f"The loss is {total} at step {number}; lower train.learning_rate, or set train.clip_norm=1.")
-            outlets.metrics({"step": number, "loss": total, "mse": mse, "vb": vb, "epoch": trainer.progress.epoch,
+            if not math.isfinite(means["loss"]):
+                raise TrainingError(f"The loss is {means['loss']} at step {number}; lower train.learning_rate, or set train.clip_norm=1.")
+            outlets.metrics({"step": number, **means, "epoch": trainer.progress.epoch,
                              "images_per_s": train.batch * len(recent) / (now - began)})
             recent, began = [], now
 
@@ -175,10 +179,10 @@ def _endless(epoch_batches: Callable[[int], Iterator[Batch]], trainer: Trainer) 
         epoch += 1
 
 
-def start(model: GlideUNet, path: str) -> None:
+def start(model: GlideUNet | NoisedClip, path: str) -> None:
     """Put weights to be fine-tuned into a model. Raises WeightsError for those of another shape."""
     _, state = load_weights(fetch(path))
-    state = with_known_channels(state, model.config)
+    state = with_known_channels(state, model.config) if isinstance(model, GlideUNet) else state
     check_shapes(state, {name: tensor.shape for name, tensor in model.state_dict().items()}, path)
     model.load_state_dict(state)
 
@@ -218,6 +222,14 @@ def _full_float32(parameter: torch.nn.Parameter) -> torch.Tensor:
     if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):      # partitioned: gathered over all ranks
         return deepspeed.utils.safe_get_full_fp32_param(parameter)
     return parameter
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Gains and biases do not decay (Radford et al. 2021, sec. 2.5)."""
+    if not weight_decay:
+        return [{"params": list(model.parameters())}]
+    return [{"params": [p for p in model.parameters() if p.dim() > 1]},
+            {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
 
 
 def _mix(seed: int, step: int, rank: int) -> int:

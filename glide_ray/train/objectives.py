@@ -7,26 +7,49 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.nn.functional import all_gather
 
 from ..data.masks import random_known
-from ..diffusion.loss import HybridLoss, hybrid_loss
+from ..diffusion.loss import hybrid_loss
 from ..diffusion.process import q_sample
 from ..diffusion.schedule import Schedule
-from ..forms import Batch, Conditioning, ModelOutput
+from ..forms import Batch
 
-Network = Callable[[Tensor, Tensor, Conditioning], ModelOutput]
+Losses = dict[str, Tensor]        # name -> (B,) float32; "loss" is the one to minimise, the others are for people
+Objective = Callable[[Callable, Schedule, Batch, Tensor, Tensor], Losses]
 
 
-def denoising(network: Network, schedule: Schedule, batch: Batch, i: Tensor, noise: Tensor) -> HybridLoss:
+def denoising(network: Callable, schedule: Schedule, batch: Batch, i: Tensor, noise: Tensor) -> Losses:
     """The hybrid loss of noised images at the indices i (B,), for given noise like batch.image (sec. 2.1)."""
     x_t = q_sample(schedule, batch.image, i, noise)
     output = network(x_t, schedule.timestep.to(i.device)[i], batch.conditioning)
-    return hybrid_loss(schedule, output, batch.image, x_t, i, noise)
+    loss = hybrid_loss(schedule, output, batch.image, x_t, i, noise)
+    return {"loss": loss.total, "mse": loss.mse, "vb": loss.vb}
+
+
+def contrastive(network: Callable, schedule: Schedule, batch: Batch, i: Tensor, noise: Tensor) -> Losses:
+    """Noised CLIP's loss (sec. 4.4; Radford et al. 2021, fig. 3): each image is to find its caption among all, and the reverse.
+
+    "All" are those of every rank. A rank's loss is of its own rows; the gather hands gradients back to where an embedding came from,
+    so that the mean over ranks, which data parallelism takes, is the gradient of the whole batch. Held-out batches are not gathered.
+    """
+    output = network(q_sample(schedule, batch.image, i, noise), schedule.timestep.to(i.device)[i], batch.conditioning.tokens,
+                     batch.conditioning.mask)
+    images, texts, first = output.image, output.text, 0
+    if torch.is_grad_enabled() and dist.is_initialized() and dist.get_world_size() > 1:
+        images, texts = torch.cat(all_gather(images.contiguous())), torch.cat(all_gather(texts.contiguous()))
+        first = dist.get_rank() * len(i)
+    own = first + torch.arange(len(i), device=i.device)
+    to_text, to_image = output.scale * output.image @ texts.T, output.scale * output.text @ images.T
+    loss = (F.cross_entropy(to_text, own, reduction="none") + F.cross_entropy(to_image, own, reduction="none")) / 2
+    return {"loss": loss, "accuracy": (to_text.argmax(1) == own).float()}
 
 
 # An upsampler's loss is the base model's; its batches carry the low-resolution image in their conditioning.
-OBJECTIVES: dict[str, Callable[..., HybridLoss]] = {"base": denoising, "upsampler": denoising}
+OBJECTIVES: dict[str, Objective] = {"base": denoising, "upsampler": denoising, "clip": contrastive}
 
 
 def with_known_pixels(batch: Batch, generator: torch.Generator) -> Batch:
@@ -45,9 +68,9 @@ def draw(schedule: Schedule, batch: Batch, generator: torch.Generator) -> tuple[
 
 
 @torch.no_grad()
-def held_out_sums(objective: Callable[..., HybridLoss], network: Network, schedule: Schedule, batches: Sequence[Batch],
-                  seed: int = 0, inpaint: bool = False) -> Tensor:
-    """Sums of (total, mse, vb) over the batches and their number of images: float64 (4,).
+def held_out_sums(objective: Objective, network: Callable, schedule: Schedule, batches: Sequence[Batch], seed: int = 0,
+                  inpaint: bool = False) -> dict[str, Tensor]:
+    """Sums over the batches of all that the objective gives, and "images", their number: float64 scalars.
 
     Indices lie evenly over the schedule, and noise and masks are fixed, so that the figure moves with the weights only.
     """
@@ -55,12 +78,13 @@ def held_out_sums(objective: Callable[..., HybridLoss], network: Network, schedu
     count = sum(len(batch.image) for batch in batches)
     everywhere = ((torch.arange(count) + 0.5) / max(1, count) * len(schedule)).long()
     everywhere = everywhere[torch.randperm(count, generator=generator)]
-    sums, start = torch.zeros(4, dtype=torch.float64), 0
+    sums: dict[str, Tensor] = {"images": torch.tensor(float(count), dtype=torch.float64)}
+    start = 0
     for batch in batches:
         i = everywhere[start:start + len(batch.image)].to(batch.image.device)
         noise = torch.randn(batch.image.shape, generator=generator).to(batch.image.device)
         batch = with_known_pixels(batch, generator) if inpaint else batch
-        loss = objective(network, schedule, batch, i, noise)
-        sums += torch.stack([loss.total.sum(), loss.mse.sum(), loss.vb.sum(), loss.total.new_tensor(len(i))]).double().cpu()
+        for name, values in objective(network, schedule, batch, i, noise).items():
+            sums[name] = sums.get(name, 0) + values.double().sum().cpu()
         start += len(i)
     return sums

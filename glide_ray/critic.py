@@ -1,0 +1,98 @@
+"""CLIP as guidance and reranking use it: captions embedded once, images scored against them at every step.
+
+`NoisedCritic` is ours, trained on noised images (sec. 4.4); `PublicCritic` one of the published models that never saw noise,
+for the comparison of app. D. Both stay in float32: their gradients vanish in less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import ClipModelConfig, ModelConfig, UserError
+from .models.clip import CHANNEL_MEANS, CHANNEL_STDS, NoisedClip
+from .models.weights import WeightsError, load_model
+from .tokenizer import Tokenizer
+
+
+class Critic(Protocol):
+    noised: bool            # whether it reads x_t itself
+    embedding: int
+
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        """Captions as vectors of length 1: (N, E)."""
+
+    def score(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        """The logit of each image (B, 3, H, W), at timesteps (B,), with its caption (B, E): (B,)."""
+
+
+class NoisedCritic:
+    noised = True
+
+    def __init__(self, model: NoisedClip, config: ClipModelConfig, device: torch.device | str = "cpu"):
+        self.model, self.config, self.device = model.to(device, torch.float32).eval().requires_grad_(False), config, device
+        self.embedding = config.clip.embedding
+        self._tokenizer = Tokenizer(config.context)
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        tokens, mask = self._tokenizer.batch(list(prompts))
+        return self.model.encode_text(tokens.to(self.device), mask.sum(1).to(self.device))
+
+    def score(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        return self.model.score(x, timestep, text)
+
+
+class PublicCritic:
+    """A CLIP in the form of `transformers`, from a folder with its config, its tokenizer and weights in safetensors."""
+
+    noised = False
+
+    def __init__(self, folder: str | Path, device: torch.device | str = "cpu"):
+        try:
+            from transformers import CLIPModel, CLIPTokenizerFast       # where a public CLIP is used, and not before
+        except ImportError:
+            raise UserError("A public CLIP needs transformers; run `pip install transformers`.") from None
+        try:
+            self._model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+            self._tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+        except Exception as error:      # whatever the library makes of a folder that is not one
+            raise WeightsError(f"{folder} does not hold a CLIP that transformers can read from safetensors "
+                               f"({str(error).splitlines()[0][:200]}).") from None
+        self._model.to(device, torch.float32).eval().requires_grad_(False)
+        self.device, self.embedding = device, self._model.config.projection_dim
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        context = self._model.config.text_config.max_position_embeddings
+        given = self._tokenizer(list(prompts), padding=True, truncation=True, max_length=context, return_tensors="pt").to(self.device)
+        return F.normalize(self._model.text_projection(self._model.text_model(**given).pooler_output), dim=-1)
+
+    def score(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        """The timestep means nothing to it."""
+        size = self._model.config.vision_config.image_size
+        x = F.interpolate((x + 1) / 2, (size, size), mode="bicubic", align_corners=False, antialias=True)
+        mean, std = (x.new_tensor(values).reshape(1, 3, 1, 1) / 255 for values in (CHANNEL_MEANS, CHANNEL_STDS))
+        seen = self._model.visual_projection(self._model.vision_model((x - mean) / std).pooler_output)
+        return self._model.logit_scale.exp() * (F.normalize(seen, dim=-1) * text).sum(-1)
+
+
+def load_critic(path: str | Path, base: ModelConfig, device: torch.device | str = "cpu") -> Critic:
+    """The CLIP at `path`, a weights file of noised CLIP or the folder of a public one, to go with a base model. Raises WeightsError."""
+    if Path(path).is_dir():
+        return PublicCritic(path, device)
+    model, config = load_model(path)
+    if not isinstance(config, ClipModelConfig):
+        raise WeightsError(f"{path} holds {config.name}, a model of the kind {config.role!r}, where one of the kind 'clip' is wanted.")
+    if config.image_size != base.image_size:
+        raise WeightsError(f"{path} reads images of {config.image_size} pixels and {base.name} makes {base.image_size}; give a CLIP that "
+                           f"was trained for this size.")
+    if config.diffusion != base.diffusion:
+        raise WeightsError(f"{path} was trained on the noise of a {config.diffusion.schedule} schedule of {config.diffusion.steps} steps and "
+                           f"{base.name} on a {base.diffusion.schedule} one of {base.diffusion.steps}; give a CLIP of the same noise.")
+    return NoisedCritic(model, config, device)
