@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .config import ModelConfig, UserError
-from .data.images import area_downsample, to_tensor, to_uint8
+from .config import AnyModelConfig, ModelConfig, SampleOptions, UserError, nearest
+from .critic import Critic, load_critic
+from .data.images import area_downsample, to_8_bits, to_tensor, to_uint8
+from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import ScheduleError, kept_timesteps
 from .forms import Conditioning
 from .models.weights import WeightsError, load_model
 from .stepper import SampleRequest, Stepper
 from .tokenizer import Tokenizer
 
-MAX_GUIDANCE_SCALE = 100.0
+MAX_SCALE = 100.0
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Progress = Callable[[str, int, int], None]     # stage, denoising steps done in it, and in all
 
@@ -33,34 +35,47 @@ class RequestError(UserError):
 
 # -- requests ---------------------------------------------------------------------------------------------------------
 
-def check_options(guidance_scale: float | None = None, steps: int | str | None = None, seed: int | None = None,
-                  param: str = "steps") -> None:
-    """Raises RequestError for a guidance scale, a number of steps (or respacing) or a seed that makes no sense."""
-    if guidance_scale is not None and not 0 <= guidance_scale <= MAX_GUIDANCE_SCALE:   # also false for nan
-        raise RequestError(f"guidance_scale must lie between 0 and {MAX_GUIDANCE_SCALE:g} (given: {guidance_scale}); 3 is usual.",
-                           "guidance_scale")
-    if steps is not None:
+def check_options(options: SampleOptions, seed: int | None = None, strength: float | None = None) -> None:
+    """Raises RequestError for an option, a seed or a strength that makes no sense."""
+    for param, least in (("guidance_scale", 0), ("clip_scale", 0)):
+        scale = getattr(options, param)
+        if scale is not None and not least <= scale <= MAX_SCALE:   # also false for nan
+            raise RequestError(f"{param} must lie between {least} and {MAX_SCALE:g} (given: {scale}); 3 is usual.", param)
+    for param in ("steps", "upsampler_steps"):
+        steps = getattr(options, param)
         try:
-            kept_timesteps(1000, steps)
+            kept_timesteps(1000, "1" if steps is None else steps)
         except ScheduleError as error:
             hint = " Steps may be a number from 1 to 1000." if str(steps).lstrip("-").isdecimal() else ""
             raise RequestError(f"{error}{hint}", param) from None
+    if options.sampler is not None and options.sampler not in SAMPLERS:
+        raise RequestError(f"There is no sampler {options.sampler!r}; {nearest(options.sampler, SAMPLERS)}", "sampler")
+    low, high = options.guidance_interval
+    if not 0 <= low <= high <= 1:
+        raise RequestError(f"guidance_interval must be two numbers from 0 to 1, the smaller first (given: {low} and {high}).",
+                           "guidance_interval")
     if seed is not None and not 0 <= seed < 2**63:
         raise RequestError(f"seed must lie between 0 and 2^63 - 1 (given: {seed}).", "seed")
+    if strength is not None and not 0 < strength <= 1:
+        raise RequestError(f"strength must lie above 0 and at most at 1 (given: {strength}); 0.6 keeps a picture's outline.", "strength")
 
 
-def base_request(config: ModelConfig, prompt: str, seed: int, *, guidance_scale: float | None = None,
-                 steps: int | str | None = None, sampler: str | None = None, known: np.ndarray | None = None,
-                 known_mask: np.ndarray | None = None) -> SampleRequest:
-    """One sample of a base model. `known` uint8 (H, W, 3) and `known_mask` bool (H, W), true = keep, at the model's size."""
-    return SampleRequest(_conditioning(config, prompt, None, known, known_mask), seed, _spacing(steps), sampler, guidance_scale)
+def base_request(config: ModelConfig, prompt: str, seed: int, options: SampleOptions = SampleOptions(), *, critic: Critic | None = None,
+                 known: np.ndarray | None = None, known_mask: np.ndarray | None = None, start: np.ndarray | None = None,
+                 strength: float = 1.0) -> SampleRequest:
+    """One sample of a base model. `known` and `start` uint8 (H, W, 3), `known_mask` bool (H, W), true = keep, at the model's size."""
+    if options.clip_scale and critic is None:
+        raise RequestError("clip_scale asks for CLIP guidance, which needs a CLIP model; give one with it.", "clip_scale")
+    return SampleRequest(_conditioning(config, prompt, None, known, known_mask), seed, _spacing(options.steps), options.sampler,
+                         options.guidance_scale, options.guidance_interval,
+                         critic.embed([prompt]) if options.clip_scale else None, options.clip_scale,
+                         start=None if start is None else to_tensor(start), strength=strength)
 
 
-def upsampler_request(config: ModelConfig, prompt: str, seed: int, low_res: Tensor, *, steps: int | str | None = None,
+def upsampler_request(config: ModelConfig, prompt: str, seed: int, low_res: Tensor, options: SampleOptions = SampleOptions(), *,
                       known: np.ndarray | None = None, known_mask: np.ndarray | None = None) -> SampleRequest:
     """One sample of an upsampler from `low_res` (3, h, w), the base stage's image, taken at the 8 bits it would be saved in."""
-    pixels = ((low_res.float() + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
-    return SampleRequest(_conditioning(config, prompt, pixels[None], known, known_mask), seed, _spacing(steps))
+    return SampleRequest(_conditioning(config, prompt, to_8_bits(low_res)[None], known, known_mask), seed, _spacing(options.upsampler_steps))
 
 
 def shrink_known(image: np.ndarray, known_mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -83,68 +98,132 @@ def _spacing(steps: int | str | None) -> str | None:
 # -- the cascade ------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
+class Ranked:
+    """The best of several pictures: its seed, and the score of each candidate's seed."""
+
+    image: np.ndarray
+    seed: int
+    scores: dict[int, float]
+
+
+@dataclass(frozen=True)
 class Cascade:
-    """A base model and, for pictures four times as large, an upsampler."""
+    """A base model, with a CLIP if there is one, and, for pictures four times as large, an upsampler."""
 
     base: Stepper
     upsampler: Stepper | None = None
+    sources: Mapping[str, str | Path] = field(default_factory=dict)      # role -> the weights file that was loaded
+    precision: str = "fp32"
 
     @classmethod
-    def load(cls, base: str | Path, upsampler: str | Path | None = None, precision: str = "auto",
-             max_in_flight: int = 8) -> Cascade:
-        """From weights files, on the GPU if there is one. Raises WeightsError."""
-        return cls(load_stepper(base, "base", precision, max_in_flight),
+    def load(cls, base: str | Path, upsampler: str | Path | None = None, precision: str = "auto", max_in_flight: int = 8,
+             clip: str | Path | None = None) -> Cascade:
+        """From weights files, on the GPU if there is one; `clip` may also be a public CLIP's folder. Raises WeightsError."""
+        made = cls(load_stepper(base, "base", precision, max_in_flight, clip),
                    load_stepper(upsampler, "upsampler", precision, max_in_flight) if upsampler else None)
+        check_pair(made.base.config, made.upsampler.config if made.upsampler else None)
+        sources = {role: path for role, path in (("base", base), ("upsampler", upsampler), ("clip", clip)) if path}
+        dtype = next(made.base.model.parameters()).dtype
+        return replace(made, sources=sources, precision=next(name for name, kind in PRECISIONS.items() if kind == dtype))
 
     @property
     def size(self) -> int:
-        return (self.upsampler or self.base).config.unet.image_size
+        return (self.upsampler or self.base).config.image_size
 
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], guidance_scale: float | None = None,
-                 steps: int | str | None = None, upsampler_steps: int | str | None = None, sampler: str | None = None,
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], options: SampleOptions = SampleOptions(),
                  progress: Progress | None = None) -> list[np.ndarray]:
         """A picture for each prompt and seed: uint8 (S, S, 3). `progress` is told of each step."""
-        requests = [base_request(self.base.config, prompt, seed, guidance_scale=guidance_scale, steps=steps, sampler=sampler)
+        return self._enlarged(self._small(prompts, seeds, options, progress), prompts, seeds, options, progress)
+
+    def best_of(self, prompt: str, seeds: Sequence[int], options: SampleOptions = SampleOptions(),
+                progress: Progress | None = None) -> Ranked:
+        """The picture that CLIP scores highest among those of all `seeds` (app. E: 64 of them); only this one is enlarged."""
+        if self.base.critic is None:
+            raise RequestError("The best of several pictures is chosen by CLIP; give a CLIP model.", "best_of")
+        images = self._small([prompt] * len(seeds), seeds, options, progress)
+        scores = self.score(images, [prompt] * len(seeds))
+        best = int(np.argmax(scores))
+        image = self._enlarged(images[best:best + 1], [prompt], [seeds[best]], options, progress)[0]
+        return Ranked(image, seeds[best], dict(zip(seeds, scores, strict=True)))
+
+    @torch.no_grad()
+    def score(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
+        """CLIP's logit of base-size images (N, 3, h, w), as they would be saved, with their prompts: sec. 5.2's CLIP score of each."""
+        critic, device = self.base.critic, self.base.device
+        images = to_8_bits(images).to(device)
+        return critic.score(images, torch.zeros(len(images), dtype=torch.int64, device=device), critic.embed(prompts)).tolist()
+
+    def edit(self, image: np.ndarray, known_mask: np.ndarray, prompt: str, seed: int, options: SampleOptions = SampleOptions(),
+             progress: Progress | None = None) -> np.ndarray:
+        """Paint anew where `known_mask` (S, S) is false; every known pixel of `image` uint8 (S, S, 3) comes out as it was."""
+        return self._painted(image, known_mask, None, 1.0, prompt, seed, options, progress)
+
+    def vary(self, image: np.ndarray, prompt: str, seed: int, strength: float, known_mask: np.ndarray | None = None,
+             sketch: np.ndarray | None = None, options: SampleOptions = SampleOptions(), progress: Progress | None = None) -> np.ndarray:
+        """SDEdit (Meng et al. 2021; fig. 4): begin from `image` uint8 (S, S, 3) under noise, with `strength` of the schedule to go.
+
+        `sketch`, the same with strokes drawn on it, is what the painted part begins from; what `known_mask` keeps is the image's own.
+        """
+        known_mask = np.zeros((self.size, self.size), bool) if known_mask is None else known_mask
+        return self._painted(image, known_mask, image if sketch is None else sketch, strength, prompt, seed, options, progress)
+
+    def scene(self, image: np.ndarray, edits: Sequence[tuple[np.ndarray, str]], seed: int, options: SampleOptions = SampleOptions(),
+              progress: Progress | None = None) -> Iterator[np.ndarray]:
+        """Edits (known mask, prompt), each on the picture before it (fig. 3), with seeds that count up from `seed`: each as it is done."""
+        for n, (known_mask, prompt) in enumerate(edits):
+            image = self.edit(image, known_mask, prompt, seed + n, options, progress)
+            yield image
+
+    def _small(self, prompts, seeds, options, progress) -> Tensor:
+        requests = [base_request(self.base.config, prompt, seed, options, critic=self.base.critic)
                     for prompt, seed in zip(prompts, seeds, strict=True)]
-        small = self.base.run(requests, _stage(progress, "base"))
+        return self.base.run(requests, _stage(progress, "base"))
+
+    def _enlarged(self, small, prompts, seeds, options, progress) -> list[np.ndarray]:
         if self.upsampler is None:
             return [to_uint8(image) for image in small]
-        requests = [upsampler_request(self.upsampler.config, prompt, seed, image, steps=upsampler_steps)
+        requests = [upsampler_request(self.upsampler.config, prompt, seed, image, options)
                     for prompt, seed, image in zip(prompts, seeds, small, strict=True)]
         return [to_uint8(image) for image in self.upsampler.run(requests, _stage(progress, "upsampler"))]
 
-    def edit(self, image: np.ndarray, known_mask: np.ndarray, prompt: str, seed: int, guidance_scale: float | None = None,
-             steps: int | str | None = None, upsampler_steps: int | str | None = None,
-             progress: Progress | None = None) -> np.ndarray:
-        """Paint anew where `known_mask` (S, S) is false; every known pixel of `image` uint8 (S, S, 3) comes out as it was."""
-        if known_mask.shape != (self.size, self.size) or image.shape != (self.size, self.size, 3):
-            raise RequestError(f"The image and its mask must be {self.size}x{self.size} pixels (given: "
-                               f"{image.shape[1]}x{image.shape[0]} and {known_mask.shape[1]}x{known_mask.shape[0]}).", "mask")
-        small_size = self.base.config.unet.image_size
+    def _painted(self, image, known_mask, start, strength, prompt, seed, options, progress) -> np.ndarray:
+        """Both stages of an edit, from noise or from `start` under noise."""
+        for pixels in (image, start if start is not None else image):
+            if known_mask.shape != (self.size, self.size) or pixels.shape != (self.size, self.size, 3):
+                raise RequestError(f"The image and its mask must be {self.size}x{self.size} pixels (given: {pixels.shape[1]}x"
+                                   f"{pixels.shape[0]} and {known_mask.shape[1]}x{known_mask.shape[0]}).", "mask")
+        small_size = self.base.config.image_size
         known, mask = shrink_known(image, known_mask, small_size)
-        small = self.base.run([base_request(self.base.config, prompt, seed, guidance_scale=guidance_scale, steps=steps,
-                                            known=known, known_mask=mask)], _stage(progress, "base"))[0]
+        request = base_request(self.base.config, prompt, seed, options, critic=self.base.critic, known=known, known_mask=mask,
+                               start=None if start is None else area_downsample(start, small_size), strength=strength)
+        small = self.base.run([request], _stage(progress, "base"))[0]
         if self.upsampler is None:
             return to_uint8(small)
-        request = upsampler_request(self.upsampler.config, prompt, seed, small, steps=upsampler_steps, known=image,
-                                    known_mask=known_mask)
+        request = upsampler_request(self.upsampler.config, prompt, seed, small, options, known=image, known_mask=known_mask)
         return to_uint8(self.upsampler.run([request], _stage(progress, "upsampler"))[0])
 
 
-def load_stepper(path: str | Path, role: str, precision: str = "auto", max_in_flight: int = 8) -> Stepper:
-    """A weights file as a Stepper for `role`, "base" or "upsampler". Raises WeightsError if it is the other."""
+def load_stepper(path: str | Path, role: str, precision: str = "auto", max_in_flight: int = 8, clip: str | Path | None = None) -> Stepper:
+    """A weights file as a Stepper for `role`, "base" or "upsampler". Raises WeightsError if it is another."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, config = load_model(path, resolve_precision(precision, device), device)
     check_role(config, role, path)
-    return Stepper(model, config, device, next(model.parameters()).dtype, max_in_flight)
+    critic = load_critic(clip, config, device) if clip else None
+    return Stepper(model, config, device, next(model.parameters()).dtype, max_in_flight, critic=critic)
 
 
-def check_role(config: ModelConfig, role: str, path: str | Path) -> None:
-    """Raises WeightsError where an upsampler is given as the base model or the other way round."""
-    actual = "upsampler" if config.unet.low_res_size else "base"
-    if actual != role:
-        raise WeightsError(f"{path} holds {config.name}, a model of the kind {actual!r}, where one of the kind {role!r} is "
+def check_role(config: AnyModelConfig, role: str, path: str | Path) -> None:
+    """Raises WeightsError where an upsampler is given as the base model, or the like."""
+    if config.role != role:
+        raise WeightsError(f"{path} holds {config.name}, a model of the kind {config.role!r}, where one of the kind {role!r} is "
                            f"wanted; were the two exchanged?")
+
+
+def check_pair(base: ModelConfig, upsampler: ModelConfig | None) -> None:
+    """Raises WeightsError where an upsampler does not enlarge what the base model makes."""
+    if upsampler and upsampler.low_res_size != base.image_size:
+        raise WeightsError(f"The upsampler {upsampler.name} enlarges {upsampler.low_res_size} pixels and {base.name} makes "
+                           f"{base.image_size}; give a base model and an upsampler of one size.")
 
 
 def resolve_precision(precision: str, device: str) -> torch.dtype:

@@ -19,7 +19,8 @@ DESCRIPTION = """Train and serve GLIDE (Nichol et al. 2021), text-to-image diffu
   glide demo                                     everything once, on this machine, in minutes
   glide corpus --out runs/corpus                 the emoji corpus as tar shards
   glide train emoji-base --set steps=5000        a preset, with settings of your own
-  glide generate "a red apple, 3D render"        pictures from trained weights
+  glide generate "a red apple, 3D render"        pictures from trained weights; edit, vary and scene change them
+  glide reproduce generate.png                   the same picture again, from what its PNG says
   glide serve                                    the OpenAI Images API on http://127.0.0.1:8000
 """
 
@@ -69,38 +70,99 @@ def train(options) -> None:
 
 
 def generate(options) -> None:
-    cascade = _cascade(options)
-    from .data.images import encode
-    from .storage import put
-    _warn_of_cut(options.prompt, cascade.base.config.unet.text.context)
-    images = _with_bar(lambda progress: cascade.generate(
-        [options.prompt] * options.n, range(options.seed, options.seed + options.n), options.guidance_scale, options.steps,
-        options.upsampler_steps, options.sampler, progress))
-    for n, image in enumerate(images):
+    cascade, asked = _cascade(options), _asked(options)
+    from .recipe import save_picture, write_recipe
+    seeds = list(range(options.seed, options.seed + options.n))
+    if options.best_of > 1:
+        ranked = [_with_bar(lambda progress, first=seed: cascade.best_of(
+            options.prompt, range(first, first + options.best_of), asked, progress))
+            for seed in range(options.seed, options.seed + options.n * options.best_of, options.best_of)]
+        seeds, images = [best.seed for best in ranked], [best.image for best in ranked]
+        notes = [f"  best of {options.best_of}: CLIP score {best.scores[best.seed]:.2f}, mean "
+                 f"{sum(best.scores.values()) / options.best_of:.2f}" for best in ranked]
+    else:
+        images = _with_bar(lambda progress: cascade.generate([options.prompt] * options.n, seeds, asked, progress))
+        notes = [""] * options.n
+    for n, (image, seed, note) in enumerate(zip(images, seeds, notes, strict=True)):
         path = options.out if options.n == 1 else options.out.with_stem(f"{options.out.stem}-{n}")
-        put(encode(image), path)
-        print(f"{path}  seed {options.seed + n}")
+        save_picture(image, path, write_recipe(cascade, "generate", options.prompt, seed, asked))
+        print(f"{path}  seed {seed}{note}")
 
 
 def edit(options) -> None:
-    cascade = _cascade(options)
-    from .data.images import ImageError, centre_crop, encode, flatten, load, open_image
-    from .data.masks import centre_crop_mask, check_sizes, mask_of
-    from .storage import put, read
-    pictures = {}
-    for name, path in (("image", options.image), ("mask", options.mask)):
-        try:
-            pictures[name] = load(open_image(read(path)))
-        except ImageError as error:
-            raise ImageError(f"{path}: {error}") from None
-    check_sizes(pictures["image"], pictures["mask"])
-    known = centre_crop_mask(mask_of(pictures["mask"]), cascade.size)
-    _warn_of_cut(options.prompt, cascade.base.config.unet.text.context)
-    image = _with_bar(lambda progress: cascade.edit(
-        centre_crop(flatten(pictures["image"]), cascade.size), known, options.prompt, options.seed, options.guidance_scale,
-        options.steps, options.upsampler_steps, progress=progress))
-    put(encode(image), options.out)
+    cascade, asked = _cascade(options), _asked(options)
+    image, known = _image_and_mask(options.image, options.mask, cascade.size)
+    from .recipe import save_picture, write_recipe
+    made = _with_bar(lambda progress: cascade.edit(image, known, options.prompt, options.seed, asked, progress))
+    save_picture(made, options.out, write_recipe(cascade, "edit", options.prompt, options.seed, asked), {"image": image, "mask": known})
     print(f"{options.out}  seed {options.seed}")
+
+
+def vary(options) -> None:
+    cascade, asked = _cascade(options), _asked(options)
+    from .data.images import centre_crop, flatten, lay_over
+    from .data.masks import check_sizes
+    from .recipe import save_picture, write_recipe
+    inputs = dict(zip(("image", "mask"), _image_and_mask(options.image, options.mask, cascade.size), strict=False))
+    if options.sketch:
+        picture, sketch = _open(options.image), _open(options.sketch)
+        check_sizes(picture, sketch, "sketch")
+        inputs["sketch"] = centre_crop(lay_over(flatten(picture), sketch), cascade.size)
+    made = _with_bar(lambda progress: cascade.vary(inputs["image"], options.prompt, options.seed, options.strength, inputs.get("mask"),
+                                                   inputs.get("sketch"), asked, progress))
+    save_picture(made, options.out, write_recipe(cascade, "vary", options.prompt, options.seed, asked, options.strength), inputs)
+    print(f"{options.out}  seed {options.seed}, strength {options.strength:g}")
+
+
+def scene(options) -> None:
+    if (options.prompt is None) == (options.image is None):
+        raise UserError("a scene begins with a prompt or with --image; give one of the two.")
+    cascade, asked = _cascade(options), _asked(options)
+    from .data.images import centre_crop, flatten
+    from .data.masks import centre_crop_mask, mask_of
+    from .recipe import save_picture, write_recipe
+
+    def path(n: int) -> Path:
+        return options.out.with_stem(f"{options.out.stem}-{n}")
+    edits = [(centre_crop_mask(_named(mask, lambda mask=mask: mask_of(_open(mask))), cascade.size), prompt) for mask, prompt in options.edit]
+    for _, prompt in edits:
+        _warn_of_cut(prompt, cascade.base.config.context)
+    if options.image:
+        image, seed = centre_crop(flatten(_open(options.image)), cascade.size), options.seed
+    else:
+        image, seed = _with_bar(lambda progress: cascade.generate([options.prompt], [options.seed], asked, progress))[0], options.seed + 1
+        save_picture(image, path(0), write_recipe(cascade, "generate", options.prompt, options.seed, asked))
+        print(f"{path(0)}  seed {options.seed}  {options.prompt}")
+
+    def apply(progress, image=image) -> None:
+        for n, made in enumerate(cascade.scene(image, edits, seed, asked, progress)):
+            known, prompt = edits[n]
+            save_picture(made, path(n + 1), write_recipe(cascade, "edit", prompt, seed + n, asked), {"image": image, "mask": known})
+            print(f"{path(n + 1)}  seed {seed + n}  {prompt}")
+            image = made
+    _with_bar(apply)
+
+
+def reproduce(options) -> None:
+    from .recipe import find_models, make_again, read_recipe, save_picture
+    recipe, inputs, before = read_recipe(options.picture)
+    models = find_models(recipe, {"base": options.base, "upsampler": options.upsampler, "clip": options.clip})
+    from .cascade import Cascade
+    cascade = Cascade.load(models["base"], models.get("upsampler"), recipe.precision, clip=models.get("clip"))
+    made = _with_bar(lambda progress: make_again(cascade, recipe, inputs, progress))
+    print(f"{recipe.task} {recipe.prompt!r}, seed {recipe.seed}, {recipe.options.sampler} {recipe.options.steps}, guidance scale "
+          f"{recipe.options.guidance_scale:g}, {recipe.models['base'].name}")
+    apart = abs(made.astype(int) - before) if made.shape == before.shape else None
+    if apart is not None and not apart.any():
+        print(f"the same as {options.picture}, to the last 8-bit value")
+    elif apart is not None:
+        print(f"differs from {options.picture} by up to {apart.max()} of 255, in {(apart > 0).mean():.2%} of its values; it was made with "
+              f"{recipe.made_with}")
+    else:
+        print(f"{options.picture} has been resized since: it is {before.shape[1]}x{before.shape[0]} and was made at {made.shape[1]}x{made.shape[0]}")
+    if options.out:
+        save_picture(made, options.out, recipe, inputs)
+        print(options.out)
 
 
 def serve(options) -> None:
@@ -138,13 +200,57 @@ def _preset(options) -> Preset:
     return override(presets.get(options.preset), options.set)
 
 
+def _asked(options):
+    """What the options say of sampling. Raises RequestError."""
+    from .cascade import check_options
+    from .config import SampleOptions
+    asked = SampleOptions(sampler=options.sampler, steps=options.steps, upsampler_steps=options.upsampler_steps,
+                          guidance_scale=options.guidance_scale, clip_scale=options.clip_scale, guidance_interval=options.guidance_interval)
+    check_options(asked, options.seed, getattr(options, "strength", None))
+    return asked
+
+
 def _cascade(options):
-    from .cascade import Cascade, check_options
-    check_options(options.guidance_scale, options.steps, options.seed)
-    check_options(steps=options.upsampler_steps)
-    if not options.prompt.strip():
+    _asked(options)         # found senseless before anything is loaded
+    if options.prompt is not None and not options.prompt.strip():
         print("glide: the prompt is empty; the picture will be of anything.", file=sys.stderr)
-    return Cascade.load(options.base, None if options.no_upsampler else options.upsampler, options.precision)
+    if (options.clip_scale or getattr(options, "best_of", 1) > 1) and not options.clip:
+        raise UserError("--clip-scale and --best-of need a CLIP model; give one with --clip, trained by `glide train nano-clip` for example.")
+    from .cascade import Cascade
+    cascade = Cascade.load(options.base, None if options.no_upsampler else options.upsampler, options.precision, clip=options.clip)
+    _warn_of_cut(options.prompt or "", cascade.base.config.context)
+    return cascade
+
+
+def _open(path: str):
+    """A picture from a file, upright. Raises ImageError that names the file."""
+    from .data.images import load, open_image
+    from .storage import read
+    return _named(path, lambda: load(open_image(read(path))))
+
+
+def _named(path: str, work):
+    """`work()`, with the file's name before what is said of it."""
+    from .storage import StorageError
+    try:
+        return work()
+    except StorageError:
+        raise
+    except UserError as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def _image_and_mask(image: str, mask: str | None, size: int):
+    """The centred square of a picture at `size` pixels, and of its mask if there is one: true where known."""
+    from .data.images import centre_crop, flatten
+    from .data.masks import centre_crop_mask, check_sizes, mask_of
+    picture = _open(image)
+    pixels = centre_crop(flatten(picture), size)
+    if mask is None:
+        return (pixels,)
+    opened = _open(mask)
+    check_sizes(picture, opened)
+    return pixels, centre_crop_mask(_named(mask, lambda: mask_of(opened)), size)
 
 
 def _warn_of_cut(prompt: str, context: int) -> None:
@@ -162,7 +268,7 @@ def _with_bar(run):
         bar = bars.get(stage) or bars.setdefault(stage, tqdm(total=total, desc=stage, unit="step", dynamic_ncols=True))
         bar.update(done - bar.n)
         if done == total:
-            bar.close()
+            bars.pop(stage).close()
     return run(progress)
 
 
@@ -200,23 +306,40 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated")
     command.add_argument("--out", type=Path, help="folder of the run (default: runs/PRESET)")
 
-    for name, function, help in (("generate", generate, "pictures for a prompt"), ("edit", edit, "paint a part of a picture anew")):
-        command = add(name, function, help)
-        command.add_argument("prompt")
-        if name == "edit":
-            command.add_argument("--image", required=True, help="the picture; its centred square is used")
-            command.add_argument("--mask", required=True, help="a PNG of the same size, transparent where to paint")
-        else:
-            command.add_argument("-n", type=_positive, default=1, help="how many, with seeds one after the other (default: 1)")
-            command.add_argument("--sampler", choices=["ancestral", "ddim", "plms", "dpm++"], help="default: the model's own")
-        command.set_defaults(sampler=None)
-        command.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture (default: %(default)s)")
-        command.add_argument("--guidance-scale", type=float, help="how strongly the prompt pulls; 1 is none (default: the model's own)")
-        command.add_argument("--steps", help="base model: a number, or a respacing such as 10,10,3,2,2 (default: the model's own)")
-        command.add_argument("--upsampler-steps", help="likewise for the upsampler")
-        command.add_argument("--no-upsampler", action="store_true", help="stop at 64x64")
-        command.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="PNG to write (default: %(default)s)")
-        _add_weights(command)
+    command = add("generate", generate, "pictures for a prompt")
+    command.add_argument("prompt")
+    command.add_argument("-n", type=_positive, default=1, help="how many, with seeds one after the other (default: 1)")
+    command.add_argument("--best-of", type=_positive, default=1, metavar="N", help="make N for each and keep the one that --clip scores highest")
+    _add_sampling(command, "generate.png")
+
+    command = add("edit", edit, "paint a part of a picture anew")
+    command.add_argument("prompt")
+    command.add_argument("--image", required=True, help="the picture; its centred square is used")
+    command.add_argument("--mask", required=True, help="a PNG of the same size, transparent where to paint")
+    _add_sampling(command, "edit.png")
+
+    command = add("vary", vary, "make a picture anew from what it shows, or from a sketch on it (SDEdit)",
+                  "example:\n  glide vary \"a red house\" --image photo.png --sketch strokes.png --mask hole.png --strength 0.7")
+    command.add_argument("prompt")
+    command.add_argument("--image", required=True, help="the picture to begin from; its centred square is used")
+    command.add_argument("--strength", type=float, default=0.6, help="above 0, at most 1: how far from the picture (default: %(default)s)")
+    command.add_argument("--mask", help="a PNG of the same size, transparent where it may change; the rest stays exactly")
+    command.add_argument("--sketch", help="a PNG of the same size whose opaque strokes are laid on the picture first")
+    _add_sampling(command, "vary.png")
+
+    command = add("scene", scene, "a picture built up by edits, one after the other",
+                  "example:\n  glide scene \"a cozy living room\" --edit wall.png \"a painting of a corgi\" --edit floor.png \"a round table\"")
+    command.add_argument("prompt", nargs="?", help="of the picture to begin with, unless --image gives it")
+    command.add_argument("--image", help="a picture to begin with; its centred square is used")
+    command.add_argument("--edit", nargs=2, action="append", required=True, metavar=("MASK", "PROMPT"),
+                         help="a PNG that is transparent where to paint, and what; may be repeated, in order")
+    _add_sampling(command, "scene.png", "PNGs to write, with the number of the edit before the ending (default: %(default)s)")
+
+    command = add("reproduce", reproduce, "make a picture again from the recipe in its PNG, and compare the two")
+    command.add_argument("picture", help="a PNG that glide wrote")
+    for role in ("base", "upsampler", "clip"):
+        command.add_argument(f"--{role}", type=Path, help="where its weights are now (default: where they were; they must be the same)")
+    command.add_argument("--out", type=Path, help="write the new picture here")
 
     command = add("serve", serve, "the OpenAI Images API for trained weights, on Ray Serve")
     command.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine only; there is no authentication yet")
@@ -240,6 +363,21 @@ def _add_weights(command: argparse.ArgumentParser) -> None:
     command.add_argument("--base", type=Path, default=BASE, help="weights of the base model (default: %(default)s)")
     command.add_argument("--upsampler", type=Path, default=UPSAMPLER, help="weights of the upsampler (default: %(default)s)")
     command.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="default: fp16 on a GPU, fp32 on a CPU")
+
+
+def _add_sampling(command: argparse.ArgumentParser, out: str, help_out: str = "PNG to write (default: %(default)s)") -> None:
+    command.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture (default: %(default)s)")
+    command.add_argument("--sampler", help="ancestral, ddim, plms or dpm++, the last for 15 to 30 steps (default: the model's own)")
+    command.add_argument("--steps", help="base model: a number, or a respacing such as 10,10,3,2,2 (default: the model's own)")
+    command.add_argument("--upsampler-steps", help="likewise for the upsampler")
+    command.add_argument("--guidance-scale", type=float, help="how strongly the prompt pulls; 1 is none (default: the model's own)")
+    command.add_argument("--clip", type=Path, help="weights of noised CLIP, or the folder of a public CLIP, for --clip-scale and --best-of")
+    command.add_argument("--clip-scale", type=float, default=0.0, help="how strongly CLIP pulls, beside the other guidance (default: 0, none)")
+    command.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+                         help="guide only between these parts of the noise, 1 the noisiest (default: 0 1)")
+    command.add_argument("--no-upsampler", action="store_true", help="stop at the base model's size")
+    command.add_argument("--out", type=Path, default=Path(out), help=help_out)
+    _add_weights(command)
 
 
 def _positive(text: str) -> int:

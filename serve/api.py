@@ -24,7 +24,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from glide_ray.cascade import RequestError, check_options
-from glide_ray.config import ServeConfig, UserError, nearest
+from glide_ray.config import SampleOptions, ServeConfig, UserError, nearest
 from glide_ray.data.images import centre_crop, encode, flatten, load, open_image
 from glide_ray.data.masks import centre_crop_mask, check_sizes, mask_of
 from glide_ray.tokenizer import Tokenizer
@@ -150,7 +150,7 @@ def _job(backend: Backend, config: ServeConfig, body: ImageRequest) -> tuple[Job
         raise ApiError(404, f"There is no model {body.model!r} here; {nearest(body.model, [backend.model])}", "model", "model_not_found")
     if body.n > config.max_images:
         raise ApiError(400, f"n must lie between 1 and {config.max_images} (given: {body.n}).", "n")
-    check_options(body.guidance_scale, body.steps, body.seed)
+    check_options(SampleOptions(guidance_scale=body.guidance_scale, steps=body.steps), body.seed)
     size = backend.sizes[-1] if body.size in (None, "auto") else int(body.size.split("x")[0])
     if size not in backend.sizes:
         raise ApiError(400, f"size {body.size} is not served here; choose one of: "

@@ -21,7 +21,7 @@ from ray import serve
 from ray.serve.exceptions import BackPressureError
 
 from glide_ray import cascade
-from glide_ray.config import ModelConfig, ServeConfig, UserError, validate
+from glide_ray.config import ModelConfig, SampleOptions, ServeConfig, UserError, validate
 from glide_ray.data.images import to_uint8
 from glide_ray.models.weights import load_config
 from glide_ray.stepper import Engine
@@ -41,11 +41,11 @@ class Stage:
             torch.set_num_threads(os.cpu_count() or 1)
         stepper = cascade.load_stepper(fetch(path), role, precision, max_in_flight)
         self.config, self._engine = stepper.config, Engine(stepper)
-        size = self.config.unet.low_res_size
+        size = self.config.low_res_size
         if role == "base":
-            request = cascade.base_request(self.config, "", seed=0, steps=1)
+            request = cascade.base_request(self.config, "", 0, SampleOptions(steps=1))
         else:
-            request = cascade.upsampler_request(self.config, "", 0, torch.zeros(3, size, size), steps=1)
+            request = cascade.upsampler_request(self.config, "", 0, torch.zeros(3, size, size), SampleOptions(upsampler_steps=1))
         self._engine.submit(request).result()
 
     def load(self) -> tuple[int, int]:
@@ -60,9 +60,9 @@ class Stage:
 @serve.deployment
 class Base(Stage):
     async def __call__(self, job: Job) -> torch.Tensor:
-        known = (None, None) if job.image is None else cascade.shrink_known(job.image, job.known_mask, self.config.unet.image_size)
-        return await self.sample(cascade.base_request(self.config, job.prompt, job.seed, guidance_scale=job.guidance_scale,
-                                                      steps=job.steps, known=known[0], known_mask=known[1]))
+        known = (None, None) if job.image is None else cascade.shrink_known(job.image, job.known_mask, self.config.image_size)
+        options = SampleOptions(guidance_scale=job.guidance_scale, steps=job.steps)
+        return await self.sample(cascade.base_request(self.config, job.prompt, job.seed, options, known=known[0], known_mask=known[1]))
 
 
 @serve.deployment
@@ -76,8 +76,8 @@ class RayBackend:
     """The two stages as the API's backend."""
 
     def __init__(self, base, upsampler, base_config: ModelConfig, upsampler_config: ModelConfig):
-        self.model, self.context = base_config.name, base_config.unet.text.context
-        self.sizes = (base_config.unet.image_size, upsampler_config.unet.image_size)
+        self.model, self.context = base_config.name, base_config.context
+        self.sizes = (base_config.image_size, upsampler_config.image_size)
         self._base, self._upsampler = base, upsampler
 
     async def make(self, job: Job) -> np.ndarray:
@@ -104,10 +104,7 @@ def build(config: ServeConfig) -> serve.Application:
         local = fetch(path)
         configs[role] = load_config(local)
         cascade.check_role(configs[role], role, path)
-    base, upsampler = configs["base"].unet, configs["upsampler"].unet
-    if upsampler.low_res_size != base.image_size:
-        raise UserError(f"{config.upsampler} enlarges {upsampler.low_res_size} pixels and {config.base} makes {base.image_size}; give a "
-                        f"base model and an upsampler of one size.")
+    cascade.check_pair(configs["base"], configs["upsampler"])
     options = {"ray_actor_options": {"num_cpus": 1, "num_gpus": 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 2 else 0},
                "max_ongoing_requests": 4 * config.max_in_flight, "max_queued_requests": 8 * config.max_in_flight,
                "health_check_period_s": 5}

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from glide_ray.cascade import Cascade, check_options
-from glide_ray.config import ServeConfig
+from glide_ray.config import SampleOptions, ServeConfig
 from glide_ray.data.images import encode
 from serve.api import build_api
 
@@ -28,14 +28,15 @@ class CascadeBackend:
         self.cascade, self.jobs = cascade, []
 
     async def make(self, job):
-        check_options(job.guidance_scale, job.steps, job.seed)
+        options = SampleOptions(guidance_scale=job.guidance_scale, steps=job.steps or 2, upsampler_steps=2)
+        check_options(options, job.seed)
         self.jobs.append(job)
         if job.image is None:
-            image = self.cascade.generate([job.prompt], [job.seed], job.guidance_scale, job.steps or 2, 2)[0]
+            image = self.cascade.generate([job.prompt], [job.seed], options)[0]
         else:
             small = np.asarray(Image.fromarray(job.image).resize((64, 64), Image.Resampling.BOX))
             known = job.known_mask.reshape(64, 4, 64, 4).all(axis=(1, 3))
-            image = self.cascade.edit(small, known, job.prompt, job.seed, job.guidance_scale, job.steps or 2, 2)
+            image = self.cascade.edit(small, known, job.prompt, job.seed, options)
         return np.kron(image, np.ones((4, 4, 1), np.uint8)) if job.size == 256 else image
 
 

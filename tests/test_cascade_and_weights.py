@@ -7,7 +7,10 @@ from safetensors.torch import save_file
 
 from conftest import random_model, tiny
 from glide_ray.cascade import Cascade, RequestError, shrink_known
+from glide_ray.config import SampleOptions
 from glide_ray.models.weights import WeightsError, load_config, load_model, load_weights, save_weights
+
+QUICK = SampleOptions(steps=3, upsampler_steps="2,1")
 
 
 @pytest.fixture(scope="module")
@@ -16,18 +19,18 @@ def cascade(tiny_weights):
 
 
 def test_prompts_become_pictures_of_the_upsamplers_size(cascade):
-    images = cascade.generate(["a red apple", "a dog"], [1, 2], steps=3, upsampler_steps="2,1")
+    images = cascade.generate(["a red apple", "a dog"], [1, 2], QUICK)
     assert [image.shape for image in images] == [(64, 64, 3)] * 2 and images[0].dtype == np.uint8
-    assert np.array_equal(cascade.generate(["a dog"], [2], steps=3, upsampler_steps="2,1")[0], images[1])
+    assert np.array_equal(cascade.generate(["a dog"], [2], QUICK)[0], images[1])
 
 
 def test_without_an_upsampler_pictures_have_the_bases_size(tiny_weights):
-    assert Cascade.load(tiny_weights["base"]).generate(["x"], [0], steps=2)[0].shape == (16, 16, 3)
+    assert Cascade.load(tiny_weights["base"]).generate(["x"], [0], QUICK)[0].shape == (16, 16, 3)
 
 
 def test_progress_is_told_by_stage(cascade):
     told = []
-    cascade.generate(["x", "y"], [0, 1], steps=2, upsampler_steps=2, progress=lambda *step: told.append(step))
+    cascade.generate(["x", "y"], [0, 1], SampleOptions(steps=2, upsampler_steps=2), progress=lambda *step: told.append(step))
     assert told == [("base", 2, 4), ("base", 4, 4), ("upsampler", 2, 4), ("upsampler", 4, 4)]
 
 
@@ -35,7 +38,7 @@ def test_an_edit_keeps_every_known_pixel_to_the_last_bit_and_paints_the_rest(cas
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     known = np.ones((64, 64), bool)
     known[10:37, 20:51] = False
-    edited = cascade.edit(image, known, "a dog", 3, steps=3, upsampler_steps=3)
+    edited = cascade.edit(image, known, "a dog", 3, QUICK)
     assert np.array_equal(edited[known], image[known])
     assert (edited[~known] != image[~known]).mean() > 0.5
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"config", "presets", "tokenizer", "storage", "forms"},
     {"diffusion", "models", "data"},
-    {"critic", "stepper", "cascade", "train", "evaluation", "info"},
+    {"critic", "stepper", "cascade", "recipe", "train", "evaluation", "info"},
     {"distributed"},
     {"cli", "demo", "bench"},
 ]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from conftest import random_model, tiny
 from glide_ray.cascade import Cascade
-from glide_ray.config import ConfigError, ServeConfig, UserError
+from glide_ray.config import ConfigError, SampleOptions, ServeConfig, UserError
 from glide_ray.models.weights import save_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
@@ -62,7 +62,7 @@ def test_openais_client_generates(client):
 
 def test_the_picture_over_http_is_the_one_of_the_cascade_in_this_process(client, weights):
     """The replica's base stage, 8-bit rounding and upsampler stage, against the same two calls here."""
-    here = Cascade.load(weights["base"], weights["upsampler"]).generate([PROMPT], [4], steps=STEPS)[0].astype(int)
+    here = Cascade.load(weights["base"], weights["upsampler"]).generate([PROMPT], [4], SampleOptions(steps=STEPS))[0].astype(int)
     assert np.abs(generate(client, 4)[0].astype(int) - here).max() <= 1
 
 

@@ -9,7 +9,7 @@ import torch
 
 from conftest import random_model, tiny
 from glide_ray.cascade import RequestError, base_request, check_options, upsampler_request
-from glide_ray.config import UserError
+from glide_ray.config import SampleOptions, UserError
 from glide_ray.stepper import Engine, Stepper
 
 
@@ -21,9 +21,10 @@ def stepper(kind="base", **options):
 def request(kind="base", seed=7, prompt="a red apple", **options):
     config = tiny(kind).model
     if kind == "base":
-        return base_request(config, prompt, seed, **options)
+        edit = {name: options.pop(name) for name in ("known", "known_mask") if name in options}
+        return base_request(config, prompt, seed, SampleOptions(**options), **edit)
     low_res = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return upsampler_request(config, prompt, seed, low_res, **options)
+    return upsampler_request(config, prompt, seed, low_res, SampleOptions(upsampler_steps=options.get("steps")))
 
 
 def company(kind, crowd):
@@ -187,8 +188,10 @@ def test_an_engine_that_is_asked_for_nonsense_answers_and_goes_on():
 @pytest.mark.parametrize("options, param", [
     ({"guidance_scale": -1.0}, "guidance_scale"), ({"guidance_scale": float("nan")}, "guidance_scale"),
     ({"guidance_scale": 1e9}, "guidance_scale"), ({"steps": 0}, "steps"), ({"steps": 1001}, "steps"), ({"steps": "abc"}, "steps"),
-    ({"seed": -1}, "seed"), ({"seed": 2**70}, "seed")])
+    ({"seed": -1}, "seed"), ({"seed": 2**70}, "seed"), ({"sampler": "euler"}, "sampler"), ({"clip_scale": -1.0}, "clip_scale"),
+    ({"guidance_interval": (0.8, 0.2)}, "guidance_interval"), ({"upsampler_steps": "2,"}, "upsampler_steps"), ({"strength": 0.0}, "strength")])
 def test_options_that_make_no_sense_name_their_field(options, param):
     with pytest.raises(RequestError) as refusal:
-        check_options(**options)
+        beside = {name: options.pop(name) for name in ("seed", "strength") if name in options}
+        check_options(SampleOptions(**options), **beside)
     assert refusal.value.param == param

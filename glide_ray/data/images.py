@@ -6,10 +6,11 @@ Pixels are uint8 (H, W, 3) arrays; tensors are float (3, H, W) in [-1, 1].
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from ..config import UserError
@@ -25,7 +26,9 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image with its header read and its pixels not yet: `.size` and `.format` cost nothing. Raises ImageError."""
     try:
         image = Image.open(io.BytesIO(data))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Image.DecompressionBombError:       # far more than even Pillow accepts
+        raise ImageError(f"The image has more than the {max_pixels:,} pixels that are accepted; make it smaller.") from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
         raise ImageError("The file is not an image that can be read; give a PNG, JPEG or WebP.") from None
     width, height = image.size
     if width * height > max_pixels:
@@ -56,6 +59,11 @@ def flatten(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def lay_over(image: Image.Image, strokes: Image.Image) -> Image.Image:
+    """An RGB image with what is opaque in another of the same size on it; one without transparency covers it."""
+    return Image.alpha_composite(image.convert("RGBA"), strokes.convert("RGBA")).convert("RGB")
+
+
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     """The largest centred square, at `size` pixels: (size, size, 3). Box filter downwards, bicubic upwards."""
     width, height = image.size
@@ -79,14 +87,22 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(pixels)).movedim(-1, -3).float() / 127.5 - 1
 
 
+def to_8_bits(image: Tensor) -> Tensor:
+    """float (..., 3, H, W) in [-1, 1] -> the nearest of the values that 8-bit pixels have, float32."""
+    return ((image.float() + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
+
+
 def to_uint8(image: Tensor) -> np.ndarray:
     """float (3, H, W) in [-1, 1] -> uint8 (H, W, 3), rounded to the nearest value and clipped."""
     return ((image.detach().float() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
 
 
-def encode(pixels: np.ndarray, form: str = "png") -> bytes:
-    """uint8 (H, W, 3) as the bytes of a png, jpeg or webp file."""
+def encode(pixels: np.ndarray, form: str = "png", text: Mapping[str, str] | None = None) -> bytes:
+    """uint8 (H, W, 3) or (H, W) as the bytes of a png, jpeg or webp file. `text`: chunks for a png to carry."""
     buffer = io.BytesIO()
-    options = {"png": {}, "jpeg": {"quality": 95}, "webp": {"quality": 95}}[form]
+    chunks = PngImagePlugin.PngInfo()
+    for name, value in (text or {}).items():
+        chunks.add_itxt(name, value, zip=True)
+    options = {"png": {"pnginfo": chunks}, "jpeg": {"quality": 95}, "webp": {"quality": 95}}[form]
     Image.fromarray(pixels).save(buffer, form.upper(), **options)
     return buffer.getvalue()

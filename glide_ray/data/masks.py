@@ -25,10 +25,10 @@ def mask_of(image: Image.Image) -> np.ndarray:
     return known
 
 
-def check_sizes(image: Image.Image, mask: Image.Image) -> None:
-    """Raises MaskError where the mask is of another size than its image."""
+def check_sizes(image: Image.Image, mask: Image.Image, name: str = "mask") -> None:
+    """Raises MaskError where the mask, or what else goes with an image, is of another size."""
     if image.size != mask.size:
-        raise MaskError(f"The mask has {mask.size[0]}x{mask.size[1]} pixels and the image {image.size[0]}x{image.size[1]}; they "
+        raise MaskError(f"The {name} has {mask.size[0]}x{mask.size[1]} pixels and the image {image.size[0]}x{image.size[1]}; they "
                         f"must be of one size.")
 
 
