@@ -6,17 +6,25 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
-from .config import ModelConfig, Preset
+from .cascade import Cascade, base_request, load_stepper
+from .config import ModelConfig, Preset, SampleOptions, UserError
+from .data.images import centre_crop, decode, to_uint8
+from .data.shards import read_shard
 from .diffusion.guidance import combine
 from .forms import Conditioning
 from .info import example_conditioning, inspect
 from .models.unet import GlideUNet
 from .stepper import SampleRequest, Stepper
 
+PROMPTS = ("a red apple, 3D render", "a green heart, 3D render", "a grinning face, 3D render", "a blue circle, flat icon",
+           "a dog face, 3D render", "an orange, 3D render", "a tree, 3D render", "a purple heart, flat icon")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -69,6 +77,71 @@ def bench_sample(preset: Preset, precision: str = "bf16", repeats: int = 5) -> d
             "released_form_s": round(statistics.median(b for _, b in pairs), 3),
             "ratio": round(statistics.median(ratios), 2), "ratio_min": round(min(ratios), 2), "ratio_max": round(max(ratios), 2),
             "pairs": repeats, "threads": torch.get_num_threads()}
+
+
+# -- what trained models can do ---------------------------------------------------------------------------------------
+
+def bench_samplers(base: Path, steps: Sequence[int] = (10, 15, 20, 30), truth: int = 250) -> dict:
+    """Mean squared distance of each sampler's pictures to those of 250 DDIM steps from the same noise, at guidance scale 1."""
+    stepper = load_stepper(base, "base", "fp32", max_in_flight=len(PROMPTS))
+
+    def pictures(sampler: str, count: int) -> torch.Tensor:
+        options = SampleOptions(sampler=sampler, steps=str(count), guidance_scale=1.0)
+        return stepper.run([base_request(stepper.config, prompt, seed, options) for seed, prompt in enumerate(PROMPTS)])
+    best = pictures("ddim", truth)
+    return {"base": stepper.config.name, "pictures": len(PROMPTS), "truth": f"ddim {truth}",
+            "mse": {sampler: {count: float(f"{(pictures(sampler, count) - best).square().mean():.3g}") for count in steps}
+                    for sampler in ("ddim", "plms", "dpm++")}}
+
+
+def bench_inpainting(base: Path, inpaint: Path, corpus: Path, images: int = 32, width: int = 2) -> dict:
+    """The mean squared error, against the picture itself, of the `width` pixels of a hole that touch its border: of a model that
+    is trained for inpainting, and of one that is not and has the known pixels re-noised into each step (sec. 4.3)."""
+    wanted = _pictures(corpus, images)
+    errors: dict[str, list[float]] = {}
+    for name, path in (("implicit", base), ("explicit", inpaint)):
+        stepper = load_stepper(path, "base", "fp32")
+        if stepper.config.inpaint != (name == "explicit"):
+            raise UserError(f"{path} is {'not ' if name == 'explicit' else ''}trained for inpainting; exchange the two weights files.")
+        size = stepper.config.image_size
+        y, x = np.mgrid[:size, :size]
+        border, whole = [], []
+        for seed, (pixels, caption) in enumerate(wanted):
+            pencil = np.random.default_rng(seed)
+            top, left = pencil.integers(size // 8, size // 2 - size // 8, 2)
+            inside = np.minimum(np.minimum(y - top, top + size // 2 - 1 - y), np.minimum(x - left, left + size // 2 - 1 - x))
+            image = centre_crop(pixels, size)
+            request = base_request(stepper.config, caption, seed, known=image, known_mask=inside < 0)
+            error = np.square(to_uint8(stepper.run([request])[0]).astype(float) - image).mean(-1) / 255**2
+            border.append(error[(inside >= 0) & (inside < width)].mean())
+            whole.append(error[inside >= 0].mean())
+        errors[name] = {"border": round(float(np.mean(border)), 4), "hole": round(float(np.mean(whole)), 4),
+                        "border_standard_error": round(float(np.std(border) / len(border) ** 0.5), 4)}
+    return {"images": len(wanted), "border_pixels": width, **errors}
+
+
+def bench_guidance(base: Path, clip: Path, scales: Sequence[float] = (1, 2, 3, 5), seeds: int = 8) -> dict:
+    """Noised CLIP's mean score of a base model's pictures over the scale of classifier-free guidance (sec. 5.2, fig. 6)."""
+    cascade = Cascade.load(base, precision="fp32", clip=clip, max_in_flight=8)
+    scores = {}
+    for scale in scales:
+        prompts = [prompt for prompt in PROMPTS for _ in range(seeds)]
+        requests = [base_request(cascade.base.config, prompt, n % seeds, SampleOptions(guidance_scale=scale, sampler="ddim"))
+                    for n, prompt in enumerate(prompts)]
+        values = np.array(cascade.score(cascade.base.run(requests), prompts))
+        scores[scale] = {"score": round(float(values.mean()), 3), "standard_error": round(float(values.std() / len(values) ** 0.5), 3)}
+    return {"base": cascade.base.config.name, "pictures": len(prompts), "clip_score": scores}
+
+
+def _pictures(corpus: Path, count: int) -> list[tuple[Image.Image, str]]:
+    """The first pictures of a corpus of tar shards, with their captions."""
+    found = []
+    for shard in sorted(corpus.glob("*.tar")):
+        for sample in read_shard(shard):
+            found.append((decode(sample.image), sample.captions[0]))
+            if len(found) == count:
+                return found
+    raise UserError(f"There are only {len(found)} pictures in {corpus}; make the emoji corpus with `glide corpus`.")
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype, channels_last: bool = True) -> GlideUNet:

@@ -180,6 +180,23 @@ def serve(options) -> None:
         threading.Event().wait()
 
 
+def import_released(options) -> None:
+    from .models.released import import_files
+    from .models.weights import save_weights
+    config, state, metadata = import_files(options.files, options.vocabulary)
+    out = options.out or Path("runs") / config.name / "weights.safetensors"
+    save_weights(out, state, config, source="released", **metadata)
+    print(f"{out}: {config.name}, {sum(tensor.numel() for tensor in state.values()) / 1e6:,.2f}M parameters, every key and shape checked")
+
+
+def export_released(options) -> None:
+    from .models.released import export_files
+    from .models.weights import load_weights
+    config, state = load_weights(options.weights)
+    for path in export_files(state, config, options.out or options.weights.with_suffix(".pt")):
+        print(f"{path}: {config.name} under the released names")
+
+
 def info(options) -> None:
     preset = _preset(options)
     from .info import describe
@@ -340,6 +357,17 @@ def _parser() -> argparse.ArgumentParser:
     for role in ("base", "upsampler", "clip"):
         command.add_argument(f"--{role}", type=Path, help="where its weights are now (default: where they were; they must be the same)")
     command.add_argument("--out", type=Path, help="write the new picture here")
+
+    command = add("import-released", import_released, "OpenAI's published checkpoints as weights files of ours, checked key by key",
+                  "examples:\n  glide import-released base.pt\n  glide import-released image-enc.pt text-enc.pt --vocabulary "
+                  "bpe_simple_vocab_16e6.txt.gz\nPickled code is refused, never run.")
+    command.add_argument("files", nargs="+", help="base.pt, base-inpaint.pt, upsample.pt or upsample-inpaint.pt; or both encoders of CLIP")
+    command.add_argument("--vocabulary", help="CLIP's bpe_simple_vocab_16e6.txt.gz")
+    command.add_argument("--out", type=Path, help="weights file to write (default: runs/NAME/weights.safetensors)")
+
+    command = add("export-released", export_released, "a weights file of ours under the released names, as a .pt file")
+    command.add_argument("weights", type=Path, help="a weights file of a base model, an upsampler or noised CLIP")
+    command.add_argument("--out", type=Path, help=".pt file to write; CLIP's two encoders add their names (default: beside the weights)")
 
     command = add("serve", serve, "the OpenAI Images API for trained weights, on Ray Serve")
     command.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine only; there is no authentication yet")

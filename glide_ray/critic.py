@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .config import ClipModelConfig, ModelConfig, UserError
 from .models.clip import CHANNEL_MEANS, CHANNEL_STDS, NoisedClip
-from .models.weights import WeightsError, load_model
-from .tokenizer import Tokenizer
+from .models.weights import WeightsError, load_metadata, load_model
+from .tokenizer import ClipTokenizer, Tokenizer
 
 
 class Critic(Protocol):
@@ -34,10 +34,10 @@ class Critic(Protocol):
 class NoisedCritic:
     noised = True
 
-    def __init__(self, model: NoisedClip, config: ClipModelConfig, device: torch.device | str = "cpu"):
+    def __init__(self, model: NoisedClip, config: ClipModelConfig, device: torch.device | str = "cpu", merges: str | None = None):
         self.model, self.config, self.device = model.to(device, torch.float32).eval().requires_grad_(False), config, device
         self.embedding = config.clip.embedding
-        self._tokenizer = Tokenizer(config.context)
+        self._tokenizer = ClipTokenizer(merges, config.context) if merges else Tokenizer(config.context)
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:
@@ -95,4 +95,7 @@ def load_critic(path: str | Path, base: ModelConfig, device: torch.device | str 
     if config.diffusion != base.diffusion:
         raise WeightsError(f"{path} was trained on the noise of a {config.diffusion.schedule} schedule of {config.diffusion.steps} steps and "
                            f"{base.name} on a {base.diffusion.schedule} one of {base.diffusion.steps}; give a CLIP of the same noise.")
-    return NoisedCritic(model, config, device)
+    merges = load_metadata(path).get("merges")
+    if config.clip.tokenizer == "clip" and not merges:
+        raise WeightsError(f"{path} lacks the vocabulary of its captions; import it again with --vocabulary.")
+    return NoisedCritic(model, config, device, merges)

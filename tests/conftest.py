@@ -15,6 +15,7 @@ from glide_ray import presets
 from glide_ray.config import override
 from glide_ray.data.images import encode
 from glide_ray.data.shards import Sample, write_shards
+from glide_ray.models.clip import NoisedClip
 from glide_ray.models.unet import GlideUNet
 from glide_ray.models.weights import save_weights
 
@@ -29,6 +30,15 @@ TINY_UPSAMPLER = [*TINY_BASE, "model.unet.image_size=64", "model.unet.low_res_si
 def tiny(kind="base", *settings):
     """A preset of a model that runs in milliseconds: 16 pixels, or 16 -> 64."""
     return override(presets.get(f"nano-{kind}"), [*(TINY_BASE if kind == "base" else TINY_UPSAMPLER), *settings])
+
+
+TINY_CLIP = ["model.clip.image_size=16", "model.clip.patch_size=4", "model.clip.image_width=32", "model.clip.image_layers=2",
+             "model.clip.image_heads=2", "model.clip.text_width=32", "model.clip.embedding=16", "data.min_size=16"]
+
+
+def tiny_clip(*settings):
+    """A noised CLIP for pictures of 16 pixels."""
+    return override(presets.get("nano-clip"), [*TINY_CLIP, *settings])
 
 
 def random_model(unet, seed=0):
@@ -63,13 +73,16 @@ def drawn_corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory):
-    """Weights files of a tiny base model and upsampler: {"base": path, "upsampler": path}."""
+    """Weights files of a tiny base model, upsampler and noised CLIP: {"base": path, "upsampler": path, "clip": path}."""
     folder = tmp_path_factory.mktemp("weights")
     paths = {}
     for kind in ("base", "upsampler"):
         config = tiny(kind).model
         paths[kind] = folder / f"{kind}.safetensors"
         save_weights(paths[kind], random_model(config.unet).state_dict(), config)
+    torch.manual_seed(0)
+    paths["clip"] = folder / "clip.safetensors"
+    save_weights(paths["clip"], NoisedClip(tiny_clip().model.clip).state_dict(), tiny_clip().model)
     return paths
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's published state dicts, in and out, strictly: every key and shape is accounted for.
+"""OpenAI's published checkpoints, in and out, strictly: every key and shape is accounted for, and no pickled code is run.
 
 The released names number the modules of nested Sequentials; here they become our names. Linear layers over pixels are
 1-wide convolutions there, so their weights gain or lose a last axis.
@@ -6,12 +6,20 @@ The released names number the modules of nested Sequentials; here they become ou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gzip
+import os
+import pickle
+import uuid
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..config import ClipConfig, UNetConfig, UserError
+from .. import presets
+from ..config import AnyModelConfig, ClipConfig, ClipModelConfig, ModelConfig, UNetConfig, UserError
+from ..tokenizer import ClipTokenizer
 from .clip import NoisedClip
 from .layers import AttentionBlock, ResBlock
 from .text import TextBlock
@@ -72,6 +80,103 @@ def clip_to_released(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 def released_names(config: UNetConfig) -> dict[str, str]:
     """Our parameter name -> the released one, for every parameter of the model."""
     return _names_and_shapes(config)[0]
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+def import_files(paths: Sequence[str | Path], vocabulary: str | Path | None = None) -> tuple[AnyModelConfig, dict[str, Tensor], dict[str, str]]:
+    """Published checkpoint files -> config, state dict and further metadata for our own weights file.
+
+    One file of the four UNets, or both encoders of CLIP with their `vocabulary` (bpe_simple_vocab_16e6.txt.gz). Raises ReleasedError.
+    """
+    states = {Path(path): read_checkpoint(path) for path in paths}
+    towers = {_tower(state): (path, state) for path, state in states.items()}
+    if None not in towers:
+        if set(towers) != {"image", "text"}:
+            there = next(iter(towers))
+            raise ReleasedError(f"{towers[there][0]} is CLIP's {there} encoder alone; give the image and the text encoder together.")
+        if vocabulary is None:
+            raise ReleasedError("The published CLIP reads captions by a vocabulary of its own; give its file bpe_simple_vocab_16e6.txt.gz, "
+                                "which is published beside its code, with --vocabulary.")
+        config = released_clip()
+        merges = read_merges(vocabulary)
+        return config, clip_from_released(towers["image"][1], towers["text"][1], config.clip), {"merges": merges}
+    if len(states) > 1:
+        raise ReleasedError("Give one UNet at a time, or the two encoders of CLIP together.")
+    (path, state), = states.items()
+    config = _recognise(state)
+    try:
+        return config, from_released(state, config.unet), {}
+    except ReleasedError as error:
+        raise ReleasedError(f"{path} is none of the six published checkpoints; {config.name} is nearest, but: {error}") from None
+
+
+def export_files(state: Mapping[str, Tensor], config: AnyModelConfig, path: Path) -> list[Path]:
+    """Write our weights under the released names: a .pt file, or for CLIP two, -image-enc and -text-enc. Gives their paths."""
+    if isinstance(config, ModelConfig):
+        parts = {path: to_released(state, config.unet)}
+    else:
+        parts = dict(zip((path.with_stem(f"{path.stem}-{tower}-enc") for tower in ("image", "text")), clip_to_released(state), strict=True))
+    for target, tensors in parts.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+        try:
+            torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+    return list(parts)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .pt file. What else is pickled in it is refused, never run. Raises ReleasedError."""
+    if not Path(path).is_file():
+        raise ReleasedError(f"There is no file {path}.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")         # of pickle protocols, which are no concern of the user's
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise ReleasedError(f"{path} holds code or objects beside its tensors; it has not been run, and will not be: the published "
+                                f"checkpoints hold tensors only.") from None
+        raise ReleasedError(f"{path} is not a whole checkpoint; download it again.") from None
+    except Exception:      # torch raises as its parts do: RuntimeError, EOFError, struct.error and more
+        raise ReleasedError(f"{path} is not a whole checkpoint; download it again.") from None
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ReleasedError(f"{path} is not a state dict of tensors; give one of the six published checkpoints.")
+    return state
+
+
+def released_clip() -> ClipModelConfig:
+    """The published noised CLIP (its config.yaml)."""
+    config = presets.get("noised-clip-b").model
+    return config.model_copy(update={"clip": config.clip.model_copy(update={"vocabulary": 65536, "scale": 100.0, "tokenizer": "clip"})})
+
+
+def read_merges(path: str | Path) -> str:
+    """The merges of CLIP's vocabulary file, a line each. Raises ReleasedError."""
+    try:
+        lines = gzip.decompress(Path(path).read_bytes()).decode().split("\n")[1:ClipTokenizer.MERGES + 1]
+    except (OSError, EOFError, ValueError):
+        raise ReleasedError(f"{path} is not CLIP's vocabulary; give bpe_simple_vocab_16e6.txt.gz as it was published.") from None
+    if len(lines) < ClipTokenizer.MERGES or not all(len(line.split()) == 2 for line in lines):
+        raise ReleasedError(f"{path} is not CLIP's vocabulary; give bpe_simple_vocab_16e6.txt.gz as it was published.")
+    return "\n".join(lines)
+
+
+def _tower(state: Mapping[str, Tensor]) -> str | None:
+    return "image" if "blocks.input.patch_proj" in state else "text" if "blocks.input.w_voc" in state else None
+
+
+def _recognise(state: Mapping[str, Tensor]) -> ModelConfig:
+    """The published model whose keys and shapes a state dict shares most of."""
+    candidates = [presets.get(f"filtered-{kind}{task}").model for kind in ("base", "upsampler") for task in ("", "-inpaint")]
+
+    def shared(config: ModelConfig) -> int:
+        names, shapes = _names_and_shapes(config.unet)
+        return sum(released in state and state[released].numel() == shapes[ours].numel() for ours, released in names.items())
+    return max(candidates, key=shared)
 
 
 # --------------------------------------------------------------------------------------------------------------------
