@@ -123,13 +123,15 @@ def bench_inpainting(base: Path, inpaint: Path, corpus: Path, images: int = 32, 
 def bench_guidance(base: Path, clip: Path, scales: Sequence[float] = (1, 2, 3, 5), seeds: int = 8) -> dict:
     """Noised CLIP's mean score of a base model's pictures over the scale of classifier-free guidance (sec. 5.2, fig. 6)."""
     cascade = Cascade.load(base, precision="fp32", clip=clip, max_in_flight=8)
-    scores = {}
+    prompts, scores, first = [prompt for prompt in PROMPTS for _ in range(seeds)], {}, None
     for scale in scales:
-        prompts = [prompt for prompt in PROMPTS for _ in range(seeds)]
         requests = [base_request(cascade.base.config, prompt, n % seeds, SampleOptions(guidance_scale=scale, sampler="ddim"))
                     for n, prompt in enumerate(prompts)]
         values = np.array(cascade.score(cascade.base.run(requests), prompts))
-        scores[scale] = {"score": round(float(values.mean()), 3), "standard_error": round(float(values.std() / len(values) ** 0.5), 3)}
+        first = values if first is None else first
+        gain = values - first           # picture by picture: they begin from the same noise
+        scores[scale] = {"score": round(float(values.mean()), 3), "gain": round(float(gain.mean()), 3),
+                         "gain_standard_error": round(float(gain.std() / len(gain) ** 0.5), 3)}
     return {"base": cascade.base.config.name, "pictures": len(prompts), "clip_score": scores}
 
 

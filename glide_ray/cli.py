@@ -205,9 +205,16 @@ def info(options) -> None:
 
 def bench(options) -> None:
     from . import bench as benches
-    run = {"forward": benches.bench_forward, "sample": benches.bench_sample}[options.what]
-    defaults = {"forward": ("paper-base", 1), "sample": ("filtered-base", 5)}[options.what]
-    result = run(presets.get(options.preset or defaults[0]), options.precision, options.repeats or defaults[1])
+    if options.what == "samplers":
+        result = benches.bench_samplers(options.base)
+    elif options.what == "inpainting":
+        result = benches.bench_inpainting(options.base, options.inpaint, options.corpus)
+    elif options.what == "guidance":
+        result = benches.bench_guidance(options.base, options.clip)
+    else:
+        run = {"forward": benches.bench_forward, "sample": benches.bench_sample}[options.what]
+        defaults = {"forward": ("paper-base", 1), "sample": ("filtered-base", 5)}[options.what]
+        result = run(presets.get(options.preset or defaults[0]), options.precision, options.repeats or defaults[1])
     print(json.dumps(result))
 
 
@@ -378,9 +385,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("preset", help=names)
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated")
 
-    command = add("bench", bench, "measure this machine; prints one line of JSON")
-    command.add_argument("what", choices=["forward", "sample"],
-                         help="forward: one network call; sample: one guided step as a ratio to the released form")
+    command = add("bench", bench, "measure this machine, or what trained models do; prints one line of JSON")
+    command.add_argument("what", choices=["forward", "sample", "samplers", "inpainting", "guidance"],
+                         help="forward: one network call; sample: one guided step as a ratio to the released form; of trained models, "
+                              "samplers: distance to 250 DDIM steps; inpainting: error at a hole's border, of --base and of --inpaint; "
+                              "guidance: score by --clip over the guidance scale")
+    command.add_argument("--base", type=Path, default=BASE, help="default: %(default)s")
+    command.add_argument("--inpaint", type=Path, default=Path("runs/nano-base-inpaint/weights.safetensors"), help="default: %(default)s")
+    command.add_argument("--clip", type=Path, default=Path("runs/nano-clip/weights.safetensors"), help="default: %(default)s")
+    command.add_argument("--corpus", type=Path, default=Path("runs/corpus/held_out"), help="pictures to inpaint (default: %(default)s)")
     command.add_argument("--preset", help="default: paper-base for forward, filtered-base for sample")
     command.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="default: %(default)s")
     command.add_argument("--repeats", type=_positive, help="default: 1 for forward, 5 pairs for sample")

@@ -6,9 +6,13 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import random_model, tiny
+from glide_ray import presets
 from glide_ray.cascade import Cascade, RequestError, shrink_known
-from glide_ray.config import SampleOptions
+from glide_ray.config import SampleOptions, override
+from glide_ray.data.masks import random_known
+from glide_ray.diffusion.samplers import SAMPLERS
 from glide_ray.models.weights import WeightsError, load_config, load_model, load_weights, save_weights
+from glide_ray.stepper import Stepper
 
 QUICK = SampleOptions(steps=3, upsampler_steps="2,1")
 
@@ -41,6 +45,32 @@ def test_an_edit_keeps_every_known_pixel_to_the_last_bit_and_paints_the_rest(cas
     edited = cascade.edit(image, known, "a dog", 3, QUICK)
     assert np.array_equal(edited[known], image[known])
     assert (edited[~known] != image[~known]).mean() > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inpaint", [False, True])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_known_pixels_come_out_to_the_last_8_bit_value_at_64_and_at_256(inpaint, sampler):
+    steppers = []
+    for kind in ("base", "upsampler"):
+        config = override(presets.get(f"nano-{kind}"), [f"model.unet.inpaint={inpaint}", f"model.sampling.sampler={sampler}"]).model
+        steppers.append(Stepper(random_model(config.unet), config))
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    known = random_known(256, np.random.default_rng(1))
+    assert 0.2 < known.mean() < 0.9
+    options = SampleOptions(steps=3, upsampler_steps=2)
+    edited = Cascade(*steppers).edit(image, known, "a dog", 3, options)
+    assert np.array_equal(edited[known], image[known]) and not np.array_equal(edited[~known], image[~known])
+    small, small_known = shrink_known(image, known, 64)
+    edited = Cascade(steppers[0]).edit(small, small_known, "a dog", 3, options)
+    assert np.array_equal(edited[small_known], small[small_known])
+
+
+def test_a_variation_of_no_strength_to_speak_of_is_nearly_the_image(cascade):
+    image = np.full((64, 64, 3), 128, np.uint8)
+    small = Cascade(cascade.base)
+    near, far = (small.vary(image[:16, :16], "a dog", 3, strength, options=SampleOptions(steps=50)) for strength in (0.02, 1.0))
+    assert np.abs(near.astype(int) - 128).mean() < 0.3 * np.abs(far.astype(int) - 128).mean()
 
 
 def test_a_small_pixel_is_known_only_if_all_that_it_covers_is(cascade):

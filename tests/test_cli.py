@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -10,7 +11,10 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
+from glide_ray import presets
 from glide_ray.cli import main
+from glide_ray.models.clip import NoisedClip
+from glide_ray.models.weights import save_weights
 
 GLIDE = os.path.join(os.path.dirname(sys.executable), "glide")
 
@@ -69,6 +73,86 @@ def test_bad_input_to_an_edit_is_refused_and_nothing_is_written(tmp_path, weight
     assert not out.exists()
 
 
+def edited(tmp_path, weights, image, mask):
+    assert main(["edit", "x", "--image", str(image), "--mask", str(mask), "--out", str(tmp_path / "e.png"), *weights]) == 0
+    return np.asarray(Image.open(tmp_path / "e.png").convert("RGB"))
+
+
+def half_mask(path, mode="LA"):
+    """Its left half is to be painted."""
+    alpha = Image.new("L", (64, 64), 255)
+    alpha.paste(0, (0, 0, 32, 64))
+    bands = [alpha] * (len(mode) - 1)
+    Image.merge(mode, [*bands, alpha]).save(path)
+    return path
+
+
+def test_masks_of_either_kind_with_alpha_mean_the_same_and_an_empty_one_paints_all(tmp_path, weights):
+    image = picture(tmp_path / "i.png")
+    grey, colour = (edited(tmp_path, weights, image, half_mask(tmp_path / f"{mode}.png", mode)) for mode in ("LA", "RGBA"))
+    assert np.array_equal(grey, colour) and (grey[:, 32:] == [10, 90, 200]).all() and (grey[:, :32] != [10, 90, 200]).any(-1).mean() > 0.9
+    Image.new("LA", (64, 64), (0, 0)).save(tmp_path / "empty.png")
+    assert (edited(tmp_path, weights, image, tmp_path / "empty.png") != [10, 90, 200]).any(-1).mean() > 0.9
+
+
+@pytest.mark.parametrize("mode, message", [("full", "has no transparent pixel, so there is nothing to paint"), ("L", "has no transparency"),
+                                           ("RGB", "has no transparency"), ("1", "has no transparency")])
+def test_a_mask_that_is_full_or_has_no_alpha_is_refused(tmp_path, weights, capsys, mode, message):
+    mask = tmp_path / "m.png"
+    Image.new("RGBA", (64, 64), (0, 0, 0, 255)).save(mask) if mode == "full" else Image.new(mode, (64, 64), 0).save(mask)
+    refused(capsys, ["edit", "x", "--image", picture(tmp_path / "i.png"), "--mask", str(mask), "--out", str(tmp_path / "e.png"), *weights],
+            f"m.png: The mask {message}")
+    assert not (tmp_path / "e.png").exists()
+
+
+def test_pictures_of_every_kind_are_read_as_they_are_seen(tmp_path, weights):
+    """Alpha lies on white, CMYK becomes RGB, a photograph stands upright, and one pixel is enlarged."""
+    mask = half_mask(tmp_path / "m.png")
+    clear = Image.new("RGBA", (64, 64), (200, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    assert (edited(tmp_path, weights, tmp_path / "clear.png", mask)[:, 32:] == 255).all()
+    Image.new("CMYK", (64, 64), (255, 0, 0, 0)).save(tmp_path / "cmyk.tif")
+    assert (edited(tmp_path, weights, tmp_path / "cmyk.tif", mask)[:, 32:] == [0, 255, 255]).all()
+    turned = Image.new("RGB", (64, 64), (255, 255, 255))
+    turned.paste((0, 0, 0), (0, 32, 64, 64))                    # black below; upright, by the orientation 6, it is black on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    assert (edited(tmp_path, weights, tmp_path / "turned.png", mask)[:, 32:] == 255).all()
+    Image.new("RGB", (1, 1), (7, 8, 9)).save(tmp_path / "dot.png")
+    Image.new("LA", (1, 1), (0, 0)).save(tmp_path / "dot-mask.png")
+    assert edited(tmp_path, weights, tmp_path / "dot.png", tmp_path / "dot-mask.png").shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("side", [9_000, 20_000])
+def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path, weights, capsys, side):
+    Image.new("1", (side, side)).save(tmp_path / "huge.png")
+    began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(capsys, ["vary", "x", "--image", str(tmp_path / "huge.png"), "--out", str(tmp_path / "v.png"), *weights], "64,000,000")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - began < 100_000      # KiB; decoded it would be 1.2 GB as RGB
+
+
+def test_a_sketch_of_another_size_and_a_scene_without_a_beginning_are_refused(tmp_path, weights, capsys):
+    image, sketch = picture(tmp_path / "i.png"), picture(tmp_path / "s.png", (32, 32))
+    refused(capsys, ["vary", "x", "--image", image, "--sketch", sketch, *weights], "The sketch has 32x32 pixels and the image 64x64")
+    refused(capsys, ["scene", "--edit", image, "a dog", *weights], "a scene begins with a prompt or with --image")
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--strength", "0"], "strength must lie above 0"), (["--strength", "1.5"], "strength"), (["--sampler", "eular"], "no sampler 'eular'"),
+    (["--guidance-interval", "0.9", "0.1"], "guidance_interval"), (["--clip-scale", "2"], "give one with --clip"),
+    (["--clip", "nothing.safetensors", "--clip-scale", "2"], "no weights file nothing.safetensors")])
+def test_options_of_a_variation_that_make_no_sense_are_refused(tmp_path, weights, capsys, options, message):
+    refused(capsys, ["vary", "x", "--image", picture(tmp_path / "i.png"), "--out", str(tmp_path / "v.png"), *weights, *options], message)
+
+
+def test_a_clip_of_another_image_size_is_refused(tmp_path, weights, capsys):
+    config = presets.get("nano-clip").model
+    save_weights(tmp_path / "clip.safetensors", NoisedClip(config.clip).state_dict(), config)
+    refused(capsys, ["generate", "x", "--clip", str(tmp_path / "clip.safetensors"), "--clip-scale", "2", *weights],
+            "reads images of 64 pixels and nano-base makes 16")
+
+
 @pytest.mark.parametrize("options, message", [
     (["--guidance-scale", "-2"], "guidance_scale must lie between 0 and 100"), (["--guidance-scale", "nan"], "guidance_scale"),
     (["--steps", "0"], "Steps"), (["--steps", "2000"], "steps"), (["--steps", "quick"], "not understood"), (["--seed", "-1"], "seed"),
@@ -96,7 +180,8 @@ def test_bench_prints_one_line_of_json(capsys):
 
 
 def test_every_command_has_help_worth_reading():
-    for command in ("", "demo", "corpus", "train", "generate", "edit", "serve", "info", "bench"):
+    for command in ("", "demo", "corpus", "train", "generate", "edit", "vary", "scene", "reproduce", "import-released", "export-released", "serve",
+                    "info", "bench"):
         done = subprocess.run([GLIDE, *filter(None, [command]), "--help"], capture_output=True, text=True, check=False)
         assert done.returncode == 0 and len(done.stdout) > 200, command
 

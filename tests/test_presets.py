@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from glide_ray import config, presets
-from glide_ray.models.released import ReleasedError, from_released, to_released
+from glide_ray.models.clip import NoisedClip
+from glide_ray.models.released import ReleasedError, clip_to_released, from_released, to_released
 from glide_ray.models.unet import GlideUNet
 
 SHAPES = json.loads((Path(__file__).parent / "golden" / "openai_state_dict_shapes.json").read_text())
@@ -64,6 +65,39 @@ def test_a_preset_survives_json(name):
     preset = presets.get(name)
     assert config.Preset.model_validate_json(preset.model_dump_json()) == preset
     assert preset.model.name == name
+
+
+@pytest.mark.parametrize("name", [name for name in presets.PRESETS if name.endswith("-inpaint")])
+def test_an_inpainting_preset_adds_four_channels_to_its_model_and_starts_from_its_weights(name):
+    before, after = presets.get(name.removesuffix("-inpaint")), presets.get(name)
+    assert after.model.unet.in_channels == before.model.unet.in_channels + 4 and after.data.empty_caption_rate == 0.2
+    assert after.train.start_from and after.model.unet.model_copy(update={"inpaint": False}) == before.model.unet
+
+
+@pytest.mark.parametrize("name", ["paper-base", "paper-upsampler", "filtered-base", "filtered-upsampler"])
+def test_fine_tuning_for_guidance_empties_a_fifth_of_the_captions_and_changes_no_model(name):
+    before, after = presets.get(name), presets.get(f"{name}-guided")
+    assert before.data.empty_caption_rate == 0 and after.data.empty_caption_rate == 0.2     # sec. 4.2
+    assert after.model.unet == before.model.unet and after.train.start_from == f"runs/{name}/weights.safetensors"
+
+
+def test_the_noised_clips_have_the_shape_of_their_sources():
+    large, base = (presets.get(f"noised-clip-{size}").model.clip for size in "lb")
+    assert (large.image_layers, large.image_width, large.patch_size, large.image_size) == (24, 1024, 4, 64)
+    assert presets.get("noised-clip-l").train.weight_decay == 0.0125 and presets.get("noised-clip-l").train.batch == 32 * 1024     # app. B.1
+    with torch.device("meta"):
+        released = NoisedClip(base.model_copy(update={"vocabulary": 65536}))
+    assert {key: list(tensor.shape) for key, tensor in clip_to_released(released.state_dict())[0].items()} == SHAPES["clip/image-enc"]
+    assert {key: list(tensor.shape) for key, tensor in clip_to_released(released.state_dict())[1].items()} == SHAPES["clip/text-enc"]
+
+
+def test_a_setting_of_clip_is_named_without_what_pydantic_calls_it():
+    with pytest.raises(config.ConfigError, match="Setting model.clip.image_width: .*given: 'wide'"):
+        config.override(presets.get("nano-clip"), ["model.clip.image_width=wide"])
+    with pytest.raises(config.ConfigError, match="image_width 130 is not divisible by image_heads 4"):
+        config.override(presets.get("nano-clip"), ["model.clip.image_width=130"])
+    with pytest.raises(config.ConfigError, match="train.objective 'base' does not fit a model of the kind 'clip'"):
+        config.override(presets.get("nano-clip"), ["objective=base"])
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest_one():
