@@ -71,7 +71,7 @@ def train(options) -> None:
 
 def generate(options) -> None:
     cascade, asked = _cascade(options), _asked(options)
-    from .recipe import save_picture, write_recipe
+    from .recipe import Maker, save_picture
     seeds = list(range(options.seed, options.seed + options.n))
     if options.best_of > 1:
         ranked = [_with_bar(lambda progress, first=seed: cascade.best_of(
@@ -85,16 +85,16 @@ def generate(options) -> None:
         notes = [""] * options.n
     for n, (image, seed, note) in enumerate(zip(images, seeds, notes, strict=True)):
         path = options.out if options.n == 1 else options.out.with_stem(f"{options.out.stem}-{n}")
-        save_picture(image, path, write_recipe(cascade, "generate", options.prompt, seed, asked))
+        save_picture(image, path, Maker.of(cascade).recipe("generate", options.prompt, seed, asked))
         print(f"{path}  seed {seed}{note}")
 
 
 def edit(options) -> None:
     cascade, asked = _cascade(options), _asked(options)
     image, known = _image_and_mask(options.image, options.mask, cascade.size)
-    from .recipe import save_picture, write_recipe
+    from .recipe import Maker, save_picture
     made = _with_bar(lambda progress: cascade.edit(image, known, options.prompt, options.seed, asked, progress))
-    save_picture(made, options.out, write_recipe(cascade, "edit", options.prompt, options.seed, asked), {"image": image, "mask": known})
+    save_picture(made, options.out, Maker.of(cascade).recipe("edit", options.prompt, options.seed, asked), {"image": image, "mask": known})
     print(f"{options.out}  seed {options.seed}")
 
 
@@ -102,7 +102,7 @@ def vary(options) -> None:
     cascade, asked = _cascade(options), _asked(options)
     from .data.images import centre_crop, flatten, lay_over
     from .data.masks import check_sizes
-    from .recipe import save_picture, write_recipe
+    from .recipe import Maker, save_picture
     inputs = dict(zip(("image", "mask"), _image_and_mask(options.image, options.mask, cascade.size), strict=False))
     if options.sketch:
         picture, sketch = _open(options.image), _open(options.sketch)
@@ -110,7 +110,7 @@ def vary(options) -> None:
         inputs["sketch"] = centre_crop(lay_over(flatten(picture), sketch), cascade.size)
     made = _with_bar(lambda progress: cascade.vary(inputs["image"], options.prompt, options.seed, options.strength, inputs.get("mask"),
                                                    inputs.get("sketch"), asked, progress))
-    save_picture(made, options.out, write_recipe(cascade, "vary", options.prompt, options.seed, asked, options.strength), inputs)
+    save_picture(made, options.out, Maker.of(cascade).recipe("vary", options.prompt, options.seed, asked, options.strength), inputs)
     print(f"{options.out}  seed {options.seed}, strength {options.strength:g}")
 
 
@@ -120,7 +120,7 @@ def scene(options) -> None:
     cascade, asked = _cascade(options), _asked(options)
     from .data.images import centre_crop, flatten
     from .data.masks import centre_crop_mask, mask_of
-    from .recipe import save_picture, write_recipe
+    from .recipe import Maker, save_picture
 
     def path(n: int) -> Path:
         return options.out.with_stem(f"{options.out.stem}-{n}")
@@ -131,13 +131,13 @@ def scene(options) -> None:
         image, seed = centre_crop(flatten(_open(options.image)), cascade.size), options.seed
     else:
         image, seed = _with_bar(lambda progress: cascade.generate([options.prompt], [options.seed], asked, progress))[0], options.seed + 1
-        save_picture(image, path(0), write_recipe(cascade, "generate", options.prompt, options.seed, asked))
+        save_picture(image, path(0), Maker.of(cascade).recipe("generate", options.prompt, options.seed, asked))
         print(f"{path(0)}  seed {options.seed}  {options.prompt}")
 
     def apply(progress, image=image) -> None:
         for n, made in enumerate(cascade.scene(image, edits, seed, asked, progress)):
             known, prompt = edits[n]
-            save_picture(made, path(n + 1), write_recipe(cascade, "edit", prompt, seed + n, asked), {"image": image, "mask": known})
+            save_picture(made, path(n + 1), Maker.of(cascade).recipe("edit", prompt, seed + n, asked), {"image": image, "mask": known})
             print(f"{path(n + 1)}  seed {seed + n}  {prompt}")
             image = made
     _with_bar(apply)

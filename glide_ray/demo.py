@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import presets, storage
+from .bench import PROMPTS
 from .config import Preset, ServeConfig, UserError
 from .data.emoji import is_held_out
 from .data.images import centre_crop, decode, encode
@@ -27,8 +28,6 @@ from .distributed.local import connect, disconnect
 from .distributed.train import TrainingResult, read_metrics, train
 from .evaluation.report import contact_sheet, loss_curves, show_hole
 
-PROMPTS = ["a red apple, 3D render", "a green heart, 3D render", "a grinning face, 3D render", "a blue circle, flat icon",
-           "a dog face, 3D render", "an orange, 3D render", "a tree, 3D render", "a purple heart, flat icon"]
 EDIT_PROMPT = "a yellow star, 3D render"
 
 
@@ -91,29 +90,30 @@ def _ask(out: Path, corpus: Path, results: dict[str, TrainingResult]) -> dict:
         images = []
         for seed, prompt in enumerate(PROMPTS):
             answer = client.post("/v1/images/generations", json={"prompt": prompt, "seed": seed, "size": "256x256"})
-            images.append(_picture(answer))
+            images.append(_png(answer))
             bar.update()
         mask = Image.fromarray(np.where(known, 255, 0).astype(np.uint8))
         mask_png = io.BytesIO()
         Image.merge("LA", (mask, mask)).save(mask_png, "PNG")
         answer = client.post("/v1/images/edits", data={"prompt": EDIT_PROMPT, "seed": "0"},
                              files={"image": ("before.png", encode(before), "image/png"), "mask": ("mask.png", mask_png.getvalue(), "image/png")})
-        after = _picture(answer)
+        after_png = _png(answer)
+        after = np.asarray(decode(after_png))
         bar.update()
     if not np.array_equal(after[known], before[known]):
         raise UserError("The edit changed pixels that were to be kept; please report this with runs/demo.")
-    for prompt, image in zip(PROMPTS, images, strict=True):
-        storage.put(encode(image), out / "images" / f"{prompt.replace(',', '').replace(' ', '-')}.png")
-    _put(contact_sheet(images, PROMPTS, title="prompt -> 64x64 -> 256x256"), out / "contact-sheet.png")
+    for name, png in zip([*PROMPTS, "edited"], [*images, after_png], strict=True):       # as they came: each carries its recipe
+        storage.put(png, out / "images" / f"{name.replace(',', '').replace(' ', '-')}.png")
+    _put(contact_sheet([np.asarray(decode(png)) for png in images], PROMPTS, title="prompt -> 64x64 -> 256x256"), out / "contact-sheet.png")
     _put(contact_sheet([before, show_hole(before, known), after], ["before", f"mask, and the prompt: {EDIT_PROMPT}", "after"],
                        columns=3, title="edit: the known pixels are kept exactly"), out / "edit.png")
-    return {"prompts": PROMPTS, "edit": EDIT_PROMPT}
+    return {"prompts": list(PROMPTS), "edit": EDIT_PROMPT}
 
 
-def _picture(answer: httpx.Response) -> np.ndarray:
+def _png(answer: httpx.Response) -> bytes:
     if answer.status_code != 200:
         raise UserError(f"The server answered {answer.status_code}: {answer.json()['error']['message']}")
-    return np.asarray(decode(base64.b64decode(answer.json()["data"][0]["b64_json"])))
+    return base64.b64decode(answer.json()["data"][0]["b64_json"])
 
 
 def _picture_to_edit(corpus: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import importlib.metadata
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -28,7 +29,7 @@ class RecipeError(UserError):
 
 
 class ModelUsed(Frozen):
-    """A weights file: its path as the user gave it, and the SHA-256 of its bytes."""
+    """A weights file: its path as the user gave it ("" where a server does not tell), and the SHA-256 of its bytes."""
 
     name: str
     path: str
@@ -43,39 +44,52 @@ class Recipe(Frozen):
     seed: int
     options: SampleOptions
     strength: float = 1.0
-    precision: str
+    precision: str                        # fp32, bf16, fp16; auto where a server chose by its device
     models: dict[str, ModelUsed]          # base, upsampler, clip
     made_with: str                        # versions and device, to explain a difference
 
 
-def write_recipe(cascade: Cascade, task: str, prompt: str, seed: int, options: SampleOptions, strength: float = 1.0) -> Recipe:
-    """The recipe of what `cascade` makes of these."""
-    base = cascade.base
-    resolved = {**resolve_options(base.config, options).model_dump()}
-    if cascade.upsampler is not None and options.upsampler_steps is None:
-        resolved["upsampler_steps"] = cascade.upsampler.config.sampling.respacing
-    names = {"base": base.config.name, "upsampler": cascade.upsampler.config.name if cascade.upsampler else "",
-             "clip": getattr(getattr(base.critic, "config", None), "name", "public CLIP")}
-    models = {role: ModelUsed(name=names[role], path=str(path), sha256=fingerprint(path)) for role, path in cascade.sources.items()
-              if role != "clip" or options.clip_scale}
-    return Recipe(task=task, prompt=prompt, seed=seed, options=SampleOptions(**resolved), strength=strength, precision=cascade.precision,
-                  models=models, made_with=_here(cascade))
+@dataclass(frozen=True)
+class Maker:
+    """The models that make pictures, as their recipes name them."""
+
+    base: ModelConfig
+    upsampler: ModelConfig | None
+    models: Mapping[str, ModelUsed]
+    precision: str
+    made_with: str
+
+    @classmethod
+    def of(cls, cascade: Cascade) -> Maker:
+        base, upsampler = cascade.base.config, cascade.upsampler.config if cascade.upsampler else None
+        names = {"base": base.name, "upsampler": upsampler.name if upsampler else "",
+                 "clip": getattr(getattr(cascade.base.critic, "config", None), "name", "public CLIP")}
+        models = {role: ModelUsed(name=names[role], path=str(path), sha256=fingerprint(path)) for role, path in cascade.sources.items()}
+        return cls(base, upsampler, models, cascade.precision, versions(cascade.base.device.type))
+
+    def recipe(self, task: str, prompt: str, seed: int, options: SampleOptions, strength: float = 1.0) -> Recipe:
+        """Of what these models make of a request. What it leaves to them is filled in."""
+        own = {"sampler": self.base.sampling.sampler, "steps": self.base.sampling.respacing, "guidance_scale": self.base.sampling.guidance_scale}
+        if self.upsampler is not None:
+            own["upsampler_steps"] = self.upsampler.sampling.respacing
+        filled = options.model_copy(update={name: value for name, value in own.items() if getattr(options, name) is None})
+        models = {role: used for role, used in self.models.items() if role != "clip" or options.clip_scale}
+        return Recipe(task=task, prompt=prompt, seed=seed, options=filled, strength=strength, precision=self.precision, models=models,
+                      made_with=self.made_with)
 
 
-def resolve_options(config: ModelConfig, options: SampleOptions) -> SampleOptions:
-    """The options with what they leave to the base model filled in."""
-    own = config.sampling
-    filled = {"sampler": own.sampler, "steps": own.respacing, "guidance_scale": own.guidance_scale}
-    return options.model_copy(update={name: value for name, value in filled.items() if getattr(options, name) is None})
+def png_text(recipe: Recipe, inputs: Mapping[str, np.ndarray] | None = None) -> dict[str, str]:
+    """The chunks that a PNG carries. `inputs`: the image and sketch (S, S, 3) uint8 and known mask (S, S) bool that it was made from."""
+    text = {CHUNK: recipe.model_dump_json()}
+    for name, given in (inputs or {}).items():
+        pixels = np.where(given, 255, 0).astype(np.uint8) if given.dtype == bool else given
+        text[f"{CHUNK}.{name}"] = base64.b64encode(encode(pixels)).decode()
+    return text
 
 
 def save_picture(pixels: np.ndarray, path: str | Path, recipe: Recipe, inputs: Mapping[str, np.ndarray] | None = None) -> None:
-    """Write a PNG with its recipe. `inputs`: the image and sketch (S, S, 3) uint8 and known mask (S, S) bool that it was made from."""
-    text = {CHUNK: recipe.model_dump_json()}
-    for name, given in (inputs or {}).items():
-        pixels_given = np.where(given, 255, 0).astype(np.uint8) if given.dtype == bool else given
-        text[f"{CHUNK}.{name}"] = base64.b64encode(encode(pixels_given)).decode()
-    put(encode(pixels, text=text), path)
+    """Write a PNG with its recipe and its inputs."""
+    put(encode(pixels, text=png_text(recipe, inputs)), path)
 
 
 def read_recipe(path: str | Path) -> tuple[Recipe, dict[str, np.ndarray], np.ndarray]:
@@ -102,9 +116,9 @@ def find_models(recipe: Recipe, elsewhere: Mapping[str, Path | None]) -> dict[st
     found = {}
     for role, used in recipe.models.items():
         path = Path(elsewhere.get(role) or used.path)
-        if not path.exists():
-            raise RecipeError(f"The {role} weights {path} are not there; give the path of {used.name} (SHA-256 {used.sha256[:16]}...) with "
-                              f"--{role}.")
+        if not path.exists() or not path.name:
+            what = f"The {role} weights {path} are not there" if path.name else f"The recipe does not say where the {role} weights are"
+            raise RecipeError(f"{what}; give the path of {used.name} (SHA-256 {used.sha256[:16]}...) with --{role}.")
         if fingerprint(path) != used.sha256:
             raise RecipeError(f"{path} is not the file that made this picture: its SHA-256 begins {fingerprint(path)[:16]} and that of "
                               f"{used.name} {used.sha256[:16]}; give the path of the right one with --{role}.")
@@ -122,16 +136,23 @@ def make_again(cascade: Cascade, recipe: Recipe, inputs: Mapping[str, np.ndarray
                         recipe.options, progress)
 
 
-@lru_cache(maxsize=16)
 def fingerprint(path: str | Path) -> str:
-    """SHA-256 of a weights file, or of the weights in a public CLIP's folder."""
-    path, digest = Path(path), hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+    """SHA-256 of a weights file, or of the weights in a public CLIP's folder. Read once as long as they do not change."""
+    path = Path(path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return _sha256(tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+
+
+@lru_cache(maxsize=16)
+def _sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for file, _, _ in files:
         with open(file, "rb") as stream:
             while block := stream.read(2**24):
                 digest.update(block)
     return digest.hexdigest()
 
 
-def _here(cascade: Cascade) -> str:
-    return f"glide_ray {importlib.metadata.version('glide_ray')}, torch {torch.__version__}, {cascade.base.device.type}"
+def versions(device: str) -> str:
+    """What a difference between two pictures of one recipe may come from."""
+    return f"glide_ray {importlib.metadata.version('glide_ray')}, torch {torch.__version__}, {device}"

@@ -23,10 +23,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from glide_ray.cascade import RequestError, check_options
+from glide_ray.cascade import RequestError, check_options, shrink_known
 from glide_ray.config import SampleOptions, ServeConfig, UserError, nearest
 from glide_ray.data.images import centre_crop, encode, flatten, load, open_image
 from glide_ray.data.masks import centre_crop_mask, check_sizes, mask_of
+from glide_ray.recipe import Maker, png_text
 from glide_ray.tokenizer import Tokenizer
 
 MAX_JSON_BYTES = 2**20
@@ -45,6 +46,10 @@ class Job:
     image: np.ndarray | None = None
     known_mask: np.ndarray | None = None
 
+    @property
+    def options(self) -> SampleOptions:
+        return SampleOptions(guidance_scale=self.guidance_scale, steps=self.steps)
+
 
 class Backend(Protocol):
     """What makes the images; `sizes` are the pixels it can answer with, the largest last."""
@@ -52,6 +57,7 @@ class Backend(Protocol):
     model: str
     sizes: tuple[int, ...]
     context: int
+    maker: Maker
 
     async def make(self, job: Job) -> np.ndarray: ...
 
@@ -128,10 +134,20 @@ async def _answer(backend: Backend, config: ServeConfig, body: ImageRequest, ima
     jobs = [replace(job, seed=(job.seed + k) % 2**63) for k in range(body.n)]
     pictures = await _all(backend.make, jobs)
     form = body.output_format or "png"
-    data = [{"b64_json": base64.b64encode(encode(picture, form)).decode(), "seed": made.seed}
+    data = [{"b64_json": base64.b64encode(encode(picture, form, _recipe(backend, made) if form == "png" else None)).decode(), "seed": made.seed}
             for picture, made in zip(pictures, jobs, strict=True)]
     answer = {"created": int(time.time()), "data": data, "size": f"{job.size}x{job.size}", "output_format": form}
     return answer | ({"warnings": warnings} if warnings else {})
+
+
+def _recipe(backend: Backend, job: Job) -> dict[str, str]:
+    """What a PNG answer carries, so that `glide reproduce` can make it again."""
+    inputs, maker = {}, backend.maker
+    if job.size != backend.sizes[-1]:
+        maker = replace(maker, upsampler=None, models={"base": maker.models["base"]})
+    if job.image is not None:
+        inputs = dict(zip(("image", "mask"), shrink_known(job.image, job.known_mask, job.size), strict=True))
+    return png_text(maker.recipe("edit" if inputs else "generate", job.prompt, job.seed, job.options), inputs)
 
 
 async def _all(make: Callable[[Job], Awaitable[np.ndarray]], jobs: list[Job]) -> list[np.ndarray]:

@@ -21,9 +21,10 @@ from ray import serve
 from ray.serve.exceptions import BackPressureError
 
 from glide_ray import cascade
-from glide_ray.config import ModelConfig, SampleOptions, ServeConfig, UserError, validate
+from glide_ray.config import SampleOptions, ServeConfig, UserError, validate
 from glide_ray.data.images import to_uint8
 from glide_ray.models.weights import load_config
+from glide_ray.recipe import Maker, ModelUsed, fingerprint, versions
 from glide_ray.stepper import Engine
 from glide_ray.storage import fetch
 
@@ -61,8 +62,7 @@ class Stage:
 class Base(Stage):
     async def __call__(self, job: Job) -> torch.Tensor:
         known = (None, None) if job.image is None else cascade.shrink_known(job.image, job.known_mask, self.config.image_size)
-        options = SampleOptions(guidance_scale=job.guidance_scale, steps=job.steps)
-        return await self.sample(cascade.base_request(self.config, job.prompt, job.seed, options, known=known[0], known_mask=known[1]))
+        return await self.sample(cascade.base_request(self.config, job.prompt, job.seed, job.options, known=known[0], known_mask=known[1]))
 
 
 @serve.deployment
@@ -75,9 +75,9 @@ class Upsampler(Stage):
 class RayBackend:
     """The two stages as the API's backend."""
 
-    def __init__(self, base, upsampler, base_config: ModelConfig, upsampler_config: ModelConfig):
-        self.model, self.context = base_config.name, base_config.context
-        self.sizes = (base_config.image_size, upsampler_config.image_size)
+    def __init__(self, base, upsampler, maker: Maker):
+        self.maker, self.model, self.context = maker, maker.base.name, maker.base.context
+        self.sizes = (maker.base.image_size, maker.upsampler.image_size)
         self._base, self._upsampler = base, upsampler
 
     async def make(self, job: Job) -> np.ndarray:
@@ -93,17 +93,18 @@ class RayBackend:
 class Ingress:
     """The HTTP face; `build` binds it to the API's routes."""
 
-    def __init__(self, base, upsampler, base_config: ModelConfig, upsampler_config: ModelConfig):
-        self.backend = RayBackend(base, upsampler, base_config, upsampler_config)
+    def __init__(self, base, upsampler, maker: Maker):
+        self.backend = RayBackend(base, upsampler, maker)
 
 
 def build(config: ServeConfig) -> serve.Application:
     """The application for these weights. Raises UserError where they are missing, broken or of the wrong kind."""
-    configs = {}
+    configs, used = {}, {}
     for role, path in (("base", config.base), ("upsampler", config.upsampler)):
         local = fetch(path)
         configs[role] = load_config(local)
         cascade.check_role(configs[role], role, path)
+        used[role] = ModelUsed(name=configs[role].name, path="", sha256=fingerprint(local))     # where weights lie is not the clients' concern
     cascade.check_pair(configs["base"], configs["upsampler"])
     options = {"ray_actor_options": {"num_cpus": 1, "num_gpus": 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 2 else 0},
                "max_ongoing_requests": 4 * config.max_in_flight, "max_queued_requests": 8 * config.max_in_flight,
@@ -112,7 +113,7 @@ def build(config: ServeConfig) -> serve.Application:
               for stage, role, path in ((Base, "base", config.base), (Upsampler, "upsampler", config.upsampler))]
     ingress = serve.deployment(serve.ingress(_routes(config))(Ingress))
     return ingress.options(name="ingress", max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.5}).bind(
-        *stages, configs["base"], configs["upsampler"])
+        *stages, Maker(configs["base"], configs["upsampler"], used, config.precision, versions("server")))
 
 
 def app(args: dict[str, Any]) -> serve.Application:

@@ -13,6 +13,7 @@ from PIL import Image
 from glide_ray.cascade import Cascade, check_options
 from glide_ray.config import SampleOptions, ServeConfig
 from glide_ray.data.images import encode
+from glide_ray.recipe import Maker
 from serve.api import build_api
 
 CONFIG = ServeConfig(max_images=3, max_upload_bytes=200_000, max_pixels=1_000_000)
@@ -25,7 +26,7 @@ class CascadeBackend:
     model, sizes, context = "tiny", (64, 256), 128
 
     def __init__(self, cascade):
-        self.cascade, self.jobs = cascade, []
+        self.cascade, self.jobs, self.maker = cascade, [], Maker.of(cascade)
 
     async def make(self, job):
         options = SampleOptions(guidance_scale=job.guidance_scale, steps=job.steps or 2, upsampler_steps=2)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from conftest import TINY_BASE, tiny
+from conftest import TINY_BASE, tiny, tiny_clip
 from glide_ray.config import UserError
 from glide_ray.distributed.train import read_metrics, train
 from glide_ray.models.weights import load_model
@@ -36,6 +36,18 @@ def test_a_run_on_two_workers_makes_weights_and_metrics_and_is_not_made_twice(dr
     assert time.monotonic() - began < 5
     with pytest.raises(UserError, match="other settings: train.learning_rate is"):
         train(preset(drawn_corpus, "learning_rate=1"), tmp_path / "run", progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_noised_clip_trains_on_two_workers(drawn_corpus, tmp_path):
+    settings = tiny_clip(f"data.corpus={drawn_corpus / 'train'}", f"data.held_out={drawn_corpus / 'held_out'}", "batch=8", "steps=4",
+                         "log_every=2", "evaluate_every=4", "checkpoint_every=4", "zero_stage=3")
+    result = train(settings, tmp_path / "run", progress=False)
+    model, config = load_model(result.weights)
+    assert config == settings.model and all("accuracy" in row or "held_out_accuracy" in row for row in read_metrics(result.metrics))
+    loss = read_metrics(result.metrics)[1]["loss"]
+    assert 1.5 < loss < 3       # of 8 captions, not of the 4 on each worker: about log 8 before it has learnt anything
 
 
 @pytest.mark.slow

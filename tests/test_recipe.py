@@ -10,7 +10,7 @@ from glide_ray.cascade import Cascade
 from glide_ray.cli import main
 from glide_ray.config import SampleOptions
 from glide_ray.data.images import encode
-from glide_ray.recipe import RecipeError, make_again, read_recipe, save_picture, write_recipe
+from glide_ray.recipe import Maker, RecipeError, make_again, read_recipe, save_picture
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_a_picture_made_from_other_weights_or_without_a_recipe_is_not_made_again
 def test_a_picture_changed_since_is_told_from_the_one_made_again(tmp_path, tiny_weights, capsys):
     cascade = Cascade.load(tiny_weights["base"])
     options = SampleOptions(steps=2)
-    recipe = write_recipe(cascade, "generate", "x", 0, options)
+    recipe = Maker.of(cascade).recipe("generate", "x", 0, options)
     image = cascade.generate(["x"], [0], options)[0].copy()
     image[0, 0, 0] ^= 4
     save_picture(image, tmp_path / "a.png", recipe)
@@ -148,7 +148,7 @@ def test_a_recipe_is_followed_in_python_too(tiny_weights, tmp_path):
     options = SampleOptions(steps=2, upsampler_steps=2)
     image, known = np.full((64, 64, 3), 90, np.uint8), np.arange(64 * 64).reshape(64, 64) % 64 < 32
     made = cascade.edit(image, known, "a dog", 3, options)
-    save_picture(made, tmp_path / "e.png", write_recipe(cascade, "edit", "a dog", 3, options), {"image": image, "mask": known})
+    save_picture(made, tmp_path / "e.png", Maker.of(cascade).recipe("edit", "a dog", 3, options), {"image": image, "mask": known})
     recipe, inputs, stored = read_recipe(tmp_path / "e.png")
     assert np.array_equal(inputs["mask"], known) and np.array_equal(stored, made)
     assert np.array_equal(make_again(cascade, recipe, inputs), made)

@@ -5,6 +5,7 @@ import io
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -17,6 +18,7 @@ from conftest import random_model, tiny
 from glide_ray.cascade import Cascade
 from glide_ray.config import ConfigError, SampleOptions, ServeConfig, UserError
 from glide_ray.models.weights import save_weights
+from glide_ray.recipe import find_models, make_again, read_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 PROMPT, STEPS = "a red apple", 3
@@ -74,7 +76,7 @@ def test_a_seed_gives_the_same_picture_alone_and_under_load(client):
         assert np.array_equal(crowd[n], alone)
 
 
-def test_openais_client_edits_and_what_is_known_is_kept_exactly(client):
+def test_openais_client_edits_and_what_is_known_is_kept_exactly(client, weights, tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     alpha = np.full((256, 256, 1), 255, np.uint8)
     alpha[60:180, 90:200] = 0
@@ -87,6 +89,23 @@ def test_openais_client_edits_and_what_is_known_is_kept_exactly(client):
     edited = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))))
     known = alpha[:, :, 0] > 0
     assert np.array_equal(edited[known], image[known]) and (edited[~known] != image[~known]).mean() > 0.5
+    made_again(tmp_path, weights, answer.data[0].b64_json)
+
+
+def made_again(folder, weights, b64):
+    """A PNG answer's recipe makes the same picture in this process, from the weights alone."""
+    (folder / "answer.png").write_bytes(base64.b64decode(b64))
+    recipe, inputs, served = read_recipe(folder / "answer.png")
+    models = find_models(recipe, {role: Path(path) for role, path in weights.items()})
+    here = make_again(Cascade.load(models["base"], models.get("upsampler"), recipe.precision), recipe, inputs)
+    assert here.shape == served.shape and np.abs(here.astype(int) - served).max() <= 1
+
+
+@pytest.mark.parametrize("size", ["64x64", "256x256"])
+def test_a_png_answer_carries_the_recipe_that_makes_it_again(client, weights, tmp_path, size):
+    answer = client.images.generate(prompt=PROMPT, size=size, extra_body={"seed": 5, "steps": STEPS, "guidance_scale": 4.0})
+    made_again(tmp_path, weights, answer.data[0].b64_json)
+    assert str(weights["base"]).encode() not in base64.b64decode(answer.data[0].b64_json)
 
 
 def test_openais_client_lists_the_model_and_the_server_is_healthy(client, url):

@@ -1,5 +1,7 @@
 """The training loop in this process: DeepSpeed's stages against plain PyTorch, EMA, checkpoints, and what stops a run."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from glide_ray.config import ConfigError, UserError
 from glide_ray.data.images import centre_crop, decode, to_tensor
 from glide_ray.data.masks import random_known
 from glide_ray.diffusion.schedule import make_schedule
-from glide_ray.forms import Batch, Conditioning
+from glide_ray.forms import Batch, Conditioning, ModelOutput
 from glide_ray.models.unet import GlideUNet
 from glide_ray.models.weights import WeightsError, load_model, load_weights, with_known_channels
 from glide_ray.train.checkpoint import CheckpointError
@@ -253,6 +255,19 @@ def test_an_inpainting_run_starts_from_weights_and_learns_to_use_what_is_known(t
         trainer.step(iter([batch(1)]), number)
     assert stem[:, 3:6].abs().max() > 1e-3 and stem[:, 6:7].abs().max() > 1e-3
     assert trainer.held_out([batch(1)])["held_out"] < first / 2
+
+
+def test_the_loss_is_the_hybrid_loss_where_pixels_are_unknown_and_asks_nothing_of_eps_where_they_are_known():
+    schedule, given = make_schedule("cosine"), batch(1)
+    i, noise = draw(schedule, given, torch.Generator().manual_seed(2))
+    known_mask = (torch.arange(16) < 6).float().expand(4, 1, 16, 16)
+    edit = Batch(given.image, replace(given.conditioning, known=given.image, known_mask=known_mask))
+    for wrong in (0.0, 1.0):
+        def network(x, timestep, conditioning, wrong=wrong):
+            return ModelOutput(noise + 0.5 + wrong * known_mask, torch.zeros_like(x))
+        losses, whole = denoising(network, schedule, edit, i, noise), denoising(network, schedule, given, i, noise)
+        assert torch.allclose(losses["mse"], torch.full((4,), 0.25 * 10 / 16), atol=1e-6)      # the mean over all pixels, as the paper's
+        assert (whole["mse"] > 0.249).all()
 
 
 def test_weights_of_another_shape_are_no_start(tiny_weights):

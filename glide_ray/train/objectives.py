@@ -23,9 +23,15 @@ Objective = Callable[[Callable, Schedule, Batch, Tensor, Tensor], Losses]
 
 
 def denoising(network: Callable, schedule: Schedule, batch: Batch, i: Tensor, noise: Tensor) -> Losses:
-    """The hybrid loss of noised images at the indices i (B,), for given noise like batch.image (sec. 2.1)."""
+    """The hybrid loss of noised images at the indices i (B,), for given noise like batch.image (sec. 2.1).
+
+    Where pixels are known the samplers put them into the predicted image, whatever the network says of them; so does the loss, and
+    eps is there the noise itself. Left to the network, the copying of known pixels spoils those beside them (README, "Measured").
+    """
     x_t = q_sample(schedule, batch.image, i, noise)
     output = network(x_t, schedule.timestep.to(i.device)[i], batch.conditioning)
+    if batch.conditioning.known_mask is not None:
+        output = replace(output, eps=torch.where(batch.conditioning.known_mask > 0.5, noise.to(output.eps.dtype), output.eps))
     loss = hybrid_loss(schedule, output, batch.image, x_t, i, noise)
     return {"loss": loss.total, "mse": loss.mse, "vb": loss.vb}
 
