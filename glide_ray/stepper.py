@@ -253,8 +253,8 @@ class Stepper:
         """A sample at the beginning of its way."""
         sampling = self.config.sampling
         conditioning = request.conditioning.to(self.device)
-        edits = conditioning.known is not None
-        if not edits:                 # so that rows with and without known pixels share a batch
+        edits = conditioning.known_mask is not None and bool(conditioning.known_mask.any())
+        if conditioning.known is None:      # so that rows with and without known pixels share a batch
             size = self.config.unet.image_size
             conditioning = replace(conditioning, known=torch.zeros(1, 3, size, size, device=self.device),
                                    known_mask=torch.zeros(1, 1, size, size, device=self.device))

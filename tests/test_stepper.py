@@ -4,6 +4,7 @@ import threading
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -195,3 +196,12 @@ def test_options_that_make_no_sense_name_their_field(options, param):
         beside = {name: options.pop(name) for name in ("seed", "strength") if name in options}
         check_options(SampleOptions(**options), **beside)
     assert refusal.value.param == param
+
+
+def test_a_variation_that_keeps_nothing_is_the_same_beside_an_edit_that_does():
+    """Only what is known draws noise for itself."""
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    kept = np.arange(256).reshape(16, 16) % 16 < 8
+    varied = request(steps=6, known=picture, known_mask=np.zeros((16, 16), bool))
+    edited = request(seed=2, steps=6, known=picture, known_mask=kept)
+    assert torch.equal(stepper().run([edited, varied])[1], stepper().run([varied])[0])
