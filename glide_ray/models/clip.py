@@ -94,6 +94,8 @@ class TextTower(nn.Module):
 
 
 class NoisedClip(nn.Module):
+    """Both towers and the scale of their logits. Its embeddings have length 1."""
+
     def __init__(self, config: ClipConfig):
         super().__init__()
         self.config = config
