@@ -94,30 +94,39 @@ def bench_samplers(base: Path, steps: Sequence[int] = (10, 15, 20, 30), truth: i
                     for sampler in ("ddim", "plms", "dpm++")}}
 
 
-def bench_inpainting(base: Path, inpaint: Path, corpus: Path, images: int = 32, width: int = 2) -> dict:
+def bench_inpainting(base: Path, inpaint: Path, corpus: Path, images: int = 32, width: int = 2,
+                     samplers: Sequence[str] = ("ddim", "ancestral")) -> dict:
     """The mean squared error, against the picture itself, of the `width` pixels of a hole that touch its border: of a model that
     is trained for inpainting, and of one that is not and has the known pixels re-noised into each step (sec. 4.3)."""
     wanted = _pictures(corpus, images)
-    errors: dict[str, list[float]] = {}
+    steppers = {"implicit": load_stepper(base, "base", "fp32"), "explicit": load_stepper(inpaint, "base", "fp32")}
     for name, path in (("implicit", base), ("explicit", inpaint)):
-        stepper = load_stepper(path, "base", "fp32")
-        if stepper.config.inpaint != (name == "explicit"):
+        if steppers[name].config.inpaint != (name == "explicit"):
             raise UserError(f"{path} is {'not ' if name == 'explicit' else ''}trained for inpainting; exchange the two weights files.")
-        size = stepper.config.image_size
-        y, x = np.mgrid[:size, :size]
-        border, whole = [], []
-        for seed, (pixels, caption) in enumerate(wanted):
-            pencil = np.random.default_rng(seed)
-            top, left = pencil.integers(size // 8, size // 2 - size // 8, 2)
-            inside = np.minimum(np.minimum(y - top, top + size // 2 - 1 - y), np.minimum(x - left, left + size // 2 - 1 - x))
-            image = centre_crop(pixels, size)
-            request = base_request(stepper.config, caption, seed, known=image, known_mask=inside < 0)
-            error = np.square(to_uint8(stepper.run([request])[0]).astype(float) - image).mean(-1) / 255**2
-            border.append(error[(inside >= 0) & (inside < width)].mean())
-            whole.append(error[inside >= 0].mean())
-        errors[name] = {"border": round(float(np.mean(border)), 4), "hole": round(float(np.mean(whole)), 4),
-                        "border_standard_error": round(float(np.std(border) / len(border) ** 0.5), 4)}
-    return {"images": len(wanted), "border_pixels": width, **errors}
+    results = {}
+    for sampler in samplers:
+        border, hole = zip(*(_inpainting_errors(stepper, sampler, wanted, width) for stepper in steppers.values()), strict=True)
+        gain = border[0] - border[1]        # picture by picture: the same hole, filled from the same noise
+        results[sampler] = {f"{part}_{name}": round(float(errors.mean()), 4) for part, pair in (("border", border), ("hole", hole))
+                            for name, errors in zip(steppers, pair, strict=True)}
+        results[sampler] |= {"border_gain": round(float(gain.mean()), 4), "gain_standard_error": round(float(gain.std() / len(gain) ** 0.5), 4)}
+    return {"images": len(wanted), "border_pixels": width, **results}
+
+
+def _inpainting_errors(stepper: Stepper, sampler: str, wanted: Sequence[tuple[Image.Image, str]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each picture's mean squared error (N,) at the border of a square hole, and in the whole of it."""
+    size = stepper.config.image_size
+    y, x = np.mgrid[:size, :size]
+    border, hole = [], []
+    for seed, (pixels, caption) in enumerate(wanted):
+        top, left = np.random.default_rng(seed).integers(size // 8, size // 2 - size // 8, 2)
+        inside = np.minimum(np.minimum(y - top, top + size // 2 - 1 - y), np.minimum(x - left, left + size // 2 - 1 - x))
+        image = centre_crop(pixels, size)
+        request = base_request(stepper.config, caption, seed, SampleOptions(sampler=sampler), known=image, known_mask=inside < 0)
+        error = np.square(to_uint8(stepper.run([request])[0]).astype(float) - image).mean(-1) / 255**2
+        border.append(error[(inside >= 0) & (inside < width)].mean())
+        hole.append(error[inside >= 0].mean())
+    return np.array(border), np.array(hole)
 
 
 def bench_guidance(base: Path, clip: Path, scales: Sequence[float] = (1, 2, 3, 5), seeds: int = 8) -> dict:

@@ -87,7 +87,7 @@ def shrink_known(image: np.ndarray, known_mask: np.ndarray, size: int) -> tuple[
 def _conditioning(config, prompt, low_res, known, known_mask) -> Conditioning:
     tokens, mask = Tokenizer(config.unet.text.context).batch([prompt])
     if known is not None:
-        known, known_mask = to_tensor(known)[None], torch.from_numpy(np.ascontiguousarray(known_mask))[None, None].float()
+        known, known_mask = to_tensor(known)[None], torch.tensor(known_mask)[None, None].float()
     return Conditioning(tokens, mask, low_res, known, known_mask)
 
 

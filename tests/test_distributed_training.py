@@ -1,6 +1,7 @@
 """Whole runs under Ray Train: two workers, interrupted, continued, and what is refused."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -42,12 +43,12 @@ def test_a_run_on_two_workers_makes_weights_and_metrics_and_is_not_made_twice(dr
 @pytest.mark.usefixtures("ray_session")
 def test_noised_clip_trains_on_two_workers(drawn_corpus, tmp_path):
     settings = tiny_clip(f"data.corpus={drawn_corpus / 'train'}", f"data.held_out={drawn_corpus / 'held_out'}", "batch=8", "steps=4",
-                         "log_every=2", "evaluate_every=4", "checkpoint_every=4", "zero_stage=3")
+                         "log_every=2", "evaluate_every=4", "checkpoint_every=4", "zero_stage=3", "model.clip.scale=1")
     result = train(settings, tmp_path / "run", progress=False)
     model, config = load_model(result.weights)
     assert config == settings.model and all("accuracy" in row or "held_out_accuracy" in row for row in read_metrics(result.metrics))
     loss = read_metrics(result.metrics)[1]["loss"]
-    assert 1.5 < loss < 3       # of 8 captions, not of the 4 on each worker: about log 8 before it has learnt anything
+    assert loss == pytest.approx(math.log(8), abs=0.4)      # with logits this flat a guess among 8 captions, not the 4 on each worker
 
 
 @pytest.mark.slow
