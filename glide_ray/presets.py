@@ -207,7 +207,7 @@ def nano_clip() -> Preset:
 
 def guided(preset: Preset) -> Preset:
     """For classifier-free guidance: 20% of the captions empty (sec. 4.2). The paper does not say for how long; a tenth is ours."""
-    return _fine_tuned(preset, "guided", {}, {"empty_caption_rate": 0.2})
+    return _fine_tuned(preset, "guided", {}, {"empty_caption_rate": 0.2}, {})
 
 
 def inpaint(preset: Preset) -> Preset:
@@ -221,7 +221,7 @@ def _task_on(task: Callable[[Preset], Preset], make: Callable[[], Preset]) -> Pr
     return task(make())
 
 
-def _fine_tuned(preset: Preset, task: str, unet: dict, data: dict, train: dict | None = None) -> Preset:
+def _fine_tuned(preset: Preset, task: str, unet: dict, data: dict, train: dict) -> Preset:
     model = preset.model
     name, kind = model.name.rsplit("-", 1)
     runs = {"nano": "runs/demo"}.get(name, "runs")
@@ -229,7 +229,7 @@ def _fine_tuned(preset: Preset, task: str, unet: dict, data: dict, train: dict |
     return preset.model_copy(update={
         "model": model.model_copy(update={"name": f"{model.name}-{task}", "unet": model.unet.model_copy(update=unet)}),
         "data": preset.data.model_copy(update=data),
-        "train": preset.train.model_copy(update={"start_from": weights, "steps": preset.train.steps // 10, **(train or {})})})
+        "train": preset.train.model_copy(update={"start_from": weights, "steps": preset.train.steps // 10, **train})})
 
 
 PRESETS: dict[str, Callable[[], Preset]] = {function.__name__.replace("_", "-"): function for function in (

@@ -10,6 +10,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -64,17 +65,24 @@ def put(data: bytes | Path, path: str | Path) -> None:
             content = data if isinstance(data, bytes) else data.read_bytes()
             _client().put_object(Bucket=bucket, Key=key, Body=content, Metadata={CHECKSUM: hashlib.sha256(content).hexdigest()})
             return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
-        try:
+        with whole(path) as partial:
             if isinstance(data, bytes):
                 partial.write_bytes(data)
             else:
                 shutil.copyfile(data, partial)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which takes its place when all went well and is gone otherwise."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def fetch(path: str | Path, cache: str | Path | None = None) -> Path:

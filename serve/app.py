@@ -23,9 +23,9 @@ from ray.serve.exceptions import BackPressureError
 from glide_ray import cascade
 from glide_ray.config import SampleOptions, ServeConfig, UserError, validate
 from glide_ray.data.images import to_uint8
+from glide_ray.engine import Engine
 from glide_ray.models.weights import load_config
 from glide_ray.recipe import Maker, ModelUsed, fingerprint, versions
-from glide_ray.stepper import Engine
 from glide_ray.storage import fetch
 
 from .api import ApiError, Job, build_api

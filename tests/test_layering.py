@@ -9,9 +9,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"config", "presets", "tokenizer", "storage", "forms"},
     {"diffusion", "models", "data"},
-    {"critic", "stepper", "cascade", "recipe", "train", "evaluation", "info"},
+    {"critic", "stepper", "engine", "cascade", "recipe", "train", "evaluation", "info"},
     {"distributed"},
-    {"cli", "demo", "bench"},
+    {"cli", "commands", "demo", "bench"},
 ]
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 MODULES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path

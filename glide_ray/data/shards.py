@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import UserError
+from ..storage import put
 
 INDEX = "index.json"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -52,7 +52,7 @@ def write_shards(folder: str | Path, samples: Iterable[Sample], per_shard: int =
     for stale in set(folder.glob("*.tar")) - {folder / shard["name"] for shard in shards}:
         stale.unlink()      # from an earlier, longer corpus in the same place
     index = {"count": sum(shard["count"] for shard in shards), "shards": shards}
-    write_whole(folder / INDEX, json.dumps(index, indent=1).encode())
+    put(json.dumps(index, indent=1).encode(), folder / INDEX)
     return index
 
 
@@ -97,16 +97,6 @@ def captions_of(text: str | None, meta: Mapping[str, Any]) -> tuple[str, ...]:
     return (one.strip(),) if one else ()
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _write_shard(path: Path, samples: Sequence[Sample]) -> dict[str, Any]:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -119,7 +109,7 @@ def _write_shard(path: Path, samples: Sequence[Sample]) -> dict[str, Any]:
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     data = buffer.getvalue()
-    write_whole(path, data)
+    put(data, path)
     return {"name": path.name, "count": len(samples), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..storage import whole
+
 MARGIN, INK, PAPER, HOLE = 12, (30, 30, 30), (255, 255, 255), (70, 190, 90)
 
 
@@ -51,8 +53,6 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping]], path: str | Path) -> None
         axis.set(title=name, xlabel="step", ylabel="hybrid loss (log scale)", yscale="log")
         axis.grid(alpha=0.3, which="both")
         axis.legend()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(path).with_suffix(".partial.png")
-    figure.savefig(partial, dpi=110)
-    partial.replace(path)
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
     pyplot.close(figure)

@@ -7,9 +7,7 @@ The released names number the modules of nested Sequentials; here they become ou
 from __future__ import annotations
 
 import gzip
-import os
 import pickle
-import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import presets
 from ..config import AnyModelConfig, ClipConfig, ClipModelConfig, ModelConfig, UNetConfig, UserError
+from ..storage import whole
 from ..tokenizer import ClipTokenizer
 from .clip import NoisedClip
 from .layers import AttentionBlock, ResBlock
@@ -118,13 +117,8 @@ def export_files(state: Mapping[str, Tensor], config: AnyModelConfig, path: Path
     else:
         parts = dict(zip((path.with_stem(f"{path.stem}-{tower}-enc") for tower in ("image", "text")), clip_to_released(state), strict=True))
     for target, tensors in parts.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
-        try:
+        with whole(target) as partial:
             torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
     return list(parts)
 
 

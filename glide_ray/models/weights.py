@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import AnyModelConfig, ClipModelConfig, ConfigError, ModelConfig, UNetConfig, UserError, validate
+from ..storage import whole
 from .clip import NoisedClip
 from .unet import GlideUNet
 
@@ -24,15 +23,9 @@ class WeightsError(UserError):
 
 def save_weights(path: str | Path, state: Mapping[str, Tensor], config: AnyModelConfig, **metadata: str) -> None:
     """Write the state dict and its config to one file, whole or not at all. Tensors are stored as they are."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
+    with whole(path) as partial:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial,
                   metadata={**metadata, "config": config.model_dump_json()})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_weights(path: str | Path) -> tuple[AnyModelConfig, dict[str, Tensor]]:
