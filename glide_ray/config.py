@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
@@ -31,6 +31,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Config = TypeVar("Config", bound=Frozen)
 
 
 class TextConfig(Frozen):
@@ -212,7 +215,20 @@ class DataConfig(Frozen):
     min_size: int = Field(64, gt=0)                    # images smaller than this on a side are dropped, and counted
     crop: int | None = Field(None, gt=0)               # upsamplers: train on random squares of this many pixels, not the whole
     empty_caption_rate: float = Field(0.0, ge=0, le=1)  # 0.2 when fine-tuning for classifier-free guidance (sec. 4.2)
+    low_res_blur_rate: float = Field(0.0, ge=0, le=1)  # upsamplers: blur the low-res half of so many pairs; 0.5 in Ho et al. 2021
     shuffle_buffer: int = Field(2048, ge=0)            # rows held for shuffling, per worker
+
+
+class CleanConfig(Frozen):
+    """What `glide clean` keeps. The limits are ours: the paper gives none for its corpus."""
+
+    min_size: int = Field(64, gt=0)                    # pixels on the shorter side
+    max_aspect: float | None = Field(3.0, ge=1)        # longer side to shorter
+    min_characters: int = Field(3, ge=0)               # of a caption
+    max_characters: int = Field(1000, gt=0)
+    scripts: tuple[str, ...] = ("latin",)              # of a caption's letters; none given, any
+    duplicates: bool = True                            # whether near-duplicates are dropped
+    per_shard: int = Field(10_000, gt=0)               # rows in a shard that is written
 
 
 class TrainConfig(Frozen):
@@ -288,8 +304,8 @@ class Preset(Frozen):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def override(preset: Preset, settings: Iterable[str]) -> Preset:
-    """Apply `key=value` settings such as `train.steps=500` to a preset.
+def override(preset: Config, settings: Iterable[str]) -> Config:
+    """Apply `key=value` settings such as `train.steps=500` to a preset, or to another config.
 
     A dotted key names a field; a bare one is looked up in `train`, then `data`. Raises ConfigError with the nearest key.
     """
@@ -299,7 +315,7 @@ def override(preset: Preset, settings: Iterable[str]) -> Preset:
         if not equals:
             raise ConfigError(f"{setting!r} is not of the form key=value, such as train.steps=500.")
         _set(tree, _resolve(tree, key.strip()), value.strip())
-    return validate(Preset, tree)
+    return validate(type(preset), tree)
 
 
 def validate(kind: type[Frozen], tree: dict[str, Any]):

@@ -97,6 +97,7 @@ class Batch(Rows):
 
     image: Tensor                                             # (B, 3, H, W) in [-1, 1]
     conditioning: Conditioning
+    rows: Tensor | None = None                                # (B,) int64: which rows of the corpus these are
 
 
 # (x (B,3,H,W), timestep (B,)) -> ModelOutput; guidance takes a denoiser and gives a denoiser.

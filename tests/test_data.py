@@ -12,8 +12,8 @@ from PIL import Image
 from conftest import drawn_samples
 from glide_ray.data import images, masks
 from glide_ray.data.captions import choose, emoji_captions
-from glide_ray.data.filters import Report, reason_to_drop
-from glide_ray.data.shards import captions_of, read_index, read_shard, write_shards
+from glide_ray.data.filters import Candidate, Report, first_broken, header_rules
+from glide_ray.data.shards import Sample, ShardError, captions_of, read_index, read_shard, write_shards
 from glide_ray.tokenizer import Tokenizer
 
 
@@ -136,9 +136,9 @@ def test_each_rule_has_a_name_and_is_counted():
     report = Report()
     for key, data, captions in (("a", good, ["x"]), ("b", good, [" "]), ("c", b"junk", ["x"]), ("d", b"", ["x"]),
                                 ("e", images.encode(np.zeros((9, 80, 3), np.uint8)), ["x"]), ("f", b"junk", ["x"])):
-        report.add(key, reason_to_drop(data, captions, 64))
+        report.add(key, first_broken(Candidate(Sample(key, data, "png", tuple(captions), {})), header_rules(64)))
     assert (report.kept, dict(report.dropped)) == (1, {"without a caption": 1, "with an unreadable image": 2, "without an image": 1,
-                                                       "smaller than 64 pixels": 1})
+                                                       "too small": 1})
     assert report.examples["with an unreadable image"] == "c" and "2 with an unreadable image (such as c)" in str(report)
 
 
@@ -164,7 +164,10 @@ def test_a_folder_without_its_index_or_with_a_shard_missing_is_not_complete(tmp_
 def test_a_truncated_tar_gives_the_samples_before_the_cut(tmp_path):
     write_shards(tmp_path, drawn_samples(8))
     whole = (tmp_path / "000000.tar").read_bytes()
-    back = list(read_shard(whole[:len(whole) // 2]))
+    back, read = [], read_shard(whole[:len(whole) // 2])
+    with pytest.raises(ShardError, match="broken or cut after 0000"):
+        while True:
+            back.append(next(read))
     assert 1 < len(back) < 8
     for sample, original in zip(back[:-1], drawn_samples(8), strict=False):
         assert sample.image == original.image

@@ -7,15 +7,18 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import ray
+import scipy.ndimage
 import torch
 
 from conftest import drawn_samples, tiny
 from glide_ray import storage
 from glide_ray.config import DataConfig
-from glide_ray.data.images import area_downsample, encode, to_tensor
+from glide_ray.data.images import area_downsample, blur, encode, to_tensor
 from glide_ray.data.shards import Sample, ShardError, write_shards
 from glide_ray.distributed.corpus import survey
-from glide_ray.distributed.stream import Collate, Tally, held_out_batches, open_corpus, read_rows
+from glide_ray.data.sources import Part, find_parts, read_part
+from glide_ray.data.transforms import Collate, columns, held_out_batches, row_id
+from glide_ray.distributed.stream import Ledger, Tally, open_corpus
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -52,7 +55,7 @@ def test_parquet_as_hugging_face_writes_it_is_read(tmp_path):
     samples = list(drawn_samples(3))
     as_parquet(tmp_path / "0.parquet", {"image": [{"bytes": sample.image, "path": None} for sample in samples],
                                         "text": [sample.captions[0] for sample in samples]})
-    assert [row["image"] for row in read_rows(str(tmp_path / "0.parquet"))] == [sample.image for sample in samples]
+    assert [sample.image for sample in read_part(Part(str(tmp_path / "0.parquet")))] == [sample.image for sample in samples]
 
 
 def test_a_corpus_on_s3_is_streamed(s3, drawn_corpus):
@@ -69,10 +72,11 @@ def test_bad_rows_and_bad_shards_are_dropped_counted_and_named_and_the_rest_arri
     write_shards(tmp_path, [*good, *bad])
     as_parquet(tmp_path / "other.parquet", {"picture": [b""], "caption": ["x"]})
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and then nothing")
+    (tmp_path / "index.json").unlink()
     rows, report = stream(tmp_path)
     assert len(rows) == report.kept == 8
-    assert dict(report.dropped) == {"with an unreadable image": 1, "smaller than 16 pixels": 1, "without a caption": 1,
-                                    "shards that cannot be read": 2}
+    assert dict(report.dropped) == {"with an unreadable image": 1, "too small": 1, "without a caption": 1}
+    assert len(report.faults) == 2 and "other.parquet has no column named" in str(report) and "torn.parquet is not a whole" in str(report)
     assert report.examples["with an unreadable image"] == "broken"
 
 
@@ -90,11 +94,54 @@ def test_a_survey_counts_captions_and_those_that_are_cut(tmp_path):
     assert (made.rows.kept, made.captions, made.cut_captions) == (2, 3, 1)
 
 
+# -- order, and going on in the midst of an epoch ---------------------------------------------------------------------
+
+def epoch_keys(corpus, ledger, workers):
+    """What each worker reads in one epoch of `streaming_split`, as a training run does it: a list of ids a worker."""
+    shards = open_corpus(str(corpus), 16, ledger=ledger).streaming_split(workers, equal=True)
+
+    @ray.remote(num_cpus=0)
+    def consume(shard):
+        return [int(n) for rows in shard.iter_batches(batch_size=4, local_shuffle_buffer_size=16, local_shuffle_seed=1) for n in rows["id"]]
+    return ray.get([consume.remote(shard) for shard in shards])
+
+
+@pytest.mark.parametrize("workers, later", [(2, 2), (2, 3), (3, 1)])
+def test_a_run_that_stops_and_resumes_sees_each_row_of_the_epoch_once_with_any_number_of_workers(drawn_corpus, workers, later):
+    ledger = Ledger.remote(3, 0)
+    first = epoch_keys(drawn_corpus / "train", ledger, workers)
+    seen = [number for rank in first for number in rank[:12]]       # three batches of four, and then the run was stopped
+    ray.get(ledger.begin.remote(0, np.array(seen, np.int64)))
+    rest = [number for rank in epoch_keys(drawn_corpus / "train", ledger, later) for number in rank]
+    assert len(seen) + len(rest) == 96 and len({*seen, *rest}) == 96
+    assert {number for rank in first for number in rank} == {*seen, *rest}
+
+
+def test_a_part_that_was_trained_on_whole_is_not_read_again(tmp_path):
+    write_shards(tmp_path, drawn_samples(8), per_shard=4)
+    parts = find_parts(tmp_path)
+    ledger = Ledger.remote(2, 0)
+    ray.get(ledger.begin.remote(0, np.array([row_id(parts[0].url, n) for n in range(4)], np.int64)))
+    (tmp_path / "000000.tar").unlink()
+    tally = Tally.remote()
+    rows = open_corpus(str(tmp_path), 16, tally, ledger).take_all()
+    assert sorted(row["key"] for row in rows) == ["00004", "00005", "00006", "00007"] and not ray.get(tally.report.remote()).faults
+
+
+def test_each_epoch_reads_the_shards_in_another_order_and_the_same_seed_in_the_same(tmp_path):
+    write_shards(tmp_path, drawn_samples(16), per_shard=1)
+
+    def order(seed, epoch):
+        ledger = Ledger.remote(16, seed)
+        ray.get(ledger.begin.remote(epoch, np.empty(0, np.int64)))
+        return [ray.get(ledger.assign.remote(n))[0] for n in range(16)]
+    assert order(0, 1) == order(0, 1) != order(0, 2) != order(1, 2) and sorted(order(0, 1)) == list(range(16))
+
+
 # -- batches ----------------------------------------------------------------------------------------------------------
 
 def rows_of(samples):
-    return {"key": [sample.key for sample in samples], "image": [sample.image for sample in samples],
-            "captions": [json.dumps(sample.captions) for sample in samples]}
+    return columns(enumerate(samples))
 
 
 def test_a_batch_has_the_shapes_of_its_model():
@@ -121,6 +168,31 @@ def test_a_crop_cuts_both_halves_of_a_pair_at_one_place():
     assert whole.image.shape == (32, 3, 64, 64)
     assert torch.allclose(cropped.conditioning.low_res, torch.nn.functional.avg_pool2d(cropped.image, 4), atol=1 / 127)
     assert len({crop.numpy().tobytes() for crop in cropped.image}) > 8
+
+
+def test_low_res_halves_are_blurred_at_the_rate_asked_for_and_only_in_training():
+    samples = list(drawn_samples(64))
+    plain, blurred, other = (Collate(tiny("upsampler").model, DataConfig(low_res_blur_rate=rate), seed) for rate, seed in ((0, 0), (0.5, 0), (0.5, 1)))
+    sharp, soft, again = plain(rows_of(samples), 0), blurred(rows_of(samples), 0), other(rows_of(samples), 0)
+    changed = (sharp.conditioning.low_res != soft.conditioning.low_res).flatten(1).any(1)
+    assert 20 <= changed.sum() <= 44 and torch.equal(sharp.image, soft.image)
+    assert not torch.equal(soft.conditioning.low_res, again.conditioning.low_res)
+    assert torch.equal(blurred(rows_of(samples), 0, augment=False).conditioning.low_res, sharp.conditioning.low_res)
+
+
+def test_a_blur_is_the_gaussian_of_three_pixels_that_scipy_has():
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3)).astype(np.uint8)
+    expected = np.stack([scipy.ndimage.gaussian_filter(pixels[..., c].astype(float), 0.5, radius=1, mode="nearest") for c in range(3)], -1)
+    assert np.abs(blur(pixels, 0.5) - expected).max() <= 0.5 + 1e-9
+
+
+def test_masks_of_the_inpainting_task_come_from_key_epoch_and_seed_whatever_the_batch():
+    model = tiny("base", "model.unet.inpaint=true").model
+    samples = list(drawn_samples(12))
+    whole = Collate(model, DataConfig())(rows_of(samples), epoch=2).conditioning
+    part = Collate(model, DataConfig())(rows_of(samples[5:7]), epoch=2).conditioning
+    assert torch.equal(whole.known_mask[5:7], part.known_mask) and set(whole.known_mask.unique().tolist()) == {0.0, 1.0}
+    assert not torch.equal(whole.known_mask, Collate(model, DataConfig())(rows_of(samples), epoch=3).conditioning.known_mask)
 
 
 def test_captions_are_drawn_anew_each_epoch_and_the_same_again_from_the_seed():

@@ -1,21 +1,186 @@
-"""What may enter a corpus: small named predicates over a row's bytes and captions, and a count of what each one dropped."""
+"""What may enter a corpus: small named predicates over a sample, and a count of what each one dropped.
+
+A rule is true for what may stay. Its name says, after a number of rows, what is wrong with the others: "12 too small".
+A rule of the user's own is a function `Candidate -> bool`, named on the command line as `module:function`.
+"""
 
 from __future__ import annotations
 
+import importlib
+import re
+import sys
+import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
 
-from .images import ImageError, open_image
+from PIL import Image
+
+from ..config import CleanConfig, ConfigError
+from .images import ImageError, flatten, load, open_image
+from .shards import Sample
+
+NEAR_DUPLICATE = "near-duplicates of another"      # found over the whole corpus (`duplicates.py`), not row by row
+
+
+class Candidate:
+    """A sample that is asked to show itself: what a rule looks at is read once, and only if a rule looks."""
+
+    def __init__(self, sample: Sample):
+        self.sample = sample
+        self.key, self.captions, self.meta = sample.key, sample.captions, sample.meta
+
+    @cached_property
+    def opened(self) -> Image.Image:
+        """The image with its header read: `.size` costs nothing. Raises ImageError."""
+        return open_image(self.sample.image)
+
+    @cached_property
+    def picture(self) -> Image.Image:
+        """The image in RGB, upright. Raises ImageError."""
+        return flatten(load(self.opened))
+
+
+Rule = Callable[[Candidate], bool]
+
+
+# -- images, the cheap rules first ------------------------------------------------------------------------------------
+
+def has_image(candidate: Candidate) -> bool:
+    return bool(candidate.sample.image)
+
+
+def has_header(candidate: Candidate) -> bool:
+    return _raises_not(lambda: candidate.opened)
+
+
+def is_large_enough(candidate: Candidate, min_size: int) -> bool:
+    return min(candidate.opened.size) >= min_size
+
+
+def has_moderate_aspect(candidate: Candidate, max_aspect: float) -> bool:
+    return max(candidate.opened.size) <= max_aspect * min(candidate.opened.size)
+
+
+def decodes(candidate: Candidate) -> bool:
+    return _raises_not(lambda: candidate.picture)
+
+
+def _raises_not(look: Callable[[], Any]) -> bool:
+    try:
+        look()
+        return True
+    except ImageError:
+        return False
+
+
+# -- captions: each is judged by itself, and a sample stays while one of its captions does -------------------------------
+
+# What stands in the place of a caption on web pages: a camera's or a program's file name, an address, a call to click, a
+# licence, a placeholder. The list is ours, after what Conceptual Captions and LAION report to have met.
+BOILERPLATE = re.compile(r"""
+    ^\W*(?:img|dsc[nf]?|image|picture|photo|screen\s?shot|untitled|file|scan|figure)?[\s_-]*\(?\d*\)?\.?(?:jpe?g|png|gif|webp)?\W*$
+  | ^\S+\.(?:jpe?g|png|gif|webp|bmp|tiff?)$
+  | https?://|www\.\S+\.\w
+  | \b(?:click|tap)\s+(?:here|on|to)\b | \bto\s+enlarge\b | \bimage\s+may\s+contain\b | \bno\s+(?:image|photo|picture)\s+available\b
+  | \bstock\s+(?:photo|image|vector|illustration|footage)s?\b | \broyalty[\s-]free\b | \ball\s+rights\s+reserved\b | \bcopyright\b | ©
+  | \b(?:placeholder|thumbnail|lorem\s+ipsum|default\s+image)\b | \bskip\s+to\s+content\b | \b(?:free|fast)\s+shipping\b
+""", re.VERBOSE | re.IGNORECASE)
+
+
+def is_long_enough(caption: str, min_characters: int) -> bool:
+    return len(caption.strip()) >= min_characters
+
+
+def is_short_enough(caption: str, max_characters: int) -> bool:
+    return len(caption) <= max_characters
+
+
+def is_in_scripts(caption: str, scripts: Sequence[str]) -> bool:
+    """Whether four of five letters, at the least, are of these scripts, as Unicode's names of characters begin: latin, cyrillic, cjk."""
+    letters = [_script(character) for character in caption if character.isalpha()]
+    return not scripts or sum(script in scripts for script in letters) >= 0.8 * len(letters)
+
+
+def is_no_boilerplate(caption: str) -> bool:
+    return not BOILERPLATE.search(caption)
+
+
+@lru_cache(maxsize=4096)
+def _script(character: str) -> str:
+    return unicodedata.name(character, "?").split(" ")[0].split("-")[0].lower()
+
+
+# -- all of them ------------------------------------------------------------------------------------------------------
+
+def header_rules(min_size: int) -> dict[str, Rule]:
+    """What a training run asks of each row: without decoding, which the trainer does itself."""
+    return {"without an image": has_image, "with an unreadable image": has_header,
+            "too small": lambda candidate: is_large_enough(candidate, min_size),
+            "without a caption": lambda candidate: any(caption.strip() for caption in candidate.captions)}
+
+
+def image_rules(config: CleanConfig) -> dict[str, Rule]:
+    """Name -> rule over the image, in the order in which they are asked: the first that is broken names the reason."""
+    rules = {name: rule for name, rule in header_rules(config.min_size).items() if name != "without a caption"}
+    if config.max_aspect is not None:
+        rules["too long and thin"] = lambda candidate: has_moderate_aspect(candidate, config.max_aspect)
+    return {**rules, "with a broken image": decodes}
+
+
+def caption_rules(config: CleanConfig) -> dict[str, Callable[[str], bool]]:
+    """Name -> rule over one caption."""
+    return {"without a caption": lambda caption: bool(caption.strip()),
+            "with too short a caption": lambda caption: is_long_enough(caption, config.min_characters),
+            "with too long a caption": lambda caption: is_short_enough(caption, config.max_characters),
+            "with a caption in another script": lambda caption: is_in_scripts(caption, config.scripts),
+            "with boilerplate for a caption": is_no_boilerplate}
+
+
+def first_broken(candidate: Candidate, rules: Mapping[str, Rule]) -> str | None:
+    """The name of the first rule that a sample breaks, or None."""
+    return next((name for name, rule in rules.items() if not rule(candidate)), None)
+
+
+def clean_captions(captions: Sequence[str], rules: Mapping[str, Callable[[str], bool]]) -> tuple[tuple[str, ...], str | None]:
+    """The captions that break no rule, and where none is left the name of the rule that the first one breaks."""
+    broken = [next((name for name, rule in rules.items() if not rule(caption)), None) for caption in captions] or [next(iter(rules))]
+    kept = tuple(caption for caption, name in zip(captions, broken, strict=False) if name is None)
+    return kept, None if kept else broken[0]
+
+
+def users_rules(names: Sequence[str]) -> dict[str, Rule]:
+    """The functions that `module:function` names, the module as Python finds it from the current folder. Raises ConfigError."""
+    rules = {}
+    for name in names:
+        module, colon, function = name.partition(":")
+        if not colon:
+            raise ConfigError(f"--rule {name!r} is not of the form module:function, such as my_rules:is_outdoors.")
+        if str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        try:
+            rule = getattr(importlib.import_module(module), function)
+        except ImportError as error:
+            raise ConfigError(f"--rule {name}: the module cannot be imported from {Path.cwd()} ({error}).") from None
+        except AttributeError:
+            raise ConfigError(f"--rule {name}: {module} has no function {function}.") from None
+        if not callable(rule):
+            raise ConfigError(f"--rule {name}: {function} is not a function; it must take a Candidate and give true for what may stay.")
+        rules[f"against the rule {name}"] = rule
+    return rules
 
 
 @dataclass
 class Report:
-    """Rows kept, rows dropped by the name of the rule, and examples of each."""
+    """Rows kept, rows dropped by the name of the rule with an example of each, and what is said of every part with a fault."""
 
     kept: int = 0
     dropped: Counter = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
 
     def add(self, key: str, reason: str | None) -> None:
         """Count one row: kept, or dropped for `reason`."""
@@ -29,22 +194,9 @@ class Report:
         self.kept += other.kept
         self.dropped.update(other.dropped)
         self.examples = {**other.examples, **self.examples}
+        self.faults += other.faults
 
     def __str__(self) -> str:
-        reasons = ", ".join(f"{count} {rule} (such as {self.examples[rule]})" for rule, count in self.dropped.most_common())
-        return f"{self.kept:,} kept" + (f"; dropped: {reasons}" if reasons else ", none dropped")
-
-
-def reason_to_drop(image: bytes, captions: Sequence[str], min_size: int) -> str | None:
-    """The name of the first rule that a row breaks, or None. Reads the header of the image, not its pixels."""
-    if not image:
-        return "without an image"
-    try:
-        width, height = open_image(image).size
-    except ImageError:
-        return "with an unreadable image"
-    if min(width, height) < min_size:
-        return f"smaller than {min_size} pixels"
-    if not any(caption.strip() for caption in captions):
-        return "without a caption"
-    return None
+        reasons = ", ".join(f"{count:,} {rule} (such as {self.examples[rule]})" for rule, count in self.dropped.most_common())
+        faults = f"; {len(self.faults)} shards not read to their end: {' '.join(sorted(set(self.faults)))}" if self.faults else ""
+        return f"{self.kept:,} kept" + (f"; dropped: {reasons}" if reasons else ", none dropped") + faults

@@ -11,11 +11,12 @@ import json
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..config import UserError
-from ..storage import put
+from ..storage import is_remote, put
 
 INDEX = "index.json"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -38,21 +39,41 @@ class Sample:
 
 def write_shards(folder: str | Path, samples: Iterable[Sample], per_shard: int = 1000) -> dict[str, Any]:
     """Write all samples and then the index, each file whole or not at all. Returns the index."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / INDEX).unlink(missing_ok=True)
-    shards, batch = [], []
-    for sample in samples:
-        batch.append(sample)
-        if len(batch) == per_shard:
-            shards.append(_write_shard(folder / f"{len(shards):06d}.tar", batch))
-            batch = []
-    if batch:
-        shards.append(_write_shard(folder / f"{len(shards):06d}.tar", batch))
-    for stale in set(folder.glob("*.tar")) - {folder / shard["name"] for shard in shards}:
-        stale.unlink()      # from an earlier, longer corpus in the same place
-    index = {"count": sum(shard["count"] for shard in shards), "shards": shards}
-    put(json.dumps(index, indent=1).encode(), folder / INDEX)
+    begin(folder)
+    batches = iter(lambda rest=iter(samples): list(islice(rest, per_shard)), [])
+    return finish(folder, [write_shard(folder, number, batch) for number, batch in enumerate(batches)])
+
+
+def begin(folder: str | Path) -> None:
+    """Take away the index of an earlier corpus in a local folder: until `finish` there is none that is whole."""
+    if not is_remote(folder):
+        (Path(folder) / INDEX).unlink(missing_ok=True)
+
+
+def write_shard(folder: str | Path, number: int, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Write one shard, local or to s3://, whole or not at all. Returns its entry for the index."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for sample in samples:
+            meta = {**sample.meta, "key": sample.key, "caption": sample.captions[0] if sample.captions else "",
+                    "captions": list(sample.captions)}
+            for suffix, content in ((sample.suffix, sample.image), ("txt", meta["caption"].encode()),
+                                    ("json", json.dumps(meta, ensure_ascii=False).encode())):
+                member = tarfile.TarInfo(f"{sample.key}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    data, name = buffer.getvalue(), f"{number:06d}.tar"
+    put(data, f"{str(folder).rstrip('/')}/{name}")
+    return {"name": name, "count": len(samples), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def finish(folder: str | Path, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Write the index of a corpus whose shards are written. Returns it."""
+    if not is_remote(folder):
+        for stale in set(Path(folder).glob("*.tar")) - {Path(folder) / shard["name"] for shard in shards}:
+            stale.unlink()      # from an earlier, longer corpus in the same place
+    index = {"count": sum(shard["count"] for shard in shards), "shards": list(shards)}
+    put(json.dumps(index, indent=1).encode(), f"{str(folder).rstrip('/')}/{INDEX}")
     return index
 
 
@@ -67,11 +88,17 @@ def read_index(folder: str | Path) -> dict[str, Any] | None:
 
 
 def read_shard(data: bytes | str | Path) -> Iterator[Sample]:
-    """The samples of one tar in their order. A truncated tar gives those before the cut."""
-    source = tarfile.open(fileobj=io.BytesIO(data)) if isinstance(data, bytes) else tarfile.open(data)
-    with source as tar:
+    """The samples of one tar in their order. Raises ShardError for one that is broken or cut, after the samples before the damage."""
+    name = "a shard" if isinstance(data, bytes) else str(data)
+    try:
+        tar = tarfile.open(fileobj=io.BytesIO(data), mode="r:") if isinstance(data, bytes) else tarfile.open(data, mode="r:")
+    except FileNotFoundError:
+        raise ShardError(f"There is no file {name}.") from None
+    except (tarfile.TarError, OSError):
+        raise ShardError(f"{name} is not a tar file; copy it again.") from None
+    with tar:
         parts: dict[str, bytes] = {}
-        current = None
+        current, whole = None, True
         try:
             for member in tar:
                 key, _, suffix = member.name.partition(".")
@@ -82,10 +109,15 @@ def read_shard(data: bytes | str | Path) -> Iterator[Sample]:
                 content = tar.extractfile(member)
                 if content is not None:
                     parts[suffix] = content.read()
-        except tarfile.ReadError:
-            parts = {} if not any(suffix in parts for suffix in ("txt", "json")) else parts
-        if parts:
+            # Where a header is broken or the file ends at one, tarfile says nothing; a whole tar ends with a block of zeros.
+            tar.fileobj.seek(tar.offset)
+            whole = tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+        except (tarfile.TarError, OSError):
+            whole = False
+        if parts and (whole or any(suffix in parts for suffix in ("txt", "json"))):
             yield from _sample(current, parts)
+    if not whole:
+        raise ShardError(f"{name} is broken or cut after {current or 'its beginning'}; copy it again.")
 
 
 def captions_of(text: str | None, meta: Mapping[str, Any]) -> tuple[str, ...]:
@@ -95,22 +127,6 @@ def captions_of(text: str | None, meta: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple(str(caption) for caption in several)
     one = meta.get("caption") or text
     return (one.strip(),) if one else ()
-
-
-def _write_shard(path: Path, samples: Sequence[Sample]) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for sample in samples:
-            meta = {**sample.meta, "key": sample.key, "caption": sample.captions[0] if sample.captions else "",
-                    "captions": list(sample.captions)}
-            for suffix, content in ((sample.suffix, sample.image), ("txt", meta["caption"].encode()),
-                                    ("json", json.dumps(meta, ensure_ascii=False).encode())):
-                member = tarfile.TarInfo(f"{sample.key}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    data = buffer.getvalue()
-    put(data, path)
-    return {"name": path.name, "count": len(samples), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _sample(key: str, parts: Mapping[str, bytes]) -> Iterator[Sample]:

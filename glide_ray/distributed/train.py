@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import ray
 import ray.data
 import ray.train
@@ -24,11 +25,13 @@ from tqdm import tqdm
 from .. import storage
 from ..config import ConfigError, Preset, UserError
 from ..data.filters import Report
+from ..data.sources import find_parts
+from ..data.transforms import Collate, held_out_batches
 from ..forms import Batch
 from ..models.weights import load_config, save_weights
 from ..train.checkpoint import CheckpointError, check_same
 from .local import connect
-from .stream import Collate, Tally, corpus_files, held_out_batches, open_corpus
+from .stream import Ledger, Tally, open_corpus
 
 WEIGHTS, METRICS, PRESET = "weights.safetensors", "metrics.jsonl", "preset.json"
 DATA_CPUS = 2                  # beside the workers': a data task wants a whole CPU, and waits for ever where none is left
@@ -58,16 +61,16 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
         return _result(out)
     storage.put(preset.model_dump_json(indent=1).encode(), out / PRESET)
     preset = _absolute(preset)
-    corpus_files(preset.data.corpus)      # found missing before anything is started
-    corpus_files(preset.data.held_out)
+    parts = find_parts(preset.data.corpus)      # found missing before anything is started
+    find_parts(preset.data.held_out)
     if preset.train.start_from:
         load_config(storage.fetch(preset.train.start_from))
     connect(preset.train.workers + DATA_CPUS)
     on_gpu = _check_cluster(preset)
-    board, tally = Board.remote(), Tally.remote()
+    board, tally, ledger = Board.remote(), Tally.remote(), Ledger.remote(len(parts), preset.train.seed)
     trainer = TorchTrainer(
-        _worker, train_loop_config={"preset": preset.model_dump_json(), "board": board},
-        datasets={"train": open_corpus(preset.data.corpus, preset.data.min_size, tally)},
+        _worker, train_loop_config={"preset": preset.model_dump_json(), "board": board, "ledger": ledger},
+        datasets={"train": open_corpus(preset.data.corpus, preset.data.min_size, tally, ledger)},
         scaling_config=ScalingConfig(num_workers=preset.train.workers, use_gpu=on_gpu),
         run_config=RunConfig(name="ray", storage_path=str(out), failure_config=FailureConfig(max_failures=RETRIES),
                              checkpoint_config=CheckpointConfig(num_to_keep=2)))
@@ -121,12 +124,12 @@ def _check_cluster(preset: Preset) -> bool:
 def _worker(settings: dict) -> None:
     """One rank. What the user can mend is told to the board, not raised: Ray would try it again three times."""
     try:
-        _train_rank(Preset.model_validate_json(settings["preset"]), settings["board"])
+        _train_rank(Preset.model_validate_json(settings["preset"]), settings["board"], settings["ledger"])
     except UserError as error:
         ray.get(settings["board"].fail.remote(str(error)))
 
 
-def _train_rank(preset: Preset, board) -> None:
+def _train_rank(preset: Preset, board, ledger) -> None:
     from ..train.loop import Outlets, Trainer, train_loop      # DeepSpeed, which the driver has no use for
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -149,7 +152,12 @@ def _train_rank(preset: Preset, board) -> None:
             ray.train.report({"step": trainer.progress.step}, ray.train.Checkpoint.from_directory(folder))
 
     shard = ray.train.get_dataset_shard("train")
-    train_loop(trainer, lambda epoch: _ahead(_epoch(shard, preset, epoch)), held_out, Outlets(post, report))
+
+    def epoch_batches(epoch: int, seen: np.ndarray) -> Iterator[Batch]:
+        if rank == 0:
+            ray.get(ledger.begin.remote(epoch, seen))
+        return _ahead(_epoch(shard, preset, epoch))
+    train_loop(trainer, epoch_batches, held_out, Outlets(post, report))
     weights = trainer.averaged_weights()
 
     def final(folder: Path):
@@ -166,12 +174,14 @@ def _epoch(shard, preset: Preset, epoch: int) -> Iterator[Batch]:
     if preset.data.shuffle_buffer:
         shuffle = {"local_shuffle_buffer_size": preset.data.shuffle_buffer, "local_shuffle_seed": preset.train.seed + epoch}
     last = None
-    for rows in shard.iter_batches(batch_size=preset.train.micro_batch, drop_last=True, **shuffle):
+    for rows in shard.iter_batches(batch_size=preset.train.micro_batch, **shuffle):
         batch = collate(rows, epoch)
         # A rank that skipped a batch would wait for the others at the end of the epoch, and they for it in the all-reduce.
-        last = batch if batch is not None else last
-        if last is not None:
-            yield last
+        if batch is None and last is not None:
+            batch = last[torch.arange(len(rows["id"])) % len(last.image)]
+        last = batch
+        if batch is not None:
+            yield batch
 
 
 def _ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:

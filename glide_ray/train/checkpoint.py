@@ -3,6 +3,7 @@
     preset.json               the configuration that ran
     progress.json             step and epoch
     ema.RANK.safetensors      each rank's part of the average
+    seen.RANK.npy             ids of the rows of this epoch that each rank has trained on
     state/                    DeepSpeed's own files, each rank its part
 """
 
@@ -12,6 +13,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..config import Preset, UserError
 
@@ -24,7 +27,7 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Progress:
-    """Optimizer steps done, and the epoch of the corpus that the next one begins."""
+    """Optimizer steps done, and the epoch of the corpus that the last of them read."""
 
     step: int = 0
     epoch: int = 0
@@ -48,6 +51,18 @@ def read_progress(folder: Path, preset: Preset) -> Progress:
 
 def ema_path(folder: Path, rank: int) -> Path:
     return folder / f"ema.{rank}.safetensors"
+
+
+def seen_path(folder: Path, rank: int) -> Path:
+    return folder / f"seen.{rank}.npy"
+
+
+def read_seen(folder: Path) -> np.ndarray:
+    """Ids (N,) int64 of the rows that all ranks had trained on, however many they were. Raises CheckpointError."""
+    try:
+        return np.concatenate([np.empty(0, np.int64), *(np.load(path, allow_pickle=False) for path in sorted(folder.glob("seen.*.npy")))])
+    except (OSError, ValueError):
+        raise CheckpointError(f"{folder} is not a whole glide_ray checkpoint; give the folder of another run.") from None
 
 
 def check_same(saved: dict[str, Any], wanted: dict[str, Any], what: str, prefix: str = "") -> None:

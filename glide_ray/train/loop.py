@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -22,9 +23,9 @@ from ..models.clip import NoisedClip
 from ..models.unet import GlideUNet
 from ..models.weights import build, check_shapes, load_weights, with_known_channels
 from ..storage import fetch
-from .checkpoint import STATE, Progress, ema_path, read_progress, write_progress
+from .checkpoint import STATE, Progress, ema_path, read_progress, read_seen, seen_path, write_progress
 from .ema import Ema
-from .objectives import OBJECTIVES, draw, held_out_sums, with_known_pixels
+from .objectives import OBJECTIVES, draw, held_out_sums
 from .zero import deepspeed_config, learning_rate, resolve_precision
 
 Metrics = dict[str, float | int | str]
@@ -67,6 +68,7 @@ class Trainer:
                                                config=deepspeed_config(train, self.precision))
         self.ema = Ema(master_tensors(self.engine), train.ema_rate)
         self.progress = Progress()
+        self.seen: list[np.ndarray] = []     # ids of the rows of this epoch that have been trained on; on rank 0 with what a checkpoint said
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -79,8 +81,10 @@ class Trainer:
         generator = torch.Generator().manual_seed(_mix(self.preset.train.seed, number, self.rank))
         sums: dict[str, torch.Tensor] = {}
         for _ in range(self.preset.train.accumulation):
-            batch = next(batches).to(self.device)
-            batch = with_known_pixels(batch, generator) if self.preset.model.inpaint else batch
+            batch = next(batches)
+            if batch.rows is not None:
+                self.seen.append(batch.rows.numpy())
+            batch = batch.to(self.device)
             losses = self.objective(self.engine, self.schedule, batch, *draw(self.schedule, batch, generator))
             self.engine.backward(losses["loss"].mean())
             self.engine.step()
@@ -93,7 +97,7 @@ class Trainer:
         """The objective's figures on held-out images, over all ranks."""
         self.engine.eval()
         sums = held_out_sums(self.objective, self.engine, self.schedule, [batch.to(self.device) for batch in batches],
-                             self.preset.train.seed + self.rank, self.preset.model.inpaint)
+                             self.preset.train.seed + self.rank)
         sums = self._summed(sums)
         images = sums.pop("images")
         return {"held_out" if name == "loss" else f"held_out_{name}": value / images for name, value in sums.items()}
@@ -110,6 +114,7 @@ class Trainer:
         """This rank's part of a checkpoint that stands for `progress`; rank 0 adds what is common to all."""
         self.engine.save_checkpoint(str(folder), tag=STATE)
         self.ema.save(ema_path(folder, self.rank))
+        np.save(seen_path(folder, self.rank), self.seen_rows())
         if self.rank == 0:
             write_progress(folder, self.preset, progress)
 
@@ -119,7 +124,12 @@ class Trainer:
         if not ema_path(folder, self.rank).exists():
             raise TrainingError(f"The checkpoint in {folder} was written by fewer workers; go on with as many as then.")
         self.ema.load(ema_path(folder, self.rank))
+        self.seen = [read_seen(folder)] if self.rank == 0 else []
         self.engine.load_checkpoint(str(folder), tag=STATE)
+
+    def seen_rows(self) -> np.ndarray:
+        """Ids (N,) int64 of the rows of this epoch that this rank has trained on, or knows of from a checkpoint."""
+        return np.concatenate([np.empty(0, np.int64), *self.seen])
 
     def averaged_weights(self) -> dict[str, torch.Tensor]:
         """The EMA as a full float32 state dict on the CPU, on rank 0 ({} on the others). Every rank must call this."""
@@ -132,8 +142,12 @@ class Trainer:
         return state
 
 
-def train_loop(trainer: Trainer, epoch_batches: Callable[[int], Iterator[Batch]], held_out: Sequence[Batch], outlets: Outlets) -> None:
-    """Train to `preset.train.steps` from wherever the trainer stands. `epoch_batches(n)` gives this rank's n-th epoch."""
+def train_loop(trainer: Trainer, epoch_batches: Callable[[int, np.ndarray], Iterator[Batch]], held_out: Sequence[Batch],
+               outlets: Outlets) -> None:
+    """Train to `preset.train.steps` from wherever the trainer stands.
+
+    `epoch_batches(n, seen)` gives this rank's n-th epoch, without the rows that `seen` of rank 0 names.
+    """
     train = trainer.preset.train
     batches = _endless(epoch_batches, trainer)
     if trainer.progress.step == 0:
@@ -159,24 +173,23 @@ def train_loop(trainer: Trainer, epoch_batches: Callable[[int], Iterator[Batch]]
             began = time.perf_counter()
 
         if number % train.checkpoint_every == 0 and number < train.steps:
-            # A resumed run begins the next epoch: what it has seen of this one is not seen again.
-            progress = Progress(number, trainer.progress.epoch + 1)
-            outlets.checkpoint(lambda folder, progress=progress: trainer.save(folder, progress))
+            outlets.checkpoint(lambda folder: trainer.save(folder, trainer.progress))
             began = time.perf_counter()
 
 
-def _endless(epoch_batches: Callable[[int], Iterator[Batch]], trainer: Trainer) -> Iterator[Batch]:
-    epoch = trainer.progress.epoch
+def _endless(epoch_batches: Callable[[int, np.ndarray], Iterator[Batch]], trainer: Trainer) -> Iterator[Batch]:
+    epoch, resumed = trainer.progress.epoch, len(trainer.seen) > 0
     while True:
         trainer.progress = Progress(trainer.progress.step, epoch)
-        seen = 0
-        for batch in epoch_batches(epoch):
-            seen += 1
+        given = False
+        for batch in epoch_batches(epoch, trainer.seen_rows()):
+            given = True
             yield batch
-        if not seen:
+        if not given and not resumed:      # a resumed run may find its epoch at an end
             raise TrainingError(f"The corpus {trainer.preset.data.corpus} has too few usable images for one batch of "
                                 f"{trainer.preset.train.micro_batch} on each worker; lower train.batch, or add images.")
-        epoch += 1
+        epoch, resumed = epoch + 1, False
+        trainer.seen = []
 
 
 def start(model: GlideUNet | NoisedClip, path: str) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
-from ..data.masks import random_known
 from ..diffusion.loss import hybrid_loss
 from ..diffusion.process import q_sample
 from ..diffusion.schedule import Schedule
@@ -58,14 +56,6 @@ def contrastive(network: Callable, schedule: Schedule, batch: Batch, i: Tensor, 
 OBJECTIVES: dict[str, Objective] = {"base": denoising, "upsampler": denoising, "clip": contrastive}
 
 
-def with_known_pixels(batch: Batch, generator: torch.Generator) -> Batch:
-    """The batch of the inpainting task (sec. 4.3): each image with a part of it known. An upsampler has the whole low-res image."""
-    pencil = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-    size = batch.image.shape[-1]
-    mask = torch.from_numpy(np.stack([random_known(size, pencil) for _ in range(len(batch.image))])[:, None]).float()
-    return replace(batch, conditioning=replace(batch.conditioning, known=batch.image, known_mask=mask.to(batch.image.device)))
-
-
 def draw(schedule: Schedule, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Uniform indices (B,) and standard normal noise like batch.image, from a CPU generator, on the batch's device."""
     i = torch.randint(0, len(schedule), (len(batch.image),), generator=generator)
@@ -74,11 +64,11 @@ def draw(schedule: Schedule, batch: Batch, generator: torch.Generator) -> tuple[
 
 
 @torch.no_grad()
-def held_out_sums(objective: Objective, network: Callable, schedule: Schedule, batches: Sequence[Batch], seed: int = 0,
-                  inpaint: bool = False) -> dict[str, Tensor]:
+def held_out_sums(objective: Objective, network: Callable, schedule: Schedule, batches: Sequence[Batch],
+                  seed: int = 0) -> dict[str, Tensor]:
     """Sums over the batches of all that the objective gives, and "images", their number: float64 scalars.
 
-    Indices lie evenly over the schedule, and noise and masks are fixed, so that the figure moves with the weights only.
+    Indices lie evenly over the schedule, and noise is fixed, so that the figure moves with the weights only.
     """
     generator = torch.Generator().manual_seed(seed)
     count = sum(len(batch.image) for batch in batches)
@@ -89,7 +79,6 @@ def held_out_sums(objective: Objective, network: Callable, schedule: Schedule, b
     for batch in batches:
         i = everywhere[start:start + len(batch.image)].to(batch.image.device)
         noise = torch.randn(batch.image.shape, generator=generator).to(batch.image.device)
-        batch = with_known_pixels(batch, generator) if inpaint else batch
         for name, values in objective(network, schedule, batch, i, noise).items():
             sums[name] = sums.get(name, 0) + values.double().sum().cpu()
         start += len(i)

@@ -1,0 +1,165 @@
+"""A corpus of any form as parts, and a part as samples: tar shards, Parquet with image bytes or paths, folders of images.
+
+A part is what one task reads. A path is a folder, a file or an `s3://` prefix, or a range of shards such as `data/{00000..00999}.tar`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from .. import storage
+from ..config import UserError
+from .shards import IMAGE_SUFFIXES, INDEX, Sample, ShardError, captions_of, read_shard
+
+SHARD_SUFFIXES = (".tar", ".parquet")
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
+PATH_COLUMNS = ("path", "image_path", "file_name", "filename", "url")
+CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "TEXT")
+METADATA = "metadata.jsonl"      # beside images, as Hugging Face's ImageFolder has it: {"file_name": ..., "text": ...} a line
+FILES_PER_PART = 256
+ROWS_AT_ONCE = 64
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A shard, or some of a folder's images: `files` are then their paths, each with its caption where METADATA gives one."""
+
+    url: str
+    count: int | None = None                              # rows, where the corpus has an index that says so
+    files: tuple[tuple[str, str | None], ...] = ()
+
+
+def find_parts(path: str | Path) -> list[Part]:
+    """The parts of a corpus in their order. Raises ShardError where there are none.
+
+    A range is not looked up, and a folder with our index is not listed: its index says what is there. Anything else is listed once.
+    """
+    path = str(path)
+    if span := RANGE.search(path):
+        first, last = span.groups()
+        return [Part(f"{path[:span.start()]}{n:0{len(first)}d}{path[span.end():]}") for n in range(int(first), int(last) + 1)]
+    if indexed := _read_index(path):
+        return indexed
+    files = list(storage.list_files(path, (*SHARD_SUFFIXES, *(f".{suffix}" for suffix in IMAGE_SUFFIXES), METADATA)))
+    shards = [file for file in files if file.endswith(SHARD_SUFFIXES)]
+    if shards:
+        # img2dataset writes 00000.parquet beside 00000.tar: what it knows of the rows, without their images.
+        tars = {file.removesuffix(".tar") for file in shards if file.endswith(".tar")}
+        return [Part(file) for file in shards if file.endswith(".tar") or file.removesuffix(".parquet") not in tars]
+    captions = _metadata([file for file in files if PurePosixPath(file).name == METADATA])
+    images = [file for file in files if not file.endswith(METADATA)]
+    if not images:
+        raise ShardError(f"The corpus {path} is empty: no .tar or .parquet file and no image is there; make the default one with "
+                         f"`glide corpus`, or give another with --set data.corpus=FOLDER.")
+    return [Part(f"{path}#{start}", files=tuple((file, captions.get(file)) for file in images[start:start + FILES_PER_PART]))
+            for start in range(0, len(images), FILES_PER_PART)]
+
+
+def read_part(part: Part) -> Iterator[Sample]:
+    """The samples of one part, in an order that does not change.
+
+    Raises ShardError or StorageError for a part that is missing, broken, or ends before it should; what could be read came before.
+    """
+    read = _read_files(part) if part.files else _read_parquet(part.url) if part.url.endswith(".parquet") else \
+        read_shard(storage.read(part.url) if storage.is_remote(part.url) else part.url)
+    rows = 0
+    for sample in read:
+        rows += 1
+        yield sample
+    if part.count is not None and rows != part.count:
+        raise ShardError(f"{part.url} has {rows} rows and its index says {part.count}; copy it again.")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+def _read_index(path: str) -> list[Part]:
+    if path.endswith(SHARD_SUFFIXES):
+        return []
+    folder = path.rstrip("/")
+    try:
+        index = json.loads(storage.read(f"{folder}/{INDEX}"))
+        return [Part(f"{folder}/{shard['name']}", shard["count"]) for shard in index["shards"]]
+    except (UserError, ValueError, KeyError, TypeError):      # none there, or another program's
+        return []
+
+
+def _read_parquet(url: str) -> Iterator[Sample]:
+    import pyarrow.parquet      # comes with ray[data]; tars are read without it
+    data = storage.read(url) if storage.is_remote(url) else url
+    try:
+        table = pyarrow.parquet.ParquetFile(io.BytesIO(data) if isinstance(data, bytes) else data)
+    except FileNotFoundError:
+        raise ShardError(f"There is no file {url}.") from None
+    except (pyarrow.ArrowInvalid, OSError):
+        raise ShardError(f"{url} is not a whole Parquet file; copy it again.") from None
+    names = table.schema_arrow.names
+    image, path = (next((name for name in wanted if name in names), None) for wanted in (IMAGE_COLUMNS, PATH_COLUMNS))
+    if image is None and path is None:
+        raise ShardError(f"{url} has no column named {' or '.join((*IMAGE_COLUMNS, *PATH_COLUMNS))}; it has: {', '.join(names)}.")
+    caption = next((name for name in CAPTION_COLUMNS if name in names), None)
+    if caption is None:
+        raise ShardError(f"{url} has no column named {' or '.join(CAPTION_COLUMNS)}; it has: {', '.join(names)}.")
+    position = 0
+    for batch in table.iter_batches(ROWS_AT_ONCE):
+        for row in batch.to_pylist():
+            content = row[image] if image else _beside(url, row[path])
+            if isinstance(content, dict):                       # as Hugging Face writes it
+                content = content["bytes"] or _beside(url, content["path"])
+            captions = captions_of(None, {"captions" if isinstance(row[caption], list) else "caption": row[caption]})
+            meta = {name: value for name, value in row.items() if name not in (image, caption) and isinstance(value, (str, int, float))}
+            yield Sample(str(row.get("key", f"{PurePosixPath(url).stem}-{position:06d}")), content or b"", _suffix(content), captions, meta)
+            position += 1
+
+
+def _read_files(part: Part) -> Iterator[Sample]:
+    """Images with a caption in METADATA, or in a .txt or .json of their name beside them."""
+    for file, caption in part.files:
+        stem = file[:file.rindex(".")]
+        text, meta = (None, {}) if caption is not None else (_read_or_none(f"{stem}.txt"), _read_or_none(f"{stem}.json"))
+        try:
+            meta = json.loads(meta) if meta else {}
+        except ValueError:
+            meta = {}
+        captions = (caption,) if caption is not None else captions_of(text.decode(errors="replace") if text else None, meta)
+        yield Sample(PurePosixPath(stem).name, _read_or_none(file) or b"", file[file.rindex(".") + 1:], captions, meta)
+
+
+def _beside(url: str, path: str | None) -> bytes:
+    """The image at a path that is whole, or begins at the folder of the file that names it; b"" where there is none."""
+    if not path or path.startswith(("http://", "https://")):     # to be fetched by img2dataset first
+        return b""
+    whole = path if storage.is_remote(path) or path.startswith("/") else f"{url.rpartition('/')[0]}/{path}"
+    return _read_or_none(whole) or b""
+
+
+def _read_or_none(path: str) -> bytes | None:
+    try:
+        return storage.read(path)
+    except storage.StorageError:
+        return None
+
+
+def _metadata(files: Sequence[str]) -> Mapping[str, str]:
+    """Image path -> caption, from every METADATA file."""
+    captions = {}
+    for file in files:
+        folder = file.rpartition("/")[0]
+        for line in storage.read(file).splitlines():
+            try:
+                row = json.loads(line)
+                captions[f"{folder}/{row['file_name']}"] = next((row[name] for name in CAPTION_COLUMNS if name in row), "")
+            except (ValueError, KeyError, TypeError):
+                continue
+    return captions
+
+
+def _suffix(content: bytes | None) -> str:
+    """The ending for an image's bytes by their first ones."""
+    head = (content or b"")[:12]
+    return "png" if head.startswith(b"\x89PNG") else "webp" if head[8:12] == b"WEBP" else "jpg"

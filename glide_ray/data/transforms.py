@@ -1,0 +1,120 @@
+"""Rows to training batches: decode, centre crop (app. A.2), low-res pair, random masks, one caption, tokens.
+
+Everything that is drawn depends on the row's key, the epoch and the seed only: not on the worker, nor on what it is batched with.
+A row is {id (int), key, image (bytes), captions (a JSON list)}, in columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from ..config import AnyModelConfig, DataConfig, UserError
+from ..forms import Batch, Conditioning
+from ..tokenizer import Tokenizer
+from .captions import choose
+from .filters import Candidate, first_broken, header_rules
+from .images import ImageError, area_downsample, blur, centre_crop, decode, to_tensor
+from .masks import random_known
+from .shards import Sample, ShardError
+from .sources import find_parts, read_part
+
+BLUR_SIGMAS = 0.4, 0.6       # in low-res pixels, drawn uniformly between (Ho et al. 2021, Cascaded Diffusion Models)
+
+
+class Collate:
+    """Rows -> Batch. Images that turn out broken are counted and their places filled with the others of their batch, so that every
+    worker sees equally many batches, of equal size."""
+
+    def __init__(self, model: AnyModelConfig, data: DataConfig, seed: int = 0):
+        self.model, self.data, self.seed = model, data, seed
+        self.broken = 0
+        self._tokenizer = Tokenizer(model.context)
+
+    def __call__(self, rows: Mapping[str, Sequence], epoch: int, augment: bool = True) -> Batch | None:
+        """`augment` false is for held-out batches: whole pictures, the first caption, never the empty one. None if no row is usable."""
+        pictures, captions, keys = [], [], []
+        for key, image, texts in zip(rows["key"], rows["image"], rows["captions"], strict=True):
+            try:
+                pictures.append(centre_crop(decode(bytes(image)), self.model.image_size))
+            except ImageError:
+                self.broken += 1
+                continue
+            texts = json.loads(str(texts))
+            captions.append(choose(texts, str(key), epoch, self.seed, self.data.empty_caption_rate) if augment else texts[0])
+            keys.append(str(key))
+        if not pictures:
+            return None
+        order = [n % len(pictures) for n in range(len(rows["key"]))]
+        tokens, mask = self._tokenizer.batch([captions[n] for n in order])
+        pairs = [self._pair(pictures[n], keys[n], epoch, augment) for n in order]
+        image = to_tensor(np.stack([picture for picture, _ in pairs]))
+        low_res = to_tensor(np.stack([small for _, small in pairs])) if self.model.low_res_size else None
+        known_mask = None
+        if self.model.inpaint:
+            size = image.shape[-1]
+            known_mask = torch.from_numpy(np.stack([random_known(size, self._draws("mask", keys[n], epoch)) for n in order]))[:, None].float()
+        conditioning = Conditioning(tokens, mask, low_res, None if known_mask is None else image, known_mask)
+        return Batch(image, conditioning, torch.from_numpy(np.array(rows["id"], np.int64)))
+
+    def _pair(self, picture: np.ndarray, key: str, epoch: int, augment: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        """A picture and its low-res half, both cut to the crop when training on crops."""
+        if not self.model.low_res_size:
+            return picture, None
+        small = area_downsample(picture, self.model.low_res_size)
+        draws = self._draws("pair", key, epoch) if augment else None
+        if augment and draws.random() < self.data.low_res_blur_rate:
+            small = blur(small, draws.uniform(*BLUR_SIGMAS))
+        if not augment or not self.data.crop:
+            return picture, small
+        # The corner is drawn in low-res pixels, so that both halves can be cut there.
+        factor = self.model.image_size // self.model.low_res_size
+        top, left = draws.integers(self.model.low_res_size - self.data.crop // factor + 1, size=2)
+        return _cut(picture, top * factor, left * factor, self.data.crop), _cut(small, top, left, self.data.crop // factor)
+
+    def _draws(self, purpose: str, key: str, epoch: int) -> np.random.Generator:
+        digest = hashlib.sha256(f"{purpose}/{self.seed}/{epoch}/{key}".encode()).digest()
+        return np.random.default_rng(int.from_bytes(digest[:16], "big"))
+
+
+def _cut(pixels: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
+    return pixels[top:top + size, left:left + size]
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+def row_id(part: str, position: int) -> int:
+    """One signed 64-bit number for the row of a corpus: whatever its key, and however many parts are added beside its own."""
+    return int.from_bytes(hashlib.sha256(f"{part}#{position}".encode()).digest()[:8], "big", signed=True)
+
+
+def columns(samples: Iterable[tuple[int, Sample]]) -> dict[str, list]:
+    """Samples with their ids as the columns that `Collate` reads."""
+    rows = [(number, sample.key, sample.image, json.dumps(sample.captions)) for number, sample in samples]
+    return {name: [row[n] for row in rows] for n, name in enumerate(("id", "key", "image", "captions"))}
+
+
+def held_out_batches(data: DataConfig, model: AnyModelConfig, batch: int, rank: int = 0, world: int = 1) -> list[Batch]:
+    """This rank's part of the first `held_out_images` usable held-out rows, in batches; the same at every call."""
+    collate, rules, rows = Collate(model, data), header_rules(data.min_size), []
+    for part in find_parts(data.held_out):
+        try:
+            for position, sample in enumerate(read_part(part)):
+                if first_broken(Candidate(sample), rules) is None:
+                    rows.append((row_id(part.url, position), sample))
+                if len(rows) == data.held_out_images:
+                    break
+        except UserError:       # a broken shard costs its own rest
+            continue
+        if len(rows) == data.held_out_images:
+            break
+    if len(rows) < world:
+        raise ShardError(f"The held-out corpus {data.held_out} has {len(rows)} usable rows, fewer than the {world} workers; "
+                         f"give another with --set data.held_out=FOLDER.")
+    mine = rows[rank:len(rows) // world * world:world]
+    batches = [collate(columns(mine[start:start + batch]), epoch=0, augment=False) for start in range(0, len(mine), batch)]
+    return [made for made in batches if made is not None]
