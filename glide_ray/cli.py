@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import commands, presets
-from .config import UserError
+from .config import CleanConfig, UserError
 
 DEMO = Path("runs/demo")
 BASE, UPSAMPLER = DEMO / "base" / "weights.safetensors", DEMO / "upsampler" / "weights.safetensors"
@@ -60,6 +60,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, default=Path("runs/corpus"), help="folder for train/ and held_out/ (default: %(default)s)")
     command.add_argument("--survey", metavar="PATH", help="only stream and count this corpus: a folder or s3:// prefix of .tar or .parquet")
     command.add_argument("--min-size", type=int, default=64, metavar="PIXELS", help="drop images smaller on a side (default: %(default)s)")
+
+    command = add("clean", commands.clean, "judge every image and caption of a corpus, drop near-duplicates, write what is left as shards",
+                  "settings, as --set KEY=VALUE:\n  " + "  ".join(f"{name}={value}" for name, value in CleanConfig().model_dump().items())
+                  + "\nexample:\n  glide clean s3://bucket/raw --out s3://bucket/clean --set min_size=256 --rule my_rules:is_outdoors")
+    command.add_argument("source", help="a folder or s3:// prefix of .tar, .parquet or images with captions, or data/{00000..00999}.tar")
+    command.add_argument("--out", required=True, help="folder or s3:// prefix for the shards, their index, and the list of what was dropped")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated")
+    command.add_argument("--rule", action="append", default=[], metavar="MODULE:FUNCTION",
+                         help="a rule of your own: a function of a Candidate (glide_ray/data/filters.py) that is true for what may stay")
 
     names = ", ".join(presets.PRESETS)
     settings = "examples of settings:\n  --set steps=5000 --set batch=256 --set data.corpus=s3://bucket/train --set train.zero_stage=3"

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from . import presets
-from .config import Preset, ServeConfig, UserError, override, validate
+from .config import CleanConfig, Preset, ServeConfig, UserError, override, validate
 
 
 def demo(options) -> None:
@@ -21,6 +21,18 @@ def corpus(options) -> None:
     made = [survey(options.survey, options.min_size)] if options.survey else prepare(options.out, options.min_size, print)
     for part in made:
         print(f"{part.path}: {part.rows}; {part.captions:,} captions, {part.cut_captions} cut at 128 tokens")
+
+
+def clean(options) -> None:
+    config = override(CleanConfig(), options.set)
+    from .data.filters import users_rules
+    rules = users_rules(options.rule)
+    from .distributed import clean as cleaning
+    done = cleaning.clean(options.source, options.out, config, rules, print)
+    print(f"{done.report}")
+    print(f"{options.out}: {done.report.kept:,} rows in shards of at most {config.per_shard:,}, "
+          f"{sum(shard['bytes'] for shard in done.index['shards']) / 1e6:,.1f} MB; what was left out and why: {cleaning.DROPPED}")
+    print(cleaning.write_page(done, options.source, options.out))
 
 
 def train(options) -> None:

@@ -28,6 +28,13 @@ def is_remote(path: str | Path) -> bool:
     return str(path).startswith(S3)
 
 
+def same_place(path: str | Path, other: str | Path) -> bool:
+    """Whether two paths name one folder."""
+    if is_remote(path) or is_remote(other):
+        return str(path).rstrip("/") == str(other).rstrip("/")
+    return Path(path).resolve() == Path(other).resolve()
+
+
 def list_files(path: str | Path, suffixes: tuple[str, ...]) -> Iterator[str]:
     """Files under a folder or prefix whose names end so, in order; a file names itself. S3 is listed page by page."""
     path = str(path)

@@ -17,6 +17,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 from PIL import Image
 
 from ..config import CleanConfig, ConfigError
@@ -86,7 +87,7 @@ BOILERPLATE = re.compile(r"""
   | ^\S+\.(?:jpe?g|png|gif|webp|bmp|tiff?)$
   | https?://|www\.\S+\.\w
   | \b(?:click|tap)\s+(?:here|on|to)\b | \bto\s+enlarge\b | \bimage\s+may\s+contain\b | \bno\s+(?:image|photo|picture)\s+available\b
-  | \bstock\s+(?:photo|image|vector|illustration|footage)s?\b | \broyalty[\s-]free\b | \ball\s+rights\s+reserved\b | \bcopyright\b | ©
+  | \bstock\s+(?:photo|image|vector|illustration|footage)s?\b | \broyalty[\s-]free\b | \ball\s+rights\s+reserved\b | (?:\bcopyright\b|©)\s*(?:©|\(c\)|\d{4}|by\b)
   | \b(?:placeholder|thumbnail|lorem\s+ipsum|default\s+image)\b | \bskip\s+to\s+content\b | \b(?:free|fast)\s+shipping\b
 """, re.VERBOSE | re.IGNORECASE)
 
@@ -167,6 +168,7 @@ def users_rules(names: Sequence[str]) -> dict[str, Rule]:
             raise ConfigError(f"--rule {name}: the module cannot be imported from {Path.cwd()} ({error}).") from None
         except AttributeError:
             raise ConfigError(f"--rule {name}: {module} has no function {function}.") from None
+        cloudpickle.register_pickle_by_value(sys.modules[module])      # other nodes have no copy of the user's file
         if not callable(rule):
             raise ConfigError(f"--rule {name}: {function} is not a function; it must take a Candidate and give true for what may stay.")
         rules[f"against the rule {name}"] = rule

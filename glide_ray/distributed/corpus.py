@@ -1,19 +1,26 @@
-"""The corpus job: fetch the emoji, write shards, stream them once through Ray Data and count what a training run will see."""
+"""Corpora as jobs: make the emoji's, survey any, and write chosen rows of one as another."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import ray
 
+from ..config import UserError
 from ..data import emoji
 from ..data.filters import Report
+from ..data.shards import Sample, begin, finish, write_shard
+from ..data.sources import Part, read_part
 from ..tokenizer import Tokenizer
 from .local import connect
-from .stream import Tally, open_corpus
+from .stream import Tally, open_corpus, quiet
+
+Captions = Callable[[Sequence[str]], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -47,3 +54,70 @@ def _count_captions(rows: dict) -> dict:
     tokenizer = Tokenizer()
     counts = [[tokenizer.encode(caption).cut for caption in json.loads(captions)] for captions in rows["captions"]]
     return {"captions": [len(row) for row in counts], "cut": [sum(row) for row in counts]}
+
+
+# -- chosen rows ------------------------------------------------------------------------------------------------------
+
+def rewrite(parts: Sequence[Part], part: np.ndarray, position: np.ndarray, out: str, per_shard: int, captions: Captions | None = None
+            ) -> tuple[dict[str, Any], list[str]]:
+    """Write the rows at `position` (N,) of the parts numbered `part` (N,), in their order, as shards of `per_shard` rows.
+
+    `captions` changes those of each row. Returns the index, and what is said of parts that could not be read again.
+    """
+    shared = ray.put(list(parts))
+    rows = np.stack([part, position], axis=1).astype(np.int64)
+    chunks = [rows[start:start + per_shard] for start in range(0, len(rows), per_shard)]
+
+    def write(batch: dict[str, np.ndarray]) -> dict[str, list]:
+        made = []
+        for number in batch["item"]:
+            samples, faults = _pick(ray.get(shared), ray.get(wanted[int(number)]))
+            if captions is not None:
+                samples = [replace(sample, captions=captions(sample.captions)) for sample in samples]
+            made.append(json.dumps([int(number), write_shard(out, int(number), samples) if samples else None, faults]))
+        return {"made": made}
+
+    begin(out)
+    wanted = [ray.put(chunk) for chunk in chunks]
+    entries, faults = [], []
+    if chunks:
+        written = quiet().from_items(list(range(len(chunks))), override_num_blocks=len(chunks)).map_batches(write, batch_size=1)
+        made = sorted(json.loads(str(line)) for batch in written.iter_batches(batch_size=None) for line in batch["made"])
+        entries, faults = [entry for _, entry, _ in made if entry], [fault for *_, said in made for fault in said]
+    return finish(out, entries), faults
+
+
+def look_up(parts: Sequence[Part], rows: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Sample]:
+    """The samples at (part, position), those that can be read."""
+    @ray.remote
+    def pick(part: Part, positions: list[int]) -> list[tuple[int, Sample]]:
+        return list(_chosen(part, positions))
+    wanted: dict[int, list[int]] = {}
+    for part, position in rows:
+        wanted.setdefault(int(part), []).append(int(position))
+    found = ray.get([pick.remote(parts[part], positions) for part, positions in wanted.items()])
+    return {(part, position): sample for part, samples in zip(wanted, found, strict=True) for position, sample in samples}
+
+
+def _pick(parts: Sequence[Part], rows: np.ndarray) -> tuple[list[Sample], list[str]]:
+    """Samples at the (part, position) of each row (N, 2), parts in order; and what is said of parts that lack some."""
+    samples, faults = [], []
+    for number in dict.fromkeys(rows[:, 0].tolist()):
+        positions = rows[rows[:, 0] == number, 1].tolist()
+        found = [sample for _, sample in _chosen(parts[number], positions)]
+        if len(found) < len(positions):
+            faults.append(f"{parts[number].url} lacked {len(positions) - len(found)} of its rows when it was read again.")
+        samples += found
+    return samples, faults
+
+
+def _chosen(part: Part, positions: Sequence[int]) -> Iterator[tuple[int, Sample]]:
+    wanted, last = set(positions), max(positions)
+    try:
+        for position, sample in enumerate(read_part(part)):
+            if position in wanted:
+                yield position, sample
+            if position == last:
+                return
+    except UserError:       # what it lacks is counted by whoever asked
+        return

@@ -1,0 +1,99 @@
+"""Pages for people in one HTML file each: counts as bars, pictures in groups with their labels. Nothing is loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jinja2 import Environment
+from PIL import Image
+
+from ..data.images import ImageError, decode, encode
+
+SIDE = 112      # pixels of a picture on the page
+
+
+@dataclass(frozen=True)
+class Picture:
+    """`image` is uint8 (H, W, 3), None for one that cannot be shown."""
+
+    image: np.ndarray | None
+    label: str = ""
+
+    @property
+    def source(self) -> str | None:
+        return None if self.image is None else "data:image/webp;base64," + base64.b64encode(encode(self.image, "webp")).decode()
+
+
+@dataclass(frozen=True)
+class Section:
+    """What stands under one heading; one with nothing to show is left out."""
+
+    title: str
+    text: str = ""
+    bars: Sequence[tuple[str, float]] = ()
+    lines: Sequence[str] = ()
+    groups: Sequence[Sequence[Picture]] = ()
+    width: int = SIDE
+
+    @property
+    def longest(self) -> float:
+        return max((abs(value) for _, value in self.bars), default=0) or 1
+
+
+def page(title: str, sections: Sequence[Section]) -> str:
+    """The page as HTML."""
+    shown = [section for section in sections if section.bars or section.lines or section.groups]
+    return _TEMPLATE.render(title=title, sections=shown)
+
+
+def thumbnail(data: bytes, side: int = SIDE) -> np.ndarray | None:
+    """An image's bytes as pixels that fit into a square of `side`, None for one that is broken."""
+    try:
+        image = decode(data)
+    except ImageError:
+        return None
+    image.thumbnail((side, side), Image.Resampling.BOX)
+    return np.asarray(image)
+
+
+def histogram(values: np.ndarray, bins: int = 12) -> list[tuple[str, int]]:
+    """(range, count) over whole numbers, each value a bar of its own where there are few."""
+    values = np.asarray(values)
+    values = values[~np.isnan(values.astype(float))]
+    if not len(values):
+        return []
+    different, counts = np.unique(values, return_counts=True)
+    if len(different) <= bins:
+        return [(f"{int(value):,}", int(count)) for value, count in zip(different, counts, strict=True)]
+    edges = np.unique(np.linspace(values.min(), values.max() + 1, bins + 1).round().astype(int))
+    counts, _ = np.histogram(values, edges)
+    return [(f"{low:,} to {high - 1:,}", int(count)) for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)]
+
+
+_TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
+body { font: 14px/1.4 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2em auto; padding: 0 1em }
+h1 { font-size: 20px } h2 { font-size: 16px; margin: 2em 0 .4em } p { margin: .3em 0 .8em; color: #555 }
+table { border-collapse: collapse } td { padding: 1px 10px 1px 0; vertical-align: middle } td.number { text-align: right }
+.bar { background: #4a7fb5; height: 12px; min-width: 1px }
+.groups { display: flex; flex-wrap: wrap; gap: 10px } .group { display: flex; gap: 4px; padding: 6px; border: 1px solid #ddd; border-radius: 4px }
+figure { margin: 0; overflow-wrap: anywhere; font-size: 11px; color: #555 } figure img { display: block; max-width: 100% }
+.none { height: 60px; display: grid; place-items: center; background: #eee }
+</style></head><body><h1>{{ title }}</h1>
+{% for section in sections %}
+<h2>{{ section.title }}</h2>
+{% if section.text %}<p>{{ section.text }}</p>{% endif %}
+{% if section.lines %}<ul>{% for line in section.lines %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}
+{% if section.bars %}<table>{% for name, value in section.bars %}
+<tr><td>{{ name }}</td><td class="number">{{ "{:,}".format(value) }}</td>
+<td><div class="bar" style="width:{{ (420 * value / section.longest) | round(1) }}px"></div></td></tr>
+{% endfor %}</table>{% endif %}
+{% if section.groups %}<div class="groups">{% for group in section.groups %}<div class="group">{% for picture in group %}
+<figure style="width:{{ section.width }}px">{% if picture.source %}<img src="{{ picture.source }}" alt="">{% else %}<div class="none">no picture</div>{% endif %}
+{{ picture.label }}</figure>{% endfor %}</div>{% endfor %}</div>{% endif %}
+{% endfor %}
+</body></html>
+""")
