@@ -186,9 +186,16 @@ def bench(options) -> None:
         "sample": lambda: benches.bench_sample(presets.get(options.preset or "filtered-base"), options.precision, options.repeats or 5),
         "samplers": lambda: benches.bench_samplers(options.base),
         "inpainting": lambda: benches.bench_inpainting(options.base, options.inpaint, options.corpus),
+        "data": lambda: _measure().bench_data(options.shards, options.repeats or 3),
+        "memory": lambda: _measure().bench_memory(options.shards),
         "guidance": lambda: benches.bench_guidance(options.base, options.clip),
     }[options.what]
     print(json.dumps(run()))
+
+
+def _measure():
+    from .distributed import measure
+    return measure
 
 
 # -- shared by commands -----------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from glide_ray.config import DataConfig
 from glide_ray.data.images import area_downsample, blur, encode, to_tensor
 from glide_ray.data.shards import Sample, ShardError, write_shards
 from glide_ray.distributed.corpus import survey
-from glide_ray.data.sources import Part, find_parts, read_part
-from glide_ray.data.transforms import Collate, columns, held_out_batches, row_id
+from glide_ray.data.sources import Part, columns, find_parts, read_part, row_id
+from glide_ray.data.transforms import Collate, held_out_batches
 from glide_ray.distributed.stream import Ledger, Tally, open_corpus
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -134,7 +134,7 @@ def test_each_epoch_reads_the_shards_in_another_order_and_the_same_seed_in_the_s
     def order(seed, epoch):
         ledger = Ledger.remote(16, seed)
         ray.get(ledger.begin.remote(epoch, np.empty(0, np.int64)))
-        return [ray.get(ledger.assign.remote(n))[0] for n in range(16)]
+        return [ray.get(ledger.assign.remote(n, 16))[0][0] for n in range(16)]
     assert order(0, 1) == order(0, 1) != order(0, 2) != order(1, 2) and sorted(order(0, 1)) == list(range(16))
 
 

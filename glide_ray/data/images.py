@@ -1,19 +1,22 @@
 """Image bytes to pixels and back: decoding, the centre crop of app. A.2, box downsampling, tensors.
 
-Pixels are uint8 (H, W, 3) arrays; tensors are float (3, H, W) in [-1, 1].
+Pixels are uint8 (H, W, 3) arrays; tensors are float (3, H, W) in [-1, 1]. torch is imported where tensors are made: the many tasks
+that only read a corpus start without it.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
-from torch import Tensor
 
 from ..config import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_PIXELS = 64 * 10**6   # of an image in a corpus; checked before its pixels are decoded
 
@@ -25,7 +28,7 @@ class ImageError(UserError):
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image with its header read and its pixels not yet: `.size` and `.format` cost nothing. Raises ImageError."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_formats(data[:12]))
     except Image.DecompressionBombError:       # far more than even Pillow accepts
         raise ImageError(f"The image has more than the {max_pixels:,} pixels that are accepted; make it smaller.") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
@@ -34,6 +37,15 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if width * height > max_pixels:
         raise ImageError(f"The image has {width}x{height} pixels, more than the {max_pixels:,} that are accepted; make it smaller.")
     return image
+
+
+def _formats(head: bytes) -> tuple[str, ...] | None:
+    """Pillow's name of the format that begins so, or None for it to try all, which takes three times as long as reading the header."""
+    if head.startswith(b"\xff\xd8\xff"):
+        return ("JPEG",)
+    if head.startswith(b"\x89PNG"):
+        return ("PNG",)
+    return ("WEBP",) if head[8:12] == b"WEBP" else None
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -95,6 +107,7 @@ def blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
     """uint8 (..., H, W, 3) -> float32 (..., 3, H, W) in [-1, 1]."""
+    import torch
     return torch.from_numpy(np.array(pixels)).movedim(-1, -3).float() / 127.5 - 1
 
 

@@ -5,10 +5,11 @@ A part is what one task reads. A path is a folder, a file or an `s3://` prefix, 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -74,6 +75,19 @@ def read_part(part: Part) -> Iterator[Sample]:
         yield sample
     if part.count is not None and rows != part.count:
         raise ShardError(f"{part.url} has {rows} rows and its index says {part.count}; copy it again.")
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+def row_id(part: str, position: int) -> int:
+    """One signed 64-bit number for the row of a corpus: whatever its key, and however many parts are added beside its own."""
+    return int.from_bytes(hashlib.sha256(f"{part}#{position}".encode()).digest()[:8], "big", signed=True)
+
+
+def columns(samples: Iterable[tuple[int, Sample]]) -> dict[str, list]:
+    """Samples with their ids as the columns that `Collate` reads."""
+    rows = [(number, sample.key, sample.image, json.dumps(sample.captions)) for number, sample in samples]
+    return {name: [row[n] for row in rows] for n, name in enumerate(("id", "key", "image", "captions"))}
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from .captions import choose
 from .filters import Candidate, first_broken, header_rules
 from .images import ImageError, area_downsample, blur, centre_crop, decode, to_tensor
 from .masks import random_known
-from .shards import Sample, ShardError
-from .sources import find_parts, read_part
+from .shards import ShardError
+from .sources import columns, find_parts, read_part, row_id
 
 BLUR_SIGMAS = 0.4, 0.6       # in low-res pixels, drawn uniformly between (Ho et al. 2021, Cascaded Diffusion Models)
 
@@ -83,19 +83,6 @@ class Collate:
 
 def _cut(pixels: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
     return pixels[top:top + size, left:left + size]
-
-
-# -- rows -------------------------------------------------------------------------------------------------------------
-
-def row_id(part: str, position: int) -> int:
-    """One signed 64-bit number for the row of a corpus: whatever its key, and however many parts are added beside its own."""
-    return int.from_bytes(hashlib.sha256(f"{part}#{position}".encode()).digest()[:8], "big", signed=True)
-
-
-def columns(samples: Iterable[tuple[int, Sample]]) -> dict[str, list]:
-    """Samples with their ids as the columns that `Collate` reads."""
-    rows = [(number, sample.key, sample.image, json.dumps(sample.captions)) for number, sample in samples]
-    return {name: [row[n] for row in rows] for n, name in enumerate(("id", "key", "image", "captions"))}
 
 
 def held_out_batches(data: DataConfig, model: AnyModelConfig, batch: int, rank: int = 0, world: int = 1) -> list[Batch]:

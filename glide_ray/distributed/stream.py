@@ -5,7 +5,7 @@ Bytes move through Ray's object store, pixels do not: images are decoded in the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import ray
@@ -13,10 +13,10 @@ import ray.data
 
 from ..config import UserError
 from ..data.filters import Candidate, Report, first_broken, header_rules
-from ..data.sources import Part, find_parts, read_part
-from ..data.transforms import columns, row_id
+from ..data.sources import Part, columns, find_parts, read_part, row_id
 
-ROWS_PER_BLOCK = 64
+ROWS_PER_BLOCK, ROWS_PER_TASK = 64, 1024
+PREFETCH = 8           # batches of bytes that lie ready beside each worker
 
 
 def open_corpus(path: str, min_size: int, tally=None, ledger=None) -> ray.data.Dataset:
@@ -26,15 +26,21 @@ def open_corpus(path: str, min_size: int, tally=None, ledger=None) -> ray.data.D
     have been trained on; without it they are read in their own order.
     """
     parts = find_parts(path)
-    shared = ray.put(parts)
+    shared, tasks = ray.put(parts), tasks_for(parts)
 
     def read(batch: dict[str, np.ndarray]) -> Iterator[dict[str, list]]:
-        for slot in batch["item"]:
-            number, seen = ray.get(ledger.assign.remote(int(slot))) if ledger is not None else (int(slot), None)
-            yield from _kept_blocks(ray.get(shared)[number], min_size, tally, NOTHING if seen is None else ray.get(seen))
+        for task in batch["item"]:
+            numbers, seen = ray.get(ledger.assign.remote(int(task), tasks)) if ledger is not None else (range(int(task), len(parts), tasks), None)
+            for number in numbers:
+                yield from _kept_blocks(ray.get(shared)[number], min_size, tally, NOTHING if seen is None else ray.get(seen))
 
-    # One task a part, so that a shard that cannot be read costs itself only.
-    return quiet().from_items(list(range(len(parts))), override_num_blocks=len(parts)).map_batches(read, batch_size=1)
+    return quiet().from_items(list(range(tasks)), override_num_blocks=tasks).map_batches(read, batch_size=1)
+
+
+def tasks_for(parts: Sequence[Part]) -> int:
+    """In how many tasks a corpus is read: one a part, but for parts that are known to be small, several of which share a task's cost."""
+    counts = [part.count or ROWS_PER_TASK for part in parts]
+    return max(1, min(len(parts), sum(counts) // ROWS_PER_TASK))
 
 
 NOTHING = np.empty(0, np.int64)
@@ -109,6 +115,6 @@ class Ledger:
         self._order = np.random.default_rng([self._seed, epoch]).permutation(self._parts)
         self._seen = ray.put(np.sort(seen))
 
-    def assign(self, slot: int) -> tuple[int, ray.ObjectRef]:
-        """The part that is read in this place, and the ids of rows that are not to be given again."""
-        return int(self._order[slot]), self._seen
+    def assign(self, task: int, tasks: int) -> tuple[list[int], ray.ObjectRef]:
+        """The parts that one of so many tasks reads, and the ids of rows that are not to be given again."""
+        return self._order[task::tasks].tolist(), self._seen

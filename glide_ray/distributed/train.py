@@ -31,7 +31,7 @@ from ..forms import Batch
 from ..models.weights import load_config, save_weights
 from ..train.checkpoint import CheckpointError, check_same
 from .local import connect
-from .stream import Ledger, Tally, open_corpus
+from .stream import PREFETCH, Ledger, Tally, open_corpus
 
 WEIGHTS, METRICS, PRESET = "weights.safetensors", "metrics.jsonl", "preset.json"
 DATA_CPUS = 2                  # beside the workers': a data task wants a whole CPU, and waits for ever where none is left
@@ -174,7 +174,7 @@ def _epoch(shard, preset: Preset, epoch: int) -> Iterator[Batch]:
     if preset.data.shuffle_buffer:
         shuffle = {"local_shuffle_buffer_size": preset.data.shuffle_buffer, "local_shuffle_seed": preset.train.seed + epoch}
     last = None
-    for rows in shard.iter_batches(batch_size=preset.train.micro_batch, **shuffle):
+    for rows in shard.iter_batches(batch_size=preset.train.micro_batch, prefetch_batches=PREFETCH, **shuffle):
         batch = collate(rows, epoch)
         # A rank that skipped a batch would wait for the others at the end of the epoch, and they for it in the all-reduce.
         if batch is None and last is not None:

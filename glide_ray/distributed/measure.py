@@ -1,0 +1,182 @@
+"""`glide bench data`: what the stream gives a second beside `webdataset` in a torch DataLoader, on the same shards, in one run."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+
+from .. import presets
+from ..config import UserError
+from ..data.images import open_image
+from ..data.shards import Sample, write_shards
+from ..data.sources import columns, find_parts, read_part
+from ..data.transforms import Collate
+from .local import connect
+from .stream import PREFETCH, Ledger, open_corpus
+
+PROCESSES, BATCH = 2, 64
+SHARDS, MANY_SHARDS, FEW, MANY = 8, 64, 10_000, 100_000
+
+
+def bench_data(corpus: str, repeats: int = 3, images: int = 3 * FEW) -> dict[str, Any]:
+    """Images a second, decoded, cropped to 64 pixels and tokenised: the stream's to webdataset's, in turn, `repeats` times.
+
+    The shards hold the corpus' 256-pixel WebP pictures, again and again under new keys, in a temporary folder. The rate is that
+    between the first and the last tenth of the images; the epochs of one and of many shards are timed whole.
+    """
+    pictures = _pictures(corpus)
+    workers = _workers()
+    with tempfile.TemporaryDirectory() as folder:
+        shards, one, many = (Path(folder) / name for name in ("shards", "one", "many"))
+        for path, per_shard in ((shards, images // SHARDS), (one, images), (many, -(-images // MANY_SHARDS))):
+            write_shards(path, again(pictures, images), per_shard)
+        stream(shards, workers)                          # the first epoch starts Ray's own workers
+        pairs = [(steady_rate(stream(shards, workers)[1]), steady_rate(webdataset(shards))) for _ in range(repeats)]
+        costs = [(_seconds(stream(one, workers)), _seconds(stream(many, workers))) for _ in range(repeats)]
+    ratios = [ours / theirs for ours, theirs in pairs]
+    return {"images": images, "processes": PROCESSES, "stream_images_per_s": round(statistics.median(a for a, _ in pairs)),
+            "webdataset_images_per_s": round(statistics.median(b for _, b in pairs)), "ratio": round(statistics.median(ratios), 2),
+            "ratio_min": round(min(ratios), 2), "ratio_max": round(max(ratios), 2), "pairs": repeats,
+            "epoch_s_1_shard": round(statistics.median(one for one, _ in costs), 2),
+            f"epoch_s_{MANY_SHARDS}_shards": round(statistics.median(many for _, many in costs), 2)}
+
+
+def bench_memory(corpus: str) -> dict[str, Any]:
+    """Peak memory of all processes of the stream, over FEW and over MANY images: the same pictures again and again."""
+    pictures, workers, peaks = _pictures(corpus), _workers(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for count in (FEW, MANY):
+            write_shards(Path(folder) / str(count), again(pictures, count), 1000)
+        stream(Path(folder) / str(FEW), workers)
+        for count in (FEW, MANY):
+            with Peak() as peak:
+                stream(Path(folder) / str(count), workers)
+            peaks[count] = peak.bytes / 2**20
+    return {f"peak_mib_{count}": round(peak) for count, peak in peaks.items()} | {"ratio": round(peaks[MANY] / peaks[FEW], 3)}
+
+
+def _workers() -> list:
+    connect(2 * PROCESSES)
+    return [Worker.remote() for _ in range(PROCESSES)]
+
+
+def _pictures(corpus: str) -> list[Sample]:
+    pictures = [sample for part in find_parts(corpus) for sample in read_part(part)
+                if sample.suffix == "webp" and open_image(sample.image).size == (256, 256)]
+    if not pictures:
+        raise UserError(f"{corpus} has no WebP pictures of 256x256 pixels; make the emoji corpus with `glide corpus` and give --shards.")
+    return pictures
+
+
+def _seconds(epoch: tuple[float, Arrivals]) -> float:
+    began, arrivals = epoch
+    return arrivals[-1][0] - began
+
+
+def again(pictures: Sequence[Sample], count: int) -> Iterator[Sample]:
+    """`count` samples: the pictures over and over, each time under other keys."""
+    for n, sample in enumerate(islice(cycle(pictures), count)):
+        yield replace(sample, key=f"{n:07d}")
+
+
+# -- ours -------------------------------------------------------------------------------------------------------------
+
+Arrivals = list[tuple[float, int]]       # (time, images) of each batch
+
+
+@ray.remote(num_cpus=1)
+class Worker:
+    """What a trainer does with the stream, without the network."""
+
+    def __init__(self):
+        self._collate = _collate()
+
+    def epoch(self, part) -> tuple[float, Arrivals]:
+        """When the first row was asked for, and what came."""
+        began = time.time()
+        batches = part.iter_batches(batch_size=BATCH, prefetch_batches=PREFETCH)
+        return began, [(time.time(), len(batch.image)) for rows in batches if (batch := self._collate(rows, 0)) is not None]
+
+
+def stream(shards: Path, workers: Sequence) -> tuple[float, Arrivals]:
+    """One epoch, split between the workers as in a training run: when it began, and all batches in order of time."""
+    ledger = Ledger.remote(len(find_parts(shards)), 0)
+    parts = open_corpus(str(shards), 64, ledger=ledger).streaming_split(len(workers), equal=True)
+    came = ray.get([worker.epoch.remote(part) for worker, part in zip(workers, parts, strict=True)])
+    return min(began for began, _ in came), sorted(arrival for _, arrivals in came for arrival in arrivals)
+
+
+def _collate() -> Collate:
+    import torch
+    torch.set_num_threads(1)
+    preset = presets.get("nano-base")
+    return Collate(preset.model, preset.data)
+
+
+# -- theirs -----------------------------------------------------------------------------------------------------------
+
+def webdataset(shards: Path) -> Arrivals:
+    """The same work on the same shards in a DataLoader of PROCESSES workers that read by webdataset."""
+    import webdataset as wds
+    from torch.utils.data import DataLoader
+    pipeline = wds.DataPipeline(
+        wds.SimpleShardList([part.url for part in find_parts(shards)]), wds.split_by_worker,
+        wds.tarfile_to_samples(), wds.batched(BATCH, collation_fn=list), wds.map(_Theirs()))
+    loader = DataLoader(pipeline, batch_size=None, num_workers=PROCESSES)
+    return [(time.time(), len(batch)) for batch in loader]
+
+
+class _Theirs:
+    """webdataset's samples through the very function that the stream's workers call."""
+
+    def __init__(self):
+        self._collate = None
+
+    def __call__(self, samples: Sequence[dict]):
+        self._collate = self._collate or _collate()
+        rows = [(n, Sample(sample["__key__"], sample["webp"], "webp", (sample["txt"].decode(),), {})) for n, sample in enumerate(samples)]
+        return self._collate(columns(rows), 0).image
+
+
+# -- both -------------------------------------------------------------------------------------------------------------
+
+def steady_rate(arrivals: Arrivals) -> float:
+    """Images a second between the first and the last tenth."""
+    done = np.cumsum([count for _, count in arrivals])
+    first, last = np.searchsorted(done, [0.1 * done[-1], 0.9 * done[-1]])
+    return float((done[last] - done[first]) / (arrivals[last][0] - arrivals[first][0]))
+
+
+class Peak:
+    """The most memory that this process and all of its children use at once, in bytes: shared pages divided among their users."""
+
+    def __enter__(self) -> Peak:
+        self.bytes, self._stop = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.5):
+            total = 0
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                try:
+                    total += process.memory_full_info().pss
+                except psutil.Error:
+                    continue
+            self.bytes = max(self.bytes, total)
