@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import commands, presets
-from .config import CleanConfig, UserError
+from .config import CleanConfig, FilterConfig, UserError
 
 DEMO = Path("runs/demo")
+CLIP = Path("runs/nano-plain-clip/weights.safetensors")
 BASE, UPSAMPLER = DEMO / "base" / "weights.safetensors", DEMO / "upsampler" / "weights.safetensors"
 
 DESCRIPTION = """Train and serve GLIDE (Nichol et al. 2021), text-to-image diffusion for generation and editing.
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"glide: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in ("ray", "deepspeed", "fastapi", "matplotlib", "httpx", "pyarrow"):
+        if (error.name or "").split(".")[0] in ("ray", "deepspeed", "fastapi", "matplotlib", "httpx", "pyarrow", "sklearn", "imagehash"):
             print(f"glide: this command needs {error.name}; install the project with `pip install '.[cluster]'`.", file=sys.stderr)
             return 2
         raise
@@ -69,6 +70,34 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated")
     command.add_argument("--rule", action="append", default=[], metavar="MODULE:FUNCTION",
                          help="a rule of your own: a function of a Candidate (glide_ray/data/filters.py) that is true for what may stay")
+
+    command = subparsers.add_parser("filter", help="find content in a corpus that it is to be freed of, by labels of some of its images (app. F.1)")
+    steps = command.add_subparsers(title="steps", required=True, metavar="STEP")
+    settings = ("settings, as --set KEY=VALUE:\n  " + "  ".join(f"{name}={value}" for name, value in FilterConfig().model_dump().items()))
+    fit = steps.add_parser("fit", formatter_class=form, help="ask for labels and fit the filter to them",
+                           description="Ask for labels, in a CSV and with a sheet of pictures, and fit an SVM to them on CLIP's features, its bias set so "
+                           "that it misses few. Run it again after each round of labels. The emoji corpus answers itself for people and weapons.",
+                           epilog=settings + "\nexamples:\n  glide filter fit people\n  glide filter fit smoke --corpus s3://bucket/clean --search "
+                           "\"a cigarette\" --clip s3://models/clip-vit-base-patch16")
+    fit.set_defaults(command=commands.fit_filter)
+    fit.add_argument("name", help="what is to be found; a folder runs/filters/NAME holds the labels, the filter and its page")
+    fit.add_argument("--corpus", help=f"where to look for it (default: the emoji corpus, {commands.EMOJI}/train)")
+    fit.add_argument("--search", action="append", metavar="WORDS", help="words whose pictures are asked about first; may be repeated")
+    fit.add_argument("--truth", metavar="MODULE:FUNCTION", help="a function of a Candidate (glide_ray/data/filters.py) that answers instead of people")
+    fit.add_argument("--held-out", help=f"a corpus to assess the filter on where the truth is known (default: {commands.EMOJI}/held_out)")
+    fit.add_argument("--clip", default=str(CLIP), help="weights of a CLIP of ours, or the folder of a public one, local or s3:// (default: %(default)s)")
+    fit.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated")
+    fit.add_argument("--out", type=Path, help="folder of the labels and the filter (default: runs/filters/NAME)")
+    apply = steps.add_parser("apply", formatter_class=form, help="write a corpus without what the filter finds",
+                             description="Write the rows of a corpus that a filter lets pass, with an index, a list of those dropped, and a page to look at.",
+                             epilog="example:\n  glide filter apply people runs/corpus/train --out runs/without_people")
+    apply.set_defaults(command=commands.apply_filter)
+    apply.add_argument("filter", help="its name, if it was fitted here, or its file, local or s3://")
+    apply.add_argument("source", help="the corpus: a folder or s3:// prefix, or data/{00000..00999}.tar")
+    apply.add_argument("--out", required=True, help="folder or s3:// prefix to write to")
+    apply.add_argument("--clip", help="where the CLIP is now that the filter was fitted with (default: where it was)")
+    apply.add_argument("--truth", metavar="MODULE:FUNCTION", help="a function of a Candidate that knows the content: the page then shows what was missed")
+    apply.add_argument("--per-shard", type=_positive, default=10_000, metavar="ROWS", help="default: %(default)s")
 
     names = ", ".join(presets.PRESETS)
     settings = "examples of settings:\n  --set steps=5000 --set batch=256 --set data.corpus=s3://bucket/train --set train.zero_stage=3"

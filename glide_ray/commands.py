@@ -7,7 +7,14 @@ import sys
 from pathlib import Path
 
 from . import presets
-from .config import CleanConfig, Preset, ServeConfig, UserError, override, validate
+from .config import CleanConfig, FilterConfig, Preset, ServeConfig, UserError, override, validate
+
+EMOJI, FILTERS = "runs/corpus", Path("runs/filters")
+# What the emoji corpus knows of itself: the rule, settings, and words to search for. People are most of it: rows are labelled
+# at random, as in the paper. Of weapons there are 12 kinds in 24 pictures: pictures are held out, not kinds.
+KNOWN = {"people": ("glide_ray.data.emoji:shows_people", ["labels=2000", "first=2000"], []),
+         "weapons": ("glide_ray.data.emoji:shows_weapon", ["group="], [f"{name}, {style}" for style in ("3D render", "flat icon") for name in (
+             "weapon", "dagger", "kitchen knife", "water pistol", "bomb", "bow and arrow", "axe")])}
 
 
 def demo(options) -> None:
@@ -28,11 +35,45 @@ def clean(options) -> None:
     from .data.filters import users_rules
     rules = users_rules(options.rule)
     from .distributed import clean as cleaning
+    from .distributed.corpus import DROPPED
     done = cleaning.clean(options.source, options.out, config, rules, print)
     print(f"{done.report}")
     print(f"{options.out}: {done.report.kept:,} rows in shards of at most {config.per_shard:,}, "
-          f"{sum(shard['bytes'] for shard in done.index['shards']) / 1e6:,.1f} MB; what was left out and why: {cleaning.DROPPED}")
+          f"{sum(shard['bytes'] for shard in done.index['shards']) / 1e6:,.1f} MB; what was left out and why: {DROPPED}")
     print(cleaning.write_page(done, options.source, options.out))
+
+
+def fit_filter(options) -> None:
+    from .data.filters import users_rules
+    known = KNOWN.get(options.name) if options.corpus is None else None
+    truth, settings, words = known or (None, [], [])
+    rules = users_rules([truth for truth in (options.truth or truth,) if truth], "--truth")
+    config = override(override(FilterConfig(), settings), options.set)
+    out = options.out or FILTERS / options.name
+    from .distributed.filter import FILTER, LABELS, SHEET, fit_content
+    done = fit_content(options.name, options.corpus or f"{EMOJI}/train", out, options.clip, config, options.search or words,
+                       next(iter(rules.values()), None), options.held_out or (f"{EMOJI}/held_out" if options.corpus is None else None), print)
+    if done.content is not None:
+        print(f"{out / FILTER}: {done.on_labels}")
+    if done.assessment is not None:
+        print(done.assessment)
+    if done.content is not None:
+        print(f"{out}/report.html")
+    if done.waiting:
+        print(f"{done.labelled:,} rows are labelled; {done.waiting} more are in {out / LABELS}, their pictures in {out / SHEET}: write 1 or 0 for each, "
+              f"and run the same command again" + (", or use the filter as it is." if done.content is not None else "."))
+
+
+def apply_filter(options) -> None:
+    from .data.filters import users_rules
+    truth = next(iter(users_rules([options.truth] if options.truth else [], "--truth").values()), None)
+    from .distributed.filter import FILTER, apply_content
+    named = FILTERS / options.filter / FILTER
+    done = apply_content(named if named.exists() else options.filter, options.source, options.out, options.clip, truth, options.per_shard, print)
+    print(done.report)
+    if done.assessment is not None:
+        print(done.assessment)
+    print(f"{options.out.rstrip('/')}/report.html")
 
 
 def train(options) -> None:

@@ -107,6 +107,7 @@ class ClipConfig(Frozen):
     vocabulary: int = Field(50257, gt=0)
     embedding: int = Field(512, gt=0)
     timesteps: int = Field(1000, gt=0)
+    noised: bool = True                                # False: trained on images without noise, at timestep 0, as public CLIPs are
     scale: float = Field(1 / 0.07, gt=0)               # of the logits, to begin with (Radford et al. 2021, sec. 2.5)
     tokenizer: Literal["gpt2", "clip"] = "gpt2"        # "clip" is the released model's, whose vocabulary its weights file carries
 
@@ -229,6 +230,19 @@ class CleanConfig(Frozen):
     scripts: tuple[str, ...] = ("latin",)              # of a caption's letters; none given, any
     duplicates: bool = True                            # whether near-duplicates are dropped
     per_shard: int = Field(10_000, gt=0)               # rows in a shard that is written
+
+
+class FilterConfig(Frozen):
+    """How `glide filter fit` asks for labels, and where it sets the bias (app. F.1)."""
+
+    labels: int = Field(300, gt=0)                     # at most so many are asked for
+    first: int = Field(100, gt=0)                      # of them before there is an SVM: half by the words to search for, half at random
+    each_round: int = Field(50, gt=0)                  # of them in each later round, near the boundary
+    pool: int = Field(20_000, gt=0)                    # rows that are looked at; of a larger corpus, so many from parts drawn at random
+    max_missed: float = Field(0.01, gt=0, lt=1)        # the share of the content that may pass, at the most
+    confidence: float = Field(0.95, gt=0.5, lt=1)      # of the labels' word for that
+    group: str = "emoji"                               # the field of a row's .json that rows of one thing share, so that none vouches for another
+    seed: int = 0
 
 
 class TrainConfig(Frozen):

@@ -1,6 +1,6 @@
 """CLIP as guidance and reranking use it: captions embedded once, images scored against them at every step.
 
-`NoisedCritic` is ours, trained on noised images (sec. 4.4); `PublicCritic` one of the published models that never saw noise,
+`OwnCritic` is ours, trained on noised images (sec. 4.4) or on plain ones; `PublicCritic` one of the published models that never saw noise,
 for the comparison of app. D. Both stay in float32: their gradients vanish in less.
 """
 
@@ -23,20 +23,22 @@ from .tokenizer import ClipTokenizer, Tokenizer
 class Critic(Protocol):
     noised: bool            # whether it reads x_t itself
     embedding: int
+    image_size: int         # pixels on a side of what it reads
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Captions as vectors of length 1: (N, E)."""
+
+    def see(self, x: Tensor) -> Tensor:
+        """Images without noise (B, 3, H, W) in [-1, 1] as vectors of length 1: (B, E)."""
 
     def score(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """The logit of each image (B, 3, H, W), at timesteps (B,), with its caption (B, E): (B,)."""
 
 
-class NoisedCritic:
-    noised = True
-
+class OwnCritic:
     def __init__(self, model: NoisedClip, config: ClipModelConfig, device: torch.device | str = "cpu", merges: str | None = None):
         self.model, self.config, self.device = model.to(device, torch.float32).eval().requires_grad_(False), config, device
-        self.embedding = config.clip.embedding
+        self.noised, self.embedding, self.image_size = config.clip.noised, config.clip.embedding, config.image_size
         self._tokenizer = ClipTokenizer(merges, config.context) if merges else Tokenizer(config.context)
 
     @torch.no_grad()
@@ -44,8 +46,13 @@ class NoisedCritic:
         tokens, mask = self._tokenizer.batch(list(prompts))
         return self.model.encode_text(tokens.to(self.device), mask.sum(1).to(self.device))
 
+    @torch.no_grad()
+    def see(self, x: Tensor) -> Tensor:
+        x = x.to(self.device)
+        return self.model.encode_image(x, torch.zeros(len(x), dtype=torch.int64, device=self.device))
+
     def score(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        return self.model.score(x, timestep, text)
+        return self.model.score(x, timestep if self.noised else torch.zeros_like(timestep), text)
 
 
 class PublicCritic:
@@ -66,6 +73,7 @@ class PublicCritic:
                                f"({str(error).splitlines()[0][:200]}).") from None
         self._model.to(device, torch.float32).eval().requires_grad_(False)
         self.device, self.embedding = device, self._model.config.projection_dim
+        self.image_size = self._model.config.vision_config.image_size
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:
@@ -73,29 +81,43 @@ class PublicCritic:
         given = self._tokenizer(list(prompts), padding=True, truncation=True, max_length=context, return_tensors="pt").to(self.device)
         return F.normalize(self._model.text_projection(self._model.text_model(**given).pooler_output), dim=-1)
 
+    @torch.no_grad()
+    def see(self, x: Tensor) -> Tensor:
+        return self._embed_images(x.to(self.device))
+
     def score(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """The timestep means nothing to it."""
-        size = self._model.config.vision_config.image_size
-        x = F.interpolate((x + 1) / 2, (size, size), mode="bicubic", align_corners=False, antialias=True)
+        return self._model.logit_scale.exp() * (self._embed_images(x) * text).sum(-1)
+
+    def _embed_images(self, x: Tensor) -> Tensor:
+        x = F.interpolate((x + 1) / 2, (self.image_size, self.image_size), mode="bicubic", align_corners=False, antialias=True)
         mean, std = (x.new_tensor(values).reshape(1, 3, 1, 1) / 255 for values in (CHANNEL_MEANS, CHANNEL_STDS))
-        seen = self._model.visual_projection(self._model.vision_model((x - mean) / std).pooler_output)
-        return self._model.logit_scale.exp() * (F.normalize(seen, dim=-1) * text).sum(-1)
+        return F.normalize(self._model.visual_projection(self._model.vision_model((x - mean) / std).pooler_output), dim=-1)
 
 
 def load_critic(path: str | Path, base: ModelConfig, device: torch.device | str = "cpu") -> Critic:
     """The CLIP at `path`, a weights file of noised CLIP or the folder of a public one, to go with a base model. Raises WeightsError."""
+    critic = load_clip(path, device)
+    if isinstance(critic, PublicCritic):
+        return critic
+    config = critic.config
+    if config.image_size != base.image_size:
+        raise WeightsError(f"{path} reads images of {config.image_size} pixels and {base.name} makes {base.image_size}; give a CLIP that "
+                           f"was trained for this size.")
+    if config.clip.noised and config.diffusion != base.diffusion:
+        raise WeightsError(f"{path} was trained on the noise of a {config.diffusion.schedule} schedule of {config.diffusion.steps} steps and "
+                           f"{base.name} on a {base.diffusion.schedule} one of {base.diffusion.steps}; give a CLIP of the same noise.")
+    return critic
+
+
+def load_clip(path: str | Path, device: torch.device | str = "cpu") -> OwnCritic | PublicCritic:
+    """The CLIP at `path` by itself: a weights file of noised CLIP, or the folder of a public one. Raises WeightsError."""
     if Path(path).is_dir():
         return PublicCritic(path, device)
     model, config = load_model(path)
     if not isinstance(config, ClipModelConfig):
         raise WeightsError(f"{path} holds {config.name}, a model of the kind {config.role!r}, where one of the kind 'clip' is wanted.")
-    if config.image_size != base.image_size:
-        raise WeightsError(f"{path} reads images of {config.image_size} pixels and {base.name} makes {base.image_size}; give a CLIP that "
-                           f"was trained for this size.")
-    if config.diffusion != base.diffusion:
-        raise WeightsError(f"{path} was trained on the noise of a {config.diffusion.schedule} schedule of {config.diffusion.steps} steps and "
-                           f"{base.name} on a {base.diffusion.schedule} one of {base.diffusion.steps}; give a CLIP of the same noise.")
     merges = load_metadata(path).get("merges")
     if config.clip.tokenizer == "clip" and not merges:
         raise WeightsError(f"{path} lacks the vocabulary of its captions; import it again with --vocabulary.")
-    return NoisedCritic(model, config, device, merges)
+    return OwnCritic(model, config, device, merges)

@@ -203,6 +203,15 @@ def nano_clip() -> Preset:
                           warmup_steps=50, clip_norm=1.0, precision="fp32", evaluate_every=100, checkpoint_every=100))
 
 
+def plain(preset: Preset) -> Preset:
+    """A CLIP that never sees noise: to judge and to search finished images with, where no public one is at hand."""
+    clip = preset.model.clip.model_copy(update={"noised": False})
+    model = preset.model.model_copy(update={"name": preset.model.name.replace("-", "-plain-"), "clip": clip})
+    # At 600 steps the smallest one still gains: 0.47 of 64 held-out captions found, at 1,200 0.53.
+    steps = 1000 if preset.model.name.startswith("nano") else preset.train.steps
+    return preset.model_copy(update={"model": model, "train": preset.train.model_copy(update={"steps": steps})})
+
+
 # -- fine-tuning, which the paper does twice --------------------------------------------------------------------------
 
 def guided(preset: Preset) -> Preset:
@@ -238,4 +247,5 @@ CLIPS = {function.__name__.replace("_", "-"): function for function in (noised_c
 # Ours are trained with empty captions from the start, so that there is nothing to fine-tune for guidance.
 PRESETS.update({f"{name}-{task.__name__}": partial(_task_on, task, make) for name, make in list(PRESETS.items())
                 for task in (guided, inpaint) if task is inpaint or not name.startswith(("emoji", "nano"))})
+CLIPS.update({name.replace("-", "-plain-"): partial(_task_on, plain, make) for name, make in list(CLIPS.items()) if name in ("emoji-clip", "nano-clip")})
 PRESETS.update(CLIPS)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from .config import UserError
 
 S3 = "s3://"
 CHECKSUM = "sha256"   # object metadata that `put` writes and `read` verifies
+WAITS = (0.1, 0.2, 0.4, 0.8)      # seconds before an object that did not come whole is asked for again
 
 
 class StorageError(UserError):
@@ -53,15 +56,7 @@ def list_files(path: str | Path, suffixes: tuple[str, ...]) -> Iterator[str]:
 def read(path: str | Path) -> bytes:
     """All bytes of a file or object. Raises StorageError where it is missing, or not what was put there."""
     with _errors(path):
-        if not is_remote(path):
-            return Path(path).read_bytes()
-        bucket, key = _split(str(path))
-        answer = _client().get_object(Bucket=bucket, Key=key)
-        data = answer["Body"].read()
-    expected = answer["Metadata"].get(CHECKSUM)
-    if expected and hashlib.sha256(data).hexdigest() != expected:
-        raise StorageError(f"{path} is damaged: its SHA-256 is not the one it was stored with; put it there again.")
-    return data
+        return _read_object(str(path)) if is_remote(path) else Path(path).read_bytes()
 
 
 def put(data: bytes | Path, path: str | Path) -> None:
@@ -98,17 +93,62 @@ def fetch(path: str | Path, cache: str | Path | None = None) -> Path:
         if not Path(path).exists():
             raise StorageError(f"There is no file {path}.")
         return Path(path)
-    bucket, key = _split(str(path))
-    with _errors(path):
-        tag = _client().head_object(Bucket=bucket, Key=key)["ETag"].strip('"')
-    folder = Path(cache or os.environ.get("GLIDE_CACHE") or Path.home() / ".cache" / "glide_ray")
-    local = folder / hashlib.sha256(f"{path}@{tag}".encode()).hexdigest()[:16] / Path(key).name
+    local = _cached(f"{path}@{_tag(path)}", cache) / str(path).rpartition("/")[2]
     if not local.exists():
         put(read(path), local)
     return local
 
 
+def fetch_folder(path: str | Path, suffixes: tuple[str, ...], cache: str | Path | None = None) -> Path:
+    """A local folder with the files right under a path whose names end so: itself, or copies that are taken anew when one changed."""
+    if not is_remote(path):
+        return Path(path)
+    files = [file for file in list_files(path, suffixes) if file.rpartition("/")[0] == str(path).rstrip("/")]
+    if not files:
+        raise StorageError(f"There is nothing in {path} that ends in {' or '.join(suffixes)}.")
+    local = _cached(" ".join(f"{file}@{_tag(file)}" for file in files), cache)
+    for file in files:
+        if not (target := local / file.rpartition("/")[2]).exists():
+            put(read(file), target)
+    return local
+
+
 # --------------------------------------------------------------------------------------------------------------------
+
+def _read_object(path: str) -> bytes:
+    """All bytes of an object, asked for again where they break off or are not those that were put: boto3 itself tries again only
+    until the headers of an answer have come."""
+    bucket, key = _split(path)
+    client = _client()
+    from botocore.exceptions import BotoCoreError
+    from urllib3.exceptions import HTTPError
+    for wait in (*WAITS, None):
+        answer = client.get_object(Bucket=bucket, Key=key)
+        try:
+            data = answer["Body"].read()
+            expected = answer["Metadata"].get(CHECKSUM)
+            if not expected or hashlib.sha256(data).hexdigest() == expected:
+                return data
+            fault = f"{path} is damaged: its SHA-256 is not the one it was stored with; put it there again."
+        except (BotoCoreError, HTTPError, OSError) as error:
+            fault = f"{path} cannot be used: {error}."
+        if wait is not None:
+            time.sleep(wait * random.uniform(0.5, 1))       # not all readers at once
+    raise StorageError(fault)
+
+
+def _tag(path: str | Path) -> str:
+    """What changes when an object does."""
+    bucket, key = _split(str(path))
+    with _errors(path):
+        return _client().head_object(Bucket=bucket, Key=key)["ETag"].strip('"')
+
+
+def _cached(name: str, cache: str | Path | None) -> Path:
+    """The folder of the cache for what has this name."""
+    folder = Path(cache or os.environ.get("GLIDE_CACHE") or Path.home() / ".cache" / "glide_ray")
+    return folder / hashlib.sha256(name.encode()).hexdigest()[:16]
+
 
 def _split(path: str) -> tuple[str, str]:
     bucket, _, key = path.removeprefix(S3).partition("/")

@@ -13,11 +13,13 @@ from PIL import Image, ImageDraw
 
 from glide_ray import presets
 from glide_ray.config import override
+from glide_ray.data import emoji
 from glide_ray.data.images import encode
 from glide_ray.data.shards import Sample, write_shards
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.unet import GlideUNet
 from glide_ray.models.weights import save_weights
+from s3_proxy import Proxy
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COLOURS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 70, 220), "yellow": (240, 210, 40)}
@@ -72,6 +74,13 @@ def drawn_corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def emoji_corpus(tmp_path_factory):
+    """The default corpus, from the real packages: its folder, and its indices."""
+    out = tmp_path_factory.mktemp("emoji")
+    return out, emoji.build(out)
+
+
+@pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory):
     """Weights files of a tiny base model, upsampler and noised CLIP: {"base": path, "upsampler": path, "clip": path}."""
     folder = tmp_path_factory.mktemp("weights")
@@ -95,15 +104,33 @@ def ray_session(s3):      # after s3: Ray's processes inherit its address
 
 
 @pytest.fixture(scope="session")
-def s3(tmp_path_factory):
-    """moto's S3 server in a process of its own; gives a bucket's URL. Credentials and endpoint are in the environment."""
+def s3_proxy():
+    """Where S3 is asked: a proxy that can be told to fail, before a server that `s3` starts."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    proxy = Proxy(port)
+    yield proxy
+    proxy.shutdown()
+    proxy.server_close()
+
+
+@pytest.fixture
+def s3_faults(s3, s3_proxy):
+    """What is to go wrong with requests to S3, until the end of the test."""
+    s3_proxy.faults.clear()
+    yield s3_proxy.faults
+    s3_proxy.faults.clear()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory, s3_proxy):
+    """moto's S3 server in a process of its own, behind a proxy; gives a bucket's URL. Credentials and endpoint are in the environment."""
+    port = s3_proxy.upstream
     server = subprocess.Popen([os.path.join(os.path.dirname(sys.executable), "moto_server"), "-H", "127.0.0.1", "-p", str(port)],
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     environment = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
-                   "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "GLIDE_CACHE": str(tmp_path_factory.mktemp("cache"))}
+                   "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3_proxy.server_port}", "GLIDE_CACHE": str(tmp_path_factory.mktemp("cache"))}
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     import boto3

@@ -11,7 +11,7 @@ from conftest import drawn_samples, random_model, tiny, tiny_clip
 from glide_ray import presets
 from glide_ray.cascade import Cascade, RequestError
 from glide_ray.config import SampleOptions, UserError, override
-from glide_ray.critic import NoisedCritic, PublicCritic, load_critic
+from glide_ray.critic import OwnCritic, PublicCritic, load_critic
 from glide_ray.data.images import centre_crop, decode, to_8_bits, to_tensor
 from glide_ray.diffusion.samplers import SAMPLERS
 from glide_ray.diffusion.schedule import make_schedule
@@ -120,7 +120,7 @@ def critic():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return NoisedCritic(model, CLIP)
+    return OwnCritic(model, CLIP)
 
 
 def stepper(critic=None, **options):

@@ -10,19 +10,13 @@ from glide_ray.data.images import open_image
 from glide_ray.data.shards import read_shard
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    out = tmp_path_factory.mktemp("emoji")
-    return out, emoji.build(out)
-
-
 def samples(folder):
     return [sample for path in sorted(folder.glob("*.tar")) for sample in read_shard(path)]
 
 
 @pytest.mark.slow
-def test_the_emoji_corpus_is_whole_and_its_hold_out_is_apart(corpus):
-    out, indices = corpus
+def test_the_emoji_corpus_is_whole_and_its_hold_out_is_apart(emoji_corpus):
+    out, indices = emoji_corpus
     train, held_out = samples(out / "train"), samples(out / "held_out")
     assert (len(train), len(held_out)) == (indices["train"]["count"], indices["held_out"]["count"])
     assert 6500 < len(train) + len(held_out) < 7300
@@ -32,18 +26,18 @@ def test_the_emoji_corpus_is_whole_and_its_hold_out_is_apart(corpus):
 
 
 @pytest.mark.slow
-def test_each_emoji_has_a_picture_captions_a_group_a_licence_and_a_source(corpus):
-    apple = next(sample for sample in samples(corpus[0] / "train") + samples(corpus[0] / "held_out") if sample.key == "fluent-1f34e")
+def test_each_emoji_has_a_picture_captions_a_group_a_licence_and_a_source(emoji_corpus):
+    apple = next(sample for sample in samples(emoji_corpus[0] / "train") + samples(emoji_corpus[0] / "held_out") if sample.key == "fluent-1f34e")
     assert apple.captions[0] == "a red apple, 3D render" and apple.meta["group"] == "Food & Drink"
     assert apple.meta["licence"] == "MIT" and apple.meta["source"] == "@lobehub/fluent-emoji-3d@1.1.0"
     assert open_image(apple.image).size == (256, 256)
-    for sample in samples(corpus[0] / "held_out"):
+    for sample in samples(emoji_corpus[0] / "held_out"):
         assert len(sample.captions) >= 3 and all(sample.captions) and sample.meta["group"]
 
 
 @pytest.mark.slow
-def test_a_second_call_finds_the_corpus_there(corpus):
-    out, indices = corpus
+def test_a_second_call_finds_the_corpus_there(emoji_corpus):
+    out, indices = emoji_corpus
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
     assert emoji.build(out) == indices
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")} == before

@@ -58,6 +58,22 @@ def base_form(code: str) -> str:
     return "-".join(point for point in code.split("-") if point not in SKIN_TONES and point != VARIATION_SELECTOR)
 
 
+# -- what is known of them, as rules over a Candidate (`filters.py`): true for what has the content ---------------------
+
+WEAPONS = {"1f3f9": "bow and arrow", "1f4a3": "bomb", "1f52a": "kitchen knife", "1f52b": "water pistol", "1f531": "trident emblem",
+           "1f5e1": "dagger", "1f6e1": "shield", "1f93a": "person fencing", "1f9e8": "firecracker", "1fa83": "boomerang", "1fa93": "axe",
+           "2694": "crossed swords"}     # those that emojilib calls weapons, and what bursts, shoots or cuts beside them
+
+
+def shows_people(candidate) -> bool:
+    """Unicode's group: people of every profession and tone, hands, and parts of the body down to a bone."""
+    return candidate.meta.get("group") == "People & Body"
+
+
+def shows_weapon(candidate) -> bool:
+    return candidate.meta.get("emoji") in WEAPONS
+
+
 # -- packages ---------------------------------------------------------------------------------------------------------
 
 def fetch_packages(cache: str | Path, report: Callable[[str], None] = lambda line: None) -> dict[str, Path]:

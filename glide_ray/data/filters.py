@@ -17,7 +17,6 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 from PIL import Image
 
 from ..config import CleanConfig, ConfigError
@@ -153,24 +152,23 @@ def clean_captions(captions: Sequence[str], rules: Mapping[str, Callable[[str], 
     return kept, None if kept else broken[0]
 
 
-def users_rules(names: Sequence[str]) -> dict[str, Rule]:
+def users_rules(names: Sequence[str], option: str = "--rule") -> dict[str, Rule]:
     """The functions that `module:function` names, the module as Python finds it from the current folder. Raises ConfigError."""
     rules = {}
     for name in names:
         module, colon, function = name.partition(":")
         if not colon:
-            raise ConfigError(f"--rule {name!r} is not of the form module:function, such as my_rules:is_outdoors.")
+            raise ConfigError(f"{option} {name!r} is not of the form module:function, such as my_rules:is_outdoors.")
         if str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
         try:
             rule = getattr(importlib.import_module(module), function)
         except ImportError as error:
-            raise ConfigError(f"--rule {name}: the module cannot be imported from {Path.cwd()} ({error}).") from None
+            raise ConfigError(f"{option} {name}: the module cannot be imported from {Path.cwd()} ({error}).") from None
         except AttributeError:
-            raise ConfigError(f"--rule {name}: {module} has no function {function}.") from None
-        cloudpickle.register_pickle_by_value(sys.modules[module])      # other nodes have no copy of the user's file
+            raise ConfigError(f"{option} {name}: {module} has no function {function}.") from None
         if not callable(rule):
-            raise ConfigError(f"--rule {name}: {function} is not a function; it must take a Candidate and give true for what may stay.")
+            raise ConfigError(f"{option} {name}: {function} is not a function; it must take a Candidate and give true or false.")
         rules[f"against the rule {name}"] = rule
     return rules
 

@@ -7,7 +7,7 @@ that only read a corpus start without it.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -78,13 +78,22 @@ def lay_over(image: Image.Image, strokes: Image.Image) -> Image.Image:
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     """The largest centred square, at `size` pixels: (size, size, 3). Box filter downwards, bicubic upwards."""
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    if (width, height) != (size, size):
-        image = image.resize((size, size), Image.Resampling.BOX if side >= size else Image.Resampling.BICUBIC,
-                             box=(left, top, left + side, top + side))
-    return np.asarray(image)
+    return _squares(image, size, (0.5,))[0]
+
+
+def three_crops(image: Image.Image, size: int) -> list[np.ndarray]:
+    """The squares at both ends and in the middle of the longer side, at `size` pixels (app. F.1); one where all three are the same."""
+    return _squares(image, size, (0.5,) if image.width == image.height else (0, 0.5, 1))
+
+
+def _squares(image: Image.Image, size: int, places: Sequence[float]) -> list[np.ndarray]:
+    """The largest squares at these places of the longer side, 0 its beginning and 1 its end."""
+    side = min(image.size)
+    if image.size == (size, size):
+        return [np.asarray(image)] * len(places)
+    corners = [(int((image.width - side) * place), int((image.height - side) * place)) for place in places]
+    return [np.asarray(image.resize((size, size), Image.Resampling.BOX if side >= size else Image.Resampling.BICUBIC,
+                                    box=(left, top, left + side, top + side))) for left, top in corners]
 
 
 def area_downsample(pixels: np.ndarray, size: int) -> np.ndarray:

@@ -5,15 +5,12 @@ The corpus is read twice, once to judge and once to copy: nothing but 400 bytes 
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow
-import pyarrow.parquet
 import ray
 from tqdm import tqdm
 
@@ -23,11 +20,10 @@ from ..data.duplicates import FINGERPRINT_BYTES, find_duplicates, fingerprint
 from ..data.filters import NEAR_DUPLICATE, Candidate, Report, Rule, caption_rules, clean_captions, first_broken, image_rules
 from ..data.sources import Part, find_parts, read_part
 from ..evaluation.pages import Picture, Section, histogram, page, thumbnail
-from .corpus import look_up, rewrite
-from .local import connect
+from .corpus import PAGE, count, look_up, rewrite, write_manifest
+from .local import connect, send_with
 from .stream import Tally, quiet
 
-DROPPED, SUMMARY, PAGE = "dropped.parquet", "clean.json", "report.html"
 PAGE_PARTS, PAGE_PAIRS, PAGE_EXAMPLES, PAGE_SAMPLES = 12, 16, 8, 32
 SCHEMA = pyarrow.schema([("part", pyarrow.int32()), ("position", pyarrow.int32()), ("key", pyarrow.string()), ("reason", pyarrow.string()),
                          ("caption", pyarrow.string()), ("captions_dropped", pyarrow.int32()), ("width", pyarrow.int32()),
@@ -56,6 +52,7 @@ def clean(source: str, out: str, config: CleanConfig, rules: Mapping[str, Rule] 
         raise ConfigError(f"--out {out} is the corpus that is read; write to another folder.")
     parts = find_parts(source)
     connect(2)
+    send_with((rules or {}).values())
     report(f"reading {len(parts):,} parts of {source}")
     rows, scanned = scan(parts, config, rules or {})
     reason = np.array(rows["reason"].to_pylist(), object)
@@ -74,13 +71,10 @@ def clean(source: str, out: str, config: CleanConfig, rules: Mapping[str, Rule] 
     tests = caption_rules(config)
     index, faults = rewrite(parts, rows["part"].to_numpy()[stays], rows["position"].to_numpy()[stays], out, config.per_shard,
                             lambda captions: clean_captions(captions, tests)[0])
-    counted = Report(int(index["count"]), Counter(reason[reason != ""].tolist()), {}, [*scanned.faults, *faults])
-    for key, why in zip(rows["key"].to_pylist(), reason, strict=True):
-        if why:
-            counted.examples.setdefault(why, key)
-    cleaned = Cleaned(parts, rows, stays_instead, counted, int(np.sum(rows["captions_dropped"].to_numpy())), index)
-    _write_manifest(cleaned, source, out, config)
-    return cleaned
+    counted = count(rows, index, [*scanned.faults, *faults])
+    captions_dropped = int(np.sum(rows["captions_dropped"].to_numpy()))
+    write_manifest(out, parts, rows, counted, {"source": source, "settings": config.model_dump(), "captions_dropped": captions_dropped}, stays_instead)
+    return Cleaned(parts, rows, stays_instead, counted, captions_dropped, index)
 
 
 def scan(parts: Sequence[Part], config: CleanConfig, rules: Mapping[str, Rule]) -> tuple[pyarrow.Table, Report]:
@@ -128,21 +122,6 @@ def _first_of_users(candidate: Candidate, rules: Mapping[str, Rule]) -> str | No
         except Exception as error:      # a rule that fails on a row says nothing good of it, and must not end the run
             return f"on which {name.removeprefix('against ')} raised {type(error).__name__}"
     return None
-
-
-def _write_manifest(cleaned: Cleaned, source: str, out: str, config: CleanConfig) -> None:
-    rows, out = cleaned.rows, out.rstrip("/")
-    keys = rows["key"].to_pylist()
-    left_out = pyarrow.table({
-        "key": keys, "part": [cleaned.parts[n].url for n in rows["part"].to_pylist()], "position": rows["position"], "reason": rows["reason"],
-        "kept_instead": [keys[n] if n >= 0 else None for n in cleaned.stays_instead]})
-    left_out = left_out.filter(pyarrow.compute.not_equal(left_out["reason"], ""))
-    sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(left_out, sink)
-    storage.put(sink.getvalue().to_pybytes(), f"{out}/{DROPPED}")
-    summary = {"source": source, "settings": config.model_dump(), "read": len(rows), "kept": cleaned.report.kept,
-               "dropped": dict(cleaned.report.dropped), "captions_dropped": cleaned.captions_dropped, "faults": cleaned.report.faults}
-    storage.put(json.dumps(summary, indent=1, ensure_ascii=False).encode(), f"{out}/{SUMMARY}")
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------

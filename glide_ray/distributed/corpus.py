@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
 import ray
 
+from .. import storage
 from ..config import UserError
 from ..data import emoji
 from ..data.filters import Report
@@ -20,6 +24,7 @@ from ..tokenizer import Tokenizer
 from .local import connect
 from .stream import Tally, open_corpus, quiet
 
+DROPPED, SUMMARY, PAGE = "dropped.parquet", "summary.json", "report.html"     # beside the shards of a corpus that was written from another
 Captions = Callable[[Sequence[str]], tuple[str, ...]]
 
 
@@ -85,6 +90,30 @@ def rewrite(parts: Sequence[Part], part: np.ndarray, position: np.ndarray, out: 
         made = sorted(json.loads(str(line)) for batch in written.iter_batches(batch_size=None) for line in batch["made"])
         entries, faults = [entry for _, entry, _ in made if entry], [fault for *_, said in made for fault in said]
     return finish(out, entries), faults
+
+
+def count(rows: pyarrow.Table, index: Mapping[str, Any], faults: Sequence[str]) -> Report:
+    """What became of `rows`, whose `reason` is "" where they stay, once they are written with this index."""
+    report = Report(faults=list(faults))
+    for key, reason in zip(rows["key"].to_pylist(), rows["reason"].to_pylist(), strict=True):
+        report.add(key, reason or None)
+    report.kept = index["count"]        # fewer than stayed, where a part was gone when it was read again
+    return report
+
+
+def write_manifest(out: str, parts: Sequence[Part], rows: pyarrow.Table, report: Report, about: Mapping[str, Any],
+                   stays_instead: np.ndarray | None = None) -> None:
+    """DROPPED in `out`, a line a row that was left out, with its reason, and SUMMARY, the counts. `stays_instead` (N,): another row, or -1."""
+    keys, out = rows["key"].to_pylist(), out.rstrip("/")
+    instead = np.full(len(keys), -1) if stays_instead is None else stays_instead
+    left_out = pyarrow.table({
+        "key": keys, "part": [parts[n].url for n in rows["part"].to_pylist()], "position": rows["position"], "reason": rows["reason"],
+        "kept_instead": pyarrow.array([keys[n] if n >= 0 else None for n in instead], pyarrow.string())})
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(left_out.filter(pyarrow.compute.not_equal(left_out["reason"], "")), sink)
+    storage.put(sink.getvalue().to_pybytes(), f"{out}/{DROPPED}")
+    summary = {**about, "read": len(rows), "kept": report.kept, "dropped": dict(report.dropped), "faults": report.faults}
+    storage.put(json.dumps(summary, indent=1, ensure_ascii=False).encode(), f"{out}/{SUMMARY}")
 
 
 def look_up(parts: Sequence[Part], rows: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Sample]:

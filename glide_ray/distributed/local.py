@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import ray
+import ray.cloudpickle
 
 LAPTOP_CPUS = 4                    # two trainers and their data, or the three deployments
 OBJECT_STORE_BYTES = 384 * 2**20   # bytes of images, not pixels, pass through it: little is enough
@@ -31,6 +33,14 @@ def connect(cpus: int) -> None:
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     ray.init(address="local", num_cpus=max(cpus, LAPTOP_CPUS, os.cpu_count() or 1), object_store_memory=OBJECT_STORE_BYTES,
              include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+
+
+def send_with(functions: Iterable[Callable]) -> None:
+    """Let a user's own functions travel to the workers by value: other nodes have no copy of the file that they stand in."""
+    for function in functions:
+        module = sys.modules.get(getattr(function, "__module__", None))
+        if module is not None and not module.__name__.startswith("glide_ray."):
+            ray.cloudpickle.register_pickle_by_value(module)       # Ray's own copy of cloudpickle knows nothing of the other's list
 
 
 def disconnect() -> None:

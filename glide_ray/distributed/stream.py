@@ -15,7 +15,7 @@ from ..config import UserError
 from ..data.filters import Candidate, Report, first_broken, header_rules
 from ..data.sources import Part, columns, find_parts, read_part, row_id
 
-ROWS_PER_BLOCK, ROWS_PER_TASK = 64, 1024
+ROWS_PER_BLOCK, ROWS_PER_TASK = 64, 4096
 PREFETCH = 8           # batches of bytes that lie ready beside each worker
 
 

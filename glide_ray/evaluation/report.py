@@ -38,11 +38,27 @@ def show_hole(image: np.ndarray, known_mask: np.ndarray) -> np.ndarray:
     return np.where(known_mask[..., None], image, np.array(HOLE, np.uint8))
 
 
+def roc_curve(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """What a classifier drops of the rest over what it catches, as a picture (H, W, 3): scores (N,), 0 at its boundary; truth (N,) bool."""
+    pyplot = _pyplot()
+    from sklearn.metrics import roc_curve as curve
+    false, true, _ = curve(truth, scores)
+    figure, axis = pyplot.subplots(figsize=(4.4, 4), layout="constrained")
+    axis.plot(false, true, linewidth=1.5)
+    axis.plot([(scores[~truth] >= 0).mean()], [(scores[truth] >= 0).mean()], "o", label="at the tuned bias")
+    axis.plot([0, 1], [0, 1], ":", color="grey", linewidth=1)
+    axis.set(xlabel="share dropped of rows without the content", ylabel="share dropped of rows with it", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower right")
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[:, :, :3].copy()
+    pyplot.close(figure)
+    return pixels
+
+
 def loss_curves(runs: Mapping[str, Sequence[Mapping]], path: str | Path) -> None:
     """Training and held-out loss over steps, one panel a run, to a PNG. `runs`: name -> metrics as `glide train` writes them."""
-    import matplotlib   # only where curves are drawn
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, len(runs), figsize=(5.5 * len(runs), 4), squeeze=False, layout="constrained")
     for axis, (name, metrics) in zip(axes[0], runs.items(), strict=True):
         for key, label, style in (("loss", "training", "-"), ("held_out", "held out", "o-")):
@@ -56,3 +72,10 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping]], path: str | Path) -> None
     with whole(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
     pyplot.close(figure)
+
+
+def _pyplot():
+    import matplotlib   # only where curves are drawn
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot

@@ -25,7 +25,7 @@ from ..models.weights import build, check_shapes, load_weights, with_known_chann
 from ..storage import fetch
 from .checkpoint import STATE, Progress, ema_path, read_progress, read_seen, seen_path, write_progress
 from .ema import Ema
-from .objectives import OBJECTIVES, draw, held_out_sums
+from .objectives import draw, held_out_sums, objective_of
 from .zero import deepspeed_config, learning_rate, resolve_precision
 
 Metrics = dict[str, float | int | str]
@@ -58,7 +58,7 @@ class Trainer:
         self.device = torch.device(deepspeed.get_accelerator().current_device_name())
         self.precision = resolve_precision(train.precision, self.device.type)
         self.schedule = make_schedule(preset.model.diffusion.schedule, preset.model.diffusion.steps).to(self.device)
-        self.objective = OBJECTIVES[train.objective]
+        self.objective = objective_of(preset)
         torch.manual_seed(train.seed)       # every rank draws the same initial weights
         model = build(preset.model)
         model.activation_checkpointing = train.activation_checkpointing

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
+from ..config import ClipModelConfig, Preset
 from ..diffusion.loss import hybrid_loss
 from ..diffusion.process import q_sample
 from ..diffusion.schedule import Schedule
@@ -40,8 +41,16 @@ def contrastive(network: Callable, schedule: Schedule, batch: Batch, i: Tensor, 
     "All" are those of every rank. A rank's loss is of its own rows; the gather hands gradients back to where an embedding came from,
     so that the mean over ranks, which data parallelism takes, is the gradient of the whole batch. Held-out batches are not gathered.
     """
-    output = network(q_sample(schedule, batch.image, i, noise), schedule.timestep.to(i.device)[i], batch.conditioning.tokens,
-                     batch.conditioning.mask)
+    return _contrast(network, q_sample(schedule, batch.image, i, noise), schedule.timestep.to(i.device)[i], batch)
+
+
+def contrastive_without_noise(network: Callable, schedule: Schedule, batch: Batch, i: Tensor, noise: Tensor) -> Losses:
+    """The same loss of a CLIP that is to judge finished images: they are shown as they are, at timestep 0."""
+    return _contrast(network, batch.image, torch.zeros_like(i), batch)
+
+
+def _contrast(network: Callable, x: Tensor, timestep: Tensor, batch: Batch) -> Losses:
+    output, i = network(x, timestep, batch.conditioning.tokens, batch.conditioning.mask), timestep
     images, texts, first = output.image, output.text, 0
     if torch.is_grad_enabled() and dist.is_initialized() and dist.get_world_size() > 1:
         images, texts = torch.cat(all_gather(images.contiguous())), torch.cat(all_gather(texts.contiguous()))
@@ -54,6 +63,13 @@ def contrastive(network: Callable, schedule: Schedule, batch: Batch, i: Tensor, 
 
 # An upsampler's loss is the base model's; its batches carry the low-resolution image in their conditioning.
 OBJECTIVES: dict[str, Objective] = {"base": denoising, "upsampler": denoising, "clip": contrastive}
+
+
+def objective_of(preset: Preset) -> Objective:
+    """What a preset's training steps compute."""
+    if isinstance(preset.model, ClipModelConfig) and not preset.model.clip.noised:
+        return contrastive_without_noise
+    return OBJECTIVES[preset.train.objective]
 
 
 def draw(schedule: Schedule, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,155 @@
+"""Active learning (app. F.1): which rows of a corpus are to be labelled next, and the CSV that people write their labels into.
+
+First come rows that a search by words finds and rows drawn at random; then, round by round, those that lie nearest to the boundary
+of the SVM fitted so far.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .. import storage
+from ..config import FilterConfig
+from .content import ContentError, Fitted, first_guess, fit, tuned_threshold
+
+COLUMNS = ("row", "label", "caption", "why")
+YES, NO = ("1", "yes", "y", "true"), ("0", "no", "n", "false")
+SEARCHED, RANDOM, NEAR = "search", "random", "near the boundary"
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The rows that labels are asked for."""
+
+    names: Sequence[str]         # PART#POSITION of each
+    captions: Sequence[str]
+    features: np.ndarray         # (N, E)
+    groups: np.ndarray           # (N,) int: rows of one thing share it
+    likeness: np.ndarray         # (N, W) to each of the words that are searched for
+
+
+def ask(pool: Pool, labelled: Mapping[int, bool], config: FilterConfig, among: np.ndarray | None = None) -> list[tuple[int, str]]:
+    """The rows to label next, each with the reason it is asked for; [] once `config.labels` have been. `among` (N,) bool: of these only."""
+    free = np.ones(len(pool.names), bool) if among is None else among.copy()
+    free[list(labelled)] = False
+    draws = np.random.default_rng([config.seed, len(labelled)])
+    if not labelled:
+        return _found_and_drawn(pool, free, min(config.first, config.labels), draws)
+    count = min(config.each_round, config.labels - len(labelled))
+    if count <= 0 or not free.any():
+        return []
+    rows, labels = np.array(list(labelled)), np.array(list(labelled.values()), bool)
+    if labels.all() or not labels.any():
+        return _found_and_drawn(pool, free, count, draws)
+    try:
+        svm = fit(pool.features[rows], labels, pool.groups[rows]).svm
+    except ContentError:
+        svm = first_guess(pool.features[rows], labels)
+    scores = np.full(len(free), np.inf)
+    scores[free] = np.abs(svm.decision_function(pool.features[free]))
+    return [(row, NEAR) for row in _one_of_each_group(np.argsort(scores, kind="stable")[:free.sum()], pool.groups)[:count].tolist()]
+
+
+def answered(pool: Pool, truth: np.ndarray, config: FilterConfig, among: np.ndarray | None = None) -> dict[int, bool]:
+    """All labels of the loop where the answers (N,) bool are known: row -> label."""
+    labelled: dict[int, bool] = {}
+    while rows := ask(pool, labelled, config, among):
+        labelled |= {row: bool(truth[row]) for row, _ in rows}
+    return labelled
+
+
+def fit_labelled(pool: Pool, labelled: Mapping[int, bool]) -> Fitted:
+    """The SVM of the rows that are labelled. Raises ContentError."""
+    rows = np.array(list(labelled), np.int64)
+    return fit(pool.features[rows], np.array(list(labelled.values()), bool), pool.groups[rows])
+
+
+def threshold_of(fitted: Fitted, labelled: Mapping[int, bool], config: FilterConfig) -> float:
+    """Where the bias is set, from what the SVM says of labelled rows whose group it did not see."""
+    return tuned_threshold(fitted.out_of_fold[np.array(list(labelled.values()), bool)], config.max_missed, config.confidence)
+
+
+def assess(pool: Pool, truth: np.ndarray, config: FilterConfig, folds: int = 4) -> np.ndarray:
+    """The score (N,), 0 at the tuned boundary, that each row has from a filter that saw nothing of its group.
+
+    The whole loop, with its search and its labels, runs once a fold, on the other folds. Rows are nan whose fold's loop found too few.
+    """
+    groups = np.unique(pool.groups)
+    fold = np.random.default_rng([config.seed, folds]).permutation(len(groups)) % folds
+    # The rare kind is dealt out by itself: else chance puts most of it into one fold.
+    rare = np.isin(groups, pool.groups[truth])
+    for kind in (True, False):
+        fold[rare == kind] = np.random.default_rng([config.seed, kind]).permutation(np.arange((rare == kind).sum())) % folds
+    fold = fold[np.searchsorted(groups, pool.groups)]
+    scores = np.full(len(truth), np.nan)
+    for number in range(folds):
+        labelled = answered(pool, truth, config, fold != number)
+        try:
+            fitted = fit_labelled(pool, labelled)
+        except ContentError:
+            continue
+        apart = fold == number
+        scores[apart] = fitted.svm.decision_function(pool.features[apart]) - threshold_of(fitted, labelled, config)
+    return scores
+
+
+def _found_and_drawn(pool: Pool, free: np.ndarray, count: int, draws: np.random.Generator) -> list[tuple[int, str]]:
+    """Half of the rows by their likeness to the words, where there are any, the rest at random."""
+    rows: list[tuple[int, str]] = []
+    if pool.likeness.shape[1]:
+        best = np.argsort(np.where(free[:, None], -pool.likeness, np.inf), axis=0, kind="stable")[:free.sum()]
+        _, first = np.unique(best.ravel(), return_index=True)
+        in_turn = best.ravel()[np.sort(first)]          # the first of each word, then the second of each
+        rows = [(row, SEARCHED) for row in _one_of_each_group(in_turn, pool.groups)[:count // 2].tolist()]
+    rest = np.setdiff1d(np.flatnonzero(free), [row for row, _ in rows])
+    return rows + [(row, RANDOM) for row in draws.permutation(rest)[:count - len(rows)].tolist()]
+
+
+def _one_of_each_group(rows: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """The same rows, those first that are the first of their group: near-copies teach an SVM little."""
+    _, first = np.unique(groups[rows], return_index=True)
+    return np.concatenate([rows[np.sort(first)], np.delete(rows, first)])
+
+
+# -- the CSV ----------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Label:
+    """One line: a row of the corpus, as PART#POSITION, and whether it has the content; None where nobody has said yet."""
+
+    row: str
+    label: bool | None
+    caption: str = ""
+    why: str = ""                # it was asked for
+
+
+def read_labels(path: str | Path) -> list[Label]:
+    """The CSV, [] where there is none. Raises ContentError for a label that is neither yes nor no."""
+    try:
+        text = storage.read(path).decode("utf-8-sig")
+    except storage.StorageError:
+        return []
+    labels = []
+    for number, line in enumerate(csv.DictReader(io.StringIO(text)), start=2):
+        said = (line.get("label") or "").strip().lower()
+        if not line.get("row"):
+            raise ContentError(f"{path}, line {number} names no row; the columns are {', '.join(COLUMNS)}.")
+        if said not in (*YES, *NO, ""):
+            raise ContentError(f"{path}, line {number}: the label {said!r} is neither 1 (has the content) nor 0; write one of the two, or "
+                               f"leave it empty.")
+        labels.append(Label(line["row"], None if not said else said in YES, line.get("caption") or "", line.get("why") or ""))
+    return labels
+
+
+def write_labels(path: str | Path, labels: Sequence[Label]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    writer.writerows((label.row, "" if label.label is None else int(label.label), label.caption, label.why) for label in labels)
+    storage.put(text.getvalue().encode(), path)

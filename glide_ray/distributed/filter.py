@@ -1,0 +1,398 @@
+"""`glide filter`: CLIP's features of a corpus through an actor pool, a content filter fitted on labels of some of its rows (app. F.1), and
+the filter applied to all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import ray
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+from tqdm import tqdm
+
+from .. import storage
+from ..config import CleanConfig, ConfigError, FilterConfig, UserError
+from ..data.content import ContentError, ContentFilter, load_filter, missed_interval, with_threshold
+from ..data.filters import Candidate, Report, Rule, first_broken, image_rules
+from ..data.images import ImageError, decode
+from ..data.labelling import Label, Pool, answered, ask, assess, fit_labelled, read_labels, threshold_of, write_labels
+from ..data.sources import Part, find_parts, read_part
+from ..evaluation.features import ClipFeatures, fetch_clip
+from ..evaluation.pages import Picture, Section, page, thumbnail
+from ..evaluation.report import contact_sheet, roc_curve
+from ..recipe import fingerprint
+from .corpus import PAGE, count, look_up, rewrite, write_manifest
+from .local import connect, send_with
+from .stream import Tally, quiet
+
+ROWS_AT_ONCE = 64                   # images that one actor is given
+ACTORS = 2                          # on a cluster without GPUs
+FILTER, LABELS, SHEET, FEATURES = "filter.safetensors", "labels.csv", "sheet.png", "features.parquet"
+BROKEN = "with a broken image"
+FEW = 20                            # held-out rows with the content: with fewer, the filter is assessed by folds of its own corpus
+SHOWN = 24                          # pictures of a kind on a page
+
+
+# -- features ---------------------------------------------------------------------------------------------------------
+
+class Embedder:
+    """What an actor of the pool does: images to features, or to a filter's scores. It loads the CLIP once, for all blocks it is given."""
+
+    def __init__(self, clip: str, content: ContentFilter | None):
+        if not torch.cuda.is_available():
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ACTORS))
+        self._clip, self._content = ClipFeatures(clip), content
+
+    def __call__(self, block: pyarrow.Table) -> pyarrow.Table:
+        pictures, reasons = [], []
+        for image, reason in zip(block["image"].to_pylist(), block["reason"].to_pylist(), strict=True):
+            try:
+                pictures.append(decode(image) if not reason else None)
+            except ImageError:
+                pictures.append(None)
+                reason = BROKEN
+            reasons.append(reason)
+        seen = iter(self._clip.images([picture for picture in pictures if picture is not None]))
+        features = np.stack([np.full(self._clip.width, np.nan, np.float32) if picture is None else next(seen) for picture in pictures])
+        block = block.drop_columns(["image", "reason"]).append_column("reason", pyarrow.array(reasons, pyarrow.string()))
+        if self._content is not None:
+            return block.append_column("score", pyarrow.array(self._content.score(features)))
+        return block.append_column("features", pyarrow.array(list(features), pyarrow.list_(pyarrow.float32())))
+
+
+def embed(parts: Sequence[Part], clip: str, truth: Rule | None = None, content: ContentFilter | None = None, group: str = "",
+          limit: int | None = None, label: str = "look") -> tuple[pyarrow.Table, Report]:
+    """Every row: part, position, key, caption, group, truth, reason ("" where the image is whole), and its features or a filter's score.
+
+    `truth` says whether a row has the content. `limit` ends the reading after so many rows. The report counts rows, and names parts
+    with a fault.
+    """
+    shared, tally = ray.put(list(parts)), Tally.remote()
+
+    def read(batch: dict[str, np.ndarray]) -> Iterator[pyarrow.Table]:
+        for number in batch["item"]:
+            report, rows = Report(), []
+            for row in _rows(int(number), ray.get(shared)[number], truth, group, report):
+                rows.append(row)
+                if len(rows) == ROWS_AT_ONCE:
+                    yield pyarrow.Table.from_pylist(rows, READ)
+                    rows = []
+            if rows:
+                yield pyarrow.Table.from_pylist(rows, READ)
+            ray.get(tally.add.remote(report))
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    stream = quiet().from_items(list(range(len(parts))), override_num_blocks=len(parts)).map_batches(read, batch_size=1)
+    stream = stream.map_batches(Embedder, fn_constructor_args=(clip, content), batch_format="pyarrow", batch_size=ROWS_AT_ONCE,
+                                concurrency=min(len(parts), gpus or ACTORS), num_gpus=1 if gpus else 0)
+    tables, done = [], 0
+    with tqdm(desc=label, unit="image", dynamic_ncols=True, disable=None, total=limit) as bar:
+        for table in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
+            tables.append(table)
+            done += len(table)
+            bar.update(len(table))
+            if limit is not None and done >= limit:
+                break
+    if not tables:
+        raise ContentError(f"No row of the corpus can be read: {' '.join(ray.get(tally.report.remote()).faults)[:300]}")
+    rows = pyarrow.concat_tables(tables).sort_by([("part", "ascending"), ("position", "ascending")])
+    return rows, ray.get(tally.report.remote())
+
+
+READ = pyarrow.schema([("part", pyarrow.int32()), ("position", pyarrow.int32()), ("key", pyarrow.string()), ("caption", pyarrow.string()),
+                       ("group", pyarrow.string()), ("truth", pyarrow.bool_()), ("reason", pyarrow.string()), ("image", pyarrow.binary())])
+
+
+def _rows(number: int, part: Part, truth: Rule | None, group: str, report: Report) -> Iterator[dict[str, Any]]:
+    rules = {name: rule for name, rule in image_rules(CleanConfig(min_size=1, max_aspect=None)).items() if name != BROKEN}    # the actor decodes
+    try:
+        for position, sample in enumerate(read_part(part)):
+            candidate = Candidate(sample)
+            reason = first_broken(candidate, rules) or ""
+            yield {"part": number, "position": position, "key": sample.key, "caption": sample.captions[0] if sample.captions else "",
+                   "group": str(sample.meta.get(group) or f"{part.url}#{position}"), "truth": bool(truth(candidate)) if truth else None,
+                   "reason": reason, "image": b"" if reason else sample.image}
+    except UserError as error:
+        report.faults.append(str(error))
+
+
+# -- fit --------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Looked:
+    """The rows of a corpus with whole images, as a CLIP sees them."""
+
+    names: Sequence[str]             # PART#POSITION
+    places: Sequence[tuple[int, int]]
+    parts: Sequence[Part]
+    captions: Sequence[str]
+    groups: np.ndarray               # (N,) int
+    truth: np.ndarray | None         # (N,) bool
+    features: np.ndarray             # (N, E)
+
+    def pictures(self, rows: Sequence[int], labels: Sequence[str] | None = None) -> list[list[Picture]]:
+        """Rows as the groups of a page's section."""
+        found = look_up(self.parts, [self.places[n] for n in rows])
+        return [[Picture(thumbnail(found[self.places[n]].image) if self.places[n] in found else None, label)]
+                for n, label in zip(rows, labels or [self.captions[n] for n in rows], strict=True)]
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """How a filter does on rows that it was not fitted on."""
+
+    on: str                          # which rows these are
+    rows: Looked
+    scores: np.ndarray               # (N,), 0 at the boundary
+    truth: np.ndarray                # (N,) bool
+
+    def __str__(self) -> str:
+        missed, of, caught, without = (self.truth & (self.scores < 0)).sum(), self.truth.sum(), (~self.truth & (self.scores >= 0)).sum(), (~self.truth).sum()
+        low, high = missed_interval(int(missed), int(of))
+        return (f"on {self.on}: {missed} of {of:,} missed ({missed / max(1, of):.2%}, 95% interval {low:.2%} to {high:.2%}); of {without:,} rows without "
+                f"it {caught / max(1, without):.1%} dropped; area under the ROC {self.area:.3f}")
+
+    @property
+    def area(self) -> float:
+        return float(roc_auc_score(self.truth, self.scores)) if 0 < self.truth.sum() < len(self.truth) else float("nan")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a call of `fit_content` has done. `waiting` rows stand in the CSV without a label."""
+
+    content: ContentFilter | None
+    labelled: int
+    with_content: int
+    waiting: int
+    on_labels: str                   # what the labels say of the filter
+    assessment: Assessment | None
+
+
+def fit_content(name: str, corpus: str, out: str | Path, clip: str, config: FilterConfig, words: Sequence[str] = (),
+                truth: Rule | None = None, held_out: str | None = None, report: Callable[[str], None] = lambda line: None) -> Fit:
+    """Fit the filter `name` in the folder `out`, or go on with the one that is there.
+
+    Without `truth`, people answer: the rows to label next are appended to LABELS and shown in SHEET, and the same call goes on once they
+    are labelled. With `truth`, a rule that knows the answers, all rounds run at once, and the filter is assessed on `held_out`.
+    Raises UserError.
+    """
+    out = Path(out)
+    clip_path = fetch_clip(clip)
+    features = ClipFeatures(clip_path)          # a missing CLIP is said before Ray is started
+    labels = read_labels(out / LABELS) if truth is None else []
+    waiting = [label for label in labels if label.label is None]
+    if waiting:
+        raise ContentError(f"{len(waiting)} of {len(labels)} rows in {out / LABELS} have no label yet; write 1 (has the content) or 0 for each, as "
+                           f"{out / SHEET} shows them by their line, and run the same command again.")
+    connect(2 + ACTORS)
+    send_with([truth] if truth else [])
+    looked = _pool(corpus, out, str(Path(clip_path).resolve()), config, truth, report)
+    pool = Pool(looked.names, looked.captions, looked.features, looked.groups,
+                looked.features @ features.words(list(words)).T if words else np.empty((len(looked.names), 0)))
+    place = {row: n for n, row in enumerate(looked.names)}
+    if truth is not None:
+        labelled = answered(pool, looked.truth, config)
+        write_labels(out / LABELS, [Label(looked.names[n], said, looked.captions[n], "truth") for n, said in labelled.items()])
+        asked = []
+    else:
+        strange = next((label.row for label in labels if label.row not in place), None)
+        if strange:
+            raise ContentError(f"{out / LABELS} labels {strange}, which is not among the rows looked at: it belongs to another corpus or pool; give "
+                               f"another folder with --out.")
+        labelled = {place[label.row]: bool(label.label) for label in labels}
+        asked = ask(pool, labelled, config)
+        if asked:
+            _write_sheet(out, looked, [n for n, _ in asked], first_line=2 + len(labels))
+            write_labels(out / LABELS, [*labels, *(Label(looked.names[n], None, looked.captions[n], why) for n, why in asked)])
+    try:
+        fitted = fit_labelled(pool, labelled)
+    except ContentError:
+        if not asked:
+            raise
+        return Fit(None, len(labelled), sum(labelled.values()), len(asked), "", None)
+    threshold = threshold_of(fitted, labelled, config)
+    said = np.array(list(labelled.values()), bool)
+    missed, of = int((fitted.out_of_fold[said] < threshold).sum()), int(said.sum())
+    on_labels = (f"of {of} labelled rows with {name}, judged without their like, {missed} are missed (95% interval up to "
+                 f"{missed_interval(missed, of)[1]:.1%}); of {(~said).sum()} without it, {(fitted.out_of_fold[~said] >= threshold).mean():.0%} are dropped")
+    settings = {"corpus": corpus, "clip": str(clip), "words": list(words), "labels": len(said), "with_content": of, "cost": fitted.cost,
+                "missed": missed, **config.model_dump()}
+    content = with_threshold(fitted, threshold, name, fingerprint(clip_path), settings)
+    content.save(out / FILTER)
+    assessment = None if truth is None else _assess(content, pool, looked, corpus, held_out, str(clip_path), config, truth, report)
+    done = Fit(content, len(labelled), of, len(asked), on_labels, assessment)
+    storage.put(_fit_page(done, looked, labelled).encode(), out / PAGE)
+    return done
+
+
+def _pool(corpus: str, out: Path, clip: str, config: FilterConfig, truth: Rule | None, report: Callable[[str], None]) -> Looked:
+    """The rows that labels are asked for. They are looked at once: a second call finds their features in FEATURES."""
+    parts = find_parts(corpus)
+    order = np.random.default_rng(config.seed).permutation(len(parts))
+    parts = [parts[n] for n in order]
+    of = json.dumps([corpus, fingerprint(clip), config.pool, config.seed, config.group, [part.url for part in parts], truth is not None])
+    try:
+        table = pyarrow.parquet.read_table(out / FEATURES)
+        if (table.schema.metadata or {}).get(b"of") == of.encode():
+            return _looked(table, parts)
+    except (FileNotFoundError, pyarrow.ArrowInvalid):
+        pass
+    report(f"looking at {corpus}, {config.pool:,} rows at the most")
+    table, counted = embed(parts, clip, truth, group=config.group, limit=config.pool)
+    for fault in counted.faults:
+        report(fault)
+    out.mkdir(parents=True, exist_ok=True)
+    with storage.whole(out / FEATURES) as partial:
+        pyarrow.parquet.write_table(table.replace_schema_metadata({"of": of}), partial)
+    return _looked(table, parts)
+
+
+def _looked(table: pyarrow.Table, parts: Sequence[Part]) -> Looked:
+    table = table.filter(pyarrow.compute.equal(table["reason"], ""))
+    if not len(table):
+        raise ContentError("The corpus has no image that can be read; look at it with `glide corpus --survey PATH`.")
+    places = list(zip(table["part"].to_pylist(), table["position"].to_pylist(), strict=True))
+    truth = table["truth"].to_pylist()
+    return Looked([f"{parts[part].url}#{position}" for part, position in places], places, parts, table["caption"].to_pylist(),
+                  np.unique(table["group"].to_pylist(), return_inverse=True)[1], None if truth[0] is None else np.array(truth, bool),
+                  np.array(table["features"].to_pylist(), np.float32))
+
+
+def _assess(content: ContentFilter, pool: Pool, looked: Looked, corpus: str, held_out: str | None, clip: str, config: FilterConfig,
+            truth: Rule, report: Callable[[str], None]) -> Assessment:
+    if held_out:
+        parts = find_parts(held_out)
+        report(f"looking at {held_out}")
+        apart = _looked(embed(parts, clip, truth, group=config.group)[0], parts)
+        if apart.truth.sum() >= FEW:
+            return Assessment(held_out, apart, content.score(apart.features), apart.truth)
+    scores = assess(pool, looked.truth, config)
+    usable = np.flatnonzero(~np.isnan(scores))
+    on = f"{corpus}, each row by a filter that was fitted without its like (4 folds, each with its own {config.labels} labels)"
+    rows = replace(looked, names=[looked.names[n] for n in usable], places=[looked.places[n] for n in usable],
+                   captions=[looked.captions[n] for n in usable], groups=looked.groups[usable], truth=looked.truth[usable], features=looked.features[usable])
+    return Assessment(on, rows, scores[usable], looked.truth[usable])
+
+
+def _write_sheet(out: Path, looked: Looked, rows: Sequence[int], first_line: int) -> None:
+    """The rows to be labelled as one picture, each under its line in the CSV."""
+    found = look_up(looked.parts, [looked.places[n] for n in rows])
+    blank = np.full((8, 8, 3), 230, np.uint8)
+    images = [thumbnail(found[looked.places[n]].image, 128) if looked.places[n] in found else None for n in rows]
+    sheet = contact_sheet([_squared(image) if image is not None else blank for image in images],
+                          [f"line {first_line + n}: {looked.captions[row]}" for n, row in enumerate(rows)], columns=8, size=128)
+    with storage.whole(out / SHEET) as partial:
+        sheet.save(partial, format="PNG")
+
+
+def _squared(image: np.ndarray) -> np.ndarray:
+    """An image whole on a white square."""
+    side = max(image.shape[:2])
+    square = Image.new("RGB", (side, side), (255, 255, 255))
+    square.paste(Image.fromarray(image), ((side - image.shape[1]) // 2, (side - image.shape[0]) // 2))
+    return np.asarray(square)
+
+
+def _fit_page(done: Fit, looked: Looked, labelled: Mapping[int, bool]) -> str:
+    content, name = done.content, done.content.name
+    scores = content.score(looked.features)
+    passing = np.flatnonzero(scores < 0)
+    nearest = passing[np.argsort(-scores[passing])][:SHOWN].tolist()
+    some = np.random.default_rng(0).permutation(passing)[:SHOWN].tolist()
+    sections = [
+        Section("The filter", f"{done.labelled} labels, {done.with_content} with {name}. {done.on_labels[:1].upper()}{done.on_labels[1:]}.",
+                lines=[f"{key}: {value}" for key, value in content.settings.items()]),
+        Section("Scores of the rows looked at", "What scores 0 or more is dropped.", bars=_score_bars(scores))]
+    if done.assessment is not None:
+        sections += _truth_sections(done.assessment)
+    sections += [Section("What passes, nearest to the boundary", "To be looked at for what should not have passed.", groups=looked.pictures(nearest)),
+                 Section("What passes, at random", groups=looked.pictures(some))]
+    return page(f"The content filter {name}", sections)
+
+
+def _truth_sections(assessment: Assessment) -> list[Section]:
+    rows, scores, truth = assessment.rows, assessment.scores, assessment.truth
+    missed, dropped = np.flatnonzero(truth & (scores < 0)), np.flatnonzero(~truth & (scores >= 0))
+    sure = dropped[np.argsort(-scores[dropped])][:SHOWN].tolist()
+    return [Section("Assessment", str(assessment), width=440, groups=[[Picture(roc_curve(scores, truth))]] if 0 < truth.sum() < len(truth) else []),
+            Section(f"Missed: all {len(missed)}" if len(missed) <= 4 * SHOWN else f"Missed: {4 * SHOWN} of {len(missed)}",
+                    groups=rows.pictures(missed[:4 * SHOWN].tolist())),
+            Section("Dropped without having the content, the surest first", groups=rows.pictures(sure))]
+
+
+def _score_bars(scores: np.ndarray, bins: int = 14) -> list[tuple[str, int]]:
+    counts, edges = np.histogram(scores, bins)
+    return [(f"{low:.2f} to {high:.2f}", int(count)) for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)]
+
+
+# -- apply ------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Applied:
+    """What a filter left of a corpus."""
+
+    report: Report
+    assessment: Assessment | None
+
+
+def apply_content(path: str | Path, source: str, out: str, clip: str | None = None, truth: Rule | None = None, per_shard: int = 10_000,
+                  report: Callable[[str], None] = lambda line: None) -> Applied:
+    """Write the rows of `source` that the filter at `path` lets pass to `out`, with an index, a manifest of the others, and PAGE.
+
+    `clip` is where its CLIP is now, by default where it was. Raises UserError.
+    """
+    if storage.same_place(source, out):
+        raise ConfigError(f"--out {out} is the corpus that is read; write to another folder.")
+    content = load_filter(path)
+    clip = str(Path(fetch_clip(clip or content.settings["clip"])).resolve())
+    ClipFeatures(clip)
+    if fingerprint(clip) != content.clip:
+        raise ContentError(f"{clip} is not the CLIP that {path} was fitted with: its SHA-256 begins {fingerprint(clip)[:16]} and should "
+                           f"{content.clip[:16]}; give the right one with --clip.")
+    parts = find_parts(source)
+    connect(2 + ACTORS)
+    send_with([truth] if truth else [])
+    report(f"looking at {len(parts):,} parts of {source}")
+    rows, scanned = embed(parts, clip, truth, content)
+    scores = rows["score"].to_numpy()
+    reason = np.array(rows["reason"].to_pylist(), object)
+    reason[(reason == "") & (scores >= 0)] = f"with {content.name}"
+    rows = rows.set_column(rows.schema.get_field_index("reason"), "reason", pyarrow.array(reason.tolist(), pyarrow.string()))
+    stays = np.flatnonzero(reason == "")
+    report(f"writing {len(stays):,} rows to {out}")
+    index, faults = rewrite(parts, rows["part"].to_numpy()[stays], rows["position"].to_numpy()[stays], out, per_shard)
+    counted = count(rows, index, [*scanned.faults, *faults])
+    write_manifest(out, parts, rows, counted, {"source": source, "filter": content.name, "clip_sha256": content.clip})
+    return _applied_page(content, source, out, parts, rows, scores, reason, counted, truth is not None)
+
+
+def _applied_page(content: ContentFilter, source: str, out: str, parts: Sequence[Part], rows: pyarrow.Table, scores: np.ndarray,
+                  reason: np.ndarray, counted: Report, known: bool) -> Applied:
+    seen = np.flatnonzero(~np.isnan(scores))
+    places = list(zip(rows["part"].to_pylist(), rows["position"].to_pylist(), strict=True))
+    captions = rows["caption"].to_pylist()
+    looked = Looked([], [places[n] for n in seen], parts, [captions[n] for n in seen], np.arange(len(seen)), None, np.empty((0, 0)))
+    scores, draws = scores[seen], np.random.default_rng(0)
+    passing, dropped = np.flatnonzero(scores < 0), np.flatnonzero(scores >= 0)
+    assessment = Assessment(f"{source}, its labelled rows included", looked, scores, np.array(rows["truth"].take(seen).to_pylist(), bool)) if known else None
+    sections = [
+        Section("What became of the rows", f"{len(rows):,} were read from {len(parts):,} parts.",
+                bars=[("kept", counted.kept), *counted.dropped.most_common()]),
+        Section("Parts with a fault", "Their other rows were read.", lines=sorted(set(counted.faults))),
+        Section("Scores", "What scores 0 or more is dropped.", bars=_score_bars(scores)),
+        *(_truth_sections(assessment) if assessment else []),
+        Section("What is left, at random", groups=looked.pictures(draws.permutation(passing)[:2 * SHOWN].tolist())),
+        Section("What is left, nearest to the boundary", groups=looked.pictures(passing[np.argsort(-scores[passing])][:SHOWN].tolist())),
+        Section("Dropped, at random", groups=looked.pictures(draws.permutation(dropped)[:SHOWN].tolist()))]
+    storage.put(page(f"{source} without {content.name}", sections).encode(), f"{out.rstrip('/')}/{PAGE}")
+    return Applied(counted, assessment)

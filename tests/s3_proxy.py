@@ -1,0 +1,102 @@
+"""A proxy before the S3 server: it passes everything on, unless a test wants requests to fail."""
+
+import http.client
+import threading
+import time
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+NOT_PASSED_ON = {"connection", "keep-alive", "transfer-encoding", "expect"}
+SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+ALWAYS = float("inf")
+
+
+@dataclass
+class Fault:
+    kind: str
+    containing: str            # in the path of a request
+    times: float = ALWAYS
+    seconds: float = ALWAYS    # from the first request that it befalls
+    first: float | None = None
+
+    def befalls(self, path):
+        now = time.monotonic()
+        if self.containing not in path or self.times <= 0 or (self.first is not None and now > self.first + self.seconds):
+            return False
+        self.times, self.first = self.times - 1, self.first or now
+        return True
+
+
+class Faults:
+    """What is to befall requests, and the method and path of all that came."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self.clear()
+
+    def clear(self):
+        self._wanted, self.requests = [], []
+
+    def answer_503(self, containing="", times=ALWAYS, seconds=ALWAYS):
+        """As S3 does when it is asked too often."""
+        self._wanted.append(Fault("503", containing, times, seconds))
+
+    def truncate(self, containing, times=1):
+        """Half of the body comes, after headers that promise all of it."""
+        self._wanted.append(Fault("truncate", containing, times))
+
+    def reset(self, containing, times=1):
+        """The connection is closed without an answer."""
+        self._wanted.append(Fault("reset", containing, times))
+
+    def asked(self, method, containing):
+        return sum(verb == method and containing in path for verb, path in self.requests)
+
+    def of(self, method, path):
+        with self._lock:
+            self.requests.append((method, path))
+            return next((fault.kind for fault in self._wanted if fault.befalls(path)), None)
+
+
+class Proxy(ThreadingHTTPServer):
+    daemon_threads, block_on_close, request_queue_size = True, False, 64
+
+    def __init__(self, upstream):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.upstream, self.faults = upstream, Faults()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
+
+    def pass_on(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        fault = self.server.faults.of(self.command, self.path)
+        if fault == "503":
+            return self.answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN, len(SLOW_DOWN))
+        self.close_connection = fault is not None
+        if fault == "reset":
+            return None
+        server = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
+        server.request(self.command, self.path, body, {name: value for name, value in self.headers.items() if name.lower() not in NOT_PASSED_ON})
+        answer = server.getresponse()
+        content = answer.read()
+        server.close()
+        return self.answer(answer.status, dict(answer.getheaders()), content, len(content) // (2 if fault else 1))
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = pass_on
+
+    def answer(self, status, headers, content, send):
+        self.send_response_only(status)
+        headers = {name: value for name, value in headers.items() if name.lower() not in NOT_PASSED_ON}
+        if not any(name.lower() == "content-length" for name in headers):
+            headers["Content-Length"] = str(len(content))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content[:send])
+
+    def log_message(self, *arguments):
+        pass
