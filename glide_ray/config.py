@@ -258,7 +258,7 @@ class TrainConfig(Frozen):
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
     clip_norm: float = Field(0.0, ge=0)                # 0 leaves gradients alone
-    ema_rate: float = Field(0.9999, ge=0, lt=1)
+    ema_rates: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field((0.9999,), min_length=1)    # the first becomes the weights file
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     zero_stage: int = Field(2, ge=0, le=3)
     activation_checkpointing: bool = False

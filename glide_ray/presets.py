@@ -38,7 +38,7 @@ def paper_base() -> Preset:
             sampling=SamplingConfig(respacing="150", guidance_scale=3.0)),                    # app. B.2; table 1
         data=DataConfig(corpus="s3://bucket/train", held_out="s3://bucket/held_out"),
         train=TrainConfig(objective="base", steps=2_500_000, batch=2048, workers=64,          # sec. 4.1; 32 a GPU
-                          learning_rate=3e-4, ema_rate=0.9999,                                # ADM, 64x64 at batch 2048
+                          learning_rate=3e-4, ema_rates=(0.9999,),                                # ADM, 64x64 at batch 2048
                           precision="fp16", activation_checkpointing=True,                    # sec. 4.1
                           log_every=100, evaluate_every=5000, checkpoint_every=5000))
 
@@ -54,7 +54,7 @@ def paper_upsampler() -> Preset:
             sampling=SamplingConfig(respacing=STRIDED_27, guidance_scale=1.0, noise_scale=0.997)),  # app. B.2; release
         data=DataConfig(corpus="s3://bucket/train", held_out="s3://bucket/held_out", min_size=256),
         train=TrainConfig(objective="upsampler", steps=1_600_000, batch=512, workers=64,      # sec. 4.1
-                          learning_rate=1e-4, ema_rate=0.9999, precision="fp16",              # ADM, upsampler
+                          learning_rate=1e-4, ema_rates=(0.9999,), precision="fp16",              # ADM, upsampler
                           activation_checkpointing=True, log_every=100, evaluate_every=5000, checkpoint_every=5000))
 
 
@@ -71,7 +71,7 @@ def filtered_base() -> Preset:
             sampling=SamplingConfig(respacing="100", guidance_scale=3.0)),                    # release
         data=DataConfig(corpus="s3://bucket/train", held_out="s3://bucket/held_out"),
         train=TrainConfig(objective="base", steps=1_100_000, batch=2048, workers=16,          # app. B.1
-                          learning_rate=3e-4, ema_rate=0.9999, precision="fp16",
+                          learning_rate=3e-4, ema_rates=(0.9999,), precision="fp16",
                           log_every=100, evaluate_every=5000, checkpoint_every=5000))
 
 
@@ -86,7 +86,7 @@ def filtered_upsampler() -> Preset:
             sampling=SamplingConfig(respacing="fast27", guidance_scale=1.0, noise_scale=0.997)),  # release
         data=DataConfig(corpus="s3://bucket/train", held_out="s3://bucket/held_out", min_size=256),
         train=TrainConfig(objective="upsampler", steps=400_000, batch=512, workers=16,        # app. B.1
-                          learning_rate=1e-4, ema_rate=0.9999, precision="fp16",
+                          learning_rate=1e-4, ema_rates=(0.9999,), precision="fp16",
                           log_every=100, evaluate_every=5000, checkpoint_every=5000))
 
 
@@ -103,7 +103,7 @@ def noised_clip_l() -> Preset:
         train=TrainConfig(objective="clip", steps=390_000, batch=32_768, workers=256,         # app. B.1
                           learning_rate=4e-4, warmup_steps=2000,                              # Radford et al., tables 18 and 20
                           weight_decay=0.0125,                                                # app. B.1
-                          ema_rate=0.9999, precision="fp16", activation_checkpointing=True,
+                          ema_rates=(0.9999,), precision="fp16", activation_checkpointing=True,
                           log_every=100, evaluate_every=5000, checkpoint_every=5000))
 
 
@@ -117,7 +117,7 @@ def noised_clip_b() -> Preset:
         data=DataConfig(corpus="s3://bucket/train", held_out="s3://bucket/held_out"),
         train=TrainConfig(objective="clip", steps=390_000, batch=32_768, workers=128,         # app. B.1
                           learning_rate=5e-4, warmup_steps=2000, weight_decay=0.2,            # Radford et al., tables 18 and 20
-                          ema_rate=0.9999, precision="fp16", activation_checkpointing=True,
+                          ema_rates=(0.9999,), precision="fp16", activation_checkpointing=True,
                           log_every=100, evaluate_every=5000, checkpoint_every=5000))
 
 
@@ -132,7 +132,7 @@ def emoji_base() -> Preset:
                             dropout=0.1, text=TextConfig(width=256, layers=4, heads=4)),
             sampling=SamplingConfig(respacing="100", guidance_scale=3.0)),
         data=DataConfig(empty_caption_rate=0.2),
-        train=TrainConfig(objective="base", steps=20_000, batch=128, learning_rate=3e-4, ema_rate=0.999,
+        train=TrainConfig(objective="base", steps=20_000, batch=128, learning_rate=3e-4, ema_rates=(0.999,),
                           warmup_steps=500, clip_norm=1.0, evaluate_every=1000, checkpoint_every=1000))
 
 
@@ -146,7 +146,7 @@ def emoji_upsampler() -> Preset:
             diffusion=DiffusionConfig(schedule="linear"),
             sampling=SamplingConfig(respacing=STRIDED_27, guidance_scale=1.0, noise_scale=0.997)),
         data=DataConfig(min_size=256),
-        train=TrainConfig(objective="upsampler", steps=10_000, batch=32, learning_rate=2e-4, ema_rate=0.999,
+        train=TrainConfig(objective="upsampler", steps=10_000, batch=32, learning_rate=2e-4, ema_rates=(0.999,),
                           warmup_steps=200, clip_norm=1.0, evaluate_every=1000, checkpoint_every=1000))
 
 
@@ -157,7 +157,7 @@ def emoji_clip() -> Preset:
             name="emoji-clip",
             clip=ClipConfig(image_width=256, image_layers=6, image_heads=4, text_width=256, text_layers=4, text_heads=4, embedding=128)),
         data=DataConfig(),
-        train=TrainConfig(objective="clip", steps=10_000, batch=512, learning_rate=5e-4, weight_decay=0.1, ema_rate=0.999,
+        train=TrainConfig(objective="clip", steps=10_000, batch=512, learning_rate=5e-4, weight_decay=0.1, ema_rates=(0.999,),
                           warmup_steps=500, clip_norm=1.0, evaluate_every=500, checkpoint_every=500))
 
 
@@ -172,7 +172,7 @@ def nano_base() -> Preset:
                             head_channels=32, groups=8, text=TextConfig(width=64, layers=2, heads=2)),
             sampling=SamplingConfig(respacing="50", guidance_scale=2.0)),
         data=DataConfig(empty_caption_rate=0.2, held_out_images=128),
-        train=TrainConfig(objective="base", steps=500, batch=16, workers=2, learning_rate=2e-3, ema_rate=0.99,
+        train=TrainConfig(objective="base", steps=500, batch=16, workers=2, learning_rate=2e-3, ema_rates=(0.99,),
                           warmup_steps=20, clip_norm=1.0, precision="fp32",   # at 16 channels bf16 is no faster on a CPU
                           evaluate_every=100, checkpoint_every=100))
 
@@ -187,7 +187,7 @@ def nano_upsampler() -> Preset:
             diffusion=DiffusionConfig(schedule="linear"),
             sampling=SamplingConfig(respacing=STRIDED_27, guidance_scale=1.0, noise_scale=0.997)),
         data=DataConfig(min_size=256, held_out_images=32, crop=64),               # 16 times the steps in the same minutes
-        train=TrainConfig(objective="upsampler", steps=600, batch=8, workers=2, learning_rate=3e-3, ema_rate=0.99,
+        train=TrainConfig(objective="upsampler", steps=600, batch=8, workers=2, learning_rate=3e-3, ema_rates=(0.99,),
                           warmup_steps=20, clip_norm=1.0, precision="fp32", evaluate_every=200, checkpoint_every=200))
 
 
@@ -199,7 +199,7 @@ def nano_clip() -> Preset:
             clip=ClipConfig(patch_size=8, image_width=128, image_layers=3, image_heads=4, text_width=64, text_layers=2, text_heads=2,
                             embedding=64)),
         data=DataConfig(held_out_images=256),
-        train=TrainConfig(objective="clip", steps=600, batch=128, workers=2, learning_rate=1e-3, weight_decay=0.1, ema_rate=0.99,
+        train=TrainConfig(objective="clip", steps=600, batch=128, workers=2, learning_rate=1e-3, weight_decay=0.1, ema_rates=(0.99,),
                           warmup_steps=50, clip_norm=1.0, precision="fp32", evaluate_every=100, checkpoint_every=100))
 
 

@@ -28,8 +28,9 @@ from ..data.filters import Report
 from ..data.sources import find_parts
 from ..data.transforms import Collate, held_out_batches
 from ..forms import Batch
-from ..models.weights import load_config, save_weights
-from ..train.checkpoint import CheckpointError, check_same
+from ..models.weights import load_config
+from ..train import partition
+from ..train.checkpoint import CheckpointError, check_same, read_preset, read_progress
 from .local import connect
 from .stream import PREFETCH, Ledger, Tally, open_corpus
 
@@ -79,8 +80,16 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
     if watching.failure:
         raise UserError(watching.failure)
     with result.checkpoint.as_directory() as folder:
-        storage.put(Path(folder) / WEIGHTS, out / WEIGHTS)
+        export_checkpoint(Path(folder), out / WEIGHTS)
     return _result(out, ray.get(tally.report.remote()))
+
+
+def export_checkpoint(folder: Path, target: str | Path, rate: float | None = None) -> None:
+    """A checkpoint's average, by default that of the preset's first rate, as a weights file. Raises CheckpointError."""
+    preset, step = read_preset(folder), read_progress(folder, read_preset(folder))[0].step
+    rate = preset.train.ema_rates[0] if rate is None else rate
+    metadata = {"config": preset.model.model_dump_json(), "step": str(step), "weights": "ema", "ema_rate": f"{rate:g}"}
+    partition.export(folder, f"{partition.AVERAGE}/{rate:g}", target, metadata)
 
 
 # -- before -----------------------------------------------------------------------------------------------------------
@@ -158,13 +167,7 @@ def _train_rank(preset: Preset, board, ledger) -> None:
             ray.get(ledger.begin.remote(epoch, seen))
         return _ahead(_epoch(shard, preset, epoch))
     train_loop(trainer, epoch_batches, held_out, Outlets(post, report))
-    weights = trainer.averaged_weights()
-
-    def final(folder: Path):
-        trainer.save(folder, trainer.progress)
-        if rank == 0:
-            save_weights(folder / WEIGHTS, weights, preset.model, step=str(trainer.progress.step), weights="ema")
-    report(final)
+    report(trainer.save)
 
 
 def _epoch(shard, preset: Preset, epoch: int) -> Iterator[Batch]:

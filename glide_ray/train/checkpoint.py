@@ -2,9 +2,8 @@
 
     preset.json               the configuration that ran
     progress.json             step and epoch
-    ema.RANK.safetensors      each rank's part of the average
+    part.RANK.safetensors     each rank's part of weights, averages and Adam's moments (`partition.py`)
     seen.RANK.npy             ids of the rows of this epoch that each rank has trained on
-    state/                    DeepSpeed's own files, each rank its part
 """
 
 from __future__ import annotations
@@ -18,9 +17,6 @@ import numpy as np
 
 from ..config import Preset, UserError
 
-STATE = "state"
-
-
 class CheckpointError(UserError):
     """A checkpoint that does not belong to this run."""
 
@@ -33,24 +29,30 @@ class Progress:
     epoch: int = 0
 
 
-def write_progress(folder: Path, preset: Preset, progress: Progress) -> None:
+def write_progress(folder: Path, preset: Preset, progress: Progress, optimizer: dict[str, Any]) -> None:
     (folder / "preset.json").write_text(preset.model_dump_json(indent=1))
-    (folder / "progress.json").write_text(json.dumps(asdict(progress)))
+    (folder / "progress.json").write_text(json.dumps({**asdict(progress), "optimizer": optimizer}))
 
 
-def read_progress(folder: Path, preset: Preset) -> Progress:
-    """Raises CheckpointError where the checkpoint is another model's."""
+def read_progress(folder: Path, preset: Preset) -> tuple[Progress, dict[str, Any]]:
+    """Where the run stood, and what its optimizer counted. Raises CheckpointError where the checkpoint is another model's."""
+    saved = read_preset(folder)
     try:
-        saved = Preset.model_validate_json((folder / "preset.json").read_text())
-        progress = Progress(**json.loads((folder / "progress.json").read_text()))
-    except (OSError, ValueError, TypeError):
+        progress = json.loads((folder / "progress.json").read_text())
+        optimizer = progress.pop("optimizer")
+        progress = Progress(**progress)
+    except (OSError, ValueError, TypeError, KeyError):
         raise CheckpointError(f"{folder} is not a whole glide_ray checkpoint; give the folder of another run.") from None
     check_same(saved.model.model_dump(), preset.model.model_dump(), f"The checkpoint in {folder} is of another shape", "model.")
-    return progress
+    return progress, optimizer
 
 
-def ema_path(folder: Path, rank: int) -> Path:
-    return folder / f"ema.{rank}.safetensors"
+def read_preset(folder: Path) -> Preset:
+    """The configuration that ran. Raises CheckpointError."""
+    try:
+        return Preset.model_validate_json((folder / "preset.json").read_text())
+    except (OSError, ValueError):
+        raise CheckpointError(f"{folder} is not a whole glide_ray checkpoint; give the folder of another run.") from None
 
 
 def seen_path(folder: Path, rank: int) -> Path:

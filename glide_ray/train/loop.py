@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import numpy as np
@@ -23,7 +24,8 @@ from ..models.clip import NoisedClip
 from ..models.unet import GlideUNet
 from ..models.weights import build, check_shapes, load_weights, with_known_channels
 from ..storage import fetch
-from .checkpoint import STATE, Progress, ema_path, read_progress, read_seen, seen_path, write_progress
+from . import partition
+from .checkpoint import Progress, read_progress, read_seen, seen_path, write_progress
 from .ema import Ema
 from .objectives import draw, held_out_sums, objective_of
 from .zero import deepspeed_config, learning_rate, resolve_precision
@@ -66,7 +68,8 @@ class Trainer:
             start(model, train.start_from)
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model, train.weight_decay),
                                                config=deepspeed_config(train, self.precision))
-        self.ema = Ema(master_tensors(self.engine), train.ema_rate)
+        self.pieces = partition.pieces(self.engine)
+        self.ema = Ema(partition.masters(self.engine), train.ema_rates)
         self.progress = Progress()
         self.seen: list[np.ndarray] = []     # ids of the rows of this epoch that have been trained on; on rank 0 with what a checkpoint said
 
@@ -77,15 +80,13 @@ class Trainer:
         self.engine.train()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(self.preset.train, number)
-        # Drawn from the step and the rank: a run that is resumed, or split otherwise in time, draws the same.
-        generator = torch.Generator().manual_seed(_mix(self.preset.train.seed, number, self.rank))
         sums: dict[str, torch.Tensor] = {}
         for _ in range(self.preset.train.accumulation):
             batch = next(batches)
             if batch.rows is not None:
                 self.seen.append(batch.rows.numpy())
-            batch = batch.to(self.device)
-            losses = self.objective(self.engine, self.schedule, batch, *draw(self.schedule, batch, generator))
+            i, noise = (drawn.to(self.device) for drawn in draw(self.schedule, batch, self.preset.train.seed, number))
+            losses = self.objective(self.engine, self.schedule, batch.to(self.device), i, noise)
             self.engine.backward(losses["loss"].mean())
             self.engine.step()
             for name, values in losses.items():
@@ -110,36 +111,38 @@ class Trainer:
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def save(self, folder: Path, progress: Progress) -> None:
-        """This rank's part of a checkpoint that stands for `progress`; rank 0 adds what is common to all."""
-        self.engine.save_checkpoint(str(folder), tag=STATE)
-        self.ema.save(ema_path(folder, self.rank))
+    def state(self) -> partition.State:
+        """All that training changes, as this rank holds it."""
+        return {partition.WEIGHTS: self.ema.masters, **partition.moments(self.engine),
+                **{f"{partition.AVERAGE}/{rate:g}": average for rate, average in self.ema.averages.items()}}
+
+    def save(self, folder: Path) -> None:
+        """This rank's part of a checkpoint; rank 0 adds what is common to all."""
+        # Under stage 0 every rank has all of it.
+        own = self.pieces if self.preset.train.zero_stage or self.rank == 0 else []
+        partition.save_part(partition.part_path(folder, self.rank), own, self.state())
         np.save(seen_path(folder, self.rank), self.seen_rows())
         if self.rank == 0:
-            write_progress(folder, self.preset, progress)
+            write_progress(folder, self.preset, self.progress, self._optimizer_state())
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint. Raises CheckpointError for another model's, EmaError for another number of workers."""
-        self.progress = read_progress(folder, self.preset)
-        if not ema_path(folder, self.rank).exists():
-            raise TrainingError(f"The checkpoint in {folder} was written by fewer workers; go on with as many as then.")
-        self.ema.load(ema_path(folder, self.rank))
+        """Go on from a checkpoint, whatever the number of workers and the ZeRO stage that wrote it. Raises CheckpointError."""
+        self.progress, optimizer = read_progress(folder, self.preset)
+        partition.load_parts(folder, self.pieces, self.state())
+        partition.refresh(self.engine)
+        partition.set_adam_steps(self.engine, optimizer["adam_steps"])
+        if self.precision == "fp16":
+            vars(self.engine.optimizer.loss_scaler).update(optimizer["loss_scale"])
         self.seen = [read_seen(folder)] if self.rank == 0 else []
-        self.engine.load_checkpoint(str(folder), tag=STATE)
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        scaler = vars(self.engine.optimizer.loss_scaler) if self.precision == "fp16" else {}
+        return {"adam_steps": partition.adam_steps(self.engine),
+                "loss_scale": {name: scaler[name] for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis") if name in scaler}}
 
     def seen_rows(self) -> np.ndarray:
         """Ids (N,) int64 of the rows of this epoch that this rank has trained on, or knows of from a checkpoint."""
         return np.concatenate([np.empty(0, np.int64), *self.seen])
-
-    def averaged_weights(self) -> dict[str, torch.Tensor]:
-        """The EMA as a full float32 state dict on the CPU, on rank 0 ({} on the others). Every rank must call this."""
-        state = {}
-        with self.ema.in_place():
-            for name, parameter in self.engine.module.named_parameters():
-                full = _full_float32(parameter)
-                if self.rank == 0:
-                    state[name] = full.detach().float().cpu().clone()
-        return state
 
 
 def train_loop(trainer: Trainer, epoch_batches: Callable[[int, np.ndarray], Iterator[Batch]], held_out: Sequence[Batch],
@@ -173,7 +176,7 @@ def train_loop(trainer: Trainer, epoch_batches: Callable[[int, np.ndarray], Iter
             began = time.perf_counter()
 
         if number % train.checkpoint_every == 0 and number < train.steps:
-            outlets.checkpoint(lambda folder: trainer.save(folder, trainer.progress))
+            outlets.checkpoint(trainer.save)
             began = time.perf_counter()
 
 
@@ -222,29 +225,9 @@ def join_process_group() -> None:
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
 
-def master_tensors(engine: deepspeed.DeepSpeedEngine) -> list[torch.Tensor]:
-    """The float32 tensors that this rank's optimizer steps, whatever the ZeRO stage and precision."""
-    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):     # stage 3; stages 1 and 2
-        tensors = getattr(engine.optimizer, attribute, None)
-        if tensors:
-            return list(tensors)
-    return list(engine.module.parameters())       # stage 0 in float32
-
-
-def _full_float32(parameter: torch.nn.Parameter) -> torch.Tensor:
-    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):      # partitioned: gathered over all ranks
-        return deepspeed.utils.safe_get_full_fp32_param(parameter)
-    return parameter
-
-
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Gains and biases do not decay (Radford et al. 2021, sec. 2.5)."""
     if not weight_decay:
         return [{"params": list(model.parameters())}]
     return [{"params": [p for p in model.parameters() if p.dim() > 1]},
             {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
-
-
-def _mix(seed: int, step: int, rank: int) -> int:
-    """One 63-bit seed from three numbers, different for each."""
-    return (seed * 1_000_003 + step * 8191 + rank) % 2**63

@@ -72,11 +72,24 @@ def objective_of(preset: Preset) -> Objective:
     return OBJECTIVES[preset.train.objective]
 
 
-def draw(schedule: Schedule, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Uniform indices (B,) and standard normal noise like batch.image, from a CPU generator, on the batch's device."""
-    i = torch.randint(0, len(schedule), (len(batch.image),), generator=generator)
-    noise = torch.randn(batch.image.shape, generator=generator)
-    return i.to(batch.image.device), noise.to(batch.image.device)
+def draw(schedule: Schedule, batch: Batch, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Uniform indices (B,) and standard normal noise like batch.image, on the CPU.
+
+    Each image has a generator of its own, seeded by the run, the step and the image's row in the corpus: what a step computes does
+    not depend on how its batch is split over workers and micro-batches.
+    """
+    rows = range(len(batch.image)) if batch.rows is None else batch.rows.tolist()
+    i, noise = torch.empty(len(rows), dtype=torch.int64), torch.empty(batch.image.shape)
+    for n, row in enumerate(rows):
+        generator = torch.Generator().manual_seed(mix(seed, step, row))
+        i[n] = torch.randint(0, len(schedule), (), generator=generator)
+        torch.randn(noise.shape[1:], generator=generator, out=noise[n])
+    return i, noise
+
+
+def mix(seed: int, step: int, row: int) -> int:
+    """One 63-bit seed from three numbers, different for each."""
+    return (seed * 1_000_003 + step * 8191 + row) % 2**63
 
 
 @torch.no_grad()

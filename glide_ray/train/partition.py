@@ -1,0 +1,205 @@
+"""Each rank's part of the training state, parameter by parameter, in a form that any number of ranks and any ZeRO stage takes up again.
+
+DeepSpeed's optimizer steps flat float32 tensors, in which parameters lie whole, cut or padded as the stage and the number of ranks have it.
+A `Piece` says which stretch of which parameter lies where. A checkpoint holds the stretches under their parameters' names, so that
+reading one needs nothing of the layout that it was written in. Safetensors: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..storage import whole
+from .checkpoint import CheckpointError
+
+FILES = "part.*.safetensors"
+WEIGHTS, FIRST, SECOND, AVERAGE = "weights", "exp_avg", "exp_avg_sq", "average"     # kinds of state; an average carries its rate, "average/0.999"
+State = Mapping[str, Sequence[Tensor]]        # kind -> this rank's flat tensors, in the order of `masters`
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`count` values of the parameter `name`, the first being number `start` of it, at `offset` in flat tensor number `master`."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    count: int
+    master: int
+    offset: int
+
+
+def masters(engine) -> list[Tensor]:
+    """The float32 tensors that this rank's optimizer steps, whatever the ZeRO stage and precision."""
+    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):     # stage 3; stages 1 and 2
+        tensors = getattr(engine.optimizer, attribute, None)
+        if tensors:
+            return list(tensors)
+    return list(engine.module.parameters())       # stage 0 in float32
+
+
+def pieces(engine) -> list[Piece]:
+    """Where this rank's stretch of each parameter lies. Over all ranks they cover every parameter once; under stage 0, on each rank."""
+    found = []
+    place = {id(tensor): number for number, tensor in enumerate(masters(engine))}
+    for name, parameter in engine.module.named_parameters():
+        if hasattr(parameter, "ds_id"):                                         # stage 3: a slice of equal length on every rank, the last padded
+            master, offset, length = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
+            start = length * torch.distributed.get_rank()
+            count = max(0, min(length, parameter.ds_numel - start))
+            shape = tuple(parameter.ds_shape)
+        elif getattr(parameter, "_hp_mapping", None) is not None:               # stages 1 and 2: this rank's cut of all parameters in a row
+            mapping = parameter._hp_mapping
+            master, offset = mapping.param_group_index, mapping.hp_fragment_address.start
+            start, count, shape = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel, tuple(parameter.shape)
+        elif id(parameter) in place:                                            # stage 0: the parameter itself
+            master, offset, start, count, shape = place[id(parameter)], 0, 0, parameter.numel(), tuple(parameter.shape)
+        else:                                                                   # another rank's
+            continue
+        if count:
+            found.append(Piece(name, shape, start, count, master, offset))
+    return found
+
+
+def moments(engine) -> dict[str, list[Tensor]]:
+    """Adam's two moments beside `masters`, made where no step has been taken yet."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for tensor in masters(engine):
+        state = optimizer.state[tensor]
+        if FIRST not in state:
+            state.update({"step": torch.tensor(0.0), FIRST: torch.zeros_like(tensor), SECOND: torch.zeros_like(tensor)})
+    return {kind: [optimizer.state[tensor][kind] for tensor in masters(engine)] for kind in (FIRST, SECOND)}
+
+
+def adam_steps(engine) -> float:
+    """How many steps Adam has taken: fewer than the run has, where a loss scale was too large."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return float(optimizer.state[masters(engine)[0]]["step"]) if moments(engine) else 0.0
+
+
+def set_adam_steps(engine, steps: float) -> None:
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for tensor in masters(engine):
+        optimizer.state[tensor]["step"].fill_(steps)
+
+
+def refresh(engine) -> None:
+    """Let the network compute with what `masters` hold now."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        for number in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(number)
+    elif hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+def part_path(folder: Path, rank: int) -> Path:
+    return folder / f"part.{rank}.safetensors"
+
+
+def save_part(path: Path, own: Sequence[Piece], state: State) -> None:
+    """Write this rank's stretches of every kind of state."""
+    tensors = {f"{kind}|{piece.name}": flat[piece.master].detach().reshape(-1)[piece.offset:piece.offset + piece.count].cpu().contiguous()
+               for kind, flat in state.items() for piece in own}
+    save_file(tensors, path, metadata={"pieces": json.dumps({piece.name: [piece.shape, piece.start, piece.count] for piece in own})})
+
+
+class Parts:
+    """The files of all ranks of a checkpoint, opened: `shapes` of the parameters, and stretches of them by kind. Raises CheckpointError."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._opened = folder, ExitStack()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._where: dict[str, list[tuple[int, int, object]]] = {}
+        self.kinds: set[str] = set()
+        files = sorted(folder.glob(FILES))
+        if not files:
+            raise CheckpointError(f"{folder} is not a whole glide_ray checkpoint; give the folder of another run.")
+        for path in files:
+            try:
+                file = self._opened.enter_context(safe_open(path, "pt"))
+                for name, (shape, start, count) in json.loads(file.metadata()["pieces"]).items():
+                    self.shapes[name] = tuple(shape)
+                    self._where.setdefault(name, []).append((start, count, file))
+                self.kinds |= {key.partition("|")[0] for key in file.keys()}
+            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+                raise CheckpointError(f"{path} is damaged ({error}); give an earlier checkpoint.") from None
+        for name, found in self._where.items():
+            end = 0
+            for start, count, _ in sorted(found, key=lambda stretch: stretch[:2]):
+                end = max(end, start + count) if start <= end else end
+            if end != prod(self.shapes[name]):
+                raise CheckpointError(f"{folder} lacks a rank's file: {name} is not whole there; give an earlier checkpoint.")
+
+    def __enter__(self) -> Parts:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._opened.close()
+
+    def stretch(self, kind: str, name: str, start: int, count: int) -> Tensor:
+        """`count` values of one parameter's state from its flat position `start`."""
+        result = torch.empty(count)
+        for there, length, file in self._where[name]:
+            low, high = max(start, there), min(start + count, there + length)
+            if low < high:
+                result[low - start:high - start] = file.get_slice(f"{kind}|{name}")[low - there:high - there]
+        return result
+
+    def full(self, kind: str, name: str) -> Tensor:
+        """One parameter's state, whole."""
+        return self.stretch(kind, name, 0, prod(self.shapes[name])).reshape(self.shapes[name])
+
+
+def load_parts(folder: Path, own: Sequence[Piece], state: State) -> None:
+    """Fill this rank's flat tensors from a checkpoint of any layout. Raises CheckpointError where it is another model's or incomplete."""
+    with Parts(folder) as parts:
+        lacking = sorted(set(state) - parts.kinds)
+        if lacking:
+            raise CheckpointError(f"The checkpoint in {folder} has no {lacking[0].replace('/', ' at rate ')}; go on with the same averages, or in "
+                                  f"another output folder.")
+        for kind, flat in state.items():
+            for piece in own:
+                if parts.shapes.get(piece.name) != piece.shape:
+                    raise CheckpointError(f"The checkpoint in {folder} is of another shape: {piece.name} is {list(parts.shapes.get(piece.name, ()))} "
+                                          f"there and {list(piece.shape)} here.")
+                target = flat[piece.master].detach().reshape(-1)
+                target[piece.offset:piece.offset + piece.count] = parts.stretch(kind, piece.name, piece.start, piece.count).to(target)
+
+
+def export(folder: Path, kind: str, target: str | Path, metadata: Mapping[str, str], order: Sequence[str] | None = None) -> None:
+    """Write one kind of state as a weights file, tensor by tensor: in the memory of the largest, and without a GPU. Raises CheckpointError."""
+    with Parts(folder) as parts:
+        if kind not in parts.kinds:
+            known = ", ".join(sorted(parts.kinds - {FIRST, SECOND}))
+            raise CheckpointError(f"The checkpoint in {folder} holds no {kind!r}; it has {known}.")
+        names = list(order or sorted(parts.shapes))
+        with whole(target) as partial, open(partial, "wb") as file:
+            file.write(_header({name: parts.shapes[name] for name in names}, metadata))
+            for name in names:
+                file.write(parts.full(kind, name).numpy().tobytes())
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file of float32 tensors in this order begins with (format specification: 8 bytes of length, then JSON)."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * prod(shape)
+        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

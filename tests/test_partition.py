@@ -1,0 +1,233 @@
+"""Checkpoints: what one layout of ranks and ZeRO stage wrote, any other takes up; nothing is unpickled; exporting wants little memory."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from math import prod
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import distributed as dist
+
+from conftest import tiny
+from glide_ray.models.weights import load_model
+from glide_ray.train import partition
+from glide_ray.train.checkpoint import CheckpointError
+from test_training import batch, preset, run
+
+
+def losses(metrics):
+    return [row["loss"] for row in metrics if "loss" in row]
+
+
+def contents(folder):
+    with partition.Parts(folder) as parts:
+        return {(kind, name): parts.full(kind, name) for kind in parts.kinds for name in parts.shapes}
+
+
+@pytest.mark.parametrize("before, after", [(0, 3), (3, 1), (1, 2), (2, 0)])
+def test_a_run_goes_on_with_another_zero_stage_as_if_it_had_not_stopped(tmp_path, before, after):
+    from glide_ray.train.loop import Trainer
+    whole, saved, _ = run(Trainer(preset(f"zero_stage={before}")), tmp_path)
+    later = Trainer(preset(f"zero_stage={after}"))
+    later.load(saved[0])
+    rest, _, _ = run(later)
+    assert losses(rest) == pytest.approx(losses(whole)[2:], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_bf16_network_computes_with_what_was_loaded(tmp_path, stage):
+    from glide_ray.train.loop import Trainer
+    whole, saved, _ = run(Trainer(preset("precision=bf16", f"zero_stage={stage}")), tmp_path)
+    later = Trainer(preset("precision=bf16", f"zero_stage={stage}", "seed=5"))      # other weights to begin with
+    later.load(saved[1])
+    assert later.held_out([batch(999)])["held_out"] != pytest.approx(whole[0]["held_out"], rel=1e-3)
+    assert later.progress.step == 4
+    later.preset = preset("precision=bf16", f"zero_stage={stage}")
+    rest, _, _ = run(later)
+    assert losses(rest) == losses(whole)[4:]
+
+
+# -- two ranks --------------------------------------------------------------------------------------------------------
+
+def rank_of_two(rank, port, folder, stage, start, more):
+    """One of two ranks: train from `start` or the beginning, save, and write down the bytes that it holds."""
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)})
+    torch.set_num_threads(1)
+    from pathlib import Path
+
+    import deepspeed
+
+    from glide_ray.train.loop import Outlets, Trainer, quiet, train_loop
+    quiet()
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    trainer = Trainer(preset("workers=2", f"zero_stage={stage}", "ema_rates=0.9,0.5", *more))
+    if start:
+        trainer.load(Path(start))
+    folder, metrics = Path(folder), []
+
+    def halves(epoch, seen):
+        known = [seen]              # to rank 0, which tells the others
+        dist.broadcast_object_list(known)
+        seen = known[0]
+        return iter([batch(number)[2 * rank:2 * rank + 2] for number in (10 * epoch + n for n in range(3)) if 100 * number not in seen])
+
+    def checkpoint(write):
+        target = folder / str(trainer.progress.step)
+        target.mkdir(exist_ok=True)
+        write(target)
+        dist.barrier()
+    train_loop(trainer, halves, [batch(999)[2 * rank:2 * rank + 2]], Outlets(metrics.append, checkpoint))
+    numbers = {"parameters": sum(getattr(p, "ds_tensor", p).numel() for p in trainer.engine.module.parameters()),
+               "masters": sum(t.numel() for t in trainer.ema.masters), "average": sum(t.numel() for t in trainer.ema.averages[0.9]),
+               "moments": sum(t.numel() for t in partition.moments(trainer.engine)["exp_avg"])}
+    if stage == 3:
+        numbers["gradients"] = trainer.engine.optimizer.grad_partitions_flat_buffer.numel()
+    (folder / f"rank.{rank}.json").write_text(json.dumps({"metrics": metrics, "numbers": numbers}))
+    checkpoint(trainer.save)
+    dist.destroy_process_group()
+
+
+def two_ranks(folder, stage, start=None, more=()):
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(rank_of_two, (port, str(folder), stage, None if start is None else str(start), more), nprocs=2)
+    return [json.loads((folder / f"rank.{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.slow
+def test_what_two_ranks_wrote_under_stage_3_one_rank_takes_up_and_the_reverse_to_the_last_bit(tmp_path):
+    from glide_ray.train.loop import Trainer
+    two_ranks(tmp_path / "two", 3)
+    alone = Trainer(preset("zero_stage=1", "ema_rates=0.9,0.5"))
+    alone.load(tmp_path / "two" / "4")
+    assert alone.progress.step == 4 and sorted(alone.seen_rows().tolist()) == [1000, 1001, 1002, 1003]
+    (tmp_path / "one").mkdir()
+    alone.save(tmp_path / "one")
+    there, here = contents(tmp_path / "two" / "4"), contents(tmp_path / "one")
+    assert set(there) == set(here) and {kind for kind, _ in there} == {"weights", "exp_avg", "exp_avg_sq", "average/0.9", "average/0.5"}
+    assert all(torch.equal(there[key], here[key]) for key in there)
+
+    rest, _, _ = run(alone)
+    again = two_ranks(tmp_path / "back", 2, start=tmp_path / "one")
+    assert losses(again[0]["metrics"]) == pytest.approx(losses(rest), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_two_workers_have_the_losses_of_one_in_20_steps(tmp_path, stage):
+    from glide_ray.train.loop import Trainer
+    steps = ["steps=20", "evaluate_every=50", "checkpoint_every=50"]
+    alone, _, _ = run(Trainer(preset("zero_stage=1", "ema_rates=0.9,0.5", *steps)))
+    assert losses(two_ranks(tmp_path, stage, more=steps)[0]["metrics"]) == pytest.approx(losses(alone), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_under_stage_3_each_of_two_ranks_holds_half_of_everything(tmp_path):
+    settings = tiny("base")
+    from glide_ray.models.weights import build
+    total = sum(p.numel() for p in build(settings.model).parameters())
+    for rank in two_ranks(tmp_path, 3):
+        assert set(rank["numbers"]) == {"parameters", "masters", "average", "moments", "gradients"}
+        for kind, count in rank["numbers"].items():
+            assert abs(count / (total / 2) - 1) < 0.05, (kind, count, total)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+def cut_into(folder, tensors, ranks):
+    """A checkpoint's files as so many ranks under stage 3 would have written them."""
+    folder.mkdir(exist_ok=True)
+    for rank in range(ranks):
+        own, flat, offset = [], [], 0
+        for name, tensor in tensors.items():
+            length = -(-tensor.numel() // ranks)
+            stretch = tensor.flatten()[rank * length:(rank + 1) * length]
+            if len(stretch):
+                own.append(partition.Piece(name, tuple(tensor.shape), rank * length, len(stretch), 0, offset))
+                flat.append(stretch)
+                offset += len(stretch)
+        partition.save_part(partition.part_path(folder, rank), own, {"average/0.9": [torch.cat([torch.empty(0), *flat])]})
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_an_export_is_the_file_that_safetensors_itself_would_write(tmp_path, ranks):
+    torch.manual_seed(0)
+    tensors = {"b.weight": torch.randn(3, 5, 2), "a": torch.randn(1), "c.bias": torch.randn(11)}
+    cut_into(tmp_path, tensors, ranks)
+    partition.export(tmp_path, "average/0.9", tmp_path / "out.safetensors", {"config": "{}"})
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert file.metadata() == {"config": "{}"} and set(file.keys()) == set(tensors)
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+    with pytest.raises(CheckpointError, match="holds no 'average/0.5'; it has average/0.9"):
+        partition.export(tmp_path, "average/0.5", tmp_path / "other", {})
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_export_wants_the_memory_of_the_largest_tensor_and_not_of_the_model(tmp_path):
+    """48 tensors of 4 MiB, from 2 ranks: 192 MiB go through a process that grows by less than a sixth of them."""
+    cut_into(tmp_path, {f"layer.{n}": torch.full((1024, 1024), float(n)) for n in range(48)}, 2)
+    program = ("import resource, sys; from pathlib import Path; from glide_ray.train import partition\n"
+               "import mmap\n"
+               "def anonymous(): return int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1])\n"
+               "before = anonymous()\n"
+               "peak = [0]\n"
+               "full = partition.Parts.full\n"
+               "def watched(self, *a):\n    made = full(self, *a); peak[0] = max(peak[0], anonymous()); return made\n"
+               "partition.Parts.full = watched\n"
+               "partition.export(Path(sys.argv[1]), 'average/0.9', sys.argv[1] + '/out.safetensors', {})\n"
+               "print(peak[0] - before)")
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 < 32 * 2**20
+    assert (tmp_path / "out.safetensors").stat().st_size > 48 * 2**22
+
+
+def test_a_checkpoint_that_lacks_a_rank_or_is_damaged_is_refused(tmp_path):
+    tensors = {"a": torch.randn(40), "b": torch.randn(7)}
+    cut_into(tmp_path / "x", tensors, 3)
+    partition.part_path(tmp_path / "x", 1).unlink()
+    with pytest.raises(CheckpointError, match="lacks a rank's file: a is not whole there"):
+        partition.Parts(tmp_path / "x")
+    cut_into(tmp_path / "x", tensors, 3)
+    path = partition.part_path(tmp_path / "x", 2)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="part.2.safetensors is damaged"):
+        partition.Parts(tmp_path / "x")
+    save_file({"x": torch.zeros(1)}, tmp_path / "part.0.safetensors")
+    with pytest.raises(CheckpointError, match="part.0.safetensors is damaged"):
+        partition.Parts(tmp_path)
+    with pytest.raises(CheckpointError, match="not a whole glide_ray checkpoint"):
+        partition.Parts(tmp_path / "none")
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
+    from glide_ray.train.loop import Trainer
+    _, saved, _ = run(Trainer(preset("steps=3")), tmp_path)
+    names = sorted(path.name for path in saved[0].rglob("*"))
+    assert names == ["part.0.safetensors", "preset.json", "progress.json", "seen.0.npy"]
+    assert np.load(saved[0] / "seen.0.npy", allow_pickle=False).dtype == np.int64
+    assert prod(load_shape(saved[0])) > 0
+
+
+def load_shape(folder):
+    with partition.Parts(folder) as parts:
+        return next(iter(parts.shapes.values()))
+
+
+def test_an_exported_checkpoint_is_a_model_that_samples(tmp_path):
+    from glide_ray.distributed.train import export_checkpoint
+    from glide_ray.train.loop import Trainer
+    _, saved, _ = run(Trainer(preset("steps=3", "ema_rates=0.9,0.5")), tmp_path)
+    for rate in (None, 0.5):
+        export_checkpoint(saved[0], tmp_path / "w.safetensors", rate)
+        model, config = load_model(tmp_path / "w.safetensors")
+        state = contents(saved[0])
+        assert config == preset().model and all(torch.equal(tensor, state[f"average/{rate or 0.9:g}", name]) for name, tensor in model.state_dict().items())
