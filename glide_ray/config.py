@@ -217,7 +217,7 @@ class DataConfig(Frozen):
     crop: int | None = Field(None, gt=0)               # upsamplers: train on random squares of this many pixels, not the whole
     empty_caption_rate: float = Field(0.0, ge=0, le=1)  # 0.2 when fine-tuning for classifier-free guidance (sec. 4.2)
     low_res_blur_rate: float = Field(0.0, ge=0, le=1)  # upsamplers: blur the low-res half of so many pairs; 0.5 in Ho et al. 2021
-    shuffle_buffer: int = Field(2048, ge=0)            # rows held for shuffling, per worker
+    shuffle_buffer: int = Field(2048, ge=0)            # rows among which each reading task shuffles
 
 
 class CleanConfig(Frozen):

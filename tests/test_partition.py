@@ -5,9 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from math import prod
 
-import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
@@ -18,8 +16,8 @@ from torch import distributed as dist
 from conftest import tiny
 from glide_ray.models.weights import load_model
 from glide_ray.train import partition
-from glide_ray.train.checkpoint import CheckpointError
-from test_training import batch, preset, run
+from glide_ray.train.checkpoint import CheckpointError, Progress
+from test_training import batch, epochs, preset, run
 
 
 def losses(metrics):
@@ -72,11 +70,8 @@ def rank_of_two(rank, port, folder, stage, start, more):
         trainer.load(Path(start))
     folder, metrics = Path(folder), []
 
-    def halves(epoch, seen):
-        known = [seen]              # to rank 0, which tells the others
-        dist.broadcast_object_list(known)
-        seen = known[0]
-        return iter([batch(number)[2 * rank:2 * rank + 2] for number in (10 * epoch + n for n in range(3)) if 100 * number not in seen])
+    def halves(epoch, rows):
+        return (given[2 * rank:2 * rank + 2] for given in epochs(epoch, rows))
 
     def checkpoint(write):
         target = folder / str(trainer.progress.step)
@@ -109,7 +104,7 @@ def test_what_two_ranks_wrote_under_stage_3_one_rank_takes_up_and_the_reverse_to
     two_ranks(tmp_path / "two", 3)
     alone = Trainer(preset("zero_stage=1", "ema_rates=0.9,0.5"))
     alone.load(tmp_path / "two" / "4")
-    assert alone.progress.step == 4 and sorted(alone.seen_rows().tolist()) == [1000, 1001, 1002, 1003]
+    assert alone.progress == Progress(step=4, epoch=1, rows=4)
     (tmp_path / "one").mkdir()
     alone.save(tmp_path / "one")
     there, here = contents(tmp_path / "two" / "4"), contents(tmp_path / "one")
@@ -212,14 +207,7 @@ def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
     from glide_ray.train.loop import Trainer
     _, saved, _ = run(Trainer(preset("steps=3")), tmp_path)
     names = sorted(path.name for path in saved[0].rglob("*"))
-    assert names == ["part.0.safetensors", "preset.json", "progress.json", "seen.0.npy"]
-    assert np.load(saved[0] / "seen.0.npy", allow_pickle=False).dtype == np.int64
-    assert prod(load_shape(saved[0])) > 0
-
-
-def load_shape(folder):
-    with partition.Parts(folder) as parts:
-        return next(iter(parts.shapes.values()))
+    assert names == ["part.0.safetensors", "preset.json", "progress.json"]
 
 
 def test_an_exported_checkpoint_is_a_model_that_samples(tmp_path):

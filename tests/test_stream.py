@@ -16,9 +16,10 @@ from glide_ray.config import DataConfig
 from glide_ray.data.images import area_downsample, blur, encode, to_tensor
 from glide_ray.data.shards import Sample, ShardError, write_shards
 from glide_ray.distributed.corpus import survey
-from glide_ray.data.sources import Part, columns, find_parts, read_part, row_id
+from glide_ray.data.sources import Part, columns, find_parts, read_part
 from glide_ray.data.transforms import Collate, held_out_batches
-from glide_ray.distributed.stream import Ledger, Tally, open_corpus
+from glide_ray.distributed.feed import Epoch, Feeder, micro_batches
+from glide_ray.distributed.stream import Tally, open_corpus
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -96,46 +97,56 @@ def test_a_survey_counts_captions_and_those_that_are_cut(tmp_path):
 
 # -- order, and going on in the midst of an epoch ---------------------------------------------------------------------
 
-def epoch_keys(corpus, ledger, workers):
-    """What each worker reads in one epoch of `streaming_split`, as a training run does it: a list of ids a worker."""
-    shards = open_corpus(str(corpus), 16, ledger=ledger).streaming_split(workers, equal=True)
+def batches_of(corpus, epoch=0, rows=0, workers=2, batch=12, tally=None, seed=0, window=16):
+    """The global batches of an epoch, each the list of its keys, as so many workers get them."""
+    feeder = Feeder.remote(find_parts(corpus), 16, batch, window, seed, tally or Tally.remote())
 
     @ray.remote(num_cpus=0)
-    def consume(shard):
-        return [int(n) for rows in shard.iter_batches(batch_size=4, local_shuffle_buffer_size=16, local_shuffle_seed=1) for n in rows["id"]]
-    return ray.get([consume.remote(shard) for shard in shards])
+    def read(rank):
+        own = batch // workers
+        return [rows["key"] for rows in micro_batches(feeder, Epoch("x", epoch, rows), batch, own, rank, workers)]
+    by_rank = ray.get([read.remote(rank) for rank in range(workers)])
+    return [[key for part in parts for key in part] for parts in zip(*by_rank, strict=True)]
 
 
-@pytest.mark.parametrize("workers, later", [(2, 2), (2, 3), (3, 1)])
-def test_a_run_that_stops_and_resumes_sees_each_row_of_the_epoch_once_with_any_number_of_workers(drawn_corpus, workers, later):
-    ledger = Ledger.remote(3, 0)
-    first = epoch_keys(drawn_corpus / "train", ledger, workers)
-    seen = [number for rank in first for number in rank[:12]]       # three batches of four, and then the run was stopped
-    ray.get(ledger.begin.remote(0, np.array(seen, np.int64)))
-    rest = [number for rank in epoch_keys(drawn_corpus / "train", ledger, later) for number in rank]
-    assert len(seen) + len(rest) == 96 and len({*seen, *rest}) == 96
-    assert {number for rank in first for number in rank} == {*seen, *rest}
+def test_every_row_is_in_one_batch_of_an_epoch_and_each_epoch_has_another_order(drawn_corpus):
+    first, second = (batches_of(drawn_corpus / "train", epoch) for epoch in range(2))
+    for batches in (first, second):
+        assert sorted(key for batch in batches for key in batch) == [f"{n:05d}" for n in range(96)]
+    assert first != second and first == batches_of(drawn_corpus / "train") != batches_of(drawn_corpus / "train", seed=1)
+    assert first[0] != sorted(first[0])
 
 
-def test_a_part_that_was_trained_on_whole_is_not_read_again(tmp_path):
-    write_shards(tmp_path, drawn_samples(8), per_shard=4)
-    parts = find_parts(tmp_path)
-    ledger = Ledger.remote(2, 0)
-    ray.get(ledger.begin.remote(0, np.array([row_id(parts[0].url, n) for n in range(4)], np.int64)))
-    (tmp_path / "000000.tar").unlink()
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+def test_a_batch_has_the_same_rows_in_the_same_order_however_many_workers_share_it(drawn_corpus, workers):
+    assert batches_of(drawn_corpus / "train", workers=workers) == batches_of(drawn_corpus / "train", workers=6)
+
+
+@pytest.mark.parametrize("done, workers, later", [(12, 2, 3), (36, 3, 1), (60, 1, 2), (96, 2, 2)])
+def test_a_run_that_stops_and_resumes_reads_the_very_batches_that_were_left_with_any_number_of_workers(drawn_corpus, done, workers, later):
+    whole = batches_of(drawn_corpus / "train", workers=workers)
+    rest = batches_of(drawn_corpus / "train", rows=done, workers=later)
+    assert rest == whole[done // 12:]
+
+
+def test_parts_that_were_trained_on_whole_are_not_read_again(tmp_path, monkeypatch):
+    write_shards(tmp_path, drawn_samples(48), per_shard=8)
+    for path in tmp_path.glob("index.json"):        # parts of unknown size: a task each
+        path.unlink()
     tally = Tally.remote()
-    rows = open_corpus(str(tmp_path), 16, tally, ledger).take_all()
-    assert sorted(row["key"] for row in rows) == ["00004", "00005", "00006", "00007"] and not ray.get(tally.report.remote()).faults
+    whole = batches_of(tmp_path, tally=tally)
+    counts = ray.get(tally.counts.remote(0))
+    assert counts == {task: 8 for task in range(6)}
+    order = np.random.default_rng([0, 0]).permutation(6)
+    for number in order[:3]:
+        (tmp_path / f"{number:06d}.tar").write_bytes(b"gone")
+    known = Tally.remote()
+    ray.get(known.know.remote(0, counts))
+    assert batches_of(tmp_path, rows=24, tally=known) == whole[2:] and not ray.get(known.report.remote()).faults
 
 
-def test_each_epoch_reads_the_shards_in_another_order_and_the_same_seed_in_the_same(tmp_path):
-    write_shards(tmp_path, drawn_samples(16), per_shard=1)
-
-    def order(seed, epoch):
-        ledger = Ledger.remote(16, seed)
-        ray.get(ledger.begin.remote(epoch, np.empty(0, np.int64)))
-        return [ray.get(ledger.assign.remote(n, 16))[0][0] for n in range(16)]
-    assert order(0, 1) == order(0, 1) != order(0, 2) != order(1, 2) and sorted(order(0, 1)) == list(range(16))
+def test_what_is_left_of_an_epoch_that_fills_no_batch_is_not_given(drawn_corpus):
+    assert len(batches_of(drawn_corpus / "train", batch=36)) == 2 and not batches_of(drawn_corpus / "train", batch=100, workers=4)
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------

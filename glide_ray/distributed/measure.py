@@ -22,8 +22,9 @@ from ..data.images import open_image
 from ..data.shards import Sample, write_shards
 from ..data.sources import columns, find_parts, read_part
 from ..data.transforms import Collate
+from .feed import Epoch, Feeder, micro_batches
 from .local import connect
-from .stream import PREFETCH, Ledger, open_corpus
+from .stream import Tally
 
 PROCESSES, BATCH = 2, 64
 SHARDS, MANY_SHARDS, FEW, MANY = 8, 64, 10_000, 100_000
@@ -102,18 +103,18 @@ class Worker:
     def __init__(self):
         self._collate = _collate()
 
-    def epoch(self, part) -> tuple[float, Arrivals]:
+    def epoch(self, feeder, rank: int, world: int) -> tuple[float, Arrivals]:
         """When the first row was asked for, and what came."""
         began = time.time()
-        batches = part.iter_batches(batch_size=BATCH, prefetch_batches=PREFETCH)
+        batches = micro_batches(feeder, Epoch("bench", 0, 0), BATCH * world, BATCH, rank, world)
         return began, [(time.time(), len(batch.image)) for rows in batches if (batch := self._collate(rows, 0)) is not None]
 
 
 def stream(shards: Path, workers: Sequence) -> tuple[float, Arrivals]:
     """One epoch, split between the workers as in a training run: when it began, and all batches in order of time."""
-    ledger = Ledger.remote(len(find_parts(shards)), 0)
-    parts = open_corpus(str(shards), 64, ledger=ledger).streaming_split(len(workers), equal=True)
-    came = ray.get([worker.epoch.remote(part) for worker, part in zip(workers, parts, strict=True)])
+    world = len(workers)
+    feeder = Feeder.remote(find_parts(shards), 64, BATCH * world, presets.get("nano-base").data.shuffle_buffer, 0, Tally.remote())
+    came = ray.get([worker.epoch.remote(feeder, rank, world) for rank, worker in enumerate(workers)])
     return min(began for began, _ in came), sorted(arrival for _, arrivals in came for arrival in arrivals)
 
 

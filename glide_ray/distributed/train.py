@@ -8,16 +8,16 @@ import queue
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import ray
-import ray.data
 import ray.train
 import torch
+import torch.distributed
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from tqdm import tqdm
@@ -31,10 +31,11 @@ from ..forms import Batch
 from ..models.weights import load_config
 from ..train import partition
 from ..train.checkpoint import CheckpointError, check_same, read_preset, read_progress
+from .feed import Epoch, Feeder, micro_batches
 from .local import connect
-from .stream import PREFETCH, Ledger, Tally, open_corpus
+from .stream import Tally
 
-WEIGHTS, METRICS, PRESET = "weights.safetensors", "metrics.jsonl", "preset.json"
+WEIGHTS, METRICS, PRESET, COUNTS = "weights.safetensors", "metrics.jsonl", "preset.json", "counts.json"
 DATA_CPUS = 2                  # beside the workers': a data task wants a whole CPU, and waits for ever where none is left
 RETRIES = 3                    # of the worker group, each from the last checkpoint
 
@@ -68,10 +69,10 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
         load_config(storage.fetch(preset.train.start_from))
     connect(preset.train.workers + DATA_CPUS)
     on_gpu = _check_cluster(preset)
-    board, tally, ledger = Board.remote(), Tally.remote(), Ledger.remote(len(parts), preset.train.seed)
+    board, tally = Board.remote(), Tally.remote()
+    feeder = Feeder.remote(parts, preset.data.min_size, preset.train.batch, preset.data.shuffle_buffer, preset.train.seed, tally)
     trainer = TorchTrainer(
-        _worker, train_loop_config={"preset": preset.model_dump_json(), "board": board, "ledger": ledger},
-        datasets={"train": open_corpus(preset.data.corpus, preset.data.min_size, tally, ledger)},
+        _worker, train_loop_config={"preset": preset.model_dump_json(), "board": board, "tally": tally, "feeder": feeder},
         scaling_config=ScalingConfig(num_workers=preset.train.workers, use_gpu=on_gpu),
         run_config=RunConfig(name="ray", storage_path=str(out), failure_config=FailureConfig(max_failures=RETRIES),
                              checkpoint_config=CheckpointConfig(num_to_keep=2)))
@@ -133,12 +134,12 @@ def _check_cluster(preset: Preset) -> bool:
 def _worker(settings: dict) -> None:
     """One rank. What the user can mend is told to the board, not raised: Ray would try it again three times."""
     try:
-        _train_rank(Preset.model_validate_json(settings["preset"]), settings["board"], settings["ledger"])
+        _train_rank(Preset.model_validate_json(settings["preset"]), settings["board"], settings["tally"], settings["feeder"])
     except UserError as error:
         ray.get(settings["board"].fail.remote(str(error)))
 
 
-def _train_rank(preset: Preset, board, ledger) -> None:
+def _train_rank(preset: Preset, board, tally, feeder) -> None:
     from ..train.loop import Outlets, Trainer, train_loop      # DeepSpeed, which the driver has no use for
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -149,6 +150,11 @@ def _train_rank(preset: Preset, board, ledger) -> None:
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             trainer.load(Path(folder))
+            if rank == 0:
+                ray.get(tally.know.remote(trainer.progress.epoch, read_counts(Path(folder))))
+    # One name for all ranks of this start: an epoch that is read again after a fault is read from its beginning, or where the checkpoint was.
+    group = [uuid.uuid4().hex]
+    torch.distributed.broadcast_object_list(group)
     held_out = held_out_batches(preset.data, preset.model, preset.train.micro_batch, rank, world)
 
     def post(metrics):
@@ -158,26 +164,33 @@ def _train_rank(preset: Preset, board, ledger) -> None:
     def report(write: Callable[[Path], None]):
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
+            if rank == 0:
+                write_counts(Path(folder), ray.get(tally.counts.remote(trainer.progress.epoch)))
             ray.train.report({"step": trainer.progress.step}, ray.train.Checkpoint.from_directory(folder))
 
-    shard = ray.train.get_dataset_shard("train")
-
-    def epoch_batches(epoch: int, seen: np.ndarray) -> Iterator[Batch]:
-        if rank == 0:
-            ray.get(ledger.begin.remote(epoch, seen))
-        return _ahead(_epoch(shard, preset, epoch))
+    def epoch_batches(epoch: int, rows: int) -> Iterator[Batch]:
+        train = preset.train
+        return _ahead(_collated(micro_batches(feeder, Epoch(group[0], epoch, rows), train.batch, train.micro_batch, rank, world), preset, epoch))
     train_loop(trainer, epoch_batches, held_out, Outlets(post, report))
     report(trainer.save)
 
 
-def _epoch(shard, preset: Preset, epoch: int) -> Iterator[Batch]:
-    """This rank's batches of one epoch: equally many on every rank, shuffled within a bounded window."""
-    collate = Collate(preset.model, preset.data, preset.train.seed)
-    shuffle = {}
-    if preset.data.shuffle_buffer:
-        shuffle = {"local_shuffle_buffer_size": preset.data.shuffle_buffer, "local_shuffle_seed": preset.train.seed + epoch}
-    last = None
-    for rows in shard.iter_batches(batch_size=preset.train.micro_batch, prefetch_batches=PREFETCH, **shuffle):
+def write_counts(folder: Path, counts: Mapping[int, int]) -> None:
+    """Beside a checkpoint: how many rows each ended task of its epoch gave. They spare reading these again, and are not needed otherwise."""
+    (folder / COUNTS).write_text(json.dumps(sorted(counts.items())))
+
+
+def read_counts(folder: Path) -> dict[int, int]:
+    try:
+        return {int(task): int(count) for task, count in json.loads((folder / COUNTS).read_text())}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _collated(micro_batches: Iterator[dict[str, list]], preset: Preset, epoch: int) -> Iterator[Batch]:
+    """Rows to batches, equally many on every rank."""
+    collate, last = Collate(preset.model, preset.data, preset.train.seed), None
+    for rows in micro_batches:
         batch = collate(rows, epoch)
         # A rank that skipped a batch would wait for the others at the end of the epoch, and they for it in the all-reduce.
         if batch is None and last is not None:

@@ -3,7 +3,6 @@
     preset.json               the configuration that ran
     progress.json             step and epoch
     part.RANK.safetensors     each rank's part of weights, averages and Adam's moments (`partition.py`)
-    seen.RANK.npy             ids of the rows of this epoch that each rank has trained on
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..config import Preset, UserError
 
 class CheckpointError(UserError):
@@ -23,10 +20,11 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Progress:
-    """Optimizer steps done, and the epoch of the corpus that the last of them read."""
+    """Optimizer steps done, the epoch of the corpus that the last of them read, and how many of its rows have been trained on."""
 
     step: int = 0
     epoch: int = 0
+    rows: int = 0
 
 
 def write_progress(folder: Path, preset: Preset, progress: Progress, optimizer: dict[str, Any]) -> None:
@@ -51,18 +49,6 @@ def read_preset(folder: Path) -> Preset:
     """The configuration that ran. Raises CheckpointError."""
     try:
         return Preset.model_validate_json((folder / "preset.json").read_text())
-    except (OSError, ValueError):
-        raise CheckpointError(f"{folder} is not a whole glide_ray checkpoint; give the folder of another run.") from None
-
-
-def seen_path(folder: Path, rank: int) -> Path:
-    return folder / f"seen.{rank}.npy"
-
-
-def read_seen(folder: Path) -> np.ndarray:
-    """Ids (N,) int64 of the rows that all ranks had trained on, however many they were. Raises CheckpointError."""
-    try:
-        return np.concatenate([np.empty(0, np.int64), *(np.load(path, allow_pickle=False) for path in sorted(folder.glob("seen.*.npy")))])
     except (OSError, ValueError):
         raise CheckpointError(f"{folder} is not a whole glide_ray checkpoint; give the folder of another run.") from None
 

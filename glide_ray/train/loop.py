@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -25,7 +24,7 @@ from ..models.unet import GlideUNet
 from ..models.weights import build, check_shapes, load_weights, with_known_channels
 from ..storage import fetch
 from . import partition
-from .checkpoint import Progress, read_progress, read_seen, seen_path, write_progress
+from .checkpoint import Progress, read_progress, write_progress
 from .ema import Ema
 from .objectives import draw, held_out_sums, objective_of
 from .zero import deepspeed_config, learning_rate, resolve_precision
@@ -71,7 +70,6 @@ class Trainer:
         self.pieces = partition.pieces(self.engine)
         self.ema = Ema(partition.masters(self.engine), train.ema_rates)
         self.progress = Progress()
-        self.seen: list[np.ndarray] = []     # ids of the rows of this epoch that have been trained on; on rank 0 with what a checkpoint said
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -83,8 +81,6 @@ class Trainer:
         sums: dict[str, torch.Tensor] = {}
         for _ in range(self.preset.train.accumulation):
             batch = next(batches)
-            if batch.rows is not None:
-                self.seen.append(batch.rows.numpy())
             i, noise = (drawn.to(self.device) for drawn in draw(self.schedule, batch, self.preset.train.seed, number))
             losses = self.objective(self.engine, self.schedule, batch.to(self.device), i, noise)
             self.engine.backward(losses["loss"].mean())
@@ -121,7 +117,6 @@ class Trainer:
         # Under stage 0 every rank has all of it.
         own = self.pieces if self.preset.train.zero_stage or self.rank == 0 else []
         partition.save_part(partition.part_path(folder, self.rank), own, self.state())
-        np.save(seen_path(folder, self.rank), self.seen_rows())
         if self.rank == 0:
             write_progress(folder, self.preset, self.progress, self._optimizer_state())
 
@@ -133,23 +128,18 @@ class Trainer:
         partition.set_adam_steps(self.engine, optimizer["adam_steps"])
         if self.precision == "fp16":
             vars(self.engine.optimizer.loss_scaler).update(optimizer["loss_scale"])
-        self.seen = [read_seen(folder)] if self.rank == 0 else []
 
     def _optimizer_state(self) -> dict[str, Any]:
         scaler = vars(self.engine.optimizer.loss_scaler) if self.precision == "fp16" else {}
         return {"adam_steps": partition.adam_steps(self.engine),
                 "loss_scale": {name: scaler[name] for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis") if name in scaler}}
 
-    def seen_rows(self) -> np.ndarray:
-        """Ids (N,) int64 of the rows of this epoch that this rank has trained on, or knows of from a checkpoint."""
-        return np.concatenate([np.empty(0, np.int64), *self.seen])
 
-
-def train_loop(trainer: Trainer, epoch_batches: Callable[[int, np.ndarray], Iterator[Batch]], held_out: Sequence[Batch],
+def train_loop(trainer: Trainer, epoch_batches: Callable[[int, int], Iterator[Batch]], held_out: Sequence[Batch],
                outlets: Outlets) -> None:
     """Train to `preset.train.steps` from wherever the trainer stands.
 
-    `epoch_batches(n, seen)` gives this rank's n-th epoch, without the rows that `seen` of rank 0 names.
+    `epoch_batches(n, rows)` gives this rank's micro-batches of the n-th epoch after its first so many rows, over all ranks.
     """
     train = trainer.preset.train
     batches = _endless(epoch_batches, trainer)
@@ -159,7 +149,7 @@ def train_loop(trainer: Trainer, epoch_batches: Callable[[int, np.ndarray], Iter
     began = time.perf_counter()
     for number in range(trainer.progress.step + 1, train.steps + 1):
         recent.append(trainer.step(batches, number))
-        trainer.progress = Progress(number, trainer.progress.epoch)
+        trainer.progress = Progress(number, trainer.progress.epoch, trainer.progress.rows + train.batch)
 
         # Figures: one transfer from the device for all steps since the last.
         if number % train.log_every == 0 or number == train.steps:
@@ -180,19 +170,18 @@ def train_loop(trainer: Trainer, epoch_batches: Callable[[int, np.ndarray], Iter
             began = time.perf_counter()
 
 
-def _endless(epoch_batches: Callable[[int, np.ndarray], Iterator[Batch]], trainer: Trainer) -> Iterator[Batch]:
-    epoch, resumed = trainer.progress.epoch, len(trainer.seen) > 0
+def _endless(epoch_batches: Callable[[int, int], Iterator[Batch]], trainer: Trainer) -> Iterator[Batch]:
+    epoch, rows = trainer.progress.epoch, trainer.progress.rows
     while True:
-        trainer.progress = Progress(trainer.progress.step, epoch)
+        trainer.progress = Progress(trainer.progress.step, epoch, rows)
         given = False
-        for batch in epoch_batches(epoch, trainer.seen_rows()):
+        for batch in epoch_batches(epoch, rows):
             given = True
             yield batch
-        if not given and not resumed:      # a resumed run may find its epoch at an end
+        if not given and not rows:      # a resumed run may find its epoch at an end
             raise TrainingError(f"The corpus {trainer.preset.data.corpus} has too few usable images for one batch of "
-                                f"{trainer.preset.train.micro_batch} on each worker; lower train.batch, or add images.")
-        epoch, resumed = epoch + 1, False
-        trainer.seen = []
+                                f"{trainer.preset.train.batch}; lower train.batch, or add images.")
+        epoch, rows = epoch + 1, 0
 
 
 def start(model: GlideUNet | NoisedClip, path: str) -> None:

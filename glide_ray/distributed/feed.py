@@ -1,0 +1,116 @@
+"""An epoch of the corpus as global batches for any number of workers.
+
+Which rows make up batch n, and in which order, depends on the corpus, the seed, the epoch and n alone: not on how many workers share the
+batch, how fast they are, or what was killed and begun again. A run that resumes says how many rows of the epoch it has trained on; the parts
+that these came from are not read again.
+
+Rows are shuffled in two ways: parts by epoch, and the rows that one reading task gives within a window. Bytes go from the task that read
+them to the workers that train on them; the feeder moves references only.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow
+import ray
+
+from ..data.sources import Part
+from .stream import Plan, open_parts
+
+AHEAD = 8              # global batches that each worker has asked for and not yet trained on
+KEPT = 4 * AHEAD       # global batches that a slower worker may still ask for
+Segment = tuple[ray.ObjectRef, int, int]      # rows start to stop of a block
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What a group of workers reads: an epoch from its row number `rows`. `group` tells one start of the workers from the next."""
+
+    group: str
+    number: int
+    rows: int
+
+
+@ray.remote(num_cpus=0)
+class Feeder:
+    """Hands out global batches of `batch` rows. Each epoch is begun by whichever worker comes first."""
+
+    def __init__(self, parts: Sequence[Part], min_size: int, batch: int, window: int, seed: int, tally):
+        self._parts, self._min_size, self._batch, self._window, self._seed, self._tally = parts, min_size, batch, window, seed, tally
+        self._epoch: Epoch | None = None
+
+    def take(self, epoch: Epoch, number: int) -> list[Segment] | None:
+        """Batch `number`, counted from where the epoch was begun; None where no whole one is left."""
+        if epoch != self._epoch:
+            self._begin(epoch)
+        while self._next <= number and not self._ended:
+            self._assemble()
+        return self._batches.get(number)
+
+    def _begin(self, epoch: Epoch) -> None:
+        counts = ray.get(self._tally.counts.remote(epoch.number))
+        first, before = 0, 0
+        while first in counts and before + counts[first] <= epoch.rows:      # tasks whose rows have all been trained on
+            before += counts[first]
+            first += 1
+        self._epoch, self._skip = epoch, epoch.rows - before
+        plan = Plan(self._seed, epoch.number, self._window, first)
+        self._blocks = iter(self._references(plan))
+        self._left: deque[Segment] = deque()
+        self._batches: dict[int, list[Segment]] = {}
+        self._next, self._ended = 0, False
+
+    def _references(self, plan: Plan) -> Iterator[tuple[ray.ObjectRef, int]]:
+        for bundle in open_parts(self._parts, self._min_size, self._tally, plan).iter_internal_ref_bundles():
+            yield from ((entry.ref, entry.metadata.num_rows) for entry in bundle.blocks)
+
+    def _assemble(self) -> None:
+        """The next batch, from what is left of the last blocks and from new ones."""
+        batch, wanted = [], self._batch
+        while wanted:
+            if not self._left:
+                block, rows = next(self._blocks, (None, 0))
+                if block is None:
+                    self._ended = True
+                    return
+                skipped = min(self._skip, rows)
+                self._skip -= skipped
+                if skipped < rows:
+                    self._left.append((block, skipped, rows))
+                continue
+            block, start, stop = self._left.popleft()
+            taken = min(wanted, stop - start)
+            batch.append((block, start, start + taken))
+            wanted -= taken
+            if start + taken < stop:
+                self._left.appendleft((block, start + taken, stop))
+        self._batches[self._next] = batch
+        self._batches.pop(self._next - KEPT, None)
+        self._next += 1
+
+
+def micro_batches(feeder, epoch: Epoch, batch: int, micro_batch: int, rank: int, world: int) -> Iterator[dict[str, list]]:
+    """This rank's rows of each global batch, in micro-batches: the columns that `Collate` reads. All ranks get equally many."""
+    own = batch // world
+    asked = deque(feeder.take.remote(epoch, number) for number in range(AHEAD))
+    number = AHEAD
+    while (segments := ray.get(asked.popleft())) is not None:
+        asked.append(feeder.take.remote(epoch, number))
+        number += 1
+        for start in range(rank * own, (rank + 1) * own, micro_batch):
+            yield _rows(segments, start, start + micro_batch)
+
+
+def _rows(segments: Sequence[Segment], start: int, stop: int) -> dict[str, list]:
+    """Rows `start` to `stop` of a batch: only the blocks that they lie in are fetched."""
+    wanted, position = [], 0
+    for block, low, high in segments:
+        first, last = max(start - position, 0), min(stop - position, high - low)
+        if first < last:
+            wanted.append((block, low + first, last - first))
+        position += high - low
+    blocks = ray.get([block for block, _, _ in wanted])
+    return pyarrow.concat_tables([block.slice(first, count) for block, (_, first, count) in zip(blocks, wanted, strict=True)]).to_pydict()
