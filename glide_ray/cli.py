@@ -106,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated")
     command.add_argument("--out", type=Path, help="folder of the run (default: runs/PRESET)")
 
+    command = add("export", commands.export, "weights from a checkpoint, tensor by tensor: without a GPU, in the memory of the largest",
+                  "example:\n  glide export runs/filtered-base --ema-rate 0.999 --out weights.safetensors")
+    command.add_argument("checkpoint", help="a run's folder, whose last whole checkpoint is taken, or a checkpoint's")
+    command.add_argument("--ema-rate", type=float, help="which of the run's averages (default: the first of its train.ema_rates)")
+    command.add_argument("--out", type=Path, help="weights file to write (default: exported.safetensors in that folder)")
+
     command = add("generate", commands.generate, "pictures for a prompt")
     command.add_argument("prompt")
     command.add_argument("-n", type=_positive, default=1, help="how many, with seeds one after the other (default: 1)")

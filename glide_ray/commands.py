@@ -86,6 +86,14 @@ def train(options) -> None:
     print(f"step {result.steps:,}: held-out loss {result.first_held_out:.4f} -> {result.last_held_out:.4f}; EMA weights in {result.weights}")
 
 
+def export(options) -> None:
+    from .train.checkpoint import find_checkpoint
+    from .train.partition import export_average
+    out = options.out or Path(options.checkpoint) / "exported.safetensors"
+    preset, step, rate = export_average(find_checkpoint(options.checkpoint), out, options.ema_rate)
+    print(f"{out}: {preset.model.name} after step {step:,}, averaged at rate {rate:g}")
+
+
 def generate(options) -> None:
     cascade, asked = _cascade(options), _asked(options)
     from .recipe import Maker, save_picture

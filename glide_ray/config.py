@@ -265,6 +265,7 @@ class TrainConfig(Frozen):
     log_every: int = Field(10, gt=0)
     evaluate_every: int = Field(100, gt=0)
     checkpoint_every: int = Field(100, gt=0)
+    max_failures: int = Field(20, ge=-1)               # of workers and nodes, before the run gives up; -1: never
     seed: int = 0
 
     @model_validator(mode="after")

@@ -162,7 +162,7 @@ def test_an_export_is_the_file_that_safetensors_itself_would_write(tmp_path, ran
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         assert file.metadata() == {"config": "{}"} and set(file.keys()) == set(tensors)
         assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
-    with pytest.raises(CheckpointError, match="holds no 'average/0.5'; it has average/0.9"):
+    with pytest.raises(CheckpointError, match="holds no average/0.5; it has average/0.9"):
         partition.export(tmp_path, "average/0.5", tmp_path / "other", {})
     assert not (tmp_path / "other").exists()
 
@@ -211,11 +211,29 @@ def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
 
 
 def test_an_exported_checkpoint_is_a_model_that_samples(tmp_path):
-    from glide_ray.distributed.train import export_checkpoint
     from glide_ray.train.loop import Trainer
     _, saved, _ = run(Trainer(preset("steps=3", "ema_rates=0.9,0.5")), tmp_path)
     for rate in (None, 0.5):
-        export_checkpoint(saved[0], tmp_path / "w.safetensors", rate)
+        partition.export_average(saved[0], tmp_path / "w.safetensors", rate)
         model, config = load_model(tmp_path / "w.safetensors")
         state = contents(saved[0])
         assert config == preset().model and all(torch.equal(tensor, state[f"average/{rate or 0.9:g}", name]) for name, tensor in model.state_dict().items())
+
+
+def test_glide_export_takes_the_last_checkpoint_that_is_whole_and_says_what_it_was(tmp_path, capsys):
+    from glide_ray.cli import main
+    from glide_ray.train.loop import Trainer
+    _, saved, _ = run(Trainer(preset()), tmp_path)
+    ray_folder = tmp_path / "run" / "ray"
+    ray_folder.mkdir(parents=True)
+    for number, folder in enumerate(saved):
+        folder.rename(ray_folder / f"checkpoint_{number}")
+    (ray_folder / "checkpoint_9").mkdir()           # uploaded in part when the run was killed
+    (ray_folder / "checkpoint_manager_snapshot.json").write_text(json.dumps({"latest_checkpoint_result": {"checkpoint_dir_name": "checkpoint_1"}}))
+    assert main(["export", str(tmp_path / "run")]) == 0
+    assert "exported.safetensors: nano-base after step 4, averaged at rate 0.9" in capsys.readouterr().out
+    assert load_model(tmp_path / "run" / "exported.safetensors")[1] == preset().model
+    for arguments, message in (([str(tmp_path)], "is neither a checkpoint nor a run with one"),
+                               ([str(tmp_path / "run"), "--ema-rate", "0.5"], "holds no average/0.5; it has average/0.9")):
+        assert main(["export", *arguments]) == 2
+        assert message in capsys.readouterr().err

@@ -30,14 +30,13 @@ from ..data.transforms import Collate, held_out_batches
 from ..forms import Batch
 from ..models.weights import load_config
 from ..train import partition
-from ..train.checkpoint import CheckpointError, check_same, read_preset, read_progress
+from ..train.checkpoint import RAY, CheckpointError, check_same
 from .feed import Epoch, Feeder, micro_batches
 from .local import connect
 from .stream import Tally
 
 WEIGHTS, METRICS, PRESET, COUNTS = "weights.safetensors", "metrics.jsonl", "preset.json", "counts.json"
 DATA_CPUS = 2                  # beside the workers': a data task wants a whole CPU, and waits for ever where none is left
-RETRIES = 3                    # of the worker group, each from the last checkpoint
 
 
 @dataclass(frozen=True)
@@ -74,23 +73,15 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
     trainer = TorchTrainer(
         _worker, train_loop_config={"preset": preset.model_dump_json(), "board": board, "tally": tally, "feeder": feeder},
         scaling_config=ScalingConfig(num_workers=preset.train.workers, use_gpu=on_gpu),
-        run_config=RunConfig(name="ray", storage_path=str(out), failure_config=FailureConfig(max_failures=RETRIES),
+        run_config=RunConfig(name=RAY, storage_path=str(out), failure_config=FailureConfig(max_failures=preset.train.max_failures),
                              checkpoint_config=CheckpointConfig(num_to_keep=2)))
     with _Watching(board, out / METRICS, preset, progress) as watching, _interruptible():
         result = trainer.fit()
     if watching.failure:
         raise UserError(watching.failure)
     with result.checkpoint.as_directory() as folder:
-        export_checkpoint(Path(folder), out / WEIGHTS)
+        partition.export_average(Path(folder), out / WEIGHTS)
     return _result(out, ray.get(tally.report.remote()))
-
-
-def export_checkpoint(folder: Path, target: str | Path, rate: float | None = None) -> None:
-    """A checkpoint's average, by default that of the preset's first rate, as a weights file. Raises CheckpointError."""
-    preset, step = read_preset(folder), read_progress(folder, read_preset(folder))[0].step
-    rate = preset.train.ema_rates[0] if rate is None else rate
-    metadata = {"config": preset.model.model_dump_json(), "step": str(step), "weights": "ema", "ema_rate": f"{rate:g}"}
-    partition.export(folder, f"{partition.AVERAGE}/{rate:g}", target, metadata)
 
 
 # -- before -----------------------------------------------------------------------------------------------------------

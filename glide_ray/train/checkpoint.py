@@ -14,6 +14,9 @@ from typing import Any
 
 from ..config import Preset, UserError
 
+RAY = "ray"       # the folder of a run in which Ray Train keeps its checkpoints, and which of them are whole
+
+
 class CheckpointError(UserError):
     """A checkpoint that does not belong to this run."""
 
@@ -51,6 +54,21 @@ def read_preset(folder: Path) -> Preset:
         return Preset.model_validate_json((folder / "preset.json").read_text())
     except (OSError, ValueError):
         raise CheckpointError(f"{folder} is not a whole glide_ray checkpoint; give the folder of another run.") from None
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The folder of a checkpoint: `path` itself, or the last one that the run in `path` has committed.
+
+    What has merely been uploaded is not trusted: a rank's file may lack. Raises CheckpointError.
+    """
+    path = Path(path)
+    if (path / "progress.json").exists():
+        return path
+    try:
+        snapshot = json.loads((path / RAY / "checkpoint_manager_snapshot.json").read_text())
+        return path / RAY / snapshot["latest_checkpoint_result"]["checkpoint_dir_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path} is neither a checkpoint nor a run with one; give a folder that `glide train` wrote.") from None
 
 
 def check_same(saved: dict[str, Any], wanted: dict[str, Any], what: str, prefix: str = "") -> None:

@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..config import Preset
 from ..storage import whole
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, read_preset, read_progress
 
 FILES = "part.*.safetensors"
 WEIGHTS, FIRST, SECOND, AVERAGE = "weights", "exp_avg", "exp_avg_sq", "average"     # kinds of state; an average carries its rate, "average/0.999"
@@ -185,12 +186,23 @@ def export(folder: Path, kind: str, target: str | Path, metadata: Mapping[str, s
     with Parts(folder) as parts:
         if kind not in parts.kinds:
             known = ", ".join(sorted(parts.kinds - {FIRST, SECOND}))
-            raise CheckpointError(f"The checkpoint in {folder} holds no {kind!r}; it has {known}.")
+            raise CheckpointError(f"The checkpoint in {folder} holds no {kind}; it has {known}.")
         names = list(order or sorted(parts.shapes))
         with whole(target) as partial, open(partial, "wb") as file:
             file.write(_header({name: parts.shapes[name] for name in names}, metadata))
             for name in names:
                 file.write(parts.full(kind, name).numpy().tobytes())
+
+
+def export_average(folder: Path, target: str | Path, rate: float | None = None) -> tuple[Preset, int, float]:
+    """A checkpoint's average, by default that of the preset's first rate, as a weights file. Returns the preset, the step and the rate.
+
+    Raises CheckpointError.
+    """
+    preset = read_preset(folder)
+    rate, step = preset.train.ema_rates[0] if rate is None else rate, read_progress(folder, preset)[0].step
+    export(folder, f"{AVERAGE}/{rate:g}", target, {"config": preset.model.model_dump_json(), "step": str(step), "weights": "ema", "ema_rate": f"{rate:g}"})
+    return preset, step, rate
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> bytes:
