@@ -27,8 +27,17 @@ class StorageError(UserError):
     """A path that cannot be read or written."""
 
 
+class MissingError(StorageError):
+    """A path at which there is nothing."""
+
+
 def is_remote(path: str | Path) -> bool:
     return str(path).startswith(S3)
+
+
+def absolute(path: str | Path) -> str:
+    """The path that means the same in a process with another current folder."""
+    return str(path) if is_remote(path) else os.path.abspath(path)
 
 
 def same_place(path: str | Path, other: str | Path) -> bool:
@@ -54,7 +63,7 @@ def list_files(path: str | Path, suffixes: tuple[str, ...]) -> Iterator[str]:
 
 
 def read(path: str | Path) -> bytes:
-    """All bytes of a file or object. Raises StorageError where it is missing, or not what was put there."""
+    """All bytes of a file or object. Raises MissingError where there is none, StorageError where it is not what was put there."""
     with _errors(path):
         return _read_object(str(path)) if is_remote(path) else Path(path).read_bytes()
 
@@ -177,9 +186,11 @@ class _errors:
         return None
 
     def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, FileNotFoundError):
-            raise StorageError(f"There is no file {self.path}.") from None
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise MissingError(f"There is no file {self.path}.") from None
         if isinstance(error, OSError):
             raise StorageError(f"{self.path} cannot be used: {error.strerror or error}.") from None
         if kind is not None and kind.__module__.startswith("botocore"):
+            if getattr(error, "response", {}).get("Error", {}).get("Code") in ("NoSuchKey", "404"):
+                raise MissingError(f"There is no object {self.path}.") from None
             raise StorageError(f"{self.path} cannot be used: {error}.") from None

@@ -118,9 +118,11 @@ def s3_proxy():
 @pytest.fixture
 def s3_faults(s3, s3_proxy):
     """What is to go wrong with requests to S3, until the end of the test."""
+    from glide_ray import storage
     s3_proxy.faults.clear()
     yield s3_proxy.faults
     s3_proxy.faults.clear()
+    storage._client.cache_clear()       # which asks slowly for a while after it was told to
 
 
 @pytest.fixture(scope="session")

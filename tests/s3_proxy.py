@@ -3,6 +3,7 @@
 import http.client
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -28,14 +29,14 @@ class Fault:
 
 
 class Faults:
-    """What is to befall requests, and the method and path of all that came."""
+    """What is to befall requests, what has befallen them, and the method and path of all that came."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self.clear()
 
     def clear(self):
-        self._wanted, self.requests = [], []
+        self._wanted, self.befallen, self.requests = [], Counter(), []
 
     def answer_503(self, containing="", times=ALWAYS, seconds=ALWAYS):
         """As S3 does when it is asked too often."""
@@ -55,7 +56,9 @@ class Faults:
     def of(self, method, path):
         with self._lock:
             self.requests.append((method, path))
-            return next((fault.kind for fault in self._wanted if fault.befalls(path)), None)
+            kind = next((fault.kind for fault in self._wanted if fault.befalls(path)), None)
+            self.befallen[kind] += 1
+            return kind
 
 
 class Proxy(ThreadingHTTPServer):

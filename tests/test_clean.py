@@ -1,5 +1,6 @@
 """`glide clean`: every rule counted, near-duplicates found, what stays written as it was, and no fault in the corpus ends the run."""
 
+import base64
 import hashlib
 import io
 import json
@@ -166,7 +167,7 @@ def test_the_page_names_every_reason_loads_nothing_and_shows_captions_as_they_ar
     assert written == f"{out}/{PAGE}" and "script" not in page.tags and "b" not in page.tags and "link" not in page.tags
     assert page.loaded and all(what.startswith("data:image/") for what in page.loaded) and not re.search(r"url\(|@import", html)
     assert all(name in page.text for name in BAD) and SCRIPT in page.text and "<b>click here</b>" in page.text
-    pictures = [decode(__import__("base64").b64decode(what.partition(",")[2])) for what in page.loaded]
+    pictures = [decode(base64.b64decode(what.partition(",")[2])) for what in page.loaded]
     assert all(max(picture.size) <= 112 for picture in pictures)
 
 
@@ -263,14 +264,16 @@ def test_a_rule_that_is_not_there_is_refused_in_one_sentence(own_rules, name, me
 
 # -- what is written --------------------------------------------------------------------------------------------------
 
-def test_a_corpus_is_cleaned_from_s3_to_s3(s3):
+def test_a_corpus_is_cleaned_from_s3_to_s3_though_writes_fail_at_first(s3, s3_faults):
     rows = [row(n) for n in range(11)]
     for number in range(3):
-        buffer = io.BytesIO(as_tar(rows[4 * number:4 * number + 4]))
-        storage.put(buffer.getvalue(), f"{s3}/raw/{number}.tar")
+        storage.put(as_tar(rows[4 * number:4 * number + 4]), f"{s3}/raw/{number}.tar")
+    s3_faults.answer_503("cleaned/000000.tar", times=1)
+    s3_faults.reset("cleaned/000001.tar")
     done = clean(f"{s3}/raw", f"{s3}/cleaned/", settings("per_shard=5"))
     write_page(done, f"{s3}/raw", f"{s3}/cleaned/")
     assert shown(samples_of(f"{s3}/cleaned")) == shown(rows) and check_index(f"{s3}/cleaned") == [5, 5, 1]
+    assert s3_faults.befallen["503"] == s3_faults.befallen["reset"] == 1
     assert dropped(f"{s3}/cleaned") == [] and summary(f"{s3}/cleaned")["kept"] == 11 and b"blobs, number 3" in storage.read(f"{s3}/cleaned/{PAGE}")
 
 
@@ -288,6 +291,7 @@ def as_tar(samples):
 
 def test_nothing_is_written_onto_the_corpus_that_is_read(tmp_path, s3, monkeypatch):
     write_shards(tmp_path / "in", [row(0)])
+    storage.put(as_tar([row(0)]), f"{s3}/in/0.tar")
     before = {path: path.read_bytes() for path in (tmp_path / "in").iterdir()}
     monkeypatch.chdir(tmp_path)
     for source, out in ((tmp_path / "in", tmp_path / "in"), ("in", f"{tmp_path}/x/../in/"), (f"{tmp_path}/in/{{000000..000000}}.tar", "in"),
@@ -327,9 +331,9 @@ def test_rows_stay_apart_whatever_their_keys(tmp_path):
 
 
 ODD = {     # name of a member -> its bytes, and what is to be read: the captions of each row that is one
-    "list.json": (b"[1, 2]", "text"), "null.json": (b"null", "text"), "number.json": (b'{"caption": 12}', "12"), "torn.json": (b'{"caption": ', "text"),
+    "list.json": (b"[1, 2]", "text"), "null.json": (b"null", "text"), "number.json": (b'{"caption": 12.5}', "12.5"), "torn.json": (b'{"caption": ', "text"),
     "latin.json": ('{"caption": "Größe"}'.encode("latin-1"), "text"), "half.json": (b'{"caption": "a smile \\ud83d"}', "a smile ?"),
-    "nothing.json": (b'{"captions": [null, "a house", 7]}', ("a house", "7")), "dict.json": (b'{"caption": {"en": "a house"}}', "{'en': 'a house'}")}
+    "nothing.json": (b'{"captions": [null, "a house", 7.5]}', ("a house", "7.5")), "dict.json": (b'{"caption": {"en": "a house"}}', "text")}
 
 
 def test_metadata_of_any_form_ends_no_run(tmp_path):
@@ -390,9 +394,10 @@ def test_duplicates_are_those_that_comparing_every_pair_finds(seed):
         one[draws.integers(8, FINGERPRINT_BYTES)] += draws.choice([0, 3, 6])      # one byte that takes some out of their family
     pixels = draws.integers(1, 6, 500)
     bits = np.unpackbits(prints[:, None, :8] ^ prints[None, :, :8], axis=-1).sum(-1)
-    assert not ((bits > 5) & (bits <= MAX_BITS)).any()      # where the hashes' bands may miss a pair
     apart = np.abs(prints[:, None, 8:].astype(int) - prints[None, :, 8:])
-    alike = (bits <= MAX_BITS) & (apart[..., :LUMA**2].max(-1) <= MAX_LUMA) & (apart[..., LUMA**2:].max(-1) <= MAX_CHROMA)
+    near = (apart[..., :LUMA**2].max(-1) <= MAX_LUMA) & (apart[..., LUMA**2:].max(-1) <= MAX_CHROMA)
+    assert not (near & (bits > 5) & (bits <= MAX_BITS)).any()      # of such pairs the bands may miss some
+    alike = near & (bits <= MAX_BITS)
     expected, stays = np.full(500, -1), []
     for n in sorted(range(500), key=lambda n: (-pixels[n], n)):
         expected[n] = next((better for better in stays if alike[n, better]), -1)
@@ -403,7 +408,8 @@ def test_duplicates_are_those_that_comparing_every_pair_finds(seed):
 def copied(image, draws):
     """The same picture 0.5 to 2 times the size but at least 64 pixels, compressed again."""
     width, height = (max(64, round(side * scale)) for side, scale in zip(image.size, [2 ** draws.uniform(-1, 1)] * 2, strict=True))
-    image = image.resize((width, height), draws.choice([Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS]))
+    filters = [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS, *[Image.Resampling.BOX] * (width < image.width)]
+    image = image.resize((width, height), draws.choice(filters))
     return (packed(image, "jpeg", quality=int(draws.integers(60, 96))), "jpg") if draws.random() < 0.5 else \
         (packed(image, "webp", quality=int(draws.integers(50, 96))), "webp")
 
@@ -412,7 +418,7 @@ def copied(image, draws):
 def test_planted_copies_of_emoji_are_found_and_no_others(emoji_corpus, tmp_path):
     draws = np.random.default_rng(0)
     emoji = samples_of(emoji_corpus[0] / "train")
-    write_shards(tmp_path / "emoji", [emoji[n] for n in sorted(draws.choice(len(emoji), 1850, replace=False))], per_shard=500)
+    write_shards(tmp_path / "emoji", [emoji[n] for n in sorted(draws.choice(len(emoji), 1600, replace=False))], per_shard=500)
     clean(str(tmp_path / "emoji"), str(tmp_path / "originals"), settings("scripts="))
     originals = samples_of(tmp_path / "originals")
     shards = [[(n, sample) for n, sample in enumerate(originals) if n % 8 == shard] for shard in range(8)]
@@ -472,7 +478,7 @@ def befall(s3_faults):
 
 
 def check_faults(report, path, readable, unreadable):
-    assert sorted(set(re.findall(r"/(\d{6})\.tar", fault)) for fault in report.faults) == [{f"{number:06d}"} for number in (GARBAGE, CUT, GONE)]
+    assert sorted(re.search(r"/(\d{6})\.tar", fault).group(1) for fault in report.faults) == [f"{number:06d}" for number in (GARBAGE, CUT, GONE)]
     assert all(f"{path}/" in fault for fault in report.faults)
     assert dict(report.dropped) == unreadable and report.kept == sum(map(len, readable)) - sum(unreadable.values())
 
@@ -487,9 +493,10 @@ def test_a_corpus_with_every_fault_is_cleaned_to_its_end_and_each_fault_is_count
     bad = {line["key"] for line in dropped(tmp_path)}
     assert bad == {"row3", "row1100", "row1115"} and sum(check_index(tmp_path)) == done.report.kept
     assert shown(samples_of(tmp_path)) == shown(sample for shard in readable for sample in shard if sample.key not in bad)
+    assert s3_faults.befallen["503"] >= 3 and s3_faults.befallen["truncate"] == s3_faults.befallen["reset"] == 1
     html = storage.read(page).decode()
     assert all(f"{path}/{number:06d}.tar" in html for number in (GARBAGE, CUT, GONE)) and len(summary(tmp_path)["faults"]) == 3
-    assert s3_faults.asked("GET", "list-type=2") == 0 and s3_faults.asked("GET", f"{TORN:06d}") >= 3
+    assert s3_faults.asked("GET", "list-type=2") == 0
 
 
 @pytest.mark.slow
@@ -498,6 +505,7 @@ def test_a_training_stream_over_the_same_faults_counts_and_names_them_too(faulty
     befall(s3_faults)
     tally = Tally.remote()
     rows = open_corpus(path, 64, tally).take_all()
+    assert s3_faults.befallen["503"] >= 3 and s3_faults.befallen["truncate"] == s3_faults.befallen["reset"] == 1
     check_faults(ray.get(tally.report.remote()), path, readable, {"with an unreadable image": 2})
     assert sorted(row["key"] for row in rows) == sorted(sample.key for shard in readable for sample in shard if sample.key not in ("row3", "row1100"))
 
@@ -517,9 +525,9 @@ def test_a_parquet_file_with_garbage_in_it_ends_no_run_and_is_named(tmp_path):
     data[place:place + 4000] = np.random.default_rng(0).bytes(4000)
     (tmp_path / "0.parquet").write_bytes(data)
     read = []
-    with pytest.raises(ShardError, match="0.parquet"):
+    with pytest.raises(ShardError, match="0.parquet") as fault:
         read.extend(sample.key for sample in read_part(Part(str(tmp_path / "0.parquet"))))
-    assert read == [f"row{n}" for n in range(100)]
+    assert 50 < len(read) <= 100 and read == [f"row{n}" for n in range(len(read))] and f"after its first {len(read)} rows" in str(fault.value)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -583,24 +591,25 @@ def test_what_img2dataset_knows_of_a_shard_is_not_taken_for_data(tmp_path):
 def test_a_tar_that_was_made_of_a_folder_is_read(tmp_path):
     """`tar -cf x.tar .` writes ./KEY.jpg, and macOS ._KEY.jpg beside it."""
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        for name, data in (("./._00.JPG", b"resource fork"), ("./00.JPG", packed(blobs(0), "jpeg")), ("./00.txt", b"zero"), ("./sub.v2/01.png", packed(blobs(1))),
-                           ("./sub.v2/01.txt", b"one"), ("./02.txt", b"no picture")):
+        for name, data in (("./._00.JPG", b"resource fork"), ("./00.JPG", packed(blobs(0), "jpeg")), ("./00.txt", b"zero"),
+                           ("./\udcff.png", packed(blobs(2))), ("./sub.v2/01.png", packed(blobs(1))), ("./sub.v2/01.txt", b"one"), ("./02.txt", b"no picture")):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     rows = list(read_shard(tmp_path / "x.tar"))
-    assert [(sample.key, sample.captions) for sample in rows] == [("00", ("zero",)), ("sub.v2/01", ("one",)), ("02", ("no picture",))]
-    assert decode(rows[0].image).size == decode(rows[1].image).size == (64, 64) and rows[2].image == b""
+    assert [(sample.key, sample.captions) for sample in rows] == [("00", ("zero",)), ("?", ()), ("sub.v2/01", ("one",)), ("02", ("no picture",))]
+    assert all(decode(sample.image).size == (64, 64) for sample in rows[:3]) and rows[3].image == b""
 
 
 # -- as it is typed ---------------------------------------------------------------------------------------------------
 
-def test_the_command_prints_the_counts_and_writes_the_page(tmp_path, capsys):
+def test_the_command_prints_the_counts_and_writes_into_the_current_folder_wherever_ray_was_started(tmp_path, monkeypatch, capsys):
     write_shards(tmp_path / "in", [*drawn_samples(8), BAD["with too short a caption"], *drawn_samples(1)])
-    assert main(["clean", f"{tmp_path}/in", "--out", f"{tmp_path}/out", "--set", "per_shard=5"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["clean", "in", "--out", "out", "--set", "per_shard=5"]) == 0
     printed = capsys.readouterr().out
     assert "8 kept; dropped: 1 with too short a caption (such as short), 1 near-duplicates of another (such as 00000)" in printed
-    assert "8 rows in shards of at most 5" in printed and f"{tmp_path}/out/{PAGE}" in printed and check_index(tmp_path / "out") == [5, 3]
+    assert "8 rows in shards of at most 5" in printed and f"out/{PAGE}" in printed and check_index(tmp_path / "out") == [5, 3]
 
 
 @pytest.mark.parametrize("arguments, message", [

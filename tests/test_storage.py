@@ -6,7 +6,7 @@ import boto3
 import pytest
 
 from glide_ray import storage
-from glide_ray.storage import StorageError
+from glide_ray.storage import MissingError, StorageError
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -53,6 +53,32 @@ def test_an_object_that_was_damaged_is_refused(s3):
     client.put_object(Bucket="corpus", Key="damaged", Body=b"wrong", Metadata=meta)
     with pytest.raises(StorageError, match="damaged"):
         storage.read(f"{s3}/damaged")
+
+
+def test_an_object_that_does_not_come_whole_is_asked_for_again(s3, s3_faults):
+    storage.put(b"whole" * 1000, f"{s3}/torn/w")
+    s3_faults.truncate("torn/w", times=4)
+    assert storage.read(f"{s3}/torn/w") == b"whole" * 1000 and s3_faults.asked("GET", "torn/w") == 5
+    s3_faults.reset("torn/w", times=2)
+    s3_faults.answer_503("torn/w", times=2)
+    assert storage.fetch(f"{s3}/torn/w").read_bytes() == b"whole" * 1000 and s3_faults.befallen["503"] == 2
+    s3_faults.truncate("torn/w", times=5)
+    with pytest.raises(StorageError, match="torn/w cannot be used.*2500 bytes read"):
+        storage.read(f"{s3}/torn/w")
+    s3_faults.truncate("list-type=2")
+    assert list(storage.list_files(f"{s3}/torn", ("w",))) == [f"{s3}/torn/w"] and s3_faults.befallen["truncate"] == 10
+
+
+def test_what_is_missing_is_asked_for_once_and_told_from_what_cannot_be_read(s3, s3_faults, tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (f"{s3}/no/such", tmp_path / "such", tmp_path / "file" / "such"):
+        with pytest.raises(MissingError, match="such"):
+            storage.read(path)
+    assert s3_faults.asked("GET", "no/such") == 1
+    for path in ("s3://no-such-bucket/w", tmp_path):
+        with pytest.raises(StorageError) as refusal:
+            storage.read(path)
+        assert not isinstance(refusal.value, MissingError)
 
 
 def test_listing_reads_every_page(s3):

@@ -82,12 +82,12 @@ def _raises_not(look: Callable[[], Any]) -> bool:
 # What stands in the place of a caption on web pages: a camera's or a program's file name, an address, a call to click, a
 # licence, a placeholder. The list is ours, after what Conceptual Captions and LAION report to have met.
 BOILERPLATE = re.compile(r"""
-    ^\W*(?:img|dsc[nf]?|image|picture|photo|screen\s?shot|untitled|file|scan|figure)?[\s_-]*\(?\d*\)?\.?(?:jpe?g|png|gif|webp)?\W*$
+    ^\W*(?:img|dsc[nf]?|image|picture|photo|screen\s?shot|thumbnail|untitled|file|scan|figure)?[\s_-]*\(?\d*\)?\.?(?:jpe?g|png|gif|webp)?\W*$
   | ^\S+\.(?:jpe?g|png|gif|webp|bmp|tiff?)$
   | https?://|www\.\S+\.\w
-  | \b(?:click|tap)\s+(?:here|on|to)\b | \bto\s+enlarge\b | \bimage\s+may\s+contain\b | \bno\s+(?:image|photo|picture)\s+available\b
+  | \b(?:click|tap)\s+here\b | \bclick\s+(?:on|to)\b | \b(?:click|tap|hover|press)\b.*\bto\s+enlarge\b | \bimage\s+may\s+contain\b | \bno\s+(?:image|photo|picture)\s+available\b
   | \bstock\s+(?:photo|image|vector|illustration|footage)s?\b | \broyalty[\s-]free\b | \ball\s+rights\s+reserved\b | (?:\bcopyright\b|©)\s*(?:©|\(c\)|\d{4}|by\b)
-  | \b(?:placeholder|thumbnail|lorem\s+ipsum|default\s+image)\b | \bskip\s+to\s+content\b | \b(?:free|fast)\s+shipping\b
+  | \b(?:placeholder|lorem\s+ipsum|(?:default|thumbnail)\s+image)\b | \bskip\s+to\s+content\b | \b(?:free|fast)\s+shipping\b
 """, re.VERBOSE | re.IGNORECASE)
 
 
@@ -156,17 +156,19 @@ def users_rules(names: Sequence[str], option: str = "--rule") -> dict[str, Rule]
     """The functions that `module:function` names, the module as Python finds it from the current folder. Raises ConfigError."""
     rules = {}
     for name in names:
-        module, colon, function = name.partition(":")
-        if not colon:
+        module, _, function = name.partition(":")
+        if not module or not function:
             raise ConfigError(f"{option} {name!r} is not of the form module:function, such as my_rules:is_outdoors.")
         if str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
         try:
-            rule = getattr(importlib.import_module(module), function)
-        except ImportError as error:
-            raise ConfigError(f"{option} {name}: the module cannot be imported from {Path.cwd()} ({error}).") from None
-        except AttributeError:
-            raise ConfigError(f"{option} {name}: {module} has no function {function}.") from None
+            found = importlib.import_module(module)
+        except Exception as error:      # a module of the user's raises what it will
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ConfigError(f"{option} {name}: the module cannot be imported from {Path.cwd()} ({why}).") from None
+        if not hasattr(found, function):
+            raise ConfigError(f"{option} {name}: {module} has no function {function}.")
+        rule = getattr(found, function)
         if not callable(rule):
             raise ConfigError(f"{option} {name}: {function} is not a function; it must take a Candidate and give true or false.")
         rules[f"against the rule {name}"] = rule

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from ..config import UserError
 from ..storage import is_remote, put
 
 INDEX = "index.json"
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+IMAGE_SUFFIXES, TEXT_SUFFIXES = ("jpg", "jpeg", "png", "webp"), ("txt", "json")
+BROKEN = (tarfile.TarError, OSError, KeyError, ValueError, OverflowError)      # what tarfile raises: links to nowhere, broken lengths
 
 
 class ShardError(UserError):
@@ -52,14 +54,16 @@ def begin(folder: str | Path) -> None:
 
 def write_shard(folder: str | Path, number: int, samples: Sequence[Sample]) -> dict[str, Any]:
     """Write one shard, local or to s3://, whole or not at all. Returns its entry for the index."""
-    buffer = io.BytesIO()
+    buffer, names = io.BytesIO(), set()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for sample in samples:
+            name = _free_name(sample.key, names)
+            names.add(name)
             meta = {**sample.meta, "key": sample.key, "caption": sample.captions[0] if sample.captions else "",
                     "captions": list(sample.captions)}
-            for suffix, content in ((sample.suffix, sample.image), ("txt", meta["caption"].encode()),
-                                    ("json", json.dumps(meta, ensure_ascii=False).encode())):
-                member = tarfile.TarInfo(f"{sample.key}.{suffix}")
+            for suffix, content in ((sample.suffix, sample.image), ("txt", meta["caption"].encode(errors="replace")),
+                                    ("json", json.dumps(meta, ensure_ascii=False).encode(errors="replace"))):
+                member = tarfile.TarInfo(f"{name}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     data, name = buffer.getvalue(), f"{number:06d}.tar"
@@ -71,7 +75,8 @@ def finish(folder: str | Path, shards: Sequence[dict[str, Any]]) -> dict[str, An
     """Write the index of a corpus whose shards are written. Returns it."""
     if not is_remote(folder):
         for stale in set(Path(folder).glob("*.tar")) - {Path(folder) / shard["name"] for shard in shards}:
-            stale.unlink()      # from an earlier, longer corpus in the same place
+            if re.fullmatch(r"\d{6}\.tar", stale.name):      # as `write_shard` names them: from an earlier, longer corpus in the same place
+                stale.unlink()
     index = {"count": sum(shard["count"] for shard in shards), "shards": list(shards)}
     put(json.dumps(index, indent=1).encode(), f"{str(folder).rstrip('/')}/{INDEX}")
     return index
@@ -87,21 +92,26 @@ def read_index(folder: str | Path) -> dict[str, Any] | None:
         return None
 
 
-def read_shard(data: bytes | str | Path) -> Iterator[Sample]:
-    """The samples of one tar in their order. Raises ShardError for one that is broken or cut, after the samples before the damage."""
-    name = "a shard" if isinstance(data, bytes) else str(data)
+def read_shard(data: bytes | str | Path, name: str | None = None) -> Iterator[Sample]:
+    """The samples of one tar in their order; those without an image or a caption are not left out.
+
+    Raises ShardError for one that is broken or cut, after the samples before the damage, and calls it `name`.
+    """
+    name = name or ("a shard" if isinstance(data, bytes) else str(data))
     try:
         tar = tarfile.open(fileobj=io.BytesIO(data), mode="r:") if isinstance(data, bytes) else tarfile.open(data, mode="r:")
     except FileNotFoundError:
         raise ShardError(f"There is no file {name}.") from None
-    except (tarfile.TarError, OSError):
+    except BROKEN:
         raise ShardError(f"{name} is not a tar file; copy it again.") from None
     with tar:
         parts: dict[str, bytes] = {}
         current, whole = None, True
         try:
             for member in tar:
-                key, _, suffix = member.name.partition(".")
+                key, suffix = _key_and_suffix(member.name)
+                if not suffix:
+                    continue
                 if key != current and parts:
                     yield from _sample(current, parts)
                     parts = {}
@@ -112,9 +122,9 @@ def read_shard(data: bytes | str | Path) -> Iterator[Sample]:
             # Where a header is broken or the file ends at one, tarfile says nothing; a whole tar ends with a block of zeros.
             tar.fileobj.seek(tar.offset)
             whole = tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-        except (tarfile.TarError, OSError):
+        except BROKEN:
             whole = False
-        if parts and (whole or any(suffix in parts for suffix in ("txt", "json"))):
+        if parts and (whole or all(any(suffix in parts for suffix in of) for of in (IMAGE_SUFFIXES, TEXT_SUFFIXES))):
             yield from _sample(current, parts)
     if not whole:
         raise ShardError(f"{name} is broken or cut after {current or 'its beginning'}; copy it again.")
@@ -124,17 +134,41 @@ def captions_of(text: str | None, meta: Mapping[str, Any]) -> tuple[str, ...]:
     """All captions of a sample: our `captions`, else img2dataset's `caption`, else the .txt; () where there is none."""
     several = meta.get("captions")
     if isinstance(several, Sequence) and not isinstance(several, str):
-        return tuple(str(caption) for caption in several)
-    one = meta.get("caption") or text
-    return (one.strip(),) if one else ()
+        return tuple(str(caption) for caption in several if isinstance(caption, (str, int, float)))
+    one = meta.get("caption")
+    one = one if one and isinstance(one, (str, int, float)) else text
+    return (str(one).strip(),) if one else ()
+
+
+def read_meta(data: bytes | None) -> dict[str, Any]:
+    """What a sample's .json says, {} where it is none. Halves of surrogate pairs, which JSON may have and UTF-8 has not, become "?"."""
+    try:
+        meta = json.loads(data or b"{}")
+        if b"\\ud" in (data or b"").lower():
+            meta = json.loads(json.dumps(meta, ensure_ascii=False).encode(errors="replace"))
+    except (ValueError, RecursionError):
+        return {}
+    return meta if isinstance(meta, dict) else {}
 
 
 def _sample(key: str, parts: Mapping[str, bytes]) -> Iterator[Sample]:
     suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in parts), None)
-    try:
-        meta = json.loads(parts.get("json", b"{}"))
-    except ValueError:
-        meta = {}
+    if suffix is None and not any(suffix in parts for suffix in TEXT_SUFFIXES):
+        return
+    meta = read_meta(parts.get("json"))
     text = parts["txt"].decode(errors="replace") if "txt" in parts else None
-    if suffix:
-        yield Sample(key, parts[suffix], suffix, captions_of(text, meta), meta)
+    key = meta["key"] if isinstance(meta.get("key"), str) else key
+    yield Sample(key, parts.get(suffix, b""), suffix or "", captions_of(text, meta), meta)
+
+
+def _key_and_suffix(name: str) -> tuple[str, str]:
+    """A member's key and ending, as WebDataset has them: the file's name is cut at its first dot. No ending: a hidden file, or no sample's."""
+    folder, slash, file = name.encode(errors="replace").decode().removeprefix("./").rpartition("/")       # a name need not be UTF-8
+    stem, _, suffix = file.partition(".")
+    return f"{folder}{slash}{stem}", suffix.lower() if stem else ""
+
+
+def _free_name(key: str, taken: set[str]) -> str:
+    """What a sample's files are called in a shard: its key, which its .json has as it is, without what cuts a name, and like no other's."""
+    name = re.sub(r"[./]", "_", key)
+    return name if name and name not in taken else next(other for n in count(len(taken)) if (other := f"{name}-{n}") not in taken)

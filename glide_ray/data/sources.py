@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from .. import storage
-from ..config import UserError
-from .shards import IMAGE_SUFFIXES, INDEX, Sample, ShardError, captions_of, read_shard
+from .shards import IMAGE_SUFFIXES, INDEX, Sample, ShardError, captions_of, read_meta, read_shard
 
 SHARD_SUFFIXES = (".tar", ".parquet")
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
@@ -29,11 +28,11 @@ RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 @dataclass(frozen=True)
 class Part:
-    """A shard, or some of a folder's images: `files` are then their paths, each with its caption where METADATA gives one."""
+    """A shard, or some of a folder's images: `files` are then their paths, each with its captions where METADATA gives them."""
 
     url: str
     count: int | None = None                              # rows, where the corpus has an index that says so
-    files: tuple[tuple[str, str | None], ...] = ()
+    files: tuple[tuple[str, tuple[str, ...] | None], ...] = ()
 
 
 def find_parts(path: str | Path) -> list[Part]:
@@ -44,10 +43,13 @@ def find_parts(path: str | Path) -> list[Part]:
     path = str(path)
     if span := RANGE.search(path):
         first, last = span.groups()
+        if int(last) < int(first):
+            raise ShardError(f"The corpus {path} is empty: its range ends before it begins.")
         return [Part(f"{path[:span.start()]}{n:0{len(first)}d}{path[span.end():]}") for n in range(int(first), int(last) + 1)]
     if indexed := _read_index(path):
         return indexed
-    files = list(storage.list_files(path, (*SHARD_SUFFIXES, *(f".{suffix}" for suffix in IMAGE_SUFFIXES), METADATA)))
+    endings = [f".{suffix}" for suffix in IMAGE_SUFFIXES]
+    files = list(storage.list_files(path, (*SHARD_SUFFIXES, *endings, *map(str.upper, endings), METADATA)))
     shards = [file for file in files if file.endswith(SHARD_SUFFIXES)]
     if shards:
         # img2dataset writes 00000.parquet beside 00000.tar: what it knows of the rows, without their images.
@@ -68,7 +70,7 @@ def read_part(part: Part) -> Iterator[Sample]:
     Raises ShardError or StorageError for a part that is missing, broken, or ends before it should; what could be read came before.
     """
     read = _read_files(part) if part.files else _read_parquet(part.url) if part.url.endswith(".parquet") else \
-        read_shard(storage.read(part.url) if storage.is_remote(part.url) else part.url)
+        read_shard(storage.read(part.url) if storage.is_remote(part.url) else part.url, part.url)
     rows = 0
     for sample in read:
         rows += 1
@@ -97,9 +99,12 @@ def _read_index(path: str) -> list[Part]:
         return []
     folder = path.rstrip("/")
     try:
-        index = json.loads(storage.read(f"{folder}/{INDEX}"))
-        return [Part(f"{folder}/{shard['name']}", shard["count"]) for shard in index["shards"]]
-    except (UserError, ValueError, KeyError, TypeError):      # none there, or another program's
+        index = storage.read(f"{folder}/{INDEX}")
+    except storage.MissingError:        # and no other error: an index that cannot be read is there all the same
+        return []
+    try:
+        return [Part(f"{folder}/{shard['name']}", shard["count"]) for shard in json.loads(index)["shards"]]
+    except (ValueError, KeyError, TypeError):       # another program's
         return []
 
 
@@ -120,27 +125,28 @@ def _read_parquet(url: str) -> Iterator[Sample]:
     if caption is None:
         raise ShardError(f"{url} has no column named {' or '.join(CAPTION_COLUMNS)}; it has: {', '.join(names)}.")
     position = 0
-    for batch in table.iter_batches(ROWS_AT_ONCE):
-        for row in batch.to_pylist():
-            content = row[image] if image else _beside(url, row[path])
-            if isinstance(content, dict):                       # as Hugging Face writes it
-                content = content["bytes"] or _beside(url, content["path"])
-            captions = captions_of(None, {"captions" if isinstance(row[caption], list) else "caption": row[caption]})
-            meta = {name: value for name, value in row.items() if name not in (image, caption) and isinstance(value, (str, int, float))}
-            yield Sample(str(row.get("key", f"{PurePosixPath(url).stem}-{position:06d}")), content or b"", _suffix(content), captions, meta)
-            position += 1
+    try:
+        for batch in table.iter_batches(ROWS_AT_ONCE):
+            for row in batch.to_pylist():
+                content = row[image or path]
+                if isinstance(content, dict):                       # as Hugging Face writes it
+                    content = content.get("bytes") or content.get("path")
+                content = _beside(url, content) if isinstance(content, str) else content if isinstance(content, bytes) else b""
+                captions = _captions(row[caption])
+                meta = {name: value for name, value in row.items() if name not in (image, caption) and isinstance(value, (str, int, float))}
+                yield Sample(str(row.get("key", f"{PurePosixPath(url).stem}-{position:06d}")), content, _suffix(content), captions, meta)
+                position += 1
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError):      # a page in its midst
+        raise ShardError(f"{url} is broken after its first {position:,} rows; copy it again.") from None
 
 
 def _read_files(part: Part) -> Iterator[Sample]:
     """Images with a caption in METADATA, or in a .txt or .json of their name beside them."""
-    for file, caption in part.files:
-        stem = file[:file.rindex(".")]
-        text, meta = (None, {}) if caption is not None else (_read_or_none(f"{stem}.txt"), _read_or_none(f"{stem}.json"))
-        try:
-            meta = json.loads(meta) if meta else {}
-        except ValueError:
-            meta = {}
-        captions = (caption,) if caption is not None else captions_of(text.decode(errors="replace") if text else None, meta)
+    for file, captions in part.files:
+        stem, meta = file[:file.rindex(".")], {}
+        if captions is None:
+            text, meta = _read_or_none(f"{stem}.txt"), read_meta(_read_or_none(f"{stem}.json"))
+            captions = captions_of(text.decode(errors="replace") if text else None, meta)
         yield Sample(PurePosixPath(stem).name, _read_or_none(file) or b"", file[file.rindex(".") + 1:], captions, meta)
 
 
@@ -152,6 +158,11 @@ def _beside(url: str, path: str | None) -> bytes:
     return _read_or_none(whole) or b""
 
 
+def _captions(value: object) -> tuple[str, ...]:
+    """Those in one field: a list of them, or one."""
+    return captions_of(None, {"captions" if isinstance(value, list) else "caption": value})
+
+
 def _read_or_none(path: str) -> bytes | None:
     try:
         return storage.read(path)
@@ -159,21 +170,21 @@ def _read_or_none(path: str) -> bytes | None:
         return None
 
 
-def _metadata(files: Sequence[str]) -> Mapping[str, str]:
-    """Image path -> caption, from every METADATA file."""
+def _metadata(files: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
+    """Image path -> captions, from every METADATA file."""
     captions = {}
     for file in files:
         folder = file.rpartition("/")[0]
         for line in storage.read(file).splitlines():
             try:
-                row = json.loads(line)
-                captions[f"{folder}/{row['file_name']}"] = next((row[name] for name in CAPTION_COLUMNS if name in row), "")
-            except (ValueError, KeyError, TypeError):
+                row = read_meta(line)
+                captions[f"{folder}/{row['file_name']}"] = _captions(next((row[name] for name in CAPTION_COLUMNS if name in row), None))
+            except KeyError:
                 continue
     return captions
 
 
-def _suffix(content: bytes | None) -> str:
+def _suffix(content: bytes) -> str:
     """The ending for an image's bytes by their first ones."""
-    head = (content or b"")[:12]
+    head = content[:12]
     return "png" if head.startswith(b"\x89PNG") else "webp" if head[8:12] == b"WEBP" else "jpg"

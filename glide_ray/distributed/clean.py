@@ -15,12 +15,12 @@ import ray
 from tqdm import tqdm
 
 from .. import storage
-from ..config import CleanConfig, ConfigError, UserError
+from ..config import CleanConfig, UserError
 from ..data.duplicates import FINGERPRINT_BYTES, find_duplicates, fingerprint
 from ..data.filters import NEAR_DUPLICATE, Candidate, Report, Rule, caption_rules, clean_captions, first_broken, image_rules
 from ..data.sources import Part, find_parts, read_part
 from ..evaluation.pages import Picture, Section, histogram, page, thumbnail
-from .corpus import PAGE, count, look_up, rewrite, write_manifest
+from .corpus import PAGE, count, look_up, refuse_source, rewrite, write_manifest
 from .local import connect, send_with
 from .stream import Tally, quiet
 
@@ -48,9 +48,8 @@ def clean(source: str, out: str, config: CleanConfig, rules: Mapping[str, Rule] 
 
     `rules` are the user's, asked after ours. Raises UserError.
     """
-    if storage.same_place(source, out):
-        raise ConfigError(f"--out {out} is the corpus that is read; write to another folder.")
-    parts = find_parts(source)
+    parts = find_parts(storage.absolute(source))
+    refuse_source(source, parts, out)
     connect(2)
     send_with((rules or {}).values())
     report(f"reading {len(parts):,} parts of {source}")
@@ -155,7 +154,7 @@ def write_page(cleaned: Cleaned, source: str, out: str, seed: int = 0) -> str:
         Section("What became of the rows", f"{len(rows):,} were read from {len(cleaned.parts):,} parts; {cleaned.captions_dropped:,} captions "
                 "were left out of rows, those of dropped rows included.",
                 bars=[("kept", cleaned.report.kept), *cleaned.report.dropped.most_common()]),
-        Section("Parts with a fault", "Their other rows were read.", lines=sorted(set(cleaned.report.faults))),
+        Section("Parts with a fault", "Their rows before the fault were read.", lines=sorted(set(cleaned.report.faults))),
         Section("Pixels on the shorter side, of rows that stay", bars=histogram(size)),
         Section("Characters of the first caption, of rows that stay", bars=histogram(length)),
         Section("Near-duplicates", "To the left the one that stays, to the right the one that was dropped.",

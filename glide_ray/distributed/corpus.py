@@ -15,7 +15,7 @@ import pyarrow.parquet
 import ray
 
 from .. import storage
-from ..config import UserError
+from ..config import ConfigError, UserError
 from ..data import emoji
 from ..data.filters import Report
 from ..data.shards import Sample, begin, finish, write_shard
@@ -63,13 +63,20 @@ def _count_captions(rows: dict) -> dict:
 
 # -- chosen rows ------------------------------------------------------------------------------------------------------
 
+def refuse_source(source: str, parts: Sequence[Part], out: str) -> None:
+    """Raise ConfigError where to write to `out` is to write over what is read: it is the corpus, or the folder of a shard of it."""
+    folders = {source, *(part.url.rpartition("/")[0] for part in parts if not part.files)}
+    if any(storage.same_place(folder, out) for folder in folders):
+        raise ConfigError(f"--out {out} is the corpus that is read; write to another folder.")
+
+
 def rewrite(parts: Sequence[Part], part: np.ndarray, position: np.ndarray, out: str, per_shard: int, captions: Captions | None = None
             ) -> tuple[dict[str, Any], list[str]]:
     """Write the rows at `position` (N,) of the parts numbered `part` (N,), in their order, as shards of `per_shard` rows.
 
     `captions` changes those of each row. Returns the index, and what is said of parts that could not be read again.
     """
-    shared = ray.put(list(parts))
+    shared, out = ray.put(list(parts)), storage.absolute(out)
     rows = np.stack([part, position], axis=1).astype(np.int64)
     chunks = [rows[start:start + per_shard] for start in range(0, len(rows), per_shard)]
 

@@ -20,7 +20,7 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from .. import storage
-from ..config import CleanConfig, ConfigError, FilterConfig, UserError
+from ..config import CleanConfig, FilterConfig, UserError
 from ..data.content import ContentError, ContentFilter, load_filter, missed_interval, with_threshold
 from ..data.filters import Candidate, Report, Rule, first_broken, image_rules
 from ..data.images import ImageError, decode
@@ -30,7 +30,7 @@ from ..evaluation.features import ClipFeatures, fetch_clip
 from ..evaluation.pages import Picture, Section, page, thumbnail
 from ..evaluation.report import contact_sheet, roc_curve
 from ..recipe import fingerprint
-from .corpus import PAGE, count, look_up, rewrite, write_manifest
+from .corpus import PAGE, count, look_up, refuse_source, rewrite, write_manifest
 from .local import connect, send_with
 from .stream import Tally, quiet
 
@@ -237,7 +237,7 @@ def fit_content(name: str, corpus: str, out: str | Path, clip: str, config: Filt
 
 def _pool(corpus: str, out: Path, clip: str, config: FilterConfig, truth: Rule | None, report: Callable[[str], None]) -> Looked:
     """The rows that labels are asked for. They are looked at once: a second call finds their features in FEATURES."""
-    parts = find_parts(corpus)
+    parts = find_parts(storage.absolute(corpus))
     order = np.random.default_rng(config.seed).permutation(len(parts))
     parts = [parts[n] for n in order]
     of = json.dumps([corpus, fingerprint(clip), config.pool, config.seed, config.group, [part.url for part in parts], truth is not None])
@@ -263,7 +263,8 @@ def _looked(table: pyarrow.Table, parts: Sequence[Part]) -> Looked:
         raise ContentError("The corpus has no image that can be read; look at it with `glide corpus --survey PATH`.")
     places = list(zip(table["part"].to_pylist(), table["position"].to_pylist(), strict=True))
     truth = table["truth"].to_pylist()
-    return Looked([f"{parts[part].url}#{position}" for part, position in places], places, parts, table["caption"].to_pylist(),
+    here = os.getcwd() + os.sep       # rows are named as their corpus was, for people to find
+    return Looked([f"{parts[part].url.removeprefix(here)}#{position}" for part, position in places], places, parts, table["caption"].to_pylist(),
                   np.unique(table["group"].to_pylist(), return_inverse=True)[1], None if truth[0] is None else np.array(truth, bool),
                   np.array(table["features"].to_pylist(), np.float32))
 
@@ -271,7 +272,7 @@ def _looked(table: pyarrow.Table, parts: Sequence[Part]) -> Looked:
 def _assess(content: ContentFilter, pool: Pool, looked: Looked, corpus: str, held_out: str | None, clip: str, config: FilterConfig,
             truth: Rule, report: Callable[[str], None]) -> Assessment:
     if held_out:
-        parts = find_parts(held_out)
+        parts = find_parts(storage.absolute(held_out))
         report(f"looking at {held_out}")
         apart = _looked(embed(parts, clip, truth, group=config.group)[0], parts)
         if apart.truth.sum() >= FEW:
@@ -351,15 +352,15 @@ def apply_content(path: str | Path, source: str, out: str, clip: str | None = No
 
     `clip` is where its CLIP is now, by default where it was. Raises UserError.
     """
-    if storage.same_place(source, out):
-        raise ConfigError(f"--out {out} is the corpus that is read; write to another folder.")
+    refuse_source(source, [], out)
     content = load_filter(path)
     clip = str(Path(fetch_clip(clip or content.settings["clip"])).resolve())
     ClipFeatures(clip)
     if fingerprint(clip) != content.clip:
         raise ContentError(f"{clip} is not the CLIP that {path} was fitted with: its SHA-256 begins {fingerprint(clip)[:16]} and should "
                            f"{content.clip[:16]}; give the right one with --clip.")
-    parts = find_parts(source)
+    parts = find_parts(storage.absolute(source))
+    refuse_source(source, parts, out)
     connect(2 + ACTORS)
     send_with([truth] if truth else [])
     report(f"looking at {len(parts):,} parts of {source}")
