@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, ValidationError, model_validator
 
 
 class UserError(ValueError):
@@ -220,6 +220,12 @@ class DataConfig(Frozen):
     shuffle_buffer: int = Field(2048, ge=0)            # rows among which each reading task shuffles
 
 
+# The first words of Unicode's names of letters, for the scripts that captions on the web are written in.
+SCRIPTS = ("arabic", "armenian", "bengali", "cjk", "cyrillic", "devanagari", "ethiopic", "georgian", "greek", "gujarati", "gurmukhi", "hangul",
+           "hebrew", "hiragana", "kannada", "katakana", "khmer", "lao", "latin", "malayalam", "myanmar", "sinhala", "tamil", "telugu", "thai",
+           "tibetan")
+
+
 class CleanConfig(Frozen):
     """What `glide clean` keeps. The limits are ours: the paper gives none for its corpus."""
 
@@ -227,9 +233,16 @@ class CleanConfig(Frozen):
     max_aspect: float | None = Field(3.0, ge=1)        # longer side to shorter
     min_characters: int = Field(3, ge=0)               # of a caption
     max_characters: int = Field(1000, gt=0)
-    scripts: tuple[str, ...] = ("latin",)              # of a caption's letters; none given, any
+    scripts: tuple[Annotated[str, StringConstraints(to_lower=True)], ...] = ("latin",)    # of a caption's letters, as Unicode names them; none: any
     duplicates: bool = True                            # whether near-duplicates are dropped
     per_shard: int = Field(10_000, gt=0)               # rows in a shard that is written
+
+    @model_validator(mode="after")
+    def _scripts_exist(self) -> CleanConfig:
+        unknown = next((script for script in self.scripts if script not in SCRIPTS), None)
+        if unknown is not None:
+            raise ValueError(f"no letters are named {unknown!r} by Unicode; it has {', '.join(SCRIPTS)}")
+        return self
 
 
 class FilterConfig(Frozen):

@@ -83,6 +83,16 @@ def put(data: bytes | Path, path: str | Path) -> None:
                 shutil.copyfile(data, partial)
 
 
+def remove(path: str | Path) -> None:
+    """Take away a file or object, if it is there."""
+    with _errors(path):
+        if is_remote(path):
+            bucket, key = _split(str(path))
+            _client().delete_object(Bucket=bucket, Key=key)
+        else:
+            Path(path).unlink(missing_ok=True)
+
+
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
     """A file beside `path` to write to, which takes its place when all went well and is gone otherwise."""

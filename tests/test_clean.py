@@ -625,3 +625,19 @@ def test_what_cannot_be_done_is_said_in_one_sentence(tmp_path, monkeypatch, caps
     printed = capsys.readouterr()
     assert printed.err.startswith("glide: ") and printed.err.count("\n") == 1 and message in printed.err and not printed.out
     assert not (tmp_path / "out").exists()
+
+
+def test_a_script_that_unicode_does_not_know_is_refused_and_capitals_do_not_matter():
+    assert override(CleanConfig(), ["scripts=Latin,CJK"]).scripts == ("latin", "cjk")
+    with pytest.raises(ConfigError, match="no letters are named 'latn' by Unicode; it has arabic"):
+        override(CleanConfig(), ["scripts=latn"])
+
+
+def test_the_index_of_an_earlier_corpus_is_gone_while_another_is_written(s3, tmp_path):
+    from glide_ray.data.shards import begin
+    for folder in (tmp_path / "c", f"{s3}/begun"):
+        write_shards(folder, drawn_samples(2))
+        begin(folder)
+        with pytest.raises(storage.MissingError):
+            storage.read(f"{folder}/index.json")
+        begin(folder)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import UserError
-from ..storage import is_remote, put
+from ..storage import is_remote, put, remove
 
 INDEX = "index.json"
 IMAGE_SUFFIXES, TEXT_SUFFIXES = ("jpg", "jpeg", "png", "webp"), ("txt", "json")
@@ -47,9 +47,8 @@ def write_shards(folder: str | Path, samples: Iterable[Sample], per_shard: int =
 
 
 def begin(folder: str | Path) -> None:
-    """Take away the index of an earlier corpus in a local folder: until `finish` there is none that is whole."""
-    if not is_remote(folder):
-        (Path(folder) / INDEX).unlink(missing_ok=True)
+    """Take away the index of an earlier corpus in the folder: until `finish` there is none that is whole."""
+    remove(f"{str(folder).rstrip('/')}/{INDEX}")
 
 
 def write_shard(folder: str | Path, number: int, samples: Sequence[Sample]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def find_parts(path: str | Path) -> list[Part]:
     images = [file for file in files if not file.endswith(METADATA)]
     if not images:
         raise ShardError(f"The corpus {path} is empty: no .tar or .parquet file and no image is there; make the default one with "
-                         f"`glide corpus`, or give another with --set data.corpus=FOLDER.")
+                         f"`glide corpus`, or give the path of another.")
     return [Part(f"{path}#{start}", files=tuple((file, captions.get(file)) for file in images[start:start + FILES_PER_PART]))
             for start in range(0, len(images), FILES_PER_PART)]
 
