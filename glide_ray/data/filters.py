@@ -23,6 +23,7 @@ from ..config import CleanConfig, ConfigError
 from .images import ImageError, flatten, load, open_image
 from .shards import Sample
 
+BROKEN = "with a broken image"                      # where decoding fails; a broken header is another name's
 NEAR_DUPLICATE = "near-duplicates of another"      # found over the whole corpus (`duplicates.py`), not row by row
 
 
@@ -128,7 +129,7 @@ def image_rules(config: CleanConfig) -> dict[str, Rule]:
     rules = {name: rule for name, rule in header_rules(config.min_size).items() if name != "without a caption"}
     if config.max_aspect is not None:
         rules["too long and thin"] = lambda candidate: has_moderate_aspect(candidate, config.max_aspect)
-    return {**rules, "with a broken image": decodes}
+    return {**rules, BROKEN: decodes}
 
 
 def caption_rules(config: CleanConfig) -> dict[str, Callable[[str], bool]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .. import storage
 from ..config import CleanConfig, FilterConfig, UserError
 from ..data.content import ContentError, ContentFilter, load_filter, missed_interval, with_threshold
-from ..data.filters import Candidate, Report, Rule, first_broken, image_rules
+from ..data.filters import BROKEN, Candidate, Report, Rule, first_broken, image_rules
 from ..data.images import ImageError, decode
 from ..data.labelling import Label, Pool, answered, ask, assess, fit_labelled, read_labels, threshold_of, write_labels
 from ..data.sources import Part, find_parts, read_part
@@ -37,7 +37,6 @@ from .stream import Tally, quiet
 ROWS_AT_ONCE = 64                   # images that one actor is given
 ACTORS = 2                          # on a cluster without GPUs
 FILTER, LABELS, SHEET, FEATURES = "filter.safetensors", "labels.csv", "sheet.png", "features.parquet"
-BROKEN = "with a broken image"
 FEW = 20                            # held-out rows with the content: with fewer, the filter is assessed by folds of its own corpus
 SHOWN = 24                          # pictures of a kind on a page
 
@@ -70,7 +69,7 @@ class Embedder:
 
 
 def embed(parts: Sequence[Part], clip: str, truth: Rule | None = None, content: ContentFilter | None = None, group: str = "",
-          limit: int | None = None, label: str = "look") -> tuple[pyarrow.Table, Report]:
+          limit: int | None = None) -> tuple[pyarrow.Table, Report]:
     """Every row: part, position, key, caption, group, truth, reason ("" where the image is whole), and its features or a filter's score.
 
     `truth` says whether a row has the content. `limit` ends the reading after so many rows. The report counts rows, and names parts
@@ -94,8 +93,9 @@ def embed(parts: Sequence[Part], clip: str, truth: Rule | None = None, content: 
     stream = quiet().from_items(list(range(len(parts))), override_num_blocks=len(parts)).map_batches(read, batch_size=1)
     stream = stream.map_batches(Embedder, fn_constructor_args=(clip, content), batch_format="pyarrow", batch_size=ROWS_AT_ONCE,
                                 concurrency=min(len(parts), gpus or ACTORS), num_gpus=1 if gpus else 0)
+    stream.context.execution_options.preserve_order = True      # a limit takes the same rows each time
     tables, done = [], 0
-    with tqdm(desc=label, unit="image", dynamic_ncols=True, disable=None, total=limit) as bar:
+    with tqdm(desc="look", unit="image", dynamic_ncols=True, disable=None, total=limit) as bar:
         for table in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
             tables.append(table)
             done += len(table)
@@ -225,13 +225,13 @@ def fit_content(name: str, corpus: str, out: str | Path, clip: str, config: Filt
     missed, of = int((fitted.out_of_fold[said] < threshold).sum()), int(said.sum())
     on_labels = (f"of {of} labelled rows with {name}, judged without their like, {missed} are missed (95% interval up to "
                  f"{missed_interval(missed, of)[1]:.1%}); of {(~said).sum()} without it, {(fitted.out_of_fold[~said] >= threshold).mean():.0%} are dropped")
-    settings = {"corpus": corpus, "clip": str(clip), "words": list(words), "labels": len(said), "with_content": of, "cost": fitted.cost,
-                "missed": missed, **config.model_dump()}
+    settings = {"corpus": corpus, "clip": storage.absolute(clip), "words": list(words), "labelled": len(said), "with_content": of,
+                "missed": missed, "cost": fitted.cost, "width": fitted.width, **config.model_dump()}
     content = with_threshold(fitted, threshold, name, fingerprint(clip_path), settings)
     content.save(out / FILTER)
     assessment = None if truth is None else _assess(content, pool, looked, corpus, held_out, str(clip_path), config, truth, report)
     done = Fit(content, len(labelled), of, len(asked), on_labels, assessment)
-    storage.put(_fit_page(done, looked, labelled).encode(), out / PAGE)
+    storage.put(_fit_page(done, looked).encode(), out / PAGE)
     return done
 
 
@@ -240,10 +240,10 @@ def _pool(corpus: str, out: Path, clip: str, config: FilterConfig, truth: Rule |
     parts = find_parts(storage.absolute(corpus))
     order = np.random.default_rng(config.seed).permutation(len(parts))
     parts = [parts[n] for n in order]
-    of = json.dumps([corpus, fingerprint(clip), config.pool, config.seed, config.group, [part.url for part in parts], truth is not None])
+    of = json.dumps([corpus, fingerprint(clip), config.pool, config.seed, config.group, [part.url for part in parts]])
     try:
         table = pyarrow.parquet.read_table(out / FEATURES)
-        if (table.schema.metadata or {}).get(b"of") == of.encode():
+        if truth is None and (table.schema.metadata or {}).get(b"of") == of.encode():
             return _looked(table, parts)
     except (FileNotFoundError, pyarrow.ArrowInvalid):
         pass
@@ -251,9 +251,9 @@ def _pool(corpus: str, out: Path, clip: str, config: FilterConfig, truth: Rule |
     table, counted = embed(parts, clip, truth, group=config.group, limit=config.pool)
     for fault in counted.faults:
         report(fault)
-    out.mkdir(parents=True, exist_ok=True)
-    with storage.whole(out / FEATURES) as partial:
-        pyarrow.parquet.write_table(table.replace_schema_metadata({"of": of}), partial)
+    if truth is None:       # all rounds run in one call where it is known
+        with storage.whole(out / FEATURES) as partial:
+            pyarrow.parquet.write_table(table.replace_schema_metadata({"of": of}), partial)
     return _looked(table, parts)
 
 
@@ -304,7 +304,7 @@ def _squared(image: np.ndarray) -> np.ndarray:
     return np.asarray(square)
 
 
-def _fit_page(done: Fit, looked: Looked, labelled: Mapping[int, bool]) -> str:
+def _fit_page(done: Fit, looked: Looked) -> str:
     content, name = done.content, done.content.name
     scores = content.score(looked.features)
     passing = np.flatnonzero(scores < 0)
@@ -389,7 +389,7 @@ def _applied_page(content: ContentFilter, source: str, out: str, parts: Sequence
     sections = [
         Section("What became of the rows", f"{len(rows):,} were read from {len(parts):,} parts.",
                 bars=[("kept", counted.kept), *counted.dropped.most_common()]),
-        Section("Parts with a fault", "Their other rows were read.", lines=sorted(set(counted.faults))),
+        Section("Parts with a fault", "Their rows before the fault were read.", lines=sorted(set(counted.faults))),
         Section("Scores", "What scores 0 or more is dropped.", bars=_score_bars(scores)),
         *(_truth_sections(assessment) if assessment else []),
         Section("What is left, at random", groups=looked.pictures(draws.permutation(passing)[:2 * SHOWN].tolist())),
