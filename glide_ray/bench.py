@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,15 @@ import torch
 from PIL import Image
 
 from .cascade import Cascade, base_request, load_stepper
-from .config import ModelConfig, Preset, SampleOptions, UserError
+from .config import ModelConfig, Preset, SampleOptions, UserError, override
 from .data.images import centre_crop, decode, to_uint8
 from .data.shards import read_shard
 from .diffusion.guidance import combine
-from .forms import Conditioning
+from .diffusion.schedule import make_schedule
+from .forms import Batch, Conditioning
 from .info import example_conditioning, inspect
 from .models.unet import GlideUNet
+from .models.weights import build
 from .stepper import SampleRequest, Stepper
 
 PROMPTS = ("a red apple, 3D render", "a green heart, 3D render", "a grinning face, 3D render", "a blue circle, flat icon",
@@ -80,6 +83,53 @@ def bench_sample(preset: Preset, precision: str = "bf16", repeats: int = 5) -> d
 
 
 # -- what trained models can do ---------------------------------------------------------------------------------------
+
+def bench_train(preset: Preset, precision: str = "bf16", repeats: int = 5, images: int = 8) -> dict[str, float | int | str]:
+    """A training step of ours, in turn with two others on the same batch: a plain PyTorch loop in float32 and contiguous memory, and a bare
+    one in our precision with float32 masters and the average, which shows what DeepSpeed costs."""
+    from .train.ema import Ema          # DeepSpeed, for this bench only
+    from .train.loop import Trainer, quiet
+    from .train.objectives import denoising, draw
+    quiet()
+    preset = override(preset, ["workers=1", f"batch={images}", "accumulation=1", f"precision={precision}", "start_from=none"])
+    model, size = preset.model, preset.data.crop or preset.model.image_size
+    conditioning = example_conditioning(model, images)
+    if conditioning.low_res is not None:
+        conditioning = replace(conditioning, low_res=conditioning.low_res[..., :size // 4, :size // 4])
+    batch = Batch(torch.rand(images, 3, size, size) * 2 - 1, conditioning)
+    trainer, schedule = Trainer(preset), make_schedule(model.diffusion.schedule, model.diffusion.steps)
+
+    def loop(dtype: torch.dtype, memory_format: torch.memory_format) -> Callable[[int], None]:
+        network = build(model).train().to(dtype)
+        network.memory_format = memory_format
+        masters = [parameter.detach().float().requires_grad_() for parameter in network.parameters()] if dtype != torch.float32 else list(network.parameters())
+        optimiser, ema = torch.optim.AdamW(masters, lr=1e-4, weight_decay=0.0), Ema(masters, preset.train.ema_rates)
+
+        def step(number: int) -> None:
+            denoising(network, schedule, batch, *draw(schedule, batch, 0, number))["loss"].mean().backward()
+            for master, parameter in zip(masters, network.parameters(), strict=True):
+                if master is not parameter:
+                    master.grad, parameter.grad = parameter.grad.float(), None
+            optimiser.step()
+            optimiser.zero_grad()
+            with torch.no_grad():
+                for master, parameter in zip(masters, network.parameters(), strict=True):
+                    if master is not parameter:
+                        parameter.copy_(master)
+            if dtype != torch.float32:
+                ema.update(number)
+        return step
+    steps = {"ours": lambda number: trainer.step(iter([batch]), number), "plain": loop(torch.float32, torch.contiguous_format),
+             "bare": loop(PRECISIONS[precision], torch.channels_last)}
+    for step in steps.values():
+        step(1)
+    times = [{name: _timed(lambda step=step, number=number: step(number)) for name, step in steps.items()} for number in range(2, repeats + 2)]
+    ratios, costs = [row["plain"] / row["ours"] for row in times], [row["ours"] / row["bare"] for row in times]
+    return {"preset": model.name, "precision": precision, "batch": images,
+            **{f"{name}_step_s": round(statistics.median(row[name] for row in times), 3) for name in steps},
+            "ratio": round(statistics.median(ratios), 2), "ratio_min": round(min(ratios), 2), "ratio_max": round(max(ratios), 2),
+            "to_bare": round(statistics.median(costs), 3), "to_bare_min": round(min(costs), 3), "to_bare_max": round(max(costs), 3), "repeats": repeats}
+
 
 def bench_samplers(base: Path, steps: Sequence[int] = (10, 15, 20, 30), truth: int = 250) -> dict:
     """Mean squared distance of each sampler's pictures to those of 250 DDIM steps from the same noise, at guidance scale 1."""

@@ -168,8 +168,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated")
 
     command = add("bench", commands.bench, "measure this machine, or what trained models do; prints one line of JSON")
-    command.add_argument("what", choices=["forward", "sample", "data", "memory", "samplers", "inpainting", "guidance"],
-                         help="forward: one network call; sample: one guided step as a ratio to the released form; data: the stream's "
+    command.add_argument("what", choices=["forward", "sample", "train", "data", "memory", "samplers", "inpainting", "guidance"],
+                         help="forward: one network call; sample: one guided step as a ratio to the released form; train: a training step "
+                              "as a ratio to a plain PyTorch loop's, and to a bare one of the same precision; data: the stream's "
                               "images a second as a ratio to webdataset's; memory: its peak over 10 and 100 thousand; of trained models, "
                               "samplers: distance to 250 DDIM steps; inpainting: error at a hole's border, of --base and of --inpaint; "
                               "guidance: score by --clip over the guidance scale")
@@ -178,9 +179,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--clip", type=Path, default=Path("runs/nano-clip/weights.safetensors"), help="default: %(default)s")
     command.add_argument("--corpus", type=Path, default=Path("runs/corpus/held_out"), help="pictures to inpaint (default: %(default)s)")
     command.add_argument("--shards", default="runs/corpus/train", help="corpus of data and memory (default: %(default)s)")
-    command.add_argument("--preset", help="default: paper-base for forward, filtered-base for sample")
+    command.add_argument("--preset", help="default: paper-base for forward, filtered-base for sample, emoji-base for train")
     command.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="default: %(default)s")
-    command.add_argument("--repeats", type=_positive, help="default: 1 for forward, 5 pairs for sample, 3 for data")
+    command.add_argument("--repeats", type=_positive, help="default: 1 for forward, 5 for sample and train, 3 for data")
     return parser
 
 

@@ -22,7 +22,7 @@ from glide_ray.cli import main
 from glide_ray.config import CleanConfig, ConfigError, override
 from glide_ray.data.duplicates import FINGERPRINT_BYTES, LUMA, MAX_BITS, MAX_CHROMA, MAX_LUMA, find_duplicates, fingerprint
 from glide_ray.data.filters import NEAR_DUPLICATE, caption_rules, clean_captions, users_rules
-from glide_ray.data.images import decode, encode
+from glide_ray.data.images import decode
 from glide_ray.data.shards import INDEX, Sample, ShardError, read_shard, write_shards
 from glide_ray.data.sources import Part, find_parts, read_part
 from glide_ray.distributed.clean import clean, write_page

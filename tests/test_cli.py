@@ -173,6 +173,12 @@ def test_info_prints_parameters_memory_and_operations(capsys):
     assert "385.03M parameters" in printed and "one network call" in printed and "GiB" in printed
 
 
+def test_a_training_step_is_timed_beside_a_plain_and_a_bare_loop(capsys):
+    assert main(["bench", "train", "--preset", "nano-base", "--repeats", "2"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["ratio"] > 0 and figures["to_bare_min"] <= figures["to_bare"] <= figures["to_bare_max"] and figures["batch"] == 8
+
+
 def test_bench_prints_one_line_of_json(capsys):
     assert main(["bench", "sample", "--preset", "nano-base", "--repeats", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -180,7 +186,7 @@ def test_bench_prints_one_line_of_json(capsys):
 
 
 def test_every_command_has_help_worth_reading():
-    for command in ("", "demo", "corpus", "train", "generate", "edit", "vary", "scene", "reproduce", "import-released", "export-released", "serve",
+    for command in ("", "demo", "corpus", "clean", "filter", "train", "export", "generate", "edit", "vary", "scene", "reproduce", "import-released", "export-released", "serve",
                     "info", "bench"):
         done = subprocess.run([GLIDE, *filter(None, [command]), "--help"], capture_output=True, text=True, check=False)
         assert done.returncode == 0 and len(done.stdout) > 200, command

@@ -20,7 +20,7 @@ from glide_ray.data.content import (
     ContentError, fit, load_filter, missed_interval, tuned_threshold, with_threshold)
 from glide_ray.data.filters import users_rules
 from glide_ray.data.images import centre_crop, three_crops, to_tensor
-from glide_ray.data.labelling import Label, Pool, answered, ask, assess, read_labels, write_labels
+from glide_ray.data.labelling import Label, Pool, answered, ask, assess, fit_labelled, read_labels, threshold_of, write_labels
 from glide_ray.data.shards import write_shards
 from glide_ray.data.sources import find_parts, read_part
 from glide_ray.distributed.filter import FILTER, LABELS, SHEET, apply_content, fit_content
@@ -151,6 +151,15 @@ def test_every_row_is_assessed_by_a_filter_that_saw_nothing_of_its_group():
     chance = np.repeat(np.random.default_rng(1).random(100) < 0.5, 2)
     scores = assess(pool_of(twins, np.repeat(np.arange(100), 2)), chance, FilterConfig())
     assert abs(((scores >= np.median(scores)) == chance).mean() - 0.5) < 0.2
+
+
+def test_the_bias_counts_each_group_once_by_its_lowest_score():
+    features, labels, groups = clouds(4000, apart=4.0, rare=0.5)
+    groups = groups // 4
+    pool, labelled = pool_of(features, groups), dict(enumerate(labels.tolist()))
+    fitted = fit_labelled(pool, labelled)
+    lowest = [fitted.out_of_fold[labels & (groups == group)].min() for group in np.unique(groups[labels])]
+    assert threshold_of(fitted, pool, labelled, FilterConfig()) == tuned_threshold(np.array(lowest), 0.01)
 
 
 def test_labels_survive_the_csv_and_what_a_person_writes_is_understood(tmp_path):

@@ -70,9 +70,17 @@ def fit_labelled(pool: Pool, labelled: Mapping[int, bool]) -> Fitted:
     return fit(pool.features[rows], np.array(list(labelled.values()), bool), pool.groups[rows])
 
 
-def threshold_of(fitted: Fitted, labelled: Mapping[int, bool], config: FilterConfig) -> float:
-    """Where the bias is set, from what the SVM says of labelled rows whose group it did not see."""
-    return tuned_threshold(fitted.out_of_fold[np.array(list(labelled.values()), bool)], config.max_missed, config.confidence)
+def threshold_of(fitted: Fitted, pool: Pool, labelled: Mapping[int, bool], config: FilterConfig) -> float:
+    """Where the bias is set, from what the SVM says of labelled rows whose group it did not see.
+
+    Each group counts once, by its lowest score: ten tones of one thing are one proof and not ten, and all of them are to be found. (Counted by
+    rows, people filters of the emoji corpus missed 3 to 7 of 221 held-out rows, where 2 were allowed.)
+    """
+    rows, labels = np.array(list(labelled)), np.array(list(labelled.values()), bool)
+    groups, of = np.unique(pool.groups[rows[labels]], return_inverse=True)
+    lowest = np.full(len(groups), np.inf)
+    np.minimum.at(lowest, of, fitted.out_of_fold[labels])
+    return tuned_threshold(lowest, config.max_missed, config.confidence)
 
 
 def assess(pool: Pool, truth: np.ndarray, config: FilterConfig, folds: int = 4) -> np.ndarray:
@@ -95,7 +103,7 @@ def assess(pool: Pool, truth: np.ndarray, config: FilterConfig, folds: int = 4) 
         except ContentError:
             continue
         apart = fold == number
-        scores[apart] = fitted.svm.decision_function(pool.features[apart]) - threshold_of(fitted, labelled, config)
+        scores[apart] = fitted.svm.decision_function(pool.features[apart]) - threshold_of(fitted, pool, labelled, config)
     return scores
 
 

@@ -220,7 +220,7 @@ def fit_content(name: str, corpus: str, out: str | Path, clip: str, config: Filt
         if not asked:
             raise
         return Fit(None, len(labelled), sum(labelled.values()), len(asked), "", None)
-    threshold = threshold_of(fitted, labelled, config)
+    threshold = threshold_of(fitted, pool, labelled, config)
     said = np.array(list(labelled.values()), bool)
     missed, of = int((fitted.out_of_fold[said] < threshold).sum()), int(said.sum())
     on_labels = (f"of {of} labelled rows with {name}, judged without their like, {missed} are missed (95% interval up to "
