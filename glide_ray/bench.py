@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import statistics
 import sys
@@ -87,6 +88,8 @@ def bench_sample(preset: Preset, precision: str = "bf16", repeats: int = 5) -> d
 def bench_train(preset: Preset, precision: str = "bf16", repeats: int = 5, images: int = 8) -> dict[str, float | int | str]:
     """A training step of ours, in turn with two others on the same batch: a plain PyTorch loop in float32 and contiguous memory, and a bare
     one in our precision with float32 masters and the average, which shows what DeepSpeed costs."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")      # DeepSpeed says on standard output that it had to guess
     from .train.ema import Ema          # DeepSpeed, for this bench only
     from .train.loop import Trainer, quiet
     from .train.objectives import denoising, draw
