@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from .cascade import Cascade, base_request, load_stepper
-from .config import ModelConfig, Preset, SampleOptions, UserError, override
+from .config import SAMPLE_PROMPTS as PROMPTS
+from .config import ModelConfig, Preset, SampleOptions, UserError
 from .data.images import centre_crop, decode, to_uint8
 from .data.shards import read_shard
 from .diffusion.guidance import combine
@@ -25,10 +26,9 @@ from .forms import Batch, Conditioning
 from .info import example_conditioning, inspect
 from .models.unet import GlideUNet
 from .models.weights import build
+from .settings import override
 from .stepper import SampleRequest, Stepper
 
-PROMPTS = ("a red apple, 3D render", "a green heart, 3D render", "a grinning face, 3D render", "a blue circle, flat icon",
-           "a dog face, 3D render", "an orange, 3D render", "a tree, 3D render", "a purple heart, flat icon")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -94,7 +94,7 @@ def bench_train(preset: Preset, precision: str = "bf16", repeats: int = 5, image
     from .train.loop import Trainer, quiet
     from .train.objectives import denoising, draw
     quiet()
-    preset = override(preset, ["workers=1", f"batch={images}", "accumulation=1", f"precision={precision}", "start_from=none"])
+    preset = override(preset, ["workers=1", f"batch={images}", f"micro_batch={images}", f"precision={precision}", "start_from=none"])
     model, size = preset.model, preset.data.crop or preset.model.image_size
     conditioning = example_conditioning(model, images)
     if conditioning.low_res is not None:

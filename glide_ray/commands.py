@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from . import presets
-from .config import CleanConfig, FilterConfig, Preset, ServeConfig, UserError, override, validate
+from .config import CleanConfig, FilterConfig, Preset, ServeConfig, UserError
+from .settings import override, validate
 
 EMOJI, FILTERS = "runs/corpus", Path("runs/filters")
 # What the emoji corpus knows of itself: the rule, settings, and words to search for. People are most of it: rows are labelled

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
 
 
 class UserError(ValueError):
@@ -31,9 +31,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-Config = TypeVar("Config", bound=Frozen)
 
 
 class TextConfig(Frozen):
@@ -207,6 +204,11 @@ TAGS = ("UNET", "CLIP")      # pydantic puts them into the places of its finding
 AnyModelConfig = Annotated[Annotated[ModelConfig, Tag("UNET")] | Annotated[ClipModelConfig, Tag("CLIP")], Discriminator(_tag)]
 
 
+# What a run's grids of samples show, for the emoji corpus.
+SAMPLE_PROMPTS = ("a red apple, 3D render", "a green heart, 3D render", "a grinning face, 3D render", "a blue circle, flat icon",
+                  "a dog face, 3D render", "an orange, 3D render", "a tree, 3D render", "a purple heart, flat icon")
+
+
 class DataConfig(Frozen):
     """What a run reads. `corpus` is a folder or `s3://` prefix of tar shards or Parquet files."""
 
@@ -259,38 +261,63 @@ class FilterConfig(Frozen):
 
 
 class TrainConfig(Frozen):
-    """One training run. `batch` is global: micro-batch x accumulation x workers."""
+    """One training run. `batch` is global: the images of all workers' micro-batches in one optimizer step."""
 
     objective: Literal["base", "upsampler", "clip"]
     steps: int = Field(gt=0)
     batch: int = Field(gt=0)
     start_from: str | None = None                      # weights to fine-tune; an inpainting model may start from one that is not
-    accumulation: int = Field(1, gt=0)
-    workers: int = Field(1, gt=0)
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
     clip_norm: float = Field(0.0, ge=0)                # 0 leaves gradients alone
     ema_rates: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field((0.9999,), min_length=1)    # the first becomes the weights file
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    seed: int = 0
+
+    # How it is spread over machines: none of this moves the loss.
+    workers: int = Field(1, gt=0)
+    min_workers: int | None = Field(None, gt=0)        # elastic: with how few it goes on where nodes are lost; None: all of them
+    micro_batch: int | None = Field(None, gt=0)        # images in a worker's network call; None: as many as fit its memory
     zero_stage: int = Field(2, ge=0, le=3)
+    offload_optimizer: bool = False                    # masters, moments and averages in the host's memory
     activation_checkpointing: bool = False
+
+    # What is said and kept on the way.
     log_every: int = Field(10, gt=0)
     evaluate_every: int = Field(100, gt=0)
     checkpoint_every: int = Field(100, gt=0)
+    keep_last: int = Field(2, gt=0)                    # checkpoints
+    keep_every: int | None = Field(None, gt=0)         # steps: a checkpoint at each multiple of so many is kept for good
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
+    sample_every: int | None = Field(None, gt=0)       # steps between grids of samples, made beside the run from a checkpoint's average
+    sample_prompts: tuple[str, ...] = Field(SAMPLE_PROMPTS, min_length=1)
+
+    # What goes wrong.
     max_failures: int = Field(20, ge=-1)               # of workers and nodes, before the run gives up; -1: never
-    seed: int = 0
+    stall_seconds: float = Field(900, gt=0)            # without a step, until a worker is taken to hang and begun again
+    wait_seconds: float = Field(600, ge=0)             # for a cluster to have the workers that are asked for
+
+    # Settings with which a run may go on from its checkpoint: those that leave the loss as it is, and those that people turn on the way.
+    SPREAD: ClassVar[frozenset[str]] = frozenset((
+        "steps", "workers", "min_workers", "micro_batch", "zero_stage", "offload_optimizer", "activation_checkpointing", "log_every", "evaluate_every",
+        "checkpoint_every", "keep_last", "keep_every", "trackers", "sample_every", "sample_prompts", "max_failures", "stall_seconds", "wait_seconds"))
+    TURNED: ClassVar[frozenset[str]] = frozenset(("learning_rate", "weight_decay", "warmup_steps", "clip_norm", "precision"))
 
     @model_validator(mode="after")
-    def _batch_divides(self) -> TrainConfig:
-        if self.batch % (self.workers * self.accumulation):
-            raise ValueError(f"train.batch {self.batch} is not divisible by workers x accumulation = "
-                             f"{self.workers} x {self.accumulation}")
+    def _parts_fit(self) -> TrainConfig:
+        if self.batch % self.workers:
+            near = max(self.workers, round(self.batch / self.workers) * self.workers)
+            raise ValueError(f"train.batch {self.batch} is not divisible by train.workers {self.workers}; {near} is")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"train.min_workers {self.min_workers} is more than train.workers {self.workers}")
+        if self.min_workers not in (None, self.workers) and self.objective == "clip":
+            raise ValueError("train.min_workers: CLIP's loss is over the embeddings of equally many images on each worker; leave it out")
+        for name in ("keep_every", "sample_every"):
+            every = getattr(self, name)
+            if every is not None and every % self.checkpoint_every:
+                raise ValueError(f"train.{name} {every} is not a multiple of train.checkpoint_every {self.checkpoint_every}")
         return self
-
-    @property
-    def micro_batch(self) -> int:
-        return self.batch // (self.workers * self.accumulation)
 
 
 class ServeConfig(Frozen):
@@ -327,66 +354,3 @@ class Preset(Frozen):
             if crop > model.image_size or crop % grain or crop % (model.image_size // model.low_res_size):
                 raise ValueError(f"data.crop {crop} must be a multiple of {grain}, at most image_size, and of an upsampler")
         return self
-
-
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def override(preset: Config, settings: Iterable[str]) -> Config:
-    """Apply `key=value` settings such as `train.steps=500` to a preset, or to another config.
-
-    A dotted key names a field; a bare one is looked up in `train`, then `data`. Raises ConfigError with the nearest key.
-    """
-    tree = preset.model_dump()
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"{setting!r} is not of the form key=value, such as train.steps=500.")
-        _set(tree, _resolve(tree, key.strip()), value.strip())
-    return validate(type(preset), tree)
-
-
-def validate(kind: type[Frozen], tree: dict[str, Any]):
-    """`kind.model_validate(tree)` with pydantic's report turned into one sentence. Raises ConfigError."""
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"] if part not in TAGS) or kind.__name__
-        if first["type"] == "extra_forbidden":
-            raise ConfigError(f"There is no setting {where!r}; {nearest(where, leaves(tree_of(kind)))}") from None
-        given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
-        raise ConfigError(f"Setting {where}: {first['msg'].removeprefix('Value error, ')}{given}.") from None
-
-
-def tree_of(kind: type[Frozen]) -> dict[str, Any]:
-    """The field names of a config class as a nested dict, with None at the leaves."""
-    return {name: tree_of(field.annotation) if isinstance(field.annotation, type)
-            and issubclass(field.annotation, BaseModel) else None for name, field in kind.model_fields.items()}
-
-
-def leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of all leaves of a nested dict."""
-    return [name for key, value in tree.items()
-            for name in (leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key])]
-
-
-def _resolve(tree: dict[str, Any], key: str) -> list[str]:
-    names = leaves(tree)
-    for candidate in (key, f"train.{key}", f"data.{key}"):
-        if candidate in names:
-            return candidate.split(".")
-    tail = {name.rsplit(".", 1)[-1]: name for name in names}
-    hint = nearest(key, names) if "." in key else nearest(key, tail)
-    raise ConfigError(f"There is no setting {key!r}; {hint}")
-
-
-def _set(tree: dict[str, Any], path: list[str], value: str) -> None:
-    for part in path[:-1]:
-        tree = tree[part]
-    if value.lower() in ("none", "null"):
-        tree[path[-1]] = None
-    elif isinstance(tree[path[-1]], (tuple, list)):
-        tree[path[-1]] = [item for item in value.strip("()[]").split(",") if item]
-    else:
-        tree[path[-1]] = value

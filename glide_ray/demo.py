@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import presets, storage
-from .bench import PROMPTS
+from .config import SAMPLE_PROMPTS as PROMPTS
 from .config import Preset, ServeConfig, UserError
 from .data.emoji import is_held_out
 from .data.images import centre_crop, decode, encode

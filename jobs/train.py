@@ -9,7 +9,8 @@ import json
 import sys
 
 from glide_ray import presets
-from glide_ray.config import UserError, override
+from glide_ray.config import UserError
+from glide_ray.settings import override
 from glide_ray.distributed.train import train
 
 

@@ -21,7 +21,8 @@ from ray import serve
 from ray.serve.exceptions import BackPressureError
 
 from glide_ray import cascade
-from glide_ray.config import SampleOptions, ServeConfig, UserError, validate
+from glide_ray.config import SampleOptions, ServeConfig, UserError
+from glide_ray.settings import validate
 from glide_ray.data.images import to_uint8
 from glide_ray.engine import Engine
 from glide_ray.models.weights import load_config

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from glide_ray import presets
-from glide_ray.config import override
+from glide_ray.settings import override
 from glide_ray.data import emoji
 from glide_ray.data.images import encode
 from glide_ray.data.shards import Sample, write_shards

@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw
 from conftest import drawn_samples
 from glide_ray import storage
 from glide_ray.cli import main
-from glide_ray.config import CleanConfig, ConfigError, override
+from glide_ray.config import CleanConfig, ConfigError
+from glide_ray.settings import override
 from glide_ray.data.duplicates import FINGERPRINT_BYTES, LUMA, MAX_BITS, MAX_CHROMA, MAX_LUMA, find_duplicates, fingerprint
 from glide_ray.data.filters import NEAR_DUPLICATE, caption_rules, clean_captions, users_rules
 from glide_ray.data.images import decode

@@ -7,9 +7,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
-    {"config", "presets", "tokenizer", "storage", "forms"},
+    {"config", "settings", "presets", "tokenizer", "storage", "forms"},
     {"diffusion", "models", "data"},
-    {"critic", "stepper", "engine", "cascade", "recipe", "train", "evaluation", "info"},
+    {"critic", "stepper", "engine", "cascade", "recipe", "train", "evaluation", "info", "hardware"},
     {"distributed"},
     {"cli", "commands", "demo", "bench"},
 ]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from glide_ray import config, presets
+from glide_ray import config, presets, settings
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.released import ReleasedError, clip_to_released, from_released, to_released
 from glide_ray.models.unet import GlideUNet
@@ -93,11 +93,11 @@ def test_the_noised_clips_have_the_shape_of_their_sources():
 
 def test_a_setting_of_clip_is_named_without_what_pydantic_calls_it():
     with pytest.raises(config.ConfigError, match="Setting model.clip.image_width: .*given: 'wide'"):
-        config.override(presets.get("nano-clip"), ["model.clip.image_width=wide"])
+        settings.override(presets.get("nano-clip"), ["model.clip.image_width=wide"])
     with pytest.raises(config.ConfigError, match="image_width 130 is not divisible by image_heads 4"):
-        config.override(presets.get("nano-clip"), ["model.clip.image_width=130"])
+        settings.override(presets.get("nano-clip"), ["model.clip.image_width=130"])
     with pytest.raises(config.ConfigError, match="train.objective 'base' does not fit a model of the kind 'clip'"):
-        config.override(presets.get("nano-clip"), ["objective=base"])
+        settings.override(presets.get("nano-clip"), ["objective=base"])
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest_one():
@@ -106,7 +106,7 @@ def test_an_unknown_preset_is_answered_with_the_nearest_one():
 
 
 def test_settings_are_overridden_by_name_and_checked():
-    preset = config.override(presets.get("nano-base"), ["steps=7", "model.unet.multipliers=1,2", "data.corpus=s3://there/x"])
+    preset = settings.override(presets.get("nano-base"), ["steps=7", "model.unet.multipliers=1,2", "data.corpus=s3://there/x"])
     assert (preset.train.steps, preset.model.unet.multipliers, preset.data.corpus) == (7, (1, 2), "s3://there/x")
 
 
@@ -116,9 +116,9 @@ def test_settings_are_overridden_by_name_and_checked():
     ("train.steps", "not of the form key=value"),
     ("train.steps=many", "Setting train.steps: .*given: 'many'"),
     ("train.steps=-4", "Setting train.steps: .*given: '-4'"),
-    ("train.batch=33", "train.batch 33 is not divisible by workers x accumulation"),
+    ("train.batch=33", "train.batch 33 is not divisible by train.workers 2; 32 is"),
     ("train.zero_stage=4", "Setting train.zero_stage"),
 ])
 def test_a_setting_that_cannot_be_is_named(setting, message):
     with pytest.raises(config.ConfigError, match=message):
-        config.override(presets.get("nano-base"), [setting])
+        settings.override(presets.get("nano-base"), [setting])

@@ -21,6 +21,7 @@ from glide_ray.train.checkpoint import CheckpointError, Progress
 from glide_ray.train.ema import Ema
 from glide_ray.train.loop import Outlets, Trainer, TrainingError, train_loop
 from glide_ray.train.objectives import denoising, draw, held_out_sums
+from glide_ray.train.share import Share
 from glide_ray.train.zero import deepspeed_config, learning_rate, resolve_precision
 from glide_ray.tokenizer import Tokenizer
 
@@ -110,7 +111,7 @@ def test_accumulation_and_activation_checkpointing_change_nothing_in_20_steps():
         return (part for given in epochs(epoch, rows) for part in (given[:2], given[2:]))
     whole = losses()
     assert losses("activation_checkpointing=true") == pytest.approx(whole, rel=1e-5)
-    assert losses("accumulation=2", batches=halves) == pytest.approx(whole, rel=1e-4)
+    assert losses("micro_batch=2", batches=halves) == pytest.approx(whole, rel=1e-4)
 
 
 def test_bf16_follows_float32_closely():
@@ -200,12 +201,12 @@ def test_precision_is_chosen_by_device_and_fp16_refused_on_a_cpu():
 
 
 def test_the_deepspeed_config_says_what_the_train_config_does():
-    train = preset("accumulation=2", "zero_stage=3").train
-    made = deepspeed_config(train, "fp16")
+    train, share = preset("zero_stage=3").train, Share(4, 1, 0, 2)
+    made = deepspeed_config(train, "fp16", share)
     assert (made["train_batch_size"], made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == (4, 2, 2)
     assert made["zero_optimization"]["stage"] == 3 and made["fp16"]["enabled"] and "loss_scale" not in made["fp16"]
     with pytest.raises(ConfigError, match="zero_stage: 0 keeps no float32 master weights for bf16"):
-        deepspeed_config(preset("zero_stage=0").train, "bf16")
+        deepspeed_config(preset("zero_stage=0").train, "bf16", share)
 
 
 def test_the_learning_rate_warms_up_linearly():

@@ -18,6 +18,7 @@ import pyarrow
 import ray
 
 from ..data.sources import Part
+from ..train.share import Share
 from .stream import Plan, open_parts
 
 AHEAD = 8              # global batches that each worker has asked for and not yet trained on
@@ -92,16 +93,15 @@ class Feeder:
         self._next += 1
 
 
-def micro_batches(feeder, epoch: Epoch, batch: int, micro_batch: int, rank: int, world: int) -> Iterator[dict[str, list]]:
-    """This rank's rows of each global batch, in micro-batches: the columns that `Collate` reads. All ranks get equally many."""
-    own = batch // world
+def micro_batches(feeder, epoch: Epoch, share: Share) -> Iterator[dict[str, list]]:
+    """A rank's rows of each global batch, in micro-batches: the columns that `Collate` reads. All ranks get equally many."""
     asked = deque(feeder.take.remote(epoch, number) for number in range(AHEAD))
     number = AHEAD
     while (segments := ray.get(asked.popleft())) is not None:
         asked.append(feeder.take.remote(epoch, number))
         number += 1
-        for start in range(rank * own, (rank + 1) * own, micro_batch):
-            yield _rows(segments, start, start + micro_batch)
+        for start, stop, _ in share.parts():
+            yield _rows(segments, start, stop)
 
 
 def _rows(segments: Sequence[Segment], start: int, stop: int) -> dict[str, list]:

@@ -22,6 +22,7 @@ from ..data.images import open_image
 from ..data.shards import Sample, write_shards
 from ..data.sources import columns, find_parts, read_part
 from ..data.transforms import Collate
+from ..train.share import Share
 from .feed import Epoch, Feeder, micro_batches
 from .local import connect
 from .stream import Tally
@@ -106,7 +107,7 @@ class Worker:
     def epoch(self, feeder, rank: int, world: int) -> tuple[float, Arrivals]:
         """When the first row was asked for, and what came."""
         began = time.time()
-        batches = micro_batches(feeder, Epoch("bench", 0, 0), BATCH * world, BATCH, rank, world)
+        batches = micro_batches(feeder, Epoch("bench", 0, 0), Share(BATCH * world, world, rank, BATCH))
         return began, [(time.time(), len(batch.image)) for rows in batches if (batch := self._collate(rows, 0)) is not None]
 
 

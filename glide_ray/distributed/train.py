@@ -146,7 +146,7 @@ def _train_rank(preset: Preset, board, tally, feeder) -> None:
     # One name for all ranks of this start: an epoch that is read again after a fault is read from its beginning, or where the checkpoint was.
     group = [uuid.uuid4().hex]
     torch.distributed.broadcast_object_list(group)
-    held_out = held_out_batches(preset.data, preset.model, preset.train.micro_batch, rank, world)
+    held_out = held_out_batches(preset.data, preset.model, trainer.share.micro_batch, rank, world)
 
     def post(metrics):
         if rank == 0:
@@ -160,8 +160,7 @@ def _train_rank(preset: Preset, board, tally, feeder) -> None:
             ray.train.report({"step": trainer.progress.step}, ray.train.Checkpoint.from_directory(folder))
 
     def epoch_batches(epoch: int, rows: int) -> Iterator[Batch]:
-        train = preset.train
-        return _ahead(_collated(micro_batches(feeder, Epoch(group[0], epoch, rows), train.batch, train.micro_batch, rank, world), preset, epoch))
+        return _ahead(_collated(micro_batches(feeder, Epoch(group[0], epoch, rows), trainer.share), preset, epoch))
     train_loop(trainer, epoch_batches, held_out, Outlets(post, report))
     report(trainer.save)
 

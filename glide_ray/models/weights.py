@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import AnyModelConfig, ClipModelConfig, ConfigError, ModelConfig, UNetConfig, UserError, validate
+from ..config import AnyModelConfig, ClipModelConfig, ConfigError, ModelConfig, UNetConfig, UserError
+from ..settings import validate
 from ..storage import whole
 from .clip import NoisedClip
 from .unet import GlideUNet

@@ -27,6 +27,7 @@ from . import partition
 from .checkpoint import Progress, read_progress, write_progress
 from .ema import Ema
 from .objectives import draw, held_out_sums, objective_of
+from .share import Share
 from .zero import deepspeed_config, learning_rate, resolve_precision
 
 Metrics = dict[str, float | int | str]
@@ -54,8 +55,9 @@ class Trainer:
         join_process_group()
         self.preset, train = preset, preset.train
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        if self.world != train.workers:
+        if not (train.min_workers or train.workers) <= self.world <= train.workers:
             raise TrainingError(f"train.workers is {train.workers}, but {self.world} processes have been started.")
+        self.share = Share(train.batch, self.world, self.rank, train.micro_batch or -(-train.batch // self.world))
         self.device = torch.device(deepspeed.get_accelerator().current_device_name())
         self.precision = resolve_precision(train.precision, self.device.type)
         self.schedule = make_schedule(preset.model.diffusion.schedule, preset.model.diffusion.steps).to(self.device)
@@ -66,7 +68,7 @@ class Trainer:
         if train.start_from:
             start(model, train.start_from)
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model, train.weight_decay),
-                                               config=deepspeed_config(train, self.precision))
+                                               config=deepspeed_config(train, self.precision, self.share))
         self.pieces = partition.pieces(self.engine)
         self.ema = Ema(partition.masters(self.engine), train.ema_rates)
         self.progress = Progress()
@@ -79,14 +81,14 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(self.preset.train, number)
         sums: dict[str, torch.Tensor] = {}
-        for _ in range(self.preset.train.accumulation):
+        for _, _, weight in self.share.parts():
             batch = next(batches)
             i, noise = (drawn.to(self.device) for drawn in draw(self.schedule, batch, self.preset.train.seed, number))
             losses = self.objective(self.engine, self.schedule, batch.to(self.device), i, noise)
-            self.engine.backward(losses["loss"].mean())
+            self.engine.backward(losses["loss"].mean() * weight)
             self.engine.step()
             for name, values in losses.items():
-                sums[name] = sums.get(name, 0) + values.detach().mean() / self.preset.train.accumulation
+                sums[name] = sums.get(name, 0) + values.detach().mean() * (weight / self.share.calls)
         self.ema.update(number)
         return sums
 

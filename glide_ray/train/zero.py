@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import ConfigError, TrainConfig
+from .share import Share
 
 FIRST_LOSS_SCALE_POWER = 16   # of two; dynamic loss scaling halves it on overflow (sec. 4.1: traditional loss scaling)
 
@@ -18,14 +19,15 @@ def resolve_precision(precision: str, device: str) -> str:
     return precision
 
 
-def deepspeed_config(train: TrainConfig, precision: str) -> dict[str, Any]:
+def deepspeed_config(train: TrainConfig, precision: str, share: Share) -> dict[str, Any]:
     """`precision` resolved: fp32, bf16 or fp16. The learning rate's warm-up is the loop's. Raises ConfigError."""
     if train.zero_stage == 0 and precision != "fp32":
         raise ConfigError(f"Setting train.zero_stage: 0 keeps no float32 master weights for {precision}; use 1, 2 or 3.")
     config: dict[str, Any] = {
-        "train_batch_size": train.batch,
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": train.accumulation,
+        # DeepSpeed wants a product. Where shares are uneven that is not `train.batch`; the losses' weights see to the mean.
+        "train_batch_size": share.micro_batch * share.calls * share.world,
+        "train_micro_batch_size_per_gpu": share.micro_batch,
+        "gradient_accumulation_steps": share.calls,
         "gradient_clipping": train.clip_norm,
         # torch's AdamW: DeepSpeed's own CPU Adam would be compiled on the user's machine first.
         "optimizer": {"type": "AdamW", "params": {"lr": train.learning_rate, "weight_decay": train.weight_decay,
