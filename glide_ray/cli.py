@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add("train", commands.train, "train a preset under Ray Train; the same command goes on with an interrupted run", settings)
     command.add_argument("preset", help=names)
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated")
-    command.add_argument("--out", type=Path, help="folder of the run (default: runs/PRESET)")
+    command.add_argument("--out", help="folder of the run, which all nodes see, or s3:// prefix (default: runs/PRESET)")
 
     command = add("export", commands.export, "weights from a checkpoint, tensor by tensor: without a GPU, in the memory of the largest",
                   "example:\n  glide export runs/filtered-base --ema-rate 0.999 --out weights.safetensors")

@@ -88,10 +88,11 @@ def train(options) -> None:
 
 
 def export(options) -> None:
-    from .train.checkpoint import find_checkpoint
+    from .storage import is_remote
+    from .train.checkpoint import fetch, find_checkpoint
     from .train.partition import export_average
-    out = options.out or Path(options.checkpoint) / "exported.safetensors"
-    preset, step, rate = export_average(find_checkpoint(options.checkpoint), out, options.ema_rate)
+    out = options.out or (Path() if is_remote(options.checkpoint) else Path(options.checkpoint)) / "exported.safetensors"
+    preset, step, rate = export_average(fetch(find_checkpoint(options.checkpoint)), out, options.ema_rate)
     print(f"{out}: {preset.model.name} after step {step:,}, averaged at rate {rate:g}")
 
 

@@ -25,7 +25,8 @@ from .data.images import centre_crop, decode, encode
 from .data.shards import read_shard
 from .distributed.corpus import prepare
 from .distributed.local import connect, disconnect
-from .distributed.train import TrainingResult, read_metrics, train
+from .distributed.journal import read_metrics
+from .distributed.train import TrainingResult, train
 from .evaluation.report import contact_sheet, loss_curves, show_hole
 
 EDIT_PROMPT = "a yellow star, 3D render"

@@ -11,16 +11,21 @@ import random
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 from .config import UserError
 
 S3 = "s3://"
 CHECKSUM = "sha256"   # object metadata that `put` writes and `read` verifies
+CHUNK = 2**22     # bytes
 WAITS = (0.1, 0.2, 0.4, 0.8)      # seconds before an object that did not come whole is asked for again
+
+
+Result = TypeVar("Result")
 
 
 class StorageError(UserError):
@@ -52,14 +57,13 @@ def list_files(path: str | Path, suffixes: tuple[str, ...]) -> Iterator[str]:
     path = str(path)
     if is_remote(path):
         bucket, prefix = _split(path)
-        prefix = prefix if prefix.endswith(suffixes) else prefix.rstrip("/") + "/" if prefix else ""
+        prefix = prefix if prefix.endswith(tuple(filter(None, suffixes))) else prefix.rstrip("/") + "/" if prefix else ""
         with _errors(path):
-            for page in _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-                yield from (f"{S3}{bucket}/{item['Key']}" for item in page.get("Contents", ()) if item["Key"].endswith(suffixes))
+            yield from (f"{S3}{bucket}/{key}" for key in _keys(bucket, prefix) if key.endswith(suffixes))
     elif Path(path).is_file():
         yield path
     else:
-        yield from (str(file) for file in sorted(Path(path).rglob("*")) if file.name.endswith(suffixes) and not file.name.startswith("."))
+        yield from (str(file) for file in sorted(Path(path).rglob("*")) if file.name.endswith(suffixes) and not file.name.startswith(".") and file.is_file())
 
 
 def read(path: str | Path) -> bytes:
@@ -68,13 +72,15 @@ def read(path: str | Path) -> bytes:
         return _read_object(str(path)) if is_remote(path) else Path(path).read_bytes()
 
 
-def put(data: bytes | Path, path: str | Path) -> None:
-    """Store bytes, or a local file, under a path: whole or not at all."""
+def put(data: bytes | Path, path: str | Path, sha256: str | None = None) -> None:
+    """Store bytes, or a local file of any size, under a path: whole or not at all. `sha256`, of a file, spares reading it for that first."""
     with _errors(path):
         if is_remote(path):
             bucket, key = _split(str(path))
-            content = data if isinstance(data, bytes) else data.read_bytes()
-            _client().put_object(Bucket=bucket, Key=key, Body=content, Metadata={CHECKSUM: hashlib.sha256(content).hexdigest()})
+            if isinstance(data, bytes):
+                _client().put_object(Bucket=bucket, Key=key, Body=data, Metadata={CHECKSUM: hashlib.sha256(data).hexdigest()})
+            else:       # in parts, each with a checksum of its own and asked for again by itself
+                _client().upload_file(str(data), bucket, key, ExtraArgs={"Metadata": {CHECKSUM: sha256 or digest(data)}})
             return
         with whole(path) as partial:
             if isinstance(data, bytes):
@@ -91,6 +97,46 @@ def remove(path: str | Path) -> None:
             _client().delete_object(Bucket=bucket, Key=key)
         else:
             Path(path).unlink(missing_ok=True)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a local file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def exists(path: str | Path) -> bool:
+    """Whether there is a file or object."""
+    if not is_remote(path):
+        return Path(path).exists()
+    try:
+        _tag(path)
+        return True
+    except MissingError:
+        return False
+
+
+def check_writable(folder: str | Path) -> None:
+    """Write a small file into a folder or prefix and take it away again. Raises StorageError where that cannot be done."""
+    probe = f"{str(folder).rstrip('/')}/.probe-{uuid.uuid4().hex[:8]}"
+    try:
+        put(b"glide_ray", probe)
+        remove(probe)
+    except StorageError as error:
+        raise StorageError(f"Nothing can be written to {folder} ({error}); give another folder, or the rights to this one.") from None
+
+
+def remove_folder(path: str | Path) -> None:
+    """Take away all under a folder or prefix, and what uploads to there were broken off."""
+    with _errors(path):
+        if not is_remote(path):
+            shutil.rmtree(path, ignore_errors=True)
+            return
+        bucket, prefix = _split(str(path).rstrip("/") + "/")
+        for upload in _client().list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", ()):
+            _client().abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+        for key in _keys(bucket, prefix):
+            _client().delete_object(Bucket=bucket, Key=key)
 
 
 @contextmanager
@@ -114,8 +160,21 @@ def fetch(path: str | Path, cache: str | Path | None = None) -> Path:
         return Path(path)
     local = _cached(f"{path}@{_tag(path)}", cache) / str(path).rpartition("/")[2]
     if not local.exists():
-        put(read(path), local)
+        download(path, local)
     return local
+
+
+def download(path: str, target: Path) -> None:
+    """Copy an object of any size to a local file: whole, and as it was put there, or not at all."""
+    def write(body, partial: Path) -> str:
+        sha256 = hashlib.sha256()
+        with open(partial, "wb") as file:
+            while chunk := body.read(CHUNK):
+                sha256.update(chunk)
+                file.write(chunk)
+        return sha256.hexdigest()
+    with _errors(path), whole(target) as partial:
+        _from_object(path, lambda body: (None, write(body, partial)))
 
 
 def fetch_folder(path: str | Path, suffixes: tuple[str, ...], cache: str | Path | None = None) -> Path:
@@ -128,15 +187,27 @@ def fetch_folder(path: str | Path, suffixes: tuple[str, ...], cache: str | Path 
     local = _cached(" ".join(f"{file}@{_tag(file)}" for file in files), cache)
     for file in files:
         if not (target := local / file.rpartition("/")[2]).exists():
-            put(read(file), target)
+            download(file, target)
     return local
 
 
 # --------------------------------------------------------------------------------------------------------------------
 
+def _keys(bucket: str, prefix: str) -> Iterator[str]:
+    for page in _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        yield from (item["Key"] for item in page.get("Contents", ()))
+
+
 def _read_object(path: str) -> bytes:
-    """All bytes of an object, asked for again where they break off or are not those that were put: boto3 itself tries again only
-    until the headers of an answer have come."""
+    def whole_body(body) -> tuple[bytes, str]:
+        data = body.read()
+        return data, hashlib.sha256(data).hexdigest()
+    return _from_object(path, whole_body)
+
+
+def _from_object(path: str, use: Callable[[Any], tuple[Result, str]]) -> Result:
+    """What `use` makes of an object's body, which it gives with the SHA-256 of all bytes that it read. Asked for again where the body breaks
+    off or is not what was put there: boto3 itself tries again only until the headers of an answer have come."""
     bucket, key = _split(path)
     client = _client()
     from botocore.exceptions import BotoCoreError
@@ -144,16 +215,24 @@ def _read_object(path: str) -> bytes:
     for wait in (*WAITS, None):
         answer = client.get_object(Bucket=bucket, Key=key)
         try:
-            data = answer["Body"].read()
+            result, sha256 = use(answer["Body"])
             expected = answer["Metadata"].get(CHECKSUM)
-            if not expected or hashlib.sha256(data).hexdigest() == expected:
-                return data
+            if not expected or sha256 == expected:
+                return result
             fault = f"{path} is damaged: its SHA-256 is not the one it was stored with; put it there again."
-        except (BotoCoreError, HTTPError, OSError) as error:
+        except (BotoCoreError, HTTPError, ConnectionError, TimeoutError) as error:
             fault = f"{path} cannot be used: {error}."
         if wait is not None:
             time.sleep(wait * random.uniform(0.5, 1))       # not all readers at once
     raise StorageError(fault)
+
+
+def _digest(file) -> str:
+    """Before Python 3.11, which has it."""
+    sha256 = hashlib.sha256()
+    while chunk := file.read(CHUNK):
+        sha256.update(chunk)
+    return sha256.hexdigest()
 
 
 def _tag(path: str | Path) -> str:
@@ -200,7 +279,7 @@ class _errors:
             raise MissingError(f"There is no file {self.path}.") from None
         if isinstance(error, OSError):
             raise StorageError(f"{self.path} cannot be used: {error.strerror or error}.") from None
-        if kind is not None and kind.__module__.startswith("botocore"):
+        if kind is not None and kind.__module__.startswith(("botocore", "boto3", "s3transfer")):
             if getattr(error, "response", {}).get("Error", {}).get("Code") in ("NoSuchKey", "404"):
                 raise MissingError(f"There is no object {self.path}.") from None
             raise StorageError(f"{self.path} cannot be used: {error}.") from None

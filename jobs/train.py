@@ -18,7 +18,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", help=", ".join(presets.PRESETS))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated")
-    parser.add_argument("--out", help="folder of the run, which all nodes see (default: runs/PRESET)")
+    parser.add_argument("--out", help="folder of the run, which all nodes see, or s3:// prefix (default: runs/PRESET)")
     options = parser.parse_args()
     try:
         preset = override(presets.get(options.preset), options.set)

@@ -6,16 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
-import numpy as np
-import psutil
 import pytest
 
 from conftest import TINY_BASE, tiny, tiny_clip
 from glide_ray.config import UserError
-from glide_ray.distributed.train import read_metrics, train
+from glide_ray.distributed.journal import read_metrics
+from glide_ray.distributed.train import train
 from glide_ray.models.weights import load_model
 
 
@@ -64,40 +62,6 @@ def test_what_the_user_can_mend_is_said_before_or_instead_of_training(drawn_corp
     with pytest.raises(UserError, match="fp16 needs a GPU"):       # found in the workers
         train(preset(drawn_corpus, "precision=fp16"), tmp_path / "c", progress=False)
     assert not (tmp_path / "c" / "weights.safetensors").exists()
-
-
-KILLS = int(os.environ.get("GLIDE_TEST_KILLS", 2))       # each costs some 15 seconds until the workers are back
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_session")
-def test_workers_that_are_killed_again_and_again_change_nothing_but_the_time(drawn_corpus, tmp_path):
-    """SIGKILL to a random one of two workers at random steps: every loss is that of the undisturbed run, so every batch came once."""
-    settings = preset(drawn_corpus, "workers=2", "steps=40", "log_every=1", "evaluate_every=40", "checkpoint_every=4", "precision=fp32", "zero_stage=2")
-    undisturbed = train(settings, tmp_path / "a", progress=False)
-    draws, out, killed = np.random.default_rng(0), tmp_path / "b", []
-
-    def kill():
-        for target in np.sort(draws.choice(np.arange(3, 38), KILLS, replace=False)):
-            while (steps := read_metrics(out / "metrics.jsonl")) == [] or steps[-1]["step"] < target:
-                time.sleep(0.05)
-            workers = [process for process in psutil.Process().children(recursive=True) if "TrainWorker" in process.name() or "TrainWorker" in " ".join(process.cmdline())]
-            if workers:
-                victim = workers[draws.integers(len(workers))]
-                victim.kill()
-                killed.append(victim.pid)
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    disturbed = train(settings, out, progress=False)
-    killer.join(5)
-    assert len(killed) == KILLS
-    there, here = read_metrics(undisturbed.metrics), read_metrics(disturbed.metrics)
-    assert [row["step"] for row in here] == [row["step"] for row in there]
-    assert [row["loss"] for row in here if "loss" in row] == pytest.approx([row["loss"] for row in there if "loss" in row], rel=1e-4)
-    assert disturbed.last_held_out == pytest.approx(undisturbed.last_held_out, rel=1e-4)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    again = sum("loss" in line for line in lines) - 40
-    assert 0 <= again <= KILLS * 2 * 4, again       # a checkpoint that was being committed when the worker died does not count
 
 
 @pytest.mark.slow

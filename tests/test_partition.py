@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import distributed as dist
 from conftest import tiny
 from glide_ray.models.weights import load_model
 from glide_ray.train import partition
-from glide_ray.train.checkpoint import CheckpointError, Progress
+from glide_ray.train.checkpoint import CheckpointError, Checkpoints, Progress
 from test_training import batch, epochs, preset, run
 
 
@@ -224,12 +225,12 @@ def test_glide_export_takes_the_last_checkpoint_that_is_whole_and_says_what_it_w
     from glide_ray.cli import main
     from glide_ray.train.loop import Trainer
     _, saved, _ = run(Trainer(preset()), tmp_path)
-    ray_folder = tmp_path / "run" / "ray"
-    ray_folder.mkdir(parents=True)
-    for number, folder in enumerate(saved):
-        folder.rename(ray_folder / f"checkpoint_{number}")
-    (ray_folder / "checkpoint_9").mkdir()           # uploaded in part when the run was killed
-    (ray_folder / "checkpoint_manager_snapshot.json").write_text(json.dumps({"latest_checkpoint_result": {"checkpoint_dir_name": "checkpoint_1"}}))
+    checkpoints = Checkpoints(tmp_path / "run")
+    for step, folder in ((2, saved[0]), (4, saved[1])):
+        Path(checkpoints.path).mkdir(parents=True, exist_ok=True)
+        folder.rename(checkpoints.folder(step, "x"))
+        checkpoints.complete(checkpoints.folder(step, "x"), {})
+    Path(checkpoints.folder(6, "x")).mkdir()           # uploaded in part when the run was killed
     assert main(["export", str(tmp_path / "run")]) == 0
     assert "exported.safetensors: nano-base after step 4, averaged at rate 0.9" in capsys.readouterr().out
     assert load_model(tmp_path / "run" / "exported.safetensors")[1] == preset().model

@@ -86,7 +86,10 @@ def _cut(pixels: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
 
 
 def held_out_batches(data: DataConfig, model: AnyModelConfig, batch: int, rank: int = 0, world: int = 1) -> list[Batch]:
-    """This rank's part of the first `held_out_images` usable held-out rows, in batches; the same at every call."""
+    """This rank's part of the first `held_out_images` usable held-out rows, in batches; the same at every call.
+
+    `Batch.rows` number them over all ranks. Every rank gets equally many: what only fills up is numbered -1.
+    """
     collate, rules, rows = Collate(model, data), header_rules(data.min_size), []
     for part in find_parts(data.held_out):
         try:
@@ -102,6 +105,8 @@ def held_out_batches(data: DataConfig, model: AnyModelConfig, batch: int, rank: 
     if len(rows) < world:
         raise ShardError(f"The held-out corpus {data.held_out} has {len(rows)} usable rows, fewer than the {world} workers; "
                          f"give another with --set data.held_out=FOLDER.")
-    mine = rows[rank:len(rows) // world * world:world]
+    numbered = [(number, sample) for number, (_, sample) in enumerate(rows)]
+    numbered += [(-1, rows[0][1])] * (-len(rows) % world)
+    mine = numbered[rank::world]
     batches = [collate(columns(mine[start:start + batch]), epoch=0, augment=False) for start in range(0, len(mine), batch)]
     return [made for made in batches if made is not None]

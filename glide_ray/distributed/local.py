@@ -24,7 +24,7 @@ def connect(cpus: int) -> None:
     if ray.is_initialized():
         return
     environment = _worker_environment()
-    if os.environ.get("RAY_ADDRESS"):
+    if joined():
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
         return
     os.environ.update(environment)
@@ -33,6 +33,11 @@ def connect(cpus: int) -> None:
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     ray.init(address="local", num_cpus=max(cpus, LAPTOP_CPUS, os.cpu_count() or 1), object_store_memory=OBJECT_STORE_BYTES,
              include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+
+
+def joined() -> bool:
+    """Whether the cluster is one that was there before, and may grow; not one of `connect`'s own."""
+    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def send_with(functions: Iterable[Callable]) -> None:
@@ -56,4 +61,6 @@ def _worker_environment() -> dict[str, str]:
     binaries = [str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(os.pathsep)]
     return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "PATH": os.pathsep.join(dict.fromkeys(binaries)),
             # One line a warning about unused GPUs per worker helps nobody on a CPU.
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_TRAIN_V2_ENABLED": "1"}
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_TRAIN_V2_ENABLED": "1",
+            # How long Ray Train waits for workers on nodes that are gone before it counts the nodes again.
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30"}

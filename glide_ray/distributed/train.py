@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
-import json
-import os
-import queue
 import signal
 import tempfile
 import threading
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
 import ray.train
-import torch
-import torch.distributed
+from ray.autoscaler.sdk import request_resources
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.callback import UserCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from .. import storage
 from ..config import ConfigError, Preset, UserError
 from ..data.filters import Report
 from ..data.sources import find_parts
-from ..data.transforms import Collate, held_out_batches
-from ..forms import Batch
 from ..models.weights import load_config
 from ..train import partition
-from ..train.checkpoint import RAY, CheckpointError, check_same
-from .feed import Epoch, Feeder, micro_batches
-from .local import connect
+from ..train.checkpoint import CheckpointError, Checkpoints, check_same, differences, fetch
+from .feed import Feeder
+from .journal import METRICS, Board, Journal, RunFolder, count, last_step, read_metrics
+from .local import connect, joined
 from .stream import Tally
+from .worker import work
 
-WEIGHTS, METRICS, PRESET, COUNTS = "weights.safetensors", "metrics.jsonl", "preset.json", "counts.json"
+WEIGHTS, PRESET = "weights.safetensors", "preset.json"
 DATA_CPUS = 2                  # beside the workers': a data task wants a whole CPU, and waits for ever where none is left
+RESIZE_SECONDS = 60            # between looks at whether nodes have come back
 
 
 @dataclass(frozen=True)
@@ -52,180 +51,162 @@ class TrainingResult:
 
 
 def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingResult:
-    """Train a preset into the folder `out`, or go on with the run that is there. Raises UserError.
+    """Train a preset into `out`, a folder that all nodes see or an s3:// prefix, or go on with the run that is there. Raises UserError.
 
-    A run that is complete is returned as it is. `out` is local; on a cluster, a folder that all nodes share.
+    A run that is complete is returned as it is.
     """
-    out = Path(out).resolve()
-    _check_run(preset, out)
-    if (out / WEIGHTS).exists() and _last_step(out / METRICS) >= preset.train.steps:
+    out = storage.absolute(out).rstrip("/")
+    finished = storage.exists(f"{out}/{WEIGHTS}") and last_step(f"{out}/{METRICS}") >= preset.train.steps
+    if not finished:
+        storage.check_writable(out)
+    turned = _check_run(preset, out, finished)
+    if finished:
         return _result(out)
-    storage.put(preset.model_dump_json(indent=1).encode(), out / PRESET)
     preset = _absolute(preset)
     parts = find_parts(preset.data.corpus)      # found missing before anything is started
     find_parts(preset.data.held_out)
     if preset.train.start_from:
         load_config(storage.fetch(preset.train.start_from))
     connect(preset.train.workers + DATA_CPUS)
-    on_gpu = _check_cluster(preset)
-    board, tally = Board.remote(), Tally.remote()
-    feeder = Feeder.remote(parts, preset.data.min_size, preset.train.batch, preset.data.shuffle_buffer, preset.train.seed, tally)
-    trainer = TorchTrainer(
-        _worker, train_loop_config={"preset": preset.model_dump_json(), "board": board, "tally": tally, "feeder": feeder},
-        scaling_config=ScalingConfig(num_workers=preset.train.workers, use_gpu=on_gpu),
-        run_config=RunConfig(name=RAY, storage_path=str(out), failure_config=FailureConfig(max_failures=preset.train.max_failures),
-                             checkpoint_config=CheckpointConfig(num_to_keep=2)))
-    with _Watching(board, out / METRICS, preset, progress) as watching, _interruptible():
-        result = trainer.fit()
-    if watching.failure:
-        raise UserError(watching.failure)
-    with result.checkpoint.as_directory() as folder:
-        partition.export_average(Path(folder), out / WEIGHTS)
+    on_gpu = _wait_for_workers(preset)
+    storage.put(preset.model_dump_json(indent=1).encode(), f"{out}/{PRESET}")
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)      # nodes of workers come and go
+    board, tally = Board.options(scheduling_strategy=here).remote(), Tally.options(scheduling_strategy=here).remote()
+    feeder = Feeder.options(scheduling_strategy=here).remote(parts, preset.data.min_size, preset.train.batch, preset.data.shuffle_buffer,
+                                                             preset.train.seed, tally)
+    folder = RunFolder(out)
+    try:
+        with _interruptible(), Journal(board, folder, preset, progress) as journal:
+            for text in turned:
+                journal.say(text)
+            _fit(preset, out, board, tally, feeder, on_gpu)
+        if journal.failure:
+            raise UserError(journal.failure)
+        _export(out, folder)
+    finally:
+        folder.close()
     return _result(out, ray.get(tally.report.remote()))
+
+
+def _fit(preset: Preset, out: str, board, tally, feeder, on_gpu: bool) -> None:
+    train = preset.train
+    elastic = train.min_workers not in (None, train.workers)
+    with tempfile.TemporaryDirectory(prefix="glide-ray-train-") as own:     # what Ray Train keeps of a run; checkpoints are ours
+        TorchTrainer(
+            work, train_loop_config={"preset": preset.model_dump_json(), "out": out, "board": board, "tally": tally, "feeder": feeder},
+            torch_config=TorchConfig(timeout_s=int(2 * train.stall_seconds) + 60),        # the watchdog knows more, and comes first
+            scaling_config=ScalingConfig(num_workers=(train.min_workers, train.workers) if elastic else train.workers, use_gpu=on_gpu,
+                                         **({"elastic_resize_monitor_interval_s": RESIZE_SECONDS} if elastic else {})),
+            run_config=RunConfig(name="run", storage_path=own, failure_config=FailureConfig(max_failures=train.max_failures),
+                                 checkpoint_config=CheckpointConfig(), callbacks=[_Faults(board)])).fit()
+
+
+class _Faults(UserCallback):
+    """Tells the board what has befallen workers. Lives in Ray Train's controller."""
+
+    def __init__(self, board):
+        self._board = board
+
+    def after_exception(self, run_context, worker_exceptions: dict[int, Exception]) -> None:
+        # When one worker dies the others fail in the collective that they share with it: the dead are what matters.
+        dead = {rank: why for rank, error in worker_exceptions.items() if (why := _death(error)) is not None}
+        if dead:
+            rank, why = min(dead.items())
+            others = f" and {count(len(dead) - 1, 'other')}" if len(dead) > 1 else ""
+            self._board.note.remote(f"the worker of rank {rank}{others} was lost: {why}")
+        else:
+            rank, error = min(worker_exceptions.items())
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            self._board.note.remote(f"rank {rank} failed: {(lines or [type(error).__name__])[-1][:300]}")
+
+
+def _death(error: Exception) -> str | None:
+    """How a worker's process ended; None where it has raised an error and lives."""
+    error = getattr(error, "health_check_failure", error)
+    if isinstance(error, ray.exceptions.ActorUnavailableError):
+        return "neither it nor its node can be reached"
+    if not isinstance(error, ray.exceptions.RayActorError):
+        return None
+    detail = str(error).partition("Worker exit detail:")[2].partition("Some common causes")[0].strip() or str(error).splitlines()[0]
+    return f"its process has ended ({detail.rstrip('.')})"
+
+
+def _export(out: str, folder: RunFolder) -> None:
+    """The weights file, from the last checkpoint. Raises UserError where that could not be written."""
+    whole = Checkpoints(out).whole()
+    if not whole:
+        raise UserError(f"Training has ended, but no checkpoint could be written to {out}; make room there, and run the same command again.")
+    with tempfile.TemporaryDirectory(prefix="glide-export-") as cache:
+        local = Path(cache) / WEIGHTS if storage.is_remote(out) else Path(out) / WEIGHTS
+        partition.export_average(fetch(whole[-1], cache), local)
+        if storage.is_remote(out):
+            storage.put(local, f"{out}/{WEIGHTS}")
 
 
 # -- before -----------------------------------------------------------------------------------------------------------
 
-def _check_run(preset: Preset, out: Path) -> None:
-    """A folder holds one run: the same settings go on with it, others are refused. More steps are the same run for longer."""
+def _check_run(preset: Preset, out: str, finished: bool) -> list[str]:
+    """A folder holds one run: the same settings go on with it, others are refused, but for those that may change on the way.
+
+    Returns what has been changed. Raises CheckpointError.
+    """
     try:
-        saved = Preset.model_validate_json((out / PRESET).read_text())
-    except FileNotFoundError:
-        return
+        saved = Preset.model_validate_json(storage.read(f"{out}/{PRESET}"))
+    except storage.MissingError:
+        return []
+    except storage.StorageError:
+        raise
     except ValueError as error:
-        raise CheckpointError(f"{out / PRESET} is not a preset that this version reads ({error}); use another output folder.") from None
-    longer = {"steps": preset.train.steps}
-    check_same({**saved.model_dump(), "train": {**saved.train.model_dump(), **longer}}, preset.model_dump(),
+        raise CheckpointError(f"{out}/{PRESET} is not a preset that this version reads ({error}); use another output folder.") from None
+    train = preset.train
+    free = train.SPREAD if finished else train.SPREAD | train.TURNED
+    same = {**saved.model_dump(), "train": {**saved.train.model_dump(), **{name: getattr(train, name) for name in free}}}
+    absolute = _absolute(preset)
+    check_same({**same, "data": _absolute(saved).data.model_dump()}, {**preset.model_dump(), "data": absolute.data.model_dump()},
                f"The folder {out} holds a run with other settings")
+    return [f"{key} is {here} from here on, and was {there}" for key, there, here in
+            differences(saved.train.model_dump(), preset.train.model_dump(), "train.") if key.removeprefix("train.") in train.TURNED]
 
 
 def _absolute(preset: Preset) -> Preset:
     """The preset as the workers read it: they run in a folder of their own."""
     def whole(path: str | None) -> str | None:
-        return path if path is None or storage.is_remote(path) else str(Path(path).resolve())
+        return None if path is None else storage.absolute(path)
     data = preset.data.model_copy(update={"corpus": whole(preset.data.corpus), "held_out": whole(preset.data.held_out)})
     return preset.model_copy(update={"data": data, "train": preset.train.model_copy(update={"start_from": whole(preset.train.start_from)})})
 
 
-def _check_cluster(preset: Preset) -> bool:
-    """Whether the workers take GPUs. Raises ConfigError where the cluster has too few of either kind."""
-    resources = ray.cluster_resources()
-    gpus, cpus, workers = int(resources.get("GPU", 0)), int(resources.get("CPU", 0)), preset.train.workers
+def _wait_for_workers(preset: Preset) -> bool:
+    """Wait until the cluster has what the run needs, at most `train.wait_seconds`; one that cannot grow is not waited for.
+
+    Returns whether workers take GPUs. Raises ConfigError.
+    """
+    train, began = preset.train, time.monotonic()
+    lacking = _lacking(preset)
+    if lacking and joined():
+        gpus = bool(ray.cluster_resources().get("GPU"))
+        request_resources(bundles=[{"GPU" if gpus else "CPU": 1}] * train.workers + [{"CPU": 1}])
+        tqdm.write(f"{lacking} Waiting for them; this is given up after {train.wait_seconds:g} s (train.wait_seconds).")
+        while lacking and time.monotonic() - began < train.wait_seconds:
+            time.sleep(min(5.0, train.wait_seconds / 10 + 0.1))
+            lacking = _lacking(preset)
+        request_resources(bundles=[])
+    if lacking:
+        cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
+        waited = f" They did not come in {train.wait_seconds:g} s." if joined() else ""
+        raise ConfigError(f"Setting train.workers: {lacking}{waited} Add nodes, or set train.workers={max(1, gpus or cpus - 1)}.")
+    return bool(ray.cluster_resources().get("GPU"))
+
+
+def _lacking(preset: Preset) -> str | None:
+    """What the cluster has too little of, in a sentence."""
+    resources, workers = ray.cluster_resources(), preset.train.min_workers or preset.train.workers
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
     if gpus and gpus < workers:
-        raise ConfigError(f"Setting train.workers: {workers} workers want a GPU each and the cluster has {gpus}; add nodes, or set "
-                          f"train.workers={gpus}.")
+        return f"{count(workers, 'worker')} want a GPU each and the cluster has {gpus}."
     if cpus < workers + 1:
-        raise ConfigError(f"Setting train.workers: {workers} workers and the data stream want {workers + 1} CPUs and the cluster has "
-                          f"{cpus}; add nodes, or set train.workers={max(1, cpus - 1)}.")
-    return bool(gpus)
-
-
-# -- in the workers ---------------------------------------------------------------------------------------------------
-
-def _worker(settings: dict) -> None:
-    """One rank. What the user can mend is told to the board, not raised: Ray would try it again three times."""
-    try:
-        _train_rank(Preset.model_validate_json(settings["preset"]), settings["board"], settings["tally"], settings["feeder"])
-    except UserError as error:
-        ray.get(settings["board"].fail.remote(str(error)))
-
-
-def _train_rank(preset: Preset, board, tally, feeder) -> None:
-    from ..train.loop import Outlets, Trainer, train_loop      # DeepSpeed, which the driver has no use for
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-    trainer = Trainer(preset)
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            trainer.load(Path(folder))
-            if rank == 0:
-                ray.get(tally.know.remote(trainer.progress.epoch, read_counts(Path(folder))))
-    # One name for all ranks of this start: an epoch that is read again after a fault is read from its beginning, or where the checkpoint was.
-    group = [uuid.uuid4().hex]
-    torch.distributed.broadcast_object_list(group)
-    held_out = held_out_batches(preset.data, preset.model, trainer.share.micro_batch, rank, world)
-
-    def post(metrics):
-        if rank == 0:
-            board.post.remote(metrics)
-
-    def report(write: Callable[[Path], None]):
-        with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder))
-            if rank == 0:
-                write_counts(Path(folder), ray.get(tally.counts.remote(trainer.progress.epoch)))
-            ray.train.report({"step": trainer.progress.step}, ray.train.Checkpoint.from_directory(folder))
-
-    def epoch_batches(epoch: int, rows: int) -> Iterator[Batch]:
-        return _ahead(_collated(micro_batches(feeder, Epoch(group[0], epoch, rows), trainer.share), preset, epoch))
-    train_loop(trainer, epoch_batches, held_out, Outlets(post, report))
-    report(trainer.save)
-
-
-def write_counts(folder: Path, counts: Mapping[int, int]) -> None:
-    """Beside a checkpoint: how many rows each ended task of its epoch gave. They spare reading these again, and are not needed otherwise."""
-    (folder / COUNTS).write_text(json.dumps(sorted(counts.items())))
-
-
-def read_counts(folder: Path) -> dict[int, int]:
-    try:
-        return {int(task): int(count) for task, count in json.loads((folder / COUNTS).read_text())}
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def _collated(micro_batches: Iterator[dict[str, list]], preset: Preset, epoch: int) -> Iterator[Batch]:
-    """Rows to batches, equally many on every rank."""
-    collate, last = Collate(preset.model, preset.data, preset.train.seed), None
-    for rows in micro_batches:
-        batch = collate(rows, epoch)
-        # A rank that skipped a batch would wait for the others at the end of the epoch, and they for it in the all-reduce.
-        if batch is None and last is not None:
-            batch = last[torch.arange(len(rows["id"])) % len(last.image)]
-        last = batch
-        if batch is not None:
-            yield batch
-
-
-def _ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
-    """The same batches, decoded in a thread while the network computes."""
-    ready: queue.Queue = queue.Queue(depth)
-
-    def fill():
-        try:
-            for batch in batches:
-                ready.put(batch)
-            ready.put(None)
-        except BaseException as error:   # to be raised where the batches are used
-            ready.put(error)
-    threading.Thread(target=fill, name="glide-decode", daemon=True).start()
-    while (item := ready.get()) is not None:
-        if isinstance(item, BaseException):
-            raise item
-        yield item
-
-
-# -- beside them ------------------------------------------------------------------------------------------------------
-
-@ray.remote(num_cpus=0)
-class Board:
-    """Where rank 0 posts its figures and any rank its failure; the driver reads it, wherever both run."""
-
-    def __init__(self):
-        self._metrics: list[dict] = []
-        self._failure: str | None = None
-
-    def post(self, metrics: dict) -> None:
-        self._metrics.append(metrics)
-
-    def fail(self, message: str) -> None:
-        self._failure = self._failure or message
-
-    def since(self, position: int) -> tuple[list[dict], str | None]:
-        return self._metrics[position:], self._failure
+        return f"{count(workers, 'worker')} and the data stream want {workers + 1} CPUs and the cluster has {cpus}."
+    return None
 
 
 @contextmanager
@@ -241,66 +222,7 @@ def _interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
 
 
-class _Watching:
-    """Read the board while `fit` blocks: draw the bar, and append every figure to the metrics file."""
-
-    def __init__(self, board, path: Path, preset: Preset, progress: bool):
-        self._board, self._path = board, path
-        self._bar = tqdm(total=preset.train.steps, desc=f"train {preset.model.name}", unit="step", disable=not progress,
-                         initial=_last_step(path), dynamic_ncols=True, mininterval=1.0)
-        self._read, self._shown, self._stop = 0, {}, threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="glide-progress", daemon=True)
-        self.failure: str | None = None
-
-    def __enter__(self) -> _Watching:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._poll()
-        self._bar.close()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(1.0):
-            self._poll()
-
-    def _poll(self) -> None:
-        news, self.failure = ray.get(self._board.since.remote(self._read))
-        self._read += len(news)
-        if not news:
-            return
-        with open(self._path, "a") as file:
-            file.writelines(json.dumps(metrics) + "\n" for metrics in news)
-        for metrics in news:
-            self._shown.update({short: f"{metrics[name]:.3g}" for name, short in
-                                (("loss", "loss"), ("held_out", "held-out"), ("images_per_s", "images/s")) if name in metrics})
-        self._bar.set_postfix(self._shown, refresh=False)
-        if not self._bar.update(news[-1]["step"] - self._bar.n):
-            self._bar.refresh()
-
-
-def read_metrics(path: str | Path) -> list[dict]:
-    """The figures of a run in order of steps. Steps that were done again after a fault stand once, as last done."""
-    steps: dict[tuple, dict] = {}
-    try:
-        for line in Path(path).read_text().splitlines():
-            try:
-                metrics = json.loads(line)
-            except ValueError:      # the line that was being written when the machine went down
-                continue
-            steps[metrics["step"], "held_out" in metrics] = metrics
-    except FileNotFoundError:
-        pass
-    return [steps[key] for key in sorted(steps)]
-
-
-def _last_step(path: Path) -> int:
-    metrics = read_metrics(path)
-    return metrics[-1]["step"] if metrics else 0
-
-
-def _result(out: Path, rows: Report | None = None) -> TrainingResult:
-    held_out = [metrics["held_out"] for metrics in read_metrics(out / METRICS) if "held_out" in metrics]
-    return TrainingResult(str(out / WEIGHTS), str(out / METRICS), _last_step(out / METRICS), held_out[0], held_out[-1], rows)
+def _result(out: str, rows: Report | None = None) -> TrainingResult:
+    metrics = f"{out}/{METRICS}"
+    held_out = [row["held_out"] for row in read_metrics(metrics) if "held_out" in row]
+    return TrainingResult(f"{out}/{WEIGHTS}", metrics, last_step(metrics), held_out[0], held_out[-1], rows)

@@ -1,24 +1,29 @@
-"""What lies in a checkpoint folder, and whether it belongs to a run.
+"""What lies in a checkpoint's folder, where a run keeps its checkpoints, and which of them are whole.
 
-    preset.json               the configuration that ran
-    progress.json             step and epoch
-    part.RANK.safetensors     each rank's part of weights, averages and Adam's moments (`partition.py`)
+    OUT/checkpoints/STEP-START/        STEP of nine digits; START names the start of workers that wrote it
+        preset.json                    the configuration that ran
+        progress.json                  step, epoch and rows, and what the optimizer counted
+        part.RANK.safetensors          each rank's part of weights, averages and Adam's moments (`partition.py`)
+        complete.json                  every file's bytes and SHA-256; written last: a folder without it is no checkpoint
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import storage
 from ..config import Preset, UserError
 
-RAY = "ray"       # the folder of a run in which Ray Train keeps its checkpoints, and which of them are whole
+CHECKPOINTS, COMPLETE = "checkpoints", "complete.json"
+Receipt = dict[str, tuple[int, str]]       # file name -> bytes, SHA-256
 
 
 class CheckpointError(UserError):
-    """A checkpoint that does not belong to this run."""
+    """A checkpoint that does not belong to this run, or is damaged."""
 
 
 @dataclass(frozen=True)
@@ -56,27 +61,108 @@ def read_preset(folder: Path) -> Preset:
         raise CheckpointError(f"{folder} is not a whole glide_ray checkpoint; give the folder of another run.") from None
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """The folder of a checkpoint: `path` itself, or the last one that the run in `path` has committed.
+# -- where they are kept ----------------------------------------------------------------------------------------------
 
-    What has merely been uploaded is not trusted: a rank's file may lack. Raises CheckpointError.
-    """
-    path = Path(path)
-    if (path / "progress.json").exists():
-        return path
+@dataclass(frozen=True)
+class Made:
+    """A checkpoint that is whole: its folder, local or s3://, and the optimizer step that it was made after."""
+
+    path: str
+    step: int
+
+
+class Checkpoints:
+    """The checkpoints of the run in a folder or under an s3:// prefix. Raises StorageError throughout where that cannot be reached."""
+
+    def __init__(self, out: str | Path):
+        self.path = f"{str(out).rstrip('/')}/{CHECKPOINTS}"
+
+    def whole(self) -> list[Made]:
+        """Those that were completed, the oldest first."""
+        ends = (f"/{COMPLETE}",) if storage.is_remote(self.path) else (COMPLETE,)
+        return sorted((_made(file) for file in storage.list_files(self.path, ends)), key=lambda made: (made.step, made.path))
+
+    def folder(self, step: int, start: str) -> str:
+        """Where a checkpoint is to be written."""
+        return f"{self.path}/{step:09d}-{start}"
+
+    def complete(self, folder: str, receipt: Receipt) -> None:
+        """Make the files in a folder a checkpoint: all of them are there."""
+        storage.put(json.dumps(receipt, indent=0).encode(), f"{folder}/{COMPLETE}")
+
+    def retire(self, keep_last: int, keep_every: int | None) -> None:
+        """Remove all but the last ones and those whose step is a multiple of `keep_every`."""
+        for made in self.whole()[:-keep_last]:
+            if not keep_every or made.step % keep_every:
+                storage.remove(f"{made.path}/{COMPLETE}")       # first: it is then no checkpoint, if the rest is not reached
+                storage.remove_folder(made.path)
+
+    def sweep(self) -> list[str]:
+        """Remove what uploads that were broken off have left; only while nobody writes. Returns the folders."""
+        whole = {made.path for made in self.whole()}
+        orphans = sorted({self._folder_of(file) for file in storage.list_files(self.path, ("",))} - whole)
+        for folder in orphans:
+            storage.remove_folder(folder)
+        return orphans
+
+    def _folder_of(self, file: str) -> str:
+        return f"{self.path}/{file.removeprefix(self.path).strip('/').partition('/')[0]}"
+
+
+def _made(complete: str) -> Made:
+    folder = complete.rpartition("/")[0]
+    step, _, _ = folder.rpartition("/")[2].partition("-")
+    return Made(folder, int(step) if step.isdecimal() else 0)
+
+
+def fetch(made: Made | str, cache: str | Path | None = None) -> Path:
+    """A local folder with a checkpoint's files: itself, or copies of the objects in `cache`. Raises CheckpointError, StorageError."""
+    path = made if isinstance(made, str) else made.path
+    if not storage.is_remote(path):
+        return Path(path)
+    return storage.fetch_folder(path, (".json", ".safetensors"), cache)
+
+
+def verify(folder: Path, part: int = 0, of: int = 1) -> None:
+    """Compare every `of`-th file, from number `part`, with what it was when the checkpoint was completed. Raises CheckpointError."""
+    receipt = read_receipt(folder)
+    for name, (size, sha256) in list(sorted(receipt.items()))[part::of]:
+        path = folder / name
+        if not path.exists() or path.stat().st_size != size or storage.digest(path) != sha256:
+            raise CheckpointError(f"{path} is damaged: it is not what was written; give an earlier checkpoint.")
+
+
+def read_receipt(folder: Path) -> Receipt:
     try:
-        snapshot = json.loads((path / RAY / "checkpoint_manager_snapshot.json").read_text())
-        return path / RAY / snapshot["latest_checkpoint_result"]["checkpoint_dir_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path} is neither a checkpoint nor a run with one; give a folder that `glide train` wrote.") from None
+        return json.loads((folder / COMPLETE).read_text())
+    except (OSError, ValueError):
+        raise CheckpointError(f"{folder} is not a whole glide_ray checkpoint; give the folder of another run.") from None
 
 
-def check_same(saved: dict[str, Any], wanted: dict[str, Any], what: str, prefix: str = "") -> None:
+def find_checkpoint(path: str | Path) -> str:
+    """A checkpoint's folder, local or s3://: `path` itself, or the last whole one of the run in `path`. Raises CheckpointError."""
+    path = str(path).rstrip("/")
+    if storage.exists(f"{path}/progress.json"):
+        return path
+    made = Checkpoints(path).whole()
+    if not made:
+        raise CheckpointError(f"{path} is neither a checkpoint nor a run with one; give a folder that `glide train` wrote.")
+    return made[-1].path
+
+
+def check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], what: str, prefix: str = "") -> None:
     """Raise CheckpointError naming the first setting in which two configurations differ."""
+    for key, there, here in differences(saved, wanted, prefix):
+        raise CheckpointError(f"{what}: {key} is {there!r} there and {here!r} here; use the same setting, or another output folder.")
+
+
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, saved, wanted) of the settings in which two configurations differ."""
+    found = []
     for key in {**saved, **wanted}:
         there, here = saved.get(key), wanted.get(key)
         if isinstance(there, dict) and isinstance(here, dict):
-            check_same(there, here, what, f"{prefix}{key}.")
+            found += differences(there, here, f"{prefix}{key}.")
         elif there != here:
-            raise CheckpointError(f"{what}: {prefix}{key} is {there!r} there and {here!r} here; use the same setting, or another "
-                                  f"output folder.")
+            found.append((f"{prefix}{key}", there, here))
+    return found

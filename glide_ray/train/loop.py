@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import socket
 import time
@@ -15,8 +14,9 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
-from ..config import Preset, UserError
+from ..config import Preset
 from ..diffusion.schedule import make_schedule
 from ..forms import Batch
 from ..models.clip import NoisedClip
@@ -25,27 +25,26 @@ from ..models.weights import build, check_shapes, load_weights, with_known_chann
 from ..storage import fetch
 from . import partition
 from .checkpoint import Progress, read_progress, write_progress
+from .culprit import TrainingError, check_step, stepped
 from .ema import Ema
-from .objectives import draw, held_out_sums, objective_of
+from .objectives import draw, held_out_sums, objective_of, row_numbers
 from .share import Share
 from .zero import deepspeed_config, learning_rate, resolve_precision
 
 Metrics = dict[str, float | int | str]
 
 
-class TrainingError(UserError):
-    """Training that cannot go on."""
-
-
 @dataclass(frozen=True)
 class Outlets:
     """Where a run's news goes. All ranks call each of them equally often.
 
-    `metrics` is given the figures of a step; `checkpoint` a function that writes this rank's part into the folder it is given.
+    `metrics` is given the figures of a step; `checkpoint` a function that writes this rank's part into the folder it is given; `step` the
+    number of each step that has been made, and says whether a checkpoint is wanted right now.
     """
 
     metrics: Callable[[Metrics], None]
     checkpoint: Callable[[Callable[[Path], None]], None]
+    step: Callable[[int], bool] = lambda number: False
 
 
 class Trainer:
@@ -76,30 +75,45 @@ class Trainer:
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def step(self, batches: Iterator[Batch], number: int) -> dict[str, torch.Tensor]:
-        """Optimizer step `number`, counted from 1: the mean of each of the objective's figures, still on the device."""
+        """Optimizer step `number`, counted from 1: this rank's part of the mean of each of the objective's figures, still on the device.
+
+        Raises TrainingError where the numbers are past mending.
+        """
         self.engine.train()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(self.preset.train, number)
         sums: dict[str, torch.Tensor] = {}
+        read = []
         for _, _, weight in self.share.parts():
             batch = next(batches)
+            read.append(batch)
             i, noise = (drawn.to(self.device) for drawn in draw(self.schedule, batch, self.preset.train.seed, number))
             losses = self.objective(self.engine, self.schedule, batch.to(self.device), i, noise)
             self.engine.backward(losses["loss"].mean() * weight)
             self.engine.step()
-            for name, values in losses.items():
-                sums[name] = sums.get(name, 0) + values.detach().mean() * (weight / self.share.calls)
-        self.ema.update(number)
+            figures = {name: values.detach().mean() * (weight / self.share.calls) for name, values in losses.items()}
+            if weight and "mse" in losses:
+                figures |= by_quartile(losses["mse"].detach(), i, len(self.schedule))
+            for name, value in figures.items():
+                sums[name] = sums.get(name, 0) + value
+        check_step(self, read, number, sums["loss"])
+        if stepped(self.engine):        # fp16 leaves a step out where its loss scale was too large
+            self.ema.update(number)
         return sums
 
     def held_out(self, batches: Sequence[Batch]) -> Metrics:
         """The objective's figures on held-out images, over all ranks."""
         self.engine.eval()
-        sums = held_out_sums(self.objective, self.engine, self.schedule, [batch.to(self.device) for batch in batches],
-                             self.preset.train.seed + self.rank)
-        sums = self._summed(sums)
+        images = torch.tensor(sum(float((row_numbers(batch) >= 0).sum()) for batch in batches), dtype=torch.float64)
+        images = int(self._summed({"images": images})["images"])
+        sums = self._summed(held_out_sums(self.objective, self.engine, self.schedule, [batch.to(self.device) for batch in batches],
+                                          self.preset.train.seed, images))
         images = sums.pop("images")
         return {"held_out" if name == "loss" else f"held_out_{name}": value / images for name, value in sums.items()}
+
+    def scale(self) -> dict[str, float]:
+        """fp16's loss scale; nothing in other precisions."""
+        return {"loss_scale": float(self.engine.optimizer.loss_scaler.cur_scale)} if self.precision == "fp16" else {}
 
     def _summed(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
         """Scalars added up over all ranks, in one transfer."""
@@ -155,11 +169,9 @@ def train_loop(trainer: Trainer, epoch_batches: Callable[[int, int], Iterator[Ba
 
         # Figures: one transfer from the device for all steps since the last.
         if number % train.log_every == 0 or number == train.steps:
-            means = trainer._summed({name: torch.stack([step[name] for step in recent]).mean() / trainer.world for name in recent[0]})
+            means = quartile_means(trainer._summed({name: torch.stack([step[name] for step in recent]).mean() / trainer.world for name in recent[0]}))
             now = time.perf_counter()
-            if not math.isfinite(means["loss"]):
-                raise TrainingError(f"The loss is {means['loss']} at step {number}; lower train.learning_rate, or set train.clip_norm=1.")
-            outlets.metrics({"step": number, **means, "epoch": trainer.progress.epoch,
+            outlets.metrics({"step": number, **means, **trainer.scale(), "epoch": trainer.progress.epoch,
                              "images_per_s": train.batch * len(recent) / (now - began)})
             recent, began = [], now
 
@@ -167,9 +179,27 @@ def train_loop(trainer: Trainer, epoch_batches: Callable[[int, int], Iterator[Ba
             outlets.metrics({"step": number, **trainer.held_out(held_out)})
             began = time.perf_counter()
 
-        if number % train.checkpoint_every == 0 and number < train.steps:
+        wanted = outlets.step(number)
+        if number < train.steps and (wanted or number % train.checkpoint_every == 0):
             outlets.checkpoint(trainer.save)
             began = time.perf_counter()
+
+
+QUARTILES = 4
+
+
+def by_quartile(mse: torch.Tensor, i: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
+    """Sums of eps' error (B,) over the rows of each quarter of the timesteps, q0 the least noisy, and how many rows these are."""
+    quartile = F.one_hot(i * QUARTILES // steps, QUARTILES).to(mse.dtype)
+    sums, counts = mse @ quartile, quartile.sum(0)
+    return {**{f"mse_q{n}": sums[n] for n in range(QUARTILES)}, **{f"rows_q{n}": counts[n] for n in range(QUARTILES)}}
+
+
+def quartile_means(figures: dict[str, float]) -> dict[str, float]:
+    """Figures with the quarters' sums divided by their rows; a quarter that no row fell into is left out."""
+    rows = {name.removeprefix("rows_"): value for name, value in figures.items() if name.startswith("rows_q")}
+    means = {f"mse_{quarter}": figures[f"mse_{quarter}"] / count for quarter, count in rows.items() if count}
+    return {name: value for name, value in figures.items() if "_q" not in name} | means
 
 
 def _endless(epoch_batches: Callable[[int, int], Iterator[Batch]], trainer: Trainer) -> Iterator[Batch]:

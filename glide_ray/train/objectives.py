@@ -78,13 +78,17 @@ def draw(schedule: Schedule, batch: Batch, seed: int, step: int) -> tuple[Tensor
     Each image has a generator of its own, seeded by the run, the step and the image's row in the corpus: what a step computes does
     not depend on how its batch is split over workers and micro-batches.
     """
-    rows = range(len(batch.image)) if batch.rows is None else batch.rows.tolist()
-    i, noise = torch.empty(len(rows), dtype=torch.int64), torch.empty(batch.image.shape)
-    for n, row in enumerate(rows):
+    i, noise = torch.empty(len(batch.image), dtype=torch.int64), torch.empty(batch.image.shape)
+    for n, row in enumerate(row_numbers(batch).tolist()):
         generator = torch.Generator().manual_seed(mix(seed, step, row))
         i[n] = torch.randint(0, len(schedule), (), generator=generator)
         torch.randn(noise.shape[1:], generator=generator, out=noise[n])
     return i, noise
+
+
+def row_numbers(batch: Batch) -> Tensor:
+    """Which rows of the corpus these are (B,), on the CPU; of a batch that does not say, 0, 1, 2..."""
+    return torch.arange(len(batch.image)) if batch.rows is None else batch.rows.cpu()
 
 
 def mix(seed: int, step: int, row: int) -> int:
@@ -93,22 +97,20 @@ def mix(seed: int, step: int, row: int) -> int:
 
 
 @torch.no_grad()
-def held_out_sums(objective: Objective, network: Callable, schedule: Schedule, batches: Sequence[Batch],
-                  seed: int = 0) -> dict[str, Tensor]:
+def held_out_sums(objective: Objective, network: Callable, schedule: Schedule, batches: Sequence[Batch], seed: int, images: int) -> dict[str, Tensor]:
     """Sums over the batches of all that the objective gives, and "images", their number: float64 scalars.
 
+    `batch.rows` number the held-out images from 0 to `images`, over all workers; -1 is one that only fills its batch and does not count.
     Indices lie evenly over the schedule, and noise is fixed, so that the figure moves with the weights only.
     """
-    generator = torch.Generator().manual_seed(seed)
-    count = sum(len(batch.image) for batch in batches)
-    everywhere = ((torch.arange(count) + 0.5) / max(1, count) * len(schedule)).long()
-    everywhere = everywhere[torch.randperm(count, generator=generator)]
-    sums: dict[str, Tensor] = {"images": torch.tensor(float(count), dtype=torch.float64)}
-    start = 0
+    everywhere = ((torch.arange(images) + 0.5) / max(1, images) * len(schedule)).long()
+    everywhere = everywhere[torch.randperm(images, generator=torch.Generator().manual_seed(seed))]
+    sums: dict[str, Tensor] = {"images": torch.zeros((), dtype=torch.float64)}
     for batch in batches:
-        i = everywhere[start:start + len(batch.image)].to(batch.image.device)
-        noise = torch.randn(batch.image.shape, generator=generator).to(batch.image.device)
-        for name, values in objective(network, schedule, batch, i, noise).items():
-            sums[name] = sums.get(name, 0) + values.double().sum().cpu()
-        start += len(i)
+        rows = row_numbers(batch)
+        i, counts = everywhere[rows % images].to(batch.image.device), (rows >= 0).double()
+        noise = torch.stack([torch.randn(batch.image.shape[1:], generator=torch.Generator().manual_seed(mix(seed, 0, row))) for row in rows.tolist()])
+        for name, values in objective(network, schedule, batch, i, noise.to(batch.image.device)).items():
+            sums[name] = sums.get(name, 0) + (values.double().cpu() * counts).sum()
+        sums["images"] += counts.sum()
     return sums

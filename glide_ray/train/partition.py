@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import Preset
-from ..storage import whole
+from ..storage import StorageError, whole
 from .checkpoint import CheckpointError, read_preset, read_progress
 
 FILES = "part.*.safetensors"
@@ -101,6 +101,7 @@ def refresh(engine) -> None:
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         for number in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
+        optimizer._partition_all_parameters()           # small ones that a forward has gathered and kept whole
     elif hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()
 
@@ -115,7 +116,10 @@ def save_part(path: Path, own: Sequence[Piece], state: State) -> None:
     """Write this rank's stretches of every kind of state."""
     tensors = {f"{kind}|{piece.name}": flat[piece.master].detach().reshape(-1)[piece.offset:piece.offset + piece.count].cpu().contiguous()
                for kind, flat in state.items() for piece in own}
-    save_file(tensors, path, metadata={"pieces": json.dumps({piece.name: [piece.shape, piece.start, piece.count] for piece in own})})
+    try:
+        save_file(tensors, path, metadata={"pieces": json.dumps({piece.name: [piece.shape, piece.start, piece.count] for piece in own})})
+    except SafetensorError as error:       # a full disk, most of all
+        raise StorageError(f"{path.name} cannot be written: {error}.") from None
 
 
 class Parts:

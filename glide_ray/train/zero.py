@@ -7,7 +7,14 @@ from typing import Any
 from ..config import ConfigError, TrainConfig
 from .share import Share
 
-FIRST_LOSS_SCALE_POWER = 16   # of two; dynamic loss scaling halves it on overflow (sec. 4.1: traditional loss scaling)
+# Dynamic loss scaling (sec. 4.1: traditional loss scaling): a step whose gradients overflow is skipped, and the scale halved.
+FP16 = {
+    "enabled": True,
+    "initial_scale_power": 16,      # of two: more than most models bear, for too high costs a skipped step each, too low costs small gradients
+    "loss_scale_window": 1000,      # steps without overflow, until twice the scale is tried: trying loses two steps in a thousand at most
+    "hysteresis": 2,                # the second overflow halves: one odd batch does not move the scale
+    "min_loss_scale": 1,            # `culprit.py` stops the run here: gradients that overflow unscaled are not the scale's fault
+}
 
 
 def resolve_precision(precision: str, device: str) -> str:
@@ -23,6 +30,8 @@ def deepspeed_config(train: TrainConfig, precision: str, share: Share) -> dict[s
     """`precision` resolved: fp32, bf16 or fp16. The learning rate's warm-up is the loop's. Raises ConfigError."""
     if train.zero_stage == 0 and precision != "fp32":
         raise ConfigError(f"Setting train.zero_stage: 0 keeps no float32 master weights for {precision}; use 1, 2 or 3.")
+    if train.offload_optimizer and train.zero_stage == 0:
+        raise ConfigError("Setting train.offload_optimizer: train.zero_stage 0 steps the network's own weights on its device; use 1, 2 or 3.")
     config: dict[str, Any] = {
         # DeepSpeed wants a product. Where shares are uneven that is not `train.batch`; the losses' weights see to the mean.
         "train_batch_size": share.micro_batch * share.calls * share.world,
@@ -37,8 +46,10 @@ def deepspeed_config(train: TrainConfig, precision: str, share: Share) -> dict[s
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+    if train.offload_optimizer:      # pinned, so that copies to and from a GPU need no second one; on a CPU there is nothing to pin
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if precision == "fp16":
-        config["fp16"] = {"enabled": True, "initial_scale_power": FIRST_LOSS_SCALE_POWER}
+        config["fp16"] = dict(FP16)
     elif precision == "bf16":
         config["bf16"] = {"enabled": True}
     return config

@@ -1,0 +1,307 @@
+"""What a run says of itself while it goes: figures, what happened to it and what that cost, a progress bar, trackers, grids of samples.
+
+Workers post to the board; the driver reads it and writes the files beside the checkpoints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import ray
+from tqdm import tqdm
+
+from .. import storage
+from ..config import Preset
+from ..info import inspect
+from ..train.trackers import open_trackers
+from .review import Reviewer
+
+METRICS, EVENTS, RUN, TENSORBOARD = "metrics.jsonl", "events.log", "run.json", "tensorboard"
+PUSH_SECONDS, WAITING_SECONDS = 20.0, 60.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """A start of the workers, as rank 0 tells of it. `peak` is of one worker, in FLOP/s; None where it is not known."""
+
+    step: int
+    workers: int
+    micro_batch: int
+    calls: int
+    precision: str
+    device: str
+    peak: float | None = None
+
+
+@dataclass
+class News:
+    """All that has been posted since the last look."""
+
+    metrics: list[dict] = field(default_factory=list)
+    events: list[tuple[float, int, str]] = field(default_factory=list)      # time, step, what happened
+    committed: list[tuple[int, str]] = field(default_factory=list)          # step, folder of the checkpoint
+    start: Start | None = None
+    waiting: float = 0.0                                                    # seconds since anything moved
+    failure: str | None = None
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Where workers post, wherever they run; it outlives them, and so knows what a fault has cost."""
+
+    def __init__(self):
+        self._news, self._start = News(), None
+        self._failure: str | None = None
+        self._failed: set[int] = set()
+        self._step, self._moved = 0, time.time()
+
+    def post(self, metrics: dict) -> None:
+        self._news.metrics.append(metrics)
+        self.beat(metrics["step"])
+
+    def beat(self, step: int) -> None:
+        """A step has been made."""
+        self._step, self._moved = step, time.time()
+
+    def started(self, start: Start) -> None:
+        if self._start is not None:
+            again, lost = max(0, self._step - start.step), time.time() - self._moved
+            self.note(f"the run goes on with {count(start.workers, 'worker')} from step {start.step:,}: {count(again, 'step')} to be done again, "
+                      f"{lost:.0f} s without a step")
+        self._start = self._news.start = start
+        self._news.metrics.append({"again_from": start.step})        # in its place among the figures
+        self.beat(start.step)
+
+    def note(self, text: str) -> None:
+        self._news.events.append((time.time(), self._step, text))
+
+    def committed(self, step: int, folder: str) -> None:
+        self._news.committed.append((step, folder))
+
+    def fail(self, message: str, rank: int) -> None:
+        """What the user can mend has stopped a rank."""
+        self._failure = self._failure or message
+        self._failed.add(rank)
+
+    def failed(self) -> tuple[str | None, int]:
+        """The failure, and how many ranks have told of one."""
+        return self._failure, len(self._failed)
+
+    def take(self) -> News:
+        news, self._news = self._news, News()
+        news.failure, news.waiting = self._failure, time.time() - self._moved
+        return news
+
+
+def count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+class RunFolder:
+    """The small files of a run: in its folder, or written here and sent to its s3:// prefix now and then."""
+
+    def __init__(self, out: str):
+        self.out = out
+        self._temporary = tempfile.TemporaryDirectory(prefix="glide-run-") if storage.is_remote(out) else None
+        self.local = Path(self._temporary.name if self._temporary else out)
+        self._sent: dict[Path, str] = {}
+        if self._temporary:
+            for name in (METRICS, EVENTS, RUN):
+                if storage.exists(f"{out}/{name}"):
+                    storage.download(f"{out}/{name}", self.local / name)
+
+    def id(self) -> str:
+        """Of the run, the same at every start."""
+        path = self.local / RUN
+        if not path.exists():
+            storage.put(json.dumps({"id": uuid.uuid4().hex[:12]}).encode(), path)
+        return json.loads(path.read_text())["id"]
+
+    def push(self) -> None:
+        """Send what has changed to s3://. Raises StorageError."""
+        if self._temporary is None:
+            return
+        for path in sorted(self.local.rglob("*")):
+            if path.is_file() and not path.name.endswith(".partial"):
+                content = path.read_bytes()
+                tag = hashlib.sha256(content).hexdigest()
+                if self._sent.get(path) != tag:
+                    storage.put(content, f"{self.out}/{path.relative_to(self.local).as_posix()}")
+                    self._sent[path] = tag
+
+    def close(self) -> None:
+        try:
+            self.push()
+        finally:
+            if self._temporary:
+                self._temporary.cleanup()
+
+
+class Journal:
+    """Read the board while `fit` blocks, and tell of it."""
+
+    def __init__(self, board, folder: RunFolder, preset: Preset, progress: bool):
+        self._board, self._folder, self._preset, self._progress = board, folder, preset, progress
+        first = last_step(folder.local / METRICS)
+        self._bar = tqdm(total=preset.train.steps, desc=f"train {preset.model.name}", unit="step", disable=not progress, initial=first,
+                         dynamic_ncols=True, mininterval=1.0)
+        self._trackers = open_trackers(preset.train.trackers, folder.local, preset, folder.id(), first + 1 if first else 0, self.say)
+        self._reviewer = Reviewer(preset, folder.local, self._reviewed, self.say)
+        self._flops = 3 * training_flops(preset)           # of an image: forward, and twice that backward
+        self._start: Start | None = None
+        self._shown: dict[str, str] = {}
+        self._pushed, self._waited, self._stop = time.monotonic(), 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="glide-progress", daemon=True)
+        self.failure: str | None = None
+
+    def __enter__(self) -> Journal:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._poll()
+        if kind is None and self.failure is None:
+            self._reviewer.finish()
+        self._bar.close()
+        self._trackers.close(failed=kind is not None or self.failure is not None)
+
+    def say(self, text: str, step: int | None = None, at: float | None = None) -> None:
+        """A line of the run's log, and on the terminal."""
+        line = f"{datetime.fromtimestamp(at or time.time()).isoformat(' ', 'seconds')}  step {step if step is not None else self._bar.n:,}: {text}"
+        with open(self._folder.local / EVENTS, "a") as file:
+            file.write(line + "\n")
+        if self._progress:
+            tqdm.write(line)
+
+    # --------------------------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while not self._stop.wait(1.0):
+            self._poll()
+
+    def _poll(self) -> None:
+        news: News = ray.get(self._board.take.remote())
+        self.failure = news.failure
+        if news.start is not None:
+            if self._start is None:
+                self.say(_spread(news.start, self._preset), news.start.step)
+            self._start = news.start
+        for at, step, text in news.events:
+            self.say(text, step, at)
+            self._trackers.note(step, text)
+        if news.metrics:
+            self._write(news.metrics)
+        for step, folder in news.committed:
+            self._reviewer.offer(step, folder)
+        self._reviewer.poll()
+        # `_waited` grows with what has been said, so that a night without nodes is a line a minute at first and an hour later.
+        if news.waiting > max(WAITING_SECONDS, 2 * self._waited):
+            self._waited = news.waiting
+            self.say(f"no step for {news.waiting:.0f} s; {_cluster()}")
+        elif news.waiting < WAITING_SECONDS:
+            self._waited = 0.0
+        if time.monotonic() - self._pushed > PUSH_SECONDS:
+            self._pushed = time.monotonic()
+            self._try_to_push()
+
+    def _try_to_push(self) -> None:
+        try:
+            self._folder.push()
+        except storage.StorageError as error:       # the files are here; the next time is another try
+            self.say(f"The run's figures could not be sent: {error}")
+
+    def _write(self, rows: list[dict]) -> None:
+        for metrics in rows:
+            if "images_per_s" in metrics:
+                metrics.update(self._speed(metrics["images_per_s"]))
+        with open(self._folder.local / METRICS, "a") as file:
+            file.writelines(json.dumps(metrics) + "\n" for metrics in rows if "step" in metrics)
+        for metrics in rows:
+            if "again_from" in metrics:
+                self._trackers.rewind(metrics["again_from"] + 1)
+                continue
+            self._trackers.metrics(metrics["step"], metrics)
+            self._shown.update({short: form(metrics[name]) for name, (short, form) in SHOWN.items() if name in metrics})
+        self._bar.set_postfix(self._shown, refresh=False)
+        if not self._bar.update(rows[-1].get("step", self._bar.n) - self._bar.n):
+            self._bar.refresh()
+
+    def _speed(self, images_per_s: float) -> dict[str, float]:
+        flops = self._flops * images_per_s
+        peak = self._start.peak * self._start.workers if self._start and self._start.peak else None
+        return {"tflop_per_s": flops / 1e12, **({"share_of_peak": flops / peak} if peak else {})}
+
+    def _reviewed(self, step: int, grid, figures: Mapping[str, float]) -> None:
+        if figures:
+            with open(self._folder.local / METRICS, "a") as file:
+                file.write(json.dumps({"step": step, **figures}) + "\n")
+            self._trackers.metrics(step, figures)
+        if grid is not None:
+            self._trackers.image(step, "samples", grid)
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}"
+
+
+SHOWN: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "loss": ("loss", _figure), "held_out": ("held-out", _figure), "images_per_s": ("images/s", _figure),
+    "tflop_per_s": ("TFLOP/s", _figure), "share_of_peak": ("of peak", lambda share: f"{share:.0%}")}
+
+
+def _spread(start: Start, preset: Preset) -> str:
+    """How a run is spread over its workers, in a line."""
+    train = preset.train
+    why = " (auto: DeepSpeed has no fp16 on a CPU)" if train.precision == "auto" and start.device == "CPU" else ""
+    calls = f" in {start.calls} calls of {start.micro_batch}" if start.calls > 1 else ""
+    return (f"{preset.model.name} on {count(start.workers, 'worker')} ({start.device}), {start.precision}{why}, ZeRO-{train.zero_stage}, batch {train.batch:,}"
+            f"{calls}")
+
+
+def training_flops(preset: Preset) -> int:
+    """Operations of one image's forward, with its caption's."""
+    info = inspect(preset.model)
+    # A crop costs its share of the pixels; what attention saves beyond that is left out.
+    share = (preset.data.crop / preset.model.image_size) ** 2 if preset.data.crop else 1
+    return int(info.flops * share + info.text_flops)
+
+
+def _cluster() -> str:
+    have = ray.cluster_resources()
+    return f"the cluster has {count(int(have.get('GPU', 0)), 'GPU')} and {count(int(have.get('CPU', 0)), 'CPU')}"
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """The figures of a run in order of steps. Steps that were done again after a fault stand once, as last done."""
+    steps: dict[tuple, dict] = {}
+    try:
+        lines = storage.read(path).decode().splitlines()
+    except storage.MissingError:
+        return []
+    for line in lines:
+        try:
+            metrics = json.loads(line)
+        except ValueError:      # the line that was being written when the machine went down
+            continue
+        kind = "held_out" if "held_out" in metrics else "reviewed" if "average_held_out" in metrics else ""
+        steps[metrics["step"], kind] = metrics
+    return [steps[key] for key in sorted(steps)]
+
+
+def last_step(path: str | Path) -> int:
+    metrics = read_metrics(path)
+    return metrics[-1]["step"] if metrics else 0

@@ -1,0 +1,80 @@
+"""A grid of samples, and the held-out loss of the average, from checkpoints: made beside the run, so that no rank waits for it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import ray
+
+from .. import storage
+from ..config import Preset, UserError
+from ..data.images import encode
+from ..evaluation.samples import held_out_of_average, sample_grid
+from ..train.checkpoint import fetch
+from ..train.partition import export_average
+
+SAMPLES = "samples"
+LAST_SECONDS = 900       # that the last review is waited for when training has ended
+
+
+def review(checkpoint: str, settings: str) -> tuple[np.ndarray | None, dict[str, float]]:
+    """The grid (H, W, 3) uint8 of a checkpoint's average, and its held-out figures."""
+    os.nice(10)             # training comes first where both share a machine
+    preset = Preset.model_validate_json(settings)
+    with tempfile.TemporaryDirectory(prefix="glide-review-") as folder:
+        weights = Path(folder) / "weights.safetensors"
+        export_average(fetch(checkpoint, Path(folder) / "parts"), weights)
+        return sample_grid(weights, preset), held_out_of_average(weights, preset)
+
+
+class Reviewer:
+    """Reviews one checkpoint at a time; the newest waits, older ones that come meanwhile are left out."""
+
+    def __init__(self, preset: Preset, folder: Path, made: Callable[[int, np.ndarray | None, dict], None], say: Callable[[str], None]):
+        self._preset, self._folder, self._made, self._say = preset, folder, made, say
+        self._underway: tuple[int, ray.ObjectRef] | None = None
+        self._waiting: tuple[int, str] | None = None
+
+    def offer(self, step: int, checkpoint: str) -> None:
+        """A checkpoint is whole."""
+        every = self._preset.train.sample_every
+        if every and (step % every == 0 or step == self._preset.train.steps):
+            self._waiting = step, checkpoint
+            self.poll()
+
+    def poll(self, timeout: float = 0) -> None:
+        if self._underway is not None:
+            step, reference = self._underway
+            if not ray.wait([reference], timeout=timeout)[0]:
+                return
+            self._underway = None
+            self._take(step, reference)
+        if self._waiting is not None:
+            (step, checkpoint), self._waiting = self._waiting, None
+            # A GPU that no worker wants, else the CPU; no CPU is reserved, for then it might wait for ever.
+            spare = ray.cluster_resources().get("GPU", 0) > self._preset.train.workers
+            task = ray.remote(num_cpus=0, num_gpus=1 if spare else 0, max_retries=1)(review)
+            self._underway = step, task.remote(checkpoint, self._preset.model_dump_json())
+
+    def finish(self) -> None:
+        """Wait for what is underway, and for the newest."""
+        while self._underway is not None or self._waiting is not None:
+            before = self._underway
+            self.poll(timeout=LAST_SECONDS)
+            if self._underway is not None and self._underway is before:
+                self._say(f"the review of step {before[0]:,} is not waited for any longer")
+                return
+
+    def _take(self, step: int, reference: ray.ObjectRef) -> None:
+        try:
+            grid, figures = ray.get(reference)
+        except (ray.exceptions.RayError, UserError) as error:
+            self._say(f"the review of step {step:,} failed: {str(error).strip().splitlines()[-1]}")
+            return
+        if grid is not None:
+            storage.put(encode(grid), self._folder / SAMPLES / f"{step:09d}.png")
+        self._made(step, grid, figures)

@@ -1,0 +1,220 @@
+"""What each rank of a training run does under Ray Train."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+
+from .. import storage
+from ..config import Preset, UserError
+from ..data.transforms import Collate, held_out_batches
+from ..forms import Batch
+from ..hardware import measured_peak, peak_flops
+from ..train.checkpoint import CheckpointError, Checkpoints, Made, fetch, verify
+from ..train.keeper import Keeper
+from ..train.watch import Watchdog
+from .feed import Epoch, micro_batches
+from .journal import Start
+
+if TYPE_CHECKING:
+    from ..train.loop import Trainer
+
+COUNTS = "counts.json"
+BEAT_SECONDS = 1.0
+FAILURE_SECONDS = 10.0          # in which ranks that fail for one reason tell of it
+
+
+def work(settings: dict) -> None:
+    """One rank. What the user can mend is told to the board, not raised: Ray would try it again."""
+    board, context = settings["board"], ray.train.get_context()
+    if ray.get(board.failed.remote())[0] is not None:
+        return
+    try:
+        _train_rank(Preset.model_validate_json(settings["preset"]), settings["out"], board, settings["tally"], settings["feeder"])
+    except UserError as error:
+        ray.get(board.fail.remote(str(error), context.get_world_rank()))
+        # Where one rank alone has failed the others wait for it in a collective: all are begun again, and end above.
+        deadline = time.monotonic() + FAILURE_SECONDS
+        while ray.get(board.failed.remote())[1] < context.get_world_size():
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
+    from ..train.loop import Outlets, Trainer, train_loop      # DeepSpeed, which the driver has no use for
+    context, train = ray.train.get_context(), preset.train
+    rank, world = context.get_world_rank(), context.get_world_size()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    trainer = Trainer(preset)
+    if rank == 0:
+        storage.check_writable(out)         # by a worker, whose rights may be others than the driver's
+    checkpoints = Checkpoints(out)
+    # One name for all ranks of this start: what it reads of the corpus and what it writes is told from what others did.
+    start, whole = _shared((uuid.uuid4().hex[:8], checkpoints.whole()) if rank == 0 else None)
+    _go_on(trainer, whole, board, tally)
+    say = _teller(board, rank)
+    if rank == 0:
+        checkpoints.sweep()
+        board.started.remote(_start(trainer))
+    held_out = held_out_batches(preset.data, preset.model, trainer.share.micro_batch, rank, world)
+    keeper = Keeper(checkpoints, start, train.keep_last, train.keep_every, say, lambda step, folder: board.committed.remote(step, folder),
+                    2 * train.stall_seconds)
+    watchdog = Watchdog(train.stall_seconds, lambda text: ray.get(board.note.remote(f"rank {rank} hangs: {text}; it is begun again")))
+
+    def save(write) -> None:
+        watchdog.beat(f"the checkpoint of step {trainer.progress.step:,}")
+        keeper.save(trainer.progress.step, lambda folder: _save(folder, trainer, write, tally, rank))
+        watchdog.beat(f"step {trainer.progress.step + 1:,}")
+
+    def after_step(number: int) -> bool:
+        nonlocal told, beaten
+        watchdog.beat(f"step {number + 1:,}")
+        if rank == 0 and time.monotonic() - beaten > BEAT_SECONDS:
+            beaten = time.monotonic()
+            board.beat.remote(number)
+        wanted = keeper.step(node_is_going()) and not told
+        if wanted:
+            told = True
+            if rank == 0:
+                say(f"a node is about to be taken away; a checkpoint is made of step {number:,}")
+        return wanted
+    told, beaten = False, 0.0
+
+    def epoch_batches(epoch: int, rows: int) -> Iterator[Batch]:
+        return _ahead(_collated(micro_batches(feeder, Epoch(start, epoch, rows), trainer.share), preset, epoch))
+
+    def post(metrics: dict) -> None:
+        if rank == 0:
+            board.post.remote(metrics)
+    train_loop(trainer, epoch_batches, held_out, Outlets(post, save, after_step))
+    save(trainer.save)
+    keeper.finish()
+    watchdog.close()
+
+
+# -- where to begin ---------------------------------------------------------------------------------------------------
+
+def _go_on(trainer: Trainer, whole: list[Made], board, tally) -> None:
+    """Load the last checkpoint that is as it was written, if there is one."""
+    for made in reversed(whole):
+        with tempfile.TemporaryDirectory(prefix="glide-resume-") as cache:
+            fault = None
+            try:
+                folder = fetch(made, cache)
+                if not storage.is_remote(made.path):        # what was fetched has been verified on its way
+                    verify(folder, trainer.rank, trainer.world)
+            except (CheckpointError, storage.StorageError) as error:
+                fault = str(error)
+            faults = _gathered(fault)
+            if any(faults):
+                if trainer.rank == 0:
+                    ray.get(board.note.remote(f"the checkpoint of step {made.step:,} is left out: {next(filter(None, faults))}"))
+                continue
+            trainer.load(folder)
+            if trainer.rank == 0:
+                ray.get(tally.know.remote(trainer.progress.epoch, read_counts(folder)))
+            return
+
+
+def _start(trainer: Trainer) -> Start:
+    cuda = trainer.device.type == "cuda"
+    name = torch.cuda.get_device_name(trainer.device) if cuda else "CPU"
+    peak = peak_flops(name, trainer.precision) if cuda else measured_peak(torch.bfloat16 if trainer.precision == "bf16" else torch.float32)
+    return Start(trainer.progress.step, trainer.world, trainer.share.micro_batch, trainer.share.calls, trainer.precision, name, peak)
+
+
+def _teller(board, rank: int):
+    def say(text: str) -> None:
+        if rank == 0:
+            board.note.remote(text)
+    return say
+
+
+def _shared(given):
+    """What rank 0 gives, on every rank."""
+    shared = [given]
+    dist.broadcast_object_list(shared)
+    return shared[0]
+
+
+def _gathered(given) -> list:
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, given)
+    return gathered
+
+
+def node_is_going() -> bool:
+    """Whether Ray has been told that a node of this run is about to be taken away.
+
+    `ray.train.get_preemption_info` waits for all workers, through an actor; this rank's own mark is enough, for ranks agree anyhow.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+    return get_train_context().preemption_context.preemption_info is not None
+
+
+# -- what is saved beside the trainer's part --------------------------------------------------------------------------
+
+def _save(folder: Path, trainer: Trainer, write, tally, rank: int) -> None:
+    write(folder)
+    if rank == 0:
+        write_counts(folder, ray.get(tally.counts.remote(trainer.progress.epoch)))
+
+
+def write_counts(folder: Path, counts: Mapping[int, int]) -> None:
+    """Beside a checkpoint: how many rows each ended task of its epoch gave. They spare reading these again, and are not needed otherwise."""
+    (folder / COUNTS).write_text(json.dumps(sorted(counts.items())))
+
+
+def read_counts(folder: Path) -> dict[int, int]:
+    try:
+        return {int(task): int(number) for task, number in json.loads((folder / COUNTS).read_text())}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+# -- rows to batches --------------------------------------------------------------------------------------------------
+
+def _collated(micro_batches: Iterator[dict[str, list]], preset: Preset, epoch: int) -> Iterator[Batch]:
+    """Rows to batches, equally many on every rank."""
+    collate, last = Collate(preset.model, preset.data, preset.train.seed), None
+    for rows in micro_batches:
+        batch = collate(rows, epoch)
+        # A rank that skipped a batch would wait for the others at the end of the epoch, and they for it in the all-reduce.
+        if batch is None and last is not None:
+            batch = last[torch.arange(len(rows["id"])) % len(last.image)]
+        last = batch
+        if batch is not None:
+            yield batch
+
+
+def _ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
+    """The same batches, decoded in a thread while the network computes."""
+    ready: queue.Queue = queue.Queue(depth)
+
+    def fill():
+        try:
+            for batch in batches:
+                ready.put(batch)
+            ready.put(None)
+        except BaseException as error:   # to be raised where the batches are used
+            ready.put(error)
+    threading.Thread(target=fill, name="glide-decode", daemon=True).start()
+    while (item := ready.get()) is not None:
+        if isinstance(item, BaseException):
+            raise item
+        yield item
