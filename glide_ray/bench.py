@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import json
 import os
 import resource
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,15 +19,16 @@ import numpy as np
 import torch
 from PIL import Image
 
+from . import presets
 from .cascade import Cascade, base_request, load_stepper
 from .config import SAMPLE_PROMPTS as PROMPTS
-from .config import ModelConfig, Preset, SampleOptions, UserError
+from .config import ModelConfig, Preset, SampleOptions, UserError, nearest
 from .data.images import centre_crop, decode, to_uint8
 from .data.shards import read_shard
 from .diffusion.guidance import combine
 from .diffusion.schedule import make_schedule
 from .forms import Batch, Conditioning
-from .info import example_conditioning, inspect
+from .info import example_batch, example_conditioning, inspect
 from .models.unet import GlideUNet
 from .models.weights import build
 from .settings import override
@@ -81,6 +86,78 @@ def bench_sample(preset: Preset, precision: str = "bf16", repeats: int = 5) -> d
             "released_form_s": round(statistics.median(b for _, b in pairs), 3),
             "ratio": round(statistics.median(ratios), 2), "ratio_min": round(min(ratios), 2), "ratio_max": round(max(ratios), 2),
             "pairs": repeats, "threads": torch.get_num_threads()}
+
+
+# What `glide plan` is compared on: preset, images in a call, further settings. The last two recompute activations, and add up two calls.
+SHAPES = (("nano-base", 16, ()), ("nano-upsampler", 8, ()), ("nano-clip", 64, ()), ("emoji-base", 8, ()), ("emoji-upsampler", 2, ()),
+          ("emoji-base", 16, ("activation_checkpointing=true",)), ("nano-base", 16, ("batch=32",)))
+# What is freed goes back to the system at once: glibc's threshold is held at its first value, and does not follow what is freed.
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+TINY = ["model.unet.image_size=16", "model.unet.multipliers=1,2", "model.unet.attention_sizes=8", "model.unet.head_channels=16",
+        "model.unet.text.width=16", "model.unet.text.layers=1", "model.unet.text.heads=1", "batch=2", "workers=1"]
+
+
+def bench_plan(preset: str | None = None, steps: int = 3) -> dict:
+    """The memory that `glide plan` says beside the most that a real trainer of one worker has resident on this CPU, each in a process of its
+    own, above what that process had after two steps of a tiny model: all code loaded, no model.
+
+    `measured`: with `GIVEN_BACK`; `default_malloc`: with malloc as it comes, which holds freed memory in pieces. In MB of 10^6 bytes.
+    """
+    from .train.plan import memory, operations, resolve_precision
+    rows = []
+    for name, images, settings in SHAPES:
+        if preset in (None, name):
+            whole = override(presets.get(name), plan_settings(images, settings))
+            precision = resolve_precision(whole.train.precision, "cpu")
+            planned = memory(whole, 1, images, precision, "cpu").total
+            found, default = (measure_training(name, images, settings, steps, malloc) for malloc in (GIVEN_BACK, {}))
+            calls = whole.train.batch // images
+            rows.append({"preset": name, "precision": precision, "images": images, "settings": list(settings), "planned_mb": round(planned / 1e6, 1),
+                         "measured_mb": round(found["bytes"] / 1e6, 1), "ratio": round(planned / found["bytes"], 3),
+                         "default_malloc_mb": round(default["bytes"] / 1e6, 1), "default_malloc_ratio": round(default["bytes"] / found["bytes"], 3),
+                         "process_mb": round(found["process"] / 1e6, 1), "step_s": round(default["step_s"], 3),
+                         "gflop_per_s": round((4 if whole.train.activation_checkpointing else 3) * operations(whole) * images * calls / default["step_s"] / 1e9, 1)})
+    if not rows:
+        raise UserError(f"bench plan has no shape of {preset!r}; {nearest(preset, dict.fromkeys(name for name, *_ in SHAPES))}")
+    return {"ratio_min": min(row["ratio"] for row in rows), "ratio_max": max(row["ratio"] for row in rows), "steps": steps,
+            "threads": torch.get_num_threads(), "malloc": GIVEN_BACK, "shapes": rows}
+
+
+def plan_settings(images: int, settings: Sequence[str]) -> list[str]:
+    """One worker, and one call of so many images a step unless `settings` say otherwise."""
+    return ["workers=1", f"batch={images}", f"micro_batch={images}", "start_from=none", *settings]
+
+
+def measure_training(name: str, images: int, settings: Sequence[str], steps: int, malloc: Mapping[str, str]) -> dict[str, float]:
+    """Run `_train_and_measure` in a process of its own, with these settings of malloc."""
+    call = f"from glide_ray.bench import _train_and_measure as run; run({name!r}, {images}, {tuple(settings)!r}, {steps})"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    done = subprocess.run([sys.executable, "-c", call], env={**environment, **malloc, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"measuring {name} failed: {(done.stderr.strip() or 'killed, perhaps for want of memory').splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _train_and_measure(name: str, images: int, settings: Sequence[str], steps: int) -> None:
+    from .train.loop import Trainer
+
+    def train(preset: Preset, count: int) -> list[float]:
+        trainer, batch = Trainer(preset), example_batch(preset, images if preset.train.batch > 2 else 2)
+        batch = replace(batch, image=torch.rand_like(batch.image))
+        return [_timed(lambda number=number: trainer.step(iter([batch] * trainer.share.calls), number)) for number in range(1, count + 1)]
+    preset = override(presets.get(name), plan_settings(images, settings))
+    train(override(presets.get("nano-base"), [*TINY, f"precision={preset.train.precision}"]), 2)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    process = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")      # Linux: the peak begins anew
+    times = train(preset, steps)
+    print(json.dumps({"bytes": _resident("VmHWM") - process, "process": process, "step_s": min(times)}))
+
+
+def _resident(field: str) -> int:
+    """Bytes: what /proc says of this process."""
+    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
 
 
 # -- what trained models can do ---------------------------------------------------------------------------------------

@@ -9,12 +9,15 @@ import sys
 import time
 
 import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import TINY_BASE, tiny, tiny_clip
 from glide_ray.config import UserError
 from glide_ray.distributed.journal import read_metrics
 from glide_ray.distributed.train import train
 from glide_ray.models.weights import load_model
+from glide_ray.train.checkpoint import Checkpoints
 
 
 def preset(corpus, *settings):
@@ -25,19 +28,28 @@ def preset(corpus, *settings):
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_run_on_two_workers_makes_weights_and_metrics_and_is_not_made_twice(drawn_corpus, tmp_path):
-    settings = preset(drawn_corpus)
+    settings = preset(drawn_corpus, "sample_every=2", "sample_prompts=a red ellipse; a blue rectangle, large")
     result = train(settings, tmp_path / "run", progress=False)
     model, config = load_model(result.weights)
     assert config == settings.model and result.steps == 4 and result.rows.kept >= 96
-    assert [(row["step"], "held_out" in row) for row in read_metrics(result.metrics)] == [
+    rows = read_metrics(result.metrics)
+    assert [(row["step"], "held_out" in row) for row in rows if "average_held_out" not in row] == [
         (0, True), (2, False), (2, True), (4, False), (4, True)]
+    speeds = [row for row in rows if "images_per_s" in row]
+    assert all(0 < row["share_of_peak"] < 1 and row["tflop_per_s"] > 0 and any(name.startswith("mse_q") for name in row) for row in speeds)
+    # Beside the run: a grid of samples and the average's loss, of the last checkpoint at least.
+    assert Image.open(tmp_path / "run" / "samples" / "000000004.png").size[0] > 300 and rows[-1]["average_held_out"] == pytest.approx(1, abs=0.1)
+    assert "nano-base on 2 workers (CPU), fp32, ZeRO-2, batch 8" in (tmp_path / "run" / "events.log").read_text()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"scalars": 0, "images": 0}).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4] and 4 in [event.step for event in events.Images("samples")]
     written = os.stat(result.weights).st_mtime_ns
     began = time.monotonic()
     again = train(settings, tmp_path / "run", progress=False)
     assert again.last_held_out == result.last_held_out and os.stat(result.weights).st_mtime_ns == written
     assert time.monotonic() - began < 5
-    with pytest.raises(UserError, match="other settings: train.learning_rate is"):
-        train(preset(drawn_corpus, "learning_rate=1"), tmp_path / "run", progress=False)
+    for other in ("learning_rate=1", "model.unet.dropout=0.5", "data.min_size=20"):
+        with pytest.raises(UserError, match=f"other settings: (train.)?{other.partition('=')[0]} is"):
+            train(preset(drawn_corpus, other), tmp_path / "run", progress=False)
 
 
 @pytest.mark.slow
@@ -64,6 +76,17 @@ def test_what_the_user_can_mend_is_said_before_or_instead_of_training(drawn_corp
     assert not (tmp_path / "c" / "weights.safetensors").exists()
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_workers_that_a_cluster_lacks_are_waited_for_and_then_given_up(drawn_corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_ADDRESS", "the cluster that the session has joined")
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"40 workers and the data stream want 41 CPUs and the cluster has \d+. They did not come in 2 s. Add nodes"):
+        train(preset(drawn_corpus, "workers=40", "batch=40", "wait_seconds=2"), tmp_path / "run", progress=False)
+    assert 2 < time.monotonic() - began < 10
+    assert "Waiting for them; this is given up after 2 s (train.wait_seconds)" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "preset.json").exists()
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_or_interrupted_goes_on_from_its_checkpoint_with_the_same_command(drawn_corpus, tmp_path):
     out = tmp_path / "run"
@@ -78,12 +101,7 @@ def test_a_run_that_is_killed_or_interrupted_goes_on_from_its_checkpoint_with_th
                                 stderr=subprocess.STDOUT, text=True)
 
     def checkpoints():
-        """Steps of the checkpoints that Ray has committed."""
-        try:
-            snapshot = json.loads((out / "ray" / "checkpoint_manager_snapshot.json").read_text())
-            return [made["metrics"]["step"] for made in snapshot["checkpoint_results"]]
-        except (FileNotFoundError, ValueError, KeyError):
-            return []
+        return [made.step for made in Checkpoints(out).whole()]
 
     def wait_until(happened):
         deadline = time.monotonic() + 150
@@ -91,7 +109,7 @@ def test_a_run_that_is_killed_or_interrupted_goes_on_from_its_checkpoint_with_th
             time.sleep(0.2)
 
     def resumed_after_a_checkpoint(line, at_least):
-        """What Ray's controller commits in the seconds by which it outlives the driver counts too."""
+        """What workers write in the seconds by which they outlive the driver counts too."""
         step = json.loads(lines()[line])["step"]
         return step > at_least and step % 10 == 1
 

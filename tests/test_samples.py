@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from conftest import random_model, tiny, tiny_clip
+from glide_ray.cascade import load_stepper
 from glide_ray.data.images import area_downsample, centre_crop, decode
 from glide_ray.data.shards import ShardError
 from glide_ray.data.sources import find_parts, read_part
@@ -14,8 +15,12 @@ from glide_ray.diffusion.schedule import make_schedule
 from glide_ray.evaluation import samples
 from glide_ray.evaluation.report import HOLE, MARGIN, contact_sheet
 from glide_ray.evaluation.samples import centre_hole, held_out_of_average, sample_grid
+from glide_ray.forms import Conditioning
+from glide_ray.models.clip import NoisedClip
 from glide_ray.models.unet import GlideUNet
 from glide_ray.models.weights import WeightsError, load_model, save_weights
+from glide_ray.stepper import SampleRequest
+from glide_ray.tokenizer import Tokenizer
 from glide_ray.train.objectives import held_out_sums, objective_of
 
 PROMPTS = "sample_prompts=a red ellipse; a blue rectangle; a dog"
@@ -23,8 +28,13 @@ PROMPTS = "sample_prompts=a red ellipse; a blue rectangle; a dog"
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
+    """And one thread: with models this small, several wait for each other most of the time."""
     monkeypatch.setattr(samples, "STEPS", 3)
     monkeypatch.setattr(samples, "PICTURES", 2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def preset(corpus, kind="base", *settings):
@@ -62,10 +72,6 @@ def originals(corpus, size):
 # -- the grid ---------------------------------------------------------------------------------------------------------
 
 def test_a_base_models_grid_shows_the_prompts_with_the_seeds_0_1_2_and_is_the_same_each_time(tiny_weights, drawn_corpus):
-    from glide_ray.cascade import load_stepper
-    from glide_ray.forms import Conditioning
-    from glide_ray.stepper import SampleRequest
-    from glide_ray.tokenizer import Tokenizer
     told = []
     settings = preset(drawn_corpus, "base", PROMPTS)
     grid = sample_grid(tiny_weights["base"], settings, lambda done, total: told.append((done, total)))
@@ -151,7 +157,8 @@ def test_an_inpainting_upsamplers_grid_shows_both_that_it_is_given(tmp_path, dra
 
 
 def test_a_large_models_pictures_are_shown_at_their_own_size(tmp_path, drawn_corpus):
-    settings = preset(drawn_corpus, "base", "model.unet.image_size=256", "model.unet.multipliers=1,1,1,1,1,1", "sample_prompts=x", "empty_caption_rate=0")
+    settings = preset(drawn_corpus, "base", "model.unet.image_size=256", "model.unet.multipliers=1,1,1,1,1,1", "sample_prompts=x",
+                      "empty_caption_rate=0")
     grid = sample_grid(weights_of(tmp_path / "w", settings), settings)
     assert grid.shape[1] == MARGIN + 4 * (256 + MARGIN)
 
@@ -195,12 +202,11 @@ def test_the_averages_held_out_loss_is_what_training_says_of_the_same_weights(ti
 
 
 def test_plain_clip_and_fewer_images(tmp_path, drawn_corpus):
-    settings = preset(drawn_corpus, "clip", "model.clip.noised=false", "data.held_out_images=16")
+    settings, five = (preset(drawn_corpus, "clip", "model.clip.noised=false", f"data.held_out_images={images}") for images in (16, 5))
     torch.manual_seed(0)
-    from glide_ray.models.clip import NoisedClip
     weights = weights_of(tmp_path / "w", settings, NoisedClip(settings.model.clip))
     few, all_of_them = held_out_of_average(weights, settings, images=5), held_out_of_average(weights, settings)
-    assert few != all_of_them and few == held_out_of_average(weights, preset(drawn_corpus, "clip", "model.clip.noised=false", "data.held_out_images=5"))
+    assert few != all_of_them and few == held_out_of_average(weights, five)
 
 
 def test_a_model_that_predicts_no_noise_has_the_noises_own_square_as_its_error(tmp_path, drawn_corpus):

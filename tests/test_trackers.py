@@ -1,5 +1,6 @@
 """Trackers, with their real packages: what they wrote is read back; a run that is started again goes on; a failing store stops nothing."""
 
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from conftest import tiny
 from glide_ray.config import UserError
@@ -88,8 +90,6 @@ def test_tensorboard_has_figures_pictures_events_and_the_preset(tmp_path):
     made.close()
     assert scalars(tmp_path, "held_out") == [(0, 1.5)] and scalars(tmp_path, "loss") == [(10, 0.5)]
     assert set(events(tmp_path).Tags()["scalars"]) == {"held_out", "loss", "epoch", "nothing"}
-    from PIL import Image
-    import io
     picture = events(tmp_path).Images("samples")[0]
     assert picture.step == 8 and np.array_equal(np.asarray(Image.open(io.BytesIO(picture.encoded_image_string))), PICTURE)
     assert texts(tmp_path, "notes") == [(9, "a worker was lost")]
@@ -409,7 +409,8 @@ def test_wandb_settings_that_are_none_are_refused_in_one_sentence(tmp_path, monk
 
 
 def test_a_wandb_server_that_is_away_stops_nothing_and_the_key_is_not_told(tmp_path, monkeypatch, wandb):
-    for name, value in {"MODE": "online", "API_KEY": 40 * "d", "BASE_URL": f"http://127.0.0.1:{free_port()}", "HTTP_TIMEOUT": "1", "INIT_TIMEOUT": "1"}.items():
+    for name, value in {"MODE": "online", "API_KEY": 40 * "d", "BASE_URL": f"http://127.0.0.1:{free_port()}", "HTTP_TIMEOUT": "1",
+                        "INIT_TIMEOUT": "1"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     began = time.monotonic()
     made, warned = start(tmp_path, "wandb")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .. import storage
 from ..config import Preset
-from ..info import inspect
+from ..train.plan import operations
 from ..train.trackers import open_trackers
 from .review import Reviewer
 
@@ -157,8 +157,9 @@ class Journal:
                          dynamic_ncols=True, mininterval=1.0)
         self._trackers = open_trackers(preset.train.trackers, folder.local, preset, folder.id(), first + 1 if first else 0, self.say)
         self._reviewer = Reviewer(preset, folder.local, self._reviewed, self.say)
-        self._flops = 3 * training_flops(preset)           # of an image: forward, and twice that backward
+        self._flops = 3 * operations(preset)           # of an image: forward, and twice that backward
         self._start: Start | None = None
+        self._told: int | None = first          # up to which step trackers have been told of, before this start of the run
         self._shown: dict[str, str] = {}
         self._pushed, self._waited, self._stop = time.monotonic(), 0.0, threading.Event()
         self._thread = threading.Thread(target=self._watch, name="glide-progress", daemon=True)
@@ -230,7 +231,9 @@ class Journal:
             file.writelines(json.dumps(metrics) + "\n" for metrics in rows if "step" in metrics)
         for metrics in rows:
             if "again_from" in metrics:
-                self._trackers.rewind(metrics["again_from"] + 1)
+                if metrics["again_from"] != self._told:
+                    self._trackers.rewind(metrics["again_from"] + 1)
+                self._told = None
                 continue
             self._trackers.metrics(metrics["step"], metrics)
             self._shown.update({short: form(metrics[name]) for name, (short, form) in SHOWN.items() if name in metrics})
@@ -268,14 +271,6 @@ def _spread(start: Start, preset: Preset) -> str:
     calls = f" in {start.calls} calls of {start.micro_batch}" if start.calls > 1 else ""
     return (f"{preset.model.name} on {count(start.workers, 'worker')} ({start.device}), {start.precision}{why}, ZeRO-{train.zero_stage}, batch {train.batch:,}"
             f"{calls}")
-
-
-def training_flops(preset: Preset) -> int:
-    """Operations of one image's forward, with its caption's."""
-    info = inspect(preset.model)
-    # A crop costs its share of the pixels; what attention saves beyond that is left out.
-    share = (preset.data.crop / preset.model.image_size) ** 2 if preset.data.crop else 1
-    return int(info.flops * share + info.text_flops)
 
 
 def _cluster() -> str:

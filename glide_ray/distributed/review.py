@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import ray
+import torch
 
 from .. import storage
 from ..config import Preset, UserError
@@ -23,7 +24,9 @@ LAST_SECONDS = 900       # that the last review is waited for when training has 
 
 def review(checkpoint: str, settings: str) -> tuple[np.ndarray | None, dict[str, float]]:
     """The grid (H, W, 3) uint8 of a checkpoint's average, and its held-out figures."""
-    os.nice(10)             # training comes first where both share a machine
+    if not torch.cuda.is_available():
+        os.nice(10)                     # training comes first where both share a machine, and threads that wait for a core are slower than one
+        torch.set_num_threads(1)
     preset = Preset.model_validate_json(settings)
     with tempfile.TemporaryDirectory(prefix="glide-review-") as folder:
         weights = Path(folder) / "weights.safetensors"

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from ..config import Preset
 from ..diffusion.schedule import make_schedule
 from ..forms import Batch
+from ..hardware import USABLE, cpu_budget
 from ..models.clip import NoisedClip
 from ..models.unet import GlideUNet
 from ..models.weights import build, check_shapes, load_weights, with_known_channels
@@ -28,6 +29,7 @@ from .checkpoint import Progress, read_progress, write_progress
 from .culprit import TrainingError, check_step, stepped
 from .ema import Ema
 from .objectives import draw, held_out_sums, objective_of, row_numbers
+from .plan import choose_micro_batch
 from .share import Share
 from .zero import deepspeed_config, learning_rate, resolve_precision
 
@@ -56,9 +58,9 @@ class Trainer:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         if not (train.min_workers or train.workers) <= self.world <= train.workers:
             raise TrainingError(f"train.workers is {train.workers}, but {self.world} processes have been started.")
-        self.share = Share(train.batch, self.world, self.rank, train.micro_batch or -(-train.batch // self.world))
         self.device = torch.device(deepspeed.get_accelerator().current_device_name())
         self.precision = resolve_precision(train.precision, self.device.type)
+        self.share = Share(train.batch, self.world, self.rank, self._micro_batch())
         self.schedule = make_schedule(preset.model.diffusion.schedule, preset.model.diffusion.steps).to(self.device)
         self.objective = objective_of(preset)
         torch.manual_seed(train.seed)       # every rank draws the same initial weights
@@ -71,6 +73,14 @@ class Trainer:
         self.pieces = partition.pieces(self.engine)
         self.ema = Ema(partition.masters(self.engine), train.ema_rates)
         self.progress = Progress()
+
+    def _micro_batch(self) -> int:
+        """Images in a network call: as many as fit the worker with the least memory."""
+        cuda = self.device.type == "cuda"
+        budget = torch.cuda.mem_get_info(self.device)[1] * USABLE if cuda else cpu_budget(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        chosen = torch.tensor(choose_micro_batch(self.preset, self.world, self.precision, budget, self.device.type), device=self.device)
+        dist.all_reduce(chosen, dist.ReduceOp.MIN)
+        return int(chosen)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 

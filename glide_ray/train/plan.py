@@ -300,12 +300,15 @@ def plans(preset: Preset, world: int, precision: str, machine: Machine) -> list[
     return found
 
 
-def best(ways: list[Plan]) -> Plan | None:
-    """The fastest that fits; of equally fast ones the one that keeps most on the device and does least to spread it."""
+def best(ways: list[Plan], preset: Preset, precision: str) -> Plan | None:
+    """The fastest that fits; of those within a twentieth of it the one that asks for least, and changes least of the preset."""
     def order(way: Plan) -> tuple:
         train = way.preset.train
-        return float(f"{way.time.total:.2g}"), train.offload_optimizer, train.activation_checkpointing, way.precision == "fp32", train.zero_stage
-    return min((way for way in ways if way.fits), key=order, default=None)
+        return (train.offload_optimizer, train.activation_checkpointing, way.precision != precision,
+                train.zero_stage != preset.train.zero_stage, train.zero_stage)
+    fitting = [way for way in ways if way.fits]
+    fastest = min((way.time.total for way in fitting), default=0.0)
+    return min((way for way in fitting if way.time.total <= 1.05 * fastest), key=order, default=None)
 
 
 def find_machine(kind: str | None, workers: int, precision: str, utilisation: float, tflops: float | None = None, link: float | None = None) -> Machine:
@@ -337,7 +340,7 @@ def describe(preset: Preset, machine: Machine, price: float | None = None) -> tu
     train, world = preset.train, preset.train.workers
     precision = resolve_precision(train.precision, machine.device)
     ways = plans(preset, world, precision, machine)
-    chosen = best(ways)
+    chosen = best(ways, preset, precision)
     lines = [f"{preset.model.name}, {sum(_sizes(preset.model)) / 1e6:,.2f}M parameters in {precision}, on {world} x {machine.name}: batch {train.batch:,}, "
              f"{-(-train.batch // world):,} images a worker; {gb(machine.budget)} GB each to plan with", "",
              "GB of a worker at the moment when it holds most", HEAD, *(_row(way, way is chosen) for way in ways), ""]
@@ -346,7 +349,7 @@ def describe(preset: Preset, machine: Machine, price: float | None = None) -> tu
     seconds, to_do = chosen.time.total, train.steps * chosen.time.total / 3600
     flags = [f"workers={world}", f"batch={train.batch}", f"zero_stage={chosen.preset.train.zero_stage}", f"micro_batch={chosen.micro_batch}",
              f"activation_checkpointing={str(chosen.preset.train.activation_checkpointing).lower()}",
-             *(["offload_optimizer=true"] if chosen.preset.train.offload_optimizer else []), *(["precision=fp32"] if chosen.precision == "fp32" else [])]
+             *(["offload_optimizer=true"] if chosen.preset.train.offload_optimizer else []), *([f"precision={chosen.precision}"] if chosen.precision != precision else [])]
     flops = machine.single if chosen.precision == "fp32" and machine.single else machine.flops
     lines += ["the fastest that fits, for glide train:", "  " + " ".join(f"--set {flag}" for flag in flags), "",
               f"a step        {seconds:,.3g} s: compute {chosen.time.compute:,.3g} s at {flops / TERA:,.3g} TFLOP/s a worker, "
@@ -372,8 +375,8 @@ def _row(way: Plan, chosen: bool) -> str:
 
 
 def gb(size: float) -> str:
-    """In GB of 10^9 bytes, to what matters."""
-    return f"{size / GIGA:,.{2 if size < 10 * GIGA else 1}f}"
+    """In GB of 10^9 bytes, to three digits."""
+    return f"{size / GIGA:,.{3 if size < GIGA else 2 if size < 10 * GIGA else 1}f}"
 
 
 def _counted(number: int, what: str) -> str:
