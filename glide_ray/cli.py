@@ -167,10 +167,25 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("preset", help=names)
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated")
 
+    command = add("plan", commands.plan, "what training a preset takes: memory of a worker by part, the ZeRO stage that fits, days and price",
+                  "examples:\n  glide plan paper-base --gpus 64 --gpu h100 --set batch=2048 --price 2.5\n  glide plan nano-base --gpu cpu\n"
+                  "It computes and starts nothing. What it prints as --set is for `glide train`. FLOP/s and links are of data sheets, and how much of\n"
+                  "them training reaches is assumed, unless you give what you have measured.")
+    command.add_argument("preset", help=names)
+    command.add_argument("--gpus", type=_positive, metavar="N", help="workers, one to a GPU (default: the preset's train.workers)")
+    command.add_argument("--gpu", metavar="KIND", help="h100, a100-80gb, l40s and so on, or cpu for this machine's (default: what is here)")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated")
+    command.add_argument("--price", type=float, help="of an hour of one GPU, in any currency")
+    command.add_argument("--utilisation", type=float, metavar="PART", help="of its peak FLOP/s that a GPU reaches in training (default: 0.35, assumed)")
+    command.add_argument("--tflops", type=float, help="TFLOP/s that one worker reaches in training, where you have measured them")
+    command.add_argument("--link", type=float, metavar="GB/S", help="what a worker sends in one direction (default: the data sheet's, of NVLink for "
+                         "up to 8 GPUs, else of the network of AWS's machines with them)")
+
     command = add("bench", commands.bench, "measure this machine, or what trained models do; prints one line of JSON")
-    command.add_argument("what", choices=["forward", "sample", "train", "data", "memory", "samplers", "inpainting", "guidance"],
+    command.add_argument("what", choices=["forward", "sample", "train", "plan", "data", "memory", "samplers", "inpainting", "guidance"],
                          help="forward: one network call; sample: one guided step as a ratio to the released form; train: a training step "
-                              "as a ratio to a plain PyTorch loop's, and to a bare one of the same precision; data: the stream's "
+                              "as a ratio to a plain PyTorch loop's, and to a bare one of the same precision; plan: the memory that `glide plan` "
+                              "says as a ratio to what training takes on the CPU; data: the stream's "
                               "images a second as a ratio to webdataset's; memory: its peak over 10 and 100 thousand; of trained models, "
                               "samplers: distance to 250 DDIM steps; inpainting: error at a hole's border, of --base and of --inpaint; "
                               "guidance: score by --clip over the guidance scale")
@@ -179,9 +194,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--clip", type=Path, default=Path("runs/nano-clip/weights.safetensors"), help="default: %(default)s")
     command.add_argument("--corpus", type=Path, default=Path("runs/corpus/held_out"), help="pictures to inpaint (default: %(default)s)")
     command.add_argument("--shards", default="runs/corpus/train", help="corpus of data and memory (default: %(default)s)")
-    command.add_argument("--preset", help="default: paper-base for forward, filtered-base for sample, emoji-base for train")
+    command.add_argument("--preset", help="default: paper-base for forward, filtered-base for sample, emoji-base for train, all of its shapes for plan")
     command.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="default: %(default)s")
-    command.add_argument("--repeats", type=_positive, help="default: 1 for forward, 5 for sample and train, 3 for data")
+    command.add_argument("--repeats", type=_positive, help="default: 1 for forward, 5 for sample and train, 3 for data and plan")
     return parser
 
 

@@ -230,12 +230,26 @@ def info(options) -> None:
     print(describe(preset))
 
 
+def plan(options) -> None:
+    settings = [*options.set, *([f"workers={options.gpus}"] if options.gpus else [])]
+    preset = override(presets.get(options.preset), settings)
+    from .hardware import find_machine
+    from .train.plan import describe
+    machine = find_machine(options.gpu, preset.train.workers, preset.train.precision, options.utilisation, options.tflops, options.link)
+    text, chosen = describe(preset, machine, options.price)
+    print(text)
+    if chosen is None:
+        raise UserError(f"{preset.model.name} does not fit {preset.train.workers} x {machine.name} in any of these ways; take more of them, or some "
+                        f"with more memory.")
+
+
 def bench(options) -> None:
     from . import bench as benches
     run = {
         "forward": lambda: benches.bench_forward(presets.get(options.preset or "paper-base"), options.precision, options.repeats or 1),
         "sample": lambda: benches.bench_sample(presets.get(options.preset or "filtered-base"), options.precision, options.repeats or 5),
         "train": lambda: benches.bench_train(presets.get(options.preset or "emoji-base"), options.precision, options.repeats or 5),
+        "plan": lambda: benches.bench_plan(options.preset, options.repeats or 3),
         "samplers": lambda: benches.bench_samplers(options.base),
         "inpainting": lambda: benches.bench_inpainting(options.base, options.inpaint, options.corpus),
         "data": lambda: _measure().bench_data(options.shards, options.repeats or 3),

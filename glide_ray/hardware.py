@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from .config import ConfigError, nearest
+from .train.zero import resolve_precision
 
 TERA, GIGA = 1e12, 1e9
 NODE = 8      # GPUs in one machine: NVIDIA's HGX and DGX, and the largest of AWS's instances of each kind below
@@ -70,6 +71,11 @@ GPUS: dict[str, Gpu] = {
 USABLE = 0.9
 # Of a CPU's. The trainer's figure is of what is in use; glibc's malloc holds up to 1.5 times that (`glide bench plan`).
 CPU_USABLE = 1 / 1.5
+UTILISATION = 0.35            # the part of a GPU's peak that training is taken to reach, unless it is given. Ours: measured on none yet.
+CPU_UTILISATION = 0.5         # of what a matrix product reaches on a CPU (`glide bench plan`)
+GLOO = 0.85 * GIGA            # bytes a second between two workers on one machine's CPU: gloo's all-reduce of 100 MB, measured on two cores
+PCIE = 25 * GIGA              # bytes a second of copies between a GPU and its host: PCIe 4 x16 carries 32 at the most. Ours.
+HOST_ADAM = 1.6 * GIGA        # parameters a second that torch's fused AdamW steps on the host: measured on two cores
 # What a worker on a CPU has resident before a model is built: Python, PyTorch, DeepSpeed and one step of a tiny model (`glide bench plan`).
 CPU_PROCESS = 0.56 * GIGA
 
@@ -129,3 +135,46 @@ def available_memory() -> float:
 def cpu_budget(workers: int = 1) -> float:
     """Bytes of tensors that each of so many workers on this machine may plan with."""
     return max(0.0, (available_memory() / workers - CPU_PROCESS) * CPU_USABLE)
+
+
+# -- what a run is planned for ----------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Machine:
+    """What a worker runs on: `budget` bytes to plan with, `flops` that training reaches, `link` bytes a second in one direction."""
+
+    name: str
+    budget: float
+    flops: float
+    link: float
+    device: str = "cuda"
+    single: float | None = None      # FLOP/s in fp32, where `flops` are of another precision
+    note: str = ""                   # where `flops` come from
+
+
+def find_machine(kind: str | None, workers: int, precision: str, utilisation: float | None = None, tflops: float | None = None,
+                 link: float | None = None) -> Machine:
+    """The machine of a GPU in the table, or "cpu" for the one at hand; None takes what is here. `precision` may be "auto".
+
+    `utilisation` is the part of the peak that training reaches; `tflops`, in TFLOP/s, and `link`, in GB/s, are of one worker, as measured.
+    Raises ConfigError.
+    """
+    if any(given is not None and given <= 0 for given in (utilisation, tflops, link)) or (utilisation or 0) > 1:
+        raise ConfigError("A plan wants a utilisation above 0 and at most 1, and FLOP/s and GB/s above 0.")
+    if kind is None:
+        here = find_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        kind = next((name for name, gpu in GPUS.items() if gpu is here), "cpu")
+    on_cpu = kind.lower() == "cpu"
+    part = utilisation or (CPU_UTILISATION if on_cpu else UTILISATION)
+    note = "as given" if tflops else f"{part:.0%} of {'what a matrix product reaches' if on_cpu else 'its peak'}"
+    note += "" if tflops or utilisation else ", assumed"
+    if on_cpu:
+        dtype = torch.bfloat16 if resolve_precision(precision, "cpu") == "bf16" else torch.float32
+        flops, single = (tflops * TERA if tflops else measured_peak(number) * part / workers for number in (dtype, torch.float32))
+        return Machine("cpu", cpu_budget(workers), flops, link * GIGA if link else GLOO, "cpu", single, note)
+    gpu, precision = gpu_named(kind), resolve_precision(precision, "cuda")
+    peak = gpu.peak(precision)
+    if peak is None:
+        raise ConfigError(f"Setting train.precision: {kind} has no {precision} arithmetic; use fp16.")
+    sent = link * GIGA if link else gpu.inside if workers <= NODE else gpu.between
+    return Machine(kind.lower(), gpu.memory * USABLE, tflops * TERA if tflops else peak * part, sent, "cuda", gpu.single * part, note)

@@ -121,7 +121,7 @@ class Moment:
 
 
 def training_pass(preset: Preset, precision: str, device: str = "cuda") -> tuple[Moment, ...]:
-    """The moments of a pass at any of which most may be alive, whatever the batch and whatever a gradient takes.
+    """The moments of a pass at any of which most may be alive, or saved, whatever the batch and whatever a gradient takes.
 
     The pass is run on the meta device, with the kernels that a CUDA device or a CPU takes where they save different tensors. Not for two
     threads at once, for it puts those kernels into `torch.nn.functional` for the time.
@@ -227,8 +227,8 @@ class _Alive(TorchDispatchMode):
 
 
 def _covers(one: Moment, other: Moment) -> bool:
-    """Whether at least as much is alive at `one` as at `other`, whatever the batch."""
-    return all(a + b >= c + d for a, b, c, d in zip(one.saved, one.rest, other.saved, other.rest, strict=True))
+    """Whether at least as much is saved, and alive in all, at `one` as at `other`, whatever the batch."""
+    return all(a >= c and a + b >= c + d for a, b, c, d in zip(one.saved, one.rest, other.saved, other.rest, strict=True))
 
 
 @contextmanager

@@ -176,7 +176,7 @@ def test_info_prints_parameters_memory_and_operations(capsys):
 def test_a_training_step_is_timed_beside_a_plain_and_a_bare_loop(capsys):
     assert main(["bench", "train", "--preset", "nano-base", "--repeats", "2"]) == 0
     figures = json.loads(capsys.readouterr().out)
-    assert figures["ratio"] > 0 and figures["to_bare_min"] <= figures["to_bare"] <= figures["to_bare_max"] and figures["batch"] == 8
+    assert figures["ratio"] > 0 and figures["to_bare_min"] <= figures["to_bare"] <= figures["to_bare_max"] and figures["batch"] == 16
 
 
 def test_bench_prints_one_line_of_json(capsys):

@@ -66,7 +66,7 @@ def rank_of_two(rank, port, folder, stage, start, more):
     from glide_ray.train.loop import Outlets, Trainer, quiet, train_loop
     quiet()
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    trainer = Trainer(preset("workers=2", f"zero_stage={stage}", "ema_rates=0.9,0.5", *more))
+    trainer = Trainer(preset("workers=2", f"zero_stage={stage}", *more))
     if start:
         trainer.load(Path(start))
     folder, metrics = Path(folder), []
@@ -99,39 +99,50 @@ def two_ranks(folder, stage, start=None, more=()):
     return [json.loads((folder / f"rank.{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.slow
-def test_what_two_ranks_wrote_under_stage_3_one_rank_takes_up_and_the_reverse_to_the_last_bit(tmp_path):
+TWENTY = ("steps=20", "evaluate_every=50", "checkpoint_every=4", "ema_rates=0.9,0.5")
+
+
+@pytest.fixture(scope="module")
+def alone():
     from glide_ray.train.loop import Trainer
-    two_ranks(tmp_path / "two", 3)
-    alone = Trainer(preset("zero_stage=1", "ema_rates=0.9,0.5"))
-    alone.load(tmp_path / "two" / "4")
-    assert alone.progress == Progress(step=4, epoch=1, rows=4)
+    return losses(run(Trainer(preset("zero_stage=1", *TWENTY)))[0])
+
+
+@pytest.fixture(scope="module")
+def under_stage_3(tmp_path_factory):
+    """Two ranks' 20 steps: their folder, and what each has written down."""
+    folder = tmp_path_factory.mktemp("stage3")
+    return folder, two_ranks(folder, 3, more=TWENTY)
+
+
+@pytest.mark.slow
+def test_what_two_ranks_wrote_under_stage_3_one_rank_takes_up_and_the_reverse_to_the_last_bit(tmp_path, under_stage_3, alone):
+    from glide_ray.train.loop import Trainer
+    folder, _ = under_stage_3
+    one = Trainer(preset("zero_stage=1", *TWENTY))
+    one.load(folder / "4")
+    assert one.progress == Progress(step=4, epoch=1, rows=4)
     (tmp_path / "one").mkdir()
-    alone.save(tmp_path / "one")
-    there, here = contents(tmp_path / "two" / "4"), contents(tmp_path / "one")
+    one.save(tmp_path / "one")
+    there, here = contents(folder / "4"), contents(tmp_path / "one")
     assert set(there) == set(here) and {kind for kind, _ in there} == {"weights", "exp_avg", "exp_avg_sq", "average/0.9", "average/0.5"}
     assert all(torch.equal(there[key], here[key]) for key in there)
-
-    rest, _, _ = run(alone)
-    again = two_ranks(tmp_path / "back", 2, start=tmp_path / "one")
-    assert losses(again[0]["metrics"]) == pytest.approx(losses(rest), rel=1e-4)
+    again = two_ranks(tmp_path / "back", 2, start=tmp_path / "one", more=TWENTY)
+    assert losses(again[0]["metrics"]) == pytest.approx(alone[4:], rel=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_two_workers_have_the_losses_of_one_in_20_steps(tmp_path, stage):
-    from glide_ray.train.loop import Trainer
-    steps = ["steps=20", "evaluate_every=50", "checkpoint_every=50"]
-    alone, _, _ = run(Trainer(preset("zero_stage=1", "ema_rates=0.9,0.5", *steps)))
-    assert losses(two_ranks(tmp_path, stage, more=steps)[0]["metrics"]) == pytest.approx(losses(alone), rel=1e-4)
+def test_two_workers_have_the_losses_of_one_in_20_steps(tmp_path, under_stage_3, alone):
+    assert losses(under_stage_3[1][0]["metrics"]) == pytest.approx(alone, rel=1e-4)
+    for stage in (0, 2):
+        assert losses(two_ranks(tmp_path / str(stage), stage, more=TWENTY)[0]["metrics"]) == pytest.approx(alone, rel=1e-4)
 
 
 @pytest.mark.slow
-def test_under_stage_3_each_of_two_ranks_holds_half_of_everything(tmp_path):
-    settings = tiny("base")
+def test_under_stage_3_each_of_two_ranks_holds_half_of_everything(under_stage_3):
     from glide_ray.models.weights import build
-    total = sum(p.numel() for p in build(settings.model).parameters())
-    for rank in two_ranks(tmp_path, 3):
+    total = sum(p.numel() for p in build(tiny("base").model).parameters())
+    for rank in under_stage_3[1]:
         assert set(rank["numbers"]) == {"parameters", "masters", "average", "moments", "gradients"}
         for kind, count in rank["numbers"].items():
             assert abs(count / (total / 2) - 1) < 0.05, (kind, count, total)

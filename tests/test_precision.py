@@ -454,3 +454,19 @@ def test_two_ranks_offload_as_one_does_and_agree_on_what_is_to_blame(tmp_path):
     assert said[1] == "1 of the batch's 4 images are not finite (row 503 of the corpus)"
     assert "at step 5: middle.1.block.out_conv gives" in said[2] and "on rank 1 of 2; lower" in said[2]
     assert said[3].startswith("the gradient that comes back to out.") and said[3].endswith("on rank 1 of 2")
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_group_normalisation_in_16_bits_has_the_gradients_of_float32_and_keeps_the_layout(layout):
+    torch.manual_seed(0)
+    norm, gradient = GroupNorm(8, 32).bfloat16(), torch.randn(4, 32, 16, 16).bfloat16()
+    norm.weight.data.normal_()
+    x = torch.randn(4, 32, 16, 16).bfloat16().to(memory_format=layout).requires_grad_()
+    y = norm(x)
+    y.backward(gradient)
+    exact = [tensor.detach().float().requires_grad_() for tensor in (x, norm.weight, norm.bias)]
+    expected = torch.nn.functional.group_norm(exact[0], 8, *exact[1:])
+    expected.backward(gradient.float())
+    assert y.is_contiguous(memory_format=layout) and x.grad.is_contiguous(memory_format=layout)
+    for made, right in zip((y, x.grad, norm.weight.grad, norm.bias.grad), (expected, *(tensor.grad for tensor in exact)), strict=True):
+        assert (made.float() - right).abs().max() < 2**-7 * right.abs().max()

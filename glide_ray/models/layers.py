@@ -24,9 +24,32 @@ class GroupNorm(nn.GroupNorm):
     """Group normalisation whose statistics are float32 at any precision (sec. 4.1: fp16 training is stable with it)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype != torch.float32 and x.requires_grad:
+            return _HalfGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
         if x.device.type == "cpu" or x.dtype == torch.float32:   # the CPU kernel accumulates in float32 by itself
             return super().forward(x)
         return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+
+
+class _HalfGroupNorm(torch.autograd.Function):
+    """PyTorch's own kernels on a CPU, but for the memory that goes backward: in 16 bits that of channels-last takes 40 times as long as that of
+    contiguous memory (20.5 ms to 0.5 for 8 x 64 x 64 x 64 on two cores, PyTorch 2.13), and copies there and back are cheap."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        shape = x.shape[0], x.shape[1], x.shape[2:].numel(), groups
+        out, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, *shape, eps)
+        ctx.save_for_backward(x, mean, rstd, weight)
+        ctx.shape = shape
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        x, mean, rstd, weight = ctx.saved_tensors
+        layout = torch.channels_last if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        to_x, to_weight, to_bias = torch.ops.aten.native_group_norm_backward(gradient.contiguous(), x.contiguous(), mean, rstd, weight, *ctx.shape,
+                                                                             [True, True, True])
+        return to_x.contiguous(memory_format=layout), to_weight, to_bias, None, None
 
 
 class Upsample(nn.Module):

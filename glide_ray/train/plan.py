@@ -10,19 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import torch
-
 from ..config import AnyModelConfig, ClipModelConfig, ConfigError, ModelConfig, Preset
-from ..hardware import GIGA, GPUS, NODE, TERA, USABLE, cpu_budget, find_gpu, gpu_named, measured_peak
-from ..info import BYTES, DTYPES, Moment, inspect, meta_model, training_pass
+from ..hardware import GIGA, HOST_ADAM, PCIE, TERA, Machine
+from ..info import BYTES, Moment, inspect, meta_model, training_pass
 from ..settings import override
 from .share import Share, accumulation
 from .zero import deepspeed_config, resolve_precision
 
 BUCKET, LIVE, SUBGROUP = 5 * 10**8, 10**9, 10**9       # elements: DeepSpeed's reduce_bucket_size, stage3_max_live_parameters, sub_group_size
-GLOO = 1 * GIGA                        # bytes a second between CPU workers of one machine. Ours.
-PCIE = 25 * GIGA                       # bytes a second of an offloaded optimizer's copies: PCIe 4 x16 carries 32 at the most. Ours.
-HOST_ADAM = 0.25 * GIGA                # parameters a second that torch's AdamW steps on two cores (measured: README)
 
 
 @dataclass(frozen=True)
@@ -65,6 +60,7 @@ class _State:
     stage: int
     width: int               # bytes of an element of the network
     bucket: int
+    fused: bool              # AdamW in one pass, which needs no room
     accumulates: bool        # over several calls a step
     on_cpu: bool
     offload: bool
@@ -74,7 +70,7 @@ class _State:
     @staticmethod
     def of(preset: Preset, world: int, micro_batch: int, precision: str, device: str) -> _State:
         train, width, on_cpu = preset.train, BYTES[precision], device == "cpu"
-        zero = deepspeed_config(train, precision, Share(train.batch, world, 0, micro_batch))["zero_optimization"]
+        config = deepspeed_config(train, precision, Share(train.batch, world, 0, micro_batch))
         sizes, stage = _sizes(preset.model), train.zero_stage
         whole, largest = sum(sizes), max(sizes)
         own = -(-whole // world) if stage else whole
@@ -87,8 +83,9 @@ class _State:
         elif train.offload_optimizer:
             optimizer, averages = (width * largest if stage < 3 else 0), 0
         gathered = preset.model.clip.embedding if isinstance(preset.model, ClipModelConfig) and world > 1 else 0
-        return _State(whole, own, largest, world, stage, width, int(zero.get("reduce_bucket_size", BUCKET)), accumulates, on_cpu,
-                      train.offload_optimizer, gathered, Memory(parameters=parameters, optimizer=optimizer, averages=averages))
+        return _State(whole, own, largest, world, stage, width, int(config["zero_optimization"].get("reduce_bucket_size", BUCKET)),
+                      config["optimizer"]["params"].get("fused", False), accumulates, on_cpu, train.offload_optimizer, gathered,
+                      Memory(parameters=parameters, optimizer=optimizer, averages=averages))
 
     def in_pass(self, moments: tuple[Moment, ...], images: int) -> Iterator[Memory]:
         """Forward and backward, in a call after the first, if there is more than one."""
@@ -104,12 +101,13 @@ class _State:
         part, flat = 0 if self._away else width * own, min(whole, self.bucket)
         if self.stage == 0:
             yield replace(self.fixed, gradients=4 * whole, workspace=4 * flat)                           # one flat copy to reduce
-            yield replace(self.fixed, gradients=4 * whole, workspace=8 * self.largest if self.on_cpu else 4 * whole)
+            yield replace(self.fixed, gradients=4 * whole, workspace=self._adam(whole, self.largest))
             return
         unfilled = width * (whole - flat) if self.stage == 1 else 0
         held = part if self.accumulates and self.stage == 2 else 0
-        copy = width * flat * (2 if self.stage == 3 and self.on_cpu else self.world > 1 or self.stage == 3)     # gloo scatters copies
-        yield replace(self.fixed, gradients=unfilled + self._bucket(whole) + part + held, workspace=copy)
+        copies = 1 if not self.on_cpu and self.stage == 3 else self.world > 1 if self.stage < 3 else 2 + (self.world > 1)     # gloo scatters copies
+        fixed = self.fixed if self.stage < 3 else replace(self.fixed, parameters=width * (own + largest))                     # the last one gathered
+        yield replace(fixed, gradients=unfilled + self._bucket(whole) + part + held, workspace=width * flat * copies)
         if self.stage == 3:      # the whole network comes to the device before it is divided
             yield Memory(parameters=width * (whole + own), gradients=self._bucket(0))
         if self._away:
@@ -117,19 +115,23 @@ class _State:
         kept = part if self.stage == 3 else 0
         bucket = self._bucket(whole) if self.stage == 3 else 0
         stepped = min(own, SUBGROUP) if self.stage == 3 else own
-        adam = (8 if self.on_cpu else 4) * stepped      # sqrt and the quotient; on a GPU torch's foreach form divides in place
         if self.offload:                                # on a CPU, where the float32 gradients are the optimizer's
-            yield replace(self.fixed, gradients=bucket + kept, workspace=adam)
+            yield replace(self.fixed, gradients=bucket + kept, workspace=self._adam(stepped, stepped))
             return
         cast = width * stepped + (4 * stepped if width < 4 else 0)
         for transient in (8 * largest, cast):                                                            # norms are taken in float64
             yield replace(self.fixed, gradients=bucket + part, workspace=transient)
-        yield replace(self.fixed, gradients=bucket + kept + 4 * stepped, workspace=adam)
+        yield replace(self.fixed, gradients=bucket + kept + 4 * stepped, workspace=self._adam(stepped, stepped))
 
     @property
     def _away(self) -> bool:
         """Whether the optimizer and its gradients are in the memory of another device."""
         return self.offload and not self.on_cpu
+
+    def _adam(self, stepped: int, tensor: int) -> int:
+        """What torch's AdamW needs for a moment, of tensors of at most so many elements: square roots, of one tensor on a CPU and of all on a
+        GPU, and on a CPU the quotients too."""
+        return 0 if self.fused else 8 * tensor if self.on_cpu else 4 * stepped
 
     def _bucket(self, filled: int) -> int:
         """Of the buffer in which gradients are reduced. On a CPU what was never written to takes no memory."""
@@ -208,18 +210,6 @@ def _greatest(needs: Memory) -> tuple[str, int]:
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Machine:
-    """What a worker runs on: `budget` bytes to plan with, `flops` that training reaches, `link` bytes a second in one direction."""
-
-    name: str
-    budget: float
-    flops: float
-    link: float
-    device: str = "cuda"
-    single: float | None = None      # FLOP/s in fp32, where `flops` are of another precision
-
 
 @dataclass(frozen=True)
 class StepTime:
@@ -301,38 +291,14 @@ def plans(preset: Preset, world: int, precision: str, machine: Machine) -> list[
 
 
 def best(ways: list[Plan], preset: Preset, precision: str) -> Plan | None:
-    """The fastest that fits; of those within a twentieth of it the one that asks for least, and changes least of the preset."""
+    """The fastest that fits; of those within a tenth of it the one that asks for least, and changes least of the preset."""
     def order(way: Plan) -> tuple:
         train = way.preset.train
         return (train.offload_optimizer, train.activation_checkpointing, way.precision != precision,
                 train.zero_stage != preset.train.zero_stage, train.zero_stage)
     fitting = [way for way in ways if way.fits]
     fastest = min((way.time.total for way in fitting), default=0.0)
-    return min((way for way in fitting if way.time.total <= 1.05 * fastest), key=order, default=None)
-
-
-def find_machine(kind: str | None, workers: int, precision: str, utilisation: float, tflops: float | None = None, link: float | None = None) -> Machine:
-    """The machine of a GPU in the table, or "cpu" for the one at hand; None takes what is here. `precision` may be "auto".
-
-    `tflops`, in TFLOP/s, and `link`, in GB/s, are of one worker, as measured. Raises ConfigError.
-    """
-    if not 0 < utilisation <= 1 or min(1 if tflops is None else tflops, 1 if link is None else link) <= 0:
-        raise ConfigError("A plan wants a utilisation above 0 and at most 1, and FLOP/s and GB/s above 0.")
-    if kind is None:
-        gpu = find_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-        kind = next((name for name, known in GPUS.items() if known is gpu), "cpu")
-    reached = tflops * TERA if tflops else None
-    if kind.lower() == "cpu":
-        dtype = DTYPES[resolve_precision(precision, "cpu")]
-        flops, single = (reached or measured_peak(kind) * utilisation / workers for kind in (dtype, torch.float32))
-        return Machine("cpu", cpu_budget(workers), flops, (link * GIGA if link else GLOO), "cpu", single)
-    gpu = gpu_named(kind)
-    precision = resolve_precision(precision, "cuda")
-    peak = gpu.peak(precision)
-    if peak is None:
-        raise ConfigError(f"Setting train.precision: {kind} has no {precision} arithmetic; use fp16.")
-    sent = link * GIGA if link else gpu.inside if workers <= NODE else gpu.between
-    return Machine(kind.lower(), gpu.memory * USABLE, reached or peak * utilisation, sent, "cuda", gpu.single * utilisation)
+    return min((way for way in fitting if way.time.total <= 1.1 * fastest), key=order, default=None)
 
 
 def describe(preset: Preset, machine: Machine, price: float | None = None) -> tuple[str, Plan | None]:
@@ -346,19 +312,23 @@ def describe(preset: Preset, machine: Machine, price: float | None = None) -> tu
              "GB of a worker at the moment when it holds most", HEAD, *(_row(way, way is chosen) for way in ways), ""]
     if chosen is None:
         return "\n".join(lines), None
-    seconds, to_do = chosen.time.total, train.steps * chosen.time.total / 3600
-    flags = [f"workers={world}", f"batch={train.batch}", f"zero_stage={chosen.preset.train.zero_stage}", f"micro_batch={chosen.micro_batch}",
-             f"activation_checkpointing={str(chosen.preset.train.activation_checkpointing).lower()}",
-             *(["offload_optimizer=true"] if chosen.preset.train.offload_optimizer else []), *([f"precision={chosen.precision}"] if chosen.precision != precision else [])]
+    seconds, hours = chosen.time.total, train.steps * chosen.time.total / 3600
     flops = machine.single if chosen.precision == "fp32" and machine.single else machine.flops
-    lines += ["the fastest that fits, for glide train:", "  " + " ".join(f"--set {flag}" for flag in flags), "",
-              f"a step        {seconds:,.3g} s: compute {chosen.time.compute:,.3g} s at {flops / TERA:,.3g} TFLOP/s a worker, "
+    lines += ["the fastest that fits, for glide train:", "  " + " ".join(f"--set {flag}" for flag in _flags(chosen, precision)), "",
+              f"a step of {seconds:,.3g} s: compute {chosen.time.compute:,.3g} s at {flops / TERA:,.3g} TFLOP/s a worker ({machine.note}), "
               f"communication {chosen.time.communication:,.3g} s at {machine.link / GIGA:,.3g} GB/s{' beside it' if chosen.time.overlaps else ''}"
               + (f", offloaded optimizer {chosen.time.offload:,.3g} s" if chosen.time.offload else ""),
-              f"{train.steps:,} steps  {to_do / 24:,.1f} days, {train.batch / seconds:,.0f} images/s, {to_do * world:,.0f} worker hours"
-              + (f"; at {price:g} each {to_do * world * price:,.0f}" if price is not None else ""),
-              "without reading the corpus, held-out losses and checkpoints, which go on beside or between the steps"]
+              f"{train.steps:,} steps in {f'{hours / 24:,.1f} days' if hours > 48 else f'{hours:,.1f} hours'}: {train.batch / seconds:,.3g} images/s, "
+              f"{hours * world:,.1f} worker hours" + (f", at {price:g} each {hours * world * price:,.0f}" if price is not None else ""),
+              "without held-out losses and checkpoints, and as long as the corpus is read as fast"]
     return "\n".join(lines), chosen
+
+
+def _flags(way: Plan, precision: str) -> list[str]:
+    train, given = way.preset.train, {True: "true", False: "false"}
+    return [f"workers={train.workers}", f"batch={train.batch}", f"zero_stage={train.zero_stage}", f"micro_batch={way.micro_batch}",
+            f"activation_checkpointing={given[train.activation_checkpointing]}", f"offload_optimizer={given[train.offload_optimizer]}",
+            *([f"precision={way.precision}"] if way.precision != precision else [])]
 
 
 HEAD = "  ZeRO     checkpointing  offload  images a call  calls  parameters  gradients  optimizer  averages  activations  workspace     total   step, s"

@@ -40,7 +40,7 @@ def deepspeed_config(train: TrainConfig, precision: str, share: Share) -> dict[s
         "gradient_clipping": train.clip_norm,
         # torch's AdamW: DeepSpeed's own CPU Adam would be compiled on the user's machine first.
         "optimizer": {"type": "AdamW", "params": {"lr": train.learning_rate, "weight_decay": train.weight_decay,
-                                                  "torch_adam": True}},
+                                                  "torch_adam": True, "fused": True}},
         "zero_optimization": {"stage": train.zero_stage},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
