@@ -28,7 +28,8 @@ from .data.shards import read_shard
 from .diffusion.guidance import combine
 from .diffusion.schedule import make_schedule
 from .forms import Batch, Conditioning
-from .info import example_batch, example_conditioning, inspect
+from .hardware import measured_peak
+from .info import example_batch, example_conditioning, inspect, operations
 from .models.unet import GlideUNet
 from .models.weights import build
 from .settings import override
@@ -102,8 +103,10 @@ def bench_plan(preset: str | None = None, steps: int = 3) -> dict:
     own, above what that process had after two steps of a tiny model: all code loaded, no model.
 
     `measured`: with `GIVEN_BACK`; `default_malloc`: with malloc as it comes, which holds freed memory in pieces. In MB of 10^6 bytes.
+    `utilisation`: of the FLOP/s of a matrix product, which training reaches; of the fastest step.
     """
-    from .train.plan import memory, operations, resolve_precision
+    from .train.plan import memory
+    from .train.zero import resolve_precision
     rows = []
     for name, images, settings in SHAPES:
         if preset in (None, name):
@@ -111,12 +114,12 @@ def bench_plan(preset: str | None = None, steps: int = 3) -> dict:
             precision = resolve_precision(whole.train.precision, "cpu")
             planned = memory(whole, 1, images, precision, "cpu").total
             found, default = (measure_training(name, images, settings, steps, malloc) for malloc in (GIVEN_BACK, {}))
-            calls = whole.train.batch // images
+            work = (4 if whole.train.activation_checkpointing else 3) * operations(whole) * whole.train.batch
             rows.append({"preset": name, "precision": precision, "images": images, "settings": list(settings), "planned_mb": round(planned / 1e6, 1),
                          "measured_mb": round(found["bytes"] / 1e6, 1), "ratio": round(planned / found["bytes"], 3),
                          "default_malloc_mb": round(default["bytes"] / 1e6, 1), "default_malloc_ratio": round(default["bytes"] / found["bytes"], 3),
                          "process_mb": round(found["process"] / 1e6, 1), "step_s": round(default["step_s"], 3),
-                         "gflop_per_s": round((4 if whole.train.activation_checkpointing else 3) * operations(whole) * images * calls / default["step_s"] / 1e9, 1)})
+                         "gflop_per_s": round(work / default["step_s"] / 1e9, 1), "utilisation": round(work / default["step_s"] / default["peak"], 3)})
     if not rows:
         raise UserError(f"bench plan has no shape of {preset!r}; {nearest(preset, dict.fromkeys(name for name, *_ in SHAPES))}")
     return {"ratio_min": min(row["ratio"] for row in rows), "ratio_max": max(row["ratio"] for row in rows), "steps": steps,
@@ -131,7 +134,8 @@ def plan_settings(images: int, settings: Sequence[str]) -> list[str]:
 def measure_training(name: str, images: int, settings: Sequence[str], steps: int, malloc: Mapping[str, str]) -> dict[str, float]:
     """Run `_train_and_measure` in a process of its own, with these settings of malloc."""
     call = f"from glide_ray.bench import _train_and_measure as run; run({name!r}, {images}, {tuple(settings)!r}, {steps})"
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    environment = {key: value for key, value in os.environ.items()
+                   if not key.startswith(("MALLOC_", "MASTER_")) and key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     done = subprocess.run([sys.executable, "-c", call], env={**environment, **malloc, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"measuring {name} failed: {(done.stderr.strip() or 'killed, perhaps for want of memory').splitlines()[-1]}")
@@ -140,6 +144,7 @@ def measure_training(name: str, images: int, settings: Sequence[str], steps: int
 
 def _train_and_measure(name: str, images: int, settings: Sequence[str], steps: int) -> None:
     from .train.loop import Trainer
+    from .train.zero import resolve_precision
 
     def train(preset: Preset, count: int) -> list[float]:
         trainer, batch = Trainer(preset), example_batch(preset, images if preset.train.batch > 2 else 2)
@@ -152,7 +157,9 @@ def _train_and_measure(name: str, images: int, settings: Sequence[str], steps: i
     process = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")      # Linux: the peak begins anew
     times = train(preset, steps)
-    print(json.dumps({"bytes": _resident("VmHWM") - process, "process": process, "step_s": min(times)}))
+    taken = _resident("VmHWM") - process
+    peak = measured_peak(PRECISIONS[resolve_precision(preset.train.precision, "cpu")])
+    print(json.dumps({"bytes": taken, "process": process, "step_s": min(times), "peak": peak}))
 
 
 def _resident(field: str) -> int:

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from unittest import mock
 
 import torch
@@ -71,6 +71,24 @@ def inspect(config: AnyModelConfig) -> ModelInfo:
             with FlopCounterMode(display=False) as counter:
                 model(x, timestep, conditioning, text)
     return ModelInfo(parts(model), counter.get_total_flops(), text_counter.get_total_flops())
+
+
+def operations(preset: Preset) -> int:
+    """Of a forward pass of one image and its caption, at the size that is trained on."""
+    model, crop = preset.model, preset.data.crop
+    if isinstance(model, ModelConfig) and crop and crop != model.image_size:
+        # Where attention stands goes by the whole image's size.
+        unet = model.unet.model_copy(update={
+            "image_size": crop, "low_res_size": crop * model.low_res_size // model.image_size,
+            "attention_sizes": tuple(size * crop // model.image_size for size in model.unet.attention_sizes)})
+        model = model.model_copy(update={"unet": unet})
+    return _operations(model)
+
+
+@lru_cache(maxsize=32)
+def _operations(model: AnyModelConfig) -> int:
+    counted = inspect(model)
+    return counted.flops + counted.text_flops
 
 
 def parts(model: GlideUNet | NoisedClip) -> dict[str, int]:

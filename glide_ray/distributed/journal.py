@@ -152,6 +152,7 @@ class Journal:
 
     def __init__(self, board, folder: RunFolder, preset: Preset, progress: bool):
         self._board, self._folder, self._preset, self._progress = board, folder, preset, progress
+        self._unwritten: dict[str, str] = {}
         first = last_step(folder.local / METRICS)
         self._bar = tqdm(total=preset.train.steps, desc=f"train {preset.model.name}", unit="step", disable=not progress, initial=first,
                          dynamic_ncols=True, mininterval=1.0)
@@ -181,10 +182,19 @@ class Journal:
     def say(self, text: str, step: int | None = None, at: float | None = None) -> None:
         """A line of the run's log, and on the terminal."""
         line = f"{datetime.fromtimestamp(at or time.time()).isoformat(' ', 'seconds')}  step {step if step is not None else self._bar.n:,}: {text}"
-        with open(self._folder.local / EVENTS, "a") as file:
-            file.write(line + "\n")
+        self._append(EVENTS, line + "\n")
         if self._progress:
             tqdm.write(line)
+
+    def _append(self, name: str, text: str) -> None:
+        """Add to a file of the run; on a full disk, once there is room again."""
+        self._unwritten[name] = self._unwritten.get(name, "") + text
+        try:
+            with open(self._folder.local / name, "a") as file:
+                file.write(self._unwritten[name])
+            self._unwritten[name] = ""
+        except OSError:
+            pass
 
     # --------------------------------------------------------------------------------------------------------------------
 
@@ -227,8 +237,7 @@ class Journal:
         for metrics in rows:
             if "images_per_s" in metrics:
                 metrics.update(self._speed(metrics["images_per_s"]))
-        with open(self._folder.local / METRICS, "a") as file:
-            file.writelines(json.dumps(metrics) + "\n" for metrics in rows if "step" in metrics)
+        self._append(METRICS, "".join(json.dumps(metrics) + "\n" for metrics in rows if "step" in metrics))
         for metrics in rows:
             if "again_from" in metrics:
                 if metrics["again_from"] != self._told:
@@ -248,8 +257,7 @@ class Journal:
 
     def _reviewed(self, step: int, grid, figures: Mapping[str, float]) -> None:
         if figures:
-            with open(self._folder.local / METRICS, "a") as file:
-                file.write(json.dumps({"step": step, **figures}) + "\n")
+            self._append(METRICS, json.dumps({"step": step, **figures}) + "\n")
             self._trackers.metrics(step, figures)
         if grid is not None:
             self._trackers.image(step, "samples", grid)

@@ -82,7 +82,7 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
             _fit(preset, out, board, tally, feeder, on_gpu)
         if journal.failure:
             raise UserError(journal.failure)
-        _export(out, folder)
+        _export(out, preset.train.steps)
     finally:
         folder.close()
     return _result(out, ray.get(tally.report.remote()))
@@ -131,11 +131,12 @@ def _death(error: Exception) -> str | None:
     return f"its process has ended ({detail.rstrip('.')})"
 
 
-def _export(out: str, folder: RunFolder) -> None:
+def _export(out: str, steps: int) -> None:
     """The weights file, from the last checkpoint. Raises UserError where that could not be written."""
     whole = Checkpoints(out).whole()
-    if not whole:
-        raise UserError(f"Training has ended, but no checkpoint could be written to {out}; make room there, and run the same command again.")
+    if not whole or whole[-1].step < steps:
+        raise UserError(f"Training has ended, but its last checkpoint could not be written to {out}; make room there, and run the same command again: "
+                        f"it goes on from {f'step {whole[-1].step:,}' if whole else 'the beginning'}.")
     with tempfile.TemporaryDirectory(prefix="glide-export-") as cache:
         local = Path(cache) / WEIGHTS if storage.is_remote(out) else Path(out) / WEIGHTS
         partition.export_average(fetch(whole[-1], cache), local)
@@ -158,14 +159,12 @@ def _check_run(preset: Preset, out: str, finished: bool) -> list[str]:
         raise
     except ValueError as error:
         raise CheckpointError(f"{out}/{PRESET} is not a preset that this version reads ({error}); use another output folder.") from None
-    train = preset.train
-    free = train.SPREAD if finished else train.SPREAD | train.TURNED
-    same = {**saved.model_dump(), "train": {**saved.train.model_dump(), **{name: getattr(train, name) for name in free}}}
-    absolute = _absolute(preset)
-    check_same({**same, "data": _absolute(saved).data.model_dump()}, {**preset.model_dump(), "data": absolute.data.model_dump()},
-               f"The folder {out} holds a run with other settings")
+    saved, preset = _absolute(saved), _absolute(preset)
+    free = preset.train.SPREAD if finished else preset.train.SPREAD | preset.train.TURNED
+    same = {**saved.model_dump(), "train": {**saved.train.model_dump(), **{name: getattr(preset.train, name) for name in free}}}
+    check_same(same, preset.model_dump(), f"The folder {out} holds a run with other settings")
     return [f"{key} is {here} from here on, and was {there}" for key, there, here in
-            differences(saved.train.model_dump(), preset.train.model_dump(), "train.") if key.removeprefix("train.") in train.TURNED]
+            differences(saved.train.model_dump(), preset.train.model_dump(), "train.") if key.removeprefix("train.") in preset.train.TURNED]
 
 
 def _absolute(preset: Preset) -> Preset:

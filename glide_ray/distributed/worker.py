@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shutil
 import tempfile
 import threading
 import time
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 COUNTS = "counts.json"
 BEAT_SECONDS = 1.0
+LAST_WAITS = (10, 60, 300, 0)   # seconds before the last checkpoint is tried again, where it could not be written
 FAILURE_SECONDS = 10.0          # in which ranks that fail for one reason tell of it
 
 
@@ -66,7 +68,7 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
     checkpoints = Checkpoints(out)
     # One name for all ranks of this start: what it reads of the corpus and what it writes is told from what others did.
     start, whole = _shared((uuid.uuid4().hex[:8], checkpoints.whole()) if rank == 0 else None)
-    _go_on(trainer, whole, board, tally)
+    _go_on(trainer, whole, Path(tempfile.gettempdir()) / f"glide-resume-{start}", context.get_local_rank(), board, tally)
     say = _teller(board, rank)
     if rank == 0:
         checkpoints.sweep()
@@ -102,33 +104,41 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
         if rank == 0:
             board.post.remote(metrics)
     train_loop(trainer, epoch_batches, held_out, Outlets(post, save, after_step))
-    save(trainer.save)
-    keeper.finish()
-    watchdog.close()
+    for wait in LAST_WAITS:
+        watchdog.close()                    # the last one may take its time
+        save(trainer.save)
+        if keeper.finish() == train.steps:
+            break
+        time.sleep(wait)
 
 
 # -- where to begin ---------------------------------------------------------------------------------------------------
 
-def _go_on(trainer: Trainer, whole: list[Made], board, tally) -> None:
-    """Load the last checkpoint that is as it was written, if there is one."""
-    for made in reversed(whole):
-        with tempfile.TemporaryDirectory(prefix="glide-resume-") as cache:
+def _go_on(trainer: Trainer, whole: list[Made], cache: Path, local_rank: int, board, tally) -> None:
+    """Load the last checkpoint that is as it was written, if there is one. What is on S3 is fetched once a node."""
+    try:
+        for made in reversed(whole):
             fault = None
             try:
-                folder = fetch(made, cache)
-                if not storage.is_remote(made.path):        # what was fetched has been verified on its way
-                    verify(folder, trainer.rank, trainer.world)
+                if not storage.is_remote(made.path):
+                    verify(Path(made.path), trainer.rank, trainer.world)
+                elif local_rank == 0:
+                    fetch(made, cache)              # which verifies on its way
             except (CheckpointError, storage.StorageError) as error:
                 fault = str(error)
             faults = _gathered(fault)
-            if any(faults):
+            if not any(faults):
+                folder = fetch(made, cache)
+                trainer.load(folder)
                 if trainer.rank == 0:
-                    ray.get(board.note.remote(f"the checkpoint of step {made.step:,} is left out: {next(filter(None, faults))}"))
-                continue
-            trainer.load(folder)
+                    ray.get(tally.know.remote(trainer.progress.epoch, read_counts(folder)))
+                return
             if trainer.rank == 0:
-                ray.get(tally.know.remote(trainer.progress.epoch, read_counts(folder)))
-            return
+                ray.get(board.note.remote(f"the checkpoint of step {made.step:,} is left out: {next(filter(None, faults))}"))
+    finally:
+        dist.barrier()
+        if local_rank == 0:
+            shutil.rmtree(cache, ignore_errors=True)
 
 
 def _start(trainer: Trainer) -> Start:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from ..config import AnyModelConfig, ClipModelConfig, ConfigError, ModelConfig, Preset
+from ..config import AnyModelConfig, ClipModelConfig, ConfigError, Preset
 from ..hardware import GIGA, HOST_ADAM, PCIE, TERA, Machine
-from ..info import BYTES, Moment, inspect, meta_model, training_pass
+from ..info import BYTES, Moment, meta_model, operations, training_pass
 from ..settings import override
 from .share import Share, accumulation
 from .zero import deepspeed_config, resolve_precision
@@ -97,31 +97,33 @@ class _State:
 
     def afterwards(self) -> Iterator[Memory]:
         """Reducing the gradients at the end of the backward pass, and the optimizer's step."""
-        width, whole, own, largest = self.width, self.all, self.own, min(self.largest, self.own)
-        part, flat = 0 if self._away else width * own, min(whole, self.bucket)
+        width, whole, part = self.width, self.all, 0 if self._away else self.width * self.own
+        flat, bucket = width * min(whole, self.bucket), self._bucket(whole)
         if self.stage == 0:
-            yield replace(self.fixed, gradients=4 * whole, workspace=4 * flat)                           # one flat copy to reduce
+            yield replace(self.fixed, gradients=4 * whole, workspace=flat)                        # one flat copy is reduced
             yield replace(self.fixed, gradients=4 * whole, workspace=self._adam(whole, self.largest))
             return
-        unfilled = width * (whole - flat) if self.stage == 1 else 0
-        held = part if self.accumulates and self.stage == 2 else 0
-        copies = 1 if not self.on_cpu and self.stage == 3 else self.world > 1 if self.stage < 3 else 2 + (self.world > 1)     # gloo scatters copies
-        fixed = self.fixed if self.stage < 3 else replace(self.fixed, parameters=width * (own + largest))                     # the last one gathered
-        yield replace(fixed, gradients=unfilled + self._bucket(whole) + part + held, workspace=width * flat * copies)
-        if self.stage == 3:      # the whole network comes to the device before it is divided
-            yield Memory(parameters=width * (whole + own), gradients=self._bucket(0))
-        if self._away:
+        if self.stage == 3:      # one copy is scattered, of which gloo makes more; then the step. At first the whole network is there, to be divided
+            last = width * (self.own + (self.largest if self.world > 1 else 0))
+            copies = 1 + self.on_cpu * (1 + (self.world > 1))
+            yield replace(self.fixed, parameters=last, gradients=bucket + part, workspace=flat * copies)
+            yield Memory(parameters=width * (whole + self.own), gradients=self._bucket(0))
+            yield from () if self._away else self._step(min(self.own, SUBGROUP), bucket + part, bucket + part)
             return
-        kept = part if self.stage == 3 else 0
-        bucket = self._bucket(whole) if self.stage == 3 else 0
-        stepped = min(own, SUBGROUP) if self.stage == 3 else own
-        if self.offload:                                # on a CPU, where the float32 gradients are the optimizer's
-            yield replace(self.fixed, gradients=bucket + kept, workspace=self._adam(stepped, stepped))
+        unfilled = width * whole - flat if self.stage == 1 else 0
+        held = part if self.stage == 2 and self.accumulates else 0
+        yield replace(self.fixed, gradients=unfilled + bucket + part + held, workspace=flat if self.world > 1 else 0)
+        yield from () if self._away else self._step(self.own, part, 0)
+
+    def _step(self, stepped: int, gradients: int, kept: int) -> Iterator[Memory]:
+        """AdamW over so many elements at once, with so many bytes of gradients before, and of those that are kept."""
+        if self.offload:         # on a CPU, where the float32 gradients are the optimizer's
+            yield replace(self.fixed, gradients=kept, workspace=self._adam(stepped, stepped))
             return
-        cast = width * stepped + (4 * stepped if width < 4 else 0)
-        for transient in (8 * largest, cast):                                                            # norms are taken in float64
-            yield replace(self.fixed, gradients=bucket + part, workspace=transient)
-        yield replace(self.fixed, gradients=bucket + kept + 4 * stepped, workspace=self._adam(stepped, stepped))
+        cast = self.width * stepped + (4 * stepped if self.width < 4 else 0)                      # in one piece, and then in float32
+        for transient in (8 * min(self.largest, self.own), cast):                                 # norms are taken in float64
+            yield replace(self.fixed, gradients=gradients, workspace=transient)
+        yield replace(self.fixed, gradients=kept + 4 * stepped, workspace=self._adam(stepped, stepped))
 
     @property
     def _away(self) -> bool:
@@ -241,24 +243,6 @@ def step_time(preset: Preset, world: int, micro_batch: int, precision: str, mach
     return StepTime(compute, communication, offload, stage == 3)
 
 
-@lru_cache(maxsize=32)
-def _operations(model: AnyModelConfig) -> int:
-    counted = inspect(model)
-    return counted.flops + counted.text_flops
-
-
-def operations(preset: Preset) -> int:
-    """Of a forward pass of one image and its caption, at the size that is trained on."""
-    model, crop = preset.model, preset.data.crop
-    if isinstance(model, ModelConfig) and crop and crop != model.image_size:
-        # Where attention stands goes by the whole image's size.
-        unet = model.unet.model_copy(update={
-            "image_size": crop, "low_res_size": crop * model.low_res_size // model.image_size,
-            "attention_sizes": tuple(size * crop // model.image_size for size in model.unet.attention_sizes)})
-        model = model.model_copy(update={"unet": unet})
-    return _operations(model)
-
-
 # -- what is printed --------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -317,11 +301,17 @@ def describe(preset: Preset, machine: Machine, price: float | None = None) -> tu
     lines += ["the fastest that fits, for glide train:", "  " + " ".join(f"--set {flag}" for flag in _flags(chosen, precision)), "",
               f"a step of {seconds:,.3g} s: compute {chosen.time.compute:,.3g} s at {flops / TERA:,.3g} TFLOP/s a worker ({machine.note}), "
               f"communication {chosen.time.communication:,.3g} s at {machine.link / GIGA:,.3g} GB/s{' beside it' if chosen.time.overlaps else ''}"
-              + (f", offloaded optimizer {chosen.time.offload:,.3g} s" if chosen.time.offload else ""),
+              + (f", offloaded optimizer {chosen.time.offload:,.3g} s and {gb(_on_host(chosen))} GB of the host for each worker" if chosen.time.offload else ""),
               f"{train.steps:,} steps in {f'{hours / 24:,.1f} days' if hours > 48 else f'{hours:,.1f} hours'}: {train.batch / seconds:,.3g} images/s, "
               f"{hours * world:,.1f} worker hours" + (f", at {price:g} each {hours * world * price:,.0f}" if price is not None else ""),
               "without held-out losses and checkpoints, and as long as the corpus is read as fast"]
     return "\n".join(lines), chosen
+
+
+def _on_host(way: Plan) -> int:
+    """Bytes of the host's memory that an offloaded optimizer takes."""
+    kept = _State.of(way.preset, way.preset.train.workers, way.micro_batch, way.precision, "cpu").fixed
+    return kept.optimizer + kept.averages
 
 
 def _flags(way: Plan, precision: str) -> list[str]:
