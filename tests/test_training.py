@@ -229,7 +229,7 @@ def test_a_model_learns_what_its_captions_mean():
             rows = torch.randint(0, 8, (32,), generator=generator)
             yield Batch(image[rows], Conditioning(tokens[rows], mask[rows]))
     batches = drawn()
-    for number in range(1, 401):
+    for number in range(1, 501):
         trainer.step(batches, number)
     rows = torch.arange(64) % 8
     other = (rows + 1 + torch.arange(64) // 8 % 7) % 8
