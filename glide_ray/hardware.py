@@ -71,13 +71,13 @@ GPUS: dict[str, Gpu] = {
 USABLE = 0.9
 # Of a CPU's. The trainer's figure is of what is in use; glibc's malloc holds up to 1.5 times that (`glide bench plan`).
 CPU_USABLE = 1 / 1.5
-UTILISATION = 0.35            # the part of a GPU's peak that training is taken to reach, unless it is given. Ours: measured on none yet.
+UTILISATION = 0.35            # the part of a GPU's peak that training is taken to reach, unless it is given. Ours: not measured on one.
 CPU_UTILISATION = 0.5         # of what a matrix product reaches on a CPU (`glide bench plan`)
 GLOO = 0.85 * GIGA            # bytes a second between two workers on one machine's CPU: gloo's all-reduce of 100 MB, measured on two cores
 PCIE = 25 * GIGA              # bytes a second of copies between a GPU and its host: PCIe 4 x16 carries 32 at the most. Ours.
 HOST_ADAM = 1.6 * GIGA        # parameters a second that torch's fused AdamW steps on the host: measured on two cores
 # What a worker on a CPU has resident before a model is built: Python, PyTorch, DeepSpeed and one step of a tiny model (`glide bench plan`).
-CPU_PROCESS = 0.56 * GIGA
+CPU_PROCESS = 0.59 * GIGA
 
 
 def gpu_named(name: str) -> Gpu:

@@ -251,14 +251,14 @@ def _covers(one: Moment, other: Moment) -> bool:
 
 @contextmanager
 def _kernels(on_cpu: bool):
-    """Attention as the fused kernels of either device have it; dropout that keeps a mask of one byte, as on a GPU."""
+    """Attention as the fused kernels of either device have it; dropout that keeps a mask of one byte, as on a GPU; and no other ranks."""
     def attention(query: Tensor, key: Tensor, value: Tensor, **_) -> Tensor:
         return _FusedAttention.apply(query, key, value)
 
     def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         return torch.native_dropout(x, p, True)[0] if training and p else x
     replaced: dict[str, Callable] = {"scaled_dot_product_attention": attention, **({} if on_cpu else {"dropout": dropout})}
-    with mock.patch.multiple(F, **replaced):
+    with mock.patch.multiple(F, **replaced), mock.patch.object(torch.distributed, "is_initialized", lambda: False):
         yield
 
 

@@ -113,6 +113,13 @@ def _pixels(name, unet):
             "up.0.block": half, "up.1.block": half, "up.1.resample": whole, "up.2.block": whole, "up.3.block": whole}[name]
 
 
+def test_a_rank_among_others_plans_for_itself_without_asking_them(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert training_pass(tiny_clip("model.clip.embedding=24"), "fp32", "cpu")
+    assert torch.distributed.is_initialized()
+
+
 # -- the state --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stage, precision", [(0, "fp32"), (1, "bf16"), (2, "bf16"), (2, "fp32"), (3, "bf16"), (3, "fp32")])
@@ -202,6 +209,8 @@ def test_where_not_one_image_fits_one_sentence_says_what_would_help_and_it_does(
 
 
 def test_where_nothing_helps_that_is_said():
+    with pytest.raises(ConfigError, match="set train.zero_stage=2|use a device"):
+        choose_micro_batch(override(presets.get("nano-base"), ["zero_stage=0"]), 2, "fp32", 1e8)
     with pytest.raises(ConfigError, match="use a device with more memory"):
         choose_micro_batch(presets.get("paper-upsampler"), 64, "fp16", 1e9)
 

@@ -170,7 +170,7 @@ def choose_micro_batch(preset: Preset, world: int, precision: str, budget: float
     if not largest:
         needs = memory(preset, world, 1, precision, device)
         raise ConfigError(f"Training {preset.model.name} on {_counted(world, 'worker')} takes {gb(needs.total)} GB each with one image in a call, "
-                          f"{gb(_greatest(needs)[1])} of them for {_greatest(needs)[0]}, and {gb(budget)} GB are to be had; "
+                          f"{gb(_greatest(needs)[1])} of them for its {_greatest(needs)[0]}, and {gb(budget)} GB are to be had; "
                           f"{_remedy(preset, world, precision, budget, device)}.")
     return -(-share // -(-share // largest))
 
@@ -191,7 +191,10 @@ def _remedy(preset: Preset, world: int, precision: str, budget: float, device: s
     """The least change of settings, or else the number of workers, with which one image fits."""
     def fits(workers: int, settings: tuple[str, ...]) -> bool:
         changed = override(preset, [*settings, f"batch={max(preset.train.batch, workers)}", "workers=1", "min_workers=none"])
-        return memory(changed, workers, 1, precision, device).total <= budget
+        try:
+            return memory(changed, workers, 1, precision, device).total <= budget
+        except ConfigError:      # stage 0 has nothing to offload
+            return False
     checkpointing = "activation_checkpointing=true"
     stages = [f"zero_stage={stage}" for stage in range(max(2, preset.train.zero_stage + 1), 4)]
     away = ["offload_optimizer=true"] if device != "cpu" else []
