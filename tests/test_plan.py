@@ -285,6 +285,12 @@ def test_a_plan_says_memory_by_part_time_and_price_and_its_flags_make_the_run(ca
     assert worker_hours == pytest.approx(hours * 24 * 64, rel=0.01) and price == pytest.approx(2.5 * worker_hours, rel=0.001)
 
 
+def test_plan_has_help_worth_reading(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--help"])
+    assert ended.value.code == 0 and "It computes and starts nothing" in capsys.readouterr().out
+
+
 def test_a_plan_for_this_machine_needs_no_gpu(capsys):
     assert main(["plan", "nano-base", "--gpu", "cpu", "--gpus", "2", "--tflops", "0.1"]) == 0
     assert "in fp32, on 2 x cpu: batch 16, 8 images a worker" in capsys.readouterr().out

@@ -305,7 +305,7 @@ def describe(preset: Preset, machine: Machine, price: float | None = None) -> tu
               f"a step of {seconds:,.3g} s: compute {chosen.time.compute:,.3g} s at {flops / TERA:,.3g} TFLOP/s a worker ({machine.note}), "
               f"communication {chosen.time.communication:,.3g} s at {machine.link / GIGA:,.3g} GB/s{' beside it' if chosen.time.overlaps else ''}"
               + (f", offloaded optimizer {chosen.time.offload:,.3g} s and {gb(_on_host(chosen))} GB of the host for each worker" if chosen.time.offload else ""),
-              f"{train.steps:,} steps in {f'{hours / 24:,.1f} days' if hours > 48 else f'{hours:,.1f} hours'}: {train.batch / seconds:,.3g} images/s, "
+              f"{train.steps:,} steps in {f'{hours / 24:,.1f} days' if hours > 48 else f'{hours:,.1f} hours'}: {train.batch / seconds:,.{0 if train.batch > 100 * seconds else 1}f} images/s, "
               f"{hours * world:,.1f} worker hours" + (f", at {price:g} each {hours * world * price:,.0f}" if price is not None else ""),
               "without held-out losses and checkpoints, and as long as the corpus is read as fast"]
     return "\n".join(lines), chosen
