@@ -27,7 +27,7 @@ from .data.images import centre_crop, decode, to_uint8
 from .data.shards import read_shard
 from .diffusion.guidance import combine
 from .diffusion.schedule import make_schedule
-from .forms import Batch, Conditioning
+from .forms import DTYPES, Batch, Conditioning
 from .hardware import measured_peak
 from .info import example_batch, example_conditioning, inspect, operations
 from .models.unet import GlideUNet
@@ -35,7 +35,6 @@ from .models.weights import build
 from .settings import override
 from .stepper import SampleRequest, Stepper
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def bench_forward(preset: Preset, precision: str = "bf16", repeats: int = 1) -> dict[str, float | int | str]:
@@ -43,7 +42,7 @@ def bench_forward(preset: Preset, precision: str = "bf16", repeats: int = 1) -> 
     config = preset.model
     info = inspect(config)
     began = time.perf_counter()
-    model = random_model(config, PRECISIONS[precision])
+    model = random_model(config, DTYPES[precision])
     drawn = time.perf_counter() - began
     size = config.unet.image_size
     x, timestep = torch.randn(1, 3, size, size), torch.tensor([500])
@@ -66,7 +65,7 @@ def bench_sample(preset: Preset, precision: str = "bf16", repeats: int = 5) -> d
     plain = random_model(config, torch.float32, channels_last=False)
     ours = GlideUNet(config.unet)
     ours.load_state_dict(plain.state_dict())
-    stepper = Stepper(ours, config, dtype=PRECISIONS[precision])
+    stepper = Stepper(ours, config, dtype=DTYPES[precision])
     conditioning = example_conditioning(config, 1)
     size = config.unet.image_size
     x, timestep, scale = torch.randn(1, 3, size, size), torch.tensor([500]), torch.tensor([3.0])
@@ -158,7 +157,7 @@ def _train_and_measure(name: str, images: int, settings: Sequence[str], steps: i
     Path("/proc/self/clear_refs").write_text("5")      # Linux: the peak begins anew
     times = train(preset, steps)
     taken = _resident("VmHWM") - process
-    peak = measured_peak(PRECISIONS[resolve_precision(preset.train.precision, "cpu")])
+    peak = measured_peak(DTYPES[resolve_precision(preset.train.precision, "cpu")])
     print(json.dumps({"bytes": taken, "process": process, "step_s": min(times), "peak": peak}))
 
 
@@ -208,7 +207,7 @@ def bench_train(preset: Preset, precision: str = "bf16", repeats: int = 5, image
                 ema.update(number)
         return step
     steps = {"ours": lambda number: trainer.step(iter([batch]), number), "plain": loop(torch.float32, torch.contiguous_format),
-             "bare": loop(PRECISIONS[precision], torch.channels_last)}
+             "bare": loop(DTYPES[precision], torch.channels_last)}
     for step in steps.values():
         step(1)
     times = [{name: _timed(lambda step=step, number=number: step(number)) for name, step in steps.items()} for number in range(2, repeats + 2)]

@@ -15,13 +15,12 @@ from .critic import Critic, load_critic
 from .data.images import area_downsample, to_8_bits, to_tensor, to_uint8
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import ScheduleError, kept_timesteps
-from .forms import Conditioning
+from .forms import DTYPES, Conditioning
 from .models.weights import WeightsError, load_model
 from .stepper import SampleRequest, Stepper
 from .tokenizer import Tokenizer
 
 MAX_SCALE = 100.0
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Progress = Callable[[str, int, int], None]     # stage, denoising steps done in it, and in all
 
 
@@ -124,7 +123,7 @@ class Cascade:
         check_pair(made.base.config, made.upsampler.config if made.upsampler else None)
         sources = {role: path for role, path in (("base", base), ("upsampler", upsampler), ("clip", clip)) if path}
         dtype = next(made.base.model.parameters()).dtype
-        return replace(made, sources=sources, precision=next(name for name, kind in PRECISIONS.items() if kind == dtype))
+        return replace(made, sources=sources, precision=next(name for name, kind in DTYPES.items() if kind == dtype))
 
     @property
     def size(self) -> int:
@@ -228,7 +227,7 @@ def check_pair(base: ModelConfig, upsampler: ModelConfig | None) -> None:
 
 def resolve_precision(precision: str, device: str) -> torch.dtype:
     """`auto`: fp16 on a GPU as the paper trained, fp32 on a CPU, where small models are no faster in less."""
-    return PRECISIONS["fp16" if device == "cuda" else "fp32"] if precision == "auto" else PRECISIONS[precision]
+    return DTYPES["fp16" if device == "cuda" else "fp32"] if precision == "auto" else DTYPES[precision]
 
 
 def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:

@@ -1,4 +1,4 @@
-"""The command line `glide`: what each command is called and takes. What it does stands in `commands.py`."""
+"""The command line `glide`: what each command is called and takes. What it does stands in `commands.py` and `pictures.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import commands, presets
+from . import commands, pictures, presets
 from .config import CleanConfig, FilterConfig, UserError
 
 DEMO = Path("runs/demo")
@@ -112,19 +112,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--ema-rate", type=float, help="which of the run's averages (default: the first of its train.ema_rates)")
     command.add_argument("--out", type=Path, help="weights file to write (default: exported.safetensors in that folder)")
 
-    command = add("generate", commands.generate, "pictures for a prompt")
+    command = add("generate", pictures.generate, "pictures for a prompt")
     command.add_argument("prompt")
     command.add_argument("-n", type=_positive, default=1, help="how many, with seeds one after the other (default: 1)")
     command.add_argument("--best-of", type=_positive, default=1, metavar="N", help="make N for each and keep the one that --clip scores highest")
     _add_sampling(command, "generate.png")
 
-    command = add("edit", commands.edit, "paint a part of a picture anew")
+    command = add("edit", pictures.edit, "paint a part of a picture anew")
     command.add_argument("prompt")
     command.add_argument("--image", required=True, help="the picture; its centred square is used")
     command.add_argument("--mask", required=True, help="a PNG of the same size, transparent where to paint")
     _add_sampling(command, "edit.png")
 
-    command = add("vary", commands.vary, "make a picture anew from what it shows, or from a sketch on it (SDEdit)",
+    command = add("vary", pictures.vary, "make a picture anew from what it shows, or from a sketch on it (SDEdit)",
                   "example:\n  glide vary \"a red house\" --image photo.png --sketch strokes.png --mask hole.png --strength 0.7")
     command.add_argument("prompt")
     command.add_argument("--image", required=True, help="the picture to begin from; its centred square is used")
@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--sketch", help="a PNG of the same size whose opaque strokes are laid on the picture first")
     _add_sampling(command, "vary.png")
 
-    command = add("scene", commands.scene, "a picture built up by edits, one after the other",
+    command = add("scene", pictures.scene, "a picture built up by edits, one after the other",
                   "example:\n  glide scene \"a cozy living room\" --edit wall.png \"a painting of a corgi\" --edit floor.png \"a round table\"")
     command.add_argument("prompt", nargs="?", help="of the picture to begin with, unless --image gives it")
     command.add_argument("--image", help="a picture to begin with; its centred square is used")
@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
                          help="a PNG that is transparent where to paint, and what; may be repeated, in order")
     _add_sampling(command, "scene.png", "PNGs to write, with the number of the edit before the ending (default: %(default)s)")
 
-    command = add("reproduce", commands.reproduce, "make a picture again from the recipe in its PNG, and compare the two")
+    command = add("reproduce", pictures.reproduce, "make a picture again from the recipe in its PNG, and compare the two")
     command.add_argument("picture", help="a PNG that glide wrote")
     for role in ("base", "upsampler", "clip"):
         command.add_argument(f"--{role}", type=Path, help="where its weights are now (default: where they were; they must be the same)")

@@ -298,12 +298,6 @@ class TrainConfig(Frozen):
     stall_seconds: float = Field(900, gt=0)            # without a step, until a worker is taken to hang and begun again
     wait_seconds: float = Field(600, ge=0)             # for a cluster to have the workers that are asked for
 
-    # Settings with which a run may go on from its checkpoint: those that leave the loss as it is, and those that people turn on the way.
-    SPREAD: ClassVar[frozenset[str]] = frozenset((
-        "steps", "workers", "min_workers", "micro_batch", "zero_stage", "offload_optimizer", "activation_checkpointing", "log_every", "evaluate_every",
-        "checkpoint_every", "keep_last", "keep_every", "trackers", "sample_every", "sample_prompts", "max_failures", "stall_seconds", "wait_seconds"))
-    TURNED: ClassVar[frozenset[str]] = frozenset(("learning_rate", "weight_decay", "warmup_steps", "clip_norm", "precision"))
-
     @model_validator(mode="after")
     def _parts_fit(self) -> TrainConfig:
         if self.batch % self.workers:

@@ -100,5 +100,7 @@ class Batch(Rows):
     rows: Tensor | None = None                                # (B,) int64: which rows of the corpus these are
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}      # of a precision by its name
+
 # (x (B,3,H,W), timestep (B,)) -> ModelOutput; guidance takes a denoiser and gives a denoiser.
 Denoiser = Callable[[Tensor, Tensor], ModelOutput]

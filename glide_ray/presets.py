@@ -133,7 +133,7 @@ def emoji_base() -> Preset:
             sampling=SamplingConfig(respacing="100", guidance_scale=3.0)),
         data=DataConfig(empty_caption_rate=0.2),
         train=TrainConfig(objective="base", steps=20_000, batch=128, learning_rate=3e-4, ema_rates=(0.999,),
-                          warmup_steps=500, clip_norm=1.0, evaluate_every=1000, checkpoint_every=1000))
+                          warmup_steps=500, clip_norm=1.0, evaluate_every=1000, checkpoint_every=1000, sample_every=1000))
 
 
 def emoji_upsampler() -> Preset:
@@ -147,7 +147,7 @@ def emoji_upsampler() -> Preset:
             sampling=SamplingConfig(respacing=STRIDED_27, guidance_scale=1.0, noise_scale=0.997)),
         data=DataConfig(min_size=256),
         train=TrainConfig(objective="upsampler", steps=10_000, batch=32, learning_rate=2e-4, ema_rates=(0.999,),
-                          warmup_steps=200, clip_norm=1.0, evaluate_every=1000, checkpoint_every=1000))
+                          warmup_steps=200, clip_norm=1.0, evaluate_every=1000, checkpoint_every=1000, sample_every=1000))
 
 
 def emoji_clip() -> Preset:

@@ -101,8 +101,11 @@ def remove(path: str | Path) -> None:
 
 def digest(path: Path) -> str:
     """SHA-256 of a local file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:      # hashlib.file_digest is of Python 3.11
+        while chunk := file.read(CHUNK):
+            sha256.update(chunk)
+    return sha256.hexdigest()
 
 
 def exists(path: str | Path) -> bool:
@@ -225,14 +228,6 @@ def _from_object(path: str, use: Callable[[Any], tuple[Result, str]]) -> Result:
         if wait is not None:
             time.sleep(wait * random.uniform(0.5, 1))       # not all readers at once
     raise StorageError(fault)
-
-
-def _digest(file) -> str:
-    """Before Python 3.11, which has it."""
-    sha256 = hashlib.sha256()
-    while chunk := file.read(CHUNK):
-        sha256.update(chunk)
-    return sha256.hexdigest()
 
 
 def _tag(path: str | Path) -> str:

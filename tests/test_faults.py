@@ -129,6 +129,9 @@ def test_a_checkpoint_that_the_object_store_refuses_is_told_of_and_the_next_one_
     assert len(told) == 1 and "checkpoint of step 10 could not be written" in told[0] and "another try" in told[0]
     assert [checkpoint.step for checkpoint in Checkpoints(f"{s3}/refused").whole()] == [20]
     assert not list(storage.list_files(f"{s3}/refused/checkpoints/000000010-start", ("",)))
+    s3_faults.answer_503("000000030-start/complete.json")
+    made.save(30, write(b"x" * 1000))
+    assert made.finish() == 20 and "checkpoint of step 30 could not be completed" in told[1]
 
 
 FULL_DISK = """
@@ -236,20 +239,30 @@ def test_workers_that_are_killed_or_hang_at_random_steps_change_nothing_but_the_
     assert again <= (KILLS + 1) * 2 * EVERY and max(costs) <= 2 * EVERY
 
 
+def spoil(path):
+    """Other bytes in an object, beside what was said of them when it was put there."""
+    client, (bucket, _, key) = boto3.client("s3"), path.removeprefix("s3://").partition("/")
+    there = client.get_object(Bucket=bucket, Key=key)
+    client.put_object(Bucket=bucket, Key=key, Body=there["Body"].read()[:-1] + b"?", Metadata=there["Metadata"])
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_run_on_s3_goes_on_with_other_workers_another_stage_and_another_learning_rate(drawn_corpus, s3, s3_faults, tmp_path):
-    """The store answers 503 and breaks connections off while checkpoints are written."""
+    """The store answers 503 and breaks connections off while checkpoints are written, and then spoils the last one."""
     out = f"{s3}/run"
-    settings = ["steps=4", "evaluate_every=4", "checkpoint_every=2", "keep_last=1"]
+    settings = ["steps=4", "evaluate_every=4", "checkpoint_every=2"]
     s3_faults.answer_503("run/checkpoints", times=3)
     s3_faults.reset("run/checkpoints", times=2)
     train(preset(drawn_corpus, *settings, "workers=2", "zero_stage=2"), out, progress=False)
     assert s3_faults.befallen["503"] == 3 and s3_faults.befallen["reset"] == 2
+    spoil(f"{Checkpoints(out).whole()[-1].path}/part.0.safetensors")
     result = train(preset(drawn_corpus, *settings, "steps=6", "workers=1", "zero_stage=3", "learning_rate=1e-3", "micro_batch=3"), out, progress=False)
     assert result.weights == f"{out}/weights.safetensors" and sorted(losses(result.metrics)) == [1, 2, 3, 4, 5, 6]
-    assert "train.learning_rate is 0.001 from here on, and was" in storage.read(f"{out}/events.log").decode()
-    assert [made.step for made in Checkpoints(out).whole()] == [6]
+    log = storage.read(f"{out}/events.log").decode()
+    assert "train.learning_rate is 0.001 from here on, and was" in log
+    assert re.search(r"the checkpoint of step 4 is left out: .*part.0.safetensors is damaged", log)
+    assert [made.step for made in Checkpoints(out).whole()] == [4, 6]
     assert main(["export", out, "--out", str(tmp_path / "w.safetensors")]) == 0
     exported, written = load_weights(tmp_path / "w.safetensors")[1], load_weights(storage.fetch(result.weights))[1]
     assert all(torch.equal(exported[name], tensor) for name, tensor in written.items())

@@ -17,10 +17,12 @@ from glide_ray.cli import main
 from glide_ray.config import ConfigError
 from glide_ray.diffusion.schedule import make_schedule
 from glide_ray.hardware import GPUS, USABLE, Machine, cpu_budget, find_machine, gpu_named, measured_peak, peak_flops
-from glide_ray.info import DTYPES, example_batch, inspect, operations, training_pass
+from glide_ray.forms import DTYPES
+from glide_ray.info import example_batch, inspect, operations
 from glide_ray.models.weights import build
 from glide_ray.settings import override
 from glide_ray.train.objectives import objective_of
+from glide_ray.train.activations import training_pass
 from glide_ray.train.plan import best, choose_micro_batch, describe, memory, plans, step_time
 
 CROPPED = ["model.unet.image_size=64", "model.unet.low_res_size=16", "data.crop=32"]

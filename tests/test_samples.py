@@ -21,7 +21,7 @@ from glide_ray.models.unet import GlideUNet
 from glide_ray.models.weights import WeightsError, load_model, save_weights
 from glide_ray.stepper import SampleRequest
 from glide_ray.tokenizer import Tokenizer
-from glide_ray.train.objectives import held_out_sums, objective_of
+from glide_ray.train.objectives import held_out_sums, images_in, objective_of
 
 PROMPTS = "sample_prompts=a red ellipse; a blue rectangle; a dog"
 
@@ -181,11 +181,12 @@ def test_what_lacks_is_said(tmp_path, tiny_weights, drawn_corpus):
 def as_ranks(weights, settings, ranks):
     """The mean over all ranks, each with its own batches: what training says of its weights."""
     model, config = load_model(weights)
-    totals, batches = {}, [held_out_batches(settings.data, config, settings.train.micro_batch, rank, ranks) for rank in range(ranks)]
+    images, totals, batches = 0, {}, [held_out_batches(settings.data, config, settings.train.micro_batch, rank, ranks) for rank in range(ranks)]
     for own in batches:
+        own = list(own)
+        images += images_in(own)
         sums = held_out_sums(objective_of(settings), model, make_schedule(config.diffusion.schedule), own, settings.train.seed, 15)
         totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
-    images = totals.pop("images")
     assert images == 15
     return {"average_held_out" if name == "loss" else f"average_held_out_{name}": pytest.approx(float(value / images), rel=1e-6)
             for name, value in totals.items()}

@@ -5,7 +5,6 @@ Workers post to the board; the driver reads it and writes the files beside the c
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import threading
@@ -26,7 +25,7 @@ from ..train.plan import operations
 from ..train.trackers import open_trackers
 from .review import Reviewer
 
-METRICS, EVENTS, RUN, TENSORBOARD = "metrics.jsonl", "events.log", "run.json", "tensorboard"
+METRICS, EVENTS, RUN = "metrics.jsonl", "events.log", "run.json"
 PUSH_SECONDS, WAITING_SECONDS = 20.0, 60.0
 
 
@@ -114,7 +113,7 @@ class RunFolder:
         self.out = out
         self._temporary = tempfile.TemporaryDirectory(prefix="glide-run-") if storage.is_remote(out) else None
         self.local = Path(self._temporary.name if self._temporary else out)
-        self._sent: dict[Path, str] = {}
+        self._sent: dict[Path, tuple[int, int]] = {}        # when it was written, and its bytes
         if self._temporary:
             for name in (METRICS, EVENTS, RUN):
                 if storage.exists(f"{out}/{name}"):
@@ -133,11 +132,10 @@ class RunFolder:
             return
         for path in sorted(self.local.rglob("*")):
             if path.is_file() and not path.name.endswith(".partial"):
-                content = path.read_bytes()
-                tag = hashlib.sha256(content).hexdigest()
-                if self._sent.get(path) != tag:
-                    storage.put(content, f"{self.out}/{path.relative_to(self.local).as_posix()}")
-                    self._sent[path] = tag
+                state = path.stat().st_mtime_ns, path.stat().st_size
+                if self._sent.get(path) != state:
+                    storage.put(path.read_bytes(), f"{self.out}/{path.relative_to(self.local).as_posix()}")
+                    self._sent[path] = state
 
     def close(self) -> None:
         try:

@@ -26,7 +26,7 @@ def review(checkpoint: str, settings: str) -> tuple[np.ndarray | None, dict[str,
     """The grid (H, W, 3) uint8 of a checkpoint's average, and its held-out figures."""
     if not torch.cuda.is_available():
         os.nice(10)                     # training comes first where both share a machine, and threads that wait for a core are slower than one
-        torch.set_num_threads(1)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // 4))
     preset = Preset.model_validate_json(settings)
     with tempfile.TemporaryDirectory(prefix="glide-review-") as folder:
         weights = Path(folder) / "weights.safetensors"
@@ -75,9 +75,9 @@ class Reviewer:
     def _take(self, step: int, reference: ray.ObjectRef) -> None:
         try:
             grid, figures = ray.get(reference)
+            if grid is not None:
+                storage.put(encode(grid), self._folder / SAMPLES / f"{step:09d}.png")
         except (ray.exceptions.RayError, UserError) as error:
             self._say(f"the review of step {step:,} failed: {str(error).strip().splitlines()[-1]}")
             return
-        if grid is not None:
-            storage.put(encode(grid), self._folder / SAMPLES / f"{step:09d}.png")
         self._made(step, grid, figures)

@@ -14,7 +14,7 @@ from pathlib import Path
 import ray
 import ray.train
 from ray.autoscaler.sdk import request_resources
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.callback import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -35,6 +35,11 @@ from .worker import work
 
 WEIGHTS, PRESET = "weights.safetensors", "preset.json"
 DATA_CPUS = 2                  # beside the workers': a data task wants a whole CPU, and waits for ever where none is left
+# Settings with which a run may go on from its checkpoint: those that leave the loss as it is, and those that people turn on the way.
+SPREAD = frozenset((
+    "steps", "workers", "min_workers", "micro_batch", "zero_stage", "offload_optimizer", "activation_checkpointing", "log_every", "evaluate_every",
+    "checkpoint_every", "keep_last", "keep_every", "trackers", "sample_every", "sample_prompts", "max_failures", "stall_seconds", "wait_seconds"))
+TURNED = frozenset(("learning_rate", "weight_decay", "warmup_steps", "clip_norm", "precision"))
 RESIZE_SECONDS = 60            # between looks at whether nodes have come back
 
 
@@ -98,7 +103,7 @@ def _fit(preset: Preset, out: str, board, tally, feeder, on_gpu: bool) -> None:
             scaling_config=ScalingConfig(num_workers=(train.min_workers, train.workers) if elastic else train.workers, use_gpu=on_gpu,
                                          **({"elastic_resize_monitor_interval_s": RESIZE_SECONDS} if elastic else {})),
             run_config=RunConfig(name="run", storage_path=own, failure_config=FailureConfig(max_failures=train.max_failures),
-                                 checkpoint_config=CheckpointConfig(), callbacks=[_Faults(board)])).fit()
+                                 callbacks=[_Faults(board)])).fit()
 
 
 class _Faults(UserCallback):
@@ -160,11 +165,11 @@ def _check_run(preset: Preset, out: str, finished: bool) -> list[str]:
     except ValueError as error:
         raise CheckpointError(f"{out}/{PRESET} is not a preset that this version reads ({error}); use another output folder.") from None
     saved, preset = _absolute(saved), _absolute(preset)
-    free = preset.train.SPREAD if finished else preset.train.SPREAD | preset.train.TURNED
+    free = SPREAD if finished else SPREAD | TURNED
     same = {**saved.model_dump(), "train": {**saved.train.model_dump(), **{name: getattr(preset.train, name) for name in free}}}
     check_same(same, preset.model_dump(), f"The folder {out} holds a run with other settings")
     return [f"{key} is {here} from here on, and was {there}" for key, there, here in
-            differences(saved.train.model_dump(), preset.train.model_dump(), "train.") if key.removeprefix("train.") in preset.train.TURNED]
+            differences(saved.train.model_dump(), preset.train.model_dump(), "train.") if key.removeprefix("train.") in TURNED]
 
 
 def _absolute(preset: Preset) -> Preset:

@@ -26,6 +26,7 @@ from ..forms import Batch
 from ..hardware import measured_peak, peak_flops
 from ..train.checkpoint import CheckpointError, Checkpoints, Made, fetch, verify
 from ..train.keeper import Keeper
+from ..train.ranks import gathered, of_rank_0
 from ..train.watch import Watchdog
 from .feed import Epoch, micro_batches
 from .journal import Start
@@ -67,15 +68,13 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
         storage.check_writable(out)         # by a worker, whose rights may be others than the driver's
     checkpoints = Checkpoints(out)
     # One name for all ranks of this start: what it reads of the corpus and what it writes is told from what others did.
-    start, whole = _shared((uuid.uuid4().hex[:8], checkpoints.whole()) if rank == 0 else None)
+    start, whole = of_rank_0((uuid.uuid4().hex[:8], checkpoints.whole()) if rank == 0 else None)
     _go_on(trainer, whole, Path(tempfile.gettempdir()) / f"glide-resume-{start}", context.get_local_rank(), board, tally)
-    say = _teller(board, rank)
     if rank == 0:
-        checkpoints.sweep()
+        _sweep(checkpoints, board)
         board.started.remote(_start(trainer))
     held_out = held_out_batches(preset.data, preset.model, trainer.share.micro_batch, rank, world)
-    keeper = Keeper(checkpoints, start, train.keep_last, train.keep_every, say, lambda step, folder: board.committed.remote(step, folder),
-                    2 * train.stall_seconds)
+    keeper = Keeper(checkpoints, start, train.keep_last, train.keep_every, board.note.remote, board.committed.remote, 2 * train.stall_seconds)
     watchdog = Watchdog(train.stall_seconds, lambda text: ray.get(board.note.remote(f"rank {rank} hangs: {text}; it is begun again")))
 
     def save(write) -> None:
@@ -93,7 +92,7 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
         if wanted:
             told = True
             if rank == 0:
-                say(f"a node is about to be taken away; a checkpoint is made of step {number:,}")
+                board.note.remote(f"a node is about to be taken away; a checkpoint is made of step {number:,}")
         return wanted
     told, beaten = False, 0.0
 
@@ -104,8 +103,8 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
         if rank == 0:
             board.post.remote(metrics)
     train_loop(trainer, epoch_batches, held_out, Outlets(post, save, after_step))
+    watchdog.close()                        # the last checkpoint may take its time
     for wait in LAST_WAITS:
-        watchdog.close()                    # the last one may take its time
         save(trainer.save)
         if keeper.finish() == train.steps:
             break
@@ -126,7 +125,7 @@ def _go_on(trainer: Trainer, whole: list[Made], cache: Path, local_rank: int, bo
                     fetch(made, cache)              # which verifies on its way
             except (CheckpointError, storage.StorageError) as error:
                 fault = str(error)
-            faults = _gathered(fault)
+            faults = gathered(fault)
             if not any(faults):
                 folder = fetch(made, cache)
                 trainer.load(folder)
@@ -141,31 +140,19 @@ def _go_on(trainer: Trainer, whole: list[Made], cache: Path, local_rank: int, bo
             shutil.rmtree(cache, ignore_errors=True)
 
 
+def _sweep(checkpoints: Checkpoints, board) -> None:
+    """Remove what broken-off uploads have left. Where the store does not let us, they lie there and do no harm."""
+    try:
+        checkpoints.sweep()
+    except storage.StorageError as error:
+        board.note.remote(f"what broken-off uploads have left could not be removed: {error}")
+
+
 def _start(trainer: Trainer) -> Start:
     cuda = trainer.device.type == "cuda"
     name = torch.cuda.get_device_name(trainer.device) if cuda else "CPU"
     peak = peak_flops(name, trainer.precision) if cuda else measured_peak(torch.bfloat16 if trainer.precision == "bf16" else torch.float32)
     return Start(trainer.progress.step, trainer.world, trainer.share.micro_batch, trainer.share.calls, trainer.precision, name, peak)
-
-
-def _teller(board, rank: int):
-    def say(text: str) -> None:
-        if rank == 0:
-            board.note.remote(text)
-    return say
-
-
-def _shared(given):
-    """What rank 0 gives, on every rank."""
-    shared = [given]
-    dist.broadcast_object_list(shared)
-    return shared[0]
-
-
-def _gathered(given) -> list:
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, given)
-    return gathered
 
 
 def node_is_going() -> bool:

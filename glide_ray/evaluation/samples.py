@@ -21,11 +21,12 @@ from ..forms import Batch, Conditioning
 from ..models.weights import load_config, load_metadata, load_model
 from ..stepper import SampleRequest, Stepper
 from ..tokenizer import Tokenizer
-from ..train.objectives import held_out_sums, objective_of, row_numbers
+from ..train.objectives import held_out_sums, images_in, objective_of
 from .report import contact_sheet, show_hole
 
 STEPS = 25            # of DDIM: enough to see what a model has learnt, in a sixth of the time of the paper's 150
 PICTURES = 4          # held-out ones that upsamplers enlarge and inpainting models fill
+AT_ONCE = 16          # held-out images in a network call
 CELL = 192            # pixels on a side of a picture in the grid, at the least
 
 Progress = Callable[[int, int], None]      # denoising steps done, and in all
@@ -54,14 +55,14 @@ def held_out_of_average(weights: Path, preset: Preset, images: int | None = None
     model, config = load_model(weights, resolve_precision(_precision(preset), _device()), _device())
     data = preset.data if images is None else preset.data.model_copy(update={"held_out_images": images})
     train, schedule = preset.train, make_schedule(config.diffusion.schedule, config.diffusion.steps).to(_device())
-    micro_batch = train.micro_batch or -(-train.batch // train.workers)
-    batches = held_out_batches(data, config, micro_batch)
     if config.role == "clip":       # whose loss is of a batch, not of an image
-        batches = list(_as_ranks_have_them(Batch.join(batches), train.workers, micro_batch))
-    count = sum(int((row_numbers(batch) >= 0).sum()) for batch in batches)
+        ranks_batch = train.micro_batch or -(-train.batch // train.workers)
+        batches = list(_as_ranks_have_them(Batch.join(held_out_batches(data, config, ranks_batch)), train.workers, ranks_batch))
+    else:
+        batches = held_out_batches(data, config, AT_ONCE)
+    count = images_in(batches)
     sums = held_out_sums(objective_of(preset), model, schedule, (batch.to(_device()) for batch in batches), train.seed, count)
-    return {"average_held_out" if name == "loss" else f"average_held_out_{name}": float(value / count)
-            for name, value in sums.items() if name != "images"}
+    return {"average_held_out" if name == "loss" else f"average_held_out_{name}": float(value / count) for name, value in sums.items()}
 
 
 # -- what is shown ----------------------------------------------------------------------------------------------------

@@ -90,12 +90,16 @@ class Checkpoints:
         """Make the files in a folder a checkpoint: all of them are there."""
         storage.put(json.dumps(receipt, indent=0).encode(), f"{folder}/{COMPLETE}")
 
-    def retire(self, keep_last: int, keep_every: int | None) -> None:
-        """Remove all but the last ones and those whose step is a multiple of `keep_every`."""
-        for made in self.whole()[:-keep_last]:
-            if not keep_every or made.step % keep_every:
-                storage.remove(f"{made.path}/{COMPLETE}")       # first: it is then no checkpoint, if the rest is not reached
-                storage.remove_folder(made.path)
+    def retire(self, keep_last: int, keep_every: int | None, start: str) -> None:
+        """Remove all but the last ones and those whose step is a multiple of `keep_every`. Of one step that which `start` made stands: the other
+        one could not be read, or it would not have been made again."""
+        whole = self.whole()
+        own = {made.step for made in whole if made.path.endswith(f"-{start}")}
+        again = [made for made in whole if made.step in own and not made.path.endswith(f"-{start}")]
+        rest = [made for made in whole if made not in again]
+        for made in [*again, *(old for old in rest[:-keep_last] if not keep_every or old.step % keep_every)]:
+            storage.remove(f"{made.path}/{COMPLETE}")       # first: it is then no checkpoint, if the rest is not reached
+            storage.remove_folder(made.path)
 
     def sweep(self) -> list[str]:
         """Remove what uploads that were broken off have left; only while nobody writes. Returns the folders."""

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import TrainConfig, UserError
-from ..forms import Batch
+from ..forms import DTYPES, Batch
 from .objectives import draw, row_numbers
+from .ranks import gathered
 
 LOWEST_SCALE = 1.0      # of the loss, under fp16: below it, gradients would be made smaller than they are
 SHOWN = 5               # rows or names in a message
@@ -108,7 +109,7 @@ def _images(batches: Sequence[Batch]) -> Culprit | None:
             finite &= torch.isfinite(tensor).flatten(1).all(1).cpu()
         rows += row_numbers(batch).tolist()
         bad += row_numbers(batch)[~finite].tolist()
-    rows, bad = (sorted({row for part in parts for row in part}) for parts in zip(*_gather((rows, bad)), strict=True))
+    rows, bad = (sorted({row for part in parts for row in part}) for parts in zip(*gathered((rows, bad)), strict=True))
     if not bad:
         return None
     return Culprit(f"{len(bad)} of the batch's {len(rows)} images are not finite ({_listed('row', bad)} of the corpus)", "leave them out")
@@ -116,14 +117,14 @@ def _images(batches: Sequence[Batch]) -> Culprit | None:
 
 def _weights(trainer) -> Culprit | None:
     """Weights that are not finite, or no longer so in the network's precision. Each rank looks at its own part of the float32 masters."""
-    limit, masters = torch.finfo(_dtype(trainer.precision)).max, trainer.ema.masters
+    limit, masters = torch.finfo(DTYPES[trainer.precision]).max, trainer.ema.masters
     mine: dict[str, float] = {}
     for piece in trainer.pieces:
         largest = masters[piece.master].detach().reshape(-1)[piece.offset:piece.offset + piece.count].abs().max().item()
         if not largest <= limit:
             mine[piece.name] = largest
     found: dict[str, float] = {}
-    for part in _gather(mine):
+    for part in gathered(mine):
         found |= part
     if not found:
         return None
@@ -160,7 +161,7 @@ def _in_forward(trainer, watch: Watch) -> Culprit | None:
 
 
 def _in_losses(trainer, batch: Batch, losses: Tensor) -> Culprit | None:
-    bad = sorted({row for part in _gather(row_numbers(batch)[~torch.isfinite(losses.detach()).cpu()].tolist()) for row in part})
+    bad = sorted({row for part in gathered(row_numbers(batch)[~torch.isfinite(losses.detach()).cpu()].tolist()) for row in part})
     if not bad:
         return None
     return Culprit(f"all that the network gives is finite, and yet its loss is not ({_listed('row', bad)} of the corpus)",
@@ -288,29 +289,18 @@ def _tensors(value) -> Iterator[Tensor]:
 
 # -- all ranks --------------------------------------------------------------------------------------------------------
 
-def _gather(value) -> list:
-    """What each rank gives, on all of them."""
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
 def _first(seen: Seen | None) -> Seen | None:
     """The earliest of what the ranks have seen, all of which make the same calls. Which rank it was may point at a faulty device."""
-    gathered = _gather(seen)
-    found = [(entry.order, rank) for rank, entry in enumerate(gathered) if entry is not None]
+    all_seen = gathered(seen)
+    found = [(entry.order, rank) for rank, entry in enumerate(all_seen) if entry is not None]
     if not found:
         return None
     rank = min(found)[1]
-    entry = gathered[rank]
-    return Seen(entry.order, entry.name, entry.kind, entry.largest, f" on rank {rank} of {len(gathered)}" if len(gathered) > 1 else "")
+    entry = all_seen[rank]
+    return Seen(entry.order, entry.name, entry.kind, entry.largest, f" on rank {rank} of {len(all_seen)}" if len(all_seen) > 1 else "")
 
 
 def _listed(what: str, items: Sequence) -> str:
     """A few of them by name: "rows 3, 4 and 7 more"."""
     shown = ", ".join(str(item) for item in items[:SHOWN]) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
     return f"{what}{'s' if len(items) > 1 else ''} {shown}" if what else shown
-
-
-def _dtype(precision: str) -> torch.dtype:
-    return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,35 +21,38 @@ from safetensors import SafetensorError
 
 from .. import storage
 from .checkpoint import Checkpoints, Receipt
+from .ranks import gathered, of_rank_0
 
-DONE, FAULTY, NOTICE = range(3)
+GOES_ON = "Training goes on; the next one is another try."
+
+
+class Said(NamedTuple):
+    """What a rank says after a step: the number of the last checkpoint that it is done with, of the last that it could not write, and whether
+    its node is about to be taken away."""
+
+    done: int = 0
+    faulty: int = 0
+    notice: int = 0
 
 
 class Agreement:
-    """The largest of what any rank, and the smallest of what every rank has last said, on the CPU beside the devices' collectives."""
+    """What all ranks have said at their last step, on the CPU beside the devices' collectives."""
 
     def __init__(self, timeout: float):
-        self.world, self.rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if self.world > 1 else None
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self.rank = dist.get_rank() if several else 0
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if several else None
         self._said, self._work = torch.zeros(3, dtype=torch.int64), None
 
-    def exchange(self, said: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Say (done, faulty, notice), and hear what all said at the last exchange: done is the least of theirs, the others the greatest."""
+    def exchange(self, said: Said) -> Said:
+        """Say something, and hear what was said at the last exchange: of `done` the least of all ranks', of the others the greatest."""
         if self._work is not None:
             self._work.wait()
-        heard = tuple(self._said.tolist())
-        self._said = torch.tensor([-said[DONE], said[FAULTY], said[NOTICE]])
-        if self._group is not None:
-            self._work = dist.all_reduce(self._said, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return -heard[DONE], heard[FAULTY], heard[NOTICE]
-
-    def gather(self, given: Receipt) -> list[Receipt]:
-        """What each rank gives, on all of them."""
-        if self._group is None:
-            return [given]
-        gathered: list = [None] * self.world
-        dist.all_gather_object(gathered, given, group=self._group)
-        return gathered
+        done, faulty, notice = self._said.tolist()
+        self._said = torch.tensor([-said.done, said.faulty, said.notice])
+        if self.group is not None:
+            self._work = dist.all_reduce(self._said, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return Said(-done, faulty, notice)
 
 
 @dataclass
@@ -81,7 +85,7 @@ class Keeper:
         self._upload: _Upload | None = None
         self._number = 0
         self._commit: threading.Thread | None = None
-        self.last_step, self.fault = 0, None        # of the last checkpoint that all ranks have written; why the one after it was not
+        self._whole = 0         # on rank 0: the step of the last checkpoint that is whole
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         """Begin a checkpoint: `write` puts this rank's files into a folder, then training may go on. Waits for the one before it."""
@@ -104,50 +108,43 @@ class Keeper:
 
     def step(self, notice: bool = False) -> bool:
         """After every optimizer step. `notice`: this rank's node is about to be taken away. Returns whether any rank's is."""
-        return self._advance(notice)
-
-    def finish(self) -> int:
-        """Wait until the last checkpoint is whole or given up. Returns the step of the last that all ranks have written."""
-        self._settle()
-        if self._commit is not None:
-            self._commit.join()
-        return self.last_step
-
-    # -- what all ranks agree on --------------------------------------------------------------------------------------
-
-    def _advance(self, notice: bool = False) -> bool:
         upload = self._upload
         done = self._number if upload is None or not upload.on_its_way else self._number - 1
         faulty = upload.number if upload is not None and upload.fault is not None else 0
-        all_done, any_faulty, any_notice = self._agreement.exchange((done, faulty, int(notice)))
-        if upload is not None and all_done >= upload.number:
+        heard = self._agreement.exchange(Said(done, faulty, int(notice)))
+        if upload is not None and heard.done >= upload.number:
             self._upload = None
-            self._close(upload, any_faulty == upload.number)
-        return bool(any_notice)
+            self._close(upload, heard.faulty == upload.number)
+        return bool(heard.notice)
+
+    def finish(self) -> int:
+        """Wait until the last checkpoint is whole or given up. Returns the step of the last that is whole, on every rank."""
+        self._settle()
+        if self._commit is not None:
+            self._commit.join()
+        return of_rank_0(self._whole, self._agreement.group)
+
+    # -- what all ranks agree on --------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
         while self._upload is not None:
-            self._advance()
+            self.step()
             if self._upload is not None and self._upload.on_its_way:
                 time.sleep(0.01)
 
     def _close(self, upload: _Upload, faulty: bool) -> None:
         """All parts are there, or one could not be written."""
-        receipts = self._agreement.gather({**upload.receipt, "": (0, upload.fault)} if upload.fault else upload.receipt)
+        told = gathered((upload.receipt, upload.fault), self._agreement.group)
+        if self._agreement.rank:
+            return
         if self._commit is not None:
             self._commit.join()
         if faulty:
-            faults = [receipt[""][1] for receipt in receipts if "" in receipt]
-            self.fault = faults[0] if faults else "a part is lacking"
-        else:
-            self.last_step, self.fault = upload.step, None
-        if self._agreement.rank:
-            return
-        if faulty:
-            self._say(f"The checkpoint of step {upload.step:,} could not be written: {self.fault} Training goes on; the next one is another try.")
+            fault = next(filter(None, (fault for _, fault in told)))
+            self._say(f"The checkpoint of step {upload.step:,} could not be written: {fault} {GOES_ON}")
             work = (self._discard, upload.folder)
         else:
-            work = (self._complete, upload, {name: entry for receipt in receipts for name, entry in receipt.items()})
+            work = (self._complete, upload, {name: entry for receipt, _ in told for name, entry in receipt.items()})
         self._commit = threading.Thread(target=work[0], args=work[1:], name="glide-commit", daemon=True)
         self._commit.start()
 
@@ -169,10 +166,11 @@ class Keeper:
     def _complete(self, upload: _Upload, receipt: Receipt) -> None:
         try:
             self._checkpoints.complete(upload.folder, receipt)
+            self._whole = upload.step
             self._committed(upload.step, upload.folder)
-            self._checkpoints.retire(*self._keep)
+            self._checkpoints.retire(*self._keep, self._start)
         except storage.StorageError as error:
-            self._say(f"The checkpoint of step {upload.step:,} could not be completed: {error} Training goes on; the next one is another try.")
+            self._say(f"The checkpoint of step {upload.step:,} could not be completed: {error} {GOES_ON}")
 
     def _discard(self, folder: str) -> None:
         try:

@@ -14,7 +14,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from ..config import Preset
 from ..diffusion.schedule import make_schedule
@@ -28,8 +27,9 @@ from . import partition
 from .checkpoint import Progress, read_progress, write_progress
 from .culprit import TrainingError, check_step, stepped
 from .ema import Ema
-from .objectives import draw, held_out_sums, objective_of, row_numbers
+from .objectives import by_quartile, draw, held_out_sums, images_in, objective_of, quartile_means
 from .plan import choose_micro_batch
+from .ranks import gathered
 from .share import Share
 from .zero import deepspeed_config, learning_rate, resolve_precision
 
@@ -78,9 +78,7 @@ class Trainer:
         """Images in a network call: as many as fit the worker with the least memory."""
         cuda = self.device.type == "cuda"
         budget = torch.cuda.mem_get_info(self.device)[1] * USABLE if cuda else cpu_budget(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        chosen = torch.tensor(choose_micro_batch(self.preset, self.world, self.precision, budget, self.device.type), device=self.device)
-        dist.all_reduce(chosen, dist.ReduceOp.MIN)
-        return int(chosen)
+        return min(gathered(choose_micro_batch(self.preset, self.world, self.precision, budget, self.device.type)))
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -114,11 +112,9 @@ class Trainer:
     def held_out(self, batches: Sequence[Batch]) -> Metrics:
         """The objective's figures on held-out images, over all ranks."""
         self.engine.eval()
-        images = torch.tensor(sum(float((row_numbers(batch) >= 0).sum()) for batch in batches), dtype=torch.float64)
-        images = int(self._summed({"images": images})["images"])
+        images = sum(gathered(images_in(batches)))
         sums = self._summed(held_out_sums(self.objective, self.engine, self.schedule, [batch.to(self.device) for batch in batches],
                                           self.preset.train.seed, images))
-        images = sums.pop("images")
         return {"held_out" if name == "loss" else f"held_out_{name}": value / images for name, value in sums.items()}
 
     def scale(self) -> dict[str, float]:
@@ -193,23 +189,6 @@ def train_loop(trainer: Trainer, epoch_batches: Callable[[int, int], Iterator[Ba
         if number < train.steps and (wanted or number % train.checkpoint_every == 0):
             outlets.checkpoint(trainer.save)
             began = time.perf_counter()
-
-
-QUARTILES = 4
-
-
-def by_quartile(mse: torch.Tensor, i: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
-    """Sums of eps' error (B,) over the rows of each quarter of the timesteps, q0 the least noisy, and how many rows these are."""
-    quartile = F.one_hot(i * QUARTILES // steps, QUARTILES).to(mse.dtype)
-    sums, counts = mse @ quartile, quartile.sum(0)
-    return {**{f"mse_q{n}": sums[n] for n in range(QUARTILES)}, **{f"rows_q{n}": counts[n] for n in range(QUARTILES)}}
-
-
-def quartile_means(figures: dict[str, float]) -> dict[str, float]:
-    """Figures with the quarters' sums divided by their rows; a quarter that no row fell into is left out."""
-    rows = {name.removeprefix("rows_"): value for name, value in figures.items() if name.startswith("rows_q")}
-    means = {f"mse_{quarter}": figures[f"mse_{quarter}"] / count for quarter, count in rows.items() if count}
-    return {name: value for name, value in figures.items() if "_q" not in name} | means
 
 
 def _endless(epoch_batches: Callable[[int, int], Iterator[Batch]], trainer: Trainer) -> Iterator[Batch]:

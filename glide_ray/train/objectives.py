@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -18,6 +18,7 @@ from ..diffusion.schedule import Schedule
 from ..forms import Batch
 
 Losses = dict[str, Tensor]        # name -> (B,) float32; "loss" is the one to minimise, the others are for people
+QUARTILES = 4          # of the timesteps, by which a run tells its loss
 Objective = Callable[[Callable, Schedule, Batch, Tensor, Tensor], Losses]
 
 
@@ -96,21 +97,39 @@ def mix(seed: int, step: int, row: int) -> int:
     return (seed * 1_000_003 + step * 8191 + row) % 2**63
 
 
-@torch.no_grad()
-def held_out_sums(objective: Objective, network: Callable, schedule: Schedule, batches: Sequence[Batch], seed: int, images: int) -> dict[str, Tensor]:
-    """Sums over the batches of all that the objective gives, and "images", their number: float64 scalars.
+def images_in(batches: Iterable[Batch]) -> int:
+    """How many held-out images there are in batches: rows of number -1 only fill theirs."""
+    return sum(int((row_numbers(batch) >= 0).sum()) for batch in batches)
 
-    `batch.rows` number the held-out images from 0 to `images`, over all workers; -1 is one that only fills its batch and does not count.
+
+@torch.no_grad()
+def held_out_sums(objective: Objective, network: Callable, schedule: Schedule, batches: Iterable[Batch], seed: int, images: int) -> dict[str, Tensor]:
+    """Sums over the batches of all that the objective gives: float64 scalars.
+
+    `batch.rows` number the held-out images from 0 to `images`, over all workers (`images_in`); those of number -1 do not count.
     Indices lie evenly over the schedule, and noise is fixed, so that the figure moves with the weights only.
     """
     everywhere = ((torch.arange(images) + 0.5) / max(1, images) * len(schedule)).long()
     everywhere = everywhere[torch.randperm(images, generator=torch.Generator().manual_seed(seed))]
-    sums: dict[str, Tensor] = {"images": torch.zeros((), dtype=torch.float64)}
+    sums: dict[str, Tensor] = {}
     for batch in batches:
         rows = row_numbers(batch)
         i, counts = everywhere[rows % images].to(batch.image.device), (rows >= 0).double()
         noise = torch.stack([torch.randn(batch.image.shape[1:], generator=torch.Generator().manual_seed(mix(seed, 0, row))) for row in rows.tolist()])
         for name, values in objective(network, schedule, batch, i, noise.to(batch.image.device)).items():
             sums[name] = sums.get(name, 0) + (values.double().cpu() * counts).sum()
-        sums["images"] += counts.sum()
     return sums
+
+
+def by_quartile(mse: Tensor, i: Tensor, steps: int) -> dict[str, Tensor]:
+    """Sums of eps' error (B,) over the rows of each quarter of the timesteps, q0 the least noisy, and how many rows these are."""
+    quartile = F.one_hot(i * QUARTILES // steps, QUARTILES).to(mse.dtype)
+    sums, counts = mse @ quartile, quartile.sum(0)
+    return {**{f"mse_q{n}": sums[n] for n in range(QUARTILES)}, **{f"rows_q{n}": counts[n] for n in range(QUARTILES)}}
+
+
+def quartile_means(figures: dict[str, float]) -> dict[str, float]:
+    """Figures with the quarters' sums divided by their rows; a quarter that no row fell into is left out."""
+    rows = {name.removeprefix("rows_"): value for name, value in figures.items() if name.startswith("rows_q")}
+    means = {f"mse_{quarter}": figures[f"mse_{quarter}"] / count for quarter, count in rows.items() if count}
+    return {name: value for name, value in figures.items() if "_q" not in name} | means

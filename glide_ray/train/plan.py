@@ -1,6 +1,6 @@
 """What a run needs before it is started: memory by part, the largest micro-batch, time and price (`glide plan`).
 
-Activations come from following a pass on the meta device (`info.training_pass`). The state that ZeRO keeps, and what it needs for a
+Activations come from following a pass on the meta device (`activations.py`). The state that ZeRO keeps, and what it needs for a
 moment, is arithmetic: of DeepSpeed 0.19.8's `zero/stage_1_and_2.py` and `zero/stage3.py`, of torch's AdamW, and of `ema.py`.
 """
 
@@ -12,8 +12,9 @@ from functools import lru_cache
 
 from ..config import AnyModelConfig, ClipModelConfig, ConfigError, Preset
 from ..hardware import GIGA, HOST_ADAM, PCIE, TERA, Machine
-from ..info import BYTES, Moment, meta_model, operations, training_pass
+from ..info import BYTES, operations
 from ..settings import override
+from .activations import Moment, meta_model, training_pass
 from .share import Share, accumulation
 from .zero import deepspeed_config, resolve_precision
 
