@@ -71,6 +71,15 @@ def base_request(config: ModelConfig, prompt: str, seed: int, options: SampleOpt
                          start=None if start is None else to_tensor(start), strength=strength)
 
 
+def edit_request(config: ModelConfig, image: np.ndarray, known_mask: np.ndarray, prompt: str, seed: int, options: SampleOptions = SampleOptions(), *,
+                 critic: Critic | None = None, start: np.ndarray | None = None, strength: float = 1.0) -> SampleRequest:
+    """The base model's part of an edit of `image` (S, S, 3), or of a variation that begins from `start` (S, S, 3), at the cascade's size."""
+    size = config.image_size
+    known, mask = shrink_known(image, known_mask, size)
+    return base_request(config, prompt, seed, options, critic=critic, known=known, known_mask=mask,
+                        start=None if start is None else area_downsample(start, size), strength=strength)
+
+
 def upsampler_request(config: ModelConfig, prompt: str, seed: int, low_res: Tensor, options: SampleOptions = SampleOptions(), *,
                       known: np.ndarray | None = None, known_mask: np.ndarray | None = None) -> SampleRequest:
     """One sample of an upsampler from `low_res` (3, h, w), the base stage's image, taken at the 8 bits it would be saved in."""
@@ -145,12 +154,9 @@ class Cascade:
         image = self._enlarged(images[best:best + 1], [prompt], [seeds[best]], options, progress)[0]
         return Ranked(image, seeds[best], dict(zip(seeds, scores, strict=True)))
 
-    @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
-        """CLIP's logit of base-size images (N, 3, h, w), as they would be saved, with their prompts: sec. 5.2's CLIP score of each."""
-        critic, device = self.base.critic, self.base.device
-        images = to_8_bits(images).to(device)
-        return critic.score(images, torch.zeros(len(images), dtype=torch.int64, device=device), critic.embed(prompts)).tolist()
+        """CLIP's logit of base-size images (N, 3, h, w) with their prompts: sec. 5.2's CLIP score of each."""
+        return clip_scores(self.base.critic, self.base.device, images, prompts)
 
     def edit(self, image: np.ndarray, known_mask: np.ndarray, prompt: str, seed: int, options: SampleOptions = SampleOptions(),
              progress: Progress | None = None) -> np.ndarray:
@@ -191,10 +197,7 @@ class Cascade:
             if known_mask.shape != (self.size, self.size) or pixels.shape != (self.size, self.size, 3):
                 raise RequestError(f"The image and its mask must be {self.size}x{self.size} pixels (given: {pixels.shape[1]}x"
                                    f"{pixels.shape[0]} and {known_mask.shape[1]}x{known_mask.shape[0]}).", "mask")
-        small_size = self.base.config.image_size
-        known, mask = shrink_known(image, known_mask, small_size)
-        request = base_request(self.base.config, prompt, seed, options, critic=self.base.critic, known=known, known_mask=mask,
-                               start=None if start is None else area_downsample(start, small_size), strength=strength)
+        request = edit_request(self.base.config, image, known_mask, prompt, seed, options, critic=self.base.critic, start=start, strength=strength)
         small = self.base.run([request], _stage(progress, "base"))[0]
         if self.upsampler is None:
             return to_uint8(small)
@@ -202,13 +205,21 @@ class Cascade:
         return to_uint8(self.upsampler.run([request], _stage(progress, "upsampler"))[0])
 
 
-def load_stepper(path: str | Path, role: str, precision: str = "auto", max_in_flight: int = 8, clip: str | Path | None = None) -> Stepper:
+@torch.no_grad()
+def clip_scores(critic: Critic, device: torch.device | str, images: Tensor, prompts: Sequence[str]) -> list[float]:
+    """CLIP's logit of images (N, 3, h, w), as they would be saved, with their prompts."""
+    images = to_8_bits(images).to(device)
+    return critic.score(images, torch.zeros(len(images), dtype=torch.int64, device=device), critic.embed(prompts)).tolist()
+
+
+def load_stepper(path: str | Path, role: str, precision: str = "auto", max_in_flight: int = 8, clip: str | Path | None = None,
+                 lanes: int = 1) -> Stepper:
     """A weights file as a Stepper for `role`, "base" or "upsampler". Raises WeightsError if it is another."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, config = load_model(path, resolve_precision(precision, device), device)
     check_role(config, role, path)
     critic = load_critic(clip, config, device) if clip else None
-    return Stepper(model, config, device, next(model.parameters()).dtype, max_in_flight, critic=critic)
+    return Stepper(model, config, device, next(model.parameters()).dtype, max_in_flight, critic=critic, lanes=lanes)
 
 
 def check_role(config: AnyModelConfig, role: str, path: str | Path) -> None:

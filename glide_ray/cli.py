@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import commands, pictures, presets
-from .config import CleanConfig, FilterConfig, UserError
+from .config import CleanConfig, FilterConfig, ServeConfig, UserError
 
 DEMO = Path("runs/demo")
 CLIP = Path("runs/nano-plain-clip/weights.safetensors")
@@ -158,10 +158,23 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("weights", type=Path, help="a weights file of a base model, an upsampler or noised CLIP")
     command.add_argument("--out", type=Path, help=".pt file to write; CLIP's two encoders add their names (default: beside the weights)")
 
-    command = add("serve", commands.serve, "the OpenAI Images API for trained weights, on Ray Serve")
-    command.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine only; there is no authentication yet")
+    command = add("serve", commands.serve, "the OpenAI Images API for trained weights, on Ray Serve",
+                  "settings, as --set KEY=VALUE:\n  " + "  ".join(f"{name}={value}" for name, value in _flat(ServeConfig()).items())
+                  + "\nexamples:\n  glide serve --clip runs/nano-clip/weights.safetensors\n  glide serve --host 0.0.0.0 --keys keys.json "
+                  "--set base_scale.max_replicas=4")
+    command.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine only; any other needs --keys")
     command.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    command.add_argument("--clip", help="weights of noised CLIP, or the folder of a public CLIP, for clip_scale and best_of")
+    command.add_argument("--keys", help="file of API keys that `glide key` writes")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated")
     _add_weights(command)
+
+    command = add("key", commands.key, "a new API key for the server; the file keeps only its hash",
+                  "example:\n  glide key ann --per-minute 60\nTo take a key back, delete its name from the file and start or deploy the server anew.")
+    command.add_argument("name", help="whose it is, as the server's log will call them")
+    command.add_argument("--keys", type=Path, default=Path("keys.json"), help="file to write to (default: %(default)s)")
+    command.add_argument("--at-once", type=_positive, metavar="IMAGES", help="that are made for this key at once (default: as many as the server takes)")
+    command.add_argument("--per-minute", type=_positive, metavar="IMAGES", help="that this key may ask for (default: no limit)")
 
     command = add("info", commands.info, "parameters by part, memory and operations of a preset")
     command.add_argument("preset", help=names)
@@ -219,6 +232,13 @@ def _add_sampling(command: argparse.ArgumentParser, out: str, help_out: str = "P
     command.add_argument("--no-upsampler", action="store_true", help="stop at the base model's size")
     command.add_argument("--out", type=Path, default=Path(out), help=help_out)
     _add_weights(command)
+
+
+def _flat(config: ServeConfig) -> dict[str, object]:
+    """A config's settings by their dotted names, without those that options of their own set."""
+    tree = config.model_dump(exclude={"base", "upsampler", "clip", "keys", "host", "port", "precision", "more_models"})
+    return {f"{name}.{key}" if key else name: value for name, given in tree.items()
+            for key, value in (given if isinstance(given, dict) else {"": given}).items()}
 
 
 def _positive(text: str) -> int:

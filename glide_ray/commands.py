@@ -98,17 +98,24 @@ def export(options) -> None:
 
 def serve(options) -> None:
     _use_checkout()
-    config = validate(ServeConfig, {"base": str(options.base), "upsampler": str(options.upsampler), "host": options.host,
-                                    "port": options.port, "precision": options.precision})
-    from serve.app import build, serving
+    given = {name: getattr(options, name) for name in ("host", "port", "precision", "clip", "keys")}
+    config = override(validate(ServeConfig, {"base": str(options.base), "upsampler": str(options.upsampler), **given}), options.set)
+    from serve.app import build, cpus, serving
 
     from .distributed.local import connect
     build(config)        # a missing file is said before Ray is started
-    connect(4)
+    connect(cpus(config))
     with serving(config) as url:
         print(f"{url}/v1/images/generations  (documentation at {url}/docs; Ctrl-C ends it)", flush=True)
         import threading
         threading.Event().wait()
+
+
+def key(options) -> None:
+    _use_checkout()
+    from serve.keys import new_key
+    made = new_key(options.name, options.keys, options.at_once, options.per_minute)
+    print(f"{made}\nThis is the only time it is shown; {options.keys} has its hash. Serve with --keys {options.keys}.")
 
 
 def import_released(options) -> None:

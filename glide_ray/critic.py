@@ -100,14 +100,18 @@ def load_critic(path: str | Path, base: ModelConfig, device: torch.device | str 
     critic = load_clip(path, device)
     if isinstance(critic, PublicCritic):
         return critic
-    config = critic.config
+    check_clip(critic.config, base, path)
+    return critic
+
+
+def check_clip(config: ClipModelConfig, base: ModelConfig, path: str | Path) -> None:
+    """Raises WeightsError where a CLIP of ours does not go with a base model."""
     if config.image_size != base.image_size:
         raise WeightsError(f"{path} reads images of {config.image_size} pixels and {base.name} makes {base.image_size}; give a CLIP that "
                            f"was trained for this size.")
     if config.clip.noised and config.diffusion != base.diffusion:
         raise WeightsError(f"{path} was trained on the noise of a {config.diffusion.schedule} schedule of {config.diffusion.steps} steps and "
                            f"{base.name} on a {base.diffusion.schedule} one of {base.diffusion.steps}; give a CLIP of the same noise.")
-    return critic
 
 
 def load_clip(path: str | Path, device: torch.device | str = "cpu") -> OwnCritic | PublicCritic:

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from concurrent.futures import CancelledError, Future, InvalidStateError
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from .config import UserError
 from .stepper import SampleRequest, Stepper
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine has to do, and what it has done since it began."""
+
+    in_flight: int
+    queued: int
+    width: int                   # samples that one step can advance
+    steps: int                   # network steps
+    sample_steps: int            # of all samples: divided by width * steps, how full the steps were
+    busy_seconds: float
+    finished: int                # samples
+    cancelled: int
+    failed: int
 
 
 class Engine:
@@ -23,20 +40,15 @@ class Engine:
         self._inbox: queue.SimpleQueue[tuple[SampleRequest, Future] | None] = queue.SimpleQueue()
         self._futures: dict[int, Future] = {}
         self._closed = False
+        self._busy_seconds, self._ended = 0.0, {"finished": 0, "cancelled": 0, "failed": 0}
         self._thread = threading.Thread(target=self._loop, name="glide-engine", daemon=True)
         self._thread.start()
 
     @property
-    def in_flight(self) -> int:
-        return self._stepper.in_flight
-
-    @property
-    def queued(self) -> int:
-        return self._stepper.queued + self._inbox.qsize()
-
-    @property
-    def steps_done(self) -> int:
-        return self._stepper.steps_done
+    def load(self) -> Load:
+        stepper = self._stepper
+        return Load(stepper.in_flight, stepper.queued + self._inbox.qsize(), stepper.width, stepper.steps_done, stepper.sample_steps_done,
+                    self._busy_seconds, **self._ended)
 
     def submit(self, request: SampleRequest) -> Future:
         """A Future of the image (3, H, W) in [-1, 1], on the CPU."""
@@ -54,21 +66,25 @@ class Engine:
 
     def _loop(self) -> None:
         while not self._closed:
-            idle = not self._futures
-            self._receive(block=idle)
+            self._receive(block=not self._futures)
+            began = time.monotonic()
             for ticket in [ticket for ticket, future in self._futures.items() if future.cancelled()]:
                 self._stepper.cancel(ticket)
-                del self._futures[ticket]
+                self._end(ticket, "cancelled")
             try:
                 for ticket, image in self._stepper.step():
-                    _settle(self._futures.pop(ticket), image.cpu())
+                    _settle(self._end(ticket, "finished"), image.cpu())
             except Exception as error:   # a network that fails does so for every sample in flight; later ones may succeed
-                for ticket, future in self._futures.items():
+                for ticket in list(self._futures):
                     self._stepper.cancel(ticket)
-                    _settle(future, error)
-                self._futures.clear()
+                    _settle(self._end(ticket, "failed"), error)
+            self._busy_seconds += time.monotonic() - began
         for future in self._futures.values():
             future.cancel()
+
+    def _end(self, ticket: int, how: str) -> Future:
+        self._ended[how] += 1
+        return self._futures.pop(ticket)
 
     def _receive(self, block: bool) -> None:
         """Take in what has come; wait for something when there is nothing else to do."""

@@ -7,8 +7,9 @@ same whatever it is batched with, on whichever replica, and after a retry.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,9 +20,12 @@ from .critic import Critic
 from .diffusion.guidance import classifier_free, score_gradient
 from .diffusion.process import q_sample
 from .diffusion.samplers import SAMPLERS, History, Known, Step, ddim_inversion_step, predict_x0, renoise_known
-from .diffusion.schedule import Schedule, join, make_schedule, respace
+from .diffusion.schedule import Schedule, join, kept_timesteps, make_schedule, respace
 from .forms import Conditioning, ModelOutput, Rows, TextFeatures
 from .models.unet import GlideUNet
+
+STRETCH = 3              # a sample is due after so many times its own steps: short ones go first, and none waits for ever
+CAPTIONS_KEPT = 64       # of which the text features are at hand
 
 
 @dataclass(frozen=True)
@@ -39,18 +43,17 @@ class SampleRequest:
     noise: Tensor | None = None                            # (3, H, W): to begin from, instead of the seed's (see `invert`)
     start: Tensor | None = None                            # (3, H, W): an image to begin from instead of noise (SDEdit)
     strength: float = 1.0                                  # how much of the schedule is run from `start`
+    group: str | None = None                               # samples of one group count as one when it is decided who goes first
+    previews: int = 0                                      # how often on the way, evenly, `watch` is shown the predicted image (3, H, W)
+    watch: Callable[[Tensor], None] | None = None
 
 
 @dataclass(frozen=True)
 class Flight(Rows):
-    """The state of S samples, a row each."""
+    """The tensors of S samples, a row each."""
 
     x: Tensor                    # (S, 3, H, W) float32
-    i: Tensor                    # (S,) index into the sample's own schedule, counting down to 0
-    scale: Tensor                # (S,) guidance scale
-    interval: Tensor             # (S, 2) timesteps between which it holds
     clip_text: Tensor            # (S, E)
-    clip_scale: Tensor           # (S,), 0 for no CLIP guidance
     history: History
     conditioning: Conditioning
     text: TextFeatures
@@ -58,37 +61,62 @@ class Flight(Rows):
 
 @dataclass
 class Sample:
-    """What a sample keeps beside its row."""
+    """What is known of a sample without asking the device, and its row while it is not batched with others."""
 
     ticket: int
-    sampler: str
+    request: SampleRequest
     respacing: str
+    sampler: str
+    scale: float                 # of classifier-free guidance
     generator: torch.Generator
-    edits: bool                  # whether it has known pixels
+    steps: int                   # in all
+    left: int                    # still to go: the next one is at index left - 1 of its schedule
+    due: float                   # the smallest goes first
+    edits: bool = False          # whether it has known pixels
+    row: Flight | None = None
+
+    def guides(self, timestep: int, timesteps: int) -> bool:
+        """Whether guidance of either kind holds at this timestep."""
+        low, high = self.request.guidance_interval
+        return low * timesteps <= timestep <= high * timesteps
+
+    def shows(self) -> bool:
+        """Whether a preview falls on the step that has just been taken."""
+        taken, parts = self.steps - self.left, self.request.previews + 1
+        return parts > 1 and taken * parts // self.steps > (taken - 1) * parts // self.steps and self.left > 0
 
 
 class Stepper:
     """Not thread-safe: one thread submits and steps (`engine.Engine` has a thread of its own).
 
     `batched` puts all samples into one network call, which is what a GPU wants. On a CPU a call takes as long as its rows do
-    one by one, so there each sample has a call to itself, and is then the same to the last bit in any company.
+    one by one, so there each sample has a call to itself, `lanes` of them at once, and is then the same to the last bit in any
+    company. Each step advances the samples that are due first; all that are in flight where they are batched.
     `critic` is the CLIP that guides those samples that ask for it.
     """
 
     def __init__(self, model: GlideUNet, config: ModelConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-                 max_in_flight: int = 8, batched: bool | None = None, critic: Critic | None = None):
+                 max_in_flight: int = 8, batched: bool | None = None, critic: Critic | None = None, lanes: int = 1):
         self.config, self.device, self.max_in_flight = config, torch.device(device), max_in_flight
         self.model = model.to(self.device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
         self.batched = self.device.type != "cpu" if batched is None else batched
+        self.width = max_in_flight if self.batched else min(lanes, max_in_flight)      # samples that a step advances, at most
         self.critic = critic
         self.steps_done = 0
+        self.sample_steps_done = 0      # of all samples
         self._process = make_schedule(config.diffusion.schedule, config.diffusion.steps)
         self._schedules: dict[str, Schedule] = {}
-        self._waiting: deque[tuple[int, SampleRequest]] = deque()
+        self._kept: dict[str, list[int]] = {}
+        self._waiting: list[Sample] = []
         self._samples: list[Sample] = []
-        self._flight: Flight | None = None
+        self._together: list[Sample] = []      # those whose rows are joined
+        self._flight: Flight | None = None     # in this
         self._tickets = 0
-        self._empty: TextFeatures | None = None
+        self._captions: OrderedDict[bytes, TextFeatures] = OrderedDict()
+        self._lanes = None
+        if not self.batched and self.width > 1:     # the cores are shared by the lanes: what a call computes does not depend on its company
+            threads = max(1, torch.get_num_threads() // self.width)
+            self._lanes = ThreadPoolExecutor(self.width, "glide-lane", torch.set_num_threads, (threads,))
 
     # -- coming and going ---------------------------------------------------------------------------------------------
 
@@ -102,20 +130,25 @@ class Stepper:
 
     def submit(self, request: SampleRequest) -> int:
         """Queue a request and return its ticket. Raises UserError at once for one that makes no sense."""
-        if (request.sampler or self.config.sampling.sampler) not in SAMPLERS:
+        own = self.config.sampling
+        if (request.sampler or own.sampler) not in SAMPLERS:
             raise UserError(f"There is no sampler {request.sampler!r}; choose one of: {', '.join(SAMPLERS)}.")
         if request.clip_scale and (self.critic is None or request.clip_text is None):
             raise UserError("CLIP guidance needs a CLIP model; give one, or leave clip_scale at 0.")
-        self._first_index(request)
+        steps = self._first_index(request) + 1
         self._tickets += 1
-        self._waiting.append((self._tickets, request))
+        self._waiting.append(Sample(
+            self._tickets, request, request.respacing or own.respacing, request.sampler or own.sampler,
+            own.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+            torch.Generator().manual_seed(request.seed), steps, steps, self._due(request, steps)))
+        self._waiting.sort(key=lambda sample: sample.due)
         return self._tickets
 
     def cancel(self, ticket: int) -> bool:
         """Forget a sample, queued or in flight. False if there is none."""
         before = len(self._waiting) + len(self._samples)
-        self._waiting = deque(item for item in self._waiting if item[0] != ticket)
-        self._keep([sample.ticket != ticket for sample in self._samples])
+        self._waiting = [sample for sample in self._waiting if sample.ticket != ticket]
+        self._samples = [sample for sample in self._samples if sample.ticket != ticket]
         return len(self._waiting) + len(self._samples) < before
 
     def schedule(self, respacing: str | None) -> Schedule:
@@ -129,41 +162,36 @@ class Stepper:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Tensor]]:
-        """Admit what fits, advance every sample by one step, and return the finished: (ticket, image (3, H, W) in [-1, 1])."""
+        """Admit what fits, advance the samples that are due first by one step, and return the finished: (ticket, image (3, H, W) in [-1, 1])."""
         while self._waiting and len(self._samples) < self.max_in_flight:
-            self._admit(*self._waiting.popleft())
+            self._admit(self._waiting.pop(0))
         if not self._samples:
             return []
-        names = list(dict.fromkeys(sample.respacing for sample in self._samples))
-        schedule, starts = self._joined(names)
-        flight = self._flight
-        i = flight.i + torch.tensor([starts[sample.respacing] for sample in self._samples], device=self.device)
-        output = self._denoise(flight, schedule.timestep[i])
-        noise = torch.cat([self._noise(sample) for sample in self._samples]).to(self.device)
-        step = self._sampled(schedule, output, flight, i, noise, self._gradient(schedule, output, flight, i))
-        x = step.x
-        if not self.config.unet.inpaint and flight.conditioning.known_mask.any():
-            # This model does not see what is known but in x itself (sec. 4.3). The noise is drawn for edits only.
-            renoise = torch.cat([self._noise(sample) if sample.edits else torch.zeros_like(x[:1], device="cpu") for sample in self._samples])
-            x = renoise_known(schedule, x, i, renoise.to(self.device), Known(flight.conditioning.known, flight.conditioning.known_mask))
+        moving = self._samples if len(self._samples) <= self.width else sorted(self._samples, key=lambda sample: sample.due)[:self.width]
+        if self.batched:
+            if [sample.ticket for sample in moving] != [sample.ticket for sample in self._together]:
+                self._part()
+                self._together, self._flight = list(moving), Flight.join([sample.row for sample in moving])
+            self._flight = self._advance(moving, self._flight)
+        else:
+            rows = (map if self._lanes is None else self._lanes.map)(lambda sample: self._advance([sample], sample.row), moving)
+            for sample, row in zip(moving, rows, strict=True):
+                sample.row = row
         self.steps_done += 1
-        self._flight = replace(flight, x=x, i=flight.i - 1, history=flight.history.then(step.remembered))
-        done = schedule.last[i].tolist()
-        finished = [(sample.ticket, x[n]) for n, sample in enumerate(self._samples) if done[n]]
-        self._keep([not over for over in done])
+        self.sample_steps_done += len(moving)
+        finished = [(sample.ticket, self._flight.x[n] if self.batched else sample.row.x[0]) for n, sample in enumerate(moving) if not sample.left]
+        self._samples = [sample for sample in self._samples if sample.left]
         return finished
 
     def run(self, requests: Sequence[SampleRequest], on_step: Callable[[int, int], None] | None = None) -> Tensor:
         """All requests to their end: images (N, 3, H, W) in [-1, 1], in order. `on_step` is given denoising steps done and in all."""
         tickets = [self.submit(request) for request in requests]
-        done, total = 0, sum(self._first_index(request) + 1 for request in requests)
+        before, total = self.sample_steps_done, sum(self._first_index(request) + 1 for request in requests)
         images: dict[int, Tensor] = {}
         while len(images) < len(tickets):
-            finished = self.step()
-            images.update(finished)
-            done += self.in_flight + len(finished)
+            images.update(self.step())
             if on_step:
-                on_step(done, total)
+                on_step(self.sample_steps_done - before, total)
         return torch.stack([images[ticket] for ticket in tickets])
 
     @torch.inference_mode()
@@ -172,41 +200,82 @@ class Stepper:
 
         The ODE of eq. 14 of Song et al. (2020) run backwards; the way back is as exact as its steps are small.
         """
-        flight = replace(Flight.join([self._row(request)[1] for request in requests]), x=images.to(self.device))
+        inverted = []
         schedule = self.schedule(requests[0].respacing)
-        for index in range(len(schedule) - 1):
-            i = torch.full((len(images),), index, device=self.device)
-            flight = replace(flight, x=ddim_inversion_step(schedule, self._denoise(flight, schedule.timestep[i]), flight.x, i).x)
-        return flight.x
+        for request, image in zip(requests, images, strict=True):
+            self.submit(request)
+            sample = self._waiting.pop()
+            row = replace(self._row(sample), x=image[None].to(self.device))
+            for index in range(len(schedule) - 1):
+                i = torch.tensor([index], device=self.device)
+                output = self._denoise([sample], row, schedule.timestep[i], [int(schedule.timestep[index])])
+                row = replace(row, x=ddim_inversion_step(schedule, output, row.x, i).x)
+            inverted.append(row.x)
+        return torch.cat(inverted)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _sampled(self, schedule: Schedule, output: ModelOutput, flight: Flight, i: Tensor, noise: Tensor, gradient: Tensor | None) -> Step:
+    def _due(self, request: SampleRequest, steps: int) -> float:
+        """When a sample is to be finished, in sample-steps of this stepper: after `STRETCH` times its own and its group's before it."""
+        group = sum(other.left for other in (*self._samples, *self._waiting) if request.group is not None and other.request.group == request.group)
+        return self.sample_steps_done + STRETCH * (group + steps)
+
+    def _part(self) -> None:
+        """Give the samples that were batched their own rows again."""
+        for n, sample in enumerate(self._together):
+            sample.row = self._flight[n:n + 1]
+        self._together, self._flight = [], None
+
+    @torch.inference_mode()
+    def _advance(self, samples: list[Sample], flight: Flight) -> Flight:
+        """One step of all these samples, in one network call. What decides it is known here: the device is asked nothing."""
+        names = list(dict.fromkeys(sample.respacing for sample in samples))
+        schedule, starts = self._joined(names)
+        i = torch.tensor([starts[sample.respacing] + sample.left - 1 for sample in samples]).to(self.device)
+        timesteps = [self._timesteps(sample.respacing)[sample.left - 1] for sample in samples]
+        output = self._denoise(samples, flight, schedule.timestep[i], timesteps)
+        noise = torch.cat([self._noise(sample) for sample in samples]).to(self.device)
+        step = self._sampled(samples, schedule, output, flight, i, noise, self._gradient(samples, schedule, output, flight, i, timesteps))
+        x = step.x
+        if not self.config.unet.inpaint and any(sample.edits for sample in samples):
+            # This model does not see what is known but in x itself (sec. 4.3). The noise is drawn for edits only.
+            renoise = torch.cat([self._noise(sample) if sample.edits else torch.zeros_like(x[:1], device="cpu") for sample in samples])
+            x = renoise_known(schedule, x, i, renoise.to(self.device), Known(flight.conditioning.known, flight.conditioning.known_mask))
+        for n, sample in enumerate(samples):
+            sample.left -= 1
+            if sample.shows():
+                sample.request.watch(step.x0[n].cpu())
+        return replace(flight, x=x, history=flight.history.then(step.remembered))
+
+    def _sampled(self, samples: list[Sample], schedule: Schedule, output: ModelOutput, flight: Flight, i: Tensor, noise: Tensor,
+                 gradient: Tensor | None) -> Step:
         """One reverse step of every sample by its own sampler."""
-        names = [sample.sampler for sample in self._samples]
+        names = [sample.sampler for sample in samples]
         parts, order = [], []
         for name in dict.fromkeys(names):
-            rows = torch.tensor([n for n, sampler in enumerate(names) if sampler == name], device=self.device)
+            here = [n for n, sampler in enumerate(names) if sampler == name]
+            rows = torch.tensor(here).to(self.device)
             part = flight[rows]
             known = Known(part.conditioning.known, part.conditioning.known_mask)
             push = None if gradient is None else gradient[rows]
             parts.append(SAMPLERS[name](schedule, output[rows], part.x, i[rows], noise[rows], known, push, part.history))
-            order.append(rows)
-        return parts[0] if len(parts) == 1 else Step.join(parts)[torch.cat(order).argsort()]
+            order += here
+        return parts[0] if len(parts) == 1 else Step.join(parts)[torch.tensor(order).argsort().to(self.device)]
 
-    def _gradient(self, schedule: Schedule, output: ModelOutput, flight: Flight, i: Tensor) -> Tensor | None:
+    def _gradient(self, samples: list[Sample], schedule: Schedule, output: ModelOutput, flight: Flight, i: Tensor,
+                  timesteps: list[int]) -> Tensor | None:
         """The push of CLIP guidance (S, 3, H, W): zero for samples that have none, None where none has."""
-        timestep = schedule.timestep[i]
-        rows = (flight.clip_scale.ne(0) & _inside(timestep, flight.interval)).nonzero()[:, 0]
-        if not len(rows):
+        pulled = [n for n, sample in enumerate(samples) if sample.request.clip_scale and sample.guides(timesteps[n], self.config.diffusion.steps)]
+        if not pulled:
             return None
+        rows = torch.tensor(pulled).to(self.device)
+        scale = torch.tensor([samples[n].request.clip_scale for n in pulled]).to(self.device)
         seen = flight.x
         if not self.critic.noised:      # it is shown the predicted image as it emerges from the noise (Crowson 2021a)
             share = (1 - schedule.at("alpha_bar", i)).sqrt().float()
             seen = share * predict_x0(schedule, output, flight.x, i, None) + (1 - share) * flight.x
         gradient = torch.zeros_like(flight.x)
-        for group in [rows] if self.batched else rows.split(1):
-            gradient[group] = score_gradient(self.critic.score, seen[group], timestep[group], flight.clip_text[group], flight.clip_scale[group])
+        gradient[rows] = score_gradient(self.critic.score, seen[rows], schedule.timestep[i[rows]], flight.clip_text[rows], scale)
         return gradient
 
     def _first_index(self, request: SampleRequest) -> int:
@@ -216,60 +285,59 @@ class Stepper:
             raise UserError(f"strength must lie above 0 and at most at 1 (given: {request.strength}); 0.6 keeps the picture's outline.")
         return steps - 1 if request.start is None else max(1, round(request.strength * steps)) - 1
 
-    def _denoise(self, flight: Flight, timestep: Tensor) -> ModelOutput:
-        if self.batched:
-            return self._guided(flight, timestep)
-        return ModelOutput.join([self._guided(flight[n:n + 1], timestep[n:n + 1]) for n in range(len(timestep))])
-
-    def _guided(self, flight: Flight, timestep: Tensor) -> ModelOutput:
-        scale = torch.where(_inside(timestep, flight.interval), flight.scale, 1.0)
-        guided = scale.ne(1).nonzero()[:, 0]
+    def _denoise(self, samples: list[Sample], flight: Flight, timestep: Tensor, timesteps: list[int]) -> ModelOutput:
+        """The guided output. `timesteps` are those of `timestep` (S,), known without asking the device."""
+        scale = torch.tensor([sample.scale if sample.guides(t, self.config.diffusion.steps) else 1.0
+                              for sample, t in zip(samples, timesteps, strict=True)])
 
         def paired(x: Tensor, timestep: Tensor) -> ModelOutput:
-            if not len(guided):
+            guided = len(x) - len(samples)
+            if not guided:
                 return self.model(x, timestep, flight.conditioning, flight.text)
-            conditioning = Conditioning.join([flight.conditioning, flight.conditioning[guided]])
-            empty = self._empty_text().map(lambda tensor: tensor.expand(len(guided), *tensor.shape[1:]))
+            rows = scale.ne(1).nonzero()[:, 0].to(self.device)
+            conditioning = Conditioning.join([flight.conditioning, flight.conditioning[rows]])
+            empty = self._empty_text().map(lambda tensor: tensor.expand(guided, *tensor.shape[1:]))
             return self.model(x, timestep, conditioning, TextFeatures.join([flight.text, empty]))
         return classifier_free(paired, scale)(flight.x, timestep)
 
     def _empty_text(self) -> TextFeatures:
         """The features of the empty caption, which every guided sample shares."""
-        if self._empty is None:
-            context = self.config.unet.text.context
-            self._empty = self.model.encode_text(torch.zeros(1, context, dtype=torch.int64, device=self.device),
-                                                 torch.zeros(1, context, dtype=torch.bool, device=self.device))
-        return self._empty
+        context = self.config.unet.text.context
+        return self._encoded(torch.zeros(1, context, dtype=torch.int64), torch.zeros(1, context, dtype=torch.bool))
 
-    def _admit(self, ticket: int, request: SampleRequest) -> None:
-        sample, row = self._row(request, ticket)
-        self._flight = row if self._flight is None else Flight.join([self._flight, row])
+    def _encoded(self, tokens: Tensor, mask: Tensor) -> TextFeatures:
+        """A caption's features, (1, K) tokens and mask: kept for the samples after it, but those longest unused."""
+        caption = tokens.numpy().tobytes() + mask.numpy().tobytes()
+        features = self._captions.pop(caption, None)
+        if features is None:
+            features = self.model.encode_text(tokens.to(self.device), mask.to(self.device))
+        self._captions[caption] = features
+        if len(self._captions) > CAPTIONS_KEPT:
+            self._captions.popitem(last=False)
+        return features
+
+    def _admit(self, sample: Sample) -> None:
+        sample.row = self._row(sample)
         self._samples.append(sample)
 
-    def _row(self, request: SampleRequest, ticket: int = 0) -> tuple[Sample, Flight]:
-        """A sample at the beginning of its way."""
-        sampling = self.config.sampling
+    def _row(self, sample: Sample) -> Flight:
+        """A sample's tensors at the beginning of its way."""
+        request = sample.request
+        text = self._encoded(request.conditioning.tokens.cpu(), request.conditioning.mask.cpu())
+        sample.edits = request.conditioning.known_mask is not None and bool(request.conditioning.known_mask.any())
         conditioning = request.conditioning.to(self.device)
-        edits = conditioning.known_mask is not None and bool(conditioning.known_mask.any())
         if conditioning.known is None:      # so that rows with and without known pixels share a batch
             size = self.config.unet.image_size
             conditioning = replace(conditioning, known=torch.zeros(1, 3, size, size, device=self.device),
                                    known_mask=torch.zeros(1, 1, size, size, device=self.device))
-        generator = torch.Generator().manual_seed(request.seed)
-        sample = Sample(ticket, request.sampler or sampling.sampler, request.respacing or sampling.respacing, generator, edits)
-        scale = sampling.guidance_scale if request.guidance_scale is None else request.guidance_scale
         clip_text = request.clip_text
         if clip_text is None:       # so that rows with and without it share a batch
             clip_text = torch.zeros(1, 0 if self.critic is None else self.critic.embedding)
-        i = torch.tensor([self._first_index(request)], device=self.device)
-        x = (self._noise(sample) * sampling.noise_scale if request.noise is None else request.noise[None]).to(self.device)
+        x = (self._noise(sample) * self.config.sampling.noise_scale if request.noise is None else request.noise[None]).to(self.device)
         if request.start is not None:
+            i = torch.tensor([sample.left - 1], device=self.device)
             x = q_sample(self.schedule(request.respacing), request.start[None].to(self.device), i, x)
-        return sample, Flight(
-            x=x, i=i, scale=torch.tensor([scale], dtype=torch.float32, device=self.device),
-            interval=torch.tensor([request.guidance_interval], device=self.device) * self.config.diffusion.steps,
-            clip_text=clip_text.to(self.device), clip_scale=torch.tensor([request.clip_scale], dtype=torch.float32, device=self.device),
-            history=History.none(x), conditioning=conditioning, text=self.model.encode_text(conditioning.tokens, conditioning.mask))
+        return Flight(x=x, clip_text=clip_text.to(self.device), history=History.none(x), conditioning=conditioning, text=text)
 
     def _noise(self, sample: Sample) -> Tensor:
         size = self.config.unet.image_size
@@ -280,12 +348,8 @@ class Stepper:
         starts = dict(zip(names, torch.tensor([0, *map(len, schedules)]).cumsum(0).tolist(), strict=False))
         return (schedules[0] if len(schedules) == 1 else join(schedules)), starts
 
-    def _keep(self, keep: list[bool]) -> None:
-        if all(keep):
-            return
-        self._samples = [sample for sample, stays in zip(self._samples, keep, strict=True) if stays]
-        self._flight = self._flight[torch.tensor(keep, device=self.device)] if self._samples else None
-
-
-def _inside(timestep: Tensor, interval: Tensor) -> Tensor:
-    return (timestep >= interval[:, 0]) & (timestep <= interval[:, 1])
+    def _timesteps(self, respacing: str) -> list[int]:
+        """Those of a schedule, known without asking the device."""
+        if respacing not in self._kept:
+            self._kept[respacing] = kept_timesteps(self.config.diffusion.steps, respacing)
+        return self._kept[respacing]

@@ -1,158 +1,243 @@
 """The OpenAI Images API as FastAPI routes over any backend. Free of Ray, so that it can be tried and tested by itself.
 
-`POST /v1/images/generations`, `POST /v1/images/edits`, `GET /v1/models`, `GET /healthz`. Beyond the standard fields: seed,
-steps, guidance_scale. Every error has OpenAI's form: {"error": {"message", "type", "param", "code"}}.
+Generations, edits and variations, whole or streamed; models, health, metrics. Beyond the standard fields: seed, steps, sampler,
+guidance scale, strength and the rest of `fields.py`. Every error has OpenAI's form.
 """
-
-from __future__ import annotations
 
 import asyncio
 import base64
-import logging
+import json
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
-from glide_ray.cascade import RequestError, check_options, shrink_known
-from glide_ray.config import SampleOptions, ServeConfig, UserError, nearest
-from glide_ray.data.images import centre_crop, encode, flatten, load, open_image
-from glide_ray.data.masks import centre_crop_mask, check_sizes, mask_of
+from glide_ray.cascade import check_options, shrink_known
+from glide_ray.config import SampleOptions, ServeConfig, nearest
+from glide_ray.data.images import encode
 from glide_ray.recipe import Maker, png_text
 from glide_ray.tokenizer import Tokenizer
 
-MAX_JSON_BYTES = 2**20
-log = logging.getLogger("glide.api")
+from .edge import Edge
+from .errors import ApiError, ErrorBody, handle_errors
+from .fields import Edit, Generation, ImageFields, Job, Picture, Source, Variation, form_schema, narrowed, read_form, read_source
+from .figures import Figures, StageLoad, exposition
+from .gate import NOBODY, Gate
 
-
-@dataclass(frozen=True)
-class Job:
-    """One image to make, at `size` pixels. An edit has the image (256, 256, 3) uint8 and what of it is known (256, 256)."""
-
-    prompt: str
-    seed: int
-    size: int
-    guidance_scale: float | None = None
-    steps: int | None = None
-    image: np.ndarray | None = None
-    known_mask: np.ndarray | None = None
-
-    @property
-    def options(self) -> SampleOptions:
-        return SampleOptions(guidance_scale=self.guidance_scale, steps=self.steps)
+ERRORS = {status: {"model": ErrorBody, "description": words} for status, words in (
+    (400, "The request makes no sense; error.param names the field"), (401, "No key, or one that is not known"),
+    (403, "No keys are set up, and the client is on another machine"), (404, "There is no such model"), (408, "The body did not come"),
+    (413, "The body or an image is too large"), (429, "All places are taken, or the key's own; Retry-After says for how long"),
+    (500, "A fault of the server"), (503, "No replica is there"))}
+CLOSED = {status: ERRORS[status] for status in (401, 403, 500)}
+Show = Callable[[np.ndarray], None]
 
 
 class Backend(Protocol):
-    """What makes the images; `sizes` are the pixels it can answer with, the largest last."""
+    """One model: what makes its images. `sizes` are the pixels it can answer with, the largest last."""
 
-    model: str
-    sizes: tuple[int, ...]
-    context: int
     maker: Maker
+    sizes: tuple[int, ...]
+    clip: bool
 
-    async def make(self, job: Job) -> np.ndarray: ...
-
-
-class ApiError(Exception):
-    """An answer other than 200, in OpenAI's form."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None,
-                 headers: dict[str, str] | None = None):
-        super().__init__(message)
-        kind = "invalid_request_error" if status < 500 and status != 429 else "rate_limit_error" if status == 429 else "server_error"
-        self.status, self.headers = status, headers
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    async def make(self, job: Job, show: Show | None = None) -> Picture:
+        """The picture of a job; `show` is given what is predicted on the way, as often as the job says."""
 
 
-class ImageRequest(BaseModel):
-    """What generations and edits share."""
+@dataclass
+class Face:
+    """What the routes stand on. The first model is the one of requests that name none."""
 
-    model_config = ConfigDict(extra="forbid")
+    models: Mapping[str, Backend]
+    gate: Gate
+    figures: Figures
 
-    prompt: str
-    model: str | None = None
-    n: int = Field(1, ge=1)
-    size: Literal["64x64", "256x256", "auto"] | None = "auto"
-    response_format: Literal["b64_json"] | None = "b64_json"
-    output_format: Literal["png", "jpeg", "webp"] | None = "png"
-    user: str | None = None                                # accepted as clients send it; not used
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    steps: int | None = Field(None, ge=1, le=1000)
-    guidance_scale: float | None = None
+    async def stages(self) -> list[StageLoad] | None:
+        """The loads of all replicas; None where a stage has none."""
+        return []
+
+    async def texts(self) -> list[str]:
+        """The figures of all ingress replicas."""
+        return [self.figures.text(self.gate)]
 
 
-def build_api(backend: Callable[[], Backend], config: ServeConfig) -> FastAPI:
-    """The application. `backend` is called per request: under Ray Serve it exists only once the replica does."""
-    api = FastAPI(title="glide_ray", description="Text-to-image generation and editing with GLIDE, as the OpenAI Images API.")
-    _handle_errors(api)
-    _bound_bodies(api)
+def build_api(face: Callable[[], Face], config: ServeConfig, sizes: Sequence[int] = (64, 256), clip: bool = False) -> FastAPI:
+    """The application. `face` is called per request: under Ray Serve it exists only once the replica does. `sizes` and `clip`: what any of
+    its models can answer with, and whether any has a CLIP."""
+    api = FastAPI(title="glide_ray", description="Text-to-image generation and editing with GLIDE, as the OpenAI Images API.", redoc_url=None)
+    generation, edit, variation = (narrowed(kind, config, sizes, clip) for kind in (Generation, Edit, Variation))
+    handle_errors(api, list(generation.model_fields))
+    api.add_middleware(Edge, face=face, config=config)
 
-    @api.post("/v1/images/generations")
-    async def generations(body: ImageRequest) -> dict[str, Any]:
-        """Images for a prompt."""
-        return await _answer(backend(), config, body)
+    async def generations(request: Request, body: generation):
+        return await _answer(face(), config, request, body)
 
-    @api.post("/v1/images/edits")
-    async def edits(request: Request) -> dict[str, Any]:
-        """Paint anew the transparent part of `mask` (or of `image` itself) in `image`, as the prompt says; multipart form."""
-        fields, files = await _form(request, config)
-        try:
-            body = ImageRequest.model_validate(fields)
-        except ValidationError as error:
-            raise _refusal(error.errors(), known=[*ImageRequest.model_fields, "image", "mask"]) from None
-        made_from = await asyncio.to_thread(_edit_source, files, config, backend().sizes[-1])
-        return await _answer(backend(), config, body, *made_from)
+    async def edits(request: Request):
+        return await _from_image(face(), config, request, edit)
 
-    @api.get("/v1/models")
+    async def variations(request: Request):
+        return await _from_image(face(), config, request, variation)
+
+    for route, form, files in ((generations, generation, ()), (edits, edit, ("image", "mask")), (variations, variation, ("image", "mask"))):
+        api.post(f"/v1/images/{route.__name__}", description=form.__doc__, responses=ERRORS, response_model=None,
+                 openapi_extra=form_schema(form, files) if files else None)(route)
+
+    @api.get("/v1/models", responses=CLOSED)
     async def models() -> dict[str, Any]:
         """The models that are served."""
-        return {"object": "list", "data": [{"id": backend().model, "object": "model", "created": 0, "owned_by": "glide_ray"}]}
+        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "glide_ray"} for name in face().models]}
 
-    @api.get("/healthz")
+    @api.get("/healthz", responses={500: ERRORS[500]})
     async def healthz() -> dict[str, str]:
         """Whether the server answers."""
         return {"status": "ok"}
 
+    @api.get("/readyz", responses={500: ERRORS[500], 503: ERRORS[503]})
+    async def readyz() -> dict[str, str]:
+        """Whether every stage of every model has a replica with its weights loaded."""
+        if await face().stages() is None:
+            raise ApiError(503, "A stage has no replica that is ready.", code="not_ready", headers={"Retry-After": "5"})
+        return {"status": "ready"}
+
+    @api.get("/metrics", responses=CLOSED, response_class=PlainTextResponse)
+    async def metrics() -> PlainTextResponse:
+        """Counts, times and loads of all replicas, for Prometheus."""
+        texts, stages = await asyncio.gather(face().texts(), face().stages())
+        return PlainTextResponse(exposition(texts, stages or []), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    api.openapi = lambda: _openapi(api)
     return api
+
+
+def _openapi(api: FastAPI) -> dict:
+    """FastAPI's description without its own form of refusals, which is not ours."""
+    if api.openapi_schema is None:
+        schema = get_openapi(title=api.title, version="1", description=api.description, routes=api.routes)
+        for methods in schema["paths"].values():
+            for operation in methods.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        api.openapi_schema = schema
+    return api.openapi_schema
 
 
 # -- answering --------------------------------------------------------------------------------------------------------
 
-async def _answer(backend: Backend, config: ServeConfig, body: ImageRequest, image: np.ndarray | None = None,
-                  known_mask: np.ndarray | None = None) -> dict[str, Any]:
-    job, warnings = _job(backend, config, body)
-    job = replace(job, image=image, known_mask=known_mask)
-    jobs = [replace(job, seed=(job.seed + k) % 2**63) for k in range(body.n)]
-    pictures = await _all(backend.make, jobs)
-    form = body.output_format or "png"
-    data = [{"b64_json": base64.b64encode(encode(picture, form, _recipe(backend, made) if form == "png" else None)).decode(), "seed": made.seed}
-            for picture, made in zip(pictures, jobs, strict=True)]
-    answer = {"created": int(time.time()), "data": data, "size": f"{job.size}x{job.size}", "output_format": form}
-    return answer | ({"warnings": warnings} if warnings else {})
+async def _from_image(face: Face, config: ServeConfig, request: Request, kind: type[ImageFields]):
+    fields, files = await read_form(request, kind, config)
+    backend = _backend(face, fields.model)[1]
+    source = await asyncio.to_thread(read_source, files, config, backend.sizes[-1], issubclass(kind, Variation))
+    return await _answer(face, config, request, fields, source)
 
 
-def _recipe(backend: Backend, job: Job) -> dict[str, str]:
-    """What a PNG answer carries, so that `glide reproduce` can make it again."""
-    inputs, maker = {}, backend.maker
-    if job.size != backend.sizes[-1]:
-        maker = replace(maker, upsampler=None, models={"base": maker.models["base"]})
-    if job.image is not None:
-        inputs = dict(zip(("image", "mask"), shrink_known(job.image, job.known_mask, job.size), strict=True))
-    return png_text(maker.recipe("edit" if inputs else "generate", job.prompt, job.seed, job.options), inputs)
+async def _answer(face: Face, config: ServeConfig, request: Request, fields: ImageFields, source: Source | None = None):
+    """Whole or streamed. Whatever can be refused is refused before the first byte."""
+    job, model, warnings = _job(face, config, fields, source, request)
+    backend = face.models[model]
+    jobs = [replace(job, seed=(job.seed + k * job.best_of) % 2**63) for k in range(fields.n or 1)]
+    making = _Making(face, model, backend, fields, request.scope["glide"])
+    inside = ExitStack()
+    inside.enter_context(face.gate.admit(request.scope["glide"].get("key", NOBODY), model, len(jobs) * job.best_of))
+    if fields.stream:
+        return StreamingResponse(making.events(jobs, warnings, inside), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    with inside:
+        pictures = await _all([making.picture(job) for job in jobs])
+        data = [await asyncio.to_thread(making.item, job, picture) for job, picture in zip(jobs, pictures, strict=True)]
+    answer = {"created": int(time.time()), "data": data, **making.described(job), "usage": making.usage(jobs)}
+    return JSONResponse(answer | ({"warnings": warnings} if warnings else {}))
 
 
-async def _all(make: Callable[[Job], Awaitable[np.ndarray]], jobs: list[Job]) -> list[np.ndarray]:
+@dataclass
+class _Making:
+    """Pictures of one request as its client wants them."""
+
+    face: Face
+    model: str
+    backend: Backend
+    fields: ImageFields
+    told: dict[str, Any]         # of the request's line in the log
+
+    async def picture(self, job: Job, show: Show | None = None) -> Picture:
+        picture = await self.backend.make(job, show)
+        self.face.figures.image(self.model, job.task, picture.seconds)
+        self.told["images"] = self.told.get("images", 0) + 1
+        self.told["stages"] = {stage: round(max(seconds, self.told.get("stages", {}).get(stage, 0)), 4) for stage, seconds in picture.seconds.items()}
+        return picture
+
+    @property
+    def form(self) -> str:
+        return self.fields.output_format or "png"
+
+    def described(self, job: Job) -> dict[str, str]:
+        return {"size": f"{job.size}x{job.size}", "output_format": self.form, "quality": "auto", "background": "opaque"}
+
+    def usage(self, jobs: Sequence[Job]) -> dict[str, Any]:
+        """In tokens of the prompt; images are not counted in tokens here."""
+        read = Tokenizer(self.backend.maker.base.context).encode(jobs[0].prompt)
+        text = sum(bool(here) for here in read.mask)
+        return {"input_tokens": text, "output_tokens": 0, "total_tokens": text, "input_tokens_details": {"text_tokens": text, "image_tokens": 0}}
+
+    def item(self, job: Job, picture: Picture) -> dict[str, Any]:
+        encoded = base64.b64encode(encode(picture.pixels, self.form, self._recipe(job, picture), self.fields.output_compression)).decode()
+        if self.fields.response_format == "url":
+            return {"url": f"data:image/{self.form};base64,{encoded}", "seed": picture.seed}
+        return {"b64_json": encoded, "seed": picture.seed}
+
+    def _recipe(self, job: Job, picture: Picture) -> dict[str, str] | None:
+        """What a PNG answer carries, so that `glide reproduce` can make it again: of the very models that its replicas had."""
+        if self.form != "png":
+            return None
+        maker, inputs = self.backend.maker, {}
+        models = {role: used.model_copy(update={"sha256": picture.models.get(role, used.sha256)}) for role, used in maker.models.items()}
+        if job.size != self.backend.sizes[-1] or maker.upsampler is None:
+            maker, models = replace(maker, upsampler=None), {role: used for role, used in models.items() if role != "upsampler"}
+        if job.source is not None:
+            image, known = shrink_known(job.source.image, job.source.known_mask, job.size)
+            inputs = {"image": image, "mask": known}
+        return png_text(replace(maker, models=models).recipe(job.task, job.prompt, picture.seed, job.options, job.strength or 1.0), inputs)
+
+    async def events(self, jobs: Sequence[Job], warnings: list[str], inside: ExitStack) -> AsyncIterator[str]:
+        """Server-sent events as OpenAI names them: partial images as they come, and each finished one."""
+        kind = "image_generation" if jobs[0].task == "generate" else "image_edit"
+        ready: asyncio.Queue = asyncio.Queue()
+        common = {"created_at": int(time.time()), **self.described(jobs[0])}
+
+        async def make(n: int, job: Job) -> None:
+            shown = 0
+
+            def show(pixels: np.ndarray) -> None:
+                nonlocal shown
+                encoded = base64.b64encode(encode(_enlarged(pixels, job.size), self.form)).decode()
+                ready.put_nowait({"type": f"{kind}.partial_image", "b64_json": encoded, "partial_image_index": shown, "image_index": n, **common})
+                shown += 1
+            picture = await self.picture(job, show if job.previews else None)
+            ready.put_nowait({"type": f"{kind}.completed", **await asyncio.to_thread(self.item, job, picture), "image_index": n, **common,
+                              "usage": self.usage([job]), **({"warnings": warnings} if warnings else {})})
+
+        with inside:
+            whole = asyncio.ensure_future(_all([make(n, job) for n, job in enumerate(jobs)]))
+            whole.add_done_callback(lambda _: ready.put_nowait(None))
+            try:
+                while (event := await ready.get()) is not None:
+                    yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
+                whole.result()
+            except ApiError as error:
+                yield f"event: error\ndata: {json.dumps({'type': 'error', **error.body})}\n\n"
+            finally:
+                whole.cancel()
+
+
+async def _all(makings: Sequence) -> list:
     """All at once; when one fails or the client leaves, the others are given up too."""
-    tasks = [asyncio.ensure_future(make(job)) for job in jobs]
+    tasks = [asyncio.ensure_future(making) for making in makings]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -160,121 +245,42 @@ async def _all(make: Callable[[Job], Awaitable[np.ndarray]], jobs: list[Job]) ->
             task.cancel()
 
 
-def _job(backend: Backend, config: ServeConfig, body: ImageRequest) -> tuple[Job, list[str]]:
-    """The request as one job and what its sender should know. Raises ApiError or RequestError."""
-    if body.model not in (None, backend.model):
-        raise ApiError(404, f"There is no model {body.model!r} here; {nearest(body.model, [backend.model])}", "model", "model_not_found")
-    if body.n > config.max_images:
-        raise ApiError(400, f"n must lie between 1 and {config.max_images} (given: {body.n}).", "n")
-    check_options(SampleOptions(guidance_scale=body.guidance_scale, steps=body.steps), body.seed)
-    size = backend.sizes[-1] if body.size in (None, "auto") else int(body.size.split("x")[0])
+def _enlarged(pixels: np.ndarray, size: int) -> np.ndarray:
+    """A preview of a smaller stage at the size that was asked for."""
+    return np.kron(pixels, np.ones((size // len(pixels), size // len(pixels), 1), np.uint8)) if len(pixels) < size else pixels
+
+
+def _backend(face: Face, name: str | None) -> tuple[str, Backend]:
+    name = next(iter(face.models)) if name is None else name
+    if name not in face.models:
+        raise ApiError(404, f"There is no model {name!r} here; {nearest(name, face.models)}", "model", "model_not_found")
+    return name, face.models[name]
+
+
+def _job(face: Face, config: ServeConfig, fields: ImageFields, source: Source | None, request: Request) -> tuple[Job, str, list[str]]:
+    """The request as one job, its model, and what its sender should know. Raises ApiError or RequestError."""
+    name, backend = _backend(face, fields.model)
+    size = backend.sizes[-1] if fields.size in (None, "auto") else int(fields.size.split("x")[0])
     if size not in backend.sizes:
-        raise ApiError(400, f"size {body.size} is not served here; choose one of: "
+        raise ApiError(400, f"size {fields.size} is not made by {name}; choose one of: "
                        + ", ".join(f"{size}x{size}" for size in backend.sizes) + ".", "size")
-    warnings = []
-    if Tokenizer(backend.context).encode(body.prompt).cut:
-        warnings.append(f"The prompt is longer than {backend.context} tokens; what comes after them was not read.")
-    seed = body.seed if body.seed is not None else secrets.randbelow(2**31)
-    return Job(body.prompt, seed, size, body.guidance_scale, body.steps), warnings
-
-
-# -- forms ------------------------------------------------------------------------------------------------------------
-
-async def _form(request: Request, config: ServeConfig) -> tuple[dict[str, str], dict[str, bytes]]:
-    """The text fields and the files of a multipart form, within the limits."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise ApiError(400, "An edit is sent as multipart/form-data with the fields image, mask and prompt.")
-    fields: dict[str, str] = {}
-    files: dict[str, bytes] = {}
-    async with request.form(max_files=4, max_fields=20) as form:
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                name = name.removesuffix("[]")      # as clients write a list
-                if name not in ("image", "mask"):
-                    raise ApiError(400, f"There is no field {name!r} for a file; {nearest(name, ['image', 'mask'])}", name)
-                if name in files:
-                    raise ApiError(400, f"Only one {name} can be edited at a time; send a request for each.", name)
-                files[name] = await value.read(config.max_upload_bytes + 1)
-                if len(files[name]) > config.max_upload_bytes:
-                    raise ApiError(413, f"The {name} is larger than {config.max_upload_bytes // 2**20} MiB; make it smaller.", name)
-            elif name in ("image", "mask"):
-                raise ApiError(400, f"{name} must be a file, not text.", name)
-            else:
-                fields[name] = value
-    if "image" not in files:
-        raise ApiError(400, "image is missing; send the image to edit as a file.", "image")
-    return fields, files
-
-
-def _edit_source(files: dict[str, bytes], config: ServeConfig, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The image and its known pixels at the model's size, both cut to their centred square."""
-    param = "image"
-    try:
-        image = load(open_image(files["image"], config.max_pixels))
-        param = "mask" if "mask" in files else "image"
-        mask = load(open_image(files[param], config.max_pixels)) if "mask" in files else image
-        check_sizes(image, mask)
-        known = mask_of(mask)
-    except UserError as error:
-        raise ApiError(400, str(error), param) from None
-    if "mask" not in files:     # what is transparent has no colour that could be kept or shown
-        image = image.convert("RGBA")
-    return centre_crop(flatten(image), size), centre_crop_mask(known, size)
-
-
-# -- errors -----------------------------------------------------------------------------------------------------------
-
-def _handle_errors(api: FastAPI) -> None:
-    def answer(error: ApiError) -> JSONResponse:
-        return JSONResponse(error.body, error.status, headers=error.headers)
-
-    @api.exception_handler(ApiError)
-    async def api_error(request: Request, error: ApiError):
-        return answer(error)
-
-    @api.exception_handler(RequestError)
-    async def request_error(request: Request, error: RequestError):
-        return answer(ApiError(400, str(error), error.param))
-
-    @api.exception_handler(RequestValidationError)
-    async def validation_error(request: Request, error: RequestValidationError):
-        return answer(_refusal(error.errors(), known=list(ImageRequest.model_fields)))
-
-    @api.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException):
-        message = {404: f"There is nothing at {request.url.path}; see /docs.",
-                   405: f"{request.method} is not answered at {request.url.path}; see /docs."}.get(error.status_code, str(error.detail))
-        return answer(ApiError(error.status_code, message, headers=error.headers))
-
-    @api.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception):
-        log.exception("request %s failed", request.headers.get("x-request-id", "-"))    # the id that Ray Serve gave it
-        return answer(ApiError(500, "The server failed at this request; its log has the reason under the answer's x-request-id."))
-
-
-def _refusal(errors: list[dict], known: list[str]) -> ApiError:
-    """pydantic's first finding as one sentence."""
-    first = errors[0]
-    path = [str(part) for part in first["loc"] if part != "body"]
-    param = path[0] if path else None
-    if first["type"] == "json_invalid":
-        return ApiError(400, "The body is not valid JSON.", None, "invalid_json")
-    if first["type"] == "extra_forbidden":
-        return ApiError(400, f"There is no field {param!r}; {nearest(param, known)}", param, "unknown_parameter")
-    if first["type"] == "missing":
-        return ApiError(400, f"{param or 'The body'} is missing.", param, "missing_required_parameter")
-    given = repr(first["input"])
-    shown = f" (given: {given[:40]}{'...' if len(given) > 40 else ''})" if not isinstance(first["input"], dict) else ""
-    return ApiError(400, f"{param or 'The body'}: {first['msg']}{shown}.", param, "invalid_value")
-
-
-def _bound_bodies(api: FastAPI) -> None:
-    @api.middleware("http")
-    async def bound(request: Request, proceed):
-        """Refuse bodies that are too long before reading them."""
-        limit = MAX_JSON_BYTES if request.headers.get("content-type", "").startswith("application/json") else 2**26
-        length = request.headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > limit:
-            error = ApiError(413, f"The body is larger than {limit // 2**20} MiB.")
-            return JSONResponse(error.body, error.status)
-        return await proceed(request)
+    clip_scale, best_of = getattr(fields, "clip_scale", None) or 0.0, getattr(fields, "best_of", None) or 1
+    if (clip_scale or best_of > 1) and not backend.clip:
+        param = "clip_scale" if clip_scale else "best_of"
+        raise ApiError(400, f"{param} needs a CLIP model, and {name} has none here.", param)
+    if best_of > 1 and source is not None:
+        raise ApiError(400, "best_of is for generations only.", "best_of")
+    options = SampleOptions(sampler=fields.sampler, steps=fields.steps, upsampler_steps=fields.upsampler_steps, guidance_scale=fields.guidance_scale,
+                            clip_scale=clip_scale)
+    strength = None if source is None else getattr(fields, "strength", None)
+    if isinstance(fields, Variation):
+        strength = strength or Variation.model_fields["strength"].default
+    check_options(options, fields.seed, strength)
+    prompt, warnings = fields.prompt or "", []
+    if Tokenizer(backend.maker.base.context).encode(prompt).cut:
+        warnings.append(f"The prompt is longer than {backend.maker.base.context} tokens; what comes after them was not read.")
+    seed = fields.seed if fields.seed is not None else secrets.randbelow(2**31)
+    told = request.scope["glide"]
+    told |= {"model": name, "seed": seed} | ({"prompt": prompt} if config.log_prompts else {})
+    previews = (fields.partial_images or 0) if fields.stream else 0
+    return Job(prompt, seed, size, options, source, strength, best_of, previews, told["id"]), name, warnings

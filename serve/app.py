@@ -1,4 +1,4 @@
-"""The application on Ray Serve: ingress (CPU) -> base -> upsampler, each stage a stepper that batches at every step.
+"""The application on Ray Serve: ingress (CPU) -> base -> upsampler, each scaled on its own queue, and such a pair for every model.
 
 `serve run serve.app:app` from the checkout, `serve deploy serve/config.yaml`, or `glide serve`.
 """
@@ -7,114 +7,213 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
+import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import ray
-import torch
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.exceptions import BackPressureError
+from ray.exceptions import RayActorError
+from ray.serve.config import AutoscalingConfig
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
 
 from glide_ray import cascade
-from glide_ray.config import SampleOptions, ServeConfig, UserError
-from glide_ray.settings import validate
-from glide_ray.data.images import to_uint8
-from glide_ray.engine import Engine
+from glide_ray.config import Scale, ServeConfig, ServedModel, UserError
+from glide_ray.critic import check_clip
+from glide_ray.evaluation.features import fetch_clip
 from glide_ray.models.weights import load_config
 from glide_ray.recipe import Maker, ModelUsed, fingerprint, versions
-from glide_ray.storage import fetch
+from glide_ray.settings import validate
+from glide_ray.storage import absolute, fetch
 
-from .api import ApiError, Job, build_api
+from .api import ApiError, Face, Show, build_api
+from .fields import Job, Picture
+from .figures import Figures, StageLoad
+from .gate import Gate
+from .keys import Key, read_keys
+from .stages import Base, Made, Upsampler
 
 APP = "glide"
 START_SECONDS = 180      # for all replicas to have loaded their weights
+TRIES = 10               # of one stage's work, when replicas die under it: what kills each replica that it meets is given up then
+STATE_SECONDS = 2        # in which a replica says how it is
+HEALTH_SECONDS = 2       # between two looks at a replica, and at how many there are
 
 
-class Stage:
-    """One model in a replica: its engine, warm before the replica takes requests."""
+# -- what is served ---------------------------------------------------------------------------------------------------
 
-    def __init__(self, path: str, role: str, precision: str, max_in_flight: int):
-        if not torch.cuda.is_available():       # Ray gives a replica one thread for its one CPU; a laptop has no other use for its cores
-            torch.set_num_threads(os.cpu_count() or 1)
-        stepper = cascade.load_stepper(fetch(path), role, precision, max_in_flight)
-        self.config, self._engine = stepper.config, Engine(stepper)
-        size = self.config.low_res_size
-        if role == "base":
-            request = cascade.base_request(self.config, "", 0, SampleOptions(steps=1))
-        else:
-            request = cascade.upsampler_request(self.config, "", 0, torch.zeros(3, size, size), SampleOptions(upsampler_steps=1))
-        self._engine.submit(request).result()
+@dataclass(frozen=True)
+class Served:
+    """A model as its weights say, without their tensors."""
 
-    def load(self) -> tuple[int, int]:
-        """Samples in flight and waiting."""
-        return self._engine.in_flight, self._engine.queued
+    name: str
+    config: ServedModel
+    maker: Maker
+    clip: bool
 
-    async def sample(self, request) -> torch.Tensor:
-        """(3, H, W). When the caller leaves, its future is cancelled and the sample with it, before the next step."""
-        return await asyncio.wrap_future(self._engine.submit(request))
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (self.maker.base.image_size, *((self.maker.upsampler.image_size,) if self.maker.upsampler else ()))
+
+    @classmethod
+    def read(cls, config: ServedModel, precision: str, name: str | None = None) -> Served:
+        """Raises UserError where weights are missing, broken or of the wrong kind."""
+        configs, used = {}, {}
+        for role in ("base", "upsampler", "clip"):
+            path = getattr(config, role)
+            if path is None:
+                continue
+            local = fetch_clip(path) if role == "clip" else fetch(path)
+            if local.is_file():
+                configs[role] = load_config(local)
+                cascade.check_role(configs[role], role, path)
+            name_of = configs[role].name if role in configs else "public CLIP"
+            used[role] = ModelUsed(name=name_of, path="", sha256=fingerprint(local))     # where weights lie is not the clients' concern
+        cascade.check_pair(configs["base"], configs.get("upsampler"))
+        if "clip" in configs:
+            check_clip(configs["clip"], configs["base"], config.clip)
+        maker = Maker(configs["base"], configs.get("upsampler"), used, precision, versions("server"))
+        return cls(name or configs["base"].name, config, maker, config.clip is not None)
 
 
-@serve.deployment
-class Base(Stage):
-    async def __call__(self, job: Job) -> torch.Tensor:
-        known = (None, None) if job.image is None else cascade.shrink_known(job.image, job.known_mask, self.config.image_size)
-        return await self.sample(cascade.base_request(self.config, job.prompt, job.seed, job.options, known=known[0], known_mask=known[1]))
+def read_models(config: ServeConfig) -> dict[str, Served]:
+    """All models by the names that clients give; the first is the one of requests that name none."""
+    first = Served.read(config, config.precision)
+    if first.name in config.more_models:
+        raise UserError(f"more_models has a model named {first.name!r}, as the first one is; give it another name.")
+    return {first.name: first} | {name: Served.read(model, config.precision, name) for name, model in config.more_models.items()}
 
 
-@serve.deployment
-class Upsampler(Stage):
-    async def __call__(self, job: Job, low_res: torch.Tensor) -> torch.Tensor:
-        return await self.sample(cascade.upsampler_request(self.config, job.prompt, job.seed, low_res, known=job.image,
-                                                           known_mask=job.known_mask))
-
+# -- asking the stages ------------------------------------------------------------------------------------------------
 
 class RayBackend:
-    """The two stages as the API's backend."""
+    """One model's stages. What a replica had when it died is done again on another, with the same seed: the picture is the same."""
 
-    def __init__(self, base, upsampler, maker: Maker):
-        self.maker, self.model, self.context = maker, maker.base.name, maker.base.context
-        self.sizes = (maker.base.image_size, maker.upsampler.image_size)
-        self._base, self._upsampler = base, upsampler
+    def __init__(self, served: Served, base: DeploymentHandle, upsampler: DeploymentHandle | None, figures: Figures):
+        self.name, self.maker, self.sizes, self.clip = served.name, served.maker, served.sizes, served.clip
+        self.base, self.upsampler, self._figures = base, upsampler, figures
 
-    async def make(self, job: Job) -> np.ndarray:
-        try:
-            image = self._base.remote(job)          # passed on unawaited: it goes from stage to stage, not through here
-            if job.size == self.sizes[-1]:
-                image = self._upsampler.remote(job, image)
-            return to_uint8(await image)
-        except BackPressureError:
-            raise ApiError(429, "All places are taken; try again soon.", code="rate_limit_exceeded", headers={"Retry-After": "2"}) from None
+    async def make(self, job: Job, show: Show | None = None) -> Picture:
+        """The picture of a job. Of `previews`, one is the base model's image, and the stages share the others."""
+        both = self.upsampler is not None and job.size == self.sizes[-1]
+        in_base = job.previews // 2 if both else job.previews
+        if job.best_of > 1:
+            job, small = await self._best(job)
+        else:
+            small = await self._stage("base", replace(job, previews=in_base), show)
+        if not both:
+            return Picture(small.pixels, job.seed, {"base": small.sha256}, {"base": small.seconds})
+        if job.previews:
+            show(small.pixels)
+        large = await self._stage("upsampler", replace(job, previews=max(0, job.previews - in_base - 1)), show, small.pixels)
+        return Picture(large.pixels, job.seed, {"base": small.sha256, "upsampler": large.sha256},
+                       {"base": small.seconds, "upsampler": large.seconds})
+
+    async def _best(self, job: Job) -> tuple[Job, Made]:
+        """Of so many small pictures the one that CLIP scores highest, as a job of its own seed."""
+        jobs = [replace(job, seed=(job.seed + k) % 2**63, previews=0) for k in range(job.best_of)]
+        made = await asyncio.gather(*[self._stage("base", one, None) for one in jobs])
+        scores = await self._again("base", lambda: self.base.score.remote([one.pixels for one in made], job.prompt))
+        best = int(np.argmax(scores))
+        return replace(jobs[best], previews=job.previews), made[best]
+
+    async def _stage(self, stage: str, job: Job, show: Show | None, *inputs: np.ndarray) -> Made:
+        handle: DeploymentHandle = getattr(self, stage)
+
+        async def watched() -> Made:
+            async for item in handle.options(stream=True).watch.remote(job, *inputs):
+                if isinstance(item, Made):
+                    return item
+                show(item)
+        return await self._again(stage, watched if job.previews else lambda: handle.make.remote(job, *inputs))
+
+    async def _again(self, stage: str, ask: Callable[[], Awaitable[Any]]) -> Any:
+        for attempt in range(TRIES):
+            try:
+                return await ask()
+            except (RayActorError, DeploymentUnavailableError):
+                self._figures.retry(self.name, stage)
+                await asyncio.sleep(min(2.0, 0.05 * 2**attempt))
+        raise ApiError(503, f"The replica of the {stage} stage was lost {TRIES} times with this request; try again later.", code="replica_lost",
+                       headers={"Retry-After": "10"})
 
 
-class Ingress:
+class Ingress(Face):
     """The HTTP face; `build` binds it to the API's routes."""
 
-    def __init__(self, base, upsampler, maker: Maker):
-        self.backend = RayBackend(base, upsampler, maker)
+    def __init__(self, config: ServeConfig, served: Mapping[str, Served], handles: Mapping[str, tuple[DeploymentHandle, ...]], keys: Mapping[str, Key]):
+        self._config, figures = config, Figures(serve.get_replica_context().replica_tag)
+        backends = {name: RayBackend(served[name], *(*stages, None)[:2], figures) for name, stages in handles.items()}
+        super().__init__(backends, Gate(keys, {name: self._room(1) for name in backends}), figures)
+        for logger in ("httpx", "ray.serve"):       # a line for every hop says nothing that ours does not
+            logging.getLogger(logger).setLevel(logging.WARNING)
+        logging.getLogger("ray.serve.glide").setLevel(logging.INFO)
 
+    def _room(self, replicas: int) -> int:
+        """Images of one model that are admitted when its scarcer stage has so many replicas."""
+        return replicas * (self._config.max_in_flight + self._config.max_waiting)
+
+    async def check_health(self) -> None:
+        """Serve asks every few seconds; a good moment to see how many replicas there are, and so how much can be admitted."""
+        with suppress(Exception):
+            loads, faces = await asyncio.gather(self.stages(), self._faces("here"))
+            for name, backend in self.models.items():
+                counts = [sum((load.model, load.stage) == (name, stage) for load in loads or ()) for stage in _roles(backend)]
+                if all(counts):
+                    self.gate.capacity[name] = max(1, self._room(min(counts)) // max(1, len(faces)))
+
+    async def stages(self) -> list[StageLoad] | None:
+        """The loads of all replicas; None where a stage has none that answers."""
+        asked = await asyncio.gather(*[_all_replicas(getattr(backend, stage), "state", StageLoad)
+                                       for backend in self.models.values() for stage in _roles(backend)])
+        return [load for loads in asked for load in loads] if all(asked) else None
+
+    async def texts(self) -> list[str]:
+        """The figures of all ingress replicas, this one's at least."""
+        return await self._faces("text") or [self.text()]
+
+    def text(self) -> str:
+        """The figures of this replica."""
+        return self.figures.text(self.gate)
+
+    def here(self) -> str:
+        """That this replica is there."""
+        return "here"
+
+    async def _faces(self, method: str) -> list[str]:
+        return await _all_replicas(serve.get_deployment_handle("ingress", serve.get_replica_context().app_name), method, str)
+
+
+def _roles(backend: RayBackend) -> tuple[str, ...]:
+    return ("base",) if backend.upsampler is None else ("base", "upsampler")
+
+
+async def _all_replicas(handle: DeploymentHandle, method: str, kind: type) -> list:
+    """What each replica answers; those that do not are left out."""
+    try:
+        answers = await handle.broadcast(method).results_async(timeout_s=STATE_SECONDS, return_exceptions=True)
+    except (TimeoutError, DeploymentUnavailableError, RayActorError):
+        return []
+    return [answer for answer in answers if isinstance(answer, kind)]
+
+
+# -- deploying --------------------------------------------------------------------------------------------------------
 
 def build(config: ServeConfig) -> serve.Application:
-    """The application for these weights. Raises UserError where they are missing, broken or of the wrong kind."""
-    configs, used = {}, {}
-    for role, path in (("base", config.base), ("upsampler", config.upsampler)):
-        local = fetch(path)
-        configs[role] = load_config(local)
-        cascade.check_role(configs[role], role, path)
-        used[role] = ModelUsed(name=configs[role].name, path="", sha256=fingerprint(local))     # where weights lie is not the clients' concern
-    cascade.check_pair(configs["base"], configs["upsampler"])
-    options = {"ray_actor_options": {"num_cpus": 1, "num_gpus": 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 2 else 0},
-               "max_ongoing_requests": 4 * config.max_in_flight, "max_queued_requests": 8 * config.max_in_flight,
-               "health_check_period_s": 5}
-    stages = [stage.options(name=role, **options).bind(_absolute(path), role, config.precision, config.max_in_flight)
-              for stage, role, path in ((Base, "base", config.base), (Upsampler, "upsampler", config.upsampler))]
-    ingress = serve.deployment(serve.ingress(_routes(config))(Ingress))
-    return ingress.options(name="ingress", max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.5}).bind(
-        *stages, Maker(configs["base"], configs["upsampler"], used, config.precision, versions("server")))
+    """The application for these weights. Raises UserError where they are missing, broken or of the wrong kind, or where strangers could ask."""
+    served, keys = read_models(config), read_keys(config.keys)
+    _check_host(config, keys)
+    gpus = ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0
+    share = _share_of_gpu(gpus, served)
+    handles = {name: _stages(model, config, share, prefix="" if n == 0 else f"{name}-") for n, (name, model) in enumerate(served.items())}
+    ingress = serve.deployment(serve.ingress(_routes(config, served))(Ingress))
+    return ingress.options(name="ingress", **_options(config.ingress_scale, 256, 64, 0, config)).bind(config, served, handles, keys)
 
 
 def app(args: dict[str, Any]) -> serve.Application:
@@ -122,12 +221,50 @@ def app(args: dict[str, Any]) -> serve.Application:
     return build(validate(ServeConfig, args))
 
 
-def _routes(config: ServeConfig) -> FastAPI:
-    return build_api(lambda: serve.get_replica_context().servable_object.backend, config)
+def _routes(config: ServeConfig, served: Mapping[str, Served]) -> FastAPI:
+    sizes = {size for model in served.values() for size in model.sizes}
+    return build_api(lambda: serve.get_replica_context().servable_object, config, sorted(sizes), any(model.clip for model in served.values()))
 
 
-def _absolute(path: str) -> str:
-    return path if path.startswith("s3://") else os.path.abspath(path)
+def _stages(model: Served, config: ServeConfig, share: float, prefix: str) -> tuple[serve.Application, ...]:
+    own, made = model.config, []
+    for stage, role, scale, path, clip in ((Base, "base", own.base_scale, own.base, own.clip), (Upsampler, "upsampler", own.upsampler_scale, own.upsampler, None)):
+        if path is not None:
+            room = config.max_in_flight + config.max_waiting
+            deployment = serve.deployment(stage).options(name=prefix + role, **_options(scale, 2 * room, config.max_in_flight, share, config))
+            made.append(deployment.bind(model.name, absolute(path), config.precision, config.max_in_flight, clip and absolute(clip)))
+    return tuple(made)
+
+
+def _options(scale: Scale, ongoing: int, target: int, share: float, config: ServeConfig) -> dict[str, Any]:
+    """How Serve runs a deployment: at most `ongoing` requests in a replica, another replica when there are more than `target` in each."""
+    options = {"max_ongoing_requests": ongoing, "max_queued_requests": -1,       # the gate bounds what is inside
+               "ray_actor_options": {"num_cpus": scale.cpus, "num_gpus": share if scale.gpus is None else scale.gpus},
+               "health_check_period_s": HEALTH_SECONDS, "graceful_shutdown_timeout_s": config.drain_seconds, "graceful_shutdown_wait_loop_s": 0.2}
+    if scale.min_replicas == scale.max_replicas:
+        return options | {"num_replicas": scale.min_replicas}
+    return options | {"autoscaling_config": AutoscalingConfig(
+        min_replicas=scale.min_replicas, max_replicas=scale.max_replicas, target_ongoing_requests=target, upscale_delay_s=3, downscale_delay_s=60,
+        metrics_interval_s=1, look_back_period_s=3)}
+
+
+def _share_of_gpu(gpus: float, served: Mapping[str, Served]) -> float:
+    """A whole GPU for each replica that must be there, or equal parts where there are too few."""
+    wanted = sum(scale.min_replicas for model in served.values() for scale in (model.config.base_scale, model.config.upsampler_scale)[:len(model.sizes)]
+                 if scale.gpus is None)
+    return 0 if not gpus or not wanted else 1 if gpus >= wanted else int(100 * gpus / wanted) / 100
+
+
+def cpus(config: ServeConfig) -> int:
+    """What all replicas take when there are as many as there may be."""
+    scales = [config.ingress_scale, *(scale for model in (config, *config.more_models.values()) for scale in (model.base_scale, model.upsampler_scale))]
+    return math.ceil(sum(scale.max_replicas * scale.cpus for scale in scales))
+
+
+def _check_host(config: ServeConfig, keys: Mapping[str, Key]) -> None:
+    if not keys and config.host not in ("127.0.0.1", "localhost", "::1"):
+        raise UserError(f"Without API keys the server answers this machine only, and not on {config.host}; make a key with `glide key NAME` and give "
+                        f"its file, or leave the host at 127.0.0.1.")
 
 
 @contextmanager
@@ -137,14 +274,15 @@ def serving(config: ServeConfig) -> Iterator[str]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": config.host, "port": config.port})
     try:
-        serve.run(application, name=APP, route_prefix="/", blocking=False, logging_config={"log_level": "WARNING"})
-        _wait_until_running()
+        deploy(application)
         yield f"http://{config.host}:{config.port}"
     finally:
         serve.delete(APP)       # and not `serve.shutdown`, which ends the applications of others on a shared cluster
 
 
-def _wait_until_running() -> None:
+def deploy(application: serve.Application) -> None:
+    """Run the application, or put it in the place of the one that runs, replica by replica. Raises UserError where it does not start."""
+    serve.run(application, name=APP, route_prefix="/", blocking=False, logging_config={"log_level": "WARNING"})
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         status = serve.status().applications[APP]

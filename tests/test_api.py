@@ -4,59 +4,77 @@ import asyncio
 import base64
 import io
 import json
+import logging
+import re
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
-from glide_ray.cascade import Cascade, check_options
-from glide_ray.config import SampleOptions, ServeConfig
+from glide_ray.cascade import Cascade
+from glide_ray.config import SampleOptions, ServeConfig, UserError
 from glide_ray.data.images import encode
 from glide_ray.recipe import Maker
-from serve.api import build_api
+from serve.api import Face, build_api
+from serve.errors import ApiError
+from serve.fields import Picture
+from serve.figures import Figures
+from serve.gate import Gate
+from serve.keys import Key, hashed, new_key, read_keys
 
 CONFIG = ServeConfig(max_images=3, max_upload_bytes=200_000, max_pixels=1_000_000)
-GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
+GENERATIONS, EDITS, VARIATIONS = (f"/v1/images/{kind}" for kind in ("generations", "edits", "variations"))
 
 
 class CascadeBackend:
     """Both stages in this process."""
 
-    model, sizes, context = "tiny", (64, 256), 128
-
     def __init__(self, cascade):
-        self.cascade, self.jobs, self.maker = cascade, [], Maker.of(cascade)
+        self.cascade, self.jobs, self.maker, self.clip = cascade, [], Maker.of(cascade), cascade.base.critic is not None
+        self.sizes = (16, 64)
 
-    async def make(self, job):
-        options = SampleOptions(guidance_scale=job.guidance_scale, steps=job.steps or 2, upsampler_steps=2)
-        check_options(options, job.seed)
+    async def make(self, job, show=None):
         self.jobs.append(job)
-        if job.image is None:
-            image = self.cascade.generate([job.prompt], [job.seed], options)[0]
-        else:
-            small = np.asarray(Image.fromarray(job.image).resize((64, 64), Image.Resampling.BOX))
-            known = job.known_mask.reshape(64, 4, 64, 4).all(axis=(1, 3))
-            image = self.cascade.edit(small, known, job.prompt, job.seed, options)
-        return np.kron(image, np.ones((4, 4, 1), np.uint8)) if job.size == 256 else image
+        options = job.options.model_copy(update={"steps": job.options.steps or 2, "upsampler_steps": 2})
+        cascade = self.cascade if job.size == 64 else Cascade(self.cascade.base)
+        source = job.source
+        for _ in range(job.previews):
+            show(np.zeros((16, 16, 3), np.uint8))
+        if source is None and job.best_of > 1:
+            best = cascade.best_of(job.prompt, [job.seed + k for k in range(job.best_of)], options)
+            return Picture(best.image, best.seed)
+        if source is None:
+            return Picture(cascade.generate([job.prompt], [job.seed], options)[0], job.seed, {}, {"base": 0.1})
+        if job.strength is None:
+            return Picture(cascade.edit(source.image, source.known_mask, job.prompt, job.seed, options), job.seed)
+        return Picture(cascade.vary(source.image, job.prompt, job.seed, job.strength, source.known_mask, options=options), job.seed)
 
 
 @pytest.fixture(scope="module")
 def backend(tiny_weights):
-    return CascadeBackend(Cascade.load(tiny_weights["base"], tiny_weights["upsampler"]))
+    return CascadeBackend(Cascade.load(tiny_weights["base"], tiny_weights["upsampler"], clip=tiny_weights["clip"]))
+
+
+def asking(backend, config=CONFIG, keys=None, capacity=8, client="127.0.0.1"):
+    """A function that sends a request to the API over this backend; its `face` is what the routes stand on."""
+    face = Face({"tiny": backend}, Gate(keys or {}, {"tiny": capacity}), Figures())
+    api = build_api(lambda: face, config, backend.sizes, backend.clip)
+
+    async def once(method, path, **content):
+        transport = httpx.ASGITransport(api, raise_app_exceptions=False, client=(client, 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://glide") as asker:
+            return await asker.request(method, path, **content)
+
+    def send(method, path, **content):
+        return asyncio.run(once(method, path, **content))
+    send.face, send.once, send.api = face, once, api
+    return send
 
 
 @pytest.fixture(scope="module")
 def ask(backend):
-    api = build_api(lambda: backend, CONFIG)
-
-    def send(method, path, **content):
-        async def once():
-            transport = httpx.ASGITransport(api, raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://glide") as client:
-                return await client.request(method, path, **content)
-        return asyncio.run(once())
-    return send
+    return asking(backend)
 
 
 def picture(answer, k=0):
@@ -87,10 +105,21 @@ def refused(answer, status, message, param=...):
 # -- what is answered -------------------------------------------------------------------------------------------------
 
 def test_a_generation_is_answered_as_openai_does(ask):
-    answer = ask("POST", GENERATIONS, json={"prompt": "a cat", "n": 2, "seed": 5, "model": "tiny", "user": "u", "response_format": "b64_json"})
+    answer = ask("POST", GENERATIONS, json={"prompt": "a cat", "n": 2, "seed": 5, "model": "tiny", "user": "u", "response_format": "b64_json",
+                                            "quality": "auto", "background": "opaque", "moderation": "low", "style": "vivid"})
     body = answer.json()
     assert answer.status_code == 200 and isinstance(body["created"], int) and [item["seed"] for item in body["data"]] == [5, 6]
-    assert picture(answer).size == (256, 256) and "warnings" not in body
+    assert picture(answer).size == (64, 64) and "warnings" not in body and body["size"] == "64x64"
+    assert body["usage"] == {"input_tokens": 2, "output_tokens": 0, "total_tokens": 2, "input_tokens_details": {"text_tokens": 2, "image_tokens": 0}}
+
+
+def test_what_is_left_out_or_null_takes_its_default(ask, backend):
+    plain = {name: None for name in ("n", "size", "response_format", "output_format", "stream", "partial_images", "seed", "steps", "sampler",
+                                     "guidance_scale", "model", "quality", "best_of", "clip_scale")}
+    assert ask("POST", GENERATIONS, json={"prompt": "a cat", **plain}).status_code == 200
+    given, left_out = backend.jobs[-1], ask("POST", GENERATIONS, json={"prompt": "a cat"}) and backend.jobs[-1]
+    assert (given.options, given.size, given.best_of, given.previews) == (left_out.options, left_out.size, left_out.best_of, left_out.previews)
+    assert given.options == SampleOptions()
 
 
 def test_a_seed_gives_the_same_bytes_and_n_the_seeds_behind_it(ask):
@@ -99,10 +128,28 @@ def test_a_seed_gives_the_same_bytes_and_n_the_seeds_behind_it(ask):
     assert two[1]["b64_json"] == one[0]["b64_json"] != two[0]["b64_json"]
 
 
+def test_every_way_of_sampling_reaches_the_model(ask, backend):
+    wanted = {"steps": 3, "upsampler_steps": 4, "sampler": "dpm++", "guidance_scale": 2.5, "clip_scale": 1}
+    assert ask("POST", GENERATIONS, json={"prompt": "a cat", **wanted}).status_code == 200
+    assert backend.jobs[-1].options == SampleOptions(**wanted)
+
+
 @pytest.mark.parametrize("form", ["png", "jpeg", "webp"])
 def test_the_size_and_format_asked_for_are_given(ask, form):
-    answer = ask("POST", GENERATIONS, json={"prompt": "a cat", "size": "64x64", "output_format": form})
-    assert picture(answer).size == (64, 64) and picture(answer).format == form.upper()
+    answer = ask("POST", GENERATIONS, json={"prompt": "a cat", "size": "16x16", "output_format": form})
+    assert picture(answer).size == (16, 16) and picture(answer).format == form.upper()
+
+
+def test_a_lower_quality_of_jpeg_takes_fewer_bytes(ask):
+    sizes = [len(ask("POST", GENERATIONS, json={"prompt": "a cat", "seed": 1, "output_format": "jpeg", "output_compression": quality}).json()
+                 ["data"][0]["b64_json"]) for quality in (100, 10)]
+    assert sizes[1] < sizes[0] / 2
+
+
+def test_a_url_is_the_image_itself(ask):
+    item = ask("POST", GENERATIONS, json={"prompt": "a cat", "response_format": "url", "output_format": "webp"}).json()["data"][0]
+    kind, _, data = item["url"].partition(";base64,")
+    assert kind == "data:image/webp" and Image.open(io.BytesIO(base64.b64decode(data))).size == (64, 64) and "b64_json" not in item
 
 
 def test_a_prompt_of_ten_thousand_characters_is_cut_and_its_sender_told(ask):
@@ -110,39 +157,248 @@ def test_a_prompt_of_ten_thousand_characters_is_cut_and_its_sender_told(ask):
     assert answer.status_code == 200 and "longer than 128 tokens" in answer.json()["warnings"][0]
 
 
+def test_the_best_of_several_is_the_one_that_clip_scores_highest(ask, backend):
+    answer = ask("POST", GENERATIONS, json={"prompt": "a cat", "n": 2, "seed": 10, "best_of": 3, "steps": 2})
+    assert [job.seed for job in backend.jobs[-2:]] == [10, 13]       # no candidate twice
+    best = backend.cascade.best_of("a cat", [10, 11, 12], SampleOptions(steps=2, upsampler_steps=2))
+    assert answer.json()["data"][0]["seed"] == best.seed and np.array_equal(np.asarray(picture(answer)), best.image)
+
+
 def test_an_edit_paints_what_is_transparent_in_the_mask(ask, backend):
     answer = ask("POST", EDITS, data={"prompt": "a dog", "n": "2", "seed": "3"}, files=edit_files())
     assert answer.status_code == 200 and [item["seed"] for item in answer.json()["data"]] == [3, 4]
     pixels = np.asarray(picture(answer))
-    assert (pixels[:32, :32] == [200, 30, 30]).all() and not (pixels[40:150, 40:150] == [200, 30, 30]).all()
-    assert backend.jobs[-1].known_mask.mean() == 0.75
+    assert (pixels[:8, :8] == [200, 30, 30]).all() and not (pixels[10:38, 10:38] == [200, 30, 30]).all()
+    assert backend.jobs[-1].source.known_mask.mean() == 0.75 and backend.jobs[-1].task == "edit"
+
+
+def test_an_edit_with_a_strength_begins_from_the_image(ask, backend):
+    answer = ask("POST", EDITS, data={"prompt": "a dog", "strength": "0.3", "seed": "1"}, files=edit_files())
+    assert answer.status_code == 200 and (backend.jobs[-1].task, backend.jobs[-1].strength) == ("vary", 0.3)
+    assert (np.asarray(picture(answer))[:8, :8] == [200, 30, 30]).all()
 
 
 def test_an_image_with_its_own_transparency_needs_no_mask(ask, backend):
     answer = ask("POST", EDITS, data={"prompt": "a dog"}, files={"image": ("i.png", png(hole=(0, 0, 64, 32)), "image/png")})
-    assert answer.status_code == 200 and backend.jobs[-1].known_mask.mean() == 0.5
+    assert answer.status_code == 200 and backend.jobs[-1].source.known_mask.mean() == 0.5
 
 
 def test_a_wide_image_and_its_mask_are_cut_to_the_same_centred_square(ask, backend):
     answer = ask("POST", EDITS, data={"prompt": "x"}, files=edit_files(png((128, 64)), png((128, 64), hole=(0, 0, 64, 64))))
     assert answer.status_code == 200
-    assert not backend.jobs[-1].known_mask[:, :128].any() and backend.jobs[-1].known_mask[:, 128:].all()
+    known = backend.jobs[-1].source.known_mask
+    assert not known[:, :32].any() and known[:, 32:].all()
 
 
-def test_models_and_health_are_told(ask):
+def test_a_variation_needs_no_prompt_and_changes_more_with_more_strength(ask, backend):
+    made = [np.asarray(picture(ask("POST", VARIATIONS, data={"seed": "1", "steps": "20", **strength}, files={"image": ("i.png", png(mode="RGB"), "image/png")})))
+            .astype(int) for strength in ({"strength": "0.1"}, {}, {"strength": "1"})]
+    assert [job.strength for job in backend.jobs[-3:]] == [0.1, 0.6, 1.0] and backend.jobs[-1].prompt == ""
+    away = [np.abs(image - [200, 30, 30]).mean() for image in made]
+    assert away[0] < min(away[1:])
+
+
+def events(answer):
+    """Server-sent events: (name, data)."""
+    parts = [part.split("\n") for part in answer.text.strip().split("\n\n")]
+    return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in parts]
+
+
+def test_a_stream_shows_images_on_the_way_and_then_the_one_that_is_answered_whole(ask):
+    body = {"prompt": "a cat", "seed": 5, "steps": 2}
+    answer = ask("POST", GENERATIONS, json={**body, "stream": True, "partial_images": 2})
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
+    seen = events(answer)
+    assert [name for name, _ in seen] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    assert [data["partial_image_index"] for _, data in seen[:2]] == [0, 1] and all(name == data["type"] for name, data in seen)
+    assert Image.open(io.BytesIO(base64.b64decode(seen[0][1]["b64_json"]))).size == (64, 64)      # a small prediction at the size asked for
+    assert seen[-1][1]["b64_json"] == ask("POST", GENERATIONS, json=body).json()["data"][0]["b64_json"]
+    edited = events(ask("POST", EDITS, data={"prompt": "x", "stream": "true", "n": "2"}, files=edit_files()))
+    assert sorted(data["image_index"] for _, data in edited) == [0, 1] and {name for name, _ in edited} == {"image_edit.completed"}
+
+
+def test_a_failure_within_a_stream_is_an_event(backend):
+    class Failing(CascadeBackend):
+        async def make(self, job, show=None):
+            show(np.zeros((16, 16, 3), np.uint8))
+            raise ApiError(503, "lost")
+    seen = events(asking(Failing(backend.cascade))("POST", GENERATIONS, json={"prompt": "x", "stream": True, "partial_images": 1}))
+    assert [name for name, _ in seen] == ["image_generation.partial_image", "error"] and seen[-1][1]["error"]["message"] == "lost"
+
+
+def test_models_health_and_readiness_are_told(ask):
     assert ask("GET", "/v1/models").json()["data"][0]["id"] == "tiny"
-    assert ask("GET", "/healthz").json() == {"status": "ok"}
+    assert ask("GET", "/healthz").json() == {"status": "ok"} and ask("GET", "/readyz").json() == {"status": "ready"}
+
+
+# -- who may ask, and how much ----------------------------------------------------------------------------------------
+
+def test_without_keys_only_this_machine_is_answered(backend):
+    assert asking(backend, client="::1")("GET", "/v1/models").status_code == 200
+    stranger = asking(backend, client="10.0.0.7")
+    refused(stranger("POST", GENERATIONS, json={"prompt": "x"}), 403, "no API keys")
+    assert stranger("GET", "/healthz").status_code == 200
+
+
+def test_with_keys_everyone_needs_one(backend):
+    with_keys = asking(backend, keys={"ann": Key(sha256=hashed("secret-of-ann-01"))}, client="10.0.0.7")
+    for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic secret-of-ann-01"}, {"authorization": "Bearer "}):
+        answer = with_keys("GET", "/v1/models", headers=header)
+        refused(answer, 401, "key")
+        assert answer.json()["error"]["type"] == "authentication_error" and answer.headers["www-authenticate"] == "Bearer"
+    assert with_keys("GET", "/v1/models", headers={"authorization": "Bearer secret-of-ann-01"}).status_code == 200
+    assert with_keys("GET", "/metrics").status_code == 401 and with_keys("GET", "/readyz").status_code == 200
+
+
+def test_keys_are_kept_as_hashes_and_found_again(tmp_path):
+    path = tmp_path / "keys.json"
+    key = new_key("ann", path, per_minute=5)
+    new_key("bob", path)
+    assert key not in path.read_text() and read_keys(str(path), {})["ann"] == Key(sha256=hashed(key), per_minute=5)
+    assert set(read_keys(str(path), {"GLIDE_API_KEYS": "eve:0123456789abcdef"})) == {"ann", "bob", "eve"}
+    with pytest.raises(UserError, match="has a key named 'ann'"):
+        new_key("ann", path)
+    for spoiled in ("[]", "{", '{"ann": {"sha256": "x"}}', '{"ann": 1}'):
+        path.write_text(spoiled)
+        with pytest.raises(UserError, match="is not a file of keys"):
+            read_keys(str(path), {})
+    with pytest.raises(UserError, match="There is no file of keys"):
+        read_keys(str(tmp_path / "none"), {})
+    with pytest.raises(UserError, match="GLIDE_API_KEYS is not understood") as refusal:
+        read_keys(None, {"GLIDE_API_KEYS": "short:abc"})
+    assert "abc" not in str(refusal.value)
+
+
+class Slow(CascadeBackend):
+    """Makes images when it is told to."""
+
+    def __init__(self, cascade):
+        super().__init__(cascade)
+        self.go, self.began, self.left = asyncio.Event(), 0, 0
+
+    async def make(self, job, show=None):
+        self.began += 1
+        try:
+            await self.go.wait()
+        except asyncio.CancelledError:
+            self.left += 1
+            raise
+        return Picture(np.zeros((job.size, job.size, 3), np.uint8), job.seed)
+
+
+def test_what_exceeds_the_places_is_answered_429_at_once_and_the_rest_is_served(backend):
+    async def crowd():
+        slow = Slow(backend.cascade)
+        send = asking(slow, capacity=4)
+        waiting = [asyncio.ensure_future(send.once("POST", GENERATIONS, json={"prompt": "x", "n": n})) for n in (3, 1)]
+        while slow.began < 4:
+            await asyncio.sleep(0.01)
+        busy = await asyncio.wait_for(send.once("POST", GENERATIONS, json={"prompt": "x"}), 5)
+        told = (await send.once("GET", "/metrics")).text
+        slow.go.set()
+        return busy, [await one for one in waiting], told, send.face.gate.inside["tiny"]
+    busy, served, told, inside = asyncio.run(crowd())
+    refused(busy, 429, "All places are taken")
+    assert int(busy.headers["retry-after"]) >= 1 and [answer.status_code for answer in served] == [200, 200] and inside == 0
+    assert 'glide_images_inside{model="tiny",replica="0"} 4.0' in told and 'glide_images_capacity{model="tiny",replica="0"} 4.0' in told
+
+
+def test_a_key_has_limits_of_its_own(backend):
+    keys = {"ann": Key(sha256=hashed("a" * 16), per_minute=3), "bob": Key(sha256=hashed("b" * 16), at_once=1)}
+    send = asking(backend, keys=keys)
+    ann, bob = ({"authorization": f"Bearer {letter * 16}"} for letter in "ab")
+    assert [send("POST", GENERATIONS, json={"prompt": "x", "n": n}, headers=ann).status_code for n in (2, 2, 1, 1)] == [200, 429, 200, 429]
+    assert 1 <= int(send("POST", GENERATIONS, json={"prompt": "x"}, headers=ann).headers["retry-after"]) <= 60
+    refused(send("POST", GENERATIONS, json={"prompt": "x", "n": 2}, headers=bob), 429, "1 images made at once")
+    assert send("POST", GENERATIONS, json={"prompt": "x"}, headers=bob).status_code == 200
+
+
+def test_a_minute_later_a_key_may_ask_again():
+    now = [0.0]
+    gate = Gate({"ann": Key(sha256="0" * 64, per_minute=2)}, {"m": 9}, lambda: now[0])
+    for _ in range(2):
+        with gate.admit("ann", "m", 1):
+            now[0] += 10
+    with pytest.raises(ApiError) as refusal, gate.admit("ann", "m", 1):
+        pass
+    assert refusal.value.headers == {"Retry-After": "40"}
+    now[0] = 60.5
+    with gate.admit("ann", "m", 1):
+        pass
+
+
+def test_retry_after_follows_the_pace_at_which_images_are_made():
+    now = [0.0]
+    gate = Gate({}, {"m": 2}, lambda: now[0])
+    with gate.admit("-", "m", 2):
+        now[0] += 20.0              # two images in 20 seconds: one takes 10
+    with gate.admit("-", "m", 2), pytest.raises(ApiError) as refusal, gate.admit("-", "m", 1):
+        pass
+    assert refusal.value.headers == {"Retry-After": "10"}
+    with gate.admit("-", "m", 5):   # more than there are places, but nothing else is inside
+        pass
+
+
+def test_a_client_that_leaves_gives_its_places_back(backend):
+    async def leave():
+        slow = Slow(backend.cascade)
+        send = asking(slow)
+        waiting = asyncio.ensure_future(send.once("POST", GENERATIONS, json={"prompt": "x", "n": 3}))
+        while slow.began < 3:
+            await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        return slow.left, send.face.gate.inside["tiny"]
+    assert asyncio.run(leave()) == (3, 0)
+
+
+# -- what is seen -----------------------------------------------------------------------------------------------------
+
+def logged(caplog):
+    return [json.loads(record.message) for record in caplog.records if record.name == "ray.serve.glide"]
+
+
+def test_the_log_has_a_line_for_each_request_and_no_prompt(ask, backend, caplog):
+    caplog.set_level(logging.INFO, "ray.serve.glide")
+    answer = ask("POST", GENERATIONS, json={"prompt": "a secret garden", "n": 2, "seed": 9})
+    ask("POST", GENERATIONS, json={"prompt": "a secret garden", "n": 99})
+    first, second = logged(caplog)
+    assert first["id"] == answer.headers["x-request-id"] and (first["status"], first["images"], first["seed"], first["model"]) == (200, 2, 9, "tiny")
+    assert first["stages"] == {"base": 0.1} and first["seconds"] > 0 and second["status"] == 400 and "secret" not in caplog.text
+    caplog.clear()
+    asking(backend, ServeConfig(log_prompts=True))("POST", GENERATIONS, json={"prompt": "a secret garden"})
+    assert logged(caplog)[0]["prompt"] == "a secret garden"
+
+
+def test_an_id_that_the_client_gives_is_kept(ask, caplog):
+    caplog.set_level(logging.INFO, "ray.serve.glide")
+    ask("GET", "/healthz", headers={"x-request-id": "mine"})
+    assert logged(caplog)[0]["id"] == "mine"
+
+
+def test_metrics_count_requests_images_and_seconds(backend):
+    send = asking(backend)
+    send("POST", GENERATIONS, json={"prompt": "x", "n": 2})
+    send("POST", GENERATIONS, json={"prompt": "x", "n": 77})
+    text = send("GET", "/metrics").text
+    for line in ('glide_requests_total{path="/v1/images/generations",replica="0",status="200"} 1.0',
+                 'glide_requests_total{path="/v1/images/generations",replica="0",status="400"} 1.0',
+                 'glide_images_total{model="tiny",replica="0",task="generate"} 2.0', 'glide_stage_seconds_count{model="tiny",replica="0",stage="base"} 2.0'):
+        assert line in text, line
+    assert len(re.findall("^# TYPE glide_requests_total counter", text, re.M)) == 1
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("change, message, param", [
-    ({"prompt": None}, "prompt", "prompt"), ({"prompt": 7}, "prompt", "prompt"), ({"n": 0}, "n", "n"), ({"n": 4}, "between 1 and 3", "n"),
-    ({"n": "two"}, "n", "n"), ({"size": "512x512"}, "64x64", "size"), ({"steps": 0}, "steps", "steps"), ({"steps": 1001}, "steps", "steps"),
-    ({"steps": 2.5}, "steps", "steps"), ({"guidance_scale": -1}, "between 0 and 100", "guidance_scale"), ({"seed": -1}, "seed", "seed"),
-    ({"seed": 2**64}, "seed", "seed"), ({"guidance_scale": 1e9}, "between 0 and 100", "guidance_scale"),
-    ({"response_format": "url"}, "b64_json", "response_format"), ({"output_format": "gif"}, "png", "output_format"),
-    ({"guidence_scale": 3}, "did you mean 'guidance_scale'", "guidence_scale")])
+    ({"prompt": None}, "prompt", "prompt"), ({"prompt": 7}, "prompt", "prompt"), ({"n": 0}, "n", "n"), ({"n": 4}, "less than or equal to 3", "n"),
+    ({"n": "two"}, "n", "n"), ({"size": "512x512"}, "64x64", "size"), ({"size": "16x"}, "64x64", "size"), ({"steps": 0}, "steps", "steps"), ({"steps": 1001}, "steps", "steps"),
+    ({"steps": 2.5}, "steps", "steps"), ({"guidance_scale": -1}, "guidance_scale", "guidance_scale"), ({"seed": -1}, "seed", "seed"),
+    ({"seed": 2**64}, "seed", "seed"), ({"guidance_scale": 1e9}, "guidance_scale", "guidance_scale"),
+    ({"response_format": "link"}, "b64_json", "response_format"), ({"output_format": "gif"}, "png", "output_format"),
+    ({"guidence_scale": 3}, "did you mean 'guidance_scale'", "guidence_scale"), ({"strength": 0.5}, "edits and variations", "strength"),
+    ({"n": True}, "n", "n"), ({"seed": "1"}, "seed", "seed"), ({"partial_images": 4}, "partial_images", "partial_images"),
+    ({"sampler": "euler"}, "dpm++", "sampler"), ({"best_of": 65}, "best_of", "best_of"), ({"background": "transparent"}, "opaque", "background")])
 def test_a_field_that_makes_no_sense_is_named(ask, change, message, param):
     refused(ask("POST", GENERATIONS, json={"prompt": "a cat"} | change), 400, message, param)
 
@@ -191,15 +447,42 @@ def test_edit_forms_that_make_no_sense_are_refused(ask):
     refused(ask("POST", EDITS, content=b"--x\r\nrubbish", headers={"content-type": "multipart/form-data; boundary=x"}), 400, "")
 
 
-def test_a_failure_of_the_backend_is_a_500_that_says_nothing_of_its_inside():
+def test_a_failure_of_the_backend_is_a_500_that_says_nothing_of_its_inside(backend, caplog):
     class Failing(CascadeBackend):
-        async def make(self, job):
+        async def make(self, job, show=None):
             raise RuntimeError("secret path /etc")
-    api = build_api(lambda: Failing(None), CONFIG)
+    answer = asking(Failing(backend.cascade))("POST", GENERATIONS, json={"prompt": "x"})
+    refused(answer, 500, "server failed")
+    assert "secret" not in answer.text and answer.json()["error"]["type"] == "server_error"
+    assert answer.headers["x-request-id"] in answer.text and "secret path" in caplog.text      # where its keeper can find it
+
+
+def test_a_server_without_clip_says_so(backend):
+    plain = asking(CascadeBackend(Cascade(backend.cascade.base, backend.cascade.upsampler)), ServeConfig())
+    plain.face.models["tiny"].clip = False
+    bare = build_api(lambda: plain.face, ServeConfig(), (16, 64), clip=False)
 
     async def once():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(api, raise_app_exceptions=False), base_url="http://glide") as client:
-            return await client.post(GENERATIONS, json={"prompt": "x"})
-    answer = asyncio.run(once())
-    refused(answer, 500, "server failed")
-    assert "secret" not in answer.text and json.loads(answer.text)["error"]["type"] == "server_error"
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(bare), base_url="http://glide") as asker:
+            return await asker.post(GENERATIONS, json={"prompt": "x", "best_of": 2})
+    refused(asyncio.run(once()), 400, "needs a CLIP model, and this server has none", "best_of")
+    refused(plain("POST", GENERATIONS, json={"prompt": "x", "clip_scale": 2.0}), 400, "needs a CLIP model", "clip_scale")
+
+
+def test_a_body_that_says_less_than_it_sends_or_nothing_is_bounded_too(ask):
+    async def endless(first):
+        yield first
+        for _ in range(40):
+            yield b"x" * 2**16
+    form = b'--b\r\nContent-Disposition: form-data; name="image"; filename="i.png"\r\n\r\n'
+    for path, kind, first in ((GENERATIONS, "application/json", b'{"prompt": "'), (EDITS, "multipart/form-data; boundary=b", form)):
+        refused(ask("POST", path, content=endless(first), headers={"content-type": kind}), 413, "larger than")
+
+
+def test_a_body_that_does_not_come_to_its_end_is_given_up(backend, monkeypatch):
+    monkeypatch.setattr("serve.edge.BODY_SECONDS", 0.2)
+
+    async def stalled():
+        yield b'{"prompt"'
+        await asyncio.sleep(30)
+    refused(asking(backend)("POST", GENERATIONS, content=stalled(), headers={"content-type": "application/json"}), 408, "did not come to its end")

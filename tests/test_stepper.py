@@ -43,10 +43,11 @@ def company(kind, crowd):
     return images[ticket]
 
 
+@pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize("kind", ["base", "upsampler"])
-def test_a_sample_is_the_same_to_the_bit_alone_and_among_four_others(kind):
-    alone = stepper(kind).run([request(kind, steps=8)])[0]
-    assert torch.equal(company(kind, stepper(kind)), alone)
+def test_a_sample_is_the_same_to_the_bit_alone_and_among_four_others(kind, lanes):
+    alone = stepper(kind, lanes=lanes).run([request(kind, steps=8)])[0]
+    assert torch.equal(company(kind, stepper(kind, lanes=lanes)), alone)
 
 
 @pytest.mark.parametrize("kind", ["base", "upsampler"])
@@ -122,6 +123,64 @@ def test_no_more_samples_are_in_flight_than_there_is_room_for():
     assert done == 5
 
 
+def finished(crowd):
+    """Tickets in the order in which they are done."""
+    order = []
+    while crowd.in_flight or crowd.queued:
+        order += [ticket for ticket, _ in crowd.step()]
+    return order
+
+
+def test_a_short_sample_overtakes_a_long_one_and_none_waits_for_ever():
+    crowd = stepper(max_in_flight=4)
+    long = crowd.submit(request(steps=50))
+    for _ in range(10):
+        crowd.step()
+    short = crowd.submit(request(steps=5))
+    assert finished(crowd) == [short, long]
+    long = crowd.submit(request(steps=20))
+    shorts = []
+    while crowd.in_flight or crowd.queued:      # a short one comes whenever another has gone: alone they would fill the stepper
+        if len(shorts) < 60 and crowd.in_flight + crowd.queued < 2:
+            shorts.append(crowd.submit(request(seed=len(shorts), steps=4)))
+        if long in dict(crowd.step()):
+            break
+    assert 5 < len(shorts) < 25
+
+
+def test_a_request_for_many_pictures_does_not_make_one_for_a_single_picture_wait():
+    crowd = stepper(max_in_flight=2)
+    many = [crowd.submit(replace(request(seed=seed, steps=4), group="many")) for seed in range(6)]
+    crowd.step()
+    single = crowd.submit(replace(request(seed=9, steps=4), group="single"))
+    order = finished(crowd)
+    assert order.index(single) <= 2 and [ticket for ticket in order if ticket != single] == many
+
+
+@pytest.mark.parametrize("steps, previews, taken", [(8, 3, [2, 4, 6]), (5, 0, []), (3, 3, [1, 2]), (10, 1, [5]), (1, 3, [])])
+def test_previews_are_the_predicted_image_at_even_distances(steps, previews, taken):
+    crowd, seen = stepper(), []
+    crowd.submit(replace(request(steps=steps), previews=previews, watch=lambda image: seen.append((crowd.steps_done + 1, image))))
+    while not (done := crowd.step()):
+        pass
+    assert [step for step, _ in seen] == taken
+    assert all(image.shape == (3, 16, 16) and image.abs().max() <= 1 for _, image in seen)
+    assert torch.equal(done[0][1], stepper().run([request(steps=steps)])[0])
+    if len(seen) == 3 and steps == 8:       # they come nearer to the picture
+        errors = [(image - done[0][1]).abs().mean().item() for _, image in seen]
+        assert errors[2] < errors[0]
+
+
+def test_a_caption_is_encoded_once_for_all_samples_that_have_it():
+    one, calls = stepper(), []
+    encode = one.model.encode_text
+    one.model.encode_text = lambda tokens, mask: calls.append(1) or encode(tokens, mask)
+    one.run([request(seed=seed, steps=2, prompt=prompt) for seed, prompt in enumerate(["a", "b", "a", "a", "b"])])
+    assert len(calls) == 3      # both, and the empty one
+    one.run([request(steps=2, prompt="b")])
+    assert len(calls) == 3
+
+
 def test_a_cancelled_sample_leaves_at_once_and_changes_no_other():
     alone = stepper().run([request(steps=5)])[0]
     crowd = stepper()
@@ -165,15 +224,25 @@ def test_an_engine_answers_many_threads_and_matches_the_stepper():
 def test_a_future_that_is_cancelled_frees_its_place_within_two_steps():
     engine = Engine(stepper())
     future = engine.submit(request(steps=1000))
-    while engine.steps_done < 2:
+    while engine.load.steps < 2:
         time.sleep(0.01)
-    assert engine.in_flight == 1
+    assert engine.load.in_flight == 1
     future.cancel()
-    before = engine.steps_done
+    before = engine.load.steps
     deadline = time.monotonic() + 20
-    while engine.in_flight and time.monotonic() < deadline:
+    while engine.load.in_flight and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert engine.in_flight == 0 and engine.steps_done <= before + 2
+    assert engine.load.in_flight == 0 and engine.load.steps <= before + 2 and engine.load.cancelled == 1
+    engine.close()
+
+
+def test_an_engine_counts_what_it_does():
+    engine = Engine(stepper(lanes=2))
+    for future in [engine.submit(request(seed=seed, steps=4)) for seed in range(4)]:
+        future.result(60)
+    load = engine.load
+    assert (load.finished, load.sample_steps, load.width, load.in_flight, load.queued, load.failed) == (4, 16, 2, 0, 0, 0)
+    assert 8 <= load.steps <= 16 and load.busy_seconds > 0
     engine.close()
 
 

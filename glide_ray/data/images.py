@@ -130,12 +130,12 @@ def to_uint8(image: Tensor) -> np.ndarray:
     return ((image.detach().float() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
 
 
-def encode(pixels: np.ndarray, form: str = "png", text: Mapping[str, str] | None = None) -> bytes:
-    """uint8 (H, W, 3) or (H, W) as the bytes of a png, jpeg or webp file. `text`: chunks for a png to carry."""
+def encode(pixels: np.ndarray, form: str = "png", text: Mapping[str, str] | None = None, quality: int | None = None) -> bytes:
+    """uint8 (H, W, 3) or (H, W) as the bytes of a png, jpeg or webp file. `text`: chunks for a png to carry; `quality`: of the others."""
     buffer = io.BytesIO()
     chunks = PngImagePlugin.PngInfo()
     for name, value in (text or {}).items():
         chunks.add_itxt(name, value, zip=True)
-    options = {"png": {"pnginfo": chunks}, "jpeg": {"quality": 95}, "webp": {"quality": 95}}[form]
+    options = {"pnginfo": chunks} if form == "png" else {"quality": 95 if quality is None else quality}
     Image.fromarray(pixels).save(buffer, form.upper(), **options)
     return buffer.getvalue()

@@ -14,14 +14,15 @@ def classifier_free(paired: Denoiser, scale: Tensor) -> Denoiser:
     """eps(empty) + scale (eps(caption) - eps(empty)), with the variance of the caption's half. `scale` (B,).
 
     `paired` is asked for B + G rows: every sample with its caption, then the G samples whose scale is not 1 with the empty
-    caption. At scale 1 the empty half would cancel, so it is not computed.
+    caption. At scale 1 the empty half would cancel, so it is not computed. With `scale` on the CPU no device is waited for.
     """
-    guided = scale.ne(1).nonzero()[:, 0]
+    here = scale.ne(1).nonzero()[:, 0]
 
     def denoise(x: Tensor, timestep: Tensor) -> ModelOutput:
+        guided = here.to(x.device)
         both = paired(torch.cat([x, x[guided]]), torch.cat([timestep, timestep[guided]]))
         caption, empty = both[:len(x)], both[len(x):]
-        eps = caption.eps.index_copy(0, guided, combine(caption.eps[guided], empty.eps, scale[guided]))
+        eps = caption.eps.index_copy(0, guided, combine(caption.eps[guided], empty.eps, scale[here].to(x.device)))
         return ModelOutput(eps, caption.variance)
     return denoise
 
