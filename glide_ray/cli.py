@@ -195,10 +195,11 @@ def _parser() -> argparse.ArgumentParser:
                          "up to 8 GPUs, else of the network of AWS's machines with them)")
 
     command = add("bench", commands.bench, "measure this machine, or what trained models do; prints one line of JSON")
-    command.add_argument("what", choices=["forward", "sample", "train", "plan", "data", "memory", "samplers", "inpainting", "guidance"],
+    command.add_argument("what", choices=["forward", "sample", "train", "plan", "serve", "data", "memory", "samplers", "inpainting", "guidance"],
                          help="forward: one network call; sample: one guided step as a ratio to the released form; train: a training step "
                               "as a ratio to a plain PyTorch loop's, and to a bare one of the same precision; plan: the memory that `glide plan` "
-                              "says as a ratio to what training takes on the CPU; data: the stream's "
+                              "says as a ratio to what training takes on the CPU; serve: latency "
+                              "and cost of the server as ratios to whole-request batching and to a server that does nothing; data: the stream's "
                               "images a second as a ratio to webdataset's; memory: its peak over 10 and 100 thousand; of trained models, "
                               "samplers: distance to 250 DDIM steps; inpainting: error at a hole's border, of --base and of --inpaint; "
                               "guidance: score by --clip over the guidance scale")
@@ -207,8 +208,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--clip", type=Path, default=Path("runs/nano-clip/weights.safetensors"), help="default: %(default)s")
     command.add_argument("--corpus", type=Path, default=Path("runs/corpus/held_out"), help="pictures to inpaint (default: %(default)s)")
     command.add_argument("--shards", default="runs/corpus/train", help="corpus of data and memory (default: %(default)s)")
-    command.add_argument("--preset", help="default: paper-base for forward, filtered-base for sample, emoji-base for train, all of its shapes for plan")
+    command.add_argument("--preset", help="default: paper-base for forward, filtered-base for sample, emoji-base for train, all of its shapes for plan, "
+                         "nano for serve, whose base model is asked, or nano:256 for both stages")
     command.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="default: %(default)s")
+    command.add_argument("--seconds", type=_positive, default=120, help="of open-loop load for serve (default: %(default)s)")
     command.add_argument("--repeats", type=_positive, help="default: 1 for forward, 5 for sample and train, 3 for data and plan")
     return parser
 

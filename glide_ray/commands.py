@@ -165,9 +165,17 @@ def bench(options) -> None:
         "inpainting": lambda: benches.bench_inpainting(options.base, options.inpaint, options.corpus),
         "data": lambda: _measure().bench_data(options.shards, options.repeats or 3),
         "memory": lambda: _measure().bench_memory(options.shards),
+        "serve": lambda: _bench_serve(options),
         "guidance": lambda: benches.bench_guidance(options.base, options.clip),
     }[options.what]
     print(json.dumps(run()))
+
+
+def _bench_serve(options) -> dict:
+    _use_checkout()
+    from serve.measure import bench_serve
+    family, _, size = (options.preset or "nano").partition(":")
+    return bench_serve(family, int(size or 64), options.seconds, lambda line: print(line, file=sys.stderr))
 
 
 def _measure():

@@ -321,6 +321,8 @@ class Scale(Frozen):
     max_replicas: int = Field(1, gt=0)
     cpus: float = Field(1, gt=0)
     gpus: float | None = Field(None, ge=0)             # 0.5: two replicas share one; None: a whole one, or equal parts where there are too few
+    up_after: float = Field(3, ge=0)                   # seconds of too long a queue until there is one more
+    down_after: float = Field(60, ge=0)                # and of too short a one until there is one fewer
 
     @model_validator(mode="after")
     def _order(self) -> Scale:
@@ -346,7 +348,7 @@ class ServeConfig(ServedModel):
     ingress_scale: Scale = Scale(cpus=0.5, gpus=0)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     max_in_flight: int = Field(8, gt=0)                # samples that a replica has on the way
-    max_waiting: int = Field(8, ge=0)                  # images for each replica beyond those; what comes then is answered 429
+    max_waiting: int = Field(6, ge=0)                  # images for each replica beyond those that a step advances; then 429 is answered
     max_images: int = Field(4, gt=0)                   # the largest `n`
     max_upload_bytes: int = Field(8 * 2**20, gt=0)
     max_pixels: int = Field(16 * 10**6, gt=0)          # of an uploaded image, checked before it is decoded

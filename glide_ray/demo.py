@@ -83,9 +83,10 @@ def _heading(report: Callable[[str], None], number: int, text: str) -> None:
 
 def _ask(out: Path, corpus: Path, results: dict[str, TrainingResult]) -> dict:
     from serve.app import serving    # of the checkout; the command line has put it on the path
+    from serve.load import free_port
     connect(4)
     before, known = _picture_to_edit(corpus)
-    config = ServeConfig(base=results["base"].weights, upsampler=results["upsampler"].weights, port=_free_port())
+    config = ServeConfig(base=results["base"].weights, upsampler=results["upsampler"].weights, port=free_port())
     bar = tqdm(total=len(PROMPTS) + 1, desc="pictures", unit="picture", dynamic_ncols=True)
     with serving(config) as url, httpx.Client(base_url=url, timeout=300) as client, bar:
         images = []
@@ -129,13 +130,6 @@ def _picture_to_edit(corpus: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _put(image: Image.Image, path: Path) -> None:
     storage.put(encode(np.asarray(image)), path)
-
-
-def _free_port() -> int:
-    import socket
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _summary(out: Path, minutes: float) -> str:

@@ -186,7 +186,7 @@ class _Making:
         return {"input_tokens": text, "output_tokens": 0, "total_tokens": text, "input_tokens_details": {"text_tokens": text, "image_tokens": 0}}
 
     def item(self, job: Job, picture: Picture) -> dict[str, Any]:
-        encoded = base64.b64encode(encode(picture.pixels, self.form, self._recipe(job, picture), self.fields.output_compression)).decode()
+        encoded = base64.b64encode(encode(picture.pixels, self.form, self._recipe(job, picture), self.fields.output_compression, fast=True)).decode()
         if self.fields.response_format == "url":
             return {"url": f"data:image/{self.form};base64,{encoded}", "seed": picture.seed}
         return {"b64_json": encoded, "seed": picture.seed}
@@ -215,7 +215,7 @@ class _Making:
 
             def show(pixels: np.ndarray) -> None:
                 nonlocal shown
-                encoded = base64.b64encode(encode(_enlarged(pixels, job.size), self.form)).decode()
+                encoded = base64.b64encode(encode(_enlarged(pixels, job.size), self.form, fast=True)).decode()
                 ready.put_nowait({"type": f"{kind}.partial_image", "b64_json": encoded, "partial_image_index": shown, "image_index": n, **common})
                 shown += 1
             picture = await self.picture(job, show if job.previews else None)

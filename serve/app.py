@@ -37,7 +37,7 @@ from .fields import Job, Picture
 from .figures import Figures, StageLoad
 from .gate import Gate
 from .keys import Key, read_keys
-from .stages import Base, Made, Upsampler
+from .stages import Base, Made, Stage, Upsampler
 
 APP = "glide"
 START_SECONDS = 180      # for all replicas to have loaded their weights
@@ -150,23 +150,23 @@ class Ingress(Face):
     def __init__(self, config: ServeConfig, served: Mapping[str, Served], handles: Mapping[str, tuple[DeploymentHandle, ...]], keys: Mapping[str, Key]):
         self._config, figures = config, Figures(serve.get_replica_context().replica_tag)
         backends = {name: RayBackend(served[name], *(*stages, None)[:2], figures) for name, stages in handles.items()}
-        super().__init__(backends, Gate(keys, {name: self._room(1) for name in backends}), figures)
+        super().__init__(backends, Gate(keys, {name: self._room(config.max_in_flight) for name in backends}), figures)
         for logger in ("httpx", "ray.serve"):       # a line for every hop says nothing that ours does not
             logging.getLogger(logger).setLevel(logging.WARNING)
         logging.getLogger("ray.serve.glide").setLevel(logging.INFO)
 
-    def _room(self, replicas: int) -> int:
-        """Images of one model that are admitted when its scarcer stage has so many replicas."""
-        return replicas * (self._config.max_in_flight + self._config.max_waiting)
+    def _room(self, width: int) -> int:
+        """Images that are admitted to a replica whose steps advance so many."""
+        return width + self._config.max_waiting
 
     async def check_health(self) -> None:
-        """Serve asks every few seconds; a good moment to see how many replicas there are, and so how much can be admitted."""
+        """Serve asks every few seconds; a good moment to see which replicas there are, and so how much can be admitted."""
         with suppress(Exception):
             loads, faces = await asyncio.gather(self.stages(), self._faces("here"))
             for name, backend in self.models.items():
-                counts = [sum((load.model, load.stage) == (name, stage) for load in loads or ()) for stage in _roles(backend)]
-                if all(counts):
-                    self.gate.capacity[name] = max(1, self._room(min(counts)) // max(1, len(faces)))
+                rooms = [sum(self._room(one.load.width) for one in loads or () if (one.model, one.stage) == (name, stage)) for stage in _roles(backend)]
+                if all(rooms):
+                    self.gate.capacity[name] = max(1, min(rooms) // max(1, len(faces)))
 
     async def stages(self) -> list[StageLoad] | None:
         """The loads of all replicas; None where a stage has none that answers."""
@@ -205,13 +205,13 @@ async def _all_replicas(handle: DeploymentHandle, method: str, kind: type) -> li
 
 # -- deploying --------------------------------------------------------------------------------------------------------
 
-def build(config: ServeConfig) -> serve.Application:
-    """The application for these weights. Raises UserError where they are missing, broken or of the wrong kind, or where strangers could ask."""
+def build(config: ServeConfig, kinds: tuple[type[Stage], type[Stage]] = (Base, Upsampler)) -> serve.Application:
+    """The application for these weights. `kinds`: what its stages are. Raises UserError where they are missing, broken or of the wrong kind, or where strangers could ask."""
     served, keys = read_models(config), read_keys(config.keys)
     _check_host(config, keys)
     gpus = ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0
     share = _share_of_gpu(gpus, served)
-    handles = {name: _stages(model, config, share, prefix="" if n == 0 else f"{name}-") for n, (name, model) in enumerate(served.items())}
+    handles = {name: _stages(model, config, kinds, share, prefix="" if n == 0 else f"{name}-") for n, (name, model) in enumerate(served.items())}
     ingress = serve.deployment(serve.ingress(_routes(config, served))(Ingress))
     return ingress.options(name="ingress", **_options(config.ingress_scale, 256, 64, 0, config)).bind(config, served, handles, keys)
 
@@ -226,13 +226,13 @@ def _routes(config: ServeConfig, served: Mapping[str, Served]) -> FastAPI:
     return build_api(lambda: serve.get_replica_context().servable_object, config, sorted(sizes), any(model.clip for model in served.values()))
 
 
-def _stages(model: Served, config: ServeConfig, share: float, prefix: str) -> tuple[serve.Application, ...]:
-    own, made = model.config, []
-    for stage, role, scale, path, clip in ((Base, "base", own.base_scale, own.base, own.clip), (Upsampler, "upsampler", own.upsampler_scale, own.upsampler, None)):
+def _stages(model: Served, config: ServeConfig, kinds: tuple[type[Stage], type[Stage]], share: float, prefix: str) -> tuple[serve.Application, ...]:
+    own, made, room = model.config, [], config.max_in_flight + config.max_waiting
+    for kind, scale, path, clip in zip(kinds, (own.base_scale, own.upsampler_scale), (own.base, own.upsampler), (own.clip, None), strict=True):
         if path is not None:
-            room = config.max_in_flight + config.max_waiting
-            deployment = serve.deployment(stage).options(name=prefix + role, **_options(scale, 2 * room, config.max_in_flight, share, config))
-            made.append(deployment.bind(model.name, absolute(path), config.precision, config.max_in_flight, clip and absolute(clip)))
+            options = _options(scale, 2 * room, config.max_in_flight, share, config)
+            made.append(serve.deployment(kind).options(name=prefix + kind.role, **options).bind(
+                model.name, absolute(path), config.precision, config.max_in_flight, clip and absolute(clip)))
     return tuple(made)
 
 
@@ -244,8 +244,8 @@ def _options(scale: Scale, ongoing: int, target: int, share: float, config: Serv
     if scale.min_replicas == scale.max_replicas:
         return options | {"num_replicas": scale.min_replicas}
     return options | {"autoscaling_config": AutoscalingConfig(
-        min_replicas=scale.min_replicas, max_replicas=scale.max_replicas, target_ongoing_requests=target, upscale_delay_s=3, downscale_delay_s=60,
-        metrics_interval_s=1, look_back_period_s=3)}
+        min_replicas=scale.min_replicas, max_replicas=scale.max_replicas, target_ongoing_requests=target, upscale_delay_s=scale.up_after,
+        downscale_delay_s=scale.down_after, metrics_interval_s=1, look_back_period_s=3)}
 
 
 def _share_of_gpu(gpus: float, served: Mapping[str, Served]) -> float:
@@ -280,15 +280,15 @@ def serving(config: ServeConfig) -> Iterator[str]:
         serve.delete(APP)       # and not `serve.shutdown`, which ends the applications of others on a shared cluster
 
 
-def deploy(application: serve.Application) -> None:
+def deploy(application: serve.Application, name: str = APP, route_prefix: str = "/") -> None:
     """Run the application, or put it in the place of the one that runs, replica by replica. Raises UserError where it does not start."""
-    serve.run(application, name=APP, route_prefix="/", blocking=False, logging_config={"log_level": "WARNING"})
+    serve.run(application, name=name, route_prefix=route_prefix, blocking=False, logging_config={"log_level": "WARNING"})
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        status = serve.status().applications[APP]
+        status = serve.status().applications[name]
         if status.status == "RUNNING":
             return
         if status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             break
         time.sleep(0.2)
-    raise UserError(f"The application did not start: {serve.status().applications[APP].message[-500:]}")
+    raise UserError(f"The application did not start: {serve.status().applications[name].message[-500:]}")

@@ -50,7 +50,7 @@ class Edge:
 
         try:
             try:
-                if scope["path"] not in OPEN:
+                if scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN:
                     told["key"] = face.gate.who(headers.get("authorization"), (scope.get("client") or (None,))[0])
                 await self.app(scope, self._bounded(headers, receive), answer)
             except ApiError as error:

@@ -79,7 +79,9 @@ class Stage:
             made.cancel()
 
     async def _sampled(self, request: SampleRequest, began: float) -> Made:
-        image = await asyncio.wrap_future(self._engine.submit(request))
+        return self._made(await asyncio.wrap_future(self._engine.submit(request)), began)
+
+    def _made(self, image: torch.Tensor, began: float) -> Made:
         return Made(to_uint8(image), self._sha256, time.monotonic() - began)
 
     def state(self) -> StageLoad:

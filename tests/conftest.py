@@ -52,6 +52,19 @@ def random_model(unet, seed=0):
     return model
 
 
+def serving_weights(folder, seed=0):
+    """Paths of a cascade of the sizes that the API names, 64 -> 256, but very thin: {"base": path, "upsampler": path}."""
+    sizes = {"base": ["model.unet.image_size=64"],
+             "upsampler": ["model.unet.image_size=256", "model.unet.low_res_size=64", "model.unet.multipliers=1,1,1,1,2", "model.sampling.respacing=4"]}
+    paths = {}
+    for kind, settings in sizes.items():
+        config = tiny(kind, *settings).model
+        paths[kind] = str(folder / f"{kind}.safetensors")
+        folder.mkdir(exist_ok=True)
+        save_weights(paths[kind], random_model(config.unet, seed).state_dict(), config)
+    return paths
+
+
 def draw(colour, shape, size=64):
     image = Image.new("RGB", (size, size), (255, 255, 255))
     getattr(ImageDraw.Draw(image), shape)((size // 5, size // 5, size * 4 // 5, size * 4 // 5), fill=COLOURS[colour])

@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-import socket
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +14,9 @@ import openai
 import pytest
 from PIL import Image
 
-from conftest import random_model, tiny
+from conftest import serving_weights
 from glide_ray.cascade import Cascade
 from glide_ray.config import ConfigError, SampleOptions, ServeConfig, UserError
-from glide_ray.models.weights import save_weights
 from glide_ray.recipe import find_models, make_again, read_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
@@ -27,24 +25,14 @@ PROMPT, STEPS = "a red apple", 3
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A cascade 16 -> 64, whose sizes the API does not name: the models here are 64 and 256 pixels wide and very thin."""
-    folder, paths = tmp_path_factory.mktemp("serve"), {}
-    for kind, sizes in (("base", ["model.unet.image_size=64"]), ("upsampler", ["model.unet.image_size=256", "model.unet.low_res_size=64",
-                                                                                                     "model.unet.multipliers=1,1,1,1,2",
-                                                                                                     "model.sampling.respacing=4"])):
-        config = tiny(kind, *sizes).model
-        paths[kind] = str(folder / f"{kind}.safetensors")
-        save_weights(paths[kind], random_model(config.unet).state_dict(), config)
-    return paths
+    return serving_weights(tmp_path_factory.mktemp("serve"))
 
 
 @pytest.fixture(scope="module")
 def url(weights):
     from serve.app import serving
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with serving(ServeConfig(**weights, port=port)) as url:
+    from serve.load import free_port
+    with serving(ServeConfig(**weights, port=free_port())) as url:
         yield url
 
 

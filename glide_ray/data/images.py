@@ -130,12 +130,16 @@ def to_uint8(image: Tensor) -> np.ndarray:
     return ((image.detach().float() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
 
 
-def encode(pixels: np.ndarray, form: str = "png", text: Mapping[str, str] | None = None, quality: int | None = None) -> bytes:
-    """uint8 (H, W, 3) or (H, W) as the bytes of a png, jpeg or webp file. `text`: chunks for a png to carry; `quality`: of the others."""
+def encode(pixels: np.ndarray, form: str = "png", text: Mapping[str, str] | None = None, quality: int | None = None,
+           fast: bool = False) -> bytes:
+    """uint8 (H, W, 3) or (H, W) as the bytes of a png, jpeg or webp file. `text`: chunks for a png to carry; `quality`: of the others.
+
+    `fast`: a png in a fifth of the time, with a fifth more bytes.
+    """
     buffer = io.BytesIO()
     chunks = PngImagePlugin.PngInfo()
     for name, value in (text or {}).items():
         chunks.add_itxt(name, value, zip=True)
-    options = {"pnginfo": chunks} if form == "png" else {"quality": 95 if quality is None else quality}
+    options = {"pnginfo": chunks, "compress_level": 1 if fast else 6} if form == "png" else {"quality": 95 if quality is None else quality}
     Image.fromarray(pixels).save(buffer, form.upper(), **options)
     return buffer.getvalue()
