@@ -27,13 +27,14 @@ from .data.images import centre_crop, decode, to_uint8
 from .data.shards import read_shard
 from .diffusion.guidance import combine
 from .diffusion.schedule import make_schedule
+from .flight import SampleRequest
 from .forms import DTYPES, Batch, Conditioning
 from .hardware import measured_peak
 from .info import example_batch, example_conditioning, inspect, operations
 from .models.unet import GlideUNet
 from .models.weights import build
 from .settings import override
-from .stepper import SampleRequest, Stepper
+from .stepper import Stepper
 
 
 

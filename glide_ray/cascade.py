@@ -15,9 +15,10 @@ from .critic import Critic, load_critic
 from .data.images import area_downsample, to_8_bits, to_tensor, to_uint8
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import ScheduleError, kept_timesteps
+from .flight import SampleRequest
 from .forms import DTYPES, Conditioning
 from .models.weights import WeightsError, load_model
-from .stepper import SampleRequest, Stepper
+from .stepper import Stepper
 from .tokenizer import Tokenizer
 
 MAX_SCALE = 100.0

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import commands, pictures, presets
-from .config import CleanConfig, FilterConfig, ServeConfig, UserError
+from .config import CleanConfig, FilterConfig, UserError
+from .serve_config import ServeConfig
 
 DEMO = Path("runs/demo")
 CLIP = Path("runs/nano-plain-clip/weights.safetensors")
@@ -209,8 +210,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--corpus", type=Path, default=Path("runs/corpus/held_out"), help="pictures to inpaint (default: %(default)s)")
     command.add_argument("--shards", default="runs/corpus/train", help="corpus of data and memory (default: %(default)s)")
     command.add_argument("--preset", help="default: paper-base for forward, filtered-base for sample, emoji-base for train, all of its shapes for plan, "
-                         "nano for serve, whose base model is asked, or nano:256 for both stages")
+                         "nano for serve, of nano and emoji")
     command.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="default: %(default)s")
+    command.add_argument("--size", type=int, choices=[64, 256], default=64, help="of the pictures for serve: 64 asks the base model only (default: %(default)s)")
     command.add_argument("--seconds", type=_positive, default=120, help="of open-loop load for serve (default: %(default)s)")
     command.add_argument("--repeats", type=_positive, help="default: 1 for forward, 5 for sample and train, 3 for data and plan")
     return parser

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from . import presets
-from .config import CleanConfig, FilterConfig, Preset, ServeConfig, UserError
+from .config import CleanConfig, FilterConfig, Preset, UserError
+from .serve_config import ServeConfig
 from .settings import override, validate
 
 EMOJI, FILTERS = "runs/corpus", Path("runs/filters")
@@ -174,8 +175,7 @@ def bench(options) -> None:
 def _bench_serve(options) -> dict:
     _use_checkout()
     from serve.measure import bench_serve
-    family, _, size = (options.preset or "nano").partition(":")
-    return bench_serve(family, int(size or 64), options.seconds, lambda line: print(line, file=sys.stderr))
+    return bench_serve(options.preset or "nano", options.size, options.seconds, lambda line: print(line, file=sys.stderr))
 
 
 def _measure():

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .config import UserError
-from .stepper import SampleRequest, Stepper
+from .flight import SampleRequest
+from .stepper import Stepper
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 from glide_ray.cascade import check_options, shrink_known
-from glide_ray.config import SampleOptions, ServeConfig, nearest
+from glide_ray.config import SampleOptions, nearest
 from glide_ray.data.images import encode
 from glide_ray.recipe import Maker, png_text
-from glide_ray.tokenizer import Tokenizer
+from glide_ray.serve_config import ServeConfig
+from glide_ray.tokenizer import Tokenizer, Tokens
 
 from .edge import Edge
 from .errors import ApiError, ErrorBody, handle_errors
@@ -140,19 +141,18 @@ async def _from_image(face: Face, config: ServeConfig, request: Request, kind: t
 
 async def _answer(face: Face, config: ServeConfig, request: Request, fields: ImageFields, source: Source | None = None):
     """Whole or streamed. Whatever can be refused is refused before the first byte."""
-    job, model, warnings = _job(face, config, fields, source, request)
+    job, model = _job(face, config, fields, source, request)
     backend = face.models[model]
     jobs = [replace(job, seed=(job.seed + k * job.best_of) % 2**63) for k in range(fields.n or 1)]
-    making = _Making(face, model, backend, fields, request.scope["glide"])
+    making = _Making(face, model, backend, fields, Tokenizer(backend.maker.base.context).encode(job.prompt), request.scope["glide"])
     inside = ExitStack()
     inside.enter_context(face.gate.admit(request.scope["glide"].get("key", NOBODY), model, len(jobs) * job.best_of))
     if fields.stream:
-        return StreamingResponse(making.events(jobs, warnings, inside), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return StreamingResponse(making.events(jobs, inside), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
     with inside:
         pictures = await _all([making.picture(job) for job in jobs])
         data = [await asyncio.to_thread(making.item, job, picture) for job, picture in zip(jobs, pictures, strict=True)]
-    answer = {"created": int(time.time()), "data": data, **making.described(job), "usage": making.usage(jobs)}
-    return JSONResponse(answer | ({"warnings": warnings} if warnings else {}))
+    return JSONResponse({"created": int(time.time()), "data": data, **making.described(job), "usage": making.usage, **making.warnings})
 
 
 @dataclass
@@ -163,6 +163,7 @@ class _Making:
     model: str
     backend: Backend
     fields: ImageFields
+    prompt: Tokens
     told: dict[str, Any]         # of the request's line in the log
 
     async def picture(self, job: Job, show: Show | None = None) -> Picture:
@@ -179,11 +180,18 @@ class _Making:
     def described(self, job: Job) -> dict[str, str]:
         return {"size": f"{job.size}x{job.size}", "output_format": self.form, "quality": "auto", "background": "opaque"}
 
-    def usage(self, jobs: Sequence[Job]) -> dict[str, Any]:
+    @property
+    def usage(self) -> dict[str, Any]:
         """In tokens of the prompt; images are not counted in tokens here."""
-        read = Tokenizer(self.backend.maker.base.context).encode(jobs[0].prompt)
-        text = sum(bool(here) for here in read.mask)
+        text = sum(self.prompt.mask)
         return {"input_tokens": text, "output_tokens": 0, "total_tokens": text, "input_tokens_details": {"text_tokens": text, "image_tokens": 0}}
+
+    @property
+    def warnings(self) -> dict[str, list[str]]:
+        """What the sender should know, if there is anything."""
+        if not self.prompt.cut:
+            return {}
+        return {"warnings": [f"The prompt is longer than {len(self.prompt.tokens)} tokens; what comes after them was not read."]}
 
     def item(self, job: Job, picture: Picture) -> dict[str, Any]:
         encoded = base64.b64encode(encode(picture.pixels, self.form, self._recipe(job, picture), self.fields.output_compression, fast=True)).decode()
@@ -204,7 +212,7 @@ class _Making:
             inputs = {"image": image, "mask": known}
         return png_text(replace(maker, models=models).recipe(job.task, job.prompt, picture.seed, job.options, job.strength or 1.0), inputs)
 
-    async def events(self, jobs: Sequence[Job], warnings: list[str], inside: ExitStack) -> AsyncIterator[str]:
+    async def events(self, jobs: Sequence[Job], inside: ExitStack) -> AsyncIterator[str]:
         """Server-sent events as OpenAI names them: partial images as they come, and each finished one."""
         kind = "image_generation" if jobs[0].task == "generate" else "image_edit"
         ready: asyncio.Queue = asyncio.Queue()
@@ -220,7 +228,7 @@ class _Making:
                 shown += 1
             picture = await self.picture(job, show if job.previews else None)
             ready.put_nowait({"type": f"{kind}.completed", **await asyncio.to_thread(self.item, job, picture), "image_index": n, **common,
-                              "usage": self.usage([job]), **({"warnings": warnings} if warnings else {})})
+                              "usage": self.usage, **self.warnings})
 
         with inside:
             whole = asyncio.ensure_future(_all([make(n, job) for n, job in enumerate(jobs)]))
@@ -257,8 +265,8 @@ def _backend(face: Face, name: str | None) -> tuple[str, Backend]:
     return name, face.models[name]
 
 
-def _job(face: Face, config: ServeConfig, fields: ImageFields, source: Source | None, request: Request) -> tuple[Job, str, list[str]]:
-    """The request as one job, its model, and what its sender should know. Raises ApiError or RequestError."""
+def _job(face: Face, config: ServeConfig, fields: ImageFields, source: Source | None, request: Request) -> tuple[Job, str]:
+    """The request as one job, and the name of its model. Raises ApiError or RequestError."""
     name, backend = _backend(face, fields.model)
     size = backend.sizes[-1] if fields.size in (None, "auto") else int(fields.size.split("x")[0])
     if size not in backend.sizes:
@@ -276,11 +284,9 @@ def _job(face: Face, config: ServeConfig, fields: ImageFields, source: Source | 
     if isinstance(fields, Variation):
         strength = strength or Variation.model_fields["strength"].default
     check_options(options, fields.seed, strength)
-    prompt, warnings = fields.prompt or "", []
-    if Tokenizer(backend.maker.base.context).encode(prompt).cut:
-        warnings.append(f"The prompt is longer than {backend.maker.base.context} tokens; what comes after them was not read.")
+    prompt = fields.prompt or ""
     seed = fields.seed if fields.seed is not None else secrets.randbelow(2**31)
     told = request.scope["glide"]
     told |= {"model": name, "seed": seed} | ({"prompt": prompt} if config.log_prompts else {})
     previews = (fields.partial_images or 0) if fields.stream else 0
-    return Job(prompt, seed, size, options, source, strength, best_of, previews, told["id"]), name, warnings
+    return Job(prompt, seed, size, options, source, strength, best_of, previews, told["id"]), name

@@ -24,11 +24,12 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from glide_ray import cascade
-from glide_ray.config import Scale, ServeConfig, ServedModel, UserError
+from glide_ray.config import UserError
 from glide_ray.critic import check_clip
 from glide_ray.evaluation.features import fetch_clip
 from glide_ray.models.weights import load_config
 from glide_ray.recipe import Maker, ModelUsed, fingerprint, versions
+from glide_ray.serve_config import Scale, ServeConfig, ServedModel
 from glide_ray.settings import validate
 from glide_ray.storage import absolute, fetch
 
@@ -161,7 +162,7 @@ class Ingress(Face):
 
     async def check_health(self) -> None:
         """Serve asks every few seconds; a good moment to see which replicas there are, and so how much can be admitted."""
-        with suppress(Exception):
+        with suppress(Exception):       # whatever ails the others, this replica is well
             loads, faces = await asyncio.gather(self.stages(), self._faces("here"))
             for name, backend in self.models.items():
                 rooms = [sum(self._room(one.load.width) for one in loads or () if (one.model, one.stage) == (name, stage)) for stage in _roles(backend)]

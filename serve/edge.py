@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from glide_ray.config import ServeConfig
+from glide_ray.serve_config import ServeConfig
 
 from .errors import ApiError, failure
 

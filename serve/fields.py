@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from starlette.datastructures import UploadFile
 
 from glide_ray.cascade import MAX_SCALE
-from glide_ray.config import SampleOptions, ServeConfig, UserError, nearest
+from glide_ray.config import SampleOptions, UserError, nearest
 from glide_ray.data.images import centre_crop, flatten, load, open_image
 from glide_ray.data.masks import centre_crop_mask, check_sizes, mask_of
+from glide_ray.serve_config import ServeConfig
 
 from .errors import ApiError, refusal
 

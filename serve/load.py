@@ -59,33 +59,30 @@ def bodies(count: int, steps: Mapping[int, float], seed: int, **fields: Any) -> 
     return [{"prompt": f"a red apple, number {n % 16}", "seed": n, "steps": draw.choices(list(steps), list(steps.values()))[0], **fields} for n in range(count)]
 
 
-def run(url: str, requests: Sequence[dict[str, Any]], at: Sequence[float] | None = None, clients: int = 0, seconds: float | None = None,
-        keep_images: bool = False) -> list[Answer]:
-    """Send the requests from another process, at the times `at` or by so many `clients` that ask again and again for some `seconds`."""
-    process = start(url, requests, at, clients, seconds, keep_images)
-    return answers(process)
+class Clients:
+    """A process of clients, which goes on beside this one. It sends the requests at the times `at`, or by so many `clients`: each request once,
+    or again and again for some `seconds`."""
 
+    def __init__(self, url: str, requests: Sequence[dict[str, Any]], at: Sequence[float] | None = None, clients: int = 0,
+                 seconds: float | None = None, keep_images: bool = False):
+        self._came = tempfile.TemporaryFile("w+")       # a pipe that nobody reads yet would stop them
+        self._process = subprocess.Popen([sys.executable, "-m", "serve.load"], stdin=subprocess.PIPE, stdout=self._came, text=True, env=_environment())
+        with self._process.stdin as plan:
+            json.dump({"url": url, "requests": list(requests), "at": at and list(at), "clients": clients, "seconds": seconds,
+                       "keep_images": keep_images}, plan)
 
-def start(url: str, requests: Sequence[dict[str, Any]], at: Sequence[float] | None = None, clients: int = 0, seconds: float | None = None,
-          keep_images: bool = False) -> subprocess.Popen:
-    """The same, which goes on beside this process: `answers` waits for it."""
-    out = tempfile.TemporaryFile("w+")       # a pipe that nobody reads yet would stop it
-    process = subprocess.Popen([sys.executable, "-m", "serve.load"], stdin=subprocess.PIPE, stdout=out, text=True, env=_environment())
-    process.out = out
-    process.stdin.write(json.dumps({"url": url, "requests": list(requests), "at": at and list(at), "clients": clients, "seconds": seconds,
-                                    "keep_images": keep_images}))
-    process.stdin.close()
-    return process
+    def going(self) -> bool:
+        """Whether there are still answers to come."""
+        return self._process.poll() is None
 
-
-def answers(process: subprocess.Popen) -> list[Answer]:
-    """What came of all requests, in the order of the requests. Raises RuntimeError where the process failed."""
-    if process.wait() != 0:
-        raise RuntimeError("the process of the clients failed; it says why above")
-    with process.out as out:
-        out.seek(0)
-        came = json.load(out)
-    return sorted((Answer(**{**answer, "images": tuple(answer["images"])}) for answer in came), key=lambda answer: answer.number)
+    def answers(self) -> list[Answer]:
+        """What came of all requests, in the order of the requests. Raises RuntimeError where the process failed."""
+        if self._process.wait() != 0:
+            raise RuntimeError("the process of the clients failed; it says why above")
+        with self._came:
+            self._came.seek(0)
+            came = json.load(self._came)
+        return sorted((Answer(**{**answer, "images": tuple(answer["images"])}) for answer in came), key=lambda answer: answer.number)
 
 
 def _environment() -> dict[str, str]:

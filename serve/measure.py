@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,12 @@ from ray import serve
 
 from glide_ray import presets
 from glide_ray.bench import random_model
-from glide_ray.config import SampleOptions, ServeConfig
+from glide_ray.config import SampleOptions
 from glide_ray.distributed.local import connect
 from glide_ray.forms import DTYPES
 from glide_ray.models.weights import save_weights
-from glide_ray.stepper import SampleRequest
+from glide_ray.serve_config import ServeConfig
+from glide_ray.flight import SampleRequest
 
 from . import load
 from .app import HEALTH_SECONDS, build, deploy
@@ -48,7 +48,7 @@ class _Whole:
 
     @serve.batch(max_batch_size=AT_ONCE, batch_wait_timeout_s=0.01)
     async def _batch(self, requests: list[SampleRequest]) -> list[Any]:
-        futures = [asyncio.wrap_future(self._engine.submit(replace(request, group=None))) for request in requests]
+        futures = [asyncio.wrap_future(self._engine.submit(request)) for request in requests]
         return await asyncio.gather(*futures)
 
     async def _sampled(self, request: SampleRequest, began: float) -> Made:
@@ -168,12 +168,12 @@ def _costs(config: ServeConfig, url: str, fields: dict[str, Any], report: Callab
         rates = []
         for _ in range(ROUNDS - 2):
             engine = ray.get(bare.fill.remote(jobs, SATURATED_SECONDS))
-            process = load.start(f"{url}/step", load.bodies(1000, STEPS, 2, **fields), clients=AT_ONCE, seconds=SATURATED_SECONDS + 4)
+            clients = load.Clients(f"{url}/step", load.bodies(1000, STEPS, 2, **fields), clients=AT_ONCE, seconds=SATURATED_SECONDS + 4)
             time.sleep(4)
             before, began = _steps(url), time.monotonic()
             time.sleep(SATURATED_SECONDS - 2)
             rates.append(((_steps(url) - before) / (time.monotonic() - began), engine))
-            load.answers(process)
+            clients.answers()
         ray.kill(bare)
         shares = [ours / engine for ours, engine in rates]
         figures |= {"steps_per_s": round(statistics.median(a for a, _ in rates), 2), "bare_steps_per_s": round(statistics.median(b for _, b in rates), 2),
@@ -186,7 +186,7 @@ def _latencies(url: str, fields: dict[str, Any], seconds: float, report: Callabl
     """Saturation of both, and the latencies at 70% of ours and of the other's: the same requests at the same times."""
     rates = {}
     for name in ("step", "whole"):
-        came = load.run(f"{url}/{name}", load.bodies(1000, STEPS, 3, **fields), clients=AT_ONCE, seconds=seconds / 2)
+        came = load.Clients(f"{url}/{name}", load.bodies(1000, STEPS, 3, **fields), clients=AT_ONCE, seconds=seconds / 2).answers()
         rates[name] = sum(answer.status == 200 for answer in came) / max(answer.at + answer.seconds for answer in came)
         report(f"{name}: {rates[name]:.3f} requests/s at saturation")
     figures = {"saturation_per_s": round(rates["step"], 3), "whole_saturation_per_s": round(rates["whole"], 3),
@@ -195,7 +195,7 @@ def _latencies(url: str, fields: dict[str, Any], seconds: float, report: Callabl
         times = load.poisson(0.7 * rate, seconds, 4)
         asked, seen = load.bodies(len(times), STEPS, 5, **fields), {}
         for name in ("step", "whole"):
-            came = load.run(f"{url}/{name}", asked, times)
+            came = load.Clients(f"{url}/{name}", asked, times).answers()
             seen[name] = [answer.seconds for answer in came if answer.status == 200]
             figures[f"{prefix}{name}_answered"] = f"{len(seen[name])} of {len(came)}"
             for part in (50, 95):
@@ -210,7 +210,7 @@ def _overload(url: str, fields: dict[str, Any], rate: float, p95: float, report:
     """What three times too many requests come to."""
     times = load.poisson(rate, OVERLOAD_SECONDS, 6)
     before = _memory()
-    came = load.run(f"{url}/step", load.bodies(len(times), STEPS, 7, **fields), times)
+    came = load.Clients(f"{url}/step", load.bodies(len(times), STEPS, 7, **fields), times).answers()
     after, admitted = _memory(), [answer.seconds for answer in came if answer.status == 200]
     refused = [answer for answer in came if answer.status == 429]
     figures = {"overload_requests": len(came), "overload_admitted": len(admitted), "overload_429": len(refused), "overload_other": len(came) - len(admitted) - len(refused),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,7 @@ from glide_ray.data.images import to_tensor, to_uint8
 from glide_ray.engine import Engine
 from glide_ray.evaluation.features import fetch_clip
 from glide_ray.recipe import fingerprint
-from glide_ray.stepper import SampleRequest
+from glide_ray.flight import SampleRequest
 from glide_ray.storage import fetch
 
 from .fields import Job
@@ -36,7 +37,7 @@ class Made:
     seconds: float
 
 
-class Stage:
+class Stage(ABC):
     """One network in a replica, warm before the replica takes requests."""
 
     role: str
@@ -52,12 +53,13 @@ class Stage:
         self._model, self._sha256, self._engine = model, fingerprint(local), Engine(stepper)
         self._engine.submit(self._first()).result()
 
+    @abstractmethod
     def _first(self) -> SampleRequest:
         """A sample of one step, to warm up with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _request(self, job: Job, *inputs) -> SampleRequest:
-        raise NotImplementedError
+        """The sample of a job, from what the stage before it made."""
 
     async def make(self, job: Job, *inputs) -> Made:
         """The stage's image of a job. When the caller leaves, the sample does too, before the next step."""
@@ -87,10 +89,6 @@ class Stage:
     def state(self) -> StageLoad:
         """What this replica has to do and has done."""
         return StageLoad(self._model, self.role, serve.get_replica_context().replica_tag, self._engine.load)
-
-    def process(self) -> int:
-        """The replica's process id."""
-        return os.getpid()
 
 
 class Base(Stage):

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from glide_ray.cascade import Cascade
-from glide_ray.config import SampleOptions, ServeConfig, UserError
+from glide_ray.config import SampleOptions, UserError
 from glide_ray.data.images import encode
 from glide_ray.recipe import Maker
+from glide_ray.serve_config import ServeConfig
 from serve.api import Face, build_api
 from serve.errors import ApiError
 from serve.fields import Picture

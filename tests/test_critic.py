@@ -19,7 +19,8 @@ from glide_ray.diffusion.schedule import make_schedule
 from glide_ray.forms import Batch, Conditioning
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.weights import WeightsError
-from glide_ray.stepper import SampleRequest, Stepper
+from glide_ray.flight import SampleRequest
+from glide_ray.stepper import Stepper
 from glide_ray.tokenizer import Tokenizer
 from glide_ray.train.objectives import contrastive, draw, held_out_sums
 

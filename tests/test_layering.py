@@ -7,9 +7,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
-    {"config", "settings", "presets", "tokenizer", "storage", "forms"},
+    {"config", "serve_config", "settings", "presets", "tokenizer", "storage", "forms"},
     {"diffusion", "models", "data"},
-    {"critic", "stepper", "engine", "cascade", "recipe", "train", "evaluation", "info", "hardware"},
+    {"critic", "flight", "stepper", "engine", "cascade", "recipe", "train", "evaluation", "info", "hardware"},
     {"distributed"},
     {"cli", "commands", "pictures", "demo", "bench"},
 ]

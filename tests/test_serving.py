@@ -16,8 +16,9 @@ from PIL import Image
 
 from conftest import serving_weights
 from glide_ray.cascade import Cascade
-from glide_ray.config import ConfigError, SampleOptions, ServeConfig, UserError
+from glide_ray.config import ConfigError, SampleOptions, UserError
 from glide_ray.recipe import find_models, make_again, read_recipe
+from glide_ray.serve_config import ServeConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 PROMPT, STEPS = "a red apple", 3

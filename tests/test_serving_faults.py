@@ -5,7 +5,6 @@ import io
 import json
 import os
 import random
-import signal
 import threading
 import time
 
@@ -18,7 +17,7 @@ from ray import serve
 
 from conftest import serving_weights
 from glide_ray import storage
-from glide_ray.config import Scale, ServeConfig, ServedModel
+from glide_ray.serve_config import Scale, ServeConfig, ServedModel
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 REQUESTS = int(os.environ.get("GLIDE_TEST_REQUESTS", 40))     # answered while replicas are killed
@@ -62,25 +61,24 @@ def pictures(answers):
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.images[0])))) for answer in answers]
 
 
-def processes(model, stage):
-    name = stage if model is None else f"{model}-{stage}"
-    return serve.get_deployment_handle(name, "glide").broadcast("process").results(timeout_s=30)
+def processes(deployment):
+    """The replicas of a deployment, as Ray names their processes."""
+    name = f"ServeReplica:glide:{deployment}"
+    return [process for process in psutil.process_iter(["cmdline"]) if name in "".join((process.info["cmdline"] or [])[:1])]
 
 
 def test_every_request_is_answered_with_its_picture_while_replicas_are_killed(url):
     from serve import load
-    wanted = pictures(load.run(url, asked(REQUESTS), clients=4, keep_images=True))
-    going = load.start(url, asked(REQUESTS), clients=4, keep_images=True)
+    wanted = pictures(load.Clients(url, asked(REQUESTS), clients=4, keep_images=True).answers())
+    going = load.Clients(url, asked(REQUESTS), clients=4, keep_images=True)
     killed, draw, deadline = 0, random.Random(0), time.monotonic() + 20 * REQUESTS
-    while going.poll() is None and time.monotonic() < deadline:
+    while going.going() and time.monotonic() < deadline:
         stage = ("base", "upsampler")[killed % 2]
-        try:
-            os.kill(draw.choice(processes(None, stage)), signal.SIGKILL)
+        if there := processes(stage):
+            draw.choice(there).kill()
             killed += 1
-        except Exception as error:       # it has just died, or its successor is not there yet
-            print(f"{stage}: {error!r}")
         time.sleep(KILL_EVERY)
-    again = pictures(load.answers(going))
+    again = pictures(going.answers())
     assert killed >= 2 and all(np.array_equal(one, other) for one, other in zip(wanted, again, strict=True))
     retries = [float(line.rsplit(" ", 1)[1]) for line in httpx.get(f"{url}/metrics").text.splitlines() if line.startswith("glide_retries_total{")]
     print(f"{killed} replicas killed, {sum(retries):.0f} retries")
@@ -101,11 +99,11 @@ def test_load_brings_a_second_replica_and_quiet_takes_it_away_and_no_request_fai
 
     def watch():
         while not over.wait(0.5):
-            counts.append(len([one for one in serve.status().applications["glide"].deployments["small-base"].replica_states.items() if one[0] == "RUNNING" for _ in range(one[1])]))
+            counts.append(serve.status().applications["glide"].deployments["small-base"].replica_states.get("RUNNING", 0))
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        came = load.run(url, asked(50, model="small", size="64x64") , clients=24, seconds=25)
+        came = load.Clients(url, asked(50, model="small", size="64x64"), clients=24, seconds=25).answers()
         assert {answer.status for answer in came} == {200} and 2 in counts
         deadline = time.monotonic() + 60
         while counts[-1] != 1 and time.monotonic() < deadline:
@@ -150,13 +148,6 @@ def broken_image(draw):
     return bytes(data[:draw.randrange(1, len(data))])
 
 
-def resident(name):
-    """Bytes of the processes that Ray gave this name."""
-    found = [process.memory_info().rss for process in psutil.process_iter(["cmdline"]) if name in ((process.info["cmdline"] or [""])[0] or "")]
-    assert found
-    return sum(found)
-
-
 def test_rubbish_is_refused_and_costs_neither_a_crash_nor_memory(url):
     draw, statuses, sizes = random.Random(0), {}, []
     with httpx.Client(base_url=url, timeout=60) as client:
@@ -165,7 +156,7 @@ def test_rubbish_is_refused_and_costs_neither_a_crash_nor_memory(url):
             status = client.post(f"/v1/images/{path}", **content).status_code
             statuses[status] = statuses.get(status, 0) + 1
             if n % 100 == 99:
-                sizes.append(resident("ServeReplica:glide:ingress"))
+                sizes.append(sum(process.memory_info().rss for process in processes("ingress")))
     print(statuses, [size // 2**20 for size in sizes])
     assert set(statuses) <= {200, 400, 404, 413} and statuses[400] > 0.8 * BROKEN      # a few images survive what was done to them
     assert sizes[-1] < sizes[len(sizes) // 2] + 32 * 2**20
@@ -189,16 +180,16 @@ def test_new_weights_take_the_place_of_the_old_ones_and_no_request_fails(url, co
     """Last of this file: it leaves other weights behind."""
     from serve import load
     from serve.app import build, deploy
-    old = pictures(load.run(url, asked(6), clients=4, keep_images=True))
+    old = pictures(load.Clients(url, asked(6), clients=4, keep_images=True).answers())
     slow = {"prompt": "x", "seed": 1, "steps": 150, "size": "64x64"}      # still on its way when the replicas are told to go
-    long = load.start(url, [slow], clients=1, keep_images=True)
-    going = load.start(url, asked(6), clients=4, seconds=40, keep_images=True)
+    long = load.Clients(url, [slow], clients=1, keep_images=True)
+    going = load.Clients(url, asked(6), clients=4, seconds=40, keep_images=True)
     time.sleep(2)
     deploy(build(config.model_copy(update=weights[1])))
-    came = load.answers(going)
-    new = pictures(load.run(url, asked(6), clients=4, keep_images=True))
+    came = going.answers()
+    new = pictures(load.Clients(url, asked(6), clients=4, keep_images=True).answers())
     assert not any(np.array_equal(one, other) for one, other in zip(old, new, strict=True))
     kinds = [next((kind for kind, known in (("old", old), ("new", new)) if np.array_equal(picture, known[answer.number % 6])), "mixed")
              for answer, picture in zip(came, pictures(came), strict=True)]
     print({kind: kinds.count(kind) for kind in set(kinds)})
-    assert (kinds[0], kinds[-1]) == ("old", "new") and pictures(load.answers(long))[0].shape == (64, 64, 3)
+    assert (kinds[0], kinds[-1]) == ("old", "new") and pictures(long.answers())[0].shape == (64, 64, 3)

@@ -17,9 +17,10 @@ from ..config import Preset
 from ..data.images import to_uint8
 from ..data.transforms import held_out_batches
 from ..diffusion.schedule import make_schedule
+from ..flight import SampleRequest
 from ..forms import Batch, Conditioning
 from ..models.weights import load_config, load_metadata, load_model
-from ..stepper import SampleRequest, Stepper
+from ..stepper import Stepper
 from ..tokenizer import Tokenizer
 from ..train.objectives import held_out_sums, images_in, objective_of
 from .report import contact_sheet, show_hole
