@@ -38,7 +38,7 @@ from .fields import Job, Picture
 from .figures import Figures, StageLoad
 from .gate import Gate
 from .keys import Key, read_keys
-from .stages import Base, Made, Stage, Upsampler
+from .stages import LANES, Base, Made, Stage, Upsampler
 
 APP = "glide"
 START_SECONDS = 180      # for all replicas to have loaded their weights
@@ -56,7 +56,10 @@ class Served:
     name: str
     config: ServedModel
     maker: Maker
-    clip: bool
+
+    @property
+    def clip(self) -> bool:
+        return self.config.clip is not None
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -80,7 +83,7 @@ class Served:
         if "clip" in configs:
             check_clip(configs["clip"], configs["base"], config.clip)
         maker = Maker(configs["base"], configs.get("upsampler"), used, precision, versions("server"))
-        return cls(name or configs["base"].name, config, maker, config.clip is not None)
+        return cls(name or configs["base"].name, config, maker)
 
 
 def read_models(config: ServeConfig) -> dict[str, Served]:
@@ -127,11 +130,18 @@ class RayBackend:
     async def _stage(self, stage: str, job: Job, show: Show | None, *inputs: np.ndarray) -> Made:
         handle: DeploymentHandle = getattr(self, stage)
 
+        shown = 0
+
         async def watched() -> Made:
+            nonlocal shown
+            seen = 0
             async for item in handle.options(stream=True).watch.remote(job, *inputs):
                 if isinstance(item, Made):
                     return item
-                show(item)
+                seen += 1
+                if seen > shown:       # begun again on another replica, the first ones come again
+                    shown = seen
+                    show(item)
         return await self._again(stage, watched if job.previews else lambda: handle.make.remote(job, *inputs))
 
     async def _again(self, stage: str, ask: Callable[[], Awaitable[Any]]) -> Any:
@@ -207,7 +217,10 @@ async def _all_replicas(handle: DeploymentHandle, method: str, kind: type) -> li
 # -- deploying --------------------------------------------------------------------------------------------------------
 
 def build(config: ServeConfig, kinds: tuple[type[Stage], type[Stage]] = (Base, Upsampler)) -> serve.Application:
-    """The application for these weights. `kinds`: what its stages are. Raises UserError where they are missing, broken or of the wrong kind, or where strangers could ask."""
+    """The application for these weights. `kinds`: what its stages are.
+
+    Raises UserError where weights are missing, broken or of the wrong kind, or where strangers could ask.
+    """
     served, keys = read_models(config), read_keys(config.keys)
     _check_host(config, keys)
     gpus = ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0
@@ -231,7 +244,7 @@ def _stages(model: Served, config: ServeConfig, kinds: tuple[type[Stage], type[S
     own, made, room = model.config, [], config.max_in_flight + config.max_waiting
     for kind, scale, path, clip in zip(kinds, (own.base_scale, own.upsampler_scale), (own.base, own.upsampler), (own.clip, None), strict=True):
         if path is not None:
-            options = _options(scale, 2 * room, config.max_in_flight, share, config)
+            options = _options(scale, 2 * room, target(config, share if scale.gpus is None else scale.gpus), share, config)
             made.append(serve.deployment(kind).options(name=prefix + kind.role, **options).bind(
                 model.name, absolute(path), config.precision, config.max_in_flight, clip and absolute(clip)))
     return tuple(made)
@@ -247,6 +260,11 @@ def _options(scale: Scale, ongoing: int, target: int, share: float, config: Serv
     return options | {"autoscaling_config": AutoscalingConfig(
         min_replicas=scale.min_replicas, max_replicas=scale.max_replicas, target_ongoing_requests=target, upscale_delay_s=scale.up_after,
         downscale_delay_s=scale.down_after, metrics_interval_s=1, look_back_period_s=3)}
+
+
+def target(config: ServeConfig, gpus: float) -> int:
+    """Requests in a replica beyond which one more is worth having. Less than the gate lets in, or there would never be one."""
+    return config.max_in_flight if gpus else min(config.max_in_flight, 2 * LANES)
 
 
 def _share_of_gpu(gpus: float, served: Mapping[str, Served]) -> float:

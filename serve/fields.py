@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from starlette.datastructures import UploadFile
 
 from glide_ray.cascade import MAX_SCALE
@@ -86,6 +86,15 @@ class ImageFields(BaseModel):
     upsampler_steps: int | None = Field(None, ge=1, le=1000)
     sampler: Literal["ancestral", "ddim", "plms", "dpm++"] | None = Field(None, description="Of the base model.")
     guidance_scale: float | None = Field(None, ge=0, le=MAX_SCALE, allow_inf_nan=False, description="1 is none, 3 usual.")
+
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_numbers(cls, given: Any) -> Any:
+        """2.0 is a whole number to JSON, and to some clients the only way to write one."""
+        if not isinstance(given, dict):
+            return given
+        return {name: int(value) if isinstance(value, float) and value.is_integer() else value for name, value in given.items()}
 
 
 class ClipFields(BaseModel):

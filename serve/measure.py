@@ -24,10 +24,10 @@ from glide_ray import presets
 from glide_ray.bench import random_model
 from glide_ray.config import SampleOptions
 from glide_ray.distributed.local import connect
+from glide_ray.flight import SampleRequest
 from glide_ray.forms import DTYPES
 from glide_ray.models.weights import save_weights
 from glide_ray.serve_config import ServeConfig
-from glide_ray.flight import SampleRequest
 
 from . import load
 from .app import HEALTH_SECONDS, build, deploy

@@ -147,6 +147,11 @@ def test_a_lower_quality_of_jpeg_takes_fewer_bytes(ask):
     assert sizes[1] < sizes[0] / 2
 
 
+def test_whole_numbers_may_be_written_as_json_does(ask):
+    answer = ask("POST", GENERATIONS, content=b'{"prompt": "x", "n": 2.0, "seed": 7.0, "guidance_scale": 3}', headers={"content-type": "application/json"})
+    assert [item["seed"] for item in answer.json()["data"]] == [7, 8]
+
+
 def test_a_url_is_the_image_itself(ask):
     item = ask("POST", GENERATIONS, json={"prompt": "a cat", "response_format": "url", "output_format": "webp"}).json()["data"][0]
     kind, _, data = item["url"].partition(";base64,")

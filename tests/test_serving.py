@@ -162,6 +162,14 @@ def test_the_server_listens_on_loopback_only(url):
     assert addresses in ({f"127.0.0.1:{port}"}, set())      # no `ss` on some machines
 
 
+@pytest.mark.parametrize("gpus, width", [(0, 2), (1, 8)])
+def test_a_stage_gets_another_replica_before_the_gate_refuses(gpus, width):
+    """`width`: what a step advances there, of the 8 in flight."""
+    from serve.app import target
+    config = ServeConfig(max_in_flight=8)
+    assert target(config, gpus) < width + config.max_waiting
+
+
 def test_weights_that_do_not_belong_together_are_refused_before_anything_starts(weights, tiny_weights, tmp_path):
     from serve.app import app, build
     with pytest.raises(UserError, match="There is no file .*none.safetensors"):
