@@ -28,7 +28,7 @@ from glide_ray.tokenizer import Tokenizer, Tokens
 
 from .edge import Edge
 from .errors import ApiError, ErrorBody, handle_errors
-from .fields import Edit, Generation, ImageFields, Job, Picture, Source, Variation, form_schema, narrowed, read_form, read_source
+from .fields import Answer, Edit, Generation, ImageFields, Job, Picture, Source, Variation, form_schema, narrowed, read_form, read_source
 from .figures import Figures, StageLoad, exposition
 from .gate import NOBODY, Gate
 
@@ -37,6 +37,8 @@ ERRORS = {status: {"model": ErrorBody, "description": words} for status, words i
     (403, "No keys are set up, and the client is on another machine"), (404, "There is no such model"), (408, "The body did not come"),
     (413, "The body or an image is too large"), (429, "All places are taken, or the key's own; Retry-After says for how long"),
     (500, "A fault of the server"), (503, "No replica is there"))}
+EVENT = {"type": "object", "required": ["event", "data"], "properties": {"event": {"type": "string"}, "data": {"type": "string", "description": "JSON"}}}
+IMAGES = {200: {"model": Answer, "description": "The images, or with stream the events in which they come", "content": {"text/event-stream": {"schema": EVENT}}}}
 CLOSED = {status: ERRORS[status] for status in (401, 403, 500)}
 Show = Callable[[np.ndarray], None]
 
@@ -87,7 +89,7 @@ def build_api(face: Callable[[], Face], config: ServeConfig, sizes: Sequence[int
         return await _from_image(face(), config, request, variation)
 
     for route, form, files in ((generations, generation, ()), (edits, edit, ("image", "mask")), (variations, variation, ("image", "mask"))):
-        api.post(f"/v1/images/{route.__name__}", description=form.__doc__, responses=ERRORS, response_model=None,
+        api.post(f"/v1/images/{route.__name__}", description=form.__doc__, responses=IMAGES | ERRORS, response_model=None,
                  openapi_extra=form_schema(form, files) if files else None)(route)
 
     @api.get("/v1/models", responses=CLOSED)

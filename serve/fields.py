@@ -124,6 +124,29 @@ class Variation(ImageFields):
     strength: float | None = Field(0.6, gt=0, le=1, description="How far from the image: 1 keeps nothing of it.")
 
 
+# -- what is answered -------------------------------------------------------------------------------------------------
+
+class Image(BaseModel):
+    """One image, as base64 or as a data: URL, and the seed that makes it again."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int
+
+
+class Answer(BaseModel):
+    """What is answered whole; a stream's events are described in docs/serving.md."""
+
+    created: int
+    data: list[Image]
+    size: str
+    output_format: Literal["png", "jpeg", "webp"]
+    quality: Literal["auto"]
+    background: Literal["opaque"]
+    usage: dict[str, Any]
+    warnings: list[str] = []
+
+
 def narrowed(kind: type[ImageFields], config: ServeConfig, sizes: Sequence[int], clip: bool) -> type[ImageFields]:
     """A form with this server's own bounds, which its OpenAPI then tells."""
     bases = (kind, ClipFields) if clip else kind
