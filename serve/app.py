@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import httpx
 import numpy as np
 import ray
 from fastapi import FastAPI
@@ -288,15 +289,36 @@ def _check_host(config: ServeConfig, keys: Mapping[str, Key]) -> None:
 
 @contextmanager
 def serving(config: ServeConfig) -> Iterator[str]:
-    """Serve on this machine while the context lasts; gives the base URL. Ray must be connected."""
+    """Serve on this machine while the context lasts; gives the base URL. Ray must be connected. Raises UserError."""
     application = build(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    with listening(config) as url:
+        try:
+            deploy(application)
+            _check_address(url)
+            yield url
+        finally:
+            serve.delete(APP)
+
+
+@contextmanager
+def listening(config: ServeConfig) -> Iterator[str]:
+    """Serve's proxy at the config's address while the context lasts; gives its URL. Where other applications are left, it stays for them."""
     serve.start(http_options={"host": config.host, "port": config.port})
     try:
-        deploy(application)
         yield f"http://{config.host}:{config.port}"
     finally:
-        serve.delete(APP)       # and not `serve.shutdown`, which ends the applications of others on a shared cluster
+        if not serve.status().applications:
+            serve.shutdown()
+
+
+def _check_address(url: str) -> None:
+    """Where Serve was running before, it keeps the address that it had."""
+    try:
+        httpx.get(f"{url}/healthz", timeout=30)
+    except httpx.HTTPError:
+        raise UserError(f"Nothing answers at {url}: this cluster's Serve was started with another address and keeps it; give that one, or run "
+                        f"`serve shutdown` where its other applications may end.") from None
 
 
 def deploy(application: serve.Application, name: str = APP, route_prefix: str = "/") -> None:

@@ -30,7 +30,7 @@ from glide_ray.models.weights import save_weights
 from glide_ray.serve_config import ServeConfig
 
 from . import load
-from .app import HEALTH_SECONDS, build, deploy
+from .app import HEALTH_SECONDS, build, deploy, listening
 from .fields import Job
 from .stages import Base, Made, Upsampler
 
@@ -122,22 +122,21 @@ def bench_serve(family: str = "nano", size: int = 64, seconds: float = 120, repo
         config = ServeConfig(base=_weights(f"{family}-base", folder), upsampler=upsampler and _weights(upsampler, folder), port=load.free_port(),
                              max_in_flight=AT_ONCE)
         all_in = config.model_copy(update={"max_waiting": 10_000})      # while both are compared nothing is refused
-        url = f"http://{config.host}:{config.port}"
         connect(16)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        serve.start(http_options={"host": config.host, "port": config.port})
-        try:
-            deploy(build(all_in), "step", "/step")
-            figures = _costs(config, url, fields, report)
-            deploy(build(all_in, (WholeBase, WholeUpsampler)), "whole", "/whole")
-            figures |= _latencies(url, fields, seconds, report)
-            deploy(build(config), "step", "/step")
-            time.sleep(2 * HEALTH_SECONDS)       # until it has seen its replicas
-            figures |= _overload(url, fields, 3 * figures["saturation_per_s"], figures["step_p95_s"], report)
-            return {"models": family, "size": size, "steps": STEPS, "cores": psutil.cpu_count(), **figures}
-        finally:
-            for name in ("step", "whole", "nothing"):
-                serve.delete(name)
+        with listening(config) as url:
+            try:
+                deploy(build(all_in), "step", "/step")
+                figures = _costs(config, url, fields, report)
+                deploy(build(all_in, (WholeBase, WholeUpsampler)), "whole", "/whole")
+                figures |= _latencies(url, fields, seconds, report)
+                deploy(build(config), "step", "/step")
+                time.sleep(2 * HEALTH_SECONDS)       # until it has seen its replicas
+                figures |= _overload(url, fields, 3 * figures["saturation_per_s"], figures["step_p95_s"], report)
+                return {"models": family, "size": size, "steps": STEPS, "cores": psutil.cpu_count(), **figures}
+            finally:
+                for name in ("step", "whole", "nothing"):
+                    serve.delete(name)
 
 
 def _costs(config: ServeConfig, url: str, fields: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any]:

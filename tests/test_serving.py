@@ -154,6 +154,14 @@ def test_a_client_that_leaves_frees_its_place_within_two_steps(client, url):
     assert "glide_clients_left_total" in httpx.get(f"{url}/metrics").text
 
 
+def test_another_address_than_the_one_that_serve_has_is_refused(url, weights):
+    from serve.app import _check_address, listening
+    from serve.load import free_port
+    with listening(ServeConfig(**weights, port=free_port())) as other, pytest.raises(UserError, match="was started with another address and keeps it"):
+        _check_address(other)
+    assert httpx.get(f"{url}/healthz").status_code == 200       # and the application that was there goes on
+
+
 def test_the_server_listens_on_loopback_only(url):
     import subprocess
     port = url.rsplit(":", 1)[1]
