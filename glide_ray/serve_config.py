@@ -43,7 +43,7 @@ class ServeConfig(ServedModel):
     ingress_scale: Scale = Scale(cpus=0.5, gpus=0)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     max_in_flight: int = Field(8, gt=0)                # samples that a replica has on the way
-    max_waiting: int = Field(6, ge=0)                  # images for each replica beyond those that a step advances; then 429 is answered
+    max_waiting: int = Field(4, ge=0)                  # images for each replica beyond those that a step advances; then 429 is answered
     max_images: int = Field(4, gt=0)                   # the largest `n`
     max_upload_bytes: int = Field(8 * 2**20, gt=0)
     max_pixels: int = Field(16 * 10**6, gt=0)          # of an uploaded image, checked before it is decoded
