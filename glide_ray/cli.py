@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, default=DEMO, help="folder of the results (default: %(default)s)")
 
     command = add("corpus", commands.corpus, "make the emoji corpus as tar shards and count it, or count one of your own")
-    command.add_argument("--out", type=Path, default=Path("runs/corpus"), help="folder for train/ and held_out/ (default: %(default)s)")
+    command.add_argument("--out", default="runs/corpus", help="folder or s3:// prefix for train/ and held_out/ (default: %(default)s)")
     command.add_argument("--survey", metavar="PATH", help="only stream and count this corpus: a folder or s3:// prefix of .tar or .parquet")
     command.add_argument("--min-size", type=int, default=64, metavar="PIXELS", help="drop images smaller on a side (default: %(default)s)")
 
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
                   "example:\n  glide export runs/filtered-base --ema-rate 0.999 --out weights.safetensors")
     command.add_argument("checkpoint", help="a run's folder, whose last whole checkpoint is taken, or a checkpoint's")
     command.add_argument("--ema-rate", type=float, help="which of the run's averages (default: the first of its train.ema_rates)")
-    command.add_argument("--out", type=Path, help="weights file to write (default: exported.safetensors in that folder)")
+    command.add_argument("--out", help="weights file to write, local or s3:// (default: exported.safetensors in that folder)")
 
     command = add("generate", pictures.generate, "pictures for a prompt")
     command.add_argument("prompt")
@@ -176,6 +176,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--keys", type=Path, default=Path("keys.json"), help="file to write to (default: %(default)s)")
     command.add_argument("--at-once", type=_positive, metavar="IMAGES", help="that are made for this key at once (default: as many as the server takes)")
     command.add_argument("--per-minute", type=_positive, metavar="IMAGES", help="that this key may ask for (default: no limit)")
+
+    command = add("settings", commands.settings, "every setting of training, cleaning, filtering, serving and bulk generation, as docs/configuration.md")
 
     command = add("info", commands.info, "parameters by part, memory and operations of a preset")
     command.add_argument("preset", help=names)

@@ -90,10 +90,10 @@ def train(options) -> None:
 
 def export(options) -> None:
     from .storage import is_remote
-    from .train.checkpoint import fetch, find_checkpoint
-    from .train.partition import export_average
+    from .train.checkpoint import find_checkpoint
+    from .train.partition import export_to
     out = options.out or (Path() if is_remote(options.checkpoint) else Path(options.checkpoint)) / "exported.safetensors"
-    preset, step, rate = export_average(fetch(find_checkpoint(options.checkpoint)), out, options.ema_rate)
+    preset, step, rate = export_to(find_checkpoint(options.checkpoint), out, options.ema_rate)
     print(f"{out}: {preset.model.name} after step {step:,}, averaged at rate {rate:g}")
 
 
@@ -134,6 +134,16 @@ def export_released(options) -> None:
     config, state = load_weights(options.weights)
     for path in export_files(state, config, options.out or options.weights.with_suffix(".pt")):
         print(f"{path}: {config.name} under the released names")
+
+
+def settings(options) -> None:
+    from . import config, serve_config
+    from .settings import reference
+    kinds = [config.TrainConfig, config.DataConfig, config.ModelConfig, config.UNetConfig, config.TextConfig, config.ClipModelConfig, config.ClipConfig,
+             config.DiffusionConfig, config.SamplingConfig, config.CleanConfig, config.FilterConfig, config.BulkConfig, config.SampleOptions,
+             ServeConfig, serve_config.ServedModel, serve_config.Scale]
+    print(f"# Settings\n\nWritten by `glide settings` from the classes themselves. `--set KEY=VALUE` sets one by its dotted name; `none` is no value.\n\n"
+          f"{reference(kinds)}", end="")
 
 
 def info(options) -> None:

@@ -146,6 +146,18 @@ class SampleOptions(Frozen):
     guidance_interval: tuple[float, float] = (0.0, 1.0)    # of the timesteps, 1 the noisiest: no guidance of either kind outside of it
 
 
+class BulkConfig(Frozen):
+    """What pictures in bulk are made with. Weights are paths that all nodes see, or `s3://`."""
+
+    base: str
+    upsampler: str | None = None
+    clip: str | None = None                            # for CLIP guidance
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    options: SampleOptions = SampleOptions()
+    seed: int = 0                                      # of the first picture; it counts up over all of them
+    per_prompt: int = Field(1, gt=0)
+
+
 class ModelConfig(Frozen):
     """All that is needed to rebuild and sample a model; stored inside its weights file."""
 

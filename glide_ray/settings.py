@@ -1,16 +1,19 @@
-"""`key=value` settings onto a config, and pydantic's findings as one sentence."""
+"""`key=value` settings onto a config, pydantic's findings as one sentence, and a reference of all settings."""
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from .config import TAGS, ConfigError, Frozen, nearest
 
 Config = TypeVar("Config", bound=Frozen)
-
 
 
 def override(preset: Config, settings: Iterable[str]) -> Config:
@@ -73,3 +76,48 @@ def _set(tree: dict[str, Any], path: list[str], value: str) -> None:
         tree[path[-1]] = None
     else:
         tree[path[-1]] = value
+
+
+# -- the reference ----------------------------------------------------------------------------------------------------
+
+def reference(kinds: Iterable[type[Frozen]]) -> str:
+    """All settings of some config classes, in Markdown: name, kind, default, and what the class's source says beside the field."""
+    parts = []
+    for kind in kinds:
+        rows = [f"| `{name}` | {_kind(field.annotation)} | {_default(field)} | {_beside(kind).get(name, '')} |" for name, field in kind.model_fields.items()]
+        parts.append("\n".join([f"## {kind.__name__}", "", " ".join((kind.__doc__ or "").split()), "",
+                                "| setting | kind | default | |", "|---|---|---|---|", *rows]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _beside(kind: type[Frozen]) -> dict[str, str]:
+    """The comment at the end of each field's line."""
+    classes = [one for one in reversed(kind.__mro__) if issubclass(one, Frozen)]
+    lines = (re.match(r"    (\w+): [^#]*?(?:#\s*(.*))?$", line) for one in classes for line in inspect.getsource(one).splitlines())
+    return {line[1]: (line[2] or "").replace("|", "\\|") for line in lines if line and line[1] in kind.model_fields}
+
+
+def _kind(annotation: Any) -> str:
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in inner)
+    if origin is Annotated:
+        return _kind(inner[0])
+    if origin in (Union, UnionType):
+        return " or ".join(_kind(one) for one in inner)
+    if origin is tuple:
+        return f"list of {_kind(inner[0])}" if inner[-1] is Ellipsis else " and ".join(_kind(one) for one in inner)
+    if origin is dict:
+        return f"{_kind(inner[0])} to {_kind(inner[1])}"
+    names = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "NoneType": "`none`"}
+    return names.get(annotation.__name__, annotation.__name__)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return ""
+    if isinstance(field.default, BaseModel):
+        changed = {name: value for name, value in field.default.model_dump().items() if value != type(field.default).model_fields[name].default}
+        return ", ".join(f"{name} `{value}`" for name, value in changed.items()) or "its own"
+    shown = ", ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+    return "`none`" if shown in (None, "") else f"`{shown}`"

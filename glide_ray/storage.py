@@ -22,6 +22,8 @@ from .config import UserError
 S3 = "s3://"
 CHECKSUM = "sha256"   # object metadata that `put` writes and `read` verifies
 CHUNK = 2**22     # bytes
+CACHE_GB = 200    # of copies of objects
+IN_USE_SECONDS = 600     # since somebody asked for a copy: it may be about to be read
 WAITS = (0.1, 0.2, 0.4, 0.8)      # seconds before an object that did not come whole is asked for again
 
 
@@ -119,6 +121,15 @@ def exists(path: str | Path) -> bool:
         return False
 
 
+def size(path: str | Path) -> int:
+    """Bytes of a file or object. Raises MissingError."""
+    with _errors(path):
+        if not is_remote(path):
+            return Path(path).stat().st_size
+        bucket, key = _split(str(path))
+        return _client().head_object(Bucket=bucket, Key=key)["ContentLength"]
+
+
 def check_writable(folder: str | Path) -> None:
     """Write a small file into a folder or prefix and take it away again. Raises StorageError where that cannot be done."""
     probe = f"{str(folder).rstrip('/')}/.probe-{uuid.uuid4().hex[:8]}"
@@ -163,8 +174,14 @@ def fetch(path: str | Path, cache: str | Path | None = None) -> Path:
         return Path(path)
     local = _cached(f"{path}@{_tag(path)}", cache) / str(path).rpartition("/")[2]
     if not local.exists():
+        _make_room(local.parent, size(path))
         download(path, local)
     return local
+
+
+def cache_folder() -> Path:
+    """Where copies of objects are kept: GLIDE_CACHE, or a folder in the user's own."""
+    return Path(os.environ.get("GLIDE_CACHE") or Path.home() / ".cache" / "glide_ray")
 
 
 def download(path: str, target: Path) -> None:
@@ -188,6 +205,8 @@ def fetch_folder(path: str | Path, suffixes: tuple[str, ...], cache: str | Path 
     if not files:
         raise StorageError(f"There is nothing in {path} that ends in {' or '.join(suffixes)}.")
     local = _cached(" ".join(f"{file}@{_tag(file)}" for file in files), cache)
+    if not local.exists():
+        _make_room(local, sum(size(file) for file in files))
     for file in files:
         if not (target := local / file.rpartition("/")[2]).exists():
             download(file, target)
@@ -239,8 +258,21 @@ def _tag(path: str | Path) -> str:
 
 def _cached(name: str, cache: str | Path | None) -> Path:
     """The folder of the cache for what has this name."""
-    folder = Path(cache or os.environ.get("GLIDE_CACHE") or Path.home() / ".cache" / "glide_ray")
-    return folder / hashlib.sha256(name.encode()).hexdigest()[:16]
+    folder = Path(cache or cache_folder()) / hashlib.sha256(name.encode()).hexdigest()[:16]
+    if folder.exists():
+        os.utime(folder)        # used just now
+    return folder
+
+
+def _make_room(folder: Path, wanted: int) -> None:
+    """Take from the cache what was not used for longest, until `wanted` bytes more are within its limit, GLIDE_CACHE_GB."""
+    limit = float(os.environ.get("GLIDE_CACHE_GB", CACHE_GB)) * 1e9
+    held = {entry: sum(file.stat().st_size for file in entry.iterdir() if file.is_file()) for entry in folder.parent.glob("[0-9a-f]" * 16) if entry != folder}
+    for entry in sorted(held, key=lambda entry: entry.stat().st_mtime):
+        if sum(held.values()) + wanted <= limit or time.time() - entry.stat().st_mtime < IN_USE_SECONDS:
+            return
+        shutil.rmtree(entry, ignore_errors=True)
+        del held[entry]
 
 
 def _split(path: str) -> tuple[str, str]:

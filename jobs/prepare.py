@@ -1,25 +1,29 @@
-"""The corpus job, for `ray job submit --working-dir . -- python jobs/prepare.py`. Prints one line of JSON at its end."""
+"""The emoji corpus, for `ray job submit --working-dir . -- python jobs/prepare.py --out s3://bucket/corpus`.
+
+Prints one line of JSON at its end. Submitted again it does nothing that is done.
+"""
 
 import argparse
-import json
 import sys
 
-from glide_ray.config import UserError
 from glide_ray.distributed.corpus import prepare
+from glide_ray.distributed.job import once, run
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="runs/corpus", help="folder, which all nodes see, or s3:// prefix for train/ and held_out/ (default: %(default)s)")
+    parser.add_argument("--min-size", type=int, default=64, help="count as dropped what is smaller on a side (default: %(default)s)")
+    return parser
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default="runs/corpus", help="folder for train/ and held_out/ (default: %(default)s)")
-    parser.add_argument("--min-size", type=int, default=64, help="drop images smaller on a side (default: %(default)s)")
-    options = parser.parse_args()
-    try:
-        parts = prepare(options.out, options.min_size)
-    except UserError as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps({part.path: {"kept": part.rows.kept, "dropped": part.rows.dropped, "captions": part.captions} for part in parts}))
-    return 0
+    options = parser().parse_args()
+
+    def work() -> dict:
+        return {part.path: {"kept": part.rows.kept, "dropped": dict(part.rows.dropped), "captions": part.captions}
+                for part in prepare(options.out, options.min_size)}
+    return run("prepare", lambda: once(f"{options.out.rstrip('/')}/prepare.json", {"min_size": options.min_size}, work))
 
 
 if __name__ == "__main__":

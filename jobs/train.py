@@ -1,33 +1,35 @@
-"""A training job, for `ray job submit --working-dir . -- python jobs/train.py PRESET`. Prints one line of JSON at its end.
+"""A training job, for `ray job submit --working-dir . -- python jobs/train.py PRESET --out s3://bucket/runs/NAME`.
 
-Submitted again with the same --out it goes on with an interrupted run, and returns at once from a finished one.
+Prints one line of JSON at its end. Submitted again with the same --out it goes on with an interrupted run, and returns at once
+from a finished one.
 """
 
 import argparse
 import dataclasses
-import json
 import sys
 
 from glide_ray import presets
-from glide_ray.config import UserError
-from glide_ray.settings import override
+from glide_ray.distributed.job import run
 from glide_ray.distributed.train import train
+from glide_ray.settings import override
 
 
-def main() -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", help=", ".join(presets.PRESETS))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated")
     parser.add_argument("--out", help="folder of the run, which all nodes see, or s3:// prefix (default: runs/PRESET)")
-    options = parser.parse_args()
-    try:
+    return parser
+
+
+def main() -> int:
+    options = parser().parse_args()
+
+    def work() -> dict:
         preset = override(presets.get(options.preset), options.set)
         result = train(preset, options.out or f"runs/{preset.model.name}", progress=sys.stderr.isatty())
-    except UserError as error:
-        print(f"train: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(dataclasses.asdict(dataclasses.replace(result, rows=None))))
-    return 0
+        return dataclasses.asdict(dataclasses.replace(result, rows=None))
+    return run("train", work)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A proxy before the S3 server: it passes everything on, unless a test wants requests to fail."""
 
 import http.client
+import random
 import threading
 import time
 from collections import Counter
@@ -10,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 NOT_PASSED_ON = {"connection", "keep-alive", "transfer-encoding", "expect"}
 SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 ALWAYS = float("inf")
+SLOW_SECONDS = 1.5
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Faults:
         self.clear()
 
     def clear(self):
-        self._wanted, self.befallen, self.requests = [], Counter(), []
+        self._wanted, self.befallen, self.requests, self._share, self._draw = [], Counter(), [], 0.0, random.Random(0)
 
     def answer_503(self, containing="", times=ALWAYS, seconds=ALWAYS):
         """As S3 does when it is asked too often."""
@@ -50,6 +52,10 @@ class Faults:
         """The connection is closed without an answer."""
         self._wanted.append(Fault("reset", containing, times))
 
+    def at_random(self, share, seed=0):
+        """Such a share of all requests fails in one way or another, or is answered late."""
+        self._share, self._draw = share, random.Random(seed)
+
     def asked(self, method, containing):
         return sum(verb == method and containing in path for verb, path in self.requests)
 
@@ -57,6 +63,8 @@ class Faults:
         with self._lock:
             self.requests.append((method, path))
             kind = next((fault.kind for fault in self._wanted if fault.befalls(path)), None)
+            if kind is None and self._draw.random() < self._share:
+                kind = self._draw.choice(("503", "reset", "truncate", "slow"))
             self.befallen[kind] += 1
             return kind
 
@@ -78,15 +86,18 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.server.faults.of(self.command, self.path)
         if fault == "503":
             return self.answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN, len(SLOW_DOWN))
-        self.close_connection = fault is not None
         if fault == "reset":
+            self.close_connection = True
             return None
+        if fault == "slow":
+            time.sleep(SLOW_SECONDS)
+        self.close_connection = fault == "truncate"
         server = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
         server.request(self.command, self.path, body, {name: value for name, value in self.headers.items() if name.lower() not in NOT_PASSED_ON})
         answer = server.getresponse()
         content = answer.read()
         server.close()
-        return self.answer(answer.status, dict(answer.getheaders()), content, len(content) // (2 if fault else 1))
+        return self.answer(answer.status, dict(answer.getheaders()), content, len(content) // (2 if fault == "truncate" else 1))
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = pass_on
 

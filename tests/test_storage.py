@@ -97,3 +97,33 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 def test_an_s3_path_without_a_bucket_is_refused():
     with pytest.raises(StorageError, match="names no bucket"):
         storage.read("s3:///key")
+
+
+def test_with_a_twentieth_of_all_requests_failing_nothing_fails_and_nothing_is_left_wrong(s3, s3_faults, tmp_path):
+    """Of a listing that is cut, boto3 sees bad XML and asks again; a large object goes and comes in parts."""
+    large = tmp_path / "large"
+    large.write_bytes(os.urandom(24 * 2**20))
+    s3_faults.at_random(0.05)
+    for n in range(60):
+        storage.put(f"object {n}".encode(), f"{s3}/one_in_twenty/{n:02d}")
+    storage.put(large, f"{s3}/one_in_twenty/large")
+    files = list(storage.list_files(f"{s3}/one_in_twenty", ("",)))
+    assert [storage.read(file) for file in files[:-1]] == [f"object {n}".encode() for n in range(60)]
+    assert storage.fetch(files[-1], tmp_path / "cache").read_bytes() == large.read_bytes()
+    assert sum(s3_faults.befallen.values()) > 120 and set(s3_faults.befallen) >= {"503", "reset", "truncate", "slow"}
+
+
+def test_the_cache_keeps_to_its_limit_and_what_was_used_last(s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("GLIDE_CACHE_GB", "0.003")
+    monkeypatch.setattr(storage, "IN_USE_SECONDS", 0)
+    copies = []
+    for n in range(4):
+        storage.put(bytes(10**6), f"{s3}/limited/{n}")
+        if n == 3:
+            os.utime(copies[1].parent, (1, 1))      # not used since long ago
+        copies.append(storage.fetch(f"{s3}/limited/{n}", tmp_path))
+    assert [copy.exists() for copy in copies] == [True, False, True, True]
+    monkeypatch.setattr(storage, "IN_USE_SECONDS", 600)
+    storage.put(bytes(10**6), f"{s3}/limited/4")
+    storage.fetch(f"{s3}/limited/4", tmp_path)
+    assert sum(copy.exists() for copy in copies) == 3        # what may be about to be read stays

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import UserError
+from ..storage import cache_folder, is_remote
 from .captions import emoji_captions
 from .shards import Sample, read_index, write_shards
 
@@ -35,16 +36,16 @@ class EmojiError(UserError):
 
 def build(out: str | Path, cache: str | Path | None = None, report: Callable[[str], None] = lambda line: None
           ) -> dict[str, dict[str, Any]]:
-    """Write `out/train` and `out/held_out` unless they are complete. Returns the index of each. Raises EmojiError."""
-    out = Path(out)
-    done = {split: read_index(out / split) for split in ("train", "held_out")}
+    """Write `out/train` and `out/held_out`, local or s3://, unless they are complete. Returns the index of each. Raises EmojiError."""
+    out = str(out).rstrip("/")
+    done = {split: read_index(f"{out}/{split}") for split in ("train", "held_out")}
     if all(done.values()):
         return done
-    packages = fetch_packages(cache or out / ".packages", report)
+    packages = fetch_packages(cache or (cache_folder() / "emoji" if is_remote(out) else f"{out}/.packages"), report)
     report("writing shards")
     # In the order of a hash: training reads shards in their order, and must not see one set first and then the other.
     samples = sorted(read_samples(packages), key=lambda sample: hashlib.sha256(sample.key.encode()).digest())
-    return {split: write_shards(out / split, [sample for sample in samples if is_held_out(sample.meta["emoji"]) == held_out])
+    return {split: write_shards(f"{out}/{split}", [sample for sample in samples if is_held_out(sample.meta["emoji"]) == held_out])
             for split, held_out in (("train", False), ("held_out", True))}
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import UserError
-from ..storage import is_remote, put, remove
+from ..storage import MissingError, is_remote, put, read, remove, size
 
 INDEX = "index.json"
 IMAGE_SUFFIXES, TEXT_SUFFIXES = ("jpg", "jpeg", "png", "webp"), ("txt", "json")
@@ -82,12 +82,12 @@ def finish(folder: str | Path, shards: Sequence[dict[str, Any]]) -> dict[str, An
 
 
 def read_index(folder: str | Path) -> dict[str, Any] | None:
-    """The index of a complete folder, None where there is none or a shard that it names is missing."""
+    """The index of a complete folder or prefix, None where there is none or a shard that it names is missing."""
+    folder = str(folder).rstrip("/")
     try:
-        index = json.loads((Path(folder) / INDEX).read_text())
-        complete = all((Path(folder) / shard["name"]).stat().st_size == shard["bytes"] for shard in index["shards"])
-        return index if complete else None
-    except (OSError, ValueError, KeyError):
+        index = json.loads(read(f"{folder}/{INDEX}"))
+        return index if all(size(f"{folder}/{shard['name']}") == shard["bytes"] for shard in index["shards"]) else None
+    except (MissingError, ValueError, KeyError):
         return None
 
 

@@ -39,9 +39,9 @@ class CorpusReport:
 
 
 def prepare(out: str | Path, min_size: int = 64, report: Callable[[str], None] = lambda line: None) -> list[CorpusReport]:
-    """Make the emoji corpus in `out/train` and `out/held_out` unless it is there, and survey both."""
+    """Make the emoji corpus in `out/train` and `out/held_out`, local or s3://, unless it is there, and survey both."""
     emoji.build(out, report=report)
-    return [survey(str(Path(out) / split), min_size) for split in ("train", "held_out")]
+    return [survey(f"{str(out).rstrip('/')}/{split}", min_size) for split in ("train", "held_out")]
 
 
 def survey(path: str, min_size: int = 64) -> CorpusReport:

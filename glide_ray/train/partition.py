@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .. import storage
 from ..config import Preset
 from ..storage import StorageError, whole
-from .checkpoint import CheckpointError, read_preset, read_progress
+from .checkpoint import CheckpointError, fetch, read_preset, read_progress
 
 FILES = "part.*.safetensors"
 WEIGHTS, FIRST, SECOND, AVERAGE = "weights", "exp_avg", "exp_avg_sq", "average"     # kinds of state; an average carries its rate, "average/0.999"
@@ -207,6 +209,17 @@ def export_average(folder: Path, target: str | Path, rate: float | None = None) 
     rate, step = preset.train.ema_rates[0] if rate is None else rate, read_progress(folder, preset)[0].step
     export(folder, f"{AVERAGE}/{rate:g}", target, {"config": preset.model.model_dump_json(), "step": str(step), "weights": "ema", "ema_rate": f"{rate:g}"})
     return preset, step, rate
+
+
+def export_to(checkpoint: str, out: str | Path, rate: float | None = None) -> tuple[Preset, int, float]:
+    """`export_average` of a checkpoint's folder, local or s3://, into a file, local or s3://. Raises CheckpointError, StorageError."""
+    with tempfile.TemporaryDirectory() as here:
+        folder = fetch(checkpoint)
+        if not storage.is_remote(out):
+            return export_average(folder, out, rate)
+        made = export_average(folder, f"{here}/weights.safetensors", rate)
+        storage.put(Path(here) / "weights.safetensors", out)
+        return made
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> bytes:

@@ -1,0 +1,203 @@
+"""Pictures in bulk: a file of prompts to a folder of PNGs, over all GPUs or cores of a cluster. What is there is not made again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import ray
+import torch
+from ray.data import ActorPoolStrategy
+from ray.exceptions import RayError
+from tqdm import tqdm
+
+from .. import storage
+from ..cascade import Cascade, check_options, check_pair, check_role
+from ..config import BulkConfig, UserError
+from ..critic import check_clip
+from ..evaluation.features import fetch_clip
+from ..models.weights import load_config
+from ..recipe import Maker, fingerprint, save_picture
+from ..tokenizer import Tokenizer
+from .local import connect, joined
+from .stream import quiet
+
+JOB, INDEX = "job.json", "index.jsonl"      # beside the pictures: what they are made with, and which they are
+PER_FOLDER = 10_000
+AT_ONCE = 8                                 # pictures that a worker is given, and a network call advances
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One picture, by its number among all of the job."""
+
+    number: int
+    prompt: str
+    seed: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.number // PER_FOLDER:05d}/{self.number:09d}.png"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a call of `generate` has done."""
+
+    out: str
+    pictures: int        # that are there now
+    made: int            # by this call
+    cut_prompts: int     # longer than the model's context, and read up to there
+
+
+def generate(prompts: str, out: str, config: BulkConfig, workers: int | None = None, report: Callable[[str], None] = lambda line: None) -> Made:
+    """Make the pictures of a file of prompts in the folder or prefix `out`, or those that are missing there.
+
+    The file has a prompt a line, or with the ending .jsonl an object with `prompt` and, if it likes, `seed`. Picture N of all has the seed
+    `config.seed + N` and is the same wherever and however often it is made. `workers`: how many make them, by default one a GPU, or a core
+    where there are none. Raises UserError.
+    """
+    check_options(config.options, config.seed)
+    wanted = read_prompts(prompts, config.seed, config.per_prompt)
+    out = storage.absolute(out).rstrip("/")
+    config = config.model_copy(update={role: storage.absolute(path) for role in ROLES if (path := getattr(config, role))})
+    context = _begin(wanted, out, config)
+    there = _numbers(out)
+    missing = [one for one in wanted if one.number not in there]
+    if missing:
+        report(f"{len(wanted):,} pictures are asked for, {len(there):,} are in {out}; making {len(missing):,}")
+        connect(os.cpu_count() or 1)
+        _make(missing, out, config, workers)
+        there = _numbers(out)
+        if lacking := sum(one.number not in there for one in wanted):
+            raise UserError(f"{lacking:,} of {len(wanted):,} pictures are not in {out}; run the same command again to make them.")
+    lines = (json.dumps({"file": one.file, "prompt": one.prompt, "seed": one.seed}, ensure_ascii=False) for one in wanted)
+    storage.put("".join(f"{line}\n" for line in lines).encode(), f"{out}/{INDEX}")
+    tokenizer = Tokenizer(context)
+    return Made(out, len(wanted), len(missing), sum(tokenizer.encode(prompt).cut for prompt in {one.prompt for one in wanted}))
+
+
+# -- what is asked for ------------------------------------------------------------------------------------------------
+
+ROLES = ("base", "upsampler", "clip")
+
+
+def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[Wanted]:
+    """The pictures that a file asks for. Lines without a word are passed over. Raises UserError for one that cannot be read."""
+    try:
+        lines = storage.read(path).decode().splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text in UTF-8; give a file with a prompt a line, or .jsonl.") from None
+    asked = [_asked(f"{path}, line {n}", line) if path.endswith(".jsonl") else (line.strip(), None) for n, line in enumerate(lines, 1) if line.strip()]
+    if not asked:
+        raise UserError(f"{path} holds no prompt; write one a line.")
+    wanted = []
+    for prompt, own in asked:
+        wanted += [Wanted(number, prompt, seed + number if own is None else own + number - len(wanted))
+                   for number in range(len(wanted), len(wanted) + per_prompt)]
+    return wanted
+
+
+def _asked(where: str, line: str) -> tuple[str, int | None]:
+    try:
+        tree = json.loads(line)
+    except ValueError:
+        raise UserError(f"{where} is not JSON; write {{\"prompt\": \"a red apple\"}}, one object a line.") from None
+    if not isinstance(tree, dict) or not isinstance(tree.get("prompt"), str) or not tree["prompt"].strip():
+        raise UserError(f"{where} has no prompt; write {{\"prompt\": \"a red apple\"}}, and \"seed\" beside it if you like.")
+    seed = tree.get("seed")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**62):
+        raise UserError(f"{where} has a seed that is no whole number from 0 to 2^62 - 1 (given: {seed!r}).")
+    return tree["prompt"].strip(), seed
+
+
+def _begin(wanted: Sequence[Wanted], out: str, config: BulkConfig) -> int:
+    """Check the weights, and that `out` is this job's; the base model's context. A job is its pictures: where the weights lie is none of it."""
+    configs, models = {}, {}
+    for role in ROLES:
+        if path := getattr(config, role):
+            local = fetch_clip(path) if role == "clip" else storage.fetch(path)
+            models[role] = fingerprint(local)
+            if Path(local).is_file():
+                configs[role] = load_config(local)
+                check_role(configs[role], role, path)
+    check_pair(configs["base"], configs.get("upsampler"))
+    if "clip" in configs:
+        check_clip(configs["clip"], configs["base"], config.clip)
+    if config.options.clip_scale and not config.clip:
+        raise UserError("clip_scale asks for CLIP guidance, which needs a CLIP model; give one with it.")
+    asked = hashlib.sha256(json.dumps([[one.number, one.prompt, one.seed] for one in wanted]).encode()).hexdigest()
+    job = {"pictures": len(wanted), "asked_sha256": asked, "precision": config.precision, "options": config.options.model_dump(mode="json"), "models": models}
+    try:
+        before = json.loads(storage.read(f"{out}/{JOB}"))
+    except storage.MissingError:
+        storage.put(json.dumps(job, indent=1).encode(), f"{out}/{JOB}")
+    except ValueError:
+        raise UserError(f"{out}/{JOB} is not as it was written; give another folder with --out.") from None
+    else:
+        if differs := [name.replace("asked_sha256", "prompts or seeds") for name in job if before.get(name) != job[name]]:
+            raise UserError(f"{out} holds pictures of another job (other {' and '.join(differs)}); give another folder with --out.")
+    return configs["base"].context
+
+
+def _numbers(out: str) -> set[int]:
+    """Of the pictures that are there. They are written whole or not at all."""
+    found = (re.search(r"/(\d{9})\.png$", file) for file in storage.list_files(out, (".png",)))
+    return {int(match[1]) for match in found if match}
+
+
+# -- making them ------------------------------------------------------------------------------------------------------
+
+class Worker:
+    """What an actor does: prompts to pictures in storage. It loads the weights once, for all that it is given."""
+
+    def __init__(self, out: str, config: BulkConfig, threads: int):
+        if not torch.cuda.is_available():
+            torch.set_num_threads(threads)
+        local = {role: fetch_clip(path) if role == "clip" else storage.fetch(path) for role in ROLES if (path := getattr(config, role))}
+        self._cascade = Cascade.load(local["base"], local.get("upsampler"), config.precision, AT_ONCE, local.get("clip"))
+        self._out, self._options, self._maker = out, config.options, Maker.of(self._cascade)
+
+    def __call__(self, block: pyarrow.Table) -> pyarrow.Table:
+        wanted = [Wanted(**row) for row in block.to_pylist()]
+        images = self._cascade.generate([one.prompt for one in wanted], [one.seed for one in wanted], self._options)
+        for one, image in zip(wanted, images, strict=True):
+            save_picture(image, f"{self._out}/{one.file}", self._maker.recipe("generate", one.prompt, one.seed, self._options))
+        return block.select(["number"])
+
+
+def _make(wanted: Sequence[Wanted], out: str, config: BulkConfig, workers: int | None) -> None:
+    resources = ray.cluster_resources()
+    gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1)) if joined() else os.cpu_count() or 1
+    most = min(workers or gpus or cores, -(-len(wanted) // AT_ONCE))
+    threads = 1 if joined() else max(1, cores // most)
+    table = pyarrow.Table.from_pylist([{"number": one.number, "prompt": one.prompt, "seed": one.seed} for one in wanted])
+    blocks = [table.slice(start, AT_ONCE) for start in range(0, len(table), AT_ONCE)]
+    made = quiet().from_arrow(blocks).map_batches(
+        Worker, fn_constructor_args=(out, config, threads), batch_format="pyarrow", batch_size=AT_ONCE,
+        compute=ActorPoolStrategy(min_size=1, max_size=most, max_tasks_in_flight_per_actor=2), num_cpus=0 if gpus else 1, num_gpus=1 if gpus else 0)
+    with tqdm(total=len(wanted), desc="generate", unit="image", dynamic_ncols=True, disable=None) as bar:
+        for count in _counts(made):
+            bar.update(count)
+
+
+def _counts(made: ray.data.Dataset) -> Iterator[int]:
+    """Pictures, as they are made. What a worker says to its user is said by this process."""
+    try:
+        for batch in made.iter_batches(batch_size=None, batch_format="numpy"):
+            yield len(np.atleast_1d(batch["number"]))
+    except RayError as error:
+        cause: Any = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is None:
+            raise
+        raise UserError(str(cause).splitlines()[-1]) from None

@@ -1,0 +1,38 @@
+"""Weights from a run's checkpoint, for `ray job submit --working-dir . -- python jobs/export.py RUN --out s3://bucket/weights/base.safetensors`.
+
+Needs no GPU, and the memory of the largest tensor. Prints one line of JSON at its end. Submitted again it does nothing, unless the run
+has a newer checkpoint.
+"""
+
+import argparse
+import sys
+
+from glide_ray.distributed.job import once, run
+from glide_ray.storage import absolute
+from glide_ray.train.checkpoint import find_checkpoint
+from glide_ray.train.partition import export_to
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a run's folder or s3:// prefix, whose last whole checkpoint is taken, or a checkpoint's")
+    parser.add_argument("--out", required=True, help="weights file to write, local or s3://")
+    parser.add_argument("--ema-rate", type=float, help="which of the run's averages (default: the first of its train.ema_rates)")
+    return parser
+
+
+def main() -> int:
+    options = parser().parse_args()
+
+    def work() -> dict:
+        checkpoint = find_checkpoint(absolute(options.checkpoint))
+
+        def export() -> dict:
+            preset, step, rate = export_to(checkpoint, options.out, options.ema_rate)
+            return {"weights": options.out, "model": preset.model.name, "step": step, "ema_rate": rate}
+        return once(f"{options.out}.json", {"checkpoint": checkpoint, "ema_rate": options.ema_rate}, export)
+    return run("export", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""A corpus without what is not to be trained on, for `ray job submit --working-dir . -- python jobs/filter.py SOURCE --out OUT`.
+
+Without --content: rules of image and caption, and near-duplicates (`glide clean`). With it: the rows that a content filter
+lets pass (`glide filter apply`). Prints one line of JSON at its end. Submitted again with the same arguments it does nothing.
+"""
+
+import argparse
+import sys
+
+from glide_ray.config import CleanConfig
+from glide_ray.data.filters import users_rules
+from glide_ray.distributed.clean import clean, write_page
+from glide_ray.distributed.filter import apply_content
+from glide_ray.distributed.job import once, run
+from glide_ray.settings import override
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="a folder or s3:// prefix of .tar, .parquet or images with captions, or data/{00000..00999}.tar")
+    parser.add_argument("--out", required=True, help="folder, which all nodes see, or s3:// prefix to write to")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the rules; may be repeated")
+    parser.add_argument("--rule", action="append", default=[], metavar="MODULE:FUNCTION", help="a rule of your own; may be repeated")
+    parser.add_argument("--content", metavar="FILTER", help="a content filter's file, local or s3://, instead of the rules")
+    parser.add_argument("--clip", help="where the CLIP is now that the content filter was fitted with (default: where it was)")
+    return parser
+
+
+def main() -> int:
+    options = parser().parse_args()
+    return run("filter", lambda: once(f"{options.out.rstrip('/')}/filter.json", {**vars(options), "out": ""}, lambda: work(options)))
+
+
+def work(options) -> dict:
+    if options.content:
+        done = apply_content(options.content, options.source, options.out, options.clip).report
+    else:
+        cleaned = clean(options.source, options.out, override(CleanConfig(), options.set), users_rules(options.rule))
+        write_page(cleaned, options.source, options.out)
+        done = cleaned.report
+    return {"out": options.out, "kept": done.kept, "dropped": dict(done.dropped), "faults": done.faults}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Pictures in bulk, for `ray job submit --working-dir . -- python jobs/generate.py PROMPTS --out OUT --base W --upsampler W`.
+
+PROMPTS has a prompt a line, or with the ending .jsonl objects with `prompt` and, if you like, `seed`; local or s3://. The PNGs go to
+OUT/00000/, each with its recipe, and OUT/index.jsonl says which is whose. Prints one line of JSON at its end. Submitted again it makes
+what is missing.
+"""
+
+import argparse
+import dataclasses
+import sys
+
+from glide_ray.config import BulkConfig, SampleOptions
+from glide_ray.distributed.generate import generate
+from glide_ray.distributed.job import run
+from glide_ray.settings import validate
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompts", help="a file of prompts, local or s3://")
+    parser.add_argument("--out", required=True, help="folder, which all nodes see, or s3:// prefix")
+    parser.add_argument("--base", required=True, help="weights of the base model, on a path that all nodes see, or s3://")
+    parser.add_argument("--upsampler", help="weights of the upsampler (default: none, pictures of the base model's size)")
+    parser.add_argument("--clip", help="weights of noised CLIP, or the folder of a public CLIP, for --clip-scale")
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="default: fp16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture; it counts up over all of them (default: %(default)s)")
+    parser.add_argument("--per-prompt", type=int, default=1, metavar="N", help="pictures for each prompt (default: %(default)s)")
+    parser.add_argument("--sampler", help="ancestral, ddim, plms or dpm++ (default: the model's own)")
+    parser.add_argument("--steps", help="of the base model: a number, or a respacing such as 10,10,3,2,2 (default: the model's own)")
+    parser.add_argument("--upsampler-steps", help="likewise for the upsampler")
+    parser.add_argument("--guidance-scale", type=float, help="how strongly the prompt pulls (default: the model's own)")
+    parser.add_argument("--clip-scale", type=float, default=0.0, help="how strongly CLIP pulls (default: 0, not at all)")
+    parser.add_argument("--workers", type=int, help="GPUs to use, or cores where there are none (default: all)")
+    return parser
+
+
+def main() -> int:
+    options = parser().parse_args()
+
+    def work() -> dict:
+        given = {name: getattr(options, name) for name in ("base", "upsampler", "clip", "precision", "seed", "per_prompt")}
+        sampling = {name: getattr(options, name) for name in ("sampler", "steps", "upsampler_steps", "guidance_scale", "clip_scale")}
+        config = validate(BulkConfig, {**given, "options": SampleOptions(**sampling)})
+        return dataclasses.asdict(generate(options.prompts, options.out, config, options.workers, lambda line: print(line, file=sys.stderr)))
+    return run("generate", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
