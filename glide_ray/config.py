@@ -152,6 +152,7 @@ class BulkConfig(Frozen):
     base: str
     upsampler: str | None = None
     clip: str | None = None                            # for CLIP guidance
+    device: Literal["auto", "cpu", "gpu"] = "auto"     # of a worker; auto: a GPU, if the cluster has one now. gpu: also if they are yet to come
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     options: SampleOptions = SampleOptions()
     seed: int = 0                                      # of the first picture; it counts up over all of them
@@ -289,6 +290,7 @@ class TrainConfig(Frozen):
 
     # How it is spread over machines: none of this moves the loss.
     workers: int = Field(1, gt=0)
+    device: Literal["auto", "cpu", "gpu"] = "auto"     # of a worker; auto: a GPU, if the cluster has one now. gpu: also if they are yet to come
     min_workers: int | None = Field(None, gt=0)        # elastic: with how few it goes on where nodes are lost; None: all of them
     micro_batch: int | None = Field(None, gt=0)        # images in a worker's network call; None: as many as fit its memory
     zero_stage: int = Field(2, ge=0, le=3)

@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", required=True, help="weights of the base model, on a path that all nodes see, or s3://")
     parser.add_argument("--upsampler", help="weights of the upsampler (default: none, pictures of the base model's size)")
     parser.add_argument("--clip", help="weights of noised CLIP, or the folder of a public CLIP, for --clip-scale")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "gpu"], help="auto: a GPU, if the cluster has one now; gpu: also if it is to grow")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="default: fp16 on a GPU, fp32 on a CPU")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; it counts up over all of them (default: %(default)s)")
     parser.add_argument("--per-prompt", type=int, default=1, metavar="N", help="pictures for each prompt (default: %(default)s)")
@@ -38,7 +39,7 @@ def main() -> int:
     options = parser().parse_args()
 
     def work() -> dict:
-        given = {name: getattr(options, name) for name in ("base", "upsampler", "clip", "precision", "seed", "per_prompt")}
+        given = {name: getattr(options, name) for name in ("base", "upsampler", "clip", "device", "precision", "seed", "per_prompt")}
         sampling = {name: getattr(options, name) for name in ("sampler", "steps", "upsampler_steps", "guidance_scale", "clip_scale")}
         config = validate(BulkConfig, {**given, "options": SampleOptions(**sampling)})
         return dataclasses.asdict(generate(options.prompts, options.out, config, options.workers, lambda line: print(line, file=sys.stderr)))

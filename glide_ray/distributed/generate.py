@@ -177,13 +177,16 @@ class Worker:
 def _make(wanted: Sequence[Wanted], out: str, config: BulkConfig, workers: int | None) -> None:
     resources = ray.cluster_resources()
     gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1)) if joined() else os.cpu_count() or 1
-    most = min(workers or gpus or cores, -(-len(wanted) // AT_ONCE))
+    on_gpu = config.device == "gpu" or (config.device == "auto" and gpus > 0)
+    if on_gpu and not (workers or gpus):
+        raise UserError("The cluster has no GPU yet; say with --workers how many to ask for.")
+    most = min(workers or (gpus if on_gpu else cores), -(-len(wanted) // AT_ONCE))
     threads = 1 if joined() else max(1, cores // most)
     table = pyarrow.Table.from_pylist([{"number": one.number, "prompt": one.prompt, "seed": one.seed} for one in wanted])
     blocks = [table.slice(start, AT_ONCE) for start in range(0, len(table), AT_ONCE)]
     made = quiet().from_arrow(blocks).map_batches(
         Worker, fn_constructor_args=(out, config, threads), batch_format="pyarrow", batch_size=AT_ONCE,
-        compute=ActorPoolStrategy(min_size=1, max_size=most, max_tasks_in_flight_per_actor=2), num_cpus=0 if gpus else 1, num_gpus=1 if gpus else 0)
+        compute=ActorPoolStrategy(min_size=1, max_size=most, max_tasks_in_flight_per_actor=2), num_cpus=0 if on_gpu else 1, num_gpus=1 if on_gpu else 0)
     with tqdm(total=len(wanted), desc="generate", unit="image", dynamic_ncols=True, disable=None) as bar:
         for count in _counts(made):
             bar.update(count)

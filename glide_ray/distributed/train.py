@@ -37,7 +37,7 @@ WEIGHTS, PRESET = "weights.safetensors", "preset.json"
 DATA_CPUS = 2                  # beside the workers': a data task wants a whole CPU, and waits for ever where none is left
 # Settings with which a run may go on from its checkpoint: those that leave the loss as it is, and those that people turn on the way.
 SPREAD = frozenset((
-    "steps", "workers", "min_workers", "micro_batch", "zero_stage", "offload_optimizer", "activation_checkpointing", "log_every", "evaluate_every",
+    "steps", "workers", "device", "min_workers", "micro_batch", "zero_stage", "offload_optimizer", "activation_checkpointing", "log_every", "evaluate_every",
     "checkpoint_every", "keep_last", "keep_every", "trackers", "sample_every", "sample_prompts", "max_failures", "stall_seconds", "wait_seconds"))
 TURNED = frozenset(("learning_rate", "weight_decay", "warmup_steps", "clip_norm", "precision"))
 RESIZE_SECONDS = 60            # between looks at whether nodes have come back
@@ -188,8 +188,7 @@ def _wait_for_workers(preset: Preset) -> bool:
     train, began = preset.train, time.monotonic()
     lacking = _lacking(preset)
     if lacking and joined():
-        gpus = bool(ray.cluster_resources().get("GPU"))
-        request_resources(bundles=[{"GPU" if gpus else "CPU": 1}] * train.workers + [{"CPU": 1}])
+        request_resources(bundles=[{"GPU" if _on_gpu(preset) else "CPU": 1}] * train.workers + [{"CPU": 1}])
         tqdm.write(f"{lacking} Waiting for them; this is given up after {train.wait_seconds:g} s (train.wait_seconds).")
         while lacking and time.monotonic() - began < train.wait_seconds:
             time.sleep(min(5.0, train.wait_seconds / 10 + 0.1))
@@ -199,14 +198,19 @@ def _wait_for_workers(preset: Preset) -> bool:
         cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
         waited = f" They did not come in {train.wait_seconds:g} s." if joined() else ""
         raise ConfigError(f"Setting train.workers: {lacking}{waited} Add nodes, or set train.workers={max(1, gpus or cpus - 1)}.")
-    return bool(ray.cluster_resources().get("GPU"))
+    return _on_gpu(preset)
+
+
+def _on_gpu(preset: Preset) -> bool:
+    """Whether a worker takes a GPU. Of a cluster that has none yet Ray does not say whether it can have some."""
+    return preset.train.device == "gpu" or (preset.train.device == "auto" and bool(ray.cluster_resources().get("GPU")))
 
 
 def _lacking(preset: Preset) -> str | None:
     """What the cluster has too little of, in a sentence."""
     resources, workers = ray.cluster_resources(), preset.train.min_workers or preset.train.workers
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-    if gpus and gpus < workers:
+    if _on_gpu(preset) and gpus < workers:
         return f"{count(workers, 'worker')} want a GPU each and the cluster has {gpus}."
     if cpus < workers + 1:
         return f"{count(workers, 'worker')} and the data stream want {workers + 1} CPUs and the cluster has {cpus}."

@@ -1,0 +1,110 @@
+"""Three raylets of this machine as `ray start` makes them, and `ray job submit` to them: for tests that want a whole cluster."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from conftest import ROOT
+
+RAY = str(Path(sys.executable).parent / "ray")
+START_SECONDS = 60
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Cluster:
+    """A head with a dashboard, and nodes that come and are killed. Its processes are its own, and end with it."""
+
+    def __init__(self, head_cpus):
+        self.port, self.dashboard = free_port(), free_port()
+        self.folder = tempfile.mkdtemp(prefix="glide-ray-")      # short: sockets lie in it
+        # As `ray-cluster.yaml` has it: workers find Python's programs, and `serve/` in the checkout.
+        self.environment = {**os.environ, "RAY_AUTH_MODE": "token", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+                            "PYTHONPATH": ROOT, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10", "RAY_TRAIN_V2_ENABLED": "1"}
+        self.environment.pop("RAY_ADDRESS", None)
+        self.started = []
+        subprocess.run([RAY, "get-auth-token", "--generate"], env=self.environment, check=True, capture_output=True)
+        self._start("--head", f"--port={self.port}", f"--num-cpus={head_cpus}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}",
+                    f"--temp-dir={self.folder}")
+        self._wait(lambda: self._answers(self.dashboard), "the dashboard")
+
+    def add_node(self, cpus):
+        """A raylet with so many CPUs; gives its `ray start`."""
+        return self._start(f"--address=127.0.0.1:{self.port}", f"--num-cpus={cpus}")
+
+    def kill(self, node):
+        """As a machine that is gone: raylet and workers at once."""
+        for process in psutil.Process(node.pid).children(recursive=True):
+            process.kill()
+        node.kill()
+        node.wait()
+
+    def submit(self, *arguments, wait=True):
+        """`ray job submit` of a script of the checkout; its JSON, or the running process."""
+        command = [RAY, "job", "submit", "--address", f"http://127.0.0.1:{self.dashboard}", "--working-dir", ROOT, "--", sys.executable, *arguments]
+        job = subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return self.result(job) if wait else job
+
+    @staticmethod
+    def result(job, seconds=240):
+        try:
+            said = job.communicate(timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            job.kill()
+            raise AssertionError(f"not done after {seconds} s: {job.communicate()[0][-3000:]}") from None
+        assert job.returncode == 0, said[-3000:]
+        return next(json.loads(line) for line in reversed(said.splitlines()) if line.startswith("{"))
+
+    def end(self):
+        for started in reversed(self.started):
+            if started.poll() is None:
+                below = psutil.Process(started.pid).children(recursive=True)
+                started.send_signal(signal.SIGTERM)
+                try:
+                    started.wait(15)
+                except subprocess.TimeoutExpired:
+                    started.kill()
+                for process in below:
+                    if process.is_running():
+                        process.kill()
+
+    def _start(self, *arguments):
+        log = open(Path(self.folder) / f"start-{len(self.started)}.log", "w")
+        started = subprocess.Popen([RAY, "start", "--block", "--node-ip-address=127.0.0.1", f"--object-store-memory={150 * 2**20}", "--disable-usage-stats", *arguments],
+                                   env=self.environment, stdout=log, stderr=subprocess.STDOUT)
+        self.started.append(started)
+        return started
+
+    @staticmethod
+    def _answers(port):
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    @staticmethod
+    def _wait(done, what):
+        deadline = time.monotonic() + START_SECONDS
+        while not done():
+            assert time.monotonic() < deadline, f"{what} did not come"
+            time.sleep(0.2)
+
+
+@contextmanager
+def cluster(head_cpus, *nodes):
+    made = Cluster(head_cpus)
+    try:
+        yield made, [made.add_node(cpus) for cpus in nodes]
+    finally:
+        made.end()
