@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -71,15 +70,7 @@ class Cluster:
     def end(self):
         for started in reversed(self.started):
             if started.poll() is None:
-                below = psutil.Process(started.pid).children(recursive=True)
-                started.send_signal(signal.SIGTERM)
-                try:
-                    started.wait(15)
-                except subprocess.TimeoutExpired:
-                    started.kill()
-                for process in below:
-                    if process.is_running():
-                        process.kill()
+                self.kill(started)
 
     def _start(self, *arguments):
         log = open(Path(self.folder) / f"start-{len(self.started)}.log", "w")
