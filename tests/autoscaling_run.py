@@ -189,7 +189,7 @@ def main(path, corpus, base, upsampler, out):
         remove_placement_group(busy)
 
     preset = tiny("base", f"workers={max(kind['resources'].get('GPU', 0) for kind in types.values())}", "device=gpu", f"wait_seconds={PATIENCE}")
-    training.TorchTrainer = Placed
+    training.Trainer = Placed
     trained = pool.submit(lambda: training._fit(preset, "nowhere", None, None, None, training._wait_for_workers(preset)))
     came["training"] = watch.came("training", trained, Placed.done.is_set)
 
