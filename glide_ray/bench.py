@@ -89,6 +89,28 @@ def bench_sample(preset: Preset, precision: str = "bf16", repeats: int = 5) -> d
             "pairs": repeats, "threads": torch.get_num_threads()}
 
 
+def bench_cascade(family: str = "filtered", precision: str = "fp16", repeats: int = 3, at_once: int = 16) -> dict[str, float | int | str]:
+    """Seconds for one picture of `FAMILY-base` and `FAMILY-upsampler`, weights drawn at random, and pictures a second of many at once.
+
+    With the models' own steps (the paper's 150 and 27, app. B.2), and with 20 of DPM++ and 20. On the GPU if there is one; Ray is not asked.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    steppers = []
+    for role in ("base", "upsampler"):
+        config = presets.get(f"{family}-{role}").model
+        steppers.append(Stepper(random_model(config, DTYPES[precision]).to(device), config, device, DTYPES[precision], at_once))
+    cascade, figures = Cascade(*steppers), {}
+    for name, options in (("own", SampleOptions()), ("20", SampleOptions(sampler="dpm++", steps=20, upsampler_steps=20))):
+        cascade.generate(PROMPTS[:1], [0], SampleOptions(steps=2, upsampler_steps=2))       # kernels are chosen
+        times = [_timed(lambda seed=seed, options=options: cascade.generate(PROMPTS[:1], [seed], options)) for seed in range(repeats)]
+        many = _timed(lambda options=options: cascade.generate([PROMPTS[n % len(PROMPTS)] for n in range(at_once)], list(range(at_once)), options))
+        figures |= {f"steps_{name}_s": round(statistics.median(times), 3), f"steps_{name}_s_min": round(min(times), 3), f"steps_{name}_s_max": round(max(times), 3),
+                    f"steps_{name}_images_per_s": round(at_once / many, 3)}
+    own = [stepper.config.sampling.respacing for stepper in steppers]
+    return {"models": family, "device": torch.cuda.get_device_name() if device == "cuda" else "CPU", "precision": precision, "own_steps": own, "at_once": at_once,
+            "repeats": repeats, **figures}
+
+
 # What `glide plan` is compared on: preset, images in a call, further settings. The last two recompute activations, and add up two calls.
 SHAPES = (("nano-base", 16, ()), ("nano-upsampler", 8, ()), ("nano-clip", 64, ()), ("emoji-base", 8, ()), ("emoji-upsampler", 2, ()),
           ("emoji-base", 16, ("activation_checkpointing=true",)), ("nano-base", 16, ("batch=32",)))

@@ -177,7 +177,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--at-once", type=_positive, metavar="IMAGES", help="that are made for this key at once (default: as many as the server takes)")
     command.add_argument("--per-minute", type=_positive, metavar="IMAGES", help="that this key may ask for (default: no limit)")
 
-    command = add("settings", commands.settings, "every setting of training, cleaning, filtering, serving and bulk generation, as docs/configuration.md")
+    command = add("settings", commands.settings, "every setting of training, cleaning, filtering, serving and bulk generation",
+                  "The same as docs/configuration.md, in Markdown: name, kind, default and meaning.\nexample:\n  glide settings | grep -i checkpoint")
 
     command = add("info", commands.info, "parameters by part, memory and operations of a preset")
     command.add_argument("preset", help=names)
@@ -198,8 +199,8 @@ def _parser() -> argparse.ArgumentParser:
                          "up to 8 GPUs, else of the network of AWS's machines with them)")
 
     command = add("bench", commands.bench, "measure this machine, or what trained models do; prints one line of JSON")
-    command.add_argument("what", choices=["forward", "sample", "train", "plan", "serve", "data", "memory", "samplers", "inpainting", "guidance"],
-                         help="forward: one network call; sample: one guided step as a ratio to the released form; train: a training step "
+    command.add_argument("what", choices=["forward", "sample", "cascade", "train", "plan", "serve", "data", "memory", "samplers", "inpainting", "guidance"],
+                         help="forward: one network call; sample: one guided step as a ratio to the released form; cascade: seconds for a picture, and pictures a second; train: a training step "
                               "as a ratio to a plain PyTorch loop's, and to a bare one of the same precision; plan: the memory that `glide plan` "
                               "says as a ratio to what training takes on the CPU; serve: latency "
                               "and cost of the server as ratios to whole-request batching and to a server that does nothing; data: the stream's "
@@ -212,11 +213,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--corpus", type=Path, default=Path("runs/corpus/held_out"), help="pictures to inpaint (default: %(default)s)")
     command.add_argument("--shards", default="runs/corpus/train", help="corpus of data and memory (default: %(default)s)")
     command.add_argument("--preset", help="default: paper-base for forward, filtered-base for sample, emoji-base for train, all of its shapes for plan, "
-                         "nano for serve, of nano and emoji")
-    command.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="default: %(default)s")
+                         "nano for serve, of nano and emoji; filtered for cascade, of paper, filtered, emoji and nano")
+    command.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="bf16", help="default: %(default)s")
     command.add_argument("--size", type=int, choices=[64, 256], default=64, help="of the pictures for serve: 64 asks the base model only (default: %(default)s)")
     command.add_argument("--seconds", type=_positive, default=120, help="of open-loop load for serve (default: %(default)s)")
-    command.add_argument("--repeats", type=_positive, help="default: 1 for forward, 5 for sample and train, 3 for data and plan")
+    command.add_argument("--repeats", type=_positive, help="default: 1 for forward, 5 for sample and train, 3 for cascade, data and plan")
     return parser
 
 

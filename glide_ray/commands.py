@@ -170,6 +170,7 @@ def bench(options) -> None:
     run = {
         "forward": lambda: benches.bench_forward(presets.get(options.preset or "paper-base"), options.precision, options.repeats or 1),
         "sample": lambda: benches.bench_sample(presets.get(options.preset or "filtered-base"), options.precision, options.repeats or 5),
+        "cascade": lambda: benches.bench_cascade(options.preset or "filtered", options.precision, options.repeats or 3),
         "train": lambda: benches.bench_train(presets.get(options.preset or "emoji-base"), options.precision, options.repeats or 5),
         "plan": lambda: benches.bench_plan(options.preset, options.repeats or 3),
         "samplers": lambda: benches.bench_samplers(options.base),

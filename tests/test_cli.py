@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT
+from conftest import ROOT, tiny
 from glide_ray import presets
 from glide_ray.cli import main
 from glide_ray.models.clip import NoisedClip
@@ -179,6 +179,14 @@ def test_a_training_step_is_timed_beside_a_plain_and_a_bare_loop(capsys):
     assert figures["ratio"] > 0 and figures["to_bare_min"] <= figures["to_bare"] <= figures["to_bare_max"] and figures["batch"] == 16
 
 
+def test_a_cascade_is_timed_alone_and_many_at_once(capsys, monkeypatch):
+    small = {f"nano-{role}": tiny(role, "model.sampling.respacing=2") for role in ("base", "upsampler")}
+    monkeypatch.setattr(presets, "get", small.get)
+    assert main(["bench", "cascade", "--preset", "nano", "--precision", "fp32", "--repeats", "2"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["own_steps"] == ["2", "2"] and figures["steps_own_s"] < figures["steps_20_s"] and figures["steps_own_images_per_s"] > 1 / figures["steps_own_s"]
+
+
 def test_bench_prints_one_line_of_json(capsys):
     assert main(["bench", "sample", "--preset", "nano-base", "--repeats", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -187,7 +195,7 @@ def test_bench_prints_one_line_of_json(capsys):
 
 def test_every_command_has_help_worth_reading():
     for command in ("", "demo", "corpus", "clean", "filter", "train", "export", "generate", "edit", "vary", "scene", "reproduce", "import-released", "export-released", "serve",
-                    "info", "bench"):
+                    "info", "settings", "bench"):
         done = subprocess.run([GLIDE, *filter(None, [command]), "--help"], capture_output=True, text=True, check=False)
         assert done.returncode == 0 and len(done.stdout) > 200, command
 
