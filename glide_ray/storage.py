@@ -12,7 +12,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -259,20 +259,28 @@ def _tag(path: str | Path) -> str:
 def _cached(name: str, cache: str | Path | None) -> Path:
     """The folder of the cache for what has this name."""
     folder = Path(cache or cache_folder()) / hashlib.sha256(name.encode()).hexdigest()[:16]
-    if folder.exists():
+    with suppress(FileNotFoundError):
         os.utime(folder)        # used just now
     return folder
 
 
 def _make_room(folder: Path, wanted: int) -> None:
     """Take from the cache what was not used for longest, until `wanted` bytes more are within its limit, GLIDE_CACHE_GB."""
-    limit = float(os.environ.get("GLIDE_CACHE_GB", CACHE_GB)) * 1e9
-    held = {entry: sum(file.stat().st_size for file in entry.iterdir() if file.is_file()) for entry in folder.parent.glob("[0-9a-f]" * 16) if entry != folder}
-    for entry in sorted(held, key=lambda entry: entry.stat().st_mtime):
-        if sum(held.values()) + wanted <= limit or time.time() - entry.stat().st_mtime < IN_USE_SECONDS:
+    given = os.environ.get("GLIDE_CACHE_GB", str(CACHE_GB))
+    try:
+        limit = float(given) * 1e9
+    except ValueError:
+        raise StorageError(f"GLIDE_CACHE_GB is {given!r}; give a number of gigabytes, such as {CACHE_GB}.") from None
+    used, held = {}, {}
+    for entry in folder.parent.glob("[0-9a-f]" * 16):
+        with suppress(FileNotFoundError):       # another process makes room, too
+            used[entry], held[entry] = entry.stat().st_mtime, sum(file.stat().st_size for file in entry.iterdir() if file.is_file())
+    for entry in sorted(held, key=used.get):
+        if sum(held.values()) + wanted <= limit or time.time() - used[entry] < IN_USE_SECONDS:
             return
-        shutil.rmtree(entry, ignore_errors=True)
-        del held[entry]
+        if entry != folder:
+            shutil.rmtree(entry, ignore_errors=True)
+            del held[entry]
 
 
 def _split(path: str) -> tuple[str, str]:

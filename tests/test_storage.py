@@ -127,3 +127,7 @@ def test_the_cache_keeps_to_its_limit_and_what_was_used_last(s3, tmp_path, monke
     storage.put(bytes(10**6), f"{s3}/limited/4")
     storage.fetch(f"{s3}/limited/4", tmp_path)
     assert sum(copy.exists() for copy in copies) == 3        # what may be about to be read stays
+    monkeypatch.setenv("GLIDE_CACHE_GB", "many")
+    storage.put(b"5", f"{s3}/limited/5")
+    with pytest.raises(StorageError, match="GLIDE_CACHE_GB is 'many'"):
+        storage.fetch(f"{s3}/limited/5", tmp_path)

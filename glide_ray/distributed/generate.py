@@ -32,6 +32,7 @@ from .stream import quiet
 
 JOB, INDEX = "job.json", "index.jsonl"      # beside the pictures: what they are made with, and which they are
 PER_FOLDER = 10_000
+MOST_BLOCKS = 10_000                        # that Ray Data is given; there are as few pictures in each as that allows
 AT_ONCE = 8                                 # pictures that a worker is given, and a network call advances
 
 
@@ -183,7 +184,8 @@ def _make(wanted: Sequence[Wanted], out: str, config: BulkConfig, workers: int |
     most = min(workers or (gpus if on_gpu else cores), -(-len(wanted) // AT_ONCE))
     threads = 1 if joined() else max(1, cores // most)
     table = pyarrow.Table.from_pylist([{"number": one.number, "prompt": one.prompt, "seed": one.seed} for one in wanted])
-    blocks = [table.slice(start, AT_ONCE) for start in range(0, len(table), AT_ONCE)]
+    rows = AT_ONCE * -(-len(table) // (AT_ONCE * MOST_BLOCKS))
+    blocks = [table.slice(start, rows) for start in range(0, len(table), rows)]       # what is done again when a worker is lost
     made = quiet().from_arrow(blocks).map_batches(
         Worker, fn_constructor_args=(out, config, threads), batch_format="pyarrow", batch_size=AT_ONCE,
         compute=ActorPoolStrategy(min_size=1, max_size=most, max_tasks_in_flight_per_actor=2), num_cpus=0 if on_gpu else 1, num_gpus=1 if on_gpu else 0)
