@@ -1,0 +1,155 @@
+"""Measures of generated images against real ones, as pure functions of features (N, D): FID, KID, CMMD, precision and recall, IS, CLIP score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..config import UserError
+
+ROWS = 4096      # of a matrix of distances that is held at once
+
+
+class MetricError(UserError):
+    """Features that cannot be measured."""
+
+
+# -- Fréchet distance -------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Moments:
+    """What the Fréchet distance knows of features: their count, mean (D,) and covariance (D, D), unbiased."""
+
+    count: int
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> Moments:
+        features = _checked(features, least=2).astype(np.float64)
+        mean = features.mean(0)
+        centred = features - mean
+        return cls(len(features), mean, centred.T @ centred / (len(features) - 1))
+
+    def joined(self, other: Moments) -> Moments:
+        """Of both sets as one, from the moments alone: what was measured in parts (Chan et al. 1979)."""
+        count, apart = self.count + other.count, other.mean - self.mean
+        scatter = (self.count - 1) * self.covariance + (other.count - 1) * other.covariance + self.count * other.count / count * np.outer(apart, apart)
+        return Moments(count, self.mean + apart * other.count / count, scatter / (count - 1))
+
+
+def frechet_distance(one: Moments, other: Moments) -> float:
+    """FID, where the features are Inception's pooled ones (Heusel et al. 2017, eq. 6)."""
+    if one.mean.shape != other.mean.shape:
+        raise MetricError(f"The two sets have features of {len(one.mean)} and {len(other.mean)} numbers; measure both with the same network.")
+    root = _root(one.covariance)
+    cross = np.linalg.eigvalsh(root @ other.covariance @ root)      # as those of the product of both, and symmetric
+    distance = np.sum((one.mean - other.mean)**2) + np.trace(one.covariance) + np.trace(other.covariance) - 2 * np.sqrt(cross.clip(0)).sum()
+    return float(max(distance, 0.0))
+
+
+def frechet_infinity(features: np.ndarray, reference: Moments, points: int = 15, least: int = 5000, seed: int = 0) -> float:
+    """FID as it would be of endlessly many samples: it is linear in 1/N, and read off at 0 (Chong & Forsyth 2020)."""
+    features = _checked(features, least=2)
+    draws = np.random.default_rng(seed)
+    counts = np.linspace(min(least, len(features) // 2), len(features), points).astype(int)
+    distances = [frechet_distance(Moments.of(features[draws.permutation(len(features))[:count]]), reference) for count in counts]
+    return float(np.polyfit(1 / counts, distances, 1)[1])
+
+
+def _root(matrix: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------
+
+def kid(real: np.ndarray, made: np.ndarray, subsets: int = 100, size: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """Kernel inception distance, mean and standard deviation over subsets: unbiased squared MMD, kernel (xy/D + 1)^3 (Binkowski et al. 2018)."""
+    real, made = _pair(real, made)
+    size, draws = min(size, len(real), len(made)), np.random.default_rng(seed)
+    found = []
+    for _ in range(subsets):
+        x, y = (features[draws.choice(len(features), size, replace=False)] for features in (real, made))
+        found.append(_unbiased(*((a @ b.T / x.shape[1] + 1)**3 for a, b in ((x, x), (y, y), (x, y)))))
+    return float(np.mean(found)), float(np.std(found))
+
+
+def cmmd(real: np.ndarray, made: np.ndarray, sigma: float = 10.0, scale: float = 1000.0) -> float:
+    """CLIP maximum mean discrepancy: biased squared MMD of CLIP's features of length 1, Gaussian kernel (Jayasumana et al. 2024)."""
+    real, made = (features / np.linalg.norm(features, axis=1, keepdims=True) for features in _pair(real, made))
+
+    def mean(a: np.ndarray, b: np.ndarray) -> float:
+        return sum(np.exp(-_squared(rows, b) / (2 * sigma**2)).sum() for rows in _blocks(a)) / (len(a) * len(b))
+    return scale * (mean(real, real) + mean(made, made) - 2 * mean(real, made))
+
+
+def _unbiased(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> float:
+    n = len(xx)
+    return (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (n * (n - 1)) - 2 * xy.mean()
+
+
+# -- neighbours -------------------------------------------------------------------------------------------------------
+
+def precision_recall(real: np.ndarray, made: np.ndarray, k: int = 3) -> tuple[float, float]:
+    """Shares of what was made that lies among the real, and of the real that lies among what was made: nearer to one of them than its k-th
+    neighbour is (Kynkäänniemi et al. 2019)."""
+    real, made = _pair(real, made)
+    if min(len(real), len(made)) <= k:
+        raise MetricError(f"{k} neighbours want more than {k} images on each side (given: {len(real)} and {len(made)}).")
+    real_reach, made_reach = _reach(real, k), _reach(made, k)
+    among_real, among_made = np.zeros(len(made), bool), []
+    for start, rows in zip(range(0, len(real), ROWS), _blocks(real), strict=True):
+        apart = _squared(rows, made)
+        among_real |= (apart < real_reach[start:start + len(rows), None]).any(0)
+        among_made.append((apart < made_reach).any(1))
+    return float(among_real.mean()), float(np.concatenate(among_made).mean())
+
+
+def _reach(features: np.ndarray, k: int) -> np.ndarray:
+    """The squared distance of each row (N,) to its k-th neighbour, itself not counted."""
+    return np.concatenate([np.partition(_squared(rows, features), k, axis=1)[:, k] for rows in _blocks(features)])
+
+
+def _squared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Squared distances (A, B)."""
+    return ((a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * a @ b.T).clip(0)
+
+
+def _blocks(rows: np.ndarray) -> Sequence[np.ndarray]:
+    return [rows[start:start + ROWS] for start in range(0, len(rows), ROWS)]
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+def inception_score(probabilities: np.ndarray, splits: int = 10) -> tuple[float, float]:
+    """Mean and standard deviation over splits, in their order, of exp(E KL(p(y|x) || p(y))), of classes' probabilities (N, Y) (Salimans et al. 2016)."""
+    probabilities = _checked(probabilities, least=splits).astype(np.float64)
+    logs, scores = np.log(probabilities.clip(1e-16)), []
+    for part, log in zip(np.array_split(probabilities, splits), np.array_split(logs, splits), strict=True):
+        scores.append(np.exp((part * (log - np.log(part.mean(0).clip(1e-16)))).sum(1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def clip_score(images: np.ndarray, captions: np.ndarray) -> float:
+    """100 times the mean cosine of CLIP's features of images (N, E) and their captions (N, E), none below 0 (Hessel et al. 2021; sec. 5.2)."""
+    images, captions = _pair(images, captions)
+    cosines = (images * captions).sum(1) / np.linalg.norm(images, axis=1) / np.linalg.norm(captions, axis=1)
+    return 100 * float(cosines.clip(0).mean())
+
+
+def _pair(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    one, other = (_checked(features, least=1).astype(np.float64) for features in (one, other))
+    if one.shape[1] != other.shape[1]:
+        raise MetricError(f"The two sets have features of {one.shape[1]} and {other.shape[1]} numbers; measure both with the same network.")
+    return one, other
+
+
+def _checked(features: np.ndarray, least: int) -> np.ndarray:
+    if features.ndim != 2 or len(features) < least:
+        raise MetricError(f"Features must be a matrix of at least {least} rows, one for each image (given: {features.shape}).")
+    if not np.isfinite(features).all():
+        raise MetricError(f"{int((~np.isfinite(features)).any(1).sum())} of {len(features)} rows of features are not finite; measure without those images.")
+    return features
