@@ -1,0 +1,78 @@
+"""Elo scores of pairs that were compared, against a direct fit and closed forms."""
+
+import numpy as np
+import pytest
+import scipy.optimize
+
+from glide_ray.evaluation.elo import EloError, Vote, scores, standings, wins
+
+
+def drawn_votes(truth, count, seed=0):
+    """Votes on random pairs, as models of these scores win them, a tenth of them ties."""
+    random, models = np.random.default_rng(seed), list(truth)
+    votes = []
+    for _ in range(count):
+        first, second = random.choice(models, 2, replace=False)
+        chance = 1 / (1 + 10**((truth[second] - truth[first]) / 400))
+        votes.append(Vote(first, second, 0.5 if random.random() < 0.1 else float(random.random() < chance)))
+    return votes
+
+
+TRUTH = {"unguided": -100.0, "clip": 10.0, "free": 90.0}
+
+
+def test_scores_are_those_of_a_direct_fit_of_the_likelihood():
+    models = list(TRUTH)
+    table = wins(drawn_votes(TRUTH, 1000), models)
+
+    def loss(given):
+        return sum(table[i, j] * np.log1p(10**((given[j] - given[i]) / 400)) for i in range(3) for j in range(3))
+    direct = scipy.optimize.minimize(loss, np.zeros(3), method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-12, "maxiter": 20_000}).x
+    assert scores(table) == pytest.approx(direct - direct.mean(), abs=0.1)
+
+
+def test_two_models_are_apart_by_the_logit_of_the_share_that_one_wins():
+    assert np.diff(scores(np.array([[0, 1], [10, 0]])))[0] == pytest.approx(400)      # 10 to 1, base 10
+    assert scores(np.array([[0, 5], [5, 0]])) == pytest.approx([0, 0])
+
+
+def test_a_tie_is_half_a_win_for_each():
+    assert np.array_equal(wins([Vote("a", "b", 0.5), Vote("b", "a", 1.0)], ["a", "b"]), [[0, 0.5], [1.5, 0]])
+
+
+def test_a_lopsided_table_is_fitted_too():
+    table = np.array([[0, 1, 0.5], [999, 0, 1], [0, 5000, 0]])
+    given = scores(table)
+    chance = 1 / (1 + 10**((given[None] - given[:, None]) / 400))
+    assert table.sum(1) == pytest.approx((((table + table.T) * chance).sum(1)), rel=1e-6)      # each wins as often as its score says
+
+
+def test_standings_hold_the_truth_in_their_intervals_and_come_best_first():
+    found = standings(drawn_votes(TRUTH, 2000), draws=200)
+    assert list(found) == ["free", "clip", "unguided"]
+    mean = np.mean(list(TRUTH.values()))
+    for model, standing in found.items():
+        assert standing.low < TRUTH[model] * 0.9 - mean + 25 and standing.low < standing.score < standing.high
+        assert standing.high - standing.low < 80
+    assert sum(standing.comparisons for standing in found.values()) == 4000
+
+
+def test_intervals_cover_as_often_as_they_say():
+    """Of two models without ties, over many sets of votes: the truth lies within in about 95%."""
+    truth = {"a": -40.0, "b": 40.0}
+    inside = 0
+    for seed in range(60):
+        random = np.random.default_rng(seed)
+        votes = [Vote("a", "b", float(random.random() < 1 / (1 + 10**0.2))) for _ in range(200)]
+        standing = standings(votes, draws=200, seed=seed)["b"]
+        inside += standing.low <= truth["b"] <= standing.high
+    assert 51 <= inside <= 60
+
+
+def test_votes_that_no_scores_follow_from_are_refused_by_name():
+    with pytest.raises(EloError, match="b has never won"):
+        standings([Vote("a", "b", 1.0), Vote("a", "c", 1.0), Vote("c", "a", 1.0)])
+    with pytest.raises(EloError, match="both groups"):
+        scores(np.array([[0, 1, 1, 1], [1, 0, 1, 1], [0, 0, 0, 1], [0, 0, 1, 0.0]]))
+    with pytest.raises(EloError, match="fewer than two"):
+        standings([])
