@@ -38,7 +38,7 @@ class Cluster:
         subprocess.run([RAY, "get-auth-token", "--generate"], env=self.environment, check=True, capture_output=True)
         self._start("--head", f"--port={self.port}", f"--num-cpus={head_cpus}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}",
                     f"--temp-dir={self.folder}")
-        self._wait(lambda: self._answers(self.dashboard), "the dashboard")
+        self._wait(lambda: self._answers(self.dashboard) and self._answers(self.agent), "the dashboard and its agent")
 
     def add_node(self, cpus):
         """A raylet with so many CPUs; gives its `ray start`."""
@@ -74,7 +74,9 @@ class Cluster:
 
     def _start(self, *arguments):
         log = open(Path(self.folder) / f"start-{len(self.started)}.log", "w")
-        started = subprocess.Popen([RAY, "start", "--block", "--node-ip-address=127.0.0.1", f"--object-store-memory={150 * 2**20}", "--disable-usage-stats", *arguments],
+        self.agent = free_port()        # of this node: jobs go to it, and the usual port may be another Ray's
+        started = subprocess.Popen([RAY, "start", "--block", "--node-ip-address=127.0.0.1", f"--object-store-memory={150 * 2**20}", "--disable-usage-stats",
+                                    f"--dashboard-agent-listen-port={self.agent}", *arguments],
                                    env=self.environment, stdout=log, stderr=subprocess.STDOUT)
         self.started.append(started)
         return started
