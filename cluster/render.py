@@ -23,7 +23,7 @@ from glide_ray.settings import override, validate
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-JOBS = ("train", "filter", "generate")
+JOBS = ("train", "filter", "generate", "evaluate")
 DASHBOARDS = ("serving", "training")
 KEPT_BACK = 0.1      # share of a machine's memory that Kubernetes and its daemons keep
 

@@ -227,16 +227,21 @@ def _add_weights(command: argparse.ArgumentParser) -> None:
     command.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="default: fp16 on a GPU, fp32 on a CPU")
 
 
-def _add_sampling(command: argparse.ArgumentParser, out: str, help_out: str = "PNG to write (default: %(default)s)") -> None:
-    command.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture (default: %(default)s)")
+def add_sampling(command: argparse.ArgumentParser) -> None:
+    """The options of how pictures are sampled, which `pictures.sample_options` reads."""
     command.add_argument("--sampler", help="ancestral, ddim, plms or dpm++, the last for 15 to 30 steps (default: the model's own)")
     command.add_argument("--steps", help="base model: a number, or a respacing such as 10,10,3,2,2 (default: the model's own)")
     command.add_argument("--upsampler-steps", help="likewise for the upsampler")
     command.add_argument("--guidance-scale", type=float, help="how strongly the prompt pulls; 1 is none (default: the model's own)")
-    command.add_argument("--clip", type=Path, help="weights of noised CLIP, or the folder of a public CLIP, for --clip-scale and --best-of")
+    command.add_argument("--clip", help="weights of noised CLIP, or the folder of a public CLIP, for --clip-scale and --best-of")
     command.add_argument("--clip-scale", type=float, default=0.0, help="how strongly CLIP pulls, beside the other guidance (default: 0, none)")
     command.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
                          help="guide only between these parts of the noise, 1 the noisiest (default: 0 1)")
+
+
+def _add_sampling(command: argparse.ArgumentParser, out: str, help_out: str = "PNG to write (default: %(default)s)") -> None:
+    command.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture (default: %(default)s)")
+    add_sampling(command)
     command.add_argument("--no-upsampler", action="store_true", help="stop at the base model's size")
     command.add_argument("--out", type=Path, default=Path(out), help=help_out)
     _add_weights(command)

@@ -9,7 +9,7 @@ from .config import UserError
 
 
 def generate(options) -> None:
-    cascade, asked = _cascade(options), _asked(options)
+    cascade, asked = _cascade(options), sample_options(options)
     from .recipe import Maker, save_picture
     seeds = list(range(options.seed, options.seed + options.n))
     if options.best_of > 1:
@@ -29,7 +29,7 @@ def generate(options) -> None:
 
 
 def edit(options) -> None:
-    cascade, asked = _cascade(options), _asked(options)
+    cascade, asked = _cascade(options), sample_options(options)
     image, known = _image_and_mask(options.image, options.mask, cascade.size)
     from .recipe import Maker, save_picture
     made = _with_bar(lambda progress: cascade.edit(image, known, options.prompt, options.seed, asked, progress))
@@ -38,7 +38,7 @@ def edit(options) -> None:
 
 
 def vary(options) -> None:
-    cascade, asked = _cascade(options), _asked(options)
+    cascade, asked = _cascade(options), sample_options(options)
     from .data.images import centre_crop, flatten, lay_over
     from .data.masks import check_sizes
     from .recipe import Maker, save_picture
@@ -56,7 +56,7 @@ def vary(options) -> None:
 def scene(options) -> None:
     if (options.prompt is None) == (options.image is None):
         raise UserError("a scene begins with a prompt or with --image; give one of the two.")
-    cascade, asked = _cascade(options), _asked(options)
+    cascade, asked = _cascade(options), sample_options(options)
     from .data.images import centre_crop, flatten
     from .data.masks import centre_crop_mask, mask_of
     from .recipe import Maker, save_picture
@@ -106,7 +106,7 @@ def reproduce(options) -> None:
 
 # -- shared by them ---------------------------------------------------------------------------------------------------
 
-def _asked(options):
+def sample_options(options):
     """What the options say of sampling. Raises RequestError."""
     from .cascade import check_options
     from .config import SampleOptions
@@ -117,7 +117,7 @@ def _asked(options):
 
 
 def _cascade(options):
-    _asked(options)         # found senseless before anything is loaded
+    sample_options(options)         # found senseless before anything is loaded
     if options.prompt is not None and not options.prompt.strip():
         print("glide: the prompt is empty; the picture will be of anything.", file=sys.stderr)
     if (options.clip_scale or getattr(options, "best_of", 1) > 1) and not options.clip:

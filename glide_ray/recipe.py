@@ -15,10 +15,13 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from .cascade import Cascade, Progress
+from .cascade import Cascade, Progress, check_pair, check_role
 from .config import Frozen, ModelConfig, SampleOptions, UserError
+from .critic import check_clip
 from .data.images import decode, encode, open_image
-from .storage import put, read
+from .evaluation.features import fetch_clip
+from .models.weights import load_config
+from .storage import fetch, put, read
 
 CHUNK = "glide_ray"            # of the PNG's text; the inputs have chunks of their own beside it
 INPUTS = ("image", "mask", "sketch")
@@ -58,6 +61,27 @@ class Maker:
     models: Mapping[str, ModelUsed]
     precision: str
     made_with: str
+
+    @classmethod
+    def read(cls, paths: Mapping[str, str | None], precision: str, device: str) -> Maker:
+        """Of weights files by role, local or s3://, without their tensors. Where they lie is not said.
+
+        Raises WeightsError, StorageError where one is missing, broken, of the wrong kind, or does not go with another.
+        """
+        configs, used = {}, {}
+        for role, path in paths.items():
+            if path is None:
+                continue
+            local = fetch_clip(path) if role == "clip" else fetch(path)
+            if local.is_file():
+                configs[role] = load_config(local)
+                check_role(configs[role], role, path)
+            name = configs[role].name if role in configs else "public CLIP"
+            used[role] = ModelUsed(name=name, path="", sha256=fingerprint(local))
+        check_pair(configs["base"], configs.get("upsampler"))
+        if "clip" in configs:
+            check_clip(configs["clip"], configs["base"], paths["clip"])
+        return cls(configs["base"], configs.get("upsampler"), used, precision, versions(device))
 
     @classmethod
     def of(cls, cascade: Cascade) -> Maker:

@@ -11,7 +11,7 @@ import random
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -126,8 +126,7 @@ def size(path: str | Path) -> int:
     with _errors(path):
         if not is_remote(path):
             return Path(path).stat().st_size
-        bucket, key = _split(str(path))
-        return _client().head_object(Bucket=bucket, Key=key)["ContentLength"]
+        return _head(path)["ContentLength"]
 
 
 def check_writable(folder: str | Path) -> None:
@@ -251,9 +250,13 @@ def _from_object(path: str, use: Callable[[Any], tuple[Result, str]]) -> Result:
 
 def _tag(path: str | Path) -> str:
     """What changes when an object does."""
-    bucket, key = _split(str(path))
     with _errors(path):
-        return _client().head_object(Bucket=bucket, Key=key)["ETag"].strip('"')
+        return _head(path)["ETag"].strip('"')
+
+
+def _head(path: str | Path) -> Mapping[str, Any]:
+    bucket, key = _split(str(path))
+    return _client().head_object(Bucket=bucket, Key=key)
 
 
 def _cached(name: str, cache: str | Path | None) -> Path:

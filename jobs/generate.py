@@ -1,7 +1,7 @@
 """Pictures in bulk, for `ray job submit --working-dir . -- python jobs/generate.py PROMPTS --out OUT --base W --upsampler W`.
 
 PROMPTS has a prompt a line, or with the ending .jsonl objects with `prompt` and, if you like, `seed`; local or s3://. The PNGs go to
-OUT/00000/, each with its recipe, and OUT/index.jsonl says which is whose. Prints one line of JSON at its end. Submitted again it makes
+OUT/00000/, each with its recipe; OUT/metadata.jsonl has their prompts, so that OUT is a corpus. Prints one line of JSON at its end. Submitted again it makes
 what is missing.
 """
 
@@ -9,9 +9,11 @@ import argparse
 import dataclasses
 import sys
 
-from glide_ray.config import BulkConfig, SampleOptions
+from glide_ray.cli import add_sampling
+from glide_ray.config import BulkConfig
 from glide_ray.distributed.generate import generate
 from glide_ray.distributed.job import run
+from glide_ray.pictures import sample_options
 from glide_ray.settings import validate
 
 
@@ -21,16 +23,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, help="folder, which all nodes see, or s3:// prefix")
     parser.add_argument("--base", required=True, help="weights of the base model, on a path that all nodes see, or s3://")
     parser.add_argument("--upsampler", help="weights of the upsampler (default: none, pictures of the base model's size)")
-    parser.add_argument("--clip", help="weights of noised CLIP, or the folder of a public CLIP, for --clip-scale")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "gpu"], help="auto: a GPU, if the cluster has one now; gpu: also if it is to grow")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="default: fp16 on a GPU, fp32 on a CPU")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; it counts up over all of them (default: %(default)s)")
     parser.add_argument("--per-prompt", type=int, default=1, metavar="N", help="pictures for each prompt (default: %(default)s)")
-    parser.add_argument("--sampler", help="ancestral, ddim, plms or dpm++ (default: the model's own)")
-    parser.add_argument("--steps", help="of the base model: a number, or a respacing such as 10,10,3,2,2 (default: the model's own)")
-    parser.add_argument("--upsampler-steps", help="likewise for the upsampler")
-    parser.add_argument("--guidance-scale", type=float, help="how strongly the prompt pulls (default: the model's own)")
-    parser.add_argument("--clip-scale", type=float, default=0.0, help="how strongly CLIP pulls (default: 0, not at all)")
+    add_sampling(parser)
     parser.add_argument("--workers", type=int, help="GPUs to use, or cores where there are none (default: all)")
     return parser
 
@@ -40,8 +37,7 @@ def main() -> int:
 
     def work() -> dict:
         given = {name: getattr(options, name) for name in ("base", "upsampler", "clip", "device", "precision", "seed", "per_prompt")}
-        sampling = {name: getattr(options, name) for name in ("sampler", "steps", "upsampler_steps", "guidance_scale", "clip_scale")}
-        config = validate(BulkConfig, {**given, "options": SampleOptions(**sampling)})
+        config = validate(BulkConfig, {**given, "options": sample_options(options)})
         return dataclasses.asdict(generate(options.prompts, options.out, config, options.workers, lambda line: print(line, file=sys.stderr)))
     return run("generate", work)
 

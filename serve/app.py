@@ -24,15 +24,11 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from glide_ray import cascade
 from glide_ray.config import UserError
-from glide_ray.critic import check_clip
-from glide_ray.evaluation.features import fetch_clip
-from glide_ray.models.weights import load_config
-from glide_ray.recipe import Maker, ModelUsed, fingerprint, versions
+from glide_ray.recipe import Maker
 from glide_ray.serve_config import Scale, ServeConfig, ServedModel
 from glide_ray.settings import validate
-from glide_ray.storage import absolute, fetch
+from glide_ray.storage import absolute
 
 from .api import ApiError, Face, Show, build_api
 from .fields import Job, Picture
@@ -69,22 +65,8 @@ class Served:
     @classmethod
     def read(cls, config: ServedModel, precision: str, name: str | None = None) -> Served:
         """Raises UserError where weights are missing, broken or of the wrong kind."""
-        configs, used = {}, {}
-        for role in ("base", "upsampler", "clip"):
-            path = getattr(config, role)
-            if path is None:
-                continue
-            local = fetch_clip(path) if role == "clip" else fetch(path)
-            if local.is_file():
-                configs[role] = load_config(local)
-                cascade.check_role(configs[role], role, path)
-            name_of = configs[role].name if role in configs else "public CLIP"
-            used[role] = ModelUsed(name=name_of, path="", sha256=fingerprint(local))     # where weights lie is not the clients' concern
-        cascade.check_pair(configs["base"], configs.get("upsampler"))
-        if "clip" in configs:
-            check_clip(configs["clip"], configs["base"], config.clip)
-        maker = Maker(configs["base"], configs.get("upsampler"), used, precision, versions("server"))
-        return cls(name or configs["base"].name, config, maker)
+        maker = Maker.read({role: getattr(config, role) for role in ("base", "upsampler", "clip")}, precision, "server")
+        return cls(name or maker.base.name, config, maker)
 
 
 def read_models(config: ServeConfig) -> dict[str, Served]:

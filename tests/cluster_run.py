@@ -18,16 +18,11 @@ RAY = str(Path(sys.executable).parent / "ray")
 START_SECONDS = 60
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Cluster:
     """A head with a dashboard, and nodes that come and are killed. Its processes are its own, and end with it."""
 
     def __init__(self, head_cpus):
+        from serve.load import free_port
         self.port, self.dashboard = free_port(), free_port()
         self.folder = tempfile.mkdtemp(prefix="glide-ray-")      # short: sockets lie in it
         # As `ray-cluster.yaml` has it: workers find Python's programs, and `serve/` in the checkout.
@@ -74,6 +69,7 @@ class Cluster:
 
     def _start(self, *arguments):
         log = open(Path(self.folder) / f"start-{len(self.started)}.log", "w")
+        from serve.load import free_port
         self.agent = free_port()        # of this node: jobs go to it, and the usual port may be another Ray's
         started = subprocess.Popen([RAY, "start", "--block", "--node-ip-address=127.0.0.1", f"--object-store-memory={150 * 2**20}", "--disable-usage-stats",
                                     f"--dashboard-agent-listen-port={self.agent}", *arguments],

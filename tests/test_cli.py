@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -214,10 +215,20 @@ def test_a_command_that_needs_ray_says_so_where_it_is_not_installed(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("job", ["prepare", "train"])
-def test_jobs_have_help_and_refuse_in_one_sentence(job):
-    script = os.path.join(ROOT, "jobs", f"{job}.py")
-    assert subprocess.run([sys.executable, script, "--help"], capture_output=True, check=False).returncode == 0
-    if job == "train":
-        done = subprocess.run([sys.executable, script, "nano-bass"], capture_output=True, text=True, check=False)
-        assert done.returncode == 2 and "did you mean 'nano-base'" in done.stderr and "Traceback" not in done.stderr
+REFUSED = {      # of each job, what it is given and what it says
+    "prepare": (["--out", "/proc/corpus"], "/proc/corpus"),
+    "filter": (["nowhere", "--out", "x"], "The corpus .*nowhere is empty"),
+    "train": (["nano-bass"], "did you mean 'nano-base'"),
+    "export": (["nowhere", "--out", "x"], "neither a checkpoint nor a run"),
+    "generate": (["nowhere.txt", "--out", "x", "--base", "y"], "There is no file nowhere.txt"),
+    "evaluate": (["nowhere", "--reference", "x", "--out", "y", "--clip", "z"], "There is no weights file z"),
+}
+
+
+@pytest.mark.parametrize("job", REFUSED)
+def test_jobs_have_help_and_refuse_in_one_sentence(job, tmp_path):
+    script, (arguments, sentence) = os.path.join(ROOT, "jobs", f"{job}.py"), REFUSED[job]
+    helped = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert helped.returncode == 0 and "ray job submit" in helped.stdout
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2 and re.search(sentence, done.stderr) and "Traceback" not in done.stderr and not any(tmp_path.iterdir())

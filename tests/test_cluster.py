@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from cluster_run import cluster, free_port
+from cluster_run import cluster
 from conftest import ROOT, TINY_BASE, serving_weights
 from glide_ray import storage
 from glide_ray.cascade import Cascade
@@ -43,7 +43,7 @@ def ray(s3):
         yield made
 
 
-def test_corpus_to_pictures_by_jobs_submitted_twice_while_s3_errs_and_raylets_are_killed(ray, s3, s3_faults):
+def test_corpus_to_pictures_by_jobs_submitted_twice_while_s3_errs_and_raylets_are_killed(ray, s3, s3_faults, tiny_weights):
     """A twentieth of all requests to S3 fail or come late. One raylet is killed in training, and one in bulk generation."""
     head, (first, second) = ray
     s3_faults.at_random(0.05)
@@ -75,15 +75,20 @@ def test_corpus_to_pictures_by_jobs_submitted_twice_while_s3_errs_and_raylets_ar
     assert made["pictures"] == made["made"] == PROMPTS == len(pictures(f"{root}/pictures"))
     assert third.poll() is None
     cascade = Cascade.load(storage.fetch(f"{root}/weights/base.safetensors"))
-    lines = [json.loads(line) for line in storage.read(f"{root}/pictures/index.jsonl").splitlines()]
+    lines = [json.loads(line) for line in storage.read(f"{root}/pictures/metadata.jsonl").splitlines()]
     for line in lines[::17]:
-        alone = cascade.generate([line["prompt"]], [line["seed"]], SampleOptions(steps=60))[0]
-        assert np.array_equal(alone, np.asarray(Image.open(io.BytesIO(storage.read(f"{root}/pictures/{line['file']}")))))
+        alone = cascade.generate([line["text"]], [line["seed"]], SampleOptions(steps=60))[0]
+        assert np.array_equal(alone, np.asarray(Image.open(io.BytesIO(storage.read(f"{root}/pictures/{line['file_name']}")))))
+
+    storage.put(tiny_weights["clip"], f"{root}/weights/clip.safetensors")
+    evaluate = ["jobs/evaluate.py", f"{root}/pictures", "--reference", f"{root}/corpus/held_out", "--clip", f"{root}/weights/clip.safetensors", "--out", f"{root}/evaluation"]
+    figures = head.submit(*evaluate)
+    assert figures["pictures"] == PROMPTS and figures["reference"] == 349 and b"a red apple 7" in storage.read(f"{root}/evaluation/report.html")
 
     # Submitted again, each has nothing to do, and changes nothing.
     written = {file: storage.digest(storage.fetch(file)) for file in storage.list_files(f"{root}/weights", (".safetensors",))}
-    *again, generated, trained = [head.result(job) for job in [head.submit(*job, wait=False) for job in (prepare, clean, export, bulk, train)]]
-    assert all(done["done_before"] for done in again) and generated["made"] == 0 and trained["steps"] == STEPS
+    *again, generated, trained, evaluated = [head.result(job) for job in [head.submit(*job, wait=False) for job in (prepare, clean, export, bulk, train, evaluate)]]
+    assert all(done["done_before"] for done in again) and generated["made"] == 0 and trained["steps"] == STEPS and evaluated == figures
     assert set(s3_faults.befallen) >= {"503", "reset", "truncate", "slow"}
     s3_faults.clear()
     for folder in ("corpus/train", "corpus/held_out", "clean"):
@@ -100,6 +105,7 @@ def test_a_job_that_fails_says_why_in_a_sentence_and_exits_so(ray):
 
 def test_serve_deploy_of_the_config_file_makes_an_endpoint(ray, tmp_path):
     head, _ = ray
+    from serve.load import free_port
     config, port = yaml.safe_load(Path(ROOT, "serve", "config.yaml").read_text()), free_port()
     config["http_options"]["port"] = port
     config["proxy_location"] = "HeadOnly"       # three nodes of one machine have one port

@@ -360,7 +360,7 @@ def asked(job):
 
 
 def test_the_jobs_take_what_the_manifests_give_them():
-    assert set(JOBS) == {"train", "filter", "generate"}
+    assert set(JOBS) == {"train", "filter", "generate", "evaluate"}
     train, generate = asked("train"), asked("generate")
     preset = override(presets.get(train.preset), train.set)
     assert preset.train.workers <= gpus(JOBS["train"]) and preset.train.min_workers <= gpus(JOBS["train"], least=True)

@@ -16,7 +16,8 @@ from conftest import ROOT
 from glide_ray import storage
 from glide_ray.cascade import Cascade
 from glide_ray.config import BulkConfig, SampleOptions, UserError
-from glide_ray.distributed.generate import INDEX, generate, read_prompts
+from glide_ray.data.sources import METADATA, find_parts, read_part
+from glide_ray.distributed.generate import generate, read_prompts
 from glide_ray.recipe import read_recipe
 
 OPTIONS = SampleOptions(steps=2, upsampler_steps=1)
@@ -42,13 +43,15 @@ def pixels(path):
 @pytest.mark.usefixtures("ray_session")
 def test_each_prompt_has_the_picture_that_the_cascade_makes_of_it_alone(config, prompts, tiny_weights, tmp_path):
     done = generate(prompts, str(tmp_path / "out"), config)
-    index = [json.loads(line) for line in (tmp_path / "out" / INDEX).read_text().splitlines()]
+    index = [json.loads(line) for line in (tmp_path / "out" / METADATA).read_text().splitlines()]
     assert done.pictures == done.made == len(index) == 20 and [line["seed"] for line in index] == list(range(5, 25))
     cascade = Cascade.load(tiny_weights["base"], tiny_weights["upsampler"])
     for line in index[::7]:
-        alone = cascade.generate([line["prompt"]], [line["seed"]], OPTIONS)[0]
-        assert np.array_equal(alone, pixels(tmp_path / "out" / line["file"]))
-        assert read_recipe(tmp_path / "out" / line["file"])[0].prompt == line["prompt"]
+        alone = cascade.generate([line["text"]], [line["seed"]], OPTIONS)[0]
+        assert np.array_equal(alone, pixels(tmp_path / "out" / line["file_name"]))
+        assert read_recipe(tmp_path / "out" / line["file_name"])[0].prompt == line["text"]
+    rows = [sample for part in find_parts(tmp_path / "out") for sample in read_part(part)]      # what was made is a corpus
+    assert [sample.captions for sample in rows] == [(line["text"],) for line in index]
 
 
 @pytest.mark.usefixtures("ray_session")

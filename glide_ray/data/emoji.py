@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import UserError
-from ..storage import cache_folder, is_remote
+from ..storage import cache_folder, check_writable, is_remote
 from .captions import emoji_captions
 from .shards import Sample, read_index, write_shards
 
@@ -41,6 +41,7 @@ def build(out: str | Path, cache: str | Path | None = None, report: Callable[[st
     done = {split: read_index(f"{out}/{split}") for split in ("train", "held_out")}
     if all(done.values()):
         return done
+    check_writable(out)
     packages = fetch_packages(cache or (cache_folder() / "emoji" if is_remote(out) else f"{out}/.packages"), report)
     report("writing shards")
     # In the order of a hash: training reads shards in their order, and must not see one set first and then the other.

@@ -47,6 +47,19 @@ class Looked:
     truth: np.ndarray | None         # (N,) bool
     features: np.ndarray             # (N, E)
 
+    @classmethod
+    def of(cls, table: pyarrow.Table, parts: Sequence[Part]) -> Looked:
+        """What `embed` found, without the rows that cannot be read. Raises ContentError where nothing is left."""
+        table = table.filter(pyarrow.compute.equal(table["reason"], ""))
+        if not len(table):
+            raise ContentError("The corpus has no image that can be read; look at it with `glide corpus --survey PATH`.")
+        places = list(zip(table["part"].to_pylist(), table["position"].to_pylist(), strict=True))
+        truth = table["truth"].to_pylist()
+        here = os.getcwd() + os.sep       # rows are named as their corpus was, for people to find
+        return cls([f"{parts[part].url.removeprefix(here)}#{position}" for part, position in places], places, parts, table["caption"].to_pylist(),
+                   np.unique(table["group"].to_pylist(), return_inverse=True)[1], None if truth[0] is None else np.array(truth, bool),
+                   np.array(table["features"].to_pylist(), np.float32))
+
     def pictures(self, rows: Sequence[int], labels: Sequence[str] | None = None) -> list[list[Picture]]:
         """Rows as the groups of a page's section."""
         found = look_up(self.parts, [self.places[n] for n in rows])
@@ -152,7 +165,7 @@ def _pool(corpus: str, out: Path, clip: str, config: FilterConfig, truth: Rule |
     try:
         table = pyarrow.parquet.read_table(out / FEATURES)
         if truth is None and (table.schema.metadata or {}).get(b"of") == of.encode():
-            return _looked(table, parts)
+            return Looked.of(table, parts)
     except (FileNotFoundError, pyarrow.ArrowInvalid):
         pass
     report(f"looking at {corpus}, {config.pool:,} rows at the most")
@@ -162,19 +175,7 @@ def _pool(corpus: str, out: Path, clip: str, config: FilterConfig, truth: Rule |
     if truth is None:       # all rounds run in one call where it is known
         with storage.whole(out / FEATURES) as partial:
             pyarrow.parquet.write_table(table.replace_schema_metadata({"of": of}), partial)
-    return _looked(table, parts)
-
-
-def _looked(table: pyarrow.Table, parts: Sequence[Part]) -> Looked:
-    table = table.filter(pyarrow.compute.equal(table["reason"], ""))
-    if not len(table):
-        raise ContentError("The corpus has no image that can be read; look at it with `glide corpus --survey PATH`.")
-    places = list(zip(table["part"].to_pylist(), table["position"].to_pylist(), strict=True))
-    truth = table["truth"].to_pylist()
-    here = os.getcwd() + os.sep       # rows are named as their corpus was, for people to find
-    return Looked([f"{parts[part].url.removeprefix(here)}#{position}" for part, position in places], places, parts, table["caption"].to_pylist(),
-                  np.unique(table["group"].to_pylist(), return_inverse=True)[1], None if truth[0] is None else np.array(truth, bool),
-                  np.array(table["features"].to_pylist(), np.float32))
+    return Looked.of(table, parts)
 
 
 def _assess(content: ContentFilter, pool: Pool, looked: Looked, corpus: str, held_out: str | None, clip: str, config: FilterConfig,
@@ -182,7 +183,7 @@ def _assess(content: ContentFilter, pool: Pool, looked: Looked, corpus: str, hel
     if held_out:
         parts = find_parts(storage.absolute(held_out))
         report(f"looking at {held_out}")
-        apart = _looked(embed(parts, clip, truth, group=config.group)[0], parts)
+        apart = Looked.of(embed(parts, clip, truth, group=config.group)[0], parts)
         if apart.truth.sum() >= FEW:
             return Assessment(held_out, apart, content.score(apart.features), apart.truth)
     scores = assess(pool, looked.truth, config)

@@ -8,10 +8,8 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow
 import ray
 import torch
@@ -20,17 +18,17 @@ from ray.exceptions import RayError
 from tqdm import tqdm
 
 from .. import storage
-from ..cascade import Cascade, check_options, check_pair, check_role
+from ..cascade import Cascade, check_options
 from ..config import BulkConfig, UserError
-from ..critic import check_clip
+from ..data.sources import METADATA
 from ..evaluation.features import fetch_clip
-from ..models.weights import load_config
-from ..recipe import Maker, fingerprint, save_picture
+from ..recipe import Maker, save_picture
 from ..tokenizer import Tokenizer
-from .local import connect, joined
+from .local import connect, joined, takes_gpu
 from .stream import quiet
 
-JOB, INDEX = "job.json", "index.jsonl"      # beside the pictures: what they are made with, and which they are
+JOB = "job.json"                            # beside the pictures: what they are made with
+ROLES = ("base", "upsampler", "clip")        # of weights
 PER_FOLDER = 10_000
 MOST_BLOCKS = 10_000                        # that Ray Data is given; there are as few pictures in each as that allows
 AT_ONCE = 8                                 # pictures that a worker is given, and a network call advances
@@ -60,7 +58,7 @@ class Made:
 
 
 def generate(prompts: str, out: str, config: BulkConfig, workers: int | None = None, report: Callable[[str], None] = lambda line: None) -> Made:
-    """Make the pictures of a file of prompts in the folder or prefix `out`, or those that are missing there.
+    """Make the pictures of a file of prompts in the folder or prefix `out`, or those that are missing there. With METADATA it is then a corpus.
 
     The file has a prompt a line, or with the ending .jsonl an object with `prompt` and, if it likes, `seed`. Picture N of all has the seed
     `config.seed + N` and is the same wherever and however often it is made. `workers`: how many make them, by default one a GPU, or a core
@@ -80,16 +78,13 @@ def generate(prompts: str, out: str, config: BulkConfig, workers: int | None = N
         there = _numbers(out)
         if lacking := sum(one.number not in there for one in wanted):
             raise UserError(f"{lacking:,} of {len(wanted):,} pictures are not in {out}; run the same command again to make them.")
-    lines = (json.dumps({"file": one.file, "prompt": one.prompt, "seed": one.seed}, ensure_ascii=False) for one in wanted)
-    storage.put("".join(f"{line}\n" for line in lines).encode(), f"{out}/{INDEX}")
+    lines = (json.dumps({"file_name": one.file, "text": one.prompt, "seed": one.seed}, ensure_ascii=False) for one in wanted)
+    storage.put("".join(f"{line}\n" for line in lines).encode(), f"{out}/{METADATA}")
     tokenizer = Tokenizer(context)
     return Made(out, len(wanted), len(missing), sum(tokenizer.encode(prompt).cut for prompt in {one.prompt for one in wanted}))
 
 
 # -- what is asked for ------------------------------------------------------------------------------------------------
-
-ROLES = ("base", "upsampler", "clip")
-
 
 def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[Wanted]:
     """The pictures that a file asks for. Lines without a word are passed over. Raises UserError for one that cannot be read."""
@@ -122,17 +117,8 @@ def _asked(where: str, line: str) -> tuple[str, int | None]:
 
 def _begin(wanted: Sequence[Wanted], out: str, config: BulkConfig) -> int:
     """Check the weights, and that `out` is this job's; the base model's context. A job is its pictures: where the weights lie is none of it."""
-    configs, models = {}, {}
-    for role in ROLES:
-        if path := getattr(config, role):
-            local = fetch_clip(path) if role == "clip" else storage.fetch(path)
-            models[role] = fingerprint(local)
-            if Path(local).is_file():
-                configs[role] = load_config(local)
-                check_role(configs[role], role, path)
-    check_pair(configs["base"], configs.get("upsampler"))
-    if "clip" in configs:
-        check_clip(configs["clip"], configs["base"], config.clip)
+    maker = Maker.read({role: getattr(config, role) for role in ROLES}, config.precision, "")
+    models = {role: used.sha256 for role, used in maker.models.items()}
     if config.options.clip_scale and not config.clip:
         raise UserError("clip_scale asks for CLIP guidance, which needs a CLIP model; give one with it.")
     asked = hashlib.sha256(json.dumps([[one.number, one.prompt, one.seed] for one in wanted]).encode()).hexdigest()
@@ -146,7 +132,7 @@ def _begin(wanted: Sequence[Wanted], out: str, config: BulkConfig) -> int:
     else:
         if differs := [name.replace("asked_sha256", "prompts or seeds") for name in job if before.get(name) != job[name]]:
             raise UserError(f"{out} holds pictures of another job (other {' and '.join(differs)}); give another folder with --out.")
-    return configs["base"].context
+    return maker.base.context
 
 
 def _numbers(out: str) -> set[int]:
@@ -178,7 +164,7 @@ class Worker:
 def _make(wanted: Sequence[Wanted], out: str, config: BulkConfig, workers: int | None) -> None:
     resources = ray.cluster_resources()
     gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1)) if joined() else os.cpu_count() or 1
-    on_gpu = config.device == "gpu" or (config.device == "auto" and gpus > 0)
+    on_gpu = takes_gpu(config.device)
     if on_gpu and not (workers or gpus):
         raise UserError("The cluster has no GPU yet; say with --workers how many to ask for.")
     most = min(workers or (gpus if on_gpu else cores), -(-len(wanted) // AT_ONCE))
@@ -197,8 +183,8 @@ def _make(wanted: Sequence[Wanted], out: str, config: BulkConfig, workers: int |
 def _counts(made: ray.data.Dataset) -> Iterator[int]:
     """Pictures, as they are made. What a worker says to its user is said by this process."""
     try:
-        for batch in made.iter_batches(batch_size=None, batch_format="numpy"):
-            yield len(np.atleast_1d(batch["number"]))
+        for batch in made.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield len(batch)
     except RayError as error:
         cause: Any = error
         while cause is not None and not isinstance(cause, UserError):

@@ -40,6 +40,11 @@ def joined() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
+def takes_gpu(device: str) -> bool:
+    """Whether a worker of this `device`, auto, cpu or gpu, takes a GPU. Of a cluster that has none yet Ray does not say whether it can have some."""
+    return device == "gpu" or (device == "auto" and bool(ray.cluster_resources().get("GPU")))
+
+
 def send_with(functions: Iterable[Callable]) -> None:
     """Let a user's own functions travel to the workers by value: other nodes have no copy of the file that they stand in."""
     for function in functions:

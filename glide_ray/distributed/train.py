@@ -30,7 +30,7 @@ from ..train import partition
 from ..train.checkpoint import CheckpointError, Checkpoints, check_same, differences, fetch
 from .feed import Feeder
 from .journal import METRICS, Board, Journal, RunFolder, count, last_step, read_metrics
-from .local import connect, joined
+from .local import connect, joined, takes_gpu
 from .stream import Tally
 from .worker import work
 
@@ -197,7 +197,7 @@ def _wait_for_workers(preset: Preset) -> bool:
     train, began = preset.train, time.monotonic()
     lacking = _lacking(preset)
     if lacking and joined():
-        request_resources(bundles=[{"GPU" if _on_gpu(preset) else "CPU": 1}] * train.workers + [{"CPU": 1}])
+        request_resources(bundles=[{"GPU" if takes_gpu(train.device) else "CPU": 1}] * train.workers + [{"CPU": 1}])
         tqdm.write(f"{lacking} Waiting for them; this is given up after {train.wait_seconds:g} s (train.wait_seconds).")
         while lacking and time.monotonic() - began < train.wait_seconds:
             time.sleep(min(5.0, train.wait_seconds / 10 + 0.1))
@@ -207,19 +207,14 @@ def _wait_for_workers(preset: Preset) -> bool:
         cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
         waited = f" They did not come in {train.wait_seconds:g} s." if joined() else ""
         raise ConfigError(f"Setting train.workers: {lacking}{waited} Add nodes, or set train.workers={max(1, gpus or cpus - 1)}.")
-    return _on_gpu(preset)
-
-
-def _on_gpu(preset: Preset) -> bool:
-    """Whether a worker takes a GPU. Of a cluster that has none yet Ray does not say whether it can have some."""
-    return preset.train.device == "gpu" or (preset.train.device == "auto" and bool(ray.cluster_resources().get("GPU")))
+    return takes_gpu(train.device)
 
 
 def _lacking(preset: Preset) -> str | None:
     """What the cluster has too little of, in a sentence."""
     resources, workers = ray.cluster_resources(), preset.train.min_workers or preset.train.workers
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-    if _on_gpu(preset) and gpus < workers:
+    if takes_gpu(preset.train.device) and gpus < workers:
         return f"{count(workers, 'worker')} want a GPU each and the cluster has {gpus}."
     if cpus < workers + 1:
         return f"{count(workers, 'worker')} and the data stream want {workers + 1} CPUs and the cluster has {cpus}."

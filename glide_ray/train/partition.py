@@ -213,12 +213,13 @@ def export_average(folder: Path, target: str | Path, rate: float | None = None) 
 
 def export_to(checkpoint: str, out: str | Path, rate: float | None = None) -> tuple[Preset, int, float]:
     """`export_average` of a checkpoint's folder, local or s3://, into a file, local or s3://. Raises CheckpointError, StorageError."""
+    folder = fetch(checkpoint)
+    if not storage.is_remote(out):
+        return export_average(folder, out, rate)
     with tempfile.TemporaryDirectory() as here:
-        folder = fetch(checkpoint)
-        if not storage.is_remote(out):
-            return export_average(folder, out, rate)
-        made = export_average(folder, f"{here}/weights.safetensors", rate)
-        storage.put(Path(here) / "weights.safetensors", out)
+        weights = Path(here) / "weights.safetensors"
+        made = export_average(folder, weights, rate)
+        storage.put(weights, out)
         return made
 
 
