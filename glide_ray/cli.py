@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     apply.add_argument("--out", required=True, help="folder or s3:// prefix to write to")
     apply.add_argument("--clip", help="where the CLIP is now that the filter was fitted with (default: where it was)")
     apply.add_argument("--truth", metavar="MODULE:FUNCTION", help="a function of a Candidate that knows the content: the page then shows what was missed")
-    apply.add_argument("--per-shard", type=_positive, default=10_000, metavar="ROWS", help="default: %(default)s")
+    apply.add_argument("--per-shard", type=positive, default=10_000, metavar="ROWS", help="default: %(default)s")
 
     names = ", ".join(presets.PRESETS)
     settings = "examples of settings:\n  --set steps=5000 --set batch=256 --set data.corpus=s3://bucket/train --set train.zero_stage=3"
@@ -115,8 +115,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("generate", pictures.generate, "pictures for a prompt")
     command.add_argument("prompt")
-    command.add_argument("-n", type=_positive, default=1, help="how many, with seeds one after the other (default: 1)")
-    command.add_argument("--best-of", type=_positive, default=1, metavar="N", help="make N for each and keep the one that --clip scores highest")
+    command.add_argument("-n", type=positive, default=1, help="how many, with seeds one after the other (default: 1)")
+    command.add_argument("--best-of", type=positive, default=1, metavar="N", help="make N for each and keep the one that --clip scores highest")
     _add_sampling(command, "generate.png")
 
     command = add("edit", pictures.edit, "paint a part of a picture anew")
@@ -174,8 +174,8 @@ def _parser() -> argparse.ArgumentParser:
                   "example:\n  glide key ann --per-minute 60\nTo take a key back, delete its name from the file and start or deploy the server anew.")
     command.add_argument("name", help="whose it is, as the server's log will call them")
     command.add_argument("--keys", type=Path, default=Path("keys.json"), help="file to write to (default: %(default)s)")
-    command.add_argument("--at-once", type=_positive, metavar="IMAGES", help="that are made for this key at once (default: as many as the server takes)")
-    command.add_argument("--per-minute", type=_positive, metavar="IMAGES", help="that this key may ask for (default: no limit)")
+    command.add_argument("--at-once", type=positive, metavar="IMAGES", help="that are made for this key at once (default: as many as the server takes)")
+    command.add_argument("--per-minute", type=positive, metavar="IMAGES", help="that this key may ask for (default: no limit)")
 
     command = add("settings", commands.settings, "every setting of training, cleaning, filtering, serving and bulk generation",
                   "The same as docs/configuration.md, in Markdown: name, kind, default and meaning.\nexample:\n  glide settings | grep -i checkpoint")
@@ -189,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
                   "It computes and starts nothing. What it prints as --set is for `glide train`. FLOP/s and links are of data sheets, and how much of\n"
                   "them training reaches is assumed, unless you give what you have measured.")
     command.add_argument("preset", help=names)
-    command.add_argument("--gpus", type=_positive, metavar="N", help="workers, one to a GPU (default: the preset's train.workers)")
+    command.add_argument("--gpus", type=positive, metavar="N", help="workers, one to a GPU (default: the preset's train.workers)")
     command.add_argument("--gpu", metavar="KIND", help="h100, a100-80gb, l40s and so on, or cpu for this machine's (default: what is here)")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated")
     command.add_argument("--price", type=float, help="of an hour of one GPU, in any currency")
@@ -216,8 +216,8 @@ def _parser() -> argparse.ArgumentParser:
                          "nano for serve, of nano and emoji; filtered for cascade, of paper, filtered, emoji and nano")
     command.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="bf16", help="default: %(default)s")
     command.add_argument("--size", type=int, choices=[64, 256], default=64, help="of the pictures for serve: 64 asks the base model only (default: %(default)s)")
-    command.add_argument("--seconds", type=_positive, default=120, help="of open-loop load for serve (default: %(default)s)")
-    command.add_argument("--repeats", type=_positive, help="default: 1 for forward, 5 for sample and train, 3 for cascade, data and plan")
+    command.add_argument("--seconds", type=positive, default=120, help="of open-loop load for serve (default: %(default)s)")
+    command.add_argument("--repeats", type=positive, help="default: 1 for forward, 5 for sample and train, 3 for cascade, data and plan")
     return parser
 
 
@@ -254,7 +254,8 @@ def _flat(config: ServeConfig) -> dict[str, object]:
             for key, value in (given if isinstance(given, dict) else {"": given}).items()}
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A type of argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 upwards")
     return int(text)

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     options = parser().parse_args()
-    return run("filter", lambda: once(f"{options.out.rstrip('/')}/filter.json", {**vars(options), "out": ""}, lambda: work(options)))
+    return run("filter", lambda: once(f"{options.out.rstrip('/')}/filter.json", vars(options), lambda: work(options)))
 
 
 def work(options) -> dict:

@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import sys
 
-from glide_ray.cli import add_sampling
+from glide_ray.cli import add_sampling, positive
 from glide_ray.config import BulkConfig
 from glide_ray.distributed.generate import generate
 from glide_ray.distributed.job import run
@@ -26,9 +26,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "gpu"], help="auto: a GPU, if the cluster has one now; gpu: also if it is to grow")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="default: fp16 on a GPU, fp32 on a CPU")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; it counts up over all of them (default: %(default)s)")
-    parser.add_argument("--per-prompt", type=int, default=1, metavar="N", help="pictures for each prompt (default: %(default)s)")
+    parser.add_argument("--per-prompt", type=positive, default=1, metavar="N", help="pictures for each prompt (default: %(default)s)")
     add_sampling(parser)
-    parser.add_argument("--workers", type=int, help="GPUs to use, or cores where there are none (default: all)")
+    parser.add_argument("--workers", type=positive, help="GPUs to use, or cores where there are none (default: all)")
     return parser
 
 
