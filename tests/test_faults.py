@@ -184,6 +184,9 @@ def test_a_process_that_makes_no_progress_is_told_of_and_ended():
     assert ended.wait(2) and said == ["step 3 has taken more than 0.4 s"]
     after = Watchdog(0.2, said.append, ended.clear)
     after.beat("step 4")
+    after.rest()
+    time.sleep(0.5)
+    after.beat("step 5")
     after.close()
     time.sleep(0.5)
     assert ended.is_set() and len(said) == 1
@@ -219,7 +222,7 @@ def test_workers_that_are_killed_or_hang_at_random_steps_change_nothing_but_the_
     settings = ["steps=40", "evaluate_every=40", f"checkpoint_every={EVERY}", "workers=2", "stall_seconds=8", "zero_stage=2", "keep_every=20"]
     undisturbed = train(preset(drawn_corpus, *settings), tmp_path / "run", progress=False)
     draws, struck, out = np.random.default_rng(0), [], tmp_path / "struck"
-    steps = np.sort(draws.choice(np.arange(EVERY + 1, 38), KILLS + 1, replace=False))
+    steps = np.sort(draws.choice(np.arange(EVERY + 1, 24), KILLS + 1, replace=False))
     striker = threading.Thread(target=strike, args=(out, steps, draws, struck), daemon=True)
     striker.start()
     result = train(preset(drawn_corpus, *settings), out, progress=False)
@@ -227,7 +230,7 @@ def test_workers_that_are_killed_or_hang_at_random_steps_change_nothing_but_the_
     assert len(struck) == KILLS + 1 and not any(psutil.pid_exists(pid) for pid in struck)
 
     log = (out / "events.log").read_text()
-    assert re.search(r"rank \d hangs: step \d+ has taken more than 8 s; it is begun again", log)
+    assert re.search(r"rank \d hangs: (step \d+|the last checkpoint) has taken more than 8 s; it is begun again", log)
     assert log.count("was lost: ") == KILLS + 1
     costs = [int(again) for again in re.findall(r"the run goes on with 2 workers from step \d+: (\d+) steps? to be done again, \d+ s without a step", log)]
     assert len(costs) == KILLS + 1

@@ -103,12 +103,13 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
         if rank == 0:
             board.post.remote(metrics)
     train_loop(trainer, epoch_batches, held_out, Outlets(post, save, after_step))
-    watchdog.close()                        # the last checkpoint may take its time
     for wait in LAST_WAITS:
         save(trainer.save)
-        if keeper.finish() == train.steps:
+        if keeper.finish(lambda: watchdog.beat("the last checkpoint")) == train.steps:
             break
+        watchdog.rest()
         time.sleep(wait)
+    watchdog.close()
 
 
 # -- where to begin ---------------------------------------------------------------------------------------------------

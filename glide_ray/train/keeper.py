@@ -117,18 +117,20 @@ class Keeper:
             self._close(upload, heard.faulty == upload.number)
         return bool(heard.notice)
 
-    def finish(self) -> int:
-        """Wait until the last checkpoint is whole or given up. Returns the step of the last that is whole, on every rank."""
-        self._settle()
+    def finish(self, beat: Callable[[], None] = lambda: None) -> int:
+        """Wait until the last checkpoint is whole or given up; `beat` is called whenever all ranks have been heard, however long the upload takes.
+        Returns the step of the last that is whole, on every rank."""
+        self._settle(beat)
         if self._commit is not None:
             self._commit.join()
         return of_rank_0(self._whole, self._agreement.group)
 
     # -- what all ranks agree on --------------------------------------------------------------------------------------
 
-    def _settle(self) -> None:
+    def _settle(self, beat: Callable[[], None] = lambda: None) -> None:
         while self._upload is not None:
             self.step()
+            beat()
             if self._upload is not None and self._upload.on_its_way:
                 time.sleep(0.01)
 
