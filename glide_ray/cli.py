@@ -7,13 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import commands, pictures, presets
+from . import assess, commands, pictures, presets
+from .commands import BASE, CLIP, DEMO, UPSAMPLER
 from .config import CleanConfig, FilterConfig, UserError
 from .serve_config import ServeConfig
-
-DEMO = Path("runs/demo")
-CLIP = Path("runs/nano-plain-clip/weights.safetensors")
-BASE, UPSAMPLER = DEMO / "base" / "weights.safetensors", DEMO / "upsampler" / "weights.safetensors"
+from .settings import positive
 
 DESCRIPTION = """Train and serve GLIDE (Nichol et al. 2021), text-to-image diffusion for generation and editing.
 
@@ -35,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"glide: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in ("ray", "deepspeed", "fastapi", "matplotlib", "httpx", "pyarrow", "sklearn", "imagehash"):
+        if (error.name or "").split(".")[0] in ("ray", "deepspeed", "fastapi", "matplotlib", "httpx", "pyarrow", "sklearn", "scipy", "imagehash", "sqlalchemy", "jinja2", "uvicorn"):
             print(f"glide: this command needs {error.name}; install the project with `pip install '.[cluster]'`.", file=sys.stderr)
             return 2
         raise
@@ -177,6 +175,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--at-once", type=positive, metavar="IMAGES", help="that are made for this key at once (default: as many as the server takes)")
     command.add_argument("--per-minute", type=positive, metavar="IMAGES", help="that this key may ask for (default: no limit)")
 
+    assess.add_commands(add)
+
     command = add("settings", commands.settings, "every setting of training, cleaning, filtering, serving and bulk generation",
                   "The same as docs/configuration.md, in Markdown: name, kind, default and meaning.\nexample:\n  glide settings | grep -i checkpoint")
 
@@ -252,13 +252,6 @@ def _flat(config: ServeConfig) -> dict[str, object]:
     tree = config.model_dump(exclude={"base", "upsampler", "clip", "keys", "host", "port", "precision", "more_models"})
     return {f"{name}.{key}" if key else name: value for name, given in tree.items()
             for key, value in (given if isinstance(given, dict) else {"": given}).items()}
-
-
-def positive(text: str) -> int:
-    """A type of argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 upwards")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from .config import CleanConfig, FilterConfig, Preset, UserError
 from .serve_config import ServeConfig
 from .settings import override, validate
 
-EMOJI, FILTERS = "runs/corpus", Path("runs/filters")
+EMOJI, FILTERS, DEMO = "runs/corpus", Path("runs/filters"), Path("runs/demo")
+BASE, UPSAMPLER = DEMO / "base" / "weights.safetensors", DEMO / "upsampler" / "weights.safetensors"
+CLIP = Path("runs/nano-plain-clip/weights.safetensors")
 # What the emoji corpus knows of itself: the rule, settings, and words to search for. People are most of it: rows are labelled
 # at random, as in the paper; their 320 kinds are too few to promise 1% at 95% without dropping nearly all.
 KNOWN = {"people": ("glide_ray.data.emoji:shows_people", ["labels=2000", "first=2000", "confidence=0.55"], []),

@@ -1,7 +1,8 @@
-"""`key=value` settings onto a config, pydantic's findings as one sentence, and a reference of all settings."""
+"""`key=value` settings onto a config, what users type checked and refused in a sentence, and a reference of all settings."""
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import re
 from collections.abc import Iterable
@@ -121,3 +122,10 @@ def _default(field: FieldInfo) -> str:
         return ", ".join(f"{name} `{value}`" for name, value in changed.items()) or "its own"
     shown = ", ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
     return "`none`" if shown in (None, "") else f"`{shown}`"
+
+
+def positive(text: str) -> int:
+    """A type of argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 upwards")
+    return int(text)

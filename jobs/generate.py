@@ -9,12 +9,12 @@ import argparse
 import dataclasses
 import sys
 
-from glide_ray.cli import add_sampling, positive
+from glide_ray.cli import add_sampling
 from glide_ray.config import BulkConfig
 from glide_ray.distributed.generate import generate
 from glide_ray.distributed.job import run
 from glide_ray.pictures import sample_options
-from glide_ray.settings import validate
+from glide_ray.settings import positive, validate
 
 
 def parser() -> argparse.ArgumentParser:

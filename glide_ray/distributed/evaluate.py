@@ -1,96 +1,208 @@
-"""Generated pictures beside real ones, both as a CLIP sees them: figures as JSON, and a page (sec. 5.2)."""
+"""`glide evaluate`: sets of generated pictures beside real ones, and sweeps over guidance (sec. 5.1): figures as JSON, plots and a page."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 
 from .. import storage
-from ..data.sources import Part, find_parts
-from ..evaluation import metrics
-from ..evaluation.features import ClipFeatures, fetch_clip
-from ..evaluation.metrics import Moments
-from ..evaluation.pages import Section, page
+from ..config import BulkConfig, UserError
+from ..data.images import ImageError, decode, encode
+from ..data.sources import find_parts, read_part
+from ..evaluation.features import ClipFeatures, fetch_network
+from ..evaluation.figures import Reference, Seen
+from ..evaluation.metrics import MetricError
+from ..evaluation.pages import Picture, Section, page
+from ..evaluation.report import Point, fronts
 from ..recipe import fingerprint
 from .corpus import PAGE
-from .features import ACTORS, embed
-from .filter import Looked
+from .features import ACTORS, JOB, Looked, digest, look
+from .generate import generate
 from .local import connect
 
-FIGURES, FEATURES = "figures.json", "features-{}.parquet"
-SHOWN, WORDS_AT_ONCE = 32, 256
+FIGURES, REFERENCE, FRONTS, PROMPTS = "figures.json", "reference.safetensors", "fronts.png", "prompts.jsonl"
+SHOWN, WORDS_AT_ONCE = 12, 256      # prompts on the page; captions in a call of the CLIP
+UNGUIDED = "unguided"
+CLIP, INCEPTION = "clip", "inception"
+Say = Callable[[str], None]
 
 
-def evaluate(pictures: str, reference: str, out: str, clip: str, report: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Figures of the corpus `pictures`, as bulk generation leaves it, beside the corpus `reference`; both local or s3://, `out` too.
+@dataclass(frozen=True)
+class Judges:
+    """What looks at pictures: a CLIP, and Inception where its TorchScript file is given. Paths that all nodes see, or s3://."""
 
-    The features of each are kept in `out` once they are whole: called again after a fault, the other one is looked at, and called again for
-    the same pictures nothing is. Raises UserError.
+    clip: str
+    inception: str | None = None
+
+    @property
+    def paths(self) -> dict[str, str]:
+        return {CLIP: storage.absolute(self.clip), **({INCEPTION: storage.absolute(self.inception)} if self.inception else {})}
+
+
+def evaluate(sets: Mapping[str, str], reference: str, out: str, judges: Judges, leave_out: Sequence[str] | None = None, size: int | None = None,
+             say: Say = lambda line: None) -> dict[str, Any]:
+    """Figures of sets of pictures beside a reference. `sets`: name -> folder, as bulk generation leaves it, or any corpus.
+
+    `reference`: a corpus, or the REFERENCE file of an earlier evaluation. `leave_out`: images of it without which distances are measured once
+    more (sec. 5.2, validation filtered). `size`: what both sides are brought to where they are larger, by default that of the first picture. All
+    paths are local or s3://. What has been looked at and measured is kept in `out`: called again after a fault it goes on, and says the same to
+    the last digit. Raises UserError.
     """
-    out, clip_path = storage.absolute(out).rstrip("/"), str(Path(fetch_clip(clip)).resolve())
-    seeing = ClipFeatures(clip_path)        # a missing CLIP is said before Ray is started
-    sides = {"pictures": (pictures, find_parts(storage.absolute(pictures))), "reference": (reference, find_parts(storage.absolute(reference)))}
-    of = {name: _digest(clip_path, parts) for name, (_, parts) in sides.items()}
+    out = storage.absolute(out).rstrip("/")
+    judged = {name: fingerprint(fetch_network(path)) for name, path in judges.paths.items()}       # a missing one is said before Ray is started
+    seeing, size = ClipFeatures(judges.clip), size or _size(next(iter(sets.values())))
+    connect(2 + ACTORS)
+    real, of, shown = _reference(reference, out, judges, {"judges": judged, "size": size}, seeing, say)
+    filtered = real.without(set(leave_out)) if leave_out is not None else None
+    figures, made = {}, {}
+    for name, source in sets.items():
+        looked = {network: look(source, path, size, f"{out}/features/{name}-{network}.parquet", say) for network, path in judges.paths.items()}
+        made[name] = looked[CLIP]
+        asked = {"reference": of, "left_out": sorted(leave_out or []), "set": {network: digest(source, path, size) for network, path in judges.paths.items()}}
+        figures[name] = _asked(source) | _once(f"{out}/sets/{name}.json", asked, lambda name=name, looked=looked: _measure(name, looked, seeing, real,
+                                                                                                                          filtered, say))
+    about = {"images": len(real.names), "clip_score": real.clip_score, **({"filtered_images": len(filtered.names)} if filtered else {})}
+    found = {"reference": {"source": reference, **about}, "size": size, "inception": judges.inception is not None, "sets": figures}
+    _write(out, found, made, shown)
+    return found
+
+
+def sweep(config: BulkConfig, scales: Sequence[float], clip_scales: Sequence[float], captions: Sequence[str], images: int, out: str,
+          say: Say = lambda line: None) -> dict[str, str]:
+    """Make a set of pictures for each scale of either kind of guidance, all from the same `images` captions and seeds: name -> folder.
+
+    Captions are drawn from those given, each as often as any other. What is there is not made again. Raises UserError.
+    """
+    out = storage.absolute(out).rstrip("/")
+    order = np.random.default_rng(config.seed).permutation(len(captions))
+    lines = [json.dumps({"prompt": captions[order[n % len(order)]], "seed": config.seed + n}, ensure_ascii=False) for n in range(images)]
+    storage.put("".join(f"{line}\n" for line in lines).encode(), f"{out}/{PROMPTS}")
+    own = config.options
+    sets = {UNGUIDED if scale == 1 else f"guidance-{scale:g}": own.model_copy(update={"guidance_scale": scale, "clip_scale": 0.0}) for scale in scales}
+    sets |= {UNGUIDED if scale == 0 else f"clip-{scale:g}": own.model_copy(update={"guidance_scale": 1.0, "clip_scale": scale}) for scale in clip_scales}
+    for name, options in (sets := sets or {"made": own}).items():
+        say(f"{name}: {images:,} pictures")
+        needed = config.model_copy(update={"options": options, "clip": config.clip if options.clip_scale else None})
+        generate(f"{out}/{PROMPTS}", f"{out}/pictures/{name}", needed, report=say)
+    return {name: f"{out}/pictures/{name}" for name in sets}
+
+
+def captions_of(reference: str) -> list[str]:
+    """A caption of each image of a corpus, or of a REFERENCE file. Raises UserError."""
+    if reference.endswith(".safetensors"):
+        captions = Reference.load(storage.absolute(reference))[0].captions
+    else:
+        captions = [sample.captions[0] if sample.captions else "" for part in find_parts(storage.absolute(reference)) for sample in read_part(part)]
+    if not any(captions):
+        raise UserError(f"No image of {reference} has a caption; give a corpus with captions, or pictures that are made already.")
+    return [caption for caption in captions if caption]
+
+
+# -- the two sides ----------------------------------------------------------------------------------------------------
+
+def _reference(path: str, out: str, judges: Judges, asked: dict[str, Any], seeing: ClipFeatures, say: Say) -> tuple[Reference, str, Looked | None]:
+    """The real images, what tells them from others, and where they can be shown, they as looked at."""
+    if path.endswith(".safetensors"):
+        real, about = Reference.load(storage.absolute(path))
+        if differs := [name for name in asked if about.get(name) != asked[name]]:
+            raise MetricError(f"{path} was measured with other {' and '.join(differs)} ({', '.join(str(about.get(name)) for name in differs)}); give the same, "
+                              f"or a corpus as the reference.")
+        return real, fingerprint(storage.fetch(storage.absolute(path))), None
+    looked = {network: look(path, judge, asked["size"], f"{out}/features/reference-{network}.parquet", say) for network, judge in judges.paths.items()}
+    about = {**asked, "of": [digest(path, judge, asked["size"]) for judge in judges.paths.values()]}
     try:
-        if (before := json.loads(storage.read(f"{out}/{FIGURES}")))["of"] == of:
-            return before
+        real, before = Reference.load(f"{out}/{REFERENCE}")
+    except (storage.StorageError, MetricError):
+        before = None
+    if before != about:
+        real = Reference(looked[CLIP].names, looked[CLIP].captions, _seen(looked, seeing))
+        real.save(f"{out}/{REFERENCE}", about)
+    return real, json.dumps(about), looked[CLIP]
+
+
+def _seen(looked: Mapping[str, Looked], seeing: ClipFeatures) -> Seen:
+    captions, places = np.unique(looked[CLIP].captions, return_inverse=True)
+    words = [seeing.words(captions[start:start + WORDS_AT_ONCE].tolist()) for start in range(0, len(captions), WORDS_AT_ONCE)]
+    return Seen(looked[CLIP].features, np.concatenate(words)[places], looked[INCEPTION].features if INCEPTION in looked else None)
+
+
+def _measure(name: str, looked: Mapping[str, Looked], seeing: ClipFeatures, real: Reference, filtered: Reference | None, say: Say) -> dict[str, float]:
+    say(f"measuring {name}: {len(looked[CLIP].names):,} pictures")
+    seen = _seen(looked, seeing)
+    figures = {"pictures": len(seen.clip), **real.figures(seen)}
+    return figures if filtered is None else {**figures, "filtered_frechet_distance": filtered.frechet_distance(seen)}
+
+
+def _once(record: str, asked: dict[str, Any], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """The figures in the file `record`, if they are of what is asked for; else measured, and written there."""
+    try:
+        before = json.loads(storage.read(record))
+        if before["of"] == asked:
+            return before["figures"]
     except (storage.MissingError, ValueError, KeyError):
         pass
-    connect(2 + ACTORS)
-    made, real = (_looked(name, source, parts, clip_path, out, of[name], report) for name, (source, parts) in sides.items())
-    figures = {"of": of, "pictures": len(made.names), "reference": len(real.names), **_figures(made, real, seeing)}
-    storage.put(_page(figures, pictures, reference, made, real).encode(), f"{out}/{PAGE}")
-    storage.put(json.dumps(figures, indent=1).encode(), f"{out}/{FIGURES}")
+    storage.put(json.dumps({"of": asked, "figures": (figures := measure())}).encode(), record)
     return figures
 
 
-def _digest(clip: str, parts: Sequence[Part]) -> str:
-    """Of what a set's features follow from: the CLIP, and which images there are, with their captions."""
-    return hashlib.sha256(json.dumps([fingerprint(clip), [[part.url, part.count, part.files] for part in parts]]).encode()).hexdigest()
+def _size(source: str) -> int:
+    for part in find_parts(storage.absolute(source)):
+        for sample in read_part(part):
+            try:
+                return min(decode(sample.image).size)
+            except ImageError:
+                continue
+    raise UserError(f"No picture in {source} can be read.")
 
 
-def _looked(name: str, source: str, parts: Sequence[Part], clip: str, out: str, of: str, report: Callable[[str], None]) -> Looked:
-    path = f"{out}/{FEATURES.format(name)}"
+def _asked(source: str) -> dict[str, float]:
+    """The scales of guidance that bulk generation made a folder with, where it did."""
     try:
-        table = pyarrow.parquet.read_table(io.BytesIO(storage.read(path)))
-        if (table.schema.metadata or {}).get(b"of") == of.encode():
-            return Looked.of(table, parts)
-    except (storage.MissingError, pyarrow.ArrowInvalid):
-        pass
-    report(f"looking at {source}")
-    table, counted = embed(parts, clip)
-    for fault in counted.faults:
-        report(fault)
-    sink = io.BytesIO()
-    pyarrow.parquet.write_table(table.replace_schema_metadata({"of": of}), sink)
-    storage.put(sink.getvalue(), path)
-    return Looked.of(table, parts)
+        options = json.loads(storage.read(f"{storage.absolute(source)}/{JOB}"))["options"]
+    except (storage.StorageError, ValueError, KeyError):
+        return {}
+    return {name: options[name] for name in ("guidance_scale", "clip_scale") if options.get(name) is not None}
 
 
-def _figures(made: Looked, real: Looked, seeing: ClipFeatures) -> dict[str, float]:
-    """All in the space of the CLIP's features: the Fréchet distance is FID's only where they are Inception's."""
-    precision, recall = metrics.precision_recall(real.features, made.features)
-    kid, deviation = metrics.kid(real.features, made.features)
-    return {"frechet_distance": metrics.frechet_distance(Moments.of(made.features), Moments.of(real.features)), "kid": kid, "kid_deviation": deviation,
-            "cmmd": metrics.cmmd(real.features, made.features), "precision": precision, "recall": recall,
-            **{f"{name}clip_score": metrics.clip_score(side.features, _words(side.captions, seeing)) for name, side in (("", made), ("reference_", real))}}
+# -- what is shown ----------------------------------------------------------------------------------------------------
+
+def _write(out: str, found: dict[str, Any], made: Mapping[str, Looked], reference: Looked | None) -> None:
+    plot = fronts([Point(name, row) for name, row in found["sets"].items()], found["inception"])
+    storage.put(encode(plot), f"{out}/{FRONTS}")
+    storage.put(_page(found, plot, made, reference).encode(), f"{out}/{PAGE}")
+    storage.put(json.dumps(found, indent=1, ensure_ascii=False).encode(), f"{out}/{FIGURES}")
 
 
-def _words(captions: Sequence[str], seeing: ClipFeatures) -> np.ndarray:
-    return np.concatenate([seeing.words(captions[start:start + WORDS_AT_ONCE]) for start in range(0, len(captions), WORDS_AT_ONCE)])
-
-
-def _page(figures: dict[str, Any], pictures: str, reference: str, made: Looked, real: Looked) -> str:
+def _page(found: dict[str, Any], plot: np.ndarray, made: Mapping[str, Looked], reference: Looked | None) -> str:
+    rows = list(found["sets"].values())
+    columns = [name for name in dict.fromkeys(key for row in rows for key in row) if not name.endswith("_deviation")]
+    table = [["", *(name.replace("_", " ") for name in columns)],
+             *([name, *(_number(row.get(column)) for column in columns)] for name, row in found["sets"].items())]
+    real = found["reference"]
+    text = (f"Beside {real['images']:,} images of {real['source']}, at {found['size']} pixels; their own captions score {real['clip_score']:.2f}. "
+            + ("Distances are FID and the score is IS." if found["inception"] else "Distances and scores are of the CLIP's features, no FID and no IS, and to "
+               "be compared with each other only: no Inception network was given.")
+            + (f" Filtered: without the {real['images'] - real['filtered_images']:,} images that were to be left out." if "filtered_images" in real else ""))
+    sections = [Section("Figures", text, table=table), Section("Fronts", "As figure 6 of the paper has them.", groups=[[Picture(plot)]], width=1040)]
     draws = np.random.default_rng(0)
-    lines = [f"{name}: {value:.5g}" for name, value in figures.items() if name != "of"]
-    shown = [Section(f"{title}, at random", groups=side.pictures(draws.permutation(len(side.names))[:SHOWN].tolist()))
-             for title, side in (("What was made", made), ("The reference", real))]
-    return page(f"{pictures} beside {reference}", [Section("Figures", "In the space of the CLIP's features.", lines=lines), *shown])
+    first = next(iter(made.values()))
+    if len(made) > 1 and all(looked.captions == first.captions for looked in made.values()):
+        chosen = sorted(draws.permutation(len(first.captions))[:SHOWN].tolist())
+        shown = [looked.pictures(chosen, [name] * len(chosen)) for name, looked in made.items()]
+        for n, row in enumerate(chosen):
+            sections.append(Section(f"“{first.captions[row]}”", groups=[[pictures[n][0] for pictures in shown]]))
+    else:
+        sections += [_at_random(name, looked, draws) for name, looked in made.items()]
+    return page("Generated pictures beside real ones", [*sections, *([_at_random("The reference", reference, draws)] if reference else [])])
+
+
+def _at_random(name: str, looked: Looked, draws: np.random.Generator) -> Section:
+    return Section(f"{name}, at random", groups=looked.pictures(draws.permutation(len(looked.names))[:2 * SHOWN].tolist()))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

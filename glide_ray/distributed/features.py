@@ -1,36 +1,48 @@
-"""Images of a corpus as a CLIP sees them, or as a content filter scores them, by a pool of actors that each load the CLIP once."""
+"""Images of a corpus as a network sees them, or as a content filter scores them, by a pool of actors that each load the network once."""
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
 import ray
 import torch
 from tqdm import tqdm
 
+from .. import storage
 from ..config import CleanConfig, UserError
 from ..data.content import ContentError, ContentFilter
 from ..data.filters import BROKEN, Candidate, Report, Rule, first_broken, image_rules
 from ..data.images import ImageError, decode
-from ..data.sources import Part, read_part
-from ..evaluation.features import ClipFeatures
+from ..data.sources import Part, find_parts, read_part
+from ..evaluation.features import ClipFeatures, Network, fetch_network, load_network
+from ..evaluation.pages import Picture, thumbnail
+from ..recipe import fingerprint
+from .corpus import look_up
 from .stream import Tally, quiet
 
+JOB = "job.json"                    # beside generated pictures: what they are made with
 ROWS_AT_ONCE = 64                   # images that one actor is given
 ACTORS = 2                          # on a cluster without GPUs
 
 
 class Embedder:
-    """What an actor of the pool does: images to features, or to a filter's scores. It loads the CLIP once, for all blocks it is given."""
+    """What an actor of the pool does: images to features, or to a filter's scores. It loads the network once, for all blocks it is given."""
 
-    def __init__(self, clip: str, content: ContentFilter | None):
+    def __init__(self, load: Callable[[str], Network], path: str, content: ContentFilter | None):
         if not torch.cuda.is_available():
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // ACTORS))
-        self._clip, self._content = ClipFeatures(clip), content
+        self._network, self._content = load(path), content
 
     def __call__(self, block: pyarrow.Table) -> pyarrow.Table:
         pictures, reasons = [], []
@@ -41,19 +53,19 @@ class Embedder:
                 pictures.append(None)
                 reason = BROKEN
             reasons.append(reason)
-        seen = iter(self._clip.images([picture for picture in pictures if picture is not None]))
-        features = np.stack([np.full(self._clip.width, np.nan, np.float32) if picture is None else next(seen) for picture in pictures])
+        seen = iter(self._network.images([picture for picture in pictures if picture is not None]))
+        features = np.stack([np.full(self._network.width, np.nan, np.float32) if picture is None else next(seen) for picture in pictures])
         block = block.drop_columns(["image", "reason"]).append_column("reason", pyarrow.array(reasons, pyarrow.string()))
         if self._content is not None:
             return block.append_column("score", pyarrow.array(self._content.score(features)))
         return block.append_column("features", pyarrow.array(list(features), pyarrow.list_(pyarrow.float32())))
 
 
-def embed(parts: Sequence[Part], clip: str, truth: Rule | None = None, content: ContentFilter | None = None, group: str = "",
-          limit: int | None = None) -> tuple[pyarrow.Table, Report]:
+def embed(parts: Sequence[Part], path: str, truth: Rule | None = None, content: ContentFilter | None = None, group: str = "",
+          limit: int | None = None, load: Callable[[str], Network] = ClipFeatures) -> tuple[pyarrow.Table, Report]:
     """Every row: part, position, key, caption, group, truth, reason ("" where the image is whole), and its features or a filter's score.
 
-    `truth` says whether a row has the content. `limit` ends the reading after so many rows. The report counts rows, and names parts
+    `load` makes the network of the file or folder `path`, which all nodes see. `truth` says whether a row has the content. `limit` ends the reading after so many rows. The report counts rows, and names parts
     with a fault.
     """
     shared, tally = ray.put(list(parts)), Tally.remote()
@@ -72,7 +84,7 @@ def embed(parts: Sequence[Part], clip: str, truth: Rule | None = None, content: 
 
     gpus = int(ray.cluster_resources().get("GPU", 0))
     stream = quiet().from_items(list(range(len(parts))), override_num_blocks=len(parts)).map_batches(read, batch_size=1)
-    stream = stream.map_batches(Embedder, fn_constructor_args=(clip, content), batch_format="pyarrow", batch_size=ROWS_AT_ONCE,
+    stream = stream.map_batches(Embedder, fn_constructor_args=(load, path, content), batch_format="pyarrow", batch_size=ROWS_AT_ONCE,
                                 concurrency=min(len(parts), gpus or ACTORS), num_gpus=1 if gpus else 0)
     stream.context.execution_options.preserve_order = True      # a limit takes the same rows each time
     tables, done = [], 0
@@ -104,3 +116,83 @@ def _rows(number: int, part: Part, truth: Rule | None, group: str, report: Repor
                    "reason": reason, "image": b"" if reason else sample.image}
     except UserError as error:
         report.faults.append(str(error))
+
+
+# -- what was seen ----------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Looked:
+    """The rows of a corpus with whole images, as a network sees them."""
+
+    names: Sequence[str]             # PART#POSITION
+    places: Sequence[tuple[int, int]]
+    parts: Sequence[Part]
+    captions: Sequence[str]
+    groups: np.ndarray               # (N,) int
+    truth: np.ndarray | None         # (N,) bool
+    features: np.ndarray             # (N, E)
+
+    @classmethod
+    def of(cls, table: pyarrow.Table, parts: Sequence[Part]) -> Looked:
+        """What `embed` found, without the rows that cannot be read. Raises ContentError where nothing is left."""
+        table = table.filter(pyarrow.compute.equal(table["reason"], ""))
+        if not len(table):
+            raise ContentError("The corpus has no image that can be read; look at it with `glide corpus --survey PATH`.")
+        places = list(zip(table["part"].to_pylist(), table["position"].to_pylist(), strict=True))
+        truth = table["truth"].to_pylist()
+        here = os.getcwd() + os.sep       # rows are named as their corpus was, for people to find
+        return cls([f"{parts[part].url.removeprefix(here)}#{position}" for part, position in places], places, parts, table["caption"].to_pylist(),
+                   np.unique(table["group"].to_pylist(), return_inverse=True)[1], None if truth[0] is None else np.array(truth, bool),
+                   _matrix(table["features"]))
+
+    def pictures(self, rows: Sequence[int], labels: Sequence[str] | None = None) -> list[list[Picture]]:
+        """Rows as the groups of a page's section."""
+        found = look_up(self.parts, [self.places[n] for n in rows])
+        return [[Picture(thumbnail(found[self.places[n]].image) if self.places[n] in found else None, label)]
+                for n, label in zip(rows, labels or [self.captions[n] for n in rows], strict=True)]
+
+    def without(self, names: Collection[str]) -> Looked:
+        """All rows but these."""
+        keep = [n for n, name in enumerate(self.names) if name not in names]
+        return replace(self, names=[self.names[n] for n in keep], places=[self.places[n] for n in keep], captions=[self.captions[n] for n in keep],
+                       groups=self.groups[keep], truth=None if self.truth is None else self.truth[keep], features=self.features[keep])
+
+
+def look(source: str, network: str, size: int, cache: str, report: Callable[[str], None] = lambda line: None) -> Looked:
+    """The corpus `source` as evaluation looks at it with a network, at `size` pixels; or as the file `cache` holds it from before.
+
+    All paths are local or s3://. The cache is of the network and of which files there are. Ray must be connected. Raises UserError.
+    """
+    source, network = storage.absolute(source), storage.absolute(network)
+    parts, of = find_parts(source), digest(source, network, size)
+    try:
+        table = pyarrow.parquet.read_table(io.BytesIO(storage.read(cache)))
+        if (table.schema.metadata or {}).get(b"of") == of.encode():
+            return Looked.of(table, parts)
+    except (storage.MissingError, pyarrow.ArrowInvalid):
+        pass
+    report(f"looking at {source}")
+    table, counted = embed(parts, network, load=partial(load_network, size=size))
+    for fault in counted.faults:
+        report(fault)
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(table.replace_schema_metadata({"of": of}), sink)
+    storage.put(sink.getvalue(), cache)
+    return Looked.of(table, parts)
+
+
+def digest(source: str, network: str, size: int) -> str:
+    """Of what features follow from: the network, and which images there are, with their captions; of generated ones, what they were made with."""
+    source = storage.absolute(source)
+    try:
+        job = storage.read(f"{source}/{JOB}").decode()
+    except storage.StorageError:
+        job = ""
+    parts = [[part.url, part.count, part.files] for part in find_parts(source)]
+    return hashlib.sha256(json.dumps([fingerprint(fetch_network(network)), size, job, parts]).encode()).hexdigest()
+
+
+def _matrix(column: pyarrow.ChunkedArray) -> np.ndarray:
+    """A column of lists of equal length as (N, E)."""
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    return flat.reshape(len(column), -1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from ..evaluation.pages import Picture, Section, page, thumbnail
 from ..evaluation.report import contact_sheet, roc_curve
 from ..recipe import fingerprint
 from .corpus import PAGE, count, look_up, refuse_source, rewrite, write_manifest
-from .features import ACTORS, embed
+from .features import ACTORS, Looked, embed
 from .local import connect, send_with
 
 FILTER, LABELS, SHEET, FEATURES = "filter.safetensors", "labels.csv", "sheet.png", "features.parquet"
@@ -34,38 +33,6 @@ SHOWN = 24                          # pictures of a kind on a page
 
 
 # -- fit --------------------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Looked:
-    """The rows of a corpus with whole images, as a CLIP sees them."""
-
-    names: Sequence[str]             # PART#POSITION
-    places: Sequence[tuple[int, int]]
-    parts: Sequence[Part]
-    captions: Sequence[str]
-    groups: np.ndarray               # (N,) int
-    truth: np.ndarray | None         # (N,) bool
-    features: np.ndarray             # (N, E)
-
-    @classmethod
-    def of(cls, table: pyarrow.Table, parts: Sequence[Part]) -> Looked:
-        """What `embed` found, without the rows that cannot be read. Raises ContentError where nothing is left."""
-        table = table.filter(pyarrow.compute.equal(table["reason"], ""))
-        if not len(table):
-            raise ContentError("The corpus has no image that can be read; look at it with `glide corpus --survey PATH`.")
-        places = list(zip(table["part"].to_pylist(), table["position"].to_pylist(), strict=True))
-        truth = table["truth"].to_pylist()
-        here = os.getcwd() + os.sep       # rows are named as their corpus was, for people to find
-        return cls([f"{parts[part].url.removeprefix(here)}#{position}" for part, position in places], places, parts, table["caption"].to_pylist(),
-                   np.unique(table["group"].to_pylist(), return_inverse=True)[1], None if truth[0] is None else np.array(truth, bool),
-                   np.array(table["features"].to_pylist(), np.float32))
-
-    def pictures(self, rows: Sequence[int], labels: Sequence[str] | None = None) -> list[list[Picture]]:
-        """Rows as the groups of a page's section."""
-        found = look_up(self.parts, [self.places[n] for n in rows])
-        return [[Picture(thumbnail(found[self.places[n]].image) if self.places[n] in found else None, label)]
-                for n, label in zip(rows, labels or [self.captions[n] for n in rows], strict=True)]
-
 
 @dataclass(frozen=True)
 class Assessment:

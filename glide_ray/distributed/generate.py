@@ -24,10 +24,10 @@ from ..data.sources import METADATA
 from ..evaluation.features import fetch_clip
 from ..recipe import Maker, save_picture
 from ..tokenizer import Tokenizer
+from .features import JOB
 from .local import connect, joined, takes_gpu
 from .stream import quiet
 
-JOB = "job.json"                            # beside the pictures: what they are made with
 ROLES = ("base", "upsampler", "clip")        # of weights
 PER_FOLDER = 10_000
 MOST_BLOCKS = 10_000                        # that Ray Data is given; there are as few pictures in each as that allows

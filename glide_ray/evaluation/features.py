@@ -1,9 +1,10 @@
-"""Images and words as a CLIP sees them: the features that content is judged by (app. F.1)."""
+"""Images as networks see them: a CLIP, by which content is judged (app. F.1) and captions are compared with pictures, and Inception (app. A.2)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,11 +12,20 @@ from PIL import Image
 
 from .. import storage
 from ..critic import load_clip
-from ..data.images import three_crops, to_tensor
+from ..data.images import centre_crop, three_crops, to_tensor
 from ..models.weights import WeightsError
 
 AT_ONCE = 64            # crops in one call of the network
 CLIP_FILES = (".safetensors", ".json", ".txt")      # of a public CLIP's folder: weights, settings, vocabulary
+TORCHSCRIPT = (".pt", ".pth", ".ts", ".jit")
+POOLED, CLASSES = 2048, 1008                        # Inception's features, and the classes of its 2015 training
+
+
+class Network(Protocol):
+    width: int
+
+    def images(self, pictures: Sequence[Image.Image]) -> np.ndarray:
+        """RGB images of any size -> (N, width) float32."""
 
 
 class ClipFeatures:
@@ -40,6 +50,70 @@ class ClipFeatures:
     def words(self, texts: Sequence[str]) -> np.ndarray:
         """Words or captions -> (N, E) float32, of length 1: a picture that shows them lies near."""
         return self._critic.embed(texts).float().cpu().numpy()
+
+
+class InceptionFeatures:
+    """The Inception network of FID as the TorchScript file that NVIDIA publishes, `inception-2015-12-05.pt`: one that is given uint8 images
+    (B, 3, H, W), resizes them itself as the first FID did, and returns pooled features with `return_features=True`, else the classes'
+    probabilities, without the last layer's bias if `no_output_bias=True`, as the first IS had them.
+
+    Raises WeightsError, StorageError.
+    """
+
+    width = POOLED + CLASSES
+
+    def __init__(self, path: str | Path, device: torch.device | str | None = None):
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        local = storage.fetch(path)
+        try:
+            self._network = torch.jit.load(str(local), map_location=self.device).eval()     # a program of tensors: it cannot run Python
+        except (RuntimeError, ValueError) as error:
+            raise WeightsError(f"{path} is not a TorchScript file ({str(error).strip().splitlines()[0][:160]}); give the published "
+                               f"inception-2015-12-05.pt with --inception.") from None
+
+    @torch.no_grad()
+    def images(self, pictures: Sequence[Image.Image]) -> np.ndarray:
+        """Square RGB images -> (N, 2048 + 1008) float32: pooled features, then the classes' probabilities."""
+        rows = np.empty((len(pictures), self.width), np.float32)
+        for size in {picture.size for picture in pictures}:
+            alike = [n for n, picture in enumerate(pictures) if picture.size == size]
+            for start in range(0, len(alike), AT_ONCE):
+                some = alike[start:start + AT_ONCE]
+                rows[some] = self._see(np.stack([np.asarray(pictures[n]) for n in some]))
+        return rows
+
+    def _see(self, squares: np.ndarray) -> np.ndarray:
+        given = torch.from_numpy(squares).permute(0, 3, 1, 2).contiguous().to(self.device)
+        pooled, classes = self._network(given, return_features=True), self._network(given, no_output_bias=True)
+        if pooled.shape[1:] != (POOLED,) or classes.shape[1:] != (CLASSES,):
+            raise WeightsError(f"The Inception network gives features of {tuple(pooled.shape[1:])} and classes of {tuple(classes.shape[1:])}, not "
+                               f"({POOLED},) and ({CLASSES},); give the published inception-2015-12-05.pt with --inception.")
+        return torch.cat([pooled, classes], 1).float().cpu().numpy()
+
+
+class Squares:
+    """A network that is shown images' centred squares only, at most `size` pixels on a side: real ones as the generated ones are (app. A.2)."""
+
+    def __init__(self, network: Network, size: int):
+        self._network, self._size, self.width = network, size, network.width
+
+    def images(self, pictures: Sequence[Image.Image]) -> np.ndarray:
+        return self._network.images([Image.fromarray(centre_crop(picture, min(self._size, *picture.size))) for picture in pictures])
+
+
+def load_network(path: str | Path, size: int) -> Network:
+    """What evaluation looks at images of `size` pixels with: Inception from a TorchScript file, else a CLIP. Raises WeightsError, StorageError."""
+    return Squares(InceptionFeatures(path) if str(path).endswith(TORCHSCRIPT) else ClipFeatures(path), size)
+
+
+def fetch_network(path: str | Path) -> Path:
+    """A local path for what `load_network` loads. Raises WeightsError, StorageError."""
+    if not str(path).endswith(TORCHSCRIPT):
+        return fetch_clip(path)
+    if not storage.exists(path):
+        raise WeightsError(f"There is no Inception network {path}; download NVIDIA's inception-2015-12-05.pt and give it with --inception, or leave "
+                           f"that out.")
+    return storage.fetch(path)
 
 
 def fetch_clip(path: str | Path) -> Path:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from ..config import UserError
 
-ROWS = 4096      # of a matrix of distances that is held at once
+ROWS = 1024      # of a matrix of distances that is held at once
 
 
 class MetricError(UserError):
@@ -33,6 +34,12 @@ class Moments:
         centred = features - mean
         return cls(len(features), mean, centred.T @ centred / (len(features) - 1))
 
+    @cached_property
+    def root(self) -> np.ndarray:
+        """The covariance's symmetric root (D, D)."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+
     def joined(self, other: Moments) -> Moments:
         """Of both sets as one, from the moments alone: what was measured in parts (Chan et al. 1979)."""
         count, apart = self.count + other.count, other.mean - self.mean
@@ -44,10 +51,8 @@ def frechet_distance(one: Moments, other: Moments) -> float:
     """FID, where the features are Inception's pooled ones (Heusel et al. 2017, eq. 6)."""
     if one.mean.shape != other.mean.shape:
         raise MetricError(f"The two sets have features of {len(one.mean)} and {len(other.mean)} numbers; measure both with the same network.")
-    root = _root(one.covariance)
-    cross = np.linalg.eigvalsh(root @ other.covariance @ root)      # as those of the product of both, and symmetric
-    distance = np.sum((one.mean - other.mean)**2) + np.trace(one.covariance) + np.trace(other.covariance) - 2 * np.sqrt(cross.clip(0)).sum()
-    return float(max(distance, 0.0))
+    cross = other.root @ one.covariance @ other.root      # its eigenvalues are those of the product of both, and it is symmetric
+    return _frechet(one.mean, np.trace(one.covariance), cross, other)
 
 
 def frechet_infinity(features: np.ndarray, reference: Moments, points: int = 15, least: int = 5000, seed: int = 0) -> float:
@@ -55,13 +60,22 @@ def frechet_infinity(features: np.ndarray, reference: Moments, points: int = 15,
     features = _checked(features, least=2)
     draws = np.random.default_rng(seed)
     counts = np.linspace(min(least, len(features) // 2), len(features), points).astype(int)
-    distances = [frechet_distance(Moments.of(features[draws.permutation(len(features))[:count]]), reference) for count in counts]
+    distances = [_from_rows(features[draws.permutation(len(features))[:count]].astype(np.float64), reference) for count in counts]
     return float(np.polyfit(1 / counts, distances, 1)[1])
 
 
-def _root(matrix: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+def _from_rows(features: np.ndarray, reference: Moments) -> float:
+    """The Fréchet distance of rows (N, D), of which there may be fewer than they are wide: then the smaller matrix (N, N) has all that matters."""
+    if len(features) > features.shape[1]:
+        return frechet_distance(Moments.of(features), reference)
+    mean = features.mean(0)
+    centred = (features - mean) / np.sqrt(len(features) - 1)
+    return _frechet(mean, np.sum(centred**2), centred @ reference.covariance @ centred.T, reference)
+
+
+def _frechet(mean: np.ndarray, spread: float, cross: np.ndarray, other: Moments) -> float:
+    roots = np.sqrt(np.linalg.eigvalsh(cross).clip(0)).sum()
+    return float(max(np.sum((mean - other.mean)**2) + spread + np.trace(other.covariance) - 2 * roots, 0.0))
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------
@@ -93,13 +107,11 @@ def _unbiased(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> float:
 
 # -- neighbours -------------------------------------------------------------------------------------------------------
 
-def precision_recall(real: np.ndarray, made: np.ndarray, k: int = 3) -> tuple[float, float]:
+def precision_recall(real: np.ndarray, made: np.ndarray, k: int = 3, real_reach: np.ndarray | None = None) -> tuple[float, float]:
     """Shares of what was made that lies among the real, and of the real that lies among what was made: nearer to one of them than its k-th
-    neighbour is (Kynkäänniemi et al. 2019)."""
+    neighbour is (Kynkäänniemi et al. 2019). `real_reach`: `reach` of the real ones, where it is known from before."""
     real, made = _pair(real, made)
-    if min(len(real), len(made)) <= k:
-        raise MetricError(f"{k} neighbours want more than {k} images on each side (given: {len(real)} and {len(made)}).")
-    real_reach, made_reach = _reach(real, k), _reach(made, k)
+    real_reach, made_reach = reach(real, k) if real_reach is None else real_reach, reach(made, k)
     among_real, among_made = np.zeros(len(made), bool), []
     for start, rows in zip(range(0, len(real), ROWS), _blocks(real), strict=True):
         apart = _squared(rows, made)
@@ -108,9 +120,13 @@ def precision_recall(real: np.ndarray, made: np.ndarray, k: int = 3) -> tuple[fl
     return float(among_real.mean()), float(np.concatenate(among_made).mean())
 
 
-def _reach(features: np.ndarray, k: int) -> np.ndarray:
+def reach(features: np.ndarray, k: int = 3) -> np.ndarray:
     """The squared distance of each row (N,) to its k-th neighbour, itself not counted."""
-    return np.concatenate([np.partition(_squared(rows, features), k, axis=1)[:, k] for rows in _blocks(features)])
+    if len(features) <= k:
+        raise MetricError(f"{k} neighbours want more than {k} images on each side (given: {len(features)}).")
+    features = features.astype(np.float64)
+    # Each column copied: a view would keep all distances.
+    return np.concatenate([np.partition(_squared(rows, features), k, axis=1)[:, k].copy() for rows in _blocks(features)])
 
 
 def _squared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -134,10 +150,10 @@ def inception_score(probabilities: np.ndarray, splits: int = 10) -> tuple[float,
 
 
 def clip_score(images: np.ndarray, captions: np.ndarray) -> float:
-    """100 times the mean cosine of CLIP's features of images (N, E) and their captions (N, E), none below 0 (Hessel et al. 2021; sec. 5.2)."""
+    """100 times the mean cosine of CLIP's features of images (N, E) and their captions (N, E): 100 is the published CLIPs' logit scale (app. A.2)."""
     images, captions = _pair(images, captions)
     cosines = (images * captions).sum(1) / np.linalg.norm(images, axis=1) / np.linalg.norm(captions, axis=1)
-    return 100 * float(cosines.clip(0).mean())
+    return 100 * float(cosines.mean())
 
 
 def _pair(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -33,6 +33,7 @@ class Section:
 
     title: str
     text: str = ""
+    table: Sequence[Sequence[str]] = ()         # its first row is the heading
     bars: Sequence[tuple[str, float]] = ()
     lines: Sequence[str] = ()
     groups: Sequence[Sequence[Picture]] = ()
@@ -45,7 +46,7 @@ class Section:
 
 def page(title: str, sections: Sequence[Section]) -> str:
     """The page as HTML."""
-    shown = [section for section in sections if section.bars or section.lines or section.groups]
+    shown = [section for section in sections if section.table or section.bars or section.lines or section.groups]
     return _TEMPLATE.render(title=title, sections=shown)
 
 
@@ -78,6 +79,7 @@ _TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).f
 body { font: 14px/1.4 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2em auto; padding: 0 1em }
 h1 { font-size: 20px } h2 { font-size: 16px; margin: 2em 0 .4em } p { margin: .3em 0 .8em; color: #555 }
 table { border-collapse: collapse } td { padding: 1px 10px 1px 0; vertical-align: middle } td.number { text-align: right }
+.wide { overflow-x: auto } .figures th { text-align: left; vertical-align: bottom; font-weight: 600; padding: 2px 12px 2px 0 } .figures td { padding: 2px 12px 2px 0 }
 .bar { background: #4a7fb5; height: 12px; min-width: 1px }
 .groups { display: flex; flex-wrap: wrap; gap: 10px } .group { display: flex; gap: 4px; padding: 6px; border: 1px solid #ddd; border-radius: 4px }
 figure { margin: 0; overflow-wrap: anywhere; font-size: 11px; color: #555 } figure img { display: block; max-width: 100% }
@@ -87,6 +89,9 @@ figure { margin: 0; overflow-wrap: anywhere; font-size: 11px; color: #555 } figu
 <h2>{{ section.title }}</h2>
 {% if section.text %}<p>{{ section.text }}</p>{% endif %}
 {% if section.lines %}<ul>{% for line in section.lines %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}
+{% if section.table %}<div class="wide"><table class="figures">{% for row in section.table %}{% set heading = loop.first %}
+<tr>{% for cell in row %}{% set tag = "th" if heading or loop.first else "td" %}<{{ tag }}>{{ cell }}</{{ tag }}>{% endfor %}</tr>
+{% endfor %}</table></div>{% endif %}
 {% if section.bars %}<table>{% for name, value in section.bars %}
 <tr><td>{{ name }}</td><td class="number">{{ "{:,}".format(value) }}</td>
 <td><div class="bar" style="width:{{ (420 * value / section.longest) | round(1) }}px"></div></td></tr>

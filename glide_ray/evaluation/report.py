@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..storage import whole
 
+UNGUIDED = "classifier-free guidance", 1.0
 MARGIN, INK, PAPER, HOLE = 12, (30, 30, 30), (255, 255, 255), (70, 190, 90)
 
 
@@ -27,9 +29,26 @@ def contact_sheet(images: Sequence[np.ndarray], labels: Sequence[str], columns: 
         draw.text((MARGIN, MARGIN), title, INK, ImageFont.load_default(15))
     for n, (pixels, lines) in enumerate(zip(images, wrapped, strict=True)):
         x, y = MARGIN + n % columns * (size + MARGIN), top + n // columns * (size + label_height + MARGIN)
-        sheet.paste(Image.fromarray(pixels).resize((size, size), Image.Resampling.BOX if len(pixels) > size else Image.Resampling.NEAREST), (x, y))
+        sheet.paste(_scaled(pixels, size), (x, y))
         for k, text in enumerate(lines):
             draw.text((x, y + size + 3 + k * line), text, INK, font)
+    return sheet
+
+
+def grid(rows: Sequence[Sequence[np.ndarray]], columns: Sequence[str], names: Sequence[str], size: int = 128) -> Image.Image:
+    """Rows of images uint8 (H, W, 3), each row with its name before it, and the columns' names above."""
+    font, line = ImageFont.load_default(13), 16
+    wrapped = [textwrap.wrap(column, size // 7)[:3] for column in columns]
+    left, top = 2 * MARGIN + round(max(map(font.getlength, names))), MARGIN + line * max(map(len, wrapped)) + 4
+    sheet = Image.new("RGB", (left + len(columns) * (size + MARGIN), top + len(rows) * (size + MARGIN)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for n, lines in enumerate(wrapped):
+        draw.text((left + n * (size + MARGIN), MARGIN), "\n".join(lines), INK, font)
+    for k, (images, name) in enumerate(zip(rows, names, strict=True)):
+        y = top + k * (size + MARGIN)
+        draw.text((MARGIN, y + size // 2), name, INK, font, anchor="lm")
+        for n, pixels in enumerate(images):
+            sheet.paste(_scaled(pixels, size), (left + n * (size + MARGIN), y))
     return sheet
 
 
@@ -50,10 +69,55 @@ def roc_curve(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
     axis.set(xlabel="share dropped of rows without the content", ylabel="share dropped of rows with it", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right")
-    figure.canvas.draw()
-    pixels = np.asarray(figure.canvas.buffer_rgba())[:, :, :3].copy()
-    pyplot.close(figure)
-    return pixels
+    return _pixels(figure)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A set of pictures in the plots: its figures by name, with `guidance_scale` and `clip_scale` where they are known."""
+
+    name: str
+    figures: Mapping[str, float]
+
+    @property
+    def guidance(self) -> tuple[str, float] | None:
+        """Which kind, and how strong; none where it is not known."""
+        if clip := self.figures.get("clip_scale"):
+            return "CLIP guidance", clip
+        scale = self.figures.get("guidance_scale")
+        return None if scale is None else (UNGUIDED[0], scale)
+
+
+def fronts(points: Sequence[Point], inception: bool) -> np.ndarray:
+    """Figure 6 as a picture (H, W, 3): FID over IS, precision over recall, CLIP score over FID, a line for each kind of guidance.
+
+    The unguided set begins both lines. `inception`: whether these are FID and IS, or the same of a CLIP's features.
+    """
+    pyplot = _pyplot()
+    fid, score = ("FID", "IS") if inception else ("Fréchet distance (CLIP)", "exp. of mutual information (CLIP)")
+    panels = (("inception_score", score, "frechet_distance", fid), ("recall", "recall", "precision", "precision"),
+              ("frechet_distance", fid, "clip_score", "CLIP score"))
+    lines: dict[str, list[tuple[float, Point]]] = {}
+    for point in points:
+        if point.guidance not in (None, UNGUIDED):
+            lines.setdefault(point.guidance[0], []).append((point.guidance[1], point))
+    for point in points:
+        if point.guidance == UNGUIDED:
+            for line in lines.values() or [lines.setdefault("unguided", [])]:
+                line.append((0, point))
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    for axis, (across, across_label, up, up_label) in zip(axes, panels, strict=True):
+        for kind, line in sorted(lines.items()):
+            line = [point for _, point in sorted(line, key=lambda scaled: scaled[0])]
+            axis.plot([point.figures[across] for point in line], [point.figures[up] for point in line], "o-", label=kind, markersize=4, linewidth=1.3)
+        for point in points:
+            if point.guidance is None:
+                axis.plot([point.figures[across]], [point.figures[up]], "s", label=point.name, markersize=5)
+            axis.annotate(f"{point.guidance[1]:g}" if point.guidance else "", (point.figures[across], point.figures[up]), textcoords="offset points", xytext=(4, 4), fontsize=8, color="grey")
+        axis.set(xlabel=across_label, ylabel=up_label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    return _pixels(figure)
 
 
 def loss_curves(runs: Mapping[str, Sequence[Mapping]], path: str | Path) -> None:
@@ -72,6 +136,17 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping]], path: str | Path) -> None
     with whole(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
     pyplot.close(figure)
+
+
+def _scaled(pixels: np.ndarray, size: int) -> Image.Image:
+    return Image.fromarray(pixels).resize((size, size), Image.Resampling.BOX if len(pixels) > size else Image.Resampling.NEAREST)
+
+
+def _pixels(figure) -> np.ndarray:
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[:, :, :3].copy()
+    _pyplot().close(figure)
+    return pixels
 
 
 def _pyplot():

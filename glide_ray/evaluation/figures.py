@@ -1,0 +1,118 @@
+"""The figures of generated images beside real ones, from what networks saw of both (sec. 5.1, app. A.2)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from .. import storage
+from . import metrics
+from .features import POOLED
+from .metrics import MetricError, Moments
+
+KINDS = 256         # captions of the reference that serve as classes where no Inception says which there are
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Images by a CLIP: features (N, E), and those of their captions (N, E). By Inception, where there is one: pooled features and probabilities."""
+
+    clip: np.ndarray
+    words: np.ndarray
+    inception: np.ndarray | None = None
+
+    @property
+    def features(self) -> np.ndarray:
+        """What distances are measured in: Inception's, or else the CLIP's."""
+        return self.clip if self.inception is None else self.inception[:, :POOLED]
+
+    def classes(self, kinds: np.ndarray) -> np.ndarray:
+        """Probabilities (N, Y): Inception's, or else of the captions `kinds` (Y, E) for each picture, by the CLIP at the scale of CLIP scores."""
+        if self.inception is not None:
+            return self.inception[:, POOLED:]
+        logits = 100 * self.clip @ kinds.T
+        likely = np.exp(logits - logits.max(1, keepdims=True))
+        return likely / likely.sum(1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images to compare with, by name and caption. What does not depend on the generated ones is computed once, and saved with them."""
+
+    names: Sequence[str]
+    captions: Sequence[str]
+    seen: Seen
+
+    @cached_property
+    def moments(self) -> Moments:
+        return Moments.of(self.seen.features)
+
+    @cached_property
+    def reach(self) -> np.ndarray:
+        return metrics.reach(self.seen.features)
+
+    @cached_property
+    def kinds(self) -> np.ndarray:
+        distinct = np.unique(self.seen.words, axis=0)
+        return distinct[np.random.default_rng(0).permutation(len(distinct))[:KINDS]]
+
+    def without(self, names: Collection[str]) -> Reference:
+        """All but these: what is near to a training image, say (sec. 5.2). Raises MetricError where some are not of this reference."""
+        if strange := set(names) - set(self.names):
+            raise MetricError(f"The list of what to leave out names {min(strange)}, which is not among the images of the reference: it was made for another.")
+        keep = np.array([name not in names for name in self.names])
+        seen = Seen(*(None if part is None else part[keep] for part in (self.seen.clip, self.seen.words, self.seen.inception)))
+        return Reference([name for name in self.names if name not in names], [text for text, kept in zip(self.captions, keep, strict=True) if kept], seen)
+
+    @property
+    def clip_score(self) -> float:
+        """Of the real images with their own captions: what perfect pictures would reach."""
+        return metrics.clip_score(self.seen.clip, self.seen.words)
+
+    def frechet_distance(self, made: Seen) -> float:
+        return metrics.frechet_distance(Moments.of(made.features), self.moments)
+
+    def figures(self, made: Seen) -> dict[str, float]:
+        """All that section 5 plots and tabulates. Distances are FID, and the score is IS, where Inception has seen the images; else they are the
+        same measures of the CLIP's features, to be compared only with each other. Raises MetricError."""
+        real = self.seen
+        precision, recall = metrics.precision_recall(real.features, made.features, real_reach=self.reach)
+        kid, deviation = metrics.kid(real.features, made.features)
+        score, spread = metrics.inception_score(made.classes(self.kinds), min(10, len(made.clip)))
+        return {"frechet_distance": self.frechet_distance(made),
+                "frechet_infinity": metrics.frechet_infinity(made.features, self.moments), "inception_score": score, "inception_score_deviation": spread,
+                "precision": precision, "recall": recall, "clip_score": metrics.clip_score(made.clip, made.words), "kid": kid, "kid_deviation": deviation,
+                "cmmd": metrics.cmmd(real.clip, made.clip)}
+
+    # -- kept for other evaluations -----------------------------------------------------------------------------------
+
+    def save(self, path: str, about: dict[str, Any]) -> None:
+        """A file of tensors, local or s3://; `about` says what it is of."""
+        tensors = {"clip": self.seen.clip, "words": self.seen.words, "reach": self.reach,
+                   "mean": self.moments.mean, "covariance": self.moments.covariance}
+        if self.seen.inception is not None:
+            tensors["inception"] = self.seen.inception
+        rows = {"names": list(self.names), "captions": list(self.captions)}
+        storage.put(save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()},
+                         {name: json.dumps(value) for name, value in {**rows, "about": about}.items()}), path)
+
+    @classmethod
+    def load(cls, path: str) -> tuple[Reference, dict[str, Any]]:
+        """What `save` wrote, and what it is of. Raises MetricError, StorageError."""
+        local = storage.fetch(path)
+        try:
+            with safe_open(local, "np") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                told = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+            reference = cls(told["names"], told["captions"], Seen(tensors["clip"], tensors["words"], tensors.get("inception")))
+            reference.__dict__.update(reach=tensors["reach"], moments=Moments(len(told["names"]), tensors["mean"], tensors["covariance"]))
+            return reference, told["about"]
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise MetricError(f"{path} does not hold the statistics of a reference as `glide evaluate` saves them ({error}); give a corpus.") from None
