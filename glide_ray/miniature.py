@@ -36,7 +36,7 @@ from .evaluation.report import contact_sheet, show_hole
 from .settings import override
 
 PIXELS = ["model.unet.image_size=32", "model.unet.multipliers=1,2,4", "model.unet.attention_sizes=8"]
-OFTEN = ["evaluate_every=250", "checkpoint_every=250"]
+OFTEN = ["evaluate_every=125", "checkpoint_every=125"]
 BASE = [*PIXELS, "model.unet.channels=24", "batch=32", "learning_rate=1e-3", "ema_rates=0.999", *OFTEN]
 SMALL = [*PIXELS, "model.unet.channels=16", "batch=32", "learning_rate=1e-3", "ema_rates=0.999", *OFTEN]
 CLIP = ["model.clip.image_size=32", "model.clip.patch_size=4", *OFTEN]
@@ -53,13 +53,13 @@ class Model:
 
 MODELS = {
     "base": Model("nano-base", [*BASE, "steps=1500"]),
-    "judge": Model("nano-plain-clip", [*CLIP, "steps=500"]),             # never sees noise, and guides nothing
-    "clip": Model("nano-clip", [*CLIP, "steps=400"]),                    # sec. 4.4
+    "judge": Model("nano-plain-clip", [*CLIP, "steps=250"]),             # never sees noise, and guides nothing
+    "clip": Model("nano-clip", [*CLIP, "steps=250"]),                    # sec. 4.4
     "inpaint": Model("nano-base-inpaint", [*BASE, "steps=250", "learning_rate=5e-4"]),
-    "small": Model("nano-base", [*SMALL, "steps=800"]),                  # app. C
-    "small-filtered": Model("nano-base", [*SMALL, "steps=800"], "without_people"),
+    "small": Model("nano-base", [*SMALL, "steps=600"]),                  # app. C
+    "small-filtered": Model("nano-base", [*SMALL, "steps=600"], "without_people"),
 }
-IMAGES, SCALES, CLIP_SCALES, BEST = 256, (1.0, 1.5, 2.0, 3.0, 5.0), (1.0, 2.0, 4.0), 3.0
+IMAGES, SCALES, CLIP_SCALES, BEST = 192, (1.0, 1.5, 2.0, 3.0, 5.0), (1.0, 2.0, 4.0), 3.0
 SAMPLING = SampleOptions(sampler="ddim", steps=20)
 PROMPTS = ("a red heart, 3D render", "a green apple, 3D render", "a yellow star, flat icon", "a blue book, 3D render", "a smiling face, 3D render",
            "a dog face, flat icon")

@@ -15,7 +15,7 @@ from ..data.images import decode, encode
 from ..evaluation.features import ClipFeatures, fetch_clip
 from ..evaluation.pages import SIDE, Picture, Section, page
 from ..evaluation.probes import Group, above, colour_name, probe as measure
-from ..evaluation.report import grid
+from ..evaluation.report import grid, scaled
 from .corpus import PAGE, look_up
 from .features import ACTORS, look
 from .generate import generate
@@ -78,15 +78,17 @@ def _page(found: dict[str, Any], rows: Sequence[Sequence[np.ndarray]]) -> str:
     groups, pairs, first = found["groups"], found["pairs"], found["seeds"][0]
     prompts, words = [group["prompt"] for group in groups], list(groups[0]["words"])
     scale = "" if found["guidance_scale"] is None else f" Guidance scale {found['guidance_scale']:g}."
-    differs = [["", "distance", "by chance", "p", *words], *([" – ".join(pair["prompts"]), f"{pair['distance']:.4f}", f"{pair['by_chance']:.4f}", f"{pair['p']:.4g}",
-                                                             *(above(pair["words"][word], 4) for word in words)] for pair in pairs)]
+    differs = [["", "distance", "by chance", "p", *words],
+               *([" – ".join(pair["prompts"]), f"{pair['distance']:.4f}", f"{pair['by_chance']:.4f}", f"{pair['p']:.4g}",
+                  *(above(pair["words"][word], 4) for word in words)] for pair in pairs)]
     hues = [["", *pairs[0]["colour"]], *([" – ".join(pair["prompts"]), *(above(one, 1) for one in pair["colour"].values())] for pair in pairs)]
-    swatches = [Picture(np.full((SIDE // 2, SIDE, 3), np.round(group["colour"]), np.uint8), f"{colour_name(group)} {group['prompt']}") for group in groups]
+    swatches = [Picture(np.full((SIDE // 2, SIDE, 3), np.round(group["colour"]), np.uint8), f"{group['prompt']}, {colour_name(group)}") for group in groups]
     text = (f"{len(rows)} seeds, each with every prompt.{scale} Distances are of the mean features, as the CLIP sees the pictures; p is the share of "
             f"{pairs[0]['arrangements']:,} arrangements, with labels swapped within pairs, whose distance is as great. Words are CLIP's cosine, the first prompt's "
             f"less the second's, with the standard error.")
     cosines = [["", *words], *([group["prompt"], *(f"{value:.4f}" for value in group["words"].values())] for group in groups)] if words else []
-    shown = [[Picture(image, f"seed {first + n}" if not column else "") for column, image in enumerate(row)] for n, row in enumerate(rows[:ON_PAGE])]
+    shown = [[Picture(np.asarray(scaled(image, SIDE)), "" if column else f"seed {first + n}") for column, image in enumerate(row)]
+             for n, row in enumerate(rows[:ON_PAGE])]
     return page("Do these prompts give unlike pictures?", [
         Section("Differences", text, table=differs), Section("Cosines with the words", table=cosines), Section("Mean colours", groups=[swatches]),
         Section("Differences of colour", "Of 255, with the standard error.", table=hues),

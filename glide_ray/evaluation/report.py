@@ -29,7 +29,7 @@ def contact_sheet(images: Sequence[np.ndarray], labels: Sequence[str], columns: 
         draw.text((MARGIN, MARGIN), title, INK, ImageFont.load_default(15))
     for n, (pixels, lines) in enumerate(zip(images, wrapped, strict=True)):
         x, y = MARGIN + n % columns * (size + MARGIN), top + n // columns * (size + label_height + MARGIN)
-        sheet.paste(_scaled(pixels, size), (x, y))
+        sheet.paste(scaled(pixels, size), (x, y))
         for k, text in enumerate(lines):
             draw.text((x, y + size + 3 + k * line), text, INK, font)
     return sheet
@@ -48,8 +48,13 @@ def grid(rows: Sequence[Sequence[np.ndarray]], columns: Sequence[str], names: Se
         y = top + k * (size + MARGIN)
         draw.text((MARGIN, y + size // 2), name, INK, font, anchor="lm")
         for n, pixels in enumerate(images):
-            sheet.paste(_scaled(pixels, size), (left + n * (size + MARGIN), y))
+            sheet.paste(scaled(pixels, size), (left + n * (size + MARGIN), y))
     return sheet
+
+
+def scaled(pixels: np.ndarray, size: int) -> Image.Image:
+    """A square picture at another size, its pixels kept as squares where it grows."""
+    return Image.fromarray(pixels).resize((size, size), Image.Resampling.BOX if len(pixels) > size else Image.Resampling.NEAREST)
 
 
 def show_hole(image: np.ndarray, known_mask: np.ndarray) -> np.ndarray:
@@ -136,10 +141,6 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping]], path: str | Path) -> None
     with whole(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
     pyplot.close(figure)
-
-
-def _scaled(pixels: np.ndarray, size: int) -> Image.Image:
-    return Image.fromarray(pixels).resize((size, size), Image.Resampling.BOX if len(pixels) > size else Image.Resampling.NEAREST)
 
 
 def _pixels(figure) -> np.ndarray:
