@@ -126,8 +126,6 @@ def add_rate_options(command: argparse.ArgumentParser) -> None:
 
 
 def rate(options) -> None:
-    from pathlib import Path
-
     from . import storage
     from .evaluation import rater, study
     from .evaluation.votes import Asked
