@@ -59,7 +59,7 @@ MODELS = {
     "small": Model("nano-base", [*SMALL, "steps=600"]),                  # app. C
     "small-filtered": Model("nano-base", [*SMALL, "steps=600"], "without_people"),
 }
-IMAGES, SCALES, CLIP_SCALES, BEST = 192, (1.0, 1.5, 2.0, 3.0, 5.0), (1.0, 2.0, 4.0), 3.0
+IMAGES, SCALES, CLIP_SCALES, BEST, BY_CLIP = 192, (1.0, 1.5, 3.0, 5.0), (1.0, 4.0), 3.0, 4.0
 SAMPLING = SampleOptions(sampler="ddim", steps=20)
 PROMPTS = ("a red heart, 3D render", "a green apple, 3D render", "a yellow star, flat icon", "a blue book, 3D render", "a smiling face, 3D render",
            "a dog face, flat icon")
@@ -121,8 +121,8 @@ def _measured(out: Path, weights: Mapping[str, str], reference: str, say: Callab
     captions = captions_of(reference)
     config = BulkConfig(base=weights["base"], clip=weights["clip"], options=SAMPLING, precision="fp32")
     sweep(config, SCALES, CLIP_SCALES, captions, IMAGES, str(out / "evaluation"), say)
-    for name in ("small", "small-filtered"):
-        sweep(config.model_copy(update={"base": weights[name]}), (1.0, BEST), (), captions, IMAGES, str(out / name), say)
+    for name, scales in (("small", (1.0, BEST)), ("small-filtered", (BEST,))):
+        sweep(config.model_copy(update={"base": weights[name]}), scales, (), captions, IMAGES, str(out / name), say)
     judges = Judges(weights["judge"])
     fronts = {name: folder for name, folder in _folders(out).items() if not name.startswith("small")}
     evaluate(fronts, reference, str(out / "evaluation"), judges, say=say)
@@ -136,7 +136,7 @@ def _votes(pictures: Mapping[str, list], real: list, seeing: ClipFeatures) -> di
     and the one more like its caption the one that CLIP says."""
     shown = seeing.images([image for image, _ in real])
     score: dict[str, dict[str, np.ndarray]] = {"photorealism": {}, "caption similarity": {}}
-    for name in (UNGUIDED, f"clip-{CLIP_SCALES[1]:g}", f"guidance-{BEST:g}"):
+    for name in (UNGUIDED, f"clip-{BY_CLIP:g}", f"guidance-{BEST:g}"):
         features = seeing.images([image for image, _ in pictures[name]])
         score["photorealism"][name] = (features @ shown.T).max(1)
         score["caption similarity"][name] = (features * seeing.words([caption for _, caption in pictures[name]])).sum(1)
@@ -148,7 +148,7 @@ def _votes(pictures: Mapping[str, list], real: list, seeing: ClipFeatures) -> di
 
 def _figure_9(weights: Mapping[str, str]) -> np.ndarray:
     """Rows as the paper has them: the large model, the small one, the small one of the filtered corpus, and that one guided by CLIP."""
-    guided, clip = SAMPLING.model_copy(update={"guidance_scale": BEST}), SAMPLING.model_copy(update={"guidance_scale": 1.0, "clip_scale": CLIP_SCALES[1]})
+    guided, clip = SAMPLING.model_copy(update={"guidance_scale": BEST}), SAMPLING.model_copy(update={"guidance_scale": 1.0, "clip_scale": BY_CLIP})
     rows = (("base", guided, "large"), ("small", guided, "small"), ("small-filtered", guided, "small, filtered"), ("small-filtered", clip, "small, filtered, CLIP"))
     images, labels = [], []
     for name, options, label in rows:
@@ -163,7 +163,7 @@ def _figure_11(weights: Mapping[str, str], reference: str, seeing: ClipFeatures,
     y, x = np.mgrid[:SIDE, :SIDE]
     known = (y - SIDE / 2) ** 2 + (x - SIDE / 2) ** 2 > (SIDE / 3) ** 2
     plain = SAMPLING.model_copy(update={"guidance_scale": BEST})
-    ways = {"CLIP guidance": ("base", SAMPLING.model_copy(update={"guidance_scale": 1.0, "clip_scale": CLIP_SCALES[1]})),
+    ways = {"CLIP guidance": ("base", SAMPLING.model_copy(update={"guidance_scale": 1.0, "clip_scale": BY_CLIP})),
             "fine-tuned": ("inpaint", plain), "implicit": ("base", plain)}
     cascades = {name: Cascade.load(weights[model], precision="fp32", clip=weights["clip"] if name == "CLIP guidance" else None)
                 for name, (model, _) in ways.items()}
@@ -203,7 +203,7 @@ def _findings(sets: Mapping[str, Mapping[str, float]], pictures: Mapping[str, li
         sets[best]["precision"] > sets[UNGUIDED]["precision"] and sets[best]["recall"] < sets[UNGUIDED]["recall"],
         f"precision {sets[UNGUIDED]['precision']:.3f} to {sets[best]['precision']:.3f}, recall {sets[UNGUIDED]['recall']:.3f} to {sets[best]['recall']:.3f}")
     nearest = min(free, key=lambda name: sets[name]["frechet_distance"])
-    add("The distance to real pictures is least at a small scale, 1.5, and grows with more (table 2, fig. 6).", nearest in ("guidance-1.5", "guidance-2"),
+    add("The distance to real pictures is least at a small scale, 1.5, and grows with more (table 2, fig. 6).", nearest == "guidance-1.5",
         "; ".join(f"{name} {sets[name]['frechet_distance']:.4f}" for name in free))
     strongest, freest = max(clips, key=lambda name: sets[name]["clip_score"]), max(free, key=lambda name: sets[name]["clip_score"])
     add("CLIP guidance can raise the CLIP score more than classifier-free guidance (fig. 6).", sets[strongest]["clip_score"] > sets[freest]["clip_score"],
@@ -211,9 +211,9 @@ def _findings(sets: Mapping[str, Mapping[str, float]], pictures: Mapping[str, li
     for question, of in votes.items():
         table = elo.standings(of)
         add(f"Classifier-free guidance is preferred to CLIP guidance, and that to none, in {question} (table 1; people voted there, a measure here).",
-            list(table) == [best, f"clip-{CLIP_SCALES[1]:g}", UNGUIDED],
+            list(table) == [best, f"clip-{BY_CLIP:g}", UNGUIDED],
             "; ".join(f"{name} {standing.score:+.0f} ({standing.low:+.0f} to {standing.high:+.0f})" for name, standing in table.items()))
-    scale, size = gain("small-guidance-3", "small-unguided"), gain(UNGUIDED, "small-unguided")
+    scale, size = gain(f"small-guidance-{BEST:g}", "small-unguided"), gain(UNGUIDED, "small-unguided")
     add("Guidance gains more than a larger model (app. C, table 4).", scale[0] > size[0],
         f"CLIP score of the small model {scale[0]:+.2f} ({scale[1]:.2f}) by guidance, {size[0]:+.2f} ({size[1]:.2f}) by the larger one")
     border = painted["ddim"]

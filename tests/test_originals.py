@@ -51,22 +51,28 @@ def test_a_picture_that_is_resized_and_compressed_is_the_same_and_another_is_not
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_near_copies_of_training_images_are_listed_and_can_be_left_out(tiny_weights, tmp_path, capsys):
+def test_near_copies_of_training_images_are_listed_and_can_be_left_out_from_any_folder(tiny_weights, tmp_path, capsys, monkeypatch):
     clip, train, own = str(tiny_weights["clip"]), list(pictures(20, 1)), list(pictures(12, 2))
     write_shards(tmp_path / "train", train)
     write_shards(tmp_path / "reference", [*own, *map(copied, train[:5])])
     write_shards(tmp_path / "made", pictures(9, 3))
-    places = [str(tmp_path / "reference"), "--training", str(tmp_path / "train"), "--clip", clip]
+    monkeypatch.chdir(tmp_path)
+    places = ["reference", "--training", str(tmp_path / "train"), "--clip", clip]
     assert main(["filter-reference", *places, "--out", str(tmp_path / "out"), "--distance", "0.0005"]) == 0
     listed = left_out(str(tmp_path / "out" / "left-out.json"))
     assert [int(name.rpartition("#")[2]) for name in listed] == [12, 13, 14, 15, 16] and "5 of 17 images" in capsys.readouterr().out
     assert "pattern 1-3" in (tmp_path / "out" / "report.html").read_text()
-    assert main(["evaluate", str(tmp_path / "made"), "--reference", places[0], "--clip", clip, "--out", str(tmp_path / "evaluation"),
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["evaluate", str(tmp_path / "made"), "--reference", "../reference", "--clip", clip, "--out", str(tmp_path / "evaluation"),
                  "--leave-out", str(tmp_path / "out" / "left-out.json")]) == 0
     assert json.loads((tmp_path / "evaluation" / "figures.json").read_text())["reference"]["filtered_images"] == 12
-    (tmp_path / "bad.json").write_text("[]")
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("bad", "[]"), ("worse", '{"names": [12]}')):
+        (tmp_path / f"{name}.json").write_text(text)
     for wrong, sentence in ((["filter-reference", *places, "--distance", "3"], "--distance is a cosine distance"),
-                            (["evaluate", "x", "--clip", clip, "--leave-out", str(tmp_path / "bad.json")], "is not a list as `glide filter-reference`")):
+                            *((["evaluate", "x", "--clip", clip, "--leave-out", f"{name}.json"], "is not a list as `glide filter-reference`")
+                              for name in ("bad", "worse"))):
         assert main(wrong) == 2 and sentence in capsys.readouterr().err
 
 

@@ -1,5 +1,6 @@
 """People comparing pictures: pairs and turns by their properties, and `glide rate` and `glide elo` as raters' browsers and a shell see them."""
 
+import io
 import json
 import os
 import re
@@ -296,6 +297,7 @@ def test_what_is_sent_names_no_model_and_nothing_but_pictures_is_served(keyed):
         for answer in answers:
             assert answer.status_code == 200 and not re.search("|".join(MODELS).encode(), answer.content + str(answer.headers).encode() + str(answer.url).encode())
             assert "last-modified" not in answer.headers
+        assert not Image.open(io.BytesIO(answers[2].content)).info      # what its file said of its maker
         assert {one["token"] for one in answers[-1].json()["turns"]}.isdisjoint({turn["token"]}) and answers[-1].json()["done"] == 1
         for path in ("pictures/../votes.sqlite", "pictures/..%2fvotes.sqlite", "pictures/..%2fvotes.sqlite.png", "pictures/%2e%2e/x.png", "pictures/" + "0" * 16 + ".png", "openapi.json"):
             assert client.get(httpx.URL(base + path)).status_code == 404, path
@@ -416,6 +418,15 @@ def test_the_first_side_and_the_first_comparison_of_a_rater_cannot_be_foreseen()
     assert all(20 < count < 90 for count in Counter(turn.comparison for turn in first).values()) and len(Counter(turn.comparison for turn in first)) == 20
     other = [next_turn("another", f"rater {n}", comparisons, questions, [], {}, 1) for n in range(1000)]
     assert sum(one == two for one, two in zip(first, other, strict=True)) < 60
+
+
+def test_what_fewest_have_answered_is_asked_first():
+    comparisons = {one.id: one for one in made(20, ("a", "b"), 0)}
+    taken = {(n, "caption"): 1 for n in comparisons if n not in (3, 11, 17)}
+    had = []
+    for _ in range(4):
+        had.append(next_turn("secret", "ann", comparisons, ["caption"], had, taken, 2))
+    assert {turn.comparison for turn in had[:3]} == {3, 11, 17} and had[3].comparison not in (3, 11, 17)
 
 
 # -- pairs ------------------------------------------------------------------------------------------------------------

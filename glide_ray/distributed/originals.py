@@ -4,6 +4,7 @@ trained on (sec. 6)."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ def filter_reference(reference: str, training: str, out: str, clip: str, distanc
     out = _begin(out, clip)
     real, trained = (_look(name, source, out, clip, say) for name, source in (("reference", reference), ("training", training)))
     found = nearest(real.features, trained.features)
-    out_of = [name for name, far in zip(real.names, found.distances, strict=True) if far < distance]
+    out_of = [storage.absolute(name) for name, far in zip(real.names, found.distances, strict=True) if far < distance]
     result = {"reference": reference, "training": training, "clip": storage.absolute(clip), "distance": distance, "images": len(real.names), "names": out_of}
     order = np.argsort(found.distances)
     within, beyond = order[:len(out_of)][::-1], order[len(out_of):]
@@ -53,12 +54,12 @@ def filter_reference(reference: str, training: str, out: str, clip: str, distanc
 
 
 def left_out(path: str) -> list[str]:
-    """The names that `filter_reference` has listed. Raises UserError."""
+    """What `filter_reference` has listed, named as `Looked` names rows in this folder. Raises UserError."""
+    here = os.getcwd() + os.sep
     try:
-        names = json.loads(storage.read(storage.absolute(path)))["names"]
-    except (ValueError, KeyError, TypeError):
+        return [name.removeprefix(here) for name in json.loads(storage.read(storage.absolute(path)))["names"]]
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not a list as `glide filter-reference` writes it; give its {LEFT_OUT}.") from None
-    return names
 
 
 def regurgitation(pictures: str | None, training: str, held_out: str, out: str, clip: str, config: BulkConfig, images: int,

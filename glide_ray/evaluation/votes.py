@@ -13,11 +13,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from sqlalchemy import (URL, Column, Connection, Float, ForeignKey, Integer, MetaData, String, Table, Text, UniqueConstraint, create_engine, event, func, insert,
+from sqlalchemy import (URL, Column, Connection, Double, ForeignKey, Integer, MetaData, String, Table, Text, UniqueConstraint, create_engine, event, func, insert,
                         inspect, make_url, select, update)
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, NoSuchModuleError
 
@@ -31,13 +31,13 @@ AHEAD = 3               # comparisons that a rater's page is given: the next one
 SCHEMA = MetaData()
 STUDY = Table("study", SCHEMA, Column("id", Integer, primary_key=True), Column("asked", Text, nullable=False), Column("secret", String(64), nullable=False),
               Column("link_key", String(64), nullable=False))
-COMPARISONS = Table("comparisons", SCHEMA, Column("id", Integer, primary_key=True, autoincrement=False), Column("first", Text, nullable=False), Column("second", Text, nullable=False),
-                    Column("prompt", Text, nullable=False), Column("first_picture", String(64), nullable=False),
+COMPARISONS = Table("comparisons", SCHEMA, Column("id", Integer, primary_key=True, autoincrement=False), Column("first", Text, nullable=False),
+                    Column("second", Text, nullable=False), Column("prompt", Text, nullable=False), Column("first_picture", String(64), nullable=False),
                     Column("second_picture", String(64), nullable=False), Column("check_of", String(32)))
 VOTES = Table("votes", SCHEMA, Column("token", String(32), primary_key=True), Column("turn", Integer, nullable=False), Column("rater", String(64), nullable=False),
               Column("comparison", ForeignKey(COMPARISONS.c.id), nullable=False), Column("question", String(32), nullable=False),
-              Column("left_picture", String(8), nullable=False), Column("given_at", Float, nullable=False),        # seconds since 1970
-              Column("answer", String(8)), Column("answered_at", Float), Column("seconds", Float),
+              Column("left_picture", String(8), nullable=False), Column("given_at", Double, nullable=False),        # seconds since 1970
+              Column("answer", String(8)), Column("answered_at", Double), Column("seconds", Double),
               UniqueConstraint("rater", "comparison", "question"), UniqueConstraint("rater", "turn"))
 
 
@@ -91,12 +91,16 @@ class Votes:
             if create:
                 with self._transaction() as connection:
                     SCHEMA.create_all(connection)
-            held = create or _file_is_there(self._engine.url) and inspect(self._engine).has_table(STUDY.name)
+            held = create or _file_is_there(self._engine.url) and self._holds_study()
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
             raise VotesError(f"{_hidden(url)} is not a database that can be reached ({_first_line(error)}); write a URL as SQLAlchemy has them, with its driver "
                              f"installed.") from None
         if not held:
             raise VotesError(f"{_hidden(url)} holds no study; begin one with `glide rate`.")
+
+    def _holds_study(self) -> bool:
+        with self._transaction() as connection:
+            return inspect(connection).has_table(STUDY.name) and connection.execute(select(STUDY.c.id)).first() is not None
 
     # -- the study ----------------------------------------------------------------------------------------------------
 
@@ -105,10 +109,11 @@ class Votes:
         with self._transaction() as connection:
             row = connection.execute(select(STUDY.c.asked)).first()
             if row is None:
-                connection.execute(insert(STUDY).values(id=1, asked=json.dumps(asdict(asked)), secret=secret or secrets.token_hex(32), link_key=secrets.token_urlsafe(16)))
+                connection.execute(insert(STUDY).values(id=1, asked=json.dumps(asdict(asked)), secret=secret or secrets.token_hex(32),
+                                                        link_key=secrets.token_urlsafe(16)))
                 return
-        before = Asked(**json.loads(row.asked))
-        if differs := [field.name.replace("real", "attention checks") for field in fields(Asked) if _plain(getattr(asked, field.name)) != _plain(getattr(before, field.name))]:
+        before, now = json.loads(row.asked), json.loads(json.dumps(asdict(asked)))
+        if differs := [name.replace("real", "attention checks") for name in now if now[name] != before[name]]:
             raise VotesError(f"{_hidden(self.url)} holds a study of other {' and '.join(differs)}; give another folder with --out, or no pictures to go on with it.")
 
     @cached_property
@@ -237,10 +242,6 @@ def _prepare_sqlite(connection, _) -> None:
 def _file_is_there(url: URL) -> bool:
     """SQLite would make it."""
     return url.get_backend_name() != "sqlite" or os.path.exists(url.database or "")
-
-
-def _plain(value: object) -> object:
-    return json.loads(json.dumps(value, default=list))
 
 
 def _hidden(url: str) -> str:
