@@ -88,7 +88,7 @@ def evaluated(options, say: Callable[[str], None]) -> dict[str, Any]:
     from .distributed import evaluate as evaluation
     from .evaluation.features import fetch_network
     judges = evaluation.Judges(options.clip, options.inception)
-    for path in judges.paths.values():      # found missing before pictures are made
+    for path in filter(None, (options.clip, options.inception)):      # found missing before pictures are made
         fetch_network(path)
     from .distributed.originals import left_out
     gone = left_out(options.leave_out) if options.leave_out else None
