@@ -28,7 +28,7 @@ def add_commands(add: Add) -> None:
     command = add("miniature", miniature, "the paper's figures 6, 9 and 11 and tables 1 and 2 in little: small models on the emoji corpus, and what holds",
                   "It trains six models of 32 pixels and makes some 3,000 pictures: two hours on two cores. The same command goes on with what was interrupted.")
     command.add_argument("--out", type=Path, default=Path("runs/miniature"), help="folder of the results; the corpus lies beside it (default: %(default)s)")
-    add_rate_options(add("rate", rate, "a page on which people compare pictures of models, blind, on a phone or by keyboard",
+    _add_rate(add("rate", rate, "a page on which people compare pictures of models, blind, on a phone or by keyboard",
                          "example:\n  glide rate guided=runs/guided unguided=runs/unguided clip=runs/clip --out runs/study --real runs/corpus/held_out\n  glide rate --out "
                          "runs/study\nThe first begins a study and copies its pictures; the second, or the first again, goes on with it. `glide elo` counts the votes."))
     command = add("elo", elo, "Elo scores of models by question, and how often each wins against each other, from people's votes",
@@ -99,19 +99,18 @@ def evaluated(options, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def evaluate(options) -> None:
+    from .evaluation.report import aligned
     found = evaluated(options, print)
     columns = ("pictures", "frechet_distance", "inception_score", "precision", "recall", "clip_score")
     heads = ("", "pictures", *(("FID", "IS") if found["inception"] else ("distance", "score")), "precision", "recall", "CLIP score")
     rows = [heads, *((name, *(f"{row[column]:,}" if column == "pictures" else f"{row[column]:.4g}" for column in columns)) for name, row in found["sets"].items())]
-    widths = [max(len(row[n]) for row in rows) for n in range(len(heads))]
-    for row in rows:
-        print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]))
+    print(aligned(rows))
     print(f"{options.out}/report.html, figures.json, fronts.png")
 
 
 # -- rate and elo -----------------------------------------------------------------------------------------------------
 
-def add_rate_options(command: argparse.ArgumentParser) -> None:
+def _add_rate(command: argparse.ArgumentParser) -> None:
     from .evaluation.turns import QUESTIONS
     command.add_argument("pictures", nargs="*", metavar="[NAME=]PICTURES", help="of two or more models, for the same prompts: folders or s3:// prefixes as bulk "
                          "generation leaves them, or any corpora (default: go on with the study that is there)")

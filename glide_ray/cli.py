@@ -21,6 +21,7 @@ DESCRIPTION = """Train and serve GLIDE (Nichol et al. 2021), text-to-image diffu
   glide generate "a red apple, 3D render"        pictures from trained weights; edit, vary and scene change them
   glide reproduce generate.png                   the same picture again, from what its PNG says
   glide serve                                    the OpenAI Images API on http://127.0.0.1:8000
+  glide evaluate runs/pictures                   FID, precision and recall, CLIP score and more, beside real pictures
 """
 
 

@@ -25,14 +25,17 @@ from .data.filters import Candidate
 from .data.images import centre_crop, decode, encode
 from .data.shards import write_shards
 from .data.sources import find_parts, read_part
+from .distributed import originals
 from .distributed.evaluate import UNGUIDED, Judges, captions_of, evaluate, sweep
+from .distributed.job import once
 from .distributed.local import disconnect
 from .distributed.train import train
 from .evaluation import elo
 from .evaluation.elo import Vote
 from .evaluation.features import ClipFeatures
 from .evaluation.pages import Picture, Section, page
-from .evaluation.report import contact_sheet, show_hole
+from .evaluation.report import Point, contact_sheet, fronts, show_hole
+from .recipe import fingerprint
 from .settings import override
 
 PIXELS = ["model.unet.image_size=32", "model.unet.multipliers=1,2,4", "model.unet.attention_sizes=8"]
@@ -59,7 +62,9 @@ MODELS = {
     "small": Model("nano-base", [*SMALL, "steps=600"]),                  # app. C
     "small-filtered": Model("nano-base", [*SMALL, "steps=600"], "without_people"),
 }
-IMAGES, SCALES, CLIP_SCALES, BEST, BY_CLIP = 192, (1.0, 1.5, 3.0, 5.0), (1.0, 4.0), 3.0, 4.0
+IMAGES, SCALES, CLIP_SCALES = 192, (1.0, 1.5, 2.0, 3.0, 5.0), (0.003, 0.01, 0.03)
+BEST, BY_CLIP = 3.0, 0.01       # scales of tables and figures. From 0.03 on so small a CLIP has noise painted that pleases it
+NEAR = 0.02                     # cosine distance of a near-copy
 SAMPLING = SampleOptions(sampler="ddim", steps=20)
 PROMPTS = ("a red heart, 3D render", "a green apple, 3D render", "a yellow star, flat icon", "a blue book, 3D render", "a smiling face, 3D render",
            "a dog face, flat icon")
@@ -87,18 +92,21 @@ def run(out: Path, say: Callable[[str], None] = tqdm.write) -> list[Finding]:
         say(f"{name}: held-out loss {result.first_held_out:.3f} -> {result.last_held_out:.4f} in {result.steps:,} steps")
     weights = {name: str(out / name / "weights.safetensors") for name in MODELS}
     reference = str(corpus / "held_out")
-    table = _measured(out, weights, reference, say)
+    sets = _made(out, weights, reference, say)
+    left_out = originals.filter_reference(reference, str(corpus / "train"), str(out / "reference"), weights["judge"], NEAR, say)
+    table = evaluate(sets, reference, str(out / "evaluation"), Judges(weights["judge"]), originals.left_out(f"{out}/reference/{originals.LEFT_OUT}"), say=say)
     disconnect()
-    pictures = {name: _pictures(path) for name, path in _folders(out).items()}
+    pictures = {name: _pictures(path) for name, path in sets.items()}
     seeing = ClipFeatures(weights["judge"])
     votes = _votes(pictures, _pictures(reference), seeing)
-    painted = _once(out / "inpainting.json", lambda: bench_inpainting(Path(weights["base"]), Path(weights["inpaint"]), Path(reference)))
+    painted = once(str(out / "inpainting.json"), {name: fingerprint(weights[name]) for name in ("base", "inpaint")},
+                   lambda: bench_inpainting(Path(weights["base"]), Path(weights["inpaint"]), Path(reference)))
     findings = _findings(table["sets"], pictures, votes, painted, seeing)
-    sheets = {"figure-9.png": _figure_9(weights), "figure-11.png": _figure_11(weights, reference, seeing)}
+    large = [Point(name, row) for name, row in table["sets"].items() if not name.startswith("small")]
+    sheets = {"figure-6.png": fronts(large, inception=False), "figure-9.png": _figure_9(weights), "figure-11.png": _figure_11(weights, reference, seeing)}
     for name, sheet in sheets.items():
         storage.put(encode(sheet), out / name)
-    storage.put((out / "evaluation" / "fronts.png").read_bytes(), out / "figure-6.png")
-    storage.put(_page(out, table, votes, findings, sheets).encode(), out / "report.html")
+    storage.put(_page(table, left_out, votes, findings, sheets).encode(), out / "report.html")
     storage.put(json.dumps([vars(finding) for finding in findings], indent=1, ensure_ascii=False).encode(), out / "findings.json")
     return findings
 
@@ -111,22 +119,15 @@ def preset(name: str, out: Path, corpus: Path) -> Preset:
 
 # -- figure 6 and table 2 ---------------------------------------------------------------------------------------------
 
-def _folders(out: Path) -> dict[str, str]:
-    """The sets of pictures by name: of the base model, and of the small ones, whose names begin so."""
-    own = {path.name: str(path) for path in sorted((out / "evaluation" / "pictures").iterdir())}
-    return own | {f"{name}-{path.name}": str(path) for name in ("small", "small-filtered") for path in sorted((out / name / "pictures").iterdir())}
-
-
-def _measured(out: Path, weights: Mapping[str, str], reference: str, say: Callable[[str], None]) -> dict[str, Any]:
+def _made(out: Path, weights: Mapping[str, str], reference: str, say: Callable[[str], None]) -> dict[str, str]:
+    """The sets of pictures: name -> folder. Those of the small models begin with their names."""
     captions = captions_of(reference)
     config = BulkConfig(base=weights["base"], clip=weights["clip"], options=SAMPLING, precision="fp32")
-    sweep(config, SCALES, CLIP_SCALES, captions, IMAGES, str(out / "evaluation"), say)
+    sets = sweep(config, SCALES, CLIP_SCALES, captions, IMAGES, str(out / "evaluation"), say)
     for name, scales in (("small", (1.0, BEST)), ("small-filtered", (BEST,))):
-        sweep(config.model_copy(update={"base": weights[name]}), scales, (), captions, IMAGES, str(out / name), say)
-    judges = Judges(weights["judge"])
-    fronts = {name: folder for name, folder in _folders(out).items() if not name.startswith("small")}
-    evaluate(fronts, reference, str(out / "evaluation"), judges, say=say)
-    return evaluate(_folders(out), reference, str(out / "table"), judges, say=say)
+        made = sweep(config.model_copy(update={"base": weights[name]}), scales, (), captions, IMAGES, str(out / name), say)
+        sets |= {f"{name}-{of}": folder for of, folder in made.items()}
+    return sets
 
 
 # -- table 1 ----------------------------------------------------------------------------------------------------------
@@ -168,7 +169,8 @@ def _figure_11(weights: Mapping[str, str], reference: str, seeing: ClipFeatures,
     cascades = {name: Cascade.load(weights[model], precision="fp32", clip=weights["clip"] if name == "CLIP guidance" else None)
                 for name, (model, _) in ways.items()}
     images, labels = [], []
-    for picture, _ in _pictures(reference)[::349 // count][:count]:
+    real = _pictures(reference)
+    for picture, _ in real[len(real) // (2 * count)::len(real) // count][:count]:
         before = centre_crop(picture, SIDE)
         images += [show_hole(before, known)]
         labels += [f"the hole, and: {INSIDE}"]
@@ -234,26 +236,19 @@ def _pictures(source: str) -> list[tuple]:
     return [(Image.fromarray(centre_crop(decode(sample.image), SIDE)), sample.captions[0]) for part in find_parts(source) for sample in read_part(part)]
 
 
-def _page(out: Path, table: Mapping[str, Any], votes: Mapping[str, Sequence[Vote]], findings: Sequence[Finding], sheets: Mapping[str, np.ndarray]) -> str:
+def _page(table: Mapping[str, Any], left_out: Mapping[str, Any], votes: Mapping[str, Sequence[Vote]], findings: Sequence[Finding], sheets: Mapping[str, np.ndarray]) -> str:
     standings = {question: elo.standings(of) for question, of in votes.items()}
-    columns = ("frechet_distance", "frechet_infinity", "kid", "precision", "recall", "clip_score")
+    columns = ("frechet_distance", "filtered_frechet_distance", "frechet_infinity", "kid", "precision", "recall", "clip_score")
     return page("The paper in miniature", [
         Section("What holds at this scale", "Models of 32 pixels and some minutes of two CPU cores each; all figures are of a small CLIP's features.",
                 table=[["the paper", "here", ""], *([finding.text, finding.here, "holds" if finding.holds else "does not hold"] for finding in findings)]),
-        Section("Figure 6: both kinds of guidance", f"{IMAGES} pictures a point.", groups=[[Picture(np.asarray(decode((out / 'figure-6.png').read_bytes())))]], width=1040),
+        Section("Figure 6: both kinds of guidance", f"{IMAGES} pictures a point.", groups=[[Picture(sheets["figure-6.png"])]], width=1040),
         Section("Table 1: Elo", "People voted in the paper. Here two measures vote, on the same captions and seeds: how near a picture is to a real one, and CLIP's "
                 "cosine with the caption.", table=[["", *standings], *([name, *(f"{of[name].score:+.1f} ({of[name].low:+.1f} to {of[name].high:+.1f})"
                                                                               for of in standings.values())] for name in next(iter(standings.values())))]),
-        Section("Table 2: distance to real pictures", "No FID: of the features of a small CLIP.",
+        Section("Table 2: distance to real pictures", f"No FID: of the features of a small CLIP. Filtered: without the {left_out['names']} of {left_out['images']} "
+                f"held-out images that lie within {left_out['distance']:g} of a training image.",
                 table=[["", *(name.replace("_", " ") for name in columns)],
                        *([name, *(f"{row[column]:.4g}" for column in columns)] for name, row in table["sets"].items())]),
         Section("Figure 9: large and small models", "Not chosen: seeds 0 to 5.", groups=[[Picture(sheets["figure-9.png"])]], width=880),
         Section("Figure 11: inpainting", "The best of 8 by CLIP each.", groups=[[Picture(sheets["figure-11.png"])]], width=600)])
-
-
-def _once(path: Path, make: Callable[[], dict]) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        storage.put(json.dumps(made := make()).encode(), path)
-        return made

@@ -24,7 +24,7 @@ from glide_ray.evaluation import metrics
 from glide_ray.evaluation.features import CLASSES, POOLED, InceptionFeatures, Squares
 from glide_ray.evaluation.figures import Reference
 from glide_ray.evaluation.metrics import MetricError, Moments
-from glide_ray.evaluation.report import Point, fronts
+from glide_ray.evaluation.report import Point, _lines, fronts
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -172,13 +172,17 @@ def test_networks_see_centred_squares_no_larger_than_the_pictures_that_are_compa
     assert Squares(Colours(), 32).images([wide]).tolist() == [[255, 255]]
 
 
-def test_fronts_have_a_line_for_each_kind_of_guidance_from_the_unguided_set():
+def test_fronts_have_a_line_for_each_kind_of_guidance_of_each_model_from_its_unguided_set():
     def point(name, **known):
         return Point(name, {"inception_score": 1.5, "frechet_distance": 2.0, "precision": 0.5, "recall": 0.4, "clip_score": 20.0, **known})
     both = fronts([point("unguided", guidance_scale=1.0, clip_scale=0.0), point("g", guidance_scale=2.0, frechet_distance=3.0),
                    point("c", guidance_scale=1.0, clip_scale=1.0, frechet_distance=1.0), point("another")], inception=True)
     assert both.ndim == 3 and both.shape[1] == 3 * 500
     assert fronts([point("another")], inception=False).shape == both.shape
+    guided = [point("unguided", guidance_scale=1.0, model="a"), point("g", guidance_scale=3.0, model="a"), point("h", guidance_scale=2.0, model="a"),
+              point("c", guidance_scale=1.0, clip_scale=1.0, model="a"), point("other", guidance_scale=1.0, model="b"), point("another")]
+    assert {kind: [one.name for one in line] for kind, line in _lines(guided).items()} == {
+        "CLIP guidance, a": ["unguided", "c"], "classifier-free guidance, a": ["unguided", "h", "g"], "classifier-free guidance, b": ["other"]}
 
 
 def test_bad_input_is_refused_in_a_sentence_before_anything_is_made(drawn_corpus, tiny_weights, tmp_path, capsys):

@@ -20,8 +20,9 @@ from ..evaluation.pages import Picture, Section, page
 from ..evaluation.report import Point, fronts
 from ..recipe import fingerprint
 from .corpus import PAGE
-from .features import ACTORS, JOB, Looked, digest, look
+from .features import ACTORS, JOB, Looked, look
 from .generate import generate
+from .job import once
 from .local import connect
 
 FIGURES, REFERENCE, FRONTS, PROMPTS = "figures.json", "reference.safetensors", "fronts.png", "prompts.jsonl"
@@ -62,9 +63,9 @@ def evaluate(sets: Mapping[str, str], reference: str, out: str, judges: Judges, 
     for name, source in sets.items():
         looked = {network: look(source, path, size, f"{out}/features/{name}-{network}.parquet", say) for network, path in judges.paths.items()}
         made[name] = looked[CLIP]
-        asked = {"reference": of, "left_out": sorted(leave_out or []), "set": {network: digest(source, path, size) for network, path in judges.paths.items()}}
-        figures[name] = _asked(source) | _once(f"{out}/sets/{name}.json", asked, lambda name=name, looked=looked: _measure(name, looked, seeing, real,
-                                                                                                                          filtered, say))
+        asked = {"reference": of, "left_out": sorted(leave_out or []), "set": [of_set.digest for of_set in looked.values()]}
+        row = once(f"{out}/sets/{name}.json", asked, lambda name=name, looked=looked: _measure(name, looked, seeing, real, filtered, say))
+        figures[name] = _made_with(source) | {figure: value for figure, value in row.items() if figure != "done_before"}
     about = {"images": len(real.names), "clip_score": real.clip_score, **({"filtered_images": len(filtered.names)} if filtered else {})}
     found = {"reference": {"source": reference, **about}, "size": size, "inception": judges.inception is not None, "sets": figures}
     _write(out, found, made, shown)
@@ -113,7 +114,7 @@ def _reference(path: str, out: str, judges: Judges, asked: dict[str, Any], seein
                               f"or a corpus as the reference.")
         return real, fingerprint(storage.fetch(storage.absolute(path))), None
     looked = {network: look(path, judge, asked["size"], f"{out}/features/reference-{network}.parquet", say) for network, judge in judges.paths.items()}
-    about = {**asked, "of": [digest(path, judge, asked["size"]) for judge in judges.paths.values()]}
+    about = {**asked, "of": [seen.digest for seen in looked.values()]}
     try:
         real, before = Reference.load(f"{out}/{REFERENCE}")
     except (storage.StorageError, MetricError):
@@ -137,18 +138,6 @@ def _measure(name: str, looked: Mapping[str, Looked], seeing: ClipFeatures, real
     return figures if filtered is None else {**figures, "filtered_frechet_distance": filtered.frechet_distance(seen)}
 
 
-def _once(record: str, asked: dict[str, Any], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """The figures in the file `record`, if they are of what is asked for; else measured, and written there."""
-    try:
-        before = json.loads(storage.read(record))
-        if before["of"] == asked:
-            return before["figures"]
-    except (storage.MissingError, ValueError, KeyError):
-        pass
-    storage.put(json.dumps({"of": asked, "figures": (figures := measure())}).encode(), record)
-    return figures
-
-
 def _size(source: str) -> int:
     for part in find_parts(storage.absolute(source)):
         for sample in read_part(part):
@@ -159,13 +148,14 @@ def _size(source: str) -> int:
     raise UserError(f"No picture in {source} can be read.")
 
 
-def _asked(source: str) -> dict[str, float]:
-    """The scales of guidance that bulk generation made a folder with, where it did."""
+def _made_with(source: str) -> dict[str, Any]:
+    """The model that bulk generation made a folder with, by its hash, and the scales of guidance, where it did."""
     try:
-        options = json.loads(storage.read(f"{storage.absolute(source)}/{JOB}"))["options"]
+        job = json.loads(storage.read(f"{storage.absolute(source)}/{JOB}"))
+        options = job["options"]
+        return {"model": job["models"]["base"][:12], **{name: options[name] for name in ("guidance_scale", "clip_scale") if options.get(name) is not None}}
     except (storage.StorageError, ValueError, KeyError):
         return {}
-    return {name: options[name] for name in ("guidance_scale", "clip_scale") if options.get(name) is not None}
 
 
 # -- what is shown ----------------------------------------------------------------------------------------------------
@@ -179,7 +169,7 @@ def _write(out: str, found: dict[str, Any], made: Mapping[str, Looked], referenc
 
 def _page(found: dict[str, Any], plot: np.ndarray, made: Mapping[str, Looked], reference: Looked | None) -> str:
     rows = list(found["sets"].values())
-    columns = [name for name in dict.fromkeys(key for row in rows for key in row) if not name.endswith("_deviation")]
+    columns = [name for name in dict.fromkeys(key for row in rows for key in row) if name != "model" and not name.endswith("_deviation")]
     table = [["", *(name.replace("_", " ") for name in columns)],
              *([name, *(_number(row.get(column)) for column in columns)] for name, row in found["sets"].items())]
     real = found["reference"]

@@ -6,9 +6,10 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,8 @@ def embed(parts: Sequence[Part], path: str, truth: Rule | None = None, content: 
           limit: int | None = None, load: Callable[[str], Network] = ClipFeatures) -> tuple[pyarrow.Table, Report]:
     """Every row: part, position, key, caption, group, truth, reason ("" where the image is whole), and its features or a filter's score.
 
-    `load` makes the network of the file or folder `path`, which all nodes see. `truth` says whether a row has the content. `limit` ends the reading after so many rows. The report counts rows, and names parts
-    with a fault.
+    `load` makes the network of the file or folder `path`, which all nodes see. `truth` says whether a row has the content. `limit` ends the
+    reading after so many rows. The report counts rows, and names parts with a fault.
     """
     shared, tally = ray.put(list(parts)), Tally.remote()
 
@@ -131,6 +132,7 @@ class Looked:
     groups: np.ndarray               # (N,) int
     truth: np.ndarray | None         # (N,) bool
     features: np.ndarray             # (N, E)
+    digest: str = ""                 # of what all this follows from, where `look` has found it
 
     @classmethod
     def of(cls, table: pyarrow.Table, parts: Sequence[Part]) -> Looked:
@@ -151,12 +153,6 @@ class Looked:
         return [[Picture(thumbnail(found[self.places[n]].image) if self.places[n] in found else None, label)]
                 for n, label in zip(rows, labels or [self.captions[n] for n in rows], strict=True)]
 
-    def without(self, names: Collection[str]) -> Looked:
-        """All rows but these."""
-        keep = [n for n, name in enumerate(self.names) if name not in names]
-        return replace(self, names=[self.names[n] for n in keep], places=[self.places[n] for n in keep], captions=[self.captions[n] for n in keep],
-                       groups=self.groups[keep], truth=None if self.truth is None else self.truth[keep], features=self.features[keep])
-
 
 def look(source: str, network: str, size: int, cache: str, report: Callable[[str], None] = lambda line: None) -> Looked:
     """The corpus `source` as evaluation looks at it with a network, at `size` pixels; or as the file `cache` holds it from before.
@@ -164,32 +160,35 @@ def look(source: str, network: str, size: int, cache: str, report: Callable[[str
     All paths are local or s3://. The cache is of the network and of which files there are. Ray must be connected. Raises UserError.
     """
     source, network = storage.absolute(source), storage.absolute(network)
-    parts, of = find_parts(source), digest(source, network, size)
+    parts = find_parts(source)
+    try:
+        job = storage.read(f"{source}/{JOB}").decode()      # generated pictures are called alike whatever they were made with
+    except storage.StorageError:
+        job = ""
+    named = [[part.url, part.count, part.files] for part in parts]
+    digest = hashlib.sha256(json.dumps([fingerprint(fetch_network(network)), size, job, named]).encode()).hexdigest()
+
+    def see() -> pyarrow.Table:
+        report(f"looking at {source}")
+        table, counted = embed(parts, network, load=partial(load_network, size=size))
+        for fault in counted.faults:
+            report(fault)
+        return table
+    return replace(Looked.of(kept(cache, digest, see), parts), digest=digest)
+
+
+def kept(cache: str | Path, of: str, make: Callable[[], pyarrow.Table]) -> pyarrow.Table:
+    """The table in the file `cache`, local or s3://, if it is `of` what is wanted; else made, and written there."""
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(storage.read(cache)))
         if (table.schema.metadata or {}).get(b"of") == of.encode():
-            return Looked.of(table, parts)
+            return table
     except (storage.MissingError, pyarrow.ArrowInvalid):
         pass
-    report(f"looking at {source}")
-    table, counted = embed(parts, network, load=partial(load_network, size=size))
-    for fault in counted.faults:
-        report(fault)
-    sink = io.BytesIO()
+    sink, table = io.BytesIO(), make()
     pyarrow.parquet.write_table(table.replace_schema_metadata({"of": of}), sink)
     storage.put(sink.getvalue(), cache)
-    return Looked.of(table, parts)
-
-
-def digest(source: str, network: str, size: int) -> str:
-    """Of what features follow from: the network, and which images there are, with their captions; of generated ones, what they were made with."""
-    source = storage.absolute(source)
-    try:
-        job = storage.read(f"{source}/{JOB}").decode()
-    except storage.StorageError:
-        job = ""
-    parts = [[part.url, part.count, part.files] for part in find_parts(source)]
-    return hashlib.sha256(json.dumps([fingerprint(fetch_network(network)), size, job, parts]).encode()).hexdigest()
+    return table
 
 
 def _matrix(column: pyarrow.ChunkedArray) -> np.ndarray:

@@ -24,7 +24,7 @@ from ..evaluation.pages import Picture, Section, page, thumbnail
 from ..evaluation.report import contact_sheet, roc_curve
 from ..recipe import fingerprint
 from .corpus import PAGE, count, look_up, refuse_source, rewrite, write_manifest
-from .features import ACTORS, Looked, embed
+from .features import ACTORS, Looked, embed, kept
 from .local import connect, send_with
 
 FILTER, LABELS, SHEET, FEATURES = "filter.safetensors", "labels.csv", "sheet.png", "features.parquet"
@@ -129,20 +129,15 @@ def _pool(corpus: str, out: Path, clip: str, config: FilterConfig, truth: Rule |
     order = np.random.default_rng(config.seed).permutation(len(parts))
     parts = [parts[n] for n in order]
     of = json.dumps([corpus, fingerprint(clip), config.pool, config.seed, config.group, [part.url for part in parts]])
-    try:
-        table = pyarrow.parquet.read_table(out / FEATURES)
-        if truth is None and (table.schema.metadata or {}).get(b"of") == of.encode():
-            return Looked.of(table, parts)
-    except (FileNotFoundError, pyarrow.ArrowInvalid):
-        pass
-    report(f"looking at {corpus}, {config.pool:,} rows at the most")
-    table, counted = embed(parts, clip, truth, group=config.group, limit=config.pool)
-    for fault in counted.faults:
-        report(fault)
-    if truth is None:       # all rounds run in one call where it is known
-        with storage.whole(out / FEATURES) as partial:
-            pyarrow.parquet.write_table(table.replace_schema_metadata({"of": of}), partial)
-    return Looked.of(table, parts)
+
+    def see() -> pyarrow.Table:
+        report(f"looking at {corpus}, {config.pool:,} rows at the most")
+        table, counted = embed(parts, clip, truth, group=config.group, limit=config.pool)
+        for fault in counted.faults:
+            report(fault)
+        return table
+    # All rounds run in one call where the truth is known.
+    return Looked.of(kept(out / FEATURES, of, see) if truth is None else see(), parts)
 
 
 def _assess(content: ContentFilter, pool: Pool, looked: Looked, corpus: str, held_out: str | None, clip: str, config: FilterConfig,

@@ -51,13 +51,14 @@ def page(title: str, sections: Sequence[Section]) -> str:
 
 
 def thumbnail(data: bytes, side: int = SIDE) -> np.ndarray | None:
-    """An image's bytes as pixels that fit into a square of `side`, None for one that is broken."""
+    """An image's bytes as pixels that fit into a square of `side`, those of a small one as squares; None for one that is broken."""
     try:
         image = decode(data)
     except ImageError:
         return None
     image.thumbnail((side, side), Image.Resampling.BOX)
-    return np.asarray(image)
+    times = side // max(image.size)
+    return np.asarray(image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST))
 
 
 def histogram(values: np.ndarray, bins: int = 12) -> list[tuple[str, int]]:
@@ -81,7 +82,7 @@ h1 { font-size: 20px } h2 { font-size: 16px; margin: 2em 0 .4em } p { margin: .3
 table { border-collapse: collapse } td { padding: 1px 10px 1px 0; vertical-align: middle } td.number { text-align: right }
 .wide { overflow-x: auto } .figures th { text-align: left; vertical-align: bottom; font-weight: 600; padding: 2px 12px 2px 0 } .figures td { padding: 2px 12px 2px 0 }
 .bar { background: #4a7fb5; height: 12px; min-width: 1px }
-.groups { display: flex; flex-wrap: wrap; gap: 10px } .group { display: flex; gap: 4px; padding: 6px; border: 1px solid #ddd; border-radius: 4px }
+.groups { display: flex; flex-wrap: wrap; gap: 10px } .group { display: flex; flex-wrap: wrap; gap: 4px; padding: 6px; border: 1px solid #ddd; border-radius: 4px }
 figure { margin: 0; overflow-wrap: anywhere; font-size: 11px; color: #555 } figure img { display: block; max-width: 100% }
 .none { height: 60px; display: grid; place-items: center; background: #eee }
 </style></head><body><h1>{{ title }}</h1>

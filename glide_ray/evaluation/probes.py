@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .metrics import MetricError
+from .report import aligned
 
 SWAPS = 9999        # drawn where there are too many to try them all
 CHANNELS = ("red", "green", "blue")
@@ -86,11 +87,9 @@ def text(found: Mapping[str, Any]) -> str:
     """Figures for a terminal: a row for each group, and a line for each two."""
     words = list(found["groups"][0]["words"])
     rows = [("", "colour", *words), *((group["prompt"], colour_name(group), *(f"{value:.4f}" for value in group["words"].values())) for group in found["groups"])]
-    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    table = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in rows]
     pairs = [f"{' – '.join(pair['prompts'])}: distance {pair['distance']:.4f} (by chance {pair['by_chance']:.4f}), p = {pair['p']:.4g}"
              + "".join(f", {word} {above(one, 4)}" for word, one in pair["words"].items()) for pair in found["pairs"]]
-    return "\n".join([*table, *pairs])
+    return "\n".join([aligned(rows), *pairs])
 
 
 def above(one: Mapping[str, float], digits: int) -> str:

@@ -1,4 +1,4 @@
-"""Pictures for people: contact sheets, edits, loss curves."""
+"""Pictures and tables for people: contact sheets, edits, curves, fronts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -52,6 +53,12 @@ def grid(rows: Sequence[Sequence[np.ndarray]], columns: Sequence[str], names: Se
     return sheet
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal: names to the left, the rest to the right of their columns."""
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in rows)
+
+
 def scaled(pixels: np.ndarray, size: int) -> Image.Image:
     """A square picture at another size, its pixels kept as squares where it grows."""
     return Image.fromarray(pixels).resize((size, size), Image.Resampling.BOX if len(pixels) > size else Image.Resampling.NEAREST)
@@ -79,10 +86,10 @@ def roc_curve(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Point:
-    """A set of pictures in the plots: its figures by name, with `guidance_scale` and `clip_scale` where they are known."""
+    """A set of pictures in the plots: its figures by name, with `model`, `guidance_scale` and `clip_scale` where they are known."""
 
     name: str
-    figures: Mapping[str, float]
+    figures: Mapping[str, Any]
 
     @property
     def guidance(self) -> tuple[str, float] | None:
@@ -94,35 +101,41 @@ class Point:
 
 
 def fronts(points: Sequence[Point], inception: bool) -> np.ndarray:
-    """Figure 6 as a picture (H, W, 3): FID over IS, precision over recall, CLIP score over FID, a line for each kind of guidance.
+    """Figure 6 as a picture (H, W, 3): FID over IS, precision over recall, CLIP score over FID, a line for each kind of guidance of
+    each model.
 
-    The unguided set begins both lines. `inception`: whether these are FID and IS, or the same of a CLIP's features.
+    A model's unguided set begins both lines. `inception`: whether these are FID and IS, or the same of a CLIP's features.
     """
     pyplot = _pyplot()
     fid, score = ("FID", "IS") if inception else ("Fréchet distance (CLIP)", "exp. of mutual information (CLIP)")
     panels = (("inception_score", score, "frechet_distance", fid), ("recall", "recall", "precision", "precision"),
               ("frechet_distance", fid, "clip_score", "CLIP score"))
-    lines: dict[str, list[tuple[float, Point]]] = {}
-    for point in points:
-        if point.guidance not in (None, UNGUIDED):
-            lines.setdefault(point.guidance[0], []).append((point.guidance[1], point))
-    for point in points:
-        if point.guidance == UNGUIDED:
-            for line in lines.values() or [lines.setdefault("unguided", [])]:
-                line.append((0, point))
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     for axis, (across, across_label, up, up_label) in zip(axes, panels, strict=True):
-        for kind, line in sorted(lines.items()):
-            line = [point for _, point in sorted(line, key=lambda scaled: scaled[0])]
+        for kind, line in _lines(points).items():
             axis.plot([point.figures[across] for point in line], [point.figures[up] for point in line], "o-", label=kind, markersize=4, linewidth=1.3)
         for point in points:
             if point.guidance is None:
                 axis.plot([point.figures[across]], [point.figures[up]], "s", label=point.name, markersize=5)
-            axis.annotate(f"{point.guidance[1]:g}" if point.guidance else "", (point.figures[across], point.figures[up]), textcoords="offset points", xytext=(4, 4), fontsize=8, color="grey")
+            axis.annotate(f"{point.guidance[1]:g}" if point.guidance else "", (point.figures[across], point.figures[up]), textcoords="offset points", xytext=(4, 4),
+                          fontsize=8, color="grey")
         axis.set(xlabel=across_label, ylabel=up_label)
         axis.grid(alpha=0.3)
     axes[0].legend()
     return _pixels(figure)
+
+
+def _lines(points: Sequence[Point]) -> dict[str, list[Point]]:
+    """Those of each model and kind of guidance, by their scales."""
+    guided = [point for point in points if point.guidance]
+    models, lines = list(dict.fromkeys(point.figures.get("model", "") for point in guided)), {}
+    for model in models:
+        own = [point for point in guided if point.figures.get("model", "") == model]
+        unguided, rest = [point for point in own if point.guidance == UNGUIDED], [point for point in own if point.guidance != UNGUIDED]
+        for kind in sorted({point.guidance[0] for point in rest}) or [UNGUIDED[0]]:
+            line = sorted((point for point in rest if point.guidance[0] == kind), key=lambda point: point.guidance[1])
+            lines[f"{kind}, {model}" if len(models) > 1 else kind] = unguided + line
+    return lines
 
 
 def loss_curves(runs: Mapping[str, Sequence[Mapping]], path: str | Path) -> None:

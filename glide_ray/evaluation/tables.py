@@ -15,6 +15,7 @@ import numpy as np
 from .. import storage
 from ..config import UserError
 from .elo import EloError, Standing, Vote, standings, wins
+from .report import aligned
 from .turns import FAILED_SHARE, FIRST, QUESTIONS, TIE
 from .votes import Cast, Votes, left_out
 
@@ -112,7 +113,7 @@ def text(found: Mapping[str, Any]) -> str:
     scores = [[model, *(_score(of["scores"].get(model)) for of in questions.values())] for model in models]
     pairs = [(one, other) for n, one in enumerate(models) for other in models[n + 1:] if any(other in of["wins"].get(one, {}) for of in questions.values())]
     won = [[f"{one} against {other}", *(_share(of["wins"].get(one, {}).get(other)) for of in questions.values())] for one, other in pairs]
-    parts = [_table("Elo scores, with 95% intervals", heads, scores), _table("Wins, a tie being half of one for each", heads, won)]
+    parts = [aligned([["Elo scores, with 95% intervals", *heads], *scores]), aligned([["Wins, a tie being half of one for each", *heads], *won])]
     parts += [f"{question}: {of['no_scores']}" for question, of in questions.items() if "no_scores" in of]
     return "\n\n".join([*parts, _who(found)])
 
@@ -130,12 +131,6 @@ def _score(one: Mapping[str, float] | None) -> str:
 
 def _share(one: Mapping[str, float] | None) -> str:
     return "-" if one is None else f"{one['share']:.0%}  of {one['votes']:,}"
-
-
-def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [[title, *heads], *rows]
-    widths = [max(len(line[n]) for line in lines) for n in range(len(heads) + 1)]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]) for line in lines)
 
 
 def _who(found: Mapping[str, Any]) -> str:
