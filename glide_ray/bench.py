@@ -26,7 +26,7 @@ from .config import ModelConfig, Preset, SampleOptions, UserError, nearest
 from .data.images import centre_crop, decode, to_uint8
 from .data.shards import read_shard
 from .diffusion.guidance import combine
-from .diffusion.schedule import make_schedule
+from .diffusion.schedule import kept_timesteps, make_schedule
 from .flight import SampleRequest
 from .forms import DTYPES, Batch, Conditioning
 from .hardware import measured_peak
@@ -98,15 +98,19 @@ def bench_cascade(family: str = "filtered", precision: str = "fp16", repeats: in
     steppers = []
     for role in ("base", "upsampler"):
         config = presets.get(f"{family}-{role}").model
-        steppers.append(Stepper(random_model(config, DTYPES[precision]).to(device), config, device, DTYPES[precision], at_once))
+        steppers.append(Stepper(random_model(config, DTYPES[precision], device=device), config, device, DTYPES[precision], at_once))
     cascade, figures = Cascade(*steppers), {}
+    own = [stepper.config.sampling.respacing for stepper in steppers]
+    work = sum(inspect(stepper.config).flops * (1 if stepper.config.sampling.guidance_scale == 1 else 2) * len(kept_timesteps(1000, steps))
+               for stepper, steps in zip(steppers, own, strict=True))
     for name, options in (("own", SampleOptions()), ("20", SampleOptions(sampler="dpm++", steps=20, upsampler_steps=20))):
-        cascade.generate(PROMPTS[:1], [0], SampleOptions(steps=2, upsampler_steps=2))       # kernels are chosen
+        for count in (1, at_once):       # kernels are chosen, and graphs recorded
+            cascade.generate((PROMPTS * at_once)[:count], list(range(count)), SampleOptions(steps=2, upsampler_steps=2))
         times = [_timed(lambda seed=seed, options=options: cascade.generate(PROMPTS[:1], [seed], options)) for seed in range(repeats)]
         many = _timed(lambda options=options: cascade.generate([PROMPTS[n % len(PROMPTS)] for n in range(at_once)], list(range(at_once)), options))
         figures |= {f"steps_{name}_s": round(statistics.median(times), 3), f"steps_{name}_s_min": round(min(times), 3), f"steps_{name}_s_max": round(max(times), 3),
                     f"steps_{name}_images_per_s": round(at_once / many, 3)}
-    own = [stepper.config.sampling.respacing for stepper in steppers]
+    figures["steps_own_tflop_per_s"] = round(work / figures["steps_own_s"] / 1e12, 1)
     return {"models": family, "device": torch.cuda.get_device_name() if device == "cuda" else "CPU", "precision": precision, "own_steps": own, "at_once": at_once,
             "repeats": repeats, **figures}
 
@@ -207,16 +211,18 @@ def bench_train(preset: Preset, precision: str = "bf16", repeats: int = 5, image
         conditioning = replace(conditioning, low_res=conditioning.low_res[..., :size // 4, :size // 4])
     batch = Batch(torch.rand(images, 3, size, size) * 2 - 1, conditioning)
     trainer, schedule = Trainer(preset), make_schedule(model.diffusion.schedule, model.diffusion.steps)
+    schedule, there = schedule.to(trainer.device), batch.to(trainer.device)
 
     def loop(dtype: torch.dtype, memory_format: torch.memory_format) -> Callable[[int], None]:
-        network = build(model).train().to(dtype)
+        network = build(model).train().to(trainer.device, dtype)
         network.memory_format = memory_format
         masters = [parameter.detach().float().requires_grad_() for parameter in network.parameters()] if dtype != torch.float32 else list(network.parameters())
         optimiser = torch.optim.AdamW(masters, lr=1e-4, weight_decay=0.0, fused=dtype != torch.float32 or None)       # fused as ours is; the plain one as it comes
         ema = Ema(masters, preset.train.ema_rates)
 
         def step(number: int) -> None:
-            denoising(network, schedule, batch, *draw(schedule, batch, 0, number))["loss"].mean().backward()
+            drawn = (tensor.to(trainer.device) for tensor in draw(schedule, there, 0, number))
+            denoising(network, schedule, there, *drawn)["loss"].mean().backward()
             for master, parameter in zip(masters, network.parameters(), strict=True):
                 if master is not parameter:
                     master.grad, parameter.grad = parameter.grad.float(), None
@@ -315,12 +321,13 @@ def _pictures(corpus: Path, count: int) -> list[tuple[Image.Image, str]]:
     raise UserError(f"There are only {len(found)} pictures in {corpus}; make the emoji corpus with `glide corpus`.")
 
 
-def random_model(config: ModelConfig, dtype: torch.dtype, channels_last: bool = True) -> GlideUNet:
-    """A model drawn directly in `dtype`: never in memory twice, nor in float32 first. Its zeros are drawn too."""
+def random_model(config: ModelConfig, dtype: torch.dtype, channels_last: bool = True, device: str = "cpu") -> GlideUNet:
+    """A model drawn directly in `dtype` on its device: never in memory twice, nor in float32 first. Its zeros are drawn too."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = GlideUNet(config.unet).eval().requires_grad_(False)
+        with torch.device(device):
+            model = GlideUNet(config.unet).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(default)
     for parameter in model.parameters():
@@ -339,4 +346,6 @@ def peak_memory_bytes() -> int:
 def _timed(function: Callable) -> float:
     began = time.perf_counter()
     function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - began

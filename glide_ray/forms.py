@@ -100,6 +100,11 @@ class Batch(Rows):
     rows: Tensor | None = None                                # (B,) int64: which rows of the corpus these are
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`, without waiting for what a GPU still has to do: a plain `to` would."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}      # of a precision by its name
 
 # (x (B,3,H,W), timestep (B,)) -> ModelOutput; guidance takes a denoiser and gives a denoiser.

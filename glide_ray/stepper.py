@@ -7,7 +7,7 @@ same whatever it is batched with, on whichever replica, and after a retry.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,11 +22,13 @@ from .diffusion.process import q_sample
 from .diffusion.samplers import SAMPLERS, History, Known, Step, ddim_inversion_step, predict_x0, renoise_known
 from .diffusion.schedule import Schedule, join, kept_timesteps, make_schedule, respace
 from .flight import Flight, Sample, SampleRequest
-from .forms import Conditioning, ModelOutput, TextFeatures
+from .forms import Conditioning, ModelOutput, TextFeatures, sent
+from .models.captured import Captured
 from .models.unet import GlideUNet
 
 STRETCH = 3              # a sample is due after so many times its own steps: short ones go first, and none waits for ever
 CAPTIONS_KEPT = 64       # of which the text features are at hand
+AHEAD = 1                # steps that a GPU may still have to do when the next is prepared: what leaves or comes is heeded the step after
 
 
 class Stepper:
@@ -44,6 +46,10 @@ class Stepper:
         self.model = model.to(self.device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
         self.batched = self.device.type != "cpu" if batched is None else batched
         self.width = max_in_flight if self.batched else min(lanes, max_in_flight)      # samples that a step advances, at most
+        self._network = self.model
+        if self.device.type == "cuda":
+            self.model.fuse()
+            self._network = Captured(self.model, max_in_flight * (1 if config.sampling.guidance_scale == 1 else 2))
         self.critic = critic
         self.steps_done = 0
         self.sample_steps_done = 0      # of all samples
@@ -54,6 +60,8 @@ class Stepper:
         self._samples: list[Sample] = []
         self._together: list[Sample] = []      # those whose rows are joined
         self._flight: Flight | None = None     # in this
+        self._paired: tuple[TextFeatures, list[int], Conditioning, TextFeatures] | None = None      # the last call's, for as long as the samples are the same
+        self._behind: deque[torch.cuda.Event] = deque()      # steps that a GPU has been given
         self._tickets = 0
         self._captions: OrderedDict[bytes, TextFeatures] = OrderedDict()
         self._lanes = None
@@ -115,7 +123,10 @@ class Stepper:
             if [sample.ticket for sample in moving] != [sample.ticket for sample in self._together]:
                 self._part()
                 self._together, self._flight = list(moving), Flight.join([sample.row for sample in moving])
+            self._wait(AHEAD)
             self._flight = self._advance(moving, self._flight)
+            if self.device.type == "cuda":
+                self._behind.append(torch.cuda.current_stream().record_event())
         else:
             rows = (map if self._lanes is None else self._lanes.map)(lambda sample: self._advance([sample], sample.row), moving)
             for sample, row in zip(moving, rows, strict=True):
@@ -136,6 +147,13 @@ class Stepper:
             if on_step:
                 on_step(self.sample_steps_done - before, total)
         return torch.stack([images[ticket] for ticket in tickets])
+
+    @torch.inference_mode()
+    def warm(self, request: SampleRequest) -> None:
+        """Run a first sample; on a GPU also choose kernels and record graphs for every number of samples, which the next ones would wait for."""
+        self.run([request])
+        if isinstance(self._network, Captured):
+            self._network.record()
 
     @torch.inference_mode()
     def invert(self, requests: Sequence[SampleRequest], images: Tensor) -> Tensor:
@@ -163,6 +181,11 @@ class Stepper:
         group = sum(other.left for other in (*self._samples, *self._waiting) if request.group is not None and other.request.group == request.group)
         return self.sample_steps_done + STRETCH * (group + steps)
 
+    def _wait(self, ahead: int) -> None:
+        """Until a GPU has no more than so many steps before it."""
+        while len(self._behind) > ahead:
+            self._behind.popleft().synchronize()
+
     def _part(self) -> None:
         """Give the samples that were batched their own rows again."""
         for n, sample in enumerate(self._together):
@@ -174,16 +197,16 @@ class Stepper:
         """One step of all these samples, in one network call. What decides it is known here: the device is asked nothing."""
         names = list(dict.fromkeys(sample.respacing for sample in samples))
         schedule, starts = self._joined(names)
-        i = torch.tensor([starts[sample.respacing] + sample.left - 1 for sample in samples]).to(self.device)
+        i = sent(torch.tensor([starts[sample.respacing] + sample.left - 1 for sample in samples]), self.device)
         timesteps = [self._timesteps(sample.respacing)[sample.left - 1] for sample in samples]
         output = self._denoise(samples, flight, schedule.timestep[i], timesteps)
-        noise = torch.cat([self._noise(sample) for sample in samples]).to(self.device)
+        noise = sent(torch.cat([self._noise(sample) for sample in samples]), self.device)
         step = self._sampled(samples, schedule, output, flight, i, noise, self._gradient(samples, schedule, output, flight, i, timesteps))
         x = step.x
         if not self.config.unet.inpaint and any(sample.edits for sample in samples):
             # This model does not see what is known but in x itself (sec. 4.3). The noise is drawn for edits only.
             renoise = torch.cat([self._noise(sample) if sample.edits else torch.zeros_like(x[:1], device="cpu") for sample in samples])
-            x = renoise_known(schedule, x, i, renoise.to(self.device), Known(flight.conditioning.known, flight.conditioning.known_mask))
+            x = renoise_known(schedule, x, i, sent(renoise, self.device), Known(flight.conditioning.known, flight.conditioning.known_mask))
         for n, sample in enumerate(samples):
             sample.left -= 1
             if sample.shows():
@@ -197,13 +220,13 @@ class Stepper:
         parts, order = [], []
         for name in dict.fromkeys(names):
             here = [n for n, sampler in enumerate(names) if sampler == name]
-            rows = torch.tensor(here).to(self.device)
+            rows = slice(None) if len(here) == len(names) else sent(torch.tensor(here), self.device)
             part = flight[rows]
-            known = Known(part.conditioning.known, part.conditioning.known_mask)
+            known = Known(part.conditioning.known, part.conditioning.known_mask) if any(samples[n].edits for n in here) else None
             push = None if gradient is None else gradient[rows]
             parts.append(SAMPLERS[name](schedule, output[rows], part.x, i[rows], noise[rows], known, push, part.history))
             order += here
-        return parts[0] if len(parts) == 1 else Step.join(parts)[torch.tensor(order).argsort().to(self.device)]
+        return parts[0] if len(parts) == 1 else Step.join(parts)[sent(torch.tensor(order).argsort(), self.device)]
 
     def _gradient(self, samples: list[Sample], schedule: Schedule, output: ModelOutput, flight: Flight, i: Tensor,
                   timesteps: list[int]) -> Tensor | None:
@@ -211,8 +234,8 @@ class Stepper:
         pulled = [n for n, sample in enumerate(samples) if sample.request.clip_scale and sample.guides(timesteps[n], self.config.diffusion.steps)]
         if not pulled:
             return None
-        rows = torch.tensor(pulled).to(self.device)
-        scale = torch.tensor([samples[n].request.clip_scale for n in pulled]).to(self.device)
+        rows = sent(torch.tensor(pulled), self.device)
+        scale = sent(torch.tensor([samples[n].request.clip_scale for n in pulled]), self.device)
         seen = flight.x
         if not self.critic.noised:      # it is shown the predicted image as it emerges from the noise (Crowson 2021a)
             share = (1 - schedule.at("alpha_bar", i)).sqrt().float()
@@ -234,14 +257,21 @@ class Stepper:
                               for sample, t in zip(samples, timesteps, strict=True)])
 
         def paired(x: Tensor, timestep: Tensor) -> ModelOutput:
-            guided = len(x) - len(samples)
-            if not guided:
-                return self.model(x, timestep, flight.conditioning, flight.text)
-            rows = scale.ne(1).nonzero()[:, 0].to(self.device)
-            conditioning = Conditioning.join([flight.conditioning, flight.conditioning[rows]])
-            empty = self._empty_text().map(lambda tensor: tensor.expand(guided, *tensor.shape[1:]))
-            return self.model(x, timestep, conditioning, TextFeatures.join([flight.text, empty]))
+            return self._network(x, timestep, *self._with_empty(flight, scale.ne(1).nonzero()[:, 0]))
         return classifier_free(paired, scale)(flight.x, timestep)
+
+    def _with_empty(self, flight: Flight, guided: Tensor) -> tuple[Conditioning, TextFeatures]:
+        """The conditions of a call: those of all samples, and once more of the `guided` (their numbers), with the empty caption."""
+        if not len(guided):
+            return flight.conditioning, flight.text
+        known = self._paired if self.batched else None      # one by one there is nothing to save, and lanes would disturb each other
+        if known is None or known[0] is not flight.text or known[1] != guided.tolist():
+            conditioning = Conditioning.join([flight.conditioning, flight.conditioning[sent(guided, self.device)]])
+            empty = self._empty_text().map(lambda tensor: tensor.expand(len(guided), *tensor.shape[1:]))
+            known = flight.text, guided.tolist(), conditioning, TextFeatures.join([flight.text, empty])
+            if self.batched:
+                self._paired = known
+        return known[2:]
 
     def _empty_text(self) -> TextFeatures:
         """The features of the empty caption, which every guided sample shares."""

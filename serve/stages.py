@@ -50,8 +50,8 @@ class Stage(ABC):
         local = fetch(path)
         stepper = cascade.load_stepper(local, self.role, precision, max_in_flight, fetch_clip(clip) if clip else None, LANES)
         self.config, self.critic, self.device = stepper.config, stepper.critic, stepper.device
+        stepper.warm(self._first())
         self._model, self._sha256, self._engine = model, fingerprint(local), Engine(stepper)
-        self._engine.submit(self._first()).result()
 
     @abstractmethod
     def _first(self) -> SampleRequest:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"       # before anything imports Triton
 from glide_ray import presets
 from glide_ray.settings import override
 from glide_ray.data import emoji

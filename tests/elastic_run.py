@@ -58,7 +58,7 @@ def main(corpus, out):
              "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "60"]
     subprocess.run(drain, check=True, capture_output=True)
     wait_for("about to be taken away")
-    run.join(120)
+    run.join(240)
     os._exit(int(run.is_alive()))       # Ray's own farewells to nodes that are gone take a minute
 
 

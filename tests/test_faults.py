@@ -277,7 +277,7 @@ def test_a_run_shrinks_with_its_nodes_and_grows_again_and_is_the_same_run(drawn_
     """A node lost, one more, one drained: each loss is that of one undisturbed process."""
     out = tmp_path / "run"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    done = subprocess.run([sys.executable, elastic_run.__file__, str(drawn_corpus), str(out)], env=environment, capture_output=True, text=True, timeout=400,
+    done = subprocess.run([sys.executable, elastic_run.__file__, str(drawn_corpus), str(out)], env=environment, capture_output=True, text=True, timeout=600,
                           check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     log = (out / "events.log").read_text()

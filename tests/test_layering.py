@@ -3,6 +3,7 @@
 import ast
 import sys
 from graphlib import CycleError, TopologicalSorter
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +81,8 @@ def test_the_core_runs_where_ray_and_deepspeed_are_not_installed(tmp_path):
     """In a process in which importing either fails."""
     import subprocess
     script = tmp_path / "core.py"
-    core = sorted(module for module in MODULES if LAYER[room(module)] <= 2 and module != "glide_ray.train.loop")
+    core = sorted(module for module in MODULES if LAYER[room(module)] <= 2 and module != "glide_ray.train.loop"
+                  and (module != "glide_ray.models.kernels" or find_spec("triton")))
     script.write_text("import sys\nsys.modules.update(ray=None, deepspeed=None)\nimport importlib\n"
                       f"for name in {core!r}: importlib.import_module(name)\n"
                       "print(len([m for m in sys.modules if m.startswith('glide_ray.')]))\n")

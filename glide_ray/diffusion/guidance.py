@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..forms import Denoiser, ModelOutput
+from ..forms import Denoiser, ModelOutput, sent
 
 
 def classifier_free(paired: Denoiser, scale: Tensor) -> Denoiser:
@@ -19,11 +19,11 @@ def classifier_free(paired: Denoiser, scale: Tensor) -> Denoiser:
     here = scale.ne(1).nonzero()[:, 0]
 
     def denoise(x: Tensor, timestep: Tensor) -> ModelOutput:
-        guided = here.to(x.device)
+        guided = slice(None) if len(here) == len(scale) else sent(here, x.device)
         both = paired(torch.cat([x, x[guided]]), torch.cat([timestep, timestep[guided]]))
         caption, empty = both[:len(x)], both[len(x):]
-        eps = caption.eps.index_copy(0, guided, combine(caption.eps[guided], empty.eps, scale[here].to(x.device)))
-        return ModelOutput(eps, caption.variance)
+        eps = combine(caption.eps[guided], empty.eps, sent(scale[here], x.device))
+        return ModelOutput(eps if len(eps) == len(x) else caption.eps.index_copy(0, guided, eps), caption.variance)
     return denoise
 
 

@@ -1,6 +1,7 @@
 """The building blocks of the ADM UNet (Dhariwal & Nichol 2021, app. B) with text in its attention (GLIDE sec. 4.1).
 
 Images are (B, C, H, W) in channels-last memory: an attention layer then sees its (B, HW, C) tokens without a copy.
+Blocks that are `fused` compute the same with `kernels.py`, for a GPU's inference (`GlideUNet.fuse`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,17 @@ def timestep_embedding(timestep: Tensor, width: int, max_period: float = 10_000.
 class GroupNorm(nn.GroupNorm):
     """Group normalisation whose statistics are float32 at any precision (sec. 4.1: fp16 training is stable with it)."""
 
+    fused = False
+
     def forward(self, x: Tensor) -> Tensor:
+        return self.on_the_way(x) if self.fused else self.normalised(x)
+
+    def on_the_way(self, x: Tensor, **and_more) -> Tensor:
+        """With all that `kernels.group_norm` does besides."""
+        from . import kernels      # Triton comes with PyTorch's builds for GPUs alone
+        return kernels.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, **and_more)
+
+    def normalised(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.dtype != torch.float32 and x.requires_grad:
             return _HalfGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
         if x.device.type == "cpu" or x.dtype == torch.float32:   # the CPU kernel accumulates in float32 by itself
@@ -67,7 +78,10 @@ class Downsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, [resample], conv; norm scaled and shifted by the embedding, SiLU, dropout, conv; plus the skip."""
+    """norm, SiLU, [resample], conv; norm scaled and shifted by the embedding, SiLU, dropout, conv; plus the skip. The embedding (B, E) is that of
+    timestep and text, through SiLU."""
+
+    fused: slice | None = None      # where its scale and shift lie among those of all blocks
 
     def __init__(self, channels: int, out_channels: int, embedding: int, groups: int, dropout: float,
                  resample: type[Upsample] | type[Downsample] | None = None):
@@ -82,14 +96,29 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(channels, out_channels, 1) if out_channels != channels else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        if self.fused:
+            return self._fused(x, *embedding[:, self.fused].chunk(2, dim=1))
         h = self.in_conv(self.resample(F.silu(self.in_norm(x))))                    # (B, out, H', W')
-        scale, shift = self.embedding(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)
+        scale, shift = self.embedding(embedding)[:, :, None, None].chunk(2, dim=1)
         h = F.silu(torch.addcmul(shift, self.out_norm(h), 1 + scale))
         return self.skip(self.resample(x)) + self.out_conv(self.dropout(h))
+
+    def _fused(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """The convolutions without their biases, which what follows adds."""
+        from . import kernels
+        resample = {Upsample: kernels.UP, Downsample: kernels.DOWN, nn.Identity: kernels.SAME}[type(self.resample)]
+        h = F.conv2d(self.in_norm.on_the_way(x, silu=True, resample=resample), self.in_conv.weight, padding=1)
+        h = self.out_norm.on_the_way(h, before=self.in_conv.bias, scale=scale, shift=shift, silu=True)
+        h = F.conv2d(h, self.out_conv.weight, padding=1)
+        if isinstance(self.skip, nn.Identity):
+            return kernels.add(h, x, self.out_conv.bias, resample=resample)
+        return kernels.add(h, F.conv2d(x, self.skip.weight), self.out_conv.bias, self.skip.bias)      # no block resamples and widens
 
 
 class AttentionBlock(nn.Module):
     """Self-attention over pixels whose keys and values are preceded by the projected text (sec. 4.1)."""
+
+    fused = False
 
     def __init__(self, channels: int, head_channels: int, text_width: int, groups: int):
         super().__init__()
@@ -108,8 +137,13 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, text_key: Tensor, text_value: Tensor) -> Tensor:
         b, c, height, width = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(b, height * width, c)
-        query, key, value = self.qkv(tokens).view(b, height * width, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
-        attended = F.scaled_dot_product_attention(query, torch.cat([text_key, key], dim=2),
-                                                  torch.cat([text_value, value], dim=2))   # softmax is float32 inside
+        qkv = self.qkv(tokens).view(b, height * width, self.heads, 3, -1)
+        query, key, value = qkv.permute(3, 0, 2, 1, 4)
+        if self.fused:
+            from . import kernels
+            key, value = kernels.keys_values(qkv, text_key, text_value)
+        else:
+            key, value = torch.cat([text_key, key], dim=2), torch.cat([text_value, value], dim=2)
+        attended = F.scaled_dot_product_attention(query, key, value)   # softmax is float32 inside
         attended = self.out(attended.transpose(1, 2).reshape(b, height * width, c))
         return x + attended.view(b, height, width, c).permute(0, 3, 1, 2)

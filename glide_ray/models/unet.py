@@ -6,6 +6,7 @@ Base, upsampler, and the inpainting form of each differ in their input channels 
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ class GlideUNet(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self._embeddings: tuple[Tensor, Tensor] | None = None      # weight and bias, see `fuse`
         # Of the activations. Convolutions follow their input's, so this holds where ZeRO has flattened the weights too.
         self.memory_format = torch.channels_last
         embedding = 4 * config.channels
@@ -124,6 +126,26 @@ class GlideUNet(nn.Module):
         """Input channels of the known pixels and their mask, which start at zero."""
         return [slice(3, 7)] if self.config.inpaint else []
 
+    def fuse(self) -> None:
+        """For inference on an NVIDIA GPU: from now on `kernels.py` computes what stands between convolutions, without gradients.
+
+        Weights are then read past the modules that hold them, so this is not for a model whose weights a trainer shards. Without Triton, on
+        Windows say, nothing is fused.
+        """
+        if not find_spec("triton"):
+            return
+        for module in self.modules():
+            if isinstance(module, (GroupNorm, AttentionBlock)):
+                module.fused = True
+        # What every block makes of the embedding is one product; the blocks' own weights become views of its.
+        blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
+        self._embeddings = tuple(torch.cat([getattr(block.embedding, name).detach() for block in blocks]) for name in ("weight", "bias"))
+        start = 0
+        for block in blocks:
+            block.fused = slice(start, start := start + block.embedding.out_features)
+            for name, joined in zip(("weight", "bias"), self._embeddings, strict=True):
+                getattr(block.embedding, name).data = joined[block.fused]
+
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def attention_layers(self) -> list[AttentionBlock]:
@@ -141,7 +163,9 @@ class GlideUNet(nn.Module):
         if text is None:
             text = self.encode_text(conditioning.tokens, conditioning.mask)
         time = timestep_embedding(timestep, self.config.channels).to(dtype)
-        embedding = self.time_out(F.silu(self.time_in(time))) + text.pooled                   # (B, 4C)
+        embedding = F.silu(self.time_out(F.silu(self.time_in(time))) + text.pooled)           # (B, 4C), as every block takes it
+        if self._embeddings is not None:
+            embedding = F.linear(embedding, *self._embeddings)                                # (B, every block's scale and shift)
         h = self.stem(self._network_input(x, conditioning).to(dtype, memory_format=self.memory_format))
         keys_values = iter(text.keys_values)
         kept = [h]
@@ -152,7 +176,8 @@ class GlideUNet(nn.Module):
             h = self._run(stage, h, embedding, keys_values)
         for stage in self.up:
             h = self._run(stage, torch.cat([h, kept.pop()], dim=1), embedding, keys_values)
-        eps, variance = self.out(F.silu(self.out_norm(h))).float().chunk(2, dim=1)
+        h = self.out_norm.on_the_way(h, silu=True) if self.out_norm.fused else F.silu(self.out_norm(h))
+        eps, variance = self.out(h).float().chunk(2, dim=1)
         return ModelOutput(eps, variance)
 
     def _network_input(self, x: Tensor, conditioning: Conditioning) -> Tensor:

@@ -74,7 +74,7 @@ def _follow(preset: Preset, precision: str, on_cpu: bool) -> tuple[Moment, ...]:
     model.activation_checkpointing = preset.train.activation_checkpointing
     for module in model.modules():
         if on_cpu and isinstance(module, GroupNorm):        # whose kernel for CPUs needs no float32 copies
-            module.forward = partial(nn.GroupNorm.forward, module)
+            module.normalised = partial(nn.GroupNorm.forward, module)
     schedule = make_schedule(preset.model.diffusion.schedule, preset.model.diffusion.steps).to("meta")
     alive = _Alive(model)
     with alive, _kernels(on_cpu):

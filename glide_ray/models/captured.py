@@ -1,0 +1,89 @@
+"""A network's calls as CUDA graphs: its thousand launches are recorded once for each number of rows, and replayed by one."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+import torch
+from torch import Tensor
+
+from ..forms import Conditioning, ModelOutput, TextFeatures
+from .unet import GlideUNet
+
+WARMING = 3      # calls before one is recorded: cuDNN tries its algorithms, kernels are compiled
+
+
+def row_counts(most: int) -> list[int]:
+    """The numbers of rows that are recorded, up to `most`: powers of two and what lies halfway, so that at most a third of a call is padding."""
+    counts = {count for power in range(most.bit_length()) for count in (1 << power, 3 << power >> 1) if 0 < count < most}
+    return sorted(counts | {most})
+
+
+class Captured:
+    """`model` on a GPU, called as the model is but with `text` at hand, for `most` rows at most. Not thread-safe, and of one stream.
+
+    What it gives is overwritten by the next call. Rows are padded to the next of `row_counts`, and a graph is recorded when it is first wanted;
+    `record` makes them all. `text` and `conditioning` are copied only when they are other objects than those of the call before.
+    """
+
+    def __init__(self, model: GlideUNet, most: int):
+        self.model, self.most, self.counts = model, most, row_counts(most)
+        torch.backends.cudnn.benchmark = True       # shapes are few, and come again and again
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, ModelOutput]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._inputs: tuple[Tensor, Tensor, Conditioning, TextFeatures] | None = None
+        self._last: tuple[Conditioning, TextFeatures] | None = None
+
+    def __call__(self, x: Tensor, timestep: Tensor, conditioning: Conditioning, text: TextFeatures) -> ModelOutput:
+        rows = len(x)
+        if rows > self.most:        # an inversion, or a caller with more than it said
+            return self.model(x, timestep, conditioning, text)
+        count = self.counts[bisect_left(self.counts, rows)]
+        if self._inputs is None:
+            self._inputs = tuple(_room(given, self.most) for given in (x, timestep, conditioning, text))
+        held_x, held_timestep, held_conditioning, held_text = self._inputs
+        held_x[:rows].copy_(x)
+        held_timestep[:rows].copy_(timestep)
+        if self._last is None or conditioning is not self._last[0] or text is not self._last[1]:
+            pairs = [*zip(_tensors(held_conditioning), _tensors(conditioning), strict=True), *zip(_tensors(held_text), _tensors(text), strict=True)]
+            for kind in {given.dtype for _, given in pairs}:        # in one launch each
+                of = [(held[:rows], given) for held, given in pairs if given.dtype == kind]
+                torch._foreach_copy_([held for held, _ in of], [given for _, given in of])
+            self._last = conditioning, text
+        if count not in self._graphs:
+            self._graphs[count] = self._record(count)
+        graph, output = self._graphs[count]
+        graph.replay()
+        return output[:rows]
+
+    def record(self) -> None:
+        """All graphs that are not there yet, after a first call has shown the form of the inputs."""
+        for count in self.counts:
+            if count not in self._graphs:
+                self._graphs[count] = self._record(count)
+
+    def _record(self, count: int) -> tuple[torch.cuda.CUDAGraph, ModelOutput]:
+        x, timestep, conditioning, text = (given[:count] for given in self._inputs)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARMING):
+                self.model(x, timestep, conditioning, text)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):     # other threads may use the GPU meanwhile
+            output = self.model(x, timestep, conditioning, text)
+        return graph, output
+
+
+def _room(given, rows: int):
+    """Zeros for so many rows, in the form of `given`."""
+    def empty(tensor: Tensor) -> Tensor:
+        return tensor.new_zeros(rows, *tensor.shape[1:])
+    return empty(given) if isinstance(given, Tensor) else given.map(empty)
+
+
+def _tensors(form) -> list[Tensor]:
+    found: list[Tensor] = []
+    form.map(lambda tensor: found.append(tensor) or tensor)
+    return found
