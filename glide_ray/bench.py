@@ -15,16 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 from . import presets
-from .cascade import Cascade, base_request, load_stepper
+from .cascade import Cascade
 from .config import SAMPLE_PROMPTS as PROMPTS
 from .config import ModelConfig, Preset, SampleOptions, UserError, nearest
-from .data.images import centre_crop, decode, to_uint8
-from .data.shards import read_shard
 from .diffusion.guidance import combine
 from .diffusion.schedule import kept_timesteps, make_schedule
 from .flight import SampleRequest
@@ -35,7 +31,6 @@ from .models.unet import GlideUNet
 from .models.weights import build
 from .settings import override
 from .stepper import Stepper
-
 
 
 def bench_forward(preset: Preset, precision: str = "bf16", repeats: int = 1) -> dict[str, float | int | str]:
@@ -193,8 +188,6 @@ def _resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
 
 
-# -- what trained models can do ---------------------------------------------------------------------------------------
-
 def bench_train(preset: Preset, precision: str = "bf16", repeats: int = 5, images: int = 16) -> dict[str, float | int | str]:
     """A training step of ours, in turn with two others on the same batch: a plain PyTorch loop in float32 and contiguous memory, and a bare
     one in our precision with float32 masters and the average, which shows what DeepSpeed costs."""
@@ -245,80 +238,6 @@ def bench_train(preset: Preset, precision: str = "bf16", repeats: int = 5, image
             **{f"{name}_step_s": round(statistics.median(row[name] for row in times), 3) for name in steps},
             "ratio": round(statistics.median(ratios), 2), "ratio_min": round(min(ratios), 2), "ratio_max": round(max(ratios), 2),
             "to_bare": round(statistics.median(costs), 3), "to_bare_min": round(min(costs), 3), "to_bare_max": round(max(costs), 3), "repeats": repeats}
-
-
-def bench_samplers(base: Path, steps: Sequence[int] = (10, 15, 20, 30), truth: int = 250) -> dict:
-    """Mean squared distance of each sampler's pictures to those of 250 DDIM steps from the same noise, at guidance scale 1."""
-    stepper = load_stepper(base, "base", "fp32", max_in_flight=len(PROMPTS))
-
-    def pictures(sampler: str, count: int) -> torch.Tensor:
-        options = SampleOptions(sampler=sampler, steps=str(count), guidance_scale=1.0)
-        return stepper.run([base_request(stepper.config, prompt, seed, options) for seed, prompt in enumerate(PROMPTS)])
-    best = pictures("ddim", truth)
-    return {"base": stepper.config.name, "pictures": len(PROMPTS), "truth": f"ddim {truth}",
-            "mse": {sampler: {count: float(f"{(pictures(sampler, count) - best).square().mean():.3g}") for count in steps}
-                    for sampler in ("ddim", "plms", "dpm++")}}
-
-
-def bench_inpainting(base: Path, inpaint: Path, corpus: Path, images: int = 32, width: int = 2,
-                     samplers: Sequence[str] = ("ddim", "ancestral")) -> dict:
-    """The mean squared error, against the picture itself, of the `width` pixels of a hole that touch its border: of a model that
-    is trained for inpainting, and of one that is not and has the known pixels re-noised into each step (sec. 4.3)."""
-    wanted = _pictures(corpus, images)
-    steppers = {"implicit": load_stepper(base, "base", "fp32"), "explicit": load_stepper(inpaint, "base", "fp32")}
-    for name, path in (("implicit", base), ("explicit", inpaint)):
-        if steppers[name].config.inpaint != (name == "explicit"):
-            raise UserError(f"{path} is {'not ' if name == 'explicit' else ''}trained for inpainting; exchange the two weights files.")
-    results = {}
-    for sampler in samplers:
-        border, hole = zip(*(_inpainting_errors(stepper, sampler, wanted, width) for stepper in steppers.values()), strict=True)
-        gain = border[0] - border[1]        # picture by picture: the same hole, filled from the same noise
-        results[sampler] = {f"{part}_{name}": round(float(errors.mean()), 4) for part, pair in (("border", border), ("hole", hole))
-                            for name, errors in zip(steppers, pair, strict=True)}
-        results[sampler] |= {"border_gain": round(float(gain.mean()), 4), "gain_standard_error": round(float(gain.std() / len(gain) ** 0.5), 4)}
-    return {"images": len(wanted), "border_pixels": width, **results}
-
-
-def _inpainting_errors(stepper: Stepper, sampler: str, wanted: Sequence[tuple[Image.Image, str]], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each picture's mean squared error (N,) at the border of a square hole, and in the whole of it."""
-    size = stepper.config.image_size
-    y, x = np.mgrid[:size, :size]
-    border, hole = [], []
-    for seed, (pixels, caption) in enumerate(wanted):
-        top, left = np.random.default_rng(seed).integers(size // 8, size // 2 - size // 8, 2)
-        inside = np.minimum(np.minimum(y - top, top + size // 2 - 1 - y), np.minimum(x - left, left + size // 2 - 1 - x))
-        image = centre_crop(pixels, size)
-        request = base_request(stepper.config, caption, seed, SampleOptions(sampler=sampler), known=image, known_mask=inside < 0)
-        error = np.square(to_uint8(stepper.run([request])[0]).astype(float) - image).mean(-1) / 255**2
-        border.append(error[(inside >= 0) & (inside < width)].mean())
-        hole.append(error[inside >= 0].mean())
-    return np.array(border), np.array(hole)
-
-
-def bench_guidance(base: Path, clip: Path, scales: Sequence[float] = (1, 2, 3, 5), seeds: int = 8) -> dict:
-    """Noised CLIP's mean score of a base model's pictures over the scale of classifier-free guidance (sec. 5.2, fig. 6)."""
-    cascade = Cascade.load(base, precision="fp32", clip=clip, max_in_flight=8)
-    prompts, scores, first = [prompt for prompt in PROMPTS for _ in range(seeds)], {}, None
-    for scale in scales:
-        requests = [base_request(cascade.base.config, prompt, n % seeds, SampleOptions(guidance_scale=scale, sampler="ddim"))
-                    for n, prompt in enumerate(prompts)]
-        values = np.array(cascade.score(cascade.base.run(requests), prompts))
-        first = values if first is None else first
-        gain = values - first           # picture by picture: they begin from the same noise
-        scores[scale] = {"score": round(float(values.mean()), 3), "gain": round(float(gain.mean()), 3),
-                         "gain_standard_error": round(float(gain.std() / len(gain) ** 0.5), 3)}
-    return {"base": cascade.base.config.name, "pictures": len(prompts), "clip_score": scores}
-
-
-def _pictures(corpus: Path, count: int) -> list[tuple[Image.Image, str]]:
-    """The first pictures of a corpus of tar shards, with their captions."""
-    found = []
-    for shard in sorted(corpus.glob("*.tar")):
-        for sample in read_shard(shard):
-            found.append((decode(sample.image), sample.captions[0]))
-            if len(found) == count:
-                return found
-    raise UserError(f"There are only {len(found)} pictures in {corpus}; make the emoji corpus with `glide corpus`.")
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype, channels_last: bool = True, device: str = "cpu") -> GlideUNet:

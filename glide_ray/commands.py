@@ -169,18 +169,19 @@ def plan(options) -> None:
 
 def bench(options) -> None:
     from . import bench as benches
+    from . import quality
     run = {
         "forward": lambda: benches.bench_forward(presets.get(options.preset or "paper-base"), options.precision, options.repeats or 1),
         "sample": lambda: benches.bench_sample(presets.get(options.preset or "filtered-base"), options.precision, options.repeats or 5),
         "cascade": lambda: benches.bench_cascade(options.preset or "filtered", options.precision, options.repeats or 3),
         "train": lambda: benches.bench_train(presets.get(options.preset or "emoji-base"), options.precision, options.repeats or 5),
         "plan": lambda: benches.bench_plan(options.preset, options.repeats or 3),
-        "samplers": lambda: benches.bench_samplers(options.base),
-        "inpainting": lambda: benches.bench_inpainting(options.base, options.inpaint, options.corpus),
+        "samplers": lambda: quality.bench_samplers(options.base),
+        "inpainting": lambda: quality.bench_inpainting(options.base, options.inpaint, options.corpus),
         "data": lambda: _measure().bench_data(options.shards, options.repeats or 3),
         "memory": lambda: _measure().bench_memory(options.shards),
         "serve": lambda: _bench_serve(options),
-        "guidance": lambda: benches.bench_guidance(options.base, options.clip),
+        "guidance": lambda: quality.bench_guidance(options.base, options.clip),
     }[options.what]
     print(json.dumps(run()))
 

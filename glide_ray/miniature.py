@@ -17,7 +17,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import presets, storage
-from .bench import bench_inpainting
 from .cascade import Cascade
 from .config import BulkConfig, Preset, SampleOptions
 from .data import emoji
@@ -35,6 +34,7 @@ from .evaluation.elo import Vote
 from .evaluation.features import ClipFeatures
 from .evaluation.pages import Picture, Section, page
 from .evaluation.report import Point, contact_sheet, fronts, show_hole
+from .quality import bench_inpainting
 from .recipe import fingerprint
 from .settings import override
 
