@@ -204,7 +204,7 @@ def bench_train(preset: Preset, precision: str = "bf16", repeats: int = 5, image
         conditioning = replace(conditioning, low_res=conditioning.low_res[..., :size // 4, :size // 4])
     batch = Batch(torch.rand(images, 3, size, size) * 2 - 1, conditioning)
     trainer, schedule = Trainer(preset), make_schedule(model.diffusion.schedule, model.diffusion.steps)
-    schedule, there = schedule.to(trainer.device), batch.to(trainer.device)
+    schedule, on_device = schedule.to(trainer.device), batch.to(trainer.device)
 
     def loop(dtype: torch.dtype, memory_format: torch.memory_format) -> Callable[[int], None]:
         network = build(model).train().to(trainer.device, dtype)
@@ -214,8 +214,8 @@ def bench_train(preset: Preset, precision: str = "bf16", repeats: int = 5, image
         ema = Ema(masters, preset.train.ema_rates)
 
         def step(number: int) -> None:
-            drawn = (tensor.to(trainer.device) for tensor in draw(schedule, there, 0, number))
-            denoising(network, schedule, there, *drawn)["loss"].mean().backward()
+            drawn = (tensor.to(trainer.device) for tensor in draw(schedule, on_device, 0, number))
+            denoising(network, schedule, on_device, *drawn)["loss"].mean().backward()
             for master, parameter in zip(masters, network.parameters(), strict=True):
                 if master is not parameter:
                     master.grad, parameter.grad = parameter.grad.float(), None

@@ -61,7 +61,7 @@ class Stepper:
         self._together: list[Sample] = []      # those whose rows are joined
         self._flight: Flight | None = None     # in this
         self._paired: tuple[TextFeatures, list[int], Conditioning, TextFeatures] | None = None      # the last call's, for as long as the samples are the same
-        self._behind: deque[torch.cuda.Event] = deque()      # steps that a GPU has been given
+        self._events: deque[torch.cuda.Event] = deque()      # steps that a GPU has been given
         self._tickets = 0
         self._captions: OrderedDict[bytes, TextFeatures] = OrderedDict()
         self._lanes = None
@@ -126,7 +126,7 @@ class Stepper:
             self._wait(AHEAD)
             self._flight = self._advance(moving, self._flight)
             if self.device.type == "cuda":
-                self._behind.append(torch.cuda.current_stream().record_event())
+                self._events.append(torch.cuda.current_stream().record_event())
         else:
             rows = (map if self._lanes is None else self._lanes.map)(lambda sample: self._advance([sample], sample.row), moving)
             for sample, row in zip(moving, rows, strict=True):
@@ -183,8 +183,8 @@ class Stepper:
 
     def _wait(self, ahead: int) -> None:
         """Until a GPU has no more than so many steps before it."""
-        while len(self._behind) > ahead:
-            self._behind.popleft().synchronize()
+        while len(self._events) > ahead:
+            self._events.popleft().synchronize()
 
     def _part(self) -> None:
         """Give the samples that were batched their own rows again."""

@@ -27,10 +27,10 @@ class GroupNorm(nn.GroupNorm):
     fused = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.on_the_way(x) if self.fused else self.normalised(x)
+        return self.fused_norm(x) if self.fused else self.normalised(x)
 
-    def on_the_way(self, x: Tensor, **and_more) -> Tensor:
-        """With all that `kernels.group_norm` does besides."""
+    def fused_norm(self, x: Tensor, **and_more) -> Tensor:
+        """On a GPU, together with what else `kernels.group_norm` does on the way."""
         from . import kernels      # Triton comes with PyTorch's builds for GPUs alone
         return kernels.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, **and_more)
 
@@ -107,8 +107,8 @@ class ResBlock(nn.Module):
         """The convolutions without their biases, which what follows adds."""
         from . import kernels
         resample = {Upsample: kernels.UP, Downsample: kernels.DOWN, nn.Identity: kernels.SAME}[type(self.resample)]
-        h = F.conv2d(self.in_norm.on_the_way(x, silu=True, resample=resample), self.in_conv.weight, padding=1)
-        h = self.out_norm.on_the_way(h, before=self.in_conv.bias, scale=scale, shift=shift, silu=True)
+        h = F.conv2d(self.in_norm.fused_norm(x, silu=True, resample=resample), self.in_conv.weight, padding=1)
+        h = self.out_norm.fused_norm(h, before=self.in_conv.bias, scale=scale, shift=shift, silu=True)
         h = F.conv2d(h, self.out_conv.weight, padding=1)
         if isinstance(self.skip, nn.Identity):
             return kernels.add(h, x, self.out_conv.bias, resample=resample)

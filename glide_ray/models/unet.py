@@ -176,7 +176,7 @@ class GlideUNet(nn.Module):
             h = self._run(stage, h, embedding, keys_values)
         for stage in self.up:
             h = self._run(stage, torch.cat([h, kept.pop()], dim=1), embedding, keys_values)
-        h = self.out_norm.on_the_way(h, silu=True) if self.out_norm.fused else F.silu(self.out_norm(h))
+        h = self.out_norm.fused_norm(h, silu=True) if self.out_norm.fused else F.silu(self.out_norm(h))
         eps, variance = self.out(h).float().chunk(2, dim=1)
         return ModelOutput(eps, variance)
 
