@@ -39,9 +39,9 @@ class Answer:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A port that nobody has at any address of this machine: some of those who are told of it listen at them all."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))     # and never listens
         return probe.getsockname()[1]
 
 

@@ -22,6 +22,7 @@ import psutil
 import yaml
 
 from conftest import ROOT, tiny
+from serve.load import free_port
 
 HEAD, HEAD_ID = "ray.head.default", "f" * 51 + "00000"      # as Ray's provider of fake nodes calls the head
 IDLE_SECONDS, PATIENCE, LIMIT = 6, 60, 200
@@ -59,7 +60,6 @@ class Cluster:
 
     def __init__(self, path):
         from glide_ray.distributed import local
-        from serve.load import free_port
         self.folder = Path(tempfile.mkdtemp(prefix="glide-ray-"))      # short: sockets lie in it
         port, config = free_port(), self.folder / "config.yaml"
         made = fake(path, f"127.0.0.1:{port}")
@@ -173,7 +173,6 @@ def main(path, corpus, base, upsampler, out):
     from glide_ray.distributed.local import connect
     from glide_ray.serve_config import ServeConfig
     from serve.app import APP, build, deploy
-    from serve.load import free_port
     types = fake(path, os.environ["RAY_ADDRESS"])["available_node_types"]
     least = Counter({name: kind["min_workers"] for name, kind in types.items() if kind.get("min_workers")})
     connect(0)        # while the head is the only node: a driver that hangs on another one would go with it

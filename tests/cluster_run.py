@@ -13,17 +13,16 @@ from pathlib import Path
 import psutil
 
 from conftest import ROOT
+from serve.load import free_port
 
 RAY = str(Path(sys.executable).parent / "ray")
-START_SECONDS = 60
+START_SECONDS, TRIES = 60, 3
 
 
 class Cluster:
     """A head with a dashboard, and nodes that come and are killed. Its processes are its own, and end with it."""
 
     def __init__(self, head_cpus):
-        from serve.load import free_port
-        self.port, self.dashboard = free_port(), free_port()
         self.folder = tempfile.mkdtemp(prefix="glide-ray-")      # short: sockets lie in it
         # As `ray-cluster.yaml` has it: workers find Python's programs, and `serve/` in the checkout.
         self.environment = {**os.environ, "RAY_AUTH_MODE": "token", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -31,9 +30,16 @@ class Cluster:
         self.environment.pop("RAY_ADDRESS", None)
         self.started = []
         subprocess.run([RAY, "get-auth-token", "--generate"], env=self.environment, check=True, capture_output=True)
-        self._start("--head", f"--port={self.port}", f"--num-cpus={head_cpus}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}",
-                    f"--temp-dir={self.folder}")
-        self._wait(lambda: self._answers(self.dashboard) and self._answers(self.agent), "the dashboard and its agent")
+        # A free port may be another's by the time Ray takes it, some seconds later. Then the head lives on, and parts of it never answer.
+        for _ in range(TRIES):
+            self.port, self.dashboard = free_port(), free_port()
+            head = self._start("--head", f"--port={self.port}", f"--num-cpus={head_cpus}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}",
+                               f"--temp-dir={self.folder}")
+            if self._comes(head, self.dashboard, self.agent):
+                return
+            said = self._log()
+            self.end()
+        raise AssertionError(f"no head of a cluster came up in {TRIES} tries of {START_SECONDS} s; the last one said:\n{said}")
 
     def add_node(self, cpus):
         """A raylet with so many CPUs; gives its `ray start`."""
@@ -69,7 +75,6 @@ class Cluster:
 
     def _start(self, *arguments):
         log = open(Path(self.folder) / f"start-{len(self.started)}.log", "w")
-        from serve.load import free_port
         self.agent = free_port()        # of this node: jobs go to it, and the usual port may be another Ray's
         started = subprocess.Popen([RAY, "start", "--block", "--node-ip-address=127.0.0.1", f"--object-store-memory={150 * 2**20}", "--disable-usage-stats",
                                     f"--dashboard-agent-listen-port={self.agent}", *arguments],
@@ -78,16 +83,25 @@ class Cluster:
         return started
 
     @staticmethod
-    def _answers(port):
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) == 0
-
-    @staticmethod
-    def _wait(done, what):
+    def _comes(node, *ports):
+        """Whether a node that was started listens on all of these before long."""
         deadline = time.monotonic() + START_SECONDS
-        while not done():
-            assert time.monotonic() < deadline, f"{what} did not come"
+        while node.poll() is None and time.monotonic() < deadline:
+            if all(_answers(port) for port in ports):
+                return True
             time.sleep(0.2)
+        return False
+
+    def _log(self):
+        """The end of what the node said that was started last, and of what its parts complain of."""
+        files = [Path(self.folder) / f"start-{len(self.started) - 1}.log",
+                 *(Path(self.folder) / "session_latest" / "logs" / name for name in ("gcs_server.out", "dashboard.log", "dashboard_agent.log"))]
+        return "\n".join(f"-- {file.name}\n{file.read_text(errors='replace')[-1500:]}" for file in files if file.exists())
+
+
+def _answers(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from glide_ray.models.clip import NoisedClip
 from glide_ray.models.unet import GlideUNet
 from glide_ray.models.weights import save_weights
 from s3_proxy import Proxy
+from serve.load import free_port
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COLOURS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 70, 220), "yellow": (240, 210, 40)}
@@ -121,10 +122,7 @@ def ray_session(s3):      # after s3: Ray's processes inherit its address
 @pytest.fixture(scope="session")
 def s3_proxy():
     """Where S3 is asked: a proxy that can be told to fail, before a server that `s3` starts."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    proxy = Proxy(port)
+    proxy = Proxy(free_port())
     yield proxy
     proxy.shutdown()
     proxy.server_close()

@@ -20,6 +20,7 @@ from glide_ray import storage
 from glide_ray.cascade import Cascade
 from glide_ray.config import SampleOptions
 from glide_ray.distributed.journal import last_step, read_metrics
+from serve.load import free_port
 
 STEPS, PROMPTS = 60, 120
 pytestmark = pytest.mark.slow
@@ -106,7 +107,6 @@ def test_a_job_that_fails_says_why_in_a_sentence_and_exits_so(ray):
 
 def test_serve_deploy_of_the_config_file_makes_an_endpoint(ray, tmp_path):
     head, _ = ray
-    from serve.load import free_port
     config, port = yaml.safe_load(Path(ROOT, "serve", "config.yaml").read_text()), free_port()
     config["http_options"]["port"] = port
     config["proxy_location"] = "HeadOnly"       # three nodes of one machine have one port

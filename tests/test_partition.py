@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from conftest import tiny
 from glide_ray.models.weights import load_model
 from glide_ray.train import partition
 from glide_ray.train.checkpoint import CheckpointError, Checkpoints, Progress
+from serve.load import free_port
 from test_training import batch, epochs, preset, run
 
 
@@ -92,10 +92,7 @@ def rank_of_two(rank, port, folder, stage, start, more):
 
 def two_ranks(folder, stage, start=None, more=()):
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(rank_of_two, (port, str(folder), stage, None if start is None else str(start), more), nprocs=2)
+    multiprocessing.spawn(rank_of_two, (free_port(), str(folder), stage, None if start is None else str(start), more), nprocs=2)
     return [json.loads((folder / f"rank.{rank}.json").read_text()) for rank in range(2)]
 
 

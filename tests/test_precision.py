@@ -6,7 +6,6 @@ with its dynamic loss scale, computed by the CPU. That is honest for what an ove
 
 import json
 import os
-import socket
 from pathlib import Path
 
 import deepspeed
@@ -31,6 +30,7 @@ from glide_ray.train.loop import Trainer
 from glide_ray.train.objectives import contrastive, denoising, draw
 from glide_ray.train.share import Share
 from glide_ray.train.zero import deepspeed_config
+from serve.load import free_port
 
 SMALL = ["workers=1", "batch=4", "warmup_steps=3", "ema_rates=0.9", "clip_norm=0.5", "model.unet.channels=8", "model.unet.multipliers=1,1",
          "model.unet.head_channels=8", "model.unet.attention_sizes=", "model.unet.text.context=16", "model.unet.text.vocabulary=300"]
@@ -437,10 +437,7 @@ def rank_of_two(rank, port, folder):
 
 @pytest.mark.slow
 def test_two_ranks_offload_as_one_does_and_agree_on_what_is_to_blame(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(rank_of_two, (port, str(tmp_path)), nprocs=2)
+    multiprocessing.spawn(rank_of_two, (free_port(), str(tmp_path)), nprocs=2)
     ranks = [json.loads((tmp_path / f"rank.{rank}.json").read_text()) for rank in range(2)]
     alone = Trainer(preset("zero_stage=1"))
     start = masters(alone)

@@ -19,6 +19,7 @@ from glide_ray.cascade import Cascade
 from glide_ray.config import ConfigError, SampleOptions, UserError
 from glide_ray.recipe import find_models, make_again, read_recipe
 from glide_ray.serve_config import ServeConfig
+from serve.load import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 PROMPT, STEPS = "a red apple", 3
@@ -32,7 +33,6 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(weights):
     from serve.app import serving
-    from serve.load import free_port
     with serving(ServeConfig(**weights, port=free_port())) as url:
         yield url
 
@@ -156,7 +156,6 @@ def test_a_client_that_leaves_frees_its_place_within_two_steps(client, url):
 
 def test_another_address_than_the_one_that_serve_has_is_refused(url, weights):
     from serve.app import _check_address, listening
-    from serve.load import free_port
     with listening(ServeConfig(**weights, port=free_port())) as other, pytest.raises(UserError, match="was started with another address and keeps it"):
         _check_address(other)
     assert httpx.get(f"{url}/healthz").status_code == 200       # and the application that was there goes on

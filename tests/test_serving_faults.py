@@ -18,6 +18,7 @@ from ray import serve
 from conftest import serving_weights
 from glide_ray import storage
 from glide_ray.serve_config import Scale, ServeConfig, ServedModel
+from serve.load import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 REQUESTS = int(os.environ.get("GLIDE_TEST_REQUESTS", 40))     # answered while replicas are killed
@@ -39,7 +40,6 @@ def weights(tmp_path_factory, s3):
 
 @pytest.fixture(scope="module")
 def config(weights):
-    from serve.load import free_port
     return ServeConfig(**weights[0], base_scale=TWO, upsampler_scale=TWO, ingress_scale=Scale(cpus=0.5, gpus=0), port=free_port(), max_waiting=1000,
                        more_models={"small": ServedModel(base=weights[1]["base"], upsampler=None, base_scale=ONE_TO_TWO)})
 

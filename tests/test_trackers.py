@@ -23,6 +23,7 @@ from glide_ray.config import UserError
 from glide_ray.settings import override
 from glide_ray.train import trackers
 from glide_ray.train.trackers import open_trackers
+from serve.load import free_port
 
 PICTURE = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
 
@@ -57,12 +58,6 @@ def until(condition, seconds=20):
                 raise
         assert time.monotonic() < end, "it did not come about"
         time.sleep(0.02)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # -- TensorBoard ------------------------------------------------------------------------------------------------------
