@@ -63,7 +63,7 @@ def _add_bulk(made, images: str, option: str = "--images", default: int = 30_000
     made.add_argument(option, type=positive, default=default, help=f"{images} (default: %(default)s)")
     made.add_argument("--base", default=str(BASE), help="weights of the base model (default: %(default)s)")
     made.add_argument("--upsampler", help="weights of the upsampler (default: none, pictures of the base model's size, as figure 6 has them)")
-    made.add_argument("--steps", help="base model: a number, or a respacing such as 10,10,3,2,2 (default: the model's own)")
+    made.add_argument("--steps", help="base model: a number, or a respacing such as 10,10,3,2,2 (default: the model's own; the paper's figures are of 250)")
     made.add_argument("--sampler", help="ancestral, ddim, plms or dpm++ (default: the model's own)")
     made.add_argument("--seed", type=int, default=0, help="of the first picture of each set; it counts up (default: %(default)s)")
     made.add_argument("--device", default="auto", choices=["auto", "cpu", "gpu"], help="auto: a GPU, if the cluster has one now; gpu: also if it is to grow")
@@ -99,11 +99,11 @@ def evaluated(options, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def evaluate(options) -> None:
-    from .evaluation.report import aligned
+    from .evaluation.report import aligned, number
     found = evaluated(options, print)
     columns = ("pictures", "frechet_distance", "inception_score", "precision", "recall", "clip_score")
     heads = ("", "pictures", *(("FID", "IS") if found["inception"] else ("distance", "score")), "precision", "recall", "CLIP score")
-    rows = [heads, *((name, *(f"{row[column]:,}" if column == "pictures" else f"{row[column]:.4g}" for column in columns)) for name, row in found["sets"].items())]
+    rows = [heads, *((name, *(number(row[column]) for column in columns)) for name, row in found["sets"].items())]
     print(aligned(rows))
     print(f"{options.out}/report.html, figures.json, fronts.png")
 
@@ -120,7 +120,7 @@ def _add_rate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--votes-per-pair", type=positive, default=1, metavar="N", help="raters who are asked the same (default: %(default)s)")
     command.add_argument("--real", metavar="CORPUS", help="real images with captions, for attention checks (default: pictures of the study beside noise)")
     command.add_argument("--database", metavar="URL", help="as SQLAlchemy has it, with its driver installed (default: SQLite in the folder)")
-    command.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine only; at any other the link has a key, without which nobody can vote")
+    command.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine only")
     command.add_argument("--port", type=int, default=8010, help="default: %(default)s")
 
 
@@ -136,7 +136,7 @@ def rate(options) -> None:
     comparisons, models = votes.comparisons().values(), votes.asked.folders
     checks = sum(one.check_of is not None for one in comparisons)
     print(f"{len(comparisons) - checks:,} pairs of {', '.join(models)}, {options.votes_per_pair} votes each on {' and '.join(votes.asked.questions)}; {checks:,} attention checks")
-    key = None if options.host in rater.LOCAL else votes.study.link_key
+    key = votes.study.link_key
     app = rater.build(votes, Path(options.out) / study.PICTURES, options.votes_per_pair, key)
     rater.serve(app, options.host, options.port, key, lambda link: print(f"{link}  (Ctrl-C ends it; the same command goes on; the scores: glide elo {options.database or options.out})", flush=True))
 

@@ -141,8 +141,8 @@ def _votes(pictures: Mapping[str, list], real: list, seeing: ClipFeatures) -> di
         features = seeing.images([image for image, _ in pictures[name]])
         score["photorealism"][name] = (features @ shown.T).max(1)
         score["caption similarity"][name] = (features * seeing.words([caption for _, caption in pictures[name]])).sum(1)
-    return {question: [Vote(one, other, 1.0 if first > second else 0.0 if first < second else 0.5) for one in of for other in of if one < other
-                       for first, second in zip(of[one], of[other], strict=True)] for question, of in score.items()}
+    return {question: [Vote(one, other, 1.0 if first > second else 0.0 if first < second else 0.5, str(n)) for one in of for other in of if one < other
+                       for n, (first, second) in enumerate(zip(of[one], of[other], strict=True))] for question, of in score.items()}
 
 
 # -- figures 9 and 11 -------------------------------------------------------------------------------------------------

@@ -56,16 +56,22 @@ def same_place(path: str | Path, other: str | Path) -> bool:
 
 def list_files(path: str | Path, suffixes: tuple[str, ...]) -> Iterator[str]:
     """Files under a folder or prefix whose names end so, in order; a file names itself. S3 is listed page by page."""
+    yield from (file for file, _ in list_states(path, suffixes))
+
+
+def list_states(path: str | Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """What `list_files` finds, each with what tells it from another file in its place: S3's tag, or its size and when it was written."""
     path = str(path)
     if is_remote(path):
         bucket, prefix = _split(path)
         prefix = prefix if prefix.endswith(tuple(filter(None, suffixes))) else prefix.rstrip("/") + "/" if prefix else ""
         with _errors(path):
-            yield from (f"{S3}{bucket}/{key}" for key in _keys(bucket, prefix) if key.endswith(suffixes))
+            yield from ((f"{S3}{bucket}/{item['Key']}", item["ETag"]) for item in _objects(bucket, prefix) if item["Key"].endswith(suffixes))
     elif Path(path).is_file():
-        yield path
+        yield path, _state(Path(path))
     else:
-        yield from (str(file) for file in sorted(Path(path).rglob("*")) if file.name.endswith(suffixes) and not file.name.startswith(".") and file.is_file())
+        yield from ((str(file), _state(file)) for file in sorted(Path(path).rglob("*"))
+                    if file.name.endswith(suffixes) and not file.name.startswith(".") and file.is_file())
 
 
 def read(path: str | Path) -> bytes:
@@ -148,8 +154,8 @@ def remove_folder(path: str | Path) -> None:
         bucket, prefix = _split(str(path).rstrip("/") + "/")
         for upload in _client().list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", ()):
             _client().abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-        for key in _keys(bucket, prefix):
-            _client().delete_object(Bucket=bucket, Key=key)
+        for item in _objects(bucket, prefix):
+            _client().delete_object(Bucket=bucket, Key=item["Key"])
 
 
 @contextmanager
@@ -214,9 +220,17 @@ def fetch_folder(path: str | Path, suffixes: tuple[str, ...], cache: str | Path 
 
 # --------------------------------------------------------------------------------------------------------------------
 
-def _keys(bucket: str, prefix: str) -> Iterator[str]:
+def _objects(bucket: str, prefix: str) -> Iterator[Mapping[str, Any]]:
     for page in _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-        yield from (item["Key"] for item in page.get("Contents", ()))
+        yield from page.get("Contents", ())
+
+
+def _state(file: Path) -> str:
+    try:
+        found = file.stat()
+    except FileNotFoundError:       # since it was listed
+        return ""
+    return f"{found.st_size}@{found.st_mtime_ns}"
 
 
 def _read_object(path: str) -> bytes:

@@ -188,6 +188,7 @@ def test_shards_as_img2dataset_writes_them_are_read():
 def test_captions_are_found_in_any_of_their_places():
     assert captions_of("text", {"captions": ["a", "b"]}) == ("a", "b")
     assert captions_of("text", {"caption": "c"}) == ("c",)
+    assert captions_of(None, {"captions": [" a\u2028", " "]}) == ("a", "")
     assert captions_of(" text ", {}) == ("text",) and captions_of(None, {}) == ()
 
 

@@ -5,6 +5,7 @@ import pytest
 import scipy.optimize
 
 from glide_ray.evaluation.elo import EloError, Vote, scores, standings, wins
+from glide_ray.evaluation.tables import Ballot, figures, text
 
 
 def drawn_votes(truth, count, seed=0):
@@ -67,6 +68,30 @@ def test_intervals_cover_as_often_as_they_say():
         standing = standings(votes, draws=200, seed=seed)["b"]
         inside += standing.low <= truth["b"] <= standing.high
     assert 51 <= inside <= 60
+
+
+def test_intervals_cover_as_often_as_they_say_where_raters_agree_on_a_picture():
+    """Two equal models, and five raters of each pair who nearly always say the same: not five times as much is known."""
+    inside = 0
+    for seed in range(60):
+        random = np.random.default_rng(seed)
+        pairs = random.random(100) < 0.5
+        votes = [Vote("a", "b", float(pair ^ (random.random() < 0.1)), str(n)) for n, pair in enumerate(pairs) for _ in range(5)]
+        standing = standings(votes, draws=200, seed=seed)["b"]
+        inside += standing.low <= 0 <= standing.high
+    assert 51 <= inside <= 60
+
+
+def test_an_interval_is_open_where_votes_say_no_more():
+    """99 wins to 1: of the draws more than a third have no loss at all, and how far above the model is cannot be said."""
+    votes = [Vote("a", "b", 1.0)] * 99 + [Vote("b", "a", 1.0)]
+    found = standings(votes)
+    assert found["a"].score == pytest.approx(200 * np.log10(99)) and found["a"].high == np.inf and 200 < found["a"].low < found["a"].score
+    assert found["b"].low == -np.inf and found["b"].high == pytest.approx(-found["a"].low)
+    beside = standings([*votes, *[Vote("b", "c", won) for won in (1.0, 0.0) for _ in range(50)]])
+    assert beside["a"].high == np.inf and np.isfinite([beside["c"].low, beside["c"].high]).all()
+    [scores_] = figures(Ballot({"photorealism": votes}))["questions"].values()
+    assert scores_["scores"]["a"]["high"] is None and "inf]" in text(figures(Ballot({"photorealism": votes})))
 
 
 def test_votes_that_no_scores_follow_from_are_refused_by_name():

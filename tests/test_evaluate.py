@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -91,6 +92,69 @@ def test_begun_again_it_says_the_same_to_the_last_digit_and_looks_only_at_what_i
     assert json.loads((tmp_path / "a" / FIGURES).read_text()) == first
 
 
+def test_other_pictures_under_the_same_names_are_looked_at_and_not_taken_for_the_first(drawn_corpus, clip, tmp_path):
+    def bulk(seed):
+        for sample in distinct(8, seed=seed):
+            (tmp_path / "made").mkdir(exist_ok=True)
+            (tmp_path / "made" / f"{sample.key}.png").write_bytes(sample.image)
+            (tmp_path / "made" / f"{sample.key}.txt").write_text(sample.captions[0])
+
+    def figures():
+        return evaluate({"made": str(tmp_path / "made")}, str(drawn_corpus / "held_out"), str(tmp_path / "out"), Judges(clip))["sets"]["made"]
+    bulk(0)
+    first = figures()
+    bulk(1)
+    assert figures()["frechet_distance"] != first["frechet_distance"]
+    bulk(0)
+    assert figures() == first
+
+
+def test_what_could_not_be_read_is_said_each_time_and_looked_at_again_when_it_can_be(drawn_corpus, clip, tmp_path):
+    write_shards(tmp_path / "real", distinct(20), per_shard=10)
+    shard, said = next((tmp_path / "real").glob("*1.tar")), []
+
+    def images():
+        said.clear()
+        return evaluate({"made": str(drawn_corpus / "held_out")}, str(tmp_path / "real"), str(tmp_path / "out"), Judges(clip), say=said.append)["reference"]["images"]
+    shard.rename(tmp_path / "away")
+    for _ in range(2):
+        assert images() == 10 and any(shard.name in line for line in said)
+    (tmp_path / "away").rename(shard)
+    assert images() == 20 and images() == 20 and not said
+
+
+def test_networks_that_have_not_seen_the_same_pictures_are_not_compared(drawn_corpus, clip, inception, tmp_path, monkeypatch):
+    from glide_ray.distributed import evaluate as module
+    whole = module.look
+
+    def loses(source, path, *rest):
+        looked = whole(source, path, *rest)
+        return replace(looked, names=looked.names[1:], features=looked.features[1:]) if path == inception else looked
+    monkeypatch.setattr(module, "look", loses)
+    with pytest.raises(UserError, match="16 by clip and 15 by inception.; run the same command again"):
+        evaluate({"made": str(drawn_corpus / "held_out")}, str(drawn_corpus / "held_out"), str(tmp_path / "out"), Judges(clip, inception))
+
+
+def test_pictures_without_captions_have_no_clip_score_and_all_other_figures(drawn_corpus, clip, tmp_path, capsys):
+    (tmp_path / "bare").mkdir()
+    for sample in distinct(12, 64):
+        (tmp_path / "bare" / f"{sample.key}.png").write_bytes(sample.image)
+    said = []
+    found = evaluate({"bare": str(tmp_path / "bare")}, str(drawn_corpus / "held_out"), str(tmp_path / "out"), Judges(clip), say=said.append)
+    assert found["sets"]["bare"]["clip_score"] is None and found["sets"]["bare"]["inception_score"] >= 1 and "bare: 12 of 12 pictures have no caption, and are left out of the CLIP score" in said
+    (tmp_path / "bare" / "000.txt").write_text("noise")
+    mixed = evaluate({"bare": str(tmp_path / "bare")}, str(drawn_corpus / "held_out"), str(tmp_path / "out"), Judges(clip))["sets"]["bare"]
+    assert mixed["clip_score"] is not None and {**mixed, "clip_score": None} == found["sets"]["bare"]
+    assert main(["evaluate", str(drawn_corpus / "held_out"), "--reference", str(tmp_path / "bare"), "--clip", clip, "--out", str(tmp_path / "other")]) == 0
+    (tmp_path / "bare" / "000.txt").unlink()
+    reverse = evaluate({"drawn": str(drawn_corpus / "held_out")}, str(tmp_path / "bare"), str(tmp_path / "other"), Judges(clip))
+    assert reverse["reference"]["clip_score"] is reverse["sets"]["drawn"]["inception_score"] is None and reverse["sets"]["drawn"]["clip_score"] is not None
+    assert "they have no captions" in (tmp_path / "other" / "report.html").read_text()
+    (tmp_path / "bare" / "job.json").write_text("{}")
+    with pytest.raises(UserError, match="bare is not finished"):
+        evaluate({"bare": str(tmp_path / "bare")}, str(drawn_corpus / "held_out"), str(tmp_path / "out"), Judges(clip))
+
+
 @pytest.mark.slow
 def test_killed_at_a_random_point_and_submitted_again_a_sweep_has_the_same_figures(drawn_corpus, tiny_weights, tmp_path):
     """The one that is killed has a Ray of its own."""
@@ -152,6 +216,8 @@ def test_what_is_left_out_of_the_reference_changes_the_filtered_distance_only(dr
     assert found["reference"]["filtered_images"] == 96 - len(names)
     filtered = found["sets"]["made"]
     assert {name: filtered[name] for name in plain} == plain and filtered["filtered_frechet_distance"] != plain["frechet_distance"]
+    nothing = evaluate({"made": str(tmp_path / "made")}, str(drawn_corpus / "train"), str(tmp_path / "out"), Judges(clip), [])     # was to be left out
+    assert nothing["sets"]["made"]["filtered_frechet_distance"] == pytest.approx(plain["frechet_distance"])
     with pytest.raises(MetricError, match="names other.tar#1, which is not among"):
         evaluate({"made": str(tmp_path / "made")}, str(drawn_corpus / "train"), str(tmp_path / "out"), Judges(clip), ["other.tar#1"])
 

@@ -108,6 +108,8 @@ def test_a_prompt_file_says_which_seeds_it_likes(tmp_path):
     path.write_text('{"prompt": "a", "seed": 9}\n\n{"prompt": " b "}\n')
     wanted = read_prompts(str(path), 100, per_prompt=2)
     assert [(one.number, one.prompt, one.seed) for one in wanted] == [(0, "a", 9), (1, "a", 10), (2, "b", 102), (3, "b", 103)]
+    path.write_text('{"prompt": "a\u2028b\x85c"}\r\n{"prompt": "d"}\n')       # marks at which Python breaks lines, and JSON does not
+    assert [one.prompt for one in read_prompts(str(path), 0)] == ["a\u2028b\x85c", "d"]
 
 
 @pytest.mark.parametrize(("name", "text", "sentence"), [

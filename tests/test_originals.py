@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.metrics.pairwise import cosine_distances
 
 from glide_ray.cli import main
-from glide_ray.data.images import decode, encode
+from glide_ray.data.images import centre_crop, decode, encode
 from glide_ray.data.shards import Sample, write_shards
 from glide_ray.distributed.originals import left_out
 from glide_ray.evaluation.neighbours import nearest, same_picture, to_own
@@ -94,6 +94,19 @@ def test_a_model_that_repeats_its_training_images_is_found_out_and_one_that_does
     assert found["parrot"]["nearer_than_1_percent_of_held_out"] > 0.9 > 0.3 > found["honest"]["nearer_than_1_percent_of_held_out"]
     assert found["parrot"]["own_originals"] == 20 and found["parrot"]["own_median"] < found["honest"]["own_median"]
     assert Image.open(tmp_path / "out" / "closest.png").width > 800
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_what_a_model_saw_of_a_wide_training_image_is_known_again_by_its_pixels(tiny_weights, tmp_path):
+    wide = [Sample(sample.key, encode(np.asarray(decode(sample.image).resize((160, 64)))), "png", (f" {sample.captions[0]}\u2028",), {})
+            for sample in pictures(6, 1, 160)]
+    write_shards(tmp_path / "train", wide)
+    write_shards(tmp_path / "held_out", pictures(6, 2))
+    write_shards(tmp_path / "parrot", [Sample(sample.key, encode(centre_crop(decode(sample.image), 64)), "png", sample.captions, {}) for sample in wide])
+    arguments = ["--training", str(tmp_path / "train"), "--held-out", str(tmp_path / "held_out"), "--clip", str(tiny_weights["clip"]), "--out", str(tmp_path / "out")]
+    assert main(["regurgitation", str(tmp_path / "parrot"), *arguments]) == 0
+    figures = json.loads((tmp_path / "out" / "figures.json").read_text())
+    assert figures["copies_by_pixels"] == figures["own_originals"] == 6
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -23,6 +23,7 @@ from PIL import Image, PngImagePlugin
 
 from conftest import COLOURS
 from glide_ray.cli import main
+from glide_ray.config import UserError
 from glide_ray.evaluation import study, tables
 from glide_ray.evaluation.turns import BLOCK, FIRST, SECOND, Comparison, next_turn
 from glide_ray.evaluation.votes import AHEAD, Asked, Votes
@@ -238,7 +239,7 @@ def test_answers_given_while_the_server_is_dead_come_when_it_is_back_and_the_las
     out = tmp_path / "study"
     with browsers({}) as (browser,):
         with rating(*named(folders), "--out", out, "--comparisons", 20, "--port", 0) as (link, server):
-            browser.get(link + "?rater=ann")
+            browser.get(link + "&rater=ann")
             asked = seen(browser)
             server.kill()
             server.wait(10)
@@ -250,7 +251,7 @@ def test_answers_given_while_the_server_is_dead_come_when_it_is_back_and_the_las
         asked = seen(browser, asked)
         browser.find_element("id", "tie").click()
         assert "Your answers are kept" in browser.find_element("id", "status").text
-        with rating("--out", out, "--port", link.rstrip("/").rpartition(":")[2]):
+        with rating("--out", out, "--port", httpx.URL(link).port):
             waited = seen(browser, asked)
             browser.find_element("id", "back").click()
             assert seen(browser, waited) == asked != last
@@ -266,9 +267,9 @@ def test_answers_given_while_the_server_is_dead_come_when_it_is_back_and_the_las
 
 @pytest.fixture(scope="module")
 def keyed(folders, tmp_path_factory):
-    """A server at an address that is not in the list of local ones, and its link, which has a key."""
+    """A server, and its link, which has a key."""
     out = tmp_path_factory.mktemp("keyed")
-    with rating(*named(folders), "--out", out, "--comparisons", 10, "--port", 0, "--host", "127.0.0.2") as (link, _):
+    with rating(*named(folders), "--out", out, "--comparisons", 10, "--port", 0) as (link, _):
         yield link, out
 
 
@@ -474,6 +475,22 @@ def test_a_study_that_was_broken_off_is_made_again_and_real_pictures_check_capti
             assert colours[0] == right != colours[1]
     pixels = [np.asarray(Image.open(tmp_path / "pictures" / f"{one.second_picture}.png")) for one in rows if one.check_of == "photorealism"]
     assert all(60 < image.std() < 90 for image in pixels)       # noise: 256 / sqrt(12)
+
+
+def test_what_could_not_be_made_gives_way_and_pictures_that_are_gone_are_made_again(folders, tmp_path, capsys):
+    bare = bulk(tmp_path / "bare", (9, 9, 9), ["", ""])
+    typo = Asked({**folders, "umbrella": str(tmp_path / "no")}, ["photorealism"], 9)
+    for asked, message in ((typo, "is empty"), (Asked(folders, ["photorealism"], 9, bare), "bare has a caption")):
+        with pytest.raises(UserError, match=message):
+            study.open_study(tmp_path / "s", None, asked)
+    asked = Asked(folders, ["photorealism"], 9)
+    votes = study.open_study(tmp_path / "s", None, asked)       # the same folder, and put right
+    names = sorted(path.name for path in (tmp_path / "s" / "pictures").glob("*.png"))
+    assert votes.asked == asked and len(votes.comparisons()) == 10
+    again = study.open_study(tmp_path / "elsewhere", votes.url, None)       # its database, from another folder
+    assert again.comparisons() == votes.comparisons()
+    shown = {f"{name}.png" for one in again.comparisons().values() for name in (one.first_picture, one.second_picture)}
+    assert {path.name for path in (tmp_path / "elsewhere" / "pictures").glob("*.png")} == shown <= set(names)
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------

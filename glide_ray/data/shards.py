@@ -133,7 +133,7 @@ def captions_of(text: str | None, meta: Mapping[str, Any]) -> tuple[str, ...]:
     """All captions of a sample: our `captions`, else img2dataset's `caption`, else the .txt; () where there is none."""
     several = meta.get("captions")
     if isinstance(several, Sequence) and not isinstance(several, str):
-        return tuple(str(caption) for caption in several if isinstance(caption, (str, int, float)))
+        return tuple(str(caption).strip() for caption in several if isinstance(caption, (str, int, float)))
     one = meta.get("caption")
     one = one if one and isinstance(one, (str, int, float)) else text
     return (str(one).strip(),) if one else ()

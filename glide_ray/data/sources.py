@@ -23,6 +23,7 @@ CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "TEXT")
 METADATA = "metadata.jsonl"      # beside images, as Hugging Face's ImageFolder has it: {"file_name": ..., "text": ...} a line
 FILES_PER_PART = 256
 ROWS_AT_ONCE = 64
+IMAGE_ENDINGS = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES)))
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -48,8 +49,7 @@ def find_parts(path: str | Path) -> list[Part]:
         return [Part(f"{path[:span.start()]}{n:0{len(first)}d}{path[span.end():]}") for n in range(int(first), int(last) + 1)]
     if indexed := _read_index(path):
         return indexed
-    endings = [f".{suffix}" for suffix in IMAGE_SUFFIXES]
-    files = list(storage.list_files(path, (*SHARD_SUFFIXES, *endings, *map(str.upper, endings), METADATA)))
+    files = list(storage.list_files(path, (*SHARD_SUFFIXES, *IMAGE_ENDINGS, METADATA)))
     shards = [file for file in files if file.endswith(SHARD_SUFFIXES)]
     if shards:
         # img2dataset writes 00000.parquet beside 00000.tar: what it knows of the rows, without their images.
@@ -62,6 +62,13 @@ def find_parts(path: str | Path) -> list[Part]:
                          f"`glide corpus`, or give the path of another.")
     return [Part(f"{path}#{start}", files=tuple((file, captions.get(file)) for file in images[start:start + FILES_PER_PART]))
             for start in range(0, len(images), FILES_PER_PART)]
+
+
+def states(path: str | Path, parts: Sequence[Part]) -> dict[str, str]:
+    """Of each file from which the parts of a corpus are read, what tells it from another in its place. Images that Parquet only names are not among them."""
+    whole = any(part.files for part in parts)
+    roots = [part.url for part in parts] if RANGE.search(str(path)) else [path]
+    return {file: state for root in roots for file, state in storage.list_states(root, (*IMAGE_ENDINGS, ".txt", ".json") if whole else SHARD_SUFFIXES)}
 
 
 def read_part(part: Part) -> Iterator[Sample]:

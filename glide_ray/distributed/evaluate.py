@@ -17,7 +17,7 @@ from ..evaluation.features import ClipFeatures, fetch_network
 from ..evaluation.figures import Reference, Seen
 from ..evaluation.metrics import MetricError
 from ..evaluation.pages import Picture, Section, page
-from ..evaluation.report import Point, fronts
+from ..evaluation.report import Point, fronts, number
 from ..recipe import fingerprint
 from .corpus import PAGE
 from .features import ACTORS, JOB, Looked, look
@@ -61,12 +61,12 @@ def evaluate(sets: Mapping[str, str], reference: str, out: str, judges: Judges, 
     filtered = real.without(set(leave_out)) if leave_out is not None else None
     figures, made = {}, {}
     for name, source in sets.items():
-        looked = {network: look(source, path, size, f"{out}/features/{name}-{network}.parquet", say) for network, path in judges.paths.items()}
+        looked = _look(name, source, size, out, judges, say)
         made[name] = looked[CLIP]
-        asked = {"reference": of, "left_out": sorted(leave_out or []), "set": [of_set.digest for of_set in looked.values()]}
+        asked = {"reference": of, "left_out": None if leave_out is None else sorted(leave_out), "set": [of_set.digest for of_set in looked.values()]}
         row = once(f"{out}/sets/{name}.json", asked, lambda name=name, looked=looked: _measure(name, looked, seeing, real, filtered, say))
         figures[name] = _made_with(source) | {figure: value for figure, value in row.items() if figure != "done_before"}
-    about = {"images": len(real.names), "clip_score": real.clip_score, **({"filtered_images": len(filtered.names)} if filtered else {})}
+    about = {"images": len(real.names), "clip_score": real.seen.clip_score, **({"filtered_images": len(filtered.names)} if filtered else {})}
     found = {"reference": {"source": reference, **about}, "size": size, "inception": judges.inception is not None, "sets": figures}
     _write(out, found, made, shown)
     return found
@@ -97,10 +97,11 @@ def captions_of(reference: str) -> list[str]:
     if reference.endswith(".safetensors"):
         captions = Reference.load(storage.absolute(reference))[0].captions
     else:
-        captions = [sample.captions[0] if sample.captions else "" for part in find_parts(storage.absolute(reference)) for sample in read_part(part)]
-    if not any(captions):
+        captions = [sample.captions[0] for part in find_parts(storage.absolute(reference)) for sample in read_part(part) if sample.captions]
+    captions = [caption for caption in captions if caption.strip()]
+    if not captions:
         raise UserError(f"No image of {reference} has a caption; give a corpus with captions, or pictures that are made already.")
-    return [caption for caption in captions if caption]
+    return captions
 
 
 # -- the two sides ----------------------------------------------------------------------------------------------------
@@ -113,7 +114,7 @@ def _reference(path: str, out: str, judges: Judges, asked: dict[str, Any], seein
             raise MetricError(f"{path} was measured with other {' and '.join(differs)} ({', '.join(str(about.get(name)) for name in differs)}); give the same, "
                               f"or a corpus as the reference.")
         return real, fingerprint(storage.fetch(storage.absolute(path))), None
-    looked = {network: look(path, judge, asked["size"], f"{out}/features/reference-{network}.parquet", say) for network, judge in judges.paths.items()}
+    looked = _look("reference", path, asked["size"], out, judges, say)
     about = {**asked, "of": [seen.digest for seen in looked.values()]}
     try:
         real, before = Reference.load(f"{out}/{REFERENCE}")
@@ -125,15 +126,27 @@ def _reference(path: str, out: str, judges: Judges, asked: dict[str, Any], seein
     return real, json.dumps(about), looked[CLIP]
 
 
+def _look(name: str, source: str, size: int, out: str, judges: Judges, say: Say) -> dict[str, Looked]:
+    """One side as each network sees it. Raises UserError where one has seen pictures that another could not read."""
+    looked = {network: look(source, path, size, f"{out}/features/{name}-{network}.parquet", say) for network, path in judges.paths.items()}
+    if len({len(of_set.names) for of_set in looked.values()}) > 1 or len({tuple(of_set.names) for of_set in looked.values()}) > 1:
+        counts = " and ".join(f"{len(of_set.names):,} by {network}" for network, of_set in looked.items())
+        raise UserError(f"Not the same pictures of {source} could be read each time ({counts}); run the same command again.")
+    return looked
+
+
 def _seen(looked: Mapping[str, Looked], seeing: ClipFeatures) -> Seen:
     captions, places = np.unique(looked[CLIP].captions, return_inverse=True)
-    words = [seeing.words(captions[start:start + WORDS_AT_ONCE].tolist()) for start in range(0, len(captions), WORDS_AT_ONCE)]
-    return Seen(looked[CLIP].features, np.concatenate(words)[places], looked[INCEPTION].features if INCEPTION in looked else None)
+    words = np.concatenate([seeing.words(captions[start:start + WORDS_AT_ONCE].tolist()) for start in range(0, len(captions), WORDS_AT_ONCE)])
+    words[[not caption.strip() for caption in captions]] = np.nan
+    return Seen(looked[CLIP].features, words[places], looked[INCEPTION].features if INCEPTION in looked else None)
 
 
-def _measure(name: str, looked: Mapping[str, Looked], seeing: ClipFeatures, real: Reference, filtered: Reference | None, say: Say) -> dict[str, float]:
+def _measure(name: str, looked: Mapping[str, Looked], seeing: ClipFeatures, real: Reference, filtered: Reference | None, say: Say) -> dict[str, float | None]:
     say(f"measuring {name}: {len(looked[CLIP].names):,} pictures")
     seen = _seen(looked, seeing)
+    if lacking := int((~seen.captioned).sum()):
+        say(f"{name}: {lacking:,} of {len(seen.clip):,} pictures have no caption, and are left out of the CLIP score")
     figures = {"pictures": len(seen.clip), **real.figures(seen)}
     return figures if filtered is None else {**figures, "filtered_frechet_distance": filtered.frechet_distance(seen)}
 
@@ -171,9 +184,9 @@ def _page(found: dict[str, Any], plot: np.ndarray, made: Mapping[str, Looked], r
     rows = list(found["sets"].values())
     columns = [name for name in dict.fromkeys(key for row in rows for key in row) if name != "model" and not name.endswith("_deviation")]
     table = [["", *(name.replace("_", " ") for name in columns)],
-             *([name, *(_number(row.get(column)) for column in columns)] for name, row in found["sets"].items())]
+             *([name, *(number(row.get(column)) for column in columns)] for name, row in found["sets"].items())]
     real = found["reference"]
-    text = (f"Beside {real['images']:,} images of {real['source']}, at {found['size']} pixels; their own captions score {real['clip_score']:.2f}. "
+    text = (f"Beside {real['images']:,} images of {real['source']}, at {found['size']} pixels; {_own_captions(real['clip_score'])}. "
             + ("Distances are FID and the score is IS." if found["inception"] else "Distances and scores are of the CLIP's features, no FID and no IS, and to "
                "be compared with each other only: no Inception network was given.")
             + (f" Filtered: without the {real['images'] - real['filtered_images']:,} images that were to be left out." if "filtered_images" in real else ""))
@@ -190,9 +203,9 @@ def _page(found: dict[str, Any], plot: np.ndarray, made: Mapping[str, Looked], r
     return page("Generated pictures beside real ones", [*sections, *([_at_random("The reference", reference, draws)] if reference else [])])
 
 
+def _own_captions(score: float | None) -> str:
+    return "they have no captions" if score is None else f"their own captions score {score:.2f}"
+
+
 def _at_random(name: str, looked: Looked, draws: np.random.Generator) -> Section:
     return Section(f"{name}, at random", groups=looked.pictures(draws.permutation(len(looked.names))[:2 * SHOWN].tolist()))
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ..config import CleanConfig, UserError
 from ..data.content import ContentError, ContentFilter
 from ..data.filters import BROKEN, Candidate, Report, Rule, first_broken, image_rules
 from ..data.images import ImageError, decode
-from ..data.sources import Part, find_parts, read_part
+from ..data.sources import METADATA, Part, find_parts, read_part, states
 from ..evaluation.features import ClipFeatures, Network, fetch_network, load_network
 from ..evaluation.pages import Picture, thumbnail
 from ..recipe import fingerprint
@@ -35,14 +36,18 @@ from .stream import Tally, quiet
 JOB = "job.json"                    # beside generated pictures: what they are made with
 ROWS_AT_ONCE = 64                   # images that one actor is given
 ACTORS = 2                          # on a cluster without GPUs
+FEW = 128                           # images that are seen here sooner than actors have been started (some 10 s)
+
+
+Blocks = Callable[[int, Part, Report], Iterator[pyarrow.Table]]      # the rows of a part, by its number; faults go into the report
 
 
 class Embedder:
     """What an actor of the pool does: images to features, or to a filter's scores. It loads the network once, for all blocks it is given."""
 
-    def __init__(self, load: Callable[[str], Network], path: str, content: ContentFilter | None):
-        if not torch.cuda.is_available():
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ACTORS))
+    def __init__(self, load: Callable[[str], Network], path: str, content: ContentFilter | None, threads: int | None = None):
+        if threads and not torch.cuda.is_available():
+            torch.set_num_threads(threads)
         self._network, self._content = load(path), content
 
     def __call__(self, block: pyarrow.Table) -> pyarrow.Table:
@@ -69,37 +74,49 @@ def embed(parts: Sequence[Part], path: str, truth: Rule | None = None, content: 
     `load` makes the network of the file or folder `path`, which all nodes see. `truth` says whether a row has the content. `limit` ends the
     reading after so many rows. The report counts rows, and names parts with a fault.
     """
-    shared, tally = ray.put(list(parts)), Tally.remote()
+    def blocks(number: int, part: Part, report: Report) -> Iterator[pyarrow.Table]:
+        rows = _rows(number, part, truth, group, report)
+        while block := list(itertools.islice(rows, ROWS_AT_ONCE)):
+            yield pyarrow.Table.from_pylist(block, READ)
 
-    def read(batch: dict[str, np.ndarray]) -> Iterator[pyarrow.Table]:
-        for number in batch["item"]:
-            report, rows = Report(), []
-            for row in _rows(int(number), ray.get(shared)[number], truth, group, report):
-                rows.append(row)
-                if len(rows) == ROWS_AT_ONCE:
-                    yield pyarrow.Table.from_pylist(rows, READ)
-                    rows = []
-            if rows:
-                yield pyarrow.Table.from_pylist(rows, READ)
-            ray.get(tally.add.remote(report))
-
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    stream = quiet().from_items(list(range(len(parts))), override_num_blocks=len(parts)).map_batches(read, batch_size=1)
-    stream = stream.map_batches(Embedder, fn_constructor_args=(load, path, content), batch_format="pyarrow", batch_size=ROWS_AT_ONCE,
-                                concurrency=min(len(parts), gpus or ACTORS), num_gpus=1 if gpus else 0)
-    stream.context.execution_options.preserve_order = True      # a limit takes the same rows each time
+    counts = [part.count or len(part.files) for part in parts]
+    see = _here if all(counts) and sum(counts) <= FEW else _by_actors
+    seen, report = see(parts, blocks, load, path, content)
     tables, done = [], 0
     with tqdm(desc="look", unit="image", dynamic_ncols=True, disable=None, total=limit) as bar:
-        for table in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for table in seen:
             tables.append(table)
             done += len(table)
             bar.update(len(table))
             if limit is not None and done >= limit:
                 break
     if not tables:
-        raise ContentError(f"No row of the corpus can be read: {' '.join(ray.get(tally.report.remote()).faults)[:300]}")
-    rows = pyarrow.concat_tables(tables).sort_by([("part", "ascending"), ("position", "ascending")])
-    return rows, ray.get(tally.report.remote())
+        raise ContentError(f"No row of the corpus can be read: {' '.join(report().faults)[:300]}")
+    return pyarrow.concat_tables(tables).sort_by([("part", "ascending"), ("position", "ascending")]), report()
+
+
+def _here(parts: Sequence[Part], blocks: Blocks, *embedder: Any) -> tuple[Iterator[pyarrow.Table], Callable[[], Report]]:
+    """What an Embedder makes of the blocks of all parts, by this process; and the report, so far."""
+    report, see = Report(), Embedder(*embedder)
+    return (see(block) for number, part in enumerate(parts) for block in blocks(number, part, report)), lambda: report
+
+
+def _by_actors(parts: Sequence[Part], blocks: Blocks, *embedder: Any) -> tuple[Iterator[pyarrow.Table], Callable[[], Report]]:
+    """The same, by a pool of actors."""
+    shared, tally = ray.put(list(parts)), Tally.remote()
+
+    def read(batch: dict[str, np.ndarray]) -> Iterator[pyarrow.Table]:
+        for number in batch["item"]:
+            report = Report()
+            yield from blocks(int(number), ray.get(shared)[number], report)
+            ray.get(tally.add.remote(report))
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    stream = quiet().from_items(list(range(len(parts))), override_num_blocks=len(parts)).map_batches(read, batch_size=1)
+    stream = stream.map_batches(Embedder, fn_constructor_args=(*embedder, max(1, (os.cpu_count() or 1) // ACTORS)), batch_format="pyarrow",
+                                batch_size=ROWS_AT_ONCE, concurrency=min(len(parts), gpus or ACTORS), num_gpus=1 if gpus else 0)
+    stream.context.execution_options.preserve_order = True      # a limit takes the same rows each time
+    return stream.iter_batches(batch_size=None, batch_format="pyarrow"), lambda: ray.get(tally.report.remote())
 
 
 READ = pyarrow.schema([("part", pyarrow.int32()), ("position", pyarrow.int32()), ("key", pyarrow.string()), ("caption", pyarrow.string()),
@@ -108,15 +125,19 @@ READ = pyarrow.schema([("part", pyarrow.int32()), ("position", pyarrow.int32()),
 
 def _rows(number: int, part: Part, truth: Rule | None, group: str, report: Report) -> Iterator[dict[str, Any]]:
     rules = {name: rule for name, rule in image_rules(CleanConfig(min_size=1, max_aspect=None)).items() if name != BROKEN}    # the actor decodes
+    missing = 0
     try:
         for position, sample in enumerate(read_part(part)):
             candidate = Candidate(sample)
             reason = first_broken(candidate, rules) or ""
+            missing += not sample.image
             yield {"part": number, "position": position, "key": sample.key, "caption": sample.captions[0] if sample.captions else "",
                    "group": str(sample.meta.get(group) or f"{part.url}#{position}"), "truth": bool(truth(candidate)) if truth else None,
                    "reason": reason, "image": b"" if reason else sample.image}
     except UserError as error:
         report.faults.append(str(error))
+    if missing:
+        report.faults.append(f"{missing:,} images of {part.url} cannot be read; see whether they are there.")
 
 
 # -- what was seen ----------------------------------------------------------------------------------------------------
@@ -125,14 +146,18 @@ def _rows(number: int, part: Part, truth: Rule | None, group: str, report: Repor
 class Looked:
     """The rows of a corpus with whole images, as a network sees them."""
 
-    names: Sequence[str]             # PART#POSITION
+    names: Sequence[str]             # PART#POSITION, which mean the same in any folder
     places: Sequence[tuple[int, int]]
     parts: Sequence[Part]
     captions: Sequence[str]
     groups: np.ndarray               # (N,) int
     truth: np.ndarray | None         # (N,) bool
     features: np.ndarray             # (N, E)
-    digest: str = ""                 # of what all this follows from, where `look` has found it
+
+    @cached_property
+    def digest(self) -> str:
+        """Of what figures follow from: names, captions and features."""
+        return hashlib.sha256(json.dumps([self.names, self.captions]).encode() + np.ascontiguousarray(self.features).tobytes()).hexdigest()
 
     @classmethod
     def of(cls, table: pyarrow.Table, parts: Sequence[Part]) -> Looked:
@@ -142,8 +167,7 @@ class Looked:
             raise ContentError("The corpus has no image that can be read; look at it with `glide corpus --survey PATH`.")
         places = list(zip(table["part"].to_pylist(), table["position"].to_pylist(), strict=True))
         truth = table["truth"].to_pylist()
-        here = os.getcwd() + os.sep       # rows are named as their corpus was, for people to find
-        return cls([f"{parts[part].url.removeprefix(here)}#{position}" for part, position in places], places, parts, table["caption"].to_pylist(),
+        return cls([f"{parts[part].url}#{position}" for part, position in places], places, parts, table["caption"].to_pylist(),
                    np.unique(table["group"].to_pylist(), return_inverse=True)[1], None if truth[0] is None else np.array(truth, bool),
                    _matrix(table["features"]))
 
@@ -157,7 +181,8 @@ class Looked:
 def look(source: str, network: str, size: int, cache: str, report: Callable[[str], None] = lambda line: None) -> Looked:
     """The corpus `source` as evaluation looks at it with a network, at `size` pixels; or as the file `cache` holds it from before.
 
-    All paths are local or s3://. The cache is of the network and of which files there are. Ray must be connected. Raises UserError.
+    All paths are local or s3://. The cache is of the network and of the files that there are, and none is made of what could not be read to its end: the
+    next call tries again. Ray must be connected. Raises UserError.
     """
     source, network = storage.absolute(source), storage.absolute(network)
     parts = find_parts(source)
@@ -165,29 +190,33 @@ def look(source: str, network: str, size: int, cache: str, report: Callable[[str
         job = storage.read(f"{source}/{JOB}").decode()      # generated pictures are called alike whatever they were made with
     except storage.StorageError:
         job = ""
-    named = [[part.url, part.count, part.files] for part in parts]
-    digest = hashlib.sha256(json.dumps([fingerprint(fetch_network(network)), size, job, named]).encode()).hexdigest()
+    if job and any(captions is None for part in parts for _, captions in part.files):
+        raise UserError(f"{source} is not finished: not all of its pictures stand in {METADATA}; run the command again that makes them.")
+    files = [[[part.url, part.count, part.files] for part in parts], states(source, parts)]
+    of = hashlib.sha256(json.dumps([fingerprint(fetch_network(network)), size, job, files]).encode()).hexdigest()
 
-    def see() -> pyarrow.Table:
+    def see() -> tuple[pyarrow.Table, bool]:
         report(f"looking at {source}")
         table, counted = embed(parts, network, load=partial(load_network, size=size))
         for fault in counted.faults:
             report(fault)
-        return table
-    return replace(Looked.of(kept(cache, digest, see), parts), digest=digest)
+        return table, not counted.faults
+    return Looked.of(kept(cache, of, see), parts)
 
 
-def kept(cache: str | Path, of: str, make: Callable[[], pyarrow.Table]) -> pyarrow.Table:
-    """The table in the file `cache`, local or s3://, if it is `of` what is wanted; else made, and written there."""
+def kept(cache: str | Path, of: str, make: Callable[[], tuple[pyarrow.Table, bool]]) -> pyarrow.Table:
+    """The table in the file `cache`, local or s3://, if it is `of` what is wanted; else made, and written there if it is to be kept."""
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(storage.read(cache)))
         if (table.schema.metadata or {}).get(b"of") == of.encode():
             return table
     except (storage.MissingError, pyarrow.ArrowInvalid):
         pass
-    sink, table = io.BytesIO(), make()
-    pyarrow.parquet.write_table(table.replace_schema_metadata({"of": of}), sink)
-    storage.put(sink.getvalue(), cache)
+    table, to_keep = make()
+    if to_keep:
+        sink = io.BytesIO()
+        pyarrow.parquet.write_table(table.replace_schema_metadata({"of": of}), sink)
+        storage.put(sink.getvalue(), cache)
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,12 +86,13 @@ def fit_content(name: str, corpus: str, out: str | Path, clip: str, config: Filt
     connect(2 + ACTORS)
     send_with([truth] if truth else [])
     looked = _pool(corpus, out, str(Path(clip_path).resolve()), config, truth, report)
-    pool = Pool(looked.names, looked.captions, looked.features, looked.groups,
-                looked.features @ features.words(list(words)).T if words else np.empty((len(looked.names), 0)))
-    place = {row: n for n, row in enumerate(looked.names)}
+    names = _readable(looked.names)
+    pool = Pool(names, looked.captions, looked.features, looked.groups,
+                looked.features @ features.words(list(words)).T if words else np.empty((len(names), 0)))
+    place = {row: n for n, row in enumerate(names)}
     if truth is not None:
         labelled = answered(pool, looked.truth, config)
-        write_labels(out / LABELS, [Label(looked.names[n], said, looked.captions[n], "truth") for n, said in labelled.items()])
+        write_labels(out / LABELS, [Label(names[n], said, looked.captions[n], "truth") for n, said in labelled.items()])
         asked = []
     else:
         strange = next((label.row for label in labels if label.row not in place), None)
@@ -101,7 +103,7 @@ def fit_content(name: str, corpus: str, out: str | Path, clip: str, config: Filt
         asked = ask(pool, labelled, config)
         if asked:
             _write_sheet(out, looked, [n for n, _ in asked], first_line=2 + len(labels))
-            write_labels(out / LABELS, [*labels, *(Label(looked.names[n], None, looked.captions[n], why) for n, why in asked)])
+            write_labels(out / LABELS, [*labels, *(Label(names[n], None, looked.captions[n], why) for n, why in asked)])
     try:
         fitted = fit_labelled(pool, labelled)
     except ContentError:
@@ -123,6 +125,12 @@ def fit_content(name: str, corpus: str, out: str | Path, clip: str, config: Filt
     return done
 
 
+def _readable(names: Sequence[str]) -> list[str]:
+    """As the user wrote the corpus, where it lies in this folder."""
+    here = os.getcwd() + os.sep
+    return [name.removeprefix(here) for name in names]
+
+
 def _pool(corpus: str, out: Path, clip: str, config: FilterConfig, truth: Rule | None, report: Callable[[str], None]) -> Looked:
     """The rows that labels are asked for. They are looked at once: a second call finds their features in FEATURES."""
     parts = find_parts(storage.absolute(corpus))
@@ -130,14 +138,14 @@ def _pool(corpus: str, out: Path, clip: str, config: FilterConfig, truth: Rule |
     parts = [parts[n] for n in order]
     of = json.dumps([corpus, fingerprint(clip), config.pool, config.seed, config.group, [part.url for part in parts]])
 
-    def see() -> pyarrow.Table:
+    def see() -> tuple[pyarrow.Table, bool]:
         report(f"looking at {corpus}, {config.pool:,} rows at the most")
         table, counted = embed(parts, clip, truth, group=config.group, limit=config.pool)
         for fault in counted.faults:
             report(fault)
-        return table
+        return table, True      # whatever could not be read: labels are of this pool
     # All rounds run in one call where the truth is known.
-    return Looked.of(kept(out / FEATURES, of, see) if truth is None else see(), parts)
+    return Looked.of(kept(out / FEATURES, of, see) if truth is None else see()[0], parts)
 
 
 def _assess(content: ContentFilter, pool: Pool, looked: Looked, corpus: str, held_out: str | None, clip: str, config: FilterConfig,

@@ -4,15 +4,15 @@ trained on (sec. 6)."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from .. import storage
 from ..config import BulkConfig, UserError
-from ..data.images import ImageError, decode, encode
+from ..data.images import ImageError, centre_crop, decode, encode
 from ..evaluation.features import fetch_clip
 from ..evaluation.neighbours import Nearest, nearest, same_picture, to_own
 from ..evaluation.pages import Picture, Section, page, thumbnail
@@ -39,7 +39,7 @@ def filter_reference(reference: str, training: str, out: str, clip: str, distanc
     out = _begin(out, clip)
     real, trained = (_look(name, source, out, clip, say) for name, source in (("reference", reference), ("training", training)))
     found = nearest(real.features, trained.features)
-    out_of = [storage.absolute(name) for name, far in zip(real.names, found.distances, strict=True) if far < distance]
+    out_of = [name for name, far in zip(real.names, found.distances, strict=True) if far < distance]
     result = {"reference": reference, "training": training, "clip": storage.absolute(clip), "distance": distance, "images": len(real.names), "names": out_of}
     order = np.argsort(found.distances)
     within, beyond = order[:len(out_of)][::-1], order[len(out_of):]
@@ -54,12 +54,14 @@ def filter_reference(reference: str, training: str, out: str, clip: str, distanc
 
 
 def left_out(path: str) -> list[str]:
-    """What `filter_reference` has listed, named as `Looked` names rows in this folder. Raises UserError."""
-    here = os.getcwd() + os.sep
+    """What `filter_reference` has listed, named as `Looked` names rows. Raises UserError."""
     try:
-        return [name.removeprefix(here) for name in json.loads(storage.read(storage.absolute(path)))["names"]]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a list as `glide filter-reference` writes it; give its {LEFT_OUT}.") from None
+        names = json.loads(storage.read(storage.absolute(path)))["names"]
+    except (ValueError, KeyError, TypeError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} is not a list as `glide filter-reference` writes it; give its {LEFT_OUT}.")
+    return names
 
 
 def regurgitation(pictures: str | None, training: str, held_out: str, out: str, clip: str, config: BulkConfig, images: int,
@@ -73,7 +75,7 @@ def regurgitation(pictures: str | None, training: str, held_out: str, out: str, 
     out = _begin(out, clip)
     trained = _look("training", training, out, clip, say)
     if pictures is None:
-        captions = [caption for caption in trained.captions if caption]
+        captions = [caption for caption in trained.captions if caption.strip()]
         if not captions:
             raise UserError(f"No image of {training} has a caption; give pictures that are made already.")
         [pictures] = sweep(config, (), (), captions, images, out, say).values()
@@ -127,8 +129,9 @@ def _pairs(side: Looked, rows: Sequence[int], trained: Looked, found: Nearest) -
 
 
 def _alike(one: bytes, other: bytes) -> bool:
+    """By their centred squares: a model sees no more of what it is trained on."""
     try:
-        return same_picture(decode(one), decode(other))
+        return same_picture(*(Image.fromarray(centre_crop(image, min(image.size))) for image in map(decode, (one, other))))
     except ImageError:
         return False
 

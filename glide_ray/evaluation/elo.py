@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,16 +19,17 @@ class EloError(UserError):
 
 @dataclass(frozen=True)
 class Vote:
-    """One comparison: the two models, and what the first got of it, 1, 0.5 for a tie, or 0."""
+    """One comparison: the two models, and what the first got of it, 1, 0.5 for a tie, or 0. `about`: the prompt, votes on which are not independent."""
 
     first: str
     second: str
     won: float
+    about: str | None = None
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A model's score with its interval, and the share of its comparisons that it won."""
+    """A model's score with its interval, whose ends are infinite where votes say no more, and the share of its comparisons that it won."""
 
     score: float
     low: float
@@ -69,33 +70,43 @@ def scores(table: np.ndarray, models: Sequence[str] | None = None) -> np.ndarray
 
 
 def standings(votes: Sequence[Vote], draws: int = 1000, level: float = 0.95, seed: int = 0) -> Mapping[str, Standing]:
-    """Of each model, the best first. Intervals are those of votes drawn anew from the same pairs; draws that no scores follow from are left out.
+    """Of each model, the best first. Intervals are of prompts drawn anew, each with all votes on it: several raters of one picture, or several pairs
+    of models with one prompt, are no independent votes. Votes that are about nothing known count as one each.
 
-    Raises EloError.
+    A draw in which a model has never lost, or never won, has it at infinity. Raises EloError.
     """
     models = sorted({model for vote in votes for model in (vote.first, vote.second)})
     if len(models) < 2:
         raise EloError("Elo scores compare models, and these votes are of fewer than two.")
-    best = scores(wins(votes, models), models)
-    pairs: dict[tuple[str, str], list[Vote]] = {}
-    for vote in votes:
-        pairs.setdefault(tuple(sorted((vote.first, vote.second))), []).append(vote)
-    rows = [np.array([[models.index(vote.first), models.index(vote.second), vote.won] for vote in of]) for of in pairs.values()]
-    random, drawn = np.random.default_rng(seed), []
-    for _ in range(draws):
-        table = np.zeros((len(models), len(models)))
-        for of in rows:
-            first, second, won = of[random.integers(len(of), size=len(of))].T
-            np.add.at(table, (first.astype(int), second.astype(int)), won)
-            np.add.at(table, (second.astype(int), first.astype(int)), 1 - won)
-        try:
-            drawn.append(scores(table, models))
-        except EloError:
-            continue
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0) if drawn else np.full((2, len(models)), np.nan)
     table = wins(votes, models)
-    played = (table + table.T).sum(1)
-    return {models[n]: Standing(float(best[n]), float(low[n]), float(high[n]), float(table[n].sum() / played[n]), int(played[n])) for n in np.argsort(-best)}
+    best, played = scores(table, models), (table + table.T).sum(1)
+    ends = [_interval(of, level) for of in np.stack(list(_drawn(votes, models, draws, seed))).T]
+    return {models[n]: Standing(float(best[n]), *ends[n], float(table[n].sum() / played[n]), int(played[n])) for n in np.argsort(-best)}
+
+
+def _interval(drawn: np.ndarray, level: float) -> tuple[float, float]:
+    """Of a model's scores (N,) in the draws that say something of it. Ends are themselves drawn: between a number and infinity nothing can be said."""
+    known = np.sort(drawn[~np.isnan(drawn)])
+    low, high = (max(0, int(np.ceil(share * len(known))) - 1) for share in ((1 - level) / 2, (1 + level) / 2))
+    return (float(known[low]), float(known[high])) if len(known) else (-np.inf, np.inf)
+
+
+def _drawn(votes: Sequence[Vote], models: Sequence[str], draws: int, seed: int) -> Iterator[np.ndarray]:
+    """Scores (N,) of votes that are drawn anew; NaN for a model of which a draw says nothing."""
+    place: dict[str | int, int] = {}
+    of = [place.setdefault(n if vote.about is None else vote.about, len(place)) for n, vote in enumerate(votes)]
+    first, second, won = (np.array(column) for column in zip(*((models.index(vote.first), models.index(vote.second), vote.won) for vote in votes), strict=True))
+    tables = np.zeros((len(place), len(models), len(models)))
+    np.add.at(tables, (of, first, second), won)
+    np.add.at(tables, (of, second, first), 1 - won)
+    random = np.random.default_rng(seed)
+    for _ in range(draws):
+        table = np.tensordot(np.bincount(random.integers(len(place), size=len(place)), minlength=len(place)), tables, 1)
+        try:
+            yield scores(table, models)
+        except EloError:
+            won, lost = table.sum(1) > 0, table.sum(0) > 0
+            yield np.select([won & ~lost, lost & ~won], [np.inf, -np.inf], np.nan)
 
 
 def _unbounded(table: np.ndarray, models: Sequence[str]) -> str:

@@ -22,7 +22,8 @@ KINDS = 256         # captions of the reference that serve as classes where no I
 
 @dataclass(frozen=True)
 class Seen:
-    """Images by a CLIP: features (N, E), and those of their captions (N, E). By Inception, where there is one: pooled features and probabilities."""
+    """Images by a CLIP: features (N, E), and those of their captions (N, E), NaN for those that have none. By Inception, where there is one: pooled
+    features and probabilities."""
 
     clip: np.ndarray
     words: np.ndarray
@@ -32,6 +33,17 @@ class Seen:
     def features(self) -> np.ndarray:
         """What distances are measured in: Inception's, or else the CLIP's."""
         return self.clip if self.inception is None else self.inception[:, :POOLED]
+
+    @property
+    def captioned(self) -> np.ndarray:
+        """(N,) bool"""
+        return ~np.isnan(self.words[:, 0])
+
+    @property
+    def clip_score(self) -> float | None:
+        """Of the images that have a caption; None where none has."""
+        with_words = self.captioned
+        return metrics.clip_score(self.clip[with_words], self.words[with_words]) if with_words.any() else None
 
     def classes(self, kinds: np.ndarray) -> np.ndarray:
         """Probabilities (N, Y): Inception's, or else of the captions `kinds` (Y, E) for each picture, by the CLIP at the scale of CLIP scores."""
@@ -60,7 +72,7 @@ class Reference:
 
     @cached_property
     def kinds(self) -> np.ndarray:
-        distinct = np.unique(self.seen.words, axis=0)
+        distinct = np.unique(self.seen.words[self.seen.captioned], axis=0)
         return distinct[np.random.default_rng(0).permutation(len(distinct))[:KINDS]]
 
     def without(self, names: Collection[str]) -> Reference:
@@ -71,24 +83,21 @@ class Reference:
         seen = Seen(*(None if part is None else part[keep] for part in (self.seen.clip, self.seen.words, self.seen.inception)))
         return Reference([name for name in self.names if name not in names], [text for text, kept in zip(self.captions, keep, strict=True) if kept], seen)
 
-    @property
-    def clip_score(self) -> float:
-        """Of the real images with their own captions: what perfect pictures would reach."""
-        return metrics.clip_score(self.seen.clip, self.seen.words)
-
     def frechet_distance(self, made: Seen) -> float:
         return metrics.frechet_distance(Moments.of(made.features), self.moments)
 
-    def figures(self, made: Seen) -> dict[str, float]:
+    def figures(self, made: Seen) -> dict[str, float | None]:
         """All that section 5 plots and tabulates. Distances are FID, and the score is IS, where Inception has seen the images; else they are the
-        same measures of the CLIP's features, to be compared only with each other. Raises MetricError."""
+        same measures of the CLIP's features, to be compared only with each other. None is what wants captions that are not there. Raises MetricError."""
         real = self.seen
         precision, recall = metrics.precision_recall(real.features, made.features, real_reach=self.reach)
         kid, deviation = metrics.kid(real.features, made.features)
-        score, spread = metrics.inception_score(made.classes(self.kinds), min(10, len(made.clip)))
+        score, spread = None, None
+        if made.inception is not None or len(self.kinds):
+            score, spread = metrics.inception_score(made.classes(self.kinds), min(10, len(made.clip)))
         return {"frechet_distance": self.frechet_distance(made),
                 "frechet_infinity": metrics.frechet_infinity(made.features, self.moments), "inception_score": score, "inception_score_deviation": spread,
-                "precision": precision, "recall": recall, "clip_score": metrics.clip_score(made.clip, made.words), "kid": kid, "kid_deviation": deviation,
+                "precision": precision, "recall": recall, "clip_score": made.clip_score, "kid": kid, "kid_deviation": deviation,
                 "cmmd": metrics.cmmd(real.clip, made.clip)}
 
     # -- kept for other evaluations -----------------------------------------------------------------------------------

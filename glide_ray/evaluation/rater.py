@@ -20,7 +20,6 @@ from ..config import UserError
 from .turns import QUESTIONS
 from .votes import Votes, VotesError
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
 NAME = re.compile(r"[\w.@-]{1,60}", re.ASCII)         # of a rater, where the link has one
 YEAR = 365 * 24 * 3600
 HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
@@ -36,13 +35,14 @@ class Answer(BaseModel):
     again: bool = False
 
 
-def build(votes: Votes, pictures: Path, wanted: int, link_key: str | None) -> FastAPI:
-    """The application. `wanted`: votes for each comparison and question; `link_key`: what a link must have, None where anybody may vote."""
+def build(votes: Votes, pictures: Path, wanted: int, link_key: str) -> FastAPI:
+    """The application. `wanted`: votes for each comparison and question; `link_key`: what a link must have, at this
+    machine's own address too, for a proxy may stand before it."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     page = Environment(autoescape=True).from_string((Path(__file__).with_name("rater.html")).read_text(encoding="utf-8"))
 
     def admitted(glide_key: Annotated[str, Cookie()] = "") -> None:
-        if link_key and not secrets.compare_digest(glide_key.encode(), link_key.encode()):
+        if not secrets.compare_digest(glide_key.encode(), link_key.encode()):
             raise HTTPException(403, "Open the link that you were given: it has a key.")
 
     def known(glide_rater: Annotated[str, Cookie()] = "", _: None = Depends(admitted)) -> str:
@@ -97,7 +97,7 @@ def build(votes: Votes, pictures: Path, wanted: int, link_key: str | None) -> Fa
     return app
 
 
-def serve(app: FastAPI, host: str, port: int, link_key: str | None, report: Callable[[str], None]) -> None:
+def serve(app: FastAPI, host: str, port: int, link_key: str, report: Callable[[str], None]) -> None:
     """Until it is interrupted. The link is reported when it can be opened. Raises UserError where the address cannot be had."""
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -105,5 +105,5 @@ def serve(app: FastAPI, host: str, port: int, link_key: str | None, report: Call
         raise UserError(f"{host}:{port} cannot be listened on ({getattr(error, 'strerror', None) or error}); give another --port or --host.") from None
     with listening:
         name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-        report(f"http://{name}:{listening.getsockname()[1]}/{f'?key={link_key}' if link_key else ''}")
+        report(f"http://{name}:{listening.getsockname()[1]}/?key={link_key}")
         uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listening])

@@ -59,6 +59,11 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in rows)
 
 
+def number(value: float | None) -> str:
+    """A figure as tables show it; nothing where there is none."""
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
 def scaled(pixels: np.ndarray, size: int) -> Image.Image:
     """A square picture at another size, its pixels kept as squares where it grows."""
     return Image.fromarray(pixels).resize((size, size), Image.Resampling.BOX if len(pixels) > size else Image.Resampling.NEAREST)
@@ -112,16 +117,17 @@ def fronts(points: Sequence[Point], inception: bool) -> np.ndarray:
               ("frechet_distance", fid, "clip_score", "CLIP score"))
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     for axis, (across, across_label, up, up_label) in zip(axes, panels, strict=True):
-        for kind, line in _lines(points).items():
+        there = [point for point in points if None not in (point.figures[across], point.figures[up])]
+        for kind, line in _lines(there).items():
             axis.plot([point.figures[across] for point in line], [point.figures[up] for point in line], "o-", label=kind, markersize=4, linewidth=1.3)
-        for point in points:
+        for point in there:
             if point.guidance is None:
                 axis.plot([point.figures[across]], [point.figures[up]], "s", label=point.name, markersize=5)
             axis.annotate(f"{point.guidance[1]:g}" if point.guidance else "", (point.figures[across], point.figures[up]), textcoords="offset points", xytext=(4, 4),
                           fontsize=8, color="grey")
         axis.set(xlabel=across_label, ylabel=up_label)
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    axes[1].legend()       # where every set has a point
     return _pixels(figure)
 
 

@@ -52,8 +52,10 @@ def open_study(out: str | Path, database: str | None, asked: Asked | None, repor
     votes = Votes(database or database_of(out))
     if asked:
         votes.begin(asked)
-    if not votes.comparisons():
-        votes.add_comparisons(_make(votes.asked, votes.study.secret, Path(out) / PICTURES, report))
+    folder = Path(out) / PICTURES
+    names = {name for one in votes.comparisons().values() for name in (one.first_picture, one.second_picture)}
+    if not names or any(not (folder / f"{name}.png").exists() for name in names):       # the folder is new, and the database is not
+        votes.add_comparisons(_make(votes.asked, votes.study.secret, folder, report))
     return votes
 
 
@@ -171,6 +173,8 @@ def _noise_checks(asked: Asked, secret: str, folder: Path, made: Sequence[Compar
 def _real_checks(asked: Asked, secret: str, folder: Path, count: int) -> list[Comparison]:
     """A real picture with its caption: for photorealism beside noise, for the caption beside a real picture of something else."""
     corpus = find_pictures(asked.real)
+    if not corpus:
+        raise StudyError(f"No image of {asked.real} has a caption; give --real a corpus with captions, or leave it out.")
     prompts, checks, wanted = list(corpus), [], {}
     said: dict[tuple[str, int], set[str]] = {}      # words of all captions of a picture
     for prompt, pictures in corpus.items():

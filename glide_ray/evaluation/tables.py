@@ -52,7 +52,7 @@ def count(cast: Sequence[Cast]) -> Ballot:
     kept = [one for one in cast if not one.comparison.check_of and one.rater not in out]
     votes: dict[str, list[Vote]] = {}
     for one in kept:
-        votes.setdefault(one.question, []).append(Vote(one.comparison.first, one.comparison.second, WON[one.answer]))
+        votes.setdefault(one.question, []).append(Vote(one.comparison.first, one.comparison.second, WON[one.answer], one.comparison.prompt))
     decided = [one.answer == one.left for one in kept if one.answer != TIE]
     return Ballot(votes, len({one.rater for one in cast}), out, sum(not one.comparison.check_of and one.rater in out for one in cast),
                   float(np.mean(decided)) if decided else None)
@@ -100,7 +100,8 @@ def _of_question(votes: Sequence[Vote], draws: int) -> dict[str, Any]:
 
 
 def _interval(one: Standing) -> dict[str, float | None]:
-    return {"low": one.low, "high": one.high} if np.isfinite(one.low) else {"low": None, "high": None}
+    """JSON has no infinity: an end that the votes leave open is None."""
+    return {"low": one.low if np.isfinite(one.low) else None, "high": one.high if np.isfinite(one.high) else None}
 
 
 # -- as text ----------------------------------------------------------------------------------------------------------
@@ -126,7 +127,8 @@ def _best_first(questions: Collection[Mapping[str, Any]]) -> list[str]:
 def _score(one: Mapping[str, float] | None) -> str:
     if one is None:
         return "-"
-    return f"{one['score']:.1f}" + (f"  [{one['low']:.1f}, {one['high']:.1f}]" if one["low"] is not None else "")
+    low, high = (open_end if one[end] is None else f"{one[end]:.1f}" for end, open_end in (("low", "-inf"), ("high", "inf")))
+    return f"{one['score']:.1f}  [{low}, {high}]"
 
 
 def _share(one: Mapping[str, float] | None) -> str:

@@ -105,14 +105,17 @@ class Votes:
     # -- the study ----------------------------------------------------------------------------------------------------
 
     def begin(self, asked: Asked, secret: str | None = None) -> None:
-        """Note what the study is of, or find it noted. Raises VotesError where it is of something else."""
+        """Note what the study is of, or find it noted. One that nothing could be made of gives way. Raises VotesError where it is of something else."""
+        text = json.dumps(asdict(asked))
         with self._transaction() as connection:
             row = connection.execute(select(STUDY.c.asked)).first()
             if row is None:
-                connection.execute(insert(STUDY).values(id=1, asked=json.dumps(asdict(asked)), secret=secret or secrets.token_hex(32),
-                                                        link_key=secrets.token_urlsafe(16)))
+                connection.execute(insert(STUDY).values(id=1, asked=text, secret=secret or secrets.token_hex(32), link_key=secrets.token_urlsafe(16)))
                 return
-        before, now = json.loads(row.asked), json.loads(json.dumps(asdict(asked)))
+            if connection.execute(select(COMPARISONS.c.id).limit(1)).first() is None:
+                connection.execute(update(STUDY).values(asked=text))
+                return
+        before, now = json.loads(row.asked), json.loads(text)
         if differs := [name.replace("real", "attention checks") for name in now if now[name] != before[name]]:
             raise VotesError(f"{_hidden(self.url)} holds a study of other {' and '.join(differs)}; give another folder with --out, or no pictures to go on with it.")
 
