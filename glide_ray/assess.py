@@ -12,7 +12,7 @@ from typing import Any
 
 from .commands import BASE, CLIP, EMOJI
 from .config import UserError
-from .settings import positive
+from .settings import local_path, positive
 
 Add = Callable[..., argparse.ArgumentParser]
 
@@ -27,7 +27,7 @@ def add_commands(add: Add) -> None:
     _add_probe(add)
     command = add("miniature", miniature, "the paper's figures 6, 9 and 11 and tables 1 and 2 in little: small models on the emoji corpus, and what holds",
                   "It trains six models of 32 pixels and makes some 3,000 pictures: two hours on two cores. The same command goes on with what was interrupted.")
-    command.add_argument("--out", type=Path, default=Path("runs/miniature"), help="folder of the results; the corpus lies beside it (default: %(default)s)")
+    command.add_argument("--out", type=local_path, default=Path("runs/miniature"), help="folder of the results; the corpus lies beside it (default: %(default)s)")
     _add_rate(add("rate", rate, "a page on which people compare pictures of models, blind, on a phone or by keyboard",
                          "example:\n  glide rate guided=runs/guided unguided=runs/unguided clip=runs/clip --out runs/study --real runs/corpus/held_out\n  glide rate --out "
                          "runs/study\nThe first begins a study and copies its pictures; the second, or the first again, goes on with it. `glide elo` counts the votes."))

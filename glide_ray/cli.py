@@ -11,7 +11,7 @@ from . import assess, commands, pictures, presets
 from .commands import BASE, CLIP, DEMO, UPSAMPLER
 from .config import CleanConfig, FilterConfig, UserError
 from .serve_config import ServeConfig
-from .settings import positive
+from .settings import local_path, positive
 
 DESCRIPTION = """Train and serve GLIDE (Nichol et al. 2021), text-to-image diffusion for generation and editing.
 
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     command = add("demo", commands.demo, "corpus, training, serving and pictures in one go, with the nano models")
-    command.add_argument("--out", type=Path, default=DEMO, help="folder of the results (default: %(default)s)")
+    command.add_argument("--out", type=local_path, default=DEMO, help="folder of the results (default: %(default)s)")
 
     command = add("corpus", commands.corpus, "make the emoji corpus as tar shards and count it, or count one of your own")
     command.add_argument("--out", default="runs/corpus", help="folder or s3:// prefix for train/ and held_out/ (default: %(default)s)")
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--held-out", help=f"a corpus to assess the filter on where the truth is known (default: {commands.EMOJI}/held_out)")
     fit.add_argument("--clip", default=str(CLIP), help="weights of a CLIP of ours, or the folder of a public one, local or s3:// (default: %(default)s)")
     fit.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated")
-    fit.add_argument("--out", type=Path, help="folder of the labels and the filter (default: runs/filters/NAME)")
+    fit.add_argument("--out", type=local_path, help="folder of the labels and the filter (default: runs/filters/NAME)")
     apply = steps.add_parser("apply", formatter_class=form, help="write a corpus without what the filter finds",
                              description="Write the rows of a corpus that a filter lets pass, with an index, a list of those dropped, and a page to look at.",
                              epilog="example:\n  glide filter apply people runs/corpus/train --out runs/without_people")
@@ -144,19 +144,19 @@ def _parser() -> argparse.ArgumentParser:
     command = add("reproduce", pictures.reproduce, "make a picture again from the recipe in its PNG, and compare the two")
     command.add_argument("picture", help="a PNG that glide wrote")
     for role in ("base", "upsampler", "clip"):
-        command.add_argument(f"--{role}", type=Path, help="where its weights are now (default: where they were; they must be the same)")
-    command.add_argument("--out", type=Path, help="write the new picture here")
+        command.add_argument(f"--{role}", type=local_path, help="where its weights are now (default: where they were; they must be the same)")
+    command.add_argument("--out", type=local_path, help="write the new picture here")
 
     command = add("import-released", commands.import_released, "OpenAI's published checkpoints as weights files of ours, checked key by key",
                   "examples:\n  glide import-released base.pt\n  glide import-released image-enc.pt text-enc.pt --vocabulary "
                   "bpe_simple_vocab_16e6.txt.gz\nPickled code is refused, never run.")
     command.add_argument("files", nargs="+", help="base.pt, base-inpaint.pt, upsample.pt or upsample-inpaint.pt; or both encoders of CLIP")
     command.add_argument("--vocabulary", help="CLIP's bpe_simple_vocab_16e6.txt.gz")
-    command.add_argument("--out", type=Path, help="weights file to write (default: runs/NAME/weights.safetensors)")
+    command.add_argument("--out", type=local_path, help="weights file to write (default: runs/NAME/weights.safetensors)")
 
     command = add("export-released", commands.export_released, "a weights file of ours under the released names, as a .pt file")
-    command.add_argument("weights", type=Path, help="a weights file of a base model, an upsampler or noised CLIP")
-    command.add_argument("--out", type=Path, help=".pt file to write; CLIP's two encoders add their names (default: beside the weights)")
+    command.add_argument("weights", type=local_path, help="a weights file of a base model, an upsampler or noised CLIP")
+    command.add_argument("--out", type=local_path, help=".pt file to write; CLIP's two encoders add their names (default: beside the weights)")
 
     command = add("serve", commands.serve, "the OpenAI Images API for trained weights, on Ray Serve",
                   "settings, as --set KEY=VALUE:\n  " + "  ".join(f"{name}={value}" for name, value in _flat(ServeConfig()).items())
@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add("key", commands.key, "a new API key for the server; the file keeps only its hash",
                   "example:\n  glide key ann --per-minute 60\nTo take a key back, delete its name from the file and start or deploy the server anew.")
     command.add_argument("name", help="whose it is, as the server's log will call them")
-    command.add_argument("--keys", type=Path, default=Path("keys.json"), help="file to write to (default: %(default)s)")
+    command.add_argument("--keys", type=local_path, default=Path("keys.json"), help="file to write to (default: %(default)s)")
     command.add_argument("--at-once", type=positive, metavar="IMAGES", help="that are made for this key at once (default: as many as the server takes)")
     command.add_argument("--per-minute", type=positive, metavar="IMAGES", help="that this key may ask for (default: no limit)")
 
@@ -208,10 +208,10 @@ def _parser() -> argparse.ArgumentParser:
                               "images a second as a ratio to webdataset's; memory: its peak over 10 and 100 thousand; of trained models, "
                               "samplers: distance to 250 DDIM steps; inpainting: error at a hole's border, of --base and of --inpaint; "
                               "guidance: score by --clip over the guidance scale")
-    command.add_argument("--base", type=Path, default=BASE, help="default: %(default)s")
-    command.add_argument("--inpaint", type=Path, default=Path("runs/nano-base-inpaint/weights.safetensors"), help="default: %(default)s")
-    command.add_argument("--clip", type=Path, default=Path("runs/nano-clip/weights.safetensors"), help="default: %(default)s")
-    command.add_argument("--corpus", type=Path, default=Path("runs/corpus/held_out"), help="pictures to inpaint (default: %(default)s)")
+    command.add_argument("--base", type=local_path, default=BASE, help="default: %(default)s")
+    command.add_argument("--inpaint", type=local_path, default=Path("runs/nano-base-inpaint/weights.safetensors"), help="default: %(default)s")
+    command.add_argument("--clip", type=local_path, default=Path("runs/nano-clip/weights.safetensors"), help="default: %(default)s")
+    command.add_argument("--corpus", type=local_path, default=Path("runs/corpus/held_out"), help="pictures to inpaint (default: %(default)s)")
     command.add_argument("--shards", default="runs/corpus/train", help="corpus of data and memory (default: %(default)s)")
     command.add_argument("--preset", help="default: paper-base for forward, filtered-base for sample, emoji-base for train, all of its shapes for plan, "
                          "nano for serve, of nano and emoji; filtered for cascade, of paper, filtered, emoji and nano")
@@ -223,8 +223,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_weights(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--base", type=Path, default=BASE, help="weights of the base model (default: %(default)s)")
-    command.add_argument("--upsampler", type=Path, default=UPSAMPLER, help="weights of the upsampler (default: %(default)s)")
+    command.add_argument("--base", type=local_path, default=BASE, help="weights of the base model (default: %(default)s)")
+    command.add_argument("--upsampler", type=local_path, default=UPSAMPLER, help="weights of the upsampler (default: %(default)s)")
     command.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="default: fp16 on a GPU, fp32 on a CPU")
 
 
@@ -244,7 +244,7 @@ def _add_sampling(command: argparse.ArgumentParser, out: str, help_out: str = "P
     command.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture (default: %(default)s)")
     add_sampling(command)
     command.add_argument("--no-upsampler", action="store_true", help="stop at the base model's size")
-    command.add_argument("--out", type=Path, default=Path(out), help=help_out)
+    command.add_argument("--out", type=local_path, default=Path(out), help=help_out)
     _add_weights(command)
 
 

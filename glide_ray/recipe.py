@@ -73,7 +73,7 @@ class Maker:
             if path is None:
                 continue
             local = fetch_clip(path) if role == "clip" else fetch(path)
-            if local.is_file():
+            if role != "clip" or local.is_file():
                 configs[role] = load_config(local)
                 check_role(configs[role], role, path)
             name = configs[role].name if role in configs else "public CLIP"

@@ -6,6 +6,7 @@ import argparse
 import inspect
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from .config import TAGS, ConfigError, Frozen, nearest
+from .storage import is_remote
 
 Config = TypeVar("Config", bound=Frozen)
 
@@ -122,6 +124,13 @@ def _default(field: FieldInfo) -> str:
         return ", ".join(f"{name} `{value}`" for name, value in changed.items()) or "its own"
     shown = ", ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
     return "`none`" if shown in (None, "") else f"`{shown}`"
+
+
+def local_path(text: str) -> Path:
+    """A type of argparse: pathlib makes a folder named s3: of a URL."""
+    if is_remote(text):
+        raise argparse.ArgumentTypeError(f"{text} is not on this machine; give a local path")
+    return Path(text)
 
 
 def positive(text: str) -> int:

@@ -9,10 +9,14 @@ import sys
 
 from glide_ray.config import CleanConfig
 from glide_ray.data.filters import users_rules
+from glide_ray.data.sources import find_parts, states
 from glide_ray.distributed.clean import clean, write_page
+from glide_ray.distributed.corpus import RECORD
 from glide_ray.distributed.filter import apply_content
 from glide_ray.distributed.job import once, run
+from glide_ray.recipe import fingerprint
 from glide_ray.settings import override
+from glide_ray.storage import absolute, fetch
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,7 +32,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     options = parser().parse_args()
-    return run("filter", lambda: once(f"{options.out.rstrip('/')}/filter.json", vars(options), lambda: work(options)))
+    return run("filter", lambda: once(f"{options.out.rstrip('/')}/{RECORD}", asked(options), lambda: work(options)))
+
+
+def asked(options) -> dict:
+    """The arguments, and what they name as it is now."""
+    source = absolute(options.source)
+    content = {"content_is": fingerprint(fetch(options.content))} if options.content else {}
+    return {**vars(options), "source_is": states(source, find_parts(source)), **content}
 
 
 def work(options) -> dict:

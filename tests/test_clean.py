@@ -16,19 +16,21 @@ import pytest
 import ray
 from PIL import Image, ImageDraw
 
+import jobs.filter
 from conftest import drawn_samples
 from glide_ray import storage
 from glide_ray.cli import main
-from glide_ray.config import CleanConfig, ConfigError
+from glide_ray.config import CleanConfig, ConfigError, UserError
 from glide_ray.settings import override
 from glide_ray.data.duplicates import FINGERPRINT_BYTES, LUMA, MAX_BITS, MAX_CHROMA, MAX_LUMA, find_duplicates, fingerprint
 from glide_ray.data.filters import NEAR_DUPLICATE, caption_rules, clean_captions, users_rules
-from glide_ray.data.images import decode
+from glide_ray.data.images import decode, encode
 from glide_ray.data.shards import INDEX, Sample, ShardError, read_shard, write_shards
 from glide_ray.data.sources import Part, find_parts, read_part
+from glide_ray.distributed import local
 from glide_ray.distributed.clean import clean, write_page
 from glide_ray.distributed.corpus import DROPPED, PAGE, SUMMARY
-from glide_ray.distributed.stream import Tally, open_corpus
+from glide_ray.distributed.stream import Tally, in_order, open_corpus
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -205,6 +207,14 @@ def test_boilerplate_is_no_caption(caption):
     "a cat in front of a picture of a cat", "IMG, a band from Leeds", "a jpg logo", "no picture on this wall is straight"])
 def test_what_only_looks_like_boilerplate_is_a_caption(caption):
     assert why(caption) is None
+
+
+@pytest.mark.parametrize(("caption", "reason"), [
+    ("-" * 9000 + "a", None), ("_" * 9000 + "\n" + "-" * 9000, "with boilerplate for a caption"), ("img" + " " * 9000 + "x", None),
+    ("(" * 9000 + "img", "with boilerplate for a caption")])
+def test_a_caption_of_thousands_of_marks_ends_no_run(caption, reason):
+    """A pattern that tries all ways to share the marks out is cubic: it would be at this for an hour."""
+    assert why(caption, "min_characters=0", "max_characters=20000") == reason
 
 
 def test_captions_are_kept_by_the_script_of_most_of_their_letters():
@@ -587,6 +597,52 @@ def test_what_img2dataset_knows_of_a_shard_is_not_taken_for_data(tmp_path):
         pyarrow.parquet.write_table(pyarrow.table({"url": ["http://x/y.jpg"], "caption": ["z"], "key": ["000"]}), tmp_path / f"{name}.parquet")
     (tmp_path / "00000_stats.json").write_text("{}")
     assert [part.url.rpartition("/")[2] for part in find_parts(tmp_path)] == ["00000.tar", "00001.parquet"]
+
+
+def test_what_img2dataset_knows_of_a_folder_of_images_is_not_taken_for_data_either(tmp_path):
+    (tmp_path / "00000").mkdir()
+    for sample in drawn_samples(3):
+        (tmp_path / "00000" / f"{sample.key}.jpg").write_bytes(encode(np.asarray(decode(sample.image)), "jpeg"))
+        (tmp_path / "00000" / f"{sample.key}.json").write_text(json.dumps({"caption": sample.captions[0], "url": "http://example.org/1.jpg"}))
+    pyarrow.parquet.write_table(pyarrow.table({"url": ["http://example.org/1.jpg"] * 3, "caption": ["a"] * 3}), tmp_path / "00000.parquet")
+    found = [sample for part in find_parts(tmp_path) for sample in read_part(part)]
+    assert [sample.captions for sample in found] == [sample.captions[:1] for sample in drawn_samples(3)] and all(sample.image for sample in found)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_place_that_cannot_be_written_to_is_said_before_anything_is_read(tmp_path):
+    write_shards(tmp_path / "raw", drawn_samples(4))
+    said = []
+    with pytest.raises(UserError, match="Nothing can be written to /proc/corpus"):
+        clean(str(tmp_path / "raw"), "/proc/corpus", CleanConfig(), report=said.append)
+    assert not said
+
+
+def test_tables_of_tasks_come_into_the_order_of_the_corpus_whatever_order_they_came_in():
+    tables = [pyarrow.table({"part": [part] * 2, "position": [first, first + 1], "n": [first, first + 1]}) for part, first in ((1, 0), (0, 2), (0, 0))]
+    assert in_order([tables[0][:0], *tables])["n"].to_pylist() == [0, 1, 2, 3, 0, 1] and not len(in_order([tables[0][:0]]))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_job_does_again_what_it_did_of_another_source_or_what_was_written_over(tmp_path, capsys, monkeypatch):
+    def job():
+        monkeypatch.setattr(sys, "argv", ["filter.py", str(tmp_path / "raw"), "--out", str(tmp_path / "out")])
+        assert jobs.filter.main() == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+    write_shards(tmp_path / "raw", drawn_samples(4))
+    assert not job()["done_before"] and job()["done_before"]
+    write_shards(tmp_path / "raw", drawn_samples(7))
+    assert not (grown := job())["done_before"] and job() == {**grown, "done_before": True}
+    write_shards(tmp_path / "other", drawn_samples(2))
+    clean(str(tmp_path / "other"), str(tmp_path / "out"), CleanConfig())
+    assert job() == grown
+
+
+def test_an_address_for_jobs_is_not_taken_for_a_cluster_s(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    monkeypatch.setattr(local.ray, "is_initialized", lambda: False)
+    with pytest.raises(UserError, match="RAY_ADDRESS=http://127.0.0.1:8265 is not where a driver joins a cluster"):
+        local.connect(1)
 
 
 def test_a_tar_that_was_made_of_a_folder_is_read(tmp_path):

@@ -3,17 +3,20 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from conftest import drawn_samples
+from conftest import drawn_samples, tiny
 from glide_ray.data import images, masks
 from glide_ray.data.captions import choose, emoji_captions
 from glide_ray.data.filters import Candidate, Report, first_broken, header_rules
 from glide_ray.data.shards import Sample, ShardError, captions_of, read_index, read_shard, write_shards
+from glide_ray.data.sources import columns
+from glide_ray.data.transforms import Collate
 from glide_ray.tokenizer import Tokenizer
 
 
@@ -42,6 +45,24 @@ def test_exif_rotation_is_followed():
 def test_every_mode_becomes_rgb(mode):
     form = "JPEG" if mode == "CMYK" else "PNG"
     assert images.decode(as_bytes(Image.new(mode, (8, 8)), form)).mode == "RGB"
+
+
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_sixteen_bits_of_grey_become_their_upper_eight(order):
+    ramp = np.linspace(0, 65535, 64).astype(order).reshape(8, 8)
+    image = Image.frombytes("I;16" if order == "<u2" else "I;16B", (8, 8), ramp.tobytes())
+    assert np.array_equal(np.asarray(images.decode(as_bytes(image, "TIFF")))[:, :, 1], ramp >> 8)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_of_an_unknown_range_are_refused(mode):
+    with pytest.raises(images.ImageError, match="whose white may be any number"):
+        images.decode(as_bytes(Image.new(mode, (8, 8)), "TIFF"))
+
+
+def test_no_other_program_is_run_to_read_an_image():
+    with pytest.raises(images.ImageError, match="give a PNG, JPEG or WebP"):
+        images.decode(as_bytes(Image.new("RGB", (8, 8)), "EPS"))
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"\x89PNG\r\n\x1a\n", as_bytes(Image.new("RGB", (64, 64), (9, 8, 7)))[:60]])
@@ -171,6 +192,25 @@ def test_a_truncated_tar_gives_the_samples_before_the_cut(tmp_path):
     assert 1 < len(back) < 8
     for sample, original in zip(back[:-1], drawn_samples(8), strict=False):
         assert sample.image == original.image
+
+
+def test_a_link_to_itself_ends_its_shard_with_a_sentence():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        link = tarfile.TarInfo("1.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "1.jpg"
+        tar.addfile(link)
+    with pytest.raises(ShardError, match="is broken or cut"):
+        list(read_shard(buffer.getvalue()))
+
+
+def test_rows_of_a_batch_are_those_of_its_pictures_when_one_is_broken():
+    collate = Collate(tiny().model, tiny("base", "data.min_size=16").data)
+    samples = list(drawn_samples(4))
+    rows = columns(zip((10, 11, 12, 13), [replace(samples[0], image=samples[0].image[:80]), *samples[1:]], strict=True))
+    trained, held_out = collate(rows, epoch=0), collate(rows, epoch=0, augment=False)
+    assert trained.rows.tolist() == [11, 12, 13, 11] and torch.equal(trained.image[0], trained.image[3])
+    assert held_out.rows.tolist() == [11, 12, 13, -1] and collate.broken == 2
 
 
 def test_shards_as_img2dataset_writes_them_are_read():

@@ -171,6 +171,9 @@ def test_labels_survive_the_csv_and_what_a_person_writes_is_understood(tmp_path)
     (tmp_path / "l.csv").write_text("row,label\na#1,1\nb#2,maybe\n")
     with pytest.raises(ContentError, match="l.csv, line 3: the label 'maybe' is neither 1 .* nor 0"):
         read_labels(tmp_path / "l.csv")
+    (tmp_path / "l.csv").write_text("row,label,caption\na#1,1,piñata\n", encoding="cp1252")       # as spreadsheets save it
+    with pytest.raises(ContentError, match="l.csv is not text in UTF-8"):
+        read_labels(tmp_path / "l.csv")
 
 
 # -- features ---------------------------------------------------------------------------------------------------------
@@ -328,6 +331,20 @@ def test_labels_of_another_corpus_are_refused(varied_corpus, drawn_corpus, clip,
     answer(tmp_path / LABELS)
     with pytest.raises(ContentError, match="which is not among the rows looked at: it belongs to another corpus"):
         fit_content("red", str(drawn_corpus / "train"), tmp_path, clip, FilterConfig(first=10))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_labels_of_people_are_neither_fitted_to_rows_written_since_nor_written_over(clip, tmp_path):
+    write_shards(tmp_path / "corpus", drawn_samples(40))
+    fit_content("red", str(tmp_path / "corpus"), tmp_path / "red", clip, FilterConfig(first=10))
+    answer(tmp_path / "red" / LABELS)
+    before = (tmp_path / "red" / LABELS).read_text()
+    write_shards(tmp_path / "corpus", reversed(list(drawn_samples(40))))
+    with pytest.raises(ContentError, match="is not as it was when the labels in .*labels.csv were asked for"):
+        fit_content("red", str(tmp_path / "corpus"), tmp_path / "red", clip, FilterConfig(first=10))
+    with pytest.raises(ContentError, match="holds labels that people gave"):
+        fit_content("red", str(tmp_path / "corpus"), tmp_path / "red", clip, FilterConfig(first=10), truth=TRUTH)
+    assert (tmp_path / "red" / LABELS).read_text() == before
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -108,6 +108,8 @@ def test_a_prompt_file_says_which_seeds_it_likes(tmp_path):
     path.write_text('{"prompt": "a", "seed": 9}\n\n{"prompt": " b "}\n')
     wanted = read_prompts(str(path), 100, per_prompt=2)
     assert [(one.number, one.prompt, one.seed) for one in wanted] == [(0, "a", 9), (1, "a", 10), (2, "b", 102), (3, "b", 103)]
+    path.write_text('\ufeff{"prompt": "a\\ud800b"}')        # as Windows saves it; and half of a pair
+    assert [one.prompt for one in read_prompts(str(path), 0)] == ["a?b"]
     path.write_text('{"prompt": "a\u2028b\x85c"}\r\n{"prompt": "d"}\n')       # marks at which Python breaks lines, and JSON does not
     assert [one.prompt for one in read_prompts(str(path), 0)] == ["a\u2028b\x85c", "d"]
 
@@ -123,7 +125,7 @@ def test_a_prompt_file_that_is_none_is_refused_by_line(tmp_path, name, text, sen
 
 
 def test_weights_that_are_none_are_refused_before_anything_is_written(config, prompts, tmp_path, tiny_weights):
-    for wrong in ({"base": "nowhere.safetensors"}, {"base": str(tiny_weights["upsampler"])}, {"upsampler": str(tiny_weights["base"])}):
+    for wrong in ({"base": "nowhere.safetensors"}, {"base": str(tmp_path)}, {"base": str(tiny_weights["upsampler"])}, {"upsampler": str(tiny_weights["base"])}):
         with pytest.raises(UserError):
             generate(prompts, str(tmp_path / "out"), config.model_copy(update=wrong))
     with pytest.raises(UserError, match="clip_scale"):

@@ -82,9 +82,10 @@ def _raises_not(look: Callable[[], Any]) -> bool:
 
 # What stands in the place of a caption on web pages: a camera's or a program's file name, an address, a call to click, a
 # licence, a placeholder. The list is ours, after what Conceptual Captions and LAION report to have met.
+FILE_NAME = re.compile(r"(?:img|dsc[nf]?|image|picture|photo|screen\s?shot|thumbnail|untitled|file|scan|figure)?[\s_-]*\(?\d*\)?\.?(?:jpe?g|png|gif|webp)?", re.IGNORECASE)
+WORDS = re.compile(r"[^\W_](?:.*[^\W_])?", re.DOTALL)        # without what stands around them
 BOILERPLATE = re.compile(r"""
-    ^\W*(?:img|dsc[nf]?|image|picture|photo|screen\s?shot|thumbnail|untitled|file|scan|figure)?[\s_-]*\(?\d*\)?\.?(?:jpe?g|png|gif|webp)?\W*$
-  | ^\S+\.(?:jpe?g|png|gif|webp|bmp|tiff?)$
+    ^\S+\.(?:jpe?g|png|gif|webp|bmp|tiff?)$
   | https?://|www\.\S+\.\w
   | \b(?:click|tap)\s+here\b | \bclick\s+(?:on|to)\b | \b(?:click|tap|hover|press)\b.*\bto\s+enlarge\b | \bimage\s+may\s+contain\b | \bno\s+(?:image|photo|picture)\s+available\b
   | \bstock\s+(?:photo|image|vector|illustration|footage)s?\b | \broyalty[\s-]free\b | \ball\s+rights\s+reserved\b | (?:\bcopyright\b|©)\s*(?:©|\(c\)|\d{4}|by\b)
@@ -107,7 +108,8 @@ def is_in_scripts(caption: str, scripts: Sequence[str]) -> bool:
 
 
 def is_no_boilerplate(caption: str) -> bool:
-    return not BOILERPLATE.search(caption)
+    words = WORDS.search(caption)
+    return words is not None and not FILE_NAME.fullmatch(words[0]) and not BOILERPLATE.search(caption)
 
 
 @lru_cache(maxsize=4096)

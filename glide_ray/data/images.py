@@ -39,13 +39,14 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return image
 
 
-def _formats(head: bytes) -> tuple[str, ...] | None:
-    """Pillow's name of the format that begins so, or None for it to try all, which takes three times as long as reading the header."""
+def _formats(head: bytes) -> tuple[str, ...]:
+    """Pillow's name of the format that begins so, or those it is to try, which takes three times as long as reading the header. Not all that it knows:
+    it has PostScript run by another program."""
     if head.startswith(b"\xff\xd8\xff"):
         return ("JPEG",)
     if head.startswith(b"\x89PNG"):
         return ("PNG",)
-    return ("WEBP",) if head[8:12] == b"WEBP" else None
+    return ("WEBP",) if head[8:12] == b"WEBP" else ("GIF", "BMP", "TIFF")
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -54,12 +55,17 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def load(image: Image.Image) -> Image.Image:
-    """Read the pixels of an opened image and turn it upright. Raises ImageError where the data ends or is broken."""
+    """Read the pixels of an opened image, of 8 bits each, and turn it upright. Raises ImageError where the data ends or is broken."""
     try:
         image.load()
-        return ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(image)
     except Exception:   # Pillow's decoders raise whatever their format's parser does
         raise ImageError("The image is broken or incomplete; export it again.") from None
+    if image.mode.startswith("I;16"):       # Pillow's own conversion cuts off at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ImageError("The image has pixels of 32 bits, whose white may be any number; export it with 8 or 16.")
+    return image
 
 
 def flatten(image: Image.Image) -> Image.Image:

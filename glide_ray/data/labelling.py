@@ -141,8 +141,10 @@ def read_labels(path: str | Path) -> list[Label]:
     """The CSV, [] where there is none. Raises ContentError for a label that is neither yes nor no."""
     try:
         text = storage.read(path).decode("utf-8-sig")
-    except storage.StorageError:
+    except storage.MissingError:
         return []
+    except UnicodeDecodeError:
+        raise ContentError(f"{path} is not text in UTF-8; save the table anew as CSV in UTF-8.") from None
     labels = []
     for number, line in enumerate(csv.DictReader(io.StringIO(text)), start=2):
         said = (line.get("label") or "").strip().lower()

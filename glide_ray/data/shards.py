@@ -21,7 +21,7 @@ from ..storage import MissingError, is_remote, put, read, remove, size
 
 INDEX = "index.json"
 IMAGE_SUFFIXES, TEXT_SUFFIXES = ("jpg", "jpeg", "png", "webp"), ("txt", "json")
-BROKEN = (tarfile.TarError, OSError, KeyError, ValueError, OverflowError)      # what tarfile raises: links to nowhere, broken lengths
+BROKEN = (tarfile.TarError, OSError, KeyError, ValueError, OverflowError, RecursionError)      # what tarfile raises: links to nowhere or themselves, broken lengths
 
 
 class ShardError(UserError):

@@ -51,12 +51,12 @@ def find_parts(path: str | Path) -> list[Part]:
         return indexed
     files = list(storage.list_files(path, (*SHARD_SUFFIXES, *IMAGE_ENDINGS, METADATA)))
     shards = [file for file in files if file.endswith(SHARD_SUFFIXES)]
-    if shards:
-        # img2dataset writes 00000.parquet beside 00000.tar: what it knows of the rows, without their images.
-        tars = {file.removesuffix(".tar") for file in shards if file.endswith(".tar")}
-        return [Part(file) for file in shards if file.endswith(".tar") or file.removesuffix(".parquet") not in tars]
+    images = [file for file in files if file.endswith(IMAGE_ENDINGS)]
+    # img2dataset writes 00000.parquet beside 00000.tar, or beside a folder 00000 of images: what it knows of the rows, without their images.
+    known = {file.removesuffix(".tar") for file in shards if file.endswith(".tar")} | {file.rpartition("/")[0] for file in images}
+    if shards := [file for file in shards if file.endswith(".tar") or file.removesuffix(".parquet") not in known]:
+        return [Part(file) for file in shards]
     captions = _metadata([file for file in files if PurePosixPath(file).name == METADATA])
-    images = [file for file in files if not file.endswith(METADATA)]
     if not images:
         raise ShardError(f"The corpus {path} is empty: no .tar or .parquet file and no image is there; make the default one with "
                          f"`glide corpus`, or give the path of another.")

@@ -37,8 +37,8 @@ class Collate:
 
     def __call__(self, rows: Mapping[str, Sequence], epoch: int, augment: bool = True) -> Batch | None:
         """`augment` false is for held-out batches: whole pictures, the first caption, never the empty one. None if no row is usable."""
-        pictures, captions, keys = [], [], []
-        for key, image, texts in zip(rows["key"], rows["image"], rows["captions"], strict=True):
+        pictures, captions, keys, numbers = [], [], [], []
+        for number, key, image, texts in zip(rows["id"], rows["key"], rows["image"], rows["captions"], strict=True):
             try:
                 pictures.append(centre_crop(decode(bytes(image)), self.model.image_size))
             except ImageError:
@@ -47,6 +47,7 @@ class Collate:
             texts = json.loads(str(texts))
             captions.append(choose(texts, str(key), epoch, self.seed, self.data.empty_caption_rate) if augment else texts[0])
             keys.append(str(key))
+            numbers.append(int(number))
         if not pictures:
             return None
         order = [n % len(pictures) for n in range(len(rows["key"]))]
@@ -59,7 +60,8 @@ class Collate:
             size = image.shape[-1]
             known_mask = torch.from_numpy(np.stack([random_known(size, self._draws("mask", keys[n], epoch)) for n in order]))[:, None].float()
         conditioning = Conditioning(tokens, mask, low_res, None if known_mask is None else image, known_mask)
-        return Batch(image, conditioning, torch.from_numpy(np.array(rows["id"], np.int64)))
+        own = [numbers[n] if augment or place == n else -1 for place, n in enumerate(order)]       # a held-out image counts once
+        return Batch(image, conditioning, torch.tensor(own, dtype=torch.int64))
 
     def _pair(self, picture: np.ndarray, key: str, epoch: int, augment: bool) -> tuple[np.ndarray, np.ndarray | None]:
         """A picture and its low-res half, both cut to the crop when training on crops."""

@@ -22,11 +22,11 @@ from ..data.sources import Part, find_parts, read_part
 from ..evaluation.pages import Picture, Section, histogram, page, thumbnail
 from .corpus import PAGE, count, look_up, refuse_source, rewrite, write_manifest
 from .local import connect, send_with
-from .stream import Tally, quiet
+from .stream import Tally, in_order, quiet, task_errors
 
 PAGE_PARTS, PAGE_PAIRS, PAGE_EXAMPLES, PAGE_SAMPLES = 12, 16, 8, 32
-SCHEMA = pyarrow.schema([("part", pyarrow.int32()), ("position", pyarrow.int32()), ("key", pyarrow.string()), ("reason", pyarrow.string()),
-                         ("caption", pyarrow.string()), ("captions_dropped", pyarrow.int32()), ("width", pyarrow.int32()),
+SCHEMA = pyarrow.schema([("part", pyarrow.int32()), ("position", pyarrow.int32()), ("key", pyarrow.large_string()), ("reason", pyarrow.large_string()),
+                         ("caption", pyarrow.large_string()), ("captions_dropped", pyarrow.int32()), ("width", pyarrow.int32()),
                          ("height", pyarrow.int32()), ("bytes", pyarrow.int64()), ("fingerprint", pyarrow.binary(FINGERPRINT_BYTES))])
 
 
@@ -50,6 +50,7 @@ def clean(source: str, out: str, config: CleanConfig, rules: Mapping[str, Rule] 
     """
     parts = find_parts(storage.absolute(source))
     refuse_source(source, parts, out)
+    storage.check_writable(out)         # before hours of reading
     connect(2)
     send_with((rules or {}).values())
     report(f"reading {len(parts):,} parts of {source}")
@@ -64,7 +65,7 @@ def clean(source: str, out: str, config: CleanConfig, rules: Mapping[str, Rule] 
         found = find_duplicates(prints, size)
         stays_instead[kept] = np.where(found >= 0, kept[found], -1)
         reason[stays_instead >= 0] = NEAR_DUPLICATE
-    rows = rows.set_column(rows.schema.get_field_index("reason"), "reason", pyarrow.array(reason.tolist(), pyarrow.string()))
+    rows = rows.set_column(rows.schema.get_field_index("reason"), "reason", pyarrow.array(reason.tolist(), pyarrow.large_string()))
     stays = np.flatnonzero(reason == "")
     report(f"writing {len(stays):,} rows to {out}")
     tests = caption_rules(config)
@@ -88,12 +89,11 @@ def scan(parts: Sequence[Part], config: CleanConfig, rules: Mapping[str, Rule]) 
 
     judged = quiet().from_items(list(range(len(parts))), override_num_blocks=len(parts)).map_batches(judge, batch_size=1)
     tables = []
-    with tqdm(total=len(parts), desc="clean", unit="part", dynamic_ncols=True, disable=None) as bar:
+    with tqdm(total=len(parts), desc="clean", unit="part", dynamic_ncols=True, disable=None) as bar, task_errors():
         for table in judged.iter_batches(batch_size=None, batch_format="pyarrow"):
             tables.append(table.cast(SCHEMA))
             bar.update(1)
-    rows = pyarrow.concat_tables([SCHEMA.empty_table(), *tables]).sort_by([("part", "ascending"), ("position", "ascending")])
-    return rows, ray.get(tally.report.remote())
+    return in_order([SCHEMA.empty_table(), *tables]), ray.get(tally.report.remote())
 
 
 def _judged(number: int, part: Part, config: CleanConfig, rules: Mapping[str, Rule], report: Report) -> Iterator[dict[str, Any]]:

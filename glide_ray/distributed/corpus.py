@@ -22,9 +22,10 @@ from ..data.shards import Sample, begin, finish, write_shard
 from ..data.sources import Part, read_part
 from ..tokenizer import Tokenizer
 from .local import connect
-from .stream import Tally, open_corpus, quiet
+from .stream import Tally, open_corpus, quiet, task_errors
 
 DROPPED, SUMMARY, PAGE = "dropped.parquet", "summary.json", "report.html"     # beside the shards of a corpus that was written from another
+RECORD = "filter.json"              # of the job that wrote it
 Captions = Callable[[Sequence[str]], tuple[str, ...]]
 
 
@@ -90,11 +91,13 @@ def rewrite(parts: Sequence[Part], part: np.ndarray, position: np.ndarray, out: 
         return {"made": made}
 
     begin(out)
+    storage.remove(f"{out}/{RECORD}")       # it is of rows that are written over
     wanted = [ray.put(chunk) for chunk in chunks]
     entries, faults = [], []
     if chunks:
         written = quiet().from_items(list(range(len(chunks))), override_num_blocks=len(chunks)).map_batches(write, batch_size=1)
-        made = sorted(json.loads(str(line)) for batch in written.iter_batches(batch_size=None) for line in batch["made"])
+        with task_errors():
+            made = sorted(json.loads(str(line)) for batch in written.iter_batches(batch_size=None) for line in batch["made"])
         entries, faults = [entry for _, entry, _ in made if entry], [fault for *_, said in made for fault in said]
     return finish(out, entries), faults
 

@@ -31,7 +31,7 @@ from ..evaluation.features import ClipFeatures, Network, fetch_network, load_net
 from ..evaluation.pages import Picture, thumbnail
 from ..recipe import fingerprint
 from .corpus import look_up
-from .stream import Tally, quiet
+from .stream import Tally, in_order, quiet, task_errors
 
 JOB = "job.json"                    # beside generated pictures: what they are made with
 ROWS_AT_ONCE = 64                   # images that one actor is given
@@ -61,7 +61,7 @@ class Embedder:
             reasons.append(reason)
         seen = iter(self._network.images([picture for picture in pictures if picture is not None]))
         features = np.stack([np.full(self._network.width, np.nan, np.float32) if picture is None else next(seen) for picture in pictures])
-        block = block.drop_columns(["image", "reason"]).append_column("reason", pyarrow.array(reasons, pyarrow.string()))
+        block = block.drop_columns(["image", "reason"]).append_column("reason", pyarrow.array(reasons, pyarrow.large_string()))
         if self._content is not None:
             return block.append_column("score", pyarrow.array(self._content.score(features)))
         return block.append_column("features", pyarrow.array(list(features), pyarrow.list_(pyarrow.float32())))
@@ -83,7 +83,7 @@ def embed(parts: Sequence[Part], path: str, truth: Rule | None = None, content: 
     see = _here if all(counts) and sum(counts) <= FEW else _by_actors
     seen, report = see(parts, blocks, load, path, content)
     tables, done = [], 0
-    with tqdm(desc="look", unit="image", dynamic_ncols=True, disable=None, total=limit) as bar:
+    with tqdm(desc="look", unit="image", dynamic_ncols=True, disable=None, total=limit) as bar, task_errors():
         for table in seen:
             tables.append(table)
             done += len(table)
@@ -92,7 +92,7 @@ def embed(parts: Sequence[Part], path: str, truth: Rule | None = None, content: 
                 break
     if not tables:
         raise ContentError(f"No row of the corpus can be read: {' '.join(report().faults)[:300]}")
-    return pyarrow.concat_tables(tables).sort_by([("part", "ascending"), ("position", "ascending")]), report()
+    return in_order(tables), report()
 
 
 def _here(parts: Sequence[Part], blocks: Blocks, *embedder: Any) -> tuple[Iterator[pyarrow.Table], Callable[[], Report]]:
@@ -119,8 +119,8 @@ def _by_actors(parts: Sequence[Part], blocks: Blocks, *embedder: Any) -> tuple[I
     return stream.iter_batches(batch_size=None, batch_format="pyarrow"), lambda: ray.get(tally.report.remote())
 
 
-READ = pyarrow.schema([("part", pyarrow.int32()), ("position", pyarrow.int32()), ("key", pyarrow.string()), ("caption", pyarrow.string()),
-                       ("group", pyarrow.string()), ("truth", pyarrow.bool_()), ("reason", pyarrow.string()), ("image", pyarrow.binary())])
+READ = pyarrow.schema([("part", pyarrow.int32()), ("position", pyarrow.int32()), ("key", pyarrow.large_string()), ("caption", pyarrow.large_string()),
+                       ("group", pyarrow.large_string()), ("truth", pyarrow.bool_()), ("reason", pyarrow.large_string()), ("image", pyarrow.binary())])
 
 
 def _rows(number: int, part: Part, truth: Rule | None, group: str, report: Report) -> Iterator[dict[str, Any]]:
@@ -131,13 +131,23 @@ def _rows(number: int, part: Part, truth: Rule | None, group: str, report: Repor
             candidate = Candidate(sample)
             reason = first_broken(candidate, rules) or ""
             missing += not sample.image
+            shows, failed = _asked(truth, candidate)
+            reason = reason or failed
             yield {"part": number, "position": position, "key": sample.key, "caption": sample.captions[0] if sample.captions else "",
-                   "group": str(sample.meta.get(group) or f"{part.url}#{position}"), "truth": bool(truth(candidate)) if truth else None,
+                   "group": str(sample.meta.get(group) or f"{part.url}#{position}"), "truth": shows,
                    "reason": reason, "image": b"" if reason else sample.image}
     except UserError as error:
         report.faults.append(str(error))
     if missing:
         report.faults.append(f"{missing:,} images of {part.url} cannot be read; see whether they are there.")
+
+
+def _asked(truth: Rule | None, candidate: Candidate) -> tuple[bool | None, str]:
+    """What the rule says of a row, and why the row is of no use where it fails."""
+    try:
+        return (bool(truth(candidate)) if truth else None), ""
+    except Exception as error:      # a user's function, which must not end the run
+        return False, f"on which the truth raised {type(error).__name__}"
 
 
 # -- what was seen ----------------------------------------------------------------------------------------------------
@@ -207,10 +217,9 @@ def look(source: str, network: str, size: int, cache: str, report: Callable[[str
 def kept(cache: str | Path, of: str, make: Callable[[], tuple[pyarrow.Table, bool]]) -> pyarrow.Table:
     """The table in the file `cache`, local or s3://, if it is `of` what is wanted; else made, and written there if it is to be kept."""
     try:
-        table = pyarrow.parquet.read_table(io.BytesIO(storage.read(cache)))
-        if (table.schema.metadata or {}).get(b"of") == of.encode():
-            return table
-    except (storage.MissingError, pyarrow.ArrowInvalid):
+        if kept_of(cache) == of:
+            return pyarrow.parquet.read_table(io.BytesIO(storage.read(cache)))
+    except pyarrow.ArrowInvalid:
         pass
     table, to_keep = make()
     if to_keep:
@@ -220,7 +229,15 @@ def kept(cache: str | Path, of: str, make: Callable[[], tuple[pyarrow.Table, boo
     return table
 
 
+def kept_of(cache: str | Path) -> str:
+    """What the table in the file `cache` is of; "" where there is none that is whole."""
+    try:
+        return (pyarrow.parquet.read_schema(io.BytesIO(storage.read(cache))).metadata or {}).get(b"of", b"").decode()
+    except (storage.MissingError, pyarrow.ArrowInvalid):
+        return ""
+
+
 def _matrix(column: pyarrow.ChunkedArray) -> np.ndarray:
     """A column of lists of equal length as (N, E)."""
-    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    return flat.reshape(len(column), -1)
+    # Chunk by chunk: as one they may have more numbers than a list's offsets reach.
+    return np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(chunk), -1) for chunk in column.chunks if len(chunk)])

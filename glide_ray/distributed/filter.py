@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -19,16 +20,17 @@ from ..config import FilterConfig
 from ..data.content import ContentError, ContentFilter, load_filter, missed_interval, with_threshold
 from ..data.filters import Report, Rule
 from ..data.labelling import Label, Pool, answered, ask, assess, fit_labelled, read_labels, threshold_of, write_labels
-from ..data.sources import Part, find_parts
+from ..data.sources import Part, find_parts, states
 from ..evaluation.features import ClipFeatures, fetch_clip
 from ..evaluation.pages import Picture, Section, page, thumbnail
 from ..evaluation.report import contact_sheet, roc_curve
 from ..recipe import fingerprint
 from .corpus import PAGE, count, look_up, refuse_source, rewrite, write_manifest
-from .features import ACTORS, Looked, embed, kept
+from .features import ACTORS, Looked, embed, kept, kept_of
 from .local import connect, send_with
 
 FILTER, LABELS, SHEET, FEATURES = "filter.safetensors", "labels.csv", "sheet.png", "features.parquet"
+TRUTH = "truth"                     # in the place of a reason why a row was asked for, where nobody was
 FEW = 20                            # held-out rows with the content: with fewer, the filter is assessed by folds of its own corpus
 SHOWN = 24                          # pictures of a kind on a page
 
@@ -78,21 +80,25 @@ def fit_content(name: str, corpus: str, out: str | Path, clip: str, config: Filt
     out = Path(out)
     clip_path = fetch_clip(clip)
     features = ClipFeatures(clip_path)          # a missing CLIP is said before Ray is started
-    labels = read_labels(out / LABELS) if truth is None else []
+    labels = read_labels(out / LABELS)
+    if truth is not None:
+        if any(label.why != TRUTH for label in labels):
+            raise ContentError(f"{out / LABELS} holds labels that people gave, and the truth would be written over them; give another folder with --out.")
+        labels = []
     waiting = [label for label in labels if label.label is None]
     if waiting:
         raise ContentError(f"{len(waiting)} of {len(labels)} rows in {out / LABELS} have no label yet; write 1 (has the content) or 0 for each, as "
                            f"{out / SHEET} shows them by their line, and run the same command again.")
     connect(2 + ACTORS)
     send_with([truth] if truth else [])
-    looked = _pool(corpus, out, str(Path(clip_path).resolve()), config, truth, report)
+    looked = _pool(corpus, out, str(Path(clip_path).resolve()), config, truth, labels, report)
     names = _readable(looked.names)
     pool = Pool(names, looked.captions, looked.features, looked.groups,
                 looked.features @ features.words(list(words)).T if words else np.empty((len(names), 0)))
     place = {row: n for n, row in enumerate(names)}
     if truth is not None:
         labelled = answered(pool, looked.truth, config)
-        write_labels(out / LABELS, [Label(names[n], said, looked.captions[n], "truth") for n, said in labelled.items()])
+        write_labels(out / LABELS, [Label(names[n], said, looked.captions[n], TRUTH) for n, said in labelled.items()])
         asked = []
     else:
         strange = next((label.row for label in labels if label.row not in place), None)
@@ -131,12 +137,17 @@ def _readable(names: Sequence[str]) -> list[str]:
     return [name.removeprefix(here) for name in names]
 
 
-def _pool(corpus: str, out: Path, clip: str, config: FilterConfig, truth: Rule | None, report: Callable[[str], None]) -> Looked:
-    """The rows that labels are asked for. They are looked at once: a second call finds their features in FEATURES."""
+def _pool(corpus: str, out: Path, clip: str, config: FilterConfig, truth: Rule | None, labels: Sequence[Label], report: Callable[[str], None]) -> Looked:
+    """The rows that labels are asked for. They are looked at once: a second call finds their features in FEATURES. Raises ContentError where labels
+    are of a corpus that has been written anew since: a row's name would be another row's."""
     parts = find_parts(storage.absolute(corpus))
+    files = hashlib.sha256(json.dumps(states(storage.absolute(corpus), parts)).encode()).hexdigest()
     order = np.random.default_rng(config.seed).permutation(len(parts))
     parts = [parts[n] for n in order]
-    of = json.dumps([corpus, fingerprint(clip), config.pool, config.seed, config.group, [part.url for part in parts]])
+    of = json.dumps([corpus, fingerprint(clip), config.pool, config.seed, config.group, [part.url for part in parts], files])
+    before = json.loads(kept_of(out / FEATURES) or "[null]")
+    if labels and before[0] == corpus and before[-1] != files:
+        raise ContentError(f"{corpus} is not as it was when the labels in {out / LABELS} were asked for; give another folder with --out.")
 
     def see() -> tuple[pyarrow.Table, bool]:
         report(f"looking at {corpus}, {config.pool:,} rows at the most")
@@ -240,6 +251,7 @@ def apply_content(path: str | Path, source: str, out: str, clip: str | None = No
                            f"{content.clip[:16]}; give the right one with --clip.")
     parts = find_parts(storage.absolute(source))
     refuse_source(source, parts, out)
+    storage.check_writable(out)         # before hours of looking
     connect(2 + ACTORS)
     send_with([truth] if truth else [])
     report(f"looking at {len(parts):,} parts of {source}")
@@ -247,7 +259,7 @@ def apply_content(path: str | Path, source: str, out: str, clip: str | None = No
     scores = rows["score"].to_numpy()
     reason = np.array(rows["reason"].to_pylist(), object)
     reason[(reason == "") & (scores >= 0)] = f"with {content.name}"
-    rows = rows.set_column(rows.schema.get_field_index("reason"), "reason", pyarrow.array(reason.tolist(), pyarrow.string()))
+    rows = rows.set_column(rows.schema.get_field_index("reason"), "reason", pyarrow.array(reason.tolist(), pyarrow.large_string()))
     stays = np.flatnonzero(reason == "")
     report(f"writing {len(stays):,} rows to {out}")
     index, faults = rewrite(parts, rows["part"].to_numpy()[stays], rows["position"].to_numpy()[stays], out, per_shard)

@@ -6,15 +6,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow
 import ray
 import torch
 from ray.data import ActorPoolStrategy
-from ray.exceptions import RayError
 from tqdm import tqdm
 
 from .. import storage
@@ -26,7 +24,7 @@ from ..recipe import Maker, save_picture
 from ..tokenizer import Tokenizer
 from .features import JOB
 from .local import connect, joined, takes_gpu
-from .stream import quiet
+from .stream import quiet, task_errors
 
 ROLES = ("base", "upsampler", "clip")        # of weights
 PER_FOLDER = 10_000
@@ -89,7 +87,7 @@ def generate(prompts: str, out: str, config: BulkConfig, workers: int | None = N
 def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[Wanted]:
     """The pictures that a file asks for. Lines without a word are passed over. Raises UserError for one that cannot be read."""
     try:
-        lines = [line.decode() for line in storage.read(path).splitlines()]      # of bytes: a text's own would break at marks that captions have, U+2028 say
+        lines = [line.decode("utf-8-sig") for line in storage.read(path).splitlines()]      # of bytes: a text's own would break at marks that captions have, U+2028 say
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text in UTF-8; give a file with a prompt a line, or .jsonl.") from None
     asked = [_asked(f"{path}, line {n}", line) if path.endswith(".jsonl") else (line.strip(), None) for n, line in enumerate(lines, 1) if line.strip()]
@@ -112,7 +110,7 @@ def _asked(where: str, line: str) -> tuple[str, int | None]:
     seed = tree.get("seed")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**62):
         raise UserError(f"{where} has a seed that is no whole number from 0 to 2^62 - 1 (given: {seed!r}).")
-    return tree["prompt"].strip(), seed
+    return tree["prompt"].strip().encode(errors="replace").decode(), seed       # halves of surrogate pairs, which JSON may have and UTF-8 has not
 
 
 def _begin(wanted: Sequence[Wanted], out: str, config: BulkConfig) -> int:
@@ -175,20 +173,6 @@ def _make(wanted: Sequence[Wanted], out: str, config: BulkConfig, workers: int |
     made = quiet().from_arrow(blocks).map_batches(
         Worker, fn_constructor_args=(out, config, threads), batch_format="pyarrow", batch_size=AT_ONCE,
         compute=ActorPoolStrategy(min_size=1, max_size=most, max_tasks_in_flight_per_actor=2), num_cpus=0 if on_gpu else 1, num_gpus=1 if on_gpu else 0)
-    with tqdm(total=len(wanted), desc="generate", unit="image", dynamic_ncols=True, disable=None) as bar:
-        for count in _counts(made):
-            bar.update(count)
-
-
-def _counts(made: ray.data.Dataset) -> Iterator[int]:
-    """Pictures, as they are made. What a worker says to its user is said by this process."""
-    try:
+    with tqdm(total=len(wanted), desc="generate", unit="image", dynamic_ncols=True, disable=None) as bar, task_errors():
         for batch in made.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield len(batch)
-    except RayError as error:
-        cause: Any = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is None:
-            raise
-        raise UserError(str(cause).splitlines()[-1]) from None
+            bar.update(len(batch))

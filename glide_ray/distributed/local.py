@@ -11,6 +11,8 @@ from pathlib import Path
 import ray
 import ray.cloudpickle
 
+from ..config import UserError
+
 LAPTOP_CPUS = 4                    # two trainers and their data, or the three deployments
 OBJECT_STORE_BYTES = 384 * 2**20   # bytes of images, not pixels, pass through it: little is enough
 
@@ -25,7 +27,11 @@ def connect(cpus: int) -> None:
         return
     environment = _worker_environment()
     if joined():
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        except ValueError as error:
+            raise UserError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']} is not where a driver joins a cluster ({str(error).splitlines()[0]}); give HOST:6379, or "
+                            f"submit the script of jobs/ to the address that begins with http.") from None
         return
     os.environ.update(environment)
     # Ray turns token authentication on for a new cluster by itself, which is as it should be and no news to the user.

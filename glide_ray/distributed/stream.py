@@ -6,12 +6,16 @@ Bytes move through Ray's object store, pixels do not: images are decoded in the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
+import pyarrow
 import ray
 import ray.data
+from ray.exceptions import RayError
 
 from ..config import UserError
 from ..data.filters import Candidate, Report, first_broken, header_rules
@@ -90,6 +94,27 @@ def _blocks(rows: Iterator[tuple[int, Sample]], seed: list[int] | None, window: 
             held = [held[n] for n in np.random.default_rng([*seed, number]).permutation(len(held))]
         yield from (columns(held[start:start + ROWS_PER_BLOCK]) for start in range(0, len(held), ROWS_PER_BLOCK))
         number += 1
+
+
+def in_order(tables: Sequence[pyarrow.Table]) -> pyarrow.Table:
+    """One table of those that tasks gave, each of some rows of the corpus in their order: by part and position. Sorting rows would copy them all,
+    and fails where a column of texts has more than 2 GiB."""
+    filled = [table for table in tables if len(table)]
+    return pyarrow.concat_tables(sorted(filled, key=lambda table: (table["part"][0].as_py(), table["position"][0].as_py())) or tables[:1])
+
+
+@contextmanager
+def task_errors() -> Iterator[None]:
+    """What a task of Ray's has to say to its user is said by this process, as it stands: a UserError within the error that Ray makes of it."""
+    try:
+        yield
+    except RayError as error:
+        cause: Any = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is None:
+            raise
+        raise UserError(str(cause).splitlines()[-1]) from None
 
 
 @ray.remote(num_cpus=0)
