@@ -7,6 +7,7 @@ one to the right.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import imagehash
@@ -21,10 +22,10 @@ FINGERPRINT_BYTES = 8 + LUMA**2 + 2 * CHROMA**2
 # thumbnails: no two emoji have thumbnails alike and more than 2 bits different.
 MAX_BITS = 16                            # of the hash that may differ: in a symmetrical picture half of them are noise
 MAX_LUMA, MAX_CHROMA = 8, 12             # the largest difference of a thumbnail's pixel, of 255. Compression changes colours more
-# Bits of the hash of which one group must agree. Up to 5 differing bits leave one of the first six untouched, 10 do so 2 times in 3;
-# the others are of frequencies that are all even or all odd across, and so all sound or all noise where left and right are alike.
+# Bits of the hash of which two groups must agree, some 20 bits: of 10^7 images some ten agree by chance in each two. Up to 5 differing bits leave one
+# of the first six untouched and one of the others, which are of frequencies that are all even or all odd across, and so all sound or all noise where
+# left and right are alike. Of the emoji's copies this loses one in 7,035.
 BANDS = [*np.array_split(np.arange(64), 6), *(np.arange(start, 64, 6) for start in range(6))]
-BLOCK = 1 << 22                          # pairs of hashes that are compared at once
 
 
 def fingerprint(image: Image.Image) -> bytes:
@@ -67,17 +68,18 @@ def _first_alike(fingerprints: np.ndarray) -> np.ndarray:
 
 
 def _candidates(hashes: np.ndarray) -> Iterator[np.ndarray]:
-    """Pairs of rows (M, 2) whose hashes agree in one band, and in all but MAX_BITS bits."""
-    for bits in BANDS:
-        band = hashes & np.bitwise_or.reduce(np.uint64(1) << bits.astype(np.uint64))
+    """Pairs of rows (M, 2) whose hashes agree in two bands, and in all but MAX_BITS bits."""
+    for bands in itertools.combinations(BANDS, 2):
+        band = hashes & np.bitwise_or.reduce(np.uint64(1) << np.concatenate(bands).astype(np.uint64))
         order = np.argsort(band, kind="stable")
-        for bucket in np.split(order, np.flatnonzero(np.diff(band[order])) + 1):
-            rows = max(1, BLOCK // max(1, len(bucket)))
-            for start in range(0, len(bucket) if len(bucket) > 1 else 0, rows):
-                here = bucket[start:start + rows]
-                near = np.bitwise_count(hashes[here, None] ^ hashes[bucket[None, start:]]) <= MAX_BITS
-                left, right = np.nonzero(np.triu(near, 1))
-                yield np.stack([here[left], bucket[start:][right]], axis=1)
+        band, sorted_hashes = band[order], hashes[order]
+        here, apart = np.arange(len(order)), 0
+        while len(here):        # those that agree with the one so far apart from them
+            apart += 1
+            here = here[:np.searchsorted(here, len(order) - apart)]
+            here = here[band[here] == band[here + apart]]
+            near = here[np.bitwise_count(sorted_hashes[here] ^ sorted_hashes[here + apart]) <= MAX_BITS]
+            yield np.stack([order[near], order[near + apart]], axis=1)
 
 
 def _alike(fingerprints: np.ndarray, pairs: np.ndarray) -> np.ndarray:
