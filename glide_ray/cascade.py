@@ -22,6 +22,7 @@ from .stepper import Stepper
 from .tokenizer import Tokenizer
 
 MAX_SCALE = 100.0
+TIMESTEPS = 1000         # of a model that is not known yet
 Progress = Callable[[str, int, int], None]     # stage, denoising steps done in it, and in all
 
 
@@ -32,21 +33,25 @@ class RequestError(UserError):
         super().__init__(message)
         self.param = param
 
+    def __reduce__(self):        # an exception is unpickled from what its base class was given, which lacks `param`
+        return type(self), (str(self), self.param)
+
 
 # -- requests ---------------------------------------------------------------------------------------------------------
 
-def check_options(options: SampleOptions, seed: int | None = None, strength: float | None = None) -> None:
-    """Raises RequestError for an option, a seed or a strength that makes no sense."""
+def check_options(options: SampleOptions, seed: int | None = None, strength: float | None = None, base: ModelConfig | None = None,
+                  upsampler: ModelConfig | None = None) -> None:
+    """Raises RequestError for an option, a seed or a strength that makes no sense, to these models where they are known."""
     for param, least in (("guidance_scale", 0), ("clip_scale", 0)):
         scale = getattr(options, param)
         if scale is not None and not least <= scale <= MAX_SCALE:   # also false for nan
             raise RequestError(f"{param} must lie between {least} and {MAX_SCALE:g} (given: {scale}); 3 is usual.", param)
-    for param in ("steps", "upsampler_steps"):
-        steps = getattr(options, param)
+    for param, model in (("steps", base), ("upsampler_steps", upsampler)):
+        steps, total = getattr(options, param), model.diffusion.steps if model else TIMESTEPS
         try:
-            kept_timesteps(1000, "1" if steps is None else steps)
+            kept_timesteps(total, "1" if steps is None else steps)
         except ScheduleError as error:
-            hint = " Steps may be a number from 1 to 1000." if str(steps).lstrip("-").isdecimal() else ""
+            hint = f" Steps may be a number from 1 to {total}." if str(steps).lstrip("-").isdecimal() else ""
             raise RequestError(f"{error}{hint}", param) from None
     if options.sampler is not None and options.sampler not in SAMPLERS:
         raise RequestError(f"There is no sampler {options.sampler!r}; {nearest(options.sampler, SAMPLERS)}", "sampler")

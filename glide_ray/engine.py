@@ -8,6 +8,7 @@ import time
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .config import UserError
@@ -53,11 +54,18 @@ class Engine:
 
     def submit(self, request: SampleRequest) -> Future:
         """A Future of the image (3, H, W) in [-1, 1], on the CPU."""
-        if self._closed:
-            raise RuntimeError("this engine has been closed")
         future: Future = Future()
         self._inbox.put((request, future))
+        if self._closed:        # asked last: what was put before it closed is cancelled by it
+            raise RuntimeError("this engine has been closed")
         return future
+
+    def check(self) -> None:
+        """Raises RuntimeError where no request can be answered any more: the thread has ended, or the GPU's stream has failed."""
+        if not self._thread.is_alive():
+            raise RuntimeError("the engine's thread has ended; start another engine")
+        if self._stepper.device.type == "cuda":
+            torch.cuda.current_stream(self._stepper.device).query()
 
     def close(self) -> None:
         """Stop after the current step; what has not finished is cancelled."""
@@ -66,22 +74,33 @@ class Engine:
         self._thread.join()
 
     def _loop(self) -> None:
-        while not self._closed:
-            self._receive(block=not self._futures)
-            began = time.monotonic()
-            for ticket in [ticket for ticket, future in self._futures.items() if future.cancelled()]:
+        try:
+            while not self._closed:
+                self._receive(block=not self._futures)
+                began = time.monotonic()
+                self._step()
+                self._busy_seconds += time.monotonic() - began
+        finally:                         # also where a fault ends the thread: nobody is to wait for it
+            self._closed = True
+            for future in self._futures.values():
+                future.cancel()
+            while not self._inbox.empty():
+                if (item := self._inbox.get()) is not None:
+                    item[1].cancel()
+
+    def _step(self) -> None:
+        for ticket in [ticket for ticket, future in self._futures.items() if future.cancelled()]:
+            self._stepper.cancel(ticket)
+            self._end(ticket, "cancelled")
+        try:
+            for ticket, image in self._stepper.step():
+                pixels = image.cpu()     # a GPU's faults come out here: the sample is still one of ours, and fails with the others
+                _settle(self._end(ticket, "finished"), pixels)
+        except Exception as error:       # a network that fails does so for every sample in flight; those that wait may succeed
+            waiting = self._stepper.waiting
+            for ticket in [ticket for ticket in self._futures if ticket not in waiting]:
                 self._stepper.cancel(ticket)
-                self._end(ticket, "cancelled")
-            try:
-                for ticket, image in self._stepper.step():
-                    _settle(self._end(ticket, "finished"), image.cpu())
-            except Exception as error:   # a network that fails does so for every sample in flight; later ones may succeed
-                for ticket in list(self._futures):
-                    self._stepper.cancel(ticket)
-                    _settle(self._end(ticket, "failed"), error)
-            self._busy_seconds += time.monotonic() - began
-        for future in self._futures.values():
-            future.cancel()
+                _settle(self._end(ticket, "failed"), error)
 
     def _end(self, ticket: int, how: str) -> Future:
         self._ended[how] += 1
@@ -97,7 +116,8 @@ class Engine:
             try:
                 self._futures[self._stepper.submit(request)] = future
                 block = False
-            except UserError as error:
+            except Exception as error:   # of this request alone: the thread goes on for the others
+                self._ended["failed"] += not isinstance(error, UserError)
                 _settle(future, error)
 
 

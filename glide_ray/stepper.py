@@ -2,7 +2,7 @@
 
 The loop under the cascade and under the server. Each sample has its own seed, sampler, number of steps, guidance scale and
 conditioning, and joins and leaves between steps. Its noise comes from a generator of its own on the CPU, so a sample is the
-same whatever it is batched with, on whichever replica, and after a retry.
+same whatever it is batched with, on whichever replica, and after a retry: to the last bit on a CPU, up to rounding on a GPU.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Stepper:
         self._samples: list[Sample] = []
         self._together: list[Sample] = []      # those whose rows are joined
         self._flight: Flight | None = None     # in this
-        self._paired: tuple[TextFeatures, list[int], Conditioning, TextFeatures] | None = None      # the last call's, for as long as the samples are the same
+        self._paired: tuple[Conditioning, list[int], Conditioning, TextFeatures] | None = None      # the last call's, for as long as the samples are the same
         self._events: deque[torch.cuda.Event] = deque()      # steps that a GPU has been given
         self._tickets = 0
         self._captions: OrderedDict[bytes, TextFeatures] = OrderedDict()
@@ -78,6 +78,11 @@ class Stepper:
     @property
     def queued(self) -> int:
         return len(self._waiting)
+
+    @property
+    def waiting(self) -> set[int]:
+        """Tickets of the queued."""
+        return {sample.ticket for sample in self._waiting}
 
     def submit(self, request: SampleRequest) -> int:
         """Queue a request and return its ticket. Raises UserError at once for one that makes no sense."""
@@ -139,14 +144,20 @@ class Stepper:
 
     def run(self, requests: Sequence[SampleRequest], on_step: Callable[[int, int], None] | None = None) -> Tensor:
         """All requests to their end: images (N, 3, H, W) in [-1, 1], in order. `on_step` is given denoising steps done and in all."""
-        tickets = [self.submit(request) for request in requests]
-        before, total = self.sample_steps_done, sum(self._first_index(request) + 1 for request in requests)
-        images: dict[int, Tensor] = {}
-        while len(images) < len(tickets):
-            images.update(self.step())
-            if on_step:
-                on_step(self.sample_steps_done - before, total)
-        return torch.stack([images[ticket] for ticket in tickets])
+        images: dict[int, Tensor | None] = {}
+        try:
+            for request in requests:
+                images[self.submit(request)] = None
+            before, total = self.sample_steps_done, sum(self._first_index(request) + 1 for request in requests)
+            while any(image is None for image in images.values()):
+                images.update((ticket, image) for ticket, image in self.step() if ticket in images)
+                if on_step:
+                    on_step(self.sample_steps_done - before, total)
+        except BaseException:       # an interrupt too: nothing is left for the next run to compute
+            for ticket in images:
+                self.cancel(ticket)
+            raise
+        return torch.stack(list(images.values()))
 
     @torch.inference_mode()
     def warm(self, request: SampleRequest) -> None:
@@ -265,10 +276,10 @@ class Stepper:
         if not len(guided):
             return flight.conditioning, flight.text
         known = self._paired if self.batched else None      # one by one there is nothing to save, and lanes would disturb each other
-        if known is None or known[0] is not flight.text or known[1] != guided.tolist():
+        if known is None or known[0] is not flight.conditioning or known[1] != guided.tolist():      # samples of one caption share its text
             conditioning = Conditioning.join([flight.conditioning, flight.conditioning[sent(guided, self.device)]])
             empty = self._empty_text().map(lambda tensor: tensor.expand(len(guided), *tensor.shape[1:]))
-            known = flight.text, guided.tolist(), conditioning, TextFeatures.join([flight.text, empty])
+            known = flight.conditioning, guided.tolist(), conditioning, TextFeatures.join([flight.text, empty])
             if self.batched:
                 self._paired = known
         return known[2:]

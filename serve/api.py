@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
-from glide_ray.cascade import check_options, shrink_known
+from glide_ray.cascade import TIMESTEPS, check_options, shrink_known
 from glide_ray.config import SampleOptions, nearest
 from glide_ray.data.images import encode
 from glide_ray.recipe import Maker, png_text
@@ -27,7 +27,7 @@ from glide_ray.serve_config import ServeConfig
 from glide_ray.tokenizer import Tokenizer, Tokens
 
 from .edge import Edge
-from .errors import ApiError, ErrorBody, handle_errors
+from .errors import ApiError, ErrorBody, answer_of, handle_errors
 from .fields import Answer, Edit, Generation, ImageFields, Job, Picture, Source, Variation, form_schema, narrowed, read_form, read_source
 from .figures import Figures, StageLoad, exposition
 from .gate import NOBODY, Gate
@@ -62,20 +62,21 @@ class Face:
     gate: Gate
     figures: Figures
 
-    async def stages(self) -> list[StageLoad] | None:
-        """The loads of all replicas; None where a stage has none."""
-        return []
+    async def stages(self) -> tuple[list[StageLoad], bool]:
+        """The loads of all replicas that answer, and whether every stage has one."""
+        return [], True
 
     async def texts(self) -> list[str]:
         """The figures of all ingress replicas."""
         return [self.figures.text(self.gate)]
 
 
-def build_api(face: Callable[[], Face], config: ServeConfig, sizes: Sequence[int] = (64, 256), clip: bool = False) -> FastAPI:
+def build_api(face: Callable[[], Face], config: ServeConfig, sizes: Sequence[int] = (64, 256), clip: bool = False,
+              timesteps: tuple[int, int] = (TIMESTEPS, TIMESTEPS)) -> FastAPI:
     """The application. `face` is called per request: under Ray Serve it exists only once the replica does. `sizes` and `clip`: what any of
-    its models can answer with, and whether any has a CLIP."""
+    its models can answer with, and whether any has a CLIP; `timesteps`: the most of any base model and of any upsampler."""
     api = FastAPI(title="glide_ray", description="Text-to-image generation and editing with GLIDE, as the OpenAI Images API.", redoc_url=None)
-    generation, edit, variation = (narrowed(kind, config, sizes, clip) for kind in (Generation, Edit, Variation))
+    generation, edit, variation = (narrowed(kind, config, sizes, clip, timesteps) for kind in (Generation, Edit, Variation))
     handle_errors(api, list(generation.model_fields))
     api.add_middleware(Edge, face=face, config=config)
 
@@ -105,15 +106,15 @@ def build_api(face: Callable[[], Face], config: ServeConfig, sizes: Sequence[int
     @api.get("/readyz", responses={500: ERRORS[500], 503: ERRORS[503]})
     async def readyz() -> dict[str, str]:
         """Whether every stage of every model has a replica with its weights loaded."""
-        if await face().stages() is None:
+        if not (await face().stages())[1]:
             raise ApiError(503, "A stage has no replica that is ready.", code="not_ready", headers={"Retry-After": "5"})
         return {"status": "ready"}
 
     @api.get("/metrics", responses=CLOSED, response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:
         """Counts, times and loads of all replicas, for Prometheus."""
-        texts, stages = await asyncio.gather(face().texts(), face().stages())
-        return PlainTextResponse(exposition(texts, stages or []), media_type="text/plain; version=0.0.4; charset=utf-8")
+        texts, (loads, _) = await asyncio.gather(face().texts(), face().stages())
+        return PlainTextResponse(exposition(texts, loads), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     api.openapi = lambda: _openapi(api)
     return api
@@ -152,7 +153,7 @@ async def _answer(face: Face, config: ServeConfig, request: Request, fields: Ima
     if fields.stream:
         return StreamingResponse(making.events(jobs, inside), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
     with inside:
-        pictures = await _all([making.picture(job) for job in jobs])
+        pictures = await together([making.picture(job) for job in jobs])
         data = [await asyncio.to_thread(making.item, job, picture) for job, picture in zip(jobs, pictures, strict=True)]
     return JSONResponse({"created": int(time.time()), "data": data, **making.described(job), "usage": making.usage, **making.warnings})
 
@@ -233,19 +234,21 @@ class _Making:
                               "usage": self.usage, **self.warnings})
 
         with inside:
-            whole = asyncio.ensure_future(_all([make(n, job) for n, job in enumerate(jobs)]))
+            whole = asyncio.ensure_future(together([make(n, job) for n, job in enumerate(jobs)]))
             whole.add_done_callback(lambda _: ready.put_nowait(None))
             try:
                 while (event := await ready.get()) is not None:
                     yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
                 whole.result()
-            except ApiError as error:
-                yield f"event: error\ndata: {json.dumps({'type': 'error', **error.body})}\n\n"
+            except Exception as error:       # the status has been sent, and was 200
+                answer = answer_of(self.told["id"], error)
+                self.told["error"] = answer.status
+                yield f"event: error\ndata: {json.dumps({'type': 'error', **answer.body})}\n\n"
             finally:
                 whole.cancel()
 
 
-async def _all(makings: Sequence) -> list:
+async def together(makings: Sequence) -> list:
     """All at once; when one fails or the client leaves, the others are given up too."""
     tasks = [asyncio.ensure_future(making) for making in makings]
     try:
@@ -285,7 +288,7 @@ def _job(face: Face, config: ServeConfig, fields: ImageFields, source: Source | 
     strength = None if source is None else getattr(fields, "strength", None)
     if isinstance(fields, Variation):
         strength = strength or Variation.model_fields["strength"].default
-    check_options(options, fields.seed, strength)
+    check_options(options, fields.seed, strength, backend.maker.base, backend.maker.upsampler)
     prompt = fields.prompt or ""
     seed = fields.seed if fields.seed is not None else secrets.randbelow(2**31)
     told = request.scope["glide"]

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,15 +22,16 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
+from glide_ray.cascade import TIMESTEPS, RequestError
 from glide_ray.config import UserError
 from glide_ray.recipe import Maker
 from glide_ray.serve_config import Scale, ServeConfig, ServedModel
 from glide_ray.settings import validate
 from glide_ray.storage import absolute
 
-from .api import ApiError, Face, Show, build_api
+from .api import ApiError, Face, Show, build_api, together
 from .fields import Job, Picture
 from .figures import Figures, StageLoad
 from .gate import Gate
@@ -105,32 +106,41 @@ class RayBackend:
     async def _best(self, job: Job) -> tuple[Job, Made]:
         """Of so many small pictures the one that CLIP scores highest, as a job of its own seed."""
         jobs = [replace(job, seed=(job.seed + k) % 2**63, previews=0) for k in range(job.best_of)]
-        made = await asyncio.gather(*[self._stage("base", one, None) for one in jobs])
+        made = await together([self._stage("base", one, None) for one in jobs])
         scores = await self._again("base", lambda: self.base.score.remote([one.pixels for one in made], job.prompt))
         best = int(np.argmax(scores))
         return replace(jobs[best], previews=job.previews), made[best]
 
     async def _stage(self, stage: str, job: Job, show: Show | None, *inputs: np.ndarray) -> Made:
         handle: DeploymentHandle = getattr(self, stage)
-
+        if not job.previews:
+            return await self._again(stage, lambda: handle.make.remote(job, *inputs))
         shown = 0
 
-        async def watched() -> Made:
+        async def watched(items: AsyncIterator[np.ndarray | Made]) -> Made:
             nonlocal shown
             seen = 0
-            async for item in handle.options(stream=True).watch.remote(job, *inputs):
+            async for item in items:
                 if isinstance(item, Made):
                     return item
                 seen += 1
                 if seen > shown:       # begun again on another replica, the first ones come again
                     shown = seen
                     show(item)
-        return await self._again(stage, watched if job.previews else lambda: handle.make.remote(job, *inputs))
+        return await self._again(stage, lambda: handle.options(stream=True).watch.remote(job, *inputs), watched)
 
-    async def _again(self, stage: str, ask: Callable[[], Awaitable[Any]]) -> Any:
+    async def _again(self, stage: str, ask: Callable[[], DeploymentResponse | DeploymentResponseGenerator],
+                     read: Callable[[Any], Awaitable[Any]] = lambda response: response) -> Any:
         for attempt in range(TRIES):
             try:
-                return await ask()
+                response = ask()
+                return await read(response)
+            except asyncio.CancelledError:       # of whoever waits: Serve would have the replica go on
+                with suppress(Exception):        # it may have failed in the same moment
+                    response.cancel()
+                raise
+            except RequestError as error:        # as Ray raises it, its text holds the replica's traceback
+                raise getattr(error, "cause", error) from None
             except (RayActorError, DeploymentUnavailableError):
                 self._figures.retry(self.name, stage)
                 await asyncio.sleep(min(2.0, 0.05 * 2**attempt))
@@ -156,17 +166,18 @@ class Ingress(Face):
     async def check_health(self) -> None:
         """Serve asks every few seconds; a good moment to see which replicas there are, and so how much can be admitted."""
         with suppress(Exception):       # whatever ails the others, this replica is well
-            loads, faces = await asyncio.gather(self.stages(), self._faces("here"))
+            (loads, _), faces = await asyncio.gather(self.stages(), self._faces("here"))
+            self.gate.shares = len(faces) or self.gate.shares
             for name, backend in self.models.items():
-                rooms = [sum(self._room(one.load.width) for one in loads or () if (one.model, one.stage) == (name, stage)) for stage in _roles(backend)]
+                rooms = [sum(self._room(one.load.width) for one in loads if (one.model, one.stage) == (name, stage)) for stage in _roles(backend)]
                 if all(rooms):
-                    self.gate.capacity[name] = max(1, min(rooms) // max(1, len(faces)))
+                    self.gate.capacity[name] = max(1, min(rooms) // self.gate.shares)
 
-    async def stages(self) -> list[StageLoad] | None:
-        """The loads of all replicas; None where a stage has none that answers."""
+    async def stages(self) -> tuple[list[StageLoad], bool]:
+        """The loads of all replicas that answer, and whether every stage has one."""
         asked = await asyncio.gather(*[_all_replicas(getattr(backend, stage), "state", StageLoad)
                                        for backend in self.models.values() for stage in _roles(backend)])
-        return [load for loads in asked for load in loads] if all(asked) else None
+        return [load for loads in asked for load in loads], all(asked)
 
     async def texts(self) -> list[str]:
         """The figures of all ingress replicas, this one's at least."""
@@ -219,8 +230,10 @@ def app(args: dict[str, Any]) -> serve.Application:
 
 
 def _routes(config: ServeConfig, served: Mapping[str, Served]) -> FastAPI:
-    sizes = {size for model in served.values() for size in model.sizes}
-    return build_api(lambda: serve.get_replica_context().servable_object, config, sorted(sizes), any(model.clip for model in served.values()))
+    sizes, makers = {size for model in served.values() for size in model.sizes}, [model.maker for model in served.values()]
+    timesteps = (max(maker.base.diffusion.steps for maker in makers),
+                 max((maker.upsampler.diffusion.steps for maker in makers if maker.upsampler), default=TIMESTEPS))
+    return build_api(lambda: serve.get_replica_context().servable_object, config, sorted(sizes), any(model.clip for model in served.values()), timesteps)
 
 
 def _stages(model: Served, config: ServeConfig, kinds: tuple[type[Stage], type[Stage]], share: float, prefix: str) -> tuple[serve.Application, ...]:

@@ -58,7 +58,7 @@ class Edge:
             except Exception as error:
                 if status:       # the answer has begun; its client sees it end early
                     raise
-                await failure(scope, error).response(scope, receive, answer)
+                await failure(told["id"], error).response(scope, receive, answer)
         except asyncio.CancelledError:
             status = 499         # the client left
             face.figures.client_left()

@@ -53,12 +53,9 @@ def handle_errors(api: FastAPI, fields: Sequence[str]) -> None:
     """Whatever a route raises is answered in OpenAI's form. `fields`: those of a JSON body, to name the nearest of."""
 
     @api.exception_handler(ApiError)
-    async def api_error(request: Request, error: ApiError):
-        return error.response
-
     @api.exception_handler(RequestError)
-    async def request_error(request: Request, error: RequestError):
-        return ApiError(400, str(error), error.param).response
+    async def refused(request: Request, error: ApiError | RequestError):
+        return answer_of(request.scope["glide"]["id"], error).response
 
     @api.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError):
@@ -71,9 +68,15 @@ def handle_errors(api: FastAPI, fields: Sequence[str]) -> None:
         return ApiError(error.status_code, message, headers=error.headers).response
 
 
-def failure(scope, error: Exception) -> ApiError:
+def answer_of(request_id: str, error: Exception) -> ApiError:
+    """What the client is told of whatever a request raises."""
+    if isinstance(error, RequestError):
+        return ApiError(400, str(error), error.param)
+    return error if isinstance(error, ApiError) else failure(request_id, error)
+
+
+def failure(request_id: str, error: Exception) -> ApiError:
     """A fault of ours: the reason goes to the log, and the client gets the id to ask about."""
-    request_id = scope.get("glide", {}).get("id", "-")
     log.error(json.dumps({"event": "failure", "id": request_id, "error": type(error).__name__}), exc_info=error)
     return ApiError(500, f"The server failed at this request; its log has the reason under the id {request_id}.")
 

@@ -82,8 +82,8 @@ class ImageFields(BaseModel):
     safety_identifier: str | None = Field(None, max_length=512, description="Accepted, not used.")
     # Beyond OpenAI's.
     seed: int | None = Field(None, ge=0, lt=2**63, description="The same seed gives the same picture. With n, the seeds count up from it.")
-    steps: int | None = Field(None, ge=1, le=1000, description="Of the base model.")
-    upsampler_steps: int | None = Field(None, ge=1, le=1000)
+    steps: int | None = Field(None, ge=1)
+    upsampler_steps: int | None = Field(None, ge=1)
     sampler: Literal["ancestral", "ddim", "plms", "dpm++"] | None = Field(None, description="Of the base model.")
     guidance_scale: float | None = Field(None, ge=0, le=MAX_SCALE, allow_inf_nan=False, description="1 is none, 3 usual.")
 
@@ -147,12 +147,14 @@ class Answer(BaseModel):
     warnings: list[str] = []
 
 
-def narrowed(kind: type[ImageFields], config: ServeConfig, sizes: Sequence[int], clip: bool) -> type[ImageFields]:
-    """A form with this server's own bounds, which its OpenAPI then tells."""
+def narrowed(kind: type[ImageFields], config: ServeConfig, sizes: Sequence[int], clip: bool, timesteps: tuple[int, int]) -> type[ImageFields]:
+    """A form with this server's own bounds, which its OpenAPI then tells. `timesteps`: the most of any base model and of any upsampler."""
     bases = (kind, ClipFields) if clip else kind
     return create_model(kind.__name__, __base__=bases, __doc__=kind.__doc__,
                         n=(Annotated[int, Field(ge=1, le=config.max_images)] | None, 1),
-                        size=(Literal[("auto", *(f"{size}x{size}" for size in sorted(sizes)))] | None, "auto"))
+                        size=(Literal[("auto", *(f"{size}x{size}" for size in sorted(sizes)))] | None, "auto"),
+                        steps=(int | None, Field(None, ge=1, le=timesteps[0], description="Of the base model.")),
+                        upsampler_steps=(int | None, Field(None, ge=1, le=timesteps[1])))
 
 
 # -- multipart forms --------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ class Gate:
 
     def __init__(self, keys: Mapping[str, Key], capacity: Mapping[str, int], clock: Callable[[], float] = time.monotonic):
         self.keys, self.capacity = dict(keys), dict(capacity)
+        self.shares = 1                            # ingress replicas: each counts for itself, and has its part of a key's limits as it has of the capacity
         self.inside: Counter[str] = Counter()      # images of each model
         self._by_key: Counter[str] = Counter()
         self._recent: dict[str, deque[tuple[float, int]]] = {}
@@ -49,7 +50,10 @@ class Gate:
 
     @contextmanager
     def admit(self, who: str, model: str, images: int) -> Iterator[None]:
-        """Count images as inside while the context lasts. Raises ApiError 429 with the seconds after which to try again."""
+        """Count images as inside while the context lasts.
+
+        Raises ApiError 429 with the seconds after which to try again, and 400 for more images than the key may ever have.
+        """
         self._check(who, model, images)
         began = self._clock()
         self.inside[model] += images
@@ -65,20 +69,30 @@ class Gate:
             self._by_key[who] -= images
 
     def _check(self, who: str, model: str, images: int) -> None:
+        key = self.keys.get(who)
+        if key is not None:
+            for limit, when in ((key.at_once, "made at once"), (key.per_minute, "a minute")):
+                if limit and images > limit:
+                    raise ApiError(400, f"This key may have {limit} images {when} and this request asks for {images} (n, times best_of if that is given); "
+                                        f"ask for fewer.", "n")
         inside, pace = self.inside[model], self._pace.get(model, 1.0)
         if inside and inside + images > self.capacity[model]:
             raise _busy("All places are taken; try again soon.", (inside + images - self.capacity[model]) * pace)
-        key = self.keys.get(who)
         if key is None:
             return
-        if key.at_once and self._by_key[who] + images > key.at_once:
+        # As with the places, a request by itself is let in: it lies within the key's limit, though perhaps not within this replica's part.
+        mine = self._by_key[who]
+        if key.at_once and mine and mine + images > self._part(key.at_once):
             raise _busy(f"This key may have {key.at_once} images made at once; wait for the others.", images * pace)
         if key.per_minute:
             recent, now = self._recent.setdefault(who, deque()), self._clock()
             while recent and recent[0][0] <= now - 60:
                 recent.popleft()
-            if sum(count for _, count in recent) + images > key.per_minute:
-                raise _busy(f"This key may ask for {key.per_minute} images a minute.", recent[0][0] + 60 - now if recent else 60)
+            if recent and sum(count for _, count in recent) + images > self._part(key.per_minute):
+                raise _busy(f"This key may ask for {key.per_minute} images a minute.", recent[0][0] + 60 - now)
+
+    def _part(self, limit: int) -> int:
+        return max(1, limit // self.shares)
 
 
 def _busy(message: str, seconds: float) -> ApiError:

@@ -86,6 +86,10 @@ class Stage(ABC):
     def _made(self, image: torch.Tensor, began: float) -> Made:
         return Made(to_uint8(image), self._sha256, time.monotonic() - began)
 
+    def check_health(self) -> None:
+        """Serve asks every few seconds, and replaces a replica that says several times that it can answer nothing any more."""
+        self._engine.check()
+
     def state(self) -> StageLoad:
         """What this replica has to do and has done."""
         return StageLoad(self._model, self.role, serve.get_replica_context().replica_tag, self._engine.load)

@@ -6,21 +6,24 @@ import io
 import json
 import logging
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
-from glide_ray.cascade import Cascade
+from glide_ray.cascade import Cascade, RequestError
 from glide_ray.config import SampleOptions, UserError
 from glide_ray.data.images import encode
+from glide_ray.engine import Engine, Load
 from glide_ray.recipe import Maker
 from glide_ray.serve_config import ServeConfig
 from serve.api import Face, build_api
 from serve.errors import ApiError
-from serve.fields import Picture
-from serve.figures import Figures
+from serve.fields import Job, Picture
+from serve.figures import Figures, StageLoad
 from serve.gate import Gate
 from serve.keys import Key, hashed, new_key, read_keys
 
@@ -232,6 +235,107 @@ def test_a_failure_within_a_stream_is_an_event(backend):
     assert [name for name, _ in seen] == ["image_generation.partial_image", "error"] and seen[-1][1]["error"]["message"] == "lost"
 
 
+def test_a_fault_within_a_stream_is_an_event_that_says_nothing_of_its_inside(backend, caplog):
+    caplog.set_level(logging.INFO, "ray.serve.glide")
+
+    class Failing(CascadeBackend):
+        async def make(self, job, show=None):
+            raise RuntimeError("secret path /etc")
+    answer = asking(Failing(backend.cascade))("POST", GENERATIONS, json={"prompt": "x", "stream": True})
+    (name, data), = events(answer)
+    assert name == data["type"] == "error" and data["error"]["type"] == "server_error"
+    assert answer.headers["x-request-id"] in data["error"]["message"] and "secret" not in answer.text and "secret path" in caplog.text
+    assert json.loads(caplog.records[-1].message)["error"] == 500       # the status was sent before: it is 200
+
+
+def test_when_one_candidate_of_the_best_fails_the_replicas_give_up_the_others(backend):
+    from serve.app import RayBackend, Served
+
+    class Response:
+        def __init__(self, fails):
+            self.fails, self.given_up = fails, False
+
+        def __await__(self):
+            yield from asyncio.sleep(0 if self.fails else 60).__await__()
+            raise RuntimeError("out of memory")
+
+        def cancel(self):
+            self.given_up = True
+
+    class Handle:
+        def __init__(self):
+            self.make, self.responses = self, []
+
+        def remote(self, job):
+            self.responses.append(Response(job.seed == 2))
+            return self.responses[-1]
+
+    async def fail():
+        base = Handle()
+        stages = RayBackend(Served("tiny", ServeConfig(clip="c"), replace(backend.maker, upsampler=None)), base, None, Figures())
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await stages.make(Job("x", 0, 16, best_of=4))
+        await asyncio.sleep(0.01)
+        return [response.given_up for response in base.responses]
+    assert asyncio.run(fail()) == [True, True, False, True]
+
+
+def test_what_a_stage_refuses_is_told_without_its_traceback(backend):
+    from ray.exceptions import RayTaskError
+
+    from serve.app import RayBackend, Served
+
+    async def refuse():
+        raise RayTaskError("make", "secret traceback", RequestError("steps are too many.", "steps"), "replica", 1, "127.0.0.1").as_instanceof_cause()
+    base = SimpleNamespace(make=SimpleNamespace(remote=lambda job: refuse()))
+    send = asking(RayBackend(Served("tiny", ServeConfig(), replace(backend.maker, upsampler=None)), base, None, Figures()))
+    answer = send("POST", GENERATIONS, json={"prompt": "x"})
+    refused(answer, 400, "steps are too many.", "steps")
+    (_, data), = events(send("POST", GENERATIONS, json={"prompt": "x", "stream": True}))
+    assert data["error"] == answer.json()["error"] and "secret" not in answer.text
+
+
+def test_a_stage_whose_engine_has_ended_tells_serve_that_it_is_not_well(backend):
+    from serve.stages import Base
+    stage = Base.__new__(Base)
+    stage._engine = Engine(backend.cascade.base)
+    stage.check_health()
+    stage._engine.close()
+    with pytest.raises(RuntimeError, match="thread has ended"):
+        stage.check_health()
+
+
+def test_a_stage_that_does_not_answer_hides_no_other(backend):
+    from serve.app import Ingress
+
+    class Handle:
+        def __init__(self, *answers):
+            self.answers = answers
+
+        def broadcast(self, method):
+            return self
+
+        async def results_async(self, **_):
+            if not self.answers:
+                raise TimeoutError
+            return self.answers
+
+    def replica(stage, n):
+        return StageLoad("tiny", stage, f"{stage}-{n}", Load(1, 0, 8, 7, 7, 0.5, 0, 0, 0))
+
+    async def two_ingresses(method):
+        return [method] * 2
+    ingress, send = Ingress.__new__(Ingress), asking(backend)
+    ingress._config, ingress._faces, ingress.gate, ingress.models = CONFIG, two_ingresses, send.face.gate, {
+        "tiny": SimpleNamespace(base=Handle(replica("base", 0), replica("base", 1)), upsampler=Handle(replica("upsampler", 0))),
+        "other": SimpleNamespace(base=Handle(), upsampler=None)}
+    send.face.stages = ingress.stages
+    assert 'glide_stage_steps_total{model="tiny",replica="base-1",stage="base"} 7.0' in send("GET", "/metrics").text
+    refused(send("GET", "/readyz"), 503, "no replica that is ready")
+    asyncio.run(ingress.check_health())
+    assert ingress.gate.shares == 2 and ingress.gate.capacity["tiny"] == (8 + CONFIG.max_waiting) // 2
+
+
 def test_models_health_and_readiness_are_told(ask):
     assert ask("GET", "/v1/models").json()["data"][0]["id"] == "tiny"
     assert ask("GET", "/healthz").json() == {"status": "ok"} and ask("GET", "/readyz").json() == {"status": "ready"}
@@ -315,8 +419,30 @@ def test_a_key_has_limits_of_its_own(backend):
     ann, bob = ({"authorization": f"Bearer {letter * 16}"} for letter in "ab")
     assert [send("POST", GENERATIONS, json={"prompt": "x", "n": n}, headers=ann).status_code for n in (2, 2, 1, 1)] == [200, 429, 200, 429]
     assert 1 <= int(send("POST", GENERATIONS, json={"prompt": "x"}, headers=ann).headers["retry-after"]) <= 60
-    refused(send("POST", GENERATIONS, json={"prompt": "x", "n": 2}, headers=bob), 429, "1 images made at once")
+    refused(send("POST", GENERATIONS, json={"prompt": "x"}, headers=ann), 429, "3 images a minute")
     assert send("POST", GENERATIONS, json={"prompt": "x"}, headers=bob).status_code == 200
+
+
+def test_a_request_for_more_than_a_key_may_ever_have_is_not_told_to_try_again(backend):
+    keys = {"ann": Key(sha256=hashed("a" * 16), per_minute=3), "bob": Key(sha256=hashed("b" * 16), at_once=1)}
+    send = asking(backend, keys=keys)
+    ann, bob = ({"authorization": f"Bearer {letter * 16}"} for letter in "ab")
+    for key, body, message in ((bob, {"n": 2}, "1 images made at once and this request asks for 2"),
+                               (ann, {"n": 2, "best_of": 2}, "3 images a minute and this request asks for 4")):
+        answer = send("POST", GENERATIONS, json={"prompt": "x", **body}, headers=key)
+        refused(answer, 400, message, "n")
+        assert "ask for fewer" in answer.text and "retry-after" not in answer.headers
+
+
+def test_a_keys_limits_are_shared_by_the_ingress_replicas_and_no_request_within_them_is_impossible():
+    gate = Gate({"ann": Key(sha256="0" * 64, at_once=4), "bob": Key(sha256="1" * 64, per_minute=4)}, {"m": 99})
+    gate.shares = 2
+    for who in ("ann", "bob"):
+        with gate.admit(who, "m", 1), gate.admit(who, "m", 1), pytest.raises(ApiError) as refusal, gate.admit(who, "m", 1):
+            pass
+        assert refusal.value.status == 429
+    with gate.admit("ann", "m", 4):
+        pass
 
 
 def test_a_minute_later_a_key_may_ask_again():
@@ -439,6 +565,15 @@ def test_masks_that_do_not_fit_are_refused(ask):
     refused(ask("POST", EDITS, data={"prompt": "x"}, files=edit_files(mask=png())), 400, "nothing to paint", "mask")
     refused(ask("POST", EDITS, data={"prompt": "x"}, files=edit_files(mask=png(mode="RGB"))), 400, "no transparency", "mask")
     refused(ask("POST", EDITS, data={"prompt": "x"}, files={"image": ("i.png", png(), "image/png")}), 400, "nothing to paint", "image")
+
+
+def test_steps_are_bounded_by_those_that_each_model_was_trained_with(backend):
+    short = CascadeBackend(backend.cascade)
+    diffusion = short.maker.base.diffusion.model_copy(update={"steps": 100})
+    short.maker = replace(short.maker, base=short.maker.base.model_copy(update={"diffusion": diffusion}))
+    refused(asking(short)("POST", GENERATIONS, json={"prompt": "x", "steps": 500}), 400, "a number from 1 to 100", "steps")
+    fields = build_api(lambda: None, CONFIG, timesteps=(100, 2000)).openapi()["components"]["schemas"]["Generation"]["properties"]
+    assert [fields[name]["anyOf"][0]["maximum"] for name in ("steps", "upsampler_steps")] == [100, 2000]
 
 
 def test_edit_forms_that_make_no_sense_are_refused(ask):

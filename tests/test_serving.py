@@ -1,5 +1,6 @@
 """The application on Ray Serve, asked by OpenAI's own client over HTTP."""
 
+import asyncio
 import base64
 import io
 import re
@@ -13,12 +14,15 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from ray import serve
 
 from conftest import serving_weights
 from glide_ray.cascade import Cascade
 from glide_ray.config import ConfigError, SampleOptions, UserError
 from glide_ray.recipe import find_models, make_again, read_recipe
 from glide_ray.serve_config import ServeConfig
+from serve.fields import Job
+from serve.figures import Figures
 from serve.load import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
@@ -152,6 +156,26 @@ def test_a_client_that_leaves_frees_its_place_within_two_steps(client, url):
     time.sleep(0.5)
     assert loads(url)["base", "steps"] == left["base", "steps"]      # nobody computes for the one who left
     assert "glide_clients_left_total" in httpx.get(f"{url}/metrics").text
+
+
+@pytest.mark.parametrize("previews", [0, 3])
+def test_a_picture_that_is_given_up_frees_its_place_though_its_client_stays(url, weights, previews):
+    """As the others of one request are when one of them fails."""
+    from serve.app import RayBackend, Served
+    served, before = Served.read(ServeConfig(**weights), "auto"), loads(url)["base", "cancelled"]
+
+    async def give_up():
+        backend = RayBackend(served, serve.get_deployment_handle("base", "glide"), None, Figures())
+        making = asyncio.ensure_future(backend.make(Job("x", 0, 64, SampleOptions(steps=1000), previews=previews), lambda pixels: None))
+        while not loads(url)["base", "in_flight"]:
+            await asyncio.sleep(0.05)
+        making.cancel()
+        await asyncio.wait([making])
+    asyncio.run(give_up())
+    deadline = time.monotonic() + 10
+    while loads(url)["base", "in_flight"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (loads(url)["base", "in_flight"], loads(url)["base", "cancelled"]) == (0, before + 1)
 
 
 def test_another_address_than_the_one_that_serve_has_is_refused(url, weights):

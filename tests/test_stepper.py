@@ -1,7 +1,10 @@
 """Samples in flight: the same in any company, coming and going between steps."""
 
+import itertools
+import pickle
 import threading
 import time
+from concurrent.futures import CancelledError
 from dataclasses import replace
 
 import numpy as np
@@ -104,6 +107,13 @@ def test_inversion_gives_the_noise_that_leads_back():
     assert error(200) < error(20) / 3 and error(200) < other / 3
 
 
+def test_images_of_one_caption_are_inverted_each_under_its_own_conditions():
+    wanted = [replace(request("upsampler", seed, steps=4), guidance_scale=3.0) for seed in (1, 2)]
+    images = stepper("upsampler").run(wanted)
+    alone = torch.cat([stepper("upsampler").invert([one], image[None]) for one, image in zip(wanted, images, strict=True)])
+    assert torch.allclose(stepper("upsampler", batched=True).invert(wanted, images), alone, atol=2e-3)
+
+
 def test_a_seed_gives_one_picture_and_another_seed_another():
     images = stepper().run([request(seed=1, steps=3), request(seed=1, steps=3), request(seed=2, steps=3)])
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
@@ -194,6 +204,24 @@ def test_a_cancelled_sample_leaves_at_once_and_changes_no_other():
     assert torch.equal(images[stayer], alone)
 
 
+def test_a_run_that_is_interrupted_leaves_nothing_to_the_next():
+    one, wanted = stepper(), [request(seed=seed, steps=3) for seed in (1, 2)]
+
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        one.run(wanted, interrupt)
+    with pytest.raises(UserError, match="no sampler 'euler'"):
+        one.run([request(seed=8, steps=3), request(sampler="euler")])
+    assert (one.in_flight, one.queued) == (0, 0) and torch.equal(one.run(wanted), stepper().run(wanted))
+
+
+def test_a_run_gives_its_own_samples_only():
+    one = stepper()
+    one.submit(request(seed=8, steps=1))
+    assert torch.equal(one.run([request(steps=3)])[0], stepper().run([request(steps=3)])[0])
+
+
 def test_known_pixels_are_kept_and_the_rest_is_painted():
     import numpy as np
     known = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -256,6 +284,99 @@ def test_an_engine_that_is_asked_for_nonsense_answers_and_goes_on():
     engine.close()
 
 
+def failing(crowd, fails):
+    """The stepper with a network whose N-th call, from 1, raises where `fails(N)`."""
+    network, calls = crowd._network, itertools.count(1)
+
+    def call(*given):
+        if fails(next(calls)):
+            raise RuntimeError("out of memory")
+        return network(*given)
+    crowd._network = call
+    return crowd
+
+
+def test_a_step_that_fails_does_so_for_those_in_flight_and_what_waits_has_its_own_try():
+    submitted = threading.Event()
+    engine = Engine(failing(stepper(max_in_flight=1), lambda call: call == 2))
+    futures = [engine.submit(replace(request(steps=2), previews=1, watch=lambda image: submitted.wait(60)))]      # its first step waits for the others
+    futures += [engine.submit(request(seed=seed, steps=3)) for seed in range(3)]
+    submitted.set()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        futures[0].result(60)
+    assert [future.result(60).shape for future in futures[1:]] == [(3, 16, 16)] * 3
+    assert (engine.load.failed, engine.load.finished) == (1, 3)
+    engine.close()
+
+
+def test_where_every_step_fails_every_sample_is_told_so():
+    engine = Engine(failing(stepper(max_in_flight=2), lambda call: True))
+    for future in [engine.submit(request(seed=seed, steps=2)) for seed in range(5)]:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            future.result(60)
+    assert (engine.load.failed, engine.load.queued) == (5, 0)
+    engine.close()
+
+
+def test_an_image_that_a_fault_of_the_gpu_keeps_back_fails():
+    class Lost:
+        def cpu(self):
+            raise RuntimeError("an illegal memory access was encountered")
+    crowd = stepper()
+    step = crowd.step
+    crowd.step = lambda: [(ticket, Lost()) for ticket, _ in step()]
+    engine = Engine(crowd)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        engine.submit(request(steps=2)).result(60)
+    assert (engine.load.failed, engine.load.finished) == (1, 0)
+    engine.close()
+
+
+def test_a_request_that_cannot_even_be_queued_fails_alone():
+    engine = Engine(stepper())
+    with pytest.raises((RuntimeError, ValueError, OverflowError)):
+        engine.submit(request(seed=2**70)).result(60)
+    assert engine.submit(request(steps=2)).result(60).shape == (3, 16, 16)
+    assert engine.load.failed == 1
+    engine.close()
+
+
+def test_an_engine_that_is_closed_cancels_what_has_not_finished_and_says_that_it_is_no_longer_well():
+    engine, begun, go = Engine(stepper()), threading.Event(), threading.Event()
+    first = engine.submit(replace(request(steps=1000), previews=999, watch=lambda image: begun.set() or go.wait(60)))
+    assert begun.wait(60)
+    second = engine.submit(request(steps=2))       # not looked at before the step is done
+    engine.check()
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while not engine._closed:
+        time.sleep(0.01)
+    go.set()
+    closing.join(60)
+    assert first.cancelled() and second.cancelled()
+    with pytest.raises(RuntimeError, match="has been closed"):
+        engine.submit(request(steps=2))
+    with pytest.raises(RuntimeError, match="thread has ended"):
+        engine.check()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_whose_thread_ends_by_a_fault_leaves_nobody_waiting():
+    crowd = stepper()
+
+    def end():
+        raise SystemExit
+    crowd.step = end
+    engine = Engine(crowd)
+    with pytest.raises(CancelledError):
+        engine.submit(request(steps=2)).result(60)
+    engine._thread.join(60)
+    with pytest.raises(RuntimeError, match="thread has ended"):
+        engine.check()
+    with pytest.raises(RuntimeError, match="has been closed"):
+        engine.submit(request(steps=2))
+
+
 @pytest.mark.parametrize("options, param", [
     ({"guidance_scale": -1.0}, "guidance_scale"), ({"guidance_scale": float("nan")}, "guidance_scale"),
     ({"guidance_scale": 1e9}, "guidance_scale"), ({"steps": 0}, "steps"), ({"steps": 1001}, "steps"), ({"steps": "abc"}, "steps"),
@@ -266,6 +387,11 @@ def test_options_that_make_no_sense_name_their_field(options, param):
         beside = {name: options.pop(name) for name in ("seed", "strength") if name in options}
         check_options(SampleOptions(**options), **beside)
     assert refusal.value.param == param
+
+
+def test_a_refusal_keeps_its_field_on_the_way_from_another_process():
+    again = pickle.loads(pickle.dumps(RequestError("steps are too many.", "steps")))
+    assert (type(again), str(again), again.param) == (RequestError, "steps are too many.", "steps")
 
 
 def test_a_variation_that_keeps_nothing_is_the_same_beside_an_edit_that_does():

@@ -36,7 +36,7 @@ class Captured:
 
     def __call__(self, x: Tensor, timestep: Tensor, conditioning: Conditioning, text: TextFeatures) -> ModelOutput:
         rows = len(x)
-        if rows > self.most:        # an inversion, or a caller with more than it said
+        if rows > self.most:        # a caller guides where the model's own scale is 1: each such sample has two rows
             return self.model(x, timestep, conditioning, text)
         count = self.counts[bisect_left(self.counts, rows)]
         if self._inputs is None:
