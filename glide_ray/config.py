@@ -288,7 +288,7 @@ class TrainConfig(Frozen):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: int = 0
 
-    # How it is spread over machines: none of this moves the loss.
+    # How it is spread over machines: none of this moves the loss, but for a CLIP's (see `contrastive`).
     workers: int = Field(1, gt=0)
     device: Literal["auto", "cpu", "gpu"] = "auto"     # of a worker; auto: a GPU, if the cluster has one now. gpu: also if they are yet to come
     min_workers: int | None = Field(None, gt=0)        # elastic: with how few it goes on where nodes are lost; None: all of them

@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 
 from conftest import drawn_samples, tiny
+from glide_ray.config import DataConfig
 from glide_ray.data import images, masks
 from glide_ray.data.captions import choose, emoji_captions
 from glide_ray.data.filters import Candidate, Report, first_broken, header_rules
 from glide_ray.data.shards import Sample, ShardError, captions_of, read_index, read_shard, write_shards
 from glide_ray.data.sources import columns
-from glide_ray.data.transforms import Collate
+from glide_ray.data.transforms import Collate, held_out_batches
 from glide_ray.tokenizer import Tokenizer
 
 
@@ -161,6 +162,19 @@ def test_each_rule_has_a_name_and_is_counted():
     assert (report.kept, dict(report.dropped)) == (1, {"without a caption": 1, "with an unreadable image": 2, "without an image": 1,
                                                        "too small": 1})
     assert report.examples["with an unreadable image"] == "c" and "2 with an unreadable image (such as c)" in str(report)
+
+
+def test_a_held_out_batch_without_a_usable_picture_is_filled_and_does_not_count(tmp_path):
+    """So that each rank makes as many calls as the others."""
+    samples = [replace(sample, image=sample.image[:-40]) if n in (0, 2, 5) else sample for n, sample in enumerate(drawn_samples(6))]
+    write_shards(tmp_path, samples)
+    data, model = DataConfig(held_out=str(tmp_path), min_size=16), tiny().model
+    made = held_out_batches(data, model, 1, rank=0, world=2)
+    assert [batch.rows.tolist() for batch in made] == [[-1], [-1], [4]] and torch.equal(made[0].image, made[2].image)
+    assert [batch.rows.tolist() for batch in held_out_batches(data, model, 2, rank=1, world=2)] == [[1, 3], [-1]]
+    write_shards(tmp_path, [replace(sample, image=sample.image[:-40]) for sample in samples])
+    with pytest.raises(ShardError, match="No picture of rank 1's part of the held-out corpus .* can be decoded; give another with --set data.held_out=FOLDER"):
+        held_out_batches(data, model, 2, rank=1, world=2)
 
 
 # -- shards -----------------------------------------------------------------------------------------------------------

@@ -7,17 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import TINY_BASE, tiny, tiny_clip
+from conftest import TINY_BASE, drawn_samples, tiny, tiny_clip
 from glide_ray.config import UserError
+from glide_ray.data.sources import columns
 from glide_ray.distributed.journal import read_metrics
 from glide_ray.distributed.train import train
+from glide_ray.distributed.worker import _collated, _contrast
 from glide_ray.models.weights import load_model
 from glide_ray.train.checkpoint import Checkpoints
+from glide_ray.train.share import Share
 
 
 def preset(corpus, *settings):
@@ -60,8 +64,41 @@ def test_noised_clip_trains_on_two_workers(drawn_corpus, tmp_path):
     result = train(settings, tmp_path / "run", progress=False)
     model, config = load_model(result.weights)
     assert config == settings.model and all("accuracy" in row or "held_out_accuracy" in row for row in read_metrics(result.metrics))
+    assert "CLIP learns to tell each picture's caption from 7 others" in (tmp_path / "run" / "events.log").read_text()
     loss = read_metrics(result.metrics)[1]["loss"]
     assert loss == pytest.approx(math.log(8), abs=0.4)      # with logits this flat a guess among 8 captions, not the 4 on each worker
+
+
+def test_every_rank_gets_as_many_batches_whichever_pictures_cannot_be_decoded(drawn_corpus):
+    good, broken = columns(enumerate(drawn_samples(2))), columns((n, replace(sample, image=b"?")) for n, sample in enumerate(drawn_samples(3)))
+    settings = preset(drawn_corpus)
+    for given in ([broken, broken, good, broken], [good, broken], [broken, good]):
+        batches = list(_collated(iter(given), settings, 0))
+        assert [len(batch.image) for batch in batches] == [len(rows["id"]) for rows in given]
+        assert {tuple(batch.rows.unique().tolist()) for batch in batches} == {(0, 1)}
+    with pytest.raises(UserError, match="No picture of the last 2 batches of the corpus .* can be decoded; leave those that are broken out with `glide clean`"):
+        list(_collated(iter([broken, broken]), settings, 0))
+
+
+def test_weights_to_be_fine_tuned_are_asked_for_where_there_is_no_checkpoint_yet(drawn_corpus, tmp_path, monkeypatch):
+    class Started(Exception):
+        pass
+
+    def start(cpus):
+        raise Started
+    monkeypatch.setattr("glide_ray.distributed.train.connect", start)
+    settings = preset(drawn_corpus, f"start_from={tmp_path / 'gone.safetensors'}")
+    with pytest.raises(UserError, match="no file"):
+        train(settings, tmp_path / "run", progress=False)
+    checkpoints = Checkpoints(tmp_path / "run")
+    checkpoints.complete(checkpoints.folder(2, "x"), {})
+    with pytest.raises(Started):
+        train(settings, tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("share, others", [(Share(64, 4, 0, 16), 63), (Share(64, 4, 0, 8), 31), (Share(8, 1, 0, 64), 7)])
+def test_a_clip_run_says_how_many_captions_a_picture_is_contrasted_with(share, others):
+    assert f"from {others} others" in _contrast(share)
 
 
 @pytest.mark.slow

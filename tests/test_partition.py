@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +52,17 @@ def test_the_bf16_network_computes_with_what_was_loaded(tmp_path, stage):
     later.preset = preset("precision=bf16", f"zero_stage={stage}")
     rest, _, _ = run(later)
     assert losses(rest) == losses(whole)[4:]
+
+
+def test_adams_count_lies_on_its_parameters_device_before_the_first_step_as_torchs_fused_adam_wants_it():
+    """The meta device stands for a GPU's."""
+    master = torch.zeros(5, device="meta", requires_grad=True)
+    adam = torch.optim.AdamW([master], fused=True)
+    engine = SimpleNamespace(optimizer=SimpleNamespace(single_partition_of_fp32_groups=[master], optimizer=adam))
+    partition.moments(engine)
+    partition.set_adam_steps(engine, 7)
+    assert {name: (value.device.type, value.dtype, value.shape) for name, value in adam.state[master].items()} == {
+        "step": ("meta", torch.float32, ()), "exp_avg": ("meta", torch.float32, (5,)), "exp_avg_sq": ("meta", torch.float32, (5,))}
 
 
 # -- two ranks --------------------------------------------------------------------------------------------------------

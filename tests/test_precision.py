@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.utils import has_inf_or_nan
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -194,6 +196,19 @@ def test_without_a_loss_scale_gradients_that_are_not_finite_stop_the_run_at_once
     assert same(before, masters(trainer))       # DeepSpeed has skipped it
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_gradients_are_not_looked_at_one_by_one_where_their_norm_says_the_same(fp16, monkeypatch, stage, precision):
+    looked = []
+    monkeypatch.setattr(DeepSpeedZeroOptimizer, "_has_inf_or_nan", staticmethod(lambda gradient, j=None: looked.append(gradient) or has_inf_or_nan(gradient)))
+    trainer = Trainer(preset(f"precision={precision}", f"zero_stage={stage}", "micro_batch=2"))
+    steps(trainer, 1, 2)
+    before = masters(trainer)
+    trainer.engine.module.stem.weight.register_hook(lambda gradient: torch.where(gradient == gradient.max(), float("nan"), gradient))
+    step(trainer, 3, check=False) if precision == "fp16" else pytest.raises(TrainingError, step, trainer, 3)
+    assert not looked and not trainer.engine.was_step_applied() and same(before, masters(trainer))
+
+
 # -- what is to blame -------------------------------------------------------------------------------------------------
 
 STAGES = [["precision=fp32", "zero_stage=0"], ["precision=fp16", "zero_stage=1", "micro_batch=2"],
@@ -264,12 +279,12 @@ def test_rows_whose_own_loss_is_not_finite_are_named():
 def test_a_search_leaves_everything_as_it_was(fp16, settings):
     settings = preset("model.unet.dropout=0.1", *settings)
     plain, searched, after = Trainer(settings), Trainer(settings), []
-    torch.manual_seed(1)
     losses = steps(plain, 1, 3)
-    torch.manual_seed(1)
     for number in range(1, 4):
         after.append(step(searched, number))
+        drawn = torch.get_rng_state()
         find_culprit(searched, [batch(number)[:2], batch(number)[2:]] if searched.share.calls == 2 else batch(number), number)
+        assert torch.equal(torch.get_rng_state(), drawn)
     assert after == losses and same(masters(plain), masters(searched))
     assert all(parameter.grad is None for parameter in searched.engine.module.parameters())
 
@@ -407,13 +422,13 @@ def test_offload_is_told_to_deepspeed_and_refused_where_there_is_nothing_to_offl
 
 # -- two ranks --------------------------------------------------------------------------------------------------------
 
-def rank_of_two(rank, port, folder):
-    """Train, offloaded, in float32; then let things go wrong on rank 1 alone, and write down what is said of it."""
+def rank_of_two(rank, port, folder, settings):
+    """Train in float32; then let things go wrong on rank 1 alone, and write down what is said of it."""
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)})
     torch.set_num_threads(1)
     loop.quiet()
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    trainer = Trainer(preset("workers=2", "zero_stage=3", "offload_optimizer=true"))
+    trainer = Trainer(preset("workers=2", *settings))
     own = slice(2 * rank, 2 * rank + 2)
     losses = [step(trainer, number, batch(number)[own]) for number in range(1, 5)]
     trainer.save(Path(folder))
@@ -436,8 +451,9 @@ def rank_of_two(rank, port, folder):
 
 
 @pytest.mark.slow
-def test_two_ranks_offload_as_one_does_and_agree_on_what_is_to_blame(tmp_path):
-    multiprocessing.spawn(rank_of_two, (free_port(), str(tmp_path)), nprocs=2)
+@pytest.mark.parametrize("settings", [["zero_stage=3", "offload_optimizer=true"], ["zero_stage=2"]])
+def test_two_ranks_train_as_one_does_offloaded_or_not_and_agree_on_what_is_to_blame(tmp_path, settings):
+    multiprocessing.spawn(rank_of_two, (free_port(), str(tmp_path), settings), nprocs=2)
     ranks = [json.loads((tmp_path / f"rank.{rank}.json").read_text()) for rank in range(2)]
     alone = Trainer(preset("zero_stage=1"))
     start = masters(alone)

@@ -1,5 +1,7 @@
 """The grid of samples and the held-out loss of an average: the same weights give the same bytes, and each kind of model shows what it does."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from glide_ray.data.shards import ShardError
 from glide_ray.data.sources import find_parts, read_part
 from glide_ray.data.transforms import held_out_batches
 from glide_ray.diffusion.schedule import make_schedule
+from glide_ray.distributed import review
 from glide_ray.evaluation import samples
 from glide_ray.evaluation.report import HOLE, MARGIN, contact_sheet
 from glide_ray.evaluation.samples import centre_hole, held_out_of_average, sample_grid
@@ -214,6 +217,17 @@ def test_a_model_that_predicts_no_noise_has_the_noises_own_square_as_its_error(t
     settings = preset(drawn_corpus)
     figures = held_out_of_average(weights_of(tmp_path / "w", settings, GlideUNet(settings.model.unet)), settings)
     assert figures["average_held_out_mse"] == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("gpus, place", [(0, {"num_gpus": 0, "runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}), (2, {"num_gpus": 1}),
+                                         (1, {"num_gpus": 0, "runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}})])
+def test_a_review_takes_a_gpu_that_no_worker_wants_or_sees_none(drawn_corpus, tmp_path, monkeypatch, gpus, place):
+    asked = []
+    monkeypatch.setattr(review.ray, "cluster_resources", lambda: {"GPU": gpus})
+    monkeypatch.setattr(review.ray, "remote", lambda **options: asked.append(options) or (lambda function: SimpleNamespace(remote=lambda *_: None)))
+    reviewer = review.Reviewer(preset(drawn_corpus, "base", "steps=4", "checkpoint_every=2", "sample_every=2"), tmp_path, lambda *_: None, print)
+    reviewer.offer(2, "checkpoint")
+    assert asked == [{"num_cpus": 0, "max_retries": 1, **place}]
 
 
 def test_a_grid_is_a_picture_that_can_be_stored(tiny_weights, drawn_corpus, tmp_path):

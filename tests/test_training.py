@@ -3,10 +3,12 @@
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from deepspeed.utils.config import get_timers_config
 
 from conftest import drawn_samples, tiny
 from glide_ray.config import ConfigError, UserError
@@ -16,7 +18,7 @@ from glide_ray.diffusion.schedule import make_schedule
 from glide_ray.forms import Batch, Conditioning, ModelOutput
 from glide_ray.models.unet import GlideUNet
 from glide_ray.models.weights import WeightsError, load_model, load_weights, with_known_channels
-from glide_ray.train import partition
+from glide_ray.train import loop, partition
 from glide_ray.train.checkpoint import CheckpointError, Progress
 from glide_ray.train.ema import Ema
 from glide_ray.train.loop import Outlets, Trainer, TrainingError, train_loop
@@ -129,14 +131,42 @@ def test_the_loss_falls_when_one_batch_is_learnt():
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path, stage):
-    whole, saved, weights = run(Trainer(preset(f"zero_stage={stage}")), tmp_path)
+    settings = preset(f"zero_stage={stage}", "model.unet.dropout=0.3")
+    whole, saved, weights = run(Trainer(settings), tmp_path)
     assert len(saved) == 2
-    second = Trainer(preset(f"zero_stage={stage}"))
+    second = Trainer(settings)
     second.load(saved[0])
     assert second.progress == Progress(step=2, epoch=0, rows=8)      # in the midst of an epoch
     rest, _, weights_again = run(second)
     assert [row["loss"] for row in rest if "loss" in row] == [row["loss"] for row in whole if "loss" in row][2:]
     assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
+
+
+def test_dropout_draws_anew_on_each_rank_in_each_step_and_call():
+    trainer, drawn = Trainer(preset("micro_batch=2")), []
+    objective = trainer.objective
+    trainer.objective = lambda *given: drawn.append(torch.nn.functional.dropout(torch.ones(64))) or objective(*given)
+    for trainer.rank, number in ((0, 1), (1, 1), (0, 2), (0, 1)):
+        trainer.step(iter([batch(1)[:2], batch(1)[2:]]), number)
+    assert len({mask.numpy().tobytes() for mask in drawn[:6]}) == 6
+    assert all(torch.equal(again, mask) for again, mask in zip(drawn[6:], drawn[:2], strict=True))
+
+
+def test_images_per_second_are_of_the_steps_and_not_of_what_is_done_between_them(monkeypatch):
+    now, figures = [0.0], []
+
+    def takes(seconds, result=None):
+        def do(*_):
+            now[0] += seconds
+            return result
+        return do
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    fake = SimpleNamespace(preset=preset("log_every=3", "evaluate_every=2", "checkpoint_every=2"), progress=Progress(), world=1, save=None, start=takes(5),
+                           held_out=takes(100, {}), step=takes(1, {}), scale=dict, _summed=lambda values: values)
+    monkeypatch.setattr(loop, "quartile_means", lambda figures: {})
+    fake.step = takes(1, {"loss": torch.ones(())})
+    train_loop(fake, epochs, [], Outlets(figures.append, takes(1000)))
+    assert [row["images_per_s"] for row in figures if "images_per_s" in row] == [4, 4]
 
 
 def test_a_checkpoint_of_another_shape_is_refused_by_the_setting_that_differs(tmp_path):
@@ -204,6 +234,7 @@ def test_the_deepspeed_config_says_what_the_train_config_does():
     train, share = preset("zero_stage=3").train, Share(4, 1, 0, 2)
     made = deepspeed_config(train, "fp16", share)
     assert (made["train_batch_size"], made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == (4, 2, 2)
+    assert not get_timers_config(made).enabled
     assert made["zero_optimization"]["stage"] == 3 and made["fp16"]["enabled"] and "loss_scale" not in made["fp16"]
     with pytest.raises(ConfigError, match="zero_stage: 0 keeps no float32 master weights for bf16"):
         deepspeed_config(preset("zero_stage=0").train, "bf16", share)
@@ -258,6 +289,7 @@ def test_an_inpainting_run_starts_from_weights_and_learns_to_use_what_is_known(t
     """One image again and again: with all of it known the noise is plain to see, and the known channels come to weigh something."""
     unet = ["model.unet.inpaint=true", f"start_from={tiny_weights['base']}"]
     trainer = Trainer(preset("learning_rate=2e-3", *unet))
+    trainer.start()
     stem = trainer.engine.module.stem.weight
     assert not stem[:, 3:7].any() and torch.equal(stem[:, :3], load_weights(tiny_weights["base"])[1]["stem.weight"])
 
@@ -287,9 +319,40 @@ def test_the_loss_is_the_hybrid_loss_where_pixels_are_unknown_and_asks_nothing_o
 
 def test_weights_of_another_shape_are_no_start(tiny_weights):
     with pytest.raises(WeightsError, match="checkpoint of another shape: text.token.weight|checkpoint of another shape|no tensor"):
-        Trainer(preset(f"start_from={tiny_weights['upsampler']}"))
+        Trainer(preset(f"start_from={tiny_weights['upsampler']}")).start()
     with pytest.raises(UserError, match="no file nowhere"):
-        Trainer(preset("start_from=nowhere.safetensors"))
+        Trainer(preset("start_from=nowhere.safetensors")).start()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fine_tuning_in_16_bits_begins_from_the_files_float32_weights_to_the_last_bit(tiny_weights, tmp_path, stage):
+    trainer = Trainer(preset("precision=bf16", f"zero_stage={stage}", f"start_from={tiny_weights['base']}"))
+    trainer.start()
+    trainer.save(tmp_path)
+    state = load_weights(tiny_weights["base"])[1]
+    with partition.Parts(tmp_path) as parts:
+        for kind in ("weights", "average/0.9"):
+            assert all(torch.equal(parts.full(kind, name), tensor) for name, tensor in state.items()) and set(parts.shapes) == set(state)
+    model = load_model(tiny_weights["base"])[0].to(torch.bfloat16)
+    given = batch(1)
+    x, timestep = given.image.to(torch.bfloat16), torch.tensor([3, 200, 500, 900])
+    trainer.engine.eval()
+    with torch.no_grad():
+        assert torch.equal(trainer.engine(x, timestep, given.conditioning).eps, model(x, timestep, given.conditioning).eps)
+
+
+def test_a_fine_tuning_that_goes_on_has_no_more_use_for_the_weights_it_began_from(tiny_weights, tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(Path(tiny_weights["base"]).read_bytes())
+    settings = preset(f"start_from={weights}", "steps=3")
+    whole, saved, _ = run(Trainer(settings), tmp_path / "run")
+    weights.unlink()
+    later = Trainer(settings)
+    later.load(saved[0])
+    rest, _, _ = run(later)
+    assert [row["loss"] for row in rest if "loss" in row] == [row["loss"] for row in whole if "loss" in row][2:]
+    with pytest.raises(UserError, match="no file"):
+        run(Trainer(settings))
 
 
 def test_random_erasures_are_of_every_kind_and_the_same_for_the_same_seed():

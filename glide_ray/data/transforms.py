@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -110,5 +111,12 @@ def held_out_batches(data: DataConfig, model: AnyModelConfig, batch: int, rank: 
     numbered = [(number, sample) for number, (_, sample) in enumerate(rows)]
     numbered += [(-1, rows[0][1])] * (-len(rows) % world)
     mine = numbered[rank::world]
-    batches = [collate(columns(mine[start:start + batch]), epoch=0, augment=False) for start in range(0, len(mine), batch)]
-    return [made for made in batches if made is not None]
+    parts = [mine[start:start + batch] for start in range(0, len(mine), batch)]
+    batches = [collate(columns(part), epoch=0, augment=False) for part in parts]
+    good = next((made for made in batches if made is not None), None)
+    if good is None:
+        raise ShardError(f"No picture of rank {rank}'s part of the held-out corpus {data.held_out} can be decoded; give another with "
+                         f"--set data.held_out=FOLDER.")
+    # A rank that left a batch out would make fewer calls than the others, which wait for it in each.
+    return [replace(good[torch.arange(len(part)) % len(good.image)], rows=torch.full((len(part),), -1)) if made is None else made
+            for part, made in zip(parts, batches, strict=True)]

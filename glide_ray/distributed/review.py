@@ -58,9 +58,11 @@ class Reviewer:
             self._take(step, reference)
         if self._waiting is not None:
             (step, checkpoint), self._waiting = self._waiting, None
-            # A GPU that no worker wants, else the CPU; no CPU is reserved, for then it might wait for ever.
+            # A GPU that no worker wants, else the CPU; no CPU is reserved, for then it might wait for ever. Ray hides no GPU from a task that asks
+            # for none (`local.py`), so that is done here: the review would take the memory that training needs.
             spare = ray.cluster_resources().get("GPU", 0) > self._preset.train.workers
-            task = ray.remote(num_cpus=0, num_gpus=1 if spare else 0, max_retries=1)(review)
+            place = {"num_gpus": 1} if spare else {"num_gpus": 0, "runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
+            task = ray.remote(num_cpus=0, max_retries=1, **place)(review)
             self._underway = step, task.remote(checkpoint, self._preset.model_dump_json())
 
     def finish(self) -> None:

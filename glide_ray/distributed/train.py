@@ -36,7 +36,7 @@ from .worker import work
 
 WEIGHTS, PRESET = "weights.safetensors", "preset.json"
 DATA_CPUS = 2                  # beside the workers': a data task wants a whole CPU, and waits for ever where none is left
-# Settings with which a run may go on from its checkpoint: those that leave the loss as it is, and those that people turn on the way.
+# Settings with which a run may go on from its checkpoint: those that leave the loss as it is (but for CLIP's, which is said), and those that people turn on the way.
 SPREAD = frozenset((
     "steps", "workers", "device", "min_workers", "micro_batch", "zero_stage", "offload_optimizer", "activation_checkpointing", "log_every", "evaluate_every",
     "checkpoint_every", "keep_last", "keep_every", "trackers", "sample_every", "sample_prompts", "max_failures", "stall_seconds", "wait_seconds"))
@@ -71,7 +71,7 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
     preset = _absolute(preset)
     parts = find_parts(preset.data.corpus)      # found missing before anything is started
     find_parts(preset.data.held_out)
-    if preset.train.start_from:
+    if preset.train.start_from and not Checkpoints(out).whole():      # a run that goes on has no more use for it
         load_config(storage.fetch(preset.train.start_from))
     connect(preset.train.workers + DATA_CPUS)
     on_gpu = _wait_for_workers(preset)

@@ -21,12 +21,14 @@ import torch.distributed as dist
 
 from .. import storage
 from ..config import Preset, UserError
+from ..data.shards import ShardError
 from ..data.transforms import Collate, held_out_batches
 from ..forms import Batch
 from ..hardware import measured_peak, peak_flops
 from ..train.checkpoint import CheckpointError, Checkpoints, Made, fetch, verify
 from ..train.keeper import Keeper
 from ..train.ranks import gathered, of_rank_0
+from ..train.share import Share
 from ..train.watch import Watchdog
 from .feed import Epoch, micro_batches
 from .journal import Start
@@ -73,6 +75,8 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
     if rank == 0:
         _sweep(checkpoints, board)
         board.started.remote(_start(trainer))
+        if train.objective == "clip":       # at every start: another micro-batch, which memory may have chosen, is another loss
+            board.note.remote(_contrast(trainer.share))
     held_out = held_out_batches(preset.data, preset.model, trainer.share.micro_batch, rank, world)
     keeper = Keeper(checkpoints, start, train.keep_last, train.keep_every, board.note.remote, board.committed.remote, 2 * train.stall_seconds)
     watchdog = Watchdog(train.stall_seconds, lambda text: ray.get(board.note.remote(f"rank {rank} hangs: {text}; it is begun again")))
@@ -156,6 +160,13 @@ def _start(trainer: Trainer) -> Start:
     return Start(trainer.progress.step, trainer.world, trainer.share.micro_batch, trainer.share.calls, trainer.precision, name, peak)
 
 
+def _contrast(share: Share) -> str:
+    """What CLIP's loss depends on, in a line."""
+    others = share.world * max(end - first for first, end, _ in share.parts()) - 1
+    return (f"CLIP learns to tell each picture's caption from {others:,} others, those of one network call on all workers: train.micro_batch and "
+            f"train.workers move its loss")
+
+
 def node_is_going() -> bool:
     """Whether Ray has been told that a node of this run is about to be taken away.
 
@@ -188,16 +199,20 @@ def read_counts(folder: Path) -> dict[int, int]:
 # -- rows to batches --------------------------------------------------------------------------------------------------
 
 def _collated(micro_batches: Iterator[dict[str, list]], preset: Preset, epoch: int) -> Iterator[Batch]:
-    """Rows to batches, equally many on every rank."""
+    """Rows to batches, equally many on every rank. Raises ShardError where none of an epoch's pictures can be decoded."""
     collate, last = Collate(preset.model, preset.data, preset.train.seed), None
+    owed: list[int] = []            # rows of the batches that have not been given yet
     for rows in micro_batches:
-        batch = collate(rows, epoch)
-        # A rank that skipped a batch would wait for the others at the end of the epoch, and they for it in the all-reduce.
-        if batch is None and last is not None:
-            batch = last[torch.arange(len(rows["id"])) % len(last.image)]
-        last = batch
-        if batch is not None:
-            yield batch
+        last = collate(rows, epoch) or last
+        owed.append(len(rows["id"]))
+        # A rank that skipped a batch would wait for the others at the end of the epoch, and they for it in the all-reduce: a good one stands in
+        # for one without a usable picture, the last, or at the beginning the first that comes.
+        while last is not None and owed:
+            size = owed.pop(0)
+            yield last if size == len(last.image) else last[torch.arange(size) % len(last.image)]
+    if owed:
+        raise ShardError(f"No picture of the last {len(owed)} batches of the corpus {preset.data.corpus} can be decoded; "
+                         f"leave those that are broken out with `glide clean`.")
 
 
 def _ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:

@@ -16,6 +16,11 @@ class Ema:
         self.masters = [tensor.detach() for tensor in masters]
         self.averages = {rate: [tensor.clone() for tensor in self.masters] for rate in rates}
 
+    def restart(self) -> None:
+        """Begin from what the masters hold now."""
+        for average in self.averages.values():
+            torch._foreach_copy_(average, self.masters)
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After optimizer step number `step`, counted from 1. Each rate rises to its value, so that early weights fade."""

@@ -16,9 +16,8 @@ import torch.distributed as dist
 
 from ..config import Preset
 from ..diffusion.schedule import make_schedule
-from ..forms import Batch
+from ..forms import Batch, sent
 from ..hardware import USABLE, cpu_budget
-from ..models.clip import NoisedClip
 from ..models.unet import GlideUNet
 from ..models.weights import build, check_shapes, load_weights, with_known_channels
 from ..storage import fetch
@@ -26,7 +25,7 @@ from . import partition
 from .checkpoint import Progress, read_progress, write_progress
 from .culprit import TrainingError, check_step, stepped
 from .ema import Ema
-from .objectives import by_quartile, draw, held_out_sums, images_in, objective_of, quartile_means
+from .objectives import by_quartile, draw, held_out_sums, images_in, mix, objective_of, quartile_means
 from .plan import choose_micro_batch
 from .ranks import gathered
 from .share import Share
@@ -65,10 +64,9 @@ class Trainer:
         torch.manual_seed(train.seed)       # every rank draws the same initial weights
         model = build(preset.model)
         model.activation_checkpointing = train.activation_checkpointing
-        if train.start_from:
-            start(model, train.start_from)
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model, train.weight_decay),
                                                config=deepspeed_config(train, self.precision, self.share))
+        look_for_overflow_once(self.engine)
         self.pieces = partition.pieces(self.engine)
         self.ema = Ema(partition.masters(self.engine), train.ema_rates)
         self.progress = Progress()
@@ -86,6 +84,8 @@ class Trainer:
 
         Raises TrainingError where the numbers are past mending.
         """
+        # What dropout draws: of its own on each rank, and the same if the step is made again. Rows of the corpus have numbers from 0.
+        torch.manual_seed(mix(self.preset.train.seed, number, -1 - self.rank))
         self.engine.train()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(self.preset.train, number)
@@ -94,8 +94,8 @@ class Trainer:
         for _, _, weight in self.share.parts():
             batch = next(batches)
             read.append(batch)
-            i, noise = (drawn.to(self.device) for drawn in draw(self.schedule, batch, self.preset.train.seed, number))
-            losses = self.objective(self.engine, self.schedule, batch.to(self.device), i, noise)
+            i, noise = (sent(drawn, self.device) for drawn in draw(self.schedule, batch, self.preset.train.seed, number))
+            losses = self.objective(self.engine, self.schedule, batch.map(lambda tensor: sent(tensor, self.device)), i, noise)
             self.engine.backward(losses["loss"].mean() * weight)
             self.engine.step()
             figures = {name: values.detach().mean() * (weight / self.share.calls) for name, values in losses.items()}
@@ -133,6 +133,20 @@ class Trainer:
         return {partition.WEIGHTS: self.ema.masters, **partition.moments(self.engine),
                 **{f"{partition.AVERAGE}/{rate:g}": average for rate, average in self.ema.averages.items()}}
 
+    def start(self) -> None:
+        """Begin from the weights that are to be fine-tuned, if any. Raises WeightsError for those of another shape.
+
+        To the last bit: they are given to the masters, which DeepSpeed has made from a network of 16 bits.
+        """
+        path, module = self.preset.train.start_from, self.engine.module
+        if not path:
+            return
+        _, state = load_weights(fetch(path))
+        state = with_known_channels(state, module.config) if isinstance(module, GlideUNet) else state
+        check_shapes(state, {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in module.named_parameters()}, path)
+        partition.set_masters(self.engine, self.pieces, state)
+        self.ema.restart()
+
     def save(self, folder: Path) -> None:
         """This rank's part of a checkpoint; rank 0 adds what is common to all."""
         # Under stage 0 every rank has all of it.
@@ -165,6 +179,7 @@ def train_loop(trainer: Trainer, epoch_batches: Callable[[int, int], Iterator[Ba
     train = trainer.preset.train
     batches = _endless(epoch_batches, trainer)
     if trainer.progress.step == 0:
+        trainer.start()
         outlets.metrics({"step": 0, **trainer.held_out(held_out)})
     recent: list[dict[str, torch.Tensor]] = []
     began = time.perf_counter()
@@ -181,13 +196,15 @@ def train_loop(trainer: Trainer, epoch_batches: Callable[[int, int], Iterator[Ba
             recent, began = [], now
 
         if number % train.evaluate_every == 0 or number == train.steps:
+            paused = time.perf_counter()
             outlets.metrics({"step": number, **trainer.held_out(held_out)})
-            began = time.perf_counter()
+            began += time.perf_counter() - paused       # images/s are of the steps alone
 
         wanted = outlets.step(number)
         if number < train.steps and (wanted or number % train.checkpoint_every == 0):
+            paused = time.perf_counter()
             outlets.checkpoint(trainer.save)
-            began = time.perf_counter()
+            began += time.perf_counter() - paused
 
 
 def _endless(epoch_batches: Callable[[int, int], Iterator[Batch]], trainer: Trainer) -> Iterator[Batch]:
@@ -202,14 +219,6 @@ def _endless(epoch_batches: Callable[[int, int], Iterator[Batch]], trainer: Trai
             raise TrainingError(f"The corpus {trainer.preset.data.corpus} has too few usable images for one batch of "
                                 f"{trainer.preset.train.batch}; lower train.batch, or add images.")
         epoch, rows = epoch + 1, 0
-
-
-def start(model: GlideUNet | NoisedClip, path: str) -> None:
-    """Put weights to be fine-tuned into a model. Raises WeightsError for those of another shape."""
-    _, state = load_weights(fetch(path))
-    state = with_known_channels(state, model.config) if isinstance(model, GlideUNet) else state
-    check_shapes(state, {name: tensor.shape for name, tensor in model.state_dict().items()}, path)
-    model.load_state_dict(state)
 
 
 # -- DeepSpeed --------------------------------------------------------------------------------------------------------
@@ -230,6 +239,13 @@ def join_process_group() -> None:
     for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0"), ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def look_for_overflow_once(engine) -> None:
+    """Under stages 1 and 2 DeepSpeed looks for what is not finite gradient by gradient, a dozen small kernels each, and then once more in their
+    norm, which no inf or NaN on any rank leaves finite: the norm is enough. With an offloaded optimizer the first look is a flag, and stays."""
+    if engine.zero_optimization_stage() in (1, 2) and not engine.optimizer.cpu_offload:
+        engine.optimizer.check_overflow = lambda partition_gradients=True: None
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:

@@ -39,8 +39,9 @@ def denoising(network: Callable, schedule: Schedule, batch: Batch, i: Tensor, no
 def contrastive(network: Callable, schedule: Schedule, batch: Batch, i: Tensor, noise: Tensor) -> Losses:
     """Noised CLIP's loss (sec. 4.4; Radford et al. 2021, fig. 3): each image is to find its caption among all, and the reverse.
 
-    "All" are those of every rank. A rank's loss is of its own rows; the gather hands gradients back to where an embedding came from,
-    so that the mean over ranks, which data parallelism takes, is the gradient of the whole batch. Held-out batches are not gathered.
+    "All" are those of one network call on every rank: of a batch that takes several calls, each is contrasted by itself, and so a smaller
+    micro-batch is another, easier task. A rank's loss is of its own rows; the gather hands gradients back to where an embedding came from, so
+    that the mean over ranks, which data parallelism takes, is the gradient of the loss of all. Held-out batches are not gathered.
     """
     return _contrast(network, q_sample(schedule, batch.image, i, noise), schedule.timestep.to(i.device)[i], batch)
 

@@ -81,7 +81,8 @@ def moments(engine) -> dict[str, list[Tensor]]:
     for tensor in masters(engine):
         state = optimizer.state[tensor]
         if FIRST not in state:
-            state.update({"step": torch.tensor(0.0), FIRST: torch.zeros_like(tensor), SECOND: torch.zeros_like(tensor)})
+            # The count lies beside the parameter, as torch's fused AdamW has it and insists on.
+            state.update({"step": torch.zeros((), device=tensor.device), FIRST: torch.zeros_like(tensor), SECOND: torch.zeros_like(tensor)})
     return {kind: [optimizer.state[tensor][kind] for tensor in masters(engine)] for kind in (FIRST, SECOND)}
 
 
@@ -95,6 +96,19 @@ def set_adam_steps(engine, steps: float) -> None:
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     for tensor in masters(engine):
         optimizer.state[tensor]["step"].fill_(steps)
+
+
+def set_masters(engine, own: Sequence[Piece], weights: Mapping[str, Tensor]) -> None:
+    """Begin from these whole parameters, by name: `masters` hold them to the last bit, and the network computes with them."""
+    flat = masters(engine)
+    for piece in own:
+        _put(flat, piece, weights[piece.name].reshape(-1)[piece.start:piece.start + piece.count])
+    refresh(engine)
+
+
+def _put(flat: Sequence[Tensor], piece: Piece, values: Tensor) -> None:
+    target = flat[piece.master].detach().reshape(-1)
+    target[piece.offset:piece.offset + piece.count] = values.to(target)
 
 
 def refresh(engine) -> None:
@@ -183,8 +197,7 @@ def load_parts(folder: Path, own: Sequence[Piece], state: State) -> None:
                 if parts.shapes.get(piece.name) != piece.shape:
                     raise CheckpointError(f"The checkpoint in {folder} is of another shape: {piece.name} is {list(parts.shapes.get(piece.name, ()))} "
                                           f"there and {list(piece.shape)} here.")
-                target = flat[piece.master].detach().reshape(-1)
-                target[piece.offset:piece.offset + piece.count] = parts.stretch(kind, piece.name, piece.start, piece.count).to(target)
+                _put(flat, piece, parts.stretch(kind, piece.name, piece.start, piece.count))
 
 
 def export(folder: Path, kind: str, target: str | Path, metadata: Mapping[str, str], order: Sequence[str] | None = None) -> None:

@@ -45,6 +45,7 @@ def deepspeed_config(train: TrainConfig, precision: str, share: Share) -> dict[s
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},       # which waits for the device twice a network call; the loop has its own
     }
     if train.offload_optimizer:      # pinned, so that copies to and from a GPU need no second one; on a CPU there is nothing to pin
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
