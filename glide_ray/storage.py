@@ -206,10 +206,10 @@ def fetch_folder(path: str | Path, suffixes: tuple[str, ...], cache: str | Path 
     """A local folder with the files right under a path whose names end so: itself, or copies that are taken anew when one changed."""
     if not is_remote(path):
         return Path(path)
-    files = [file for file in list_files(path, suffixes) if file.rpartition("/")[0] == str(path).rstrip("/")]
+    files = {file: state for file, state in list_states(path, suffixes) if file.rpartition("/")[0] == str(path).rstrip("/")}
     if not files:
         raise StorageError(f"There is nothing in {path} that ends in {' or '.join(suffixes)}.")
-    local = _cached(" ".join(f"{file}@{_tag(file)}" for file in files), cache)
+    local = _cached(" ".join(f"{file}@{state}" for file, state in files.items()), cache)
     if not local.exists():
         _make_room(local, sum(size(file) for file in files))
     for file in files:

@@ -9,7 +9,7 @@ import sys
 
 from glide_ray.config import CleanConfig
 from glide_ray.data.filters import users_rules
-from glide_ray.data.sources import find_parts, states
+from glide_ray.data.sources import find_parts, state
 from glide_ray.distributed.clean import clean, write_page
 from glide_ray.distributed.corpus import RECORD
 from glide_ray.distributed.filter import apply_content
@@ -39,7 +39,7 @@ def asked(options) -> dict:
     """The arguments, and what they name as it is now."""
     source = absolute(options.source)
     content = {"content_is": fingerprint(fetch(options.content))} if options.content else {}
-    return {**vars(options), "source_is": states(source, find_parts(source)), **content}
+    return {**vars(options), "source_is": state(source, find_parts(source)), **content}
 
 
 def work(options) -> dict:

@@ -22,9 +22,9 @@ FINGERPRINT_BYTES = 8 + LUMA**2 + 2 * CHROMA**2
 # thumbnails: no two emoji have thumbnails alike and more than 2 bits different.
 MAX_BITS = 16                            # of the hash that may differ: in a symmetrical picture half of them are noise
 MAX_LUMA, MAX_CHROMA = 8, 12             # the largest difference of a thumbnail's pixel, of 255. Compression changes colours more
-# Bits of the hash of which two groups must agree, some 20 bits: of 10^7 images some ten agree by chance in each two. Up to 5 differing bits leave one
-# of the first six untouched and one of the others, which are of frequencies that are all even or all odd across, and so all sound or all noise where
-# left and right are alike. Of the emoji's copies this loses one in 7,035.
+# Groups of bits of the hash, of which two must agree. These are some 20 bits: with 10^7 images an image agrees with some ten others by chance in each
+# two groups, which are few enough to compare. Up to 5 differing bits leave one of the first six groups untouched and one of the others; those are of
+# frequencies that are all even or all odd across, and so all sound or all noise where left and right are alike. Of the emoji's copies it loses one in 7,035.
 BANDS = [*np.array_split(np.arange(64), 6), *(np.arange(start, 64, 6) for start in range(6))]
 
 

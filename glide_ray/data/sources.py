@@ -50,11 +50,10 @@ def find_parts(path: str | Path) -> list[Part]:
     if indexed := _read_index(path):
         return indexed
     files = list(storage.list_files(path, (*SHARD_SUFFIXES, *IMAGE_ENDINGS, METADATA)))
-    shards = [file for file in files if file.endswith(SHARD_SUFFIXES)]
     images = [file for file in files if file.endswith(IMAGE_ENDINGS)]
     # img2dataset writes 00000.parquet beside 00000.tar, or beside a folder 00000 of images: what it knows of the rows, without their images.
-    known = {file.removesuffix(".tar") for file in shards if file.endswith(".tar")} | {file.rpartition("/")[0] for file in images}
-    if shards := [file for file in shards if file.endswith(".tar") or file.removesuffix(".parquet") not in known]:
+    known = {file.removesuffix(".tar") for file in files if file.endswith(".tar")} | {file.rpartition("/")[0] for file in images}
+    if shards := [file for file in files if file.endswith(".tar") or file.endswith(".parquet") and file.removesuffix(".parquet") not in known]:
         return [Part(file) for file in shards]
     captions = _metadata([file for file in files if PurePosixPath(file).name == METADATA])
     if not images:
@@ -64,11 +63,11 @@ def find_parts(path: str | Path) -> list[Part]:
             for start in range(0, len(images), FILES_PER_PART)]
 
 
-def states(path: str | Path, parts: Sequence[Part]) -> dict[str, str]:
-    """Of each file from which the parts of a corpus are read, what tells it from another in its place. Images that Parquet only names are not among them."""
-    whole = any(part.files for part in parts)
+def state(path: str | Path, parts: Sequence[Part]) -> str:
+    """What tells a corpus from what it was before some of its files were written anew: a SHA-256. Images that Parquet only names do not count."""
+    read = (*IMAGE_ENDINGS, ".txt", ".json") if any(part.files for part in parts) else SHARD_SUFFIXES
     roots = [part.url for part in parts] if RANGE.search(str(path)) else [path]
-    return {file: state for root in roots for file, state in storage.list_states(root, (*IMAGE_ENDINGS, ".txt", ".json") if whole else SHARD_SUFFIXES)}
+    return hashlib.sha256(json.dumps([list(storage.list_states(root, read)) for root in roots]).encode()).hexdigest()
 
 
 def read_part(part: Part) -> Iterator[Sample]:

@@ -98,10 +98,9 @@ def captions_of(reference: str) -> list[str]:
         captions = Reference.load(storage.absolute(reference))[0].captions
     else:
         captions = [sample.captions[0] for part in find_parts(storage.absolute(reference)) for sample in read_part(part) if sample.captions]
-    captions = [caption for caption in captions if caption.strip()]
-    if not captions:
+    if not any(captions):
         raise UserError(f"No image of {reference} has a caption; give a corpus with captions, or pictures that are made already.")
-    return captions
+    return [caption for caption in captions if caption]
 
 
 # -- the two sides ----------------------------------------------------------------------------------------------------
@@ -129,7 +128,7 @@ def _reference(path: str, out: str, judges: Judges, asked: dict[str, Any], seein
 def _look(name: str, source: str, size: int, out: str, judges: Judges, say: Say) -> dict[str, Looked]:
     """One side as each network sees it. Raises UserError where one has seen pictures that another could not read."""
     looked = {network: look(source, path, size, f"{out}/features/{name}-{network}.parquet", say) for network, path in judges.paths.items()}
-    if len({len(of_set.names) for of_set in looked.values()}) > 1 or len({tuple(of_set.names) for of_set in looked.values()}) > 1:
+    if len({tuple(of_set.names) for of_set in looked.values()}) > 1:
         counts = " and ".join(f"{len(of_set.names):,} by {network}" for network, of_set in looked.items())
         raise UserError(f"Not the same pictures of {source} could be read each time ({counts}); run the same command again.")
     return looked
@@ -138,7 +137,7 @@ def _look(name: str, source: str, size: int, out: str, judges: Judges, say: Say)
 def _seen(looked: Mapping[str, Looked], seeing: ClipFeatures) -> Seen:
     captions, places = np.unique(looked[CLIP].captions, return_inverse=True)
     words = np.concatenate([seeing.words(captions[start:start + WORDS_AT_ONCE].tolist()) for start in range(0, len(captions), WORDS_AT_ONCE)])
-    words[[not caption.strip() for caption in captions]] = np.nan
+    words[captions == ""] = np.nan
     return Seen(looked[CLIP].features, words[places], looked[INCEPTION].features if INCEPTION in looked else None)
 
 

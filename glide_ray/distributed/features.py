@@ -26,7 +26,7 @@ from ..config import CleanConfig, UserError
 from ..data.content import ContentError, ContentFilter
 from ..data.filters import BROKEN, Candidate, Report, Rule, first_broken, image_rules
 from ..data.images import ImageError, decode
-from ..data.sources import METADATA, Part, find_parts, read_part, states
+from ..data.sources import METADATA, Part, find_parts, read_part, state
 from ..evaluation.features import ClipFeatures, Network, fetch_network, load_network
 from ..evaluation.pages import Picture, thumbnail
 from ..recipe import fingerprint
@@ -38,12 +38,12 @@ ROWS_AT_ONCE = 64                   # images that one actor is given
 ACTORS = 2                          # on a cluster without GPUs
 FEW = 128                           # images that are seen here sooner than actors have been started (some 10 s)
 
-
 Blocks = Callable[[int, Part, Report], Iterator[pyarrow.Table]]      # the rows of a part, by its number; faults go into the report
 
 
 class Embedder:
-    """What an actor of the pool does: images to features, or to a filter's scores. It loads the network once, for all blocks it is given."""
+    """Images to features, or to a filter's scores: by this process, or as an actor of the pool with its part of the cores as `threads`. It loads the
+    network once, for all blocks it is given."""
 
     def __init__(self, load: Callable[[str], Network], path: str, content: ContentFilter | None, threads: int | None = None):
         if threads and not torch.cuda.is_available():
@@ -129,10 +129,9 @@ def _rows(number: int, part: Part, truth: Rule | None, group: str, report: Repor
     try:
         for position, sample in enumerate(read_part(part)):
             candidate = Candidate(sample)
-            reason = first_broken(candidate, rules) or ""
             missing += not sample.image
-            shows, failed = _asked(truth, candidate)
-            reason = reason or failed
+            shows, failed = _truth_of(candidate, truth)
+            reason = first_broken(candidate, rules) or failed
             yield {"part": number, "position": position, "key": sample.key, "caption": sample.captions[0] if sample.captions else "",
                    "group": str(sample.meta.get(group) or f"{part.url}#{position}"), "truth": shows,
                    "reason": reason, "image": b"" if reason else sample.image}
@@ -142,8 +141,8 @@ def _rows(number: int, part: Part, truth: Rule | None, group: str, report: Repor
         report.faults.append(f"{missing:,} images of {part.url} cannot be read; see whether they are there.")
 
 
-def _asked(truth: Rule | None, candidate: Candidate) -> tuple[bool | None, str]:
-    """What the rule says of a row, and why the row is of no use where it fails."""
+def _truth_of(candidate: Candidate, truth: Rule | None) -> tuple[bool | None, str]:
+    """What the rule says of a row, None without one; and why the row is of no use where it fails."""
     try:
         return (bool(truth(candidate)) if truth else None), ""
     except Exception as error:      # a user's function, which must not end the run
@@ -202,8 +201,8 @@ def look(source: str, network: str, size: int, cache: str, report: Callable[[str
         job = ""
     if job and any(captions is None for part in parts for _, captions in part.files):
         raise UserError(f"{source} is not finished: not all of its pictures stand in {METADATA}; run the command again that makes them.")
-    files = [[[part.url, part.count, part.files] for part in parts], states(source, parts)]
-    of = hashlib.sha256(json.dumps([fingerprint(fetch_network(network)), size, job, files]).encode()).hexdigest()
+    rows = [[part.url, part.count, part.files] for part in parts]
+    of = hashlib.sha256(json.dumps([fingerprint(fetch_network(network)), size, job, rows, state(source, parts)]).encode()).hexdigest()
 
     def see() -> tuple[pyarrow.Table, bool]:
         report(f"looking at {source}")
@@ -217,9 +216,10 @@ def look(source: str, network: str, size: int, cache: str, report: Callable[[str
 def kept(cache: str | Path, of: str, make: Callable[[], tuple[pyarrow.Table, bool]]) -> pyarrow.Table:
     """The table in the file `cache`, local or s3://, if it is `of` what is wanted; else made, and written there if it is to be kept."""
     try:
-        if kept_of(cache) == of:
-            return pyarrow.parquet.read_table(io.BytesIO(storage.read(cache)))
-    except pyarrow.ArrowInvalid:
+        table = pyarrow.parquet.read_table(io.BytesIO(storage.read(cache)))
+        if _of(table.schema) == of:
+            return table
+    except (storage.MissingError, pyarrow.ArrowInvalid):
         pass
     table, to_keep = make()
     if to_keep:
@@ -232,9 +232,13 @@ def kept(cache: str | Path, of: str, make: Callable[[], tuple[pyarrow.Table, boo
 def kept_of(cache: str | Path) -> str:
     """What the table in the file `cache` is of; "" where there is none that is whole."""
     try:
-        return (pyarrow.parquet.read_schema(io.BytesIO(storage.read(cache))).metadata or {}).get(b"of", b"").decode()
+        return _of(pyarrow.parquet.read_schema(io.BytesIO(storage.read(cache))))
     except (storage.MissingError, pyarrow.ArrowInvalid):
         return ""
+
+
+def _of(schema: pyarrow.Schema) -> str:
+    return (schema.metadata or {}).get(b"of", b"").decode()
 
 
 def _matrix(column: pyarrow.ChunkedArray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from ..config import FilterConfig
 from ..data.content import ContentError, ContentFilter, load_filter, missed_interval, with_threshold
 from ..data.filters import Report, Rule
 from ..data.labelling import Label, Pool, answered, ask, assess, fit_labelled, read_labels, threshold_of, write_labels
-from ..data.sources import Part, find_parts, states
+from ..data.sources import Part, find_parts, state
 from ..evaluation.features import ClipFeatures, fetch_clip
 from ..evaluation.pages import Picture, Section, page, thumbnail
 from ..evaluation.report import contact_sheet, roc_curve
@@ -141,12 +140,12 @@ def _pool(corpus: str, out: Path, clip: str, config: FilterConfig, truth: Rule |
     """The rows that labels are asked for. They are looked at once: a second call finds their features in FEATURES. Raises ContentError where labels
     are of a corpus that has been written anew since: a row's name would be another row's."""
     parts = find_parts(storage.absolute(corpus))
-    files = hashlib.sha256(json.dumps(states(storage.absolute(corpus), parts)).encode()).hexdigest()
+    now = state(storage.absolute(corpus), parts)
     order = np.random.default_rng(config.seed).permutation(len(parts))
     parts = [parts[n] for n in order]
-    of = json.dumps([corpus, fingerprint(clip), config.pool, config.seed, config.group, [part.url for part in parts], files])
+    of = json.dumps([corpus, fingerprint(clip), config.pool, config.seed, config.group, [part.url for part in parts], now])
     before = json.loads(kept_of(out / FEATURES) or "[null]")
-    if labels and before[0] == corpus and before[-1] != files:
+    if labels and before[0] == corpus and before[-1] != now:
         raise ContentError(f"{corpus} is not as it was when the labels in {out / LABELS} were asked for; give another folder with --out.")
 
     def see() -> tuple[pyarrow.Table, bool]:

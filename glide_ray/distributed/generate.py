@@ -87,7 +87,8 @@ def generate(prompts: str, out: str, config: BulkConfig, workers: int | None = N
 def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[Wanted]:
     """The pictures that a file asks for. Lines without a word are passed over. Raises UserError for one that cannot be read."""
     try:
-        lines = [line.decode("utf-8-sig") for line in storage.read(path).splitlines()]      # of bytes: a text's own would break at marks that captions have, U+2028 say
+        # Lines of bytes: those of a text would end at marks that captions have, too, such as U+2028.
+        lines = [line.decode("utf-8-sig") for line in storage.read(path).splitlines()]
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text in UTF-8; give a file with a prompt a line, or .jsonl.") from None
     asked = [_asked(f"{path}, line {n}", line) if path.endswith(".jsonl") else (line.strip(), None) for n, line in enumerate(lines, 1) if line.strip()]

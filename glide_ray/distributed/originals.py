@@ -75,7 +75,7 @@ def regurgitation(pictures: str | None, training: str, held_out: str, out: str, 
     out = _begin(out, clip)
     trained = _look("training", training, out, clip, say)
     if pictures is None:
-        captions = [caption for caption in trained.captions if caption.strip()]
+        captions = [caption for caption in trained.captions if caption]
         if not captions:
             raise UserError(f"No image of {training} has a caption; give pictures that are made already.")
         [pictures] = sweep(config, (), (), captions, images, out, say).values()

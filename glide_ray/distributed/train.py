@@ -36,7 +36,8 @@ from .worker import work
 
 WEIGHTS, PRESET = "weights.safetensors", "preset.json"
 DATA_CPUS = 2                  # beside the workers': a data task wants a whole CPU, and waits for ever where none is left
-# Settings with which a run may go on from its checkpoint: those that leave the loss as it is (but for CLIP's, which is said), and those that people turn on the way.
+# Settings with which a run may go on from its checkpoint: those that leave the loss as it is (but for CLIP's, which is said), and those that people
+# turn on the way.
 SPREAD = frozenset((
     "steps", "workers", "device", "min_workers", "micro_batch", "zero_stage", "offload_optimizer", "activation_checkpointing", "log_every", "evaluate_every",
     "checkpoint_every", "keep_last", "keep_every", "trackers", "sample_every", "sample_prompts", "max_failures", "stall_seconds", "wait_seconds"))

@@ -105,8 +105,8 @@ def _drawn(votes: Sequence[Vote], models: Sequence[str], draws: int, seed: int) 
         try:
             yield scores(table, models)
         except EloError:
-            won, lost = table.sum(1) > 0, table.sum(0) > 0
-            yield np.select([won & ~lost, lost & ~won], [np.inf, -np.inf], np.nan)
+            ever_won, ever_lost = table.sum(1) > 0, table.sum(0) > 0
+            yield np.select([ever_won & ~ever_lost, ever_lost & ~ever_won], [np.inf, -np.inf], np.nan)
 
 
 def _unbounded(table: np.ndarray, models: Sequence[str]) -> str:
