@@ -35,8 +35,8 @@ from .evaluation.features import ClipFeatures
 from .evaluation.pages import Picture, Section, page
 from .evaluation.report import Point, contact_sheet, fronts, show_hole
 from .quality import bench_inpainting
-from .recipe import fingerprint
 from .settings import override
+from .storage import fingerprint
 
 PIXELS = ["model.unet.image_size=32", "model.unet.multipliers=1,2,4", "model.unet.attention_sizes=8"]
 OFTEN = ["evaluate_every=125", "checkpoint_every=125"]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +19,7 @@ from .critic import check_clip
 from .data.images import decode, encode, open_image
 from .evaluation.features import fetch_clip
 from .models.weights import load_config
-from .storage import fetch, put, read
+from .storage import fetch, fingerprint, put, read
 
 CHUNK = "glide_ray"            # of the PNG's text; the inputs have chunks of their own beside it
 INPUTS = ("image", "mask", "sketch")
@@ -158,23 +156,6 @@ def make_again(cascade: Cascade, recipe: Recipe, inputs: Mapping[str, np.ndarray
         return cascade.edit(inputs["image"], inputs["mask"], recipe.prompt, recipe.seed, recipe.options, progress)
     return cascade.vary(inputs["image"], recipe.prompt, recipe.seed, recipe.strength, inputs.get("mask"), inputs.get("sketch"),
                         recipe.options, progress)
-
-
-def fingerprint(path: str | Path) -> str:
-    """SHA-256 of a weights file, or of the weights in a public CLIP's folder. Read once as long as they do not change."""
-    path = Path(path)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    return _sha256(tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
-
-
-@lru_cache(maxsize=16)
-def _sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
-    digest = hashlib.sha256()
-    for file, _, _ in files:
-        with open(file, "rb") as stream:
-            while block := stream.read(2**24):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def versions(device: str) -> str:

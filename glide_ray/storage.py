@@ -116,6 +116,23 @@ def digest(path: Path) -> str:
     return sha256.hexdigest()
 
 
+def fingerprint(path: str | Path) -> str:
+    """SHA-256 of a weights file, or of the weights in a public CLIP's folder. Read once as long as they do not change."""
+    path = Path(path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return _sha256(tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+
+
+@lru_cache(maxsize=16)
+def _sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
+    sha256 = hashlib.sha256()
+    for file, _, _ in files:
+        with open(file, "rb") as stream:
+            while chunk := stream.read(CHUNK):
+                sha256.update(chunk)
+    return sha256.hexdigest()
+
+
 def exists(path: str | Path) -> bool:
     """Whether there is a file or object."""
     if not is_remote(path):

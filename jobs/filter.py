@@ -14,9 +14,8 @@ from glide_ray.distributed.clean import clean, write_page
 from glide_ray.distributed.corpus import RECORD
 from glide_ray.distributed.filter import apply_content
 from glide_ray.distributed.job import once, run
-from glide_ray.recipe import fingerprint
 from glide_ray.settings import override
-from glide_ray.storage import absolute, fetch
+from glide_ray.storage import absolute, fetch, fingerprint
 
 
 def parser() -> argparse.ArgumentParser:

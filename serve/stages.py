@@ -18,9 +18,8 @@ from glide_ray.config import SampleOptions
 from glide_ray.data.images import to_tensor, to_uint8
 from glide_ray.engine import Engine
 from glide_ray.evaluation.features import fetch_clip
-from glide_ray.recipe import fingerprint
 from glide_ray.flight import SampleRequest
-from glide_ray.storage import fetch
+from glide_ray.storage import fetch, fingerprint
 
 from .fields import Job
 from .figures import StageLoad

@@ -18,7 +18,7 @@ from ..evaluation.figures import Reference, Seen
 from ..evaluation.metrics import MetricError
 from ..evaluation.pages import Picture, Section, page
 from ..evaluation.report import Point, fronts, number
-from ..recipe import fingerprint
+from ..storage import fingerprint
 from .corpus import PAGE
 from .features import ACTORS, JOB, Looked, look
 from .generate import generate

@@ -29,7 +29,7 @@ from ..data.images import ImageError, decode
 from ..data.sources import METADATA, Part, find_parts, read_part, state
 from ..evaluation.features import ClipFeatures, Network, fetch_network, load_network
 from ..evaluation.pages import Picture, thumbnail
-from ..recipe import fingerprint
+from ..storage import fingerprint
 from .corpus import look_up
 from .stream import Tally, in_order, quiet, task_errors
 

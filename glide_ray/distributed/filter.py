@@ -23,7 +23,7 @@ from ..data.sources import Part, find_parts, state
 from ..evaluation.features import ClipFeatures, fetch_clip
 from ..evaluation.pages import Picture, Section, page, thumbnail
 from ..evaluation.report import contact_sheet, roc_curve
-from ..recipe import fingerprint
+from ..storage import fingerprint
 from .corpus import PAGE, count, look_up, refuse_source, rewrite, write_manifest
 from .features import ACTORS, Looked, embed, kept, kept_of
 from .local import connect, send_with
