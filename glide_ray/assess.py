@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .commands import BASE, CLIP, EMOJI
-from .config import UserError
+from .commands import CLIP, EMOJI
+from .config import SHIPPED, UserError
 from .settings import local_path, positive
 
 Add = Callable[..., argparse.ArgumentParser]
@@ -61,7 +61,8 @@ def add_evaluate_options(command: argparse.ArgumentParser) -> None:
 def _add_bulk(made, images: str, option: str = "--images", default: int = 30_000) -> None:
     """How pictures are made for a measurement, which `bulk` reads."""
     made.add_argument(option, type=positive, default=default, help=f"{images} (default: %(default)s)")
-    made.add_argument("--base", default=str(BASE), help="weights of the base model (default: %(default)s)")
+    made.add_argument("--base", default=SHIPPED, metavar="WEIGHTS",
+                      help="of the base model (default: %(default)s, which ships with glide_ray)")
     made.add_argument("--upsampler", help="weights of the upsampler (default: none, pictures of the base model's size, as figure 6 has them)")
     made.add_argument("--steps", help="base model: a number, or a respacing such as 10,10,3,2,2 (default: the model's own; the paper's figures are of 250)")
     made.add_argument("--sampler", help="ancestral, ddim, plms or dpm++ (default: the model's own)")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import AnyModelConfig, ModelConfig, SampleOptions, UserError, nearest
+from .config import SHIPPED, AnyModelConfig, ModelConfig, SampleOptions, UserError, nearest
 from .critic import Critic, load_critic
 from .data.images import area_downsample, to_8_bits, to_tensor, to_uint8
 from .diffusion.samplers import SAMPLERS
@@ -18,6 +18,7 @@ from .diffusion.schedule import ScheduleError, kept_timesteps
 from .flight import SampleRequest
 from .forms import DTYPES, Conditioning
 from .models.weights import WeightsError, load_model
+from .pretrained.shipped import locate
 from .stepper import Stepper
 from .tokenizer import Tokenizer
 
@@ -132,7 +133,13 @@ class Cascade:
     @classmethod
     def load(cls, base: str | Path, upsampler: str | Path | None = None, precision: str = "auto", max_in_flight: int = 8,
              clip: str | Path | None = None) -> Cascade:
-        """From weights files, on the GPU if there is one; `clip` may also be a public CLIP's folder. Raises WeightsError."""
+        """From weights files, on the GPU if there is one; `clip` may also be a public CLIP's folder. Raises WeightsError.
+
+        "emoji" names the weights that ship with the package: as `base` alone, both of them.
+        """
+        if str(base) == SHIPPED and upsampler is None:
+            upsampler = SHIPPED
+        base, upsampler = locate(base, "base"), locate(upsampler, "upsampler") if upsampler else None
         made = cls(load_stepper(base, "base", precision, max_in_flight, clip),
                    load_stepper(upsampler, "upsampler", precision, max_in_flight) if upsampler else None)
         check_pair(made.base.config, made.upsampler.config if made.upsampler else None)
@@ -220,8 +227,9 @@ def clip_scores(critic: Critic, device: torch.device | str, images: Tensor, prom
 
 def load_stepper(path: str | Path, role: str, precision: str = "auto", max_in_flight: int = 8, clip: str | Path | None = None,
                  lanes: int = 1) -> Stepper:
-    """A weights file as a Stepper for `role`, "base" or "upsampler". Raises WeightsError if it is another."""
+    """Weights, by path or name, as a Stepper for `role`, "base" or "upsampler". Raises WeightsError if they are another's."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = locate(path, role)
     model, config = load_model(path, resolve_precision(precision, device), device)
     check_role(config, role, path)
     critic = load_critic(clip, config, device) if clip else None

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import assess, commands, pictures, presets
-from .commands import BASE, CLIP, DEMO, UPSAMPLER
-from .config import CleanConfig, FilterConfig, UserError
+from .commands import CLIP, DEMO
+from .config import SHIPPED, CleanConfig, FilterConfig, UserError
 from .data.styles import STYLES
 from .serve_config import ServeConfig
 from .settings import local_path, positive
@@ -114,10 +114,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", help="folder of the run, which all nodes see, or s3:// prefix (default: runs/PRESET)")
 
     command = add("export", commands.export, "weights from a checkpoint, tensor by tensor: without a GPU, in the memory of the largest",
-                  "example:\n  glide export runs/filtered-base --ema-rate 0.999 --out weights.safetensors")
+                  "examples:\n  glide export runs/filtered-base --ema-rate 0.999 --out weights.safetensors\n"
+                  "  glide export runs/emoji-base --half --out emoji-base.safetensors")
     command.add_argument("checkpoint", help="a run's folder, whose last whole checkpoint is taken, or a checkpoint's")
     command.add_argument("--ema-rate", type=float, help="which of the run's averages (default: the first of its train.ema_rates)")
+    command.add_argument("--half", action="store_true", help="write float16, with the recipe, and the sources that the "
+                         "corpus's card.json names")
     command.add_argument("--out", help="weights file to write, local or s3:// (default: exported.safetensors in that folder)")
+
+    _add_cards(add)
 
     command = add("generate", pictures.generate, "pictures for a prompt")
     command.add_argument("prompt")
@@ -215,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
                               "images a second as a ratio to webdataset's; memory: its peak over 10 and 100 thousand; of trained models, "
                               "samplers: distance to 250 DDIM steps; inpainting: error at a hole's border, of --base and of --inpaint; "
                               "guidance: score by --clip over the guidance scale")
-    command.add_argument("--base", type=local_path, default=BASE, help="default: %(default)s")
+    command.add_argument("--base", type=local_path, help=f"default: {commands.BASE} for inpainting, else {SHIPPED}")
     command.add_argument("--inpaint", type=local_path, default=Path("runs/nano-base-inpaint/weights.safetensors"), help="default: %(default)s")
     command.add_argument("--clip", type=local_path, default=Path("runs/nano-clip/weights.safetensors"), help="default: %(default)s")
     command.add_argument("--corpus", type=local_path, default=Path("runs/corpus/held_out"), help="pictures to inpaint (default: %(default)s)")
@@ -229,9 +234,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_cards(add) -> None:
+    """The commands for weights that are passed on, and for what is to be known of them."""
+    command = add("pack", commands.pack, "a base model and an upsampler as they ship: in float16, with a model card", """examples:
+  glide pack runs/emoji-base runs/emoji-upsampler --notes notes.json
+  glide pack base.safetensors upsampler.safetensors --corpus runs/corpus/train --recipe base.json upsampler.json
+notes.json has the card's figures and limits; without --notes those of the card that is there stay:
+  {"figures": {"style right": {"value": 0.97, "interval": [0.95, 0.98], "command": "glide ..."}}, "limits": ["..."]}""")
+    command.add_argument("base", help="weights file, or the folder of a run, local or s3://")
+    command.add_argument("upsampler", help="likewise")
+    command.add_argument("--corpus", action="append", default=[], metavar="FOLDER", help="whose card.json names the "
+                         "sources; may be repeated (default: what the weights say, or the run's corpus)")
+    command.add_argument("--recipe", nargs=2, metavar=("BASE.json", "UPSAMPLER.json"), help="names and values that say "
+                         "how each was trained, beside what a run says of itself")
+    command.add_argument("--notes", metavar="NOTES.json", help="figures and limits for the card")
+    command.add_argument("--out", type=local_path, metavar="FOLDER", help="to write to (default: the package's own)")
+    command = add("card", commands.card, "the model card of weights: data, licences, training, figures, limits")
+    command.add_argument("--base", type=local_path, default=Path(SHIPPED), metavar="WEIGHTS", help="a weights file of "
+                         "any kind (default: %(default)s, which ships with glide_ray)")
+
+
 def _add_weights(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--base", type=local_path, default=BASE, help="weights of the base model (default: %(default)s)")
-    command.add_argument("--upsampler", type=local_path, default=UPSAMPLER, help="weights of the upsampler (default: %(default)s)")
+    command.add_argument("--base", type=local_path, default=Path(SHIPPED), metavar="WEIGHTS",
+                         help="of the base model (default: %(default)s, which ships with glide_ray)")
+    command.add_argument("--upsampler", type=local_path, metavar="WEIGHTS",
+                         help=f"of the upsampler (default: {SHIPPED}, if it enlarges what the base model makes)")
     command.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="default: fp16 on a GPU, fp32 on a CPU")
 
 

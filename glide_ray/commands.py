@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 from . import presets
-from .config import CleanConfig, FilterConfig, Preset, UserError
+from .config import SHIPPED, CleanConfig, FilterConfig, Preset, UserError
 from .serve_config import ServeConfig
 from .settings import override, validate
 
 EMOJI, FILTERS, DEMO = "runs/corpus", Path("runs/filters"), Path("runs/demo")
-BASE, UPSAMPLER = DEMO / "base" / "weights.safetensors", DEMO / "upsampler" / "weights.safetensors"
+BASE = DEMO / "base" / "weights.safetensors"
 CLIP = Path("runs/nano-plain-clip/weights.safetensors")
 # What the emoji corpus knows of itself: the rule, settings, and words to search for. People are most of it: rows are labelled
 # at random, as in the paper; their 320 kinds are too few to promise 1% at 95% without dropping nearly all.
@@ -96,14 +96,53 @@ def export(options) -> None:
     from .train.checkpoint import find_checkpoint
     from .train.partition import export_to
     out = options.out or (Path() if is_remote(options.checkpoint) else Path(options.checkpoint)) / "exported.safetensors"
+    if options.half:
+        return _export_half(find_checkpoint(options.checkpoint), out, options.ema_rate)
     preset, step, rate = export_to(find_checkpoint(options.checkpoint), out, options.ema_rate)
     print(f"{out}: {preset.model.name} after step {step:,}, averaged at rate {rate:g}")
+
+
+def _export_half(checkpoint: str, out: str | Path, ema_rate: float | None) -> None:
+    from .pretrained.pack import read_trained, write_half
+    trained = read_trained(checkpoint, ema_rate=ema_rate)
+    write_half(trained, out)
+    recipe = trained.recipe
+    said = f"{len(trained.sources)} sources" if trained.sources else "no sources, for its corpus has no card.json"
+    print(f"{out}: {trained.config.name} after step {recipe['steps']:,}, EMA {recipe['EMA']}, in float16; {said}")
+
+
+def pack(options) -> None:
+    from .pretrained import pack as packing
+    from .pretrained import shipped
+    recipes = [packing.read_recipe(path) for path in options.recipe] if options.recipe else [{}, {}]
+    notes = packing.read_notes(options.notes) if options.notes else None
+    pair = [packing.read_trained(path, options.corpus, recipe)
+            for path, recipe in zip((options.base, options.upsampler), recipes, strict=True)]
+    card, folder = packing.pack(*pair, options.out, notes), options.out or shipped.FOLDER
+    for file in card.files:
+        print(f"{folder / file.name}: {file.model}, {file.parameters / 1e6:,.2f}M parameters, {file.bytes:,} bytes, "
+              f"SHA-256 {file.sha256[:16]}...")
+    print(f"{folder / shipped.CARD}, {shipped.PAGE}: {len(card.sources)} sources, {len(card.figures)} figures")
+
+
+def card(options) -> None:
+    from .pretrained import shipped
+    from .pretrained.card import card_of, render
+    if str(options.base) == SHIPPED:
+        shipped.find()
+        print(render(shipped.shipped_card()), end="")
+    else:
+        print(render(card_of(shipped.locate(options.base, "base"))), end="")
 
 
 def serve(options) -> None:
     _use_checkout()
     given = {name: getattr(options, name) for name in ("host", "port", "precision", "clip", "keys")}
-    config = override(validate(ServeConfig, {"base": str(options.base), "upsampler": str(options.upsampler), **given}), options.set)
+    given |= {"base": str(options.base), **({"upsampler": str(options.upsampler)} if options.upsampler else {})}
+    config = override(validate(ServeConfig, given), options.set)
+    if options.upsampler is None and config.upsampler == SHIPPED:
+        from .pretrained.shipped import upsampler_for
+        config = config.model_copy(update={"upsampler": upsampler_for(config.base, note)})
     from serve.app import build, cpus, serving
 
     from .distributed.local import connect
@@ -171,18 +210,19 @@ def plan(options) -> None:
 def bench(options) -> None:
     from . import bench as benches
     from . import quality
+    base = options.base or SHIPPED
     run = {
         "forward": lambda: benches.bench_forward(presets.get(options.preset or "paper-base"), options.precision, options.repeats or 1),
         "sample": lambda: benches.bench_sample(presets.get(options.preset or "filtered-base"), options.precision, options.repeats or 5),
         "cascade": lambda: benches.bench_cascade(options.preset or "filtered", options.precision, options.repeats or 3),
         "train": lambda: benches.bench_train(presets.get(options.preset or "emoji-base"), options.precision, options.repeats or 5),
         "plan": lambda: benches.bench_plan(options.preset, options.repeats or 3),
-        "samplers": lambda: quality.bench_samplers(options.base),
-        "inpainting": lambda: quality.bench_inpainting(options.base, options.inpaint, options.corpus),
+        "samplers": lambda: quality.bench_samplers(base),
+        "inpainting": lambda: quality.bench_inpainting(options.base or BASE, options.inpaint, options.corpus),
         "data": lambda: _measure().bench_data(options.shards, options.repeats or 3),
         "memory": lambda: _measure().bench_memory(options.shards),
         "serve": lambda: _bench_serve(options),
-        "guidance": lambda: quality.bench_guidance(options.base, options.clip),
+        "guidance": lambda: quality.bench_guidance(base, options.clip),
     }[options.what]
     print(json.dumps(run()))
 
@@ -202,6 +242,10 @@ def _measure():
 
 def _preset(options) -> Preset:
     return override(presets.get(options.preset), options.set)
+
+
+def note(line: str) -> None:
+    print(f"glide: {line}", file=sys.stderr)
 
 
 def _use_checkout() -> None:

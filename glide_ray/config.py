@@ -13,6 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
 
+SHIPPED = "emoji"          # the name of the weights that ship with the package (`pretrained/`)
+
 
 class UserError(ValueError):
     """Something that the user can mend. The message is one sentence for them: it names the thing and the remedy."""
@@ -147,9 +149,9 @@ class SampleOptions(Frozen):
 
 
 class BulkConfig(Frozen):
-    """What pictures in bulk are made with. Weights are paths that all nodes see, or `s3://`."""
+    """What pictures in bulk are made with. Weights are paths that all nodes see, `s3://`, or the name of the shipped ones."""
 
-    base: str
+    base: str = SHIPPED
     upsampler: str | None = None
     clip: str | None = None                            # for CLIP guidance
     device: Literal["auto", "cpu", "gpu"] = "auto"     # of a worker; auto: a GPU, if the cluster has one now. gpu: also if they are yet to come

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+from .commands import note
 from .config import UserError
 
 
@@ -119,11 +119,13 @@ def sample_options(options):
 def _cascade(options):
     sample_options(options)         # found senseless before anything is loaded
     if options.prompt is not None and not options.prompt.strip():
-        print("glide: the prompt is empty; the picture will be of anything.", file=sys.stderr)
+        note("the prompt is empty; the picture will be of anything.")
     if (options.clip_scale or getattr(options, "best_of", 1) > 1) and not options.clip:
         raise UserError("--clip-scale and --best-of need a CLIP model; give one with --clip, trained by `glide train nano-clip` for example.")
     from .cascade import Cascade
-    cascade = Cascade.load(options.base, None if options.no_upsampler else options.upsampler, options.precision, clip=options.clip)
+    from .pretrained.shipped import locate, upsampler_for
+    upsampler = None if options.no_upsampler else options.upsampler or upsampler_for(options.base, note)
+    cascade = Cascade.load(locate(options.base, "base"), upsampler, options.precision, clip=options.clip)
     _warn_of_cut(options.prompt or "", cascade.base.config.context)
     return cascade
 
@@ -162,7 +164,7 @@ def _image_and_mask(image: str, mask: str | None, size: int):
 def _warn_of_cut(prompt: str, context: int) -> None:
     from .tokenizer import Tokenizer
     if Tokenizer(context).encode(prompt).cut:
-        print(f"glide: the prompt is longer than {context} tokens; what comes after them is not read.", file=sys.stderr)
+        note(f"the prompt is longer than {context} tokens; what comes after them is not read.")
 
 
 def _with_bar(run):

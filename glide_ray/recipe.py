@@ -14,12 +14,14 @@ import torch
 from pydantic import ValidationError
 
 from .cascade import Cascade, Progress, check_pair, check_role
-from .config import Frozen, ModelConfig, SampleOptions, UserError
+from .config import SHIPPED, Frozen, ModelConfig, SampleOptions, UserError
 from .critic import check_clip
 from .data.images import decode, encode, open_image
 from .evaluation.features import fetch_clip
-from .models.weights import load_config
-from .storage import fetch, fingerprint, put, read
+from .models.weights import load_config, load_metadata
+from .pretrained import shipped
+from .pretrained.card import Source, sources_in, union
+from .storage import fingerprint, put, read
 
 CHUNK = "glide_ray"            # of the PNG's text; the inputs have chunks of their own beside it
 INPUTS = ("image", "mask", "sketch")
@@ -30,7 +32,8 @@ class RecipeError(UserError):
 
 
 class ModelUsed(Frozen):
-    """A weights file: its path as the user gave it ("" where a server does not tell), and the SHA-256 of its bytes."""
+    """A weights file: its path as the user gave it, or the name of the shipped weights ("" where a server does not tell),
+    and the SHA-256 of its bytes."""
 
     name: str
     path: str
@@ -59,35 +62,39 @@ class Maker:
     models: Mapping[str, ModelUsed]
     precision: str
     made_with: str
+    sources: tuple[Source, ...] = ()      # whose pictures they were trained on, as far as the weights say
 
     @classmethod
     def read(cls, paths: Mapping[str, str | None], precision: str, device: str) -> Maker:
-        """Of weights files by role, local or s3://, without their tensors. Where they lie is not said.
+        """Of weights by role, local, s3:// or a name, without their tensors. Where they lie is not said.
 
         Raises WeightsError, StorageError where one is missing, broken, of the wrong kind, or does not go with another.
         """
-        configs, used = {}, {}
+        configs, used, sources = {}, {}, []
         for role, path in paths.items():
             if path is None:
                 continue
-            local = fetch_clip(path) if role == "clip" else fetch(path)
+            local = fetch_clip(path) if role == "clip" else shipped.fetch(path, role)
             if role != "clip" or local.is_file():
                 configs[role] = load_config(local)
                 check_role(configs[role], role, path)
+                sources.append(sources_in(load_metadata(local), path))
             name = configs[role].name if role in configs else "public CLIP"
             used[role] = ModelUsed(name=name, path="", sha256=fingerprint(local))
         check_pair(configs["base"], configs.get("upsampler"))
         if "clip" in configs:
             check_clip(configs["clip"], configs["base"], paths["clip"])
-        return cls(configs["base"], configs.get("upsampler"), used, precision, versions(device))
+        return cls(configs["base"], configs.get("upsampler"), used, precision, versions(device), union(*sources))
 
     @classmethod
     def of(cls, cascade: Cascade) -> Maker:
         base, upsampler = cascade.base.config, cascade.upsampler.config if cascade.upsampler else None
         names = {"base": base.name, "upsampler": upsampler.name if upsampler else "",
                  "clip": getattr(getattr(cascade.base.critic, "config", None), "name", "public CLIP")}
-        models = {role: ModelUsed(name=names[role], path=str(path), sha256=fingerprint(path)) for role, path in cascade.sources.items()}
-        return cls(base, upsampler, models, cascade.precision, versions(cascade.base.device.type))
+        models = {role: ModelUsed(name=names[role], path=shipped.name_of(path), sha256=fingerprint(path))
+                  for role, path in cascade.sources.items()}
+        sources = union(*(sources_in(load_metadata(path), path) for path in cascade.sources.values() if Path(path).is_file()))
+        return cls(base, upsampler, models, cascade.precision, versions(cascade.base.device.type), sources)
 
     def recipe(self, task: str, prompt: str, seed: int, options: SampleOptions, strength: float = 1.0) -> Recipe:
         """Of what these models make of a request. What it leaves to them is filled in."""
@@ -134,10 +141,13 @@ def read_recipe(path: str | Path) -> tuple[Recipe, dict[str, np.ndarray], np.nda
 
 
 def find_models(recipe: Recipe, elsewhere: Mapping[str, Path | None]) -> dict[str, Path]:
-    """The weights files of a recipe, where it says or `elsewhere`. Raises RecipeError where one is missing or is another."""
+    """The weights files of a recipe, where it says, `elsewhere`, or in the package.
+
+    Raises RecipeError where one is missing or is another.
+    """
     found = {}
     for role, used in recipe.models.items():
-        path = Path(elsewhere.get(role) or used.path)
+        path = _path_of(role, used, elsewhere.get(role))
         if not path.exists() or not path.name:
             what = f"The {role} weights {path} are not there" if path.name else f"The recipe does not say where the {role} weights are"
             raise RecipeError(f"{what}; give the path of {used.name} (SHA-256 {used.sha256[:16]}...) with --{role}.")
@@ -146,6 +156,15 @@ def find_models(recipe: Recipe, elsewhere: Mapping[str, Path | None]) -> dict[st
                               f"{used.name} {used.sha256[:16]}; give the path of the right one with --{role}.")
         found[role] = path
     return found
+
+
+def _path_of(role: str, used: ModelUsed, elsewhere: Path | None) -> Path:
+    """Where a model's weights should be. What a recipe does not find is looked for among the shipped weights."""
+    given = Path(elsewhere or used.path)
+    if str(given) == SHIPPED:
+        return Path(shipped.locate(SHIPPED, role))
+    there = given.name and given.exists()
+    return given if there or elsewhere else shipped.with_sha256(used.sha256) or given
 
 
 def make_again(cascade: Cascade, recipe: Recipe, inputs: Mapping[str, np.ndarray], progress: Progress | None = None) -> np.ndarray:

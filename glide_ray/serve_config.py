@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from .config import Frozen
+from .config import SHIPPED, Frozen
 
 
 class Scale(Frozen):
@@ -27,10 +27,11 @@ class Scale(Frozen):
 
 
 class ServedModel(Frozen):
-    """The weights of one model that clients can name, local or `s3://`, and the replicas of its stages."""
+    """The weights of one model that clients can name, and the replicas of its stages. Weights are local paths, `s3://`, or
+    `emoji`, the weights that ship with the package."""
 
-    base: str = "runs/demo/base/weights.safetensors"
-    upsampler: str | None = "runs/demo/upsampler/weights.safetensors"     # None: pictures of the base model's size
+    base: str = SHIPPED
+    upsampler: str | None = SHIPPED                    # None: pictures of the base model's size
     clip: str | None = None                            # for clip_scale and best_of
     base_scale: Scale = Scale()
     upsampler_scale: Scale = Scale()

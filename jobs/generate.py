@@ -1,4 +1,4 @@
-"""Pictures in bulk, for `ray job submit --working-dir . -- python jobs/generate.py PROMPTS --out OUT --base W --upsampler W`.
+"""Pictures in bulk, for `ray job submit --working-dir . -- python jobs/generate.py PROMPTS --out OUT`.
 
 PROMPTS has a prompt a line, or with the ending .jsonl objects with `prompt` and, if you like, `seed`; local or s3://. The PNGs go to
 OUT/00000/, each with its recipe; OUT/metadata.jsonl has their prompts, so that OUT is a corpus. Prints one line of JSON at its end. Submitted again it makes
@@ -10,7 +10,7 @@ import dataclasses
 import sys
 
 from glide_ray.cli import add_sampling
-from glide_ray.config import BulkConfig
+from glide_ray.config import SHIPPED, BulkConfig
 from glide_ray.distributed.generate import generate
 from glide_ray.distributed.job import run
 from glide_ray.pictures import sample_options
@@ -21,8 +21,11 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", help="a file of prompts, local or s3://")
     parser.add_argument("--out", required=True, help="folder, which all nodes see, or s3:// prefix")
-    parser.add_argument("--base", required=True, help="weights of the base model, on a path that all nodes see, or s3://")
-    parser.add_argument("--upsampler", help="weights of the upsampler (default: none, pictures of the base model's size)")
+    parser.add_argument("--base", default=SHIPPED, help="weights of the base model, on a path that all nodes see, or s3:// "
+                        "(default: %(default)s, which ships with glide_ray)")
+    parser.add_argument("--upsampler", help=f"weights of the upsampler (default: {SHIPPED} with that base model, none with "
+                        "another: pictures of its size)")
+    parser.add_argument("--no-upsampler", action="store_true", help="pictures of the base model's size")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "gpu"], help="auto: a GPU, if the cluster has one now; gpu: also if it is to grow")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="default: fp16 on a GPU, fp32 on a CPU")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; it counts up over all of them (default: %(default)s)")
@@ -36,6 +39,10 @@ def main() -> int:
     options = parser().parse_args()
 
     def work() -> dict:
+        if options.upsampler is None and options.base == SHIPPED:
+            options.upsampler = SHIPPED
+        if options.no_upsampler:
+            options.upsampler = None
         given = {name: getattr(options, name) for name in ("base", "upsampler", "clip", "device", "precision", "seed", "per_prompt")}
         config = validate(BulkConfig, {**given, "options": sample_options(options)})
         return dataclasses.asdict(generate(options.prompts, options.out, config, options.workers, lambda line: print(line, file=sys.stderr)))

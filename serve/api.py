@@ -22,6 +22,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from glide_ray.cascade import TIMESTEPS, check_options, shrink_known
 from glide_ray.config import SampleOptions, nearest
 from glide_ray.data.images import encode
+from glide_ray.pretrained.card import credits, licences
 from glide_ray.recipe import Maker, png_text
 from glide_ray.serve_config import ServeConfig
 from glide_ray.tokenizer import Tokenizer, Tokens
@@ -95,8 +96,8 @@ def build_api(face: Callable[[], Face], config: ServeConfig, sizes: Sequence[int
 
     @api.get("/v1/models", responses=CLOSED)
     async def models() -> dict[str, Any]:
-        """The models that are served."""
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "glide_ray"} for name in face().models]}
+        """The models that are served, with whose works they were trained on and under which licences those are."""
+        return {"object": "list", "data": [_about(name, backend) for name, backend in face().models.items()]}
 
     @api.get("/healthz", responses={500: ERRORS[500]})
     async def healthz() -> dict[str, str]:
@@ -118,6 +119,12 @@ def build_api(face: Callable[[], Face], config: ServeConfig, sizes: Sequence[int
 
     api.openapi = lambda: _openapi(api)
     return api
+
+
+def _about(name: str, backend: Backend) -> dict[str, Any]:
+    """A model as OpenAI's list has it, with what its weights say of their sources."""
+    sources = backend.maker.sources
+    return {"id": name, "object": "model", "created": 0, "owned_by": "glide_ray", "licence": licences(sources), "sources": credits(sources)}
 
 
 def _openapi(api: FastAPI) -> dict:

@@ -26,6 +26,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentRes
 
 from glide_ray.cascade import TIMESTEPS, RequestError
 from glide_ray.config import UserError
+from glide_ray.pretrained import shipped
 from glide_ray.recipe import Maker
 from glide_ray.serve_config import Scale, ServeConfig, ServedModel
 from glide_ray.settings import validate
@@ -242,7 +243,7 @@ def _stages(model: Served, config: ServeConfig, kinds: tuple[type[Stage], type[S
         if path is not None:
             options = _options(scale, 2 * room, target(config, share if scale.gpus is None else scale.gpus), share, config)
             made.append(serve.deployment(kind).options(name=prefix + kind.role, **options).bind(
-                model.name, absolute(path), config.precision, config.max_in_flight, clip and absolute(clip)))
+                model.name, shipped.absolute(path), config.precision, config.max_in_flight, clip and absolute(clip)))
     return tuple(made)
 
 

@@ -19,7 +19,8 @@ from glide_ray.data.images import to_tensor, to_uint8
 from glide_ray.engine import Engine
 from glide_ray.evaluation.features import fetch_clip
 from glide_ray.flight import SampleRequest
-from glide_ray.storage import fetch, fingerprint
+from glide_ray.pretrained import shipped
+from glide_ray.storage import fingerprint
 
 from .fields import Job
 from .figures import StageLoad
@@ -46,7 +47,7 @@ class Stage(ABC):
         if not torch.cuda.is_available():       # all stages share the cores, whatever Ray counts: a lane's threads do not wait for each other
             torch.set_num_threads(os.cpu_count() or 1)
             os.nice(self.yields)
-        local = fetch(path)
+        local = shipped.fetch(path, self.role)
         stepper = cascade.load_stepper(local, self.role, precision, max_in_flight, fetch_clip(clip) if clip else None, LANES)
         self.config, self.critic, self.device = stepper.config, stepper.critic, stepper.device
         stepper.warm(self._first())

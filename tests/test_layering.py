@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"config", "serve_config", "settings", "presets", "tokenizer", "storage", "forms"},
     {"diffusion", "models", "data"},
-    {"critic", "flight", "stepper", "engine", "cascade", "recipe", "train", "evaluation", "info", "hardware"},
+    {"critic", "flight", "stepper", "engine", "cascade", "recipe", "pretrained", "train", "evaluation", "info", "hardware"},
     {"distributed"},
     {"cli", "commands", "pictures", "assess", "demo", "miniature", "bench", "quality"},
 ]

@@ -20,6 +20,7 @@ from ..cascade import Cascade, check_options
 from ..config import BulkConfig, UserError
 from ..data.sources import METADATA
 from ..evaluation.features import fetch_clip
+from ..pretrained import shipped
 from ..recipe import Maker, save_picture
 from ..tokenizer import Tokenizer
 from .features import JOB
@@ -65,7 +66,7 @@ def generate(prompts: str, out: str, config: BulkConfig, workers: int | None = N
     check_options(config.options, config.seed)
     wanted = read_prompts(prompts, config.seed, config.per_prompt)
     out = storage.absolute(out).rstrip("/")
-    config = config.model_copy(update={role: storage.absolute(path) for role in ROLES if (path := getattr(config, role))})
+    config = config.model_copy(update={role: shipped.absolute(path) for role in ROLES if (path := getattr(config, role))})
     context = _begin(wanted, out, config)
     there = _numbers(out)
     missing = [one for one in wanted if one.number not in there]
@@ -148,7 +149,7 @@ class Worker:
     def __init__(self, out: str, config: BulkConfig, threads: int):
         if not torch.cuda.is_available():
             torch.set_num_threads(threads)
-        local = {role: fetch_clip(path) if role == "clip" else storage.fetch(path) for role in ROLES if (path := getattr(config, role))}
+        local = {role: fetch_clip(path) if role == "clip" else shipped.fetch(path, role) for role in ROLES if (path := getattr(config, role))}
         self._cascade = Cascade.load(local["base"], local.get("upsampler"), config.precision, AT_ONCE, local.get("clip"))
         self._out, self._options, self._maker = out, config.options, Maker.of(self._cascade)
 

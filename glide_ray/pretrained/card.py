@@ -1,0 +1,228 @@
+"""The card of weights: on whose pictures they were trained, how, how well they do, their limits.
+
+A weights file carries its own part of it in its metadata: `sources` and `recipe`, as JSON. Those
+that ship with the package have the whole beside them, `card.json`, and as a page, `MODEL_CARD.md`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+
+from ..config import Frozen, UserError
+from ..models.weights import WeightsError, load_metadata, load_weights
+from ..storage import fingerprint, read
+
+Recipe = dict[str, str | int | float | None]       # name -> value, such as steps, seconds, device
+Text = Annotated[str, BeforeValidator(lambda given: "" if given is None else given)]
+
+
+class CardError(UserError):
+    """A model card that cannot be read."""
+
+
+class Source(BaseModel):
+    """Pictures that were trained on, and who made them. Other fields are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    package: str
+    version: Text = ""
+    style: Text = ""
+    author: Text = ""
+    url: Text = ""
+    licence: str
+    pictures: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.package}@{self.version}" if self.version else self.package
+
+
+class Weights(Frozen):
+    """One weights file: what it can be used as, its size, and how it was trained."""
+
+    name: str
+    role: str                # base, upsampler or clip
+    model: str
+    pixels: int              # of a side of its pictures
+    parameters: int
+    bytes: int
+    sha256: str
+    recipe: Recipe = {}
+
+
+class Figure(Frozen):
+    """A measured value, its 95% interval, and the command that measures it."""
+
+    value: float
+    interval: tuple[float, float] | None = None
+    command: str = ""
+
+
+class Card(Frozen):
+    """All that is known of some weights."""
+
+    name: str
+    files: tuple[Weights, ...]
+    sources: tuple[Source, ...] = ()
+    figures: dict[str, Figure] = {}
+    limits: tuple[str, ...] = ()
+
+    def file(self, role: str) -> Weights:
+        """The weights of a role. Raises CardError."""
+        for one in self.files:
+            if one.role == role:
+                return one
+        raise CardError(f"The card of {self.name} names no weights of the role {role!r}; "
+                        f"write it again with `glide pack`.")
+
+
+# -- reading -----------------------------------------------------------------------------------
+
+def read_card(path: str | Path) -> Card:
+    """A `card.json`, local or s3://. Raises MissingError, CardError."""
+    try:
+        return Card.model_validate_json(read(path))
+    except ValidationError as error:
+        raise CardError(f"{path} is not a model card that this version reads ({finding(error)}); "
+                        f"write it again with `glide pack`.") from None
+
+
+def card_of(path: str | Path) -> Card:
+    """The card of one local weights file, from the file alone. Raises WeightsError."""
+    metadata = load_metadata(path)
+    weights = describe(path, recipe_in(metadata, path))
+    return Card(name=weights.model, files=(weights,), sources=sources_in(metadata, path))
+
+
+def describe(path: str | Path, recipe: Recipe) -> Weights:
+    """The entry of a local weights file in a card. Raises WeightsError."""
+    (config, state), path = load_weights(path), Path(path)
+    parameters = sum(tensor.numel() for tensor in state.values())
+    return Weights(name=path.name, role=config.role, model=config.name, pixels=config.image_size,
+                   parameters=parameters, bytes=path.stat().st_size, sha256=fingerprint(path),
+                   recipe=recipe)
+
+
+def sources_in(metadata: Mapping[str, str], path: str | Path) -> tuple[Source, ...]:
+    """The sources in the metadata of the weights file at `path`, if any. Raises WeightsError."""
+    return _parse(tuple[Source, ...], metadata.get("sources", "[]"), "sources", path)
+
+
+def recipe_in(metadata: Mapping[str, str], path: str | Path) -> Recipe:
+    """The recipe in the metadata of the weights file at `path`, if any. Raises WeightsError."""
+    return _parse(Recipe, metadata.get("recipe", "{}"), "recipe", path)
+
+
+def _parse(kind: Any, text: str, what: str, path: str | Path) -> Any:
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        raise WeightsError(f"The {what} in {path} cannot be read ({finding(error)}); export the "
+                           f"weights again.") from None
+
+
+def finding(error: ValidationError) -> str:
+    """The first finding of a validation: its place and what is wrong there."""
+    found = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in found["loc"])
+    return f"{place}: {found['msg']}" if place else found["msg"]
+
+
+# -- sources -----------------------------------------------------------------------------------
+
+def union(*several: Iterable[Source]) -> tuple[Source, ...]:
+    """Every source once, with the largest number of pictures that a list has, sorted by style."""
+    found: dict[Source, Source] = {}
+    for source in (source for sources in several for source in sources):
+        key = source.model_copy(update={"pictures": None})
+        if key not in found or (found[key].pictures or 0) < (source.pictures or 0):
+            found[key] = source
+    return tuple(sorted(found.values(), key=lambda source: (source.style.lower(), source.name)))
+
+
+def licences(sources: Iterable[Source]) -> list[str]:
+    """Every licence once, sorted."""
+    return sorted({source.licence for source in sources})
+
+
+def credits(sources: Iterable[Source]) -> list[dict[str, str]]:
+    """What attribution asks for, once for each package: name, author, licence, address."""
+    found = {source.name: {"package": source.name, "author": source.author,
+                           "licence": source.licence, "url": source.url} for source in sources}
+    return [{key: value for key, value in found[name].items() if value} for name in sorted(found)]
+
+
+def to_metadata(sources: Iterable[Source], recipe: Recipe) -> dict[str, str]:
+    """Both as the metadata of a weights file; an empty one is left out."""
+    listed = [source.model_dump(exclude_defaults=True) for source in sources]
+    given = {"sources": listed, "recipe": recipe}
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in given.items() if value}
+
+
+# -- the page ----------------------------------------------------------------------------------
+
+def render(card: Card) -> str:
+    """The card as Markdown."""
+    parts = [f"# {card.name}", _about(card), _files(card)]
+    if card.sources:
+        parts += ["## Data", _data(card)]
+    if any(one.recipe for one in card.files):
+        parts += ["## Training", _training(card)]
+    if card.figures:
+        parts += ["## Figures", _figures(card)]
+    if card.limits:
+        parts += ["## Limits", "\n".join(f"- {limit}" for limit in card.limits)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _about(card: Card) -> str:
+    kinds = {"base": "a base model that makes pictures of {0}x{0} pixels from words",
+             "upsampler": "an upsampler that enlarges pictures to {0}x{0} pixels",
+             "clip": "a CLIP for pictures of {0}x{0} pixels"}
+    said = " and ".join(kinds[one.role].format(one.pixels) for one in card.files)
+    return f"{said[0].upper()}{said[1:]}, in the manner of GLIDE (Nichol et al. 2021)."
+
+
+def _files(card: Card) -> str:
+    return _table(("file", "model", "parameters", "bytes", "SHA-256"), (
+        (f"`{one.name}`", one.model, f"{one.parameters / 1e6:,.2f}M", f"{one.bytes:,}",
+         f"`{one.sha256}`") for one in card.files))
+
+
+def _data(card: Card) -> str:
+    rows = [(one.style, _value(one.pictures), one.author, one.licence,
+             f"[{one.name}]({one.url})" if one.url else one.name) for one in card.sources]
+    return ("The weights were trained on these works. Name their authors and licences where you "
+            "pass the weights on.\n\n"
+            + _table(("style", "pictures", "author", "licence", "source"), rows))
+
+
+def _training(card: Card) -> str:
+    names = dict.fromkeys(name for one in card.files for name in one.recipe)
+    rows = ((name, *(_value(one.recipe.get(name)) for one in card.files)) for name in names)
+    return _table(("", *(one.model for one in card.files)), rows)
+
+
+def _figures(card: Card) -> str:
+    rows = ((name, f"{one.value:.4g}",
+             f"{one.interval[0]:.4g} to {one.interval[1]:.4g}" if one.interval else "",
+             f"`{one.command}`" if one.command else "") for name, one in card.figures.items())
+    return _table(("what", "value", "95% interval", "command"), rows)
+
+
+def _value(value: str | int | float | None) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    cells = ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

@@ -1,0 +1,126 @@
+"""Where the weights that ship with the package are, compared with their card before use.
+
+Their name, `emoji`, may stand wherever weights are given by path; the role tells which file of the
+pair is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import storage
+from ..config import SHIPPED, UserError, nearest
+from ..models.weights import WeightsError, load_config
+from .card import Card, CardError, Weights, read_card
+
+FOLDER = Path(__file__).resolve().parent
+CARD, PAGE = "card.json", "MODEL_CARD.md"
+REMEDY = ("reinstall glide_ray (in a checkout: `git checkout -- glide_ray/pretrained`), or give "
+          "weights of your own with --base and --upsampler")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The local files of a base model and of its upsampler."""
+
+    base: Path
+    upsampler: Path
+
+
+def find(name: str = SHIPPED) -> Pair:
+    """The shipped weights of that name; each file's SHA-256 is checked once in a process.
+
+    Raises WeightsError for another name, and where a file is missing or altered.
+    """
+    if name != SHIPPED:
+        raise WeightsError(f"No weights called {name!r} ship with glide_ray; "
+                           f"{nearest(name, [SHIPPED])}")
+    card = shipped_card()
+    return Pair(_checked(card.file("base")), _checked(card.file("upsampler")))
+
+
+def shipped_card() -> Card:
+    """The card of the shipped weights. Raises WeightsError where it is missing or broken."""
+    path = FOLDER / CARD
+    try:
+        return read_card(path)
+    except storage.MissingError:
+        raise WeightsError(f"The card of the weights that ship with glide_ray, {path}, is not "
+                           f"there; {REMEDY}.") from None
+    except CardError:
+        raise WeightsError(f"The card of the weights that ship with glide_ray, {path}, cannot be "
+                           f"read; {REMEDY}.") from None
+
+
+def locate(weights: str | Path, role: str) -> Path | str:
+    """The path of weights that are given by name; a path is returned as it is.
+
+    `role`: "base" or "upsampler". Raises WeightsError for an unknown name, with the nearest one.
+    """
+    if str(weights) == SHIPPED:
+        return getattr(find(), role)
+    path = Path(weights)
+    if path.name == str(weights) and not path.suffix and not path.exists():
+        raise WeightsError(f"There is no weights file {weights}, and no weights of that name ship "
+                           f"with glide_ray; {nearest(str(weights), [SHIPPED])}")
+    return weights
+
+
+def fetch(weights: str | Path, role: str) -> Path:
+    """A local file of weights that are given by name or by a path, local or s3://.
+
+    Raises WeightsError, StorageError.
+    """
+    return storage.fetch(locate(weights, role))
+
+
+def absolute(weights: str | Path) -> str:
+    """The same weights for another node or folder: their name, or an absolute path."""
+    return SHIPPED if str(weights) == SHIPPED else storage.absolute(weights)
+
+
+def name_of(path: str | Path) -> str:
+    """The name of the shipped weights for a file of theirs, the path itself for any other."""
+    return SHIPPED if Path(path).parent == FOLDER else str(path)
+
+
+def with_sha256(sha256: str) -> Path | None:
+    """The shipped file that has this SHA-256, if there is one."""
+    try:
+        found = [one for one in shipped_card().files if one.sha256 == sha256]
+        return _checked(found[0]) if found else None
+    except UserError:
+        return None
+
+
+def upsampler_for(base: str | Path, say: Callable[[str], None] = lambda line: None) -> str | None:
+    """The upsampler of a base model that is given without one: the shipped one if it enlarges
+    pictures of that size, else none. `say` is told the choice for a base model that is not the
+    shipped one. Raises WeightsError.
+    """
+    if str(base) == SHIPPED:
+        return SHIPPED
+    path = locate(base, "base")
+    own = load_config(storage.fetch(path) if storage.is_remote(path) else path)
+    if own.role != "base":        # refused where it is loaded
+        return None
+    shipped = load_config(find().upsampler)
+    if own.image_size != shipped.low_res_size:
+        say(f"pictures keep the {own.image_size} pixels of {own.name}: no upsampler was given, and "
+            f"the one that ships with glide_ray enlarges {shipped.low_res_size}")
+        return None
+    say(f"no upsampler was given: pictures are enlarged by {shipped.name}, which ships with "
+        f"glide_ray")
+    return SHIPPED
+
+
+def _checked(weights: Weights) -> Path:
+    path = FOLDER / weights.name
+    if not path.is_file():
+        raise WeightsError(f"{path}, which ships with glide_ray, is not there; {REMEDY}.")
+    if (sha256 := storage.fingerprint(path)) != weights.sha256:
+        raise WeightsError(f"{path}, which ships with glide_ray, has been altered: its SHA-256 "
+                           f"begins {sha256[:16]}, and the card's {weights.sha256[:16]}; {REMEDY}.")
+    return path
