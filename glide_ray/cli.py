@@ -112,6 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("preset", help=names)
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated")
     command.add_argument("--out", help="folder of the run, which all nodes see, or s3:// prefix (default: runs/PRESET)")
+    command.add_argument("--no-ray", action="store_true",
+                         help="train in this one process, without Ray and DeepSpeed, with the corpus in memory")
+    command.add_argument("--minutes", type=float, help="with --no-ray: stop after so many, with the weights so far")
 
     command = add("export", commands.export, "weights from a checkpoint, tensor by tensor: without a GPU, in the memory of the largest",
                   "examples:\n  glide export runs/filtered-base --ema-rate 0.999 --out weights.safetensors\n"

@@ -83,8 +83,16 @@ def apply_filter(options) -> None:
 
 def train(options) -> None:
     preset = _preset(options)
-    from .distributed.train import train as run
     out = options.out or Path("runs") / preset.model.name
+    if options.no_ray:
+        from .train.alone import train_alone
+        done = train_alone(preset, out, options.minutes)
+        print(f"step {done.step:,}" + ("" if done.finished else f" of {preset.train.steps:,}; the same command goes on from here")
+              + f": {done.images_per_s:,.1f} images/s; EMA weights in {done.weights}")
+        return
+    if options.minutes is not None:
+        raise UserError("--minutes goes with --no-ray; leave it out, or set steps.")
+    from .distributed.train import train as run
     result = run(preset, out)
     if result.rows:
         print(f"rows streamed: {result.rows}")

@@ -8,11 +8,16 @@ file carries with it), as `ClipConfig` makes a `ClipModelConfig`; with `DataConf
 from __future__ import annotations
 
 import difflib
+import math
+import operator
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
 
+
+COSINE_BETA_MAX = 0.999   # Nichol & Dhariwal (2021), sec. 3.2
 SHIPPED = "emoji"          # the name of the weights that ship with the package (`pretrained/`)
 
 
@@ -55,6 +60,8 @@ class UNetConfig(Frozen):
     """The ADM UNet with text (Dhariwal & Nichol 2021; GLIDE sec. 4.1).
 
     `low_res_size` makes it an upsampler (3 more input channels), `inpaint` an inpainting model (4 more: sec. 4.3).
+    `patch` folds squares of so many pixels a side into channels at both ends of the network, as Hoogeboom et al.
+    (2023, simple diffusion) do: `attention_sizes` are those of the feature maps behind it.
     """
 
     image_size: int = Field(gt=0)
@@ -68,22 +75,33 @@ class UNetConfig(Frozen):
     dropout: float = Field(0.0, ge=0, lt=1)
     low_res_size: int | None = Field(None, gt=0)
     inpaint: bool = False
+    patch: int = Field(1, gt=0)                        # pixels a side
+    prediction: Literal["eps", "v"] = "eps"            # of the last layer; "v" is Salimans & Ho's (2022), given out as eps
 
     @property
     def in_channels(self) -> int:
+        """Channels of an image and what is laid beside it, before squares are folded."""
         return 3 + (3 if self.low_res_size else 0) + (4 if self.inpaint else 0)
+
+    @property
+    def grain(self) -> int:
+        """Pixels that an image's side must be a multiple of."""
+        return self.patch * 2 ** (len(self.multipliers) - 1)
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> UNetConfig:
         halvings = len(self.multipliers) - 1
-        if self.image_size % 2**halvings:
-            raise ValueError(f"image_size {self.image_size} cannot be halved {halvings} times")
+        if self.image_size % self.grain:
+            folded = f" into squares of {self.patch} pixels and" if self.patch > 1 else ""
+            raise ValueError(f"image_size {self.image_size} cannot be divided{folded} halved {halvings} times" if folded
+                             else f"image_size {self.image_size} cannot be halved {halvings} times")
         if self.channels % self.groups:
             raise ValueError(f"channels {self.channels} are not divisible by groups {self.groups}")
         for level, multiplier in enumerate(self.multipliers):
             width = self.channels * multiplier
-            if self.image_size >> level in self.attention_sizes and width % self.head_channels:
-                raise ValueError(f"{width} channels at {self.image_size >> level} pixels are not divisible by "
+            size = self.image_size // self.patch >> level
+            if size in self.attention_sizes and width % self.head_channels:
+                raise ValueError(f"{width} channels at {size} pixels are not divisible by "
                                  f"head_channels {self.head_channels}")
         if self.channels * self.multipliers[-1] % self.head_channels:
             raise ValueError(f"the middle block's {self.channels * self.multipliers[-1]} channels are not divisible by "
@@ -126,6 +144,18 @@ class DiffusionConfig(Frozen):
 
     schedule: Literal["cosine", "linear"] = "cosine"
     steps: int = Field(1000, gt=1)
+
+    def alpha_bar(self) -> list[float]:
+        """Signal power at each timestep, the least noisy first: `cosine` by Nichol & Dhariwal (2021, eq. 17), `linear`
+        by Ho et al. (2020), rescaled to any number of steps."""
+        if self.schedule == "cosine":
+            def power(t: float) -> float:           # t in [0, 1]
+                return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+            kept = [max(power((n + 1) / self.steps) / power(n / self.steps), 1 - COSINE_BETA_MAX) for n in range(self.steps)]
+        else:
+            first, last = 1000 / self.steps * 1e-4, 1000 / self.steps * 0.02
+            kept = [1 - (first + (last - first) * n / (self.steps - 1)) for n in range(self.steps)]
+        return list(accumulate(kept, operator.mul))
 
 
 class SamplingConfig(Frozen):
@@ -225,7 +255,7 @@ SAMPLE_PROMPTS = ("a red apple, 3D render", "a green heart, 3D render", "a grinn
 
 
 class DataConfig(Frozen):
-    """What a run reads. `corpus` is a folder or `s3://` prefix of tar shards or Parquet files."""
+    """What a run reads. `corpus` is a folder or `s3://` prefix of tar shards or Parquet files, or several: `corpus/{train,scenes}`."""
 
     corpus: str = "runs/corpus/train"
     held_out: str = "runs/corpus/held_out"
@@ -233,8 +263,11 @@ class DataConfig(Frozen):
     min_size: int = Field(64, gt=0)                    # images smaller than this on a side are dropped, and counted
     crop: int | None = Field(None, gt=0)               # upsamplers: train on random squares of this many pixels, not the whole
     empty_caption_rate: float = Field(0.0, ge=0, le=1)  # 0.2 when fine-tuning for classifier-free guidance (sec. 4.2)
+    generate_rate: float = Field(0.0, ge=0, le=1)      # inpainting models: images of which nothing is known, beside random erasures
     low_res_blur_rate: float = Field(0.0, ge=0, le=1)  # upsamplers: blur the low-res half of so many pairs; 0.5 in Ho et al. 2021
     shuffle_buffer: int = Field(2048, ge=0)            # rows among which each reading task shuffles
+    shares: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}    # of its rows that an epoch reads, by the name of a folder; 1 of others
+    cache_gib: float = Field(0.0, ge=0)                # of a worker's memory in which decoded pictures are kept for later epochs
 
 
 # The first words of Unicode's names of letters, for the scripts that captions on the web are written in.
@@ -285,6 +318,8 @@ class TrainConfig(Frozen):
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
+    constant_steps: int | None = Field(None, gt=0)     # after them the learning rate falls as 1 / sqrt(step) (EDM2); None: never
+    min_snr: float | None = Field(None, gt=0)          # weight eps' error by min(SNR, this) / SNR (Hang et al. 2023: 5); None: evenly
     clip_norm: float = Field(0.0, ge=0)                # 0 leaves gradients alone
     ema_rates: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field((0.9999,), min_length=1)    # the first becomes the weights file
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -346,7 +381,7 @@ class Preset(Frozen):
         if crop is not None:
             if model.role != "upsampler":
                 raise ValueError(f"data.crop {crop} is for upsamplers only")
-            grain = 2 ** (len(model.unet.multipliers) - 1)
+            grain = model.unet.grain
             if crop > model.image_size or crop % grain or crop % (model.image_size // model.low_res_size):
                 raise ValueError(f"data.crop {crop} must be a multiple of {grain}, at most image_size, and of an upsampler")
         return self

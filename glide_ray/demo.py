@@ -20,12 +20,12 @@ from tqdm import tqdm
 from . import presets, storage
 from .config import SAMPLE_PROMPTS as PROMPTS
 from .config import Preset, UserError
-from .data.emoji import is_held_out
+from .data.splits import is_held_out
 from .data.images import centre_crop, decode, encode
 from .data.shards import read_shard
 from .distributed.corpus import prepare
 from .distributed.local import connect, disconnect
-from .distributed.journal import read_metrics
+from .train.run_folder import read_metrics
 from .distributed.train import TrainingResult, train
 from .evaluation.report import contact_sheet, loss_curves, show_hole
 from .serve_config import ServeConfig

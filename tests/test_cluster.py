@@ -19,7 +19,7 @@ from conftest import ROOT, TINY_BASE, serving_weights
 from glide_ray import storage
 from glide_ray.cascade import Cascade
 from glide_ray.config import SampleOptions
-from glide_ray.distributed.journal import last_step, read_metrics
+from glide_ray.train.run_folder import last_step, read_metrics
 from serve.load import free_port
 
 STEPS, PROMPTS = 60, 120
@@ -49,7 +49,7 @@ def test_corpus_to_pictures_by_jobs_submitted_twice_while_s3_errs_and_raylets_ar
     head, (first, second) = ray
     s3_faults.at_random(0.05)
     root = f"{s3}/whole"
-    prepare = ["jobs/prepare.py", "--out", f"{root}/corpus"]
+    prepare = ["jobs/prepare.py", "--out", f"{root}/corpus", "--styles", "3D render,flat icon"]
     head.submit(*prepare)
     clean = ["jobs/filter.py", f"{root}/corpus/held_out", "--out", f"{root}/clean"]       # the smaller half, to be quick
     kept = head.submit(*clean)

@@ -16,7 +16,7 @@ from glide_ray.data import images, masks
 from glide_ray.data.captions import choose, emoji_captions
 from glide_ray.data.filters import Candidate, Report, first_broken, header_rules
 from glide_ray.data.shards import Sample, ShardError, captions_of, read_index, read_shard, write_shards
-from glide_ray.data.sources import columns
+from glide_ray.data.sources import columns, find_parts, folder_name, in_share
 from glide_ray.data.transforms import Collate, held_out_batches
 from glide_ray.tokenizer import Tokenizer
 
@@ -254,3 +254,39 @@ def test_rows_can_be_joined_picked_and_moved():
     assert rows[torch.tensor([2])].mask.sum() == 0 and rows.floats_to(torch.bfloat16).low_res.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="with and without"):
         Conditioning.join([rows, Conditioning(tokens, mask)])
+
+
+def test_corpora_side_by_side_are_named_in_braces(tmp_path):
+    for name in ("train", "scenes", "left"):
+        write_shards(tmp_path / name, drawn_samples(4), per_shard=2)
+    parts = find_parts(f"{tmp_path}/{{train,scenes}}")
+    assert [folder_name(part) for part in parts] == ["train", "train", "scenes", "scenes"]
+    assert find_parts(f"{tmp_path}/{{train,scenes}}/{{000000..000001}}.tar")[3].url == f"{tmp_path}/scenes/000001.tar"
+    with pytest.raises(ShardError, match="other is empty"):
+        find_parts(f"{tmp_path}/{{train,other}}")
+
+
+def test_an_epochs_share_of_rows_is_drawn_by_key_epoch_and_seed_alone():
+    drawn = [in_share(f"key-{n}", 3, 0, 0.25) for n in range(4000)]
+    assert np.mean(drawn) == pytest.approx(0.25, abs=0.03)
+    assert drawn == [in_share(f"key-{n}", 3, 0, 0.25) for n in range(4000)]
+    assert drawn != [in_share(f"key-{n}", 4, 0, 0.25) for n in range(4000)]
+
+
+def test_decoded_pictures_are_kept_as_far_as_the_cache_has_room():
+    samples = list(drawn_samples(8))
+    rows = columns(enumerate(samples))
+    kept = Collate(tiny().model, DataConfig(cache_gib=5 * 16 * 16 * 3 / 2**30))
+    first = kept(rows, epoch=0)
+    broken = {**rows, "image": [b"no image"] * 8}          # what is kept is not decoded again
+    again = kept(broken, epoch=0)
+    assert kept.broken == 3 and torch.equal(again.image[:5], first.image[:5])
+
+
+def test_an_inpainting_models_pictures_are_wholly_erased_at_the_rate_asked_for():
+    model, samples = tiny("base", "model.unet.inpaint=true").model, list(drawn_samples(64))
+    erased = Collate(model, DataConfig(generate_rate=0.75))(columns(enumerate(samples)), epoch=0).conditioning.known_mask
+    held_out = Collate(model, DataConfig(generate_rate=1.0))(columns(enumerate(samples)), epoch=0, augment=False)
+    share = (erased.flatten(1).sum(1) == 0).double().mean().item()
+    assert share == pytest.approx(0.75 + 0.25 * 0.1, abs=0.12)
+    assert held_out.conditioning.known_mask.flatten(1).any(1).double().mean() > 0.7

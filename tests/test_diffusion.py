@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from glide_ray.diffusion.guidance import classifier_free
-from glide_ray.diffusion.loss import discretised_log_likelihood, gaussian_kl, hybrid_loss
+from glide_ray.diffusion.loss import discretised_log_likelihood, gaussian_kl, hybrid_loss, min_snr_weight
 from glide_ray.diffusion.process import eps_from_x0, posterior_mean, q_sample, x0_from_eps
 from glide_ray.diffusion.samplers import SAMPLERS, History, Known, renoise_known
 from glide_ray.diffusion.schedule import ScheduleError, join, kept_timesteps, make_schedule, respace
@@ -191,3 +191,19 @@ def test_any_possible_number_of_steps_is_kept():
     for count in (1, 2, 3, 27, 999, 1000):
         kept = kept_timesteps(1000, count)
         assert len(kept) == len(set(kept)) == count and kept == sorted(kept)
+
+
+def test_min_snr_gives_x0_an_error_weight_of_at_most_what_is_asked_for():
+    schedule, i = make_schedule("cosine"), torch.arange(1000)
+    snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
+    of_x0 = min_snr_weight(schedule, i, 5.0).double() * snr           # eps' error is SNR times that of x_0
+    assert torch.allclose(of_x0, snr.clamp(max=5), rtol=1e-5)
+
+
+def test_the_weight_moves_the_loss_and_neither_the_mse_nor_the_bound():
+    schedule, i = make_schedule("cosine"), torch.tensor([10, 900])
+    x0, noise, eps = (torch.randn(2, 3, 4, 4) for _ in range(3))
+    output, x_t = ModelOutput(eps, torch.zeros_like(eps)), q_sample(schedule, x0, i, noise)
+    even, weighted = (hybrid_loss(schedule, output, x0, x_t, i, noise, most) for most in (None, 5.0))
+    assert torch.equal(even.mse, weighted.mse) and torch.equal(even.vb, weighted.vb)
+    assert torch.allclose(weighted.total - weighted.vb, even.mse * min_snr_weight(schedule, i, 5.0))

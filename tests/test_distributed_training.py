@@ -16,9 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from conftest import TINY_BASE, drawn_samples, tiny, tiny_clip
 from glide_ray.config import UserError
 from glide_ray.data.sources import columns
-from glide_ray.distributed.journal import read_metrics
+from glide_ray.train.run_folder import read_metrics
 from glide_ray.distributed.train import train
-from glide_ray.distributed.worker import _collated, _contrast
+from glide_ray.data.transforms import Collate, collated
+from glide_ray.distributed.worker import _contrast
 from glide_ray.models.weights import load_model
 from glide_ray.train.checkpoint import Checkpoints
 from glide_ray.train.share import Share
@@ -73,11 +74,11 @@ def test_every_rank_gets_as_many_batches_whichever_pictures_cannot_be_decoded(dr
     good, broken = columns(enumerate(drawn_samples(2))), columns((n, replace(sample, image=b"?")) for n, sample in enumerate(drawn_samples(3)))
     settings = preset(drawn_corpus)
     for given in ([broken, broken, good, broken], [good, broken], [broken, good]):
-        batches = list(_collated(iter(given), settings, 0))
+        batches = list(collated(iter(given), Collate(settings.model, settings.data), settings, 0))
         assert [len(batch.image) for batch in batches] == [len(rows["id"]) for rows in given]
         assert {tuple(batch.rows.unique().tolist()) for batch in batches} == {(0, 1)}
     with pytest.raises(UserError, match="No picture of the last 2 batches of the corpus .* can be decoded; leave those that are broken out with `glide clean`"):
-        list(_collated(iter([broken, broken]), settings, 0))
+        list(collated(iter([broken, broken]), Collate(settings.model, settings.data), settings, 0))
 
 
 def test_weights_to_be_fine_tuned_are_asked_for_where_there_is_no_checkpoint_yet(drawn_corpus, tmp_path, monkeypatch):

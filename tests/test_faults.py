@@ -21,7 +21,7 @@ from conftest import tiny
 from glide_ray import storage
 from glide_ray.cli import main
 from glide_ray.config import UserError
-from glide_ray.distributed.journal import read_metrics
+from glide_ray.train.run_folder import read_metrics
 from glide_ray.distributed.train import train
 from glide_ray.models.weights import load_weights
 from glide_ray.train.checkpoint import CheckpointError, Checkpoints, fetch, verify

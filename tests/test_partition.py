@@ -75,7 +75,8 @@ def rank_of_two(rank, port, folder, stage, start, more):
 
     import deepspeed
 
-    from glide_ray.train.loop import Outlets, Trainer, quiet, train_loop
+    from glide_ray.train.loop import Trainer, quiet
+    from glide_ray.train.steps import Outlets, train_loop
     quiet()
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     trainer = Trainer(preset("workers=2", f"zero_stage={stage}", *more))

@@ -21,7 +21,8 @@ from glide_ray.models.weights import WeightsError, load_model, load_weights, wit
 from glide_ray.train import loop, partition
 from glide_ray.train.checkpoint import CheckpointError, Progress
 from glide_ray.train.ema import Ema
-from glide_ray.train.loop import Outlets, Trainer, TrainingError, train_loop
+from glide_ray.train.loop import Trainer, TrainingError
+from glide_ray.train.steps import Outlets, train_loop
 from glide_ray.train.objectives import denoising, draw, held_out_sums
 from glide_ray.train.share import Share
 from glide_ray.train.zero import deepspeed_config, learning_rate, resolve_precision
@@ -162,7 +163,7 @@ def test_images_per_second_are_of_the_steps_and_not_of_what_is_done_between_them
         return do
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
     fake = SimpleNamespace(preset=preset("log_every=3", "evaluate_every=2", "checkpoint_every=2"), progress=Progress(), world=1, save=None, start=takes(5),
-                           held_out=takes(100, {}), step=takes(1, {}), scale=dict, _summed=lambda values: values)
+                           held_out=takes(100, {}), step=takes(1, {}), scale=dict, summed=lambda values: values)
     monkeypatch.setattr(loop, "quartile_means", lambda figures: {})
     fake.step = takes(1, {"loss": torch.ones(())})
     train_loop(fake, epochs, [], Outlets(figures.append, takes(1000)))
@@ -243,6 +244,11 @@ def test_the_deepspeed_config_says_what_the_train_config_does():
 def test_the_learning_rate_warms_up_linearly():
     train = preset("learning_rate=1").train
     assert [round(learning_rate(train, step), 3) for step in (1, 2, 3, 50)] == [0.333, 0.667, 1, 1]
+
+
+def test_after_its_constant_steps_the_learning_rate_falls_with_the_root_of_the_step():
+    train = preset("learning_rate=1", "constant_steps=100").train
+    assert [round(learning_rate(train, step), 3) for step in (50, 100, 400, 10_000)] == [1, 1, 0.5, 0.1]
 
 
 @pytest.mark.slow

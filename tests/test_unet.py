@@ -8,9 +8,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import random_model, tiny
+from glide_ray.config import DiffusionConfig
+from glide_ray.diffusion.process import q_sample
+from glide_ray.diffusion.schedule import make_schedule
 from glide_ray.forms import Conditioning
 from glide_ray.info import inspect
+from glide_ray.models.layers import attend
 from glide_ray.models.unet import GlideUNet
+from glide_ray.models.weights import with_known_channels
 from glide_ray.tokenizer import Tokenizer
 
 
@@ -121,3 +126,53 @@ def test_information_counts_parameters_and_operations_as_they_are():
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(x, timestep, conditioning)
     assert info.flops + info.text_flops == counter.get_total_flops()
+
+
+def test_squares_of_pixels_that_are_folded_come_out_where_they_were():
+    config = tiny("base", "model.unet.patch=2", "model.unet.attention_sizes=4").model.unet
+    model = random_model(config)
+    seen = {}
+    model.stem.register_forward_hook(lambda module, given, out: seen.update(stem=given[0]))
+    model.out.register_forward_hook(lambda module, given, out: seen.update(out=out))
+    x = torch.randn(2, 3, 16, 16)
+    conditioning = Conditioning(torch.zeros(2, 128, dtype=torch.int64), torch.zeros(2, 128, dtype=torch.bool))
+    output = model(x, torch.tensor([3, 900]), conditioning)
+    # Channel c of pixel (2i + r, 2j + s) is channel 4c + 2r + s of square (i, j), at both ends.
+    assert torch.equal(seen["stem"][:, 4 * 1 + 2 * 0 + 1, 3, 5], x[:, 1, 6, 11])
+    assert output.eps.shape == x.shape
+    assert torch.equal(output.eps[:, 2, 9, 4], seen["out"][:, 4 * 2 + 2 * 1 + 0, 4, 2])
+    assert torch.equal(output.variance[:, 0, 2, 3], seen["out"][:, 4 * 3 + 2 * 0 + 1, 1, 1])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_network_that_predicts_v_gives_the_eps_that_x_t_was_made_with(schedule):
+    diffusion = DiffusionConfig(schedule=schedule)
+    model = GlideUNet(tiny("base", "model.unet.prediction=v").model.unet, diffusion).eval()
+    x0, eps, i = torch.rand(3, 3, 16, 16) * 2 - 1, torch.randn(3, 3, 16, 16), torch.tensor([0, 400, 999])
+    tables = make_schedule(schedule)
+    signal = tables.at("alpha_bar", i).sqrt()
+    v = signal * eps - (1 - signal ** 2).sqrt() * x0
+    model.out.register_forward_hook(lambda module, given, out: torch.cat([v, torch.zeros_like(v)], dim=1).float())
+    conditioning = Conditioning(torch.zeros(3, 128, dtype=torch.int64), torch.zeros(3, 128, dtype=torch.bool))
+    output = model(q_sample(tables, x0, i, eps), i, conditioning)
+    assert torch.allclose(output.eps, eps, atol=1e-5)
+
+
+def test_attention_written_out_agrees_with_pytorchs_in_16_bits():
+    query, key, value = (torch.randn(2, 3, 20, 16).bfloat16().requires_grad_() for _ in range(3))
+    exact = torch.nn.functional.scaled_dot_product_attention(query.float(), key.float(), value.float())
+    assert torch.allclose(attend(query, key, value).float(), exact, atol=0.02)
+    assert torch.equal(attend(*(tensor.detach() for tensor in (query, key, value))),
+                       torch.nn.functional.scaled_dot_product_attention(query, key, value))
+
+
+def test_known_channels_are_added_where_squares_are_folded():
+    plain = tiny("base", "model.unet.patch=2", "model.unet.attention_sizes=4").model.unet
+    inpaint = plain.model_copy(update={"inpaint": True})
+    before, after = random_model(plain), GlideUNet(inpaint).eval().requires_grad_(False)
+    after.load_state_dict(with_known_channels(before.state_dict(), inpaint))
+    x, known = torch.randn(1, 3, 16, 16), torch.randn(1, 3, 16, 16)
+    tokens, mask = torch.zeros(1, 128, dtype=torch.int64), torch.zeros(1, 128, dtype=torch.bool)
+    expected = before(x, torch.tensor([500]), Conditioning(tokens, mask)).eps
+    given = Conditioning(tokens, mask, known=known, known_mask=torch.ones(1, 1, 16, 16))
+    assert torch.allclose(after(x, torch.tensor([500]), given).eps, expected, atol=1e-5)

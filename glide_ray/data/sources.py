@@ -25,6 +25,7 @@ FILES_PER_PART = 256
 ROWS_AT_ONCE = 64
 IMAGE_ENDINGS = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES)))
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+SEVERAL = re.compile(r"\{([^{},]+(?:,[^{},]+)+)\}")        # corpora side by side: corpus/{train,scenes}
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ def find_parts(path: str | Path) -> list[Part]:
     A range is not looked up, and a folder with our index is not listed: its index says what is there. Anything else is listed once.
     """
     path = str(path)
+    if SEVERAL.search(path):
+        return [part for one in each_path(path) for part in find_parts(one)]
     if span := RANGE.search(path):
         first, last = span.groups()
         if int(last) < int(first):
@@ -63,10 +66,28 @@ def find_parts(path: str | Path) -> list[Part]:
             for start in range(0, len(images), FILES_PER_PART)]
 
 
+def each_path(path: str) -> list[str]:
+    """The paths that one with a list in braces stands for; of any other, itself."""
+    if not (names := SEVERAL.search(path)):
+        return [path]
+    return [one for name in names.group(1).split(",") for one in each_path(path[:names.start()] + name + path[names.end():])]
+
+
+def folder_name(part: Part) -> str:
+    """The name of the folder in which a part lies, by which `data.shares` knows it."""
+    return PurePosixPath(part.url).parent.name
+
+
+def in_share(key: str, epoch: int, seed: int, share: float) -> bool:
+    """Whether an epoch reads the row of this key, where it reads a share of all: always the same for the same arguments."""
+    digest = hashlib.sha256(f"share/{seed}/{epoch}/{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+
 def state(path: str | Path, parts: Sequence[Part]) -> str:
     """What tells a corpus from what it was before some of its files were written anew: a SHA-256. Images that Parquet only names do not count."""
     read = (*IMAGE_ENDINGS, ".txt", ".json") if any(part.files for part in parts) else SHARD_SUFFIXES
-    roots = [part.url for part in parts] if RANGE.search(str(path)) else [path]
+    roots = [part.url for part in parts] if RANGE.search(str(path)) else each_path(str(path))
     return hashlib.sha256(json.dumps([list(storage.list_states(root, read)) for root in roots]).encode()).hexdigest()
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from ..config import AnyModelConfig, DataConfig, UserError
+from ..config import AnyModelConfig, DataConfig, Preset, UserError
 from ..forms import Batch, Conditioning
 from ..tokenizer import Tokenizer
 from .captions import choose
@@ -34,6 +36,8 @@ class Collate:
     def __init__(self, model: AnyModelConfig, data: DataConfig, seed: int = 0):
         self.model, self.data, self.seed = model, data, seed
         self.broken = 0
+        self._decoded: dict[int, np.ndarray] = {}        # by row number, as long as `data.cache_gib` has room
+        self._room = int(data.cache_gib * 2**30)
         self._tokenizer = Tokenizer(model.context)
 
     def __call__(self, rows: Mapping[str, Sequence], epoch: int, augment: bool = True) -> Batch | None:
@@ -41,7 +45,7 @@ class Collate:
         pictures, captions, keys, numbers = [], [], [], []
         for number, key, image, texts in zip(rows["id"], rows["key"], rows["image"], rows["captions"], strict=True):
             try:
-                pictures.append(centre_crop(decode(bytes(image)), self.model.image_size))
+                pictures.append(self._picture(int(number), image))
             except ImageError:
                 self.broken += 1
                 continue
@@ -59,10 +63,20 @@ class Collate:
         known_mask = None
         if self.model.inpaint:
             size = image.shape[-1]
-            known_mask = torch.from_numpy(np.stack([random_known(size, self._draws("mask", keys[n], epoch)) for n in order]))[:, None].float()
+            known_mask = torch.from_numpy(np.stack([self._known(size, keys[n], epoch, augment) for n in order]))[:, None].float()
         conditioning = Conditioning(tokens, mask, low_res, None if known_mask is None else image, known_mask)
         own = [numbers[n] if augment or place == n else -1 for place, n in enumerate(order)]       # a held-out image counts once
         return Batch(image, conditioning, torch.tensor(own, dtype=torch.int64))
+
+    def _picture(self, number: int, image) -> np.ndarray:
+        """uint8 (H, W, 3) at the model's size. Raises ImageError."""
+        if number in self._decoded:
+            return self._decoded[number]
+        picture = centre_crop(decode(bytes(image)), self.model.image_size)
+        if picture.nbytes <= self._room:
+            self._decoded[number] = picture
+            self._room -= picture.nbytes
+        return picture
 
     def _pair(self, picture: np.ndarray, key: str, epoch: int, augment: bool) -> tuple[np.ndarray, np.ndarray | None]:
         """A picture and its low-res half, both cut to the crop when training on crops."""
@@ -79,6 +93,12 @@ class Collate:
         top, left = draws.integers(self.model.low_res_size - self.data.crop // factor + 1, size=2)
         return _cut(picture, top * factor, left * factor, self.data.crop), _cut(small, top, left, self.data.crop // factor)
 
+    def _known(self, size: int, key: str, epoch: int, augment: bool) -> np.ndarray:
+        """What an inpainting model is shown of a picture, (size, size) bool."""
+        draws = self._draws("mask", key, epoch)
+        known = random_known(size, draws)
+        return known & ~(augment and draws.random() < self.data.generate_rate)
+
     def _draws(self, purpose: str, key: str, epoch: int) -> np.random.Generator:
         digest = hashlib.sha256(f"{purpose}/{self.seed}/{epoch}/{key}".encode()).digest()
         return np.random.default_rng(int.from_bytes(digest[:16], "big"))
@@ -86,6 +106,41 @@ class Collate:
 
 def _cut(pixels: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
     return pixels[top:top + size, left:left + size]
+
+
+def collated(micro_batches: Iterator[dict[str, list]], collate: Collate, preset: Preset, epoch: int) -> Iterator[Batch]:
+    """Rows to batches, equally many on every rank. Raises ShardError where none of an epoch's pictures can be decoded."""
+    last = None
+    owed: list[int] = []            # rows of the batches that have not been given yet
+    for rows in micro_batches:
+        last = collate(rows, epoch) or last
+        owed.append(len(rows["id"]))
+        # A rank that skipped a batch would wait for the others at the end of the epoch, and they for it in the all-reduce: a good one stands in
+        # for one without a usable picture, the last, or at the beginning the first that comes.
+        while last is not None and owed:
+            size = owed.pop(0)
+            yield last if size == len(last.image) else last[torch.arange(size) % len(last.image)]
+    if owed:
+        raise ShardError(f"No picture of the last {len(owed)} batches of the corpus {preset.data.corpus} can be decoded; "
+                         f"leave those that are broken out with `glide clean`.")
+
+
+def ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
+    """The same batches, decoded in a thread while the network computes."""
+    ready: queue.Queue = queue.Queue(depth)
+
+    def fill():
+        try:
+            for batch in batches:
+                ready.put(batch)
+            ready.put(None)
+        except BaseException as error:   # to be raised where the batches are used
+            ready.put(error)
+    threading.Thread(target=fill, name="glide-decode", daemon=True).start()
+    while (item := ready.get()) is not None:
+        if isinstance(item, BaseException):
+            raise item
+        yield item
 
 
 def held_out_batches(data: DataConfig, model: AnyModelConfig, batch: int, rank: int = 0, world: int = 1) -> list[Batch]:

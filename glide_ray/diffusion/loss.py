@@ -17,20 +17,30 @@ from .schedule import Schedule
 class HybridLoss:
     """Per sample, (B,) float32."""
 
-    total: Tensor   # mse + vb
+    total: Tensor   # weighted mse + vb
     mse: Tensor     # of eps
     vb: Tensor      # the variational bound's term at i, in bits per dimension, times S/1000
 
 
-def hybrid_loss(schedule: Schedule, output: ModelOutput, x0: Tensor, x_t: Tensor, i: Tensor, noise: Tensor) -> HybridLoss:
+def hybrid_loss(schedule: Schedule, output: ModelOutput, x0: Tensor, x_t: Tensor, i: Tensor, noise: Tensor,
+                min_snr: float | None = None) -> HybridLoss:
     """MSE of eps plus the bound's term, which teaches the variance only: eps enters it without gradient.
 
-    x0, x_t, noise (B, 3, H, W); i (B,). Computed in float32 whatever the network's precision.
+    x0, x_t, noise (B, 3, H, W); i (B,). `min_snr` weights the MSE (`min_snr_weight`). Computed in float32 whatever the
+    network's precision.
     """
     eps, variance = output.eps.float(), output.variance.float()
     mse = _mean(torch.square(noise - eps))
     vb = variational_term(schedule, ModelOutput(eps.detach(), variance), x0, x_t, i) * (len(schedule) / 1000)
-    return HybridLoss(mse + vb, mse, vb)
+    weighted = mse if min_snr is None else mse * min_snr_weight(schedule, i, min_snr)
+    return HybridLoss(weighted + vb, mse, vb)
+
+
+def min_snr_weight(schedule: Schedule, i: Tensor, most: float) -> Tensor:
+    """min(SNR, most) / SNR at the indices i, (B,) float32: the weight of eps' error that gives x_0's error at most
+    `most` (Hang et al. 2023, eq. 9). Steps of little noise, which have nearly all of the even loss' weight in x_0, count less."""
+    power = schedule.alpha_bar.to(i.device)[i]
+    return ((1 - power) / power * most).clamp(max=1).float()
 
 
 def variational_term(schedule: Schedule, output: ModelOutput, x0: Tensor, x_t: Tensor, i: Tensor) -> Tensor:

@@ -7,16 +7,13 @@ joined, so that samples with different numbers of steps do too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from ..config import UserError
-
-COSINE_BETA_MAX = 0.999   # Nichol & Dhariwal (2021), sec. 3.2
+from ..config import DiffusionConfig, UserError
 
 
 class ScheduleError(UserError):
@@ -57,18 +54,11 @@ class Schedule:
 
 
 def make_schedule(name: str, steps: int = 1000) -> Schedule:
-    """`cosine` (Nichol & Dhariwal 2021, eq. 17) or `linear` (Ho et al. 2020, rescaled to any number of steps)."""
-    if name == "cosine":
-        def alpha_bar(t):   # t in [0, 1]
-            return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-        betas = torch.tensor([min(1 - alpha_bar((t + 1) / steps) / alpha_bar(t / steps), COSINE_BETA_MAX)
-                              for t in range(steps)], dtype=torch.float64)
-    elif name == "linear":
-        scale = 1000 / steps
-        betas = torch.linspace(scale * 1e-4, scale * 0.02, steps, dtype=torch.float64)
-    else:
+    """The schedule of that name, `cosine` or `linear`, with all of its timesteps. Raises ScheduleError."""
+    if name not in ("cosine", "linear"):
         raise ScheduleError(f"There is no noise schedule {name!r}; choose cosine or linear.")
-    return _tables(steps, torch.arange(steps), torch.cumprod(1 - betas, dim=0))
+    powers = DiffusionConfig(schedule=name, steps=steps).alpha_bar()
+    return _tables(steps, torch.arange(steps), torch.tensor(powers, dtype=torch.float64))
 
 
 def respace(schedule: Schedule, spacing: str | int) -> Schedule:

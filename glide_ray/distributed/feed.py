@@ -11,7 +11,7 @@ them to the workers that train on them; the feeder moves references only.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow
@@ -39,8 +39,10 @@ class Epoch:
 class Feeder:
     """Hands out global batches of `batch` rows. Each epoch is begun by whichever worker comes first."""
 
-    def __init__(self, parts: Sequence[Part], min_size: int, batch: int, window: int, seed: int, tally):
+    def __init__(self, parts: Sequence[Part], min_size: int, batch: int, window: int, seed: int, tally,
+                 shares: Mapping[str, float] | None = None):
         self._parts, self._min_size, self._batch, self._window, self._seed, self._tally = parts, min_size, batch, window, seed, tally
+        self._shares = dict(shares or {})
         self._epoch: Epoch | None = None
 
     def take(self, epoch: Epoch, number: int) -> list[Segment] | None:
@@ -58,7 +60,7 @@ class Feeder:
             before += counts[first]
             first += 1
         self._epoch, self._skip = epoch, epoch.rows - before
-        plan = Plan(self._seed, epoch.number, self._window, first)
+        plan = Plan(self._seed, epoch.number, self._window, first, self._shares)
         self._blocks = iter(self._references(plan))
         self._left: deque[Segment] = deque()
         self._batches: dict[int, list[Segment]] = {}

@@ -22,10 +22,10 @@ from tqdm import tqdm
 from .. import storage
 from ..config import Preset
 from ..train.plan import operations
+from ..train.run_folder import EVENTS, METRICS, RUN, last_step
 from ..train.trackers import open_trackers
 from .review import Reviewer
 
-METRICS, EVENTS, RUN = "metrics.jsonl", "events.log", "run.json"
 PUSH_SECONDS, WAITING_SECONDS = 20.0, 60.0
 
 
@@ -282,27 +282,3 @@ def _spread(start: Start, preset: Preset) -> str:
 def _cluster() -> str:
     have = ray.cluster_resources()
     return f"the cluster has {count(int(have.get('GPU', 0)), 'GPU')} and {count(int(have.get('CPU', 0)), 'CPU')}"
-
-
-# -- figures ----------------------------------------------------------------------------------------------------------
-
-def read_metrics(path: str | Path) -> list[dict]:
-    """The figures of a run in order of steps. Steps that were done again after a fault stand once, as last done."""
-    steps: dict[tuple, dict] = {}
-    try:
-        lines = storage.read(path).decode().splitlines()
-    except storage.MissingError:
-        return []
-    for line in lines:
-        try:
-            metrics = json.loads(line)
-        except ValueError:      # the line that was being written when the machine went down
-            continue
-        kind = "held_out" if "held_out" in metrics else "reviewed" if "average_held_out" in metrics else ""
-        steps[metrics["step"], kind] = metrics
-    return [steps[key] for key in sorted(steps)]
-
-
-def last_step(path: str | Path) -> int:
-    metrics = read_metrics(path)
-    return metrics[-1]["step"] if metrics else 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -20,19 +20,26 @@ from ray.exceptions import RayError
 from ..config import UserError
 from ..data.filters import Candidate, Report, first_broken, header_rules
 from ..data.shards import Sample
-from ..data.sources import Part, columns, find_parts, read_part, row_id
+from ..data.sources import Part, columns, find_parts, folder_name, in_share, read_part, row_id
 
 ROWS_PER_BLOCK, ROWS_PER_TASK = 64, 4096
 
 
 @dataclass(frozen=True)
 class Plan:
-    """In which order an epoch is read: the parts by seed and epoch, the rows of each task within windows, from task `first` on."""
+    """In which order an epoch is read: the parts by seed and epoch, the rows of each task within windows, from task `first` on. Of folders
+    that `shares` names, the share of their rows that is drawn for the epoch."""
 
     seed: int
     epoch: int
     window: int
     first: int = 0
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+    def reads(self, part: Part, key: str) -> bool:
+        """Whether the epoch reads a part's row of this key."""
+        share = self.shares.get(folder_name(part), 1.0)
+        return share == 1 or in_share(key, self.epoch, self.seed, share)
 
 
 def open_corpus(path: str, min_size: int, tally=None) -> ray.data.Dataset:
@@ -48,7 +55,7 @@ def open_parts(parts: Sequence[Part], min_size: int, tally=None, plan: Plan | No
     def read(batch: dict[str, np.ndarray]) -> Iterator[dict[str, list]]:
         for task in batch["item"]:
             report, parts = Report(), ray.get(shared)
-            rows = (row for number in order[int(task)::tasks] for row in _kept(parts[number], min_size, report))
+            rows = (row for number in order[int(task)::tasks] for row in _kept(parts[number], min_size, report, plan))
             yield from _blocks(rows, [plan.seed, plan.epoch, int(task)] if plan else None, plan.window if plan else 0)
             if tally is not None:
                 ray.get(tally.add.remote(report, (plan.epoch, int(task)) if plan else None))
@@ -72,11 +79,13 @@ def quiet():
     return ray.data
 
 
-def _kept(part: Part, min_size: int, report: Report) -> Iterator[tuple[int, Sample]]:
-    """The rows of a part that break no rule, with their ids."""
+def _kept(part: Part, min_size: int, report: Report, plan: Plan | None) -> Iterator[tuple[int, Sample]]:
+    """The rows of a part that the plan reads and that break no rule, with their ids."""
     rules = header_rules(min_size)
     try:
         for position, sample in enumerate(read_part(part)):
+            if plan is not None and not plan.reads(part, sample.key):
+                continue
             reason = first_broken(Candidate(sample), rules)
             report.add(sample.key, reason)
             if reason is None:

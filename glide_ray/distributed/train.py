@@ -27,21 +27,15 @@ from ..data.filters import Report
 from ..data.sources import find_parts
 from ..models.weights import load_config
 from ..train import partition
-from ..train.checkpoint import CheckpointError, Checkpoints, check_same, differences, fetch
+from ..train.checkpoint import Checkpoints, fetch
+from ..train.run_folder import METRICS, PRESET, WEIGHTS, absolute, check_run, last_step, read_metrics
 from .feed import Feeder
-from .journal import METRICS, Board, Journal, RunFolder, count, last_step, read_metrics
+from .journal import Board, Journal, RunFolder, count
 from .local import connect, joined, takes_gpu
 from .stream import Tally
 from .worker import work
 
-WEIGHTS, PRESET = "weights.safetensors", "preset.json"
 DATA_CPUS = 2                  # beside the workers': a data task wants a whole CPU, and waits for ever where none is left
-# Settings with which a run may go on from its checkpoint: those that leave the loss as it is (but for CLIP's, which is said), and those that people
-# turn on the way.
-SPREAD = frozenset((
-    "steps", "workers", "device", "min_workers", "micro_batch", "zero_stage", "offload_optimizer", "activation_checkpointing", "log_every", "evaluate_every",
-    "checkpoint_every", "keep_last", "keep_every", "trackers", "sample_every", "sample_prompts", "max_failures", "stall_seconds", "wait_seconds"))
-TURNED = frozenset(("learning_rate", "weight_decay", "warmup_steps", "clip_norm", "precision"))
 RESIZE_SECONDS = 60            # between looks at whether nodes have come back
 
 
@@ -66,10 +60,10 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
     finished = storage.exists(f"{out}/{WEIGHTS}") and last_step(f"{out}/{METRICS}") >= preset.train.steps
     if not finished:
         storage.check_writable(out)
-    turned = _check_run(preset, out, finished)
+    turned = check_run(preset, out, finished)
     if finished:
         return _result(out)
-    preset = _absolute(preset)
+    preset = absolute(preset)
     parts = find_parts(preset.data.corpus)      # found missing before anything is started
     find_parts(preset.data.held_out)
     if preset.train.start_from and not Checkpoints(out).whole():      # a run that goes on has no more use for it
@@ -80,7 +74,7 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)      # nodes of workers come and go
     board, tally = Board.options(scheduling_strategy=here).remote(), Tally.options(scheduling_strategy=here).remote()
     feeder = Feeder.options(scheduling_strategy=here).remote(parts, preset.data.min_size, preset.train.batch, preset.data.shuffle_buffer,
-                                                             preset.train.seed, tally)
+                                                             preset.train.seed, tally, preset.data.shares)
     folder = RunFolder(out)
     try:
         with _interruptible(), Journal(board, folder, preset, progress) as journal:
@@ -160,35 +154,6 @@ def _export(out: str, steps: int) -> None:
 
 
 # -- before -----------------------------------------------------------------------------------------------------------
-
-def _check_run(preset: Preset, out: str, finished: bool) -> list[str]:
-    """A folder holds one run: the same settings go on with it, others are refused, but for those that may change on the way.
-
-    Returns what has been changed. Raises CheckpointError.
-    """
-    try:
-        saved = Preset.model_validate_json(storage.read(f"{out}/{PRESET}"))
-    except storage.MissingError:
-        return []
-    except storage.StorageError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{out}/{PRESET} is not a preset that this version reads ({error}); use another output folder.") from None
-    saved, preset = _absolute(saved), _absolute(preset)
-    free = SPREAD if finished else SPREAD | TURNED
-    same = {**saved.model_dump(), "train": {**saved.train.model_dump(), **{name: getattr(preset.train, name) for name in free}}}
-    check_same(same, preset.model_dump(), f"The folder {out} holds a run with other settings")
-    return [f"{key} is {here} from here on, and was {there}" for key, there, here in
-            differences(saved.train.model_dump(), preset.train.model_dump(), "train.") if key.removeprefix("train.") in TURNED]
-
-
-def _absolute(preset: Preset) -> Preset:
-    """The preset as the workers read it: they run in a folder of their own."""
-    def whole(path: str | None) -> str | None:
-        return None if path is None else storage.absolute(path)
-    data = preset.data.model_copy(update={"corpus": whole(preset.data.corpus), "held_out": whole(preset.data.held_out)})
-    return preset.model_copy(update={"data": data, "train": preset.train.model_copy(update={"start_from": whole(preset.train.start_from)})})
-
 
 def _wait_for_workers(preset: Preset) -> bool:
     """Wait until the cluster has what the run needs, at most `train.wait_seconds`; one that cannot grow is not waited for.

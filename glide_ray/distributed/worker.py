@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import shutil
 import tempfile
 import threading
@@ -21,8 +20,7 @@ import torch.distributed as dist
 
 from .. import storage
 from ..config import Preset, UserError
-from ..data.shards import ShardError
-from ..data.transforms import Collate, held_out_batches
+from ..data.transforms import Collate, ahead, collated, held_out_batches
 from ..forms import Batch
 from ..hardware import measured_peak, peak_flops
 from ..train.checkpoint import CheckpointError, Checkpoints, Made, fetch, verify
@@ -60,7 +58,8 @@ def work(settings: dict) -> None:
 
 
 def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
-    from ..train.loop import Outlets, Trainer, train_loop      # DeepSpeed, which the driver has no use for
+    from ..train.loop import Trainer      # DeepSpeed, which the driver has no use for
+    from ..train.steps import Outlets, train_loop
     context, train = ray.train.get_context(), preset.train
     rank, world = context.get_world_rank(), context.get_world_size()
     if not torch.cuda.is_available():
@@ -101,7 +100,8 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
     told, beaten = False, 0.0
 
     def epoch_batches(epoch: int, rows: int) -> Iterator[Batch]:
-        return _ahead(_collated(micro_batches(feeder, Epoch(start, epoch, rows), trainer.share), preset, epoch))
+        return ahead(collated(micro_batches(feeder, Epoch(start, epoch, rows), trainer.share), collate, preset, epoch))
+    collate = Collate(preset.model, preset.data, preset.train.seed)
 
     def post(metrics: dict) -> None:
         if rank == 0:
@@ -194,40 +194,3 @@ def read_counts(folder: Path) -> dict[int, int]:
         return {int(task): int(number) for task, number in json.loads((folder / COUNTS).read_text())}
     except (OSError, ValueError, TypeError):
         return {}
-
-
-# -- rows to batches --------------------------------------------------------------------------------------------------
-
-def _collated(micro_batches: Iterator[dict[str, list]], preset: Preset, epoch: int) -> Iterator[Batch]:
-    """Rows to batches, equally many on every rank. Raises ShardError where none of an epoch's pictures can be decoded."""
-    collate, last = Collate(preset.model, preset.data, preset.train.seed), None
-    owed: list[int] = []            # rows of the batches that have not been given yet
-    for rows in micro_batches:
-        last = collate(rows, epoch) or last
-        owed.append(len(rows["id"]))
-        # A rank that skipped a batch would wait for the others at the end of the epoch, and they for it in the all-reduce: a good one stands in
-        # for one without a usable picture, the last, or at the beginning the first that comes.
-        while last is not None and owed:
-            size = owed.pop(0)
-            yield last if size == len(last.image) else last[torch.arange(size) % len(last.image)]
-    if owed:
-        raise ShardError(f"No picture of the last {len(owed)} batches of the corpus {preset.data.corpus} can be decoded; "
-                         f"leave those that are broken out with `glide clean`.")
-
-
-def _ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
-    """The same batches, decoded in a thread while the network computes."""
-    ready: queue.Queue = queue.Queue(depth)
-
-    def fill():
-        try:
-            for batch in batches:
-                ready.put(batch)
-            ready.put(None)
-        except BaseException as error:   # to be raised where the batches are used
-            ready.put(error)
-    threading.Thread(target=fill, name="glide-decode", daemon=True).start()
-    while (item := ready.get()) is not None:
-        if isinstance(item, BaseException):
-            raise item
-        yield item

@@ -43,7 +43,8 @@ def sample_grid(weights: Path, preset: Preset, progress: Progress | None = None)
     if config.role == "clip":
         return None
     stepper = load_stepper(weights, config.role, _precision(preset))
-    pictures, labels, columns = (_given if config.low_res_size or config.inpaint else _prompted)(stepper, preset, progress)
+    shown = _given if config.low_res_size or config.inpaint and not preset.data.generate_rate else _prompted
+    pictures, labels, columns = shown(stepper, preset, progress)
     title = f"{config.name} after step {int(load_metadata(weights).get('step', 0)):,}"
     return np.asarray(contact_sheet(pictures, labels, columns, max(CELL, config.image_size), title))
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import TextConfig
+from .layers import attend
 
 
 class TextBlock(nn.Module):
@@ -26,7 +27,7 @@ class TextBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:                              # (B, K, W)
         b, k, w = x.shape
         query, key, value = self.qkv(self.attention_norm(x)).view(b, k, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(b, k, w))
+        x = x + self.out(attend(query, key, value).transpose(1, 2).reshape(b, k, w))
         return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
 
 

@@ -62,7 +62,7 @@ def load_metadata(path: str | Path) -> dict[str, str]:
 
 def build(config: AnyModelConfig) -> GlideUNet | NoisedClip:
     """The model of a config, drawn at random."""
-    return GlideUNet(config.unet) if isinstance(config, ModelConfig) else NoisedClip(config.clip)
+    return GlideUNet(config.unet, config.diffusion) if isinstance(config, ModelConfig) else NoisedClip(config.clip)
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
@@ -79,9 +79,12 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
 def with_known_channels(state: Mapping[str, Tensor], unet: UNetConfig) -> dict[str, Tensor]:
     """A model's weights as its inpainting form begins with them: the input channels of the known pixels weigh nothing (sec. 4.3)."""
     stem = state.get("stem.weight")
-    if stem is None or not unet.inpaint or stem.shape[1] == unet.in_channels:
+    folded = unet.patch ** 2
+    if stem is None or not unet.inpaint or stem.shape[1] == unet.in_channels * folded:
         return dict(state)
-    return {**state, "stem.weight": torch.cat([stem[:, :3], stem.new_zeros(len(stem), 4, *stem.shape[2:]), stem[:, 3:]], dim=1)}
+    image, beside = stem[:, :3 * folded], stem[:, 3 * folded:]
+    known = stem.new_zeros(len(stem), 4 * folded, *stem.shape[2:])
+    return {**state, "stem.weight": torch.cat([image, known, beside], dim=1)}
 
 
 def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: str) -> None:

@@ -1,12 +1,11 @@
-"""The training loop over an iterator of batches: DeepSpeed ZeRO, EMA, held-out loss, checkpoints. Runs on one process too."""
+"""One rank of a run under DeepSpeed ZeRO: engine, average, held-out loss and state. `steps.py` has the loop."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +24,12 @@ from . import partition
 from .checkpoint import Progress, read_progress, write_progress
 from .culprit import TrainingError, check_step, stepped
 from .ema import Ema
-from .objectives import by_quartile, draw, held_out_sums, images_in, mix, objective_of, quartile_means
+from .objectives import by_quartile, draw, held_out_sums, images_in, mix, objective_of
 from .plan import choose_micro_batch
-from .ranks import gathered
+from .ranks import gathered, of_rank_0
 from .share import Share
-from .zero import deepspeed_config, learning_rate, resolve_precision
-
-Metrics = dict[str, float | int | str]
-
-
-@dataclass(frozen=True)
-class Outlets:
-    """Where a run's news goes. All ranks call each of them equally often.
-
-    `metrics` is given the figures of a step; `checkpoint` a function that writes this rank's part into the folder it is given; `step` the
-    number of each step that has been made, and says whether a checkpoint is wanted right now.
-    """
-
-    metrics: Callable[[Metrics], None]
-    checkpoint: Callable[[Callable[[Path], None]], None]
-    step: Callable[[int], bool] = lambda number: False
-
+from .steps import Metrics
+from .zero import deepspeed_config, learning_rate, parameter_groups, resolve_precision
 
 class Trainer:
     """One rank's engine, average and schedule."""
@@ -57,7 +41,7 @@ class Trainer:
         if not (train.min_workers or train.workers) <= self.world <= train.workers:
             raise TrainingError(f"train.workers is {train.workers}, but {self.world} processes have been started.")
         self.device = torch.device(deepspeed.get_accelerator().current_device_name())
-        self.precision = resolve_precision(train.precision, self.device.type)
+        self.precision = of_rank_0(resolve_precision(train.precision, self.device.type))     # which may be measured
         self.share = Share(train.batch, self.world, self.rank, self._micro_batch())
         self.schedule = make_schedule(preset.model.diffusion.schedule, preset.model.diffusion.steps).to(self.device)
         self.objective = objective_of(preset)
@@ -112,7 +96,7 @@ class Trainer:
         """The objective's figures on held-out images, over all ranks."""
         self.engine.eval()
         images = sum(gathered(images_in(batches)))
-        sums = self._summed(held_out_sums(self.objective, self.engine, self.schedule, [batch.to(self.device) for batch in batches],
+        sums = self.summed(held_out_sums(self.objective, self.engine, self.schedule, [batch.to(self.device) for batch in batches],
                                           self.preset.train.seed, images))
         return {"held_out" if name == "loss" else f"held_out_{name}": value / images for name, value in sums.items()}
 
@@ -120,7 +104,7 @@ class Trainer:
         """fp16's loss scale; nothing in other precisions."""
         return {"loss_scale": float(self.engine.optimizer.loss_scaler.cur_scale)} if self.precision == "fp16" else {}
 
-    def _summed(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
+    def summed(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
         """Scalars added up over all ranks, in one transfer."""
         stacked = torch.stack(list(values.values())).to(self.device)
         dist.all_reduce(stacked)
@@ -170,57 +154,6 @@ class Trainer:
                 "loss_scale": {name: scaler[name] for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis") if name in scaler}}
 
 
-def train_loop(trainer: Trainer, epoch_batches: Callable[[int, int], Iterator[Batch]], held_out: Sequence[Batch],
-               outlets: Outlets) -> None:
-    """Train to `preset.train.steps` from wherever the trainer stands.
-
-    `epoch_batches(n, rows)` gives this rank's micro-batches of the n-th epoch after its first so many rows, over all ranks.
-    """
-    train = trainer.preset.train
-    batches = _endless(epoch_batches, trainer)
-    if trainer.progress.step == 0:
-        trainer.start()
-        outlets.metrics({"step": 0, **trainer.held_out(held_out)})
-    recent: list[dict[str, torch.Tensor]] = []
-    began = time.perf_counter()
-    for number in range(trainer.progress.step + 1, train.steps + 1):
-        recent.append(trainer.step(batches, number))
-        trainer.progress = Progress(number, trainer.progress.epoch, trainer.progress.rows + train.batch)
-
-        # Figures: one transfer from the device for all steps since the last.
-        if number % train.log_every == 0 or number == train.steps:
-            means = quartile_means(trainer._summed({name: torch.stack([step[name] for step in recent]).mean() / trainer.world for name in recent[0]}))
-            now = time.perf_counter()
-            outlets.metrics({"step": number, **means, **trainer.scale(), "epoch": trainer.progress.epoch,
-                             "images_per_s": train.batch * len(recent) / (now - began)})
-            recent, began = [], now
-
-        if number % train.evaluate_every == 0 or number == train.steps:
-            paused = time.perf_counter()
-            outlets.metrics({"step": number, **trainer.held_out(held_out)})
-            began += time.perf_counter() - paused       # images/s are of the steps alone
-
-        wanted = outlets.step(number)
-        if number < train.steps and (wanted or number % train.checkpoint_every == 0):
-            paused = time.perf_counter()
-            outlets.checkpoint(trainer.save)
-            began += time.perf_counter() - paused
-
-
-def _endless(epoch_batches: Callable[[int, int], Iterator[Batch]], trainer: Trainer) -> Iterator[Batch]:
-    epoch, rows = trainer.progress.epoch, trainer.progress.rows
-    while True:
-        trainer.progress = Progress(trainer.progress.step, epoch, rows)
-        given = False
-        for batch in epoch_batches(epoch, rows):
-            given = True
-            yield batch
-        if not given and not rows:      # a resumed run may find its epoch at an end
-            raise TrainingError(f"The corpus {trainer.preset.data.corpus} has too few usable images for one batch of "
-                                f"{trainer.preset.train.batch}; lower train.batch, or add images.")
-        epoch, rows = epoch + 1, 0
-
-
 # -- DeepSpeed --------------------------------------------------------------------------------------------------------
 
 def quiet() -> None:
@@ -246,11 +179,3 @@ def look_for_overflow_once(engine) -> None:
     norm, which no inf or NaN on any rank leaves finite: the norm is enough. With an offloaded optimizer the first look is a flag, and stays."""
     if engine.zero_optimization_stage() in (1, 2) and not engine.optimizer.cpu_offload:
         engine.optimizer.check_overflow = lambda partition_gradients=True: None
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Gains and biases do not decay (Radford et al. 2021, sec. 2.5)."""
-    if not weight_decay:
-        return [{"params": list(model.parameters())}]
-    return [{"params": [p for p in model.parameters() if p.dim() > 1]},
-            {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]

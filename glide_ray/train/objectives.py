@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,8 @@ QUARTILES = 4          # of the timesteps, by which a run tells its loss
 Objective = Callable[[Callable, Schedule, Batch, Tensor, Tensor], Losses]
 
 
-def denoising(network: Callable, schedule: Schedule, batch: Batch, i: Tensor, noise: Tensor) -> Losses:
+def denoising(network: Callable, schedule: Schedule, batch: Batch, i: Tensor, noise: Tensor,
+              min_snr: float | None = None) -> Losses:
     """The hybrid loss of noised images at the indices i (B,), for given noise like batch.image (sec. 2.1).
 
     Where pixels are known the samplers put them into the predicted image, whatever the network says of them; so does the loss, and
@@ -32,7 +34,7 @@ def denoising(network: Callable, schedule: Schedule, batch: Batch, i: Tensor, no
     output = network(x_t, schedule.timestep.to(i.device)[i], batch.conditioning)
     if batch.conditioning.known_mask is not None:
         output = replace(output, eps=torch.where(batch.conditioning.known_mask > 0.5, noise.to(output.eps.dtype), output.eps))
-    loss = hybrid_loss(schedule, output, batch.image, x_t, i, noise)
+    loss = hybrid_loss(schedule, output, batch.image, x_t, i, noise, min_snr)
     return {"loss": loss.total, "mse": loss.mse, "vb": loss.vb}
 
 
@@ -71,6 +73,8 @@ def objective_of(preset: Preset) -> Objective:
     """What a preset's training steps compute."""
     if isinstance(preset.model, ClipModelConfig) and not preset.model.clip.noised:
         return contrastive_without_noise
+    if preset.train.min_snr is not None:
+        return partial(denoising, min_snr=preset.train.min_snr)
     return OBJECTIVES[preset.train.objective]
 
 

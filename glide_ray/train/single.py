@@ -1,0 +1,194 @@
+"""A run of one process by itself, without DeepSpeed and without Ray: on a laptop, or on one GPU.
+
+The network computes in its precision; float32 masters beside it are what the optimizer steps. Checkpoints are those of
+`partition.py`, so that a run may go on under Ray Train, and the other way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import ConfigError, Preset
+from ..diffusion.schedule import make_schedule
+from ..forms import DTYPES, Batch, sent
+from ..models.unet import GlideUNet
+from ..models.weights import build, check_shapes, load_weights, with_known_channels
+from ..storage import fetch
+from .checkpoint import Progress, read_progress, write_progress
+from .culprit import TrainingError, remedy
+from .ema import Ema
+from .objectives import by_quartile, draw, held_out_sums, images_in, mix, objective_of
+from .partition import AVERAGE, FIRST, SECOND, WEIGHTS, Piece, State, load_parts, part_path, save_part
+from .share import Share
+from .steps import Metrics
+from .zero import fastest_on_cpu, learning_rate, parameter_groups
+
+SKIPPED = 20           # steps in a row whose gradients are not finite, after which a run is given up
+
+
+class SingleTrainer:
+    """The whole model in this process. `device`: a GPU if there is one. Raises ConfigError, WeightsError."""
+
+    world = 1
+
+    def __init__(self, preset: Preset, device: torch.device | None = None):
+        self.preset, train = preset, preset.train
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.precision = single_precision(train.precision, self.device.type)
+        self.share = Share(train.batch, 1, 0, train.micro_batch or train.batch)
+        self.schedule = make_schedule(preset.model.diffusion.schedule, preset.model.diffusion.steps).to(self.device)
+        self.objective = objective_of(preset)
+        torch.manual_seed(train.seed)       # the initial weights, as every rank of a larger run draws them
+        model = build(preset.model).to(self.device)
+        model.activation_checkpointing = train.activation_checkpointing
+        self.names = [name for name, _ in model.named_parameters()]
+        dtype = DTYPES[self.precision]
+        masters = [parameter.detach().float().clone().requires_grad_() for parameter in model.parameters()]
+        self.network = model.to(dtype)
+        # The masters of a float32 network are its own parameters.
+        self.masters = list(model.parameters()) if dtype == torch.float32 else masters
+        self.optimizer = self._optimizer(model)
+        self.ema = Ema(self.masters, train.ema_rates)
+        self.progress = Progress()
+        self._skipped = 0
+
+    def _optimizer(self, model: torch.nn.Module) -> torch.optim.AdamW:
+        """AdamW over the masters, in the groups of the parameters that they stand for."""
+        master = {id(parameter): own for parameter, own in zip(model.parameters(), self.masters, strict=True)}
+        groups = [{**group, "params": [master[id(parameter)] for parameter in group["params"]]}
+                  for group in parameter_groups(model, self.preset.train.weight_decay)]
+        return torch.optim.AdamW(groups, lr=self.preset.train.learning_rate,
+                                 weight_decay=self.preset.train.weight_decay, fused=True)
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def step(self, batches: Iterator[Batch], number: int) -> dict[str, Tensor]:
+        """Optimizer step `number`, counted from 1: the mean of each of the objective's figures, still on the device.
+
+        Raises TrainingError where the numbers are past mending.
+        """
+        torch.manual_seed(mix(self.preset.train.seed, number, -1))      # what dropout draws, the same if the step is made again
+        self.network.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.preset.train, number)
+        sums: dict[str, Tensor] = {}
+        for _, _, weight in self.share.parts():
+            batch = next(batches)
+            i, noise = (sent(drawn, self.device) for drawn in draw(self.schedule, batch, self.preset.train.seed, number))
+            on_device = batch.map(lambda tensor: sent(tensor, self.device))
+            losses = self.objective(self.network, self.schedule, on_device, i, noise)
+            (losses["loss"].mean() * (weight / self.share.calls)).backward()
+            figures = {name: values.detach().mean() * (weight / self.share.calls) for name, values in losses.items()}
+            if "mse" in losses:
+                figures |= by_quartile(losses["mse"].detach(), i, len(self.schedule))
+            for name, value in figures.items():
+                sums[name] = sums.get(name, 0) + value
+        if self._apply(number):
+            self.ema.update(number)
+        return sums
+
+    def _apply(self, number: int) -> bool:
+        """Step the masters by the gradients, which are then dropped. Gradients that are not finite are left out, and give False."""
+        parameters = list(self.network.parameters())
+        if self.masters[0] is not parameters[0]:
+            for own, parameter in zip(self.masters, parameters, strict=True):
+                own.grad = None if parameter.grad is None else parameter.grad.float()
+                parameter.grad = None
+        norm = torch.nn.utils.get_total_norm([own.grad for own in self.masters if own.grad is not None])
+        finite = bool(torch.isfinite(norm))
+        self._skipped = 0 if finite else self._skipped + 1
+        if self._skipped == SKIPPED:
+            raise TrainingError(f"The gradients of {SKIPPED} steps in a row, the last number {number}, are not finite; "
+                                f"{remedy(self.preset.train, self.precision)}.")
+        if finite:
+            if self.preset.train.clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(self.masters, self.preset.train.clip_norm, norm)
+            self.optimizer.step()
+            self._refresh()
+        self.optimizer.zero_grad(set_to_none=True)
+        return finite
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """Let the network compute with what the masters hold."""
+        parameters = list(self.network.parameters())
+        if self.masters[0] is not parameters[0]:
+            torch._foreach_copy_(parameters, self.masters)
+
+    def held_out(self, batches: Sequence[Batch]) -> Metrics:
+        """The objective's figures on held-out images."""
+        self.network.eval()
+        images = images_in(batches)
+        sums = held_out_sums(self.objective, self.network, self.schedule, [batch.to(self.device) for batch in batches],
+                             self.preset.train.seed, images)
+        return {"held_out" if name == "loss" else f"held_out_{name}": float(value) / images for name, value in sums.items()}
+
+    def scale(self) -> dict[str, float]:
+        """No loss scale: fp16 is not among this trainer's precisions."""
+        return {}
+
+    def summed(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """Scalars as Python floats, in one transfer."""
+        return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def pieces(self) -> list[Piece]:
+        """Each parameter, whole."""
+        return [Piece(name, tuple(own.shape), 0, own.numel(), number, 0)
+                for number, (name, own) in enumerate(zip(self.names, self.masters, strict=True))]
+
+    def state(self) -> State:
+        """All that training changes."""
+        for own in self.masters:
+            kept = self.optimizer.state[own]
+            if FIRST not in kept:
+                # The count lies beside the parameter, as torch's fused AdamW has it and insists on.
+                kept.update({"step": torch.zeros((), device=own.device),
+                             FIRST: torch.zeros_like(own), SECOND: torch.zeros_like(own)})
+        moments = {kind: [self.optimizer.state[own][kind] for own in self.masters] for kind in (FIRST, SECOND)}
+        return {WEIGHTS: [own.detach() for own in self.masters], **moments,
+                **{f"{AVERAGE}/{rate:g}": average for rate, average in self.ema.averages.items()}}
+
+    def start(self) -> None:
+        """Begin from the weights that are to be fine-tuned, if any. Raises WeightsError for those of another shape."""
+        path = self.preset.train.start_from
+        if not path:
+            return
+        _, state = load_weights(fetch(path))
+        state = with_known_channels(state, self.network.config) if isinstance(self.network, GlideUNet) else state
+        check_shapes(state, {name: parameter.shape for name, parameter in self.network.named_parameters()}, path)
+        with torch.no_grad():
+            for name, own in zip(self.names, self.masters, strict=True):
+                own.copy_(state[name])
+        self._refresh()
+        self.ema.restart()
+
+    def save(self, folder: Path) -> None:
+        """A checkpoint's files."""
+        state = self.state()
+        save_part(part_path(folder, 0), self.pieces(), state)
+        steps = float(self.optimizer.state[self.masters[0]]["step"])
+        write_progress(folder, self.preset, self.progress, {"adam_steps": steps, "loss_scale": {}})
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint, whatever the number of workers that wrote it. Raises CheckpointError."""
+        self.progress, optimizer = read_progress(folder, self.preset)
+        load_parts(folder, self.pieces(), self.state())
+        for own in self.masters:
+            self.optimizer.state[own]["step"].fill_(optimizer["adam_steps"])
+        self._refresh()
+
+
+def single_precision(precision: str, device: str) -> str:
+    """`auto` is bf16 on a GPU, and the faster of bf16 and fp32 on a CPU. Raises ConfigError."""
+    if precision == "fp16":
+        raise ConfigError("Setting train.precision: fp16 and its loss scaling need DeepSpeed, under Ray Train; "
+                          "use bf16, fp32 or auto in one process.")
+    if precision != "auto":
+        return precision
+    return "bf16" if device == "cuda" else fastest_on_cpu()
