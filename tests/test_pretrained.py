@@ -24,7 +24,7 @@ from glide_ray.distributed.generate import _begin, read_prompts
 from glide_ray.models.weights import WeightsError, load_metadata, load_weights, save_weights
 from glide_ray.pretrained import pack as packing
 from glide_ray.pretrained import shipped
-from glide_ray.pretrained.card import CardError, Source, card_of, read_card, render, union
+from glide_ray.pretrained.card import CardError, Source, card_of, read_card, render, total, union
 from glide_ray.recipe import Maker, read_recipe, save_picture
 from glide_ray.serve_config import ServeConfig
 from glide_ray.train.checkpoint import Checkpoints, Progress, write_progress
@@ -321,6 +321,14 @@ def test_a_corpuss_card_without_readable_sources_is_refused(tmp_path):
         packing.corpus_sources(str(tmp_path))
 
 
+def test_pictures_of_a_corpuss_folders_are_added_up_and_scenes_have_none_of_their_own(tmp_path):
+    folders = (("train", 30, {}), ("tones", 12, {}), ("scenes", 30, {"scenes": 9}))
+    for name, pictures, more in folders:
+        write_card(tmp_path / name, {"sources": [{**SOURCES[0], "pictures": pictures}], **more})
+    source, = packing.corpus_sources(f"{tmp_path}/{{train,tones,scenes}}")
+    assert source.pictures == 42
+
+
 def test_a_fine_tuned_models_sources_are_those_of_both_trainings(pair, tmp_path):
     mine = {**SOURCES[0], "package": "mine", "style": "outline", "pictures": None}
     write_card(tmp_path / "corpus", {"sources": [mine, SOURCES[1]], "rows": 5})
@@ -334,7 +342,7 @@ def test_a_fine_tuned_models_sources_are_those_of_both_trainings(pair, tmp_path)
 
 def test_a_source_stands_once_in_a_union():
     few, many = ((Source(package="a", licence="MIT", pictures=n),) for n in (3, 5))
-    assert union(few, many, few) == many
+    assert union(few, many, few) == many and total(few, many)[0].pictures == 8
 
 
 # -- licences ----------------------------------------------------------------------------------

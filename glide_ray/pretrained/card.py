@@ -7,7 +7,7 @@ that ship with the package have the whole beside them, `card.json`, and as a pag
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -138,12 +138,23 @@ def finding(error: ValidationError) -> str:
 
 def union(*several: Iterable[Source]) -> tuple[Source, ...]:
     """Every source once, with the largest number of pictures that a list has, sorted by style."""
-    found: dict[Source, Source] = {}
+    return _merged(several, max)
+
+
+def total(*several: Iterable[Source]) -> tuple[Source, ...]:
+    """Every source once, with the pictures of all lists added up, sorted by style."""
+    return _merged(several, sum)
+
+
+def _merged(several: Iterable[Iterable[Source]], count: Callable[[list[int]], int]
+            ) -> tuple[Source, ...]:
+    found: dict[Source, list[int]] = {}
     for source in (source for sources in several for source in sources):
         key = source.model_copy(update={"pictures": None})
-        if key not in found or (found[key].pictures or 0) < (source.pictures or 0):
-            found[key] = source
-    return tuple(sorted(found.values(), key=lambda source: (source.style.lower(), source.name)))
+        found.setdefault(key, []).append(source.pictures or 0)
+    merged = [source.model_copy(update={"pictures": count(pictures) or None})
+              for source, pictures in found.items()]
+    return tuple(sorted(merged, key=lambda source: (source.style.lower(), source.name)))
 
 
 def licences(sources: Iterable[Source]) -> list[str]:

@@ -23,12 +23,13 @@ from ..cascade import check_pair, check_role
 from ..config import SHIPPED, AnyModelConfig, Frozen, Preset, UserError
 from ..data.card import CARD as CORPUS_CARD
 from ..data.card import read_card as read_corpus_card
+from ..data.sources import each_path
 from ..models.weights import load_metadata, load_weights
 from ..train.checkpoint import find_checkpoint
 from ..train.partition import export_to
 from . import shipped
 from .card import (Card, Figure, Recipe, Source, describe, finding, read_card, recipe_in, render,
-                   sources_in, to_metadata, union)
+                   sources_in, to_metadata, total, union)
 
 MOST_BYTES = 64_000_000            # of both files: every copy of the package has them
 METRICS = "metrics.jsonl"
@@ -102,14 +103,24 @@ def sources_of(preset: Preset) -> tuple[Source, ...]:
     return union(own, sources_in(load_metadata(before), before))
 
 
-def corpus_sources(folder: str) -> tuple[Source, ...]:
-    """The sources that a corpus's card names; none without a card. Raises PackError."""
+def corpus_sources(corpus: str) -> tuple[Source, ...]:
+    """The sources that the cards of a corpus's folders name; none without a card.
+
+    Scenes add no pictures: they are composed from those of other folders. Raises PackError.
+    """
+    return total(*map(_card_sources, each_path(corpus)))
+
+
+def _card_sources(folder: str) -> tuple[Source, ...]:
     card = read_corpus_card(folder)
     try:
-        return () if card is None else union(map(Source.model_validate, card["sources"]))
+        listed = [Source.model_validate(one) for one in card["sources"]] if card else []
     except (ValueError, KeyError, TypeError):
         raise PackError(f"The card of the corpus in {folder} lists no sources that can be read; "
                         f"make the corpus again with `glide corpus`.") from None
+    if card and "scenes" in card:
+        listed = [source.model_copy(update={"pictures": None}) for source in listed]
+    return tuple(listed)
 
 
 def seconds_of(run: str, batch: int) -> int | None:
