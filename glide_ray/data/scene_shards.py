@@ -1,0 +1,120 @@
+"""Scenes as shards beside the corpus that they are composed from."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import UserError
+from ..storage import is_remote
+from .card import read_card, write_card
+from .render import in_order, process_pool
+from .scenes import compose
+from .shards import Sample, begin, finish, write_shard
+from .splits import SCENE_SPLITS
+from .sprites import Sprites, read_sprites
+
+BYTES_PER_ROW = 16_000  # on the disk
+ROWS_PER_TASK = 50
+ABOUT = "Scenes composed from emoji pictures; each row's json says exactly what is in it."
+
+
+class SceneError(UserError):
+    """Scenes that cannot be composed."""
+
+
+def write_scenes(out: str, count: int, report: Callable[[str], None] = lambda line: None,
+                 seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Compose `count` scenes from `out/train` and write SCENE_SPLITS beside it.
+
+    Returns the index of each. Raises SceneError.
+    """
+    check_room(out, count)
+    report(f"composing {count:,} scenes")
+    with tempfile.TemporaryDirectory() as folder:
+        sprites = _enough(read_sprites(f"{out}/train", Path(folder)), out)
+        writers = {split: _Writer(f"{out}/{split}") for split in SCENE_SPLITS}
+        tasks = ((seed, start, min(start + ROWS_PER_TASK, count))
+                 for start in range(0, count, ROWS_PER_TASK))
+        with process_pool(_begin_worker, (sprites,)) as pool:
+            for made in in_order(pool, _compose_some, tasks):
+                for split, sample in made:
+                    writers[split].add(sample)
+    card = (read_card(f"{out}/train") or {}) | {"about": ABOUT, "scenes": count, "seed": seed}
+    return {split: writer.finish({**card, "split": split}) for split, writer in writers.items()}
+
+
+def check_room(out: str, count: int) -> None:
+    """Raise SceneError where so many scenes do not fit on the disk."""
+    if is_remote(out):
+        return
+    folder = next(part for part in (Path(out), *Path(out).absolute().parents) if part.exists())
+    free, needed = shutil.disk_usage(folder).free, count * BYTES_PER_ROW
+    if needed > free:
+        raise SceneError(
+            f"{count:,} scenes take about {needed / 1e9:,.1f} GB and {out} has "
+            f"{free / 1e9:,.1f} GB free; ask for at most --scenes {free // BYTES_PER_ROW}, or "
+            "write to another disk.")
+
+
+def _enough(sprites: Sprites, out: str) -> Sprites:
+    """The styles that have two objects to put beside each other. Raises SceneError for none."""
+    styles = {style: of for style, of in sprites.styles.items() if len(sprites.counted[style]) > 1}
+    if not styles:
+        raise SceneError(f"{out}/train has no two objects to compose scenes from; choose more "
+                         "styles with --styles.")
+    return Sprites(sprites.path, styles)
+
+
+class _Writer:
+    """Rows as shards of a thousand, in the order in which they come."""
+
+    def __init__(self, folder: str):
+        self._folder, self._rows, self._entries, self._kinds = folder, [], [], Counter()
+        begin(folder)
+
+    def add(self, sample: Sample) -> None:
+        self._rows.append(sample)
+        self._kinds[sample.meta["scene"]] += 1
+        if len(self._rows) == 1000:
+            self._write()
+
+    def finish(self, card: Mapping[str, Any]) -> dict[str, Any]:
+        """Write what is left, the card and the index. Returns the index."""
+        if self._rows:
+            self._write()
+        rows = sum(self._kinds.values())
+        write_card(self._folder, {**card, "rows": rows, "kinds": dict(sorted(self._kinds.items()))})
+        return finish(self._folder, self._entries)
+
+    def _write(self) -> None:
+        self._entries.append(write_shard(self._folder, len(self._entries), self._rows))
+        self._rows = []
+
+
+_sprites: Sprites | None = None  # of a worker process
+
+
+def _begin_worker(sprites: Sprites) -> None:
+    global _sprites
+    _sprites = sprites
+
+
+def _compose_some(task: tuple[int, int, int]) -> list[tuple[str, Sample]]:
+    seed, start, stop = task
+    return [scene_row(_sprites, seed, number) for number in range(start, stop)]
+
+
+def scene_row(sprites: Sprites, seed: int, number: int) -> tuple[str, Sample]:
+    """A scene as a row, and the split that it belongs to."""
+    scene = compose(sprites, seed, number)
+    buffer = io.BytesIO()
+    # JPEG of full colour is written and read in half a millisecond; WebP takes four times as long.
+    scene.image.save(buffer, "JPEG", quality=92, subsampling=0)
+    key, split = f"scene-{seed}-{number:07d}", SCENE_SPLITS[scene.held_out]
+    return split, Sample(key, buffer.getvalue(), "jpg", scene.captions, scene.labels)
