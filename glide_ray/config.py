@@ -314,7 +314,7 @@ class TrainConfig(Frozen):
     objective: Literal["base", "upsampler", "clip"]
     steps: int = Field(gt=0)
     batch: int = Field(gt=0)
-    start_from: str | None = None                      # weights to fine-tune; an inpainting model may start from one that is not
+    start_from: str | None = None                      # weights to fine-tune, or `emoji`; an inpainting model may start from one that is not
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)

@@ -29,6 +29,8 @@ from glide_ray.recipe import Maker, read_recipe, save_picture
 from glide_ray.serve_config import ServeConfig
 from glide_ray.train.checkpoint import Checkpoints, Progress, write_progress
 from glide_ray.train.partition import Piece, part_path, save_part
+from glide_ray.train.run_folder import absolute
+from glide_ray.train.single import SingleTrainer
 from serve.app import read_models
 from test_api import CascadeBackend, asking
 
@@ -148,6 +150,20 @@ def test_an_unknown_name_is_answered_with_the_nearest(pair, capsys):
         capsys, "generate", "a fox", "--base", "nothing.safetensors")
     with pytest.raises(WeightsError, match="No weights called 'emojy'.*did you mean 'emoji'"):
         shipped.find("emojy")
+
+
+def test_fine_tuning_starts_from_the_shipped_weights_by_name(pair):
+    settings = tiny("base", "model.unet.inpaint=true", "start_from=emoji", "workers=1", "batch=8")
+    trainer = SingleTrainer(absolute(settings))
+    trainer.start()
+    shipped_state = load_weights(pair / "emoji-base.safetensors")[1]
+    for name, own in zip(trainer.names, trainer.masters, strict=True):
+        assert torch.equal(own, shipped_state[name].float())
+
+
+def test_the_name_is_no_clips(pair):
+    with pytest.raises(WeightsError, match="No CLIP ships with glide_ray"):
+        shipped.fetch("emoji", "clip")
 
 
 # -- one's own base model ----------------------------------------------------------------------

@@ -26,6 +26,7 @@ from ..config import ConfigError, Preset, UserError
 from ..data.filters import Report
 from ..data.sources import find_parts
 from ..models.weights import load_config
+from ..pretrained import shipped
 from ..train import partition
 from ..train.checkpoint import Checkpoints, fetch
 from ..train.run_folder import METRICS, PRESET, WEIGHTS, absolute, check_run, last_step, read_metrics
@@ -67,7 +68,7 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
     parts = find_parts(preset.data.corpus)      # found missing before anything is started
     find_parts(preset.data.held_out)
     if preset.train.start_from and not Checkpoints(out).whole():      # a run that goes on has no more use for it
-        load_config(storage.fetch(preset.train.start_from))
+        load_config(shipped.fetch(preset.train.start_from, preset.model.role))
     connect(preset.train.workers + DATA_CPUS)
     on_gpu = _wait_for_workers(preset)
     storage.put(preset.model_dump_json(indent=1).encode(), f"{out}/{PRESET}")

@@ -57,9 +57,11 @@ def shipped_card() -> Card:
 def locate(weights: str | Path, role: str) -> Path | str:
     """The path of weights that are given by name; a path is returned as it is.
 
-    `role`: "base" or "upsampler". Raises WeightsError for an unknown name, with the nearest one.
+    `role`: of the model. Raises WeightsError for an unknown name, with the nearest one.
     """
     if str(weights) == SHIPPED:
+        if role == "clip":
+            raise WeightsError("No CLIP ships with glide_ray; give the path of its weights.")
         return getattr(find(), role)
     path = Path(weights)
     if path.name == str(weights) and not path.suffix and not path.exists():

@@ -19,7 +19,7 @@ from ..forms import Batch, sent
 from ..hardware import USABLE, cpu_budget
 from ..models.unet import GlideUNet
 from ..models.weights import build, check_shapes, load_weights, with_known_channels
-from ..storage import fetch
+from ..pretrained import shipped
 from . import partition
 from .checkpoint import Progress, read_progress, write_progress
 from .culprit import TrainingError, check_step, stepped
@@ -125,7 +125,7 @@ class Trainer:
         path, module = self.preset.train.start_from, self.engine.module
         if not path:
             return
-        _, state = load_weights(fetch(path))
+        _, state = load_weights(shipped.fetch(path, self.preset.model.role))
         state = with_known_channels(state, module.config) if isinstance(module, GlideUNet) else state
         check_shapes(state, {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in module.named_parameters()}, path)
         partition.set_masters(self.engine, self.pieces, state)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .. import storage
 from ..config import Preset
+from ..pretrained import shipped
 from .checkpoint import CheckpointError, check_same, differences
 
 METRICS, EVENTS, RUN, WEIGHTS, PRESET = "metrics.jsonl", "events.log", "run.json", "weights.safetensors", "preset.json"
@@ -49,10 +50,10 @@ def check_run(preset: Preset, out: str, finished: bool) -> list[str]:
 
 def absolute(preset: Preset) -> Preset:
     """The preset as the workers read it: they run in a folder of their own."""
-    def whole(path: str | None) -> str | None:
-        return None if path is None else storage.absolute(path)
-    data = preset.data.model_copy(update={"corpus": whole(preset.data.corpus), "held_out": whole(preset.data.held_out)})
-    return preset.model_copy(update={"data": data, "train": preset.train.model_copy(update={"start_from": whole(preset.train.start_from)})})
+    data, start = preset.data, preset.train.start_from
+    data = data.model_copy(update={"corpus": storage.absolute(data.corpus), "held_out": storage.absolute(data.held_out)})
+    train = preset.train.model_copy(update={"start_from": start and shipped.absolute(start)})
+    return preset.model_copy(update={"data": data, "train": train})
 
 
 def read_metrics(path: str | Path) -> list[dict]:

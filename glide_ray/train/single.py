@@ -17,7 +17,7 @@ from ..diffusion.schedule import make_schedule
 from ..forms import DTYPES, Batch, sent
 from ..models.unet import GlideUNet
 from ..models.weights import build, check_shapes, load_weights, with_known_channels
-from ..storage import fetch
+from ..pretrained import shipped
 from .checkpoint import Progress, read_progress, write_progress
 from .culprit import TrainingError, remedy
 from .ema import Ema
@@ -159,7 +159,7 @@ class SingleTrainer:
         path = self.preset.train.start_from
         if not path:
             return
-        _, state = load_weights(fetch(path))
+        _, state = load_weights(shipped.fetch(path, self.preset.model.role))
         state = with_known_channels(state, self.network.config) if isinstance(self.network, GlideUNet) else state
         check_shapes(state, {name: parameter.shape for name, parameter in self.network.named_parameters()}, path)
         with torch.no_grad():
