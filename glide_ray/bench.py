@@ -246,7 +246,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype, channels_last: bool = 
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = GlideUNet(config.unet).eval().requires_grad_(False)
+            model = GlideUNet(config.unet, config.diffusion).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(default)
     for parameter in model.parameters():

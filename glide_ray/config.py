@@ -266,7 +266,7 @@ class DataConfig(Frozen):
     generate_rate: float = Field(0.0, ge=0, le=1)      # inpainting models: images of which nothing is known, beside random erasures
     low_res_blur_rate: float = Field(0.0, ge=0, le=1)  # upsamplers: blur the low-res half of so many pairs; 0.5 in Ho et al. 2021
     shuffle_buffer: int = Field(2048, ge=0)            # rows among which each reading task shuffles
-    shares: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}    # of its rows that an epoch reads, by the name of a folder; 1 of others
+    shares: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}    # of rows that an epoch reads, by their folder's name or their json's group
     cache_gib: float = Field(0.0, ge=0)                # of a worker's memory in which decoded pictures are kept for later epochs
 
 
@@ -319,7 +319,7 @@ class TrainConfig(Frozen):
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
     constant_steps: int | None = Field(None, gt=0)     # after them the learning rate falls as 1 / sqrt(step) (EDM2); None: never
-    min_snr: float | None = Field(None, gt=0)          # weight eps' error by min(SNR, this) / SNR (Hang et al. 2023: 5); None: evenly
+    min_snr: float | None = Field(None, gt=0)          # x_0's error weighs min(SNR, this), SNR + 1 for v (Hang et al. 2023: 5); None: eps' even
     clip_norm: float = Field(0.0, ge=0)                # 0 leaves gradients alone
     ema_rates: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field((0.9999,), min_length=1)    # the first becomes the weights file
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -124,7 +124,8 @@ def noised_clip_b() -> Preset:
 # -- ours: the emoji corpus on one GPU --------------------------------------------------------------------------------
 
 EMOJI = {"corpus": "runs/corpus/{train,tones,scenes}", "held_out": "runs/corpus/held_out",
-         "shares": {"tones": 0.1, "scenes": 0.25}}           # tones and scenes would else be two thirds of an epoch
+         # Tones and scenes would else be two thirds of an epoch, and of the rest two fifths people, flags and signs.
+         "shares": {"tones": 0.1, "scenes": 0.2, "People & Body": 0.3, "Flags": 0.15, "Symbols": 0.4}}
 
 
 def emoji_base() -> Preset:
@@ -139,9 +140,9 @@ def emoji_base() -> Preset:
             name="emoji-base",
             unet=UNetConfig(image_size=64, channels=64, multipliers=(2, 3, 4), blocks=1, attention_sizes=(8, 4),
                             patch=4, prediction="v", inpaint=True,
-                            text=TextConfig(width=128, layers=2, heads=2, context=48)),
+                            text=TextConfig(width=128, layers=2, heads=2, context=32)),
             sampling=SamplingConfig(sampler="dpm++", respacing="25", guidance_scale=3.0)),
-        data=DataConfig(**EMOJI, empty_caption_rate=0.1, generate_rate=0.75, held_out_images=256, cache_gib=4),
+        data=DataConfig(**EMOJI, empty_caption_rate=0.1, generate_rate=0.8, held_out_images=256, cache_gib=4),
         train=TrainConfig(objective="base", steps=60_000, batch=32, learning_rate=1e-3, warmup_steps=300, constant_steps=4000,
                           clip_norm=1.0, min_snr=5.0, ema_rates=(0.9999,), precision="auto",
                           evaluate_every=500, checkpoint_every=500, sample_every=500))
@@ -154,7 +155,7 @@ def emoji_upsampler() -> Preset:
             name="emoji-upsampler",
             unet=UNetConfig(image_size=256, low_res_size=64, channels=64, multipliers=(1, 2, 2), blocks=1,
                             attention_sizes=(), patch=4, prediction="v", inpaint=True,
-                            text=TextConfig(width=32, layers=1, heads=1, context=48)),
+                            text=TextConfig(width=32, layers=1, heads=1, context=32)),
             diffusion=DiffusionConfig(schedule="linear"),
             sampling=SamplingConfig(respacing=STRIDED_27, guidance_scale=1.0, noise_scale=0.997)),
         data=DataConfig(**EMOJI, min_size=256, crop=128, low_res_blur_rate=0.5, generate_rate=0.75, held_out_images=32, cache_gib=6),

@@ -16,7 +16,7 @@ from glide_ray.data import images, masks
 from glide_ray.data.captions import choose, emoji_captions
 from glide_ray.data.filters import Candidate, Report, first_broken, header_rules
 from glide_ray.data.shards import Sample, ShardError, captions_of, read_index, read_shard, write_shards
-from glide_ray.data.sources import columns, find_parts, folder_name, in_share
+from glide_ray.data.sources import columns, find_parts, folder_name, in_share, share_of
 from glide_ray.data.transforms import Collate, held_out_batches
 from glide_ray.tokenizer import Tokenizer
 
@@ -271,6 +271,9 @@ def test_an_epochs_share_of_rows_is_drawn_by_key_epoch_and_seed_alone():
     assert np.mean(drawn) == pytest.approx(0.25, abs=0.03)
     assert drawn == [in_share(f"key-{n}", 3, 0, 0.25) for n in range(4000)]
     assert drawn != [in_share(f"key-{n}", 4, 0, 0.25) for n in range(4000)]
+    sample = replace(next(drawn_samples(1)), meta={"group": "Flags"})
+    assert share_of({"Flags": 0.5, "tones": 0.1}, "tones", sample) == pytest.approx(0.05)
+    assert share_of({"Flags": 0.5}, "train", replace(sample, meta={})) == 1
 
 
 def test_decoded_pictures_are_kept_as_far_as_the_cache_has_room():

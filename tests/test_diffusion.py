@@ -198,12 +198,24 @@ def test_min_snr_gives_x0_an_error_weight_of_at_most_what_is_asked_for():
     snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
     of_x0 = min_snr_weight(schedule, i, 5.0).double() * snr           # eps' error is SNR times that of x_0
     assert torch.allclose(of_x0, snr.clamp(max=5), rtol=1e-5)
+    assert torch.allclose(min_snr_weight(schedule, i, 5.0, least=1.0).double() * snr, (snr + 1).clamp(max=5), rtol=1e-5)
+
+
+def test_with_a_least_of_one_the_weighted_error_of_eps_is_that_of_v():
+    schedule, i = make_schedule("cosine"), torch.tensor([400, 700, 990])
+    x0, noise, wrong = (torch.randn(3, 3, 4, 4).double() for _ in range(3))
+    signal = schedule.at("alpha_bar", i).sqrt()
+    v, x_t = signal * noise - (1 - signal**2).sqrt() * x0, signal * x0 + (1 - signal**2).sqrt() * noise
+    eps = signal * (v + wrong) + (1 - signal**2).sqrt() * x_t
+    weighted = (eps - noise).square().flatten(1).mean(1) * min_snr_weight(schedule, i, 1e9, least=1.0)
+    assert torch.allclose(weighted, wrong.square().flatten(1).mean(1), rtol=1e-5)
 
 
 def test_the_weight_moves_the_loss_and_neither_the_mse_nor_the_bound():
     schedule, i = make_schedule("cosine"), torch.tensor([10, 900])
     x0, noise, eps = (torch.randn(2, 3, 4, 4) for _ in range(3))
     output, x_t = ModelOutput(eps, torch.zeros_like(eps)), q_sample(schedule, x0, i, noise)
-    even, weighted = (hybrid_loss(schedule, output, x0, x_t, i, noise, most) for most in (None, 5.0))
+    weight = min_snr_weight(schedule, i, 5.0)
+    even, weighted = (hybrid_loss(schedule, output, x0, x_t, i, noise, given) for given in (None, weight))
     assert torch.equal(even.mse, weighted.mse) and torch.equal(even.vb, weighted.vb)
-    assert torch.allclose(weighted.total - weighted.vb, even.mse * min_snr_weight(schedule, i, 5.0))
+    assert torch.allclose(weighted.total - weighted.vb, even.mse * weight)

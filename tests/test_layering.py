@@ -12,7 +12,7 @@ LAYERS = [
     {"diffusion", "models", "data"},
     {"critic", "flight", "stepper", "engine", "cascade", "recipe", "pretrained", "train", "evaluation", "info", "hardware"},
     {"distributed"},
-    {"cli", "commands", "pictures", "assess", "demo", "miniature", "bench", "quality"},
+    {"cli", "commands", "pictures", "assess", "demo", "pretrain", "recipe_bench", "miniature", "bench", "quality"},
 ]
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 MODULES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path

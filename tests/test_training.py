@@ -18,7 +18,7 @@ from glide_ray.diffusion.schedule import make_schedule
 from glide_ray.forms import Batch, Conditioning, ModelOutput
 from glide_ray.models.unet import GlideUNet
 from glide_ray.models.weights import WeightsError, load_model, load_weights, with_known_channels
-from glide_ray.train import loop, partition
+from glide_ray.train import partition, steps
 from glide_ray.train.checkpoint import CheckpointError, Progress
 from glide_ray.train.ema import Ema
 from glide_ray.train.loop import Trainer, TrainingError
@@ -161,10 +161,10 @@ def test_images_per_second_are_of_the_steps_and_not_of_what_is_done_between_them
             now[0] += seconds
             return result
         return do
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(steps.time, "perf_counter", lambda: now[0])
     fake = SimpleNamespace(preset=preset("log_every=3", "evaluate_every=2", "checkpoint_every=2"), progress=Progress(), world=1, save=None, start=takes(5),
                            held_out=takes(100, {}), step=takes(1, {}), scale=dict, summed=lambda values: values)
-    monkeypatch.setattr(loop, "quartile_means", lambda figures: {})
+    monkeypatch.setattr(steps, "quartile_means", lambda figures: {})
     fake.step = takes(1, {"loss": torch.ones(())})
     train_loop(fake, epochs, [], Outlets(figures.append, takes(1000)))
     assert [row["images_per_s"] for row in figures if "images_per_s" in row] == [4, 4]

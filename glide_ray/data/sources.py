@@ -74,12 +74,19 @@ def each_path(path: str) -> list[str]:
 
 
 def folder_name(part: Part) -> str:
-    """The name of the folder in which a part lies, by which `data.shares` knows it."""
+    """The name of the folder in which a part lies."""
     return PurePosixPath(part.url).parent.name
+
+
+def share_of(shares: Mapping[str, float], folder: str, sample: Sample) -> float:
+    """The share of such rows that an epoch reads: that of their folder times that of their `group`, each 1 where not given."""
+    return shares.get(folder, 1.0) * shares.get(str(sample.meta.get("group")), 1.0)
 
 
 def in_share(key: str, epoch: int, seed: int, share: float) -> bool:
     """Whether an epoch reads the row of this key, where it reads a share of all: always the same for the same arguments."""
+    if share == 1:
+        return True
     digest = hashlib.sha256(f"share/{seed}/{epoch}/{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < share
 

@@ -23,24 +23,28 @@ class HybridLoss:
 
 
 def hybrid_loss(schedule: Schedule, output: ModelOutput, x0: Tensor, x_t: Tensor, i: Tensor, noise: Tensor,
-                min_snr: float | None = None) -> HybridLoss:
+                weight: Tensor | None = None) -> HybridLoss:
     """MSE of eps plus the bound's term, which teaches the variance only: eps enters it without gradient.
 
-    x0, x_t, noise (B, 3, H, W); i (B,). `min_snr` weights the MSE (`min_snr_weight`). Computed in float32 whatever the
+    x0, x_t, noise (B, 3, H, W); i (B,). `weight` (B,) of the MSE; 1 where there is none. Computed in float32 whatever the
     network's precision.
     """
     eps, variance = output.eps.float(), output.variance.float()
     mse = _mean(torch.square(noise - eps))
     vb = variational_term(schedule, ModelOutput(eps.detach(), variance), x0, x_t, i) * (len(schedule) / 1000)
-    weighted = mse if min_snr is None else mse * min_snr_weight(schedule, i, min_snr)
-    return HybridLoss(weighted + vb, mse, vb)
+    return HybridLoss((mse if weight is None else mse * weight) + vb, mse, vb)
 
 
-def min_snr_weight(schedule: Schedule, i: Tensor, most: float) -> Tensor:
-    """min(SNR, most) / SNR at the indices i, (B,) float32: the weight of eps' error that gives x_0's error at most
-    `most` (Hang et al. 2023, eq. 9). Steps of little noise, which have nearly all of the even loss' weight in x_0, count less."""
+def min_snr_weight(schedule: Schedule, i: Tensor, most: float, least: float = 0.0) -> Tensor:
+    """The weight of eps' error at the indices i, (B,) float32, with which x_0's error has the weight min(SNR + least, most).
+
+    eps' error is SNR times that of x_0. Evenly weighted it teaches details, where there is little noise; `most` limits
+    that (Hang et al. 2023, Min-SNR). With `least` 1 it is v's error, which does not vanish where there is all but noise,
+    and colour and shape are decided from the caption alone (Salimans & Ho 2022).
+    """
     power = schedule.alpha_bar.to(i.device)[i]
-    return ((1 - power) / power * most).clamp(max=1).float()
+    snr = power / (1 - power)
+    return ((snr + least).clamp(max=most) / snr).float()
 
 
 def variational_term(schedule: Schedule, output: ModelOutput, x0: Tensor, x_t: Tensor, i: Tensor) -> Tensor:

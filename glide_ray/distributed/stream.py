@@ -20,15 +20,15 @@ from ray.exceptions import RayError
 from ..config import UserError
 from ..data.filters import Candidate, Report, first_broken, header_rules
 from ..data.shards import Sample
-from ..data.sources import Part, columns, find_parts, folder_name, in_share, read_part, row_id
+from ..data.sources import Part, columns, find_parts, folder_name, in_share, read_part, row_id, share_of
 
 ROWS_PER_BLOCK, ROWS_PER_TASK = 64, 4096
 
 
 @dataclass(frozen=True)
 class Plan:
-    """In which order an epoch is read: the parts by seed and epoch, the rows of each task within windows, from task `first` on. Of folders
-    that `shares` names, the share of their rows that is drawn for the epoch."""
+    """In which order an epoch is read: the parts by seed and epoch, the rows of each task within windows, from task `first` on; and
+    which share of a folder's or a group's rows (`DataConfig.shares`)."""
 
     seed: int
     epoch: int
@@ -36,10 +36,9 @@ class Plan:
     first: int = 0
     shares: Mapping[str, float] = field(default_factory=dict)
 
-    def reads(self, part: Part, key: str) -> bool:
-        """Whether the epoch reads a part's row of this key."""
-        share = self.shares.get(folder_name(part), 1.0)
-        return share == 1 or in_share(key, self.epoch, self.seed, share)
+    def reads(self, part: Part, sample: Sample) -> bool:
+        """Whether the epoch reads this row of a part."""
+        return in_share(sample.key, self.epoch, self.seed, share_of(self.shares, folder_name(part), sample))
 
 
 def open_corpus(path: str, min_size: int, tally=None) -> ray.data.Dataset:
@@ -84,7 +83,7 @@ def _kept(part: Part, min_size: int, report: Report, plan: Plan | None) -> Itera
     rules = header_rules(min_size)
     try:
         for position, sample in enumerate(read_part(part)):
-            if plan is not None and not plan.reads(part, sample.key):
+            if plan is not None and not plan.reads(part, sample):
                 continue
             reason = first_broken(Candidate(sample), rules)
             report.add(sample.key, reason)

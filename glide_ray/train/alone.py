@@ -20,7 +20,7 @@ from ..config import ConfigError, Preset, UserError
 from ..data.filters import Candidate, Report, first_broken, header_rules
 from ..data.images import encode
 from ..data.shards import Sample, ShardError
-from ..data.sources import columns, find_parts, folder_name, in_share, read_part, row_id
+from ..data.sources import columns, find_parts, folder_name, in_share, read_part, row_id, share_of
 from ..data.transforms import Collate, ahead, collated, held_out_batches
 from ..evaluation.samples import sample_grid
 from ..forms import Batch
@@ -180,7 +180,7 @@ class MemoryCorpus:
         """The numbers of the rows that the epoch reads, shuffled."""
         seed, shares = self.preset.train.seed, self.preset.data.shares
         read = [n for n, (_, folder, sample) in enumerate(self.rows)
-                if in_share(sample.key, epoch, seed, shares.get(folder, 1.0))]
+                if in_share(sample.key, epoch, seed, share_of(shares, folder, sample))]
         return np.random.default_rng([seed, epoch]).permutation(np.array(read))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
 from ..config import ClipModelConfig, Preset
-from ..diffusion.loss import hybrid_loss
+from ..diffusion.loss import hybrid_loss, min_snr_weight
 from ..diffusion.process import q_sample
 from ..diffusion.schedule import Schedule
 from ..forms import Batch
@@ -24,8 +24,8 @@ Objective = Callable[[Callable, Schedule, Batch, Tensor, Tensor], Losses]
 
 
 def denoising(network: Callable, schedule: Schedule, batch: Batch, i: Tensor, noise: Tensor,
-              min_snr: float | None = None) -> Losses:
-    """The hybrid loss of noised images at the indices i (B,), for given noise like batch.image (sec. 2.1).
+              weight: Callable[[Schedule, Tensor], Tensor | None] = lambda schedule, i: None) -> Losses:
+    """The hybrid loss of noised images at the indices i (B,), for given noise like batch.image (sec. 2.1); `weight` of eps' error.
 
     Where pixels are known the samplers put them into the predicted image, whatever the network says of them; so does the loss, and
     eps is there the noise itself. Left to the network, the copying of known pixels spoils those beside them (README, "Measured").
@@ -34,7 +34,7 @@ def denoising(network: Callable, schedule: Schedule, batch: Batch, i: Tensor, no
     output = network(x_t, schedule.timestep.to(i.device)[i], batch.conditioning)
     if batch.conditioning.known_mask is not None:
         output = replace(output, eps=torch.where(batch.conditioning.known_mask > 0.5, noise.to(output.eps.dtype), output.eps))
-    loss = hybrid_loss(schedule, output, batch.image, x_t, i, noise, min_snr)
+    loss = hybrid_loss(schedule, output, batch.image, x_t, i, noise, weight(schedule, i))
     return {"loss": loss.total, "mse": loss.mse, "vb": loss.vb}
 
 
@@ -74,7 +74,8 @@ def objective_of(preset: Preset) -> Objective:
     if isinstance(preset.model, ClipModelConfig) and not preset.model.clip.noised:
         return contrastive_without_noise
     if preset.train.min_snr is not None:
-        return partial(denoising, min_snr=preset.train.min_snr)
+        least = 1.0 if preset.model.unet.prediction == "v" else 0.0
+        return partial(denoising, weight=partial(min_snr_weight, most=preset.train.min_snr, least=least))
     return OBJECTIVES[preset.train.objective]
 
 

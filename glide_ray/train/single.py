@@ -108,12 +108,12 @@ class SingleTrainer:
             if self.preset.train.clip_norm:
                 torch.nn.utils.clip_grads_with_norm_(self.masters, self.preset.train.clip_norm, norm)
             self.optimizer.step()
-            self._refresh()
+            self.refresh()
         self.optimizer.zero_grad(set_to_none=True)
         return finite
 
     @torch.no_grad()
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """Let the network compute with what the masters hold."""
         parameters = list(self.network.parameters())
         if self.masters[0] is not parameters[0]:
@@ -165,7 +165,7 @@ class SingleTrainer:
         with torch.no_grad():
             for name, own in zip(self.names, self.masters, strict=True):
                 own.copy_(state[name])
-        self._refresh()
+        self.refresh()
         self.ema.restart()
 
     def save(self, folder: Path) -> None:
@@ -181,7 +181,7 @@ class SingleTrainer:
         load_parts(folder, self.pieces(), self.state())
         for own in self.masters:
             self.optimizer.state[own]["step"].fill_(optimizer["adam_steps"])
-        self._refresh()
+        self.refresh()
 
 
 def single_precision(precision: str, device: str) -> str:

@@ -1,0 +1,68 @@
+"""`glide pretrain`: the weights that ship, from package tarballs to files, on a machine without Ray and network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from . import presets, storage
+from .config import ConfigError, nearest
+from .data.emoji import build
+from .data.images import encode
+from .evaluation.samples import sample_grid
+from .pretrained.pack import read_trained, write_half
+from .settings import override
+from .train.alone import Done, train_alone
+from .train.run_folder import METRICS
+
+MODELS = ("emoji-base", "emoji-upsampler")
+PART_BYTES = 15 * 2**20        # of a file of weights: what a mail or a small store takes
+# A GPU has so little to do with a CPU's batch that launches are most of a step.
+ON_GPU = {"emoji-base": ["batch=256", "learning_rate=2e-3", "constant_steps=1500", "evaluate_every=1000", "checkpoint_every=1000"],
+          "emoji-upsampler": ["batch=64", "learning_rate=1.5e-3", "constant_steps=1500"]}
+
+
+def pretrain(name: str, out: Path, minutes: float, corpus: Path, run: Path, packages: Path | None = None,
+             scenes: int = 20_000, settings: Sequence[str] = (), styles: Sequence[str] = (),
+             report: Callable[[str], None] = print) -> Done:
+    """Build the corpus unless it is there, train for so many minutes, and write to the folder `out`:
+
+    `NAME.safetensors.0`, `.1`...   float16 weights with their sources and recipe, in parts of at most 15 MiB
+    `NAME.json`                     SHA-256 and bytes of the whole file, and how it was trained
+    `NAME.png`                      a sheet of samples
+    `NAME.metrics.jsonl`            the run's figures
+
+    The same command goes on with the run. Raises UserError.
+    """
+    if name not in MODELS:
+        raise ConfigError(f"{name!r} does not ship; {nearest(name, MODELS)}")
+    gpu = torch.cuda.is_available()
+    report(f"the corpus in {corpus}")
+    build(corpus, report=report, styles=styles, packages=packages, scenes=scenes)
+    preset = override(presets.get(name), [
+        "trackers=", "sample_every=none", f"data.held_out={corpus}/held_out", f"data.corpus={corpus}/{{train,tones,scenes}}",
+        *(ON_GPU[name] if gpu else []), *settings])
+    done = train_alone(preset, run, minutes)
+    report(f"{done.step:,} steps, {done.images_per_s:,.0f} images/s")
+    device = torch.cuda.get_device_name() if gpu else "CPU"
+    trained = read_trained(run, recipe={"device": device})
+    write_half(trained, run / "half.safetensors")
+    _write_parts(run / "half.safetensors", out, name, dict(trained.recipe))
+    grid = sample_grid(done.weights, preset)
+    storage.put(encode(grid), out / f"{name}.png")
+    storage.put((run / METRICS).read_bytes(), out / f"{name}.{METRICS}")
+    report(f"{out}: join the parts with `cat {name}.safetensors.* > {name}.safetensors`")
+    return done
+
+
+def _write_parts(whole: Path, out: Path, name: str, recipe: dict) -> None:
+    """A file in parts, and what tells whether they were joined rightly."""
+    data = whole.read_bytes()
+    for number, start in enumerate(range(0, len(data), PART_BYTES)):
+        storage.put(data[start:start + PART_BYTES], out / f"{name}.safetensors.{number}")
+    about = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "recipe": recipe}
+    storage.put(json.dumps(about, indent=1).encode(), out / f"{name}.json")
