@@ -19,15 +19,6 @@ from .layers import AttentionBlock, Downsample, GroupNorm, ResBlock, Upsample, t
 from .text import TextTransformer
 
 
-def fast_memory_format(device: torch.device) -> torch.memory_format:
-    """Of the activations; convolutions follow their input's, where ZeRO has flattened the weights too.
-
-    A CPU's convolutions are as fast in either, and its group norm is up to 35 times slower in channels-last memory
-    (32 x 128 x 16 x 16 in bf16 on one core of an AMD EPYC, PyTorch 2.13: 12.8 ms to 0.37).
-    """
-    return torch.contiguous_format if device.type == "cpu" else torch.channels_last
-
-
 class Stage(nn.Module):
     """A residual block and, where the resolution asks for it, attention; `resample` follows as a block of its own."""
 
@@ -53,7 +44,7 @@ class GlideUNet(nn.Module):
         self._diffusion = diffusion or DiffusionConfig()
         self._powers: dict[torch.device, Tensor] = {}               # see `_signal_and_noise`
         self.activation_checkpointing = False
-        self.memory_format: torch.memory_format | None = None      # of the activations; None: `fast_memory_format`
+        self.memory_format: torch.memory_format | None = None      # of the activations; None: the faster one
         self._embeddings: tuple[Tensor, Tensor] | None = None      # weight and bias, see `fuse`
         embedding = 4 * config.channels
         self.text = TextTransformer(config.text, pooled=embedding)
@@ -179,8 +170,7 @@ class GlideUNet(nn.Module):
         embedding = F.silu(self.time_out(F.silu(self.time_in(time))) + text.pooled)           # (B, 4C), as every block takes it
         if self._embeddings is not None:
             embedding = F.linear(embedding, *self._embeddings)                                # (B, every block's scale and shift)
-        layout = self.memory_format or fast_memory_format(x.device)
-        h = self.stem(self._network_input(x, conditioning).to(dtype, memory_format=layout))
+        h = self.stem(self._network_input(x, conditioning).to(dtype, memory_format=self.memory_format or self._fast_format(x.device)))
         keys_values = iter(text.keys_values)
         kept = [h]
         for stage in self.down:
@@ -205,6 +195,12 @@ class GlideUNet(nn.Module):
             self._powers[timestep.device] = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()]).float()
         signal, noise = self._powers[timestep.device][:, timestep.long(), None, None, None]
         return signal, noise
+
+    def _fast_format(self, device: torch.device) -> torch.memory_format:
+        """Of the activations; convolutions follow their input's, where ZeRO has flattened the weights too. Channels last, but for
+        training on a CPU, where 16-bit group norm takes up to 35 times as long so (32 x 128 x 16 x 16 on one core of an AMD
+        EPYC, PyTorch 2.13: 12.8 ms to 0.37) and convolutions as long either way."""
+        return torch.contiguous_format if device.type == "cpu" and self.training else torch.channels_last
 
     def _network_input(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         """x and what the form of the model adds to it along the channels: known pixels, their mask, the low-res image."""
