@@ -14,7 +14,7 @@ from glide_ray.data.card import read_card
 from glide_ray.data.images import decode
 from glide_ray.data.scene_shards import SceneError, scene_row, write_scenes
 from glide_ray.data.scenes import compose
-from glide_ray.data.shards import read_shard
+from glide_ray.data.shards import read_shard, write_shards
 from glide_ray.data.splits import is_held_out, is_held_out_colour
 from glide_ray.data.sprites import COLOURS, read_sprites, recolour
 
@@ -254,8 +254,15 @@ def test_more_scenes_than_the_disk_holds_are_refused_before_anything_is_written(
         SceneError,
         match=r"1,000,000,000,000 scenes take about .* GB free; ask for at most --scenes \d+",
     ):
-        write_scenes(str(tmp_path), 10**12)
+        emoji.build(tmp_path, scenes=10**12)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_corpus_of_too_few_objects_for_a_scene_is_said(emoji_corpus, tmp_path):
+    flags = [row for row in samples(emoji_corpus[0] / "train") if row.meta["group"] == "Flags"]
+    write_shards(tmp_path / "train", flags[:20])
+    with pytest.raises(SceneError, match="has no two objects to compose scenes from; choose more"):
+        write_scenes(str(tmp_path), 10)
 
 
 def test_a_core_composes_at_least_a_hundred_scenes_a_second(sprites):

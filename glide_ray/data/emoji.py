@@ -18,7 +18,7 @@ from ..storage import cache_folder, check_writable, is_remote
 from .card import LeftOut, read_card, sources, write_card
 from .packages import EmojiError, Package, fetch_packages, find_packages
 from .render import in_order, process_pool, render_all
-from .scene_shards import write_scenes
+from .scene_shards import check_room, write_scenes
 from .sets import Picture, assign_splits, needed_packages, read_pictures
 from .shards import Sample, begin, finish, read_index, write_shard
 from .splits import SCENE_SPLITS, SPLITS, share
@@ -44,11 +44,14 @@ def build(out: str | Path, cache: str | Path | None = None, report: Report = lam
     indices = {split: read_index(f"{out}/{split}") for split in (*SPLITS, *SCENE_SPLITS)}
     done = {split: index for split, index in indices.items() if index}
     _refuse_other(out, done, chosen, scenes)
+    compose = scenes and any(split not in done for split in SCENE_SPLITS)
+    if compose:
+        check_room(out, scenes)
     if missing := [split for split in SPLITS if split not in done]:
         check_writable(out)
         found = _packages(out, cache, packages, chosen, report)
         done |= _write_pictures(out, chosen, missing, found, report)
-    if scenes and any(split not in done for split in SCENE_SPLITS):
+    if compose:
         done |= write_scenes(out, scenes, report)
     return done
 

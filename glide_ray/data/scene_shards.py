@@ -32,9 +32,8 @@ def write_scenes(out: str, count: int, report: Callable[[str], None] = lambda li
                  seed: int = 0) -> dict[str, dict[str, Any]]:
     """Compose `count` scenes from `out/train` and write SCENE_SPLITS beside it.
 
-    Returns the index of each. Raises SceneError.
+    Returns the index of each. Raises SceneError where there is too little to compose from.
     """
-    check_room(out, count)
     report(f"composing {count:,} scenes")
     with tempfile.TemporaryDirectory() as folder:
         sprites = _enough(read_sprites(f"{out}/train", Path(folder)), out)
