@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import ClipConfig
 from ..forms import ClipOutput
+from .layers import attend
 
 # Of the pixels that CLIP was trained on, in 8 bits (Radford et al. 2021, release).
 CHANNEL_MEANS = (122.77093945, 116.74601272, 104.09373519)
@@ -36,7 +37,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, causal: bool) -> Tensor:                # (B, K, W)
         normed = self.attention_norm(x)
         query, key, value = (layer(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value))
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+        mixed = attend(query, key, value, causal)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
 

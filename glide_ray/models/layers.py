@@ -21,16 +21,26 @@ def timestep_embedding(timestep: Tensor, width: int, max_period: float = 10_000.
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, width % 2))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over (B, heads, length, D), with the softmax's sums in float32.
+def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over (B, heads, length, D), with the softmax's sums in float32. `causal`: each query sees
+    the keys up to its own place.
 
     PyTorch's own goes backward in 16 bits on a CPU ten times as slowly as the products written out (17.4 ms to 1.7 for
     32 x 2 heads x 48 x 64 on one core, PyTorch 2.13).
     """
-    if query.device.type == "cpu" and query.dtype != torch.float32 and query.requires_grad:
-        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        return scores.softmax(-1) @ value
-    return F.scaled_dot_product_attention(query, key, value)
+    if query.device.type == "cpu" and trains_in_16_bits(query) and not causal:
+        return attend_by_products(query, key, value)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+
+
+def trains_in_16_bits(tensor: Tensor) -> bool:
+    return tensor.dtype != torch.float32 and tensor.requires_grad
+
+
+def attend_by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same as two products of matrices; the scores are kept for the way back."""
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    return scores.softmax(-1) @ value
 
 
 class GroupNorm(nn.GroupNorm):

@@ -23,7 +23,7 @@ from ..diffusion.schedule import make_schedule
 from ..forms import DTYPES
 from ..info import example_batch
 from ..models.clip import NoisedClip
-from ..models.layers import GroupNorm
+from ..models.layers import GroupNorm, attend_by_products, trains_in_16_bits
 from ..models.unet import GlideUNet
 from ..models.weights import build
 from .objectives import objective_of
@@ -75,6 +75,8 @@ def _follow(preset: Preset, precision: str, on_cpu: bool) -> tuple[Moment, ...]:
     for module in model.modules():
         if on_cpu and isinstance(module, GroupNorm):        # whose kernel for CPUs needs no float32 copies
             module.normalised = partial(nn.GroupNorm.forward, module)
+    if on_cpu:
+        model.memory_format = torch.contiguous_format           # as `GlideUNet` has it in training there
     schedule = make_schedule(preset.model.diffusion.schedule, preset.model.diffusion.steps).to("meta")
     alive = _Alive(model)
     with alive, _kernels(on_cpu):
@@ -157,7 +159,9 @@ def _covers(one: Moment, other: Moment) -> bool:
 @contextmanager
 def _kernels(on_cpu: bool) -> Iterator[None]:
     """Attention as the fused kernels of either device have it; dropout that keeps a mask of one byte, as on a GPU; and no other ranks."""
-    def attention(query: Tensor, key: Tensor, value: Tensor, **_) -> Tensor:
+    def attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Tensor:
+        if on_cpu and trains_in_16_bits(query) and not is_causal:       # `layers.attend`
+            return attend_by_products(query, key, value)
         return _FusedAttention.apply(query, key, value)
 
     def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
