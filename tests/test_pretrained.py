@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from PIL import Image
@@ -20,7 +22,7 @@ from glide_ray.cascade import Cascade, load_stepper
 from glide_ray.cli import main
 from glide_ray.config import BulkConfig, SampleOptions
 from glide_ray.data.card import write_card
-from glide_ray.distributed.generate import _begin, read_prompts
+from glide_ray.distributed.generate import Worker, _begin, read_prompts
 from glide_ray.models.weights import WeightsError, load_metadata, load_weights, save_weights
 from glide_ray.pretrained import pack as packing
 from glide_ray.pretrained import shipped
@@ -373,14 +375,23 @@ def test_the_api_lists_each_models_licences_and_whom_to_credit(pair, own_base):
     assert model["licence"] == model["sources"] == []
 
 
-def test_the_server_and_bulk_generation_take_the_name(pair, tmp_path):
+def test_a_server_takes_the_name(pair):
     served = read_models(ServeConfig())["nano-base"]
     assert served.sizes == (16, 64) and len(served.maker.sources) == 2
+
+
+def test_the_name_stays_a_name_for_other_nodes_whose_own_copy_is_used(pair, tmp_path):
     assert shipped.absolute("emoji") == "emoji"
     assert Path(shipped.absolute("own.safetensors")).is_absolute()
+    config = BulkConfig(upsampler="emoji", options=SampleOptions(steps=2, upsampler_steps=2))
     (tmp_path / "p.txt").write_text("a fox\n")
-    config = BulkConfig(upsampler="emoji")
-    assert _begin(read_prompts(str(tmp_path / "p.txt"), 0), str(tmp_path / "out"), config) == 128
+    wanted = read_prompts(str(tmp_path / "p.txt"), 0)
+    assert _begin(wanted, str(tmp_path), config) == 128
+    threads = torch.get_num_threads()
+    Worker(str(tmp_path), config, threads)(pyarrow.Table.from_pylist(list(map(asdict, wanted))))
+    recipe = read_recipe(tmp_path / wanted[0].file)[0]
+    assert {role: used.path for role, used in recipe.models.items()} == {
+        "base": "emoji", "upsampler": "emoji"}
 
 
 def test_glide_card_prints_the_shipped_models_card_and_that_of_a_file(pair, own_base, capsys):
