@@ -152,6 +152,8 @@ def test_an_unknown_name_is_answered_with_the_nearest(pair, capsys):
         capsys, "generate", "a fox", "--base", "nothing.safetensors")
     with pytest.raises(WeightsError, match="No weights called 'emojy'.*did you mean 'emoji'"):
         shipped.find("emojy")
+    with pytest.raises(WeightsError, match="did you mean 'emoji'"):
+        shipped.absolute("emojy")
 
 
 def test_fine_tuning_starts_from_the_shipped_weights_by_name(pair):

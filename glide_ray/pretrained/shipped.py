@@ -63,10 +63,7 @@ def locate(weights: str | Path, role: str) -> Path | str:
         if role == "clip":
             raise WeightsError("No CLIP ships with glide_ray; give the path of its weights.")
         return getattr(find(), role)
-    path = Path(weights)
-    if path.name == str(weights) and not path.suffix and not path.exists():
-        raise WeightsError(f"There is no weights file {weights}, and no weights of that name ship "
-                           f"with glide_ray; {nearest(str(weights), [SHIPPED])}")
+    _check_name(weights)
     return weights
 
 
@@ -79,8 +76,14 @@ def fetch(weights: str | Path, role: str) -> Path:
 
 
 def absolute(weights: str | Path) -> str:
-    """The same weights for another node or folder: their name, or an absolute path."""
-    return SHIPPED if str(weights) == SHIPPED else storage.absolute(weights)
+    """The same weights for another node or folder: their name, or an absolute path.
+
+    Raises WeightsError for an unknown name.
+    """
+    if str(weights) == SHIPPED:
+        return SHIPPED
+    _check_name(weights)
+    return storage.absolute(weights)
 
 
 def name_of(path: str | Path) -> str:
@@ -116,6 +119,14 @@ def upsampler_for(base: str | Path, say: Callable[[str], None] = lambda line: No
     say(f"no upsampler was given: pictures are enlarged by {shipped.name}, which ships with "
         f"glide_ray")
     return SHIPPED
+
+
+def _check_name(weights: str | Path) -> None:
+    """Raise WeightsError where what looks like a name is neither one of weights nor a file."""
+    path = Path(weights)
+    if path.name == str(weights) and not path.suffix and not path.exists():
+        raise WeightsError(f"There is no weights file {weights}, and no weights of that name ship "
+                           f"with glide_ray; {nearest(str(weights), [SHIPPED])}")
 
 
 def _checked(weights: Weights) -> Path:
