@@ -55,8 +55,10 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
         return command
 
-    command = add("demo", commands.demo, "corpus, training, serving and pictures in one go, with the nano models")
+    command = add("demo", commands.demo, "pictures from the shipped weights, a new style taught to them, and edits over HTTP, on one page")
     command.add_argument("--out", type=local_path, default=DEMO, help="folder of the results (default: %(default)s)")
+    command.add_argument("--packages", type=local_path, metavar="FOLDER", help="npm tarballs of the new style (default: fetch them with npm)")
+    command.add_argument("--images", type=local_path, metavar="FOLDER", help="only copy the pictures of a demo that was made, as small WebP files, to this folder")
 
     command = add("corpus", commands.corpus, "make the emoji corpus as tar shards and count it, or count one of your own",
                   "examples:\n  glide corpus --scenes 100000\n  glide corpus --styles outline --out runs/outline\n"

@@ -12,7 +12,7 @@ from .serve_config import ServeConfig
 from .settings import override, validate
 
 EMOJI, FILTERS, DEMO = "runs/corpus", Path("runs/filters"), Path("runs/demo")
-BASE = DEMO / "base" / "weights.safetensors"
+BASE = Path("runs/nano-base/weights.safetensors")
 CLIP = Path("runs/nano-plain-clip/weights.safetensors")
 # What the emoji corpus knows of itself: the rule, settings, and words to search for. People are most of it: rows are labelled
 # at random, as in the paper; their 320 kinds are too few to promise 1% at 95% without dropping nearly all.
@@ -22,9 +22,14 @@ KNOWN = {"people": ("glide_ray.data.emoji:shows_people", ["labels=2000", "first=
 
 
 def demo(options) -> None:
+    if options.images:
+        from .demo.page import copy_pictures
+        for path in copy_pictures(options.out, options.images):
+            print(f"{path}: {path.stat().st_size:,} bytes")
+        return
     _use_checkout()
-    from . import demo as whole
-    whole.run(options.out)
+    from .demo.run import run
+    run(options.out, packages=options.packages)
 
 
 def corpus(options) -> None:

@@ -178,7 +178,7 @@ def emoji_clip() -> Preset:
 # -- ours: tests and the first run ------------------------------------------------------------------------------------
 
 def nano_base() -> Preset:
-    """The smallest base model that makes a picture: `make demo` trains it in minutes on two CPU cores."""
+    """The smallest base model that makes a picture, trained in minutes on two CPU cores."""
     return Preset(
         model=ModelConfig(
             name="nano-base",
@@ -246,9 +246,7 @@ def _task_on(task: Callable[[Preset], Preset], make: Callable[[], Preset]) -> Pr
 
 def _fine_tuned(preset: Preset, task: str, unet: dict, data: dict, train: dict) -> Preset:
     model = preset.model
-    name, kind = model.name.rsplit("-", 1)
-    runs = {"nano": "runs/demo"}.get(name, "runs")
-    weights = f"{runs}/{kind if name == 'nano' else model.name}/weights.safetensors"
+    weights = f"runs/{model.name}/weights.safetensors"
     return preset.model_copy(update={
         "model": model.model_copy(update={"name": f"{model.name}-{task}", "unet": model.unet.model_copy(update=unet)}),
         "data": preset.data.model_copy(update=data),

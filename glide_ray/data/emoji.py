@@ -31,11 +31,11 @@ Report = Callable[[str], None]
 
 
 def build(out: str | Path, cache: str | Path | None = None, report: Report = lambda line: None,
-          styles: Iterable[str] = (), packages: str | Path | None = None, scenes: int = 0
-          ) -> dict[str, dict[str, Any]]:
+          styles: Iterable[str] = (), packages: str | Path | None = None, scenes: int = 0,
+          splits: Iterable[str] = SPLITS) -> dict[str, dict[str, Any]]:
     """Write folders of shards under `out`, local or s3://, unless they are there.
 
-    One for each of SPLITS, and for each of SCENE_SPLITS where `scenes` asks for some. `styles`:
+    One for each of `splits`, and for each of SCENE_SPLITS where `scenes` asks for some. `styles`:
     names of STYLES, the default ones where there is none. `packages`: a folder of npm tarballs,
     instead of npm; `cache`: where npm's are kept. Returns the index of each split. Raises
     EmojiError, SceneError, and ConfigError where `out` has a corpus of other styles or scenes.
@@ -47,7 +47,7 @@ def build(out: str | Path, cache: str | Path | None = None, report: Report = lam
     compose = scenes and any(split not in done for split in SCENE_SPLITS)
     if compose:
         check_room(out, scenes)
-    if missing := [split for split in SPLITS if split not in done]:
+    if missing := [split for split in splits if split not in done]:
         check_writable(out)
         found = _packages(out, cache, packages, chosen, report)
         done |= _write_pictures(out, chosen, missing, found, report)

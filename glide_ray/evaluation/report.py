@@ -53,6 +53,22 @@ def grid(rows: Sequence[Sequence[np.ndarray]], columns: Sequence[str], names: Se
     return sheet
 
 
+def stairs(images: Sequence[np.ndarray], labels: Sequence[str], height: int = 160) -> Image.Image:
+    """Images uint8 (H, W, 3) one below the other at `height` pixels, each with its label below."""
+    font, line = ImageFont.load_default(13), 16
+    shown = [Image.fromarray(pixels) for pixels in images]
+    shown = [image.resize((round(image.width * height / image.height), height), Image.Resampling.BOX)
+             for image in shown]
+    widths = [*(image.width for image in shown), *map(font.getlength, labels)]
+    step = height + line + 2 * MARGIN
+    sheet = Image.new("RGB", (round(max(widths)) + 2 * MARGIN, MARGIN + step * len(shown)), PAPER)
+    for n, (image, label) in enumerate(zip(shown, labels, strict=True)):
+        y = MARGIN + n * step
+        sheet.paste(image, (MARGIN, y))
+        ImageDraw.Draw(sheet).text((MARGIN, y + height + 3), label, INK, font)
+    return sheet
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """A table for a terminal: names to the left, the rest to the right of their columns."""
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
@@ -152,9 +168,9 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping]], path: str | Path) -> None
         for key, label, style in (("loss", "training", "-"), ("held_out", "held out", "o-")):
             points = [(row["step"], row[key]) for row in metrics if key in row]
             axis.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
-        first = next(row["held_out"] for row in metrics if "held_out" in row)
-        axis.axhline(first / 3, linestyle=":", color="grey", linewidth=1, label="a third of the first held-out value")
-        axis.set(title=name, xlabel="step", ylabel="hybrid loss (log scale)", yscale="log")
+        values = [row[key] for row in metrics for key in ("loss", "held_out") if key in row]
+        scale = "log" if max(values) > 10 * min(values) > 0 else "linear"
+        axis.set(title=name, xlabel="step", ylabel="hybrid loss", yscale=scale)
         axis.grid(alpha=0.3, which="both")
         axis.legend()
     with whole(path) as partial:
