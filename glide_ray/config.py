@@ -76,7 +76,7 @@ class UNetConfig(Frozen):
     low_res_size: int | None = Field(None, gt=0)
     inpaint: bool = False
     patch: int = Field(1, gt=0)                        # pixels a side
-    prediction: Literal["eps", "v"] = "eps"            # of the last layer; "v" is Salimans & Ho's (2022), given out as eps
+    prediction: Literal["eps", "v", "x0"] = "eps"      # of the last layer, given out as eps; an upsampler's "x0" adds to its low-res image
 
     @property
     def in_channels(self) -> int:

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import random_model, tiny
 from glide_ray.config import DiffusionConfig
-from glide_ray.diffusion.process import q_sample
+from glide_ray.diffusion.process import q_sample, x0_from_eps
 from glide_ray.diffusion.schedule import make_schedule
 from glide_ray.forms import Conditioning
 from glide_ray.info import inspect
@@ -156,6 +156,16 @@ def test_a_network_that_predicts_v_gives_the_eps_that_x_t_was_made_with(schedule
     conditioning = Conditioning(torch.zeros(3, 128, dtype=torch.int64), torch.zeros(3, 128, dtype=torch.bool))
     output = model(q_sample(tables, x0, i, eps), i, conditioning)
     assert torch.allclose(output.eps, eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["base", "upsampler"])
+def test_a_network_that_predicts_x0_gives_the_eps_that_leads_there(kind):
+    model = GlideUNet(tiny(kind, "model.unet.prediction=x0").model.unet).eval()
+    x, timestep, conditioning = inputs(model.config)
+    output = model(x, timestep, conditioning)           # the last layer is zero
+    low = torch.nn.functional.interpolate(conditioning.low_res, x.shape[-2:], mode="bilinear") if kind == "upsampler" else torch.zeros_like(x)
+    x0 = x0_from_eps(make_schedule("cosine"), x, timestep, output.eps)
+    assert torch.allclose(x0, low, atol=1e-4)
 
 
 def test_attention_written_out_agrees_with_pytorchs_in_16_bits():

@@ -17,7 +17,7 @@ from .schedule import Schedule
 class HybridLoss:
     """Per sample, (B,) float32."""
 
-    total: Tensor   # weighted mse + vb
+    total: Tensor   # mse + vb, weighted
     mse: Tensor     # of eps
     vb: Tensor      # the variational bound's term at i, in bits per dimension, times S/1000
 
@@ -26,13 +26,14 @@ def hybrid_loss(schedule: Schedule, output: ModelOutput, x0: Tensor, x_t: Tensor
                 weight: Tensor | None = None) -> HybridLoss:
     """MSE of eps plus the bound's term, which teaches the variance only: eps enters it without gradient.
 
-    x0, x_t, noise (B, 3, H, W); i (B,). `weight` (B,) of the MSE; 1 where there is none. Computed in float32 whatever the
+    x0, x_t, noise (B, 3, H, W); i (B,). `weight` (B,) of a sample's loss; 1 where there is none. Computed in float32 whatever the
     network's precision.
     """
     eps, variance = output.eps.float(), output.variance.float()
     mse = _mean(torch.square(noise - eps))
     vb = variational_term(schedule, ModelOutput(eps.detach(), variance), x0, x_t, i) * (len(schedule) / 1000)
-    return HybridLoss((mse if weight is None else mse * weight) + vb, mse, vb)
+    total = mse + vb
+    return HybridLoss(total if weight is None else total * weight, mse, vb)
 
 
 def min_snr_weight(schedule: Schedule, i: Tensor, most: float, least: float = 0.0) -> Tensor:

@@ -82,15 +82,16 @@ def _given(stepper: Stepper, preset: Preset, progress: Progress | None) -> Shown
     """A row for each held-out picture: its low-resolution half or its known part, or both; the sample; the original."""
     config = stepper.config
     batch = Batch.join(held_out_batches(preset.data.model_copy(update={"held_out_images": PICTURES}), config, PICTURES))
-    known, conditioning = centre_hole(config.image_size), batch.conditioning
-    if config.inpaint:
+    known, conditioning = centre_hole(config.image_size), replace(batch.conditioning, known=None, known_mask=None)
+    fills = config.inpaint and not preset.data.generate_rate        # else it is shown as one that generates
+    if fills:
         mask = torch.from_numpy(known).float().expand(len(batch.image), 1, -1, -1)
         conditioning = replace(conditioning, known=batch.image, known_mask=mask)
     tokenizer, rows = Tokenizer(config.context), []
     for n, sample in enumerate(_samples(stepper, preset, conditioning, progress)):
         original = to_uint8(batch.image[n])
         row = [(to_uint8(conditioning.low_res[n]), f"{config.low_res_size} pixels")] if config.low_res_size else []
-        row += [(show_hole(original, known), "known")] if config.inpaint else []
+        row += [(show_hole(original, known), "known")] if fills else []
         rows.append([*row, (sample, tokenizer.decode(conditioning.tokens[n].tolist())), (original, "original")])
     return [picture for row in rows for picture, _ in row], [label for row in rows for _, label in row], len(rows[0])
 

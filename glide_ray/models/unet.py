@@ -182,14 +182,25 @@ class GlideUNet(nn.Module):
             h = self._run(stage, torch.cat([h, kept.pop()], dim=1), embedding, keys_values)
         h = self.out_norm.fused_norm(h, silu=True) if self.out_norm.fused else F.silu(self.out_norm(h))
         predicted, variance = F.pixel_shuffle(self.out(h).float(), self.config.patch).chunk(2, dim=1)
+        return ModelOutput(self._eps(predicted, x, timestep, conditioning), variance)
+
+    def _eps(self, predicted: Tensor, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """eps (B, 3, H, W) by what the last layer predicts.
+
+        v is signal eps - noise x_0 (Salimans & Ho 2022, app. D). x_0 is for squares of more values than the network has
+        channels: noise in them cannot pass through it, pictures can (Li & He 2025, Back to Basics). An upsampler's is what
+        is to be added to the enlarged image.
+        """
+        if self.config.prediction == "eps":
+            return predicted
+        signal, noise = self._signal_and_noise(timestep)
         if self.config.prediction == "v":
-            signal, noise = self._signal_and_noise(timestep)
-            predicted = signal * predicted + noise * x
-        return ModelOutput(predicted, variance)
+            return signal * predicted + noise * x
+        x0 = predicted + self._enlarged(x, conditioning) if self.config.low_res_size else predicted
+        return (x - signal * x0) / noise
 
     def _signal_and_noise(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors of image and noise in x_t, (B, 1, 1, 1) float32. With v = signal eps - noise x_0, eps is
-        signal v + noise x_t (Salimans & Ho 2022, app. D)."""
+        """The factors of image and noise in x_t, (B, 1, 1, 1) float32."""
         if timestep.device not in self._powers:
             alpha_bar = torch.tensor(self._diffusion.alpha_bar(), dtype=torch.float64, device=timestep.device)
             self._powers[timestep.device] = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()]).float()
@@ -208,11 +219,14 @@ class GlideUNet(nn.Module):
         if self.config.inpaint:
             parts += self._known(x, conditioning)
         if self.config.low_res_size:
-            if conditioning.low_res is None:
-                raise ValueError("an upsampler needs conditioning.low_res, the image to make larger")
-            # Bilinear as in the release; the paper's text says bicubic.
-            parts.append(F.interpolate(conditioning.low_res.float(), x.shape[-2:], mode="bilinear", align_corners=False).to(x))
+            parts.append(self._enlarged(x, conditioning))
         return F.pixel_unshuffle(torch.cat(parts, dim=1), self.config.patch)
+
+    def _enlarged(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        """The low-res image at the size of x: bilinear as in the release; the paper's text says bicubic."""
+        if conditioning.low_res is None:
+            raise ValueError("an upsampler needs conditioning.low_res, the image to make larger")
+        return F.interpolate(conditioning.low_res.float(), x.shape[-2:], mode="bilinear", align_corners=False).to(x)
 
     def _known(self, x: Tensor, conditioning: Conditioning) -> list[Tensor]:
         if conditioning.known is None:                  # nothing is known: an inpainting model then generates

@@ -74,7 +74,7 @@ def objective_of(preset: Preset) -> Objective:
     if isinstance(preset.model, ClipModelConfig) and not preset.model.clip.noised:
         return contrastive_without_noise
     if preset.train.min_snr is not None:
-        least = 1.0 if preset.model.unet.prediction == "v" else 0.0
+        least = 0.0 if preset.model.unet.prediction == "eps" else 1.0
         return partial(denoising, weight=partial(min_snr_weight, most=preset.train.min_snr, least=least))
     return OBJECTIVES[preset.train.objective]
 
