@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"glide: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in ("ray", "deepspeed", "fastapi", "matplotlib", "httpx", "pyarrow", "sklearn", "scipy", "imagehash", "sqlalchemy", "jinja2", "uvicorn"):
+        if (error.name or "").split(".")[0] in ("ray", "deepspeed", "fastapi", "matplotlib", "httpx", "pyarrow", "sklearn", "scipy", "sqlalchemy", "jinja2", "uvicorn"):
             print(f"glide: this command needs {error.name}; install the project with `pip install '.[cluster]'`.", file=sys.stderr)
             return 2
         raise

@@ -1,7 +1,7 @@
 """Near-duplicate images over a whole corpus: the same picture resized or recompressed, whatever its caption says.
 
-Each image leaves a fingerprint of 392 bytes: a 64-bit perceptual hash (of the signs of its low DCT frequencies, as `imagehash` takes
-it) to find candidates with, and a thumbnail to judge them by. Mirrored pictures are not duplicates: an arrow to the left is not
+Each image leaves a fingerprint of 392 bytes: a 64-bit perceptual hash (of the signs of its low DCT frequencies, as in `imagehash`)
+to find candidates with, and a thumbnail to judge them by. Mirrored pictures are not duplicates: an arrow to the left is not
 one to the right.
 """
 
@@ -10,27 +10,33 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-import imagehash
 import numpy as np
 from PIL import Image
+from scipy.fft import dctn
 
 LUMA, CHROMA = 16, 8                     # pixels on a side of the thumbnail's brightness and of its two colours
 FINGERPRINT_BYTES = 8 + LUMA**2 + 2 * CHROMA**2
+HASHED = 32                              # pixels on a side of what is hashed
+# A frequency counts as present when it is so much above their median. Half the frequencies of a
+# symmetrical drawing are zero, as is the median then: without a margin their bits would be noise.
+MARGIN = 200
 
-# Measured on a copy of each of 6,686 emoji (0.5 to 2 times the size but at least 64 pixels, JPEG of quality 60 to 95, WebP of 50 to
-# 95): 99.9% lie within all three and are found. Emoji that differ in a skin tone or a clock's hand alone lie outside, by their
-# thumbnails: no two emoji have thumbnails alike and more than 2 bits different.
-MAX_BITS = 16                            # of the hash that may differ: in a symmetrical picture half of them are noise
+# Measured on a copy of each of 10,941 emoji in eight styles (0.5 to 2 times the size but at least
+# 64 pixels, JPEG of quality 60 to 95, WebP of 50 to 95): 99.97% lie within all three, none more than
+# 6 bits apart, and 10,834 of the 10,840 that are like no other are found. Emoji that differ in a
+# skin tone or a clock's hand alone lie outside, by their thumbnails.
+MAX_BITS = 16                            # of the hash that may differ
 MAX_LUMA, MAX_CHROMA = 8, 12             # the largest difference of a thumbnail's pixel, of 255. Compression changes colours more
 # Groups of bits of the hash, of which two must agree. These are some 20 bits: with 10^7 images an image agrees with some ten others by chance in each
-# two groups, which are few enough to compare. Up to 5 differing bits leave one of the first six groups untouched and one of the others; those are of
-# frequencies that are all even or all odd across, and so all sound or all noise where left and right are alike. Of the emoji's copies it loses one in 7,035.
+# two groups, which are few enough to compare. Up to 5 differing bits leave one of the first six groups untouched and one of the others.
 BANDS = [*np.array_split(np.arange(64), 6), *(np.arange(start, 64, 6) for start in range(6))]
 
 
 def fingerprint(image: Image.Image) -> bytes:
     """What `find_duplicates` compares, of an RGB image."""
-    hashed = np.packbits(imagehash.phash(image).hash.ravel()).tobytes()
+    grey = image.convert("L").resize((HASHED, HASHED), Image.Resampling.LANCZOS)
+    low = dctn(np.asarray(grey, np.float64))[:8, :8]
+    hashed = np.packbits(low > np.median(low) + MARGIN).tobytes()
     colours = image.convert("YCbCr")
     luma, blue, red = (np.asarray(channel.resize((side, side), Image.Resampling.BILINEAR))
                        for channel, side in zip(colours.split(), (LUMA, CHROMA, CHROMA), strict=True))
