@@ -118,6 +118,17 @@ def _parser() -> argparse.ArgumentParser:
                          help="train in this one process, without Ray and DeepSpeed, with the corpus in memory")
     command.add_argument("--minutes", type=float, help="with --no-ray: stop after so many, with the weights so far")
 
+    command = add("pretrain", commands.pretrain, "the weights that ship, from package tarballs to files, in one process: on one GPU in minutes",
+                  "example:\n  glide pretrain emoji-base --packages tarballs --minutes 9 --out weights")
+    command.add_argument("model", help="emoji-base or emoji-upsampler")
+    command.add_argument("--minutes", type=float, default=9, help="of training; the same command goes on (default: %(default)s)")
+    command.add_argument("--packages", type=local_path, metavar="FOLDER", help="npm tarballs (default: fetch them with npm)")
+    command.add_argument("--scenes", type=positive, default=20_000, metavar="N", help="composed rows of the corpus (default: %(default)s)")
+    command.add_argument("--corpus", type=local_path, default=Path("runs/corpus"), help="folder of the corpus, made unless it is there (default: %(default)s)")
+    command.add_argument("--run", type=local_path, help="folder of the run with its checkpoints (default: runs/MODEL)")
+    command.add_argument("--out", type=local_path, default=Path("runs/weights"), help="folder for weights, in parts, figures and a sheet (default: %(default)s)")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the preset")
+
     command = add("export", commands.export, "weights from a checkpoint, tensor by tensor: without a GPU, in the memory of the largest",
                   "examples:\n  glide export runs/filtered-base --ema-rate 0.999 --out weights.safetensors\n"
                   "  glide export runs/emoji-base --half --out emoji-base.safetensors")
@@ -217,14 +228,15 @@ def _parser() -> argparse.ArgumentParser:
                          "up to 8 GPUs, else of the network of AWS's machines with them)")
 
     command = add("bench", commands.bench, "measure this machine, or what trained models do; prints one line of JSON")
-    command.add_argument("what", choices=["forward", "sample", "cascade", "train", "plan", "serve", "data", "memory", "samplers", "inpainting", "guidance"],
+    command.add_argument("what", choices=["forward", "sample", "cascade", "train", "plan", "serve", "data", "memory", "samplers", "inpainting", "guidance", "recipe"],
                          help="forward: one network call; sample: one guided step as a ratio to the released form; cascade: seconds for a picture, and pictures a second; train: a training step "
                               "as a ratio to a plain PyTorch loop's, and to a bare one of the same precision; plan: the memory that `glide plan` "
                               "says as a ratio to what training takes on the CPU; serve: latency "
                               "and cost of the server as ratios to whole-request batching and to a server that does nothing; data: the stream's "
                               "images a second as a ratio to webdataset's; memory: its peak over 10 and 100 thousand; of trained models, "
                               "samplers: distance to 250 DDIM steps; inpainting: error at a hole's border, of --base and of --inpaint; "
-                              "guidance: score by --clip over the guidance scale")
+                              "guidance: score by --clip over the guidance scale; recipe: held-out error of emoji-base with other settings "
+                              "of training, at equal seconds of computing")
     command.add_argument("--base", type=local_path, help=f"default: {commands.BASE} for inpainting, else {SHIPPED}")
     command.add_argument("--inpaint", type=local_path, default=Path("runs/nano-base-inpaint/weights.safetensors"), help="default: %(default)s")
     command.add_argument("--clip", type=local_path, default=Path("runs/nano-clip/weights.safetensors"), help="default: %(default)s")
@@ -234,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
                          "nano for serve, of nano and emoji; filtered for cascade, of paper, filtered, emoji and nano")
     command.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="bf16", help="default: %(default)s")
     command.add_argument("--size", type=int, choices=[64, 256], default=64, help="of the pictures for serve: 64 asks the base model only (default: %(default)s)")
-    command.add_argument("--seconds", type=positive, default=120, help="of open-loop load for serve (default: %(default)s)")
+    command.add_argument("--seconds", type=positive, default=120, help="of open-loop load for serve, of computing for each run of recipe (default: %(default)s)")
     command.add_argument("--repeats", type=positive, help="default: 1 for forward, 5 for sample and train, 3 for cascade, data and plan")
     return parser
 

@@ -104,6 +104,13 @@ def train(options) -> None:
     print(f"step {result.steps:,}: held-out loss {result.first_held_out:.4f} -> {result.last_held_out:.4f}; EMA weights in {result.weights}")
 
 
+def pretrain(options) -> None:
+    from .pretrain import pretrain as run
+    done = run(options.model, options.out, options.minutes, options.corpus, options.run or Path("runs") / options.model, options.packages,
+               options.scenes, options.set)
+    print(f"step {done.step:,}; the same command goes on from here")
+
+
 def export(options) -> None:
     from .storage import is_remote
     from .train.checkpoint import find_checkpoint
@@ -235,9 +242,15 @@ def bench(options) -> None:
         "data": lambda: _measure().bench_data(options.shards, options.repeats or 3),
         "memory": lambda: _measure().bench_memory(options.shards),
         "serve": lambda: _bench_serve(options),
+        "recipe": lambda: _bench_recipe(options),
         "guidance": lambda: quality.bench_guidance(base, options.clip),
     }[options.what]
     print(json.dumps(run()))
+
+
+def _bench_recipe(options) -> dict:
+    from .recipe_bench import bench_recipe
+    return bench_recipe(options.shards, str(options.corpus), options.seconds, options.repeats or 3, report=lambda line: print(line, file=sys.stderr))
 
 
 def _bench_serve(options) -> dict:
