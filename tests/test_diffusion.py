@@ -215,7 +215,8 @@ def test_the_weight_moves_the_loss_and_neither_the_mse_nor_the_bound():
     schedule, i = make_schedule("cosine"), torch.tensor([10, 900])
     x0, noise, eps = (torch.randn(2, 3, 4, 4) for _ in range(3))
     output, x_t = ModelOutput(eps, torch.zeros_like(eps)), q_sample(schedule, x0, i, noise)
-    weight = min_snr_weight(schedule, i, 5.0)
+    weight = min_snr_weight(schedule, i, 5.0, least=1.0)
+    assert weight[0] < 1 < weight[1]
     even, weighted = (hybrid_loss(schedule, output, x0, x_t, i, noise, given) for given in (None, weight))
     assert torch.equal(even.mse, weighted.mse) and torch.equal(even.vb, weighted.vb)
-    assert torch.allclose(weighted.total, even.total * weight)
+    assert torch.allclose(weighted.total, even.mse * weight + even.vb * weight.clamp(max=1))

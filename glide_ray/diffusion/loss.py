@@ -26,14 +26,16 @@ def hybrid_loss(schedule: Schedule, output: ModelOutput, x0: Tensor, x_t: Tensor
                 weight: Tensor | None = None) -> HybridLoss:
     """MSE of eps plus the bound's term, which teaches the variance only: eps enters it without gradient.
 
-    x0, x_t, noise (B, 3, H, W); i (B,). `weight` (B,) of a sample's loss; 1 where there is none. Computed in float32 whatever the
+    x0, x_t, noise (B, 3, H, W); i (B,). `weight` (B,) of the MSE, and up to 1 of the bound's term; 1 where there is none. Computed in float32 whatever the
     network's precision.
     """
     eps, variance = output.eps.float(), output.variance.float()
     mse = _mean(torch.square(noise - eps))
     vb = variational_term(schedule, ModelOutput(eps.detach(), variance), x0, x_t, i) * (len(schedule) / 1000)
-    total = mse + vb
-    return HybridLoss(total if weight is None else total * weight, mse, vb)
+    if weight is None:
+        return HybridLoss(mse + vb, mse, vb)
+    # The bound's term does not vanish where there is all but noise, and weights there are without limit.
+    return HybridLoss(mse * weight + vb * weight.clamp(max=1), mse, vb)
 
 
 def min_snr_weight(schedule: Schedule, i: Tensor, most: float, least: float = 0.0) -> Tensor:
