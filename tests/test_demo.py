@@ -32,7 +32,7 @@ from glide_ray.demo.results import Results
 from glide_ray.demo.run import run
 from glide_ray.demo.tuning import tuning_preset
 from glide_ray.evaluation.report import HOLE, contact_sheet, loss_curves, show_hole, stairs
-from glide_ray.models.weights import load_metadata
+from glide_ray.models.weights import load_config, load_metadata
 from glide_ray.pretrained import pack as packing
 from glide_ray.pretrained import shipped
 from glide_ray.pretrained.card import Source, sources_in
@@ -109,14 +109,26 @@ def test_a_stage_is_made_again_only_where_what_it_depends_on_changes(tmp_path):
     assert results.read("sheet")["number"] == 4 and results.read("sheet")["seconds"] >= 0
 
 
-def test_the_demos_fine_tuning_is_the_shipped_model_on_two_workers():
-    base = presets.get("emoji-base")
+def test_the_demos_styles_and_drawings_exist_and_its_new_style_is_new():
     plan = Plan()
-    for style in plan.styles:
-        assert style in STYLES and style != STYLE
+    assert set(plan.styles) | {STYLE} <= set(STYLES) and STYLE not in plan.styles
     assert all(prompt.endswith(f", {STYLE}") for prompt in plan.pairs)
-    assert set(sketch.drawing for sketch in plan.sketches) == set(DRAWINGS)
-    assert base.model.inpaint      # what the edits need
+    assert {sketch.drawing for sketch in plan.sketches} == set(DRAWINGS)
+
+
+def test_the_demos_fine_tuning_is_the_shipped_model_with_its_recipe_on_two_workers(
+        tmp_path, tiny_weights):
+    recipe = presets.get("emoji-base")
+    preset = tuning_preset(tmp_path, Plan(), tiny_weights["base"])
+    assert preset.model == load_config(tiny_weights["base"]).model_copy(
+        update={"name": "nano-base-outline"})
+    assert preset.train.start_from == str(tiny_weights["base"])
+    assert (preset.train.workers, preset.train.zero_stage) == (2, 2)
+    assert preset.data.corpus == str(tmp_path / "clean" / "train") and not preset.data.shares
+    for name in ("empty_caption_rate", "generate_rate"):
+        assert getattr(preset.data, name) == getattr(recipe.data, name)
+    assert preset.train.min_snr == recipe.train.min_snr
+    assert preset.train.learning_rate < recipe.train.learning_rate
 
 
 @pytest.mark.parametrize("name", ["nano-base", "nano-upsampler"])

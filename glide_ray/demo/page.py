@@ -26,7 +26,8 @@ def write_page(out: Path) -> None:
     """PAGE in `out`, with what the stages have made so far. It needs no network."""
     results = Results(out)
     given: dict[str, Any] = {stage: results.read(stage) for stage in STAGES}
-    text = _template().render(**given, style=STYLE, curve=LOSS, credits=_credits(given["answers"]))
+    text = _template().render(**given, out=out, style=STYLE, curve=LOSS,
+                              credits=_credits(given["answers"]))
     storage.put(text.encode(), out / PAGE)
 
 

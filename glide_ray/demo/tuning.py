@@ -7,6 +7,8 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
+import torch
+
 from .. import presets, storage
 from ..config import CleanConfig, Preset
 from ..data import emoji
@@ -93,7 +95,8 @@ def tuning_preset(out: Path, plan: Plan, base: Path) -> Preset:
         "data": preset.data.model_copy(update={
             "corpus": str(folder / "train"), "held_out": str(folder / "held_out"), "shares": {},
             "min_size": model.image_size}),
-        "train": preset.train.model_copy(update={"start_from": str(base)})}), plan.settings)
+        "train": preset.train.model_copy(update={"start_from": str(base)})}),
+        (*plan.settings, *(["workers=1"] if torch.cuda.device_count() == 1 else [])))
 
 
 def _clear(run: Path) -> Result:
