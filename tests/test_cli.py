@@ -195,7 +195,7 @@ def test_bench_prints_one_line_of_json(capsys):
 
 
 def test_every_command_has_help_worth_reading():
-    for command in ("", "demo", "corpus", "clean", "filter", "train", "export", "generate", "edit", "vary", "scene", "reproduce", "import-released", "export-released", "serve",
+    for command in ("", "demo", "corpus", "clean", "filter", "train", "export", "pack", "card", "generate", "edit", "vary", "scene", "reproduce", "import-released", "export-released", "serve",
                     "info", "settings", "bench"):
         done = subprocess.run([GLIDE, *filter(None, [command]), "--help"], capture_output=True, text=True, check=False)
         assert done.returncode == 0 and len(done.stdout) > 200, command
