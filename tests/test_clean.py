@@ -22,6 +22,7 @@ from glide_ray import storage
 from glide_ray.cli import main
 from glide_ray.config import CleanConfig, ConfigError, UserError
 from glide_ray.settings import override
+from glide_ray.data.card import read_card, write_card
 from glide_ray.data.duplicates import FINGERPRINT_BYTES, LUMA, MAX_BITS, MAX_CHROMA, MAX_LUMA, find_duplicates, fingerprint
 from glide_ray.data.filters import NEAR_DUPLICATE, caption_rules, clean_captions, users_rules
 from glide_ray.data.images import decode, encode
@@ -62,6 +63,19 @@ def samples_of(path):
 def shown(samples):
     """What is to be the same of samples that were written and read."""
     return [(sample.key, sample.image, sample.suffix, sample.captions, sample.meta.get("number")) for sample in samples]
+
+
+def test_whom_to_credit_goes_with_what_is_left(tmp_path):
+    cards = [{"about": "blobs", "sources": [{"package": "noto"}, {"package": name}], "rows": 2}
+             for name in ("blob", "twemoji")]
+    for number, card in enumerate(cards):
+        write_shards(tmp_path / f"in{number}", [row(2 * number), row(2 * number + 1, "x")])
+        write_card(tmp_path / f"in{number}", card)
+    out = str(tmp_path / "out")
+    clean(f"{tmp_path}/in{{0,1}}", out, settings())
+    assert read_card(out) == {
+        "about": "blobs", "rows": 2,
+        "sources": [{"package": name} for name in ("noto", "blob", "twemoji")]}
 
 
 def dropped(out):

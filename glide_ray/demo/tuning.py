@@ -12,7 +12,6 @@ import torch
 from .. import presets, storage
 from ..config import CleanConfig, Preset
 from ..data import emoji
-from ..data.card import read_card, write_card
 from ..data.images import centre_crop, decode, encode
 from ..data.shards import read_shard
 from ..distributed.clean import clean
@@ -50,7 +49,6 @@ def make_corpus(out: Path, packages: Path | None, report: Report) -> Result:
         read, kept[split] = read + len(done.rows), done.report.kept
         for reason, count in done.report.dropped.items():
             dropped[reason] = dropped.get(reason, 0) + count
-        write_card(f"{folder}/{split}", read_card(f"{raw}/{split}"))      # whom to credit
     return {"read": read, "kept": kept, "dropped": dropped, **_write_examples(folder, out)}
 
 

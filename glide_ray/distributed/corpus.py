@@ -17,6 +17,7 @@ import ray
 from .. import storage
 from ..config import ConfigError, UserError
 from ..data import emoji
+from ..data.card import read_card, write_card
 from ..data.filters import Report
 from ..data.shards import Sample, begin, finish, write_shard
 from ..data.sources import Part, read_part
@@ -117,7 +118,10 @@ def count(rows: pyarrow.Table, index: Mapping[str, Any], faults: Sequence[str]) 
 
 def write_manifest(out: str, parts: Sequence[Part], rows: pyarrow.Table, report: Report, about: Mapping[str, Any],
                    stays_instead: np.ndarray | None = None) -> None:
-    """DROPPED in `out`, a line a row that was left out, with its reason, and SUMMARY, the counts. `stays_instead` (N,): another row, or -1."""
+    """DROPPED in `out`, a line a row that was left out, with its reason, SUMMARY, the counts, and the card of what was read, if it has one.
+
+    `stays_instead` (N,): another row, or -1.
+    """
     keys, out = rows["key"].to_pylist(), out.rstrip("/")
     instead = np.full(len(keys), -1) if stays_instead is None else stays_instead
     left_out = pyarrow.table({
@@ -128,6 +132,18 @@ def write_manifest(out: str, parts: Sequence[Part], rows: pyarrow.Table, report:
     storage.put(sink.getvalue().to_pybytes(), f"{out}/{DROPPED}")
     summary = {**about, "read": len(rows), "kept": report.kept, "dropped": dict(report.dropped), "faults": report.faults}
     storage.put(json.dumps(summary, indent=1, ensure_ascii=False).encode(), f"{out}/{SUMMARY}")
+    _carry_card(parts, out, report.kept)
+
+
+def _carry_card(parts: Sequence[Part], out: str, rows: int) -> None:
+    """Write the card of the folders that `parts` lie in, with all their sources, to `out`: whom to
+    credit does not change with what is left out."""
+    folders = dict.fromkeys(part.url.rpartition("/")[0] for part in parts if not part.files)
+    cards = [card for folder in folders if (card := read_card(folder))]
+    if cards:
+        sources = [source for card in cards for source in card.get("sources", ())]
+        once = [source for n, source in enumerate(sources) if source not in sources[:n]]
+        write_card(out, {**cards[0], "sources": once, "rows": rows})
 
 
 def look_up(parts: Sequence[Part], rows: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Sample]:
