@@ -156,7 +156,7 @@ def emoji_upsampler() -> Preset:
             name="emoji-upsampler",
             unet=UNetConfig(image_size=256, low_res_size=64, channels=64, multipliers=(1, 2, 2), blocks=1,
                             attention_sizes=(), patch=4, prediction="x0", inpaint=True,
-                            text=TextConfig(width=32, layers=1, heads=1, context=32)),
+                            text=TextConfig(width=16, layers=1, heads=1, context=32)),
             diffusion=DiffusionConfig(schedule="linear"),
             sampling=SamplingConfig(respacing=STRIDED_27, guidance_scale=1.0, noise_scale=0.997)),
         data=DataConfig(**EMOJI, min_size=256, crop=128, low_res_blur_rate=0.5, generate_rate=0.75, held_out_images=32, cache_gib=6),
