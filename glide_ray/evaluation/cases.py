@@ -1,0 +1,161 @@
+"""Prompts by category, each with the real picture of what it asks for: what `glide compose` has models draw, and judges itself on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import UserError
+from ..data.images import centre_crop, decode
+from ..data.render import SIZE
+from ..data.scenes import Scene, compose
+from ..data.shards import Sample, read_index
+from ..data.sources import find_parts, read_part
+from ..data.splits import share
+from ..data.sprites import Sprites, read_sprites
+from .vocabulary import Vocabulary
+
+SEEN, PAIRS, UNSEEN, BACKGROUND, COLOUR, COUNT, POSITION, INPAINTING = CATEGORIES = (
+    "seen", "pairs", "unseen", "background", "colour", "count", "position", "inpainting")
+SINGLE = (SEEN, PAIRS, UNSEEN)
+SCENES = {BACKGROUND: "background", COLOUR: "recolour", COUNT: "count", POSITION: "relation", INPAINTING: "relation"}
+SCENE_SEED = 20211220        # not the corpus's, whose scenes are trained on
+TRIES = 400                  # scenes composed for each that is wanted, at most
+
+
+class CorpusError(UserError):
+    """A corpus that lacks what the judge is fitted to, or prompts are made of."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """`labels`: style, objects, and what else the picture is to show, as `Scene` has them. `hole`: where an edit paints, (SIZE, SIZE) bool."""
+
+    category: str
+    prompt: str
+    seed: int
+    labels: Mapping[str, Any]
+    picture: np.ndarray
+    hole: np.ndarray | None = None
+    new_colour: bool = False        # a thing in or on a colour that training never shows it with
+
+    @property
+    def thing(self) -> str:
+        """Code points of the first object."""
+        return self.labels["objects"][0]["emoji"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A picture of the corpus."""
+
+    emoji: str
+    name: str
+    group: str
+    style: str
+    sample: Sample
+
+    def picture(self) -> np.ndarray:
+        """(SIZE, SIZE, 3) uint8, on white."""
+        return centre_crop(decode(self.sample.image), SIZE)
+
+
+def read_rows(corpus: str, split: str) -> list[Row]:
+    """Pictures of a split without skin tones, in the order of a hash. Raises CorpusError, ShardError."""
+    folder = f"{corpus.rstrip('/')}/{split}"
+    if read_index(folder) is None:
+        raise CorpusError(f"There is no whole corpus {folder}; make it with `glide corpus --out {corpus}`, or give another with --corpus.")
+    rows = [Row(*(sample.meta[name] for name in ("emoji", "name", "group", "style")), sample)
+            for part in find_parts(folder) for sample in read_part(part)
+            if sample.meta.keys() >= {"emoji", "name", "group", "style"} and not sample.meta.get("tone")]
+    if not rows:
+        raise CorpusError(f"No row of {folder} says which thing it shows in which style; give a corpus that `glide corpus` made.")
+    return sorted(rows, key=lambda row: share(f"compose/{row.emoji}/{row.style}"))
+
+
+def single_cases(category: str, rows: Iterable[Row], count: int, seed: int = 0) -> list[Case]:
+    """`count` prompts for single objects, from these rows in turn: where there are fewer, each again with another seed."""
+    rows = list(rows)
+    if not rows:
+        return []
+    turns = -(-count // len(rows))
+    chosen = [row for _ in range(turns) for row in rows][:count]
+    return [Case(category, row.sample.captions[0], seed + n, _labels(row), row.picture()) for n, row in enumerate(chosen)]
+
+
+def scene_cases(category: str, sprites: Sprites, count: int, seed: int = 0) -> list[Case]:
+    """`count` prompts for composed scenes of one kind, from scenes that no corpus has."""
+    wanted, found = SCENES[category], []
+    for scene in _scenes(sprites, SCENE_SEED + (category == INPAINTING), count * TRIES):
+        if scene.labels["scene"] == wanted:
+            found.append(_scene_case(category, scene, seed + len(found)))
+        if len(found) == count:
+            break
+    return found
+
+
+@contextmanager
+def sprites_of(corpus: str, split: str, vocabulary: Vocabulary, things: Sequence[str] | None = None) -> Iterator[Sprites]:
+    """The pictures of a split that scenes may be composed of: those of `things`, by default of all that have a plain name."""
+    known = set(vocabulary.names if things is None else things)
+    with tempfile.TemporaryDirectory() as folder:
+        sprites = read_sprites(f"{corpus.rstrip('/')}/{split}", Path(folder))
+        styles = {style: [one for one in of if one.emoji in known] for style, of in sprites.styles.items()}
+        yield Sprites(sprites.path, {style: of for style, of in styles.items() if len({one.emoji for one in of}) > 1})
+
+
+def _scenes(sprites: Sprites, seed: int, most: int) -> Iterator[Scene]:
+    if not sprites.styles:
+        return
+    for number in range(most):
+        yield compose(sprites, seed, number)
+
+
+def _scene_case(category: str, scene: Scene, seed: int) -> Case:
+    hole = _hole(scene) if category == INPAINTING else None
+    return Case(category, scene.captions[0], seed, scene.labels, np.asarray(scene.image), hole, scene.held_out)
+
+
+def _hole(scene: Scene) -> np.ndarray:
+    """A square of a quarter of the picture around the first of two objects, without the other."""
+    left, top, right, bottom = scene.labels["boxes"][0]
+    half = SIZE // 2
+    beside = scene.labels["relation"].endswith(" of")
+    x = half * (left >= half) if beside else _near(left, right, half)
+    y = _near(top, bottom, half) if beside else half * (top >= half)
+    hole = np.zeros((SIZE, SIZE), bool)
+    hole[y:y + half, x:x + half] = True
+    return hole
+
+
+def _near(low: int, high: int, side: int, step: int = 4) -> int:
+    """Where a stretch of `side` pixels begins that has [low, high) in its middle, at a whole pixel of the base model's picture."""
+    return min(max((low + high - side) // 2 // step * step, 0), SIZE - side)
+
+
+def _labels(row: Row) -> dict[str, Any]:
+    return {"style": row.style, "objects": [{"emoji": row.emoji, "name": row.name}], "colour": None, "background": None,
+            "count": None, "relation": None}
+
+
+def make_cases(corpus: str, vocabulary: Vocabulary, count: int, categories: Sequence[str] = CATEGORIES, seed: int = 0,
+               say: Callable[[str], None] = lambda line: None) -> list[Case]:
+    """`count` prompts of each category, always the same for a corpus. Raises CorpusError."""
+    say(f"making {count:,} prompts for each of {', '.join(categories)}")
+    asked, found = set(vocabulary.asked), []
+    splits = {SEEN: ("train", asked), PAIRS: ("held_out_pairs", set(vocabulary.names)), UNSEEN: ("held_out", None)}
+    for category in (name for name in categories if name in SINGLE):
+        split, things = splits[category]
+        rows = [row for row in read_rows(corpus, split) if row.emoji in vocabulary.names and (things is None or row.emoji in things)]
+        found += single_cases(category, rows, count, seed)
+    if scenes := [name for name in categories if name in SCENES]:
+        with sprites_of(corpus, "train", vocabulary, vocabulary.asked) as sprites:
+            for category in scenes:
+                found += scene_cases(category, sprites, count, seed)
+    return found

@@ -1,0 +1,251 @@
+"""`glide compose`: pictures made for prompts of known content, category by category as GenEval has them, judged beside real ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import storage
+from ..cascade import Cascade
+from ..config import SampleOptions, UserError
+from ..data.images import ImageError, area_downsample
+from ..recipe import Maker, Recipe, RecipeError, read_recipe, save_picture
+from .cases import BACKGROUND, COLOUR, COUNT, INPAINTING, PAIRS, POSITION, SEEN, UNSEEN, Case
+from .judge import HOW_MANY, IN, KNOWN, ON, STYLE, THING, WHERE, Judge, Verdict, kind_of_size
+from .pages import Picture, Section, page
+from .regions import resized
+from .report import aligned
+
+FIGURES, PAGE, PICTURES = "figures.json", "report.html", "pictures"
+AT_ONCE = 8             # prompts given to the cascade together
+DRAWS = 2000            # of the bootstrap
+SHOWN = 60              # pictures of a category on the page
+Progress = Callable[[int, int], None]       # pictures done, and in all
+
+
+class ComposeError(UserError):
+    """Something that cannot be composed or scored."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure: of a category's pictures, or of those with a colour that is new to their thing, the share for which a question is
+    answered right. `of_real`: the bar is for the share of what real pictures reach."""
+
+    about: str
+    category: str
+    question: str
+    bar: float | None = None
+    of_real: bool = False
+    new_colours: bool = False
+
+
+LINES = (
+    Line("things in styles seen in training: object", SEEN, THING, 0.75, of_real=True),
+    Line("things in styles seen in training: style", SEEN, STYLE, 0.95),
+    Line("pairs of thing and style never seen: object", PAIRS, THING, 0.5, of_real=True),
+    Line("pairs of thing and style never seen: style", PAIRS, STYLE, 0.9),
+    Line("things never seen: object", UNSEEN, THING),
+    Line("things never seen: style", UNSEEN, STYLE),
+    Line("background's colour", BACKGROUND, ON, 0.9),
+    Line("background's colour, new to the thing", BACKGROUND, ON, new_colours=True),
+    Line("on a background: object", BACKGROUND, THING),
+    Line("object's colour", COLOUR, IN, 0.8),
+    Line("object's colour, new to the thing", COLOUR, IN, new_colours=True),
+    Line("in a colour: object", COLOUR, THING),
+    Line("count, one to four", COUNT, HOW_MANY, 0.5),
+    Line("count: object", COUNT, THING),
+    Line("position of two objects", POSITION, WHERE, 0.7),
+    Line("position: both objects", POSITION, THING),
+    Line("inpainting: object", INPAINTING, THING, 0.5),
+    Line("inpainting: known pixels equal", INPAINTING, KNOWN, 1.0),
+)
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+def make_pictures(cascade: Cascade, cases: Sequence[Case], out: str | Path, options: SampleOptions, progress: Progress | None = None
+                  ) -> list[np.ndarray]:
+    """A picture for each case, uint8 (S, S, 3), kept in `out` with its recipe; one that is there from the same models and options is
+    not made again. Raises ComposeError for an edit by a model that cannot edit."""
+    if any(case.hole is not None for case in cases) and not all(stage.config.inpaint for stage in (cascade.base, cascade.upsampler) if stage):
+        raise ComposeError("These models were not trained to inpaint; give inpainting forms with --base and --upsampler, or leave the category "
+                           "inpainting out with --categories.")
+    maker, made = Maker.of(cascade), {}
+    orders = [_Order.of(case, cascade.size, maker, options, Path(out)) for case in cases]
+    for n, order in enumerate(orders):
+        kept = order.kept()
+        if kept is not None:
+            made[n] = kept
+    done = len(made)
+    for some in _together([n for n in range(len(cases)) if n not in made], orders):
+        for n, picture in zip(some, _draw(cascade, [orders[m] for m in some]), strict=True):
+            save_picture(picture, orders[n].path, orders[n].recipe, orders[n].inputs)
+            made[n] = picture
+        done += len(some)
+        if progress:
+            progress(done, len(cases))
+    return [made[n] for n in range(len(cases))]
+
+
+@dataclass(frozen=True)
+class _Order:
+    """A picture to be made: how, from what, and where it is kept."""
+
+    recipe: Recipe
+    inputs: Mapping[str, np.ndarray]
+    path: Path
+
+    @classmethod
+    def of(cls, case: Case, size: int, maker: Maker, options: SampleOptions, out: Path) -> _Order:
+        task, inputs = "generate", {}
+        if case.hole is not None:
+            known = _known(case.hole, size)
+            task, inputs = "edit", {"image": np.where(known[..., None], given(case, size), 255).astype(np.uint8), "mask": known}
+        return cls(maker.recipe(task, case.prompt, case.seed, options), inputs, out / f"{case.category}-{case.seed:04d}.png")
+
+    def kept(self) -> np.ndarray | None:
+        """The picture, if it is there and was made just so."""
+        try:
+            recipe, inputs, picture = read_recipe(self.path)
+        except (storage.MissingError, ImageError, RecipeError):
+            return None
+        same = recipe.model_copy(update={"made_with": self.recipe.made_with}) == self.recipe and inputs.keys() == self.inputs.keys()
+        return picture if same and all(np.array_equal(inputs[name], self.inputs[name]) for name in inputs) else None
+
+
+def _together(missing: Sequence[int], orders: Sequence[_Order]) -> Iterator[list[int]]:
+    """Prompts several at once, edits one by one."""
+    prompts = [n for n in missing if not orders[n].inputs]
+    yield from (prompts[start:start + AT_ONCE] for start in range(0, len(prompts), AT_ONCE))
+    yield from ([n] for n in missing if orders[n].inputs)
+
+
+def _draw(cascade: Cascade, orders: Sequence[_Order]) -> list[np.ndarray]:
+    recipes = [order.recipe for order in orders]
+    if orders[0].inputs:
+        return [cascade.edit(order.inputs["image"], order.inputs["mask"], order.recipe.prompt, order.recipe.seed, order.recipe.options)
+                for order in orders]
+    return cascade.generate([recipe.prompt for recipe in recipes], [recipe.seed for recipe in recipes], recipes[0].options)
+
+
+def given(case: Case, size: int) -> np.ndarray:
+    """A case's real picture at the size of the made ones."""
+    return area_downsample(case.picture, size)
+
+
+def _known(hole: np.ndarray, size: int) -> np.ndarray:
+    factor = len(hole) // size
+    return ~hole.reshape(size, factor, size, factor).any(axis=(1, 3))
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+def judged(judge: Judge, cases: Sequence[Case], pictures: Sequence[np.ndarray]) -> list[dict[str, Verdict]]:
+    """The judge's verdicts, and for edits whether the known pixels are those that were given."""
+    verdicts = judge.verdicts(cases, pictures)
+    for case, picture, of in zip(cases, pictures, verdicts, strict=True):
+        if case.hole is not None:
+            known = _known(case.hole, len(picture))
+            equal = np.array_equal(picture[known], given(case, len(picture))[known])
+            of[KNOWN] = Verdict(equal, "as given" if equal else "changed")
+    return verdicts
+
+
+def figures(judge: Judge, cases: Sequence[Case], made: Sequence[Mapping[str, Verdict]], real: Sequence[Mapping[str, Verdict]], size: int
+            ) -> list[dict[str, Any]]:
+    """A row for each of LINES that has pictures: its share with a 95% interval, that of the real pictures of the same prompts, the former as a
+    share of the latter with its interval, the bar, and whether the judge is good enough to tell."""
+    rows = []
+    for line in LINES:
+        at = [n for n, case in enumerate(cases) if case.category == line.category and (case.new_colour or not line.new_colours)]
+        if not at or line.question not in made[at[0]]:
+            continue
+        right, right_real = (np.array([of[n][line.question].right for n in at], float) for of in (made, real))
+        rows.append(_figure(line, right, right_real, judge.measurable(size, line.category, line.question)))
+    return rows
+
+
+def _figure(line: Line, right: np.ndarray, real: np.ndarray, measurable: bool) -> dict[str, Any]:
+    row = {**asdict(line), "pictures": len(right), "measurable": measurable}
+    if not measurable:
+        return row
+    low, high = wilson(int(right.sum()), len(right))
+    share, share_low, share_high = share_of_real(right, real)
+    value = share if line.of_real else right.mean()
+    return {**row, "right": float(right.mean()), "low": low, "high": high, "real": float(real.mean()), "share": share, "share_low": share_low,
+            "share_high": share_high, "reached": None if line.bar is None else bool(value >= line.bar)}
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """The 95% interval of a share (Wilson 1927)."""
+    z, share = 1.959964, right / count
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
+def share_of_real(right: np.ndarray, real: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """The ratio of two means over the same prompts, with its 95% interval by bootstrap over prompts."""
+    draws = np.random.default_rng(seed).integers(0, len(right), (DRAWS, len(right)))
+    ratios = right[draws].mean(1) / real[draws].mean(1).clip(1 / len(right))
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return float(right.mean() / max(real.mean(), 1 / len(right))), float(low), float(high)
+
+
+# -- what is shown ----------------------------------------------------------------------------------------------------
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The figures as text."""
+    head = ["", "pictures", "right", "95% interval", "real pictures", "share of real", "bar"]
+    return [head, *([row["about"], str(row["pictures"]), *_cells(row)] for row in rows)]
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    if not row["measurable"]:
+        return ["not measurable", "", "", "", ""]
+    bar = "" if row["bar"] is None else f"{row['bar']:.0%}{' of real' if row['of_real'] else ''}: {'reached' if row['reached'] else 'not reached'}"
+    return [f"{row['right']:.1%}", f"{row['low']:.1%} to {row['high']:.1%}", f"{row['real']:.1%}",
+            f"{row['share']:.2f} ({row['share_low']:.2f} to {row['share_high']:.2f})", bar]
+
+
+def judge_table(judge: Judge, size: int) -> list[list[str]]:
+    """How often the judge is right on real pictures that it has not seen."""
+    from .judge import BARS
+    known = judge.accuracy.get(kind_of_size(size), {})
+    rows = [[category, question, f"{of['right']:.1%}", str(of["pictures"]), f"{BARS[question]:.0%}",
+             "" if judge.measurable(size, category, question) else "not measurable"]
+            for category, questions in known.items() for question, of in questions.items()]
+    return [["category", "question", "right", "real pictures", "needed", ""], *rows]
+
+
+def write(out: str | Path, about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], judge: Judge, cases: Sequence[Case],
+          pictures: Sequence[np.ndarray], verdicts: Sequence[Mapping[str, Verdict]]) -> None:
+    """FIGURES and PAGE."""
+    out, size = Path(out), len(pictures[0])
+    shown = [{"category": case.category, "prompt": case.prompt, "seed": case.seed,
+              "verdicts": {question: asdict(verdict) for question, verdict in of.items()}} for case, of in zip(cases, verdicts, strict=True)]
+    found = {**about, "size": size, "lines": list(rows), "judge": judge.accuracy, "pictures": shown}
+    storage.put(json.dumps(found, indent=1, ensure_ascii=False).encode(), out / FIGURES)
+    sections = [Section("Figures", f"Of {len(pictures):,} pictures of {size} pixels.", table=table(rows)),
+                Section("The judge on real pictures", "Not measurable: it is right less often than is needed.", table=judge_table(judge, size))]
+    for category in dict.fromkeys(case.category for case in cases):
+        at = [n for n, case in enumerate(cases) if case.category == category][:SHOWN]
+        groups = [[Picture(resized(pictures[n], max(size, 112)), _label(cases[n], verdicts[n]))] for n in at]
+        sections.append(Section(category, groups=groups))
+    storage.put(page("Pictures made for prompts of known content", sections).encode(), out / PAGE)
+
+
+def text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table for a terminal."""
+    return aligned(table(rows))
+
+
+def _label(case: Case, verdicts: Mapping[str, Verdict]) -> str:
+    said = "; ".join(f"{question}: {'right' if verdict.right else f'wrong ({verdict.seen})'}" for question, verdict in verdicts.items())
+    return f"{case.prompt} — {said}"

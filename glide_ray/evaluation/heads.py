@@ -1,0 +1,127 @@
+"""Classifiers on fixed features, fitted in closed form or by a convex problem: the same data give the same judge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+LIMIT = 6.0     # of standard deviations, to which a feature is cut
+
+
+@dataclass(frozen=True)
+class Discriminant:
+    """Linear discriminant analysis: classes share the scatter within them, and a class is its mean.
+
+    `labels`: names of the C classes. `mean`, `scale` (D,): of features. `project` (D, K): to a space in which the scatter within
+    classes is round. `centres` (C, K): the classes' means there. `cosine`: compare directions from the mean of all instead of distances.
+    """
+
+    labels: tuple[str, ...]
+    mean: np.ndarray
+    scale: np.ndarray
+    project: np.ndarray
+    centres: np.ndarray
+    cosine: bool = False
+
+    @classmethod
+    def fit(cls, features: np.ndarray, labels: Sequence[str], shrink: float, width: int, cosine: bool = False) -> Discriminant:
+        """From features (N, D) and the class of each row. `shrink`: how much of the mean variance is added to each direction's;
+        `width`: directions that are kept, those in which the means differ most."""
+        mean, scale = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64) + 1e-3
+        whole = cls((), mean.astype(np.float32), scale.astype(np.float32), np.empty(0), np.empty(0), cosine)
+        rows, names = whole._standard(features), sorted(set(labels))
+        index = np.searchsorted(names, labels)
+        means = np.stack([rows[index == n].mean(0) for n in range(len(names))])
+        within = rows - means[index]
+        values, vectors = np.linalg.eigh((within.T @ within / len(rows)).astype(np.float64))
+        whiten = vectors / np.sqrt(values.clip(0) + shrink * values.mean())
+        centred = (means - means.mean(0)) @ whiten
+        _, _, directions = np.linalg.svd(centred, full_matrices=False)
+        project = (whiten @ directions[:width].T).astype(np.float32)
+        return replace(whole, labels=tuple(names), project=project, centres=means @ project)
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {label: n for n, label in enumerate(self.labels)}
+
+    def place(self, features: np.ndarray) -> np.ndarray:
+        """Features (N, D) in the space of the classes: (N, K)."""
+        return self._standard(features) @ self.project
+
+    def scores(self, features: np.ndarray, labels: Sequence[str] | None = None) -> np.ndarray:
+        """(N, C), or (N, len(labels)) in their order: the larger, the likelier."""
+        return self.scores_at(self.place(features), labels)
+
+    def scores_at(self, rows: np.ndarray, labels: Sequence[str] | None = None) -> np.ndarray:
+        """`scores` of rows (N, K) that `place` gave."""
+        centres = self.centres if labels is None else self.centres[[self._index[label] for label in labels]]
+        if self.cosine:
+            middle = self.centres.mean(0)
+            return _directions(rows - middle) @ _directions(centres - middle).T
+        return -((rows**2).sum(1)[:, None] + (centres**2).sum(1) - 2 * rows @ centres.T)
+
+    def best(self, features: np.ndarray, labels: Sequence[str] | None = None) -> list[str]:
+        """The likeliest class of each row, of `labels` if they are given."""
+        names = self.labels if labels is None else labels
+        return [names[n] for n in self.scores(features, labels).argmax(1)]
+
+    def adding(self, features: np.ndarray, labels: Sequence[str]) -> Discriminant:
+        """With more classes, each the mean of its rows (N, D); those of the same names are replaced."""
+        new = sorted(set(labels))
+        kept = [n for n, label in enumerate(self.labels) if label not in new]
+        rows, of = self.place(features), np.asarray(labels)
+        centres = np.concatenate([self.centres[kept], *(rows[of == label].mean(0, keepdims=True) for label in new)])
+        return replace(self, labels=(*(self.labels[n] for n in kept), *new), centres=centres.astype(np.float32))
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        return {"mean": self.mean, "scale": self.scale, "project": self.project, "centres": self.centres}
+
+    def _standard(self, features: np.ndarray) -> np.ndarray:
+        return ((features - self.mean) / self.scale).clip(-LIMIT, LIMIT).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Logistic:
+    """Multinomial logistic regression. `mean`, `scale` (D,): of features; `weights` (D, C), `bias` (C,)."""
+
+    mean: np.ndarray
+    scale: np.ndarray
+    weights: np.ndarray
+    bias: np.ndarray
+
+    @classmethod
+    def fit(cls, features: np.ndarray, classes: np.ndarray, decay: float, rounds: int = 80) -> Logistic:
+        """From features (N, D) and whole numbers (N,) from 0. `decay`: of the weights' squares."""
+        mean, scale = features.mean(0), features.std(0) + 0.05
+        x, y = torch.tensor(((features - mean) / scale).clip(-LIMIT, LIMIT)).float(), torch.tensor(classes)
+        weights = torch.zeros(x.shape[1], int(classes.max()) + 1, requires_grad=True)
+        bias = torch.zeros(weights.shape[1], requires_grad=True)
+        optimizer = torch.optim.LBFGS([weights, bias], max_iter=rounds, line_search_fn="strong_wolfe")
+
+        def loss():
+            optimizer.zero_grad()
+            value = F.cross_entropy(x @ weights + bias, y) + decay * weights.square().sum()
+            value.backward()
+            return value
+        optimizer.step(loss)
+        return cls(mean.astype(np.float32), scale.astype(np.float32), weights.detach().numpy(), bias.detach().numpy())
+
+    def best(self, features: np.ndarray) -> np.ndarray:
+        """The likeliest class of each row: (N,) whole numbers."""
+        return (((features - self.mean) / self.scale).clip(-LIMIT, LIMIT) @ self.weights + self.bias).argmax(1)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        return {"mean": self.mean, "scale": self.scale, "weights": self.weights, "bias": self.bias}
+
+
+def prefixed(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{name}.{key}": np.ascontiguousarray(value) for key, value in tensors.items()}
+
+
+def _directions(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-9)

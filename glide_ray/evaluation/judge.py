@@ -1,0 +1,218 @@
+"""A judge of pictures made for prompts: which thing, which style, which colours, how many, and where. It has only ever seen real pictures.
+
+Things and styles are told by features of a network pretrained on ImageNet, colours, counts and places by measurement. How often it
+is right on real pictures that it was not fitted to is measured first (`trial.py`); where that is not enough, its answer is no score.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from .. import storage
+from ..config import UserError
+from .cases import BACKGROUND, COLOUR, COUNT, INPAINTING, POSITION, SINGLE, Case
+from .heads import Discriminant, Logistic
+from .looks import Looks, View
+from .regions import SIDE, halves, part_areas, resized
+from .vocabulary import Vocabulary
+
+# The questions that are asked of a picture of each category, the first of them what the category is about.
+THING, STYLE, ON, IN, HOW_MANY, WHERE, KNOWN = "object", "style", "background", "colour", "count", "position", "known pixels"
+QUESTIONS = {**{name: (THING, STYLE) for name in SINGLE}, BACKGROUND: (ON, THING), COLOUR: (IN, THING), COUNT: (HOW_MANY, THING),
+             POSITION: (WHERE, THING), INPAINTING: (THING, KNOWN)}
+# The share of real pictures on which the judge must be right, for its answer to be a score.
+BARS = {THING: 0.9, STYLE: 0.98, ON: 0.98, IN: 0.98, HOW_MANY: 0.95, WHERE: 0.95}
+# One artist's drawings, shaded in two ways that cannot be told apart on half of all things: they count as one style.
+SAME_LOOK = {"soft gradient": "3D render"}
+NOTHING, FAINT = "nothing", 0.005      # a hole with less than this share of foreground shows nothing
+
+
+class JudgeError(UserError):
+    """A judge that cannot be fitted or read."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the picture shows what was asked, and what the judge saw."""
+
+    right: bool
+    seen: str
+
+
+@dataclass(frozen=True)
+class Judge:
+    """`things` and `styles` tell classes by features, `counts` reads a number off the areas of parts.
+
+    `accuracy`: by size of the pictures, category and question, how often it was right on real pictures, with their number.
+    """
+
+    vocabulary: Vocabulary
+    things: Discriminant
+    styles: Discriminant
+    counts: Logistic
+    accuracy: Mapping[str, Any] = field(default_factory=dict)
+    looks: Looks | None = None
+
+    def verdicts(self, cases: Sequence[Case], pictures: Sequence[np.ndarray]) -> list[dict[str, Verdict]]:
+        """For each picture, uint8 (H, H, 3), the questions of its category with their verdicts."""
+        found: list[dict[str, Verdict]] = [{} for _ in cases]
+        for category in dict.fromkeys(case.category for case in cases):
+            at = [n for n, case in enumerate(cases) if case.category == category]
+            for n, verdicts in zip(at, self._of(category, [cases[n] for n in at], [pictures[n] for n in at]), strict=True):
+                found[n] = verdicts
+        return found
+
+    def style_of(self, pictures: Sequence[np.ndarray]) -> list[str]:
+        """The style of each picture, with SAME_LOOK counted as one."""
+        return [look_of(style) for style in self.styles.best(self.sight.both([View.of(picture) for picture in pictures])[1])]
+
+    def shapes_of(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """What is shown, as the features of `things`: (N, D)."""
+        return self.sight.shapes([View.of(picture) for picture in pictures])
+
+    def with_style(self, style: str, pictures: Sequence[np.ndarray]) -> Judge:
+        """Knowing one more style from real pictures of it, as after fine-tuning."""
+        drawn = self.sight.both([View.of(picture) for picture in pictures])[1]
+        return replace(self, styles=self.styles.adding(drawn, [style] * len(drawn)))
+
+    def measurable(self, size: int, category: str, question: str) -> bool:
+        """Whether it is right often enough on real pictures of this size to score others."""
+        if question not in BARS:
+            return True
+        known = self.accuracy.get(kind_of_size(size), {}).get(category, {}).get(question)
+        return known is not None and known["right"] >= BARS[question]
+
+    # -- by category --------------------------------------------------------------------------------------------------
+
+    def _of(self, category: str, cases: Sequence[Case], pictures: Sequence[np.ndarray]) -> list[dict[str, Verdict]]:
+        if category == POSITION:
+            return self._positions(cases, pictures)
+        if category == INPAINTING:
+            return self._holes(cases, pictures)
+        views = [View.of(picture) for picture in pictures]
+        if category in SINGLE:
+            shapes, drawn = self.sight.both(views)
+            styles = [Verdict(look_of(seen) == look_of(case.labels["style"]), look_of(seen))
+                      for seen, case in zip(self.styles.best(drawn), cases, strict=True)]
+            return [{THING: thing, STYLE: style} for thing, style in zip(self.things_shown(cases, shapes), styles, strict=True)]
+        things = self.things_shown(cases, self.sight.shapes([_largest(view) if category == COUNT else view for view in views]))
+        first = [self._measured(category, case, view, picture) for case, view, picture in zip(cases, views, pictures, strict=True)]
+        return [{QUESTIONS[category][0]: one, THING: thing} for one, thing in zip(first, things, strict=True)]
+
+    def _measured(self, category: str, case: Case, view: View, picture: np.ndarray) -> Verdict:
+        if category == COUNT:
+            seen = int(self.counts.best(part_areas(picture)[None])[0]) + 1
+            return Verdict(seen == case.labels["count"], str(seen))
+        seen = view.regions.background_name if category == BACKGROUND else view.regions.colour_name()
+        return Verdict(seen == case.labels["background" if category == BACKGROUND else "colour"], seen)
+
+    def things_shown(self, cases: Sequence[Case], shapes: np.ndarray, which: int = 0) -> list[Verdict]:
+        """Whether each picture's thing, the `which`-th of its case, comes first of the names that it is to be told from."""
+        place, found = self.things.place(shapes), []
+        for case, row in zip(cases, place, strict=True):
+            thing = case.labels["objects"][which]["emoji"]
+            among = self.vocabulary.among(thing)
+            seen = among[int(self.things.scores_at(row[None], among)[0].argmax())]
+            found.append(Verdict(seen == thing, self.vocabulary.names[seen]))
+        return found
+
+    def _positions(self, cases: Sequence[Case], pictures: Sequence[np.ndarray]) -> list[dict[str, Verdict]]:
+        """Position: there are two objects along the asked line, and they are likelier in the asked order than in the other.
+        Object: both come first of their names."""
+        nothing = {WHERE: Verdict(False, "no two objects"), THING: Verdict(False, NOTHING)}
+        found, views, two = [dict(nothing) for _ in cases], [], []
+        for n, picture in enumerate(pictures):
+            view = View.of(picture)
+            if cut := halves(view.regions.foreground):
+                two.append((n, cut))
+                views += [replace(view, box=cut.first), replace(view, box=cut.second)]
+        if not two:
+            return found
+        shapes = self.sight.shapes(views).reshape(len(two), 2, -1)
+        for (n, cut), pair in zip(two, shapes, strict=True):
+            found[n] = self._order(cases[n], cut.beside, pair)
+        return found
+
+    def _order(self, case: Case, beside: bool, pair: np.ndarray) -> dict[str, Verdict]:
+        relation, emoji = case.labels["relation"], [thing["emoji"] for thing in case.labels["objects"]]
+        scores = self.things.scores(pair, emoji)
+        forward = scores[0, 0] + scores[1, 1] > scores[0, 1] + scores[1, 0]      # the first object comes first, from the left or the top
+        seen = {(True, True): "to the left of", (True, False): "to the right of", (False, True): "above", (False, False): "below"}[beside, bool(forward)]
+        order = pair if relation in ("to the left of", "above") else pair[::-1]
+        things = [self.things_shown([case], order[which][None], which)[0] for which in (0, 1)]
+        return {WHERE: Verdict(seen == relation, seen),
+                THING: Verdict(all(one.right for one in things), " and ".join(one.seen for one in things))}
+
+    def _holes(self, cases: Sequence[Case], pictures: Sequence[np.ndarray]) -> list[dict[str, Verdict]]:
+        views = [View.of(in_hole(picture, case.hole)) for case, picture in zip(cases, pictures, strict=True)]
+        things = self.things_shown(cases, self.sight.shapes(views))
+        return [{THING: thing if view.regions.foreground.mean() > FAINT else Verdict(False, NOTHING)}
+                for thing, view in zip(things, views, strict=True)]
+
+    @property
+    def sight(self) -> Looks:
+        if self.looks is None:
+            object.__setattr__(self, "looks", Looks())
+        return self.looks
+
+    # -- kept for the next time ---------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """One safetensors file, of 16 bits where that is enough."""
+        tensors = {}
+        for name, head in (("things", self.things), ("styles", self.styles), ("counts", self.counts)):
+            tensors |= {f"{name}.{key}": _packed(key, value) for key, value in head.tensors().items()}
+        about = {"vocabulary": [dict(self.vocabulary.names), self.vocabulary.order, self.vocabulary.count], "things": self.things.labels,
+                 "styles": self.styles.labels, "accuracy": self.accuracy}
+        storage.put(save(tensors, {name: json.dumps(value) for name, value in about.items()}), path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Judge:
+        """What `save` wrote. Raises JudgeError, StorageError."""
+        try:
+            with safe_open(storage.fetch(path), "np") as file:
+                tensors = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}
+                about = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+            of = {head: {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{head}.")}
+                  for head in ("things", "styles", "counts")}
+            names, order, count = about["vocabulary"]
+            return cls(Vocabulary(names, tuple(order), count), Discriminant(tuple(about["things"]), **of["things"], cosine=True),
+                       Discriminant(tuple(about["styles"]), **of["styles"]), Logistic(**of["counts"]), about["accuracy"])
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise JudgeError(f"{path} is not a judge that `glide compose` fitted ({error}); delete it, and it is fitted again.") from None
+
+
+def look_of(style: str) -> str:
+    return SAME_LOOK.get(style, style)
+
+
+def kind_of_size(size: int) -> str:
+    """The judge is tried on pictures of two sizes; others are judged as the nearer of them."""
+    return "64" if size < 128 else "256"
+
+
+def in_hole(picture: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """What is in the square hole (S, S) of a picture (H, H, 3) of any size."""
+    rows, columns = (np.flatnonzero(hole.any(axis)) * len(picture) / len(hole) for axis in (1, 0))
+    side = round(len(rows) * len(picture) / len(hole))
+    top, left = int(rows[0]), int(columns[0])
+    return picture[top:top + side, left:left + side]
+
+
+def _largest(view: View) -> View:
+    """The largest separate part of a picture of several."""
+    from .regions import parts
+    boxes = parts(view.regions.foreground)
+    return replace(view, box=boxes[0]) if boxes else view
+
+
+def _packed(name: str, values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values, np.float16 if name in ("project", "centres") else np.float32)

@@ -1,0 +1,71 @@
+"""The judge judged: how often it is right on real pictures that it was not fitted to, at both sizes, by category and question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from . import vocabulary as words
+from .cases import CATEGORIES, PAIRS, SCENES, SEEN, UNSEEN, Case, read_rows, scene_cases, single_cases, sprites_of
+from .judge import BARS, THING, Judge
+from .regions import resized
+
+SIZES = {"256": 256, "64": 64}
+SCENES_TRIED = 300          # of each kind
+Say = Callable[[str], None]
+
+
+def try_judge(corpus: str, judge: Judge, say: Say = lambda line: None, scenes: int = SCENES_TRIED) -> Judge:
+    """The judge with its `accuracy` measured: on the corpus's held-out pairs, and on scenes composed of them alone.
+
+    Things never seen are told from real pictures of them by the other artists.
+    """
+    say("judging the judge on real pictures that it has not seen")
+    cases = _held_out(corpus, judge, scenes)
+    found: dict[str, dict[str, Any]] = {}
+    for name, size in SIZES.items():
+        pictures = [resized(case.picture, size) for case in cases]
+        verdicts = judge.verdicts(cases, pictures)
+        rows = [(case.category, verdict) for case, verdict in zip(cases, verdicts, strict=True)]
+        found[name] = {category: _shares([verdict for of, verdict in rows if of == category]) for category in CATEGORIES if any(of == category for of, _ in rows)}
+        # What was held out from the judge stands for what the models were trained on, too.
+        if PAIRS in found[name]:
+            found[name][SEEN] = found[name][PAIRS]
+        found[name] |= {UNSEEN: unseen} if (unseen := _unseen(corpus, judge, size)) else {}
+    return replace(judge, accuracy=found)
+
+
+def _held_out(corpus: str, judge: Judge, scenes: int) -> list[Case]:
+    known = set(judge.things.labels) & set(judge.vocabulary.names)
+    rows = [row for row in read_rows(corpus, "held_out_pairs") if row.emoji in known]
+    cases = single_cases(PAIRS, rows, len(rows))
+    with sprites_of(corpus, "held_out_pairs", judge.vocabulary, sorted(known)) as sprites:
+        for category in SCENES:
+            cases += scene_cases(category, sprites, scenes)
+    return cases
+
+
+def _unseen(corpus: str, judge: Judge, size: int) -> dict[str, Any]:
+    """Each picture of a thing never seen, by a judge that knows the thing from its other pictures alone."""
+    rows = [row for row in read_rows(corpus, "held_out") if words.is_plain(row.emoji, row.name, row.group)]
+    verdicts = []
+    for thing in dict.fromkeys(row.emoji for row in rows):
+        own = [row for row in rows if row.emoji == thing]
+        if len(own) < 2:
+            continue
+        shapes = judge.shapes_of([resized(row.picture(), size) for row in own])
+        full = judge.shapes_of([row.picture() for row in own])
+        cases = single_cases(UNSEEN, own, len(own))
+        for n, case in enumerate(cases):
+            others = [m for m in range(len(own)) if m != n]
+            known = replace(judge, things=judge.things.adding(full[others], [thing] * len(others)))
+            verdicts.append({THING: known.things_shown([case], shapes[n:n + 1])[0]})
+    return _shares(verdicts)
+
+
+def _shares(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """By question, the share that was judged right, with the number of pictures."""
+    questions = dict.fromkeys(question for verdict in verdicts for question in verdict)
+    return {question: {"right": sum(verdict[question].right for verdict in verdicts) / len(verdicts), "pictures": len(verdicts)}
+            for question in questions if question in BARS}
