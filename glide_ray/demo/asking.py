@@ -151,7 +151,7 @@ def _edit(client: Client, plan: Plan) -> Result:
     known = left_half(len(before))
     after = client.edit("edit-after", before, known, prompt, 1)
     hole = client.keep("edit-hole", show_hole(before, known))
-    draw_edit(client.out, before, known, after, prompt)
+    draw_edit(client.out, before, known, after, plan.edit)
     return {"first": first, "prompt": prompt, "before": path_of("edit-before"), "hole": hole,
             "after": path_of("edit-after"), "kept": int(known.sum())}
 

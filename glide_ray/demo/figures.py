@@ -25,11 +25,11 @@ def draw_pairs(out: Path, prompts: Sequence[str], before: Sequence[np.ndarray],
     _put(grid([before, after], prompts, ["before", "after"]), out / BEFORE_AFTER)
 
 
-def draw_edit(out: Path, before: np.ndarray, known: np.ndarray, after: np.ndarray, prompt: str
-              ) -> None:
-    """Write EDIT: the picture, its hole, and what was painted into it."""
+def draw_edit(out: Path, before: np.ndarray, known: np.ndarray, after: np.ndarray,
+              prompts: Sequence[str]) -> None:
+    """Write EDIT: a picture, its hole, and the edited one. `prompts`: of the first and the last."""
     _put(contact_sheet([before, show_hole(before, known), after],
-                       ["before", f"to be painted: {prompt}", "after"], columns=3), out / EDIT)
+                       [prompts[0], "to be painted", prompts[1]], columns=3, size=256), out / EDIT)
 
 
 def draw_sketches(out: Path, sketches: Sequence[Sketch],
