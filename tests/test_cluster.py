@@ -84,7 +84,7 @@ def test_corpus_to_pictures_by_jobs_submitted_twice_while_s3_errs_and_raylets_ar
     storage.put(tiny_weights["clip"], f"{root}/weights/clip.safetensors")
     evaluate = ["jobs/evaluate.py", f"{root}/pictures", "--reference", f"{root}/corpus/held_out", "--clip", f"{root}/weights/clip.safetensors", "--out", f"{root}/evaluation"]
     figures = head.submit(*evaluate)
-    assert figures["sets"]["pictures"]["pictures"] == PROMPTS and figures["reference"]["images"] == 349
+    assert figures["sets"]["pictures"]["pictures"] == PROMPTS and figures["reference"]["images"] == 170 + 164      # of the two styles
     assert b"a red apple " in storage.read(f"{root}/evaluation/report.html")
 
     # Submitted again, each has nothing to do, and changes nothing.
