@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -107,6 +108,78 @@ def evaluate(options) -> None:
     rows = [heads, *((name, *(number(row[column]) for column in columns)) for name, row in found["sets"].items())]
     print(aligned(rows))
     print(f"{options.out}/report.html, figures.json, fronts.png")
+
+
+# -- compose ----------------------------------------------------------------------------------------------------------
+
+def add_compose_options(command: argparse.ArgumentParser) -> None:
+    """Those of `glide compose`, but for the weights'."""
+    from .evaluation.categories import CATEGORIES
+    command.add_argument("--corpus", default=EMOJI, help="the corpus with all its styles, which the judge is fitted to and prompts are taken from "
+                         "(default: %(default)s)")
+    command.add_argument("--prompts", type=positive, default=200, metavar="N", help="of each category (default: %(default)s)")
+    command.add_argument("--categories", nargs="+", choices=CATEGORIES, default=list(CATEGORIES), metavar="NAME",
+                         help=f"of {', '.join(CATEGORIES)} (default: all)")
+    command.add_argument("--size", type=int, choices=[64, 256], default=256, help="of the pictures: 64 asks the base model only (default: %(default)s)")
+    command.add_argument("--real", action="store_true", help="judge the real pictures of the prompts alone, and make none")
+    command.add_argument("--sampler", help="of the base model: ancestral, ddim, plms or dpm++ (default: its own)")
+    command.add_argument("--steps", help="base model: a number, or a respacing (default: its own)")
+    command.add_argument("--upsampler-steps", help="likewise for the upsampler")
+    command.add_argument("--guidance-scale", type=float, help="how strongly the prompt pulls (default: the model's own)")
+    command.add_argument("--seed", type=int, default=0, help="of the first picture of each category; it counts up (default: %(default)s)")
+    command.add_argument("--out", type=local_path, default=Path("runs/compose"), help="folder of the pictures, figures.json and report.html "
+                         "(default: %(default)s)")
+
+
+def compose(options) -> None:
+    from .evaluation import compose as composing
+    from .evaluation.fitting import load_or_fit
+    from .evaluation.report import aligned
+    cascade = None if options.real else _cascade(options)
+    judge = load_or_fit(options.corpus, print)
+    print(aligned(composing.judge_table(judge, options.size)))
+    with _progress("pictures") as progress:
+        run = composing.Run(judge, options.corpus, options.out, options.prompts, options.categories, options.size, options.seed, _asked(options))
+        rows = run.of_real(print) if cascade is None else run.of_models(cascade, print, progress)
+    print(aligned(composing.table(rows)))
+    if cascade is not None:
+        print(f"{options.out / composing.PAGE}, {composing.FIGURES}, {composing.PICTURES}/")
+
+
+def _asked(options):
+    from .cascade import check_options
+    from .config import SampleOptions
+    asked = SampleOptions(sampler=options.sampler, steps=options.steps, upsampler_steps=options.upsampler_steps, guidance_scale=options.guidance_scale)
+    check_options(asked, options.seed)
+    return asked
+
+
+def _cascade(options):
+    from .cascade import Cascade
+    from .commands import note
+    from .pretrained.shipped import locate, upsampler_for
+    _asked(options)         # found senseless before anything is loaded
+    upsampler = None if options.size == 64 else options.upsampler or upsampler_for(options.base, note)
+    cascade = Cascade.load(locate(options.base, "base"), upsampler, options.precision)
+    if cascade.size != options.size:
+        raise UserError(f"These models make pictures of {cascade.size} pixels; " + (
+            "give --size 64, or an upsampler with --upsampler." if cascade.size == 64 else f"--size {options.size} is not theirs."))
+    return cascade
+
+
+@contextmanager
+def _progress(what: str):
+    """A function of how many are done and of how many there are, which shows a bar."""
+    from tqdm import tqdm
+    bars = []
+
+    def progress(done: int, total: int) -> None:
+        if not bars:
+            bars.append(tqdm(total=total, desc=what, dynamic_ncols=True))
+        bars[0].update(done - bars[0].n)
+    yield progress
+    for bar in bars:
+        bar.close()
 
 
 # -- rate and elo -----------------------------------------------------------------------------------------------------

@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..config import UserError
-from ..data.images import centre_crop, decode
+from ..data.images import centre_crop, decode, load, open_image
 from ..data.render import SIZE
 from ..data.scenes import Scene, compose
 from ..data.shards import Sample, read_index
 from ..data.sources import find_parts, read_part
 from ..data.splits import share
 from ..data.sprites import Sprites, read_sprites
+from .categories import BACKGROUND, CATEGORIES, COLOUR, COUNT, INPAINTING, PAIRS, POSITION, SEEN, SINGLE, UNSEEN
 from .vocabulary import Vocabulary
 
-SEEN, PAIRS, UNSEEN, BACKGROUND, COLOUR, COUNT, POSITION, INPAINTING = CATEGORIES = (
-    "seen", "pairs", "unseen", "background", "colour", "count", "position", "inpainting")
-SINGLE = (SEEN, PAIRS, UNSEEN)
 SCENES = {BACKGROUND: "background", COLOUR: "recolour", COUNT: "count", POSITION: "relation", INPAINTING: "relation"}
 SCENE_SEED = 20211220        # not the corpus's, whose scenes are trained on
+SEEDS_APART = 10_000         # of the first prompts of two categories: no two pictures begin from the same noise
 TRIES = 400                  # scenes composed for each that is wanted, at most
 
 
@@ -64,6 +64,10 @@ class Row:
     def picture(self) -> np.ndarray:
         """(SIZE, SIZE, 3) uint8, on white."""
         return centre_crop(decode(self.sample.image), SIZE)
+
+    def drawing(self) -> Image.Image:
+        """RGBA, as it is in the corpus."""
+        return load(open_image(self.sample.image)).convert("RGBA")
 
 
 def read_rows(corpus: str, split: str) -> list[Row]:
@@ -149,13 +153,17 @@ def make_cases(corpus: str, vocabulary: Vocabulary, count: int, categories: Sequ
     """`count` prompts of each category, always the same for a corpus. Raises CorpusError."""
     say(f"making {count:,} prompts for each of {', '.join(categories)}")
     asked, found = set(vocabulary.asked), []
-    splits = {SEEN: ("train", asked), PAIRS: ("held_out_pairs", set(vocabulary.names)), UNSEEN: ("held_out", None)}
+    splits = {SEEN: ("train", asked), PAIRS: ("held_out_pairs", vocabulary.names.keys() - vocabulary.untold), UNSEEN: ("held_out", None)}
     for category in (name for name in categories if name in SINGLE):
         split, things = splits[category]
         rows = [row for row in read_rows(corpus, split) if row.emoji in vocabulary.names and (things is None or row.emoji in things)]
-        found += single_cases(category, rows, count, seed)
+        found += single_cases(category, rows, count, _first_seed(category, seed))
     if scenes := [name for name in categories if name in SCENES]:
         with sprites_of(corpus, "train", vocabulary, vocabulary.asked) as sprites:
             for category in scenes:
-                found += scene_cases(category, sprites, count, seed)
+                found += scene_cases(category, sprites, count, _first_seed(category, seed))
     return found
+
+
+def _first_seed(category: str, seed: int) -> int:
+    return seed + SEEDS_APART * CATEGORIES.index(category)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,13 +16,13 @@ from ..cascade import Cascade
 from ..config import SampleOptions, UserError
 from ..data.images import ImageError, area_downsample
 from ..recipe import Maker, Recipe, RecipeError, read_recipe, save_picture
-from .cases import BACKGROUND, COLOUR, COUNT, INPAINTING, PAIRS, POSITION, SEEN, UNSEEN, Case
-from .judge import HOW_MANY, IN, KNOWN, ON, STYLE, THING, WHERE, Judge, Verdict, kind_of_size
+from .cases import Case, make_cases
+from .categories import BARS, INPAINTING, KNOWN, LINES, Line
+from .judge import Judge, Verdict, kind_of_size
 from .pages import Picture, Section, page
 from .regions import resized
-from .report import aligned
 
-FIGURES, PAGE, PICTURES = "figures.json", "report.html", "pictures"
+FIGURES, PAGE, PICTURES, REAL = "figures.json", "report.html", "pictures", "real.json"
 AT_ONCE = 8             # prompts given to the cascade together
 DRAWS = 2000            # of the bootstrap
 SHOWN = 60              # pictures of a category on the page
@@ -33,38 +34,70 @@ class ComposeError(UserError):
 
 
 @dataclass(frozen=True)
-class Line:
-    """One figure: of a category's pictures, or of those with a colour that is new to their thing, the share for which a question is
-    answered right. `of_real`: the bar is for the share of what real pictures reach."""
+class Run:
+    """What is asked: `count` prompts of each of `categories`, for pictures of `size` pixels, made with `options`, into the folder `out`."""
 
-    about: str
-    category: str
-    question: str
-    bar: float | None = None
-    of_real: bool = False
-    new_colours: bool = False
+    judge: Judge
+    corpus: str
+    out: Path
+    count: int
+    categories: Sequence[str]
+    size: int
+    seed: int = 0
+    options: SampleOptions = SampleOptions()
+
+    def of_real(self, say: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
+        """The figures of the real pictures of the prompts."""
+        cases = self._cases(say)
+        real = self._real(cases)
+        return figures(self.judge, cases, real, real, self.size)
+
+    def of_models(self, cascade: Cascade, say: Callable[[str], None] = lambda line: None, progress: Progress | None = None) -> list[dict[str, Any]]:
+        """The figures of pictures that models make, which are made first. Raises ComposeError, CorpusError, RequestError."""
+        check(cascade, self.categories)
+        cases = self._cases(say)
+        real = self._real(cases)
+        pictures = make_pictures(cascade, cases, self.out / PICTURES, self.options, progress)
+        say(f"judging {len(pictures):,} pictures")
+        made = judged(self.judge, cases, pictures)
+        rows = figures(self.judge, cases, made, real, self.size)
+        recipe = Maker.of(cascade).recipe("generate", "", self.seed, self.options)
+        about = {"models": {role: of.model_dump() for role, of in recipe.models.items()}, "options": recipe.options.model_dump(), "made_with": recipe.made_with,
+                 "corpus": self.corpus, "prompts": self.count}
+        write(self.out, about, rows, self.judge, cases, pictures, made)
+        return rows
+
+    def _cases(self, say: Callable[[str], None]) -> list[Case]:
+        return make_cases(self.corpus, self.judge.vocabulary, self.count, self.categories, self.seed, say)
+
+    def _real(self, cases: Sequence[Case]) -> list[dict[str, Verdict]]:
+        """The verdicts on the prompts' real pictures, looked at once: they are kept in the folder with what they are of."""
+        path, of = self.out / REAL, _fingerprint(cases, self.size, self.judge)
+        try:
+            kept = json.loads(storage.read(path))
+            if kept["of"] == of:
+                return [{question: Verdict(**verdict) for question, verdict in row.items()} for row in kept["verdicts"]]
+        except (storage.MissingError, ValueError, KeyError, TypeError):
+            pass
+        verdicts = judged(self.judge, cases, [given(case, self.size) for case in cases])
+        rows = [{question: asdict(verdict) for question, verdict in row.items()} for row in verdicts]
+        storage.put(json.dumps({"of": of, "verdicts": rows}).encode(), path)
+        return verdicts
 
 
-LINES = (
-    Line("things in styles seen in training: object", SEEN, THING, 0.75, of_real=True),
-    Line("things in styles seen in training: style", SEEN, STYLE, 0.95),
-    Line("pairs of thing and style never seen: object", PAIRS, THING, 0.5, of_real=True),
-    Line("pairs of thing and style never seen: style", PAIRS, STYLE, 0.9),
-    Line("things never seen: object", UNSEEN, THING),
-    Line("things never seen: style", UNSEEN, STYLE),
-    Line("background's colour", BACKGROUND, ON, 0.9),
-    Line("background's colour, new to the thing", BACKGROUND, ON, new_colours=True),
-    Line("on a background: object", BACKGROUND, THING),
-    Line("object's colour", COLOUR, IN, 0.8),
-    Line("object's colour, new to the thing", COLOUR, IN, new_colours=True),
-    Line("in a colour: object", COLOUR, THING),
-    Line("count, one to four", COUNT, HOW_MANY, 0.5),
-    Line("count: object", COUNT, THING),
-    Line("position of two objects", POSITION, WHERE, 0.7),
-    Line("position: both objects", POSITION, THING),
-    Line("inpainting: object", INPAINTING, THING, 0.5),
-    Line("inpainting: known pixels equal", INPAINTING, KNOWN, 1.0),
-)
+def check(cascade: Cascade, categories: Sequence[str]) -> None:
+    """Raises ComposeError where models cannot inpaint and are to."""
+    if INPAINTING in categories and not all(stage.config.inpaint for stage in (cascade.base, cascade.upsampler) if stage):
+        raise ComposeError("These models were not trained to inpaint; give inpainting forms with --base and --upsampler, or leave the category "
+                           "inpainting out with --categories.")
+
+
+def _fingerprint(cases: Sequence[Case], size: int, judge: Judge) -> str:
+    """What tells these real pictures, as this judge saw them, from others."""
+    digest = hashlib.sha256(f"{size}{judge.digest()}".encode())
+    for case in cases:
+        digest.update(f"{case.category}{case.prompt}{json.dumps(case.labels, sort_keys=True)}".encode() + case.picture.tobytes())
+    return digest.hexdigest()
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
@@ -72,10 +105,7 @@ LINES = (
 def make_pictures(cascade: Cascade, cases: Sequence[Case], out: str | Path, options: SampleOptions, progress: Progress | None = None
                   ) -> list[np.ndarray]:
     """A picture for each case, uint8 (S, S, 3), kept in `out` with its recipe; one that is there from the same models and options is
-    not made again. Raises ComposeError for an edit by a model that cannot edit."""
-    if any(case.hole is not None for case in cases) and not all(stage.config.inpaint for stage in (cascade.base, cascade.upsampler) if stage):
-        raise ComposeError("These models were not trained to inpaint; give inpainting forms with --base and --upsampler, or leave the category "
-                           "inpainting out with --categories.")
+    not made again."""
     maker, made = Maker.of(cascade), {}
     orders = [_Order.of(case, cascade.size, maker, options, Path(out)) for case in cases]
     for n, order in enumerate(orders):
@@ -216,7 +246,6 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 def judge_table(judge: Judge, size: int) -> list[list[str]]:
     """How often the judge is right on real pictures that it has not seen."""
-    from .judge import BARS
     known = judge.accuracy.get(kind_of_size(size), {})
     rows = [[category, question, f"{of['right']:.1%}", str(of["pictures"]), f"{BARS[question]:.0%}",
              "" if judge.measurable(size, category, question) else "not measurable"]
@@ -239,11 +268,6 @@ def write(out: str | Path, about: Mapping[str, Any], rows: Sequence[Mapping[str,
         groups = [[Picture(resized(pictures[n], max(size, 112)), _label(cases[n], verdicts[n]))] for n in at]
         sections.append(Section(category, groups=groups))
     storage.put(page("Pictures made for prompts of known content", sections).encode(), out / PAGE)
-
-
-def text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table for a terminal."""
-    return aligned(table(rows))
 
 
 def _label(case: Case, verdicts: Mapping[str, Verdict]) -> str:

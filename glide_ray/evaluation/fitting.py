@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,20 +13,23 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from .. import storage
+from ..data.images import flatten
 from ..data.scenes import compose
 from ..data.shards import read_index
-from ..data.sprites import OBJECT_GROUPS
+from ..data.sprites import COLOURS, OBJECT_GROUPS, recolour
 from ..models.efficientnet import SHA256
 from . import vocabulary as words
 from .cases import SCENE_SEED, CorpusError, Row, read_rows, sprites_of
 from .heads import Discriminant, Logistic
 from .judge import Judge
-from .looks import Looks, View
+from .looks import Looks, Seen, View
 from .regions import part_areas, resized
+from .styles import Styles
+from .trial import try_judge
 
-VERSION = 1                 # of what a fitted judge depends on beside the corpus: a cached one of another is not used
+VERSION = 2                 # of what a fitted judge depends on beside the corpus: a cached one of another is not used
 SPLITS = ("train", "held_out", "held_out_pairs")
-THING_SHRINK, THING_WIDTH, STYLE_SHRINK = 0.1, 256, 0.3
+THING_SHRINK, THING_WIDTH = 0.1, 256
 COUNTED_SCENES, COUNT_DECAY = 1500, 1e-3
 AT_ONCE = 64
 Say = Callable[[str], None]
@@ -38,16 +41,28 @@ def fit(corpus: str, say: Say = lambda line: None, looks: Looks | None = None, a
     `corpus/held_out`, so that they can be named. Raises CorpusError, MissingNetworkError."""
     looks = looks or Looks()
     rows = [row for row in read_rows(corpus, "train") if row.group in OBJECT_GROUPS]
-    vocabulary = words.choose(((row.emoji, row.name, row.group, row.style) for row in rows), asked, least_styles)
-    styles = {row.style for row in rows}
-    if len(styles) < 2 or len(vocabulary.order) < 2:
-        raise CorpusError(f"{corpus}/train has {len(styles)} style(s) and {len(vocabulary.order)} thing(s) drawn in {least_styles} of them; the judge "
-                          f"needs two of each: make the whole corpus with `glide corpus`.")
-    shapes, drawn, labels, of_style = _features(rows, looks, say)
-    things = Discriminant.fit(shapes, labels, THING_SHRINK, THING_WIDTH, cosine=True)
-    say(f"fitting the judge to {len(rows):,} pictures of {len(set(labels)):,} things in {len(styles)} styles")
-    judge = Judge(vocabulary, things, Discriminant.fit(drawn, of_style, STYLE_SHRINK, len(styles)), fit_counts(corpus, vocabulary, scenes), looks=looks)
+    if len({row.style for row in rows}) < 2:
+        raise CorpusError(f"The pictures of objects in {corpus}/train are all of one style; the judge tells several apart: make the whole "
+                          f"corpus with `glide corpus`.")
+    seen, things_of, every = _look(rows, looks, say), [row.emoji for row in rows], len(DEGRADATIONS)
+    plain = [row for row in rows if words.is_plain(row.emoji, row.name, row.group)]
+    shapes = np.concatenate([seen.shapes, _shapes_alone(plain, looks)])
+    say(f"fitting the judge to {len(rows):,} pictures")
+    things = Discriminant.fit(shapes, things_of * every + [row.emoji for row in plain], THING_SHRINK, THING_WIDTH, cosine=True)
+    styles, told = Styles.fit(seen, [row.style for row in rows] * every, things_of * every)
+    vocabulary = _vocabulary(rows, told[:len(rows)], asked, least_styles)
+    judge = Judge(vocabulary, things, styles, fit_counts(corpus, vocabulary, scenes), looks=looks)
     return with_things(judge, [row for row in read_rows(corpus, "held_out") if words.is_plain(row.emoji, row.name, row.group)])
+
+
+def _vocabulary(rows: Sequence[Row], told: np.ndarray, asked: int, least_styles: int) -> words.Vocabulary:
+    """Of things all of whose pictures were told to be of their style by what had not seen the thing: of others, no judge can say."""
+    unlike = {row.emoji for row, right in zip(rows, told, strict=True) if not right}
+    vocabulary = words.choose(((row.emoji, row.name, row.group, row.style) for row in rows), asked, least_styles, unlike)
+    if len(vocabulary.order) < 2:
+        raise CorpusError("There are no two things in the corpus that have plain names and are drawn in most of its styles; make the whole corpus with "
+                          "`glide corpus`.")
+    return vocabulary
 
 
 def with_things(judge: Judge, rows: Sequence[Row]) -> Judge:
@@ -74,22 +89,28 @@ def fit_counts(corpus: str, vocabulary: words.Vocabulary, scenes: int = COUNTED_
     return Logistic.fit(np.stack(features), np.array(counts), COUNT_DECAY)
 
 
-def _features(rows: Sequence[Row], looks: Looks, say: Say) -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:
-    """What is shown and how it is drawn, for each degradation of each row; its thing and its style."""
-    shapes, drawn, labels, styles = [], [], [], []
+def _look(rows: Sequence[Row], looks: Looks, say: Say) -> Seen:
+    """All rows in each of DEGRADATIONS, one after the other."""
+    seen: list[list[Seen]] = [[] for _ in DEGRADATIONS]
     for start in range(0, len(rows), AT_ONCE):
-        some = rows[start:start + AT_ONCE]
-        pictures = [row.picture() for row in some]
-        for n, degrade in enumerate(DEGRADATIONS):
-            rng = np.random.default_rng([n, start])
-            shape, style = looks.both([View.of(degrade(picture, rng)) for picture in pictures])
-            shapes.append(shape.astype(np.float16))
-            drawn.append(style.astype(np.float16))
-            labels += [row.emoji for row in some]
-            styles += [row.style for row in some]
         if start % (16 * AT_ONCE) == 0:
             say(f"looking at real pictures: {start:,} of {len(rows):,}")
-    return np.concatenate(shapes), np.concatenate(drawn), labels, styles
+        pictures = [row.picture() for row in rows[start:start + AT_ONCE]]
+        for n, degrade in enumerate(DEGRADATIONS):
+            rng = np.random.default_rng([n, start])
+            part = looks.of([View.of(degrade(picture, rng)) for picture in pictures])
+            seen[n].append(Seen(part.shapes.astype(np.float16), part.textures.astype(np.float16), part.colours))
+    return Seen.joined([part for parts in seen for part in parts])
+
+
+def _shapes_alone(rows: Sequence[Row], looks: Looks) -> np.ndarray:
+    """What is shown by pictures as scenes have them: recoloured, or small."""
+    found = []
+    for start in range(0, len(rows), AT_ONCE):
+        rng = np.random.default_rng([len(DEGRADATIONS), start])
+        pictures = [small_or_recoloured(row, rng) for row in rows[start:start + AT_ONCE]]
+        found.append(looks.shapes([View.of(picture) for picture in pictures]).astype(np.float16))
+    return np.concatenate(found)
 
 
 # -- what generated pictures may look like beside real ones -----------------------------------------------------------
@@ -107,8 +128,9 @@ def small_and_noisy(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray
 
 
 def moved_and_blurred(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Larger or smaller, elsewhere, out of focus, and through JPEG."""
+    """Larger or smaller, elsewhere, perhaps facing the other way, out of focus, and through JPEG."""
     side = 128
+    picture = picture[:, ::-1] if rng.random() < 0.5 else picture
     new = int(side * rng.uniform(0.82, 1.1))
     canvas = Image.new("RGB", (side, side), "white")
     corner = tuple(int((side - new) // 2 + rng.integers(-6, 7)) for _ in range(2))
@@ -116,6 +138,15 @@ def moved_and_blurred(picture: np.ndarray, rng: np.random.Generator) -> np.ndarr
     buffer = io.BytesIO()
     canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.6))).save(buffer, "JPEG", quality=int(rng.integers(40, 92)))
     return np.asarray(Image.open(buffer).convert("RGB"))
+
+
+def small_or_recoloured(row: Row, rng: np.random.Generator) -> np.ndarray:
+    """As a part of a scene: in one of the named colours or in its own, and as small as one of several objects."""
+    picture = row.picture()
+    if rng.random() < 0.6:
+        coloured = recolour(row.drawing(), list(COLOURS)[rng.integers(len(COLOURS))])
+        picture = np.asarray(flatten(coloured))
+    return resized(picture, int(rng.integers(24, 97)))
 
 
 DEGRADATIONS = (as_is, small_and_noisy, moved_and_blurred)
@@ -136,13 +167,9 @@ def cached_path(corpus: str, cache: str | Path | None = None) -> Path:
     return Path(cache or storage.cache_folder()) / "judges" / f"{name}.safetensors"
 
 
-def load_or_fit(corpus: str, say: Say = lambda line: None, cache: str | Path | None = None, fitted: Callable[[Judge], Judge] = lambda judge: judge
-                ) -> Judge:
-    """The judge of a corpus, fitted once; `fitted` is what is done to it before it is kept. Raises CorpusError, JudgeError."""
+def load_or_fit(corpus: str, say: Say = lambda line: None, cache: str | Path | None = None) -> Judge:
+    """The judge of a corpus, fitted and judged once. Raises CorpusError, JudgeError, MissingNetworkError."""
     path = cached_path(corpus, cache)
-    if path.exists():
-        return Judge.load(path)
-    judge = fitted(fit(corpus, say))
-    judge.save(path)
-    return Judge.load(path)         # as it is the next time, to the last digit
-
+    if not path.exists():
+        try_judge(corpus, fit(corpus, say), say).save(path)
+    return Judge.load(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -111,16 +111,16 @@ class Logistic:
         optimizer.step(loss)
         return cls(mean.astype(np.float32), scale.astype(np.float32), weights.detach().numpy(), bias.detach().numpy())
 
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """Logits (N, C)."""
+        return ((features - self.mean) / self.scale).clip(-LIMIT, LIMIT) @ self.weights + self.bias
+
     def best(self, features: np.ndarray) -> np.ndarray:
         """The likeliest class of each row: (N,) whole numbers."""
-        return (((features - self.mean) / self.scale).clip(-LIMIT, LIMIT) @ self.weights + self.bias).argmax(1)
+        return self.scores(features).argmax(1)
 
     def tensors(self) -> dict[str, np.ndarray]:
         return {"mean": self.mean, "scale": self.scale, "weights": self.weights, "bias": self.bias}
-
-
-def prefixed(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {f"{name}.{key}": np.ascontiguousarray(value) for key, value in tensors.items()}
 
 
 def _directions(rows: np.ndarray) -> np.ndarray:

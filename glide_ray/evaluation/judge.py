@@ -6,6 +6,7 @@ is right on real pictures that it was not fitted to is measured first (`trial.py
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,20 +19,14 @@ from safetensors.numpy import save
 
 from .. import storage
 from ..config import UserError
-from .cases import BACKGROUND, COLOUR, COUNT, INPAINTING, POSITION, SINGLE, Case
+from .cases import Case
+from .categories import BACKGROUND, BARS, COLOUR, COUNT, INPAINTING, POSITION, QUESTIONS, SINGLE, STYLE, THING, WHERE
 from .heads import Discriminant, Logistic
 from .looks import Looks, View
 from .regions import SIDE, halves, part_areas, resized
+from .styles import Styles, look_of
 from .vocabulary import Vocabulary
 
-# The questions that are asked of a picture of each category, the first of them what the category is about.
-THING, STYLE, ON, IN, HOW_MANY, WHERE, KNOWN = "object", "style", "background", "colour", "count", "position", "known pixels"
-QUESTIONS = {**{name: (THING, STYLE) for name in SINGLE}, BACKGROUND: (ON, THING), COLOUR: (IN, THING), COUNT: (HOW_MANY, THING),
-             POSITION: (WHERE, THING), INPAINTING: (THING, KNOWN)}
-# The share of real pictures on which the judge must be right, for its answer to be a score.
-BARS = {THING: 0.9, STYLE: 0.98, ON: 0.98, IN: 0.98, HOW_MANY: 0.95, WHERE: 0.95}
-# One artist's drawings, shaded in two ways that cannot be told apart on half of all things: they count as one style.
-SAME_LOOK = {"soft gradient": "3D render"}
 NOTHING, FAINT = "nothing", 0.005      # a hole with less than this share of foreground shows nothing
 
 
@@ -49,14 +44,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Judge:
-    """`things` and `styles` tell classes by features, `counts` reads a number off the areas of parts.
+    """`things` and `styles` tell what is shown and whose drawing it is, `counts` reads a number off the areas of parts.
 
     `accuracy`: by size of the pictures, category and question, how often it was right on real pictures, with their number.
     """
 
     vocabulary: Vocabulary
     things: Discriminant
-    styles: Discriminant
+    styles: Styles
     counts: Logistic
     accuracy: Mapping[str, Any] = field(default_factory=dict)
     looks: Looks | None = None
@@ -71,8 +66,8 @@ class Judge:
         return found
 
     def style_of(self, pictures: Sequence[np.ndarray]) -> list[str]:
-        """The style of each picture, with SAME_LOOK counted as one."""
-        return [look_of(style) for style in self.styles.best(self.sight.both([View.of(picture) for picture in pictures])[1])]
+        """The style of each picture, as it can be told: see `styles.SAME_LOOK`."""
+        return self.styles.best(self.sight.of([View.of(picture) for picture in pictures]))
 
     def shapes_of(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """What is shown, as the features of `things`: (N, D)."""
@@ -80,8 +75,7 @@ class Judge:
 
     def with_style(self, style: str, pictures: Sequence[np.ndarray]) -> Judge:
         """Knowing one more style from real pictures of it, as after fine-tuning."""
-        drawn = self.sight.both([View.of(picture) for picture in pictures])[1]
-        return replace(self, styles=self.styles.adding(drawn, [style] * len(drawn)))
+        return replace(self, styles=self.styles.adding(style, self.sight.of([View.of(picture) for picture in pictures])))
 
     def measurable(self, size: int, category: str, question: str) -> bool:
         """Whether it is right often enough on real pictures of this size to score others."""
@@ -99,10 +93,9 @@ class Judge:
             return self._holes(cases, pictures)
         views = [View.of(picture) for picture in pictures]
         if category in SINGLE:
-            shapes, drawn = self.sight.both(views)
-            styles = [Verdict(look_of(seen) == look_of(case.labels["style"]), look_of(seen))
-                      for seen, case in zip(self.styles.best(drawn), cases, strict=True)]
-            return [{THING: thing, STYLE: style} for thing, style in zip(self.things_shown(cases, shapes), styles, strict=True)]
+            looked = self.sight.of(views)
+            styles = [Verdict(seen == look_of(case.labels["style"]), seen) for seen, case in zip(self.styles.best(looked), cases, strict=True)]
+            return [{THING: thing, STYLE: style} for thing, style in zip(self.things_shown(cases, looked.shapes), styles, strict=True)]
         things = self.things_shown(cases, self.sight.shapes([_largest(view) if category == COUNT else view for view in views]))
         first = [self._measured(category, case, view, picture) for case, view, picture in zip(cases, views, pictures, strict=True)]
         return [{QUESTIONS[category][0]: one, THING: thing} for one, thing in zip(first, things, strict=True)]
@@ -165,12 +158,17 @@ class Judge:
 
     # -- kept for the next time ---------------------------------------------------------------------------------------
 
+    def digest(self) -> str:
+        """What tells this judge from others."""
+        parts = (self.things.centres, self.styles.palette, self.counts.weights)
+        return hashlib.sha256(b"".join(np.ascontiguousarray(part, np.float16).tobytes() for part in parts)).hexdigest()
+
     def save(self, path: str | Path) -> None:
         """One safetensors file, of 16 bits where that is enough."""
         tensors = {}
         for name, head in (("things", self.things), ("styles", self.styles), ("counts", self.counts)):
             tensors |= {f"{name}.{key}": _packed(key, value) for key, value in head.tensors().items()}
-        about = {"vocabulary": [dict(self.vocabulary.names), self.vocabulary.order, self.vocabulary.count], "things": self.things.labels,
+        about = {"vocabulary": [dict(self.vocabulary.names), self.vocabulary.order, self.vocabulary.count, sorted(self.vocabulary.untold)], "things": self.things.labels,
                  "styles": self.styles.labels, "accuracy": self.accuracy}
         storage.put(save(tensors, {name: json.dumps(value) for name, value in about.items()}), path)
 
@@ -179,19 +177,15 @@ class Judge:
         """What `save` wrote. Raises JudgeError, StorageError."""
         try:
             with safe_open(storage.fetch(path), "np") as file:
-                tensors = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}
+                tensors = {name: _unpacked(file.get_tensor(name)) for name in file.keys()}
                 about = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
             of = {head: {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{head}.")}
                   for head in ("things", "styles", "counts")}
-            names, order, count = about["vocabulary"]
-            return cls(Vocabulary(names, tuple(order), count), Discriminant(tuple(about["things"]), **of["things"], cosine=True),
-                       Discriminant(tuple(about["styles"]), **of["styles"]), Logistic(**of["counts"]), about["accuracy"])
+            names, order, count, untold = about["vocabulary"]
+            return cls(Vocabulary(names, tuple(order), count, frozenset(untold)), Discriminant(tuple(about["things"]), **of["things"], cosine=True),
+                       Styles.of(about["styles"], of["styles"]), Logistic(**of["counts"]), about["accuracy"])
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise JudgeError(f"{path} is not a judge that `glide compose` fitted ({error}); delete it, and it is fitted again.") from None
-
-
-def look_of(style: str) -> str:
-    return SAME_LOOK.get(style, style)
 
 
 def kind_of_size(size: int) -> str:
@@ -215,4 +209,10 @@ def _largest(view: View) -> View:
 
 
 def _packed(name: str, values: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(values, np.float16 if name in ("project", "centres") else np.float32)
+    if values.dtype.kind == "i":
+        return np.ascontiguousarray(values, np.int32)
+    return np.ascontiguousarray(values, np.float16 if name.endswith(("project", "centres", "palette")) else np.float32)
+
+
+def _unpacked(values: np.ndarray) -> np.ndarray:
+    return values if values.dtype.kind == "i" else values.astype(np.float32)

@@ -1,14 +1,15 @@
-"""What the judge sees of a picture: features of a pretrained network, how its colours are spread, and how sharply they change."""
+"""What the judge sees of a picture: what is shown and how it is drawn, by features of a pretrained network, and its exact colours."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import sparse
 from torch import Tensor
 
 from ..models.efficientnet import EfficientNetLite0, load_efficientnet, normalise
@@ -16,12 +17,12 @@ from .regions import Box, Regions, crop, resized
 
 INPUT = 128             # pixels of what the network is shown
 AT_ONCE = 32            # pictures in one call of the network
-SHAPE_STAGES = (4, 5, 6)        # of the network, whose maps in quarters say what is shown
-SHAPE_WIDTH = 4 * (112 + 192 + 320)
-STYLE_STAGES = (0, 1, 2, 3, 4)  # whose means and deviations say how it is drawn
-STEPS = 9               # of each channel in the histogram of colours
-FLAT = 20.0             # of 255: smaller changes to the neighbours than this are no edge
+SHAPE_STAGES = (4, 5, 6)            # of the network, whose maps in quarters say what is shown
+STYLE_STAGES, PAIRED = (0, 1, 2, 3, 4), (0, 1)      # whose means and deviations say how it is drawn; and how channels go together
+STEPS = 65              # of each channel of colour: artists draw with palettes of their own, and are known by exact colours
+FLAT = 20.0             # of 255: where the neighbours differ by less, there is no edge
 CHANGES = 16            # bins of the histogram of changes
+INKED = 20              # of 255, in some channel: a pixel of the network's input that is not white
 
 
 @dataclass(frozen=True)
@@ -38,79 +39,103 @@ class View:
         regions = Regions.of(picture)
         return cls(picture, regions, regions.box)
 
+    @cached_property
     def cut(self) -> np.ndarray:
         """What the network is shown: the box on white, (INPUT, INPUT, 3) uint8."""
         return resized(crop(self.picture, self.box, self.regions.background), INPUT)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Features of N pictures: `shapes` (N, 2496) of what is shown, `textures` (N, 997) and `colours` (N, STEPS^3) of how it is drawn."""
+
+    shapes: np.ndarray
+    textures: np.ndarray
+    colours: sparse.csr_matrix
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Seen]) -> Seen:
+        return cls(np.concatenate([part.shapes for part in parts]), np.concatenate([part.textures for part in parts]),
+                   sparse.vstack([part.colours for part in parts]).tocsr())
+
+
 class Looks:
-    """The features of pictures, from the pretrained network and from their colours. `dtype`: of the network."""
+    """Pictures as features. `dtype`: of the pretrained network."""
 
     def __init__(self, network: EfficientNetLite0 | None = None, dtype: torch.dtype = torch.float32):
         self._network, self._dtype = (network or load_efficientnet()).to(dtype), dtype
 
     def shapes(self, views: Sequence[View]) -> np.ndarray:
-        """What is shown: (N, 2496) float32."""
-        return self._all(views, self._shape)
+        """What is shown alone: (N, 2496) float32."""
+        return np.concatenate([_shape(maps).numpy() for _, maps in self._maps(views)])
 
-    def both(self, views: Sequence[View]) -> tuple[np.ndarray, np.ndarray]:
-        """What is shown (N, 2496), and how it is drawn (N, 2019), float32."""
-        seen = self._all(views, lambda maps: torch.cat([self._shape(maps), self._style(maps)], 1))
-        colours = np.stack([colour_features(view.regions) for view in views])
-        return seen[:, :SHAPE_WIDTH], np.concatenate([seen[:, SHAPE_WIDTH:], colours], 1)
+    def of(self, views: Sequence[View]) -> Seen:
+        """All features."""
+        both = [(_shape(maps).numpy(), _texture(squares, maps).numpy()) for squares, maps in self._maps(views)]
+        regions = [view.regions for view in views]
+        changes = [_changes(of.pixels) for of in regions]
+        steep = np.stack([_steepness(of, change) for of, change in zip(regions, changes, strict=True)])
+        colours = _colours([of.pixels[of.foreground & (change < FLAT)] for of, change in zip(regions, changes, strict=True)])
+        return Seen(np.concatenate([shape for shape, _ in both]), np.concatenate([np.concatenate([texture for _, texture in both]), steep], 1), colours)
 
-    @torch.no_grad()
-    def _all(self, views: Sequence[View], features: Callable[[list[Tensor]], Tensor]) -> np.ndarray:
-        found = []
+    def _maps(self, views: Sequence[View]):
+        """For some pictures at once: what the network is shown (B, 3, INPUT, INPUT) uint8, and its maps."""
         for start in range(0, len(views), AT_ONCE):
-            squares = np.stack([view.cut() for view in views[start:start + AT_ONCE]])
-            x = normalise(torch.from_numpy(squares).permute(0, 3, 1, 2)).to(self._dtype, memory_format=torch.channels_last)
-            found.append(features([of.float() for of in self._network.maps(x)]).numpy())
-        return np.concatenate(found)
-
-    @staticmethod
-    def _shape(maps: list[Tensor]) -> Tensor:
-        return torch.cat([F.adaptive_avg_pool2d(maps[n], 2).flatten(1) for n in SHAPE_STAGES], 1)
-
-    @staticmethod
-    def _style(maps: list[Tensor]) -> Tensor:
-        return torch.cat([part for n in STYLE_STAGES for part in (maps[n].mean((2, 3)), maps[n].std((2, 3)))], 1)
+            squares = torch.from_numpy(np.stack([view.cut for view in views[start:start + AT_ONCE]])).permute(0, 3, 1, 2)
+            with torch.no_grad():
+                maps = self._network.maps(normalise(squares).to(self._dtype, memory_format=torch.channels_last))
+            yield squares, [of.float() for of in maps]
 
 
-def colour_features(regions: Regions) -> np.ndarray:
-    """Roots of histograms over the foreground: of the colours away from edges, of all colours, of the changes to the neighbours.
+def _shape(maps: Sequence[Tensor]) -> Tensor:
+    return torch.cat([F.adaptive_avg_pool2d(maps[n], 2).flatten(1) for n in SHAPE_STAGES], 1)
 
-    (2 * STEPS^3 + CHANGES + 1,) float32; the last is the share of the picture that is foreground.
-    """
-    mask = regions.foreground
-    changes = _changes(regions.pixels)
-    flat = mask & (changes < FLAT)
-    steep = np.histogram(np.log2(changes[mask] + 1), CHANGES, (0, 8))[0]
-    parts = [_histogram(regions.pixels[flat]), _histogram(regions.pixels[mask]), steep / max(mask.sum(), 1)]
-    return np.concatenate([*(np.sqrt(part) for part in parts), [mask.mean()]]).astype(np.float32)
+
+def _texture(squares: Tensor, maps: Sequence[Tensor]) -> Tensor:
+    spread = [part for n in STYLE_STAGES for part in (maps[n].mean((2, 3)), maps[n].std((2, 3)))]
+    inked = ((255 - squares.int()).amax(1, keepdim=True) > INKED).float()
+    return torch.cat([*spread, *(_covariances(maps[n], inked) for n in PAIRED)], 1)
+
+
+def _covariances(map_: Tensor, inked: Tensor) -> Tensor:
+    """How channels (B, C, h, w) go together where the picture is not white: signed roots, (B, C (C + 1) / 2)."""
+    mask = (F.adaptive_avg_pool2d(inked, map_.shape[-1]) > 0.2).float()
+    weight = mask / mask.sum((2, 3), keepdim=True).clamp_min(1)
+    mean = (map_ * weight).sum((2, 3))
+    found = torch.einsum("bchw,bdhw->bcd", map_ * weight, map_) - mean[:, :, None] * mean[:, None]
+    rows, columns = torch.triu_indices(found.shape[1], found.shape[1])
+    found = found[:, rows, columns]
+    return found.sign() * found.abs().sqrt()
 
 
 def _changes(pixels: np.ndarray) -> np.ndarray:
-    """The largest difference of each pixel to a neighbour, in any channel: (S, S)."""
+    """The largest difference of each pixel (S, S, 3) to a neighbour, in any channel: (S, S)."""
     found = np.zeros(pixels.shape[:2], np.float32)
-    for axis in (0, 1):
-        step = np.abs(np.diff(pixels, axis=axis)).max(-1)
-        for pad in ((0, 1), (1, 0)):
-            found = np.maximum(found, np.pad(step, [pad if n == axis else (0, 0) for n in (0, 1)]))
+    down, across = (np.abs(np.diff(pixels, axis=axis)).max(-1) for axis in (0, 1))
+    for part, step in ((found[1:], down), (found[:-1], down), (found[:, 1:], across), (found[:, :-1], across)):
+        np.maximum(part, step, out=part)
     return found
 
 
-def _histogram(colours: np.ndarray) -> np.ndarray:
-    """Shares of colours (N, 3) from 0 to 255 in a grid of STEPS^3, each spread over the eight corners around it."""
-    place = colours.clip(0, 255) / 255 * (STEPS - 1)
+def _steepness(regions: Regions, changes: np.ndarray) -> np.ndarray:
+    """Roots of the histogram of the foreground's changes, and the foreground's share: (CHANGES + 1,) float32."""
+    inside = np.log2(changes[regions.foreground] + 1)
+    steep = np.histogram(inside, CHANGES, (0, 8))[0] / max(len(inside), 1)
+    return np.append(np.sqrt(steep), regions.foreground.mean()).astype(np.float32)
+
+
+def _colours(pixels: Sequence[np.ndarray]) -> sparse.csr_matrix:
+    """Roots of the shares of colours, one list of (n, 3) from 0 to 255 for each picture, each spread over the corners of a grid around it."""
+    counts = [len(of) for of in pixels]
+    row = np.repeat(np.arange(len(pixels)), counts)
+    place = np.concatenate([*pixels, np.empty((0, 3), np.float32)]).clip(0, 255) / 255 * (STEPS - 1)
     low = np.minimum(place.astype(int), STEPS - 2)
-    part, found = place - low, np.zeros(STEPS**3)
-    for corner in np.ndindex(2, 2, 2):
-        weight = np.where(np.array(corner) == 1, part, 1 - part).prod(1)
-        found += np.bincount((low + corner) @ _strides(), weight, STEPS**3)
-    return found / max(len(colours), 1)
-
-
-@cache
-def _strides() -> np.ndarray:
-    return np.array([STEPS**2, STEPS, 1])
+    part, strides = place - low, np.array([STEPS**2, STEPS, 1])
+    corners = [(np.where(np.array(corner) == 1, part, 1 - part).prod(1), (low + corner) @ strides) for corner in np.ndindex(2, 2, 2)]
+    found = sparse.csr_matrix((np.concatenate([weight for weight, _ in corners]), (np.tile(row, 8), np.concatenate([code for _, code in corners]))),
+                              shape=(len(pixels), STEPS**3), dtype=np.float32)
+    found = sparse.diags(1 / np.maximum(counts, 1)) @ found
+    return found.sqrt().astype(np.float32).tocsr()

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from . import vocabulary as words
-from .cases import CATEGORIES, PAIRS, SCENES, SEEN, UNSEEN, Case, read_rows, scene_cases, single_cases, sprites_of
-from .judge import BARS, THING, Judge
+from .cases import SCENES, Case, read_rows, scene_cases, single_cases, sprites_of
+from .categories import BARS, CATEGORIES, PAIRS, SEEN, THING, UNSEEN
+from .judge import Judge
 from .regions import resized
 
 SIZES = {"256": 256, "64": 64}
@@ -32,12 +33,13 @@ def try_judge(corpus: str, judge: Judge, say: Say = lambda line: None, scenes: i
         # What was held out from the judge stands for what the models were trained on, too.
         if PAIRS in found[name]:
             found[name][SEEN] = found[name][PAIRS]
-        found[name] |= {UNSEEN: unseen} if (unseen := _unseen(corpus, judge, size)) else {}
+        if unseen := _unseen(corpus, judge, size):
+            found[name][UNSEEN] = unseen
     return replace(judge, accuracy=found)
 
 
 def _held_out(corpus: str, judge: Judge, scenes: int) -> list[Case]:
-    known = set(judge.things.labels) & set(judge.vocabulary.names)
+    known = set(judge.things.labels) & judge.vocabulary.names.keys() - judge.vocabulary.untold
     rows = [row for row in read_rows(corpus, "held_out_pairs") if row.emoji in known]
     cases = single_cases(PAIRS, rows, len(rows))
     with sprites_of(corpus, "held_out_pairs", judge.vocabulary, sorted(known)) as sprites:
@@ -51,21 +53,20 @@ def _unseen(corpus: str, judge: Judge, size: int) -> dict[str, Any]:
     rows = [row for row in read_rows(corpus, "held_out") if words.is_plain(row.emoji, row.name, row.group)]
     verdicts = []
     for thing in dict.fromkeys(row.emoji for row in rows):
-        own = [row for row in rows if row.emoji == thing]
-        if len(own) < 2:
-            continue
-        shapes = judge.shapes_of([resized(row.picture(), size) for row in own])
-        full = judge.shapes_of([row.picture() for row in own])
-        cases = single_cases(UNSEEN, own, len(own))
-        for n, case in enumerate(cases):
+        own = single_cases(UNSEEN, [row for row in rows if row.emoji == thing], sum(row.emoji == thing for row in rows))
+        shapes = judge.shapes_of([case.picture for case in own])
+        shown = judge.verdicts(own, [resized(case.picture, size) for case in own])
+        small = judge.shapes_of([resized(case.picture, size) for case in own])
+        for n, case in enumerate(own):
             others = [m for m in range(len(own)) if m != n]
-            known = replace(judge, things=judge.things.adding(full[others], [thing] * len(others)))
-            verdicts.append({THING: known.things_shown([case], shapes[n:n + 1])[0]})
+            if others:
+                known = replace(judge, things=judge.things.adding(shapes[others], [thing] * len(others)))
+                verdicts.append({**shown[n], THING: known.things_shown([case], small[n:n + 1])[0]})
     return _shares(verdicts)
 
 
 def _shares(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """By question, the share that was judged right, with the number of pictures."""
+    """By question, the share that was judged right, with the number of pictures; nothing where there are none."""
     questions = dict.fromkeys(question for verdict in verdicts for question in verdict)
     return {question: {"right": sum(verdict[question].right for verdict in verdicts) / len(verdicts), "pictures": len(verdicts)}
             for question in questions if question in BARS}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..data.splits import share
 from ..data.sprites import Sprite
 
 ASKED = 100         # names among which a thing is to be told
-LEAST_STYLES = 6    # in which a thing must be drawn
+LEAST_STYLES = 6    # in which a thing must be drawn, or in all where there are fewer
 # Words for things that are drawn alike: of each line, one name at most is chosen.
 ALIKE = tuple(frozenset(line.split()) for line in """
 book notebook ledger notepad scroll newspaper bookmark index clipboard calendar cabinet chart memo page map label ticket receipt
@@ -43,11 +43,13 @@ guitar violin
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`names`: code points of every thing that may be asked for -> its name. `order`: those that serve as alternatives, best first."""
+    """`names`: code points of every thing that has a plain name -> it. `order`: those that serve as alternatives, in order. `untold`:
+    those whose style cannot be told for sure."""
 
     names: Mapping[str, str]
     order: tuple[str, ...]
     count: int = ASKED
+    untold: frozenset[str] = frozenset()
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -61,16 +63,18 @@ class Vocabulary:
         return [thing, *others[:self.count - 1]]
 
 
-def choose(rows: Iterable[tuple[str, str, str, str]], count: int = ASKED, least_styles: int = LEAST_STYLES) -> Vocabulary:
-    """From pictures as (code points, name, group, style)."""
+def choose(rows: Iterable[tuple[str, str, str, str]], count: int = ASKED, least_styles: int = LEAST_STYLES, untold: Collection[str] = ()) -> Vocabulary:
+    """From pictures as (code points, name, group, style), without what is `untold`."""
+    rows = list(rows)
+    least_styles = min(least_styles, len({style for *_, style in rows}))
     about: dict[str, tuple[str, str]] = {}
     styles: dict[str, set[str]] = {}
     for emoji, name, group, style in rows:
         about[emoji] = name, group
         styles.setdefault(emoji, set()).add(style)
     plain = {emoji: name for emoji, (name, group) in sorted(about.items()) if is_plain(emoji, name, group)}
-    common = sorted((emoji for emoji in plain if len(styles[emoji]) >= least_styles), key=lambda emoji: share(f"judge/{emoji}"))
-    return Vocabulary(plain, _unlike(common, plain), count)
+    common = sorted((emoji for emoji in plain if len(styles[emoji]) >= least_styles and emoji not in untold), key=lambda emoji: share(f"judge/{emoji}"))
+    return Vocabulary(plain, _unlike(common, plain), count, frozenset(untold) & plain.keys())
 
 
 def is_plain(emoji: str, name: str, group: str) -> bool:

@@ -21,7 +21,7 @@ SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3), (5, 2, 6, 192, 4),
           (3, 1, 6, 320, 1))
 STEM, HEAD, CLASSES = 32, 1280, 1000
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # of ImageNet's pixels in [0, 1], by channel
+MIDDLE, SPAN = 127.0, 128.0         # of pixels from 0 to 255, as the network was trained
 
 
 class MissingNetworkError(UserError):
@@ -96,8 +96,7 @@ class EfficientNetLite0(nn.Module):
 
 def normalise(pixels: Tensor) -> Tensor:
     """uint8 images (B, 3, H, W) -> float32 as the network takes them."""
-    mean, deviation = (torch.tensor(of, device=pixels.device)[:, None, None] for of in (MEAN, DEVIATION))
-    return (pixels.float() / 255 - mean) / deviation
+    return (pixels.float() - MIDDLE) / SPAN
 
 
 def load_efficientnet(path: str | Path | None = None) -> EfficientNetLite0:

@@ -1,0 +1,51 @@
+"""What `glide compose` asks: categories of prompts as GenEval has them, questions of each picture, and which figures are told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SEEN, PAIRS, UNSEEN, BACKGROUND, COLOUR, COUNT, POSITION, INPAINTING = CATEGORIES = (
+    "seen", "pairs", "unseen", "background", "colour", "count", "position", "inpainting")
+SINGLE = (SEEN, PAIRS, UNSEEN)
+
+THING, STYLE, ON, IN, HOW_MANY, WHERE, KNOWN = "object", "style", "background", "colour", "count", "position", "known pixels"
+# Of a picture of each category, the first of them what the category is about.
+QUESTIONS = {SEEN: (THING, STYLE), PAIRS: (THING, STYLE), UNSEEN: (THING, STYLE), BACKGROUND: (ON, THING), COLOUR: (IN, THING),
+             COUNT: (HOW_MANY, THING), POSITION: (WHERE, THING), INPAINTING: (THING, KNOWN)}
+# The share of real pictures on which the judge must be right, for its answer to be a score.
+BARS = {THING: 0.9, STYLE: 0.98, ON: 0.98, IN: 0.98, HOW_MANY: 0.95, WHERE: 0.95}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure: of a category's pictures, or of those with a colour that is new to their thing, the share for which a question is
+    answered right. `bar`: what models are to reach; `of_real`: as a share of what real pictures reach."""
+
+    about: str
+    category: str
+    question: str
+    bar: float | None = None
+    of_real: bool = False
+    new_colours: bool = False
+
+
+LINES = (
+    Line("things in styles seen in training: object", SEEN, THING, 0.75, of_real=True),
+    Line("things in styles seen in training: style", SEEN, STYLE, 0.95),
+    Line("pairs of thing and style never seen: object", PAIRS, THING, 0.5, of_real=True),
+    Line("pairs of thing and style never seen: style", PAIRS, STYLE, 0.9),
+    Line("things never seen: object", UNSEEN, THING),
+    Line("things never seen: style", UNSEEN, STYLE),
+    Line("background's colour", BACKGROUND, ON, 0.9),
+    Line("background's colour, new to the thing", BACKGROUND, ON, new_colours=True),
+    Line("on a background: object", BACKGROUND, THING),
+    Line("object's colour", COLOUR, IN, 0.8),
+    Line("object's colour, new to the thing", COLOUR, IN, new_colours=True),
+    Line("in a colour: object", COLOUR, THING),
+    Line("count, one to four", COUNT, HOW_MANY, 0.5),
+    Line("count: object", COUNT, THING),
+    Line("position of two objects", POSITION, WHERE, 0.7),
+    Line("position: both objects", POSITION, THING),
+    Line("inpainting: object", INPAINTING, THING, 0.5),
+    Line("inpainting: known pixels equal", INPAINTING, KNOWN, 1.0),
+)
