@@ -226,14 +226,14 @@ def clip_scores(critic: Critic, device: torch.device | str, images: Tensor, prom
 
 
 def load_stepper(path: str | Path, role: str, precision: str = "auto", max_in_flight: int = 8, clip: str | Path | None = None,
-                 lanes: int = 1) -> Stepper:
+                 lanes: int = 1, batched: bool | None = None) -> Stepper:
     """Weights, by path or name, as a Stepper for `role`, "base" or "upsampler". Raises WeightsError if they are another's."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = locate(path, role)
     model, config = load_model(path, resolve_precision(precision, device), device)
     check_role(config, role, path)
     critic = load_critic(clip, config, device) if clip else None
-    return Stepper(model, config, device, next(model.parameters()).dtype, max_in_flight, critic=critic, lanes=lanes)
+    return Stepper(model, config, device, next(model.parameters()).dtype, max_in_flight, batched, critic, lanes)
 
 
 def check_role(config: AnyModelConfig, role: str, path: str | Path) -> None:

@@ -110,6 +110,12 @@ def _unbiased(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> float:
 def precision_recall(real: np.ndarray, made: np.ndarray, k: int = 3, real_reach: np.ndarray | None = None) -> tuple[float, float]:
     """Shares of what was made that lies among the real, and of the real that lies among what was made: nearer to one of them than its k-th
     neighbour is (Kynkäänniemi et al. 2019). `real_reach`: `reach` of the real ones, where it is known from before."""
+    among_real, among_made = neighbourhood(real, made, k, real_reach)
+    return float(among_real.mean()), float(among_made.mean())
+
+
+def neighbourhood(real: np.ndarray, made: np.ndarray, k: int = 3, real_reach: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Of what precision and recall are the shares: whether each that was made lies among the real, and each real one among what was made, bool."""
     real, made = _pair(real, made)
     real_reach, made_reach = reach(real, k) if real_reach is None else real_reach, reach(made, k)
     among_real, among_made = np.zeros(len(made), bool), []
@@ -117,7 +123,7 @@ def precision_recall(real: np.ndarray, made: np.ndarray, k: int = 3, real_reach:
         apart = _squared(rows, made)
         among_real |= (apart < real_reach[start:start + len(rows), None]).any(0)
         among_made.append((apart < made_reach).any(1))
-    return float(among_real.mean()), float(np.concatenate(among_made).mean())
+    return among_real, np.concatenate(among_made)
 
 
 def reach(features: np.ndarray, k: int = 3) -> np.ndarray:

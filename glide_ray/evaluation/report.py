@@ -121,14 +121,15 @@ class Point:
         return None if scale is None else (UNGUIDED[0], scale)
 
 
-def fronts(points: Sequence[Point], inception: bool) -> np.ndarray:
+def fronts(points: Sequence[Point], inception: bool, network: str = "CLIP") -> np.ndarray:
     """Figure 6 as a picture (H, W, 3): FID over IS, precision over recall, CLIP score over FID, a line for each kind of guidance of
     each model.
 
-    A model's unguided set begins both lines. `inception`: whether these are FID and IS, or the same of a CLIP's features.
+    A model's unguided set begins both lines. `inception`: whether these are FID and IS, or the same of another
+    `network`'s features.
     """
     pyplot = _pyplot()
-    fid, score = ("FID", "IS") if inception else ("Fréchet distance (CLIP)", "exp. of mutual information (CLIP)")
+    fid, score = ("FID", "IS") if inception else (f"Fréchet distance ({network})", f"exp. of mutual information ({network})")
     panels = (("inception_score", score, "frechet_distance", fid), ("recall", "recall", "precision", "precision"),
               ("frechet_distance", fid, "clip_score", "CLIP score"))
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")

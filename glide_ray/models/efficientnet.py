@@ -90,8 +90,12 @@ class EfficientNetLite0(nn.Module):
                 found.append(x)
         return [*found, F.relu6(self._bn1(self._conv_head(x)))]
 
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Means of the last maps (B, 1280) -> the logits of the classes (B, 1000)."""
+        return self._fc(pooled)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self._fc(self.maps(x)[-1].mean((2, 3)))
+        return self.classify(self.maps(x)[-1].mean((2, 3)))
 
 
 def normalise(pixels: Tensor) -> Tensor:
