@@ -16,6 +16,8 @@ from .data.images import centre_crop, decode, to_uint8
 from .data.shards import read_shard
 from .stepper import Stepper
 
+AT_ONCE = 32       # pictures in a network call
+
 
 def bench_samplers(base: Path, steps: Sequence[int] = (10, 15, 20, 30), truth: int = 250) -> dict:
     """Mean squared distance of each sampler's pictures to those of 250 DDIM steps from the same noise, at guidance scale 1."""
@@ -30,12 +32,16 @@ def bench_samplers(base: Path, steps: Sequence[int] = (10, 15, 20, 30), truth: i
                     for sampler in ("ddim", "plms", "dpm++")}}
 
 
-def bench_inpainting(base: Path, inpaint: Path, corpus: Path, images: int = 32, width: int = 2,
-                     samplers: Sequence[str] = ("ddim", "ancestral")) -> dict:
+def bench_inpainting(base: Path, inpaint: Path, corpus: Path, images: int = 64, width: int = 2,
+                     samplers: Sequence[str] = ("ddim", "ancestral"), precision: str = "fp32") -> dict:
     """The mean squared error, against the picture itself, of the `width` pixels of a hole that touch its border: of a model that
-    is trained for inpainting, and of one that is not and has the known pixels re-noised into each step (sec. 4.3)."""
+    is trained for inpainting, and of one that is not and has the known pixels re-noised into each step (sec. 4.3).
+
+    Pictures are `images` of `corpus`, in the models' own steps. Raises UserError, WeightsError.
+    """
     wanted = _pictures(corpus, images)
-    steppers = {"implicit": load_stepper(base, "base", "fp32"), "explicit": load_stepper(inpaint, "base", "fp32")}
+    steppers = {name: load_stepper(path, "base", precision, max_in_flight=AT_ONCE, batched=True)
+                for name, path in (("implicit", base), ("explicit", inpaint))}
     for name, path in (("implicit", base), ("explicit", inpaint)):
         if steppers[name].config.inpaint != (name == "explicit"):
             raise UserError(f"{path} is {'not ' if name == 'explicit' else ''}trained for inpainting; exchange the two weights files.")
@@ -45,24 +51,24 @@ def bench_inpainting(base: Path, inpaint: Path, corpus: Path, images: int = 32, 
         gain = border[0] - border[1]        # picture by picture: the same hole, filled from the same noise
         results[sampler] = {f"{part}_{name}": round(float(errors.mean()), 4) for part, pair in (("border", border), ("hole", hole))
                             for name, errors in zip(steppers, pair, strict=True)}
-        results[sampler] |= {"border_gain": round(float(gain.mean()), 4), "gain_standard_error": round(float(gain.std() / len(gain) ** 0.5), 4)}
+        results[sampler] |= {"border_gain": round(float(gain.mean()), 5), "gain_standard_error": round(float(gain.std() / len(gain) ** 0.5), 5)}
     return {"images": len(wanted), "border_pixels": width, **results}
 
 
 def _inpainting_errors(stepper: Stepper, sampler: str, wanted: Sequence[tuple[Image.Image, str]], width: int) -> tuple[np.ndarray, np.ndarray]:
     """Each picture's mean squared error (N,) at the border of a square hole, and in the whole of it."""
-    size = stepper.config.image_size
+    size, options = stepper.config.image_size, SampleOptions(sampler=sampler)
     y, x = np.mgrid[:size, :size]
-    border, hole = [], []
-    for seed, (pixels, caption) in enumerate(wanted):
+    images = [centre_crop(pixels, size) for pixels, _ in wanted]
+    insides = []        # pixels from each pixel to the hole's border, negative outside of it
+    for seed in range(len(wanted)):
         top, left = np.random.default_rng(seed).integers(size // 8, size // 2 - size // 8, 2)
-        inside = np.minimum(np.minimum(y - top, top + size // 2 - 1 - y), np.minimum(x - left, left + size // 2 - 1 - x))
-        image = centre_crop(pixels, size)
-        request = base_request(stepper.config, caption, seed, SampleOptions(sampler=sampler), known=image, known_mask=inside < 0)
-        error = np.square(to_uint8(stepper.run([request])[0]).astype(float) - image).mean(-1) / 255**2
-        border.append(error[(inside >= 0) & (inside < width)].mean())
-        hole.append(error[inside >= 0].mean())
-    return np.array(border), np.array(hole)
+        insides.append(np.minimum(np.minimum(y - top, top + size // 2 - 1 - y), np.minimum(x - left, left + size // 2 - 1 - x)))
+    made = stepper.run([base_request(stepper.config, caption, seed, options, known=images[seed], known_mask=insides[seed] < 0)
+                        for seed, (_, caption) in enumerate(wanted)])
+    errors = [np.square(to_uint8(one).astype(float) - image).mean(-1) / 255**2 for one, image in zip(made, images, strict=True)]
+    border = [error[(inside >= 0) & (inside < width)].mean() for error, inside in zip(errors, insides, strict=True)]
+    return np.array(border), np.array([error[inside >= 0].mean() for error, inside in zip(errors, insides, strict=True)])
 
 
 def bench_guidance(base: Path, clip: Path, scales: Sequence[float] = (1, 2, 3, 5), seeds: int = 8) -> dict:
