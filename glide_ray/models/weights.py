@@ -87,6 +87,12 @@ def with_known_channels(state: Mapping[str, Tensor], unet: UNetConfig) -> dict[s
     return {**state, "stem.weight": torch.cat([image, known, beside], dim=1)}
 
 
+def without_known_channels(state: Mapping[str, Tensor], unet: UNetConfig) -> dict[str, Tensor]:
+    """An inpainting model's weights as `unet`, the same without inpainting, has them: what it computes where nothing is known."""
+    stem, folded = state["stem.weight"], unet.patch ** 2
+    return {**state, "stem.weight": torch.cat([stem[:, :3 * folded], stem[:, 7 * folded:]], dim=1)}
+
+
 def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: str) -> None:
     """Raise WeightsError naming the first difference between a state dict and the shapes that a model expects."""
     for name, shape in expected.items():
