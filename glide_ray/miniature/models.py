@@ -69,8 +69,7 @@ def train_all(out: Path, corpus: Path, say: Say) -> dict[str, Path]:
         weights[name] = done.weights
         say(f"{name}: {done.step:,} steps, {done.images_per_s:,.0f} images/s")
     weights[STRIPPED] = out / f"{STRIPPED}.safetensors"
-    if not weights[STRIPPED].exists():
-        strip(weights[LARGE], weights[STRIPPED])
+    strip(weights[LARGE], weights[STRIPPED])
     return weights
 
 

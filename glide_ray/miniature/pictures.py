@@ -27,7 +27,7 @@ from ..train.single import single_precision
 from .models import CLIP, LARGE, SMALL, Say
 
 SAMPLING = SampleOptions(sampler="dpm++", steps="16")
-IMAGES = 256
+IMAGES = 192
 SCALES, CLIP_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0), (1.0, 3.0, 10.0)
 BEST, BY_CLIP = 3.0, 3.0  # of tables and figures
 # At the noisiest timesteps a small CLIP sees nothing, and its gradient would count most there.
