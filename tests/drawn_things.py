@@ -12,10 +12,21 @@ from glide_ray.data.splits import share
 
 SIZE = 256
 # Each style has colours of its own, and a way of drawing.
-STYLES = {"3D render": [(235, 80, 90), (70, 120, 235), (250, 190, 70), (60, 180, 120)],
-          "flat icon": [(249, 47, 96), (0, 166, 237), (252, 213, 63), (0, 210, 106)],
-          "Twemoji": [(190, 25, 49), (85, 172, 238), (255, 172, 51), (119, 178, 85)]}
-THINGS = {"a0": "ball", "a1": "box", "a2": "tent", "a3": "ring", "a4": "star", "a5": "ladder", "a6": "arrow", "a7": "cross"}
+STYLES = {
+    "3D render": [(235, 80, 90), (70, 120, 235), (250, 190, 70), (60, 180, 120)],
+    "flat icon": [(249, 47, 96), (0, 166, 237), (252, 213, 63), (0, 210, 106)],
+    "Twemoji": [(190, 25, 49), (85, 172, 238), (255, 172, 51), (119, 178, 85)],
+}
+THINGS = {
+    "a0": "ball",
+    "a1": "box",
+    "a2": "tent",
+    "a3": "ring",
+    "a4": "star",
+    "a5": "ladder",
+    "a6": "arrow",
+    "a7": "cross",
+}
 PAIRS = {("a2", "Twemoji"), ("a3", "Twemoji"), ("a1", "flat icon"), ("a4", "flat icon")}
 UNSEEN = {"a7"}
 
@@ -24,22 +35,69 @@ def outline(thing: str, turn: float, side: float) -> list[list[tuple[float, floa
     """The polygons of a thing around (0, 0); those after the first are holes or further parts."""
     angles = np.linspace(0, 2 * np.pi, 60, endpoint=False)
     circle = np.stack([np.cos(angles), np.sin(angles)], 1)
-    shapes = {"ball": [circle], "box": [np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.85], "tent": [np.array([(0, -1), (1, 0.8), (-1, 0.8)])],
-              "ring": [circle, circle * 0.55], "star": [np.stack([np.sin(n * np.pi / 5), -np.cos(n * np.pi / 5)]) * (1 if n % 2 == 0 else 0.42)
-                                                         for n in range(10)],
-              "ladder": [np.array([(-0.6, -1), (-0.3, -1), (-0.3, 1), (-0.6, 1)]), np.array([(0.3, -1), (0.6, -1), (0.6, 1), (0.3, 1)]),
-                         *(np.array([(-0.5, y - 0.1), (0.5, y - 0.1), (0.5, y + 0.1), (-0.5, y + 0.1)]) for y in (-0.6, 0, 0.6))],
-              "arrow": [np.array([(-1, -0.25), (0.2, -0.25), (0.2, -0.7), (1, 0), (0.2, 0.7), (0.2, 0.25), (-1, 0.25)])],
-              "cross": [np.array([(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3), (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3),
-                                  (-1, -0.3), (-0.3, -0.3)])]}
+    shapes = {
+        "ball": [circle],
+        "box": [np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.85],
+        "tent": [np.array([(0, -1), (1, 0.8), (-1, 0.8)])],
+        "ring": [circle, circle * 0.55],
+        "star": [
+            np.stack([np.sin(n * np.pi / 5), -np.cos(n * np.pi / 5)]) * (1 if n % 2 == 0 else 0.42)
+            for n in range(10)
+        ],
+        "ladder": [
+            np.array([(-0.6, -1), (-0.3, -1), (-0.3, 1), (-0.6, 1)]),
+            np.array([(0.3, -1), (0.6, -1), (0.6, 1), (0.3, 1)]),
+            *(
+                np.array([(-0.5, y - 0.1), (0.5, y - 0.1), (0.5, y + 0.1), (-0.5, y + 0.1)])
+                for y in (-0.6, 0, 0.6)
+            ),
+        ],
+        "arrow": [
+            np.array(
+                [
+                    (-1, -0.25),
+                    (0.2, -0.25),
+                    (0.2, -0.7),
+                    (1, 0),
+                    (0.2, 0.7),
+                    (0.2, 0.25),
+                    (-1, 0.25),
+                ]
+            )
+        ],
+        "cross": [
+            np.array(
+                [
+                    (-0.3, -1),
+                    (0.3, -1),
+                    (0.3, -0.3),
+                    (1, -0.3),
+                    (1, 0.3),
+                    (0.3, 0.3),
+                    (0.3, 1),
+                    (-0.3, 1),
+                    (-0.3, 0.3),
+                    (-1, 0.3),
+                    (-1, -0.3),
+                    (-0.3, -0.3),
+                ]
+            )
+        ],
+    }
     polygons = shapes[thing] if thing != "star" else [np.array(shapes[thing])]
     turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    return [[tuple(point) for point in np.asarray(polygon) @ turned.T * side + SIZE / 2] for polygon in polygons]
+    return [
+        [tuple(point) for point in np.asarray(polygon) @ turned.T * side + SIZE / 2]
+        for polygon in polygons
+    ]
 
 
 def draw(emoji: str, style: str) -> Image.Image:
     """RGBA. Each artist draws a thing at an angle and in a size of his own."""
-    turn, side = (share(f"turn/{emoji}/{style}") - 0.5) * 0.5, 90 + 30 * share(f"side/{emoji}/{style}")
+    turn, side = (
+        (share(f"turn/{emoji}/{style}") - 0.5) * 0.5,
+        90 + 30 * share(f"side/{emoji}/{style}"),
+    )
     colour = STYLES[style][int(share(f"colour/{emoji}/{style}") * 4)]
     image, mask = Image.new("RGBA", (SIZE, SIZE)), Image.new("L", (SIZE, SIZE))
     polygons, pen = outline(THINGS[emoji], turn, side), ImageDraw.Draw(mask)
@@ -60,15 +118,32 @@ def sample(emoji: str, style: str) -> Sample:
     buffer = io.BytesIO()
     draw(emoji, style).save(buffer, "PNG")
     name = THINGS[emoji]
-    about = {"emoji": emoji, "name": name, "group": "Objects", "style": style, "author": "the tests", "licence": "MIT", "source": "drawn"}
-    return Sample(f"{style}-{name}".replace(" ", "-"), buffer.getvalue(), "png", tuple(emoji_captions(name, [], style)), about)
+    about = {
+        "emoji": emoji,
+        "name": name,
+        "group": "Objects",
+        "style": style,
+        "author": "the tests",
+        "licence": "MIT",
+        "source": "drawn",
+    }
+    return Sample(
+        f"{style}-{name}".replace(" ", "-"),
+        buffer.getvalue(),
+        "png",
+        tuple(emoji_captions(name, [], style)),
+        about,
+    )
 
 
 def write_corpus(folder: Path) -> Path:
     """train/, held_out/ and held_out_pairs/."""
     every = [(emoji, style) for emoji in THINGS for style in STYLES]
-    splits = {"train": [pair for pair in every if pair not in PAIRS and pair[0] not in UNSEEN], "held_out": [pair for pair in every if pair[0] in UNSEEN],
-              "held_out_pairs": sorted(PAIRS)}
+    splits = {
+        "train": [pair for pair in every if pair not in PAIRS and pair[0] not in UNSEEN],
+        "held_out": [pair for pair in every if pair[0] in UNSEEN],
+        "held_out_pairs": sorted(PAIRS),
+    }
     for split, pairs in splits.items():
         write_shards(folder / split, [sample(*pair) for pair in pairs])
     return folder

@@ -20,13 +20,32 @@ from ..data.shards import Sample, read_index
 from ..data.sources import find_parts, read_part
 from ..data.splits import share
 from ..data.sprites import Sprites, read_sprites
-from .categories import BACKGROUND, CATEGORIES, COLOUR, COUNT, INPAINTING, PAIRS, POSITION, SEEN, SINGLE, UNSEEN
+from .categories import (
+    BACKGROUND,
+    CATEGORIES,
+    COLOUR,
+    COUNT,
+    INPAINTING,
+    PAIRS,
+    POSITION,
+    SEEN,
+    SINGLE,
+    UNSEEN,
+)
 from .vocabulary import Vocabulary
 
-SCENES = {BACKGROUND: "background", COLOUR: "recolour", COUNT: "count", POSITION: "relation", INPAINTING: "relation"}
-SCENE_SEED = 20211220        # not the corpus's, whose scenes are trained on
-SEEDS_APART = 10_000         # of the first prompts of two categories: no two pictures begin from the same noise
-TRIES = 400                  # scenes composed for each that is wanted, at most
+SCENES = {
+    BACKGROUND: "background",
+    COLOUR: "recolour",
+    COUNT: "count",
+    POSITION: "relation",
+    INPAINTING: "relation",
+}
+SCENE_SEED = 20211220  # not the corpus's, whose scenes are trained on
+SEEDS_APART = (
+    10_000  # of the first prompts of two categories: no two pictures begin from the same noise
+)
+TRIES = 400  # scenes composed for each that is wanted, at most
 
 
 class CorpusError(UserError):
@@ -43,7 +62,7 @@ class Case:
     labels: Mapping[str, Any]
     picture: np.ndarray
     hole: np.ndarray | None = None
-    new_colour: bool = False        # a thing in or on a colour that training never shows it with
+    new_colour: bool = False  # a thing in or on a colour that training never shows it with
 
     @property
     def thing(self) -> str:
@@ -74,12 +93,19 @@ def read_rows(corpus: str, split: str) -> list[Row]:
     """Pictures of a split without skin tones, in the order of a hash. Raises CorpusError, ShardError."""
     folder = f"{corpus.rstrip('/')}/{split}"
     if read_index(folder) is None:
-        raise CorpusError(f"There is no whole corpus {folder}; make it with `glide corpus --out {corpus}`, or give another with --corpus.")
-    rows = [Row(*(sample.meta[name] for name in ("emoji", "name", "group", "style")), sample)
-            for part in find_parts(folder) for sample in read_part(part)
-            if sample.meta.keys() >= {"emoji", "name", "group", "style"} and not sample.meta.get("tone")]
+        raise CorpusError(
+            f"There is no whole corpus {folder}; make it with `glide corpus --out {corpus}`, or give another with --corpus."
+        )
+    rows = [
+        Row(*(sample.meta[name] for name in ("emoji", "name", "group", "style")), sample)
+        for part in find_parts(folder)
+        for sample in read_part(part)
+        if sample.meta.keys() >= {"emoji", "name", "group", "style"} and not sample.meta.get("tone")
+    ]
     if not rows:
-        raise CorpusError(f"No row of {folder} says which thing it shows in which style; give a corpus that `glide corpus` made.")
+        raise CorpusError(
+            f"No row of {folder} says which thing it shows in which style; give a corpus that `glide corpus` made."
+        )
     return sorted(rows, key=lambda row: share(f"compose/{row.emoji}/{row.style}"))
 
 
@@ -90,7 +116,10 @@ def single_cases(category: str, rows: Iterable[Row], count: int, seed: int = 0) 
         return []
     turns = -(-count // len(rows))
     chosen = [row for _ in range(turns) for row in rows][:count]
-    return [Case(category, row.sample.captions[0], seed + n, _labels(row), row.picture()) for n, row in enumerate(chosen)]
+    return [
+        Case(category, row.sample.captions[0], seed + n, _labels(row), row.picture())
+        for n, row in enumerate(chosen)
+    ]
 
 
 def scene_cases(category: str, sprites: Sprites, count: int, seed: int = 0) -> list[Case]:
@@ -105,13 +134,20 @@ def scene_cases(category: str, sprites: Sprites, count: int, seed: int = 0) -> l
 
 
 @contextmanager
-def sprites_of(corpus: str, split: str, vocabulary: Vocabulary, things: Sequence[str] | None = None) -> Iterator[Sprites]:
+def sprites_of(
+    corpus: str, split: str, vocabulary: Vocabulary, things: Sequence[str] | None = None
+) -> Iterator[Sprites]:
     """The pictures of a split that scenes may be composed of: those of `things`, by default of all that have a plain name."""
     known = set(vocabulary.names if things is None else things)
     with tempfile.TemporaryDirectory() as folder:
         sprites = read_sprites(f"{corpus.rstrip('/')}/{split}", Path(folder))
-        styles = {style: [one for one in of if one.emoji in known] for style, of in sprites.styles.items()}
-        yield Sprites(sprites.path, {style: of for style, of in styles.items() if len({one.emoji for one in of}) > 1})
+        styles = {
+            style: [one for one in of if one.emoji in known] for style, of in sprites.styles.items()
+        }
+        yield Sprites(
+            sprites.path,
+            {style: of for style, of in styles.items() if len({one.emoji for one in of}) > 1},
+        )
 
 
 def _scenes(sprites: Sprites, seed: int, most: int) -> Iterator[Scene]:
@@ -123,7 +159,15 @@ def _scenes(sprites: Sprites, seed: int, most: int) -> Iterator[Scene]:
 
 def _scene_case(category: str, scene: Scene, seed: int) -> Case:
     hole = _hole(scene) if category == INPAINTING else None
-    return Case(category, scene.captions[0], seed, scene.labels, np.asarray(scene.image), hole, scene.held_out)
+    return Case(
+        category,
+        scene.captions[0],
+        seed,
+        scene.labels,
+        np.asarray(scene.image),
+        hole,
+        scene.held_out,
+    )
 
 
 def _hole(scene: Scene) -> np.ndarray:
@@ -134,7 +178,7 @@ def _hole(scene: Scene) -> np.ndarray:
     x = half * (left >= half) if beside else _near(left, right, half)
     y = _near(top, bottom, half) if beside else half * (top >= half)
     hole = np.zeros((SIZE, SIZE), bool)
-    hole[y:y + half, x:x + half] = True
+    hole[y : y + half, x : x + half] = True
     return hole
 
 
@@ -144,19 +188,39 @@ def _near(low: int, high: int, side: int, step: int = 4) -> int:
 
 
 def _labels(row: Row) -> dict[str, Any]:
-    return {"style": row.style, "objects": [{"emoji": row.emoji, "name": row.name}], "colour": None, "background": None,
-            "count": None, "relation": None}
+    return {
+        "style": row.style,
+        "objects": [{"emoji": row.emoji, "name": row.name}],
+        "colour": None,
+        "background": None,
+        "count": None,
+        "relation": None,
+    }
 
 
-def make_cases(corpus: str, vocabulary: Vocabulary, count: int, categories: Sequence[str] = CATEGORIES, seed: int = 0,
-               say: Callable[[str], None] = lambda line: None) -> list[Case]:
+def make_cases(
+    corpus: str,
+    vocabulary: Vocabulary,
+    count: int,
+    categories: Sequence[str] = CATEGORIES,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Case]:
     """`count` prompts of each category, always the same for a corpus. Raises CorpusError."""
     say(f"making {count:,} prompts for each of {', '.join(categories)}")
     asked, found = set(vocabulary.asked), []
-    splits = {SEEN: ("train", asked), PAIRS: ("held_out_pairs", vocabulary.names.keys() - vocabulary.untold), UNSEEN: ("held_out", None)}
+    splits = {
+        SEEN: ("train", asked),
+        PAIRS: ("held_out_pairs", vocabulary.names.keys() - vocabulary.untold),
+        UNSEEN: ("held_out", None),
+    }
     for category in (name for name in categories if name in SINGLE):
         split, things = splits[category]
-        rows = [row for row in read_rows(corpus, split) if row.emoji in vocabulary.names and (things is None or row.emoji in things)]
+        rows = [
+            row
+            for row in read_rows(corpus, split)
+            if row.emoji in vocabulary.names and (things is None or row.emoji in things)
+        ]
         found += single_cases(category, rows, count, _first_seed(category, seed))
     if scenes := [name for name in categories if name in SCENES]:
         with sprites_of(corpus, "train", vocabulary, vocabulary.asked) as sprites:

@@ -5,13 +5,37 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SEEN, PAIRS, UNSEEN, BACKGROUND, COLOUR, COUNT, POSITION, INPAINTING = CATEGORIES = (
-    "seen", "pairs", "unseen", "background", "colour", "count", "position", "inpainting")
+    "seen",
+    "pairs",
+    "unseen",
+    "background",
+    "colour",
+    "count",
+    "position",
+    "inpainting",
+)
 SINGLE = (SEEN, PAIRS, UNSEEN)
 
-THING, STYLE, ON, IN, HOW_MANY, WHERE, KNOWN = "object", "style", "background", "colour", "count", "position", "known pixels"
+THING, STYLE, ON, IN, HOW_MANY, WHERE, KNOWN = (
+    "object",
+    "style",
+    "background",
+    "colour",
+    "count",
+    "position",
+    "known pixels",
+)
 # Of a picture of each category, the first of them what the category is about.
-QUESTIONS = {SEEN: (THING, STYLE), PAIRS: (THING, STYLE), UNSEEN: (THING, STYLE), BACKGROUND: (ON, THING), COLOUR: (IN, THING),
-             COUNT: (HOW_MANY, THING), POSITION: (WHERE, THING), INPAINTING: (THING, KNOWN)}
+QUESTIONS = {
+    SEEN: (THING, STYLE),
+    PAIRS: (THING, STYLE),
+    UNSEEN: (THING, STYLE),
+    BACKGROUND: (ON, THING),
+    COLOUR: (IN, THING),
+    COUNT: (HOW_MANY, THING),
+    POSITION: (WHERE, THING),
+    INPAINTING: (THING, KNOWN),
+}
 # The share of real pictures on which the judge must be right, for its answer to be a score.
 BARS = {THING: 0.9, STYLE: 0.98, ON: 0.98, IN: 0.98, HOW_MANY: 0.95, WHERE: 0.95}
 

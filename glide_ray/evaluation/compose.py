@@ -23,10 +23,10 @@ from .pages import Picture, Section, page
 from .regions import resized
 
 FIGURES, PAGE, PICTURES, REAL = "figures.json", "report.html", "pictures", "real.json"
-AT_ONCE = 8             # prompts given to the cascade together
-DRAWS = 2000            # of the bootstrap
-SHOWN = 60              # pictures of a category on the page
-Progress = Callable[[int, int], None]       # pictures done, and in all
+AT_ONCE = 8  # prompts given to the cascade together
+DRAWS = 2000  # of the bootstrap
+SHOWN = 60  # pictures of a category on the page
+Progress = Callable[[int, int], None]  # pictures done, and in all
 
 
 class ComposeError(UserError):
@@ -52,7 +52,12 @@ class Run:
         real = self._real(cases)
         return figures(self.judge, cases, real, real, self.size)
 
-    def of_models(self, cascade: Cascade, say: Callable[[str], None] = lambda line: None, progress: Progress | None = None) -> list[dict[str, Any]]:
+    def of_models(
+        self,
+        cascade: Cascade,
+        say: Callable[[str], None] = lambda line: None,
+        progress: Progress | None = None,
+    ) -> list[dict[str, Any]]:
         """The figures of pictures that models make, which are made first. Raises ComposeError, CorpusError, RequestError."""
         check(cascade, self.categories)
         cases = self._cases(say)
@@ -62,13 +67,20 @@ class Run:
         made = judged(self.judge, cases, pictures)
         rows = figures(self.judge, cases, made, real, self.size)
         recipe = Maker.of(cascade).recipe("generate", "", self.seed, self.options)
-        about = {"models": {role: of.model_dump() for role, of in recipe.models.items()}, "options": recipe.options.model_dump(), "made_with": recipe.made_with,
-                 "corpus": self.corpus, "prompts": self.count}
+        about = {
+            "models": {role: of.model_dump() for role, of in recipe.models.items()},
+            "options": recipe.options.model_dump(),
+            "made_with": recipe.made_with,
+            "corpus": self.corpus,
+            "prompts": self.count,
+        }
         write(self.out, about, rows, self.judge, cases, pictures, made)
         return rows
 
     def _cases(self, say: Callable[[str], None]) -> list[Case]:
-        return make_cases(self.corpus, self.judge.vocabulary, self.count, self.categories, self.seed, say)
+        return make_cases(
+            self.corpus, self.judge.vocabulary, self.count, self.categories, self.seed, say
+        )
 
     def _real(self, cases: Sequence[Case]) -> list[dict[str, Verdict]]:
         """The verdicts on the prompts' real pictures, looked at once: they are kept in the folder with what they are of."""
@@ -76,34 +88,52 @@ class Run:
         try:
             kept = json.loads(storage.read(path))
             if kept["of"] == of:
-                return [{question: Verdict(**verdict) for question, verdict in row.items()} for row in kept["verdicts"]]
+                return [
+                    {question: Verdict(**verdict) for question, verdict in row.items()}
+                    for row in kept["verdicts"]
+                ]
         except (storage.MissingError, ValueError, KeyError, TypeError):
             pass
         verdicts = judged(self.judge, cases, [given(case, self.size) for case in cases])
-        rows = [{question: asdict(verdict) for question, verdict in row.items()} for row in verdicts]
+        rows = [
+            {question: asdict(verdict) for question, verdict in row.items()} for row in verdicts
+        ]
         storage.put(json.dumps({"of": of, "verdicts": rows}).encode(), path)
         return verdicts
 
 
 def check(cascade: Cascade, categories: Sequence[str]) -> None:
     """Raises ComposeError where models cannot inpaint and are to."""
-    if INPAINTING in categories and not all(stage.config.inpaint for stage in (cascade.base, cascade.upsampler) if stage):
-        raise ComposeError("These models were not trained to inpaint; give inpainting forms with --base and --upsampler, or leave the category "
-                           "inpainting out with --categories.")
+    if INPAINTING in categories and not all(
+        stage.config.inpaint for stage in (cascade.base, cascade.upsampler) if stage
+    ):
+        raise ComposeError(
+            "These models were not trained to inpaint; give inpainting forms with --base and --upsampler, or leave the category "
+            "inpainting out with --categories."
+        )
 
 
 def _fingerprint(cases: Sequence[Case], size: int, judge: Judge) -> str:
     """What tells these real pictures, as this judge saw them, from others."""
     digest = hashlib.sha256(f"{size}{judge.digest()}".encode())
     for case in cases:
-        digest.update(f"{case.category}{case.prompt}{json.dumps(case.labels, sort_keys=True)}".encode() + case.picture.tobytes())
+        digest.update(
+            f"{case.category}{case.prompt}{json.dumps(case.labels, sort_keys=True)}".encode()
+            + case.picture.tobytes()
+        )
     return digest.hexdigest()
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
-def make_pictures(cascade: Cascade, cases: Sequence[Case], out: str | Path, options: SampleOptions, progress: Progress | None = None
-                  ) -> list[np.ndarray]:
+
+def make_pictures(
+    cascade: Cascade,
+    cases: Sequence[Case],
+    out: str | Path,
+    options: SampleOptions,
+    progress: Progress | None = None,
+) -> list[np.ndarray]:
     """A picture for each case, uint8 (S, S, 3), kept in `out` with its recipe; one that is there from the same models and options is
     not made again."""
     maker, made = Maker.of(cascade), {}
@@ -136,8 +166,18 @@ class _Order:
         task, inputs = "generate", {}
         if case.hole is not None:
             known = _known(case.hole, size)
-            task, inputs = "edit", {"image": np.where(known[..., None], given(case, size), 255).astype(np.uint8), "mask": known}
-        return cls(maker.recipe(task, case.prompt, case.seed, options), inputs, out / f"{case.category}-{case.seed:04d}.png")
+            task, inputs = (
+                "edit",
+                {
+                    "image": np.where(known[..., None], given(case, size), 255).astype(np.uint8),
+                    "mask": known,
+                },
+            )
+        return cls(
+            maker.recipe(task, case.prompt, case.seed, options),
+            inputs,
+            out / f"{case.category}-{case.seed:04d}.png",
+        )
 
     def kept(self) -> np.ndarray | None:
         """The picture, if it is there and was made just so."""
@@ -145,23 +185,42 @@ class _Order:
             recipe, inputs, picture = read_recipe(self.path)
         except (storage.MissingError, ImageError, RecipeError):
             return None
-        same = recipe.model_copy(update={"made_with": self.recipe.made_with}) == self.recipe and inputs.keys() == self.inputs.keys()
-        return picture if same and all(np.array_equal(inputs[name], self.inputs[name]) for name in inputs) else None
+        same = (
+            recipe.model_copy(update={"made_with": self.recipe.made_with}) == self.recipe
+            and inputs.keys() == self.inputs.keys()
+        )
+        return (
+            picture
+            if same and all(np.array_equal(inputs[name], self.inputs[name]) for name in inputs)
+            else None
+        )
 
 
 def _together(missing: Sequence[int], orders: Sequence[_Order]) -> Iterator[list[int]]:
     """Prompts several at once, edits one by one."""
     prompts = [n for n in missing if not orders[n].inputs]
-    yield from (prompts[start:start + AT_ONCE] for start in range(0, len(prompts), AT_ONCE))
+    yield from (prompts[start : start + AT_ONCE] for start in range(0, len(prompts), AT_ONCE))
     yield from ([n] for n in missing if orders[n].inputs)
 
 
 def _draw(cascade: Cascade, orders: Sequence[_Order]) -> list[np.ndarray]:
     recipes = [order.recipe for order in orders]
     if orders[0].inputs:
-        return [cascade.edit(order.inputs["image"], order.inputs["mask"], order.recipe.prompt, order.recipe.seed, order.recipe.options)
-                for order in orders]
-    return cascade.generate([recipe.prompt for recipe in recipes], [recipe.seed for recipe in recipes], recipes[0].options)
+        return [
+            cascade.edit(
+                order.inputs["image"],
+                order.inputs["mask"],
+                order.recipe.prompt,
+                order.recipe.seed,
+                order.recipe.options,
+            )
+            for order in orders
+        ]
+    return cascade.generate(
+        [recipe.prompt for recipe in recipes],
+        [recipe.seed for recipe in recipes],
+        recipes[0].options,
+    )
 
 
 def given(case: Case, size: int) -> np.ndarray:
@@ -176,7 +235,10 @@ def _known(hole: np.ndarray, size: int) -> np.ndarray:
 
 # -- scores -----------------------------------------------------------------------------------------------------------
 
-def judged(judge: Judge, cases: Sequence[Case], pictures: Sequence[np.ndarray]) -> list[dict[str, Verdict]]:
+
+def judged(
+    judge: Judge, cases: Sequence[Case], pictures: Sequence[np.ndarray]
+) -> list[dict[str, Verdict]]:
     """The judge's verdicts, and for edits whether the known pixels are those that were given."""
     verdicts = judge.verdicts(cases, pictures)
     for case, picture, of in zip(cases, pictures, verdicts, strict=True):
@@ -187,17 +249,30 @@ def judged(judge: Judge, cases: Sequence[Case], pictures: Sequence[np.ndarray]) 
     return verdicts
 
 
-def figures(judge: Judge, cases: Sequence[Case], made: Sequence[Mapping[str, Verdict]], real: Sequence[Mapping[str, Verdict]], size: int
-            ) -> list[dict[str, Any]]:
+def figures(
+    judge: Judge,
+    cases: Sequence[Case],
+    made: Sequence[Mapping[str, Verdict]],
+    real: Sequence[Mapping[str, Verdict]],
+    size: int,
+) -> list[dict[str, Any]]:
     """A row for each of LINES that has pictures: its share with a 95% interval, that of the real pictures of the same prompts, the former as a
     share of the latter with its interval, the bar, and whether the judge is good enough to tell."""
     rows = []
     for line in LINES:
-        at = [n for n, case in enumerate(cases) if case.category == line.category and (case.new_colour or not line.new_colours)]
+        at = [
+            n
+            for n, case in enumerate(cases)
+            if case.category == line.category and (case.new_colour or not line.new_colours)
+        ]
         if not at or line.question not in made[at[0]]:
             continue
-        right, right_real = (np.array([of[n][line.question].right for n in at], float) for of in (made, real))
-        rows.append(_figure(line, right, right_real, judge.measurable(size, line.category, line.question)))
+        right, right_real = (
+            np.array([of[n][line.question].right for n in at], float) for of in (made, real)
+        )
+        rows.append(
+            _figure(line, right, right_real, judge.measurable(size, line.category, line.question))
+        )
     return rows
 
 
@@ -208,8 +283,17 @@ def _figure(line: Line, right: np.ndarray, real: np.ndarray, measurable: bool) -
     low, high = wilson(int(right.sum()), len(right))
     share, share_low, share_high = share_of_real(right, real)
     value = share if line.of_real else right.mean()
-    return {**row, "right": float(right.mean()), "low": low, "high": high, "real": float(real.mean()), "share": share, "share_low": share_low,
-            "share_high": share_high, "reached": None if line.bar is None else bool(value >= line.bar)}
+    return {
+        **row,
+        "right": float(right.mean()),
+        "low": low,
+        "high": high,
+        "real": float(real.mean()),
+        "share": share,
+        "share_low": share_low,
+        "share_high": share_high,
+        "reached": None if line.bar is None else bool(value >= line.bar),
+    }
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
@@ -230,6 +314,7 @@ def share_of_real(right: np.ndarray, real: np.ndarray, seed: int = 0) -> tuple[f
 
 # -- what is shown ----------------------------------------------------------------------------------------------------
 
+
 def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The figures as text."""
     head = ["", "pictures", "right", "95% interval", "real pictures", "share of real", "bar"]
@@ -239,37 +324,81 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def _cells(row: Mapping[str, Any]) -> list[str]:
     if not row["measurable"]:
         return ["not measurable", "", "", "", ""]
-    bar = "" if row["bar"] is None else f"{row['bar']:.0%}{' of real' if row['of_real'] else ''}: {'reached' if row['reached'] else 'not reached'}"
-    return [f"{row['right']:.1%}", f"{row['low']:.1%} to {row['high']:.1%}", f"{row['real']:.1%}",
-            f"{row['share']:.2f} ({row['share_low']:.2f} to {row['share_high']:.2f})", bar]
+    bar = (
+        ""
+        if row["bar"] is None
+        else f"{row['bar']:.0%}{' of real' if row['of_real'] else ''}: {'reached' if row['reached'] else 'not reached'}"
+    )
+    return [
+        f"{row['right']:.1%}",
+        f"{row['low']:.1%} to {row['high']:.1%}",
+        f"{row['real']:.1%}",
+        f"{row['share']:.2f} ({row['share_low']:.2f} to {row['share_high']:.2f})",
+        bar,
+    ]
 
 
 def judge_table(judge: Judge, size: int) -> list[list[str]]:
     """How often the judge is right on real pictures that it has not seen."""
     known = judge.accuracy.get(kind_of_size(size), {})
-    rows = [[category, question, f"{of['right']:.1%}", str(of["pictures"]), f"{BARS[question]:.0%}",
-             "" if judge.measurable(size, category, question) else "not measurable"]
-            for category, questions in known.items() for question, of in questions.items()]
+    rows = [
+        [
+            category,
+            question,
+            f"{of['right']:.1%}",
+            str(of["pictures"]),
+            f"{BARS[question]:.0%}",
+            "" if judge.measurable(size, category, question) else "not measurable",
+        ]
+        for category, questions in known.items()
+        for question, of in questions.items()
+    ]
     return [["category", "question", "right", "real pictures", "needed", ""], *rows]
 
 
-def write(out: str | Path, about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], judge: Judge, cases: Sequence[Case],
-          pictures: Sequence[np.ndarray], verdicts: Sequence[Mapping[str, Verdict]]) -> None:
+def write(
+    out: str | Path,
+    about: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    judge: Judge,
+    cases: Sequence[Case],
+    pictures: Sequence[np.ndarray],
+    verdicts: Sequence[Mapping[str, Verdict]],
+) -> None:
     """FIGURES and PAGE."""
     out, size = Path(out), len(pictures[0])
-    shown = [{"category": case.category, "prompt": case.prompt, "seed": case.seed,
-              "verdicts": {question: asdict(verdict) for question, verdict in of.items()}} for case, of in zip(cases, verdicts, strict=True)]
+    shown = [
+        {
+            "category": case.category,
+            "prompt": case.prompt,
+            "seed": case.seed,
+            "verdicts": {question: asdict(verdict) for question, verdict in of.items()},
+        }
+        for case, of in zip(cases, verdicts, strict=True)
+    ]
     found = {**about, "size": size, "lines": list(rows), "judge": judge.accuracy, "pictures": shown}
     storage.put(json.dumps(found, indent=1, ensure_ascii=False).encode(), out / FIGURES)
-    sections = [Section("Figures", f"Of {len(pictures):,} pictures of {size} pixels.", table=table(rows)),
-                Section("The judge on real pictures", "Not measurable: it is right less often than is needed.", table=judge_table(judge, size))]
+    sections = [
+        Section("Figures", f"Of {len(pictures):,} pictures of {size} pixels.", table=table(rows)),
+        Section(
+            "The judge on real pictures",
+            "Not measurable: it is right less often than is needed.",
+            table=judge_table(judge, size),
+        ),
+    ]
     for category in dict.fromkeys(case.category for case in cases):
         at = [n for n, case in enumerate(cases) if case.category == category][:SHOWN]
-        groups = [[Picture(resized(pictures[n], max(size, 112)), _label(cases[n], verdicts[n]))] for n in at]
+        groups = [
+            [Picture(resized(pictures[n], max(size, 112)), _label(cases[n], verdicts[n]))]
+            for n in at
+        ]
         sections.append(Section(category, groups=groups))
     storage.put(page("Pictures made for prompts of known content", sections).encode(), out / PAGE)
 
 
 def _label(case: Case, verdicts: Mapping[str, Verdict]) -> str:
-    said = "; ".join(f"{question}: {'right' if verdict.right else f'wrong ({verdict.seen})'}" for question, verdict in verdicts.items())
+    said = "; ".join(
+        f"{question}: {'right' if verdict.right else f'wrong ({verdict.seen})'}"
+        for question, verdict in verdicts.items()
+    )
     return f"{case.prompt} — {said}"

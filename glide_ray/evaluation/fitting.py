@@ -27,7 +27,9 @@ from .regions import part_areas, resized
 from .styles import Styles
 from .trial import try_judge
 
-VERSION = 2                 # of what a fitted judge depends on beside the corpus: a cached one of another is not used
+VERSION = (
+    3  # of what a fitted judge depends on beside the corpus: a cached one of another is not used
+)
 SPLITS = ("train", "held_out", "held_out_pairs")
 THING_SHRINK, THING_WIDTH = 0.1, 256
 COUNTED_SCENES, COUNT_DECAY = 1500, 1e-3
@@ -35,33 +37,60 @@ AT_ONCE = 64
 Say = Callable[[str], None]
 
 
-def fit(corpus: str, say: Say = lambda line: None, looks: Looks | None = None, asked: int = words.ASKED,
-        least_styles: int = words.LEAST_STYLES, scenes: int = COUNTED_SCENES) -> Judge:
+def fit(
+    corpus: str,
+    say: Say = lambda line: None,
+    looks: Looks | None = None,
+    asked: int = words.ASKED,
+    least_styles: int = words.LEAST_STYLES,
+    scenes: int = COUNTED_SCENES,
+) -> Judge:
     """From `corpus/train`: things and styles; from scenes composed of its pictures: counts. Things never seen in training are known from
     `corpus/held_out`, so that they can be named. Raises CorpusError, MissingNetworkError."""
     looks = looks or Looks()
     rows = [row for row in read_rows(corpus, "train") if row.group in OBJECT_GROUPS]
     if len({row.style for row in rows}) < 2:
-        raise CorpusError(f"The pictures of objects in {corpus}/train are all of one style; the judge tells several apart: make the whole "
-                          f"corpus with `glide corpus`.")
+        raise CorpusError(
+            f"The pictures of objects in {corpus}/train are all of one style; the judge tells several apart: make the whole "
+            f"corpus with `glide corpus`."
+        )
     seen, things_of, every = _look(rows, looks, say), [row.emoji for row in rows], len(DEGRADATIONS)
     plain = [row for row in rows if words.is_plain(row.emoji, row.name, row.group)]
     shapes = np.concatenate([seen.shapes, _shapes_alone(plain, looks)])
     say(f"fitting the judge to {len(rows):,} pictures")
-    things = Discriminant.fit(shapes, things_of * every + [row.emoji for row in plain], THING_SHRINK, THING_WIDTH, cosine=True)
+    things = Discriminant.fit(
+        shapes,
+        things_of * every + [row.emoji for row in plain],
+        THING_SHRINK,
+        THING_WIDTH,
+        cosine=True,
+    )
     styles, told = Styles.fit(seen, [row.style for row in rows] * every, things_of * every)
-    vocabulary = _vocabulary(rows, told[:len(rows)], asked, least_styles)
+    vocabulary = _vocabulary(rows, told[: len(rows)], asked, least_styles)
     judge = Judge(vocabulary, things, styles, fit_counts(corpus, vocabulary, scenes), looks=looks)
-    return with_things(judge, [row for row in read_rows(corpus, "held_out") if words.is_plain(row.emoji, row.name, row.group)])
+    return with_things(
+        judge,
+        [
+            row
+            for row in read_rows(corpus, "held_out")
+            if words.is_plain(row.emoji, row.name, row.group)
+        ],
+    )
 
 
-def _vocabulary(rows: Sequence[Row], told: np.ndarray, asked: int, least_styles: int) -> words.Vocabulary:
+def _vocabulary(
+    rows: Sequence[Row], told: np.ndarray, asked: int, least_styles: int
+) -> words.Vocabulary:
     """Of things all of whose pictures were told to be of their style by what had not seen the thing: of others, no judge can say."""
     unlike = {row.emoji for row, right in zip(rows, told, strict=True) if not right}
-    vocabulary = words.choose(((row.emoji, row.name, row.group, row.style) for row in rows), asked, least_styles, unlike)
+    vocabulary = words.choose(
+        ((row.emoji, row.name, row.group, row.style) for row in rows), asked, least_styles, unlike
+    )
     if len(vocabulary.order) < 2:
-        raise CorpusError("There are no two things in the corpus that have plain names and are drawn in most of its styles; make the whole corpus with "
-                          "`glide corpus`.")
+        raise CorpusError(
+            "There are no two things in the corpus that have plain names and are drawn in most of its styles; make the whole corpus with "
+            "`glide corpus`."
+        )
     return vocabulary
 
 
@@ -69,10 +98,18 @@ def with_things(judge: Judge, rows: Sequence[Row]) -> Judge:
     """Knowing more things, from real pictures of them."""
     if not rows:
         return judge
-    shapes = np.concatenate([judge.shapes_of([row.picture() for row in rows[start:start + AT_ONCE]])
-                             for start in range(0, len(rows), AT_ONCE)])
+    shapes = np.concatenate(
+        [
+            judge.shapes_of([row.picture() for row in rows[start : start + AT_ONCE]])
+            for start in range(0, len(rows), AT_ONCE)
+        ]
+    )
     names = {**judge.vocabulary.names, **{row.emoji: row.name for row in rows}}
-    return replace(judge, things=judge.things.adding(shapes, [row.emoji for row in rows]), vocabulary=replace(judge.vocabulary, names=names))
+    return replace(
+        judge,
+        things=judge.things.adding(shapes, [row.emoji for row in rows]),
+        vocabulary=replace(judge.vocabulary, names=names),
+    )
 
 
 def fit_counts(corpus: str, vocabulary: words.Vocabulary, scenes: int = COUNTED_SCENES) -> Logistic:
@@ -81,7 +118,9 @@ def fit_counts(corpus: str, vocabulary: words.Vocabulary, scenes: int = COUNTED_
     with sprites_of(corpus, "train", vocabulary) as sprites:
         for number in range(scenes):
             scene = compose(sprites, SCENE_SEED - 1, number)
-            count = {"count": scene.labels["count"], "relation": 2, "recolour": 1}.get(scene.labels["scene"])
+            count = {"count": scene.labels["count"], "relation": 2, "recolour": 1}.get(
+                scene.labels["scene"]
+            )
             if count is not None:
                 picture = np.asarray(scene.image)
                 features += [part_areas(picture), part_areas(resized(picture, 64))]
@@ -95,11 +134,13 @@ def _look(rows: Sequence[Row], looks: Looks, say: Say) -> Seen:
     for start in range(0, len(rows), AT_ONCE):
         if start % (16 * AT_ONCE) == 0:
             say(f"looking at real pictures: {start:,} of {len(rows):,}")
-        pictures = [row.picture() for row in rows[start:start + AT_ONCE]]
+        pictures = [row.picture() for row in rows[start : start + AT_ONCE]]
         for n, degrade in enumerate(DEGRADATIONS):
             rng = np.random.default_rng([n, start])
             part = looks.of([View.of(degrade(picture, rng)) for picture in pictures])
-            seen[n].append(Seen(part.shapes.astype(np.float16), part.textures.astype(np.float16), part.colours))
+            seen[n].append(
+                Seen(part.shapes.astype(np.float16), part.textures.astype(np.float16), part.colours)
+            )
     return Seen.joined([part for parts in seen for part in parts])
 
 
@@ -108,12 +149,13 @@ def _shapes_alone(rows: Sequence[Row], looks: Looks) -> np.ndarray:
     found = []
     for start in range(0, len(rows), AT_ONCE):
         rng = np.random.default_rng([len(DEGRADATIONS), start])
-        pictures = [small_or_recoloured(row, rng) for row in rows[start:start + AT_ONCE]]
+        pictures = [small_or_recoloured(row, rng) for row in rows[start : start + AT_ONCE]]
         found.append(looks.shapes([View.of(picture) for picture in pictures]).astype(np.float16))
     return np.concatenate(found)
 
 
 # -- what generated pictures may look like beside real ones -----------------------------------------------------------
+
 
 def as_is(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return picture
@@ -136,7 +178,9 @@ def moved_and_blurred(picture: np.ndarray, rng: np.random.Generator) -> np.ndarr
     corner = tuple(int((side - new) // 2 + rng.integers(-6, 7)) for _ in range(2))
     canvas.paste(Image.fromarray(picture).resize((new, new), Image.Resampling.BILINEAR), corner)
     buffer = io.BytesIO()
-    canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.6))).save(buffer, "JPEG", quality=int(rng.integers(40, 92)))
+    canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.6))).save(
+        buffer, "JPEG", quality=int(rng.integers(40, 92))
+    )
     return np.asarray(Image.open(buffer).convert("RGB"))
 
 
@@ -154,20 +198,25 @@ DEGRADATIONS = (as_is, small_and_noisy, moved_and_blurred)
 
 # -- kept -------------------------------------------------------------------------------------------------------------
 
+
 def cached_path(corpus: str, cache: str | Path | None = None) -> Path:
     """Where the judge of this corpus is kept. Raises CorpusError where the corpus is not whole."""
     parts = {}
     for split in SPLITS:
         index = read_index(f"{corpus.rstrip('/')}/{split}")
         if index is None:
-            raise CorpusError(f"There is no whole corpus {corpus.rstrip('/')}/{split}; make it with `glide corpus --out {corpus}`, or give another with "
-                              f"--corpus.")
+            raise CorpusError(
+                f"There is no whole corpus {corpus.rstrip('/')}/{split}; make it with `glide corpus --out {corpus}`, or give another with "
+                f"--corpus."
+            )
         parts[split] = [shard["sha256"] for shard in index["shards"]]
     name = hashlib.sha256(json.dumps([VERSION, SHA256, parts]).encode()).hexdigest()[:16]
     return Path(cache or storage.cache_folder()) / "judges" / f"{name}.safetensors"
 
 
-def load_or_fit(corpus: str, say: Say = lambda line: None, cache: str | Path | None = None) -> Judge:
+def load_or_fit(
+    corpus: str, say: Say = lambda line: None, cache: str | Path | None = None
+) -> Judge:
     """The judge of a corpus, fitted and judged once. Raises CorpusError, JudgeError, MissingNetworkError."""
     path = cached_path(corpus, cache)
     if not path.exists():

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-LIMIT = 6.0     # of standard deviations, to which a feature is cut
+LIMIT = 6.0  # of standard deviations, to which a feature is cut
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,20 @@ class Discriminant:
     cosine: bool = False
 
     @classmethod
-    def fit(cls, features: np.ndarray, labels: Sequence[str], shrink: float, width: int, cosine: bool = False) -> Discriminant:
+    def fit(
+        cls,
+        features: np.ndarray,
+        labels: Sequence[str],
+        shrink: float,
+        width: int,
+        cosine: bool = False,
+    ) -> Discriminant:
         """From features (N, D) and the class of each row. `shrink`: how much of the mean variance is added to each direction's;
         `width`: directions that are kept, those in which the means differ most."""
         mean, scale = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64) + 1e-3
-        whole = cls((), mean.astype(np.float32), scale.astype(np.float32), np.empty(0), np.empty(0), cosine)
+        whole = cls(
+            (), mean.astype(np.float32), scale.astype(np.float32), np.empty(0), np.empty(0), cosine
+        )
         rows, names = whole._standard(features), sorted(set(labels))
         index = np.searchsorted(names, labels)
         means = np.stack([rows[index == n].mean(0) for n in range(len(names))])
@@ -59,7 +68,11 @@ class Discriminant:
 
     def scores_at(self, rows: np.ndarray, labels: Sequence[str] | None = None) -> np.ndarray:
         """`scores` of rows (N, K) that `place` gave."""
-        centres = self.centres if labels is None else self.centres[[self._index[label] for label in labels]]
+        centres = (
+            self.centres
+            if labels is None
+            else self.centres[[self._index[label] for label in labels]]
+        )
         if self.cosine:
             middle = self.centres.mean(0)
             return _directions(rows - middle) @ _directions(centres - middle).T
@@ -75,11 +88,20 @@ class Discriminant:
         new = sorted(set(labels))
         kept = [n for n, label in enumerate(self.labels) if label not in new]
         rows, of = self.place(features), np.asarray(labels)
-        centres = np.concatenate([self.centres[kept], *(rows[of == label].mean(0, keepdims=True) for label in new)])
-        return replace(self, labels=(*(self.labels[n] for n in kept), *new), centres=centres.astype(np.float32))
+        centres = np.concatenate(
+            [self.centres[kept], *(rows[of == label].mean(0, keepdims=True) for label in new)]
+        )
+        return replace(
+            self, labels=(*(self.labels[n] for n in kept), *new), centres=centres.astype(np.float32)
+        )
 
     def tensors(self) -> dict[str, np.ndarray]:
-        return {"mean": self.mean, "scale": self.scale, "project": self.project, "centres": self.centres}
+        return {
+            "mean": self.mean,
+            "scale": self.scale,
+            "project": self.project,
+            "centres": self.centres,
+        }
 
     def _standard(self, features: np.ndarray) -> np.ndarray:
         return ((features - self.mean) / self.scale).clip(-LIMIT, LIMIT).astype(np.float32)
@@ -95,21 +117,34 @@ class Logistic:
     bias: np.ndarray
 
     @classmethod
-    def fit(cls, features: np.ndarray, classes: np.ndarray, decay: float, rounds: int = 80) -> Logistic:
+    def fit(
+        cls, features: np.ndarray, classes: np.ndarray, decay: float, rounds: int = 80
+    ) -> Logistic:
         """From features (N, D) and whole numbers (N,) from 0. `decay`: of the weights' squares."""
         mean, scale = features.mean(0), features.std(0) + 0.05
-        x, y = torch.tensor(((features - mean) / scale).clip(-LIMIT, LIMIT)).float(), torch.tensor(classes)
+        x, y = (
+            torch.tensor(((features - mean) / scale).clip(-LIMIT, LIMIT)).float(),
+            torch.tensor(classes),
+        )
         weights = torch.zeros(x.shape[1], int(classes.max()) + 1, requires_grad=True)
         bias = torch.zeros(weights.shape[1], requires_grad=True)
-        optimizer = torch.optim.LBFGS([weights, bias], max_iter=rounds, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS(
+            [weights, bias], max_iter=rounds, line_search_fn="strong_wolfe"
+        )
 
         def loss():
             optimizer.zero_grad()
             value = F.cross_entropy(x @ weights + bias, y) + decay * weights.square().sum()
             value.backward()
             return value
+
         optimizer.step(loss)
-        return cls(mean.astype(np.float32), scale.astype(np.float32), weights.detach().numpy(), bias.detach().numpy())
+        return cls(
+            mean.astype(np.float32),
+            scale.astype(np.float32),
+            weights.detach().numpy(),
+            bias.detach().numpy(),
+        )
 
     def scores(self, features: np.ndarray) -> np.ndarray:
         """Logits (N, C)."""

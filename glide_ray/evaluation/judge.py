@@ -20,14 +20,26 @@ from safetensors.numpy import save
 from .. import storage
 from ..config import UserError
 from .cases import Case
-from .categories import BACKGROUND, BARS, COLOUR, COUNT, INPAINTING, POSITION, QUESTIONS, SINGLE, STYLE, THING, WHERE
+from .categories import (
+    BACKGROUND,
+    BARS,
+    COLOUR,
+    COUNT,
+    INPAINTING,
+    POSITION,
+    QUESTIONS,
+    SINGLE,
+    STYLE,
+    THING,
+    WHERE,
+)
 from .heads import Discriminant, Logistic
 from .looks import Looks, View
 from .regions import SIDE, halves, part_areas, resized
 from .styles import Styles, look_of
 from .vocabulary import Vocabulary
 
-NOTHING, FAINT = "nothing", 0.005      # a hole with less than this share of foreground shows nothing
+NOTHING, FAINT = "nothing", 0.005  # a hole with less than this share of foreground shows nothing
 
 
 class JudgeError(UserError):
@@ -56,12 +68,18 @@ class Judge:
     accuracy: Mapping[str, Any] = field(default_factory=dict)
     looks: Looks | None = None
 
-    def verdicts(self, cases: Sequence[Case], pictures: Sequence[np.ndarray]) -> list[dict[str, Verdict]]:
+    def verdicts(
+        self, cases: Sequence[Case], pictures: Sequence[np.ndarray]
+    ) -> list[dict[str, Verdict]]:
         """For each picture, uint8 (H, H, 3), the questions of its category with their verdicts."""
         found: list[dict[str, Verdict]] = [{} for _ in cases]
         for category in dict.fromkeys(case.category for case in cases):
             at = [n for n, case in enumerate(cases) if case.category == category]
-            for n, verdicts in zip(at, self._of(category, [cases[n] for n in at], [pictures[n] for n in at]), strict=True):
+            for n, verdicts in zip(
+                at,
+                self._of(category, [cases[n] for n in at], [pictures[n] for n in at]),
+                strict=True,
+            ):
                 found[n] = verdicts
         return found
 
@@ -75,7 +93,12 @@ class Judge:
 
     def with_style(self, style: str, pictures: Sequence[np.ndarray]) -> Judge:
         """Knowing one more style from real pictures of it, as after fine-tuning."""
-        return replace(self, styles=self.styles.adding(style, self.sight.of([View.of(picture) for picture in pictures])))
+        return replace(
+            self,
+            styles=self.styles.adding(
+                style, self.sight.of([View.of(picture) for picture in pictures])
+            ),
+        )
 
     def measurable(self, size: int, category: str, question: str) -> bool:
         """Whether it is right often enough on real pictures of this size to score others."""
@@ -86,7 +109,9 @@ class Judge:
 
     # -- by category --------------------------------------------------------------------------------------------------
 
-    def _of(self, category: str, cases: Sequence[Case], pictures: Sequence[np.ndarray]) -> list[dict[str, Verdict]]:
+    def _of(
+        self, category: str, cases: Sequence[Case], pictures: Sequence[np.ndarray]
+    ) -> list[dict[str, Verdict]]:
         if category == POSITION:
             return self._positions(cases, pictures)
         if category == INPAINTING:
@@ -94,20 +119,43 @@ class Judge:
         views = [View.of(picture) for picture in pictures]
         if category in SINGLE:
             looked = self.sight.of(views)
-            styles = [Verdict(seen == look_of(case.labels["style"]), seen) for seen, case in zip(self.styles.best(looked), cases, strict=True)]
-            return [{THING: thing, STYLE: style} for thing, style in zip(self.things_shown(cases, looked.shapes), styles, strict=True)]
-        things = self.things_shown(cases, self.sight.shapes([_largest(view) if category == COUNT else view for view in views]))
-        first = [self._measured(category, case, view, picture) for case, view, picture in zip(cases, views, pictures, strict=True)]
-        return [{QUESTIONS[category][0]: one, THING: thing} for one, thing in zip(first, things, strict=True)]
+            styles = [
+                Verdict(seen == look_of(case.labels["style"]), seen)
+                for seen, case in zip(self.styles.best(looked), cases, strict=True)
+            ]
+            return [
+                {THING: thing, STYLE: style}
+                for thing, style in zip(
+                    self.things_shown(cases, looked.shapes), styles, strict=True
+                )
+            ]
+        things = self.things_shown(
+            cases,
+            self.sight.shapes([_largest(view) if category == COUNT else view for view in views]),
+        )
+        first = [
+            self._measured(category, case, view, picture)
+            for case, view, picture in zip(cases, views, pictures, strict=True)
+        ]
+        return [
+            {QUESTIONS[category][0]: one, THING: thing}
+            for one, thing in zip(first, things, strict=True)
+        ]
 
     def _measured(self, category: str, case: Case, view: View, picture: np.ndarray) -> Verdict:
         if category == COUNT:
             seen = int(self.counts.best(part_areas(picture)[None])[0]) + 1
             return Verdict(seen == case.labels["count"], str(seen))
-        seen = view.regions.background_name if category == BACKGROUND else view.regions.colour_name()
-        return Verdict(seen == case.labels["background" if category == BACKGROUND else "colour"], seen)
+        seen = (
+            view.regions.background_name if category == BACKGROUND else view.regions.colour_name()
+        )
+        return Verdict(
+            seen == case.labels["background" if category == BACKGROUND else "colour"], seen
+        )
 
-    def things_shown(self, cases: Sequence[Case], shapes: np.ndarray, which: int = 0) -> list[Verdict]:
+    def things_shown(
+        self, cases: Sequence[Case], shapes: np.ndarray, which: int = 0
+    ) -> list[Verdict]:
         """Whether each picture's thing, the `which`-th of its case, comes first of the names that it is to be told from."""
         place, found = self.things.place(shapes), []
         for case, row in zip(cases, place, strict=True):
@@ -117,7 +165,9 @@ class Judge:
             found.append(Verdict(seen == thing, self.vocabulary.names[seen]))
         return found
 
-    def _positions(self, cases: Sequence[Case], pictures: Sequence[np.ndarray]) -> list[dict[str, Verdict]]:
+    def _positions(
+        self, cases: Sequence[Case], pictures: Sequence[np.ndarray]
+    ) -> list[dict[str, Verdict]]:
         """Position: there are two objects along the asked line, and they are likelier in the asked order than in the other.
         Object: both come first of their names."""
         nothing = {WHERE: Verdict(False, "no two objects"), THING: Verdict(False, NOTHING)}
@@ -135,20 +185,41 @@ class Judge:
         return found
 
     def _order(self, case: Case, beside: bool, pair: np.ndarray) -> dict[str, Verdict]:
-        relation, emoji = case.labels["relation"], [thing["emoji"] for thing in case.labels["objects"]]
+        relation, emoji = (
+            case.labels["relation"],
+            [thing["emoji"] for thing in case.labels["objects"]],
+        )
         scores = self.things.scores(pair, emoji)
-        forward = scores[0, 0] + scores[1, 1] > scores[0, 1] + scores[1, 0]      # the first object comes first, from the left or the top
-        seen = {(True, True): "to the left of", (True, False): "to the right of", (False, True): "above", (False, False): "below"}[beside, bool(forward)]
+        forward = (
+            scores[0, 0] + scores[1, 1] > scores[0, 1] + scores[1, 0]
+        )  # the first object comes first, from the left or the top
+        seen = {
+            (True, True): "to the left of",
+            (True, False): "to the right of",
+            (False, True): "above",
+            (False, False): "below",
+        }[beside, bool(forward)]
         order = pair if relation in ("to the left of", "above") else pair[::-1]
         things = [self.things_shown([case], order[which][None], which)[0] for which in (0, 1)]
-        return {WHERE: Verdict(seen == relation, seen),
-                THING: Verdict(all(one.right for one in things), " and ".join(one.seen for one in things))}
+        return {
+            WHERE: Verdict(seen == relation, seen),
+            THING: Verdict(
+                all(one.right for one in things), " and ".join(one.seen for one in things)
+            ),
+        }
 
-    def _holes(self, cases: Sequence[Case], pictures: Sequence[np.ndarray]) -> list[dict[str, Verdict]]:
-        views = [View.of(in_hole(picture, case.hole)) for case, picture in zip(cases, pictures, strict=True)]
+    def _holes(
+        self, cases: Sequence[Case], pictures: Sequence[np.ndarray]
+    ) -> list[dict[str, Verdict]]:
+        views = [
+            View.of(in_hole(picture, case.hole))
+            for case, picture in zip(cases, pictures, strict=True)
+        ]
         things = self.things_shown(cases, self.sight.shapes(views))
-        return [{THING: thing if view.regions.foreground.mean() > FAINT else Verdict(False, NOTHING)}
-                for thing, view in zip(things, views, strict=True)]
+        return [
+            {THING: thing if view.regions.foreground.mean() > FAINT else Verdict(False, NOTHING)}
+            for thing, view in zip(things, views, strict=True)
+        ]
 
     @property
     def sight(self) -> Looks:
@@ -161,15 +232,32 @@ class Judge:
     def digest(self) -> str:
         """What tells this judge from others."""
         parts = (self.things.centres, self.styles.palette, self.counts.weights)
-        return hashlib.sha256(b"".join(np.ascontiguousarray(part, np.float16).tobytes() for part in parts)).hexdigest()
+        return hashlib.sha256(
+            b"".join(np.ascontiguousarray(part, np.float16).tobytes() for part in parts)
+        ).hexdigest()
 
     def save(self, path: str | Path) -> None:
         """One safetensors file, of 16 bits where that is enough."""
         tensors = {}
-        for name, head in (("things", self.things), ("styles", self.styles), ("counts", self.counts)):
-            tensors |= {f"{name}.{key}": _packed(key, value) for key, value in head.tensors().items()}
-        about = {"vocabulary": [dict(self.vocabulary.names), self.vocabulary.order, self.vocabulary.count, sorted(self.vocabulary.untold)], "things": self.things.labels,
-                 "styles": self.styles.labels, "accuracy": self.accuracy}
+        for name, head in (
+            ("things", self.things),
+            ("styles", self.styles),
+            ("counts", self.counts),
+        ):
+            tensors |= {
+                f"{name}.{key}": _packed(key, value) for key, value in head.tensors().items()
+            }
+        about = {
+            "vocabulary": [
+                dict(self.vocabulary.names),
+                self.vocabulary.order,
+                self.vocabulary.count,
+                sorted(self.vocabulary.untold),
+            ],
+            "things": self.things.labels,
+            "styles": self.styles.labels,
+            "accuracy": self.accuracy,
+        }
         storage.put(save(tensors, {name: json.dumps(value) for name, value in about.items()}), path)
 
     @classmethod
@@ -179,13 +267,26 @@ class Judge:
             with safe_open(storage.fetch(path), "np") as file:
                 tensors = {name: _unpacked(file.get_tensor(name)) for name in file.keys()}
                 about = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
-            of = {head: {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{head}.")}
-                  for head in ("things", "styles", "counts")}
+            of = {
+                head: {
+                    key.partition(".")[2]: value
+                    for key, value in tensors.items()
+                    if key.startswith(f"{head}.")
+                }
+                for head in ("things", "styles", "counts")
+            }
             names, order, count, untold = about["vocabulary"]
-            return cls(Vocabulary(names, tuple(order), count, frozenset(untold)), Discriminant(tuple(about["things"]), **of["things"], cosine=True),
-                       Styles.of(about["styles"], of["styles"]), Logistic(**of["counts"]), about["accuracy"])
+            return cls(
+                Vocabulary(names, tuple(order), count, frozenset(untold)),
+                Discriminant(tuple(about["things"]), **of["things"], cosine=True),
+                Styles.of(about["styles"], of["styles"]),
+                Logistic(**of["counts"]),
+                about["accuracy"],
+            )
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise JudgeError(f"{path} is not a judge that `glide compose` fitted ({error}); delete it, and it is fitted again.") from None
+            raise JudgeError(
+                f"{path} is not a judge that `glide compose` fitted ({error}); delete it, and it is fitted again."
+            ) from None
 
 
 def kind_of_size(size: int) -> str:
@@ -198,12 +299,13 @@ def in_hole(picture: np.ndarray, hole: np.ndarray) -> np.ndarray:
     rows, columns = (np.flatnonzero(hole.any(axis)) * len(picture) / len(hole) for axis in (1, 0))
     side = round(len(rows) * len(picture) / len(hole))
     top, left = int(rows[0]), int(columns[0])
-    return picture[top:top + side, left:left + side]
+    return picture[top : top + side, left : left + side]
 
 
 def _largest(view: View) -> View:
     """The largest separate part of a picture of several."""
     from .regions import parts
+
     boxes = parts(view.regions.foreground)
     return replace(view, box=boxes[0]) if boxes else view
 
@@ -211,7 +313,9 @@ def _largest(view: View) -> View:
 def _packed(name: str, values: np.ndarray) -> np.ndarray:
     if values.dtype.kind == "i":
         return np.ascontiguousarray(values, np.int32)
-    return np.ascontiguousarray(values, np.float16 if name.endswith(("project", "centres", "palette")) else np.float32)
+    return np.ascontiguousarray(
+        values, np.float16 if name.endswith(("project", "centres", "palette")) else np.float32
+    )
 
 
 def _unpacked(values: np.ndarray) -> np.ndarray:

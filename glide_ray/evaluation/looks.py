@@ -15,14 +15,17 @@ from torch import Tensor
 from ..models.efficientnet import EfficientNetLite0, load_efficientnet, normalise
 from .regions import Box, Regions, crop, resized
 
-INPUT = 128             # pixels of what the network is shown
-AT_ONCE = 32            # pictures in one call of the network
-SHAPE_STAGES = (4, 5, 6)            # of the network, whose maps in quarters say what is shown
-STYLE_STAGES, PAIRED = (0, 1, 2, 3, 4), (0, 1)      # whose means and deviations say how it is drawn; and how channels go together
-STEPS = 65              # of each channel of colour: artists draw with palettes of their own, and are known by exact colours
-FLAT = 20.0             # of 255: where the neighbours differ by less, there is no edge
-CHANGES = 16            # bins of the histogram of changes
-INKED = 20              # of 255, in some channel: a pixel of the network's input that is not white
+INPUT = 128  # pixels of what the network is shown
+AT_ONCE = 32  # pictures in one call of the network
+SHAPE_STAGES = (4, 5, 6)  # of the network, whose maps in quarters say what is shown
+STYLE_STAGES, PAIRED = (
+    (0, 1, 2, 3, 4),
+    (0, 1),
+)  # whose means and deviations say how it is drawn; and how channels go together
+STEPS = 65  # of each channel of colour: artists draw with palettes of their own, and are known by exact colours
+FLAT = 20.0  # of 255: where the neighbours differ by less, there is no edge
+CHANGES = 16  # bins of the histogram of changes
+INKED = 20  # of 255, in some channel: a pixel of the network's input that is not white
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,19 @@ class Seen:
 
     @classmethod
     def joined(cls, parts: Sequence[Seen]) -> Seen:
-        return cls(np.concatenate([part.shapes for part in parts]), np.concatenate([part.textures for part in parts]),
-                   sparse.vstack([part.colours for part in parts]).tocsr())
+        return cls(
+            np.concatenate([part.shapes for part in parts]),
+            np.concatenate([part.textures for part in parts]),
+            sparse.vstack([part.colours for part in parts]).tocsr(),
+        )
 
 
 class Looks:
     """Pictures as features. `dtype`: of the pretrained network."""
 
-    def __init__(self, network: EfficientNetLite0 | None = None, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, network: EfficientNetLite0 | None = None, dtype: torch.dtype = torch.float32
+    ):
         self._network, self._dtype = (network or load_efficientnet()).to(dtype), dtype
 
     def shapes(self, views: Sequence[View]) -> np.ndarray:
@@ -74,19 +82,37 @@ class Looks:
 
     def of(self, views: Sequence[View]) -> Seen:
         """All features."""
-        both = [(_shape(maps).numpy(), _texture(squares, maps).numpy()) for squares, maps in self._maps(views)]
+        both = [
+            (_shape(maps).numpy(), _texture(squares, maps).numpy())
+            for squares, maps in self._maps(views)
+        ]
         regions = [view.regions for view in views]
         changes = [_changes(of.pixels) for of in regions]
-        steep = np.stack([_steepness(of, change) for of, change in zip(regions, changes, strict=True)])
-        colours = _colours([of.pixels[of.foreground & (change < FLAT)] for of, change in zip(regions, changes, strict=True)])
-        return Seen(np.concatenate([shape for shape, _ in both]), np.concatenate([np.concatenate([texture for _, texture in both]), steep], 1), colours)
+        steep = np.stack(
+            [_steepness(of, change) for of, change in zip(regions, changes, strict=True)]
+        )
+        colours = _colours(
+            [
+                of.pixels[of.foreground & (change < FLAT)]
+                for of, change in zip(regions, changes, strict=True)
+            ]
+        )
+        return Seen(
+            np.concatenate([shape for shape, _ in both]),
+            np.concatenate([np.concatenate([texture for _, texture in both]), steep], 1),
+            colours,
+        )
 
     def _maps(self, views: Sequence[View]):
         """For some pictures at once: what the network is shown (B, 3, INPUT, INPUT) uint8, and its maps."""
         for start in range(0, len(views), AT_ONCE):
-            squares = torch.from_numpy(np.stack([view.cut for view in views[start:start + AT_ONCE]])).permute(0, 3, 1, 2)
+            squares = torch.from_numpy(
+                np.stack([view.cut for view in views[start : start + AT_ONCE]])
+            ).permute(0, 3, 1, 2)
             with torch.no_grad():
-                maps = self._network.maps(normalise(squares).to(self._dtype, memory_format=torch.channels_last))
+                maps = self._network.maps(
+                    normalise(squares).to(self._dtype, memory_format=torch.channels_last)
+                )
             yield squares, [of.float() for of in maps]
 
 
@@ -115,7 +141,12 @@ def _changes(pixels: np.ndarray) -> np.ndarray:
     """The largest difference of each pixel (S, S, 3) to a neighbour, in any channel: (S, S)."""
     found = np.zeros(pixels.shape[:2], np.float32)
     down, across = (np.abs(np.diff(pixels, axis=axis)).max(-1) for axis in (0, 1))
-    for part, step in ((found[1:], down), (found[:-1], down), (found[:, 1:], across), (found[:, :-1], across)):
+    for part, step in (
+        (found[1:], down),
+        (found[:-1], down),
+        (found[:, 1:], across),
+        (found[:, :-1], across),
+    ):
         np.maximum(part, step, out=part)
     return found
 
@@ -134,8 +165,17 @@ def _colours(pixels: Sequence[np.ndarray]) -> sparse.csr_matrix:
     place = np.concatenate([*pixels, np.empty((0, 3), np.float32)]).clip(0, 255) / 255 * (STEPS - 1)
     low = np.minimum(place.astype(int), STEPS - 2)
     part, strides = place - low, np.array([STEPS**2, STEPS, 1])
-    corners = [(np.where(np.array(corner) == 1, part, 1 - part).prod(1), (low + corner) @ strides) for corner in np.ndindex(2, 2, 2)]
-    found = sparse.csr_matrix((np.concatenate([weight for weight, _ in corners]), (np.tile(row, 8), np.concatenate([code for _, code in corners]))),
-                              shape=(len(pixels), STEPS**3), dtype=np.float32)
+    corners = [
+        (np.where(np.array(corner) == 1, part, 1 - part).prod(1), (low + corner) @ strides)
+        for corner in np.ndindex(2, 2, 2)
+    ]
+    found = sparse.csr_matrix(
+        (
+            np.concatenate([weight for weight, _ in corners]),
+            (np.tile(row, 8), np.concatenate([code for _, code in corners])),
+        ),
+        shape=(len(pixels), STEPS**3),
+        dtype=np.float32,
+    )
     found = sparse.diags(1 / np.maximum(counts, 1)) @ found
     return found.sqrt().astype(np.float32).tocsr()

@@ -17,10 +17,10 @@ from scipy import ndimage
 from ..data.sprites import COLOURS, recolour
 
 SIDE = 64
-FRAME = 2               # pixels at each edge that tell the background's colour
-APART = 28              # of 255, in some channel: from here on a pixel is no background
-SPECK = 0.0025          # share of the picture below which a part is dirt
-Box = tuple[int, int, int, int]      # left, top, right, bottom, in pixels of SIDE
+FRAME = 2  # pixels at each edge that tell the background's colour
+APART = 28  # of 255, in some channel: from here on a pixel is no background
+SPECK = 0.0025  # share of the picture below which a part is dirt
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of SIDE
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Regions:
         return names[int(np.minimum(distances, FAR).mean(0).argmin())]
 
 
-FAR = 60.0      # a pixel this far from a colour's shades says no more against it: eyes, outlines
+FAR = 60.0  # a pixel this far from a colour's shades says no more against it: eyes, outlines
 
 
 def resized(picture: np.ndarray, side: int) -> np.ndarray:
@@ -87,7 +87,9 @@ def parts(foreground: np.ndarray, least: float = 0.2, gap: int = 0) -> list[Box]
     return [_box(foreground & (labels == n + 1)) for n in order]
 
 
-def crop(picture: np.ndarray, box: Box, background: np.ndarray | None = None, margin: float = 0.08) -> np.ndarray:
+def crop(
+    picture: np.ndarray, box: Box, background: np.ndarray | None = None, margin: float = 0.08
+) -> np.ndarray:
     """The square around a box, with a margin of its side, laid on white where it reaches over the picture's edge or shows background.
 
     uint8 (H, H, 3) -> uint8 (h, h, 3); `box` in pixels of SIDE.
@@ -101,7 +103,9 @@ def crop(picture: np.ndarray, box: Box, background: np.ndarray | None = None, ma
     from_x, from_y = max(x0, 0), max(y0, 0)
     to_x, to_y = min(x0 + size, len(picture)), min(y0 + size, len(picture))
     seen = picture[from_y:to_y, from_x:to_x]
-    out[from_y - y0:to_y - y0, from_x - x0:to_x - x0] = seen if background is None else on_white(seen, background)
+    out[from_y - y0 : to_y - y0, from_x - x0 : to_x - x0] = (
+        seen if background is None else on_white(seen, background)
+    )
     return out
 
 
@@ -141,7 +145,7 @@ def _box(mask: np.ndarray) -> Box:
 def _shade_distances(pixels: np.ndarray) -> tuple[list[str], np.ndarray]:
     """The colours' names, and each pixel's (N, 3) distance to the nearest shade of each: (N, C)."""
     names, shades = _shades()
-    distances = [np.sqrt(((pixels[:, None] - of[None])**2).sum(-1)).min(1) for of in shades]
+    distances = [np.sqrt(((pixels[:, None] - of[None]) ** 2).sum(-1)).min(1) for of in shades]
     return names, np.stack(distances, 1)
 
 
@@ -149,13 +153,21 @@ def _shade_distances(pixels: np.ndarray) -> tuple[list[str], np.ndarray]:
 def _shades() -> tuple[list[str], list[np.ndarray]]:
     """The colours' names, and the shades that each has in a recoloured picture: (32, 3) float32."""
     greys = np.arange(0, 256, 8, np.uint8)
-    ramp = Image.merge("RGBA", [Image.fromarray(greys[None])] * 3 + [Image.new("L", (len(greys), 1), 255)])
-    return list(COLOURS), [np.asarray(recolour(ramp, name).convert("RGB"), np.float32)[0] for name in COLOURS]
+    ramp = Image.merge(
+        "RGBA", [Image.fromarray(greys[None])] * 3 + [Image.new("L", (len(greys), 1), 255)]
+    )
+    return list(COLOURS), [
+        np.asarray(recolour(ramp, name).convert("RGB"), np.float32)[0] for name in COLOURS
+    ]
 
 
 # -- several objects --------------------------------------------------------------------------------------------------
 
-COUNT_SIDE, EROSIONS, LARGEST = 128, 4, 6       # pixels at which parts are counted; how often edges are taken off; parts looked at
+COUNT_SIDE, EROSIONS, LARGEST = (
+    128,
+    4,
+    6,
+)  # pixels at which parts are counted; how often edges are taken off; parts looked at
 
 
 def part_areas(picture: np.ndarray) -> np.ndarray:
@@ -168,7 +180,7 @@ def part_areas(picture: np.ndarray) -> np.ndarray:
         labels, _ = ndimage.label(mask, np.ones((3, 3)))
         areas = np.sort(np.bincount(labels.ravel())[1:])[::-1] / whole
         largest = np.zeros(LARGEST)
-        largest[:min(len(areas), LARGEST)] = areas[:LARGEST]
+        largest[: min(len(areas), LARGEST)] = areas[:LARGEST]
         found += [*largest, (areas > 0.1).sum() / 4, (areas > 0.03).sum() / 4]
         mask = ndimage.binary_erosion(mask)
     return np.array(found, np.float32)
@@ -207,4 +219,4 @@ def _cut(foreground: np.ndarray, axis: int, least: float) -> tuple[float, int, i
         return None
     costs = np.minimum(lines[places], lines[places + 1]) / lines[lines > 0].mean()
     cheapest = places[costs == costs.min()]
-    return float(costs.min()), axis, int(cheapest[len(cheapest) // 2]) + 1      # of a gap, its middle
+    return float(costs.min()), axis, int(cheapest[len(cheapest) // 2]) + 1  # of a gap, its middle

@@ -11,7 +11,7 @@ from ..data.splits import share
 from .heads import Discriminant, Logistic
 from .looks import Seen
 
-FOLDS = 3               # that things are put into, so that each is told once by what was fitted to others alone
+FOLDS = 3  # that things are put into, so that each is told once by what was fitted to others alone
 SHRINK, PENALTY, DECAY = 0.3, 1.0, 1e-4
 # One artist's drawings, shaded in two ways that cannot be told apart on half of all things: they count as one style.
 SAME_LOOK = {"soft gradient": "3D render"}
@@ -31,7 +31,9 @@ class Styles:
     extra: Discriminant | None = None
 
     @classmethod
-    def fit(cls, seen: Seen, styles: Sequence[str], things: Sequence[str]) -> tuple[Styles, np.ndarray]:
+    def fit(
+        cls, seen: Seen, styles: Sequence[str], things: Sequence[str]
+    ) -> tuple[Styles, np.ndarray]:
         """From pictures, each of a style and a thing. Also whether each was told rightly by what had not seen its thing: (N,) bool."""
         looks = np.array([look_of(style) for style in styles])
         labels = tuple(sorted(set(looks)))
@@ -43,7 +45,9 @@ class Styles:
             if len(outside):
                 scores[outside] = _parts(seen, inside, index, labels)._scores(_rows(seen, outside))
         weigh = Logistic.fit(scores, index, DECAY, rounds=200)
-        return replace(_parts(seen, np.arange(len(seen)), index, labels), weigh=weigh), weigh.best(scores) == index
+        return replace(_parts(seen, np.arange(len(seen)), index, labels), weigh=weigh), weigh.best(
+            scores
+        ) == index
 
     def best(self, seen: Seen) -> list[str]:
         """The style of each picture, as it can be told: see SAME_LOOK."""
@@ -51,29 +55,53 @@ class Styles:
         if self.extra is None:
             return found
         new = set(self.extra.labels) - set(self.labels)
-        return [label if label in new else own for label, own in zip(self.extra.best(seen.textures), found, strict=True)]
+        return [
+            label if label in new else own
+            for label, own in zip(self.extra.best(seen.textures), found, strict=True)
+        ]
 
     def adding(self, style: str, seen: Seen) -> Styles:
         """With one more style, known from real pictures by its texture."""
-        return replace(self, extra=(self.extra or self.texture).adding(seen.textures, [style] * len(seen)))
+        return replace(
+            self, extra=(self.extra or self.texture).adding(seen.textures, [style] * len(seen))
+        )
 
     def _scores(self, seen: Seen) -> np.ndarray:
         """By colours and by texture: (N, 2 C)."""
         colours = seen.colours[:, self.codes] @ self.palette + self.bias
         texture = self.texture.scores(seen.textures) / 2
-        return np.concatenate([colours, texture - texture.mean(1, keepdims=True)], 1).astype(np.float32)
+        return np.concatenate([colours, texture - texture.mean(1, keepdims=True)], 1).astype(
+            np.float32
+        )
 
     def tensors(self) -> dict[str, np.ndarray]:
-        return {"codes": self.codes, "palette": self.palette, "bias": self.bias,
-                **{f"texture.{key}": value for key, value in self.texture.tensors().items()},
-                **{f"weigh.{key}": value for key, value in self.weigh.tensors().items()}}
+        return {
+            "codes": self.codes,
+            "palette": self.palette,
+            "bias": self.bias,
+            **{f"texture.{key}": value for key, value in self.texture.tensors().items()},
+            **{f"weigh.{key}": value for key, value in self.weigh.tensors().items()},
+        }
 
     @classmethod
     def of(cls, labels: Sequence[str], tensors: dict[str, np.ndarray]) -> Styles:
         """From what `tensors` gave."""
-        part = {name: {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{name}.")} for name in ("texture", "weigh")}
-        return cls(tuple(labels), tensors["codes"].astype(np.int64), tensors["palette"], tensors["bias"], Discriminant(tuple(labels), **part["texture"]),
-                   Logistic(**part["weigh"]))
+        part = {
+            name: {
+                key.partition(".")[2]: value
+                for key, value in tensors.items()
+                if key.startswith(f"{name}.")
+            }
+            for name in ("texture", "weigh")
+        }
+        return cls(
+            tuple(labels),
+            tensors["codes"].astype(np.int64),
+            tensors["palette"],
+            tensors["bias"],
+            Discriminant(tuple(labels), **part["texture"]),
+            Logistic(**part["weigh"]),
+        )
 
 
 def look_of(style: str) -> str:
@@ -83,16 +111,21 @@ def look_of(style: str) -> str:
 
 def _parts(seen: Seen, rows: np.ndarray, index: np.ndarray, labels: tuple[str, ...]) -> Styles:
     """Both classifiers, not weighed yet."""
-    from sklearn.svm import LinearSVC       # comes with the extra `judge`
+    from sklearn.svm import LinearSVC  # comes with the extra `judge`
+
     colours = seen.colours[rows]
     codes = np.flatnonzero(colours.getnnz(0))
     machine = LinearSVC(C=PENALTY, max_iter=200, random_state=0).fit(colours[:, codes], index[rows])
     weights, bias = machine.coef_, machine.intercept_
-    if len(labels) == 2:        # of which it fits one
+    if len(labels) == 2:  # of which it fits one
         weights, bias = np.stack([-weights[0], weights[0]]), np.array([-bias[0], bias[0]])
-    texture = Discriminant.fit(seen.textures[rows], [labels[n] for n in index[rows]], SHRINK, len(labels))
+    texture = Discriminant.fit(
+        seen.textures[rows], [labels[n] for n in index[rows]], SHRINK, len(labels)
+    )
     nothing = Logistic(*(np.empty(0, np.float32) for _ in range(4)))
-    return Styles(labels, codes, weights.T.astype(np.float32), bias.astype(np.float32), texture, nothing)
+    return Styles(
+        labels, codes, weights.T.astype(np.float32), bias.astype(np.float32), texture, nothing
+    )
 
 
 def _rows(seen: Seen, rows: np.ndarray) -> Seen:

@@ -8,16 +8,18 @@ from typing import Any
 
 from . import vocabulary as words
 from .cases import SCENES, Case, read_rows, scene_cases, single_cases, sprites_of
-from .categories import BARS, CATEGORIES, PAIRS, SEEN, THING, UNSEEN
+from .categories import BARS, CATEGORIES, PAIRS, SEEN, SINGLE, STYLE, THING, UNSEEN
 from .judge import Judge
 from .regions import resized
 
 SIZES = {"256": 256, "64": 64}
-SCENES_TRIED = 300          # of each kind
+SCENES_TRIED = 300  # of each kind
 Say = Callable[[str], None]
 
 
-def try_judge(corpus: str, judge: Judge, say: Say = lambda line: None, scenes: int = SCENES_TRIED) -> Judge:
+def try_judge(
+    corpus: str, judge: Judge, say: Say = lambda line: None, scenes: int = SCENES_TRIED
+) -> Judge:
     """The judge with its `accuracy` measured: on the corpus's held-out pairs, and on scenes composed of them alone.
 
     Things never seen are told from real pictures of them by the other artists.
@@ -29,12 +31,17 @@ def try_judge(corpus: str, judge: Judge, say: Say = lambda line: None, scenes: i
         pictures = [resized(case.picture, size) for case in cases]
         verdicts = judge.verdicts(cases, pictures)
         rows = [(case.category, verdict) for case, verdict in zip(cases, verdicts, strict=True)]
-        found[name] = {category: _shares([verdict for of, verdict in rows if of == category]) for category in CATEGORIES if any(of == category for of, _ in rows)}
+        found[name] = {
+            category: _shares([verdict for of, verdict in rows if of == category])
+            for category in CATEGORIES
+            if any(of == category for of, _ in rows)
+        }
         # What was held out from the judge stands for what the models were trained on, too.
         if PAIRS in found[name]:
             found[name][SEEN] = found[name][PAIRS]
         if unseen := _unseen(corpus, judge, size):
             found[name][UNSEEN] = unseen
+        _pool_styles(found[name])
     return replace(judge, accuracy=found)
 
 
@@ -50,23 +57,53 @@ def _held_out(corpus: str, judge: Judge, scenes: int) -> list[Case]:
 
 def _unseen(corpus: str, judge: Judge, size: int) -> dict[str, Any]:
     """Each picture of a thing never seen, by a judge that knows the thing from its other pictures alone."""
-    rows = [row for row in read_rows(corpus, "held_out") if words.is_plain(row.emoji, row.name, row.group)]
+    rows = [
+        row
+        for row in read_rows(corpus, "held_out")
+        if words.is_plain(row.emoji, row.name, row.group)
+    ]
     verdicts = []
     for thing in dict.fromkeys(row.emoji for row in rows):
-        own = single_cases(UNSEEN, [row for row in rows if row.emoji == thing], sum(row.emoji == thing for row in rows))
+        own = single_cases(
+            UNSEEN,
+            [row for row in rows if row.emoji == thing],
+            sum(row.emoji == thing for row in rows),
+        )
         shapes = judge.shapes_of([case.picture for case in own])
         shown = judge.verdicts(own, [resized(case.picture, size) for case in own])
         small = judge.shapes_of([resized(case.picture, size) for case in own])
         for n, case in enumerate(own):
             others = [m for m in range(len(own)) if m != n]
             if others:
-                known = replace(judge, things=judge.things.adding(shapes[others], [thing] * len(others)))
-                verdicts.append({**shown[n], THING: known.things_shown([case], small[n:n + 1])[0]})
+                known = replace(
+                    judge, things=judge.things.adding(shapes[others], [thing] * len(others))
+                )
+                verdicts.append(
+                    {**shown[n], THING: known.things_shown([case], small[n : n + 1])[0]}
+                )
     return _shares(verdicts)
+
+
+def _pool_styles(found: dict[str, dict[str, Any]]) -> None:
+    """Style is one question of one classifier, whatever the thing: judge it on all held-out pictures together."""
+    tried = [
+        found[category][STYLE] for category in (PAIRS, UNSEEN) if STYLE in found.get(category, {})
+    ]
+    pictures = sum(of["pictures"] for of in tried)
+    for category in SINGLE:
+        if STYLE in found.get(category, {}):
+            right = sum(of["right"] * of["pictures"] for of in tried) / pictures
+            found[category][STYLE] = {"right": right, "pictures": pictures}
 
 
 def _shares(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """By question, the share that was judged right, with the number of pictures; nothing where there are none."""
     questions = dict.fromkeys(question for verdict in verdicts for question in verdict)
-    return {question: {"right": sum(verdict[question].right for verdict in verdicts) / len(verdicts), "pictures": len(verdicts)}
-            for question in questions if question in BARS}
+    return {
+        question: {
+            "right": sum(verdict[question].right for verdict in verdicts) / len(verdicts),
+            "pictures": len(verdicts),
+        }
+        for question in questions
+        if question in BARS
+    }

