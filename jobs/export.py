@@ -1,6 +1,6 @@
 """Weights from a run's checkpoint, for `ray job submit --working-dir . -- python jobs/export.py RUN --out s3://bucket/weights/base.safetensors`.
 
-Needs no GPU, and the memory of the largest tensor. Prints one line of JSON at its end. Submitted again it does nothing, unless the run
+Needs no GPU, and without --half the memory of the largest tensor alone. Prints one line of JSON at its end. Submitted again it does nothing, unless the run
 has a newer checkpoint.
 """
 
@@ -8,6 +8,7 @@ import argparse
 import sys
 
 from glide_ray.distributed.job import once, run
+from glide_ray.pretrained.pack import read_trained, write_half
 from glide_ray.storage import absolute
 from glide_ray.train.checkpoint import find_checkpoint
 from glide_ray.train.partition import export_to
@@ -18,6 +19,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", help="a run's folder or s3:// prefix, whose last whole checkpoint is taken, or a checkpoint's")
     parser.add_argument("--out", required=True, help="weights file to write, local or s3://")
     parser.add_argument("--ema-rate", type=float, help="which of the run's averages (default: the first of its train.ema_rates)")
+    parser.add_argument("--half", action="store_true",
+                        help="write float16, with the recipe and the corpus's sources; "
+                             "needs the memory of the whole model")
     return parser
 
 
@@ -28,9 +32,15 @@ def main() -> int:
         checkpoint = find_checkpoint(absolute(options.checkpoint))
 
         def export() -> dict:
+            if options.half:
+                trained = read_trained(checkpoint, ema_rate=options.ema_rate)
+                write_half(trained, options.out)
+                return {"weights": options.out, "model": trained.config.name,
+                        "step": trained.recipe["steps"], "ema": trained.recipe["EMA"]}
             preset, step, rate = export_to(checkpoint, options.out, options.ema_rate)
             return {"weights": options.out, "model": preset.model.name, "step": step, "ema_rate": rate}
-        return once(f"{options.out}.json", {"checkpoint": checkpoint, "ema_rate": options.ema_rate}, export)
+        made_from = {"checkpoint": checkpoint, "ema_rate": options.ema_rate, "half": options.half}
+        return once(f"{options.out}.json", made_from, export)
     return run("export", work)
 
 

@@ -310,6 +310,17 @@ def test_a_run_is_exported_in_float16_with_its_recipe_and_its_corpuss_sources(tm
     assert (recipe["steps"], recipe["images"], recipe["seconds"]) == (4, 32, 12)
 
 
+def test_the_job_exports_the_same_float16_file_and_once(tmp_path):
+    folder = a_run(tmp_path / "run", "base", tmp_path / "corpus")
+    run("export", folder, "--half", "--out", tmp_path / "w.safetensors")
+    job = [sys.executable, Path(ROOT, "jobs/export.py"), folder, "--half",
+           "--out", tmp_path / "job.safetensors"]
+    first, again = (subprocess.run(job, capture_output=True, text=True, check=True, cwd=ROOT)
+                    for _ in range(2))
+    assert (tmp_path / "job.safetensors").read_bytes() == (tmp_path / "w.safetensors").read_bytes()
+    assert json.loads(first.stdout)["step"] == 4 and json.loads(again.stdout)["done_before"]
+
+
 def test_two_runs_are_packed_by_one_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shipped, "FOLDER", tmp_path / "pretrained")
     write_card(tmp_path / "corpus", {"sources": list(SOURCES), "rows": 7988})
