@@ -1,6 +1,4 @@
-"""The paper in miniature: all of its stages on drawings and with tiny models, and what is concluded
-from figures.
-"""
+"""The paper in miniature: all its stages with tiny models, and what is concluded from figures."""
 
 import json
 
@@ -225,9 +223,7 @@ def rows(folder):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Drawings in the folders of the emoji corpus: with two people, and a scene that shows one of
-    them.
-    """
+    """Drawings in the emoji corpus's folders: with two people, and a scene that shows one."""
     folder = tmp_path_factory.mktemp("emoji")
     drawings = list(drawn_samples(96))
     dog, person = (

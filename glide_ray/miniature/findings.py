@@ -254,16 +254,12 @@ def _clip_gain(sets: Sets, one: str, other: str) -> Gain:
 
 
 def frechet(made: np.ndarray, real: np.ndarray) -> float:
-    """The Fréchet distance of features (N, D) to real ones (M, D), of which there may be fewer than
-    they are wide.
-    """
+    """The Fréchet distance of features (N, D) to real ones (M, D); N and M may be less than D."""
     return float(_distances(made, real, np.arange(len(made))[None])[0])
 
 
 def _drawn_distances(made: Sequence[np.ndarray], real: np.ndarray) -> np.ndarray:
-    """(S, DRAWS) of S sets whose rows are drawn anew, the same ones of each set: they have captions
-    and seeds in common.
-    """
+    """(S, DRAWS) of S sets: rows are drawn anew, the same of each, as their captions are."""
     rows = np.random.default_rng(0).integers(len(made[0]), size=(DRAWS, len(made[0])))
     return np.stack([_distances(of, real, rows) for of in made])
 

@@ -1,6 +1,4 @@
-"""The models of the experiments: the shipped one, small ones of its kind, and two CLIPs, trained on
-pictures of 64 pixels.
-"""
+"""The models of the experiments: the shipped one, small ones of its kind, and two CLIPs."""
 
 from __future__ import annotations
 
@@ -37,15 +35,14 @@ SMALL_NET = [
     "learning_rate=2e-3",
     "warmup_steps=100",
     "ema_rates=0.995",
-    "steps=1500",
+    "steps=900",
 ]
 CLIP_NET = ["model.clip.context=32", "batch=256", "steps=300", "ema_rates=0.98", "precision=auto"]
 
 
 @dataclass(frozen=True)
 class Model:
-    """How one of the models comes about: a preset with other settings, and the folder of pictures.
-    """
+    """How a model comes about: a preset with other settings, and the folder of pictures."""
 
     preset: str
     settings: list[str]

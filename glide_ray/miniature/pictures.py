@@ -28,8 +28,9 @@ from .models import CLIP, LARGE, SMALL, Say
 
 SAMPLING = SampleOptions(sampler="dpm++", steps="16")
 IMAGES = 192
-SCALES, CLIP_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0), (1.0, 3.0, 10.0)
-BEST, BY_CLIP = 3.0, 3.0  # of tables and figures
+SCALES, CLIP_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0), (3.0, 10.0, 30.0)
+# Of tables and figures. By CLIP: at which pictures of other captions are changed and still whole.
+BEST, BY_CLIP = 3.0, 10.0
 # At the noisiest timesteps a small CLIP sees nothing, and its gradient would count most there.
 CLIP_INTERVAL = (0.0, 0.9)
 AT_ONCE = 32  # pictures in a network call
@@ -93,9 +94,7 @@ SETS = {**FREE, **CLIPS, **SMALLS}
 
 
 def real_pictures(folder: Path) -> Real:
-    """Those of a corpus, of each group as large a share as an epoch of training reads. Raises
-    ShardError.
-    """
+    """Those of a corpus, of each group the share that training reads. Raises ShardError."""
     samples = [
         sample
         for part in find_parts(folder)
@@ -111,9 +110,7 @@ def real_pictures(folder: Path) -> Real:
 def make_set(
     name: str, way: Way, weights: Mapping[str, Path], captions: Sequence[str], out: Path, say: Say
 ) -> np.ndarray:
-    """Pictures uint8 (N, SIDE, SIDE, 3), caption n with seed n: made, or as `out` has them from
-    before.
-    """
+    """Pictures uint8 (N, S, S, 3), caption n with seed n: made, or as `out` has them."""
     clip = weights[CLIP] if way.options.clip_scale else None
     asked = [
         fingerprint(weights[way.model]),
