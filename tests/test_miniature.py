@@ -203,7 +203,10 @@ def figures_of(sign):
     return sets, real, {"images": 64, "ddim": border, "ancestral": BORDER}
 
 
-def test_findings_hold_where_figures_are_as_the_paper_has_them_and_not_the_other_way_round():
+def test_findings_hold_where_figures_are_as_the_paper_has_them_and_not_the_other_way_round(
+    monkeypatch,
+):
+    monkeypatch.setattr(findings, "DRAWS", 30)
     there, turned = (
         findings.findings(*figures_of(sign)[:2], {}, figures_of(sign)[2]) for sign in (1, -1)
     )

@@ -78,13 +78,13 @@ def findings(
 
 def figures(seen: Seen, real: Seen) -> dict[str, float]:
     """What table 2 and figure 6 show of a set: distances, precision, recall and score of
-    EfficientNet's features, CLIP score.
+    EfficientNet's features, the first of them of the plain CLIP's too, and the CLIP score.
     """
-    precision, recall = metrics.precision_recall(real.looks, seen.looks)
     score, _ = metrics.inception_score(seen.classes, 4)
-    distance, _ = metrics.kid(
-        real.looks, seen.looks, size=min(len(real.looks), len(seen.looks)) // 2
-    )
+    size = min(len(real.looks), len(seen.looks)) // 2
+    distance, _ = metrics.kid(real.looks, seen.looks, size=size)
+    precision, recall = metrics.precision_recall(real.looks, seen.looks)
+    clip_precision, clip_recall = metrics.precision_recall(real.clip, seen.clip)
     return {
         "frechet_distance": frechet(seen.looks, real.looks),
         "kid": distance,
@@ -92,6 +92,9 @@ def figures(seen: Seen, real: Seen) -> dict[str, float]:
         "precision": precision,
         "recall": recall,
         "clip_score": 100 * float(seen.cosines.mean()),
+        "clip_frechet_distance": frechet(seen.clip, real.clip),
+        "clip_precision": clip_precision,
+        "clip_recall": clip_recall,
     }
 
 

@@ -64,7 +64,8 @@ def train_all(out: Path, corpus: Path, say: Say) -> dict[str, Path]:
     for name in MODELS:
         done = train_alone(preset(name, out), out / name)
         weights[name] = done.weights
-        say(f"{name}: {done.step:,} steps, {done.images_per_s:,.0f} images/s")
+        if done.images_per_s:
+            say(f"{name}: {done.step:,} steps, {done.images_per_s:,.0f} images/s")
     weights[STRIPPED] = out / f"{STRIPPED}.safetensors"
     strip(weights[LARGE], weights[STRIPPED])
     return weights

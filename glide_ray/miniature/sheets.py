@@ -52,7 +52,7 @@ VOTERS = (
 )
 MEASURES = (
     "real pictures that no model was trained on. Distances, precision and recall are of "
-    "EfficientNet's features, the CLIP score of a CLIP that guides nothing."
+    "EfficientNet's features, and where they are called so of a CLIP's that guides nothing."
 )
 IMPLICIT = (
     "Implicit and by CLIP guidance: the shipped weights without the inputs of the known pixels, "
@@ -145,25 +145,51 @@ def report(
     `reals`: how many pictures a set has, and the reference."""
     held = sum(finding.holds for finding in found)
     findings = [[one.text, one.here, "holds" if one.holds else "does not hold"] for one in found]
-    return page("The paper in miniature", [
-        Section(f"{held} of {len(found)} findings hold at this scale", RULE,
-                table=[["the paper", "here", ""], *findings]),
-        Section("The same captions and seeds",
+    return page(
+        "The paper in miniature",
+        [
+            Section(
+                f"{held} of {len(found)} findings hold at this scale",
+                RULE,
+                table=[["the paper", "here", ""], *findings],
+            ),
+            Section(
+                "The same captions and seeds",
                 f"Rows: {', '.join(['real', *FREE, *CLIPS, *SMALLS])}.",
-                groups=[[Picture(sheets["sets.png"])]], width=1040),
-        Section("Figure 6: both kinds of guidance", f"{images} pictures a point.",
-                groups=[[Picture(sheets["figure-6.png"])]], width=1040),
-        Section("Table 1: Elo", VOTERS, table=_elo_table(standings)),
-        Section("Table 2: distance to real pictures", f"{reals} {MEASURES}",
-                table=_figures_table(table)),
-        Section("Figure 9: large and small models", "Not chosen: seeds 0 to 5.",
-                groups=[[Picture(sheets["figure-9.png"])]], width=1000),
-        Section("Figure 11: inpainting", f"The best of {TRIES} by CLIP each. {IMPLICIT}",
-                groups=[[Picture(sheets["figure-11.png"])]], width=600),
-        Section("Errors of inpainting",
+                groups=[[Picture(sheets["sets.png"])]],
+                width=1040,
+            ),
+            Section(
+                "Figure 6: both kinds of guidance",
+                f"{images} pictures a point.",
+                groups=[[Picture(sheets["figure-6.png"])]],
+                width=1040,
+            ),
+            Section("Table 1: Elo", VOTERS, table=_elo_table(standings)),
+            Section(
+                "Table 2: distance to real pictures",
+                f"{reals} {MEASURES}",
+                table=_figures_table(table),
+            ),
+            Section(
+                "Figure 9: large and small models",
+                "Not chosen: seeds 0 to 5.",
+                groups=[[Picture(sheets["figure-9.png"])]],
+                width=1000,
+            ),
+            Section(
+                "Figure 11: inpainting",
+                f"The best of {TRIES} by CLIP each. {IMPLICIT}",
+                groups=[[Picture(sheets["figure-11.png"])]],
+                width=600,
+            ),
+            Section(
+                "Errors of inpainting",
                 f"Mean squared error of {painted['images']} holes beside the picture itself.",
-                table=_errors_table(painted)),
-    ])
+                table=_errors_table(painted),
+            ),
+        ],
+    )
 
 
 def _elo_table(standings: Mapping[str, Mapping[str, Standing]]) -> list[list[str]]:
