@@ -160,10 +160,13 @@ def _asked(options):
 def _cascade(options):
     from .cascade import Cascade
     from .commands import note
+    from .evaluation.compose import AT_ONCE
+    from .hardware import quick_precision
     from .pretrained.shipped import locate, upsampler_for
     _asked(options)         # found senseless before anything is loaded
     upsampler = None if options.size == 64 else options.upsampler or upsampler_for(options.base, note)
-    cascade = Cascade.load(locate(options.base, "base"), upsampler, options.precision)
+    precision = quick_precision() if options.precision == "auto" else options.precision
+    cascade = Cascade.load(locate(options.base, "base"), upsampler, precision, AT_ONCE, batched=True)
     if cascade.size != options.size:
         raise UserError(f"These models make pictures of {cascade.size} pixels; " + (
             "give --size 64, or an upsampler with --upsampler." if cascade.size == 64 else f"--size {options.size} is not theirs."))

@@ -132,16 +132,18 @@ class Cascade:
 
     @classmethod
     def load(cls, base: str | Path, upsampler: str | Path | None = None, precision: str = "auto", max_in_flight: int = 8,
-             clip: str | Path | None = None) -> Cascade:
+             clip: str | Path | None = None, batched: bool | None = None) -> Cascade:
         """From weights files, on the GPU if there is one; `clip` may also be a public CLIP's folder. Raises WeightsError.
 
-        "emoji" names the weights that ship with the package: as `base` alone, both of them.
+        `batched`: up to `max_in_flight` pictures in each network call, which is faster; on a CPU the default is one by one, so
+        that a picture is the same to the last bit in any company. "emoji" names the weights that ship with the package: as `base`
+        alone, both of them.
         """
         if str(base) == SHIPPED and upsampler is None:
             upsampler = SHIPPED
         base, upsampler = locate(base, "base"), locate(upsampler, "upsampler") if upsampler else None
-        made = cls(load_stepper(base, "base", precision, max_in_flight, clip),
-                   load_stepper(upsampler, "upsampler", precision, max_in_flight) if upsampler else None)
+        made = cls(load_stepper(base, "base", precision, max_in_flight, clip, batched=batched),
+                   load_stepper(upsampler, "upsampler", precision, max_in_flight, batched=batched) if upsampler else None)
         check_pair(made.base.config, made.upsampler.config if made.upsampler else None)
         sources = {role: path for role, path in (("base", base), ("upsampler", upsampler), ("clip", clip)) if path}
         dtype = next(made.base.model.parameters()).dtype

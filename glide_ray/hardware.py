@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .config import ConfigError, nearest
-from .train.zero import resolve_precision
+from .train.zero import fastest_on_cpu, resolve_precision
 
 TERA, GIGA = 1e12, 1e9
 NODE = 8      # GPUs in one machine: NVIDIA's HGX and DGX, and the largest of AWS's instances of each kind below
@@ -178,3 +178,9 @@ def find_machine(kind: str | None, workers: int, precision: str, utilisation: fl
         raise ConfigError(f"Setting train.precision: {kind} has no {precision} arithmetic; use fp16.")
     sent = link * GIGA if link else gpu.inside if workers <= NODE else gpu.between
     return Machine(kind.lower(), gpu.memory * USABLE, tflops * TERA if tflops else peak * part, sent, "cuda", gpu.single * part, note)
+
+
+def quick_precision() -> str:
+    """The precision to sample many pictures in: `auto` with a GPU, else what this CPU computes
+    fastest."""
+    return "auto" if torch.cuda.is_available() else fastest_on_cpu()

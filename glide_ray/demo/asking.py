@@ -19,13 +19,14 @@ from ..config import SampleOptions, UserError
 from ..data.images import decode, encode
 from ..distributed.local import connect
 from ..evaluation.report import show_hole
+from ..hardware import quick_precision
 from ..pretrained.shipped import Pair
 from ..serve_config import Scale, ServeConfig, ServedModel
 from .figures import (BEFORE_AFTER, EDIT, SCENE, SKETCH, draw_edit, draw_pairs, draw_scene,
                       draw_sketch, draw_sketches)
 from .plan import Plan
 from .results import Result
-from .sheet import file_name, quick_precision
+from .sheet import file_name
 
 AT_ONCE, PATIENCE = 4, 600      # requests on the way, seconds for an answer
 HALF_A_CPU = Scale(cpus=0.5)    # four stages and the ingress beside each other, logically

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from .. import storage
 from ..cascade import Cascade
 from ..data.images import encode
 from ..evaluation.report import grid
+from ..hardware import quick_precision
 from ..pretrained.shipped import Pair
 from ..recipe import Maker, save_picture
-from ..stepper import Stepper
-from ..train.zero import fastest_on_cpu
 from .figures import SHEET
 from .plan import Plan
 from .results import Result
@@ -29,7 +26,7 @@ def make_sheet(out: Path, plan: Plan, pair: Pair) -> Result:
 
     Gives `rows`: for each thing the names of its pictures, in the order of `styles`.
     """
-    cascade = load_batched(pair)
+    cascade = Cascade.load(pair.base, pair.upsampler, quick_precision(), AT_ONCE, batched=True)
     prompts = [f"{thing}, {style}" for thing in plan.things for style in plan.styles]
     seeds = [row for row in range(len(plan.things)) for _ in plan.styles]
     images = _with_bars(cascade, prompts, seeds, plan)
@@ -46,30 +43,9 @@ def make_sheet(out: Path, plan: Plan, pair: Pair) -> Result:
             "rows": [names[start:start + width] for start in range(0, len(names), width)]}
 
 
-def load_batched(pair: Pair) -> Cascade:
-    """The pair in the precision that is fastest here, AT_ONCE pictures in each network call.
-
-    A CPU otherwise computes pictures one by one, so that each is the same to the last bit in any
-    company; here they are wanted all at once.
-    """
-    precision = quick_precision()
-    cascade = Cascade.load(pair.base, pair.upsampler, precision, AT_ONCE)
-    return replace(cascade, base=_batched(cascade.base), upsampler=_batched(cascade.upsampler))
-
-
-def quick_precision() -> str:
-    """The precision to sample in: `auto` with a GPU, else what this CPU multiplies fastest."""
-    return "auto" if torch.cuda.is_available() else fastest_on_cpu()
-
-
 def file_name(prompt: str) -> str:
     """A prompt as a part of a file's name: "a red apple, 3D render" -> "a-red-apple-3d-render"."""
     return "-".join("".join(c if c.isalnum() else " " for c in prompt.lower()).split())
-
-
-def _batched(stepper: Stepper) -> Stepper:
-    dtype = next(stepper.model.parameters()).dtype
-    return Stepper(stepper.model, stepper.config, stepper.device, dtype, AT_ONCE, batched=True)
 
 
 def _with_bars(cascade: Cascade, prompts: list[str], seeds: list[int], plan: Plan

@@ -142,14 +142,17 @@ def make_pictures(
         kept = order.kept()
         if kept is not None:
             made[n] = kept
-    done = len(made)
-    for some in _together([n for n in range(len(cases)) if n not in made], orders):
-        for n, picture in zip(some, _draw(cascade, [orders[m] for m in some]), strict=True):
-            save_picture(picture, orders[n].path, orders[n].recipe, orders[n].inputs)
-            made[n] = picture
-        done += len(some)
+    for some in _together(orders):
+        missing = [n for n in some if n not in made]
+        if not missing:
+            continue
+        # All of them again: a picture may depend in its last bits on those beside it.
+        for n, picture in zip(some, _draw(cascade, [orders[n] for n in some]), strict=True):
+            if n in missing:
+                save_picture(picture, orders[n].path, orders[n].recipe, orders[n].inputs)
+                made[n] = picture
         if progress:
-            progress(done, len(cases))
+            progress(len(made), len(cases))
     return [made[n] for n in range(len(cases))]
 
 
@@ -196,11 +199,11 @@ class _Order:
         )
 
 
-def _together(missing: Sequence[int], orders: Sequence[_Order]) -> Iterator[list[int]]:
+def _together(orders: Sequence[_Order]) -> Iterator[list[int]]:
     """Prompts several at once, edits one by one."""
-    prompts = [n for n in missing if not orders[n].inputs]
-    yield from (prompts[start : start + AT_ONCE] for start in range(0, len(prompts), AT_ONCE))
-    yield from ([n] for n in missing if orders[n].inputs)
+    prompts = [n for n, order in enumerate(orders) if not order.inputs]
+    yield from (prompts[start:start + AT_ONCE] for start in range(0, len(prompts), AT_ONCE))
+    yield from ([n] for n, order in enumerate(orders) if order.inputs)
 
 
 def _draw(cascade: Cascade, orders: Sequence[_Order]) -> list[np.ndarray]:

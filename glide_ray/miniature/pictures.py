@@ -20,10 +20,10 @@ from ..config import SampleOptions
 from ..data.images import decode, to_uint8
 from ..data.sources import find_parts, in_share, read_part, share_of
 from ..evaluation.features import ClipFeatures
+from ..hardware import quick_precision
 from ..models.efficientnet import load_efficientnet, normalise
 from ..presets import EMOJI
 from ..storage import fingerprint
-from ..train.single import single_precision
 from .models import CLIP, LARGE, SMALL, Say
 
 SAMPLING = SampleOptions(sampler="dpm++", steps="16")
@@ -131,12 +131,7 @@ def make_set(
 
 def load(weights: Path, clip: Path | None = None) -> Cascade:
     """A base model that makes many pictures in each call, also on a CPU. Raises WeightsError."""
-    return Cascade(load_stepper(weights, "base", precision(), AT_ONCE, clip, batched=True))
-
-
-def precision() -> str:
-    """The faster of bf16 and fp32 on this machine."""
-    return single_precision("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    return Cascade(load_stepper(weights, "base", quick_precision(), AT_ONCE, clip, batched=True))
 
 
 def generate(cascade: Cascade, captions: Sequence[str], options: SampleOptions) -> np.ndarray:

@@ -19,13 +19,14 @@ from ..data import emoji
 from ..data.images import encode
 from ..data.shards import read_index
 from ..distributed.job import once
+from ..hardware import quick_precision
 from ..quality import bench_inpainting
 from ..storage import fingerprint
 from . import findings as judged
 from . import sheets
 from .findings import Finding
 from .models import JUDGE, LARGE, STRIPPED, train_all
-from .pictures import IMAGES, SETS, Eyes, Real, make_set, precision, real_pictures
+from .pictures import IMAGES, SETS, Eyes, Real, make_set, real_pictures
 
 HOLES = 64  # pictures that are inpainted for the error at the border
 FINDINGS, FIGURES, PAGE = "findings.json", "figures.json", "report.html"
@@ -49,7 +50,7 @@ def run(out: Path, corpus: Path, say: Callable[[str], None] = tqdm.write) -> lis
         str(out / "inpainting.json"),
         {name: fingerprint(weights[name]) for name in (STRIPPED, LARGE)},
         lambda: bench_inpainting(
-            weights[STRIPPED], weights[LARGE], held_out, HOLES, precision=precision()
+            weights[STRIPPED], weights[LARGE], held_out, HOLES, precision=quick_precision()
         ),
     )
     say("looking at the pictures")
