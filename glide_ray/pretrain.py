@@ -10,20 +10,24 @@ from pathlib import Path
 import torch
 
 from . import presets, storage
-from .config import ConfigError, nearest
+from .config import ConfigError, Preset, nearest
 from .data.emoji import build
 from .data.images import encode
 from .evaluation.samples import sample_grid
+from .models.weights import build as build_model
+from .models.weights import save_weights
 from .pretrained.pack import read_trained, write_half
 from .settings import override
-from .train.alone import Done, train_alone
+from .train.alone import Done, MemoryCorpus, train_alone
 from .train.run_folder import METRICS
+from .train.words import CAPTIONS, SIDE, learn_words
 
-MODELS = ("emoji-base", "emoji-upsampler")
+MODELS = BASE, UPSAMPLER = "emoji-base", "emoji-upsampler"
+WORDS, WORDS_PART = "words.safetensors", 0.15      # the text transformer's part of the minutes
 PART_BYTES = 15 * 2**20        # of a file of weights: what a mail or a small store takes
 # A GPU has so little to do with a CPU's batch that launches are most of a step.
-ON_GPU = {"emoji-base": ["batch=256", "learning_rate=2e-3", "constant_steps=1500", "evaluate_every=1000", "checkpoint_every=1000"],
-          "emoji-upsampler": ["batch=64", "learning_rate=1.5e-3", "constant_steps=1500"]}
+ON_GPU = {BASE: ["batch=256", "learning_rate=2e-3", "constant_steps=1500", "evaluate_every=1000", "checkpoint_every=1000"],
+          UPSAMPLER: ["batch=64", "learning_rate=1.5e-3", "constant_steps=1500"]}
 
 
 def pretrain(name: str, out: Path, minutes: float, corpus: Path, run: Path, packages: Path | None = None,
@@ -36,7 +40,8 @@ def pretrain(name: str, out: Path, minutes: float, corpus: Path, run: Path, pack
     `NAME.png`                      a sheet of samples
     `NAME.metrics.jsonl`            the run's figures
 
-    The same command goes on with the run. Raises UserError.
+    A base model's text transformer is trained alone first, in WORDS_PART of the minutes. The same
+    command goes on with the run. Raises UserError.
     """
     if name not in MODELS:
         raise ConfigError(f"{name!r} does not ship; {nearest(name, MODELS)}")
@@ -46,6 +51,11 @@ def pretrain(name: str, out: Path, minutes: float, corpus: Path, run: Path, pack
     preset = override(presets.get(name), [
         "trackers=", "sample_every=none", f"data.held_out={corpus}/held_out", f"data.corpus={corpus}/{{train,tones,scenes}}",
         *(ON_GPU[name] if gpu else []), *settings])
+    if name == BASE and preset.train.start_from is None:
+        if not (run / WORDS).exists():
+            _learn_words(preset, run / WORDS, WORDS_PART * minutes, report)
+            minutes *= 1 - WORDS_PART
+        preset = override(preset, [f"start_from={run / WORDS}"])
     done = train_alone(preset, run, minutes)
     report(f"{done.step:,} steps, {done.images_per_s:,.0f} images/s")
     device = torch.cuda.get_device_name() if gpu else "CPU"
@@ -57,6 +67,19 @@ def pretrain(name: str, out: Path, minutes: float, corpus: Path, run: Path, pack
     storage.put((run / METRICS).read_bytes(), out / f"{name}.{METRICS}")
     report(f"{out}: join the parts with `cat {name}.safetensors.* > {name}.safetensors`")
     return done
+
+
+def _learn_words(preset: Preset, path: Path, minutes: float, report: Callable[[str], None]) -> None:
+    """Weights of a new model, whose text transformer alone has been trained."""
+    torch.manual_seed(preset.train.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build_model(preset.model).to(device)
+    corpus = MemoryCorpus(preset)
+    at_once = min(CAPTIONS, max(preset.train.batch, len(corpus.rows) // 8))
+    corpus.preset = override(preset, [f"batch={at_once}"])
+    explained = learn_words(model, corpus.endless(), minutes, report)
+    report(f"words: captions explain {explained:.0%} of the variance of pictures of {SIDE} pixels")
+    save_weights(path, model.state_dict(), preset.model)
 
 
 def _write_parts(whole: Path, out: Path, name: str, recipe: dict) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -61,20 +61,13 @@ def _learn(preset: Preset, seconds: float) -> tuple[float, int]:
     """Train for so many seconds of computing: the error on held-out images, and how many images were seen."""
     corpus, trainer = MemoryCorpus(preset), SingleTrainer(preset)
     # Of this thread alone: another one decodes, which a longer run does once for all its epochs.
-    batches, number, began = _endless(corpus), 0, time.thread_time()
+    batches, number, began = corpus.endless(), 0, time.thread_time()
     while time.thread_time() - began < seconds:
         number += 1
         trainer.step(batches, number)
     with trainer.ema.in_place(preset.train.ema_rates[0]):
         trainer.refresh()
         return x0_error(trainer, held_out_batches(preset.data, preset.model, 32)), number * preset.train.batch
-
-
-def _endless(corpus: MemoryCorpus) -> Iterator[Batch]:
-    epoch = 0
-    while True:
-        yield from corpus.epoch_batches(epoch, 0)
-        epoch += 1
 
 
 @torch.no_grad()

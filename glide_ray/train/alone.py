@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import time
@@ -175,6 +176,11 @@ class MemoryCorpus:
         parts = (chosen[start:start + micro] for start in range(0, whole, micro))
         rows_of = (columns((self.rows[n][0], self.rows[n][2]) for n in part) for part in parts)
         return ahead(collated(rows_of, self._collate, self.preset, epoch))
+
+    def endless(self) -> Iterator[Batch]:
+        """Epoch after epoch."""
+        for epoch in itertools.count():
+            yield from self.epoch_batches(epoch, 0)
 
     def _order(self, epoch: int) -> np.ndarray:
         """The numbers of the rows that the epoch reads, shuffled."""
