@@ -123,6 +123,8 @@ def add_compose_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--prompts", type=positive, default=200, metavar="N", help="of each category (default: %(default)s)")
     command.add_argument("--categories", nargs="+", choices=CATEGORIES, default=list(CATEGORIES), metavar="NAME",
                          help=f"of {', '.join(CATEGORIES)} (default: all)")
+    command.add_argument("--new-style", metavar="CORPUS", help="a corpus of one more style, as fine-tuning teaches it: things are "
+                         "asked for in that style, too")
     command.add_argument("--size", type=int, choices=[64, 256], default=256, help="of the pictures: 64 asks the base model only (default: %(default)s)")
     command.add_argument("--real", action="store_true", help="judge the real pictures of the prompts alone, and make none")
     command.add_argument("--sampler", help="of the base model: ancestral, ddim, plms or dpm++ (default: its own)")
@@ -137,12 +139,16 @@ def add_compose_options(command: argparse.ArgumentParser) -> None:
 def compose(options) -> None:
     from .evaluation import compose as composing
     from .evaluation.fitting import load_or_fit
+    from .evaluation.new_style import learn_style
     from .evaluation.report import aligned
     cascade = None if options.real else _cascade(options)
-    judge = load_or_fit(options.corpus, print)
+    judge, rows_of_style = load_or_fit(options.corpus, print), ()
+    if options.new_style:
+        judge, rows_of_style = learn_style(judge, options.new_style, options.corpus)
     print(aligned(composing.judge_table(judge, options.size)))
     with _progress("pictures") as progress:
-        run = composing.Run(judge, options.corpus, options.out, options.prompts, options.categories, options.size, options.seed, _asked(options))
+        run = composing.Run(judge, options.corpus, options.out, options.prompts, options.categories, options.size, options.seed, _asked(options),
+                            rows_of_style)
         rows = run.of_real(print) if cascade is None else run.of_models(cascade, print, progress)
     print(aligned(composing.table(rows)))
     if cascade is not None:

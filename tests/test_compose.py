@@ -11,10 +11,13 @@ from glide_ray.cascade import Cascade
 from glide_ray.cli import main
 from glide_ray.config import SampleOptions
 from glide_ray.evaluation import compose, fitting
-from glide_ray.evaluation.cases import make_cases
+from glide_ray.data.images import decode, encode
+from glide_ray.data.shards import Sample, write_shards
+from glide_ray.evaluation.cases import CorpusError, make_cases
 from glide_ray.evaluation.categories import (
-    BACKGROUND, CATEGORIES, COUNT, INPAINTING, KNOWN, PAIRS, POSITION, QUESTIONS, SEEN, STYLE, THING,
+    BACKGROUND, CATEGORIES, COUNT, INPAINTING, KNOWN, NEW, PAIRS, POSITION, QUESTIONS, SEEN, STYLE, THING,
 )
+from glide_ray.evaluation.new_style import learn_style
 from glide_ray.evaluation.trial import try_judge
 
 COUNTED = 4
@@ -164,6 +167,40 @@ def test_an_edit_keeps_the_known_pixels_and_a_changed_one_is_noticed(judge, corp
         picture[y, x] ^= 1
     assert [of[KNOWN].right for of in compose.judged(judge, cases, kept)] == [True, True]
     assert [of[KNOWN].right for of in compose.judged(judge, cases, changed)] == [False, False]
+
+
+# -- a new style ------------------------------------------------------------------------------------------------------
+
+def write_line_drawings(folder):
+    """The things of the corpus as black lines on white: a corpus of one style."""
+    samples = []
+    for thing in drawn.THINGS:
+        one = drawn.sample(thing, "3D render")
+        grey = np.asarray(decode(one.image).convert("L"), int)
+        edge = np.abs(np.diff(grey, axis=0, append=255)) + np.abs(np.diff(grey, axis=1, append=255))
+        pixels = np.where(edge[..., None] > 12, 0, 255).repeat(3, -1).astype(np.uint8)
+        name = drawn.THINGS[thing]
+        samples.append(Sample(f"outline-{name}", encode(pixels), "png", (f"a {name}, outline",),
+                              {**one.meta, "style": "outline"}))
+    write_shards(folder / "train", samples)
+    return str(folder)
+
+
+def test_a_new_style_is_learnt_from_half_of_its_things_and_asked_of_the_others(judge, corpus, tmp_path):
+    knowing, rows = learn_style(judge, write_line_drawings(tmp_path / "outline"), corpus)
+    assert 0 < len(rows) < len(drawn.THINGS) and {row.style for row in rows} == {"outline"}
+    tried = knowing.accuracy["64"][NEW][STYLE]
+    assert tried["right"] == 1 and tried["pictures"] == len(rows) + min(len(rows), len(drawn.PAIRS))
+    assert knowing.accuracy["64"][SEEN] == judge.accuracy["64"][SEEN]
+    run = compose.Run(knowing, corpus, tmp_path / "out", 3, [SEEN], 64, new_style=rows)
+    figures = {(row["category"], row["question"]): row for row in run.of_real()}
+    assert figures[NEW, STYLE]["right"] == 1 and figures[NEW, STYLE]["pictures"] == 3
+    assert knowing.digest() != judge.digest()
+
+
+def test_a_corpus_of_many_styles_is_no_new_one(judge, corpus):
+    with pytest.raises(CorpusError, match="give --new-style a corpus of one style"):
+        learn_style(judge, corpus, corpus)
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -292,7 +292,8 @@ def test_a_style_that_is_added_later_is_told_from_the_others(judge, cases):
         return np.where(edge[..., None], 0, 255).repeat(3, -1).astype(np.uint8)
 
     old, new = of(cases, "seen")[:8], of(cases, PAIRS)
-    knowing = judge.with_style("outline", [line_drawing(case) for case in old])
+    others = [case.picture for case in old]
+    knowing = judge.with_style("outline", [line_drawing(case) for case in old], others)
     assert knowing.style_of([line_drawing(case) for case in new]) == ["outline"] * len(new)
     assert "outline" not in knowing.style_of([case.picture for case in new])
 

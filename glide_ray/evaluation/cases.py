@@ -26,6 +26,7 @@ from .categories import (
     COLOUR,
     COUNT,
     INPAINTING,
+    NEW,
     PAIRS,
     POSITION,
     SEEN,
@@ -221,13 +222,14 @@ def make_cases(
             for row in read_rows(corpus, split)
             if row.emoji in vocabulary.names and (things is None or row.emoji in things)
         ]
-        found += single_cases(category, rows, count, _first_seed(category, seed))
+        found += single_cases(category, rows, count, first_seed(category, seed))
     if scenes := [name for name in categories if name in SCENES]:
         with sprites_of(corpus, "train", vocabulary, vocabulary.asked) as sprites:
             for category in scenes:
-                found += scene_cases(category, sprites, count, _first_seed(category, seed))
+                found += scene_cases(category, sprites, count, first_seed(category, seed))
     return found
 
 
-def _first_seed(category: str, seed: int) -> int:
-    return seed + SEEDS_APART * CATEGORIES.index(category)
+def first_seed(category: str, seed: int) -> int:
+    """The seed of a category's first prompt; the others count up from it."""
+    return seed + SEEDS_APART * (*CATEGORIES, NEW).index(category)

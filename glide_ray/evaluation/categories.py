@@ -14,7 +14,8 @@ SEEN, PAIRS, UNSEEN, BACKGROUND, COLOUR, COUNT, POSITION, INPAINTING = CATEGORIE
     "position",
     "inpainting",
 )
-SINGLE = (SEEN, PAIRS, UNSEEN)
+NEW = "new style"  # asked for where `--new-style` gives one
+SINGLE = (SEEN, PAIRS, UNSEEN, NEW)
 
 THING, STYLE, ON, IN, HOW_MANY, WHERE, KNOWN = (
     "object",
@@ -30,6 +31,7 @@ QUESTIONS = {
     SEEN: (THING, STYLE),
     PAIRS: (THING, STYLE),
     UNSEEN: (THING, STYLE),
+    NEW: (THING, STYLE),
     BACKGROUND: (ON, THING),
     COLOUR: (IN, THING),
     COUNT: (HOW_MANY, THING),
@@ -60,6 +62,8 @@ LINES = (
     Line("pairs of thing and style never seen: style", PAIRS, STYLE, 0.9),
     Line("things never seen: object", UNSEEN, THING),
     Line("things never seen: style", UNSEEN, STYLE),
+    Line("things in the new style: object", NEW, THING),
+    Line("things in the new style: style", NEW, STYLE, 0.8),
     Line("background's colour", BACKGROUND, ON, 0.9),
     Line("background's colour, new to the thing", BACKGROUND, ON, new_colours=True),
     Line("on a background: object", BACKGROUND, THING),

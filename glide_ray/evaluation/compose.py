@@ -16,8 +16,8 @@ from ..cascade import Cascade
 from ..config import SampleOptions, UserError
 from ..data.images import ImageError, area_downsample
 from ..recipe import Maker, Recipe, RecipeError, read_recipe, save_picture
-from .cases import Case, make_cases
-from .categories import BARS, INPAINTING, KNOWN, LINES, Line
+from .cases import Case, Row, first_seed, make_cases, single_cases
+from .categories import BARS, INPAINTING, KNOWN, LINES, NEW, Line
 from .judge import Judge, Verdict, kind_of_size
 from .pages import Picture, Section, page
 from .regions import resized
@@ -35,7 +35,9 @@ class ComposeError(UserError):
 
 @dataclass(frozen=True)
 class Run:
-    """What is asked: `count` prompts of each of `categories`, for pictures of `size` pixels, made with `options`, into the folder `out`."""
+    """What is asked: `count` prompts of each of `categories`, for pictures of `size` pixels, made
+    with `options`, into the folder `out`; and of things in a new style, where there are rows of it.
+    """
 
     judge: Judge
     corpus: str
@@ -45,6 +47,7 @@ class Run:
     size: int
     seed: int = 0
     options: SampleOptions = SampleOptions()
+    new_style: Sequence[Row] = ()
 
     def of_real(self, say: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
         """The figures of the real pictures of the prompts."""
@@ -78,9 +81,10 @@ class Run:
         return rows
 
     def _cases(self, say: Callable[[str], None]) -> list[Case]:
-        return make_cases(
+        cases = make_cases(
             self.corpus, self.judge.vocabulary, self.count, self.categories, self.seed, say
         )
+        return cases + single_cases(NEW, self.new_style, self.count, first_seed(NEW, self.seed))
 
     def _real(self, cases: Sequence[Case]) -> list[dict[str, Verdict]]:
         """The verdicts on the prompts' real pictures, looked at once: they are kept in the folder with what they are of."""
@@ -202,7 +206,7 @@ class _Order:
 def _together(orders: Sequence[_Order]) -> Iterator[list[int]]:
     """Prompts several at once, edits one by one."""
     prompts = [n for n, order in enumerate(orders) if not order.inputs]
-    yield from (prompts[start:start + AT_ONCE] for start in range(0, len(prompts), AT_ONCE))
+    yield from (prompts[start : start + AT_ONCE] for start in range(0, len(prompts), AT_ONCE))
     yield from ([n] for n, order in enumerate(orders) if order.inputs)
 
 

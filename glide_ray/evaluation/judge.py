@@ -91,14 +91,12 @@ class Judge:
         """What is shown, as the features of `things`: (N, D)."""
         return self.sight.shapes([View.of(picture) for picture in pictures])
 
-    def with_style(self, style: str, pictures: Sequence[np.ndarray]) -> Judge:
-        """Knowing one more style from real pictures of it, as after fine-tuning."""
-        return replace(
-            self,
-            styles=self.styles.adding(
-                style, self.sight.of([View.of(picture) for picture in pictures])
-            ),
-        )
+    def with_style(
+        self, style: str, pictures: Sequence[np.ndarray], others: Sequence[np.ndarray]
+    ) -> Judge:
+        """Knowing one more style, as after fine-tuning, from real pictures of it and of others."""
+        new, old = (self.sight.of([View.of(one) for one in of]) for of in (pictures, others))
+        return replace(self, styles=self.styles.adding(style, new, old))
 
     def measurable(self, size: int, category: str, question: str) -> bool:
         """Whether it is right often enough on real pictures of this size to score others."""
@@ -231,7 +229,8 @@ class Judge:
 
     def digest(self) -> str:
         """What tells this judge from others."""
-        parts = (self.things.centres, self.styles.palette, self.counts.weights)
+        parts = [self.things.centres, self.styles.palette, self.counts.weights]
+        parts += [head.weights for head in self.styles.added.values()]
         return hashlib.sha256(
             b"".join(np.ascontiguousarray(part, np.float16).tobytes() for part in parts)
         ).hexdigest()

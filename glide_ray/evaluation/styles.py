@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -20,7 +20,7 @@ SAME_LOOK = {"soft gradient": "3D render"}
 @dataclass(frozen=True)
 class Styles:
     """`labels`: styles in their order. `palette` (P, C), `bias` (C,): weights of the colours `codes` (P,). `weigh` makes of both parts' scores
-    one. `extra`: styles added later, by texture alone."""
+    one. `added`: styles added later, each told from all others."""
 
     labels: tuple[str, ...]
     codes: np.ndarray
@@ -28,7 +28,7 @@ class Styles:
     bias: np.ndarray
     texture: Discriminant
     weigh: Logistic
-    extra: Discriminant | None = None
+    added: Mapping[str, Logistic] = field(default_factory=dict)
 
     @classmethod
     def fit(
@@ -52,19 +52,18 @@ class Styles:
     def best(self, seen: Seen) -> list[str]:
         """The style of each picture, as it can be told: see SAME_LOOK."""
         found = [self.labels[n] for n in self.weigh.best(self._scores(seen))]
-        if self.extra is None:
-            return found
-        new = set(self.extra.labels) - set(self.labels)
-        return [
-            label if label in new else own
-            for label, own in zip(self.extra.best(seen.textures), found, strict=True)
-        ]
+        for style, head in self.added.items():
+            found = [
+                style if new else own
+                for new, own in zip(head.best(seen.textures), found, strict=True)
+            ]
+        return found
 
-    def adding(self, style: str, seen: Seen) -> Styles:
-        """With one more style, known from real pictures by its texture."""
-        return replace(
-            self, extra=(self.extra or self.texture).adding(seen.textures, [style] * len(seen))
-        )
+    def adding(self, style: str, seen: Seen, others: Seen) -> Styles:
+        """With one more style, told by its texture from real pictures of the other styles."""
+        textures = np.concatenate([others.textures, seen.textures]).astype(np.float32)
+        is_new = np.repeat([0, 1], [len(others), len(seen)])
+        return replace(self, added={**self.added, style: Logistic.fit(textures, is_new, DECAY)})
 
     def _scores(self, seen: Seen) -> np.ndarray:
         """By colours and by texture: (N, 2 C)."""

@@ -32,7 +32,7 @@ def try_judge(
         verdicts = judge.verdicts(cases, pictures)
         rows = [(case.category, verdict) for case, verdict in zip(cases, verdicts, strict=True)]
         found[name] = {
-            category: _shares([verdict for of, verdict in rows if of == category])
+            category: shares([verdict for of, verdict in rows if of == category])
             for category in CATEGORIES
             if any(of == category for of, _ in rows)
         }
@@ -81,7 +81,7 @@ def _unseen(corpus: str, judge: Judge, size: int) -> dict[str, Any]:
                 verdicts.append(
                     {**shown[n], THING: known.things_shown([case], small[n : n + 1])[0]}
                 )
-    return _shares(verdicts)
+    return shares(verdicts)
 
 
 def _pool_styles(found: dict[str, dict[str, Any]]) -> None:
@@ -96,7 +96,7 @@ def _pool_styles(found: dict[str, dict[str, Any]]) -> None:
             found[category][STYLE] = {"right": right, "pictures": pictures}
 
 
-def _shares(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def shares(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """By question, the share that was judged right, with the number of pictures; nothing where there are none."""
     questions = dict.fromkeys(question for verdict in verdicts for question in verdict)
     return {

@@ -1,0 +1,65 @@
+"""One more style, as after fine-tuning: the judge learns it from real pictures of half of the
+things, and is tried and asked on the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..data.splits import share
+from .cases import CorpusError, Row, read_rows, single_cases
+from .categories import NEW, STYLE
+from .judge import Judge
+from .regions import resized
+from .trial import SIZES, shares
+
+SPLIT = "train"
+MOST = 400  # pictures that the style is learnt from, of it and of others; that it is tried on
+
+
+def learn_style(judge: Judge, corpus: str, known: str) -> tuple[Judge, list[Row]]:
+    """The judge with the one style of `corpus/train`, and the rows that prompts are made of.
+
+    The style is told from those of the corpus `known`; the accuracy is measured on things that it
+    was not learnt from, half of them of the known styles. Raises CorpusError.
+    """
+    rows = [row for row in read_rows(corpus, SPLIT) if row.emoji in judge.vocabulary.names]
+    styles = {row.style for row in rows}
+    if len(styles) != 1 or styles <= set(judge.styles.labels):
+        raise CorpusError(
+            f"{corpus}/{SPLIT} has {len(styles)} styles of things that the judge knows"
+            f"{', and it knows their style' if len(styles) == 1 else ''}; give --new-style a "
+            f"corpus of one style that is not in --corpus."
+        )
+    (style,) = styles
+    learnt = [row for row in rows if share(f"new style/{row.emoji}") < 0.5]
+    asked = [row for row in rows if row not in learnt]
+    pictures = [_views(of[:MOST]) for of in (learnt, read_rows(known, SPLIT))]
+    judge = judge.with_style(style, *pictures)
+    return replace(judge, accuracy=_tried(judge, asked, read_rows(known, "held_out_pairs"))), asked
+
+
+def _views(rows: Sequence[Row]) -> list[np.ndarray]:
+    """Each at 256 and at 64 pixels."""
+    pictures = [row.picture() for row in rows]
+    return pictures + [resized(picture, 64) for picture in pictures]
+
+
+def _tried(judge: Judge, asked: Sequence[Row], old: Sequence[Row]) -> dict[str, Any]:
+    cases = single_cases(NEW, asked, min(len(asked), MOST))
+    others = [row.picture() for row in old[: len(cases)]]
+    accuracy = {}
+    for name, size in SIZES.items():
+        found = shares(judge.verdicts(cases, [resized(case.picture, size) for case in cases]))
+        seen = judge.style_of([resized(picture, size) for picture in others])
+        kept = sum(of not in judge.styles.added for of in seen)
+        right = found[STYLE]["right"] * len(cases) + kept
+        found[STYLE] = {
+            "right": right / (len(cases) + len(seen)),
+            "pictures": len(cases) + len(seen),
+        }
+        accuracy[name] = {**judge.accuracy.get(name, {}), NEW: found}
+    return accuracy
