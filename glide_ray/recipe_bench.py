@@ -27,9 +27,12 @@ VARIATIONS: dict[str, list[str]] = {
     "twice the learning rate": ["learning_rate=2e-3"],
     "half the batch": ["batch=16"],
     "twice the batch": ["batch=64"],
-    "squares of 2 pixels": ["model.unet.patch=2", "model.unet.attention_sizes=16,8"],
-    "half the channels": ["model.unet.multipliers=1,2,3", "model.unet.head_channels=32"],
-    "attention at 16, 8 and 4": ["model.unet.attention_sizes=16,8,4"],
+    "squares of 4 pixels, half the channels": [
+        "model.unet.patch=4", "model.unet.multipliers=1,2,4", "model.unet.attention_sizes=8,4"],
+    "squares of 2 pixels, a quarter of the channels": [
+        "model.unet.patch=2", "model.unet.channels=32", "model.unet.multipliers=1,2,4,8",
+        "model.unet.attention_sizes=8,4"],
+    "attention at 8, 4 and 2": ["model.unet.attention_sizes=8,4,2"],
 }
 TIMESTEPS = (200, 400, 600, 800)      # at which x_0 is predicted: where details, parts, shapes and colours are decided
 
