@@ -1,7 +1,7 @@
 """Words first: a base model's text transformer learns what captions look like, before its U-Net
 learns to draw.
 
-An image costs the U-Net a hundred times what its caption costs the text transformer, and a U-Net
+An image costs the U-Net eight times what its caption costs the text transformer, and a U-Net
 that cannot draw yet teaches little about words. So the transformer predicts small pictures from
 captions alone: the mean of what the model is to draw where there is nothing but noise.
 """
