@@ -26,12 +26,16 @@ def add_commands(add: Add) -> None:
                              "plots the fronts of figure 6. The same command goes on with what was interrupted."))
     _add_originals(add)
     _add_probe(add)
-    command = add("miniature", miniature, "the paper's figures 6, 9 and 11 and tables 1 and 2 in little, with the shipped weights, and what holds",
-                  "It trains two small models and two CLIPs and makes some 2,000 pictures of 64 pixels: about 25 minutes of one core. The same command goes on "
+    command = add("miniature", miniature, "figures 6, 9 and 11 and tables 1 and 2 of the paper at "
+                  "small scale with the shipped weights, and which findings hold",
+                  "It trains two small models and two CLIPs and makes some 2,000 pictures of 64 "
+                  "pixels: about 25 minutes of one core. The same command goes on "
                   "with what was interrupted.")
-    command.add_argument("--corpus", type=local_path, default=Path(EMOJI), help="as `glide corpus` builds it, with all its styles; built if it is not there "
+    command.add_argument("--corpus", type=local_path, default=Path(EMOJI),
+                         help="as `glide corpus` builds it, with all its styles; built if it is not there "
                          "(default: %(default)s)")
-    command.add_argument("--out", type=local_path, default=Path("runs/miniature"), help="folder of the results (default: %(default)s)")
+    command.add_argument("--out", type=local_path, default=Path("runs/miniature"),
+                         help="folder of the results (default: %(default)s)")
     _add_rate(add("rate", rate, "a page on which people compare pictures of models, blind, on a phone or by keyboard",
                          "example:\n  glide rate guided=runs/guided unguided=runs/unguided clip=runs/clip --out runs/study --real runs/corpus/held_out\n  glide rate --out "
                          "runs/study\nThe first begins a study and copies its pictures; the second, or the first again, goes on with it. `glide elo` counts the votes."))
@@ -41,7 +45,7 @@ def add_commands(add: Add) -> None:
     command.add_argument("--json", metavar="FILE", help="write the figures here, too")
 
 
-# -- evaluate ---------------------------------------------------------------------------------------------------------
+# -- evaluate --------------------------------------------------------------------------------------
 
 def add_evaluate_options(command: argparse.ArgumentParser) -> None:
     """Those of `glide evaluate` and of jobs/evaluate.py."""
@@ -113,26 +117,37 @@ def evaluate(options) -> None:
     print(f"{options.out}/report.html, figures.json, fronts.png")
 
 
-# -- compose ----------------------------------------------------------------------------------------------------------
+# -- compose ---------------------------------------------------------------------------------------
 
 def add_compose_options(command: argparse.ArgumentParser) -> None:
-    """Those of `glide compose`, but for the weights'."""
+    """The options of `glide compose`, except the weights'."""
     from .evaluation.categories import CATEGORIES
-    command.add_argument("--corpus", default=EMOJI, help="the corpus with all its styles, which the judge is fitted to and prompts are taken from "
+    command.add_argument("--corpus", default=EMOJI,
+                         help="the corpus that the judge is fitted to and prompts are made from, "
+                         "with all its styles (default: %(default)s)")
+    command.add_argument("--prompts", type=positive, default=200, metavar="N",
+                         help="per category (default: %(default)s)")
+    command.add_argument("--categories", nargs="+", choices=CATEGORIES, default=list(CATEGORIES),
+                         metavar="NAME", help=f"of {', '.join(CATEGORIES)} (default: all)")
+    command.add_argument("--new-style", metavar="CORPUS",
+                         help="a corpus of one more style, such as one used for fine-tuning; adds "
+                         "prompts in that style")
+    command.add_argument("--size", type=int, choices=[64, 256], default=256,
+                         help="pixels of the pictures; 64 uses the base model alone "
                          "(default: %(default)s)")
-    command.add_argument("--prompts", type=positive, default=200, metavar="N", help="of each category (default: %(default)s)")
-    command.add_argument("--categories", nargs="+", choices=CATEGORIES, default=list(CATEGORIES), metavar="NAME",
-                         help=f"of {', '.join(CATEGORIES)} (default: all)")
-    command.add_argument("--new-style", metavar="CORPUS", help="a corpus of one more style, as fine-tuning teaches it: things are "
-                         "asked for in that style, too")
-    command.add_argument("--size", type=int, choices=[64, 256], default=256, help="of the pictures: 64 asks the base model only (default: %(default)s)")
-    command.add_argument("--real", action="store_true", help="judge the real pictures of the prompts alone, and make none")
-    command.add_argument("--sampler", help="of the base model: ancestral, ddim, plms or dpm++ (default: its own)")
+    command.add_argument("--real", action="store_true",
+                         help="judge the real pictures of the prompts; generate nothing")
+    command.add_argument("--sampler", help="of the base model: ancestral, ddim, plms or dpm++ "
+                         "(default: its own)")
     command.add_argument("--steps", help="base model: a number, or a respacing (default: its own)")
     command.add_argument("--upsampler-steps", help="likewise for the upsampler")
-    command.add_argument("--guidance-scale", type=float, help="how strongly the prompt pulls (default: the model's own)")
-    command.add_argument("--seed", type=int, default=0, help="of the first picture of each category; it counts up (default: %(default)s)")
-    command.add_argument("--out", type=local_path, default=Path("runs/compose"), help="folder of the pictures, figures.json and report.html "
+    command.add_argument("--guidance-scale", type=float,
+                         help="how strongly the prompt pulls (default: the model's own)")
+    command.add_argument("--seed", type=int, default=0,
+                         help="of the first picture of each category; the others count up "
+                         "(default: %(default)s)")
+    command.add_argument("--out", type=local_path, default=Path("runs/compose"),
+                         help="folder for the pictures, figures.json and report.html "
                          "(default: %(default)s)")
 
 
@@ -147,8 +162,8 @@ def compose(options) -> None:
         judge, rows_of_style = learn_style(judge, options.new_style, options.corpus)
     print(aligned(composing.judge_table(judge, options.size)))
     with _progress("pictures") as progress:
-        run = composing.Run(judge, options.corpus, options.out, options.prompts, options.categories, options.size, options.seed, _asked(options),
-                            rows_of_style)
+        run = composing.Run(judge, options.corpus, options.out, options.prompts, options.categories,
+                            options.size, options.seed, _asked(options), rows_of_style)
         rows = run.of_real(print) if cascade is None else run.of_models(cascade, print, progress)
     print(aligned(composing.table(rows)))
     if cascade is not None:
@@ -158,7 +173,9 @@ def compose(options) -> None:
 def _asked(options):
     from .cascade import check_options
     from .config import SampleOptions
-    asked = SampleOptions(sampler=options.sampler, steps=options.steps, upsampler_steps=options.upsampler_steps, guidance_scale=options.guidance_scale)
+    asked = SampleOptions(sampler=options.sampler, steps=options.steps,
+                          upsampler_steps=options.upsampler_steps,
+                          guidance_scale=options.guidance_scale)
     check_options(asked, options.seed)
     return asked
 
@@ -170,12 +187,16 @@ def _cascade(options):
     from .hardware import quick_precision
     from .pretrained.shipped import locate, upsampler_for
     _asked(options)         # found senseless before anything is loaded
-    upsampler = None if options.size == 64 else options.upsampler or upsampler_for(options.base, note)
+    upsampler = None
+    if options.size != 64:
+        upsampler = options.upsampler or upsampler_for(options.base, note)
     precision = quick_precision() if options.precision == "auto" else options.precision
-    cascade = Cascade.load(locate(options.base, "base"), upsampler, precision, AT_ONCE, batched=True)
+    base = locate(options.base, "base")
+    cascade = Cascade.load(base, upsampler, precision, AT_ONCE, batched=True)
     if cascade.size != options.size:
         raise UserError(f"These models make pictures of {cascade.size} pixels; " + (
-            "give --size 64, or an upsampler with --upsampler." if cascade.size == 64 else f"--size {options.size} is not theirs."))
+            "give --size 64, or an upsampler with --upsampler." if cascade.size == 64
+            else f"give --size {cascade.size}."))
     return cascade
 
 
@@ -194,7 +215,7 @@ def _progress(what: str):
         bar.close()
 
 
-# -- rate and elo -----------------------------------------------------------------------------------------------------
+# -- rate and elo ----------------------------------------------------------------------------------
 
 def _add_rate(command: argparse.ArgumentParser) -> None:
     from .evaluation.turns import QUESTIONS
@@ -253,7 +274,7 @@ def named(given: list[str]) -> dict[str, str]:
     return found
 
 
-# -- originals --------------------------------------------------------------------------------------------------------
+# -- originals -------------------------------------------------------------------------------------
 
 def _add_originals(add: Add) -> None:
     command = add("filter-reference", filter_reference, "list a reference's near-copies of training images, for distances without them (table 2, validation filtered)",
@@ -295,10 +316,11 @@ def miniature(options) -> None:
     from .miniature import run as whole
     for finding in whole.run(options.out, options.corpus):
         print(f"{'holds         ' if finding.holds else 'does not hold '}{finding.text}\n              {finding.here}")
-    print(f"{options.out}/{whole.PAGE}, {whole.FIGURES}, {whole.FINDINGS}, figure-6.png, figure-9.png, figure-11.png, sets.png")
+    print(f"{options.out}/{whole.PAGE}, {whole.FIGURES}, {whole.FINDINGS}, figure-6.png, "
+          f"figure-9.png, figure-11.png, sets.png")
 
 
-# -- probe ------------------------------------------------------------------------------------------------------------
+# -- probe -----------------------------------------------------------------------------------------
 
 def _add_probe(add: Add) -> None:
     command = add("probe", probe, "do prompts that differ in one word give unlike pictures? The same seeds, measured in pairs (sec. 6)",

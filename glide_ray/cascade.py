@@ -135,15 +135,16 @@ class Cascade:
              clip: str | Path | None = None, batched: bool | None = None) -> Cascade:
         """From weights files, on the GPU if there is one; `clip` may also be a public CLIP's folder. Raises WeightsError.
 
-        `batched`: up to `max_in_flight` pictures in each network call, which is faster; on a CPU the default is one by one, so
-        that a picture is the same to the last bit in any company. "emoji" names the weights that ship with the package: as `base`
-        alone, both of them.
+        `batched`: up to `max_in_flight` pictures in each network call, which is faster. On a CPU
+        the default is one by one, so that a picture does not depend on those beside it, to the last
+        bit. "emoji" names the weights that ship with the package: as `base` alone, both of them.
         """
         if str(base) == SHIPPED and upsampler is None:
             upsampler = SHIPPED
         base, upsampler = locate(base, "base"), locate(upsampler, "upsampler") if upsampler else None
         made = cls(load_stepper(base, "base", precision, max_in_flight, clip, batched=batched),
-                   load_stepper(upsampler, "upsampler", precision, max_in_flight, batched=batched) if upsampler else None)
+                   load_stepper(upsampler, "upsampler", precision, max_in_flight, batched=batched)
+                   if upsampler else None)
         check_pair(made.base.config, made.upsampler.config if made.upsampler else None)
         sources = {role: path for role, path in (("base", base), ("upsampler", upsampler), ("clip", clip)) if path}
         dtype = next(made.base.model.parameters()).dtype
@@ -235,7 +236,8 @@ def load_stepper(path: str | Path, role: str, precision: str = "auto", max_in_fl
     model, config = load_model(path, resolve_precision(precision, device), device)
     check_role(config, role, path)
     critic = load_critic(clip, config, device) if clip else None
-    return Stepper(model, config, device, next(model.parameters()).dtype, max_in_flight, batched, critic, lanes)
+    dtype = next(model.parameters()).dtype
+    return Stepper(model, config, device, dtype, max_in_flight, batched, critic, lanes)
 
 
 def check_role(config: AnyModelConfig, role: str, path: str | Path) -> None:

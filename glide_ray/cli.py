@@ -205,10 +205,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--per-minute", type=positive, metavar="IMAGES", help="that this key may ask for (default: no limit)")
 
     assess.add_commands(add)
-    command = add("compose", assess.compose, "pictures made for prompts of known content, judged beside real ones: objects, styles, colours, counts, places",
-                  "examples:\n  glide compose --prompts 200\n  glide compose --size 64 --prompts 32 --steps 20 --categories seen colour count\n"
-                  "  glide compose --real\nThe judge is fitted to the corpus's real pictures once, in some minutes. The same command goes on with what was "
-                  "interrupted.")
+    command = add("compose", assess.compose, "whether generated pictures show the objects, styles, "
+                  "colours, counts and positions of their prompts",
+                  "examples:\n  glide compose --prompts 200\n"
+                  "  glide compose --size 64 --prompts 32 --steps 20 --categories seen colour count\n  glide compose --real\n"
+                  "The judge is fitted once to the corpus's real pictures, in some minutes. "
+                  "The same command resumes an interrupted run.")
     assess.add_compose_options(command)
     _add_weights(command)
 

@@ -26,7 +26,8 @@ MODELS = BASE, UPSAMPLER = "emoji-base", "emoji-upsampler"
 WORDS, WORDS_PART = "words.safetensors", 0.15      # the text transformer's part of the minutes
 PART_BYTES = 15 * 2**20        # of a file of weights: what a mail or a small store takes
 # A GPU has so little to do with a CPU's batch that launches are most of a step.
-ON_GPU = {BASE: ["batch=256", "learning_rate=2e-3", "constant_steps=1500", "evaluate_every=1000", "checkpoint_every=1000"],
+ON_GPU = {BASE: ["batch=256", "learning_rate=2e-3", "constant_steps=1500", "evaluate_every=1000",
+                 "checkpoint_every=1000"],
           UPSAMPLER: ["batch=64", "learning_rate=1.5e-3", "constant_steps=1500"]}
 
 

@@ -33,9 +33,11 @@ def bench_samplers(base: Path, steps: Sequence[int] = (10, 15, 20, 30), truth: i
 
 
 def bench_inpainting(base: Path, inpaint: Path, corpus: Path, images: int = 64, width: int = 2,
-                     samplers: Sequence[str] = ("ddim", "ancestral"), precision: str = "fp32") -> dict:
+                     samplers: Sequence[str] = ("ddim", "ancestral"), precision: str = "fp32"
+                     ) -> dict:
     """The mean squared error, against the picture itself, of the `width` pixels of a hole that touch its border: of a model that
-    is trained for inpainting, and of one that is not and has the known pixels re-noised into each step (sec. 4.3).
+    is trained for inpainting, and of one that is not and has the known pixels re-noised into each
+    step (sec. 4.3).
 
     Pictures are `images` of `corpus`, in the models' own steps. Raises UserError, WeightsError.
     """
@@ -51,7 +53,9 @@ def bench_inpainting(base: Path, inpaint: Path, corpus: Path, images: int = 64, 
         gain = border[0] - border[1]        # picture by picture: the same hole, filled from the same noise
         results[sampler] = {f"{part}_{name}": round(float(errors.mean()), 4) for part, pair in (("border", border), ("hole", hole))
                             for name, errors in zip(steppers, pair, strict=True)}
-        results[sampler] |= {"border_gain": round(float(gain.mean()), 5), "gain_standard_error": round(float(gain.std() / len(gain) ** 0.5), 5)}
+        error = gain.std() / len(gain) ** 0.5
+        results[sampler] |= {"border_gain": round(float(gain.mean()), 5),
+                             "gain_standard_error": round(float(error), 5)}
     return {"images": len(wanted), "border_pixels": width, **results}
 
 
@@ -63,12 +67,17 @@ def _inpainting_errors(stepper: Stepper, sampler: str, wanted: Sequence[tuple[Im
     insides = []        # pixels from each pixel to the hole's border, negative outside of it
     for seed in range(len(wanted)):
         top, left = np.random.default_rng(seed).integers(size // 8, size // 2 - size // 8, 2)
-        insides.append(np.minimum(np.minimum(y - top, top + size // 2 - 1 - y), np.minimum(x - left, left + size // 2 - 1 - x)))
-    made = stepper.run([base_request(stepper.config, caption, seed, options, known=images[seed], known_mask=insides[seed] < 0)
+        last = size // 2 - 1
+        insides.append(np.minimum(np.minimum(y - top, top + last - y),
+                                  np.minimum(x - left, left + last - x)))
+    made = stepper.run([base_request(stepper.config, caption, seed, options, known=images[seed],
+                                     known_mask=insides[seed] < 0)
                         for seed, (_, caption) in enumerate(wanted)])
-    errors = [np.square(to_uint8(one).astype(float) - image).mean(-1) / 255**2 for one, image in zip(made, images, strict=True)]
-    border = [error[(inside >= 0) & (inside < width)].mean() for error, inside in zip(errors, insides, strict=True)]
-    return np.array(border), np.array([error[inside >= 0].mean() for error, inside in zip(errors, insides, strict=True)])
+    errors = [np.square(to_uint8(one).astype(float) - image).mean(-1) / 255**2
+              for one, image in zip(made, images, strict=True)]
+    pairs = list(zip(errors, insides, strict=True))
+    border = [error[(inside >= 0) & (inside < width)].mean() for error, inside in pairs]
+    return np.array(border), np.array([error[inside >= 0].mean() for error, inside in pairs])
 
 
 def bench_guidance(base: Path, clip: Path, scales: Sequence[float] = (1, 2, 3, 5), seeds: int = 8) -> dict:

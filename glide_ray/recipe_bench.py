@@ -40,7 +40,8 @@ TIMESTEPS = (200, 400, 600, 800)      # at which x_0 is predicted: where details
 def bench_recipe(corpus: str, held_out: str, seconds: float = 180, repeats: int = 3, names: Sequence[str] = (),
                  report: Callable[[str], None] = print) -> dict:
     """The RMSE of held-out x_0, predicted by the averaged weights from noised images and their captions, after so many
-    seconds of the training thread's computing: mean over TIMESTEPS, and its standard error over `repeats` seeds.
+    seconds of the training thread's CPU time: mean over TIMESTEPS, and its standard error over
+    `repeats` seeds.
 
     `names`: some of VARIATIONS; all where there is none.
     """

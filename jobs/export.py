@@ -1,7 +1,7 @@
 """Weights from a run's checkpoint, for `ray job submit --working-dir . -- python jobs/export.py RUN --out s3://bucket/weights/base.safetensors`.
 
-Needs no GPU, and without --half the memory of the largest tensor alone. Prints one line of JSON at its end. Submitted again it does nothing, unless the run
-has a newer checkpoint.
+Needs no GPU, and without --half only the memory of the largest tensor. Prints one line of JSON at
+its end. Submitted again it does nothing, unless the run has a newer checkpoint.
 """
 
 import argparse

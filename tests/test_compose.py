@@ -1,4 +1,4 @@
-"""`glide compose`: prompts of known content, pictures made of them once, and figures with intervals."""
+"""`glide compose`: prompts, pictures that are generated once, and figures with intervals."""
 
 import json
 
@@ -15,7 +15,18 @@ from glide_ray.data.images import decode, encode
 from glide_ray.data.shards import Sample, write_shards
 from glide_ray.evaluation.cases import CorpusError, make_cases
 from glide_ray.evaluation.categories import (
-    BACKGROUND, CATEGORIES, COUNT, INPAINTING, KNOWN, NEW, PAIRS, POSITION, QUESTIONS, SEEN, STYLE, THING,
+    BACKGROUND,
+    CATEGORIES,
+    COUNT,
+    INPAINTING,
+    KNOWN,
+    NEW,
+    PAIRS,
+    POSITION,
+    QUESTIONS,
+    SEEN,
+    STYLE,
+    THING,
 )
 from glide_ray.evaluation.new_style import learn_style
 from glide_ray.evaluation.trial import try_judge
@@ -36,7 +47,9 @@ def judge(corpus):
 
 @pytest.fixture(scope="module")
 def cascade(tmp_path_factory):
-    return Cascade.load(serving_weights(tmp_path_factory.mktemp("weights"))["base"], precision="fp32")
+    return Cascade.load(
+        serving_weights(tmp_path_factory.mktemp("weights"))["base"], precision="fp32"
+    )
 
 
 @pytest.fixture()
@@ -49,20 +62,26 @@ def command(corpus, out, *more):
     return ["compose", "--corpus", corpus, "--out", str(out), "--prompts", "3", *more]
 
 
-# -- prompts ----------------------------------------------------------------------------------------------------------
+# -- prompts ---------------------------------------------------------------------------------------
+
 
 def test_prompts_are_the_same_each_time_and_no_two_begin_from_the_same_noise(corpus, judge):
     cases = make_cases(corpus, judge.vocabulary, COUNTED)
     again = make_cases(corpus, judge.vocabulary, COUNTED)
-    assert [(case.category, case.prompt, case.seed) for case in cases] == \
-        [(case.category, case.prompt, case.seed) for case in again]
+    assert [(case.category, case.prompt, case.seed) for case in cases] == [
+        (case.category, case.prompt, case.seed) for case in again
+    ]
     assert len({case.seed for case in cases}) == len(cases) == COUNTED * len(CATEGORIES)
 
 
 def test_pairs_that_are_asked_for_are_the_held_out_ones_and_seen_ones_are_not(corpus, judge):
     cases = make_cases(corpus, judge.vocabulary, 20)
-    asked = {category: {(case.thing, case.labels["style"]) for case in cases if case.category == category}
-             for category in (SEEN, PAIRS)}
+    asked = {
+        category: {
+            (case.thing, case.labels["style"]) for case in cases if case.category == category
+        }
+        for category in (SEEN, PAIRS)
+    }
     assert asked[PAIRS] == drawn.PAIRS and not asked[SEEN] & drawn.PAIRS
 
 
@@ -74,7 +93,8 @@ def test_a_hole_is_a_quarter_of_the_picture_and_holds_the_first_object_alone(cor
         assert not case.hole[(other[1] + other[3]) // 2, (other[0] + other[2]) // 2]
 
 
-# -- figures ----------------------------------------------------------------------------------------------------------
+# -- figures ---------------------------------------------------------------------------------------
+
 
 def test_real_pictures_reach_all_of_themselves(judge, corpus, tmp_path):
     rows = compose.Run(judge, corpus, tmp_path, COUNTED, CATEGORIES, 256).of_real()
@@ -85,13 +105,16 @@ def test_real_pictures_reach_all_of_themselves(judge, corpus, tmp_path):
 
 def test_the_interval_of_a_share_is_wilsons():
     from scipy.stats import binomtest
+
     for right, count in ((0, 10), (7, 10), (200, 200), (61, 200)):
         expected = binomtest(right, count).proportion_ci(0.95, "wilson")
-        assert compose.wilson(right, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
+        assert compose.wilson(right, count) == pytest.approx(
+            (expected.low, expected.high), abs=1e-6
+        )
 
 
 def test_a_share_of_real_pictures_is_paired_by_prompt():
-    """A model that is right just where the real picture is judged right has a share of 1 without any spread."""
+    """A model that is right exactly where the real picture is has a share of 1 without spread."""
     real = np.array([1.0] * 30 + [0.0] * 10)
     assert compose.share_of_real(real, real) == (1, 1, 1)
     share, low, high = compose.share_of_real(np.where(np.arange(40) % 2, real, 0), real)
@@ -100,6 +123,7 @@ def test_a_share_of_real_pictures_is_paired_by_prompt():
 
 def test_what_the_judge_cannot_tell_is_no_figure(judge, corpus, tmp_path):
     from dataclasses import replace
+
     blind = replace(judge, accuracy={"64": {SEEN: {STYLE: {"right": 0.9, "pictures": 200}}}})
     rows = compose.Run(blind, corpus, tmp_path, COUNTED, [SEEN], 64).of_real()
     style = next(row for row in rows if row["question"] == STYLE)
@@ -107,7 +131,8 @@ def test_what_the_judge_cannot_tell_is_no_figure(judge, corpus, tmp_path):
     assert ["not measurable", "", "", "", ""] in [row[2:] for row in compose.table(rows)]
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# -- pictures --------------------------------------------------------------------------------------
+
 
 def test_pictures_are_made_once_judged_and_shown_on_a_page(run, cascade):
     done = []
@@ -122,7 +147,10 @@ def test_pictures_are_made_once_judged_and_shown_on_a_page(run, cascade):
     page = (run.out / compose.PAGE).read_text()
     assert all(picture["prompt"] in page for picture in figures["pictures"])
     again = []
-    assert run.of_models(cascade, progress=lambda *progress: again.append(progress)) == rows and not again
+    assert (
+        run.of_models(cascade, progress=lambda *progress: again.append(progress)) == rows
+        and not again
+    )
 
 
 def test_a_run_that_was_interrupted_makes_what_is_missing_and_says_the_same(run, cascade):
@@ -140,11 +168,15 @@ def test_a_run_that_was_interrupted_makes_what_is_missing_and_says_the_same(run,
 
 def test_pictures_of_other_steps_are_made_anew(run, cascade):
     from dataclasses import replace
+
     cases = make_cases(run.corpus, run.judge.vocabulary, 2, [COUNT])
     first = compose.make_pictures(cascade, cases, run.out, FAST)
     other = compose.make_pictures(cascade, cases, run.out, replace_steps(FAST, "3"))
     assert not np.array_equal(first, other)
-    assert replace(run, seed=5)._cases(lambda line: None)[0].seed == run._cases(lambda line: None)[0].seed + 5
+    assert (
+        replace(run, seed=5)._cases(lambda line: None)[0].seed
+        == run._cases(lambda line: None)[0].seed + 5
+    )
 
 
 def replace_steps(options, steps):
@@ -169,7 +201,8 @@ def test_an_edit_keeps_the_known_pixels_and_a_changed_one_is_noticed(judge, corp
     assert [of[KNOWN].right for of in compose.judged(judge, cases, changed)] == [False, False]
 
 
-# -- a new style ------------------------------------------------------------------------------------------------------
+# -- a new style -----------------------------------------------------------------------------------
+
 
 def write_line_drawings(folder):
     """The things of the corpus as black lines on white: a corpus of one style."""
@@ -180,13 +213,22 @@ def write_line_drawings(folder):
         edge = np.abs(np.diff(grey, axis=0, append=255)) + np.abs(np.diff(grey, axis=1, append=255))
         pixels = np.where(edge[..., None] > 12, 0, 255).repeat(3, -1).astype(np.uint8)
         name = drawn.THINGS[thing]
-        samples.append(Sample(f"outline-{name}", encode(pixels), "png", (f"a {name}, outline",),
-                              {**one.meta, "style": "outline"}))
+        samples.append(
+            Sample(
+                f"outline-{name}",
+                encode(pixels),
+                "png",
+                (f"a {name}, outline",),
+                {**one.meta, "style": "outline"},
+            )
+        )
     write_shards(folder / "train", samples)
     return str(folder)
 
 
-def test_a_new_style_is_learnt_from_half_of_its_things_and_asked_of_the_others(judge, corpus, tmp_path):
+def test_a_new_style_is_learnt_from_half_of_its_things_and_asked_of_the_others(
+    judge, corpus, tmp_path
+):
     knowing, rows = learn_style(judge, write_line_drawings(tmp_path / "outline"), corpus)
     assert 0 < len(rows) < len(drawn.THINGS) and {row.style for row in rows} == {"outline"}
     tried = knowing.accuracy["64"][NEW][STYLE]
@@ -203,37 +245,61 @@ def test_a_corpus_of_many_styles_is_no_new_one(judge, corpus):
         learn_style(judge, corpus, corpus)
 
 
-# -- the command ------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
-def test_the_shipped_weights_are_scored_by_one_command(corpus, judge, tmp_path, monkeypatch, capsys):
+
+def test_the_shipped_weights_are_scored_by_one_command(
+    corpus, judge, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(fitting, "load_or_fit", lambda corpus, say: judge)
-    main(command(corpus, tmp_path / "out", "--size", "64", "--steps", "2", "--categories", SEEN, POSITION, INPAINTING))
+    main(
+        command(
+            corpus,
+            tmp_path / "out",
+            "--size",
+            "64",
+            "--steps",
+            "2",
+            "--categories",
+            SEEN,
+            POSITION,
+            INPAINTING,
+        )
+    )
     said = capsys.readouterr().out
-    assert "things in styles seen in training: object" in said and "inpainting: known pixels equal" in said
+    assert (
+        "things in styles seen in training: object" in said
+        and "inpainting: known pixels equal" in said
+    )
     figures = json.loads((tmp_path / "out" / compose.FIGURES).read_text())
     known = next(line for line in figures["lines"] if line["question"] == KNOWN)
     assert known["right"] == 1 and known["reached"]
     assert {THING, STYLE} <= set(figures["pictures"][0]["verdicts"])
 
 
-def test_real_pictures_alone_are_judged_without_a_model(corpus, judge, tmp_path, monkeypatch, capsys):
+def test_real_pictures_alone_are_judged_without_a_model(
+    corpus, judge, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(fitting, "load_or_fit", lambda corpus, say: judge)
     main(command(corpus, tmp_path / "out", "--real", "--categories", BACKGROUND))
     assert "background's colour" in capsys.readouterr().out
     assert not (tmp_path / "out" / compose.PICTURES).exists()
 
 
-@pytest.mark.parametrize(("more", "says"), [
-    (["--categories", "colours"], "colours"),
-    (["--prompts", "0"], "--prompts"),
-    (["--steps", "0", "--size", "64"], "Steps"),
-    (["--base", "nowhere.safetensors"], "nowhere.safetensors"),
-    (["--corpus", "nowhere", "--real"], "glide corpus"),
-])
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--categories", "colours"], "colours"),
+        (["--prompts", "0"], "--prompts"),
+        (["--steps", "0", "--size", "64"], "Steps"),
+        (["--base", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--corpus", "nowhere", "--real"], "glide corpus"),
+    ],
+)
 def test_wrong_input_is_named_in_one_sentence(corpus, tmp_path, capsys, more, says):
     try:
         code = main(command(corpus, tmp_path / "out", *more))
-    except SystemExit as ended:         # the parser's own
+    except SystemExit as ended:  # the parser's own
         code = ended.code
     said = capsys.readouterr().err
     assert code and says in said and "Traceback" not in said

@@ -1,4 +1,4 @@
-"""The judge of pictures: what it measures, what it has learnt from real pictures, and that it knows how good it is."""
+"""The judge of pictures: its measurements, its classifiers, and the accuracy that it reports."""
 
 from dataclasses import replace
 
@@ -64,7 +64,7 @@ def blobs(*boxes, colour=(200, 30, 30), background=(255, 255, 255), size=256):
     return np.asarray(image)
 
 
-# -- the network ------------------------------------------------------------------------------------------------------
+# -- the network -----------------------------------------------------------------------------------
 
 
 def test_the_network_sees_a_daisy_in_a_photograph_of_a_flower():
@@ -87,7 +87,7 @@ def test_a_weights_file_that_is_not_the_published_one_is_refused_unread(tmp_path
         load_efficientnet(other)
 
 
-# -- what is measured -------------------------------------------------------------------------------------------------
+# -- what is measured ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [256, 64])
@@ -157,7 +157,7 @@ def test_a_crop_is_square_and_shows_no_background():
     )
 
 
-# -- what is asked for ------------------------------------------------------------------------------------------------
+# -- what is asked for -----------------------------------------------------------------------------
 
 
 def test_the_alternatives_to_a_thing_share_no_word_with_it_and_are_not_drawn_alike():
@@ -200,7 +200,7 @@ def test_things_in_too_few_styles_of_no_plain_name_or_untold_are_not_asked_for()
     )
 
 
-# -- what is learnt ---------------------------------------------------------------------------------------------------
+# -- what is learnt --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [256, 64])
@@ -298,7 +298,7 @@ def test_a_style_that_is_added_later_is_told_from_the_others(judge, cases):
     assert "outline" not in knowing.style_of([case.picture for case in new])
 
 
-# -- what it says of itself -------------------------------------------------------------------------------------------
+# -- what it says of itself ------------------------------------------------------------------------
 
 
 def test_it_is_judged_on_held_out_pictures_first_and_says_what_it_cannot_measure(corpus, judge):

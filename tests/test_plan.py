@@ -98,7 +98,7 @@ def test_a_pass_followed_on_the_meta_device_holds_what_a_real_one_does(preset, p
 
 
 def test_a_pass_on_a_gpu_keeps_float32_copies_for_group_norm_and_a_byte_for_each_dropped_value():
-    # Deep, so that the attention weights, which a CPU keeps and a GPU does not, are few beside the rest.
+    # Deep: the attention weights, which only a CPU keeps, are then few beside the rest.
     deep = sized("model.unet.image_size=32", "model.unet.multipliers=1,1,1,1")
     greatest = {device: max(at(moment, 4)[0] for moment in training_pass(deep, "bf16", device))
                 for device in ("cpu", "cuda")}

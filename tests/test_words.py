@@ -13,7 +13,7 @@ COLOURS = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1]]).floa
 
 
 def batches(seed=0):
-    """Captions of two words: the first says the colour of the picture's left half, the second of its right."""
+    """Captions of two words: the colours of the picture's left and right half."""
     draws = torch.Generator().manual_seed(seed)
     while True:
         words = torch.randint(0, 4, (32, 2), generator=draws)
@@ -21,7 +21,12 @@ def batches(seed=0):
         tokens[:, :2] = words + torch.tensor([10, 20])
         mask = torch.zeros_like(tokens, dtype=torch.bool)
         mask[:, :2] = True
-        image = COLOURS[words].permute(0, 2, 1).repeat_interleave(8, 2)[:, :, None].expand(32, 3, 16, 16)
+        image = (
+            COLOURS[words]
+            .permute(0, 2, 1)
+            .repeat_interleave(8, 2)[:, :, None]
+            .expand(32, 3, 16, 16)
+        )
         yield Batch(image=image.contiguous(), conditioning=Conditioning(tokens=tokens, mask=mask))
 
 
@@ -29,15 +34,21 @@ def test_captions_come_to_explain_pictures_and_the_unet_stays_as_it_is():
     model = random_model(tiny().model.unet).requires_grad_(True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert learn_words(model, batches(), 0.1) > 0.9
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    changed = {
+        name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
+    }
     assert changed and all(name.startswith("text.") for name in changed)
 
 
 def test_the_pooled_text_of_captions_is_centred_and_of_one_spread():
     model = random_model(tiny().model.unet).requires_grad_(True)
     learn_words(model, batches(), 0.02)
-    seen = torch.cat([model.text(batch.conditioning.tokens, batch.conditioning.mask)[1].detach()
-                      for batch in itertools.islice(batches(1), 20)])
+    seen = torch.cat(
+        [
+            model.text(batch.conditioning.tokens, batch.conditioning.mask)[1].detach()
+            for batch in itertools.islice(batches(1), 20)
+        ]
+    )
     assert seen.mean(0).abs().mean() < 0.3 * SPREAD
     assert seen.std(0).mean().item() == pytest.approx(SPREAD, rel=0.3)
 
@@ -46,7 +57,9 @@ def test_standardising_changes_the_layer_so_that_the_same_input_has_that_mean_an
     torch.manual_seed(0)
     pool, x = torch.nn.Linear(5, 7), torch.randn(1000, 5)
     standardise(pool, pool(x))
-    assert pool(x).mean(0).abs().max() < 1e-5 and pool(x).std(0).mean().item() == pytest.approx(SPREAD, rel=1e-4)
+    assert pool(x).mean(0).abs().max() < 1e-5 and pool(x).std(0).mean().item() == pytest.approx(
+        SPREAD, rel=1e-4
+    )
 
 
 def test_the_share_explained_is_one_minus_the_error_over_the_variance():

@@ -95,7 +95,8 @@ def read_rows(corpus: str, split: str) -> list[Row]:
     folder = f"{corpus.rstrip('/')}/{split}"
     if read_index(folder) is None:
         raise CorpusError(
-            f"There is no whole corpus {folder}; make it with `glide corpus --out {corpus}`, or give another with --corpus."
+            f"There is no whole corpus {folder}; make it with `glide corpus --out {corpus}`, or "
+            f"give another with --corpus."
         )
     rows = [
         Row(*(sample.meta[name] for name in ("emoji", "name", "group", "style")), sample)
@@ -105,7 +106,7 @@ def read_rows(corpus: str, split: str) -> list[Row]:
     ]
     if not rows:
         raise CorpusError(
-            f"No row of {folder} says which thing it shows in which style; give a corpus that `glide corpus` made."
+            f"No row of {folder} names its thing and style; give a corpus that `glide corpus` made."
         )
     return sorted(rows, key=lambda row: share(f"compose/{row.emoji}/{row.style}"))
 

@@ -1,4 +1,5 @@
-"""What `glide compose` asks: categories of prompts as GenEval has them, questions of each picture, and which figures are told."""
+"""The categories of prompts of `glide compose`, as in GenEval (Ghosh et al. 2023), the questions
+asked about each picture, and the figures that are reported."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ THING, STYLE, ON, IN, HOW_MANY, WHERE, KNOWN = (
     "position",
     "known pixels",
 )
-# Of a picture of each category, the first of them what the category is about.
+# The questions about a picture of each category; the first is the category's own.
 QUESTIONS = {
     SEEN: (THING, STYLE),
     PAIRS: (THING, STYLE),
@@ -38,14 +39,17 @@ QUESTIONS = {
     POSITION: (WHERE, THING),
     INPAINTING: (THING, KNOWN),
 }
-# The share of real pictures on which the judge must be right, for its answer to be a score.
+# The judge's accuracy on real pictures that a question needs to be measurable.
 BARS = {THING: 0.9, STYLE: 0.98, ON: 0.98, IN: 0.98, HOW_MANY: 0.95, WHERE: 0.95}
 
 
 @dataclass(frozen=True)
 class Line:
-    """One figure: of a category's pictures, or of those with a colour that is new to their thing, the share for which a question is
-    answered right. `bar`: what models are to reach; `of_real`: as a share of what real pictures reach."""
+    """One figure: the share of a category's pictures for which a question is answered correctly.
+
+    `bar`: the share that a model should reach; `of_real`: the bar is relative to the share of the
+    real pictures. `new_colours`: only pictures whose pair of thing and colour is held out.
+    """
 
     about: str
     category: str

@@ -61,7 +61,10 @@ class Run:
         say: Callable[[str], None] = lambda line: None,
         progress: Progress | None = None,
     ) -> list[dict[str, Any]]:
-        """The figures of pictures that models make, which are made first. Raises ComposeError, CorpusError, RequestError."""
+        """Generate the pictures and give their figures.
+
+        Raises ComposeError, CorpusError, RequestError.
+        """
         check(cascade, self.categories)
         cases = self._cases(say)
         real = self._real(cases)
@@ -87,7 +90,7 @@ class Run:
         return cases + single_cases(NEW, self.new_style, self.count, first_seed(NEW, self.seed))
 
     def _real(self, cases: Sequence[Case]) -> list[dict[str, Verdict]]:
-        """The verdicts on the prompts' real pictures, looked at once: they are kept in the folder with what they are of."""
+        """The verdicts on the prompts' real pictures, cached in the folder."""
         path, of = self.out / REAL, _fingerprint(cases, self.size, self.judge)
         try:
             kept = json.loads(storage.read(path))
@@ -112,8 +115,8 @@ def check(cascade: Cascade, categories: Sequence[str]) -> None:
         stage.config.inpaint for stage in (cascade.base, cascade.upsampler) if stage
     ):
         raise ComposeError(
-            "These models were not trained to inpaint; give inpainting forms with --base and --upsampler, or leave the category "
-            "inpainting out with --categories."
+            "These models were not trained to inpaint; give inpainting forms with --base and "
+            "--upsampler, or leave the category inpainting out with --categories."
         )
 
 
@@ -128,7 +131,7 @@ def _fingerprint(cases: Sequence[Case], size: int, judge: Judge) -> str:
     return digest.hexdigest()
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# -- pictures --------------------------------------------------------------------------------------
 
 
 def make_pictures(
@@ -240,7 +243,7 @@ def _known(hole: np.ndarray, size: int) -> np.ndarray:
     return ~hole.reshape(size, factor, size, factor).any(axis=(1, 3))
 
 
-# -- scores -----------------------------------------------------------------------------------------------------------
+# -- scores ----------------------------------------------------------------------------------------
 
 
 def judged(
@@ -319,7 +322,7 @@ def share_of_real(right: np.ndarray, real: np.ndarray, seed: int = 0) -> tuple[f
     return float(right.mean() / max(real.mean(), 1 / len(right))), float(low), float(high)
 
 
-# -- what is shown ----------------------------------------------------------------------------------------------------
+# -- what is shown ---------------------------------------------------------------------------------
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -331,11 +334,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def _cells(row: Mapping[str, Any]) -> list[str]:
     if not row["measurable"]:
         return ["not measurable", "", "", "", ""]
-    bar = (
-        ""
-        if row["bar"] is None
-        else f"{row['bar']:.0%}{' of real' if row['of_real'] else ''}: {'reached' if row['reached'] else 'not reached'}"
-    )
+    bar = ""
+    if row["bar"] is not None:
+        reached = "reached" if row["reached"] else "not reached"
+        bar = f"{row['bar']:.0%}{' of real' if row['of_real'] else ''}: {reached}"
     return [
         f"{row['right']:.1%}",
         f"{row['low']:.1%} to {row['high']:.1%}",

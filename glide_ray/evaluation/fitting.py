@@ -51,8 +51,8 @@ def fit(
     rows = [row for row in read_rows(corpus, "train") if row.group in OBJECT_GROUPS]
     if len({row.style for row in rows}) < 2:
         raise CorpusError(
-            f"The pictures of objects in {corpus}/train are all of one style; the judge tells several apart: make the whole "
-            f"corpus with `glide corpus`."
+            f"The pictures of objects in {corpus}/train are all of one style, and the judge needs "
+            f"several; make the whole corpus with `glide corpus`."
         )
     seen, things_of, every = _look(rows, looks, say), [row.emoji for row in rows], len(DEGRADATIONS)
     plain = [row for row in rows if words.is_plain(row.emoji, row.name, row.group)]
@@ -81,15 +81,16 @@ def fit(
 def _vocabulary(
     rows: Sequence[Row], told: np.ndarray, asked: int, least_styles: int
 ) -> words.Vocabulary:
-    """Of things all of whose pictures were told to be of their style by what had not seen the thing: of others, no judge can say."""
+    """Leaves out things with a picture whose style was misclassified by the classifier that had
+    not seen the thing: prompts for them could not be scored."""
     unlike = {row.emoji for row, right in zip(rows, told, strict=True) if not right}
     vocabulary = words.choose(
         ((row.emoji, row.name, row.group, row.style) for row in rows), asked, least_styles, unlike
     )
     if len(vocabulary.order) < 2:
         raise CorpusError(
-            "There are no two things in the corpus that have plain names and are drawn in most of its styles; make the whole corpus with "
-            "`glide corpus`."
+            "There are no two things in the corpus that have plain names and are drawn in most of "
+            "its styles; make the whole corpus with `glide corpus`."
         )
     return vocabulary
 
@@ -154,7 +155,7 @@ def _shapes_alone(rows: Sequence[Row], looks: Looks) -> np.ndarray:
     return np.concatenate(found)
 
 
-# -- what generated pictures may look like beside real ones -----------------------------------------------------------
+# -- what generated pictures may look like beside real ones ----------------------------------------
 
 
 def as_is(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -170,7 +171,7 @@ def small_and_noisy(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray
 
 
 def moved_and_blurred(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Larger or smaller, elsewhere, perhaps facing the other way, out of focus, and through JPEG."""
+    """Scaled, shifted, sometimes mirrored, blurred, and compressed as JPEG."""
     side = 128
     picture = picture[:, ::-1] if rng.random() < 0.5 else picture
     new = int(side * rng.uniform(0.82, 1.1))
@@ -185,7 +186,7 @@ def moved_and_blurred(picture: np.ndarray, rng: np.random.Generator) -> np.ndarr
 
 
 def small_or_recoloured(row: Row, rng: np.random.Generator) -> np.ndarray:
-    """As a part of a scene: in one of the named colours or in its own, and as small as one of several objects."""
+    """As in a scene: often recoloured, and as small as one of several objects."""
     picture = row.picture()
     if rng.random() < 0.6:
         coloured = recolour(row.drawing(), list(COLOURS)[rng.integers(len(COLOURS))])
@@ -196,7 +197,7 @@ def small_or_recoloured(row: Row, rng: np.random.Generator) -> np.ndarray:
 DEGRADATIONS = (as_is, small_and_noisy, moved_and_blurred)
 
 
-# -- kept -------------------------------------------------------------------------------------------------------------
+# -- kept ------------------------------------------------------------------------------------------
 
 
 def cached_path(corpus: str, cache: str | Path | None = None) -> Path:
@@ -206,8 +207,8 @@ def cached_path(corpus: str, cache: str | Path | None = None) -> Path:
         index = read_index(f"{corpus.rstrip('/')}/{split}")
         if index is None:
             raise CorpusError(
-                f"There is no whole corpus {corpus.rstrip('/')}/{split}; make it with `glide corpus --out {corpus}`, or give another with "
-                f"--corpus."
+                f"There is no whole corpus {corpus.rstrip('/')}/{split}; make it with "
+                f"`glide corpus --out {corpus}`, or give another with --corpus."
             )
         parts[split] = [shard["sha256"] for shard in index["shards"]]
     name = hashlib.sha256(json.dumps([VERSION, SHA256, parts]).encode()).hexdigest()[:16]
@@ -217,7 +218,10 @@ def cached_path(corpus: str, cache: str | Path | None = None) -> Path:
 def load_or_fit(
     corpus: str, say: Say = lambda line: None, cache: str | Path | None = None
 ) -> Judge:
-    """The judge of a corpus, fitted and judged once. Raises CorpusError, JudgeError, MissingNetworkError."""
+    """The judge of a corpus, fitted once and cached with its accuracy.
+
+    Raises CorpusError, JudgeError, MissingNetworkError.
+    """
     path = cached_path(corpus, cache)
     if not path.exists():
         try_judge(corpus, fit(corpus, say), say).save(path)

@@ -1,7 +1,9 @@
-"""A judge of pictures made for prompts: which thing, which style, which colours, how many, and where. It has only ever seen real pictures.
+"""A judge of generated pictures: the object, style, colours, count and positions. It is fitted to
+real pictures alone.
 
-Things and styles are told by features of a network pretrained on ImageNet, colours, counts and places by measurement. How often it
-is right on real pictures that it was not fitted to is measured first (`trial.py`); where that is not enough, its answer is no score.
+Objects and styles are classified on features of a network pretrained on ImageNet; colours, counts
+and positions are measured. `trial.py` measures its accuracy on real pictures that it was not fitted
+to; where the accuracy is too low, no score is given.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ from .cases import Case
 from .categories import (
     BACKGROUND,
     BARS,
-    COLOUR,
     COUNT,
     INPAINTING,
     POSITION,
@@ -35,7 +36,7 @@ from .categories import (
 )
 from .heads import Discriminant, Logistic
 from .looks import Looks, View
-from .regions import SIDE, halves, part_areas, resized
+from .regions import halves, part_areas
 from .styles import Styles, look_of
 from .vocabulary import Vocabulary
 
@@ -56,9 +57,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Judge:
-    """`things` and `styles` tell what is shown and whose drawing it is, `counts` reads a number off the areas of parts.
+    """`things` and `styles` classify objects and styles, `counts` the number of objects, from the
+    areas of the foreground's connected parts.
 
-    `accuracy`: by size of the pictures, category and question, how often it was right on real pictures, with their number.
+    `accuracy`: by size of the pictures, category and question, the share of real pictures that
+    were judged correctly, and their number.
     """
 
     vocabulary: Vocabulary
@@ -84,11 +87,11 @@ class Judge:
         return found
 
     def style_of(self, pictures: Sequence[np.ndarray]) -> list[str]:
-        """The style of each picture, as it can be told: see `styles.SAME_LOOK`."""
+        """The style of each picture, with those of `styles.SAME_LOOK` as one."""
         return self.styles.best(self.sight.of([View.of(picture) for picture in pictures]))
 
     def shapes_of(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """What is shown, as the features of `things`: (N, D)."""
+        """The features that `things` classifies: (N, D)."""
         return self.sight.shapes([View.of(picture) for picture in pictures])
 
     def with_style(
@@ -99,7 +102,7 @@ class Judge:
         return replace(self, styles=self.styles.adding(style, new, old))
 
     def measurable(self, size: int, category: str, question: str) -> bool:
-        """Whether it is right often enough on real pictures of this size to score others."""
+        """Whether its accuracy on real pictures of this size is high enough to score others."""
         if question not in BARS:
             return True
         known = self.accuracy.get(kind_of_size(size), {}).get(category, {}).get(question)
@@ -228,7 +231,7 @@ class Judge:
     # -- kept for the next time ---------------------------------------------------------------------------------------
 
     def digest(self) -> str:
-        """What tells this judge from others."""
+        """A digest of all fitted weights."""
         parts = [self.things.centres, self.styles.palette, self.counts.weights]
         parts += [head.weights for head in self.styles.added.values()]
         return hashlib.sha256(
@@ -284,7 +287,8 @@ class Judge:
             )
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise JudgeError(
-                f"{path} is not a judge that `glide compose` fitted ({error}); delete it, and it is fitted again."
+                f"{path} is not a judge that `glide compose` fitted ({error}); delete it, and "
+                f"it is fitted again."
             ) from None
 
 

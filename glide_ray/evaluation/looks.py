@@ -1,4 +1,5 @@
-"""What the judge sees of a picture: what is shown and how it is drawn, by features of a pretrained network, and its exact colours."""
+"""Features of pictures for the judge: object and texture features of a pretrained network, and a
+histogram of exact colours."""
 
 from __future__ import annotations
 
@@ -17,14 +18,14 @@ from .regions import Box, Regions, crop, resized
 
 INPUT = 128  # pixels of what the network is shown
 AT_ONCE = 32  # pictures in one call of the network
-SHAPE_STAGES = (4, 5, 6)  # of the network, whose maps in quarters say what is shown
+SHAPE_STAGES = (4, 5, 6)  # stages whose feature maps, pooled to 2 x 2, describe the object
 STYLE_STAGES, PAIRED = (
     (0, 1, 2, 3, 4),
     (0, 1),
-)  # whose means and deviations say how it is drawn; and how channels go together
-STEPS = 65  # of each channel of colour: artists draw with palettes of their own, and are known by exact colours
-FLAT = 20.0  # of 255: where the neighbours differ by less, there is no edge
-CHANGES = 16  # bins of the histogram of changes
+)  # stages whose means and deviations describe the style; and their covariances
+STEPS = 65  # bins of a colour channel: fine, for artists are recognised by exact colours
+FLAT = 20.0  # of 255: a pixel with smaller gradients is not on an edge
+CHANGES = 16  # bins of the histogram of gradients
 INKED = 20  # of 255, in some channel: a pixel of the network's input that is not white
 
 
@@ -44,13 +45,14 @@ class View:
 
     @cached_property
     def cut(self) -> np.ndarray:
-        """What the network is shown: the box on white, (INPUT, INPUT, 3) uint8."""
+        """The network's input: the box on white, (INPUT, INPUT, 3) uint8."""
         return resized(crop(self.picture, self.box, self.regions.background), INPUT)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Features of N pictures: `shapes` (N, 2496) of what is shown, `textures` (N, 997) and `colours` (N, STEPS^3) of how it is drawn."""
+    """Features of N pictures: `shapes` (N, 2496) of the object, `textures` (N, 997) and `colours`
+    (N, STEPS^3) of the style."""
 
     shapes: np.ndarray
     textures: np.ndarray
@@ -77,7 +79,7 @@ class Looks:
         self._network, self._dtype = (network or load_efficientnet()).to(dtype), dtype
 
     def shapes(self, views: Sequence[View]) -> np.ndarray:
-        """What is shown alone: (N, 2496) float32."""
+        """The features of objects alone: (N, 2496) float32."""
         return np.concatenate([_shape(maps).numpy() for _, maps in self._maps(views)])
 
     def of(self, views: Sequence[View]) -> Seen:
@@ -104,7 +106,7 @@ class Looks:
         )
 
     def _maps(self, views: Sequence[View]):
-        """For some pictures at once: what the network is shown (B, 3, INPUT, INPUT) uint8, and its maps."""
+        """In batches: the network's input (B, 3, INPUT, INPUT) uint8, and its feature maps."""
         for start in range(0, len(views), AT_ONCE):
             squares = torch.from_numpy(
                 np.stack([view.cut for view in views[start : start + AT_ONCE]])
@@ -127,7 +129,8 @@ def _texture(squares: Tensor, maps: Sequence[Tensor]) -> Tensor:
 
 
 def _covariances(map_: Tensor, inked: Tensor) -> Tensor:
-    """How channels (B, C, h, w) go together where the picture is not white: signed roots, (B, C (C + 1) / 2)."""
+    """Signed roots of the covariances of channels (B, C, h, w) where the picture is not white:
+    (B, C (C + 1) / 2)."""
     mask = (F.adaptive_avg_pool2d(inked, map_.shape[-1]) > 0.2).float()
     weight = mask / mask.sum((2, 3), keepdim=True).clamp_min(1)
     mean = (map_ * weight).sum((2, 3))
@@ -152,14 +155,16 @@ def _changes(pixels: np.ndarray) -> np.ndarray:
 
 
 def _steepness(regions: Regions, changes: np.ndarray) -> np.ndarray:
-    """Roots of the histogram of the foreground's changes, and the foreground's share: (CHANGES + 1,) float32."""
+    """Roots of the histogram of the foreground's gradients, and the foreground's share of the
+    picture: (CHANGES + 1,) float32."""
     inside = np.log2(changes[regions.foreground] + 1)
     steep = np.histogram(inside, CHANGES, (0, 8))[0] / max(len(inside), 1)
     return np.append(np.sqrt(steep), regions.foreground.mean()).astype(np.float32)
 
 
 def _colours(pixels: Sequence[np.ndarray]) -> sparse.csr_matrix:
-    """Roots of the shares of colours, one list of (n, 3) from 0 to 255 for each picture, each spread over the corners of a grid around it."""
+    """Roots of colour histograms, from each picture's pixels (n, 3) in 0 to 255; a pixel is shared
+    among the 8 nearest bins."""
     counts = [len(of) for of in pixels]
     row = np.repeat(np.arange(len(pixels)), counts)
     place = np.concatenate([*pixels, np.empty((0, 3), np.float32)]).clip(0, 255) / 255 * (STEPS - 1)

@@ -114,8 +114,10 @@ def precision_recall(real: np.ndarray, made: np.ndarray, k: int = 3, real_reach:
     return float(among_real.mean()), float(among_made.mean())
 
 
-def neighbourhood(real: np.ndarray, made: np.ndarray, k: int = 3, real_reach: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Of what precision and recall are the shares: whether each that was made lies among the real, and each real one among what was made, bool."""
+def neighbourhood(real: np.ndarray, made: np.ndarray, k: int = 3,
+                  real_reach: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """For each generated picture whether it lies within the real manifold, and for each real one
+    whether it lies within the generated: bool. Precision and recall are their means."""
     real, made = _pair(real, made)
     real_reach, made_reach = reach(real, k) if real_reach is None else real_reach, reach(made, k)
     among_real, among_made = np.zeros(len(made), bool), []

@@ -129,7 +129,9 @@ def fronts(points: Sequence[Point], inception: bool, network: str = "CLIP") -> n
     `network`'s features.
     """
     pyplot = _pyplot()
-    fid, score = ("FID", "IS") if inception else (f"Fréchet distance ({network})", f"exp. of mutual information ({network})")
+    fid, score = f"Fréchet distance ({network})", f"exp. of mutual information ({network})"
+    if inception:
+        fid, score = "FID", "IS"
     panels = (("inception_score", score, "frechet_distance", fid), ("recall", "recall", "precision", "precision"),
               ("frechet_distance", fid, "clip_score", "CLIP score"))
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")

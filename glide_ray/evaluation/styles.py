@@ -1,4 +1,5 @@
-"""Whose drawing a picture is: by exact colours and by texture, each told linearly, and the two weighed against each other."""
+"""Classification of styles: linear classifiers on exact colours and on texture, and a logistic
+regression that combines their scores."""
 
 from __future__ import annotations
 
@@ -11,16 +12,18 @@ from ..data.splits import share
 from .heads import Discriminant, Logistic
 from .looks import Seen
 
-FOLDS = 3  # that things are put into, so that each is told once by what was fitted to others alone
+FOLDS = 3  # of things, for scores of pictures whose thing was left out of the fit
 SHRINK, PENALTY, DECAY = 0.3, 1.0, 1e-4
-# One artist's drawings, shaded in two ways that cannot be told apart on half of all things: they count as one style.
+# The same artist's drawings in two shadings, nearly identical for 63% of the things: one style.
 SAME_LOOK = {"soft gradient": "3D render"}
 
 
 @dataclass(frozen=True)
 class Styles:
-    """`labels`: styles in their order. `palette` (P, C), `bias` (C,): weights of the colours `codes` (P,). `weigh` makes of both parts' scores
-    one. `added`: styles added later, each told from all others."""
+    """`labels`: the C styles. `codes` (P,): the colours in use, as places in the histogram;
+    `palette` (P, C), `bias` (C,): their linear classifier. `texture`: the classifier of textures.
+    `weigh`: combines both scores. `added`: styles learnt later, each a binary classifier.
+    """
 
     labels: tuple[str, ...]
     codes: np.ndarray
@@ -34,7 +37,11 @@ class Styles:
     def fit(
         cls, seen: Seen, styles: Sequence[str], things: Sequence[str]
     ) -> tuple[Styles, np.ndarray]:
-        """From pictures, each of a style and a thing. Also whether each was told rightly by what had not seen its thing: (N,) bool."""
+        """Fit to pictures with the style and the thing of each.
+
+        Also gives, for each picture, whether the classifier was right when fitted without any
+        picture of its thing: (N,) bool.
+        """
         looks = np.array([look_of(style) for style in styles])
         labels = tuple(sorted(set(looks)))
         index = np.searchsorted(labels, looks)
@@ -50,7 +57,7 @@ class Styles:
         ) == index
 
     def best(self, seen: Seen) -> list[str]:
-        """The style of each picture, as it can be told: see SAME_LOOK."""
+        """The style of each picture, with those of SAME_LOOK as one."""
         found = [self.labels[n] for n in self.weigh.best(self._scores(seen))]
         for style, head in self.added.items():
             found = [
@@ -60,7 +67,7 @@ class Styles:
         return found
 
     def adding(self, style: str, seen: Seen, others: Seen) -> Styles:
-        """With one more style, told by its texture from real pictures of the other styles."""
+        """With one more style, a binary classifier of its textures against those of `others`."""
         textures = np.concatenate([others.textures, seen.textures]).astype(np.float32)
         is_new = np.repeat([0, 1], [len(others), len(seen)])
         return replace(self, added={**self.added, style: Logistic.fit(textures, is_new, DECAY)})
@@ -104,19 +111,19 @@ class Styles:
 
 
 def look_of(style: str) -> str:
-    """The style as it can be told."""
+    """The style that the classifier distinguishes."""
     return SAME_LOOK.get(style, style)
 
 
 def _parts(seen: Seen, rows: np.ndarray, index: np.ndarray, labels: tuple[str, ...]) -> Styles:
-    """Both classifiers, not weighed yet."""
+    """Both classifiers, without the weights that combine them."""
     from sklearn.svm import LinearSVC  # comes with the extra `judge`
 
     colours = seen.colours[rows]
     codes = np.flatnonzero(colours.getnnz(0))
     machine = LinearSVC(C=PENALTY, max_iter=200, random_state=0).fit(colours[:, codes], index[rows])
     weights, bias = machine.coef_, machine.intercept_
-    if len(labels) == 2:  # of which it fits one
+    if len(labels) == 2:  # LinearSVC then fits a single hyperplane
         weights, bias = np.stack([-weights[0], weights[0]]), np.array([-bias[0], bias[0]])
     texture = Discriminant.fit(
         seen.textures[rows], [labels[n] for n in index[rows]], SHRINK, len(labels)

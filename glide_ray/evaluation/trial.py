@@ -1,4 +1,4 @@
-"""The judge judged: how often it is right on real pictures that it was not fitted to, at both sizes, by category and question."""
+"""The judge's accuracy on real pictures that it was not fitted to."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def _unseen(corpus: str, judge: Judge, size: int) -> dict[str, Any]:
 
 
 def _pool_styles(found: dict[str, dict[str, Any]]) -> None:
-    """Style is one question of one classifier, whatever the thing: judge it on all held-out pictures together."""
+    """Give all single-object categories the accuracy on all their held-out pictures together: style
+    is one classifier, whatever the object."""
     tried = [
         found[category][STYLE] for category in (PAIRS, UNSEEN) if STYLE in found.get(category, {})
     ]
@@ -97,7 +98,7 @@ def _pool_styles(found: dict[str, dict[str, Any]]) -> None:
 
 
 def shares(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """By question, the share that was judged right, with the number of pictures; nothing where there are none."""
+    """By question: the share of correct answers and the number of pictures."""
     questions = dict.fromkeys(question for verdict in verdicts for question in verdict)
     return {
         question: {

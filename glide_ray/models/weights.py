@@ -88,7 +88,8 @@ def with_known_channels(state: Mapping[str, Tensor], unet: UNetConfig) -> dict[s
 
 
 def without_known_channels(state: Mapping[str, Tensor], unet: UNetConfig) -> dict[str, Tensor]:
-    """An inpainting model's weights as `unet`, the same without inpainting, has them: what it computes where nothing is known."""
+    """An inpainting model's weights for `unet`, the same network without the input channels of
+    known pixels: it computes what the inpainting model does where nothing is known."""
     stem, folded = state["stem.weight"], unet.patch ** 2
     return {**state, "stem.weight": torch.cat([stem[:, :3 * folded], stem[:, 7 * folded:]], dim=1)}
 

@@ -1,9 +1,8 @@
-"""Words first: a base model's text transformer learns what captions look like, before its U-Net
-learns to draw.
+"""Training of a base model's text transformer alone, before its U-Net.
 
-An image costs the U-Net eight times what its caption costs the text transformer, and a U-Net
-that cannot draw yet teaches little about words. So the transformer predicts small pictures from
-captions alone: the mean of what the model is to draw where there is nothing but noise.
+It predicts small pictures from captions, with an L2 loss: the mean of what the model should draw
+from pure noise. A caption costs an eighth of a U-Net's training image, and a U-Net that cannot draw
+yet passes little gradient to the text.
 """
 
 from __future__ import annotations
