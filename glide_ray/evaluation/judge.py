@@ -36,7 +36,7 @@ from .categories import (
 )
 from .heads import Discriminant, Logistic
 from .looks import Looks, View
-from .regions import halves, part_areas
+from .regions import halves, part_areas, parts
 from .styles import Styles, look_of
 from .vocabulary import Vocabulary
 
@@ -307,8 +307,6 @@ def in_hole(picture: np.ndarray, hole: np.ndarray) -> np.ndarray:
 
 def _largest(view: View) -> View:
     """The largest separate part of a picture of several."""
-    from .regions import parts
-
     boxes = parts(view.regions.foreground)
     return replace(view, box=boxes[0]) if boxes else view
 
