@@ -320,6 +320,8 @@ class TrainConfig(Frozen):
     warmup_steps: int = Field(0, ge=0)
     constant_steps: int | None = Field(None, gt=0)     # after them the learning rate falls as 1 / sqrt(step) (EDM2); None: never
     min_snr: float | None = Field(None, gt=0)          # x_0's error weighs min(SNR, this), SNR + 1 for v (Hang et al. 2023: 5); None: eps' even
+    timestep_power: float = Field(0.0, ge=0)           # timesteps are drawn with a density proportional to t to this power; 0: evenly (the paper)
+    text_rate: float = Field(1.0, ge=0)                # factor on the learning rate of the text transformer; 0 freezes it
     clip_norm: float = Field(0.0, ge=0)                # 0 leaves gradients alone
     ema_rates: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field((0.9999,), min_length=1)    # the first becomes the weights file
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

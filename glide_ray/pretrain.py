@@ -14,12 +14,14 @@ from .config import ConfigError, Preset, nearest
 from .data.emoji import build
 from .data.images import encode
 from .evaluation.samples import sample_grid
+from .forms import DTYPES
 from .models.weights import build as build_model
 from .models.weights import save_weights
 from .pretrained.pack import read_trained, write_half
 from .settings import override
 from .train.alone import Done, MemoryCorpus, train_alone
 from .train.run_folder import METRICS
+from .train.single import single_precision
 from .train.words import CAPTIONS, SIDE, learn_words
 
 MODELS = BASE, UPSAMPLER = "emoji-base", "emoji-upsampler"
@@ -78,7 +80,8 @@ def _learn_words(preset: Preset, path: Path, minutes: float, report: Callable[[s
     corpus = MemoryCorpus(preset)
     at_once = min(CAPTIONS, max(preset.train.batch, len(corpus.rows) // 8))
     corpus.preset = override(preset, [f"batch={at_once}"])
-    explained = learn_words(model, corpus.endless(), minutes, report)
+    precision = single_precision(preset.train.precision, device)
+    explained = learn_words(model, corpus.endless(), minutes, report, DTYPES[precision])
     report(f"words: captions explain {explained:.0%} of the variance of pictures of {SIDE} pixels")
     save_weights(path, model.state_dict(), preset.model)
 

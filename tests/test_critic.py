@@ -103,9 +103,10 @@ def test_activation_checkpointing_changes_no_gradient_of_clip():
 
 def test_gains_and_biases_of_clip_do_not_decay():
     from glide_ray.train.zero import parameter_groups
-    decaying, others = parameter_groups(clip_model(), 0.1)
+    train = presets.get("emoji-clip").train.model_copy(update={"weight_decay": 0.0})
+    decaying, others = parameter_groups(clip_model(), train.model_copy(update={"weight_decay": 0.1}))
     assert others["weight_decay"] == 0 and all(p.dim() == 1 for p in others["params"]) and all(p.dim() > 1 for p in decaying["params"])
-    assert len(parameter_groups(clip_model(), 0.0)) == 1
+    assert len(parameter_groups(clip_model(), train)) == 1
 
 
 def test_held_out_loss_is_the_same_however_often_it_is_taken():

@@ -45,6 +45,28 @@ def test_a_single_process_trains_as_one_rank_of_deepspeed_does(precision):
     assert all(torch.allclose(single[2][name], average, atol=tolerance) for name, average in sharded[2].items())
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_text_rate_of_zero_leaves_the_text_transformer_as_it_is(stage):
+    settings = training_preset("text_rate=0", "weight_decay=0.1", "timestep_power=1", f"zero_stage={stage}")
+    single, sharded = SingleTrainer(settings), Trainer(settings)
+    before = dict(zip(single.names, (own.detach().clone() for own in single.masters), strict=True))
+    kept, found, expected = dict(before), run(single)[2], run(sharded)[2]
+    assert all(torch.allclose(found[name], average, atol=2e-5) for name, average in expected.items())
+    changed = {name for name, average in found.items() if not torch.equal(average, kept[name])}
+    assert changed == {name for name in kept if not name.startswith("text.")}
+
+
+def test_half_a_text_rate_is_half_the_learning_rate_of_the_text_transformer():
+    whole, half = SingleTrainer(training_preset()), SingleTrainer(training_preset("text_rate=0.5"))
+    before = whole.masters[0].detach().clone()
+    assert whole.names[0] == "text.position"
+    for trainer in (whole, half):
+        trainer.step(epochs(0, 0), 3)
+    assert torch.allclose(half.masters[0] - before, (whole.masters[0] - before) / 2, atol=1e-8)
+    last = whole.names.index("out.bias")
+    assert torch.equal(half.masters[last], whole.masters[last])
+
+
 def test_micro_batches_add_up_to_the_same_step():
     whole, parts = run(SingleTrainer(training_preset())), run(SingleTrainer(training_preset("micro_batch=2")), batches=_halves)
     assert [row["loss"] for row in parts[0] if "loss" in row] == pytest.approx(

@@ -241,6 +241,16 @@ def test_the_deepspeed_config_says_what_the_train_config_does():
         deepspeed_config(preset("zero_stage=0").train, "bf16", share)
 
 
+@pytest.mark.parametrize("power", [0, 0.5, 1, 2])
+def test_timesteps_are_drawn_with_a_density_proportional_to_their_power(power):
+    schedule, given = make_schedule("cosine"), Batch(torch.zeros(4000, 3, 1, 1), None)
+    i, noise = draw(schedule, given, 0, 1, power)
+    assert 0 <= i.min() and i.max() < 1000 and abs(noise.std().item() - 1) < 0.05
+    for part in (0.25, 0.5, 0.9):       # the share of steps below it is its power + 1st power
+        share = part ** (power + 1)
+        assert (i < 1000 * part).double().mean().item() == pytest.approx(share, abs=4 * (share * (1 - share) / 4000) ** 0.5)
+
+
 def test_the_learning_rate_warms_up_linearly():
     train = preset("learning_rate=1").train
     assert [round(learning_rate(train, step), 3) for step in (1, 2, 3, 50)] == [0.333, 0.667, 1, 1]

@@ -30,10 +30,11 @@ def batches(seed=0):
         yield Batch(image=image.contiguous(), conditioning=Conditioning(tokens=tokens, mask=mask))
 
 
-def test_captions_come_to_explain_pictures_and_the_unet_stays_as_it_is():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captions_come_to_explain_pictures_and_the_unet_stays_as_it_is(dtype):
     model = random_model(tiny().model.unet).requires_grad_(True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert learn_words(model, batches(), 0.1) > 0.9
+    assert learn_words(model, batches(), 0.1, dtype=dtype) > 0.9
     changed = {
         name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
     }

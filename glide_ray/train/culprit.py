@@ -139,11 +139,13 @@ def _weights(trainer) -> Culprit | None:
 
 def _network(trainer, batches: Sequence[Batch], number: int) -> Culprit | None:
     """Make the step again and watch: the network's forward, the loss of each row, then the gradients from the loss downwards."""
+    train = trainer.preset.train
     trainer.engine.train()
     for batch, (_, _, weight) in zip(batches, trainer.share.parts(), strict=False):
         devices = [trainer.device] if trainer.device.type == "cuda" else []
         with torch.random.fork_rng(devices), Watch(trainer.engine.module) as watch:
-            i, noise = (drawn.to(trainer.device) for drawn in draw(trainer.schedule, batch, trainer.preset.train.seed, number))
+            drawn = draw(trainer.schedule, batch, train.seed, number, train.timestep_power)
+            i, noise = (tensor.to(trainer.device) for tensor in drawn)
             # The bare module: what DeepSpeed hangs on the engine's own calls counts them as parts of a step.
             losses = trainer.objective(trainer.engine.module, trainer.schedule, batch.to(trainer.device), i, noise)["loss"]
             found = _in_forward(trainer, watch) or _in_losses(trainer, batch, losses) or _in_backward(trainer, watch, losses, weight)

@@ -29,7 +29,7 @@ from .plan import choose_micro_batch
 from .ranks import gathered, of_rank_0
 from .share import Share
 from .steps import Metrics
-from .zero import deepspeed_config, learning_rate, parameter_groups, resolve_precision
+from .zero import FACTOR, deepspeed_config, learning_rate, parameter_groups, resolve_precision
 
 class Trainer:
     """One rank's engine, average and schedule."""
@@ -48,7 +48,7 @@ class Trainer:
         torch.manual_seed(train.seed)       # every rank draws the same initial weights
         model = build(preset.model)
         model.activation_checkpointing = train.activation_checkpointing
-        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model, train.weight_decay),
+        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model, train),
                                                config=deepspeed_config(train, self.precision, self.share))
         look_for_overflow_once(self.engine)
         self.pieces = partition.pieces(self.engine)
@@ -69,16 +69,18 @@ class Trainer:
         Raises TrainingError where the numbers are past mending.
         """
         # What dropout draws: of its own on each rank, and the same if the step is made again. Rows of the corpus have numbers from 0.
-        torch.manual_seed(mix(self.preset.train.seed, number, -1 - self.rank))
+        train = self.preset.train
+        torch.manual_seed(mix(train.seed, number, -1 - self.rank))
         self.engine.train()
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate(self.preset.train, number)
+            group["lr"] = learning_rate(train, number) * group.get(FACTOR, 1.0)
         sums: dict[str, torch.Tensor] = {}
         read = []
         for _, _, weight in self.share.parts():
             batch = next(batches)
             read.append(batch)
-            i, noise = (sent(drawn, self.device) for drawn in draw(self.schedule, batch, self.preset.train.seed, number))
+            i, noise = (sent(drawn, self.device) for drawn in
+                        draw(self.schedule, batch, train.seed, number, train.timestep_power))
             losses = self.objective(self.engine, self.schedule, batch.map(lambda tensor: sent(tensor, self.device)), i, noise)
             self.engine.backward(losses["loss"].mean() * weight)
             self.engine.step()

@@ -79,8 +79,8 @@ def objective_of(preset: Preset) -> Objective:
     return OBJECTIVES[preset.train.objective]
 
 
-def draw(schedule: Schedule, batch: Batch, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """Uniform indices (B,) and standard normal noise like batch.image, on the CPU.
+def draw(schedule: Schedule, batch: Batch, seed: int, step: int, power: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Indices (B,) with a density proportional to i^power, and standard normal noise like batch.image, on the CPU.
 
     Each image has a generator of its own, seeded by the run, the step and the image's row in the corpus: what a step computes does
     not depend on how its batch is split over workers and micro-batches.
@@ -88,9 +88,17 @@ def draw(schedule: Schedule, batch: Batch, seed: int, step: int) -> tuple[Tensor
     i, noise = torch.empty(len(batch.image), dtype=torch.int64), torch.empty(batch.image.shape)
     for n, row in enumerate(row_numbers(batch).tolist()):
         generator = torch.Generator().manual_seed(mix(seed, step, row))
-        i[n] = torch.randint(0, len(schedule), (), generator=generator)
+        i[n] = _index(len(schedule), power, generator)
         torch.randn(noise.shape[1:], generator=generator, out=noise[n])
     return i, noise
+
+
+def _index(steps: int, power: float, generator: torch.Generator) -> Tensor:
+    """One of the numbers below `steps`."""
+    if power == 0:
+        return torch.randint(0, steps, (), generator=generator)
+    uniform = torch.rand((), generator=generator, dtype=torch.float64)
+    return (uniform ** (1 / (1 + power)) * steps).long()
 
 
 def row_numbers(batch: Batch) -> Tensor:

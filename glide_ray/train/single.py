@@ -25,7 +25,7 @@ from .objectives import by_quartile, draw, held_out_sums, images_in, mix, object
 from .partition import AVERAGE, FIRST, SECOND, WEIGHTS, Piece, State, load_parts, part_path, save_part
 from .share import Share
 from .steps import Metrics
-from .zero import fastest_on_cpu, learning_rate, parameter_groups
+from .zero import FACTOR, fastest_on_cpu, learning_rate, parameter_groups
 
 SKIPPED = 20           # steps in a row whose gradients are not finite, after which a run is given up
 
@@ -60,7 +60,7 @@ class SingleTrainer:
         """AdamW over the masters, in the groups of the parameters that they stand for."""
         master = {id(parameter): own for parameter, own in zip(model.parameters(), self.masters, strict=True)}
         groups = [{**group, "params": [master[id(parameter)] for parameter in group["params"]]}
-                  for group in parameter_groups(model, self.preset.train.weight_decay)]
+                  for group in parameter_groups(model, self.preset.train)]
         return torch.optim.AdamW(groups, lr=self.preset.train.learning_rate,
                                  weight_decay=self.preset.train.weight_decay, fused=True)
 
@@ -71,14 +71,16 @@ class SingleTrainer:
 
         Raises TrainingError where the numbers are past mending.
         """
-        torch.manual_seed(mix(self.preset.train.seed, number, -1))      # what dropout draws, the same if the step is made again
+        train = self.preset.train
+        torch.manual_seed(mix(train.seed, number, -1))      # what dropout draws, the same if the step is made again
         self.network.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.preset.train, number)
+            group["lr"] = learning_rate(train, number) * group.get(FACTOR, 1.0)
         sums: dict[str, Tensor] = {}
         for _, _, weight in self.share.parts():
             batch = next(batches)
-            i, noise = (sent(drawn, self.device) for drawn in draw(self.schedule, batch, self.preset.train.seed, number))
+            i, noise = (sent(drawn, self.device) for drawn in
+                        draw(self.schedule, batch, train.seed, number, train.timestep_power))
             on_device = batch.map(lambda tensor: sent(tensor, self.device))
             losses = self.objective(self.network, self.schedule, on_device, i, noise)
             (losses["loss"].mean() * (weight / self.share.calls)).backward()

@@ -27,12 +27,13 @@ Report = Callable[[str], None]
 
 
 def learn_words(model: GlideUNet, batches: Iterator[Batch], minutes: float,
-                report: Report = lambda line: None) -> float:
+                report: Report = lambda line: None, dtype: torch.dtype = torch.float32) -> float:
     """Train `model.text` for so many minutes, at least one step; the rest of the model stays.
 
-    `batches`: batches of CAPTIONS without end, of the model's image size. Gives the share of the
-    pictures' variance that the captions explain, over the last steps. The pooled text is then
-    brought to mean 0 and standard deviation SPREAD, as the U-Net adds it to the time embedding.
+    `batches`: batches of CAPTIONS without end, of the model's image size; `dtype`: of the matrix
+    products. Gives the share of the pictures' variance that the captions explain, over the last
+    steps. The pooled text is then brought to mean 0 and standard deviation SPREAD, as the U-Net
+    adds it to the time embedding.
     """
     text, device = model.text.train(), next(model.parameters()).device
     first = next(batches)
@@ -42,7 +43,7 @@ def learn_words(model: GlideUNet, batches: Iterator[Batch], minutes: float,
         head.weight.zero_()
         head.bias.copy_(mean)
     parameters = [*text.parameters(), *head.parameters()]
-    optimizer = torch.optim.Adam(parameters, LEARNING_RATE, BETAS)
+    optimizer = torch.optim.Adam(parameters, LEARNING_RATE, BETAS, fused=True)
     errors: deque[tuple[float, float]] = deque(maxlen=SEEN)
     captions: deque[tuple[Tensor, Tensor]] = deque(maxlen=SEEN)
     began, step, batch = time.monotonic(), 0, first
@@ -52,7 +53,9 @@ def learn_words(model: GlideUNet, batches: Iterator[Batch], minutes: float,
             group["lr"] = LEARNING_RATE * min(1, (step + 1) / WARMUP) * min(1, 2 * max(left, 0))
         target = _small(batch.image.to(device))
         caption = batch.conditioning.tokens.to(device), batch.conditioning.mask.to(device)
-        loss = F.mse_loss(head(F.silu(text(*caption)[1])), target)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            predicted = head(F.silu(text(*caption)[1]))
+        loss = F.mse_loss(predicted.float(), target)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, CLIP)

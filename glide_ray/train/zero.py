@@ -62,6 +62,9 @@ def deepspeed_config(train: TrainConfig, precision: str, share: Share) -> dict[s
     return config
 
 
+FACTOR = "learning_rate_factor"     # of a group of parameters
+
+
 def learning_rate(train: TrainConfig, step: int) -> float:
     """Of optimizer step number `step`, counted from 1: a linear warm-up, then constant (ADM), then as 1 / sqrt(step)
     (Karras et al. 2024, EDM2, eq. 67) where `constant_steps` says so."""
@@ -85,9 +88,16 @@ def fastest_on_cpu() -> str:
     return "bf16" if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else "fp32"
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Gains and biases do not decay (Radford et al. 2021, sec. 2.5)."""
-    if not weight_decay:
-        return [{"params": list(model.parameters())}]
-    return [{"params": [p for p in model.parameters() if p.dim() > 1]},
-            {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
+def parameter_groups(model: torch.nn.Module, train: TrainConfig) -> list[dict]:
+    """The optimizer's groups of parameters, those without parameters left out.
+
+    Gains and biases do not decay (Radford et al. 2021, sec. 2.5). A group with FACTOR has so many
+    times the learning rate: the text transformer, where `train.text_rate` is not 1.
+    """
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        decays = not train.weight_decay or parameter.dim() > 1
+        own_rate = train.text_rate != 1 and name.startswith("text.")
+        groups.setdefault((own_rate, not decays), []).append(parameter)
+    return [{"params": parameters, **({"weight_decay": 0.0} if still else {}), **({FACTOR: train.text_rate} if own_rate else {})}
+            for (own_rate, still), parameters in sorted(groups.items(), key=lambda item: item[0])]
