@@ -25,7 +25,7 @@ from .train.single import single_precision
 from .train.words import CAPTIONS, SIDE, learn_words
 
 MODELS = BASE, UPSAMPLER = "emoji-base", "emoji-upsampler"
-WORDS, WORDS_PART = "words.safetensors", 0.15      # the text transformer's part of the minutes
+WORDS, WORDS_PART = "words.safetensors", 0.25      # the text transformer's part of the minutes
 PART_BYTES = 15 * 2**20        # of a file of weights: what a mail or a small store takes
 # A GPU has so little to do with a CPU's batch that launches are most of a step.
 ON_GPU = {BASE: ["batch=256", "learning_rate=2e-3", "constant_steps=1500", "evaluate_every=1000",
@@ -43,8 +43,8 @@ def pretrain(name: str, out: Path, minutes: float, corpus: Path, run: Path, pack
     `NAME.png`                      a sheet of samples
     `NAME.metrics.jsonl`            the run's figures
 
-    A base model's text transformer is trained alone first, in WORDS_PART of the minutes. The same
-    command goes on with the run. Raises UserError.
+    A base model's text transformer is trained alone first, in WORDS_PART of the minutes, and then
+    stays as it is: beside the U-Net it forgets. The same command resumes the run. Raises UserError.
     """
     if name not in MODELS:
         raise ConfigError(f"{name!r} does not ship; {nearest(name, MODELS)}")
@@ -58,7 +58,7 @@ def pretrain(name: str, out: Path, minutes: float, corpus: Path, run: Path, pack
         if not (run / WORDS).exists():
             _learn_words(preset, run / WORDS, WORDS_PART * minutes, report)
             minutes *= 1 - WORDS_PART
-        preset = override(preset, [f"start_from={run / WORDS}"])
+        preset = override(preset, [f"start_from={run / WORDS}", "text_rate=0", *settings])
     done = train_alone(preset, run, minutes)
     report(f"{done.step:,} steps, {done.images_per_s:,.0f} images/s")
     device = torch.cuda.get_device_name() if gpu else "CPU"

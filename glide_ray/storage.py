@@ -162,6 +162,20 @@ def check_writable(folder: str | Path) -> None:
         raise StorageError(f"Nothing can be written to {folder} ({error}); give another folder, or the rights to this one.") from None
 
 
+@contextmanager
+def no_empty_folders(folder: str | Path) -> Iterator[None]:
+    """On an error, remove a local folder that was not there before, and its new parents, if they hold no file."""
+    made = [] if is_remote(folder) else [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        inside = sorted(made[0].rglob("*"), reverse=True) if made else []
+        for path in (*(path for path in inside if path.is_dir()), *made):
+            with suppress(OSError):         # it holds something
+                path.rmdir()
+        raise
+
+
 def remove_folder(path: str | Path) -> None:
     """Take away all under a folder or prefix, and what uploads to there were broken off."""
     with _errors(path):

@@ -94,6 +94,16 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         storage.put(b"x", tmp_path / "file" / "below" / "w")
 
 
+def test_an_error_leaves_no_empty_folder_that_was_not_there_and_every_file(tmp_path):
+    for name in ("empty", "full"):
+        with pytest.raises(ZeroDivisionError), storage.no_empty_folders(tmp_path / "new" / name):
+            (tmp_path / "new" / name / "below").mkdir(parents=True)
+            if name == "full":
+                (tmp_path / "new" / name / "file").touch()
+            1 / 0
+        assert [path.name for path in sorted(tmp_path.rglob("*"))] == ([] if name == "empty" else ["new", "full", "file"])
+
+
 def test_an_s3_path_without_a_bucket_is_refused():
     with pytest.raises(StorageError, match="names no bucket"):
         storage.read("s3:///key")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
-from ..storage import cache_folder, check_writable, is_remote
+from ..storage import cache_folder, check_writable, is_remote, no_empty_folders
 from .card import LeftOut, read_card, sources, write_card
 from .packages import EmojiError, Package, fetch_packages, find_packages
 from .render import in_order, process_pool, render_all
@@ -48,8 +48,9 @@ def build(out: str | Path, cache: str | Path | None = None, report: Report = lam
     if compose:
         check_room(out, scenes)
     if missing := [split for split in splits if split not in done]:
-        check_writable(out)
-        found = _packages(out, cache, packages, chosen, report)
+        with no_empty_folders(out):
+            check_writable(out)
+            found = _packages(out, cache, packages, chosen, report)
         done |= _write_pictures(out, chosen, missing, found, report)
     if compose:
         done |= write_scenes(out, scenes, report)
