@@ -16,10 +16,11 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import Field, StringConstraints, model_validator
 
-from glide_ray import presets
-from glide_ray.config import Frozen, UserError
-from glide_ray.serve_config import Scale
-from glide_ray.settings import override, validate
+from glide_ray.config import presets
+from glide_ray.config.models import Frozen
+from glide_ray.errors import UserError
+from glide_ray.config.serving import Scale
+from glide_ray.config.overrides import override, validate
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

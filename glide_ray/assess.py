@@ -12,8 +12,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .commands import CLIP, EMOJI
-from .config import SHIPPED, UserError
-from .settings import local_path, positive
+from .config.models import SHIPPED
+from .errors import UserError
+from .arguments import local_path, positive
 
 Add = Callable[..., argparse.ArgumentParser]
 
@@ -81,8 +82,8 @@ def _add_bulk(made, images: str, option: str = "--images", default: int = 30_000
 
 def bulk(options, clip: str | None = None, guidance_scale: float | None = None):
     """The options of `_add_bulk` as a config."""
-    from .config import BulkConfig, SampleOptions
-    from .settings import validate
+    from .config.sampling import BulkConfig, SampleOptions
+    from .config.overrides import validate
     asked = SampleOptions(sampler=options.sampler, steps=options.steps, guidance_scale=guidance_scale)
     given = {name: getattr(options, name) for name in ("base", "upsampler", "device", "precision", "seed")}
     return validate(BulkConfig, {**given, "clip": clip, "options": asked})
@@ -172,7 +173,7 @@ def compose(options) -> None:
 
 def _asked(options):
     from .cascade import check_options
-    from .config import SampleOptions
+    from .config.sampling import SampleOptions
     asked = SampleOptions(sampler=options.sampler, steps=options.steps,
                           upsampler_steps=options.upsampler_steps,
                           guidance_scale=options.guidance_scale)

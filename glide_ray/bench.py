@@ -17,10 +17,13 @@ from pathlib import Path
 
 import torch
 
-from . import presets
+from .config import presets
 from .cascade import Cascade
-from .config import SAMPLE_PROMPTS as PROMPTS
-from .config import ModelConfig, Preset, SampleOptions, UserError, nearest
+from .config.training import SAMPLE_PROMPTS as PROMPTS
+from .config.models import ModelConfig
+from .config.training import Preset
+from .config.sampling import SampleOptions
+from .errors import UserError, nearest
 from .diffusion.guidance import combine
 from .diffusion.schedule import kept_timesteps, make_schedule
 from .flight import SampleRequest
@@ -29,7 +32,7 @@ from .hardware import measured_peak
 from .info import example_batch, example_conditioning, inspect, operations
 from .models.unet import GlideUNet
 from .models.weights import build
-from .settings import override
+from .config.overrides import override
 from .stepper import Stepper
 
 

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import SHIPPED, AnyModelConfig, ModelConfig, SampleOptions, UserError, nearest
+from .config.models import SHIPPED, AnyModelConfig, ModelConfig
+from .config.sampling import SampleOptions
+from .errors import UserError, nearest
 from .critic import Critic, load_critic
 from .data.images import area_downsample, to_8_bits, to_tensor, to_uint8
 from .diffusion.samplers import SAMPLERS

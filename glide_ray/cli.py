@@ -7,12 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import assess, commands, pictures, presets
+from . import assess, commands, pictures
+from .config import presets
 from .commands import CLIP, DEMO
-from .config import SHIPPED, CleanConfig, FilterConfig, UserError
+from .config.models import SHIPPED
+from .config.data import CleanConfig, FilterConfig
+from .errors import UserError
 from .data.styles import STYLES
-from .serve_config import ServeConfig
-from .settings import local_path, positive
+from .config.serving import ServeConfig
+from .arguments import local_path, positive
 
 DESCRIPTION = """Train and serve GLIDE (Nichol et al. 2021), text-to-image diffusion for generation and editing.
 

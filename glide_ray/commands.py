@@ -6,10 +6,13 @@ import json
 import sys
 from pathlib import Path
 
-from . import presets
-from .config import SHIPPED, CleanConfig, FilterConfig, Preset, UserError
-from .serve_config import ServeConfig
-from .settings import override, validate
+from .config import presets
+from .config.models import SHIPPED
+from .config.data import CleanConfig, FilterConfig
+from .config.training import Preset
+from .errors import UserError
+from .config.serving import ServeConfig
+from .config.overrides import override, validate
 
 EMOJI, FILTERS, DEMO = "runs/corpus", Path("runs/filters"), Path("runs/demo")
 BASE = Path("runs/nano-base/weights.safetensors")
@@ -199,13 +202,13 @@ def export_released(options) -> None:
 
 
 def settings(options) -> None:
-    from . import config, serve_config
-    from .settings import reference
-    kinds = [config.TrainConfig, config.DataConfig, config.ModelConfig, config.UNetConfig, config.TextConfig, config.ClipModelConfig, config.ClipConfig,
-             config.DiffusionConfig, config.SamplingConfig, config.CleanConfig, config.FilterConfig, config.BulkConfig, config.SampleOptions,
-             ServeConfig, serve_config.ServedModel, serve_config.Scale]
-    print(f"# Settings\n\nWritten by `glide settings` from the classes themselves. `--set KEY=VALUE` sets one by its dotted name; `none` is no value.\n\n"
-          f"{reference(kinds)}", end="")
+    from .config import data, models, sampling, serving, training
+    from .config.reference import reference
+    configs = [training.TrainConfig, data.DataConfig, models.ModelConfig, models.UNetConfig, models.TextConfig, models.ClipModelConfig,
+               models.ClipConfig, models.DiffusionConfig, models.SamplingConfig, data.CleanConfig, data.FilterConfig,
+               sampling.BulkConfig, sampling.SampleOptions, serving.ServeConfig, serving.ServedModel, serving.Scale]
+    print("# Settings\n\nWritten by `glide settings` from the config classes. `--set KEY=VALUE` sets one by its dotted name; "
+          f"`none` is no value.\n\n{reference(configs)}", end="")
 
 
 def info(options) -> None:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import ClipModelConfig, ModelConfig, UserError
+from .config.models import ClipModelConfig, ModelConfig
+from .errors import UserError
 from .models.clip import CHANNEL_MEANS, CHANNEL_STDS, NoisedClip
 from .models.weights import WeightsError, load_metadata, load_model
 from .tokenizer import ClipTokenizer, Tokenizer

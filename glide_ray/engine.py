@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import UserError
+from .errors import UserError
 from .flight import SampleRequest
 from .stepper import Stepper
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .config import ConfigError, nearest
+from .errors import ConfigError, nearest
 from .train.zero import fastest_on_cpu, resolve_precision
 
 TERA, GIGA = 1e12, 1e9

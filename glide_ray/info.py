@@ -8,7 +8,8 @@ from functools import lru_cache, partial
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .config import AnyModelConfig, ModelConfig, Preset
+from .config.models import AnyModelConfig, ModelConfig
+from .config.training import Preset
 from .forms import Batch, Conditioning
 from .models.clip import NoisedClip
 from .models.unet import GlideUNet

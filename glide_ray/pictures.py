@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .commands import note
-from .config import UserError
+from .errors import UserError
 
 
 def generate(options) -> None:
@@ -109,7 +109,7 @@ def reproduce(options) -> None:
 def sample_options(options):
     """What the options say of sampling. Raises RequestError."""
     from .cascade import check_options
-    from .config import SampleOptions
+    from .config.sampling import SampleOptions
     asked = SampleOptions(sampler=options.sampler, steps=options.steps, upsampler_steps=options.upsampler_steps,
                           guidance_scale=options.guidance_scale, clip_scale=options.clip_scale, guidance_interval=options.guidance_interval)
     check_options(asked, options.seed, getattr(options, "strength", None))

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
-from . import presets, storage
-from .config import ConfigError, Preset, nearest
+from .config import presets
+from . import storage
+from .errors import ConfigError, nearest
+from .config.training import Preset
 from .data.emoji import build
 from .data.images import encode
 from .evaluation.samples import sample_grid
@@ -18,7 +20,7 @@ from .forms import DTYPES
 from .models.weights import build as build_model
 from .models.weights import save_weights
 from .pretrained.pack import read_trained, write_half
-from .settings import override
+from .config.overrides import override
 from .train.alone import Done, MemoryCorpus, train_alone
 from .train.run_folder import METRICS
 from .train.single import single_precision

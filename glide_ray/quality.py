@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from .cascade import Cascade, base_request, load_stepper
-from .config import SAMPLE_PROMPTS as PROMPTS
-from .config import SampleOptions, UserError
+from .config.training import SAMPLE_PROMPTS as PROMPTS
+from .config.sampling import SampleOptions
+from .errors import UserError
 from .data.images import centre_crop, decode, to_uint8
 from .data.shards import read_shard
 from .stepper import Stepper

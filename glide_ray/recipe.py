@@ -14,7 +14,9 @@ import torch
 from pydantic import ValidationError
 
 from .cascade import Cascade, Progress, check_pair, check_role
-from .config import SHIPPED, Frozen, ModelConfig, SampleOptions, UserError
+from .config.models import SHIPPED, Frozen, ModelConfig
+from .config.sampling import SampleOptions
+from .errors import UserError
 from .critic import check_clip
 from .data.images import decode, encode, open_image
 from .evaluation.features import fetch_clip

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from . import presets
-from .config import Preset
+from .config import presets
+from .config.training import Preset
 from .data.transforms import held_out_batches
 from .diffusion.process import q_sample, x0_from_eps
 from .forms import Batch, Conditioning
-from .settings import override
+from .config.overrides import override
 from .train.alone import MemoryCorpus
 from .train.single import SingleTrainer
 

@@ -15,7 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .config import ModelConfig, UserError
+from .config.models import ModelConfig
+from .errors import UserError
 from .critic import Critic
 from .diffusion.guidance import classifier_free, score_gradient
 from .diffusion.process import q_sample

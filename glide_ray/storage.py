@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .config import UserError
+from .errors import UserError
 
 S3 = "s3://"
 CHECKSUM = "sha256"   # object metadata that `put` writes and `read` verifies

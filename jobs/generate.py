@@ -10,11 +10,13 @@ import dataclasses
 import sys
 
 from glide_ray.cli import add_sampling
-from glide_ray.config import SHIPPED, BulkConfig
+from glide_ray.config.models import SHIPPED
+from glide_ray.config.sampling import BulkConfig
 from glide_ray.distributed.generate import generate
 from glide_ray.distributed.job import run
 from glide_ray.pictures import sample_options
-from glide_ray.settings import positive, validate
+from glide_ray.arguments import positive
+from glide_ray.config.overrides import validate
 
 
 def parser() -> argparse.ArgumentParser:

@@ -8,10 +8,10 @@ import argparse
 import dataclasses
 import sys
 
-from glide_ray import presets
+from glide_ray.config import presets
 from glide_ray.distributed.job import run
 from glide_ray.distributed.train import train
-from glide_ray.settings import override
+from glide_ray.config.overrides import override
 
 
 def parser() -> argparse.ArgumentParser:

@@ -20,18 +20,32 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 from glide_ray.cascade import TIMESTEPS, check_options, shrink_known
-from glide_ray.config import SampleOptions, nearest
+from glide_ray.config.sampling import SampleOptions
+from glide_ray.errors import nearest
 from glide_ray.data.images import encode
 from glide_ray.pretrained.card import credits, licences
 from glide_ray.recipe import Maker, png_text
-from glide_ray.serve_config import ServeConfig
+from glide_ray.config.serving import ServeConfig
 from glide_ray.tokenizer import Tokenizer, Tokens
 
-from .edge import Edge
-from .errors import ApiError, ErrorBody, answer_of, handle_errors
-from .fields import Answer, Edit, Generation, ImageFields, Job, Picture, Source, Variation, form_schema, narrowed, read_form, read_source
-from .figures import Figures, StageLoad, exposition
-from .gate import NOBODY, Gate
+from serve.edge import Edge
+from serve.errors import ApiError, ErrorBody, answer_of, handle_errors
+from serve.fields import (
+    Answer,
+    Edit,
+    Generation,
+    ImageFields,
+    Job,
+    Picture,
+    Source,
+    Variation,
+    form_schema,
+    narrowed,
+    read_form,
+    read_source,
+)
+from serve.figures import Figures, StageLoad, exposition
+from serve.gate import NOBODY, Gate
 
 ERRORS = {status: {"model": ErrorBody, "description": words} for status, words in (
     (400, "The request makes no sense; error.param names the field"), (401, "No key, or one that is not known"),

@@ -25,19 +25,19 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 from glide_ray.cascade import TIMESTEPS, RequestError
-from glide_ray.config import UserError
+from glide_ray.errors import UserError
 from glide_ray.pretrained import shipped
 from glide_ray.recipe import Maker
-from glide_ray.serve_config import Scale, ServeConfig, ServedModel
-from glide_ray.settings import validate
+from glide_ray.config.serving import Scale, ServeConfig, ServedModel
+from glide_ray.config.overrides import validate
 from glide_ray.storage import absolute
 
-from .api import ApiError, Face, Show, build_api, together
-from .fields import Job, Picture
-from .figures import Figures, StageLoad
-from .gate import Gate
-from .keys import Key, read_keys
-from .stages import LANES, Base, Made, Stage, Upsampler
+from serve.api import ApiError, Face, Show, build_api, together
+from serve.fields import Job, Picture
+from serve.figures import Figures, StageLoad
+from serve.gate import Gate
+from serve.keys import Key, read_keys
+from serve.stages import LANES, Base, Made, Stage, Upsampler
 
 APP = "glide"
 START_SECONDS = 180      # for all replicas to have loaded their weights

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from glide_ray.serve_config import ServeConfig
+from glide_ray.config.serving import ServeConfig
 
-from .errors import ApiError, failure
+from serve.errors import ApiError, failure
 
 if TYPE_CHECKING:
-    from .api import Face
+    from serve.api import Face
 
 OPEN = ("/healthz", "/readyz", "/docs", "/openapi.json")      # what needs no key
 MAX_JSON_BYTES = 2**20

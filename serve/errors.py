@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from glide_ray.cascade import RequestError
-from glide_ray.config import nearest
+from glide_ray.errors import nearest
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 # Fields that only some servers have, and why this one may not.

@@ -12,12 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from starlette.datastructures import UploadFile
 
 from glide_ray.cascade import MAX_SCALE
-from glide_ray.config import SampleOptions, UserError, nearest
+from glide_ray.config.sampling import SampleOptions
+from glide_ray.errors import UserError, nearest
 from glide_ray.data.images import centre_crop, flatten, load, open_image
 from glide_ray.data.masks import centre_crop_mask, check_sizes, mask_of
-from glide_ray.serve_config import ServeConfig
+from glide_ray.config.serving import ServeConfig
 
-from .errors import ApiError, refusal
+from serve.errors import ApiError, refusal
 
 MAX_BEST_OF = 64         # as the paper's app. E
 FILES = ("image", "mask")

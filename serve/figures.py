@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from glide_ray.engine import Load
 
-from .gate import Gate
+from serve.gate import Gate
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 2, 3, 5, 8, 13, 20, 30, 60, 120, 300)
 LOADS = {"in_flight": "samples on the way", "queued": "samples that wait", "width": "samples that one step can advance",

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from glide_ray.config import Frozen, UserError
+from glide_ray.config.models import Frozen
+from glide_ray.errors import UserError
 from glide_ray.storage import put
 
 VARIABLE = "GLIDE_API_KEYS"      # NAME:KEY,NAME:KEY

@@ -20,19 +20,19 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 
-from glide_ray import presets
+from glide_ray.config import presets
 from glide_ray.bench import random_model
-from glide_ray.config import SampleOptions
+from glide_ray.config.sampling import SampleOptions
 from glide_ray.distributed.local import connect
 from glide_ray.flight import SampleRequest
 from glide_ray.forms import DTYPES
 from glide_ray.models.weights import save_weights
-from glide_ray.serve_config import ServeConfig
+from glide_ray.config.serving import ServeConfig
 
-from . import load
-from .app import HEALTH_SECONDS, build, deploy, listening
-from .fields import Job
-from .stages import Base, Made, Upsampler
+from serve import load
+from serve.app import HEALTH_SECONDS, build, deploy, listening
+from serve.fields import Job
+from serve.stages import Base, Made, Upsampler
 
 STEPS = {10: 0.8, 50: 0.2}       # of the requests, by their steps
 AT_ONCE = 8                      # requests in a whole-request batch, and clients that saturate

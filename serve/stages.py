@@ -14,7 +14,7 @@ import torch
 from ray import serve
 
 from glide_ray import cascade
-from glide_ray.config import SampleOptions
+from glide_ray.config.sampling import SampleOptions
 from glide_ray.data.images import to_tensor, to_uint8
 from glide_ray.engine import Engine
 from glide_ray.evaluation.features import fetch_clip
@@ -22,8 +22,8 @@ from glide_ray.flight import SampleRequest
 from glide_ray.pretrained import shipped
 from glide_ray.storage import fingerprint
 
-from .fields import Job
-from .figures import StageLoad
+from serve.fields import Job
+from serve.figures import StageLoad
 
 LANES = 2      # samples that a CPU advances at once, each with its part of the cores
 

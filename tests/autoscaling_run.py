@@ -171,7 +171,7 @@ def main(path, corpus, base, upsampler, out):
     from glide_ray.distributed import train as training
     from glide_ray.distributed.corpus import survey
     from glide_ray.distributed.local import connect
-    from glide_ray.serve_config import ServeConfig
+    from glide_ray.config.serving import ServeConfig
     from serve.app import APP, build, deploy
     types = fake(path, os.environ["RAY_ADDRESS"])["available_node_types"]
     least = Counter({name: kind["min_workers"] for name, kind in types.items() if kind.get("min_workers")})

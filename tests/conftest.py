@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"       # before anything imports Triton
-from glide_ray import presets
-from glide_ray.settings import override
+from glide_ray.config import presets
+from glide_ray.config.overrides import override
 from glide_ray.data import emoji
 from glide_ray.data.images import encode
 from glide_ray.data.shards import Sample, write_shards

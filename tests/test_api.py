@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 
 from glide_ray.cascade import Cascade, RequestError
-from glide_ray.config import SampleOptions, UserError
+from glide_ray.config.sampling import SampleOptions
+from glide_ray.errors import UserError
 from glide_ray.data.images import encode
 from glide_ray.engine import Engine, Load
 from glide_ray.recipe import Maker
-from glide_ray.serve_config import ServeConfig
+from glide_ray.config.serving import ServeConfig
 from serve.api import Face, build_api
 from serve.errors import ApiError
 from serve.fields import Job, Picture

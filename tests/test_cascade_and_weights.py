@@ -6,10 +6,10 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import random_model, tiny
-from glide_ray import presets
+from glide_ray.config import presets
 from glide_ray.cascade import Cascade, RequestError, shrink_known
-from glide_ray.config import SampleOptions
-from glide_ray.settings import override
+from glide_ray.config.sampling import SampleOptions
+from glide_ray.config.overrides import override
 from glide_ray.data.masks import random_known
 from glide_ray.diffusion.samplers import SAMPLERS
 from glide_ray.models.weights import WeightsError, load_config, load_model, load_weights, save_weights

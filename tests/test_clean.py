@@ -20,8 +20,9 @@ import jobs.filter
 from conftest import drawn_samples
 from glide_ray import storage
 from glide_ray.cli import main
-from glide_ray.config import CleanConfig, ConfigError, UserError
-from glide_ray.settings import override
+from glide_ray.config.data import CleanConfig
+from glide_ray.errors import ConfigError, UserError
+from glide_ray.config.overrides import override
 from glide_ray.data.card import read_card, write_card
 from glide_ray.data.duplicates import FINGERPRINT_BYTES, LUMA, MAX_BITS, MAX_CHROMA, MAX_LUMA, find_duplicates, fingerprint
 from glide_ray.data.filters import NEAR_DUPLICATE, caption_rules, clean_captions, users_rules

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT, tiny
-from glide_ray import presets
+from glide_ray.config import presets
 from glide_ray.cli import main
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.weights import save_weights

@@ -18,7 +18,7 @@ from cluster_run import cluster
 from conftest import ROOT, TINY_BASE, serving_weights
 from glide_ray import storage
 from glide_ray.cascade import Cascade
-from glide_ray.config import SampleOptions
+from glide_ray.config.sampling import SampleOptions
 from glide_ray.train.run_folder import last_step, read_metrics
 from serve.load import free_port
 

@@ -31,10 +31,11 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.serve.schema import ServeDeploySchema
 
 from conftest import ROOT
-from glide_ray import presets, storage
+from glide_ray.config import presets
+from glide_ray import storage
 from glide_ray.engine import Load
-from glide_ray.serve_config import ServeConfig
-from glide_ray.settings import override, validate
+from glide_ray.config.serving import ServeConfig
+from glide_ray.config.overrides import override, validate
 from serve.figures import Figures, StageLoad, exposition
 
 CLUSTER = Path(ROOT, "cluster")

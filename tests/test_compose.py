@@ -9,7 +9,7 @@ import drawn_things as drawn
 from conftest import serving_weights
 from glide_ray.cascade import Cascade
 from glide_ray.cli import main
-from glide_ray.config import SampleOptions
+from glide_ray.config.sampling import SampleOptions
 from glide_ray.evaluation import compose, fitting
 from glide_ray.data.images import decode, encode
 from glide_ray.data.shards import Sample, write_shards

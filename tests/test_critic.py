@@ -8,10 +8,11 @@ import torch.multiprocessing as multiprocessing
 from torch import distributed as dist
 
 from conftest import drawn_samples, random_model, tiny, tiny_clip
-from glide_ray import presets
+from glide_ray.config import presets
 from glide_ray.cascade import Cascade, RequestError
-from glide_ray.config import SampleOptions, UserError
-from glide_ray.settings import override
+from glide_ray.config.sampling import SampleOptions
+from glide_ray.errors import UserError
+from glide_ray.config.overrides import override
 from glide_ray.critic import OwnCritic, PublicCritic, load_critic
 from glide_ray.data.images import centre_crop, decode, to_8_bits, to_tensor
 from glide_ray.diffusion.samplers import SAMPLERS

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from conftest import drawn_samples, tiny
-from glide_ray.config import DataConfig
+from glide_ray.config.data import DataConfig
 from glide_ray.data import images, masks
 from glide_ray.data.captions import choose, emoji_captions
 from glide_ray.data.filters import Candidate, Report, first_broken, header_rules

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from conftest import random_model, tiny
-from glide_ray import presets
+from glide_ray.config import presets
 from glide_ray.cli import main
-from glide_ray.config import SampleOptions, UserError
+from glide_ray.config.sampling import SampleOptions
+from glide_ray.errors import UserError
 from glide_ray.data import emoji
 from glide_ray.data.images import encode
 from glide_ray.data.packages import EmojiError, fetch_packages

@@ -14,7 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import TINY_BASE, drawn_samples, tiny, tiny_clip
-from glide_ray.config import UserError
+from glide_ray.errors import UserError
 from glide_ray.data.sources import columns
 from glide_ray.train.run_folder import read_metrics
 from glide_ray.distributed.train import train

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT, serving_weights
-from glide_ray import cli, presets
-from glide_ray.settings import override
+from glide_ray import cli
+from glide_ray.config import presets
+from glide_ray.config.overrides import override
 
 DOCS = sorted(Path(ROOT, "docs").glob("*.md"))
 COMMANDS = ("glide ", "python ", "ray ", "serve ", "make ", "kubectl ", "docker ", "aws ", "export ", "printf ", ".venv/")

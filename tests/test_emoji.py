@@ -13,7 +13,7 @@ import time
 import pytest
 
 from glide_ray.cli import main
-from glide_ray.config import ConfigError
+from glide_ray.errors import ConfigError
 from glide_ray.data import emoji
 from glide_ray.data.card import LeftOut, read_card
 from glide_ray.data.images import open_image

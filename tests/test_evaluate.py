@@ -16,7 +16,7 @@ from PIL import Image
 
 from conftest import ROOT
 from glide_ray.cli import main
-from glide_ray.config import UserError
+from glide_ray.errors import UserError
 from glide_ray.data.images import decode, encode
 from glide_ray.data.shards import Sample, write_shards
 from glide_ray.data.sources import find_parts, read_part

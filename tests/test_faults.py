@@ -20,7 +20,7 @@ import elastic_run
 from conftest import tiny
 from glide_ray import storage
 from glide_ray.cli import main
-from glide_ray.config import UserError
+from glide_ray.errors import UserError
 from glide_ray.train.run_folder import read_metrics
 from glide_ray.distributed.train import train
 from glide_ray.models.weights import load_weights

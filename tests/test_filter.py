@@ -14,7 +14,7 @@ from PIL import Image
 from conftest import drawn_samples, tiny_clip
 from glide_ray import storage
 from glide_ray.cli import main
-from glide_ray.config import FilterConfig
+from glide_ray.config.data import FilterConfig
 from glide_ray.critic import OwnCritic
 from glide_ray.data.content import (
     ContentError, fit, load_filter, missed_interval, tuned_threshold, with_threshold)

@@ -15,7 +15,8 @@ from PIL import Image
 from conftest import ROOT
 from glide_ray import storage
 from glide_ray.cascade import Cascade
-from glide_ray.config import BulkConfig, SampleOptions, UserError
+from glide_ray.config.sampling import BulkConfig, SampleOptions
+from glide_ray.errors import UserError
 from glide_ray.data.sources import METADATA, find_parts, read_part
 from glide_ray.distributed.generate import generate, read_prompts
 from glide_ray.recipe import read_recipe

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from glide_ray.config import ClipConfig, TextConfig, UNetConfig
+from glide_ray.config.models import ClipConfig, TextConfig, UNetConfig
 from glide_ray.diffusion.guidance import classifier_free, score_gradient
 from glide_ray.diffusion.loss import hybrid_loss
 from glide_ray.diffusion.process import q_sample

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from glide_ray import presets
+from glide_ray.config import presets
 from glide_ray.bench import random_model
 from glide_ray.flight import SampleRequest
 from glide_ray.info import example_conditioning

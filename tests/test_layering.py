@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
-    {"config", "serve_config", "settings", "presets", "tokenizer", "storage", "forms"},
+    {"errors", "config", "arguments", "tokenizer", "storage", "forms"},
     {"diffusion", "models", "data"},
     {"critic", "flight", "stepper", "engine", "cascade", "recipe", "pretrained", "train", "evaluation", "info", "hardware"},
     {"distributed"},

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TINY_CLIP, drawn_samples, random_model
 
-from glide_ray import presets
+from glide_ray.config import presets
 from glide_ray.data.shards import Sample, write_shards
 from glide_ray.data.sources import find_parts, read_part
 from glide_ray.evaluation import metrics
@@ -26,7 +26,7 @@ from glide_ray.miniature.pictures import (
     Seen,
 )
 from glide_ray.models.weights import build, load_model, save_weights
-from glide_ray.settings import override
+from glide_ray.config.overrides import override
 
 # The shipped kind of network, thin.
 THIN = [

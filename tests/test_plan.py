@@ -11,16 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from conftest import tiny, tiny_clip
-from glide_ray import presets
+from glide_ray.config import presets
 from glide_ray.bench import GIVEN_BACK, measure_training, plan_settings
 from glide_ray.cli import main
-from glide_ray.config import ConfigError
+from glide_ray.errors import ConfigError
 from glide_ray.diffusion.schedule import make_schedule
 from glide_ray.hardware import GPUS, USABLE, Machine, cpu_budget, find_machine, gpu_named, measured_peak, peak_flops
 from glide_ray.forms import DTYPES
 from glide_ray.info import example_batch, inspect, operations
 from glide_ray.models.weights import build
-from glide_ray.settings import override
+from glide_ray.config.overrides import override
 from glide_ray.train.objectives import objective_of
 from glide_ray.train.activations import training_pass
 from glide_ray.train.plan import best, choose_micro_batch, describe, memory, plans, step_time

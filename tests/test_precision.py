@@ -19,7 +19,7 @@ from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import tiny, tiny_clip
-from glide_ray.config import ConfigError
+from glide_ray.errors import ConfigError
 from glide_ray.diffusion.schedule import make_schedule
 from glide_ray.forms import Batch, Conditioning, ModelOutput
 from glide_ray.models.clip import NoisedClip

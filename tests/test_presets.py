@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from glide_ray import config, presets, settings
+from glide_ray.config import data, models, presets, sampling, serving, training
+from glide_ray.config.overrides import override
+from glide_ray.errors import ConfigError
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.released import ReleasedError, clip_to_released, from_released, to_released
 from glide_ray.models.unet import GlideUNet
@@ -63,7 +65,7 @@ def test_a_released_checkpoint_with_a_missing_an_unexpected_or_a_misshapen_key_i
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_a_preset_survives_json(name):
     preset = presets.get(name)
-    assert config.Preset.model_validate_json(preset.model_dump_json()) == preset
+    assert training.Preset.model_validate_json(preset.model_dump_json()) == preset
     assert preset.model.name == name
 
 
@@ -92,21 +94,21 @@ def test_the_noised_clips_have_the_shape_of_their_sources():
 
 
 def test_a_setting_of_clip_is_named_without_what_pydantic_calls_it():
-    with pytest.raises(config.ConfigError, match="Setting model.clip.image_width: .*given: 'wide'"):
-        settings.override(presets.get("nano-clip"), ["model.clip.image_width=wide"])
-    with pytest.raises(config.ConfigError, match="image_width 130 is not divisible by image_heads 4"):
-        settings.override(presets.get("nano-clip"), ["model.clip.image_width=130"])
-    with pytest.raises(config.ConfigError, match="train.objective 'base' does not fit a model of the kind 'clip'"):
-        settings.override(presets.get("nano-clip"), ["objective=base"])
+    with pytest.raises(ConfigError, match="Setting model.clip.image_width: .*given: 'wide'"):
+        override(presets.get("nano-clip"), ["model.clip.image_width=wide"])
+    with pytest.raises(ConfigError, match="image_width 130 is not divisible by image_heads 4"):
+        override(presets.get("nano-clip"), ["model.clip.image_width=130"])
+    with pytest.raises(ConfigError, match="train.objective 'base' does not fit a model of the kind 'clip'"):
+        override(presets.get("nano-clip"), ["objective=base"])
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest_one():
-    with pytest.raises(config.ConfigError, match="'paper-bass'; did you mean 'paper-base'"):
+    with pytest.raises(ConfigError, match="'paper-bass'; did you mean 'paper-base'"):
         presets.get("paper-bass")
 
 
 def test_settings_are_overridden_by_name_and_checked():
-    preset = settings.override(presets.get("nano-base"), ["steps=7", "model.unet.multipliers=1,2", "data.corpus=s3://there/x"])
+    preset = override(presets.get("nano-base"), ["steps=7", "model.unet.multipliers=1,2", "data.corpus=s3://there/x"])
     assert (preset.train.steps, preset.model.unet.multipliers, preset.data.corpus) == (7, (1, 2), "s3://there/x")
 
 
@@ -120,5 +122,12 @@ def test_settings_are_overridden_by_name_and_checked():
     ("train.zero_stage=4", "Setting train.zero_stage"),
 ])
 def test_a_setting_that_cannot_be_is_named(setting, message):
-    with pytest.raises(config.ConfigError, match=message):
-        settings.override(presets.get("nano-base"), [setting])
+    with pytest.raises(ConfigError, match=message):
+        override(presets.get("nano-base"), [setting])
+
+
+@pytest.mark.parametrize("room", [data, models, sampling, serving, training])
+def test_every_setting_has_a_description(room):
+    configs = [kind for kind in vars(room).values() if isinstance(kind, type) and issubclass(kind, models.Frozen)]
+    missing = [f"{kind.__name__}.{name}" for kind in configs for name, field in kind.model_fields.items() if not field.description]
+    assert configs and not missing

@@ -6,7 +6,7 @@ import json
 import pytest
 from PIL import Image
 
-from glide_ray.config import ConfigError
+from glide_ray.errors import ConfigError
 from glide_ray.models.weights import load_metadata, load_model
 from glide_ray.pretrain import PART_BYTES, _write_parts, pretrain
 

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from glide_ray.cascade import Cascade
 from glide_ray.cli import main
-from glide_ray.config import SampleOptions
+from glide_ray.config.sampling import SampleOptions
 from glide_ray.data.images import encode
 from glide_ray.recipe import Maker, RecipeError, make_again, read_recipe, save_picture
 

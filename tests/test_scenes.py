@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from glide_ray.config import ConfigError
+from glide_ray.errors import ConfigError
 from glide_ray.data import emoji, scenes
 from glide_ray.data.captions import NUMBERS, plural, with_article
 from glide_ray.data.card import read_card

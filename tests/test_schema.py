@@ -9,7 +9,7 @@ from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
 
 from glide_ray.cascade import Cascade
-from glide_ray.serve_config import ServeConfig
+from glide_ray.config.serving import ServeConfig
 from test_api import CascadeBackend, asking
 
 pytestmark = pytest.mark.slow

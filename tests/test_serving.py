@@ -18,9 +18,10 @@ from ray import serve
 
 from conftest import serving_weights
 from glide_ray.cascade import Cascade
-from glide_ray.config import ConfigError, SampleOptions, UserError
+from glide_ray.errors import ConfigError, UserError
+from glide_ray.config.sampling import SampleOptions
 from glide_ray.recipe import find_models, make_again, read_recipe
-from glide_ray.serve_config import ServeConfig
+from glide_ray.config.serving import ServeConfig
 from serve.fields import Job
 from serve.figures import Figures
 from serve.load import free_port

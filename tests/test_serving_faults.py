@@ -17,7 +17,7 @@ from ray import serve
 
 from conftest import serving_weights
 from glide_ray import storage
-from glide_ray.serve_config import Scale, ServeConfig, ServedModel
+from glide_ray.config.serving import Scale, ServeConfig, ServedModel
 from serve.load import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]

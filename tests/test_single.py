@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import TINY_BASE, tiny
-from glide_ray.config import ConfigError, UserError
+from glide_ray.errors import ConfigError, UserError
 from glide_ray.data.shards import ShardError
 from glide_ray.models.weights import load_weights
 from glide_ray.train.alone import MemoryCorpus, train_alone

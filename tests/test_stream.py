@@ -12,7 +12,7 @@ import torch
 
 from conftest import drawn_samples, tiny
 from glide_ray import storage
-from glide_ray.config import DataConfig
+from glide_ray.config.data import DataConfig
 from glide_ray.data.images import area_downsample, blur, encode, to_tensor
 from glide_ray.data.shards import Sample, ShardError, write_shards
 from glide_ray.distributed.corpus import survey

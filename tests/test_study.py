@@ -23,7 +23,7 @@ from PIL import Image, PngImagePlugin
 
 from conftest import COLOURS
 from glide_ray.cli import main
-from glide_ray.config import UserError
+from glide_ray.errors import UserError
 from glide_ray.evaluation import study, tables
 from glide_ray.evaluation.turns import BLOCK, FIRST, SECOND, Comparison, next_turn
 from glide_ray.evaluation.votes import AHEAD, Asked, Votes

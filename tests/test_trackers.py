@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 
 from conftest import tiny
-from glide_ray.config import UserError
-from glide_ray.settings import override
+from glide_ray.errors import UserError
+from glide_ray.config.overrides import override
 from glide_ray.train import trackers
 from glide_ray.train.trackers import open_trackers
 from serve.load import free_port

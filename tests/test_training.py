@@ -11,7 +11,7 @@ import torch
 from deepspeed.utils.config import get_timers_config
 
 from conftest import drawn_samples, tiny
-from glide_ray.config import ConfigError, UserError
+from glide_ray.errors import ConfigError, UserError
 from glide_ray.data.images import centre_crop, decode, to_tensor
 from glide_ray.data.masks import random_known
 from glide_ray.diffusion.schedule import make_schedule

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import random_model, tiny
-from glide_ray.config import DiffusionConfig
+from glide_ray.config.models import DiffusionConfig
 from glide_ray.diffusion.process import q_sample, x0_from_eps
 from glide_ray.diffusion.schedule import make_schedule
 from glide_ray.forms import Conditioning

@@ -20,7 +20,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.svm import SVC
 
 from .. import storage
-from ..config import UserError
+from ..errors import UserError
 
 COSTS, WIDTHS = (1.0, 10.0, 100.0), (0.1, 0.3, 1.0)     # tried: the SVM's C; gamma as a multiple of 1 / (features' number x variance)
 FOLDS = 5

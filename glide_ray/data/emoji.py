@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..config import ConfigError
+from ..errors import ConfigError
 from ..storage import cache_folder, check_writable, is_remote, no_empty_folders
 from .card import LeftOut, read_card, sources, write_card
 from .packages import EmojiError, Package, fetch_packages, find_packages

@@ -19,7 +19,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..config import CleanConfig, ConfigError
+from ..config.data import CleanConfig
+from ..errors import ConfigError
 from .images import ImageError, flatten, load, open_image
 from .shards import Sample
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from ..config import UserError
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import storage
-from ..config import FilterConfig
+from ..config.data import FilterConfig
 from .content import ContentError, Fitted, first_guess, fit, tuned_threshold
 
 COLUMNS = ("row", "label", "caption", "why")

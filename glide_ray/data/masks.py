@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..config import UserError
+from ..errors import UserError
 
 
 class MaskError(UserError):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import UserError
+from ..errors import UserError
 
 OWN_CORPUS = "or train on a corpus of your own with --set data.corpus=FOLDER"
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import UserError
+from ..errors import UserError
 from ..storage import is_remote
 from .card import read_card, write_card
 from .render import in_order, process_pool

@@ -16,7 +16,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from ..config import UserError
+from ..errors import UserError
 from ..storage import MissingError, is_remote, put, read, remove, size
 
 INDEX = "index.json"

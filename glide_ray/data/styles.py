@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..config import ConfigError, nearest
+from ..errors import ConfigError, nearest
 
 MICROSOFT = ("Microsoft Corporation", "https://github.com/microsoft/fluentui-emoji", "MIT")
 GOOGLE = ("Google Inc", "https://github.com/googlefonts/noto-emoji", "Apache-2.0")

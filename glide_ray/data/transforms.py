@@ -16,7 +16,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..config import AnyModelConfig, DataConfig, Preset, UserError
+from ..config.models import AnyModelConfig
+from ..config.data import DataConfig
+from ..config.training import Preset
+from ..errors import UserError
 from ..forms import Batch, Conditioning
 from ..tokenizer import Tokenizer
 from .captions import choose

@@ -15,13 +15,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import storage
-from ..config import SampleOptions, UserError
+from ..config.sampling import SampleOptions
+from ..errors import UserError
 from ..data.images import decode, encode
 from ..distributed.local import connect
 from ..evaluation.report import show_hole
 from ..hardware import quick_precision
 from ..pretrained.shipped import Pair
-from ..serve_config import Scale, ServeConfig, ServedModel
+from ..config.serving import Scale, ServeConfig, ServedModel
 from .figures import (BEFORE_AFTER, EDIT, SCENE, SKETCH, draw_edit, draw_pairs, draw_scene,
                       draw_sketch, draw_sketches)
 from .plan import Plan

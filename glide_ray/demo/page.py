@@ -9,7 +9,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 from .. import storage
-from ..config import UserError
+from ..errors import UserError
 from ..data.images import decode, encode
 from .figures import BEFORE_AFTER, EDIT, LOSS, SCENE, SHEET, SKETCH
 from .plan import STYLE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..config import SampleOptions
+from ..config.sampling import SampleOptions
 from ..data.styles import DEFAULT
 
 STYLE = "outline"      # of the fine-tuning: the shipped weights have not seen it

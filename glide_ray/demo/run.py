@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .. import storage
-from ..config import CleanConfig
+from ..config.data import CleanConfig
 from ..pretrained import shipped
 from .page import PAGE, write_page
 from .plan import STYLE, Plan

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
-from .. import presets, storage
-from ..config import CleanConfig, Preset
+from ..config import presets
+from .. import storage
+from ..config.data import CleanConfig
+from ..config.training import Preset
 from ..data import emoji
 from ..data.images import centre_crop, decode, encode
 from ..data.shards import read_shard
@@ -19,7 +21,7 @@ from ..distributed.train import train
 from ..evaluation.report import loss_curves
 from ..models.weights import load_config
 from ..pretrained.pack import read_trained, write_half
-from ..settings import override
+from ..config.overrides import override
 from ..train.run_folder import read_metrics
 from .figures import LOSS
 from .plan import STYLE, Plan

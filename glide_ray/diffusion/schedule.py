@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ..config import DiffusionConfig, UserError
+from ..config.models import DiffusionConfig
+from ..errors import UserError
 
 
 class ScheduleError(UserError):

@@ -15,7 +15,8 @@ import ray
 from tqdm import tqdm
 
 from .. import storage
-from ..config import CleanConfig, UserError
+from ..config.data import CleanConfig
+from ..errors import UserError
 from ..data.duplicates import FINGERPRINT_BYTES, find_duplicates, fingerprint
 from ..data.filters import NEAR_DUPLICATE, Candidate, Report, Rule, caption_rules, clean_captions, first_broken, image_rules
 from ..data.sources import Part, find_parts, read_part

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import ray
 
 from .. import storage
-from ..config import ConfigError, UserError
+from ..errors import ConfigError, UserError
 from ..data import emoji
 from ..data.card import read_card, write_card
 from ..data.filters import Report

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from .. import storage
-from ..config import BulkConfig, UserError
+from ..config.sampling import BulkConfig
+from ..errors import UserError
 from ..data.images import ImageError, decode, encode
 from ..data.sources import find_parts, read_part
 from ..evaluation.features import ClipFeatures, fetch_network

@@ -22,7 +22,8 @@ import torch
 from tqdm import tqdm
 
 from .. import storage
-from ..config import CleanConfig, UserError
+from ..config.data import CleanConfig
+from ..errors import UserError
 from ..data.content import ContentError, ContentFilter
 from ..data.filters import BROKEN, Candidate, Report, Rule, first_broken, image_rules
 from ..data.images import ImageError, decode

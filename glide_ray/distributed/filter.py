@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from .. import storage
-from ..config import FilterConfig
+from ..config.data import FilterConfig
 from ..data.content import ContentError, ContentFilter, load_filter, missed_interval, with_threshold
 from ..data.filters import Report, Rule
 from ..data.labelling import Label, Pool, answered, ask, assess, fit_labelled, read_labels, threshold_of, write_labels

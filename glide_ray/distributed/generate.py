@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from .. import storage
 from ..cascade import Cascade, check_options
-from ..config import BulkConfig, UserError
+from ..config.sampling import BulkConfig
+from ..errors import UserError
 from ..data.sources import METADATA
 from ..evaluation.features import fetch_clip
 from ..pretrained import shipped

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .. import storage
-from ..config import UserError
+from ..errors import UserError
 
 
 def run(name: str, work: Callable[[], Mapping[str, Any]]) -> int:

@@ -20,7 +20,7 @@ import ray
 from tqdm import tqdm
 
 from .. import storage
-from ..config import Preset
+from ..config.training import Preset
 from ..train.plan import operations
 from ..train.run_folder import EVENTS, METRICS, RUN, last_step
 from ..train.trackers import open_trackers

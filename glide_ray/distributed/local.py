@@ -11,7 +11,7 @@ from pathlib import Path
 import ray
 import ray.cloudpickle
 
-from ..config import UserError
+from ..errors import UserError
 
 LAPTOP_CPUS = 4                    # two trainers and their data, or the three deployments
 OBJECT_STORE_BYTES = 384 * 2**20   # bytes of images, not pixels, pass through it: little is enough

@@ -16,8 +16,8 @@ import numpy as np
 import psutil
 import ray
 
-from .. import presets
-from ..config import UserError
+from ..config import presets
+from ..errors import UserError
 from ..data.images import open_image
 from ..data.shards import Sample, write_shards
 from ..data.sources import columns, find_parts, read_part

@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from .. import storage
-from ..config import BulkConfig, UserError
+from ..config.sampling import BulkConfig
+from ..errors import UserError
 from ..data.images import ImageError, centre_crop, decode, encode
 from ..evaluation.features import fetch_clip
 from ..evaluation.neighbours import Nearest, nearest, same_picture, to_own

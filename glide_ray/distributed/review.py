@@ -12,7 +12,8 @@ import ray
 import torch
 
 from .. import storage
-from ..config import Preset, UserError
+from ..config.training import Preset
+from ..errors import UserError
 from ..data.images import encode
 from ..evaluation.samples import held_out_of_average, sample_grid
 from ..train.checkpoint import fetch

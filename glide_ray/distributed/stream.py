@@ -17,7 +17,7 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from ..config import UserError
+from ..errors import UserError
 from ..data.filters import Candidate, Report, first_broken, header_rules
 from ..data.shards import Sample
 from ..data.sources import Part, columns, find_parts, folder_name, in_share, read_part, row_id, share_of

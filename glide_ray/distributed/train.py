@@ -22,7 +22,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from .. import storage
-from ..config import ConfigError, Preset, UserError
+from ..errors import ConfigError, UserError
+from ..config.training import Preset
 from ..data.filters import Report
 from ..data.sources import find_parts
 from ..models.weights import load_config

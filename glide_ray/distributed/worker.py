@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 
 from .. import storage
-from ..config import Preset, UserError
+from ..config.training import Preset
+from ..errors import UserError
 from ..data.transforms import Collate, ahead, collated, held_out_batches
 from ..forms import Batch
 from ..hardware import measured_peak, peak_flops

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..config import UserError
+from ..errors import UserError
 from ..data.images import centre_crop, decode, load, open_image
 from ..data.render import SIZE
 from ..data.scenes import Scene, compose

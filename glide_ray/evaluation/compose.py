@@ -13,7 +13,8 @@ import numpy as np
 
 from .. import storage
 from ..cascade import Cascade
-from ..config import SampleOptions, UserError
+from ..config.sampling import SampleOptions
+from ..errors import UserError
 from ..data.images import ImageError, area_downsample
 from ..recipe import Maker, Recipe, RecipeError, read_recipe, save_picture
 from .cases import Case, Row, first_seed, make_cases, single_cases

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse.csgraph import connected_components
 
-from ..config import UserError
+from ..errors import UserError
 
 SCALE = 400 / np.log(10)         # of a score, to the logit of winning
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from .. import storage
-from ..config import UserError
+from ..errors import UserError
 from .cases import Case
 from .categories import (
     BACKGROUND,

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..config import UserError
+from ..errors import UserError
 
 ROWS = 1024      # of a matrix of distances that is held at once
 

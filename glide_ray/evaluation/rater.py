@@ -16,7 +16,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Red
 from jinja2 import Environment
 from pydantic import BaseModel, Field
 
-from ..config import UserError
+from ..errors import UserError
 from .turns import QUESTIONS
 from .votes import Votes, VotesError
 

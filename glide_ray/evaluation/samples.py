@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..cascade import load_stepper, resolve_precision
-from ..config import Preset
+from ..config.training import Preset
 from ..data.images import to_uint8
 from ..data.transforms import held_out_batches
 from ..diffusion.schedule import make_schedule

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import storage
-from ..config import UserError
+from ..errors import UserError
 from ..data.images import ImageError, centre_crop, decode, encode
 from ..data.shards import read_meta
 from ..data.sources import METADATA, Part, find_parts, read_part

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import storage
-from ..config import UserError
+from ..errors import UserError
 from .elo import EloError, Standing, Vote, standings, wins
 from .report import aligned
 from .turns import FAILED_SHARE, FIRST, QUESTIONS, TIE

@@ -21,7 +21,7 @@ from sqlalchemy import (URL, Column, Connection, Double, ForeignKey, Integer, Me
                         inspect, make_url, select, update)
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, NoSuchModuleError
 
-from ..config import UserError
+from ..errors import UserError
 from .turns import FAILED_SHARE, FIRST, SECOND, TIE, Comparison, Turn, next_turn, remaining
 
 BUSY_SECONDS = 30       # that a write to SQLite waits for another

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import presets
-from ..config import SHIPPED, Preset
+from ..config import presets
+from ..config.models import SHIPPED
+from ..config.training import Preset
 from ..data import emoji
 from ..data.filters import Candidate
 from ..data.images import centre_crop, decode, encode
@@ -15,7 +16,7 @@ from ..data.shards import Sample, read_index, write_shards
 from ..data.sources import find_parts, folder_name, in_share, read_part, share_of
 from ..models.weights import load_weights, save_weights, without_known_channels
 from ..pretrained import shipped
-from ..settings import override
+from ..config.overrides import override
 from ..train.alone import train_alone
 
 SIDE = 64  # pixels of every picture

@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from .. import storage
 from ..cascade import Cascade, edit_request, load_stepper
-from ..config import SampleOptions
+from ..config.sampling import SampleOptions
 from ..data.images import decode, to_uint8
 from ..data.sources import find_parts, in_share, read_part, share_of
 from ..evaluation.features import ClipFeatures
 from ..hardware import quick_precision
 from ..models.efficientnet import load_efficientnet, normalise
-from ..presets import EMOJI
+from ..config.presets import EMOJI
 from ..storage import fingerprint
 from .models import CLIP, LARGE, SMALL, Say
 

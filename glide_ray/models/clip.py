@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import ClipConfig
+from ..config.models import ClipConfig
 from ..forms import ClipOutput
 from .layers import attend
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import presets
-from ..config import AnyModelConfig, ClipConfig, ClipModelConfig, ModelConfig, UNetConfig, UserError
+from ..config import presets
+from ..config.models import AnyModelConfig, ClipConfig, ClipModelConfig, ModelConfig, UNetConfig
+from ..errors import UserError
 from ..storage import whole
 from ..tokenizer import ClipTokenizer
 from .clip import NoisedClip

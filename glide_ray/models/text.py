@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import TextConfig
+from ..config.models import TextConfig
 from .layers import attend
 
 

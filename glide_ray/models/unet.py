@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import DiffusionConfig, UNetConfig
+from ..config.models import DiffusionConfig, UNetConfig
 from ..forms import Conditioning, ModelOutput, TextFeatures
 from .layers import AttentionBlock, Downsample, GroupNorm, ResBlock, Upsample, timestep_embedding
 from .text import TextTransformer

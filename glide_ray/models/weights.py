@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import AnyModelConfig, ClipModelConfig, ConfigError, ModelConfig, UNetConfig, UserError
-from ..settings import validate
+from ..config.models import AnyModelConfig, ClipModelConfig, ModelConfig, UNetConfig
+from ..errors import ConfigError, UserError
+from ..config.overrides import validate
 from ..storage import whole
 from .clip import NoisedClip
 from .unet import GlideUNet

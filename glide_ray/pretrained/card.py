@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
-from ..config import Frozen, UserError
+from ..config.models import Frozen
+from ..errors import UserError
 from ..models.weights import WeightsError, load_metadata, load_weights
 from ..storage import fingerprint, read
 

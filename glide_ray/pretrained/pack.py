@@ -20,7 +20,9 @@ from torch import Tensor
 
 from .. import storage
 from ..cascade import check_pair, check_role
-from ..config import SHIPPED, AnyModelConfig, Frozen, Preset, UserError
+from ..config.models import SHIPPED, AnyModelConfig, Frozen
+from ..config.training import Preset
+from ..errors import UserError
 from ..data.card import CARD as CORPUS_CARD
 from ..data.card import read_card as read_corpus_card
 from ..data.sources import each_path

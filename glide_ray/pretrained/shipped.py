@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import storage
-from ..config import SHIPPED, UserError, nearest
+from ..config.models import SHIPPED
+from ..errors import UserError, nearest
 from ..models.weights import WeightsError, load_config
 from .card import Card, CardError, Weights, read_card
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..config import AnyModelConfig, Preset
+from ..config.models import AnyModelConfig
+from ..config.training import Preset
 from ..diffusion.schedule import make_schedule
 from ..forms import DTYPES
 from ..info import example_batch

@@ -17,7 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import storage
-from ..config import ConfigError, Preset, UserError
+from ..errors import ConfigError, UserError
+from ..config.training import Preset
 from ..data.filters import Candidate, Report, first_broken, header_rules
 from ..data.images import encode
 from ..data.shards import Sample, ShardError

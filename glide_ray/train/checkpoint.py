@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import storage
-from ..config import Preset, UserError
+from ..config.training import Preset
+from ..errors import UserError
 
 CHECKPOINTS, COMPLETE = "checkpoints", "complete.json"
 Receipt = dict[str, tuple[int, str]]       # file name -> bytes, SHA-256

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..config import TrainConfig, UserError
+from ..config.training import TrainConfig
+from ..errors import UserError
 from ..forms import DTYPES, Batch
 from .objectives import draw, row_numbers
 from .ranks import gathered

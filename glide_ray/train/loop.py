@@ -13,7 +13,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from ..config import Preset
+from ..config.training import Preset
 from ..diffusion.schedule import make_schedule
 from ..forms import Batch, sent
 from ..hardware import USABLE, cpu_budget

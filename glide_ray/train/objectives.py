@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
-from ..config import ClipModelConfig, Preset
+from ..config.models import ClipModelConfig
+from ..config.training import Preset
 from ..diffusion.loss import hybrid_loss, min_snr_weight
 from ..diffusion.process import q_sample
 from ..diffusion.schedule import Schedule

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import storage
-from ..config import Preset
+from ..config.training import Preset
 from ..storage import StorageError, whole
 from .checkpoint import CheckpointError, fetch, read_preset, read_progress
 

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from ..config import AnyModelConfig, ClipModelConfig, ConfigError, Preset
+from ..config.models import AnyModelConfig, ClipModelConfig
+from ..errors import ConfigError
+from ..config.training import Preset
 from ..hardware import GIGA, HOST_ADAM, PCIE, TERA, Machine
 from ..info import BYTES, operations
-from ..settings import override
+from ..config.overrides import override
 from .activations import Moment, meta_model, training_pass
 from .share import Share, accumulation
 from .zero import deepspeed_config, resolve_precision

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from .. import storage
-from ..config import Preset
+from ..config.training import Preset
 from ..pretrained import shipped
 from .checkpoint import CheckpointError, check_same, differences
 

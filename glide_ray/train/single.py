@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import ConfigError, Preset
+from ..errors import ConfigError
+from ..config.training import Preset
 from ..diffusion.schedule import make_schedule
 from ..forms import DTYPES, Batch, sent
 from ..models.unet import GlideUNet

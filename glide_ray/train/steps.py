@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from ..config import Preset
+from ..config.training import Preset
 from ..forms import Batch
 from .checkpoint import Progress
 from .culprit import TrainingError

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import Preset, UserError
+from ..config.training import Preset
+from ..errors import UserError
 from .tracker_stores import STORES, Run, Store, why
 
 WAITING = 50_000              # news that wait for a tracker at most; what comes after is dropped

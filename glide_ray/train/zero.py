@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..config import ConfigError, TrainConfig
+from ..errors import ConfigError
+from ..config.training import TrainConfig
 from .share import Share
 
 # Dynamic loss scaling (sec. 4.1: traditional loss scaling): a step whose gradients overflow is skipped, and the scale halved.

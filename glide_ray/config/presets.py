@@ -9,8 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from .config import (ClipConfig, ClipModelConfig, ConfigError, DataConfig, DiffusionConfig, ModelConfig, Preset, SamplingConfig, TextConfig,
-                     TrainConfig, UNetConfig, nearest)
+from .models import (
+    ClipConfig,
+    ClipModelConfig,
+    DiffusionConfig,
+    ModelConfig,
+    SamplingConfig,
+    TextConfig,
+    UNetConfig,
+)
+from ..errors import ConfigError, nearest
+from .data import DataConfig
+from .training import Preset, TrainConfig
 
 BASE_STAGES = (1, 2, 3, 4)               # ADM, ImageNet 64x64
 UPSAMPLER_STAGES = (1, 1, 2, 2, 4, 4)    # ADM, ImageNet 64 -> 256
