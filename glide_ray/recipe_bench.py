@@ -23,6 +23,7 @@ VARIATIONS: dict[str, list[str]] = {
     "predict eps": ["model.unet.prediction=eps"],
     "even weight": ["min_snr=none"],
     "predict eps, even weight": ["model.unet.prediction=eps", "min_snr=none"],
+    "uniform timesteps": ["timestep_power=0"],
     "half the learning rate": ["learning_rate=5e-4"],
     "twice the learning rate": ["learning_rate=2e-3"],
     "half the batch": ["batch=16"],
