@@ -204,11 +204,12 @@ def export_released(options) -> None:
 def settings(options) -> None:
     from .config import data, models, sampling, serving, training
     from .config.reference import reference
-    configs = [training.TrainConfig, data.DataConfig, models.ModelConfig, models.UNetConfig, models.TextConfig, models.ClipModelConfig,
-               models.ClipConfig, models.DiffusionConfig, models.SamplingConfig, data.CleanConfig, data.FilterConfig,
-               sampling.BulkConfig, sampling.SampleOptions, serving.ServeConfig, serving.ServedModel, serving.Scale]
-    print("# Settings\n\nWritten by `glide settings` from the config classes. `--set KEY=VALUE` sets one by its dotted name; "
-          f"`none` is no value.\n\n{reference(configs)}", end="")
+    configs = [training.TrainConfig, data.DataConfig, models.ModelConfig, models.UNetConfig,
+               models.TextConfig, models.ClipModelConfig, models.ClipConfig, models.DiffusionConfig,
+               models.SamplingConfig, data.CleanConfig, data.FilterConfig, sampling.BulkConfig,
+               sampling.SampleOptions, serving.ServeConfig, serving.ServedModel, serving.Scale]
+    print("# Settings\n\nWritten by `glide settings` from the config classes. `--set KEY=VALUE` "
+          f"sets one by its dotted name; `none` is no value.\n\n{reference(configs)}", end="")
 
 
 def info(options) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """An error that the user can fix. The message is one sentence that names the cause and the remedy."""
+    """An error that the user can fix. The message is one sentence with the cause and the remedy."""
 
 
 class ConfigError(UserError):

@@ -38,7 +38,7 @@ ON_GPU = {BASE: ["batch=256", "learning_rate=2e-3", "constant_steps=1500", "eval
 def pretrain(name: str, out: Path, minutes: float, corpus: Path, run: Path, packages: Path | None = None,
              scenes: int = 20_000, settings: Sequence[str] = (), styles: Sequence[str] = (),
              report: Callable[[str], None] = print) -> Done:
-    """Build the corpus unless it is there, train for so many minutes, and write to the folder `out`:
+    """Build the corpus unless it is there, train for `minutes`, and write to the folder `out`:
 
     `NAME.safetensors.0`, `.1`...   float16 weights with their sources and recipe, in parts of at most 15 MiB
     `NAME.json`                     SHA-256 and bytes of the whole file, and how it was trained

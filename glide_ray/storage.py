@@ -164,8 +164,9 @@ def check_writable(folder: str | Path) -> None:
 
 @contextmanager
 def no_empty_folders(folder: str | Path) -> Iterator[None]:
-    """On an error, remove a local folder that was not there before, and its new parents, if they hold no file."""
-    made = [] if is_remote(folder) else [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
+    """On an error, remove a new local folder and its new parents, unless they contain files."""
+    local = [] if is_remote(folder) else [Path(folder), *Path(folder).parents]
+    made = [path for path in local if not path.exists()]
     try:
         yield
     except BaseException:

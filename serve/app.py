@@ -46,7 +46,7 @@ STATE_SECONDS = 2        # in which a replica says how it is
 HEALTH_SECONDS = 2       # between two looks at a replica, and at how many there are
 
 
-# -- what is served ---------------------------------------------------------------------------------------------------
+# -- the deployed models ---------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Served:

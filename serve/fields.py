@@ -125,7 +125,7 @@ class Variation(ImageFields):
     strength: float | None = Field(0.6, gt=0, le=1, description="How far from the image: 1 keeps nothing of it.")
 
 
-# -- what is answered -------------------------------------------------------------------------------------------------
+# -- responses -------------------------------------------------------------------------------------
 
 class Image(BaseModel):
     """One image, as base64 or as a data: URL, and the seed that makes it again."""

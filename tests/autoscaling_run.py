@@ -108,7 +108,7 @@ class Cluster:
         return (self.folder / "start.log").read_text()
 
 
-# -- what is asked of it ----------------------------------------------------------------------------------------------
+# -- requests --------------------------------------------------------------------------------------
 
 class Watch:
     """The nodes that there are beside the head, and those that ever were."""

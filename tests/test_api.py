@@ -107,7 +107,7 @@ def refused(answer, status, message, param=...):
         assert error["param"] == param
 
 
-# -- what is answered -------------------------------------------------------------------------------------------------
+# -- responses -------------------------------------------------------------------------------------
 
 def test_a_generation_is_answered_as_openai_does(ask):
     answer = ask("POST", GENERATIONS, json={"prompt": "a cat", "n": 2, "seed": 5, "model": "tiny", "user": "u", "response_format": "b64_json",
@@ -485,7 +485,7 @@ def test_a_client_that_leaves_gives_its_places_back(backend):
     assert asyncio.run(leave()) == (3, 0)
 
 
-# -- what is seen -----------------------------------------------------------------------------------------------------
+# -- observations ----------------------------------------------------------------------------------
 
 def logged(caplog):
     return [json.loads(record.message) for record in caplog.records if record.name == "ray.serve.glide"]
@@ -521,7 +521,7 @@ def test_metrics_count_requests_images_and_seconds(backend):
     assert len(re.findall("^# TYPE glide_requests_total counter", text, re.M)) == 1
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("change, message, param", [
     ({"prompt": None}, "prompt", "prompt"), ({"prompt": 7}, "prompt", "prompt"), ({"n": 0}, "n", "n"), ({"n": 4}, "less than or equal to 3", "n"),

@@ -288,7 +288,7 @@ def test_a_rule_that_is_not_there_is_refused_in_one_sentence(own_rules, name, me
     assert "\n" not in str(refusal.value)
 
 
-# -- what is written --------------------------------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------------------
 
 def test_a_corpus_is_cleaned_from_s3_to_s3_though_writes_fail_at_first(s3, s3_faults):
     rows = [row(n) for n in range(11)]

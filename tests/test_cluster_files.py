@@ -387,7 +387,7 @@ def test_the_image_is_pinned_and_runs_as_nobody_special():
     assert copied == let_in and all(Path(ROOT, part).exists() for part in copied)
 
 
-# -- what is seen -----------------------------------------------------------------------------------------------------
+# -- observations ----------------------------------------------------------------------------------
 
 def expressions(name):
     board = json.loads((CLUSTER / f"grafana/{name}.json").read_text())

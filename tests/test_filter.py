@@ -99,7 +99,7 @@ def test_with_few_positives_the_threshold_is_their_normal_tolerance_bound():
     assert tuned_threshold(np.r_[positives, -1000.0], 0.01) < -1000 and tuned_threshold(np.array([2.0]), 0.01) == 1.0
 
 
-# -- what is asked ----------------------------------------------------------------------------------------------------
+# -- questions -------------------------------------------------------------------------------------
 
 def pool_of(features, groups, likeness=None):
     names = [f"p#{n}" for n in range(len(features))]

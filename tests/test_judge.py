@@ -87,7 +87,7 @@ def test_a_weights_file_that_is_not_the_published_one_is_refused_unread(tmp_path
         load_efficientnet(other)
 
 
-# -- what is measured ------------------------------------------------------------------------------
+# -- measurements ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [256, 64])
@@ -157,7 +157,7 @@ def test_a_crop_is_square_and_shows_no_background():
     )
 
 
-# -- what is asked for -----------------------------------------------------------------------------
+# -- requests --------------------------------------------------------------------------------------
 
 
 def test_the_alternatives_to_a_thing_share_no_word_with_it_and_are_not_drawn_alike():
@@ -200,7 +200,7 @@ def test_things_in_too_few_styles_of_no_plain_name_or_untold_are_not_asked_for()
     )
 
 
-# -- what is learnt --------------------------------------------------------------------------------
+# -- learning --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [256, 64])

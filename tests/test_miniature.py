@@ -109,7 +109,7 @@ def test_pictures_are_shrunk_and_people_left_out_of_scenes_too(corpus, tmp_path)
     assert not [sample for sample in nobody if "1f600" in str(sample.meta)]
 
 
-# -- what is concluded -----------------------------------------------------------------------------
+# -- conclusions -----------------------------------------------------------------------------------
 
 
 def test_a_gain_is_one_where_it_is_two_standard_errors_from_nothing():

@@ -209,7 +209,7 @@ def test_gradients_are_not_looked_at_one_by_one_where_their_norm_says_the_same(f
     assert not looked and not trainer.engine.was_step_applied() and same(before, masters(trainer))
 
 
-# -- what is to blame -------------------------------------------------------------------------------------------------
+# -- causes ----------------------------------------------------------------------------------------
 
 STAGES = [["precision=fp32", "zero_stage=0"], ["precision=fp16", "zero_stage=1", "micro_batch=2"],
           ["precision=bf16", "zero_stage=2", "micro_batch=2", "activation_checkpointing=true"],

@@ -128,6 +128,8 @@ def test_a_setting_that_cannot_be_is_named(setting, message):
 
 @pytest.mark.parametrize("room", [data, models, sampling, serving, training])
 def test_every_setting_has_a_description(room):
-    configs = [kind for kind in vars(room).values() if isinstance(kind, type) and issubclass(kind, models.Frozen)]
-    missing = [f"{kind.__name__}.{name}" for kind in configs for name, field in kind.model_fields.items() if not field.description]
+    configs = [kind for kind in vars(room).values()
+               if isinstance(kind, type) and issubclass(kind, models.Frozen)]
+    missing = [f"{kind.__name__}.{name}" for kind in configs
+               for name, field in kind.model_fields.items() if not field.description]
     assert configs and not missing

@@ -47,7 +47,8 @@ def test_a_single_process_trains_as_one_rank_of_deepspeed_does(precision):
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_text_rate_of_zero_leaves_the_text_transformer_as_it_is(stage):
-    settings = training_preset("text_rate=0", "weight_decay=0.1", "timestep_power=1", f"zero_stage={stage}")
+    settings = training_preset("text_rate=0", "weight_decay=0.1", "timestep_power=1",
+                               f"zero_stage={stage}")
     single, sharded = SingleTrainer(settings), Trainer(settings)
     before = dict(zip(single.names, (own.detach().clone() for own in single.masters), strict=True))
     kept, found, expected = dict(before), run(single)[2], run(sharded)[2]

@@ -248,7 +248,8 @@ def test_timesteps_are_drawn_with_a_density_proportional_to_their_power(power):
     assert 0 <= i.min() and i.max() < 1000 and abs(noise.std().item() - 1) < 0.05
     for part in (0.25, 0.5, 0.9):       # the share of steps below it is its power + 1st power
         share = part ** (power + 1)
-        assert (i < 1000 * part).double().mean().item() == pytest.approx(share, abs=4 * (share * (1 - share) / 4000) ** 0.5)
+        tolerance = 4 * (share * (1 - share) / 4000) ** 0.5
+        assert (i < 1000 * part).double().mean().item() == pytest.approx(share, abs=tolerance)
 
 
 def test_the_learning_rate_warms_up_linearly():

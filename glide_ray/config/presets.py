@@ -144,7 +144,7 @@ def emoji_base() -> Preset:
 
     Squares of 8 pixels are folded into channels: a CPU then sees 80 images a second and core, where it saw 2. Noise of such
     squares does not fit into the channels, so that the network predicts x_0; SNR + 1 as its weight, up to 5 (Hang et al.
-    2023), and more of the noisy timesteps leave colour and shape their part, which are decided where there is all but noise.
+    2023), and more of the noisy timesteps teach colour and shape, which are decided there.
     """
     return Preset(
         model=ModelConfig(
@@ -155,7 +155,8 @@ def emoji_base() -> Preset:
             sampling=SamplingConfig(sampler="dpm++", respacing="25", guidance_scale=3.0)),
         data=DataConfig(**EMOJI, empty_caption_rate=0.1, generate_rate=0.8, held_out_images=256, cache_gib=4),
         train=TrainConfig(objective="base", steps=60_000, batch=32, learning_rate=1e-3, warmup_steps=300, constant_steps=4000,
-                          clip_norm=1.0, min_snr=5.0, timestep_power=1.0, ema_rates=(0.9999,), precision="auto",
+                          clip_norm=1.0, min_snr=5.0, timestep_power=1.0, ema_rates=(0.9999,),
+                          precision="auto",
                           evaluate_every=500, checkpoint_every=500, sample_every=500))
 
 

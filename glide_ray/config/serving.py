@@ -17,7 +17,8 @@ class Scale(Frozen):
     cpus: float = Field(1, gt=0, description="logical CPUs of a replica")
     gpus: float | None = Field(None, ge=0, description="GPUs of a replica; 0.5: two replicas share "
                                "one; none: one, or equal parts if there are too few")
-    up_after: float = Field(3, ge=0, description="seconds of a long queue before a replica is added")
+    up_after: float = Field(3, ge=0, description="seconds of a long queue before a replica is "
+                            "added")
     down_after: float = Field(60, ge=0, description="seconds of a short queue before a replica is "
                               "removed")
 
@@ -46,7 +47,8 @@ class ServeConfig(ServedModel):
     more_models: dict[Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$")],
                       ServedModel] = Field({}, description="more models, by the names that clients "
                                            "use")
-    ingress_scale: Scale = Field(Scale(cpus=0.5, gpus=0), description="replicas of the HTTP ingress")
+    ingress_scale: Scale = Field(Scale(cpus=0.5, gpus=0),
+                                 description="replicas of the HTTP ingress")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="precision of the networks; auto: fp16 on a GPU, fp32 on a CPU")
     max_in_flight: int = Field(8, gt=0, description="samples that a replica denoises at once")

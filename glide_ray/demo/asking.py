@@ -131,7 +131,7 @@ def mask_png(known: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-# -- what is asked for ---------------------------------------------------------------------------
+# -- requests --------------------------------------------------------------------------------------
 
 def _pairs(client: Client, plan: Plan, tuned: str) -> list[Result]:
     """The same prompts and seeds from the shipped model and from the fine-tuned one."""

@@ -171,7 +171,7 @@ def _made_with(source: str) -> dict[str, Any]:
         return {}
 
 
-# -- what is shown ----------------------------------------------------------------------------------------------------
+# -- sheets ----------------------------------------------------------------------------------------
 
 def _write(out: str, found: dict[str, Any], made: Mapping[str, Looked], reference: Looked | None) -> None:
     plot = fronts([Point(name, row) for name, row in found["sets"].items()], found["inception"])

@@ -84,7 +84,7 @@ def generate(prompts: str, out: str, config: BulkConfig, workers: int | None = N
     return Made(out, len(wanted), len(missing), sum(tokenizer.encode(prompt).cut for prompt in {one.prompt for one in wanted}))
 
 
-# -- what is asked for ------------------------------------------------------------------------------------------------
+# -- requests --------------------------------------------------------------------------------------
 
 def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[Wanted]:
     """The pictures that a file asks for. Lines without a word are passed over. Raises UserError for one that cannot be read."""

@@ -177,7 +177,7 @@ def node_is_going() -> bool:
     return get_train_context().preemption_context.preemption_info is not None
 
 
-# -- what is saved beside the trainer's part --------------------------------------------------------------------------
+# -- saving beside the trainer ---------------------------------------------------------------------
 
 def _save(folder: Path, trainer: Trainer, write, tally, rank: int) -> None:
     write(folder)

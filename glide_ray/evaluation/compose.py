@@ -323,7 +323,7 @@ def share_of_real(right: np.ndarray, real: np.ndarray, seed: int = 0) -> tuple[f
     return float(right.mean() / max(real.mean(), 1 / len(right))), float(low), float(high)
 
 
-# -- what is shown ---------------------------------------------------------------------------------
+# -- the report ------------------------------------------------------------------------------------
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -67,7 +67,7 @@ def held_out_of_average(weights: Path, preset: Preset, images: int | None = None
     return {"average_held_out" if name == "loss" else f"average_held_out_{name}": float(value / count) for name, value in sums.items()}
 
 
-# -- what is shown ----------------------------------------------------------------------------------------------------
+# -- prompts and pictures --------------------------------------------------------------------------
 
 Shown = tuple[list[np.ndarray], list[str], int]       # pictures, their labels, and how many stand in a row
 

@@ -80,8 +80,10 @@ def objective_of(preset: Preset) -> Objective:
     return OBJECTIVES[preset.train.objective]
 
 
-def draw(schedule: Schedule, batch: Batch, seed: int, step: int, power: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Indices (B,) with a density proportional to i^power, and standard normal noise like batch.image, on the CPU.
+def draw(schedule: Schedule, batch: Batch, seed: int, step: int,
+         power: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Indices i (B,) with a density proportional to i^power, and standard normal noise like
+    batch.image, on the CPU.
 
     Each image has a generator of its own, seeded by the run, the step and the image's row in the corpus: what a step computes does
     not depend on how its batch is split over workers and micro-batches.

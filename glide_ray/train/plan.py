@@ -249,7 +249,7 @@ def step_time(preset: Preset, world: int, micro_batch: int, precision: str, mach
     return StepTime(compute, communication, offload, stage == 3)
 
 
-# -- what is printed --------------------------------------------------------------------------------------------------
+# -- printing --------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Plan:

@@ -24,8 +24,8 @@ SPREAD = frozenset((
     "steps", "workers", "device", "min_workers", "micro_batch", "zero_stage", "offload_optimizer",
     "activation_checkpointing", "log_every", "evaluate_every", "checkpoint_every", "keep_last", "keep_every", "trackers",
     "sample_every", "sample_prompts", "max_failures", "stall_seconds", "wait_seconds"))
-TURNED = frozenset(("learning_rate", "weight_decay", "warmup_steps", "constant_steps", "clip_norm", "precision",
-                    "timestep_power", "text_rate"))
+TURNED = frozenset(("learning_rate", "weight_decay", "warmup_steps", "constant_steps", "clip_norm",
+                    "precision", "timestep_power", "text_rate"))
 
 
 def check_run(preset: Preset, out: str, finished: bool) -> list[str]:

@@ -28,7 +28,7 @@ Report = Callable[[str], None]
 
 def learn_words(model: GlideUNet, batches: Iterator[Batch], minutes: float,
                 report: Report = lambda line: None, dtype: torch.dtype = torch.float32) -> float:
-    """Train `model.text` for so many minutes, at least one step; the rest of the model stays.
+    """Train `model.text` for `minutes`, at least one step; the rest of the model stays.
 
     `batches`: batches of CAPTIONS without end, of the model's image size; `dtype`: of the matrix
     products. Gives the share of the pictures' variance that the captions explain, over the last

@@ -90,15 +90,18 @@ def fastest_on_cpu() -> str:
 
 
 def parameter_groups(model: torch.nn.Module, train: TrainConfig) -> list[dict]:
-    """The optimizer's groups of parameters, those without parameters left out.
+    """The optimizer's groups of parameters; none is empty.
 
-    Gains and biases do not decay (Radford et al. 2021, sec. 2.5). A group with FACTOR has so many
-    times the learning rate: the text transformer, where `train.text_rate` is not 1.
+    Gains and biases do not decay (Radford et al. 2021, sec. 2.5). The training loop multiplies a
+    group's learning rate by its FACTOR, which the text transformer has if `train.text_rate` is
+    not 1.
     """
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         decays = not train.weight_decay or parameter.dim() > 1
         own_rate = train.text_rate != 1 and name.startswith("text.")
         groups.setdefault((own_rate, not decays), []).append(parameter)
-    return [{"params": parameters, **({"weight_decay": 0.0} if still else {}), **({FACTOR: train.text_rate} if own_rate else {})}
-            for (own_rate, still), parameters in sorted(groups.items(), key=lambda item: item[0])]
+    return [{"params": groups[own_rate, still],
+             **({"weight_decay": 0.0} if still else {}),
+             **({FACTOR: train.text_rate} if own_rate else {})}
+            for own_rate, still in sorted(groups)]
