@@ -202,11 +202,16 @@ def workers():
 
 def strike(out, steps, draws, struck):
     """SIGKILL, and the last time SIGSTOP, to a random worker at each of the steps, once the workers have gone on from the time before."""
+    def read(name):
+        return (out / name).read_text() if (out / name).exists() else ""
+
     lines = 0
     for number, target in enumerate(steps):
         while True:
-            written = [json.loads(line)["step"] for line in storage.read(out / "metrics.jsonl").splitlines()] if (out / "metrics.jsonl").exists() else []
-            if len(written) > lines and written[-1] >= target and (found := workers()):
+            # Metrics of the step before may come late: only the log says that the run goes on.
+            resumed = read("events.log").count("the run goes on with") == number
+            written = [json.loads(line)["step"] for line in read("metrics.jsonl").splitlines()]
+            if resumed and len(written) > lines and written[-1] >= target and (found := workers()):
                 break
             time.sleep(0.1)
         lines = len(written) + 1
