@@ -8,7 +8,7 @@ again it goes on with what is missing.
 import argparse
 import sys
 
-from glide_ray.assess import add_evaluate_options, evaluated
+from glide_ray.cli.assess import add_evaluate_options, evaluated
 from glide_ray.distributed.job import run
 
 

@@ -9,7 +9,7 @@ import sys
 from glide_ray.data.styles import STYLES
 from glide_ray.distributed.corpus import prepare
 from glide_ray.distributed.job import once, run
-from glide_ray.arguments import positive
+from glide_ray.cli.arguments import positive
 
 
 def parser() -> argparse.ArgumentParser:

@@ -22,7 +22,7 @@ import psutil
 import yaml
 
 from conftest import ROOT, tiny
-from serve.load import free_port
+from glide_ray.bench.load_generator import free_port
 
 HEAD, HEAD_ID = "ray.head.default", "f" * 51 + "00000"      # as Ray's provider of fake nodes calls the head
 IDLE_SECONDS, PATIENCE, LIMIT = 6, 60, 200
@@ -172,7 +172,7 @@ def main(path, corpus, base, upsampler, out):
     from glide_ray.distributed.corpus import survey
     from glide_ray.distributed.local import connect
     from glide_ray.config.serving import ServeConfig
-    from serve.app import APP, build, deploy
+    from glide_ray.serving.deployment import APP, build, deploy
     types = fake(path, os.environ["RAY_ADDRESS"])["available_node_types"]
     least = Counter({name: kind["min_workers"] for name, kind in types.items() if kind.get("min_workers")})
     connect(0)        # while the head is the only node: a driver that hangs on another one would go with it

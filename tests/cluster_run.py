@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from conftest import ROOT
-from serve.load import free_port
+from glide_ray.bench.load_generator import free_port
 
 RAY = str(Path(sys.executable).parent / "ray")
 START_SECONDS, TRIES = 60, 3

@@ -22,7 +22,7 @@ from glide_ray.models.clip import NoisedClip
 from glide_ray.models.unet import GlideUNet
 from glide_ray.models.weights import save_weights
 from s3_proxy import Proxy
-from serve.load import free_port
+from glide_ray.bench.load_generator import free_port
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COLOURS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 70, 220), "yellow": (240, 210, 40)}

@@ -14,19 +14,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glide_ray.cascade import Cascade, RequestError
+from glide_ray.sampling.cascade import Cascade, RequestError
 from glide_ray.config.sampling import SampleOptions
 from glide_ray.errors import UserError
 from glide_ray.data.images import encode
-from glide_ray.engine import Engine, Load
-from glide_ray.recipe import Maker
+from glide_ray.sampling.engine import Engine, Load
+from glide_ray.sampling.recipe import Maker
 from glide_ray.config.serving import ServeConfig
-from serve.api import Face, build_api
-from serve.errors import ApiError
-from serve.fields import Job, Picture
-from serve.figures import Figures, StageLoad
-from serve.gate import Gate
-from serve.keys import Key, hashed, new_key, read_keys
+from glide_ray.serving.routes import build_api
+from glide_ray.serving.state import ServerState
+from glide_ray.serving.errors import ApiError
+from glide_ray.serving.schema import Job, Picture
+from glide_ray.serving.metrics import Metrics, StageLoad
+from glide_ray.serving.admission import Admission
+from glide_ray.serving.api_keys import Key, hashed, new_key, read_keys
 
 CONFIG = ServeConfig(max_images=3, max_upload_bytes=200_000, max_pixels=1_000_000)
 GENERATIONS, EDITS, VARIATIONS = (f"/v1/images/{kind}" for kind in ("generations", "edits", "variations"))
@@ -62,9 +63,9 @@ def backend(tiny_weights):
 
 
 def asking(backend, config=CONFIG, keys=None, capacity=8, client="127.0.0.1"):
-    """A function that sends a request to the API over this backend; its `face` is what the routes stand on."""
-    face = Face({"tiny": backend}, Gate(keys or {}, {"tiny": capacity}), Figures())
-    api = build_api(lambda: face, config, backend.sizes, backend.clip)
+    """A function that sends a request to the API over this backend; its `state` is what the routes stand on."""
+    state = ServerState({"tiny": backend}, Admission(keys or {}, {"tiny": capacity}), Metrics())
+    api = build_api(lambda: state, config, backend.sizes, backend.clip)
 
     async def once(method, path, **content):
         transport = httpx.ASGITransport(api, raise_app_exceptions=False, client=(client, 1))
@@ -73,7 +74,7 @@ def asking(backend, config=CONFIG, keys=None, capacity=8, client="127.0.0.1"):
 
     def send(method, path, **content):
         return asyncio.run(once(method, path, **content))
-    send.face, send.once, send.api = face, once, api
+    send.state, send.once, send.api = state, once, api
     return send
 
 
@@ -250,7 +251,7 @@ def test_a_fault_within_a_stream_is_an_event_that_says_nothing_of_its_inside(bac
 
 
 def test_when_one_candidate_of_the_best_fails_the_replicas_give_up_the_others(backend):
-    from serve.app import RayBackend, Served
+    from glide_ray.serving.deployment import RayBackend, Served
 
     class Response:
         def __init__(self, fails):
@@ -273,7 +274,7 @@ def test_when_one_candidate_of_the_best_fails_the_replicas_give_up_the_others(ba
 
     async def fail():
         base = Handle()
-        stages = RayBackend(Served("tiny", ServeConfig(clip="c"), replace(backend.maker, upsampler=None)), base, None, Figures())
+        stages = RayBackend(Served("tiny", ServeConfig(clip="c"), replace(backend.maker, upsampler=None)), base, None, Metrics())
         with pytest.raises(RuntimeError, match="out of memory"):
             await stages.make(Job("x", 0, 16, best_of=4))
         await asyncio.sleep(0.01)
@@ -284,12 +285,12 @@ def test_when_one_candidate_of_the_best_fails_the_replicas_give_up_the_others(ba
 def test_what_a_stage_refuses_is_told_without_its_traceback(backend):
     from ray.exceptions import RayTaskError
 
-    from serve.app import RayBackend, Served
+    from glide_ray.serving.deployment import RayBackend, Served
 
     async def refuse():
         raise RayTaskError("make", "secret traceback", RequestError("steps are too many.", "steps"), "replica", 1, "127.0.0.1").as_instanceof_cause()
     base = SimpleNamespace(make=SimpleNamespace(remote=lambda job: refuse()))
-    send = asking(RayBackend(Served("tiny", ServeConfig(), replace(backend.maker, upsampler=None)), base, None, Figures()))
+    send = asking(RayBackend(Served("tiny", ServeConfig(), replace(backend.maker, upsampler=None)), base, None, Metrics()))
     answer = send("POST", GENERATIONS, json={"prompt": "x"})
     refused(answer, 400, "steps are too many.", "steps")
     (_, data), = events(send("POST", GENERATIONS, json={"prompt": "x", "stream": True}))
@@ -297,7 +298,7 @@ def test_what_a_stage_refuses_is_told_without_its_traceback(backend):
 
 
 def test_a_stage_whose_engine_has_ended_tells_serve_that_it_is_not_well(backend):
-    from serve.stages import Base
+    from glide_ray.serving.stages import Base
     stage = Base.__new__(Base)
     stage._engine = Engine(backend.cascade.base)
     stage.check_health()
@@ -307,7 +308,7 @@ def test_a_stage_whose_engine_has_ended_tells_serve_that_it_is_not_well(backend)
 
 
 def test_a_stage_that_does_not_answer_hides_no_other(backend):
-    from serve.app import Ingress
+    from glide_ray.serving.deployment import Ingress
 
     class Handle:
         def __init__(self, *answers):
@@ -327,14 +328,14 @@ def test_a_stage_that_does_not_answer_hides_no_other(backend):
     async def two_ingresses(method):
         return [method] * 2
     ingress, send = Ingress.__new__(Ingress), asking(backend)
-    ingress._config, ingress._faces, ingress.gate, ingress.models = CONFIG, two_ingresses, send.face.gate, {
+    ingress._config, ingress._ask_ingresses, ingress.admission, ingress.models = CONFIG, two_ingresses, send.state.admission, {
         "tiny": SimpleNamespace(base=Handle(replica("base", 0), replica("base", 1)), upsampler=Handle(replica("upsampler", 0))),
         "other": SimpleNamespace(base=Handle(), upsampler=None)}
-    send.face.stages = ingress.stages
+    send.state.stages = ingress.stages
     assert 'glide_stage_steps_total{model="tiny",replica="base-1",stage="base"} 7.0' in send("GET", "/metrics").text
     refused(send("GET", "/readyz"), 503, "no replica that is ready")
     asyncio.run(ingress.check_health())
-    assert ingress.gate.shares == 2 and ingress.gate.capacity["tiny"] == (8 + CONFIG.max_waiting) // 2
+    assert ingress.admission.shares == 2 and ingress.admission.capacity["tiny"] == (8 + CONFIG.max_waiting) // 2
 
 
 def test_models_health_and_readiness_are_told(ask):
@@ -407,7 +408,7 @@ def test_what_exceeds_the_places_is_answered_429_at_once_and_the_rest_is_served(
         busy = await asyncio.wait_for(send.once("POST", GENERATIONS, json={"prompt": "x"}), 5)
         told = (await send.once("GET", "/metrics")).text
         slow.go.set()
-        return busy, [await one for one in waiting], told, send.face.gate.inside["tiny"]
+        return busy, [await one for one in waiting], told, send.state.admission.inside["tiny"]
     busy, served, told, inside = asyncio.run(crowd())
     refused(busy, 429, "All places are taken")
     assert int(busy.headers["retry-after"]) >= 1 and [answer.status_code for answer in served] == [200, 200] and inside == 0
@@ -436,39 +437,39 @@ def test_a_request_for_more_than_a_key_may_ever_have_is_not_told_to_try_again(ba
 
 
 def test_a_keys_limits_are_shared_by_the_ingress_replicas_and_no_request_within_them_is_impossible():
-    gate = Gate({"ann": Key(sha256="0" * 64, at_once=4), "bob": Key(sha256="1" * 64, per_minute=4)}, {"m": 99})
-    gate.shares = 2
+    admission = Admission({"ann": Key(sha256="0" * 64, at_once=4), "bob": Key(sha256="1" * 64, per_minute=4)}, {"m": 99})
+    admission.shares = 2
     for who in ("ann", "bob"):
-        with gate.admit(who, "m", 1), gate.admit(who, "m", 1), pytest.raises(ApiError) as refusal, gate.admit(who, "m", 1):
+        with admission.admit(who, "m", 1), admission.admit(who, "m", 1), pytest.raises(ApiError) as refusal, admission.admit(who, "m", 1):
             pass
         assert refusal.value.status == 429
-    with gate.admit("ann", "m", 4):
+    with admission.admit("ann", "m", 4):
         pass
 
 
 def test_a_minute_later_a_key_may_ask_again():
     now = [0.0]
-    gate = Gate({"ann": Key(sha256="0" * 64, per_minute=2)}, {"m": 9}, lambda: now[0])
+    admission = Admission({"ann": Key(sha256="0" * 64, per_minute=2)}, {"m": 9}, lambda: now[0])
     for _ in range(2):
-        with gate.admit("ann", "m", 1):
+        with admission.admit("ann", "m", 1):
             now[0] += 10
-    with pytest.raises(ApiError) as refusal, gate.admit("ann", "m", 1):
+    with pytest.raises(ApiError) as refusal, admission.admit("ann", "m", 1):
         pass
     assert refusal.value.headers == {"Retry-After": "40"}
     now[0] = 60.5
-    with gate.admit("ann", "m", 1):
+    with admission.admit("ann", "m", 1):
         pass
 
 
 def test_retry_after_follows_the_pace_at_which_images_are_made():
     now = [0.0]
-    gate = Gate({}, {"m": 2}, lambda: now[0])
-    with gate.admit("-", "m", 2):
+    admission = Admission({}, {"m": 2}, lambda: now[0])
+    with admission.admit("-", "m", 2):
         now[0] += 20.0              # two images in 20 seconds: one takes 10
-    with gate.admit("-", "m", 2), pytest.raises(ApiError) as refusal, gate.admit("-", "m", 1):
+    with admission.admit("-", "m", 2), pytest.raises(ApiError) as refusal, admission.admit("-", "m", 1):
         pass
     assert refusal.value.headers == {"Retry-After": "10"}
-    with gate.admit("-", "m", 5):   # more than there are places, but nothing else is inside
+    with admission.admit("-", "m", 5):   # more than there are places, but nothing else is inside
         pass
 
 
@@ -481,7 +482,7 @@ def test_a_client_that_leaves_gives_its_places_back(backend):
             await asyncio.sleep(0.01)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-        return slow.left, send.face.gate.inside["tiny"]
+        return slow.left, send.state.admission.inside["tiny"]
     assert asyncio.run(leave()) == (3, 0)
 
 
@@ -601,8 +602,8 @@ def test_a_failure_of_the_backend_is_a_500_that_says_nothing_of_its_inside(backe
 
 def test_a_server_without_clip_says_so(backend):
     plain = asking(CascadeBackend(Cascade(backend.cascade.base, backend.cascade.upsampler)), ServeConfig())
-    plain.face.models["tiny"].clip = False
-    bare = build_api(lambda: plain.face, ServeConfig(), (16, 64), clip=False)
+    plain.state.models["tiny"].clip = False
+    bare = build_api(lambda: plain.state, ServeConfig(), (16, 64), clip=False)
 
     async def once():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(bare), base_url="http://glide") as asker:
@@ -622,7 +623,7 @@ def test_a_body_that_says_less_than_it_sends_or_nothing_is_bounded_too(ask):
 
 
 def test_a_body_that_does_not_come_to_its_end_is_given_up(backend, monkeypatch):
-    monkeypatch.setattr("serve.edge.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("glide_ray.serving.middleware.BODY_SECONDS", 0.2)
 
     async def stalled():
         yield b'{"prompt"'

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 import jobs.filter
 from conftest import drawn_samples
 from glide_ray import storage
-from glide_ray.cli import main
+from glide_ray.cli.main import main
 from glide_ray.config.data import CleanConfig
 from glide_ray.errors import ConfigError, UserError
 from glide_ray.config.overrides import override

@@ -13,7 +13,7 @@ from PIL import Image
 
 from conftest import ROOT, tiny
 from glide_ray.config import presets
-from glide_ray.cli import main
+from glide_ray.cli.main import main
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.weights import save_weights
 
@@ -202,13 +202,13 @@ def test_every_command_has_help_worth_reading():
 
 
 def test_help_and_a_refusal_are_quick_for_they_load_no_torch():
-    script = "import sys; from glide_ray.cli import main; main(['info', 'x']); assert 'torch' not in sys.modules"
+    script = "import sys; from glide_ray.cli.main import main; main(['info', 'x']); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
 
 
 def test_a_command_that_needs_ray_says_so_where_it_is_not_installed(tmp_path):
     script = tmp_path / "bare.py"
-    script.write_text("import sys\nsys.modules.update(ray=None, deepspeed=None)\nfrom glide_ray.cli import main\n"
+    script.write_text("import sys\nsys.modules.update(ray=None, deepspeed=None)\nfrom glide_ray.cli.main import main\n"
                       "sys.exit(main(['corpus', '--out', 'x']))")
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2 and "pip install" in done.stderr and "Traceback" not in done.stderr

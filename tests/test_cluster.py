@@ -17,10 +17,10 @@ from PIL import Image
 from cluster_run import cluster
 from conftest import ROOT, TINY_BASE, serving_weights
 from glide_ray import storage
-from glide_ray.cascade import Cascade
+from glide_ray.sampling.cascade import Cascade
 from glide_ray.config.sampling import SampleOptions
 from glide_ray.train.run_folder import last_step, read_metrics
-from serve.load import free_port
+from glide_ray.bench.load_generator import free_port
 
 STEPS, PROMPTS = 60, 120
 pytestmark = pytest.mark.slow

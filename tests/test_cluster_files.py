@@ -33,10 +33,10 @@ from ray.serve.schema import ServeDeploySchema
 from conftest import ROOT
 from glide_ray.config import presets
 from glide_ray import storage
-from glide_ray.engine import Load
+from glide_ray.sampling.engine import Load
 from glide_ray.config.serving import ServeConfig
 from glide_ray.config.overrides import override, validate
-from serve.figures import Figures, StageLoad, exposition
+from glide_ray.serving.metrics import Metrics, StageLoad, exposition
 
 CLUSTER = Path(ROOT, "cluster")
 render = runpy.run_path(str(CLUSTER / "render.py"))
@@ -395,12 +395,12 @@ def expressions(name):
 
 
 def test_the_serving_dashboard_shows_what_the_endpoint_exports():
-    figures, gate = Figures(), Mock(capacity={"m": 1}, inside={"m": 0})
+    figures, admission = Metrics(), Mock(capacity={"m": 1}, inside={"m": 0})
     figures.request("/v1/images/generations", 200, 1.0)
     figures.image("m", "generation", {"base": 1.0})
     figures.retry("m", "base")
     figures.client_left()
-    text = exposition([figures.text(gate)], [StageLoad("m", "base", "0", Load(*range(9)))]).decode()
+    text = exposition([figures.text(admission)], [StageLoad("m", "base", "0", Load(*range(9)))]).decode()
     samples = [sample for family in prometheus_client.parser.text_string_to_metric_families(text) for sample in family.samples]
     labels = {}
     for sample in samples:
@@ -427,4 +427,4 @@ def test_prometheus_asks_where_ray_and_the_endpoint_answer():
     assert jobs["ray"]["file_sd_configs"] == [{"files": [f"/tmp/ray/{PROMETHEUS_SERVICE_DISCOVERY_FILE}"]}]
     port = yaml.safe_load(Path(ROOT, "serve/config.yaml").read_text())["http_options"]["port"]
     assert jobs["glide"]["static_configs"] == [{"targets": [f"127.0.0.1:{port}"]}]
-    assert f'@api.get("{jobs["glide"]["metrics_path"]}"' in Path(ROOT, "serve/api.py").read_text()
+    assert f'@api.get("{jobs["glide"]["metrics_path"]}"' in Path(ROOT, "glide_ray/serving/routes.py").read_text()

@@ -7,8 +7,8 @@ import pytest
 
 import drawn_things as drawn
 from conftest import serving_weights
-from glide_ray.cascade import Cascade
-from glide_ray.cli import main
+from glide_ray.sampling.cascade import Cascade
+from glide_ray.cli.main import main
 from glide_ray.config.sampling import SampleOptions
 from glide_ray.evaluation import compose, fitting
 from glide_ray.data.images import decode, encode

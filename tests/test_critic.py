@@ -9,20 +9,20 @@ from torch import distributed as dist
 
 from conftest import drawn_samples, random_model, tiny, tiny_clip
 from glide_ray.config import presets
-from glide_ray.cascade import Cascade, RequestError
+from glide_ray.sampling.cascade import Cascade, RequestError
 from glide_ray.config.sampling import SampleOptions
 from glide_ray.errors import UserError
 from glide_ray.config.overrides import override
-from glide_ray.critic import OwnCritic, PublicCritic, load_critic
+from glide_ray.models.clip_scorer import OwnCritic, PublicCritic, load_critic
 from glide_ray.data.images import centre_crop, decode, to_8_bits, to_tensor
 from glide_ray.diffusion.samplers import SAMPLERS
 from glide_ray.diffusion.schedule import make_schedule
-from glide_ray.forms import Batch, Conditioning
+from glide_ray.tensors import Batch, Conditioning
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.weights import WeightsError
-from glide_ray.flight import SampleRequest
-from glide_ray.stepper import Stepper
-from glide_ray.tokenizer import Tokenizer
+from glide_ray.sampling.request import SampleRequest
+from glide_ray.sampling.stepper import Stepper
+from glide_ray.data.tokenizer import Tokenizer
 from glide_ray.train.objectives import contrastive, draw, held_out_sums
 
 CLIP = tiny_clip().model
@@ -75,7 +75,7 @@ def test_the_contrastive_loss_is_that_of_its_closed_form():
     """At scale s, with each image on its own caption and all others at right angles: log(1 + (n - 1) exp(-s))."""
     class Perfect:
         def __call__(self, x, timestep, tokens, mask):
-            from glide_ray.forms import ClipOutput
+            from glide_ray.tensors import ClipOutput
             return ClipOutput(torch.eye(8), torch.eye(8), torch.tensor(3.0))
     losses = loss_of(Perfect(), slice(0, 8))
     assert torch.allclose(losses["loss"], torch.full((8,), math.log(1 + 7 * math.exp(-3))), atol=1e-6) and losses["accuracy"].all()

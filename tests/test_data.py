@@ -18,7 +18,7 @@ from glide_ray.data.filters import Candidate, Report, first_broken, header_rules
 from glide_ray.data.shards import Sample, ShardError, captions_of, read_index, read_shard, write_shards
 from glide_ray.data.sources import columns, find_parts, folder_name, in_share, share_of
 from glide_ray.data.transforms import Collate, held_out_batches
-from glide_ray.tokenizer import Tokenizer
+from glide_ray.data.tokenizer import Tokenizer
 
 
 def as_bytes(image, form="PNG", **options):
@@ -247,7 +247,7 @@ def test_captions_are_found_in_any_of_their_places():
 
 
 def test_rows_can_be_joined_picked_and_moved():
-    from glide_ray.forms import Conditioning
+    from glide_ray.tensors import Conditioning
     tokens, mask = Tokenizer(8).batch(["a cat", "a dog", ""])
     rows = Conditioning(tokens, mask, low_res=torch.rand(3, 3, 4, 4))
     assert torch.equal(Conditioning.join([rows[:1], rows[1:]]).low_res, rows.low_res)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from conftest import random_model, tiny
 from glide_ray.config import presets
-from glide_ray.cli import main
+from glide_ray.cli.main import main
 from glide_ray.config.sampling import SampleOptions
 from glide_ray.errors import UserError
 from glide_ray.data import emoji
@@ -25,19 +25,19 @@ from glide_ray.data.sets import KEYWORDS, NAMES
 from glide_ray.data.shards import read_shard
 from glide_ray.data.splits import is_held_out
 from glide_ray.data.styles import STYLES
-from glide_ray.demo.asking import Client, left_half, mask_png
-from glide_ray.demo.figures import DRAWINGS, draw_sketch
-from glide_ray.demo.page import MOST_BYTES, PICTURES, copy_pictures, write_page
-from glide_ray.demo.plan import STYLE, Plan, Sketch
-from glide_ray.demo.results import Results
-from glide_ray.demo.run import run
-from glide_ray.demo.tuning import tuning_preset
+from glide_ray.experiments.demo.asking import Client, left_half, mask_png
+from glide_ray.experiments.demo.figures import DRAWINGS, draw_sketch
+from glide_ray.experiments.demo.page import MOST_BYTES, PICTURES, copy_pictures, write_page
+from glide_ray.experiments.demo.plan import STYLE, Plan, Sketch
+from glide_ray.experiments.demo.results import Results
+from glide_ray.experiments.demo.run import run
+from glide_ray.experiments.demo.tuning import tuning_preset
 from glide_ray.evaluation.report import HOLE, contact_sheet, loss_curves, show_hole, stairs
 from glide_ray.models.weights import load_config, load_metadata
-from glide_ray.pretrained import pack as packing
+from glide_ray.train import pack as packing
 from glide_ray.pretrained import shipped
 from glide_ray.pretrained.card import Source, sources_in
-from glide_ray.recipe import read_recipe
+from glide_ray.sampling.recipe import read_recipe
 
 FEW = SampleOptions(steps=2, upsampler_steps=2)
 SMALL = Plan(
@@ -316,9 +316,9 @@ def test_large_pictures_are_copied_at_a_lower_quality_or_refused(tmp_path, monke
     for name in PICTURES:
         (tmp_path / name).write_bytes(encode(noise))
     least = len(PICTURES) * len(encode(noise, "webp", quality=60))
-    monkeypatch.setattr("glide_ray.demo.page.MOST_BYTES", least)
+    monkeypatch.setattr("glide_ray.experiments.demo.page.MOST_BYTES", least)
     assert sum(path.stat().st_size for path in copy_pictures(tmp_path, tmp_path / "a")) == least
-    monkeypatch.setattr("glide_ray.demo.page.MOST_BYTES", least - 1)
+    monkeypatch.setattr("glide_ray.experiments.demo.page.MOST_BYTES", least - 1)
     with pytest.raises(UserError, match="make smaller ones"):
         copy_pictures(tmp_path, tmp_path / "b")
 

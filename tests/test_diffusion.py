@@ -10,7 +10,7 @@ from glide_ray.diffusion.loss import discretised_log_likelihood, gaussian_kl, hy
 from glide_ray.diffusion.process import eps_from_x0, posterior_mean, q_sample, x0_from_eps
 from glide_ray.diffusion.samplers import SAMPLERS, History, Known, renoise_known
 from glide_ray.diffusion.schedule import ScheduleError, join, kept_timesteps, make_schedule, respace
-from glide_ray.forms import ModelOutput
+from glide_ray.tensors import ModelOutput
 
 
 def full(index, batch=2):

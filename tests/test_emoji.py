@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from glide_ray.cli import main
+from glide_ray.cli.main import main
 from glide_ray.errors import ConfigError
 from glide_ray.data import emoji
 from glide_ray.data.card import LeftOut, read_card

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from conftest import ROOT
-from glide_ray.cli import main
+from glide_ray.cli.main import main
 from glide_ray.errors import UserError
 from glide_ray.data.images import decode, encode
 from glide_ray.data.shards import Sample, write_shards

@@ -19,7 +19,7 @@ import torch
 import elastic_run
 from conftest import tiny
 from glide_ray import storage
-from glide_ray.cli import main
+from glide_ray.cli.main import main
 from glide_ray.errors import UserError
 from glide_ray.train.run_folder import read_metrics
 from glide_ray.distributed.train import train

@@ -13,9 +13,9 @@ from PIL import Image
 
 from conftest import drawn_samples, tiny_clip
 from glide_ray import storage
-from glide_ray.cli import main
+from glide_ray.cli.main import main
 from glide_ray.config.data import FilterConfig
-from glide_ray.critic import OwnCritic
+from glide_ray.models.clip_scorer import OwnCritic
 from glide_ray.data.content import (
     ContentError, fit, load_filter, missed_interval, tuned_threshold, with_threshold)
 from glide_ray.data.filters import users_rules

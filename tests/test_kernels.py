@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from glide_ray.config import presets
-from glide_ray.bench import random_model
-from glide_ray.flight import SampleRequest
-from glide_ray.info import example_conditioning
-from glide_ray.stepper import Stepper
+from glide_ray.bench.speed import random_model
+from glide_ray.sampling.request import SampleRequest
+from glide_ray.models.cost import example_conditioning
+from glide_ray.sampling.stepper import Stepper
 
 kernels = pytest.importorskip("glide_ray.models.kernels", reason="there is no Triton for this platform", exc_type=ImportError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

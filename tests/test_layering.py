@@ -1,4 +1,5 @@
-"""The house: a module imports only from the layers below it. Read from the syntax trees, so nothing is imported here."""
+"""The order of the rooms: a module imports only from its own room and from those above it in `ROOMS`.
+Read from the syntax trees, so nothing is imported here."""
 
 import ast
 import sys
@@ -7,16 +8,32 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = [
-    {"errors", "config", "arguments", "tokenizer", "storage", "forms"},
-    {"diffusion", "models", "data"},
-    {"critic", "flight", "stepper", "engine", "cascade", "recipe", "pretrained", "train", "evaluation", "info", "hardware"},
-    {"distributed"},
-    {"cli", "commands", "pictures", "assess", "demo", "pretrain", "recipe_bench", "miniature", "bench", "quality"},
+# Rooms of one line do not import each other.
+ROOMS = [
+    "errors",
+    "config storage tensors precision",
+    "data diffusion",
+    "models",
+    "pretrained",
+    "sampling",
+    "evaluation serving",
+    "train",
+    "distributed",
+    "bench",
+    "experiments",
+    "cli",
+    "jobs serve",
 ]
-LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
-MODULES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
-           for path in (ROOT / "glide_ray").rglob("*.py") if path.name != "__init__.py"}
+FLOOR = {room: number for number, rooms in enumerate(ROOMS) for room in rooms.split()}
+WITHOUT_RAY = {room for room in FLOOR if FLOOR[room] <= FLOOR["train"]} - {"serving"}
+
+
+def _name(path):
+    return path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+
+
+MODULES = {_name(path): path for folder in ("glide_ray", "jobs", "serve")
+           for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"}
 
 
 def imports(path, module):
@@ -33,22 +50,21 @@ def imports(path, module):
 
 
 def room(module):
-    return module.split(".")[1]
+    first, _, rest = module.partition(".")
+    return rest.split(".")[0] if first == "glide_ray" else first
 
 
-def test_every_module_belongs_to_a_layer():
-    assert {room(module) for module in MODULES} <= set(LAYER)
+def test_every_module_belongs_to_a_room():
+    assert {room(module) for module in MODULES} == set(FLOOR)
 
 
-def test_modules_import_from_their_own_room_and_from_lower_layers_only():
+def test_no_import_runs_up():
     wrong = []
     for module, path in MODULES.items():
         for name in imports(path, module):
-            if not name.startswith("glide_ray.") or room(name) == room(module):
+            if name.partition(".")[0] not in ("glide_ray", "jobs", "serve") or name == "glide_ray":
                 continue
-            lower = LAYER[room(name)] < LAYER[room(module)]
-            beside = LAYER[room(name)] == LAYER[room(module)] and LAYER[room(module)] in (0, 2, 4)
-            if not lower and not beside:
+            if room(name) != room(module) and FLOOR[room(name)] >= FLOOR[room(module)]:
                 wrong.append(f"{module} imports {name}")
     assert not wrong
 
@@ -61,10 +77,10 @@ def test_no_imports_go_round_in_a_circle():
         raise AssertionError(f"circle: {' -> '.join(error.args[1])}") from None
 
 
-def test_only_the_top_imports_ray_and_only_the_training_loop_deepspeed():
+def test_only_rooms_above_training_and_serving_import_ray_and_only_the_training_loop_deepspeed():
     for module, path in MODULES.items():
         names = {name.split(".")[0] for name in imports(path, module)}
-        assert "ray" not in names or room(module) in ("distributed", "demo", "cli", "bench"), module
+        assert "ray" not in names or room(module) not in WITHOUT_RAY, module
         assert "deepspeed" not in names or module == "glide_ray.train.loop", module
         assert "torchvision" not in names, module
 
@@ -81,7 +97,7 @@ def test_the_core_runs_where_ray_and_deepspeed_are_not_installed(tmp_path):
     """In a process in which importing either fails."""
     import subprocess
     script = tmp_path / "core.py"
-    core = sorted(module for module in MODULES if LAYER[room(module)] <= 2 and module != "glide_ray.train.loop"
+    core = sorted(module for module in MODULES if room(module) in WITHOUT_RAY and module != "glide_ray.train.loop"
                   and (module != "glide_ray.models.kernels" or find_spec("triton")))
     script.write_text("import sys\nsys.modules.update(ray=None, deepspeed=None)\nimport importlib\n"
                       f"for name in {core!r}: importlib.import_module(name)\n"

@@ -12,10 +12,10 @@ from glide_ray.data.shards import Sample, write_shards
 from glide_ray.data.sources import find_parts, read_part
 from glide_ray.evaluation import metrics
 from glide_ray.evaluation.metrics import Moments
-from glide_ray.forms import Conditioning
-from glide_ray.miniature import findings, models, pictures, run, sheets
-from glide_ray.miniature.findings import Gain
-from glide_ray.miniature.pictures import (
+from glide_ray.tensors import Conditioning
+from glide_ray.experiments.miniature import findings, models, pictures, run, sheets
+from glide_ray.experiments.miniature.findings import Gain
+from glide_ray.experiments.miniature.pictures import (
     CLIP_GUIDED,
     CLIPS,
     FREE,

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics.pairwise import cosine_distances
 
-from glide_ray.cli import main
+from glide_ray.cli.main import main
 from glide_ray.data.images import centre_crop, decode, encode
 from glide_ray.data.shards import Sample, write_shards
 from glide_ray.distributed.originals import left_out

@@ -18,7 +18,7 @@ from conftest import tiny
 from glide_ray.models.weights import load_model
 from glide_ray.train import partition
 from glide_ray.train.checkpoint import CheckpointError, Checkpoints, Progress
-from serve.load import free_port
+from glide_ray.bench.load_generator import free_port
 from test_training import batch, epochs, preset, run
 
 
@@ -243,7 +243,7 @@ def test_an_exported_checkpoint_is_a_model_that_samples(tmp_path):
 
 
 def test_glide_export_takes_the_last_checkpoint_that_is_whole_and_says_what_it_was(tmp_path, capsys):
-    from glide_ray.cli import main
+    from glide_ray.cli.main import main
     from glide_ray.train.loop import Trainer
     _, saved, _ = run(Trainer(preset()), tmp_path)
     checkpoints = Checkpoints(tmp_path / "run")

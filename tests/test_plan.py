@@ -12,13 +12,22 @@ from torch.utils._pytree import tree_leaves
 
 from conftest import tiny, tiny_clip
 from glide_ray.config import presets
-from glide_ray.bench import GIVEN_BACK, measure_training, plan_settings
-from glide_ray.cli import main
+from glide_ray.bench.speed import GIVEN_BACK, measure_training, plan_settings
+from glide_ray.cli.main import main
 from glide_ray.errors import ConfigError
 from glide_ray.diffusion.schedule import make_schedule
-from glide_ray.hardware import GPUS, USABLE, Machine, cpu_budget, find_machine, gpu_named, measured_peak, peak_flops
-from glide_ray.forms import DTYPES
-from glide_ray.info import example_batch, inspect, operations
+from glide_ray.train.hardware import (
+    GPUS,
+    USABLE,
+    Machine,
+    cpu_budget,
+    find_machine,
+    gpu_named,
+    measured_peak,
+    peak_flops,
+)
+from glide_ray.precision import DTYPES
+from glide_ray.models.cost import example_batch, inspect, operations
 from glide_ray.models.weights import build
 from glide_ray.config.overrides import override
 from glide_ray.train.objectives import objective_of

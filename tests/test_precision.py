@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import tiny, tiny_clip
 from glide_ray.errors import ConfigError
 from glide_ray.diffusion.schedule import make_schedule
-from glide_ray.forms import Batch, Conditioning, ModelOutput
+from glide_ray.tensors import Batch, Conditioning, ModelOutput
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.layers import AttentionBlock, GroupNorm
 from glide_ray.models.unet import GlideUNet
@@ -32,7 +32,7 @@ from glide_ray.train.loop import Trainer
 from glide_ray.train.objectives import contrastive, denoising, draw
 from glide_ray.train.share import Share
 from glide_ray.train.zero import deepspeed_config
-from serve.load import free_port
+from glide_ray.bench.load_generator import free_port
 
 SMALL = ["workers=1", "batch=4", "warmup_steps=3", "ema_rates=0.9", "clip_norm=0.5", "model.unet.channels=8", "model.unet.multipliers=1,1",
          "model.unet.head_channels=8", "model.unet.attention_sizes=", "model.unet.text.context=16", "model.unet.text.vocabulary=300"]
@@ -62,7 +62,7 @@ def one_thread():
 def fp16(monkeypatch):
     """FOR TESTS ONLY: lets fp16 run on a CPU. See above for what that shows."""
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
-    monkeypatch.setattr(loop, "resolve_precision", lambda precision, device: precision)
+    monkeypatch.setattr(loop, "training_precision", lambda precision, device: precision)
 
 
 def step(trainer, number, given=None, check=True):

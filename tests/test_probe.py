@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from glide_ray import storage
-from glide_ray.cli import main
+from glide_ray.cli.main import main
 from glide_ray.data.images import decode
 from glide_ray.evaluation.metrics import MetricError
 from glide_ray.evaluation.probes import Group, permutation_test, probe, shift

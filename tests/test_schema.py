@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
 
-from glide_ray.cascade import Cascade
+from glide_ray.sampling.cascade import Cascade
 from glide_ray.config.serving import ServeConfig
 from test_api import CascadeBackend, asking
 

@@ -17,14 +17,14 @@ from PIL import Image
 from ray import serve
 
 from conftest import serving_weights
-from glide_ray.cascade import Cascade
+from glide_ray.sampling.cascade import Cascade
 from glide_ray.errors import ConfigError, UserError
 from glide_ray.config.sampling import SampleOptions
-from glide_ray.recipe import find_models, make_again, read_recipe
+from glide_ray.sampling.recipe import find_models, make_again, read_recipe
 from glide_ray.config.serving import ServeConfig
-from serve.fields import Job
-from serve.figures import Figures
-from serve.load import free_port
+from glide_ray.serving.schema import Job
+from glide_ray.serving.metrics import Metrics
+from glide_ray.bench.load_generator import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 PROMPT, STEPS = "a red apple", 3
@@ -37,7 +37,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(weights):
-    from serve.app import serving
+    from glide_ray.serving.deployment import serving
     with serving(ServeConfig(**weights, port=free_port())) as url:
         yield url
 
@@ -162,11 +162,11 @@ def test_a_client_that_leaves_frees_its_place_within_two_steps(client, url):
 @pytest.mark.parametrize("previews", [0, 3])
 def test_a_picture_that_is_given_up_frees_its_place_though_its_client_stays(url, weights, previews):
     """As the others of one request are when one of them fails."""
-    from serve.app import RayBackend, Served
+    from glide_ray.serving.deployment import RayBackend, Served
     served, before = Served.read(ServeConfig(**weights), "auto"), loads(url)["base", "cancelled"]
 
     async def give_up():
-        backend = RayBackend(served, serve.get_deployment_handle("base", "glide"), None, Figures())
+        backend = RayBackend(served, serve.get_deployment_handle("base", "glide"), None, Metrics())
         making = asyncio.ensure_future(backend.make(Job("x", 0, 64, SampleOptions(steps=1000), previews=previews), lambda pixels: None))
         while not loads(url)["base", "in_flight"]:
             await asyncio.sleep(0.05)
@@ -180,7 +180,7 @@ def test_a_picture_that_is_given_up_frees_its_place_though_its_client_stays(url,
 
 
 def test_another_address_than_the_one_that_serve_has_is_refused(url, weights):
-    from serve.app import _check_address, listening
+    from glide_ray.serving.deployment import _check_address, listening
     with listening(ServeConfig(**weights, port=free_port())) as other, pytest.raises(UserError, match="was started with another address and keeps it"):
         _check_address(other)
     assert httpx.get(f"{url}/healthz").status_code == 200       # and the application that was there goes on
@@ -197,13 +197,13 @@ def test_the_server_listens_on_loopback_only(url):
 @pytest.mark.parametrize("gpus, width", [(0, 2), (1, 8)])
 def test_a_stage_gets_another_replica_before_the_gate_refuses(gpus, width):
     """`width`: what a step advances there, of the 8 in flight."""
-    from serve.app import target
+    from glide_ray.serving.deployment import target
     config = ServeConfig(max_in_flight=8)
     assert target(config, gpus) < width + config.max_waiting
 
 
 def test_weights_that_do_not_belong_together_are_refused_before_anything_starts(weights, tiny_weights, tmp_path):
-    from serve.app import app, build
+    from glide_ray.serving.deployment import app, build
     with pytest.raises(UserError, match="There is no file .*none.safetensors"):
         build(ServeConfig(base=str(tmp_path / "none.safetensors"), upsampler=weights["upsampler"]))
     with pytest.raises(UserError, match="were the two exchanged"):

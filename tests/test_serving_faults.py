@@ -18,7 +18,7 @@ from ray import serve
 from conftest import serving_weights
 from glide_ray import storage
 from glide_ray.config.serving import Scale, ServeConfig, ServedModel
-from serve.load import free_port
+from glide_ray.bench.load_generator import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 REQUESTS = int(os.environ.get("GLIDE_TEST_REQUESTS", 40))     # answered while replicas are killed
@@ -46,7 +46,7 @@ def config(weights):
 
 @pytest.fixture(scope="module")
 def url(config):
-    from serve.app import serving
+    from glide_ray.serving.deployment import serving
     with serving(config) as url:
         yield url
 
@@ -68,7 +68,7 @@ def processes(deployment):
 
 
 def test_every_request_is_answered_with_its_picture_while_replicas_are_killed(url):
-    from serve import load
+    from glide_ray.bench import load_generator as load
     wanted = pictures(load.Clients(url, asked(REQUESTS), clients=4, keep_images=True).answers())
     going = load.Clients(url, asked(REQUESTS), clients=4, keep_images=True)
     killed, draw, deadline = 0, random.Random(0), time.monotonic() + 20 * REQUESTS
@@ -94,7 +94,7 @@ def test_a_model_beside_has_its_own_name_and_replicas(url):
 
 
 def test_load_brings_a_second_replica_and_quiet_takes_it_away_and_no_request_fails(url):
-    from serve import load
+    from glide_ray.bench import load_generator as load
     counts, over = [], threading.Event()
 
     def watch():
@@ -178,8 +178,8 @@ def test_a_client_that_leaves_a_stream_frees_its_place(url):
 
 def test_new_weights_take_the_place_of_the_old_ones_and_no_request_fails(url, config, weights):
     """Last of this file: it leaves other weights behind."""
-    from serve import load
-    from serve.app import build, deploy
+    from glide_ray.bench import load_generator as load
+    from glide_ray.serving.deployment import build, deploy
     old = pictures(load.Clients(url, asked(6), clients=4, keep_images=True).answers())
     slow = {"prompt": "x", "seed": 1, "steps": 150, "size": "64x64"}      # still on its way when the replicas are told to go
     long = load.Clients(url, [slow], clients=1, keep_images=True)

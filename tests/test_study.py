@@ -22,7 +22,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from conftest import COLOURS
-from glide_ray.cli import main
+from glide_ray.cli.main import main
 from glide_ray.errors import UserError
 from glide_ray.evaluation import study, tables
 from glide_ray.evaluation.turns import BLOCK, FIRST, SECOND, Comparison, next_turn

@@ -23,7 +23,7 @@ from glide_ray.errors import UserError
 from glide_ray.config.overrides import override
 from glide_ray.train import trackers
 from glide_ray.train.trackers import open_trackers
-from serve.load import free_port
+from glide_ray.bench.load_generator import free_port
 
 PICTURE = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
 

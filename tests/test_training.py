@@ -15,7 +15,7 @@ from glide_ray.errors import ConfigError, UserError
 from glide_ray.data.images import centre_crop, decode, to_tensor
 from glide_ray.data.masks import random_known
 from glide_ray.diffusion.schedule import make_schedule
-from glide_ray.forms import Batch, Conditioning, ModelOutput
+from glide_ray.tensors import Batch, Conditioning, ModelOutput
 from glide_ray.models.unet import GlideUNet
 from glide_ray.models.weights import WeightsError, load_model, load_weights, with_known_channels
 from glide_ray.train import partition, steps
@@ -25,8 +25,8 @@ from glide_ray.train.loop import Trainer, TrainingError
 from glide_ray.train.steps import Outlets, train_loop
 from glide_ray.train.objectives import denoising, draw, held_out_sums
 from glide_ray.train.share import Share
-from glide_ray.train.zero import deepspeed_config, learning_rate, resolve_precision
-from glide_ray.tokenizer import Tokenizer
+from glide_ray.train.zero import deepspeed_config, learning_rate, training_precision
+from glide_ray.data.tokenizer import Tokenizer
 
 STEPS = 6
 
@@ -226,9 +226,9 @@ def test_the_held_out_loss_is_of_evenly_spread_timesteps_and_repeats():
 
 
 def test_precision_is_chosen_by_device_and_fp16_refused_on_a_cpu():
-    assert (resolve_precision("auto", "cpu"), resolve_precision("auto", "cuda")) == ("bf16", "fp16")
+    assert (training_precision("auto", "cpu"), training_precision("auto", "cuda")) == ("bf16", "fp16")
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
-        resolve_precision("fp16", "cpu")
+        training_precision("fp16", "cpu")
 
 
 def test_the_deepspeed_config_says_what_the_train_config_does():

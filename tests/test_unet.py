@@ -11,12 +11,12 @@ from conftest import random_model, tiny
 from glide_ray.config.models import DiffusionConfig
 from glide_ray.diffusion.process import q_sample, x0_from_eps
 from glide_ray.diffusion.schedule import make_schedule
-from glide_ray.forms import Conditioning
-from glide_ray.info import inspect
+from glide_ray.tensors import Conditioning
+from glide_ray.models.cost import inspect
 from glide_ray.models.layers import attend
 from glide_ray.models.unet import GlideUNet
 from glide_ray.models.weights import with_known_channels
-from glide_ray.tokenizer import Tokenizer
+from glide_ray.data.tokenizer import Tokenizer
 
 
 def inputs(unet, batch=2):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import random_model, tiny
-from glide_ray.forms import Batch, Conditioning
+from glide_ray.tensors import Batch, Conditioning
 from glide_ray.train.words import SPREAD, explained, learn_words, standardise
 
 COLOURS = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1]]).float()

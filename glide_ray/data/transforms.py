@@ -20,8 +20,8 @@ from ..config.models import AnyModelConfig
 from ..config.data import DataConfig
 from ..config.training import Preset
 from ..errors import UserError
-from ..forms import Batch, Conditioning
-from ..tokenizer import Tokenizer
+from ..tensors import Batch, Conditioning
+from .tokenizer import Tokenizer
 from .captions import choose
 from .filters import Candidate, first_broken, header_rules
 from .images import ImageError, area_downsample, blur, centre_crop, decode, to_tensor

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..forms import Denoiser, ModelOutput, sent
+from ..tensors import Denoiser, ModelOutput, sent
 
 
 def classifier_free(paired: Denoiser, scale: Tensor) -> Denoiser:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..forms import ModelOutput
+from ..tensors import ModelOutput
 from .process import learned_log_variance, posterior_mean, x0_from_eps
 from .schedule import Schedule
 

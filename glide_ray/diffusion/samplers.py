@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..forms import ModelOutput, Rows, sent
+from ..tensors import ModelOutput, Rows, sent
 from .process import eps_from_x0, learned_log_variance, posterior_mean, x0_from_eps
 from .schedule import Schedule
 

@@ -21,7 +21,7 @@ from ..data.card import read_card, write_card
 from ..data.filters import Report
 from ..data.shards import Sample, begin, finish, write_shard
 from ..data.sources import Part, read_part
-from ..tokenizer import Tokenizer
+from ..data.tokenizer import Tokenizer
 from .local import connect
 from .stream import Tally, open_corpus, quiet, task_errors
 

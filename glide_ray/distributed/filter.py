@@ -20,7 +20,8 @@ from ..data.content import ContentError, ContentFilter, load_filter, missed_inte
 from ..data.filters import Report, Rule
 from ..data.labelling import Label, Pool, answered, ask, assess, fit_labelled, read_labels, threshold_of, write_labels
 from ..data.sources import Part, find_parts, state
-from ..evaluation.features import ClipFeatures, fetch_clip
+from ..evaluation.features import ClipFeatures
+from ..models.clip_scorer import fetch_clip
 from ..evaluation.pages import Picture, Section, page, thumbnail
 from ..evaluation.report import contact_sheet, roc_curve
 from ..storage import fingerprint

@@ -16,14 +16,14 @@ from ray.data import ActorPoolStrategy
 from tqdm import tqdm
 
 from .. import storage
-from ..cascade import Cascade, check_options
+from ..sampling.cascade import Cascade, check_options
 from ..config.sampling import BulkConfig
 from ..errors import UserError
 from ..data.sources import METADATA
-from ..evaluation.features import fetch_clip
+from ..models.clip_scorer import fetch_clip
 from ..pretrained import shipped
-from ..recipe import Maker, save_picture
-from ..tokenizer import Tokenizer
+from ..sampling.recipe import Maker, save_picture
+from ..data.tokenizer import Tokenizer
 from .features import JOB
 from .local import connect, joined, takes_gpu
 from .stream import quiet, task_errors

@@ -14,7 +14,7 @@ from .. import storage
 from ..config.sampling import BulkConfig
 from ..errors import UserError
 from ..data.images import ImageError, centre_crop, decode, encode
-from ..evaluation.features import fetch_clip
+from ..models.clip_scorer import fetch_clip
 from ..evaluation.neighbours import Nearest, nearest, same_picture, to_own
 from ..evaluation.pages import Picture, Section, page, thumbnail
 from ..evaluation.report import contact_sheet

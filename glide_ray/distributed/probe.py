@@ -13,7 +13,8 @@ from .. import storage
 from ..config.sampling import BulkConfig
 from ..errors import UserError
 from ..data.images import decode, encode
-from ..evaluation.features import ClipFeatures, fetch_clip
+from ..evaluation.features import ClipFeatures
+from ..models.clip_scorer import fetch_clip
 from ..evaluation.pages import SIDE, Picture, Section, page
 from ..evaluation.probes import Group, above, colour_name, probe as measure
 from ..evaluation.report import grid, scaled

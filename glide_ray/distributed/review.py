@@ -15,7 +15,7 @@ from .. import storage
 from ..config.training import Preset
 from ..errors import UserError
 from ..data.images import encode
-from ..evaluation.samples import held_out_of_average, sample_grid
+from ..train.samples import held_out_of_average, sample_grid
 from ..train.checkpoint import fetch
 from ..train.partition import export_average
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -22,8 +21,8 @@ from .. import storage
 from ..config.training import Preset
 from ..errors import UserError
 from ..data.transforms import Collate, ahead, collated, held_out_batches
-from ..forms import Batch
-from ..hardware import measured_peak, peak_flops
+from ..tensors import Batch
+from ..train.hardware import measured_peak, peak_flops
 from ..train.checkpoint import CheckpointError, Checkpoints, Made, fetch, verify
 from ..train.keeper import Keeper
 from ..train.ranks import gathered, of_rank_0

@@ -11,12 +11,11 @@ import torch
 from PIL import Image
 
 from .. import storage
-from ..critic import load_clip
+from ..models.clip_scorer import fetch_clip, load_clip
 from ..data.images import centre_crop, three_crops, to_tensor
 from ..models.weights import WeightsError
 
 AT_ONCE = 64            # crops in one call of the network
-CLIP_FILES = (".safetensors", ".json", ".txt")      # of a public CLIP's folder: weights, settings, vocabulary
 TORCHSCRIPT = (".pt", ".pth", ".ts", ".jit")
 POOLED, CLASSES = 2048, 1008                        # Inception's features, and the classes of its 2015 training
 
@@ -116,10 +115,3 @@ def fetch_network(path: str | Path) -> Path:
     return storage.fetch(path)
 
 
-def fetch_clip(path: str | Path) -> Path:
-    """A local path for a CLIP: itself, or copies of what lies under s3:// in the cache. Raises WeightsError, StorageError."""
-    if not storage.is_remote(path) and not Path(path).exists():
-        raise WeightsError(f"There is no weights file {path}; train one with `glide train nano-plain-clip`, or give another CLIP with --clip.")
-    if not storage.is_remote(path) or str(path).endswith(".safetensors"):
-        return storage.fetch(path) if storage.is_remote(path) else Path(path)
-    return storage.fetch_folder(path, CLIP_FILES)

@@ -7,7 +7,7 @@ from bisect import bisect_left
 import torch
 from torch import Tensor
 
-from ..forms import Conditioning, ModelOutput, TextFeatures
+from ..tensors import Conditioning, ModelOutput, TextFeatures
 from .unet import GlideUNet
 
 WARMING = 3      # calls before one is recorded: cuDNN tries its algorithms, kernels are compiled

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config.models import ClipConfig
-from ..forms import ClipOutput
+from ..tensors import ClipOutput
 from .layers import attend
 
 # Of the pixels that CLIP was trained on, in 8 bits (Radford et al. 2021, release).

@@ -19,7 +19,7 @@ from ..config import presets
 from ..config.models import AnyModelConfig, ClipConfig, ClipModelConfig, ModelConfig, UNetConfig
 from ..errors import UserError
 from ..storage import whole
-from ..tokenizer import ClipTokenizer
+from ..data.tokenizer import ClipTokenizer
 from .clip import NoisedClip
 from .layers import AttentionBlock, ResBlock
 from .text import TextBlock

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config.models import DiffusionConfig, UNetConfig
-from ..forms import Conditioning, ModelOutput, TextFeatures
+from ..tensors import Conditioning, ModelOutput, TextFeatures
 from .layers import AttentionBlock, Downsample, GroupNorm, ResBlock, Upsample, timestep_embedding
 from .text import TextTransformer
 

@@ -106,3 +106,17 @@ def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]
     extra = sorted(set(state) - set(expected))
     if extra:
         raise WeightsError(f"{source} has a tensor {extra[0]!r} that this model does not have: it was made by another model.")
+
+
+def check_role(config: AnyModelConfig, role: str, path: str | Path) -> None:
+    """Raises WeightsError where an upsampler is given as the base model, or the like."""
+    if config.role != role:
+        raise WeightsError(f"{path} holds {config.name}, a model of the kind {config.role!r}, where one of the kind {role!r} is "
+                           f"wanted; were the two exchanged?")
+
+
+def check_pair(base: ModelConfig, upsampler: ModelConfig | None) -> None:
+    """Raises WeightsError where an upsampler does not enlarge what the base model makes."""
+    if upsampler and upsampler.low_res_size != base.image_size:
+        raise WeightsError(f"The upsampler {upsampler.name} enlarges {upsampler.low_res_size} pixels and {base.name} makes "
+                           f"{base.image_size}; give a base model and an upsampler of one size.")

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from ..config.models import AnyModelConfig
 from ..config.training import Preset
 from ..diffusion.schedule import make_schedule
-from ..forms import DTYPES
-from ..info import example_batch
+from ..precision import DTYPES
+from ..models.cost import example_batch
 from ..models.clip import NoisedClip
 from ..models.layers import GroupNorm, attend_by_products, trains_in_16_bits
 from ..models.unet import GlideUNet

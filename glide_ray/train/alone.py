@@ -24,8 +24,8 @@ from ..data.images import encode
 from ..data.shards import Sample, ShardError
 from ..data.sources import columns, find_parts, folder_name, in_share, read_part, row_id, share_of
 from ..data.transforms import Collate, ahead, collated, held_out_batches
-from ..evaluation.samples import sample_grid
-from ..forms import Batch
+from .samples import sample_grid
+from ..tensors import Batch
 from .checkpoint import CheckpointError, Checkpoints, verify
 from .keeper import Keeper
 from .partition import export_average

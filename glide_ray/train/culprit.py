@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..config.training import TrainConfig
 from ..errors import UserError
-from ..forms import DTYPES, Batch
+from ..precision import DTYPES
+from ..tensors import Batch
 from .objectives import draw, row_numbers
 from .ranks import gathered
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ import torch.distributed as dist
 
 from ..config.training import Preset
 from ..diffusion.schedule import make_schedule
-from ..forms import Batch, sent
-from ..hardware import USABLE, cpu_budget
+from ..tensors import Batch, sent
+from .hardware import USABLE, cpu_budget
 from ..models.unet import GlideUNet
 from ..models.weights import build, check_shapes, load_weights, with_known_channels
 from ..pretrained import shipped
@@ -29,7 +28,7 @@ from .plan import choose_micro_batch
 from .ranks import gathered, of_rank_0
 from .share import Share
 from .steps import Metrics
-from .zero import FACTOR, deepspeed_config, learning_rate, parameter_groups, resolve_precision
+from .zero import FACTOR, deepspeed_config, learning_rate, parameter_groups, training_precision
 
 class Trainer:
     """One rank's engine, average and schedule."""
@@ -41,7 +40,7 @@ class Trainer:
         if not (train.min_workers or train.workers) <= self.world <= train.workers:
             raise TrainingError(f"train.workers is {train.workers}, but {self.world} processes have been started.")
         self.device = torch.device(deepspeed.get_accelerator().current_device_name())
-        self.precision = of_rank_0(resolve_precision(train.precision, self.device.type))     # which may be measured
+        self.precision = of_rank_0(training_precision(train.precision, self.device.type))     # which may be measured
         self.share = Share(train.batch, self.world, self.rank, self._micro_batch())
         self.schedule = make_schedule(preset.model.diffusion.schedule, preset.model.diffusion.steps).to(self.device)
         self.objective = objective_of(preset)

@@ -17,7 +17,7 @@ from ..config.training import Preset
 from ..diffusion.loss import hybrid_loss, min_snr_weight
 from ..diffusion.process import q_sample
 from ..diffusion.schedule import Schedule
-from ..forms import Batch
+from ..tensors import Batch
 
 Losses = dict[str, Tensor]        # name -> (B,) float32; "loss" is the one to minimise, the others are for people
 QUARTILES = 4          # of the timesteps, by which a run tells its loss

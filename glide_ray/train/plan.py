@@ -13,12 +13,13 @@ from functools import lru_cache
 from ..config.models import AnyModelConfig, ClipModelConfig
 from ..errors import ConfigError
 from ..config.training import Preset
-from ..hardware import GIGA, HOST_ADAM, PCIE, TERA, Machine
-from ..info import BYTES, operations
+from .hardware import GIGA, HOST_ADAM, PCIE, TERA, Machine
+from ..precision import BYTES
+from ..models.cost import operations
 from ..config.overrides import override
 from .activations import Moment, meta_model, training_pass
 from .share import Share, accumulation
-from .zero import deepspeed_config, resolve_precision
+from .zero import deepspeed_config, training_precision
 
 BUCKET, LIVE, SUBGROUP = 5 * 10**8, 10**9, 10**9       # elements: DeepSpeed's reduce_bucket_size, stage3_max_live_parameters, sub_group_size
 
@@ -294,7 +295,7 @@ def best(ways: list[Plan], preset: Preset, precision: str) -> Plan | None:
 def describe(preset: Preset, machine: Machine, price: float | None = None) -> tuple[str, Plan | None]:
     """The table of all ways to run a preset on its number of workers, the best of them, and what it takes; and that one, if any fits."""
     train, world = preset.train, preset.train.workers
-    precision = resolve_precision(train.precision, machine.device)
+    precision = training_precision(train.precision, machine.device)
     ways = plans(preset, world, precision, machine)
     chosen = best(ways, preset, precision)
     lines = [f"{preset.model.name}, {sum(_sizes(preset.model)) / 1e6:,.2f}M parameters in {precision}, on {world} x {machine.name}: batch {train.batch:,}, "

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..config.training import Preset
 from ..diffusion.schedule import make_schedule
-from ..forms import DTYPES, Batch, sent
+from ..precision import DTYPES
+from ..tensors import Batch, sent
 from ..models.unet import GlideUNet
 from ..models.weights import build, check_shapes, load_weights, with_known_channels
 from ..pretrained import shipped
@@ -26,7 +27,8 @@ from .objectives import by_quartile, draw, held_out_sums, images_in, mix, object
 from .partition import AVERAGE, FIRST, SECOND, WEIGHTS, Piece, State, load_parts, part_path, save_part
 from .share import Share
 from .steps import Metrics
-from .zero import FACTOR, fastest_on_cpu, learning_rate, parameter_groups
+from .zero import FACTOR, learning_rate, parameter_groups
+from ..precision import fastest_on_cpu
 
 SKIPPED = 20           # steps in a row whose gradients are not finite, after which a run is given up
 

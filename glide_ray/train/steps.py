@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from ..config.training import Preset
-from ..forms import Batch
+from ..tensors import Batch
 from .checkpoint import Progress
 from .culprit import TrainingError
 from .objectives import quartile_means

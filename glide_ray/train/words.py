@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..forms import Batch
+from ..tensors import Batch
 from ..models.unet import GlideUNet
 
 SIDE = 16               # pixels of the small pictures

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ..errors import ConfigError
 from ..config.training import TrainConfig
+from ..precision import resolve_precision
 from .share import Share
 
 # Dynamic loss scaling (sec. 4.1: traditional loss scaling): a step whose gradients overflow is skipped, and the scale halved.
@@ -23,14 +21,11 @@ FP16 = {
 }
 
 
-def resolve_precision(precision: str, device: str) -> str:
-    """`auto` is fp16 on a GPU, as in the paper, and on a CPU, where DeepSpeed refuses fp16, the faster of bf16 and fp32.
-    Raises ConfigError."""
-    if precision == "auto":
-        return "fp16" if device == "cuda" else fastest_on_cpu()
+def training_precision(precision: str, device: str) -> str:
+    """fp32, bf16 or fp16 to train in. Raises ConfigError for fp16 on a CPU, which DeepSpeed refuses."""
     if precision == "fp16" and device != "cuda":
         raise ConfigError("Setting train.precision: fp16 needs a GPU; use bf16, fp32 or auto on a CPU.")
-    return precision
+    return resolve_precision(precision, device)
 
 
 def deepspeed_config(train: TrainConfig, precision: str, share: Share) -> dict[str, Any]:
@@ -72,21 +67,6 @@ def learning_rate(train: TrainConfig, step: int) -> float:
     warm = min(1.0, step / train.warmup_steps) if train.warmup_steps else 1.0
     fallen = max(1.0, step / train.constant_steps) ** -0.5 if train.constant_steps else 1.0
     return train.learning_rate * warm * fallen
-
-
-@lru_cache
-def fastest_on_cpu() -> str:
-    """bf16 where this CPU's convolutions are faster in it than in fp32, with AMX or AVX-512 BF16; else fp32. Takes 0.1 s."""
-    def seconds(dtype: torch.dtype) -> float:
-        x = torch.ones(4, 64, 32, 32, dtype=dtype).to(memory_format=torch.channels_last)
-        weight = torch.ones(64, 64, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
-        times = []
-        for _ in range(5):
-            began = time.perf_counter()
-            F.conv2d(x, weight, padding=1)
-            times.append(time.perf_counter() - began)
-        return min(times)
-    return "bf16" if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else "fp32"
 
 
 def parameter_groups(model: torch.nn.Module, train: TrainConfig) -> list[dict]:

@@ -1,0 +1,93 @@
+"""`glide bench recipe`: which settings of training learn fastest, at equal seconds of computing and over several seeds."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..config import presets
+from ..config.training import Preset
+from ..data.transforms import held_out_batches
+from ..diffusion.process import q_sample, x0_from_eps
+from ..tensors import Batch, Conditioning
+from ..config.overrides import override
+from ..train.alone import MemoryCorpus
+from ..train.single import SingleTrainer
+
+# Each beside the preset as it is; of one thing at a time.
+VARIATIONS: dict[str, list[str]] = {
+    "preset": [],
+    "predict eps": ["model.unet.prediction=eps"],
+    "even weight": ["min_snr=none"],
+    "predict eps, even weight": ["model.unet.prediction=eps", "min_snr=none"],
+    "uniform timesteps": ["timestep_power=0"],
+    "half the learning rate": ["learning_rate=5e-4"],
+    "twice the learning rate": ["learning_rate=2e-3"],
+    "half the batch": ["batch=16"],
+    "twice the batch": ["batch=64"],
+    "squares of 4 pixels, half the channels": [
+        "model.unet.patch=4", "model.unet.multipliers=1,2,4", "model.unet.attention_sizes=8,4"],
+    "squares of 2 pixels, a quarter of the channels": [
+        "model.unet.patch=2", "model.unet.channels=32", "model.unet.multipliers=1,2,4,8",
+        "model.unet.attention_sizes=8,4"],
+    "attention at 8, 4 and 2": ["model.unet.attention_sizes=8,4,2"],
+}
+TIMESTEPS = (200, 400, 600, 800)      # at which x_0 is predicted: where details, parts, shapes and colours are decided
+
+
+def bench_recipe(corpus: str, held_out: str, seconds: float = 180, repeats: int = 3, names: Sequence[str] = (),
+                 report: Callable[[str], None] = print) -> dict:
+    """The RMSE of held-out x_0, predicted by the averaged weights from noised images and their captions, after so many
+    seconds of the training thread's CPU time: mean over TIMESTEPS, and its standard error over
+    `repeats` seeds.
+
+    `names`: some of VARIATIONS; all where there is none.
+    """
+    found = {}
+    for name in names or VARIATIONS:
+        errors, images = [], []
+        for seed in range(repeats):
+            preset = override(presets.get("emoji-base"), [
+                f"data.corpus={corpus}", f"data.held_out={held_out}", "steps=1000000", f"seed={seed}", *VARIATIONS[name]])
+            error, seen = _learn(preset, seconds)
+            errors.append(error)
+            images.append(seen)
+            report(f"{name}, seed {seed}: {error:.4f} after {seen:,} images")
+        spread = statistics.stdev(errors) / len(errors) ** 0.5 if len(errors) > 1 else 0.0
+        found[name] = {"rmse": round(statistics.mean(errors), 4), "standard_error": round(spread, 4),
+                       "images": round(statistics.mean(images))}
+    return {"preset": "emoji-base", "seconds": seconds, "seeds": repeats, "timesteps": list(TIMESTEPS), "recipes": found}
+
+
+def _learn(preset: Preset, seconds: float) -> tuple[float, int]:
+    """Train for so many seconds of computing: the error on held-out images, and how many images were seen."""
+    corpus, trainer = MemoryCorpus(preset), SingleTrainer(preset)
+    # Of this thread alone: another one decodes, which a longer run does once for all its epochs.
+    batches, number, began = corpus.endless(), 0, time.thread_time()
+    while time.thread_time() - began < seconds:
+        number += 1
+        trainer.step(batches, number)
+    with trainer.ema.in_place(preset.train.ema_rates[0]):
+        trainer.refresh()
+        return x0_error(trainer, held_out_batches(preset.data, preset.model, 32)), number * preset.train.batch
+
+
+@torch.no_grad()
+def x0_error(trainer: SingleTrainer, batches: Sequence[Batch]) -> float:
+    """RMSE, in pixels from -1 to 1, of x_0 predicted at TIMESTEPS with nothing known; noise is fixed."""
+    trainer.network.eval()
+    errors = []
+    for timestep in TIMESTEPS:
+        generator, squares = torch.Generator().manual_seed(timestep), []
+        for batch in batches:
+            i = torch.full((len(batch.image),), timestep)
+            noise = torch.randn(batch.image.shape, generator=generator)
+            x_t = q_sample(trainer.schedule, batch.image, i, noise)
+            unknown = Conditioning(batch.conditioning.tokens, batch.conditioning.mask)
+            eps = trainer.network(x_t, i, unknown).eps
+            squares.append((x0_from_eps(trainer.schedule, x_t, i, eps).clamp(-1, 1) - batch.image).square().flatten(1).mean(1))
+        errors.append(torch.cat(squares).mean().sqrt().item())
+    return statistics.mean(errors)

@@ -1,0 +1,195 @@
+"""The third stage: both models on Ray Serve, asked over HTTP as OpenAI's client would."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ... import storage
+from ...config.sampling import SampleOptions
+from ...errors import UserError
+from ...data.images import decode, encode
+from ...distributed.local import connect
+from ...evaluation.report import show_hole
+from ...precision import fastest_precision
+from ...pretrained.shipped import Pair
+from ...config.serving import Scale, ServeConfig, ServedModel
+from .figures import (BEFORE_AFTER, EDIT, SCENE, SKETCH, draw_edit, draw_pairs, draw_scene,
+                      draw_sketch, draw_sketches)
+from .plan import Plan
+from .results import Result
+from .sheet import file_name
+
+AT_ONCE, PATIENCE = 4, 600      # requests on the way, seconds for an answer
+HALF_A_CPU = Scale(cpus=0.5)    # four stages and the ingress beside each other, logically
+
+
+def ask(out: Path, plan: Plan, pair: Pair, tuned: Path, name: str) -> Result:
+    """Serve the shipped pair and the fine-tuned weights as the model `name`, and ask for pictures.
+
+    Writes each answer, and BEFORE_AFTER, EDIT, SKETCH and SCENE. Raises UserError where the server
+    refuses, or changes a pixel that it was to keep.
+    """
+    from ...serving.deployment import cpus, serving
+    from ...bench.load_generator import free_port
+    stages = {"base_scale": HALF_A_CPU, "upsampler_scale": HALF_A_CPU,
+              "upsampler": str(pair.upsampler)}
+    config = ServeConfig(base=str(pair.base), **stages, port=free_port(),
+                         precision=fastest_precision(),
+                         more_models={name: ServedModel(base=str(tuned), **stages)})
+    connect(cpus(config))
+    with serving(config) as url, httpx.Client(base_url=url, timeout=PATIENCE) as http, \
+            tqdm(total=plan.requests, desc="  pictures", unit="picture", dynamic_ncols=True) as bar:
+        models = http.get("/v1/models").json()["data"]
+        client = Client(http, out, plan.options, bar.update)
+        result = {"models": models, "pairs": _pairs(client, plan, name),
+                  "edit": _edit(client, plan), "sketches": _sketches(client, plan, name),
+                  "scene": _scene(client, plan)}
+    return {**result, "files": [BEFORE_AFTER, EDIT, SKETCH, SCENE, *client.written]}
+
+
+class Client:
+    """Asks for pictures and writes them as they come: each PNG carries its recipe."""
+
+    def __init__(self, http: httpx.Client, out: Path, options: SampleOptions,
+                 told: Callable[[], Any]):
+        given = options.model_dump(exclude_defaults=True, exclude_none=True)
+        self._http, self._told, self._options = http, told, given
+        self.out, self.written = out, []
+
+    def generate(self, name: str, prompt: str, seed: int, model: str | None = None) -> np.ndarray:
+        """A picture (S, S, 3) uint8, written as `name`. Raises UserError."""
+        fields = {"prompt": prompt, "seed": seed, "model": model, **self._options}
+        return self._picture(name, self._http.post("/v1/images/generations", json=fields))
+
+    def edit(self, name: str, image: np.ndarray, known: np.ndarray, prompt: str, seed: int
+             ) -> np.ndarray:
+        """`image` (S, S, 3) with what is not `known` (S, S) painted anew.
+
+        Raises UserError where a known pixel comes back as another.
+        """
+        files = {"image": ("image.png", encode(image), "image/png"),
+                 "mask": ("mask.png", mask_png(known), "image/png")}
+        made = self._from_image("edits", name, files, {"prompt": prompt, "seed": seed})
+        if not np.array_equal(made[known], image[known]):
+            raise UserError(f"The edit {name!r} changed pixels that were to be kept; please report "
+                            f"this with {self.out / self.written[-1]}.")
+        return made
+
+    def vary(self, name: str, image: np.ndarray, prompt: str, seed: int, strength: float,
+             model: str | None = None) -> np.ndarray:
+        """A picture that begins from `image` (S, S, 3) under noise (SDEdit)."""
+        fields = {"prompt": prompt, "seed": seed, "strength": strength,
+                  **({"model": model} if model else {})}
+        files = {"image": ("image.png", encode(image), "image/png")}
+        return self._from_image("variations", name, files, fields)
+
+    def keep(self, name: str, image: np.ndarray) -> str:
+        """Write a picture (H, W, 3) that the server has not made. Returns its file's name."""
+        return self._write(name, encode(image))
+
+    def _from_image(self, route: str, name: str, files: Mapping[str, Any],
+                    fields: Mapping[str, Any]) -> np.ndarray:
+        form = {key: str(value) for key, value in {**fields, **self._options}.items()}
+        answer = self._http.post(f"/v1/images/{route}", data=form, files=files)
+        return self._picture(name, answer)
+
+    def _picture(self, name: str, answer: httpx.Response) -> np.ndarray:
+        if answer.status_code != 200:
+            raise UserError(f"The server answered {answer.status_code}: "
+                            f"{answer.json()['error']['message']}")
+        png = base64.b64decode(answer.json()["data"][0]["b64_json"])
+        self._write(name, png)
+        self._told()
+        return np.asarray(decode(png))
+
+    def _write(self, name: str, png: bytes) -> str:
+        storage.put(png, self.out / path_of(name))
+        self.written.append(path_of(name))
+        return path_of(name)
+
+
+def path_of(name: str) -> str:
+    """Where a picture of that name is written, in the demo's folder."""
+    return f"pictures/{name}.png"
+
+
+def mask_png(known: np.ndarray) -> bytes:
+    """Known pixels (H, W) as the API takes them: transparent where to paint."""
+    alpha = Image.fromarray(np.where(known, 255, 0).astype(np.uint8))
+    buffer = io.BytesIO()
+    Image.merge("LA", (alpha, alpha)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# -- requests --------------------------------------------------------------------------------------
+
+def _pairs(client: Client, plan: Plan, tuned: str) -> list[Result]:
+    """The same prompts and seeds from the shipped model and from the fine-tuned one."""
+    asked = [(f"{when}-{file_name(prompt)}", prompt, seed, model)
+             for seed, prompt in enumerate(plan.pairs)
+             for when, model in (("before", None), ("after", tuned))]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        images = list(pool.map(lambda one: client.generate(*one), asked))
+    draw_pairs(client.out, plan.pairs, images[::2], images[1::2])
+    return [{"prompt": prompt, "seed": seed,
+             **{when: path_of(f"{when}-{file_name(prompt)}") for when in ("before", "after")}}
+            for seed, prompt in enumerate(plan.pairs)]
+
+
+def _edit(client: Client, plan: Plan) -> Result:
+    """A generated picture whose right half is painted anew."""
+    first, prompt = plan.edit
+    before = client.generate("edit-before", first, 0)
+    known = left_half(len(before))
+    after = client.edit("edit-after", before, known, prompt, 1)
+    hole = client.keep("edit-hole", show_hole(before, known))
+    draw_edit(client.out, before, known, after, plan.edit)
+    return {"first": first, "prompt": prompt, "before": path_of("edit-before"), "hole": hole,
+            "after": path_of("edit-after"), "kept": int(known.sum())}
+
+
+def _sketches(client: Client, plan: Plan, tuned: str) -> list[Result]:
+    """Pictures that begin from drawings."""
+    rows, shown = [], []
+    for sketch in plan.sketches:
+        drawing = draw_sketch(sketch.drawing)
+        answers = [client.vary(f"sketch-{file_name(prompt)}", drawing, prompt, 0, strength,
+                               tuned if from_tuned else None)
+                   for prompt, strength, from_tuned in sketch.answers]
+        shown.append((drawing, answers))
+        rows.append({"drawing": client.keep(f"sketch-{sketch.drawing}", drawing),
+                     "answers": [{"prompt": prompt, "strength": strength,
+                                  "file": path_of(f"sketch-{file_name(prompt)}")}
+                                 for prompt, strength, _ in sketch.answers]})
+    draw_sketches(client.out, plan.sketches, shown)
+    return rows
+
+
+def _scene(client: Client, plan: Plan) -> list[Result]:
+    """A picture that grows to the right: each edit sees the right half of it and paints beside."""
+    strip = client.generate("scene-0", plan.scene[0], 0)
+    strips, half = [strip], len(strip) // 2
+    for number, prompt in enumerate(plan.scene[1:], 1):
+        window = np.full_like(strip[:, :2 * half], 255)
+        window[:, :half] = strip[:, -half:]
+        made = client.edit(f"scene-edit-{number}", window, left_half(len(window)), prompt, number)
+        strip = np.concatenate([strip[:, :-half], made], axis=1)
+        strips.append(strip)
+    draw_scene(client.out, strips, plan.scene)
+    return [{"prompt": prompt, "file": client.keep(f"scene-{number}", strip)}
+            for number, (prompt, strip) in enumerate(zip(plan.scene, strips, strict=True))]
+
+
+def left_half(size: int) -> np.ndarray:
+    """A mask (size, size) that keeps the left half."""
+    return np.broadcast_to(np.arange(size) < size // 2, (size, size))

@@ -1,0 +1,66 @@
+"""The demo on one page, and its pictures for the README."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+
+from ... import storage
+from ...errors import UserError
+from ...data.images import decode, encode
+from .figures import BEFORE_AFTER, EDIT, LOSS, SCENE, SHEET, SKETCH
+from .plan import STYLE
+from .results import Results
+
+PAGE, TEMPLATE = "index.html", Path(__file__).with_name("page.html")
+STAGES = ("sheet", "corpus", "tuning", "answers")
+PICTURES = (SHEET, BEFORE_AFTER, EDIT, SKETCH, SCENE, LOSS)
+MOST_BYTES = 1_500_000            # of all copies: every clone of the repository has them
+QUALITIES = (92, 85, 75, 60)      # of WebP, the first with which the copies are small enough
+
+
+def write_page(out: Path) -> None:
+    """PAGE in `out`, with what the stages have made so far. It needs no network."""
+    results = Results(out)
+    given: dict[str, Any] = {stage: results.read(stage) for stage in STAGES}
+    text = _template().render(**given, out=out, style=STYLE, curve=LOSS,
+                              credits=_credits(given["answers"]))
+    storage.put(text.encode(), out / PAGE)
+
+
+def _template():
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
+                              undefined=StrictUndefined)
+    return environment.from_string(TEMPLATE.read_text())
+
+
+def _credits(answers: dict[str, Any] | None) -> list[dict[str, str]]:
+    """Whom the served models name as their sources, each once."""
+    found = {source["package"]: source for model in (answers or {"models": []})["models"]
+             for source in model["sources"]}
+    return [found[package] for package in sorted(found)]
+
+
+def copy_pictures(out: Path, folder: Path) -> list[Path]:
+    """The demo's pictures in `out` as small WebP files in `folder`. Returns their paths.
+
+    Raises UserError where one is missing, or they cannot be made small enough.
+    """
+    missing = [name for name in PICTURES if not (out / name).exists()]
+    if missing:
+        raise UserError(f"{out} has no {missing[0]}; run `glide demo` first, to its end.")
+    pixels = {name: np.asarray(decode((out / name).read_bytes())) for name in PICTURES}
+    for quality in QUALITIES:
+        made = {name: encode(image, "webp", quality=quality) for name, image in pixels.items()}
+        if sum(map(len, made.values())) <= MOST_BYTES:
+            break
+    else:
+        raise UserError(f"The pictures in {out} take more than {MOST_BYTES:,} bytes even at WebP's "
+                        f"quality {quality}; make smaller ones.")
+    paths = [folder / Path(name).with_suffix(".webp") for name in made]
+    for path, data in zip(paths, made.values(), strict=True):
+        storage.put(data, path)
+    return paths

@@ -1,0 +1,63 @@
+"""The first stage: things by styles from the shipped weights, in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ... import storage
+from ...sampling.cascade import Cascade
+from ...data.images import encode
+from ...evaluation.report import grid
+from ...precision import fastest_precision
+from ...pretrained.shipped import Pair
+from ...sampling.recipe import Maker, save_picture
+from .figures import SHEET
+from .plan import Plan
+from .results import Result
+
+AT_ONCE = 8      # pictures in a network call
+
+
+def make_sheet(out: Path, plan: Plan, pair: Pair) -> Result:
+    """Write SHEET and each picture of it, with its recipe. A row has one seed.
+
+    Gives `rows`: for each thing the names of its pictures, in the order of `styles`.
+    """
+    cascade = Cascade.load(pair.base, pair.upsampler, fastest_precision(), AT_ONCE, batched=True)
+    prompts = [f"{thing}, {style}" for thing in plan.things for style in plan.styles]
+    seeds = [row for row in range(len(plan.things)) for _ in plan.styles]
+    images = _with_bars(cascade, prompts, seeds, plan)
+    maker, names = Maker.of(cascade), []
+    for prompt, seed, image in zip(prompts, seeds, images, strict=True):
+        names.append(f"pictures/{file_name(prompt)}.png")
+        recipe = maker.recipe("generate", prompt, seed, plan.sheet_options)
+        save_picture(image, out / names[-1], recipe)
+    width = len(plan.styles)
+    rows = [images[start:start + width] for start in range(0, len(images), width)]
+    sheet = grid(rows, plan.styles, plan.things)
+    storage.put(encode(np.asarray(sheet)), out / SHEET)
+    return {"things": list(plan.things), "styles": list(plan.styles), "files": [SHEET, *names],
+            "rows": [names[start:start + width] for start in range(0, len(names), width)]}
+
+
+def file_name(prompt: str) -> str:
+    """A prompt as a part of a file's name: "a red apple, 3D render" -> "a-red-apple-3d-render"."""
+    return "-".join("".join(c if c.isalnum() else " " for c in prompt.lower()).split())
+
+
+def _with_bars(cascade: Cascade, prompts: list[str], seeds: list[int], plan: Plan
+               ) -> list[np.ndarray]:
+    bars: dict[str, tqdm] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage not in bars:
+            bars[stage] = tqdm(total=total, desc=f"  {stage}", unit="step", dynamic_ncols=True)
+        bars[stage].update(done - bars[stage].n)
+    try:
+        return cascade.generate(prompts, seeds, plan.sheet_options, progress)
+    finally:
+        for bar in bars.values():
+            bar.close()

@@ -1,0 +1,106 @@
+"""The second stage: a corpus of one new style, and the shipped base model fine-tuned on it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from ...config import presets
+from ... import storage
+from ...config.data import CleanConfig
+from ...config.training import Preset
+from ...data import emoji
+from ...data.images import centre_crop, decode, encode
+from ...data.shards import read_shard
+from ...distributed.clean import clean
+from ...distributed.train import train
+from ...evaluation.report import loss_curves
+from ...models.weights import load_config
+from ...train.pack import read_trained, write_half
+from ...config.overrides import override
+from ...train.run_folder import read_metrics
+from .figures import LOSS
+from .plan import STYLE, Plan
+from .results import Result, Results
+
+SPLITS = "train", "held_out"      # of the corpus: what is trained on is there without skin tones
+RECIPE = "emoji-base"             # the preset of the shipped base model
+SHOWN = 12                        # pictures of the corpus on the page
+Report = Callable[[str], None]
+
+
+# -- the corpus ----------------------------------------------------------------------------------
+
+def make_corpus(out: Path, packages: Path | None, report: Report) -> Result:
+    """Render the style, clean both splits of it, and write some of its pictures for the page.
+
+    `packages`: a folder of npm tarballs instead of npm. Gives `read`, `kept` and `dropped` (by
+    reason), rows of both splits; `folder` has the clean shards. Raises UserError.
+    """
+    raw, folder = out / "corpus", out / "clean"
+    emoji.build(raw, report=lambda line: report(f"  {line}"), styles=(STYLE,), packages=packages,
+                splits=SPLITS)
+    read, kept, dropped = 0, {}, {}
+    for split in SPLITS:
+        done = clean(f"{raw}/{split}", f"{folder}/{split}", CleanConfig(),
+                     report=lambda line: report(f"  {line}"))
+        read, kept[split] = read + len(done.rows), done.report.kept
+        for reason, count in done.report.dropped.items():
+            dropped[reason] = dropped.get(reason, 0) + count
+    return {"read": read, "kept": kept, "dropped": dropped, **_write_examples(folder, out)}
+
+
+def _write_examples(folder: Path, out: Path) -> Result:
+    names, captions = [], []
+    for sample in islice(read_shard(sorted(folder.glob("train/*.tar"))[0]), SHOWN):
+        names.append(f"pictures/corpus-{len(names):02d}.png")
+        captions.append(sample.captions[0])
+        storage.put(encode(centre_crop(decode(sample.image), 256)), out / names[-1])
+    return {"examples": names, "captions": captions, "files": names}
+
+
+# -- fine-tuning ---------------------------------------------------------------------------------
+
+def tune(out: Path, plan: Plan, base: Path) -> Result:
+    """Fine-tune the base model, and write weights in float16 with their sources, and LOSS.
+
+    A run that was broken off goes on, unless it began from other weights or settings. Gives the
+    name of the `weights`, the `name` of their model, `steps`, `images`, and the held-out loss
+    `before` and `after`. Raises UserError.
+    """
+    preset = tuning_preset(out, plan, base)
+    name, train_config = preset.model.name, preset.train
+    run, weights = out / name, f"{name}.safetensors"
+    key = {"base": storage.fingerprint(base), "settings": list(plan.settings)}
+    Results(out).once("run", key, lambda: _clear(run))
+    done = train(preset, run)
+    write_half(read_trained(run), out / weights)
+    loss_curves({name: read_metrics(done.metrics)}, out / LOSS)
+    return {"name": name, "weights": weights, "steps": done.steps,
+            "images": done.steps * train_config.batch, "workers": train_config.workers,
+            "zero_stage": train_config.zero_stage, "before": done.first_held_out,
+            "after": done.last_held_out, "files": [weights, LOSS]}
+
+
+def tuning_preset(out: Path, plan: Plan, base: Path) -> Preset:
+    """The model in the weights file `base`, from there on the new style by its preset's recipe."""
+    preset, model = presets.get(RECIPE), load_config(base)
+    folder = out / "clean"
+    return override(preset.model_copy(update={
+        "model": model.model_copy(update={"name": f"{model.name}-{STYLE}"}),
+        "data": preset.data.model_copy(update={
+            "corpus": str(folder / "train"), "held_out": str(folder / "held_out"), "shares": {},
+            "min_size": model.image_size}),
+        "train": preset.train.model_copy(update={"start_from": str(base)})}),
+        (*plan.settings, *(["workers=1"] if torch.cuda.device_count() == 1 else [])))
+
+
+def _clear(run: Path) -> Result:
+    """Remove a run that began from something else."""
+    if run.exists():
+        shutil.rmtree(run)
+    return {}

@@ -1,0 +1,195 @@
+"""Sets of pictures, all of the same captions and seeds, and what two networks see in them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from ... import storage
+from ...sampling.cascade import Cascade, edit_request, load_stepper
+from ...config.sampling import SampleOptions
+from ...data.images import decode, to_uint8
+from ...data.sources import find_parts, in_share, read_part, share_of
+from ...evaluation.features import ClipFeatures
+from ...precision import fastest_precision
+from ...models.efficientnet import load_efficientnet, normalise
+from ...config.presets import EMOJI
+from ...storage import fingerprint
+from .models import CLIP, LARGE, SMALL, Say
+
+SAMPLING = SampleOptions(sampler="dpm++", steps="16")
+IMAGES = 192
+SCALES, CLIP_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0), (3.0, 10.0, 30.0)
+# Of tables and figures. By CLIP: at which pictures of other captions are changed and still whole.
+BEST, BY_CLIP = 3.0, 10.0
+# At the noisiest timesteps a small CLIP sees nothing, and its gradient would count most there.
+CLIP_INTERVAL = (0.0, 0.9)
+AT_ONCE = 32  # pictures in a network call
+INPUT = 128  # pixels that EfficientNet is shown
+
+
+@dataclass(frozen=True)
+class Real:
+    """Real pictures uint8 (N, SIDE, SIDE, 3) that no model has seen, and a caption of each."""
+
+    pixels: np.ndarray
+    captions: list[str]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a set of pictures is made: by which model, and with what options."""
+
+    model: str
+    options: SampleOptions
+
+
+@dataclass(frozen=True)
+class Seen:
+    """N pictures by the plain CLIP, features (N, E) and those of their captions (N, E), both of
+    length 1; and by EfficientNet, which has never seen an emoji: features (N, 1280) and
+    probabilities of ImageNet's classes (N, 1000).
+    """
+
+    clip: np.ndarray
+    words: np.ndarray
+    looks: np.ndarray
+    classes: np.ndarray
+
+    @property
+    def cosines(self) -> np.ndarray:
+        """CLIP's, of each picture with its caption (N,)."""
+        return (self.clip * self.words).sum(1)
+
+
+def guided(scale: float) -> SampleOptions:
+    """Classifier-free guidance; at scale 1 there is none."""
+    return SAMPLING.model_copy(update={"guidance_scale": scale})
+
+
+def by_clip(scale: float) -> SampleOptions:
+    """CLIP guidance, and no other."""
+    return guided(1.0).model_copy(update={"clip_scale": scale, "guidance_interval": CLIP_INTERVAL})
+
+
+UNGUIDED, GUIDED, CLIP_GUIDED = "unguided", f"guidance-{BEST:g}", f"clip-{BY_CLIP:g}"
+FREE = {
+    UNGUIDED if scale == 1 else f"guidance-{scale:g}": Way(LARGE, guided(scale)) for scale in SCALES
+}
+CLIPS = {f"clip-{scale:g}": Way(LARGE, by_clip(scale)) for scale in CLIP_SCALES}
+SMALLS = {
+    f"{SMALL}-{name}": Way(SMALL, guided(scale))
+    for name, scale in ((UNGUIDED, 1.0), (GUIDED, BEST))
+}
+SETS = {**FREE, **CLIPS, **SMALLS}
+
+
+def real_pictures(folder: Path) -> Real:
+    """Those of a corpus, of each group the share that training reads. Raises ShardError."""
+    samples = [
+        sample
+        for part in find_parts(folder)
+        for sample in read_part(part)
+        if in_share(sample.key, 0, 0, share_of(EMOJI["shares"], "", sample))
+    ]
+    return Real(
+        np.stack([np.asarray(decode(sample.image)) for sample in samples]),
+        [sample.captions[0] for sample in samples],
+    )
+
+
+def make_set(
+    name: str, way: Way, weights: Mapping[str, Path], captions: Sequence[str], out: Path, say: Say
+) -> np.ndarray:
+    """Pictures uint8 (N, S, S, 3), caption n with seed n: made, or as `out` has them."""
+    clip = weights[CLIP] if way.options.clip_scale else None
+    asked = [
+        fingerprint(weights[way.model]),
+        fingerprint(clip) if clip else "",
+        way.options.model_dump(mode="json"),
+        list(captions),
+    ]
+    path = out / f"{name}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}.npy"
+    if path.exists():
+        return np.load(path)
+    say(f"{name}: {len(captions):,} pictures")
+    made = generate(load(weights[way.model], clip), captions, way.options)
+    buffer = io.BytesIO()
+    np.save(buffer, made)
+    storage.put(buffer.getvalue(), path)
+    return made
+
+
+def load(weights: Path, clip: Path | None = None) -> Cascade:
+    """A base model that makes many pictures in each call, also on a CPU. Raises WeightsError."""
+    return Cascade(load_stepper(weights, "base", fastest_precision(), AT_ONCE, clip, batched=True))
+
+
+def generate(cascade: Cascade, captions: Sequence[str], options: SampleOptions) -> np.ndarray:
+    """Pictures uint8 (N, S, S, 3), caption n with seed n."""
+    with tqdm(total=len(captions), unit="image", dynamic_ncols=True, disable=None) as bar:
+        made = []
+        for start in range(0, len(captions), AT_ONCE):
+            some = captions[start : start + AT_ONCE]
+            made += cascade.generate(some, range(start, start + len(some)), options)
+            bar.update(len(some))
+    return np.stack(made)
+
+
+def fill(
+    cascade: Cascade,
+    image: np.ndarray,
+    known: np.ndarray,
+    caption: str,
+    seeds: Sequence[int],
+    options: SampleOptions,
+) -> list[np.ndarray]:
+    """What each seed paints into `image` uint8 (S, S, 3) where `known` (S, S) is false."""
+    base = cascade.base
+    return [
+        to_uint8(made)
+        for made in base.run(
+            [
+                edit_request(base.config, image, known, caption, seed, options, critic=base.critic)
+                for seed in seeds
+            ]
+        )
+    ]
+
+
+class Eyes:
+    """Both networks. Raises WeightsError for the CLIP, MissingNetworkError for EfficientNet."""
+
+    def __init__(self, clip: Path):
+        self._clip, self._efficientnet = ClipFeatures(clip), load_efficientnet()
+
+    def see(self, pixels: np.ndarray, captions: Sequence[str]) -> Seen:
+        """Of pictures uint8 (N, H, H, 3)."""
+        looks, classes = self._looks(pixels)
+        shown = self._clip.images([Image.fromarray(image) for image in pixels])
+        return Seen(shown, self._clip.words(list(captions)), looks, classes)
+
+    @torch.no_grad()
+    def _looks(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        looks, classes = [], []
+        for start in range(0, len(pixels), AT_ONCE):
+            large = [
+                np.asarray(Image.fromarray(image).resize((INPUT, INPUT), Image.Resampling.BICUBIC))
+                for image in pixels[start : start + AT_ONCE]
+            ]
+            x = normalise(torch.from_numpy(np.stack(large)).permute(0, 3, 1, 2)).contiguous(
+                memory_format=torch.channels_last
+            )
+            pooled = self._efficientnet.maps(x)[-1].mean((2, 3))
+            looks.append(pooled.numpy())
+            classes.append(self._efficientnet.classify(pooled).softmax(1).numpy())
+        return np.concatenate(looks), np.concatenate(classes)

@@ -1,0 +1,99 @@
+"""`glide miniature`: the paper's experiments in little, with the weights that ship and models that
+a CPU trains in minutes.
+
+Every stage leaves its result on disk and is not done again where that is there, so that an
+interrupted run goes on. People do not vote here: table 1 has a network vote in their place, and
+says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ... import storage
+from ...data import emoji
+from ...data.images import encode
+from ...data.shards import read_index
+from ...distributed.job import once
+from ...precision import fastest_precision
+from ...bench.quality import bench_inpainting
+from ...storage import fingerprint
+from . import findings as judged
+from . import sheets
+from .findings import Finding
+from .models import JUDGE, LARGE, STRIPPED, train_all
+from .pictures import IMAGES, SETS, Eyes, Real, make_set, real_pictures
+
+HOLES = 64  # pictures that are inpainted for the error at the border
+FINDINGS, FIGURES, PAGE = "findings.json", "figures.json", "report.html"
+
+
+def run(out: Path, corpus: Path, say: Callable[[str], None] = tqdm.write) -> list[Finding]:
+    """Make all of it in `out`, of the `corpus` that `glide corpus` builds, which is built where it
+    is missing. Raises UserError.
+    """
+    if not all(read_index(corpus / split) for split in ("train", "tones", "held_out_pairs")):
+        emoji.build(corpus, report=say)
+    weights = train_all(out, corpus, say)
+    real = real_pictures(out / "corpus" / "held_out")
+    own = Real(real.pixels[:IMAGES], real.captions[:IMAGES])
+    pictures = {
+        name: make_set(name, way, weights, own.captions, out / "pictures", say)
+        for name, way in SETS.items()
+    }
+    held_out = out / "corpus" / "held_out"
+    painted = once(
+        str(out / "inpainting.json"),
+        {name: fingerprint(weights[name]) for name in (STRIPPED, LARGE)},
+        lambda: bench_inpainting(
+            weights[STRIPPED], weights[LARGE], held_out, HOLES, precision=fastest_precision()
+        ),
+    )
+    say("looking at the pictures")
+    eyes = Eyes(weights[JUDGE])
+    sets = {name: eyes.see(of, own.captions) for name, of in pictures.items()}
+    seen, seen_own = eyes.see(real.pixels, real.captions), eyes.see(own.pixels, own.captions)
+    scales = {
+        name: {"guidance_scale": way.options.guidance_scale, "clip_scale": way.options.clip_scale}
+        for name, way in SETS.items()
+    }
+    table = {name: {**scales[name], **judged.figures(of, seen)} for name, of in sets.items()}
+    votes = judged.votes_of(sets, seen, seen_own)
+    found = judged.findings(sets, seen, votes, painted)
+    shown = {
+        "sets.png": sheets.sets_side_by_side(pictures, own),
+        "figure-6.png": sheets.figure_6(table),
+        "figure-9.png": sheets.figure_9(weights),
+        "figure-11.png": sheets.figure_11(weights, real, weights[JUDGE]),
+    }
+    for name, sheet in shown.items():
+        storage.put(encode(sheet), out / name)
+    standings = judged.standings(votes)
+    storage.put(
+        sheets.report(
+            table, standings, painted, found, shown, len(own.captions), len(real.captions)
+        ).encode(),
+        out / PAGE,
+    )
+    elo = {
+        question: {name: vars(standing) for name, standing in of.items()}
+        for question, of in standings.items()
+    }
+    for name, result in (
+        (
+            FIGURES,
+            {
+                "sets": table,
+                "elo": elo,
+                "inpainting": painted,
+                "clip_score_of_real": 100 * float(seen.cosines.mean()),
+            },
+        ),
+        (FINDINGS, [vars(finding) for finding in found]),
+    ):
+        storage.put(json.dumps(result, indent=1, ensure_ascii=False).encode(), out / name)
+    return found

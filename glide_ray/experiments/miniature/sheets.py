@@ -1,0 +1,220 @@
+"""What people look at: figures 6, 9 and 11, the sets side by side, and the page with all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ...evaluation.elo import Standing
+from ...evaluation.features import ClipFeatures
+from ...evaluation.pages import Picture, Section, page
+from ...evaluation.report import Point, contact_sheet, fronts, grid, show_hole
+from .findings import Finding
+from .models import CLIP, FILTERED, LARGE, SIDE, SMALL, STRIPPED
+from .pictures import (
+    BEST,
+    BY_CLIP,
+    CLIP_GUIDED,
+    CLIPS,
+    FREE,
+    GUIDED,
+    SMALLS,
+    UNGUIDED,
+    Real,
+    Way,
+    by_clip,
+    fill,
+    generate,
+    guided,
+    load,
+)
+
+PROMPTS = (
+    "a red heart, 3D render",
+    "a green apple, flat icon",
+    "a yellow star, Noto",
+    "a blue book, Twemoji",
+    "a smiling face, 3D render",
+    "a dog face, flat icon",
+)
+INSIDE = "a yellow star, flat icon"  # what the holes of figure 11 are to be filled with
+RULE = (
+    "A finding holds where every difference that it names is more than two standard errors away "
+    "from nothing. Differences are of pictures of the same captions and seeds."
+)
+VOTERS = (
+    "People voted in the paper. Here EfficientNet votes, which has never seen an emoji: which of "
+    "two pictures is nearer to any real one, and which to the real picture of its caption."
+)
+MEASURES = (
+    "real pictures that no model was trained on. Distances, precision and recall are of "
+    "EfficientNet's features, and where they are called so of a CLIP's that guides nothing."
+)
+IMPLICIT = (
+    "Implicit and by CLIP guidance: the shipped weights without the inputs of the known pixels, "
+    "which are noised into every step."
+)
+SHOWN = 10  # captions of the sheet of sets
+HOLES, TRIES = 5, 8  # of figure 11: pictures, and seeds of which CLIP chooses one (app. D: 64)
+
+
+def figure_6(table: Mapping[str, Mapping[str, float]]) -> np.ndarray:
+    """Fronts of both kinds of guidance of the large model."""
+    points = [Point(name, row) for name, row in table.items() if name not in SMALLS]
+    return fronts(points, inception=False, network="EfficientNet")
+
+
+def figure_9(weights: Mapping[str, Path]) -> np.ndarray:
+    """Rows as the paper has them: the large model, the small one, the small one of the filtered
+    corpus, and that one guided by CLIP. Seeds are 0 to 5: none is chosen.
+    """
+    rows = {
+        "large": Way(LARGE, guided(BEST)),
+        "small": Way(SMALL, guided(BEST)),
+        "small, filtered": Way(FILTERED, guided(BEST)),
+        "small, filtered, CLIP": Way(FILTERED, by_clip(BY_CLIP)),
+    }
+    made = [
+        generate(
+            load(weights[way.model], weights[CLIP] if way.options.clip_scale else None),
+            PROMPTS,
+            way.options,
+        )
+        for way in rows.values()
+    ]
+    return np.asarray(grid(made, PROMPTS, list(rows)))
+
+
+def figure_11(weights: Mapping[str, Path], real: Real, judge: Path) -> np.ndarray:
+    """Real pictures with a round hole, filled by CLIP guidance, by the inpainting model and
+    implicitly: of several seeds the one that the plain CLIP likes best.
+    """
+    y, x = np.mgrid[:SIDE, :SIDE]
+    known = (y - SIDE / 2) ** 2 + (x - SIDE / 2) ** 2 > (SIDE / 3) ** 2
+    ways = {
+        "CLIP guidance": Way(STRIPPED, by_clip(BY_CLIP)),
+        "inpainting model": Way(LARGE, guided(BEST)),
+        "implicit": Way(STRIPPED, guided(BEST)),
+    }
+    seeing, images, labels = ClipFeatures(judge), [], []
+    cascades = {
+        name: load(weights[way.model], weights[CLIP] if way.options.clip_scale else None)
+        for name, way in ways.items()
+    }
+    wanted = seeing.words([INSIDE])[0]
+    for before in real.pixels[:: len(real.pixels) // HOLES][:HOLES]:
+        images.append(show_hole(before, known))
+        labels.append(f"{INSIDE}, into the hole")
+        for name, way in ways.items():
+            made = fill(cascades[name], before, known, INSIDE, range(TRIES), way.options)
+            images.append(
+                made[
+                    int(
+                        np.argmax(
+                            seeing.images([Image.fromarray(image) for image in made]) @ wanted
+                        )
+                    )
+                ]
+            )
+            labels.append(name)
+    return np.asarray(contact_sheet(images, labels, columns=1 + len(ways), size=128))
+
+
+def sets_side_by_side(pictures: Mapping[str, np.ndarray], real: Real) -> np.ndarray:
+    """The first captions: the real pictures, then a row for each set, from the same seeds."""
+    rows = {"real": real.pixels, **pictures}
+    return np.asarray(
+        grid([pixels[:SHOWN] for pixels in rows.values()], real.captions[:SHOWN], list(rows), 96)
+    )
+
+
+def report(
+    table: Mapping[str, Mapping[str, float]],
+    standings: Mapping[str, Mapping[str, Standing]],
+    painted: Mapping[str, Any],
+    found: Sequence[Finding],
+    sheets: Mapping[str, np.ndarray],
+    images: int,
+    reals: int,
+) -> str:
+    """The page as HTML. `table`: figures of each set; `sheets`: pictures by file name; `images` and
+    `reals`: how many pictures a set has, and the reference."""
+    held = sum(finding.holds for finding in found)
+    findings = [[one.text, one.here, "holds" if one.holds else "does not hold"] for one in found]
+    return page(
+        "The paper in miniature",
+        [
+            Section(
+                f"{held} of {len(found)} findings hold at this scale",
+                RULE,
+                table=[["the paper", "here", ""], *findings],
+            ),
+            Section(
+                "The same captions and seeds",
+                f"Rows: {', '.join(['real', *FREE, *CLIPS, *SMALLS])}.",
+                groups=[[Picture(sheets["sets.png"])]],
+                width=1040,
+            ),
+            Section(
+                "Figure 6: both kinds of guidance",
+                f"{images} pictures a point.",
+                groups=[[Picture(sheets["figure-6.png"])]],
+                width=1040,
+            ),
+            Section("Table 1: Elo", VOTERS, table=_elo_table(standings)),
+            Section(
+                "Table 2: distance to real pictures",
+                f"{reals} {MEASURES}",
+                table=_figures_table(table),
+            ),
+            Section(
+                "Figure 9: large and small models",
+                "Not chosen: seeds 0 to 5.",
+                groups=[[Picture(sheets["figure-9.png"])]],
+                width=1000,
+            ),
+            Section(
+                "Figure 11: inpainting",
+                f"The best of {TRIES} by CLIP each. {IMPLICIT}",
+                groups=[[Picture(sheets["figure-11.png"])]],
+                width=600,
+            ),
+            Section(
+                "Errors of inpainting",
+                f"Mean squared error of {painted['images']} holes beside the picture itself.",
+                table=_errors_table(painted),
+            ),
+        ],
+    )
+
+
+def _elo_table(standings: Mapping[str, Mapping[str, Standing]]) -> list[list[str]]:
+    def cell(one: Standing) -> str:
+        return f"{one.score:+.1f} ({one.low:+.1f} to {one.high:+.1f})"
+
+    names = (GUIDED, CLIP_GUIDED, UNGUIDED)
+    return [
+        ["", *standings],
+        *([name, *(cell(of[name]) for of in standings.values())] for name in names),
+    ]
+
+
+def _figures_table(table: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    columns = [name for name in next(iter(table.values())) if not name.endswith("_scale")]
+    return [
+        ["", *(name.replace("_", " ") for name in columns)],
+        *([name, *(f"{row[column]:.4g}" for column in columns)] for name, row in table.items()),
+    ]
+
+
+def _errors_table(painted: Mapping[str, Any]) -> list[list[str]]:
+    samplers = {name: of for name, of in painted.items() if isinstance(of, Mapping)}
+    columns = list(next(iter(samplers.values())))
+    return [
+        ["sampler", *(name.replace("_", " ") for name in columns)],
+        *([name, *(str(of[column]) for column in columns)] for name, of in samplers.items()),
+    ]

@@ -1,0 +1,97 @@
+"""`glide pretrain`: the weights that ship, from package tarballs to files, on a machine without Ray and network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from ..config import presets
+from .. import storage
+from ..errors import ConfigError, nearest
+from ..config.training import Preset
+from ..data.emoji import build
+from ..data.images import encode
+from ..train.samples import sample_grid
+from ..precision import DTYPES
+from ..models.weights import build as build_model
+from ..models.weights import save_weights
+from ..train.pack import read_trained, write_half
+from ..config.overrides import override
+from ..train.alone import Done, MemoryCorpus, train_alone
+from ..train.run_folder import METRICS
+from ..train.single import single_precision
+from ..train.words import CAPTIONS, SIDE, learn_words
+
+MODELS = BASE, UPSAMPLER = "emoji-base", "emoji-upsampler"
+WORDS, WORDS_PART = "words.safetensors", 0.25      # the text transformer's part of the minutes
+PART_BYTES = 15 * 2**20        # of a file of weights: what a mail or a small store takes
+# A GPU has so little to do with a CPU's batch that launches are most of a step.
+ON_GPU = {BASE: ["batch=256", "learning_rate=2e-3", "constant_steps=1500", "evaluate_every=1000",
+                 "checkpoint_every=1000"],
+          UPSAMPLER: ["batch=64", "learning_rate=1.5e-3", "constant_steps=1500"]}
+
+
+def pretrain(name: str, out: Path, minutes: float, corpus: Path, run: Path, packages: Path | None = None,
+             scenes: int = 20_000, settings: Sequence[str] = (), styles: Sequence[str] = (),
+             report: Callable[[str], None] = print) -> Done:
+    """Build the corpus unless it is there, train for `minutes`, and write to the folder `out`:
+
+    `NAME.safetensors.0`, `.1`...   float16 weights with their sources and recipe, in parts of at most 15 MiB
+    `NAME.json`                     SHA-256 and bytes of the whole file, and how it was trained
+    `NAME.png`                      a sheet of samples
+    `NAME.metrics.jsonl`            the run's figures
+
+    A base model's text transformer is trained alone first, in WORDS_PART of the minutes, and then
+    stays as it is: beside the U-Net it forgets. The same command resumes the run. Raises UserError.
+    """
+    if name not in MODELS:
+        raise ConfigError(f"{name!r} does not ship; {nearest(name, MODELS)}")
+    gpu = torch.cuda.is_available()
+    report(f"the corpus in {corpus}")
+    build(corpus, report=report, styles=styles, packages=packages, scenes=scenes)
+    preset = override(presets.get(name), [
+        "trackers=", "sample_every=none", f"data.held_out={corpus}/held_out", f"data.corpus={corpus}/{{train,tones,scenes}}",
+        *(ON_GPU[name] if gpu else []), *settings])
+    if name == BASE and preset.train.start_from is None:
+        if not (run / WORDS).exists():
+            _learn_words(preset, run / WORDS, WORDS_PART * minutes, report)
+            minutes *= 1 - WORDS_PART
+        preset = override(preset, [f"start_from={run / WORDS}", "text_rate=0", *settings])
+    done = train_alone(preset, run, minutes)
+    report(f"{done.step:,} steps, {done.images_per_s:,.0f} images/s")
+    device = torch.cuda.get_device_name() if gpu else "CPU"
+    trained = read_trained(run, recipe={"device": device})
+    write_half(trained, run / "half.safetensors")
+    _write_parts(run / "half.safetensors", out, name, dict(trained.recipe))
+    grid = sample_grid(done.weights, preset)
+    storage.put(encode(grid), out / f"{name}.png")
+    storage.put((run / METRICS).read_bytes(), out / f"{name}.{METRICS}")
+    report(f"{out}: join the parts with `cat {name}.safetensors.* > {name}.safetensors`")
+    return done
+
+
+def _learn_words(preset: Preset, path: Path, minutes: float, report: Callable[[str], None]) -> None:
+    """Weights of a new model, whose text transformer alone has been trained."""
+    torch.manual_seed(preset.train.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build_model(preset.model).to(device)
+    corpus = MemoryCorpus(preset)
+    at_once = min(CAPTIONS, max(preset.train.batch, len(corpus.rows) // 8))
+    corpus.preset = override(preset, [f"batch={at_once}"])
+    precision = single_precision(preset.train.precision, device)
+    explained = learn_words(model, corpus.endless(), minutes, report, DTYPES[precision])
+    report(f"words: captions explain {explained:.0%} of the variance of pictures of {SIDE} pixels")
+    save_weights(path, model.state_dict(), preset.model)
+
+
+def _write_parts(whole: Path, out: Path, name: str, recipe: dict) -> None:
+    """A file in parts, and what tells whether they were joined rightly."""
+    data = whole.read_bytes()
+    for number, start in enumerate(range(0, len(data), PART_BYTES)):
+        storage.put(data[start:start + PART_BYTES], out / f"{name}.safetensors.{number}")
+    about = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "recipe": recipe}
+    storage.put(json.dumps(about, indent=1).encode(), out / f"{name}.json")

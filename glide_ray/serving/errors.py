@@ -1,0 +1,97 @@
+"""Answers other than 200, in OpenAI's form: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from ..sampling.cascade import RequestError
+from ..errors import nearest
+
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+# Fields that only some servers have, and why this one may not.
+WANTING = {"best_of": "best_of needs a CLIP model, and this server has none.", "clip_scale": "clip_scale needs a CLIP model, and this server has none.",
+           "strength": "strength is for edits and variations: a generation begins from noise."}
+log = logging.getLogger("ray.serve.glide")
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """What is answered instead of images."""
+
+    error: ErrorDetail
+
+
+class ApiError(HTTPException):
+    """An answer other than 200."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None):
+        super().__init__(status, message, headers)
+        kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    @property
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+def handle_errors(api: FastAPI, fields: Sequence[str]) -> None:
+    """Whatever a route raises is answered in OpenAI's form. `fields`: those of a JSON body, to name the nearest of."""
+
+    @api.exception_handler(ApiError)
+    @api.exception_handler(RequestError)
+    async def refused(request: Request, error: ApiError | RequestError):
+        return answer_of(request.scope["glide"]["id"], error).response
+
+    @api.exception_handler(RequestValidationError)
+    async def validation_error(request: Request, error: RequestValidationError):
+        return refusal(error.errors(), fields).response
+
+    @api.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException):
+        message = {404: f"There is nothing at {request.url.path}; see /docs.",
+                   405: f"{request.method} is not answered at {request.url.path}; see /docs."}.get(error.status_code, str(error.detail))
+        return ApiError(error.status_code, message, headers=error.headers).response
+
+
+def answer_of(request_id: str, error: Exception) -> ApiError:
+    """What the client is told of whatever a request raises."""
+    if isinstance(error, RequestError):
+        return ApiError(400, str(error), error.param)
+    return error if isinstance(error, ApiError) else failure(request_id, error)
+
+
+def failure(request_id: str, error: Exception) -> ApiError:
+    """A fault of ours: the reason goes to the log, and the client gets the id to ask about."""
+    log.error(json.dumps({"event": "failure", "id": request_id, "error": type(error).__name__}), exc_info=error)
+    return ApiError(500, f"The server failed at this request; its log has the reason under the id {request_id}.")
+
+
+def refusal(errors: Sequence[dict], known: Sequence[str]) -> ApiError:
+    """pydantic's first finding as one sentence."""
+    first = errors[0]
+    path = [str(part) for part in first["loc"] if part not in ("body", "query")]
+    param = path[0] if path else None
+    if first["type"] == "json_invalid":
+        return ApiError(400, "The body is not valid JSON.", None, "invalid_json")
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, WANTING.get(param) or f"There is no field {param!r}; {nearest(param, known)}", param, "unknown_parameter")
+    if first["type"] == "missing":
+        return ApiError(400, f"{param or 'The body'} is missing.", param, "missing_required_parameter")
+    given = repr(first["input"])
+    shown = f" (given: {given[:40]}{'...' if len(given) > 40 else ''})" if not isinstance(first["input"], dict) else ""
+    return ApiError(400, f"{param or 'The body'}: {first['msg']}{shown}.", param, "invalid_value")

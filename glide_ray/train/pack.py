@@ -1,0 +1,252 @@
+"""Trained weights as files to pass on: float16, with sources and recipe, and as a pair with a card.
+
+The same weights give the same bytes whenever they are packed.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import save
+from torch import Tensor
+
+from .. import storage
+from ..models.weights import check_pair, check_role
+from ..config.models import SHIPPED, AnyModelConfig, Frozen
+from ..config.training import Preset
+from ..errors import UserError
+from ..data.card import CARD as CORPUS_CARD
+from ..data.card import read_card as read_corpus_card
+from ..data.sources import each_path
+from ..models.weights import load_metadata, load_weights
+from .checkpoint import find_checkpoint
+from .partition import export_to
+from ..pretrained import shipped
+from ..pretrained.card import (
+    Card,
+    Figure,
+    Recipe,
+    Source,
+    describe,
+    finding,
+    read_card,
+    recipe_in,
+    render,
+    sources_in,
+    to_metadata,
+    total,
+    union,
+)
+
+MOST_BYTES = 64_000_000            # of both files: every copy of the package has them
+METRICS = "metrics.jsonl"
+NOTHING: Recipe = MappingProxyType({})
+
+
+class PackError(UserError):
+    """Weights that cannot be packed as they are."""
+
+
+class Notes(Frozen):
+    """The part of a card that no weights file has."""
+
+    figures: dict[str, Figure] = {}
+    limits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model's weights, whose pictures they were trained on, and how."""
+
+    config: AnyModelConfig
+    state: Mapping[str, Tensor]
+    sources: tuple[Source, ...]
+    recipe: Recipe
+
+
+# -- reading -----------------------------------------------------------------------------------
+
+def read_trained(path: str | Path, corpora: Iterable[str] = (), recipe: Recipe = NOTHING,
+                 ema_rate: float | None = None) -> Trained:
+    """The weights in a .safetensors file, or the average in the last checkpoint of a run's folder.
+
+    Sources are those that a file names, or those of a run's corpus and of the weights that it
+    started from; `corpora`, folders with a card, take their place. `recipe` adds to what the file
+    or the run says of the training. Paths are local or s3://. Raises UserError.
+    """
+    if str(path).endswith(".safetensors"):
+        found = _of_file(storage.fetch(path))
+    else:
+        found = _of_run(find_checkpoint(path), ema_rate)
+    sources = union(*map(corpus_sources, corpora)) if corpora else found.sources
+    return replace(found, sources=sources, recipe={**found.recipe, **recipe})
+
+
+def _of_file(path: Path) -> Trained:
+    metadata = load_metadata(path)
+    return Trained(*load_weights(path), sources_in(metadata, path), recipe_in(metadata, path))
+
+
+def _of_run(checkpoint: str, ema_rate: float | None) -> Trained:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "weights.safetensors"
+        preset, step, rate = export_to(checkpoint, file, ema_rate)
+        config, state = load_weights(file)
+    train, run = preset.train, checkpoint.rpartition("/checkpoints/")[0] or checkpoint
+    recipe = {"preset": preset.model.name, "steps": step, "batch": train.batch,
+              "images": step * train.batch, "seconds": seconds_of(run, train.batch),
+              "precision": train.precision, "learning rate": train.learning_rate,
+              "EMA": f"rate {rate:g}"}
+    recipe = {name: value for name, value in recipe.items() if value is not None}
+    return Trained(config, state, sources_of(preset), recipe)
+
+
+def sources_of(preset: Preset) -> tuple[Source, ...]:
+    """The sources of a run: its corpus's, and those of the weights that it starts from."""
+    own, start = corpus_sources(preset.data.corpus), preset.train.start_from
+    if not start or not (start == SHIPPED or storage.exists(start)):
+        return own
+    before = shipped.fetch(start, preset.model.role)
+    return union(own, sources_in(load_metadata(before), before))
+
+
+def corpus_sources(corpus: str) -> tuple[Source, ...]:
+    """The sources that the cards of a corpus's folders name; none without a card.
+
+    Scenes add no pictures: they are composed from those of other folders. Raises PackError.
+    """
+    return total(*map(_card_sources, each_path(corpus)))
+
+
+def _card_sources(folder: str) -> tuple[Source, ...]:
+    card = read_corpus_card(folder)
+    try:
+        listed = [Source.model_validate(one) for one in card["sources"]] if card else []
+    except (ValueError, KeyError, TypeError):
+        raise PackError(f"The card of the corpus in {folder} lists no sources that can be read; "
+                        f"make the corpus again with `glide corpus`.") from None
+    if card and "scenes" in card:
+        listed = [source.model_copy(update={"pictures": None}) for source in listed]
+    return tuple(listed)
+
+
+def seconds_of(run: str, batch: int) -> int | None:
+    """Seconds of training, evaluation aside, from a run's figures; None without figures."""
+    try:
+        lines = storage.read(f"{run}/{METRICS}").decode().splitlines()
+    except storage.MissingError:
+        return None
+    rows = [json.loads(line) for line in lines if line.endswith("}")]       # the last may be cut
+    paces = {row["step"]: row["images_per_s"] for row in rows if row.get("images_per_s")}
+    steps = [0, *sorted(paces)]
+    spans = zip(steps, steps[1:], strict=False)
+    return round(sum((end - start) * batch / paces[end] for start, end in spans)) or None
+
+
+# -- writing -----------------------------------------------------------------------------------
+
+def write_half(trained: Trained, path: str | Path) -> None:
+    """Write a weights file in float16, local or s3://, with its sources and recipe.
+
+    Raises PackError where a value does not fit float16.
+    """
+    state = {name: _half(name, tensor) for name, tensor in trained.state.items()}
+    metadata = {"config": trained.config.model_dump_json(),
+                **to_metadata(trained.sources, trained.recipe)}
+    storage.put(_sorted_metadata(save(state, metadata)), path)
+
+
+def _half(name: str, tensor: Tensor) -> Tensor:
+    half = tensor.to(torch.float16) if tensor.is_floating_point() else tensor
+    if not half.isfinite().all():
+        raise PackError(f"{name} has values that float16 does not hold (up to "
+                        f"{tensor.abs().max():g}); export the weights without --half.")
+    return half.contiguous()
+
+
+def _sorted_metadata(data: bytes) -> bytes:
+    """A safetensors file with its metadata sorted by name; the library writes them unsorted."""
+    length, = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8:8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data[8 + length:]
+
+
+def pack(base: Trained, upsampler: Trained, folder: str | Path | None = None,
+         notes: Notes | None = None) -> Card:
+    """Write a pair as it ships: both files, `card.json` and `MODEL_CARD.md`. Returns the card.
+
+    `folder`: by default that of the package. Without `notes` the figures and limits of the card
+    that is there stay. Raises PackError where no source is known or the files are too large,
+    WeightsError where the two models do not go together.
+    """
+    folder = Path(folder or shipped.FOLDER)
+    models = {"base": base, "upsampler": upsampler}
+    for role, trained in models.items():
+        _check(trained, role)
+    check_pair(base.config, upsampler.config)
+    with tempfile.TemporaryDirectory() as there:
+        files = {role: Path(there) / f"{SHIPPED}-{role}.safetensors" for role in models}
+        for role, trained in models.items():
+            write_half(trained, files[role])
+        _check_size(files.values())
+        described = tuple(describe(files[role], models[role].recipe) for role in models)
+        card = Card(name=SHIPPED, files=described, sources=union(base.sources, upsampler.sources),
+                    **dict(notes or _notes_of(folder)))
+        for file in files.values():
+            storage.put(file, folder / file.name)
+    text = card.model_dump_json(indent=1, exclude_defaults=True)
+    storage.put(f"{text}\n".encode(), folder / shipped.CARD)
+    storage.put(render(card).encode(), folder / shipped.PAGE)
+    return card
+
+
+def _check(trained: Trained, role: str) -> None:
+    check_role(trained.config, role, f"What is given as the {role}")
+    if not trained.sources:
+        raise PackError(f"{trained.config.name} does not say on whose pictures it was trained; "
+                        f"name its corpus, a folder with a {CORPUS_CARD}, with --corpus.")
+
+
+def _check_size(files: Iterable[Path]) -> None:
+    total = sum(file.stat().st_size for file in files)
+    if total > MOST_BYTES:
+        raise PackError(f"The two files have {total:,} bytes and may have {MOST_BYTES:,}; pack "
+                        f"smaller models.")
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """A recipe from a file: a JSON object of names and values. Raises StorageError, PackError."""
+    try:
+        return TypeAdapter(Recipe).validate_json(storage.read(path))
+    except ValidationError:
+        raise PackError(f"{path} is not a JSON object of names and values; write "
+                        f"{{\"seconds\": 540, \"device\": \"H100\"}}, for example.") from None
+
+
+def read_notes(path: str | Path) -> Notes:
+    """Figures and limits from a JSON file. Raises StorageError, PackError."""
+    try:
+        return Notes.model_validate_json(storage.read(path))
+    except ValidationError as error:
+        raise PackError(f"{path} cannot be read ({finding(error)}); `glide pack --help` shows "
+                        f"what notes look like.") from None
+
+
+def _notes_of(folder: Path) -> Notes:
+    """The figures and limits of the card in a folder, if there is one."""
+    try:
+        card = read_card(folder / shipped.CARD)
+    except UserError:
+        return Notes()
+    return Notes(figures=card.figures, limits=card.limits)
