@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from glide_ray.data.styles import STYLES
-from glide_ray.distributed.corpus import prepare
+from glide_ray.distributed.curation.corpus import prepare
 from glide_ray.distributed.job import once, run
 from glide_ray.cli.arguments import positive
 

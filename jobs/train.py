@@ -10,7 +10,7 @@ import sys
 
 from glide_ray.config import presets
 from glide_ray.distributed.job import run
-from glide_ray.distributed.train import train
+from glide_ray.distributed.training.run import train
 from glide_ray.config.overrides import override
 
 

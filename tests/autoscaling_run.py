@@ -59,7 +59,7 @@ class Cluster:
     """A head, and whatever its autoscaler adds; all of it ends with the context. `environment`: of a process that joins it."""
 
     def __init__(self, path):
-        from glide_ray.distributed import local
+        from glide_ray.distributed import cluster as local
         self.folder = Path(tempfile.mkdtemp(prefix="glide-ray-"))      # short: sockets lie in it
         port, config = free_port(), self.folder / "config.yaml"
         made = fake(path, f"127.0.0.1:{port}")
@@ -168,9 +168,9 @@ def main(path, corpus, base, upsampler, out):
     from ray import serve
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    from glide_ray.distributed import train as training
-    from glide_ray.distributed.corpus import survey
-    from glide_ray.distributed.local import connect
+    from glide_ray.distributed.training import run as training
+    from glide_ray.distributed.curation.corpus import survey
+    from glide_ray.distributed.cluster import connect
     from glide_ray.config.serving import ServeConfig
     from glide_ray.serving.deployment import APP, build, deploy
     types = fake(path, os.environ["RAY_ADDRESS"])["available_node_types"]

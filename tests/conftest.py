@@ -113,7 +113,7 @@ def tiny_weights(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def ray_session(s3):      # after s3: Ray's processes inherit its address
-    from glide_ray.distributed.local import connect, disconnect
+    from glide_ray.distributed.cluster import connect, disconnect
     connect(6)
     yield
     disconnect()

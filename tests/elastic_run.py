@@ -24,8 +24,8 @@ def main(corpus, out):
     from ray.cluster_utils import Cluster
     from ray.train.torch import TorchConfig
 
-    from glide_ray.distributed import local
-    from glide_ray.distributed import train as training
+    from glide_ray.distributed import cluster as local
+    from glide_ray.distributed.training import run as training
     os.environ.update({**local._worker_environment(), "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "8", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"})
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False, "object_store_memory": 150 * 2**20})
     os.environ["RAY_ADDRESS"] = cluster.address

@@ -29,9 +29,9 @@ from glide_ray.data.filters import NEAR_DUPLICATE, caption_rules, clean_captions
 from glide_ray.data.images import decode, encode
 from glide_ray.data.shards import INDEX, Sample, ShardError, read_shard, write_shards
 from glide_ray.data.sources import Part, find_parts, read_part
-from glide_ray.distributed import local
-from glide_ray.distributed.clean import clean, write_page
-from glide_ray.distributed.corpus import DROPPED, PAGE, SUMMARY
+from glide_ray.distributed import cluster as local
+from glide_ray.distributed.curation.clean import clean, write_page
+from glide_ray.distributed.curation.corpus import DROPPED, PAGE, SUMMARY
 from glide_ray.distributed.stream import Tally, in_order, open_corpus
 
 pytestmark = pytest.mark.usefixtures("ray_session")

@@ -29,7 +29,7 @@ from glide_ray.evaluation.categories import (
     THING,
 )
 from glide_ray.evaluation.new_style import learn_style
-from glide_ray.evaluation.trial import try_judge
+from glide_ray.evaluation.judge_accuracy import try_judge
 
 COUNTED = 4
 FAST = SampleOptions(steps="2", upsampler_steps="1")

@@ -103,7 +103,7 @@ def test_activation_checkpointing_changes_no_gradient_of_clip():
 
 
 def test_gains_and_biases_of_clip_do_not_decay():
-    from glide_ray.train.zero import parameter_groups
+    from glide_ray.train.optimizer import parameter_groups
     train = presets.get("emoji-clip").train.model_copy(update={"weight_decay": 0.0})
     decaying, others = parameter_groups(clip_model(), train.model_copy(update={"weight_decay": 0.1}))
     assert others["weight_decay"] == 0 and all(p.dim() == 1 for p in others["params"]) and all(p.dim() > 1 for p in decaying["params"])

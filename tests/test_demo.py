@@ -193,7 +193,7 @@ def pair(tmp_path, monkeypatch):
 @pytest.fixture
 def shared_ray(ray_session, monkeypatch):
     """Ray of this session, which the demo must not end."""
-    from glide_ray.distributed import local
+    from glide_ray.distributed import cluster as local
     monkeypatch.setattr(local, "disconnect", lambda: None)
 
 

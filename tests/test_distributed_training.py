@@ -17,12 +17,12 @@ from conftest import TINY_BASE, drawn_samples, tiny, tiny_clip
 from glide_ray.errors import UserError
 from glide_ray.data.sources import columns
 from glide_ray.train.run_folder import read_metrics
-from glide_ray.distributed.train import train
+from glide_ray.distributed.training.run import train
 from glide_ray.data.transforms import Collate, collated
-from glide_ray.distributed.worker import _contrast
+from glide_ray.distributed.training.worker import _contrast
 from glide_ray.models.weights import load_model
 from glide_ray.train.checkpoint import Checkpoints
-from glide_ray.train.share import Share
+from glide_ray.train.batch_split import Share
 
 
 def preset(corpus, *settings):
@@ -87,7 +87,7 @@ def test_weights_to_be_fine_tuned_are_asked_for_where_there_is_no_checkpoint_yet
 
     def start(cpus):
         raise Started
-    monkeypatch.setattr("glide_ray.distributed.train.connect", start)
+    monkeypatch.setattr("glide_ray.distributed.training.run.connect", start)
     settings = preset(drawn_corpus, f"start_from={tmp_path / 'gone.safetensors'}")
     with pytest.raises(UserError, match="no file"):
         train(settings, tmp_path / "run", progress=False)

@@ -20,10 +20,10 @@ from glide_ray.errors import UserError
 from glide_ray.data.images import decode, encode
 from glide_ray.data.shards import Sample, write_shards
 from glide_ray.data.sources import find_parts, read_part
-from glide_ray.distributed.evaluate import FIGURES, REFERENCE, Judges, evaluate
+from glide_ray.distributed.evaluation.evaluate import FIGURES, REFERENCE, Judges, evaluate
 from glide_ray.evaluation import metrics
 from glide_ray.evaluation.features import CLASSES, POOLED, InceptionFeatures, Squares
-from glide_ray.evaluation.figures import Reference
+from glide_ray.evaluation.image_features import Reference
 from glide_ray.evaluation.metrics import MetricError, Moments
 from glide_ray.evaluation.report import Point, _lines, fronts
 
@@ -124,7 +124,7 @@ def test_what_could_not_be_read_is_said_each_time_and_looked_at_again_when_it_ca
 
 
 def test_networks_that_have_not_seen_the_same_pictures_are_not_compared(drawn_corpus, clip, inception, tmp_path, monkeypatch):
-    from glide_ray.distributed import evaluate as module
+    from glide_ray.distributed.evaluation import evaluate as module
     whole = module.look
 
     def loses(source, path, *rest):

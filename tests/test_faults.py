@@ -22,11 +22,11 @@ from glide_ray import storage
 from glide_ray.cli.main import main
 from glide_ray.errors import UserError
 from glide_ray.train.run_folder import read_metrics
-from glide_ray.distributed.train import train
+from glide_ray.distributed.training.run import train
 from glide_ray.models.weights import load_weights
 from glide_ray.train.checkpoint import CheckpointError, Checkpoints, fetch, verify
-from glide_ray.train.keeper import Keeper
-from glide_ray.train.watch import Watchdog
+from glide_ray.train.checkpoint_writer import Keeper
+from glide_ray.train.watchdog import Watchdog
 
 
 def preset(corpus, *settings):

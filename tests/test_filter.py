@@ -23,7 +23,13 @@ from glide_ray.data.images import centre_crop, three_crops, to_tensor
 from glide_ray.data.labelling import Label, Pool, answered, ask, assess, fit_labelled, read_labels, threshold_of, write_labels
 from glide_ray.data.shards import write_shards
 from glide_ray.data.sources import find_parts, read_part
-from glide_ray.distributed.filter import FILTER, LABELS, SHEET, apply_content, fit_content
+from glide_ray.distributed.curation.content_filter import (
+    FILTER,
+    LABELS,
+    SHEET,
+    apply_content,
+    fit_content,
+)
 from glide_ray.evaluation.features import ClipFeatures
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.weights import save_weights

@@ -30,7 +30,7 @@ from glide_ray.evaluation.categories import (
 )
 from glide_ray.evaluation.judge import Judge, JudgeError
 from glide_ray.evaluation.regions import Regions, halves, part_areas, parts
-from glide_ray.evaluation.trial import try_judge
+from glide_ray.evaluation.judge_accuracy import try_judge
 from glide_ray.models.efficientnet import MissingNetworkError, load_efficientnet, normalise
 
 

@@ -10,7 +10,7 @@ from sklearn.metrics.pairwise import cosine_distances
 from glide_ray.cli.main import main
 from glide_ray.data.images import centre_crop, decode, encode
 from glide_ray.data.shards import Sample, write_shards
-from glide_ray.distributed.originals import left_out
+from glide_ray.distributed.evaluation.near_copies import left_out
 from glide_ray.evaluation.neighbours import nearest, same_picture, to_own
 
 

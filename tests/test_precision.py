@@ -25,13 +25,19 @@ from glide_ray.tensors import Batch, Conditioning, ModelOutput
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.layers import AttentionBlock, GroupNorm
 from glide_ray.models.unet import GlideUNet
-from glide_ray.train import loop, partition, zero
-from glide_ray.train.culprit import TrainingError, check_step, find_culprit, scale_collapsed, stepped
+from glide_ray.train import loop, partition, optimizer as zero
+from glide_ray.train.nonfinite import (
+    TrainingError,
+    check_step,
+    find_culprit,
+    scale_collapsed,
+    stepped,
+)
 from glide_ray.train.ema import Ema
 from glide_ray.train.loop import Trainer
 from glide_ray.train.objectives import contrastive, denoising, draw
-from glide_ray.train.share import Share
-from glide_ray.train.zero import deepspeed_config
+from glide_ray.train.batch_split import Share
+from glide_ray.train.optimizer import deepspeed_config
 from glide_ray.bench.load_generator import free_port
 
 SMALL = ["workers=1", "batch=4", "warmup_steps=3", "ema_rates=0.9", "clip_norm=0.5", "model.unet.channels=8", "model.unet.multipliers=1,1",

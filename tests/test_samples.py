@@ -14,7 +14,7 @@ from glide_ray.data.shards import ShardError
 from glide_ray.data.sources import find_parts, read_part
 from glide_ray.data.transforms import held_out_batches
 from glide_ray.diffusion.schedule import make_schedule
-from glide_ray.distributed import review
+from glide_ray.distributed.training import samples as review
 from glide_ray.train import samples
 from glide_ray.evaluation.report import HOLE, MARGIN, contact_sheet
 from glide_ray.train.samples import centre_hole, held_out_of_average, sample_grid

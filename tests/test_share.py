@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from glide_ray.train.share import Share
+from glide_ray.train.batch_split import Share
 
 
 @pytest.mark.parametrize("batch, world, micro_batch", [(8, 2, 4), (8, 3, 2), (2048, 504, 4), (7, 5, 1), (5, 2, 1), (3, 3, 8), (64, 7, 5)])

@@ -13,7 +13,7 @@ from conftest import TINY_BASE, tiny
 from glide_ray.errors import ConfigError, UserError
 from glide_ray.data.shards import ShardError
 from glide_ray.models.weights import load_weights
-from glide_ray.train.alone import MemoryCorpus, train_alone
+from glide_ray.train.without_ray import MemoryCorpus, train_alone
 from glide_ray.train.checkpoint import CheckpointError, Checkpoints
 from glide_ray.train.loop import Trainer
 from glide_ray.train.run_folder import read_metrics

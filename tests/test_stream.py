@@ -15,11 +15,11 @@ from glide_ray import storage
 from glide_ray.config.data import DataConfig
 from glide_ray.data.images import area_downsample, blur, encode, to_tensor
 from glide_ray.data.shards import Sample, ShardError, write_shards
-from glide_ray.distributed.corpus import survey
+from glide_ray.distributed.curation.corpus import survey
 from glide_ray.data.sources import Part, columns, find_parts, read_part
 from glide_ray.data.transforms import Collate, held_out_batches
-from glide_ray.distributed.feed import Epoch, Feeder, micro_batches
-from glide_ray.train.share import Share
+from glide_ray.distributed.training.feed import Epoch, Feeder, micro_batches
+from glide_ray.train.batch_split import Share
 from glide_ray.distributed.stream import Tally, open_corpus
 
 pytestmark = pytest.mark.usefixtures("ray_session")

@@ -25,7 +25,7 @@ from conftest import COLOURS
 from glide_ray.cli.main import main
 from glide_ray.errors import UserError
 from glide_ray.evaluation import study, tables
-from glide_ray.evaluation.turns import BLOCK, FIRST, SECOND, Comparison, next_turn
+from glide_ray.evaluation.pairing import BLOCK, FIRST, SECOND, Comparison, next_turn
 from glide_ray.evaluation.votes import AHEAD, Asked, Votes
 
 GLIDE = os.path.join(os.path.dirname(sys.executable), "glide")
@@ -222,7 +222,7 @@ def test_a_hundred_votes_of_two_browsers_at_once_with_a_reload_are_counted_and_b
     printed, figures = capsys.readouterr().out, json.loads((tmp_path / "elo.json").read_text())
     assert figures["raters"] == 2 and figures["raters_left_out"] == 0
     from glide_ray.evaluation.elo import scores
-    from glide_ray.evaluation.turns import QUESTIONS
+    from glide_ray.evaluation.pairing import QUESTIONS
     for question, words in QUESTIONS.items():
         table, of = direct(answered, words), figures["questions"][question]
         assert of["votes"] == table.sum() == sum(one[0] == words for one in answered)

@@ -24,8 +24,8 @@ from glide_ray.train.ema import Ema
 from glide_ray.train.loop import Trainer, TrainingError
 from glide_ray.train.steps import Outlets, train_loop
 from glide_ray.train.objectives import denoising, draw, held_out_sums
-from glide_ray.train.share import Share
-from glide_ray.train.zero import deepspeed_config, learning_rate, training_precision
+from glide_ray.train.batch_split import Share
+from glide_ray.train.optimizer import deepspeed_config, learning_rate, training_precision
 from glide_ray.data.tokenizer import Tokenizer
 
 STEPS = 6

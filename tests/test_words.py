@@ -7,7 +7,7 @@ import torch
 
 from conftest import random_model, tiny
 from glide_ray.tensors import Batch, Conditioning
-from glide_ray.train.words import SPREAD, explained, learn_words, standardise
+from glide_ray.train.text_first import SPREAD, explained, learn_words, standardise
 
 COLOURS = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1]]).float()
 

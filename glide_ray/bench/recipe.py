@@ -14,7 +14,7 @@ from ..data.transforms import held_out_batches
 from ..diffusion.process import q_sample, x0_from_eps
 from ..tensors import Batch, Conditioning
 from ..config.overrides import override
-from ..train.alone import MemoryCorpus
+from ..train.without_ray import MemoryCorpus
 from ..train.single import SingleTrainer
 
 # Each beside the preset as it is; of one thing at a time.

@@ -23,7 +23,7 @@ from ray import serve
 from ..config import presets
 from .speed import random_model
 from ..config.sampling import SampleOptions
-from ..distributed.local import connect
+from ..distributed.cluster import connect
 from ..sampling.request import SampleRequest
 from ..precision import DTYPES
 from ..models.weights import save_weights

@@ -131,7 +131,7 @@ def bench_plan(preset: str | None = None, steps: int = 3) -> dict:
     `utilisation`: of the FLOP/s of a matrix product, which training reaches; of the fastest step.
     """
     from ..train.plan import memory
-    from ..train.zero import training_precision
+    from ..train.optimizer import training_precision
     rows = []
     for name, images, settings in SHAPES:
         if preset in (None, name):
@@ -169,7 +169,7 @@ def measure_training(name: str, images: int, settings: Sequence[str], steps: int
 
 def _train_and_measure(name: str, images: int, settings: Sequence[str], steps: int) -> None:
     from ..train.loop import Trainer
-    from ..train.zero import training_precision
+    from ..train.optimizer import training_precision
 
     def train(preset: Preset, count: int) -> list[float]:
         trainer, batch = Trainer(preset), example_batch(preset, images if preset.train.batch > 2 else 2)

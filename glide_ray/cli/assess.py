@@ -95,12 +95,12 @@ def evaluated(options, say: Callable[[str], None]) -> dict[str, Any]:
     config = bulk(options, options.noised_clip)
     if any(scale > 0 for scale in options.clip_scale) and not options.noised_clip:
         raise UserError("--clip-scale guides by a CLIP; give one with --noised-clip, trained by `glide train nano-clip` for example.")
-    from ..distributed import evaluate as evaluation
+    from ..distributed.evaluation import evaluate as evaluation
     from ..evaluation.features import fetch_network
     judges = evaluation.Judges(options.clip, options.inception)
     for path in filter(None, (options.clip, options.inception)):      # found missing before pictures are made
         fetch_network(path)
-    from ..distributed.originals import left_out
+    from ..distributed.evaluation.near_copies import left_out
     gone = left_out(options.leave_out) if options.leave_out else None
     if not sets:
         captions = evaluation.captions_of(options.reference)
@@ -219,7 +219,7 @@ def _progress(what: str):
 # -- rate and elo ----------------------------------------------------------------------------------
 
 def _add_rate(command: argparse.ArgumentParser) -> None:
-    from ..evaluation.turns import QUESTIONS
+    from ..evaluation.pairing import QUESTIONS
     command.add_argument("pictures", nargs="*", metavar="[NAME=]PICTURES", help="of two or more models, for the same prompts: folders or s3:// prefixes as bulk "
                          "generation leaves them, or any corpora (default: go on with the study that is there)")
     command.add_argument("--out", default="runs/study", help="folder of the study: its pictures and votes (default: %(default)s)")
@@ -300,13 +300,13 @@ def _add_training(command: argparse.ArgumentParser, out: str) -> None:
 
 
 def filter_reference(options) -> None:
-    from ..distributed.originals import LEFT_OUT, filter_reference
+    from ..distributed.evaluation.near_copies import LEFT_OUT, filter_reference
     found = filter_reference(options.reference, options.training, options.out, options.clip, options.distance, print)
     print(f"{options.out}/{LEFT_OUT}: {found['names']:,} of {found['images']:,} images lie within {options.distance:g} of a training image; see report.html there")
 
 
 def regurgitation(options) -> None:
-    from ..distributed.originals import regurgitation
+    from ..distributed.evaluation.near_copies import regurgitation
     found = regurgitation(options.pictures, options.training, options.held_out, options.out, options.clip, bulk(options), options.images, print)
     print(f"nearest training image: closest {found['closest']:.4f}, median {found['median']:.4f}; of held-out real pictures: closest "
           f"{found['held_out_closest']:.4f}, median {found['held_out_median']:.4f}")
@@ -336,7 +336,7 @@ def _add_probe(add: Add) -> None:
 
 
 def probe(options) -> None:
-    from ..distributed.probe import FIGURES, PAGE, SHEET, probe
+    from ..distributed.evaluation.probe import FIGURES, PAGE, SHEET, probe
     from ..evaluation.probes import text
     print(text(probe(options.prompts, options.words, options.seeds, options.out, options.clip, bulk(options, guidance_scale=options.guidance_scale), print)))
     print(f"{options.out}/{PAGE}, {SHEET}, {FIGURES}")

@@ -35,7 +35,7 @@ def demo(options) -> None:
 
 
 def corpus(options) -> None:
-    from ..distributed.corpus import prepare, survey
+    from ..distributed.curation.corpus import prepare, survey
     made = [survey(options.survey, options.min_size)] if options.survey else prepare(
         options.out, options.min_size, print, (options.styles or "").split(","), options.packages, options.scenes)
     for part in made:
@@ -46,8 +46,8 @@ def clean(options) -> None:
     config = override(CleanConfig(), options.set)
     from ..data.filters import users_rules
     rules = users_rules(options.rule)
-    from ..distributed import clean as cleaning
-    from ..distributed.corpus import DROPPED
+    from ..distributed.curation import clean as cleaning
+    from ..distributed.curation.corpus import DROPPED
     done = cleaning.clean(options.source, options.out, config, rules, print)
     print(f"{done.report}")
     print(f"{options.out}: {done.report.kept:,} rows in shards of at most {config.per_shard:,}, "
@@ -62,7 +62,7 @@ def fit_filter(options) -> None:
     rules = users_rules([truth for truth in (options.truth or truth,) if truth], "--truth")
     config = override(override(FilterConfig(), settings), options.set)
     out = options.out or FILTERS / options.name
-    from ..distributed.filter import FILTER, LABELS, SHEET, fit_content
+    from ..distributed.curation.content_filter import FILTER, LABELS, SHEET, fit_content
     done = fit_content(options.name, options.corpus or f"{EMOJI}/train", out, options.clip, config, options.search or words,
                        next(iter(rules.values()), None), options.held_out or (f"{EMOJI}/held_out" if options.corpus is None else None), print)
     if done.content is not None:
@@ -79,7 +79,7 @@ def fit_filter(options) -> None:
 def apply_filter(options) -> None:
     from ..data.filters import users_rules
     truth = next(iter(users_rules([options.truth] if options.truth else [], "--truth").values()), None)
-    from ..distributed.filter import FILTER, apply_content
+    from ..distributed.curation.content_filter import FILTER, apply_content
     named = FILTERS / options.filter / FILTER
     done = apply_content(named if named.exists() else options.filter, options.source, options.out, options.clip, truth, options.per_shard, print)
     print(done.report)
@@ -92,14 +92,14 @@ def train(options) -> None:
     preset = _preset(options)
     out = options.out or Path("runs") / preset.model.name
     if options.no_ray:
-        from ..train.alone import train_alone
+        from ..train.without_ray import train_alone
         done = train_alone(preset, out, options.minutes)
         print(f"step {done.step:,}" + ("" if done.finished else f" of {preset.train.steps:,}; the same command goes on from here")
               + f": {done.images_per_s:,.1f} images/s; EMA weights in {done.weights}")
         return
     if options.minutes is not None:
         raise UserError("--minutes goes with --no-ray; leave it out, or set steps.")
-    from ..distributed.train import train as run
+    from ..distributed.training.run import train as run
     result = run(preset, out)
     if result.rows:
         print(f"rows streamed: {result.rows}")
@@ -166,7 +166,7 @@ def serve(options) -> None:
         config = config.model_copy(update={"upsampler": upsampler_for(config.base, note)})
     from ..serving.deployment import build, cpus, serving
 
-    from ..distributed.local import connect
+    from ..distributed.cluster import connect
     build(config)        # a missing file is said before Ray is started
     connect(cpus(config))
     with serving(config) as url:
@@ -260,7 +260,7 @@ def _bench_serve(options) -> dict:
 
 
 def _measure():
-    from ..distributed import measure
+    from ..bench import data as measure
     return measure
 
 

@@ -24,8 +24,8 @@ from ..models.clip_scorer import fetch_clip
 from ..pretrained import shipped
 from ..sampling.recipe import Maker, save_picture
 from ..data.tokenizer import Tokenizer
-from .features import JOB
-from .local import connect, joined, takes_gpu
+from .embed import JOB
+from .cluster import connect, joined, takes_gpu
 from .stream import quiet, task_errors
 
 ROLES = ("base", "upsampler", "clip")        # of weights

@@ -22,10 +22,10 @@ from . import vocabulary as words
 from .cases import SCENE_SEED, CorpusError, Row, read_rows, sprites_of
 from .heads import Discriminant, Logistic
 from .judge import Judge
-from .looks import Looks, Seen, View
+from .judge_features import Looks, Seen, View
 from .regions import part_areas, resized
 from .styles import Styles
-from .trial import try_judge
+from .judge_accuracy import try_judge
 
 VERSION = (
     3  # of what a fitted judge depends on beside the corpus: a cached one of another is not used

@@ -2,7 +2,7 @@
 real pictures alone.
 
 Objects and styles are classified on features of a network pretrained on ImageNet; colours, counts
-and positions are measured. `trial.py` measures its accuracy on real pictures that it was not fitted
+and positions are measured. `judge_accuracy.py` measures its accuracy on real pictures that it was not fitted
 to; where the accuracy is too low, no score is given.
 """
 
@@ -35,7 +35,7 @@ from .categories import (
     WHERE,
 )
 from .heads import Discriminant, Logistic
-from .looks import Looks, View
+from .judge_features import Looks, View
 from .regions import halves, part_areas, parts
 from .styles import Styles, look_of
 from .vocabulary import Vocabulary

@@ -14,7 +14,7 @@ from .cases import CorpusError, Row, read_rows, single_cases
 from .categories import NEW, STYLE
 from .judge import Judge
 from .regions import resized
-from .trial import SIZES, shares
+from .judge_accuracy import SIZES, shares
 
 SPLIT = "train"
 MOST = 400  # pictures that the style is learnt from, of it and of others; that it is tried on

@@ -17,7 +17,7 @@ from jinja2 import Environment
 from pydantic import BaseModel, Field
 
 from ..errors import UserError
-from .turns import QUESTIONS
+from .pairing import QUESTIONS
 from .votes import Votes, VotesError
 
 NAME = re.compile(r"[\w.@-]{1,60}", re.ASCII)         # of a rater, where the link has one

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..data.images import ImageError, centre_crop, decode, encode
 from ..data.shards import read_meta
 from ..data.sources import METADATA, Part, find_parts, read_part
-from .turns import Comparison, draw
+from .pairing import Comparison, draw
 from .votes import Asked, Votes
 
 DATABASE, PICTURES = "votes.sqlite", "pictures"

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..data.splits import share
 from .heads import Discriminant, Logistic
-from .looks import Seen
+from .judge_features import Seen
 
 FOLDS = 3  # of things, for scores of pictures whose thing was left out of the fit
 SHRINK, PENALTY, DECAY = 0.3, 1.0, 1e-4

@@ -16,7 +16,7 @@ from .. import storage
 from ..errors import UserError
 from .elo import EloError, Standing, Vote, standings, wins
 from .report import aligned
-from .turns import FAILED_SHARE, FIRST, QUESTIONS, TIE
+from .pairing import FAILED_SHARE, FIRST, QUESTIONS, TIE
 from .votes import Cast, Votes, left_out
 
 COLUMNS = ("question", "first", "second", "winner")

@@ -22,7 +22,7 @@ from sqlalchemy import (URL, Column, Connection, Double, ForeignKey, Integer, Me
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, NoSuchModuleError
 
 from ..errors import UserError
-from .turns import FAILED_SHARE, FIRST, SECOND, TIE, Comparison, Turn, next_turn, remaining
+from .pairing import FAILED_SHARE, FIRST, SECOND, TIE, Comparison, Turn, next_turn, remaining
 
 BUSY_SECONDS = 30       # that a write to SQLite waits for another
 OPEN_SECONDS = 600      # for which a comparison that a rater was shown and has not answered is kept from others

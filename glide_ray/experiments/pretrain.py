@@ -21,10 +21,10 @@ from ..models.weights import build as build_model
 from ..models.weights import save_weights
 from ..train.pack import read_trained, write_half
 from ..config.overrides import override
-from ..train.alone import Done, MemoryCorpus, train_alone
+from ..train.without_ray import Done, MemoryCorpus, train_alone
 from ..train.run_folder import METRICS
 from ..train.single import single_precision
-from ..train.words import CAPTIONS, SIDE, learn_words
+from ..train.text_first import CAPTIONS, SIDE, learn_words
 
 MODELS = BASE, UPSAMPLER = "emoji-base", "emoji-upsampler"
 WORDS, WORDS_PART = "words.safetensors", 0.25      # the text transformer's part of the minutes

@@ -32,7 +32,7 @@ from ..diffusion.samplers import (
 from ..diffusion.schedule import Schedule, join, kept_timesteps, make_schedule, respace
 from .request import Flight, Sample, SampleRequest
 from ..tensors import Conditioning, ModelOutput, TextFeatures, sent
-from ..models.captured import Captured
+from ..models.cuda_graphs import Captured
 from ..models.unet import GlideUNet
 
 STRETCH = 3              # a sample is due after so many times its own steps: short ones go first, and none waits for ever

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ConfigError, nearest
-from .zero import training_precision
+from .optimizer import training_precision
 
 TERA, GIGA = 1e12, 1e9
 NODE = 8      # GPUs in one machine: NVIDIA's HGX and DGX, and the largest of AWS's instances of each kind below

@@ -21,14 +21,14 @@ from ..models.weights import build, check_shapes, load_weights, with_known_chann
 from ..pretrained import shipped
 from . import partition
 from .checkpoint import Progress, read_progress, write_progress
-from .culprit import TrainingError, check_step, stepped
+from .nonfinite import TrainingError, check_step, stepped
 from .ema import Ema
 from .objectives import by_quartile, draw, held_out_sums, images_in, mix, objective_of
 from .plan import choose_micro_batch
-from .ranks import gathered, of_rank_0
-from .share import Share
+from .collectives import gathered, of_rank_0
+from .batch_split import Share
 from .steps import Metrics
-from .zero import FACTOR, deepspeed_config, learning_rate, parameter_groups, training_precision
+from .optimizer import FACTOR, deepspeed_config, learning_rate, parameter_groups, training_precision
 
 class Trainer:
     """One rank's engine, average and schedule."""

@@ -18,8 +18,8 @@ from ..precision import BYTES
 from ..models.cost import operations
 from ..config.overrides import override
 from .activations import Moment, meta_model, training_pass
-from .share import Share, accumulation
-from .zero import deepspeed_config, training_precision
+from .batch_split import Share, accumulation
+from .optimizer import deepspeed_config, training_precision
 
 BUCKET, LIVE, SUBGROUP = 5 * 10**8, 10**9, 10**9       # elements: DeepSpeed's reduce_bucket_size, stage3_max_live_parameters, sub_group_size
 

@@ -21,13 +21,13 @@ from ..models.unet import GlideUNet
 from ..models.weights import build, check_shapes, load_weights, with_known_channels
 from ..pretrained import shipped
 from .checkpoint import Progress, read_progress, write_progress
-from .culprit import TrainingError, remedy
+from .nonfinite import TrainingError, remedy
 from .ema import Ema
 from .objectives import by_quartile, draw, held_out_sums, images_in, mix, objective_of
 from .partition import AVERAGE, FIRST, SECOND, WEIGHTS, Piece, State, load_parts, part_path, save_part
-from .share import Share
+from .batch_split import Share
 from .steps import Metrics
-from .zero import FACTOR, learning_rate, parameter_groups
+from .optimizer import FACTOR, learning_rate, parameter_groups
 from ..precision import fastest_on_cpu
 
 SKIPPED = 20           # steps in a row whose gradients are not finite, after which a run is given up

@@ -16,7 +16,7 @@ import torch
 from ..config.training import Preset
 from ..tensors import Batch
 from .checkpoint import Progress
-from .culprit import TrainingError
+from .nonfinite import TrainingError
 from .objectives import quartile_means
 
 Metrics = dict[str, float | int | str]

@@ -18,7 +18,7 @@ from ... import storage
 from ...config.sampling import SampleOptions
 from ...errors import UserError
 from ...data.images import decode, encode
-from ...distributed.local import connect
+from ...distributed.cluster import connect
 from ...evaluation.report import show_hole
 from ...precision import fastest_precision
 from ...pretrained.shipped import Pair

@@ -43,7 +43,7 @@ def run(out: Path, plan: Plan = Plan(), packages: Path | None = None,
         _answers(results, plan, pair, models, tuned, report)
         write_page(out)
     finally:
-        from ...distributed.local import disconnect
+        from ...distributed.cluster import disconnect
         disconnect()
     report(_summary(results, (time.monotonic() - began) / 60))
 

@@ -16,8 +16,8 @@ from ...config.training import Preset
 from ...data import emoji
 from ...data.images import centre_crop, decode, encode
 from ...data.shards import read_shard
-from ...distributed.clean import clean
-from ...distributed.train import train
+from ...distributed.curation.clean import clean
+from ...distributed.training.run import train
 from ...evaluation.report import loss_curves
 from ...models.weights import load_config
 from ...train.pack import read_trained, write_half

@@ -17,7 +17,7 @@ from ...data.sources import find_parts, folder_name, in_share, read_part, share_
 from ...models.weights import load_weights, save_weights, without_known_channels
 from ...pretrained import shipped
 from ...config.overrides import override
-from ...train.alone import train_alone
+from ...train.without_ray import train_alone
 
 SIDE = 64  # pixels of every picture
 # Tones and scenes are many variants of the same few things: this share of them is read.

@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from .. import storage
-from ..config.sampling import BulkConfig
-from ..errors import UserError
-from ..data.images import decode, encode
-from ..evaluation.features import ClipFeatures
-from ..models.clip_scorer import fetch_clip
-from ..evaluation.pages import SIDE, Picture, Section, page
-from ..evaluation.probes import Group, above, colour_name, probe as measure
-from ..evaluation.report import grid, scaled
-from .corpus import PAGE, look_up
-from .features import ACTORS, look
-from .generate import generate
-from .local import connect
+from ... import storage
+from ...config.sampling import BulkConfig
+from ...errors import UserError
+from ...data.images import decode, encode
+from ...evaluation.features import ClipFeatures
+from ...models.clip_scorer import fetch_clip
+from ...evaluation.pages import SIDE, Picture, Section, page
+from ...evaluation.probes import Group, above, colour_name, probe as measure
+from ...evaluation.report import grid, scaled
+from ..curation.corpus import PAGE, look_up
+from ..embed import ACTORS, look
+from ..generate import generate
+from ..cluster import connect
 
 PROMPTS, PICTURES, FIGURES, SHEET = "prompts.jsonl", "pictures", "figures.json", "sheet.png"
 SIZE = 256                  # pixels that pictures are looked at with: all that a cascade makes

@@ -17,22 +17,22 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from .. import storage
-from ..config.training import Preset
-from ..errors import UserError
-from ..data.transforms import Collate, ahead, collated, held_out_batches
-from ..tensors import Batch
-from ..train.hardware import measured_peak, peak_flops
-from ..train.checkpoint import CheckpointError, Checkpoints, Made, fetch, verify
-from ..train.keeper import Keeper
-from ..train.ranks import gathered, of_rank_0
-from ..train.share import Share
-from ..train.watch import Watchdog
+from ... import storage
+from ...config.training import Preset
+from ...errors import UserError
+from ...data.transforms import Collate, ahead, collated, held_out_batches
+from ...tensors import Batch
+from ...train.hardware import measured_peak, peak_flops
+from ...train.checkpoint import CheckpointError, Checkpoints, Made, fetch, verify
+from ...train.checkpoint_writer import Keeper
+from ...train.collectives import gathered, of_rank_0
+from ...train.batch_split import Share
+from ...train.watchdog import Watchdog
 from .feed import Epoch, micro_batches
 from .journal import Start
 
 if TYPE_CHECKING:
-    from ..train.loop import Trainer
+    from ...train.loop import Trainer
 
 COUNTS = "counts.json"
 BEAT_SECONDS = 1.0
@@ -58,8 +58,8 @@ def work(settings: dict) -> None:
 
 
 def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
-    from ..train.loop import Trainer      # DeepSpeed, which the driver has no use for
-    from ..train.steps import Outlets, train_loop
+    from ...train.loop import Trainer      # DeepSpeed, which the driver has no use for
+    from ...train.steps import Outlets, train_loop
     context, train = ray.train.get_context(), preset.train
     rank, world = context.get_world_rank(), context.get_world_size()
     if not torch.cuda.is_available():

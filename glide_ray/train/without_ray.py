@@ -27,7 +27,7 @@ from ..data.transforms import Collate, ahead, collated, held_out_batches
 from .samples import sample_grid
 from ..tensors import Batch
 from .checkpoint import CheckpointError, Checkpoints, verify
-from .keeper import Keeper
+from .checkpoint_writer import Keeper
 from .partition import export_average
 from .run_folder import EVENTS, METRICS, PRESET, RUN, WEIGHTS, absolute, check_run, last_step
 from .single import SingleTrainer

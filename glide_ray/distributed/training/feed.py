@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import pyarrow
 import ray
 
-from ..data.sources import Part
-from ..train.share import Share
-from .stream import Plan, open_parts
+from ...data.sources import Part
+from ...train.batch_split import Share
+from ..stream import Plan, open_parts
 
 AHEAD = 8              # global batches that each worker has asked for and not yet trained on
 KEPT = 4 * AHEAD       # global batches that a slower worker may still ask for

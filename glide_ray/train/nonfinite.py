@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..precision import DTYPES
 from ..tensors import Batch
 from .objectives import draw, row_numbers
-from .ranks import gathered
+from .collectives import gathered
 
 LOWEST_SCALE = 1.0      # of the loss, under fp16: below it, gradients would be made smaller than they are
 SHOWN = 5               # rows or names in a message

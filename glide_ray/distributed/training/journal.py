@@ -19,12 +19,12 @@ from typing import Any
 import ray
 from tqdm import tqdm
 
-from .. import storage
-from ..config.training import Preset
-from ..train.plan import operations
-from ..train.run_folder import EVENTS, METRICS, RUN, last_step
-from ..train.trackers import open_trackers
-from .review import Reviewer
+from ... import storage
+from ...config.training import Preset
+from ...train.plan import operations
+from ...train.run_folder import EVENTS, METRICS, RUN, last_step
+from ...train.trackers import open_trackers
+from .samples import Reviewer
 
 PUSH_SECONDS, WAITING_SECONDS = 20.0, 60.0
 

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .. import storage
-from ..config.sampling import BulkConfig
-from ..errors import UserError
-from ..data.images import ImageError, centre_crop, decode, encode
-from ..models.clip_scorer import fetch_clip
-from ..evaluation.neighbours import Nearest, nearest, same_picture, to_own
-from ..evaluation.pages import Picture, Section, page, thumbnail
-from ..evaluation.report import contact_sheet
-from .corpus import PAGE, look_up
+from ... import storage
+from ...config.sampling import BulkConfig
+from ...errors import UserError
+from ...data.images import ImageError, centre_crop, decode, encode
+from ...models.clip_scorer import fetch_clip
+from ...evaluation.neighbours import Nearest, nearest, same_picture, to_own
+from ...evaluation.pages import Picture, Section, page, thumbnail
+from ...evaluation.report import contact_sheet
+from ..curation.corpus import PAGE, look_up
 from .evaluate import sweep
-from .features import ACTORS, Looked, look
-from .local import connect
+from ..embed import ACTORS, Looked, look
+from ..cluster import connect
 
 LEFT_OUT, FIGURES, SHEET = "left-out.json", "figures.json", "closest.png"
 SIZE = 256              # pixels that images are looked at with

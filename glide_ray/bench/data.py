@@ -22,10 +22,10 @@ from ..data.images import open_image
 from ..data.shards import Sample, write_shards
 from ..data.sources import columns, find_parts, read_part
 from ..data.transforms import Collate
-from ..train.share import Share
-from .feed import Epoch, Feeder, micro_batches
-from .local import connect
-from .stream import Tally
+from ..train.batch_split import Share
+from ..distributed.training.feed import Epoch, Feeder, micro_batches
+from ..distributed.cluster import connect
+from ..distributed.stream import Tally
 
 PROCESSES, BATCH = 2, 64
 SHARDS, MANY_SHARDS, FEW, MANY = 8, 64, 10_000, 100_000

@@ -14,20 +14,36 @@ import pyarrow.parquet
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from .. import storage
-from ..config.data import FilterConfig
-from ..data.content import ContentError, ContentFilter, load_filter, missed_interval, with_threshold
-from ..data.filters import Report, Rule
-from ..data.labelling import Label, Pool, answered, ask, assess, fit_labelled, read_labels, threshold_of, write_labels
-from ..data.sources import Part, find_parts, state
-from ..evaluation.features import ClipFeatures
-from ..models.clip_scorer import fetch_clip
-from ..evaluation.pages import Picture, Section, page, thumbnail
-from ..evaluation.report import contact_sheet, roc_curve
-from ..storage import fingerprint
+from ... import storage
+from ...config.data import FilterConfig
+from ...data.content import (
+    ContentError,
+    ContentFilter,
+    load_filter,
+    missed_interval,
+    with_threshold,
+)
+from ...data.filters import Report, Rule
+from ...data.labelling import (
+    Label,
+    Pool,
+    answered,
+    ask,
+    assess,
+    fit_labelled,
+    read_labels,
+    threshold_of,
+    write_labels,
+)
+from ...data.sources import Part, find_parts, state
+from ...evaluation.features import ClipFeatures
+from ...models.clip_scorer import fetch_clip
+from ...evaluation.pages import Picture, Section, page, thumbnail
+from ...evaluation.report import contact_sheet, roc_curve
+from ...storage import fingerprint
 from .corpus import PAGE, count, look_up, refuse_source, rewrite, write_manifest
-from .features import ACTORS, Looked, embed, kept, kept_of
-from .local import connect, send_with
+from ..embed import ACTORS, Looked, embed, kept, kept_of
+from ..cluster import connect, send_with
 
 FILTER, LABELS, SHEET, FEATURES = "filter.safetensors", "labels.csv", "sheet.png", "features.parquet"
 TRUTH = "truth"                     # in the place of a reason why a row was asked for, where nobody was

@@ -31,7 +31,7 @@ from ..data.sources import METADATA, Part, find_parts, read_part, state
 from ..evaluation.features import ClipFeatures, Network, fetch_network, load_network
 from ..evaluation.pages import Picture, thumbnail
 from ..storage import fingerprint
-from .corpus import look_up
+from .curation.corpus import look_up
 from .stream import Tally, in_order, quiet, task_errors
 
 JOB = "job.json"                    # beside generated pictures: what they are made with

@@ -14,16 +14,16 @@ import pyarrow.compute
 import pyarrow.parquet
 import ray
 
-from .. import storage
-from ..errors import ConfigError, UserError
-from ..data import emoji
-from ..data.card import read_card, write_card
-from ..data.filters import Report
-from ..data.shards import Sample, begin, finish, write_shard
-from ..data.sources import Part, read_part
-from ..data.tokenizer import Tokenizer
-from .local import connect
-from .stream import Tally, open_corpus, quiet, task_errors
+from ... import storage
+from ...errors import ConfigError, UserError
+from ...data import emoji
+from ...data.card import read_card, write_card
+from ...data.filters import Report
+from ...data.shards import Sample, begin, finish, write_shard
+from ...data.sources import Part, read_part
+from ...data.tokenizer import Tokenizer
+from ..cluster import connect
+from ..stream import Tally, open_corpus, quiet, task_errors
 
 DROPPED, SUMMARY, PAGE = "dropped.parquet", "summary.json", "report.html"     # beside the shards of a corpus that was written from another
 RECORD = "filter.json"              # of the job that wrote it

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from .. import storage
 from .checkpoint import Checkpoints, Receipt
-from .ranks import gathered, of_rank_0
+from .collectives import gathered, of_rank_0
 
 GOES_ON = "Training goes on; the next one is another try."
 

@@ -9,22 +9,22 @@ from typing import Any
 
 import numpy as np
 
-from .. import storage
-from ..config.sampling import BulkConfig
-from ..errors import UserError
-from ..data.images import ImageError, decode, encode
-from ..data.sources import find_parts, read_part
-from ..evaluation.features import ClipFeatures, fetch_network
-from ..evaluation.figures import Reference, Seen
-from ..evaluation.metrics import MetricError
-from ..evaluation.pages import Picture, Section, page
-from ..evaluation.report import Point, fronts, number
-from ..storage import fingerprint
-from .corpus import PAGE
-from .features import ACTORS, JOB, Looked, look
-from .generate import generate
-from .job import once
-from .local import connect
+from ... import storage
+from ...config.sampling import BulkConfig
+from ...errors import UserError
+from ...data.images import ImageError, decode, encode
+from ...data.sources import find_parts, read_part
+from ...evaluation.features import ClipFeatures, fetch_network
+from ...evaluation.image_features import Reference, Seen
+from ...evaluation.metrics import MetricError
+from ...evaluation.pages import Picture, Section, page
+from ...evaluation.report import Point, fronts, number
+from ...storage import fingerprint
+from ..curation.corpus import PAGE
+from ..embed import ACTORS, JOB, Looked, look
+from ..generate import generate
+from ..job import once
+from ..cluster import connect
 
 FIGURES, REFERENCE, FRONTS, PROMPTS = "figures.json", "reference.safetensors", "fronts.png", "prompts.jsonl"
 SHOWN, WORDS_AT_ONCE = 12, 256      # prompts on the page; captions in a call of the CLIP

@@ -11,13 +11,13 @@ import numpy as np
 import ray
 import torch
 
-from .. import storage
-from ..config.training import Preset
-from ..errors import UserError
-from ..data.images import encode
-from ..train.samples import held_out_of_average, sample_grid
-from ..train.checkpoint import fetch
-from ..train.partition import export_average
+from ... import storage
+from ...config.training import Preset
+from ...errors import UserError
+from ...data.images import encode
+from ...train.samples import held_out_of_average, sample_grid
+from ...train.checkpoint import fetch
+from ...train.partition import export_average
 
 SAMPLES = "samples"
 LAST_SECONDS = 900       # that the last review is waited for when training has ended
@@ -60,7 +60,7 @@ class Reviewer:
         if self._waiting is not None:
             (step, checkpoint), self._waiting = self._waiting, None
             # A GPU that no worker wants, else the CPU; no CPU is reserved, for then it might wait for ever. Ray hides no GPU from a task that asks
-            # for none (`local.py`), so that is done here: the review would take the memory that training needs.
+            # for none (`cluster.py`), so that is done here: the review would take the memory that training needs.
             spare = ray.cluster_resources().get("GPU", 0) > self._preset.train.workers
             place = {"num_gpus": 1} if spare else {"num_gpus": 0, "runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
             task = ray.remote(num_cpus=0, max_retries=1, **place)(review)

@@ -21,20 +21,28 @@ from ray.train.v2.api.callback import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
-from .. import storage
-from ..errors import ConfigError, UserError
-from ..config.training import Preset
-from ..data.filters import Report
-from ..data.sources import find_parts
-from ..models.weights import load_config
-from ..pretrained import shipped
-from ..train import partition
-from ..train.checkpoint import Checkpoints, fetch
-from ..train.run_folder import METRICS, PRESET, WEIGHTS, absolute, check_run, last_step, read_metrics
+from ... import storage
+from ...errors import ConfigError, UserError
+from ...config.training import Preset
+from ...data.filters import Report
+from ...data.sources import find_parts
+from ...models.weights import load_config
+from ...pretrained import shipped
+from ...train import partition
+from ...train.checkpoint import Checkpoints, fetch
+from ...train.run_folder import (
+    METRICS,
+    PRESET,
+    WEIGHTS,
+    absolute,
+    check_run,
+    last_step,
+    read_metrics,
+)
 from .feed import Feeder
 from .journal import Board, Journal, RunFolder, count
-from .local import connect, joined, takes_gpu
-from .stream import Tally
+from ..cluster import connect, joined, takes_gpu
+from ..stream import Tally
 from .worker import work
 
 DATA_CPUS = 2                  # beside the workers': a data task wants a whole CPU, and waits for ever where none is left

@@ -9,7 +9,7 @@ import torch
 from ..errors import ConfigError
 from ..config.training import TrainConfig
 from ..precision import resolve_precision
-from .share import Share
+from .batch_split import Share
 
 # Dynamic loss scaling (sec. 4.1: traditional loss scaling): a step whose gradients overflow is skipped, and the scale halved.
 FP16 = {
@@ -17,7 +17,7 @@ FP16 = {
     "initial_scale_power": 16,      # of two: more than most models bear, for too high costs a skipped step each, too low costs small gradients
     "loss_scale_window": 1000,      # steps without overflow, until twice the scale is tried: trying loses two steps in a thousand at most
     "hysteresis": 2,                # the second overflow halves: one odd batch does not move the scale
-    "min_loss_scale": 1,            # `culprit.py` stops the run here: gradients that overflow unscaled are not the scale's fault
+    "min_loss_scale": 1,            # `nonfinite.py` stops the run here: gradients that overflow unscaled are not the scale's fault
 }
 
 
