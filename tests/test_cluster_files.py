@@ -64,7 +64,7 @@ def test_the_committed_files_are_as_the_sizes_say():
     assert not stale, "run cluster/render.py"
 
 
-@pytest.mark.parametrize("settings", [["bucket=other-bucket", "region=eu-west-1"], ["bucket=other-bucket", "image=REGISTRY/glide-ray:0.1.0"]])
+@pytest.mark.parametrize("settings", [["bucket=other-bucket", "region=eu-west-1"], ["bucket=other-bucket", "image=REGISTRY/glide-ray:0.2.0"]])
 def test_settings_on_the_command_line_take_the_place_of_the_files(tmp_path, settings):
     command = [sys.executable, str(CLUSTER / "render.py"), "--out", str(tmp_path), *(part for setting in settings for part in ("--set", setting))]
     subprocess.run(command, check=True, capture_output=True)

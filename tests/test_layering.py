@@ -2,6 +2,7 @@
 Read from the syntax trees, so nothing is imported here."""
 
 import ast
+import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
 from importlib.util import find_spec
@@ -22,7 +23,7 @@ ROOMS = [
     "bench",
     "experiments",
     "cli",
-    "jobs serve",
+    "__main__ jobs serve",
 ]
 FLOOR = {room: number for number, rooms in enumerate(ROOMS) for room in rooms.split()}
 WITHOUT_RAY = {room for room in FLOOR if FLOOR[room] <= FLOOR["train"]} - {"serving"}
@@ -89,13 +90,21 @@ def test_no_module_hides_one_of_the_standard_library():
     assert not {path.stem for path in MODULES.values()} & sys.stdlib_module_names
 
 
-def test_init_files_are_empty():
-    assert not [path for path in (ROOT / "glide_ray").rglob("__init__.py") if path.read_text().strip()]
+def test_init_files_of_rooms_are_empty():
+    rooms = set((ROOT / "glide_ray").rglob("__init__.py")) - {ROOT / "glide_ray" / "__init__.py"}
+    assert not [path for path in rooms if path.read_text().strip()]
+
+
+def test_the_package_names_its_public_parts_and_loads_no_torch_before_their_use():
+    script = ("import sys, glide_ray; assert 'torch' not in sys.modules; assert glide_ray.__version__; "
+              "assert {'Cascade', 'SampleOptions', 'load'} <= set(dir(glide_ray)); "
+              "assert glide_ray.SampleOptions.__name__ == 'SampleOptions'; "
+              "assert glide_ray.Cascade.__name__ == 'Cascade' and 'torch' in sys.modules")
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 def test_the_core_runs_where_ray_and_deepspeed_are_not_installed(tmp_path):
     """In a process in which importing either fails."""
-    import subprocess
     script = tmp_path / "core.py"
     core = sorted(module for module in MODULES if room(module) in WITHOUT_RAY and module != "glide_ray.train.loop"
                   and (module != "glide_ray.models.kernels" or find_spec("triton")))

@@ -434,7 +434,8 @@ def test_a_wheel_carries_the_weights_and_their_card(pair, tmp_path):
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns("*.safetensors", "__pycache__", "card.json", "MODEL_CARD.md")
     shutil.copytree(Path(ROOT, "glide_ray"), source / "glide_ray", ignore=ignored)
-    shutil.copy(Path(ROOT, "pyproject.toml"), source)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(Path(ROOT, name), source)
     for file in pair.iterdir():
         shutil.copy(file, source / "glide_ray" / "pretrained")
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index",
