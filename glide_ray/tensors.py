@@ -100,7 +100,7 @@ class Batch(Rows):
     rows: Tensor | None = None                                # (B,) int64: which rows of the corpus these are
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on `device`, without waiting for what a GPU still has to do: a plain `to` would."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

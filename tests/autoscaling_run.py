@@ -172,7 +172,7 @@ def main(path, corpus, base, upsampler, out):
     from glide_ray.distributed.curation.corpus import survey
     from glide_ray.distributed.cluster import connect
     from glide_ray.config.serving import ServeConfig
-    from glide_ray.serving.deployment import APP, build, deploy
+    from glide_ray.serving.deployment import APP, build_application, deploy
     types = fake(path, os.environ["RAY_ADDRESS"])["available_node_types"]
     least = Counter({name: kind["min_workers"] for name, kind in types.items() if kind.get("min_workers")})
     connect(0)        # while the head is the only node: a driver that hangs on another one would go with it
@@ -194,7 +194,7 @@ def main(path, corpus, base, upsampler, out):
 
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": free_port()})     # a proxy on each node would want one port
     config = ServeConfig(base=base, upsampler=upsampler, **serving())
-    came["serving"] = watch.came("serving", pool.submit(lambda: deploy(build(config))), lambda: False)
+    came["serving"] = watch.came("serving", pool.submit(lambda: deploy(build_application(config))), lambda: False)
 
     serve.delete(APP)
     Placed.release.set()

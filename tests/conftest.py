@@ -93,7 +93,7 @@ def drawn_corpus(tmp_path_factory):
 def emoji_corpus(tmp_path_factory):
     """Two styles of the default corpus, from the real packages: its folder, and its indices."""
     out = tmp_path_factory.mktemp("emoji")
-    return out, emoji.build(out, styles=("3D render", "flat icon"))
+    return out, emoji.build_corpus(out, styles=("3D render", "flat icon"))
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from glide_ray.config.serving import ServeConfig
 from glide_ray.serving.routes import build_api
 from glide_ray.serving.state import ServerState
 from glide_ray.serving.errors import ApiError
-from glide_ray.serving.schema import Job, Picture
+from glide_ray.serving.schema import Job, GeneratedImage
 from glide_ray.serving.metrics import Metrics, StageLoad
 from glide_ray.serving.admission import Admission
 from glide_ray.serving.api_keys import Key, hashed, new_key, read_keys
@@ -49,12 +49,12 @@ class CascadeBackend:
             show(np.zeros((16, 16, 3), np.uint8))
         if source is None and job.best_of > 1:
             best = cascade.best_of(job.prompt, [job.seed + k for k in range(job.best_of)], options)
-            return Picture(best.image, best.seed)
+            return GeneratedImage(best.image, best.seed)
         if source is None:
-            return Picture(cascade.generate([job.prompt], [job.seed], options)[0], job.seed, {}, {"base": 0.1})
+            return GeneratedImage(cascade.generate([job.prompt], [job.seed], options)[0], job.seed, {}, {"base": 0.1})
         if job.strength is None:
-            return Picture(cascade.edit(source.image, source.known_mask, job.prompt, job.seed, options), job.seed)
-        return Picture(cascade.vary(source.image, job.prompt, job.seed, job.strength, source.known_mask, options=options), job.seed)
+            return GeneratedImage(cascade.edit(source.image, source.known_mask, job.prompt, job.seed, options), job.seed)
+        return GeneratedImage(cascade.vary(source.image, job.prompt, job.seed, job.strength, source.known_mask, options=options), job.seed)
 
 
 @pytest.fixture(scope="module")
@@ -395,7 +395,7 @@ class Slow(CascadeBackend):
         except asyncio.CancelledError:
             self.left += 1
             raise
-        return Picture(np.zeros((job.size, job.size, 3), np.uint8), job.seed)
+        return GeneratedImage(np.zeros((job.size, job.size, 3), np.uint8), job.seed)
 
 
 def test_what_exceeds_the_places_is_answered_429_at_once_and_the_rest_is_served(backend):

@@ -13,7 +13,7 @@ from glide_ray.sampling.cascade import Cascade, RequestError
 from glide_ray.config.sampling import SampleOptions
 from glide_ray.errors import UserError
 from glide_ray.config.overrides import override
-from glide_ray.models.clip_scorer import OwnCritic, PublicCritic, load_critic
+from glide_ray.models.clip_scorer import NoisedClipScorer, PublicClipScorer, load_critic
 from glide_ray.data.images import centre_crop, decode, to_8_bits, to_tensor
 from glide_ray.diffusion.samplers import SAMPLERS
 from glide_ray.diffusion.schedule import make_schedule
@@ -124,7 +124,7 @@ def critic():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return OwnCritic(model, CLIP)
+    return NoisedClipScorer(model, CLIP)
 
 
 def stepper(critic=None, **options):
@@ -209,7 +209,7 @@ def public(tmp_path_factory):
 
 def test_a_public_clip_scores_as_transformers_does(public):
     from transformers import CLIPModel, CLIPTokenizerFast
-    critic, images = PublicCritic(public), torch.rand(2, 3, 32, 32) * 2 - 1
+    critic, images = PublicClipScorer(public), torch.rand(2, 3, 32, 32) * 2 - 1
     captions = ["a red circle", "A dog. " * 30]
     mean, std = torch.tensor([[122.77093945, 116.74601272, 104.09373519], [68.50053285, 66.63215831, 70.32316309]]).reshape(2, 1, 3, 1, 1)
     tokens = CLIPTokenizerFast.from_pretrained(public)(captions, padding=True, truncation=True, max_length=40, return_tensors="pt")
@@ -220,7 +220,7 @@ def test_a_public_clip_scores_as_transformers_does(public):
 
 
 def test_a_public_clip_that_never_saw_noise_guides_too(public):
-    critic = PublicCritic(public)
+    critic = PublicClipScorer(public)
     scores = []
     for scale in (0.0, 3.0):
         image = to_8_bits(stepper(critic).run([request(critic, scale=scale)]))

@@ -22,7 +22,7 @@ from glide_ray.data.transforms import Collate, collated
 from glide_ray.distributed.training.worker import _contrast
 from glide_ray.models.weights import load_model
 from glide_ray.train.checkpoint import Checkpoints
-from glide_ray.train.batch_split import Share
+from glide_ray.train.batch_split import BatchSplit
 
 
 def preset(corpus, *settings):
@@ -97,7 +97,7 @@ def test_weights_to_be_fine_tuned_are_asked_for_where_there_is_no_checkpoint_yet
         train(settings, tmp_path / "run", progress=False)
 
 
-@pytest.mark.parametrize("share, others", [(Share(64, 4, 0, 16), 63), (Share(64, 4, 0, 8), 31), (Share(8, 1, 0, 64), 7)])
+@pytest.mark.parametrize("share, others", [(BatchSplit(64, 4, 0, 16), 63), (BatchSplit(64, 4, 0, 8), 31), (BatchSplit(8, 1, 0, 64), 7)])
 def test_a_clip_run_says_how_many_captions_a_picture_is_contrasted_with(share, others):
     assert f"from {others} others" in _contrast(share)
 

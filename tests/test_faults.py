@@ -25,7 +25,7 @@ from glide_ray.train.run_folder import read_metrics
 from glide_ray.distributed.training.run import train
 from glide_ray.models.weights import load_weights
 from glide_ray.train.checkpoint import CheckpointError, Checkpoints, fetch, verify
-from glide_ray.train.checkpoint_writer import Keeper
+from glide_ray.train.checkpoint_writer import CheckpointWriter
 from glide_ray.train.watchdog import Watchdog
 
 
@@ -48,7 +48,7 @@ def place(request, tmp_path):
 
 def keeper(place, keep_last=2, keep_every=None, **others):
     told, committed = [], []
-    made = Keeper(Checkpoints(place), "start", keep_last, keep_every, told.append, lambda step, folder: committed.append(step), **others)
+    made = CheckpointWriter(Checkpoints(place), "start", keep_last, keep_every, told.append, lambda step, folder: committed.append(step), **others)
     return made, told, committed
 
 

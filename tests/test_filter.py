@@ -15,7 +15,7 @@ from conftest import drawn_samples, tiny_clip
 from glide_ray import storage
 from glide_ray.cli.main import main
 from glide_ray.config.data import FilterConfig
-from glide_ray.models.clip_scorer import OwnCritic
+from glide_ray.models.clip_scorer import NoisedClipScorer
 from glide_ray.data.content import (
     ContentError, fit, load_filter, missed_interval, tuned_threshold, with_threshold)
 from glide_ray.data.filters import users_rules
@@ -209,7 +209,7 @@ def test_features_are_the_mean_of_the_crops_vectors_whatever_they_are_batched_wi
     pictures = [Image.fromarray(draws.integers(0, 256, size, dtype=np.uint8)) for size in ((40, 30, 3), (16, 16, 3), (20, 90, 3))]
     whole = features.images(pictures)
     assert np.allclose(whole, np.concatenate([features.images([picture]) for picture in pictures]), atol=1e-6)
-    crops = features._critic.see(to_tensor(np.stack(three_crops(pictures[0], 16)))).numpy()
+    crops = features._critic.embed_images(to_tensor(np.stack(three_crops(pictures[0], 16)))).numpy()
     assert np.allclose(whole[0], crops.mean(0), atol=1e-6) and np.allclose(np.linalg.norm(crops, axis=1), 1, atol=1e-5)
     assert np.allclose(np.linalg.norm(features.words(["a dog", "x"]), axis=1), 1, atol=1e-5) and features.images([]).shape == (0, 16)
 
@@ -217,7 +217,7 @@ def test_features_are_the_mean_of_the_crops_vectors_whatever_they_are_batched_wi
 def test_a_plain_clip_pays_no_heed_to_the_timestep():
     torch.manual_seed(0)
     config = tiny_clip("model.clip.noised=false").model
-    critic = OwnCritic(NoisedClip(config.clip), config)
+    critic = NoisedClipScorer(NoisedClip(config.clip), config)
     x, text = torch.rand(2, 3, 16, 16) * 2 - 1, critic.embed(["a", "b"])
     scores = [critic.score(x, torch.full((2,), t), text) for t in (0, 900)]
     assert torch.equal(*scores) and not critic.noised

@@ -23,9 +23,9 @@ from glide_ray.experiments.miniature.pictures import (
     SETS,
     SMALLS,
     UNGUIDED,
-    Seen,
+    SetFeatures,
 )
-from glide_ray.models.weights import build, load_model, save_weights
+from glide_ray.models.weights import build_model, load_model, save_weights
 from glide_ray.config.overrides import override
 
 # The shipped kind of network, thin.
@@ -49,7 +49,7 @@ BORDER = {
 
 def parameters(preset):
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build(preset.model).parameters())
+        return sum(parameter.numel() for parameter in build_model(preset.model).parameters())
 
 
 # -- the models ------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def seen(rows, towards=0.0, spread=1.0, looks=None, seed=0):
     words = unit(np.random.default_rng(99).normal(size=(rows, 8)))
     clip = unit(unit(draws.normal(size=(rows, 8))) + towards * words)
     classes = np.full((rows, 5), 0.2)
-    return Seen(
+    return SetFeatures(
         clip, words, draws.normal(0, spread, (rows, 6)) if looks is None else looks, classes
     )
 

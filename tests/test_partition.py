@@ -27,7 +27,7 @@ def losses(metrics):
 
 
 def contents(folder):
-    with partition.Parts(folder) as parts:
+    with partition.CheckpointReader(folder) as parts:
         return {(kind, name): parts.full(kind, name) for kind in parts.kinds for name in parts.shapes}
 
 
@@ -150,8 +150,8 @@ def test_two_workers_have_the_losses_of_one_in_20_steps(tmp_path, under_stage_3,
 
 @pytest.mark.slow
 def test_under_stage_3_each_of_two_ranks_holds_half_of_everything(under_stage_3):
-    from glide_ray.models.weights import build
-    total = sum(p.numel() for p in build(tiny("base").model).parameters())
+    from glide_ray.models.weights import build_model
+    total = sum(p.numel() for p in build_model(tiny("base").model).parameters())
     for rank in under_stage_3[1]:
         assert set(rank["numbers"]) == {"parameters", "masters", "average", "moments", "gradients"}
         for kind, count in rank["numbers"].items():
@@ -167,11 +167,11 @@ def cut_into(folder, tensors, ranks):
         own, flat, offset = [], [], 0
         for name, tensor in tensors.items():
             length = -(-tensor.numel() // ranks)
-            stretch = tensor.flatten()[rank * length:(rank + 1) * length]
-            if len(stretch):
-                own.append(partition.Piece(name, tuple(tensor.shape), rank * length, len(stretch), 0, offset))
-                flat.append(stretch)
-                offset += len(stretch)
+            own_slice = tensor.flatten()[rank * length:(rank + 1) * length]
+            if len(own_slice):
+                own.append(partition.ParamSlice(name, tuple(tensor.shape), rank * length, len(own_slice), 0, offset))
+                flat.append(own_slice)
+                offset += len(own_slice)
         partition.save_part(partition.part_path(folder, rank), own, {"average/0.9": [torch.cat([torch.empty(0), *flat])]})
 
 
@@ -197,9 +197,9 @@ def test_an_export_wants_the_memory_of_the_largest_tensor_and_not_of_the_model(t
                "def anonymous(): return int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1])\n"
                "before = anonymous()\n"
                "peak = [0]\n"
-               "full = partition.Parts.full\n"
+               "full = partition.CheckpointReader.full\n"
                "def watched(self, *a):\n    made = full(self, *a); peak[0] = max(peak[0], anonymous()); return made\n"
-               "partition.Parts.full = watched\n"
+               "partition.CheckpointReader.full = watched\n"
                "partition.export(Path(sys.argv[1]), 'average/0.9', sys.argv[1] + '/out.safetensors', {})\n"
                "print(peak[0] - before)")
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
@@ -212,17 +212,17 @@ def test_a_checkpoint_that_lacks_a_rank_or_is_damaged_is_refused(tmp_path):
     cut_into(tmp_path / "x", tensors, 3)
     partition.part_path(tmp_path / "x", 1).unlink()
     with pytest.raises(CheckpointError, match="lacks a rank's file: a is not whole there"):
-        partition.Parts(tmp_path / "x")
+        partition.CheckpointReader(tmp_path / "x")
     cut_into(tmp_path / "x", tensors, 3)
     path = partition.part_path(tmp_path / "x", 2)
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(CheckpointError, match="part.2.safetensors is damaged"):
-        partition.Parts(tmp_path / "x")
+        partition.CheckpointReader(tmp_path / "x")
     save_file({"x": torch.zeros(1)}, tmp_path / "part.0.safetensors")
     with pytest.raises(CheckpointError, match="part.0.safetensors is damaged"):
-        partition.Parts(tmp_path)
+        partition.CheckpointReader(tmp_path)
     with pytest.raises(CheckpointError, match="not a whole glide_ray checkpoint"):
-        partition.Parts(tmp_path / "none")
+        partition.CheckpointReader(tmp_path / "none")
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):

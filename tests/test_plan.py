@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from conftest import tiny, tiny_clip
 from glide_ray.config import presets
-from glide_ray.bench.speed import GIVEN_BACK, measure_training, plan_settings
+from glide_ray.bench.speed import RETURNED_MEMORY, measure_training, plan_settings
 from glide_ray.cli.main import main
 from glide_ray.errors import ConfigError
 from glide_ray.diffusion.schedule import make_schedule
@@ -28,7 +28,7 @@ from glide_ray.train.hardware import (
 )
 from glide_ray.precision import DTYPES
 from glide_ray.models.cost import example_batch, inspect, operations
-from glide_ray.models.weights import build
+from glide_ray.models.weights import build_model
 from glide_ray.config.overrides import override
 from glide_ray.train.objectives import objective_of
 from glide_ray.train.activations import training_pass
@@ -42,7 +42,7 @@ def sized(*settings, batch=4):
 
 
 def parameters(preset):
-    return sum(parameter.numel() for parameter in build(preset.model).parameters())
+    return sum(parameter.numel() for parameter in build_model(preset.model).parameters())
 
 
 def at(moment, images):
@@ -73,7 +73,7 @@ class Alive(TorchDispatchMode):
 def real_pass(preset, precision, images):
     """Bytes that a real pass on this CPU saves for its backward pass, and the most that is alive in it, beside parameters and gradients."""
     torch.manual_seed(0)
-    model = build(preset.model).train().to(DTYPES[precision])
+    model = build_model(preset.model).train().to(DTYPES[precision])
     model.activation_checkpointing = preset.train.activation_checkpointing
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
@@ -116,7 +116,7 @@ def test_a_pass_on_a_gpu_keeps_float32_copies_for_group_norm_and_a_byte_for_each
     assert training_pass(preset, "fp16") == training_pass(preset, "fp16", "cuda") and F.dropout.__module__ == "torch.nn.functional"
     noise, mask = (max(at(moment, 4)[0] for moment in training_pass(preset, "fp32", device)) for device in ("cpu", "cuda"))
     unet = preset.model.unet
-    dropped = 4 * sum(block.out_conv.in_channels * _pixels(name, unet) for name, block in build(preset.model).named_modules() if hasattr(block, "dropout"))
+    dropped = 4 * sum(block.out_conv.in_channels * _pixels(name, unet) for name, block in build_model(preset.model).named_modules() if hasattr(block, "dropout"))
     assert noise - mask == 3 * dropped       # float32 noise on a CPU, a mask of bytes on a GPU
 
 
@@ -338,5 +338,5 @@ def test_the_table_marks_one_way_and_counts_its_calls():
 @pytest.mark.slow
 def test_the_planned_memory_of_nano_base_is_within_15_percent_of_what_a_trainer_takes():
     planned = memory(override(presets.get("nano-base"), plan_settings(16, ())), 1, 16, "fp32", "cpu").total
-    measured = measure_training("nano-base", 16, (), 2, GIVEN_BACK)["bytes"]
+    measured = measure_training("nano-base", 16, (), 2, RETURNED_MEMORY)["bytes"]
     assert abs(planned / measured - 1) < 0.15

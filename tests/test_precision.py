@@ -36,7 +36,7 @@ from glide_ray.train.nonfinite import (
 from glide_ray.train.ema import Ema
 from glide_ray.train.loop import Trainer
 from glide_ray.train.objectives import contrastive, denoising, draw
-from glide_ray.train.batch_split import Share
+from glide_ray.train.batch_split import BatchSplit
 from glide_ray.train.optimizer import deepspeed_config
 from glide_ray.bench.load_generator import free_port
 
@@ -420,10 +420,10 @@ def with_offload(settings):
 
 def test_offload_is_told_to_deepspeed_and_refused_where_there_is_nothing_to_offload():
     train = preset("offload_optimizer=true", "zero_stage=1").train
-    assert deepspeed_config(train, "bf16", Share(4, 1, 0, 4))["zero_optimization"] == {
+    assert deepspeed_config(train, "bf16", BatchSplit(4, 1, 0, 4))["zero_optimization"] == {
         "stage": 1, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
     with pytest.raises(ConfigError, match="train.offload_optimizer: train.zero_stage 0 steps the network's own weights on its device; use 1, 2 or 3"):
-        deepspeed_config(preset("offload_optimizer=true", "zero_stage=0").train, "fp32", Share(4, 1, 0, 4))
+        deepspeed_config(preset("offload_optimizer=true", "zero_stage=0").train, "fp32", BatchSplit(4, 1, 0, 4))
 
 
 # -- two ranks --------------------------------------------------------------------------------------------------------

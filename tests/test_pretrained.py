@@ -30,7 +30,7 @@ from glide_ray.pretrained.card import CardError, Source, card_of, read_card, ren
 from glide_ray.sampling.recipe import Maker, read_recipe, save_picture
 from glide_ray.config.serving import ServeConfig
 from glide_ray.train.checkpoint import Checkpoints, Progress, write_progress
-from glide_ray.train.partition import Piece, part_path, save_part
+from glide_ray.train.partition import ParamSlice, part_path, save_part
 from glide_ray.train.run_folder import absolute
 from glide_ray.train.single import SingleTrainer
 from glide_ray.serving.deployment import read_models
@@ -287,7 +287,7 @@ def a_run(folder, kind, corpus):
     state = list(random_model(preset.model.unet).state_dict().items())
     checkpoint = Path(Checkpoints(folder).folder(4, "x"))
     checkpoint.mkdir(parents=True)
-    pieces = [Piece(name, tuple(tensor.shape), 0, tensor.numel(), n, 0)
+    pieces = [ParamSlice(name, tuple(tensor.shape), 0, tensor.numel(), n, 0)
               for n, (name, tensor) in enumerate(state)]
     save_part(part_path(checkpoint, 0), pieces, {"average/0.99": [tensor for _, tensor in state]})
     write_progress(checkpoint, preset, Progress(4), {})

@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from conftest import random_model, tiny, tiny_clip
 from glide_ray.cli.main import main
-from glide_ray.models.clip_scorer import OwnCritic
+from glide_ray.models.clip_scorer import NoisedClipScorer
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.released import ReleasedError, import_files, read_checkpoint, read_merges, to_released
 from glide_ray.models.weights import load_config, load_model, load_weights, save_weights
@@ -167,6 +167,6 @@ def test_captions_become_clip_tokens_between_the_marks_of_their_ends(vocabulary)
 
 def test_the_published_clip_reads_captions_by_its_own_vocabulary(vocabulary):
     config = tiny_clip("model.clip.tokenizer=clip", "model.clip.vocabulary=65536").model
-    critic = OwnCritic(NoisedClip(config.clip), config, merges=read_merges(vocabulary))
+    critic = NoisedClipScorer(NoisedClip(config.clip), config, merges=read_merges(vocabulary))
     embedded = critic.embed(["a cat", "A  cat", "a dog"])
     assert torch.equal(embedded[0], embedded[1]) and not torch.allclose(embedded[0], embedded[2], atol=1e-4)

@@ -42,7 +42,7 @@ def with_scenes(emoji_corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("scenes")
     for folder in emoji_corpus[0].iterdir():
         (out / folder.name).symlink_to(folder)
-    emoji.build(out, styles=("3D render", "flat icon"), scenes=SCENES)
+    emoji.build_corpus(out, styles=("3D render", "flat icon"), scenes=SCENES)
     return out
 
 
@@ -243,8 +243,8 @@ def test_scenes_in_shards_are_those_that_were_composed(with_scenes, composed):
 
 def test_another_number_of_scenes_than_there_are_is_said_and_not_returned(with_scenes):
     with pytest.raises(ConfigError, match=f"already has {SCENES} scenes, and --scenes asks for 500"):
-        emoji.build(with_scenes, styles=("3D render", "flat icon"), scenes=500)
-    assert emoji.build(with_scenes, styles=("3D render", "flat icon"))["scenes"]["count"] > 0
+        emoji.build_corpus(with_scenes, styles=("3D render", "flat icon"), scenes=500)
+    assert emoji.build_corpus(with_scenes, styles=("3D render", "flat icon"))["scenes"]["count"] > 0
 
 
 def test_more_scenes_than_the_disk_holds_are_refused_before_anything_is_written(
@@ -254,7 +254,7 @@ def test_more_scenes_than_the_disk_holds_are_refused_before_anything_is_written(
         SceneError,
         match=r"1,000,000,000,000 scenes take about .* GB free; ask for at most --scenes \d+",
     ):
-        emoji.build(tmp_path, scenes=10**12)
+        emoji.build_corpus(tmp_path, scenes=10**12)
     assert not list(tmp_path.iterdir())
 
 

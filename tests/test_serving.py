@@ -203,12 +203,12 @@ def test_a_stage_gets_another_replica_before_the_gate_refuses(gpus, width):
 
 
 def test_weights_that_do_not_belong_together_are_refused_before_anything_starts(weights, tiny_weights, tmp_path):
-    from glide_ray.serving.deployment import app, build
+    from glide_ray.serving.deployment import app, build_application
     with pytest.raises(UserError, match="There is no file .*none.safetensors"):
-        build(ServeConfig(base=str(tmp_path / "none.safetensors"), upsampler=weights["upsampler"]))
+        build_application(ServeConfig(base=str(tmp_path / "none.safetensors"), upsampler=weights["upsampler"]))
     with pytest.raises(UserError, match="were the two exchanged"):
-        build(ServeConfig(base=weights["upsampler"], upsampler=weights["base"]))
+        build_application(ServeConfig(base=weights["upsampler"], upsampler=weights["base"]))
     with pytest.raises(UserError, match="enlarges 16 pixels and .* makes 64"):
-        build(ServeConfig(base=weights["base"], upsampler=str(tiny_weights["upsampler"])))
+        build_application(ServeConfig(base=weights["base"], upsampler=str(tiny_weights["upsampler"])))
     with pytest.raises(ConfigError, match="no setting 'bas'; did you mean 'base'"):
         app({"bas": "x"})

@@ -179,13 +179,13 @@ def test_a_client_that_leaves_a_stream_frees_its_place(url):
 def test_new_weights_take_the_place_of_the_old_ones_and_no_request_fails(url, config, weights):
     """Last of this file: it leaves other weights behind."""
     from glide_ray.bench import load_generator as load
-    from glide_ray.serving.deployment import build, deploy
+    from glide_ray.serving.deployment import build_application, deploy
     old = pictures(load.Clients(url, asked(6), clients=4, keep_images=True).answers())
     slow = {"prompt": "x", "seed": 1, "steps": 150, "size": "64x64"}      # still on its way when the replicas are told to go
     long = load.Clients(url, [slow], clients=1, keep_images=True)
     going = load.Clients(url, asked(6), clients=4, seconds=40, keep_images=True)
     time.sleep(2)
-    deploy(build(config.model_copy(update=weights[1])))
+    deploy(build_application(config.model_copy(update=weights[1])))
     came = going.answers()
     new = pictures(load.Clients(url, asked(6), clients=4, keep_images=True).answers())
     assert not any(np.array_equal(one, other) for one, other in zip(old, new, strict=True))

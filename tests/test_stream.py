@@ -19,7 +19,7 @@ from glide_ray.distributed.curation.corpus import survey
 from glide_ray.data.sources import Part, columns, find_parts, read_part
 from glide_ray.data.transforms import Collate, held_out_batches
 from glide_ray.distributed.training.feed import Epoch, Feeder, micro_batches
-from glide_ray.train.batch_split import Share
+from glide_ray.train.batch_split import BatchSplit
 from glide_ray.distributed.stream import Tally, open_corpus
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -105,7 +105,7 @@ def batches_of(corpus, epoch=0, rows=0, workers=2, batch=12, tally=None, seed=0,
     @ray.remote(num_cpus=0)
     def read(rank):
         own = batch // workers
-        return [rows["key"] for rows in micro_batches(feeder, Epoch("x", epoch, rows), Share(batch, workers, rank, own))]
+        return [rows["key"] for rows in micro_batches(feeder, Epoch("x", epoch, rows), BatchSplit(batch, workers, rank, own))]
     by_rank = ray.get([read.remote(rank) for rank in range(workers)])
     return [[key for part in parts for key in part] for parts in zip(*by_rank, strict=True)]
 

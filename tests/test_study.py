@@ -26,7 +26,7 @@ from glide_ray.cli.main import main
 from glide_ray.errors import UserError
 from glide_ray.evaluation import study, tables
 from glide_ray.evaluation.pairing import BLOCK, FIRST, SECOND, Comparison, next_turn
-from glide_ray.evaluation.votes import AHEAD, Asked, Votes
+from glide_ray.evaluation.votes import PREFETCHED_COMPARISONS, Asked, Votes
 
 GLIDE = os.path.join(os.path.dirname(sys.executable), "glide")
 MODELS = {"zanzibar": (200, 40, 40), "quixote": (40, 200, 40), "umbrella": (40, 40, 200)}      # each paints in a colour of its own
@@ -345,12 +345,12 @@ def test_raters_and_tabs_at_once_lose_no_vote_and_give_none_twice(tmp_path):
 
 
 def test_a_comparison_is_kept_for_who_looks_at_it_and_given_to_others_when_they_have_gone(tmp_path, monkeypatch):
-    votes = database(tmp_path, AHEAD, checks=0, questions=("caption",))
+    votes = database(tmp_path, PREFETCHED_COMPARISONS, checks=0, questions=("caption",))
     held = votes.turns("ann", 1)[0]
-    assert len(held) == AHEAD and votes.turns("bob", 1) == ([], 0, 0)
+    assert len(held) == PREFETCHED_COMPARISONS and votes.turns("bob", 1) == ([], 0, 0)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 3600)
-    assert len(votes.turns("bob", 1)[0]) == AHEAD and votes.turns("ann", 1)[0] == held
+    assert len(votes.turns("bob", 1)[0]) == PREFETCHED_COMPARISONS and votes.turns("ann", 1)[0] == held
 
 
 def answer_all(votes, rater, passes, wanted=1):

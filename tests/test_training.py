@@ -24,7 +24,7 @@ from glide_ray.train.ema import Ema
 from glide_ray.train.loop import Trainer, TrainingError
 from glide_ray.train.steps import Outlets, train_loop
 from glide_ray.train.objectives import denoising, draw, held_out_sums
-from glide_ray.train.batch_split import Share
+from glide_ray.train.batch_split import BatchSplit
 from glide_ray.train.optimizer import deepspeed_config, learning_rate, training_precision
 from glide_ray.data.tokenizer import Tokenizer
 
@@ -66,7 +66,7 @@ def averaged(made):
     """The average as a checkpoint of this rank holds it."""
     with tempfile.TemporaryDirectory() as folder:
         made.save(Path(folder))
-        with partition.Parts(Path(folder)) as parts:
+        with partition.CheckpointReader(Path(folder)) as parts:
             return {name: parts.full(f"average/{made.preset.train.ema_rates[0]:g}", name) for name in parts.shapes}
 
 
@@ -232,7 +232,7 @@ def test_precision_is_chosen_by_device_and_fp16_refused_on_a_cpu():
 
 
 def test_the_deepspeed_config_says_what_the_train_config_does():
-    train, share = preset("zero_stage=3").train, Share(4, 1, 0, 2)
+    train, share = preset("zero_stage=3").train, BatchSplit(4, 1, 0, 2)
     made = deepspeed_config(train, "fp16", share)
     assert (made["train_batch_size"], made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == (4, 2, 2)
     assert not get_timers_config(made).enabled
@@ -347,7 +347,7 @@ def test_fine_tuning_in_16_bits_begins_from_the_files_float32_weights_to_the_las
     trainer.start()
     trainer.save(tmp_path)
     state = load_weights(tiny_weights["base"])[1]
-    with partition.Parts(tmp_path) as parts:
+    with partition.CheckpointReader(tmp_path) as parts:
         for kind in ("weights", "average/0.9"):
             assert all(torch.equal(parts.full(kind, name), tensor) for name, tensor in state.items()) and set(parts.shapes) == set(state)
     model = load_model(tiny_weights["base"])[0].to(torch.bfloat16)

@@ -22,7 +22,7 @@ from ..data.images import open_image
 from ..data.shards import Sample, write_shards
 from ..data.sources import columns, find_parts, read_part
 from ..data.transforms import Collate
-from ..train.batch_split import Share
+from ..train.batch_split import BatchSplit
 from ..distributed.training.feed import Epoch, Feeder, micro_batches
 from ..distributed.cluster import connect
 from ..distributed.stream import Tally
@@ -107,7 +107,7 @@ class Worker:
     def epoch(self, feeder, rank: int, world: int) -> tuple[float, Arrivals]:
         """When the first row was asked for, and what came."""
         began = time.time()
-        batches = micro_batches(feeder, Epoch("bench", 0, 0), Share(BATCH * world, world, rank, BATCH))
+        batches = micro_batches(feeder, Epoch("bench", 0, 0), BatchSplit(BATCH * world, world, rank, BATCH))
         return began, [(time.time(), len(batch.image)) for rows in batches if (batch := self._collate(rows, 0)) is not None]
 
 

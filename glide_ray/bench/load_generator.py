@@ -27,7 +27,7 @@ PATIENCE = 600.0         # seconds that a client waits for its answer
 
 
 @dataclass(frozen=True)
-class Answer:
+class RequestResult:
     """What came of one request: when it was to be sent (seconds from the beginning), how long it took, its status, and the images (base64)."""
 
     number: int
@@ -75,39 +75,39 @@ class Clients:
         """Whether there are still answers to come."""
         return self._process.poll() is None
 
-    def answers(self) -> list[Answer]:
+    def answers(self) -> list[RequestResult]:
         """What came of all requests, in the order of the requests. Raises RuntimeError where the process failed."""
         if self._process.wait() != 0:
             raise RuntimeError("the process of the clients failed; it says why above")
         with self._came:
             self._came.seek(0)
             came = json.load(self._came)
-        return sorted((Answer(**{**answer, "images": tuple(answer["images"])}) for answer in came), key=lambda answer: answer.number)
+        return sorted((RequestResult(**{**answer, "images": tuple(answer["images"])}) for answer in came), key=lambda answer: answer.number)
 
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 
 
-async def _send(client: httpx.AsyncClient, plan: dict[str, Any], number: int, body: dict[str, Any], at: float, began: float) -> Answer:
+async def _send(client: httpx.AsyncClient, plan: dict[str, Any], number: int, body: dict[str, Any], at: float, began: float) -> RequestResult:
     await asyncio.sleep(max(0.0, began + at - time.monotonic()))
     sent = time.monotonic()
     try:
         answer = await client.post("/v1/images/generations", json=body)
     except httpx.HTTPError as error:
         print(f"request {number}: {error!r}", file=sys.stderr)
-        return Answer(number, at, time.monotonic() - sent, 0)
+        return RequestResult(number, at, time.monotonic() - sent, 0)
     images = tuple(item["b64_json"] for item in answer.json()["data"]) if plan["keep_images"] and answer.status_code == 200 else ()
-    return Answer(number, at, time.monotonic() - sent, answer.status_code, images, answer.headers.get("retry-after"))
+    return RequestResult(number, at, time.monotonic() - sent, answer.status_code, images, answer.headers.get("retry-after"))
 
 
-async def _open(client: httpx.AsyncClient, plan: dict[str, Any]) -> list[Answer]:
+async def _open(client: httpx.AsyncClient, plan: dict[str, Any]) -> list[RequestResult]:
     began = time.monotonic()
     return await asyncio.gather(*[_send(client, plan, number, body, at, began)
                                   for number, (body, at) in enumerate(zip(plan["requests"], plan["at"], strict=True))])
 
 
-async def _closed(client: httpx.AsyncClient, plan: dict[str, Any]) -> list[Answer]:
+async def _closed(client: httpx.AsyncClient, plan: dict[str, Any]) -> list[RequestResult]:
     began, came = time.monotonic(), []
     # For some seconds the requests go round; without an end to the time each is sent once.
     waiting = enumerate(plan["requests"] if plan["seconds"] is None else cycle(plan["requests"]))

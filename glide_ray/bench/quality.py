@@ -17,7 +17,7 @@ from ..data.images import centre_crop, decode, to_uint8
 from ..data.shards import read_shard
 from ..sampling.stepper import Stepper
 
-AT_ONCE = 32       # pictures in a network call
+IMAGES_PER_CALL = 32       # pictures in a network call
 
 
 def bench_samplers(base: Path, steps: Sequence[int] = (10, 15, 20, 30), truth: int = 250) -> dict:
@@ -43,7 +43,7 @@ def bench_inpainting(base: Path, inpaint: Path, corpus: Path, images: int = 64, 
     Pictures are `images` of `corpus`, in the models' own steps. Raises UserError, WeightsError.
     """
     wanted = _pictures(corpus, images)
-    steppers = {name: load_stepper(path, "base", precision, max_in_flight=AT_ONCE, batched=True)
+    steppers = {name: load_stepper(path, "base", precision, max_in_flight=IMAGES_PER_CALL, batched=True)
                 for name, path in (("implicit", base), ("explicit", inpaint))}
     for name, path in (("implicit", base), ("explicit", inpaint)):
         if steppers[name].config.inpaint != (name == "explicit"):

@@ -30,12 +30,12 @@ from ..models.weights import save_weights
 from ..config.serving import ServeConfig
 
 from . import load_generator as load
-from ..serving.deployment import HEALTH_SECONDS, build, deploy, listening
+from ..serving.deployment import HEALTH_SECONDS, build_application, deploy, listening
 from ..serving.schema import Job
-from ..serving.stages import Base, Made, Upsampler
+from ..serving.stages import Base, StageResult, Upsampler
 
 STEPS = {10: 0.8, 50: 0.2}       # of the requests, by their steps
-AT_ONCE = 8                      # requests in a whole-request batch, and clients that saturate
+CONCURRENT_REQUESTS = 8                      # requests in a whole-request batch, and clients that saturate
 ROUNDS, REQUESTS = 5, 40         # of what is compared in turn
 SATURATED_SECONDS = 15
 OVERLOAD_SECONDS = 60
@@ -46,12 +46,12 @@ OVERLOAD_SECONDS = 60
 class _Whole:
     """A stage that makes a batch of requests from first step to last, and answers all of them then."""
 
-    @serve.batch(max_batch_size=AT_ONCE, batch_wait_timeout_s=0.01)
+    @serve.batch(max_batch_size=CONCURRENT_REQUESTS, batch_wait_timeout_s=0.01)
     async def _batch(self, requests: list[SampleRequest]) -> list[Any]:
         futures = [asyncio.wrap_future(self._engine.submit(request)) for request in requests]
         return await asyncio.gather(*futures)
 
-    async def _sampled(self, request: SampleRequest, began: float) -> Made:
+    async def _sampled(self, request: SampleRequest, began: float) -> StageResult:
         return self._made(await self._batch(request), began)
 
 
@@ -69,8 +69,8 @@ class Nothing:
     def __init__(self, size: int):
         self._pixels = np.zeros((size, size, 3), np.uint8)
 
-    async def make(self, job: Job, *inputs) -> Made:
-        return Made(self._pixels, "", 0.0)
+    async def make(self, job: Job, *inputs) -> StageResult:
+        return StageResult(self._pixels, "", 0.0)
 
 
 class NothingIngress:
@@ -99,7 +99,7 @@ class Bare(Base):
     def fill(self, jobs: Sequence[Job], seconds: float) -> float:
         """Sample-steps a second."""
         waiting, began, before = deque(jobs), time.monotonic(), self._engine.load.sample_steps
-        futures = [self._engine.submit(self._request(waiting.popleft())) for _ in range(AT_ONCE)]
+        futures = [self._engine.submit(self._request(waiting.popleft())) for _ in range(CONCURRENT_REQUESTS)]
         while time.monotonic() - began < seconds:
             done, rest = wait(futures, 0.5, FIRST_COMPLETED)
             futures = [*rest, *(self._engine.submit(self._request(waiting.popleft())) for _ in done)]
@@ -120,17 +120,17 @@ def bench_serve(family: str = "nano", size: int = 64, seconds: float = 120, repo
     fields = {"size": f"{size}x{size}"} | ({"upsampler_steps": 4} if upsampler else {})
     with tempfile.TemporaryDirectory() as folder:
         config = ServeConfig(base=_weights(f"{family}-base", folder), upsampler=upsampler and _weights(upsampler, folder), port=load.free_port(),
-                             max_in_flight=AT_ONCE)
+                             max_in_flight=CONCURRENT_REQUESTS)
         all_in = config.model_copy(update={"max_waiting": 10_000})      # while both are compared nothing is refused
         connect(16)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         with listening(config) as url:
             try:
-                deploy(build(all_in), "step", "/step")
+                deploy(build_application(all_in), "step", "/step")
                 figures = _costs(config, url, fields, report)
-                deploy(build(all_in, (WholeBase, WholeUpsampler)), "whole", "/whole")
+                deploy(build_application(all_in, (WholeBase, WholeUpsampler)), "whole", "/whole")
                 figures |= _latencies(url, fields, seconds, report)
-                deploy(build(config), "step", "/step")
+                deploy(build_application(config), "step", "/step")
                 time.sleep(2 * HEALTH_SECONDS)       # until it has seen its replicas
                 figures |= _overload(url, fields, 3 * figures["saturation_per_s"], figures["step_p95_s"], report)
                 return {"models": family, "size": size, "steps": STEPS, "cores": psutil.cpu_count(), **figures}
@@ -167,7 +167,7 @@ def _costs(config: ServeConfig, url: str, fields: dict[str, Any], report: Callab
         rates = []
         for _ in range(ROUNDS - 2):
             engine = ray.get(bare.fill.remote(jobs, SATURATED_SECONDS))
-            clients = load.Clients(f"{url}/step", load.bodies(1000, STEPS, 2, **fields), clients=AT_ONCE, seconds=SATURATED_SECONDS + 4)
+            clients = load.Clients(f"{url}/step", load.bodies(1000, STEPS, 2, **fields), clients=CONCURRENT_REQUESTS, seconds=SATURATED_SECONDS + 4)
             time.sleep(4)
             before, began = _steps(url), time.monotonic()
             time.sleep(SATURATED_SECONDS - 2)
@@ -185,7 +185,7 @@ def _latencies(url: str, fields: dict[str, Any], seconds: float, report: Callabl
     """Saturation of both, and the latencies at 70% of ours and of the other's: the same requests at the same times."""
     rates = {}
     for name in ("step", "whole"):
-        came = load.Clients(f"{url}/{name}", load.bodies(1000, STEPS, 3, **fields), clients=AT_ONCE, seconds=seconds / 2).answers()
+        came = load.Clients(f"{url}/{name}", load.bodies(1000, STEPS, 3, **fields), clients=CONCURRENT_REQUESTS, seconds=seconds / 2).answers()
         rates[name] = sum(answer.status == 200 for answer in came) / max(answer.at + answer.seconds for answer in came)
         report(f"{name}: {rates[name]:.3f} requests/s at saturation")
     figures = {"saturation_per_s": round(rates["step"], 3), "whole_saturation_per_s": round(rates["whole"], 3),

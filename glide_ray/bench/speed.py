@@ -32,7 +32,7 @@ from ..tensors import Batch, Conditioning
 from ..train.hardware import measured_peak
 from ..models.cost import example_batch, example_conditioning, inspect, operations
 from ..models.unet import GlideUNet
-from ..models.weights import build
+from ..models.weights import build_model
 from ..config.overrides import override
 from ..sampling.stepper import Stepper
 
@@ -118,7 +118,7 @@ def bench_cascade(family: str = "filtered", precision: str = "fp16", repeats: in
 SHAPES = (("nano-base", 16, ()), ("nano-upsampler", 8, ()), ("nano-clip", 64, ()), ("emoji-base", 8, ()), ("emoji-upsampler", 2, ()),
           ("emoji-base", 16, ("activation_checkpointing=true",)), ("nano-base", 16, ("batch=32",)))
 # What is freed goes back to the system at once: glibc's threshold is held at its first value, and does not follow what is freed.
-GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+RETURNED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 TINY = ["model.unet.image_size=16", "model.unet.multipliers=1,2", "model.unet.attention_sizes=8", "model.unet.head_channels=16",
         "model.unet.text.width=16", "model.unet.text.layers=1", "model.unet.text.heads=1", "batch=2", "workers=1"]
 
@@ -127,7 +127,7 @@ def bench_plan(preset: str | None = None, steps: int = 3) -> dict:
     """The memory that `glide plan` says beside the most that a real trainer of one worker has resident on this CPU, each in a process of its
     own, above what that process had after two steps of a tiny model: all code loaded, no model.
 
-    `measured`: with `GIVEN_BACK`; `default_malloc`: with malloc as it comes, which holds freed memory in pieces. In MB of 10^6 bytes.
+    `measured`: with `RETURNED_MEMORY`; `default_malloc`: with malloc as it comes, which holds freed memory in pieces. In MB of 10^6 bytes.
     `utilisation`: of the FLOP/s of a matrix product, which training reaches; of the fastest step.
     """
     from ..train.plan import memory
@@ -138,7 +138,7 @@ def bench_plan(preset: str | None = None, steps: int = 3) -> dict:
             whole = override(presets.get(name), plan_settings(images, settings))
             precision = training_precision(whole.train.precision, "cpu")
             planned = memory(whole, 1, images, precision, "cpu").total
-            found, default = (measure_training(name, images, settings, steps, malloc) for malloc in (GIVEN_BACK, {}))
+            found, default = (measure_training(name, images, settings, steps, malloc) for malloc in (RETURNED_MEMORY, {}))
             work = (4 if whole.train.activation_checkpointing else 3) * operations(whole) * whole.train.batch
             rows.append({"preset": name, "precision": precision, "images": images, "settings": list(settings), "planned_mb": round(planned / 1e6, 1),
                          "measured_mb": round(found["bytes"] / 1e6, 1), "ratio": round(planned / found["bytes"], 3),
@@ -148,7 +148,7 @@ def bench_plan(preset: str | None = None, steps: int = 3) -> dict:
     if not rows:
         raise UserError(f"bench plan has no shape of {preset!r}; {nearest(preset, dict.fromkeys(name for name, *_ in SHAPES))}")
     return {"ratio_min": min(row["ratio"] for row in rows), "ratio_max": max(row["ratio"] for row in rows), "steps": steps,
-            "threads": torch.get_num_threads(), "malloc": GIVEN_BACK, "shapes": rows}
+            "threads": torch.get_num_threads(), "malloc": RETURNED_MEMORY, "shapes": rows}
 
 
 def plan_settings(images: int, settings: Sequence[str]) -> list[str]:
@@ -211,7 +211,7 @@ def bench_train(preset: Preset, precision: str = "bf16", repeats: int = 5, image
     schedule, on_device = schedule.to(trainer.device), batch.to(trainer.device)
 
     def loop(dtype: torch.dtype, memory_format: torch.memory_format) -> Callable[[int], None]:
-        network = build(model).train().to(trainer.device, dtype)
+        network = build_model(model).train().to(trainer.device, dtype)
         network.memory_format = memory_format
         masters = [parameter.detach().float().requires_grad_() for parameter in network.parameters()] if dtype != torch.float32 else list(network.parameters())
         optimiser = torch.optim.AdamW(masters, lr=1e-4, weight_decay=0.0, fused=dtype != torch.float32 or None)       # fused as ours is; the plain one as it comes

@@ -184,7 +184,7 @@ def _asked(options):
 def _cascade(options):
     from ..sampling.cascade import Cascade
     from .commands import note
-    from ..evaluation.compose import AT_ONCE
+    from ..evaluation.compose import PROMPTS_PER_CALL
     from ..precision import fastest_precision
     from ..pretrained.shipped import locate, upsampler_for
     _asked(options)         # found senseless before anything is loaded
@@ -193,7 +193,7 @@ def _cascade(options):
         upsampler = options.upsampler or upsampler_for(options.base, note)
     precision = fastest_precision() if options.precision == "auto" else options.precision
     base = locate(options.base, "base")
-    cascade = Cascade.load(base, upsampler, precision, AT_ONCE, batched=True)
+    cascade = Cascade.load(base, upsampler, precision, PROMPTS_PER_CALL, batched=True)
     if cascade.size != options.size:
         raise UserError(f"These models make pictures of {cascade.size} pixels; " + (
             "give --size 64, or an upsampler with --upsampler." if cascade.size == 64
@@ -245,7 +245,7 @@ def rate(options) -> None:
     checks = sum(one.check_of is not None for one in comparisons)
     print(f"{len(comparisons) - checks:,} pairs of {', '.join(models)}, {options.votes_per_pair} votes each on {' and '.join(votes.asked.questions)}; {checks:,} attention checks")
     key = votes.study.link_key
-    app = rater.build(votes, Path(options.out) / study.PICTURES, options.votes_per_pair, key)
+    app = rater.build_app(votes, Path(options.out) / study.PICTURES, options.votes_per_pair, key)
     rater.serve(app, options.host, options.port, key, lambda link: print(f"{link}  (Ctrl-C ends it; the same command goes on; the scores: glide elo {options.database or options.out})", flush=True))
 
 

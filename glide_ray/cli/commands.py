@@ -164,10 +164,10 @@ def serve(options) -> None:
     if options.upsampler is None and config.upsampler == SHIPPED:
         from ..pretrained.shipped import upsampler_for
         config = config.model_copy(update={"upsampler": upsampler_for(config.base, note)})
-    from ..serving.deployment import build, cpus, serving
+    from ..serving.deployment import build_application, cpus, serving
 
     from ..distributed.cluster import connect
-    build(config)        # a missing file is said before Ray is started
+    build_application(config)        # a missing file is said before Ray is started
     connect(cpus(config))
     with serving(config) as url:
         print(f"{url}/v1/images/generations  (documentation at {url}/docs; Ctrl-C ends it)", flush=True)

@@ -19,18 +19,18 @@ from .card import LeftOut, read_card, sources, write_card
 from .packages import EmojiError, Package, fetch_packages, find_packages
 from .render import in_order, process_pool, render_all
 from .scene_shards import check_room, write_scenes
-from .sets import Picture, assign_splits, needed_packages, read_pictures
+from .sets import SourcePicture, assign_splits, needed_packages, read_pictures
 from .shards import Sample, begin, finish, read_index, write_shard
 from .splits import SCENE_SPLITS, SPLITS, share
 from .styles import Style, choose_styles
 
-AT_ONCE = 16  # pictures a task
+PICTURES_PER_TASK = 16  # pictures a task
 UNRENDERED = "did not render"
 ABOUT = "Emoji pictures with captions; each row's json names its author, licence and source."
 Report = Callable[[str], None]
 
 
-def build(out: str | Path, cache: str | Path | None = None, report: Report = lambda line: None,
+def build_corpus(out: str | Path, cache: str | Path | None = None, report: Report = lambda line: None,
           styles: Iterable[str] = (), packages: str | Path | None = None, scenes: int = 0,
           splits: Iterable[str] = SPLITS) -> dict[str, dict[str, Any]]:
     """Write folders of shards under `out`, local or s3://, unless they are there.
@@ -152,13 +152,13 @@ def _write_shards(folder: str, samples: Iterator[Sample]
     return entries, counts
 
 
-def _rendered(pool: ProcessPoolExecutor, pictures: Sequence[Picture], left_out: Iterable[LeftOut]
+def _rendered(pool: ProcessPoolExecutor, pictures: Sequence[SourcePicture], left_out: Iterable[LeftOut]
               ) -> Iterator[Sample]:
     """The pictures as samples, in their order.
 
     One that does not render is left out, and counted in each of `left_out`.
     """
-    batches = [pictures[start:start + AT_ONCE] for start in range(0, len(pictures), AT_ONCE)]
+    batches = [pictures[start:start + PICTURES_PER_TASK] for start in range(0, len(pictures), PICTURES_PER_TASK)]
     tasks = ([one.content for one in batch if isinstance(one.content, str)] for batch in batches)
     for batch, made in zip(batches, in_order(pool, render_all, tasks), strict=True):
         images = iter(made)

@@ -24,7 +24,7 @@ HIDDEN, ALIAS = "hidden by the set's maker", "another name of a picture"
 
 
 @dataclass(frozen=True)
-class Picture:
+class SourcePicture:
     """One picture of a set: its SVG, or the bytes of a WebP."""
 
     key: str
@@ -56,7 +56,7 @@ def needed_packages(styles: Iterable[Style]) -> list[tuple[str, str]]:
 
 
 def read_pictures(styles: Iterable[Style], packages: Mapping[str, Package], left_out: LeftOut,
-                  report: Callable[[str], None] = lambda line: None) -> Iterator[Picture]:
+                  report: Callable[[str], None] = lambda line: None) -> Iterator[SourcePicture]:
     """Every picture of the sets that Unicode names, once each; what is left out is counted.
 
     Raises EmojiError for a package that cannot be read.
@@ -76,7 +76,7 @@ def read_pictures(styles: Iterable[Style], packages: Mapping[str, Package], left
         yield from _first_of_each(found, left_out)
 
 
-def assign_splits(pictures: Iterable[Picture]) -> dict[str, str]:
+def assign_splits(pictures: Iterable[SourcePicture]) -> dict[str, str]:
     """Key -> split of each picture.
 
     A skin tone goes where its thing goes, and into `tones` where that is `train`.
@@ -88,7 +88,7 @@ def assign_splits(pictures: Iterable[Picture]) -> dict[str, str]:
             styles.setdefault(picture.thing.code, {})[picture.style.words] = None
     held_out = {code: held_out_pairs(code, list(of)) for code, of in styles.items()}
 
-    def split(picture: Picture) -> str:
+    def split(picture: SourcePicture) -> str:
         if is_held_out(picture.thing.code):
             return "held_out"
         if picture.style.words in held_out.get(picture.thing.code, ()):
@@ -97,7 +97,7 @@ def assign_splits(pictures: Iterable[Picture]) -> dict[str, str]:
     return {picture.key: split(picture) for picture in pictures}
 
 
-def _first_of_each(pictures: Iterable[Picture], left_out: LeftOut) -> Iterator[Picture]:
+def _first_of_each(pictures: Iterable[SourcePicture], left_out: LeftOut) -> Iterator[SourcePicture]:
     seen: set[tuple[str, str]] = set()
     for picture in pictures:
         what = picture.thing.code, picture.tone
@@ -108,19 +108,19 @@ def _first_of_each(pictures: Iterable[Picture], left_out: LeftOut) -> Iterator[P
             yield picture
 
 
-def _files(style: Style, package: Package, names: Names, left_out: LeftOut) -> Iterator[Picture]:
+def _files(style: Style, package: Package, names: Names, left_out: LeftOut) -> Iterator[SourcePicture]:
     """Pictures of a package of WebP files that are called by their code points."""
     for file, image in package.files(re.compile(r"package/assets/[^/]+\.webp")):
         code = Path(file).stem.replace("_", "-").lower()  # _ joins the tags of a region's flag
         key = f"{style.slug}-{code}"
         if thing := names.by_code(code):
-            yield Picture(key, style, package.version, thing, tone_of(code), image)
+            yield SourcePicture(key, style, package.version, thing, tone_of(code), image)
         else:
             left_out.add(UNNAMED, key)
 
 
 def _icons(style: Style, package: Package, lender: Package, names: Names, left_out: LeftOut
-           ) -> Iterator[Picture]:
+           ) -> Iterator[SourcePicture]:
     """Pictures of an Iconify set. `lender`: the package that has the code points of its names."""
     icons = package.json("icons.json")
     find = _Finder(style, icons, lender, names)
@@ -132,7 +132,7 @@ def _icons(style: Style, package: Package, lender: Package, names: Names, left_o
         elif thing is None:
             left_out.add(UNNAMED, key)
         else:
-            yield Picture(key, style, package.version, thing, tone, svg_of(icon, icons))
+            yield SourcePicture(key, style, package.version, thing, tone, svg_of(icon, icons))
     for name in icons.get("aliases", {}):
         left_out.add(ALIAS, f"{style.slug}-{name}")
 

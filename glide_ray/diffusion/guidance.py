@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..tensors import Denoiser, ModelOutput, sent
+from ..tensors import Denoiser, ModelOutput, to_device_async
 
 
 def classifier_free(paired: Denoiser, scale: Tensor) -> Denoiser:
@@ -19,10 +19,10 @@ def classifier_free(paired: Denoiser, scale: Tensor) -> Denoiser:
     here = scale.ne(1).nonzero()[:, 0]
 
     def denoise(x: Tensor, timestep: Tensor) -> ModelOutput:
-        guided = slice(None) if len(here) == len(scale) else sent(here, x.device)
+        guided = slice(None) if len(here) == len(scale) else to_device_async(here, x.device)
         both = paired(torch.cat([x, x[guided]]), torch.cat([timestep, timestep[guided]]))
         caption, empty = both[:len(x)], both[len(x):]
-        eps = combine(caption.eps[guided], empty.eps, sent(scale[here], x.device))
+        eps = combine(caption.eps[guided], empty.eps, to_device_async(scale[here], x.device))
         return ModelOutput(eps if len(eps) == len(x) else caption.eps.index_copy(0, guided, eps), caption.variance)
     return denoise
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..tensors import ModelOutput, Rows, sent
+from ..tensors import ModelOutput, Rows, to_device_async
 from .process import eps_from_x0, learned_log_variance, posterior_mean, x0_from_eps
 from .schedule import Schedule
 
@@ -87,7 +87,7 @@ def plms_step(schedule: Schedule, output: ModelOutput, x: Tensor, i: Tensor, noi
     """
     history = History.none(x) if history is None else history
     eps = eps_from_x0(schedule, x, i, _guided_x0(schedule, output, x, i, known, gradient))
-    weights = sent(torch.tensor(ADAMS_BASHFORTH), x.device)[history.count.clamp(max=3)][..., None, None, None]
+    weights = to_device_async(torch.tensor(ADAMS_BASHFORTH), x.device)[history.count.clamp(max=3)][..., None, None, None]
     combined = (weights * torch.cat([eps[:, None], history.past], dim=1)).sum(1)
     x0 = _settle(x0_from_eps(schedule, x, i, combined), known)
     return Step(_towards(schedule, x0, eps_from_x0(schedule, x, i, x0), i, noise, 0.0), x0, eps)

@@ -37,7 +37,7 @@ from .stream import Tally, in_order, quiet, task_errors
 JOB = "job.json"                    # beside generated pictures: what they are made with
 ROWS_AT_ONCE = 64                   # images that one actor is given
 ACTORS = 2                          # on a cluster without GPUs
-FEW = 128                           # images that are seen here sooner than actors have been started (some 10 s)
+INLINE_IMAGES = 128                           # images that are seen here sooner than actors have been started (some 10 s)
 
 Blocks = Callable[[int, Part, Report], Iterator[pyarrow.Table]]      # the rows of a part, by its number; faults go into the report
 
@@ -81,10 +81,10 @@ def embed(parts: Sequence[Part], path: str, truth: Rule | None = None, content: 
             yield pyarrow.Table.from_pylist(block, READ)
 
     counts = [part.count or len(part.files) for part in parts]
-    see = _here if all(counts) and sum(counts) <= FEW else _by_actors
+    see = _here if all(counts) and sum(counts) <= INLINE_IMAGES else _by_actors
     seen, report = see(parts, blocks, load, path, content)
     tables, done = [], 0
-    with tqdm(desc="look", unit="image", dynamic_ncols=True, disable=None, total=limit) as bar, task_errors():
+    with tqdm(desc="embed", unit="image", dynamic_ncols=True, disable=None, total=limit) as bar, task_errors():
         for table in seen:
             tables.append(table)
             done += len(table)
@@ -153,7 +153,7 @@ def _truth_of(candidate: Candidate, truth: Rule | None) -> tuple[bool | None, st
 # -- what was seen ----------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Looked:
+class EmbeddedCorpus:
     """The rows of a corpus with whole images, as a network sees them."""
 
     names: Sequence[str]             # PART#POSITION, which mean the same in any folder
@@ -170,7 +170,7 @@ class Looked:
         return hashlib.sha256(json.dumps([self.names, self.captions]).encode() + np.ascontiguousarray(self.features).tobytes()).hexdigest()
 
     @classmethod
-    def of(cls, table: pyarrow.Table, parts: Sequence[Part]) -> Looked:
+    def of(cls, table: pyarrow.Table, parts: Sequence[Part]) -> EmbeddedCorpus:
         """What `embed` found, without the rows that cannot be read. Raises ContentError where nothing is left."""
         table = table.filter(pyarrow.compute.equal(table["reason"], ""))
         if not len(table):
@@ -188,7 +188,7 @@ class Looked:
                 for n, label in zip(rows, labels or [self.captions[n] for n in rows], strict=True)]
 
 
-def look(source: str, network: str, size: int, cache: str, report: Callable[[str], None] = lambda line: None) -> Looked:
+def embed_corpus(source: str, network: str, size: int, cache: str, report: Callable[[str], None] = lambda line: None) -> EmbeddedCorpus:
     """The corpus `source` as evaluation looks at it with a network, at `size` pixels; or as the file `cache` holds it from before.
 
     All paths are local or s3://. The cache is of the network and of the files that there are, and none is made of what could not be read to its end: the
@@ -211,10 +211,10 @@ def look(source: str, network: str, size: int, cache: str, report: Callable[[str
         for fault in counted.faults:
             report(fault)
         return table, not counted.faults
-    return Looked.of(kept(cache, of, see), parts)
+    return EmbeddedCorpus.of(cached_table(cache, of, see), parts)
 
 
-def kept(cache: str | Path, of: str, make: Callable[[], tuple[pyarrow.Table, bool]]) -> pyarrow.Table:
+def cached_table(cache: str | Path, of: str, make: Callable[[], tuple[pyarrow.Table, bool]]) -> pyarrow.Table:
     """The table in the file `cache`, local or s3://, if it is `of` what is wanted; else made, and written there if it is to be kept."""
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(storage.read(cache)))
@@ -230,7 +230,7 @@ def kept(cache: str | Path, of: str, make: Callable[[], tuple[pyarrow.Table, boo
     return table
 
 
-def kept_of(cache: str | Path) -> str:
+def cached_table_of(cache: str | Path) -> str:
     """What the table in the file `cache` is of; "" where there is none that is whole."""
     try:
         return _of(pyarrow.parquet.read_schema(io.BytesIO(storage.read(cache))))

@@ -31,7 +31,7 @@ from .stream import quiet, task_errors
 ROLES = ("base", "upsampler", "clip")        # of weights
 PER_FOLDER = 10_000
 MOST_BLOCKS = 10_000                        # that Ray Data is given; there are as few pictures in each as that allows
-AT_ONCE = 8                                 # pictures that a worker is given, and a network call advances
+IMAGES_PER_CALL = 8                                 # pictures that a worker is given, and a network call advances
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Made:
+class BulkResult:
     """What a call of `generate` has done."""
 
     out: str
@@ -57,7 +57,7 @@ class Made:
     cut_prompts: int     # longer than the model's context, and read up to there
 
 
-def generate(prompts: str, out: str, config: BulkConfig, workers: int | None = None, report: Callable[[str], None] = lambda line: None) -> Made:
+def generate(prompts: str, out: str, config: BulkConfig, workers: int | None = None, report: Callable[[str], None] = lambda line: None) -> BulkResult:
     """Make the pictures of a file of prompts in the folder or prefix `out`, or those that are missing there. With METADATA it is then a corpus.
 
     The file has a prompt a line, or with the ending .jsonl an object with `prompt` and, if it likes, `seed`. Picture N of all has the seed
@@ -81,7 +81,7 @@ def generate(prompts: str, out: str, config: BulkConfig, workers: int | None = N
     lines = (json.dumps({"file_name": one.file, "text": one.prompt, "seed": one.seed}, ensure_ascii=False) for one in wanted)
     storage.put("".join(f"{line}\n" for line in lines).encode(), f"{out}/{METADATA}")
     tokenizer = Tokenizer(context)
-    return Made(out, len(wanted), len(missing), sum(tokenizer.encode(prompt).cut for prompt in {one.prompt for one in wanted}))
+    return BulkResult(out, len(wanted), len(missing), sum(tokenizer.encode(prompt).cut for prompt in {one.prompt for one in wanted}))
 
 
 # -- requests --------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ class Worker:
         if not torch.cuda.is_available():
             torch.set_num_threads(threads)
         local = {role: fetch_clip(path) if role == "clip" else shipped.fetch(path, role) for role in ROLES if (path := getattr(config, role))}
-        self._cascade = Cascade.load(local["base"], local.get("upsampler"), config.precision, AT_ONCE, local.get("clip"))
+        self._cascade = Cascade.load(local["base"], local.get("upsampler"), config.precision, IMAGES_PER_CALL, local.get("clip"))
         self._out, self._options, self._maker = out, config.options, Maker.of(self._cascade)
 
     def __call__(self, block: pyarrow.Table) -> pyarrow.Table:
@@ -168,13 +168,13 @@ def _make(wanted: Sequence[Wanted], out: str, config: BulkConfig, workers: int |
     on_gpu = takes_gpu(config.device)
     if on_gpu and not (workers or gpus):
         raise UserError("The cluster has no GPU yet; say with --workers how many to ask for.")
-    most = min(workers or (gpus if on_gpu else cores), -(-len(wanted) // AT_ONCE))
+    most = min(workers or (gpus if on_gpu else cores), -(-len(wanted) // IMAGES_PER_CALL))
     threads = 1 if joined() else max(1, cores // most)
     table = pyarrow.Table.from_pylist([{"number": one.number, "prompt": one.prompt, "seed": one.seed} for one in wanted])
-    rows = AT_ONCE * -(-len(table) // (AT_ONCE * MOST_BLOCKS))
+    rows = IMAGES_PER_CALL * -(-len(table) // (IMAGES_PER_CALL * MOST_BLOCKS))
     blocks = [table.slice(start, rows) for start in range(0, len(table), rows)]       # what is done again when a worker is lost
     made = quiet().from_arrow(blocks).map_batches(
-        Worker, fn_constructor_args=(out, config, threads), batch_format="pyarrow", batch_size=AT_ONCE,
+        Worker, fn_constructor_args=(out, config, threads), batch_format="pyarrow", batch_size=IMAGES_PER_CALL,
         compute=ActorPoolStrategy(min_size=1, max_size=most, max_tasks_in_flight_per_actor=2), num_cpus=0 if on_gpu else 1, num_gpus=1 if on_gpu else 0)
     with tqdm(total=len(wanted), desc="generate", unit="image", dynamic_ncols=True, disable=None) as bar, task_errors():
         for batch in made.iter_batches(batch_size=None, batch_format="pyarrow"):

@@ -24,9 +24,9 @@ from .pages import Picture, Section, page
 from .regions import resized
 
 FIGURES, PAGE, PICTURES, REAL = "figures.json", "report.html", "pictures", "real.json"
-AT_ONCE = 8  # prompts given to the cascade together
+PROMPTS_PER_CALL = 8  # prompts given to the cascade together
 DRAWS = 2000  # of the bootstrap
-SHOWN = 60  # pictures of a category on the page
+PICTURES_SHOWN = 60  # pictures of a category on the page
 Progress = Callable[[int, int], None]  # pictures done, and in all
 
 
@@ -210,7 +210,7 @@ class _Order:
 def _together(orders: Sequence[_Order]) -> Iterator[list[int]]:
     """Prompts several at once, edits one by one."""
     prompts = [n for n, order in enumerate(orders) if not order.inputs]
-    yield from (prompts[start : start + AT_ONCE] for start in range(0, len(prompts), AT_ONCE))
+    yield from (prompts[start : start + PROMPTS_PER_CALL] for start in range(0, len(prompts), PROMPTS_PER_CALL))
     yield from ([n] for n, order in enumerate(orders) if order.inputs)
 
 
@@ -397,7 +397,7 @@ def write(
         ),
     ]
     for category in dict.fromkeys(case.category for case in cases):
-        at = [n for n, case in enumerate(cases) if case.category == category][:SHOWN]
+        at = [n for n, case in enumerate(cases) if case.category == category][:PICTURES_SHOWN]
         groups = [
             [Picture(resized(pictures[n], max(size, 112)), _label(cases[n], verdicts[n]))]
             for n in at

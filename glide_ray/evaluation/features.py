@@ -15,7 +15,7 @@ from ..models.clip_scorer import fetch_clip, load_clip
 from ..data.images import centre_crop, three_crops, to_tensor
 from ..models.weights import WeightsError
 
-AT_ONCE = 64            # crops in one call of the network
+CROPS_PER_CALL = 64            # crops in one call of the network
 TORCHSCRIPT = (".pt", ".pth", ".ts", ".jit")
 POOLED, CLASSES = 2048, 1008                        # Inception's features, and the classes of its 2015 training
 
@@ -41,8 +41,8 @@ class ClipFeatures:
         """RGB images of any size -> (N, E) float32: the mean over three crops along the longer side, of vectors of length 1."""
         crops = [three_crops(picture, self._critic.image_size) for picture in pictures]
         flat = [crop for several in crops for crop in several]
-        seen = [self._critic.see(to_tensor(np.stack(flat[start:start + AT_ONCE]))).float().cpu().numpy()
-                for start in range(0, len(flat), AT_ONCE)]
+        seen = [self._critic.embed_images(to_tensor(np.stack(flat[start:start + CROPS_PER_CALL]))).float().cpu().numpy()
+                for start in range(0, len(flat), CROPS_PER_CALL)]
         ends = np.cumsum([len(several) for several in crops])[:-1]
         return np.stack([part.mean(0) for part in np.split(np.concatenate(seen), ends)]) if crops else np.empty((0, self.width), np.float32)
 
@@ -76,8 +76,8 @@ class InceptionFeatures:
         rows = np.empty((len(pictures), self.width), np.float32)
         for size in {picture.size for picture in pictures}:
             alike = [n for n, picture in enumerate(pictures) if picture.size == size]
-            for start in range(0, len(alike), AT_ONCE):
-                some = alike[start:start + AT_ONCE]
+            for start in range(0, len(alike), CROPS_PER_CALL):
+                some = alike[start:start + CROPS_PER_CALL]
                 rows[some] = self._see(np.stack([np.asarray(pictures[n]) for n in some]))
         return rows
 

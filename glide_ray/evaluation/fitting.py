@@ -22,7 +22,7 @@ from . import vocabulary as words
 from .cases import SCENE_SEED, CorpusError, Row, read_rows, sprites_of
 from .heads import Discriminant, Logistic
 from .judge import Judge
-from .judge_features import Looks, Seen, View
+from .judge_features import Looks, JudgeFeatures, View
 from .regions import part_areas, resized
 from .styles import Styles
 from .judge_accuracy import try_judge
@@ -33,7 +33,7 @@ VERSION = (
 SPLITS = ("train", "held_out", "held_out_pairs")
 THING_SHRINK, THING_WIDTH = 0.1, 256
 COUNTED_SCENES, COUNT_DECAY = 1500, 1e-3
-AT_ONCE = 64
+IMAGES_PER_CALL = 64
 Say = Callable[[str], None]
 
 
@@ -101,8 +101,8 @@ def with_things(judge: Judge, rows: Sequence[Row]) -> Judge:
         return judge
     shapes = np.concatenate(
         [
-            judge.shapes_of([row.picture() for row in rows[start : start + AT_ONCE]])
-            for start in range(0, len(rows), AT_ONCE)
+            judge.shapes_of([row.picture() for row in rows[start : start + IMAGES_PER_CALL]])
+            for start in range(0, len(rows), IMAGES_PER_CALL)
         ]
     )
     names = {**judge.vocabulary.names, **{row.emoji: row.name for row in rows}}
@@ -129,28 +129,28 @@ def fit_counts(corpus: str, vocabulary: words.Vocabulary, scenes: int = COUNTED_
     return Logistic.fit(np.stack(features), np.array(counts), COUNT_DECAY)
 
 
-def _look(rows: Sequence[Row], looks: Looks, say: Say) -> Seen:
+def _look(rows: Sequence[Row], looks: Looks, say: Say) -> JudgeFeatures:
     """All rows in each of DEGRADATIONS, one after the other."""
-    seen: list[list[Seen]] = [[] for _ in DEGRADATIONS]
-    for start in range(0, len(rows), AT_ONCE):
-        if start % (16 * AT_ONCE) == 0:
+    seen: list[list[JudgeFeatures]] = [[] for _ in DEGRADATIONS]
+    for start in range(0, len(rows), IMAGES_PER_CALL):
+        if start % (16 * IMAGES_PER_CALL) == 0:
             say(f"looking at real pictures: {start:,} of {len(rows):,}")
-        pictures = [row.picture() for row in rows[start : start + AT_ONCE]]
+        pictures = [row.picture() for row in rows[start : start + IMAGES_PER_CALL]]
         for n, degrade in enumerate(DEGRADATIONS):
             rng = np.random.default_rng([n, start])
             part = looks.of([View.of(degrade(picture, rng)) for picture in pictures])
             seen[n].append(
-                Seen(part.shapes.astype(np.float16), part.textures.astype(np.float16), part.colours)
+                JudgeFeatures(part.shapes.astype(np.float16), part.textures.astype(np.float16), part.colours)
             )
-    return Seen.joined([part for parts in seen for part in parts])
+    return JudgeFeatures.joined([part for parts in seen for part in parts])
 
 
 def _shapes_alone(rows: Sequence[Row], looks: Looks) -> np.ndarray:
     """What is shown by pictures as scenes have them: recoloured, or small."""
     found = []
-    for start in range(0, len(rows), AT_ONCE):
+    for start in range(0, len(rows), IMAGES_PER_CALL):
         rng = np.random.default_rng([len(DEGRADATIONS), start])
-        pictures = [small_or_recoloured(row, rng) for row in rows[start : start + AT_ONCE]]
+        pictures = [small_or_recoloured(row, rng) for row in rows[start : start + IMAGES_PER_CALL]]
         found.append(looks.shapes([View.of(picture) for picture in pictures]).astype(np.float16))
     return np.concatenate(found)
 

@@ -21,7 +21,7 @@ KINDS = 256         # captions of the reference that serve as classes where no I
 
 
 @dataclass(frozen=True)
-class Seen:
+class ImageFeatures:
     """Images by a CLIP: features (N, E), and those of their captions (N, E), NaN for those that have none. By Inception, where there is one: pooled
     features and probabilities."""
 
@@ -60,7 +60,7 @@ class Reference:
 
     names: Sequence[str]
     captions: Sequence[str]
-    seen: Seen
+    seen: ImageFeatures
 
     @cached_property
     def moments(self) -> Moments:
@@ -80,13 +80,13 @@ class Reference:
         if strange := set(names) - set(self.names):
             raise MetricError(f"The list of what to leave out names {min(strange)}, which is not among the images of the reference: it was made for another.")
         keep = np.array([name not in names for name in self.names])
-        seen = Seen(*(None if part is None else part[keep] for part in (self.seen.clip, self.seen.words, self.seen.inception)))
+        seen = ImageFeatures(*(None if part is None else part[keep] for part in (self.seen.clip, self.seen.words, self.seen.inception)))
         return Reference([name for name in self.names if name not in names], [text for text, kept in zip(self.captions, keep, strict=True) if kept], seen)
 
-    def frechet_distance(self, made: Seen) -> float:
+    def frechet_distance(self, made: ImageFeatures) -> float:
         return metrics.frechet_distance(Moments.of(made.features), self.moments)
 
-    def figures(self, made: Seen) -> dict[str, float | None]:
+    def figures(self, made: ImageFeatures) -> dict[str, float | None]:
         """All that section 5 plots and tabulates. Distances are FID, and the score is IS, where Inception has seen the images; else they are the
         same measures of the CLIP's features, to be compared only with each other. None is what wants captions that are not there. Raises MetricError."""
         real = self.seen
@@ -120,7 +120,7 @@ class Reference:
             with safe_open(local, "np") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
                 told = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
-            reference = cls(told["names"], told["captions"], Seen(tensors["clip"], tensors["words"], tensors.get("inception")))
+            reference = cls(told["names"], told["captions"], ImageFeatures(tensors["clip"], tensors["words"], tensors.get("inception")))
             reference.__dict__.update(reach=tensors["reach"], moments=Moments(len(told["names"]), tensors["mean"], tensors["covariance"]))
             return reference, told["about"]
         except (SafetensorError, KeyError, ValueError) as error:

@@ -17,7 +17,7 @@ from ..models.efficientnet import EfficientNetLite0, load_efficientnet, normalis
 from .regions import Box, Regions, crop, resized
 
 INPUT = 128  # pixels of what the network is shown
-AT_ONCE = 32  # pictures in one call of the network
+IMAGES_PER_CALL = 32  # pictures in one call of the network
 SHAPE_STAGES = (4, 5, 6)  # stages whose feature maps, pooled to 2 x 2, describe the object
 STYLE_STAGES, PAIRED = (
     (0, 1, 2, 3, 4),
@@ -50,7 +50,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Seen:
+class JudgeFeatures:
     """Features of N pictures: `shapes` (N, 2496) of the object, `textures` (N, 997) and `colours`
     (N, STEPS^3) of the style."""
 
@@ -62,7 +62,7 @@ class Seen:
         return len(self.shapes)
 
     @classmethod
-    def joined(cls, parts: Sequence[Seen]) -> Seen:
+    def joined(cls, parts: Sequence[JudgeFeatures]) -> JudgeFeatures:
         return cls(
             np.concatenate([part.shapes for part in parts]),
             np.concatenate([part.textures for part in parts]),
@@ -82,7 +82,7 @@ class Looks:
         """The features of objects alone: (N, 2496) float32."""
         return np.concatenate([_shape(maps).numpy() for _, maps in self._maps(views)])
 
-    def of(self, views: Sequence[View]) -> Seen:
+    def of(self, views: Sequence[View]) -> JudgeFeatures:
         """All features."""
         both = [
             (_shape(maps).numpy(), _texture(squares, maps).numpy())
@@ -99,7 +99,7 @@ class Looks:
                 for of, change in zip(regions, changes, strict=True)
             ]
         )
-        return Seen(
+        return JudgeFeatures(
             np.concatenate([shape for shape, _ in both]),
             np.concatenate([np.concatenate([texture for _, texture in both]), steep], 1),
             colours,
@@ -107,9 +107,9 @@ class Looks:
 
     def _maps(self, views: Sequence[View]):
         """In batches: the network's input (B, 3, INPUT, INPUT) uint8, and its feature maps."""
-        for start in range(0, len(views), AT_ONCE):
+        for start in range(0, len(views), IMAGES_PER_CALL):
             squares = torch.from_numpy(
-                np.stack([view.cut for view in views[start : start + AT_ONCE]])
+                np.stack([view.cut for view in views[start : start + IMAGES_PER_CALL]])
             ).permute(0, 3, 1, 2)
             with torch.no_grad():
                 maps = self._network.maps(

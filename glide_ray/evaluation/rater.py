@@ -26,7 +26,7 @@ HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"
 POLICY = "default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'nonce-{0}'; script-src 'nonce-{0}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
-class Answer(BaseModel):
+class RaterAnswer(BaseModel):
     """What the page sends, again and again until it is heard. `again`: the rater went back and thought better of it."""
 
     token: str = Field(max_length=32)
@@ -35,7 +35,7 @@ class Answer(BaseModel):
     again: bool = False
 
 
-def build(votes: Votes, pictures: Path, wanted: int, link_key: str) -> FastAPI:
+def build_app(votes: Votes, pictures: Path, wanted: int, link_key: str) -> FastAPI:
     """The application. `wanted`: votes for each comparison and question; `link_key`: what a link must have, at this
     machine's own address too, for a proxy may stand before it."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -78,7 +78,7 @@ def build(votes: Votes, pictures: Path, wanted: int, link_key: str) -> FastAPI:
         return turns(rater)
 
     @app.post("/votes")
-    def vote(given: Answer, rater: str = Depends(known)) -> JSONResponse:
+    def vote(given: RaterAnswer, rater: str = Depends(known)) -> JSONResponse:
         if not votes.answer(rater, given.token, given.answer, given.seconds, given.again):
             raise HTTPException(404, "There is no such turn of yours.")
         return turns(rater)

@@ -32,7 +32,7 @@ class StudyError(UserError):
 
 
 @dataclass(frozen=True)
-class Picture:
+class StudyPicture:
     """Where a picture lies: row `place` of a part."""
 
     part: Part
@@ -41,7 +41,7 @@ class Picture:
     seed: int | None = None
 
 
-Pair = tuple[str, str, Picture, Picture]       # the models' names and a picture of each
+Pair = tuple[str, str, StudyPicture, StudyPicture]       # the models' names and a picture of each
 
 
 def open_study(out: str | Path, database: str | None, asked: Asked | None, report: Callable[[str], None] = lambda line: None) -> Votes:
@@ -66,38 +66,38 @@ def database_of(out: str | Path) -> str:
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
-def find_pictures(folder: str) -> dict[str, list[Picture]]:
+def find_pictures(folder: str) -> dict[str, list[StudyPicture]]:
     """By prompt, under each of its captions. Bulk generation's folder is only listed, any other corpus is read once. Raises ShardError."""
-    found: dict[str, list[Picture]] = {}
+    found: dict[str, list[StudyPicture]] = {}
     for picture in _listed(folder) or _walked(folder):
         found.setdefault(picture.prompt, []).append(picture)
     return found
 
 
-def _listed(folder: str) -> list[Picture]:
+def _listed(folder: str) -> list[StudyPicture]:
     """What METADATA says, with seeds; [] where there is none."""
     folder = storage.absolute(folder).rstrip("/")
     try:
         rows = [read_meta(line) for line in storage.read(f"{folder}/{METADATA}").splitlines()]
     except storage.MissingError:
         return []
-    return [Picture(Part(f"{folder}/{row['file_name']}", files=((f"{folder}/{row['file_name']}", (str(row["text"]),)),)), 0, str(row["text"]).strip(),
+    return [StudyPicture(Part(f"{folder}/{row['file_name']}", files=((f"{folder}/{row['file_name']}", (str(row["text"]),)),)), 0, str(row["text"]).strip(),
                     seed if isinstance(seed := row.get("seed"), int) else None) for row in rows if "file_name" in row and str(row.get("text") or "").strip()]
 
 
-def _walked(folder: str) -> Iterator[Picture]:
+def _walked(folder: str) -> Iterator[StudyPicture]:
     for part in find_parts(folder):
         for place, sample in enumerate(read_part(part)):
-            yield from (Picture(part, place, caption.strip()) for caption in dict.fromkeys(sample.captions) if caption.strip())
+            yield from (StudyPicture(part, place, caption.strip()) for caption in dict.fromkeys(sample.captions) if caption.strip())
 
 
-def read_pictures(pictures: Sequence[Picture]) -> Iterator[tuple[Picture, np.ndarray]]:
+def read_pictures(pictures: Sequence[StudyPicture]) -> Iterator[tuple[StudyPicture, np.ndarray]]:
     """Each with its pixels (S, S, 3), part by part: their centred squares, as generated ones are (app. A.2). Raises StudyError where one is missing or broken."""
-    by_part: dict[str, list[Picture]] = {}
+    by_part: dict[str, list[StudyPicture]] = {}
     for picture in pictures:
         by_part.setdefault(picture.part.url, []).append(picture)
     for url, wanted in by_part.items():
-        wanted_at: dict[int, list[Picture]] = {}
+        wanted_at: dict[int, list[StudyPicture]] = {}
         for picture in wanted:
             wanted_at.setdefault(picture.place, []).append(picture)
         for place, sample in enumerate(itertools.islice(read_part(wanted[0].part), max(wanted_at) + 1)):
@@ -111,7 +111,7 @@ def read_pictures(pictures: Sequence[Picture]) -> Iterator[tuple[Picture, np.nda
 
 # -- pairs ------------------------------------------------------------------------------------------------------------
 
-def choose_pairs(pictures: Mapping[str, Mapping[str, Sequence[Picture]]], count: int, secret: str) -> list[Pair]:
+def choose_pairs(pictures: Mapping[str, Mapping[str, Sequence[StudyPicture]]], count: int, secret: str) -> list[Pair]:
     """At most `count` pairs of pictures of the same prompt and, where both have it, seed: as many of each two models as of any other, if there are.
 
     Raises StudyError where two models have no prompt in common.
@@ -127,7 +127,7 @@ def choose_pairs(pictures: Mapping[str, Mapping[str, Sequence[Picture]]], count:
     return [pair for round_ in itertools.zip_longest(*chosen) for pair in round_ if pair][:count]
 
 
-def pairs_of(first: Sequence[Picture], second: Sequence[Picture]) -> list[tuple[Picture, Picture]]:
+def pairs_of(first: Sequence[StudyPicture], second: Sequence[StudyPicture]) -> list[tuple[StudyPicture, StudyPicture]]:
     """Of one prompt: those of the same seed, or where no seed is in both, in their order."""
     by_seed = {picture.seed: picture for picture in second if picture.seed is not None}
     return [(picture, by_seed[picture.seed]) for picture in first if picture.seed in by_seed] or list(zip(first, second, strict=False))
@@ -150,7 +150,7 @@ def _make(asked: Asked, secret: str, folder: Path, report: Callable[[str], None]
     return [replace(one, id=n) for n, one in enumerate([*made, *checks], 1)]
 
 
-def opaque(secret: str, name: str, picture: Picture) -> str:
+def opaque(secret: str, name: str, picture: StudyPicture) -> str:
     """What a picture is called on the page."""
     return f"{draw(secret, 'picture', name, picture.part.url, picture.place, picture.prompt):016x}"
 

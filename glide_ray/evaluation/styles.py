@@ -10,7 +10,7 @@ import numpy as np
 
 from ..data.splits import share
 from .heads import Discriminant, Logistic
-from .judge_features import Seen
+from .judge_features import JudgeFeatures
 
 FOLDS = 3  # of things, for scores of pictures whose thing was left out of the fit
 SHRINK, PENALTY, DECAY = 0.3, 1.0, 1e-4
@@ -35,7 +35,7 @@ class Styles:
 
     @classmethod
     def fit(
-        cls, seen: Seen, styles: Sequence[str], things: Sequence[str]
+        cls, seen: JudgeFeatures, styles: Sequence[str], things: Sequence[str]
     ) -> tuple[Styles, np.ndarray]:
         """Fit to pictures with the style and the thing of each.
 
@@ -56,7 +56,7 @@ class Styles:
             scores
         ) == index
 
-    def best(self, seen: Seen) -> list[str]:
+    def best(self, seen: JudgeFeatures) -> list[str]:
         """The style of each picture, with those of SAME_LOOK as one."""
         found = [self.labels[n] for n in self.weigh.best(self._scores(seen))]
         for style, head in self.added.items():
@@ -66,13 +66,13 @@ class Styles:
             ]
         return found
 
-    def adding(self, style: str, seen: Seen, others: Seen) -> Styles:
+    def adding(self, style: str, seen: JudgeFeatures, others: JudgeFeatures) -> Styles:
         """With one more style, a binary classifier of its textures against those of `others`."""
         textures = np.concatenate([others.textures, seen.textures]).astype(np.float32)
         is_new = np.repeat([0, 1], [len(others), len(seen)])
         return replace(self, added={**self.added, style: Logistic.fit(textures, is_new, DECAY)})
 
-    def _scores(self, seen: Seen) -> np.ndarray:
+    def _scores(self, seen: JudgeFeatures) -> np.ndarray:
         """By colours and by texture: (N, 2 C)."""
         colours = seen.colours[:, self.codes] @ self.palette + self.bias
         texture = self.texture.scores(seen.textures) / 2
@@ -115,7 +115,7 @@ def look_of(style: str) -> str:
     return SAME_LOOK.get(style, style)
 
 
-def _parts(seen: Seen, rows: np.ndarray, index: np.ndarray, labels: tuple[str, ...]) -> Styles:
+def _parts(seen: JudgeFeatures, rows: np.ndarray, index: np.ndarray, labels: tuple[str, ...]) -> Styles:
     """Both classifiers, without the weights that combine them."""
     from sklearn.svm import LinearSVC  # comes with the extra `judge`
 
@@ -134,5 +134,5 @@ def _parts(seen: Seen, rows: np.ndarray, index: np.ndarray, labels: tuple[str, .
     )
 
 
-def _rows(seen: Seen, rows: np.ndarray) -> Seen:
-    return Seen(seen.shapes[rows], seen.textures[rows], seen.colours[rows])
+def _rows(seen: JudgeFeatures, rows: np.ndarray) -> JudgeFeatures:
+    return JudgeFeatures(seen.shapes[rows], seen.textures[rows], seen.colours[rows])

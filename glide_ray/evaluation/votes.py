@@ -26,7 +26,7 @@ from .pairing import FAILED_SHARE, FIRST, SECOND, TIE, Comparison, Turn, next_tu
 
 BUSY_SECONDS = 30       # that a write to SQLite waits for another
 OPEN_SECONDS = 600      # for which a comparison that a rater was shown and has not answered is kept from others
-AHEAD = 3               # comparisons that a rater's page is given: the next ones load meanwhile, and are there when the connection is not
+PREFETCHED_COMPARISONS = 3               # comparisons that a rater's page is given: the next ones load meanwhile, and are there when the connection is not
 
 SCHEMA = MetaData()
 STUDY = Table("study", SCHEMA, Column("id", Integer, primary_key=True), Column("asked", Text, nullable=False), Column("secret", String(64), nullable=False),
@@ -177,11 +177,11 @@ class Votes:
     def _turns(self, connection: Connection, rater: str, wanted: int, secret: str, questions: Sequence[str],
                comparisons: Mapping[int, Comparison]) -> tuple[list[Shown], int, int]:
         rows = connection.execute(select(VOTES).where(VOTES.c.rater == rater).order_by(VOTES.c.turn)).all()
-        waiting = [row for row in rows if row.answer is None][:AHEAD]
+        waiting = [row for row in rows if row.answer is None][:PREFETCHED_COMPARISONS]
         had = [Turn(row.comparison, row.question, row.left_picture) for row in rows]
         taken = self._taken(connection, rater)
         shown = [self._shown(row.token, Turn(row.comparison, row.question, row.left_picture)) for row in waiting]
-        while len(shown) < AHEAD and (turn := next_turn(secret, rater, comparisons, questions, had, taken, wanted)):
+        while len(shown) < PREFETCHED_COMPARISONS and (turn := next_turn(secret, rater, comparisons, questions, had, taken, wanted)):
             token = secrets.token_urlsafe(12)
             connection.execute(insert(VOTES).values(token=token, turn=len(had), rater=rater, comparison=turn.comparison, question=turn.question,
                                                     left_picture=turn.left, given_at=time.time()))

@@ -13,11 +13,11 @@ from ..config import presets
 from .. import storage
 from ..errors import ConfigError, nearest
 from ..config.training import Preset
-from ..data.emoji import build
+from ..data.emoji import build_corpus
 from ..data.images import encode
 from ..train.samples import sample_grid
 from ..precision import DTYPES
-from ..models.weights import build as build_model
+from ..models.weights import build_model
 from ..models.weights import save_weights
 from ..train.pack import read_trained, write_half
 from ..config.overrides import override
@@ -52,7 +52,7 @@ def pretrain(name: str, out: Path, minutes: float, corpus: Path, run: Path, pack
         raise ConfigError(f"{name!r} does not ship; {nearest(name, MODELS)}")
     gpu = torch.cuda.is_available()
     report(f"the corpus in {corpus}")
-    build(corpus, report=report, styles=styles, packages=packages, scenes=scenes)
+    build_corpus(corpus, report=report, styles=styles, packages=packages, scenes=scenes)
     preset = override(presets.get(name), [
         "trackers=", "sample_every=none", f"data.held_out={corpus}/held_out", f"data.corpus={corpus}/{{train,tones,scenes}}",
         *(ON_GPU[name] if gpu else []), *settings])

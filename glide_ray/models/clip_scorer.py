@@ -1,6 +1,6 @@
 """CLIP as guidance and reranking use it: captions embedded once, images scored against them at every step.
 
-`OwnCritic` is ours, trained on noised images (sec. 4.4) or on plain ones; `PublicCritic` one of the published models that never saw noise,
+`NoisedClipScorer` is ours, trained on noised images (sec. 4.4) or on plain ones; `PublicClipScorer` one of the published models that never saw noise,
 for the comparison of app. D. Both stay in float32: their gradients vanish in less.
 """
 
@@ -24,7 +24,7 @@ from ..data.tokenizer import ClipTokenizer, Tokenizer
 CLIP_FILES = (".safetensors", ".json", ".txt")      # of a public CLIP's folder: weights, settings, vocabulary
 
 
-class Critic(Protocol):
+class ClipScorer(Protocol):
     noised: bool            # whether it reads x_t itself
     embedding: int
     image_size: int         # pixels on a side of what it reads
@@ -32,14 +32,14 @@ class Critic(Protocol):
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Captions as vectors of length 1: (N, E)."""
 
-    def see(self, x: Tensor) -> Tensor:
+    def embed_images(self, x: Tensor) -> Tensor:
         """Images without noise (B, 3, H, W) in [-1, 1] as vectors of length 1: (B, E)."""
 
     def score(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """The logit of each image (B, 3, H, W), at timesteps (B,), with its caption (B, E): (B,)."""
 
 
-class OwnCritic:
+class NoisedClipScorer:
     def __init__(self, model: NoisedClip, config: ClipModelConfig, device: torch.device | str = "cpu", merges: str | None = None):
         self.model, self.config, self.device = model.to(device, torch.float32).eval().requires_grad_(False), config, device
         self.noised, self.embedding, self.image_size = config.clip.noised, config.clip.embedding, config.image_size
@@ -51,7 +51,7 @@ class OwnCritic:
         return self.model.encode_text(tokens.to(self.device), mask.sum(1).to(self.device))
 
     @torch.no_grad()
-    def see(self, x: Tensor) -> Tensor:
+    def embed_images(self, x: Tensor) -> Tensor:
         x = x.to(self.device)
         return self.model.encode_image(x, torch.zeros(len(x), dtype=torch.int64, device=self.device))
 
@@ -59,7 +59,7 @@ class OwnCritic:
         return self.model.score(x, timestep if self.noised else torch.zeros_like(timestep), text)
 
 
-class PublicCritic:
+class PublicClipScorer:
     """A CLIP in the form of `transformers`, from a folder with its config, its tokenizer and weights in safetensors."""
 
     noised = False
@@ -86,7 +86,7 @@ class PublicCritic:
         return F.normalize(self._model.text_projection(self._model.text_model(**given).pooler_output), dim=-1)
 
     @torch.no_grad()
-    def see(self, x: Tensor) -> Tensor:
+    def embed_images(self, x: Tensor) -> Tensor:
         return self._embed_images(x.to(self.device))
 
     def score(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
@@ -99,10 +99,10 @@ class PublicCritic:
         return F.normalize(self._model.visual_projection(self._model.vision_model((x - mean) / std).pooler_output), dim=-1)
 
 
-def load_critic(path: str | Path, base: ModelConfig, device: torch.device | str = "cpu") -> Critic:
+def load_critic(path: str | Path, base: ModelConfig, device: torch.device | str = "cpu") -> ClipScorer:
     """The CLIP at `path`, a weights file of noised CLIP or the folder of a public one, to go with a base model. Raises WeightsError."""
     critic = load_clip(path, device)
-    if isinstance(critic, PublicCritic):
+    if isinstance(critic, PublicClipScorer):
         return critic
     check_clip(critic.config, base, path)
     return critic
@@ -118,17 +118,17 @@ def check_clip(config: ClipModelConfig, base: ModelConfig, path: str | Path) -> 
                            f"{base.name} on a {base.diffusion.schedule} one of {base.diffusion.steps}; give a CLIP of the same noise.")
 
 
-def load_clip(path: str | Path, device: torch.device | str = "cpu") -> OwnCritic | PublicCritic:
+def load_clip(path: str | Path, device: torch.device | str = "cpu") -> NoisedClipScorer | PublicClipScorer:
     """The CLIP at `path` by itself: a weights file of noised CLIP, or the folder of a public one. Raises WeightsError."""
     if Path(path).is_dir():
-        return PublicCritic(path, device)
+        return PublicClipScorer(path, device)
     model, config = load_model(path)
     if not isinstance(config, ClipModelConfig):
         raise WeightsError(f"{path} holds {config.name}, a model of the kind {config.role!r}, where one of the kind 'clip' is wanted.")
     merges = load_metadata(path).get("merges")
     if config.clip.tokenizer == "clip" and not merges:
         raise WeightsError(f"{path} lacks the vocabulary of its captions; import it again with --vocabulary.")
-    return OwnCritic(model, config, device, merges)
+    return NoisedClipScorer(model, config, device, merges)
 
 
 def fetch_clip(path: str | Path) -> Path:

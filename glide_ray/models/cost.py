@@ -14,7 +14,7 @@ from ..precision import BYTES
 from ..tensors import Batch, Conditioning
 from .clip import NoisedClip
 from .unet import GlideUNet
-from .weights import build
+from .weights import build_model
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def inspect(config: AnyModelConfig) -> ModelInfo:
     """Count a model without drawing a weight."""
     size = config.image_size
     with torch.device("meta"):
-        model = build(config).eval()
+        model = build_model(config).eval()
         x, timestep = torch.empty(1, 3, size, size), torch.empty(1, dtype=torch.int64)
         if isinstance(model, NoisedClip):
             with FlopCounterMode(display=False) as text_counter:

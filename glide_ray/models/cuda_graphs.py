@@ -19,7 +19,7 @@ def row_counts(most: int) -> list[int]:
     return sorted(counts | {most})
 
 
-class Captured:
+class GraphRunner:
     """`model` on a GPU, called as the model is but with `text` at hand, for `most` rows at most. Not thread-safe, and of one stream.
 
     What it gives is overwritten by the next call. Rows are padded to the next of `row_counts`, and a graph is recorded when it is first wanted;

@@ -61,7 +61,7 @@ def load_metadata(path: str | Path) -> dict[str, str]:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}); export or copy it again.") from None
 
 
-def build(config: AnyModelConfig) -> GlideUNet | NoisedClip:
+def build_model(config: AnyModelConfig) -> GlideUNet | NoisedClip:
     """The model of a config, drawn at random."""
     return GlideUNet(config.unet, config.diffusion) if isinstance(config, ModelConfig) else NoisedClip(config.clip)
 
@@ -71,7 +71,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
     """The model in eval mode, channels last, frozen. Raises WeightsError where the weights do not fit their config."""
     config, state = load_weights(path)
     with torch.device("meta"):
-        model = build(config)
+        model = build_model(config)
     check_shapes(state, {name: tensor.shape for name, tensor in model.state_dict().items()}, str(path))
     model.load_state_dict(state, assign=True)
     return model.to(device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False), config

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config.models import SHIPPED, ModelConfig
 from ..config.sampling import SampleOptions
 from ..errors import UserError, nearest
-from ..models.clip_scorer import Critic, load_critic
+from ..models.clip_scorer import ClipScorer, load_critic
 from ..data.images import area_downsample, to_8_bits, to_tensor, to_uint8
 from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedule import ScheduleError, kept_timesteps
@@ -69,7 +69,7 @@ def check_options(options: SampleOptions, seed: int | None = None, strength: flo
         raise RequestError(f"strength must lie above 0 and at most at 1 (given: {strength}); 0.6 keeps a picture's outline.", "strength")
 
 
-def base_request(config: ModelConfig, prompt: str, seed: int, options: SampleOptions = SampleOptions(), *, critic: Critic | None = None,
+def base_request(config: ModelConfig, prompt: str, seed: int, options: SampleOptions = SampleOptions(), *, critic: ClipScorer | None = None,
                  known: np.ndarray | None = None, known_mask: np.ndarray | None = None, start: np.ndarray | None = None,
                  strength: float = 1.0) -> SampleRequest:
     """One sample of a base model. `known` and `start` uint8 (H, W, 3), `known_mask` bool (H, W), true = keep, at the model's size."""
@@ -82,7 +82,7 @@ def base_request(config: ModelConfig, prompt: str, seed: int, options: SampleOpt
 
 
 def edit_request(config: ModelConfig, image: np.ndarray, known_mask: np.ndarray, prompt: str, seed: int, options: SampleOptions = SampleOptions(), *,
-                 critic: Critic | None = None, start: np.ndarray | None = None, strength: float = 1.0) -> SampleRequest:
+                 critic: ClipScorer | None = None, start: np.ndarray | None = None, strength: float = 1.0) -> SampleRequest:
     """The base model's part of an edit of `image` (S, S, 3), or of a variation that begins from `start` (S, S, 3), at the cascade's size."""
     size = config.image_size
     known, mask = shrink_known(image, known_mask, size)
@@ -225,7 +225,7 @@ class Cascade:
 
 
 @torch.no_grad()
-def clip_scores(critic: Critic, device: torch.device | str, images: Tensor, prompts: Sequence[str]) -> list[float]:
+def clip_scores(critic: ClipScorer, device: torch.device | str, images: Tensor, prompts: Sequence[str]) -> list[float]:
     """CLIP's logit of images (N, 3, h, w), as they would be saved, with their prompts."""
     images = to_8_bits(images).to(device)
     return critic.score(images, torch.zeros(len(images), dtype=torch.int64, device=device), critic.embed(prompts)).tolist()

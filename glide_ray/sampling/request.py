@@ -33,7 +33,7 @@ class SampleRequest:
 
 
 @dataclass(frozen=True)
-class Flight(Rows):
+class SampleBatch(Rows):
     """The tensors of S samples, a row each."""
 
     x: Tensor                    # (S, 3, H, W) float32
@@ -44,7 +44,7 @@ class Flight(Rows):
 
 
 @dataclass
-class Sample:
+class ActiveSample:
     """What is known of a sample without asking the device, and its row while it is not batched with others."""
 
     ticket: int
@@ -57,7 +57,7 @@ class Sample:
     left: int                    # still to go: the next one is at index left - 1 of its schedule
     due: float                   # the smallest goes first
     edits: bool = False          # whether it has known pixels
-    row: Flight | None = None
+    row: SampleBatch | None = None
 
     def guides(self, timestep: int, timesteps: int) -> bool:
         """Whether guidance of either kind holds at this timestep."""

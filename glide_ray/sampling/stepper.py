@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config.models import ModelConfig
 from ..errors import UserError
-from ..models.clip_scorer import Critic
+from ..models.clip_scorer import ClipScorer
 from ..diffusion.guidance import classifier_free, score_gradient
 from ..diffusion.process import q_sample
 from ..diffusion.samplers import (
@@ -30,14 +30,14 @@ from ..diffusion.samplers import (
     renoise_known,
 )
 from ..diffusion.schedule import Schedule, join, kept_timesteps, make_schedule, respace
-from .request import Flight, Sample, SampleRequest
-from ..tensors import Conditioning, ModelOutput, TextFeatures, sent
-from ..models.cuda_graphs import Captured
+from .request import SampleBatch, ActiveSample, SampleRequest
+from ..tensors import Conditioning, ModelOutput, TextFeatures, to_device_async
+from ..models.cuda_graphs import GraphRunner
 from ..models.unet import GlideUNet
 
-STRETCH = 3              # a sample is due after so many times its own steps: short ones go first, and none waits for ever
-CAPTIONS_KEPT = 64       # of which the text features are at hand
-AHEAD = 1                # steps that a GPU may still have to do when the next is prepared: what leaves or comes is heeded the step after
+DEADLINE_STRETCH = 3              # a sample is due after so many times its own steps: short ones go first, and none waits for ever
+CACHED_CAPTIONS = 64       # of which the text features are at hand
+GPU_STEPS_AHEAD = 1                # steps that a GPU may still have to do when the next is prepared: what leaves or comes is heeded the step after
 
 
 class Stepper:
@@ -50,7 +50,7 @@ class Stepper:
     """
 
     def __init__(self, model: GlideUNet, config: ModelConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-                 max_in_flight: int = 8, batched: bool | None = None, critic: Critic | None = None, lanes: int = 1):
+                 max_in_flight: int = 8, batched: bool | None = None, critic: ClipScorer | None = None, lanes: int = 1):
         self.config, self.device, self.max_in_flight = config, torch.device(device), max_in_flight
         self.model = model.to(self.device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
         self.batched = self.device.type != "cpu" if batched is None else batched
@@ -58,17 +58,17 @@ class Stepper:
         self._network = self.model
         if self.device.type == "cuda":
             self.model.fuse()
-            self._network = Captured(self.model, max_in_flight * (1 if config.sampling.guidance_scale == 1 else 2))
+            self._network = GraphRunner(self.model, max_in_flight * (1 if config.sampling.guidance_scale == 1 else 2))
         self.critic = critic
         self.steps_done = 0
         self.sample_steps_done = 0      # of all samples
         self._process = make_schedule(config.diffusion.schedule, config.diffusion.steps)
         self._schedules: dict[str, Schedule] = {}
         self._kept: dict[str, list[int]] = {}
-        self._waiting: list[Sample] = []
-        self._samples: list[Sample] = []
-        self._together: list[Sample] = []      # those whose rows are joined
-        self._flight: Flight | None = None     # in this
+        self._waiting: list[ActiveSample] = []
+        self._samples: list[ActiveSample] = []
+        self._together: list[ActiveSample] = []      # those whose rows are joined
+        self._flight: SampleBatch | None = None     # in this
         self._paired: tuple[Conditioning, list[int], Conditioning, TextFeatures] | None = None      # the last call's, for as long as the samples are the same
         self._events: deque[torch.cuda.Event] = deque()      # steps that a GPU has been given
         self._tickets = 0
@@ -102,7 +102,7 @@ class Stepper:
             raise UserError("CLIP guidance needs a CLIP model; give one, or leave clip_scale at 0.")
         steps = self._first_index(request) + 1
         self._tickets += 1
-        self._waiting.append(Sample(
+        self._waiting.append(ActiveSample(
             self._tickets, request, request.respacing or own.respacing, request.sampler or own.sampler,
             own.guidance_scale if request.guidance_scale is None else request.guidance_scale,
             torch.Generator().manual_seed(request.seed), steps, steps, self._due(request, steps)))
@@ -136,8 +136,8 @@ class Stepper:
         if self.batched:
             if [sample.ticket for sample in moving] != [sample.ticket for sample in self._together]:
                 self._part()
-                self._together, self._flight = list(moving), Flight.join([sample.row for sample in moving])
-            self._wait(AHEAD)
+                self._together, self._flight = list(moving), SampleBatch.join([sample.row for sample in moving])
+            self._wait(GPU_STEPS_AHEAD)
             self._flight = self._advance(moving, self._flight)
             if self.device.type == "cuda":
                 self._events.append(torch.cuda.current_stream().record_event())
@@ -172,7 +172,7 @@ class Stepper:
     def warm(self, request: SampleRequest) -> None:
         """Run a first sample; on a GPU also choose kernels and record graphs for every number of samples, which the next ones would wait for."""
         self.run([request])
-        if isinstance(self._network, Captured):
+        if isinstance(self._network, GraphRunner):
             self._network.record()
 
     @torch.inference_mode()
@@ -197,9 +197,9 @@ class Stepper:
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _due(self, request: SampleRequest, steps: int) -> float:
-        """When a sample is to be finished, in sample-steps of this stepper: after `STRETCH` times its own and its group's before it."""
+        """When a sample is to be finished, in sample-steps of this stepper: after `DEADLINE_STRETCH` times its own and its group's before it."""
         group = sum(other.left for other in (*self._samples, *self._waiting) if request.group is not None and other.request.group == request.group)
-        return self.sample_steps_done + STRETCH * (group + steps)
+        return self.sample_steps_done + DEADLINE_STRETCH * (group + steps)
 
     def _wait(self, ahead: int) -> None:
         """Until a GPU has no more than so many steps before it."""
@@ -213,49 +213,49 @@ class Stepper:
         self._together, self._flight = [], None
 
     @torch.inference_mode()
-    def _advance(self, samples: list[Sample], flight: Flight) -> Flight:
+    def _advance(self, samples: list[ActiveSample], flight: SampleBatch) -> SampleBatch:
         """One step of all these samples, in one network call. What decides it is known here: the device is asked nothing."""
         names = list(dict.fromkeys(sample.respacing for sample in samples))
         schedule, starts = self._joined(names)
-        i = sent(torch.tensor([starts[sample.respacing] + sample.left - 1 for sample in samples]), self.device)
+        i = to_device_async(torch.tensor([starts[sample.respacing] + sample.left - 1 for sample in samples]), self.device)
         timesteps = [self._timesteps(sample.respacing)[sample.left - 1] for sample in samples]
         output = self._denoise(samples, flight, schedule.timestep[i], timesteps)
-        noise = sent(torch.cat([self._noise(sample) for sample in samples]), self.device)
+        noise = to_device_async(torch.cat([self._noise(sample) for sample in samples]), self.device)
         step = self._sampled(samples, schedule, output, flight, i, noise, self._gradient(samples, schedule, output, flight, i, timesteps))
         x = step.x
         if not self.config.unet.inpaint and any(sample.edits for sample in samples):
             # This model does not see what is known but in x itself (sec. 4.3). The noise is drawn for edits only.
             renoise = torch.cat([self._noise(sample) if sample.edits else torch.zeros_like(x[:1], device="cpu") for sample in samples])
-            x = renoise_known(schedule, x, i, sent(renoise, self.device), Known(flight.conditioning.known, flight.conditioning.known_mask))
+            x = renoise_known(schedule, x, i, to_device_async(renoise, self.device), Known(flight.conditioning.known, flight.conditioning.known_mask))
         for n, sample in enumerate(samples):
             sample.left -= 1
             if sample.shows():
                 sample.request.watch(step.x0[n].cpu())
         return replace(flight, x=x, history=flight.history.then(step.remembered))
 
-    def _sampled(self, samples: list[Sample], schedule: Schedule, output: ModelOutput, flight: Flight, i: Tensor, noise: Tensor,
+    def _sampled(self, samples: list[ActiveSample], schedule: Schedule, output: ModelOutput, flight: SampleBatch, i: Tensor, noise: Tensor,
                  gradient: Tensor | None) -> Step:
         """One reverse step of every sample by its own sampler."""
         names = [sample.sampler for sample in samples]
         parts, order = [], []
         for name in dict.fromkeys(names):
             here = [n for n, sampler in enumerate(names) if sampler == name]
-            rows = slice(None) if len(here) == len(names) else sent(torch.tensor(here), self.device)
+            rows = slice(None) if len(here) == len(names) else to_device_async(torch.tensor(here), self.device)
             part = flight[rows]
             known = Known(part.conditioning.known, part.conditioning.known_mask) if any(samples[n].edits for n in here) else None
             push = None if gradient is None else gradient[rows]
             parts.append(SAMPLERS[name](schedule, output[rows], part.x, i[rows], noise[rows], known, push, part.history))
             order += here
-        return parts[0] if len(parts) == 1 else Step.join(parts)[sent(torch.tensor(order).argsort(), self.device)]
+        return parts[0] if len(parts) == 1 else Step.join(parts)[to_device_async(torch.tensor(order).argsort(), self.device)]
 
-    def _gradient(self, samples: list[Sample], schedule: Schedule, output: ModelOutput, flight: Flight, i: Tensor,
+    def _gradient(self, samples: list[ActiveSample], schedule: Schedule, output: ModelOutput, flight: SampleBatch, i: Tensor,
                   timesteps: list[int]) -> Tensor | None:
         """The push of CLIP guidance (S, 3, H, W): zero for samples that have none, None where none has."""
         pulled = [n for n, sample in enumerate(samples) if sample.request.clip_scale and sample.guides(timesteps[n], self.config.diffusion.steps)]
         if not pulled:
             return None
-        rows = sent(torch.tensor(pulled), self.device)
-        scale = sent(torch.tensor([samples[n].request.clip_scale for n in pulled]), self.device)
+        rows = to_device_async(torch.tensor(pulled), self.device)
+        scale = to_device_async(torch.tensor([samples[n].request.clip_scale for n in pulled]), self.device)
         seen = flight.x
         if not self.critic.noised:      # it is shown the predicted image as it emerges from the noise (Crowson 2021a)
             share = (1 - schedule.at("alpha_bar", i)).sqrt().float()
@@ -271,7 +271,7 @@ class Stepper:
             raise UserError(f"strength must lie above 0 and at most at 1 (given: {request.strength}); 0.6 keeps the picture's outline.")
         return steps - 1 if request.start is None else max(1, round(request.strength * steps)) - 1
 
-    def _denoise(self, samples: list[Sample], flight: Flight, timestep: Tensor, timesteps: list[int]) -> ModelOutput:
+    def _denoise(self, samples: list[ActiveSample], flight: SampleBatch, timestep: Tensor, timesteps: list[int]) -> ModelOutput:
         """The guided output. `timesteps` are those of `timestep` (S,), known without asking the device."""
         scale = torch.tensor([sample.scale if sample.guides(t, self.config.diffusion.steps) else 1.0
                               for sample, t in zip(samples, timesteps, strict=True)])
@@ -280,13 +280,13 @@ class Stepper:
             return self._network(x, timestep, *self._with_empty(flight, scale.ne(1).nonzero()[:, 0]))
         return classifier_free(paired, scale)(flight.x, timestep)
 
-    def _with_empty(self, flight: Flight, guided: Tensor) -> tuple[Conditioning, TextFeatures]:
+    def _with_empty(self, flight: SampleBatch, guided: Tensor) -> tuple[Conditioning, TextFeatures]:
         """The conditions of a call: those of all samples, and once more of the `guided` (their numbers), with the empty caption."""
         if not len(guided):
             return flight.conditioning, flight.text
         known = self._paired if self.batched else None      # one by one there is nothing to save, and lanes would disturb each other
         if known is None or known[0] is not flight.conditioning or known[1] != guided.tolist():      # samples of one caption share its text
-            conditioning = Conditioning.join([flight.conditioning, flight.conditioning[sent(guided, self.device)]])
+            conditioning = Conditioning.join([flight.conditioning, flight.conditioning[to_device_async(guided, self.device)]])
             empty = self._empty_text().map(lambda tensor: tensor.expand(len(guided), *tensor.shape[1:]))
             known = flight.conditioning, guided.tolist(), conditioning, TextFeatures.join([flight.text, empty])
             if self.batched:
@@ -305,15 +305,15 @@ class Stepper:
         if features is None:
             features = self.model.encode_text(tokens.to(self.device), mask.to(self.device))
         self._captions[caption] = features
-        if len(self._captions) > CAPTIONS_KEPT:
+        if len(self._captions) > CACHED_CAPTIONS:
             self._captions.popitem(last=False)
         return features
 
-    def _admit(self, sample: Sample) -> None:
+    def _admit(self, sample: ActiveSample) -> None:
         sample.row = self._row(sample)
         self._samples.append(sample)
 
-    def _row(self, sample: Sample) -> Flight:
+    def _row(self, sample: ActiveSample) -> SampleBatch:
         """A sample's tensors at the beginning of its way."""
         request = sample.request
         text = self._encoded(request.conditioning.tokens.cpu(), request.conditioning.mask.cpu())
@@ -330,9 +330,9 @@ class Stepper:
         if request.start is not None:
             i = torch.tensor([sample.left - 1], device=self.device)
             x = q_sample(self.schedule(request.respacing), request.start[None].to(self.device), i, x)
-        return Flight(x=x, clip_text=clip_text.to(self.device), history=History.none(x), conditioning=conditioning, text=text)
+        return SampleBatch(x=x, clip_text=clip_text.to(self.device), history=History.none(x), conditioning=conditioning, text=text)
 
-    def _noise(self, sample: Sample) -> Tensor:
+    def _noise(self, sample: ActiveSample) -> Tensor:
         size = self.config.unet.image_size
         return torch.randn(1, 3, size, size, generator=sample.generator)
 

@@ -35,11 +35,11 @@ from ..storage import absolute
 from .errors import ApiError
 from .routes import build_api, together
 from .state import ServerState, Show
-from .schema import Job, Picture
+from .schema import Job, GeneratedImage
 from .metrics import Metrics, StageLoad
 from .admission import Admission
 from .api_keys import Key, read_keys
-from .stages import LANES, Base, Made, Stage, Upsampler
+from .stages import LANES, Base, StageResult, Stage, Upsampler
 
 APP = "glide"
 START_SECONDS = 180      # for all replicas to have loaded their weights
@@ -90,7 +90,7 @@ class RayBackend:
         self.name, self.maker, self.sizes, self.clip = served.name, served.maker, served.sizes, served.clip
         self.base, self.upsampler, self._metrics = base, upsampler, metrics
 
-    async def make(self, job: Job, show: Show | None = None) -> Picture:
+    async def make(self, job: Job, show: Show | None = None) -> GeneratedImage:
         """The picture of a job. Of `previews`, one is the base model's image, and the stages share the others."""
         both = self.upsampler is not None and job.size == self.sizes[-1]
         in_base = job.previews // 2 if both else job.previews
@@ -99,14 +99,14 @@ class RayBackend:
         else:
             small = await self._stage("base", replace(job, previews=in_base), show)
         if not both:
-            return Picture(small.pixels, job.seed, {"base": small.sha256}, {"base": small.seconds})
+            return GeneratedImage(small.pixels, job.seed, {"base": small.sha256}, {"base": small.seconds})
         if job.previews:
             show(small.pixels)
         large = await self._stage("upsampler", replace(job, previews=max(0, job.previews - in_base - 1)), show, small.pixels)
-        return Picture(large.pixels, job.seed, {"base": small.sha256, "upsampler": large.sha256},
+        return GeneratedImage(large.pixels, job.seed, {"base": small.sha256, "upsampler": large.sha256},
                        {"base": small.seconds, "upsampler": large.seconds})
 
-    async def _best(self, job: Job) -> tuple[Job, Made]:
+    async def _best(self, job: Job) -> tuple[Job, StageResult]:
         """Of so many small pictures the one that CLIP scores highest, as a job of its own seed."""
         jobs = [replace(job, seed=(job.seed + k) % 2**63, previews=0) for k in range(job.best_of)]
         made = await together([self._stage("base", one, None) for one in jobs])
@@ -114,17 +114,17 @@ class RayBackend:
         best = int(np.argmax(scores))
         return replace(jobs[best], previews=job.previews), made[best]
 
-    async def _stage(self, stage: str, job: Job, show: Show | None, *inputs: np.ndarray) -> Made:
+    async def _stage(self, stage: str, job: Job, show: Show | None, *inputs: np.ndarray) -> StageResult:
         handle: DeploymentHandle = getattr(self, stage)
         if not job.previews:
             return await self._again(stage, lambda: handle.make.remote(job, *inputs))
         shown = 0
 
-        async def watched(items: AsyncIterator[np.ndarray | Made]) -> Made:
+        async def watched(items: AsyncIterator[np.ndarray | StageResult]) -> StageResult:
             nonlocal shown
             seen = 0
             async for item in items:
-                if isinstance(item, Made):
+                if isinstance(item, StageResult):
                     return item
                 seen += 1
                 if seen > shown:       # begun again on another replica, the first ones come again
@@ -152,7 +152,7 @@ class RayBackend:
 
 
 class Ingress(ServerState):
-    """The HTTP state; `build` binds it to the API's routes."""
+    """The HTTP state; `build_application` binds it to the API's routes."""
 
     def __init__(self, config: ServeConfig, served: Mapping[str, Served], handles: Mapping[str, tuple[DeploymentHandle, ...]], keys: Mapping[str, Key]):
         self._config, metrics = config, Metrics(serve.get_replica_context().replica_tag)
@@ -213,7 +213,7 @@ async def _all_replicas(handle: DeploymentHandle, method: str, kind: type) -> li
 
 # -- deploying --------------------------------------------------------------------------------------------------------
 
-def build(config: ServeConfig, kinds: tuple[type[Stage], type[Stage]] = (Base, Upsampler)) -> serve.Application:
+def build_application(config: ServeConfig, kinds: tuple[type[Stage], type[Stage]] = (Base, Upsampler)) -> serve.Application:
     """The application for these weights. `kinds`: what its stages are.
 
     Raises UserError where weights are missing, broken or of the wrong kind, or where strangers could ask.
@@ -229,7 +229,7 @@ def build(config: ServeConfig, kinds: tuple[type[Stage], type[Stage]] = (Base, U
 
 def app(args: dict[str, Any]) -> serve.Application:
     """For `serve run serve.app:app base=... upsampler=...` and config.yaml: the fields of ServeConfig."""
-    return build(validate(ServeConfig, args))
+    return build_application(validate(ServeConfig, args))
 
 
 def _routes(config: ServeConfig, served: Mapping[str, Served]) -> FastAPI:
@@ -288,7 +288,7 @@ def _check_host(config: ServeConfig, keys: Mapping[str, Key]) -> None:
 @contextmanager
 def serving(config: ServeConfig) -> Iterator[str]:
     """Serve on this machine while the context lasts; gives the base URL. Ray must be connected. Raises UserError."""
-    application = build(config)
+    application = build_application(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with listening(config) as url:
         try:

@@ -31,12 +31,12 @@ from ..data.tokenizer import Tokenizer, Tokens
 from .middleware import RequestMiddleware
 from .errors import ApiError, ErrorBody, answer_of, handle_errors
 from .schema import (
-    Answer,
+    ImagesResponse,
     Edit,
     Generation,
     ImageFields,
     Job,
-    Picture,
+    GeneratedImage,
     Source,
     Variation,
     form_schema,
@@ -54,7 +54,7 @@ ERRORS = {status: {"model": ErrorBody, "description": words} for status, words i
     (413, "The body or an image is too large"), (429, "All places are taken, or the key's own; Retry-After says for how long"),
     (500, "A fault of the server"), (503, "No replica is there"))}
 EVENT = {"type": "object", "required": ["event", "data"], "properties": {"event": {"type": "string"}, "data": {"type": "string", "description": "JSON"}}}
-IMAGES = {200: {"model": Answer, "description": "The images, or with stream the events in which they come", "content": {"text/event-stream": {"schema": EVENT}}}}
+IMAGES = {200: {"model": ImagesResponse, "description": "The images, or with stream the events in which they come", "content": {"text/event-stream": {"schema": EVENT}}}}
 CLOSED = {status: ERRORS[status] for status in (401, 403, 500)}
 
 
@@ -162,7 +162,7 @@ class _Making:
     prompt: Tokens
     told: dict[str, Any]         # of the request's line in the log
 
-    async def picture(self, job: Job, show: Show | None = None) -> Picture:
+    async def picture(self, job: Job, show: Show | None = None) -> GeneratedImage:
         picture = await self.backend.make(job, show)
         self.state.metrics.image(self.model, job.task, picture.seconds)
         self.told["images"] = self.told.get("images", 0) + 1
@@ -189,13 +189,13 @@ class _Making:
             return {}
         return {"warnings": [f"The prompt is longer than {len(self.prompt.tokens)} tokens; what comes after them was not read."]}
 
-    def item(self, job: Job, picture: Picture) -> dict[str, Any]:
+    def item(self, job: Job, picture: GeneratedImage) -> dict[str, Any]:
         encoded = base64.b64encode(encode(picture.pixels, self.form, self._recipe(job, picture), self.fields.output_compression, fast=True)).decode()
         if self.fields.response_format == "url":
             return {"url": f"data:image/{self.form};base64,{encoded}", "seed": picture.seed}
         return {"b64_json": encoded, "seed": picture.seed}
 
-    def _recipe(self, job: Job, picture: Picture) -> dict[str, str] | None:
+    def _recipe(self, job: Job, picture: GeneratedImage) -> dict[str, str] | None:
         """What a PNG answer carries, so that `glide reproduce` can make it again: of the very models that its replicas had."""
         if self.form != "png":
             return None

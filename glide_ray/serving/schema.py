@@ -52,7 +52,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Picture:
+class GeneratedImage:
     """An image that was made: (S, S, 3) uint8, with the seed that it came from, the SHA-256 of each model, and the seconds in each stage."""
 
     pixels: np.ndarray
@@ -135,7 +135,7 @@ class Image(BaseModel):
     seed: int
 
 
-class Answer(BaseModel):
+class ImagesResponse(BaseModel):
     """What is answered whole; a stream's events are described in docs/serving.md."""
 
     created: int

@@ -29,7 +29,7 @@ LANES = 2      # samples that a CPU advances at once, each with its part of the 
 
 
 @dataclass(frozen=True)
-class Made:
+class StageResult:
     """A stage's image (S, S, 3) uint8, the SHA-256 of the weights that made it, and the seconds it took, its wait included."""
 
     pixels: np.ndarray
@@ -61,12 +61,12 @@ class Stage(ABC):
     def _request(self, job: Job, *inputs) -> SampleRequest:
         """The sample of a job, from what the stage before it made."""
 
-    async def make(self, job: Job, *inputs) -> Made:
+    async def make(self, job: Job, *inputs) -> StageResult:
         """The stage's image of a job. When the caller leaves, the sample does too, before the next step."""
         began = time.monotonic()
         return await self._sampled(await asyncio.to_thread(self._request, job, *inputs), began)
 
-    async def watch(self, job: Job, *inputs) -> AsyncIterator[np.ndarray | Made]:
+    async def watch(self, job: Job, *inputs) -> AsyncIterator[np.ndarray | StageResult]:
         """The same, with what is predicted on the way: `job.previews` images (S, S, 3), then what was made."""
         began, loop, seen = time.monotonic(), asyncio.get_running_loop(), asyncio.Queue()
         request = replace(await asyncio.to_thread(self._request, job, *inputs), previews=job.previews,
@@ -80,11 +80,11 @@ class Stage(ABC):
         finally:
             made.cancel()
 
-    async def _sampled(self, request: SampleRequest, began: float) -> Made:
+    async def _sampled(self, request: SampleRequest, began: float) -> StageResult:
         return self._made(await asyncio.wrap_future(self._engine.submit(request)), began)
 
-    def _made(self, image: torch.Tensor, began: float) -> Made:
-        return Made(to_uint8(image), self._sha256, time.monotonic() - began)
+    def _made(self, image: torch.Tensor, began: float) -> StageResult:
+        return StageResult(to_uint8(image), self._sha256, time.monotonic() - began)
 
     def check_health(self) -> None:
         """Serve asks every few seconds, and replaces a replica that says several times that it can answer nothing any more."""

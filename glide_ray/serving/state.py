@@ -11,7 +11,7 @@ import numpy as np
 from ..sampling.recipe import Maker
 from .admission import Admission
 from .metrics import Metrics, StageLoad
-from .schema import Job, Picture
+from .schema import Job, GeneratedImage
 
 Show = Callable[[np.ndarray], None]
 
@@ -23,7 +23,7 @@ class Backend(Protocol):
     sizes: tuple[int, ...]
     clip: bool
 
-    async def make(self, job: Job, show: Show | None = None) -> Picture:
+    async def make(self, job: Job, show: Show | None = None) -> GeneratedImage:
         """The picture of a job; `show` is given what is predicted on the way, as often as the job says."""
 
 

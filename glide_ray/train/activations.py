@@ -26,7 +26,7 @@ from ..models.cost import example_batch
 from ..models.clip import NoisedClip
 from ..models.layers import GroupNorm, attend_by_products, trains_in_16_bits
 from ..models.unet import GlideUNet
-from ..models.weights import build
+from ..models.weights import build_model
 from .objectives import objective_of
 
 # As many images as the pass is followed with: a prime, so that what of a tensor's size is the batch can be told by division.
@@ -65,7 +65,7 @@ def meta_model(config: AnyModelConfig, precision: str) -> GlideUNet | NoisedClip
     torch.set_default_dtype(DTYPES[precision])
     try:
         with torch.device("meta"):
-            return build(config).train()
+            return build_model(config).train()
     finally:
         torch.set_default_dtype(default)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchSplit:
     """`rank` of `world`'s part of `batch` rows, in network calls of at most `micro_batch`.
 
     Every rank makes equally many calls, for each is a collective. Where the rows do not divide evenly a rank's shares differ by one, and

@@ -65,7 +65,7 @@ def read_preset(folder: Path) -> Preset:
 # -- where they are kept ----------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Made:
+class CheckpointEntry:
     """A checkpoint that is whole: its folder, local or s3://, and the optimizer step that it was made after."""
 
     path: str
@@ -78,7 +78,7 @@ class Checkpoints:
     def __init__(self, out: str | Path):
         self.path = f"{str(out).rstrip('/')}/{CHECKPOINTS}"
 
-    def whole(self) -> list[Made]:
+    def whole(self) -> list[CheckpointEntry]:
         """Those that were completed, the oldest first."""
         ends = (f"/{COMPLETE}",) if storage.is_remote(self.path) else (COMPLETE,)
         return sorted((_made(file) for file in storage.list_files(self.path, ends)), key=lambda made: (made.step, made.path))
@@ -114,13 +114,13 @@ class Checkpoints:
         return f"{self.path}/{file.removeprefix(self.path).strip('/').partition('/')[0]}"
 
 
-def _made(complete: str) -> Made:
+def _made(complete: str) -> CheckpointEntry:
     folder = complete.rpartition("/")[0]
     step, _, _ = folder.rpartition("/")[2].partition("-")
-    return Made(folder, int(step) if step.isdecimal() else 0)
+    return CheckpointEntry(folder, int(step) if step.isdecimal() else 0)
 
 
-def fetch(made: Made | str, cache: str | Path | None = None) -> Path:
+def fetch(made: CheckpointEntry | str, cache: str | Path | None = None) -> Path:
     """A local folder with a checkpoint's files: itself, or copies of the objects in `cache`. Raises CheckpointError, StorageError."""
     path = made if isinstance(made, str) else made.path
     if not storage.is_remote(path):

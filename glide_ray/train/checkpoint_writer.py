@@ -21,12 +21,12 @@ from safetensors import SafetensorError
 
 from .. import storage
 from .checkpoint import Checkpoints, Receipt
-from .collectives import gathered, of_rank_0
+from .collectives import all_gather_object, broadcast_object
 
 GOES_ON = "Training goes on; the next one is another try."
 
 
-class Said(NamedTuple):
+class RankStatus(NamedTuple):
     """What a rank says after a step: the number of the last checkpoint that it is done with, of the last that it could not write, and whether
     its node is about to be taken away."""
 
@@ -35,7 +35,7 @@ class Said(NamedTuple):
     notice: int = 0
 
 
-class Agreement:
+class StatusReduce:
     """What all ranks have said at their last step, on the CPU beside the devices' collectives."""
 
     def __init__(self, timeout: float):
@@ -44,7 +44,7 @@ class Agreement:
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if several else None
         self._said, self._work = torch.zeros(3, dtype=torch.int64), None
 
-    def exchange(self, said: Said) -> Said:
+    def exchange(self, said: RankStatus) -> RankStatus:
         """Say something, and hear what was said at the last exchange: of `done` the least of all ranks', of the others the greatest."""
         if self._work is not None:
             self._work.wait()
@@ -52,7 +52,7 @@ class Agreement:
         self._said = torch.tensor([-said.done, said.faulty, said.notice])
         if self.group is not None:
             self._work = dist.all_reduce(self._said, dist.ReduceOp.MAX, group=self.group, async_op=True)
-        return Said(-done, faulty, notice)
+        return RankStatus(-done, faulty, notice)
 
 
 @dataclass
@@ -71,7 +71,7 @@ class _Upload:
         return self.thread is not None and self.thread.is_alive()
 
 
-class Keeper:
+class CheckpointWriter:
     """Makes a run's checkpoints. All ranks make one of each, and call its methods equally often.
 
     `say` is told in a sentence what could not be written: the run goes on, and the next checkpoint is another try.
@@ -81,7 +81,7 @@ class Keeper:
     def __init__(self, checkpoints: Checkpoints, start: str, keep_last: int, keep_every: int | None, say: Callable[[str], None],
                  committed: Callable[[int, str], None] = lambda step, folder: None, timeout: float = 1800):
         self._checkpoints, self._start, self._keep, self._say, self._committed = checkpoints, start, (keep_last, keep_every), say, committed
-        self._agreement = Agreement(timeout)
+        self._agreement = StatusReduce(timeout)
         self._upload: _Upload | None = None
         self._number = 0
         self._commit: threading.Thread | None = None
@@ -111,7 +111,7 @@ class Keeper:
         upload = self._upload
         done = self._number if upload is None or not upload.on_its_way else self._number - 1
         faulty = upload.number if upload is not None and upload.fault is not None else 0
-        heard = self._agreement.exchange(Said(done, faulty, int(notice)))
+        heard = self._agreement.exchange(RankStatus(done, faulty, int(notice)))
         if upload is not None and heard.done >= upload.number:
             self._upload = None
             self._close(upload, heard.faulty == upload.number)
@@ -123,7 +123,7 @@ class Keeper:
         self._settle(beat)
         if self._commit is not None:
             self._commit.join()
-        return of_rank_0(self._whole, self._agreement.group)
+        return broadcast_object(self._whole, self._agreement.group)
 
     # -- what all ranks agree on --------------------------------------------------------------------------------------
 
@@ -136,7 +136,7 @@ class Keeper:
 
     def _close(self, upload: _Upload, faulty: bool) -> None:
         """All parts are there, or one could not be written."""
-        told = gathered((upload.receipt, upload.fault), self._agreement.group)
+        told = all_gather_object((upload.receipt, upload.fault), self._agreement.group)
         if self._agreement.rank:
             return
         if self._commit is not None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 Value = TypeVar("Value")
 
 
-def gathered(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
+def all_gather_object(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
     """What each rank gives, on all of them; of a process by itself, what it gives."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
@@ -18,7 +18,7 @@ def gathered(value: Value, group: dist.ProcessGroup | None = None) -> list[Value
     return given
 
 
-def of_rank_0(value: Value, group: dist.ProcessGroup | None = None) -> Value:
+def broadcast_object(value: Value, group: dist.ProcessGroup | None = None) -> Value:
     """What rank 0 gives, on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value

@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from ..config.training import Preset
 from ..diffusion.schedule import make_schedule
-from ..tensors import Batch, sent
+from ..tensors import Batch, to_device_async
 from .hardware import USABLE, cpu_budget
 from ..models.unet import GlideUNet
-from ..models.weights import build, check_shapes, load_weights, with_known_channels
+from ..models.weights import build_model, check_shapes, load_weights, with_known_channels
 from ..pretrained import shipped
 from . import partition
 from .checkpoint import Progress, read_progress, write_progress
@@ -25,8 +25,8 @@ from .nonfinite import TrainingError, check_step, stepped
 from .ema import Ema
 from .objectives import by_quartile, draw, held_out_sums, images_in, mix, objective_of
 from .plan import choose_micro_batch
-from .collectives import gathered, of_rank_0
-from .batch_split import Share
+from .collectives import all_gather_object, broadcast_object
+from .batch_split import BatchSplit
 from .steps import Metrics
 from .optimizer import FACTOR, deepspeed_config, learning_rate, parameter_groups, training_precision
 
@@ -40,12 +40,12 @@ class Trainer:
         if not (train.min_workers or train.workers) <= self.world <= train.workers:
             raise TrainingError(f"train.workers is {train.workers}, but {self.world} processes have been started.")
         self.device = torch.device(deepspeed.get_accelerator().current_device_name())
-        self.precision = of_rank_0(training_precision(train.precision, self.device.type))     # which may be measured
-        self.share = Share(train.batch, self.world, self.rank, self._micro_batch())
+        self.precision = broadcast_object(training_precision(train.precision, self.device.type))     # which may be measured
+        self.share = BatchSplit(train.batch, self.world, self.rank, self._micro_batch())
         self.schedule = make_schedule(preset.model.diffusion.schedule, preset.model.diffusion.steps).to(self.device)
         self.objective = objective_of(preset)
         torch.manual_seed(train.seed)       # every rank draws the same initial weights
-        model = build(preset.model)
+        model = build_model(preset.model)
         model.activation_checkpointing = train.activation_checkpointing
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model, train),
                                                config=deepspeed_config(train, self.precision, self.share))
@@ -58,7 +58,7 @@ class Trainer:
         """Images in a network call: as many as fit the worker with the least memory."""
         cuda = self.device.type == "cuda"
         budget = torch.cuda.mem_get_info(self.device)[1] * USABLE if cuda else cpu_budget(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        return min(gathered(choose_micro_batch(self.preset, self.world, self.precision, budget, self.device.type)))
+        return min(all_gather_object(choose_micro_batch(self.preset, self.world, self.precision, budget, self.device.type)))
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -78,9 +78,9 @@ class Trainer:
         for _, _, weight in self.share.parts():
             batch = next(batches)
             read.append(batch)
-            i, noise = (sent(drawn, self.device) for drawn in
+            i, noise = (to_device_async(drawn, self.device) for drawn in
                         draw(self.schedule, batch, train.seed, number, train.timestep_power))
-            losses = self.objective(self.engine, self.schedule, batch.map(lambda tensor: sent(tensor, self.device)), i, noise)
+            losses = self.objective(self.engine, self.schedule, batch.map(lambda tensor: to_device_async(tensor, self.device)), i, noise)
             self.engine.backward(losses["loss"].mean() * weight)
             self.engine.step()
             figures = {name: values.detach().mean() * (weight / self.share.calls) for name, values in losses.items()}
@@ -96,7 +96,7 @@ class Trainer:
     def held_out(self, batches: Sequence[Batch]) -> Metrics:
         """The objective's figures on held-out images, over all ranks."""
         self.engine.eval()
-        images = sum(gathered(images_in(batches)))
+        images = sum(all_gather_object(images_in(batches)))
         sums = self.summed(held_out_sums(self.objective, self.engine, self.schedule, [batch.to(self.device) for batch in batches],
                                           self.preset.train.seed, images))
         return {"held_out" if name == "loss" else f"held_out_{name}": value / images for name, value in sums.items()}

@@ -18,10 +18,10 @@ from ..errors import UserError
 from ..precision import DTYPES
 from ..tensors import Batch
 from .objectives import draw, row_numbers
-from .collectives import gathered
+from .collectives import all_gather_object
 
 LOWEST_SCALE = 1.0      # of the loss, under fp16: below it, gradients would be made smaller than they are
-SHOWN = 5               # rows or names in a message
+MAX_LISTED = 5               # rows or names in a message
 
 
 class TrainingError(UserError):
@@ -111,7 +111,7 @@ def _images(batches: Sequence[Batch]) -> Culprit | None:
             finite &= torch.isfinite(tensor).flatten(1).all(1).cpu()
         rows += row_numbers(batch).tolist()
         bad += row_numbers(batch)[~finite].tolist()
-    rows, bad = (sorted({row for part in parts for row in part}) for parts in zip(*gathered((rows, bad)), strict=True))
+    rows, bad = (sorted({row for part in parts for row in part}) for parts in zip(*all_gather_object((rows, bad)), strict=True))
     if not bad:
         return None
     return Culprit(f"{len(bad)} of the batch's {len(rows)} images are not finite ({_listed('row', bad)} of the corpus)", "leave them out")
@@ -126,7 +126,7 @@ def _weights(trainer) -> Culprit | None:
         if not largest <= limit:
             mine[piece.name] = largest
     found: dict[str, float] = {}
-    for part in gathered(mine):
+    for part in all_gather_object(mine):
         found |= part
     if not found:
         return None
@@ -165,7 +165,7 @@ def _in_forward(trainer, watch: Watch) -> Culprit | None:
 
 
 def _in_losses(trainer, batch: Batch, losses: Tensor) -> Culprit | None:
-    bad = sorted({row for part in gathered(row_numbers(batch)[~torch.isfinite(losses.detach()).cpu()].tolist()) for row in part})
+    bad = sorted({row for part in all_gather_object(row_numbers(batch)[~torch.isfinite(losses.detach()).cpu()].tolist()) for row in part})
     if not bad:
         return None
     return Culprit(f"all that the network gives is finite, and yet its loss is not ({_listed('row', bad)} of the corpus)",
@@ -194,7 +194,7 @@ def _scale_of_the_step(trainer) -> float:
 # -- watching a network -----------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Seen:
+class Observation:
     """The first tensor that is not finite: how many modules or gradients came before it, whose it is, and the largest number before it."""
 
     order: int
@@ -212,8 +212,8 @@ class Watch:
 
     def __init__(self, network: nn.Module):
         self._network = network
-        self.forward: Seen | None = None
-        self.backward: Seen | None = None
+        self.forward: Observation | None = None
+        self.backward: Observation | None = None
         self._calls, self._gradients, self._largest_gradient = 0, 0, 0.0
         self._handles: list = []
 
@@ -241,7 +241,7 @@ class Watch:
                 kind, _ = _look([output])
                 went_in, largest = _look([arguments, keywords])
                 if kind and not went_in:
-                    self.forward = Seen(self._calls, name, kind, largest)
+                    self.forward = Observation(self._calls, name, kind, largest)
             for tensor in _tensors(output):
                 if tensor.requires_grad:
                     tensor.register_hook(self._on_gradient(name))
@@ -253,7 +253,7 @@ class Watch:
             if self.backward is None:
                 kind, largest = _look([gradient])
                 if kind:
-                    self.backward = Seen(self._gradients, name, kind, self._largest_gradient)
+                    self.backward = Observation(self._gradients, name, kind, self._largest_gradient)
                 self._largest_gradient = max(self._largest_gradient, largest)
         return look
 
@@ -293,18 +293,18 @@ def _tensors(value) -> Iterator[Tensor]:
 
 # -- all ranks --------------------------------------------------------------------------------------------------------
 
-def _first(seen: Seen | None) -> Seen | None:
+def _first(seen: Observation | None) -> Observation | None:
     """The earliest of what the ranks have seen, all of which make the same calls. Which rank it was may point at a faulty device."""
-    all_seen = gathered(seen)
+    all_seen = all_gather_object(seen)
     found = [(entry.order, rank) for rank, entry in enumerate(all_seen) if entry is not None]
     if not found:
         return None
     rank = min(found)[1]
     entry = all_seen[rank]
-    return Seen(entry.order, entry.name, entry.kind, entry.largest, f" on rank {rank} of {len(all_seen)}" if len(all_seen) > 1 else "")
+    return Observation(entry.order, entry.name, entry.kind, entry.largest, f" on rank {rank} of {len(all_seen)}" if len(all_seen) > 1 else "")
 
 
 def _listed(what: str, items: Sequence) -> str:
     """A few of them by name: "rows 3, 4 and 7 more"."""
-    shown = ", ".join(str(item) for item in items[:SHOWN]) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
+    shown = ", ".join(str(item) for item in items[:MAX_LISTED]) + (f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else "")
     return f"{what}{'s' if len(items) > 1 else ''} {shown}" if what else shown

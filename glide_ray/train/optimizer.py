@@ -9,7 +9,7 @@ import torch
 from ..errors import ConfigError
 from ..config.training import TrainConfig
 from ..precision import resolve_precision
-from .batch_split import Share
+from .batch_split import BatchSplit
 
 # Dynamic loss scaling (sec. 4.1: traditional loss scaling): a step whose gradients overflow is skipped, and the scale halved.
 FP16 = {
@@ -28,7 +28,7 @@ def training_precision(precision: str, device: str) -> str:
     return resolve_precision(precision, device)
 
 
-def deepspeed_config(train: TrainConfig, precision: str, share: Share) -> dict[str, Any]:
+def deepspeed_config(train: TrainConfig, precision: str, share: BatchSplit) -> dict[str, Any]:
     """`precision` resolved: fp32, bf16 or fp16. The learning rate's warm-up is the loop's. Raises ConfigError."""
     if train.zero_stage == 0 and precision != "fp32":
         raise ConfigError(f"Setting train.zero_stage: 0 keeps no float32 master weights for {precision}; use 1, 2 or 3.")

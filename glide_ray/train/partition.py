@@ -1,7 +1,7 @@
 """Each rank's part of the training state, parameter by parameter, in a form that any number of ranks and any ZeRO stage takes up again.
 
 DeepSpeed's optimizer steps flat float32 tensors, in which parameters lie whole, cut or padded as the stage and the number of ranks have it.
-A `Piece` says which stretch of which parameter lies where. A checkpoint holds the stretches under their parameters' names, so that
+A `ParamSlice` says which stretch of which parameter lies where. A checkpoint holds the stretches under their parameters' names, so that
 reading one needs nothing of the layout that it was written in. Safetensors: nothing is unpickled.
 """
 
@@ -32,7 +32,7 @@ State = Mapping[str, Sequence[Tensor]]        # kind -> this rank's flat tensors
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParamSlice:
     """`count` values of the parameter `name`, the first being number `start` of it, at `offset` in flat tensor number `master`."""
 
     name: str
@@ -52,7 +52,7 @@ def masters(engine) -> list[Tensor]:
     return list(engine.module.parameters())       # stage 0 in float32
 
 
-def pieces(engine) -> list[Piece]:
+def pieces(engine) -> list[ParamSlice]:
     """Where this rank's stretch of each parameter lies. Over all ranks they cover every parameter once; under stage 0, on each rank."""
     found = []
     place = {id(tensor): number for number, tensor in enumerate(masters(engine))}
@@ -71,7 +71,7 @@ def pieces(engine) -> list[Piece]:
         else:                                                                   # another rank's
             continue
         if count:
-            found.append(Piece(name, shape, start, count, master, offset))
+            found.append(ParamSlice(name, shape, start, count, master, offset))
     return found
 
 
@@ -98,7 +98,7 @@ def set_adam_steps(engine, steps: float) -> None:
         optimizer.state[tensor]["step"].fill_(steps)
 
 
-def set_masters(engine, own: Sequence[Piece], weights: Mapping[str, Tensor]) -> None:
+def set_masters(engine, own: Sequence[ParamSlice], weights: Mapping[str, Tensor]) -> None:
     """Begin from these whole parameters, by name: `masters` hold them to the last bit, and the network computes with them."""
     flat = masters(engine)
     for piece in own:
@@ -106,7 +106,7 @@ def set_masters(engine, own: Sequence[Piece], weights: Mapping[str, Tensor]) -> 
     refresh(engine)
 
 
-def _put(flat: Sequence[Tensor], piece: Piece, values: Tensor) -> None:
+def _put(flat: Sequence[Tensor], piece: ParamSlice, values: Tensor) -> None:
     target = flat[piece.master].detach().reshape(-1)
     target[piece.offset:piece.offset + piece.count] = values.to(target)
 
@@ -128,7 +128,7 @@ def part_path(folder: Path, rank: int) -> Path:
     return folder / f"part.{rank}.safetensors"
 
 
-def save_part(path: Path, own: Sequence[Piece], state: State) -> None:
+def save_part(path: Path, own: Sequence[ParamSlice], state: State) -> None:
     """Write this rank's stretches of every kind of state."""
     tensors = {f"{kind}|{piece.name}": flat[piece.master].detach().reshape(-1)[piece.offset:piece.offset + piece.count].cpu().contiguous()
                for kind, flat in state.items() for piece in own}
@@ -138,7 +138,7 @@ def save_part(path: Path, own: Sequence[Piece], state: State) -> None:
         raise StorageError(f"{path.name} cannot be written: {error}.") from None
 
 
-class Parts:
+class CheckpointReader:
     """The files of all ranks of a checkpoint, opened: `shapes` of the parameters, and stretches of them by kind. Raises CheckpointError."""
 
     def __init__(self, folder: Path):
@@ -160,18 +160,18 @@ class Parts:
                 raise CheckpointError(f"{path} is damaged ({error}); give an earlier checkpoint.") from None
         for name, found in self._where.items():
             end = 0
-            for start, count, _ in sorted(found, key=lambda stretch: stretch[:2]):
+            for start, count, _ in sorted(found, key=lambda found_slice: found_slice[:2]):
                 end = max(end, start + count) if start <= end else end
             if end != prod(self.shapes[name]):
                 raise CheckpointError(f"{folder} lacks a rank's file: {name} is not whole there; give an earlier checkpoint.")
 
-    def __enter__(self) -> Parts:
+    def __enter__(self) -> CheckpointReader:
         return self
 
     def __exit__(self, *_) -> None:
         self._opened.close()
 
-    def stretch(self, kind: str, name: str, start: int, count: int) -> Tensor:
+    def read_slice(self, kind: str, name: str, start: int, count: int) -> Tensor:
         """`count` values of one parameter's state from its flat position `start`."""
         result = torch.empty(count)
         for there, length, file in self._where[name]:
@@ -182,12 +182,12 @@ class Parts:
 
     def full(self, kind: str, name: str) -> Tensor:
         """One parameter's state, whole."""
-        return self.stretch(kind, name, 0, prod(self.shapes[name])).reshape(self.shapes[name])
+        return self.read_slice(kind, name, 0, prod(self.shapes[name])).reshape(self.shapes[name])
 
 
-def load_parts(folder: Path, own: Sequence[Piece], state: State) -> None:
+def load_parts(folder: Path, own: Sequence[ParamSlice], state: State) -> None:
     """Fill this rank's flat tensors from a checkpoint of any layout. Raises CheckpointError where it is another model's or incomplete."""
-    with Parts(folder) as parts:
+    with CheckpointReader(folder) as parts:
         lacking = sorted(set(state) - parts.kinds)
         if lacking:
             raise CheckpointError(f"The checkpoint in {folder} has no {lacking[0].replace('/', ' at rate ')}; go on with the same averages, or in "
@@ -197,12 +197,12 @@ def load_parts(folder: Path, own: Sequence[Piece], state: State) -> None:
                 if parts.shapes.get(piece.name) != piece.shape:
                     raise CheckpointError(f"The checkpoint in {folder} is of another shape: {piece.name} is {list(parts.shapes.get(piece.name, ()))} "
                                           f"there and {list(piece.shape)} here.")
-                _put(flat, piece, parts.stretch(kind, piece.name, piece.start, piece.count))
+                _put(flat, piece, parts.read_slice(kind, piece.name, piece.start, piece.count))
 
 
 def export(folder: Path, kind: str, target: str | Path, metadata: Mapping[str, str], order: Sequence[str] | None = None) -> None:
     """Write one kind of state as a weights file, tensor by tensor: in the memory of the largest, and without a GPU. Raises CheckpointError."""
-    with Parts(folder) as parts:
+    with CheckpointReader(folder) as parts:
         if kind not in parts.kinds:
             known = ", ".join(sorted(parts.kinds - {FIRST, SECOND}))
             raise CheckpointError(f"The checkpoint in {folder} holds no {kind}; it has {known}.")

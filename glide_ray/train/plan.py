@@ -18,7 +18,7 @@ from ..precision import BYTES
 from ..models.cost import operations
 from ..config.overrides import override
 from .activations import Moment, meta_model, training_pass
-from .batch_split import Share, accumulation
+from .batch_split import BatchSplit, accumulation
 from .optimizer import deepspeed_config, training_precision
 
 BUCKET, LIVE, SUBGROUP = 5 * 10**8, 10**9, 10**9       # elements: DeepSpeed's reduce_bucket_size, stage3_max_live_parameters, sub_group_size
@@ -74,7 +74,7 @@ class _State:
     @staticmethod
     def of(preset: Preset, world: int, micro_batch: int, precision: str, device: str) -> _State:
         train, width, on_cpu = preset.train, BYTES[precision], device == "cpu"
-        config = deepspeed_config(train, precision, Share(train.batch, world, 0, micro_batch))
+        config = deepspeed_config(train, precision, BatchSplit(train.batch, world, 0, micro_batch))
         sizes, stage = _sizes(preset.model), train.zero_stage
         whole, largest = sum(sizes), max(sizes)
         own = -(-whole // world) if stage else whole

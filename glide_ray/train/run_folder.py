@@ -20,11 +20,11 @@ from .checkpoint import CheckpointError, check_same, differences
 METRICS, EVENTS, RUN, WEIGHTS, PRESET = "metrics.jsonl", "events.log", "run.json", "weights.safetensors", "preset.json"
 # Settings with which a run may go on from its checkpoint: those that leave the loss as it is (but for CLIP's, which is
 # said), and those that people turn on the way.
-SPREAD = frozenset((
+RESUMABLE = frozenset((
     "steps", "workers", "device", "min_workers", "micro_batch", "zero_stage", "offload_optimizer",
     "activation_checkpointing", "log_every", "evaluate_every", "checkpoint_every", "keep_last", "keep_every", "trackers",
     "sample_every", "sample_prompts", "max_failures", "stall_seconds", "wait_seconds"))
-TURNED = frozenset(("learning_rate", "weight_decay", "warmup_steps", "constant_steps", "clip_norm",
+RETUNABLE = frozenset(("learning_rate", "weight_decay", "warmup_steps", "constant_steps", "clip_norm",
                     "precision", "timestep_power", "text_rate"))
 
 
@@ -42,11 +42,11 @@ def check_run(preset: Preset, out: str, finished: bool) -> list[str]:
     except ValueError as error:
         raise CheckpointError(f"{out}/{PRESET} is not a preset that this version reads ({error}); use another output folder.") from None
     saved, preset = absolute(saved), absolute(preset)
-    free = SPREAD if finished else SPREAD | TURNED
+    free = RESUMABLE if finished else RESUMABLE | RETUNABLE
     same = {**saved.model_dump(), "train": {**saved.train.model_dump(), **{name: getattr(preset.train, name) for name in free}}}
     check_same(same, preset.model_dump(), f"The folder {out} holds a run with other settings")
     return [f"{key} is {here} from here on, and was {there}" for key, there, here in
-            differences(saved.train.model_dump(), preset.train.model_dump(), "train.") if key.removeprefix("train.") in TURNED]
+            differences(saved.train.model_dump(), preset.train.model_dump(), "train.") if key.removeprefix("train.") in RETUNABLE]
 
 
 def absolute(preset: Preset) -> Preset:

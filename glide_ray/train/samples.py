@@ -28,7 +28,7 @@ from ..evaluation.report import contact_sheet, show_hole
 
 STEPS = 25            # of DDIM: enough to see what a model has learnt, in a sixth of the time of the paper's 150
 PICTURES = 4          # held-out ones that upsamplers enlarge and inpainting models fill
-AT_ONCE = 16          # held-out images in a network call
+IMAGES_PER_CALL = 16          # held-out images in a network call
 CELL = 192            # pixels on a side of a picture in the grid, at the least
 
 Progress = Callable[[int, int], None]      # denoising steps done, and in all
@@ -63,7 +63,7 @@ def held_out_of_average(weights: Path, preset: Preset, images: int | None = None
         ranks_batch = train.micro_batch or -(-train.batch // train.workers)
         batches = list(_as_ranks_have_them(Batch.join(held_out_batches(data, config, ranks_batch)), train.workers, ranks_batch))
     else:
-        batches = held_out_batches(data, config, AT_ONCE)
+        batches = held_out_batches(data, config, IMAGES_PER_CALL)
     count = images_in(batches)
     sums = held_out_sums(objective_of(preset), model, schedule, (batch.to(_device()) for batch in batches), train.seed, count)
     return {"average_held_out" if name == "loss" else f"average_held_out_{name}": float(value / count) for name, value in sums.items()}

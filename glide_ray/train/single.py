@@ -16,16 +16,16 @@ from ..errors import ConfigError
 from ..config.training import Preset
 from ..diffusion.schedule import make_schedule
 from ..precision import DTYPES
-from ..tensors import Batch, sent
+from ..tensors import Batch, to_device_async
 from ..models.unet import GlideUNet
-from ..models.weights import build, check_shapes, load_weights, with_known_channels
+from ..models.weights import build_model, check_shapes, load_weights, with_known_channels
 from ..pretrained import shipped
 from .checkpoint import Progress, read_progress, write_progress
 from .nonfinite import TrainingError, remedy
 from .ema import Ema
 from .objectives import by_quartile, draw, held_out_sums, images_in, mix, objective_of
-from .partition import AVERAGE, FIRST, SECOND, WEIGHTS, Piece, State, load_parts, part_path, save_part
-from .batch_split import Share
+from .partition import AVERAGE, FIRST, SECOND, WEIGHTS, ParamSlice, State, load_parts, part_path, save_part
+from .batch_split import BatchSplit
 from .steps import Metrics
 from .optimizer import FACTOR, learning_rate, parameter_groups
 from ..precision import fastest_on_cpu
@@ -42,11 +42,11 @@ class SingleTrainer:
         self.preset, train = preset, preset.train
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = single_precision(train.precision, self.device.type)
-        self.share = Share(train.batch, 1, 0, train.micro_batch or train.batch)
+        self.share = BatchSplit(train.batch, 1, 0, train.micro_batch or train.batch)
         self.schedule = make_schedule(preset.model.diffusion.schedule, preset.model.diffusion.steps).to(self.device)
         self.objective = objective_of(preset)
         torch.manual_seed(train.seed)       # the initial weights, as every rank of a larger run draws them
-        model = build(preset.model).to(self.device)
+        model = build_model(preset.model).to(self.device)
         model.activation_checkpointing = train.activation_checkpointing
         self.names = [name for name, _ in model.named_parameters()]
         dtype = DTYPES[self.precision]
@@ -82,9 +82,9 @@ class SingleTrainer:
         sums: dict[str, Tensor] = {}
         for _, _, weight in self.share.parts():
             batch = next(batches)
-            i, noise = (sent(drawn, self.device) for drawn in
+            i, noise = (to_device_async(drawn, self.device) for drawn in
                         draw(self.schedule, batch, train.seed, number, train.timestep_power))
-            on_device = batch.map(lambda tensor: sent(tensor, self.device))
+            on_device = batch.map(lambda tensor: to_device_async(tensor, self.device))
             losses = self.objective(self.network, self.schedule, on_device, i, noise)
             (losses["loss"].mean() * (weight / self.share.calls)).backward()
             figures = {name: values.detach().mean() * (weight / self.share.calls) for name, values in losses.items()}
@@ -142,9 +142,9 @@ class SingleTrainer:
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[ParamSlice]:
         """Each parameter, whole."""
-        return [Piece(name, tuple(own.shape), 0, own.numel(), number, 0)
+        return [ParamSlice(name, tuple(own.shape), 0, own.numel(), number, 0)
                 for number, (name, own) in enumerate(zip(self.names, self.masters, strict=True))]
 
     def state(self) -> State:

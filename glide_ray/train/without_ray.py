@@ -27,7 +27,7 @@ from ..data.transforms import Collate, ahead, collated, held_out_batches
 from .samples import sample_grid
 from ..tensors import Batch
 from .checkpoint import CheckpointError, Checkpoints, verify
-from .checkpoint_writer import Keeper
+from .checkpoint_writer import CheckpointWriter
 from .partition import export_average
 from .run_folder import EVENTS, METRICS, PRESET, RUN, WEIGHTS, absolute, check_run, last_step
 from .single import SingleTrainer
@@ -82,7 +82,7 @@ def _run(preset: Preset, out: Path, corpus: MemoryCorpus, log: _Log, ends: Calla
     first, began = trainer.progress.step, time.monotonic()
     log.say(f"{preset.model.name} in one process ({trainer.device.type}), {trainer.precision}, batch {train.batch:,}, "
             f"from step {first:,}")
-    keeper = Keeper(checkpoints, uuid.uuid4().hex[:8], train.keep_last, train.keep_every, log.say)
+    keeper = CheckpointWriter(checkpoints, uuid.uuid4().hex[:8], train.keep_last, train.keep_every, log.say)
     held_out = held_out_batches(preset.data, preset.model, trainer.share.micro_batch)
 
     def save(write: Callable[[Path], None]) -> None:

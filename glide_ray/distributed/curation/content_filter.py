@@ -42,13 +42,13 @@ from ...evaluation.pages import Picture, Section, page, thumbnail
 from ...evaluation.report import contact_sheet, roc_curve
 from ...storage import fingerprint
 from .corpus import PAGE, count, look_up, refuse_source, rewrite, write_manifest
-from ..embed import ACTORS, Looked, embed, kept, kept_of
+from ..embed import ACTORS, EmbeddedCorpus, embed, cached_table, cached_table_of
 from ..cluster import connect, send_with
 
 FILTER, LABELS, SHEET, FEATURES = "filter.safetensors", "labels.csv", "sheet.png", "features.parquet"
 TRUTH = "truth"                     # in the place of a reason why a row was asked for, where nobody was
-FEW = 20                            # held-out rows with the content: with fewer, the filter is assessed by folds of its own corpus
-SHOWN = 24                          # pictures of a kind on a page
+MIN_HELD_OUT_ROWS = 20                            # held-out rows with the content: with fewer, the filter is assessed by folds of its own corpus
+PICTURES_SHOWN = 24                          # pictures of a kind on a page
 
 
 # -- fit --------------------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ class Assessment:
     """How a filter does on rows that it was not fitted on."""
 
     on: str                          # which rows these are
-    rows: Looked
+    rows: EmbeddedCorpus
     scores: np.ndarray               # (N,), 0 at the boundary
     truth: np.ndarray                # (N,) bool
 
@@ -153,7 +153,7 @@ def _readable(names: Sequence[str]) -> list[str]:
     return [name.removeprefix(here) for name in names]
 
 
-def _pool(corpus: str, out: Path, clip: str, config: FilterConfig, truth: Rule | None, labels: Sequence[Label], report: Callable[[str], None]) -> Looked:
+def _pool(corpus: str, out: Path, clip: str, config: FilterConfig, truth: Rule | None, labels: Sequence[Label], report: Callable[[str], None]) -> EmbeddedCorpus:
     """The rows that labels are asked for. They are looked at once: a second call finds their features in FEATURES. Raises ContentError where labels
     are of a corpus that has been written anew since: a row's name would be another row's."""
     parts = find_parts(storage.absolute(corpus))
@@ -161,7 +161,7 @@ def _pool(corpus: str, out: Path, clip: str, config: FilterConfig, truth: Rule |
     order = np.random.default_rng(config.seed).permutation(len(parts))
     parts = [parts[n] for n in order]
     of = json.dumps([corpus, fingerprint(clip), config.pool, config.seed, config.group, [part.url for part in parts], now])
-    before = json.loads(kept_of(out / FEATURES) or "[null]")
+    before = json.loads(cached_table_of(out / FEATURES) or "[null]")
     if labels and before[0] == corpus and before[-1] != now:
         raise ContentError(f"{corpus} is not as it was when the labels in {out / LABELS} were asked for; give another folder with --out.")
 
@@ -172,16 +172,16 @@ def _pool(corpus: str, out: Path, clip: str, config: FilterConfig, truth: Rule |
             report(fault)
         return table, True      # whatever could not be read: labels are of this pool
     # All rounds run in one call where the truth is known.
-    return Looked.of(kept(out / FEATURES, of, see) if truth is None else see()[0], parts)
+    return EmbeddedCorpus.of(cached_table(out / FEATURES, of, see) if truth is None else see()[0], parts)
 
 
-def _assess(content: ContentFilter, pool: Pool, looked: Looked, corpus: str, held_out: str | None, clip: str, config: FilterConfig,
+def _assess(content: ContentFilter, pool: Pool, looked: EmbeddedCorpus, corpus: str, held_out: str | None, clip: str, config: FilterConfig,
             truth: Rule, report: Callable[[str], None]) -> Assessment:
     if held_out:
         parts = find_parts(storage.absolute(held_out))
         report(f"looking at {held_out}")
-        apart = Looked.of(embed(parts, clip, truth, group=config.group)[0], parts)
-        if apart.truth.sum() >= FEW:
+        apart = EmbeddedCorpus.of(embed(parts, clip, truth, group=config.group)[0], parts)
+        if apart.truth.sum() >= MIN_HELD_OUT_ROWS:
             return Assessment(held_out, apart, content.score(apart.features), apart.truth)
     scores = assess(pool, looked.truth, config)
     usable = np.flatnonzero(~np.isnan(scores))
@@ -191,7 +191,7 @@ def _assess(content: ContentFilter, pool: Pool, looked: Looked, corpus: str, hel
     return Assessment(on, rows, scores[usable], looked.truth[usable])
 
 
-def _write_sheet(out: Path, looked: Looked, rows: Sequence[int], first_line: int) -> None:
+def _write_sheet(out: Path, looked: EmbeddedCorpus, rows: Sequence[int], first_line: int) -> None:
     """The rows to be labelled as one picture, each under its line in the CSV."""
     found = look_up(looked.parts, [looked.places[n] for n in rows])
     blank = np.full((8, 8, 3), 230, np.uint8)
@@ -210,12 +210,12 @@ def _squared(image: np.ndarray) -> np.ndarray:
     return np.asarray(square)
 
 
-def _fit_page(done: Fit, looked: Looked) -> str:
+def _fit_page(done: Fit, looked: EmbeddedCorpus) -> str:
     content, name = done.content, done.content.name
     scores = content.score(looked.features)
     passing = np.flatnonzero(scores < 0)
-    nearest = passing[np.argsort(-scores[passing])][:SHOWN].tolist()
-    some = np.random.default_rng(0).permutation(passing)[:SHOWN].tolist()
+    nearest = passing[np.argsort(-scores[passing])][:PICTURES_SHOWN].tolist()
+    some = np.random.default_rng(0).permutation(passing)[:PICTURES_SHOWN].tolist()
     sections = [
         Section("The filter", f"{done.labelled} labels, {done.with_content} with {name}. {done.on_labels[:1].upper()}{done.on_labels[1:]}.",
                 lines=[f"{key}: {value}" for key, value in content.settings.items()]),
@@ -230,10 +230,10 @@ def _fit_page(done: Fit, looked: Looked) -> str:
 def _truth_sections(assessment: Assessment) -> list[Section]:
     rows, scores, truth = assessment.rows, assessment.scores, assessment.truth
     missed, dropped = np.flatnonzero(truth & (scores < 0)), np.flatnonzero(~truth & (scores >= 0))
-    sure = dropped[np.argsort(-scores[dropped])][:SHOWN].tolist()
+    sure = dropped[np.argsort(-scores[dropped])][:PICTURES_SHOWN].tolist()
     return [Section("Assessment", str(assessment), width=440, groups=[[Picture(roc_curve(scores, truth))]] if 0 < truth.sum() < len(truth) else []),
-            Section(f"Missed: all {len(missed)}" if len(missed) <= 4 * SHOWN else f"Missed: {4 * SHOWN} of {len(missed)}",
-                    groups=rows.pictures(missed[:4 * SHOWN].tolist())),
+            Section(f"Missed: all {len(missed)}" if len(missed) <= 4 * PICTURES_SHOWN else f"Missed: {4 * PICTURES_SHOWN} of {len(missed)}",
+                    groups=rows.pictures(missed[:4 * PICTURES_SHOWN].tolist())),
             Section("Dropped without having the content, the surest first", groups=rows.pictures(sure))]
 
 
@@ -289,7 +289,7 @@ def _applied_page(content: ContentFilter, source: str, out: str, parts: Sequence
     seen = np.flatnonzero(~np.isnan(scores))
     places = list(zip(rows["part"].to_pylist(), rows["position"].to_pylist(), strict=True))
     captions = rows["caption"].to_pylist()
-    looked = Looked([], [places[n] for n in seen], parts, [captions[n] for n in seen], np.arange(len(seen)), None, np.empty((0, 0)))
+    looked = EmbeddedCorpus([], [places[n] for n in seen], parts, [captions[n] for n in seen], np.arange(len(seen)), None, np.empty((0, 0)))
     scores, draws = scores[seen], np.random.default_rng(0)
     passing, dropped = np.flatnonzero(scores < 0), np.flatnonzero(scores >= 0)
     assessment = Assessment(f"{source}, its labelled rows included", looked, scores, np.array(rows["truth"].take(seen).to_pylist(), bool)) if known else None
@@ -299,8 +299,8 @@ def _applied_page(content: ContentFilter, source: str, out: str, parts: Sequence
         Section("Parts with a fault", "Their rows before the fault were read.", lines=sorted(set(counted.faults))),
         Section("Scores", "What scores 0 or more is dropped.", bars=_score_bars(scores)),
         *(_truth_sections(assessment) if assessment else []),
-        Section("What is left, at random", groups=looked.pictures(draws.permutation(passing)[:2 * SHOWN].tolist())),
-        Section("What is left, nearest to the boundary", groups=looked.pictures(passing[np.argsort(-scores[passing])][:SHOWN].tolist())),
-        Section("Dropped, at random", groups=looked.pictures(draws.permutation(dropped)[:SHOWN].tolist()))]
+        Section("What is left, at random", groups=looked.pictures(draws.permutation(passing)[:2 * PICTURES_SHOWN].tolist())),
+        Section("What is left, nearest to the boundary", groups=looked.pictures(passing[np.argsort(-scores[passing])][:PICTURES_SHOWN].tolist())),
+        Section("Dropped, at random", groups=looked.pictures(draws.permutation(dropped)[:PICTURES_SHOWN].tolist()))]
     storage.put(page(f"{source} without {content.name}", sections).encode(), f"{out.rstrip('/')}/{PAGE}")
     return Applied(counted, assessment)

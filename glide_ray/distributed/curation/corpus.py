@@ -44,9 +44,9 @@ def prepare(out: str | Path, min_size: int = 64, report: Callable[[str], None] =
             styles: Sequence[str] = (), packages: str | Path | None = None, scenes: int = 0) -> list[CorpusReport]:
     """Make the emoji corpus under `out`, local or s3://, unless it is there, and survey its splits.
 
-    Options as of `emoji.build`. Raises UserError.
+    Options as of `emoji.build_corpus`. Raises UserError.
     """
-    made = emoji.build(out, report=report, styles=styles, packages=packages, scenes=scenes)
+    made = emoji.build_corpus(out, report=report, styles=styles, packages=packages, scenes=scenes)
     return [survey(f"{str(out).rstrip('/')}/{split}", min_size) for split, index in made.items() if index["count"]]
 
 

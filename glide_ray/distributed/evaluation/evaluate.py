@@ -15,19 +15,19 @@ from ...errors import UserError
 from ...data.images import ImageError, decode, encode
 from ...data.sources import find_parts, read_part
 from ...evaluation.features import ClipFeatures, fetch_network
-from ...evaluation.image_features import Reference, Seen
+from ...evaluation.image_features import Reference, ImageFeatures
 from ...evaluation.metrics import MetricError
 from ...evaluation.pages import Picture, Section, page
 from ...evaluation.report import Point, fronts, number
 from ...storage import fingerprint
 from ..curation.corpus import PAGE
-from ..embed import ACTORS, JOB, Looked, look
+from ..embed import ACTORS, JOB, EmbeddedCorpus, embed_corpus
 from ..generate import generate
 from ..job import once
 from ..cluster import connect
 
 FIGURES, REFERENCE, FRONTS, PROMPTS = "figures.json", "reference.safetensors", "fronts.png", "prompts.jsonl"
-SHOWN, WORDS_AT_ONCE = 12, 256      # prompts on the page; captions in a call of the CLIP
+PROMPTS_SHOWN, CAPTIONS_PER_CALL = 12, 256      # prompts on the page; captions in a call of the CLIP
 UNGUIDED = "unguided"
 CLIP, INCEPTION = "clip", "inception"
 Say = Callable[[str], None]
@@ -106,7 +106,7 @@ def captions_of(reference: str) -> list[str]:
 
 # -- the two sides ----------------------------------------------------------------------------------------------------
 
-def _reference(path: str, out: str, judges: Judges, asked: dict[str, Any], seeing: ClipFeatures, say: Say) -> tuple[Reference, str, Looked | None]:
+def _reference(path: str, out: str, judges: Judges, asked: dict[str, Any], seeing: ClipFeatures, say: Say) -> tuple[Reference, str, EmbeddedCorpus | None]:
     """The real images, what tells them from others, and where they can be shown, they as looked at."""
     if path.endswith(".safetensors"):
         real, about = Reference.load(storage.absolute(path))
@@ -126,23 +126,23 @@ def _reference(path: str, out: str, judges: Judges, asked: dict[str, Any], seein
     return real, json.dumps(about), looked[CLIP]
 
 
-def _look(name: str, source: str, size: int, out: str, judges: Judges, say: Say) -> dict[str, Looked]:
+def _look(name: str, source: str, size: int, out: str, judges: Judges, say: Say) -> dict[str, EmbeddedCorpus]:
     """One side as each network sees it. Raises UserError where one has seen pictures that another could not read."""
-    looked = {network: look(source, path, size, f"{out}/features/{name}-{network}.parquet", say) for network, path in judges.paths.items()}
+    looked = {network: embed_corpus(source, path, size, f"{out}/features/{name}-{network}.parquet", say) for network, path in judges.paths.items()}
     if len({tuple(of_set.names) for of_set in looked.values()}) > 1:
         counts = " and ".join(f"{len(of_set.names):,} by {network}" for network, of_set in looked.items())
         raise UserError(f"Not the same pictures of {source} could be read each time ({counts}); run the same command again.")
     return looked
 
 
-def _seen(looked: Mapping[str, Looked], seeing: ClipFeatures) -> Seen:
+def _seen(looked: Mapping[str, EmbeddedCorpus], seeing: ClipFeatures) -> ImageFeatures:
     captions, places = np.unique(looked[CLIP].captions, return_inverse=True)
-    words = np.concatenate([seeing.words(captions[start:start + WORDS_AT_ONCE].tolist()) for start in range(0, len(captions), WORDS_AT_ONCE)])
+    words = np.concatenate([seeing.words(captions[start:start + CAPTIONS_PER_CALL].tolist()) for start in range(0, len(captions), CAPTIONS_PER_CALL)])
     words[captions == ""] = np.nan
-    return Seen(looked[CLIP].features, words[places], looked[INCEPTION].features if INCEPTION in looked else None)
+    return ImageFeatures(looked[CLIP].features, words[places], looked[INCEPTION].features if INCEPTION in looked else None)
 
 
-def _measure(name: str, looked: Mapping[str, Looked], seeing: ClipFeatures, real: Reference, filtered: Reference | None, say: Say) -> dict[str, float | None]:
+def _measure(name: str, looked: Mapping[str, EmbeddedCorpus], seeing: ClipFeatures, real: Reference, filtered: Reference | None, say: Say) -> dict[str, float | None]:
     say(f"measuring {name}: {len(looked[CLIP].names):,} pictures")
     seen = _seen(looked, seeing)
     if lacking := int((~seen.captioned).sum()):
@@ -173,14 +173,14 @@ def _made_with(source: str) -> dict[str, Any]:
 
 # -- sheets ----------------------------------------------------------------------------------------
 
-def _write(out: str, found: dict[str, Any], made: Mapping[str, Looked], reference: Looked | None) -> None:
+def _write(out: str, found: dict[str, Any], made: Mapping[str, EmbeddedCorpus], reference: EmbeddedCorpus | None) -> None:
     plot = fronts([Point(name, row) for name, row in found["sets"].items()], found["inception"])
     storage.put(encode(plot), f"{out}/{FRONTS}")
     storage.put(_page(found, plot, made, reference).encode(), f"{out}/{PAGE}")
     storage.put(json.dumps(found, indent=1, ensure_ascii=False).encode(), f"{out}/{FIGURES}")
 
 
-def _page(found: dict[str, Any], plot: np.ndarray, made: Mapping[str, Looked], reference: Looked | None) -> str:
+def _page(found: dict[str, Any], plot: np.ndarray, made: Mapping[str, EmbeddedCorpus], reference: EmbeddedCorpus | None) -> str:
     rows = list(found["sets"].values())
     columns = [name for name in dict.fromkeys(key for row in rows for key in row) if name != "model" and not name.endswith("_deviation")]
     table = [["", *(name.replace("_", " ") for name in columns)],
@@ -194,7 +194,7 @@ def _page(found: dict[str, Any], plot: np.ndarray, made: Mapping[str, Looked], r
     draws = np.random.default_rng(0)
     first = next(iter(made.values()))
     if len(made) > 1 and all(looked.captions == first.captions for looked in made.values()):
-        chosen = sorted(draws.permutation(len(first.captions))[:SHOWN].tolist())
+        chosen = sorted(draws.permutation(len(first.captions))[:PROMPTS_SHOWN].tolist())
         shown = [looked.pictures(chosen, [name] * len(chosen)) for name, looked in made.items()]
         for n, row in enumerate(chosen):
             sections.append(Section(f"“{first.captions[row]}”", groups=[[pictures[n][0] for pictures in shown]]))
@@ -207,5 +207,5 @@ def _own_captions(score: float | None) -> str:
     return "they have no captions" if score is None else f"their own captions score {score:.2f}"
 
 
-def _at_random(name: str, looked: Looked, draws: np.random.Generator) -> Section:
-    return Section(f"{name}, at random", groups=looked.pictures(draws.permutation(len(looked.names))[:2 * SHOWN].tolist()))
+def _at_random(name: str, looked: EmbeddedCorpus, draws: np.random.Generator) -> Section:
+    return Section(f"{name}, at random", groups=looked.pictures(draws.permutation(len(looked.names))[:2 * PROMPTS_SHOWN].tolist()))

@@ -20,12 +20,12 @@ from ...evaluation.pages import Picture, Section, page, thumbnail
 from ...evaluation.report import contact_sheet
 from ..curation.corpus import PAGE, look_up
 from .evaluate import sweep
-from ..embed import ACTORS, Looked, look
+from ..embed import ACTORS, EmbeddedCorpus, embed_corpus
 from ..cluster import connect
 
 LEFT_OUT, FIGURES, SHEET = "left-out.json", "figures.json", "closest.png"
 SIZE = 256              # pixels that images are looked at with
-SHOWN = 24              # pairs on a page
+PAIRS_SHOWN = 24              # pairs on a page
 EDGES = (0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 2)     # of the bars, in cosine distance
 Say = Callable[[str], None]
 
@@ -47,7 +47,7 @@ def filter_reference(reference: str, training: str, out: str, clip: str, distanc
     text = (f"{len(out_of):,} of {len(real.names):,} images of {reference} ({len(out_of) / len(real.names):.1%}) lie within {distance:g} of an image of "
             f"{training}. The right distance is the one at which the pairs below it are copies and those above it are not.")
     sections = [Section("Distances to the nearest training image", text, bars=_bars(found.distances)),
-                *(Section(title, groups=_pairs(real, rows[:SHOWN], trained, found)[0], width=112) for title, rows in (
+                *(Section(title, groups=_pairs(real, rows[:PAIRS_SHOWN], trained, found)[0], width=112) for title, rows in (
                     ("The last that are left out", within), ("The first that stay", beyond)))]
     storage.put(page(f"{reference} without near-copies of {training}", sections).encode(), f"{out}/{PAGE}")
     storage.put(json.dumps(result, indent=1, ensure_ascii=False).encode(), f"{out}/{LEFT_OUT}")
@@ -55,7 +55,7 @@ def filter_reference(reference: str, training: str, out: str, clip: str, distanc
 
 
 def left_out(path: str) -> list[str]:
-    """What `filter_reference` has listed, named as `Looked` names rows. Raises UserError."""
+    """What `filter_reference` has listed, named as `EmbeddedCorpus` names rows. Raises UserError."""
     try:
         names = json.loads(storage.read(storage.absolute(path)))["names"]
     except (ValueError, KeyError, TypeError):
@@ -83,7 +83,7 @@ def regurgitation(pictures: str | None, training: str, held_out: str, out: str, 
     made, real = (_look(name, source, out, clip, say) for name, source in (("pictures", pictures), ("held-out", held_out)))
     found, usual = nearest(made.features, trained.features), nearest(real.features, trained.features)
     own = to_own(made.features, made.captions, trained.features, trained.captions)
-    order = np.argsort(found.distances)[:SHOWN]
+    order = np.argsort(found.distances)[:PAIRS_SHOWN]
     groups, copies, sheet = _pairs(made, order, trained, found)
     near = float(np.quantile(usual.distances, 0.01))
     figures = {"pictures": len(made.names), "training": len(trained.names), "held_out": len(real.names), "closest": float(found.distances.min()),
@@ -108,11 +108,11 @@ def _begin(out: str, clip: str) -> str:
     return storage.absolute(out).rstrip("/")
 
 
-def _look(name: str, source: str, out: str, clip: str, say: Say) -> Looked:
-    return look(source, clip, SIZE, f"{out}/features/{name}.parquet", say)
+def _look(name: str, source: str, out: str, clip: str, say: Say) -> EmbeddedCorpus:
+    return embed_corpus(source, clip, SIZE, f"{out}/features/{name}.parquet", say)
 
 
-def _pairs(side: Looked, rows: Sequence[int], trained: Looked, found: Nearest) -> tuple[list[list[Picture]], int, np.ndarray]:
+def _pairs(side: EmbeddedCorpus, rows: Sequence[int], trained: EmbeddedCorpus, found: Nearest) -> tuple[list[list[Picture]], int, np.ndarray]:
     """Rows beside their originals: for the page, how many are one picture by their pixels, and as a sheet."""
     rows = [int(row) for row in rows]
     theirs, originals = (look_up(looked.parts, [looked.places[n] for n in of]) for looked, of in ((side, rows), (trained, found.rows[rows])))

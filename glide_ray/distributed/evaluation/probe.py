@@ -19,7 +19,7 @@ from ...evaluation.pages import SIDE, Picture, Section, page
 from ...evaluation.probes import Group, above, colour_name, probe as measure
 from ...evaluation.report import grid, scaled
 from ..curation.corpus import PAGE, look_up
-from ..embed import ACTORS, look
+from ..embed import ACTORS, embed_corpus
 from ..generate import generate
 from ..cluster import connect
 
@@ -58,7 +58,7 @@ def probe(prompts: Sequence[str], words: Sequence[str], seeds: int, out: str, cl
 
 def _seen(pictures: str, clip: str, cache: str, count: int, say: Say) -> tuple[list[np.ndarray], np.ndarray]:
     """The pictures in the order in which they were asked for, and CLIP's features (N, E) of them."""
-    looked = look(pictures, clip, SIZE, cache, say)
+    looked = embed_corpus(pictures, clip, SIZE, cache, say)
     samples = look_up(looked.parts, looked.places)
     if len(samples) != count:
         raise UserError(f"{count - len(samples):,} of {count:,} pictures in {pictures} cannot be read; delete them and run the same command again.")

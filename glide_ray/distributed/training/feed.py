@@ -18,11 +18,11 @@ import pyarrow
 import ray
 
 from ...data.sources import Part
-from ...train.batch_split import Share
+from ...train.batch_split import BatchSplit
 from ..stream import Plan, open_parts
 
-AHEAD = 8              # global batches that each worker has asked for and not yet trained on
-KEPT = 4 * AHEAD       # global batches that a slower worker may still ask for
+PREFETCHED_BATCHES = 8              # global batches that each worker has asked for and not yet trained on
+KEPT = 4 * PREFETCHED_BATCHES       # global batches that a slower worker may still ask for
 Segment = tuple[ray.ObjectRef, int, int]      # rows start to stop of a block
 
 
@@ -95,10 +95,10 @@ class Feeder:
         self._next += 1
 
 
-def micro_batches(feeder, epoch: Epoch, share: Share) -> Iterator[dict[str, list]]:
+def micro_batches(feeder, epoch: Epoch, share: BatchSplit) -> Iterator[dict[str, list]]:
     """A rank's rows of each global batch, in micro-batches: the columns that `Collate` reads. All ranks get equally many."""
-    asked = deque(feeder.take.remote(epoch, number) for number in range(AHEAD))
-    number = AHEAD
+    asked = deque(feeder.take.remote(epoch, number) for number in range(PREFETCHED_BATCHES))
+    number = PREFETCHED_BATCHES
     while (segments := ray.get(asked.popleft())) is not None:
         asked.append(feeder.take.remote(epoch, number))
         number += 1

@@ -243,7 +243,7 @@ class Journal:
                 self._told = None
                 continue
             self._trackers.metrics(metrics["step"], metrics)
-            self._shown.update({short: form(metrics[name]) for name, (short, form) in SHOWN.items() if name in metrics})
+            self._shown.update({short: form(metrics[name]) for name, (short, form) in LOG_FORMATS.items() if name in metrics})
         self._bar.set_postfix(self._shown, refresh=False)
         if not self._bar.update(rows[-1].get("step", self._bar.n) - self._bar.n):
             self._bar.refresh()
@@ -265,7 +265,7 @@ def _figure(value: float) -> str:
     return f"{value:.3g}"
 
 
-SHOWN: dict[str, tuple[str, Callable[[Any], str]]] = {
+LOG_FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "loss": ("loss", _figure), "held_out": ("held-out", _figure), "images_per_s": ("images/s", _figure),
     "tflop_per_s": ("TFLOP/s", _figure), "share_of_peak": ("of peak", lambda share: f"{share:.0%}")}
 

@@ -23,10 +23,10 @@ from ...errors import UserError
 from ...data.transforms import Collate, ahead, collated, held_out_batches
 from ...tensors import Batch
 from ...train.hardware import measured_peak, peak_flops
-from ...train.checkpoint import CheckpointError, Checkpoints, Made, fetch, verify
-from ...train.checkpoint_writer import Keeper
-from ...train.collectives import gathered, of_rank_0
-from ...train.batch_split import Share
+from ...train.checkpoint import CheckpointError, Checkpoints, CheckpointEntry, fetch, verify
+from ...train.checkpoint_writer import CheckpointWriter
+from ...train.collectives import all_gather_object, broadcast_object
+from ...train.batch_split import BatchSplit
 from ...train.watchdog import Watchdog
 from .feed import Epoch, micro_batches
 from .journal import Start
@@ -69,7 +69,7 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
         storage.check_writable(out)         # by a worker, whose rights may be others than the driver's
     checkpoints = Checkpoints(out)
     # One name for all ranks of this start: what it reads of the corpus and what it writes is told from what others did.
-    start, whole = of_rank_0((uuid.uuid4().hex[:8], checkpoints.whole()) if rank == 0 else None)
+    start, whole = broadcast_object((uuid.uuid4().hex[:8], checkpoints.whole()) if rank == 0 else None)
     _go_on(trainer, whole, Path(tempfile.gettempdir()) / f"glide-resume-{start}", context.get_local_rank(), board, tally)
     if rank == 0:
         _sweep(checkpoints, board)
@@ -77,7 +77,7 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
         if train.objective == "clip":       # at every start: another micro-batch, which memory may have chosen, is another loss
             board.note.remote(_contrast(trainer.share))
     held_out = held_out_batches(preset.data, preset.model, trainer.share.micro_batch, rank, world)
-    keeper = Keeper(checkpoints, start, train.keep_last, train.keep_every, board.note.remote, board.committed.remote, 2 * train.stall_seconds)
+    keeper = CheckpointWriter(checkpoints, start, train.keep_last, train.keep_every, board.note.remote, board.committed.remote, 2 * train.stall_seconds)
     watchdog = Watchdog(train.stall_seconds, lambda text: ray.get(board.note.remote(f"rank {rank} hangs: {text}; it is begun again")))
 
     def save(write) -> None:
@@ -118,7 +118,7 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
 
 # -- where to begin ---------------------------------------------------------------------------------------------------
 
-def _go_on(trainer: Trainer, whole: list[Made], cache: Path, local_rank: int, board, tally) -> None:
+def _go_on(trainer: Trainer, whole: list[CheckpointEntry], cache: Path, local_rank: int, board, tally) -> None:
     """Load the last checkpoint that is as it was written, if there is one. What is on S3 is fetched once a node."""
     try:
         for made in reversed(whole):
@@ -130,7 +130,7 @@ def _go_on(trainer: Trainer, whole: list[Made], cache: Path, local_rank: int, bo
                     fetch(made, cache)              # which verifies on its way
             except (CheckpointError, storage.StorageError) as error:
                 fault = str(error)
-            faults = gathered(fault)
+            faults = all_gather_object(fault)
             if not any(faults):
                 folder = fetch(made, cache)
                 trainer.load(folder)
@@ -160,7 +160,7 @@ def _start(trainer: Trainer) -> Start:
     return Start(trainer.progress.step, trainer.world, trainer.share.micro_batch, trainer.share.calls, trainer.precision, name, peak)
 
 
-def _contrast(share: Share) -> str:
+def _contrast(share: BatchSplit) -> str:
     """What CLIP's loss depends on, in a line."""
     others = share.world * max(end - first for first, end, _ in share.parts()) - 1
     return (f"CLIP learns to tell each picture's caption from {others:,} others, those of one network call on all workers: train.micro_batch and "

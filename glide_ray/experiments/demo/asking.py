@@ -29,7 +29,7 @@ from .plan import Plan
 from .results import Result
 from .sheet import file_name
 
-AT_ONCE, PATIENCE = 4, 600      # requests on the way, seconds for an answer
+CONCURRENT_REQUESTS, ANSWER_SECONDS = 4, 600      # requests on the way, seconds for an answer
 HALF_A_CPU = Scale(cpus=0.5)    # four stages and the ingress beside each other, logically
 
 
@@ -47,7 +47,7 @@ def ask(out: Path, plan: Plan, pair: Pair, tuned: Path, name: str) -> Result:
                          precision=fastest_precision(),
                          more_models={name: ServedModel(base=str(tuned), **stages)})
     connect(cpus(config))
-    with serving(config) as url, httpx.Client(base_url=url, timeout=PATIENCE) as http, \
+    with serving(config) as url, httpx.Client(base_url=url, timeout=ANSWER_SECONDS) as http, \
             tqdm(total=plan.requests, desc="  pictures", unit="picture", dynamic_ncols=True) as bar:
         models = http.get("/v1/models").json()["data"]
         client = Client(http, out, plan.options, bar.update)
@@ -138,7 +138,7 @@ def _pairs(client: Client, plan: Plan, tuned: str) -> list[Result]:
     asked = [(f"{when}-{file_name(prompt)}", prompt, seed, model)
              for seed, prompt in enumerate(plan.pairs)
              for when, model in (("before", None), ("after", tuned))]
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
         images = list(pool.map(lambda one: client.generate(*one), asked))
     draw_pairs(client.out, plan.pairs, images[::2], images[1::2])
     return [{"prompt": prompt, "seed": seed,

@@ -18,7 +18,7 @@ from .figures import SHEET
 from .plan import Plan
 from .results import Result
 
-AT_ONCE = 8      # pictures in a network call
+IMAGES_PER_CALL = 8      # pictures in a network call
 
 
 def make_sheet(out: Path, plan: Plan, pair: Pair) -> Result:
@@ -26,7 +26,7 @@ def make_sheet(out: Path, plan: Plan, pair: Pair) -> Result:
 
     Gives `rows`: for each thing the names of its pictures, in the order of `styles`.
     """
-    cascade = Cascade.load(pair.base, pair.upsampler, fastest_precision(), AT_ONCE, batched=True)
+    cascade = Cascade.load(pair.base, pair.upsampler, fastest_precision(), IMAGES_PER_CALL, batched=True)
     prompts = [f"{thing}, {style}" for thing in plan.things for style in plan.styles]
     seeds = [row for row in range(len(plan.things)) for _ in plan.styles]
     images = _with_bars(cascade, prompts, seeds, plan)

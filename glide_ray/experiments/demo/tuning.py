@@ -29,7 +29,7 @@ from .results import Result, Results
 
 SPLITS = "train", "held_out"      # of the corpus: what is trained on is there without skin tones
 RECIPE = "emoji-base"             # the preset of the shipped base model
-SHOWN = 12                        # pictures of the corpus on the page
+PICTURES_SHOWN = 12                        # pictures of the corpus on the page
 Report = Callable[[str], None]
 
 
@@ -42,7 +42,7 @@ def make_corpus(out: Path, packages: Path | None, report: Report) -> Result:
     reason), rows of both splits; `folder` has the clean shards. Raises UserError.
     """
     raw, folder = out / "corpus", out / "clean"
-    emoji.build(raw, report=lambda line: report(f"  {line}"), styles=(STYLE,), packages=packages,
+    emoji.build_corpus(raw, report=lambda line: report(f"  {line}"), styles=(STYLE,), packages=packages,
                 splits=SPLITS)
     read, kept, dropped = 0, {}, {}
     for split in SPLITS:
@@ -56,7 +56,7 @@ def make_corpus(out: Path, packages: Path | None, report: Report) -> Result:
 
 def _write_examples(folder: Path, out: Path) -> Result:
     names, captions = [], []
-    for sample in islice(read_shard(sorted(folder.glob("train/*.tar"))[0]), SHOWN):
+    for sample in islice(read_shard(sorted(folder.glob("train/*.tar"))[0]), PICTURES_SHOWN):
         names.append(f"pictures/corpus-{len(names):02d}.png")
         captions.append(sample.captions[0])
         storage.put(encode(centre_crop(decode(sample.image), 256)), out / names[-1])

@@ -16,12 +16,12 @@ import numpy as np
 
 from ...evaluation import elo, metrics
 from ...evaluation.elo import Vote
-from .pictures import BEST, CLIP_GUIDED, CLIPS, FREE, GUIDED, SMALL, UNGUIDED, Seen
+from .pictures import BEST, CLIP_GUIDED, CLIPS, FREE, GUIDED, SMALL, UNGUIDED, SetFeatures
 
 ERRORS = 2.0  # standard errors that a difference must be away from nothing
 LEAST = "guidance-1.5"  # where the distance to real pictures is least in the paper (table 2)
 DRAWS = 200  # of the bootstrap
-Sets = Mapping[str, Seen]
+Sets = Mapping[str, SetFeatures]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Gain:
 
 
 def findings(
-    sets: Sets, real: Seen, votes: Mapping[str, Sequence[Vote]], painted: Mapping[str, Any]
+    sets: Sets, real: SetFeatures, votes: Mapping[str, Sequence[Vote]], painted: Mapping[str, Any]
 ) -> list[Finding]:
     """All eight. `sets`: those of SETS by name; `votes`: as `votes_of` gives them; `painted`: as
     `bench_inpainting` does.
@@ -76,7 +76,7 @@ def findings(
     ]
 
 
-def figures(seen: Seen, real: Seen) -> dict[str, float]:
+def figures(seen: SetFeatures, real: SetFeatures) -> dict[str, float]:
     """What table 2 and figure 6 show of a set: distances, precision, recall and score of
     EfficientNet's features, the first of them of the plain CLIP's too, and the CLIP score.
     """
@@ -98,7 +98,7 @@ def figures(seen: Seen, real: Seen) -> dict[str, float]:
     }
 
 
-def votes_of(sets: Sets, real: Seen, own: Seen) -> dict[str, list[Vote]]:
+def votes_of(sets: Sets, real: SetFeatures, own: SetFeatures) -> dict[str, list[Vote]]:
     """EfficientNet in the place of people, who voted in the paper: it is no relative of the CLIP
     that guides, whose sister would be misled as that is. Of two pictures the more real is the one
     nearer to any of the `real` pictures, and the one more like its caption the one nearer to the
@@ -146,7 +146,7 @@ def _nearer_to_captions(sets: Sets) -> Finding:
     )
 
 
-def _diversity_for_fidelity(sets: Sets, real: Seen) -> Finding:
+def _diversity_for_fidelity(sets: Sets, real: SetFeatures) -> Finding:
     (fine, wide), (before, wide_before) = (
         metrics.neighbourhood(real.looks, sets[name].looks) for name in (GUIDED, UNGUIDED)
     )
@@ -161,7 +161,7 @@ def _diversity_for_fidelity(sets: Sets, real: Seen) -> Finding:
     )
 
 
-def _least_distance(sets: Sets, real: Seen) -> Finding:
+def _least_distance(sets: Sets, real: SetFeatures) -> Finding:
     names = list(FREE)
     distances = {name: frechet(sets[name].looks, real.looks) for name in names}
     drawn = _drawn_distances([sets[name].looks for name in names], real.looks)

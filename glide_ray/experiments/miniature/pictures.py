@@ -33,7 +33,7 @@ SCALES, CLIP_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0), (3.0, 10.0, 30.0)
 BEST, BY_CLIP = 3.0, 10.0
 # At the noisiest timesteps a small CLIP sees nothing, and its gradient would count most there.
 CLIP_INTERVAL = (0.0, 0.9)
-AT_ONCE = 32  # pictures in a network call
+IMAGES_PER_CALL = 32  # pictures in a network call
 INPUT = 128  # pixels that EfficientNet is shown
 
 
@@ -54,7 +54,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Seen:
+class SetFeatures:
     """N pictures by the plain CLIP, features (N, E) and those of their captions (N, E), both of
     length 1; and by EfficientNet, which has never seen an emoji: features (N, 1280) and
     probabilities of ImageNet's classes (N, 1000).
@@ -131,15 +131,15 @@ def make_set(
 
 def load(weights: Path, clip: Path | None = None) -> Cascade:
     """A base model that makes many pictures in each call, also on a CPU. Raises WeightsError."""
-    return Cascade(load_stepper(weights, "base", fastest_precision(), AT_ONCE, clip, batched=True))
+    return Cascade(load_stepper(weights, "base", fastest_precision(), IMAGES_PER_CALL, clip, batched=True))
 
 
 def generate(cascade: Cascade, captions: Sequence[str], options: SampleOptions) -> np.ndarray:
     """Pictures uint8 (N, S, S, 3), caption n with seed n."""
     with tqdm(total=len(captions), unit="image", dynamic_ncols=True, disable=None) as bar:
         made = []
-        for start in range(0, len(captions), AT_ONCE):
-            some = captions[start : start + AT_ONCE]
+        for start in range(0, len(captions), IMAGES_PER_CALL):
+            some = captions[start : start + IMAGES_PER_CALL]
             made += cascade.generate(some, range(start, start + len(some)), options)
             bar.update(len(some))
     return np.stack(made)
@@ -172,19 +172,19 @@ class Eyes:
     def __init__(self, clip: Path):
         self._clip, self._efficientnet = ClipFeatures(clip), load_efficientnet()
 
-    def see(self, pixels: np.ndarray, captions: Sequence[str]) -> Seen:
+    def see(self, pixels: np.ndarray, captions: Sequence[str]) -> SetFeatures:
         """Of pictures uint8 (N, H, H, 3)."""
         looks, classes = self._looks(pixels)
         shown = self._clip.images([Image.fromarray(image) for image in pixels])
-        return Seen(shown, self._clip.words(list(captions)), looks, classes)
+        return SetFeatures(shown, self._clip.words(list(captions)), looks, classes)
 
     @torch.no_grad()
     def _looks(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         looks, classes = [], []
-        for start in range(0, len(pixels), AT_ONCE):
+        for start in range(0, len(pixels), IMAGES_PER_CALL):
             large = [
                 np.asarray(Image.fromarray(image).resize((INPUT, INPUT), Image.Resampling.BICUBIC))
-                for image in pixels[start : start + AT_ONCE]
+                for image in pixels[start : start + IMAGES_PER_CALL]
             ]
             x = normalise(torch.from_numpy(np.stack(large)).permute(0, 3, 1, 2)).contiguous(
                 memory_format=torch.channels_last

@@ -37,7 +37,7 @@ def run(out: Path, corpus: Path, say: Callable[[str], None] = tqdm.write) -> lis
     is missing. Raises UserError.
     """
     if not all(read_index(corpus / split) for split in ("train", "tones", "held_out_pairs")):
-        emoji.build(corpus, report=say)
+        emoji.build_corpus(corpus, report=say)
     weights = train_all(out, corpus, say)
     real = real_pictures(out / "corpus" / "held_out")
     own = Real(real.pixels[:IMAGES], real.captions[:IMAGES])

@@ -58,7 +58,7 @@ IMPLICIT = (
     "Implicit and by CLIP guidance: the shipped weights without the inputs of the known pixels, "
     "which are noised into every step."
 )
-SHOWN = 10  # captions of the sheet of sets
+CAPTIONS_SHOWN = 10  # captions of the sheet of sets
 HOLES, TRIES = 5, 8  # of figure 11: pictures, and seeds of which CLIP chooses one (app. D: 64)
 
 
@@ -128,7 +128,7 @@ def sets_side_by_side(pictures: Mapping[str, np.ndarray], real: Real) -> np.ndar
     """The first captions: the real pictures, then a row for each set, from the same seeds."""
     rows = {"real": real.pixels, **pictures}
     return np.asarray(
-        grid([pixels[:SHOWN] for pixels in rows.values()], real.captions[:SHOWN], list(rows), 96)
+        grid([pixels[:CAPTIONS_SHOWN] for pixels in rows.values()], real.captions[:CAPTIONS_SHOWN], list(rows), 96)
     )
 
 
