@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT, serving_weights
-from glide_ray.cli.main import main as cli
+from glide_ray.cli import main as cli
 from glide_ray.config import presets
 from glide_ray.config.overrides import override
 

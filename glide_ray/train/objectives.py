@@ -29,7 +29,7 @@ def denoising(network: Callable, schedule: Schedule, batch: Batch, i: Tensor, no
     """The hybrid loss of noised images at the indices i (B,), for given noise like batch.image (sec. 2.1); `weight` of eps' error.
 
     Where pixels are known the samplers put them into the predicted image, whatever the network says of them; so does the loss, and
-    eps is there the noise itself. Left to the network, the copying of known pixels spoils those beside them (README, "Measured").
+    eps is there the noise itself. Left to the network, the copying of known pixels spoils those beside them (docs/editing.md).
     """
     x_t = q_sample(schedule, batch.image, i, noise)
     output = network(x_t, schedule.timestep.to(i.device)[i], batch.conditioning)
