@@ -18,9 +18,9 @@ from pydantic import Field, StringConstraints, model_validator
 
 from glide_ray.config import presets
 from glide_ray.config.models import Frozen
-from glide_ray.errors import UserError
-from glide_ray.config.serving import Scale
 from glide_ray.config.overrides import override, validate
+from glide_ray.config.serving import Scale
+from glide_ray.errors import UserError
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

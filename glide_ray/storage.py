@@ -342,7 +342,7 @@ def _split(path: str) -> tuple[str, str]:
 @lru_cache(maxsize=1)
 def _client():
     try:
-        import boto3   # only where s3:// is used
+        import boto3  # only where s3:// is used
         from botocore.config import Config
     except ImportError:
         raise StorageError("s3:// paths need boto3; run `pip install boto3`.") from None

@@ -8,9 +8,9 @@ import argparse
 import sys
 
 from glide_ray.distributed.job import once, run
-from glide_ray.train.pack import read_trained, write_half
 from glide_ray.storage import absolute
 from glide_ray.train.checkpoint import find_checkpoint
+from glide_ray.train.pack import read_trained, write_half
 from glide_ray.train.partition import export_to
 
 

@@ -9,14 +9,14 @@ import argparse
 import dataclasses
 import sys
 
+from glide_ray.cli.arguments import positive
 from glide_ray.cli.main import add_sampling
+from glide_ray.cli.pictures import sample_options
 from glide_ray.config.models import SHIPPED
+from glide_ray.config.overrides import validate
 from glide_ray.config.sampling import BulkConfig
 from glide_ray.distributed.generate import generate
 from glide_ray.distributed.job import run
-from glide_ray.cli.pictures import sample_options
-from glide_ray.cli.arguments import positive
-from glide_ray.config.overrides import validate
 
 
 def parser() -> argparse.ArgumentParser:

@@ -6,10 +6,10 @@ Prints one line of JSON at its end. Submitted again it does nothing that is done
 import argparse
 import sys
 
+from glide_ray.cli.arguments import positive
 from glide_ray.data.styles import STYLES
 from glide_ray.distributed.curation.corpus import prepare
 from glide_ray.distributed.job import once, run
-from glide_ray.cli.arguments import positive
 
 
 def parser() -> argparse.ArgumentParser:

@@ -9,9 +9,9 @@ import dataclasses
 import sys
 
 from glide_ray.config import presets
+from glide_ray.config.overrides import override
 from glide_ray.distributed.job import run
 from glide_ray.distributed.training.run import train
-from glide_ray.config.overrides import override
 
 
 def parser() -> argparse.ArgumentParser:

@@ -16,12 +16,13 @@ import time
 import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import yaml
-
 from conftest import ROOT, tiny
+
 from glide_ray.bench.load_generator import free_port
 
 HEAD, HEAD_ID = "ray.head.default", "f" * 51 + "00000"      # as Ray's provider of fake nodes calls the head
@@ -97,10 +98,8 @@ class Cluster:
     def __exit__(self, *_):
         below = psutil.Process(self._head.pid).children(recursive=True) if self._head.poll() is None else []     # the autoscaler's raylets among them
         for process in (self._head, *below):
-            try:
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                pass
         self._head.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -168,10 +167,10 @@ def main(path, corpus, base, upsampler, out):
     from ray import serve
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    from glide_ray.distributed.training import run as training
-    from glide_ray.distributed.curation.corpus import survey
-    from glide_ray.distributed.cluster import connect
     from glide_ray.config.serving import ServeConfig
+    from glide_ray.distributed.cluster import connect
+    from glide_ray.distributed.curation.corpus import survey
+    from glide_ray.distributed.training import run as training
     from glide_ray.serving.deployment import APP, build_application, deploy
     types = fake(path, os.environ["RAY_ADDRESS"])["available_node_types"]
     least = Counter({name: kind["min_workers"] for name, kind in types.items() if kind.get("min_workers")})

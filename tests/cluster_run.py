@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-
 from conftest import ROOT
+
 from glide_ray.bench.load_generator import free_port
 
 RAY = str(Path(sys.executable).parent / "ray")

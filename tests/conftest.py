@@ -13,6 +13,9 @@ from PIL import Image, ImageDraw
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"       # before anything imports Triton
+from s3_proxy import Proxy
+
+from glide_ray.bench.load_generator import free_port
 from glide_ray.config import presets
 from glide_ray.config.overrides import override
 from glide_ray.data import emoji
@@ -21,8 +24,6 @@ from glide_ray.data.shards import Sample, write_shards
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.unet import GlideUNet
 from glide_ray.models.weights import save_weights
-from s3_proxy import Proxy
-from glide_ray.bench.load_generator import free_port
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COLOURS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 70, 220), "yellow": (240, 210, 40)}

@@ -14,20 +14,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glide_ray.sampling.cascade import Cascade, RequestError
 from glide_ray.config.sampling import SampleOptions
-from glide_ray.errors import UserError
+from glide_ray.config.serving import ServeConfig
 from glide_ray.data.images import encode
+from glide_ray.errors import UserError
+from glide_ray.sampling.cascade import Cascade, RequestError
 from glide_ray.sampling.engine import Engine, Load
 from glide_ray.sampling.recipe import Maker
-from glide_ray.config.serving import ServeConfig
-from glide_ray.serving.routes import build_api
-from glide_ray.serving.state import ServerState
-from glide_ray.serving.errors import ApiError
-from glide_ray.serving.schema import Job, GeneratedImage
-from glide_ray.serving.metrics import Metrics, StageLoad
 from glide_ray.serving.admission import Admission
 from glide_ray.serving.api_keys import Key, hashed, new_key, read_keys
+from glide_ray.serving.errors import ApiError
+from glide_ray.serving.metrics import Metrics, StageLoad
+from glide_ray.serving.routes import build_api
+from glide_ray.serving.schema import GeneratedImage, Job
+from glide_ray.serving.state import ServerState
 
 CONFIG = ServeConfig(max_images=3, max_upload_bytes=200_000, max_pixels=1_000_000)
 GENERATIONS, EDITS, VARIATIONS = (f"/v1/images/{kind}" for kind in ("generations", "edits", "variations"))
@@ -120,8 +120,7 @@ def test_a_generation_is_answered_as_openai_does(ask):
 
 
 def test_what_is_left_out_or_null_takes_its_default(ask, backend):
-    plain = {name: None for name in ("n", "size", "response_format", "output_format", "stream", "partial_images", "seed", "steps", "sampler",
-                                     "guidance_scale", "model", "quality", "best_of", "clip_scale")}
+    plain = dict.fromkeys(("n", "size", "response_format", "output_format", "stream", "partial_images", "seed", "steps", "sampler", "guidance_scale", "model", "quality", "best_of", "clip_scale"))
     assert ask("POST", GENERATIONS, json={"prompt": "a cat", **plain}).status_code == 200
     given, left_out = backend.jobs[-1], ask("POST", GENERATIONS, json={"prompt": "a cat"}) and backend.jobs[-1]
     assert (given.options, given.size, given.best_of, given.previews) == (left_out.options, left_out.size, left_out.best_of, left_out.previews)

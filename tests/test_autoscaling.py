@@ -5,10 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import autoscaling_run
 import pytest
 import yaml
-
-import autoscaling_run
 from conftest import ROOT
 
 pytestmark = pytest.mark.slow

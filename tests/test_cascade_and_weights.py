@@ -3,16 +3,22 @@
 import numpy as np
 import pytest
 import torch
+from conftest import random_model, tiny
 from safetensors.torch import save_file
 
-from conftest import random_model, tiny
 from glide_ray.config import presets
-from glide_ray.sampling.cascade import Cascade, RequestError, shrink_known
-from glide_ray.config.sampling import SampleOptions
 from glide_ray.config.overrides import override
+from glide_ray.config.sampling import SampleOptions
 from glide_ray.data.masks import random_known
 from glide_ray.diffusion.samplers import SAMPLERS
-from glide_ray.models.weights import WeightsError, load_config, load_model, load_weights, save_weights
+from glide_ray.models.weights import (
+    WeightsError,
+    load_config,
+    load_model,
+    load_weights,
+    save_weights,
+)
+from glide_ray.sampling.cascade import Cascade, RequestError, shrink_known
 from glide_ray.sampling.stepper import Stepper
 
 QUICK = SampleOptions(steps=3, upsampler_steps="2,1")

@@ -14,17 +14,24 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import ray
+from conftest import drawn_samples
 from PIL import Image, ImageDraw
 
 import jobs.filter
-from conftest import drawn_samples
 from glide_ray import storage
 from glide_ray.cli.main import main
 from glide_ray.config.data import CleanConfig
-from glide_ray.errors import ConfigError, UserError
 from glide_ray.config.overrides import override
 from glide_ray.data.card import read_card, write_card
-from glide_ray.data.duplicates import FINGERPRINT_BYTES, LUMA, MAX_BITS, MAX_CHROMA, MAX_LUMA, find_duplicates, fingerprint
+from glide_ray.data.duplicates import (
+    FINGERPRINT_BYTES,
+    LUMA,
+    MAX_BITS,
+    MAX_CHROMA,
+    MAX_LUMA,
+    find_duplicates,
+    fingerprint,
+)
 from glide_ray.data.filters import NEAR_DUPLICATE, caption_rules, clean_captions, users_rules
 from glide_ray.data.images import decode, encode
 from glide_ray.data.shards import INDEX, Sample, ShardError, read_shard, write_shards
@@ -33,6 +40,7 @@ from glide_ray.distributed import cluster as local
 from glide_ray.distributed.curation.clean import clean, write_page
 from glide_ray.distributed.curation.corpus import DROPPED, PAGE, SUMMARY
 from glide_ray.distributed.stream import Tally, in_order, open_corpus
+from glide_ray.errors import ConfigError, UserError
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

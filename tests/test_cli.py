@@ -9,11 +9,11 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT, tiny
 from PIL import Image
 
-from conftest import ROOT, tiny
-from glide_ray.config import presets
 from glide_ray.cli.main import main
+from glide_ray.config import presets
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.weights import save_weights
 

@@ -12,15 +12,15 @@ import httpx
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
-
 from cluster_run import cluster
 from conftest import ROOT, TINY_BASE, serving_weights
+from PIL import Image
+
 from glide_ray import storage
-from glide_ray.sampling.cascade import Cascade
-from glide_ray.config.sampling import SampleOptions
-from glide_ray.train.run_folder import last_step, read_metrics
 from glide_ray.bench.load_generator import free_port
+from glide_ray.config.sampling import SampleOptions
+from glide_ray.sampling.cascade import Cascade
+from glide_ray.train.run_folder import last_step, read_metrics
 
 STEPS, PROMPTS = 60, 120
 pytestmark = pytest.mark.slow

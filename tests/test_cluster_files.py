@@ -19,6 +19,7 @@ import prometheus_client.parser
 import pytest
 import ray
 import yaml
+from conftest import ROOT
 from moto.core.authorization import enable_iam_authentication
 from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 from ray.autoscaler._private.aws import utils as ray_aws
@@ -30,12 +31,11 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.serve.schema import ServeDeploySchema
 
-from conftest import ROOT
-from glide_ray.config import presets
 from glide_ray import storage
-from glide_ray.sampling.engine import Load
-from glide_ray.config.serving import ServeConfig
+from glide_ray.config import presets
 from glide_ray.config.overrides import override, validate
+from glide_ray.config.serving import ServeConfig
+from glide_ray.sampling.engine import Load
 from glide_ray.serving.metrics import Metrics, StageLoad, exposition
 
 CLUSTER = Path(ROOT, "cluster")
@@ -417,7 +417,7 @@ def test_the_training_dashboard_shows_what_ray_exports():
     defined = {node.value for part in ("dashboard/modules/reporter", "train/v2/_internal/metrics") for path in folder.glob(f"{part}/*.py")
                for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     for expression in expressions("training"):
-        names = {name for name in re.findall(r"ray_\w+", re.sub(r"by \([^)]*\)", "", expression))}
+        names = set(re.findall(r"ray_\w+", re.sub(r"by \([^)]*\)", "", expression)))
         assert names and {name.removeprefix("ray_") for name in names} <= defined, expression
     assert "node_gpus_utilisation" not in defined
 

@@ -2,17 +2,16 @@
 
 import json
 
+import drawn_things as drawn
 import numpy as np
 import pytest
-
-import drawn_things as drawn
 from conftest import serving_weights
-from glide_ray.sampling.cascade import Cascade
+
 from glide_ray.cli.main import main
 from glide_ray.config.sampling import SampleOptions
-from glide_ray.evaluation import compose, fitting
 from glide_ray.data.images import decode, encode
 from glide_ray.data.shards import Sample, write_shards
+from glide_ray.evaluation import compose, fitting
 from glide_ray.evaluation.cases import CorpusError, make_cases
 from glide_ray.evaluation.categories import (
     BACKGROUND,
@@ -28,8 +27,9 @@ from glide_ray.evaluation.categories import (
     STYLE,
     THING,
 )
-from glide_ray.evaluation.new_style import learn_style
 from glide_ray.evaluation.judge_accuracy import try_judge
+from glide_ray.evaluation.new_style import learn_style
+from glide_ray.sampling.cascade import Cascade
 
 COUNTED = 4
 FAST = SampleOptions(steps="2", upsampler_steps="1")

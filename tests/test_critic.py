@@ -5,24 +5,24 @@ import math
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from conftest import drawn_samples, random_model, tiny, tiny_clip
 from torch import distributed as dist
 
-from conftest import drawn_samples, random_model, tiny, tiny_clip
 from glide_ray.config import presets
-from glide_ray.sampling.cascade import Cascade, RequestError
-from glide_ray.config.sampling import SampleOptions
-from glide_ray.errors import UserError
 from glide_ray.config.overrides import override
-from glide_ray.models.clip_scorer import NoisedClipScorer, PublicClipScorer, load_critic
+from glide_ray.config.sampling import SampleOptions
 from glide_ray.data.images import centre_crop, decode, to_8_bits, to_tensor
+from glide_ray.data.tokenizer import Tokenizer
 from glide_ray.diffusion.samplers import SAMPLERS
 from glide_ray.diffusion.schedule import make_schedule
-from glide_ray.tensors import Batch, Conditioning
+from glide_ray.errors import UserError
 from glide_ray.models.clip import NoisedClip
+from glide_ray.models.clip_scorer import NoisedClipScorer, PublicClipScorer, load_critic
 from glide_ray.models.weights import WeightsError
+from glide_ray.sampling.cascade import Cascade, RequestError
 from glide_ray.sampling.request import SampleRequest
 from glide_ray.sampling.stepper import Stepper
-from glide_ray.data.tokenizer import Tokenizer
+from glide_ray.tensors import Batch, Conditioning
 from glide_ray.train.objectives import contrastive, draw, held_out_sums
 
 CLIP = tiny_clip().model

@@ -8,17 +8,24 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import drawn_samples, tiny
 from PIL import Image
 
-from conftest import drawn_samples, tiny
 from glide_ray.config.data import DataConfig
 from glide_ray.data import images, masks
 from glide_ray.data.captions import choose, emoji_captions
 from glide_ray.data.filters import Candidate, Report, first_broken, header_rules
-from glide_ray.data.shards import Sample, ShardError, captions_of, read_index, read_shard, write_shards
+from glide_ray.data.shards import (
+    Sample,
+    ShardError,
+    captions_of,
+    read_index,
+    read_shard,
+    write_shards,
+)
 from glide_ray.data.sources import columns, find_parts, folder_name, in_share, share_of
-from glide_ray.data.transforms import Collate, held_out_batches
 from glide_ray.data.tokenizer import Tokenizer
+from glide_ray.data.transforms import Collate, held_out_batches
 
 
 def as_bytes(image, form="PNG", **options):

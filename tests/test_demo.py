@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import re
 import tarfile
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,33 +10,32 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from conftest import random_model, tiny
 from PIL import Image
 
-from conftest import random_model, tiny
-from glide_ray.config import presets
 from glide_ray.cli.main import main
+from glide_ray.config import presets
 from glide_ray.config.sampling import SampleOptions
-from glide_ray.errors import UserError
-from glide_ray.data import emoji
 from glide_ray.data.images import encode
 from glide_ray.data.packages import EmojiError, fetch_packages
 from glide_ray.data.sets import KEYWORDS, NAMES
 from glide_ray.data.shards import read_shard
 from glide_ray.data.splits import is_held_out
 from glide_ray.data.styles import STYLES
+from glide_ray.errors import UserError
+from glide_ray.evaluation.report import HOLE, contact_sheet, loss_curves, show_hole, stairs
 from glide_ray.experiments.demo.asking import Client, left_half, mask_png
 from glide_ray.experiments.demo.figures import DRAWINGS, draw_sketch
-from glide_ray.experiments.demo.page import MOST_BYTES, PICTURES, copy_pictures, write_page
+from glide_ray.experiments.demo.page import MOST_BYTES, PICTURES, copy_pictures
 from glide_ray.experiments.demo.plan import STYLE, Plan, Sketch
 from glide_ray.experiments.demo.results import Results
 from glide_ray.experiments.demo.run import run
 from glide_ray.experiments.demo.tuning import tuning_preset
-from glide_ray.evaluation.report import HOLE, contact_sheet, loss_curves, show_hole, stairs
 from glide_ray.models.weights import load_config, load_metadata
-from glide_ray.train import pack as packing
 from glide_ray.pretrained import shipped
 from glide_ray.pretrained.card import Source, sources_in
 from glide_ray.sampling.recipe import read_recipe
+from glide_ray.train import pack as packing
 
 FEW = SampleOptions(steps=2, upsampler_steps=2)
 SMALL = Plan(

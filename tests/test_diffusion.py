@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from glide_ray.diffusion.guidance import classifier_free
-from glide_ray.diffusion.loss import discretised_log_likelihood, gaussian_kl, hybrid_loss, min_snr_weight
+from glide_ray.diffusion.loss import (
+    discretised_log_likelihood,
+    gaussian_kl,
+    hybrid_loss,
+    min_snr_weight,
+)
 from glide_ray.diffusion.process import eps_from_x0, posterior_mean, q_sample, x0_from_eps
 from glide_ray.diffusion.samplers import SAMPLERS, History, Known, renoise_known
 from glide_ray.diffusion.schedule import ScheduleError, join, kept_timesteps, make_schedule, respace

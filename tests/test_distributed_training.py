@@ -10,19 +10,19 @@ import time
 from dataclasses import replace
 
 import pytest
+from conftest import TINY_BASE, drawn_samples, tiny, tiny_clip
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import TINY_BASE, drawn_samples, tiny, tiny_clip
-from glide_ray.errors import UserError
 from glide_ray.data.sources import columns
-from glide_ray.train.run_folder import read_metrics
-from glide_ray.distributed.training.run import train
 from glide_ray.data.transforms import Collate, collated
+from glide_ray.distributed.training.run import train
 from glide_ray.distributed.training.worker import _contrast
+from glide_ray.errors import UserError
 from glide_ray.models.weights import load_model
-from glide_ray.train.checkpoint import Checkpoints
 from glide_ray.train.batch_split import BatchSplit
+from glide_ray.train.checkpoint import Checkpoints
+from glide_ray.train.run_folder import read_metrics
 
 
 def preset(corpus, *settings):

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, serving_weights
 from PIL import Image
 
-from conftest import ROOT, serving_weights
 from glide_ray.cli import main as cli
 from glide_ray.config import presets
 from glide_ray.config.overrides import override
@@ -29,9 +29,6 @@ def blocks(path):
     for line in [*path.read_text().splitlines(), ""]:
         if line.startswith("    ") and (lines or line.strip().startswith(COMMANDS)):
             lines.append(line.strip())
-        elif lines and line.strip():
-            yield mark, lines
-            mark, lines = None, []
         elif lines:
             yield mark, lines
             mark, lines = None, []

@@ -13,7 +13,6 @@ import time
 import pytest
 
 from glide_ray.cli.main import main
-from glide_ray.errors import ConfigError
 from glide_ray.data import emoji
 from glide_ray.data.card import LeftOut, read_card
 from glide_ray.data.images import open_image
@@ -23,6 +22,7 @@ from glide_ray.data.sets import KEYWORDS, NAMES, read_pictures
 from glide_ray.data.shards import read_shard
 from glide_ray.data.splits import SPLITS
 from glide_ray.data.styles import DEFAULT, STYLES, choose_styles
+from glide_ray.errors import ConfigError
 
 FIREFOX = STYLES["Firefox"]
 

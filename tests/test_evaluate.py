@@ -12,15 +12,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
-from conftest import ROOT
 from glide_ray.cli.main import main
-from glide_ray.errors import UserError
 from glide_ray.data.images import decode, encode
 from glide_ray.data.shards import Sample, write_shards
 from glide_ray.data.sources import find_parts, read_part
 from glide_ray.distributed.evaluation.evaluate import FIGURES, REFERENCE, Judges, evaluate
+from glide_ray.errors import UserError
 from glide_ray.evaluation import metrics
 from glide_ray.evaluation.features import CLASSES, POOLED, InceptionFeatures, Squares
 from glide_ray.evaluation.image_features import Reference

@@ -11,21 +11,21 @@ import time
 from pathlib import Path
 
 import boto3
+import elastic_run
 import numpy as np
 import psutil
 import pytest
 import torch
-
-import elastic_run
 from conftest import tiny
+
 from glide_ray import storage
 from glide_ray.cli.main import main
-from glide_ray.errors import UserError
-from glide_ray.train.run_folder import read_metrics
 from glide_ray.distributed.training.run import train
+from glide_ray.errors import UserError
 from glide_ray.models.weights import load_weights
 from glide_ray.train.checkpoint import CheckpointError, Checkpoints, fetch, verify
 from glide_ray.train.checkpoint_writer import CheckpointWriter
+from glide_ray.train.run_folder import read_metrics
 from glide_ray.train.watchdog import Watchdog
 
 

@@ -9,18 +9,34 @@ import pyarrow.parquet
 import pytest
 import scipy.stats
 import torch
-from PIL import Image
-
 from conftest import drawn_samples, tiny_clip
+from PIL import Image
+from test_critic import public  # noqa: F401, a fixture: the folder of a public CLIP
+
 from glide_ray import storage
 from glide_ray.cli.main import main
 from glide_ray.config.data import FilterConfig
-from glide_ray.models.clip_scorer import NoisedClipScorer
 from glide_ray.data.content import (
-    ContentError, fit, load_filter, missed_interval, tuned_threshold, with_threshold)
+    ContentError,
+    fit,
+    load_filter,
+    missed_interval,
+    tuned_threshold,
+    with_threshold,
+)
 from glide_ray.data.filters import users_rules
 from glide_ray.data.images import centre_crop, three_crops, to_tensor
-from glide_ray.data.labelling import Label, Pool, answered, ask, assess, fit_labelled, read_labels, threshold_of, write_labels
+from glide_ray.data.labelling import (
+    Label,
+    Pool,
+    answered,
+    ask,
+    assess,
+    fit_labelled,
+    read_labels,
+    threshold_of,
+    write_labels,
+)
 from glide_ray.data.shards import write_shards
 from glide_ray.data.sources import find_parts, read_part
 from glide_ray.distributed.curation.content_filter import (
@@ -32,8 +48,8 @@ from glide_ray.distributed.curation.content_filter import (
 )
 from glide_ray.evaluation.features import ClipFeatures
 from glide_ray.models.clip import NoisedClip
+from glide_ray.models.clip_scorer import NoisedClipScorer
 from glide_ray.models.weights import save_weights
-from test_critic import public  # noqa: F401, a fixture: the folder of a public CLIP
 
 RED = "a red "
 
@@ -123,7 +139,7 @@ def test_the_first_rows_are_each_word_s_nearest_in_turn_and_others_at_random():
 def test_later_rows_are_those_nearest_to_the_boundary_one_of_each_group_first():
     features, labels, groups = clouds(200)
     groups = groups // 2
-    labelled = {n: bool(labels[n]) for n in range(0, 60)}
+    labelled = {n: bool(labels[n]) for n in range(60)}
     asked = [row for row, _ in ask(pool_of(features, groups), labelled, FilterConfig(each_round=20))]
     svm = fit(features[:60], labels[:60], groups[:60]).svm
     order = [n for n in np.argsort(np.abs(svm.decision_function(features))) if n >= 60]

@@ -10,15 +10,15 @@ import time
 import numpy as np
 import psutil
 import pytest
+from conftest import ROOT
 from PIL import Image
 
-from conftest import ROOT
 from glide_ray import storage
-from glide_ray.sampling.cascade import Cascade
 from glide_ray.config.sampling import BulkConfig, SampleOptions
-from glide_ray.errors import UserError
 from glide_ray.data.sources import METADATA, find_parts, read_part
 from glide_ray.distributed.generate import generate, read_prompts
+from glide_ray.errors import UserError
+from glide_ray.sampling.cascade import Cascade
 from glide_ray.sampling.recipe import read_recipe
 
 OPTIONS = SampleOptions(steps=2, upsampler_steps=1)

@@ -9,16 +9,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from glide_ray.config.models import ClipConfig, TextConfig, UNetConfig
+from glide_ray.data.tokenizer import Tokenizer
 from glide_ray.diffusion.guidance import classifier_free, score_gradient
 from glide_ray.diffusion.loss import hybrid_loss
 from glide_ray.diffusion.process import q_sample
 from glide_ray.diffusion.samplers import Known, ancestral_step, ddim_inversion_step, ddim_step
 from glide_ray.diffusion.schedule import kept_timesteps, make_schedule, respace
-from glide_ray.tensors import Conditioning, ModelOutput
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.released import clip_from_released, clip_to_released, from_released
 from glide_ray.models.unet import GlideUNet
-from glide_ray.data.tokenizer import Tokenizer
+from glide_ray.tensors import Conditioning, ModelOutput
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 2e-5

@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
+import drawn_things as drawn
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
-import drawn_things as drawn
 from glide_ray.data.images import flatten
 from glide_ray.data.sprites import COLOURS, recolour
 from glide_ray.evaluation import fitting, regions, vocabulary
@@ -29,8 +29,8 @@ from glide_ray.evaluation.categories import (
     WHERE,
 )
 from glide_ray.evaluation.judge import Judge, JudgeError
-from glide_ray.evaluation.regions import Regions, halves, part_areas, parts
 from glide_ray.evaluation.judge_accuracy import try_judge
+from glide_ray.evaluation.regions import Regions, halves, part_areas, parts
 from glide_ray.models.efficientnet import MissingNetworkError, load_efficientnet, normalise
 
 

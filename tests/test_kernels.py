@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from glide_ray.config import presets
 from glide_ray.bench.speed import random_model
-from glide_ray.sampling.request import SampleRequest
+from glide_ray.config import presets
 from glide_ray.models.cost import example_conditioning
+from glide_ray.sampling.request import SampleRequest
 from glide_ray.sampling.stepper import Stepper
 
 kernels = pytest.importorskip("glide_ray.models.kernels", reason="there is no Triton for this platform", exc_type=ImportError)

@@ -8,11 +8,11 @@ import torch
 from conftest import TINY_CLIP, drawn_samples, random_model
 
 from glide_ray.config import presets
+from glide_ray.config.overrides import override
 from glide_ray.data.shards import Sample, write_shards
 from glide_ray.data.sources import find_parts, read_part
 from glide_ray.evaluation import metrics
 from glide_ray.evaluation.metrics import Moments
-from glide_ray.tensors import Conditioning
 from glide_ray.experiments.miniature import findings, models, pictures, run, sheets
 from glide_ray.experiments.miniature.findings import Gain
 from glide_ray.experiments.miniature.pictures import (
@@ -26,7 +26,7 @@ from glide_ray.experiments.miniature.pictures import (
     SetFeatures,
 )
 from glide_ray.models.weights import build_model, load_model, save_weights
-from glide_ray.config.overrides import override
+from glide_ray.tensors import Conditioning
 
 # The shipped kind of network, thin.
 THIN = [

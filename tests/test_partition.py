@@ -10,16 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from conftest import tiny
 from safetensors import safe_open
 from safetensors.torch import save_file
+from test_training import batch, epochs, preset, run
 from torch import distributed as dist
 
-from conftest import tiny
+from glide_ray.bench.load_generator import free_port
 from glide_ray.models.weights import load_model
 from glide_ray.train import partition
 from glide_ray.train.checkpoint import CheckpointError, Checkpoints, Progress
-from glide_ray.bench.load_generator import free_port
-from test_training import batch, epochs, preset, run
 
 
 def losses(metrics):

@@ -7,15 +7,20 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny, tiny_clip
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from conftest import tiny, tiny_clip
-from glide_ray.config import presets
 from glide_ray.bench.speed import RETURNED_MEMORY, measure_training, plan_settings
 from glide_ray.cli.main import main
-from glide_ray.errors import ConfigError
+from glide_ray.config import presets
+from glide_ray.config.overrides import override
 from glide_ray.diffusion.schedule import make_schedule
+from glide_ray.errors import ConfigError
+from glide_ray.models.cost import example_batch, inspect, operations
+from glide_ray.models.weights import build_model
+from glide_ray.precision import DTYPES
+from glide_ray.train.activations import training_pass
 from glide_ray.train.hardware import (
     GPUS,
     USABLE,
@@ -26,12 +31,7 @@ from glide_ray.train.hardware import (
     measured_peak,
     peak_flops,
 )
-from glide_ray.precision import DTYPES
-from glide_ray.models.cost import example_batch, inspect, operations
-from glide_ray.models.weights import build_model
-from glide_ray.config.overrides import override
 from glide_ray.train.objectives import objective_of
-from glide_ray.train.activations import training_pass
 from glide_ray.train.plan import best, choose_micro_batch, describe, memory, plans, step_time
 
 CROPPED = ["model.unet.image_size=64", "model.unet.low_res_size=16", "data.crop=32"]

@@ -12,20 +12,25 @@ import deepspeed
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from conftest import tiny, tiny_clip
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import has_inf_or_nan
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import tiny, tiny_clip
-from glide_ray.errors import ConfigError
+from glide_ray.bench.load_generator import free_port
 from glide_ray.diffusion.schedule import make_schedule
-from glide_ray.tensors import Batch, Conditioning, ModelOutput
+from glide_ray.errors import ConfigError
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.layers import AttentionBlock, GroupNorm
 from glide_ray.models.unet import GlideUNet
-from glide_ray.train import loop, partition, optimizer as zero
+from glide_ray.tensors import Batch, Conditioning, ModelOutput
+from glide_ray.train import loop, partition
+from glide_ray.train import optimizer as zero
+from glide_ray.train.batch_split import BatchSplit
+from glide_ray.train.ema import Ema
+from glide_ray.train.loop import Trainer
 from glide_ray.train.nonfinite import (
     TrainingError,
     check_step,
@@ -33,12 +38,8 @@ from glide_ray.train.nonfinite import (
     scale_collapsed,
     stepped,
 )
-from glide_ray.train.ema import Ema
-from glide_ray.train.loop import Trainer
 from glide_ray.train.objectives import contrastive, denoising, draw
-from glide_ray.train.batch_split import BatchSplit
 from glide_ray.train.optimizer import deepspeed_config
-from glide_ray.bench.load_generator import free_port
 
 SMALL = ["workers=1", "batch=4", "warmup_steps=3", "ema_rates=0.9", "clip_norm=0.5", "model.unet.channels=8", "model.unet.multipliers=1,1",
          "model.unet.head_channels=8", "model.unet.attention_sizes=", "model.unet.text.context=16", "model.unet.text.vocabulary=300"]

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from glide_ray.errors import ConfigError
-from glide_ray.models.weights import load_metadata, load_model
 from glide_ray.experiments.pretrain import PART_BYTES, _write_parts, pretrain
+from glide_ray.models.weights import load_metadata, load_model
 
 SMALL = ["model.unet.channels=32", "model.unet.multipliers=1,1,1", "model.unet.head_channels=32", "model.unet.text.width=16",
          "model.unet.text.layers=1", "model.unet.text.heads=1", "batch=4", "data.held_out_images=4", "data.cache_gib=0",

@@ -15,26 +15,26 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
-from PIL import Image
-
 from conftest import ROOT, random_model, tiny
-from glide_ray.sampling.cascade import Cascade, load_stepper
+from PIL import Image
+from test_api import CascadeBackend, asking
+
 from glide_ray.cli.main import main
 from glide_ray.config.sampling import BulkConfig, SampleOptions
+from glide_ray.config.serving import ServeConfig
 from glide_ray.data.card import write_card
 from glide_ray.distributed.generate import Worker, _begin, read_prompts
 from glide_ray.models.weights import WeightsError, load_metadata, load_weights, save_weights
-from glide_ray.train import pack as packing
 from glide_ray.pretrained import shipped
 from glide_ray.pretrained.card import CardError, Source, card_of, read_card, render, total, union
+from glide_ray.sampling.cascade import Cascade, load_stepper
 from glide_ray.sampling.recipe import Maker, read_recipe, save_picture
-from glide_ray.config.serving import ServeConfig
+from glide_ray.serving.deployment import read_models
+from glide_ray.train import pack as packing
 from glide_ray.train.checkpoint import Checkpoints, Progress, write_progress
 from glide_ray.train.partition import ParamSlice, part_path, save_part
 from glide_ray.train.run_folder import absolute
 from glide_ray.train.single import SingleTrainer
-from glide_ray.serving.deployment import read_models
-from test_api import CascadeBackend, asking
 
 QUICK = ["--steps", "2", "--upsampler-steps", "2"]
 SOURCES = (

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from glide_ray.sampling.cascade import Cascade
 from glide_ray.cli.main import main
 from glide_ray.config.sampling import SampleOptions
 from glide_ray.data.images import encode
+from glide_ray.sampling.cascade import Cascade
 from glide_ray.sampling.recipe import Maker, RecipeError, make_again, read_recipe, save_picture
 
 

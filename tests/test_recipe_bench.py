@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-
 from conftest import TINY_BASE, tiny
-from glide_ray.config import presets
+from test_training import batch
+
 from glide_ray.bench.recipe import TIMESTEPS, VARIATIONS, bench_recipe, x0_error
+from glide_ray.config import presets
 from glide_ray.config.overrides import override
 from glide_ray.train.single import SingleTrainer
-from test_training import batch
 
 
 @pytest.mark.parametrize("name", VARIATIONS)

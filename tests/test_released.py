@@ -8,15 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_model, tiny, tiny_clip
 from tokenizers.pre_tokenizers import ByteLevel
 
-from conftest import random_model, tiny, tiny_clip
 from glide_ray.cli.main import main
-from glide_ray.models.clip_scorer import NoisedClipScorer
-from glide_ray.models.clip import NoisedClip
-from glide_ray.models.released import ReleasedError, import_files, read_checkpoint, read_merges, to_released
-from glide_ray.models.weights import load_config, load_model, load_weights, save_weights
 from glide_ray.data.tokenizer import ClipTokenizer
+from glide_ray.models.clip import NoisedClip
+from glide_ray.models.clip_scorer import NoisedClipScorer
+from glide_ray.models.released import (
+    ReleasedError,
+    import_files,
+    read_checkpoint,
+    read_merges,
+    to_released,
+)
+from glide_ray.models.weights import load_config, load_model, load_weights, save_weights
 
 SHAPES = json.loads((Path(__file__).parent / "golden" / "openai_state_dict_shapes.json").read_text())
 NAMES = {"base": "filtered-base", "base-inpaint": "filtered-base-inpaint", "upsample": "filtered-upsampler",

@@ -5,26 +5,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import random_model, tiny, tiny_clip
 from PIL import Image
 
-from conftest import random_model, tiny, tiny_clip
-from glide_ray.sampling.cascade import load_stepper
 from glide_ray.data.images import area_downsample, centre_crop, decode
 from glide_ray.data.shards import ShardError
 from glide_ray.data.sources import find_parts, read_part
+from glide_ray.data.tokenizer import Tokenizer
 from glide_ray.data.transforms import held_out_batches
 from glide_ray.diffusion.schedule import make_schedule
 from glide_ray.distributed.training import samples as review
-from glide_ray.train import samples
 from glide_ray.evaluation.report import HOLE, MARGIN, contact_sheet
-from glide_ray.train.samples import centre_hole, held_out_of_average, sample_grid
-from glide_ray.tensors import Conditioning
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.unet import GlideUNet
 from glide_ray.models.weights import WeightsError, load_model, save_weights
+from glide_ray.sampling.cascade import load_stepper
 from glide_ray.sampling.request import SampleRequest
-from glide_ray.data.tokenizer import Tokenizer
+from glide_ray.tensors import Conditioning
+from glide_ray.train import samples
 from glide_ray.train.objectives import held_out_sums, images_in, objective_of
+from glide_ray.train.samples import centre_hole, held_out_of_average, sample_grid
 
 PROMPTS = "sample_prompts=a red ellipse; a blue rectangle; a dog"
 

@@ -7,7 +7,6 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from glide_ray.errors import ConfigError
 from glide_ray.data import emoji, scenes
 from glide_ray.data.captions import NUMBERS, plural, with_article
 from glide_ray.data.card import read_card
@@ -17,6 +16,7 @@ from glide_ray.data.scenes import compose
 from glide_ray.data.shards import read_shard, write_shards
 from glide_ray.data.splits import is_held_out, is_held_out_colour
 from glide_ray.data.sprites import COLOURS, read_sprites, recolour
+from glide_ray.errors import ConfigError
 
 pytestmark = pytest.mark.slow
 SCENES = 400

@@ -7,10 +7,10 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
-
-from glide_ray.sampling.cascade import Cascade
-from glide_ray.config.serving import ServeConfig
 from test_api import CascadeBackend, asking
+
+from glide_ray.config.serving import ServeConfig
+from glide_ray.sampling.cascade import Cascade
 
 pytestmark = pytest.mark.slow
 EXAMPLES = 100     # of each operation

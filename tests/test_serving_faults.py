@@ -12,13 +12,13 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from conftest import serving_weights
 from PIL import Image
 from ray import serve
 
-from conftest import serving_weights
 from glide_ray import storage
-from glide_ray.config.serving import Scale, ServeConfig, ServedModel
 from glide_ray.bench.load_generator import free_port
+from glide_ray.config.serving import Scale, ServeConfig, ServedModel
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 REQUESTS = int(os.environ.get("GLIDE_TEST_REQUESTS", 40))     # answered while replicas are killed

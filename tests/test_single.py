@@ -8,18 +8,18 @@ import time
 
 import pytest
 import torch
-
 from conftest import TINY_BASE, tiny
-from glide_ray.errors import ConfigError, UserError
+from test_training import batch, epochs, run
+from test_training import preset as training_preset
+
 from glide_ray.data.shards import ShardError
+from glide_ray.errors import ConfigError, UserError
 from glide_ray.models.weights import load_weights
-from glide_ray.train.without_ray import MemoryCorpus, train_alone
 from glide_ray.train.checkpoint import CheckpointError, Checkpoints
 from glide_ray.train.loop import Trainer
 from glide_ray.train.run_folder import read_metrics
 from glide_ray.train.single import SingleTrainer, single_precision
-from test_training import STEPS, batch, epochs, run
-from test_training import preset as training_preset
+from glide_ray.train.without_ray import MemoryCorpus, train_alone
 
 
 def preset(corpus, *settings):

@@ -10,11 +10,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-
 from conftest import random_model, tiny
-from glide_ray.sampling.cascade import RequestError, base_request, check_options, upsampler_request
+
 from glide_ray.config.sampling import SampleOptions
 from glide_ray.errors import UserError
+from glide_ray.sampling.cascade import RequestError, base_request, check_options, upsampler_request
 from glide_ray.sampling.engine import Engine
 from glide_ray.sampling.stepper import Stepper
 

@@ -9,18 +9,18 @@ import pytest
 import ray
 import scipy.ndimage
 import torch
-
 from conftest import drawn_samples, tiny
+
 from glide_ray import storage
 from glide_ray.config.data import DataConfig
 from glide_ray.data.images import area_downsample, blur, encode, to_tensor
 from glide_ray.data.shards import Sample, ShardError, write_shards
-from glide_ray.distributed.curation.corpus import survey
 from glide_ray.data.sources import Part, columns, find_parts, read_part
 from glide_ray.data.transforms import Collate, held_out_batches
+from glide_ray.distributed.curation.corpus import survey
+from glide_ray.distributed.stream import Tally, open_corpus
 from glide_ray.distributed.training.feed import Epoch, Feeder, micro_batches
 from glide_ray.train.batch_split import BatchSplit
-from glide_ray.distributed.stream import Tally, open_corpus
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -137,7 +137,7 @@ def test_parts_that_were_trained_on_whole_are_not_read_again(tmp_path, monkeypat
     tally = Tally.remote()
     whole = batches_of(tmp_path, tally=tally)
     counts = ray.get(tally.counts.remote(0))
-    assert counts == {task: 8 for task in range(6)}
+    assert counts == dict.fromkeys(range(6), 8)
     order = np.random.default_rng([0, 0]).permutation(6)
     for number in order[:3]:
         (tmp_path / f"{number:06d}.tar").write_bytes(b"gone")
@@ -161,7 +161,7 @@ def test_a_batch_has_the_shapes_of_its_model():
     assert base.image.shape == (4, 3, 16, 16) and base.conditioning.low_res is None and base.conditioning.tokens.shape == (4, 128)
     pair = Collate(tiny("upsampler").model, DataConfig())(rows_of(list(drawn_samples(4))), epoch=0)
     assert pair.image.shape == (4, 3, 64, 64) and pair.conditioning.low_res.shape == (4, 3, 16, 16)
-    assert -1 <= pair.image.min() and pair.image.max() <= 1
+    assert pair.image.min() >= -1 and pair.image.max() <= 1
 
 
 def test_the_low_res_image_is_the_box_mean_of_the_large_one():

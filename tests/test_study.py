@@ -19,9 +19,9 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from conftest import COLOURS
 from PIL import Image, PngImagePlugin
 
-from conftest import COLOURS
 from glide_ray.cli.main import main
 from glide_ray.errors import UserError
 from glide_ray.evaluation import study, tables
@@ -113,8 +113,7 @@ def browse(size=(1280, 800), phone=False):
 def browsers(*given):
     opened = []
     try:
-        for one in given:
-            opened.append(browse(**one))
+        opened.extend(browse(**one) for one in given)
         yield opened
     finally:
         for browser in opened:
@@ -217,7 +216,7 @@ def test_a_hundred_votes_of_two_browsers_at_once_with_a_reload_are_counted_and_b
         rows = file.execute("select rater, count(*) from votes where answer is not null group by rater").fetchall()
         assert [count for _, count in rows] == [50, 50]
         lefts = Counter(file.execute("select left_picture, question, first, second from votes join comparisons on comparison = comparisons.id").fetchall())
-    assert all(abs(lefts[FIRST, *of] - lefts[SECOND, *of]) <= 2 for _, *of in lefts)        # one for each rater
+    assert all(abs(lefts[(FIRST, *of)] - lefts[(SECOND, *of)]) <= 2 for _, *of in lefts)        # one for each rater
     assert main(["elo", str(tmp_path / "study"), "--json", str(tmp_path / "elo.json")]) == 0
     printed, figures = capsys.readouterr().out, json.loads((tmp_path / "elo.json").read_text())
     assert figures["raters"] == 2 and figures["raters_left_out"] == 0

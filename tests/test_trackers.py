@@ -12,18 +12,19 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import tiny
 from PIL import Image
 
-from conftest import tiny
-from glide_ray.errors import UserError
+from glide_ray.bench.load_generator import free_port
 from glide_ray.config.overrides import override
+from glide_ray.errors import UserError
 from glide_ray.train import trackers
 from glide_ray.train.trackers import open_trackers
-from glide_ray.bench.load_generator import free_port
 
 PICTURE = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
 
@@ -282,10 +283,8 @@ def wandb(monkeypatch):
     wandb.teardown()
     monkeypatch.setenv("WANDB_MODE", "offline")
     yield wandb
-    try:
+    with suppress(ConnectionError):
         wandb.teardown()
-    except ConnectionError:
-        pass
 
 
 def records(path):

@@ -4,19 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import random_model, tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import random_model, tiny
 from glide_ray.config.models import DiffusionConfig
+from glide_ray.data.tokenizer import Tokenizer
 from glide_ray.diffusion.process import q_sample, x0_from_eps
 from glide_ray.diffusion.schedule import make_schedule
-from glide_ray.tensors import Conditioning
 from glide_ray.models.cost import inspect
 from glide_ray.models.layers import attend
 from glide_ray.models.unet import GlideUNet
 from glide_ray.models.weights import with_known_channels
-from glide_ray.data.tokenizer import Tokenizer
+from glide_ray.tensors import Conditioning
 
 
 def inputs(unet, batch=2):

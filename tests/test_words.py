@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-
 from conftest import random_model, tiny
+
 from glide_ray.tensors import Batch, Conditioning
 from glide_ray.train.text_first import SPREAD, explained, learn_words, standardise
 

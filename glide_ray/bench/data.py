@@ -17,15 +17,15 @@ import psutil
 import ray
 
 from ..config import presets
-from ..errors import UserError
 from ..data.images import open_image
 from ..data.shards import Sample, write_shards
 from ..data.sources import columns, find_parts, read_part
 from ..data.transforms import Collate
-from ..train.batch_split import BatchSplit
-from ..distributed.training.feed import Epoch, Feeder, micro_batches
 from ..distributed.cluster import connect
 from ..distributed.stream import Tally
+from ..distributed.training.feed import Epoch, Feeder, micro_batches
+from ..errors import UserError
+from ..train.batch_split import BatchSplit
 
 PROCESSES, BATCH = 2, 64
 SHARDS, MANY_SHARDS, FEW, MANY = 8, 64, 10_000, 100_000

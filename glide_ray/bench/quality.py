@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..sampling.cascade import Cascade, base_request, load_stepper
-from ..config.training import SAMPLE_PROMPTS as PROMPTS
 from ..config.sampling import SampleOptions
-from ..errors import UserError
+from ..config.training import SAMPLE_PROMPTS as PROMPTS
 from ..data.images import centre_crop, decode, to_uint8
 from ..data.shards import read_shard
+from ..errors import UserError
+from ..sampling.cascade import Cascade, base_request, load_stepper
 from ..sampling.stepper import Stepper
 
 IMAGES_PER_CALL = 32       # pictures in a network call

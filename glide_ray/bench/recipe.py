@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..config import presets
+from ..config.overrides import override
 from ..config.training import Preset
 from ..data.transforms import held_out_batches
 from ..diffusion.process import q_sample, x0_from_eps
 from ..tensors import Batch, Conditioning
-from ..config.overrides import override
-from ..train.without_ray import MemoryCorpus
 from ..train.single import SingleTrainer
+from ..train.without_ray import MemoryCorpus
 
 # Each beside the preset as it is; of one thing at a time.
 VARIATIONS: dict[str, list[str]] = {

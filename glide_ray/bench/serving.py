@@ -21,18 +21,17 @@ from fastapi import FastAPI
 from ray import serve
 
 from ..config import presets
-from .speed import random_model
 from ..config.sampling import SampleOptions
-from ..distributed.cluster import connect
-from ..sampling.request import SampleRequest
-from ..precision import DTYPES
-from ..models.weights import save_weights
 from ..config.serving import ServeConfig
-
-from . import load_generator as load
+from ..distributed.cluster import connect
+from ..models.weights import save_weights
+from ..precision import DTYPES
+from ..sampling.request import SampleRequest
 from ..serving.deployment import HEALTH_SECONDS, build_application, deploy, listening
 from ..serving.schema import Job
 from ..serving.stages import Base, StageResult, Upsampler
+from . import load_generator as load
+from .speed import random_model
 
 STEPS = {10: 0.8, 50: 0.2}       # of the requests, by their steps
 CONCURRENT_REQUESTS = 8                      # requests in a whole-request batch, and clients that saturate

@@ -18,23 +18,23 @@ from pathlib import Path
 import torch
 
 from ..config import presets
-from ..sampling.cascade import Cascade
-from ..config.training import SAMPLE_PROMPTS as PROMPTS
 from ..config.models import ModelConfig
-from ..config.training import Preset
+from ..config.overrides import override
 from ..config.sampling import SampleOptions
-from ..errors import UserError, nearest
+from ..config.training import SAMPLE_PROMPTS as PROMPTS
+from ..config.training import Preset
 from ..diffusion.guidance import combine
 from ..diffusion.schedule import kept_timesteps, make_schedule
-from ..sampling.request import SampleRequest
-from ..precision import DTYPES
-from ..tensors import Batch, Conditioning
-from ..train.hardware import measured_peak
+from ..errors import UserError, nearest
 from ..models.cost import example_batch, example_conditioning, inspect, operations
 from ..models.unet import GlideUNet
 from ..models.weights import build_model
-from ..config.overrides import override
+from ..precision import DTYPES
+from ..sampling.cascade import Cascade
+from ..sampling.request import SampleRequest
 from ..sampling.stepper import Stepper
+from ..tensors import Batch, Conditioning
+from ..train.hardware import measured_peak
 
 
 def bench_forward(preset: Preset, precision: str = "bf16", repeats: int = 1) -> dict[str, float | int | str]:
@@ -130,8 +130,8 @@ def bench_plan(preset: str | None = None, steps: int = 3) -> dict:
     `measured`: with `RETURNED_MEMORY`; `default_malloc`: with malloc as it comes, which holds freed memory in pieces. In MB of 10^6 bytes.
     `utilisation`: of the FLOP/s of a matrix product, which training reaches; of the fastest step.
     """
-    from ..train.plan import memory
     from ..train.optimizer import training_precision
+    from ..train.plan import memory
     rows = []
     for name, images, settings in SHAPES:
         if preset in (None, name):
@@ -197,7 +197,7 @@ def bench_train(preset: Preset, precision: str = "bf16", repeats: int = 5, image
     one in our precision with float32 masters and the average, which shows what DeepSpeed costs."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")      # DeepSpeed says on standard output that it had to guess
-    from ..train.ema import Ema          # DeepSpeed, for this bench only
+    from ..train.ema import Ema  # DeepSpeed, for this bench only
     from ..train.loop import Trainer, quiet
     from ..train.objectives import denoising, draw
     quiet()

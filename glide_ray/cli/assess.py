@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .commands import CLIP, EMOJI
 from ..config.models import SHIPPED
 from ..errors import UserError
 from .arguments import local_path, positive
+from .commands import CLIP, EMOJI
 
 Add = Callable[..., argparse.ArgumentParser]
 
@@ -82,8 +82,8 @@ def _add_bulk(made, images: str, option: str = "--images", default: int = 30_000
 
 def bulk(options, clip: str | None = None, guidance_scale: float | None = None):
     """The options of `_add_bulk` as a config."""
-    from ..config.sampling import BulkConfig, SampleOptions
     from ..config.overrides import validate
+    from ..config.sampling import BulkConfig, SampleOptions
     asked = SampleOptions(sampler=options.sampler, steps=options.steps, guidance_scale=guidance_scale)
     given = {name: getattr(options, name) for name in ("base", "upsampler", "device", "precision", "seed")}
     return validate(BulkConfig, {**given, "clip": clip, "options": asked})
@@ -172,8 +172,8 @@ def compose(options) -> None:
 
 
 def _asked(options):
-    from ..sampling.cascade import check_options
     from ..config.sampling import SampleOptions
+    from ..sampling.cascade import check_options
     asked = SampleOptions(sampler=options.sampler, steps=options.steps,
                           upsampler_steps=options.upsampler_steps,
                           guidance_scale=options.guidance_scale)
@@ -182,11 +182,11 @@ def _asked(options):
 
 
 def _cascade(options):
-    from ..sampling.cascade import Cascade
-    from .commands import note
     from ..evaluation.compose import PROMPTS_PER_CALL
     from ..precision import fastest_precision
     from ..pretrained.shipped import locate, upsampler_for
+    from ..sampling.cascade import Cascade
+    from .commands import note
     _asked(options)         # found senseless before anything is loaded
     upsampler = None
     if options.size != 64:

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 from ..config import presets
-from ..config.models import SHIPPED
 from ..config.data import CleanConfig, FilterConfig
+from ..config.models import SHIPPED
+from ..config.overrides import override, validate
+from ..config.serving import ServeConfig
 from ..config.training import Preset
 from ..errors import UserError
-from ..config.serving import ServeConfig
-from ..config.overrides import override, validate
 
 EMOJI, FILTERS, DEMO = "runs/corpus", Path("runs/filters"), Path("runs/demo")
 BASE = Path("runs/nano-base/weights.safetensors")
@@ -134,8 +134,8 @@ def _export_half(checkpoint: str, out: str | Path, ema_rate: float | None) -> No
 
 
 def pack(options) -> None:
-    from ..train import pack as packing
     from ..pretrained import shipped
+    from ..train import pack as packing
     recipes = [packing.read_recipe(path) for path in options.recipe] if options.recipe else [{}, {}]
     notes = packing.read_notes(options.notes) if options.notes else None
     pair = [packing.read_trained(path, options.corpus, recipe)
@@ -164,9 +164,8 @@ def serve(options) -> None:
     if options.upsampler is None and config.upsampler == SHIPPED:
         from ..pretrained.shipped import upsampler_for
         config = config.model_copy(update={"upsampler": upsampler_for(config.base, note)})
-    from ..serving.deployment import build_application, cpus, serving
-
     from ..distributed.cluster import connect
+    from ..serving.deployment import build_application, cpus, serving
     build_application(config)        # a missing file is said before Ray is started
     connect(cpus(config))
     with serving(config) as url:
@@ -229,8 +228,8 @@ def plan(options) -> None:
 
 
 def bench(options) -> None:
-    from ..bench import speed as benches
     from ..bench import quality
+    from ..bench import speed as benches
     base = options.base or SHIPPED
     run = {
         "forward": lambda: benches.bench_forward(presets.get(options.preset or "paper-base"), options.precision, options.repeats or 1),

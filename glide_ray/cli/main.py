@@ -7,15 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import assess, commands, pictures
 from ..config import presets
-from .commands import CLIP, DEMO
-from ..config.models import SHIPPED
 from ..config.data import CleanConfig, FilterConfig
-from ..errors import UserError
-from ..data.styles import STYLES
+from ..config.models import SHIPPED
 from ..config.serving import ServeConfig
+from ..data.styles import STYLES
+from ..errors import UserError
+from . import assess, commands, pictures
 from .arguments import local_path, positive
+from .commands import CLIP, DEMO
 
 DESCRIPTION = """Train and serve GLIDE (Nichol et al. 2021), text-to-image diffusion for generation and editing.
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .commands import note
 from ..errors import UserError
+from .commands import note
 
 
 def generate(options) -> None:
@@ -22,10 +22,10 @@ def generate(options) -> None:
     else:
         images = _with_bar(lambda progress: cascade.generate([options.prompt] * options.n, seeds, asked, progress))
         notes = [""] * options.n
-    for n, (image, seed, note) in enumerate(zip(images, seeds, notes, strict=True)):
+    for n, (image, seed, line) in enumerate(zip(images, seeds, notes, strict=True)):
         path = options.out if options.n == 1 else options.out.with_stem(f"{options.out.stem}-{n}")
         save_picture(image, path, Maker.of(cascade).recipe("generate", options.prompt, seed, asked))
-        print(f"{path}  seed {seed}{note}")
+        print(f"{path}  seed {seed}{line}")
 
 
 def edit(options) -> None:
@@ -108,8 +108,8 @@ def reproduce(options) -> None:
 
 def sample_options(options):
     """What the options say of sampling. Raises RequestError."""
-    from ..sampling.cascade import check_options
     from ..config.sampling import SampleOptions
+    from ..sampling.cascade import check_options
     asked = SampleOptions(sampler=options.sampler, steps=options.steps, upsampler_steps=options.upsampler_steps,
                           guidance_scale=options.guidance_scale, clip_scale=options.clip_scale, guidance_interval=options.guidance_interval)
     check_options(asked, options.seed, getattr(options, "strength", None))
@@ -122,8 +122,8 @@ def _cascade(options):
         note("the prompt is empty; the picture will be of anything.")
     if (options.clip_scale or getattr(options, "best_of", 1) > 1) and not options.clip:
         raise UserError("--clip-scale and --best-of need a CLIP model; give one with --clip, trained by `glide train nano-clip` for example.")
-    from ..sampling.cascade import Cascade
     from ..pretrained.shipped import locate, upsampler_for
+    from ..sampling.cascade import Cascade
     upsampler = None if options.no_upsampler else options.upsampler or upsampler_for(options.base, note)
     cascade = Cascade.load(locate(options.base, "base"), upsampler, options.precision, clip=options.clip)
     _warn_of_cut(options.prompt or "", cascade.base.config.context)

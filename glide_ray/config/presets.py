@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from ..errors import ConfigError, nearest
+from .data import DataConfig
 from .models import (
     ClipConfig,
     ClipModelConfig,
@@ -18,8 +20,6 @@ from .models import (
     TextConfig,
     UNetConfig,
 )
-from ..errors import ConfigError, nearest
-from .data import DataConfig
 from .training import Preset, TrainConfig
 
 BASE_STAGES = (1, 2, 3, 4)               # ADM, ImageNet 64x64

@@ -22,10 +22,7 @@ WITHOUT_ARTICLE = ("flag of ", "keycap", "input", "people", "men ", "women ", "m
 AFTER_HEAD = r",| (?:with|without|of|in|on|at|over|behind|showing|facing|holding|lifting) "
 # Last words of names that one says no "a" before.
 MASS = frozenset(
-    "bread flatbread rice bacon butter salt honey garlic popcorn spaghetti sushi oden fondue "
-    "falafel corn coral ice water wood fog fire yarn thread dna soap lotion camping cooking "
-    "bowling lacrosse badminton hockey tennis laughing love money music tea sake construction "
-    "landslide".split()
+    ["bread", "flatbread", "rice", "bacon", "butter", "salt", "honey", "garlic", "popcorn", "spaghetti", "sushi", "oden", "fondue", "falafel", "corn", "coral", "ice", "water", "wood", "fog", "fire", "yarn", "thread", "dna", "soap", "lotion", "camping", "cooking", "bowling", "lacrosse", "badminton", "hockey", "tennis", "laughing", "love", "money", "music", "tea", "sake", "construction", "landslide"]
 )
 AN = ("hour", "x")  # beginnings of words before which it is "an", though they begin with no vowel
 NO_AN = ("uni", "one", "eu", "ewe", "use", "uk")  # and the other way round

@@ -42,7 +42,8 @@ class Sample:
 def write_shards(folder: str | Path, samples: Iterable[Sample], per_shard: int = 1000) -> dict[str, Any]:
     """Write all samples and then the index, each file whole or not at all. Returns the index."""
     begin(folder)
-    batches = iter(lambda rest=iter(samples): list(islice(rest, per_shard)), [])
+    rest = iter(samples)
+    batches = iter(lambda: list(islice(rest, per_shard)), [])
     return finish(folder, [write_shard(folder, number, batch) for number, batch in enumerate(batches)])
 
 

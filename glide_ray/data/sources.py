@@ -143,7 +143,7 @@ def _read_index(path: str) -> list[Part]:
 
 
 def _read_parquet(url: str) -> Iterator[Sample]:
-    import pyarrow.parquet      # comes with ray[data]; tars are read without it
+    import pyarrow.parquet  # comes with ray[data]; tars are read without it
     data = storage.read(url) if storage.is_remote(url) else url
     try:
         table = pyarrow.parquet.ParquetFile(io.BytesIO(data) if isinstance(data, bytes) else data)

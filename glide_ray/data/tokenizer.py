@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib import resources
 
-from tokenizers import Tokenizer as BytePairTokenizer
 from tokenizers import Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as BytePairTokenizer
 
 STRAIGHT = str.maketrans("\u201c\u201d\u2018\u2019", "\"\"''")
 PADDING = 50256   # <|endoftext|>: the mask marks it, so the model never reads this value
@@ -65,7 +65,7 @@ class Tokenizer:
 
     def batch(self, captions: list[str]):
         """-> tokens (B, K) int64, mask (B, K) bool."""
-        import torch   # here alone: the rest of the room works without it
+        import torch  # here alone: the rest of the room works without it
         rows = [self.encode(caption) for caption in captions]
         return torch.tensor([row.tokens for row in rows]), torch.tensor([row.mask for row in rows])
 

@@ -16,18 +16,18 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..config.models import AnyModelConfig
 from ..config.data import DataConfig
+from ..config.models import AnyModelConfig
 from ..config.training import Preset
 from ..errors import UserError
 from ..tensors import Batch, Conditioning
-from .tokenizer import Tokenizer
 from .captions import choose
 from .filters import Candidate, first_broken, header_rules
 from .images import ImageError, area_downsample, blur, centre_crop, decode, to_tensor
 from .masks import random_known
 from .shards import ShardError
 from .sources import columns, find_parts, read_part, row_id
+from .tokenizer import Tokenizer
 
 BLUR_SIGMAS = 0.4, 0.6       # in low-res pixels, drawn uniformly between (Ho et al. 2021, Cascaded Diffusion Models)
 

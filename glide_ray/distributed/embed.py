@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 from .. import storage
 from ..config.data import CleanConfig
-from ..errors import UserError
 from ..data.content import ContentError, ContentFilter
 from ..data.filters import BROKEN, Candidate, Report, Rule, first_broken, image_rules
 from ..data.images import ImageError, decode
 from ..data.sources import METADATA, Part, find_parts, read_part, state
+from ..errors import UserError
 from ..evaluation.features import ClipFeatures, Network, fetch_network, load_network
 from ..evaluation.pages import Picture, thumbnail
 from ..storage import fingerprint

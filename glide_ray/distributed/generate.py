@@ -16,16 +16,16 @@ from ray.data import ActorPoolStrategy
 from tqdm import tqdm
 
 from .. import storage
-from ..sampling.cascade import Cascade, check_options
 from ..config.sampling import BulkConfig
-from ..errors import UserError
 from ..data.sources import METADATA
+from ..data.tokenizer import Tokenizer
+from ..errors import UserError
 from ..models.clip_scorer import fetch_clip
 from ..pretrained import shipped
+from ..sampling.cascade import Cascade, check_options
 from ..sampling.recipe import Maker, save_picture
-from ..data.tokenizer import Tokenizer
-from .embed import JOB
 from .cluster import connect, joined, takes_gpu
+from .embed import JOB
 from .stream import quiet, task_errors
 
 ROLES = ("base", "upsampler", "clip")        # of weights

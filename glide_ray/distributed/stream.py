@@ -17,10 +17,19 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from ..errors import UserError
 from ..data.filters import Candidate, Report, first_broken, header_rules
 from ..data.shards import Sample
-from ..data.sources import Part, columns, find_parts, folder_name, in_share, read_part, row_id, share_of
+from ..data.sources import (
+    Part,
+    columns,
+    find_parts,
+    folder_name,
+    in_share,
+    read_part,
+    row_id,
+    share_of,
+)
+from ..errors import UserError
 
 ROWS_PER_BLOCK, ROWS_PER_TASK = 64, 4096
 

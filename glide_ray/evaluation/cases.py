@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError
 from ..data.images import centre_crop, decode, load, open_image
 from ..data.render import SIZE
 from ..data.scenes import Scene, compose
@@ -20,6 +19,7 @@ from ..data.shards import Sample, read_index
 from ..data.sources import find_parts, read_part
 from ..data.splits import share
 from ..data.sprites import Sprites, read_sprites
+from ..errors import UserError
 from .categories import (
     BACKGROUND,
     CATEGORIES,

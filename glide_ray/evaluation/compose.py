@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from .. import storage
-from ..sampling.cascade import Cascade
 from ..config.sampling import SampleOptions
-from ..errors import UserError
 from ..data.images import ImageError, area_downsample
+from ..errors import UserError
+from ..sampling.cascade import Cascade
 from ..sampling.recipe import Maker, Recipe, RecipeError, read_recipe, save_picture
 from .cases import Case, Row, first_seed, make_cases, single_cases
 from .categories import BARS, INPAINTING, KNOWN, LINES, NEW, Line

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from .. import storage
-from ..models.clip_scorer import fetch_clip, load_clip
 from ..data.images import centre_crop, three_crops, to_tensor
+from ..models.clip_scorer import fetch_clip, load_clip
 from ..models.weights import WeightsError
 
 CROPS_PER_CALL = 64            # crops in one call of the network

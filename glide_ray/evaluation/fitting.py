@@ -22,10 +22,10 @@ from . import vocabulary as words
 from .cases import SCENE_SEED, CorpusError, Row, read_rows, sprites_of
 from .heads import Discriminant, Logistic
 from .judge import Judge
-from .judge_features import Looks, JudgeFeatures, View
+from .judge_accuracy import try_judge
+from .judge_features import JudgeFeatures, Looks, View
 from .regions import part_areas, resized
 from .styles import Styles
-from .judge_accuracy import try_judge
 
 VERSION = (
     3  # of what a fitted judge depends on beside the corpus: a cached one of another is not used

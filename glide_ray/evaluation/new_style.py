@@ -13,8 +13,8 @@ from ..data.splits import share
 from .cases import CorpusError, Row, read_rows, single_cases
 from .categories import NEW, STYLE
 from .judge import Judge
-from .regions import resized
 from .judge_accuracy import SIZES, shares
+from .regions import resized
 
 SPLIT = "train"
 MOST = 400  # pictures that the style is learnt from, of it and of others; that it is tried on

@@ -189,7 +189,7 @@ def _pixels(figure) -> np.ndarray:
 
 
 def _pyplot():
-    import matplotlib   # only where curves are drawn
+    import matplotlib  # only where curves are drawn
     matplotlib.use("Agg")
     from matplotlib import pyplot
     return pyplot

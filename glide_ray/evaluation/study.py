@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from .. import storage
-from ..errors import UserError
 from ..data.images import ImageError, centre_crop, decode, encode
 from ..data.shards import read_meta
 from ..data.sources import METADATA, Part, find_parts, read_part
+from ..errors import UserError
 from .pairing import Comparison, draw
 from .votes import Asked, Votes
 

@@ -15,8 +15,8 @@ import numpy as np
 from .. import storage
 from ..errors import UserError
 from .elo import EloError, Standing, Vote, standings, wins
-from .report import aligned
 from .pairing import FAILED_SHARE, FIRST, QUESTIONS, TIE
+from .report import aligned
 from .votes import Cast, Votes, left_out
 
 COLUMNS = ("question", "first", "second", "winner")

@@ -17,8 +17,27 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from sqlalchemy import (URL, Column, Connection, Double, ForeignKey, Integer, MetaData, String, Table, Text, UniqueConstraint, create_engine, event, func, insert,
-                        inspect, make_url, select, update)
+from sqlalchemy import (
+    URL,
+    Column,
+    Connection,
+    Double,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    create_engine,
+    event,
+    func,
+    insert,
+    inspect,
+    make_url,
+    select,
+    update,
+)
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, NoSuchModuleError
 
 from ..errors import UserError

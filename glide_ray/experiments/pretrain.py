@@ -9,22 +9,21 @@ from pathlib import Path
 
 import torch
 
-from ..config import presets
 from .. import storage
-from ..errors import ConfigError, nearest
+from ..config import presets
+from ..config.overrides import override
 from ..config.training import Preset
 from ..data.emoji import build_corpus
 from ..data.images import encode
-from ..train.samples import sample_grid
+from ..errors import ConfigError, nearest
+from ..models.weights import build_model, save_weights
 from ..precision import DTYPES
-from ..models.weights import build_model
-from ..models.weights import save_weights
 from ..train.pack import read_trained, write_half
-from ..config.overrides import override
-from ..train.without_ray import Done, MemoryCorpus, train_alone
 from ..train.run_folder import METRICS
+from ..train.samples import sample_grid
 from ..train.single import single_precision
 from ..train.text_first import CAPTIONS, SIDE, learn_words
+from ..train.without_ray import Done, MemoryCorpus, train_alone
 
 MODELS = BASE, UPSAMPLER = "emoji-base", "emoji-upsampler"
 WORDS, WORDS_PART = "words.safetensors", 0.25      # the text transformer's part of the minutes

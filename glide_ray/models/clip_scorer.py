@@ -16,10 +16,10 @@ from torch import Tensor
 
 from .. import storage
 from ..config.models import ClipModelConfig, ModelConfig
+from ..data.tokenizer import ClipTokenizer, Tokenizer
 from ..errors import UserError
 from .clip import CHANNEL_MEANS, CHANNEL_STDS, NoisedClip
 from .weights import WeightsError, load_metadata, load_model
-from ..data.tokenizer import ClipTokenizer, Tokenizer
 
 CLIP_FILES = (".safetensors", ".json", ".txt")      # of a public CLIP's folder: weights, settings, vocabulary
 
@@ -66,7 +66,10 @@ class PublicClipScorer:
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu"):
         try:
-            from transformers import CLIPModel, CLIPTokenizerFast       # where a public CLIP is used, and not before
+            from transformers import (  # where a public CLIP is used, and not before
+                CLIPModel,
+                CLIPTokenizerFast,
+            )
         except ImportError:
             raise UserError("A public CLIP needs transformers; run `pip install transformers`.") from None
         try:

@@ -53,7 +53,7 @@ class GroupNorm(nn.GroupNorm):
 
     def fused_norm(self, x: Tensor, **and_more) -> Tensor:
         """On a GPU, together with what else `kernels.group_norm` does on the way."""
-        from . import kernels      # Triton comes with PyTorch's builds for GPUs alone
+        from . import kernels  # Triton comes with PyTorch's builds for GPUs alone
         return kernels.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, **and_more)
 
     def normalised(self, x: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ..config import presets
 from ..config.models import AnyModelConfig, ClipConfig, ClipModelConfig, ModelConfig, UNetConfig
+from ..data.tokenizer import ClipTokenizer
 from ..errors import UserError
 from ..storage import whole
-from ..data.tokenizer import ClipTokenizer
 from .clip import NoisedClip
 from .layers import AttentionBlock, ResBlock
 from .text import TextBlock

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config.models import AnyModelConfig, ClipModelConfig, ModelConfig, UNetConfig
-from ..errors import ConfigError, UserError
 from ..config.overrides import validate
+from ..errors import ConfigError, UserError
 from ..storage import whole
 from .clip import NoisedClip
 from .unet import GlideUNet

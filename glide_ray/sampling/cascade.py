@@ -12,18 +12,18 @@ from torch import Tensor
 
 from ..config.models import SHIPPED, ModelConfig
 from ..config.sampling import SampleOptions
-from ..errors import UserError, nearest
-from ..models.clip_scorer import ClipScorer, load_critic
 from ..data.images import area_downsample, to_8_bits, to_tensor, to_uint8
+from ..data.tokenizer import Tokenizer
 from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedule import ScheduleError, kept_timesteps
-from .request import SampleRequest
-from ..precision import DTYPES, resolve_precision
-from ..tensors import Conditioning
+from ..errors import UserError, nearest
+from ..models.clip_scorer import ClipScorer, load_critic
 from ..models.weights import check_pair, check_role, load_model
+from ..precision import DTYPES, resolve_precision
 from ..pretrained.shipped import locate
+from ..tensors import Conditioning
+from .request import SampleRequest
 from .stepper import Stepper
-from ..data.tokenizer import Tokenizer
 
 MAX_SCALE = 100.0
 TIMESTEPS = 1000         # of a model that is not known yet

@@ -13,18 +13,16 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from .cascade import Cascade, Progress
-from ..models.weights import check_pair, check_role
 from ..config.models import SHIPPED, Frozen, ModelConfig
 from ..config.sampling import SampleOptions
-from ..errors import UserError
-from ..models.clip_scorer import check_clip
 from ..data.images import decode, encode, open_image
-from ..models.clip_scorer import fetch_clip
-from ..models.weights import load_config, load_metadata
+from ..errors import UserError
+from ..models.clip_scorer import check_clip, fetch_clip
+from ..models.weights import check_pair, check_role, load_config, load_metadata
 from ..pretrained import shipped
 from ..pretrained.card import Source, sources_in, union
 from ..storage import fingerprint, put, read
+from .cascade import Cascade, Progress
 
 CHUNK = "glide_ray"            # of the PNG's text; the inputs have chunks of their own beside it
 INPUTS = ("image", "mask", "sketch")

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from ..config.models import ModelConfig
-from ..errors import UserError
-from ..models.clip_scorer import ClipScorer
 from ..diffusion.guidance import classifier_free, score_gradient
 from ..diffusion.process import q_sample
 from ..diffusion.samplers import (
@@ -30,10 +28,12 @@ from ..diffusion.samplers import (
     renoise_known,
 )
 from ..diffusion.schedule import Schedule, join, kept_timesteps, make_schedule, respace
-from .request import SampleBatch, ActiveSample, SampleRequest
-from ..tensors import Conditioning, ModelOutput, TextFeatures, to_device_async
+from ..errors import UserError
+from ..models.clip_scorer import ClipScorer
 from ..models.cuda_graphs import GraphRunner
 from ..models.unet import GlideUNet
+from ..tensors import Conditioning, ModelOutput, TextFeatures, to_device_async
+from .request import ActiveSample, SampleBatch, SampleRequest
 
 DEADLINE_STRETCH = 3              # a sample is due after so many times its own steps: short ones go first, and none waits for ever
 CACHED_CAPTIONS = 64       # of which the text features are at hand

@@ -10,8 +10,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from .errors import ApiError
 from .api_keys import Key, hashed
+from .errors import ApiError
 
 NOBODY = "-"             # who asks where there are no keys
 PACE_MEMORY = 0.9        # of the seconds an image takes, what is kept at each new one

@@ -24,22 +24,21 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
-from ..sampling.cascade import TIMESTEPS, RequestError
+from ..config.overrides import validate
+from ..config.serving import Scale, ServeConfig, ServedModel
 from ..errors import UserError
 from ..pretrained import shipped
+from ..sampling.cascade import TIMESTEPS, RequestError
 from ..sampling.recipe import Maker
-from ..config.serving import Scale, ServeConfig, ServedModel
-from ..config.overrides import validate
 from ..storage import absolute
-
-from .errors import ApiError
-from .routes import build_api, together
-from .state import ServerState, Show
-from .schema import Job, GeneratedImage
-from .metrics import Metrics, StageLoad
 from .admission import Admission
 from .api_keys import Key, read_keys
-from .stages import LANES, Base, StageResult, Stage, Upsampler
+from .errors import ApiError
+from .metrics import Metrics, StageLoad
+from .routes import build_api, together
+from .schema import GeneratedImage, Job
+from .stages import LANES, Base, Stage, StageResult, Upsampler
+from .state import ServerState, Show
 
 APP = "glide"
 START_SECONDS = 180      # for all replicas to have loaded their weights

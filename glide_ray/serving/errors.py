@@ -12,8 +12,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from ..sampling.cascade import RequestError
 from ..errors import nearest
+from ..sampling.cascade import RequestError
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 # Fields that only some servers have, and why this one may not.

@@ -19,24 +19,25 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
-from ..sampling.cascade import TIMESTEPS, check_options, shrink_known
 from ..config.sampling import SampleOptions
-from ..errors import nearest
-from ..data.images import encode
-from ..pretrained.card import credits, licences
-from ..sampling.recipe import png_text
 from ..config.serving import ServeConfig
+from ..data.images import encode
 from ..data.tokenizer import Tokenizer, Tokens
-
-from .middleware import RequestMiddleware
+from ..errors import nearest
+from ..pretrained.card import credits, licences
+from ..sampling.cascade import TIMESTEPS, check_options, shrink_known
+from ..sampling.recipe import png_text
+from .admission import NOBODY
 from .errors import ApiError, ErrorBody, answer_of, handle_errors
+from .metrics import exposition
+from .middleware import RequestMiddleware
 from .schema import (
-    ImagesResponse,
     Edit,
+    GeneratedImage,
     Generation,
     ImageFields,
+    ImagesResponse,
     Job,
-    GeneratedImage,
     Source,
     Variation,
     form_schema,
@@ -44,8 +45,6 @@ from .schema import (
     read_form,
     read_source,
 )
-from .metrics import exposition
-from .admission import NOBODY
 from .state import Backend, ServerState, Show
 
 ERRORS = {status: {"model": ErrorBody, "description": words} for status, words in (

@@ -11,13 +11,12 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from starlette.datastructures import UploadFile
 
-from ..sampling.cascade import MAX_SCALE
 from ..config.sampling import SampleOptions
-from ..errors import UserError, nearest
+from ..config.serving import ServeConfig
 from ..data.images import centre_crop, flatten, load, open_image
 from ..data.masks import centre_crop_mask, check_sizes, mask_of
-from ..config.serving import ServeConfig
-
+from ..errors import UserError, nearest
+from ..sampling.cascade import MAX_SCALE
 from .errors import ApiError, refusal
 
 MAX_BEST_OF = 64         # as the paper's app. E

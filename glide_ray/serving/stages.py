@@ -13,17 +13,16 @@ import numpy as np
 import torch
 from ray import serve
 
-from ..sampling import cascade
 from ..config.sampling import SampleOptions
 from ..data.images import to_tensor, to_uint8
-from ..sampling.engine import Engine
 from ..models.clip_scorer import fetch_clip
-from ..sampling.request import SampleRequest
 from ..pretrained import shipped
+from ..sampling import cascade
+from ..sampling.engine import Engine
+from ..sampling.request import SampleRequest
 from ..storage import fingerprint
-
-from .schema import Job
 from .metrics import StageLoad
+from .schema import Job
 
 LANES = 2      # samples that a CPU advances at once, each with its part of the cores
 

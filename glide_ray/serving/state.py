@@ -11,7 +11,7 @@ import numpy as np
 from ..sampling.recipe import Maker
 from .admission import Admission
 from .metrics import Metrics, StageLoad
-from .schema import Job, GeneratedImage
+from .schema import GeneratedImage, Job
 
 Show = Callable[[np.ndarray], None]
 

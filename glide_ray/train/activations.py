@@ -21,12 +21,12 @@ from torch.utils._pytree import tree_leaves
 from ..config.models import AnyModelConfig
 from ..config.training import Preset
 from ..diffusion.schedule import make_schedule
-from ..precision import DTYPES
-from ..models.cost import example_batch
 from ..models.clip import NoisedClip
+from ..models.cost import example_batch
 from ..models.layers import GroupNorm, attend_by_products, trains_in_16_bits
 from ..models.unet import GlideUNet
 from ..models.weights import build_model
+from ..precision import DTYPES
 from .objectives import objective_of
 
 # As many images as the pass is followed with: a prime, so that what of a tensor's size is the batch can be told by division.

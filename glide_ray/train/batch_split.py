@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -42,4 +43,5 @@ def _neighbour(row: int) -> tuple[int, int]:
 
 def accumulation(batch: int, world: int, micro_batch: int) -> int:
     """Network calls that a rank's share of a batch takes."""
-    return -(-(-(-batch // world)) // micro_batch)
+    largest_share = math.ceil(batch / world)
+    return math.ceil(largest_share / micro_batch)

@@ -131,7 +131,7 @@ def fetch(made: CheckpointEntry | str, cache: str | Path | None = None) -> Path:
 def verify(folder: Path, part: int = 0, of: int = 1) -> None:
     """Compare every `of`-th file, from number `part`, with what it was when the checkpoint was completed. Raises CheckpointError."""
     receipt = read_receipt(folder)
-    for name, (size, sha256) in list(sorted(receipt.items()))[part::of]:
+    for name, (size, sha256) in sorted(receipt.items())[part::of]:
         path = folder / name
         if not path.exists() or path.stat().st_size != size or storage.digest(path) != sha256:
             raise CheckpointError(f"{path} is damaged: it is not what was written; give an earlier checkpoint.")

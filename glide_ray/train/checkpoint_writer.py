@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -175,10 +176,8 @@ class CheckpointWriter:
             self._say(f"The checkpoint of step {upload.step:,} could not be completed: {error} {GOES_ON}")
 
     def _discard(self, folder: str) -> None:
-        try:
+        with suppress(storage.StorageError):        # the next start of the run removes it
             storage.remove_folder(folder)
-        except storage.StorageError:        # swept up when the run is begun again
-            pass
 
 
 def _written(folder: Path, write: Callable[[Path], None]) -> list[Path]:

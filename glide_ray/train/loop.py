@@ -14,21 +14,22 @@ import torch.distributed as dist
 
 from ..config.training import Preset
 from ..diffusion.schedule import make_schedule
-from ..tensors import Batch, to_device_async
-from .hardware import USABLE, cpu_budget
 from ..models.unet import GlideUNet
 from ..models.weights import build_model, check_shapes, load_weights, with_known_channels
 from ..pretrained import shipped
+from ..tensors import Batch, to_device_async
 from . import partition
-from .checkpoint import Progress, read_progress, write_progress
-from .nonfinite import TrainingError, check_step, stepped
-from .ema import Ema
-from .objectives import by_quartile, draw, held_out_sums, images_in, mix, objective_of
-from .plan import choose_micro_batch
-from .collectives import all_gather_object, broadcast_object
 from .batch_split import BatchSplit
-from .steps import Metrics
+from .checkpoint import Progress, read_progress, write_progress
+from .collectives import all_gather_object, broadcast_object
+from .ema import Ema
+from .hardware import USABLE, cpu_budget
+from .nonfinite import TrainingError, check_step, stepped
+from .objectives import by_quartile, draw, held_out_sums, images_in, mix, objective_of
 from .optimizer import FACTOR, deepspeed_config, learning_rate, parameter_groups, training_precision
+from .plan import choose_micro_batch
+from .steps import Metrics
+
 
 class Trainer:
     """One rank's engine, average and schedule."""

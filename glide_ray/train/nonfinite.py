@@ -17,8 +17,8 @@ from ..config.training import TrainConfig
 from ..errors import UserError
 from ..precision import DTYPES
 from ..tensors import Batch
-from .objectives import draw, row_numbers
 from .collectives import all_gather_object
+from .objectives import draw, row_numbers
 
 LOWEST_SCALE = 1.0      # of the loss, under fp16: below it, gradients would be made smaller than they are
 MAX_LISTED = 5               # rows or names in a message

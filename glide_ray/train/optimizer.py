@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
 from ..config.training import TrainConfig
+from ..errors import ConfigError
 from ..precision import resolve_precision
 from .batch_split import BatchSplit
 

@@ -19,16 +19,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .. import storage
-from ..models.weights import check_pair, check_role
 from ..config.models import SHIPPED, AnyModelConfig, Frozen
 from ..config.training import Preset
-from ..errors import UserError
 from ..data.card import CARD as CORPUS_CARD
 from ..data.card import read_card as read_corpus_card
 from ..data.sources import each_path
-from ..models.weights import load_metadata, load_weights
-from .checkpoint import find_checkpoint
-from .partition import export_to
+from ..errors import UserError
+from ..models.weights import check_pair, check_role, load_metadata, load_weights
 from ..pretrained import shipped
 from ..pretrained.card import (
     Card,
@@ -45,6 +42,8 @@ from ..pretrained.card import (
     total,
     union,
 )
+from .checkpoint import find_checkpoint
+from .partition import export_to
 
 MOST_BYTES = 64_000_000            # of both files: every copy of the package has them
 METRICS = "metrics.jsonl"

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..config.models import AnyModelConfig, ClipModelConfig
-from ..errors import ConfigError
-from ..config.training import Preset
-from .hardware import GIGA, HOST_ADAM, PCIE, TERA, Machine
-from ..precision import BYTES
-from ..models.cost import operations
 from ..config.overrides import override
+from ..config.training import Preset
+from ..errors import ConfigError
+from ..models.cost import operations
+from ..precision import BYTES
 from .activations import Moment, meta_model, training_pass
 from .batch_split import BatchSplit, accumulation
+from .hardware import GIGA, HOST_ADAM, PCIE, TERA, Machine
 from .optimizer import deepspeed_config, training_precision
 
 BUCKET, LIVE, SUBGROUP = 5 * 10**8, 10**9, 10**9       # elements: DeepSpeed's reduce_bucket_size, stage3_max_live_parameters, sub_group_size

@@ -12,19 +12,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..sampling.cascade import load_stepper
 from ..config.training import Preset
 from ..data.images import to_uint8
+from ..data.tokenizer import Tokenizer
 from ..data.transforms import held_out_batches
 from ..diffusion.schedule import make_schedule
-from ..sampling.request import SampleRequest
-from ..precision import DTYPES, resolve_precision
-from ..tensors import Batch, Conditioning
-from ..models.weights import load_config, load_metadata, load_model
-from ..sampling.stepper import Stepper
-from ..data.tokenizer import Tokenizer
-from .objectives import held_out_sums, images_in, objective_of
 from ..evaluation.report import contact_sheet, show_hole
+from ..models.weights import load_config, load_metadata, load_model
+from ..precision import DTYPES, resolve_precision
+from ..sampling.cascade import load_stepper
+from ..sampling.request import SampleRequest
+from ..sampling.stepper import Stepper
+from ..tensors import Batch, Conditioning
+from .objectives import held_out_sums, images_in, objective_of
 
 STEPS = 25            # of DDIM: enough to see what a model has learnt, in a sixth of the time of the paper's 150
 PICTURES = 4          # held-out ones that upsamplers enlarge and inpainting models fill

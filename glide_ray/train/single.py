@@ -12,23 +12,32 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..config.training import Preset
 from ..diffusion.schedule import make_schedule
-from ..precision import DTYPES
-from ..tensors import Batch, to_device_async
+from ..errors import ConfigError
 from ..models.unet import GlideUNet
 from ..models.weights import build_model, check_shapes, load_weights, with_known_channels
+from ..precision import DTYPES, fastest_on_cpu
 from ..pretrained import shipped
-from .checkpoint import Progress, read_progress, write_progress
-from .nonfinite import TrainingError, remedy
-from .ema import Ema
-from .objectives import by_quartile, draw, held_out_sums, images_in, mix, objective_of
-from .partition import AVERAGE, FIRST, SECOND, WEIGHTS, ParamSlice, State, load_parts, part_path, save_part
+from ..tensors import Batch, to_device_async
 from .batch_split import BatchSplit
-from .steps import Metrics
+from .checkpoint import Progress, read_progress, write_progress
+from .ema import Ema
+from .nonfinite import TrainingError, remedy
+from .objectives import by_quartile, draw, held_out_sums, images_in, mix, objective_of
 from .optimizer import FACTOR, learning_rate, parameter_groups
-from ..precision import fastest_on_cpu
+from .partition import (
+    AVERAGE,
+    FIRST,
+    SECOND,
+    WEIGHTS,
+    ParamSlice,
+    State,
+    load_parts,
+    part_path,
+    save_part,
+)
+from .steps import Metrics
 
 SKIPPED = 20           # steps in a row whose gradients are not finite, after which a run is given up
 

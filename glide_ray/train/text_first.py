@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..tensors import Batch
 from ..models.unet import GlideUNet
+from ..tensors import Batch
 
 SIDE = 16               # pixels of the small pictures
 CAPTIONS = 128          # in a step

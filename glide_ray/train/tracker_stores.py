@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from ..config.overrides import leaves
 from ..config.training import Preset
 from ..errors import UserError
-from ..config.overrides import leaves
 
 TAG = "glide_ray.run"         # by which MLflow's run is found again
 SECRETS = "WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD"

@@ -17,19 +17,19 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import storage
-from ..errors import ConfigError, UserError
 from ..config.training import Preset
 from ..data.filters import Candidate, Report, first_broken, header_rules
 from ..data.images import encode
 from ..data.shards import Sample, ShardError
 from ..data.sources import columns, find_parts, folder_name, in_share, read_part, row_id, share_of
 from ..data.transforms import Collate, ahead, collated, held_out_batches
-from .samples import sample_grid
+from ..errors import ConfigError, UserError
 from ..tensors import Batch
 from .checkpoint import CheckpointError, Checkpoints, verify
 from .checkpoint_writer import CheckpointWriter
 from .partition import export_average
 from .run_folder import EVENTS, METRICS, PRESET, RUN, WEIGHTS, absolute, check_run, last_step
+from .samples import sample_grid
 from .single import SingleTrainer
 from .steps import Outlets, train_loop
 from .trackers import open_trackers
@@ -125,7 +125,8 @@ def _go_on(trainer: SingleTrainer, checkpoints: Checkpoints, log: _Log) -> None:
     for made in reversed(whole):
         try:
             verify(Path(made.path))
-            return trainer.load(Path(made.path))
+            trainer.load(Path(made.path))
+            return
         except CheckpointError as error:
             fault = error
             log.say(f"the checkpoint of step {made.step:,} is left out: {error}")

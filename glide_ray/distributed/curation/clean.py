@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from ... import storage
 from ...config.data import CleanConfig
-from ...errors import UserError
 from ...data.duplicates import FINGERPRINT_BYTES, find_duplicates, fingerprint
 from ...data.filters import (
     NEAR_DUPLICATE,
@@ -29,10 +28,11 @@ from ...data.filters import (
     image_rules,
 )
 from ...data.sources import Part, find_parts, read_part
+from ...errors import UserError
 from ...evaluation.pages import Picture, Section, histogram, page, thumbnail
-from .corpus import PAGE, count, look_up, refuse_source, rewrite, write_manifest
 from ..cluster import connect, send_with
 from ..stream import Tally, in_order, quiet, task_errors
+from .corpus import PAGE, count, look_up, refuse_source, rewrite, write_manifest
 
 PAGE_PARTS, PAGE_PAIRS, PAGE_EXAMPLES, PAGE_SAMPLES = 12, 16, 8, 32
 SCHEMA = pyarrow.schema([("part", pyarrow.int32()), ("position", pyarrow.int32()), ("key", pyarrow.large_string()), ("reason", pyarrow.large_string()),

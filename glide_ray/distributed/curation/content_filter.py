@@ -37,13 +37,13 @@ from ...data.labelling import (
 )
 from ...data.sources import Part, find_parts, state
 from ...evaluation.features import ClipFeatures
-from ...models.clip_scorer import fetch_clip
 from ...evaluation.pages import Picture, Section, page, thumbnail
 from ...evaluation.report import contact_sheet, roc_curve
+from ...models.clip_scorer import fetch_clip
 from ...storage import fingerprint
-from .corpus import PAGE, count, look_up, refuse_source, rewrite, write_manifest
-from ..embed import ACTORS, EmbeddedCorpus, embed, cached_table, cached_table_of
 from ..cluster import connect, send_with
+from ..embed import ACTORS, EmbeddedCorpus, cached_table, cached_table_of, embed
+from .corpus import PAGE, count, look_up, refuse_source, rewrite, write_manifest
 
 FILTER, LABELS, SHEET, FEATURES = "filter.safetensors", "labels.csv", "sheet.png", "features.parquet"
 TRUTH = "truth"                     # in the place of a reason why a row was asked for, where nobody was

@@ -15,13 +15,13 @@ import pyarrow.parquet
 import ray
 
 from ... import storage
-from ...errors import ConfigError, UserError
 from ...data import emoji
 from ...data.card import read_card, write_card
 from ...data.filters import Report
 from ...data.shards import Sample, begin, finish, write_shard
 from ...data.sources import Part, read_part
 from ...data.tokenizer import Tokenizer
+from ...errors import ConfigError, UserError
 from ..cluster import connect
 from ..stream import Tally, open_corpus, quiet, task_errors
 

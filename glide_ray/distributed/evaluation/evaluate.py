@@ -11,20 +11,20 @@ import numpy as np
 
 from ... import storage
 from ...config.sampling import BulkConfig
-from ...errors import UserError
 from ...data.images import ImageError, decode, encode
 from ...data.sources import find_parts, read_part
+from ...errors import UserError
 from ...evaluation.features import ClipFeatures, fetch_network
-from ...evaluation.image_features import Reference, ImageFeatures
+from ...evaluation.image_features import ImageFeatures, Reference
 from ...evaluation.metrics import MetricError
 from ...evaluation.pages import Picture, Section, page
 from ...evaluation.report import Point, fronts, number
 from ...storage import fingerprint
+from ..cluster import connect
 from ..curation.corpus import PAGE
 from ..embed import ACTORS, JOB, EmbeddedCorpus, embed_corpus
 from ..generate import generate
 from ..job import once
-from ..cluster import connect
 
 FIGURES, REFERENCE, FRONTS, PROMPTS = "figures.json", "reference.safetensors", "fronts.png", "prompts.jsonl"
 PROMPTS_SHOWN, CAPTIONS_PER_CALL = 12, 256      # prompts on the page; captions in a call of the CLIP

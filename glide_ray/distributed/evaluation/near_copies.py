@@ -12,16 +12,16 @@ from PIL import Image
 
 from ... import storage
 from ...config.sampling import BulkConfig
-from ...errors import UserError
 from ...data.images import ImageError, centre_crop, decode, encode
-from ...models.clip_scorer import fetch_clip
+from ...errors import UserError
 from ...evaluation.neighbours import Nearest, nearest, same_picture, to_own
 from ...evaluation.pages import Picture, Section, page, thumbnail
 from ...evaluation.report import contact_sheet
-from ..curation.corpus import PAGE, look_up
-from .evaluate import sweep
-from ..embed import ACTORS, EmbeddedCorpus, embed_corpus
+from ...models.clip_scorer import fetch_clip
 from ..cluster import connect
+from ..curation.corpus import PAGE, look_up
+from ..embed import ACTORS, EmbeddedCorpus, embed_corpus
+from .evaluate import sweep
 
 LEFT_OUT, FIGURES, SHEET = "left-out.json", "figures.json", "closest.png"
 SIZE = 256              # pixels that images are looked at with

@@ -11,17 +11,18 @@ import numpy as np
 
 from ... import storage
 from ...config.sampling import BulkConfig
-from ...errors import UserError
 from ...data.images import decode, encode
+from ...errors import UserError
 from ...evaluation.features import ClipFeatures
-from ...models.clip_scorer import fetch_clip
 from ...evaluation.pages import SIDE, Picture, Section, page
-from ...evaluation.probes import Group, above, colour_name, probe as measure
+from ...evaluation.probes import Group, above, colour_name
+from ...evaluation.probes import probe as measure
 from ...evaluation.report import grid, scaled
+from ...models.clip_scorer import fetch_clip
+from ..cluster import connect
 from ..curation.corpus import PAGE, look_up
 from ..embed import ACTORS, embed_corpus
 from ..generate import generate
-from ..cluster import connect
 
 PROMPTS, PICTURES, FIGURES, SHEET = "prompts.jsonl", "pictures", "figures.json", "sheet.png"
 SIZE = 256                  # pixels that pictures are looked at with: all that a cascade makes

@@ -22,10 +22,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from ... import storage
-from ...errors import ConfigError, UserError
 from ...config.training import Preset
 from ...data.filters import Report
 from ...data.sources import find_parts
+from ...errors import ConfigError, UserError
 from ...models.weights import load_config
 from ...pretrained import shipped
 from ...train import partition
@@ -39,10 +39,10 @@ from ...train.run_folder import (
     last_step,
     read_metrics,
 )
-from .feed import Feeder
-from .journal import Board, Journal, RunFolder, count
 from ..cluster import connect, joined, takes_gpu
 from ..stream import Tally
+from .feed import Feeder
+from .journal import Board, Journal, RunFolder, count
 from .worker import work
 
 DATA_CPUS = 2                  # beside the workers': a data task wants a whole CPU, and waits for ever where none is left

@@ -13,11 +13,11 @@ import torch
 
 from ... import storage
 from ...config.training import Preset
-from ...errors import UserError
 from ...data.images import encode
-from ...train.samples import held_out_of_average, sample_grid
+from ...errors import UserError
 from ...train.checkpoint import fetch
 from ...train.partition import export_average
+from ...train.samples import held_out_of_average, sample_grid
 
 SAMPLES = "samples"
 LAST_SECONDS = 900       # that the last review is waited for when training has ended

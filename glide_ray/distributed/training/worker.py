@@ -19,14 +19,14 @@ import torch.distributed as dist
 
 from ... import storage
 from ...config.training import Preset
-from ...errors import UserError
 from ...data.transforms import Collate, ahead, collated, held_out_batches
+from ...errors import UserError
 from ...tensors import Batch
-from ...train.hardware import measured_peak, peak_flops
-from ...train.checkpoint import CheckpointError, Checkpoints, CheckpointEntry, fetch, verify
+from ...train.batch_split import BatchSplit
+from ...train.checkpoint import CheckpointEntry, CheckpointError, Checkpoints, fetch, verify
 from ...train.checkpoint_writer import CheckpointWriter
 from ...train.collectives import all_gather_object, broadcast_object
-from ...train.batch_split import BatchSplit
+from ...train.hardware import measured_peak, peak_flops
 from ...train.watchdog import Watchdog
 from .feed import Epoch, micro_batches
 from .journal import Start
@@ -58,7 +58,7 @@ def work(settings: dict) -> None:
 
 
 def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
-    from ...train.loop import Trainer      # DeepSpeed, which the driver has no use for
+    from ...train.loop import Trainer  # DeepSpeed, which the driver has no use for
     from ...train.steps import Outlets, train_loop
     context, train = ray.train.get_context(), preset.train
     rank, world = context.get_world_rank(), context.get_world_size()

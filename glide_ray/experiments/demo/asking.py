@@ -16,15 +16,24 @@ from tqdm import tqdm
 
 from ... import storage
 from ...config.sampling import SampleOptions
-from ...errors import UserError
+from ...config.serving import Scale, ServeConfig, ServedModel
 from ...data.images import decode, encode
 from ...distributed.cluster import connect
+from ...errors import UserError
 from ...evaluation.report import show_hole
 from ...precision import fastest_precision
 from ...pretrained.shipped import Pair
-from ...config.serving import Scale, ServeConfig, ServedModel
-from .figures import (BEFORE_AFTER, EDIT, SCENE, SKETCH, draw_edit, draw_pairs, draw_scene,
-                      draw_sketch, draw_sketches)
+from .figures import (
+    BEFORE_AFTER,
+    EDIT,
+    SCENE,
+    SKETCH,
+    draw_edit,
+    draw_pairs,
+    draw_scene,
+    draw_sketch,
+    draw_sketches,
+)
 from .plan import Plan
 from .results import Result
 from .sheet import file_name
@@ -39,8 +48,8 @@ def ask(out: Path, plan: Plan, pair: Pair, tuned: Path, name: str) -> Result:
     Writes each answer, and BEFORE_AFTER, EDIT, SKETCH and SCENE. Raises UserError where the server
     refuses, or changes a pixel that it was to keep.
     """
-    from ...serving.deployment import cpus, serving
     from ...bench.load_generator import free_port
+    from ...serving.deployment import cpus, serving
     stages = {"base_scale": HALF_A_CPU, "upsampler_scale": HALF_A_CPU,
               "upsampler": str(pair.upsampler)}
     config = ServeConfig(base=str(pair.base), **stages, port=free_port(),

@@ -9,8 +9,8 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 from ... import storage
-from ...errors import UserError
 from ...data.images import decode, encode
+from ...errors import UserError
 from .figures import BEFORE_AFTER, EDIT, LOSS, SCENE, SHEET, SKETCH
 from .plan import STYLE
 from .results import Results

@@ -8,11 +8,11 @@ import numpy as np
 from tqdm import tqdm
 
 from ... import storage
-from ...sampling.cascade import Cascade
 from ...data.images import encode
 from ...evaluation.report import grid
 from ...precision import fastest_precision
 from ...pretrained.shipped import Pair
+from ...sampling.cascade import Cascade
 from ...sampling.recipe import Maker, save_picture
 from .figures import SHEET
 from .plan import Plan

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from ...config import presets
 from ... import storage
+from ...config import presets
 from ...config.data import CleanConfig
+from ...config.overrides import override
 from ...config.training import Preset
 from ...data import emoji
 from ...data.images import centre_crop, decode, encode
@@ -21,7 +22,6 @@ from ...distributed.training.run import train
 from ...evaluation.report import loss_curves
 from ...models.weights import load_config
 from ...train.pack import read_trained, write_half
-from ...config.overrides import override
 from ...train.run_folder import read_metrics
 from .figures import LOSS
 from .plan import STYLE, Plan

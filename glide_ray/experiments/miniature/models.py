@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...config import presets
 from ...config.models import SHIPPED
+from ...config.overrides import override
 from ...config.training import Preset
 from ...data import emoji
 from ...data.filters import Candidate
@@ -16,7 +17,6 @@ from ...data.shards import Sample, read_index, write_shards
 from ...data.sources import find_parts, folder_name, in_share, read_part, share_of
 from ...models.weights import load_weights, save_weights, without_known_channels
 from ...pretrained import shipped
-from ...config.overrides import override
 from ...train.without_ray import train_alone
 
 SIDE = 64  # pixels of every picture

@@ -15,14 +15,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from ... import storage
-from ...sampling.cascade import Cascade, edit_request, load_stepper
+from ...config.presets import EMOJI
 from ...config.sampling import SampleOptions
 from ...data.images import decode, to_uint8
 from ...data.sources import find_parts, in_share, read_part, share_of
 from ...evaluation.features import ClipFeatures
-from ...precision import fastest_precision
 from ...models.efficientnet import load_efficientnet, normalise
-from ...config.presets import EMOJI
+from ...precision import fastest_precision
+from ...sampling.cascade import Cascade, edit_request, load_stepper
 from ...storage import fingerprint
 from .models import CLIP, LARGE, SMALL, Say
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ... import storage
+from ...bench.quality import bench_inpainting
 from ...data import emoji
 from ...data.images import encode
 from ...data.shards import read_index
 from ...distributed.job import once
 from ...precision import fastest_precision
-from ...bench.quality import bench_inpainting
 from ...storage import fingerprint
 from . import findings as judged
 from . import sheets
