@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 JOBS = ("train", "filter", "generate", "evaluate")
 DASHBOARDS = ("serving", "training")
-KEPT_BACK = 0.1      # share of a machine's memory that Kubernetes and its daemons keep
+KEPT_BACK = 0.1  # share of a machine's memory that Kubernetes and its daemons keep
 
 
 class Node(Frozen):
@@ -54,7 +54,11 @@ class Node(Frozen):
     @property
     def kinds(self) -> dict[str, bool]:
         """Endings of the names of its kinds, and which is spot. The one that is tried first comes last: it is written in terms of the other."""
-        return {"on-demand": {"": False}, "spot": {"": True}, "spot-first": {"": False, "-spot": True}}[self.market]
+        return {
+            "on-demand": {"": False},
+            "spot": {"": True},
+            "spot-first": {"": False, "-spot": True},
+        }[self.market]
 
     @model_validator(mode="after")
     def _order(self) -> Node:
@@ -88,7 +92,10 @@ class Serving(Frozen):
 
     @property
     def most_gpus(self) -> float:
-        return sum(scale.max_replicas * (scale.gpus or 0) for scale in (self.base_scale, self.upsampler_scale))
+        return sum(
+            scale.max_replicas * (scale.gpus or 0)
+            for scale in (self.base_scale, self.upsampler_scale)
+        )
 
 
 class Sizes(Frozen):
@@ -100,7 +107,7 @@ class Sizes(Frozen):
     bucket: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
     ray: str
     python: str
-    image: str = Field(pattern=r":[^:/]+$")            # with a tag
+    image: str = Field(pattern=r":[^:/]+$")  # with a tag
     machine_image: str = Field(pattern=r"^(/aws/|ami-)")
     subnet: str | None = Field(None, pattern="^subnet-")
     security_group: str | None = Field(None, pattern="^sg-")
@@ -112,8 +119,15 @@ class Sizes(Frozen):
     @property
     def train_settings(self) -> tuple[str, ...]:
         """What `jobs/train.py` is given with --set."""
-        return (f"data.corpus=s3://{self.bucket}/corpus/train", f"data.held_out=s3://{self.bucket}/corpus/held_out", "device=gpu",
-                *(f"{name}={getattr(self.training, name)}" for name in ("workers", "min_workers", "zero_stage", "wait_seconds")))
+        return (
+            f"data.corpus=s3://{self.bucket}/corpus/train",
+            f"data.held_out=s3://{self.bucket}/corpus/held_out",
+            "device=gpu",
+            *(
+                f"{name}={getattr(self.training, name)}"
+                for name in ("workers", "min_workers", "zero_stage", "wait_seconds")
+            ),
+        )
 
     @property
     def least_train_nodes(self) -> int:
@@ -122,7 +136,9 @@ class Sizes(Frozen):
     @property
     def least_serve_nodes(self) -> int:
         scales = (self.serving.base_scale, self.serving.upsampler_scale)
-        return ceil(sum(scale.min_replicas * (scale.gpus or 0) for scale in scales) / self.nodes.serve.gpus)
+        return ceil(
+            sum(scale.min_replicas * (scale.gpus or 0) for scale in scales) / self.nodes.serve.gpus
+        )
 
     @property
     def most_workers(self) -> int:
@@ -131,13 +147,25 @@ class Sizes(Frozen):
 
     @model_validator(mode="after")
     def _fits(self) -> Sizes:
-        gpus = {name: node.max * node.gpus for name, node in (("train", self.nodes.train), ("serve", self.nodes.serve))}
-        for what, wanted, node in (("training.workers", self.training.workers, "train"), ("generating.workers", self.generating.workers, "serve"),
-                                   ("the replicas of serving", self.serving.most_gpus, "serve")):
+        gpus = {
+            name: node.max * node.gpus
+            for name, node in (("train", self.nodes.train), ("serve", self.nodes.serve))
+        }
+        for what, wanted, node in (
+            ("training.workers", self.training.workers, "train"),
+            ("generating.workers", self.generating.workers, "serve"),
+            ("the replicas of serving", self.serving.most_gpus, "serve"),
+        ):
             if wanted > gpus[node]:
-                raise ValueError(f"{what} want {wanted:g} GPUs and nodes.{node} have {gpus[node]}; raise nodes.{node}.max, or ask for less")
-        if any(scale.gpus is None for scale in (self.serving.base_scale, self.serving.upsampler_scale)):
-            raise ValueError("each scale of serving has to say its gpus; 1 is a whole GPU for each replica")
+                raise ValueError(
+                    f"{what} want {wanted:g} GPUs and nodes.{node} have {gpus[node]}; raise nodes.{node}.max, or ask for less"
+                )
+        if any(
+            scale.gpus is None for scale in (self.serving.base_scale, self.serving.upsampler_scale)
+        ):
+            raise ValueError(
+                "each scale of serving has to say its gpus; 1 is a whole GPU for each replica"
+            )
         if (self.subnet is None) != (self.security_group is None):
             raise ValueError("subnet and security_group go together; give both, or neither")
         return self
@@ -151,41 +179,94 @@ def read_sizes(path: Path, settings: list[str] = ()) -> Sizes:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise UserError(f"{path} is not YAML{f', at line {mark.line + 1}' if mark else ''}; mend it there.") from None
+        raise UserError(
+            f"{path} is not YAML{f', at line {mark.line + 1}' if mark else ''}; mend it there."
+        ) from None
     sizes = override(validate(Sizes, tree if isinstance(tree, dict) else {}), settings)
-    override(presets.get(sizes.training.preset), sizes.train_settings)      # a run that would be refused on the cluster is refused here
+    override(
+        presets.get(sizes.training.preset), sizes.train_settings
+    )  # a run that would be refused on the cluster is refused here
     return sizes
 
 
 def rendered(sizes: Sizes) -> dict[str, str]:
     """The text of each file, by its path from the root of the checkout."""
-    environment = Environment(loader=FileSystemLoader(HERE / "templates"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-                              keep_trailing_newline=True)
+    environment = Environment(
+        loader=FileSystemLoader(HERE / "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
     environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
 
     def text(template: str, **more: Any) -> str:
         return environment.get_template(template).render(sizes=sizes, template=template, **more)
+
     panels = yaml.safe_load((HERE / "panels.yaml").read_text())
-    return {"ray-cluster.yaml": text("ray-cluster.yaml.j2"),
-            **{f"cluster/kubernetes/{name}.yaml": text(f"{name}.yaml.j2") for name in ("serviceaccounts", "raycluster", "rayservice")},
-            **{f"cluster/kubernetes/rayjob-{job}.yaml": text("rayjob.yaml.j2", job=job) for job in JOBS},
-            **{f"cluster/aws/policy-{role}.json": text(f"policy-{role}.json.j2") for role in ("head", "worker")},
-            **{f"cluster/grafana/{name}.json": text("dashboard.json.j2", name=name, **panels[name]) for name in DASHBOARDS}}
+    return {
+        "ray-cluster.yaml": text("ray-cluster.yaml.j2"),
+        **{
+            f"cluster/kubernetes/{name}.yaml": text(f"{name}.yaml.j2")
+            for name in ("serviceaccounts", "raycluster", "rayservice")
+        },
+        **{
+            f"cluster/kubernetes/rayjob-{job}.yaml": text("rayjob.yaml.j2", job=job) for job in JOBS
+        },
+        **{
+            f"cluster/aws/policy-{role}.json": text(f"policy-{role}.json.j2")
+            for role in ("head", "worker")
+        },
+        **{
+            f"cluster/grafana/{name}.json": text("dashboard.json.j2", name=name, **panels[name])
+            for name in DASHBOARDS
+        },
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a file is not as it would be rendered")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a size, such as bucket=mine; may be repeated")
-    parser.add_argument("--sizes", type=Path, default=HERE / "sizes.yaml", help="the file of sizes (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT, help="folder to write the files to (default: the checkout)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; exit with 1 where a file is not as it would be rendered",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a size, such as bucket=mine; may be repeated",
+    )
+    parser.add_argument(
+        "--sizes",
+        type=Path,
+        default=HERE / "sizes.yaml",
+        help="the file of sizes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT,
+        help="folder to write the files to (default: the checkout)",
+    )
     options = parser.parse_args(arguments)
     try:
         files = rendered(read_sizes(options.sizes, options.set))
-        changed = [name for name, text in files.items() if not (options.out / name).is_file() or (options.out / name).read_text() != text]
+        changed = [
+            name
+            for name, text in files.items()
+            if not (options.out / name).is_file() or (options.out / name).read_text() != text
+        ]
         if options.check:
-            print(f"render: not as rendered: {', '.join(changed)}; run cluster/render.py" if changed else f"{len(files)} files are as rendered",
-                  file=sys.stderr if changed else sys.stdout)
+            print(
+                f"render: not as rendered: {', '.join(changed)}; run cluster/render.py"
+                if changed
+                else f"{len(files)} files are as rendered",
+                file=sys.stderr if changed else sys.stdout,
+            )
             return 1 if changed else 0
         for name in changed:
             (options.out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -195,8 +276,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"render: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"render: {error.filename} cannot be written: {error.strerror}; give another folder with --out, or the rights to this one.",
-              file=sys.stderr)
+        print(
+            f"render: {error.filename} cannot be written: {error.strerror}; give another folder with --out, or the rights to this one.",
+            file=sys.stderr,
+        )
         return 2
     return 0
 

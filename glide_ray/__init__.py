@@ -20,10 +20,14 @@ __all__ = ["Cascade", "SampleOptions", "UserError", "__version__", "load"]
 
 try:
     __version__ = version("glide_ray")
-except PackageNotFoundError:      # a source tree on the path that is not installed
+except PackageNotFoundError:  # a source tree on the path that is not installed
     __version__ = "0"
 
-_MODULES = {"Cascade": ".sampling.cascade", "SampleOptions": ".config.sampling", "UserError": ".errors"}
+_MODULES = {
+    "Cascade": ".sampling.cascade",
+    "SampleOptions": ".config.sampling",
+    "UserError": ".errors",
+}
 
 
 def __getattr__(name: str):
@@ -39,4 +43,5 @@ def __dir__() -> list[str]:
 def load(base: str = "emoji", **options) -> "Cascade":
     """The shipped weights, or those at `base`; `options` as of `Cascade.load`. Raises WeightsError."""
     from .sampling.cascade import Cascade
+
     return Cascade.load(base, **options)

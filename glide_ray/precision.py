@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}      # of one number
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of one number
 
 
 def resolve_precision(precision: str, device: str, portable: bool = False) -> str:
@@ -34,6 +34,7 @@ def fastest_precision() -> str:
 def fastest_on_cpu() -> str:
     """bf16 where this CPU convolves faster in it than in fp32, with AMX or AVX-512 BF16; else
     fp32. Measured in 0.1 s."""
+
     def seconds(dtype: torch.dtype) -> float:
         x = torch.ones(4, 64, 32, 32, dtype=dtype).to(memory_format=torch.channels_last)
         weight = torch.ones(64, 64, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
@@ -43,4 +44,5 @@ def fastest_on_cpu() -> str:
             F.conv2d(x, weight, padding=1)
             times.append(time.perf_counter() - began)
         return min(times)
+
     return "bf16" if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else "fp32"

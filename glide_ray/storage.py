@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 from .errors import UserError
 
 S3 = "s3://"
-CHECKSUM = "sha256"   # object metadata that `put` writes and `read` verifies
-CHUNK = 2**22     # bytes
-CACHE_GB = 200    # of copies of objects
-IN_USE_SECONDS = 600     # since somebody asked for a copy: it may be about to be read
-WAITS = (0.1, 0.2, 0.4, 0.8)      # seconds before an object that did not come whole is asked for again
+CHECKSUM = "sha256"  # object metadata that `put` writes and `read` verifies
+CHUNK = 2**22  # bytes
+CACHE_GB = 200  # of copies of objects
+IN_USE_SECONDS = 600  # since somebody asked for a copy: it may be about to be read
+WAITS = (0.1, 0.2, 0.4, 0.8)  # seconds before an object that did not come whole is asked for again
 
 
 Result = TypeVar("Result")
@@ -64,14 +64,27 @@ def list_states(path: str | Path, suffixes: tuple[str, ...]) -> Iterator[tuple[s
     path = str(path)
     if is_remote(path):
         bucket, prefix = _split(path)
-        prefix = prefix if prefix.endswith(tuple(filter(None, suffixes))) else prefix.rstrip("/") + "/" if prefix else ""
+        prefix = (
+            prefix
+            if prefix.endswith(tuple(filter(None, suffixes)))
+            else prefix.rstrip("/") + "/"
+            if prefix
+            else ""
+        )
         with _errors(path):
-            yield from ((f"{S3}{bucket}/{item['Key']}", item["ETag"]) for item in _objects(bucket, prefix) if item["Key"].endswith(suffixes))
+            yield from (
+                (f"{S3}{bucket}/{item['Key']}", item["ETag"])
+                for item in _objects(bucket, prefix)
+                if item["Key"].endswith(suffixes)
+            )
     elif Path(path).is_file():
         yield path, _state(Path(path))
     else:
-        yield from ((str(file), _state(file)) for file in sorted(Path(path).rglob("*"))
-                    if file.name.endswith(suffixes) and not file.name.startswith(".") and file.is_file())
+        yield from (
+            (str(file), _state(file))
+            for file in sorted(Path(path).rglob("*"))
+            if file.name.endswith(suffixes) and not file.name.startswith(".") and file.is_file()
+        )
 
 
 def read(path: str | Path) -> bytes:
@@ -86,9 +99,19 @@ def put(data: bytes | Path, path: str | Path, sha256: str | None = None) -> None
         if is_remote(path):
             bucket, key = _split(str(path))
             if isinstance(data, bytes):
-                _client().put_object(Bucket=bucket, Key=key, Body=data, Metadata={CHECKSUM: hashlib.sha256(data).hexdigest()})
-            else:       # in parts, each with a checksum of its own and asked for again by itself
-                _client().upload_file(str(data), bucket, key, ExtraArgs={"Metadata": {CHECKSUM: sha256 or digest(data)}})
+                _client().put_object(
+                    Bucket=bucket,
+                    Key=key,
+                    Body=data,
+                    Metadata={CHECKSUM: hashlib.sha256(data).hexdigest()},
+                )
+            else:  # in parts, each with a checksum of its own and asked for again by itself
+                _client().upload_file(
+                    str(data),
+                    bucket,
+                    key,
+                    ExtraArgs={"Metadata": {CHECKSUM: sha256 or digest(data)}},
+                )
             return
         with whole(path) as partial:
             if isinstance(data, bytes):
@@ -110,7 +133,7 @@ def remove(path: str | Path) -> None:
 def digest(path: Path) -> str:
     """SHA-256 of a local file."""
     sha256 = hashlib.sha256()
-    with open(path, "rb") as file:      # hashlib.file_digest is of Python 3.11
+    with open(path, "rb") as file:  # hashlib.file_digest is of Python 3.11
         while chunk := file.read(CHUNK):
             sha256.update(chunk)
     return sha256.hexdigest()
@@ -159,7 +182,9 @@ def check_writable(folder: str | Path) -> None:
         put(b"glide_ray", probe)
         remove(probe)
     except StorageError as error:
-        raise StorageError(f"Nothing can be written to {folder} ({error}); give another folder, or the rights to this one.") from None
+        raise StorageError(
+            f"Nothing can be written to {folder} ({error}); give another folder, or the rights to this one."
+        ) from None
 
 
 @contextmanager
@@ -172,7 +197,7 @@ def no_empty_folders(folder: str | Path) -> Iterator[None]:
     except BaseException:
         inside = sorted(made[0].rglob("*"), reverse=True) if made else []
         for path in (*(path for path in inside if path.is_dir()), *made):
-            with suppress(OSError):         # it holds something
+            with suppress(OSError):  # it holds something
                 path.rmdir()
         raise
 
@@ -184,8 +209,12 @@ def remove_folder(path: str | Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
             return
         bucket, prefix = _split(str(path).rstrip("/") + "/")
-        for upload in _client().list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", ()):
-            _client().abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+        for upload in (
+            _client().list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", ())
+        ):
+            _client().abort_multipart_upload(
+                Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+            )
         for item in _objects(bucket, prefix):
             _client().delete_object(Bucket=bucket, Key=item["Key"])
 
@@ -223,6 +252,7 @@ def cache_folder() -> Path:
 
 def download(path: str, target: Path) -> None:
     """Copy an object of any size to a local file: whole, and as it was put there, or not at all."""
+
     def write(body, partial: Path) -> str:
         sha256 = hashlib.sha256()
         with open(partial, "wb") as file:
@@ -230,15 +260,22 @@ def download(path: str, target: Path) -> None:
                 sha256.update(chunk)
                 file.write(chunk)
         return sha256.hexdigest()
+
     with _errors(path), whole(target) as partial:
         _from_object(path, lambda body: (None, write(body, partial)))
 
 
-def fetch_folder(path: str | Path, suffixes: tuple[str, ...], cache: str | Path | None = None) -> Path:
+def fetch_folder(
+    path: str | Path, suffixes: tuple[str, ...], cache: str | Path | None = None
+) -> Path:
     """A local folder with the files right under a path whose names end so: itself, or copies that are taken anew when one changed."""
     if not is_remote(path):
         return Path(path)
-    files = {file: state for file, state in list_states(path, suffixes) if file.rpartition("/")[0] == str(path).rstrip("/")}
+    files = {
+        file: state
+        for file, state in list_states(path, suffixes)
+        if file.rpartition("/")[0] == str(path).rstrip("/")
+    }
     if not files:
         raise StorageError(f"There is nothing in {path} that ends in {' or '.join(suffixes)}.")
     local = _cached(" ".join(f"{file}@{state}" for file, state in files.items()), cache)
@@ -252,6 +289,7 @@ def fetch_folder(path: str | Path, suffixes: tuple[str, ...], cache: str | Path 
 
 # --------------------------------------------------------------------------------------------------------------------
 
+
 def _objects(bucket: str, prefix: str) -> Iterator[Mapping[str, Any]]:
     for page in _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
         yield from page.get("Contents", ())
@@ -260,7 +298,7 @@ def _objects(bucket: str, prefix: str) -> Iterator[Mapping[str, Any]]:
 def _state(file: Path) -> str:
     try:
         found = file.stat()
-    except FileNotFoundError:       # since it was listed
+    except FileNotFoundError:  # since it was listed
         return ""
     return f"{found.st_size}@{found.st_mtime_ns}"
 
@@ -269,6 +307,7 @@ def _read_object(path: str) -> bytes:
     def whole_body(body) -> tuple[bytes, str]:
         data = body.read()
         return data, hashlib.sha256(data).hexdigest()
+
     return _from_object(path, whole_body)
 
 
@@ -279,6 +318,7 @@ def _from_object(path: str, use: Callable[[Any], tuple[Result, str]]) -> Result:
     client = _client()
     from botocore.exceptions import BotoCoreError
     from urllib3.exceptions import HTTPError
+
     for wait in (*WAITS, None):
         answer = client.get_object(Bucket=bucket, Key=key)
         try:
@@ -290,7 +330,7 @@ def _from_object(path: str, use: Callable[[Any], tuple[Result, str]]) -> Result:
         except (BotoCoreError, HTTPError, ConnectionError, TimeoutError) as error:
             fault = f"{path} cannot be used: {error}."
         if wait is not None:
-            time.sleep(wait * random.uniform(0.5, 1))       # not all readers at once
+            time.sleep(wait * random.uniform(0.5, 1))  # not all readers at once
     raise StorageError(fault)
 
 
@@ -309,7 +349,7 @@ def _cached(name: str, cache: str | Path | None) -> Path:
     """The folder of the cache for what has this name."""
     folder = Path(cache or cache_folder()) / hashlib.sha256(name.encode()).hexdigest()[:16]
     with suppress(FileNotFoundError):
-        os.utime(folder)        # used just now
+        os.utime(folder)  # used just now
     return folder
 
 
@@ -319,11 +359,16 @@ def _make_room(folder: Path, wanted: int) -> None:
     try:
         limit = float(given) * 1e9
     except ValueError:
-        raise StorageError(f"GLIDE_CACHE_GB is {given!r}; give a number of gigabytes, such as {CACHE_GB}.") from None
+        raise StorageError(
+            f"GLIDE_CACHE_GB is {given!r}; give a number of gigabytes, such as {CACHE_GB}."
+        ) from None
     used, held = {}, {}
     for entry in folder.parent.glob("[0-9a-f]" * 16):
-        with suppress(FileNotFoundError):       # another process makes room, too
-            used[entry], held[entry] = entry.stat().st_mtime, sum(file.stat().st_size for file in entry.iterdir() if file.is_file())
+        with suppress(FileNotFoundError):  # another process makes room, too
+            used[entry], held[entry] = (
+                entry.stat().st_mtime,
+                sum(file.stat().st_size for file in entry.iterdir() if file.is_file()),
+            )
     for entry in sorted(held, key=used.get):
         if sum(held.values()) + wanted <= limit or time.time() - used[entry] < IN_USE_SECONDS:
             return

@@ -17,7 +17,9 @@ class Rows:
     """A dataclass whose tensors share their first axis: rows can be joined, picked and moved."""
 
     def map(self, function: Callable[[Tensor], Tensor]):
-        return replace(self, **{f.name: _map(getattr(self, f.name), function) for f in fields(self)})
+        return replace(
+            self, **{f.name: _map(getattr(self, f.name), function) for f in fields(self)}
+        )
 
     def __getitem__(self, index):
         """Rows by slice, index tensor or boolean mask (always a batch, never a single row)."""
@@ -32,7 +34,9 @@ class Rows:
     @classmethod
     def join(cls, parts: Sequence):
         """Concatenate along the batch. All parts must carry the same fields."""
-        return cls(**{f.name: _join([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+        return cls(
+            **{f.name: _join([getattr(part, f.name) for part in parts]) for f in fields(cls)}
+        )
 
 
 def _map(value, function):
@@ -58,51 +62,57 @@ def _join(values):
 class TextFeatures(Rows):
     """A caption as the UNet takes it; constant over the steps of a sample."""
 
-    pooled: Tensor                                            # (B, 4C), added to the timestep embedding
-    sequence: Tensor                                          # (B, K, W), the text for attention
-    keys_values: tuple[tuple[Tensor, Tensor], ...] | None = None   # per attention layer (B, heads, K, D) twice
+    pooled: Tensor  # (B, 4C), added to the timestep embedding
+    sequence: Tensor  # (B, K, W), the text for attention
+    keys_values: tuple[tuple[Tensor, Tensor], ...] | None = (
+        None  # per attention layer (B, heads, K, D) twice
+    )
 
 
 @dataclass(frozen=True)
 class Conditioning(Rows):
     """What a sample is made from. Images are float in [-1, 1]; the mask is 1 where the pixel is known."""
 
-    tokens: Tensor                                            # (B, K) int64
-    mask: Tensor                                              # (B, K) bool, true for tokens of the caption
-    low_res: Tensor | None = None                             # (B, 3, h, w), for upsamplers
-    known: Tensor | None = None                               # (B, 3, H, W)
-    known_mask: Tensor | None = None                          # (B, 1, H, W)
+    tokens: Tensor  # (B, K) int64
+    mask: Tensor  # (B, K) bool, true for tokens of the caption
+    low_res: Tensor | None = None  # (B, 3, h, w), for upsamplers
+    known: Tensor | None = None  # (B, 3, H, W)
+    known_mask: Tensor | None = None  # (B, 1, H, W)
 
 
 @dataclass(frozen=True)
 class ModelOutput(Rows):
     """One network evaluation."""
 
-    eps: Tensor                                               # (B, 3, H, W), the predicted noise
-    variance: Tensor                                          # (B, 3, H, W) in [-1, 1] between the two variance bounds
+    eps: Tensor  # (B, 3, H, W), the predicted noise
+    variance: Tensor  # (B, 3, H, W) in [-1, 1] between the two variance bounds
 
 
 @dataclass(frozen=True)
 class ClipOutput:
     """Images and captions in CLIP's space, as vectors of length 1."""
 
-    image: Tensor                                             # (B, E)
-    text: Tensor                                              # (B, E)
-    scale: Tensor                                             # (), of the logits
+    image: Tensor  # (B, E)
+    text: Tensor  # (B, E)
+    scale: Tensor  # (), of the logits
 
 
 @dataclass(frozen=True)
 class Batch(Rows):
     """What a training step reads."""
 
-    image: Tensor                                             # (B, 3, H, W) in [-1, 1]
+    image: Tensor  # (B, 3, H, W) in [-1, 1]
     conditioning: Conditioning
-    rows: Tensor | None = None                                # (B,) int64: which rows of the corpus these are
+    rows: Tensor | None = None  # (B,) int64: which rows of the corpus these are
 
 
 def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on `device`, without waiting for what a GPU still has to do: a plain `to` would."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )
 
 
 # (x (B,3,H,W), timestep (B,)) -> ModelOutput; guidance takes a denoiser and gives a denoiser.

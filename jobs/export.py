@@ -15,13 +15,25 @@ from glide_ray.train.partition import export_to
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a run's folder or s3:// prefix, whose last whole checkpoint is taken, or a checkpoint's")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "checkpoint",
+        help="a run's folder or s3:// prefix, whose last whole checkpoint is taken, or a checkpoint's",
+    )
     parser.add_argument("--out", required=True, help="weights file to write, local or s3://")
-    parser.add_argument("--ema-rate", type=float, help="which of the run's averages (default: the first of its train.ema_rates)")
-    parser.add_argument("--half", action="store_true",
-                        help="write float16, with the recipe and the corpus's sources; "
-                             "needs the memory of the whole model")
+    parser.add_argument(
+        "--ema-rate",
+        type=float,
+        help="which of the run's averages (default: the first of its train.ema_rates)",
+    )
+    parser.add_argument(
+        "--half",
+        action="store_true",
+        help="write float16, with the recipe and the corpus's sources; "
+        "needs the memory of the whole model",
+    )
     return parser
 
 
@@ -35,12 +47,23 @@ def main() -> int:
             if options.half:
                 trained = read_trained(checkpoint, ema_rate=options.ema_rate)
                 write_half(trained, options.out)
-                return {"weights": options.out, "model": trained.config.name,
-                        "step": trained.recipe["steps"], "ema": trained.recipe["EMA"]}
+                return {
+                    "weights": options.out,
+                    "model": trained.config.name,
+                    "step": trained.recipe["steps"],
+                    "ema": trained.recipe["EMA"],
+                }
             preset, step, rate = export_to(checkpoint, options.out, options.ema_rate)
-            return {"weights": options.out, "model": preset.model.name, "step": step, "ema_rate": rate}
+            return {
+                "weights": options.out,
+                "model": preset.model.name,
+                "step": step,
+                "ema_rate": rate,
+            }
+
         made_from = {"checkpoint": checkpoint, "ema_rate": options.ema_rate, "half": options.half}
         return once(f"{options.out}.json", made_from, export)
+
     return run("export", work)
 
 

@@ -19,19 +19,48 @@ from glide_ray.storage import absolute, fetch, fingerprint
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="a folder or s3:// prefix of .tar, .parquet or images with captions, or data/{00000..00999}.tar")
-    parser.add_argument("--out", required=True, help="folder, which all nodes see, or s3:// prefix to write to")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the rules; may be repeated")
-    parser.add_argument("--rule", action="append", default=[], metavar="MODULE:FUNCTION", help="a rule of your own; may be repeated")
-    parser.add_argument("--content", metavar="FILTER", help="a content filter's file, local or s3://, instead of the rules")
-    parser.add_argument("--clip", help="where the CLIP is now that the content filter was fitted with (default: where it was)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "source",
+        help="a folder or s3:// prefix of .tar, .parquet or images with captions, or data/{00000..00999}.tar",
+    )
+    parser.add_argument(
+        "--out", required=True, help="folder, which all nodes see, or s3:// prefix to write to"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of the rules; may be repeated",
+    )
+    parser.add_argument(
+        "--rule",
+        action="append",
+        default=[],
+        metavar="MODULE:FUNCTION",
+        help="a rule of your own; may be repeated",
+    )
+    parser.add_argument(
+        "--content",
+        metavar="FILTER",
+        help="a content filter's file, local or s3://, instead of the rules",
+    )
+    parser.add_argument(
+        "--clip",
+        help="where the CLIP is now that the content filter was fitted with (default: where it was)",
+    )
     return parser
 
 
 def main() -> int:
     options = parser().parse_args()
-    return run("filter", lambda: once(f"{options.out.rstrip('/')}/{RECORD}", asked(options), lambda: work(options)))
+    return run(
+        "filter",
+        lambda: once(f"{options.out.rstrip('/')}/{RECORD}", asked(options), lambda: work(options)),
+    )
 
 
 def asked(options) -> dict:
@@ -45,10 +74,20 @@ def work(options) -> dict:
     if options.content:
         done = apply_content(options.content, options.source, options.out, options.clip).report
     else:
-        cleaned = clean(options.source, options.out, override(CleanConfig(), options.set), users_rules(options.rule))
+        cleaned = clean(
+            options.source,
+            options.out,
+            override(CleanConfig(), options.set),
+            users_rules(options.rule),
+        )
         write_page(cleaned, options.source, options.out)
         done = cleaned.report
-    return {"out": options.out, "kept": done.kept, "dropped": dict(done.dropped), "faults": done.faults}
+    return {
+        "out": options.out,
+        "kept": done.kept,
+        "dropped": dict(done.dropped),
+        "faults": done.faults,
+    }
 
 
 if __name__ == "__main__":

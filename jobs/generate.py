@@ -20,20 +20,54 @@ from glide_ray.distributed.job import run
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("prompts", help="a file of prompts, local or s3://")
     parser.add_argument("--out", required=True, help="folder, which all nodes see, or s3:// prefix")
-    parser.add_argument("--base", default=SHIPPED, help="weights of the base model, on a path that all nodes see, or s3:// "
-                        "(default: %(default)s, which ships with glide_ray)")
-    parser.add_argument("--upsampler", help=f"weights of the upsampler (default: {SHIPPED} with that base model, none with "
-                        "another: pictures of its size)")
-    parser.add_argument("--no-upsampler", action="store_true", help="pictures of the base model's size")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "gpu"], help="auto: a GPU, if the cluster has one now; gpu: also if it is to grow")
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="default: fp16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture; it counts up over all of them (default: %(default)s)")
-    parser.add_argument("--per-prompt", type=positive, default=1, metavar="N", help="pictures for each prompt (default: %(default)s)")
+    parser.add_argument(
+        "--base",
+        default=SHIPPED,
+        help="weights of the base model, on a path that all nodes see, or s3:// "
+        "(default: %(default)s, which ships with glide_ray)",
+    )
+    parser.add_argument(
+        "--upsampler",
+        help=f"weights of the upsampler (default: {SHIPPED} with that base model, none with "
+        "another: pictures of its size)",
+    )
+    parser.add_argument(
+        "--no-upsampler", action="store_true", help="pictures of the base model's size"
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=["auto", "cpu", "gpu"],
+        help="auto: a GPU, if the cluster has one now; gpu: also if it is to grow",
+    )
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        help="default: fp16 on a GPU, fp32 on a CPU",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the first picture; it counts up over all of them (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--per-prompt",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="pictures for each prompt (default: %(default)s)",
+    )
     add_sampling(parser)
-    parser.add_argument("--workers", type=positive, help="GPUs to use, or cores where there are none (default: all)")
+    parser.add_argument(
+        "--workers", type=positive, help="GPUs to use, or cores where there are none (default: all)"
+    )
     return parser
 
 
@@ -45,9 +79,21 @@ def main() -> int:
             options.upsampler = SHIPPED
         if options.no_upsampler:
             options.upsampler = None
-        given = {name: getattr(options, name) for name in ("base", "upsampler", "clip", "device", "precision", "seed", "per_prompt")}
+        given = {
+            name: getattr(options, name)
+            for name in ("base", "upsampler", "clip", "device", "precision", "seed", "per_prompt")
+        }
         config = validate(BulkConfig, {**given, "options": sample_options(options)})
-        return dataclasses.asdict(generate(options.prompts, options.out, config, options.workers, lambda line: print(line, file=sys.stderr)))
+        return dataclasses.asdict(
+            generate(
+                options.prompts,
+                options.out,
+                config,
+                options.workers,
+                lambda line: print(line, file=sys.stderr),
+            )
+        )
+
     return run("generate", work)
 
 

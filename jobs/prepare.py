@@ -13,16 +13,38 @@ from glide_ray.distributed.job import once, run
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="runs/corpus", help="folder, which all nodes see, or s3:// "
-                        "prefix for train/, held_out/ and the others (default: %(default)s)")
-    parser.add_argument("--styles", metavar="NAMES", help=f"of {', '.join(STYLES)}, with commas "
-                        "(default: all but outline)")
-    parser.add_argument("--packages", metavar="FOLDER", help="npm tarballs to read the pictures from "
-                        "(default: fetch them with npm)")
-    parser.add_argument("--scenes", type=positive, default=0, metavar="N",
-                        help="compose N rows of known content, too")
-    parser.add_argument("--min-size", type=int, default=64, help="count as dropped what is smaller on a side (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        default="runs/corpus",
+        help="folder, which all nodes see, or s3:// "
+        "prefix for train/, held_out/ and the others (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--styles",
+        metavar="NAMES",
+        help=f"of {', '.join(STYLES)}, with commas (default: all but outline)",
+    )
+    parser.add_argument(
+        "--packages",
+        metavar="FOLDER",
+        help="npm tarballs to read the pictures from (default: fetch them with npm)",
+    )
+    parser.add_argument(
+        "--scenes",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="compose N rows of known content, too",
+    )
+    parser.add_argument(
+        "--min-size",
+        type=int,
+        default=64,
+        help="count as dropped what is smaller on a side (default: %(default)s)",
+    )
     return parser
 
 
@@ -31,9 +53,21 @@ def main() -> int:
     styles = (options.styles or "").split(",")
 
     def work() -> dict:
-        return {part.path: {"kept": part.rows.kept, "dropped": dict(part.rows.dropped), "captions": part.captions}
-                for part in prepare(options.out, options.min_size, styles=styles,
-                                    packages=options.packages, scenes=options.scenes)}
+        return {
+            part.path: {
+                "kept": part.rows.kept,
+                "dropped": dict(part.rows.dropped),
+                "captions": part.captions,
+            }
+            for part in prepare(
+                options.out,
+                options.min_size,
+                styles=styles,
+                packages=options.packages,
+                scenes=options.scenes,
+            )
+        }
+
     asked = {"min_size": options.min_size, "styles": styles, "scenes": options.scenes}
     return run("prepare", lambda: once(f"{options.out.rstrip('/')}/prepare.json", asked, work))
 

@@ -15,10 +15,21 @@ from glide_ray.distributed.training.run import train
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("preset", help=", ".join(presets.PRESETS))
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated")
-    parser.add_argument("--out", help="folder of the run, which all nodes see, or s3:// prefix (default: runs/PRESET)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting; may be repeated",
+    )
+    parser.add_argument(
+        "--out",
+        help="folder of the run, which all nodes see, or s3:// prefix (default: runs/PRESET)",
+    )
     return parser
 
 
@@ -27,8 +38,11 @@ def main() -> int:
 
     def work() -> dict:
         preset = override(presets.get(options.preset), options.set)
-        result = train(preset, options.out or f"runs/{preset.model.name}", progress=sys.stderr.isatty())
+        result = train(
+            preset, options.out or f"runs/{preset.model.name}", progress=sys.stderr.isatty()
+        )
         return dataclasses.asdict(dataclasses.replace(result, rows=None))
+
     return run("train", work)
 
 

@@ -23,23 +23,42 @@ class Cluster:
     """A head with a dashboard, and nodes that come and are killed. Its processes are its own, and end with it."""
 
     def __init__(self, head_cpus):
-        self.folder = tempfile.mkdtemp(prefix="glide-ray-")      # short: sockets lie in it
+        self.folder = tempfile.mkdtemp(prefix="glide-ray-")  # short: sockets lie in it
         # As `ray-cluster.yaml` has it: workers find Python's programs, and `serve/` in the checkout.
-        self.environment = {**os.environ, "RAY_AUTH_MODE": "token", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-                            "PYTHONPATH": ROOT, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10", "RAY_TRAIN_V2_ENABLED": "1"}
+        self.environment = {
+            **os.environ,
+            "RAY_AUTH_MODE": "token",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": ROOT,
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+            "RAY_TRAIN_V2_ENABLED": "1",
+        }
         self.environment.pop("RAY_ADDRESS", None)
         self.started = []
-        subprocess.run([RAY, "get-auth-token", "--generate"], env=self.environment, check=True, capture_output=True)
+        subprocess.run(
+            [RAY, "get-auth-token", "--generate"],
+            env=self.environment,
+            check=True,
+            capture_output=True,
+        )
         # A free port may be another's by the time Ray takes it, some seconds later. Then the head lives on, and parts of it never answer.
         for _ in range(TRIES):
             self.port, self.dashboard = free_port(), free_port()
-            head = self._start("--head", f"--port={self.port}", f"--num-cpus={head_cpus}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}",
-                               f"--temp-dir={self.folder}")
+            head = self._start(
+                "--head",
+                f"--port={self.port}",
+                f"--num-cpus={head_cpus}",
+                "--dashboard-host=127.0.0.1",
+                f"--dashboard-port={self.dashboard}",
+                f"--temp-dir={self.folder}",
+            )
             if self._comes(head, self.dashboard, self.agent):
                 return
             said = self._log()
             self.end()
-        raise AssertionError(f"no head of a cluster came up in {TRIES} tries of {START_SECONDS} s; the last one said:\n{said}")
+        raise AssertionError(
+            f"no head of a cluster came up in {TRIES} tries of {START_SECONDS} s; the last one said:\n{said}"
+        )
 
     def add_node(self, cpus):
         """A raylet with so many CPUs; gives its `ray start`."""
@@ -54,8 +73,26 @@ class Cluster:
 
     def submit(self, *arguments, wait=True):
         """`ray job submit` of a script of the checkout; its JSON, or the running process."""
-        command = [RAY, "job", "submit", "--address", f"http://127.0.0.1:{self.dashboard}", "--working-dir", ROOT, "--", sys.executable, *arguments]
-        job = subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = [
+            RAY,
+            "job",
+            "submit",
+            "--address",
+            f"http://127.0.0.1:{self.dashboard}",
+            "--working-dir",
+            ROOT,
+            "--",
+            sys.executable,
+            *arguments,
+        ]
+        job = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         return self.result(job) if wait else job
 
     @staticmethod
@@ -64,9 +101,13 @@ class Cluster:
             said = job.communicate(timeout=seconds)[0]
         except subprocess.TimeoutExpired:
             job.kill()
-            raise AssertionError(f"not done after {seconds} s: {job.communicate()[0][-3000:]}") from None
+            raise AssertionError(
+                f"not done after {seconds} s: {job.communicate()[0][-3000:]}"
+            ) from None
         assert job.returncode == 0, said[-3000:]
-        return next(json.loads(line) for line in reversed(said.splitlines()) if line.startswith("{"))
+        return next(
+            json.loads(line) for line in reversed(said.splitlines()) if line.startswith("{")
+        )
 
     def end(self):
         for started in reversed(self.started):
@@ -75,10 +116,24 @@ class Cluster:
 
     def _start(self, *arguments):
         log = open(Path(self.folder) / f"start-{len(self.started)}.log", "w")
-        self.agent = free_port()        # of this node: jobs go to it, and the usual port may be another Ray's
-        started = subprocess.Popen([RAY, "start", "--block", "--node-ip-address=127.0.0.1", f"--object-store-memory={150 * 2**20}", "--disable-usage-stats",
-                                    f"--dashboard-agent-listen-port={self.agent}", *arguments],
-                                   env=self.environment, stdout=log, stderr=subprocess.STDOUT)
+        self.agent = (
+            free_port()
+        )  # of this node: jobs go to it, and the usual port may be another Ray's
+        started = subprocess.Popen(
+            [
+                RAY,
+                "start",
+                "--block",
+                "--node-ip-address=127.0.0.1",
+                f"--object-store-memory={150 * 2**20}",
+                "--disable-usage-stats",
+                f"--dashboard-agent-listen-port={self.agent}",
+                *arguments,
+            ],
+            env=self.environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
         self.started.append(started)
         return started
 
@@ -94,9 +149,18 @@ class Cluster:
 
     def _log(self):
         """The end of what the node said that was started last, and of what its parts complain of."""
-        files = [Path(self.folder) / f"start-{len(self.started) - 1}.log",
-                 *(Path(self.folder) / "session_latest" / "logs" / name for name in ("gcs_server.out", "dashboard.log", "dashboard_agent.log"))]
-        return "\n".join(f"-- {file.name}\n{file.read_text(errors='replace')[-1500:]}" for file in files if file.exists())
+        files = [
+            Path(self.folder) / f"start-{len(self.started) - 1}.log",
+            *(
+                Path(self.folder) / "session_latest" / "logs" / name
+                for name in ("gcs_server.out", "dashboard.log", "dashboard_agent.log")
+            ),
+        ]
+        return "\n".join(
+            f"-- {file.name}\n{file.read_text(errors='replace')[-1500:]}"
+            for file in files
+            if file.exists()
+        )
 
 
 def _answers(port):

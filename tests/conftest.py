@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"       # before anything imports Triton
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 from s3_proxy import Proxy
 
 from glide_ray.bench.load_generator import free_port
@@ -26,20 +26,49 @@ from glide_ray.models.unet import GlideUNet
 from glide_ray.models.weights import save_weights
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-COLOURS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 70, 220), "yellow": (240, 210, 40)}
-TINY_BASE = ["model.unet.image_size=16", "model.unet.channels=16", "model.unet.multipliers=1,2", "model.unet.attention_sizes=8",
-             "model.unet.head_channels=16", "model.unet.text.width=16", "model.unet.text.layers=1", "model.unet.text.heads=1"]
-TINY_UPSAMPLER = [*TINY_BASE, "model.unet.image_size=64", "model.unet.low_res_size=16", "model.unet.attention_sizes=",
-                  "data.crop=none", "data.min_size=16"]
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 170, 60),
+    "blue": (40, 70, 220),
+    "yellow": (240, 210, 40),
+}
+TINY_BASE = [
+    "model.unet.image_size=16",
+    "model.unet.channels=16",
+    "model.unet.multipliers=1,2",
+    "model.unet.attention_sizes=8",
+    "model.unet.head_channels=16",
+    "model.unet.text.width=16",
+    "model.unet.text.layers=1",
+    "model.unet.text.heads=1",
+]
+TINY_UPSAMPLER = [
+    *TINY_BASE,
+    "model.unet.image_size=64",
+    "model.unet.low_res_size=16",
+    "model.unet.attention_sizes=",
+    "data.crop=none",
+    "data.min_size=16",
+]
 
 
 def tiny(kind="base", *settings):
     """A preset of a model that runs in milliseconds: 16 pixels, or 16 -> 64."""
-    return override(presets.get(f"nano-{kind}"), [*(TINY_BASE if kind == "base" else TINY_UPSAMPLER), *settings])
+    return override(
+        presets.get(f"nano-{kind}"), [*(TINY_BASE if kind == "base" else TINY_UPSAMPLER), *settings]
+    )
 
 
-TINY_CLIP = ["model.clip.image_size=16", "model.clip.patch_size=4", "model.clip.image_width=32", "model.clip.image_layers=2",
-             "model.clip.image_heads=2", "model.clip.text_width=32", "model.clip.embedding=16", "data.min_size=16"]
+TINY_CLIP = [
+    "model.clip.image_size=16",
+    "model.clip.patch_size=4",
+    "model.clip.image_width=32",
+    "model.clip.image_layers=2",
+    "model.clip.image_heads=2",
+    "model.clip.text_width=32",
+    "model.clip.embedding=16",
+    "data.min_size=16",
+]
 
 
 def tiny_clip(*settings):
@@ -58,8 +87,15 @@ def random_model(unet, seed=0):
 
 def serving_weights(folder, seed=0):
     """Paths of a cascade of the sizes that the API names, 64 -> 256, but very thin: {"base": path, "upsampler": path}."""
-    sizes = {"base": ["model.unet.image_size=64"],
-             "upsampler": ["model.unet.image_size=256", "model.unet.low_res_size=64", "model.unet.multipliers=1,1,1,1,2", "model.sampling.respacing=4"]}
+    sizes = {
+        "base": ["model.unet.image_size=64"],
+        "upsampler": [
+            "model.unet.image_size=256",
+            "model.unet.low_res_size=64",
+            "model.unet.multipliers=1,1,1,1,2",
+            "model.sampling.respacing=4",
+        ],
+    }
     paths = {}
     for kind, settings in sizes.items():
         config = tiny(kind, *settings).model
@@ -71,14 +107,22 @@ def serving_weights(folder, seed=0):
 
 def draw(colour, shape, size=64):
     image = Image.new("RGB", (size, size), (255, 255, 255))
-    getattr(ImageDraw.Draw(image), shape)((size // 5, size // 5, size * 4 // 5, size * 4 // 5), fill=COLOURS[colour])
+    getattr(ImageDraw.Draw(image), shape)(
+        (size // 5, size // 5, size * 4 // 5, size * 4 // 5), fill=COLOURS[colour]
+    )
     return np.asarray(image)
 
 
 def drawn_samples(count, size=64):
     for n in range(count):
         colour, shape = list(COLOURS)[n % 4], ("ellipse", "rectangle")[n // 4 % 2]
-        yield Sample(f"{n:05d}", encode(draw(colour, shape, size)), "png", (f"a {colour} {shape}", colour), {"number": n})
+        yield Sample(
+            f"{n:05d}",
+            encode(draw(colour, shape, size)),
+            "png",
+            (f"a {colour} {shape}", colour),
+            {"number": n},
+        )
 
 
 @pytest.fixture(scope="session")
@@ -113,8 +157,9 @@ def tiny_weights(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def ray_session(s3):      # after s3: Ray's processes inherit its address
+def ray_session(s3):  # after s3: Ray's processes inherit its address
     from glide_ray.distributed.cluster import connect, disconnect
+
     connect(6)
     yield
     disconnect()
@@ -133,25 +178,41 @@ def s3_proxy():
 def s3_faults(s3, s3_proxy):
     """What is to go wrong with requests to S3, until the end of the test."""
     from glide_ray import storage
+
     s3_proxy.faults.clear()
     yield s3_proxy.faults
     s3_proxy.faults.clear()
-    storage._client.cache_clear()       # which asks slowly for a while after it was told to
+    storage._client.cache_clear()  # which asks slowly for a while after it was told to
 
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory, s3_proxy):
     """moto's S3 server in a process of its own, behind a proxy; gives a bucket's URL. Credentials and endpoint are in the environment."""
     port = s3_proxy.upstream
-    server = subprocess.Popen([os.path.join(os.path.dirname(sys.executable), "moto_server"), "-H", "127.0.0.1", "-p", str(port)],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    environment = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
-                   "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3_proxy.server_port}", "GLIDE_CACHE": str(tmp_path_factory.mktemp("cache"))}
+    server = subprocess.Popen(
+        [
+            os.path.join(os.path.dirname(sys.executable), "moto_server"),
+            "-H",
+            "127.0.0.1",
+            "-p",
+            str(port),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    environment = {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3_proxy.server_port}",
+        "GLIDE_CACHE": str(tmp_path_factory.mktemp("cache")),
+    }
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     import boto3
 
     from glide_ray import storage
+
     storage._client.cache_clear()
     for _ in range(100):
         with socket.socket() as probe:

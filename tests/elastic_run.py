@@ -16,8 +16,21 @@ STEPS = 300
 
 def settings(corpus, *more):
     from conftest import tiny
-    return tiny("base", f"data.corpus={corpus}/train", f"data.held_out={corpus}/held_out", "data.min_size=16", "batch=6", f"steps={STEPS}", "log_every=1",
-                f"evaluate_every={STEPS}", "checkpoint_every=10", "precision=fp32", "trackers=", *more)
+
+    return tiny(
+        "base",
+        f"data.corpus={corpus}/train",
+        f"data.held_out={corpus}/held_out",
+        "data.min_size=16",
+        "batch=6",
+        f"steps={STEPS}",
+        "log_every=1",
+        f"evaluate_every={STEPS}",
+        "checkpoint_every=10",
+        "precision=fp32",
+        "trackers=",
+        *more,
+    )
 
 
 def main(corpus, out):
@@ -26,17 +39,41 @@ def main(corpus, out):
 
     from glide_ray.distributed import cluster as local
     from glide_ray.distributed.training import run as training
-    os.environ.update({**local._worker_environment(), "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "8", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"})
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False, "object_store_memory": 150 * 2**20})
+
+    os.environ.update(
+        {
+            **local._worker_environment(),
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "8",
+            "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+        }
+    )
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 3,
+            "include_dashboard": False,
+            "object_store_memory": 150 * 2**20,
+        },
+    )
     os.environ["RAY_ADDRESS"] = cluster.address
-    local.connect(0)        # while the head is the only node: a driver that hangs on another one would go with it
+    local.connect(
+        0
+    )  # while the head is the only node: a driver that hangs on another one would go with it
 
     def add_node():
         return cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=100 * 2**20)
+
     # Nodes say that each has a GPU, so that workers go there and the data stream to the head. There is none, and so they speak gloo.
-    training.TorchConfig, training.RESIZE_SECONDS = functools.partial(TorchConfig, backend="gloo"), 2
+    training.TorchConfig, training.RESIZE_SECONDS = (
+        functools.partial(TorchConfig, backend="gloo"),
+        2,
+    )
     nodes = [add_node(), add_node()]
-    run = threading.Thread(target=training.train, args=(settings(corpus, "workers=2", "min_workers=1"), out, False), daemon=True)
+    run = threading.Thread(
+        target=training.train,
+        args=(settings(corpus, "workers=2", "min_workers=1"), out, False),
+        daemon=True,
+    )
     run.start()
 
     def wait_for(words):
@@ -49,17 +86,30 @@ def main(corpus, out):
     def wait_for_step(step):
         while f'"step": {step},' not in read(Path(out) / "metrics.jsonl") and run.is_alive():
             time.sleep(0.1)
+
     wait_for_step(7)
     cluster.remove_node(nodes[0], allow_graceful=False)
     wait_for("goes on with 1 worker from")
-    add_node()              # by the main thread: a node's processes go with the thread that began them
+    add_node()  # by the main thread: a node's processes go with the thread that began them
     wait_for("goes on with 2 workers from")
-    drain = [str(Path(sys.executable).parent / "ray"), "drain-node", "--address", cluster.address, "--node-id", nodes[1].node_id, "--reason",
-             "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "60"]
+    drain = [
+        str(Path(sys.executable).parent / "ray"),
+        "drain-node",
+        "--address",
+        cluster.address,
+        "--node-id",
+        nodes[1].node_id,
+        "--reason",
+        "DRAIN_NODE_REASON_PREEMPTION",
+        "--reason-message",
+        "spot",
+        "--deadline-remaining-seconds",
+        "60",
+    ]
     subprocess.run(drain, check=True, capture_output=True)
     wait_for("about to be taken away")
     run.join(240)
-    os._exit(int(run.is_alive()))       # Ray's own farewells to nodes that are gone take a minute
+    os._exit(int(run.is_alive()))  # Ray's own farewells to nodes that are gone take a minute
 
 
 def read(path):

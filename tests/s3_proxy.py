@@ -17,14 +17,18 @@ SLOW_SECONDS = 1.5
 @dataclass
 class Fault:
     kind: str
-    containing: str            # in the path of a request
+    containing: str  # in the path of a request
     times: float = ALWAYS
-    seconds: float = ALWAYS    # from the first request that it befalls
+    seconds: float = ALWAYS  # from the first request that it befalls
     first: float | None = None
 
     def befalls(self, path):
         now = time.monotonic()
-        if self.containing not in path or self.times <= 0 or (self.first is not None and now > self.first + self.seconds):
+        if (
+            self.containing not in path
+            or self.times <= 0
+            or (self.first is not None and now > self.first + self.seconds)
+        ):
             return False
         self.times, self.first = self.times - 1, self.first or now
         return True
@@ -38,7 +42,13 @@ class Faults:
         self.clear()
 
     def clear(self):
-        self._wanted, self.befallen, self.requests, self._share, self._draw = [], Counter(), [], 0.0, random.Random(0)
+        self._wanted, self.befallen, self.requests, self._share, self._draw = (
+            [],
+            Counter(),
+            [],
+            0.0,
+            random.Random(0),
+        )
 
     def answer_503(self, containing="", times=ALWAYS, seconds=ALWAYS):
         """As S3 does when it is asked too often."""
@@ -93,17 +103,33 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(SLOW_SECONDS)
         self.close_connection = fault == "truncate"
         server = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
-        server.request(self.command, self.path, body, {name: value for name, value in self.headers.items() if name.lower() not in NOT_PASSED_ON})
+        server.request(
+            self.command,
+            self.path,
+            body,
+            {
+                name: value
+                for name, value in self.headers.items()
+                if name.lower() not in NOT_PASSED_ON
+            },
+        )
         answer = server.getresponse()
         content = answer.read()
         server.close()
-        return self.answer(answer.status, dict(answer.getheaders()), content, len(content) // (2 if fault == "truncate" else 1))
+        return self.answer(
+            answer.status,
+            dict(answer.getheaders()),
+            content,
+            len(content) // (2 if fault == "truncate" else 1),
+        )
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = pass_on
 
     def answer(self, status, headers, content, send):
         self.send_response_only(status)
-        headers = {name: value for name, value in headers.items() if name.lower() not in NOT_PASSED_ON}
+        headers = {
+            name: value for name, value in headers.items() if name.lower() not in NOT_PASSED_ON
+        }
         if not any(name.lower() == "content-length" for name in headers):
             headers["Content-Length"] = str(len(content))
         for name, value in headers.items():

@@ -41,7 +41,12 @@ def test_without_an_upsampler_pictures_have_the_bases_size(tiny_weights):
 
 def test_progress_is_told_by_stage(cascade):
     told = []
-    cascade.generate(["x", "y"], [0, 1], SampleOptions(steps=2, upsampler_steps=2), progress=lambda *step: told.append(step))
+    cascade.generate(
+        ["x", "y"],
+        [0, 1],
+        SampleOptions(steps=2, upsampler_steps=2),
+        progress=lambda *step: told.append(step),
+    )
     assert told == [(stage, step, 4) for stage in ("base", "upsampler") for step in (1, 2, 3, 4)]
 
 
@@ -60,14 +65,19 @@ def test_an_edit_keeps_every_known_pixel_to_the_last_bit_and_paints_the_rest(cas
 def test_known_pixels_come_out_to_the_last_8_bit_value_at_64_and_at_256(inpaint, sampler):
     steppers = []
     for kind in ("base", "upsampler"):
-        config = override(presets.get(f"nano-{kind}"), [f"model.unet.inpaint={inpaint}", f"model.sampling.sampler={sampler}"]).model
+        config = override(
+            presets.get(f"nano-{kind}"),
+            [f"model.unet.inpaint={inpaint}", f"model.sampling.sampler={sampler}"],
+        ).model
         steppers.append(Stepper(random_model(config.unet), config))
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     known = random_known(256, np.random.default_rng(1))
     assert 0.2 < known.mean() < 0.9
     options = SampleOptions(steps=3, upsampler_steps=2)
     edited = Cascade(*steppers).edit(image, known, "a dog", 3, options)
-    assert np.array_equal(edited[known], image[known]) and not np.array_equal(edited[~known], image[~known])
+    assert np.array_equal(edited[known], image[known]) and not np.array_equal(
+        edited[~known], image[~known]
+    )
     small, small_known = shrink_known(image, known, 64)
     edited = Cascade(steppers[0]).edit(small, small_known, "a dog", 3, options)
     assert np.array_equal(edited[small_known], small[small_known])
@@ -76,7 +86,10 @@ def test_known_pixels_come_out_to_the_last_8_bit_value_at_64_and_at_256(inpaint,
 def test_a_variation_of_no_strength_to_speak_of_is_nearly_the_image(cascade):
     image = np.full((64, 64, 3), 128, np.uint8)
     small = Cascade(cascade.base)
-    near, far = (small.vary(image[:16, :16], "a dog", 3, strength, options=SampleOptions(steps=50)) for strength in (0.02, 1.0))
+    near, far = (
+        small.vary(image[:16, :16], "a dog", 3, strength, options=SampleOptions(steps=50))
+        for strength in (0.02, 1.0)
+    )
     assert np.abs(near.astype(int) - 128).mean() < 0.3 * np.abs(far.astype(int) - 128).mean()
 
 
@@ -93,13 +106,17 @@ def test_an_edit_with_a_mask_of_another_size_is_refused(cascade):
 
 # -- weights ----------------------------------------------------------------------------------------------------------
 
+
 def test_a_weights_file_gives_back_the_model_and_its_config(tmp_path):
     config = tiny().model
     model = random_model(config.unet)
     save_weights(tmp_path / "w.safetensors", model.state_dict(), config, step="7")
     loaded, loaded_config = load_model(tmp_path / "w.safetensors")
     assert loaded_config == config and not loaded.training
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
 
 
@@ -108,14 +125,17 @@ def test_base_and_upsampler_exchanged_are_noticed(tiny_weights):
         Cascade.load(tiny_weights["upsampler"], tiny_weights["base"])
 
 
-def test_weights_that_are_missing_truncated_foreign_or_misshapen_are_refused_in_one_sentence(tmp_path, tiny_weights):
+def test_weights_that_are_missing_truncated_foreign_or_misshapen_are_refused_in_one_sentence(
+    tmp_path, tiny_weights
+):
     def refuse(path, message):
         with pytest.raises(WeightsError, match=message) as refusal:
             load_model(path)
         assert "\n" not in str(refusal.value)
+
     refuse(tmp_path / "none.safetensors", "There is no weights file")
     whole = tiny_weights["base"].read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     refuse(tmp_path / "cut.safetensors", "not a whole safetensors file")
     (tmp_path / "text.safetensors").write_text("hello")
     refuse(tmp_path / "text.safetensors", "not a whole safetensors file")
@@ -123,8 +143,13 @@ def test_weights_that_are_missing_truncated_foreign_or_misshapen_are_refused_in_
     refuse(tmp_path / "foreign.safetensors", "carries no glide_ray config")
     config, state = load_weights(tiny_weights["base"])
     save_weights(tmp_path / "wide.safetensors", state, tiny("base", "model.unet.channels=32").model)
-    refuse(tmp_path / "wide.safetensors", r"another shape: \S+ is \[.*\] there and \[.*\] in this model")
-    save_weights(tmp_path / "less.safetensors", {name: state[name] for name in list(state)[1:]}, config)
+    refuse(
+        tmp_path / "wide.safetensors",
+        r"another shape: \S+ is \[.*\] there and \[.*\] in this model",
+    )
+    save_weights(
+        tmp_path / "less.safetensors", {name: state[name] for name in list(state)[1:]}, config
+    )
     refuse(tmp_path / "less.safetensors", "has no tensor")
     save_weights(tmp_path / "more.safetensors", state | {"surprise": torch.zeros(1)}, config)
     refuse(tmp_path / "more.safetensors", "'surprise'")

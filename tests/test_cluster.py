@@ -44,19 +44,46 @@ def ray(s3):
         yield made
 
 
-def test_corpus_to_pictures_by_jobs_submitted_twice_while_s3_errs_and_raylets_are_killed(ray, s3, s3_faults, tiny_weights):
+def test_corpus_to_pictures_by_jobs_submitted_twice_while_s3_errs_and_raylets_are_killed(
+    ray, s3, s3_faults, tiny_weights
+):
     """A twentieth of all requests to S3 fail or come late. One raylet is killed in training, and one in bulk generation."""
     head, (first, second) = ray
     s3_faults.at_random(0.05)
     root = f"{s3}/whole"
     prepare = ["jobs/prepare.py", "--out", f"{root}/corpus", "--styles", "3D render,flat icon"]
     head.submit(*prepare)
-    clean = ["jobs/filter.py", f"{root}/corpus/held_out", "--out", f"{root}/clean"]       # the smaller half, to be quick
+    clean = [
+        "jobs/filter.py",
+        f"{root}/corpus/held_out",
+        "--out",
+        f"{root}/clean",
+    ]  # the smaller half, to be quick
     kept = head.submit(*clean)
     assert 100 < kept["kept"] < 349 and not kept["done_before"]
-    settings = [*TINY_BASE, "data.min_size=16", f"data.corpus={root}/clean", f"data.held_out={root}/corpus/held_out", "data.held_out_images=16", "batch=8", "workers=2",
-                "min_workers=1", f"steps={STEPS}", "log_every=1", "evaluate_every=20", "checkpoint_every=10", "precision=fp32", "trackers="]
-    train = ["jobs/train.py", "nano-base", *(word for setting in settings for word in ("--set", setting)), "--out", f"{root}/run"]
+    settings = [
+        *TINY_BASE,
+        "data.min_size=16",
+        f"data.corpus={root}/clean",
+        f"data.held_out={root}/corpus/held_out",
+        "data.held_out_images=16",
+        "batch=8",
+        "workers=2",
+        "min_workers=1",
+        f"steps={STEPS}",
+        "log_every=1",
+        "evaluate_every=20",
+        "checkpoint_every=10",
+        "precision=fp32",
+        "trackers=",
+    ]
+    train = [
+        "jobs/train.py",
+        "nano-base",
+        *(word for setting in settings for word in ("--set", setting)),
+        "--out",
+        f"{root}/run",
+    ]
     training = head.submit(*train, wait=False)
     wait_for(lambda: last_step(f"{root}/run/metrics.jsonl") > 12, training)
     head.kill(first)
@@ -67,8 +94,19 @@ def test_corpus_to_pictures_by_jobs_submitted_twice_while_s3_errs_and_raylets_ar
     export = ["jobs/export.py", f"{root}/run", "--out", f"{root}/weights/base.safetensors"]
     assert head.submit(*export)["step"] == STEPS
 
-    storage.put("".join(f"a red apple {n}\n" for n in range(PROMPTS)).encode(), f"{root}/prompts.txt")
-    bulk = ["jobs/generate.py", f"{root}/prompts.txt", "--out", f"{root}/pictures", "--base", f"{root}/weights/base.safetensors", "--steps", "60"]
+    storage.put(
+        "".join(f"a red apple {n}\n" for n in range(PROMPTS)).encode(), f"{root}/prompts.txt"
+    )
+    bulk = [
+        "jobs/generate.py",
+        f"{root}/prompts.txt",
+        "--out",
+        f"{root}/pictures",
+        "--base",
+        f"{root}/weights/base.safetensors",
+        "--steps",
+        "60",
+    ]
     generating = head.submit(*bulk, wait=False)
     wait_for(lambda: len(pictures(f"{root}/pictures")) >= 20, generating)
     head.kill(second)
@@ -76,26 +114,61 @@ def test_corpus_to_pictures_by_jobs_submitted_twice_while_s3_errs_and_raylets_ar
     assert made["pictures"] == made["made"] == PROMPTS == len(pictures(f"{root}/pictures"))
     assert third.poll() is None
     cascade = Cascade.load(storage.fetch(f"{root}/weights/base.safetensors"))
-    lines = [json.loads(line) for line in storage.read(f"{root}/pictures/metadata.jsonl").splitlines()]
+    lines = [
+        json.loads(line) for line in storage.read(f"{root}/pictures/metadata.jsonl").splitlines()
+    ]
     for line in lines[::17]:
         alone = cascade.generate([line["text"]], [line["seed"]], SampleOptions(steps=60))[0]
-        assert np.array_equal(alone, np.asarray(Image.open(io.BytesIO(storage.read(f"{root}/pictures/{line['file_name']}")))))
+        assert np.array_equal(
+            alone,
+            np.asarray(
+                Image.open(io.BytesIO(storage.read(f"{root}/pictures/{line['file_name']}")))
+            ),
+        )
 
     storage.put(tiny_weights["clip"], f"{root}/weights/clip.safetensors")
-    evaluate = ["jobs/evaluate.py", f"{root}/pictures", "--reference", f"{root}/corpus/held_out", "--clip", f"{root}/weights/clip.safetensors", "--out", f"{root}/evaluation"]
+    evaluate = [
+        "jobs/evaluate.py",
+        f"{root}/pictures",
+        "--reference",
+        f"{root}/corpus/held_out",
+        "--clip",
+        f"{root}/weights/clip.safetensors",
+        "--out",
+        f"{root}/evaluation",
+    ]
     figures = head.submit(*evaluate)
-    assert figures["sets"]["pictures"]["pictures"] == PROMPTS and figures["reference"]["images"] == 170 + 164      # of the two styles
+    assert (
+        figures["sets"]["pictures"]["pictures"] == PROMPTS
+        and figures["reference"]["images"] == 170 + 164
+    )  # of the two styles
     assert b"a red apple " in storage.read(f"{root}/evaluation/report.html")
 
     # Submitted again, each has nothing to do, and changes nothing.
-    written = {file: storage.digest(storage.fetch(file)) for file in storage.list_files(f"{root}/weights", (".safetensors",))}
-    *again, generated, trained, evaluated = [head.result(job) for job in [head.submit(*job, wait=False) for job in (prepare, clean, export, bulk, train, evaluate)]]
-    assert all(done["done_before"] for done in again) and generated["made"] == 0 and trained["steps"] == STEPS and evaluated == figures
+    written = {
+        file: storage.digest(storage.fetch(file))
+        for file in storage.list_files(f"{root}/weights", (".safetensors",))
+    }
+    *again, generated, trained, evaluated = [
+        head.result(job)
+        for job in [
+            head.submit(*job, wait=False) for job in (prepare, clean, export, bulk, train, evaluate)
+        ]
+    ]
+    assert (
+        all(done["done_before"] for done in again)
+        and generated["made"] == 0
+        and trained["steps"] == STEPS
+        and evaluated == figures
+    )
     assert set(s3_faults.befallen) >= {"503", "reset", "truncate", "slow"}
     s3_faults.clear()
     for folder in ("corpus/train", "corpus/held_out", "clean"):
         for shard in json.loads(storage.read(f"{root}/{folder}/index.json"))["shards"]:
-            assert hashlib.sha256(storage.read(f"{root}/{folder}/{shard['name']}")).hexdigest() == shard["sha256"]
+            assert (
+                hashlib.sha256(storage.read(f"{root}/{folder}/{shard['name']}")).hexdigest()
+                == shard["sha256"]
+            )
     assert written == {file: storage.digest(storage.fetch(file)) for file in written}
 
 
@@ -109,16 +182,31 @@ def test_serve_deploy_of_the_config_file_makes_an_endpoint(ray, tmp_path):
     head, _ = ray
     config, port = yaml.safe_load(Path(ROOT, "serve", "config.yaml").read_text()), free_port()
     config["http_options"]["port"] = port
-    config["proxy_location"] = "HeadOnly"       # three nodes of one machine have one port
+    config["proxy_location"] = "HeadOnly"  # three nodes of one machine have one port
     config["applications"][0]["args"] |= serving_weights(tmp_path / "weights")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    deploy = [str(Path(sys.executable).parent / "serve"), "deploy", "-a", f"http://127.0.0.1:{head.dashboard}", str(tmp_path / "config.yaml")]
+    deploy = [
+        str(Path(sys.executable).parent / "serve"),
+        "deploy",
+        "-a",
+        f"http://127.0.0.1:{head.dashboard}",
+        str(tmp_path / "config.yaml"),
+    ]
     subprocess.run(deploy, cwd=ROOT, env=head.environment, check=True, capture_output=True)
     deadline = time.monotonic() + 120
     while not ready(port):
-        assert time.monotonic() < deadline, subprocess.run([deploy[0], "status", "-a", deploy[3]], env=head.environment, capture_output=True, text=True).stdout
+        assert time.monotonic() < deadline, subprocess.run(
+            [deploy[0], "status", "-a", deploy[3]],
+            env=head.environment,
+            capture_output=True,
+            text=True,
+        ).stdout
         time.sleep(0.5)
-    answer = httpx.post(f"http://127.0.0.1:{port}/v1/images/generations", json={"prompt": "a red apple", "steps": 2}, timeout=60)
+    answer = httpx.post(
+        f"http://127.0.0.1:{port}/v1/images/generations",
+        json={"prompt": "a red apple", "steps": 2},
+        timeout=60,
+    )
     assert answer.status_code == 200 and answer.json()["size"] == "256x256"
 
 

@@ -39,16 +39,29 @@ from glide_ray.train import pack as packing
 
 FEW = SampleOptions(steps=2, upsampler_steps=2)
 SMALL = Plan(
-    things=("a fox", "a house"), styles=("Noto", "blob"), sheet_options=FEW,
-    settings=(*Plan().settings, "steps=4", "batch=8", "held_out_images=4", "evaluate_every=4",
-              "checkpoint_every=2", "log_every=1"),
-    options=FEW, pairs=("a fox, outline", "a house, outline"),
-    sketches=(Sketch("mushroom", (("a mushroom, Noto", 0.5, False),
-                                  ("a mushroom, outline", 0.9, True))),),
-    scene=("a fox to the left of a house, Noto", "a house to the left of a crab, Noto"))
+    things=("a fox", "a house"),
+    styles=("Noto", "blob"),
+    sheet_options=FEW,
+    settings=(
+        *Plan().settings,
+        "steps=4",
+        "batch=8",
+        "held_out_images=4",
+        "evaluate_every=4",
+        "checkpoint_every=2",
+        "log_every=1",
+    ),
+    options=FEW,
+    pairs=("a fox, outline", "a house, outline"),
+    sketches=(
+        Sketch("mushroom", (("a mushroom, Noto", 0.5, False), ("a mushroom, outline", 0.9, True))),
+    ),
+    scene=("a fox to the left of a house, Noto", "a house to the left of a crab, Noto"),
+)
 
 
 # -- pictures ------------------------------------------------------------------------------------
+
 
 def test_a_contact_sheet_shows_every_image_in_its_place():
     colours = [np.full((32, 32, 3), value, np.uint8) for value in (10, 90, 170, 250, 40)]
@@ -74,8 +87,12 @@ def test_the_hole_of_an_edit_is_shown_in_green():
 
 @pytest.mark.parametrize("last", [1 / 8, 0.9])
 def test_loss_curves_are_drawn_to_a_picture(tmp_path, last):
-    metrics = [{"step": 0, "held_out": 1.0}, {"step": 1, "loss": 1.0}, {"step": 8, "loss": last},
-               {"step": 8, "held_out": last}]
+    metrics = [
+        {"step": 0, "held_out": 1.0},
+        {"step": 1, "loss": 1.0},
+        {"step": 8, "loss": last},
+        {"step": 8, "held_out": last},
+    ]
     loss_curves({"base": metrics, "upsampler": metrics}, tmp_path / "deep" / "loss.png")
     assert Image.open(tmp_path / "deep" / "loss.png").size[0] > 800
     assert len(list((tmp_path / "deep").iterdir())) == 1
@@ -90,6 +107,7 @@ def test_a_sketch_stands_on_white_and_fills_a_good_part_of_it(name):
 
 # -- results -------------------------------------------------------------------------------------
 
+
 def test_a_stage_is_made_again_only_where_what_it_depends_on_changes(tmp_path):
     results, made = Results(tmp_path), []
 
@@ -97,13 +115,14 @@ def test_a_stage_is_made_again_only_where_what_it_depends_on_changes(tmp_path):
         made.append(1)
         (tmp_path / "picture.png").write_bytes(b"x")
         return {"number": len(made), "files": ["picture.png"]}
+
     key = {"weights": "a", "things": ("fox", "house")}
     assert results.read("sheet") is None
     assert [results.once("sheet", key, make)["number"] for _ in range(2)] == [1, 1]
     assert results.once("sheet", {**key, "weights": "b"}, make)["number"] == 2
     (tmp_path / "picture.png").unlink()
     assert results.once("sheet", {**key, "weights": "b"}, make)["number"] == 3
-    (tmp_path / "stages" / "sheet.json").write_text('{"key"')      # by something that died
+    (tmp_path / "stages" / "sheet.json").write_text('{"key"')  # by something that died
     assert results.once("sheet", key, make) == results.read("sheet")
     assert results.read("sheet")["number"] == 4 and results.read("sheet")["seconds"] >= 0
 
@@ -116,11 +135,13 @@ def test_the_demos_styles_and_drawings_exist_and_its_new_style_is_new():
 
 
 def test_the_demos_fine_tuning_is_the_shipped_model_with_its_recipe_on_two_workers(
-        tmp_path, tiny_weights):
+    tmp_path, tiny_weights
+):
     recipe = presets.get("emoji-base")
     preset = tuning_preset(tmp_path, Plan(), tiny_weights["base"])
     assert preset.model == load_config(tiny_weights["base"]).model_copy(
-        update={"name": "nano-base-outline"})
+        update={"name": "nano-base-outline"}
+    )
     assert preset.train.start_from == str(tiny_weights["base"])
     assert (preset.train.workers, preset.train.zero_stage) == (2, 2)
     assert preset.data.corpus == str(tmp_path / "clean" / "train") and not preset.data.shares
@@ -139,20 +160,26 @@ def test_the_smallest_models_train_from_scratch_on_two_workers_with_zero_2(name)
 
 # -- the whole -----------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
     """A folder of tarballs: the real names, and a set of 60 drawings in OpenMoji's place."""
     folder = tmp_path_factory.mktemp("packages")
     names = fetch_packages(folder, [NAMES, KEYWORDS])[0].json("data-by-emoji.json")
-    things = [(thing["slug"].replace("_", "-"), "-".join(f"{ord(c):x}" for c in emoji))
-              for emoji, thing in names.items() if thing["group"] == "Animals & Nature"]
+    things = [
+        (thing["slug"].replace("_", "-"), "-".join(f"{ord(c):x}" for c in emoji))
+        for emoji, thing in names.items()
+        if thing["group"] == "Animals & Nature"
+    ]
     chosen = [one for one in things if not is_held_out(one[1])][:50]
     chosen += [one for one in things if is_held_out(one[1])][:10]
     icons = {name: {"body": drawing(n)} for n, (name, _) in enumerate(chosen)}
     package, version = STYLES[STYLE].source
     path = folder / f"{package.strip('@').replace('/', '-')}-{version}.tgz"
-    files = {"icons.json": {"icons": icons, "width": 16, "height": 16},
-             "chars.json": {code: name for name, code in chosen}}
+    files = {
+        "icons.json": {"icons": icons, "width": 16, "height": 16},
+        "chars.json": {code: name for name, code in chosen},
+    }
     with tarfile.open(path, "w:gz") as tar:
         for name, content in files.items():
             member, data = tarfile.TarInfo(f"package/{name}"), json.dumps(content).encode()
@@ -166,16 +193,23 @@ def drawing(number):
     draws = np.random.default_rng(number)
     return "".join(
         '<rect x="{}" y="{}" width="{}" height="{}" fill="#{:06x}"/>'.format(
-            *draws.integers(0, 12, 2), *draws.integers(2, 9, 2), draws.integers(1 << 24))
-        for _ in range(6))
+            *draws.integers(0, 12, 2), *draws.integers(2, 9, 2), draws.integers(1 << 24)
+        )
+        for _ in range(6)
+    )
 
 
 @pytest.fixture
 def pair(tmp_path, monkeypatch):
     """A tiny pair in the place of the shipped one. Gives a function that packs it from a seed."""
     monkeypatch.setattr(shipped, "FOLDER", tmp_path / "pretrained")
-    source = Source(package="@iconify-json/noto", version="1", licence="Apache-2.0",
-                    author="Google Inc", url="https://github.com/googlefonts/noto-emoji")
+    source = Source(
+        package="@iconify-json/noto",
+        version="1",
+        licence="Apache-2.0",
+        author="Google Inc",
+        url="https://github.com/googlefonts/noto-emoji",
+    )
 
     def write(seed):
         made = []
@@ -184,6 +218,7 @@ def pair(tmp_path, monkeypatch):
             state = random_model(config.unet, seed).state_dict()
             made.append(packing.Trained(config, state, (source,), {"seed": seed}))
         packing.pack(*made, notes=packing.Notes())
+
     write(0)
     return write
 
@@ -192,6 +227,7 @@ def pair(tmp_path, monkeypatch):
 def shared_ray(ray_session, monkeypatch):
     """Ray of this session, which the demo must not end."""
     from glide_ray.distributed import cluster as local
+
     monkeypatch.setattr(local, "disconnect", lambda: None)
 
 
@@ -223,7 +259,8 @@ def images_of(out):
 
 @pytest.mark.slow
 def test_the_demo_leaves_a_page_with_all_of_it_and_is_not_made_twice(
-        tmp_path, pair, packages, shared_ray, capsys):
+    tmp_path, pair, packages, shared_ray, capsys
+):
     out, said = tmp_path / "demo", []
     run(out, SMALL, packages, said.append)
     shown = images_of(out)
@@ -239,8 +276,9 @@ def test_the_demo_leaves_a_page_with_all_of_it_and_is_not_made_twice(
 
     assert main(["demo", "--out", str(out), "--images", str(tmp_path / "images")]) == 0
     copies = sorted((tmp_path / "images").iterdir())
-    assert {path.name for path in copies} == {Path(name).with_suffix(".webp").name
-                                              for name in PICTURES}
+    assert {path.name for path in copies} == {
+        Path(name).with_suffix(".webp").name for name in PICTURES
+    }
     assert sum(path.stat().st_size for path in copies) < MOST_BYTES
     assert capsys.readouterr().out.count("bytes") == len(PICTURES)
 
@@ -253,8 +291,9 @@ def check_tuned(out):
     assert packaged == {"@iconify-json/noto", STYLES[STYLE].package}
     assert tuned["steps"] == 4 and tuned["before"] > 0 and tuned["after"] > 0
     corpus = Results(out).read("corpus")
-    rows = [sample for path in (out / "clean" / "train").glob("*.tar")
-            for sample in read_shard(path)]
+    rows = [
+        sample for path in (out / "clean" / "train").glob("*.tar") for sample in read_shard(path)
+    ]
     assert len(rows) == corpus["kept"]["train"] <= 50 and len(rows) > 30
     assert all(sample.captions[0].endswith(f", {STYLE}") for sample in rows)
     assert corpus["read"] == sum(corpus["kept"].values()) + sum(corpus["dropped"].values())
@@ -275,14 +314,16 @@ def check_answers(out):
     assert np.array_equal(edited[known], whole[known]) and (edited != whole).any()
     first, grown = (np.asarray(Image.open(out / step["file"])) for step in answers["scene"])
     assert grown.shape[1] == first.shape[1] * 3 // 2
-    assert np.array_equal(grown[:, :first.shape[1]], first)
-    sketches = [read_recipe(out / answer["file"])[0]
-                for answer in answers["sketches"][0]["answers"]]
+    assert np.array_equal(grown[:, : first.shape[1]], first)
+    sketches = [
+        read_recipe(out / answer["file"])[0] for answer in answers["sketches"][0]["answers"]
+    ]
     assert [(one.task, one.strength) for one in sketches] == [("vary", 0.5), ("vary", 0.9)]
 
 
 def test_without_the_packages_the_sheet_is_there_and_new_weights_make_it_again(
-        tmp_path, pair, shared_ray):
+    tmp_path, pair, shared_ray
+):
     out, empty = tmp_path / "demo", tmp_path / "none"
     empty.mkdir()
     pictures = []
@@ -323,6 +364,7 @@ def test_large_pictures_are_copied_at_a_lower_quality_or_refused(tmp_path, monke
 
 # -- the client ----------------------------------------------------------------------------------
 
+
 def client_of(answer, out):
     http = httpx.Client(base_url="http://server", transport=httpx.MockTransport(answer))
     return Client(http, out, SampleOptions(steps=3), lambda: None)
@@ -348,6 +390,7 @@ def test_a_servers_refusal_is_passed_on(tmp_path):
     def answer(request):
         assert json.loads(request.content)["steps"] == 3
         return httpx.Response(429, json={"error": {"message": "All places are taken."}})
+
     with pytest.raises(UserError, match="429: All places are taken"):
         client_of(answer, tmp_path).generate("fox", "a fox", 0)
 

@@ -28,7 +28,9 @@ def test_respacing_keeps_the_signal_power_of_each_timestep_it_keeps(name):
     short = respace(schedule, "10,10,3,2,2")
     assert len(short) == 27
     assert torch.equal(short.alpha_bar, schedule.alpha_bar[short.timestep])
-    assert torch.equal(short.alpha_bar_prev[1:], short.alpha_bar[:-1]) and short.alpha_bar_prev[0] == 1
+    assert (
+        torch.equal(short.alpha_bar_prev[1:], short.alpha_bar[:-1]) and short.alpha_bar_prev[0] == 1
+    )
 
 
 def test_the_posterior_is_what_bayes_rule_gives():
@@ -41,7 +43,9 @@ def test_the_posterior_is_what_bayes_rule_gives():
         assert schedule.posterior_variance[index].item() == pytest.approx(1 / precision, rel=1e-9)
         x0, x = 0.3, -1.1
         mean = (math.sqrt(prev) * x0 / (1 - prev) + math.sqrt(alpha) * x / (1 - alpha)) / precision
-        ours = posterior_mean(schedule, torch.full((1, 1, 1, 1), x0), torch.full((1, 1, 1, 1), x), full(index, 1))
+        ours = posterior_mean(
+            schedule, torch.full((1, 1, 1, 1), x0), torch.full((1, 1, 1, 1), x), full(index, 1)
+        )
         assert ours.item() == pytest.approx(mean, abs=1e-6)
 
 
@@ -61,18 +65,32 @@ def test_sampling_gaussian_data_with_its_exact_denoiser_gives_its_standard_devia
     x = torch.randn(8, 3, 32, 32, generator=generator)
     history = History.none(x)
     for index in reversed(range(len(schedule))):
-        abar, before = schedule.alpha_bar[index].item(), schedule.alpha_bar[index - 1].item() if index else 1.0
+        abar, before = (
+            schedule.alpha_bar[index].item(),
+            schedule.alpha_bar[index - 1].item() if index else 1.0,
+        )
         eps = x * math.sqrt(1 - abar) / (abar * s**2 + 1 - abar)
         variance = 0.0
-        if index:        # between the bounds beta~ (x_0 known) and beta (x_0 unknown, of unit variance), in logarithms
+        if index:  # between the bounds beta~ (x_0 known) and beta (x_0 unknown, of unit variance), in logarithms
             beta = 1 - abar / before
             lower = beta * (1 - before) / (1 - abar)
-            exact = lower + before * (beta / (1 - abar))**2 * s**2 * (1 - abar) / (abar * s**2 + 1 - abar)
+            exact = lower + before * (beta / (1 - abar)) ** 2 * s**2 * (1 - abar) / (
+                abar * s**2 + 1 - abar
+            )
             variance = 2 * math.log(exact / lower) / math.log(beta / lower) - 1
         output = ModelOutput(eps, torch.full_like(x, variance))
-        step = SAMPLERS[sampler](schedule, output, x, full(index, 8), torch.randn(x.shape, generator=generator), history=history)
+        step = SAMPLERS[sampler](
+            schedule,
+            output,
+            x,
+            full(index, 8),
+            torch.randn(x.shape, generator=generator),
+            history=history,
+        )
         x, history = step.x, history.then(step.remembered)
-    assert x.std().item() == pytest.approx(s, rel={"ddim": 0.03}.get(sampler, 0.01))      # DDIM's 250 steps err, by 2%
+    assert x.std().item() == pytest.approx(
+        s, rel={"ddim": 0.03}.get(sampler, 0.01)
+    )  # DDIM's 250 steps err, by 2%
     assert abs(x.mean().item()) < 0.01
 
 
@@ -84,8 +102,14 @@ def ode_error(sampler, steps, s=0.3):
     top = schedule.alpha_bar[-1].item()
     for index in reversed(range(len(schedule))):
         abar = schedule.alpha_bar[index].item()
-        step = SAMPLERS[sampler](schedule, ModelOutput(x * math.sqrt(1 - abar) / (abar * s**2 + 1 - abar), x), x, full(index, 1),
-                                 torch.zeros_like(x), history=history)
+        step = SAMPLERS[sampler](
+            schedule,
+            ModelOutput(x * math.sqrt(1 - abar) / (abar * s**2 + 1 - abar), x),
+            x,
+            full(index, 1),
+            torch.zeros_like(x),
+            history=history,
+        )
         x, history = step.x, history.then(step.remembered)
     return (x / first * math.sqrt(top * s**2 + 1 - top) / s - 1).abs().max().item()
 
@@ -101,7 +125,9 @@ def test_the_first_step_of_a_multistep_sampler_is_ddims():
     output, noise = ModelOutput(torch.randn_like(x), torch.zeros_like(x)), torch.zeros_like(x)
     expected = SAMPLERS["ddim"](schedule, output, x, i, noise).x
     for sampler in ("dpm++", "plms"):
-        assert torch.allclose(SAMPLERS[sampler](schedule, output, x, i, noise).x, expected, atol=1e-6)
+        assert torch.allclose(
+            SAMPLERS[sampler](schedule, output, x, i, noise).x, expected, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -110,7 +136,9 @@ def test_a_gradient_does_not_move_known_pixels_in_the_end(sampler):
     known = Known(torch.rand(2, 3, 8, 8) * 2 - 1, (torch.rand(2, 1, 8, 8) > 0.5).float())
     x = torch.randn(2, 3, 8, 8)
     output = ModelOutput(torch.randn_like(x), torch.zeros_like(x))
-    after = SAMPLERS[sampler](schedule, output, x, full(0), torch.zeros_like(x), known, gradient=torch.ones_like(x)).x
+    after = SAMPLERS[sampler](
+        schedule, output, x, full(0), torch.zeros_like(x), known, gradient=torch.ones_like(x)
+    ).x
     kept = known.mask.expand_as(x) > 0
     assert torch.equal(after[kept], known.image[kept])
 
@@ -122,7 +150,13 @@ def test_known_pixels_that_are_noised_anew_have_the_distribution_of_the_step():
     previous = schedule.alpha_bar[5].item()
     assert x.mean().item() == pytest.approx(0.5 * math.sqrt(previous), abs=0.02)
     assert x.std().item() == pytest.approx(math.sqrt(1 - previous), rel=0.02)
-    untouched = renoise_known(schedule, torch.zeros(2, 3, 64, 64), i, torch.randn(2, 3, 64, 64), Known(known.image, 0 * known.mask))
+    untouched = renoise_known(
+        schedule,
+        torch.zeros(2, 3, 64, 64),
+        i,
+        torch.randn(2, 3, 64, 64),
+        Known(known.image, 0 * known.mask),
+    )
     assert not untouched.any()
 
 
@@ -145,8 +179,10 @@ def test_samples_of_different_schedules_and_timesteps_share_a_step():
     output = ModelOutput(torch.randn_like(x), torch.rand_like(x))
     together = SAMPLERS["ancestral"](both, output, x, i, noise).x
     for row, (schedule, index) in enumerate(zip(parts, (3, 20), strict=True)):
-        alone = SAMPLERS["ancestral"](schedule, output[row:row + 1], x[row:row + 1], full(index, 1), noise[row:row + 1]).x
-        assert torch.equal(together[row:row + 1], alone)
+        alone = SAMPLERS["ancestral"](
+            schedule, output[row : row + 1], x[row : row + 1], full(index, 1), noise[row : row + 1]
+        ).x
+        assert torch.equal(together[row : row + 1], alone)
 
 
 def test_guidance_extrapolates_per_sample_and_spares_scale_one_its_empty_half():
@@ -156,7 +192,10 @@ def test_guidance_extrapolates_per_sample_and_spares_scale_one_its_empty_half():
         asked.append(len(x))
         eps = torch.cat([torch.full((3, 3, 2, 2), 2.0), torch.full((len(x) - 3, 3, 2, 2), 1.0)])
         return ModelOutput(eps, eps)
-    output = classifier_free(paired, torch.tensor([1.0, 3.0, 0.0]))(torch.zeros(3, 3, 2, 2), torch.zeros(3))
+
+    output = classifier_free(paired, torch.tensor([1.0, 3.0, 0.0]))(
+        torch.zeros(3, 3, 2, 2), torch.zeros(3)
+    )
     assert asked == [5]
     assert output.eps[:, 0, 0, 0].tolist() == [2.0, 4.0, 1.0]
     assert output.variance[:, 0, 0, 0].tolist() == [2.0, 2.0, 2.0]
@@ -164,8 +203,10 @@ def test_guidance_extrapolates_per_sample_and_spares_scale_one_its_empty_half():
 
 def test_the_kl_of_two_normals_is_that_of_torch():
     mean1, mean2, log1, log2 = torch.randn(4, 100)
-    theirs = torch.distributions.kl_divergence(torch.distributions.Normal(mean1, (log1 / 2).exp()),
-                                               torch.distributions.Normal(mean2, (log2 / 2).exp()))
+    theirs = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean1, (log1 / 2).exp()),
+        torch.distributions.Normal(mean2, (log2 / 2).exp()),
+    )
     assert torch.allclose(gaussian_kl(mean1, log1, mean2, log2), theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -178,14 +219,21 @@ def test_the_likelihoods_of_all_256_pixel_values_add_up_to_one():
 def test_the_variance_term_sends_no_gradient_through_eps():
     schedule, i = make_schedule("cosine"), torch.tensor([5, 400])
     x0, noise = torch.rand(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    eps, variance = torch.randn(2, 3, 4, 4, requires_grad=True), torch.zeros(2, 3, 4, 4, requires_grad=True)
-    loss = hybrid_loss(schedule, ModelOutput(eps, variance), x0, q_sample(schedule, x0, i, noise), i, noise)
+    eps, variance = (
+        torch.randn(2, 3, 4, 4, requires_grad=True),
+        torch.zeros(2, 3, 4, 4, requires_grad=True),
+    )
+    loss = hybrid_loss(
+        schedule, ModelOutput(eps, variance), x0, q_sample(schedule, x0, i, noise), i, noise
+    )
     assert torch.autograd.grad(loss.vb.sum(), eps, retain_graph=True, allow_unused=True)[0] is None
     assert torch.autograd.grad(loss.vb.sum(), variance, retain_graph=True)[0].abs().sum() > 0
     assert torch.autograd.grad(loss.mse.sum(), variance, allow_unused=True)[0] is None
 
 
-@pytest.mark.parametrize("spacing", ["0", "-3", "many", "", "1001", "300,800", "ddim999", "5,,3", "ddim", "1,"])
+@pytest.mark.parametrize(
+    "spacing", ["0", "-3", "many", "", "1001", "300,800", "ddim999", "5,,3", "ddim", "1,"]
+)
 def test_a_respacing_that_makes_no_sense_is_refused_in_one_sentence(spacing):
     with pytest.raises(ScheduleError) as refusal:
         kept_timesteps(1000, spacing)
@@ -201,18 +249,27 @@ def test_any_possible_number_of_steps_is_kept():
 def test_min_snr_gives_x0_an_error_weight_of_at_most_what_is_asked_for():
     schedule, i = make_schedule("cosine"), torch.arange(1000)
     snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
-    of_x0 = min_snr_weight(schedule, i, 5.0).double() * snr           # eps' error is SNR times that of x_0
+    of_x0 = min_snr_weight(schedule, i, 5.0).double() * snr  # eps' error is SNR times that of x_0
     assert torch.allclose(of_x0, snr.clamp(max=5), rtol=1e-5)
-    assert torch.allclose(min_snr_weight(schedule, i, 5.0, least=1.0).double() * snr, (snr + 1).clamp(max=5), rtol=1e-5)
+    assert torch.allclose(
+        min_snr_weight(schedule, i, 5.0, least=1.0).double() * snr,
+        (snr + 1).clamp(max=5),
+        rtol=1e-5,
+    )
 
 
 def test_with_a_least_of_one_the_weighted_error_of_eps_is_that_of_v():
     schedule, i = make_schedule("cosine"), torch.tensor([400, 700, 990])
     x0, noise, wrong = (torch.randn(3, 3, 4, 4).double() for _ in range(3))
     signal = schedule.at("alpha_bar", i).sqrt()
-    v, x_t = signal * noise - (1 - signal**2).sqrt() * x0, signal * x0 + (1 - signal**2).sqrt() * noise
+    v, x_t = (
+        signal * noise - (1 - signal**2).sqrt() * x0,
+        signal * x0 + (1 - signal**2).sqrt() * noise,
+    )
     eps = signal * (v + wrong) + (1 - signal**2).sqrt() * x_t
-    weighted = (eps - noise).square().flatten(1).mean(1) * min_snr_weight(schedule, i, 1e9, least=1.0)
+    weighted = (eps - noise).square().flatten(1).mean(1) * min_snr_weight(
+        schedule, i, 1e9, least=1.0
+    )
     assert torch.allclose(weighted, wrong.square().flatten(1).mean(1), rtol=1e-5)
 
 
@@ -222,6 +279,8 @@ def test_the_weight_moves_the_loss_and_neither_the_mse_nor_the_bound():
     output, x_t = ModelOutput(eps, torch.zeros_like(eps)), q_sample(schedule, x0, i, noise)
     weight = min_snr_weight(schedule, i, 5.0, least=1.0)
     assert weight[0] < 1 < weight[1]
-    even, weighted = (hybrid_loss(schedule, output, x0, x_t, i, noise, given) for given in (None, weight))
+    even, weighted = (
+        hybrid_loss(schedule, output, x0, x_t, i, noise, given) for given in (None, weight)
+    )
     assert torch.equal(even.mse, weighted.mse) and torch.equal(even.vb, weighted.vb)
     assert torch.allclose(weighted.total, even.mse * weight + even.vb * weight.clamp(max=1))

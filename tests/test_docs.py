@@ -19,8 +19,22 @@ from glide_ray.config import presets
 from glide_ray.config.overrides import override
 
 DOCS = sorted(Path(ROOT, "docs").glob("*.md"))
-COMMANDS = ("glide ", "python ", "ray ", "serve ", "make ", "kubectl ", "docker ", "aws ", "export ", "printf ", ".venv/")
-MARK = re.compile(r"<!-- (run here(?: with (?P<more>.+))?|run by (?P<test>tests/\w+\.py)|needs a cloud.*) -->")
+COMMANDS = (
+    "glide ",
+    "python ",
+    "ray ",
+    "serve ",
+    "make ",
+    "kubectl ",
+    "docker ",
+    "aws ",
+    "export ",
+    "printf ",
+    ".venv/",
+)
+MARK = re.compile(
+    r"<!-- (run here(?: with (?P<more>.+))?|run by (?P<test>tests/\w+\.py)|needs a cloud.*) -->"
+)
 
 
 def blocks(path):
@@ -48,19 +62,27 @@ def test_each_block_of_commands_is_run_by_a_test_or_needs_a_cloud(path):
         assert mark is not None, f"{path.name}: nothing says what runs {lines[0]!r}"
         if mark["test"]:
             test = Path(ROOT, mark["test"]).read_text()
-            for line in lines:      # the test speaks of the script or the command
+            for line in lines:  # the test speaks of the script or the command
                 name = re.search(r"(?:jobs|cluster)/(\w+)\.py|^(?:glide|make) (\w+)|^(serve)", line)
-                assert name and next(filter(None, name.groups())) in test, f"{mark['test']} does not run {line!r}"
+                assert name and next(filter(None, name.groups())) in test, (
+                    f"{mark['test']} does not run {line!r}"
+                )
 
 
 @pytest.mark.parametrize("path", [*DOCS, Path(ROOT, "README.md")], ids=lambda path: path.name)
 def test_commands_of_glide_and_jobs_take_the_options_that_are_shown(path):
     seen = 0
-    for line in commands(path) if path.name != "README.md" else [line.strip() for line in path.read_text().splitlines() if line.startswith("    ")]:
+    for line in (
+        commands(path)
+        if path.name != "README.md"
+        else [line.strip() for line in path.read_text().splitlines() if line.startswith("    ")]
+    ):
         line = line.removeprefix(".venv/bin/")
         if job := re.search(r"python (jobs/\w+\.py) (.*)", line):
             parser = runpy.run_path(os.path.join(ROOT, job[1]))["parser"]()
-            words = ["", *shlex.split(job[2], comments=True)] if re.search("[a-z]", job[2]) else []      # else its name only, with words in capitals
+            words = (
+                ["", *shlex.split(job[2], comments=True)] if re.search("[a-z]", job[2]) else []
+            )  # else its name only, with words in capitals
         elif line.startswith("glide "):
             parser, words = cli._parser(), shlex.split(line, comments=True)
         else:
@@ -71,12 +93,19 @@ def test_commands_of_glide_and_jobs_take_the_options_that_are_shown(path):
             if preset in presets.PRESETS and getattr(options, "set", None):
                 override(presets.get(preset), options.set)
             seen += 1
-    assert seen or path.name in ("architecture.md", "configuration.md", "operations.md", "kubernetes.md")
+    assert seen or path.name in (
+        "architecture.md",
+        "configuration.md",
+        "operations.md",
+        "kubernetes.md",
+    )
 
 
 def test_the_reference_of_settings_is_what_glide_settings_prints(capsys):
     assert cli.main(["settings"]) == 0
-    assert capsys.readouterr().out == Path(ROOT, "docs", "configuration.md").read_text(), "write it anew: glide settings > docs/configuration.md"
+    assert capsys.readouterr().out == Path(ROOT, "docs", "configuration.md").read_text(), (
+        "write it anew: glide settings > docs/configuration.md"
+    )
 
 
 def test_links_lead_somewhere():
@@ -101,22 +130,40 @@ def folder(tmp_path_factory, drawn_corpus):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["quickstart.md", "training.md"])
 def test_what_a_new_user_types_works_as_it_stands(folder, name):
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
     took = []
     for mark, lines in blocks(Path(ROOT, "docs", name)):
         if not mark.group(1).startswith("run here"):
             continue
         for line in lines:
             if line.startswith("export "):
-                environment |= dict(part.split("=", 1) for part in shlex.split(line.removeprefix("export ")) if not part.startswith("PATH="))
+                environment |= dict(
+                    part.split("=", 1)
+                    for part in shlex.split(line.removeprefix("export "))
+                    if not part.startswith("PATH=")
+                )
                 continue
             more = f" {mark['more']}" if mark["more"] else ""
             began = time.monotonic()
-            done = subprocess.run(["bash", "-c", line + more], cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False)
+            done = subprocess.run(
+                ["bash", "-c", line + more],
+                cwd=folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=240,
+                check=False,
+            )
             assert done.returncode == 0, f"{line}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
             took.append((time.monotonic() - began, line))
     print(*(f"{seconds:6.1f} s  {line[:120]}" for seconds, line in took), sep="\n")
     if name == "quickstart.md":
-        assert Image.open(folder / "heart.png").size == (256, 256) and len(list((folder / "runs" / "bulk").rglob("0*.png"))) == 3
+        assert (
+            Image.open(folder / "heart.png").size == (256, 256)
+            and len(list((folder / "runs" / "bulk").rglob("0*.png"))) == 3
+        )
     else:
         assert (folder / "runs" / "mine" / "base.safetensors").exists()

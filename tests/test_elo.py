@@ -14,8 +14,10 @@ def drawn_votes(truth, count, seed=0):
     votes = []
     for _ in range(count):
         first, second = random.choice(models, 2, replace=False)
-        chance = 1 / (1 + 10**((truth[second] - truth[first]) / 400))
-        votes.append(Vote(first, second, 0.5 if random.random() < 0.1 else float(random.random() < chance)))
+        chance = 1 / (1 + 10 ** ((truth[second] - truth[first]) / 400))
+        votes.append(
+            Vote(first, second, 0.5 if random.random() < 0.1 else float(random.random() < chance))
+        )
     return votes
 
 
@@ -27,25 +29,39 @@ def test_scores_are_those_of_a_direct_fit_of_the_likelihood():
     table = wins(drawn_votes(TRUTH, 1000), models)
 
     def loss(given):
-        return sum(table[i, j] * np.log1p(10**((given[j] - given[i]) / 400)) for i in range(3) for j in range(3))
-    direct = scipy.optimize.minimize(loss, np.zeros(3), method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-12, "maxiter": 20_000}).x
+        return sum(
+            table[i, j] * np.log1p(10 ** ((given[j] - given[i]) / 400))
+            for i in range(3)
+            for j in range(3)
+        )
+
+    direct = scipy.optimize.minimize(
+        loss,
+        np.zeros(3),
+        method="Nelder-Mead",
+        options={"xatol": 1e-6, "fatol": 1e-12, "maxiter": 20_000},
+    ).x
     assert scores(table) == pytest.approx(direct - direct.mean(), abs=0.1)
 
 
 def test_two_models_are_apart_by_the_logit_of_the_share_that_one_wins():
-    assert np.diff(scores(np.array([[0, 1], [10, 0]])))[0] == pytest.approx(400)      # 10 to 1, base 10
+    assert np.diff(scores(np.array([[0, 1], [10, 0]])))[0] == pytest.approx(400)  # 10 to 1, base 10
     assert scores(np.array([[0, 5], [5, 0]])) == pytest.approx([0, 0])
 
 
 def test_a_tie_is_half_a_win_for_each():
-    assert np.array_equal(wins([Vote("a", "b", 0.5), Vote("b", "a", 1.0)], ["a", "b"]), [[0, 0.5], [1.5, 0]])
+    assert np.array_equal(
+        wins([Vote("a", "b", 0.5), Vote("b", "a", 1.0)], ["a", "b"]), [[0, 0.5], [1.5, 0]]
+    )
 
 
 def test_a_lopsided_table_is_fitted_too():
     table = np.array([[0, 1, 0.5], [999, 0, 1], [0, 5000, 0]])
     given = scores(table)
-    chance = 1 / (1 + 10**((given[None] - given[:, None]) / 400))
-    assert table.sum(1) == pytest.approx((((table + table.T) * chance).sum(1)), rel=1e-6)      # each wins as often as its score says
+    chance = 1 / (1 + 10 ** ((given[None] - given[:, None]) / 400))
+    assert table.sum(1) == pytest.approx(
+        (((table + table.T) * chance).sum(1)), rel=1e-6
+    )  # each wins as often as its score says
 
 
 def test_standings_hold_the_truth_in_their_intervals_and_come_best_first():
@@ -53,7 +69,10 @@ def test_standings_hold_the_truth_in_their_intervals_and_come_best_first():
     assert list(found) == ["free", "clip", "unguided"]
     mean = np.mean(list(TRUTH.values()))
     for model, standing in found.items():
-        assert standing.low < TRUTH[model] * 0.9 - mean + 25 and standing.low < standing.score < standing.high
+        assert (
+            standing.low < TRUTH[model] * 0.9 - mean + 25
+            and standing.low < standing.score < standing.high
+        )
         assert standing.high - standing.low < 80
     assert sum(standing.comparisons for standing in found.values()) == 4000
 
@@ -76,7 +95,11 @@ def test_intervals_cover_as_often_as_they_say_where_raters_agree_on_a_picture():
     for seed in range(60):
         random = np.random.default_rng(seed)
         pairs = random.random(100) < 0.5
-        votes = [Vote("a", "b", float(pair ^ (random.random() < 0.1)), str(n)) for n, pair in enumerate(pairs) for _ in range(5)]
+        votes = [
+            Vote("a", "b", float(pair ^ (random.random() < 0.1)), str(n))
+            for n, pair in enumerate(pairs)
+            for _ in range(5)
+        ]
         standing = standings(votes, draws=200, seed=seed)["b"]
         inside += standing.low <= 0 <= standing.high
     assert 51 <= inside <= 60
@@ -86,12 +109,18 @@ def test_an_interval_is_open_where_votes_say_no_more():
     """99 wins to 1: of the draws more than a third have no loss at all, and how far above the model is cannot be said."""
     votes = [Vote("a", "b", 1.0)] * 99 + [Vote("b", "a", 1.0)]
     found = standings(votes)
-    assert found["a"].score == pytest.approx(200 * np.log10(99)) and found["a"].high == np.inf and 200 < found["a"].low < found["a"].score
+    assert (
+        found["a"].score == pytest.approx(200 * np.log10(99))
+        and found["a"].high == np.inf
+        and 200 < found["a"].low < found["a"].score
+    )
     assert found["b"].low == -np.inf and found["b"].high == pytest.approx(-found["a"].low)
     beside = standings([*votes, *[Vote("b", "c", won) for won in (1.0, 0.0) for _ in range(50)]])
     assert beside["a"].high == np.inf and np.isfinite([beside["c"].low, beside["c"].high]).all()
     [scores_] = figures(Ballot({"photorealism": votes}))["questions"].values()
-    assert scores_["scores"]["a"]["high"] is None and "inf]" in text(figures(Ballot({"photorealism": votes})))
+    assert scores_["scores"]["a"]["high"] is None and "inf]" in text(
+        figures(Ballot({"photorealism": votes}))
+    )
 
 
 def test_votes_that_no_scores_follow_from_are_refused_by_name():

@@ -232,7 +232,9 @@ def test_packages_of_a_folder_need_no_npm_and_what_is_missing_in_them_is_said(
 ):
     monkeypatch.setenv("PATH", str(tmp_path))
     said = []
-    made = emoji.build_corpus(tmp_path / "out", report=said.append, styles=["Firefox"], packages=small_set)
+    made = emoji.build_corpus(
+        tmp_path / "out", report=said.append, styles=["Firefox"], packages=small_set
+    )
     assert sum(index["count"] for index in made.values()) == 3
     assert any(
         "fxemoji is version 9.0.0, not 1.2.2: 4 pictures with names, of the 1,034 in that one"
@@ -255,7 +257,8 @@ def test_packages_of_a_folder_need_no_npm_and_what_is_missing_in_them_is_said(
 @pytest.mark.slow
 def test_the_same_packages_make_the_same_bytes(small_set, tmp_path):
     first, second = (
-        emoji.build_corpus(tmp_path / name, styles=["Firefox"], packages=small_set) for name in ("a", "b")
+        emoji.build_corpus(tmp_path / name, styles=["Firefox"], packages=small_set)
+        for name in ("a", "b")
     )
     assert first == second and {
         shard["sha256"] for index in first.values() for shard in index["shards"]

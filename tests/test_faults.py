@@ -30,8 +30,17 @@ from glide_ray.train.watchdog import Watchdog
 
 
 def preset(corpus, *settings):
-    return tiny("base", f"data.corpus={corpus / 'train'}", f"data.held_out={corpus / 'held_out'}", "data.min_size=16", "batch=8", "trackers=",
-                "log_every=1", "precision=fp32", *settings)
+    return tiny(
+        "base",
+        f"data.corpus={corpus / 'train'}",
+        f"data.held_out={corpus / 'held_out'}",
+        "data.min_size=16",
+        "batch=8",
+        "trackers=",
+        "log_every=1",
+        "precision=fp32",
+        *settings,
+    )
 
 
 def losses(path):
@@ -40,15 +49,28 @@ def losses(path):
 
 # -- keeping checkpoints ----------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(params=["local", "s3"])
 def place(request, tmp_path):
     """A run's folder, and a keeper's maker."""
-    return str(tmp_path / "run") if request.param == "local" else f"{request.getfixturevalue('s3')}/{request.node.name}"
+    return (
+        str(tmp_path / "run")
+        if request.param == "local"
+        else f"{request.getfixturevalue('s3')}/{request.node.name}"
+    )
 
 
 def keeper(place, keep_last=2, keep_every=None, **others):
     told, committed = [], []
-    made = CheckpointWriter(Checkpoints(place), "start", keep_last, keep_every, told.append, lambda step, folder: committed.append(step), **others)
+    made = CheckpointWriter(
+        Checkpoints(place),
+        "start",
+        keep_last,
+        keep_every,
+        told.append,
+        lambda step, folder: committed.append(step),
+        **others,
+    )
     return made, told, committed
 
 
@@ -56,6 +78,7 @@ def write(content):
     def into(folder):
         (folder / "part.0.safetensors").write_bytes(content)
         (folder / "progress.json").write_text("{}")
+
     return into
 
 
@@ -69,7 +92,9 @@ def test_the_last_checkpoints_and_every_so_many_are_kept(place):
     folder = fetch(whole[-1])
     assert (folder / "part.0.safetensors").read_bytes() == b"100" * 1000
     verify(folder)
-    assert len({file.rpartition("/")[0] for file in storage.list_files(place, ("",))}) == 4      # nothing is left of the others
+    assert (
+        len({file.rpartition("/")[0] for file in storage.list_files(place, ("",))}) == 4
+    )  # nothing is left of the others
 
 
 def test_what_a_killed_upload_has_left_is_no_checkpoint_and_is_swept_up(place, request):
@@ -79,12 +104,19 @@ def test_what_a_killed_upload_has_left_is_no_checkpoint_and_is_swept_up(place, r
     orphan = Checkpoints(place).folder(20, "killed")
     storage.put(b"a part without its siblings", f"{orphan}/part.1.safetensors")
     if storage.is_remote(place):
-        client, key = boto3.client("s3"), f"{orphan}/part.0.safetensors".removeprefix("s3://corpus/")
+        client, key = (
+            boto3.client("s3"),
+            f"{orphan}/part.0.safetensors".removeprefix("s3://corpus/"),
+        )
         upload = client.create_multipart_upload(Bucket="corpus", Key=key)["UploadId"]
-        client.upload_part(Bucket="corpus", Key=key, UploadId=upload, PartNumber=1, Body=b"x" * 6_000_000)
+        client.upload_part(
+            Bucket="corpus", Key=key, UploadId=upload, PartNumber=1, Body=b"x" * 6_000_000
+        )
     assert [checkpoint.step for checkpoint in Checkpoints(place).whole()] == [10]
     assert Checkpoints(place).sweep() == [orphan]
-    assert not list(storage.list_files(orphan, ("",))) and [checkpoint.step for checkpoint in Checkpoints(place).whole()] == [10]
+    assert not list(storage.list_files(orphan, ("",))) and [
+        checkpoint.step for checkpoint in Checkpoints(place).whole()
+    ] == [10]
     if storage.is_remote(place):
         assert not client.list_multipart_uploads(Bucket="corpus", Prefix=key).get("Uploads")
 
@@ -106,6 +138,7 @@ def test_training_goes_on_while_a_part_is_uploaded(s3, s3_faults, monkeypatch):
     def slow(data, path, sha256=None):
         assert go.wait(30)
         return put(data, path, sha256)
+
     monkeypatch.setattr(storage, "put", slow)
     made, _, committed = keeper(f"{s3}/background")
     began = time.monotonic()
@@ -119,14 +152,24 @@ def test_training_goes_on_while_a_part_is_uploaded(s3, s3_faults, monkeypatch):
     assert committed == [10, 20]
 
 
-def test_a_checkpoint_that_the_object_store_refuses_is_told_of_and_the_next_one_is_another_try(s3, s3_faults, monkeypatch):
-    monkeypatch.setattr(storage, "_client", lambda: boto3.client("s3", config=boto3.session.Config(retries={"max_attempts": 1})))
+def test_a_checkpoint_that_the_object_store_refuses_is_told_of_and_the_next_one_is_another_try(
+    s3, s3_faults, monkeypatch
+):
+    monkeypatch.setattr(
+        storage,
+        "_client",
+        lambda: boto3.client("s3", config=boto3.session.Config(retries={"max_attempts": 1})),
+    )
     made, told, committed = keeper(f"{s3}/refused")
     s3_faults.answer_503("000000010-start/part")
     for step in (10, 20):
         made.save(step, write(b"x" * 1000))
     assert made.finish() == 20 and committed == [20]
-    assert len(told) == 1 and "checkpoint of step 10 could not be written" in told[0] and "another try" in told[0]
+    assert (
+        len(told) == 1
+        and "checkpoint of step 10 could not be written" in told[0]
+        and "another try" in told[0]
+    )
     assert [checkpoint.step for checkpoint in Checkpoints(f"{s3}/refused").whole()] == [20]
     assert not list(storage.list_files(f"{s3}/refused/checkpoints/000000010-start", ("",)))
     s3_faults.answer_503("000000030-start/complete.json")
@@ -152,32 +195,41 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "script.py").write_text(FULL_DISK)
     mount = f"mount -t tmpfs -o size=1m none {tmp_path}/disk && exec {sys.executable} {tmp_path}/script.py {Path(__file__).parent} {tmp_path}/disk"
-    done = subprocess.run(["unshare", "-Urm", "sh", "-c", mount], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["unshare", "-Urm", "sh", "-c", mount], capture_output=True, text=True, check=False
+    )
     if "unshare" in done.stderr or "mount" in done.stderr:
         pytest.skip(f"no mount namespace may be made here: {done.stderr}")
     assert done.returncode == 0, done.stderr
     result, left = done.stdout.splitlines()
-    assert result.startswith("3 [1, 3] ['The checkpoint of step 2 could not be written: No space left on device") and result.endswith("[3]")
+    assert result.startswith(
+        "3 [1, 3] ['The checkpoint of step 2 could not be written: No space left on device"
+    ) and result.endswith("[3]")
     assert left == "['000000003-start']"
 
 
 # -- before step 1 ----------------------------------------------------------------------------------------------------
 
+
 def test_storage_that_cannot_be_written_is_found_before_anything_starts(drawn_corpus, tmp_path, s3):
     (tmp_path / "file").write_text("in the way")
     began = time.monotonic()
     for out in (tmp_path / "file" / "run", "s3://no-such-bucket/run"):
-        with pytest.raises(UserError, match=f"Nothing can be written to {out} .*; give another folder, or the rights to this one"):
+        with pytest.raises(
+            UserError,
+            match=f"Nothing can be written to {out} .*; give another folder, or the rights to this one",
+        ):
             train(preset(drawn_corpus, "steps=2"), out, progress=False)
     assert time.monotonic() - began < 10
 
 
 # -- workers ----------------------------------------------------------------------------------------------------------
 
+
 def test_a_process_that_makes_no_progress_is_told_of_and_ended():
     said, ended = [], threading.Event()
     watchdog = Watchdog(0.4, said.append, ended.set)
-    assert not ended.wait(0.8)          # nothing has begun
+    assert not ended.wait(0.8)  # nothing has begun
     for step in range(4):
         watchdog.beat(f"step {step}")
         assert not ended.wait(0.2)
@@ -192,16 +244,23 @@ def test_a_process_that_makes_no_progress_is_told_of_and_ended():
     assert ended.is_set() and len(said) == 1
 
 
-KILLS = int(os.environ.get("GLIDE_TEST_KILLS", 1))       # each costs some 15 seconds until the workers are back
-EVERY = 4                                                # steps between checkpoints
+KILLS = int(
+    os.environ.get("GLIDE_TEST_KILLS", 1)
+)  # each costs some 15 seconds until the workers are back
+EVERY = 4  # steps between checkpoints
 
 
 def workers():
-    return [process for process in psutil.Process().children(recursive=True) if "TrainWorker" in " ".join(process.cmdline())]
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "TrainWorker" in " ".join(process.cmdline())
+    ]
 
 
 def strike(out, steps, draws, struck):
     """SIGKILL, and the last time SIGSTOP, to a random worker at each of the steps, once the workers have gone on from the time before."""
+
     def read(name):
         return (out / name).read_text() if (out / name).exists() else ""
 
@@ -222,9 +281,19 @@ def strike(out, steps, draws, struck):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_workers_that_are_killed_or_hang_at_random_steps_change_nothing_but_the_time(drawn_corpus, s3, tmp_path):
+def test_workers_that_are_killed_or_hang_at_random_steps_change_nothing_but_the_time(
+    drawn_corpus, s3, tmp_path
+):
     """Every loss is that of the undisturbed run, so every batch came once. Then the run goes on with other workers and another ZeRO stage."""
-    settings = ["steps=40", "evaluate_every=40", f"checkpoint_every={EVERY}", "workers=2", "stall_seconds=8", "zero_stage=2", "keep_every=20"]
+    settings = [
+        "steps=40",
+        "evaluate_every=40",
+        f"checkpoint_every={EVERY}",
+        "workers=2",
+        "stall_seconds=8",
+        "zero_stage=2",
+        "keep_every=20",
+    ]
     undisturbed = train(preset(drawn_corpus, *settings), tmp_path / "run", progress=False)
     draws, struck, out = np.random.default_rng(0), [], tmp_path / "struck"
     steps = np.sort(draws.choice(np.arange(EVERY + 1, 24), KILLS + 1, replace=False))
@@ -235,12 +304,23 @@ def test_workers_that_are_killed_or_hang_at_random_steps_change_nothing_but_the_
     assert len(struck) == KILLS + 1 and not any(psutil.pid_exists(pid) for pid in struck)
 
     log = (out / "events.log").read_text()
-    assert re.search(r"rank \d hangs: (step \d+|the last checkpoint) has taken more than 8 s; it is begun again", log)
+    assert re.search(
+        r"rank \d hangs: (step \d+|the last checkpoint) has taken more than 8 s; it is begun again",
+        log,
+    )
     assert log.count("was lost: ") == KILLS + 1
-    costs = [int(again) for again in re.findall(r"the run goes on with 2 workers from step \d+: (\d+) steps? to be done again, \d+ s without a step", log)]
+    costs = [
+        int(again)
+        for again in re.findall(
+            r"the run goes on with 2 workers from step \d+: (\d+) steps? to be done again, \d+ s without a step",
+            log,
+        )
+    ]
     assert len(costs) == KILLS + 1
     there, here = losses(undisturbed.metrics), losses(result.metrics)
-    assert sorted(here) == list(range(1, 41)) and [here[step] for step in sorted(there)] == pytest.approx([there[step] for step in sorted(there)], rel=1e-4)
+    assert sorted(here) == list(range(1, 41)) and [
+        here[step] for step in sorted(there)
+    ] == pytest.approx([there[step] for step in sorted(there)], rel=1e-4)
     assert result.last_held_out == pytest.approx(undisturbed.last_held_out, rel=1e-4)
     # Those since the last checkpoint; one that was on its way when the worker died does not count.
     again = sum('"loss"' in line for line in (out / "metrics.jsonl").read_text().splitlines()) - 40
@@ -251,12 +331,16 @@ def spoil(path):
     """Other bytes in an object, beside what was said of them when it was put there."""
     client, (bucket, _, key) = boto3.client("s3"), path.removeprefix("s3://").partition("/")
     there = client.get_object(Bucket=bucket, Key=key)
-    client.put_object(Bucket=bucket, Key=key, Body=there["Body"].read()[:-1] + b"?", Metadata=there["Metadata"])
+    client.put_object(
+        Bucket=bucket, Key=key, Body=there["Body"].read()[:-1] + b"?", Metadata=there["Metadata"]
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_a_run_on_s3_goes_on_with_other_workers_another_stage_and_another_learning_rate(drawn_corpus, s3, s3_faults, tmp_path):
+def test_a_run_on_s3_goes_on_with_other_workers_another_stage_and_another_learning_rate(
+    drawn_corpus, s3, s3_faults, tmp_path
+):
     """The store answers 503 and breaks connections off while checkpoints are written, and then spoils the last one."""
     out = f"{s3}/run"
     settings = ["steps=4", "evaluate_every=4", "checkpoint_every=2"]
@@ -265,14 +349,36 @@ def test_a_run_on_s3_goes_on_with_other_workers_another_stage_and_another_learni
     train(preset(drawn_corpus, *settings, "workers=2", "zero_stage=2"), out, progress=False)
     assert s3_faults.befallen["503"] == 3 and s3_faults.befallen["reset"] == 2
     spoil(f"{Checkpoints(out).whole()[-1].path}/part.0.safetensors")
-    result = train(preset(drawn_corpus, *settings, "steps=6", "workers=1", "zero_stage=3", "learning_rate=1e-3", "micro_batch=3"), out, progress=False)
-    assert result.weights == f"{out}/weights.safetensors" and sorted(losses(result.metrics)) == [1, 2, 3, 4, 5, 6]
+    result = train(
+        preset(
+            drawn_corpus,
+            *settings,
+            "steps=6",
+            "workers=1",
+            "zero_stage=3",
+            "learning_rate=1e-3",
+            "micro_batch=3",
+        ),
+        out,
+        progress=False,
+    )
+    assert result.weights == f"{out}/weights.safetensors" and sorted(losses(result.metrics)) == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
     log = storage.read(f"{out}/events.log").decode()
     assert "train.learning_rate is 0.001 from here on, and was" in log
     assert re.search(r"the checkpoint of step 4 is left out: .*part.0.safetensors is damaged", log)
     assert [made.step for made in Checkpoints(out).whole()] == [4, 6]
     assert main(["export", out, "--out", str(tmp_path / "w.safetensors")]) == 0
-    exported, written = load_weights(tmp_path / "w.safetensors")[1], load_weights(storage.fetch(result.weights))[1]
+    exported, written = (
+        load_weights(tmp_path / "w.safetensors")[1],
+        load_weights(storage.fetch(result.weights))[1],
+    )
     assert all(torch.equal(exported[name], tensor) for name, tensor in written.items())
 
 
@@ -282,15 +388,43 @@ def test_a_run_shrinks_with_its_nodes_and_grows_again_and_is_the_same_run(drawn_
     """A node lost, one more, one drained: each loss is that of one undisturbed process."""
     out = tmp_path / "run"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    done = subprocess.run([sys.executable, elastic_run.__file__, str(drawn_corpus), str(out)], env=environment, capture_output=True, text=True, timeout=600,
-                          check=False)
+    done = subprocess.run(
+        [sys.executable, elastic_run.__file__, str(drawn_corpus), str(out)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     log = (out / "events.log").read_text()
-    assert "was lost: " in log and "a node is about to be taken away; a checkpoint is made of step" in log
-    assert re.search(r"goes on with 1 worker from step \d+: .*goes on with 2 workers from step \d+: ", log, re.DOTALL)
+    assert (
+        "was lost: " in log
+        and "a node is about to be taken away; a checkpoint is made of step" in log
+    )
+    assert re.search(
+        r"goes on with 1 worker from step \d+: .*goes on with 2 workers from step \d+: ",
+        log,
+        re.DOTALL,
+    )
     here = losses(out / "metrics.jsonl")
-    lines = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
-    assert sorted(here) == list(range(1, elastic_run.STEPS + 1)) and len(lines) <= elastic_run.STEPS + 4 * 20
-    there = losses(train(elastic_run.settings(drawn_corpus, "workers=1", "steps=100"), tmp_path / "undisturbed", progress=False).metrics)
+    lines = [
+        json.loads(line)["step"]
+        for line in (out / "metrics.jsonl").read_text().splitlines()
+        if '"loss"' in line
+    ]
+    assert (
+        sorted(here) == list(range(1, elastic_run.STEPS + 1))
+        and len(lines) <= elastic_run.STEPS + 4 * 20
+    )
+    there = losses(
+        train(
+            elastic_run.settings(drawn_corpus, "workers=1", "steps=100"),
+            tmp_path / "undisturbed",
+            progress=False,
+        ).metrics
+    )
     print(max((abs(here[step] / there[step] - 1), step) for step in there))
-    assert [here[step] for step in sorted(there)] == pytest.approx([there[step] for step in sorted(there)], rel=1e-3)
+    assert [here[step] for step in sorted(there)] == pytest.approx(
+        [there[step] for step in sorted(there)], rel=1e-3
+    )

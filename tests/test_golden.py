@@ -23,19 +23,39 @@ from glide_ray.tensors import Conditioning, ModelOutput
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 2e-5
 SHAPE = json.loads((GOLDEN / "config.json").read_text())
-FORMS = {"base": {}, "upsampler": {"low_res_size": 4}, "base_inpaint": {"inpaint": True},
-         "upsampler_inpaint": {"low_res_size": 4, "inpaint": True}}
+FORMS = {
+    "base": {},
+    "upsampler": {"low_res_size": 4},
+    "base_inpaint": {"inpaint": True},
+    "upsampler_inpaint": {"low_res_size": 4, "inpaint": True},
+}
 
 
 def golden_model(form):
     config = UNetConfig(
-        image_size=SHAPE["image_size"], channels=SHAPE["model_channels"], multipliers=SHAPE["channel_mult"],
-        blocks=SHAPE["num_res_blocks"], head_channels=SHAPE["head_channels"], groups=SHAPE["num_groups"],
-        attention_sizes=[SHAPE["image_size"] // factor for factor in SHAPE["attention_downsample_factors"]],
-        text=TextConfig(width=SHAPE["text_width"], layers=SHAPE["text_layers"], heads=SHAPE["text_heads"],
-                        context=SHAPE["text_ctx"], vocabulary=SHAPE["vocab_size"]), **FORMS[form])
+        image_size=SHAPE["image_size"],
+        channels=SHAPE["model_channels"],
+        multipliers=SHAPE["channel_mult"],
+        blocks=SHAPE["num_res_blocks"],
+        head_channels=SHAPE["head_channels"],
+        groups=SHAPE["num_groups"],
+        attention_sizes=[
+            SHAPE["image_size"] // factor for factor in SHAPE["attention_downsample_factors"]
+        ],
+        text=TextConfig(
+            width=SHAPE["text_width"],
+            layers=SHAPE["text_layers"],
+            heads=SHAPE["text_heads"],
+            context=SHAPE["text_ctx"],
+            vocabulary=SHAPE["vocab_size"],
+        ),
+        **FORMS[form],
+    )
     model = GlideUNet(config).eval().requires_grad_(False)
-    state = {name: tensor.float() for name, tensor in load_file(GOLDEN / f"{form}.weights.safetensors").items()}
+    state = {
+        name: tensor.float()
+        for name, tensor in load_file(GOLDEN / f"{form}.weights.safetensors").items()
+    }
     model.load_state_dict(from_released(state, config), strict=True)
     return model.to(memory_format=torch.channels_last)
 
@@ -51,16 +71,23 @@ def worst(a, b):
 
 # -- models -----------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_unet_gives_the_released_output(form):
     given, _ = read(f"{form}.forward.safetensors")
-    conditioning = Conditioning(given["tokens"], given["mask"], given.get("low_res"), given.get("inpaint_image"),
-                                given.get("inpaint_mask"))
+    conditioning = Conditioning(
+        given["tokens"],
+        given["mask"],
+        given.get("low_res"),
+        given.get("inpaint_image"),
+        given.get("inpaint_mask"),
+    )
     output = golden_model(form)(given["x"], given["t"], conditioning)
     assert worst(torch.cat([output.eps, output.variance], 1), given["output"]) <= TOLERANCE
 
 
 # -- schedules and losses ---------------------------------------------------------------------------------------------
+
 
 def test_every_respacing_keeps_the_released_timesteps():
     for spacing, timesteps in json.loads((GOLDEN / "timesteps.json").read_text()).items():
@@ -81,17 +108,29 @@ def test_schedule_tables_are_the_released_ones(name):
 def test_noising_and_the_hybrid_loss_are_the_released_ones(name):
     given, _ = read(f"loss.{name}.safetensors")
     schedule = make_schedule(name)
-    assert worst(q_sample(schedule, given["x_start"], given["t"], given["noise"]), given["x_t"]) <= TOLERANCE
-    loss = hybrid_loss(schedule, ModelOutput(*given["model_output"].chunk(2, 1)), given["x_start"], given["x_t"],
-                       given["t"], given["noise"])
+    assert (
+        worst(q_sample(schedule, given["x_start"], given["t"], given["noise"]), given["x_t"])
+        <= TOLERANCE
+    )
+    loss = hybrid_loss(
+        schedule,
+        ModelOutput(*given["model_output"].chunk(2, 1)),
+        given["x_start"],
+        given["x_t"],
+        given["t"],
+        given["noise"],
+    )
     for ours, theirs in ((loss.mse, "mse"), (loss.vb, "vb"), (loss.total, "loss")):
         assert worst(ours, given[theirs]) <= TOLERANCE, theirs
 
 
 # -- samplers ---------------------------------------------------------------------------------------------------------
 
-TRAJECTORIES = sorted(path.name for path in GOLDEN.glob("sampler.*.safetensors")
-                      if "inversion" not in path.name and "inpaint" not in path.name)
+TRAJECTORIES = sorted(
+    path.name
+    for path in GOLDEN.glob("sampler.*.safetensors")
+    if "inversion" not in path.name and "inpaint" not in path.name
+)
 RELEASED_SCHEDULES = {"squaredcos_cap_v2": "cosine", "linear": "linear"}
 
 
@@ -111,28 +150,47 @@ def test_every_step_of_a_released_trajectory_is_reproduced(name):
     denoiser = _denoiser(model, given, float(meta.get("guidance_scale", 1)))
     x = given["x_T"]
     for number, i in enumerate(_countdown(schedule, x)):
-        extra = {"gradient": float(meta["strength"]) * (given["target"] - x)} if "target" in given else {}
+        extra = (
+            {"gradient": float(meta["strength"]) * (given["target"] - x)}
+            if "target" in given
+            else {}
+        )
         if meta["sampler"] == "ddim_eta0.5":
             extra["eta"] = 0.5
         step_function = ancestral_step if meta["sampler"] == "ddpm" else ddim_step
-        step = step_function(schedule, denoiser(x, schedule.timestep[i]), x, i, given["step_noise"][number], **extra)
+        step = step_function(
+            schedule, denoiser(x, schedule.timestep[i]), x, i, given["step_noise"][number], **extra
+        )
         to_x0 = (1 / schedule.at("alpha_bar", i) - 1).sqrt().max().item()
-        to_x = to_x0 * schedule.at("x0_weight" if meta["sampler"] == "ddpm" else "alpha_bar_prev", i).max().item() ** (
-            1 if meta["sampler"] == "ddpm" else 0.5)
+        to_x = to_x0 * schedule.at(
+            "x0_weight" if meta["sampler"] == "ddpm" else "alpha_bar_prev", i
+        ).max().item() ** (1 if meta["sampler"] == "ddpm" else 0.5)
         if "pred_x0" in given:
             assert worst(step.x0, given["pred_x0"][number]) <= TOLERANCE * max(1, to_x0), number
-        assert worst(step.x, given["samples"][number]) <= TOLERANCE * max(1, to_x, x.abs().max().item()), number
+        assert worst(step.x, given["samples"][number]) <= TOLERANCE * max(
+            1, to_x, x.abs().max().item()
+        ), number
         x = given["samples"][number]
 
 
 def test_a_trajectory_with_known_pixels_is_reproduced_to_its_end():
     given, meta = read("sampler.inpaint.ddpm.safetensors")
     schedule = respace(make_schedule("cosine"), meta["respacing"])
-    model, known = golden_model("base_inpaint"), Known(given["inpaint_image"], given["inpaint_mask"])
+    model, known = (
+        golden_model("base_inpaint"),
+        Known(given["inpaint_image"], given["inpaint_mask"]),
+    )
     conditioning = Conditioning(given["tokens"], given["mask"], None, known.image, known.mask)
     x = given["x_T"]
     for number, i in enumerate(_countdown(schedule, x)):
-        x = ancestral_step(schedule, model(x, schedule.timestep[i], conditioning), x, i, given["step_noise"][number], known).x
+        x = ancestral_step(
+            schedule,
+            model(x, schedule.timestep[i], conditioning),
+            x,
+            i,
+            given["step_noise"][number],
+            known,
+        ).x
     assert worst(x, given["sample"]) <= TOLERANCE
     kept = known.mask.expand_as(x) > 0.5
     assert torch.equal(x[kept], known.image[kept])
@@ -158,12 +216,20 @@ def _denoiser(model, given, scale):
 
     def paired(x, timestep):
         twice = len(x) > len(tokens)
-        return model(x, timestep, Conditioning(torch.cat([tokens, tokens]) if twice else tokens,
-                                               torch.cat([mask, torch.zeros_like(mask)]) if twice else mask))
+        return model(
+            x,
+            timestep,
+            Conditioning(
+                torch.cat([tokens, tokens]) if twice else tokens,
+                torch.cat([mask, torch.zeros_like(mask)]) if twice else mask,
+            ),
+        )
+
     return classifier_free(paired, torch.full((len(tokens),), scale))
 
 
 # -- tokens -----------------------------------------------------------------------------------------------------------
+
 
 def test_captions_become_the_released_tokens():
     tokenizer = Tokenizer()
@@ -175,17 +241,34 @@ def test_captions_become_the_released_tokens():
 
 # -- noised CLIP ------------------------------------------------------------------------------------------------------
 
+
 def golden_clip():
     """Computed once with the released encoders on drawn weights: the release draws only some of their parameters."""
     state, _ = read("clip.weights.safetensors")
     given, meta = read("clip.forward.safetensors")
     layers, embedding = int(meta["layers"]), int(meta["embed_dim"])
-    config = ClipConfig(image_size=int(meta["image_size"]), patch_size=int(meta["patch_size"]), embedding=embedding,
-                        image_width=int(meta["image_heads"]) * int(meta["head_dim"]), image_layers=layers, image_heads=int(meta["image_heads"]),
-                        text_width=int(meta["text_heads"]) * int(meta["head_dim"]), text_layers=layers, text_heads=int(meta["text_heads"]),
-                        context=int(meta["text_ctx"]), vocabulary=int(meta["vocab_size"]), scale=float(meta["logit_scale"]))
-    towers = [{key.removeprefix(f"{tower}_encoder."): tensor.float() for key, tensor in state.items() if key.startswith(tower)}
-              for tower in ("image", "text")]
+    config = ClipConfig(
+        image_size=int(meta["image_size"]),
+        patch_size=int(meta["patch_size"]),
+        embedding=embedding,
+        image_width=int(meta["image_heads"]) * int(meta["head_dim"]),
+        image_layers=layers,
+        image_heads=int(meta["image_heads"]),
+        text_width=int(meta["text_heads"]) * int(meta["head_dim"]),
+        text_layers=layers,
+        text_heads=int(meta["text_heads"]),
+        context=int(meta["text_ctx"]),
+        vocabulary=int(meta["vocab_size"]),
+        scale=float(meta["logit_scale"]),
+    )
+    towers = [
+        {
+            key.removeprefix(f"{tower}_encoder."): tensor.float()
+            for key, tensor in state.items()
+            if key.startswith(tower)
+        }
+        for tower in ("image", "text")
+    ]
     model = NoisedClip(config).eval().requires_grad_(False)
     model.load_state_dict(clip_from_released(*towers, config))
     return model, given, meta, towers
@@ -193,14 +276,30 @@ def golden_clip():
 
 def test_noised_clip_embeds_as_the_release_does():
     model, given, _, towers = golden_clip()
-    assert worst(model.encode_text(given["tokens"], given["lengths"]), given["text_embeddings"]) <= TOLERANCE
-    assert worst(model.encode_image(given["images"], given["t"]), given["image_embeddings"]) <= TOLERANCE
+    assert (
+        worst(model.encode_text(given["tokens"], given["lengths"]), given["text_embeddings"])
+        <= TOLERANCE
+    )
+    assert (
+        worst(model.encode_image(given["images"], given["t"]), given["image_embeddings"])
+        <= TOLERANCE
+    )
     for ours, theirs in zip(clip_to_released(model.state_dict()), towers, strict=True):
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        assert ours.keys() == theirs.keys() and all(
+            torch.equal(ours[key], theirs[key]) for key in theirs
+        )
 
 
 def test_the_gradient_of_clip_guidance_is_the_released_one():
     model, given, meta, _ = golden_clip()
     text = given["text_embeddings"]
-    gradient = score_gradient(model.score, given["images"], given["t"], text, torch.full((3,), float(meta["gradient_scale"])))
-    assert worst(gradient, given["guidance_gradient"]) <= 1e-4 * given["guidance_gradient"].abs().max()
+    gradient = score_gradient(
+        model.score,
+        given["images"],
+        given["t"],
+        text,
+        torch.full((3,), float(meta["gradient_scale"])),
+    )
+    assert (
+        worst(gradient, given["guidance_gradient"]) <= 1e-4 * given["guidance_gradient"].abs().max()
+    )

@@ -12,10 +12,16 @@ from glide_ray.models.cost import example_conditioning
 from glide_ray.sampling.request import SampleRequest
 from glide_ray.sampling.stepper import Stepper
 
-kernels = pytest.importorskip("glide_ray.models.kernels", reason="there is no Triton for this platform", exc_type=ImportError)
+kernels = pytest.importorskip(
+    "glide_ray.models.kernels", reason="there is no Triton for this platform", exc_type=ImportError
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
-RESAMPLED = {kernels.SAME: lambda x: x, kernels.UP: lambda x: F.interpolate(x, scale_factor=2.0), kernels.DOWN: lambda x: F.avg_pool2d(x, 2)}
+RESAMPLED = {
+    kernels.SAME: lambda x: x,
+    kernels.UP: lambda x: F.interpolate(x, scale_factor=2.0),
+    kernels.DOWN: lambda x: F.avg_pool2d(x, 2),
+}
 
 
 def far(found, wanted):
@@ -23,31 +29,65 @@ def far(found, wanted):
 
 
 def images(*shape, mean=0.0, spread=1.0):
-    return (mean + spread * torch.randn(*shape, device=DEVICE)).contiguous(memory_format=torch.channels_last)
+    return (mean + spread * torch.randn(*shape, device=DEVICE)).contiguous(
+        memory_format=torch.channels_last
+    )
 
 
 def config_of(name):
     """The preset in little, every kind of block in it."""
     config = presets.get(name).model
-    unet = config.unet.model_copy(update={"image_size": 16, "low_res_size": 4 if config.unet.low_res_size else None, "channels": 16, "groups": 8,
-                                          "multipliers": (1, 2), "attention_sizes": (8,), "head_channels": 16})
+    unet = config.unet.model_copy(
+        update={
+            "image_size": 16,
+            "low_res_size": 4 if config.unet.low_res_size else None,
+            "channels": 16,
+            "groups": 8,
+            "multipliers": (1, 2),
+            "attention_sizes": (8,),
+            "head_channels": 16,
+        }
+    )
     return config.model_copy(update={"unet": unet})
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["one program a group", "in chunks"])
-@pytest.mark.parametrize(("shape", "groups", "resample"), [((2, 384, 16, 16), 32, "SAME"), ((1, 96, 8, 12), 32, "UP"), ((3, 64, 32, 16), 32, "DOWN"),
-                                                           ((1, 80, 20, 30), 8, "SAME")])
+@pytest.mark.parametrize(
+    ("shape", "groups", "resample"),
+    [
+        ((2, 384, 16, 16), 32, "SAME"),
+        ((1, 96, 8, 12), 32, "UP"),
+        ((3, 64, 32, 16), 32, "DOWN"),
+        ((1, 80, 20, 30), 8, "SAME"),
+    ],
+)
 def test_a_fused_normalisation_is_pytorchs_in_float64(monkeypatch, shape, groups, resample, whole):
     """Also where the mean is far from 0, groups are no power of two wide, and images are no power of two large."""
     if not whole:
         monkeypatch.setattr(kernels, "WHOLE", 0)
     torch.manual_seed(0)
     channels, resample = shape[1], getattr(kernels, resample)
-    x, weight, bias, before = images(*shape, mean=50, spread=3), *torch.randn(3, channels, device=DEVICE)
+    x, weight, bias, before = (
+        images(*shape, mean=50, spread=3),
+        *torch.randn(3, channels, device=DEVICE),
+    )
     scale, shift = torch.randn(shape[0], 2 * channels, device=DEVICE).chunk(2, dim=1)
-    wanted = F.group_norm(x.double() + before.double()[:, None, None], groups, weight.double(), bias.double(), 1e-5)
+    wanted = F.group_norm(
+        x.double() + before.double()[:, None, None], groups, weight.double(), bias.double(), 1e-5
+    )
     wanted = wanted * (1 + scale.double()[..., None, None]) + shift.double()[..., None, None]
-    found = kernels.group_norm(x, groups, weight, bias, 1e-5, before=before, scale=scale, shift=shift, silu=True, resample=resample)
+    found = kernels.group_norm(
+        x,
+        groups,
+        weight,
+        bias,
+        1e-5,
+        before=before,
+        scale=scale,
+        shift=shift,
+        silu=True,
+        resample=resample,
+    )
     assert far(found, RESAMPLED[resample](F.silu(wanted))) < 3e-6
     assert found.is_contiguous(memory_format=torch.channels_last)
     plain = kernels.group_norm(x, groups, weight, bias, 1e-5)
@@ -57,15 +97,25 @@ def test_a_fused_normalisation_is_pytorchs_in_float64(monkeypatch, shape, groups
 @pytest.mark.parametrize("resample", ["SAME", "UP", "DOWN"])
 def test_a_fused_sum_is_that_of_its_parts(resample):
     torch.manual_seed(0)
-    x, bias, other, resample = images(2, 80, 8, 12), *torch.randn(2, 80, device=DEVICE), getattr(kernels, resample)
+    x, bias, other, resample = (
+        images(2, 80, 8, 12),
+        *torch.randn(2, 80, device=DEVICE),
+        getattr(kernels, resample),
+    )
     skip = RESAMPLED[resample](x)
     h = images(*skip.shape)
-    assert far(kernels.add(h, x, bias, other, resample), h + skip + (bias + other)[:, None, None]) < 1e-6
+    assert (
+        far(kernels.add(h, x, bias, other, resample), h + skip + (bias + other)[:, None, None])
+        < 1e-6
+    )
     assert far(kernels.add(h, x, bias, resample=resample), h + skip + bias[:, None, None]) < 1e-6
 
 
 def test_keys_and_values_follow_those_of_the_text():
-    qkv, key, value = torch.randn(2, 30, 3, 3, 16, device=DEVICE), *torch.randn(2, 2, 3, 7, 16, device=DEVICE)
+    qkv, key, value = (
+        torch.randn(2, 30, 3, 3, 16, device=DEVICE),
+        *torch.randn(2, 2, 3, 7, 16, device=DEVICE),
+    )
     keys, values = kernels.keys_values(qkv, key, value)
     assert torch.equal(keys, torch.cat([key, qkv[:, :, :, 1].transpose(1, 2)], dim=2))
     assert torch.equal(values, torch.cat([value, qkv[:, :, :, 2].transpose(1, 2)], dim=2))
@@ -79,7 +129,10 @@ def test_a_fused_network_is_the_plain_one_but_for_rounding(name):
     conditioning = example_conditioning(config, 2).to(DEVICE)
     x, timestep = torch.randn(2, 3, 16, 16, device=DEVICE), torch.tensor([500, 20], device=DEVICE)
     with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
-        plain, weights = model(x, timestep, conditioning), {key: value.clone() for key, value in model.state_dict().items()}
+        plain, weights = (
+            model(x, timestep, conditioning),
+            {key: value.clone() for key, value in model.state_dict().items()},
+        )
         model.fuse()
         fused = model(x, timestep, conditioning)
     assert far(fused.eps, plain.eps) < 1e-5
@@ -89,12 +142,23 @@ def test_a_fused_network_is_the_plain_one_but_for_rounding(name):
 
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
 
+
 def requests(config, count):
     """Different captions, some without guidance and some with fewer steps."""
     conditioning = example_conditioning(config, count)
-    conditioning = replace(conditioning, tokens=torch.arange(count)[:, None].expand_as(conditioning.tokens) + 5)
-    return [SampleRequest(conditioning[n:n + 1], seed=n, respacing="4" if n % 3 else "7", guidance_scale=1.0 if n % 2 else 3.0,
-                          sampler=("ancestral", "dpm++", "plms")[n % 3]) for n in range(count)]
+    conditioning = replace(
+        conditioning, tokens=torch.arange(count)[:, None].expand_as(conditioning.tokens) + 5
+    )
+    return [
+        SampleRequest(
+            conditioning[n : n + 1],
+            seed=n,
+            respacing="4" if n % 3 else "7",
+            guidance_scale=1.0 if n % 2 else 3.0,
+            sampler=("ancestral", "dpm++", "plms")[n % 3],
+        )
+        for n in range(count)
+    ]
 
 
 @needs_gpu
@@ -114,7 +178,9 @@ def test_a_gpus_graphs_give_what_the_cpu_gives(name):
 @needs_gpu
 def test_a_warm_gpu_records_nothing_more():
     config = config_of("nano-base")
-    stepper = Stepper(random_model(config, torch.float16), config, "cuda", torch.float16, max_in_flight=3)
+    stepper = Stepper(
+        random_model(config, torch.float16), config, "cuda", torch.float16, max_in_flight=3
+    )
     stepper.warm(requests(config, 1)[0])
     recorded = dict(stepper._network._graphs)
     assert sorted(recorded) == [1, 2, 3, 4, 6]

@@ -33,8 +33,12 @@ def _name(path):
     return path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
 
 
-MODULES = {_name(path): path for folder in ("glide_ray", "jobs", "serve")
-           for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"}
+MODULES = {
+    _name(path): path
+    for folder in ("glide_ray", "jobs", "serve")
+    for path in (ROOT / folder).rglob("*.py")
+    if path.name != "__init__.py"
+}
 
 
 def imports(path, module):
@@ -43,7 +47,7 @@ def imports(path, module):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(module.split(".")[:-node.level]) if node.level else ""
+            base = ".".join(module.split(".")[: -node.level]) if node.level else ""
             source = ".".join(filter(None, [base, node.module]))
             for alias in node.names:
                 whole = f"{source}.{alias.name}"
@@ -71,7 +75,10 @@ def test_no_import_runs_up():
 
 
 def test_no_imports_go_round_in_a_circle():
-    graph = {module: {name for name in imports(path, module) if name in MODULES} for module, path in MODULES.items()}
+    graph = {
+        module: {name for name in imports(path, module) if name in MODULES}
+        for module, path in MODULES.items()
+    }
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -96,21 +103,32 @@ def test_init_files_of_rooms_are_empty():
 
 
 def test_the_package_names_its_public_parts_and_loads_no_torch_before_their_use():
-    script = ("import sys, glide_ray; assert 'torch' not in sys.modules; assert glide_ray.__version__; "
-              "assert {'Cascade', 'SampleOptions', 'load'} <= set(dir(glide_ray)); "
-              "assert glide_ray.SampleOptions.__name__ == 'SampleOptions'; "
-              "assert glide_ray.Cascade.__name__ == 'Cascade' and 'torch' in sys.modules")
+    script = (
+        "import sys, glide_ray; assert 'torch' not in sys.modules; assert glide_ray.__version__; "
+        "assert {'Cascade', 'SampleOptions', 'load'} <= set(dir(glide_ray)); "
+        "assert glide_ray.SampleOptions.__name__ == 'SampleOptions'; "
+        "assert glide_ray.Cascade.__name__ == 'Cascade' and 'torch' in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 def test_the_core_runs_where_ray_and_deepspeed_are_not_installed(tmp_path):
     """In a process in which importing either fails."""
     script = tmp_path / "core.py"
-    core = sorted(module for module in MODULES if room(module) in WITHOUT_RAY and module != "glide_ray.train.loop"
-                  and (module != "glide_ray.models.kernels" or find_spec("triton")))
-    script.write_text("import sys\nsys.modules.update(ray=None, deepspeed=None)\nimport importlib\n"
-                      f"for name in {core!r}: importlib.import_module(name)\n"
-                      "print(len([m for m in sys.modules if m.startswith('glide_ray.')]))\n")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT, check=False)
+    core = sorted(
+        module
+        for module in MODULES
+        if room(module) in WITHOUT_RAY
+        and module != "glide_ray.train.loop"
+        and (module != "glide_ray.models.kernels" or find_spec("triton"))
+    )
+    script.write_text(
+        "import sys\nsys.modules.update(ray=None, deepspeed=None)\nimport importlib\n"
+        f"for name in {core!r}: importlib.import_module(name)\n"
+        "print(len([m for m in sys.modules if m.startswith('glide_ray.')]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= len(core)

@@ -25,66 +25,110 @@ def features(draws, count, width=48, shift=0.0):
 def test_the_frechet_distance_is_that_of_scipy_and_of_torchmetrics(draws):
     one, other = features(draws, 500), features(draws, 700, shift=0.2)
     ours = metrics.frechet_distance(Moments.of(one), Moments.of(other))
-    means, covariances = [part.mean(0, dtype=np.float64) for part in (one, other)], [np.cov(part.astype(np.float64), rowvar=False) for part in (one, other)]
+    means, covariances = (
+        [part.mean(0, dtype=np.float64) for part in (one, other)],
+        [np.cov(part.astype(np.float64), rowvar=False) for part in (one, other)],
+    )
     root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
-    by_hand = np.sum((means[0] - means[1])**2) + np.trace(covariances[0] + covariances[1] - 2 * root)
-    theirs = _compute_fid(*(torch.tensor(part) for part in (means[0], covariances[0], means[1], covariances[1])))
-    assert ours == pytest.approx(by_hand, rel=1e-6) and ours == pytest.approx(float(theirs), rel=1e-3)
+    by_hand = np.sum((means[0] - means[1]) ** 2) + np.trace(
+        covariances[0] + covariances[1] - 2 * root
+    )
+    theirs = _compute_fid(
+        *(torch.tensor(part) for part in (means[0], covariances[0], means[1], covariances[1]))
+    )
+    assert ours == pytest.approx(by_hand, rel=1e-6) and ours == pytest.approx(
+        float(theirs), rel=1e-3
+    )
 
 
 def test_the_frechet_distance_of_two_normal_distributions_is_its_closed_form():
-    one, other = Moments(10, np.zeros(3), np.diag([1.0, 4.0, 9.0])), Moments(10, np.array([1.0, 2.0, 2.0]), np.diag([4.0, 4.0, 1.0]))
-    assert metrics.frechet_distance(one, other) == pytest.approx(9 + (1 - 2)**2 + 0 + (3 - 1)**2)
+    one, other = (
+        Moments(10, np.zeros(3), np.diag([1.0, 4.0, 9.0])),
+        Moments(10, np.array([1.0, 2.0, 2.0]), np.diag([4.0, 4.0, 1.0])),
+    )
+    assert metrics.frechet_distance(one, other) == pytest.approx(
+        9 + (1 - 2) ** 2 + 0 + (3 - 1) ** 2
+    )
 
 
 def test_a_set_is_at_no_distance_from_itself_and_its_halves_draw_nearer_as_one_over_n(draws):
     whole = features(draws, 8000)
     assert metrics.frechet_distance(Moments.of(whole), Moments.of(whole)) < 1e-3
-    apart = [np.mean([metrics.frechet_distance(Moments.of(part[:count]), Moments.of(part[count:2 * count])) for part in (whole, whole[::-1])])
-             for count in (500, 1000, 2000, 4000)]
+    apart = [
+        np.mean(
+            [
+                metrics.frechet_distance(
+                    Moments.of(part[:count]), Moments.of(part[count : 2 * count])
+                )
+                for part in (whole, whole[::-1])
+            ]
+        )
+        for count in (500, 1000, 2000, 4000)
+    ]
     assert apart == sorted(apart, reverse=True)
-    assert np.polyfit(np.log([500, 1000, 2000, 4000]), np.log(apart), 1)[0] == pytest.approx(-1, abs=0.15)
+    assert np.polyfit(np.log([500, 1000, 2000, 4000]), np.log(apart), 1)[0] == pytest.approx(
+        -1, abs=0.15
+    )
 
 
 def test_moments_of_parts_join_to_those_of_the_whole(draws):
     whole = features(draws, 900)
-    joined = Moments.of(whole[:100]).joined(Moments.of(whole[100:350])).joined(Moments.of(whole[350:]))
+    joined = (
+        Moments.of(whole[:100]).joined(Moments.of(whole[100:350])).joined(Moments.of(whole[350:]))
+    )
     direct = Moments.of(whole)
-    assert joined.count == 900 and np.allclose(joined.mean, direct.mean, atol=1e-12) and np.allclose(joined.covariance, direct.covariance, atol=1e-12)
+    assert (
+        joined.count == 900
+        and np.allclose(joined.mean, direct.mean, atol=1e-12)
+        and np.allclose(joined.covariance, direct.covariance, atol=1e-12)
+    )
 
 
 def test_the_distance_read_off_at_endlessly_many_samples_is_nearer_to_the_truth(draws):
     width = 32
     made, truth = draws.normal(size=(4000, width)), Moments(10**9, np.zeros(width), np.eye(width))
-    assert abs(metrics.frechet_infinity(made, truth, least=500)) < 0.3 * metrics.frechet_distance(Moments.of(made), truth)
+    assert abs(metrics.frechet_infinity(made, truth, least=500)) < 0.3 * metrics.frechet_distance(
+        Moments.of(made), truth
+    )
 
 
 def test_the_distance_of_fewer_images_than_features_is_that_of_their_moments(draws):
     made, reference = features(draws, 30), Moments.of(features(draws, 500, shift=0.2))
-    assert metrics._from_rows(made.astype(np.float64), reference) == pytest.approx(metrics.frechet_distance(Moments.of(made), reference), rel=1e-6)      # roots of rounding, both ways
+    assert metrics._from_rows(made.astype(np.float64), reference) == pytest.approx(
+        metrics.frechet_distance(Moments.of(made), reference), rel=1e-6
+    )  # roots of rounding, both ways
 
 
 def test_kid_is_that_of_torchmetrics_and_has_no_bias(draws):
     one, other = features(draws, 400), features(draws, 400, shift=0.1)
     ours, _ = metrics.kid(one, other, subsets=1, size=400)
-    assert ours == pytest.approx(float(poly_mmd(torch.tensor(one).double(), torch.tensor(other).double())), rel=1e-3)
-    mean, deviation = metrics.kid(features(draws, 4000), features(draws, 4000), subsets=50, size=200)
+    assert ours == pytest.approx(
+        float(poly_mmd(torch.tensor(one).double(), torch.tensor(other).double())), rel=1e-3
+    )
+    mean, deviation = metrics.kid(
+        features(draws, 4000), features(draws, 4000), subsets=50, size=200
+    )
     assert abs(mean) < 4 * deviation / np.sqrt(50)
 
 
 def test_cmmd_is_its_definition_and_nothing_for_a_set_with_itself(draws):
     one, other = features(draws, 60), features(draws, 50, shift=0.5)
-    a, b = (part.astype(float) / np.linalg.norm(part, axis=1, keepdims=True) for part in (one, other))
+    a, b = (
+        part.astype(float) / np.linalg.norm(part, axis=1, keepdims=True) for part in (one, other)
+    )
 
     def kernel(x, y):
-        return np.mean([[np.exp(-np.sum((p - q)**2) / 200) for q in y] for p in x])
-    assert metrics.cmmd(one, other) == pytest.approx(1000 * (kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)), rel=1e-4)
+        return np.mean([[np.exp(-np.sum((p - q) ** 2) / 200) for q in y] for p in x])
+
+    assert metrics.cmmd(one, other) == pytest.approx(
+        1000 * (kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)), rel=1e-4
+    )
     assert metrics.cmmd(one, one) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize(("count", "shift", "k"), [(300, 0.0, 3), (300, 0.3, 3), (200, 1.0, 5)])
 def test_precision_and_recall_are_exactly_those_of_prdc(draws, monkeypatch, count, shift, k):
-    monkeypatch.setattr(metrics, "ROWS", 70)       # in several blocks
+    monkeypatch.setattr(metrics, "ROWS", 70)  # in several blocks
     real, made = features(draws, count, 8), features(draws, count + 50, 8, shift)
     theirs = compute_prdc(real.astype(np.float64), made.astype(np.float64), nearest_k=k)
     assert metrics.precision_recall(real, made, k) == (theirs["precision"], theirs["recall"])
@@ -99,14 +143,23 @@ def test_the_inception_score_is_the_number_of_classes_for_sure_and_even_answers_
 def test_the_clip_score_is_a_hundred_for_equal_directions_and_its_negative_for_opposite_ones(draws):
     one = features(draws, 20)
     assert metrics.clip_score(one, 3 * one) == pytest.approx(100) == -metrics.clip_score(one, -one)
-    assert metrics.clip_score(np.array([[1.0, 0]]), np.array([[1.0, 1]])) == pytest.approx(100 / np.sqrt(2))
+    assert metrics.clip_score(np.array([[1.0, 0]]), np.array([[1.0, 1]])) == pytest.approx(
+        100 / np.sqrt(2)
+    )
 
 
 def test_features_that_cannot_be_measured_are_refused_in_a_sentence(draws):
     good, bad = features(draws, 20), features(draws, 20)
     bad[3, 1] = np.nan
-    for wrong, sentence in ((lambda: Moments.of(bad), "1 of 20 rows"), (lambda: Moments.of(good[:1]), "at least 2 rows"),
-                            (lambda: metrics.kid(good, good[:, :5]), "48 and 5 numbers"), (lambda: metrics.precision_recall(good, good[:3]), "3 neighbours"),
-                            (lambda: metrics.frechet_distance(Moments.of(good), Moments.of(good[:, :5])), "48 and 5 numbers")):
+    for wrong, sentence in (
+        (lambda: Moments.of(bad), "1 of 20 rows"),
+        (lambda: Moments.of(good[:1]), "at least 2 rows"),
+        (lambda: metrics.kid(good, good[:, :5]), "48 and 5 numbers"),
+        (lambda: metrics.precision_recall(good, good[:3]), "3 neighbours"),
+        (
+            lambda: metrics.frechet_distance(Moments.of(good), Moments.of(good[:, :5])),
+            "48 and 5 numbers",
+        ),
+    ):
         with pytest.raises(MetricError, match=sentence):
             wrong()

@@ -10,9 +10,19 @@ from glide_ray.errors import ConfigError
 from glide_ray.experiments.pretrain import PART_BYTES, _write_parts, pretrain
 from glide_ray.models.weights import load_metadata, load_model
 
-SMALL = ["model.unet.channels=32", "model.unet.multipliers=1,1,1", "model.unet.head_channels=32", "model.unet.text.width=16",
-         "model.unet.text.layers=1", "model.unet.text.heads=1", "batch=4", "data.held_out_images=4", "data.cache_gib=0",
-         "sample_prompts=a fox, flat icon", "model.sampling.respacing=2"]
+SMALL = [
+    "model.unet.channels=32",
+    "model.unet.multipliers=1,1,1",
+    "model.unet.head_channels=32",
+    "model.unet.text.width=16",
+    "model.unet.text.layers=1",
+    "model.unet.text.heads=1",
+    "batch=4",
+    "data.held_out_images=4",
+    "data.cache_gib=0",
+    "sample_prompts=a fox, flat icon",
+    "model.sampling.respacing=2",
+]
 
 
 def join(out, name):
@@ -21,10 +31,21 @@ def join(out, name):
 
 
 @pytest.mark.slow
-def test_weights_come_out_of_packages_in_parts_with_their_sources_and_a_sheet(emoji_corpus, tmp_path):
+def test_weights_come_out_of_packages_in_parts_with_their_sources_and_a_sheet(
+    emoji_corpus, tmp_path
+):
     corpus, _ = emoji_corpus
-    done = pretrain("emoji-base", tmp_path / "out", 1e-9, corpus, tmp_path / "run", settings=[*SMALL, f"data.corpus={corpus}/train"],
-                    styles=("3D render", "flat icon"), scenes=0, report=lambda line: None)
+    done = pretrain(
+        "emoji-base",
+        tmp_path / "out",
+        1e-9,
+        corpus,
+        tmp_path / "run",
+        settings=[*SMALL, f"data.corpus={corpus}/train"],
+        styles=("3D render", "flat icon"),
+        scenes=0,
+        report=lambda line: None,
+    )
     assert done.step == 1
     data = join(tmp_path / "out", "emoji-base")
     about = json.loads((tmp_path / "out" / "emoji-base.json").read_text())
@@ -32,8 +53,10 @@ def test_weights_come_out_of_packages_in_parts_with_their_sources_and_a_sheet(em
     assert about["recipe"]["images"] == 4 and about["recipe"]["device"] == "CPU"
     (tmp_path / "whole.safetensors").write_bytes(data)
     model, config = load_model(tmp_path / "whole.safetensors")
-    assert config.inpaint and {source["style"] for source in json.loads(load_metadata(tmp_path / "whole.safetensors")["sources"])} == {
-        "3D render", "flat icon"}
+    assert config.inpaint and {
+        source["style"]
+        for source in json.loads(load_metadata(tmp_path / "whole.safetensors")["sources"])
+    } == {"3D render", "flat icon"}
     assert Image.open(tmp_path / "out" / "emoji-base.png").width > 64
     assert (tmp_path / "out" / "emoji-base.metrics.jsonl").read_text().count("\n") >= 1
 

@@ -38,15 +38,33 @@ from glide_ray.train.single import SingleTrainer
 
 QUICK = ["--steps", "2", "--upsampler-steps", "2"]
 SOURCES = (
-    {"package": "@iconify-json/noto", "version": "1.2.3", "style": "Noto", "author": "Google Inc",
-     "url": "https://github.com/googlefonts/noto-emoji", "licence": "Apache-2.0", "pictures": 3819},
-    {"package": "@iconify-json/twemoji", "version": "1.2.2", "style": "Twemoji",
-     "author": "Twitter", "url": "https://github.com/twitter/twemoji",
-     "licence": "CC-BY-4.0", "pictures": 4169})
-NOTES = packing.Notes.model_validate({
-    "figures": {"style right": {"value": 0.97, "interval": [0.95, 0.98],
-                                "command": "glide compose"}},
-    "limits": ["It knows emoji and nothing else."]})
+    {
+        "package": "@iconify-json/noto",
+        "version": "1.2.3",
+        "style": "Noto",
+        "author": "Google Inc",
+        "url": "https://github.com/googlefonts/noto-emoji",
+        "licence": "Apache-2.0",
+        "pictures": 3819,
+    },
+    {
+        "package": "@iconify-json/twemoji",
+        "version": "1.2.2",
+        "style": "Twemoji",
+        "author": "Twitter",
+        "url": "https://github.com/twitter/twemoji",
+        "licence": "CC-BY-4.0",
+        "pictures": 4169,
+    },
+)
+NOTES = packing.Notes.model_validate(
+    {
+        "figures": {
+            "style right": {"value": 0.97, "interval": [0.95, 0.98], "command": "glide compose"}
+        },
+        "limits": ["It knows emoji and nothing else."],
+    }
+)
 
 
 def trained(kind, seed=0, sources=SOURCES, *settings):
@@ -93,6 +111,7 @@ def pixels(path):
 
 # -- by name -----------------------------------------------------------------------------------
 
+
 def test_the_name_alone_is_both_models(pair):
     files = Cascade.load(pair / "emoji-base.safetensors", pair / "emoji-upsampler.safetensors")
     options = SampleOptions(steps=2, upsampler_steps=2)
@@ -108,8 +127,17 @@ def test_pictures_are_made_and_edited_without_naming_weights(pair, tmp_path):
     mask = Image.new("LA", (64, 64), (0, 255))
     mask.paste((0, 0), (16, 16, 48, 48))
     mask.save(tmp_path / "mask.png")
-    run("edit", "a star", "--image", tmp_path / "a.png", "--mask", tmp_path / "mask.png",
-        "--out", tmp_path / "e.png", *QUICK)
+    run(
+        "edit",
+        "a star",
+        "--image",
+        tmp_path / "a.png",
+        "--mask",
+        tmp_path / "mask.png",
+        "--out",
+        tmp_path / "e.png",
+        *QUICK,
+    )
     changed = (pixels(tmp_path / "a.png") != pixels(tmp_path / "e.png")).any(-1)
     assert not changed[:16].any() and changed[16:48, 16:48].mean() > 0.5
     run("generate", "a fox", "--no-upsampler", "--out", tmp_path / "s.png", *QUICK)
@@ -118,8 +146,17 @@ def test_pictures_are_made_and_edited_without_naming_weights(pair, tmp_path):
 
 def test_the_name_may_be_given_where_a_path_may(pair, own_base, tmp_path, capsys):
     run("generate", "a fox", "--base", "emoji", "--out", tmp_path / "a.png", *QUICK)
-    run("generate", "a fox", "--base", own_base, "--upsampler", "emoji",
-        "--out", tmp_path / "b.png", *QUICK)
+    run(
+        "generate",
+        "a fox",
+        "--base",
+        own_base,
+        "--upsampler",
+        "emoji",
+        "--out",
+        tmp_path / "b.png",
+        *QUICK,
+    )
     assert not capsys.readouterr().err.count("no upsampler was given")
     assert [pixels(tmp_path / f"{name}.png").shape[0] for name in "ab"] == [64, 64]
     assert load_stepper("emoji", "upsampler").config.low_res_size == 16
@@ -130,7 +167,8 @@ def test_a_picture_names_the_shipped_models_and_is_made_again(pair, tmp_path, ca
     used = read_recipe(tmp_path / "a.png")[0].models
     card = read_card(pair / shipped.CARD)
     assert {role: (one.path, one.sha256) for role, one in used.items()} == {
-        role: ("emoji", card.file(role).sha256) for role in ("base", "upsampler")}
+        role: ("emoji", card.file(role).sha256) for role in ("base", "upsampler")
+    }
     run("reproduce", tmp_path / "a.png")
     assert "to the last 8-bit value" in capsys.readouterr().out
 
@@ -147,9 +185,11 @@ def test_a_servers_picture_from_the_shipped_models_is_made_again(pair, tmp_path,
 
 def test_an_unknown_name_is_answered_with_the_nearest(pair, capsys):
     assert "no weights of that name ship with glide_ray; did you mean 'emoji'?" in refusal(
-        capsys, "generate", "a fox", "--base", "emojis")
+        capsys, "generate", "a fox", "--base", "emojis"
+    )
     assert "There is no weights file nothing.safetensors" in refusal(
-        capsys, "generate", "a fox", "--base", "nothing.safetensors")
+        capsys, "generate", "a fox", "--base", "nothing.safetensors"
+    )
     with pytest.raises(WeightsError, match="No weights called 'emojy'.*did you mean 'emoji'"):
         shipped.find("emojy")
     with pytest.raises(WeightsError, match="did you mean 'emoji'"):
@@ -172,13 +212,23 @@ def test_the_name_is_no_clips(pair):
 
 # -- one's own base model ----------------------------------------------------------------------
 
-def test_the_shipped_upsampler_enlarges_ones_own_base_model_and_says_so(pair, own_base, tmp_path,
-                                                                       capsys):
+
+def test_the_shipped_upsampler_enlarges_ones_own_base_model_and_says_so(
+    pair, own_base, tmp_path, capsys
+):
     run("generate", "a fox", "--base", own_base, "--out", tmp_path / "a.png", *QUICK)
     assert pixels(tmp_path / "a.png").shape == (64, 64, 3)
     assert "pictures are enlarged by nano-upsampler" in capsys.readouterr().err
-    run("generate", "a fox", "--base", own_base, "--no-upsampler", "--out", tmp_path / "s.png",
-        *QUICK)
+    run(
+        "generate",
+        "a fox",
+        "--base",
+        own_base,
+        "--no-upsampler",
+        "--out",
+        tmp_path / "s.png",
+        *QUICK,
+    )
     assert pixels(tmp_path / "s.png").shape == (16, 16, 3)
     assert "enlarged" not in capsys.readouterr().err
 
@@ -186,13 +236,21 @@ def test_the_shipped_upsampler_enlarges_ones_own_base_model_and_says_so(pair, ow
 def test_ones_own_base_model_of_another_size_keeps_it_and_says_so(pair, tmp_path, capsys):
     config = tiny("base", "model.unet.image_size=32").model
     save_weights(tmp_path / "w.safetensors", random_model(config.unet).state_dict(), config)
-    run("generate", "a fox", "--base", tmp_path / "w.safetensors", "--out", tmp_path / "a.png",
-        *QUICK)
+    run(
+        "generate",
+        "a fox",
+        "--base",
+        tmp_path / "w.safetensors",
+        "--out",
+        tmp_path / "a.png",
+        *QUICK,
+    )
     assert pixels(tmp_path / "a.png").shape == (32, 32, 3)
     assert "pictures keep the 32 pixels of nano-base" in capsys.readouterr().err
 
 
 # -- deleted or altered ------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("role", ["base", "upsampler"])
 def test_altered_weights_are_refused_with_a_remedy(pair, capsys, role):
@@ -205,14 +263,23 @@ def test_altered_weights_are_refused_with_a_remedy(pair, capsys, role):
     assert "reinstall glide_ray" in said and "--base" in said
 
 
-@pytest.mark.parametrize("name", ["emoji-base.safetensors", "emoji-upsampler.safetensors",
-                                  "card.json"])
+@pytest.mark.parametrize(
+    "name", ["emoji-base.safetensors", "emoji-upsampler.safetensors", "card.json"]
+)
 def test_deleted_files_are_named_with_a_remedy(pair, own_base, capsys, name, tmp_path):
     (pair / name).unlink()
     said = refusal(capsys, "generate", "a fox")
     assert str(pair / name) in said and "is not there; reinstall glide_ray" in said
-    run("generate", "a fox", "--base", own_base, "--no-upsampler", "--out", tmp_path / "a.png",
-        *QUICK)
+    run(
+        "generate",
+        "a fox",
+        "--base",
+        own_base,
+        "--no-upsampler",
+        "--out",
+        tmp_path / "a.png",
+        *QUICK,
+    )
 
 
 def test_a_card_that_is_none_is_refused(pair, capsys):
@@ -226,10 +293,12 @@ def test_shipped_weights_are_hashed_once(pair, monkeypatch):
     shipped.find()
     monkeypatch.setattr("builtins.open", lambda *_: pytest.fail("a file was read again"))
     from glide_ray.storage import fingerprint
+
     assert fingerprint(pair / "emoji-base.safetensors")
 
 
 # -- packing -----------------------------------------------------------------------------------
+
 
 def test_a_packed_pair_is_float16_and_says_what_it_is_made_of(pair):
     for role in ("base", "upsampler"):
@@ -287,13 +356,18 @@ def a_run(folder, kind, corpus):
     state = list(random_model(preset.model.unet).state_dict().items())
     checkpoint = Path(Checkpoints(folder).folder(4, "x"))
     checkpoint.mkdir(parents=True)
-    pieces = [ParamSlice(name, tuple(tensor.shape), 0, tensor.numel(), n, 0)
-              for n, (name, tensor) in enumerate(state)]
+    pieces = [
+        ParamSlice(name, tuple(tensor.shape), 0, tensor.numel(), n, 0)
+        for n, (name, tensor) in enumerate(state)
+    ]
     save_part(part_path(checkpoint, 0), pieces, {"average/0.99": [tensor for _, tensor in state]})
     write_progress(checkpoint, preset, Progress(4), {})
     Checkpoints(folder).complete(str(checkpoint), {})
-    rows = [{"step": 2, "images_per_s": 4.0}, {"step": 2, "held_out": 1.0},
-            {"step": 4, "images_per_s": 2.0}]
+    rows = [
+        {"step": 2, "images_per_s": 4.0},
+        {"step": 2, "held_out": 1.0},
+        {"step": 4, "images_per_s": 2.0},
+    ]
     lines = [*map(json.dumps, rows), '{"step": 6, "im']
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     return folder
@@ -313,10 +387,17 @@ def test_a_run_is_exported_in_float16_with_its_recipe_and_its_corpuss_sources(tm
 def test_the_job_exports_the_same_float16_file_and_once(tmp_path):
     folder = a_run(tmp_path / "run", "base", tmp_path / "corpus")
     run("export", folder, "--half", "--out", tmp_path / "w.safetensors")
-    job = [sys.executable, Path(ROOT, "jobs/export.py"), folder, "--half",
-           "--out", tmp_path / "job.safetensors"]
-    first, again = (subprocess.run(job, capture_output=True, text=True, check=True, cwd=ROOT)
-                    for _ in range(2))
+    job = [
+        sys.executable,
+        Path(ROOT, "jobs/export.py"),
+        folder,
+        "--half",
+        "--out",
+        tmp_path / "job.safetensors",
+    ]
+    first, again = (
+        subprocess.run(job, capture_output=True, text=True, check=True, cwd=ROOT) for _ in range(2)
+    )
     assert (tmp_path / "job.safetensors").read_bytes() == (tmp_path / "w.safetensors").read_bytes()
     assert json.loads(first.stdout)["step"] == 4 and json.loads(again.stdout)["done_before"]
 
@@ -327,18 +408,31 @@ def test_two_runs_are_packed_by_one_command(tmp_path, monkeypatch, capsys):
     runs = [a_run(tmp_path / kind, kind, tmp_path / "corpus") for kind in ("base", "upsampler")]
     for name, content in (("notes", NOTES.model_dump()), ("b", {"device": "H100"}), ("u", {})):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    run("pack", *runs, "--notes", tmp_path / "notes.json",
-        "--recipe", tmp_path / "b.json", tmp_path / "u.json")
+    run(
+        "pack",
+        *runs,
+        "--notes",
+        tmp_path / "notes.json",
+        "--recipe",
+        tmp_path / "b.json",
+        tmp_path / "u.json",
+    )
     assert "2 sources, 1 figures" in capsys.readouterr().out
     assert Cascade.load("emoji").size == 64
     assert read_card(tmp_path / "pretrained" / "card.json").file("base").recipe["device"] == "H100"
 
 
-@pytest.mark.parametrize("option, text, sentence", [
-    ("--notes", '{"figures": {"x": {"value": "much"}}}', "figures.x.value: Input should be"),
-    ("--notes", "[", "cannot be read"), ("--recipe", "[1]", "is not a JSON object of names")])
-def test_notes_and_recipes_that_cannot_be_read_are_refused(pair, tmp_path, capsys, option, text,
-                                                           sentence):
+@pytest.mark.parametrize(
+    "option, text, sentence",
+    [
+        ("--notes", '{"figures": {"x": {"value": "much"}}}', "figures.x.value: Input should be"),
+        ("--notes", "[", "cannot be read"),
+        ("--recipe", "[1]", "is not a JSON object of names"),
+    ],
+)
+def test_notes_and_recipes_that_cannot_be_read_are_refused(
+    pair, tmp_path, capsys, option, text, sentence
+):
     (tmp_path / "x.json").write_text(text)
     files = [pair / f"emoji-{role}.safetensors" for role in ("base", "upsampler")]
     given = [option, *[tmp_path / "x.json"] * (2 if option == "--recipe" else 1)]
@@ -356,15 +450,18 @@ def test_pictures_of_a_corpuss_folders_are_added_up_and_scenes_have_none_of_thei
     folders = (("train", 30, {}), ("tones", 12, {}), ("scenes", 30, {"scenes": 9}))
     for name, pictures, more in folders:
         write_card(tmp_path / name, {"sources": [{**SOURCES[0], "pictures": pictures}], **more})
-    source, = packing.corpus_sources(f"{tmp_path}/{{train,tones,scenes}}")
+    (source,) = packing.corpus_sources(f"{tmp_path}/{{train,tones,scenes}}")
     assert source.pictures == 42
 
 
 def test_a_fine_tuned_models_sources_are_those_of_both_trainings(pair, tmp_path):
     mine = {**SOURCES[0], "package": "mine", "style": "outline", "pictures": None}
     write_card(tmp_path / "corpus", {"sources": [mine, SOURCES[1]], "rows": 5})
-    preset = tiny("base", f"data.corpus={tmp_path / 'corpus'}",
-                  f"start_from={pair / 'emoji-base.safetensors'}")
+    preset = tiny(
+        "base",
+        f"data.corpus={tmp_path / 'corpus'}",
+        f"start_from={pair / 'emoji-base.safetensors'}",
+    )
     assert [source.style for source in packing.sources_of(preset)] == ["Noto", "outline", "Twemoji"]
     train = preset.train.model_copy(update={"start_from": "emoji"})
     named = preset.model_copy(update={"train": train})
@@ -378,13 +475,18 @@ def test_a_source_stands_once_in_a_union():
 
 # -- licences ----------------------------------------------------------------------------------
 
+
 def test_the_api_lists_each_models_licences_and_whom_to_credit(pair, own_base):
     ask = asking(CascadeBackend(Cascade.load("emoji")))
-    model, = ask("GET", "/v1/models").json()["data"]
+    (model,) = ask("GET", "/v1/models").json()["data"]
     assert model["licence"] == ["Apache-2.0", "CC-BY-4.0"]
-    assert model["sources"][1] == {"package": "@iconify-json/twemoji@1.2.2", "author": "Twitter",
-                                   "licence": "CC-BY-4.0", "url": SOURCES[1]["url"]}
-    model, = asking(CascadeBackend(Cascade.load(own_base)))("GET", "/v1/models").json()["data"]
+    assert model["sources"][1] == {
+        "package": "@iconify-json/twemoji@1.2.2",
+        "author": "Twitter",
+        "licence": "CC-BY-4.0",
+        "url": SOURCES[1]["url"],
+    }
+    (model,) = asking(CascadeBackend(Cascade.load(own_base)))("GET", "/v1/models").json()["data"]
     assert model["licence"] == model["sources"] == []
 
 
@@ -404,15 +506,22 @@ def test_the_name_stays_a_name_for_other_nodes_whose_own_copy_is_used(pair, tmp_
     Worker(str(tmp_path), config, threads)(pyarrow.Table.from_pylist(list(map(asdict, wanted))))
     recipe = read_recipe(tmp_path / wanted[0].file)[0]
     assert {role: used.path for role, used in recipe.models.items()} == {
-        "base": "emoji", "upsampler": "emoji"}
+        "base": "emoji",
+        "upsampler": "emoji",
+    }
 
 
 def test_glide_card_prints_the_shipped_models_card_and_that_of_a_file(pair, own_base, capsys):
     run("card")
     printed = capsys.readouterr().out
     assert printed == (pair / "MODEL_CARD.md").read_text()
-    for text in ("CC-BY-4.0", "Twitter", "| style right | 0.97 | 0.95 to 0.98 | `glide compose` |",
-                 "- It knows emoji and nothing else.", "| steps | 9 | 9 |"):
+    for text in (
+        "CC-BY-4.0",
+        "Twitter",
+        "| style right | 0.97 | 0.95 to 0.98 | `glide compose` |",
+        "- It knows emoji and nothing else.",
+        "| steps | 9 | 9 |",
+    ):
         assert text in printed
     run("card", "--base", pair / "emoji-upsampler.safetensors")
     printed = capsys.readouterr().out
@@ -430,6 +539,7 @@ def test_weights_whose_sources_cannot_be_read_are_refused(tmp_path, own_base):
 
 # -- the package -------------------------------------------------------------------------------
 
+
 def test_a_wheel_carries_the_weights_and_their_card(pair, tmp_path):
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns("*.safetensors", "__pycache__", "card.json", "MODEL_CARD.md")
@@ -438,10 +548,24 @@ def test_a_wheel_carries_the_weights_and_their_card(pair, tmp_path):
         shutil.copy(Path(ROOT, name), source)
     for file in pair.iterdir():
         shutil.copy(file, source / "glide_ray" / "pretrained")
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index",
-                    "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)],
-                   check=True, timeout=120)
-    wheel, = tmp_path.glob("*.whl")
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-index",
+            "--no-build-isolation",
+            "--wheel-dir",
+            str(tmp_path),
+            str(source),
+        ],
+        check=True,
+        timeout=120,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
     carried = set(zipfile.ZipFile(wheel).namelist())
     assert {f"glide_ray/pretrained/{file.name}" for file in pair.iterdir()} <= carried
 

@@ -41,29 +41,52 @@ def test_with_few_seeds_p_is_that_of_every_arrangement(draws, seeds):
 
 def test_with_one_feature_p_is_that_of_scipy_s_paired_test(draws):
     one, other = draws.normal(size=(11, 1)), draws.normal(0.5, 1, (11, 1))
-    theirs = stats.permutation_test((one[:, 0], other[:, 0]), lambda a, b, axis: np.abs((a - b).mean(axis)), permutation_type="samples", vectorized=True,
-                                    n_resamples=np.inf, alternative="greater")
+    theirs = stats.permutation_test(
+        (one[:, 0], other[:, 0]),
+        lambda a, b, axis: np.abs((a - b).mean(axis)),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=np.inf,
+        alternative="greater",
+    )
     assert permutation_test(one, other).p == pytest.approx(theirs.pvalue)
 
 
 def test_drawn_arrangements_come_near_to_all_of_them_and_are_the_same_each_time(draws):
     one, other = draws.normal(size=(12, 3)), draws.normal(0.4, 1, (12, 3))
     whole, drawn = permutation_test(one, other), permutation_test(one, other, swaps=4000)
-    assert drawn.arrangements == 4001 and drawn == permutation_test(one, other, swaps=4000) and 0.01 < whole.p < 0.99
+    assert (
+        drawn.arrangements == 4001
+        and drawn == permutation_test(one, other, swaps=4000)
+        and 0.01 < whole.p < 0.99
+    )
     assert drawn.p == pytest.approx(whole.p, abs=4 * np.sqrt(whole.p * (1 - whole.p) / 4000))
 
 
 def test_where_nothing_differs_p_is_uniform_and_what_a_seed_decides_does_not_matter(draws):
     values = []
     for _ in range(500):
-        seed = 30 * draws.normal(size=(20, 3))      # what both pictures of a seed have in common, far more than what they do not
-        values.append(permutation_test(seed + draws.normal(size=(20, 3)), seed + draws.normal(size=(20, 3)), swaps=199).p)
-    assert stats.kstest(values, "uniform").pvalue > 0.01 and np.mean(np.array(values) <= 0.05) == pytest.approx(0.05, abs=0.03) and min(values) >= 1 / 200
+        seed = 30 * draws.normal(
+            size=(20, 3)
+        )  # what both pictures of a seed have in common, far more than what they do not
+        values.append(
+            permutation_test(
+                seed + draws.normal(size=(20, 3)), seed + draws.normal(size=(20, 3)), swaps=199
+            ).p
+        )
+    assert (
+        stats.kstest(values, "uniform").pvalue > 0.01
+        and np.mean(np.array(values) <= 0.05) == pytest.approx(0.05, abs=0.03)
+        and min(values) >= 1 / 200
+    )
 
 
 def test_the_distance_by_chance_is_the_root_of_the_mean_square_over_all_arrangements(draws):
     one, other = draws.normal(size=(6, 3)), draws.normal(size=(6, 3))
-    squares = [np.sum(((one - other) * np.array(signs)[:, None]).mean(0)**2) for signs in product((1, -1), repeat=6)]
+    squares = [
+        np.sum(((one - other) * np.array(signs)[:, None]).mean(0) ** 2)
+        for signs in product((1, -1), repeat=6)
+    ]
     assert permutation_test(one, other).by_chance == pytest.approx(np.sqrt(np.mean(squares)))
 
 
@@ -71,24 +94,52 @@ def test_a_group_beside_itself_differs_in_nothing(draws):
     group = Group("a toy", draws.normal(size=(30, 8)), draws.uniform(0, 255, (30, 3)))
     [pair] = probe([group, group], {"pink": draws.normal(size=8)})["pairs"]
     assert pair["p"] == 1 and pair["distance"] == pair["by_chance"] == 0
-    assert all(one == {"mean": 0, "standard_error": 0} for one in [*pair["colour"].values(), *pair["words"].values()])
+    assert all(
+        one == {"mean": 0, "standard_error": 0}
+        for one in [*pair["colour"].values(), *pair["words"].values()]
+    )
 
 
 def test_a_planted_difference_is_found_where_it_was_planted_and_nowhere_else(draws):
     words = {"pink": np.eye(8)[0], "blue": np.eye(8)[1], "round": np.eye(8)[2]}
     seeds, hues = draws.normal(size=(64, 8)), draws.uniform(80, 160, (64, 3))
-    plain, again = (Group(name, seeds + 0.3 * draws.normal(size=(64, 8)), hues + draws.normal(0, 20, (64, 3))) for name in ("boys", "children"))
-    pink = Group("girls", seeds + 0.3 * draws.normal(size=(64, 8)) + 0.6 * words["pink"] - 0.6 * words["blue"], hues + draws.normal(0, 20, (64, 3)) + [40, 0, 0])
+    plain, again = (
+        Group(name, seeds + 0.3 * draws.normal(size=(64, 8)), hues + draws.normal(0, 20, (64, 3)))
+        for name in ("boys", "children")
+    )
+    pink = Group(
+        "girls",
+        seeds + 0.3 * draws.normal(size=(64, 8)) + 0.6 * words["pink"] - 0.6 * words["blue"],
+        hues + draws.normal(0, 20, (64, 3)) + [40, 0, 0],
+    )
     found = probe([pink, plain, again], words)
     pairs = {tuple(pair["prompts"]): pair for pair in found["pairs"]}
     assert set(pairs) == {("girls", "boys"), ("girls", "children"), ("boys", "children")}
     planted, none = pairs["girls", "boys"], pairs["boys", "children"]
-    assert planted["p"] == 1 / 10_000 and planted["distance"] > 3 * planted["by_chance"] and none["p"] > 0.05
-    sizes = {name: one["mean"] / one["standard_error"] for name, one in [*planted["words"].items(), *planted["colour"].items()] if name != "blue"}
-    assert sizes["pink"] > 5 and sizes["red"] > 5 and max(abs(sizes[name]) for name in ("round", "green")) < 3.5
+    assert (
+        planted["p"] == 1 / 10_000
+        and planted["distance"] > 3 * planted["by_chance"]
+        and none["p"] > 0.05
+    )
+    sizes = {
+        name: one["mean"] / one["standard_error"]
+        for name, one in [*planted["words"].items(), *planted["colour"].items()]
+        if name != "blue"
+    }
+    assert (
+        sizes["pink"] > 5
+        and sizes["red"] > 5
+        and max(abs(sizes[name]) for name in ("round", "green")) < 3.5
+    )
     assert planted["words"]["blue"]["mean"] < -5 * planted["words"]["blue"]["standard_error"]
-    assert all(abs(one["mean"]) < 3.5 * one["standard_error"] for one in [*none["words"].values(), *none["colour"].values()])
-    assert found["groups"][0]["colour"] == pytest.approx(pink.colours.mean(0)) and found["groups"][0]["words"]["pink"] > found["groups"][1]["words"]["pink"]
+    assert all(
+        abs(one["mean"]) < 3.5 * one["standard_error"]
+        for one in [*none["words"].values(), *none["colour"].values()]
+    )
+    assert (
+        found["groups"][0]["colour"] == pytest.approx(pink.colours.mean(0))
+        and found["groups"][0]["words"]["pink"] > found["groups"][1]["words"]["pink"]
+    )
 
 
 def test_a_difference_has_the_standard_error_of_a_paired_t_test(draws):
@@ -104,42 +155,106 @@ def test_pictures_of_unlike_numbers_of_seeds_are_no_pairs(draws):
 
 @pytest.fixture
 def command(tiny_weights):
-    return lambda *more: main(["probe", *more, "--base", str(tiny_weights["base"]), "--clip", str(tiny_weights["clip"]), "--steps", "3"])
+    return lambda *more: main(
+        [
+            "probe",
+            *more,
+            "--base",
+            str(tiny_weights["base"]),
+            "--clip",
+            str(tiny_weights["clip"]),
+            "--steps",
+            "3",
+        ]
+    )
 
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_probe_says_the_same_again_and_makes_nothing_the_second_time(command, s3, capsys):
     out = f"{s3}/probe"
-    asked = ["toys for girls", "toys for boys", "toys for girls", "--words", "pink", "blue", "--seeds", "5", "--guidance-scale", "2"]
+    asked = [
+        "toys for girls",
+        "toys for boys",
+        "toys for girls",
+        "--words",
+        "pink",
+        "blue",
+        "--seeds",
+        "5",
+        "--guidance-scale",
+        "2",
+    ]
     assert command(*asked, "--out", out) == 0
     said, figures = capsys.readouterr().out, json.loads(storage.read(f"{out}/figures.json"))
     assert "making 15" in said and "p = 1," in said and "± " in said
     unlike, control, _ = figures["pairs"]
-    assert control["prompts"] == ["toys for girls"] * 2 and control["p"] == 1 and control["distance"] == 0 and unlike["distance"] > 0
+    assert (
+        control["prompts"] == ["toys for girls"] * 2
+        and control["p"] == 1
+        and control["distance"] == 0
+        and unlike["distance"] > 0
+    )
 
     def times():
-        return [row["LastModified"] for row in boto3.client("s3").list_objects_v2(Bucket="corpus", Prefix="probe/pictures/0")["Contents"]]
+        return [
+            row["LastModified"]
+            for row in boto3.client("s3").list_objects_v2(
+                Bucket="corpus", Prefix="probe/pictures/0"
+            )["Contents"]
+        ]
+
     files = sorted(storage.list_files(f"{out}/pictures", (".png",)))
     pictures = [np.asarray(decode(storage.read(file))) for file in files]
-    assert all((pictures[n] == pictures[n + 10]).all() and (pictures[n] != pictures[n + 5]).any() for n in range(5))
-    assert figures["groups"][1]["colour"] == pytest.approx(np.mean(pictures[5:10], (0, 1, 2))) and set(figures["groups"][1]["words"]) == {"pink", "blue"}
-    assert decode(storage.read(f"{out}/sheet.png")).width > 3 * 128 and "toys for boys" in storage.read(f"{out}/report.html").decode()
+    assert all(
+        (pictures[n] == pictures[n + 10]).all() and (pictures[n] != pictures[n + 5]).any()
+        for n in range(5)
+    )
+    assert figures["groups"][1]["colour"] == pytest.approx(
+        np.mean(pictures[5:10], (0, 1, 2))
+    ) and set(figures["groups"][1]["words"]) == {"pink", "blue"}
+    assert (
+        decode(storage.read(f"{out}/sheet.png")).width > 3 * 128
+        and "toys for boys" in storage.read(f"{out}/report.html").decode()
+    )
     written = times()
     assert command(*asked, "--out", out) == 0
     assert "making" not in capsys.readouterr().out and times() == written
     assert json.loads(storage.read(f"{out}/figures.json")) == figures
-    assert command(*asked[:2], "--seeds", "5", "--out", out) == 2 and "pictures of another job" in capsys.readouterr().err
+    assert (
+        command(*asked[:2], "--seeds", "5", "--out", out) == 2
+        and "pictures of another job" in capsys.readouterr().err
+    )
     storage.put(b"", files[3])
     storage.put(b"", f"{out}/features.parquet")
     assert command(*asked, "--out", out) == 2 and "1 of 15 pictures" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    (["toys for girls"], "two or more prompts"), (["toys for girls", " "], "none of them empty"), (["a", "b", "--seeds", "1"], "two or more seeds"),
-    (["a", "b", "--base", "nothing.safetensors"], "no file .*nothing.safetensors"), (["a", "b", "--clip", "nothing.safetensors"], "no weights file nothing"),
-    (["a", "b", "--guidance-scale", "-1"], "guidance_scale")])
-def test_what_cannot_be_probed_is_refused_in_one_sentence(arguments, sentence, tiny_weights, tmp_path, capsys):
-    given = ["--base", str(tiny_weights["base"]), "--clip", str(tiny_weights["clip"]), "--out", str(tmp_path / "out")]
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["toys for girls"], "two or more prompts"),
+        (["toys for girls", " "], "none of them empty"),
+        (["a", "b", "--seeds", "1"], "two or more seeds"),
+        (["a", "b", "--base", "nothing.safetensors"], "no file .*nothing.safetensors"),
+        (["a", "b", "--clip", "nothing.safetensors"], "no weights file nothing"),
+        (["a", "b", "--guidance-scale", "-1"], "guidance_scale"),
+    ],
+)
+def test_what_cannot_be_probed_is_refused_in_one_sentence(
+    arguments, sentence, tiny_weights, tmp_path, capsys
+):
+    given = [
+        "--base",
+        str(tiny_weights["base"]),
+        "--clip",
+        str(tiny_weights["clip"]),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main(["probe", *given, *arguments]) == 2
     said = capsys.readouterr().err
-    assert re.search(sentence, said) and said.count("\n") == 1 and not (tmp_path / "out" / "figures.json").exists()
+    assert (
+        re.search(sentence, said)
+        and said.count("\n") == 1
+        and not (tmp_path / "out" / "figures.json").exists()
+    )

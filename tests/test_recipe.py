@@ -15,13 +15,24 @@ from glide_ray.sampling.recipe import Maker, RecipeError, make_again, read_recip
 
 @pytest.fixture
 def weights(tiny_weights):
-    return ["--base", str(tiny_weights["base"]), "--upsampler", str(tiny_weights["upsampler"]), "--steps", "3", "--upsampler-steps", "2"]
+    return [
+        "--base",
+        str(tiny_weights["base"]),
+        "--upsampler",
+        str(tiny_weights["upsampler"]),
+        "--steps",
+        "3",
+        "--upsampler-steps",
+        "2",
+    ]
 
 
 @pytest.fixture
 def files(tmp_path):
     """A picture, a mask with a hole, and strokes."""
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "image.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+        tmp_path / "image.png"
+    )
     for name, box in (("mask", (16, 16, 48, 48)), ("other", (0, 0, 20, 64))):
         mask = Image.new("LA", (64, 64), (0, 255))
         mask.paste((0, 0), box)
@@ -47,12 +58,22 @@ def same_again(path, capsys):
     run("reproduce", path, "--out", again)
     printed = capsys.readouterr().out
     assert f"the same as {path}, to the last 8-bit value" in printed
-    assert np.array_equal(pixels(again), pixels(path)) and read_recipe(again)[0] == read_recipe(path)[0]
+    assert (
+        np.array_equal(pixels(again), pixels(path))
+        and read_recipe(again)[0] == read_recipe(path)[0]
+    )
     return printed
 
 
-@pytest.mark.parametrize("options", [[], ["--sampler", "dpm++", "--guidance-scale", "5"], ["--sampler", "plms", "--guidance-interval", "0.2", "0.8"],
-                                     ["--no-upsampler"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--sampler", "dpm++", "--guidance-scale", "5"],
+        ["--sampler", "plms", "--guidance-interval", "0.2", "0.8"],
+        ["--no-upsampler"],
+    ],
+)
 def test_a_generated_picture_is_made_again_from_its_file_alone(tmp_path, weights, capsys, options):
     run("generate", "a naïve 🍎", "--seed", 9, "--out", tmp_path / "a.png", *weights, *options)
     printed = same_again(tmp_path / "a.png", capsys)
@@ -60,25 +81,69 @@ def test_a_generated_picture_is_made_again_from_its_file_alone(tmp_path, weights
 
 
 def test_a_recipe_leaves_nothing_to_a_default(tmp_path, tiny_weights):
-    run("generate", "x", "--out", tmp_path / "a.png", "--base", tiny_weights["base"], "--upsampler", tiny_weights["upsampler"])
+    run(
+        "generate",
+        "x",
+        "--out",
+        tmp_path / "a.png",
+        "--base",
+        tiny_weights["base"],
+        "--upsampler",
+        tiny_weights["upsampler"],
+    )
     recipe, inputs, _ = read_recipe(tmp_path / "a.png")
-    assert recipe.options == SampleOptions(sampler="ancestral", steps="50", upsampler_steps="10,10,3,2,2", guidance_scale=2.0)
-    assert recipe.models["base"].name == "nano-base" and len(recipe.models["base"].sha256) == 64 and set(recipe.models) == {"base", "upsampler"}
+    assert recipe.options == SampleOptions(
+        sampler="ancestral", steps="50", upsampler_steps="10,10,3,2,2", guidance_scale=2.0
+    )
+    assert (
+        recipe.models["base"].name == "nano-base"
+        and len(recipe.models["base"].sha256) == 64
+        and set(recipe.models) == {"base", "upsampler"}
+    )
     assert recipe.precision == "fp32" and "torch" in recipe.made_with and not inputs
 
 
 def test_an_edit_carries_its_image_and_mask(files, weights, capsys):
-    run("edit", "a dog", "--image", files / "image.png", "--mask", files / "mask.png", "--out", files / "e.png", *weights)
+    run(
+        "edit",
+        "a dog",
+        "--image",
+        files / "image.png",
+        "--mask",
+        files / "mask.png",
+        "--out",
+        files / "e.png",
+        *weights,
+    )
     (files / "image.png").unlink()
     (files / "mask.png").unlink()
     same_again(files / "e.png", capsys)
 
 
 def test_a_variation_keeps_to_its_mask_and_begins_from_its_sketch(files, weights, capsys):
-    for name, options in (("plain", []), ("sketched", ["--sketch", files / "sketch.png"]), ("near", ["--strength", "0.34"])):
-        run("vary", "a house", "--image", files / "image.png", "--mask", files / "mask.png", "--out", files / f"{name}.png", *weights, *options)
+    for name, options in (
+        ("plain", []),
+        ("sketched", ["--sketch", files / "sketch.png"]),
+        ("near", ["--strength", "0.34"]),
+    ):
+        run(
+            "vary",
+            "a house",
+            "--image",
+            files / "image.png",
+            "--mask",
+            files / "mask.png",
+            "--out",
+            files / f"{name}.png",
+            *weights,
+            *options,
+        )
         changed = (pixels(files / f"{name}.png") != pixels(files / "image.png")).any(-1)
-        assert not changed[:16].any() and not changed[:, 48:].any() and changed[16:48, 16:48].mean() > 0.5
+        assert (
+            not changed[:16].any()
+            and not changed[:, 48:].any()
+            and changed[16:48, 16:48].mean() > 0.5
+        )
         same_again(files / f"{name}.png", capsys)
     assert not np.array_equal(pixels(files / "plain.png"), pixels(files / "sketched.png"))
     run("vary", "a house", "--image", files / "image.png", "--out", files / "all.png", *weights)
@@ -86,20 +151,65 @@ def test_a_variation_keeps_to_its_mask_and_begins_from_its_sketch(files, weights
 
 
 def test_a_scene_is_one_edit_on_another_and_each_can_be_made_again(files, weights, capsys):
-    run("scene", "a room", "--edit", files / "mask.png", "a dog", "--edit", files / "other.png", "a lamp", "--seed", 4, "--out",
-        files / "s.png", *weights)
+    run(
+        "scene",
+        "a room",
+        "--edit",
+        files / "mask.png",
+        "a dog",
+        "--edit",
+        files / "other.png",
+        "a lamp",
+        "--seed",
+        4,
+        "--out",
+        files / "s.png",
+        *weights,
+    )
     first, second, third = (pixels(files / f"s-{n}.png") for n in range(3))
-    assert np.array_equal(first[:, 48:], second[:, 48:]) and np.array_equal(second[:, 20:], third[:, 20:])
-    assert (first[16:48, 16:48] != second[16:48, 16:48]).any() and (second[:, :20] != third[:, :20]).any()
+    assert np.array_equal(first[:, 48:], second[:, 48:]) and np.array_equal(
+        second[:, 20:], third[:, 20:]
+    )
+    assert (first[16:48, 16:48] != second[16:48, 16:48]).any() and (
+        second[:, :20] != third[:, :20]
+    ).any()
     assert [read_recipe(files / f"s-{n}.png")[0].seed for n in range(3)] == [4, 5, 6]
     for n in range(3):
         same_again(files / f"s-{n}.png", capsys)
-    run("scene", "--image", files / "image.png", "--edit", files / "mask.png", "a dog", "--out", files / "t.png", *weights)
-    assert not (files / "t-0.png").exists() and np.array_equal(pixels(files / "t-1.png")[:16], pixels(files / "image.png")[:16])
+    run(
+        "scene",
+        "--image",
+        files / "image.png",
+        "--edit",
+        files / "mask.png",
+        "a dog",
+        "--out",
+        files / "t.png",
+        *weights,
+    )
+    assert not (files / "t-0.png").exists() and np.array_equal(
+        pixels(files / "t-1.png")[:16], pixels(files / "image.png")[:16]
+    )
 
 
-def test_clip_guidance_and_the_best_of_several_are_in_the_recipe(tmp_path, tiny_weights, weights, capsys):
-    run("generate", "a red circle", "-n", 2, "--best-of", 3, "--clip", tiny_weights["clip"], "--clip-scale", 2, "--out", tmp_path / "b.png", *weights)
+def test_clip_guidance_and_the_best_of_several_are_in_the_recipe(
+    tmp_path, tiny_weights, weights, capsys
+):
+    run(
+        "generate",
+        "a red circle",
+        "-n",
+        2,
+        "--best-of",
+        3,
+        "--clip",
+        tiny_weights["clip"],
+        "--clip-scale",
+        2,
+        "--out",
+        tmp_path / "b.png",
+        *weights,
+    )
     assert "best of 3: CLIP score" in capsys.readouterr().out
     seeds = [read_recipe(tmp_path / f"b-{n}.png")[0].seed for n in range(2)]
     assert seeds[0] in range(3) and seeds[1] in range(3, 6)
@@ -107,19 +217,33 @@ def test_clip_guidance_and_the_best_of_several_are_in_the_recipe(tmp_path, tiny_
     same_again(tmp_path / "b-1.png", capsys)
 
 
-def test_a_picture_made_from_other_weights_or_without_a_recipe_is_not_made_again(files, weights, tiny_weights, capsys):
+def test_a_picture_made_from_other_weights_or_without_a_recipe_is_not_made_again(
+    files, weights, tiny_weights, capsys
+):
     moved = files / "moved.safetensors"
     shutil.copy(tiny_weights["base"], moved)
     run("generate", "x", "--no-upsampler", "--out", files / "a.png", *weights, "--base", moved)
     moved.rename(files / "elsewhere.safetensors")
     Image.fromarray(pixels(files / "a.png")).save(files / "saved-since.png")
-    for arguments, message in (([files / "a.png"], "The base weights"), ([files / "saved-since.png"], "carries no recipe"),
-                               ([files / "a.png", "--base", tiny_weights["upsampler"]], "is not the file that made this picture"),
-                               ([files / "nothing.png"], "no file"), ([files / "elsewhere.safetensors"], "not an image")):
+    for arguments, message in (
+        ([files / "a.png"], "The base weights"),
+        ([files / "saved-since.png"], "carries no recipe"),
+        (
+            [files / "a.png", "--base", tiny_weights["upsampler"]],
+            "is not the file that made this picture",
+        ),
+        ([files / "nothing.png"], "no file"),
+        ([files / "elsewhere.safetensors"], "not an image"),
+    ):
         capsys.readouterr()
         assert main(["reproduce", *map(str, arguments)]) == 2
         printed = capsys.readouterr()
-        assert printed.err.startswith("glide: ") and printed.err.count("\n") == 1 and message in printed.err and not printed.out
+        assert (
+            printed.err.startswith("glide: ")
+            and printed.err.count("\n") == 1
+            and message in printed.err
+            and not printed.out
+        )
     run("reproduce", files / "a.png", "--base", files / "elsewhere.safetensors")
 
 
@@ -131,14 +255,19 @@ def test_a_picture_changed_since_is_told_from_the_one_made_again(tmp_path, tiny_
     image[0, 0, 0] ^= 4
     save_picture(image, tmp_path / "a.png", recipe)
     run("reproduce", tmp_path / "a.png")
-    assert "differs from" in (printed := capsys.readouterr().out) and "by up to 4 of 255, in 0.13%" in printed
+    assert (
+        "differs from" in (printed := capsys.readouterr().out)
+        and "by up to 4 of 255, in 0.13%" in printed
+    )
     save_picture(np.zeros((8, 8, 3), np.uint8), tmp_path / "b.png", recipe)
     run("reproduce", tmp_path / "b.png")
     assert "has been resized since: it is 8x8 and was made at 16x16" in capsys.readouterr().out
 
 
 def test_a_broken_recipe_is_refused(tmp_path):
-    (tmp_path / "a.png").write_bytes(encode(np.zeros((4, 4, 3), np.uint8), text={"glide_ray": '{"task": "conquer"}'}))
+    (tmp_path / "a.png").write_bytes(
+        encode(np.zeros((4, 4, 3), np.uint8), text={"glide_ray": '{"task": "conquer"}'})
+    )
     with pytest.raises(RecipeError, match="recipe that this version does not read"):
         read_recipe(tmp_path / "a.png")
 
@@ -148,7 +277,12 @@ def test_a_recipe_is_followed_in_python_too(tiny_weights, tmp_path):
     options = SampleOptions(steps=2, upsampler_steps=2)
     image, known = np.full((64, 64, 3), 90, np.uint8), np.arange(64 * 64).reshape(64, 64) % 64 < 32
     made = cascade.edit(image, known, "a dog", 3, options)
-    save_picture(made, tmp_path / "e.png", Maker.of(cascade).recipe("edit", "a dog", 3, options), {"image": image, "mask": known})
+    save_picture(
+        made,
+        tmp_path / "e.png",
+        Maker.of(cascade).recipe("edit", "a dog", 3, options),
+        {"image": image, "mask": known},
+    )
     recipe, inputs, stored = read_recipe(tmp_path / "e.png")
     assert np.array_equal(inputs["mask"], known) and np.array_equal(stored, made)
     assert np.array_equal(make_again(cascade, recipe, inputs), made)

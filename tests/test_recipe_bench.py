@@ -22,7 +22,7 @@ def test_a_fresh_model_has_the_error_of_predicting_no_noise():
     given, trainer = batch(0), SingleTrainer(settings)
     found = x0_error(trainer, [given])
     expected = []
-    for timestep in TIMESTEPS:       # eps = 0: x_0 is x_t / signal
+    for timestep in TIMESTEPS:  # eps = 0: x_0 is x_t / signal
         power = trainer.schedule.alpha_bar[timestep]
         noise = torch.randn(given.image.shape, generator=torch.Generator().manual_seed(timestep))
         x0 = given.image + ((1 - power) / power).sqrt() * noise
@@ -32,9 +32,27 @@ def test_a_fresh_model_has_the_error_of_predicting_no_noise():
 
 @pytest.mark.slow
 def test_more_seconds_of_training_leave_a_smaller_error(drawn_corpus, monkeypatch):
-    small = [*TINY_BASE, "model.unet.patch=1", "model.unet.groups=8", "data.min_size=16", "batch=16", "learning_rate=5e-3",
-             "data.held_out_images=16", "precision=fp32", "warmup_steps=5"]
+    small = [
+        *TINY_BASE,
+        "model.unet.patch=1",
+        "model.unet.groups=8",
+        "data.min_size=16",
+        "batch=16",
+        "learning_rate=5e-3",
+        "data.held_out_images=16",
+        "precision=fp32",
+        "warmup_steps=5",
+    ]
     monkeypatch.setitem(VARIATIONS, "small", small)
-    short, long = (bench_recipe(str(drawn_corpus / "train"), str(drawn_corpus / "held_out"), seconds, 1, ["small"], lambda line: None)
-                   for seconds in (0.1, 8))
+    short, long = (
+        bench_recipe(
+            str(drawn_corpus / "train"),
+            str(drawn_corpus / "held_out"),
+            seconds,
+            1,
+            ["small"],
+            lambda line: None,
+        )
+        for seconds in (0.1, 8)
+    )
     assert long["recipes"]["small"]["rmse"] < 0.8 * short["recipes"]["small"]["rmse"]

@@ -242,7 +242,9 @@ def test_scenes_in_shards_are_those_that_were_composed(with_scenes, composed):
 
 
 def test_another_number_of_scenes_than_there_are_is_said_and_not_returned(with_scenes):
-    with pytest.raises(ConfigError, match=f"already has {SCENES} scenes, and --scenes asks for 500"):
+    with pytest.raises(
+        ConfigError, match=f"already has {SCENES} scenes, and --scenes asks for 500"
+    ):
         emoji.build_corpus(with_scenes, styles=("3D render", "flat icon"), scenes=500)
     assert emoji.build_corpus(with_scenes, styles=("3D render", "flat icon"))["scenes"]["count"] > 0
 

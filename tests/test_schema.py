@@ -13,40 +13,76 @@ from glide_ray.config.serving import ServeConfig
 from glide_ray.sampling.cascade import Cascade
 
 pytestmark = pytest.mark.slow
-EXAMPLES = 100     # of each operation
+EXAMPLES = 100  # of each operation
 
 
 class Quick(CascadeBackend):
     """The real cascade, in fewer steps and candidates than a drawn request may ask for."""
 
     async def make(self, job, show=None):
-        few = {name: min(2, getattr(job.options, name) or 2) for name in ("steps", "upsampler_steps")}
-        return await super().make(replace(job, options=job.options.model_copy(update=few), best_of=min(2, job.best_of)), show)
+        few = {
+            name: min(2, getattr(job.options, name) or 2) for name in ("steps", "upsampler_steps")
+        }
+        return await super().make(
+            replace(job, options=job.options.model_copy(update=few), best_of=min(2, job.best_of)),
+            show,
+        )
 
 
 @pytest.fixture(scope="module")
 def schema(tiny_weights):
-    backend = Quick(Cascade.load(tiny_weights["base"], tiny_weights["upsampler"], clip=tiny_weights["clip"]))
-    return schemathesis.openapi.from_asgi("/openapi.json", asking(backend, ServeConfig(max_images=2), capacity=1000).api)
+    backend = Quick(
+        Cascade.load(tiny_weights["base"], tiny_weights["upsampler"], clip=tiny_weights["clip"])
+    )
+    return schemathesis.openapi.from_asgi(
+        "/openapi.json", asking(backend, ServeConfig(max_images=2), capacity=1000).api
+    )
 
 
-OPERATIONS = [("POST", "/v1/images/generations"), ("POST", "/v1/images/edits"), ("POST", "/v1/images/variations"), ("GET", "/v1/models"),
-              ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/metrics")]
+OPERATIONS = [
+    ("POST", "/v1/images/generations"),
+    ("POST", "/v1/images/edits"),
+    ("POST", "/v1/images/variations"),
+    ("GET", "/v1/models"),
+    ("GET", "/healthz"),
+    ("GET", "/readyz"),
+    ("GET", "/metrics"),
+]
 
 
 def test_all_that_is_described_is_tried(schema):
-    assert {(found.ok().method.upper(), found.ok().path) for found in schema.get_all_operations()} == set(OPERATIONS)
+    assert {
+        (found.ok().method.upper(), found.ok().path) for found in schema.get_all_operations()
+    } == set(OPERATIONS)
 
 
-@pytest.mark.parametrize("method, path, mode", [(method, path, mode) for method, path in OPERATIONS for mode in GenerationMode
-                                                if method == "POST" or mode == GenerationMode.POSITIVE])     # who gives nothing gives nothing wrong
+@pytest.mark.parametrize(
+    "method, path, mode",
+    [
+        (method, path, mode)
+        for method, path in OPERATIONS
+        for mode in GenerationMode
+        if method == "POST" or mode == GenerationMode.POSITIVE
+    ],
+)  # who gives nothing gives nothing wrong
 def test_the_api_keeps_to_its_description(schema, method, path, mode):
     excluded = []
-    if path.endswith(("edits", "variations")):       # the description can only say bytes, and any bytes are no image
-        excluded = [check for check in CHECKS.get_all() if check.__name__ == "positive_data_acceptance"]
+    if path.endswith(
+        ("edits", "variations")
+    ):  # the description can only say bytes, and any bytes are no image
+        excluded = [
+            check for check in CHECKS.get_all() if check.__name__ == "positive_data_acceptance"
+        ]
 
     @given(case=schema[path][method].as_strategy(generation_mode=mode))
-    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+        database=None,
+    )
     def ask(case):
         case.call_and_validate(excluded_checks=excluded)
+
     ask()

@@ -38,6 +38,7 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(weights):
     from glide_ray.serving.deployment import serving
+
     with serving(ServeConfig(**weights, port=free_port())) as url:
         yield url
 
@@ -48,8 +49,12 @@ def client(url):
 
 
 def generate(client, seed, **options):
-    answer = client.images.generate(prompt=PROMPT, extra_body={"seed": seed, "steps": STEPS}, **options)
-    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(item.b64_json)))) for item in answer.data]
+    answer = client.images.generate(
+        prompt=PROMPT, extra_body={"seed": seed, "steps": STEPS}, **options
+    )
+    return [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(item.b64_json)))) for item in answer.data
+    ]
 
 
 def test_openais_client_generates(client):
@@ -60,7 +65,11 @@ def test_openais_client_generates(client):
 
 def test_the_picture_over_http_is_the_one_of_the_cascade_in_this_process(client, weights):
     """The replica's base stage, 8-bit rounding and upsampler stage, against the same two calls here."""
-    here = Cascade.load(weights["base"], weights["upsampler"]).generate([PROMPT], [4], SampleOptions(steps=STEPS))[0].astype(int)
+    here = (
+        Cascade.load(weights["base"], weights["upsampler"])
+        .generate([PROMPT], [4], SampleOptions(steps=STEPS))[0]
+        .astype(int)
+    )
     assert np.abs(generate(client, 4)[0].astype(int) - here).max() <= 1
 
 
@@ -81,10 +90,15 @@ def test_openais_client_edits_and_what_is_known_is_kept_exactly(client, weights,
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
         files.append(("x.png", buffer.getvalue(), "image/png"))
-    answer = client.images.edit(image=files[0], mask=files[1], prompt="a dog", extra_body={"seed": 2, "steps": STEPS})
+    answer = client.images.edit(
+        image=files[0], mask=files[1], prompt="a dog", extra_body={"seed": 2, "steps": STEPS}
+    )
     edited = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))))
     known = alpha[:, :, 0] > 0
-    assert np.array_equal(edited[known], image[known]) and (edited[~known] != image[~known]).mean() > 0.5
+    assert (
+        np.array_equal(edited[known], image[known])
+        and (edited[~known] != image[~known]).mean() > 0.5
+    )
     made_again(tmp_path, weights, answer.data[0].b64_json)
 
 
@@ -93,28 +107,43 @@ def made_again(folder, weights, b64):
     (folder / "answer.png").write_bytes(base64.b64decode(b64))
     recipe, inputs, served = read_recipe(folder / "answer.png")
     models = find_models(recipe, {role: Path(path) for role, path in weights.items()})
-    here = make_again(Cascade.load(models["base"], models.get("upsampler"), recipe.precision), recipe, inputs)
+    here = make_again(
+        Cascade.load(models["base"], models.get("upsampler"), recipe.precision), recipe, inputs
+    )
     assert here.shape == served.shape and np.abs(here.astype(int) - served).max() <= 1
 
 
 @pytest.mark.parametrize("size", ["64x64", "256x256"])
 def test_a_png_answer_carries_the_recipe_that_makes_it_again(client, weights, tmp_path, size):
-    answer = client.images.generate(prompt=PROMPT, size=size, extra_body={"seed": 5, "steps": STEPS, "guidance_scale": 4.0})
+    answer = client.images.generate(
+        prompt=PROMPT, size=size, extra_body={"seed": 5, "steps": STEPS, "guidance_scale": 4.0}
+    )
     made_again(tmp_path, weights, answer.data[0].b64_json)
     assert str(weights["base"]).encode() not in base64.b64decode(answer.data[0].b64_json)
 
 
 def test_openais_client_makes_a_variation(client, weights, tmp_path):
     image = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(image, "PNG")
-    answer = client.images.create_variation(image=("x.png", image.getvalue(), "image/png"), size="256x256",
-                                            extra_body={"seed": 2, "steps": STEPS, "strength": 0.5, "prompt": "a dog"})
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(
+        image, "PNG"
+    )
+    answer = client.images.create_variation(
+        image=("x.png", image.getvalue(), "image/png"),
+        size="256x256",
+        extra_body={"seed": 2, "steps": STEPS, "strength": 0.5, "prompt": "a dog"},
+    )
     made_again(tmp_path, weights, answer.data[0].b64_json)
 
 
 def test_openais_client_watches_a_picture_come(client):
-    seen = list(client.images.generate(prompt=PROMPT, stream=True, partial_images=3, extra_body={"seed": 1, "steps": 6}))
-    assert [event.type for event in seen] == ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
+    seen = list(
+        client.images.generate(
+            prompt=PROMPT, stream=True, partial_images=3, extra_body={"seed": 1, "steps": 6}
+        )
+    )
+    assert [event.type for event in seen] == ["image_generation.partial_image"] * 3 + [
+        "image_generation.completed"
+    ]
     assert [event.partial_image_index for event in seen[:3]] == [0, 1, 2]
     whole = client.images.generate(prompt=PROMPT, extra_body={"seed": 1, "steps": 6})
     assert seen[-1].b64_json == whole.data[0].b64_json
@@ -122,7 +151,9 @@ def test_openais_client_watches_a_picture_come(client):
 
 def test_openais_client_lists_the_model_and_the_server_is_healthy(client, url):
     assert [model.id for model in client.models.list()] == ["nano-base"]
-    assert httpx.get(f"{url}/healthz").json() == {"status": "ok"} and httpx.get(f"{url}/readyz").json() == {"status": "ready"}
+    assert httpx.get(f"{url}/healthz").json() == {"status": "ok"} and httpx.get(
+        f"{url}/readyz"
+    ).json() == {"status": "ready"}
 
 
 def test_openais_client_understands_a_refusal(client):
@@ -141,21 +172,31 @@ def test_every_answer_has_one_request_id(url):
 def loads(url):
     """What the stages' replicas say of themselves: {(stage, name): sum over the replicas}."""
     found = Counter()
-    for name, stage, value in re.findall(r'^glide_stage_(\w+?)(?:_total)?\{.*stage="(\w+)"\} (\S+)$', httpx.get(f"{url}/metrics").text, re.M):
+    for name, stage, value in re.findall(
+        r'^glide_stage_(\w+?)(?:_total)?\{.*stage="(\w+)"\} (\S+)$',
+        httpx.get(f"{url}/metrics").text,
+        re.M,
+    ):
         found[stage, name] += float(value)
     return found
 
 
 def test_a_client_that_leaves_frees_its_place_within_two_steps(client, url):
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{url}/v1/images/generations", json={"prompt": "x", "steps": 1000, "size": "64x64"}, timeout=1.0)
+        httpx.post(
+            f"{url}/v1/images/generations",
+            json={"prompt": "x", "steps": 1000, "size": "64x64"},
+            timeout=1.0,
+        )
     deadline = time.monotonic() + 10
     while loads(url)["base", "in_flight"] and time.monotonic() < deadline:
         time.sleep(0.05)
     left = loads(url)
     assert left["base", "in_flight"] == 0 and left["base", "cancelled"] >= 1
     time.sleep(0.5)
-    assert loads(url)["base", "steps"] == left["base", "steps"]      # nobody computes for the one who left
+    assert (
+        loads(url)["base", "steps"] == left["base", "steps"]
+    )  # nobody computes for the one who left
     assert "glide_clients_left_total" in httpx.get(f"{url}/metrics").text
 
 
@@ -163,15 +204,21 @@ def test_a_client_that_leaves_frees_its_place_within_two_steps(client, url):
 def test_a_picture_that_is_given_up_frees_its_place_though_its_client_stays(url, weights, previews):
     """As the others of one request are when one of them fails."""
     from glide_ray.serving.deployment import RayBackend, Served
+
     served, before = Served.read(ServeConfig(**weights), "auto"), loads(url)["base", "cancelled"]
 
     async def give_up():
         backend = RayBackend(served, serve.get_deployment_handle("base", "glide"), None, Metrics())
-        making = asyncio.ensure_future(backend.make(Job("x", 0, 64, SampleOptions(steps=1000), previews=previews), lambda pixels: None))
+        making = asyncio.ensure_future(
+            backend.make(
+                Job("x", 0, 64, SampleOptions(steps=1000), previews=previews), lambda pixels: None
+            )
+        )
         while not loads(url)["base", "in_flight"]:
             await asyncio.sleep(0.05)
         making.cancel()
         await asyncio.wait([making])
+
     asyncio.run(give_up())
     deadline = time.monotonic() + 10
     while loads(url)["base", "in_flight"] and time.monotonic() < deadline:
@@ -181,34 +228,51 @@ def test_a_picture_that_is_given_up_frees_its_place_though_its_client_stays(url,
 
 def test_another_address_than_the_one_that_serve_has_is_refused(url, weights):
     from glide_ray.serving.deployment import _check_address, listening
-    with listening(ServeConfig(**weights, port=free_port())) as other, pytest.raises(UserError, match="was started with another address and keeps it"):
+
+    with (
+        listening(ServeConfig(**weights, port=free_port())) as other,
+        pytest.raises(UserError, match="was started with another address and keeps it"),
+    ):
         _check_address(other)
-    assert httpx.get(f"{url}/healthz").status_code == 200       # and the application that was there goes on
+    assert (
+        httpx.get(f"{url}/healthz").status_code == 200
+    )  # and the application that was there goes on
 
 
 def test_the_server_listens_on_loopback_only(url):
     import subprocess
+
     port = url.rsplit(":", 1)[1]
     listening = subprocess.run(["ss", "-ltnH"], capture_output=True, text=True, check=False).stdout
-    addresses = {line.split()[3] for line in listening.splitlines() if line.split()[3].endswith(f":{port}")}
-    assert addresses in ({f"127.0.0.1:{port}"}, set())      # no `ss` on some machines
+    addresses = {
+        line.split()[3] for line in listening.splitlines() if line.split()[3].endswith(f":{port}")
+    }
+    assert addresses in ({f"127.0.0.1:{port}"}, set())  # no `ss` on some machines
 
 
 @pytest.mark.parametrize("gpus, width", [(0, 2), (1, 8)])
 def test_a_stage_gets_another_replica_before_the_gate_refuses(gpus, width):
     """`width`: what a step advances there, of the 8 in flight."""
     from glide_ray.serving.deployment import target
+
     config = ServeConfig(max_in_flight=8)
     assert target(config, gpus) < width + config.max_waiting
 
 
-def test_weights_that_do_not_belong_together_are_refused_before_anything_starts(weights, tiny_weights, tmp_path):
+def test_weights_that_do_not_belong_together_are_refused_before_anything_starts(
+    weights, tiny_weights, tmp_path
+):
     from glide_ray.serving.deployment import app, build_application
+
     with pytest.raises(UserError, match="There is no file .*none.safetensors"):
-        build_application(ServeConfig(base=str(tmp_path / "none.safetensors"), upsampler=weights["upsampler"]))
+        build_application(
+            ServeConfig(base=str(tmp_path / "none.safetensors"), upsampler=weights["upsampler"])
+        )
     with pytest.raises(UserError, match="were the two exchanged"):
         build_application(ServeConfig(base=weights["upsampler"], upsampler=weights["base"]))
     with pytest.raises(UserError, match="enlarges 16 pixels and .* makes 64"):
-        build_application(ServeConfig(base=weights["base"], upsampler=str(tiny_weights["upsampler"])))
+        build_application(
+            ServeConfig(base=weights["base"], upsampler=str(tiny_weights["upsampler"]))
+        )
     with pytest.raises(ConfigError, match="no setting 'bas'; did you mean 'base'"):
         app({"bas": "x"})

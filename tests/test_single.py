@@ -23,9 +23,22 @@ from glide_ray.train.without_ray import MemoryCorpus, train_alone
 
 
 def preset(corpus, *settings):
-    return tiny("base", f"data.corpus={corpus / 'train'}", f"data.held_out={corpus / 'held_out'}", "data.min_size=16",
-                "batch=8", "workers=1", "steps=6", "log_every=1", "evaluate_every=6", "checkpoint_every=3",
-                "trackers=", "precision=fp32", "model.unet.dropout=0.1", *settings)
+    return tiny(
+        "base",
+        f"data.corpus={corpus / 'train'}",
+        f"data.held_out={corpus / 'held_out'}",
+        "data.min_size=16",
+        "batch=8",
+        "workers=1",
+        "steps=6",
+        "log_every=1",
+        "evaluate_every=6",
+        "checkpoint_every=3",
+        "trackers=",
+        "precision=fp32",
+        "model.unet.dropout=0.1",
+        *settings,
+    )
 
 
 def losses(folder):
@@ -34,25 +47,34 @@ def losses(folder):
 
 # -- what it computes -------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_single_process_trains_as_one_rank_of_deepspeed_does(precision):
     settings = training_preset(f"precision={precision}")
     single, sharded = run(SingleTrainer(settings)), run(Trainer(settings))
     expected = [row["loss"] for row in sharded[0] if "loss" in row]
-    assert [row["loss"] for row in single[0] if "loss" in row] == pytest.approx(expected, rel=1e-5 if precision == "fp32" else 2e-3)
+    assert [row["loss"] for row in single[0] if "loss" in row] == pytest.approx(
+        expected, rel=1e-5 if precision == "fp32" else 2e-3
+    )
     # In 16 bits DeepSpeed's masters begin as the rounded weights.
     tolerance = 2e-5 if precision == "fp32" else 4e-3
-    assert all(torch.allclose(single[2][name], average, atol=tolerance) for name, average in sharded[2].items())
+    assert all(
+        torch.allclose(single[2][name], average, atol=tolerance)
+        for name, average in sharded[2].items()
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_text_rate_of_zero_leaves_the_text_transformer_as_it_is(stage):
-    settings = training_preset("text_rate=0", "weight_decay=0.1", "timestep_power=1",
-                               f"zero_stage={stage}")
+    settings = training_preset(
+        "text_rate=0", "weight_decay=0.1", "timestep_power=1", f"zero_stage={stage}"
+    )
     single, sharded = SingleTrainer(settings), Trainer(settings)
     before = dict(zip(single.names, (own.detach().clone() for own in single.masters), strict=True))
     kept, found, expected = dict(before), run(single)[2], run(sharded)[2]
-    assert all(torch.allclose(found[name], average, atol=2e-5) for name, average in expected.items())
+    assert all(
+        torch.allclose(found[name], average, atol=2e-5) for name, average in expected.items()
+    )
     changed = {name for name, average in found.items() if not torch.equal(average, kept[name])}
     assert changed == {name for name in kept if not name.startswith("text.")}
 
@@ -69,9 +91,13 @@ def test_half_a_text_rate_is_half_the_learning_rate_of_the_text_transformer():
 
 
 def test_micro_batches_add_up_to_the_same_step():
-    whole, parts = run(SingleTrainer(training_preset())), run(SingleTrainer(training_preset("micro_batch=2")), batches=_halves)
+    whole, parts = (
+        run(SingleTrainer(training_preset())),
+        run(SingleTrainer(training_preset("micro_batch=2")), batches=_halves),
+    )
     assert [row["loss"] for row in parts[0] if "loss" in row] == pytest.approx(
-        [row["loss"] for row in whole[0] if "loss" in row], rel=1e-5)
+        [row["loss"] for row in whole[0] if "loss" in row], rel=1e-5
+    )
 
 
 def _halves(epoch, rows):
@@ -85,7 +111,9 @@ def test_a_checkpoint_passes_between_one_process_and_deepspeed(tmp_path):
     resumed.load(saved[0])
     assert resumed.progress.step == 2
     found = run(resumed)[2]
-    assert all(torch.allclose(found[name], average, atol=2e-5) for name, average in expected.items())
+    assert all(
+        torch.allclose(found[name], average, atol=2e-5) for name, average in expected.items()
+    )
 
 
 def test_gradients_that_are_not_finite_leave_the_weights_alone_and_end_the_run_when_they_stay():
@@ -102,10 +130,14 @@ def test_gradients_that_are_not_finite_leave_the_weights_alone_and_end_the_run_w
 def test_fp16_is_refused_and_auto_is_a_precision_of_the_machine():
     with pytest.raises(ConfigError, match="use bf16, fp32 or auto"):
         single_precision("fp16", "cpu")
-    assert single_precision("auto", "cpu") in ("bf16", "fp32") and single_precision("auto", "cuda") == "bf16"
+    assert (
+        single_precision("auto", "cpu") in ("bf16", "fp32")
+        and single_precision("auto", "cuda") == "bf16"
+    )
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
+
 
 def test_a_run_leaves_weights_figures_and_events_and_is_not_made_twice(drawn_corpus, tmp_path):
     settings = preset(drawn_corpus, "sample_every=3", "sample_prompts=a red ellipse")
@@ -129,10 +161,25 @@ def test_a_run_that_is_stopped_and_gone_on_with_makes_the_same_steps(drawn_corpu
 @pytest.mark.slow
 @pytest.mark.parametrize("given", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(drawn_corpus, tmp_path, given):
-    settings = [*TINY_BASE, f"data.corpus={drawn_corpus / 'train'}", f"data.held_out={drawn_corpus / 'held_out'}",
-                "data.min_size=16", "batch=8", "workers=1", "steps=100000", "trackers="]
-    command = [os.path.join(os.path.dirname(sys.executable), "glide"), "train", "nano-base", "--no-ray",
-               "--out", str(tmp_path / "run"), *(word for setting in settings for word in ("--set", setting))]
+    settings = [
+        *TINY_BASE,
+        f"data.corpus={drawn_corpus / 'train'}",
+        f"data.held_out={drawn_corpus / 'held_out'}",
+        "data.min_size=16",
+        "batch=8",
+        "workers=1",
+        "steps=100000",
+        "trackers=",
+    ]
+    command = [
+        os.path.join(os.path.dirname(sys.executable), "glide"),
+        "train",
+        "nano-base",
+        "--no-ray",
+        "--out",
+        str(tmp_path / "run"),
+        *(word for setting in settings for word in ("--set", setting)),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for _ in range(600):
         if (tmp_path / "run" / "metrics.jsonl").exists() and losses(tmp_path / "run"):
@@ -141,7 +188,10 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(drawn_corpus, tm
     process.send_signal(given)
     said = process.communicate(timeout=60)[0]
     step = Checkpoints(tmp_path / "run").whole()[-1].step
-    assert process.returncode == 0 and f"stopped after step {step:,}; the same command goes on from here" in said
+    assert (
+        process.returncode == 0
+        and f"stopped after step {step:,}; the same command goes on from here" in said
+    )
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused(drawn_corpus, tmp_path):
@@ -152,7 +202,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(drawn_corpus, tmp_pa
         with open(path, "r+b") as file:
             file.seek(-1, os.SEEK_END)
             file.write(b"\xff")
-    with pytest.raises(CheckpointError, match="None of the 1 checkpoints in .* can be read; remove that folder"):
+    with pytest.raises(
+        CheckpointError, match="None of the 1 checkpoints in .* can be read; remove that folder"
+    ):
         train_alone(settings, tmp_path / "run", progress=False)
 
 
@@ -164,23 +216,37 @@ def test_settings_of_another_run_are_refused(drawn_corpus, tmp_path):
 
 # -- its corpus -------------------------------------------------------------------------------------------------------
 
+
 def test_each_epoch_reads_each_row_once_in_an_order_of_its_own(drawn_corpus):
     corpus = MemoryCorpus(preset(drawn_corpus))
-    first, second = ([row for made in corpus.epoch_batches(epoch, 0) for row in made.rows.tolist()] for epoch in (0, 1))
+    first, second = (
+        [row for made in corpus.epoch_batches(epoch, 0) for row in made.rows.tolist()]
+        for epoch in (0, 1)
+    )
     assert len(set(first)) == 96 and set(first) == set(second) and first != second
     assert [row for made in corpus.epoch_batches(0, 40) for row in made.rows.tolist()] == first[40:]
 
 
 def test_an_epoch_reads_the_share_of_a_folder_that_is_asked_for(drawn_corpus):
-    settings = tiny("base", f"data.corpus={drawn_corpus}/{{train,held_out}}", f"data.held_out={drawn_corpus / 'held_out'}",
-                    "data.min_size=16", "batch=8", "workers=1")
-    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"shares": {"train": 0.5}})})
+    settings = tiny(
+        "base",
+        f"data.corpus={drawn_corpus}/{{train,held_out}}",
+        f"data.held_out={drawn_corpus / 'held_out'}",
+        "data.min_size=16",
+        "batch=8",
+        "workers=1",
+    )
+    settings = settings.model_copy(
+        update={"data": settings.data.model_copy(update={"shares": {"train": 0.5}})}
+    )
     corpus = MemoryCorpus(settings)
     orders = [set(corpus._order(epoch).tolist()) for epoch in range(40)]
     held_out = {n for n, (_, folder, _) in enumerate(corpus.rows) if folder == "held_out"}
     assert len(held_out) == 16 and all(held_out <= order for order in orders)
     read = sum(len(order) - 16 for order in orders) / 40
-    assert read == pytest.approx(48, abs=4) and len(set.union(*orders)) == 112      # another half each time
+    assert (
+        read == pytest.approx(48, abs=4) and len(set.union(*orders)) == 112
+    )  # another half each time
 
 
 def test_a_batch_larger_than_the_corpus_is_refused(drawn_corpus):

@@ -30,7 +30,9 @@ def request(kind="base", seed=7, prompt="a red apple", **options):
         edit = {name: options.pop(name) for name in ("known", "known_mask") if name in options}
         return base_request(config, prompt, seed, SampleOptions(**options), **edit)
     low_res = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return upsampler_request(config, prompt, seed, low_res, SampleOptions(upsampler_steps=options.get("steps")))
+    return upsampler_request(
+        config, prompt, seed, low_res, SampleOptions(upsampler_steps=options.get("steps"))
+    )
 
 
 def company(kind, crowd):
@@ -62,8 +64,12 @@ def test_in_one_network_call_for_all_a_sample_differs_by_rounding_only(kind):
 
 
 def test_guidance_samplers_steps_and_captions_are_each_samples_own():
-    wanted = [request(steps=4), request(steps=6, guidance_scale=1.0), request(steps=5, guidance_scale=5.0, sampler="ddim"),
-              request(steps=4, prompt="a dog")]
+    wanted = [
+        request(steps=4),
+        request(steps=6, guidance_scale=1.0),
+        request(steps=5, guidance_scale=5.0, sampler="ddim"),
+        request(steps=4, prompt="a dog"),
+    ]
     together = stepper(batched=True).run(wanted)
     for image, one in zip(together, wanted, strict=True):
         assert torch.allclose(image, stepper().run([one])[0], atol=2e-3)
@@ -71,7 +77,9 @@ def test_guidance_samplers_steps_and_captions_are_each_samples_own():
 
 
 def test_every_sampler_makes_its_own_picture_the_same_in_any_company():
-    wanted = [request(steps=5, sampler=sampler) for sampler in ("ancestral", "ddim", "plms", "dpm++")]
+    wanted = [
+        request(steps=5, sampler=sampler) for sampler in ("ancestral", "ddim", "plms", "dpm++")
+    ]
     together = stepper().run([*wanted, request(seed=3, steps=9, sampler="plms")])
     for image, one in zip(together, wanted, strict=False):
         assert torch.equal(image, stepper().run([one])[0])
@@ -79,17 +87,26 @@ def test_every_sampler_makes_its_own_picture_the_same_in_any_company():
 
 
 def test_outside_of_its_interval_guidance_is_off():
-    plain, whole, none, part = stepper().run([
-        request(steps=6, guidance_scale=1.0), request(steps=6, guidance_scale=4.0),
-        replace(request(steps=6, guidance_scale=4.0), guidance_interval=(0.0, 0.0)),
-        replace(request(steps=6, guidance_scale=4.0), guidance_interval=(0.3, 0.7))])
+    plain, whole, none, part = stepper().run(
+        [
+            request(steps=6, guidance_scale=1.0),
+            request(steps=6, guidance_scale=4.0),
+            replace(request(steps=6, guidance_scale=4.0), guidance_interval=(0.0, 0.0)),
+            replace(request(steps=6, guidance_scale=4.0), guidance_interval=(0.3, 0.7)),
+        ]
+    )
     assert torch.allclose(plain, none, atol=1e-3) and not torch.allclose(plain, whole, atol=1e-2)
     assert not torch.allclose(part, whole, atol=1e-3) and not torch.allclose(part, plain, atol=1e-3)
 
 
 def test_a_small_strength_stays_near_the_image_it_begins_from():
     start = torch.rand(3, 16, 16) * 2 - 1
-    near, far = (stepper().run([replace(request(steps=20, sampler="ddim"), start=start, strength=strength)])[0] for strength in (0.1, 1.0))
+    near, far = (
+        stepper().run([replace(request(steps=20, sampler="ddim"), start=start, strength=strength)])[
+            0
+        ]
+        for strength in (0.1, 1.0)
+    )
     assert (near - start).abs().mean() < 0.5 * (far - start).abs().mean()
     for strength in (0.0, 1.5, float("nan")):
         with pytest.raises(UserError, match="strength must lie above 0"):
@@ -104,19 +121,34 @@ def test_inversion_gives_the_noise_that_leads_back():
         one = request(steps=steps, sampler="ddim", guidance_scale=1.0)
         noise = stepper().invert([one], image)[0]
         return (stepper().run([replace(one, noise=noise)]) - image).abs().mean().item()
-    other = (stepper().run([request(seed=8, steps=50, sampler="ddim", guidance_scale=1.0)]) - image).abs().mean().item()
+
+    other = (
+        (stepper().run([request(seed=8, steps=50, sampler="ddim", guidance_scale=1.0)]) - image)
+        .abs()
+        .mean()
+        .item()
+    )
     assert error(200) < error(20) / 3 and error(200) < other / 3
 
 
 def test_images_of_one_caption_are_inverted_each_under_its_own_conditions():
     wanted = [replace(request("upsampler", seed, steps=4), guidance_scale=3.0) for seed in (1, 2)]
     images = stepper("upsampler").run(wanted)
-    alone = torch.cat([stepper("upsampler").invert([one], image[None]) for one, image in zip(wanted, images, strict=True)])
-    assert torch.allclose(stepper("upsampler", batched=True).invert(wanted, images), alone, atol=2e-3)
+    alone = torch.cat(
+        [
+            stepper("upsampler").invert([one], image[None])
+            for one, image in zip(wanted, images, strict=True)
+        ]
+    )
+    assert torch.allclose(
+        stepper("upsampler", batched=True).invert(wanted, images), alone, atol=2e-3
+    )
 
 
 def test_a_seed_gives_one_picture_and_another_seed_another():
-    images = stepper().run([request(seed=1, steps=3), request(seed=1, steps=3), request(seed=2, steps=3)])
+    images = stepper().run(
+        [request(seed=1, steps=3), request(seed=1, steps=3), request(seed=2, steps=3)]
+    )
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
     assert images.abs().max() <= 1
 
@@ -151,7 +183,9 @@ def test_a_short_sample_overtakes_a_long_one_and_none_waits_for_ever():
     assert finished(crowd) == [short, long]
     long = crowd.submit(request(steps=20))
     shorts = []
-    while crowd.in_flight or crowd.queued:      # a short one comes whenever another has gone: alone they would fill the stepper
+    while (
+        crowd.in_flight or crowd.queued
+    ):  # a short one comes whenever another has gone: alone they would fill the stepper
         if len(shorts) < 60 and crowd.in_flight + crowd.queued < 2:
             shorts.append(crowd.submit(request(seed=len(shorts), steps=4)))
         if long in dict(crowd.step()):
@@ -168,16 +202,25 @@ def test_a_request_for_many_pictures_does_not_make_one_for_a_single_picture_wait
     assert order.index(single) <= 2 and [ticket for ticket in order if ticket != single] == many
 
 
-@pytest.mark.parametrize("steps, previews, taken", [(8, 3, [2, 4, 6]), (5, 0, []), (3, 3, [1, 2]), (10, 1, [5]), (1, 3, [])])
+@pytest.mark.parametrize(
+    "steps, previews, taken",
+    [(8, 3, [2, 4, 6]), (5, 0, []), (3, 3, [1, 2]), (10, 1, [5]), (1, 3, [])],
+)
 def test_previews_are_the_predicted_image_at_even_distances(steps, previews, taken):
     crowd, seen = stepper(), []
-    crowd.submit(replace(request(steps=steps), previews=previews, watch=lambda image: seen.append((crowd.steps_done + 1, image))))
+    crowd.submit(
+        replace(
+            request(steps=steps),
+            previews=previews,
+            watch=lambda image: seen.append((crowd.steps_done + 1, image)),
+        )
+    )
     while not (done := crowd.step()):
         pass
     assert [step for step, _ in seen] == taken
     assert all(image.shape == (3, 16, 16) and image.abs().max() <= 1 for _, image in seen)
     assert torch.equal(done[0][1], stepper().run([request(steps=steps)])[0])
-    if len(seen) == 3 and steps == 8:       # they come nearer to the picture
+    if len(seen) == 3 and steps == 8:  # they come nearer to the picture
         errors = [(image - done[0][1]).abs().mean().item() for _, image in seen]
         assert errors[2] < errors[0]
 
@@ -186,8 +229,13 @@ def test_a_caption_is_encoded_once_for_all_samples_that_have_it():
     one, calls = stepper(), []
     encode = one.model.encode_text
     one.model.encode_text = lambda tokens, mask: calls.append(1) or encode(tokens, mask)
-    one.run([request(seed=seed, steps=2, prompt=prompt) for seed, prompt in enumerate(["a", "b", "a", "a", "b"])])
-    assert len(calls) == 3      # both, and the empty one
+    one.run(
+        [
+            request(seed=seed, steps=2, prompt=prompt)
+            for seed, prompt in enumerate(["a", "b", "a", "a", "b"])
+        ]
+    )
+    assert len(calls) == 3  # both, and the empty one
     one.run([request(steps=2, prompt="b")])
     assert len(calls) == 3
 
@@ -210,11 +258,14 @@ def test_a_run_that_is_interrupted_leaves_nothing_to_the_next():
 
     def interrupt(done, total):
         raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         one.run(wanted, interrupt)
     with pytest.raises(UserError, match="no sampler 'euler'"):
         one.run([request(seed=8, steps=3), request(sampler="euler")])
-    assert (one.in_flight, one.queued) == (0, 0) and torch.equal(one.run(wanted), stepper().run(wanted))
+    assert (one.in_flight, one.queued) == (0, 0) and torch.equal(
+        one.run(wanted), stepper().run(wanted)
+    )
 
 
 def test_a_run_gives_its_own_samples_only():
@@ -225,11 +276,13 @@ def test_a_run_gives_its_own_samples_only():
 
 def test_known_pixels_are_kept_and_the_rest_is_painted():
     import numpy as np
+
     known = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     mask = np.zeros((16, 16), bool)
     mask[:, :8] = True
     image = stepper().run([request(steps=4, known=known, known_mask=mask)])[0]
     from glide_ray.data.images import to_uint8
+
     assert np.array_equal(to_uint8(image)[mask], known[mask])
     assert not np.array_equal(to_uint8(image)[~mask], known[~mask])
 
@@ -241,6 +294,7 @@ def test_an_engine_answers_many_threads_and_matches_the_stepper():
 
     def ask(seed):
         results[seed] = engine.submit(request(seed=seed, steps=3)).result(60)
+
     threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
     for thread in threads:
         thread.start()
@@ -261,7 +315,11 @@ def test_a_future_that_is_cancelled_frees_its_place_within_two_steps():
     deadline = time.monotonic() + 20
     while engine.load.in_flight and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert engine.load.in_flight == 0 and engine.load.steps <= before + 2 and engine.load.cancelled == 1
+    assert (
+        engine.load.in_flight == 0
+        and engine.load.steps <= before + 2
+        and engine.load.cancelled == 1
+    )
     engine.close()
 
 
@@ -270,7 +328,14 @@ def test_an_engine_counts_what_it_does():
     for future in [engine.submit(request(seed=seed, steps=4)) for seed in range(4)]:
         future.result(60)
     load = engine.load
-    assert (load.finished, load.sample_steps, load.width, load.in_flight, load.queued, load.failed) == (4, 16, 2, 0, 0, 0)
+    assert (
+        load.finished,
+        load.sample_steps,
+        load.width,
+        load.in_flight,
+        load.queued,
+        load.failed,
+    ) == (4, 16, 2, 0, 0, 0)
     assert 8 <= load.steps <= 16 and load.busy_seconds > 0
     engine.close()
 
@@ -293,6 +358,7 @@ def failing(crowd, fails):
         if fails(next(calls)):
             raise RuntimeError("out of memory")
         return network(*given)
+
     crowd._network = call
     return crowd
 
@@ -300,7 +366,9 @@ def failing(crowd, fails):
 def test_a_step_that_fails_does_so_for_those_in_flight_and_what_waits_has_its_own_try():
     submitted = threading.Event()
     engine = Engine(failing(stepper(max_in_flight=1), lambda call: call == 2))
-    futures = [engine.submit(replace(request(steps=2), previews=1, watch=lambda image: submitted.wait(60)))]      # its first step waits for the others
+    futures = [
+        engine.submit(replace(request(steps=2), previews=1, watch=lambda image: submitted.wait(60)))
+    ]  # its first step waits for the others
     futures += [engine.submit(request(seed=seed, steps=3)) for seed in range(3)]
     submitted.set()
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -323,6 +391,7 @@ def test_an_image_that_a_fault_of_the_gpu_keeps_back_fails():
     class Lost:
         def cpu(self):
             raise RuntimeError("an illegal memory access was encountered")
+
     crowd = stepper()
     step = crowd.step
     crowd.step = lambda: [(ticket, Lost()) for ticket, _ in step()]
@@ -344,9 +413,11 @@ def test_a_request_that_cannot_even_be_queued_fails_alone():
 
 def test_an_engine_that_is_closed_cancels_what_has_not_finished_and_says_that_it_is_no_longer_well():
     engine, begun, go = Engine(stepper()), threading.Event(), threading.Event()
-    first = engine.submit(replace(request(steps=1000), previews=999, watch=lambda image: begun.set() or go.wait(60)))
+    first = engine.submit(
+        replace(request(steps=1000), previews=999, watch=lambda image: begun.set() or go.wait(60))
+    )
     assert begun.wait(60)
-    second = engine.submit(request(steps=2))       # not looked at before the step is done
+    second = engine.submit(request(steps=2))  # not looked at before the step is done
     engine.check()
     closing = threading.Thread(target=engine.close)
     closing.start()
@@ -367,6 +438,7 @@ def test_an_engine_whose_thread_ends_by_a_fault_leaves_nobody_waiting():
 
     def end():
         raise SystemExit
+
     crowd.step = end
     engine = Engine(crowd)
     with pytest.raises(CancelledError):
@@ -378,11 +450,24 @@ def test_an_engine_whose_thread_ends_by_a_fault_leaves_nobody_waiting():
         engine.submit(request(steps=2))
 
 
-@pytest.mark.parametrize("options, param", [
-    ({"guidance_scale": -1.0}, "guidance_scale"), ({"guidance_scale": float("nan")}, "guidance_scale"),
-    ({"guidance_scale": 1e9}, "guidance_scale"), ({"steps": 0}, "steps"), ({"steps": 1001}, "steps"), ({"steps": "abc"}, "steps"),
-    ({"seed": -1}, "seed"), ({"seed": 2**70}, "seed"), ({"sampler": "euler"}, "sampler"), ({"clip_scale": -1.0}, "clip_scale"),
-    ({"guidance_interval": (0.8, 0.2)}, "guidance_interval"), ({"upsampler_steps": "2,"}, "upsampler_steps"), ({"strength": 0.0}, "strength")])
+@pytest.mark.parametrize(
+    "options, param",
+    [
+        ({"guidance_scale": -1.0}, "guidance_scale"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"guidance_scale": 1e9}, "guidance_scale"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 1001}, "steps"),
+        ({"steps": "abc"}, "steps"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**70}, "seed"),
+        ({"sampler": "euler"}, "sampler"),
+        ({"clip_scale": -1.0}, "clip_scale"),
+        ({"guidance_interval": (0.8, 0.2)}, "guidance_interval"),
+        ({"upsampler_steps": "2,"}, "upsampler_steps"),
+        ({"strength": 0.0}, "strength"),
+    ],
+)
 def test_options_that_make_no_sense_name_their_field(options, param):
     with pytest.raises(RequestError) as refusal:
         beside = {name: options.pop(name) for name in ("seed", "strength") if name in options}

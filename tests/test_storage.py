@@ -11,7 +11,11 @@ from glide_ray.storage import MissingError, StorageError
 
 @pytest.fixture(params=["local", "s3"])
 def root(request, tmp_path):
-    return str(tmp_path / "root") if request.param == "local" else f"{request.getfixturevalue('s3')}/{request.node.name}"
+    return (
+        str(tmp_path / "root")
+        if request.param == "local"
+        else f"{request.getfixturevalue('s3')}/{request.node.name}"
+    )
 
 
 def test_what_is_put_is_read_listed_and_fetched(root):
@@ -61,15 +65,23 @@ def test_an_object_that_does_not_come_whole_is_asked_for_again(s3, s3_faults):
     assert storage.read(f"{s3}/torn/w") == b"whole" * 1000 and s3_faults.asked("GET", "torn/w") == 5
     s3_faults.reset("torn/w", times=2)
     s3_faults.answer_503("torn/w", times=2)
-    assert storage.fetch(f"{s3}/torn/w").read_bytes() == b"whole" * 1000 and s3_faults.befallen["503"] == 2
+    assert (
+        storage.fetch(f"{s3}/torn/w").read_bytes() == b"whole" * 1000
+        and s3_faults.befallen["503"] == 2
+    )
     s3_faults.truncate("torn/w", times=5)
     with pytest.raises(StorageError, match="torn/w cannot be used.*2500 bytes read"):
         storage.read(f"{s3}/torn/w")
     s3_faults.truncate("list-type=2")
-    assert list(storage.list_files(f"{s3}/torn", ("w",))) == [f"{s3}/torn/w"] and s3_faults.befallen["truncate"] == 10
+    assert (
+        list(storage.list_files(f"{s3}/torn", ("w",))) == [f"{s3}/torn/w"]
+        and s3_faults.befallen["truncate"] == 10
+    )
 
 
-def test_what_is_missing_is_asked_for_once_and_told_from_what_cannot_be_read(s3, s3_faults, tmp_path):
+def test_what_is_missing_is_asked_for_once_and_told_from_what_cannot_be_read(
+    s3, s3_faults, tmp_path
+):
     (tmp_path / "file").write_text("")
     for path in (f"{s3}/no/such", tmp_path / "such", tmp_path / "file" / "such"):
         with pytest.raises(MissingError, match="such"):
@@ -110,7 +122,9 @@ def test_an_s3_path_without_a_bucket_is_refused():
         storage.read("s3:///key")
 
 
-def test_with_a_twentieth_of_all_requests_failing_nothing_fails_and_nothing_is_left_wrong(s3, s3_faults, tmp_path):
+def test_with_a_twentieth_of_all_requests_failing_nothing_fails_and_nothing_is_left_wrong(
+    s3, s3_faults, tmp_path
+):
     """Of a listing that is cut, boto3 sees bad XML and asks again; a large object goes and comes in parts."""
     large = tmp_path / "large"
     large.write_bytes(os.urandom(24 * 2**20))
@@ -119,9 +133,16 @@ def test_with_a_twentieth_of_all_requests_failing_nothing_fails_and_nothing_is_l
         storage.put(f"object {n}".encode(), f"{s3}/one_in_twenty/{n:02d}")
     storage.put(large, f"{s3}/one_in_twenty/large")
     files = list(storage.list_files(f"{s3}/one_in_twenty", ("",)))
-    assert [storage.read(file) for file in files[:-1]] == [f"object {n}".encode() for n in range(60)]
+    assert [storage.read(file) for file in files[:-1]] == [
+        f"object {n}".encode() for n in range(60)
+    ]
     assert storage.fetch(files[-1], tmp_path / "cache").read_bytes() == large.read_bytes()
-    assert sum(s3_faults.befallen.values()) > 120 and set(s3_faults.befallen) >= {"503", "reset", "truncate", "slow"}
+    assert sum(s3_faults.befallen.values()) > 120 and set(s3_faults.befallen) >= {
+        "503",
+        "reset",
+        "truncate",
+        "slow",
+    }
 
 
 def test_the_cache_keeps_to_its_limit_and_what_was_used_last(s3, tmp_path, monkeypatch):
@@ -131,13 +152,13 @@ def test_the_cache_keeps_to_its_limit_and_what_was_used_last(s3, tmp_path, monke
     for n in range(4):
         storage.put(bytes(10**6), f"{s3}/limited/{n}")
         if n == 3:
-            os.utime(copies[1].parent, (1, 1))      # not used since long ago
+            os.utime(copies[1].parent, (1, 1))  # not used since long ago
         copies.append(storage.fetch(f"{s3}/limited/{n}", tmp_path))
     assert [copy.exists() for copy in copies] == [True, False, True, True]
     monkeypatch.setattr(storage, "IN_USE_SECONDS", 600)
     storage.put(bytes(10**6), f"{s3}/limited/4")
     storage.fetch(f"{s3}/limited/4", tmp_path)
-    assert sum(copy.exists() for copy in copies) == 3        # what may be about to be read stays
+    assert sum(copy.exists() for copy in copies) == 3  # what may be about to be read stays
     monkeypatch.setenv("GLIDE_CACHE_GB", "many")
     storage.put(b"5", f"{s3}/limited/5")
     with pytest.raises(StorageError, match="GLIDE_CACHE_GB is 'many'"):

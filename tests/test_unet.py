@@ -23,8 +23,14 @@ def inputs(unet, batch=2):
     torch.manual_seed(1)
     tokens, mask = Tokenizer(unet.text.context).batch(["a red apple", ""][:batch])
     size = unet.image_size
-    low_res = torch.rand(batch, 3, unet.low_res_size, unet.low_res_size) if unet.low_res_size else None
-    return torch.randn(batch, 3, size, size), torch.tensor([10, 700][:batch]), Conditioning(tokens, mask, low_res)
+    low_res = (
+        torch.rand(batch, 3, unet.low_res_size, unet.low_res_size) if unet.low_res_size else None
+    )
+    return (
+        torch.randn(batch, 3, size, size),
+        torch.tensor([10, 700][:batch]),
+        Conditioning(tokens, mask, low_res),
+    )
 
 
 def test_a_fresh_model_predicts_no_noise_and_every_parameter_is_initialised():
@@ -46,7 +52,11 @@ def test_every_parameter_takes_part_in_the_output(kind):
     model = random_model(unet).requires_grad_(True)
     output = model(*inputs(unet))
     (output.eps.square().sum() + output.variance.sum()).backward()
-    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    assert not [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is None or not parameter.grad.any()
+    ]
 
 
 def test_text_that_is_computed_once_gives_the_same_output():
@@ -54,7 +64,9 @@ def test_text_that_is_computed_once_gives_the_same_output():
     model = random_model(unet)
     x, timestep, conditioning = inputs(unet)
     text = model.encode_text(conditioning.tokens, conditioning.mask)
-    assert torch.equal(model(x, timestep, conditioning).eps, model(x, timestep, conditioning, text).eps)
+    assert torch.equal(
+        model(x, timestep, conditioning).eps, model(x, timestep, conditioning, text).eps
+    )
     assert len(text.keys_values) == len(model.attention_layers())
 
 
@@ -72,14 +84,21 @@ def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients():
         model = random_model(unet).requires_grad_(True)
         model.activation_checkpointing = checkpointing
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes) or tensor, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor.nbytes) or tensor, lambda tensor: tensor
+        ):
             loss = model(*inputs(unet)).eps.square().sum()
         loss.backward()
         return sum(kept), [parameter.grad for parameter in model.parameters()]
+
     plain_bytes, plain = run(False)
     saved_bytes, checkpointed = run(True)
     assert saved_bytes < plain_bytes / 3
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, checkpointed, strict=True) if a is not None)
+    assert all(
+        torch.allclose(a, b, atol=1e-6)
+        for a, b in zip(plain, checkpointed, strict=True)
+        if a is not None
+    )
 
 
 def test_the_known_pixels_of_a_fresh_inpainting_model_weigh_nothing():
@@ -95,7 +114,10 @@ def test_an_inpainting_model_sees_the_known_part_only():
     known, mask = torch.rand(2, 3, 16, 16), torch.zeros(2, 1, 16, 16)
     mask[:, :, :8] = 1
     other = torch.where(mask > 0, known, -known)
-    given = [model(x, timestep, replace(conditioning, known=image, known_mask=mask)).eps for image in (known, other)]
+    given = [
+        model(x, timestep, replace(conditioning, known=image, known_mask=mask)).eps
+        for image in (known, other)
+    ]
     assert torch.equal(*given)
     assert not torch.equal(given[0], model(x, timestep, conditioning).eps)
 
@@ -135,7 +157,9 @@ def test_squares_of_pixels_that_are_folded_come_out_where_they_were():
     model.stem.register_forward_hook(lambda module, given, out: seen.update(stem=given[0]))
     model.out.register_forward_hook(lambda module, given, out: seen.update(out=out))
     x = torch.randn(2, 3, 16, 16)
-    conditioning = Conditioning(torch.zeros(2, 128, dtype=torch.int64), torch.zeros(2, 128, dtype=torch.bool))
+    conditioning = Conditioning(
+        torch.zeros(2, 128, dtype=torch.int64), torch.zeros(2, 128, dtype=torch.bool)
+    )
     output = model(x, torch.tensor([3, 900]), conditioning)
     # Channel c of pixel (2i + r, 2j + s) is channel 4c + 2r + s of square (i, j), at both ends.
     assert torch.equal(seen["stem"][:, 4 * 1 + 2 * 0 + 1, 3, 5], x[:, 1, 6, 11])
@@ -148,12 +172,20 @@ def test_squares_of_pixels_that_are_folded_come_out_where_they_were():
 def test_a_network_that_predicts_v_gives_the_eps_that_x_t_was_made_with(schedule):
     diffusion = DiffusionConfig(schedule=schedule)
     model = GlideUNet(tiny("base", "model.unet.prediction=v").model.unet, diffusion).eval()
-    x0, eps, i = torch.rand(3, 3, 16, 16) * 2 - 1, torch.randn(3, 3, 16, 16), torch.tensor([0, 400, 999])
+    x0, eps, i = (
+        torch.rand(3, 3, 16, 16) * 2 - 1,
+        torch.randn(3, 3, 16, 16),
+        torch.tensor([0, 400, 999]),
+    )
     tables = make_schedule(schedule)
     signal = tables.at("alpha_bar", i).sqrt()
-    v = signal * eps - (1 - signal ** 2).sqrt() * x0
-    model.out.register_forward_hook(lambda module, given, out: torch.cat([v, torch.zeros_like(v)], dim=1).float())
-    conditioning = Conditioning(torch.zeros(3, 128, dtype=torch.int64), torch.zeros(3, 128, dtype=torch.bool))
+    v = signal * eps - (1 - signal**2).sqrt() * x0
+    model.out.register_forward_hook(
+        lambda module, given, out: torch.cat([v, torch.zeros_like(v)], dim=1).float()
+    )
+    conditioning = Conditioning(
+        torch.zeros(3, 128, dtype=torch.int64), torch.zeros(3, 128, dtype=torch.bool)
+    )
     output = model(q_sample(tables, x0, i, eps), i, conditioning)
     assert torch.allclose(output.eps, eps, atol=1e-5)
 
@@ -162,18 +194,26 @@ def test_a_network_that_predicts_v_gives_the_eps_that_x_t_was_made_with(schedule
 def test_a_network_that_predicts_x0_gives_the_eps_that_leads_there(kind):
     model = GlideUNet(tiny(kind, "model.unet.prediction=x0").model.unet).eval()
     x, timestep, conditioning = inputs(model.config)
-    output = model(x, timestep, conditioning)           # the last layer is zero
-    low = torch.nn.functional.interpolate(conditioning.low_res, x.shape[-2:], mode="bilinear") if kind == "upsampler" else torch.zeros_like(x)
+    output = model(x, timestep, conditioning)  # the last layer is zero
+    low = (
+        torch.nn.functional.interpolate(conditioning.low_res, x.shape[-2:], mode="bilinear")
+        if kind == "upsampler"
+        else torch.zeros_like(x)
+    )
     x0 = x0_from_eps(make_schedule("cosine"), x, timestep, output.eps)
     assert torch.allclose(x0, low, atol=1e-4)
 
 
 def test_attention_written_out_agrees_with_pytorchs_in_16_bits():
     query, key, value = (torch.randn(2, 3, 20, 16).bfloat16().requires_grad_() for _ in range(3))
-    exact = torch.nn.functional.scaled_dot_product_attention(query.float(), key.float(), value.float())
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        query.float(), key.float(), value.float()
+    )
     assert torch.allclose(attend(query, key, value).float(), exact, atol=0.02)
-    assert torch.equal(attend(*(tensor.detach() for tensor in (query, key, value))),
-                       torch.nn.functional.scaled_dot_product_attention(query, key, value))
+    assert torch.equal(
+        attend(*(tensor.detach() for tensor in (query, key, value))),
+        torch.nn.functional.scaled_dot_product_attention(query, key, value),
+    )
 
 
 def test_known_channels_are_added_where_squares_are_folded():

@@ -41,17 +41,34 @@ def bench_data(corpus: str, repeats: int = 3, images: int = 3 * FEW) -> dict[str
     workers = _workers()
     with tempfile.TemporaryDirectory() as folder:
         shards, one, many = (Path(folder) / name for name in ("shards", "one", "many"))
-        for path, per_shard in ((shards, images // SHARDS), (one, images), (many, -(-images // MANY_SHARDS))):
+        for path, per_shard in (
+            (shards, images // SHARDS),
+            (one, images),
+            (many, -(-images // MANY_SHARDS)),
+        ):
             write_shards(path, again(pictures, images), per_shard)
-        stream(shards, workers)                          # the first epoch starts Ray's own workers
-        pairs = [(steady_rate(stream(shards, workers)[1]), steady_rate(webdataset(shards))) for _ in range(repeats)]
-        costs = [(_seconds(stream(one, workers)), _seconds(stream(many, workers))) for _ in range(repeats)]
+        stream(shards, workers)  # the first epoch starts Ray's own workers
+        pairs = [
+            (steady_rate(stream(shards, workers)[1]), steady_rate(webdataset(shards)))
+            for _ in range(repeats)
+        ]
+        costs = [
+            (_seconds(stream(one, workers)), _seconds(stream(many, workers)))
+            for _ in range(repeats)
+        ]
     ratios = [ours / theirs for ours, theirs in pairs]
-    return {"images": images, "processes": PROCESSES, "stream_images_per_s": round(statistics.median(a for a, _ in pairs)),
-            "webdataset_images_per_s": round(statistics.median(b for _, b in pairs)), "ratio": round(statistics.median(ratios), 2),
-            "ratio_min": round(min(ratios), 2), "ratio_max": round(max(ratios), 2), "pairs": repeats,
-            "epoch_s_1_shard": round(statistics.median(one for one, _ in costs), 2),
-            f"epoch_s_{MANY_SHARDS}_shards": round(statistics.median(many for _, many in costs), 2)}
+    return {
+        "images": images,
+        "processes": PROCESSES,
+        "stream_images_per_s": round(statistics.median(a for a, _ in pairs)),
+        "webdataset_images_per_s": round(statistics.median(b for _, b in pairs)),
+        "ratio": round(statistics.median(ratios), 2),
+        "ratio_min": round(min(ratios), 2),
+        "ratio_max": round(max(ratios), 2),
+        "pairs": repeats,
+        "epoch_s_1_shard": round(statistics.median(one for one, _ in costs), 2),
+        f"epoch_s_{MANY_SHARDS}_shards": round(statistics.median(many for _, many in costs), 2),
+    }
 
 
 def bench_memory(corpus: str) -> dict[str, Any]:
@@ -65,7 +82,9 @@ def bench_memory(corpus: str) -> dict[str, Any]:
             with Peak() as peak:
                 stream(Path(folder) / str(count), workers)
             peaks[count] = peak.bytes / 2**20
-    return {f"peak_mib_{count}": round(peak) for count, peak in peaks.items()} | {"ratio": round(peaks[MANY] / peaks[FEW], 3)}
+    return {f"peak_mib_{count}": round(peak) for count, peak in peaks.items()} | {
+        "ratio": round(peaks[MANY] / peaks[FEW], 3)
+    }
 
 
 def _workers() -> list:
@@ -74,10 +93,16 @@ def _workers() -> list:
 
 
 def _pictures(corpus: str) -> list[Sample]:
-    pictures = [sample for part in find_parts(corpus) for sample in read_part(part)
-                if sample.suffix == "webp" and open_image(sample.image).size == (256, 256)]
+    pictures = [
+        sample
+        for part in find_parts(corpus)
+        for sample in read_part(part)
+        if sample.suffix == "webp" and open_image(sample.image).size == (256, 256)
+    ]
     if not pictures:
-        raise UserError(f"{corpus} has no WebP pictures of 256x256 pixels; make the emoji corpus with `glide corpus` and give --shards.")
+        raise UserError(
+            f"{corpus} has no WebP pictures of 256x256 pixels; make the emoji corpus with `glide corpus` and give --shards."
+        )
     return pictures
 
 
@@ -94,7 +119,7 @@ def again(pictures: Sequence[Sample], count: int) -> Iterator[Sample]:
 
 # -- ours -------------------------------------------------------------------------------------------------------------
 
-Arrivals = list[tuple[float, int]]       # (time, images) of each batch
+Arrivals = list[tuple[float, int]]  # (time, images) of each batch
 
 
 @ray.remote(num_cpus=1)
@@ -107,20 +132,38 @@ class Worker:
     def epoch(self, feeder, rank: int, world: int) -> tuple[float, Arrivals]:
         """When the first row was asked for, and what came."""
         began = time.time()
-        batches = micro_batches(feeder, Epoch("bench", 0, 0), BatchSplit(BATCH * world, world, rank, BATCH))
-        return began, [(time.time(), len(batch.image)) for rows in batches if (batch := self._collate(rows, 0)) is not None]
+        batches = micro_batches(
+            feeder, Epoch("bench", 0, 0), BatchSplit(BATCH * world, world, rank, BATCH)
+        )
+        return began, [
+            (time.time(), len(batch.image))
+            for rows in batches
+            if (batch := self._collate(rows, 0)) is not None
+        ]
 
 
 def stream(shards: Path, workers: Sequence) -> tuple[float, Arrivals]:
     """One epoch, split between the workers as in a training run: when it began, and all batches in order of time."""
     world = len(workers)
-    feeder = Feeder.remote(find_parts(shards), 64, BATCH * world, presets.get("nano-base").data.shuffle_buffer, 0, Tally.remote())
-    came = ray.get([worker.epoch.remote(feeder, rank, world) for rank, worker in enumerate(workers)])
-    return min(began for began, _ in came), sorted(arrival for _, arrivals in came for arrival in arrivals)
+    feeder = Feeder.remote(
+        find_parts(shards),
+        64,
+        BATCH * world,
+        presets.get("nano-base").data.shuffle_buffer,
+        0,
+        Tally.remote(),
+    )
+    came = ray.get(
+        [worker.epoch.remote(feeder, rank, world) for rank, worker in enumerate(workers)]
+    )
+    return min(began for began, _ in came), sorted(
+        arrival for _, arrivals in came for arrival in arrivals
+    )
 
 
 def _collate() -> Collate:
     import torch
+
     torch.set_num_threads(1)
     preset = presets.get("nano-base")
     return Collate(preset.model, preset.data)
@@ -128,13 +171,19 @@ def _collate() -> Collate:
 
 # -- theirs -----------------------------------------------------------------------------------------------------------
 
+
 def webdataset(shards: Path) -> Arrivals:
     """The same work on the same shards in a DataLoader of PROCESSES workers that read by webdataset."""
     import webdataset as wds
     from torch.utils.data import DataLoader
+
     pipeline = wds.DataPipeline(
-        wds.SimpleShardList([part.url for part in find_parts(shards)]), wds.split_by_worker,
-        wds.tarfile_to_samples(), wds.batched(BATCH, collation_fn=list), wds.map(_Theirs()))
+        wds.SimpleShardList([part.url for part in find_parts(shards)]),
+        wds.split_by_worker,
+        wds.tarfile_to_samples(),
+        wds.batched(BATCH, collation_fn=list),
+        wds.map(_Theirs()),
+    )
     loader = DataLoader(pipeline, batch_size=None, num_workers=PROCESSES)
     return [(time.time(), len(batch)) for batch in loader]
 
@@ -147,11 +196,15 @@ class _Theirs:
 
     def __call__(self, samples: Sequence[dict]):
         self._collate = self._collate or _collate()
-        rows = [(n, Sample(sample["__key__"], sample["webp"], "webp", (sample["txt"].decode(),), {})) for n, sample in enumerate(samples)]
+        rows = [
+            (n, Sample(sample["__key__"], sample["webp"], "webp", (sample["txt"].decode(),), {}))
+            for n, sample in enumerate(samples)
+        ]
         return self._collate(columns(rows), 0).image
 
 
 # -- both -------------------------------------------------------------------------------------------------------------
+
 
 def steady_rate(arrivals: Arrivals) -> float:
     """Images a second between the first and the last tenth."""

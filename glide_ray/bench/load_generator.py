@@ -23,7 +23,7 @@ from typing import Any
 
 import httpx
 
-PATIENCE = 600.0         # seconds that a client waits for its answer
+PATIENCE = 600.0  # seconds that a client waits for its answer
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RequestResult:
 def free_port() -> int:
     """A port that nobody has at any address of this machine: some of those who are told of it listen at them all."""
     with socket.socket() as probe:
-        probe.bind(("", 0))     # and never listens
+        probe.bind(("", 0))  # and never listens
         return probe.getsockname()[1]
 
 
@@ -53,23 +53,55 @@ def poisson(rate: float, seconds: float, seed: int) -> list[float]:
     return times
 
 
-def bodies(count: int, steps: Mapping[int, float], seed: int, **fields: Any) -> list[dict[str, Any]]:
+def bodies(
+    count: int, steps: Mapping[int, float], seed: int, **fields: Any
+) -> list[dict[str, Any]]:
     """Generations whose steps are drawn with these weights."""
     draw = random.Random(seed)
-    return [{"prompt": f"a red apple, number {n % 16}", "seed": n, "steps": draw.choices(list(steps), list(steps.values()))[0], **fields} for n in range(count)]
+    return [
+        {
+            "prompt": f"a red apple, number {n % 16}",
+            "seed": n,
+            "steps": draw.choices(list(steps), list(steps.values()))[0],
+            **fields,
+        }
+        for n in range(count)
+    ]
 
 
 class Clients:
     """A process of clients, which goes on beside this one. It sends the requests at the times `at`, or by so many `clients`: each request once,
     or again and again for some `seconds`."""
 
-    def __init__(self, url: str, requests: Sequence[dict[str, Any]], at: Sequence[float] | None = None, clients: int = 0,
-                 seconds: float | None = None, keep_images: bool = False):
-        self._came = tempfile.TemporaryFile("w+")       # a pipe that nobody reads yet would stop them
-        self._process = subprocess.Popen([sys.executable, "-m", "glide_ray.bench.load_generator"], stdin=subprocess.PIPE, stdout=self._came, text=True, env=_environment())
+    def __init__(
+        self,
+        url: str,
+        requests: Sequence[dict[str, Any]],
+        at: Sequence[float] | None = None,
+        clients: int = 0,
+        seconds: float | None = None,
+        keep_images: bool = False,
+    ):
+        self._came = tempfile.TemporaryFile("w+")  # a pipe that nobody reads yet would stop them
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "glide_ray.bench.load_generator"],
+            stdin=subprocess.PIPE,
+            stdout=self._came,
+            text=True,
+            env=_environment(),
+        )
         with self._process.stdin as plan:
-            json.dump({"url": url, "requests": list(requests), "at": at and list(at), "clients": clients, "seconds": seconds,
-                       "keep_images": keep_images}, plan)
+            json.dump(
+                {
+                    "url": url,
+                    "requests": list(requests),
+                    "at": at and list(at),
+                    "clients": clients,
+                    "seconds": seconds,
+                    "keep_images": keep_images,
+                },
+                plan,
+            )
 
     def going(self) -> bool:
         """Whether there are still answers to come."""
@@ -82,14 +114,24 @@ class Clients:
         with self._came:
             self._came.seek(0)
             came = json.load(self._came)
-        return sorted((RequestResult(**{**answer, "images": tuple(answer["images"])}) for answer in came), key=lambda answer: answer.number)
+        return sorted(
+            (RequestResult(**{**answer, "images": tuple(answer["images"])}) for answer in came),
+            key=lambda answer: answer.number,
+        )
 
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 
 
-async def _send(client: httpx.AsyncClient, plan: dict[str, Any], number: int, body: dict[str, Any], at: float, began: float) -> RequestResult:
+async def _send(
+    client: httpx.AsyncClient,
+    plan: dict[str, Any],
+    number: int,
+    body: dict[str, Any],
+    at: float,
+    began: float,
+) -> RequestResult:
     await asyncio.sleep(max(0.0, began + at - time.monotonic()))
     sent = time.monotonic()
     try:
@@ -97,14 +139,29 @@ async def _send(client: httpx.AsyncClient, plan: dict[str, Any], number: int, bo
     except httpx.HTTPError as error:
         print(f"request {number}: {error!r}", file=sys.stderr)
         return RequestResult(number, at, time.monotonic() - sent, 0)
-    images = tuple(item["b64_json"] for item in answer.json()["data"]) if plan["keep_images"] and answer.status_code == 200 else ()
-    return RequestResult(number, at, time.monotonic() - sent, answer.status_code, images, answer.headers.get("retry-after"))
+    images = (
+        tuple(item["b64_json"] for item in answer.json()["data"])
+        if plan["keep_images"] and answer.status_code == 200
+        else ()
+    )
+    return RequestResult(
+        number,
+        at,
+        time.monotonic() - sent,
+        answer.status_code,
+        images,
+        answer.headers.get("retry-after"),
+    )
 
 
 async def _open(client: httpx.AsyncClient, plan: dict[str, Any]) -> list[RequestResult]:
     began = time.monotonic()
-    return await asyncio.gather(*[_send(client, plan, number, body, at, began)
-                                  for number, (body, at) in enumerate(zip(plan["requests"], plan["at"], strict=True))])
+    return await asyncio.gather(
+        *[
+            _send(client, plan, number, body, at, began)
+            for number, (body, at) in enumerate(zip(plan["requests"], plan["at"], strict=True))
+        ]
+    )
 
 
 async def _closed(client: httpx.AsyncClient, plan: dict[str, Any]) -> list[RequestResult]:
@@ -118,6 +175,7 @@ async def _closed(client: httpx.AsyncClient, plan: dict[str, Any]) -> list[Reque
             if plan["seconds"] is not None and now >= plan["seconds"]:
                 return
             came.append(await _send(client, plan, number, body, now, began))
+
     await asyncio.gather(*[one() for _ in range(plan["clients"])])
     return came
 

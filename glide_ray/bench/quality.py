@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..sampling.cascade import Cascade, base_request, load_stepper
 from ..sampling.stepper import Stepper
 
-IMAGES_PER_CALL = 32       # pictures in a network call
+IMAGES_PER_CALL = 32  # pictures in a network call
 
 
 def bench_samplers(base: Path, steps: Sequence[int] = (10, 15, 20, 30), truth: int = 250) -> dict:
@@ -26,16 +26,37 @@ def bench_samplers(base: Path, steps: Sequence[int] = (10, 15, 20, 30), truth: i
 
     def pictures(sampler: str, count: int) -> torch.Tensor:
         options = SampleOptions(sampler=sampler, steps=str(count), guidance_scale=1.0)
-        return stepper.run([base_request(stepper.config, prompt, seed, options) for seed, prompt in enumerate(PROMPTS)])
+        return stepper.run(
+            [
+                base_request(stepper.config, prompt, seed, options)
+                for seed, prompt in enumerate(PROMPTS)
+            ]
+        )
+
     best = pictures("ddim", truth)
-    return {"base": stepper.config.name, "pictures": len(PROMPTS), "truth": f"ddim {truth}",
-            "mse": {sampler: {count: float(f"{(pictures(sampler, count) - best).square().mean():.3g}") for count in steps}
-                    for sampler in ("ddim", "plms", "dpm++")}}
+    return {
+        "base": stepper.config.name,
+        "pictures": len(PROMPTS),
+        "truth": f"ddim {truth}",
+        "mse": {
+            sampler: {
+                count: float(f"{(pictures(sampler, count) - best).square().mean():.3g}")
+                for count in steps
+            }
+            for sampler in ("ddim", "plms", "dpm++")
+        },
+    }
 
 
-def bench_inpainting(base: Path, inpaint: Path, corpus: Path, images: int = 64, width: int = 2,
-                     samplers: Sequence[str] = ("ddim", "ancestral"), precision: str = "fp32"
-                     ) -> dict:
+def bench_inpainting(
+    base: Path,
+    inpaint: Path,
+    corpus: Path,
+    images: int = 64,
+    width: int = 2,
+    samplers: Sequence[str] = ("ddim", "ancestral"),
+    precision: str = "fp32",
+) -> dict:
     """The mean squared error, against the picture itself, of the `width` pixels of a hole that touch its border: of a model that
     is trained for inpainting, and of one that is not and has the known pixels re-noised into each
     step (sec. 4.3).
@@ -43,56 +64,97 @@ def bench_inpainting(base: Path, inpaint: Path, corpus: Path, images: int = 64, 
     Pictures are `images` of `corpus`, in the models' own steps. Raises UserError, WeightsError.
     """
     wanted = _pictures(corpus, images)
-    steppers = {name: load_stepper(path, "base", precision, max_in_flight=IMAGES_PER_CALL, batched=True)
-                for name, path in (("implicit", base), ("explicit", inpaint))}
+    steppers = {
+        name: load_stepper(path, "base", precision, max_in_flight=IMAGES_PER_CALL, batched=True)
+        for name, path in (("implicit", base), ("explicit", inpaint))
+    }
     for name, path in (("implicit", base), ("explicit", inpaint)):
         if steppers[name].config.inpaint != (name == "explicit"):
-            raise UserError(f"{path} is {'not ' if name == 'explicit' else ''}trained for inpainting; exchange the two weights files.")
+            raise UserError(
+                f"{path} is {'not ' if name == 'explicit' else ''}trained for inpainting; exchange the two weights files."
+            )
     results = {}
     for sampler in samplers:
-        border, hole = zip(*(_inpainting_errors(stepper, sampler, wanted, width) for stepper in steppers.values()), strict=True)
-        gain = border[0] - border[1]        # picture by picture: the same hole, filled from the same noise
-        results[sampler] = {f"{part}_{name}": round(float(errors.mean()), 4) for part, pair in (("border", border), ("hole", hole))
-                            for name, errors in zip(steppers, pair, strict=True)}
+        border, hole = zip(
+            *(_inpainting_errors(stepper, sampler, wanted, width) for stepper in steppers.values()),
+            strict=True,
+        )
+        gain = (
+            border[0] - border[1]
+        )  # picture by picture: the same hole, filled from the same noise
+        results[sampler] = {
+            f"{part}_{name}": round(float(errors.mean()), 4)
+            for part, pair in (("border", border), ("hole", hole))
+            for name, errors in zip(steppers, pair, strict=True)
+        }
         error = gain.std() / len(gain) ** 0.5
-        results[sampler] |= {"border_gain": round(float(gain.mean()), 5),
-                             "gain_standard_error": round(float(error), 5)}
+        results[sampler] |= {
+            "border_gain": round(float(gain.mean()), 5),
+            "gain_standard_error": round(float(error), 5),
+        }
     return {"images": len(wanted), "border_pixels": width, **results}
 
 
-def _inpainting_errors(stepper: Stepper, sampler: str, wanted: Sequence[tuple[Image.Image, str]], width: int) -> tuple[np.ndarray, np.ndarray]:
+def _inpainting_errors(
+    stepper: Stepper, sampler: str, wanted: Sequence[tuple[Image.Image, str]], width: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Each picture's mean squared error (N,) at the border of a square hole, and in the whole of it."""
     size, options = stepper.config.image_size, SampleOptions(sampler=sampler)
     y, x = np.mgrid[:size, :size]
     images = [centre_crop(pixels, size) for pixels, _ in wanted]
-    insides = []        # pixels from each pixel to the hole's border, negative outside of it
+    insides = []  # pixels from each pixel to the hole's border, negative outside of it
     for seed in range(len(wanted)):
         top, left = np.random.default_rng(seed).integers(size // 8, size // 2 - size // 8, 2)
         last = size // 2 - 1
-        insides.append(np.minimum(np.minimum(y - top, top + last - y),
-                                  np.minimum(x - left, left + last - x)))
-    made = stepper.run([base_request(stepper.config, caption, seed, options, known=images[seed],
-                                     known_mask=insides[seed] < 0)
-                        for seed, (_, caption) in enumerate(wanted)])
-    errors = [np.square(to_uint8(one).astype(float) - image).mean(-1) / 255**2
-              for one, image in zip(made, images, strict=True)]
+        insides.append(
+            np.minimum(np.minimum(y - top, top + last - y), np.minimum(x - left, left + last - x))
+        )
+    made = stepper.run(
+        [
+            base_request(
+                stepper.config,
+                caption,
+                seed,
+                options,
+                known=images[seed],
+                known_mask=insides[seed] < 0,
+            )
+            for seed, (_, caption) in enumerate(wanted)
+        ]
+    )
+    errors = [
+        np.square(to_uint8(one).astype(float) - image).mean(-1) / 255**2
+        for one, image in zip(made, images, strict=True)
+    ]
     pairs = list(zip(errors, insides, strict=True))
     border = [error[(inside >= 0) & (inside < width)].mean() for error, inside in pairs]
     return np.array(border), np.array([error[inside >= 0].mean() for error, inside in pairs])
 
 
-def bench_guidance(base: Path, clip: Path, scales: Sequence[float] = (1, 2, 3, 5), seeds: int = 8) -> dict:
+def bench_guidance(
+    base: Path, clip: Path, scales: Sequence[float] = (1, 2, 3, 5), seeds: int = 8
+) -> dict:
     """Noised CLIP's mean score of a base model's pictures over the scale of classifier-free guidance (sec. 5.2, fig. 6)."""
     cascade = Cascade.load(base, precision="fp32", clip=clip, max_in_flight=8)
     prompts, scores, first = [prompt for prompt in PROMPTS for _ in range(seeds)], {}, None
     for scale in scales:
-        requests = [base_request(cascade.base.config, prompt, n % seeds, SampleOptions(guidance_scale=scale, sampler="ddim"))
-                    for n, prompt in enumerate(prompts)]
+        requests = [
+            base_request(
+                cascade.base.config,
+                prompt,
+                n % seeds,
+                SampleOptions(guidance_scale=scale, sampler="ddim"),
+            )
+            for n, prompt in enumerate(prompts)
+        ]
         values = np.array(cascade.score(cascade.base.run(requests), prompts))
         first = values if first is None else first
-        gain = values - first           # picture by picture: they begin from the same noise
-        scores[scale] = {"score": round(float(values.mean()), 3), "gain": round(float(gain.mean()), 3),
-                         "gain_standard_error": round(float(gain.std() / len(gain) ** 0.5), 3)}
+        gain = values - first  # picture by picture: they begin from the same noise
+        scores[scale] = {
+            "score": round(float(values.mean()), 3),
+            "gain": round(float(gain.mean()), 3),
+            "gain_standard_error": round(float(gain.std() / len(gain) ** 0.5), 3),
+        }
     return {"base": cascade.base.config.name, "pictures": len(prompts), "clip_score": scores}
 
 
@@ -104,4 +166,6 @@ def _pictures(corpus: Path, count: int) -> list[tuple[Image.Image, str]]:
             found.append((decode(sample.image), sample.captions[0]))
             if len(found) == count:
                 return found
-    raise UserError(f"There are only {len(found)} pictures in {corpus}; make the emoji corpus with `glide corpus`.")
+    raise UserError(
+        f"There are only {len(found)} pictures in {corpus}; make the emoji corpus with `glide corpus`."
+    )

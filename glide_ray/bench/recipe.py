@@ -29,17 +29,34 @@ VARIATIONS: dict[str, list[str]] = {
     "half the batch": ["batch=16"],
     "twice the batch": ["batch=64"],
     "squares of 4 pixels, half the channels": [
-        "model.unet.patch=4", "model.unet.multipliers=1,2,4", "model.unet.attention_sizes=8,4"],
+        "model.unet.patch=4",
+        "model.unet.multipliers=1,2,4",
+        "model.unet.attention_sizes=8,4",
+    ],
     "squares of 2 pixels, a quarter of the channels": [
-        "model.unet.patch=2", "model.unet.channels=32", "model.unet.multipliers=1,2,4,8",
-        "model.unet.attention_sizes=8,4"],
+        "model.unet.patch=2",
+        "model.unet.channels=32",
+        "model.unet.multipliers=1,2,4,8",
+        "model.unet.attention_sizes=8,4",
+    ],
     "attention at 8, 4 and 2": ["model.unet.attention_sizes=8,4,2"],
 }
-TIMESTEPS = (200, 400, 600, 800)      # at which x_0 is predicted: where details, parts, shapes and colours are decided
+TIMESTEPS = (
+    200,
+    400,
+    600,
+    800,
+)  # at which x_0 is predicted: where details, parts, shapes and colours are decided
 
 
-def bench_recipe(corpus: str, held_out: str, seconds: float = 180, repeats: int = 3, names: Sequence[str] = (),
-                 report: Callable[[str], None] = print) -> dict:
+def bench_recipe(
+    corpus: str,
+    held_out: str,
+    seconds: float = 180,
+    repeats: int = 3,
+    names: Sequence[str] = (),
+    report: Callable[[str], None] = print,
+) -> dict:
     """The RMSE of held-out x_0, predicted by the averaged weights from noised images and their captions, after so many
     seconds of the training thread's CPU time: mean over TIMESTEPS, and its standard error over
     `repeats` seeds.
@@ -50,16 +67,33 @@ def bench_recipe(corpus: str, held_out: str, seconds: float = 180, repeats: int 
     for name in names or VARIATIONS:
         errors, images = [], []
         for seed in range(repeats):
-            preset = override(presets.get("emoji-base"), [
-                f"data.corpus={corpus}", f"data.held_out={held_out}", "steps=1000000", f"seed={seed}", *VARIATIONS[name]])
+            preset = override(
+                presets.get("emoji-base"),
+                [
+                    f"data.corpus={corpus}",
+                    f"data.held_out={held_out}",
+                    "steps=1000000",
+                    f"seed={seed}",
+                    *VARIATIONS[name],
+                ],
+            )
             error, seen = _learn(preset, seconds)
             errors.append(error)
             images.append(seen)
             report(f"{name}, seed {seed}: {error:.4f} after {seen:,} images")
         spread = statistics.stdev(errors) / len(errors) ** 0.5 if len(errors) > 1 else 0.0
-        found[name] = {"rmse": round(statistics.mean(errors), 4), "standard_error": round(spread, 4),
-                       "images": round(statistics.mean(images))}
-    return {"preset": "emoji-base", "seconds": seconds, "seeds": repeats, "timesteps": list(TIMESTEPS), "recipes": found}
+        found[name] = {
+            "rmse": round(statistics.mean(errors), 4),
+            "standard_error": round(spread, 4),
+            "images": round(statistics.mean(images)),
+        }
+    return {
+        "preset": "emoji-base",
+        "seconds": seconds,
+        "seeds": repeats,
+        "timesteps": list(TIMESTEPS),
+        "recipes": found,
+    }
 
 
 def _learn(preset: Preset, seconds: float) -> tuple[float, int]:
@@ -72,7 +106,9 @@ def _learn(preset: Preset, seconds: float) -> tuple[float, int]:
         trainer.step(batches, number)
     with trainer.ema.in_place(preset.train.ema_rates[0]):
         trainer.refresh()
-        return x0_error(trainer, held_out_batches(preset.data, preset.model, 32)), number * preset.train.batch
+        return x0_error(
+            trainer, held_out_batches(preset.data, preset.model, 32)
+        ), number * preset.train.batch
 
 
 @torch.no_grad()
@@ -88,6 +124,11 @@ def x0_error(trainer: SingleTrainer, batches: Sequence[Batch]) -> float:
             x_t = q_sample(trainer.schedule, batch.image, i, noise)
             unknown = Conditioning(batch.conditioning.tokens, batch.conditioning.mask)
             eps = trainer.network(x_t, i, unknown).eps
-            squares.append((x0_from_eps(trainer.schedule, x_t, i, eps).clamp(-1, 1) - batch.image).square().flatten(1).mean(1))
+            squares.append(
+                (x0_from_eps(trainer.schedule, x_t, i, eps).clamp(-1, 1) - batch.image)
+                .square()
+                .flatten(1)
+                .mean(1)
+            )
         errors.append(torch.cat(squares).mean().sqrt().item())
     return statistics.mean(errors)

@@ -33,14 +33,15 @@ from ..serving.stages import Base, StageResult, Upsampler
 from . import load_generator as load
 from .speed import random_model
 
-STEPS = {10: 0.8, 50: 0.2}       # of the requests, by their steps
-CONCURRENT_REQUESTS = 8                      # requests in a whole-request batch, and clients that saturate
-ROUNDS, REQUESTS = 5, 40         # of what is compared in turn
+STEPS = {10: 0.8, 50: 0.2}  # of the requests, by their steps
+CONCURRENT_REQUESTS = 8  # requests in a whole-request batch, and clients that saturate
+ROUNDS, REQUESTS = 5, 40  # of what is compared in turn
 SATURATED_SECONDS = 15
 OVERLOAD_SECONDS = 60
 
 
 # -- the other applications -------------------------------------------------------------------------------------------
+
 
 class _Whole:
     """A stage that makes a batch of requests from first step to last, and answers all of them then."""
@@ -86,10 +87,21 @@ def _nothing(sizes: Sequence[int], body_bytes: int) -> serve.Application:
     async def generations(body: dict) -> dict:
         made = None
         for stage in serve.get_replica_context().servable_object.stages:
-            made = await stage.make.remote(Job(body["prompt"], body["seed"], sizes[-1]), *([] if made is None else [made.pixels]))
+            made = await stage.make.remote(
+                Job(body["prompt"], body["seed"], sizes[-1]),
+                *([] if made is None else [made.pixels]),
+            )
         return answer
-    stages = [serve.deployment(Nothing).options(name=f"nothing{size}", max_ongoing_requests=64).bind(size) for size in sizes]
-    return serve.deployment(serve.ingress(api)(NothingIngress)).options(name="ingress", max_ongoing_requests=256).bind(stages)
+
+    stages = [
+        serve.deployment(Nothing).options(name=f"nothing{size}", max_ongoing_requests=64).bind(size)
+        for size in sizes
+    ]
+    return (
+        serve.deployment(serve.ingress(api)(NothingIngress))
+        .options(name="ingress", max_ongoing_requests=256)
+        .bind(stages)
+    )
 
 
 class Bare(Base):
@@ -98,10 +110,16 @@ class Bare(Base):
     def fill(self, jobs: Sequence[Job], seconds: float) -> float:
         """Sample-steps a second."""
         waiting, began, before = deque(jobs), time.monotonic(), self._engine.load.sample_steps
-        futures = [self._engine.submit(self._request(waiting.popleft())) for _ in range(CONCURRENT_REQUESTS)]
+        futures = [
+            self._engine.submit(self._request(waiting.popleft()))
+            for _ in range(CONCURRENT_REQUESTS)
+        ]
         while time.monotonic() - began < seconds:
             done, rest = wait(futures, 0.5, FIRST_COMPLETED)
-            futures = [*rest, *(self._engine.submit(self._request(waiting.popleft())) for _ in done)]
+            futures = [
+                *rest,
+                *(self._engine.submit(self._request(waiting.popleft())) for _ in done),
+            ]
         steps, spent = self._engine.load.sample_steps - before, time.monotonic() - began
         for future in futures:
             future.cancel()
@@ -110,7 +128,13 @@ class Bare(Base):
 
 # -- the figures ------------------------------------------------------------------------------------------------------
 
-def bench_serve(family: str = "nano", size: int = 64, seconds: float = 120, report: Callable[[str], None] = print) -> dict[str, Any]:
+
+def bench_serve(
+    family: str = "nano",
+    size: int = 64,
+    seconds: float = 120,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
     """Random weights of the family's models, which compute as trained ones do. `size` 64 asks the base model only, 256 both stages.
 
     Saturation is what closed-loop clients, one for each place, are answered a second; the open-loop load is Poisson.
@@ -118,9 +142,15 @@ def bench_serve(family: str = "nano", size: int = 64, seconds: float = 120, repo
     upsampler = f"{family}-upsampler" if size == 256 else None
     fields = {"size": f"{size}x{size}"} | ({"upsampler_steps": 4} if upsampler else {})
     with tempfile.TemporaryDirectory() as folder:
-        config = ServeConfig(base=_weights(f"{family}-base", folder), upsampler=upsampler and _weights(upsampler, folder), port=load.free_port(),
-                             max_in_flight=CONCURRENT_REQUESTS)
-        all_in = config.model_copy(update={"max_waiting": 10_000})      # while both are compared nothing is refused
+        config = ServeConfig(
+            base=_weights(f"{family}-base", folder),
+            upsampler=upsampler and _weights(upsampler, folder),
+            port=load.free_port(),
+            max_in_flight=CONCURRENT_REQUESTS,
+        )
+        all_in = config.model_copy(
+            update={"max_waiting": 10_000}
+        )  # while both are compared nothing is refused
         connect(16)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         with listening(config) as url:
@@ -130,43 +160,76 @@ def bench_serve(family: str = "nano", size: int = 64, seconds: float = 120, repo
                 deploy(build_application(all_in, (WholeBase, WholeUpsampler)), "whole", "/whole")
                 figures |= _latencies(url, fields, seconds, report)
                 deploy(build_application(config), "step", "/step")
-                time.sleep(2 * HEALTH_SECONDS)       # until it has seen its replicas
-                figures |= _overload(url, fields, 3 * figures["saturation_per_s"], figures["step_p95_s"], report)
-                return {"models": family, "size": size, "steps": STEPS, "cores": psutil.cpu_count(), **figures}
+                time.sleep(2 * HEALTH_SECONDS)  # until it has seen its replicas
+                figures |= _overload(
+                    url, fields, 3 * figures["saturation_per_s"], figures["step_p95_s"], report
+                )
+                return {
+                    "models": family,
+                    "size": size,
+                    "steps": STEPS,
+                    "cores": psutil.cpu_count(),
+                    **figures,
+                }
             finally:
                 for name in ("step", "whole", "nothing"):
                     serve.delete(name)
 
 
-def _costs(config: ServeConfig, url: str, fields: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any]:
+def _costs(
+    config: ServeConfig, url: str, fields: dict[str, Any], report: Callable[[str], None]
+) -> dict[str, Any]:
     """What a request costs beside the engine's work, to what one costs that does nothing; and what all of it costs at saturation."""
     sizes = [64, 256] if config.upsampler else [64]
     with httpx.Client(timeout=600) as client:
-        body = {"prompt": "a red apple", "seed": 0, "steps": 1, **fields} | ({"upsampler_steps": 1} if config.upsampler else {})
+        body = {"prompt": "a red apple", "seed": 0, "steps": 1, **fields} | (
+            {"upsampler_steps": 1} if config.upsampler else {}
+        )
         answer = client.post(f"{url}/step/v1/images/generations", json=body).json()
         deploy(_nothing(sizes, len(answer["data"][0]["b64_json"])), "nothing", "/nothing")
         pairs = []
         for _ in range(ROUNDS):
             busy, times = -_busy(client, url), {"step": 0.0, "nothing": 0.0}
             for seed in range(REQUESTS):
-                for name in times:       # in turn, so that what else the machine does falls on both
+                for name in times:  # in turn, so that what else the machine does falls on both
                     began = time.monotonic()
-                    client.post(f"{url}/{name}/v1/images/generations", json=body | {"seed": seed}).raise_for_status()
+                    client.post(
+                        f"{url}/{name}/v1/images/generations", json=body | {"seed": seed}
+                    ).raise_for_status()
                     times[name] += (time.monotonic() - began) / REQUESTS
             pairs.append((times["step"] - (busy + _busy(client, url)) / REQUESTS, times["nothing"]))
         serve.delete("nothing")
     ratios = [ours / nothing for ours, nothing in pairs]
-    figures = {"own_cost_ms": _ms(ours for ours, _ in pairs), "nothing_ms": _ms(nothing for _, nothing in pairs), "cost_ratio": round(statistics.median(ratios), 2),
-               "cost_ratio_min": round(min(ratios), 2), "cost_ratio_max": round(max(ratios), 2)}
-    report(f"a request costs {figures['own_cost_ms']} ms beside the engine's work; one that does nothing {figures['nothing_ms']} ms")
+    figures = {
+        "own_cost_ms": _ms(ours for ours, _ in pairs),
+        "nothing_ms": _ms(nothing for _, nothing in pairs),
+        "cost_ratio": round(statistics.median(ratios), 2),
+        "cost_ratio_min": round(min(ratios), 2),
+        "cost_ratio_max": round(max(ratios), 2),
+    }
+    report(
+        f"a request costs {figures['own_cost_ms']} ms beside the engine's work; one that does nothing {figures['nothing_ms']} ms"
+    )
     if not config.upsampler:
-        bare = ray.remote(Bare).options(num_cpus=1).remote("bare", config.base, config.precision, config.max_in_flight)
+        bare = (
+            ray.remote(Bare)
+            .options(num_cpus=1)
+            .remote("bare", config.base, config.precision, config.max_in_flight)
+        )
         asked = load.bodies(10_000, STEPS, 1)
-        jobs = [Job(body["prompt"], body["seed"], 64, SampleOptions(steps=body["steps"])) for body in asked]
+        jobs = [
+            Job(body["prompt"], body["seed"], 64, SampleOptions(steps=body["steps"]))
+            for body in asked
+        ]
         rates = []
         for _ in range(ROUNDS - 2):
             engine = ray.get(bare.fill.remote(jobs, SATURATED_SECONDS))
-            clients = load.Clients(f"{url}/step", load.bodies(1000, STEPS, 2, **fields), clients=CONCURRENT_REQUESTS, seconds=SATURATED_SECONDS + 4)
+            clients = load.Clients(
+                f"{url}/step",
+                load.bodies(1000, STEPS, 2, **fields),
+                clients=CONCURRENT_REQUESTS,
+                seconds=SATURATED_SECONDS + 4,
+            )
             time.sleep(4)
             before, began = _steps(url), time.monotonic()
             time.sleep(SATURATED_SECONDS - 2)
@@ -174,21 +237,40 @@ def _costs(config: ServeConfig, url: str, fields: dict[str, Any], report: Callab
             clients.answers()
         ray.kill(bare)
         shares = [ours / engine for ours, engine in rates]
-        figures |= {"steps_per_s": round(statistics.median(a for a, _ in rates), 2), "bare_steps_per_s": round(statistics.median(b for _, b in rates), 2),
-                    "of_bare": round(statistics.median(shares), 3), "of_bare_min": round(min(shares), 3), "of_bare_max": round(max(shares), 3)}
-        report(f"at saturation {figures['steps_per_s']} steps/s of all samples; the engine alone {figures['bare_steps_per_s']}")
+        figures |= {
+            "steps_per_s": round(statistics.median(a for a, _ in rates), 2),
+            "bare_steps_per_s": round(statistics.median(b for _, b in rates), 2),
+            "of_bare": round(statistics.median(shares), 3),
+            "of_bare_min": round(min(shares), 3),
+            "of_bare_max": round(max(shares), 3),
+        }
+        report(
+            f"at saturation {figures['steps_per_s']} steps/s of all samples; the engine alone {figures['bare_steps_per_s']}"
+        )
     return figures
 
 
-def _latencies(url: str, fields: dict[str, Any], seconds: float, report: Callable[[str], None]) -> dict[str, Any]:
+def _latencies(
+    url: str, fields: dict[str, Any], seconds: float, report: Callable[[str], None]
+) -> dict[str, Any]:
     """Saturation of both, and the latencies at 70% of ours and of the other's: the same requests at the same times."""
     rates = {}
     for name in ("step", "whole"):
-        came = load.Clients(f"{url}/{name}", load.bodies(1000, STEPS, 3, **fields), clients=CONCURRENT_REQUESTS, seconds=seconds / 2).answers()
-        rates[name] = sum(answer.status == 200 for answer in came) / max(answer.at + answer.seconds for answer in came)
+        came = load.Clients(
+            f"{url}/{name}",
+            load.bodies(1000, STEPS, 3, **fields),
+            clients=CONCURRENT_REQUESTS,
+            seconds=seconds / 2,
+        ).answers()
+        rates[name] = sum(answer.status == 200 for answer in came) / max(
+            answer.at + answer.seconds for answer in came
+        )
         report(f"{name}: {rates[name]:.3f} requests/s at saturation")
-    figures = {"saturation_per_s": round(rates["step"], 3), "whole_saturation_per_s": round(rates["whole"], 3),
-               "throughput_ratio": round(rates["step"] / rates["whole"], 2)}
+    figures = {
+        "saturation_per_s": round(rates["step"], 3),
+        "whole_saturation_per_s": round(rates["whole"], 3),
+        "throughput_ratio": round(rates["step"] / rates["whole"], 2),
+    }
     for prefix, rate in (("", rates["step"]), ("at_wholes_", rates["whole"])):
         times = load.poisson(0.7 * rate, seconds, 4)
         asked, seen = load.bodies(len(times), STEPS, 5, **fields), {}
@@ -198,28 +280,45 @@ def _latencies(url: str, fields: dict[str, Any], seconds: float, report: Callabl
             figures[f"{prefix}{name}_answered"] = f"{len(seen[name])} of {len(came)}"
             for part in (50, 95):
                 figures[f"{prefix}{name}_p{part}_s"] = round(_quantile(seen[name], part / 100), 2)
-            report(f"{0.7 * rate:.3f} requests/s, {name}: {len(seen[name])} of {len(came)} answered, p50 {figures[f'{prefix}{name}_p50_s']} s, "
-                   f"p95 {figures[f'{prefix}{name}_p95_s']} s")
-        figures[f"{prefix}p95_ratio"] = round(_quantile(seen["step"], 0.95) / _quantile(seen["whole"], 0.95), 2)
+            report(
+                f"{0.7 * rate:.3f} requests/s, {name}: {len(seen[name])} of {len(came)} answered, p50 {figures[f'{prefix}{name}_p50_s']} s, "
+                f"p95 {figures[f'{prefix}{name}_p95_s']} s"
+            )
+        figures[f"{prefix}p95_ratio"] = round(
+            _quantile(seen["step"], 0.95) / _quantile(seen["whole"], 0.95), 2
+        )
     return figures
 
 
-def _overload(url: str, fields: dict[str, Any], rate: float, p95: float, report: Callable[[str], None]) -> dict[str, Any]:
+def _overload(
+    url: str, fields: dict[str, Any], rate: float, p95: float, report: Callable[[str], None]
+) -> dict[str, Any]:
     """What three times too many requests come to."""
     times = load.poisson(rate, OVERLOAD_SECONDS, 6)
     before = _memory()
     came = load.Clients(f"{url}/step", load.bodies(len(times), STEPS, 7, **fields), times).answers()
     after, admitted = _memory(), [answer.seconds for answer in came if answer.status == 200]
     refused = [answer for answer in came if answer.status == 429]
-    figures = {"overload_requests": len(came), "overload_admitted": len(admitted), "overload_429": len(refused), "overload_other": len(came) - len(admitted) - len(refused),
-               "overload_p95_s": round(_quantile(admitted, 0.95), 2), "overload_p95_ratio": round(_quantile(admitted, 0.95) / p95, 2),
-               "refused_p95_ms": _ms([_quantile([answer.seconds for answer in refused], 0.95)]), "memory_mib": [round(before / 2**20), round(after / 2**20)]}
+    figures = {
+        "overload_requests": len(came),
+        "overload_admitted": len(admitted),
+        "overload_429": len(refused),
+        "overload_other": len(came) - len(admitted) - len(refused),
+        "overload_p95_s": round(_quantile(admitted, 0.95), 2),
+        "overload_p95_ratio": round(_quantile(admitted, 0.95) / p95, 2),
+        "refused_p95_ms": _ms([_quantile([answer.seconds for answer in refused], 0.95)]),
+        "memory_mib": [round(before / 2**20), round(after / 2**20)],
+    }
     report(f"overload: {figures}")
     return figures
 
 
 def _metric(text: str, name: str) -> float:
-    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(f"glide_stage_{name}_total{{"))
+    return sum(
+        float(line.rsplit(" ", 1)[1])
+        for line in text.splitlines()
+        if line.startswith(f"glide_stage_{name}_total{{")
+    )
 
 
 def _busy(client: httpx.Client, url: str) -> float:
@@ -232,8 +331,14 @@ def _steps(url: str) -> float:
 
 def _memory() -> int:
     """Bytes resident in the replicas, the proxy and the controller, as Ray names their processes."""
-    return sum(process.memory_info().rss for process in psutil.Process().children(recursive=True)
-               if any(word in (process.cmdline() or [""])[0] for word in ("ServeReplica", "ProxyActor", "ServeController")))
+    return sum(
+        process.memory_info().rss
+        for process in psutil.Process().children(recursive=True)
+        if any(
+            word in (process.cmdline() or [""])[0]
+            for word in ("ServeReplica", "ProxyActor", "ServeController")
+        )
+    )
 
 
 def _weights(preset: str, folder: str) -> str:

@@ -12,8 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-COSINE_BETA_MAX = 0.999   # Nichol & Dhariwal (2021), sec. 3.2
-SHIPPED = "emoji"         # name of the weights that ship with the package (`pretrained/`)
+COSINE_BETA_MAX = 0.999  # Nichol & Dhariwal (2021), sec. 3.2
+SHIPPED = "emoji"  # name of the weights that ship with the package (`pretrained/`)
 
 
 class Frozen(BaseModel):
@@ -44,25 +44,37 @@ class UNetConfig(Frozen):
     image_size: int = Field(gt=0, description="pixels a side")
     channels: int = Field(gt=0, description="channels at multiplier 1")
     multipliers: tuple[int, ...] = Field(
-        min_length=1, description="channels of each level, in multiples of `channels`; each level "
-        "has half the resolution of the one before")
-    blocks: int = Field(gt=0, description="residual blocks a level on the way down; one more on "
-                        "the way up")
+        min_length=1,
+        description="channels of each level, in multiples of `channels`; each level "
+        "has half the resolution of the one before",
+    )
+    blocks: int = Field(
+        gt=0, description="residual blocks a level on the way down; one more on the way up"
+    )
     text: TextConfig = Field(description="the text transformer")
     attention_sizes: tuple[int, ...] = Field(
-        (32, 16, 8), description="feature map sides, in pixels, at which there is attention")
+        (32, 16, 8), description="feature map sides, in pixels, at which there is attention"
+    )
     head_channels: int = Field(64, gt=0, description="channels of an attention head")
     groups: int = Field(32, gt=0, description="groups of the group norms")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout rate of the residual blocks")
     low_res_size: int | None = Field(
-        None, gt=0, description="pixels a side of an upsampler's input; none: not an upsampler")
-    inpaint: bool = Field(False, description="known pixels and their mask as 4 more input channels "
-                          "(sec. 4.3)")
-    patch: int = Field(1, gt=0, description="pixels a side of the squares that are folded into "
-                       "channels at both ends (Hoogeboom et al. 2023)")
+        None, gt=0, description="pixels a side of an upsampler's input; none: not an upsampler"
+    )
+    inpaint: bool = Field(
+        False, description="known pixels and their mask as 4 more input channels (sec. 4.3)"
+    )
+    patch: int = Field(
+        1,
+        gt=0,
+        description="pixels a side of the squares that are folded into "
+        "channels at both ends (Hoogeboom et al. 2023)",
+    )
     prediction: Literal["eps", "v", "x0"] = Field(
-        "eps", description="output of the last layer, converted to eps; an upsampler's x0 is "
-        "added to the enlarged low-res image")
+        "eps",
+        description="output of the last layer, converted to eps; an upsampler's x0 is "
+        "added to the enlarged low-res image",
+    )
 
     @property
     def in_channels(self) -> int:
@@ -78,20 +90,25 @@ class UNetConfig(Frozen):
     def _shapes_fit(self) -> UNetConfig:
         halvings = len(self.multipliers) - 1
         if self.image_size % self.grain:
-            folded = (f" divided into squares of {self.patch} pixels and" if self.patch > 1 else "")
-            raise ValueError(f"image_size {self.image_size} cannot be{folded} halved {halvings} "
-                             "times")
+            folded = f" divided into squares of {self.patch} pixels and" if self.patch > 1 else ""
+            raise ValueError(
+                f"image_size {self.image_size} cannot be{folded} halved {halvings} times"
+            )
         if self.channels % self.groups:
             raise ValueError(f"channels {self.channels} are not divisible by groups {self.groups}")
         for level, multiplier in enumerate(self.multipliers):
             width = self.channels * multiplier
             size = self.image_size // self.patch >> level
             if size in self.attention_sizes and width % self.head_channels:
-                raise ValueError(f"{width} channels at {size} pixels are not divisible by "
-                                 f"head_channels {self.head_channels}")
+                raise ValueError(
+                    f"{width} channels at {size} pixels are not divisible by "
+                    f"head_channels {self.head_channels}"
+                )
         if self.channels * self.multipliers[-1] % self.head_channels:
-            raise ValueError(f"the middle block's {self.channels * self.multipliers[-1]} channels "
-                             f"are not divisible by head_channels {self.head_channels}")
+            raise ValueError(
+                f"the middle block's {self.channels * self.multipliers[-1]} channels "
+                f"are not divisible by head_channels {self.head_channels}"
+            )
         return self
 
 
@@ -110,12 +127,17 @@ class ClipConfig(Frozen):
     vocabulary: int = Field(50257, gt=0, description="tokens in the vocabulary")
     embedding: int = Field(512, gt=0, description="dimensions of the shared embedding")
     timesteps: int = Field(1000, gt=0, description="timesteps that the image transformer knows")
-    noised: bool = Field(True, description="trained on noised images (sec. 4.4); false: on clean "
-                         "images at timestep 0, like public CLIPs")
-    scale: float = Field(1 / 0.07, gt=0, description="initial scale of the logits (Radford et al. "
-                         "2021, sec. 2.5)")
+    noised: bool = Field(
+        True,
+        description="trained on noised images (sec. 4.4); false: on clean "
+        "images at timestep 0, like public CLIPs",
+    )
+    scale: float = Field(
+        1 / 0.07, gt=0, description="initial scale of the logits (Radford et al. 2021, sec. 2.5)"
+    )
     tokenizer: Literal["gpt2", "clip"] = Field(
-        "gpt2", description="clip: the published model's, whose vocabulary is in its weights file")
+        "gpt2", description="clip: the published model's, whose vocabulary is in its weights file"
+    )
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> ClipConfig:
@@ -124,8 +146,9 @@ class ClipConfig(Frozen):
             if width % heads:
                 raise ValueError(f"{tower}_width {width} is not divisible by {tower}_heads {heads}")
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size "
-                             f"{self.patch_size}")
+            raise ValueError(
+                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
+            )
         return self
 
 
@@ -133,7 +156,8 @@ class DiffusionConfig(Frozen):
     """The noise process."""
 
     schedule: Literal["cosine", "linear"] = Field(
-        "cosine", description="noise schedule: cosine for base models, linear for upsamplers")
+        "cosine", description="noise schedule: cosine for base models, linear for upsamplers"
+    )
     steps: int = Field(1000, gt=1, description="timesteps")
 
     def alpha_bar(self) -> list[float]:
@@ -143,10 +167,14 @@ class DiffusionConfig(Frozen):
         number of steps.
         """
         if self.schedule == "cosine":
-            def power(t: float) -> float:           # t in [0, 1]
+
+            def power(t: float) -> float:  # t in [0, 1]
                 return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-            kept = [max(power((n + 1) / self.steps) / power(n / self.steps), 1 - COSINE_BETA_MAX)
-                    for n in range(self.steps)]
+
+            kept = [
+                max(power((n + 1) / self.steps) / power(n / self.steps), 1 - COSINE_BETA_MAX)
+                for n in range(self.steps)
+            ]
         else:
             first, last = 1000 / self.steps * 1e-4, 1000 / self.steps * 0.02
             kept = [1 - (first + (last - first) * n / (self.steps - 1)) for n in range(self.steps)]
@@ -157,12 +185,19 @@ class SamplingConfig(Frozen):
     """A model's default sampling (app. B.2)."""
 
     sampler: Literal["ancestral", "ddim", "plms", "dpm++"] = Field(
-        "ancestral", description="sampler of the reverse process")
-    respacing: str = Field("150", description="steps: a number, steps of equal sections such as "
-                           "10,10,3,2,2, or a name such as fast27")
+        "ancestral", description="sampler of the reverse process"
+    )
+    respacing: str = Field(
+        "150",
+        description="steps: a number, steps of equal sections such as "
+        "10,10,3,2,2, or a name such as fast27",
+    )
     guidance_scale: float = Field(3.0, ge=0, description="classifier-free guidance scale; 1: none")
-    noise_scale: float = Field(1.0, gt=0, description="standard deviation of the initial noise; "
-                               "0.997 for the released upsampler")
+    noise_scale: float = Field(
+        1.0,
+        gt=0,
+        description="standard deviation of the initial noise; 0.997 for the released upsampler",
+    )
 
 
 class ModelConfig(Frozen):
@@ -175,7 +210,7 @@ class ModelConfig(Frozen):
 
     @property
     def role(self) -> str:
-        """"base" or "upsampler"; `ClipModelConfig` has "clip"."""
+        """ "base" or "upsampler"; `ClipModelConfig` has "clip"."""
         return "upsampler" if self.unet.low_res_size else "base"
 
     @property
@@ -201,7 +236,8 @@ class ClipModelConfig(Frozen):
     name: str = Field(description="name of the model")
     clip: ClipConfig = Field(description="the network")
     diffusion: DiffusionConfig = Field(
-        DiffusionConfig(), description="the noise process; the base model's (sec. 4.4)")
+        DiffusionConfig(), description="the noise process; the base model's (sec. 4.4)"
+    )
 
     role: ClassVar[str] = "clip"
     low_res_size: ClassVar[None] = None
@@ -221,7 +257,8 @@ def _tag(given: Any) -> str:
     return "CLIP" if isinstance(given, ClipModelConfig) or has_clip else "UNET"
 
 
-TAGS = ("UNET", "CLIP")      # pydantic adds them to the locations of errors; `validate` drops them
+TAGS = ("UNET", "CLIP")  # pydantic adds them to the locations of errors; `validate` drops them
 AnyModelConfig = Annotated[
     Annotated[ModelConfig, Tag("UNET")] | Annotated[ClipModelConfig, Tag("CLIP")],
-    Discriminator(_tag)]
+    Discriminator(_tag),
+]

@@ -45,9 +45,11 @@ def validate(kind: type[Frozen], tree: dict[str, Any]):
 
 def tree_of(kind: type[Frozen]) -> dict[str, Any]:
     """The field names of a config class as a nested dict, with None at the leaves."""
+
     def below(annotation: Any) -> dict[str, Any] | None:
         is_config = isinstance(annotation, type) and issubclass(annotation, BaseModel)
         return tree_of(annotation) if is_config else None
+
     return {name: below(field.annotation) for name, field in kind.model_fields.items()}
 
 
@@ -74,7 +76,7 @@ def _set(tree: dict[str, Any], path: list[str], value: str) -> None:
         tree = tree[part]
     none = value.lower() in ("none", "null")
     if isinstance(tree[path[-1]], (tuple, list)):
-        separator = ";" if ";" in value else ","        # prompts contain commas
+        separator = ";" if ";" in value else ","  # prompts contain commas
         parts = value.strip("()[]").split(separator)
         tree[path[-1]] = [] if none else [item.strip() for item in parts if item.strip()]
     elif none:

@@ -11,8 +11,13 @@ from pydantic.fields import FieldInfo
 
 from .models import Frozen
 
-TYPES = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false",
-         "NoneType": "`none`"}
+TYPES = {
+    "str": "text",
+    "int": "whole number",
+    "float": "number",
+    "bool": "true or false",
+    "NoneType": "`none`",
+}
 
 
 def reference(configs: Iterable[type[Frozen]]) -> str:
@@ -21,12 +26,23 @@ def reference(configs: Iterable[type[Frozen]]) -> str:
 
 
 def _section(config: type[Frozen]) -> str:
-    rows = [f"| `{name}` | {_type(field.annotation)} | {_default(field)} | "
-            f"{(field.description or '').replace('|', chr(92) + '|')} |"
-            for name, field in config.model_fields.items()]
+    rows = [
+        f"| `{name}` | {_type(field.annotation)} | {_default(field)} | "
+        f"{(field.description or '').replace('|', chr(92) + '|')} |"
+        for name, field in config.model_fields.items()
+    ]
     about = " ".join((config.__doc__ or "").split())
-    return "\n".join([f"## {config.__name__}", "", about, "",
-                      "| setting | type | default | meaning |", "|---|---|---|---|", *rows])
+    return "\n".join(
+        [
+            f"## {config.__name__}",
+            "",
+            about,
+            "",
+            "| setting | type | default | meaning |",
+            "|---|---|---|---|",
+            *rows,
+        ]
+    )
 
 
 def _type(annotation: Any) -> str:
@@ -59,6 +75,7 @@ def _default(field: FieldInfo) -> str:
 def _changed(config: BaseModel) -> str:
     """The settings of a nested default that differ from their own defaults."""
     fields = type(config).model_fields
-    changed = {name: value for name, value in config.model_dump().items()
-               if value != fields[name].default}
+    changed = {
+        name: value for name, value in config.model_dump().items() if value != fields[name].default
+    }
     return ", ".join(f"{name} `{value}`" for name, value in changed.items()) or "its own"

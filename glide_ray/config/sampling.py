@@ -14,13 +14,16 @@ class SampleOptions(Frozen):
 
     sampler: str | None = Field(None, description="sampler of the base model")
     steps: int | str | None = Field(
-        None, description="steps of the base model: a number, or a respacing such as 10,10,3,2,2")
+        None, description="steps of the base model: a number, or a respacing such as 10,10,3,2,2"
+    )
     upsampler_steps: int | str | None = Field(
-        None, description="steps of the upsampler: a number or a respacing")
+        None, description="steps of the upsampler: a number or a respacing"
+    )
     guidance_scale: float | None = Field(None, description="classifier-free guidance scale")
     clip_scale: float = Field(0.0, description="CLIP guidance scale; 0: none")
     guidance_interval: tuple[float, float] = Field(
-        (0.0, 1.0), description="interval of the timesteps with guidance, where 1 is the noisiest")
+        (0.0, 1.0), description="interval of the timesteps with guidance, where 1 is the noisiest"
+    )
 
 
 class BulkConfig(Frozen):
@@ -30,10 +33,13 @@ class BulkConfig(Frozen):
     upsampler: str | None = Field(None, description="weights of the upsampler; none: no upsampling")
     clip: str | None = Field(None, description="weights of the CLIP for CLIP guidance")
     device: Literal["auto", "cpu", "gpu"] = Field(
-        "auto", description="device of a worker; auto: GPUs if the cluster has any; gpu: wait for "
-        "the autoscaler to add them")
+        "auto",
+        description="device of a worker; auto: GPUs if the cluster has any; gpu: wait for "
+        "the autoscaler to add them",
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="precision of the networks; auto: fp16 on a GPU, fp32 on a CPU")
+        "auto", description="precision of the networks; auto: fp16 on a GPU, fp32 on a CPU"
+    )
     options: SampleOptions = Field(SampleOptions(), description="sampling options")
     seed: int = Field(0, description="seed of the first picture; each picture adds one")
     per_prompt: int = Field(1, gt=0, description="pictures of each prompt")

@@ -11,9 +11,15 @@ from .models import AnyModelConfig, Frozen
 
 # Prompts of the sample grids, for the emoji corpus.
 SAMPLE_PROMPTS = (
-    "a red apple, 3D render", "a green heart, 3D render", "a grinning face, 3D render",
-    "a blue circle, flat icon", "a dog face, 3D render", "an orange, 3D render",
-    "a tree, 3D render", "a purple heart, flat icon")
+    "a red apple, 3D render",
+    "a green heart, 3D render",
+    "a grinning face, 3D render",
+    "a blue circle, flat icon",
+    "a dog face, 3D render",
+    "an orange, 3D render",
+    "a tree, 3D render",
+    "a purple heart, flat icon",
+)
 
 
 class TrainConfig(Frozen):
@@ -22,84 +28,137 @@ class TrainConfig(Frozen):
     objective: Literal["base", "upsampler", "clip"] = Field(description="kind of model")
     steps: int = Field(gt=0, description="optimizer steps")
     batch: int = Field(gt=0, description="images of an optimizer step, over all workers")
-    start_from: str | None = Field(None, description="weights to start from, or emoji; an "
-                                   "inpainting model may start from a model without inpainting")
+    start_from: str | None = Field(
+        None,
+        description="weights to start from, or emoji; an "
+        "inpainting model may start from a model without inpainting",
+    )
     learning_rate: float = Field(gt=0, description="peak learning rate of AdamW")
-    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW; gains and biases "
-                                "do not decay")
+    weight_decay: float = Field(
+        0.0, ge=0, description="weight decay of AdamW; gains and biases do not decay"
+    )
     warmup_steps: int = Field(0, ge=0, description="steps of the linear warm-up")
-    constant_steps: int | None = Field(None, gt=0, description="steps before the learning rate "
-                                       "falls as 1 / sqrt(step) (EDM2); none: it stays constant")
-    min_snr: float | None = Field(None, gt=0, description="largest weight of the error of x_0: "
-                                  "min(SNR, this), or min(SNR + 1, this) for v and x0 (Hang et al. "
-                                  "2023: 5); none: equal weights for eps")
-    timestep_power: float = Field(0.0, ge=0, description="timesteps are drawn with a density "
-                                  "proportional to t to this power; 0: uniformly (the paper)")
-    text_rate: float = Field(1.0, ge=0, description="learning rate of the text transformer, in "
-                             "multiples of learning_rate; 0: frozen")
+    constant_steps: int | None = Field(
+        None,
+        gt=0,
+        description="steps before the learning rate "
+        "falls as 1 / sqrt(step) (EDM2); none: it stays constant",
+    )
+    min_snr: float | None = Field(
+        None,
+        gt=0,
+        description="largest weight of the error of x_0: "
+        "min(SNR, this), or min(SNR + 1, this) for v and x0 (Hang et al. "
+        "2023: 5); none: equal weights for eps",
+    )
+    timestep_power: float = Field(
+        0.0,
+        ge=0,
+        description="timesteps are drawn with a density "
+        "proportional to t to this power; 0: uniformly (the paper)",
+    )
+    text_rate: float = Field(
+        1.0,
+        ge=0,
+        description="learning rate of the text transformer, in "
+        "multiples of learning_rate; 0: frozen",
+    )
     clip_norm: float = Field(0.0, ge=0, description="largest norm of the gradients; 0: unlimited")
     ema_rates: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
-        (0.9999,), min_length=1, description="decay rates of the weight averages; the first is "
-        "written to the weights file")
+        (0.9999,),
+        min_length=1,
+        description="decay rates of the weight averages; the first is written to the weights file",
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="precision of the network; auto: fp16 on a GPU (bf16 with --no-ray), "
-        "the faster of bf16 and fp32 on a CPU")
+        "auto",
+        description="precision of the network; auto: fp16 on a GPU (bf16 with --no-ray), "
+        "the faster of bf16 and fp32 on a CPU",
+    )
     seed: int = Field(0, description="seed of weights, noise, crops and order")
 
     # Distribution over machines. None of it changes the loss, except CLIP's (see `contrastive`).
     workers: int = Field(1, gt=0, description="worker processes")
     device: Literal["auto", "cpu", "gpu"] = Field(
-        "auto", description="device of a worker; auto: GPUs if the cluster has any; gpu: wait for "
-        "the autoscaler to add them")
-    min_workers: int | None = Field(None, gt=0, description="workers with which a run continues "
-                                    "after losing nodes; none: all of them")
-    micro_batch: int | None = Field(None, gt=0, description="images of a worker's network call; "
-                                    "none: as many as fit into its memory")
+        "auto",
+        description="device of a worker; auto: GPUs if the cluster has any; gpu: wait for "
+        "the autoscaler to add them",
+    )
+    min_workers: int | None = Field(
+        None,
+        gt=0,
+        description="workers with which a run continues after losing nodes; none: all of them",
+    )
+    micro_batch: int | None = Field(
+        None,
+        gt=0,
+        description="images of a worker's network call; none: as many as fit into its memory",
+    )
     zero_stage: int = Field(2, ge=0, le=3, description="DeepSpeed ZeRO stage")
-    offload_optimizer: bool = Field(False, description="keep master weights, moments and averages "
-                                    "in host memory")
-    activation_checkpointing: bool = Field(False, description="recompute activations in the "
-                                           "backward pass, to save memory")
+    offload_optimizer: bool = Field(
+        False, description="keep master weights, moments and averages in host memory"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass, to save memory"
+    )
 
     # Logs, checkpoints and samples.
     log_every: int = Field(10, gt=0, description="steps between log lines")
     evaluate_every: int = Field(100, gt=0, description="steps between held-out losses")
     checkpoint_every: int = Field(100, gt=0, description="steps between checkpoints")
     keep_last: int = Field(2, gt=0, description="latest checkpoints that are kept")
-    keep_every: int | None = Field(None, gt=0, description="steps; checkpoints at multiples of it "
-                                   "are kept for good")
+    keep_every: int | None = Field(
+        None, gt=0, description="steps; checkpoints at multiples of it are kept for good"
+    )
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
-        ("tensorboard",), description="experiment trackers")
-    sample_every: int | None = Field(None, gt=0, description="steps between grids of samples, made "
-                                     "from a checkpoint's weight average beside the run")
+        ("tensorboard",), description="experiment trackers"
+    )
+    sample_every: int | None = Field(
+        None,
+        gt=0,
+        description="steps between grids of samples, made "
+        "from a checkpoint's weight average beside the run",
+    )
     sample_prompts: tuple[str, ...] = Field(
-        SAMPLE_PROMPTS, min_length=1, description="prompts of the grids of samples")
+        SAMPLE_PROMPTS, min_length=1, description="prompts of the grids of samples"
+    )
 
     # Failures.
-    max_failures: int = Field(20, ge=-1, description="failures of workers and nodes before a run "
-                              "is given up; -1: unlimited")
-    stall_seconds: float = Field(900, gt=0, description="seconds without a completed step before "
-                                 "a worker is restarted")
-    wait_seconds: float = Field(600, ge=0, description="seconds to wait for the cluster to provide "
-                                "the workers")
+    max_failures: int = Field(
+        20,
+        ge=-1,
+        description="failures of workers and nodes before a run is given up; -1: unlimited",
+    )
+    stall_seconds: float = Field(
+        900, gt=0, description="seconds without a completed step before a worker is restarted"
+    )
+    wait_seconds: float = Field(
+        600, ge=0, description="seconds to wait for the cluster to provide the workers"
+    )
 
     @model_validator(mode="after")
     def _parts_fit(self) -> TrainConfig:
         if self.batch % self.workers:
             near = max(self.workers, round(self.batch / self.workers) * self.workers)
-            raise ValueError(f"train.batch {self.batch} is not divisible by train.workers "
-                             f"{self.workers}; {near} is")
+            raise ValueError(
+                f"train.batch {self.batch} is not divisible by train.workers "
+                f"{self.workers}; {near} is"
+            )
         if self.min_workers is not None and self.min_workers > self.workers:
-            raise ValueError(f"train.min_workers {self.min_workers} is more than train.workers "
-                             f"{self.workers}")
+            raise ValueError(
+                f"train.min_workers {self.min_workers} is more than train.workers {self.workers}"
+            )
         if self.min_workers not in (None, self.workers) and self.objective == "clip":
-            raise ValueError("train.min_workers: CLIP's loss is over the embeddings of equally "
-                             "many images on each worker; leave it out")
+            raise ValueError(
+                "train.min_workers: CLIP's loss is over the embeddings of equally "
+                "many images on each worker; leave it out"
+            )
         for name in ("keep_every", "sample_every"):
             every = getattr(self, name)
             if every is not None and every % self.checkpoint_every:
-                raise ValueError(f"train.{name} {every} is not a multiple of "
-                                 f"train.checkpoint_every {self.checkpoint_every}")
+                raise ValueError(
+                    f"train.{name} {every} is not a multiple of "
+                    f"train.checkpoint_every {self.checkpoint_every}"
+                )
         return self
 
 
@@ -114,15 +173,22 @@ class Preset(Frozen):
     def _parts_fit(self) -> Preset:
         model, crop = self.model, self.data.crop
         if self.train.objective != model.role:
-            low_res = "" if model.role == "clip" else \
-                f" (model.unet.low_res_size is {model.low_res_size})"
-            raise ValueError(f"train.objective {self.train.objective!r} does not fit a model of "
-                             f"the kind {model.role!r}{low_res}")
+            low_res = (
+                ""
+                if model.role == "clip"
+                else f" (model.unet.low_res_size is {model.low_res_size})"
+            )
+            raise ValueError(
+                f"train.objective {self.train.objective!r} does not fit a model of "
+                f"the kind {model.role!r}{low_res}"
+            )
         if crop is not None:
             if model.role != "upsampler":
                 raise ValueError(f"data.crop {crop} is for upsamplers only")
             grain, factor = model.unet.grain, model.image_size // model.low_res_size
             if crop > model.image_size or crop % grain or crop % factor:
-                raise ValueError(f"data.crop {crop} must be a multiple of {grain} and {factor}, "
-                                 f"and at most {model.image_size}")
+                raise ValueError(
+                    f"data.crop {crop} must be a multiple of {grain} and {factor}, "
+                    f"and at most {model.image_size}"
+                )
         return self

@@ -9,20 +9,93 @@ from collections.abc import Sequence
 OF = ("3D render", "flat icon")  # styles that are kinds of pictures: "flat icon of a red apple"
 NUMBERS = ("no", "one", "two", "three", "four")
 PLURALS = {
-    "mouse": "mice", "ox": "oxen", "goose": "geese", "fish": "fish", "sheep": "sheep",
-    "deer": "deer", "bison": "bison", "squid": "squid", "shrimp": "shrimp", "blowfish": "blowfish",
-    "moose": "moose", "jellyfish": "jellyfish", "wolf": "wolves", "leaf": "leaves",
-    "knife": "knives", "scarf": "scarves", "potato": "potatoes", "tomato": "tomatoes",
-    "mango": "mangoes", "mosquito": "mosquitoes", "cactus": "cacti", "die": "dice",
-    "tooth": "teeth", "foot": "feet",
+    "mouse": "mice",
+    "ox": "oxen",
+    "goose": "geese",
+    "fish": "fish",
+    "sheep": "sheep",
+    "deer": "deer",
+    "bison": "bison",
+    "squid": "squid",
+    "shrimp": "shrimp",
+    "blowfish": "blowfish",
+    "moose": "moose",
+    "jellyfish": "jellyfish",
+    "wolf": "wolves",
+    "leaf": "leaves",
+    "knife": "knives",
+    "scarf": "scarves",
+    "potato": "potatoes",
+    "tomato": "tomatoes",
+    "mango": "mangoes",
+    "mosquito": "mosquitoes",
+    "cactus": "cacti",
+    "die": "dice",
+    "tooth": "teeth",
+    "foot": "feet",
 }
-WITHOUT_ARTICLE = ("flag of ", "keycap", "input", "people", "men ", "women ", "mount ",
-                   "statue of ", "two ", "no ", "mx ", "mrs", "santa ")
+WITHOUT_ARTICLE = (
+    "flag of ",
+    "keycap",
+    "input",
+    "people",
+    "men ",
+    "women ",
+    "mount ",
+    "statue of ",
+    "two ",
+    "no ",
+    "mx ",
+    "mrs",
+    "santa ",
+)
 # What follows the word that decides: "ear of corn", "face with horns", "boy, dark skin tone".
 AFTER_HEAD = r",| (?:with|without|of|in|on|at|over|behind|showing|facing|holding|lifting) "
 # Last words of names that one says no "a" before.
 MASS = frozenset(
-    ["bread", "flatbread", "rice", "bacon", "butter", "salt", "honey", "garlic", "popcorn", "spaghetti", "sushi", "oden", "fondue", "falafel", "corn", "coral", "ice", "water", "wood", "fog", "fire", "yarn", "thread", "dna", "soap", "lotion", "camping", "cooking", "bowling", "lacrosse", "badminton", "hockey", "tennis", "laughing", "love", "money", "music", "tea", "sake", "construction", "landslide"]
+    [
+        "bread",
+        "flatbread",
+        "rice",
+        "bacon",
+        "butter",
+        "salt",
+        "honey",
+        "garlic",
+        "popcorn",
+        "spaghetti",
+        "sushi",
+        "oden",
+        "fondue",
+        "falafel",
+        "corn",
+        "coral",
+        "ice",
+        "water",
+        "wood",
+        "fog",
+        "fire",
+        "yarn",
+        "thread",
+        "dna",
+        "soap",
+        "lotion",
+        "camping",
+        "cooking",
+        "bowling",
+        "lacrosse",
+        "badminton",
+        "hockey",
+        "tennis",
+        "laughing",
+        "love",
+        "money",
+        "music",
+        "tea",
+        "sake",
+        "construction",
+        "landslide",
+    ]
 )
 AN = ("hour", "x")  # beginnings of words before which it is "an", though they begin with no vowel
 NO_AN = ("uni", "one", "eu", "ewe", "use", "uk")  # and the other way round
@@ -44,12 +117,12 @@ def emoji_captions(name: str, keywords: Sequence[str], style: str) -> list[str]:
 
 
 def in_style(thing: str, style: str) -> str:
-    """"flat icon of a red apple"; "a red apple in Noto style"."""
+    """ "flat icon of a red apple"; "a red apple in Noto style"."""
     return f"{style} of {thing}" if style in OF else f"{thing} in {style} style"
 
 
 def with_article(name: str) -> str:
-    """"a " or "an " before a countable name.
+    """ "a " or "an " before a countable name.
 
     Nothing before plurals, masses, numbers, flags and other proper names.
     """
@@ -78,8 +151,9 @@ def plural(name: str) -> str:
     return f"{first} {many}".strip()
 
 
-def choose(captions: Sequence[str], key: str, epoch: int, seed: int, empty_rate: float = 0.0
-           ) -> str:
+def choose(
+    captions: Sequence[str], key: str, epoch: int, seed: int, empty_rate: float = 0.0
+) -> str:
     """One caption of an image for this epoch, or the empty one at `empty_rate` (sec. 4.2).
 
     Always the same for the same arguments.

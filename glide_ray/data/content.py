@@ -22,7 +22,10 @@ from sklearn.svm import SVC
 from .. import storage
 from ..errors import UserError
 
-COSTS, WIDTHS = (1.0, 10.0, 100.0), (0.1, 0.3, 1.0)     # tried: the SVM's C; gamma as a multiple of 1 / (features' number x variance)
+COSTS, WIDTHS = (
+    (1.0, 10.0, 100.0),
+    (0.1, 0.3, 1.0),
+)  # tried: the SVM's C; gamma as a multiple of 1 / (features' number x variance)
 FOLDS = 5
 
 
@@ -35,24 +38,40 @@ class ContentFilter:
     """score(x) = sum_s weights_s exp(-gamma |x - vectors_s|^2) + bias; what scores 0 or more has the content, and is dropped."""
 
     name: str
-    vectors: np.ndarray          # (S, E) float32
-    weights: np.ndarray          # (S,) float32
+    vectors: np.ndarray  # (S, E) float32
+    weights: np.ndarray  # (S,) float32
     gamma: float
     bias: float
-    clip: str                    # SHA-256 of the CLIP whose features it reads
-    settings: Mapping            # what it was fitted with, and how it did, for people
+    clip: str  # SHA-256 of the CLIP whose features it reads
+    settings: Mapping  # what it was fitted with, and how it did, for people
 
     def score(self, features: np.ndarray) -> np.ndarray:
         """Features (N, E) -> (N,) float64."""
         features = np.asarray(features, np.float64)
-        apart = np.square(features).sum(1)[:, None] - 2 * features @ self.vectors.T.astype(np.float64) + np.square(self.vectors.astype(np.float64)).sum(1)
-        return np.exp(-self.gamma * np.maximum(apart, 0)) @ self.weights.astype(np.float64) + self.bias
+        apart = (
+            np.square(features).sum(1)[:, None]
+            - 2 * features @ self.vectors.T.astype(np.float64)
+            + np.square(self.vectors.astype(np.float64)).sum(1)
+        )
+        return (
+            np.exp(-self.gamma * np.maximum(apart, 0)) @ self.weights.astype(np.float64) + self.bias
+        )
 
     def save(self, path: str | Path) -> None:
         """Write one local file, whole or not at all."""
-        header = {"name": self.name, "gamma": self.gamma, "bias": self.bias, "clip": self.clip, "settings": dict(self.settings)}
+        header = {
+            "name": self.name,
+            "gamma": self.gamma,
+            "bias": self.bias,
+            "clip": self.clip,
+            "settings": dict(self.settings),
+        }
         with storage.whole(path) as partial:
-            save_file({"vectors": self.vectors, "weights": self.weights}, partial, metadata={"content_filter": json.dumps(header)})
+            save_file(
+                {"vectors": self.vectors, "weights": self.weights},
+                partial,
+                metadata={"content_filter": json.dumps(header)},
+            )
 
 
 def load_filter(path: str | Path) -> ContentFilter:
@@ -61,19 +80,26 @@ def load_filter(path: str | Path) -> ContentFilter:
     try:
         with safe_open(local, "np") as file:
             header = json.loads((file.metadata() or {})["content_filter"])
-            return ContentFilter(vectors=file.get_tensor("vectors"), weights=file.get_tensor("weights"), **header)
+            return ContentFilter(
+                vectors=file.get_tensor("vectors"), weights=file.get_tensor("weights"), **header
+            )
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        raise ContentError(f"{path} is not a content filter; fit one with `glide filter fit`.") from None
+        raise ContentError(
+            f"{path} is not a content filter; fit one with `glide filter fit`."
+        ) from None
 
 
 # -- fitting ----------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Fitted:
     """An SVM without its tuned bias, and what it says of rows that it was not fitted on."""
 
     svm: SVC
-    out_of_fold: np.ndarray      # (N,) the score of each labelled row by an SVM that saw nothing of its group
+    out_of_fold: (
+        np.ndarray
+    )  # (N,) the score of each labelled row by an SVM that saw nothing of its group
     cost: float
     width: float
 
@@ -84,16 +110,22 @@ def fit(features: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Fitted:
     yes, no = (len(np.unique(groups[labels == kind])) for kind in (True, False))
     folds = min(FOLDS, yes, no)
     if folds < 2:
-        raise ContentError(f"Labels of {yes} different pictures with the content and {no} without are too few to fit a filter on: label two of "
-                           f"each at the least, and find them with --search WORD.")
-    splits = list(StratifiedGroupKFold(folds, shuffle=True, random_state=0).split(features, labels, groups))
+        raise ContentError(
+            f"Labels of {yes} different pictures with the content and {no} without are too few to fit a filter on: label two of "
+            f"each at the least, and find them with --search WORD."
+        )
+    splits = list(
+        StratifiedGroupKFold(folds, shuffle=True, random_state=0).split(features, labels, groups)
+    )
     best = None
     for cost in COSTS:
         for width in WIDTHS:
             scores = np.zeros(len(labels))
             for rest, apart in splits:
                 if len(np.unique(labels[rest])) == 2:
-                    scores[apart] = _svm(features[rest], labels[rest], cost, width).decision_function(features[apart])
+                    scores[apart] = _svm(
+                        features[rest], labels[rest], cost, width
+                    ).decision_function(features[apart])
             quality = roc_auc_score(labels, scores)
             if best is None or quality > best[0]:
                 best = quality, scores, cost, width
@@ -120,12 +152,19 @@ def tuned_threshold(positives: np.ndarray, max_missed: float, confidence: float 
     """
     ordered = np.sort(np.asarray(positives, np.float64))
     count, margin = len(ordered), 1e-6
-    may_miss = next(k for k in range(count + 1) if missed_interval(k, count, 2 * confidence - 1)[1] >= max_missed)    # one too many
+    may_miss = next(
+        k
+        for k in range(count + 1)
+        if missed_interval(k, count, 2 * confidence - 1)[1] >= max_missed
+    )  # one too many
     if may_miss:
         return float(ordered[may_miss - 1])
     if count < 2:
         return float(ordered.min() - 1)
-    factor = stats.nct.ppf(confidence, count - 1, stats.norm.ppf(1 - max_missed) * count**0.5) / count**0.5
+    factor = (
+        stats.nct.ppf(confidence, count - 1, stats.norm.ppf(1 - max_missed) * count**0.5)
+        / count**0.5
+    )
     return float(min(ordered.mean() - factor * ordered.std(ddof=1), ordered[0] - margin))
 
 
@@ -139,8 +178,17 @@ def missed_interval(missed: int, of: int, confidence: float = 0.95) -> tuple[flo
     return float(low), float(high)
 
 
-def with_threshold(fitted: Fitted, threshold: float, name: str, clip: str, settings: Mapping) -> ContentFilter:
+def with_threshold(
+    fitted: Fitted, threshold: float, name: str, clip: str, settings: Mapping
+) -> ContentFilter:
     """The filter whose score is 0 where the SVM's is `threshold`."""
     svm = fitted.svm
-    return ContentFilter(name, svm.support_vectors_.astype(np.float32), svm.dual_coef_[0].astype(np.float32), float(svm.gamma),
-                         float(svm.intercept_[0] - threshold), clip, settings)
+    return ContentFilter(
+        name,
+        svm.support_vectors_.astype(np.float32),
+        svm.dual_coef_[0].astype(np.float32),
+        float(svm.gamma),
+        float(svm.intercept_[0] - threshold),
+        clip,
+        settings,
+    )

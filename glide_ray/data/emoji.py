@@ -30,9 +30,15 @@ ABOUT = "Emoji pictures with captions; each row's json names its author, licence
 Report = Callable[[str], None]
 
 
-def build_corpus(out: str | Path, cache: str | Path | None = None, report: Report = lambda line: None,
-          styles: Iterable[str] = (), packages: str | Path | None = None, scenes: int = 0,
-          splits: Iterable[str] = SPLITS) -> dict[str, dict[str, Any]]:
+def build_corpus(
+    out: str | Path,
+    cache: str | Path | None = None,
+    report: Report = lambda line: None,
+    styles: Iterable[str] = (),
+    packages: str | Path | None = None,
+    scenes: int = 0,
+    splits: Iterable[str] = SPLITS,
+) -> dict[str, dict[str, Any]]:
     """Write folders of shards under `out`, local or s3://, unless they are there.
 
     One for each of `splits`, and for each of SCENE_SPLITS where `scenes` asks for some. `styles`:
@@ -65,23 +71,36 @@ def _refuse_other(out: str, done: Iterable[str], styles: Sequence[Style], scenes
         there = card.get("styles")
         if there != wanted:
             kind = f"with the styles {', '.join(there)}" if there else "of another kind"
-            raise ConfigError(f"{out} already has a corpus {kind}, and others are asked for; name "
-                              "the same with --styles, give another folder with --out, or remove "
-                              "that one first.")
+            raise ConfigError(
+                f"{out} already has a corpus {kind}, and others are asked for; name "
+                "the same with --styles, give another folder with --out, or remove "
+                "that one first."
+            )
         if scenes and split in SCENE_SPLITS and card.get("scenes") != scenes:
             both = " and ".join(f"{out}/{name}" for name in SCENE_SPLITS)
-            raise ConfigError(f"{out} already has {card.get('scenes')} scenes, and --scenes asks "
-                              f"for {scenes}; remove {both} first, or give another folder with "
-                              "--out.")
+            raise ConfigError(
+                f"{out} already has {card.get('scenes')} scenes, and --scenes asks "
+                f"for {scenes}; remove {both} first, or give another folder with "
+                "--out."
+            )
 
 
 # -- rules over a Candidate (`filters.py`): true for what has the content -------------------------
 
 # Those that emojilib calls weapons, and what bursts, shoots or cuts beside them.
 WEAPONS = {
-    "1f3f9": "bow and arrow", "1f4a3": "bomb", "1f52a": "kitchen knife", "1f52b": "water pistol",
-    "1f531": "trident emblem", "1f5e1": "dagger", "1f6e1": "shield", "1f93a": "person fencing",
-    "1f9e8": "firecracker", "1fa83": "boomerang", "1fa93": "axe", "2694": "crossed swords",
+    "1f3f9": "bow and arrow",
+    "1f4a3": "bomb",
+    "1f52a": "kitchen knife",
+    "1f52b": "water pistol",
+    "1f531": "trident emblem",
+    "1f5e1": "dagger",
+    "1f6e1": "shield",
+    "1f93a": "person fencing",
+    "1f9e8": "firecracker",
+    "1fa83": "boomerang",
+    "1fa93": "axe",
+    "2694": "crossed swords",
 }
 
 
@@ -99,20 +118,32 @@ def shows_weapon(candidate) -> bool:
 
 # -- shards ----------------------------------------------------------------------------------------
 
-def _packages(out: str, cache: str | Path | None, folder: str | Path | None,
-              styles: Sequence[Style], report: Report) -> dict[str, Package]:
+
+def _packages(
+    out: str,
+    cache: str | Path | None,
+    folder: str | Path | None,
+    styles: Sequence[Style],
+    report: Report,
+) -> dict[str, Package]:
     """By name, all that the styles are read from. Raises EmojiError."""
     if find_spec("resvg_py") is None and any(style.is_vector for style in styles):
-        raise EmojiError("resvg-py, which renders the emoji, is not installed; run "
-                         "`pip install resvg-py`.")
+        raise EmojiError(
+            "resvg-py, which renders the emoji, is not installed; run `pip install resvg-py`."
+        )
     wanted = needed_packages(styles)
     cache = cache or (cache_folder() / "emoji" if is_remote(out) else f"{out}/.packages")
     found = find_packages(folder, wanted) if folder else fetch_packages(cache, wanted, report)
     return {package.name: package for package in found}
 
 
-def _write_pictures(out: str, styles: Sequence[Style], missing: Sequence[str],
-                    packages: Mapping[str, Package], report: Report) -> dict[str, dict[str, Any]]:
+def _write_pictures(
+    out: str,
+    styles: Sequence[Style],
+    missing: Sequence[str],
+    packages: Mapping[str, Package],
+    report: Report,
+) -> dict[str, dict[str, Any]]:
     """Render and write the splits that are missing. Returns their indices."""
     left_out, unrendered, done = LeftOut(), LeftOut(), {}
     pictures = list(read_pictures(styles, packages, left_out, report))
@@ -128,10 +159,17 @@ def _write_pictures(out: str, styles: Sequence[Style], missing: Sequence[str],
             of_split = left_out.copy()
             rendered = _rendered(pool, chosen, (of_split, unrendered))
             entries, counts = _write_shards(f"{out}/{split}", rendered)
-            write_card(f"{out}/{split}", {
-                "about": ABOUT, "split": split, "styles": [style.words for style in styles],
-                "sources": sources(styles, versions, counts), "rows": sum(counts.values()),
-                "left_out": of_split.as_json()})
+            write_card(
+                f"{out}/{split}",
+                {
+                    "about": ABOUT,
+                    "split": split,
+                    "styles": [style.words for style in styles],
+                    "sources": sources(styles, versions, counts),
+                    "rows": sum(counts.values()),
+                    "left_out": of_split.as_json(),
+                },
+            )
             done[split] = finish(f"{out}/{split}", entries)
     count, examples = unrendered[UNRENDERED]
     if count:
@@ -139,8 +177,9 @@ def _write_pictures(out: str, styles: Sequence[Style], missing: Sequence[str],
     return done
 
 
-def _write_shards(folder: str, samples: Iterator[Sample]
-                  ) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def _write_shards(
+    folder: str, samples: Iterator[Sample]
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Write shards of a thousand. Returns their entries for the index, and the rows by style."""
     begin(folder)
     entries: list[dict[str, Any]] = []
@@ -152,13 +191,17 @@ def _write_shards(folder: str, samples: Iterator[Sample]
     return entries, counts
 
 
-def _rendered(pool: ProcessPoolExecutor, pictures: Sequence[SourcePicture], left_out: Iterable[LeftOut]
-              ) -> Iterator[Sample]:
+def _rendered(
+    pool: ProcessPoolExecutor, pictures: Sequence[SourcePicture], left_out: Iterable[LeftOut]
+) -> Iterator[Sample]:
     """The pictures as samples, in their order.
 
     One that does not render is left out, and counted in each of `left_out`.
     """
-    batches = [pictures[start:start + PICTURES_PER_TASK] for start in range(0, len(pictures), PICTURES_PER_TASK)]
+    batches = [
+        pictures[start : start + PICTURES_PER_TASK]
+        for start in range(0, len(pictures), PICTURES_PER_TASK)
+    ]
     tasks = ([one.content for one in batch if isinstance(one.content, str)] for batch in batches)
     for batch, made in zip(batches, in_order(pool, render_all, tasks), strict=True):
         images = iter(made)

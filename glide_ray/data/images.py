@@ -18,7 +18,7 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_PIXELS = 64 * 10**6   # of an image in a corpus; checked before its pixels are decoded
+MAX_PIXELS = 64 * 10**6  # of an image in a corpus; checked before its pixels are decoded
 
 
 class ImageError(UserError):
@@ -29,13 +29,19 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image with its header read and its pixels not yet: `.size` and `.format` cost nothing. Raises ImageError."""
     try:
         image = Image.open(io.BytesIO(data), formats=_formats(data[:12]))
-    except Image.DecompressionBombError:       # far more than even Pillow accepts
-        raise ImageError(f"The image has more than the {max_pixels:,} pixels that are accepted; make it smaller.") from None
+    except Image.DecompressionBombError:  # far more than even Pillow accepts
+        raise ImageError(
+            f"The image has more than the {max_pixels:,} pixels that are accepted; make it smaller."
+        ) from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
-        raise ImageError("The file is not an image that can be read; give a PNG, JPEG or WebP.") from None
+        raise ImageError(
+            "The file is not an image that can be read; give a PNG, JPEG or WebP."
+        ) from None
     width, height = image.size
     if width * height > max_pixels:
-        raise ImageError(f"The image has {width}x{height} pixels, more than the {max_pixels:,} that are accepted; make it smaller.")
+        raise ImageError(
+            f"The image has {width}x{height} pixels, more than the {max_pixels:,} that are accepted; make it smaller."
+        )
     return image
 
 
@@ -59,12 +65,14 @@ def load(image: Image.Image) -> Image.Image:
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
-    except Exception:   # Pillow's decoders raise whatever their format's parser does
+    except Exception:  # Pillow's decoders raise whatever their format's parser does
         raise ImageError("The image is broken or incomplete; export it again.") from None
-    if image.mode.startswith("I;16"):       # Pillow's own conversion cuts off at 255
+    if image.mode.startswith("I;16"):  # Pillow's own conversion cuts off at 255
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ImageError("The image has pixels of 32 bits, whose white may be any number; export it with 8 or 16.")
+        raise ImageError(
+            "The image has pixels of 32 bits, whose white may be any number; export it with 8 or 16."
+        )
     return image
 
 
@@ -97,9 +105,19 @@ def _squares(image: Image.Image, size: int, places: Sequence[float]) -> list[np.
     side = min(image.size)
     if image.size == (size, size):
         return [np.asarray(image)] * len(places)
-    corners = [(int((image.width - side) * place), int((image.height - side) * place)) for place in places]
-    return [np.asarray(image.resize((size, size), Image.Resampling.BOX if side >= size else Image.Resampling.BICUBIC,
-                                    box=(left, top, left + side, top + side))) for left, top in corners]
+    corners = [
+        (int((image.width - side) * place), int((image.height - side) * place)) for place in places
+    ]
+    return [
+        np.asarray(
+            image.resize(
+                (size, size),
+                Image.Resampling.BOX if side >= size else Image.Resampling.BICUBIC,
+                box=(left, top, left + side, top + side),
+            )
+        )
+        for left, top in corners
+    ]
 
 
 def area_downsample(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -115,14 +133,15 @@ def blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
     side = np.exp(-0.5 / sigma**2)
     weights = np.array([side, 1, side]) / (1 + 2 * side)
     spread = np.pad(pixels.astype(np.float64), ((1, 1), (1, 1), (0, 0)), mode="edge")
-    spread = sum(weight * spread[n:n + len(pixels)] for n, weight in enumerate(weights))
-    spread = sum(weight * spread[:, n:n + pixels.shape[1]] for n, weight in enumerate(weights))
+    spread = sum(weight * spread[n : n + len(pixels)] for n, weight in enumerate(weights))
+    spread = sum(weight * spread[:, n : n + pixels.shape[1]] for n, weight in enumerate(weights))
     return spread.round().astype(np.uint8)
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
     """uint8 (..., H, W, 3) -> float32 (..., 3, H, W) in [-1, 1]."""
     import torch
+
     return torch.from_numpy(np.array(pixels)).movedim(-1, -3).float() / 127.5 - 1
 
 
@@ -133,11 +152,24 @@ def to_8_bits(image: Tensor) -> Tensor:
 
 def to_uint8(image: Tensor) -> np.ndarray:
     """float (3, H, W) in [-1, 1] -> uint8 (H, W, 3), rounded to the nearest value and clipped."""
-    return ((image.detach().float() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+    return (
+        ((image.detach().float() + 1) * 127.5)
+        .round()
+        .clamp(0, 255)
+        .byte()
+        .permute(1, 2, 0)
+        .cpu()
+        .numpy()
+    )
 
 
-def encode(pixels: np.ndarray, form: str = "png", text: Mapping[str, str] | None = None, quality: int | None = None,
-           fast: bool = False) -> bytes:
+def encode(
+    pixels: np.ndarray,
+    form: str = "png",
+    text: Mapping[str, str] | None = None,
+    quality: int | None = None,
+    fast: bool = False,
+) -> bytes:
     """uint8 (H, W, 3) or (H, W) as the bytes of a png, jpeg or webp file. `text`: chunks for a png to carry; `quality`: of the others.
 
     `fast`: a png in a fifth of the time, with a fifth more bytes.
@@ -146,6 +178,10 @@ def encode(pixels: np.ndarray, form: str = "png", text: Mapping[str, str] | None
     chunks = PngImagePlugin.PngInfo()
     for name, value in (text or {}).items():
         chunks.add_itxt(name, value, zip=True)
-    options = {"pnginfo": chunks, "compress_level": 1 if fast else 6} if form == "png" else {"quality": 95 if quality is None else quality}
+    options = (
+        {"pnginfo": chunks, "compress_level": 1 if fast else 6}
+        if form == "png"
+        else {"quality": 95 if quality is None else quality}
+    )
     Image.fromarray(pixels).save(buffer, form.upper(), **options)
     return buffer.getvalue()

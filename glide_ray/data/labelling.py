@@ -27,14 +27,16 @@ SEARCHED, RANDOM, NEAR = "search", "random", "near the boundary"
 class Pool:
     """The rows that labels are asked for."""
 
-    names: Sequence[str]         # PART#POSITION of each
+    names: Sequence[str]  # PART#POSITION of each
     captions: Sequence[str]
-    features: np.ndarray         # (N, E)
-    groups: np.ndarray           # (N,) int: rows of one thing share it
-    likeness: np.ndarray         # (N, W) to each of the words that are searched for
+    features: np.ndarray  # (N, E)
+    groups: np.ndarray  # (N,) int: rows of one thing share it
+    likeness: np.ndarray  # (N, W) to each of the words that are searched for
 
 
-def ask(pool: Pool, labelled: Mapping[int, bool], config: FilterConfig, among: np.ndarray | None = None) -> list[tuple[int, str]]:
+def ask(
+    pool: Pool, labelled: Mapping[int, bool], config: FilterConfig, among: np.ndarray | None = None
+) -> list[tuple[int, str]]:
     """The rows to label next, each with the reason it is asked for; [] once `config.labels` have been. `among` (N,) bool: of these only."""
     free = np.ones(len(pool.names), bool) if among is None else among.copy()
     free[list(labelled)] = False
@@ -53,10 +55,17 @@ def ask(pool: Pool, labelled: Mapping[int, bool], config: FilterConfig, among: n
         svm = first_guess(pool.features[rows], labels)
     scores = np.full(len(free), np.inf)
     scores[free] = np.abs(svm.decision_function(pool.features[free]))
-    return [(row, NEAR) for row in _one_of_each_group(np.argsort(scores, kind="stable")[:free.sum()], pool.groups)[:count].tolist()]
+    return [
+        (row, NEAR)
+        for row in _one_of_each_group(np.argsort(scores, kind="stable")[: free.sum()], pool.groups)[
+            :count
+        ].tolist()
+    ]
 
 
-def answered(pool: Pool, truth: np.ndarray, config: FilterConfig, among: np.ndarray | None = None) -> dict[int, bool]:
+def answered(
+    pool: Pool, truth: np.ndarray, config: FilterConfig, among: np.ndarray | None = None
+) -> dict[int, bool]:
     """All labels of the loop where the answers (N,) bool are known: row -> label."""
     labelled: dict[int, bool] = {}
     while rows := ask(pool, labelled, config, among):
@@ -70,7 +79,9 @@ def fit_labelled(pool: Pool, labelled: Mapping[int, bool]) -> Fitted:
     return fit(pool.features[rows], np.array(list(labelled.values()), bool), pool.groups[rows])
 
 
-def threshold_of(fitted: Fitted, pool: Pool, labelled: Mapping[int, bool], config: FilterConfig) -> float:
+def threshold_of(
+    fitted: Fitted, pool: Pool, labelled: Mapping[int, bool], config: FilterConfig
+) -> float:
     """Where the bias is set, from what the SVM says of labelled rows whose group it did not see.
 
     Each group counts once, by its lowest score: ten tones of one thing are one proof and not ten, and all of them are to be found. (Counted by
@@ -93,7 +104,10 @@ def assess(pool: Pool, truth: np.ndarray, config: FilterConfig, folds: int = 4) 
     # The rare kind is dealt out by itself: else chance puts most of it into one fold.
     rare = np.isin(groups, pool.groups[truth])
     for kind in (True, False):
-        fold[rare == kind] = np.random.default_rng([config.seed, kind]).permutation(np.arange((rare == kind).sum())) % folds
+        fold[rare == kind] = (
+            np.random.default_rng([config.seed, kind]).permutation(np.arange((rare == kind).sum()))
+            % folds
+        )
     fold = fold[np.searchsorted(groups, pool.groups)]
     scores = np.full(len(truth), np.nan)
     for number in range(folds):
@@ -103,20 +117,29 @@ def assess(pool: Pool, truth: np.ndarray, config: FilterConfig, folds: int = 4) 
         except ContentError:
             continue
         apart = fold == number
-        scores[apart] = fitted.svm.decision_function(pool.features[apart]) - threshold_of(fitted, pool, labelled, config)
+        scores[apart] = fitted.svm.decision_function(pool.features[apart]) - threshold_of(
+            fitted, pool, labelled, config
+        )
     return scores
 
 
-def _found_and_drawn(pool: Pool, free: np.ndarray, count: int, draws: np.random.Generator) -> list[tuple[int, str]]:
+def _found_and_drawn(
+    pool: Pool, free: np.ndarray, count: int, draws: np.random.Generator
+) -> list[tuple[int, str]]:
     """Half of the rows by their likeness to the words, where there are any, the rest at random."""
     rows: list[tuple[int, str]] = []
     if pool.likeness.shape[1]:
-        best = np.argsort(np.where(free[:, None], -pool.likeness, np.inf), axis=0, kind="stable")[:free.sum()]
+        best = np.argsort(np.where(free[:, None], -pool.likeness, np.inf), axis=0, kind="stable")[
+            : free.sum()
+        ]
         _, first = np.unique(best.ravel(), return_index=True)
-        in_turn = best.ravel()[np.sort(first)]          # the first of each word, then the second of each
-        rows = [(row, SEARCHED) for row in _one_of_each_group(in_turn, pool.groups)[:count // 2].tolist()]
+        in_turn = best.ravel()[np.sort(first)]  # the first of each word, then the second of each
+        rows = [
+            (row, SEARCHED)
+            for row in _one_of_each_group(in_turn, pool.groups)[: count // 2].tolist()
+        ]
     rest = np.setdiff1d(np.flatnonzero(free), [row for row, _ in rows])
-    return rows + [(row, RANDOM) for row in draws.permutation(rest)[:count - len(rows)].tolist()]
+    return rows + [(row, RANDOM) for row in draws.permutation(rest)[: count - len(rows)].tolist()]
 
 
 def _one_of_each_group(rows: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -127,6 +150,7 @@ def _one_of_each_group(rows: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 # -- the CSV ----------------------------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class Label:
     """One line: a row of the corpus, as PART#POSITION, and whether it has the content; None where nobody has said yet."""
@@ -134,7 +158,7 @@ class Label:
     row: str
     label: bool | None
     caption: str = ""
-    why: str = ""                # it was asked for
+    why: str = ""  # it was asked for
 
 
 def read_labels(path: str | Path) -> list[Label]:
@@ -144,16 +168,29 @@ def read_labels(path: str | Path) -> list[Label]:
     except storage.MissingError:
         return []
     except UnicodeDecodeError:
-        raise ContentError(f"{path} is not text in UTF-8; save the table anew as CSV in UTF-8.") from None
+        raise ContentError(
+            f"{path} is not text in UTF-8; save the table anew as CSV in UTF-8."
+        ) from None
     labels = []
     for number, line in enumerate(csv.DictReader(io.StringIO(text)), start=2):
         said = (line.get("label") or "").strip().lower()
         if not line.get("row"):
-            raise ContentError(f"{path}, line {number} names no row; the columns are {', '.join(COLUMNS)}.")
+            raise ContentError(
+                f"{path}, line {number} names no row; the columns are {', '.join(COLUMNS)}."
+            )
         if said not in (*YES, *NO, ""):
-            raise ContentError(f"{path}, line {number}: the label {said!r} is neither 1 (has the content) nor 0; write one of the two, or "
-                               f"leave it empty.")
-        labels.append(Label(line["row"], None if not said else said in YES, line.get("caption") or "", line.get("why") or ""))
+            raise ContentError(
+                f"{path}, line {number}: the label {said!r} is neither 1 (has the content) nor 0; write one of the two, or "
+                f"leave it empty."
+            )
+        labels.append(
+            Label(
+                line["row"],
+                None if not said else said in YES,
+                line.get("caption") or "",
+                line.get("why") or "",
+            )
+        )
     return labels
 
 
@@ -161,5 +198,8 @@ def write_labels(path: str | Path, labels: Sequence[Label]) -> None:
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(COLUMNS)
-    writer.writerows((label.row, "" if label.label is None else int(label.label), label.caption, label.why) for label in labels)
+    writer.writerows(
+        (label.row, "" if label.label is None else int(label.label), label.caption, label.why)
+        for label in labels
+    )
     storage.put(text.getvalue().encode(), path)

@@ -18,18 +18,24 @@ def mask_of(image: Image.Image) -> np.ndarray:
     Raises MaskError where nothing is transparent.
     """
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
-        raise MaskError("The mask has no transparency; make transparent what is to be painted, and save it as a PNG with alpha.")
+        raise MaskError(
+            "The mask has no transparency; make transparent what is to be painted, and save it as a PNG with alpha."
+        )
     known = np.asarray(image.convert("RGBA"))[:, :, 3] >= 128
     if known.all():
-        raise MaskError("The mask has no transparent pixel, so there is nothing to paint; make transparent what is to be painted.")
+        raise MaskError(
+            "The mask has no transparent pixel, so there is nothing to paint; make transparent what is to be painted."
+        )
     return known
 
 
 def check_sizes(image: Image.Image, mask: Image.Image, name: str = "mask") -> None:
     """Raises MaskError where the mask, or what else goes with an image, is of another size."""
     if image.size != mask.size:
-        raise MaskError(f"The {name} has {mask.size[0]}x{mask.size[1]} pixels and the image {image.size[0]}x{image.size[1]}; they "
-                        f"must be of one size.")
+        raise MaskError(
+            f"The {name} has {mask.size[0]}x{mask.size[1]} pixels and the image {image.size[0]}x{image.size[1]}; they "
+            f"must be of one size."
+        )
 
 
 def centre_crop_mask(known: np.ndarray, size: int) -> np.ndarray:
@@ -38,27 +44,45 @@ def centre_crop_mask(known: np.ndarray, size: int) -> np.ndarray:
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     square = Image.fromarray(known.astype(np.uint8) * 255)
-    return np.asarray(square.resize((size, size), Image.Resampling.BOX, box=(left, top, left + side, top + side))) == 255
+    return (
+        np.asarray(
+            square.resize(
+                (size, size), Image.Resampling.BOX, box=(left, top, left + side, top + side)
+            )
+        )
+        == 255
+    )
 
 
 # -- to train with ----------------------------------------------------------------------------------------------------
+
 
 def random_known(size: int, draw: np.random.Generator) -> np.ndarray:
     """What remains known after a random erasure (sec. 4.3): rectangles, brush strokes, a half, everything or nothing erased.
 
     The paper says "random regions"; these kinds and their shares are ours. (`size`, `size`) bool.
     """
-    kind = draw.choice(["rectangles", "strokes", "half", "everything", "nothing"], p=[0.4, 0.3, 0.15, 0.1, 0.05])
+    kind = draw.choice(
+        ["rectangles", "strokes", "half", "everything", "nothing"], p=[0.4, 0.3, 0.15, 0.1, 0.05]
+    )
     known = Image.new("1", (size, size), 0 if kind == "everything" else 1)
     pencil = ImageDraw.Draw(known)
     if kind == "rectangles":
         for _ in range(draw.integers(1, 4)):
             width, height = draw.integers(size // 8, size * 3 // 4, 2, endpoint=True)
-            left, top = draw.integers(-width // 2, size - width // 2), draw.integers(-height // 2, size - height // 2)
+            left, top = (
+                draw.integers(-width // 2, size - width // 2),
+                draw.integers(-height // 2, size - height // 2),
+            )
             pencil.rectangle((left, top, left + width - 1, top + height - 1), fill=0)
     elif kind == "strokes":
         for _ in range(draw.integers(1, 5)):
-            points = np.clip(np.cumsum(draw.normal(0, size / 6, (draw.integers(3, 9), 2)), axis=0) + draw.uniform(0, size, 2), 0, size)
+            points = np.clip(
+                np.cumsum(draw.normal(0, size / 6, (draw.integers(3, 9), 2)), axis=0)
+                + draw.uniform(0, size, 2),
+                0,
+                size,
+            )
             width = int(draw.integers(max(2, size // 16), max(3, size // 5)))
             pencil.line([tuple(point) for point in points], fill=0, width=width, joint="curve")
     elif kind == "half":

@@ -37,8 +37,7 @@ RENAMED = {
     "flag-for-swaziland": "flag Eswatini",
     "flag-for-turkey": "flag Türkiye",
     "flag-for-heard-and-mcdonald-islands": "flag Heard & McDonald Islands",
-    "flag-for-south-georgia-and-south-sandwich-islands":
-        "flag South Georgia & South Sandwich Islands",
+    "flag-for-south-georgia-and-south-sandwich-islands": "flag South Georgia & South Sandwich Islands",
 }
 _SPOKEN = (
     (r"^(flag|family) (?!in )", r"\1 of "),

@@ -137,5 +137,6 @@ def _fetch(npm: str, package: Package) -> None:
             raise EmojiError(
                 f"npm could not fetch the package {package.name}@{package.version} ({why}); check "
                 "the network and `npm config get registry`, give a folder of the tarballs with "
-                f"--packages FOLDER, {OWN_CORPUS}.")
+                f"--packages FOLDER, {OWN_CORPUS}."
+            )
         packed[0].replace(package.path)

@@ -27,8 +27,9 @@ def svg_of(icon: dict[str, Any], defaults: dict[str, Any]) -> str:
     `defaults`: the set, which has what the icon lacks.
     """
     standard = {"left": 0, "top": 0, "width": 16, "height": 16}  # Iconify's
-    left, top, width, height = (icon.get(name, defaults.get(name, value))
-                                for name, value in standard.items())
+    left, top, width, height = (
+        icon.get(name, defaults.get(name, value)) for name, value in standard.items()
+    )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'width="{SIZE}" height="{SIZE}" viewBox="{left} {top} {width} {height}">'

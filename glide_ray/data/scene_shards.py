@@ -28,8 +28,9 @@ class SceneError(UserError):
     """Scenes that cannot be composed."""
 
 
-def write_scenes(out: str, count: int, report: Callable[[str], None] = lambda line: None,
-                 seed: int = 0) -> dict[str, dict[str, Any]]:
+def write_scenes(
+    out: str, count: int, report: Callable[[str], None] = lambda line: None, seed: int = 0
+) -> dict[str, dict[str, Any]]:
     """Compose `count` scenes from `out/train` and write SCENE_SPLITS beside it.
 
     Returns the index of each. Raises SceneError where there is too little to compose from.
@@ -38,8 +39,10 @@ def write_scenes(out: str, count: int, report: Callable[[str], None] = lambda li
     with tempfile.TemporaryDirectory() as folder:
         sprites = _enough(read_sprites(f"{out}/train", Path(folder)), out)
         writers = {split: _Writer(f"{out}/{split}") for split in SCENE_SPLITS}
-        tasks = ((seed, start, min(start + ROWS_PER_TASK, count))
-                 for start in range(0, count, ROWS_PER_TASK))
+        tasks = (
+            (seed, start, min(start + ROWS_PER_TASK, count))
+            for start in range(0, count, ROWS_PER_TASK)
+        )
         with process_pool(_begin_worker, (sprites,)) as pool:
             for made in in_order(pool, _compose_some, tasks):
                 for split, sample in made:
@@ -58,15 +61,18 @@ def check_room(out: str, count: int) -> None:
         raise SceneError(
             f"{count:,} scenes take about {needed / 1e9:,.1f} GB and {out} has "
             f"{free / 1e9:,.1f} GB free; ask for at most --scenes {free // BYTES_PER_ROW}, or "
-            "write to another disk.")
+            "write to another disk."
+        )
 
 
 def _enough(sprites: Sprites, out: str) -> Sprites:
     """The styles that have two objects to put beside each other. Raises SceneError for none."""
     styles = {style: of for style, of in sprites.styles.items() if len(sprites.counted[style]) > 1}
     if not styles:
-        raise SceneError(f"{out}/train has no two objects to compose scenes from; choose more "
-                         "styles with --styles.")
+        raise SceneError(
+            f"{out}/train has no two objects to compose scenes from; choose more "
+            "styles with --styles."
+        )
     return Sprites(sprites.path, styles)
 
 

@@ -20,8 +20,10 @@ from .sprites import COLOURS, Box, Sprite, Sprites, fit, mean_colour, paste, rec
 
 KINDS = {"background": 0.3, "recolour": 0.3, "count": 0.2, "relation": 0.2}  # and their shares
 OPPOSITE = {
-    "to the left of": "to the right of", "to the right of": "to the left of",
-    "above": "below", "below": "above",
+    "to the left of": "to the right of",
+    "to the right of": "to the left of",
+    "above": "below",
+    "below": "above",
 }
 NEAR = 90  # distance of RGB from which on an object stands out from its background
 WHOLE = (0, 0, SIZE, SIZE)
@@ -84,8 +86,9 @@ class _Draft:
         box = paste(image, picture, WHOLE, self._rng)
         name = f"{colour} {sprite.name.lower()}"
         captions = self._on_background(name, background) if background else self._alone(name)
-        return self._scene(image, captions, "recolour", [sprite], [box], colour=colour,
-                           background=background)
+        return self._scene(
+            image, captions, "recolour", [sprite], [box], colour=colour, background=background
+        )
 
     def count(self) -> Scene:
         """One to four of an object, all of one size."""
@@ -96,8 +99,12 @@ class _Draft:
         boxes = [paste(image, picture, cell, self._rng) for cell in cells]
         name = sprite.name.lower()
         things, style = f"{NUMBERS[count]} {name if count == 1 else plural(name)}", self._style
-        captions = (f"{things}, {style}", f"{things} emoji, {style}", in_style(things, style),
-                    things)
+        captions = (
+            f"{things}, {style}",
+            f"{things} emoji, {style}",
+            in_style(things, style),
+            things,
+        )
         return self._scene(image, captions, "count", [sprite] * count, boxes, count=count)
 
     def relation(self) -> Scene:
@@ -106,21 +113,42 @@ class _Draft:
         first, second = (choice[n] for n in self._rng.choice(len(choice), 2, replace=False))
         relation = self._one(list(OPPOSITE))
         image = _canvas("white")
-        boxes = [paste(image, self._fitted(sprite, SIZE // 2, 0.8, 0.96), cell, self._rng)
-                 for sprite, cell in zip((first, second), _places(relation), strict=True)]
+        boxes = [
+            paste(image, self._fitted(sprite, SIZE // 2, 0.8, 0.96), cell, self._rng)
+            for sprite, cell in zip((first, second), _places(relation), strict=True)
+        ]
         a, b = (with_article(sprite.name.lower()) for sprite in (first, second))
         pair = f"{a} {relation} {b}"
-        captions = (f"{pair}, {style}", f"{b} {OPPOSITE[relation]} {a}, {style}",
-                    in_style(pair, style), pair)
+        captions = (
+            f"{pair}, {style}",
+            f"{b} {OPPOSITE[relation]} {a}, {style}",
+            in_style(pair, style),
+            pair,
+        )
         return self._scene(image, captions, "relation", [first, second], boxes, relation=relation)
 
-    def _scene(self, image: Image.Image, captions: tuple[str, ...], kind: str,
-               objects: Sequence[Sprite], boxes: Sequence[Box], **known: Any) -> Scene:
+    def _scene(
+        self,
+        image: Image.Image,
+        captions: tuple[str, ...],
+        kind: str,
+        objects: Sequence[Sprite],
+        boxes: Sequence[Box],
+        **known: Any,
+    ) -> Scene:
         first = objects[0]
         things = [{"emoji": sprite.emoji, "name": sprite.name} for sprite in objects]
-        labels = {"scene": kind, "style": self._style, "objects": things,
-                  "boxes": [list(box) for box in boxes],
-                  "colour": None, "background": None, "count": None, "relation": None, **known}
+        labels = {
+            "scene": kind,
+            "style": self._style,
+            "objects": things,
+            "boxes": [list(box) for box in boxes],
+            "colour": None,
+            "background": None,
+            "count": None,
+            "relation": None,
+            **known,
+        }
         of_first = ("emoji", "group", "author", "licence", "source")
         return Scene(image, captions, labels | {name: getattr(first, name) for name in of_first})
 
@@ -133,8 +161,13 @@ class _Draft:
 
     def _unlike(self, colour: Sequence[float] | np.ndarray) -> str:
         """A colour's name, of those that stand out from this one."""
-        return self._one([name for name, other in COLOURS.items()
-                          if np.linalg.norm(np.subtract(other, colour)) > NEAR])
+        return self._one(
+            [
+                name
+                for name, other in COLOURS.items()
+                if np.linalg.norm(np.subtract(other, colour)) > NEAR
+            ]
+        )
 
     def _alone(self, name: str) -> tuple[str, ...]:
         thing, style = with_article(name), self._style
@@ -143,8 +176,12 @@ class _Draft:
     def _on_background(self, name: str, background: str) -> tuple[str, ...]:
         thing, on = with_article(name), f"on {with_article(background)} background"
         style = self._style
-        return (f"{thing}, {style}, {on}", f"{thing} {on}, {style}",
-                f"{in_style(thing, style)} {on}", f"{thing} {on}")
+        return (
+            f"{thing}, {style}, {on}",
+            f"{thing} {on}, {style}",
+            f"{in_style(thing, style)} {on}",
+            f"{thing} {on}",
+        )
 
     def _cells(self, count: int) -> list[Box]:
         """Places for so many objects, which do not overlap: a row, a column, or quarters."""

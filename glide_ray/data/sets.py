@@ -39,8 +39,12 @@ class SourcePicture:
         thing, style = self.thing, self.style
         name = thing.name + (f", {self.tone} skin tone" if self.tone else "")
         meta = {
-            "emoji": thing.code, "name": thing.name, "group": thing.group, "style": style.words,
-            "author": style.author, "licence": style.licence,
+            "emoji": thing.code,
+            "name": thing.name,
+            "group": thing.group,
+            "style": style.words,
+            "author": style.author,
+            "licence": style.licence,
             "source": f"{style.package}@{self.version}",
         } | ({"tone": self.tone} if self.tone else {})
         captions = emoji_captions(name, thing.keywords, style.words)
@@ -55,14 +59,20 @@ def needed_packages(styles: Iterable[Style]) -> list[tuple[str, str]]:
     return list(dict.fromkeys([*sources, NAMES, KEYWORDS]))
 
 
-def read_pictures(styles: Iterable[Style], packages: Mapping[str, Package], left_out: LeftOut,
-                  report: Callable[[str], None] = lambda line: None) -> Iterator[SourcePicture]:
+def read_pictures(
+    styles: Iterable[Style],
+    packages: Mapping[str, Package],
+    left_out: LeftOut,
+    report: Callable[[str], None] = lambda line: None,
+) -> Iterator[SourcePicture]:
     """Every picture of the sets that Unicode names, once each; what is left out is counted.
 
     Raises EmojiError for a package that cannot be read.
     """
-    names = Names(packages[NAMES[0]].json("data-by-emoji.json"),
-                  packages[KEYWORDS[0]].json("emoji-en-US.json"))
+    names = Names(
+        packages[NAMES[0]].json("data-by-emoji.json"),
+        packages[KEYWORDS[0]].json("emoji-en-US.json"),
+    )
     for style in styles:
         package = packages[style.package]
         if style.is_vector:
@@ -71,8 +81,10 @@ def read_pictures(styles: Iterable[Style], packages: Mapping[str, Package], left
         else:
             found = list(_files(style, package, names, left_out))
         if package.version != style.version:
-            report(f"{style.package} is version {package.version}, not {style.version}: "
-                   f"{len(found):,} pictures with names, of the {style.pictures:,} in that one")
+            report(
+                f"{style.package} is version {package.version}, not {style.version}: "
+                f"{len(found):,} pictures with names, of the {style.pictures:,} in that one"
+            )
         yield from _first_of_each(found, left_out)
 
 
@@ -94,6 +106,7 @@ def assign_splits(pictures: Iterable[SourcePicture]) -> dict[str, str]:
         if picture.style.words in held_out.get(picture.thing.code, ()):
             return "held_out_pairs"
         return "tones" if picture.tone else "train"
+
     return {picture.key: split(picture) for picture in pictures}
 
 
@@ -108,7 +121,9 @@ def _first_of_each(pictures: Iterable[SourcePicture], left_out: LeftOut) -> Iter
             yield picture
 
 
-def _files(style: Style, package: Package, names: Names, left_out: LeftOut) -> Iterator[SourcePicture]:
+def _files(
+    style: Style, package: Package, names: Names, left_out: LeftOut
+) -> Iterator[SourcePicture]:
     """Pictures of a package of WebP files that are called by their code points."""
     for file, image in package.files(re.compile(r"package/assets/[^/]+\.webp")):
         code = Path(file).stem.replace("_", "-").lower()  # _ joins the tags of a region's flag
@@ -119,8 +134,9 @@ def _files(style: Style, package: Package, names: Names, left_out: LeftOut) -> I
             left_out.add(UNNAMED, key)
 
 
-def _icons(style: Style, package: Package, lender: Package, names: Names, left_out: LeftOut
-           ) -> Iterator[SourcePicture]:
+def _icons(
+    style: Style, package: Package, lender: Package, names: Names, left_out: LeftOut
+) -> Iterator[SourcePicture]:
     """Pictures of an Iconify set. `lender`: the package that has the code points of its names."""
     icons = package.json("icons.json")
     find = _Finder(style, icons, lender, names)

@@ -21,7 +21,14 @@ from ..storage import MissingError, is_remote, put, read, remove, size
 
 INDEX = "index.json"
 IMAGE_SUFFIXES, TEXT_SUFFIXES = ("jpg", "jpeg", "png", "webp"), ("txt", "json")
-BROKEN = (tarfile.TarError, OSError, KeyError, ValueError, OverflowError, RecursionError)      # what tarfile raises: links to nowhere or themselves, broken lengths
+BROKEN = (
+    tarfile.TarError,
+    OSError,
+    KeyError,
+    ValueError,
+    OverflowError,
+    RecursionError,
+)  # what tarfile raises: links to nowhere or themselves, broken lengths
 
 
 class ShardError(UserError):
@@ -39,12 +46,16 @@ class Sample:
     meta: Mapping[str, Any]
 
 
-def write_shards(folder: str | Path, samples: Iterable[Sample], per_shard: int = 1000) -> dict[str, Any]:
+def write_shards(
+    folder: str | Path, samples: Iterable[Sample], per_shard: int = 1000
+) -> dict[str, Any]:
     """Write all samples and then the index, each file whole or not at all. Returns the index."""
     begin(folder)
     rest = iter(samples)
     batches = iter(lambda: list(islice(rest, per_shard)), [])
-    return finish(folder, [write_shard(folder, number, batch) for number, batch in enumerate(batches)])
+    return finish(
+        folder, [write_shard(folder, number, batch) for number, batch in enumerate(batches)]
+    )
 
 
 def begin(folder: str | Path) -> None:
@@ -59,23 +70,39 @@ def write_shard(folder: str | Path, number: int, samples: Sequence[Sample]) -> d
         for sample in samples:
             name = _free_name(sample.key, names)
             names.add(name)
-            meta = {**sample.meta, "key": sample.key, "caption": sample.captions[0] if sample.captions else "",
-                    "captions": list(sample.captions)}
-            for suffix, content in ((sample.suffix, sample.image), ("txt", meta["caption"].encode(errors="replace")),
-                                    ("json", json.dumps(meta, ensure_ascii=False).encode(errors="replace"))):
+            meta = {
+                **sample.meta,
+                "key": sample.key,
+                "caption": sample.captions[0] if sample.captions else "",
+                "captions": list(sample.captions),
+            }
+            for suffix, content in (
+                (sample.suffix, sample.image),
+                ("txt", meta["caption"].encode(errors="replace")),
+                ("json", json.dumps(meta, ensure_ascii=False).encode(errors="replace")),
+            ):
                 member = tarfile.TarInfo(f"{name}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     data, name = buffer.getvalue(), f"{number:06d}.tar"
     put(data, f"{str(folder).rstrip('/')}/{name}")
-    return {"name": name, "count": len(samples), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return {
+        "name": name,
+        "count": len(samples),
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
 
 
 def finish(folder: str | Path, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Write the index of a corpus whose shards are written. Returns it."""
     if not is_remote(folder):
-        for stale in set(Path(folder).glob("*.tar")) - {Path(folder) / shard["name"] for shard in shards}:
-            if re.fullmatch(r"\d{6}\.tar", stale.name):      # as `write_shard` names them: from an earlier, longer corpus in the same place
+        for stale in set(Path(folder).glob("*.tar")) - {
+            Path(folder) / shard["name"] for shard in shards
+        }:
+            if re.fullmatch(
+                r"\d{6}\.tar", stale.name
+            ):  # as `write_shard` names them: from an earlier, longer corpus in the same place
                 stale.unlink()
     index = {"count": sum(shard["count"] for shard in shards), "shards": list(shards)}
     put(json.dumps(index, indent=1).encode(), f"{str(folder).rstrip('/')}/{INDEX}")
@@ -87,7 +114,11 @@ def read_index(folder: str | Path) -> dict[str, Any] | None:
     folder = str(folder).rstrip("/")
     try:
         index = json.loads(read(f"{folder}/{INDEX}"))
-        return index if all(size(f"{folder}/{shard['name']}") == shard["bytes"] for shard in index["shards"]) else None
+        return (
+            index
+            if all(size(f"{folder}/{shard['name']}") == shard["bytes"] for shard in index["shards"])
+            else None
+        )
     except (MissingError, ValueError, KeyError):
         return None
 
@@ -99,7 +130,11 @@ def read_shard(data: bytes | str | Path, name: str | None = None) -> Iterator[Sa
     """
     name = name or ("a shard" if isinstance(data, bytes) else str(data))
     try:
-        tar = tarfile.open(fileobj=io.BytesIO(data), mode="r:") if isinstance(data, bytes) else tarfile.open(data, mode="r:")
+        tar = (
+            tarfile.open(fileobj=io.BytesIO(data), mode="r:")
+            if isinstance(data, bytes)
+            else tarfile.open(data, mode="r:")
+        )
     except FileNotFoundError:
         raise ShardError(f"There is no file {name}.") from None
     except BROKEN:
@@ -124,17 +159,24 @@ def read_shard(data: bytes | str | Path, name: str | None = None) -> Iterator[Sa
             whole = tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
         except BROKEN:
             whole = False
-        if parts and (whole or all(any(suffix in parts for suffix in of) for of in (IMAGE_SUFFIXES, TEXT_SUFFIXES))):
+        if parts and (
+            whole
+            or all(any(suffix in parts for suffix in of) for of in (IMAGE_SUFFIXES, TEXT_SUFFIXES))
+        ):
             yield from _sample(current, parts)
     if not whole:
-        raise ShardError(f"{name} is broken or cut after {current or 'its beginning'}; copy it again.")
+        raise ShardError(
+            f"{name} is broken or cut after {current or 'its beginning'}; copy it again."
+        )
 
 
 def captions_of(text: str | None, meta: Mapping[str, Any]) -> tuple[str, ...]:
     """All captions of a sample: our `captions`, else img2dataset's `caption`, else the .txt; () where there is none."""
     several = meta.get("captions")
     if isinstance(several, Sequence) and not isinstance(several, str):
-        return tuple(str(caption).strip() for caption in several if isinstance(caption, (str, int, float)))
+        return tuple(
+            str(caption).strip() for caption in several if isinstance(caption, (str, int, float))
+        )
     one = meta.get("caption")
     one = one if one and isinstance(one, (str, int, float)) else text
     return (str(one).strip(),) if one else ()
@@ -163,7 +205,9 @@ def _sample(key: str, parts: Mapping[str, bytes]) -> Iterator[Sample]:
 
 def _key_and_suffix(name: str) -> tuple[str, str]:
     """A member's key and ending, as WebDataset has them: the file's name is cut at its first dot. No ending: a hidden file, or no sample's."""
-    folder, slash, file = name.encode(errors="replace").decode().removeprefix("./").rpartition("/")       # a name need not be UTF-8
+    folder, slash, file = (
+        name.encode(errors="replace").decode().removeprefix("./").rpartition("/")
+    )  # a name need not be UTF-8
     stem, _, suffix = file.partition(".")
     return f"{folder}{slash}{stem}", suffix.lower() if stem else ""
 
@@ -171,4 +215,8 @@ def _key_and_suffix(name: str) -> tuple[str, str]:
 def _free_name(key: str, taken: set[str]) -> str:
     """What a sample's files are called in a shard: its key, which its .json has as it is, without what cuts a name, and like no other's."""
     name = re.sub(r"[./]", "_", key)
-    return name if name and name not in taken else next(other for n in count(len(taken)) if (other := f"{name}-{n}") not in taken)
+    return (
+        name
+        if name and name not in taken
+        else next(other for n in count(len(taken)) if (other := f"{name}-{n}") not in taken)
+    )

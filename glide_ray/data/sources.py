@@ -20,12 +20,12 @@ SHARD_SUFFIXES = (".tar", ".parquet")
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
 PATH_COLUMNS = ("path", "image_path", "file_name", "filename", "url")
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "TEXT")
-METADATA = "metadata.jsonl"      # beside images, as Hugging Face's ImageFolder has it: {"file_name": ..., "text": ...} a line
+METADATA = "metadata.jsonl"  # beside images, as Hugging Face's ImageFolder has it: {"file_name": ..., "text": ...} a line
 FILES_PER_PART = 256
 ROWS_AT_ONCE = 64
 IMAGE_ENDINGS = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES)))
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-SEVERAL = re.compile(r"\{([^{},]+(?:,[^{},]+)+)\}")        # corpora side by side: corpus/{train,scenes}
+SEVERAL = re.compile(r"\{([^{},]+(?:,[^{},]+)+)\}")  # corpora side by side: corpus/{train,scenes}
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Part:
     """A shard, or some of a folder's images: `files` are then their paths, each with its captions where METADATA gives them."""
 
     url: str
-    count: int | None = None                              # rows, where the corpus has an index that says so
+    count: int | None = None  # rows, where the corpus has an index that says so
     files: tuple[tuple[str, tuple[str, ...] | None], ...] = ()
 
 
@@ -49,28 +49,52 @@ def find_parts(path: str | Path) -> list[Part]:
         first, last = span.groups()
         if int(last) < int(first):
             raise ShardError(f"The corpus {path} is empty: its range ends before it begins.")
-        return [Part(f"{path[:span.start()]}{n:0{len(first)}d}{path[span.end():]}") for n in range(int(first), int(last) + 1)]
+        return [
+            Part(f"{path[: span.start()]}{n:0{len(first)}d}{path[span.end() :]}")
+            for n in range(int(first), int(last) + 1)
+        ]
     if indexed := _read_index(path):
         return indexed
     files = list(storage.list_files(path, (*SHARD_SUFFIXES, *IMAGE_ENDINGS, METADATA)))
     images = [file for file in files if file.endswith(IMAGE_ENDINGS)]
     # img2dataset writes 00000.parquet beside 00000.tar, or beside a folder 00000 of images: what it knows of the rows, without their images.
-    known = {file.removesuffix(".tar") for file in files if file.endswith(".tar")} | {file.rpartition("/")[0] for file in images}
-    if shards := [file for file in files if file.endswith(".tar") or file.endswith(".parquet") and file.removesuffix(".parquet") not in known]:
+    known = {file.removesuffix(".tar") for file in files if file.endswith(".tar")} | {
+        file.rpartition("/")[0] for file in images
+    }
+    if shards := [
+        file
+        for file in files
+        if file.endswith(".tar")
+        or file.endswith(".parquet")
+        and file.removesuffix(".parquet") not in known
+    ]:
         return [Part(file) for file in shards]
     captions = _metadata([file for file in files if PurePosixPath(file).name == METADATA])
     if not images:
-        raise ShardError(f"The corpus {path} is empty: no .tar or .parquet file and no image is there; make the default one with "
-                         f"`glide corpus`, or give the path of another.")
-    return [Part(f"{path}#{start}", files=tuple((file, captions.get(file)) for file in images[start:start + FILES_PER_PART]))
-            for start in range(0, len(images), FILES_PER_PART)]
+        raise ShardError(
+            f"The corpus {path} is empty: no .tar or .parquet file and no image is there; make the default one with "
+            f"`glide corpus`, or give the path of another."
+        )
+    return [
+        Part(
+            f"{path}#{start}",
+            files=tuple(
+                (file, captions.get(file)) for file in images[start : start + FILES_PER_PART]
+            ),
+        )
+        for start in range(0, len(images), FILES_PER_PART)
+    ]
 
 
 def each_path(path: str) -> list[str]:
     """The paths that one with a list in braces stands for; of any other, itself."""
     if not (names := SEVERAL.search(path)):
         return [path]
-    return [one for name in names.group(1).split(",") for one in each_path(path[:names.start()] + name + path[names.end():])]
+    return [
+        one
+        for name in names.group(1).split(",")
+        for one in each_path(path[: names.start()] + name + path[names.end() :])
+    ]
 
 
 def folder_name(part: Part) -> str:
@@ -93,9 +117,13 @@ def in_share(key: str, epoch: int, seed: int, share: float) -> bool:
 
 def state(path: str | Path, parts: Sequence[Part]) -> str:
     """What tells a corpus from what it was before some of its files were written anew: a SHA-256. Images that Parquet only names do not count."""
-    read = (*IMAGE_ENDINGS, ".txt", ".json") if any(part.files for part in parts) else SHARD_SUFFIXES
+    read = (
+        (*IMAGE_ENDINGS, ".txt", ".json") if any(part.files for part in parts) else SHARD_SUFFIXES
+    )
     roots = [part.url for part in parts] if RANGE.search(str(path)) else each_path(str(path))
-    return hashlib.sha256(json.dumps([list(storage.list_states(root, read)) for root in roots]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([list(storage.list_states(root, read)) for root in roots]).encode()
+    ).hexdigest()
 
 
 def read_part(part: Part) -> Iterator[Sample]:
@@ -103,30 +131,48 @@ def read_part(part: Part) -> Iterator[Sample]:
 
     Raises ShardError or StorageError for a part that is missing, broken, or ends before it should; what could be read came before.
     """
-    read = _read_files(part) if part.files else _read_parquet(part.url) if part.url.endswith(".parquet") else \
-        read_shard(storage.read(part.url) if storage.is_remote(part.url) else part.url, part.url)
+    read = (
+        _read_files(part)
+        if part.files
+        else _read_parquet(part.url)
+        if part.url.endswith(".parquet")
+        else read_shard(
+            storage.read(part.url) if storage.is_remote(part.url) else part.url, part.url
+        )
+    )
     rows = 0
     for sample in read:
         rows += 1
         yield sample
     if part.count is not None and rows != part.count:
-        raise ShardError(f"{part.url} has {rows} rows and its index says {part.count}; copy it again.")
+        raise ShardError(
+            f"{part.url} has {rows} rows and its index says {part.count}; copy it again."
+        )
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
 
+
 def row_id(part: str, position: int) -> int:
     """One signed 64-bit number for the row of a corpus: whatever its key, and however many parts are added beside its own."""
-    return int.from_bytes(hashlib.sha256(f"{part}#{position}".encode()).digest()[:8], "big", signed=True)
+    return int.from_bytes(
+        hashlib.sha256(f"{part}#{position}".encode()).digest()[:8], "big", signed=True
+    )
 
 
 def columns(samples: Iterable[tuple[int, Sample]]) -> dict[str, list]:
     """Samples with their ids as the columns that `Collate` reads."""
-    rows = [(number, sample.key, sample.image, json.dumps(sample.captions)) for number, sample in samples]
-    return {name: [row[n] for row in rows] for n, name in enumerate(("id", "key", "image", "captions"))}
+    rows = [
+        (number, sample.key, sample.image, json.dumps(sample.captions))
+        for number, sample in samples
+    ]
+    return {
+        name: [row[n] for row in rows] for n, name in enumerate(("id", "key", "image", "captions"))
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------------
+
 
 def _read_index(path: str) -> list[Part]:
     if path.endswith(SHARD_SUFFIXES):
@@ -134,16 +180,22 @@ def _read_index(path: str) -> list[Part]:
     folder = path.rstrip("/")
     try:
         index = storage.read(f"{folder}/{INDEX}")
-    except storage.MissingError:        # and no other error: an index that cannot be read is there all the same
+    except (
+        storage.MissingError
+    ):  # and no other error: an index that cannot be read is there all the same
         return []
     try:
-        return [Part(f"{folder}/{shard['name']}", shard["count"]) for shard in json.loads(index)["shards"]]
-    except (ValueError, KeyError, TypeError):       # another program's
+        return [
+            Part(f"{folder}/{shard['name']}", shard["count"])
+            for shard in json.loads(index)["shards"]
+        ]
+    except (ValueError, KeyError, TypeError):  # another program's
         return []
 
 
 def _read_parquet(url: str) -> Iterator[Sample]:
     import pyarrow.parquet  # comes with ray[data]; tars are read without it
+
     data = storage.read(url) if storage.is_remote(url) else url
     try:
         table = pyarrow.parquet.ParquetFile(io.BytesIO(data) if isinstance(data, bytes) else data)
@@ -152,43 +204,78 @@ def _read_parquet(url: str) -> Iterator[Sample]:
     except (pyarrow.ArrowInvalid, OSError):
         raise ShardError(f"{url} is not a whole Parquet file; copy it again.") from None
     names = table.schema_arrow.names
-    image, path = (next((name for name in wanted if name in names), None) for wanted in (IMAGE_COLUMNS, PATH_COLUMNS))
+    image, path = (
+        next((name for name in wanted if name in names), None)
+        for wanted in (IMAGE_COLUMNS, PATH_COLUMNS)
+    )
     if image is None and path is None:
-        raise ShardError(f"{url} has no column named {' or '.join((*IMAGE_COLUMNS, *PATH_COLUMNS))}; it has: {', '.join(names)}.")
+        raise ShardError(
+            f"{url} has no column named {' or '.join((*IMAGE_COLUMNS, *PATH_COLUMNS))}; it has: {', '.join(names)}."
+        )
     caption = next((name for name in CAPTION_COLUMNS if name in names), None)
     if caption is None:
-        raise ShardError(f"{url} has no column named {' or '.join(CAPTION_COLUMNS)}; it has: {', '.join(names)}.")
+        raise ShardError(
+            f"{url} has no column named {' or '.join(CAPTION_COLUMNS)}; it has: {', '.join(names)}."
+        )
     position = 0
     try:
         for batch in table.iter_batches(ROWS_AT_ONCE):
             for row in batch.to_pylist():
                 content = row[image or path]
-                if isinstance(content, dict):                       # as Hugging Face writes it
+                if isinstance(content, dict):  # as Hugging Face writes it
                     content = content.get("bytes") or content.get("path")
-                content = _beside(url, content) if isinstance(content, str) else content if isinstance(content, bytes) else b""
+                content = (
+                    _beside(url, content)
+                    if isinstance(content, str)
+                    else content
+                    if isinstance(content, bytes)
+                    else b""
+                )
                 captions = _captions(row[caption])
-                meta = {name: value for name, value in row.items() if name not in (image, caption) and isinstance(value, (str, int, float))}
-                yield Sample(str(row.get("key", f"{PurePosixPath(url).stem}-{position:06d}")), content, _suffix(content), captions, meta)
+                meta = {
+                    name: value
+                    for name, value in row.items()
+                    if name not in (image, caption) and isinstance(value, (str, int, float))
+                }
+                yield Sample(
+                    str(row.get("key", f"{PurePosixPath(url).stem}-{position:06d}")),
+                    content,
+                    _suffix(content),
+                    captions,
+                    meta,
+                )
                 position += 1
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError):      # a page in its midst
-        raise ShardError(f"{url} is broken after its first {position:,} rows; copy it again.") from None
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError):  # a page in its midst
+        raise ShardError(
+            f"{url} is broken after its first {position:,} rows; copy it again."
+        ) from None
 
 
 def _read_files(part: Part) -> Iterator[Sample]:
     """Images with a caption in METADATA, or in a .txt or .json of their name beside them."""
     for file, captions in part.files:
-        stem, meta = file[:file.rindex(".")], {}
+        stem, meta = file[: file.rindex(".")], {}
         if captions is None:
             text, meta = _read_or_none(f"{stem}.txt"), read_meta(_read_or_none(f"{stem}.json"))
             captions = captions_of(text.decode(errors="replace") if text else None, meta)
-        yield Sample(PurePosixPath(stem).name, _read_or_none(file) or b"", file[file.rindex(".") + 1:], captions, meta)
+        yield Sample(
+            PurePosixPath(stem).name,
+            _read_or_none(file) or b"",
+            file[file.rindex(".") + 1 :],
+            captions,
+            meta,
+        )
 
 
 def _beside(url: str, path: str | None) -> bytes:
     """The image at a path that is whole, or begins at the folder of the file that names it; b"" where there is none."""
-    if not path or path.startswith(("http://", "https://")):     # to be fetched by img2dataset first
+    if not path or path.startswith(("http://", "https://")):  # to be fetched by img2dataset first
         return b""
-    whole = path if storage.is_remote(path) or path.startswith("/") else f"{url.rpartition('/')[0]}/{path}"
+    whole = (
+        path
+        if storage.is_remote(path) or path.startswith("/")
+        else f"{url.rpartition('/')[0]}/{path}"
+    )
     return _read_or_none(whole) or b""
 
 
@@ -212,7 +299,9 @@ def _metadata(files: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
         for line in storage.read(file).splitlines():
             try:
                 row = read_meta(line)
-                captions[f"{folder}/{row['file_name']}"] = _captions(next((row[name] for name in CAPTION_COLUMNS if name in row), None))
+                captions[f"{folder}/{row['file_name']}"] = _captions(
+                    next((row[name] for name in CAPTION_COLUMNS if name in row), None)
+                )
             except KeyError:
                 continue
     return captions

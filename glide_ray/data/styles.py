@@ -47,22 +47,59 @@ class Style:
         return self.package.startswith("@iconify-json/")
 
 
-STYLES = {style.words: style for style in (
-    Style("3D render", "@lobehub/fluent-emoji-3d", "1.1.0", 3391, *MICROSOFT),
-    Style("flat icon", "@iconify-json/fluent-emoji-flat", "1.2.6", 3139, *MICROSOFT),
-    Style("soft gradient", "@iconify-json/fluent-emoji", "1.2.7", 3120, *MICROSOFT,
-          names_of="flat icon"),
-    Style("Noto", "@iconify-json/noto", "1.2.9", 3729, *GOOGLE),
-    Style("blob", "@iconify-json/noto-v1", "1.2.5", 2162, *GOOGLE),
-    Style("Twemoji", "@iconify-json/twemoji", "1.2.5", 3988,
-          "Twitter", "https://github.com/jdecked/twemoji", "CC-BY-4.0"),
-    Style("Firefox", "@iconify-json/fxemoji", "1.2.2", 1034,
-          "Mozilla", "https://github.com/mozilla/fxemoji", "Apache-2.0"),
-    Style("EmojiOne", "@iconify-json/emojione", "1.2.3", 1834,
-          "Emoji One", "https://github.com/EmojiTwo/emojitwo", "CC-BY-4.0"),
-    Style("outline", "@iconify-json/openmoji", "1.2.29", 4544,
-          "OpenMoji", "https://github.com/hfg-gmuend/openmoji", "CC-BY-SA-4.0"),
-)}
+STYLES = {
+    style.words: style
+    for style in (
+        Style("3D render", "@lobehub/fluent-emoji-3d", "1.1.0", 3391, *MICROSOFT),
+        Style("flat icon", "@iconify-json/fluent-emoji-flat", "1.2.6", 3139, *MICROSOFT),
+        Style(
+            "soft gradient",
+            "@iconify-json/fluent-emoji",
+            "1.2.7",
+            3120,
+            *MICROSOFT,
+            names_of="flat icon",
+        ),
+        Style("Noto", "@iconify-json/noto", "1.2.9", 3729, *GOOGLE),
+        Style("blob", "@iconify-json/noto-v1", "1.2.5", 2162, *GOOGLE),
+        Style(
+            "Twemoji",
+            "@iconify-json/twemoji",
+            "1.2.5",
+            3988,
+            "Twitter",
+            "https://github.com/jdecked/twemoji",
+            "CC-BY-4.0",
+        ),
+        Style(
+            "Firefox",
+            "@iconify-json/fxemoji",
+            "1.2.2",
+            1034,
+            "Mozilla",
+            "https://github.com/mozilla/fxemoji",
+            "Apache-2.0",
+        ),
+        Style(
+            "EmojiOne",
+            "@iconify-json/emojione",
+            "1.2.3",
+            1834,
+            "Emoji One",
+            "https://github.com/EmojiTwo/emojitwo",
+            "CC-BY-4.0",
+        ),
+        Style(
+            "outline",
+            "@iconify-json/openmoji",
+            "1.2.29",
+            4544,
+            "OpenMoji",
+            "https://github.com/hfg-gmuend/openmoji",
+            "CC-BY-SA-4.0",
+        ),
+    )
+}
 # The outline style is left for fine-tuning: its licence asks that what is made from it be shared
 # alike.
 DEFAULT = tuple(words for words in STYLES if words != "outline")

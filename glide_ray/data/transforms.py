@@ -29,7 +29,10 @@ from .shards import ShardError
 from .sources import columns, find_parts, read_part, row_id
 from .tokenizer import Tokenizer
 
-BLUR_SIGMAS = 0.4, 0.6       # in low-res pixels, drawn uniformly between (Ho et al. 2021, Cascaded Diffusion Models)
+BLUR_SIGMAS = (
+    0.4,
+    0.6,
+)  # in low-res pixels, drawn uniformly between (Ho et al. 2021, Cascaded Diffusion Models)
 
 
 class Collate:
@@ -39,21 +42,31 @@ class Collate:
     def __init__(self, model: AnyModelConfig, data: DataConfig, seed: int = 0):
         self.model, self.data, self.seed = model, data, seed
         self.broken = 0
-        self._decoded: dict[int, np.ndarray] = {}        # by row number, as long as `data.cache_gib` has room
+        self._decoded: dict[
+            int, np.ndarray
+        ] = {}  # by row number, as long as `data.cache_gib` has room
         self._room = int(data.cache_gib * 2**30)
         self._tokenizer = Tokenizer(model.context)
 
-    def __call__(self, rows: Mapping[str, Sequence], epoch: int, augment: bool = True) -> Batch | None:
+    def __call__(
+        self, rows: Mapping[str, Sequence], epoch: int, augment: bool = True
+    ) -> Batch | None:
         """`augment` false is for held-out batches: whole pictures, the first caption, never the empty one. None if no row is usable."""
         pictures, captions, keys, numbers = [], [], [], []
-        for number, key, image, texts in zip(rows["id"], rows["key"], rows["image"], rows["captions"], strict=True):
+        for number, key, image, texts in zip(
+            rows["id"], rows["key"], rows["image"], rows["captions"], strict=True
+        ):
             try:
                 pictures.append(self._picture(int(number), image))
             except ImageError:
                 self.broken += 1
                 continue
             texts = json.loads(str(texts))
-            captions.append(choose(texts, str(key), epoch, self.seed, self.data.empty_caption_rate) if augment else texts[0])
+            captions.append(
+                choose(texts, str(key), epoch, self.seed, self.data.empty_caption_rate)
+                if augment
+                else texts[0]
+            )
             keys.append(str(key))
             numbers.append(int(number))
         if not pictures:
@@ -62,13 +75,21 @@ class Collate:
         tokens, mask = self._tokenizer.batch([captions[n] for n in order])
         pairs = [self._pair(pictures[n], keys[n], epoch, augment) for n in order]
         image = to_tensor(np.stack([picture for picture, _ in pairs]))
-        low_res = to_tensor(np.stack([small for _, small in pairs])) if self.model.low_res_size else None
+        low_res = (
+            to_tensor(np.stack([small for _, small in pairs])) if self.model.low_res_size else None
+        )
         known_mask = None
         if self.model.inpaint:
             size = image.shape[-1]
-            known_mask = torch.from_numpy(np.stack([self._known(size, keys[n], epoch, augment) for n in order]))[:, None].float()
-        conditioning = Conditioning(tokens, mask, low_res, None if known_mask is None else image, known_mask)
-        own = [numbers[n] if augment or place == n else -1 for place, n in enumerate(order)]       # a held-out image counts once
+            known_mask = torch.from_numpy(
+                np.stack([self._known(size, keys[n], epoch, augment) for n in order])
+            )[:, None].float()
+        conditioning = Conditioning(
+            tokens, mask, low_res, None if known_mask is None else image, known_mask
+        )
+        own = [
+            numbers[n] if augment or place == n else -1 for place, n in enumerate(order)
+        ]  # a held-out image counts once
         return Batch(image, conditioning, torch.tensor(own, dtype=torch.int64))
 
     def _picture(self, number: int, image) -> np.ndarray:
@@ -81,7 +102,9 @@ class Collate:
             self._room -= picture.nbytes
         return picture
 
-    def _pair(self, picture: np.ndarray, key: str, epoch: int, augment: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    def _pair(
+        self, picture: np.ndarray, key: str, epoch: int, augment: bool
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """A picture and its low-res half, both cut to the crop when training on crops."""
         if not self.model.low_res_size:
             return picture, None
@@ -94,7 +117,9 @@ class Collate:
         # The corner is drawn in low-res pixels, so that both halves can be cut there.
         factor = self.model.image_size // self.model.low_res_size
         top, left = draws.integers(self.model.low_res_size - self.data.crop // factor + 1, size=2)
-        return _cut(picture, top * factor, left * factor, self.data.crop), _cut(small, top, left, self.data.crop // factor)
+        return _cut(picture, top * factor, left * factor, self.data.crop), _cut(
+            small, top, left, self.data.crop // factor
+        )
 
     def _known(self, size: int, key: str, epoch: int, augment: bool) -> np.ndarray:
         """What an inpainting model is shown of a picture, (size, size) bool."""
@@ -108,13 +133,15 @@ class Collate:
 
 
 def _cut(pixels: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
-    return pixels[top:top + size, left:left + size]
+    return pixels[top : top + size, left : left + size]
 
 
-def collated(micro_batches: Iterator[dict[str, list]], collate: Collate, preset: Preset, epoch: int) -> Iterator[Batch]:
+def collated(
+    micro_batches: Iterator[dict[str, list]], collate: Collate, preset: Preset, epoch: int
+) -> Iterator[Batch]:
     """Rows to batches, equally many on every rank. Raises ShardError where none of an epoch's pictures can be decoded."""
     last = None
-    owed: list[int] = []            # rows of the batches that have not been given yet
+    owed: list[int] = []  # rows of the batches that have not been given yet
     for rows in micro_batches:
         last = collate(rows, epoch) or last
         owed.append(len(rows["id"]))
@@ -124,8 +151,10 @@ def collated(micro_batches: Iterator[dict[str, list]], collate: Collate, preset:
             size = owed.pop(0)
             yield last if size == len(last.image) else last[torch.arange(size) % len(last.image)]
     if owed:
-        raise ShardError(f"No picture of the last {len(owed)} batches of the corpus {preset.data.corpus} can be decoded; "
-                         f"leave those that are broken out with `glide clean`.")
+        raise ShardError(
+            f"No picture of the last {len(owed)} batches of the corpus {preset.data.corpus} can be decoded; "
+            f"leave those that are broken out with `glide clean`."
+        )
 
 
 def ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
@@ -137,8 +166,9 @@ def ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
             for batch in batches:
                 ready.put(batch)
             ready.put(None)
-        except BaseException as error:   # to be raised where the batches are used
+        except BaseException as error:  # to be raised where the batches are used
             ready.put(error)
+
     threading.Thread(target=fill, name="glide-decode", daemon=True).start()
     while (item := ready.get()) is not None:
         if isinstance(item, BaseException):
@@ -146,7 +176,9 @@ def ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
         yield item
 
 
-def held_out_batches(data: DataConfig, model: AnyModelConfig, batch: int, rank: int = 0, world: int = 1) -> list[Batch]:
+def held_out_batches(
+    data: DataConfig, model: AnyModelConfig, batch: int, rank: int = 0, world: int = 1
+) -> list[Batch]:
     """This rank's part of the first `held_out_images` usable held-out rows, in batches; the same at every call.
 
     `Batch.rows` number them over all ranks. Every rank gets equally many: what only fills up is numbered -1.
@@ -159,22 +191,30 @@ def held_out_batches(data: DataConfig, model: AnyModelConfig, batch: int, rank: 
                     rows.append((row_id(part.url, position), sample))
                 if len(rows) == data.held_out_images:
                     break
-        except UserError:       # a broken shard costs its own rest
+        except UserError:  # a broken shard costs its own rest
             continue
         if len(rows) == data.held_out_images:
             break
     if len(rows) < world:
-        raise ShardError(f"The held-out corpus {data.held_out} has {len(rows)} usable rows, fewer than the {world} workers; "
-                         f"give another with --set data.held_out=FOLDER.")
+        raise ShardError(
+            f"The held-out corpus {data.held_out} has {len(rows)} usable rows, fewer than the {world} workers; "
+            f"give another with --set data.held_out=FOLDER."
+        )
     numbered = [(number, sample) for number, (_, sample) in enumerate(rows)]
     numbered += [(-1, rows[0][1])] * (-len(rows) % world)
     mine = numbered[rank::world]
-    parts = [mine[start:start + batch] for start in range(0, len(mine), batch)]
+    parts = [mine[start : start + batch] for start in range(0, len(mine), batch)]
     batches = [collate(columns(part), epoch=0, augment=False) for part in parts]
     good = next((made for made in batches if made is not None), None)
     if good is None:
-        raise ShardError(f"No picture of rank {rank}'s part of the held-out corpus {data.held_out} can be decoded; give another with "
-                         f"--set data.held_out=FOLDER.")
+        raise ShardError(
+            f"No picture of rank {rank}'s part of the held-out corpus {data.held_out} can be decoded; give another with "
+            f"--set data.held_out=FOLDER."
+        )
     # A rank that left a batch out would make fewer calls than the others, which wait for it in each.
-    return [replace(good[torch.arange(len(part)) % len(good.image)], rows=torch.full((len(part),), -1)) if made is None else made
-            for part, made in zip(parts, batches, strict=True)]
+    return [
+        replace(good[torch.arange(len(part)) % len(good.image)], rows=torch.full((len(part),), -1))
+        if made is None
+        else made
+        for part, made in zip(parts, batches, strict=True)
+    ]

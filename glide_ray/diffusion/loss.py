@@ -17,13 +17,20 @@ from .schedule import Schedule
 class HybridLoss:
     """Per sample, (B,) float32."""
 
-    total: Tensor   # mse + vb, weighted
-    mse: Tensor     # of eps
-    vb: Tensor      # the variational bound's term at i, in bits per dimension, times S/1000
+    total: Tensor  # mse + vb, weighted
+    mse: Tensor  # of eps
+    vb: Tensor  # the variational bound's term at i, in bits per dimension, times S/1000
 
 
-def hybrid_loss(schedule: Schedule, output: ModelOutput, x0: Tensor, x_t: Tensor, i: Tensor, noise: Tensor,
-                weight: Tensor | None = None) -> HybridLoss:
+def hybrid_loss(
+    schedule: Schedule,
+    output: ModelOutput,
+    x0: Tensor,
+    x_t: Tensor,
+    i: Tensor,
+    noise: Tensor,
+    weight: Tensor | None = None,
+) -> HybridLoss:
     """MSE of eps plus the bound's term, which teaches the variance only: eps enters it without gradient.
 
     x0, x_t, noise (B, 3, H, W); i (B,). `weight` (B,) of the MSE, and up to 1 of the bound's term; 1 where there is none. Computed in float32 whatever the
@@ -31,7 +38,9 @@ def hybrid_loss(schedule: Schedule, output: ModelOutput, x0: Tensor, x_t: Tensor
     """
     eps, variance = output.eps.float(), output.variance.float()
     mse = _mean(torch.square(noise - eps))
-    vb = variational_term(schedule, ModelOutput(eps.detach(), variance), x0, x_t, i) * (len(schedule) / 1000)
+    vb = variational_term(schedule, ModelOutput(eps.detach(), variance), x0, x_t, i) * (
+        len(schedule) / 1000
+    )
     if weight is None:
         return HybridLoss(mse + vb, mse, vb)
     # The bound's term does not vanish where there is all but noise, and weights there are without limit.
@@ -50,20 +59,31 @@ def min_snr_weight(schedule: Schedule, i: Tensor, most: float, least: float = 0.
     return ((snr + least).clamp(max=most) / snr).float()
 
 
-def variational_term(schedule: Schedule, output: ModelOutput, x0: Tensor, x_t: Tensor, i: Tensor) -> Tensor:
+def variational_term(
+    schedule: Schedule, output: ModelOutput, x0: Tensor, x_t: Tensor, i: Tensor
+) -> Tensor:
     """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and -log p(x_0 | x_1) at i = 0; (B,) in bits per dimension."""
     mean = posterior_mean(schedule, x0_from_eps(schedule, x_t, i, output.eps), x_t, i)
     log_variance = learned_log_variance(schedule, output.variance, i)
     true_mean = posterior_mean(schedule, x0, x_t, i)
-    kl = _mean(gaussian_kl(true_mean, schedule.at("min_log_variance", i).float(), mean, log_variance))
+    kl = _mean(
+        gaussian_kl(true_mean, schedule.at("min_log_variance", i).float(), mean, log_variance)
+    )
     nll = _mean(-discretised_log_likelihood(x0, mean, log_variance / 2))
     return torch.where(i == 0, nll, kl) / math.log(2)
 
 
-def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+def gaussian_kl(
+    mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor
+) -> Tensor:
     """KL(N1 || N2) of diagonal normals, elementwise, in nats."""
-    return 0.5 * (log_variance2 - log_variance1 - 1 + torch.exp(log_variance1 - log_variance2)
-                  + torch.square(mean1 - mean2) * torch.exp(-log_variance2))
+    return 0.5 * (
+        log_variance2
+        - log_variance1
+        - 1
+        + torch.exp(log_variance1 - log_variance2)
+        + torch.square(mean1 - mean2) * torch.exp(-log_variance2)
+    )
 
 
 def discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
@@ -80,7 +100,7 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
 
 
 def _normal_cdf(z: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)))
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
 def _mean(values: Tensor) -> Tensor:

@@ -36,5 +36,7 @@ def posterior_mean(schedule: Schedule, x0: Tensor, x: Tensor, i: Tensor) -> Tens
 def learned_log_variance(schedule: Schedule, variance: Tensor, i: Tensor) -> Tensor:
     """Log variance between the posterior's (-1) and beta (+1), interpolated in the log (Nichol & Dhariwal 2021, eq. 15)."""
     fraction = (variance + 1) / 2
-    return (fraction * schedule.at("max_log_variance", i).float()
-            + (1 - fraction) * schedule.at("min_log_variance", i).float())
+    return (
+        fraction * schedule.at("max_log_variance", i).float()
+        + (1 - fraction) * schedule.at("min_log_variance", i).float()
+    )

@@ -28,17 +28,19 @@ class Schedule:
     The posterior is q(x_{t-1} | x_t, x_0) = N(x0_weight x_0 + xt_weight x_t, posterior_variance) (Ho et al. 2020, eq. 6, 7).
     """
 
-    total: int                    # timesteps of the training process
-    timestep: Tensor              # what the network is told, int64
-    alpha_bar: Tensor             # signal power at this step
-    alpha_bar_prev: Tensor        # at the next less noisy one; 1 after the last
-    alpha_bar_next: Tensor        # at the next noisier one; 0 before the first
+    total: int  # timesteps of the training process
+    timestep: Tensor  # what the network is told, int64
+    alpha_bar: Tensor  # signal power at this step
+    alpha_bar_prev: Tensor  # at the next less noisy one; 1 after the last
+    alpha_bar_next: Tensor  # at the next noisier one; 0 before the first
     posterior_variance: Tensor
-    min_log_variance: Tensor      # lower bound of the learned variance: the posterior's, at i=0 that of i=1
-    max_log_variance: Tensor      # upper bound: log beta
+    min_log_variance: (
+        Tensor  # lower bound of the learned variance: the posterior's, at i=0 that of i=1
+    )
+    max_log_variance: Tensor  # upper bound: log beta
     x0_weight: Tensor
     xt_weight: Tensor
-    last: Tensor                  # bool, true where the step ends at x_0
+    last: Tensor  # bool, true where the step ends at x_0
 
     def __len__(self) -> int:
         return len(self.timestep)
@@ -51,7 +53,9 @@ class Schedule:
         return getattr(self, name).to(i.device)[i].reshape(-1, 1, 1, 1)
 
     def to(self, device: torch.device | str) -> Schedule:
-        return Schedule(self.total, **{f.name: getattr(self, f.name).to(device) for f in fields(self)[1:]})
+        return Schedule(
+            self.total, **{f.name: getattr(self, f.name).to(device) for f in fields(self)[1:]}
+        )
 
 
 def make_schedule(name: str, steps: int = 1000) -> Schedule:
@@ -70,8 +74,12 @@ def respace(schedule: Schedule, spacing: str | int) -> Schedule:
 
 def join(schedules: Sequence[Schedule]) -> Schedule:
     """One after the other in the same tables: index j of the k-th is j plus the lengths of those before it."""
-    return Schedule(schedules[0].total, **{f.name: torch.cat([getattr(s, f.name) for s in schedules])
-                                           for f in fields(Schedule)[1:]})
+    return Schedule(
+        schedules[0].total,
+        **{
+            f.name: torch.cat([getattr(s, f.name) for s in schedules]) for f in fields(Schedule)[1:]
+        },
+    )
 
 
 def kept_timesteps(total: int, spacing: str | int) -> list[int]:
@@ -89,8 +97,10 @@ def kept_timesteps(total: int, spacing: str | int) -> list[int]:
         for stride in range(1, total):
             if len(range(0, total, stride)) == wanted:
                 return list(range(0, total, stride))
-        raise ScheduleError(f"No whole stride through {total} timesteps gives {wanted} DDIM steps; "
-                            f"use {str(wanted)!r} for evenly spaced ones.")
+        raise ScheduleError(
+            f"No whole stride through {total} timesteps gives {wanted} DDIM steps; "
+            f"use {str(wanted)!r} for evenly spaced ones."
+        )
     counts = [_positive(count, spacing) for count in spacing.split(",")]
     if len(counts) > total:
         raise ScheduleError(f"Respacing {spacing!r} has more segments than the {total} timesteps.")
@@ -98,7 +108,9 @@ def kept_timesteps(total: int, spacing: str | int) -> list[int]:
     for segment, count in enumerate(counts):
         size = total // len(counts) + (segment < total % len(counts))
         if count > size:
-            raise ScheduleError(f"Respacing {spacing!r} wants {count} steps from a segment of {size}; ask for fewer.")
+            raise ScheduleError(
+                f"Respacing {spacing!r} wants {count} steps from a segment of {size}; ask for fewer."
+            )
         stride = (size - 1) / (count - 1) if count > 1 else 1
         # Added up rather than multiplied: the released schedule rounds the running sum.
         position = 0.0
@@ -111,7 +123,9 @@ def kept_timesteps(total: int, spacing: str | int) -> list[int]:
 
 def _positive(text: str, spacing: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise ScheduleError(f"Respacing {spacing!r} is not understood; write '27', '10,10,3,2,2', 'ddim50' or 'fast27'.")
+        raise ScheduleError(
+            f"Respacing {spacing!r} is not understood; write '27', '10,10,3,2,2', 'ddim50' or 'fast27'."
+        )
     return int(text)
 
 
@@ -122,8 +136,16 @@ def _tables(total: int, timestep: Tensor, alpha_bar: Tensor) -> Schedule:
     variance = beta * (1 - previous) / (1 - alpha_bar)
     # The posterior of the last step has no variance; its logarithm is cut off at that of the step before it.
     floor = torch.cat([variance[1:2] if len(variance) > 1 else beta[:1], variance[1:]])
-    return Schedule(total=total, timestep=timestep, alpha_bar=alpha_bar, alpha_bar_prev=previous, alpha_bar_next=following,
-                    posterior_variance=variance, min_log_variance=floor.log(), max_log_variance=beta.log(),
-                    x0_weight=beta * previous.sqrt() / (1 - alpha_bar),
-                    xt_weight=(1 - previous) * (1 - beta).sqrt() / (1 - alpha_bar),
-                    last=torch.arange(len(timestep)) == 0)
+    return Schedule(
+        total=total,
+        timestep=timestep,
+        alpha_bar=alpha_bar,
+        alpha_bar_prev=previous,
+        alpha_bar_next=following,
+        posterior_variance=variance,
+        min_log_variance=floor.log(),
+        max_log_variance=beta.log(),
+        x0_weight=beta * previous.sqrt() / (1 - alpha_bar),
+        xt_weight=(1 - previous) * (1 - beta).sqrt() / (1 - alpha_bar),
+        last=torch.arange(len(timestep)) == 0,
+    )

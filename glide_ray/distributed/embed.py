@@ -34,26 +34,36 @@ from ..storage import fingerprint
 from .curation.corpus import look_up
 from .stream import Tally, in_order, quiet, task_errors
 
-JOB = "job.json"                    # beside generated pictures: what they are made with
-ROWS_AT_ONCE = 64                   # images that one actor is given
-ACTORS = 2                          # on a cluster without GPUs
-INLINE_IMAGES = 128                           # images that are seen here sooner than actors have been started (some 10 s)
+JOB = "job.json"  # beside generated pictures: what they are made with
+ROWS_AT_ONCE = 64  # images that one actor is given
+ACTORS = 2  # on a cluster without GPUs
+INLINE_IMAGES = 128  # images that are seen here sooner than actors have been started (some 10 s)
 
-Blocks = Callable[[int, Part, Report], Iterator[pyarrow.Table]]      # the rows of a part, by its number; faults go into the report
+Blocks = Callable[
+    [int, Part, Report], Iterator[pyarrow.Table]
+]  # the rows of a part, by its number; faults go into the report
 
 
 class Embedder:
     """Images to features, or to a filter's scores: by this process, or as an actor of the pool with its part of the cores as `threads`. It loads the
     network once, for all blocks it is given."""
 
-    def __init__(self, load: Callable[[str], Network], path: str, content: ContentFilter | None, threads: int | None = None):
+    def __init__(
+        self,
+        load: Callable[[str], Network],
+        path: str,
+        content: ContentFilter | None,
+        threads: int | None = None,
+    ):
         if threads and not torch.cuda.is_available():
             torch.set_num_threads(threads)
         self._network, self._content = load(path), content
 
     def __call__(self, block: pyarrow.Table) -> pyarrow.Table:
         pictures, reasons = [], []
-        for image, reason in zip(block["image"].to_pylist(), block["reason"].to_pylist(), strict=True):
+        for image, reason in zip(
+            block["image"].to_pylist(), block["reason"].to_pylist(), strict=True
+        ):
             try:
                 pictures.append(decode(image) if not reason else None)
             except ImageError:
@@ -61,20 +71,37 @@ class Embedder:
                 reason = BROKEN
             reasons.append(reason)
         seen = iter(self._network.images([picture for picture in pictures if picture is not None]))
-        features = np.stack([np.full(self._network.width, np.nan, np.float32) if picture is None else next(seen) for picture in pictures])
-        block = block.drop_columns(["image", "reason"]).append_column("reason", pyarrow.array(reasons, pyarrow.large_string()))
+        features = np.stack(
+            [
+                np.full(self._network.width, np.nan, np.float32) if picture is None else next(seen)
+                for picture in pictures
+            ]
+        )
+        block = block.drop_columns(["image", "reason"]).append_column(
+            "reason", pyarrow.array(reasons, pyarrow.large_string())
+        )
         if self._content is not None:
             return block.append_column("score", pyarrow.array(self._content.score(features)))
-        return block.append_column("features", pyarrow.array(list(features), pyarrow.list_(pyarrow.float32())))
+        return block.append_column(
+            "features", pyarrow.array(list(features), pyarrow.list_(pyarrow.float32()))
+        )
 
 
-def embed(parts: Sequence[Part], path: str, truth: Rule | None = None, content: ContentFilter | None = None, group: str = "",
-          limit: int | None = None, load: Callable[[str], Network] = ClipFeatures) -> tuple[pyarrow.Table, Report]:
+def embed(
+    parts: Sequence[Part],
+    path: str,
+    truth: Rule | None = None,
+    content: ContentFilter | None = None,
+    group: str = "",
+    limit: int | None = None,
+    load: Callable[[str], Network] = ClipFeatures,
+) -> tuple[pyarrow.Table, Report]:
     """Every row: part, position, key, caption, group, truth, reason ("" where the image is whole), and its features or a filter's score.
 
     `load` makes the network of the file or folder `path`, which all nodes see. `truth` says whether a row has the content. `limit` ends the
     reading after so many rows. The report counts rows, and names parts with a fault.
     """
+
     def blocks(number: int, part: Part, report: Report) -> Iterator[pyarrow.Table]:
         rows = _rows(number, part, truth, group, report)
         while block := list(itertools.islice(rows, ROWS_AT_ONCE)):
@@ -84,7 +111,10 @@ def embed(parts: Sequence[Part], path: str, truth: Rule | None = None, content: 
     see = _here if all(counts) and sum(counts) <= INLINE_IMAGES else _by_actors
     seen, report = see(parts, blocks, load, path, content)
     tables, done = [], 0
-    with tqdm(desc="embed", unit="image", dynamic_ncols=True, disable=None, total=limit) as bar, task_errors():
+    with (
+        tqdm(desc="embed", unit="image", dynamic_ncols=True, disable=None, total=limit) as bar,
+        task_errors(),
+    ):
         for table in seen:
             tables.append(table)
             done += len(table)
@@ -96,13 +126,19 @@ def embed(parts: Sequence[Part], path: str, truth: Rule | None = None, content: 
     return in_order(tables), report()
 
 
-def _here(parts: Sequence[Part], blocks: Blocks, *embedder: Any) -> tuple[Iterator[pyarrow.Table], Callable[[], Report]]:
+def _here(
+    parts: Sequence[Part], blocks: Blocks, *embedder: Any
+) -> tuple[Iterator[pyarrow.Table], Callable[[], Report]]:
     """What an Embedder makes of the blocks of all parts, by this process; and the report, so far."""
     report, see = Report(), Embedder(*embedder)
-    return (see(block) for number, part in enumerate(parts) for block in blocks(number, part, report)), lambda: report
+    return (
+        see(block) for number, part in enumerate(parts) for block in blocks(number, part, report)
+    ), lambda: report
 
 
-def _by_actors(parts: Sequence[Part], blocks: Blocks, *embedder: Any) -> tuple[Iterator[pyarrow.Table], Callable[[], Report]]:
+def _by_actors(
+    parts: Sequence[Part], blocks: Blocks, *embedder: Any
+) -> tuple[Iterator[pyarrow.Table], Callable[[], Report]]:
     """The same, by a pool of actors."""
     shared, tally = ray.put(list(parts)), Tally.remote()
 
@@ -113,19 +149,47 @@ def _by_actors(parts: Sequence[Part], blocks: Blocks, *embedder: Any) -> tuple[I
             ray.get(tally.add.remote(report))
 
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    stream = quiet().from_items(list(range(len(parts))), override_num_blocks=len(parts)).map_batches(read, batch_size=1)
-    stream = stream.map_batches(Embedder, fn_constructor_args=(*embedder, max(1, (os.cpu_count() or 1) // ACTORS)), batch_format="pyarrow",
-                                batch_size=ROWS_AT_ONCE, concurrency=min(len(parts), gpus or ACTORS), num_gpus=1 if gpus else 0)
-    stream.context.execution_options.preserve_order = True      # a limit takes the same rows each time
-    return stream.iter_batches(batch_size=None, batch_format="pyarrow"), lambda: ray.get(tally.report.remote())
+    stream = (
+        quiet()
+        .from_items(list(range(len(parts))), override_num_blocks=len(parts))
+        .map_batches(read, batch_size=1)
+    )
+    stream = stream.map_batches(
+        Embedder,
+        fn_constructor_args=(*embedder, max(1, (os.cpu_count() or 1) // ACTORS)),
+        batch_format="pyarrow",
+        batch_size=ROWS_AT_ONCE,
+        concurrency=min(len(parts), gpus or ACTORS),
+        num_gpus=1 if gpus else 0,
+    )
+    stream.context.execution_options.preserve_order = True  # a limit takes the same rows each time
+    return stream.iter_batches(batch_size=None, batch_format="pyarrow"), lambda: ray.get(
+        tally.report.remote()
+    )
 
 
-READ = pyarrow.schema([("part", pyarrow.int32()), ("position", pyarrow.int32()), ("key", pyarrow.large_string()), ("caption", pyarrow.large_string()),
-                       ("group", pyarrow.large_string()), ("truth", pyarrow.bool_()), ("reason", pyarrow.large_string()), ("image", pyarrow.binary())])
+READ = pyarrow.schema(
+    [
+        ("part", pyarrow.int32()),
+        ("position", pyarrow.int32()),
+        ("key", pyarrow.large_string()),
+        ("caption", pyarrow.large_string()),
+        ("group", pyarrow.large_string()),
+        ("truth", pyarrow.bool_()),
+        ("reason", pyarrow.large_string()),
+        ("image", pyarrow.binary()),
+    ]
+)
 
 
-def _rows(number: int, part: Part, truth: Rule | None, group: str, report: Report) -> Iterator[dict[str, Any]]:
-    rules = {name: rule for name, rule in image_rules(CleanConfig(min_size=1, max_aspect=None)).items() if name != BROKEN}    # the actor decodes
+def _rows(
+    number: int, part: Part, truth: Rule | None, group: str, report: Report
+) -> Iterator[dict[str, Any]]:
+    rules = {
+        name: rule
+        for name, rule in image_rules(CleanConfig(min_size=1, max_aspect=None)).items()
+        if name != BROKEN
+    }  # the actor decodes
     missing = 0
     try:
         for position, sample in enumerate(read_part(part)):
@@ -133,62 +197,98 @@ def _rows(number: int, part: Part, truth: Rule | None, group: str, report: Repor
             missing += not sample.image
             shows, failed = _truth_of(candidate, truth)
             reason = first_broken(candidate, rules) or failed
-            yield {"part": number, "position": position, "key": sample.key, "caption": sample.captions[0] if sample.captions else "",
-                   "group": str(sample.meta.get(group) or f"{part.url}#{position}"), "truth": shows,
-                   "reason": reason, "image": b"" if reason else sample.image}
+            yield {
+                "part": number,
+                "position": position,
+                "key": sample.key,
+                "caption": sample.captions[0] if sample.captions else "",
+                "group": str(sample.meta.get(group) or f"{part.url}#{position}"),
+                "truth": shows,
+                "reason": reason,
+                "image": b"" if reason else sample.image,
+            }
     except UserError as error:
         report.faults.append(str(error))
     if missing:
-        report.faults.append(f"{missing:,} images of {part.url} cannot be read; see whether they are there.")
+        report.faults.append(
+            f"{missing:,} images of {part.url} cannot be read; see whether they are there."
+        )
 
 
 def _truth_of(candidate: Candidate, truth: Rule | None) -> tuple[bool | None, str]:
     """What the rule says of a row, None without one; and why the row is of no use where it fails."""
     try:
         return (bool(truth(candidate)) if truth else None), ""
-    except Exception as error:      # a user's function, which must not end the run
+    except Exception as error:  # a user's function, which must not end the run
         return False, f"on which the truth raised {type(error).__name__}"
 
 
 # -- what was seen ----------------------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class EmbeddedCorpus:
     """The rows of a corpus with whole images, as a network sees them."""
 
-    names: Sequence[str]             # PART#POSITION, which mean the same in any folder
+    names: Sequence[str]  # PART#POSITION, which mean the same in any folder
     places: Sequence[tuple[int, int]]
     parts: Sequence[Part]
     captions: Sequence[str]
-    groups: np.ndarray               # (N,) int
-    truth: np.ndarray | None         # (N,) bool
-    features: np.ndarray             # (N, E)
+    groups: np.ndarray  # (N,) int
+    truth: np.ndarray | None  # (N,) bool
+    features: np.ndarray  # (N, E)
 
     @cached_property
     def digest(self) -> str:
         """Of what figures follow from: names, captions and features."""
-        return hashlib.sha256(json.dumps([self.names, self.captions]).encode() + np.ascontiguousarray(self.features).tobytes()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([self.names, self.captions]).encode()
+            + np.ascontiguousarray(self.features).tobytes()
+        ).hexdigest()
 
     @classmethod
     def of(cls, table: pyarrow.Table, parts: Sequence[Part]) -> EmbeddedCorpus:
         """What `embed` found, without the rows that cannot be read. Raises ContentError where nothing is left."""
         table = table.filter(pyarrow.compute.equal(table["reason"], ""))
         if not len(table):
-            raise ContentError("The corpus has no image that can be read; look at it with `glide corpus --survey PATH`.")
+            raise ContentError(
+                "The corpus has no image that can be read; look at it with `glide corpus --survey PATH`."
+            )
         places = list(zip(table["part"].to_pylist(), table["position"].to_pylist(), strict=True))
         truth = table["truth"].to_pylist()
-        return cls([f"{parts[part].url}#{position}" for part, position in places], places, parts, table["caption"].to_pylist(),
-                   np.unique(table["group"].to_pylist(), return_inverse=True)[1], None if truth[0] is None else np.array(truth, bool),
-                   _matrix(table["features"]))
+        return cls(
+            [f"{parts[part].url}#{position}" for part, position in places],
+            places,
+            parts,
+            table["caption"].to_pylist(),
+            np.unique(table["group"].to_pylist(), return_inverse=True)[1],
+            None if truth[0] is None else np.array(truth, bool),
+            _matrix(table["features"]),
+        )
 
-    def pictures(self, rows: Sequence[int], labels: Sequence[str] | None = None) -> list[list[Picture]]:
+    def pictures(
+        self, rows: Sequence[int], labels: Sequence[str] | None = None
+    ) -> list[list[Picture]]:
         """Rows as the groups of a page's section."""
         found = look_up(self.parts, [self.places[n] for n in rows])
-        return [[Picture(thumbnail(found[self.places[n]].image) if self.places[n] in found else None, label)]
-                for n, label in zip(rows, labels or [self.captions[n] for n in rows], strict=True)]
+        return [
+            [
+                Picture(
+                    thumbnail(found[self.places[n]].image) if self.places[n] in found else None,
+                    label,
+                )
+            ]
+            for n, label in zip(rows, labels or [self.captions[n] for n in rows], strict=True)
+        ]
 
 
-def embed_corpus(source: str, network: str, size: int, cache: str, report: Callable[[str], None] = lambda line: None) -> EmbeddedCorpus:
+def embed_corpus(
+    source: str,
+    network: str,
+    size: int,
+    cache: str,
+    report: Callable[[str], None] = lambda line: None,
+) -> EmbeddedCorpus:
     """The corpus `source` as evaluation looks at it with a network, at `size` pixels; or as the file `cache` holds it from before.
 
     All paths are local or s3://. The cache is of the network and of the files that there are, and none is made of what could not be read to its end: the
@@ -197,13 +297,21 @@ def embed_corpus(source: str, network: str, size: int, cache: str, report: Calla
     source, network = storage.absolute(source), storage.absolute(network)
     parts = find_parts(source)
     try:
-        job = storage.read(f"{source}/{JOB}").decode()      # generated pictures are called alike whatever they were made with
+        job = storage.read(
+            f"{source}/{JOB}"
+        ).decode()  # generated pictures are called alike whatever they were made with
     except storage.StorageError:
         job = ""
     if job and any(captions is None for part in parts for _, captions in part.files):
-        raise UserError(f"{source} is not finished: not all of its pictures stand in {METADATA}; run the command again that makes them.")
+        raise UserError(
+            f"{source} is not finished: not all of its pictures stand in {METADATA}; run the command again that makes them."
+        )
     rows = [[part.url, part.count, part.files] for part in parts]
-    of = hashlib.sha256(json.dumps([fingerprint(fetch_network(network)), size, job, rows, state(source, parts)]).encode()).hexdigest()
+    of = hashlib.sha256(
+        json.dumps(
+            [fingerprint(fetch_network(network)), size, job, rows, state(source, parts)]
+        ).encode()
+    ).hexdigest()
 
     def see() -> tuple[pyarrow.Table, bool]:
         report(f"looking at {source}")
@@ -211,10 +319,13 @@ def embed_corpus(source: str, network: str, size: int, cache: str, report: Calla
         for fault in counted.faults:
             report(fault)
         return table, not counted.faults
+
     return EmbeddedCorpus.of(cached_table(cache, of, see), parts)
 
 
-def cached_table(cache: str | Path, of: str, make: Callable[[], tuple[pyarrow.Table, bool]]) -> pyarrow.Table:
+def cached_table(
+    cache: str | Path, of: str, make: Callable[[], tuple[pyarrow.Table, bool]]
+) -> pyarrow.Table:
     """The table in the file `cache`, local or s3://, if it is `of` what is wanted; else made, and written there if it is to be kept."""
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(storage.read(cache)))
@@ -245,4 +356,13 @@ def _of(schema: pyarrow.Schema) -> str:
 def _matrix(column: pyarrow.ChunkedArray) -> np.ndarray:
     """A column of lists of equal length as (N, E)."""
     # Chunk by chunk: as one they may have more numbers than a list's offsets reach.
-    return np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(chunk), -1) for chunk in column.chunks if len(chunk)])
+    return np.concatenate(
+        [
+            chunk.flatten()
+            .to_numpy(zero_copy_only=False)
+            .astype(np.float32)
+            .reshape(len(chunk), -1)
+            for chunk in column.chunks
+            if len(chunk)
+        ]
+    )

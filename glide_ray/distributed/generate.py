@@ -28,10 +28,10 @@ from .cluster import connect, joined, takes_gpu
 from .embed import JOB
 from .stream import quiet, task_errors
 
-ROLES = ("base", "upsampler", "clip")        # of weights
+ROLES = ("base", "upsampler", "clip")  # of weights
 PER_FOLDER = 10_000
-MOST_BLOCKS = 10_000                        # that Ray Data is given; there are as few pictures in each as that allows
-IMAGES_PER_CALL = 8                                 # pictures that a worker is given, and a network call advances
+MOST_BLOCKS = 10_000  # that Ray Data is given; there are as few pictures in each as that allows
+IMAGES_PER_CALL = 8  # pictures that a worker is given, and a network call advances
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,18 @@ class BulkResult:
     """What a call of `generate` has done."""
 
     out: str
-    pictures: int        # that are there now
-    made: int            # by this call
-    cut_prompts: int     # longer than the model's context, and read up to there
+    pictures: int  # that are there now
+    made: int  # by this call
+    cut_prompts: int  # longer than the model's context, and read up to there
 
 
-def generate(prompts: str, out: str, config: BulkConfig, workers: int | None = None, report: Callable[[str], None] = lambda line: None) -> BulkResult:
+def generate(
+    prompts: str,
+    out: str,
+    config: BulkConfig,
+    workers: int | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> BulkResult:
     """Make the pictures of a file of prompts in the folder or prefix `out`, or those that are missing there. With METADATA it is then a corpus.
 
     The file has a prompt a line, or with the ending .jsonl an object with `prompt` and, if it likes, `seed`. Picture N of all has the seed
@@ -67,24 +73,41 @@ def generate(prompts: str, out: str, config: BulkConfig, workers: int | None = N
     check_options(config.options, config.seed)
     wanted = read_prompts(prompts, config.seed, config.per_prompt)
     out = storage.absolute(out).rstrip("/")
-    config = config.model_copy(update={role: shipped.absolute(path) for role in ROLES if (path := getattr(config, role))})
+    config = config.model_copy(
+        update={role: shipped.absolute(path) for role in ROLES if (path := getattr(config, role))}
+    )
     context = _begin(wanted, out, config)
     there = _numbers(out)
     missing = [one for one in wanted if one.number not in there]
     if missing:
-        report(f"{len(wanted):,} pictures are asked for, {len(there):,} are in {out}; making {len(missing):,}")
+        report(
+            f"{len(wanted):,} pictures are asked for, {len(there):,} are in {out}; making {len(missing):,}"
+        )
         connect(os.cpu_count() or 1)
         _make(missing, out, config, workers)
         there = _numbers(out)
         if lacking := sum(one.number not in there for one in wanted):
-            raise UserError(f"{lacking:,} of {len(wanted):,} pictures are not in {out}; run the same command again to make them.")
-    lines = (json.dumps({"file_name": one.file, "text": one.prompt, "seed": one.seed}, ensure_ascii=False) for one in wanted)
+            raise UserError(
+                f"{lacking:,} of {len(wanted):,} pictures are not in {out}; run the same command again to make them."
+            )
+    lines = (
+        json.dumps(
+            {"file_name": one.file, "text": one.prompt, "seed": one.seed}, ensure_ascii=False
+        )
+        for one in wanted
+    )
     storage.put("".join(f"{line}\n" for line in lines).encode(), f"{out}/{METADATA}")
     tokenizer = Tokenizer(context)
-    return BulkResult(out, len(wanted), len(missing), sum(tokenizer.encode(prompt).cut for prompt in {one.prompt for one in wanted}))
+    return BulkResult(
+        out,
+        len(wanted),
+        len(missing),
+        sum(tokenizer.encode(prompt).cut for prompt in {one.prompt for one in wanted}),
+    )
 
 
 # -- requests --------------------------------------------------------------------------------------
+
 
 def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[Wanted]:
     """The pictures that a file asks for. Lines without a word are passed over. Raises UserError for one that cannot be read."""
@@ -92,14 +115,22 @@ def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[Wanted]:
         # Lines of bytes: those of a text would end at marks that captions have, too, such as U+2028.
         lines = [line.decode("utf-8-sig") for line in storage.read(path).splitlines()]
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not text in UTF-8; give a file with a prompt a line, or .jsonl.") from None
-    asked = [_asked(f"{path}, line {n}", line) if path.endswith(".jsonl") else (line.strip(), None) for n, line in enumerate(lines, 1) if line.strip()]
+        raise UserError(
+            f"{path} is not text in UTF-8; give a file with a prompt a line, or .jsonl."
+        ) from None
+    asked = [
+        _asked(f"{path}, line {n}", line) if path.endswith(".jsonl") else (line.strip(), None)
+        for n, line in enumerate(lines, 1)
+        if line.strip()
+    ]
     if not asked:
         raise UserError(f"{path} holds no prompt; write one a line.")
     wanted = []
     for prompt, own in asked:
-        wanted += [Wanted(number, prompt, seed + number if own is None else own + number - len(wanted))
-                   for number in range(len(wanted), len(wanted) + per_prompt)]
+        wanted += [
+            Wanted(number, prompt, seed + number if own is None else own + number - len(wanted))
+            for number in range(len(wanted), len(wanted) + per_prompt)
+        ]
     return wanted
 
 
@@ -107,13 +138,27 @@ def _asked(where: str, line: str) -> tuple[str, int | None]:
     try:
         tree = json.loads(line)
     except ValueError:
-        raise UserError(f"{where} is not JSON; write {{\"prompt\": \"a red apple\"}}, one object a line.") from None
-    if not isinstance(tree, dict) or not isinstance(tree.get("prompt"), str) or not tree["prompt"].strip():
-        raise UserError(f"{where} has no prompt; write {{\"prompt\": \"a red apple\"}}, and \"seed\" beside it if you like.")
+        raise UserError(
+            f'{where} is not JSON; write {{"prompt": "a red apple"}}, one object a line.'
+        ) from None
+    if (
+        not isinstance(tree, dict)
+        or not isinstance(tree.get("prompt"), str)
+        or not tree["prompt"].strip()
+    ):
+        raise UserError(
+            f'{where} has no prompt; write {{"prompt": "a red apple"}}, and "seed" beside it if you like.'
+        )
     seed = tree.get("seed")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**62):
-        raise UserError(f"{where} has a seed that is no whole number from 0 to 2^62 - 1 (given: {seed!r}).")
-    return tree["prompt"].strip().encode(errors="replace").decode(), seed       # halves of surrogate pairs, which JSON may have and UTF-8 has not
+    if seed is not None and (
+        isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**62
+    ):
+        raise UserError(
+            f"{where} has a seed that is no whole number from 0 to 2^62 - 1 (given: {seed!r})."
+        )
+    return tree["prompt"].strip().encode(
+        errors="replace"
+    ).decode(), seed  # halves of surrogate pairs, which JSON may have and UTF-8 has not
 
 
 def _begin(wanted: Sequence[Wanted], out: str, config: BulkConfig) -> int:
@@ -121,18 +166,36 @@ def _begin(wanted: Sequence[Wanted], out: str, config: BulkConfig) -> int:
     maker = Maker.read({role: getattr(config, role) for role in ROLES}, config.precision, "")
     models = {role: used.sha256 for role, used in maker.models.items()}
     if config.options.clip_scale and not config.clip:
-        raise UserError("clip_scale asks for CLIP guidance, which needs a CLIP model; give one with it.")
-    asked = hashlib.sha256(json.dumps([[one.number, one.prompt, one.seed] for one in wanted]).encode()).hexdigest()
-    job = {"pictures": len(wanted), "asked_sha256": asked, "precision": config.precision, "options": config.options.model_dump(mode="json"), "models": models}
+        raise UserError(
+            "clip_scale asks for CLIP guidance, which needs a CLIP model; give one with it."
+        )
+    asked = hashlib.sha256(
+        json.dumps([[one.number, one.prompt, one.seed] for one in wanted]).encode()
+    ).hexdigest()
+    job = {
+        "pictures": len(wanted),
+        "asked_sha256": asked,
+        "precision": config.precision,
+        "options": config.options.model_dump(mode="json"),
+        "models": models,
+    }
     try:
         before = json.loads(storage.read(f"{out}/{JOB}"))
     except storage.MissingError:
         storage.put(json.dumps(job, indent=1).encode(), f"{out}/{JOB}")
     except ValueError:
-        raise UserError(f"{out}/{JOB} is not as it was written; give another folder with --out.") from None
+        raise UserError(
+            f"{out}/{JOB} is not as it was written; give another folder with --out."
+        ) from None
     else:
-        if differs := [name.replace("asked_sha256", "prompts or seeds") for name in job if before.get(name) != job[name]]:
-            raise UserError(f"{out} holds pictures of another job (other {' and '.join(differs)}); give another folder with --out.")
+        if differs := [
+            name.replace("asked_sha256", "prompts or seeds")
+            for name in job
+            if before.get(name) != job[name]
+        ]:
+            raise UserError(
+                f"{out} holds pictures of another job (other {' and '.join(differs)}); give another folder with --out."
+            )
     return maker.base.context
 
 
@@ -144,38 +207,77 @@ def _numbers(out: str) -> set[int]:
 
 # -- making them ------------------------------------------------------------------------------------------------------
 
+
 class Worker:
     """What an actor does: prompts to pictures in storage. It loads the weights once, for all that it is given."""
 
     def __init__(self, out: str, config: BulkConfig, threads: int):
         if not torch.cuda.is_available():
             torch.set_num_threads(threads)
-        local = {role: fetch_clip(path) if role == "clip" else shipped.fetch(path, role) for role in ROLES if (path := getattr(config, role))}
-        self._cascade = Cascade.load(local["base"], local.get("upsampler"), config.precision, IMAGES_PER_CALL, local.get("clip"))
+        local = {
+            role: fetch_clip(path) if role == "clip" else shipped.fetch(path, role)
+            for role in ROLES
+            if (path := getattr(config, role))
+        }
+        self._cascade = Cascade.load(
+            local["base"],
+            local.get("upsampler"),
+            config.precision,
+            IMAGES_PER_CALL,
+            local.get("clip"),
+        )
         self._out, self._options, self._maker = out, config.options, Maker.of(self._cascade)
 
     def __call__(self, block: pyarrow.Table) -> pyarrow.Table:
         wanted = [Wanted(**row) for row in block.to_pylist()]
-        images = self._cascade.generate([one.prompt for one in wanted], [one.seed for one in wanted], self._options)
+        images = self._cascade.generate(
+            [one.prompt for one in wanted], [one.seed for one in wanted], self._options
+        )
         for one, image in zip(wanted, images, strict=True):
-            save_picture(image, f"{self._out}/{one.file}", self._maker.recipe("generate", one.prompt, one.seed, self._options))
+            save_picture(
+                image,
+                f"{self._out}/{one.file}",
+                self._maker.recipe("generate", one.prompt, one.seed, self._options),
+            )
         return block.select(["number"])
 
 
 def _make(wanted: Sequence[Wanted], out: str, config: BulkConfig, workers: int | None) -> None:
     resources = ray.cluster_resources()
-    gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1)) if joined() else os.cpu_count() or 1
+    gpus, cores = (
+        int(resources.get("GPU", 0)),
+        int(resources.get("CPU", 1)) if joined() else os.cpu_count() or 1,
+    )
     on_gpu = takes_gpu(config.device)
     if on_gpu and not (workers or gpus):
         raise UserError("The cluster has no GPU yet; say with --workers how many to ask for.")
     most = min(workers or (gpus if on_gpu else cores), -(-len(wanted) // IMAGES_PER_CALL))
     threads = 1 if joined() else max(1, cores // most)
-    table = pyarrow.Table.from_pylist([{"number": one.number, "prompt": one.prompt, "seed": one.seed} for one in wanted])
+    table = pyarrow.Table.from_pylist(
+        [{"number": one.number, "prompt": one.prompt, "seed": one.seed} for one in wanted]
+    )
     rows = IMAGES_PER_CALL * -(-len(table) // (IMAGES_PER_CALL * MOST_BLOCKS))
-    blocks = [table.slice(start, rows) for start in range(0, len(table), rows)]       # what is done again when a worker is lost
-    made = quiet().from_arrow(blocks).map_batches(
-        Worker, fn_constructor_args=(out, config, threads), batch_format="pyarrow", batch_size=IMAGES_PER_CALL,
-        compute=ActorPoolStrategy(min_size=1, max_size=most, max_tasks_in_flight_per_actor=2), num_cpus=0 if on_gpu else 1, num_gpus=1 if on_gpu else 0)
-    with tqdm(total=len(wanted), desc="generate", unit="image", dynamic_ncols=True, disable=None) as bar, task_errors():
+    blocks = [
+        table.slice(start, rows) for start in range(0, len(table), rows)
+    ]  # what is done again when a worker is lost
+    made = (
+        quiet()
+        .from_arrow(blocks)
+        .map_batches(
+            Worker,
+            fn_constructor_args=(out, config, threads),
+            batch_format="pyarrow",
+            batch_size=IMAGES_PER_CALL,
+            compute=ActorPoolStrategy(min_size=1, max_size=most, max_tasks_in_flight_per_actor=2),
+            num_cpus=0 if on_gpu else 1,
+            num_gpus=1 if on_gpu else 0,
+        )
+    )
+    with (
+        tqdm(
+            total=len(wanted), desc="generate", unit="image", dynamic_ncols=True, disable=None
+        ) as bar,
+        task_errors(),
+    ):
         for batch in made.iter_batches(batch_size=None, batch_format="pyarrow"):
             bar.update(len(batch))

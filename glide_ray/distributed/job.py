@@ -22,9 +22,11 @@ def run(name: str, work: Callable[[], Mapping[str, Any]]) -> int:
     return 0
 
 
-def once(record: str, asked: Mapping[str, Any], work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+def once(
+    record: str, asked: Mapping[str, Any], work: Callable[[], Mapping[str, Any]]
+) -> dict[str, Any]:
     """What `work` makes, or has made before: the file `record`, beside it, says of what. Asked for something else, it is done anew."""
-    asked = json.loads(json.dumps(asked))       # as it is read back
+    asked = json.loads(json.dumps(asked))  # as it is read back
     try:
         before = json.loads(storage.read(record))
         if before["asked"] == asked:
@@ -33,5 +35,7 @@ def once(record: str, asked: Mapping[str, Any], work: Callable[[], Mapping[str, 
     except (storage.MissingError, ValueError, KeyError):
         pass
     made = work()
-    storage.put(json.dumps({"asked": asked, "made": made}, indent=1, ensure_ascii=False).encode(), record)
+    storage.put(
+        json.dumps({"asked": asked, "made": made}, indent=1, ensure_ascii=False).encode(), record
+    )
     return {**made, "done_before": False}

@@ -47,7 +47,9 @@ class Plan:
 
     def reads(self, part: Part, sample: Sample) -> bool:
         """Whether the epoch reads this row of a part."""
-        return in_share(sample.key, self.epoch, self.seed, share_of(self.shares, folder_name(part), sample))
+        return in_share(
+            sample.key, self.epoch, self.seed, share_of(self.shares, folder_name(part), sample)
+        )
 
 
 def open_corpus(path: str, min_size: int, tally=None) -> ray.data.Dataset:
@@ -55,20 +57,38 @@ def open_corpus(path: str, min_size: int, tally=None) -> ray.data.Dataset:
     return open_parts(find_parts(path), min_size, tally)
 
 
-def open_parts(parts: Sequence[Part], min_size: int, tally=None, plan: Plan | None = None) -> ray.data.Dataset:
+def open_parts(
+    parts: Sequence[Part], min_size: int, tally=None, plan: Plan | None = None
+) -> ray.data.Dataset:
     """The same of parts at hand, and in the order of a plan."""
     shared, tasks, first = ray.put(list(parts)), tasks_for(parts), plan.first if plan else 0
-    order = np.random.default_rng([plan.seed, plan.epoch]).permutation(len(parts)) if plan else np.arange(len(parts))
+    order = (
+        np.random.default_rng([plan.seed, plan.epoch]).permutation(len(parts))
+        if plan
+        else np.arange(len(parts))
+    )
 
     def read(batch: dict[str, np.ndarray]) -> Iterator[dict[str, list]]:
         for task in batch["item"]:
             report, parts = Report(), ray.get(shared)
-            rows = (row for number in order[int(task)::tasks] for row in _kept(parts[number], min_size, report, plan))
-            yield from _blocks(rows, [plan.seed, plan.epoch, int(task)] if plan else None, plan.window if plan else 0)
+            rows = (
+                row
+                for number in order[int(task) :: tasks]
+                for row in _kept(parts[number], min_size, report, plan)
+            )
+            yield from _blocks(
+                rows,
+                [plan.seed, plan.epoch, int(task)] if plan else None,
+                plan.window if plan else 0,
+            )
             if tally is not None:
                 ray.get(tally.add.remote(report, (plan.epoch, int(task)) if plan else None))
 
-    dataset = quiet().from_items(list(range(first, tasks)), override_num_blocks=max(1, tasks - first)).map_batches(read, batch_size=1)
+    dataset = (
+        quiet()
+        .from_items(list(range(first, tasks)), override_num_blocks=max(1, tasks - first))
+        .map_batches(read, batch_size=1)
+    )
     dataset.context.execution_options.preserve_order = plan is not None
     return dataset
 
@@ -87,7 +107,9 @@ def quiet():
     return ray.data
 
 
-def _kept(part: Part, min_size: int, report: Report, plan: Plan | None) -> Iterator[tuple[int, Sample]]:
+def _kept(
+    part: Part, min_size: int, report: Report, plan: Plan | None
+) -> Iterator[tuple[int, Sample]]:
     """The rows of a part that the plan reads and that break no rule, with their ids."""
     rules = header_rules(min_size)
     try:
@@ -102,14 +124,19 @@ def _kept(part: Part, min_size: int, report: Report, plan: Plan | None) -> Itera
         report.faults.append(str(error))
 
 
-def _blocks(rows: Iterator[tuple[int, Sample]], seed: list[int] | None, window: int) -> Iterator[dict[str, list]]:
+def _blocks(
+    rows: Iterator[tuple[int, Sample]], seed: list[int] | None, window: int
+) -> Iterator[dict[str, list]]:
     """Rows as blocks, those of each window in an order that is drawn from `seed`."""
     size = max(ROWS_PER_BLOCK, window) if seed else ROWS_PER_BLOCK
     number = 0
     while held := list(islice(rows, size)):
         if seed and window:
             held = [held[n] for n in np.random.default_rng([*seed, number]).permutation(len(held))]
-        yield from (columns(held[start:start + ROWS_PER_BLOCK]) for start in range(0, len(held), ROWS_PER_BLOCK))
+        yield from (
+            columns(held[start : start + ROWS_PER_BLOCK])
+            for start in range(0, len(held), ROWS_PER_BLOCK)
+        )
         number += 1
 
 
@@ -117,7 +144,10 @@ def in_order(tables: Sequence[pyarrow.Table]) -> pyarrow.Table:
     """One table of those that tasks gave, each of some rows of the corpus in their order: by part and position. Sorting rows would copy them all,
     and fails where a column of texts has more than 2 GiB."""
     filled = [table for table in tables if len(table)]
-    return pyarrow.concat_tables(sorted(filled, key=lambda table: (table["part"][0].as_py(), table["position"][0].as_py())) or tables[:1])
+    return pyarrow.concat_tables(
+        sorted(filled, key=lambda table: (table["part"][0].as_py(), table["position"][0].as_py()))
+        or tables[:1]
+    )
 
 
 @contextmanager

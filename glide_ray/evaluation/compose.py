@@ -210,7 +210,10 @@ class _Order:
 def _together(orders: Sequence[_Order]) -> Iterator[list[int]]:
     """Prompts several at once, edits one by one."""
     prompts = [n for n, order in enumerate(orders) if not order.inputs]
-    yield from (prompts[start : start + PROMPTS_PER_CALL] for start in range(0, len(prompts), PROMPTS_PER_CALL))
+    yield from (
+        prompts[start : start + PROMPTS_PER_CALL]
+        for start in range(0, len(prompts), PROMPTS_PER_CALL)
+    )
     yield from ([n] for n, order in enumerate(orders) if order.inputs)
 
 

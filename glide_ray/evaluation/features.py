@@ -15,9 +15,9 @@ from ..data.images import centre_crop, three_crops, to_tensor
 from ..models.clip_scorer import fetch_clip, load_clip
 from ..models.weights import WeightsError
 
-CROPS_PER_CALL = 64            # crops in one call of the network
+CROPS_PER_CALL = 64  # crops in one call of the network
 TORCHSCRIPT = (".pt", ".pth", ".ts", ".jit")
-POOLED, CLASSES = 2048, 1008                        # Inception's features, and the classes of its 2015 training
+POOLED, CLASSES = 2048, 1008  # Inception's features, and the classes of its 2015 training
 
 
 class Network(Protocol):
@@ -34,17 +34,28 @@ class ClipFeatures:
     """
 
     def __init__(self, path: str | Path, device: torch.device | str | None = None):
-        self._critic = load_clip(fetch_clip(path), device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._critic = load_clip(
+            fetch_clip(path), device or ("cuda" if torch.cuda.is_available() else "cpu")
+        )
         self.width = self._critic.embedding
 
     def images(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """RGB images of any size -> (N, E) float32: the mean over three crops along the longer side, of vectors of length 1."""
         crops = [three_crops(picture, self._critic.image_size) for picture in pictures]
         flat = [crop for several in crops for crop in several]
-        seen = [self._critic.embed_images(to_tensor(np.stack(flat[start:start + CROPS_PER_CALL]))).float().cpu().numpy()
-                for start in range(0, len(flat), CROPS_PER_CALL)]
+        seen = [
+            self._critic.embed_images(to_tensor(np.stack(flat[start : start + CROPS_PER_CALL])))
+            .float()
+            .cpu()
+            .numpy()
+            for start in range(0, len(flat), CROPS_PER_CALL)
+        ]
         ends = np.cumsum([len(several) for several in crops])[:-1]
-        return np.stack([part.mean(0) for part in np.split(np.concatenate(seen), ends)]) if crops else np.empty((0, self.width), np.float32)
+        return (
+            np.stack([part.mean(0) for part in np.split(np.concatenate(seen), ends)])
+            if crops
+            else np.empty((0, self.width), np.float32)
+        )
 
     def words(self, texts: Sequence[str]) -> np.ndarray:
         """Words or captions -> (N, E) float32, of length 1: a picture that shows them lies near."""
@@ -65,10 +76,14 @@ class InceptionFeatures:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         local = storage.fetch(path)
         try:
-            self._network = torch.jit.load(str(local), map_location=self.device).eval()     # a program of tensors: it cannot run Python
+            self._network = torch.jit.load(
+                str(local), map_location=self.device
+            ).eval()  # a program of tensors: it cannot run Python
         except (RuntimeError, ValueError) as error:
-            raise WeightsError(f"{path} is not a TorchScript file ({str(error).strip().splitlines()[0][:160]}); give the published "
-                               f"inception-2015-12-05.pt with --inception.") from None
+            raise WeightsError(
+                f"{path} is not a TorchScript file ({str(error).strip().splitlines()[0][:160]}); give the published "
+                f"inception-2015-12-05.pt with --inception."
+            ) from None
 
     @torch.no_grad()
     def images(self, pictures: Sequence[Image.Image]) -> np.ndarray:
@@ -77,16 +92,21 @@ class InceptionFeatures:
         for size in {picture.size for picture in pictures}:
             alike = [n for n, picture in enumerate(pictures) if picture.size == size]
             for start in range(0, len(alike), CROPS_PER_CALL):
-                some = alike[start:start + CROPS_PER_CALL]
+                some = alike[start : start + CROPS_PER_CALL]
                 rows[some] = self._see(np.stack([np.asarray(pictures[n]) for n in some]))
         return rows
 
     def _see(self, squares: np.ndarray) -> np.ndarray:
         given = torch.from_numpy(squares).permute(0, 3, 1, 2).contiguous().to(self.device)
-        pooled, classes = self._network(given, return_features=True), self._network(given, no_output_bias=True)
+        pooled, classes = (
+            self._network(given, return_features=True),
+            self._network(given, no_output_bias=True),
+        )
         if pooled.shape[1:] != (POOLED,) or classes.shape[1:] != (CLASSES,):
-            raise WeightsError(f"The Inception network gives features of {tuple(pooled.shape[1:])} and classes of {tuple(classes.shape[1:])}, not "
-                               f"({POOLED},) and ({CLASSES},); give the published inception-2015-12-05.pt with --inception.")
+            raise WeightsError(
+                f"The Inception network gives features of {tuple(pooled.shape[1:])} and classes of {tuple(classes.shape[1:])}, not "
+                f"({POOLED},) and ({CLASSES},); give the published inception-2015-12-05.pt with --inception."
+            )
         return torch.cat([pooled, classes], 1).float().cpu().numpy()
 
 
@@ -97,12 +117,19 @@ class Squares:
         self._network, self._size, self.width = network, size, network.width
 
     def images(self, pictures: Sequence[Image.Image]) -> np.ndarray:
-        return self._network.images([Image.fromarray(centre_crop(picture, min(self._size, *picture.size))) for picture in pictures])
+        return self._network.images(
+            [
+                Image.fromarray(centre_crop(picture, min(self._size, *picture.size)))
+                for picture in pictures
+            ]
+        )
 
 
 def load_network(path: str | Path, size: int) -> Network:
     """What evaluation looks at images of `size` pixels with: Inception from a TorchScript file, else a CLIP. Raises WeightsError, StorageError."""
-    return Squares(InceptionFeatures(path) if str(path).endswith(TORCHSCRIPT) else ClipFeatures(path), size)
+    return Squares(
+        InceptionFeatures(path) if str(path).endswith(TORCHSCRIPT) else ClipFeatures(path), size
+    )
 
 
 def fetch_network(path: str | Path) -> Path:
@@ -110,8 +137,8 @@ def fetch_network(path: str | Path) -> Path:
     if not str(path).endswith(TORCHSCRIPT):
         return fetch_clip(path)
     if not storage.exists(path):
-        raise WeightsError(f"There is no Inception network {path}; download NVIDIA's inception-2015-12-05.pt and give it with --inception, or leave "
-                           f"that out.")
+        raise WeightsError(
+            f"There is no Inception network {path}; download NVIDIA's inception-2015-12-05.pt and give it with --inception, or leave "
+            f"that out."
+        )
     return storage.fetch(path)
-
-

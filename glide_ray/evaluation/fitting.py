@@ -140,7 +140,9 @@ def _look(rows: Sequence[Row], looks: Looks, say: Say) -> JudgeFeatures:
             rng = np.random.default_rng([n, start])
             part = looks.of([View.of(degrade(picture, rng)) for picture in pictures])
             seen[n].append(
-                JudgeFeatures(part.shapes.astype(np.float16), part.textures.astype(np.float16), part.colours)
+                JudgeFeatures(
+                    part.shapes.astype(np.float16), part.textures.astype(np.float16), part.colours
+                )
             )
     return JudgeFeatures.joined([part for parts in seen for part in parts])
 

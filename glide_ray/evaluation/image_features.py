@@ -17,7 +17,9 @@ from . import metrics
 from .features import POOLED
 from .metrics import MetricError, Moments
 
-KINDS = 256         # captions of the reference that serve as classes where no Inception says which there are
+KINDS = (
+    256  # captions of the reference that serve as classes where no Inception says which there are
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,11 @@ class ImageFeatures:
     def clip_score(self) -> float | None:
         """Of the images that have a caption; None where none has."""
         with_words = self.captioned
-        return metrics.clip_score(self.clip[with_words], self.words[with_words]) if with_words.any() else None
+        return (
+            metrics.clip_score(self.clip[with_words], self.words[with_words])
+            if with_words.any()
+            else None
+        )
 
     def classes(self, kinds: np.ndarray) -> np.ndarray:
         """Probabilities (N, Y): Inception's, or else of the captions `kinds` (Y, E) for each picture, by the CLIP at the scale of CLIP scores."""
@@ -78,10 +84,21 @@ class Reference:
     def without(self, names: Collection[str]) -> Reference:
         """All but these: what is near to a training image, say (sec. 5.2). Raises MetricError where some are not of this reference."""
         if strange := set(names) - set(self.names):
-            raise MetricError(f"The list of what to leave out names {min(strange)}, which is not among the images of the reference: it was made for another.")
+            raise MetricError(
+                f"The list of what to leave out names {min(strange)}, which is not among the images of the reference: it was made for another."
+            )
         keep = np.array([name not in names for name in self.names])
-        seen = ImageFeatures(*(None if part is None else part[keep] for part in (self.seen.clip, self.seen.words, self.seen.inception)))
-        return Reference([name for name in self.names if name not in names], [text for text, kept in zip(self.captions, keep, strict=True) if kept], seen)
+        seen = ImageFeatures(
+            *(
+                None if part is None else part[keep]
+                for part in (self.seen.clip, self.seen.words, self.seen.inception)
+            )
+        )
+        return Reference(
+            [name for name in self.names if name not in names],
+            [text for text, kept in zip(self.captions, keep, strict=True) if kept],
+            seen,
+        )
 
     def frechet_distance(self, made: ImageFeatures) -> float:
         return metrics.frechet_distance(Moments.of(made.features), self.moments)
@@ -90,27 +107,49 @@ class Reference:
         """All that section 5 plots and tabulates. Distances are FID, and the score is IS, where Inception has seen the images; else they are the
         same measures of the CLIP's features, to be compared only with each other. None is what wants captions that are not there. Raises MetricError."""
         real = self.seen
-        precision, recall = metrics.precision_recall(real.features, made.features, real_reach=self.reach)
+        precision, recall = metrics.precision_recall(
+            real.features, made.features, real_reach=self.reach
+        )
         kid, deviation = metrics.kid(real.features, made.features)
         score, spread = None, None
         if made.inception is not None or len(self.kinds):
-            score, spread = metrics.inception_score(made.classes(self.kinds), min(10, len(made.clip)))
-        return {"frechet_distance": self.frechet_distance(made),
-                "frechet_infinity": metrics.frechet_infinity(made.features, self.moments), "inception_score": score, "inception_score_deviation": spread,
-                "precision": precision, "recall": recall, "clip_score": made.clip_score, "kid": kid, "kid_deviation": deviation,
-                "cmmd": metrics.cmmd(real.clip, made.clip)}
+            score, spread = metrics.inception_score(
+                made.classes(self.kinds), min(10, len(made.clip))
+            )
+        return {
+            "frechet_distance": self.frechet_distance(made),
+            "frechet_infinity": metrics.frechet_infinity(made.features, self.moments),
+            "inception_score": score,
+            "inception_score_deviation": spread,
+            "precision": precision,
+            "recall": recall,
+            "clip_score": made.clip_score,
+            "kid": kid,
+            "kid_deviation": deviation,
+            "cmmd": metrics.cmmd(real.clip, made.clip),
+        }
 
     # -- kept for other evaluations -----------------------------------------------------------------------------------
 
     def save(self, path: str, about: dict[str, Any]) -> None:
         """A file of tensors, local or s3://; `about` says what it is of."""
-        tensors = {"clip": self.seen.clip, "words": self.seen.words, "reach": self.reach,
-                   "mean": self.moments.mean, "covariance": self.moments.covariance}
+        tensors = {
+            "clip": self.seen.clip,
+            "words": self.seen.words,
+            "reach": self.reach,
+            "mean": self.moments.mean,
+            "covariance": self.moments.covariance,
+        }
         if self.seen.inception is not None:
             tensors["inception"] = self.seen.inception
         rows = {"names": list(self.names), "captions": list(self.captions)}
-        storage.put(save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()},
-                         {name: json.dumps(value) for name, value in {**rows, "about": about}.items()}), path)
+        storage.put(
+            save(
+                {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()},
+                {name: json.dumps(value) for name, value in {**rows, "about": about}.items()},
+            ),
+            path,
+        )
 
     @classmethod
     def load(cls, path: str) -> tuple[Reference, dict[str, Any]]:
@@ -120,8 +159,17 @@ class Reference:
             with safe_open(local, "np") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
                 told = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
-            reference = cls(told["names"], told["captions"], ImageFeatures(tensors["clip"], tensors["words"], tensors.get("inception")))
-            reference.__dict__.update(reach=tensors["reach"], moments=Moments(len(told["names"]), tensors["mean"], tensors["covariance"]))
+            reference = cls(
+                told["names"],
+                told["captions"],
+                ImageFeatures(tensors["clip"], tensors["words"], tensors.get("inception")),
+            )
+            reference.__dict__.update(
+                reach=tensors["reach"],
+                moments=Moments(len(told["names"]), tensors["mean"], tensors["covariance"]),
+            )
             return reference, told["about"]
         except (SafetensorError, KeyError, ValueError) as error:
-            raise MetricError(f"{path} does not hold the statistics of a reference as `glide evaluate` saves them ({error}); give a corpus.") from None
+            raise MetricError(
+                f"{path} does not hold the statistics of a reference as `glide evaluate` saves them ({error}); give a corpus."
+            ) from None

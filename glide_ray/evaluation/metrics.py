@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import UserError
 
-ROWS = 1024      # of a matrix of distances that is held at once
+ROWS = 1024  # of a matrix of distances that is held at once
 
 
 class MetricError(UserError):
@@ -18,6 +18,7 @@ class MetricError(UserError):
 
 
 # -- Fréchet distance -------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -43,24 +44,37 @@ class Moments:
     def joined(self, other: Moments) -> Moments:
         """Of both sets as one, from the moments alone: what was measured in parts (Chan et al. 1979)."""
         count, apart = self.count + other.count, other.mean - self.mean
-        scatter = (self.count - 1) * self.covariance + (other.count - 1) * other.covariance + self.count * other.count / count * np.outer(apart, apart)
+        scatter = (
+            (self.count - 1) * self.covariance
+            + (other.count - 1) * other.covariance
+            + self.count * other.count / count * np.outer(apart, apart)
+        )
         return Moments(count, self.mean + apart * other.count / count, scatter / (count - 1))
 
 
 def frechet_distance(one: Moments, other: Moments) -> float:
     """FID, where the features are Inception's pooled ones (Heusel et al. 2017, eq. 6)."""
     if one.mean.shape != other.mean.shape:
-        raise MetricError(f"The two sets have features of {len(one.mean)} and {len(other.mean)} numbers; measure both with the same network.")
-    cross = other.root @ one.covariance @ other.root      # its eigenvalues are those of the product of both, and it is symmetric
+        raise MetricError(
+            f"The two sets have features of {len(one.mean)} and {len(other.mean)} numbers; measure both with the same network."
+        )
+    cross = (
+        other.root @ one.covariance @ other.root
+    )  # its eigenvalues are those of the product of both, and it is symmetric
     return _frechet(one.mean, np.trace(one.covariance), cross, other)
 
 
-def frechet_infinity(features: np.ndarray, reference: Moments, points: int = 15, least: int = 5000, seed: int = 0) -> float:
+def frechet_infinity(
+    features: np.ndarray, reference: Moments, points: int = 15, least: int = 5000, seed: int = 0
+) -> float:
     """FID as it would be of endlessly many samples: it is linear in 1/N, and read off at 0 (Chong & Forsyth 2020)."""
     features = _checked(features, least=2)
     draws = np.random.default_rng(seed)
     counts = np.linspace(min(least, len(features) // 2), len(features), points).astype(int)
-    distances = [_from_rows(features[draws.permutation(len(features))[:count]].astype(np.float64), reference) for count in counts]
+    distances = [
+        _from_rows(features[draws.permutation(len(features))[:count]].astype(np.float64), reference)
+        for count in counts
+    ]
     return float(np.polyfit(1 / counts, distances, 1)[1])
 
 
@@ -75,28 +89,42 @@ def _from_rows(features: np.ndarray, reference: Moments) -> float:
 
 def _frechet(mean: np.ndarray, spread: float, cross: np.ndarray, other: Moments) -> float:
     roots = np.sqrt(np.linalg.eigvalsh(cross).clip(0)).sum()
-    return float(max(np.sum((mean - other.mean)**2) + spread + np.trace(other.covariance) - 2 * roots, 0.0))
+    return float(
+        max(np.sum((mean - other.mean) ** 2) + spread + np.trace(other.covariance) - 2 * roots, 0.0)
+    )
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------
 
-def kid(real: np.ndarray, made: np.ndarray, subsets: int = 100, size: int = 1000, seed: int = 0) -> tuple[float, float]:
+
+def kid(
+    real: np.ndarray, made: np.ndarray, subsets: int = 100, size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
     """Kernel inception distance, mean and standard deviation over subsets: unbiased squared MMD, kernel (xy/D + 1)^3 (Binkowski et al. 2018)."""
     real, made = _pair(real, made)
     size, draws = min(size, len(real), len(made)), np.random.default_rng(seed)
     found = []
     for _ in range(subsets):
-        x, y = (features[draws.choice(len(features), size, replace=False)] for features in (real, made))
-        found.append(_unbiased(*((a @ b.T / x.shape[1] + 1)**3 for a, b in ((x, x), (y, y), (x, y)))))
+        x, y = (
+            features[draws.choice(len(features), size, replace=False)] for features in (real, made)
+        )
+        found.append(
+            _unbiased(*((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))))
+        )
     return float(np.mean(found)), float(np.std(found))
 
 
 def cmmd(real: np.ndarray, made: np.ndarray, sigma: float = 10.0, scale: float = 1000.0) -> float:
     """CLIP maximum mean discrepancy: biased squared MMD of CLIP's features of length 1, Gaussian kernel (Jayasumana et al. 2024)."""
-    real, made = (features / np.linalg.norm(features, axis=1, keepdims=True) for features in _pair(real, made))
+    real, made = (
+        features / np.linalg.norm(features, axis=1, keepdims=True) for features in _pair(real, made)
+    )
 
     def mean(a: np.ndarray, b: np.ndarray) -> float:
-        return sum(np.exp(-_squared(rows, b) / (2 * sigma**2)).sum() for rows in _blocks(a)) / (len(a) * len(b))
+        return sum(np.exp(-_squared(rows, b) / (2 * sigma**2)).sum() for rows in _blocks(a)) / (
+            len(a) * len(b)
+        )
+
     return scale * (mean(real, real) + mean(made, made) - 2 * mean(real, made))
 
 
@@ -107,15 +135,19 @@ def _unbiased(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> float:
 
 # -- neighbours -------------------------------------------------------------------------------------------------------
 
-def precision_recall(real: np.ndarray, made: np.ndarray, k: int = 3, real_reach: np.ndarray | None = None) -> tuple[float, float]:
+
+def precision_recall(
+    real: np.ndarray, made: np.ndarray, k: int = 3, real_reach: np.ndarray | None = None
+) -> tuple[float, float]:
     """Shares of what was made that lies among the real, and of the real that lies among what was made: nearer to one of them than its k-th
     neighbour is (Kynkäänniemi et al. 2019). `real_reach`: `reach` of the real ones, where it is known from before."""
     among_real, among_made = neighbourhood(real, made, k, real_reach)
     return float(among_real.mean()), float(among_made.mean())
 
 
-def neighbourhood(real: np.ndarray, made: np.ndarray, k: int = 3,
-                  real_reach: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def neighbourhood(
+    real: np.ndarray, made: np.ndarray, k: int = 3, real_reach: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """For each generated picture whether it lies within the real manifold, and for each real one
     whether it lies within the generated: bool. Precision and recall are their means."""
     real, made = _pair(real, made)
@@ -123,7 +155,7 @@ def neighbourhood(real: np.ndarray, made: np.ndarray, k: int = 3,
     among_real, among_made = np.zeros(len(made), bool), []
     for start, rows in zip(range(0, len(real), ROWS), _blocks(real), strict=True):
         apart = _squared(rows, made)
-        among_real |= (apart < real_reach[start:start + len(rows), None]).any(0)
+        among_real |= (apart < real_reach[start : start + len(rows), None]).any(0)
         among_made.append((apart < made_reach).any(1))
     return among_real, np.concatenate(among_made)
 
@@ -131,10 +163,17 @@ def neighbourhood(real: np.ndarray, made: np.ndarray, k: int = 3,
 def reach(features: np.ndarray, k: int = 3) -> np.ndarray:
     """The squared distance of each row (N,) to its k-th neighbour, itself not counted."""
     if len(features) <= k:
-        raise MetricError(f"{k} neighbours want more than {k} images on each side (given: {len(features)}).")
+        raise MetricError(
+            f"{k} neighbours want more than {k} images on each side (given: {len(features)})."
+        )
     features = features.astype(np.float64)
     # Each column copied: a view would keep all distances.
-    return np.concatenate([np.partition(_squared(rows, features), k, axis=1)[:, k].copy() for rows in _blocks(features)])
+    return np.concatenate(
+        [
+            np.partition(_squared(rows, features), k, axis=1)[:, k].copy()
+            for rows in _blocks(features)
+        ]
+    )
 
 
 def _squared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -143,16 +182,19 @@ def _squared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _blocks(rows: np.ndarray) -> Sequence[np.ndarray]:
-    return [rows[start:start + ROWS] for start in range(0, len(rows), ROWS)]
+    return [rows[start : start + ROWS] for start in range(0, len(rows), ROWS)]
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------
+
 
 def inception_score(probabilities: np.ndarray, splits: int = 10) -> tuple[float, float]:
     """Mean and standard deviation over splits, in their order, of exp(E KL(p(y|x) || p(y))), of classes' probabilities (N, Y) (Salimans et al. 2016)."""
     probabilities = _checked(probabilities, least=splits).astype(np.float64)
     logs, scores = np.log(probabilities.clip(1e-16)), []
-    for part, log in zip(np.array_split(probabilities, splits), np.array_split(logs, splits), strict=True):
+    for part, log in zip(
+        np.array_split(probabilities, splits), np.array_split(logs, splits), strict=True
+    ):
         scores.append(np.exp((part * (log - np.log(part.mean(0).clip(1e-16)))).sum(1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
 
@@ -160,20 +202,30 @@ def inception_score(probabilities: np.ndarray, splits: int = 10) -> tuple[float,
 def clip_score(images: np.ndarray, captions: np.ndarray) -> float:
     """100 times the mean cosine of CLIP's features of images (N, E) and their captions (N, E): 100 is the published CLIPs' logit scale (app. A.2)."""
     images, captions = _pair(images, captions)
-    cosines = (images * captions).sum(1) / np.linalg.norm(images, axis=1) / np.linalg.norm(captions, axis=1)
+    cosines = (
+        (images * captions).sum(1)
+        / np.linalg.norm(images, axis=1)
+        / np.linalg.norm(captions, axis=1)
+    )
     return 100 * float(cosines.mean())
 
 
 def _pair(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     one, other = (_checked(features, least=1).astype(np.float64) for features in (one, other))
     if one.shape[1] != other.shape[1]:
-        raise MetricError(f"The two sets have features of {one.shape[1]} and {other.shape[1]} numbers; measure both with the same network.")
+        raise MetricError(
+            f"The two sets have features of {one.shape[1]} and {other.shape[1]} numbers; measure both with the same network."
+        )
     return one, other
 
 
 def _checked(features: np.ndarray, least: int) -> np.ndarray:
     if features.ndim != 2 or len(features) < least:
-        raise MetricError(f"Features must be a matrix of at least {least} rows, one for each image (given: {features.shape}).")
+        raise MetricError(
+            f"Features must be a matrix of at least {least} rows, one for each image (given: {features.shape})."
+        )
     if not np.isfinite(features).all():
-        raise MetricError(f"{int((~np.isfinite(features)).any(1).sum())} of {len(features)} rows of features are not finite; measure without those images.")
+        raise MetricError(
+            f"{int((~np.isfinite(features)).any(1).sum())} of {len(features)} rows of features are not finite; measure without those images."
+        )
     return features

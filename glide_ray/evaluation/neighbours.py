@@ -21,12 +21,18 @@ class Nearest:
 
 def nearest(features: np.ndarray, originals: np.ndarray) -> Nearest:
     """Exact, of CLIP's features (N, E) among originals (M, E), of any length."""
-    features, originals = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (features, originals))
-    lengths, rows = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(originals).kneighbors(features)
-    return Nearest(rows[:, 0], lengths[:, 0].astype(np.float64)**2 / 2)     # of vectors of length 1
+    features, originals = (
+        part / np.linalg.norm(part, axis=1, keepdims=True) for part in (features, originals)
+    )
+    lengths, rows = (
+        NearestNeighbors(n_neighbors=1, algorithm="brute").fit(originals).kneighbors(features)
+    )
+    return Nearest(rows[:, 0], lengths[:, 0].astype(np.float64) ** 2 / 2)  # of vectors of length 1
 
 
-def to_own(features: np.ndarray, captions: list[str], originals: np.ndarray, original_captions: list[str]) -> Nearest:
+def to_own(
+    features: np.ndarray, captions: list[str], originals: np.ndarray, original_captions: list[str]
+) -> Nearest:
     """Of each image the nearest original that has its very caption; row -1 and no distance (NaN) where there is none."""
     of: dict[str, list[int]] = {}
     for row, caption in enumerate(original_captions):
@@ -34,7 +40,7 @@ def to_own(features: np.ndarray, captions: list[str], originals: np.ndarray, ori
     rows, distances = np.full(len(captions), -1), np.full(len(captions), np.nan)
     for n, caption in enumerate(captions):
         if candidates := of.get(caption):
-            found = nearest(features[n:n + 1], originals[candidates])
+            found = nearest(features[n : n + 1], originals[candidates])
             rows[n], distances[n] = candidates[int(found.rows[0])], found.distances[0]
     return Nearest(rows, distances)
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..data.images import ImageError, decode, encode
 
-SIDE = 112      # pixels of a picture on the page
+SIDE = 112  # pixels of a picture on the page
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,11 @@ class Picture:
 
     @property
     def source(self) -> str | None:
-        return None if self.image is None else "data:image/webp;base64," + base64.b64encode(encode(self.image, "webp")).decode()
+        return (
+            None
+            if self.image is None
+            else "data:image/webp;base64," + base64.b64encode(encode(self.image, "webp")).decode()
+        )
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Section:
 
     title: str
     text: str = ""
-    table: Sequence[Sequence[str]] = ()         # its first row is the heading
+    table: Sequence[Sequence[str]] = ()  # its first row is the heading
     bars: Sequence[tuple[str, float]] = ()
     lines: Sequence[str] = ()
     groups: Sequence[Sequence[Picture]] = ()
@@ -46,7 +50,11 @@ class Section:
 
 def page(title: str, sections: Sequence[Section]) -> str:
     """The page as HTML."""
-    shown = [section for section in sections if section.table or section.bars or section.lines or section.groups]
+    shown = [
+        section
+        for section in sections
+        if section.table or section.bars or section.lines or section.groups
+    ]
     return _TEMPLATE.render(title=title, sections=shown)
 
 
@@ -58,7 +66,9 @@ def thumbnail(data: bytes, side: int = SIDE) -> np.ndarray | None:
         return None
     image.thumbnail((side, side), Image.Resampling.BOX)
     times = side // max(image.size)
-    return np.asarray(image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST))
+    return np.asarray(
+        image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    )
 
 
 def histogram(values: np.ndarray, bins: int = 12) -> list[tuple[str, int]]:
@@ -69,10 +79,15 @@ def histogram(values: np.ndarray, bins: int = 12) -> list[tuple[str, int]]:
         return []
     different, counts = np.unique(values, return_counts=True)
     if len(different) <= bins:
-        return [(f"{int(value):,}", int(count)) for value, count in zip(different, counts, strict=True)]
+        return [
+            (f"{int(value):,}", int(count)) for value, count in zip(different, counts, strict=True)
+        ]
     edges = np.unique(np.linspace(values.min(), values.max() + 1, bins + 1).round().astype(int))
     counts, _ = np.histogram(values, edges)
-    return [(f"{low:,} to {high - 1:,}", int(count)) for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)]
+    return [
+        (f"{low:,} to {high - 1:,}", int(count))
+        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]
 
 
 _TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""<!doctype html>

@@ -10,9 +10,12 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-QUESTIONS = {"photorealism": "Which picture looks more like a real photograph?", "caption": "Which picture fits the caption better?"}
-BLOCK = 10                  # turns of one question, one of them an attention check
-FAILED_SHARE = 0.25         # of the attention checks: who fails more is left out
+QUESTIONS = {
+    "photorealism": "Which picture looks more like a real photograph?",
+    "caption": "Which picture fits the caption better?",
+}
+BLOCK = 10  # turns of one question, one of them an attention check
+FAILED_SHARE = 0.25  # of the attention checks: who fails more is left out
 FIRST, SECOND, TIE = "first", "second", "tie"
 
 
@@ -41,11 +44,21 @@ class Turn:
 
 def draw(secret: str, *what: str | int) -> int:
     """A number of 64 bits that nobody foresees who does not know the secret."""
-    return int.from_bytes(hashlib.blake2b(json.dumps(what).encode(), key=secret.encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(json.dumps(what).encode(), key=secret.encode(), digest_size=8).digest(),
+        "big",
+    )
 
 
-def next_turn(secret: str, rater: str, comparisons: Mapping[int, Comparison], questions: Sequence[str], had: Sequence[Turn],
-              taken: Mapping[tuple[int, str], int], wanted: int) -> Turn | None:
+def next_turn(
+    secret: str,
+    rater: str,
+    comparisons: Mapping[int, Comparison],
+    questions: Sequence[str],
+    had: Sequence[Turn],
+    taken: Mapping[tuple[int, str], int],
+    wanted: int,
+) -> Turn | None:
     """None where nothing is left to ask. `had`: the rater's turns so far; `taken`: votes of others by comparison and question, of which `wanted` are."""
     block, place = divmod(len(had), BLOCK)
     begin = draw(secret, rater, "question") + block
@@ -55,25 +68,72 @@ def next_turn(secret: str, rater: str, comparisons: Mapping[int, Comparison], qu
         if not rest:
             continue
         # In the first half of the block, so that who stays for a few turns only is looked at, too.
-        chosen = min(checks if checks and place == 1 + draw(secret, rater, "check", block) % (BLOCK // 2) else rest,
-                     key=lambda one: (taken.get((one.id, question), 0), draw(secret, rater, question, one.id)))
-        return Turn(chosen.id, question, _left(secret, rater, chosen, question, [turn for turn in had if turn.question == question], comparisons))
+        chosen = min(
+            checks
+            if checks and place == 1 + draw(secret, rater, "check", block) % (BLOCK // 2)
+            else rest,
+            key=lambda one: (
+                taken.get((one.id, question), 0),
+                draw(secret, rater, question, one.id),
+            ),
+        )
+        return Turn(
+            chosen.id,
+            question,
+            _left(
+                secret,
+                rater,
+                chosen,
+                question,
+                [turn for turn in had if turn.question == question],
+                comparisons,
+            ),
+        )
     return None
 
 
-def remaining(comparisons: Collection[Comparison], question: str, had: Sequence[Turn], taken: Mapping[tuple[int, str], int], wanted: int) -> list[Comparison]:
+def remaining(
+    comparisons: Collection[Comparison],
+    question: str,
+    had: Sequence[Turn],
+    taken: Mapping[tuple[int, str], int],
+    wanted: int,
+) -> list[Comparison]:
     """What could still be asked of a rater, without the checks."""
-    return [one for one in _unseen(comparisons, question, had, None) if taken.get((one.id, question), 0) < wanted]
+    return [
+        one
+        for one in _unseen(comparisons, question, had, None)
+        if taken.get((one.id, question), 0) < wanted
+    ]
 
 
-def _unseen(comparisons: Collection[Comparison], question: str, had: Sequence[Turn], check_of: str | None) -> list[Comparison]:
+def _unseen(
+    comparisons: Collection[Comparison], question: str, had: Sequence[Turn], check_of: str | None
+) -> list[Comparison]:
     seen = {turn.comparison for turn in had if turn.question == question}
     return [one for one in comparisons if one.check_of == check_of and one.id not in seen]
 
 
-def _left(secret: str, rater: str, chosen: Comparison, question: str, had: Sequence[Turn], comparisons: Mapping[int, Comparison]) -> str:
+def _left(
+    secret: str,
+    rater: str,
+    chosen: Comparison,
+    question: str,
+    had: Sequence[Turn],
+    comparisons: Mapping[int, Comparison],
+) -> str:
     """As often one model as the other for each two, and by a coin where both were there as often."""
     models = chosen.first, chosen.second
-    alike = [turn.left for turn in had if (comparisons[turn.comparison].first, comparisons[turn.comparison].second) == models]
+    alike = [
+        turn.left
+        for turn in had
+        if (comparisons[turn.comparison].first, comparisons[turn.comparison].second) == models
+    ]
     ahead = alike.count(FIRST) - alike.count(SECOND)
-    return SECOND if ahead > 0 else FIRST if ahead < 0 else (FIRST, SECOND)[draw(secret, "left", rater, question, chosen.id) % 2]
+    return (
+        SECOND
+        if ahead > 0
+        else FIRST
+        if ahead < 0
+        else (FIRST, SECOND)[draw(secret, "left", rater, question, chosen.id) % 2]
+    )

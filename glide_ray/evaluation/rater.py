@@ -20,9 +20,13 @@ from ..errors import UserError
 from .pairing import QUESTIONS
 from .votes import Votes, VotesError
 
-NAME = re.compile(r"[\w.@-]{1,60}", re.ASCII)         # of a rater, where the link has one
+NAME = re.compile(r"[\w.@-]{1,60}", re.ASCII)  # of a rater, where the link has one
 YEAR = 365 * 24 * 3600
-HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
 POLICY = "default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'nonce-{0}'; script-src 'nonce-{0}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
@@ -39,7 +43,9 @@ def build_app(votes: Votes, pictures: Path, wanted: int, link_key: str) -> FastA
     """The application. `wanted`: votes for each comparison and question; `link_key`: what a link must have, at this
     machine's own address too, for a proxy may stand before it."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    page = Environment(autoescape=True).from_string((Path(__file__).with_name("rater.html")).read_text(encoding="utf-8"))
+    page = Environment(autoescape=True).from_string(
+        (Path(__file__).with_name("rater.html")).read_text(encoding="utf-8")
+    )
 
     def admitted(glide_key: Annotated[str, Cookie()] = "") -> None:
         if not secrets.compare_digest(glide_key.encode(), link_key.encode()):
@@ -47,30 +53,54 @@ def build_app(votes: Votes, pictures: Path, wanted: int, link_key: str) -> FastA
 
     def known(glide_rater: Annotated[str, Cookie()] = "", _: None = Depends(admitted)) -> str:
         if not NAME.fullmatch(glide_rater):
-            raise HTTPException(403, "Open this page again: your browser has no name yet, or takes no cookies.")
+            raise HTTPException(
+                403, "Open this page again: your browser has no name yet, or takes no cookies."
+            )
         return glide_rater
 
     def turns(rater: str) -> JSONResponse:
         shown, done, rest = votes.turns(rater, wanted)
-        return JSONResponse({"turns": [asdict(turn) for turn in shown], "done": done, "rest": rest}, headers=HEADERS)
+        return JSONResponse(
+            {"turns": [asdict(turn) for turn in shown], "done": done, "rest": rest}, headers=HEADERS
+        )
 
     @app.get("/")
-    def start(rater: str | None = None, key: str | None = None, glide_rater: Annotated[str, Cookie()] = "", glide_key: Annotated[str, Cookie()] = "") -> Response:
+    def start(
+        rater: str | None = None,
+        key: str | None = None,
+        glide_rater: Annotated[str, Cookie()] = "",
+        glide_key: Annotated[str, Cookie()] = "",
+    ) -> Response:
         try:
             admitted(glide_key if key is None else key)
         except HTTPException as error:
             return PlainTextResponse(error.detail, 403, HEADERS)
         if rater is not None and not NAME.fullmatch(rater):
-            return PlainTextResponse("A rater's name in the link has at most 60 letters, digits, and signs of . @ - _", 422, HEADERS)
-        if rater is not None or key is not None:        # into cookies, and out of the address and the history
+            return PlainTextResponse(
+                "A rater's name in the link has at most 60 letters, digits, and signs of . @ - _",
+                422,
+                HEADERS,
+            )
+        if (
+            rater is not None or key is not None
+        ):  # into cookies, and out of the address and the history
             answer: Response = RedirectResponse("./", 303, HEADERS)
         else:
             nonce = secrets.token_urlsafe(16)
-            answer = HTMLResponse(page.render(nonce=nonce, questions=QUESTIONS), headers={**HEADERS, "Content-Security-Policy": POLICY.format(nonce)})
+            answer = HTMLResponse(
+                page.render(nonce=nonce, questions=QUESTIONS),
+                headers={**HEADERS, "Content-Security-Policy": POLICY.format(nonce)},
+            )
         if key is not None:
             answer.set_cookie("glide_key", key, YEAR, httponly=True, samesite="lax")
         if rater is not None or not NAME.fullmatch(glide_rater):
-            answer.set_cookie("glide_rater", rater or secrets.token_urlsafe(16), YEAR, httponly=True, samesite="lax")
+            answer.set_cookie(
+                "glide_rater",
+                rater or secrets.token_urlsafe(16),
+                YEAR,
+                httponly=True,
+                samesite="lax",
+            )
         return answer
 
     @app.get("/turns")
@@ -85,10 +115,17 @@ def build_app(votes: Votes, pictures: Path, wanted: int, link_key: str) -> FastA
 
     @app.get("/pictures/{name}.png", dependencies=[Depends(admitted)])
     def picture(name: str) -> Response:
-        if not re.fullmatch("[0-9a-f]{16}", name) or not (path := pictures / f"{name}.png").exists():
+        if (
+            not re.fullmatch("[0-9a-f]{16}", name)
+            or not (path := pictures / f"{name}.png").exists()
+        ):
             raise HTTPException(404, "There is no such picture.")
         # As bytes: when its file was written would tell of a picture which others were written beside it.
-        return Response(path.read_bytes(), media_type="image/png", headers={**HEADERS, "Cache-Control": "private, max-age=86400, immutable"})
+        return Response(
+            path.read_bytes(),
+            media_type="image/png",
+            headers={**HEADERS, "Cache-Control": "private, max-age=86400, immutable"},
+        )
 
     @app.exception_handler(VotesError)
     def unavailable(_: Request, error: VotesError) -> JSONResponse:
@@ -100,10 +137,22 @@ def build_app(votes: Votes, pictures: Path, wanted: int, link_key: str) -> FastA
 def serve(app: FastAPI, host: str, port: int, link_key: str, report: Callable[[str], None]) -> None:
     """Until it is interrupted. The link is reported when it can be opened. Raises UserError where the address cannot be had."""
     try:
-        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listening = socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        )
     except (OSError, OverflowError) as error:
-        raise UserError(f"{host}:{port} cannot be listened on ({getattr(error, 'strerror', None) or error}); give another --port or --host.") from None
+        raise UserError(
+            f"{host}:{port} cannot be listened on ({getattr(error, 'strerror', None) or error}); give another --port or --host."
+        ) from None
     with listening:
-        name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        name = (
+            socket.gethostname()
+            if host in ("0.0.0.0", "::")
+            else f"[{host}]"
+            if ":" in host
+            else host
+        )
         report(f"http://{name}:{listening.getsockname()[1]}/?key={link_key}")
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listening])
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(
+            sockets=[listening]
+        )

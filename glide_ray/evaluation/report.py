@@ -17,31 +17,54 @@ UNGUIDED = "classifier-free guidance", 1.0
 MARGIN, INK, PAPER, HOLE = 12, (30, 30, 30), (255, 255, 255), (70, 190, 90)
 
 
-def contact_sheet(images: Sequence[np.ndarray], labels: Sequence[str], columns: int = 4, size: int = 192, title: str = "") -> Image.Image:
+def contact_sheet(
+    images: Sequence[np.ndarray],
+    labels: Sequence[str],
+    columns: int = 4,
+    size: int = 192,
+    title: str = "",
+) -> Image.Image:
     """Images uint8 (H, W, 3) in a grid, each with its label below."""
     font, line = ImageFont.load_default(13), 16
     wrapped = [textwrap.wrap(label, size // 7)[:3] for label in labels]
     label_height = line * max((len(lines) for lines in wrapped), default=1) + 4
     top = MARGIN + (line + MARGIN if title else 0)
     rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (MARGIN + columns * (size + MARGIN), top + rows * (size + label_height + MARGIN)), PAPER)
+    sheet = Image.new(
+        "RGB",
+        (MARGIN + columns * (size + MARGIN), top + rows * (size + label_height + MARGIN)),
+        PAPER,
+    )
     draw = ImageDraw.Draw(sheet)
     if title:
         draw.text((MARGIN, MARGIN), title, INK, ImageFont.load_default(15))
     for n, (pixels, lines) in enumerate(zip(images, wrapped, strict=True)):
-        x, y = MARGIN + n % columns * (size + MARGIN), top + n // columns * (size + label_height + MARGIN)
+        x, y = (
+            MARGIN + n % columns * (size + MARGIN),
+            top + n // columns * (size + label_height + MARGIN),
+        )
         sheet.paste(scaled(pixels, size), (x, y))
         for k, text in enumerate(lines):
             draw.text((x, y + size + 3 + k * line), text, INK, font)
     return sheet
 
 
-def grid(rows: Sequence[Sequence[np.ndarray]], columns: Sequence[str], names: Sequence[str], size: int = 128) -> Image.Image:
+def grid(
+    rows: Sequence[Sequence[np.ndarray]],
+    columns: Sequence[str],
+    names: Sequence[str],
+    size: int = 128,
+) -> Image.Image:
     """Rows of images uint8 (H, W, 3), each row with its name before it, and the columns' names above."""
     font, line = ImageFont.load_default(13), 16
     wrapped = [textwrap.wrap(column, size // 7)[:3] for column in columns]
-    left, top = 2 * MARGIN + round(max(map(font.getlength, names))), MARGIN + line * max(map(len, wrapped)) + 4
-    sheet = Image.new("RGB", (left + len(columns) * (size + MARGIN), top + len(rows) * (size + MARGIN)), PAPER)
+    left, top = (
+        2 * MARGIN + round(max(map(font.getlength, names))),
+        MARGIN + line * max(map(len, wrapped)) + 4,
+    )
+    sheet = Image.new(
+        "RGB", (left + len(columns) * (size + MARGIN), top + len(rows) * (size + MARGIN)), PAPER
+    )
     draw = ImageDraw.Draw(sheet)
     for n, lines in enumerate(wrapped):
         draw.text((left + n * (size + MARGIN), MARGIN), "\n".join(lines), INK, font)
@@ -57,8 +80,10 @@ def stairs(images: Sequence[np.ndarray], labels: Sequence[str], height: int = 16
     """Images uint8 (H, W, 3) one below the other at `height` pixels, each with its label below."""
     font, line = ImageFont.load_default(13), 16
     shown = [Image.fromarray(pixels) for pixels in images]
-    shown = [image.resize((round(image.width * height / image.height), height), Image.Resampling.BOX)
-             for image in shown]
+    shown = [
+        image.resize((round(image.width * height / image.height), height), Image.Resampling.BOX)
+        for image in shown
+    ]
     widths = [*(image.width for image in shown), *map(font.getlength, labels)]
     step = height + line + 2 * MARGIN
     sheet = Image.new("RGB", (round(max(widths)) + 2 * MARGIN, MARGIN + step * len(shown)), PAPER)
@@ -72,7 +97,15 @@ def stairs(images: Sequence[np.ndarray], labels: Sequence[str], height: int = 16
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """A table for a terminal: names to the left, the rest to the right of their columns."""
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in rows)
+    return "\n".join(
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
+        for row in rows
+    )
 
 
 def number(value: float | None) -> str:
@@ -82,7 +115,9 @@ def number(value: float | None) -> str:
 
 def scaled(pixels: np.ndarray, size: int) -> Image.Image:
     """A square picture at another size, its pixels kept as squares where it grows."""
-    return Image.fromarray(pixels).resize((size, size), Image.Resampling.BOX if len(pixels) > size else Image.Resampling.NEAREST)
+    return Image.fromarray(pixels).resize(
+        (size, size), Image.Resampling.BOX if len(pixels) > size else Image.Resampling.NEAREST
+    )
 
 
 def show_hole(image: np.ndarray, known_mask: np.ndarray) -> np.ndarray:
@@ -94,12 +129,23 @@ def roc_curve(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """What a classifier drops of the rest over what it catches, as a picture (H, W, 3): scores (N,), 0 at its boundary; truth (N,) bool."""
     pyplot = _pyplot()
     from sklearn.metrics import roc_curve as curve
+
     false, true, _ = curve(truth, scores)
     figure, axis = pyplot.subplots(figsize=(4.4, 4), layout="constrained")
     axis.plot(false, true, linewidth=1.5)
-    axis.plot([(scores[~truth] >= 0).mean()], [(scores[truth] >= 0).mean()], "o", label="at the tuned bias")
+    axis.plot(
+        [(scores[~truth] >= 0).mean()],
+        [(scores[truth] >= 0).mean()],
+        "o",
+        label="at the tuned bias",
+    )
     axis.plot([0, 1], [0, 1], ":", color="grey", linewidth=1)
-    axis.set(xlabel="share dropped of rows without the content", ylabel="share dropped of rows with it", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axis.set(
+        xlabel="share dropped of rows without the content",
+        ylabel="share dropped of rows with it",
+        xlim=(-0.02, 1.02),
+        ylim=(-0.02, 1.02),
+    )
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right")
     return _pixels(figure)
@@ -132,21 +178,45 @@ def fronts(points: Sequence[Point], inception: bool, network: str = "CLIP") -> n
     fid, score = f"Fréchet distance ({network})", f"exp. of mutual information ({network})"
     if inception:
         fid, score = "FID", "IS"
-    panels = (("inception_score", score, "frechet_distance", fid), ("recall", "recall", "precision", "precision"),
-              ("frechet_distance", fid, "clip_score", "CLIP score"))
+    panels = (
+        ("inception_score", score, "frechet_distance", fid),
+        ("recall", "recall", "precision", "precision"),
+        ("frechet_distance", fid, "clip_score", "CLIP score"),
+    )
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     for axis, (across, across_label, up, up_label) in zip(axes, panels, strict=True):
-        there = [point for point in points if None not in (point.figures[across], point.figures[up])]
+        there = [
+            point for point in points if None not in (point.figures[across], point.figures[up])
+        ]
         for kind, line in _lines(there).items():
-            axis.plot([point.figures[across] for point in line], [point.figures[up] for point in line], "o-", label=kind, markersize=4, linewidth=1.3)
+            axis.plot(
+                [point.figures[across] for point in line],
+                [point.figures[up] for point in line],
+                "o-",
+                label=kind,
+                markersize=4,
+                linewidth=1.3,
+            )
         for point in there:
             if point.guidance is None:
-                axis.plot([point.figures[across]], [point.figures[up]], "s", label=point.name, markersize=5)
-            axis.annotate(f"{point.guidance[1]:g}" if point.guidance else "", (point.figures[across], point.figures[up]), textcoords="offset points", xytext=(4, 4),
-                          fontsize=8, color="grey")
+                axis.plot(
+                    [point.figures[across]],
+                    [point.figures[up]],
+                    "s",
+                    label=point.name,
+                    markersize=5,
+                )
+            axis.annotate(
+                f"{point.guidance[1]:g}" if point.guidance else "",
+                (point.figures[across], point.figures[up]),
+                textcoords="offset points",
+                xytext=(4, 4),
+                fontsize=8,
+                color="grey",
+            )
         axis.set(xlabel=across_label, ylabel=up_label)
         axis.grid(alpha=0.3)
-    axes[1].legend()       # where every set has a point
+    axes[1].legend()  # where every set has a point
     return _pixels(figure)
 
 
@@ -156,9 +226,15 @@ def _lines(points: Sequence[Point]) -> dict[str, list[Point]]:
     models, lines = list(dict.fromkeys(point.figures.get("model", "") for point in guided)), {}
     for model in models:
         own = [point for point in guided if point.figures.get("model", "") == model]
-        unguided, rest = [point for point in own if point.guidance == UNGUIDED], [point for point in own if point.guidance != UNGUIDED]
+        unguided, rest = (
+            [point for point in own if point.guidance == UNGUIDED],
+            [point for point in own if point.guidance != UNGUIDED],
+        )
         for kind in sorted({point.guidance[0] for point in rest}) or [UNGUIDED[0]]:
-            line = sorted((point for point in rest if point.guidance[0] == kind), key=lambda point: point.guidance[1])
+            line = sorted(
+                (point for point in rest if point.guidance[0] == kind),
+                key=lambda point: point.guidance[1],
+            )
             lines[f"{kind}, {model}" if len(models) > 1 else kind] = unguided + line
     return lines
 
@@ -166,7 +242,9 @@ def _lines(points: Sequence[Point]) -> dict[str, list[Point]]:
 def loss_curves(runs: Mapping[str, Sequence[Mapping]], path: str | Path) -> None:
     """Training and held-out loss over steps, one panel a run, to a PNG. `runs`: name -> metrics as `glide train` writes them."""
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(1, len(runs), figsize=(5.5 * len(runs), 4), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(runs), figsize=(5.5 * len(runs), 4), squeeze=False, layout="constrained"
+    )
     for axis, (name, metrics) in zip(axes[0], runs.items(), strict=True):
         for key, label, style in (("loss", "training", "-"), ("held_out", "held out", "o-")):
             points = [(row["step"], row[key]) for row in metrics if key in row]
@@ -190,6 +268,8 @@ def _pixels(figure) -> np.ndarray:
 
 def _pyplot():
     import matplotlib  # only where curves are drawn
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     return pyplot

@@ -115,7 +115,9 @@ def look_of(style: str) -> str:
     return SAME_LOOK.get(style, style)
 
 
-def _parts(seen: JudgeFeatures, rows: np.ndarray, index: np.ndarray, labels: tuple[str, ...]) -> Styles:
+def _parts(
+    seen: JudgeFeatures, rows: np.ndarray, index: np.ndarray, labels: tuple[str, ...]
+) -> Styles:
     """Both classifiers, without the weights that combine them."""
     from sklearn.svm import LinearSVC  # comes with the extra `judge`
 

@@ -31,7 +31,9 @@ class Ballot:
     raters: int | None = None
     left_out: Sequence[str] = ()
     votes_left_out: int = 0
-    left_share: float | None = None         # of the answers that are no ties, those for the picture on the left: half, if raters look at the pictures
+    left_share: float | None = (
+        None  # of the answers that are no ties, those for the picture on the left: half, if raters look at the pictures
+    )
 
 
 def ballot_of(path: str) -> Ballot:
@@ -39,8 +41,11 @@ def ballot_of(path: str) -> Ballot:
     if path.endswith(".csv"):
         return Ballot(read_csv(path))
     from .study import DATABASE, database_of
+
     if "://" not in path and not (Path(path) / DATABASE).exists():
-        raise UserError(f"There is no {Path(path) / DATABASE}; give the folder of a study that `glide rate` began, its database's URL, or a .csv of votes.")
+        raise UserError(
+            f"There is no {Path(path) / DATABASE}; give the folder of a study that `glide rate` began, its database's URL, or a .csv of votes."
+        )
     return count(Votes(path if "://" in path else database_of(path), create=False).cast())
 
 
@@ -52,10 +57,19 @@ def count(cast: Sequence[Cast]) -> Ballot:
     kept = [one for one in cast if not one.comparison.check_of and one.rater not in out]
     votes: dict[str, list[Vote]] = {}
     for one in kept:
-        votes.setdefault(one.question, []).append(Vote(one.comparison.first, one.comparison.second, WON[one.answer], one.comparison.prompt))
+        votes.setdefault(one.question, []).append(
+            Vote(
+                one.comparison.first, one.comparison.second, WON[one.answer], one.comparison.prompt
+            )
+        )
     decided = [one.answer == one.left for one in kept if one.answer != TIE]
-    return Ballot(votes, len({one.rater for one in cast}), out, sum(not one.comparison.check_of and one.rater in out for one in cast),
-                  float(np.mean(decided)) if decided else None)
+    return Ballot(
+        votes,
+        len({one.rater for one in cast}),
+        out,
+        sum(not one.comparison.check_of and one.rater in out for one in cast),
+        float(np.mean(decided)) if decided else None,
+    )
 
 
 def read_csv(path: str) -> dict[str, list[Vote]]:
@@ -65,35 +79,70 @@ def read_csv(path: str) -> dict[str, list[Vote]]:
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text in UTF-8; write the CSV anew.") from None
     if missing := [name for name in COLUMNS if name not in (rows.fieldnames or ())]:
-        raise UserError(f"{path} has no column {missing[0]}; its first line must name {', '.join(COLUMNS)}.")
+        raise UserError(
+            f"{path} has no column {missing[0]}; its first line must name {', '.join(COLUMNS)}."
+        )
     votes: dict[str, list[Vote]] = {}
     for row in rows:
         question, first, second, winner = ((row[name] or "").strip() for name in COLUMNS)
         if not first or not second or first == second or winner not in (first, second, TIE):
-            raise UserError(f"{path}, line {rows.line_num}: the winner must be one of two different models, or tie (given: {first}, {second}, {winner}).")
-        votes.setdefault(question, []).append(Vote(first, second, 0.5 if winner == TIE else float(winner == first)))
+            raise UserError(
+                f"{path}, line {rows.line_num}: the winner must be one of two different models, or tie (given: {first}, {second}, {winner})."
+            )
+        votes.setdefault(question, []).append(
+            Vote(first, second, 0.5 if winner == TIE else float(winner == first))
+        )
     return votes
 
 
 def figures(ballot: Ballot, draws: int = 1000) -> dict[str, Any]:
     """All that the tables show, as JSON has it: by question the scores, each with its 95% interval, and the share of wins of each model against each."""
     if not any(ballot.votes.values()):
-        raise EloError("There are no votes to count yet" + (": all raters have failed the attention checks." if ballot.left_out else "; let people rate, then ask again."))
+        raise EloError(
+            "There are no votes to count yet"
+            + (
+                ": all raters have failed the attention checks."
+                if ballot.left_out
+                else "; let people rate, then ask again."
+            )
+        )
     known = [question for question in QUESTIONS if question in ballot.votes]
-    return {"questions": {question: _of_question(ballot.votes[question], draws) for question in [*known, *sorted(set(ballot.votes) - set(known))]},
-            "raters": ballot.raters, "raters_left_out": len(ballot.left_out), "votes_left_out": ballot.votes_left_out,
-            "left_out": list(ballot.left_out), "failed_share": FAILED_SHARE, "left_share": ballot.left_share}
+    return {
+        "questions": {
+            question: _of_question(ballot.votes[question], draws)
+            for question in [*known, *sorted(set(ballot.votes) - set(known))]
+        },
+        "raters": ballot.raters,
+        "raters_left_out": len(ballot.left_out),
+        "votes_left_out": ballot.votes_left_out,
+        "left_out": list(ballot.left_out),
+        "failed_share": FAILED_SHARE,
+        "left_share": ballot.left_share,
+    }
 
 
 def _of_question(votes: Sequence[Vote], draws: int) -> dict[str, Any]:
     models = sorted({model for vote in votes for model in (vote.first, vote.second)})
     table = wins(votes, models)
     played = table + table.T
-    found: dict[str, Any] = {"votes": len(votes), "ties": sum(vote.won == 0.5 for vote in votes), "scores": {},
-                             "wins": {one: {other: {"share": float(table[i, j] / played[i, j]), "votes": int(played[i, j])} for j, other in enumerate(models) if played[i, j]}
-                                      for i, one in enumerate(models)}}
+    found: dict[str, Any] = {
+        "votes": len(votes),
+        "ties": sum(vote.won == 0.5 for vote in votes),
+        "scores": {},
+        "wins": {
+            one: {
+                other: {"share": float(table[i, j] / played[i, j]), "votes": int(played[i, j])}
+                for j, other in enumerate(models)
+                if played[i, j]
+            }
+            for i, one in enumerate(models)
+        },
+    }
     try:
-        found["scores"] = {model: {"score": one.score, **_interval(one)} for model, one in standings(votes, draws).items()}
+        found["scores"] = {
+            model: {"score": one.score, **_interval(one)}
+            for model, one in standings(votes, draws).items()
+        }
     except EloError as error:
         found["no_scores"] = str(error)
     return found
@@ -101,33 +150,60 @@ def _of_question(votes: Sequence[Vote], draws: int) -> dict[str, Any]:
 
 def _interval(one: Standing) -> dict[str, float | None]:
     """JSON has no infinity: an end that the votes leave open is None."""
-    return {"low": one.low if np.isfinite(one.low) else None, "high": one.high if np.isfinite(one.high) else None}
+    return {
+        "low": one.low if np.isfinite(one.low) else None,
+        "high": one.high if np.isfinite(one.high) else None,
+    }
 
 
 # -- as text ----------------------------------------------------------------------------------------------------------
+
 
 def text(found: Mapping[str, Any]) -> str:
     """The tables, and who voted."""
     questions = found["questions"]
     heads = [question.capitalize() for question in questions]
     models = _best_first(questions.values())
-    scores = [[model, *(_score(of["scores"].get(model)) for of in questions.values())] for model in models]
-    pairs = [(one, other) for n, one in enumerate(models) for other in models[n + 1:] if any(other in of["wins"].get(one, {}) for of in questions.values())]
-    won = [[f"{one} against {other}", *(_share(of["wins"].get(one, {}).get(other)) for of in questions.values())] for one, other in pairs]
-    parts = [aligned([["Elo scores, with 95% intervals", *heads], *scores]), aligned([["Wins, a tie being half of one for each", *heads], *won])]
-    parts += [f"{question}: {of['no_scores']}" for question, of in questions.items() if "no_scores" in of]
+    scores = [
+        [model, *(_score(of["scores"].get(model)) for of in questions.values())] for model in models
+    ]
+    pairs = [
+        (one, other)
+        for n, one in enumerate(models)
+        for other in models[n + 1 :]
+        if any(other in of["wins"].get(one, {}) for of in questions.values())
+    ]
+    won = [
+        [
+            f"{one} against {other}",
+            *(_share(of["wins"].get(one, {}).get(other)) for of in questions.values()),
+        ]
+        for one, other in pairs
+    ]
+    parts = [
+        aligned([["Elo scores, with 95% intervals", *heads], *scores]),
+        aligned([["Wins, a tie being half of one for each", *heads], *won]),
+    ]
+    parts += [
+        f"{question}: {of['no_scores']}" for question, of in questions.items() if "no_scores" in of
+    ]
     return "\n\n".join([*parts, _who(found)])
 
 
 def _best_first(questions: Collection[Mapping[str, Any]]) -> list[str]:
     """By the first question that has scores; models that have none come last, by name."""
-    return list(dict.fromkeys(model for key in ("scores", "wins") for of in questions for model in of[key]))
+    return list(
+        dict.fromkeys(model for key in ("scores", "wins") for of in questions for model in of[key])
+    )
 
 
 def _score(one: Mapping[str, float] | None) -> str:
     if one is None:
         return "-"
-    low, high = (open_end if one[end] is None else f"{one[end]:.1f}" for end, open_end in (("low", "-inf"), ("high", "inf")))
+    low, high = (
+        open_end if one[end] is None else f"{one[end]:.1f}"
+        for end, open_end in (("low", "-inf"), ("high", "inf"))
+    )
     return f"{one['score']:.1f}  [{low}, {high}]"
 
 
@@ -136,10 +212,19 @@ def _share(one: Mapping[str, float] | None) -> str:
 
 
 def _who(found: Mapping[str, Any]) -> str:
-    votes = ", ".join(f"{of['votes']:,} votes on {question} ({of['ties'] / of['votes']:.0%} ties)" for question, of in found["questions"].items())
+    votes = ", ".join(
+        f"{of['votes']:,} votes on {question} ({of['ties'] / of['votes']:.0%} ties)"
+        for question, of in found["questions"].items()
+    )
     if found["raters"] is None:
         return f"{votes}."
     gone = found["raters_left_out"]
-    left = "" if found["left_share"] is None else f" The picture on the left was chosen in {found['left_share']:.0%} of the answers that are no ties."
-    return (f"{votes}, of {found['raters'] - gone:,} raters. Left out: {gone:,} raters who failed more than {found['failed_share']:.0%} of their attention checks, "
-            f"with {found['votes_left_out']:,} votes.{left}")
+    left = (
+        ""
+        if found["left_share"] is None
+        else f" The picture on the left was chosen in {found['left_share']:.0%} of the answers that are no ties."
+    )
+    return (
+        f"{votes}, of {found['raters'] - gone:,} raters. Left out: {gone:,} raters who failed more than {found['failed_share']:.0%} of their attention checks, "
+        f"with {found['votes_left_out']:,} votes.{left}"
+    )

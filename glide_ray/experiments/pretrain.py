@@ -26,17 +26,33 @@ from ..train.text_first import CAPTIONS, SIDE, learn_words
 from ..train.without_ray import Done, MemoryCorpus, train_alone
 
 MODELS = BASE, UPSAMPLER = "emoji-base", "emoji-upsampler"
-WORDS, WORDS_PART = "words.safetensors", 0.25      # the text transformer's part of the minutes
-PART_BYTES = 15 * 2**20        # of a file of weights: what a mail or a small store takes
+WORDS, WORDS_PART = "words.safetensors", 0.25  # the text transformer's part of the minutes
+PART_BYTES = 15 * 2**20  # of a file of weights: what a mail or a small store takes
 # A GPU has so little to do with a CPU's batch that launches are most of a step.
-ON_GPU = {BASE: ["batch=256", "learning_rate=2e-3", "constant_steps=1500", "evaluate_every=1000",
-                 "checkpoint_every=1000"],
-          UPSAMPLER: ["batch=64", "learning_rate=1.5e-3", "constant_steps=1500"]}
+ON_GPU = {
+    BASE: [
+        "batch=256",
+        "learning_rate=2e-3",
+        "constant_steps=1500",
+        "evaluate_every=1000",
+        "checkpoint_every=1000",
+    ],
+    UPSAMPLER: ["batch=64", "learning_rate=1.5e-3", "constant_steps=1500"],
+}
 
 
-def pretrain(name: str, out: Path, minutes: float, corpus: Path, run: Path, packages: Path | None = None,
-             scenes: int = 20_000, settings: Sequence[str] = (), styles: Sequence[str] = (),
-             report: Callable[[str], None] = print) -> Done:
+def pretrain(
+    name: str,
+    out: Path,
+    minutes: float,
+    corpus: Path,
+    run: Path,
+    packages: Path | None = None,
+    scenes: int = 20_000,
+    settings: Sequence[str] = (),
+    styles: Sequence[str] = (),
+    report: Callable[[str], None] = print,
+) -> Done:
     """Build the corpus unless it is there, train for `minutes`, and write to the folder `out`:
 
     `NAME.safetensors.0`, `.1`...   float16 weights with their sources and recipe, in parts of at most 15 MiB
@@ -52,9 +68,17 @@ def pretrain(name: str, out: Path, minutes: float, corpus: Path, run: Path, pack
     gpu = torch.cuda.is_available()
     report(f"the corpus in {corpus}")
     build_corpus(corpus, report=report, styles=styles, packages=packages, scenes=scenes)
-    preset = override(presets.get(name), [
-        "trackers=", "sample_every=none", f"data.held_out={corpus}/held_out", f"data.corpus={corpus}/{{train,tones,scenes}}",
-        *(ON_GPU[name] if gpu else []), *settings])
+    preset = override(
+        presets.get(name),
+        [
+            "trackers=",
+            "sample_every=none",
+            f"data.held_out={corpus}/held_out",
+            f"data.corpus={corpus}/{{train,tones,scenes}}",
+            *(ON_GPU[name] if gpu else []),
+            *settings,
+        ],
+    )
     if name == BASE and preset.train.start_from is None:
         if not (run / WORDS).exists():
             _learn_words(preset, run / WORDS, WORDS_PART * minutes, report)
@@ -91,6 +115,6 @@ def _write_parts(whole: Path, out: Path, name: str, recipe: dict) -> None:
     """A file in parts, and what tells whether they were joined rightly."""
     data = whole.read_bytes()
     for number, start in enumerate(range(0, len(data), PART_BYTES)):
-        storage.put(data[start:start + PART_BYTES], out / f"{name}.safetensors.{number}")
+        storage.put(data[start : start + PART_BYTES], out / f"{name}.safetensors.{number}")
     about = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "recipe": recipe}
     storage.put(json.dumps(about, indent=1).encode(), out / f"{name}.json")

@@ -27,16 +27,21 @@ class Block(nn.Module):
         self.heads = heads
         self.attention_norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width, bias=False)      # a bias of the keys would cancel in the softmax
+        self.key = nn.Linear(
+            width, width, bias=False
+        )  # a bias of the keys would cancel in the softmax
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp_in = nn.Linear(width, 4 * width)
         self.mlp_out = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, causal: bool) -> Tensor:                # (B, K, W)
+    def forward(self, x: Tensor, causal: bool) -> Tensor:  # (B, K, W)
         normed = self.attention_norm(x)
-        query, key, value = (layer(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        query, key, value = (
+            layer(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
         mixed = attend(query, key, value, causal)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
@@ -57,20 +62,30 @@ class ImageTower(nn.Module):
         self.image_size = config.image_size
         self.timestep = nn.Embedding(config.timesteps, width)
         self.patch = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)
-        self.position = nn.Parameter(torch.empty(1 + (config.image_size // config.patch_size) ** 2, width))
+        self.position = nn.Parameter(
+            torch.empty(1 + (config.image_size // config.patch_size) ** 2, width)
+        )
         self.norm_in = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(Block(width, config.image_heads) for _ in range(config.image_layers))
+        self.blocks = nn.ModuleList(
+            Block(width, config.image_heads) for _ in range(config.image_layers)
+        )
         self.norm_out = nn.LayerNorm(width)
         self.project = nn.Linear(width, config.embedding, bias=False)
 
     def forward(self, x: Tensor, timestep: Tensor, checkpointing: bool = False) -> Tensor:
         """x (B, 3, H, W) as the diffusion process has it, timestep (B,) -> (B, E)."""
         if x.shape[-1] != self.image_size:
-            raise ValueError(f"this CLIP reads images of {self.image_size} pixels, not {x.shape[-1]}")
-        mean, std = (x.new_tensor(values).reshape(1, 3, 1, 1) for values in (CHANNEL_MEANS, CHANNEL_STDS))
+            raise ValueError(
+                f"this CLIP reads images of {self.image_size} pixels, not {x.shape[-1]}"
+            )
+        mean, std = (
+            x.new_tensor(values).reshape(1, 3, 1, 1) for values in (CHANNEL_MEANS, CHANNEL_STDS)
+        )
         pixels = (((x + 1) * 127.5 - mean) / std).to(self.patch.weight.dtype)
-        patches = self.patch(pixels).flatten(2).transpose(1, 2)                                    # (B, P, W)
-        h = self.norm_in(torch.cat([self.timestep(timestep)[:, None], patches], dim=1) + self.position)
+        patches = self.patch(pixels).flatten(2).transpose(1, 2)  # (B, P, W)
+        h = self.norm_in(
+            torch.cat([self.timestep(timestep)[:, None], patches], dim=1) + self.position
+        )
         h = _through(self.blocks, h, False, checkpointing)
         return self.project(self.norm_out(h[:, 0]))
 
@@ -82,7 +97,9 @@ class TextTower(nn.Module):
         super().__init__()
         self.token = nn.Embedding(config.vocabulary, config.text_width)
         self.position = nn.Parameter(torch.empty(config.context, config.text_width))
-        self.blocks = nn.ModuleList(Block(config.text_width, config.text_heads) for _ in range(config.text_layers))
+        self.blocks = nn.ModuleList(
+            Block(config.text_width, config.text_heads) for _ in range(config.text_layers)
+        )
         self.norm_out = nn.LayerNorm(config.text_width)
         self.project = nn.Linear(config.text_width, config.embedding, bias=False)
 
@@ -102,7 +119,9 @@ class NoisedClip(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.image, self.text = ImageTower(config), TextTower(config)
-        self.log_scale = nn.Parameter(torch.tensor([math.log(config.scale)]))     # DeepSpeed cannot send one without an axis
+        self.log_scale = nn.Parameter(
+            torch.tensor([math.log(config.scale)])
+        )  # DeepSpeed cannot send one without an axis
         self.initialise()
 
     @torch.no_grad()
@@ -124,15 +143,24 @@ class NoisedClip(nn.Module):
                     nn.init.zeros_(layer.bias)
         nn.init.normal_(self.text.token.weight, std=0.02)
         nn.init.normal_(self.image.timestep.weight, std=self.config.image_width**-0.5)
-        nn.init.normal_(self.image.patch.weight, std=(2 / (self.config.image_width * self.config.patch_size**2)) ** 0.5)
+        nn.init.normal_(
+            self.image.patch.weight,
+            std=(2 / (self.config.image_width * self.config.patch_size**2)) ** 0.5,
+        )
 
     def forward(self, x: Tensor, timestep: Tensor, tokens: Tensor, mask: Tensor) -> ClipOutput:
         """Noised images x (B, 3, H, W) at timesteps (B,) and captions (B, K) with their masks: both embedded, as training wants it."""
         checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
-        image, text = self.image(x, timestep, checkpointing), self.text(tokens, mask.sum(1), checkpointing)
+        image, text = (
+            self.image(x, timestep, checkpointing),
+            self.text(tokens, mask.sum(1), checkpointing),
+        )
         # The scale is bounded for stability (Radford et al. 2021, sec. 2.5).
-        return ClipOutput(F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1),
-                          self.log_scale.float().clamp(max=math.log(MAX_SCALE)).exp())
+        return ClipOutput(
+            F.normalize(image.float(), dim=-1),
+            F.normalize(text.float(), dim=-1),
+            self.log_scale.float().clamp(max=math.log(MAX_SCALE)).exp(),
+        )
 
     def encode_text(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Captions (B, K) of `lengths` (B,) tokens as vectors of length 1: (B, E)."""

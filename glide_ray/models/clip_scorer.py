@@ -21,13 +21,17 @@ from ..errors import UserError
 from .clip import CHANNEL_MEANS, CHANNEL_STDS, NoisedClip
 from .weights import WeightsError, load_metadata, load_model
 
-CLIP_FILES = (".safetensors", ".json", ".txt")      # of a public CLIP's folder: weights, settings, vocabulary
+CLIP_FILES = (
+    ".safetensors",
+    ".json",
+    ".txt",
+)  # of a public CLIP's folder: weights, settings, vocabulary
 
 
 class ClipScorer(Protocol):
-    noised: bool            # whether it reads x_t itself
+    noised: bool  # whether it reads x_t itself
     embedding: int
-    image_size: int         # pixels on a side of what it reads
+    image_size: int  # pixels on a side of what it reads
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Captions as vectors of length 1: (N, E)."""
@@ -40,10 +44,26 @@ class ClipScorer(Protocol):
 
 
 class NoisedClipScorer:
-    def __init__(self, model: NoisedClip, config: ClipModelConfig, device: torch.device | str = "cpu", merges: str | None = None):
-        self.model, self.config, self.device = model.to(device, torch.float32).eval().requires_grad_(False), config, device
-        self.noised, self.embedding, self.image_size = config.clip.noised, config.clip.embedding, config.image_size
-        self._tokenizer = ClipTokenizer(merges, config.context) if merges else Tokenizer(config.context)
+    def __init__(
+        self,
+        model: NoisedClip,
+        config: ClipModelConfig,
+        device: torch.device | str = "cpu",
+        merges: str | None = None,
+    ):
+        self.model, self.config, self.device = (
+            model.to(device, torch.float32).eval().requires_grad_(False),
+            config,
+            device,
+        )
+        self.noised, self.embedding, self.image_size = (
+            config.clip.noised,
+            config.clip.embedding,
+            config.image_size,
+        )
+        self._tokenizer = (
+            ClipTokenizer(merges, config.context) if merges else Tokenizer(config.context)
+        )
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:
@@ -53,7 +73,9 @@ class NoisedClipScorer:
     @torch.no_grad()
     def embed_images(self, x: Tensor) -> Tensor:
         x = x.to(self.device)
-        return self.model.encode_image(x, torch.zeros(len(x), dtype=torch.int64, device=self.device))
+        return self.model.encode_image(
+            x, torch.zeros(len(x), dtype=torch.int64, device=self.device)
+        )
 
     def score(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         return self.model.score(x, timestep if self.noised else torch.zeros_like(timestep), text)
@@ -71,13 +93,19 @@ class PublicClipScorer:
                 CLIPTokenizerFast,
             )
         except ImportError:
-            raise UserError("A public CLIP needs transformers; run `pip install transformers`.") from None
+            raise UserError(
+                "A public CLIP needs transformers; run `pip install transformers`."
+            ) from None
         try:
-            self._model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+            self._model = CLIPModel.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True
+            )
             self._tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
-        except Exception as error:      # whatever the library makes of a folder that is not one
-            raise WeightsError(f"{folder} does not hold a CLIP that transformers can read from safetensors "
-                               f"({str(error).splitlines()[0][:200]}).") from None
+        except Exception as error:  # whatever the library makes of a folder that is not one
+            raise WeightsError(
+                f"{folder} does not hold a CLIP that transformers can read from safetensors "
+                f"({str(error).splitlines()[0][:200]})."
+            ) from None
         self._model.to(device, torch.float32).eval().requires_grad_(False)
         self.device, self.embedding = device, self._model.config.projection_dim
         self.image_size = self._model.config.vision_config.image_size
@@ -85,8 +113,12 @@ class PublicClipScorer:
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:
         context = self._model.config.text_config.max_position_embeddings
-        given = self._tokenizer(list(prompts), padding=True, truncation=True, max_length=context, return_tensors="pt").to(self.device)
-        return F.normalize(self._model.text_projection(self._model.text_model(**given).pooler_output), dim=-1)
+        given = self._tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=context, return_tensors="pt"
+        ).to(self.device)
+        return F.normalize(
+            self._model.text_projection(self._model.text_model(**given).pooler_output), dim=-1
+        )
 
     @torch.no_grad()
     def embed_images(self, x: Tensor) -> Tensor:
@@ -97,12 +129,26 @@ class PublicClipScorer:
         return self._model.logit_scale.exp() * (self._embed_images(x) * text).sum(-1)
 
     def _embed_images(self, x: Tensor) -> Tensor:
-        x = F.interpolate((x + 1) / 2, (self.image_size, self.image_size), mode="bicubic", align_corners=False, antialias=True)
-        mean, std = (x.new_tensor(values).reshape(1, 3, 1, 1) / 255 for values in (CHANNEL_MEANS, CHANNEL_STDS))
-        return F.normalize(self._model.visual_projection(self._model.vision_model((x - mean) / std).pooler_output), dim=-1)
+        x = F.interpolate(
+            (x + 1) / 2,
+            (self.image_size, self.image_size),
+            mode="bicubic",
+            align_corners=False,
+            antialias=True,
+        )
+        mean, std = (
+            x.new_tensor(values).reshape(1, 3, 1, 1) / 255
+            for values in (CHANNEL_MEANS, CHANNEL_STDS)
+        )
+        return F.normalize(
+            self._model.visual_projection(self._model.vision_model((x - mean) / std).pooler_output),
+            dim=-1,
+        )
 
 
-def load_critic(path: str | Path, base: ModelConfig, device: torch.device | str = "cpu") -> ClipScorer:
+def load_critic(
+    path: str | Path, base: ModelConfig, device: torch.device | str = "cpu"
+) -> ClipScorer:
     """The CLIP at `path`, a weights file of noised CLIP or the folder of a public one, to go with a base model. Raises WeightsError."""
     critic = load_clip(path, device)
     if isinstance(critic, PublicClipScorer):
@@ -114,30 +160,42 @@ def load_critic(path: str | Path, base: ModelConfig, device: torch.device | str 
 def check_clip(config: ClipModelConfig, base: ModelConfig, path: str | Path) -> None:
     """Raises WeightsError where a CLIP of ours does not go with a base model."""
     if config.image_size != base.image_size:
-        raise WeightsError(f"{path} reads images of {config.image_size} pixels and {base.name} makes {base.image_size}; give a CLIP that "
-                           f"was trained for this size.")
+        raise WeightsError(
+            f"{path} reads images of {config.image_size} pixels and {base.name} makes {base.image_size}; give a CLIP that "
+            f"was trained for this size."
+        )
     if config.clip.noised and config.diffusion != base.diffusion:
-        raise WeightsError(f"{path} was trained on the noise of a {config.diffusion.schedule} schedule of {config.diffusion.steps} steps and "
-                           f"{base.name} on a {base.diffusion.schedule} one of {base.diffusion.steps}; give a CLIP of the same noise.")
+        raise WeightsError(
+            f"{path} was trained on the noise of a {config.diffusion.schedule} schedule of {config.diffusion.steps} steps and "
+            f"{base.name} on a {base.diffusion.schedule} one of {base.diffusion.steps}; give a CLIP of the same noise."
+        )
 
 
-def load_clip(path: str | Path, device: torch.device | str = "cpu") -> NoisedClipScorer | PublicClipScorer:
+def load_clip(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> NoisedClipScorer | PublicClipScorer:
     """The CLIP at `path` by itself: a weights file of noised CLIP, or the folder of a public one. Raises WeightsError."""
     if Path(path).is_dir():
         return PublicClipScorer(path, device)
     model, config = load_model(path)
     if not isinstance(config, ClipModelConfig):
-        raise WeightsError(f"{path} holds {config.name}, a model of the kind {config.role!r}, where one of the kind 'clip' is wanted.")
+        raise WeightsError(
+            f"{path} holds {config.name}, a model of the kind {config.role!r}, where one of the kind 'clip' is wanted."
+        )
     merges = load_metadata(path).get("merges")
     if config.clip.tokenizer == "clip" and not merges:
-        raise WeightsError(f"{path} lacks the vocabulary of its captions; import it again with --vocabulary.")
+        raise WeightsError(
+            f"{path} lacks the vocabulary of its captions; import it again with --vocabulary."
+        )
     return NoisedClipScorer(model, config, device, merges)
 
 
 def fetch_clip(path: str | Path) -> Path:
     """A local path for a CLIP: itself, or copies of what lies under s3:// in the cache. Raises WeightsError, StorageError."""
     if not storage.is_remote(path) and not Path(path).exists():
-        raise WeightsError(f"There is no weights file {path}; train one with `glide train nano-plain-clip`, or give another CLIP with --clip.")
+        raise WeightsError(
+            f"There is no weights file {path}; train one with `glide train nano-plain-clip`, or give another CLIP with --clip."
+        )
     if not storage.is_remote(path) or str(path).endswith(".safetensors"):
         return storage.fetch(path) if storage.is_remote(path) else Path(path)
     return storage.fetch_folder(path, CLIP_FILES)

@@ -46,7 +46,10 @@ def inspect(config: AnyModelConfig) -> ModelInfo:
         x, timestep = torch.empty(1, 3, size, size), torch.empty(1, dtype=torch.int64)
         if isinstance(model, NoisedClip):
             with FlopCounterMode(display=False) as text_counter:
-                model.encode_text(torch.zeros(1, config.context, dtype=torch.int64), torch.ones(1, dtype=torch.int64))
+                model.encode_text(
+                    torch.zeros(1, config.context, dtype=torch.int64),
+                    torch.ones(1, dtype=torch.int64),
+                )
             with FlopCounterMode(display=False) as counter:
                 model.encode_image(x, timestep)
         else:
@@ -63,9 +66,15 @@ def operations(preset: Preset) -> int:
     model, crop = preset.model, preset.data.crop
     if isinstance(model, ModelConfig) and crop and crop != model.image_size:
         # Where attention stands goes by the whole image's size.
-        unet = model.unet.model_copy(update={
-            "image_size": crop, "low_res_size": crop * model.low_res_size // model.image_size,
-            "attention_sizes": tuple(size * crop // model.image_size for size in model.unet.attention_sizes)})
+        unet = model.unet.model_copy(
+            update={
+                "image_size": crop,
+                "low_res_size": crop * model.low_res_size // model.image_size,
+                "attention_sizes": tuple(
+                    size * crop // model.image_size for size in model.unet.attention_sizes
+                ),
+            }
+        )
         model = model.model_copy(update={"unet": unet})
     return _operations(model)
 
@@ -78,20 +87,45 @@ def _operations(model: AnyModelConfig) -> int:
 
 def parts(model: GlideUNet | NoisedClip) -> dict[str, int]:
     """Parameters by part; the sum is the whole model."""
+
     def size(*modules):
         return sum(p.numel() for module in modules for p in module.parameters())
+
     if isinstance(model, NoisedClip):
-        return {"text tower": size(model.text), "image tower": size(model.image), "scale of the logits": 1}
+        return {
+            "text tower": size(model.text),
+            "image tower": size(model.image),
+            "scale of the logits": 1,
+        }
     attention = size(*model.attention_layers())
-    unet = (model.time_in, model.time_out, model.stem, model.down, model.middle, model.up, model.out_norm, model.out)
-    return {"text transformer": size(model.text), "UNet, convolutions": size(*unet) - attention, "UNet, attention": attention}
+    unet = (
+        model.time_in,
+        model.time_out,
+        model.stem,
+        model.down,
+        model.middle,
+        model.up,
+        model.out_norm,
+        model.out,
+    )
+    return {
+        "text transformer": size(model.text),
+        "UNet, convolutions": size(*unet) - attention,
+        "UNet, attention": attention,
+    }
 
 
-def example_conditioning(config: ModelConfig, batch: int, device: str | None = None) -> Conditioning:
+def example_conditioning(
+    config: ModelConfig, batch: int, device: str | None = None
+) -> Conditioning:
     """Conditioning of the right shapes, on `device` or the default one: full captions, grey low-res images."""
     unet, kind = config.unet, {"device": device} if device else {}
     tokens = torch.zeros(batch, unet.text.context, dtype=torch.int64, **kind)
-    low_res = torch.zeros(batch, 3, unet.low_res_size, unet.low_res_size, **kind) if unet.low_res_size else None
+    low_res = (
+        torch.zeros(batch, 3, unet.low_res_size, unet.low_res_size, **kind)
+        if unet.low_res_size
+        else None
+    )
     return Conditioning(tokens, torch.ones_like(tokens, dtype=torch.bool), low_res)
 
 
@@ -100,50 +134,82 @@ def example_batch(preset: Preset, images: int, device: str | None = None) -> Bat
     model, size = preset.model, preset.data.crop or preset.model.image_size
     zeros = partial(torch.zeros, device=device)
     tokens = zeros(images, model.context, dtype=torch.int64)
-    low, known = (size * model.low_res_size // model.image_size if model.low_res_size else None), model.inpaint
-    return Batch(zeros(images, 3, size, size), Conditioning(
-        tokens, torch.ones_like(tokens, dtype=torch.bool), zeros(images, 3, low, low) if low else None,
-        zeros(images, 3, size, size) if known else None, zeros(images, 1, size, size) if known else None))
+    low, known = (
+        (size * model.low_res_size // model.image_size if model.low_res_size else None),
+        model.inpaint,
+    )
+    return Batch(
+        zeros(images, 3, size, size),
+        Conditioning(
+            tokens,
+            torch.ones_like(tokens, dtype=torch.bool),
+            zeros(images, 3, low, low) if low else None,
+            zeros(images, 3, size, size) if known else None,
+            zeros(images, 1, size, size) if known else None,
+        ),
+    )
 
 
 def describe(preset: Preset) -> str:
     """The table that `glide info` prints."""
     model, train = preset.model, preset.train
     info = inspect(model)
-    image = f"{model.low_res_size} -> {model.image_size}" if model.low_res_size else str(model.image_size)
+    image = (
+        f"{model.low_res_size} -> {model.image_size}"
+        if model.low_res_size
+        else str(model.image_size)
+    )
     lines = [
         f"{model.name}: {info.parameters / 1e6:,.2f}M parameters",
         f"  image        {image} pixels, {model.diffusion.schedule} schedule of {model.diffusion.steps} timesteps",
-        *_architecture(model), "", "parameters by part"]
-    lines += [f"  {name:<20}{number / 1e6:>12,.2f}M  {number / info.parameters:>5.1%}" for name, number in info.parts.items()]
-    lines += ["", "memory",
-              f"  {'weights, 16 bit':<20}{_gib(info.weight_bytes('bf16')):>12}    32 bit {_gib(info.weight_bytes('fp32'))}",
-              f"  {'training state':<20}{_gib(info.training_bytes):>12}    over {train.workers} workers with ZeRO-3 "
-              f"{_gib(info.training_bytes / train.workers)} each; activations come on top"]
+        *_architecture(model),
+        "",
+        "parameters by part",
+    ]
+    lines += [
+        f"  {name:<20}{number / 1e6:>12,.2f}M  {number / info.parameters:>5.1%}"
+        for name, number in info.parts.items()
+    ]
+    lines += [
+        "",
+        "memory",
+        f"  {'weights, 16 bit':<20}{_gib(info.weight_bytes('bf16')):>12}    32 bit {_gib(info.weight_bytes('fp32'))}",
+        f"  {'training state':<20}{_gib(info.training_bytes):>12}    over {train.workers} workers with ZeRO-3 "
+        f"{_gib(info.training_bytes / train.workers)} each; activations come on top",
+    ]
     step = 3 * (info.flops + info.text_flops) * train.batch
-    lines += ["", "operations (a multiplication and an addition are two)",
-              f"  {'one network call':<20}{_flop(info.flops):>15}  and {_flop(info.text_flops)} once for each caption",
-              *_sampling(model, info),
-              f"  {'one training step':<20}{_flop(step):>15}  at batch {train.batch}: forward and twice that backward",
-              f"  {'the whole training':<20}{_flop(step * train.steps):>15}  in {train.steps:,} steps"]
+    lines += [
+        "",
+        "operations (a multiplication and an addition are two)",
+        f"  {'one network call':<20}{_flop(info.flops):>15}  and {_flop(info.text_flops)} once for each caption",
+        *_sampling(model, info),
+        f"  {'one training step':<20}{_flop(step):>15}  at batch {train.batch}: forward and twice that backward",
+        f"  {'the whole training':<20}{_flop(step * train.steps):>15}  in {train.steps:,} steps",
+    ]
     return "\n".join(lines)
 
 
 def _architecture(model: AnyModelConfig) -> list[str]:
     if not isinstance(model, ModelConfig):
         clip = model.clip
-        return [f"  image tower  {clip.image_layers} layers x {clip.image_width}, {clip.image_heads} heads, patches of {clip.patch_size} pixels",
-                f"  text tower   {clip.text_layers} layers x {clip.text_width}, {clip.text_heads} heads, {clip.context} tokens"]
+        return [
+            f"  image tower  {clip.image_layers} layers x {clip.image_width}, {clip.image_heads} heads, patches of {clip.patch_size} pixels",
+            f"  text tower   {clip.text_layers} layers x {clip.text_width}, {clip.text_heads} heads, {clip.context} tokens",
+        ]
     unet, text = model.unet, model.unet.text
-    return [f"  UNet         {unet.channels} channels x {unet.multipliers}, {unet.blocks} blocks a level, attention at {unet.attention_sizes}",
-            f"  text         {text.layers} layers x {text.width}, {text.heads} heads, {text.context} tokens"]
+    return [
+        f"  UNet         {unet.channels} channels x {unet.multipliers}, {unet.blocks} blocks a level, attention at {unet.attention_sizes}",
+        f"  text         {text.layers} layers x {text.width}, {text.heads} heads, {text.context} tokens",
+    ]
 
 
 def _sampling(model: AnyModelConfig, info: ModelInfo) -> list[str]:
     if not isinstance(model, ModelConfig):
         return []
     scale = model.sampling.guidance_scale
-    return [f"  {'one sampling step':<20}{_flop((2 if scale != 1 else 1) * info.flops):>15}  at guidance scale {scale:g}"]
+    return [
+        f"  {'one sampling step':<20}{_flop((2 if scale != 1 else 1) * info.flops):>15}  at guidance scale {scale:g}"
+    ]
 
 
 def _flop(count: float) -> str:

@@ -10,12 +10,17 @@ from torch import Tensor
 from ..tensors import Conditioning, ModelOutput, TextFeatures
 from .unet import GlideUNet
 
-WARMING = 3      # calls before one is recorded: cuDNN tries its algorithms, kernels are compiled
+WARMING = 3  # calls before one is recorded: cuDNN tries its algorithms, kernels are compiled
 
 
 def row_counts(most: int) -> list[int]:
     """The numbers of rows that are recorded, up to `most`: powers of two and what lies halfway, so that at most a third of a call is padding."""
-    counts = {count for power in range(most.bit_length()) for count in (1 << power, 3 << power >> 1) if 0 < count < most}
+    counts = {
+        count
+        for power in range(most.bit_length())
+        for count in (1 << power, 3 << power >> 1)
+        if 0 < count < most
+    }
     return sorted(counts | {most})
 
 
@@ -28,25 +33,34 @@ class GraphRunner:
 
     def __init__(self, model: GlideUNet, most: int):
         self.model, self.most, self.counts = model, most, row_counts(most)
-        torch.backends.cudnn.benchmark = True       # shapes are few, and come again and again
+        torch.backends.cudnn.benchmark = True  # shapes are few, and come again and again
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, ModelOutput]] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._inputs: tuple[Tensor, Tensor, Conditioning, TextFeatures] | None = None
         self._last: tuple[Conditioning, TextFeatures] | None = None
 
-    def __call__(self, x: Tensor, timestep: Tensor, conditioning: Conditioning, text: TextFeatures) -> ModelOutput:
+    def __call__(
+        self, x: Tensor, timestep: Tensor, conditioning: Conditioning, text: TextFeatures
+    ) -> ModelOutput:
         rows = len(x)
-        if rows > self.most:        # a caller guides where the model's own scale is 1: each such sample has two rows
+        if (
+            rows > self.most
+        ):  # a caller guides where the model's own scale is 1: each such sample has two rows
             return self.model(x, timestep, conditioning, text)
         count = self.counts[bisect_left(self.counts, rows)]
         if self._inputs is None:
-            self._inputs = tuple(_room(given, self.most) for given in (x, timestep, conditioning, text))
+            self._inputs = tuple(
+                _room(given, self.most) for given in (x, timestep, conditioning, text)
+            )
         held_x, held_timestep, held_conditioning, held_text = self._inputs
         held_x[:rows].copy_(x)
         held_timestep[:rows].copy_(timestep)
         if self._last is None or conditioning is not self._last[0] or text is not self._last[1]:
-            pairs = [*zip(_tensors(held_conditioning), _tensors(conditioning), strict=True), *zip(_tensors(held_text), _tensors(text), strict=True)]
-            for kind in {given.dtype for _, given in pairs}:        # in one launch each
+            pairs = [
+                *zip(_tensors(held_conditioning), _tensors(conditioning), strict=True),
+                *zip(_tensors(held_text), _tensors(text), strict=True),
+            ]
+            for kind in {given.dtype for _, given in pairs}:  # in one launch each
                 of = [(held[:rows], given) for held, given in pairs if given.dtype == kind]
                 torch._foreach_copy_([held for held, _ in of], [given for _, given in of])
             self._last = conditioning, text
@@ -71,15 +85,19 @@ class GraphRunner:
                 self.model(x, timestep, conditioning, text)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):     # other threads may use the GPU meanwhile
+        with torch.cuda.graph(
+            graph, pool=self._pool, capture_error_mode="thread_local"
+        ):  # other threads may use the GPU meanwhile
             output = self.model(x, timestep, conditioning, text)
         return graph, output
 
 
 def _room(given, rows: int):
     """Zeros for so many rows, in the form of `given`."""
+
     def empty(tensor: Tensor) -> Tensor:
         return tensor.new_zeros(rows, *tensor.shape[1:])
+
     return empty(given) if isinstance(given, Tensor) else given.map(empty)
 
 

@@ -15,11 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64              # channels that a program works at, where they need not be of one group
-WHOLE = 1 << 17         # numbers in a group of an image, up to which one program does all of it: three launches take longer
-PROGRAMS = 1024         # of a launch, about: eight for each multiprocessor of the largest GPUs
-CHUNKS = 128            # that an image's sums are made in, at most
-SAME, UP, DOWN = 0, 1, 2        # resampling: none, nearest neighbour to twice the size, 2 x 2 box filter to half of it
+BLOCK = 64  # channels that a program works at, where they need not be of one group
+WHOLE = (
+    1 << 17
+)  # numbers in a group of an image, up to which one program does all of it: three launches take longer
+PROGRAMS = 1024  # of a launch, about: eight for each multiprocessor of the largest GPUs
+CHUNKS = 128  # that an image's sums are made in, at most
+SAME, UP, DOWN = (
+    0,
+    1,
+    2,
+)  # resampling: none, nearest neighbour to twice the size, 2 x 2 box filter to half of it
 
 
 @triton.jit
@@ -29,27 +35,66 @@ def _moments(sums, squares, shift, pixels, inside, EACH: tl.constexpr):
     means = shift + sums / pixels
     mean = tl.sum(tl.where(inside, means, 0.0), 0) / EACH
     away = means - mean
-    variance = tl.sum(tl.where(inside, (squares - sums * sums / pixels) / pixels + away * away, 0.0), 0) / EACH
+    variance = (
+        tl.sum(tl.where(inside, (squares - sums * sums / pixels) / pixels + away * away, 0.0), 0)
+        / EACH
+    )
     return mean, variance
 
 
 @triton.jit
-def _line(mean, variance, weight, bias, before, scale, shift, channels, inside, image, stride, eps, BEFORE: tl.constexpr, MODULATED: tl.constexpr):
+def _line(
+    mean,
+    variance,
+    weight,
+    bias,
+    before,
+    scale,
+    shift,
+    channels,
+    inside,
+    image,
+    stride,
+    eps,
+    BEFORE: tl.constexpr,
+    MODULATED: tl.constexpr,
+):
     """The normalisation of some channels of one group as factor and offset of x, which lacks the bias `before` still."""
-    factor = tl.load(weight + channels, mask=inside, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
+    factor = tl.load(weight + channels, mask=inside, other=0.0).to(tl.float32) / tl.sqrt(
+        variance + eps
+    )
     offset = tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32) - mean * factor
     if BEFORE:
         offset += tl.load(before + channels, mask=inside, other=0.0).to(tl.float32) * factor
     if MODULATED:
         by = 1.0 + tl.load(scale + image * stride + channels, mask=inside, other=0.0).to(tl.float32)
-        offset = offset * by + tl.load(shift + image * stride + channels, mask=inside, other=0.0).to(tl.float32)
+        offset = offset * by + tl.load(
+            shift + image * stride + channels, mask=inside, other=0.0
+        ).to(tl.float32)
         factor *= by
     return factor, offset
 
 
 @triton.jit(do_not_specialize=["stride", "pixels", "eps"])
-def _norm_whole(x, out, weight, bias, before, scale, shift, stride, pixels, eps, GROUPS: tl.constexpr, EACH: tl.constexpr, PADDED: tl.constexpr,
-                ROWS: tl.constexpr, BEFORE: tl.constexpr, MODULATED: tl.constexpr, SILU: tl.constexpr):
+def _norm_whole(
+    x,
+    out,
+    weight,
+    bias,
+    before,
+    scale,
+    shift,
+    stride,
+    pixels,
+    eps,
+    GROUPS: tl.constexpr,
+    EACH: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    MODULATED: tl.constexpr,
+    SILU: tl.constexpr,
+):
     """One group of one image, from first to last."""
     group, image = tl.program_id(0), tl.program_id(1)
     lane = tl.arange(0, PADDED)
@@ -58,22 +103,44 @@ def _norm_whole(x, out, weight, bias, before, scale, shift, stride, pixels, eps,
     x += image.to(tl.int64) * pixels * (GROUPS * EACH)
     out += image.to(tl.int64) * pixels * (GROUPS * EACH)
     rows = tl.arange(0, ROWS)[:, None]
-    middle = tl.load(x + (pixels // 2) * (GROUPS * EACH) + channels, mask=inside, other=0.0).to(tl.float32)
+    middle = tl.load(x + (pixels // 2) * (GROUPS * EACH) + channels, mask=inside, other=0.0).to(
+        tl.float32
+    )
     sums, squares = tl.zeros([ROWS, PADDED], tl.float32), tl.zeros([ROWS, PADDED], tl.float32)
     for start in range(0, pixels, ROWS):
         here = (start + rows < pixels) & inside[None, :]
-        values = tl.load(x + (start + rows) * (GROUPS * EACH) + channels[None, :], mask=here, other=0.0).to(tl.float32)
+        values = tl.load(
+            x + (start + rows) * (GROUPS * EACH) + channels[None, :], mask=here, other=0.0
+        ).to(tl.float32)
         away = tl.where(here, values - middle[None, :], 0.0)
         sums += away
         squares += away * away
     if BEFORE:
         middle += tl.load(before + channels, mask=inside, other=0.0).to(tl.float32)
     mean, variance = _moments(tl.sum(sums, 0), tl.sum(squares, 0), middle, pixels, inside, EACH)
-    factor, offset = _line(mean, variance, weight, bias, before, scale, shift, channels, inside, image, stride, eps, BEFORE, MODULATED)
+    factor, offset = _line(
+        mean,
+        variance,
+        weight,
+        bias,
+        before,
+        scale,
+        shift,
+        channels,
+        inside,
+        image,
+        stride,
+        eps,
+        BEFORE,
+        MODULATED,
+    )
     for start in range(0, pixels, ROWS):
         here = (start + rows < pixels) & inside[None, :]
         place = (start + rows) * (GROUPS * EACH) + channels[None, :]
-        y = tl.load(x + place, mask=here, other=0.0).to(tl.float32) * factor[None, :] + offset[None, :]
+        y = (
+            tl.load(x + place, mask=here, other=0.0).to(tl.float32) * factor[None, :]
+            + offset[None, :]
+        )
         if SILU:
             y = y / (1.0 + tl.exp(-y))
         tl.store(out + place, y.to(out.dtype.element_ty), mask=here)
@@ -102,8 +169,26 @@ def _sums(x, sums, pixels, channels, rows, chunks, BLOCK: tl.constexpr, ROWS: tl
 
 
 @triton.jit(do_not_specialize=["stride", "pixels", "chunks", "eps"])
-def _lines(x, sums, lines, weight, bias, before, scale, shift, stride, pixels, chunks, eps, GROUPS: tl.constexpr, EACH: tl.constexpr,
-           PADDED: tl.constexpr, CHUNKS: tl.constexpr, BEFORE: tl.constexpr, MODULATED: tl.constexpr):
+def _lines(
+    x,
+    sums,
+    lines,
+    weight,
+    bias,
+    before,
+    scale,
+    shift,
+    stride,
+    pixels,
+    chunks,
+    eps,
+    GROUPS: tl.constexpr,
+    EACH: tl.constexpr,
+    PADDED: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    MODULATED: tl.constexpr,
+):
     """Factor and offset of each channel of one group of one image: `lines` (B, 2, C) float32."""
     group, image = tl.program_id(0), tl.program_id(1)
     lane, part = tl.arange(0, PADDED), tl.arange(0, CHUNKS)[:, None]
@@ -113,11 +198,30 @@ def _lines(x, sums, lines, weight, bias, before, scale, shift, stride, pixels, c
     at = sums + ((image * 2) * chunks + part) * (GROUPS * EACH) + channels[None, :]
     total = tl.sum(tl.load(at, mask=here, other=0.0), 0)
     squares = tl.sum(tl.load(at + chunks * (GROUPS * EACH), mask=here, other=0.0), 0)
-    middle = tl.load(x + (image.to(tl.int64) * pixels + pixels // 2) * (GROUPS * EACH) + channels, mask=inside, other=0.0).to(tl.float32)
+    middle = tl.load(
+        x + (image.to(tl.int64) * pixels + pixels // 2) * (GROUPS * EACH) + channels,
+        mask=inside,
+        other=0.0,
+    ).to(tl.float32)
     if BEFORE:
         middle += tl.load(before + channels, mask=inside, other=0.0).to(tl.float32)
     mean, variance = _moments(total, squares, middle, pixels, inside, EACH)
-    factor, offset = _line(mean, variance, weight, bias, before, scale, shift, channels, inside, image, stride, eps, BEFORE, MODULATED)
+    factor, offset = _line(
+        mean,
+        variance,
+        weight,
+        bias,
+        before,
+        scale,
+        shift,
+        channels,
+        inside,
+        image,
+        stride,
+        eps,
+        BEFORE,
+        MODULATED,
+    )
     tl.store(lines + image * 2 * (GROUPS * EACH) + channels, factor, mask=inside)
     tl.store(lines + (image * 2 + 1) * (GROUPS * EACH) + channels, offset, mask=inside)
 
@@ -131,7 +235,18 @@ def _on_line(x, place, here, factor, offset, SILU: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["pixels", "width"])
-def _norm_apply(x, out, lines, pixels, width, channels, BLOCK: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr, RESAMPLE: tl.constexpr):
+def _norm_apply(
+    x,
+    out,
+    lines,
+    pixels,
+    width,
+    channels,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    SILU: tl.constexpr,
+    RESAMPLE: tl.constexpr,
+):
     """`lines` applied to some pixels, SiLU, and resampling. Pixels and width are those of x, but of the result where that is smaller."""
     image = tl.program_id(2)
     lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -146,11 +261,26 @@ def _norm_apply(x, out, lines, pixels, width, channels, BLOCK: tl.constexpr, ROW
         corner = (row // width) * 4 * width + (row % width) * 2
         y = _on_line(x, corner * channels + lane[None, :], here, factor, offset, SILU)
         y += _on_line(x, (corner + 1) * channels + lane[None, :], here, factor, offset, SILU)
-        y += _on_line(x, (corner + 2 * width) * channels + lane[None, :], here, factor, offset, SILU)
-        y += _on_line(x, (corner + 2 * width + 1) * channels + lane[None, :], here, factor, offset, SILU)
-        tl.store(out + (image * pixels + row) * channels + lane[None, :], (y * 0.25).to(out.dtype.element_ty), mask=here)
+        y += _on_line(
+            x, (corner + 2 * width) * channels + lane[None, :], here, factor, offset, SILU
+        )
+        y += _on_line(
+            x, (corner + 2 * width + 1) * channels + lane[None, :], here, factor, offset, SILU
+        )
+        tl.store(
+            out + (image * pixels + row) * channels + lane[None, :],
+            (y * 0.25).to(out.dtype.element_ty),
+            mask=here,
+        )
     else:
-        y = _on_line(x + image * pixels * channels, row * channels + lane[None, :], here, factor, offset, SILU).to(out.dtype.element_ty)
+        y = _on_line(
+            x + image * pixels * channels,
+            row * channels + lane[None, :],
+            here,
+            factor,
+            offset,
+            SILU,
+        ).to(out.dtype.element_ty)
         if RESAMPLE == 1:
             out += image * 4 * pixels * channels
             corner = (row // width) * 4 * width + (row % width) * 2
@@ -163,7 +293,20 @@ def _norm_apply(x, out, lines, pixels, width, channels, BLOCK: tl.constexpr, ROW
 
 
 @triton.jit(do_not_specialize=["pixels", "width"])
-def _sum(h, skip, out, bias, other, pixels, width, channels, BLOCK: tl.constexpr, ROWS: tl.constexpr, OTHER: tl.constexpr, RESAMPLE: tl.constexpr):
+def _sum(
+    h,
+    skip,
+    out,
+    bias,
+    other,
+    pixels,
+    width,
+    channels,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    OTHER: tl.constexpr,
+    RESAMPLE: tl.constexpr,
+):
     """h + bias (+ other) + the skip, resampled to h's pixels and width."""
     image = tl.program_id(2).to(tl.int64)
     lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -185,15 +328,33 @@ def _sum(h, skip, out, bias, other, pixels, width, channels, BLOCK: tl.constexpr
         skip += image * 4 * pixels * channels
         corner = (row // width) * 4 * width + (row % width) * 2
         box = tl.load(skip + corner * channels + lane[None, :], mask=here, other=0.0).to(tl.float32)
-        box += tl.load(skip + (corner + 1) * channels + lane[None, :], mask=here, other=0.0).to(tl.float32)
-        box += tl.load(skip + (corner + 2 * width) * channels + lane[None, :], mask=here, other=0.0).to(tl.float32)
-        box += tl.load(skip + (corner + 2 * width + 1) * channels + lane[None, :], mask=here, other=0.0).to(tl.float32)
+        box += tl.load(skip + (corner + 1) * channels + lane[None, :], mask=here, other=0.0).to(
+            tl.float32
+        )
+        box += tl.load(
+            skip + (corner + 2 * width) * channels + lane[None, :], mask=here, other=0.0
+        ).to(tl.float32)
+        box += tl.load(
+            skip + (corner + 2 * width + 1) * channels + lane[None, :], mask=here, other=0.0
+        ).to(tl.float32)
         y += box * 0.25
     tl.store(out + place, y.to(out.dtype.element_ty), mask=here)
 
 
 @triton.jit(do_not_specialize=["words", "pixels"])
-def _behind_text(qkv, text_key, text_value, key, value, words, pixels, HEADS: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+def _behind_text(
+    qkv,
+    text_key,
+    text_value,
+    key,
+    value,
+    words,
+    pixels,
+    HEADS: tl.constexpr,
+    EACH: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):
     """Some tokens' keys and values, from the text for the first ones and from qkv for the pixels."""
     image = tl.program_id(1).to(tl.int64)
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -204,14 +365,29 @@ def _behind_text(qkv, text_key, text_value, key, value, words, pixels, HEADS: tl
     text = ((image * HEADS + head) * words + token) * EACH + within
     own = ((image * pixels + token - words) * HEADS + head) * (3 * EACH) + EACH + within
     out = (image * (words + pixels) + token) * (HEADS * EACH) + lane
-    keys = tl.load(text_key + text, mask=word, other=0.0) + tl.load(qkv + own, mask=pixel, other=0.0)
+    keys = tl.load(text_key + text, mask=word, other=0.0) + tl.load(
+        qkv + own, mask=pixel, other=0.0
+    )
     tl.store(key + out, keys, mask=word | pixel)
-    values = tl.load(text_value + text, mask=word, other=0.0) + tl.load(qkv + own + EACH, mask=pixel, other=0.0)
+    values = tl.load(text_value + text, mask=word, other=0.0) + tl.load(
+        qkv + own + EACH, mask=pixel, other=0.0
+    )
     tl.store(value + out, values, mask=word | pixel)
 
 
-def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, *, before: Tensor | None = None, scale: Tensor | None = None,
-               shift: Tensor | None = None, silu: bool = False, resample: int = SAME) -> Tensor:
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    before: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = False,
+    resample: int = SAME,
+) -> Tensor:
     """x plus the bias `before` (C,), normalised in groups, times 1 + scale plus shift (B, C), through SiLU, resampled: (B, C, H', W')."""
     b, channels, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
@@ -219,11 +395,34 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
     padded, modulated = triton.next_power_of_2(each), scale is not None
     if modulated and scale.stride() != shift.stride():
         scale, shift = scale.contiguous(), shift.contiguous()
-    line = (weight, bias, x if before is None else before, scale if modulated else x, shift if modulated else x, scale.stride(0) if modulated else 0, pixels)
+    line = (
+        weight,
+        bias,
+        x if before is None else before,
+        scale if modulated else x,
+        shift if modulated else x,
+        scale.stride(0) if modulated else 0,
+        pixels,
+    )
     form = {"BEFORE": before is not None, "MODULATED": modulated}
     if resample == SAME and pixels * each <= WHOLE:
-        out, rows = torch.empty_like(x), min(triton.next_power_of_2(pixels), max(1, 16384 // padded))
-        _norm_whole[groups, b](x, out, *line, eps, groups, each, padded, rows, SILU=silu, num_warps=min(16, max(4, rows * padded // 1024)), **form)
+        out, rows = (
+            torch.empty_like(x),
+            min(triton.next_power_of_2(pixels), max(1, 16384 // padded)),
+        )
+        _norm_whole[groups, b](
+            x,
+            out,
+            *line,
+            eps,
+            groups,
+            each,
+            padded,
+            rows,
+            SILU=silu,
+            num_warps=min(16, max(4, rows * padded // 1024)),
+            **form,
+        )
         return out
     blocks = triton.cdiv(channels, BLOCK)
     chunks = min(CHUNKS, triton.cdiv(pixels, 64), triton.cdiv(PROGRAMS, b * blocks))
@@ -233,20 +432,44 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
     lines = torch.empty(b, 2, channels, dtype=torch.float32, device=x.device)
     _sums[blocks, chunks, b](x, sums, pixels, channels, rows, chunks, BLOCK, 64)
     _lines[groups, b](x, sums, lines, *line, chunks, eps, groups, each, padded, CHUNKS, **form)
-    size = (height, width) if resample == SAME else (height * 2, width * 2) if resample == UP else (height // 2, width // 2)
-    out = torch.empty(b, channels, *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    size = (
+        (height, width)
+        if resample == SAME
+        else (height * 2, width * 2)
+        if resample == UP
+        else (height // 2, width // 2)
+    )
+    out = torch.empty(
+        b, channels, *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
     pixels, width = (pixels // 4, width // 2) if resample == DOWN else (pixels, width)
-    _norm_apply[triton.cdiv(pixels, 64), blocks, b](x, out, lines, pixels, width, channels, BLOCK, 64, silu, resample)
+    _norm_apply[triton.cdiv(pixels, 64), blocks, b](
+        x, out, lines, pixels, width, channels, BLOCK, 64, silu, resample
+    )
     return out
 
 
-def add(h: Tensor, skip: Tensor, bias: Tensor, other: Tensor | None = None, resample: int = SAME) -> Tensor:
+def add(
+    h: Tensor, skip: Tensor, bias: Tensor, other: Tensor | None = None, resample: int = SAME
+) -> Tensor:
     """h (B, C, H, W) plus the biases (C,) plus the skip, resampled to h's size."""
     b, channels, height, width = h.shape
     h, skip = (image.contiguous(memory_format=torch.channels_last) for image in (h, skip))
     out = torch.empty_like(h)
     _sum[triton.cdiv(height * width, 64), triton.cdiv(channels, BLOCK), b](
-        h, skip, out, bias, bias if other is None else other, height * width, width, channels, BLOCK, 64, other is not None, resample)
+        h,
+        skip,
+        out,
+        bias,
+        bias if other is None else other,
+        height * width,
+        width,
+        channels,
+        BLOCK,
+        64,
+        other is not None,
+        resample,
+    )
     return out
 
 
@@ -258,5 +481,7 @@ def keys_values(qkv: Tensor, text_key: Tensor, text_value: Tensor) -> tuple[Tens
     out = torch.empty(2, b, words + pixels, heads, each, dtype=qkv.dtype, device=qkv.device)
     lanes = triton.next_power_of_2(heads * each)
     rows = max(1, 4096 // lanes)
-    _behind_text[triton.cdiv(words + pixels, rows), b](qkv, text_key, text_value, out[0], out[1], words, pixels, heads, each, rows, lanes)
+    _behind_text[triton.cdiv(words + pixels, rows), b](
+        qkv, text_key, text_value, out[0], out[1], words, pixels, heads, each, rows, lanes
+    )
     return out[0].transpose(1, 2), out[1].transpose(1, 2)

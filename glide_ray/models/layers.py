@@ -16,7 +16,11 @@ from torch import Tensor, nn
 def timestep_embedding(timestep: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
     """Sinusoids of the timesteps (B,) -> (B, width) float32: cosines, then sines, of falling frequency."""
     half = width // 2
-    frequency = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
+    frequency = torch.exp(
+        -math.log(max_period)
+        * torch.arange(half, dtype=torch.float32, device=timestep.device)
+        / half
+    )
     angle = timestep.float()[:, None] * frequency[None]
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, width % 2))
 
@@ -54,14 +58,19 @@ class GroupNorm(nn.GroupNorm):
     def fused_norm(self, x: Tensor, **and_more) -> Tensor:
         """On a GPU, together with what else `kernels.group_norm` does on the way."""
         from . import kernels  # Triton comes with PyTorch's builds for GPUs alone
+
         return kernels.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, **and_more)
 
     def normalised(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.dtype != torch.float32 and x.requires_grad:
             return _HalfGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
-        if x.device.type == "cpu" or x.dtype == torch.float32:   # the CPU kernel accumulates in float32 by itself
+        if (
+            x.device.type == "cpu" or x.dtype == torch.float32
+        ):  # the CPU kernel accumulates in float32 by itself
             return super().forward(x)
-        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+        return F.group_norm(
+            x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps
+        ).to(x.dtype)
 
 
 class _HalfGroupNorm(torch.autograd.Function):
@@ -79,9 +88,20 @@ class _HalfGroupNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         x, mean, rstd, weight = ctx.saved_tensors
-        layout = torch.channels_last if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        to_x, to_weight, to_bias = torch.ops.aten.native_group_norm_backward(gradient.contiguous(), x.contiguous(), mean, rstd, weight, *ctx.shape,
-                                                                             [True, True, True])
+        layout = (
+            torch.channels_last
+            if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+            else torch.contiguous_format
+        )
+        to_x, to_weight, to_bias = torch.ops.aten.native_group_norm_backward(
+            gradient.contiguous(),
+            x.contiguous(),
+            mean,
+            rstd,
+            weight,
+            *ctx.shape,
+            [True, True, True],
+        )
         return to_x.contiguous(memory_format=layout), to_weight, to_bias, None, None
 
 
@@ -103,10 +123,17 @@ class ResBlock(nn.Module):
     """norm, SiLU, [resample], conv; norm scaled and shifted by the embedding, SiLU, dropout, conv; plus the skip. The embedding (B, E) is that of
     timestep and text, through SiLU."""
 
-    fused: slice | None = None      # where its scale and shift lie among those of all blocks
+    fused: slice | None = None  # where its scale and shift lie among those of all blocks
 
-    def __init__(self, channels: int, out_channels: int, embedding: int, groups: int, dropout: float,
-                 resample: type[Upsample] | type[Downsample] | None = None):
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        embedding: int,
+        groups: int,
+        dropout: float,
+        resample: type[Upsample] | type[Downsample] | None = None,
+    ):
         super().__init__()
         self.in_norm = GroupNorm(groups, channels)
         self.resample = resample() if resample else nn.Identity()
@@ -115,12 +142,14 @@ class ResBlock(nn.Module):
         self.out_norm = GroupNorm(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.out_conv = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.skip = nn.Conv2d(channels, out_channels, 1) if out_channels != channels else nn.Identity()
+        self.skip = (
+            nn.Conv2d(channels, out_channels, 1) if out_channels != channels else nn.Identity()
+        )
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         if self.fused:
             return self._fused(x, *embedding[:, self.fused].chunk(2, dim=1))
-        h = self.in_conv(self.resample(F.silu(self.in_norm(x))))                    # (B, out, H', W')
+        h = self.in_conv(self.resample(F.silu(self.in_norm(x))))  # (B, out, H', W')
         scale, shift = self.embedding(embedding)[:, :, None, None].chunk(2, dim=1)
         h = F.silu(torch.addcmul(shift, self.out_norm(h), 1 + scale))
         return self.skip(self.resample(x)) + self.out_conv(self.dropout(h))
@@ -128,13 +157,22 @@ class ResBlock(nn.Module):
     def _fused(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """The convolutions without their biases, which what follows adds."""
         from . import kernels
-        resample = {Upsample: kernels.UP, Downsample: kernels.DOWN, nn.Identity: kernels.SAME}[type(self.resample)]
-        h = F.conv2d(self.in_norm.fused_norm(x, silu=True, resample=resample), self.in_conv.weight, padding=1)
-        h = self.out_norm.fused_norm(h, before=self.in_conv.bias, scale=scale, shift=shift, silu=True)
+
+        resample = {Upsample: kernels.UP, Downsample: kernels.DOWN, nn.Identity: kernels.SAME}[
+            type(self.resample)
+        ]
+        h = F.conv2d(
+            self.in_norm.fused_norm(x, silu=True, resample=resample), self.in_conv.weight, padding=1
+        )
+        h = self.out_norm.fused_norm(
+            h, before=self.in_conv.bias, scale=scale, shift=shift, silu=True
+        )
         h = F.conv2d(h, self.out_conv.weight, padding=1)
         if isinstance(self.skip, nn.Identity):
             return kernels.add(h, x, self.out_conv.bias, resample=resample)
-        return kernels.add(h, F.conv2d(x, self.skip.weight), self.out_conv.bias, self.skip.bias)      # no block resamples and widens
+        return kernels.add(
+            h, F.conv2d(x, self.skip.weight), self.out_conv.bias, self.skip.bias
+        )  # no block resamples and widens
 
 
 class AttentionBlock(nn.Module):
@@ -146,8 +184,8 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.heads = channels // head_channels
         self.norm = GroupNorm(groups, channels)
-        self.qkv = nn.Linear(channels, 3 * channels)            # per head: query, key, value
-        self.text_kv = nn.Linear(text_width, 2 * channels)      # per head: key, value
+        self.qkv = nn.Linear(channels, 3 * channels)  # per head: query, key, value
+        self.text_kv = nn.Linear(text_width, 2 * channels)  # per head: key, value
         self.out = nn.Linear(channels, channels)
 
     def text_keys_values(self, sequence: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,6 +201,7 @@ class AttentionBlock(nn.Module):
         query, key, value = qkv.permute(3, 0, 2, 1, 4)
         if self.fused:
             from . import kernels
+
             key, value = kernels.keys_values(qkv, text_key, text_value)
         else:
             key, value = torch.cat([text_key, key], dim=2), torch.cat([text_value, value], dim=2)

@@ -40,8 +40,10 @@ def from_released(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str, 
         if tensor.dim() == len(ours[name]) + 1 and tensor.shape[-1] == 1 and tensor.dim() == 3:
             tensor = tensor[..., 0]
         if tensor.shape != ours[name]:
-            raise ReleasedError(f"{released} has the shape {list(state[released].shape)}, where this model has "
-                                f"{list(ours[name])}: it belongs to a model of another size.")
+            raise ReleasedError(
+                f"{released} has the shape {list(state[released].shape)}, where this model has "
+                f"{list(ours[name])}: it belongs to a model of another size."
+            )
         result[name] = tensor
     return result
 
@@ -50,31 +52,47 @@ def to_released(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Te
     """Our state dict -> the released names and shapes. Raises ReleasedError for a missing or unexpected key."""
     names, _ = _names_and_shapes(config)
     _check_keys(set(names), set(state))
-    return {released: state[name][..., None] if _is_convolution(released) else state[name]
-            for name, released in names.items()}
+    return {
+        released: state[name][..., None] if _is_convolution(released) else state[name]
+        for name, released in names.items()
+    }
 
 
-def clip_from_released(image: Mapping[str, Tensor], text: Mapping[str, Tensor], config: ClipConfig) -> dict[str, Tensor]:
+def clip_from_released(
+    image: Mapping[str, Tensor], text: Mapping[str, Tensor], config: ClipConfig
+) -> dict[str, Tensor]:
     """The released state dicts of both CLIP encoders -> that of our `NoisedClip`, but for the scale, which the release keeps in a
     file of settings: the config's. Raises ReleasedError."""
     with torch.device("meta"):
         ours = NoisedClip(config).state_dict()
     result = {"log_scale": torch.tensor([config.scale]).log()}
     for tower, state in (("image", image), ("text", text)):
-        names = {name: _clip_name(name.removeprefix(f"{tower}.")) for name in ours if name.startswith(f"{tower}.")}
+        names = {
+            name: _clip_name(name.removeprefix(f"{tower}."))
+            for name in ours
+            if name.startswith(f"{tower}.")
+        }
         _check_keys(set(names.values()), set(state))
         for name, released in names.items():
             if state[released].shape != ours[name].shape:
-                raise ReleasedError(f"{released} of the {tower} encoder has the shape {list(state[released].shape)}, where this model "
-                                    f"has {list(ours[name].shape)}: it belongs to a model of another size.")
+                raise ReleasedError(
+                    f"{released} of the {tower} encoder has the shape {list(state[released].shape)}, where this model "
+                    f"has {list(ours[name].shape)}: it belongs to a model of another size."
+                )
             result[name] = state[released]
     return result
 
 
 def clip_to_released(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Our `NoisedClip` -> the released state dicts of the image and of the text encoder."""
-    return tuple({_clip_name(name.removeprefix(f"{tower}.")): tensor for name, tensor in state.items() if name.startswith(f"{tower}.")}
-                 for tower in ("image", "text"))
+    return tuple(
+        {
+            _clip_name(name.removeprefix(f"{tower}.")): tensor
+            for name, tensor in state.items()
+            if name.startswith(f"{tower}.")
+        }
+        for tower in ("image", "text")
+    )
 
 
 def released_names(config: UNetConfig) -> dict[str, str]:
@@ -84,7 +102,10 @@ def released_names(config: UNetConfig) -> dict[str, str]:
 
 # -- files ------------------------------------------------------------------------------------------------------------
 
-def import_files(paths: Sequence[str | Path], vocabulary: str | Path | None = None) -> tuple[AnyModelConfig, dict[str, Tensor], dict[str, str]]:
+
+def import_files(
+    paths: Sequence[str | Path], vocabulary: str | Path | None = None
+) -> tuple[AnyModelConfig, dict[str, Tensor], dict[str, str]]:
     """Published checkpoint files -> config, state dict and further metadata for our own weights file.
 
     One file of the four UNets, or both encoders of CLIP with their `vocabulary` (bpe_simple_vocab_16e6.txt.gz). Raises ReleasedError.
@@ -94,21 +115,31 @@ def import_files(paths: Sequence[str | Path], vocabulary: str | Path | None = No
     if None not in towers:
         if set(towers) != {"image", "text"}:
             there = next(iter(towers))
-            raise ReleasedError(f"{towers[there][0]} is CLIP's {there} encoder alone; give the image and the text encoder together.")
+            raise ReleasedError(
+                f"{towers[there][0]} is CLIP's {there} encoder alone; give the image and the text encoder together."
+            )
         if vocabulary is None:
-            raise ReleasedError("The published CLIP reads captions by a vocabulary of its own; give its file bpe_simple_vocab_16e6.txt.gz, "
-                                "which is published beside its code, with --vocabulary.")
+            raise ReleasedError(
+                "The published CLIP reads captions by a vocabulary of its own; give its file bpe_simple_vocab_16e6.txt.gz, "
+                "which is published beside its code, with --vocabulary."
+            )
         config = released_clip()
         merges = read_merges(vocabulary)
-        return config, clip_from_released(towers["image"][1], towers["text"][1], config.clip), {"merges": merges}
+        return (
+            config,
+            clip_from_released(towers["image"][1], towers["text"][1], config.clip),
+            {"merges": merges},
+        )
     if len(states) > 1:
         raise ReleasedError("Give one UNet at a time, or the two encoders of CLIP together.")
-    (path, state), = states.items()
+    ((path, state),) = states.items()
     config = _recognise(state)
     try:
         return config, from_released(state, config.unet), {}
     except ReleasedError as error:
-        raise ReleasedError(f"{path} is none of the six published checkpoints; {config.name} is nearest, but: {error}") from None
+        raise ReleasedError(
+            f"{path} is none of the six published checkpoints; {config.name} is nearest, but: {error}"
+        ) from None
 
 
 def export_files(state: Mapping[str, Tensor], config: AnyModelConfig, path: Path) -> list[Path]:
@@ -116,7 +147,13 @@ def export_files(state: Mapping[str, Tensor], config: AnyModelConfig, path: Path
     if isinstance(config, ModelConfig):
         parts = {path: to_released(state, config.unet)}
     else:
-        parts = dict(zip((path.with_stem(f"{path.stem}-{tower}-enc") for tower in ("image", "text")), clip_to_released(state), strict=True))
+        parts = dict(
+            zip(
+                (path.with_stem(f"{path.stem}-{tower}-enc") for tower in ("image", "text")),
+                clip_to_released(state),
+                strict=True,
+            )
+        )
     for target, tensors in parts.items():
         with whole(target) as partial:
             torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
@@ -129,67 +166,140 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         raise ReleasedError(f"There is no file {path}.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")         # of pickle protocols, which are no concern of the user's
+            warnings.simplefilter(
+                "ignore"
+            )  # of pickle protocols, which are no concern of the user's
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error) or "GLOBAL" in str(error):
-            raise ReleasedError(f"{path} holds code or objects beside its tensors; it has not been run, and will not be: the published "
-                                f"checkpoints hold tensors only.") from None
+            raise ReleasedError(
+                f"{path} holds code or objects beside its tensors; it has not been run, and will not be: the published "
+                f"checkpoints hold tensors only."
+            ) from None
         raise ReleasedError(f"{path} is not a whole checkpoint; download it again.") from None
-    except Exception:      # torch raises as its parts do: RuntimeError, EOFError, struct.error and more
+    except Exception:  # torch raises as its parts do: RuntimeError, EOFError, struct.error and more
         raise ReleasedError(f"{path} is not a whole checkpoint; download it again.") from None
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ReleasedError(f"{path} is not a state dict of tensors; give one of the six published checkpoints.")
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(value, Tensor) for value in state.values())
+    ):
+        raise ReleasedError(
+            f"{path} is not a state dict of tensors; give one of the six published checkpoints."
+        )
     return state
 
 
 def released_clip() -> ClipModelConfig:
     """The published noised CLIP (its config.yaml)."""
     config = presets.get("noised-clip-b").model
-    return config.model_copy(update={"clip": config.clip.model_copy(update={"vocabulary": 65536, "scale": 100.0, "tokenizer": "clip"})})
+    return config.model_copy(
+        update={
+            "clip": config.clip.model_copy(
+                update={"vocabulary": 65536, "scale": 100.0, "tokenizer": "clip"}
+            )
+        }
+    )
 
 
 def read_merges(path: str | Path) -> str:
     """The merges of CLIP's vocabulary file, a line each. Raises ReleasedError."""
     try:
-        lines = gzip.decompress(Path(path).read_bytes()).decode().split("\n")[1:ClipTokenizer.MERGES + 1]
+        lines = (
+            gzip.decompress(Path(path).read_bytes())
+            .decode()
+            .split("\n")[1 : ClipTokenizer.MERGES + 1]
+        )
     except (OSError, EOFError, ValueError):
-        raise ReleasedError(f"{path} is not CLIP's vocabulary; give bpe_simple_vocab_16e6.txt.gz as it was published.") from None
+        raise ReleasedError(
+            f"{path} is not CLIP's vocabulary; give bpe_simple_vocab_16e6.txt.gz as it was published."
+        ) from None
     if len(lines) < ClipTokenizer.MERGES or not all(len(line.split()) == 2 for line in lines):
-        raise ReleasedError(f"{path} is not CLIP's vocabulary; give bpe_simple_vocab_16e6.txt.gz as it was published.")
+        raise ReleasedError(
+            f"{path} is not CLIP's vocabulary; give bpe_simple_vocab_16e6.txt.gz as it was published."
+        )
     return "\n".join(lines)
 
 
 def _tower(state: Mapping[str, Tensor]) -> str | None:
-    return "image" if "blocks.input.patch_proj" in state else "text" if "blocks.input.w_voc" in state else None
+    return (
+        "image"
+        if "blocks.input.patch_proj" in state
+        else "text"
+        if "blocks.input.w_voc" in state
+        else None
+    )
 
 
 def _recognise(state: Mapping[str, Tensor]) -> ModelConfig:
     """The published model whose keys and shapes a state dict shares most of."""
-    candidates = [presets.get(f"filtered-{kind}{task}").model for kind in ("base", "upsampler") for task in ("", "-inpaint")]
+    candidates = [
+        presets.get(f"filtered-{kind}{task}").model
+        for kind in ("base", "upsampler")
+        for task in ("", "-inpaint")
+    ]
 
     def shared(config: ModelConfig) -> int:
         names, shapes = _names_and_shapes(config.unet)
-        return sum(released in state and state[released].numel() == shapes[ours].numel() for ours, released in names.items())
+        return sum(
+            released in state and state[released].numel() == shapes[ours].numel()
+            for ours, released in names.items()
+        )
+
     return max(candidates, key=shared)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 
-RES_BLOCK = {"in_norm": "in_layers.0", "in_conv": "in_layers.2", "embedding": "emb_layers.1", "out_norm": "out_layers.0",
-             "out_conv": "out_layers.3", "skip": "skip_connection"}
+RES_BLOCK = {
+    "in_norm": "in_layers.0",
+    "in_conv": "in_layers.2",
+    "embedding": "emb_layers.1",
+    "out_norm": "out_layers.0",
+    "out_conv": "out_layers.3",
+    "skip": "skip_connection",
+}
 ATTENTION = {"norm": "norm", "qkv": "qkv", "text_kv": "encoder_kv", "out": "proj_out"}
-TEXT_BLOCK = {"attention_norm": "ln_1", "qkv": "attn.c_qkv", "out": "attn.c_proj", "mlp_norm": "ln_2",
-              "mlp_in": "mlp.c_fc", "mlp_out": "mlp.c_proj"}
-TOP = {"text.token": "token_embedding", "text.norm": "final_ln", "text.pool": "transformer_proj", "time_in": "time_embed.0",
-       "time_out": "time_embed.2", "stem": "input_blocks.0.0", "out_norm": "out.0", "out": "out.2"}
+TEXT_BLOCK = {
+    "attention_norm": "ln_1",
+    "qkv": "attn.c_qkv",
+    "out": "attn.c_proj",
+    "mlp_norm": "ln_2",
+    "mlp_in": "mlp.c_fc",
+    "mlp_out": "mlp.c_proj",
+}
+TOP = {
+    "text.token": "token_embedding",
+    "text.norm": "final_ln",
+    "text.pool": "transformer_proj",
+    "time_in": "time_embed.0",
+    "time_out": "time_embed.2",
+    "stem": "input_blocks.0.0",
+    "out_norm": "out.0",
+    "out": "out.2",
+}
 TABLES = {"text.position": "positional_embedding", "text.padding": "padding_embedding"}
 
 
-CLIP = {"timestep.weight": "input.w_t", "patch.weight": "input.patch_proj", "token.weight": "input.w_voc", "position": "input.w_pos",
-        "norm_in": "input.ln", "norm_out": "output.ln", "project": "output.f"}
-CLIP_BLOCK = {"attention_norm": "f_attn.ln", "query": "f_attn.f_q", "key": "f_attn.f_k", "value": "f_attn.f_v", "out": "f_attn.f_c",
-              "mlp_norm": "f_mlp.ln", "mlp_in": "f_mlp.f_1", "mlp_out": "f_mlp.f_2"}
+CLIP = {
+    "timestep.weight": "input.w_t",
+    "patch.weight": "input.patch_proj",
+    "token.weight": "input.w_voc",
+    "position": "input.w_pos",
+    "norm_in": "input.ln",
+    "norm_out": "output.ln",
+    "project": "output.f",
+}
+CLIP_BLOCK = {
+    "attention_norm": "f_attn.ln",
+    "query": "f_attn.f_q",
+    "key": "f_attn.f_k",
+    "value": "f_attn.f_v",
+    "out": "f_attn.f_c",
+    "mlp_norm": "f_mlp.ln",
+    "mlp_in": "f_mlp.f_1",
+    "mlp_out": "f_mlp.f_2",
+}
 
 
 def _clip_name(name: str) -> str:
@@ -227,7 +337,9 @@ def _names_and_shapes(config: UNetConfig) -> tuple[dict[str, str], dict[str, tor
 
 def _add_stage(modules: dict[str, str], stage, ours: str, released: str) -> None:
     parts = [("block", stage.block), ("attention", stage.attention), ("resample", stage.resample)]
-    for position, (part, module) in enumerate((part, module) for part, module in parts if module is not None):
+    for position, (part, module) in enumerate(
+        (part, module) for part, module in parts if module is not None
+    ):
         _add(modules, module, f"{ours}.{part}", f"{released}.{position}")
 
 
@@ -244,4 +356,6 @@ def _check_keys(expected: set[str], given: set[str]) -> None:
     for word, keys in (("is missing", expected - given), ("is unexpected", given - expected)):
         if keys:
             more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
-            raise ReleasedError(f"The key {min(keys)!r}{more} {word}: the state dict is not the released form of this model.")
+            raise ReleasedError(
+                f"The key {min(keys)!r}{more} {word}: the state dict is not the released form of this model."
+            )

@@ -18,15 +18,17 @@ class TextBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.attention_norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)          # per head: query, key, value
+        self.qkv = nn.Linear(width, 3 * width)  # per head: query, key, value
         self.out = nn.Linear(width, width)
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp_in = nn.Linear(width, 4 * width)
         self.mlp_out = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:                              # (B, K, W)
+    def forward(self, x: Tensor) -> Tensor:  # (B, K, W)
         b, k, w = x.shape
-        query, key, value = self.qkv(self.attention_norm(x)).view(b, k, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
+        query, key, value = (
+            self.qkv(self.attention_norm(x)).view(b, k, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
+        )
         x = x + self.out(attend(query, key, value).transpose(1, 2).reshape(b, k, w))
         return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
 
@@ -39,13 +41,19 @@ class TextTransformer(nn.Module):
         self.token = nn.Embedding(config.vocabulary, config.width)
         self.position = nn.Parameter(torch.empty(config.context, config.width))
         self.padding = nn.Parameter(torch.empty(config.context, config.width))
-        self.blocks = nn.ModuleList(TextBlock(config.width, config.heads) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            TextBlock(config.width, config.heads) for _ in range(config.layers)
+        )
         self.norm = nn.LayerNorm(config.width)
         self.pool = nn.Linear(config.width, pooled)
 
-    def forward(self, tokens: Tensor, mask: Tensor, checkpointing: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, mask: Tensor, checkpointing: bool = False
+    ) -> tuple[Tensor, Tensor]:
         x = torch.where(mask[..., None], self.token(tokens) + self.position, self.padding)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if checkpointing else block(x)
         x = self.norm(x)
-        return x, self.pool(x[:, -1])          # the last position, a padding one but for the longest captions
+        return x, self.pool(
+            x[:, -1]
+        )  # the last position, a padding one but for the longest captions

@@ -22,13 +22,17 @@ from .text import TextTransformer
 class Stage(nn.Module):
     """A residual block and, where the resolution asks for it, attention; `resample` follows as a block of its own."""
 
-    def __init__(self, block: ResBlock, attention: AttentionBlock | None, resample: ResBlock | None = None):
+    def __init__(
+        self, block: ResBlock, attention: AttentionBlock | None, resample: ResBlock | None = None
+    ):
         super().__init__()
         self.block = block
         self.attention = attention
         self.resample = resample
 
-    def forward(self, x: Tensor, embedding: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, embedding: Tensor, key: Tensor | None, value: Tensor | None
+    ) -> Tensor:
         x = self.block(x, embedding)
         if self.attention is not None:
             x = self.attention(x, key, value)
@@ -42,30 +46,39 @@ class GlideUNet(nn.Module):
         super().__init__()
         self.config = config
         self._diffusion = diffusion or DiffusionConfig()
-        self._powers: dict[torch.device, Tensor] = {}               # see `_signal_and_noise`
+        self._powers: dict[torch.device, Tensor] = {}  # see `_signal_and_noise`
         self.activation_checkpointing = False
-        self.memory_format: torch.memory_format | None = None      # of the activations; None: the faster one
-        self._embeddings: tuple[Tensor, Tensor] | None = None      # weight and bias, see `fuse`
+        self.memory_format: torch.memory_format | None = (
+            None  # of the activations; None: the faster one
+        )
+        self._embeddings: tuple[Tensor, Tensor] | None = None  # weight and bias, see `fuse`
         embedding = 4 * config.channels
         self.text = TextTransformer(config.text, pooled=embedding)
         self.time_in = nn.Linear(config.channels, embedding)
         self.time_out = nn.Linear(embedding, embedding)
 
         def residual(channels, out_channels, resample=None):
-            return ResBlock(channels, out_channels, embedding, config.groups, config.dropout, resample)
+            return ResBlock(
+                channels, out_channels, embedding, config.groups, config.dropout, resample
+            )
 
         def attention(channels):
             return AttentionBlock(channels, config.head_channels, config.text.width, config.groups)
 
         # Downwards: every stage's output is kept for the way up.
         channels = config.channels * config.multipliers[0]
-        size, folded = config.image_size // config.patch, config.patch ** 2
+        size, folded = config.image_size // config.patch, config.patch**2
         self.stem = nn.Conv2d(config.in_channels * folded, channels, 3, padding=1)
         self.down, kept = nn.ModuleList(), [channels]
         for level, multiplier in enumerate(config.multipliers):
             width = config.channels * multiplier
             for _ in range(config.blocks):
-                self.down.append(Stage(residual(channels, width), attention(width) if size in config.attention_sizes else None))
+                self.down.append(
+                    Stage(
+                        residual(channels, width),
+                        attention(width) if size in config.attention_sizes else None,
+                    )
+                )
                 channels = width
                 kept.append(channels)
             if level < len(config.multipliers) - 1:
@@ -73,23 +86,36 @@ class GlideUNet(nn.Module):
                 kept.append(channels)
                 size //= 2
 
-        self.middle = nn.ModuleList([Stage(residual(channels, channels), attention(channels)),
-                                     Stage(residual(channels, channels), None)])
+        self.middle = nn.ModuleList(
+            [
+                Stage(residual(channels, channels), attention(channels)),
+                Stage(residual(channels, channels), None),
+            ]
+        )
 
         # Upwards: one block more a level, each fed what the way down kept.
         self.up = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(config.multipliers))):
             width = config.channels * multiplier
             for index in range(config.blocks + 1):
-                resample = residual(width, width, Upsample) if level and index == config.blocks else None
-                self.up.append(Stage(residual(channels + kept.pop(), width),
-                                     attention(width) if size in config.attention_sizes else None, resample))
+                resample = (
+                    residual(width, width, Upsample) if level and index == config.blocks else None
+                )
+                self.up.append(
+                    Stage(
+                        residual(channels + kept.pop(), width),
+                        attention(width) if size in config.attention_sizes else None,
+                        resample,
+                    )
+                )
                 channels = width
             if level:
                 size *= 2
 
         self.out_norm = GroupNorm(config.groups, channels)
-        self.out = nn.Conv2d(channels, 6 * folded, 3, padding=1)    # eps or v, and the variance's interpolation
+        self.out = nn.Conv2d(
+            channels, 6 * folded, 3, padding=1
+        )  # eps or v, and the variance's interpolation
         self.initialise()
 
     # -- initialisation -----------------------------------------------------------------------------------------------
@@ -100,7 +126,9 @@ class GlideUNet(nn.Module):
         if self.stem.weight.is_meta:
             return
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):                  # PyTorch's own default, as ADM trained with
+            if isinstance(
+                module, (nn.Linear, nn.Conv2d)
+            ):  # PyTorch's own default, as ADM trained with
                 nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
                 bound = 1 / math.sqrt(module.weight[0].numel())
                 nn.init.uniform_(module.bias, -bound, bound)
@@ -108,26 +136,28 @@ class GlideUNet(nn.Module):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
         for table in (self.text.token.weight, self.text.position, self.text.padding):
-            nn.init.normal_(table, std=0.02)                                # as GPT-2
-        depth = math.sqrt(2 * max(1, len(self.text.blocks)))                # residual branches start small, as GPT-2
+            nn.init.normal_(table, std=0.02)  # as GPT-2
+        depth = math.sqrt(
+            2 * max(1, len(self.text.blocks))
+        )  # residual branches start small, as GPT-2
         for block in self.text.blocks:
             block.out.weight /= depth
             block.mlp_out.weight /= depth
-        for module in self.modules():                                       # every residual branch starts as the identity
+        for module in self.modules():  # every residual branch starts as the identity
             if isinstance(module, ResBlock):
                 nn.init.zeros_(module.out_conv.weight)
                 nn.init.zeros_(module.out_conv.bias)
             elif isinstance(module, AttentionBlock):
                 nn.init.zeros_(module.out.weight)
                 nn.init.zeros_(module.out.bias)
-        nn.init.zeros_(self.out.weight)                                     # the first prediction is eps = 0
+        nn.init.zeros_(self.out.weight)  # the first prediction is eps = 0
         nn.init.zeros_(self.out.bias)
         for channels in self._conditioning_channels():
-            nn.init.zeros_(self.stem.weight[:, channels])                   # sec. 4.3
+            nn.init.zeros_(self.stem.weight[:, channels])  # sec. 4.3
 
     def _conditioning_channels(self) -> list[slice]:
         """Input channels of the known pixels and their mask, which start at zero."""
-        folded = self.config.patch ** 2
+        folded = self.config.patch**2
         return [slice(3 * folded, 7 * folded)] if self.config.inpaint else []
 
     def fuse(self) -> None:
@@ -143,7 +173,10 @@ class GlideUNet(nn.Module):
                 module.fused = True
         # What every block makes of the embedding is one product; the blocks' own weights become views of its.
         blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
-        self._embeddings = tuple(torch.cat([getattr(block.embedding, name).detach() for block in blocks]) for name in ("weight", "bias"))
+        self._embeddings = tuple(
+            torch.cat([getattr(block.embedding, name).detach() for block in blocks])
+            for name in ("weight", "bias")
+        )
         start = 0
         for block in blocks:
             block.fused = slice(start, start := start + block.embedding.out_features)
@@ -154,23 +187,43 @@ class GlideUNet(nn.Module):
 
     def attention_layers(self) -> list[AttentionBlock]:
         """In the order in which a forward meets them, which is that of `TextFeatures.keys_values`."""
-        return [stage.attention for stage in (*self.down, *self.middle, *self.up) if stage.attention is not None]
+        return [
+            stage.attention
+            for stage in (*self.down, *self.middle, *self.up)
+            if stage.attention is not None
+        ]
 
     def encode_text(self, tokens: Tensor, mask: Tensor) -> TextFeatures:
         """tokens (B, K) int64, mask (B, K) bool -> what a caption gives every step of its sample."""
         sequence, pooled = self.text(tokens, mask, self._checkpointing)
-        return TextFeatures(pooled, sequence, tuple(layer.text_keys_values(sequence) for layer in self.attention_layers()))
+        return TextFeatures(
+            pooled,
+            sequence,
+            tuple(layer.text_keys_values(sequence) for layer in self.attention_layers()),
+        )
 
-    def forward(self, x: Tensor, timestep: Tensor, conditioning: Conditioning, text: TextFeatures | None = None) -> ModelOutput:
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        conditioning: Conditioning,
+        text: TextFeatures | None = None,
+    ) -> ModelOutput:
         """x (B, 3, H, W), timestep (B,) -> eps and variance, float32. `text`, if at hand, spares the transformer."""
         dtype = self.stem.weight.dtype
         if text is None:
             text = self.encode_text(conditioning.tokens, conditioning.mask)
         time = timestep_embedding(timestep, self.config.channels).to(dtype)
-        embedding = F.silu(self.time_out(F.silu(self.time_in(time))) + text.pooled)           # (B, 4C), as every block takes it
+        embedding = F.silu(
+            self.time_out(F.silu(self.time_in(time))) + text.pooled
+        )  # (B, 4C), as every block takes it
         if self._embeddings is not None:
-            embedding = F.linear(embedding, *self._embeddings)                                # (B, every block's scale and shift)
-        h = self.stem(self._network_input(x, conditioning).to(dtype, memory_format=self.memory_format or self._fast_format(x.device)))
+            embedding = F.linear(embedding, *self._embeddings)  # (B, every block's scale and shift)
+        h = self.stem(
+            self._network_input(x, conditioning).to(
+                dtype, memory_format=self.memory_format or self._fast_format(x.device)
+            )
+        )
         keys_values = iter(text.keys_values)
         kept = [h]
         for stage in self.down:
@@ -180,11 +233,19 @@ class GlideUNet(nn.Module):
             h = self._run(stage, h, embedding, keys_values)
         for stage in self.up:
             h = self._run(stage, torch.cat([h, kept.pop()], dim=1), embedding, keys_values)
-        h = self.out_norm.fused_norm(h, silu=True) if self.out_norm.fused else F.silu(self.out_norm(h))
-        predicted, variance = F.pixel_shuffle(self.out(h).float(), self.config.patch).chunk(2, dim=1)
+        h = (
+            self.out_norm.fused_norm(h, silu=True)
+            if self.out_norm.fused
+            else F.silu(self.out_norm(h))
+        )
+        predicted, variance = F.pixel_shuffle(self.out(h).float(), self.config.patch).chunk(
+            2, dim=1
+        )
         return ModelOutput(self._eps(predicted, x, timestep, conditioning), variance)
 
-    def _eps(self, predicted: Tensor, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    def _eps(
+        self, predicted: Tensor, x: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> Tensor:
         """eps (B, 3, H, W) by what the last layer predicts.
 
         v is signal eps - noise x_0 (Salimans & Ho 2022, app. D). x_0 is for squares of more values than the network has
@@ -202,8 +263,12 @@ class GlideUNet(nn.Module):
     def _signal_and_noise(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of image and noise in x_t, (B, 1, 1, 1) float32."""
         if timestep.device not in self._powers:
-            alpha_bar = torch.tensor(self._diffusion.alpha_bar(), dtype=torch.float64, device=timestep.device)
-            self._powers[timestep.device] = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()]).float()
+            alpha_bar = torch.tensor(
+                self._diffusion.alpha_bar(), dtype=torch.float64, device=timestep.device
+            )
+            self._powers[timestep.device] = torch.stack(
+                [alpha_bar.sqrt(), (1 - alpha_bar).sqrt()]
+            ).float()
         signal, noise = self._powers[timestep.device][:, timestep.long(), None, None, None]
         return signal, noise
 
@@ -211,7 +276,11 @@ class GlideUNet(nn.Module):
         """Of the activations; convolutions follow their input's, where ZeRO has flattened the weights too. Channels last, but for
         training on a CPU, where 16-bit group norm takes up to 35 times as long so (32 x 128 x 16 x 16 on one core of an AMD
         EPYC, PyTorch 2.13: 12.8 ms to 0.37) and convolutions as long either way."""
-        return torch.contiguous_format if device.type == "cpu" and self.training else torch.channels_last
+        return (
+            torch.contiguous_format
+            if device.type == "cpu" and self.training
+            else torch.channels_last
+        )
 
     def _network_input(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         """x and what the form of the model adds to it along the channels: known pixels, their mask, the low-res image."""
@@ -226,10 +295,12 @@ class GlideUNet(nn.Module):
         """The low-res image at the size of x: bilinear as in the release; the paper's text says bicubic."""
         if conditioning.low_res is None:
             raise ValueError("an upsampler needs conditioning.low_res, the image to make larger")
-        return F.interpolate(conditioning.low_res.float(), x.shape[-2:], mode="bilinear", align_corners=False).to(x)
+        return F.interpolate(
+            conditioning.low_res.float(), x.shape[-2:], mode="bilinear", align_corners=False
+        ).to(x)
 
     def _known(self, x: Tensor, conditioning: Conditioning) -> list[Tensor]:
-        if conditioning.known is None:                  # nothing is known: an inpainting model then generates
+        if conditioning.known is None:  # nothing is known: an inpainting model then generates
             return [torch.zeros_like(x), torch.zeros_like(x[:, :1])]
         mask = conditioning.known_mask.to(x)
         return [conditioning.known.to(x) * mask, mask]

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..models.weights import WeightsError, load_metadata, load_weights
 from ..storage import fingerprint, read
 
-Recipe = dict[str, str | int | float | None]       # name -> value, such as steps, seconds, device
+Recipe = dict[str, str | int | float | None]  # name -> value, such as steps, seconds, device
 Text = Annotated[str, BeforeValidator(lambda given: "" if given is None else given)]
 
 
@@ -48,9 +48,9 @@ class Weights(Frozen):
     """One weights file: what it can be used as, its size, and how it was trained."""
 
     name: str
-    role: str                # base, upsampler or clip
+    role: str  # base, upsampler or clip
     model: str
-    pixels: int              # of a side of its pictures
+    pixels: int  # of a side of its pictures
     parameters: int
     bytes: int
     sha256: str
@@ -79,19 +79,24 @@ class Card(Frozen):
         for one in self.files:
             if one.role == role:
                 return one
-        raise CardError(f"The card of {self.name} names no weights of the role {role!r}; "
-                        f"write it again with `glide pack`.")
+        raise CardError(
+            f"The card of {self.name} names no weights of the role {role!r}; "
+            f"write it again with `glide pack`."
+        )
 
 
 # -- reading -----------------------------------------------------------------------------------
+
 
 def read_card(path: str | Path) -> Card:
     """A `card.json`, local or s3://. Raises MissingError, CardError."""
     try:
         return Card.model_validate_json(read(path))
     except ValidationError as error:
-        raise CardError(f"{path} is not a model card that this version reads ({finding(error)}); "
-                        f"write it again with `glide pack`.") from None
+        raise CardError(
+            f"{path} is not a model card that this version reads ({finding(error)}); "
+            f"write it again with `glide pack`."
+        ) from None
 
 
 def card_of(path: str | Path) -> Card:
@@ -105,9 +110,16 @@ def describe(path: str | Path, recipe: Recipe) -> Weights:
     """The entry of a local weights file in a card. Raises WeightsError."""
     (config, state), path = load_weights(path), Path(path)
     parameters = sum(tensor.numel() for tensor in state.values())
-    return Weights(name=path.name, role=config.role, model=config.name, pixels=config.image_size,
-                   parameters=parameters, bytes=path.stat().st_size, sha256=fingerprint(path),
-                   recipe=recipe)
+    return Weights(
+        name=path.name,
+        role=config.role,
+        model=config.name,
+        pixels=config.image_size,
+        parameters=parameters,
+        bytes=path.stat().st_size,
+        sha256=fingerprint(path),
+        recipe=recipe,
+    )
 
 
 def sources_in(metadata: Mapping[str, str], path: str | Path) -> tuple[Source, ...]:
@@ -124,8 +136,9 @@ def _parse(kind: Any, text: str, what: str, path: str | Path) -> Any:
     try:
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
-        raise WeightsError(f"The {what} in {path} cannot be read ({finding(error)}); export the "
-                           f"weights again.") from None
+        raise WeightsError(
+            f"The {what} in {path} cannot be read ({finding(error)}); export the weights again."
+        ) from None
 
 
 def finding(error: ValidationError) -> str:
@@ -137,6 +150,7 @@ def finding(error: ValidationError) -> str:
 
 # -- sources -----------------------------------------------------------------------------------
 
+
 def union(*several: Iterable[Source]) -> tuple[Source, ...]:
     """Every source once, with the largest number of pictures that a list has, sorted by style."""
     return _merged(several, max)
@@ -147,14 +161,17 @@ def total(*several: Iterable[Source]) -> tuple[Source, ...]:
     return _merged(several, sum)
 
 
-def _merged(several: Iterable[Iterable[Source]], count: Callable[[list[int]], int]
-            ) -> tuple[Source, ...]:
+def _merged(
+    several: Iterable[Iterable[Source]], count: Callable[[list[int]], int]
+) -> tuple[Source, ...]:
     found: dict[Source, list[int]] = {}
     for source in (source for sources in several for source in sources):
         key = source.model_copy(update={"pictures": None})
         found.setdefault(key, []).append(source.pictures or 0)
-    merged = [source.model_copy(update={"pictures": count(pictures) or None})
-              for source, pictures in found.items()]
+    merged = [
+        source.model_copy(update={"pictures": count(pictures) or None})
+        for source, pictures in found.items()
+    ]
     return tuple(sorted(merged, key=lambda source: (source.style.lower(), source.name)))
 
 
@@ -165,8 +182,15 @@ def licences(sources: Iterable[Source]) -> list[str]:
 
 def credits(sources: Iterable[Source]) -> list[dict[str, str]]:
     """What attribution asks for, once for each package: name, author, licence, address."""
-    found = {source.name: {"package": source.name, "author": source.author,
-                           "licence": source.licence, "url": source.url} for source in sources}
+    found = {
+        source.name: {
+            "package": source.name,
+            "author": source.author,
+            "licence": source.licence,
+            "url": source.url,
+        }
+        for source in sources
+    }
     return [{key: value for key, value in found[name].items() if value} for name in sorted(found)]
 
 
@@ -178,6 +202,7 @@ def to_metadata(sources: Iterable[Source], recipe: Recipe) -> dict[str, str]:
 
 
 # -- the page ----------------------------------------------------------------------------------
+
 
 def render(card: Card) -> str:
     """The card as Markdown."""
@@ -194,25 +219,47 @@ def render(card: Card) -> str:
 
 
 def _about(card: Card) -> str:
-    kinds = {"base": "a base model that makes pictures of {0}x{0} pixels from words",
-             "upsampler": "an upsampler that enlarges pictures to {0}x{0} pixels",
-             "clip": "a CLIP for pictures of {0}x{0} pixels"}
+    kinds = {
+        "base": "a base model that makes pictures of {0}x{0} pixels from words",
+        "upsampler": "an upsampler that enlarges pictures to {0}x{0} pixels",
+        "clip": "a CLIP for pictures of {0}x{0} pixels",
+    }
     said = " and ".join(kinds[one.role].format(one.pixels) for one in card.files)
     return f"{said[0].upper()}{said[1:]}, in the manner of GLIDE (Nichol et al. 2021)."
 
 
 def _files(card: Card) -> str:
-    return _table(("file", "model", "parameters", "bytes", "SHA-256"), (
-        (f"`{one.name}`", one.model, f"{one.parameters / 1e6:,.2f}M", f"{one.bytes:,}",
-         f"`{one.sha256}`") for one in card.files))
+    return _table(
+        ("file", "model", "parameters", "bytes", "SHA-256"),
+        (
+            (
+                f"`{one.name}`",
+                one.model,
+                f"{one.parameters / 1e6:,.2f}M",
+                f"{one.bytes:,}",
+                f"`{one.sha256}`",
+            )
+            for one in card.files
+        ),
+    )
 
 
 def _data(card: Card) -> str:
-    rows = [(one.style, _value(one.pictures), one.author, one.licence,
-             f"[{one.name}]({one.url})" if one.url else one.name) for one in card.sources]
-    return ("The weights were trained on these works. Name their authors and licences where you "
-            "pass the weights on.\n\n"
-            + _table(("style", "pictures", "author", "licence", "source"), rows))
+    rows = [
+        (
+            one.style,
+            _value(one.pictures),
+            one.author,
+            one.licence,
+            f"[{one.name}]({one.url})" if one.url else one.name,
+        )
+        for one in card.sources
+    ]
+    return (
+        "The weights were trained on these works. Name their authors and licences where you "
+        "pass the weights on.\n\n"
+        + _table(("style", "pictures", "author", "licence", "source"), rows)
+    )
 
 
 def _training(card: Card) -> str:
@@ -222,9 +269,15 @@ def _training(card: Card) -> str:
 
 
 def _figures(card: Card) -> str:
-    rows = ((name, f"{one.value:.4g}",
-             f"{one.interval[0]:.4g} to {one.interval[1]:.4g}" if one.interval else "",
-             f"`{one.command}`" if one.command else "") for name, one in card.figures.items())
+    rows = (
+        (
+            name,
+            f"{one.value:.4g}",
+            f"{one.interval[0]:.4g} to {one.interval[1]:.4g}" if one.interval else "",
+            f"`{one.command}`" if one.command else "",
+        )
+        for name, one in card.figures.items()
+    )
     return _table(("what", "value", "95% interval", "command"), rows)
 
 

@@ -18,8 +18,10 @@ from .card import Card, CardError, Weights, read_card
 
 FOLDER = Path(__file__).resolve().parent
 CARD, PAGE = "card.json", "MODEL_CARD.md"
-REMEDY = ("reinstall glide_ray (in a checkout: `git checkout -- glide_ray/pretrained`), or give "
-          "weights of your own with --base and --upsampler")
+REMEDY = (
+    "reinstall glide_ray (in a checkout: `git checkout -- glide_ray/pretrained`), or give "
+    "weights of your own with --base and --upsampler"
+)
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ def find(name: str = SHIPPED) -> Pair:
     Raises WeightsError for another name, and where a file is missing or altered.
     """
     if name != SHIPPED:
-        raise WeightsError(f"No weights called {name!r} ship with glide_ray; "
-                           f"{nearest(name, [SHIPPED])}")
+        raise WeightsError(
+            f"No weights called {name!r} ship with glide_ray; {nearest(name, [SHIPPED])}"
+        )
     card = shipped_card()
     return Pair(_checked(card.file("base")), _checked(card.file("upsampler")))
 
@@ -48,11 +51,13 @@ def shipped_card() -> Card:
     try:
         return read_card(path)
     except storage.MissingError:
-        raise WeightsError(f"The card of the weights that ship with glide_ray, {path}, is not "
-                           f"there; {REMEDY}.") from None
+        raise WeightsError(
+            f"The card of the weights that ship with glide_ray, {path}, is not there; {REMEDY}."
+        ) from None
     except CardError:
-        raise WeightsError(f"The card of the weights that ship with glide_ray, {path}, cannot be "
-                           f"read; {REMEDY}.") from None
+        raise WeightsError(
+            f"The card of the weights that ship with glide_ray, {path}, cannot be read; {REMEDY}."
+        ) from None
 
 
 def locate(weights: str | Path, role: str) -> Path | str:
@@ -110,15 +115,19 @@ def upsampler_for(base: str | Path, say: Callable[[str], None] = lambda line: No
         return SHIPPED
     path = locate(base, "base")
     own = load_config(storage.fetch(path) if storage.is_remote(path) else path)
-    if own.role != "base":        # refused where it is loaded
+    if own.role != "base":  # refused where it is loaded
         return None
     shipped = load_config(find().upsampler)
     if own.image_size != shipped.low_res_size:
-        say(f"pictures keep the {own.image_size} pixels of {own.name}: no upsampler was given, and "
-            f"the one that ships with glide_ray enlarges {shipped.low_res_size}")
+        say(
+            f"pictures keep the {own.image_size} pixels of {own.name}: no upsampler was given, and "
+            f"the one that ships with glide_ray enlarges {shipped.low_res_size}"
+        )
         return None
-    say(f"no upsampler was given: pictures are enlarged by {shipped.name}, which ships with "
-        f"glide_ray")
+    say(
+        f"no upsampler was given: pictures are enlarged by {shipped.name}, which ships with "
+        f"glide_ray"
+    )
     return SHIPPED
 
 
@@ -126,8 +135,10 @@ def _check_name(weights: str | Path) -> None:
     """Raise WeightsError where what looks like a name is neither one of weights nor a file."""
     path = Path(weights)
     if path.name == str(weights) and not path.suffix and not path.exists():
-        raise WeightsError(f"There is no weights file {weights}, and no weights of that name ship "
-                           f"with glide_ray; {nearest(str(weights), [SHIPPED])}")
+        raise WeightsError(
+            f"There is no weights file {weights}, and no weights of that name ship "
+            f"with glide_ray; {nearest(str(weights), [SHIPPED])}"
+        )
 
 
 def _checked(weights: Weights) -> Path:
@@ -135,6 +146,8 @@ def _checked(weights: Weights) -> Path:
     if not path.is_file():
         raise WeightsError(f"{path}, which ships with glide_ray, is not there; {REMEDY}.")
     if (sha256 := storage.fingerprint(path)) != weights.sha256:
-        raise WeightsError(f"{path}, which ships with glide_ray, has been altered: its SHA-256 "
-                           f"begins {sha256[:16]}, and the card's {weights.sha256[:16]}; {REMEDY}.")
+        raise WeightsError(
+            f"{path}, which ships with glide_ray, has been altered: its SHA-256 "
+            f"begins {sha256[:16]}, and the card's {weights.sha256[:16]}; {REMEDY}."
+        )
     return path

@@ -26,8 +26,8 @@ from .request import SampleRequest
 from .stepper import Stepper
 
 MAX_SCALE = 100.0
-TIMESTEPS = 1000         # of a model that is not known yet
-Progress = Callable[[str, int, int], None]     # stage, denoising steps done in it, and in all
+TIMESTEPS = 1000  # of a model that is not known yet
+Progress = Callable[[str, int, int], None]  # stage, denoising steps done in it, and in all
 
 
 class RequestError(UserError):
@@ -37,69 +37,147 @@ class RequestError(UserError):
         super().__init__(message)
         self.param = param
 
-    def __reduce__(self):        # an exception is unpickled from what its base class was given, which lacks `param`
+    def __reduce__(
+        self,
+    ):  # an exception is unpickled from what its base class was given, which lacks `param`
         return type(self), (str(self), self.param)
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------
 
-def check_options(options: SampleOptions, seed: int | None = None, strength: float | None = None, base: ModelConfig | None = None,
-                  upsampler: ModelConfig | None = None) -> None:
+
+def check_options(
+    options: SampleOptions,
+    seed: int | None = None,
+    strength: float | None = None,
+    base: ModelConfig | None = None,
+    upsampler: ModelConfig | None = None,
+) -> None:
     """Raises RequestError for an option, a seed or a strength that makes no sense, to these models where they are known."""
     for param, least in (("guidance_scale", 0), ("clip_scale", 0)):
         scale = getattr(options, param)
-        if scale is not None and not least <= scale <= MAX_SCALE:   # also false for nan
-            raise RequestError(f"{param} must lie between {least} and {MAX_SCALE:g} (given: {scale}); 3 is usual.", param)
+        if scale is not None and not least <= scale <= MAX_SCALE:  # also false for nan
+            raise RequestError(
+                f"{param} must lie between {least} and {MAX_SCALE:g} (given: {scale}); 3 is usual.",
+                param,
+            )
     for param, model in (("steps", base), ("upsampler_steps", upsampler)):
         steps, total = getattr(options, param), model.diffusion.steps if model else TIMESTEPS
         try:
             kept_timesteps(total, "1" if steps is None else steps)
         except ScheduleError as error:
-            hint = f" Steps may be a number from 1 to {total}." if str(steps).lstrip("-").isdecimal() else ""
+            hint = (
+                f" Steps may be a number from 1 to {total}."
+                if str(steps).lstrip("-").isdecimal()
+                else ""
+            )
             raise RequestError(f"{error}{hint}", param) from None
     if options.sampler is not None and options.sampler not in SAMPLERS:
-        raise RequestError(f"There is no sampler {options.sampler!r}; {nearest(options.sampler, SAMPLERS)}", "sampler")
+        raise RequestError(
+            f"There is no sampler {options.sampler!r}; {nearest(options.sampler, SAMPLERS)}",
+            "sampler",
+        )
     low, high = options.guidance_interval
     if not 0 <= low <= high <= 1:
-        raise RequestError(f"guidance_interval must be two numbers from 0 to 1, the smaller first (given: {low} and {high}).",
-                           "guidance_interval")
+        raise RequestError(
+            f"guidance_interval must be two numbers from 0 to 1, the smaller first (given: {low} and {high}).",
+            "guidance_interval",
+        )
     if seed is not None and not 0 <= seed < 2**63:
         raise RequestError(f"seed must lie between 0 and 2^63 - 1 (given: {seed}).", "seed")
     if strength is not None and not 0 < strength <= 1:
-        raise RequestError(f"strength must lie above 0 and at most at 1 (given: {strength}); 0.6 keeps a picture's outline.", "strength")
+        raise RequestError(
+            f"strength must lie above 0 and at most at 1 (given: {strength}); 0.6 keeps a picture's outline.",
+            "strength",
+        )
 
 
-def base_request(config: ModelConfig, prompt: str, seed: int, options: SampleOptions = SampleOptions(), *, critic: ClipScorer | None = None,
-                 known: np.ndarray | None = None, known_mask: np.ndarray | None = None, start: np.ndarray | None = None,
-                 strength: float = 1.0) -> SampleRequest:
+def base_request(
+    config: ModelConfig,
+    prompt: str,
+    seed: int,
+    options: SampleOptions = SampleOptions(),
+    *,
+    critic: ClipScorer | None = None,
+    known: np.ndarray | None = None,
+    known_mask: np.ndarray | None = None,
+    start: np.ndarray | None = None,
+    strength: float = 1.0,
+) -> SampleRequest:
     """One sample of a base model. `known` and `start` uint8 (H, W, 3), `known_mask` bool (H, W), true = keep, at the model's size."""
     if options.clip_scale and critic is None:
-        raise RequestError("clip_scale asks for CLIP guidance, which needs a CLIP model; give one with it.", "clip_scale")
-    return SampleRequest(_conditioning(config, prompt, None, known, known_mask), seed, _spacing(options.steps), options.sampler,
-                         options.guidance_scale, options.guidance_interval,
-                         critic.embed([prompt]) if options.clip_scale else None, options.clip_scale,
-                         start=None if start is None else to_tensor(start), strength=strength)
+        raise RequestError(
+            "clip_scale asks for CLIP guidance, which needs a CLIP model; give one with it.",
+            "clip_scale",
+        )
+    return SampleRequest(
+        _conditioning(config, prompt, None, known, known_mask),
+        seed,
+        _spacing(options.steps),
+        options.sampler,
+        options.guidance_scale,
+        options.guidance_interval,
+        critic.embed([prompt]) if options.clip_scale else None,
+        options.clip_scale,
+        start=None if start is None else to_tensor(start),
+        strength=strength,
+    )
 
 
-def edit_request(config: ModelConfig, image: np.ndarray, known_mask: np.ndarray, prompt: str, seed: int, options: SampleOptions = SampleOptions(), *,
-                 critic: ClipScorer | None = None, start: np.ndarray | None = None, strength: float = 1.0) -> SampleRequest:
+def edit_request(
+    config: ModelConfig,
+    image: np.ndarray,
+    known_mask: np.ndarray,
+    prompt: str,
+    seed: int,
+    options: SampleOptions = SampleOptions(),
+    *,
+    critic: ClipScorer | None = None,
+    start: np.ndarray | None = None,
+    strength: float = 1.0,
+) -> SampleRequest:
     """The base model's part of an edit of `image` (S, S, 3), or of a variation that begins from `start` (S, S, 3), at the cascade's size."""
     size = config.image_size
     known, mask = shrink_known(image, known_mask, size)
-    return base_request(config, prompt, seed, options, critic=critic, known=known, known_mask=mask,
-                        start=None if start is None else area_downsample(start, size), strength=strength)
+    return base_request(
+        config,
+        prompt,
+        seed,
+        options,
+        critic=critic,
+        known=known,
+        known_mask=mask,
+        start=None if start is None else area_downsample(start, size),
+        strength=strength,
+    )
 
 
-def upsampler_request(config: ModelConfig, prompt: str, seed: int, low_res: Tensor, options: SampleOptions = SampleOptions(), *,
-                      known: np.ndarray | None = None, known_mask: np.ndarray | None = None) -> SampleRequest:
+def upsampler_request(
+    config: ModelConfig,
+    prompt: str,
+    seed: int,
+    low_res: Tensor,
+    options: SampleOptions = SampleOptions(),
+    *,
+    known: np.ndarray | None = None,
+    known_mask: np.ndarray | None = None,
+) -> SampleRequest:
     """One sample of an upsampler from `low_res` (3, h, w), the base stage's image, taken at the 8 bits it would be saved in."""
-    return SampleRequest(_conditioning(config, prompt, to_8_bits(low_res)[None], known, known_mask), seed, _spacing(options.upsampler_steps))
+    return SampleRequest(
+        _conditioning(config, prompt, to_8_bits(low_res)[None], known, known_mask),
+        seed,
+        _spacing(options.upsampler_steps),
+    )
 
 
-def shrink_known(image: np.ndarray, known_mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+def shrink_known(
+    image: np.ndarray, known_mask: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray]:
     """An edit's image (H, H, 3) and mask (H, H) at a smaller model's size: a pixel is known if all it covers is known."""
     factor = len(known_mask) // size
-    return area_downsample(image, size), known_mask.reshape(size, factor, size, factor).all(axis=(1, 3))
+    return area_downsample(image, size), known_mask.reshape(size, factor, size, factor).all(
+        axis=(1, 3)
+    )
 
 
 def _conditioning(config, prompt, low_res, known, known_mask) -> Conditioning:
@@ -114,6 +192,7 @@ def _spacing(steps: int | str | None) -> str | None:
 
 
 # -- the cascade ------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Ranked:
@@ -130,12 +209,21 @@ class Cascade:
 
     base: Stepper
     upsampler: Stepper | None = None
-    sources: Mapping[str, str | Path] = field(default_factory=dict)      # role -> the weights file that was loaded
+    sources: Mapping[str, str | Path] = field(
+        default_factory=dict
+    )  # role -> the weights file that was loaded
     precision: str = "fp32"
 
     @classmethod
-    def load(cls, base: str | Path, upsampler: str | Path | None = None, precision: str = "auto", max_in_flight: int = 8,
-             clip: str | Path | None = None, batched: bool | None = None) -> Cascade:
+    def load(
+        cls,
+        base: str | Path,
+        upsampler: str | Path | None = None,
+        precision: str = "auto",
+        max_in_flight: int = 8,
+        clip: str | Path | None = None,
+        batched: bool | None = None,
+    ) -> Cascade:
         """From weights files, on the GPU if there is one; `clip` may also be a public CLIP's folder. Raises WeightsError.
 
         `batched`: up to `max_in_flight` pictures in each network call, which is faster. On a CPU
@@ -144,99 +232,200 @@ class Cascade:
         """
         if str(base) == SHIPPED and upsampler is None:
             upsampler = SHIPPED
-        base, upsampler = locate(base, "base"), locate(upsampler, "upsampler") if upsampler else None
-        made = cls(load_stepper(base, "base", precision, max_in_flight, clip, batched=batched),
-                   load_stepper(upsampler, "upsampler", precision, max_in_flight, batched=batched)
-                   if upsampler else None)
+        base, upsampler = (
+            locate(base, "base"),
+            locate(upsampler, "upsampler") if upsampler else None,
+        )
+        made = cls(
+            load_stepper(base, "base", precision, max_in_flight, clip, batched=batched),
+            load_stepper(upsampler, "upsampler", precision, max_in_flight, batched=batched)
+            if upsampler
+            else None,
+        )
         check_pair(made.base.config, made.upsampler.config if made.upsampler else None)
-        sources = {role: path for role, path in (("base", base), ("upsampler", upsampler), ("clip", clip)) if path}
+        sources = {
+            role: path
+            for role, path in (("base", base), ("upsampler", upsampler), ("clip", clip))
+            if path
+        }
         dtype = next(made.base.model.parameters()).dtype
-        return replace(made, sources=sources, precision=next(name for name, kind in DTYPES.items() if kind == dtype))
+        return replace(
+            made,
+            sources=sources,
+            precision=next(name for name, kind in DTYPES.items() if kind == dtype),
+        )
 
     @property
     def size(self) -> int:
         return (self.upsampler or self.base).config.image_size
 
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], options: SampleOptions = SampleOptions(),
-                 progress: Progress | None = None) -> list[np.ndarray]:
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        options: SampleOptions = SampleOptions(),
+        progress: Progress | None = None,
+    ) -> list[np.ndarray]:
         """A picture for each prompt and seed: uint8 (S, S, 3). `progress` is told of each step."""
-        return self._enlarged(self._small(prompts, seeds, options, progress), prompts, seeds, options, progress)
+        return self._enlarged(
+            self._small(prompts, seeds, options, progress), prompts, seeds, options, progress
+        )
 
-    def best_of(self, prompt: str, seeds: Sequence[int], options: SampleOptions = SampleOptions(),
-                progress: Progress | None = None) -> Ranked:
+    def best_of(
+        self,
+        prompt: str,
+        seeds: Sequence[int],
+        options: SampleOptions = SampleOptions(),
+        progress: Progress | None = None,
+    ) -> Ranked:
         """The picture that CLIP scores highest among those of all `seeds` (app. E: 64 of them); only this one is enlarged."""
         if self.base.critic is None:
-            raise RequestError("The best of several pictures is chosen by CLIP; give a CLIP model.", "best_of")
+            raise RequestError(
+                "The best of several pictures is chosen by CLIP; give a CLIP model.", "best_of"
+            )
         images = self._small([prompt] * len(seeds), seeds, options, progress)
         scores = self.score(images, [prompt] * len(seeds))
         best = int(np.argmax(scores))
-        image = self._enlarged(images[best:best + 1], [prompt], [seeds[best]], options, progress)[0]
+        image = self._enlarged(images[best : best + 1], [prompt], [seeds[best]], options, progress)[
+            0
+        ]
         return Ranked(image, seeds[best], dict(zip(seeds, scores, strict=True)))
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
         """CLIP's logit of base-size images (N, 3, h, w) with their prompts: sec. 5.2's CLIP score of each."""
         return clip_scores(self.base.critic, self.base.device, images, prompts)
 
-    def edit(self, image: np.ndarray, known_mask: np.ndarray, prompt: str, seed: int, options: SampleOptions = SampleOptions(),
-             progress: Progress | None = None) -> np.ndarray:
+    def edit(
+        self,
+        image: np.ndarray,
+        known_mask: np.ndarray,
+        prompt: str,
+        seed: int,
+        options: SampleOptions = SampleOptions(),
+        progress: Progress | None = None,
+    ) -> np.ndarray:
         """Paint anew where `known_mask` (S, S) is false; every known pixel of `image` uint8 (S, S, 3) comes out as it was."""
         return self._painted(image, known_mask, None, 1.0, prompt, seed, options, progress)
 
-    def vary(self, image: np.ndarray, prompt: str, seed: int, strength: float, known_mask: np.ndarray | None = None,
-             sketch: np.ndarray | None = None, options: SampleOptions = SampleOptions(), progress: Progress | None = None) -> np.ndarray:
+    def vary(
+        self,
+        image: np.ndarray,
+        prompt: str,
+        seed: int,
+        strength: float,
+        known_mask: np.ndarray | None = None,
+        sketch: np.ndarray | None = None,
+        options: SampleOptions = SampleOptions(),
+        progress: Progress | None = None,
+    ) -> np.ndarray:
         """SDEdit (Meng et al. 2021; fig. 4): begin from `image` uint8 (S, S, 3) under noise, with `strength` of the schedule to go.
 
         `sketch`, the same with strokes drawn on it, is what the painted part begins from; what `known_mask` keeps is the image's own.
         """
         known_mask = np.zeros((self.size, self.size), bool) if known_mask is None else known_mask
-        return self._painted(image, known_mask, image if sketch is None else sketch, strength, prompt, seed, options, progress)
+        return self._painted(
+            image,
+            known_mask,
+            image if sketch is None else sketch,
+            strength,
+            prompt,
+            seed,
+            options,
+            progress,
+        )
 
-    def scene(self, image: np.ndarray, edits: Sequence[tuple[np.ndarray, str]], seed: int, options: SampleOptions = SampleOptions(),
-              progress: Progress | None = None) -> Iterator[np.ndarray]:
+    def scene(
+        self,
+        image: np.ndarray,
+        edits: Sequence[tuple[np.ndarray, str]],
+        seed: int,
+        options: SampleOptions = SampleOptions(),
+        progress: Progress | None = None,
+    ) -> Iterator[np.ndarray]:
         """Edits (known mask, prompt), each on the picture before it (fig. 3), with seeds that count up from `seed`: each as it is done."""
         for n, (known_mask, prompt) in enumerate(edits):
             image = self.edit(image, known_mask, prompt, seed + n, options, progress)
             yield image
 
     def _small(self, prompts, seeds, options, progress) -> Tensor:
-        requests = [base_request(self.base.config, prompt, seed, options, critic=self.base.critic)
-                    for prompt, seed in zip(prompts, seeds, strict=True)]
+        requests = [
+            base_request(self.base.config, prompt, seed, options, critic=self.base.critic)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
         return self.base.run(requests, _stage(progress, "base"))
 
     def _enlarged(self, small, prompts, seeds, options, progress) -> list[np.ndarray]:
         if self.upsampler is None:
             return [to_uint8(image) for image in small]
-        requests = [upsampler_request(self.upsampler.config, prompt, seed, image, options)
-                    for prompt, seed, image in zip(prompts, seeds, small, strict=True)]
-        return [to_uint8(image) for image in self.upsampler.run(requests, _stage(progress, "upsampler"))]
+        requests = [
+            upsampler_request(self.upsampler.config, prompt, seed, image, options)
+            for prompt, seed, image in zip(prompts, seeds, small, strict=True)
+        ]
+        return [
+            to_uint8(image) for image in self.upsampler.run(requests, _stage(progress, "upsampler"))
+        ]
 
-    def _painted(self, image, known_mask, start, strength, prompt, seed, options, progress) -> np.ndarray:
+    def _painted(
+        self, image, known_mask, start, strength, prompt, seed, options, progress
+    ) -> np.ndarray:
         """Both stages of an edit, from noise or from `start` under noise."""
         for pixels in (image, start if start is not None else image):
-            if known_mask.shape != (self.size, self.size) or pixels.shape != (self.size, self.size, 3):
-                raise RequestError(f"The image and its mask must be {self.size}x{self.size} pixels (given: {pixels.shape[1]}x"
-                                   f"{pixels.shape[0]} and {known_mask.shape[1]}x{known_mask.shape[0]}).", "mask")
-        request = edit_request(self.base.config, image, known_mask, prompt, seed, options, critic=self.base.critic, start=start, strength=strength)
+            if known_mask.shape != (self.size, self.size) or pixels.shape != (
+                self.size,
+                self.size,
+                3,
+            ):
+                raise RequestError(
+                    f"The image and its mask must be {self.size}x{self.size} pixels (given: {pixels.shape[1]}x"
+                    f"{pixels.shape[0]} and {known_mask.shape[1]}x{known_mask.shape[0]}).",
+                    "mask",
+                )
+        request = edit_request(
+            self.base.config,
+            image,
+            known_mask,
+            prompt,
+            seed,
+            options,
+            critic=self.base.critic,
+            start=start,
+            strength=strength,
+        )
         small = self.base.run([request], _stage(progress, "base"))[0]
         if self.upsampler is None:
             return to_uint8(small)
-        request = upsampler_request(self.upsampler.config, prompt, seed, small, options, known=image, known_mask=known_mask)
+        request = upsampler_request(
+            self.upsampler.config, prompt, seed, small, options, known=image, known_mask=known_mask
+        )
         return to_uint8(self.upsampler.run([request], _stage(progress, "upsampler"))[0])
 
 
 @torch.no_grad()
-def clip_scores(critic: ClipScorer, device: torch.device | str, images: Tensor, prompts: Sequence[str]) -> list[float]:
+def clip_scores(
+    critic: ClipScorer, device: torch.device | str, images: Tensor, prompts: Sequence[str]
+) -> list[float]:
     """CLIP's logit of images (N, 3, h, w), as they would be saved, with their prompts."""
     images = to_8_bits(images).to(device)
-    return critic.score(images, torch.zeros(len(images), dtype=torch.int64, device=device), critic.embed(prompts)).tolist()
+    return critic.score(
+        images, torch.zeros(len(images), dtype=torch.int64, device=device), critic.embed(prompts)
+    ).tolist()
 
 
-def load_stepper(path: str | Path, role: str, precision: str = "auto", max_in_flight: int = 8, clip: str | Path | None = None,
-                 lanes: int = 1, batched: bool | None = None) -> Stepper:
+def load_stepper(
+    path: str | Path,
+    role: str,
+    precision: str = "auto",
+    max_in_flight: int = 8,
+    clip: str | Path | None = None,
+    lanes: int = 1,
+    batched: bool | None = None,
+) -> Stepper:
     """Weights, by path or name, as a Stepper for `role`, "base" or "upsampler". Raises WeightsError if they are another's."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = locate(path, role)
-    model, config = load_model(path, DTYPES[resolve_precision(precision, device, portable=True)], device)
+    model, config = load_model(
+        path, DTYPES[resolve_precision(precision, device, portable=True)], device
+    )
     check_role(config, role, path)
     critic = load_critic(clip, config, device) if clip else None
     dtype = next(model.parameters()).dtype

@@ -22,11 +22,11 @@ class Load:
 
     in_flight: int
     queued: int
-    width: int                   # samples that one step can advance
-    steps: int                   # network steps
-    sample_steps: int            # of all samples: divided by width * steps, how full the steps were
+    width: int  # samples that one step can advance
+    steps: int  # network steps
+    sample_steps: int  # of all samples: divided by width * steps, how full the steps were
     busy_seconds: float
-    finished: int                # samples
+    finished: int  # samples
     cancelled: int
     failed: int
 
@@ -49,14 +49,21 @@ class Engine:
     @property
     def load(self) -> Load:
         stepper = self._stepper
-        return Load(stepper.in_flight, stepper.queued + self._inbox.qsize(), stepper.width, stepper.steps_done, stepper.sample_steps_done,
-                    self._busy_seconds, **self._ended)
+        return Load(
+            stepper.in_flight,
+            stepper.queued + self._inbox.qsize(),
+            stepper.width,
+            stepper.steps_done,
+            stepper.sample_steps_done,
+            self._busy_seconds,
+            **self._ended,
+        )
 
     def submit(self, request: SampleRequest) -> Future:
         """A Future of the image (3, H, W) in [-1, 1], on the CPU."""
         future: Future = Future()
         self._inbox.put((request, future))
-        if self._closed:        # asked last: what was put before it closed is cancelled by it
+        if self._closed:  # asked last: what was put before it closed is cancelled by it
             raise RuntimeError("this engine has been closed")
         return future
 
@@ -80,7 +87,7 @@ class Engine:
                 began = time.monotonic()
                 self._step()
                 self._busy_seconds += time.monotonic() - began
-        finally:                         # also where a fault ends the thread: nobody is to wait for it
+        finally:  # also where a fault ends the thread: nobody is to wait for it
             self._closed = True
             for future in self._futures.values():
                 future.cancel()
@@ -94,9 +101,9 @@ class Engine:
             self._end(ticket, "cancelled")
         try:
             for ticket, image in self._stepper.step():
-                pixels = image.cpu()     # a GPU's faults come out here: the sample is still one of ours, and fails with the others
+                pixels = image.cpu()  # a GPU's faults come out here: the sample is still one of ours, and fails with the others
                 _settle(self._end(ticket, "finished"), pixels)
-        except Exception as error:       # a network that fails does so for every sample in flight; those that wait may succeed
+        except Exception as error:  # a network that fails does so for every sample in flight; those that wait may succeed
             waiting = self._stepper.waiting
             for ticket in [ticket for ticket in self._futures if ticket not in waiting]:
                 self._stepper.cancel(ticket)
@@ -116,7 +123,7 @@ class Engine:
             try:
                 self._futures[self._stepper.submit(request)] = future
                 block = False
-            except Exception as error:   # of this request alone: the thread goes on for the others
+            except Exception as error:  # of this request alone: the thread goes on for the others
                 self._ended["failed"] += not isinstance(error, UserError)
                 _settle(future, error)
 
@@ -127,5 +134,5 @@ def _settle(future: Future, result: Tensor | Exception) -> None:
             future.set_exception(result)
         else:
             future.set_result(result)
-    except (InvalidStateError, CancelledError):   # its client left in the same moment
+    except (InvalidStateError, CancelledError):  # its client left in the same moment
         pass

@@ -24,7 +24,7 @@ from ..pretrained.card import Source, sources_in, union
 from ..storage import fingerprint, put, read
 from .cascade import Cascade, Progress
 
-CHUNK = "glide_ray"            # of the PNG's text; the inputs have chunks of their own beside it
+CHUNK = "glide_ray"  # of the PNG's text; the inputs have chunks of their own beside it
 INPUTS = ("image", "mask", "sketch")
 
 
@@ -49,9 +49,9 @@ class Recipe(Frozen):
     seed: int
     options: SampleOptions
     strength: float = 1.0
-    precision: str                        # fp32, bf16, fp16; auto where a server chose by its device
-    models: dict[str, ModelUsed]          # base, upsampler, clip
-    made_with: str                        # versions and device, to explain a difference
+    precision: str  # fp32, bf16, fp16; auto where a server chose by its device
+    models: dict[str, ModelUsed]  # base, upsampler, clip
+    made_with: str  # versions and device, to explain a difference
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ class Maker:
     models: Mapping[str, ModelUsed]
     precision: str
     made_with: str
-    sources: tuple[Source, ...] = ()      # whose pictures they were trained on, as far as the weights say
+    sources: tuple[
+        Source, ...
+    ] = ()  # whose pictures they were trained on, as far as the weights say
 
     @classmethod
     def read(cls, paths: Mapping[str, str | None], precision: str, device: str) -> Maker:
@@ -85,27 +87,68 @@ class Maker:
         check_pair(configs["base"], configs.get("upsampler"))
         if "clip" in configs:
             check_clip(configs["clip"], configs["base"], paths["clip"])
-        return cls(configs["base"], configs.get("upsampler"), used, precision, versions(device), union(*sources))
+        return cls(
+            configs["base"],
+            configs.get("upsampler"),
+            used,
+            precision,
+            versions(device),
+            union(*sources),
+        )
 
     @classmethod
     def of(cls, cascade: Cascade) -> Maker:
-        base, upsampler = cascade.base.config, cascade.upsampler.config if cascade.upsampler else None
-        names = {"base": base.name, "upsampler": upsampler.name if upsampler else "",
-                 "clip": getattr(getattr(cascade.base.critic, "config", None), "name", "public CLIP")}
-        models = {role: ModelUsed(name=names[role], path=shipped.name_of(path), sha256=fingerprint(path))
-                  for role, path in cascade.sources.items()}
-        sources = union(*(sources_in(load_metadata(path), path) for path in cascade.sources.values() if Path(path).is_file()))
-        return cls(base, upsampler, models, cascade.precision, versions(cascade.base.device.type), sources)
+        base, upsampler = (
+            cascade.base.config,
+            cascade.upsampler.config if cascade.upsampler else None,
+        )
+        names = {
+            "base": base.name,
+            "upsampler": upsampler.name if upsampler else "",
+            "clip": getattr(getattr(cascade.base.critic, "config", None), "name", "public CLIP"),
+        }
+        models = {
+            role: ModelUsed(name=names[role], path=shipped.name_of(path), sha256=fingerprint(path))
+            for role, path in cascade.sources.items()
+        }
+        sources = union(
+            *(
+                sources_in(load_metadata(path), path)
+                for path in cascade.sources.values()
+                if Path(path).is_file()
+            )
+        )
+        return cls(
+            base, upsampler, models, cascade.precision, versions(cascade.base.device.type), sources
+        )
 
-    def recipe(self, task: str, prompt: str, seed: int, options: SampleOptions, strength: float = 1.0) -> Recipe:
+    def recipe(
+        self, task: str, prompt: str, seed: int, options: SampleOptions, strength: float = 1.0
+    ) -> Recipe:
         """Of what these models make of a request. What it leaves to them is filled in."""
-        own = {"sampler": self.base.sampling.sampler, "steps": self.base.sampling.respacing, "guidance_scale": self.base.sampling.guidance_scale}
+        own = {
+            "sampler": self.base.sampling.sampler,
+            "steps": self.base.sampling.respacing,
+            "guidance_scale": self.base.sampling.guidance_scale,
+        }
         if self.upsampler is not None:
             own["upsampler_steps"] = self.upsampler.sampling.respacing
-        filled = options.model_copy(update={name: value for name, value in own.items() if getattr(options, name) is None})
-        models = {role: used for role, used in self.models.items() if role != "clip" or options.clip_scale}
-        return Recipe(task=task, prompt=prompt, seed=seed, options=filled, strength=strength, precision=self.precision, models=models,
-                      made_with=self.made_with)
+        filled = options.model_copy(
+            update={name: value for name, value in own.items() if getattr(options, name) is None}
+        )
+        models = {
+            role: used for role, used in self.models.items() if role != "clip" or options.clip_scale
+        }
+        return Recipe(
+            task=task,
+            prompt=prompt,
+            seed=seed,
+            options=filled,
+            strength=strength,
+            precision=self.precision,
+            models=models,
+            made_with=self.made_with,
+        )
 
 
 def png_text(recipe: Recipe, inputs: Mapping[str, np.ndarray] | None = None) -> dict[str, str]:
@@ -117,7 +160,12 @@ def png_text(recipe: Recipe, inputs: Mapping[str, np.ndarray] | None = None) -> 
     return text
 
 
-def save_picture(pixels: np.ndarray, path: str | Path, recipe: Recipe, inputs: Mapping[str, np.ndarray] | None = None) -> None:
+def save_picture(
+    pixels: np.ndarray,
+    path: str | Path,
+    recipe: Recipe,
+    inputs: Mapping[str, np.ndarray] | None = None,
+) -> None:
     """Write a PNG with its recipe and its inputs."""
     put(encode(pixels, text=png_text(recipe, inputs)), path)
 
@@ -126,16 +174,24 @@ def read_recipe(path: str | Path) -> tuple[Recipe, dict[str, np.ndarray], np.nda
     """The recipe of a PNG, the inputs beside it, and its pixels. Raises RecipeError, ImageError."""
     data = read(path)
     opened = open_image(data)
-    pixels = np.asarray(decode(data))       # reads the chunks that follow the pixels, too
+    pixels = np.asarray(decode(data))  # reads the chunks that follow the pixels, too
     text = getattr(opened, "text", {})
     if CHUNK not in text:
-        raise RecipeError(f"{path} carries no recipe: only PNGs that `glide` wrote do, and a program that has saved one since may have "
-                          f"dropped it.")
+        raise RecipeError(
+            f"{path} carries no recipe: only PNGs that `glide` wrote do, and a program that has saved one since may have "
+            f"dropped it."
+        )
     try:
         recipe = Recipe.model_validate_json(text[CHUNK])
-        inputs = {name: np.asarray(decode(base64.b64decode(text[f"{CHUNK}.{name}"]))) for name in INPUTS if f"{CHUNK}.{name}" in text}
+        inputs = {
+            name: np.asarray(decode(base64.b64decode(text[f"{CHUNK}.{name}"])))
+            for name in INPUTS
+            if f"{CHUNK}.{name}" in text
+        }
     except (ValidationError, ValueError) as error:
-        raise RecipeError(f"{path} carries a recipe that this version does not read ({str(error).splitlines()[0]}).") from None
+        raise RecipeError(
+            f"{path} carries a recipe that this version does not read ({str(error).splitlines()[0]})."
+        ) from None
     if "mask" in inputs:
         inputs["mask"] = inputs["mask"][:, :, 0] > 127
     return recipe, inputs, pixels
@@ -150,11 +206,19 @@ def find_models(recipe: Recipe, elsewhere: Mapping[str, Path | None]) -> dict[st
     for role, used in recipe.models.items():
         path = _path_of(role, used, elsewhere.get(role))
         if not path.exists() or not path.name:
-            what = f"The {role} weights {path} are not there" if path.name else f"The recipe does not say where the {role} weights are"
-            raise RecipeError(f"{what}; give the path of {used.name} (SHA-256 {used.sha256[:16]}...) with --{role}.")
+            what = (
+                f"The {role} weights {path} are not there"
+                if path.name
+                else f"The recipe does not say where the {role} weights are"
+            )
+            raise RecipeError(
+                f"{what}; give the path of {used.name} (SHA-256 {used.sha256[:16]}...) with --{role}."
+            )
         if fingerprint(path) != used.sha256:
-            raise RecipeError(f"{path} is not the file that made this picture: its SHA-256 begins {fingerprint(path)[:16]} and that of "
-                              f"{used.name} {used.sha256[:16]}; give the path of the right one with --{role}.")
+            raise RecipeError(
+                f"{path} is not the file that made this picture: its SHA-256 begins {fingerprint(path)[:16]} and that of "
+                f"{used.name} {used.sha256[:16]}; give the path of the right one with --{role}."
+            )
         found[role] = path
     return found
 
@@ -168,16 +232,33 @@ def _path_of(role: str, used: ModelUsed, elsewhere: Path | None) -> Path:
     return given if there or elsewhere else shipped.with_sha256(used.sha256) or given
 
 
-def make_again(cascade: Cascade, recipe: Recipe, inputs: Mapping[str, np.ndarray], progress: Progress | None = None) -> np.ndarray:
+def make_again(
+    cascade: Cascade,
+    recipe: Recipe,
+    inputs: Mapping[str, np.ndarray],
+    progress: Progress | None = None,
+) -> np.ndarray:
     """The picture of a recipe: uint8 (S, S, 3)."""
     if recipe.task == "generate":
         return cascade.generate([recipe.prompt], [recipe.seed], recipe.options, progress)[0]
     if recipe.task == "edit":
-        return cascade.edit(inputs["image"], inputs["mask"], recipe.prompt, recipe.seed, recipe.options, progress)
-    return cascade.vary(inputs["image"], recipe.prompt, recipe.seed, recipe.strength, inputs.get("mask"), inputs.get("sketch"),
-                        recipe.options, progress)
+        return cascade.edit(
+            inputs["image"], inputs["mask"], recipe.prompt, recipe.seed, recipe.options, progress
+        )
+    return cascade.vary(
+        inputs["image"],
+        recipe.prompt,
+        recipe.seed,
+        recipe.strength,
+        inputs.get("mask"),
+        inputs.get("sketch"),
+        recipe.options,
+        progress,
+    )
 
 
 def versions(device: str) -> str:
     """What a difference between two pictures of one recipe may come from."""
-    return f"glide_ray {importlib.metadata.version('glide_ray')}, torch {torch.__version__}, {device}"
+    return (
+        f"glide_ray {importlib.metadata.version('glide_ray')}, torch {torch.__version__}, {device}"
+    )

@@ -13,39 +13,57 @@ from contextlib import contextmanager
 from .api_keys import Key, hashed
 from .errors import ApiError
 
-NOBODY = "-"             # who asks where there are no keys
-PACE_MEMORY = 0.9        # of the seconds an image takes, what is kept at each new one
+NOBODY = "-"  # who asks where there are no keys
+PACE_MEMORY = 0.9  # of the seconds an image takes, what is kept at each new one
 
 
 class Admission:
     """Admits images of each model up to its `capacity`, and each key's up to its own limits. One event loop uses it."""
 
-    def __init__(self, keys: Mapping[str, Key], capacity: Mapping[str, int], clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        keys: Mapping[str, Key],
+        capacity: Mapping[str, int],
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.keys, self.capacity = dict(keys), dict(capacity)
-        self.shares = 1                            # ingress replicas: each counts for itself, and has its part of a key's limits as it has of the capacity
-        self.inside: Counter[str] = Counter()      # images of each model
+        self.shares = 1  # ingress replicas: each counts for itself, and has its part of a key's limits as it has of the capacity
+        self.inside: Counter[str] = Counter()  # images of each model
         self._by_key: Counter[str] = Counter()
         self._recent: dict[str, deque[tuple[float, int]]] = {}
-        self._pace: dict[str, float] = {}          # seconds in which one image of a model is done
+        self._pace: dict[str, float] = {}  # seconds in which one image of a model is done
         self._clock = clock
 
     def who(self, authorization: str | None, client: str | None) -> str:
         """The name of the key. Raises ApiError 401; without keys, 403 for whoever is not on this machine."""
         if not self.keys:
             if client is not None and not _is_loopback(client):
-                raise ApiError(403, "This server has no API keys and answers its own machine only; make one with `glide key`.", code="no_keys")
+                raise ApiError(
+                    403,
+                    "This server has no API keys and answers its own machine only; make one with `glide key`.",
+                    code="no_keys",
+                )
             return NOBODY
         kind, _, key = (authorization or "").partition(" ")
         if kind.lower() != "bearer" or not key:
-            raise ApiError(401, "An API key is needed, as the header `Authorization: Bearer KEY`.", code="missing_api_key",
-                           headers={"WWW-Authenticate": "Bearer"})
+            raise ApiError(
+                401,
+                "An API key is needed, as the header `Authorization: Bearer KEY`.",
+                code="missing_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
         digest = hashed(key.strip())
         name = None
-        for candidate, known in self.keys.items():       # all of them, so that the time tells nothing
+        for candidate, known in self.keys.items():  # all of them, so that the time tells nothing
             if hmac.compare_digest(digest, known.sha256):
                 name = candidate
         if name is None:
-            raise ApiError(401, "This API key is not known here.", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+            raise ApiError(
+                401,
+                "This API key is not known here.",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
         return name
 
     @contextmanager
@@ -62,8 +80,12 @@ class Admission:
             self._recent.setdefault(who, deque()).append((began, images))
         try:
             yield
-            spent = (self._clock() - began) / self.inside[model]       # Little's law: latency over how many share it
-            self._pace[model] = PACE_MEMORY * self._pace.get(model, spent) + (1 - PACE_MEMORY) * spent
+            spent = (self._clock() - began) / self.inside[
+                model
+            ]  # Little's law: latency over how many share it
+            self._pace[model] = (
+                PACE_MEMORY * self._pace.get(model, spent) + (1 - PACE_MEMORY) * spent
+            )
         finally:
             self.inside[model] -= images
             self._by_key[who] -= images
@@ -73,35 +95,53 @@ class Admission:
         if key is not None:
             for limit, when in ((key.at_once, "made at once"), (key.per_minute, "a minute")):
                 if limit and images > limit:
-                    raise ApiError(400, f"This key may have {limit} images {when} and this request asks for {images} (n, times best_of if that is given); "
-                                        f"ask for fewer.", "n")
+                    raise ApiError(
+                        400,
+                        f"This key may have {limit} images {when} and this request asks for {images} (n, times best_of if that is given); "
+                        f"ask for fewer.",
+                        "n",
+                    )
         inside, pace = self.inside[model], self._pace.get(model, 1.0)
         if inside and inside + images > self.capacity[model]:
-            raise _busy("All places are taken; try again soon.", (inside + images - self.capacity[model]) * pace)
+            raise _busy(
+                "All places are taken; try again soon.",
+                (inside + images - self.capacity[model]) * pace,
+            )
         if key is None:
             return
         # As with the places, a request by itself is let in: it lies within the key's limit, though perhaps not within this replica's part.
         mine = self._by_key[who]
         if key.at_once and mine and mine + images > self._part(key.at_once):
-            raise _busy(f"This key may have {key.at_once} images made at once; wait for the others.", images * pace)
+            raise _busy(
+                f"This key may have {key.at_once} images made at once; wait for the others.",
+                images * pace,
+            )
         if key.per_minute:
             recent, now = self._recent.setdefault(who, deque()), self._clock()
             while recent and recent[0][0] <= now - 60:
                 recent.popleft()
             if recent and sum(count for _, count in recent) + images > self._part(key.per_minute):
-                raise _busy(f"This key may ask for {key.per_minute} images a minute.", recent[0][0] + 60 - now)
+                raise _busy(
+                    f"This key may ask for {key.per_minute} images a minute.",
+                    recent[0][0] + 60 - now,
+                )
 
     def _part(self, limit: int) -> int:
         return max(1, limit // self.shares)
 
 
 def _busy(message: str, seconds: float) -> ApiError:
-    return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(max(1, math.ceil(seconds)))})
+    return ApiError(
+        429,
+        message,
+        code="rate_limit_exceeded",
+        headers={"Retry-After": str(max(1, math.ceil(seconds)))},
+    )
 
 
 def _is_loopback(client: str) -> bool:
     try:
         address = ipaddress.ip_address(client)
-    except ValueError:       # a socket's path, or a test's name: not from another machine
+    except ValueError:  # a socket's path, or a test's name: not from another machine
         return True
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback

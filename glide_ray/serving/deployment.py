@@ -41,13 +41,14 @@ from .stages import LANES, Base, Stage, StageResult, Upsampler
 from .state import ServerState, Show
 
 APP = "glide"
-START_SECONDS = 180      # for all replicas to have loaded their weights
-TRIES = 10               # of one stage's work, when replicas die under it: what kills each replica that it meets is given up then
-STATE_SECONDS = 2        # in which a replica says how it is
-HEALTH_SECONDS = 2       # between two looks at a replica, and at how many there are
+START_SECONDS = 180  # for all replicas to have loaded their weights
+TRIES = 10  # of one stage's work, when replicas die under it: what kills each replica that it meets is given up then
+STATE_SECONDS = 2  # in which a replica says how it is
+HEALTH_SECONDS = 2  # between two looks at a replica, and at how many there are
 
 
 # -- the deployed models ---------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Served:
@@ -63,12 +64,19 @@ class Served:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return (self.maker.base.image_size, *((self.maker.upsampler.image_size,) if self.maker.upsampler else ()))
+        return (
+            self.maker.base.image_size,
+            *((self.maker.upsampler.image_size,) if self.maker.upsampler else ()),
+        )
 
     @classmethod
     def read(cls, config: ServedModel, precision: str, name: str | None = None) -> Served:
         """Raises UserError where weights are missing, broken or of the wrong kind."""
-        maker = Maker.read({role: getattr(config, role) for role in ("base", "upsampler", "clip")}, precision, "server")
+        maker = Maker.read(
+            {role: getattr(config, role) for role in ("base", "upsampler", "clip")},
+            precision,
+            "server",
+        )
         return cls(name or maker.base.name, config, maker)
 
 
@@ -76,17 +84,34 @@ def read_models(config: ServeConfig) -> dict[str, Served]:
     """All models by the names that clients give; the first is the one of requests that name none."""
     first = Served.read(config, config.precision)
     if first.name in config.more_models:
-        raise UserError(f"more_models has a model named {first.name!r}, as the first one is; give it another name.")
-    return {first.name: first} | {name: Served.read(model, config.precision, name) for name, model in config.more_models.items()}
+        raise UserError(
+            f"more_models has a model named {first.name!r}, as the first one is; give it another name."
+        )
+    return {first.name: first} | {
+        name: Served.read(model, config.precision, name)
+        for name, model in config.more_models.items()
+    }
 
 
 # -- asking the stages ------------------------------------------------------------------------------------------------
 
+
 class RayBackend:
     """One model's stages. What a replica had when it died is done again on another, with the same seed: the picture is the same."""
 
-    def __init__(self, served: Served, base: DeploymentHandle, upsampler: DeploymentHandle | None, metrics: Metrics):
-        self.name, self.maker, self.sizes, self.clip = served.name, served.maker, served.sizes, served.clip
+    def __init__(
+        self,
+        served: Served,
+        base: DeploymentHandle,
+        upsampler: DeploymentHandle | None,
+        metrics: Metrics,
+    ):
+        self.name, self.maker, self.sizes, self.clip = (
+            served.name,
+            served.maker,
+            served.sizes,
+            served.clip,
+        )
         self.base, self.upsampler, self._metrics = base, upsampler, metrics
 
     async def make(self, job: Job, show: Show | None = None) -> GeneratedImage:
@@ -98,22 +123,37 @@ class RayBackend:
         else:
             small = await self._stage("base", replace(job, previews=in_base), show)
         if not both:
-            return GeneratedImage(small.pixels, job.seed, {"base": small.sha256}, {"base": small.seconds})
+            return GeneratedImage(
+                small.pixels, job.seed, {"base": small.sha256}, {"base": small.seconds}
+            )
         if job.previews:
             show(small.pixels)
-        large = await self._stage("upsampler", replace(job, previews=max(0, job.previews - in_base - 1)), show, small.pixels)
-        return GeneratedImage(large.pixels, job.seed, {"base": small.sha256, "upsampler": large.sha256},
-                       {"base": small.seconds, "upsampler": large.seconds})
+        large = await self._stage(
+            "upsampler",
+            replace(job, previews=max(0, job.previews - in_base - 1)),
+            show,
+            small.pixels,
+        )
+        return GeneratedImage(
+            large.pixels,
+            job.seed,
+            {"base": small.sha256, "upsampler": large.sha256},
+            {"base": small.seconds, "upsampler": large.seconds},
+        )
 
     async def _best(self, job: Job) -> tuple[Job, StageResult]:
         """Of so many small pictures the one that CLIP scores highest, as a job of its own seed."""
         jobs = [replace(job, seed=(job.seed + k) % 2**63, previews=0) for k in range(job.best_of)]
         made = await together([self._stage("base", one, None) for one in jobs])
-        scores = await self._again("base", lambda: self.base.score.remote([one.pixels for one in made], job.prompt))
+        scores = await self._again(
+            "base", lambda: self.base.score.remote([one.pixels for one in made], job.prompt)
+        )
         best = int(np.argmax(scores))
         return replace(jobs[best], previews=job.previews), made[best]
 
-    async def _stage(self, stage: str, job: Job, show: Show | None, *inputs: np.ndarray) -> StageResult:
+    async def _stage(
+        self, stage: str, job: Job, show: Show | None, *inputs: np.ndarray
+    ) -> StageResult:
         handle: DeploymentHandle = getattr(self, stage)
         if not job.previews:
             return await self._again(stage, lambda: handle.make.remote(job, *inputs))
@@ -126,38 +166,67 @@ class RayBackend:
                 if isinstance(item, StageResult):
                     return item
                 seen += 1
-                if seen > shown:       # begun again on another replica, the first ones come again
+                if seen > shown:  # begun again on another replica, the first ones come again
                     shown = seen
                     show(item)
-        return await self._again(stage, lambda: handle.options(stream=True).watch.remote(job, *inputs), watched)
 
-    async def _again(self, stage: str, ask: Callable[[], DeploymentResponse | DeploymentResponseGenerator],
-                     read: Callable[[Any], Awaitable[Any]] = lambda response: response) -> Any:
+        return await self._again(
+            stage, lambda: handle.options(stream=True).watch.remote(job, *inputs), watched
+        )
+
+    async def _again(
+        self,
+        stage: str,
+        ask: Callable[[], DeploymentResponse | DeploymentResponseGenerator],
+        read: Callable[[Any], Awaitable[Any]] = lambda response: response,
+    ) -> Any:
         for attempt in range(TRIES):
             try:
                 response = ask()
                 return await read(response)
-            except asyncio.CancelledError:       # of whoever waits: Serve would have the replica go on
-                with suppress(Exception):        # it may have failed in the same moment
+            except asyncio.CancelledError:  # of whoever waits: Serve would have the replica go on
+                with suppress(Exception):  # it may have failed in the same moment
                     response.cancel()
                 raise
-            except RequestError as error:        # as Ray raises it, its text holds the replica's traceback
+            except (
+                RequestError
+            ) as error:  # as Ray raises it, its text holds the replica's traceback
                 raise getattr(error, "cause", error) from None
             except (RayActorError, DeploymentUnavailableError):
                 self._metrics.retry(self.name, stage)
                 await asyncio.sleep(min(2.0, 0.05 * 2**attempt))
-        raise ApiError(503, f"The replica of the {stage} stage was lost {TRIES} times with this request; try again later.", code="replica_lost",
-                       headers={"Retry-After": "10"})
+        raise ApiError(
+            503,
+            f"The replica of the {stage} stage was lost {TRIES} times with this request; try again later.",
+            code="replica_lost",
+            headers={"Retry-After": "10"},
+        )
 
 
 class Ingress(ServerState):
     """The HTTP state; `build_application` binds it to the API's routes."""
 
-    def __init__(self, config: ServeConfig, served: Mapping[str, Served], handles: Mapping[str, tuple[DeploymentHandle, ...]], keys: Mapping[str, Key]):
+    def __init__(
+        self,
+        config: ServeConfig,
+        served: Mapping[str, Served],
+        handles: Mapping[str, tuple[DeploymentHandle, ...]],
+        keys: Mapping[str, Key],
+    ):
         self._config, metrics = config, Metrics(serve.get_replica_context().replica_tag)
-        backends = {name: RayBackend(served[name], *(*stages, None)[:2], metrics) for name, stages in handles.items()}
-        super().__init__(backends, Admission(keys, {name: self._room(config.max_in_flight) for name in backends}), metrics)
-        for logger in ("httpx", "ray.serve"):       # a line for every hop says nothing that ours does not
+        backends = {
+            name: RayBackend(served[name], *(*stages, None)[:2], metrics)
+            for name, stages in handles.items()
+        }
+        super().__init__(
+            backends,
+            Admission(keys, {name: self._room(config.max_in_flight) for name in backends}),
+            metrics,
+        )
+        for logger in (
+            "httpx",
+            "ray.serve",
+        ):  # a line for every hop says nothing that ours does not
             logging.getLogger(logger).setLevel(logging.WARNING)
         logging.getLogger("ray.serve.glide").setLevel(logging.INFO)
 
@@ -167,18 +236,30 @@ class Ingress(ServerState):
 
     async def check_health(self) -> None:
         """Serve asks every few seconds; a good moment to see which replicas there are, and so how much can be admitted."""
-        with suppress(Exception):       # whatever ails the others, this replica is well
+        with suppress(Exception):  # whatever ails the others, this replica is well
             (loads, _), ingresses = await asyncio.gather(self.stages(), self._ask_ingresses("here"))
             self.admission.shares = len(ingresses) or self.admission.shares
             for name, backend in self.models.items():
-                rooms = [sum(self._room(one.load.width) for one in loads if (one.model, one.stage) == (name, stage)) for stage in _roles(backend)]
+                rooms = [
+                    sum(
+                        self._room(one.load.width)
+                        for one in loads
+                        if (one.model, one.stage) == (name, stage)
+                    )
+                    for stage in _roles(backend)
+                ]
                 if all(rooms):
                     self.admission.capacity[name] = max(1, min(rooms) // self.admission.shares)
 
     async def stages(self) -> tuple[list[StageLoad], bool]:
         """The loads of all replicas that answer, and whether every stage has one."""
-        asked = await asyncio.gather(*[_all_replicas(getattr(backend, stage), "state", StageLoad)
-                                       for backend in self.models.values() for stage in _roles(backend)])
+        asked = await asyncio.gather(
+            *[
+                _all_replicas(getattr(backend, stage), "state", StageLoad)
+                for backend in self.models.values()
+                for stage in _roles(backend)
+            ]
+        )
         return [load for loads in asked for load in loads], all(asked)
 
     async def texts(self) -> list[str]:
@@ -194,7 +275,11 @@ class Ingress(ServerState):
         return "here"
 
     async def _ask_ingresses(self, method: str) -> list[str]:
-        return await _all_replicas(serve.get_deployment_handle("ingress", serve.get_replica_context().app_name), method, str)
+        return await _all_replicas(
+            serve.get_deployment_handle("ingress", serve.get_replica_context().app_name),
+            method,
+            str,
+        )
 
 
 def _roles(backend: RayBackend) -> tuple[str, ...]:
@@ -204,7 +289,9 @@ def _roles(backend: RayBackend) -> tuple[str, ...]:
 async def _all_replicas(handle: DeploymentHandle, method: str, kind: type) -> list:
     """What each replica answers; those that do not are left out."""
     try:
-        answers = await handle.broadcast(method).results_async(timeout_s=STATE_SECONDS, return_exceptions=True)
+        answers = await handle.broadcast(method).results_async(
+            timeout_s=STATE_SECONDS, return_exceptions=True
+        )
     except (TimeoutError, DeploymentUnavailableError, RayActorError):
         return []
     return [answer for answer in answers if isinstance(answer, kind)]
@@ -212,7 +299,10 @@ async def _all_replicas(handle: DeploymentHandle, method: str, kind: type) -> li
 
 # -- deploying --------------------------------------------------------------------------------------------------------
 
-def build_application(config: ServeConfig, kinds: tuple[type[Stage], type[Stage]] = (Base, Upsampler)) -> serve.Application:
+
+def build_application(
+    config: ServeConfig, kinds: tuple[type[Stage], type[Stage]] = (Base, Upsampler)
+) -> serve.Application:
     """The application for these weights. `kinds`: what its stages are.
 
     Raises UserError where weights are missing, broken or of the wrong kind, or where strangers could ask.
@@ -221,9 +311,14 @@ def build_application(config: ServeConfig, kinds: tuple[type[Stage], type[Stage]
     _check_host(config, keys)
     gpus = ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0
     share = _share_of_gpu(gpus, served)
-    handles = {name: _stages(model, config, kinds, share, prefix="" if n == 0 else f"{name}-") for n, (name, model) in enumerate(served.items())}
+    handles = {
+        name: _stages(model, config, kinds, share, prefix="" if n == 0 else f"{name}-")
+        for n, (name, model) in enumerate(served.items())
+    }
     ingress = serve.deployment(serve.ingress(_routes(config, served))(Ingress))
-    return ingress.options(name="ingress", **_options(config.ingress_scale, 256, 64, 0, config)).bind(config, served, handles, keys)
+    return ingress.options(
+        name="ingress", **_options(config.ingress_scale, 256, 64, 0, config)
+    ).bind(config, served, handles, keys)
 
 
 def app(args: dict[str, Any]) -> serve.Application:
@@ -232,32 +327,91 @@ def app(args: dict[str, Any]) -> serve.Application:
 
 
 def _routes(config: ServeConfig, served: Mapping[str, Served]) -> FastAPI:
-    sizes, makers = {size for model in served.values() for size in model.sizes}, [model.maker for model in served.values()]
-    timesteps = (max(maker.base.diffusion.steps for maker in makers),
-                 max((maker.upsampler.diffusion.steps for maker in makers if maker.upsampler), default=TIMESTEPS))
-    return build_api(lambda: serve.get_replica_context().servable_object, config, sorted(sizes), any(model.clip for model in served.values()), timesteps)
+    sizes, makers = (
+        {size for model in served.values() for size in model.sizes},
+        [model.maker for model in served.values()],
+    )
+    timesteps = (
+        max(maker.base.diffusion.steps for maker in makers),
+        max(
+            (maker.upsampler.diffusion.steps for maker in makers if maker.upsampler),
+            default=TIMESTEPS,
+        ),
+    )
+    return build_api(
+        lambda: serve.get_replica_context().servable_object,
+        config,
+        sorted(sizes),
+        any(model.clip for model in served.values()),
+        timesteps,
+    )
 
 
-def _stages(model: Served, config: ServeConfig, kinds: tuple[type[Stage], type[Stage]], share: float, prefix: str) -> tuple[serve.Application, ...]:
+def _stages(
+    model: Served,
+    config: ServeConfig,
+    kinds: tuple[type[Stage], type[Stage]],
+    share: float,
+    prefix: str,
+) -> tuple[serve.Application, ...]:
     own, made, room = model.config, [], config.max_in_flight + config.max_waiting
-    for kind, scale, path, clip in zip(kinds, (own.base_scale, own.upsampler_scale), (own.base, own.upsampler), (own.clip, None), strict=True):
+    for kind, scale, path, clip in zip(
+        kinds,
+        (own.base_scale, own.upsampler_scale),
+        (own.base, own.upsampler),
+        (own.clip, None),
+        strict=True,
+    ):
         if path is not None:
-            options = _options(scale, 2 * room, target(config, share if scale.gpus is None else scale.gpus), share, config)
-            made.append(serve.deployment(kind).options(name=prefix + kind.role, **options).bind(
-                model.name, shipped.absolute(path), config.precision, config.max_in_flight, clip and absolute(clip)))
+            options = _options(
+                scale,
+                2 * room,
+                target(config, share if scale.gpus is None else scale.gpus),
+                share,
+                config,
+            )
+            made.append(
+                serve.deployment(kind)
+                .options(name=prefix + kind.role, **options)
+                .bind(
+                    model.name,
+                    shipped.absolute(path),
+                    config.precision,
+                    config.max_in_flight,
+                    clip and absolute(clip),
+                )
+            )
     return tuple(made)
 
 
-def _options(scale: Scale, ongoing: int, target: int, share: float, config: ServeConfig) -> dict[str, Any]:
+def _options(
+    scale: Scale, ongoing: int, target: int, share: float, config: ServeConfig
+) -> dict[str, Any]:
     """How Serve runs a deployment: at most `ongoing` requests in a replica, another replica when there are more than `target` in each."""
-    options = {"max_ongoing_requests": ongoing, "max_queued_requests": -1,       # the gate bounds what is inside
-               "ray_actor_options": {"num_cpus": scale.cpus, "num_gpus": share if scale.gpus is None else scale.gpus},
-               "health_check_period_s": HEALTH_SECONDS, "graceful_shutdown_timeout_s": config.drain_seconds, "graceful_shutdown_wait_loop_s": 0.2}
+    options = {
+        "max_ongoing_requests": ongoing,
+        "max_queued_requests": -1,  # the gate bounds what is inside
+        "ray_actor_options": {
+            "num_cpus": scale.cpus,
+            "num_gpus": share if scale.gpus is None else scale.gpus,
+        },
+        "health_check_period_s": HEALTH_SECONDS,
+        "graceful_shutdown_timeout_s": config.drain_seconds,
+        "graceful_shutdown_wait_loop_s": 0.2,
+    }
     if scale.min_replicas == scale.max_replicas:
         return options | {"num_replicas": scale.min_replicas}
-    return options | {"autoscaling_config": AutoscalingConfig(
-        min_replicas=scale.min_replicas, max_replicas=scale.max_replicas, target_ongoing_requests=target, upscale_delay_s=scale.up_after,
-        downscale_delay_s=scale.down_after, metrics_interval_s=1, look_back_period_s=3)}
+    return options | {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=scale.min_replicas,
+            max_replicas=scale.max_replicas,
+            target_ongoing_requests=target,
+            upscale_delay_s=scale.up_after,
+            downscale_delay_s=scale.down_after,
+            metrics_interval_s=1,
+            look_back_period_s=3,
+        )
+    }
 
 
 def target(config: ServeConfig, gpus: float) -> int:
@@ -267,21 +421,34 @@ def target(config: ServeConfig, gpus: float) -> int:
 
 def _share_of_gpu(gpus: float, served: Mapping[str, Served]) -> float:
     """A whole GPU for each replica that must be there, or equal parts where there are too few."""
-    wanted = sum(scale.min_replicas for model in served.values() for scale in (model.config.base_scale, model.config.upsampler_scale)[:len(model.sizes)]
-                 if scale.gpus is None)
+    wanted = sum(
+        scale.min_replicas
+        for model in served.values()
+        for scale in (model.config.base_scale, model.config.upsampler_scale)[: len(model.sizes)]
+        if scale.gpus is None
+    )
     return 0 if not gpus or not wanted else 1 if gpus >= wanted else int(100 * gpus / wanted) / 100
 
 
 def cpus(config: ServeConfig) -> int:
     """What all replicas take when there are as many as there may be."""
-    scales = [config.ingress_scale, *(scale for model in (config, *config.more_models.values()) for scale in (model.base_scale, model.upsampler_scale))]
+    scales = [
+        config.ingress_scale,
+        *(
+            scale
+            for model in (config, *config.more_models.values())
+            for scale in (model.base_scale, model.upsampler_scale)
+        ),
+    ]
     return math.ceil(sum(scale.max_replicas * scale.cpus for scale in scales))
 
 
 def _check_host(config: ServeConfig, keys: Mapping[str, Key]) -> None:
     if not keys and config.host not in ("127.0.0.1", "localhost", "::1"):
-        raise UserError(f"Without API keys the server answers this machine only, and not on {config.host}; make a key with `glide key NAME` and give "
-                        f"its file, or leave the host at 127.0.0.1.")
+        raise UserError(
+            f"Without API keys the server answers this machine only, and not on {config.host}; make a key with `glide key NAME` and give "
+            f"its file, or leave the host at 127.0.0.1."
+        )
 
 
 @contextmanager
@@ -314,13 +481,21 @@ def _check_address(url: str) -> None:
     try:
         httpx.get(f"{url}/healthz", timeout=30)
     except httpx.HTTPError:
-        raise UserError(f"Nothing answers at {url}: this cluster's Serve was started with another address and keeps it; give that one, or run "
-                        f"`serve shutdown` where its other applications may end.") from None
+        raise UserError(
+            f"Nothing answers at {url}: this cluster's Serve was started with another address and keeps it; give that one, or run "
+            f"`serve shutdown` where its other applications may end."
+        ) from None
 
 
 def deploy(application: serve.Application, name: str = APP, route_prefix: str = "/") -> None:
     """Run the application, or put it in the place of the one that runs, replica by replica. Raises UserError where it does not start."""
-    serve.run(application, name=name, route_prefix=route_prefix, blocking=False, logging_config={"log_level": "WARNING"})
+    serve.run(
+        application,
+        name=name,
+        route_prefix=route_prefix,
+        blocking=False,
+        logging_config={"log_level": "WARNING"},
+    )
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         status = serve.status().applications[name]
@@ -329,4 +504,6 @@ def deploy(application: serve.Application, name: str = APP, route_prefix: str = 
         if status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             break
         time.sleep(0.2)
-    raise UserError(f"The application did not start: {serve.status().applications[name].message[-500:]}")
+    raise UserError(
+        f"The application did not start: {serve.status().applications[name].message[-500:]}"
+    )

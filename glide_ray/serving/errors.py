@@ -17,8 +17,11 @@ from ..sampling.cascade import RequestError
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 # Fields that only some servers have, and why this one may not.
-WANTING = {"best_of": "best_of needs a CLIP model, and this server has none.", "clip_scale": "clip_scale needs a CLIP model, and this server has none.",
-           "strength": "strength is for edits and variations: a generation begins from noise."}
+WANTING = {
+    "best_of": "best_of needs a CLIP model, and this server has none.",
+    "clip_scale": "clip_scale needs a CLIP model, and this server has none.",
+    "strength": "strength is for edits and variations: a generation begins from noise.",
+}
 log = logging.getLogger("ray.serve.glide")
 
 
@@ -38,7 +41,14 @@ class ErrorBody(BaseModel):
 class ApiError(HTTPException):
     """An answer other than 200."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
         super().__init__(status, message, headers)
         kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.status = status
@@ -63,8 +73,10 @@ def handle_errors(api: FastAPI, fields: Sequence[str]) -> None:
 
     @api.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException):
-        message = {404: f"There is nothing at {request.url.path}; see /docs.",
-                   405: f"{request.method} is not answered at {request.url.path}; see /docs."}.get(error.status_code, str(error.detail))
+        message = {
+            404: f"There is nothing at {request.url.path}; see /docs.",
+            405: f"{request.method} is not answered at {request.url.path}; see /docs.",
+        }.get(error.status_code, str(error.detail))
         return ApiError(error.status_code, message, headers=error.headers).response
 
 
@@ -77,8 +89,13 @@ def answer_of(request_id: str, error: Exception) -> ApiError:
 
 def failure(request_id: str, error: Exception) -> ApiError:
     """A fault of ours: the reason goes to the log, and the client gets the id to ask about."""
-    log.error(json.dumps({"event": "failure", "id": request_id, "error": type(error).__name__}), exc_info=error)
-    return ApiError(500, f"The server failed at this request; its log has the reason under the id {request_id}.")
+    log.error(
+        json.dumps({"event": "failure", "id": request_id, "error": type(error).__name__}),
+        exc_info=error,
+    )
+    return ApiError(
+        500, f"The server failed at this request; its log has the reason under the id {request_id}."
+    )
 
 
 def refusal(errors: Sequence[dict], known: Sequence[str]) -> ApiError:
@@ -89,9 +106,20 @@ def refusal(errors: Sequence[dict], known: Sequence[str]) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, "The body is not valid JSON.", None, "invalid_json")
     if first["type"] == "extra_forbidden":
-        return ApiError(400, WANTING.get(param) or f"There is no field {param!r}; {nearest(param, known)}", param, "unknown_parameter")
+        return ApiError(
+            400,
+            WANTING.get(param) or f"There is no field {param!r}; {nearest(param, known)}",
+            param,
+            "unknown_parameter",
+        )
     if first["type"] == "missing":
-        return ApiError(400, f"{param or 'The body'} is missing.", param, "missing_required_parameter")
+        return ApiError(
+            400, f"{param or 'The body'} is missing.", param, "missing_required_parameter"
+        )
     given = repr(first["input"])
-    shown = f" (given: {given[:40]}{'...' if len(given) > 40 else ''})" if not isinstance(first["input"], dict) else ""
+    shown = (
+        f" (given: {given[:40]}{'...' if len(given) > 40 else ''})"
+        if not isinstance(first["input"], dict)
+        else ""
+    )
     return ApiError(400, f"{param or 'The body'}: {first['msg']}{shown}.", param, "invalid_value")

@@ -13,10 +13,17 @@ from ..sampling.engine import Load
 from .admission import Admission
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 2, 3, 5, 8, 13, 20, 30, 60, 120, 300)
-LOADS = {"in_flight": "samples on the way", "queued": "samples that wait", "width": "samples that one step can advance",
-         "steps": "network steps", "sample_steps": "steps of all samples; divided by width and steps, how full the steps were",
-         "busy_seconds": "seconds spent on steps", "finished": "samples finished", "cancelled": "samples whose client left",
-         "failed": "samples that a fault ended"}
+LOADS = {
+    "in_flight": "samples on the way",
+    "queued": "samples that wait",
+    "width": "samples that one step can advance",
+    "steps": "network steps",
+    "sample_steps": "steps of all samples; divided by width and steps, how full the steps were",
+    "busy_seconds": "seconds spent on steps",
+    "finished": "samples finished",
+    "cancelled": "samples whose client left",
+    "failed": "samples that a fault ended",
+}
 GAUGES = ("in_flight", "queued", "width")
 
 
@@ -35,14 +42,41 @@ class Metrics:
 
     def __init__(self, replica: str = "0"):
         self.registry, self._replica = CollectorRegistry(), {"replica": replica}
-        self._requests = self._make(Counter, "glide_requests", "requests answered", "path", "status")
-        self._seconds = self._make(Histogram, "glide_request_seconds", "seconds until a request was answered", "path", buckets=SECONDS)
-        self._stages = self._make(Histogram, "glide_stage_seconds", "seconds of an image in each stage, its wait included", "model", "stage", buckets=SECONDS)
+        self._requests = self._make(
+            Counter, "glide_requests", "requests answered", "path", "status"
+        )
+        self._seconds = self._make(
+            Histogram,
+            "glide_request_seconds",
+            "seconds until a request was answered",
+            "path",
+            buckets=SECONDS,
+        )
+        self._stages = self._make(
+            Histogram,
+            "glide_stage_seconds",
+            "seconds of an image in each stage, its wait included",
+            "model",
+            "stage",
+            buckets=SECONDS,
+        )
         self._images = self._make(Counter, "glide_images", "images made", "model", "task")
-        self._retries = self._make(Counter, "glide_retries", "images begun again because their replica had gone", "model", "stage")
-        self._left = self._make(Counter, "glide_clients_left", "requests whose client left before the answer")
-        self._inside = self._make(Gauge, "glide_images_inside", "images admitted and not answered yet", "model")
-        self._capacity = self._make(Gauge, "glide_images_capacity", "images that are admitted at once", "model")
+        self._retries = self._make(
+            Counter,
+            "glide_retries",
+            "images begun again because their replica had gone",
+            "model",
+            "stage",
+        )
+        self._left = self._make(
+            Counter, "glide_clients_left", "requests whose client left before the answer"
+        )
+        self._inside = self._make(
+            Gauge, "glide_images_inside", "images admitted and not answered yet", "model"
+        )
+        self._capacity = self._make(
+            Gauge, "glide_images_capacity", "images that are admitted at once", "model"
+        )
 
     def _make(self, kind, name, help, *labels, **options):
         return kind(name, help, ["replica", *labels], registry=self.registry, **options)
@@ -88,9 +122,13 @@ def _joined(texts: Iterable[str]) -> list[Metric]:
     families: dict[str, Metric] = {}
     for text in texts:
         for family in text_string_to_metric_families(text):
-            if family.name.endswith("_created"):       # when each series began: of no use to anybody here
+            if family.name.endswith(
+                "_created"
+            ):  # when each series began: of no use to anybody here
                 continue
-            families.setdefault(family.name, Metric(family.name, family.documentation, family.type)).samples += family.samples
+            families.setdefault(
+                family.name, Metric(family.name, family.documentation, family.type)
+            ).samples += family.samples
     return list(families.values())
 
 

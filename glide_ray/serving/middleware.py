@@ -15,10 +15,10 @@ from ..config.serving import ServeConfig
 from .errors import ApiError, failure
 from .state import ServerState
 
-OPEN = ("/healthz", "/readyz", "/docs", "/openapi.json")      # what needs no key
+OPEN = ("/healthz", "/readyz", "/docs", "/openapi.json")  # what needs no key
 MAX_JSON_BYTES = 2**20
-FORM_BYTES = 2**16           # that a form has beside its files
-BODY_SECONDS = 60            # in which a body must have come
+FORM_BYTES = 2**16  # that a form has beside its files
+BODY_SECONDS = 60  # in which a body must have come
 log = logging.getLogger("ray.serve.glide")
 
 
@@ -31,8 +31,12 @@ class RequestMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        given = headers.get("x-request-id")      # Ray Serve gives each request one, and sends it back by itself
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        given = headers.get(
+            "x-request-id"
+        )  # Ray Serve gives each request one, and sends it back by itself
         told = scope["glide"] = {"id": given or secrets.token_hex(8)}
         began, status, state = time.monotonic(), 0, self.state()
 
@@ -41,35 +45,54 @@ class RequestMiddleware:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if given is None:
-                    message = {**message, "headers": [*message["headers"], (b"x-request-id", told["id"].encode())]}
+                    message = {
+                        **message,
+                        "headers": [*message["headers"], (b"x-request-id", told["id"].encode())],
+                    }
             await send(message)
 
         try:
             try:
                 if scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN:
-                    told["key"] = state.admission.who(headers.get("authorization"), (scope.get("client") or (None,))[0])
+                    told["key"] = state.admission.who(
+                        headers.get("authorization"), (scope.get("client") or (None,))[0]
+                    )
                 await self.app(scope, self._bounded(headers, receive), answer)
             except ApiError as error:
                 await error.response(scope, receive, answer)
             except Exception as error:
-                if status:       # the answer has begun; its client sees it end early
+                if status:  # the answer has begun; its client sees it end early
                     raise
                 await failure(told["id"], error).response(scope, receive, answer)
         except asyncio.CancelledError:
-            status = 499         # the client left
+            status = 499  # the client left
             state.metrics.client_left()
             raise
         finally:
             seconds, route = time.monotonic() - began, getattr(scope.get("route"), "path", "other")
             state.metrics.request(route, status, seconds)
-            log.info(json.dumps({"event": "request", **told, "method": scope["method"], "path": scope["path"][:200], "status": status,
-                                 "seconds": round(seconds, 4)}))
+            log.info(
+                json.dumps(
+                    {
+                        "event": "request",
+                        **told,
+                        "method": scope["method"],
+                        "path": scope["path"][:200],
+                        "status": status,
+                        "seconds": round(seconds, 4),
+                    }
+                )
+            )
 
     def _bounded(self, headers: dict[str, str], receive: Receive) -> Receive:
         """Refuse a body that is too long, by what it says or by what comes, or that does not come to its end."""
         form = headers.get("content-type", "").startswith("multipart/")
         limit = 2 * self.config.max_upload_bytes + FORM_BYTES if form else MAX_JSON_BYTES
-        error = ApiError(413, f"The body is larger than {limit / 2**20:.3g} MiB; make it smaller.", code="too_large")
+        error = ApiError(
+            413,
+            f"The body is larger than {limit / 2**20:.3g} MiB; make it smaller.",
+            code="too_large",
+        )
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > limit:
             raise error
@@ -78,14 +101,19 @@ class RequestMiddleware:
         async def bounded() -> Message:
             nonlocal read, whole
             if whole:
-                return await receive()       # waits for the client to leave
+                return await receive()  # waits for the client to leave
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
             except asyncio.TimeoutError:
-                raise ApiError(408, f"The body did not come to its end within {BODY_SECONDS} seconds.", code="too_slow") from None
+                raise ApiError(
+                    408,
+                    f"The body did not come to its end within {BODY_SECONDS} seconds.",
+                    code="too_slow",
+                ) from None
             read += len(message.get("body", b""))
             whole = not message.get("more_body", False)
             if read > limit:
                 raise error
             return message
+
         return bounded

@@ -19,7 +19,7 @@ from ..errors import UserError, nearest
 from ..sampling.cascade import MAX_SCALE
 from .errors import ApiError, refusal
 
-MAX_BEST_OF = 64         # as the paper's app. E
+MAX_BEST_OF = 64  # as the paper's app. E
 FILES = ("image", "mask")
 
 
@@ -43,7 +43,9 @@ class Job:
     strength: float | None = None
     best_of: int = 1
     previews: int = 0
-    request: str = ""        # its id: images of one request count as one when it is decided who goes first
+    request: str = (
+        ""  # its id: images of one request count as one when it is decided who goes first
+    )
 
     @property
     def task(self) -> Literal["generate", "edit", "vary"]:
@@ -65,28 +67,48 @@ class ImageFields(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    model: str | None = Field(None, max_length=200, description="One of GET /v1/models; the first where it is left out.")
+    model: str | None = Field(
+        None, max_length=200, description="One of GET /v1/models; the first where it is left out."
+    )
     n: int | None = Field(1, ge=1)
     size: str | None = "auto"
-    response_format: Literal["b64_json", "url"] | None = Field("b64_json", description="A url is a data: URL, which holds the image itself.")
+    response_format: Literal["b64_json", "url"] | None = Field(
+        "b64_json", description="A url is a data: URL, which holds the image itself."
+    )
     output_format: Literal["png", "jpeg", "webp"] | None = "png"
-    output_compression: int | None = Field(None, ge=0, le=100, description="The quality of jpeg and webp; 95 where it is left out.")
+    output_compression: int | None = Field(
+        None, ge=0, le=100, description="The quality of jpeg and webp; 95 where it is left out."
+    )
     stream: bool | None = Field(False, description="Answer with server-sent events.")
-    partial_images: int | None = Field(0, ge=0, le=3, description="With stream: how many predictions to show on the way.")
+    partial_images: int | None = Field(
+        0, ge=0, le=3, description="With stream: how many predictions to show on the way."
+    )
     # As clients send them; there is nothing here for them to change.
-    quality: Literal["auto", "standard", "hd", "low", "medium", "high"] | None = Field(None, description="Accepted, not used: see steps.")
-    background: Literal["auto", "opaque"] | None = Field(None, description="Accepted, not used: pictures are opaque.")
+    quality: Literal["auto", "standard", "hd", "low", "medium", "high"] | None = Field(
+        None, description="Accepted, not used: see steps."
+    )
+    background: Literal["auto", "opaque"] | None = Field(
+        None, description="Accepted, not used: pictures are opaque."
+    )
     moderation: Literal["auto", "low"] | None = Field(None, description="Accepted, not used.")
     style: Literal["vivid", "natural"] | None = Field(None, description="Accepted, not used.")
     user: str | None = Field(None, max_length=512, description="Accepted, not used.")
     safety_identifier: str | None = Field(None, max_length=512, description="Accepted, not used.")
     # Beyond OpenAI's.
-    seed: int | None = Field(None, ge=0, lt=2**63, description="The same seed gives the same picture. With n, the seeds count up from it.")
+    seed: int | None = Field(
+        None,
+        ge=0,
+        lt=2**63,
+        description="The same seed gives the same picture. With n, the seeds count up from it.",
+    )
     steps: int | None = Field(None, ge=1)
     upsampler_steps: int | None = Field(None, ge=1)
-    sampler: Literal["ancestral", "ddim", "plms", "dpm++"] | None = Field(None, description="Of the base model.")
-    guidance_scale: float | None = Field(None, ge=0, le=MAX_SCALE, allow_inf_nan=False, description="1 is none, 3 usual.")
-
+    sampler: Literal["ancestral", "ddim", "plms", "dpm++"] | None = Field(
+        None, description="Of the base model."
+    )
+    guidance_scale: float | None = Field(
+        None, ge=0, le=MAX_SCALE, allow_inf_nan=False, description="1 is none, 3 usual."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -94,14 +116,24 @@ class ImageFields(BaseModel):
         """2.0 is a whole number to JSON, and to some clients the only way to write one."""
         if not isinstance(given, dict):
             return given
-        return {name: int(value) if isinstance(value, float) and value.is_integer() else value for name, value in given.items()}
+        return {
+            name: int(value) if isinstance(value, float) and value.is_integer() else value
+            for name, value in given.items()
+        }
 
 
 class ClipFields(BaseModel):
     """What servers with a CLIP model take beside."""
 
-    clip_scale: float | None = Field(None, ge=0, le=MAX_SCALE, allow_inf_nan=False, description="Of CLIP guidance; 0 is none.")
-    best_of: int | None = Field(None, ge=1, le=MAX_BEST_OF, description="Make so many for each image and answer the one that CLIP scores highest.")
+    clip_scale: float | None = Field(
+        None, ge=0, le=MAX_SCALE, allow_inf_nan=False, description="Of CLIP guidance; 0 is none."
+    )
+    best_of: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_BEST_OF,
+        description="Make so many for each image and answer the one that CLIP scores highest.",
+    )
 
 
 class Generation(ImageFields):
@@ -113,18 +145,28 @@ class Generation(ImageFields):
 class Edit(Generation):
     """Paint anew the transparent part of mask, or of image itself."""
 
-    input_fidelity: Literal["high", "low"] | None = Field(None, description="Accepted, not used: what is known is kept exactly.")
-    strength: float | None = Field(None, gt=0, le=1, description="Begin the painted part from the image under noise, so much of the way.")
+    input_fidelity: Literal["high", "low"] | None = Field(
+        None, description="Accepted, not used: what is known is kept exactly."
+    )
+    strength: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Begin the painted part from the image under noise, so much of the way.",
+    )
 
 
 class Variation(ImageFields):
     """A picture like another (SDEdit)."""
 
     prompt: str | None = Field("", max_length=32_000)
-    strength: float | None = Field(0.6, gt=0, le=1, description="How far from the image: 1 keeps nothing of it.")
+    strength: float | None = Field(
+        0.6, gt=0, le=1, description="How far from the image: 1 keeps nothing of it."
+    )
 
 
 # -- responses -------------------------------------------------------------------------------------
+
 
 class Image(BaseModel):
     """One image, as base64 or as a data: URL, and the seed that makes it again."""
@@ -147,27 +189,45 @@ class ImagesResponse(BaseModel):
     warnings: list[str] = []
 
 
-def narrowed(kind: type[ImageFields], config: ServeConfig, sizes: Sequence[int], clip: bool, timesteps: tuple[int, int]) -> type[ImageFields]:
+def narrowed(
+    kind: type[ImageFields],
+    config: ServeConfig,
+    sizes: Sequence[int],
+    clip: bool,
+    timesteps: tuple[int, int],
+) -> type[ImageFields]:
     """A form with this server's own bounds, which its OpenAPI then tells. `timesteps`: the most of any base model and of any upsampler."""
     bases = (kind, ClipFields) if clip else kind
-    return create_model(kind.__name__, __base__=bases, __doc__=kind.__doc__,
-                        n=(Annotated[int, Field(ge=1, le=config.max_images)] | None, 1),
-                        size=(Literal[("auto", *(f"{size}x{size}" for size in sorted(sizes)))] | None, "auto"),
-                        steps=(int | None, Field(None, ge=1, le=timesteps[0], description="Of the base model.")),
-                        upsampler_steps=(int | None, Field(None, ge=1, le=timesteps[1])))
+    return create_model(
+        kind.__name__,
+        __base__=bases,
+        __doc__=kind.__doc__,
+        n=(Annotated[int, Field(ge=1, le=config.max_images)] | None, 1),
+        size=(Literal[("auto", *(f"{size}x{size}" for size in sorted(sizes)))] | None, "auto"),
+        steps=(int | None, Field(None, ge=1, le=timesteps[0], description="Of the base model.")),
+        upsampler_steps=(int | None, Field(None, ge=1, le=timesteps[1])),
+    )
 
 
 # -- multipart forms --------------------------------------------------------------------------------------------------
 
+
 def form_schema(kind: type[ImageFields], files: Sequence[str]) -> dict:
     """The OpenAPI body of a form with these files, the first of which is required."""
     schema = kind.model_json_schema()
-    schema["properties"] = {**{name: {"type": "string", "format": "binary"} for name in files}, **schema["properties"]}
+    schema["properties"] = {
+        **{name: {"type": "string", "format": "binary"} for name in files},
+        **schema["properties"],
+    }
     schema["required"] = [files[0], *schema.get("required", [])]
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+    return {
+        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
+    }
 
 
-async def read_form(request: Request, kind: type[ImageFields], config: ServeConfig) -> tuple[ImageFields, dict[str, bytes]]:
+async def read_form(
+    request: Request, kind: type[ImageFields], config: ServeConfig
+) -> tuple[ImageFields, dict[str, bytes]]:
     """The fields and the files of a form, within the limits. Raises ApiError."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(400, "Images are sent as multipart/form-data, with the image as a file.")
@@ -177,14 +237,24 @@ async def read_form(request: Request, kind: type[ImageFields], config: ServeConf
     async with request.form(max_files=4, max_fields=40) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
-                name = name.removesuffix("[]")      # as clients write a list
+                name = name.removesuffix("[]")  # as clients write a list
                 if name not in FILES:
-                    raise ApiError(400, f"There is no field {name!r} for a file; {nearest(name, FILES)}", name)
+                    raise ApiError(
+                        400, f"There is no field {name!r} for a file; {nearest(name, FILES)}", name
+                    )
                 if name in files:
-                    raise ApiError(400, f"Only one {name} can be used at a time; send a request for each.", name)
+                    raise ApiError(
+                        400,
+                        f"Only one {name} can be used at a time; send a request for each.",
+                        name,
+                    )
                 files[name] = await value.read(config.max_upload_bytes + 1)
                 if len(files[name]) > config.max_upload_bytes:
-                    raise ApiError(413, f"The {name} is larger than {config.max_upload_bytes / 2**20:.3g} MiB; make it smaller.", name)
+                    raise ApiError(
+                        413,
+                        f"The {name} is larger than {config.max_upload_bytes / 2**20:.3g} MiB; make it smaller.",
+                        name,
+                    )
             elif name in FILES:
                 raise ApiError(400, f"{name} must be a file, not text.", name)
             elif name in fields:
@@ -212,6 +282,6 @@ def read_source(files: dict[str, bytes], config: ServeConfig, size: int, whole: 
         known = mask_of(mask)
     except UserError as error:
         raise ApiError(400, str(error), param) from None
-    if "mask" not in files:     # what is transparent has no colour that could be kept or shown
+    if "mask" not in files:  # what is transparent has no colour that could be kept or shown
         image = image.convert("RGBA")
     return Source(centre_crop(flatten(image), size), centre_crop_mask(known, size))

@@ -24,7 +24,7 @@ from ..storage import fingerprint
 from .metrics import StageLoad
 from .schema import Job
 
-LANES = 2      # samples that a CPU advances at once, each with its part of the cores
+LANES = 2  # samples that a CPU advances at once, each with its part of the cores
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,18 @@ class Stage(ABC):
     """One network in a replica, warm before the replica takes requests."""
 
     role: str
-    yields: int      # niceness on a CPU: what is nearer to its end goes first
+    yields: int  # niceness on a CPU: what is nearer to its end goes first
 
-    def __init__(self, model: str, path: str, precision: str, max_in_flight: int, clip: str | None = None):
-        if not torch.cuda.is_available():       # all stages share the cores, whatever Ray counts: a lane's threads do not wait for each other
+    def __init__(
+        self, model: str, path: str, precision: str, max_in_flight: int, clip: str | None = None
+    ):
+        if not torch.cuda.is_available():  # all stages share the cores, whatever Ray counts: a lane's threads do not wait for each other
             torch.set_num_threads(os.cpu_count() or 1)
             os.nice(self.yields)
         local = shipped.fetch(path, self.role)
-        stepper = cascade.load_stepper(local, self.role, precision, max_in_flight, fetch_clip(clip) if clip else None, LANES)
+        stepper = cascade.load_stepper(
+            local, self.role, precision, max_in_flight, fetch_clip(clip) if clip else None, LANES
+        )
         self.config, self.critic, self.device = stepper.config, stepper.critic, stepper.device
         stepper.warm(self._first())
         self._model, self._sha256, self._engine = model, fingerprint(local), Engine(stepper)
@@ -68,8 +72,11 @@ class Stage(ABC):
     async def watch(self, job: Job, *inputs) -> AsyncIterator[np.ndarray | StageResult]:
         """The same, with what is predicted on the way: `job.previews` images (S, S, 3), then what was made."""
         began, loop, seen = time.monotonic(), asyncio.get_running_loop(), asyncio.Queue()
-        request = replace(await asyncio.to_thread(self._request, job, *inputs), previews=job.previews,
-                          watch=lambda image: loop.call_soon_threadsafe(seen.put_nowait, to_uint8(image)))
+        request = replace(
+            await asyncio.to_thread(self._request, job, *inputs),
+            previews=job.previews,
+            watch=lambda image: loop.call_soon_threadsafe(seen.put_nowait, to_uint8(image)),
+        )
         made = asyncio.ensure_future(self._sampled(request, began))
         made.add_done_callback(seen.put_nowait)
         try:
@@ -91,7 +98,9 @@ class Stage(ABC):
 
     def state(self) -> StageLoad:
         """What this replica has to do and has done."""
-        return StageLoad(self._model, self.role, serve.get_replica_context().replica_tag, self._engine.load)
+        return StageLoad(
+            self._model, self.role, serve.get_replica_context().replica_tag, self._engine.load
+        )
 
 
 class Base(Stage):
@@ -105,16 +114,33 @@ class Base(Stage):
 
     def _request(self, job: Job) -> SampleRequest:
         if job.source is None:
-            made = cascade.base_request(self.config, job.prompt, job.seed, job.options, critic=self.critic)
+            made = cascade.base_request(
+                self.config, job.prompt, job.seed, job.options, critic=self.critic
+            )
         else:
             image, known = job.source.image, job.source.known_mask
-            made = cascade.edit_request(self.config, image, known, job.prompt, job.seed, job.options, critic=self.critic,
-                                        start=None if job.strength is None else image, strength=job.strength or 1.0)
+            made = cascade.edit_request(
+                self.config,
+                image,
+                known,
+                job.prompt,
+                job.seed,
+                job.options,
+                critic=self.critic,
+                start=None if job.strength is None else image,
+                strength=job.strength or 1.0,
+            )
         return replace(made, group=job.request)
 
     async def score(self, images: list[np.ndarray], prompt: str) -> list[float]:
         """CLIP's logit of each image with the prompt."""
-        return await asyncio.to_thread(cascade.clip_scores, self.critic, self.device, to_tensor(np.stack(images)), [prompt] * len(images))
+        return await asyncio.to_thread(
+            cascade.clip_scores,
+            self.critic,
+            self.device,
+            to_tensor(np.stack(images)),
+            [prompt] * len(images),
+        )
 
 
 class Upsampler(Stage):
@@ -125,9 +151,19 @@ class Upsampler(Stage):
 
     def _first(self) -> SampleRequest:
         size = self.config.low_res_size
-        return cascade.upsampler_request(self.config, "", 0, torch.zeros(3, size, size), SampleOptions(upsampler_steps=1))
+        return cascade.upsampler_request(
+            self.config, "", 0, torch.zeros(3, size, size), SampleOptions(upsampler_steps=1)
+        )
 
     def _request(self, job: Job, low_res: np.ndarray) -> SampleRequest:
         known = (None, None) if job.source is None else (job.source.image, job.source.known_mask)
-        made = cascade.upsampler_request(self.config, job.prompt, job.seed, to_tensor(low_res), job.options, known=known[0], known_mask=known[1])
+        made = cascade.upsampler_request(
+            self.config,
+            job.prompt,
+            job.seed,
+            to_tensor(low_res),
+            job.options,
+            known=known[0],
+            known_mask=known[1],
+        )
         return replace(made, group=job.request)

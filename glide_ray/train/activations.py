@@ -31,7 +31,7 @@ from .objectives import objective_of
 
 # As many images as the pass is followed with: a prime, so that what of a tensor's size is the batch can be told by division.
 IMAGES = 10_007
-Bytes = tuple[int, int, int]          # coefficients of 1, B and B * B, for B images
+Bytes = tuple[int, int, int]  # coefficients of 1, B and B * B, for B images
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,13 @@ def training_pass(preset: Preset, precision: str, device: str = "cuda") -> tuple
     The pass is run on the meta device, with the kernels that a CUDA device or a CPU takes where they save different tensors. Not for two
     threads at once, for it puts those kernels into `torch.nn.functional` for the time.
     """
-    key = (preset.model, preset.data.crop, preset.train.activation_checkpointing, precision, device == "cpu")
+    key = (
+        preset.model,
+        preset.data.crop,
+        preset.train.activation_checkpointing,
+        precision,
+        device == "cpu",
+    )
     if key not in _PASSES:
         _PASSES[key] = _follow(preset, precision, device == "cpu")
     return _PASSES[key]
@@ -74,15 +80,22 @@ def _follow(preset: Preset, precision: str, on_cpu: bool) -> tuple[Moment, ...]:
     model = meta_model(preset.model, precision)
     model.activation_checkpointing = preset.train.activation_checkpointing
     for module in model.modules():
-        if on_cpu and isinstance(module, GroupNorm):        # whose kernel for CPUs needs no float32 copies
+        if on_cpu and isinstance(
+            module, GroupNorm
+        ):  # whose kernel for CPUs needs no float32 copies
             module.normalised = partial(nn.GroupNorm.forward, module)
     if on_cpu:
-        model.memory_format = torch.contiguous_format           # as `GlideUNet` has it in training there
-    schedule = make_schedule(preset.model.diffusion.schedule, preset.model.diffusion.steps).to("meta")
+        model.memory_format = torch.contiguous_format  # as `GlideUNet` has it in training there
+    schedule = make_schedule(preset.model.diffusion.schedule, preset.model.diffusion.steps).to(
+        "meta"
+    )
     alive = _Alive(model)
     with alive, _kernels(on_cpu):
         batch = example_batch(preset, IMAGES, "meta")
-        i, noise = torch.zeros(IMAGES, dtype=torch.int64, device="meta"), torch.empty_like(batch.image)
+        i, noise = (
+            torch.zeros(IMAGES, dtype=torch.int64, device="meta"),
+            torch.empty_like(batch.image),
+        )
         with torch.autograd.graph.saved_tensors_hooks(alive.save, lambda tensor: tensor):
             losses = objective_of(preset)(model, schedule, batch, i, noise)
             loss = losses["loss"].mean()
@@ -96,10 +109,12 @@ class _Alive(TorchDispatchMode):
     def __init__(self, model: nn.Module):
         super().__init__()
         # A storage's power of the batch, its bytes over that, and whether it is saved. The parameters count elsewhere.
-        self._storages: dict[int, list] = {parameter.untyped_storage()._cdata: [0, 0, False] for parameter in model.parameters()}
+        self._storages: dict[int, list] = {
+            parameter.untyped_storage()._cdata: [0, 0, False] for parameter in model.parameters()
+        }
         self._totals = {True: [0, 0, 0], False: [0, 0, 0]}
         self._gradients = 0
-        self._most: list[Moment] = []         # among those with as many gradients
+        self._most: list[Moment] = []  # among those with as many gradients
         self._kept: list[Moment] = []
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(self._take)
@@ -116,7 +131,9 @@ class _Alive(TorchDispatchMode):
 
     def save(self, tensor: Tensor) -> Tensor:
         """What autograd keeps for the backward pass. Detached, for an output that its own node kept would never be freed."""
-        power, size, saved = entry = self._storages.get(tensor.untyped_storage()._cdata, [0, 0, True])
+        power, size, saved = entry = self._storages.get(
+            tensor.untyped_storage()._cdata, [0, 0, True]
+        )
         if not saved:
             entry[2] = True
             self._totals[False][power] -= size
@@ -154,19 +171,24 @@ class _Alive(TorchDispatchMode):
 
 def _covers(one: Moment, other: Moment) -> bool:
     """Whether at least as much is saved, and alive in all, at `one` as at `other`, whatever the batch."""
-    return all(a >= c and a + b >= c + d for a, b, c, d in zip(one.saved, one.rest, other.saved, other.rest, strict=True))
+    return all(
+        a >= c and a + b >= c + d
+        for a, b, c, d in zip(one.saved, one.rest, other.saved, other.rest, strict=True)
+    )
 
 
 @contextmanager
 def _kernels(on_cpu: bool) -> Iterator[None]:
     """Attention as the fused kernels of either device have it; dropout that keeps a mask of one byte, as on a GPU; and no other ranks."""
+
     def attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Tensor:
-        if on_cpu and trains_in_16_bits(query) and not is_causal:       # `layers.attend`
+        if on_cpu and trains_in_16_bits(query) and not is_causal:  # `layers.attend`
             return attend_by_products(query, key, value)
         return _FusedAttention.apply(query, key, value)
 
     def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         return torch.native_dropout(x, p, True)[0] if training and p else x
+
     with ExitStack() as stack:
         stack.enter_context(_replaced(F, "scaled_dot_product_attention", attention))
         stack.enter_context(_replaced(torch.distributed, "is_initialized", lambda: False))
@@ -189,9 +211,15 @@ class _FusedAttention(torch.autograd.Function):
     """The sizes of flash attention (Dao et al. 2022): for the backward pass it keeps its inputs, its output and a float32 for each query."""
 
     @staticmethod
-    def forward(context, query: Tensor, key: Tensor, value: Tensor) -> Tensor:                  # (B, heads, K, D) each
-        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-        context.save_for_backward(query, key, value, out, query.new_empty(query.shape[:3], dtype=torch.float32))
+    def forward(
+        context, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:  # (B, heads, K, D) each
+        out = torch.empty_like(
+            query.transpose(1, 2), memory_format=torch.contiguous_format
+        ).transpose(1, 2)
+        context.save_for_backward(
+            query, key, value, out, query.new_empty(query.shape[:3], dtype=torch.float32)
+        )
         return out
 
     @staticmethod

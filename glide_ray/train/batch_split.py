@@ -30,7 +30,10 @@ class BatchSplit:
 
         A call without rows of its own computes a neighbour's with weight 0.
         """
-        start, stop = self.rank * self.batch // self.world, (self.rank + 1) * self.batch // self.world
+        start, stop = (
+            self.rank * self.batch // self.world,
+            (self.rank + 1) * self.batch // self.world,
+        )
         for call in range(self.calls):
             first, end = (start + n * (stop - start) // self.calls for n in (call, call + 1))
             weight = (end - first) * self.world * self.calls / self.batch

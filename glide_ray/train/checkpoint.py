@@ -1,10 +1,10 @@
 """What lies in a checkpoint's folder, where a run keeps its checkpoints, and which of them are whole.
 
-    OUT/checkpoints/STEP-START/        STEP of nine digits; START names the start of workers that wrote it
-        preset.json                    the configuration that ran
-        progress.json                  step, epoch and rows, and what the optimizer counted
-        part.RANK.safetensors          each rank's part of weights, averages and Adam's moments (`partition.py`)
-        complete.json                  every file's bytes and SHA-256; written last: a folder without it is no checkpoint
+OUT/checkpoints/STEP-START/        STEP of nine digits; START names the start of workers that wrote it
+    preset.json                    the configuration that ran
+    progress.json                  step, epoch and rows, and what the optimizer counted
+    part.RANK.safetensors          each rank's part of weights, averages and Adam's moments (`partition.py`)
+    complete.json                  every file's bytes and SHA-256; written last: a folder without it is no checkpoint
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..config.training import Preset
 from ..errors import UserError
 
 CHECKPOINTS, COMPLETE = "checkpoints", "complete.json"
-Receipt = dict[str, tuple[int, str]]       # file name -> bytes, SHA-256
+Receipt = dict[str, tuple[int, str]]  # file name -> bytes, SHA-256
 
 
 class CheckpointError(UserError):
@@ -36,7 +36,9 @@ class Progress:
     rows: int = 0
 
 
-def write_progress(folder: Path, preset: Preset, progress: Progress, optimizer: dict[str, Any]) -> None:
+def write_progress(
+    folder: Path, preset: Preset, progress: Progress, optimizer: dict[str, Any]
+) -> None:
     (folder / "preset.json").write_text(preset.model_dump_json(indent=1))
     (folder / "progress.json").write_text(json.dumps({**asdict(progress), "optimizer": optimizer}))
 
@@ -49,8 +51,15 @@ def read_progress(folder: Path, preset: Preset) -> tuple[Progress, dict[str, Any
         optimizer = progress.pop("optimizer")
         progress = Progress(**progress)
     except (OSError, ValueError, TypeError, KeyError):
-        raise CheckpointError(f"{folder} is not a whole glide_ray checkpoint; give the folder of another run.") from None
-    check_same(saved.model.model_dump(), preset.model.model_dump(), f"The checkpoint in {folder} is of another shape", "model.")
+        raise CheckpointError(
+            f"{folder} is not a whole glide_ray checkpoint; give the folder of another run."
+        ) from None
+    check_same(
+        saved.model.model_dump(),
+        preset.model.model_dump(),
+        f"The checkpoint in {folder} is of another shape",
+        "model.",
+    )
     return progress, optimizer
 
 
@@ -59,10 +68,13 @@ def read_preset(folder: Path) -> Preset:
     try:
         return Preset.model_validate_json((folder / "preset.json").read_text())
     except (OSError, ValueError):
-        raise CheckpointError(f"{folder} is not a whole glide_ray checkpoint; give the folder of another run.") from None
+        raise CheckpointError(
+            f"{folder} is not a whole glide_ray checkpoint; give the folder of another run."
+        ) from None
 
 
 # -- where they are kept ----------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class CheckpointEntry:
@@ -81,7 +93,10 @@ class Checkpoints:
     def whole(self) -> list[CheckpointEntry]:
         """Those that were completed, the oldest first."""
         ends = (f"/{COMPLETE}",) if storage.is_remote(self.path) else (COMPLETE,)
-        return sorted((_made(file) for file in storage.list_files(self.path, ends)), key=lambda made: (made.step, made.path))
+        return sorted(
+            (_made(file) for file in storage.list_files(self.path, ends)),
+            key=lambda made: (made.step, made.path),
+        )
 
     def folder(self, step: int, start: str) -> str:
         """Where a checkpoint is to be written."""
@@ -98,14 +113,21 @@ class Checkpoints:
         own = {made.step for made in whole if made.path.endswith(f"-{start}")}
         again = [made for made in whole if made.step in own and not made.path.endswith(f"-{start}")]
         rest = [made for made in whole if made not in again]
-        for made in [*again, *(old for old in rest[:-keep_last] if not keep_every or old.step % keep_every)]:
-            storage.remove(f"{made.path}/{COMPLETE}")       # first: it is then no checkpoint, if the rest is not reached
+        for made in [
+            *again,
+            *(old for old in rest[:-keep_last] if not keep_every or old.step % keep_every),
+        ]:
+            storage.remove(
+                f"{made.path}/{COMPLETE}"
+            )  # first: it is then no checkpoint, if the rest is not reached
             storage.remove_folder(made.path)
 
     def sweep(self) -> list[str]:
         """Remove what uploads that were broken off have left; only while nobody writes. Returns the folders."""
         whole = {made.path for made in self.whole()}
-        orphans = sorted({self._folder_of(file) for file in storage.list_files(self.path, ("",))} - whole)
+        orphans = sorted(
+            {self._folder_of(file) for file in storage.list_files(self.path, ("",))} - whole
+        )
         for folder in orphans:
             storage.remove_folder(folder)
         return orphans
@@ -134,14 +156,18 @@ def verify(folder: Path, part: int = 0, of: int = 1) -> None:
     for name, (size, sha256) in sorted(receipt.items())[part::of]:
         path = folder / name
         if not path.exists() or path.stat().st_size != size or storage.digest(path) != sha256:
-            raise CheckpointError(f"{path} is damaged: it is not what was written; give an earlier checkpoint.")
+            raise CheckpointError(
+                f"{path} is damaged: it is not what was written; give an earlier checkpoint."
+            )
 
 
 def read_receipt(folder: Path) -> Receipt:
     try:
         return json.loads((folder / COMPLETE).read_text())
     except (OSError, ValueError):
-        raise CheckpointError(f"{folder} is not a whole glide_ray checkpoint; give the folder of another run.") from None
+        raise CheckpointError(
+            f"{folder} is not a whole glide_ray checkpoint; give the folder of another run."
+        ) from None
 
 
 def find_checkpoint(path: str | Path) -> str:
@@ -151,17 +177,25 @@ def find_checkpoint(path: str | Path) -> str:
         return path
     made = Checkpoints(path).whole()
     if not made:
-        raise CheckpointError(f"{path} is neither a checkpoint nor a run with one; give a folder that `glide train` wrote.")
+        raise CheckpointError(
+            f"{path} is neither a checkpoint nor a run with one; give a folder that `glide train` wrote."
+        )
     return made[-1].path
 
 
-def check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], what: str, prefix: str = "") -> None:
+def check_same(
+    saved: Mapping[str, Any], wanted: Mapping[str, Any], what: str, prefix: str = ""
+) -> None:
     """Raise CheckpointError naming the first setting in which two configurations differ."""
     for key, there, here in differences(saved, wanted, prefix):
-        raise CheckpointError(f"{what}: {key} is {there!r} there and {here!r} here; use the same setting, or another output folder.")
+        raise CheckpointError(
+            f"{what}: {key} is {there!r} there and {here!r} here; use the same setting, or another output folder."
+        )
 
 
-def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+def differences(
+    saved: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
+) -> list[tuple[str, Any, Any]]:
     """(dotted key, saved, wanted) of the settings in which two configurations differ."""
     found = []
     for key in {**saved, **wanted}:

@@ -42,7 +42,9 @@ class StatusReduce:
     def __init__(self, timeout: float):
         several = dist.is_initialized() and dist.get_world_size() > 1
         self.rank = dist.get_rank() if several else 0
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if several else None
+        self.group = (
+            dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if several else None
+        )
         self._said, self._work = torch.zeros(3, dtype=torch.int64), None
 
     def exchange(self, said: RankStatus) -> RankStatus:
@@ -52,7 +54,9 @@ class StatusReduce:
         done, faulty, notice = self._said.tolist()
         self._said = torch.tensor([-said.done, said.faulty, said.notice])
         if self.group is not None:
-            self._work = dist.all_reduce(self._said, dist.ReduceOp.MAX, group=self.group, async_op=True)
+            self._work = dist.all_reduce(
+                self._said, dist.ReduceOp.MAX, group=self.group, async_op=True
+            )
         return RankStatus(-done, faulty, notice)
 
 
@@ -79,14 +83,28 @@ class CheckpointWriter:
     `committed` is told, on rank 0, of each checkpoint that is whole.
     """
 
-    def __init__(self, checkpoints: Checkpoints, start: str, keep_last: int, keep_every: int | None, say: Callable[[str], None],
-                 committed: Callable[[int, str], None] = lambda step, folder: None, timeout: float = 1800):
-        self._checkpoints, self._start, self._keep, self._say, self._committed = checkpoints, start, (keep_last, keep_every), say, committed
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        start: str,
+        keep_last: int,
+        keep_every: int | None,
+        say: Callable[[str], None],
+        committed: Callable[[int, str], None] = lambda step, folder: None,
+        timeout: float = 1800,
+    ):
+        self._checkpoints, self._start, self._keep, self._say, self._committed = (
+            checkpoints,
+            start,
+            (keep_last, keep_every),
+            say,
+            committed,
+        )
         self._agreement = StatusReduce(timeout)
         self._upload: _Upload | None = None
         self._number = 0
         self._commit: threading.Thread | None = None
-        self._whole = 0         # on rank 0: the step of the last checkpoint that is whole
+        self._whole = 0  # on rank 0: the step of the last checkpoint that is whole
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         """Begin a checkpoint: `write` puts this rank's files into a folder, then training may go on. Waits for the one before it."""
@@ -103,7 +121,12 @@ class CheckpointWriter:
             if remote:
                 shutil.rmtree(staged, ignore_errors=True)
         else:
-            upload.thread = threading.Thread(target=self._send, args=(upload, files, staged if remote else None), name="glide-upload", daemon=True)
+            upload.thread = threading.Thread(
+                target=self._send,
+                args=(upload, files, staged if remote else None),
+                name="glide-upload",
+                daemon=True,
+            )
             upload.thread.start()
         self._upload = upload
 
@@ -144,11 +167,19 @@ class CheckpointWriter:
             self._commit.join()
         if faulty:
             fault = next(filter(None, (fault for _, fault in told)))
-            self._say(f"The checkpoint of step {upload.step:,} could not be written: {fault} {GOES_ON}")
+            self._say(
+                f"The checkpoint of step {upload.step:,} could not be written: {fault} {GOES_ON}"
+            )
             work = (self._discard, upload.folder)
         else:
-            work = (self._complete, upload, {name: entry for receipt, _ in told for name, entry in receipt.items()})
-        self._commit = threading.Thread(target=work[0], args=work[1:], name="glide-commit", daemon=True)
+            work = (
+                self._complete,
+                upload,
+                {name: entry for receipt, _ in told for name, entry in receipt.items()},
+            )
+        self._commit = threading.Thread(
+            target=work[0], args=work[1:], name="glide-commit", daemon=True
+        )
         self._commit.start()
 
     # -- in threads ---------------------------------------------------------------------------------------------------
@@ -173,10 +204,12 @@ class CheckpointWriter:
             self._committed(upload.step, upload.folder)
             self._checkpoints.retire(*self._keep, self._start)
         except storage.StorageError as error:
-            self._say(f"The checkpoint of step {upload.step:,} could not be completed: {error} {GOES_ON}")
+            self._say(
+                f"The checkpoint of step {upload.step:,} could not be completed: {error} {GOES_ON}"
+            )
 
     def _discard(self, folder: str) -> None:
-        with suppress(storage.StorageError):        # the next start of the run removes it
+        with suppress(storage.StorageError):  # the next start of the run removes it
             storage.remove_folder(folder)
 
 
@@ -188,4 +221,8 @@ def _written(folder: Path, write: Callable[[Path], None]) -> list[Path]:
 
 
 def _why(error: Exception) -> str:
-    return f"{error.strerror} ({error.filename})." if isinstance(error, OSError) and error.strerror else f"{str(error).rstrip('.')}."
+    return (
+        f"{error.strerror} ({error.filename})."
+        if isinstance(error, OSError) and error.strerror
+        else f"{str(error).rstrip('.')}."
+    )

@@ -18,7 +18,7 @@ from ..errors import ConfigError, nearest
 from .optimizer import training_precision
 
 TERA, GIGA = 1e12, 1e9
-NODE = 8      # GPUs in one machine: NVIDIA's HGX and DGX, and the largest of AWS's instances of each kind below
+NODE = 8  # GPUs in one machine: NVIDIA's HGX and DGX, and the largest of AWS's instances of each kind below
 
 
 @dataclass(frozen=True)
@@ -41,41 +41,89 @@ class Gpu:
         return self.half if precision == "fp16" or self.bf16 else None
 
 
-def _gpu(memory: float, half: float, single: float, link: float, network: float, pattern: str, bf16: bool = True) -> Gpu:
+def _gpu(
+    memory: float,
+    half: float,
+    single: float,
+    link: float,
+    network: float,
+    pattern: str,
+    bf16: bool = True,
+) -> Gpu:
     """From the units of data sheets: GB, TFLOP/s, GB/s in both directions together, and Gbit/s of a whole machine of 8."""
-    return Gpu(memory * GIGA, half * TERA, single * TERA, link / 2 * GIGA, network / 8 / NODE * GIGA, pattern, bf16)
+    return Gpu(
+        memory * GIGA,
+        half * TERA,
+        single * TERA,
+        link / 2 * GIGA,
+        network / 8 / NODE * GIGA,
+        pattern,
+        bf16,
+    )
 
 
 # Each line: memory, 16-bit peak, fp32 peak, link, from NVIDIA's data sheet of that GPU; NVLink where it has one, else its PCIe; then the
 # network of the machine named (AWS's pages of instance types). The first pattern that matches counts.
 GPUS: dict[str, Gpu] = {
-    "b200": _gpu(180, 2250, 75, 1800, 3200, r"\bb200\b"),                   # HGX B200: 4.5 PFLOP/s with sparsity; p6-b200.48xlarge
-    "h200-nvl": _gpu(141, 835.5, 60, 900, 400, r"\bh200 nvl\b"),            # 1,671 with sparsity; bridges of 2 or 4; a network of 400 assumed
-    "h200": _gpu(141, 989.5, 67, 900, 3200, r"\bh200\b"),                   # H200 SXM: 1,979 with sparsity; p5en.48xlarge
-    "h100-pcie": _gpu(80, 756.5, 51, 600, 400, r"\bh100 pcie\b"),           # 1,513 with sparsity; a network of 400 assumed
-    "h100-nvl": _gpu(94, 835.5, 60, 600, 400, r"\bh100 nvl\b"),             # 1,671 with sparsity; a network of 400 assumed
-    "h100": _gpu(80, 989.5, 67, 900, 3200, r"\bh100\b"),                    # H100 SXM: 1,979 with sparsity; p5.48xlarge
-    "a100-80gb": _gpu(80, 312, 19.5, 600, 400, r"\ba100.*80gb\b"),          # A100 SXM, given without sparsity; p4de.24xlarge
-    "a100": _gpu(40, 312, 19.5, 600, 400, r"\ba100\b"),                     # A100 SXM 40 GB; p4d.24xlarge
-    "l40s": _gpu(48, 362, 91.6, 64, 400, r"\bl40s\b"),                      # given without sparsity; PCIe 4; g6e.48xlarge
-    "l4": _gpu(24, 121, 30.3, 64, 100, r"\bl4\b"),                          # 242 with sparsity; PCIe 4; g6.48xlarge
-    "a10g": _gpu(24, 70, 35, 64, 100, r"\ba10g\b"),                         # AWS's own A10: 70 without sparsity; PCIe 4; g5.48xlarge
-    "a10": _gpu(24, 125, 31.2, 64, 100, r"\ba10\b"),                        # given without sparsity; PCIe 4; a network of 100 assumed
-    "v100-32gb": _gpu(32, 125, 15.7, 300, 100, r"\bv100.*32gb\b", False),   # V100 SXM2; p3dn.24xlarge
-    "v100": _gpu(16, 125, 15.7, 300, 25, r"\bv100\b", False),               # V100 SXM2; p3.16xlarge
-    "t4": _gpu(16, 65, 8.1, 32, 100, r"\bt4\b", False),                     # PCIe 3; g4dn.metal
-    "rtx-4090": _gpu(24, 165.2, 82.6, 64, 100, r"\brtx 4090\b"),            # Ada white paper, fp32 sums; PCIe 4; a network of 100 assumed
-    "rtx-3090": _gpu(24, 71, 35.6, 64, 100, r"\brtx 3090\b"),               # Ampere GA102 white paper, fp32 sums; PCIe 4; likewise
+    "b200": _gpu(
+        180, 2250, 75, 1800, 3200, r"\bb200\b"
+    ),  # HGX B200: 4.5 PFLOP/s with sparsity; p6-b200.48xlarge
+    "h200-nvl": _gpu(
+        141, 835.5, 60, 900, 400, r"\bh200 nvl\b"
+    ),  # 1,671 with sparsity; bridges of 2 or 4; a network of 400 assumed
+    "h200": _gpu(
+        141, 989.5, 67, 900, 3200, r"\bh200\b"
+    ),  # H200 SXM: 1,979 with sparsity; p5en.48xlarge
+    "h100-pcie": _gpu(
+        80, 756.5, 51, 600, 400, r"\bh100 pcie\b"
+    ),  # 1,513 with sparsity; a network of 400 assumed
+    "h100-nvl": _gpu(
+        94, 835.5, 60, 600, 400, r"\bh100 nvl\b"
+    ),  # 1,671 with sparsity; a network of 400 assumed
+    "h100": _gpu(
+        80, 989.5, 67, 900, 3200, r"\bh100\b"
+    ),  # H100 SXM: 1,979 with sparsity; p5.48xlarge
+    "a100-80gb": _gpu(
+        80, 312, 19.5, 600, 400, r"\ba100.*80gb\b"
+    ),  # A100 SXM, given without sparsity; p4de.24xlarge
+    "a100": _gpu(40, 312, 19.5, 600, 400, r"\ba100\b"),  # A100 SXM 40 GB; p4d.24xlarge
+    "l40s": _gpu(
+        48, 362, 91.6, 64, 400, r"\bl40s\b"
+    ),  # given without sparsity; PCIe 4; g6e.48xlarge
+    "l4": _gpu(24, 121, 30.3, 64, 100, r"\bl4\b"),  # 242 with sparsity; PCIe 4; g6.48xlarge
+    "a10g": _gpu(
+        24, 70, 35, 64, 100, r"\ba10g\b"
+    ),  # AWS's own A10: 70 without sparsity; PCIe 4; g5.48xlarge
+    "a10": _gpu(
+        24, 125, 31.2, 64, 100, r"\ba10\b"
+    ),  # given without sparsity; PCIe 4; a network of 100 assumed
+    "v100-32gb": _gpu(
+        32, 125, 15.7, 300, 100, r"\bv100.*32gb\b", False
+    ),  # V100 SXM2; p3dn.24xlarge
+    "v100": _gpu(16, 125, 15.7, 300, 25, r"\bv100\b", False),  # V100 SXM2; p3.16xlarge
+    "t4": _gpu(16, 65, 8.1, 32, 100, r"\bt4\b", False),  # PCIe 3; g4dn.metal
+    "rtx-4090": _gpu(
+        24, 165.2, 82.6, 64, 100, r"\brtx 4090\b"
+    ),  # Ada white paper, fp32 sums; PCIe 4; a network of 100 assumed
+    "rtx-3090": _gpu(
+        24, 71, 35.6, 64, 100, r"\brtx 3090\b"
+    ),  # Ampere GA102 white paper, fp32 sums; PCIe 4; likewise
 }
 # Of a GPU's memory, what is planned with. The rest is for CUDA's context, cuDNN, NCCL and what the allocator cannot use. Ours.
 USABLE = 0.9
 # Of a CPU's. The trainer's figure is of what is in use; glibc's malloc holds up to 1.5 times that (`glide bench plan`).
 CPU_USABLE = 1 / 1.5
-UTILISATION = 0.35            # the part of a GPU's peak that training is taken to reach, unless it is given. Ours: not measured on one.
-CPU_UTILISATION = 0.5         # of what a matrix product reaches on a CPU (`glide bench plan`)
-GLOO = 0.85 * GIGA            # bytes a second between two workers on one machine's CPU: gloo's all-reduce of 100 MB, measured on two cores
-PCIE = 25 * GIGA              # bytes a second of copies between a GPU and its host: PCIe 4 x16 carries 32 at the most. Ours.
-HOST_ADAM = 1.6 * GIGA        # parameters a second that torch's fused AdamW steps on the host: measured on two cores
+UTILISATION = 0.35  # the part of a GPU's peak that training is taken to reach, unless it is given. Ours: not measured on one.
+CPU_UTILISATION = 0.5  # of what a matrix product reaches on a CPU (`glide bench plan`)
+GLOO = (
+    0.85 * GIGA
+)  # bytes a second between two workers on one machine's CPU: gloo's all-reduce of 100 MB, measured on two cores
+PCIE = (
+    25 * GIGA
+)  # bytes a second of copies between a GPU and its host: PCIe 4 x16 carries 32 at the most. Ours.
+HOST_ADAM = (
+    1.6 * GIGA
+)  # parameters a second that torch's fused AdamW steps on the host: measured on two cores
 # What a worker on a CPU has resident before a model is built: Python, PyTorch, DeepSpeed and one step of a tiny model (`glide bench plan`).
 CPU_PROCESS = 0.59 * GIGA
 
@@ -111,7 +159,8 @@ def measured_peak(dtype: torch.dtype, device: str = "cpu", seconds: float = 0.2)
         if device != "cpu":
             torch.cuda.synchronize()
         return time.perf_counter() - began
-    once()        # the first chooses a kernel, and may have to compile it
+
+    once()  # the first chooses a kernel, and may have to compile it
     best, end = once(), time.perf_counter() + seconds
     while time.perf_counter() < end:
         best = min(best, once())
@@ -127,7 +176,7 @@ def available_memory() -> float:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         if limit != "max":
             free = min(free, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, KeyError, ValueError):      # no Linux, or no control groups
+    except (OSError, KeyError, ValueError):  # no Linux, or no control groups
         pass
     return float(free)
 
@@ -139,6 +188,7 @@ def cpu_budget(workers: int = 1) -> float:
 
 # -- what a run is planned for ----------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class Machine:
     """What a worker runs on: `budget` bytes to plan with, `flops` that training reaches, `link` bytes a second in one direction."""
@@ -148,33 +198,63 @@ class Machine:
     flops: float
     link: float
     device: str = "cuda"
-    single: float | None = None      # FLOP/s in fp32, where `flops` are of another precision
-    note: str = ""                   # where `flops` come from
+    single: float | None = None  # FLOP/s in fp32, where `flops` are of another precision
+    note: str = ""  # where `flops` come from
 
 
-def find_machine(kind: str | None, workers: int, precision: str, utilisation: float | None = None, tflops: float | None = None,
-                 link: float | None = None) -> Machine:
+def find_machine(
+    kind: str | None,
+    workers: int,
+    precision: str,
+    utilisation: float | None = None,
+    tflops: float | None = None,
+    link: float | None = None,
+) -> Machine:
     """The machine of a GPU in the table, or "cpu" for the one at hand; None takes what is here. `precision` may be "auto".
 
     `utilisation` is the part of the peak that training reaches; `tflops`, in TFLOP/s, and `link`, in GB/s, are of one worker, as measured.
     Raises ConfigError.
     """
-    if any(given is not None and given <= 0 for given in (utilisation, tflops, link)) or (utilisation or 0) > 1:
-        raise ConfigError("A plan wants a utilisation above 0 and at most 1, and FLOP/s and GB/s above 0.")
+    if (
+        any(given is not None and given <= 0 for given in (utilisation, tflops, link))
+        or (utilisation or 0) > 1
+    ):
+        raise ConfigError(
+            "A plan wants a utilisation above 0 and at most 1, and FLOP/s and GB/s above 0."
+        )
     if kind is None:
         here = find_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         kind = next((name for name, gpu in GPUS.items() if gpu is here), "cpu")
     on_cpu = kind.lower() == "cpu"
     part = utilisation or (CPU_UTILISATION if on_cpu else UTILISATION)
-    note = "as given" if tflops else f"{part:.0%} of {'what a matrix product reaches' if on_cpu else 'its peak'}"
+    note = (
+        "as given"
+        if tflops
+        else f"{part:.0%} of {'what a matrix product reaches' if on_cpu else 'its peak'}"
+    )
     note += "" if tflops or utilisation else ", assumed"
     if on_cpu:
         dtype = torch.bfloat16 if training_precision(precision, "cpu") == "bf16" else torch.float32
-        flops, single = (tflops * TERA if tflops else measured_peak(number) * part / workers for number in (dtype, torch.float32))
-        return Machine("cpu", cpu_budget(workers), flops, link * GIGA if link else GLOO, "cpu", single, note)
+        flops, single = (
+            tflops * TERA if tflops else measured_peak(number) * part / workers
+            for number in (dtype, torch.float32)
+        )
+        return Machine(
+            "cpu", cpu_budget(workers), flops, link * GIGA if link else GLOO, "cpu", single, note
+        )
     gpu, precision = gpu_named(kind), training_precision(precision, "cuda")
     peak = gpu.peak(precision)
     if peak is None:
-        raise ConfigError(f"Setting train.precision: {kind} has no {precision} arithmetic; use fp16.")
+        raise ConfigError(
+            f"Setting train.precision: {kind} has no {precision} arithmetic; use fp16."
+        )
     sent = link * GIGA if link else gpu.inside if workers <= NODE else gpu.between
-    return Machine(kind.lower(), gpu.memory * USABLE, tflops * TERA if tflops else peak * part, sent, "cuda", gpu.single * part, note)
+    return Machine(
+        kind.lower(),
+        gpu.memory * USABLE,
+        tflops * TERA if tflops else peak * part,
+        sent,
+        "cuda",
+        gpu.single * part,
+        note,
+    )

@@ -39,17 +39,26 @@ class Trainer:
         self.preset, train = preset, preset.train
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         if not (train.min_workers or train.workers) <= self.world <= train.workers:
-            raise TrainingError(f"train.workers is {train.workers}, but {self.world} processes have been started.")
+            raise TrainingError(
+                f"train.workers is {train.workers}, but {self.world} processes have been started."
+            )
         self.device = torch.device(deepspeed.get_accelerator().current_device_name())
-        self.precision = broadcast_object(training_precision(train.precision, self.device.type))     # which may be measured
+        self.precision = broadcast_object(
+            training_precision(train.precision, self.device.type)
+        )  # which may be measured
         self.share = BatchSplit(train.batch, self.world, self.rank, self._micro_batch())
-        self.schedule = make_schedule(preset.model.diffusion.schedule, preset.model.diffusion.steps).to(self.device)
+        self.schedule = make_schedule(
+            preset.model.diffusion.schedule, preset.model.diffusion.steps
+        ).to(self.device)
         self.objective = objective_of(preset)
-        torch.manual_seed(train.seed)       # every rank draws the same initial weights
+        torch.manual_seed(train.seed)  # every rank draws the same initial weights
         model = build_model(preset.model)
         model.activation_checkpointing = train.activation_checkpointing
-        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model, train),
-                                               config=deepspeed_config(train, self.precision, self.share))
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=parameter_groups(model, train),
+            config=deepspeed_config(train, self.precision, self.share),
+        )
         look_for_overflow_once(self.engine)
         self.pieces = partition.pieces(self.engine)
         self.ema = Ema(partition.masters(self.engine), train.ema_rates)
@@ -58,8 +67,18 @@ class Trainer:
     def _micro_batch(self) -> int:
         """Images in a network call: as many as fit the worker with the least memory."""
         cuda = self.device.type == "cuda"
-        budget = torch.cuda.mem_get_info(self.device)[1] * USABLE if cuda else cpu_budget(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        return min(all_gather_object(choose_micro_batch(self.preset, self.world, self.precision, budget, self.device.type)))
+        budget = (
+            torch.cuda.mem_get_info(self.device)[1] * USABLE
+            if cuda
+            else cpu_budget(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        )
+        return min(
+            all_gather_object(
+                choose_micro_batch(
+                    self.preset, self.world, self.precision, budget, self.device.type
+                )
+            )
+        )
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -79,18 +98,29 @@ class Trainer:
         for _, _, weight in self.share.parts():
             batch = next(batches)
             read.append(batch)
-            i, noise = (to_device_async(drawn, self.device) for drawn in
-                        draw(self.schedule, batch, train.seed, number, train.timestep_power))
-            losses = self.objective(self.engine, self.schedule, batch.map(lambda tensor: to_device_async(tensor, self.device)), i, noise)
+            i, noise = (
+                to_device_async(drawn, self.device)
+                for drawn in draw(self.schedule, batch, train.seed, number, train.timestep_power)
+            )
+            losses = self.objective(
+                self.engine,
+                self.schedule,
+                batch.map(lambda tensor: to_device_async(tensor, self.device)),
+                i,
+                noise,
+            )
             self.engine.backward(losses["loss"].mean() * weight)
             self.engine.step()
-            figures = {name: values.detach().mean() * (weight / self.share.calls) for name, values in losses.items()}
+            figures = {
+                name: values.detach().mean() * (weight / self.share.calls)
+                for name, values in losses.items()
+            }
             if weight and "mse" in losses:
                 figures |= by_quartile(losses["mse"].detach(), i, len(self.schedule))
             for name, value in figures.items():
                 sums[name] = sums.get(name, 0) + value
         check_step(self, read, number, sums["loss"])
-        if stepped(self.engine):        # fp16 leaves a step out where its loss scale was too large
+        if stepped(self.engine):  # fp16 leaves a step out where its loss scale was too large
             self.ema.update(number)
         return sums
 
@@ -98,13 +128,28 @@ class Trainer:
         """The objective's figures on held-out images, over all ranks."""
         self.engine.eval()
         images = sum(all_gather_object(images_in(batches)))
-        sums = self.summed(held_out_sums(self.objective, self.engine, self.schedule, [batch.to(self.device) for batch in batches],
-                                          self.preset.train.seed, images))
-        return {"held_out" if name == "loss" else f"held_out_{name}": value / images for name, value in sums.items()}
+        sums = self.summed(
+            held_out_sums(
+                self.objective,
+                self.engine,
+                self.schedule,
+                [batch.to(self.device) for batch in batches],
+                self.preset.train.seed,
+                images,
+            )
+        )
+        return {
+            "held_out" if name == "loss" else f"held_out_{name}": value / images
+            for name, value in sums.items()
+        }
 
     def scale(self) -> dict[str, float]:
         """fp16's loss scale; nothing in other precisions."""
-        return {"loss_scale": float(self.engine.optimizer.loss_scaler.cur_scale)} if self.precision == "fp16" else {}
+        return (
+            {"loss_scale": float(self.engine.optimizer.loss_scaler.cur_scale)}
+            if self.precision == "fp16"
+            else {}
+        )
 
     def summed(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
         """Scalars added up over all ranks, in one transfer."""
@@ -116,8 +161,14 @@ class Trainer:
 
     def state(self) -> partition.State:
         """All that training changes, as this rank holds it."""
-        return {partition.WEIGHTS: self.ema.masters, **partition.moments(self.engine),
-                **{f"{partition.AVERAGE}/{rate:g}": average for rate, average in self.ema.averages.items()}}
+        return {
+            partition.WEIGHTS: self.ema.masters,
+            **partition.moments(self.engine),
+            **{
+                f"{partition.AVERAGE}/{rate:g}": average
+                for rate, average in self.ema.averages.items()
+            },
+        }
 
     def start(self) -> None:
         """Begin from the weights that are to be fine-tuned, if any. Raises WeightsError for those of another shape.
@@ -128,8 +179,17 @@ class Trainer:
         if not path:
             return
         _, state = load_weights(shipped.fetch(path, self.preset.model.role))
-        state = with_known_channels(state, module.config) if isinstance(module, GlideUNet) else state
-        check_shapes(state, {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in module.named_parameters()}, path)
+        state = (
+            with_known_channels(state, module.config) if isinstance(module, GlideUNet) else state
+        )
+        check_shapes(
+            state,
+            {
+                name: getattr(parameter, "ds_shape", parameter.shape)
+                for name, parameter in module.named_parameters()
+            },
+            path,
+        )
         partition.set_masters(self.engine, self.pieces, state)
         self.ema.restart()
 
@@ -152,11 +212,18 @@ class Trainer:
 
     def _optimizer_state(self) -> dict[str, Any]:
         scaler = vars(self.engine.optimizer.loss_scaler) if self.precision == "fp16" else {}
-        return {"adam_steps": partition.adam_steps(self.engine),
-                "loss_scale": {name: scaler[name] for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis") if name in scaler}}
+        return {
+            "adam_steps": partition.adam_steps(self.engine),
+            "loss_scale": {
+                name: scaler[name]
+                for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+                if name in scaler
+            },
+        }
 
 
 # -- DeepSpeed --------------------------------------------------------------------------------------------------------
+
 
 def quiet() -> None:
     """Keep DeepSpeed's banners off the user's terminal, and do not compile its shared-memory collective (48 s at first use)."""
@@ -171,9 +238,17 @@ def join_process_group() -> None:
     if dist.is_initialized():
         return
     # Port 0: the store takes a free one, and nobody else has to find it.
-    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0"), ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+    for name, value in (
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "0"),
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("LOCAL_RANK", "0"),
+    ):
         os.environ.setdefault(name, value)
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False
+    )
 
 
 def look_for_overflow_once(engine) -> None:

@@ -20,8 +20,10 @@ from ..tensors import Batch
 from .collectives import all_gather_object
 from .objectives import draw, row_numbers
 
-LOWEST_SCALE = 1.0      # of the loss, under fp16: below it, gradients would be made smaller than they are
-MAX_LISTED = 5               # rows or names in a message
+LOWEST_SCALE = (
+    1.0  # of the loss, under fp16: below it, gradients would be made smaller than they are
+)
+MAX_LISTED = 5  # rows or names in a message
 
 
 class TrainingError(UserError):
@@ -37,6 +39,7 @@ class Culprit:
 
 
 # -- after every step -------------------------------------------------------------------------------------------------
+
 
 def stepped(engine) -> bool:
     """Whether the last optimizer step has moved the weights: a Python bool. Where it has not, averages have nothing to follow."""
@@ -70,7 +73,9 @@ def check_step(trainer, batches: Sequence[Batch], number: int, loss: Tensor) -> 
     if trainer.precision != "fp16":
         raise _stop("The gradients are not finite", trainer, batches, number)
     if scale_collapsed(trainer.engine):
-        raise _stop("The gradients overflow in fp16 whatever the loss scale", trainer, batches, number)
+        raise _stop(
+            "The gradients overflow in fp16 whatever the loss scale", trainer, batches, number
+        )
 
 
 def _stop(fault: str, trainer, batches: Sequence[Batch], number: int) -> TrainingError:
@@ -79,6 +84,7 @@ def _stop(fault: str, trainer, batches: Sequence[Batch], number: int) -> Trainin
 
 
 # -- the search -------------------------------------------------------------------------------------------------------
+
 
 def find_culprit(trainer, batch: Batch | Sequence[Batch], number: int) -> str:
     """What went wrong first in step `number`, as the middle of a sentence; the same on all ranks, which call this together.
@@ -90,8 +96,15 @@ def find_culprit(trainer, batch: Batch | Sequence[Batch], number: int) -> str:
 
 
 def _find(trainer, batches: Sequence[Batch], number: int) -> Culprit:
-    return (_images(batches) or _weights(trainer) or _network(trainer, batches, number)
-            or Culprit("nothing of that is left when the step is made again", remedy(trainer.preset.train, trainer.precision)))
+    return (
+        _images(batches)
+        or _weights(trainer)
+        or _network(trainer, batches, number)
+        or Culprit(
+            "nothing of that is left when the step is made again",
+            remedy(trainer.preset.train, trainer.precision),
+        )
+    )
 
 
 def remedy(train: TrainConfig, precision: str) -> str:
@@ -111,10 +124,16 @@ def _images(batches: Sequence[Batch]) -> Culprit | None:
             finite &= torch.isfinite(tensor).flatten(1).all(1).cpu()
         rows += row_numbers(batch).tolist()
         bad += row_numbers(batch)[~finite].tolist()
-    rows, bad = (sorted({row for part in parts for row in part}) for parts in zip(*all_gather_object((rows, bad)), strict=True))
+    rows, bad = (
+        sorted({row for part in parts for row in part})
+        for parts in zip(*all_gather_object((rows, bad)), strict=True)
+    )
     if not bad:
         return None
-    return Culprit(f"{len(bad)} of the batch's {len(rows)} images are not finite ({_listed('row', bad)} of the corpus)", "leave them out")
+    return Culprit(
+        f"{len(bad)} of the batch's {len(rows)} images are not finite ({_listed('row', bad)} of the corpus)",
+        "leave them out",
+    )
 
 
 def _weights(trainer) -> Culprit | None:
@@ -122,7 +141,14 @@ def _weights(trainer) -> Culprit | None:
     limit, masters = torch.finfo(DTYPES[trainer.precision]).max, trainer.ema.masters
     mine: dict[str, float] = {}
     for piece in trainer.pieces:
-        largest = masters[piece.master].detach().reshape(-1)[piece.offset:piece.offset + piece.count].abs().max().item()
+        largest = (
+            masters[piece.master]
+            .detach()
+            .reshape(-1)[piece.offset : piece.offset + piece.count]
+            .abs()
+            .max()
+            .item()
+        )
         if not largest <= limit:
             mine[piece.name] = largest
     found: dict[str, float] = {}
@@ -130,10 +156,17 @@ def _weights(trainer) -> Culprit | None:
         found |= part
     if not found:
         return None
-    names = _listed("", [name for name, _ in trainer.engine.module.named_parameters() if name in found])
-    helps = f"go on from an earlier checkpoint, and {remedy(trainer.preset.train, trainer.precision)}"
+    names = _listed(
+        "", [name for name, _ in trainer.engine.module.named_parameters() if name in found]
+    )
+    helps = (
+        f"go on from an earlier checkpoint, and {remedy(trainer.preset.train, trainer.precision)}"
+    )
     if all(largest < float("inf") for largest in found.values()):
-        return Culprit(f"weights of up to {max(found.values()):.2g} are too large for {trainer.precision} ({names})", helps)
+        return Culprit(
+            f"weights of up to {max(found.values()):.2g} are too large for {trainer.precision} ({names})",
+            helps,
+        )
     # Stage 0 has by now made the step in question as well.
     since = "an earlier step" if trainer.preset.train.zero_stage else "this or an earlier step"
     return Culprit(f"weights are not finite since the update of {since} ({names})", helps)
@@ -149,8 +182,14 @@ def _network(trainer, batches: Sequence[Batch], number: int) -> Culprit | None:
             drawn = draw(trainer.schedule, batch, train.seed, number, train.timestep_power)
             i, noise = (tensor.to(trainer.device) for tensor in drawn)
             # The bare module: what DeepSpeed hangs on the engine's own calls counts them as parts of a step.
-            losses = trainer.objective(trainer.engine.module, trainer.schedule, batch.to(trainer.device), i, noise)["loss"]
-            found = _in_forward(trainer, watch) or _in_losses(trainer, batch, losses) or _in_backward(trainer, watch, losses, weight)
+            losses = trainer.objective(
+                trainer.engine.module, trainer.schedule, batch.to(trainer.device), i, noise
+            )["loss"]
+            found = (
+                _in_forward(trainer, watch)
+                or _in_losses(trainer, batch, losses)
+                or _in_backward(trainer, watch, losses, weight)
+            )
         if found:
             return found
     return None
@@ -165,11 +204,21 @@ def _in_forward(trainer, watch: Watch) -> Culprit | None:
 
 
 def _in_losses(trainer, batch: Batch, losses: Tensor) -> Culprit | None:
-    bad = sorted({row for part in all_gather_object(row_numbers(batch)[~torch.isfinite(losses.detach()).cpu()].tolist()) for row in part})
+    bad = sorted(
+        {
+            row
+            for part in all_gather_object(
+                row_numbers(batch)[~torch.isfinite(losses.detach()).cpu()].tolist()
+            )
+            for row in part
+        }
+    )
     if not bad:
         return None
-    return Culprit(f"all that the network gives is finite, and yet its loss is not ({_listed('row', bad)} of the corpus)",
-                   f"leave them out, or {remedy(trainer.preset.train, trainer.precision)}")
+    return Culprit(
+        f"all that the network gives is finite, and yet its loss is not ({_listed('row', bad)} of the corpus)",
+        f"leave them out, or {remedy(trainer.preset.train, trainer.precision)}",
+    )
 
 
 def _in_backward(trainer, watch: Watch, losses: Tensor, weight: float) -> Culprit | None:
@@ -178,7 +227,11 @@ def _in_backward(trainer, watch: Watch, losses: Tensor, weight: float) -> Culpri
     found = _first(watch.backward)
     if found is None:
         return None
-    at = f" in fp16 at loss scale {scale:g}" if trainer.precision == "fp16" else f" in {trainer.precision}"
+    at = (
+        f" in fp16 at loss scale {scale:g}"
+        if trainer.precision == "fp16"
+        else f" in {trainer.precision}"
+    )
     where = f"the gradient that comes back to {found.name} is {found.kind}{at} (largest before it {found.largest:.2g}){found.rank}"
     return Culprit(where, remedy(trainer.preset.train, trainer.precision))
 
@@ -192,6 +245,7 @@ def _scale_of_the_step(trainer) -> float:
 
 
 # -- watching a network -----------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -219,7 +273,9 @@ class Watch:
 
     def __enter__(self) -> Watch:
         for name, module in self._network.named_modules():
-            self._handles.append(module.register_forward_hook(self._on_call(name or "the network"), with_kwargs=True))
+            self._handles.append(
+                module.register_forward_hook(self._on_call(name or "the network"), with_kwargs=True)
+            )
         return self
 
     def __exit__(self, *_) -> None:
@@ -229,9 +285,15 @@ class Watch:
 
     def backward_from(self, loss: Tensor) -> None:
         """Look at the gradients of all modules' outputs and of all parameters. None is kept: not in the parameters either."""
-        self.__exit__()                 # activation checkpointing calls the modules again
-        parameters = {name: parameter for name, parameter in self._network.named_parameters() if parameter.requires_grad}
-        self._handles += [parameter.register_hook(self._on_end(name)) for name, parameter in parameters.items()]
+        self.__exit__()  # activation checkpointing calls the modules again
+        parameters = {
+            name: parameter
+            for name, parameter in self._network.named_parameters()
+            if parameter.requires_grad
+        }
+        self._handles += [
+            parameter.register_hook(self._on_end(name)) for name, parameter in parameters.items()
+        ]
         torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
 
     def _on_call(self, name: str) -> Callable:
@@ -245,6 +307,7 @@ class Watch:
             for tensor in _tensors(output):
                 if tensor.requires_grad:
                     tensor.register_hook(self._on_gradient(name))
+
         return look
 
     def _on_gradient(self, name: str) -> Callable:
@@ -255,6 +318,7 @@ class Watch:
                 if kind:
                     self.backward = Observation(self._gradients, name, kind, self._largest_gradient)
                 self._largest_gradient = max(self._largest_gradient, largest)
+
         return look
 
     def _on_end(self, name: str) -> Callable:
@@ -262,14 +326,19 @@ class Watch:
 
         def end(gradient):
             look(gradient)
-            return gradient.new_zeros(()).expand_as(gradient)       # of the right shape, in the memory of one number
+            return gradient.new_zeros(()).expand_as(
+                gradient
+            )  # of the right shape, in the memory of one number
+
         return end
 
 
 def _look(values: Sequence) -> tuple[str | None, float]:
     """Whether any of the float tensors holds an inf or a NaN, the inf being named where there are both; and their largest finite magnitude."""
     kind, largest = None, 0.0
-    for tensor in (tensor.detach() for value in values for tensor in _tensors(value) if tensor.numel()):
+    for tensor in (
+        tensor.detach() for value in values for tensor in _tensors(value) if tensor.numel()
+    ):
         finite = torch.isfinite(tensor)
         largest = max(largest, torch.where(finite, tensor, 0).abs().max().item())
         if not finite.all():
@@ -293,6 +362,7 @@ def _tensors(value) -> Iterator[Tensor]:
 
 # -- all ranks --------------------------------------------------------------------------------------------------------
 
+
 def _first(seen: Observation | None) -> Observation | None:
     """The earliest of what the ranks have seen, all of which make the same calls. Which rank it was may point at a faulty device."""
     all_seen = all_gather_object(seen)
@@ -301,10 +371,18 @@ def _first(seen: Observation | None) -> Observation | None:
         return None
     rank = min(found)[1]
     entry = all_seen[rank]
-    return Observation(entry.order, entry.name, entry.kind, entry.largest, f" on rank {rank} of {len(all_seen)}" if len(all_seen) > 1 else "")
+    return Observation(
+        entry.order,
+        entry.name,
+        entry.kind,
+        entry.largest,
+        f" on rank {rank} of {len(all_seen)}" if len(all_seen) > 1 else "",
+    )
 
 
 def _listed(what: str, items: Sequence) -> str:
     """A few of them by name: "rows 3, 4 and 7 more"."""
-    shown = ", ".join(str(item) for item in items[:MAX_LISTED]) + (f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else "")
+    shown = ", ".join(str(item) for item in items[:MAX_LISTED]) + (
+        f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
+    )
     return f"{what}{'s' if len(items) > 1 else ''} {shown}" if what else shown

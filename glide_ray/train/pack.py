@@ -45,7 +45,7 @@ from ..pretrained.card import (
 from .checkpoint import find_checkpoint
 from .partition import export_to
 
-MOST_BYTES = 64_000_000            # of both files: every copy of the package has them
+MOST_BYTES = 64_000_000  # of both files: every copy of the package has them
 METRICS = "metrics.jsonl"
 NOTHING: Recipe = MappingProxyType({})
 
@@ -73,8 +73,13 @@ class Trained:
 
 # -- reading -----------------------------------------------------------------------------------
 
-def read_trained(path: str | Path, corpora: Iterable[str] = (), recipe: Recipe = NOTHING,
-                 ema_rate: float | None = None) -> Trained:
+
+def read_trained(
+    path: str | Path,
+    corpora: Iterable[str] = (),
+    recipe: Recipe = NOTHING,
+    ema_rate: float | None = None,
+) -> Trained:
     """The weights in a .safetensors file, or the average in the last checkpoint of a run's folder.
 
     Sources are those that a file names, or those of a run's corpus and of the weights that it
@@ -100,10 +105,16 @@ def _of_run(checkpoint: str, ema_rate: float | None) -> Trained:
         preset, step, rate = export_to(checkpoint, file, ema_rate)
         config, state = load_weights(file)
     train, run = preset.train, checkpoint.rpartition("/checkpoints/")[0] or checkpoint
-    recipe = {"preset": preset.model.name, "steps": step, "batch": train.batch,
-              "images": step * train.batch, "seconds": seconds_of(run, train.batch),
-              "precision": train.precision, "learning rate": train.learning_rate,
-              "EMA": f"rate {rate:g}"}
+    recipe = {
+        "preset": preset.model.name,
+        "steps": step,
+        "batch": train.batch,
+        "images": step * train.batch,
+        "seconds": seconds_of(run, train.batch),
+        "precision": train.precision,
+        "learning rate": train.learning_rate,
+        "EMA": f"rate {rate:g}",
+    }
     recipe = {name: value for name, value in recipe.items() if value is not None}
     return Trained(config, state, sources_of(preset), recipe)
 
@@ -130,8 +141,10 @@ def _card_sources(folder: str) -> tuple[Source, ...]:
     try:
         listed = [Source.model_validate(one) for one in card["sources"]] if card else []
     except (ValueError, KeyError, TypeError):
-        raise PackError(f"The card of the corpus in {folder} lists no sources that can be read; "
-                        f"make the corpus again with `glide corpus`.") from None
+        raise PackError(
+            f"The card of the corpus in {folder} lists no sources that can be read; "
+            f"make the corpus again with `glide corpus`."
+        ) from None
     if card and "scenes" in card:
         listed = [source.model_copy(update={"pictures": None}) for source in listed]
     return tuple(listed)
@@ -143,7 +156,7 @@ def seconds_of(run: str, batch: int) -> int | None:
         lines = storage.read(f"{run}/{METRICS}").decode().splitlines()
     except storage.MissingError:
         return None
-    rows = [json.loads(line) for line in lines if line.endswith("}")]       # the last may be cut
+    rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut
     paces = {row["step"]: row["images_per_s"] for row in rows if row.get("images_per_s")}
     steps = [0, *sorted(paces)]
     spans = zip(steps, steps[1:], strict=False)
@@ -152,37 +165,43 @@ def seconds_of(run: str, batch: int) -> int | None:
 
 # -- writing -----------------------------------------------------------------------------------
 
+
 def write_half(trained: Trained, path: str | Path) -> None:
     """Write a weights file in float16, local or s3://, with its sources and recipe.
 
     Raises PackError where a value does not fit float16.
     """
     state = {name: _half(name, tensor) for name, tensor in trained.state.items()}
-    metadata = {"config": trained.config.model_dump_json(),
-                **to_metadata(trained.sources, trained.recipe)}
+    metadata = {
+        "config": trained.config.model_dump_json(),
+        **to_metadata(trained.sources, trained.recipe),
+    }
     storage.put(_sorted_metadata(save(state, metadata)), path)
 
 
 def _half(name: str, tensor: Tensor) -> Tensor:
     half = tensor.to(torch.float16) if tensor.is_floating_point() else tensor
     if not half.isfinite().all():
-        raise PackError(f"{name} has values that float16 does not hold (up to "
-                        f"{tensor.abs().max():g}); export the weights without --half.")
+        raise PackError(
+            f"{name} has values that float16 does not hold (up to "
+            f"{tensor.abs().max():g}); export the weights without --half."
+        )
     return half.contiguous()
 
 
 def _sorted_metadata(data: bytes) -> bytes:
     """A safetensors file with its metadata sorted by name; the library writes them unsorted."""
-    length, = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8:8 + length])
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + data[8 + length:]
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 
-def pack(base: Trained, upsampler: Trained, folder: str | Path | None = None,
-         notes: Notes | None = None) -> Card:
+def pack(
+    base: Trained, upsampler: Trained, folder: str | Path | None = None, notes: Notes | None = None
+) -> Card:
     """Write a pair as it ships: both files, `card.json` and `MODEL_CARD.md`. Returns the card.
 
     `folder`: by default that of the package. Without `notes` the figures and limits of the card
@@ -200,8 +219,12 @@ def pack(base: Trained, upsampler: Trained, folder: str | Path | None = None,
             write_half(trained, files[role])
         _check_size(files.values())
         described = tuple(describe(files[role], models[role].recipe) for role in models)
-        card = Card(name=SHIPPED, files=described, sources=union(base.sources, upsampler.sources),
-                    **dict(notes or _notes_of(folder)))
+        card = Card(
+            name=SHIPPED,
+            files=described,
+            sources=union(base.sources, upsampler.sources),
+            **dict(notes or _notes_of(folder)),
+        )
         for file in files.values():
             storage.put(file, folder / file.name)
     text = card.model_dump_json(indent=1, exclude_defaults=True)
@@ -213,15 +236,18 @@ def pack(base: Trained, upsampler: Trained, folder: str | Path | None = None,
 def _check(trained: Trained, role: str) -> None:
     check_role(trained.config, role, f"What is given as the {role}")
     if not trained.sources:
-        raise PackError(f"{trained.config.name} does not say on whose pictures it was trained; "
-                        f"name its corpus, a folder with a {CORPUS_CARD}, with --corpus.")
+        raise PackError(
+            f"{trained.config.name} does not say on whose pictures it was trained; "
+            f"name its corpus, a folder with a {CORPUS_CARD}, with --corpus."
+        )
 
 
 def _check_size(files: Iterable[Path]) -> None:
     total = sum(file.stat().st_size for file in files)
     if total > MOST_BYTES:
-        raise PackError(f"The two files have {total:,} bytes and may have {MOST_BYTES:,}; pack "
-                        f"smaller models.")
+        raise PackError(
+            f"The two files have {total:,} bytes and may have {MOST_BYTES:,}; pack smaller models."
+        )
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -229,8 +255,10 @@ def read_recipe(path: str | Path) -> Recipe:
     try:
         return TypeAdapter(Recipe).validate_json(storage.read(path))
     except ValidationError:
-        raise PackError(f"{path} is not a JSON object of names and values; write "
-                        f"{{\"seconds\": 540, \"device\": \"H100\"}}, for example.") from None
+        raise PackError(
+            f"{path} is not a JSON object of names and values; write "
+            f'{{"seconds": 540, "device": "H100"}}, for example.'
+        ) from None
 
 
 def read_notes(path: str | Path) -> Notes:
@@ -238,8 +266,10 @@ def read_notes(path: str | Path) -> Notes:
     try:
         return Notes.model_validate_json(storage.read(path))
     except ValidationError as error:
-        raise PackError(f"{path} cannot be read ({finding(error)}); `glide pack --help` shows "
-                        f"what notes look like.") from None
+        raise PackError(
+            f"{path} cannot be read ({finding(error)}); `glide pack --help` shows "
+            f"what notes look like."
+        ) from None
 
 
 def _notes_of(folder: Path) -> Notes:

@@ -27,8 +27,15 @@ from ..storage import StorageError, whole
 from .checkpoint import CheckpointError, fetch, read_preset, read_progress
 
 FILES = "part.*.safetensors"
-WEIGHTS, FIRST, SECOND, AVERAGE = "weights", "exp_avg", "exp_avg_sq", "average"     # kinds of state; an average carries its rate, "average/0.999"
-State = Mapping[str, Sequence[Tensor]]        # kind -> this rank's flat tensors, in the order of `masters`
+WEIGHTS, FIRST, SECOND, AVERAGE = (
+    "weights",
+    "exp_avg",
+    "exp_avg_sq",
+    "average",
+)  # kinds of state; an average carries its rate, "average/0.999"
+State = Mapping[
+    str, Sequence[Tensor]
+]  # kind -> this rank's flat tensors, in the order of `masters`
 
 
 @dataclass(frozen=True)
@@ -45,11 +52,14 @@ class ParamSlice:
 
 def masters(engine) -> list[Tensor]:
     """The float32 tensors that this rank's optimizer steps, whatever the ZeRO stage and precision."""
-    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):     # stage 3; stages 1 and 2
+    for attribute in (
+        "fp32_partitioned_groups_flat",
+        "single_partition_of_fp32_groups",
+    ):  # stage 3; stages 1 and 2
         tensors = getattr(engine.optimizer, attribute, None)
         if tensors:
             return list(tensors)
-    return list(engine.module.parameters())       # stage 0 in float32
+    return list(engine.module.parameters())  # stage 0 in float32
 
 
 def pieces(engine) -> list[ParamSlice]:
@@ -57,18 +67,34 @@ def pieces(engine) -> list[ParamSlice]:
     found = []
     place = {id(tensor): number for number, tensor in enumerate(masters(engine))}
     for name, parameter in engine.module.named_parameters():
-        if hasattr(parameter, "ds_id"):                                         # stage 3: a slice of equal length on every rank, the last padded
-            master, offset, length = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
+        if hasattr(
+            parameter, "ds_id"
+        ):  # stage 3: a slice of equal length on every rank, the last padded
+            master, offset, length = engine.optimizer.grad_position[
+                engine.optimizer.get_param_id(parameter)
+            ]
             start = length * torch.distributed.get_rank()
             count = max(0, min(length, parameter.ds_numel - start))
             shape = tuple(parameter.ds_shape)
-        elif getattr(parameter, "_hp_mapping", None) is not None:               # stages 1 and 2: this rank's cut of all parameters in a row
+        elif (
+            getattr(parameter, "_hp_mapping", None) is not None
+        ):  # stages 1 and 2: this rank's cut of all parameters in a row
             mapping = parameter._hp_mapping
             master, offset = mapping.param_group_index, mapping.hp_fragment_address.start
-            start, count, shape = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel, tuple(parameter.shape)
-        elif id(parameter) in place:                                            # stage 0: the parameter itself
-            master, offset, start, count, shape = place[id(parameter)], 0, 0, parameter.numel(), tuple(parameter.shape)
-        else:                                                                   # another rank's
+            start, count, shape = (
+                mapping.lp_fragment_address.start,
+                mapping.lp_fragment_address.numel,
+                tuple(parameter.shape),
+            )
+        elif id(parameter) in place:  # stage 0: the parameter itself
+            master, offset, start, count, shape = (
+                place[id(parameter)],
+                0,
+                0,
+                parameter.numel(),
+                tuple(parameter.shape),
+            )
+        else:  # another rank's
             continue
         if count:
             found.append(ParamSlice(name, shape, start, count, master, offset))
@@ -82,8 +108,17 @@ def moments(engine) -> dict[str, list[Tensor]]:
         state = optimizer.state[tensor]
         if FIRST not in state:
             # The count lies beside the parameter, as torch's fused AdamW has it and insists on.
-            state.update({"step": torch.zeros((), device=tensor.device), FIRST: torch.zeros_like(tensor), SECOND: torch.zeros_like(tensor)})
-    return {kind: [optimizer.state[tensor][kind] for tensor in masters(engine)] for kind in (FIRST, SECOND)}
+            state.update(
+                {
+                    "step": torch.zeros((), device=tensor.device),
+                    FIRST: torch.zeros_like(tensor),
+                    SECOND: torch.zeros_like(tensor),
+                }
+            )
+    return {
+        kind: [optimizer.state[tensor][kind] for tensor in masters(engine)]
+        for kind in (FIRST, SECOND)
+    }
 
 
 def adam_steps(engine) -> float:
@@ -102,13 +137,13 @@ def set_masters(engine, own: Sequence[ParamSlice], weights: Mapping[str, Tensor]
     """Begin from these whole parameters, by name: `masters` hold them to the last bit, and the network computes with them."""
     flat = masters(engine)
     for piece in own:
-        _put(flat, piece, weights[piece.name].reshape(-1)[piece.start:piece.start + piece.count])
+        _put(flat, piece, weights[piece.name].reshape(-1)[piece.start : piece.start + piece.count])
     refresh(engine)
 
 
 def _put(flat: Sequence[Tensor], piece: ParamSlice, values: Tensor) -> None:
     target = flat[piece.master].detach().reshape(-1)
-    target[piece.offset:piece.offset + piece.count] = values.to(target)
+    target[piece.offset : piece.offset + piece.count] = values.to(target)
 
 
 def refresh(engine) -> None:
@@ -117,12 +152,13 @@ def refresh(engine) -> None:
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         for number in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
-        optimizer._partition_all_parameters()           # small ones that a forward has gathered and kept whole
+        optimizer._partition_all_parameters()  # small ones that a forward has gathered and kept whole
     elif hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
+
 
 def part_path(folder: Path, rank: int) -> Path:
     return folder / f"part.{rank}.safetensors"
@@ -130,11 +166,26 @@ def part_path(folder: Path, rank: int) -> Path:
 
 def save_part(path: Path, own: Sequence[ParamSlice], state: State) -> None:
     """Write this rank's stretches of every kind of state."""
-    tensors = {f"{kind}|{piece.name}": flat[piece.master].detach().reshape(-1)[piece.offset:piece.offset + piece.count].cpu().contiguous()
-               for kind, flat in state.items() for piece in own}
+    tensors = {
+        f"{kind}|{piece.name}": flat[piece.master]
+        .detach()
+        .reshape(-1)[piece.offset : piece.offset + piece.count]
+        .cpu()
+        .contiguous()
+        for kind, flat in state.items()
+        for piece in own
+    }
     try:
-        save_file(tensors, path, metadata={"pieces": json.dumps({piece.name: [piece.shape, piece.start, piece.count] for piece in own})})
-    except SafetensorError as error:       # a full disk, most of all
+        save_file(
+            tensors,
+            path,
+            metadata={
+                "pieces": json.dumps(
+                    {piece.name: [piece.shape, piece.start, piece.count] for piece in own}
+                )
+            },
+        )
+    except SafetensorError as error:  # a full disk, most of all
         raise StorageError(f"{path.name} cannot be written: {error}.") from None
 
 
@@ -148,7 +199,9 @@ class CheckpointReader:
         self.kinds: set[str] = set()
         files = sorted(folder.glob(FILES))
         if not files:
-            raise CheckpointError(f"{folder} is not a whole glide_ray checkpoint; give the folder of another run.")
+            raise CheckpointError(
+                f"{folder} is not a whole glide_ray checkpoint; give the folder of another run."
+            )
         for path in files:
             try:
                 file = self._opened.enter_context(safe_open(path, "pt"))
@@ -157,13 +210,17 @@ class CheckpointReader:
                     self._where.setdefault(name, []).append((start, count, file))
                 self.kinds |= {key.partition("|")[0] for key in file.keys()}
             except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-                raise CheckpointError(f"{path} is damaged ({error}); give an earlier checkpoint.") from None
+                raise CheckpointError(
+                    f"{path} is damaged ({error}); give an earlier checkpoint."
+                ) from None
         for name, found in self._where.items():
             end = 0
             for start, count, _ in sorted(found, key=lambda found_slice: found_slice[:2]):
                 end = max(end, start + count) if start <= end else end
             if end != prod(self.shapes[name]):
-                raise CheckpointError(f"{folder} lacks a rank's file: {name} is not whole there; give an earlier checkpoint.")
+                raise CheckpointError(
+                    f"{folder} lacks a rank's file: {name} is not whole there; give an earlier checkpoint."
+                )
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -177,7 +234,9 @@ class CheckpointReader:
         for there, length, file in self._where[name]:
             low, high = max(start, there), min(start + count, there + length)
             if low < high:
-                result[low - start:high - start] = file.get_slice(f"{kind}|{name}")[low - there:high - there]
+                result[low - start : high - start] = file.get_slice(f"{kind}|{name}")[
+                    low - there : high - there
+                ]
         return result
 
     def full(self, kind: str, name: str) -> Tensor:
@@ -190,17 +249,27 @@ def load_parts(folder: Path, own: Sequence[ParamSlice], state: State) -> None:
     with CheckpointReader(folder) as parts:
         lacking = sorted(set(state) - parts.kinds)
         if lacking:
-            raise CheckpointError(f"The checkpoint in {folder} has no {lacking[0].replace('/', ' at rate ')}; go on with the same averages, or in "
-                                  f"another output folder.")
+            raise CheckpointError(
+                f"The checkpoint in {folder} has no {lacking[0].replace('/', ' at rate ')}; go on with the same averages, or in "
+                f"another output folder."
+            )
         for kind, flat in state.items():
             for piece in own:
                 if parts.shapes.get(piece.name) != piece.shape:
-                    raise CheckpointError(f"The checkpoint in {folder} is of another shape: {piece.name} is {list(parts.shapes.get(piece.name, ()))} "
-                                          f"there and {list(piece.shape)} here.")
+                    raise CheckpointError(
+                        f"The checkpoint in {folder} is of another shape: {piece.name} is {list(parts.shapes.get(piece.name, ()))} "
+                        f"there and {list(piece.shape)} here."
+                    )
                 _put(flat, piece, parts.read_slice(kind, piece.name, piece.start, piece.count))
 
 
-def export(folder: Path, kind: str, target: str | Path, metadata: Mapping[str, str], order: Sequence[str] | None = None) -> None:
+def export(
+    folder: Path,
+    kind: str,
+    target: str | Path,
+    metadata: Mapping[str, str],
+    order: Sequence[str] | None = None,
+) -> None:
     """Write one kind of state as a weights file, tensor by tensor: in the memory of the largest, and without a GPU. Raises CheckpointError."""
     with CheckpointReader(folder) as parts:
         if kind not in parts.kinds:
@@ -213,18 +282,35 @@ def export(folder: Path, kind: str, target: str | Path, metadata: Mapping[str, s
                 file.write(parts.full(kind, name).numpy().tobytes())
 
 
-def export_average(folder: Path, target: str | Path, rate: float | None = None) -> tuple[Preset, int, float]:
+def export_average(
+    folder: Path, target: str | Path, rate: float | None = None
+) -> tuple[Preset, int, float]:
     """A checkpoint's average, by default that of the preset's first rate, as a weights file. Returns the preset, the step and the rate.
 
     Raises CheckpointError.
     """
     preset = read_preset(folder)
-    rate, step = preset.train.ema_rates[0] if rate is None else rate, read_progress(folder, preset)[0].step
-    export(folder, f"{AVERAGE}/{rate:g}", target, {"config": preset.model.model_dump_json(), "step": str(step), "weights": "ema", "ema_rate": f"{rate:g}"})
+    rate, step = (
+        preset.train.ema_rates[0] if rate is None else rate,
+        read_progress(folder, preset)[0].step,
+    )
+    export(
+        folder,
+        f"{AVERAGE}/{rate:g}",
+        target,
+        {
+            "config": preset.model.model_dump_json(),
+            "step": str(step),
+            "weights": "ema",
+            "ema_rate": f"{rate:g}",
+        },
+    )
     return preset, step, rate
 
 
-def export_to(checkpoint: str, out: str | Path, rate: float | None = None) -> tuple[Preset, int, float]:
+def export_to(
+    checkpoint: str, out: str | Path, rate: float | None = None
+) -> tuple[Preset, int, float]:
     """`export_average` of a checkpoint's folder, local or s3://, into a file, local or s3://. Raises CheckpointError, StorageError."""
     folder = fetch(checkpoint)
     if not storage.is_remote(out):

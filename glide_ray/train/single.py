@@ -39,7 +39,7 @@ from .partition import (
 )
 from .steps import Metrics
 
-SKIPPED = 20           # steps in a row whose gradients are not finite, after which a run is given up
+SKIPPED = 20  # steps in a row whose gradients are not finite, after which a run is given up
 
 
 class SingleTrainer:
@@ -52,14 +52,20 @@ class SingleTrainer:
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = single_precision(train.precision, self.device.type)
         self.share = BatchSplit(train.batch, 1, 0, train.micro_batch or train.batch)
-        self.schedule = make_schedule(preset.model.diffusion.schedule, preset.model.diffusion.steps).to(self.device)
+        self.schedule = make_schedule(
+            preset.model.diffusion.schedule, preset.model.diffusion.steps
+        ).to(self.device)
         self.objective = objective_of(preset)
-        torch.manual_seed(train.seed)       # the initial weights, as every rank of a larger run draws them
+        torch.manual_seed(
+            train.seed
+        )  # the initial weights, as every rank of a larger run draws them
         model = build_model(preset.model).to(self.device)
         model.activation_checkpointing = train.activation_checkpointing
         self.names = [name for name, _ in model.named_parameters()]
         dtype = DTYPES[self.precision]
-        masters = [parameter.detach().float().clone().requires_grad_() for parameter in model.parameters()]
+        masters = [
+            parameter.detach().float().clone().requires_grad_() for parameter in model.parameters()
+        ]
         self.network = model.to(dtype)
         # The masters of a float32 network are its own parameters.
         self.masters = list(model.parameters()) if dtype == torch.float32 else masters
@@ -70,11 +76,20 @@ class SingleTrainer:
 
     def _optimizer(self, model: torch.nn.Module) -> torch.optim.AdamW:
         """AdamW over the masters, in the groups of the parameters that they stand for."""
-        master = {id(parameter): own for parameter, own in zip(model.parameters(), self.masters, strict=True)}
-        groups = [{**group, "params": [master[id(parameter)] for parameter in group["params"]]}
-                  for group in parameter_groups(model, self.preset.train)]
-        return torch.optim.AdamW(groups, lr=self.preset.train.learning_rate,
-                                 weight_decay=self.preset.train.weight_decay, fused=True)
+        master = {
+            id(parameter): own
+            for parameter, own in zip(model.parameters(), self.masters, strict=True)
+        }
+        groups = [
+            {**group, "params": [master[id(parameter)] for parameter in group["params"]]}
+            for group in parameter_groups(model, self.preset.train)
+        ]
+        return torch.optim.AdamW(
+            groups,
+            lr=self.preset.train.learning_rate,
+            weight_decay=self.preset.train.weight_decay,
+            fused=True,
+        )
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -84,19 +99,26 @@ class SingleTrainer:
         Raises TrainingError where the numbers are past mending.
         """
         train = self.preset.train
-        torch.manual_seed(mix(train.seed, number, -1))      # what dropout draws, the same if the step is made again
+        torch.manual_seed(
+            mix(train.seed, number, -1)
+        )  # what dropout draws, the same if the step is made again
         self.network.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(train, number) * group.get(FACTOR, 1.0)
         sums: dict[str, Tensor] = {}
         for _, _, weight in self.share.parts():
             batch = next(batches)
-            i, noise = (to_device_async(drawn, self.device) for drawn in
-                        draw(self.schedule, batch, train.seed, number, train.timestep_power))
+            i, noise = (
+                to_device_async(drawn, self.device)
+                for drawn in draw(self.schedule, batch, train.seed, number, train.timestep_power)
+            )
             on_device = batch.map(lambda tensor: to_device_async(tensor, self.device))
             losses = self.objective(self.network, self.schedule, on_device, i, noise)
             (losses["loss"].mean() * (weight / self.share.calls)).backward()
-            figures = {name: values.detach().mean() * (weight / self.share.calls) for name, values in losses.items()}
+            figures = {
+                name: values.detach().mean() * (weight / self.share.calls)
+                for name, values in losses.items()
+            }
             if "mse" in losses:
                 figures |= by_quartile(losses["mse"].detach(), i, len(self.schedule))
             for name, value in figures.items():
@@ -112,15 +134,21 @@ class SingleTrainer:
             for own, parameter in zip(self.masters, parameters, strict=True):
                 own.grad = None if parameter.grad is None else parameter.grad.float()
                 parameter.grad = None
-        norm = torch.nn.utils.get_total_norm([own.grad for own in self.masters if own.grad is not None])
+        norm = torch.nn.utils.get_total_norm(
+            [own.grad for own in self.masters if own.grad is not None]
+        )
         finite = bool(torch.isfinite(norm))
         self._skipped = 0 if finite else self._skipped + 1
         if self._skipped == SKIPPED:
-            raise TrainingError(f"The gradients of {SKIPPED} steps in a row, the last number {number}, are not finite; "
-                                f"{remedy(self.preset.train, self.precision)}.")
+            raise TrainingError(
+                f"The gradients of {SKIPPED} steps in a row, the last number {number}, are not finite; "
+                f"{remedy(self.preset.train, self.precision)}."
+            )
         if finite:
             if self.preset.train.clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(self.masters, self.preset.train.clip_norm, norm)
+                torch.nn.utils.clip_grads_with_norm_(
+                    self.masters, self.preset.train.clip_norm, norm
+                )
             self.optimizer.step()
             self.refresh()
         self.optimizer.zero_grad(set_to_none=True)
@@ -137,9 +165,18 @@ class SingleTrainer:
         """The objective's figures on held-out images."""
         self.network.eval()
         images = images_in(batches)
-        sums = held_out_sums(self.objective, self.network, self.schedule, [batch.to(self.device) for batch in batches],
-                             self.preset.train.seed, images)
-        return {"held_out" if name == "loss" else f"held_out_{name}": float(value) / images for name, value in sums.items()}
+        sums = held_out_sums(
+            self.objective,
+            self.network,
+            self.schedule,
+            [batch.to(self.device) for batch in batches],
+            self.preset.train.seed,
+            images,
+        )
+        return {
+            "held_out" if name == "loss" else f"held_out_{name}": float(value) / images
+            for name, value in sums.items()
+        }
 
     def scale(self) -> dict[str, float]:
         """No loss scale: fp16 is not among this trainer's precisions."""
@@ -153,8 +190,10 @@ class SingleTrainer:
 
     def pieces(self) -> list[ParamSlice]:
         """Each parameter, whole."""
-        return [ParamSlice(name, tuple(own.shape), 0, own.numel(), number, 0)
-                for number, (name, own) in enumerate(zip(self.names, self.masters, strict=True))]
+        return [
+            ParamSlice(name, tuple(own.shape), 0, own.numel(), number, 0)
+            for number, (name, own) in enumerate(zip(self.names, self.masters, strict=True))
+        ]
 
     def state(self) -> State:
         """All that training changes."""
@@ -162,11 +201,22 @@ class SingleTrainer:
             kept = self.optimizer.state[own]
             if FIRST not in kept:
                 # The count lies beside the parameter, as torch's fused AdamW has it and insists on.
-                kept.update({"step": torch.zeros((), device=own.device),
-                             FIRST: torch.zeros_like(own), SECOND: torch.zeros_like(own)})
-        moments = {kind: [self.optimizer.state[own][kind] for own in self.masters] for kind in (FIRST, SECOND)}
-        return {WEIGHTS: [own.detach() for own in self.masters], **moments,
-                **{f"{AVERAGE}/{rate:g}": average for rate, average in self.ema.averages.items()}}
+                kept.update(
+                    {
+                        "step": torch.zeros((), device=own.device),
+                        FIRST: torch.zeros_like(own),
+                        SECOND: torch.zeros_like(own),
+                    }
+                )
+        moments = {
+            kind: [self.optimizer.state[own][kind] for own in self.masters]
+            for kind in (FIRST, SECOND)
+        }
+        return {
+            WEIGHTS: [own.detach() for own in self.masters],
+            **moments,
+            **{f"{AVERAGE}/{rate:g}": average for rate, average in self.ema.averages.items()},
+        }
 
     def start(self) -> None:
         """Begin from the weights that are to be fine-tuned, if any. Raises WeightsError for those of another shape."""
@@ -174,8 +224,16 @@ class SingleTrainer:
         if not path:
             return
         _, state = load_weights(shipped.fetch(path, self.preset.model.role))
-        state = with_known_channels(state, self.network.config) if isinstance(self.network, GlideUNet) else state
-        check_shapes(state, {name: parameter.shape for name, parameter in self.network.named_parameters()}, path)
+        state = (
+            with_known_channels(state, self.network.config)
+            if isinstance(self.network, GlideUNet)
+            else state
+        )
+        check_shapes(
+            state,
+            {name: parameter.shape for name, parameter in self.network.named_parameters()},
+            path,
+        )
         with torch.no_grad():
             for name, own in zip(self.names, self.masters, strict=True):
                 own.copy_(state[name])
@@ -201,8 +259,10 @@ class SingleTrainer:
 def single_precision(precision: str, device: str) -> str:
     """`auto` is bf16 on a GPU, and the faster of bf16 and fp32 on a CPU. Raises ConfigError."""
     if precision == "fp16":
-        raise ConfigError("Setting train.precision: fp16 and its loss scaling need DeepSpeed, under Ray Train; "
-                          "use bf16, fp32 or auto in one process.")
+        raise ConfigError(
+            "Setting train.precision: fp16 and its loss scaling need DeepSpeed, under Ray Train; "
+            "use bf16, fp32 or auto in one process."
+        )
     if precision != "auto":
         return precision
     return "bf16" if device == "cuda" else fastest_on_cpu()

@@ -50,8 +50,12 @@ class Outlets:
     step: Callable[[int], bool] = lambda number: False
 
 
-def train_loop(trainer: Trains, epoch_batches: Callable[[int, int], Iterator[Batch]], held_out: Sequence[Batch],
-               outlets: Outlets) -> None:
+def train_loop(
+    trainer: Trains,
+    epoch_batches: Callable[[int, int], Iterator[Batch]],
+    held_out: Sequence[Batch],
+    outlets: Outlets,
+) -> None:
     """Train to `preset.train.steps` from wherever the trainer stands.
 
     `epoch_batches(n, rows)` gives this rank's micro-batches of the n-th epoch after its first so many rows, over all ranks.
@@ -65,20 +69,36 @@ def train_loop(trainer: Trains, epoch_batches: Callable[[int, int], Iterator[Bat
     began = time.perf_counter()
     for number in range(trainer.progress.step + 1, train.steps + 1):
         recent.append(trainer.step(batches, number))
-        trainer.progress = Progress(number, trainer.progress.epoch, trainer.progress.rows + train.batch)
+        trainer.progress = Progress(
+            number, trainer.progress.epoch, trainer.progress.rows + train.batch
+        )
 
         # Figures: one transfer from the device for all steps since the last.
         if number % train.log_every == 0 or number == train.steps:
-            means = quartile_means(trainer.summed({name: torch.stack([step[name] for step in recent]).mean() / trainer.world for name in recent[0]}))
+            means = quartile_means(
+                trainer.summed(
+                    {
+                        name: torch.stack([step[name] for step in recent]).mean() / trainer.world
+                        for name in recent[0]
+                    }
+                )
+            )
             now = time.perf_counter()
-            outlets.metrics({"step": number, **means, **trainer.scale(), "epoch": trainer.progress.epoch,
-                             "images_per_s": train.batch * len(recent) / (now - began)})
+            outlets.metrics(
+                {
+                    "step": number,
+                    **means,
+                    **trainer.scale(),
+                    "epoch": trainer.progress.epoch,
+                    "images_per_s": train.batch * len(recent) / (now - began),
+                }
+            )
             recent, began = [], now
 
         if number % train.evaluate_every == 0 or number == train.steps:
             paused = time.perf_counter()
             outlets.metrics({"step": number, **trainer.held_out(held_out)})
-            began += time.perf_counter() - paused       # images/s are of the steps alone
+            began += time.perf_counter() - paused  # images/s are of the steps alone
 
         wanted = outlets.step(number)
         if number < train.steps and (wanted or number % train.checkpoint_every == 0):
@@ -87,7 +107,9 @@ def train_loop(trainer: Trains, epoch_batches: Callable[[int, int], Iterator[Bat
             began += time.perf_counter() - paused
 
 
-def _endless(epoch_batches: Callable[[int, int], Iterator[Batch]], trainer: Trains) -> Iterator[Batch]:
+def _endless(
+    epoch_batches: Callable[[int, int], Iterator[Batch]], trainer: Trains
+) -> Iterator[Batch]:
     epoch, rows = trainer.progress.epoch, trainer.progress.rows
     while True:
         trainer.progress = Progress(trainer.progress.step, epoch, rows)
@@ -95,7 +117,9 @@ def _endless(epoch_batches: Callable[[int, int], Iterator[Batch]], trainer: Trai
         for batch in epoch_batches(epoch, rows):
             given = True
             yield batch
-        if not given and not rows:      # a resumed run may find its epoch at an end
-            raise TrainingError(f"The corpus {trainer.preset.data.corpus} has too few usable images for one batch of "
-                                f"{trainer.preset.train.batch}; lower train.batch, or add images.")
+        if not given and not rows:  # a resumed run may find its epoch at an end
+            raise TrainingError(
+                f"The corpus {trainer.preset.data.corpus} has too few usable images for one batch of "
+                f"{trainer.preset.train.batch}; lower train.batch, or add images."
+            )
         epoch, rows = epoch + 1, 0

@@ -18,16 +18,21 @@ from torch import Tensor, nn
 from ..models.unet import GlideUNet
 from ..tensors import Batch
 
-SIDE = 16               # pixels of the small pictures
-CAPTIONS = 128          # in a step
+SIDE = 16  # pixels of the small pictures
+CAPTIONS = 128  # in a step
 LEARNING_RATE, WARMUP, BETAS, CLIP = 1.5e-3, 50, (0.9, 0.99), 1.0
-SPREAD = 0.5            # standard deviation of the pooled text over captions, at the end
-SEEN = 50               # steps that the report is of
+SPREAD = 0.5  # standard deviation of the pooled text over captions, at the end
+SEEN = 50  # steps that the report is of
 Report = Callable[[str], None]
 
 
-def learn_words(model: GlideUNet, batches: Iterator[Batch], minutes: float,
-                report: Report = lambda line: None, dtype: torch.dtype = torch.float32) -> float:
+def learn_words(
+    model: GlideUNet,
+    batches: Iterator[Batch],
+    minutes: float,
+    report: Report = lambda line: None,
+    dtype: torch.dtype = torch.float32,
+) -> float:
     """Train `model.text` for `minutes`, at least one step; the rest of the model stays.
 
     `batches`: batches of CAPTIONS without end, of the model's image size; `dtype`: of the matrix
@@ -64,8 +69,10 @@ def learn_words(model: GlideUNet, batches: Iterator[Batch], minutes: float,
         captions.append(caption)
         step += 1
         if step % (10 * SEEN) == 0:
-            report(f"words: {step * len(target):,} captions, {explained(errors):.0%} of the "
-                   f"pictures' variance explained")
+            report(
+                f"words: {step * len(target):,} captions, {explained(errors):.0%} of the "
+                f"pictures' variance explained"
+            )
         batch = next(batches)
     with torch.no_grad():
         standardise(text.pool, torch.cat([text(*caption)[1] for caption in captions]))

@@ -20,9 +20,9 @@ from ..config.training import Preset
 from ..errors import UserError
 from .tracker_stores import STORES, Run, Store, why
 
-WAITING = 50_000              # news that wait for a tracker at most; what comes after is dropped
-RETRY_SECONDS = 15.0          # between tries to reach a tracker that failed
-CLOSE_SECONDS = 60.0          # that `close` waits for what has not been written yet
+WAITING = 50_000  # news that wait for a tracker at most; what comes after is dropped
+RETRY_SECONDS = 15.0  # between tries to reach a tracker that failed
+CLOSE_SECONDS = 60.0  # that `close` waits for what has not been written yet
 
 
 class Trackers:
@@ -33,7 +33,11 @@ class Trackers:
 
     def metrics(self, step: int, figures: Mapping[str, float]) -> None:
         """The figures of an optimizer step, by name; what is not a number is left out."""
-        numbers = {name: float(value) for name, value in figures.items() if isinstance(value, (int, float)) and name != "step"}
+        numbers = {
+            name: float(value)
+            for name, value in figures.items()
+            if isinstance(value, (int, float)) and name != "step"
+        }
         if numbers:
             self._tell("metrics", step, numbers)
 
@@ -63,8 +67,14 @@ class Trackers:
             outlet.tell(news)
 
 
-def open_trackers(names: Iterable[str], folder: Path, preset: Preset, run_id: str, first_step: int = 0,
-                  warn: Callable[[str], None] = warnings.warn) -> Trackers:
+def open_trackers(
+    names: Iterable[str],
+    folder: Path,
+    preset: Preset,
+    run_id: str,
+    first_step: int = 0,
+    warn: Callable[[str], None] = warnings.warn,
+) -> Trackers:
     """The trackers of `names` (`TrainConfig.trackers`) for a run, those of local files in `folder`.
 
     `first_step` is the first whose figures are to come: 0 for a new run, one after its checkpoint's for a run that goes on. `warn` is told in
@@ -76,12 +86,15 @@ def open_trackers(names: Iterable[str], folder: Path, preset: Preset, run_id: st
         try:
             stores.append(kind(run))
         except ImportError as error:
-            raise UserError(f"train.trackers has {name!r}, whose package cannot be imported ({error}); run `pip install {package}`, or leave "
-                            f"{name!r} out.") from None
+            raise UserError(
+                f"train.trackers has {name!r}, whose package cannot be imported ({error}); run `pip install {package}`, or leave "
+                f"{name!r} out."
+            ) from None
     return Trackers([_Outlet(store, warn) for store in stores])
 
 
 # -- one tracker's thread ---------------------------------------------------------------------------------------------
+
 
 class _Outlet:
     """Hands news to one store in order, in a thread."""
@@ -106,12 +119,17 @@ class _Outlet:
     def join(self, seconds: float) -> None:
         self._thread.join(max(0.0, seconds))
         if self._thread.is_alive():
-            self._complain(f"it has not taken everything in {CLOSE_SECONDS:g} s", "It is not waited for any longer")
+            self._complain(
+                f"it has not taken everything in {CLOSE_SECONDS:g} s",
+                "It is not waited for any longer",
+            )
 
     def _work(self) -> None:
         opened = self._open()
         while opened and (news := self._news.get()) is not None:
-            for _ in range(2):      # what fails in a store that was reached just before is at fault itself
+            for _ in range(
+                2
+            ):  # what fails in a store that was reached just before is at fault itself
                 if not opened or self._try(*news):
                     break
                 opened = self._open()
@@ -122,7 +140,7 @@ class _Outlet:
         try:
             getattr(self._store, method)(*given)
             return True
-        except Exception as error:      # of whatever kind: training goes on
+        except Exception as error:  # of whatever kind: training goes on
             self._complain(why(error))
             return False
 
@@ -139,5 +157,7 @@ class _Outlet:
     def _complain(self, why: str, then: str = "Training goes on and tries again") -> None:
         if not self._warned:
             self._warned = True
-            with suppress(Exception):       # warnings may be errors, which would end this thread
-                self._warn(f"{self._store.title} cannot be written to: {why}. {then}; the run's own files have everything.")
+            with suppress(Exception):  # warnings may be errors, which would end this thread
+                self._warn(
+                    f"{self._store.title} cannot be written to: {why}. {then}; the run's own files have everything."
+                )

@@ -12,7 +12,12 @@ from collections.abc import Callable
 class Watchdog:
     """`say` is told what hung, in a sentence, before the process is killed. Nothing is watched before the first `beat`, nor after `rest` and `close`."""
 
-    def __init__(self, seconds: float, say: Callable[[str], None], kill: Callable[[], None] = lambda: os.kill(os.getpid(), signal.SIGKILL)):
+    def __init__(
+        self,
+        seconds: float,
+        say: Callable[[str], None],
+        kill: Callable[[], None] = lambda: os.kill(os.getpid(), signal.SIGKILL),
+    ):
         self._seconds, self._say, self._kill = seconds, say, kill
         self._last: tuple[float, str] | None = None
         self._closed = threading.Event()
@@ -36,7 +41,11 @@ class Watchdog:
             since, doing = last
             if time.monotonic() - since > self._seconds:
                 # In a thread of its own: whatever hangs may hang this as well.
-                saying = threading.Thread(target=self._say, args=(f"{doing} has taken more than {self._seconds:g} s",), daemon=True)
+                saying = threading.Thread(
+                    target=self._say,
+                    args=(f"{doing} has taken more than {self._seconds:g} s",),
+                    daemon=True,
+                )
                 saying.start()
                 saying.join(5)
                 self._kill()

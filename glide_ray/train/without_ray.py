@@ -34,7 +34,7 @@ from .single import SingleTrainer
 from .steps import Outlets, train_loop
 from .trackers import open_trackers
 
-MOST_BYTES = 16 * 2**30         # of encoded pictures that are held in memory
+MOST_BYTES = 16 * 2**30  # of encoded pictures that are held in memory
 SAMPLES = "samples"
 
 
@@ -48,16 +48,22 @@ class Done:
     images_per_s: float
 
 
-def train_alone(preset: Preset, out: str | Path, minutes: float | None = None, progress: bool = True) -> Done:
+def train_alone(
+    preset: Preset, out: str | Path, minutes: float | None = None, progress: bool = True
+) -> Done:
     """Train a preset into the local folder `out`, or go on with the run that is there. Raises UserError.
 
     `minutes`: at most so long, with a checkpoint and the weights so far at the end. Ctrl-C and SIGTERM end it likewise.
     """
     began = time.monotonic()
     if storage.is_remote(out):
-        raise ConfigError(f"{out}: a run in one process writes to a local folder; give one with --out, or train under Ray.")
+        raise ConfigError(
+            f"{out}: a run in one process writes to a local folder; give one with --out, or train under Ray."
+        )
     if preset.train.workers > 1:
-        preset = preset.model_copy(update={"train": preset.train.model_copy(update={"workers": 1, "min_workers": None})})
+        preset = preset.model_copy(
+            update={"train": preset.train.model_copy(update={"workers": 1, "min_workers": None})}
+        )
     out = Path(storage.absolute(out))
     storage.check_writable(out)
     done = (out / WEIGHTS).exists() and last_step(out / METRICS) >= preset.train.steps
@@ -71,18 +77,30 @@ def train_alone(preset: Preset, out: str | Path, minutes: float | None = None, p
         log.say(f"{corpus.report}")
         for text in turned:
             log.say(text)
-        return _run(preset, out, corpus, log, lambda: bool(stop) or minutes and time.monotonic() - began > 60 * minutes)
+        return _run(
+            preset,
+            out,
+            corpus,
+            log,
+            lambda: bool(stop) or minutes and time.monotonic() - began > 60 * minutes,
+        )
 
 
-def _run(preset: Preset, out: Path, corpus: MemoryCorpus, log: _Log, ends: Callable[[], bool]) -> Done:
+def _run(
+    preset: Preset, out: Path, corpus: MemoryCorpus, log: _Log, ends: Callable[[], bool]
+) -> Done:
     train, checkpoints = preset.train, Checkpoints(out)
     trainer = SingleTrainer(preset)
     _go_on(trainer, checkpoints, log)
     checkpoints.sweep()
     first, began = trainer.progress.step, time.monotonic()
-    log.say(f"{preset.model.name} in one process ({trainer.device.type}), {trainer.precision}, batch {train.batch:,}, "
-            f"from step {first:,}")
-    keeper = CheckpointWriter(checkpoints, uuid.uuid4().hex[:8], train.keep_last, train.keep_every, log.say)
+    log.say(
+        f"{preset.model.name} in one process ({trainer.device.type}), {trainer.precision}, batch {train.batch:,}, "
+        f"from step {first:,}"
+    )
+    keeper = CheckpointWriter(
+        checkpoints, uuid.uuid4().hex[:8], train.keep_last, train.keep_every, log.say
+    )
     held_out = held_out_batches(preset.data, preset.model, trainer.share.micro_batch)
 
     def save(write: Callable[[Path], None]) -> None:
@@ -98,21 +116,32 @@ def _run(preset: Preset, out: Path, corpus: MemoryCorpus, log: _Log, ends: Calla
         if ends():
             raise _Ended
         return False
+
     finished = False
     try:
         train_loop(trainer, corpus.epoch_batches, held_out, Outlets(log.metrics, save, after_step))
         finished = True
     except _Ended:
-        log.say(f"stopped after step {trainer.progress.step:,}; the same command goes on from here", trainer.progress.step)
+        log.say(
+            f"stopped after step {trainer.progress.step:,}; the same command goes on from here",
+            trainer.progress.step,
+        )
     step = trainer.progress.step
     if not checkpoints.whole() or checkpoints.whole()[-1].step < step:
         keeper.save(step, trainer.save)
         keeper.finish()
     whole = checkpoints.whole()
     if not whole or whole[-1].step < step:
-        raise UserError(f"The last checkpoint could not be written to {out}; make room there, and run the same command again.")
+        raise UserError(
+            f"The last checkpoint could not be written to {out}; make room there, and run the same command again."
+        )
     export_average(Path(whole[-1].path), out / WEIGHTS)
-    return Done(step, finished, out / WEIGHTS, (step - first) * train.batch / max(1e-9, time.monotonic() - began))
+    return Done(
+        step,
+        finished,
+        out / WEIGHTS,
+        (step - first) * train.batch / max(1e-9, time.monotonic() - began),
+    )
 
 
 class _Ended(Exception):
@@ -131,8 +160,10 @@ def _go_on(trainer: SingleTrainer, checkpoints: Checkpoints, log: _Log) -> None:
             fault = error
             log.say(f"the checkpoint of step {made.step:,} is left out: {error}")
     if fault is not None:
-        raise CheckpointError(f"None of the {len(whole)} checkpoints in {checkpoints.path} can be read; remove that folder to "
-                              f"begin anew. The oldest: {fault}")
+        raise CheckpointError(
+            f"None of the {len(whole)} checkpoints in {checkpoints.path} can be read; remove that folder to "
+            f"begin anew. The oldest: {fault}"
+        )
 
 
 def _grid(checkpoints: Checkpoints, preset: Preset) -> np.ndarray | None:
@@ -154,7 +185,7 @@ class MemoryCorpus:
 
     def __init__(self, preset: Preset):
         self.preset, self.report = preset, Report()
-        self.rows: list[tuple[int, str, Sample]] = []         # row number, name of its folder, sample
+        self.rows: list[tuple[int, str, Sample]] = []  # row number, name of its folder, sample
         self._collate = Collate(preset.model, preset.data, preset.train.seed)
         rules, size = header_rules(preset.data.min_size), 0
         for part in find_parts(preset.data.corpus):
@@ -165,17 +196,24 @@ class MemoryCorpus:
                     self.rows.append((row_id(part.url, position), folder_name(part), sample))
                     size += len(sample.image)
             if size > MOST_BYTES:
-                raise ShardError(f"The corpus {preset.data.corpus} has more than {MOST_BYTES / 2**30:.0f} GiB of pictures, too "
-                                 f"many to hold in memory; leave --no-ray out, so that it is streamed.")
+                raise ShardError(
+                    f"The corpus {preset.data.corpus} has more than {MOST_BYTES / 2**30:.0f} GiB of pictures, too "
+                    f"many to hold in memory; leave --no-ray out, so that it is streamed."
+                )
         if len(self.rows) < preset.train.batch:
-            raise ShardError(f"The corpus {preset.data.corpus} has {len(self.rows):,} usable rows, fewer than one batch of "
-                             f"{preset.train.batch:,}; lower train.batch, or add images.")
+            raise ShardError(
+                f"The corpus {preset.data.corpus} has {len(self.rows):,} usable rows, fewer than one batch of "
+                f"{preset.train.batch:,}; lower train.batch, or add images."
+            )
 
     def epoch_batches(self, epoch: int, rows: int) -> Iterator[Batch]:
         """The batches of an epoch after its first so many rows; the same for the same arguments."""
-        chosen, micro = self._order(epoch)[rows:], self.preset.train.micro_batch or self.preset.train.batch
+        chosen, micro = (
+            self._order(epoch)[rows:],
+            self.preset.train.micro_batch or self.preset.train.batch,
+        )
         whole = len(chosen) - len(chosen) % self.preset.train.batch
-        parts = (chosen[start:start + micro] for start in range(0, whole, micro))
+        parts = (chosen[start : start + micro] for start in range(0, whole, micro))
         rows_of = (columns((self.rows[n][0], self.rows[n][2]) for n in part) for part in parts)
         return ahead(collated(rows_of, self._collate, self.preset, epoch))
 
@@ -187,8 +225,11 @@ class MemoryCorpus:
     def _order(self, epoch: int) -> np.ndarray:
         """The numbers of the rows that the epoch reads, shuffled."""
         seed, shares = self.preset.train.seed, self.preset.data.shares
-        read = [n for n, (_, folder, sample) in enumerate(self.rows)
-                if in_share(sample.key, epoch, seed, share_of(shares, folder, sample))]
+        read = [
+            n
+            for n, (_, folder, sample) in enumerate(self.rows)
+            if in_share(sample.key, epoch, seed, share_of(shares, folder, sample))
+        ]
         return np.random.default_rng([seed, epoch]).permutation(np.array(read))
 
 
@@ -200,10 +241,23 @@ class _Log:
         first = last_step(out / METRICS)
         if not (out / RUN).exists():
             storage.put(json.dumps({"id": uuid.uuid4().hex[:12]}).encode(), out / RUN)
-        self._bar = tqdm(total=preset.train.steps, desc=f"train {preset.model.name}", unit="step", initial=first,
-                         disable=not progress, dynamic_ncols=True, mininterval=1.0)
-        self._trackers = open_trackers(preset.train.trackers, out, preset, json.loads((out / RUN).read_text())["id"],
-                                       first + 1 if first else 0, self.say)
+        self._bar = tqdm(
+            total=preset.train.steps,
+            desc=f"train {preset.model.name}",
+            unit="step",
+            initial=first,
+            disable=not progress,
+            dynamic_ncols=True,
+            mininterval=1.0,
+        )
+        self._trackers = open_trackers(
+            preset.train.trackers,
+            out,
+            preset,
+            json.loads((out / RUN).read_text())["id"],
+            first + 1 if first else 0,
+            self.say,
+        )
         self._shown: dict[str, str] = {}
 
     def __enter__(self) -> _Log:
@@ -224,7 +278,11 @@ class _Log:
         with open(self._out / METRICS, "a") as file:
             file.write(json.dumps(figures) + "\n")
         self._trackers.metrics(figures["step"], figures)
-        for name, short in (("loss", "loss"), ("held_out", "held-out"), ("images_per_s", "images/s")):
+        for name, short in (
+            ("loss", "loss"),
+            ("held_out", "held-out"),
+            ("images_per_s", "images/s"),
+        ):
             if name in figures:
                 self._shown[short] = f"{figures[name]:.3g}"
         self._bar.set_postfix(self._shown, refresh=False)
@@ -242,7 +300,10 @@ class _Log:
 def _asked_to_stop() -> Iterator[list[int]]:
     """A list that holds the signal with which the run was asked to stop, once it was."""
     asked: list[int] = []
-    before = {number: signal.signal(number, lambda given, _: asked.append(given)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda given, _: asked.append(given))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield asked
     finally:

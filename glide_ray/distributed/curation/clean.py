@@ -35,9 +35,20 @@ from ..stream import Tally, in_order, quiet, task_errors
 from .corpus import PAGE, count, look_up, refuse_source, rewrite, write_manifest
 
 PAGE_PARTS, PAGE_PAIRS, PAGE_EXAMPLES, PAGE_SAMPLES = 12, 16, 8, 32
-SCHEMA = pyarrow.schema([("part", pyarrow.int32()), ("position", pyarrow.int32()), ("key", pyarrow.large_string()), ("reason", pyarrow.large_string()),
-                         ("caption", pyarrow.large_string()), ("captions_dropped", pyarrow.int32()), ("width", pyarrow.int32()),
-                         ("height", pyarrow.int32()), ("bytes", pyarrow.int64()), ("fingerprint", pyarrow.binary(FINGERPRINT_BYTES))])
+SCHEMA = pyarrow.schema(
+    [
+        ("part", pyarrow.int32()),
+        ("position", pyarrow.int32()),
+        ("key", pyarrow.large_string()),
+        ("reason", pyarrow.large_string()),
+        ("caption", pyarrow.large_string()),
+        ("captions_dropped", pyarrow.int32()),
+        ("width", pyarrow.int32()),
+        ("height", pyarrow.int32()),
+        ("bytes", pyarrow.int64()),
+        ("fingerprint", pyarrow.binary(FINGERPRINT_BYTES)),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -46,21 +57,26 @@ class Cleaned:
 
     parts: Sequence[Part]
     rows: pyarrow.Table
-    stays_instead: np.ndarray        # (N,) the row that stays in a near-duplicate's stead, -1 for others
+    stays_instead: np.ndarray  # (N,) the row that stays in a near-duplicate's stead, -1 for others
     report: Report
     captions_dropped: int
     index: Mapping[str, Any]
 
 
-def clean(source: str, out: str, config: CleanConfig, rules: Mapping[str, Rule] | None = None,
-          report: Callable[[str], None] = lambda line: None) -> Cleaned:
+def clean(
+    source: str,
+    out: str,
+    config: CleanConfig,
+    rules: Mapping[str, Rule] | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Cleaned:
     """Write the rows of `source` that break no rule to `out`, local or s3://, with an index, and DROPPED: what was left out and why.
 
     `rules` are the user's, asked after ours. Raises UserError.
     """
     parts = find_parts(storage.absolute(source))
     refuse_source(source, parts, out)
-    storage.check_writable(out)         # before hours of reading
+    storage.check_writable(out)  # before hours of reading
     connect(2)
     send_with((rules or {}).values())
     report(f"reading {len(parts):,} parts of {source}")
@@ -70,54 +86,99 @@ def clean(source: str, out: str, config: CleanConfig, rules: Mapping[str, Rule] 
     if config.duplicates:
         kept = np.flatnonzero(reason == "")
         report(f"looking for near-duplicates among {len(kept):,} images")
-        prints = np.frombuffer(b"".join(rows["fingerprint"].take(kept).to_pylist()), np.uint8).reshape(len(kept), FINGERPRINT_BYTES)
+        prints = np.frombuffer(
+            b"".join(rows["fingerprint"].take(kept).to_pylist()), np.uint8
+        ).reshape(len(kept), FINGERPRINT_BYTES)
         size = rows["width"].to_numpy()[kept].astype(np.int64) * rows["height"].to_numpy()[kept]
         found = find_duplicates(prints, size)
         stays_instead[kept] = np.where(found >= 0, kept[found], -1)
         reason[stays_instead >= 0] = NEAR_DUPLICATE
-    rows = rows.set_column(rows.schema.get_field_index("reason"), "reason", pyarrow.array(reason.tolist(), pyarrow.large_string()))
+    rows = rows.set_column(
+        rows.schema.get_field_index("reason"),
+        "reason",
+        pyarrow.array(reason.tolist(), pyarrow.large_string()),
+    )
     stays = np.flatnonzero(reason == "")
     report(f"writing {len(stays):,} rows to {out}")
     tests = caption_rules(config)
-    index, faults = rewrite(parts, rows["part"].to_numpy()[stays], rows["position"].to_numpy()[stays], out, config.per_shard,
-                            lambda captions: clean_captions(captions, tests)[0])
+    index, faults = rewrite(
+        parts,
+        rows["part"].to_numpy()[stays],
+        rows["position"].to_numpy()[stays],
+        out,
+        config.per_shard,
+        lambda captions: clean_captions(captions, tests)[0],
+    )
     counted = count(rows, index, [*scanned.faults, *faults])
     captions_dropped = int(np.sum(rows["captions_dropped"].to_numpy()))
-    write_manifest(out, parts, rows, counted, {"source": source, "settings": config.model_dump(), "captions_dropped": captions_dropped}, stays_instead)
+    write_manifest(
+        out,
+        parts,
+        rows,
+        counted,
+        {"source": source, "settings": config.model_dump(), "captions_dropped": captions_dropped},
+        stays_instead,
+    )
     return Cleaned(parts, rows, stays_instead, counted, captions_dropped, index)
 
 
-def scan(parts: Sequence[Part], config: CleanConfig, rules: Mapping[str, Rule]) -> tuple[pyarrow.Table, Report]:
+def scan(
+    parts: Sequence[Part], config: CleanConfig, rules: Mapping[str, Rule]
+) -> tuple[pyarrow.Table, Report]:
     """Judge every row by itself: a table of SCHEMA in the order of the corpus, and a report that names the parts with a fault."""
     tally, shared = Tally.remote(), ray.put(list(parts))
 
     def judge(batch: dict[str, np.ndarray]) -> Iterator[pyarrow.Table]:
         for number in batch["item"]:
             report = Report()
-            yield pyarrow.Table.from_pylist(list(_judged(int(number), ray.get(shared)[number], config, rules, report)), SCHEMA)
+            yield pyarrow.Table.from_pylist(
+                list(_judged(int(number), ray.get(shared)[number], config, rules, report)), SCHEMA
+            )
             ray.get(tally.add.remote(report))
 
-    judged = quiet().from_items(list(range(len(parts))), override_num_blocks=len(parts)).map_batches(judge, batch_size=1)
+    judged = (
+        quiet()
+        .from_items(list(range(len(parts))), override_num_blocks=len(parts))
+        .map_batches(judge, batch_size=1)
+    )
     tables = []
-    with tqdm(total=len(parts), desc="clean", unit="part", dynamic_ncols=True, disable=None) as bar, task_errors():
+    with (
+        tqdm(total=len(parts), desc="clean", unit="part", dynamic_ncols=True, disable=None) as bar,
+        task_errors(),
+    ):
         for table in judged.iter_batches(batch_size=None, batch_format="pyarrow"):
             tables.append(table.cast(SCHEMA))
             bar.update(1)
     return in_order([SCHEMA.empty_table(), *tables]), ray.get(tally.report.remote())
 
 
-def _judged(number: int, part: Part, config: CleanConfig, rules: Mapping[str, Rule], report: Report) -> Iterator[dict[str, Any]]:
+def _judged(
+    number: int, part: Part, config: CleanConfig, rules: Mapping[str, Rule], report: Report
+) -> Iterator[dict[str, Any]]:
     of_images, of_captions = image_rules(config), caption_rules(config)
     try:
         for position, sample in enumerate(read_part(part)):
             candidate = Candidate(sample)
             captions, reason = clean_captions(sample.captions, of_captions)
-            reason = first_broken(candidate, of_images) or reason or _first_of_users(candidate, rules)
-            row = {"part": number, "position": position, "key": sample.key, "reason": reason or "", "bytes": len(sample.image),
-                   "caption": captions[0] if captions else "", "captions_dropped": len(sample.captions) - len(captions)}
+            reason = (
+                first_broken(candidate, of_images) or reason or _first_of_users(candidate, rules)
+            )
+            row = {
+                "part": number,
+                "position": position,
+                "key": sample.key,
+                "reason": reason or "",
+                "bytes": len(sample.image),
+                "caption": captions[0] if captions else "",
+                "captions_dropped": len(sample.captions) - len(captions),
+            }
             if reason is None:
                 width, height = candidate.picture.size
-                row |= {"width": width, "height": height, "fingerprint": fingerprint(candidate.picture)}
+                row |= {
+                    "width": width,
+                    "height": height,
+                    "fingerprint": fingerprint(candidate.picture),
+                }
             yield {**dict.fromkeys(SCHEMA.names), **row}
     except UserError as error:
         report.faults.append(str(error))
@@ -128,12 +189,15 @@ def _first_of_users(candidate: Candidate, rules: Mapping[str, Rule]) -> str | No
         try:
             if not rule(candidate):
                 return name
-        except Exception as error:      # a rule that fails on a row says nothing good of it, and must not end the run
+        except (
+            Exception
+        ) as error:  # a rule that fails on a row says nothing good of it, and must not end the run
             return f"on which {name.removeprefix('against ')} raised {type(error).__name__}"
     return None
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
+
 
 def write_page(cleaned: Cleaned, source: str, out: str, seed: int = 0) -> str:
     """A page to look at, PAGE in `out`: sizes, captions, drops by rule with examples, duplicates side by side, random rows."""
@@ -143,34 +207,63 @@ def write_page(cleaned: Cleaned, source: str, out: str, seed: int = 0) -> str:
 
     def some(of: np.ndarray, count: int) -> list[int]:
         return sorted(draws.choice(of, min(count, len(of)), replace=False).tolist())
+
     # Each row that is shown costs a read of its shard: those of a few shards will do.
     parts = some(np.unique(rows["part"].to_numpy()), PAGE_PARTS)
     near = np.isin(rows["part"].to_numpy(), parts)
     copies = some(np.flatnonzero(cleaned.stays_instead >= 0), PAGE_PAIRS)
-    shown = {why: some(np.flatnonzero((reason == why) & near), PAGE_EXAMPLES) for why, _ in cleaned.report.dropped.most_common()}
+    shown = {
+        why: some(np.flatnonzero((reason == why) & near), PAGE_EXAMPLES)
+        for why, _ in cleaned.report.dropped.most_common()
+    }
     shown.pop(NEAR_DUPLICATE, None)
     stay = some(np.flatnonzero((reason == "") & near), PAGE_SAMPLES)
-    wanted = {place[n] for n in [*stay, *copies, *cleaned.stays_instead[copies].tolist(), *(n for some in shown.values() for n in some)]}
+    wanted = {
+        place[n]
+        for n in [
+            *stay,
+            *copies,
+            *cleaned.stays_instead[copies].tolist(),
+            *(n for some in shown.values() for n in some),
+        ]
+    }
     samples = look_up(cleaned.parts, sorted(wanted))
 
     def picture(n: int, label: str | None = None) -> Picture:
         sample = samples.get(place[n])
         said = label or caption[n] or (sample.captions[0] if sample and sample.captions else "")
         return Picture(thumbnail(sample.image) if sample else None, said)
+
     kept = reason == ""
-    size = np.minimum(rows["width"].to_numpy(zero_copy_only=False), rows["height"].to_numpy(zero_copy_only=False))[kept]
+    size = np.minimum(
+        rows["width"].to_numpy(zero_copy_only=False), rows["height"].to_numpy(zero_copy_only=False)
+    )[kept]
     length = np.array([len(text) for text, stays in zip(caption, kept, strict=True) if stays])
     sections = [
-        Section("What became of the rows", f"{len(rows):,} were read from {len(cleaned.parts):,} parts; {cleaned.captions_dropped:,} captions "
-                "were left out of rows, those of dropped rows included.",
-                bars=[("kept", cleaned.report.kept), *cleaned.report.dropped.most_common()]),
-        Section("Parts with a fault", "Their rows before the fault were read.", lines=sorted(set(cleaned.report.faults))),
+        Section(
+            "What became of the rows",
+            f"{len(rows):,} were read from {len(cleaned.parts):,} parts; {cleaned.captions_dropped:,} captions "
+            "were left out of rows, those of dropped rows included.",
+            bars=[("kept", cleaned.report.kept), *cleaned.report.dropped.most_common()],
+        ),
+        Section(
+            "Parts with a fault",
+            "Their rows before the fault were read.",
+            lines=sorted(set(cleaned.report.faults)),
+        ),
         Section("Pixels on the shorter side, of rows that stay", bars=histogram(size)),
         Section("Characters of the first caption, of rows that stay", bars=histogram(length)),
-        Section("Near-duplicates", "To the left the one that stays, to the right the one that was dropped.",
-                groups=[[picture(int(cleaned.stays_instead[n])), picture(n)] for n in copies]),
-        *(Section(f"Dropped: {why}", groups=[[picture(n)] for n in examples]) for why, examples in shown.items()),
-        Section("Random rows that stay", groups=[[picture(n)] for n in stay])]
+        Section(
+            "Near-duplicates",
+            "To the left the one that stays, to the right the one that was dropped.",
+            groups=[[picture(int(cleaned.stays_instead[n])), picture(n)] for n in copies],
+        ),
+        *(
+            Section(f"Dropped: {why}", groups=[[picture(n)] for n in examples])
+            for why, examples in shown.items()
+        ),
+        Section("Random rows that stay", groups=[[picture(n)] for n in stay]),
+    ]
     target = f"{out.rstrip('/')}/{PAGE}"
     storage.put(page(f"{source} cleaned into {out}", sections).encode(), target)
     return target

@@ -45,32 +45,49 @@ from ..cluster import connect, send_with
 from ..embed import ACTORS, EmbeddedCorpus, cached_table, cached_table_of, embed
 from .corpus import PAGE, count, look_up, refuse_source, rewrite, write_manifest
 
-FILTER, LABELS, SHEET, FEATURES = "filter.safetensors", "labels.csv", "sheet.png", "features.parquet"
-TRUTH = "truth"                     # in the place of a reason why a row was asked for, where nobody was
-MIN_HELD_OUT_ROWS = 20                            # held-out rows with the content: with fewer, the filter is assessed by folds of its own corpus
-PICTURES_SHOWN = 24                          # pictures of a kind on a page
+FILTER, LABELS, SHEET, FEATURES = (
+    "filter.safetensors",
+    "labels.csv",
+    "sheet.png",
+    "features.parquet",
+)
+TRUTH = "truth"  # in the place of a reason why a row was asked for, where nobody was
+MIN_HELD_OUT_ROWS = 20  # held-out rows with the content: with fewer, the filter is assessed by folds of its own corpus
+PICTURES_SHOWN = 24  # pictures of a kind on a page
 
 
 # -- fit --------------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Assessment:
     """How a filter does on rows that it was not fitted on."""
 
-    on: str                          # which rows these are
+    on: str  # which rows these are
     rows: EmbeddedCorpus
-    scores: np.ndarray               # (N,), 0 at the boundary
-    truth: np.ndarray                # (N,) bool
+    scores: np.ndarray  # (N,), 0 at the boundary
+    truth: np.ndarray  # (N,) bool
 
     def __str__(self) -> str:
-        missed, of, caught, without = (self.truth & (self.scores < 0)).sum(), self.truth.sum(), (~self.truth & (self.scores >= 0)).sum(), (~self.truth).sum()
+        missed, of, caught, without = (
+            (self.truth & (self.scores < 0)).sum(),
+            self.truth.sum(),
+            (~self.truth & (self.scores >= 0)).sum(),
+            (~self.truth).sum(),
+        )
         low, high = missed_interval(int(missed), int(of))
-        return (f"on {self.on}: {missed} of {of:,} missed ({missed / max(1, of):.2%}, 95% interval {low:.2%} to {high:.2%}); of {without:,} rows without "
-                f"it {caught / max(1, without):.1%} dropped; area under the ROC {self.area:.3f}")
+        return (
+            f"on {self.on}: {missed} of {of:,} missed ({missed / max(1, of):.2%}, 95% interval {low:.2%} to {high:.2%}); of {without:,} rows without "
+            f"it {caught / max(1, without):.1%} dropped; area under the ROC {self.area:.3f}"
+        )
 
     @property
     def area(self) -> float:
-        return float(roc_auc_score(self.truth, self.scores)) if 0 < self.truth.sum() < len(self.truth) else float("nan")
+        return (
+            float(roc_auc_score(self.truth, self.scores))
+            if 0 < self.truth.sum() < len(self.truth)
+            else float("nan")
+        )
 
 
 @dataclass(frozen=True)
@@ -81,12 +98,21 @@ class Fit:
     labelled: int
     with_content: int
     waiting: int
-    on_labels: str                   # what the labels say of the filter
+    on_labels: str  # what the labels say of the filter
     assessment: Assessment | None
 
 
-def fit_content(name: str, corpus: str, out: str | Path, clip: str, config: FilterConfig, words: Sequence[str] = (),
-                truth: Rule | None = None, held_out: str | None = None, report: Callable[[str], None] = lambda line: None) -> Fit:
+def fit_content(
+    name: str,
+    corpus: str,
+    out: str | Path,
+    clip: str,
+    config: FilterConfig,
+    words: Sequence[str] = (),
+    truth: Rule | None = None,
+    held_out: str | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Fit:
     """Fit the filter `name` in the folder `out`, or go on with the one that is there.
 
     Without `truth`, people answer: the rows to label next are appended to LABELS and shown in SHEET, and the same call goes on once they
@@ -95,37 +121,54 @@ def fit_content(name: str, corpus: str, out: str | Path, clip: str, config: Filt
     """
     out = Path(out)
     clip_path = fetch_clip(clip)
-    features = ClipFeatures(clip_path)          # a missing CLIP is said before Ray is started
+    features = ClipFeatures(clip_path)  # a missing CLIP is said before Ray is started
     labels = read_labels(out / LABELS)
     if truth is not None:
         if any(label.why != TRUTH for label in labels):
-            raise ContentError(f"{out / LABELS} holds labels that people gave, and the truth would be written over them; give another folder with --out.")
+            raise ContentError(
+                f"{out / LABELS} holds labels that people gave, and the truth would be written over them; give another folder with --out."
+            )
         labels = []
     waiting = [label for label in labels if label.label is None]
     if waiting:
-        raise ContentError(f"{len(waiting)} of {len(labels)} rows in {out / LABELS} have no label yet; write 1 (has the content) or 0 for each, as "
-                           f"{out / SHEET} shows them by their line, and run the same command again.")
+        raise ContentError(
+            f"{len(waiting)} of {len(labels)} rows in {out / LABELS} have no label yet; write 1 (has the content) or 0 for each, as "
+            f"{out / SHEET} shows them by their line, and run the same command again."
+        )
     connect(2 + ACTORS)
     send_with([truth] if truth else [])
     looked = _pool(corpus, out, str(Path(clip_path).resolve()), config, truth, labels, report)
     names = _readable(looked.names)
-    pool = Pool(names, looked.captions, looked.features, looked.groups,
-                looked.features @ features.words(list(words)).T if words else np.empty((len(names), 0)))
+    pool = Pool(
+        names,
+        looked.captions,
+        looked.features,
+        looked.groups,
+        looked.features @ features.words(list(words)).T if words else np.empty((len(names), 0)),
+    )
     place = {row: n for n, row in enumerate(names)}
     if truth is not None:
         labelled = answered(pool, looked.truth, config)
-        write_labels(out / LABELS, [Label(names[n], said, looked.captions[n], TRUTH) for n, said in labelled.items()])
+        write_labels(
+            out / LABELS,
+            [Label(names[n], said, looked.captions[n], TRUTH) for n, said in labelled.items()],
+        )
         asked = []
     else:
         strange = next((label.row for label in labels if label.row not in place), None)
         if strange:
-            raise ContentError(f"{out / LABELS} labels {strange}, which is not among the rows looked at: it belongs to another corpus or pool; give "
-                               f"another folder with --out.")
+            raise ContentError(
+                f"{out / LABELS} labels {strange}, which is not among the rows looked at: it belongs to another corpus or pool; give "
+                f"another folder with --out."
+            )
         labelled = {place[label.row]: bool(label.label) for label in labels}
         asked = ask(pool, labelled, config)
         if asked:
             _write_sheet(out, looked, [n for n, _ in asked], first_line=2 + len(labels))
-            write_labels(out / LABELS, [*labels, *(Label(names[n], None, looked.captions[n], why) for n, why in asked)])
+            write_labels(
+                out / LABELS,
+                [*labels, *(Label(names[n], None, looked.captions[n], why) for n, why in asked)],
+            )
     try:
         fitted = fit_labelled(pool, labelled)
     except ContentError:
@@ -135,13 +178,28 @@ def fit_content(name: str, corpus: str, out: str | Path, clip: str, config: Filt
     threshold = threshold_of(fitted, pool, labelled, config)
     said = np.array(list(labelled.values()), bool)
     missed, of = int((fitted.out_of_fold[said] < threshold).sum()), int(said.sum())
-    on_labels = (f"of {of} labelled rows with {name}, judged without their like, {missed} are missed (95% interval up to "
-                 f"{missed_interval(missed, of)[1]:.1%}); of {(~said).sum()} without it, {(fitted.out_of_fold[~said] >= threshold).mean():.0%} are dropped")
-    settings = {"corpus": corpus, "clip": storage.absolute(clip), "words": list(words), "labelled": len(said), "with_content": of,
-                "missed": missed, "cost": fitted.cost, "width": fitted.width, **config.model_dump()}
+    on_labels = (
+        f"of {of} labelled rows with {name}, judged without their like, {missed} are missed (95% interval up to "
+        f"{missed_interval(missed, of)[1]:.1%}); of {(~said).sum()} without it, {(fitted.out_of_fold[~said] >= threshold).mean():.0%} are dropped"
+    )
+    settings = {
+        "corpus": corpus,
+        "clip": storage.absolute(clip),
+        "words": list(words),
+        "labelled": len(said),
+        "with_content": of,
+        "missed": missed,
+        "cost": fitted.cost,
+        "width": fitted.width,
+        **config.model_dump(),
+    }
     content = with_threshold(fitted, threshold, name, fingerprint(clip_path), settings)
     content.save(out / FILTER)
-    assessment = None if truth is None else _assess(content, pool, looked, corpus, held_out, str(clip_path), config, truth, report)
+    assessment = (
+        None
+        if truth is None
+        else _assess(content, pool, looked, corpus, held_out, str(clip_path), config, truth, report)
+    )
     done = Fit(content, len(labelled), of, len(asked), on_labels, assessment)
     storage.put(_fit_page(done, looked).encode(), out / PAGE)
     return done
@@ -153,30 +211,62 @@ def _readable(names: Sequence[str]) -> list[str]:
     return [name.removeprefix(here) for name in names]
 
 
-def _pool(corpus: str, out: Path, clip: str, config: FilterConfig, truth: Rule | None, labels: Sequence[Label], report: Callable[[str], None]) -> EmbeddedCorpus:
+def _pool(
+    corpus: str,
+    out: Path,
+    clip: str,
+    config: FilterConfig,
+    truth: Rule | None,
+    labels: Sequence[Label],
+    report: Callable[[str], None],
+) -> EmbeddedCorpus:
     """The rows that labels are asked for. They are looked at once: a second call finds their features in FEATURES. Raises ContentError where labels
     are of a corpus that has been written anew since: a row's name would be another row's."""
     parts = find_parts(storage.absolute(corpus))
     now = state(storage.absolute(corpus), parts)
     order = np.random.default_rng(config.seed).permutation(len(parts))
     parts = [parts[n] for n in order]
-    of = json.dumps([corpus, fingerprint(clip), config.pool, config.seed, config.group, [part.url for part in parts], now])
+    of = json.dumps(
+        [
+            corpus,
+            fingerprint(clip),
+            config.pool,
+            config.seed,
+            config.group,
+            [part.url for part in parts],
+            now,
+        ]
+    )
     before = json.loads(cached_table_of(out / FEATURES) or "[null]")
     if labels and before[0] == corpus and before[-1] != now:
-        raise ContentError(f"{corpus} is not as it was when the labels in {out / LABELS} were asked for; give another folder with --out.")
+        raise ContentError(
+            f"{corpus} is not as it was when the labels in {out / LABELS} were asked for; give another folder with --out."
+        )
 
     def see() -> tuple[pyarrow.Table, bool]:
         report(f"looking at {corpus}, {config.pool:,} rows at the most")
         table, counted = embed(parts, clip, truth, group=config.group, limit=config.pool)
         for fault in counted.faults:
             report(fault)
-        return table, True      # whatever could not be read: labels are of this pool
+        return table, True  # whatever could not be read: labels are of this pool
+
     # All rounds run in one call where the truth is known.
-    return EmbeddedCorpus.of(cached_table(out / FEATURES, of, see) if truth is None else see()[0], parts)
+    return EmbeddedCorpus.of(
+        cached_table(out / FEATURES, of, see) if truth is None else see()[0], parts
+    )
 
 
-def _assess(content: ContentFilter, pool: Pool, looked: EmbeddedCorpus, corpus: str, held_out: str | None, clip: str, config: FilterConfig,
-            truth: Rule, report: Callable[[str], None]) -> Assessment:
+def _assess(
+    content: ContentFilter,
+    pool: Pool,
+    looked: EmbeddedCorpus,
+    corpus: str,
+    held_out: str | None,
+    clip: str,
+    config: FilterConfig,
+    truth: Rule,
+    report: Callable[[str], None],
+) -> Assessment:
     if held_out:
         parts = find_parts(storage.absolute(held_out))
         report(f"looking at {held_out}")
@@ -186,8 +276,15 @@ def _assess(content: ContentFilter, pool: Pool, looked: EmbeddedCorpus, corpus: 
     scores = assess(pool, looked.truth, config)
     usable = np.flatnonzero(~np.isnan(scores))
     on = f"{corpus}, each row by a filter that was fitted without its like (4 folds, each with its own {config.labels} labels)"
-    rows = replace(looked, names=[looked.names[n] for n in usable], places=[looked.places[n] for n in usable],
-                   captions=[looked.captions[n] for n in usable], groups=looked.groups[usable], truth=looked.truth[usable], features=looked.features[usable])
+    rows = replace(
+        looked,
+        names=[looked.names[n] for n in usable],
+        places=[looked.places[n] for n in usable],
+        captions=[looked.captions[n] for n in usable],
+        groups=looked.groups[usable],
+        truth=looked.truth[usable],
+        features=looked.features[usable],
+    )
     return Assessment(on, rows, scores[usable], looked.truth[usable])
 
 
@@ -195,9 +292,16 @@ def _write_sheet(out: Path, looked: EmbeddedCorpus, rows: Sequence[int], first_l
     """The rows to be labelled as one picture, each under its line in the CSV."""
     found = look_up(looked.parts, [looked.places[n] for n in rows])
     blank = np.full((8, 8, 3), 230, np.uint8)
-    images = [thumbnail(found[looked.places[n]].image, 128) if looked.places[n] in found else None for n in rows]
-    sheet = contact_sheet([_squared(image) if image is not None else blank for image in images],
-                          [f"line {first_line + n}: {looked.captions[row]}" for n, row in enumerate(rows)], columns=8, size=128)
+    images = [
+        thumbnail(found[looked.places[n]].image, 128) if looked.places[n] in found else None
+        for n in rows
+    ]
+    sheet = contact_sheet(
+        [_squared(image) if image is not None else blank for image in images],
+        [f"line {first_line + n}: {looked.captions[row]}" for n, row in enumerate(rows)],
+        columns=8,
+        size=128,
+    )
     with storage.whole(out / SHEET) as partial:
         sheet.save(partial, format="PNG")
 
@@ -206,7 +310,9 @@ def _squared(image: np.ndarray) -> np.ndarray:
     """An image whole on a white square."""
     side = max(image.shape[:2])
     square = Image.new("RGB", (side, side), (255, 255, 255))
-    square.paste(Image.fromarray(image), ((side - image.shape[1]) // 2, (side - image.shape[0]) // 2))
+    square.paste(
+        Image.fromarray(image), ((side - image.shape[1]) // 2, (side - image.shape[0]) // 2)
+    )
     return np.asarray(square)
 
 
@@ -217,13 +323,27 @@ def _fit_page(done: Fit, looked: EmbeddedCorpus) -> str:
     nearest = passing[np.argsort(-scores[passing])][:PICTURES_SHOWN].tolist()
     some = np.random.default_rng(0).permutation(passing)[:PICTURES_SHOWN].tolist()
     sections = [
-        Section("The filter", f"{done.labelled} labels, {done.with_content} with {name}. {done.on_labels[:1].upper()}{done.on_labels[1:]}.",
-                lines=[f"{key}: {value}" for key, value in content.settings.items()]),
-        Section("Scores of the rows looked at", "What scores 0 or more is dropped.", bars=_score_bars(scores))]
+        Section(
+            "The filter",
+            f"{done.labelled} labels, {done.with_content} with {name}. {done.on_labels[:1].upper()}{done.on_labels[1:]}.",
+            lines=[f"{key}: {value}" for key, value in content.settings.items()],
+        ),
+        Section(
+            "Scores of the rows looked at",
+            "What scores 0 or more is dropped.",
+            bars=_score_bars(scores),
+        ),
+    ]
     if done.assessment is not None:
         sections += _truth_sections(done.assessment)
-    sections += [Section("What passes, nearest to the boundary", "To be looked at for what should not have passed.", groups=looked.pictures(nearest)),
-                 Section("What passes, at random", groups=looked.pictures(some))]
+    sections += [
+        Section(
+            "What passes, nearest to the boundary",
+            "To be looked at for what should not have passed.",
+            groups=looked.pictures(nearest),
+        ),
+        Section("What passes, at random", groups=looked.pictures(some)),
+    ]
     return page(f"The content filter {name}", sections)
 
 
@@ -231,18 +351,33 @@ def _truth_sections(assessment: Assessment) -> list[Section]:
     rows, scores, truth = assessment.rows, assessment.scores, assessment.truth
     missed, dropped = np.flatnonzero(truth & (scores < 0)), np.flatnonzero(~truth & (scores >= 0))
     sure = dropped[np.argsort(-scores[dropped])][:PICTURES_SHOWN].tolist()
-    return [Section("Assessment", str(assessment), width=440, groups=[[Picture(roc_curve(scores, truth))]] if 0 < truth.sum() < len(truth) else []),
-            Section(f"Missed: all {len(missed)}" if len(missed) <= 4 * PICTURES_SHOWN else f"Missed: {4 * PICTURES_SHOWN} of {len(missed)}",
-                    groups=rows.pictures(missed[:4 * PICTURES_SHOWN].tolist())),
-            Section("Dropped without having the content, the surest first", groups=rows.pictures(sure))]
+    return [
+        Section(
+            "Assessment",
+            str(assessment),
+            width=440,
+            groups=[[Picture(roc_curve(scores, truth))]] if 0 < truth.sum() < len(truth) else [],
+        ),
+        Section(
+            f"Missed: all {len(missed)}"
+            if len(missed) <= 4 * PICTURES_SHOWN
+            else f"Missed: {4 * PICTURES_SHOWN} of {len(missed)}",
+            groups=rows.pictures(missed[: 4 * PICTURES_SHOWN].tolist()),
+        ),
+        Section("Dropped without having the content, the surest first", groups=rows.pictures(sure)),
+    ]
 
 
 def _score_bars(scores: np.ndarray, bins: int = 14) -> list[tuple[str, int]]:
     counts, edges = np.histogram(scores, bins)
-    return [(f"{low:.2f} to {high:.2f}", int(count)) for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)]
+    return [
+        (f"{low:.2f} to {high:.2f}", int(count))
+        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]
 
 
 # -- apply ------------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Applied:
@@ -252,8 +387,15 @@ class Applied:
     assessment: Assessment | None
 
 
-def apply_content(path: str | Path, source: str, out: str, clip: str | None = None, truth: Rule | None = None, per_shard: int = 10_000,
-                  report: Callable[[str], None] = lambda line: None) -> Applied:
+def apply_content(
+    path: str | Path,
+    source: str,
+    out: str,
+    clip: str | None = None,
+    truth: Rule | None = None,
+    per_shard: int = 10_000,
+    report: Callable[[str], None] = lambda line: None,
+) -> Applied:
     """Write the rows of `source` that the filter at `path` lets pass to `out`, with an index, a manifest of the others, and PAGE.
 
     `clip` is where its CLIP is now, by default where it was. Raises UserError.
@@ -263,11 +405,13 @@ def apply_content(path: str | Path, source: str, out: str, clip: str | None = No
     clip = str(Path(fetch_clip(clip or content.settings["clip"])).resolve())
     ClipFeatures(clip)
     if fingerprint(clip) != content.clip:
-        raise ContentError(f"{clip} is not the CLIP that {path} was fitted with: its SHA-256 begins {fingerprint(clip)[:16]} and should "
-                           f"{content.clip[:16]}; give the right one with --clip.")
+        raise ContentError(
+            f"{clip} is not the CLIP that {path} was fitted with: its SHA-256 begins {fingerprint(clip)[:16]} and should "
+            f"{content.clip[:16]}; give the right one with --clip."
+        )
     parts = find_parts(storage.absolute(source))
     refuse_source(source, parts, out)
-    storage.check_writable(out)         # before hours of looking
+    storage.check_writable(out)  # before hours of looking
     connect(2 + ACTORS)
     send_with([truth] if truth else [])
     report(f"looking at {len(parts):,} parts of {source}")
@@ -275,32 +419,91 @@ def apply_content(path: str | Path, source: str, out: str, clip: str | None = No
     scores = rows["score"].to_numpy()
     reason = np.array(rows["reason"].to_pylist(), object)
     reason[(reason == "") & (scores >= 0)] = f"with {content.name}"
-    rows = rows.set_column(rows.schema.get_field_index("reason"), "reason", pyarrow.array(reason.tolist(), pyarrow.large_string()))
+    rows = rows.set_column(
+        rows.schema.get_field_index("reason"),
+        "reason",
+        pyarrow.array(reason.tolist(), pyarrow.large_string()),
+    )
     stays = np.flatnonzero(reason == "")
     report(f"writing {len(stays):,} rows to {out}")
-    index, faults = rewrite(parts, rows["part"].to_numpy()[stays], rows["position"].to_numpy()[stays], out, per_shard)
+    index, faults = rewrite(
+        parts, rows["part"].to_numpy()[stays], rows["position"].to_numpy()[stays], out, per_shard
+    )
     counted = count(rows, index, [*scanned.faults, *faults])
-    write_manifest(out, parts, rows, counted, {"source": source, "filter": content.name, "clip_sha256": content.clip})
-    return _applied_page(content, source, out, parts, rows, scores, reason, counted, truth is not None)
+    write_manifest(
+        out,
+        parts,
+        rows,
+        counted,
+        {"source": source, "filter": content.name, "clip_sha256": content.clip},
+    )
+    return _applied_page(
+        content, source, out, parts, rows, scores, reason, counted, truth is not None
+    )
 
 
-def _applied_page(content: ContentFilter, source: str, out: str, parts: Sequence[Part], rows: pyarrow.Table, scores: np.ndarray,
-                  reason: np.ndarray, counted: Report, known: bool) -> Applied:
+def _applied_page(
+    content: ContentFilter,
+    source: str,
+    out: str,
+    parts: Sequence[Part],
+    rows: pyarrow.Table,
+    scores: np.ndarray,
+    reason: np.ndarray,
+    counted: Report,
+    known: bool,
+) -> Applied:
     seen = np.flatnonzero(~np.isnan(scores))
     places = list(zip(rows["part"].to_pylist(), rows["position"].to_pylist(), strict=True))
     captions = rows["caption"].to_pylist()
-    looked = EmbeddedCorpus([], [places[n] for n in seen], parts, [captions[n] for n in seen], np.arange(len(seen)), None, np.empty((0, 0)))
+    looked = EmbeddedCorpus(
+        [],
+        [places[n] for n in seen],
+        parts,
+        [captions[n] for n in seen],
+        np.arange(len(seen)),
+        None,
+        np.empty((0, 0)),
+    )
     scores, draws = scores[seen], np.random.default_rng(0)
     passing, dropped = np.flatnonzero(scores < 0), np.flatnonzero(scores >= 0)
-    assessment = Assessment(f"{source}, its labelled rows included", looked, scores, np.array(rows["truth"].take(seen).to_pylist(), bool)) if known else None
+    assessment = (
+        Assessment(
+            f"{source}, its labelled rows included",
+            looked,
+            scores,
+            np.array(rows["truth"].take(seen).to_pylist(), bool),
+        )
+        if known
+        else None
+    )
     sections = [
-        Section("What became of the rows", f"{len(rows):,} were read from {len(parts):,} parts.",
-                bars=[("kept", counted.kept), *counted.dropped.most_common()]),
-        Section("Parts with a fault", "Their rows before the fault were read.", lines=sorted(set(counted.faults))),
+        Section(
+            "What became of the rows",
+            f"{len(rows):,} were read from {len(parts):,} parts.",
+            bars=[("kept", counted.kept), *counted.dropped.most_common()],
+        ),
+        Section(
+            "Parts with a fault",
+            "Their rows before the fault were read.",
+            lines=sorted(set(counted.faults)),
+        ),
         Section("Scores", "What scores 0 or more is dropped.", bars=_score_bars(scores)),
         *(_truth_sections(assessment) if assessment else []),
-        Section("What is left, at random", groups=looked.pictures(draws.permutation(passing)[:2 * PICTURES_SHOWN].tolist())),
-        Section("What is left, nearest to the boundary", groups=looked.pictures(passing[np.argsort(-scores[passing])][:PICTURES_SHOWN].tolist())),
-        Section("Dropped, at random", groups=looked.pictures(draws.permutation(dropped)[:PICTURES_SHOWN].tolist()))]
-    storage.put(page(f"{source} without {content.name}", sections).encode(), f"{out.rstrip('/')}/{PAGE}")
+        Section(
+            "What is left, at random",
+            groups=looked.pictures(draws.permutation(passing)[: 2 * PICTURES_SHOWN].tolist()),
+        ),
+        Section(
+            "What is left, nearest to the boundary",
+            groups=looked.pictures(passing[np.argsort(-scores[passing])][:PICTURES_SHOWN].tolist()),
+        ),
+        Section(
+            "Dropped, at random",
+            groups=looked.pictures(draws.permutation(dropped)[:PICTURES_SHOWN].tolist()),
+        ),
+    ]
+    storage.put(
+        page(f"{source} without {content.name}", sections).encode(), f"{out.rstrip('/')}/{PAGE}"
+    )
     return Applied(counted, assessment)

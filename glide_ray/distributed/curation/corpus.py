@@ -25,8 +25,12 @@ from ...errors import ConfigError, UserError
 from ..cluster import connect
 from ..stream import Tally, open_corpus, quiet, task_errors
 
-DROPPED, SUMMARY, PAGE = "dropped.parquet", "summary.json", "report.html"     # beside the shards of a corpus that was written from another
-RECORD = "filter.json"              # of the job that wrote it
+DROPPED, SUMMARY, PAGE = (
+    "dropped.parquet",
+    "summary.json",
+    "report.html",
+)  # beside the shards of a corpus that was written from another
+RECORD = "filter.json"  # of the job that wrote it
 Captions = Callable[[Sequence[str]], tuple[str, ...]]
 
 
@@ -40,14 +44,24 @@ class CorpusReport:
     cut_captions: int
 
 
-def prepare(out: str | Path, min_size: int = 64, report: Callable[[str], None] = lambda line: None,
-            styles: Sequence[str] = (), packages: str | Path | None = None, scenes: int = 0) -> list[CorpusReport]:
+def prepare(
+    out: str | Path,
+    min_size: int = 64,
+    report: Callable[[str], None] = lambda line: None,
+    styles: Sequence[str] = (),
+    packages: str | Path | None = None,
+    scenes: int = 0,
+) -> list[CorpusReport]:
     """Make the emoji corpus under `out`, local or s3://, unless it is there, and survey its splits.
 
     Options as of `emoji.build_corpus`. Raises UserError.
     """
     made = emoji.build_corpus(out, report=report, styles=styles, packages=packages, scenes=scenes)
-    return [survey(f"{str(out).rstrip('/')}/{split}", min_size) for split, index in made.items() if index["count"]]
+    return [
+        survey(f"{str(out).rstrip('/')}/{split}", min_size)
+        for split, index in made.items()
+        if index["count"]
+    ]
 
 
 def survey(path: str, min_size: int = 64) -> CorpusReport:
@@ -55,7 +69,11 @@ def survey(path: str, min_size: int = 64) -> CorpusReport:
     connect(2)
     tally = Tally.remote()
     captions = cut = 0
-    for batch in open_corpus(path, min_size, tally).map_batches(_count_captions).iter_batches(batch_size=None):
+    for batch in (
+        open_corpus(path, min_size, tally)
+        .map_batches(_count_captions)
+        .iter_batches(batch_size=None)
+    ):
         captions += int(batch["captions"].sum())
         cut += int(batch["cut"].sum())
     return CorpusReport(path, ray.get(tally.report.remote()), captions, cut)
@@ -63,11 +81,15 @@ def survey(path: str, min_size: int = 64) -> CorpusReport:
 
 def _count_captions(rows: dict) -> dict:
     tokenizer = Tokenizer()
-    counts = [[tokenizer.encode(caption).cut for caption in json.loads(captions)] for captions in rows["captions"]]
+    counts = [
+        [tokenizer.encode(caption).cut for caption in json.loads(captions)]
+        for captions in rows["captions"]
+    ]
     return {"captions": [len(row) for row in counts], "cut": [sum(row) for row in counts]}
 
 
 # -- chosen rows ------------------------------------------------------------------------------------------------------
+
 
 def refuse_source(source: str, parts: Sequence[Part], out: str) -> None:
     """Raise ConfigError where to write to `out` is to write over what is read: it is the corpus, or the folder of a shard of it."""
@@ -76,34 +98,61 @@ def refuse_source(source: str, parts: Sequence[Part], out: str) -> None:
         raise ConfigError(f"--out {out} is the corpus that is read; write to another folder.")
 
 
-def rewrite(parts: Sequence[Part], part: np.ndarray, position: np.ndarray, out: str, per_shard: int, captions: Captions | None = None
-            ) -> tuple[dict[str, Any], list[str]]:
+def rewrite(
+    parts: Sequence[Part],
+    part: np.ndarray,
+    position: np.ndarray,
+    out: str,
+    per_shard: int,
+    captions: Captions | None = None,
+) -> tuple[dict[str, Any], list[str]]:
     """Write the rows at `position` (N,) of the parts numbered `part` (N,), in their order, as shards of `per_shard` rows.
 
     `captions` changes those of each row. Returns the index, and what is said of parts that could not be read again.
     """
     shared, out = ray.put(list(parts)), storage.absolute(out)
     rows = np.stack([part, position], axis=1).astype(np.int64)
-    chunks = [rows[start:start + per_shard] for start in range(0, len(rows), per_shard)]
+    chunks = [rows[start : start + per_shard] for start in range(0, len(rows), per_shard)]
 
     def write(batch: dict[str, np.ndarray]) -> dict[str, list]:
         made = []
         for number in batch["item"]:
             samples, faults = _pick(ray.get(shared), ray.get(wanted[int(number)]))
             if captions is not None:
-                samples = [replace(sample, captions=captions(sample.captions)) for sample in samples]
-            made.append(json.dumps([int(number), write_shard(out, int(number), samples) if samples else None, faults]))
+                samples = [
+                    replace(sample, captions=captions(sample.captions)) for sample in samples
+                ]
+            made.append(
+                json.dumps(
+                    [
+                        int(number),
+                        write_shard(out, int(number), samples) if samples else None,
+                        faults,
+                    ]
+                )
+            )
         return {"made": made}
 
     begin(out)
-    storage.remove(f"{out}/{RECORD}")       # it is of rows that are written over
+    storage.remove(f"{out}/{RECORD}")  # it is of rows that are written over
     wanted = [ray.put(chunk) for chunk in chunks]
     entries, faults = [], []
     if chunks:
-        written = quiet().from_items(list(range(len(chunks))), override_num_blocks=len(chunks)).map_batches(write, batch_size=1)
+        written = (
+            quiet()
+            .from_items(list(range(len(chunks))), override_num_blocks=len(chunks))
+            .map_batches(write, batch_size=1)
+        )
         with task_errors():
-            made = sorted(json.loads(str(line)) for batch in written.iter_batches(batch_size=None) for line in batch["made"])
-        entries, faults = [entry for _, entry, _ in made if entry], [fault for *_, said in made for fault in said]
+            made = sorted(
+                json.loads(str(line))
+                for batch in written.iter_batches(batch_size=None)
+                for line in batch["made"]
+            )
+        entries, faults = (
+            [entry for _, entry, _ in made if entry],
+            [fault for *_, said in made for fault in said],
+        )
     return finish(out, entries), faults
 
 
@@ -112,25 +161,47 @@ def count(rows: pyarrow.Table, index: Mapping[str, Any], faults: Sequence[str]) 
     report = Report(faults=list(faults))
     for key, reason in zip(rows["key"].to_pylist(), rows["reason"].to_pylist(), strict=True):
         report.add(key, reason or None)
-    report.kept = index["count"]        # fewer than stayed, where a part was gone when it was read again
+    report.kept = index["count"]  # fewer than stayed, where a part was gone when it was read again
     return report
 
 
-def write_manifest(out: str, parts: Sequence[Part], rows: pyarrow.Table, report: Report, about: Mapping[str, Any],
-                   stays_instead: np.ndarray | None = None) -> None:
+def write_manifest(
+    out: str,
+    parts: Sequence[Part],
+    rows: pyarrow.Table,
+    report: Report,
+    about: Mapping[str, Any],
+    stays_instead: np.ndarray | None = None,
+) -> None:
     """DROPPED in `out`, a line a row that was left out, with its reason, SUMMARY, the counts, and the card of what was read, if it has one.
 
     `stays_instead` (N,): another row, or -1.
     """
     keys, out = rows["key"].to_pylist(), out.rstrip("/")
     instead = np.full(len(keys), -1) if stays_instead is None else stays_instead
-    left_out = pyarrow.table({
-        "key": keys, "part": [parts[n].url for n in rows["part"].to_pylist()], "position": rows["position"], "reason": rows["reason"],
-        "kept_instead": pyarrow.array([keys[n] if n >= 0 else None for n in instead], pyarrow.string())})
+    left_out = pyarrow.table(
+        {
+            "key": keys,
+            "part": [parts[n].url for n in rows["part"].to_pylist()],
+            "position": rows["position"],
+            "reason": rows["reason"],
+            "kept_instead": pyarrow.array(
+                [keys[n] if n >= 0 else None for n in instead], pyarrow.string()
+            ),
+        }
+    )
     sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(left_out.filter(pyarrow.compute.not_equal(left_out["reason"], "")), sink)
+    pyarrow.parquet.write_table(
+        left_out.filter(pyarrow.compute.not_equal(left_out["reason"], "")), sink
+    )
     storage.put(sink.getvalue().to_pybytes(), f"{out}/{DROPPED}")
-    summary = {**about, "read": len(rows), "kept": report.kept, "dropped": dict(report.dropped), "faults": report.faults}
+    summary = {
+        **about,
+        "read": len(rows),
+        "kept": report.kept,
+        "dropped": dict(report.dropped),
+        "faults": report.faults,
+    }
     storage.put(json.dumps(summary, indent=1, ensure_ascii=False).encode(), f"{out}/{SUMMARY}")
     _carry_card(parts, out, report.kept)
 
@@ -146,16 +217,24 @@ def _carry_card(parts: Sequence[Part], out: str, rows: int) -> None:
         write_card(out, {**cards[0], "sources": once, "rows": rows})
 
 
-def look_up(parts: Sequence[Part], rows: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Sample]:
+def look_up(
+    parts: Sequence[Part], rows: Sequence[tuple[int, int]]
+) -> dict[tuple[int, int], Sample]:
     """The samples at (part, position), those that can be read."""
+
     @ray.remote
     def pick(part: Part, positions: list[int]) -> list[tuple[int, Sample]]:
         return list(_chosen(part, positions))
+
     wanted: dict[int, list[int]] = {}
     for part, position in rows:
         wanted.setdefault(int(part), []).append(int(position))
     found = ray.get([pick.remote(parts[part], positions) for part, positions in wanted.items()])
-    return {(part, position): sample for part, samples in zip(wanted, found, strict=True) for position, sample in samples}
+    return {
+        (part, position): sample
+        for part, samples in zip(wanted, found, strict=True)
+        for position, sample in samples
+    }
 
 
 def _pick(parts: Sequence[Part], rows: np.ndarray) -> tuple[list[Sample], list[str]]:
@@ -165,7 +244,9 @@ def _pick(parts: Sequence[Part], rows: np.ndarray) -> tuple[list[Sample], list[s
         positions = rows[rows[:, 0] == number, 1].tolist()
         found = [sample for _, sample in _chosen(parts[number], positions)]
         if len(found) < len(positions):
-            faults.append(f"{parts[number].url} lacked {len(positions) - len(found)} of its rows when it was read again.")
+            faults.append(
+                f"{parts[number].url} lacked {len(positions) - len(found)} of its rows when it was read again."
+            )
         samples += found
     return samples, faults
 
@@ -178,5 +259,5 @@ def _chosen(part: Part, positions: Sequence[int]) -> Iterator[tuple[int, Sample]
                 yield position, sample
             if position == last:
                 return
-    except UserError:       # what it lacks is counted by whoever asked
+    except UserError:  # what it lacks is counted by whoever asked
         return

@@ -26,8 +26,13 @@ from ..embed import ACTORS, JOB, EmbeddedCorpus, embed_corpus
 from ..generate import generate
 from ..job import once
 
-FIGURES, REFERENCE, FRONTS, PROMPTS = "figures.json", "reference.safetensors", "fronts.png", "prompts.jsonl"
-PROMPTS_SHOWN, CAPTIONS_PER_CALL = 12, 256      # prompts on the page; captions in a call of the CLIP
+FIGURES, REFERENCE, FRONTS, PROMPTS = (
+    "figures.json",
+    "reference.safetensors",
+    "fronts.png",
+    "prompts.jsonl",
+)
+PROMPTS_SHOWN, CAPTIONS_PER_CALL = 12, 256  # prompts on the page; captions in a call of the CLIP
 UNGUIDED = "unguided"
 CLIP, INCEPTION = "clip", "inception"
 Say = Callable[[str], None]
@@ -42,11 +47,21 @@ class Judges:
 
     @property
     def paths(self) -> dict[str, str]:
-        return {CLIP: storage.absolute(self.clip), **({INCEPTION: storage.absolute(self.inception)} if self.inception else {})}
+        return {
+            CLIP: storage.absolute(self.clip),
+            **({INCEPTION: storage.absolute(self.inception)} if self.inception else {}),
+        }
 
 
-def evaluate(sets: Mapping[str, str], reference: str, out: str, judges: Judges, leave_out: Sequence[str] | None = None, size: int | None = None,
-             say: Say = lambda line: None) -> dict[str, Any]:
+def evaluate(
+    sets: Mapping[str, str],
+    reference: str,
+    out: str,
+    judges: Judges,
+    leave_out: Sequence[str] | None = None,
+    size: int | None = None,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
     """Figures of sets of pictures beside a reference. `sets`: name -> folder, as bulk generation leaves it, or any corpus.
 
     `reference`: a corpus, or the REFERENCE file of an earlier evaluation. `leave_out`: images of it without which distances are measured once
@@ -55,40 +70,87 @@ def evaluate(sets: Mapping[str, str], reference: str, out: str, judges: Judges, 
     the last digit. Raises UserError.
     """
     out = storage.absolute(out).rstrip("/")
-    judged = {name: fingerprint(fetch_network(path)) for name, path in judges.paths.items()}       # a missing one is said before Ray is started
+    judged = {
+        name: fingerprint(fetch_network(path)) for name, path in judges.paths.items()
+    }  # a missing one is said before Ray is started
     seeing, size = ClipFeatures(judges.clip), size or _size(next(iter(sets.values())))
     connect(2 + ACTORS)
-    real, of, shown = _reference(reference, out, judges, {"judges": judged, "size": size}, seeing, say)
+    real, of, shown = _reference(
+        reference, out, judges, {"judges": judged, "size": size}, seeing, say
+    )
     filtered = real.without(set(leave_out)) if leave_out is not None else None
     figures, made = {}, {}
     for name, source in sets.items():
         looked = _look(name, source, size, out, judges, say)
         made[name] = looked[CLIP]
-        asked = {"reference": of, "left_out": None if leave_out is None else sorted(leave_out), "set": [of_set.digest for of_set in looked.values()]}
-        row = once(f"{out}/sets/{name}.json", asked, lambda name=name, looked=looked: _measure(name, looked, seeing, real, filtered, say))
-        figures[name] = _made_with(source) | {figure: value for figure, value in row.items() if figure != "done_before"}
-    about = {"images": len(real.names), "clip_score": real.seen.clip_score, **({"filtered_images": len(filtered.names)} if filtered else {})}
-    found = {"reference": {"source": reference, **about}, "size": size, "inception": judges.inception is not None, "sets": figures}
+        asked = {
+            "reference": of,
+            "left_out": None if leave_out is None else sorted(leave_out),
+            "set": [of_set.digest for of_set in looked.values()],
+        }
+        row = once(
+            f"{out}/sets/{name}.json",
+            asked,
+            lambda name=name, looked=looked: _measure(name, looked, seeing, real, filtered, say),
+        )
+        figures[name] = _made_with(source) | {
+            figure: value for figure, value in row.items() if figure != "done_before"
+        }
+    about = {
+        "images": len(real.names),
+        "clip_score": real.seen.clip_score,
+        **({"filtered_images": len(filtered.names)} if filtered else {}),
+    }
+    found = {
+        "reference": {"source": reference, **about},
+        "size": size,
+        "inception": judges.inception is not None,
+        "sets": figures,
+    }
     _write(out, found, made, shown)
     return found
 
 
-def sweep(config: BulkConfig, scales: Sequence[float], clip_scales: Sequence[float], captions: Sequence[str], images: int, out: str,
-          say: Say = lambda line: None) -> dict[str, str]:
+def sweep(
+    config: BulkConfig,
+    scales: Sequence[float],
+    clip_scales: Sequence[float],
+    captions: Sequence[str],
+    images: int,
+    out: str,
+    say: Say = lambda line: None,
+) -> dict[str, str]:
     """Make a set of pictures for each scale of either kind of guidance, all from the same `images` captions and seeds: name -> folder.
 
     Captions are drawn from those given, each as often as any other. What is there is not made again. Raises UserError.
     """
     out = storage.absolute(out).rstrip("/")
     order = np.random.default_rng(config.seed).permutation(len(captions))
-    lines = [json.dumps({"prompt": captions[order[n % len(order)]], "seed": config.seed + n}, ensure_ascii=False) for n in range(images)]
+    lines = [
+        json.dumps(
+            {"prompt": captions[order[n % len(order)]], "seed": config.seed + n}, ensure_ascii=False
+        )
+        for n in range(images)
+    ]
     storage.put("".join(f"{line}\n" for line in lines).encode(), f"{out}/{PROMPTS}")
     own = config.options
-    sets = {UNGUIDED if scale == 1 else f"guidance-{scale:g}": own.model_copy(update={"guidance_scale": scale, "clip_scale": 0.0}) for scale in scales}
-    sets |= {UNGUIDED if scale == 0 else f"clip-{scale:g}": own.model_copy(update={"guidance_scale": 1.0, "clip_scale": scale}) for scale in clip_scales}
+    sets = {
+        UNGUIDED if scale == 1 else f"guidance-{scale:g}": own.model_copy(
+            update={"guidance_scale": scale, "clip_scale": 0.0}
+        )
+        for scale in scales
+    }
+    sets |= {
+        UNGUIDED if scale == 0 else f"clip-{scale:g}": own.model_copy(
+            update={"guidance_scale": 1.0, "clip_scale": scale}
+        )
+        for scale in clip_scales
+    }
     for name, options in (sets := sets or {"made": own}).items():
         say(f"{name}: {images:,} pictures")
-        needed = config.model_copy(update={"options": options, "clip": config.clip if options.clip_scale else None})
+        needed = config.model_copy(
+            update={"options": options, "clip": config.clip if options.clip_scale else None}
+        )
         generate(f"{out}/{PROMPTS}", f"{out}/pictures/{name}", needed, report=say)
     return {name: f"{out}/pictures/{name}" for name in sets}
 
@@ -98,21 +160,33 @@ def captions_of(reference: str) -> list[str]:
     if reference.endswith(".safetensors"):
         captions = Reference.load(storage.absolute(reference))[0].captions
     else:
-        captions = [sample.captions[0] for part in find_parts(storage.absolute(reference)) for sample in read_part(part) if sample.captions]
+        captions = [
+            sample.captions[0]
+            for part in find_parts(storage.absolute(reference))
+            for sample in read_part(part)
+            if sample.captions
+        ]
     if not any(captions):
-        raise UserError(f"No image of {reference} has a caption; give a corpus with captions, or pictures that are made already.")
+        raise UserError(
+            f"No image of {reference} has a caption; give a corpus with captions, or pictures that are made already."
+        )
     return [caption for caption in captions if caption]
 
 
 # -- the two sides ----------------------------------------------------------------------------------------------------
 
-def _reference(path: str, out: str, judges: Judges, asked: dict[str, Any], seeing: ClipFeatures, say: Say) -> tuple[Reference, str, EmbeddedCorpus | None]:
+
+def _reference(
+    path: str, out: str, judges: Judges, asked: dict[str, Any], seeing: ClipFeatures, say: Say
+) -> tuple[Reference, str, EmbeddedCorpus | None]:
     """The real images, what tells them from others, and where they can be shown, they as looked at."""
     if path.endswith(".safetensors"):
         real, about = Reference.load(storage.absolute(path))
         if differs := [name for name in asked if about.get(name) != asked[name]]:
-            raise MetricError(f"{path} was measured with other {' and '.join(differs)} ({', '.join(str(about.get(name)) for name in differs)}); give the same, "
-                              f"or a corpus as the reference.")
+            raise MetricError(
+                f"{path} was measured with other {' and '.join(differs)} ({', '.join(str(about.get(name)) for name in differs)}); give the same, "
+                f"or a corpus as the reference."
+            )
         return real, fingerprint(storage.fetch(storage.absolute(path))), None
     looked = _look("reference", path, asked["size"], out, judges, say)
     about = {**asked, "of": [seen.digest for seen in looked.values()]}
@@ -126,29 +200,60 @@ def _reference(path: str, out: str, judges: Judges, asked: dict[str, Any], seein
     return real, json.dumps(about), looked[CLIP]
 
 
-def _look(name: str, source: str, size: int, out: str, judges: Judges, say: Say) -> dict[str, EmbeddedCorpus]:
+def _look(
+    name: str, source: str, size: int, out: str, judges: Judges, say: Say
+) -> dict[str, EmbeddedCorpus]:
     """One side as each network sees it. Raises UserError where one has seen pictures that another could not read."""
-    looked = {network: embed_corpus(source, path, size, f"{out}/features/{name}-{network}.parquet", say) for network, path in judges.paths.items()}
+    looked = {
+        network: embed_corpus(source, path, size, f"{out}/features/{name}-{network}.parquet", say)
+        for network, path in judges.paths.items()
+    }
     if len({tuple(of_set.names) for of_set in looked.values()}) > 1:
-        counts = " and ".join(f"{len(of_set.names):,} by {network}" for network, of_set in looked.items())
-        raise UserError(f"Not the same pictures of {source} could be read each time ({counts}); run the same command again.")
+        counts = " and ".join(
+            f"{len(of_set.names):,} by {network}" for network, of_set in looked.items()
+        )
+        raise UserError(
+            f"Not the same pictures of {source} could be read each time ({counts}); run the same command again."
+        )
     return looked
 
 
 def _seen(looked: Mapping[str, EmbeddedCorpus], seeing: ClipFeatures) -> ImageFeatures:
     captions, places = np.unique(looked[CLIP].captions, return_inverse=True)
-    words = np.concatenate([seeing.words(captions[start:start + CAPTIONS_PER_CALL].tolist()) for start in range(0, len(captions), CAPTIONS_PER_CALL)])
+    words = np.concatenate(
+        [
+            seeing.words(captions[start : start + CAPTIONS_PER_CALL].tolist())
+            for start in range(0, len(captions), CAPTIONS_PER_CALL)
+        ]
+    )
     words[captions == ""] = np.nan
-    return ImageFeatures(looked[CLIP].features, words[places], looked[INCEPTION].features if INCEPTION in looked else None)
+    return ImageFeatures(
+        looked[CLIP].features,
+        words[places],
+        looked[INCEPTION].features if INCEPTION in looked else None,
+    )
 
 
-def _measure(name: str, looked: Mapping[str, EmbeddedCorpus], seeing: ClipFeatures, real: Reference, filtered: Reference | None, say: Say) -> dict[str, float | None]:
+def _measure(
+    name: str,
+    looked: Mapping[str, EmbeddedCorpus],
+    seeing: ClipFeatures,
+    real: Reference,
+    filtered: Reference | None,
+    say: Say,
+) -> dict[str, float | None]:
     say(f"measuring {name}: {len(looked[CLIP].names):,} pictures")
     seen = _seen(looked, seeing)
     if lacking := int((~seen.captioned).sum()):
-        say(f"{name}: {lacking:,} of {len(seen.clip):,} pictures have no caption, and are left out of the CLIP score")
+        say(
+            f"{name}: {lacking:,} of {len(seen.clip):,} pictures have no caption, and are left out of the CLIP score"
+        )
     figures = {"pictures": len(seen.clip), **real.figures(seen)}
-    return figures if filtered is None else {**figures, "filtered_frechet_distance": filtered.frechet_distance(seen)}
+    return (
+        figures
+        if filtered is None
+        else {**figures, "filtered_frechet_distance": filtered.frechet_distance(seen)}
+    )
 
 
 def _size(source: str) -> int:
@@ -166,41 +271,88 @@ def _made_with(source: str) -> dict[str, Any]:
     try:
         job = json.loads(storage.read(f"{storage.absolute(source)}/{JOB}"))
         options = job["options"]
-        return {"model": job["models"]["base"][:12], **{name: options[name] for name in ("guidance_scale", "clip_scale") if options.get(name) is not None}}
+        return {
+            "model": job["models"]["base"][:12],
+            **{
+                name: options[name]
+                for name in ("guidance_scale", "clip_scale")
+                if options.get(name) is not None
+            },
+        }
     except (storage.StorageError, ValueError, KeyError):
         return {}
 
 
 # -- sheets ----------------------------------------------------------------------------------------
 
-def _write(out: str, found: dict[str, Any], made: Mapping[str, EmbeddedCorpus], reference: EmbeddedCorpus | None) -> None:
+
+def _write(
+    out: str,
+    found: dict[str, Any],
+    made: Mapping[str, EmbeddedCorpus],
+    reference: EmbeddedCorpus | None,
+) -> None:
     plot = fronts([Point(name, row) for name, row in found["sets"].items()], found["inception"])
     storage.put(encode(plot), f"{out}/{FRONTS}")
     storage.put(_page(found, plot, made, reference).encode(), f"{out}/{PAGE}")
     storage.put(json.dumps(found, indent=1, ensure_ascii=False).encode(), f"{out}/{FIGURES}")
 
 
-def _page(found: dict[str, Any], plot: np.ndarray, made: Mapping[str, EmbeddedCorpus], reference: EmbeddedCorpus | None) -> str:
+def _page(
+    found: dict[str, Any],
+    plot: np.ndarray,
+    made: Mapping[str, EmbeddedCorpus],
+    reference: EmbeddedCorpus | None,
+) -> str:
     rows = list(found["sets"].values())
-    columns = [name for name in dict.fromkeys(key for row in rows for key in row) if name != "model" and not name.endswith("_deviation")]
-    table = [["", *(name.replace("_", " ") for name in columns)],
-             *([name, *(number(row.get(column)) for column in columns)] for name, row in found["sets"].items())]
+    columns = [
+        name
+        for name in dict.fromkeys(key for row in rows for key in row)
+        if name != "model" and not name.endswith("_deviation")
+    ]
+    table = [
+        ["", *(name.replace("_", " ") for name in columns)],
+        *(
+            [name, *(number(row.get(column)) for column in columns)]
+            for name, row in found["sets"].items()
+        ),
+    ]
     real = found["reference"]
-    text = (f"Beside {real['images']:,} images of {real['source']}, at {found['size']} pixels; {_own_captions(real['clip_score'])}. "
-            + ("Distances are FID and the score is IS." if found["inception"] else "Distances and scores are of the CLIP's features, no FID and no IS, and to "
-               "be compared with each other only: no Inception network was given.")
-            + (f" Filtered: without the {real['images'] - real['filtered_images']:,} images that were to be left out." if "filtered_images" in real else ""))
-    sections = [Section("Figures", text, table=table), Section("Fronts", "As figure 6 of the paper has them.", groups=[[Picture(plot)]], width=1040)]
+    text = (
+        f"Beside {real['images']:,} images of {real['source']}, at {found['size']} pixels; {_own_captions(real['clip_score'])}. "
+        + (
+            "Distances are FID and the score is IS."
+            if found["inception"]
+            else "Distances and scores are of the CLIP's features, no FID and no IS, and to "
+            "be compared with each other only: no Inception network was given."
+        )
+        + (
+            f" Filtered: without the {real['images'] - real['filtered_images']:,} images that were to be left out."
+            if "filtered_images" in real
+            else ""
+        )
+    )
+    sections = [
+        Section("Figures", text, table=table),
+        Section(
+            "Fronts", "As figure 6 of the paper has them.", groups=[[Picture(plot)]], width=1040
+        ),
+    ]
     draws = np.random.default_rng(0)
     first = next(iter(made.values()))
     if len(made) > 1 and all(looked.captions == first.captions for looked in made.values()):
         chosen = sorted(draws.permutation(len(first.captions))[:PROMPTS_SHOWN].tolist())
         shown = [looked.pictures(chosen, [name] * len(chosen)) for name, looked in made.items()]
         for n, row in enumerate(chosen):
-            sections.append(Section(f"“{first.captions[row]}”", groups=[[pictures[n][0] for pictures in shown]]))
+            sections.append(
+                Section(f"“{first.captions[row]}”", groups=[[pictures[n][0] for pictures in shown]])
+            )
     else:
         sections += [_at_random(name, looked, draws) for name, looked in made.items()]
-    return page("Generated pictures beside real ones", [*sections, *([_at_random("The reference", reference, draws)] if reference else [])])
+    return page(
+        "Generated pictures beside real ones",
+        [*sections, *([_at_random("The reference", reference, draws)] if reference else [])],
+    )
 
 
 def _own_captions(score: float | None) -> str:
@@ -208,4 +360,7 @@ def _own_captions(score: float | None) -> str:
 
 
 def _at_random(name: str, looked: EmbeddedCorpus, draws: np.random.Generator) -> Section:
-    return Section(f"{name}, at random", groups=looked.pictures(draws.permutation(len(looked.names))[:2 * PROMPTS_SHOWN].tolist()))
+    return Section(
+        f"{name}, at random",
+        groups=looked.pictures(draws.permutation(len(looked.names))[: 2 * PROMPTS_SHOWN].tolist()),
+    )

@@ -24,32 +24,62 @@ from ..embed import ACTORS, EmbeddedCorpus, embed_corpus
 from .evaluate import sweep
 
 LEFT_OUT, FIGURES, SHEET = "left-out.json", "figures.json", "closest.png"
-SIZE = 256              # pixels that images are looked at with
-PAIRS_SHOWN = 24              # pairs on a page
-EDGES = (0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 2)     # of the bars, in cosine distance
+SIZE = 256  # pixels that images are looked at with
+PAIRS_SHOWN = 24  # pairs on a page
+EDGES = (0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 2)  # of the bars, in cosine distance
 Say = Callable[[str], None]
 
 
-def filter_reference(reference: str, training: str, out: str, clip: str, distance: float, say: Say = lambda line: None) -> dict[str, Any]:
+def filter_reference(
+    reference: str,
+    training: str,
+    out: str,
+    clip: str,
+    distance: float,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
     """List the images of a reference that lie within a cosine `distance` of a training image, in LEFT_OUT; and a page to judge the distance by.
 
     All paths are local or s3://. What has been looked at is kept in `out`. Raises UserError.
     """
     if not 0 < distance < 2:
-        raise UserError(f"--distance is a cosine distance, above 0 and below 2 (given: {distance:g}).")
+        raise UserError(
+            f"--distance is a cosine distance, above 0 and below 2 (given: {distance:g})."
+        )
     out = _begin(out, clip)
-    real, trained = (_look(name, source, out, clip, say) for name, source in (("reference", reference), ("training", training)))
+    real, trained = (
+        _look(name, source, out, clip, say)
+        for name, source in (("reference", reference), ("training", training))
+    )
     found = nearest(real.features, trained.features)
     out_of = [name for name, far in zip(real.names, found.distances, strict=True) if far < distance]
-    result = {"reference": reference, "training": training, "clip": storage.absolute(clip), "distance": distance, "images": len(real.names), "names": out_of}
+    result = {
+        "reference": reference,
+        "training": training,
+        "clip": storage.absolute(clip),
+        "distance": distance,
+        "images": len(real.names),
+        "names": out_of,
+    }
     order = np.argsort(found.distances)
-    within, beyond = order[:len(out_of)][::-1], order[len(out_of):]
-    text = (f"{len(out_of):,} of {len(real.names):,} images of {reference} ({len(out_of) / len(real.names):.1%}) lie within {distance:g} of an image of "
-            f"{training}. The right distance is the one at which the pairs below it are copies and those above it are not.")
-    sections = [Section("Distances to the nearest training image", text, bars=_bars(found.distances)),
-                *(Section(title, groups=_pairs(real, rows[:PAIRS_SHOWN], trained, found)[0], width=112) for title, rows in (
-                    ("The last that are left out", within), ("The first that stay", beyond)))]
-    storage.put(page(f"{reference} without near-copies of {training}", sections).encode(), f"{out}/{PAGE}")
+    within, beyond = order[: len(out_of)][::-1], order[len(out_of) :]
+    text = (
+        f"{len(out_of):,} of {len(real.names):,} images of {reference} ({len(out_of) / len(real.names):.1%}) lie within {distance:g} of an image of "
+        f"{training}. The right distance is the one at which the pairs below it are copies and those above it are not."
+    )
+    sections = [
+        Section("Distances to the nearest training image", text, bars=_bars(found.distances)),
+        *(
+            Section(title, groups=_pairs(real, rows[:PAIRS_SHOWN], trained, found)[0], width=112)
+            for title, rows in (
+                ("The last that are left out", within),
+                ("The first that stay", beyond),
+            )
+        ),
+    ]
+    storage.put(
+        page(f"{reference} without near-copies of {training}", sections).encode(), f"{out}/{PAGE}"
+    )
     storage.put(json.dumps(result, indent=1, ensure_ascii=False).encode(), f"{out}/{LEFT_OUT}")
     return {**result, "names": len(out_of)}
 
@@ -61,12 +91,22 @@ def left_out(path: str) -> list[str]:
     except (ValueError, KeyError, TypeError):
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path} is not a list as `glide filter-reference` writes it; give its {LEFT_OUT}.")
+        raise UserError(
+            f"{path} is not a list as `glide filter-reference` writes it; give its {LEFT_OUT}."
+        )
     return names
 
 
-def regurgitation(pictures: str | None, training: str, held_out: str, out: str, clip: str, config: BulkConfig, images: int,
-                  say: Say = lambda line: None) -> dict[str, Any]:
+def regurgitation(
+    pictures: str | None,
+    training: str,
+    held_out: str,
+    out: str,
+    clip: str,
+    config: BulkConfig,
+    images: int,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
     """How near generated pictures lie to training images, beside how near real pictures lie that were never trained on.
 
     `pictures`: of training prompts, as bulk generation leaves them; without them `images` are made first, of captions of the training corpus. Those
@@ -78,24 +118,50 @@ def regurgitation(pictures: str | None, training: str, held_out: str, out: str, 
     if pictures is None:
         captions = [caption for caption in trained.captions if caption]
         if not captions:
-            raise UserError(f"No image of {training} has a caption; give pictures that are made already.")
+            raise UserError(
+                f"No image of {training} has a caption; give pictures that are made already."
+            )
         [pictures] = sweep(config, (), (), captions, images, out, say).values()
-    made, real = (_look(name, source, out, clip, say) for name, source in (("pictures", pictures), ("held-out", held_out)))
-    found, usual = nearest(made.features, trained.features), nearest(real.features, trained.features)
+    made, real = (
+        _look(name, source, out, clip, say)
+        for name, source in (("pictures", pictures), ("held-out", held_out))
+    )
+    found, usual = (
+        nearest(made.features, trained.features),
+        nearest(real.features, trained.features),
+    )
     own = to_own(made.features, made.captions, trained.features, trained.captions)
     order = np.argsort(found.distances)[:PAIRS_SHOWN]
     groups, copies, sheet = _pairs(made, order, trained, found)
     near = float(np.quantile(usual.distances, 0.01))
-    figures = {"pictures": len(made.names), "training": len(trained.names), "held_out": len(real.names), "closest": float(found.distances.min()),
-               "median": float(np.median(found.distances)), "held_out_closest": float(usual.distances.min()), "held_out_median": float(np.median(usual.distances)),
-               "nearer_than_1_percent_of_held_out": float((found.distances < near).mean()),
-               "own_originals": int((own.rows >= 0).sum()), "own_median": float(np.nanmedian(own.distances)) if (own.rows >= 0).any() else None,
-               "compared_by_pixels": len(order), "copies_by_pixels": copies}
-    text = (f"Each of {len(made.names):,} pictures and the nearest of {len(trained.names):,} training images: closest {figures['closest']:.4f}, median "
-            f"{figures['median']:.4f}. Of {len(real.names):,} real pictures that were never trained on: closest {figures['held_out_closest']:.4f}, median "
-            f"{figures['held_out_median']:.4f}. A model that repeats its training images lies nearer to them than these do.")
-    sections = [Section("Generated pictures", text, bars=_bars(found.distances)), Section("Held-out real pictures", "The same distances.", bars=_bars(usual.distances)),
-                Section("The closest pairs", f"Each picture, then its original. {copies} of these {len(order)} pairs are one picture by their pixels.", groups=groups)]
+    figures = {
+        "pictures": len(made.names),
+        "training": len(trained.names),
+        "held_out": len(real.names),
+        "closest": float(found.distances.min()),
+        "median": float(np.median(found.distances)),
+        "held_out_closest": float(usual.distances.min()),
+        "held_out_median": float(np.median(usual.distances)),
+        "nearer_than_1_percent_of_held_out": float((found.distances < near).mean()),
+        "own_originals": int((own.rows >= 0).sum()),
+        "own_median": float(np.nanmedian(own.distances)) if (own.rows >= 0).any() else None,
+        "compared_by_pixels": len(order),
+        "copies_by_pixels": copies,
+    }
+    text = (
+        f"Each of {len(made.names):,} pictures and the nearest of {len(trained.names):,} training images: closest {figures['closest']:.4f}, median "
+        f"{figures['median']:.4f}. Of {len(real.names):,} real pictures that were never trained on: closest {figures['held_out_closest']:.4f}, median "
+        f"{figures['held_out_median']:.4f}. A model that repeats its training images lies nearer to them than these do."
+    )
+    sections = [
+        Section("Generated pictures", text, bars=_bars(found.distances)),
+        Section("Held-out real pictures", "The same distances.", bars=_bars(usual.distances)),
+        Section(
+            "The closest pairs",
+            f"Each picture, then its original. {copies} of these {len(order)} pairs are one picture by their pixels.",
+            groups=groups,
+        ),
+    ]
     storage.put(encode(sheet), f"{out}/{SHEET}")
     storage.put(page(f"Does the model repeat {training}?", sections).encode(), f"{out}/{PAGE}")
     storage.put(json.dumps(figures, indent=1).encode(), f"{out}/{FIGURES}")
@@ -103,7 +169,7 @@ def regurgitation(pictures: str | None, training: str, held_out: str, out: str, 
 
 
 def _begin(out: str, clip: str) -> str:
-    fetch_clip(clip)        # a missing one is said before Ray is started
+    fetch_clip(clip)  # a missing one is said before Ray is started
     connect(2 + ACTORS)
     return storage.absolute(out).rstrip("/")
 
@@ -112,27 +178,46 @@ def _look(name: str, source: str, out: str, clip: str, say: Say) -> EmbeddedCorp
     return embed_corpus(source, clip, SIZE, f"{out}/features/{name}.parquet", say)
 
 
-def _pairs(side: EmbeddedCorpus, rows: Sequence[int], trained: EmbeddedCorpus, found: Nearest) -> tuple[list[list[Picture]], int, np.ndarray]:
+def _pairs(
+    side: EmbeddedCorpus, rows: Sequence[int], trained: EmbeddedCorpus, found: Nearest
+) -> tuple[list[list[Picture]], int, np.ndarray]:
     """Rows beside their originals: for the page, how many are one picture by their pixels, and as a sheet."""
     rows = [int(row) for row in rows]
-    theirs, originals = (look_up(looked.parts, [looked.places[n] for n in of]) for looked, of in ((side, rows), (trained, found.rows[rows])))
+    theirs, originals = (
+        look_up(looked.parts, [looked.places[n] for n in of])
+        for looked, of in ((side, rows), (trained, found.rows[rows]))
+    )
     groups, images, labels, copies = [], [], [], 0
     for row in rows:
         pair = [theirs.get(side.places[row]), originals.get(trained.places[found.rows[row]])]
         shown = [thumbnail(sample.image) if sample else None for sample in pair]
-        texts = [f"{found.distances[row]:.4f}: {side.captions[row]}", trained.captions[found.rows[row]]]
+        texts = [
+            f"{found.distances[row]:.4f}: {side.captions[row]}",
+            trained.captions[found.rows[row]],
+        ]
         groups.append([Picture(image, text) for image, text in zip(shown, texts, strict=True)])
         if all(image is not None for image in shown):
             images += [_square(image) for image in shown]
             labels += texts
             copies += _alike(*(sample.image for sample in pair))
-    return groups, copies, np.asarray(contact_sheet(images, labels, columns=8, size=112)) if images else np.full((1, 1, 3), 255, np.uint8)
+    return (
+        groups,
+        copies,
+        np.asarray(contact_sheet(images, labels, columns=8, size=112))
+        if images
+        else np.full((1, 1, 3), 255, np.uint8),
+    )
 
 
 def _alike(one: bytes, other: bytes) -> bool:
     """By their centred squares: a model sees no more of what it is trained on."""
     try:
-        return same_picture(*(Image.fromarray(centre_crop(image, min(image.size))) for image in map(decode, (one, other))))
+        return same_picture(
+            *(
+                Image.fromarray(centre_crop(image, min(image.size)))
+                for image in map(decode, (one, other))
+            )
+        )
     except ImageError:
         return False
 
@@ -141,10 +226,13 @@ def _square(image: np.ndarray) -> np.ndarray:
     side = max(image.shape[:2])
     canvas = np.full((side, side, 3), 255, np.uint8)
     top, left = (side - image.shape[0]) // 2, (side - image.shape[1]) // 2
-    canvas[top:top + image.shape[0], left:left + image.shape[1]] = image
+    canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
     return canvas
 
 
 def _bars(distances: np.ndarray) -> list[tuple[str, int]]:
     counts, _ = np.histogram(distances, EDGES)
-    return [(f"{low:g} to {high:g}", int(count)) for low, high, count in zip(EDGES[:-1], EDGES[1:], counts, strict=True)]
+    return [
+        (f"{low:g} to {high:g}", int(count))
+        for low, high, count in zip(EDGES[:-1], EDGES[1:], counts, strict=True)
+    ]

@@ -25,53 +25,85 @@ from ..embed import ACTORS, embed_corpus
 from ..generate import generate
 
 PROMPTS, PICTURES, FIGURES, SHEET = "prompts.jsonl", "pictures", "figures.json", "sheet.png"
-SIZE = 256                  # pixels that pictures are looked at with: all that a cascade makes
+SIZE = 256  # pixels that pictures are looked at with: all that a cascade makes
 ON_SHEET, ON_PAGE = 12, 48  # seeds
 Say = Callable[[str], None]
 
 
-def probe(prompts: Sequence[str], words: Sequence[str], seeds: int, out: str, clip: str, config: BulkConfig, say: Say = lambda line: None) -> dict[str, Any]:
+def probe(
+    prompts: Sequence[str],
+    words: Sequence[str],
+    seeds: int,
+    out: str,
+    clip: str,
+    config: BulkConfig,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
     """Make pictures of each prompt from the same seeds, `config.seed` and those after it, and measure by how much they differ, two prompts at a time.
 
     `words`: what a CLIP is to look for in them. All paths are local or s3://. What has been made and looked at is kept in `out`: called again it
     says the same to the last digit. Raises UserError.
     """
     if len(prompts) < 2 or not all(prompt.strip() for prompt in prompts):
-        raise UserError("A probe compares pictures of two or more prompts, none of them empty; give them as \"toys for girls\" \"toys for boys\".")
+        raise UserError(
+            'A probe compares pictures of two or more prompts, none of them empty; give them as "toys for girls" "toys for boys".'
+        )
     if seeds < 2:
-        raise UserError(f"A probe wants two or more seeds, and at least 6 for a p-value below 0.05 (given: {seeds}).")
-    fetch_clip(clip)        # a missing one is said before pictures are made
+        raise UserError(
+            f"A probe wants two or more seeds, and at least 6 for a p-value below 0.05 (given: {seeds})."
+        )
+    fetch_clip(clip)  # a missing one is said before pictures are made
     out = storage.absolute(out).rstrip("/")
-    lines = [json.dumps({"prompt": prompt, "seed": config.seed + n}, ensure_ascii=False) for prompt in prompts for n in range(seeds)]
+    lines = [
+        json.dumps({"prompt": prompt, "seed": config.seed + n}, ensure_ascii=False)
+        for prompt in prompts
+        for n in range(seeds)
+    ]
     storage.put("".join(f"{line}\n" for line in lines).encode(), f"{out}/{PROMPTS}")
     generate(f"{out}/{PROMPTS}", f"{out}/{PICTURES}", config, report=say)
     connect(2 + ACTORS)
     images, features = _seen(f"{out}/{PICTURES}", clip, f"{out}/features.parquet", len(lines), say)
     colours = np.stack([image.mean((0, 1)) for image in images])
     of = [slice(n * seeds, (n + 1) * seeds) for n in range(len(prompts))]
-    groups = [Group(prompt, features[rows], colours[rows]) for prompt, rows in zip(prompts, of, strict=True)]
+    groups = [
+        Group(prompt, features[rows], colours[rows])
+        for prompt, rows in zip(prompts, of, strict=True)
+    ]
     words = list(dict.fromkeys(words))
     meant = dict(zip(words, ClipFeatures(clip).words(words), strict=True)) if words else {}
-    found = {"seeds": [config.seed, config.seed + seeds - 1], "guidance_scale": config.options.guidance_scale, **measure(groups, meant)}
+    found = {
+        "seeds": [config.seed, config.seed + seeds - 1],
+        "guidance_scale": config.options.guidance_scale,
+        **measure(groups, meant),
+    }
     _write(out, found, list(zip(*(images[rows] for rows in of), strict=True)))
     return found
 
 
-def _seen(pictures: str, clip: str, cache: str, count: int, say: Say) -> tuple[list[np.ndarray], np.ndarray]:
+def _seen(
+    pictures: str, clip: str, cache: str, count: int, say: Say
+) -> tuple[list[np.ndarray], np.ndarray]:
     """The pictures in the order in which they were asked for, and CLIP's features (N, E) of them."""
     looked = embed_corpus(pictures, clip, SIZE, cache, say)
     samples = look_up(looked.parts, looked.places)
     if len(samples) != count:
-        raise UserError(f"{count - len(samples):,} of {count:,} pictures in {pictures} cannot be read; delete them and run the same command again.")
+        raise UserError(
+            f"{count - len(samples):,} of {count:,} pictures in {pictures} cannot be read; delete them and run the same command again."
+        )
     images, first = [np.asarray(decode(samples[place].image)) for place in looked.places], {}
     # A network rounds by what a picture is batched with: pictures that are alike to the last pixel take the features of the first of them.
-    rows = [first.setdefault(hashlib.sha256(image.tobytes()).digest(), n) for n, image in enumerate(images)]
+    rows = [
+        first.setdefault(hashlib.sha256(image.tobytes()).digest(), n)
+        for n, image in enumerate(images)
+    ]
     return images, looked.features[rows]
 
 
 def _write(out: str, found: dict[str, Any], rows: Sequence[Sequence[np.ndarray]]) -> None:
     prompts, first = [group["prompt"] for group in found["groups"]], found["seeds"][0]
-    sheet = grid(rows[:ON_SHEET], prompts, [f"seed {first + n}" for n in range(len(rows))][:ON_SHEET])
+    sheet = grid(
+        rows[:ON_SHEET], prompts, [f"seed {first + n}" for n in range(len(rows))][:ON_SHEET]
+    )
     storage.put(encode(np.asarray(sheet)), f"{out}/{SHEET}")
     storage.put(_page(found, rows).encode(), f"{out}/{PAGE}")
     storage.put(json.dumps(found, indent=1, ensure_ascii=False).encode(), f"{out}/{FIGURES}")
@@ -80,19 +112,70 @@ def _write(out: str, found: dict[str, Any], rows: Sequence[Sequence[np.ndarray]]
 def _page(found: dict[str, Any], rows: Sequence[Sequence[np.ndarray]]) -> str:
     groups, pairs, first = found["groups"], found["pairs"], found["seeds"][0]
     prompts, words = [group["prompt"] for group in groups], list(groups[0]["words"])
-    scale = "" if found["guidance_scale"] is None else f" Guidance scale {found['guidance_scale']:g}."
-    differs = [["", "distance", "by chance", "p", *words],
-               *([" – ".join(pair["prompts"]), f"{pair['distance']:.4f}", f"{pair['by_chance']:.4f}", f"{pair['p']:.4g}",
-                  *(above(pair["words"][word], 4) for word in words)] for pair in pairs)]
-    hues = [["", *pairs[0]["colour"]], *([" – ".join(pair["prompts"]), *(above(one, 1) for one in pair["colour"].values())] for pair in pairs)]
-    swatches = [Picture(np.full((SIDE // 2, SIDE, 3), np.round(group["colour"]), np.uint8), f"{group['prompt']}, {colour_name(group)}") for group in groups]
-    text = (f"{len(rows)} seeds, each with every prompt.{scale} Distances are of the mean features, as the CLIP sees the pictures; p is the share of "
-            f"{pairs[0]['arrangements']:,} arrangements, with labels swapped within pairs, whose distance is as great. Words are CLIP's cosine, the first prompt's "
-            f"less the second's, with the standard error.")
-    cosines = [["", *words], *([group["prompt"], *(f"{value:.4f}" for value in group["words"].values())] for group in groups)] if words else []
-    shown = [[Picture(np.asarray(scaled(image, SIDE)), "" if column else f"seed {first + n}") for column, image in enumerate(row)]
-             for n, row in enumerate(rows[:ON_PAGE])]
-    return page("Do these prompts give unlike pictures?", [
-        Section("Differences", text, table=differs), Section("Cosines with the words", table=cosines), Section("Mean colours", groups=[swatches]),
-        Section("Differences of colour", "Of 255, with the standard error.", table=hues),
-        Section("Pictures of the same seeds", f"In each frame, from left to right: {', '.join(f'“{prompt}”' for prompt in prompts)}.", groups=shown)])
+    scale = (
+        "" if found["guidance_scale"] is None else f" Guidance scale {found['guidance_scale']:g}."
+    )
+    differs = [
+        ["", "distance", "by chance", "p", *words],
+        *(
+            [
+                " – ".join(pair["prompts"]),
+                f"{pair['distance']:.4f}",
+                f"{pair['by_chance']:.4f}",
+                f"{pair['p']:.4g}",
+                *(above(pair["words"][word], 4) for word in words),
+            ]
+            for pair in pairs
+        ),
+    ]
+    hues = [
+        ["", *pairs[0]["colour"]],
+        *(
+            [" – ".join(pair["prompts"]), *(above(one, 1) for one in pair["colour"].values())]
+            for pair in pairs
+        ),
+    ]
+    swatches = [
+        Picture(
+            np.full((SIDE // 2, SIDE, 3), np.round(group["colour"]), np.uint8),
+            f"{group['prompt']}, {colour_name(group)}",
+        )
+        for group in groups
+    ]
+    text = (
+        f"{len(rows)} seeds, each with every prompt.{scale} Distances are of the mean features, as the CLIP sees the pictures; p is the share of "
+        f"{pairs[0]['arrangements']:,} arrangements, with labels swapped within pairs, whose distance is as great. Words are CLIP's cosine, the first prompt's "
+        f"less the second's, with the standard error."
+    )
+    cosines = (
+        [
+            ["", *words],
+            *(
+                [group["prompt"], *(f"{value:.4f}" for value in group["words"].values())]
+                for group in groups
+            ),
+        ]
+        if words
+        else []
+    )
+    shown = [
+        [
+            Picture(np.asarray(scaled(image, SIDE)), "" if column else f"seed {first + n}")
+            for column, image in enumerate(row)
+        ]
+        for n, row in enumerate(rows[:ON_PAGE])
+    ]
+    return page(
+        "Do these prompts give unlike pictures?",
+        [
+            Section("Differences", text, table=differs),
+            Section("Cosines with the words", table=cosines),
+            Section("Mean colours", groups=[swatches]),
+            Section("Differences of colour", "Of 255, with the standard error.", table=hues),
+            Section(
+                "Pictures of the same seeds",
+                f"In each frame, from left to right: {', '.join(f'“{prompt}”' for prompt in prompts)}.",
+                groups=shown,
+            ),
+        ],
+    )

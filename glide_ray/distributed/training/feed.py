@@ -21,9 +21,9 @@ from ...data.sources import Part
 from ...train.batch_split import BatchSplit
 from ..stream import Plan, open_parts
 
-PREFETCHED_BATCHES = 8              # global batches that each worker has asked for and not yet trained on
-KEPT = 4 * PREFETCHED_BATCHES       # global batches that a slower worker may still ask for
-Segment = tuple[ray.ObjectRef, int, int]      # rows start to stop of a block
+PREFETCHED_BATCHES = 8  # global batches that each worker has asked for and not yet trained on
+KEPT = 4 * PREFETCHED_BATCHES  # global batches that a slower worker may still ask for
+Segment = tuple[ray.ObjectRef, int, int]  # rows start to stop of a block
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,24 @@ class Epoch:
 class Feeder:
     """Hands out global batches of `batch` rows. Each epoch is begun by whichever worker comes first."""
 
-    def __init__(self, parts: Sequence[Part], min_size: int, batch: int, window: int, seed: int, tally,
-                 shares: Mapping[str, float] | None = None):
-        self._parts, self._min_size, self._batch, self._window, self._seed, self._tally = parts, min_size, batch, window, seed, tally
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        min_size: int,
+        batch: int,
+        window: int,
+        seed: int,
+        tally,
+        shares: Mapping[str, float] | None = None,
+    ):
+        self._parts, self._min_size, self._batch, self._window, self._seed, self._tally = (
+            parts,
+            min_size,
+            batch,
+            window,
+            seed,
+            tally,
+        )
         self._shares = dict(shares or {})
         self._epoch: Epoch | None = None
 
@@ -56,7 +71,9 @@ class Feeder:
     def _begin(self, epoch: Epoch) -> None:
         counts = ray.get(self._tally.counts.remote(epoch.number))
         first, before = 0, 0
-        while first in counts and before + counts[first] <= epoch.rows:      # tasks whose rows have all been trained on
+        while (
+            first in counts and before + counts[first] <= epoch.rows
+        ):  # tasks whose rows have all been trained on
             before += counts[first]
             first += 1
         self._epoch, self._skip = epoch, epoch.rows - before
@@ -67,7 +84,9 @@ class Feeder:
         self._next, self._ended = 0, False
 
     def _references(self, plan: Plan) -> Iterator[tuple[ray.ObjectRef, int]]:
-        for bundle in open_parts(self._parts, self._min_size, self._tally, plan).iter_internal_ref_bundles():
+        for bundle in open_parts(
+            self._parts, self._min_size, self._tally, plan
+        ).iter_internal_ref_bundles():
             yield from ((entry.ref, entry.metadata.num_rows) for entry in bundle.blocks)
 
     def _assemble(self) -> None:
@@ -115,4 +134,6 @@ def _rows(segments: Sequence[Segment], start: int, stop: int) -> dict[str, list]
             wanted.append((block, low + first, last - first))
         position += high - low
     blocks = ray.get([block for block, _, _ in wanted])
-    return pyarrow.concat_tables([block.slice(first, count) for block, (_, first, count) in zip(blocks, wanted, strict=True)]).to_pydict()
+    return pyarrow.concat_tables(
+        [block.slice(first, count) for block, (_, first, count) in zip(blocks, wanted, strict=True)]
+    ).to_pydict()

@@ -47,10 +47,10 @@ class News:
     """All that has been posted since the last look."""
 
     metrics: list[dict] = field(default_factory=list)
-    events: list[tuple[float, int, str]] = field(default_factory=list)      # time, step, what happened
-    committed: list[tuple[int, str]] = field(default_factory=list)          # step, folder of the checkpoint
+    events: list[tuple[float, int, str]] = field(default_factory=list)  # time, step, what happened
+    committed: list[tuple[int, str]] = field(default_factory=list)  # step, folder of the checkpoint
     start: Start | None = None
-    waiting: float = 0.0                                                    # seconds since anything moved
+    waiting: float = 0.0  # seconds since anything moved
     failure: str | None = None
 
 
@@ -75,10 +75,12 @@ class Board:
     def started(self, start: Start) -> None:
         if self._start is not None:
             again, lost = max(0, self._step - start.step), time.time() - self._moved
-            self.note(f"the run goes on with {count(start.workers, 'worker')} from step {start.step:,}: {count(again, 'step')} to be done again, "
-                      f"{lost:.0f} s without a step")
+            self.note(
+                f"the run goes on with {count(start.workers, 'worker')} from step {start.step:,}: {count(again, 'step')} to be done again, "
+                f"{lost:.0f} s without a step"
+            )
         self._start = self._news.start = start
-        self._news.metrics.append({"again_from": start.step})        # in its place among the figures
+        self._news.metrics.append({"again_from": start.step})  # in its place among the figures
         self.beat(start.step)
 
     def note(self, text: str) -> None:
@@ -111,9 +113,11 @@ class RunFolder:
 
     def __init__(self, out: str):
         self.out = out
-        self._temporary = tempfile.TemporaryDirectory(prefix="glide-run-") if storage.is_remote(out) else None
+        self._temporary = (
+            tempfile.TemporaryDirectory(prefix="glide-run-") if storage.is_remote(out) else None
+        )
         self.local = Path(self._temporary.name if self._temporary else out)
-        self._sent: dict[Path, tuple[int, int]] = {}        # when it was written, and its bytes
+        self._sent: dict[Path, tuple[int, int]] = {}  # when it was written, and its bytes
         if self._temporary:
             for name in (METRICS, EVENTS, RUN):
                 if storage.exists(f"{out}/{name}"):
@@ -134,7 +138,9 @@ class RunFolder:
             if path.is_file() and not path.name.endswith(".partial"):
                 state = path.stat().st_mtime_ns, path.stat().st_size
                 if self._sent.get(path) != state:
-                    storage.put(path.read_bytes(), f"{self.out}/{path.relative_to(self.local).as_posix()}")
+                    storage.put(
+                        path.read_bytes(), f"{self.out}/{path.relative_to(self.local).as_posix()}"
+                    )
                     self._sent[path] = state
 
     def close(self) -> None:
@@ -152,13 +158,29 @@ class Journal:
         self._board, self._folder, self._preset, self._progress = board, folder, preset, progress
         self._unwritten: dict[str, str] = {}
         first = last_step(folder.local / METRICS)
-        self._bar = tqdm(total=preset.train.steps, desc=f"train {preset.model.name}", unit="step", disable=not progress, initial=first,
-                         dynamic_ncols=True, mininterval=1.0)
-        self._trackers = open_trackers(preset.train.trackers, folder.local, preset, folder.id(), first + 1 if first else 0, self.say)
+        self._bar = tqdm(
+            total=preset.train.steps,
+            desc=f"train {preset.model.name}",
+            unit="step",
+            disable=not progress,
+            initial=first,
+            dynamic_ncols=True,
+            mininterval=1.0,
+        )
+        self._trackers = open_trackers(
+            preset.train.trackers,
+            folder.local,
+            preset,
+            folder.id(),
+            first + 1 if first else 0,
+            self.say,
+        )
         self._reviewer = Reviewer(preset, folder.local, self._reviewed, self.say)
-        self._flops = 3 * operations(preset)           # of an image: forward, and twice that backward
+        self._flops = 3 * operations(preset)  # of an image: forward, and twice that backward
         self._start: Start | None = None
-        self._told: int | None = first          # up to which step trackers have been told of, before this start of the run
+        self._told: int | None = (
+            first  # up to which step trackers have been told of, before this start of the run
+        )
         self._shown: dict[str, str] = {}
         self._pushed, self._waited, self._stop = time.monotonic(), 0.0, threading.Event()
         self._thread = threading.Thread(target=self._watch, name="glide-progress", daemon=True)
@@ -228,14 +250,16 @@ class Journal:
     def _try_to_push(self) -> None:
         try:
             self._folder.push()
-        except storage.StorageError as error:       # the files are here; the next time is another try
+        except storage.StorageError as error:  # the files are here; the next time is another try
             self.say(f"The run's figures could not be sent: {error}")
 
     def _write(self, rows: list[dict]) -> None:
         for metrics in rows:
             if "images_per_s" in metrics:
                 metrics.update(self._speed(metrics["images_per_s"]))
-        self._append(METRICS, "".join(json.dumps(metrics) + "\n" for metrics in rows if "step" in metrics))
+        self._append(
+            METRICS, "".join(json.dumps(metrics) + "\n" for metrics in rows if "step" in metrics)
+        )
         for metrics in rows:
             if "again_from" in metrics:
                 if metrics["again_from"] != self._told:
@@ -243,7 +267,13 @@ class Journal:
                 self._told = None
                 continue
             self._trackers.metrics(metrics["step"], metrics)
-            self._shown.update({short: form(metrics[name]) for name, (short, form) in LOG_FORMATS.items() if name in metrics})
+            self._shown.update(
+                {
+                    short: form(metrics[name])
+                    for name, (short, form) in LOG_FORMATS.items()
+                    if name in metrics
+                }
+            )
         self._bar.set_postfix(self._shown, refresh=False)
         if not self._bar.update(rows[-1].get("step", self._bar.n) - self._bar.n):
             self._bar.refresh()
@@ -266,17 +296,27 @@ def _figure(value: float) -> str:
 
 
 LOG_FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "loss": ("loss", _figure), "held_out": ("held-out", _figure), "images_per_s": ("images/s", _figure),
-    "tflop_per_s": ("TFLOP/s", _figure), "share_of_peak": ("of peak", lambda share: f"{share:.0%}")}
+    "loss": ("loss", _figure),
+    "held_out": ("held-out", _figure),
+    "images_per_s": ("images/s", _figure),
+    "tflop_per_s": ("TFLOP/s", _figure),
+    "share_of_peak": ("of peak", lambda share: f"{share:.0%}"),
+}
 
 
 def _spread(start: Start, preset: Preset) -> str:
     """How a run is spread over its workers, in a line."""
     train = preset.train
-    why = " (auto: DeepSpeed has no fp16 on a CPU)" if train.precision == "auto" and start.device == "CPU" else ""
+    why = (
+        " (auto: DeepSpeed has no fp16 on a CPU)"
+        if train.precision == "auto" and start.device == "CPU"
+        else ""
+    )
     calls = f" in {start.calls} calls of {start.micro_batch}" if start.calls > 1 else ""
-    return (f"{preset.model.name} on {count(start.workers, 'worker')} ({start.device}), {start.precision}{why}, ZeRO-{train.zero_stage}, batch {train.batch:,}"
-            f"{calls}")
+    return (
+        f"{preset.model.name} on {count(start.workers, 'worker')} ({start.device}), {start.precision}{why}, ZeRO-{train.zero_stage}, batch {train.batch:,}"
+        f"{calls}"
+    )
 
 
 def _cluster() -> str:

@@ -45,8 +45,10 @@ from .feed import Feeder
 from .journal import Board, Journal, RunFolder, count
 from .worker import work
 
-DATA_CPUS = 2                  # beside the workers': a data task wants a whole CPU, and waits for ever where none is left
-RESIZE_SECONDS = 60            # between looks at whether nodes have come back
+DATA_CPUS = (
+    2  # beside the workers': a data task wants a whole CPU, and waits for ever where none is left
+)
+RESIZE_SECONDS = 60  # between looks at whether nodes have come back
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ class TrainingResult:
     steps: int
     first_held_out: float
     last_held_out: float
-    rows: Report | None = None      # what the stream kept and dropped, over all epochs; None for a run that was there already
+    rows: Report | None = (
+        None  # what the stream kept and dropped, over all epochs; None for a run that was there already
+    )
 
 
 def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingResult:
@@ -67,24 +71,40 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
     A run that is complete is returned as it is.
     """
     out = storage.absolute(out).rstrip("/")
-    finished = storage.exists(f"{out}/{WEIGHTS}") and last_step(f"{out}/{METRICS}") >= preset.train.steps
+    finished = (
+        storage.exists(f"{out}/{WEIGHTS}") and last_step(f"{out}/{METRICS}") >= preset.train.steps
+    )
     if not finished:
         storage.check_writable(out)
     turned = check_run(preset, out, finished)
     if finished:
         return _result(out)
     preset = absolute(preset)
-    parts = find_parts(preset.data.corpus)      # found missing before anything is started
+    parts = find_parts(preset.data.corpus)  # found missing before anything is started
     find_parts(preset.data.held_out)
-    if preset.train.start_from and not Checkpoints(out).whole():      # a run that goes on has no more use for it
+    if (
+        preset.train.start_from and not Checkpoints(out).whole()
+    ):  # a run that goes on has no more use for it
         load_config(shipped.fetch(preset.train.start_from, preset.model.role))
     connect(preset.train.workers + DATA_CPUS)
     on_gpu = _wait_for_workers(preset)
     storage.put(preset.model_dump_json(indent=1).encode(), f"{out}/{PRESET}")
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)      # nodes of workers come and go
-    board, tally = Board.options(scheduling_strategy=here).remote(), Tally.options(scheduling_strategy=here).remote()
-    feeder = Feeder.options(scheduling_strategy=here).remote(parts, preset.data.min_size, preset.train.batch, preset.data.shuffle_buffer,
-                                                             preset.train.seed, tally, preset.data.shares)
+    here = NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )  # nodes of workers come and go
+    board, tally = (
+        Board.options(scheduling_strategy=here).remote(),
+        Tally.options(scheduling_strategy=here).remote(),
+    )
+    feeder = Feeder.options(scheduling_strategy=here).remote(
+        parts,
+        preset.data.min_size,
+        preset.train.batch,
+        preset.data.shuffle_buffer,
+        preset.train.seed,
+        tally,
+        preset.data.shares,
+    )
     folder = RunFolder(out)
     try:
         with _interruptible(), Journal(board, folder, preset, progress) as journal:
@@ -104,20 +124,43 @@ class Trainer(TorchTrainer):
     Ray 2.60 the end of that takes 12 s of every run."""
 
     def _create_default_callbacks(self) -> list:
-        return [one for one in super()._create_default_callbacks() if joined() or not isinstance(one, PlacementGroupCleanerCallback)]
+        return [
+            one
+            for one in super()._create_default_callbacks()
+            if joined() or not isinstance(one, PlacementGroupCleanerCallback)
+        ]
 
 
 def _fit(preset: Preset, out: str, board, tally, feeder, on_gpu: bool) -> None:
     train = preset.train
     elastic = train.min_workers not in (None, train.workers)
-    with tempfile.TemporaryDirectory(prefix="glide-ray-train-") as own:     # what Ray Train keeps of a run; checkpoints are ours
+    with tempfile.TemporaryDirectory(
+        prefix="glide-ray-train-"
+    ) as own:  # what Ray Train keeps of a run; checkpoints are ours
         Trainer(
-            work, train_loop_config={"preset": preset.model_dump_json(), "out": out, "board": board, "tally": tally, "feeder": feeder},
-            torch_config=TorchConfig(timeout_s=int(2 * train.stall_seconds) + 60),        # the watchdog knows more, and comes first
-            scaling_config=ScalingConfig(num_workers=(train.min_workers, train.workers) if elastic else train.workers, use_gpu=on_gpu,
-                                         **({"elastic_resize_monitor_interval_s": RESIZE_SECONDS} if elastic else {})),
-            run_config=RunConfig(name="run", storage_path=own, failure_config=FailureConfig(max_failures=train.max_failures),
-                                 callbacks=[_Faults(board)])).fit()
+            work,
+            train_loop_config={
+                "preset": preset.model_dump_json(),
+                "out": out,
+                "board": board,
+                "tally": tally,
+                "feeder": feeder,
+            },
+            torch_config=TorchConfig(
+                timeout_s=int(2 * train.stall_seconds) + 60
+            ),  # the watchdog knows more, and comes first
+            scaling_config=ScalingConfig(
+                num_workers=(train.min_workers, train.workers) if elastic else train.workers,
+                use_gpu=on_gpu,
+                **({"elastic_resize_monitor_interval_s": RESIZE_SECONDS} if elastic else {}),
+            ),
+            run_config=RunConfig(
+                name="run",
+                storage_path=own,
+                failure_config=FailureConfig(max_failures=train.max_failures),
+                callbacks=[_Faults(board)],
+            ),
+        ).fit()
 
 
 class _Faults(UserCallback):
@@ -128,7 +171,11 @@ class _Faults(UserCallback):
 
     def after_exception(self, run_context, worker_exceptions: dict[int, Exception]) -> None:
         # When one worker dies the others fail in the collective that they share with it: the dead are what matters.
-        dead = {rank: why for rank, error in worker_exceptions.items() if (why := _death(error)) is not None}
+        dead = {
+            rank: why
+            for rank, error in worker_exceptions.items()
+            if (why := _death(error)) is not None
+        }
         if dead:
             rank, why = min(dead.items())
             others = f" and {count(len(dead) - 1, 'other')}" if len(dead) > 1 else ""
@@ -136,7 +183,9 @@ class _Faults(UserCallback):
         else:
             rank, error = min(worker_exceptions.items())
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            self._board.note.remote(f"rank {rank} failed: {(lines or [type(error).__name__])[-1][:300]}")
+            self._board.note.remote(
+                f"rank {rank} failed: {(lines or [type(error).__name__])[-1][:300]}"
+            )
 
 
 def _death(error: Exception) -> str | None:
@@ -146,7 +195,10 @@ def _death(error: Exception) -> str | None:
         return "neither it nor its node can be reached"
     if not isinstance(error, ray.exceptions.RayActorError):
         return None
-    detail = str(error).partition("Worker exit detail:")[2].partition("Some common causes")[0].strip() or str(error).splitlines()[0]
+    detail = (
+        str(error).partition("Worker exit detail:")[2].partition("Some common causes")[0].strip()
+        or str(error).splitlines()[0]
+    )
     return f"its process has ended ({detail.rstrip('.')})"
 
 
@@ -154,8 +206,10 @@ def _export(out: str, steps: int) -> None:
     """The weights file, from the last checkpoint. Raises UserError where that could not be written."""
     whole = Checkpoints(out).whole()
     if not whole or whole[-1].step < steps:
-        raise UserError(f"Training has ended, but its last checkpoint could not be written to {out}; make room there, and run the same command again: "
-                        f"it goes on from {f'step {whole[-1].step:,}' if whole else 'the beginning'}.")
+        raise UserError(
+            f"Training has ended, but its last checkpoint could not be written to {out}; make room there, and run the same command again: "
+            f"it goes on from {f'step {whole[-1].step:,}' if whole else 'the beginning'}."
+        )
     with tempfile.TemporaryDirectory(prefix="glide-export-") as cache:
         local = Path(cache) / WEIGHTS if storage.is_remote(out) else Path(out) / WEIGHTS
         partition.export_average(fetch(whole[-1], cache), local)
@@ -165,6 +219,7 @@ def _export(out: str, steps: int) -> None:
 
 # -- before -----------------------------------------------------------------------------------------------------------
 
+
 def _wait_for_workers(preset: Preset) -> bool:
     """Wait until the cluster has what the run needs, at most `train.wait_seconds`; one that cannot grow is not waited for.
 
@@ -173,8 +228,13 @@ def _wait_for_workers(preset: Preset) -> bool:
     train, began = preset.train, time.monotonic()
     lacking = _lacking(preset)
     if lacking and joined():
-        request_resources(bundles=[{"GPU" if takes_gpu(train.device) else "CPU": 1}] * train.workers + [{"CPU": 1}])
-        tqdm.write(f"{lacking} Waiting for them; this is given up after {train.wait_seconds:g} s (train.wait_seconds).")
+        request_resources(
+            bundles=[{"GPU" if takes_gpu(train.device) else "CPU": 1}] * train.workers
+            + [{"CPU": 1}]
+        )
+        tqdm.write(
+            f"{lacking} Waiting for them; this is given up after {train.wait_seconds:g} s (train.wait_seconds)."
+        )
         while lacking and time.monotonic() - began < train.wait_seconds:
             time.sleep(min(5.0, train.wait_seconds / 10 + 0.1))
             lacking = _lacking(preset)
@@ -182,7 +242,9 @@ def _wait_for_workers(preset: Preset) -> bool:
     if lacking:
         cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
         waited = f" They did not come in {train.wait_seconds:g} s." if joined() else ""
-        raise ConfigError(f"Setting train.workers: {lacking}{waited} Add nodes, or set train.workers={max(1, gpus or cpus - 1)}.")
+        raise ConfigError(
+            f"Setting train.workers: {lacking}{waited} Add nodes, or set train.workers={max(1, gpus or cpus - 1)}."
+        )
     return takes_gpu(train.device)
 
 
@@ -213,4 +275,6 @@ def _interruptible() -> Iterator[None]:
 def _result(out: str, rows: Report | None = None) -> TrainingResult:
     metrics = f"{out}/{METRICS}"
     held_out = [row["held_out"] for row in read_metrics(metrics) if "held_out" in row]
-    return TrainingResult(f"{out}/{WEIGHTS}", metrics, last_step(metrics), held_out[0], held_out[-1], rows)
+    return TrainingResult(
+        f"{out}/{WEIGHTS}", metrics, last_step(metrics), held_out[0], held_out[-1], rows
+    )

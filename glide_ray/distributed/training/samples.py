@@ -20,13 +20,15 @@ from ...train.partition import export_average
 from ...train.samples import held_out_of_average, sample_grid
 
 SAMPLES = "samples"
-LAST_SECONDS = 900       # that the last review is waited for when training has ended
+LAST_SECONDS = 900  # that the last review is waited for when training has ended
 
 
 def review(checkpoint: str, settings: str) -> tuple[np.ndarray | None, dict[str, float]]:
     """The grid (H, W, 3) uint8 of a checkpoint's average, and its held-out figures."""
     if not torch.cuda.is_available():
-        os.nice(10)                     # training comes first where both share a machine, and threads that wait for a core are slower than one
+        os.nice(
+            10
+        )  # training comes first where both share a machine, and threads that wait for a core are slower than one
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // 4))
     preset = Preset.model_validate_json(settings)
     with tempfile.TemporaryDirectory(prefix="glide-review-") as folder:
@@ -38,7 +40,13 @@ def review(checkpoint: str, settings: str) -> tuple[np.ndarray | None, dict[str,
 class Reviewer:
     """Reviews one checkpoint at a time; the newest waits, older ones that come meanwhile are left out."""
 
-    def __init__(self, preset: Preset, folder: Path, made: Callable[[int, np.ndarray | None, dict], None], say: Callable[[str], None]):
+    def __init__(
+        self,
+        preset: Preset,
+        folder: Path,
+        made: Callable[[int, np.ndarray | None, dict], None],
+        say: Callable[[str], None],
+    ):
         self._preset, self._folder, self._made, self._say = preset, folder, made, say
         self._underway: tuple[int, ray.ObjectRef] | None = None
         self._waiting: tuple[int, str] | None = None
@@ -62,7 +70,11 @@ class Reviewer:
             # A GPU that no worker wants, else the CPU; no CPU is reserved, for then it might wait for ever. Ray hides no GPU from a task that asks
             # for none (`cluster.py`), so that is done here: the review would take the memory that training needs.
             spare = ray.cluster_resources().get("GPU", 0) > self._preset.train.workers
-            place = {"num_gpus": 1} if spare else {"num_gpus": 0, "runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
+            place = (
+                {"num_gpus": 1}
+                if spare
+                else {"num_gpus": 0, "runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
+            )
             task = ray.remote(num_cpus=0, max_retries=1, **place)(review)
             self._underway = step, task.remote(checkpoint, self._preset.model_dump_json())
 

@@ -36,8 +36,13 @@ if TYPE_CHECKING:
 
 COUNTS = "counts.json"
 BEAT_SECONDS = 1.0
-LAST_WAITS = (10, 60, 300, 0)   # seconds before the last checkpoint is tried again, where it could not be written
-FAILURE_SECONDS = 10.0          # in which ranks that fail for one reason tell of it
+LAST_WAITS = (
+    10,
+    60,
+    300,
+    0,
+)  # seconds before the last checkpoint is tried again, where it could not be written
+FAILURE_SECONDS = 10.0  # in which ranks that fail for one reason tell of it
 
 
 def work(settings: dict) -> None:
@@ -46,7 +51,13 @@ def work(settings: dict) -> None:
     if ray.get(board.failed.remote())[0] is not None:
         return
     try:
-        _train_rank(Preset.model_validate_json(settings["preset"]), settings["out"], board, settings["tally"], settings["feeder"])
+        _train_rank(
+            Preset.model_validate_json(settings["preset"]),
+            settings["out"],
+            board,
+            settings["tally"],
+            settings["feeder"],
+        )
     except UserError as error:
         ray.get(board.fail.remote(str(error), context.get_world_rank()))
         # Where one rank alone has failed the others wait for it in a collective: all are begun again, and end above.
@@ -60,29 +71,54 @@ def work(settings: dict) -> None:
 def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
     from ...train.loop import Trainer  # DeepSpeed, which the driver has no use for
     from ...train.steps import Outlets, train_loop
+
     context, train = ray.train.get_context(), preset.train
     rank, world = context.get_world_rank(), context.get_world_size()
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     trainer = Trainer(preset)
     if rank == 0:
-        storage.check_writable(out)         # by a worker, whose rights may be others than the driver's
+        storage.check_writable(out)  # by a worker, whose rights may be others than the driver's
     checkpoints = Checkpoints(out)
     # One name for all ranks of this start: what it reads of the corpus and what it writes is told from what others did.
-    start, whole = broadcast_object((uuid.uuid4().hex[:8], checkpoints.whole()) if rank == 0 else None)
-    _go_on(trainer, whole, Path(tempfile.gettempdir()) / f"glide-resume-{start}", context.get_local_rank(), board, tally)
+    start, whole = broadcast_object(
+        (uuid.uuid4().hex[:8], checkpoints.whole()) if rank == 0 else None
+    )
+    _go_on(
+        trainer,
+        whole,
+        Path(tempfile.gettempdir()) / f"glide-resume-{start}",
+        context.get_local_rank(),
+        board,
+        tally,
+    )
     if rank == 0:
         _sweep(checkpoints, board)
         board.started.remote(_start(trainer))
-        if train.objective == "clip":       # at every start: another micro-batch, which memory may have chosen, is another loss
+        if (
+            train.objective == "clip"
+        ):  # at every start: another micro-batch, which memory may have chosen, is another loss
             board.note.remote(_contrast(trainer.share))
     held_out = held_out_batches(preset.data, preset.model, trainer.share.micro_batch, rank, world)
-    keeper = CheckpointWriter(checkpoints, start, train.keep_last, train.keep_every, board.note.remote, board.committed.remote, 2 * train.stall_seconds)
-    watchdog = Watchdog(train.stall_seconds, lambda text: ray.get(board.note.remote(f"rank {rank} hangs: {text}; it is begun again")))
+    keeper = CheckpointWriter(
+        checkpoints,
+        start,
+        train.keep_last,
+        train.keep_every,
+        board.note.remote,
+        board.committed.remote,
+        2 * train.stall_seconds,
+    )
+    watchdog = Watchdog(
+        train.stall_seconds,
+        lambda text: ray.get(board.note.remote(f"rank {rank} hangs: {text}; it is begun again")),
+    )
 
     def save(write) -> None:
         watchdog.beat(f"the checkpoint of step {trainer.progress.step:,}")
-        keeper.save(trainer.progress.step, lambda folder: _save(folder, trainer, write, tally, rank))
+        keeper.save(
+            trainer.progress.step, lambda folder: _save(folder, trainer, write, tally, rank)
+        )
         watchdog.beat(f"step {trainer.progress.step + 1:,}")
 
     def after_step(number: int) -> bool:
@@ -95,17 +131,29 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
         if wanted:
             told = True
             if rank == 0:
-                board.note.remote(f"a node is about to be taken away; a checkpoint is made of step {number:,}")
+                board.note.remote(
+                    f"a node is about to be taken away; a checkpoint is made of step {number:,}"
+                )
         return wanted
+
     told, beaten = False, 0.0
 
     def epoch_batches(epoch: int, rows: int) -> Iterator[Batch]:
-        return ahead(collated(micro_batches(feeder, Epoch(start, epoch, rows), trainer.share), collate, preset, epoch))
+        return ahead(
+            collated(
+                micro_batches(feeder, Epoch(start, epoch, rows), trainer.share),
+                collate,
+                preset,
+                epoch,
+            )
+        )
+
     collate = Collate(preset.model, preset.data, preset.train.seed)
 
     def post(metrics: dict) -> None:
         if rank == 0:
             board.post.remote(metrics)
+
     train_loop(trainer, epoch_batches, held_out, Outlets(post, save, after_step))
     for wait in LAST_WAITS:
         save(trainer.save)
@@ -118,7 +166,10 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
 
 # -- where to begin ---------------------------------------------------------------------------------------------------
 
-def _go_on(trainer: Trainer, whole: list[CheckpointEntry], cache: Path, local_rank: int, board, tally) -> None:
+
+def _go_on(
+    trainer: Trainer, whole: list[CheckpointEntry], cache: Path, local_rank: int, board, tally
+) -> None:
     """Load the last checkpoint that is as it was written, if there is one. What is on S3 is fetched once a node."""
     try:
         for made in reversed(whole):
@@ -127,7 +178,7 @@ def _go_on(trainer: Trainer, whole: list[CheckpointEntry], cache: Path, local_ra
                 if not storage.is_remote(made.path):
                     verify(Path(made.path), trainer.rank, trainer.world)
                 elif local_rank == 0:
-                    fetch(made, cache)              # which verifies on its way
+                    fetch(made, cache)  # which verifies on its way
             except (CheckpointError, storage.StorageError) as error:
                 fault = str(error)
             faults = all_gather_object(fault)
@@ -138,7 +189,11 @@ def _go_on(trainer: Trainer, whole: list[CheckpointEntry], cache: Path, local_ra
                     ray.get(tally.know.remote(trainer.progress.epoch, read_counts(folder)))
                 return
             if trainer.rank == 0:
-                ray.get(board.note.remote(f"the checkpoint of step {made.step:,} is left out: {next(filter(None, faults))}"))
+                ray.get(
+                    board.note.remote(
+                        f"the checkpoint of step {made.step:,} is left out: {next(filter(None, faults))}"
+                    )
+                )
     finally:
         dist.barrier()
         if local_rank == 0:
@@ -156,15 +211,29 @@ def _sweep(checkpoints: Checkpoints, board) -> None:
 def _start(trainer: Trainer) -> Start:
     cuda = trainer.device.type == "cuda"
     name = torch.cuda.get_device_name(trainer.device) if cuda else "CPU"
-    peak = peak_flops(name, trainer.precision) if cuda else measured_peak(torch.bfloat16 if trainer.precision == "bf16" else torch.float32)
-    return Start(trainer.progress.step, trainer.world, trainer.share.micro_batch, trainer.share.calls, trainer.precision, name, peak)
+    peak = (
+        peak_flops(name, trainer.precision)
+        if cuda
+        else measured_peak(torch.bfloat16 if trainer.precision == "bf16" else torch.float32)
+    )
+    return Start(
+        trainer.progress.step,
+        trainer.world,
+        trainer.share.micro_batch,
+        trainer.share.calls,
+        trainer.precision,
+        name,
+        peak,
+    )
 
 
 def _contrast(share: BatchSplit) -> str:
     """What CLIP's loss depends on, in a line."""
     others = share.world * max(end - first for first, end, _ in share.parts()) - 1
-    return (f"CLIP learns to tell each picture's caption from {others:,} others, those of one network call on all workers: train.micro_batch and "
-            f"train.workers move its loss")
+    return (
+        f"CLIP learns to tell each picture's caption from {others:,} others, those of one network call on all workers: train.micro_batch and "
+        f"train.workers move its loss"
+    )
 
 
 def node_is_going() -> bool:
@@ -173,10 +242,12 @@ def node_is_going() -> bool:
     `ray.train.get_preemption_info` waits for all workers, through an actor; this rank's own mark is enough, for ranks agree anyhow.
     """
     from ray.train.v2._internal.execution.context import get_train_context
+
     return get_train_context().preemption_context.preemption_info is not None
 
 
 # -- saving beside the trainer ---------------------------------------------------------------------
+
 
 def _save(folder: Path, trainer: Trainer, write, tally, rank: int) -> None:
     write(folder)
@@ -191,6 +262,8 @@ def write_counts(folder: Path, counts: Mapping[int, int]) -> None:
 
 def read_counts(folder: Path) -> dict[int, int]:
     try:
-        return {int(task): int(number) for task, number in json.loads((folder / COUNTS).read_text())}
+        return {
+            int(task): int(number) for task, number in json.loads((folder / COUNTS).read_text())
+        }
     except (OSError, ValueError, TypeError):
         return {}

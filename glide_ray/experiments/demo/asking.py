@@ -38,8 +38,8 @@ from .plan import Plan
 from .results import Result
 from .sheet import file_name
 
-CONCURRENT_REQUESTS, ANSWER_SECONDS = 4, 600      # requests on the way, seconds for an answer
-HALF_A_CPU = Scale(cpus=0.5)    # four stages and the ingress beside each other, logically
+CONCURRENT_REQUESTS, ANSWER_SECONDS = 4, 600  # requests on the way, seconds for an answer
+HALF_A_CPU = Scale(cpus=0.5)  # four stages and the ingress beside each other, logically
 
 
 def ask(out: Path, plan: Plan, pair: Pair, tuned: Path, name: str) -> Result:
@@ -50,27 +50,43 @@ def ask(out: Path, plan: Plan, pair: Pair, tuned: Path, name: str) -> Result:
     """
     from ...bench.load_generator import free_port
     from ...serving.deployment import cpus, serving
-    stages = {"base_scale": HALF_A_CPU, "upsampler_scale": HALF_A_CPU,
-              "upsampler": str(pair.upsampler)}
-    config = ServeConfig(base=str(pair.base), **stages, port=free_port(),
-                         precision=fastest_precision(),
-                         more_models={name: ServedModel(base=str(tuned), **stages)})
+
+    stages = {
+        "base_scale": HALF_A_CPU,
+        "upsampler_scale": HALF_A_CPU,
+        "upsampler": str(pair.upsampler),
+    }
+    config = ServeConfig(
+        base=str(pair.base),
+        **stages,
+        port=free_port(),
+        precision=fastest_precision(),
+        more_models={name: ServedModel(base=str(tuned), **stages)},
+    )
     connect(cpus(config))
-    with serving(config) as url, httpx.Client(base_url=url, timeout=ANSWER_SECONDS) as http, \
-            tqdm(total=plan.requests, desc="  pictures", unit="picture", dynamic_ncols=True) as bar:
+    with (
+        serving(config) as url,
+        httpx.Client(base_url=url, timeout=ANSWER_SECONDS) as http,
+        tqdm(total=plan.requests, desc="  pictures", unit="picture", dynamic_ncols=True) as bar,
+    ):
         models = http.get("/v1/models").json()["data"]
         client = Client(http, out, plan.options, bar.update)
-        result = {"models": models, "pairs": _pairs(client, plan, name),
-                  "edit": _edit(client, plan), "sketches": _sketches(client, plan, name),
-                  "scene": _scene(client, plan)}
+        result = {
+            "models": models,
+            "pairs": _pairs(client, plan, name),
+            "edit": _edit(client, plan),
+            "sketches": _sketches(client, plan, name),
+            "scene": _scene(client, plan),
+        }
     return {**result, "files": [BEFORE_AFTER, EDIT, SKETCH, SCENE, *client.written]}
 
 
 class Client:
     """Asks for pictures and writes them as they come: each PNG carries its recipe."""
 
-    def __init__(self, http: httpx.Client, out: Path, options: SampleOptions,
-                 told: Callable[[], Any]):
+    def __init__(
+        self, http: httpx.Client, out: Path, options: SampleOptions, told: Callable[[], Any]
+    ):
         given = options.model_dump(exclude_defaults=True, exclude_none=True)
         self._http, self._told, self._options = http, told, given
         self.out, self.written = out, []
@@ -80,25 +96,41 @@ class Client:
         fields = {"prompt": prompt, "seed": seed, "model": model, **self._options}
         return self._picture(name, self._http.post("/v1/images/generations", json=fields))
 
-    def edit(self, name: str, image: np.ndarray, known: np.ndarray, prompt: str, seed: int
-             ) -> np.ndarray:
+    def edit(
+        self, name: str, image: np.ndarray, known: np.ndarray, prompt: str, seed: int
+    ) -> np.ndarray:
         """`image` (S, S, 3) with what is not `known` (S, S) painted anew.
 
         Raises UserError where a known pixel comes back as another.
         """
-        files = {"image": ("image.png", encode(image), "image/png"),
-                 "mask": ("mask.png", mask_png(known), "image/png")}
+        files = {
+            "image": ("image.png", encode(image), "image/png"),
+            "mask": ("mask.png", mask_png(known), "image/png"),
+        }
         made = self._from_image("edits", name, files, {"prompt": prompt, "seed": seed})
         if not np.array_equal(made[known], image[known]):
-            raise UserError(f"The edit {name!r} changed pixels that were to be kept; please report "
-                            f"this with {self.out / self.written[-1]}.")
+            raise UserError(
+                f"The edit {name!r} changed pixels that were to be kept; please report "
+                f"this with {self.out / self.written[-1]}."
+            )
         return made
 
-    def vary(self, name: str, image: np.ndarray, prompt: str, seed: int, strength: float,
-             model: str | None = None) -> np.ndarray:
+    def vary(
+        self,
+        name: str,
+        image: np.ndarray,
+        prompt: str,
+        seed: int,
+        strength: float,
+        model: str | None = None,
+    ) -> np.ndarray:
         """A picture that begins from `image` (S, S, 3) under noise (SDEdit)."""
-        fields = {"prompt": prompt, "seed": seed, "strength": strength,
-                  **({"model": model} if model else {})}
+        fields = {
+            "prompt": prompt,
+            "seed": seed,
+            "strength": strength,
+            **({"model": model} if model else {}),
+        }
         files = {"image": ("image.png", encode(image), "image/png")}
         return self._from_image("variations", name, files, fields)
 
@@ -106,16 +138,18 @@ class Client:
         """Write a picture (H, W, 3) that the server has not made. Returns its file's name."""
         return self._write(name, encode(image))
 
-    def _from_image(self, route: str, name: str, files: Mapping[str, Any],
-                    fields: Mapping[str, Any]) -> np.ndarray:
+    def _from_image(
+        self, route: str, name: str, files: Mapping[str, Any], fields: Mapping[str, Any]
+    ) -> np.ndarray:
         form = {key: str(value) for key, value in {**fields, **self._options}.items()}
         answer = self._http.post(f"/v1/images/{route}", data=form, files=files)
         return self._picture(name, answer)
 
     def _picture(self, name: str, answer: httpx.Response) -> np.ndarray:
         if answer.status_code != 200:
-            raise UserError(f"The server answered {answer.status_code}: "
-                            f"{answer.json()['error']['message']}")
+            raise UserError(
+                f"The server answered {answer.status_code}: {answer.json()['error']['message']}"
+            )
         png = base64.b64decode(answer.json()["data"][0]["b64_json"])
         self._write(name, png)
         self._told()
@@ -142,17 +176,25 @@ def mask_png(known: np.ndarray) -> bytes:
 
 # -- requests --------------------------------------------------------------------------------------
 
+
 def _pairs(client: Client, plan: Plan, tuned: str) -> list[Result]:
     """The same prompts and seeds from the shipped model and from the fine-tuned one."""
-    asked = [(f"{when}-{file_name(prompt)}", prompt, seed, model)
-             for seed, prompt in enumerate(plan.pairs)
-             for when, model in (("before", None), ("after", tuned))]
+    asked = [
+        (f"{when}-{file_name(prompt)}", prompt, seed, model)
+        for seed, prompt in enumerate(plan.pairs)
+        for when, model in (("before", None), ("after", tuned))
+    ]
     with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
         images = list(pool.map(lambda one: client.generate(*one), asked))
     draw_pairs(client.out, plan.pairs, images[::2], images[1::2])
-    return [{"prompt": prompt, "seed": seed,
-             **{when: path_of(f"{when}-{file_name(prompt)}") for when in ("before", "after")}}
-            for seed, prompt in enumerate(plan.pairs)]
+    return [
+        {
+            "prompt": prompt,
+            "seed": seed,
+            **{when: path_of(f"{when}-{file_name(prompt)}") for when in ("before", "after")},
+        }
+        for seed, prompt in enumerate(plan.pairs)
+    ]
 
 
 def _edit(client: Client, plan: Plan) -> Result:
@@ -163,8 +205,14 @@ def _edit(client: Client, plan: Plan) -> Result:
     after = client.edit("edit-after", before, known, prompt, 1)
     hole = client.keep("edit-hole", show_hole(before, known))
     draw_edit(client.out, before, known, after, plan.edit)
-    return {"first": first, "prompt": prompt, "before": path_of("edit-before"), "hole": hole,
-            "after": path_of("edit-after"), "kept": int(known.sum())}
+    return {
+        "first": first,
+        "prompt": prompt,
+        "before": path_of("edit-before"),
+        "hole": hole,
+        "after": path_of("edit-after"),
+        "kept": int(known.sum()),
+    }
 
 
 def _sketches(client: Client, plan: Plan, tuned: str) -> list[Result]:
@@ -172,14 +220,31 @@ def _sketches(client: Client, plan: Plan, tuned: str) -> list[Result]:
     rows, shown = [], []
     for sketch in plan.sketches:
         drawing = draw_sketch(sketch.drawing)
-        answers = [client.vary(f"sketch-{file_name(prompt)}", drawing, prompt, 0, strength,
-                               tuned if from_tuned else None)
-                   for prompt, strength, from_tuned in sketch.answers]
+        answers = [
+            client.vary(
+                f"sketch-{file_name(prompt)}",
+                drawing,
+                prompt,
+                0,
+                strength,
+                tuned if from_tuned else None,
+            )
+            for prompt, strength, from_tuned in sketch.answers
+        ]
         shown.append((drawing, answers))
-        rows.append({"drawing": client.keep(f"sketch-{sketch.drawing}", drawing),
-                     "answers": [{"prompt": prompt, "strength": strength,
-                                  "file": path_of(f"sketch-{file_name(prompt)}")}
-                                 for prompt, strength, _ in sketch.answers]})
+        rows.append(
+            {
+                "drawing": client.keep(f"sketch-{sketch.drawing}", drawing),
+                "answers": [
+                    {
+                        "prompt": prompt,
+                        "strength": strength,
+                        "file": path_of(f"sketch-{file_name(prompt)}"),
+                    }
+                    for prompt, strength, _ in sketch.answers
+                ],
+            }
+        )
     draw_sketches(client.out, plan.sketches, shown)
     return rows
 
@@ -189,14 +254,16 @@ def _scene(client: Client, plan: Plan) -> list[Result]:
     strip = client.generate("scene-0", plan.scene[0], 0)
     strips, half = [strip], len(strip) // 2
     for number, prompt in enumerate(plan.scene[1:], 1):
-        window = np.full_like(strip[:, :2 * half], 255)
+        window = np.full_like(strip[:, : 2 * half], 255)
         window[:, :half] = strip[:, -half:]
         made = client.edit(f"scene-edit-{number}", window, left_half(len(window)), prompt, number)
         strip = np.concatenate([strip[:, :-half], made], axis=1)
         strips.append(strip)
     draw_scene(client.out, strips, plan.scene)
-    return [{"prompt": prompt, "file": client.keep(f"scene-{number}", strip)}
-            for number, (prompt, strip) in enumerate(zip(plan.scene, strips, strict=True))]
+    return [
+        {"prompt": prompt, "file": client.keep(f"scene-{number}", strip)}
+        for number, (prompt, strip) in enumerate(zip(plan.scene, strips, strict=True))
+    ]
 
 
 def left_half(size: int) -> np.ndarray:

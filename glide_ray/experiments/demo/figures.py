@@ -15,31 +15,43 @@ from .plan import Sketch
 
 SHEET, BEFORE_AFTER, EDIT = "things-by-styles.png", "before-after.png", "edit.png"
 SKETCH, SCENE, LOSS = "sketch.png", "scene.png", "loss.png"
-SIZE = 256                # of a drawing, in pixels
+SIZE = 256  # of a drawing, in pixels
 Draw = Callable[[ImageDraw.ImageDraw], None]
 
 
-def draw_pairs(out: Path, prompts: Sequence[str], before: Sequence[np.ndarray],
-               after: Sequence[np.ndarray]) -> None:
+def draw_pairs(
+    out: Path, prompts: Sequence[str], before: Sequence[np.ndarray], after: Sequence[np.ndarray]
+) -> None:
     """Write BEFORE_AFTER: a column for each prompt."""
     _put(grid([before, after], prompts, ["before", "after"]), out / BEFORE_AFTER)
 
 
-def draw_edit(out: Path, before: np.ndarray, known: np.ndarray, after: np.ndarray,
-              prompts: Sequence[str]) -> None:
+def draw_edit(
+    out: Path, before: np.ndarray, known: np.ndarray, after: np.ndarray, prompts: Sequence[str]
+) -> None:
     """Write EDIT: a picture, its hole, and the edited one. `prompts`: of the first and the last."""
-    _put(contact_sheet([before, show_hole(before, known), after],
-                       [prompts[0], "to be painted", prompts[1]], columns=3, size=256), out / EDIT)
+    _put(
+        contact_sheet(
+            [before, show_hole(before, known), after],
+            [prompts[0], "to be painted", prompts[1]],
+            columns=3,
+            size=256,
+        ),
+        out / EDIT,
+    )
 
 
-def draw_sketches(out: Path, sketches: Sequence[Sketch],
-                  shown: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]]) -> None:
+def draw_sketches(
+    out: Path, sketches: Sequence[Sketch], shown: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]]
+) -> None:
     """Write SKETCH: each drawing, and beside it the pictures that began from it."""
     images, labels = [], []
     for sketch, (drawing, answers) in zip(sketches, shown, strict=True):
         images += [drawing, *answers]
-        labels += ["sketch", *(f"{prompt}; strength {strength:g}"
-                               for prompt, strength, _ in sketch.answers)]
+        labels += [
+            "sketch",
+            *(f"{prompt}; strength {strength:g}" for prompt, strength, _ in sketch.answers),
+        ]
     columns = 1 + max(len(sketch.answers) for sketch in sketches)
     _put(contact_sheet(images, labels, columns=columns), out / SKETCH)
 
@@ -54,6 +66,7 @@ def _put(image: Image.Image, path: Path) -> None:
 
 
 # -- drawings ------------------------------------------------------------------------------------
+
 
 def draw_sketch(name: str) -> np.ndarray:
     """A drawing of DRAWINGS on white: (SIZE, SIZE, 3) uint8."""

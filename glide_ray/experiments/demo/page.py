@@ -18,29 +18,34 @@ from .results import Results
 PAGE, TEMPLATE = "index.html", Path(__file__).with_name("page.html")
 STAGES = ("sheet", "corpus", "tuning", "answers")
 PICTURES = (SHEET, BEFORE_AFTER, EDIT, SKETCH, SCENE, LOSS)
-MOST_BYTES = 1_500_000            # of all copies: every clone of the repository has them
-QUALITIES = (92, 85, 75, 60)      # of WebP, the first with which the copies are small enough
+MOST_BYTES = 1_500_000  # of all copies: every clone of the repository has them
+QUALITIES = (92, 85, 75, 60)  # of WebP, the first with which the copies are small enough
 
 
 def write_page(out: Path) -> None:
     """PAGE in `out`, with what the stages have made so far. It needs no network."""
     results = Results(out)
     given: dict[str, Any] = {stage: results.read(stage) for stage in STAGES}
-    text = _template().render(**given, out=out, style=STYLE, curve=LOSS,
-                              credits=_credits(given["answers"]))
+    text = _template().render(
+        **given, out=out, style=STYLE, curve=LOSS, credits=_credits(given["answers"])
+    )
     storage.put(text.encode(), out / PAGE)
 
 
 def _template():
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
-                              undefined=StrictUndefined)
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
     return environment.from_string(TEMPLATE.read_text())
 
 
 def _credits(answers: dict[str, Any] | None) -> list[dict[str, str]]:
     """Whom the served models name as their sources, each once."""
-    found = {source["package"]: source for model in (answers or {"models": []})["models"]
-             for source in model["sources"]}
+    found = {
+        source["package"]: source
+        for model in (answers or {"models": []})["models"]
+        for source in model["sources"]
+    }
     return [found[package] for package in sorted(found)]
 
 
@@ -58,8 +63,10 @@ def copy_pictures(out: Path, folder: Path) -> list[Path]:
         if sum(map(len, made.values())) <= MOST_BYTES:
             break
     else:
-        raise UserError(f"The pictures in {out} take more than {MOST_BYTES:,} bytes even at WebP's "
-                        f"quality {quality}; make smaller ones.")
+        raise UserError(
+            f"The pictures in {out} take more than {MOST_BYTES:,} bytes even at WebP's "
+            f"quality {quality}; make smaller ones."
+        )
     paths = [folder / Path(name).with_suffix(".webp") for name in made]
     for path, data in zip(paths, made.values(), strict=True):
         storage.put(data, path)

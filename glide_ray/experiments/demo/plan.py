@@ -8,9 +8,17 @@ from typing import Any
 from ...config.sampling import SampleOptions
 from ...data.styles import DEFAULT
 
-STYLE = "outline"      # of the fine-tuning: the shipped weights have not seen it
-THINGS = ("a red apple", "a fox", "an octopus", "a sunflower", "a house", "a rocket", "a mushroom",
-          "a pizza")
+STYLE = "outline"  # of the fine-tuning: the shipped weights have not seen it
+THINGS = (
+    "a red apple",
+    "a fox",
+    "an octopus",
+    "a sunflower",
+    "a house",
+    "a rocket",
+    "a mushroom",
+    "a pizza",
+)
 
 
 @dataclass(frozen=True)
@@ -39,26 +47,54 @@ class Plan:
     # Beside the recipe of the shipped base model. 180 steps of 64 images are about three minutes on
     # two cores. A moderate learning rate teaches the style and leaves what the model knows.
     settings: tuple[str, ...] = (
-        "steps=180", "batch=64", "workers=2", "zero_stage=2", "learning_rate=3e-4",
-        "warmup_steps=20", "constant_steps=none", "ema_rates=0.98", "held_out_images=64",
-        "cache_gib=0.25", "log_every=4", "evaluate_every=45", "checkpoint_every=90",
-        "keep_last=1", "sample_every=none", "trackers=")
+        "steps=180",
+        "batch=64",
+        "workers=2",
+        "zero_stage=2",
+        "learning_rate=3e-4",
+        "warmup_steps=20",
+        "constant_steps=none",
+        "ema_rates=0.98",
+        "held_out_images=64",
+        "cache_gib=0.25",
+        "log_every=4",
+        "evaluate_every=45",
+        "checkpoint_every=90",
+        "keep_last=1",
+        "sample_every=none",
+        "trackers=",
+    )
 
     options: SampleOptions = SampleOptions(steps=20, upsampler_steps=12)
     pairs: tuple[str, ...] = tuple(f"{thing}, {STYLE}" for thing in THINGS)
-    edit: tuple[str, str] = ("a fox to the left of a house, 3D render",
-                             "a fox to the left of a star, 3D render")
+    edit: tuple[str, str] = (
+        "a fox to the left of a house, 3D render",
+        "a fox to the left of a star, 3D render",
+    )
     sketches: tuple[Sketch, ...] = (
-        Sketch("mushroom", (("a mushroom, flat icon", 0.7, False),
-                            ("a mushroom, 3D render", 0.8, False),
-                            (f"a mushroom, {STYLE}", 0.8, True))),
-        Sketch("fish", (("a tropical fish, flat icon", 0.7, False),
-                        ("a tropical fish, 3D render", 0.8, False),
-                        (f"a tropical fish, {STYLE}", 0.8, True))))
-    scene: tuple[str, ...] = ("a crab to the left of a house, flat icon",
-                              "a house to the left of a fox, flat icon",
-                              "a fox to the left of a mushroom, flat icon",
-                              "a mushroom to the left of a rocket, flat icon")
+        Sketch(
+            "mushroom",
+            (
+                ("a mushroom, flat icon", 0.7, False),
+                ("a mushroom, 3D render", 0.8, False),
+                (f"a mushroom, {STYLE}", 0.8, True),
+            ),
+        ),
+        Sketch(
+            "fish",
+            (
+                ("a tropical fish, flat icon", 0.7, False),
+                ("a tropical fish, 3D render", 0.8, False),
+                (f"a tropical fish, {STYLE}", 0.8, True),
+            ),
+        ),
+    )
+    scene: tuple[str, ...] = (
+        "a crab to the left of a house, flat icon",
+        "a house to the left of a fox, flat icon",
+        "a fox to the left of a mushroom, flat icon",
+        "a mushroom to the left of a rocket, flat icon",
+    )
 
     @property
     def requests(self) -> int:
@@ -68,5 +104,10 @@ class Plan:
 
     def asked(self) -> dict[str, Any]:
         """All that the server's answers depend on beside the models."""
-        return {"options": self.options.model_dump(), "pairs": self.pairs, "edit": self.edit,
-                "sketches": [asdict(sketch) for sketch in self.sketches], "scene": self.scene}
+        return {
+            "options": self.options.model_dump(),
+            "pairs": self.pairs,
+            "edit": self.edit,
+            "sketches": [asdict(sketch) for sketch in self.sketches],
+            "scene": self.scene,
+        }

@@ -44,7 +44,7 @@ class Results:
     def _read(self, stage: str) -> dict[str, Any]:
         try:
             there = json.loads(self._path(stage).read_text())
-        except (FileNotFoundError, ValueError):      # not there, or cut off in writing
+        except (FileNotFoundError, ValueError):  # not there, or cut off in writing
             return {}
         return there if isinstance(there, dict) and isinstance(there.get("result"), dict) else {}
 

@@ -22,15 +22,18 @@ from .results import Result, Results
 Report = Callable[[str], None]
 
 
-def run(out: Path, plan: Plan = Plan(), packages: Path | None = None,
-        report: Report = tqdm.write) -> None:
+def run(
+    out: Path, plan: Plan = Plan(), packages: Path | None = None, report: Report = tqdm.write
+) -> None:
     """Make the demo in `out`. `packages`: a folder of npm tarballs, instead of npm.
 
     Raises UserError.
     """
     began, results, pair = time.monotonic(), Results(out), shipped.find()
-    models = {"base": storage.fingerprint(pair.base),
-              "upsampler": storage.fingerprint(pair.upsampler)}
+    models = {
+        "base": storage.fingerprint(pair.base),
+        "upsampler": storage.fingerprint(pair.upsampler),
+    }
     try:
         sheet = _sheet(results, plan, pair, models, report)
         report(f"  {_place(out, sheet)}")
@@ -44,50 +47,75 @@ def run(out: Path, plan: Plan = Plan(), packages: Path | None = None,
         write_page(out)
     finally:
         from ...distributed.cluster import disconnect
+
         disconnect()
     report(_summary(results, (time.monotonic() - began) / 60))
 
 
 # -- stages --------------------------------------------------------------------------------------
 
-def _sheet(results: Results, plan: Plan, pair: shipped.Pair, models: dict[str, str],
-           report: Report) -> Result:
-    report(f"\n[1/4] {len(plan.things)} things by {len(plan.styles)} styles, from the weights that "
-           "ship with the package")
+
+def _sheet(
+    results: Results, plan: Plan, pair: shipped.Pair, models: dict[str, str], report: Report
+) -> Result:
+    report(
+        f"\n[1/4] {len(plan.things)} things by {len(plan.styles)} styles, from the weights that "
+        "ship with the package"
+    )
     from .sheet import make_sheet
-    key = {**models, "things": plan.things, "styles": plan.styles,
-           "options": plan.sheet_options.model_dump()}
+
+    key = {
+        **models,
+        "things": plan.things,
+        "styles": plan.styles,
+        "options": plan.sheet_options.model_dump(),
+    }
     return results.once("sheet", key, lambda: make_sheet(results.folder, plan, pair))
 
 
 def _corpus(results: Results, packages: Path | None, report: Report) -> Result:
-    report(f"\n[2/4] a style that they have not seen, {STYLE}: fetched, rendered, cleaned by Ray "
-           "Data")
+    report(
+        f"\n[2/4] a style that they have not seen, {STYLE}: fetched, rendered, cleaned by Ray Data"
+    )
     from .tuning import make_corpus
+
     key = {"style": STYLE, "clean": CleanConfig().model_dump()}
     return results.once("corpus", key, lambda: make_corpus(results.folder, packages, report))
 
 
-def _tuned(results: Results, plan: Plan, pair: shipped.Pair, models: dict[str, str],
-           report: Report) -> Result:
-    report("\n[3/4] the shipped base model fine-tuned on it: Ray Train and DeepSpeed ZeRO on two "
-           "workers")
+def _tuned(
+    results: Results, plan: Plan, pair: shipped.Pair, models: dict[str, str], report: Report
+) -> Result:
+    report(
+        "\n[3/4] the shipped base model fine-tuned on it: Ray Train and DeepSpeed ZeRO on two "
+        "workers"
+    )
     from .tuning import tune
+
     key = {"base": models["base"], "settings": plan.settings}
     return results.once("tuning", key, lambda: tune(results.folder, plan, pair.base))
 
 
-def _answers(results: Results, plan: Plan, pair: shipped.Pair, models: dict[str, str],
-             tuned: Result, report: Report) -> Result:
+def _answers(
+    results: Results,
+    plan: Plan,
+    pair: shipped.Pair,
+    models: dict[str, str],
+    tuned: Result,
+    report: Report,
+) -> Result:
     report("\n[4/4] both models on Ray Serve, asked over HTTP as the OpenAI Images API")
     from .asking import ask
+
     weights = results.folder / tuned["weights"]
     key = {**models, "tuned": storage.fingerprint(weights), **plan.asked()}
-    return results.once("answers", key,
-                        lambda: ask(results.folder, plan, pair, weights, tuned["name"]))
+    return results.once(
+        "answers", key, lambda: ask(results.folder, plan, pair, weights, tuned["name"])
+    )
 
 
 # -- what it has left ----------------------------------------------------------------------------
+
 
 def _place(out: Path, sheet: Result) -> str:
     return f"{out / sheet['files'][0]} ({sheet['seconds']:g} s)"
@@ -101,7 +129,7 @@ Done in {minutes:.1f} minutes. Look at {out / PAGE}: all of it on one page.
 
 Try next:
   glide generate "a fox, flat icon" --seed 3
-  glide generate "a fox, {STYLE}" --base {out / tuned['weights']}
+  glide generate "a fox, {STYLE}" --base {out / tuned["weights"]}
   glide serve                      # then POST to http://127.0.0.1:8000/v1/images/generations"""
 
 

@@ -18,7 +18,7 @@ from .figures import SHEET
 from .plan import Plan
 from .results import Result
 
-IMAGES_PER_CALL = 8      # pictures in a network call
+IMAGES_PER_CALL = 8  # pictures in a network call
 
 
 def make_sheet(out: Path, plan: Plan, pair: Pair) -> Result:
@@ -26,7 +26,9 @@ def make_sheet(out: Path, plan: Plan, pair: Pair) -> Result:
 
     Gives `rows`: for each thing the names of its pictures, in the order of `styles`.
     """
-    cascade = Cascade.load(pair.base, pair.upsampler, fastest_precision(), IMAGES_PER_CALL, batched=True)
+    cascade = Cascade.load(
+        pair.base, pair.upsampler, fastest_precision(), IMAGES_PER_CALL, batched=True
+    )
     prompts = [f"{thing}, {style}" for thing in plan.things for style in plan.styles]
     seeds = [row for row in range(len(plan.things)) for _ in plan.styles]
     images = _with_bars(cascade, prompts, seeds, plan)
@@ -36,11 +38,15 @@ def make_sheet(out: Path, plan: Plan, pair: Pair) -> Result:
         recipe = maker.recipe("generate", prompt, seed, plan.sheet_options)
         save_picture(image, out / names[-1], recipe)
     width = len(plan.styles)
-    rows = [images[start:start + width] for start in range(0, len(images), width)]
+    rows = [images[start : start + width] for start in range(0, len(images), width)]
     sheet = grid(rows, plan.styles, plan.things)
     storage.put(encode(np.asarray(sheet)), out / SHEET)
-    return {"things": list(plan.things), "styles": list(plan.styles), "files": [SHEET, *names],
-            "rows": [names[start:start + width] for start in range(0, len(names), width)]}
+    return {
+        "things": list(plan.things),
+        "styles": list(plan.styles),
+        "files": [SHEET, *names],
+        "rows": [names[start : start + width] for start in range(0, len(names), width)],
+    }
 
 
 def file_name(prompt: str) -> str:
@@ -48,14 +54,16 @@ def file_name(prompt: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in prompt.lower()).split())
 
 
-def _with_bars(cascade: Cascade, prompts: list[str], seeds: list[int], plan: Plan
-               ) -> list[np.ndarray]:
+def _with_bars(
+    cascade: Cascade, prompts: list[str], seeds: list[int], plan: Plan
+) -> list[np.ndarray]:
     bars: dict[str, tqdm] = {}
 
     def progress(stage: str, done: int, total: int) -> None:
         if stage not in bars:
             bars[stage] = tqdm(total=total, desc=f"  {stage}", unit="step", dynamic_ncols=True)
         bars[stage].update(done - bars[stage].n)
+
     try:
         return cascade.generate(prompts, seeds, plan.sheet_options, progress)
     finally:

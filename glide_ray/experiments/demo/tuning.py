@@ -27,13 +27,14 @@ from .figures import LOSS
 from .plan import STYLE, Plan
 from .results import Result, Results
 
-SPLITS = "train", "held_out"      # of the corpus: what is trained on is there without skin tones
-RECIPE = "emoji-base"             # the preset of the shipped base model
-PICTURES_SHOWN = 12                        # pictures of the corpus on the page
+SPLITS = "train", "held_out"  # of the corpus: what is trained on is there without skin tones
+RECIPE = "emoji-base"  # the preset of the shipped base model
+PICTURES_SHOWN = 12  # pictures of the corpus on the page
 Report = Callable[[str], None]
 
 
 # -- the corpus ----------------------------------------------------------------------------------
+
 
 def make_corpus(out: Path, packages: Path | None, report: Report) -> Result:
     """Render the style, clean both splits of it, and write some of its pictures for the page.
@@ -42,12 +43,21 @@ def make_corpus(out: Path, packages: Path | None, report: Report) -> Result:
     reason), rows of both splits; `folder` has the clean shards. Raises UserError.
     """
     raw, folder = out / "corpus", out / "clean"
-    emoji.build_corpus(raw, report=lambda line: report(f"  {line}"), styles=(STYLE,), packages=packages,
-                splits=SPLITS)
+    emoji.build_corpus(
+        raw,
+        report=lambda line: report(f"  {line}"),
+        styles=(STYLE,),
+        packages=packages,
+        splits=SPLITS,
+    )
     read, kept, dropped = 0, {}, {}
     for split in SPLITS:
-        done = clean(f"{raw}/{split}", f"{folder}/{split}", CleanConfig(),
-                     report=lambda line: report(f"  {line}"))
+        done = clean(
+            f"{raw}/{split}",
+            f"{folder}/{split}",
+            CleanConfig(),
+            report=lambda line: report(f"  {line}"),
+        )
         read, kept[split] = read + len(done.rows), done.report.kept
         for reason, count in done.report.dropped.items():
             dropped[reason] = dropped.get(reason, 0) + count
@@ -65,6 +75,7 @@ def _write_examples(folder: Path, out: Path) -> Result:
 
 # -- fine-tuning ---------------------------------------------------------------------------------
 
+
 def tune(out: Path, plan: Plan, base: Path) -> Result:
     """Fine-tune the base model, and write weights in float16 with their sources, and LOSS.
 
@@ -80,23 +91,40 @@ def tune(out: Path, plan: Plan, base: Path) -> Result:
     done = train(preset, run)
     write_half(read_trained(run), out / weights)
     loss_curves({name: read_metrics(done.metrics)}, out / LOSS)
-    return {"name": name, "weights": weights, "steps": done.steps,
-            "images": done.steps * train_config.batch, "workers": train_config.workers,
-            "zero_stage": train_config.zero_stage, "before": done.first_held_out,
-            "after": done.last_held_out, "files": [weights, LOSS]}
+    return {
+        "name": name,
+        "weights": weights,
+        "steps": done.steps,
+        "images": done.steps * train_config.batch,
+        "workers": train_config.workers,
+        "zero_stage": train_config.zero_stage,
+        "before": done.first_held_out,
+        "after": done.last_held_out,
+        "files": [weights, LOSS],
+    }
 
 
 def tuning_preset(out: Path, plan: Plan, base: Path) -> Preset:
     """The model in the weights file `base`, from there on the new style by its preset's recipe."""
     preset, model = presets.get(RECIPE), load_config(base)
     folder = out / "clean"
-    return override(preset.model_copy(update={
-        "model": model.model_copy(update={"name": f"{model.name}-{STYLE}"}),
-        "data": preset.data.model_copy(update={
-            "corpus": str(folder / "train"), "held_out": str(folder / "held_out"), "shares": {},
-            "min_size": model.image_size}),
-        "train": preset.train.model_copy(update={"start_from": str(base)})}),
-        (*plan.settings, *(["workers=1"] if torch.cuda.device_count() == 1 else [])))
+    return override(
+        preset.model_copy(
+            update={
+                "model": model.model_copy(update={"name": f"{model.name}-{STYLE}"}),
+                "data": preset.data.model_copy(
+                    update={
+                        "corpus": str(folder / "train"),
+                        "held_out": str(folder / "held_out"),
+                        "shares": {},
+                        "min_size": model.image_size,
+                    }
+                ),
+                "train": preset.train.model_copy(update={"start_from": str(base)}),
+            }
+        ),
+        (*plan.settings, *(["workers=1"] if torch.cuda.device_count() == 1 else [])),
+    )
 
 
 def _clear(run: Path) -> Result:

@@ -131,7 +131,9 @@ def make_set(
 
 def load(weights: Path, clip: Path | None = None) -> Cascade:
     """A base model that makes many pictures in each call, also on a CPU. Raises WeightsError."""
-    return Cascade(load_stepper(weights, "base", fastest_precision(), IMAGES_PER_CALL, clip, batched=True))
+    return Cascade(
+        load_stepper(weights, "base", fastest_precision(), IMAGES_PER_CALL, clip, batched=True)
+    )
 
 
 def generate(cascade: Cascade, captions: Sequence[str], options: SampleOptions) -> np.ndarray:

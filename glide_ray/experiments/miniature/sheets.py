@@ -128,7 +128,12 @@ def sets_side_by_side(pictures: Mapping[str, np.ndarray], real: Real) -> np.ndar
     """The first captions: the real pictures, then a row for each set, from the same seeds."""
     rows = {"real": real.pixels, **pictures}
     return np.asarray(
-        grid([pixels[:CAPTIONS_SHOWN] for pixels in rows.values()], real.captions[:CAPTIONS_SHOWN], list(rows), 96)
+        grid(
+            [pixels[:CAPTIONS_SHOWN] for pixels in rows.values()],
+            real.captions[:CAPTIONS_SHOWN],
+            list(rows),
+            96,
+        )
     )
 
 
