@@ -1,4 +1,8 @@
-"""Images of a corpus as a network sees them, or as a content filter scores them, by a pool of actors that each load the network once."""
+"""Embed the images of a corpus with a network, or score them with a content filter.
+
+A pool of Ray actors does the work; each actor loads the network once. Small corpora are embedded
+in this process.
+"""
 
 from __future__ import annotations
 
@@ -34,19 +38,21 @@ from ..storage import fingerprint
 from .curation.corpus import look_up
 from .stream import Tally, in_order, quiet, task_errors
 
-JOB = "job.json"  # beside generated pictures: what they are made with
-ROWS_AT_ONCE = 64  # images that one actor is given
+JOB = "job.json"  # beside generated pictures: the settings and models that made them
+ROWS_AT_ONCE = 64  # rows in a batch of an actor
 ACTORS = 2  # on a cluster without GPUs
-INLINE_IMAGES = 128  # images that are seen here sooner than actors have been started (some 10 s)
+# images; up to this many are embedded in this process, since starting actors takes some 10 s
+INLINE_IMAGES = 128
 
-Blocks = Callable[
-    [int, Part, Report], Iterator[pyarrow.Table]
-]  # the rows of a part, by its number; faults go into the report
+# (part number, part, report) -> tables of the part's rows; read errors are added to the report
+Blocks = Callable[[int, Part, Report], Iterator[pyarrow.Table]]
 
 
 class Embedder:
-    """Images to features, or to a filter's scores: by this process, or as an actor of the pool with its part of the cores as `threads`. It loads the
-    network once, for all blocks it is given."""
+    """Encoded images to features, or to a filter's scores, in this process or as a pool actor.
+
+    Loads the network once, for all its blocks of rows. `threads`: an actor's share of the cores.
+    """
 
     def __init__(
         self,
@@ -96,10 +102,14 @@ def embed(
     limit: int | None = None,
     load: Callable[[str], Network] = ClipFeatures,
 ) -> tuple[pyarrow.Table, Report]:
-    """Every row: part, position, key, caption, group, truth, reason ("" where the image is whole), and its features or a filter's score.
+    """Embed every row with a network, or score it with the filter `content`.
 
-    `load` makes the network of the file or folder `path`, which all nodes see. `truth` says whether a row has the content. `limit` ends the
-    reading after so many rows. The report counts rows, and names parts with a fault.
+    Returns a table with the columns part, position, key, caption, group, truth, reason ("" if the
+    image is readable), and features (E,) or score; and a report that names the parts with a fault.
+    `load` builds the network from the file or folder `path`, which all nodes can read. `truth`
+    returns whether a row has the content. `group`: metadata field of rows of the same thing.
+    `limit`: stop after the block of rows that reaches it. Raises ContentError if no row can be
+    read.
     """
 
     def blocks(number: int, part: Part, report: Report) -> Iterator[pyarrow.Table]:
@@ -129,7 +139,7 @@ def embed(
 def _here(
     parts: Sequence[Part], blocks: Blocks, *embedder: Any
 ) -> tuple[Iterator[pyarrow.Table], Callable[[], Report]]:
-    """What an Embedder makes of the blocks of all parts, by this process; and the report, so far."""
+    """Embed all parts in this process. Returns the tables, and a function for the report so far."""
     report, see = Report(), Embedder(*embedder)
     return (
         see(block) for number, part in enumerate(parts) for block in blocks(number, part, report)
@@ -139,7 +149,7 @@ def _here(
 def _by_actors(
     parts: Sequence[Part], blocks: Blocks, *embedder: Any
 ) -> tuple[Iterator[pyarrow.Table], Callable[[], Report]]:
-    """The same, by a pool of actors."""
+    """Like `_here`, with a pool of actors."""
     shared, tally = ray.put(list(parts)), Tally.remote()
 
     def read(batch: dict[str, np.ndarray]) -> Iterator[pyarrow.Table]:
@@ -162,7 +172,8 @@ def _by_actors(
         concurrency=min(len(parts), gpus or ACTORS),
         num_gpus=1 if gpus else 0,
     )
-    stream.context.execution_options.preserve_order = True  # a limit takes the same rows each time
+    # A limit must select the same rows each time.
+    stream.context.execution_options.preserve_order = True
     return stream.iter_batches(batch_size=None, batch_format="pyarrow"), lambda: ray.get(
         tally.report.remote()
     )
@@ -185,11 +196,12 @@ READ = pyarrow.schema(
 def _rows(
     number: int, part: Part, truth: Rule | None, group: str, report: Report
 ) -> Iterator[dict[str, Any]]:
+    # Without the rule that decodes the image: the actor decodes it anyway.
     rules = {
         name: rule
         for name, rule in image_rules(CleanConfig(min_size=1, max_aspect=None)).items()
         if name != BROKEN
-    }  # the actor decodes
+    }
     missing = 0
     try:
         for position, sample in enumerate(read_part(part)):
@@ -216,31 +228,31 @@ def _rows(
 
 
 def _truth_of(candidate: Candidate, truth: Rule | None) -> tuple[bool | None, str]:
-    """What the rule says of a row, None without one; and why the row is of no use where it fails."""
+    """(result of `truth` for a row or None without a rule, reason to drop the row if it raised)."""
     try:
         return (bool(truth(candidate)) if truth else None), ""
-    except Exception as error:  # a user's function, which must not end the run
+    except Exception as error:  # an error in a user's function must not end the run
         return False, f"on which the truth raised {type(error).__name__}"
 
 
-# -- what was seen ----------------------------------------------------------------------------------------------------
+# -- embedded corpora ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class EmbeddedCorpus:
-    """The rows of a corpus with whole images, as a network sees them."""
+    """Rows of a corpus with readable images, and their features by one network."""
 
-    names: Sequence[str]  # PART#POSITION, which mean the same in any folder
-    places: Sequence[tuple[int, int]]
+    names: Sequence[str]  # PART#POSITION, independent of the current folder
+    places: Sequence[tuple[int, int]]  # (index into `parts`, position in that part)
     parts: Sequence[Part]
     captions: Sequence[str]
-    groups: np.ndarray  # (N,) int
+    groups: np.ndarray  # (N,) int, equal for rows of the same thing
     truth: np.ndarray | None  # (N,) bool
     features: np.ndarray  # (N, E)
 
     @cached_property
     def digest(self) -> str:
-        """Of what figures follow from: names, captions and features."""
+        """SHA-256 of all that figures depend on: names, captions and features."""
         return hashlib.sha256(
             json.dumps([self.names, self.captions]).encode()
             + np.ascontiguousarray(self.features).tobytes()
@@ -248,11 +260,12 @@ class EmbeddedCorpus:
 
     @classmethod
     def of(cls, table: pyarrow.Table, parts: Sequence[Part]) -> EmbeddedCorpus:
-        """What `embed` found, without the rows that cannot be read. Raises ContentError where nothing is left."""
+        """Readable rows of a table of `embed`. Raises ContentError if there are none."""
         table = table.filter(pyarrow.compute.equal(table["reason"], ""))
         if not len(table):
             raise ContentError(
-                "The corpus has no image that can be read; look at it with `glide corpus --survey PATH`."
+                "The corpus has no image that can be read; "
+                "look at it with `glide corpus --survey PATH`."
             )
         places = list(zip(table["part"].to_pylist(), table["position"].to_pylist(), strict=True))
         truth = table["truth"].to_pylist()
@@ -269,7 +282,7 @@ class EmbeddedCorpus:
     def pictures(
         self, rows: Sequence[int], labels: Sequence[str] | None = None
     ) -> list[list[Picture]]:
-        """Rows as the groups of a page's section."""
+        """Pictures of rows, each a group of its own in a section of a page."""
         found = look_up(self.parts, [self.places[n] for n in rows])
         return [
             [
@@ -289,22 +302,23 @@ def embed_corpus(
     cache: str,
     report: Callable[[str], None] = lambda line: None,
 ) -> EmbeddedCorpus:
-    """The corpus `source` as evaluation looks at it with a network, at `size` pixels; or as the file `cache` holds it from before.
+    """Embed the corpus `source` for evaluation at `size` pixels, or load it from the file `cache`.
 
-    All paths are local or s3://. The cache is of the network and of the files that there are, and none is made of what could not be read to its end: the
-    next call tries again. Ray must be connected. Raises UserError.
+    All paths are local or s3://. The cache is valid for the same network, size and files. A corpus
+    that could not be read to its end is not cached, so the next call tries again. Ray must be
+    connected. Raises UserError.
     """
     source, network = storage.absolute(source), storage.absolute(network)
     parts = find_parts(source)
     try:
-        job = storage.read(
-            f"{source}/{JOB}"
-        ).decode()  # generated pictures are called alike whatever they were made with
+        # Part of the cache key: file names of generated pictures do not depend on their settings.
+        job = storage.read(f"{source}/{JOB}").decode()
     except storage.StorageError:
         job = ""
     if job and any(captions is None for part in parts for _, captions in part.files):
         raise UserError(
-            f"{source} is not finished: not all of its pictures stand in {METADATA}; run the command again that makes them."
+            f"{source} is not finished: not all of its pictures stand in {METADATA}; "
+            f"run the command again that makes them."
         )
     rows = [[part.url, part.count, part.files] for part in parts]
     of = hashlib.sha256(
@@ -326,7 +340,10 @@ def embed_corpus(
 def cached_table(
     cache: str | Path, of: str, make: Callable[[], tuple[pyarrow.Table, bool]]
 ) -> pyarrow.Table:
-    """The table in the file `cache`, local or s3://, if it is `of` what is wanted; else made, and written there if it is to be kept."""
+    """Load the table in the file `cache`, local or s3://, if its key is `of`; else make it.
+
+    `make` returns the table, and whether to write it to `cache`.
+    """
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(storage.read(cache)))
         if _of(table.schema) == of:
@@ -342,7 +359,7 @@ def cached_table(
 
 
 def cached_table_of(cache: str | Path) -> str:
-    """What the table in the file `cache` is of; "" where there is none that is whole."""
+    """Key of the table in the file `cache`; "" if the file is missing or broken."""
     try:
         return _of(pyarrow.parquet.read_schema(io.BytesIO(storage.read(cache))))
     except (storage.MissingError, pyarrow.ArrowInvalid):
@@ -354,8 +371,8 @@ def _of(schema: pyarrow.Schema) -> str:
 
 
 def _matrix(column: pyarrow.ChunkedArray) -> np.ndarray:
-    """A column of lists of equal length as (N, E)."""
-    # Chunk by chunk: as one they may have more numbers than a list's offsets reach.
+    """Array (N, E) from a column of lists of equal length."""
+    # Chunk by chunk: a single chunk could have more numbers than 32-bit list offsets can address.
     return np.concatenate(
         [
             chunk.flatten()

@@ -1,4 +1,7 @@
-"""Pictures in bulk: a file of prompts to a folder of PNGs, over all GPUs or cores of a cluster. What is there is not made again."""
+"""Bulk generation: a file of prompts to a folder of PNGs, on all GPUs or cores of a cluster.
+
+Pictures that exist already are not made again.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +31,15 @@ from .cluster import connect, joined, takes_gpu
 from .embed import JOB
 from .stream import quiet, task_errors
 
-ROLES = ("base", "upsampler", "clip")  # of weights
-PER_FOLDER = 10_000
-MOST_BLOCKS = 10_000  # that Ray Data is given; there are as few pictures in each as that allows
-IMAGES_PER_CALL = 8  # pictures that a worker is given, and a network call advances
+ROLES = ("base", "upsampler", "clip")  # roles of weights files
+PER_FOLDER = 10_000  # pictures in each subfolder
+MOST_BLOCKS = 10_000  # largest number of Ray Data blocks; each has as few pictures as this allows
+IMAGES_PER_CALL = 8  # batch size of a worker and of its network calls
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """One picture, by its number among all of the job."""
+    """A picture to make; `number` counts all pictures of the job from 0."""
 
     number: int
     prompt: str
@@ -49,12 +52,12 @@ class Wanted:
 
 @dataclass(frozen=True)
 class BulkResult:
-    """What a call of `generate` has done."""
+    """Result of a call of `generate`."""
 
     out: str
-    pictures: int  # that are there now
+    pictures: int  # in `out` now
     made: int  # by this call
-    cut_prompts: int  # longer than the model's context, and read up to there
+    cut_prompts: int  # different prompts that were cut at the length of the model's context
 
 
 def generate(
@@ -64,11 +67,13 @@ def generate(
     workers: int | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> BulkResult:
-    """Make the pictures of a file of prompts in the folder or prefix `out`, or those that are missing there. With METADATA it is then a corpus.
+    """Make the pictures of a file of prompts that are still missing in the folder or prefix `out`.
 
-    The file has a prompt a line, or with the ending .jsonl an object with `prompt` and, if it likes, `seed`. Picture N of all has the seed
-    `config.seed + N` and is the same wherever and however often it is made. `workers`: how many make them, by default one a GPU, or a core
-    where there are none. Raises UserError.
+    The file has one prompt per line; a .jsonl file has one object per line, with `prompt` and
+    optionally `seed`. Picture N of the job has the seed `config.seed + N`, or one counted from its
+    prompt's own seed, and is the same wherever and however often it is made. At the end METADATA
+    is written, which makes `out` a corpus. `workers`: number of actors, by default one per GPU, or
+    per core if there are no GPUs. Raises UserError.
     """
     check_options(config.options, config.seed)
     wanted = read_prompts(prompts, config.seed, config.per_prompt)
@@ -81,14 +86,16 @@ def generate(
     missing = [one for one in wanted if one.number not in there]
     if missing:
         report(
-            f"{len(wanted):,} pictures are asked for, {len(there):,} are in {out}; making {len(missing):,}"
+            f"{len(wanted):,} pictures are asked for, {len(there):,} are in {out}; "
+            f"making {len(missing):,}"
         )
         connect(os.cpu_count() or 1)
         _make(missing, out, config, workers)
         there = _numbers(out)
         if lacking := sum(one.number not in there for one in wanted):
             raise UserError(
-                f"{lacking:,} of {len(wanted):,} pictures are not in {out}; run the same command again to make them."
+                f"{lacking:,} of {len(wanted):,} pictures are not in {out}; "
+                f"run the same command again to make them."
             )
     lines = (
         json.dumps(
@@ -110,9 +117,9 @@ def generate(
 
 
 def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[Wanted]:
-    """The pictures that a file asks for. Lines without a word are passed over. Raises UserError for one that cannot be read."""
+    """Pictures that a prompt file requests. Skips blank lines. Raises UserError if invalid."""
     try:
-        # Lines of bytes: those of a text would end at marks that captions have, too, such as U+2028.
+        # Split bytes: str.splitlines would also break at characters inside captions, as U+2028.
         lines = [line.decode("utf-8-sig") for line in storage.read(path).splitlines()]
     except UnicodeDecodeError:
         raise UserError(
@@ -147,7 +154,8 @@ def _asked(where: str, line: str) -> tuple[str, int | None]:
         or not tree["prompt"].strip()
     ):
         raise UserError(
-            f'{where} has no prompt; write {{"prompt": "a red apple"}}, and "seed" beside it if you like.'
+            f'{where} has no prompt; write {{"prompt": "a red apple"}}, '
+            f'and "seed" beside it if you like.'
         )
     seed = tree.get("seed")
     if seed is not None and (
@@ -156,13 +164,17 @@ def _asked(where: str, line: str) -> tuple[str, int | None]:
         raise UserError(
             f"{where} has a seed that is no whole number from 0 to 2^62 - 1 (given: {seed!r})."
         )
-    return tree["prompt"].strip().encode(
-        errors="replace"
-    ).decode(), seed  # halves of surrogate pairs, which JSON may have and UTF-8 has not
+    # Replace lone surrogates, which JSON allows and UTF-8 cannot encode.
+    return tree["prompt"].strip().encode(errors="replace").decode(), seed
 
 
 def _begin(wanted: Sequence[Wanted], out: str, config: BulkConfig) -> int:
-    """Check the weights, and that `out` is this job's; the base model's context. A job is its pictures: where the weights lie is none of it."""
+    """Check the weights, and that `out` belongs to this job. Returns the base model's context.
+
+    JOB in `out` identifies the job by all that determines its pictures: prompts, seeds, options,
+    precision, and hashes of the weights, but not their paths. The first call writes it. Raises
+    UserError for another job.
+    """
     maker = Maker.read({role: getattr(config, role) for role in ROLES}, config.precision, "")
     models = {role: used.sha256 for role, used in maker.models.items()}
     if config.options.clip_scale and not config.clip:
@@ -194,22 +206,23 @@ def _begin(wanted: Sequence[Wanted], out: str, config: BulkConfig) -> int:
             if before.get(name) != job[name]
         ]:
             raise UserError(
-                f"{out} holds pictures of another job (other {' and '.join(differs)}); give another folder with --out."
+                f"{out} holds pictures of another job (other {' and '.join(differs)}); "
+                f"give another folder with --out."
             )
     return maker.base.context
 
 
 def _numbers(out: str) -> set[int]:
-    """Of the pictures that are there. They are written whole or not at all."""
+    """Numbers of the pictures in `out`; each file is written whole or not at all."""
     found = (re.search(r"/(\d{9})\.png$", file) for file in storage.list_files(out, (".png",)))
     return {int(match[1]) for match in found if match}
 
 
-# -- making them ------------------------------------------------------------------------------------------------------
+# -- generation ------------------------------------------------------------------------------------
 
 
 class Worker:
-    """What an actor does: prompts to pictures in storage. It loads the weights once, for all that it is given."""
+    """Ray actor: prompts to pictures in storage. Loads the weights once."""
 
     def __init__(self, out: str, config: BulkConfig, threads: int):
         if not torch.cuda.is_available():
@@ -257,9 +270,8 @@ def _make(wanted: Sequence[Wanted], out: str, config: BulkConfig, workers: int |
         [{"number": one.number, "prompt": one.prompt, "seed": one.seed} for one in wanted]
     )
     rows = IMAGES_PER_CALL * -(-len(table) // (IMAGES_PER_CALL * MOST_BLOCKS))
-    blocks = [
-        table.slice(start, rows) for start in range(0, len(table), rows)
-    ]  # what is done again when a worker is lost
+    # The unit of work that is repeated when a worker is lost.
+    blocks = [table.slice(start, rows) for start in range(0, len(table), rows)]
     made = (
         quiet()
         .from_arrow(blocks)

@@ -1,4 +1,8 @@
-"""What the scripts of `jobs/` share: one line of JSON at the end, one sentence where the user can mend something, nothing done twice."""
+"""Helpers of the scripts in `jobs/`.
+
+`run` prints the result as one line of JSON, or one sentence for an error that the user can
+correct. `once` skips work that an earlier run has finished.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from ..errors import UserError
 
 
 def run(name: str, work: Callable[[], Mapping[str, Any]]) -> int:
-    """Print what `work` made as a line of JSON; the script's exit code, 2 for what the user can mend."""
+    """Print the result of `work` as a line of JSON. Returns the exit code, 2 for a UserError."""
     try:
         made = work()
     except UserError as error:
@@ -25,8 +29,12 @@ def run(name: str, work: Callable[[], Mapping[str, Any]]) -> int:
 def once(
     record: str, asked: Mapping[str, Any], work: Callable[[], Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What `work` makes, or has made before: the file `record`, beside it, says of what. Asked for something else, it is done anew."""
-    asked = json.loads(json.dumps(asked))  # as it is read back
+    """Result of `work`, or of its earlier run if the file `record` has the same arguments `asked`.
+
+    With other arguments the work is done again. `done_before` in the result tells the two cases
+    apart.
+    """
+    asked = json.loads(json.dumps(asked))  # types as read from the record, to compare with it
     try:
         before = json.loads(storage.read(record))
         if before["asked"] == asked:

@@ -1,6 +1,6 @@
-"""The corpus as a Ray Dataset of rows, as `data/transforms.py` has them.
+"""A corpus as a Ray Dataset, with rows as `data/transforms.py` expects them.
 
-Bytes move through Ray's object store, pixels do not: images are decoded in the worker that trains on them.
+Only encoded images move through Ray's object store: the worker that trains on them decodes them.
 """
 
 from __future__ import annotations
@@ -36,14 +36,16 @@ ROWS_PER_BLOCK, ROWS_PER_TASK = 64, 4096
 
 @dataclass(frozen=True)
 class Plan:
-    """In which order an epoch is read: the parts by seed and epoch, the rows of each task within windows, from task `first` on; and
-    which share of a folder's or a group's rows (`DataConfig.shares`)."""
+    """Reading order of an epoch, and the share of the rows of a folder or group that it reads.
+
+    Parts are shuffled by seed and epoch, the rows of each task within windows.
+    """
 
     seed: int
     epoch: int
-    window: int
-    first: int = 0
-    shares: Mapping[str, float] = field(default_factory=dict)
+    window: int  # rows
+    first: int = 0  # task to start from
+    shares: Mapping[str, float] = field(default_factory=dict)  # as DataConfig.shares
 
     def reads(self, part: Part, sample: Sample) -> bool:
         """Whether the epoch reads this row of a part."""
@@ -53,14 +55,17 @@ class Plan:
 
 
 def open_corpus(path: str, min_size: int, tally=None) -> ray.data.Dataset:
-    """Stream a corpus in its own order, dropping rows that break a rule; `tally`, a `Tally` actor, is told. Raises ShardError for an empty one."""
+    """Stream a corpus in its own order, without rows that break a rule.
+
+    `tally`: a `Tally` actor, which counts them. Raises ShardError for an empty corpus.
+    """
     return open_parts(find_parts(path), min_size, tally)
 
 
 def open_parts(
     parts: Sequence[Part], min_size: int, tally=None, plan: Plan | None = None
 ) -> ray.data.Dataset:
-    """The same of parts at hand, and in the order of a plan."""
+    """Stream parts as `open_corpus` does, in the order of `plan` if there is one."""
     shared, tasks, first = ray.put(list(parts)), tasks_for(parts), plan.first if plan else 0
     order = (
         np.random.default_rng([plan.seed, plan.epoch]).permutation(len(parts))
@@ -94,13 +99,13 @@ def open_parts(
 
 
 def tasks_for(parts: Sequence[Part]) -> int:
-    """In how many tasks a corpus is read: one a part, but for parts that are known to be small, several of which share a task's cost."""
+    """Number of reading tasks: one per part, except that small parts share a task and its cost."""
     counts = [part.count or ROWS_PER_TASK for part in parts]
     return max(1, min(len(parts), sum(counts) // ROWS_PER_TASK))
 
 
 def quiet():
-    """`ray.data` without its progress bars."""
+    """`ray.data` with its progress bars disabled."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -110,7 +115,7 @@ def quiet():
 def _kept(
     part: Part, min_size: int, report: Report, plan: Plan | None
 ) -> Iterator[tuple[int, Sample]]:
-    """The rows of a part that the plan reads and that break no rule, with their ids."""
+    """(id, row) of the rows of a part that the plan reads and that break no rule."""
     rules = header_rules(min_size)
     try:
         for position, sample in enumerate(read_part(part)):
@@ -127,7 +132,7 @@ def _kept(
 def _blocks(
     rows: Iterator[tuple[int, Sample]], seed: list[int] | None, window: int
 ) -> Iterator[dict[str, list]]:
-    """Rows as blocks, those of each window in an order that is drawn from `seed`."""
+    """Rows in blocks of columns; `seed` shuffles the rows within each window."""
     size = max(ROWS_PER_BLOCK, window) if seed else ROWS_PER_BLOCK
     number = 0
     while held := list(islice(rows, size)):
@@ -141,8 +146,11 @@ def _blocks(
 
 
 def in_order(tables: Sequence[pyarrow.Table]) -> pyarrow.Table:
-    """One table of those that tasks gave, each of some rows of the corpus in their order: by part and position. Sorting rows would copy them all,
-    and fails where a column of texts has more than 2 GiB."""
+    """Concatenate the tables of tasks, sorted by the part and position of their first rows.
+
+    Rows within a table are in corpus order already. Sorting all rows instead would copy them, and
+    fails for a text column of more than 2 GiB.
+    """
     filled = [table for table in tables if len(table)]
     return pyarrow.concat_tables(
         sorted(filled, key=lambda table: (table["part"][0].as_py(), table["position"][0].as_py()))
@@ -152,7 +160,7 @@ def in_order(tables: Sequence[pyarrow.Table]) -> pyarrow.Table:
 
 @contextmanager
 def task_errors() -> Iterator[None]:
-    """What a task of Ray's has to say to its user is said by this process, as it stands: a UserError within the error that Ray makes of it."""
+    """Re-raise a UserError wrapped in a RayError, such as RayTaskError, as a plain UserError."""
     try:
         yield
     except RayError as error:
@@ -166,7 +174,7 @@ def task_errors() -> Iterator[None]:
 
 @ray.remote(num_cpus=0)
 class Tally:
-    """Counts what the stream kept and dropped, wherever its tasks run, and how many rows each task of an epoch gave."""
+    """Count rows kept and dropped by all tasks of a stream, and kept by each task of an epoch."""
 
     def __init__(self):
         self._report, self._counts = Report(), {}
@@ -177,12 +185,12 @@ class Tally:
             self._counts[task] = report.kept
 
     def know(self, epoch: int, counts: Mapping[int, int]) -> None:
-        """What an earlier run has counted."""
+        """Add the counts of an earlier run."""
         self._counts = {(epoch, task): count for task, count in counts.items()} | self._counts
 
     def report(self) -> Report:
         return self._report
 
     def counts(self, epoch: int) -> dict[int, int]:
-        """Rows by task, of the tasks of an epoch that have ended."""
+        """Task -> rows kept, for the tasks of an epoch that have ended."""
         return {task: count for (of, task), count in self._counts.items() if of == epoch}

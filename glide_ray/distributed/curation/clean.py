@@ -1,6 +1,7 @@
-"""`glide clean`: every row of a corpus judged, near-duplicates found across all of it, and what is left written as shards.
+"""`glide clean`: judge every row of a corpus, drop near-duplicates, write the other rows as shards.
 
-The corpus is read twice, once to judge and once to copy: nothing but 400 bytes a row is kept between, and those on the driver.
+Near-duplicates are searched across the whole corpus. The corpus is read twice, once to judge and
+once to copy: in between the driver holds 400 bytes per row, and nothing else is kept.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from ..cluster import connect, send_with
 from ..stream import Tally, in_order, quiet, task_errors
 from .corpus import PAGE, count, look_up, refuse_source, rewrite, write_manifest
 
+# on the report page: parts drawn, near-duplicate pairs, examples of each rule, random kept rows
 PAGE_PARTS, PAGE_PAIRS, PAGE_EXAMPLES, PAGE_SAMPLES = 12, 16, 8, 32
 SCHEMA = pyarrow.schema(
     [
@@ -53,11 +55,12 @@ SCHEMA = pyarrow.schema(
 
 @dataclass(frozen=True)
 class Cleaned:
-    """What was judged and what became of it: a row of `rows` (SCHEMA) for each row read, whose reason is "" where it stays."""
+    """Result of `clean`. `rows` (SCHEMA) has every row read; the reason of a kept row is ""."""
 
     parts: Sequence[Part]
     rows: pyarrow.Table
-    stays_instead: np.ndarray  # (N,) the row that stays in a near-duplicate's stead, -1 for others
+    # (N,) for a near-duplicate the index of the row kept in its place, -1 for all other rows
+    stays_instead: np.ndarray
     report: Report
     captions_dropped: int
     index: Mapping[str, Any]
@@ -70,13 +73,14 @@ def clean(
     rules: Mapping[str, Rule] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Cleaned:
-    """Write the rows of `source` that break no rule to `out`, local or s3://, with an index, and DROPPED: what was left out and why.
+    """Write the rows of `source` that break no rule to `out`, local or s3://, with an index.
 
-    `rules` are the user's, asked after ours. Raises UserError.
+    DROPPED lists the rows that were left out, with reasons. `rules` are the user's, applied after
+    the built-in ones. Raises UserError.
     """
     parts = find_parts(storage.absolute(source))
     refuse_source(source, parts, out)
-    storage.check_writable(out)  # before hours of reading
+    storage.check_writable(out)  # fail before hours of reading
     connect(2)
     send_with((rules or {}).values())
     report(f"reading {len(parts):,} parts of {source}")
@@ -125,7 +129,10 @@ def clean(
 def scan(
     parts: Sequence[Part], config: CleanConfig, rules: Mapping[str, Rule]
 ) -> tuple[pyarrow.Table, Report]:
-    """Judge every row by itself: a table of SCHEMA in the order of the corpus, and a report that names the parts with a fault."""
+    """Judge every row independently of the others.
+
+    Returns a table of SCHEMA in corpus order, and a report that names the parts with a fault.
+    """
     tally, shared = Tally.remote(), ray.put(list(parts))
 
     def judge(batch: dict[str, np.ndarray]) -> Iterator[pyarrow.Table]:
@@ -189,18 +196,21 @@ def _first_of_users(candidate: Candidate, rules: Mapping[str, Rule]) -> str | No
         try:
             if not rule(candidate):
                 return name
-        except (
-            Exception
-        ) as error:  # a rule that fails on a row says nothing good of it, and must not end the run
+        except Exception as error:
+            # A rule that raises has not approved the row: drop it. The run must go on.
             return f"on which {name.removeprefix('against ')} raised {type(error).__name__}"
     return None
 
 
-# -- the page ---------------------------------------------------------------------------------------------------------
+# -- report page -----------------------------------------------------------------------------------
 
 
 def write_page(cleaned: Cleaned, source: str, out: str, seed: int = 0) -> str:
-    """A page to look at, PAGE in `out`: sizes, captions, drops by rule with examples, duplicates side by side, random rows."""
+    """Write PAGE in `out` and return its path.
+
+    The page shows sizes, caption lengths, drops by rule with examples, near-duplicates side by
+    side, and random rows.
+    """
     rows, draws = cleaned.rows, np.random.default_rng(seed)
     reason, caption = np.array(rows["reason"].to_pylist(), object), rows["caption"].to_pylist()
     place = list(zip(rows["part"].to_pylist(), rows["position"].to_pylist(), strict=True))
@@ -208,7 +218,7 @@ def write_page(cleaned: Cleaned, source: str, out: str, seed: int = 0) -> str:
     def some(of: np.ndarray, count: int) -> list[int]:
         return sorted(draws.choice(of, min(count, len(of)), replace=False).tolist())
 
-    # Each row that is shown costs a read of its shard: those of a few shards will do.
+    # Showing a row costs a read of its shard: take the examples from a few shards.
     parts = some(np.unique(rows["part"].to_numpy()), PAGE_PARTS)
     near = np.isin(rows["part"].to_numpy(), parts)
     copies = some(np.flatnonzero(cleaned.stays_instead >= 0), PAGE_PAIRS)
@@ -242,7 +252,8 @@ def write_page(cleaned: Cleaned, source: str, out: str, seed: int = 0) -> str:
     sections = [
         Section(
             "What became of the rows",
-            f"{len(rows):,} were read from {len(cleaned.parts):,} parts; {cleaned.captions_dropped:,} captions "
+            f"{len(rows):,} were read from {len(cleaned.parts):,} parts; "
+            f"{cleaned.captions_dropped:,} captions "
             "were left out of rows, those of dropped rows included.",
             bars=[("kept", cleaned.report.kept), *cleaned.report.dropped.most_common()],
         ),

@@ -1,4 +1,4 @@
-"""`glide filter`: a content filter fitted on labels of some rows of a corpus (app. F.1), and applied to all of them."""
+"""`glide filter`: fit a content filter on labelled rows of a corpus (app. F.1), and apply it."""
 
 from __future__ import annotations
 
@@ -51,22 +51,24 @@ FILTER, LABELS, SHEET, FEATURES = (
     "sheet.png",
     "features.parquet",
 )
-TRUTH = "truth"  # in the place of a reason why a row was asked for, where nobody was
-MIN_HELD_OUT_ROWS = 20  # held-out rows with the content: with fewer, the filter is assessed by folds of its own corpus
-PICTURES_SHOWN = 24  # pictures of a kind on a page
+# in the CSV's column `why`: the label comes from the rule `truth`, nobody was asked for it
+TRUTH = "truth"
+# held-out rows with the content; with fewer, assess by cross-validation on the filter's own corpus
+MIN_HELD_OUT_ROWS = 20
+PICTURES_SHOWN = 24  # pictures in a section of the page
 
 
-# -- fit --------------------------------------------------------------------------------------------------------------
+# -- fit -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """How a filter does on rows that it was not fitted on."""
+    """Performance of a filter on rows that it was not fitted on."""
 
-    on: str  # which rows these are
+    on: str  # description of these rows
     rows: EmbeddedCorpus
-    scores: np.ndarray  # (N,), 0 at the boundary
-    truth: np.ndarray  # (N,) bool
+    scores: np.ndarray  # (N,), 0 at the decision boundary, dropped from there on
+    truth: np.ndarray  # (N,) bool: whether a row has the content
 
     def __str__(self) -> str:
         missed, of, caught, without = (
@@ -77,7 +79,8 @@ class Assessment:
         )
         low, high = missed_interval(int(missed), int(of))
         return (
-            f"on {self.on}: {missed} of {of:,} missed ({missed / max(1, of):.2%}, 95% interval {low:.2%} to {high:.2%}); of {without:,} rows without "
+            f"on {self.on}: {missed} of {of:,} missed ({missed / max(1, of):.2%}, "
+            f"95% interval {low:.2%} to {high:.2%}); of {without:,} rows without "
             f"it {caught / max(1, without):.1%} dropped; area under the ROC {self.area:.3f}"
         )
 
@@ -92,13 +95,13 @@ class Assessment:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a call of `fit_content` has done. `waiting` rows stand in the CSV without a label."""
+    """Result of a call of `fit_content`."""
 
     content: ContentFilter | None
     labelled: int
     with_content: int
-    waiting: int
-    on_labels: str  # what the labels say of the filter
+    waiting: int  # rows in the CSV that have no label yet
+    on_labels: str  # sentence on the filter's errors on the labelled rows, by cross-validation
     assessment: Assessment | None
 
 
@@ -113,26 +116,30 @@ def fit_content(
     held_out: str | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Fit:
-    """Fit the filter `name` in the folder `out`, or go on with the one that is there.
+    """Fit the filter `name` in the folder `out`, or continue a fit that was begun there.
 
-    Without `truth`, people answer: the rows to label next are appended to LABELS and shown in SHEET, and the same call goes on once they
-    are labelled. With `truth`, a rule that knows the answers, all rounds run at once, and the filter is assessed on `held_out`.
-    Raises UserError.
+    Without `truth`, people label rows: those to label next are appended to LABELS and shown in
+    SHEET; after labelling, the same call continues. With `truth`, a rule that returns a row's
+    label, all rounds run in one call and the filter is assessed on the corpus `held_out`, or by
+    cross-validation without one or if it has fewer than MIN_HELD_OUT_ROWS rows with the content.
+    `words`: search words for the first rows to label. Raises UserError.
     """
     out = Path(out)
     clip_path = fetch_clip(clip)
-    features = ClipFeatures(clip_path)  # a missing CLIP is said before Ray is started
+    features = ClipFeatures(clip_path)  # report a missing CLIP before Ray starts
     labels = read_labels(out / LABELS)
     if truth is not None:
         if any(label.why != TRUTH for label in labels):
             raise ContentError(
-                f"{out / LABELS} holds labels that people gave, and the truth would be written over them; give another folder with --out."
+                f"{out / LABELS} holds labels that people gave, and the truth would be written "
+                f"over them; give another folder with --out."
             )
         labels = []
     waiting = [label for label in labels if label.label is None]
     if waiting:
         raise ContentError(
-            f"{len(waiting)} of {len(labels)} rows in {out / LABELS} have no label yet; write 1 (has the content) or 0 for each, as "
+            f"{len(waiting)} of {len(labels)} rows in {out / LABELS} have no label yet; "
+            f"write 1 (has the content) or 0 for each, as "
             f"{out / SHEET} shows them by their line, and run the same command again."
         )
     connect(2 + ACTORS)
@@ -158,7 +165,8 @@ def fit_content(
         strange = next((label.row for label in labels if label.row not in place), None)
         if strange:
             raise ContentError(
-                f"{out / LABELS} labels {strange}, which is not among the rows looked at: it belongs to another corpus or pool; give "
+                f"{out / LABELS} labels {strange}, which is not among the rows looked at: "
+                f"it belongs to another corpus or pool; give "
                 f"another folder with --out."
             )
         labelled = {place[label.row]: bool(label.label) for label in labels}
@@ -179,8 +187,10 @@ def fit_content(
     said = np.array(list(labelled.values()), bool)
     missed, of = int((fitted.out_of_fold[said] < threshold).sum()), int(said.sum())
     on_labels = (
-        f"of {of} labelled rows with {name}, judged without their like, {missed} are missed (95% interval up to "
-        f"{missed_interval(missed, of)[1]:.1%}); of {(~said).sum()} without it, {(fitted.out_of_fold[~said] >= threshold).mean():.0%} are dropped"
+        f"of {of} labelled rows with {name}, judged without their like, {missed} are missed "
+        f"(95% interval up to "
+        f"{missed_interval(missed, of)[1]:.1%}); of {(~said).sum()} without it, "
+        f"{(fitted.out_of_fold[~said] >= threshold).mean():.0%} are dropped"
     )
     settings = {
         "corpus": corpus,
@@ -206,7 +216,7 @@ def fit_content(
 
 
 def _readable(names: Sequence[str]) -> list[str]:
-    """As the user wrote the corpus, where it lies in this folder."""
+    """Row names relative to the current folder if they lie in it, as the user wrote the corpus."""
     here = os.getcwd() + os.sep
     return [name.removeprefix(here) for name in names]
 
@@ -220,8 +230,11 @@ def _pool(
     labels: Sequence[Label],
     report: Callable[[str], None],
 ) -> EmbeddedCorpus:
-    """The rows that labels are asked for. They are looked at once: a second call finds their features in FEATURES. Raises ContentError where labels
-    are of a corpus that has been written anew since: a row's name would be another row's."""
+    """Candidate rows for labelling, embedded once: later calls load the features from FEATURES.
+
+    Raises ContentError if the corpus was rewritten after labels were asked for: the labels' row
+    names would then refer to other rows.
+    """
     parts = find_parts(storage.absolute(corpus))
     now = state(storage.absolute(corpus), parts)
     order = np.random.default_rng(config.seed).permutation(len(parts))
@@ -240,7 +253,8 @@ def _pool(
     before = json.loads(cached_table_of(out / FEATURES) or "[null]")
     if labels and before[0] == corpus and before[-1] != now:
         raise ContentError(
-            f"{corpus} is not as it was when the labels in {out / LABELS} were asked for; give another folder with --out."
+            f"{corpus} is not as it was when the labels in {out / LABELS} were asked for; "
+            f"give another folder with --out."
         )
 
     def see() -> tuple[pyarrow.Table, bool]:
@@ -248,9 +262,10 @@ def _pool(
         table, counted = embed(parts, clip, truth, group=config.group, limit=config.pool)
         for fault in counted.faults:
             report(fault)
-        return table, True  # whatever could not be read: labels are of this pool
+        # Cache even if some rows could not be read: the labels refer to exactly this pool.
+        return table, True
 
-    # All rounds run in one call where the truth is known.
+    # With `truth` all rounds run in one call, so a cache is of no use.
     return EmbeddedCorpus.of(
         cached_table(out / FEATURES, of, see) if truth is None else see()[0], parts
     )
@@ -275,7 +290,10 @@ def _assess(
             return Assessment(held_out, apart, content.score(apart.features), apart.truth)
     scores = assess(pool, looked.truth, config)
     usable = np.flatnonzero(~np.isnan(scores))
-    on = f"{corpus}, each row by a filter that was fitted without its like (4 folds, each with its own {config.labels} labels)"
+    on = (
+        f"{corpus}, each row by a filter that was fitted without its like (4 folds, each with "
+        f"its own {config.labels} labels)"
+    )
     rows = replace(
         looked,
         names=[looked.names[n] for n in usable],
@@ -289,7 +307,7 @@ def _assess(
 
 
 def _write_sheet(out: Path, looked: EmbeddedCorpus, rows: Sequence[int], first_line: int) -> None:
-    """The rows to be labelled as one picture, each under its line in the CSV."""
+    """Write SHEET: a contact sheet of the rows to label, each titled with its line in the CSV."""
     found = look_up(looked.parts, [looked.places[n] for n in rows])
     blank = np.full((8, 8, 3), 230, np.uint8)
     images = [
@@ -307,7 +325,7 @@ def _write_sheet(out: Path, looked: EmbeddedCorpus, rows: Sequence[int], first_l
 
 
 def _squared(image: np.ndarray) -> np.ndarray:
-    """An image whole on a white square."""
+    """The whole image, centred on a white square."""
     side = max(image.shape[:2])
     square = Image.new("RGB", (side, side), (255, 255, 255))
     square.paste(
@@ -325,7 +343,8 @@ def _fit_page(done: Fit, looked: EmbeddedCorpus) -> str:
     sections = [
         Section(
             "The filter",
-            f"{done.labelled} labels, {done.with_content} with {name}. {done.on_labels[:1].upper()}{done.on_labels[1:]}.",
+            f"{done.labelled} labels, {done.with_content} with {name}. "
+            f"{done.on_labels[:1].upper()}{done.on_labels[1:]}.",
             lines=[f"{key}: {value}" for key, value in content.settings.items()],
         ),
         Section(
@@ -376,12 +395,12 @@ def _score_bars(scores: np.ndarray, bins: int = 14) -> list[tuple[str, int]]:
     ]
 
 
-# -- apply ------------------------------------------------------------------------------------------------------------
+# -- apply -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What a filter left of a corpus."""
+    """Result of `apply_content`. `assessment` is None without a `truth` rule."""
 
     report: Report
     assessment: Assessment | None
@@ -396,9 +415,10 @@ def apply_content(
     per_shard: int = 10_000,
     report: Callable[[str], None] = lambda line: None,
 ) -> Applied:
-    """Write the rows of `source` that the filter at `path` lets pass to `out`, with an index, a manifest of the others, and PAGE.
+    """Write the rows of `source` that pass the filter at `path` to `out`, with an index and PAGE.
 
-    `clip` is where its CLIP is now, by default where it was. Raises UserError.
+    A manifest lists the dropped rows. `clip`: current path of the CLIP that the filter was fitted
+    with, by default its path at that time. Raises UserError (ContentError for another CLIP).
     """
     refuse_source(source, [], out)
     content = load_filter(path)
@@ -406,12 +426,13 @@ def apply_content(
     ClipFeatures(clip)
     if fingerprint(clip) != content.clip:
         raise ContentError(
-            f"{clip} is not the CLIP that {path} was fitted with: its SHA-256 begins {fingerprint(clip)[:16]} and should "
+            f"{clip} is not the CLIP that {path} was fitted with: its SHA-256 begins "
+            f"{fingerprint(clip)[:16]} and should "
             f"{content.clip[:16]}; give the right one with --clip."
         )
     parts = find_parts(storage.absolute(source))
     refuse_source(source, parts, out)
-    storage.check_writable(out)  # before hours of looking
+    storage.check_writable(out)  # fail before hours of embedding
     connect(2 + ACTORS)
     send_with([truth] if truth else [])
     report(f"looking at {len(parts):,} parts of {source}")

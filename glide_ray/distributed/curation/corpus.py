@@ -1,4 +1,4 @@
-"""Corpora as jobs: make the emoji's, survey any, and write chosen rows of one as another."""
+"""Corpus jobs: build the emoji corpus, survey any corpus, write selected rows as a new corpus."""
 
 from __future__ import annotations
 
@@ -25,18 +25,16 @@ from ...errors import ConfigError, UserError
 from ..cluster import connect
 from ..stream import Tally, open_corpus, quiet, task_errors
 
-DROPPED, SUMMARY, PAGE = (
-    "dropped.parquet",
-    "summary.json",
-    "report.html",
-)  # beside the shards of a corpus that was written from another
-RECORD = "filter.json"  # of the job that wrote it
+# files beside the shards of a corpus that was written from another one
+DROPPED, SUMMARY, PAGE = "dropped.parquet", "summary.json", "report.html"
+RECORD = "filter.json"  # record of the filter job that wrote the corpus, see jobs/filter.py
+# edits the captions of one row
 Captions = Callable[[Sequence[str]], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
 class CorpusReport:
-    """What is in a corpus: rows kept and dropped by rule, captions, and those longer than the model's context."""
+    """Counts of a corpus. `cut_captions` are those longer than the model's context."""
 
     path: str
     rows: Report
@@ -52,9 +50,9 @@ def prepare(
     packages: str | Path | None = None,
     scenes: int = 0,
 ) -> list[CorpusReport]:
-    """Make the emoji corpus under `out`, local or s3://, unless it is there, and survey its splits.
+    """Build the emoji corpus under `out`, local or s3://, unless it exists, and survey its splits.
 
-    Options as of `emoji.build_corpus`. Raises UserError.
+    `styles`, `packages` and `scenes` as in `emoji.build_corpus`. Raises UserError.
     """
     made = emoji.build_corpus(out, report=report, styles=styles, packages=packages, scenes=scenes)
     return [
@@ -65,7 +63,7 @@ def prepare(
 
 
 def survey(path: str, min_size: int = 64) -> CorpusReport:
-    """Stream any corpus once, local or s3://, and count. Raises ShardError for an empty one."""
+    """Stream a corpus once, local or s3://, and count. Raises ShardError if it is empty."""
     connect(2)
     tally = Tally.remote()
     captions = cut = 0
@@ -88,11 +86,11 @@ def _count_captions(rows: dict) -> dict:
     return {"captions": [len(row) for row in counts], "cut": [sum(row) for row in counts]}
 
 
-# -- chosen rows ------------------------------------------------------------------------------------------------------
+# -- selected rows ---------------------------------------------------------------------------------
 
 
 def refuse_source(source: str, parts: Sequence[Part], out: str) -> None:
-    """Raise ConfigError where to write to `out` is to write over what is read: it is the corpus, or the folder of a shard of it."""
+    """Raise ConfigError if `out` is the corpus that is read, or the folder of one of its shards."""
     folders = {source, *(part.url.rpartition("/")[0] for part in parts if not part.files)}
     if any(storage.same_place(folder, out) for folder in folders):
         raise ConfigError(f"--out {out} is the corpus that is read; write to another folder.")
@@ -106,9 +104,11 @@ def rewrite(
     per_shard: int,
     captions: Captions | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Write the rows at `position` (N,) of the parts numbered `part` (N,), in their order, as shards of `per_shard` rows.
+    """Write selected rows, in the order listed, as shards of `per_shard` rows in `out`.
 
-    `captions` changes those of each row. Returns the index, and what is said of parts that could not be read again.
+    `part` (N,) and `position` (N,): number of the part, and of the row within it. `captions` edits
+    the captions of each row. Returns the index, and messages about parts that could not be read
+    again.
     """
     shared, out = ray.put(list(parts)), storage.absolute(out)
     rows = np.stack([part, position], axis=1).astype(np.int64)
@@ -134,7 +134,7 @@ def rewrite(
         return {"made": made}
 
     begin(out)
-    storage.remove(f"{out}/{RECORD}")  # it is of rows that are written over
+    storage.remove(f"{out}/{RECORD}")  # describes the rows that are overwritten
     wanted = [ray.put(chunk) for chunk in chunks]
     entries, faults = [], []
     if chunks:
@@ -157,11 +157,12 @@ def rewrite(
 
 
 def count(rows: pyarrow.Table, index: Mapping[str, Any], faults: Sequence[str]) -> Report:
-    """What became of `rows`, whose `reason` is "" where they stay, once they are written with this index."""
+    """Report of kept and dropped `rows` after writing; the `reason` of a kept row is ""."""
     report = Report(faults=list(faults))
     for key, reason in zip(rows["key"].to_pylist(), rows["reason"].to_pylist(), strict=True):
         report.add(key, reason or None)
-    report.kept = index["count"]  # fewer than stayed, where a part was gone when it was read again
+    # Fewer than were selected, if a part could not be read the second time.
+    report.kept = index["count"]
     return report
 
 
@@ -173,9 +174,11 @@ def write_manifest(
     about: Mapping[str, Any],
     stays_instead: np.ndarray | None = None,
 ) -> None:
-    """DROPPED in `out`, a line a row that was left out, with its reason, SUMMARY, the counts, and the card of what was read, if it has one.
+    """Write DROPPED, SUMMARY and the data card to `out`.
 
-    `stays_instead` (N,): another row, or -1.
+    DROPPED has a row with the reason for each row left out, SUMMARY the counts and `about`. The
+    card is that of the source corpus, if it has one. `stays_instead` (N,): index of the row kept
+    in place of a near-duplicate, or -1.
     """
     keys, out = rows["key"].to_pylist(), out.rstrip("/")
     instead = np.full(len(keys), -1) if stays_instead is None else stays_instead
@@ -207,8 +210,10 @@ def write_manifest(
 
 
 def _carry_card(parts: Sequence[Part], out: str, rows: int) -> None:
-    """Write the card of the folders that `parts` lie in, with all their sources, to `out`: whom to
-    credit does not change with what is left out."""
+    """Write the data card of the folders of `parts` to `out`, with the sources of all of them.
+
+    Dropping rows does not change who must be credited.
+    """
     folders = dict.fromkeys(part.url.rpartition("/")[0] for part in parts if not part.files)
     cards = [card for folder in folders if (card := read_card(folder))]
     if cards:
@@ -220,7 +225,7 @@ def _carry_card(parts: Sequence[Part], out: str, rows: int) -> None:
 def look_up(
     parts: Sequence[Part], rows: Sequence[tuple[int, int]]
 ) -> dict[tuple[int, int], Sample]:
-    """The samples at (part, position), those that can be read."""
+    """Samples by (part, position), without those that cannot be read."""
 
     @ray.remote
     def pick(part: Part, positions: list[int]) -> list[tuple[int, Sample]]:
@@ -238,14 +243,15 @@ def look_up(
 
 
 def _pick(parts: Sequence[Part], rows: np.ndarray) -> tuple[list[Sample], list[str]]:
-    """Samples at the (part, position) of each row (N, 2), parts in order; and what is said of parts that lack some."""
+    """Samples at (part, position) of `rows` (N, 2), part by part, and messages on missing rows."""
     samples, faults = [], []
     for number in dict.fromkeys(rows[:, 0].tolist()):
         positions = rows[rows[:, 0] == number, 1].tolist()
         found = [sample for _, sample in _chosen(parts[number], positions)]
         if len(found) < len(positions):
             faults.append(
-                f"{parts[number].url} lacked {len(positions) - len(found)} of its rows when it was read again."
+                f"{parts[number].url} lacked {len(positions) - len(found)} of its rows "
+                f"when it was read again."
             )
         samples += found
     return samples, faults
@@ -259,5 +265,5 @@ def _chosen(part: Part, positions: Sequence[int]) -> Iterator[tuple[int, Sample]
                 yield position, sample
             if position == last:
                 return
-    except UserError:  # what it lacks is counted by whoever asked
+    except UserError:  # callers count the missing rows
         return

@@ -1,4 +1,7 @@
-"""`glide evaluate`: sets of generated pictures beside real ones, and sweeps over guidance (sec. 5.1): figures as JSON, plots and a page."""
+"""`glide evaluate`: metrics of generated against real pictures, and guidance sweeps (sec. 5.1).
+
+Writes the figures as JSON, plots and a report page.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ FIGURES, REFERENCE, FRONTS, PROMPTS = (
     "fronts.png",
     "prompts.jsonl",
 )
-PROMPTS_SHOWN, CAPTIONS_PER_CALL = 12, 256  # prompts on the page; captions in a call of the CLIP
+PROMPTS_SHOWN, CAPTIONS_PER_CALL = 12, 256  # prompts on the page; captions per CLIP call
 UNGUIDED = "unguided"
 CLIP, INCEPTION = "clip", "inception"
 Say = Callable[[str], None]
@@ -40,7 +43,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Judges:
-    """What looks at pictures: a CLIP, and Inception where its TorchScript file is given. Paths that all nodes see, or s3://."""
+    """Feature networks: a CLIP, and Inception if its TorchScript file is given.
+
+    Paths that all nodes can read, or s3://.
+    """
 
     clip: str
     inception: str | None = None
@@ -62,17 +68,18 @@ def evaluate(
     size: int | None = None,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Figures of sets of pictures beside a reference. `sets`: name -> folder, as bulk generation leaves it, or any corpus.
+    """Measure sets of pictures against a reference and write figures, plots and a page to `out`.
 
-    `reference`: a corpus, or the REFERENCE file of an earlier evaluation. `leave_out`: images of it without which distances are measured once
-    more (sec. 5.2, validation filtered). `size`: what both sides are brought to where they are larger, by default that of the first picture. All
-    paths are local or s3://. What has been looked at and measured is kept in `out`: called again after a fault it goes on, and says the same to
-    the last digit. Raises UserError.
+    `sets`: name -> folder of bulk generation, or any corpus. `reference`: a corpus, or the
+    REFERENCE file of an earlier evaluation. `leave_out`: names of reference images; the Frechet
+    distance is measured a second time without them (sec. 5.2, validation filtered). `size`: pixels
+    to which larger images of both sides are reduced, by default the size of the first picture. All
+    paths are local or s3://. Features and figures are kept in `out`: rerunning after a failure
+    resumes and gives identical figures. Raises UserError.
     """
     out = storage.absolute(out).rstrip("/")
-    judged = {
-        name: fingerprint(fetch_network(path)) for name, path in judges.paths.items()
-    }  # a missing one is said before Ray is started
+    # Report a missing network before Ray starts.
+    judged = {name: fingerprint(fetch_network(path)) for name, path in judges.paths.items()}
     seeing, size = ClipFeatures(judges.clip), size or _size(next(iter(sets.values())))
     connect(2 + ACTORS)
     real, of, shown = _reference(
@@ -120,9 +127,11 @@ def sweep(
     out: str,
     say: Say = lambda line: None,
 ) -> dict[str, str]:
-    """Make a set of pictures for each scale of either kind of guidance, all from the same `images` captions and seeds: name -> folder.
+    """Generate a set of pictures for each classifier-free and CLIP guidance scale.
 
-    Captions are drawn from those given, each as often as any other. What is there is not made again. Raises UserError.
+    Returns name -> folder. Every set has `images` pictures with the same captions and seeds; the
+    captions are drawn at random, each equally often. Without scales, one set "made" with the
+    config's own options. Existing pictures are not made again. Raises UserError.
     """
     out = storage.absolute(out).rstrip("/")
     order = np.random.default_rng(config.seed).permutation(len(captions))
@@ -156,7 +165,7 @@ def sweep(
 
 
 def captions_of(reference: str) -> list[str]:
-    """A caption of each image of a corpus, or of a REFERENCE file. Raises UserError."""
+    """First caption of each image of a corpus or of a REFERENCE file. Raises UserError."""
     if reference.endswith(".safetensors"):
         captions = Reference.load(storage.absolute(reference))[0].captions
     else:
@@ -168,23 +177,25 @@ def captions_of(reference: str) -> list[str]:
         ]
     if not any(captions):
         raise UserError(
-            f"No image of {reference} has a caption; give a corpus with captions, or pictures that are made already."
+            f"No image of {reference} has a caption; give a corpus with captions, "
+            f"or pictures that are made already."
         )
     return [caption for caption in captions if caption]
 
 
-# -- the two sides ----------------------------------------------------------------------------------------------------
+# -- features of both sides ------------------------------------------------------------------------
 
 
 def _reference(
     path: str, out: str, judges: Judges, asked: dict[str, Any], seeing: ClipFeatures, say: Say
 ) -> tuple[Reference, str, EmbeddedCorpus | None]:
-    """The real images, what tells them from others, and where they can be shown, they as looked at."""
+    """(reference features, key that identifies them, the images, or None for a REFERENCE file)."""
     if path.endswith(".safetensors"):
         real, about = Reference.load(storage.absolute(path))
         if differs := [name for name in asked if about.get(name) != asked[name]]:
             raise MetricError(
-                f"{path} was measured with other {' and '.join(differs)} ({', '.join(str(about.get(name)) for name in differs)}); give the same, "
+                f"{path} was measured with other {' and '.join(differs)} "
+                f"({', '.join(str(about.get(name)) for name in differs)}); give the same, "
                 f"or a corpus as the reference."
             )
         return real, fingerprint(storage.fetch(storage.absolute(path))), None
@@ -203,7 +214,10 @@ def _reference(
 def _look(
     name: str, source: str, size: int, out: str, judges: Judges, say: Say
 ) -> dict[str, EmbeddedCorpus]:
-    """One side as each network sees it. Raises UserError where one has seen pictures that another could not read."""
+    """Embed one side with each network.
+
+    Raises UserError if the networks did not read the same pictures.
+    """
     looked = {
         network: embed_corpus(source, path, size, f"{out}/features/{name}-{network}.parquet", say)
         for network, path in judges.paths.items()
@@ -213,7 +227,8 @@ def _look(
             f"{len(of_set.names):,} by {network}" for network, of_set in looked.items()
         )
         raise UserError(
-            f"Not the same pictures of {source} could be read each time ({counts}); run the same command again."
+            f"Not the same pictures of {source} could be read each time ({counts}); "
+            f"run the same command again."
         )
     return looked
 
@@ -246,7 +261,8 @@ def _measure(
     seen = _seen(looked, seeing)
     if lacking := int((~seen.captioned).sum()):
         say(
-            f"{name}: {lacking:,} of {len(seen.clip):,} pictures have no caption, and are left out of the CLIP score"
+            f"{name}: {lacking:,} of {len(seen.clip):,} pictures have no caption, "
+            f"and are left out of the CLIP score"
         )
     figures = {"pictures": len(seen.clip), **real.figures(seen)}
     return (
@@ -267,7 +283,7 @@ def _size(source: str) -> int:
 
 
 def _made_with(source: str) -> dict[str, Any]:
-    """The model that bulk generation made a folder with, by its hash, and the scales of guidance, where it did."""
+    """Hash of the base model and guidance scales, from JOB; {} if bulk generation left none."""
     try:
         job = json.loads(storage.read(f"{storage.absolute(source)}/{JOB}"))
         options = job["options"]
@@ -283,7 +299,7 @@ def _made_with(source: str) -> dict[str, Any]:
         return {}
 
 
-# -- sheets ----------------------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------------------
 
 
 def _write(
@@ -319,7 +335,8 @@ def _page(
     ]
     real = found["reference"]
     text = (
-        f"Beside {real['images']:,} images of {real['source']}, at {found['size']} pixels; {_own_captions(real['clip_score'])}. "
+        f"Beside {real['images']:,} images of {real['source']}, at {found['size']} pixels; "
+        f"{_own_captions(real['clip_score'])}. "
         + (
             "Distances are FID and the score is IS."
             if found["inception"]
@@ -327,7 +344,8 @@ def _page(
             "be compared with each other only: no Inception network was given."
         )
         + (
-            f" Filtered: without the {real['images'] - real['filtered_images']:,} images that were to be left out."
+            f" Filtered: without the {real['images'] - real['filtered_images']:,} images "
+            f"that were to be left out."
             if "filtered_images" in real
             else ""
         )

@@ -1,5 +1,8 @@
-"""Training images near to others: a reference without its near-copies (sec. 5.2, validation filtered), and whether a model repeats what it was
-trained on (sec. 6)."""
+"""Nearest training images, by cosine distance of CLIP features.
+
+`filter_reference` lists near-copies in a reference (sec. 5.2, validation filtered);
+`regurgitation` tests whether a model repeats its training images (sec. 6).
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ from ..embed import ACTORS, EmbeddedCorpus, embed_corpus
 from .evaluate import sweep
 
 LEFT_OUT, FIGURES, SHEET = "left-out.json", "figures.json", "closest.png"
-SIZE = 256  # pixels that images are looked at with
+SIZE = 256  # pixels to which larger images are reduced before CLIP
 PAIRS_SHOWN = 24  # pairs on a page
-EDGES = (0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 2)  # of the bars, in cosine distance
+EDGES = (0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 2)  # histogram, cosine distance
 Say = Callable[[str], None]
 
 
@@ -38,9 +41,10 @@ def filter_reference(
     distance: float,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """List the images of a reference that lie within a cosine `distance` of a training image, in LEFT_OUT; and a page to judge the distance by.
+    """Write LEFT_OUT: the reference images within a cosine `distance` of some training image.
 
-    All paths are local or s3://. What has been looked at is kept in `out`. Raises UserError.
+    Also writes a page that helps to choose the distance. All paths are local or s3://. Features
+    are kept in `out` for later calls. Raises UserError.
     """
     if not 0 < distance < 2:
         raise UserError(
@@ -64,8 +68,10 @@ def filter_reference(
     order = np.argsort(found.distances)
     within, beyond = order[: len(out_of)][::-1], order[len(out_of) :]
     text = (
-        f"{len(out_of):,} of {len(real.names):,} images of {reference} ({len(out_of) / len(real.names):.1%}) lie within {distance:g} of an image of "
-        f"{training}. The right distance is the one at which the pairs below it are copies and those above it are not."
+        f"{len(out_of):,} of {len(real.names):,} images of {reference} "
+        f"({len(out_of) / len(real.names):.1%}) lie within {distance:g} of an image of "
+        f"{training}. The right distance is the one at which the pairs below it are copies "
+        f"and those above it are not."
     )
     sections = [
         Section("Distances to the nearest training image", text, bars=_bars(found.distances)),
@@ -85,7 +91,7 @@ def filter_reference(
 
 
 def left_out(path: str) -> list[str]:
-    """What `filter_reference` has listed, named as `EmbeddedCorpus` names rows. Raises UserError."""
+    """Image names listed by `filter_reference`, as in `EmbeddedCorpus.names`. Raises UserError."""
     try:
         names = json.loads(storage.read(storage.absolute(path)))["names"]
     except (ValueError, KeyError, TypeError):
@@ -107,11 +113,13 @@ def regurgitation(
     images: int,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """How near generated pictures lie to training images, beside how near real pictures lie that were never trained on.
+    """Compare the distances of generated and of held-out real pictures to their nearest originals.
 
-    `pictures`: of training prompts, as bulk generation leaves them; without them `images` are made first, of captions of the training corpus. Those
-    that lie nearest are shown beside their originals, and compared by pixels as well. All paths are local or s3://. What has been made and looked
-    at is kept in `out`. Raises UserError.
+    The originals are the training images; real pictures of `held_out` were never trained on.
+    `pictures`: folder of bulk generation from training prompts; if None, `images` pictures are
+    generated first, from captions of the training corpus. The nearest pairs are shown side by side
+    and also compared by pixels. All paths are local or s3://. Pictures and features are kept in
+    `out` for later calls. Raises UserError.
     """
     out = _begin(out, clip)
     trained = _look("training", training, out, clip, say)
@@ -149,16 +157,20 @@ def regurgitation(
         "copies_by_pixels": copies,
     }
     text = (
-        f"Each of {len(made.names):,} pictures and the nearest of {len(trained.names):,} training images: closest {figures['closest']:.4f}, median "
-        f"{figures['median']:.4f}. Of {len(real.names):,} real pictures that were never trained on: closest {figures['held_out_closest']:.4f}, median "
-        f"{figures['held_out_median']:.4f}. A model that repeats its training images lies nearer to them than these do."
+        f"Each of {len(made.names):,} pictures and the nearest of {len(trained.names):,} "
+        f"training images: closest {figures['closest']:.4f}, median "
+        f"{figures['median']:.4f}. Of {len(real.names):,} real pictures that were never "
+        f"trained on: closest {figures['held_out_closest']:.4f}, median "
+        f"{figures['held_out_median']:.4f}. A model that repeats its training images lies "
+        f"nearer to them than these do."
     )
     sections = [
         Section("Generated pictures", text, bars=_bars(found.distances)),
         Section("Held-out real pictures", "The same distances.", bars=_bars(usual.distances)),
         Section(
             "The closest pairs",
-            f"Each picture, then its original. {copies} of these {len(order)} pairs are one picture by their pixels.",
+            f"Each picture, then its original. {copies} of these {len(order)} pairs are "
+            f"one picture by their pixels.",
             groups=groups,
         ),
     ]
@@ -169,7 +181,7 @@ def regurgitation(
 
 
 def _begin(out: str, clip: str) -> str:
-    fetch_clip(clip)  # a missing one is said before Ray is started
+    fetch_clip(clip)  # report a missing CLIP before Ray starts
     connect(2 + ACTORS)
     return storage.absolute(out).rstrip("/")
 
@@ -181,7 +193,11 @@ def _look(name: str, source: str, out: str, clip: str, say: Say) -> EmbeddedCorp
 def _pairs(
     side: EmbeddedCorpus, rows: Sequence[int], trained: EmbeddedCorpus, found: Nearest
 ) -> tuple[list[list[Picture]], int, np.ndarray]:
-    """Rows beside their originals: for the page, how many are one picture by their pixels, and as a sheet."""
+    """Rows beside their nearest training images.
+
+    Returns the groups for the page, the number of pairs that are the same picture by pixels, and
+    a contact sheet (H, W, 3) uint8.
+    """
     rows = [int(row) for row in rows]
     theirs, originals = (
         look_up(looked.parts, [looked.places[n] for n in of])
@@ -210,7 +226,7 @@ def _pairs(
 
 
 def _alike(one: bytes, other: bytes) -> bool:
-    """By their centred squares: a model sees no more of what it is trained on."""
+    """Whether the centred squares, all that training sees, are the same picture by pixels."""
     try:
         return same_picture(
             *(

@@ -1,4 +1,7 @@
-"""`glide probe`: what a model makes of prompts that should differ in one word only (sec. 6, app. F.2): figures as JSON, a sheet and a page."""
+"""`glide probe`: compare pictures of prompts that differ in one word only (sec. 6, app. F.2).
+
+Writes the figures as JSON, a sheet of pictures and a report page.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ from ..embed import ACTORS, embed_corpus
 from ..generate import generate
 
 PROMPTS, PICTURES, FIGURES, SHEET = "prompts.jsonl", "pictures", "figures.json", "sheet.png"
-SIZE = 256  # pixels that pictures are looked at with: all that a cascade makes
-ON_SHEET, ON_PAGE = 12, 48  # seeds
+SIZE = 256  # pixels of the pictures before CLIP: the full size of a cascade's output
+ON_SHEET, ON_PAGE = 12, 48  # seeds shown
 Say = Callable[[str], None]
 
 
@@ -39,20 +42,23 @@ def probe(
     config: BulkConfig,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Make pictures of each prompt from the same seeds, `config.seed` and those after it, and measure by how much they differ, two prompts at a time.
+    """Generate pictures of each prompt from the same seeds, and compare each two prompts.
 
-    `words`: what a CLIP is to look for in them. All paths are local or s3://. What has been made and looked at is kept in `out`: called again it
-    says the same to the last digit. Raises UserError.
+    `seeds`: number of consecutive seeds from `config.seed`. `words`: texts to compare the pictures
+    with by CLIP. All paths are local or s3://. Pictures and features are kept in `out`: rerunning
+    gives identical figures. Raises UserError.
     """
     if len(prompts) < 2 or not all(prompt.strip() for prompt in prompts):
         raise UserError(
-            'A probe compares pictures of two or more prompts, none of them empty; give them as "toys for girls" "toys for boys".'
+            "A probe compares pictures of two or more prompts, none of them empty; "
+            'give them as "toys for girls" "toys for boys".'
         )
     if seeds < 2:
         raise UserError(
-            f"A probe wants two or more seeds, and at least 6 for a p-value below 0.05 (given: {seeds})."
+            f"A probe wants two or more seeds, and at least 6 for a p-value below 0.05 "
+            f"(given: {seeds})."
         )
-    fetch_clip(clip)  # a missing one is said before pictures are made
+    fetch_clip(clip)  # report a missing CLIP before pictures are made
     out = storage.absolute(out).rstrip("/")
     lines = [
         json.dumps({"prompt": prompt, "seed": config.seed + n}, ensure_ascii=False)
@@ -83,15 +89,17 @@ def probe(
 def _seen(
     pictures: str, clip: str, cache: str, count: int, say: Say
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """The pictures in the order in which they were asked for, and CLIP's features (N, E) of them."""
+    """Pictures in the order of the prompt file, and their CLIP features (N, E)."""
     looked = embed_corpus(pictures, clip, SIZE, cache, say)
     samples = look_up(looked.parts, looked.places)
     if len(samples) != count:
         raise UserError(
-            f"{count - len(samples):,} of {count:,} pictures in {pictures} cannot be read; delete them and run the same command again."
+            f"{count - len(samples):,} of {count:,} pictures in {pictures} cannot be read; "
+            f"delete them and run the same command again."
         )
     images, first = [np.asarray(decode(samples[place].image)) for place in looked.places], {}
-    # A network rounds by what a picture is batched with: pictures that are alike to the last pixel take the features of the first of them.
+    # Rounding in a network depends on the other images of a batch: identical pictures all take
+    # the features of the first of them.
     rows = [
         first.setdefault(hashlib.sha256(image.tobytes()).digest(), n)
         for n, image in enumerate(images)
@@ -143,8 +151,10 @@ def _page(found: dict[str, Any], rows: Sequence[Sequence[np.ndarray]]) -> str:
         for group in groups
     ]
     text = (
-        f"{len(rows)} seeds, each with every prompt.{scale} Distances are of the mean features, as the CLIP sees the pictures; p is the share of "
-        f"{pairs[0]['arrangements']:,} arrangements, with labels swapped within pairs, whose distance is as great. Words are CLIP's cosine, the first prompt's "
+        f"{len(rows)} seeds, each with every prompt.{scale} Distances are of the mean features, "
+        f"as the CLIP sees the pictures; p is the share of "
+        f"{pairs[0]['arrangements']:,} arrangements, with labels swapped within pairs, whose "
+        f"distance is as great. Words are CLIP's cosine, the first prompt's "
         f"less the second's, with the standard error."
     )
     cosines = (
@@ -174,7 +184,8 @@ def _page(found: dict[str, Any], rows: Sequence[Sequence[np.ndarray]]) -> str:
             Section("Differences of colour", "Of 255, with the standard error.", table=hues),
             Section(
                 "Pictures of the same seeds",
-                f"In each frame, from left to right: {', '.join(f'“{prompt}”' for prompt in prompts)}.",
+                "In each frame, from left to right: "
+                f"{', '.join(f'“{prompt}”' for prompt in prompts)}.",
                 groups=shown,
             ),
         ],

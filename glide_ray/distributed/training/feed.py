@@ -1,11 +1,12 @@
 """An epoch of the corpus as global batches for any number of workers.
 
-Which rows make up batch n, and in which order, depends on the corpus, the seed, the epoch and n alone: not on how many workers share the
-batch, how fast they are, or what was killed and begun again. A run that resumes says how many rows of the epoch it has trained on; the parts
-that these came from are not read again.
+The rows of batch n and their order depend only on the corpus, the seed, the epoch and n: not on
+the number of workers, their speed, or any failures and restarts. A resumed run passes the number of
+rows of the epoch that it has trained on; tasks whose rows have all been used are not read again.
 
-Rows are shuffled in two ways: parts by epoch, and the rows that one reading task gives within a window. Bytes go from the task that read
-them to the workers that train on them; the feeder moves references only.
+Shuffling has two levels: the order of parts in each epoch, and the rows of a reading task within a
+window. Image bytes go directly from the reading task to the workers; the feeder handles references
+only.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ from ...data.sources import Part
 from ...train.batch_split import BatchSplit
 from ..stream import Plan, open_parts
 
-PREFETCHED_BATCHES = 8  # global batches that each worker has asked for and not yet trained on
-KEPT = 4 * PREFETCHED_BATCHES  # global batches that a slower worker may still ask for
-Segment = tuple[ray.ObjectRef, int, int]  # rows start to stop of a block
+PREFETCHED_BATCHES = 8  # global batches that each worker has requested and not yet trained on
+KEPT = 4 * PREFETCHED_BATCHES  # latest global batches, kept for slower workers
+Segment = tuple[ray.ObjectRef, int, int]  # (block, start row, stop row)
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What a group of workers reads: an epoch from its row number `rows`. `group` tells one start of the workers from the next."""
+    """An epoch as one start of the workers reads it."""
 
-    group: str
+    group: str  # identifies the start of the workers
     number: int
-    rows: int
+    rows: int  # rows already trained on, to be skipped
 
 
 @ray.remote(num_cpus=0)
 class Feeder:
-    """Hands out global batches of `batch` rows. Each epoch is begun by whichever worker comes first."""
+    """Hand out global batches of `batch` rows. The first request for an epoch starts reading it."""
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class Feeder:
         self._epoch: Epoch | None = None
 
     def take(self, epoch: Epoch, number: int) -> list[Segment] | None:
-        """Batch `number`, counted from where the epoch was begun; None where no whole one is left."""
+        """Batch `number`, counted from `epoch.rows`; None if the epoch has no whole batch left."""
         if epoch != self._epoch:
             self._begin(epoch)
         while self._next <= number and not self._ended:
@@ -71,9 +72,8 @@ class Feeder:
     def _begin(self, epoch: Epoch) -> None:
         counts = ray.get(self._tally.counts.remote(epoch.number))
         first, before = 0, 0
-        while (
-            first in counts and before + counts[first] <= epoch.rows
-        ):  # tasks whose rows have all been trained on
+        # Skip tasks whose rows have all been trained on.
+        while first in counts and before + counts[first] <= epoch.rows:
             before += counts[first]
             first += 1
         self._epoch, self._skip = epoch, epoch.rows - before
@@ -90,7 +90,7 @@ class Feeder:
             yield from ((entry.ref, entry.metadata.num_rows) for entry in bundle.blocks)
 
     def _assemble(self) -> None:
-        """The next batch, from what is left of the last blocks and from new ones."""
+        """Assemble the next batch from the rest of the last block and from new blocks."""
         batch, wanted = [], self._batch
         while wanted:
             if not self._left:
@@ -115,7 +115,10 @@ class Feeder:
 
 
 def micro_batches(feeder, epoch: Epoch, share: BatchSplit) -> Iterator[dict[str, list]]:
-    """A rank's rows of each global batch, in micro-batches: the columns that `Collate` reads. All ranks get equally many."""
+    """A rank's rows of each global batch, as micro-batches of the columns that `Collate` reads.
+
+    All ranks get the same number of micro-batches.
+    """
     asked = deque(feeder.take.remote(epoch, number) for number in range(PREFETCHED_BATCHES))
     number = PREFETCHED_BATCHES
     while (segments := ray.get(asked.popleft())) is not None:
@@ -126,7 +129,7 @@ def micro_batches(feeder, epoch: Epoch, share: BatchSplit) -> Iterator[dict[str,
 
 
 def _rows(segments: Sequence[Segment], start: int, stop: int) -> dict[str, list]:
-    """Rows `start` to `stop` of a batch: only the blocks that they lie in are fetched."""
+    """Rows `start` to `stop` of a batch; only the blocks that contain them are fetched."""
     wanted, position = [], 0
     for block, low, high in segments:
         first, last = max(start - position, 0), min(stop - position, high - low)

@@ -1,6 +1,6 @@
-"""What a run says of itself while it goes: figures, what happened to it and what that cost, a progress bar, trackers, grids of samples.
+"""Output of a run in progress: metrics, events and their cost, progress bar, trackers, samples.
 
-Workers post to the board; the driver reads it and writes the files beside the checkpoints.
+Workers post to the board; the driver polls it and writes the files beside the checkpoints.
 """
 
 from __future__ import annotations
@@ -26,37 +26,38 @@ from ...train.run_folder import EVENTS, METRICS, RUN, last_step
 from ...train.trackers import open_trackers
 from .samples import Reviewer
 
+# seconds between uploads to s3://; seconds without a step before a line in the log
 PUSH_SECONDS, WAITING_SECONDS = 20.0, 60.0
 
 
 @dataclass(frozen=True)
 class Start:
-    """A start of the workers, as rank 0 tells of it. `peak` is of one worker, in FLOP/s; None where it is not known."""
+    """A start of the workers, as reported by rank 0."""
 
     step: int
     workers: int
     micro_batch: int
-    calls: int
+    calls: int  # micro-batches per step and worker
     precision: str
     device: str
-    peak: float | None = None
+    peak: float | None = None  # FLOP/s of one worker; None if unknown
 
 
 @dataclass
 class News:
-    """All that has been posted since the last look."""
+    """Everything posted since the last poll."""
 
     metrics: list[dict] = field(default_factory=list)
     events: list[tuple[float, int, str]] = field(default_factory=list)  # time, step, what happened
     committed: list[tuple[int, str]] = field(default_factory=list)  # step, folder of the checkpoint
     start: Start | None = None
-    waiting: float = 0.0  # seconds since anything moved
-    failure: str | None = None
+    waiting: float = 0.0  # seconds since the last step or start
+    failure: str | None = None  # error that the user can correct
 
 
 @ray.remote(num_cpus=0)
 class Board:
-    """Where workers post, wherever they run; it outlives them, and so knows what a fault has cost."""
+    """Actor to which workers post. It outlives them, so it can tell the cost of a failure."""
 
     def __init__(self):
         self._news, self._start = News(), None
@@ -69,18 +70,20 @@ class Board:
         self.beat(metrics["step"])
 
     def beat(self, step: int) -> None:
-        """A step has been made."""
+        """Record that a step was made."""
         self._step, self._moved = step, time.time()
 
     def started(self, start: Start) -> None:
         if self._start is not None:
             again, lost = max(0, self._step - start.step), time.time() - self._moved
             self.note(
-                f"the run goes on with {count(start.workers, 'worker')} from step {start.step:,}: {count(again, 'step')} to be done again, "
+                f"the run goes on with {count(start.workers, 'worker')} from step {start.step:,}: "
+                f"{count(again, 'step')} to be done again, "
                 f"{lost:.0f} s without a step"
             )
         self._start = self._news.start = start
-        self._news.metrics.append({"again_from": start.step})  # in its place among the figures
+        # Among the metrics, so that the driver handles both in order.
+        self._news.metrics.append({"again_from": start.step})
         self.beat(start.step)
 
     def note(self, text: str) -> None:
@@ -90,12 +93,12 @@ class Board:
         self._news.committed.append((step, folder))
 
     def fail(self, message: str, rank: int) -> None:
-        """What the user can mend has stopped a rank."""
+        """Record an error that stopped a rank and that the user can correct."""
         self._failure = self._failure or message
         self._failed.add(rank)
 
     def failed(self) -> tuple[str | None, int]:
-        """The failure, and how many ranks have told of one."""
+        """The first failure, and the number of ranks that reported one."""
         return self._failure, len(self._failed)
 
     def take(self) -> News:
@@ -109,7 +112,7 @@ def count(number: int, thing: str) -> str:
 
 
 class RunFolder:
-    """The small files of a run: in its folder, or written here and sent to its s3:// prefix now and then."""
+    """Small files of a run, in its folder or in a temporary folder that is uploaded to s3://."""
 
     def __init__(self, out: str):
         self.out = out
@@ -117,21 +120,21 @@ class RunFolder:
             tempfile.TemporaryDirectory(prefix="glide-run-") if storage.is_remote(out) else None
         )
         self.local = Path(self._temporary.name if self._temporary else out)
-        self._sent: dict[Path, tuple[int, int]] = {}  # when it was written, and its bytes
+        self._sent: dict[Path, tuple[int, int]] = {}  # modification time in ns, bytes
         if self._temporary:
             for name in (METRICS, EVENTS, RUN):
                 if storage.exists(f"{out}/{name}"):
                     storage.download(f"{out}/{name}", self.local / name)
 
     def id(self) -> str:
-        """Of the run, the same at every start."""
+        """Id of the run, the same at every start."""
         path = self.local / RUN
         if not path.exists():
             storage.put(json.dumps({"id": uuid.uuid4().hex[:12]}).encode(), path)
         return json.loads(path.read_text())["id"]
 
     def push(self) -> None:
-        """Send what has changed to s3://. Raises StorageError."""
+        """Upload changed files to s3://. Raises StorageError."""
         if self._temporary is None:
             return
         for path in sorted(self.local.rglob("*")):
@@ -152,7 +155,7 @@ class RunFolder:
 
 
 class Journal:
-    """Read the board while `fit` blocks, and tell of it."""
+    """Poll the board in a thread while `fit` blocks, and write log, metrics and trackers."""
 
     def __init__(self, board, folder: RunFolder, preset: Preset, progress: bool):
         self._board, self._folder, self._preset, self._progress = board, folder, preset, progress
@@ -176,11 +179,10 @@ class Journal:
             self.say,
         )
         self._reviewer = Reviewer(preset, folder.local, self._reviewed, self.say)
-        self._flops = 3 * operations(preset)  # of an image: forward, and twice that backward
+        self._flops = 3 * operations(preset)  # per image: forward, and twice that backward
         self._start: Start | None = None
-        self._told: int | None = (
-            first  # up to which step trackers have been told of, before this start of the run
-        )
+        # last step that trackers have from an earlier process; None once the workers have started
+        self._told: int | None = first
         self._shown: dict[str, str] = {}
         self._pushed, self._waited, self._stop = time.monotonic(), 0.0, threading.Event()
         self._thread = threading.Thread(target=self._watch, name="glide-progress", daemon=True)
@@ -200,14 +202,17 @@ class Journal:
         self._trackers.close(failed=kind is not None or self.failure is not None)
 
     def say(self, text: str, step: int | None = None, at: float | None = None) -> None:
-        """A line of the run's log, and on the terminal."""
-        line = f"{datetime.fromtimestamp(at or time.time()).isoformat(' ', 'seconds')}  step {step if step is not None else self._bar.n:,}: {text}"
+        """Write a line to the run's log and to the terminal."""
+        line = (
+            f"{datetime.fromtimestamp(at or time.time()).isoformat(' ', 'seconds')}  "
+            f"step {step if step is not None else self._bar.n:,}: {text}"
+        )
         self._append(EVENTS, line + "\n")
         if self._progress:
             tqdm.write(line)
 
     def _append(self, name: str, text: str) -> None:
-        """Add to a file of the run; on a full disk, once there is room again."""
+        """Append to a file of the run. On a full disk, keep the text for the next call."""
         self._unwritten[name] = self._unwritten.get(name, "") + text
         try:
             with open(self._folder.local / name, "a") as file:
@@ -216,7 +221,7 @@ class Journal:
         except OSError:
             pass
 
-    # --------------------------------------------------------------------------------------------------------------------
+    # -- polling -----------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         while not self._stop.wait(1.0):
@@ -237,7 +242,8 @@ class Journal:
         for step, folder in news.committed:
             self._reviewer.offer(step, folder)
         self._reviewer.poll()
-        # `_waited` grows with what has been said, so that a night without nodes is a line a minute at first and an hour later.
+        # Double the wait before each next line: during a night without nodes, lines come minutes
+        # apart at first and hours apart later.
         if news.waiting > max(WAITING_SECONDS, 2 * self._waited):
             self._waited = news.waiting
             self.say(f"no step for {news.waiting:.0f} s; {_cluster()}")
@@ -250,7 +256,8 @@ class Journal:
     def _try_to_push(self) -> None:
         try:
             self._folder.push()
-        except storage.StorageError as error:  # the files are here; the next time is another try
+        except storage.StorageError as error:
+            # The files are kept locally, and the next push tries again.
             self.say(f"The run's figures could not be sent: {error}")
 
     def _write(self, rows: list[dict]) -> None:
@@ -305,7 +312,7 @@ LOG_FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def _spread(start: Start, preset: Preset) -> str:
-    """How a run is spread over its workers, in a line."""
+    """One line on how a run is spread over its workers."""
     train = preset.train
     why = (
         " (auto: DeepSpeed has no fp16 on a CPU)"
@@ -314,11 +321,15 @@ def _spread(start: Start, preset: Preset) -> str:
     )
     calls = f" in {start.calls} calls of {start.micro_batch}" if start.calls > 1 else ""
     return (
-        f"{preset.model.name} on {count(start.workers, 'worker')} ({start.device}), {start.precision}{why}, ZeRO-{train.zero_stage}, batch {train.batch:,}"
+        f"{preset.model.name} on {count(start.workers, 'worker')} ({start.device}), "
+        f"{start.precision}{why}, ZeRO-{train.zero_stage}, batch {train.batch:,}"
         f"{calls}"
     )
 
 
 def _cluster() -> str:
     have = ray.cluster_resources()
-    return f"the cluster has {count(int(have.get('GPU', 0)), 'GPU')} and {count(int(have.get('CPU', 0)), 'CPU')}"
+    return (
+        f"the cluster has {count(int(have.get('GPU', 0)), 'GPU')} "
+        f"and {count(int(have.get('CPU', 0)), 'CPU')}"
+    )

@@ -1,4 +1,4 @@
-"""A training run under Ray Train: data streamed to every worker, DeepSpeed across them, checkpoints that a new start takes up."""
+"""Training run under Ray Train: streamed data, DeepSpeed on all workers, resumable checkpoints."""
 
 from __future__ import annotations
 
@@ -45,30 +45,30 @@ from .feed import Feeder
 from .journal import Board, Journal, RunFolder, count
 from .worker import work
 
-DATA_CPUS = (
-    2  # beside the workers': a data task wants a whole CPU, and waits for ever where none is left
-)
-RESIZE_SECONDS = 60  # between looks at whether nodes have come back
+# logical CPUs beside the workers': a data task needs a whole one, and would wait for ever
+# for it otherwise
+DATA_CPUS = 2
+RESIZE_SECONDS = 60  # seconds between checks whether nodes have come back
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run made: paths of the EMA weights and of the metrics, and the held-out loss before and after."""
+    """Result of a run: paths of EMA weights and metrics, and held-out loss before and after."""
 
     weights: str
     metrics: str
     steps: int
     first_held_out: float
     last_held_out: float
-    rows: Report | None = (
-        None  # what the stream kept and dropped, over all epochs; None for a run that was there already
-    )
+    # rows that the stream kept and dropped over all epochs; None for a run finished before
+    rows: Report | None = None
 
 
 def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingResult:
-    """Train a preset into `out`, a folder that all nodes see or an s3:// prefix, or go on with the run that is there. Raises UserError.
+    """Train a preset into `out`, or resume the run that is there.
 
-    A run that is complete is returned as it is.
+    `out`: a folder that all nodes see, or an s3:// prefix. A complete run is not trained further.
+    Raises UserError.
     """
     out = storage.absolute(out).rstrip("/")
     finished = (
@@ -80,18 +80,16 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
     if finished:
         return _result(out)
     preset = absolute(preset)
-    parts = find_parts(preset.data.corpus)  # found missing before anything is started
+    parts = find_parts(preset.data.corpus)  # report a missing corpus before starting anything
     find_parts(preset.data.held_out)
-    if (
-        preset.train.start_from and not Checkpoints(out).whole()
-    ):  # a run that goes on has no more use for it
+    # A resumed run no longer needs the weights that it started from.
+    if preset.train.start_from and not Checkpoints(out).whole():
         load_config(shipped.fetch(preset.train.start_from, preset.model.role))
     connect(preset.train.workers + DATA_CPUS)
     on_gpu = _wait_for_workers(preset)
     storage.put(preset.model_dump_json(indent=1).encode(), f"{out}/{PRESET}")
-    here = NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), soft=False
-    )  # nodes of workers come and go
+    # Place the actors on this node: those of workers come and go.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board, tally = (
         Board.options(scheduling_strategy=here).remote(),
         Tally.options(scheduling_strategy=here).remote(),
@@ -120,8 +118,11 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
 
 
 class Trainer(TorchTrainer):
-    """Ray's, which on this process's own Ray leaves out what frees the workers' places when a controller dies: they end with the process, and in
-    Ray 2.60 the end of that takes 12 s of every run."""
+    """TorchTrainer without PlacementGroupCleanerCallback on a cluster that this process started.
+
+    The callback frees the workers' placement groups when a controller dies. Here they end with the
+    process, and in Ray 2.60 shutting the callback down takes 12 s of every run.
+    """
 
     def _create_default_callbacks(self) -> list:
         return [
@@ -134,9 +135,8 @@ class Trainer(TorchTrainer):
 def _fit(preset: Preset, out: str, board, tally, feeder, on_gpu: bool) -> None:
     train = preset.train
     elastic = train.min_workers not in (None, train.workers)
-    with tempfile.TemporaryDirectory(
-        prefix="glide-ray-train-"
-    ) as own:  # what Ray Train keeps of a run; checkpoints are ours
+    # For Ray Train's own files of the run; CheckpointWriter writes the checkpoints to `out`.
+    with tempfile.TemporaryDirectory(prefix="glide-ray-train-") as own:
         Trainer(
             work,
             train_loop_config={
@@ -146,9 +146,8 @@ def _fit(preset: Preset, out: str, board, tally, feeder, on_gpu: bool) -> None:
                 "tally": tally,
                 "feeder": feeder,
             },
-            torch_config=TorchConfig(
-                timeout_s=int(2 * train.stall_seconds) + 60
-            ),  # the watchdog knows more, and comes first
+            # Longer than the watchdog's timeout: its message says what hung.
+            torch_config=TorchConfig(timeout_s=int(2 * train.stall_seconds) + 60),
             scaling_config=ScalingConfig(
                 num_workers=(train.min_workers, train.workers) if elastic else train.workers,
                 use_gpu=on_gpu,
@@ -164,13 +163,13 @@ def _fit(preset: Preset, out: str, board, tally, feeder, on_gpu: bool) -> None:
 
 
 class _Faults(UserCallback):
-    """Tells the board what has befallen workers. Lives in Ray Train's controller."""
+    """Callback in Ray Train's controller that reports failures of workers to the board."""
 
     def __init__(self, board):
         self._board = board
 
     def after_exception(self, run_context, worker_exceptions: dict[int, Exception]) -> None:
-        # When one worker dies the others fail in the collective that they share with it: the dead are what matters.
+        # When a worker dies, the others fail in their common collective: report only the dead.
         dead = {
             rank: why
             for rank, error in worker_exceptions.items()
@@ -189,7 +188,7 @@ class _Faults(UserCallback):
 
 
 def _death(error: Exception) -> str | None:
-    """How a worker's process ended; None where it has raised an error and lives."""
+    """How a worker's process ended; None if it raised an error and is alive."""
     error = getattr(error, "health_check_failure", error)
     if isinstance(error, ray.exceptions.ActorUnavailableError):
         return "neither it nor its node can be reached"
@@ -203,11 +202,12 @@ def _death(error: Exception) -> str | None:
 
 
 def _export(out: str, steps: int) -> None:
-    """The weights file, from the last checkpoint. Raises UserError where that could not be written."""
+    """Write the weights file from the last checkpoint. Raises UserError if that is missing."""
     whole = Checkpoints(out).whole()
     if not whole or whole[-1].step < steps:
         raise UserError(
-            f"Training has ended, but its last checkpoint could not be written to {out}; make room there, and run the same command again: "
+            f"Training has ended, but its last checkpoint could not be written to {out}; "
+            f"make room there, and run the same command again: "
             f"it goes on from {f'step {whole[-1].step:,}' if whole else 'the beginning'}."
         )
     with tempfile.TemporaryDirectory(prefix="glide-export-") as cache:
@@ -217,13 +217,14 @@ def _export(out: str, steps: int) -> None:
             storage.put(local, f"{out}/{WEIGHTS}")
 
 
-# -- before -----------------------------------------------------------------------------------------------------------
+# -- waiting for workers, interrupts, result -------------------------------------------------------
 
 
 def _wait_for_workers(preset: Preset) -> bool:
-    """Wait until the cluster has what the run needs, at most `train.wait_seconds`; one that cannot grow is not waited for.
+    """Wait until the cluster has the resources of the run, at most `train.wait_seconds`.
 
-    Returns whether workers take GPUs. Raises ConfigError.
+    Does not wait for a cluster started by this process, since it cannot grow. Returns whether
+    workers use GPUs. Raises ConfigError.
     """
     train, began = preset.train, time.monotonic()
     lacking = _lacking(preset)
@@ -233,7 +234,8 @@ def _wait_for_workers(preset: Preset) -> bool:
             + [{"CPU": 1}]
         )
         tqdm.write(
-            f"{lacking} Waiting for them; this is given up after {train.wait_seconds:g} s (train.wait_seconds)."
+            f"{lacking} Waiting for them; this is given up after {train.wait_seconds:g} s "
+            f"(train.wait_seconds)."
         )
         while lacking and time.monotonic() - began < train.wait_seconds:
             time.sleep(min(5.0, train.wait_seconds / 10 + 0.1))
@@ -243,25 +245,33 @@ def _wait_for_workers(preset: Preset) -> bool:
         cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
         waited = f" They did not come in {train.wait_seconds:g} s." if joined() else ""
         raise ConfigError(
-            f"Setting train.workers: {lacking}{waited} Add nodes, or set train.workers={max(1, gpus or cpus - 1)}."
+            f"Setting train.workers: {lacking}{waited} Add nodes, or set "
+            f"train.workers={max(1, gpus or cpus - 1)}."
         )
     return takes_gpu(train.device)
 
 
 def _lacking(preset: Preset) -> str | None:
-    """What the cluster has too little of, in a sentence."""
+    """Sentence on the resources that the cluster lacks; None if it has enough."""
     resources, workers = ray.cluster_resources(), preset.train.min_workers or preset.train.workers
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
     if takes_gpu(preset.train.device) and gpus < workers:
         return f"{count(workers, 'worker')} want a GPU each and the cluster has {gpus}."
     if cpus < workers + 1:
-        return f"{count(workers, 'worker')} and the data stream want {workers + 1} CPUs and the cluster has {cpus}."
+        return (
+            f"{count(workers, 'worker')} and the data stream want {workers + 1} CPUs "
+            f"and the cluster has {cpus}."
+        )
     return None
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C as KeyboardInterrupt: Ray Train's handler ends its run, then the process with exit code 0, and outlives `fit`."""
+    """Raise KeyboardInterrupt on Ctrl-C, and restore the SIGINT handler.
+
+    Ray Train's own handler ends the run, then the process with exit code 0, and stays installed
+    after `fit`.
+    """
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield

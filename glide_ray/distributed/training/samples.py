@@ -1,4 +1,7 @@
-"""A grid of samples, and the held-out loss of the average, from checkpoints: made beside the run, so that no rank waits for it."""
+"""Sample grids and held-out loss of the EMA weights, computed beside the run from checkpoints.
+
+A Ray task of its own does this, so that no rank waits for it.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,15 @@ from ...train.partition import export_average
 from ...train.samples import held_out_of_average, sample_grid
 
 SAMPLES = "samples"
-LAST_SECONDS = 900  # that the last review is waited for when training has ended
+LAST_SECONDS = 900  # longest wait for a review after training has ended
 
 
 def review(checkpoint: str, settings: str) -> tuple[np.ndarray | None, dict[str, float]]:
-    """The grid (H, W, 3) uint8 of a checkpoint's average, and its held-out figures."""
+    """Sample grid (H, W, 3) uint8 of a checkpoint's EMA weights, and their held-out metrics."""
     if not torch.cuda.is_available():
-        os.nice(
-            10
-        )  # training comes first where both share a machine, and threads that wait for a core are slower than one
+        # Training has priority where both share a machine. Few threads: several threads that wait
+        # for a core are slower than one.
+        os.nice(10)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // 4))
     preset = Preset.model_validate_json(settings)
     with tempfile.TemporaryDirectory(prefix="glide-review-") as folder:
@@ -38,7 +41,7 @@ def review(checkpoint: str, settings: str) -> tuple[np.ndarray | None, dict[str,
 
 
 class Reviewer:
-    """Reviews one checkpoint at a time; the newest waits, older ones that come meanwhile are left out."""
+    """Review one checkpoint at a time. The newest one waits; older ones that wait are skipped."""
 
     def __init__(
         self,
@@ -52,7 +55,7 @@ class Reviewer:
         self._waiting: tuple[int, str] | None = None
 
     def offer(self, step: int, checkpoint: str) -> None:
-        """A checkpoint is whole."""
+        """Queue a complete checkpoint if its step is due for a review."""
         every = self._preset.train.sample_every
         if every and (step % every == 0 or step == self._preset.train.steps):
             self._waiting = step, checkpoint
@@ -67,8 +70,9 @@ class Reviewer:
             self._take(step, reference)
         if self._waiting is not None:
             (step, checkpoint), self._waiting = self._waiting, None
-            # A GPU that no worker wants, else the CPU; no CPU is reserved, for then it might wait for ever. Ray hides no GPU from a task that asks
-            # for none (`cluster.py`), so that is done here: the review would take the memory that training needs.
+            # Use a GPU that no worker needs, else the CPU. Reserve no CPU, or the task might wait
+            # for ever. Hide the GPUs here, because Ray does not hide them from a task that requests
+            # none (see `cluster.py`): the review would take memory that training needs.
             spare = ray.cluster_resources().get("GPU", 0) > self._preset.train.workers
             place = (
                 {"num_gpus": 1}
@@ -79,7 +83,7 @@ class Reviewer:
             self._underway = step, task.remote(checkpoint, self._preset.model_dump_json())
 
     def finish(self) -> None:
-        """Wait for what is underway, and for the newest."""
+        """Wait for the current review, and then for the newest checkpoint's."""
         while self._underway is not None or self._waiting is not None:
             before = self._underway
             self.poll(timeout=LAST_SECONDS)

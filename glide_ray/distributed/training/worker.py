@@ -1,4 +1,4 @@
-"""What each rank of a training run does under Ray Train."""
+"""Training loop of each rank under Ray Train."""
 
 from __future__ import annotations
 
@@ -34,19 +34,15 @@ from .journal import Start
 if TYPE_CHECKING:
     from ...train.loop import Trainer
 
-COUNTS = "counts.json"
-BEAT_SECONDS = 1.0
-LAST_WAITS = (
-    10,
-    60,
-    300,
-    0,
-)  # seconds before the last checkpoint is tried again, where it could not be written
-FAILURE_SECONDS = 10.0  # in which ranks that fail for one reason tell of it
+COUNTS = "counts.json"  # in a checkpoint: rows that each reading task of the epoch kept
+BEAT_SECONDS = 1.0  # seconds between progress reports to the board, at least
+# seconds to wait after each failed attempt to write the last checkpoint
+LAST_WAITS = (10, 60, 300, 0)
+FAILURE_SECONDS = 10.0  # seconds to wait for the other ranks to report a failure as well
 
 
 def work(settings: dict) -> None:
-    """One rank. What the user can mend is told to the board, not raised: Ray would try it again."""
+    """Run one rank. UserErrors go to the board and are not raised: Ray would retry them."""
     board, context = settings["board"], ray.train.get_context()
     if ray.get(board.failed.remote())[0] is not None:
         return
@@ -60,7 +56,8 @@ def work(settings: dict) -> None:
         )
     except UserError as error:
         ray.get(board.fail.remote(str(error), context.get_world_rank()))
-        # Where one rank alone has failed the others wait for it in a collective: all are begun again, and end above.
+        # If only this rank failed, the others wait for it in a collective: raise, so that Ray
+        # restarts all ranks. They then find the failure on the board and return at once.
         deadline = time.monotonic() + FAILURE_SECONDS
         while ray.get(board.failed.remote())[1] < context.get_world_size():
             if time.monotonic() > deadline:
@@ -69,7 +66,7 @@ def work(settings: dict) -> None:
 
 
 def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
-    from ...train.loop import Trainer  # DeepSpeed, which the driver has no use for
+    from ...train.loop import Trainer  # imports DeepSpeed, which the driver does not need
     from ...train.steps import Outlets, train_loop
 
     context, train = ray.train.get_context(), preset.train
@@ -78,9 +75,11 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     trainer = Trainer(preset)
     if rank == 0:
-        storage.check_writable(out)  # by a worker, whose rights may be others than the driver's
+        # Check here again: a worker's permissions may differ from the driver's.
+        storage.check_writable(out)
     checkpoints = Checkpoints(out)
-    # One name for all ranks of this start: what it reads of the corpus and what it writes is told from what others did.
+    # A name for this start, shared by all ranks: separates its batches and checkpoint folders from
+    # those of earlier starts.
     start, whole = broadcast_object(
         (uuid.uuid4().hex[:8], checkpoints.whole()) if rank == 0 else None
     )
@@ -95,9 +94,8 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
     if rank == 0:
         _sweep(checkpoints, board)
         board.started.remote(_start(trainer))
-        if (
-            train.objective == "clip"
-        ):  # at every start: another micro-batch, which memory may have chosen, is another loss
+        # At every start: CLIP's loss depends on the micro-batch, which free memory may determine.
+        if train.objective == "clip":
             board.note.remote(_contrast(trainer.share))
     held_out = held_out_batches(preset.data, preset.model, trainer.share.micro_batch, rank, world)
     keeper = CheckpointWriter(
@@ -164,13 +162,13 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
     watchdog.close()
 
 
-# -- where to begin ---------------------------------------------------------------------------------------------------
+# -- resuming --------------------------------------------------------------------------------------
 
 
 def _go_on(
     trainer: Trainer, whole: list[CheckpointEntry], cache: Path, local_rank: int, board, tally
 ) -> None:
-    """Load the last checkpoint that is as it was written, if there is one. What is on S3 is fetched once a node."""
+    """Load the last undamaged checkpoint, if there is one. From S3 it is fetched once per node."""
     try:
         for made in reversed(whole):
             fault = None
@@ -178,7 +176,7 @@ def _go_on(
                 if not storage.is_remote(made.path):
                     verify(Path(made.path), trainer.rank, trainer.world)
                 elif local_rank == 0:
-                    fetch(made, cache)  # which verifies on its way
+                    fetch(made, cache)  # also verifies
             except (CheckpointError, storage.StorageError) as error:
                 fault = str(error)
             faults = all_gather_object(fault)
@@ -191,7 +189,8 @@ def _go_on(
             if trainer.rank == 0:
                 ray.get(
                     board.note.remote(
-                        f"the checkpoint of step {made.step:,} is left out: {next(filter(None, faults))}"
+                        f"the checkpoint of step {made.step:,} is left out: "
+                        f"{next(filter(None, faults))}"
                     )
                 )
     finally:
@@ -201,7 +200,7 @@ def _go_on(
 
 
 def _sweep(checkpoints: Checkpoints, board) -> None:
-    """Remove what broken-off uploads have left. Where the store does not let us, they lie there and do no harm."""
+    """Remove files of interrupted uploads. If that is not permitted, they stay and do no harm."""
     try:
         checkpoints.sweep()
     except storage.StorageError as error:
@@ -228,25 +227,27 @@ def _start(trainer: Trainer) -> Start:
 
 
 def _contrast(share: BatchSplit) -> str:
-    """What CLIP's loss depends on, in a line."""
+    """One line on what CLIP's loss depends on."""
     others = share.world * max(end - first for first, end, _ in share.parts()) - 1
     return (
-        f"CLIP learns to tell each picture's caption from {others:,} others, those of one network call on all workers: train.micro_batch and "
+        f"CLIP learns to tell each picture's caption from {others:,} others, those of one "
+        f"network call on all workers: train.micro_batch and "
         f"train.workers move its loss"
     )
 
 
 def node_is_going() -> bool:
-    """Whether Ray has been told that a node of this run is about to be taken away.
+    """Whether Ray has received notice that a node of this run will be preempted.
 
-    `ray.train.get_preemption_info` waits for all workers, through an actor; this rank's own mark is enough, for ranks agree anyhow.
+    Reads this rank's own flag, since `ray.train.get_preemption_info` waits for all workers through
+    an actor. That is enough: ranks combine their flags after every step (`CheckpointWriter.step`).
     """
     from ray.train.v2._internal.execution.context import get_train_context
 
     return get_train_context().preemption_context.preemption_info is not None
 
 
-# -- saving beside the trainer ---------------------------------------------------------------------
+# -- row counts in checkpoints ---------------------------------------------------------------------
 
 
 def _save(folder: Path, trainer: Trainer, write, tally, rank: int) -> None:
@@ -256,7 +257,10 @@ def _save(folder: Path, trainer: Trainer, write, tally, rank: int) -> None:
 
 
 def write_counts(folder: Path, counts: Mapping[int, int]) -> None:
-    """Beside a checkpoint: how many rows each ended task of its epoch gave. They spare reading these again, and are not needed otherwise."""
+    """Write COUNTS into a checkpoint: rows kept by each finished reading task of its epoch.
+
+    A resumed run uses them to skip these tasks; without them it reads the tasks again.
+    """
     (folder / COUNTS).write_text(json.dumps(sorted(counts.items())))
 
 
