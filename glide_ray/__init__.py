@@ -1,10 +1,10 @@
-"""GLIDE (Nichol et al. 2021): train and serve text-to-image diffusion, on a Ray cluster or a laptop.
+"""GLIDE (Nichol et al. 2021): text-to-image diffusion, trained and served on Ray or a laptop.
 
     import glide_ray
     cascade = glide_ray.load()                    # the shipped weights
     pixels = cascade.generate(["a red apple, 3D render"], [0])[0]      # uint8 (256, 256, 3)
 
-Importing the package imports no torch: its names are loaded at their first use.
+`import glide_ray` does not import torch: the public names are imported at first use.
 """
 
 from importlib import import_module
@@ -20,7 +20,7 @@ __all__ = ["Cascade", "SampleOptions", "UserError", "__version__", "load"]
 
 try:
     __version__ = version("glide_ray")
-except PackageNotFoundError:  # a source tree on the path that is not installed
+except PackageNotFoundError:  # source tree on sys.path, package not installed
     __version__ = "0"
 
 _MODULES = {
@@ -41,7 +41,10 @@ def __dir__() -> list[str]:
 
 
 def load(base: str = "emoji", **options) -> "Cascade":
-    """The shipped weights, or those at `base`; `options` as of `Cascade.load`. Raises WeightsError."""
+    """Load the shipped weights, or those at `base`.
+
+    `options`: keyword arguments of `Cascade.load`. Raises WeightsError.
+    """
     from .sampling.cascade import Cascade
 
     return Cascade.load(base, **options)

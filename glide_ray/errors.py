@@ -1,4 +1,4 @@
-"""Errors that a user can act on, each one clear sentence."""
+"""Errors that a user can fix; each message is one clear sentence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ConfigError(UserError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint for a misspelled name: the closest known name, or all of them if none is close."""
+    """Hint for a misspelled name: the closest known name, or all of them if none is close."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else "choose one of: " + ", ".join(known) + "."

@@ -1,4 +1,4 @@
-"""Number formats of weights and activations by name, and the choice that `auto` stands for."""
+"""Precisions of weights and activations by name, and the resolution of `auto`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of one number
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # per number
 
 
 def resolve_precision(precision: str, device: str, portable: bool = False) -> str:
-    """fp32, bf16 or fp16 for a precision that may be "auto"; `device` is "cpu" or "cuda".
+    """fp32, bf16 or fp16 for a precision that may be "auto".
 
-    `auto` is fp16 on a GPU, as in the paper, and on a CPU the faster of bf16 and fp32; with
-    `portable` always fp32 there, so that every CPU computes the same picture.
+    `device`: "cpu" or "cuda". `auto` is fp16 on a GPU, as in the paper; on a CPU it is the faster
+    of bf16 and fp32, or with `portable` always fp32, so that every CPU computes the same picture.
     """
     if precision != "auto":
         return precision
@@ -26,14 +26,16 @@ def resolve_precision(precision: str, device: str, portable: bool = False) -> st
 
 
 def fastest_precision() -> str:
-    """The precision in which this machine, its GPU if it has one, samples fastest."""
+    """The fastest sampling precision of this machine's GPU, or of its CPU if it has no GPU."""
     return resolve_precision("auto", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 @lru_cache
 def fastest_on_cpu() -> str:
-    """bf16 where this CPU convolves faster in it than in fp32, with AMX or AVX-512 BF16; else
-    fp32. Measured in 0.1 s."""
+    """bf16 if convolutions on this CPU are faster in it than in fp32, else fp32.
+
+    bf16 is faster with AMX or AVX-512 BF16. Measured once per process, in 0.1 s.
+    """
 
     def seconds(dtype: torch.dtype) -> float:
         x = torch.ones(4, 64, 32, 32, dtype=dtype).to(memory_format=torch.channels_last)

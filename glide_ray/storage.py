@@ -1,6 +1,7 @@
-"""Local paths and `s3://` as one: list, read, fetch to a cache, put. Objects appear whole or not at all, and are checked.
+"""Local paths and `s3://` through one interface: list, read, fetch to a cache, put.
 
-S3 goes through boto3 with its usual chain for credentials, region and endpoint (AWS_ENDPOINT_URL), and its own retries.
+Writes are atomic, and objects are verified by SHA-256. S3 goes through boto3 with its usual chain
+for credentials, region and endpoint (AWS_ENDPOINT_URL), and its own retries.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from .errors import UserError
 
 S3 = "s3://"
 CHECKSUM = "sha256"  # object metadata that `put` writes and `read` verifies
-CHUNK = 2**22  # bytes
-CACHE_GB = 200  # of copies of objects
-IN_USE_SECONDS = 600  # since somebody asked for a copy: it may be about to be read
-WAITS = (0.1, 0.2, 0.4, 0.8)  # seconds before an object that did not come whole is asked for again
+CHUNK = 2**22  # bytes per read
+CACHE_GB = 200  # GB (1e9 bytes), default size limit of the cache of objects
+IN_USE_SECONDS = 600  # seconds since its last use before a copy may be deleted
+WAITS = (0.1, 0.2, 0.4, 0.8)  # seconds before each retry of an incomplete or damaged object
 
 
 Result = TypeVar("Result")
@@ -35,7 +36,7 @@ class StorageError(UserError):
 
 
 class MissingError(StorageError):
-    """A path at which there is nothing."""
+    """A path where no file or object exists."""
 
 
 def is_remote(path: str | Path) -> bool:
@@ -43,24 +44,30 @@ def is_remote(path: str | Path) -> bool:
 
 
 def absolute(path: str | Path) -> str:
-    """The path that means the same in a process with another current folder."""
+    """The absolute path, valid in processes with another working directory."""
     return str(path) if is_remote(path) else os.path.abspath(path)
 
 
 def same_place(path: str | Path, other: str | Path) -> bool:
-    """Whether two paths name one folder."""
+    """Whether two paths name the same folder."""
     if is_remote(path) or is_remote(other):
         return str(path).rstrip("/") == str(other).rstrip("/")
     return Path(path).resolve() == Path(other).resolve()
 
 
 def list_files(path: str | Path, suffixes: tuple[str, ...]) -> Iterator[str]:
-    """Files under a folder or prefix whose names end so, in order; a file names itself. S3 is listed page by page."""
+    """Files under a folder or prefix whose names end in one of `suffixes`, sorted.
+
+    A path that is itself a file yields itself. S3 is listed page by page.
+    """
     yield from (file for file, _ in list_states(path, suffixes))
 
 
 def list_states(path: str | Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """What `list_files` finds, each with what tells it from another file in its place: S3's tag, or its size and when it was written."""
+    """The files of `list_files`, each with a string that changes when its content changes.
+
+    The string is the S3 ETag, or the size and modification time of a local file.
+    """
     path = str(path)
     if is_remote(path):
         bucket, prefix = _split(path)
@@ -88,13 +95,21 @@ def list_states(path: str | Path, suffixes: tuple[str, ...]) -> Iterator[tuple[s
 
 
 def read(path: str | Path) -> bytes:
-    """All bytes of a file or object. Raises MissingError where there is none, StorageError where it is not what was put there."""
+    """All bytes of a file or object.
+
+    Raises MissingError if it does not exist, StorageError if an object's SHA-256 does not match or
+    it cannot be read.
+    """
     with _errors(path):
         return _read_object(str(path)) if is_remote(path) else Path(path).read_bytes()
 
 
 def put(data: bytes | Path, path: str | Path, sha256: str | None = None) -> None:
-    """Store bytes, or a local file of any size, under a path: whole or not at all. `sha256`, of a file, spares reading it for that first."""
+    """Store bytes, or a local file of any size, atomically.
+
+    `sha256`: checksum of the local file, if known; saves reading the file once more. Raises
+    StorageError.
+    """
     with _errors(path):
         if is_remote(path):
             bucket, key = _split(str(path))
@@ -105,7 +120,7 @@ def put(data: bytes | Path, path: str | Path, sha256: str | None = None) -> None
                     Body=data,
                     Metadata={CHECKSUM: hashlib.sha256(data).hexdigest()},
                 )
-            else:  # in parts, each with a checksum of its own and asked for again by itself
+            else:  # multipart: each part has its own checksum and retries
                 _client().upload_file(
                     str(data),
                     bucket,
@@ -121,7 +136,7 @@ def put(data: bytes | Path, path: str | Path, sha256: str | None = None) -> None
 
 
 def remove(path: str | Path) -> None:
-    """Take away a file or object, if it is there."""
+    """Delete a file or object, if it exists."""
     with _errors(path):
         if is_remote(path):
             bucket, key = _split(str(path))
@@ -133,14 +148,17 @@ def remove(path: str | Path) -> None:
 def digest(path: Path) -> str:
     """SHA-256 of a local file."""
     sha256 = hashlib.sha256()
-    with open(path, "rb") as file:  # hashlib.file_digest is of Python 3.11
+    with open(path, "rb") as file:  # hashlib.file_digest needs Python 3.11
         while chunk := file.read(CHUNK):
             sha256.update(chunk)
     return sha256.hexdigest()
 
 
 def fingerprint(path: str | Path) -> str:
-    """SHA-256 of a weights file, or of the weights in a public CLIP's folder. Read once as long as they do not change."""
+    """SHA-256 of a weights file, or of the weights in a public CLIP's folder.
+
+    Cached until the size or modification time of a file changes.
+    """
     path = Path(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     return _sha256(tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
@@ -157,7 +175,7 @@ def _sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def exists(path: str | Path) -> bool:
-    """Whether there is a file or object."""
+    """Whether a file or object exists."""
     if not is_remote(path):
         return Path(path).exists()
     try:
@@ -168,7 +186,7 @@ def exists(path: str | Path) -> bool:
 
 
 def size(path: str | Path) -> int:
-    """Bytes of a file or object. Raises MissingError."""
+    """Size of a file or object, in bytes. Raises MissingError."""
     with _errors(path):
         if not is_remote(path):
             return Path(path).stat().st_size
@@ -176,14 +194,18 @@ def size(path: str | Path) -> int:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Write a small file into a folder or prefix and take it away again. Raises StorageError where that cannot be done."""
+    """Write and delete a small file in a folder or prefix.
+
+    Raises StorageError if that fails.
+    """
     probe = f"{str(folder).rstrip('/')}/.probe-{uuid.uuid4().hex[:8]}"
     try:
         put(b"glide_ray", probe)
         remove(probe)
     except StorageError as error:
         raise StorageError(
-            f"Nothing can be written to {folder} ({error}); give another folder, or the rights to this one."
+            f"Nothing can be written to {folder} ({error}); give another folder, or the rights "
+            f"to this one."
         ) from None
 
 
@@ -197,13 +219,13 @@ def no_empty_folders(folder: str | Path) -> Iterator[None]:
     except BaseException:
         inside = sorted(made[0].rglob("*"), reverse=True) if made else []
         for path in (*(path for path in inside if path.is_dir()), *made):
-            with suppress(OSError):  # it holds something
+            with suppress(OSError):  # not empty
                 path.rmdir()
         raise
 
 
 def remove_folder(path: str | Path) -> None:
-    """Take away all under a folder or prefix, and what uploads to there were broken off."""
+    """Delete everything under a folder or prefix, and abort unfinished uploads to it."""
     with _errors(path):
         if not is_remote(path):
             shutil.rmtree(path, ignore_errors=True)
@@ -221,7 +243,10 @@ def remove_folder(path: str | Path) -> None:
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place when all went well and is gone otherwise."""
+    """Write a file atomically: yields a temporary path beside `path`.
+
+    The temporary file replaces `path` on success and is deleted on an error.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -233,7 +258,11 @@ def whole(path: str | Path) -> Iterator[Path]:
 
 
 def fetch(path: str | Path, cache: str | Path | None = None) -> Path:
-    """A local file with what `path` holds: itself, or a copy of the object in `cache` that is taken anew when it changed."""
+    """A local file with the content of `path`.
+
+    A local path is returned unchanged; an object is copied to `cache`, again whenever it has
+    changed. Raises StorageError.
+    """
     if not is_remote(path):
         if not Path(path).exists():
             raise StorageError(f"There is no file {path}.")
@@ -246,12 +275,12 @@ def fetch(path: str | Path, cache: str | Path | None = None) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where copies of objects are kept: GLIDE_CACHE, or a folder in the user's own."""
+    """Folder for copies of objects: GLIDE_CACHE, or ~/.cache/glide_ray."""
     return Path(os.environ.get("GLIDE_CACHE") or Path.home() / ".cache" / "glide_ray")
 
 
 def download(path: str, target: Path) -> None:
-    """Copy an object of any size to a local file: whole, and as it was put there, or not at all."""
+    """Copy an object of any size to a local file, atomically and verified by SHA-256."""
 
     def write(body, partial: Path) -> str:
         sha256 = hashlib.sha256()
@@ -268,7 +297,11 @@ def download(path: str, target: Path) -> None:
 def fetch_folder(
     path: str | Path, suffixes: tuple[str, ...], cache: str | Path | None = None
 ) -> Path:
-    """A local folder with the files right under a path whose names end so: itself, or copies that are taken anew when one changed."""
+    """A local folder with the files directly under `path` that end in one of `suffixes`.
+
+    A local path is returned unchanged; objects are copied to `cache`, again whenever one of them
+    has changed. Raises StorageError.
+    """
     if not is_remote(path):
         return Path(path)
     files = {
@@ -287,7 +320,7 @@ def fetch_folder(
     return local
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 
 
 def _objects(bucket: str, prefix: str) -> Iterator[Mapping[str, Any]]:
@@ -298,7 +331,7 @@ def _objects(bucket: str, prefix: str) -> Iterator[Mapping[str, Any]]:
 def _state(file: Path) -> str:
     try:
         found = file.stat()
-    except FileNotFoundError:  # since it was listed
+    except FileNotFoundError:  # deleted since it was listed
         return ""
     return f"{found.st_size}@{found.st_mtime_ns}"
 
@@ -312,8 +345,12 @@ def _read_object(path: str) -> bytes:
 
 
 def _from_object(path: str, use: Callable[[Any], tuple[Result, str]]) -> Result:
-    """What `use` makes of an object's body, which it gives with the SHA-256 of all bytes that it read. Asked for again where the body breaks
-    off or is not what was put there: boto3 itself tries again only until the headers of an answer have come."""
+    """Apply `use` to an object's body and verify its SHA-256, with retries.
+
+    `use` returns a result and the SHA-256 of all bytes that it read. The object is requested again
+    if the body breaks off or its checksum does not match: boto3's own retries end once the response
+    headers have arrived. Raises StorageError.
+    """
     bucket, key = _split(path)
     client = _client()
     from botocore.exceptions import BotoCoreError
@@ -326,16 +363,20 @@ def _from_object(path: str, use: Callable[[Any], tuple[Result, str]]) -> Result:
             expected = answer["Metadata"].get(CHECKSUM)
             if not expected or sha256 == expected:
                 return result
-            fault = f"{path} is damaged: its SHA-256 is not the one it was stored with; put it there again."
+            fault = (
+                f"{path} is damaged: its SHA-256 is not the one it was stored with; "
+                f"put it there again."
+            )
         except (BotoCoreError, HTTPError, ConnectionError, TimeoutError) as error:
             fault = f"{path} cannot be used: {error}."
         if wait is not None:
-            time.sleep(wait * random.uniform(0.5, 1))  # not all readers at once
+            # Jitter, so that readers do not all retry at once.
+            time.sleep(wait * random.uniform(0.5, 1))
     raise StorageError(fault)
 
 
 def _tag(path: str | Path) -> str:
-    """What changes when an object does."""
+    """ETag of an object; it changes when the object changes."""
     with _errors(path):
         return _head(path)["ETag"].strip('"')
 
@@ -346,15 +387,19 @@ def _head(path: str | Path) -> Mapping[str, Any]:
 
 
 def _cached(name: str, cache: str | Path | None) -> Path:
-    """The folder of the cache for what has this name."""
+    """Cache folder for `name`, marked as used now."""
     folder = Path(cache or cache_folder()) / hashlib.sha256(name.encode()).hexdigest()[:16]
     with suppress(FileNotFoundError):
-        os.utime(folder)  # used just now
+        os.utime(folder)  # mark as used
     return folder
 
 
 def _make_room(folder: Path, wanted: int) -> None:
-    """Take from the cache what was not used for longest, until `wanted` bytes more are within its limit, GLIDE_CACHE_GB."""
+    """Delete the least recently used copies until `wanted` more bytes fit into the cache.
+
+    The limit is GLIDE_CACHE_GB. Copies used in the last IN_USE_SECONDS are kept. Raises
+    StorageError for an invalid limit.
+    """
     given = os.environ.get("GLIDE_CACHE_GB", str(CACHE_GB))
     try:
         limit = float(given) * 1e9
@@ -364,7 +409,7 @@ def _make_room(folder: Path, wanted: int) -> None:
         ) from None
     used, held = {}, {}
     for entry in folder.parent.glob("[0-9a-f]" * 16):
-        with suppress(FileNotFoundError):  # another process makes room, too
+        with suppress(FileNotFoundError):  # deleted by another process
             used[entry], held[entry] = (
                 entry.stat().st_mtime,
                 sum(file.stat().st_size for file in entry.iterdir() if file.is_file()),
@@ -387,7 +432,7 @@ def _split(path: str) -> tuple[str, str]:
 @lru_cache(maxsize=1)
 def _client():
     try:
-        import boto3  # only where s3:// is used
+        import boto3  # optional dependency, for s3:// only
         from botocore.config import Config
     except ImportError:
         raise StorageError("s3:// paths need boto3; run `pip install boto3`.") from None
@@ -395,7 +440,7 @@ def _client():
 
 
 class _errors:
-    """Turn what the system and boto3 raise about `path` into a StorageError."""
+    """Convert the errors of the system and of boto3 about `path` to StorageError."""
 
     def __init__(self, path: str | Path):
         self.path = path

@@ -1,6 +1,6 @@
-"""The forms that data takes between rooms. B batch, C channels, H W pixels, K text tokens, S samples in flight.
+"""Data types passed between packages. B batch, C channels, H W pixels, K text tokens.
 
-They stand below `models/` and `diffusion/`, which both speak them and never import each other.
+`models/` and `diffusion/` both use them and never import each other.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """A dataclass whose tensors share their first axis: rows can be joined, picked and moved."""
+    """A dataclass of tensors with a common first axis: rows can be joined, selected and moved."""
 
     def map(self, function: Callable[[Tensor], Tensor]):
         return replace(
@@ -22,7 +22,7 @@ class Rows:
         )
 
     def __getitem__(self, index):
-        """Rows by slice, index tensor or boolean mask (always a batch, never a single row)."""
+        """Rows by slice, index tensor or boolean mask; always a batch, never a single row."""
         return self.map(lambda tensor: tensor[index])
 
     def to(self, *args, **kwargs):
@@ -33,7 +33,10 @@ class Rows:
 
     @classmethod
     def join(cls, parts: Sequence):
-        """Concatenate along the batch. All parts must carry the same fields."""
+        """Concatenate along the batch axis.
+
+        Raises ValueError unless all parts have the same fields set.
+        """
         return cls(
             **{f.name: _join([getattr(part, f.name) for part in parts]) for f in fields(cls)}
         )
@@ -60,18 +63,20 @@ def _join(values):
 
 @dataclass(frozen=True)
 class TextFeatures(Rows):
-    """A caption as the UNet takes it; constant over the steps of a sample."""
+    """Encoded caption, the U-Net's text input; constant over the steps of a sample."""
 
     pooled: Tensor  # (B, 4C), added to the timestep embedding
     sequence: Tensor  # (B, K, W), the text for attention
-    keys_values: tuple[tuple[Tensor, Tensor], ...] | None = (
-        None  # per attention layer (B, heads, K, D) twice
-    )
+    # per attention layer: key and value, each (B, heads, K, D)
+    keys_values: tuple[tuple[Tensor, Tensor], ...] | None = None
 
 
 @dataclass(frozen=True)
 class Conditioning(Rows):
-    """What a sample is made from. Images are float in [-1, 1]; the mask is 1 where the pixel is known."""
+    """Conditioning of the samples.
+
+    Images are float in [-1, 1]; `known_mask` is 1 where the pixel is known.
+    """
 
     tokens: Tensor  # (B, K) int64
     mask: Tensor  # (B, K) bool, true for tokens of the caption
@@ -82,32 +87,35 @@ class Conditioning(Rows):
 
 @dataclass(frozen=True)
 class ModelOutput(Rows):
-    """One network evaluation."""
+    """Output of one network call."""
 
     eps: Tensor  # (B, 3, H, W), the predicted noise
-    variance: Tensor  # (B, 3, H, W) in [-1, 1] between the two variance bounds
+    variance: Tensor  # (B, 3, H, W), -1 lower to 1 upper bound of the log variance
 
 
 @dataclass(frozen=True)
 class ClipOutput:
-    """Images and captions in CLIP's space, as vectors of length 1."""
+    """Embeddings of images and captions by CLIP, of length 1."""
 
     image: Tensor  # (B, E)
     text: Tensor  # (B, E)
-    scale: Tensor  # (), of the logits
+    scale: Tensor  # one element: scale of the logits
 
 
 @dataclass(frozen=True)
 class Batch(Rows):
-    """What a training step reads."""
+    """Input of a training step."""
 
     image: Tensor  # (B, 3, H, W) in [-1, 1]
     conditioning: Conditioning
-    rows: Tensor | None = None  # (B,) int64: which rows of the corpus these are
+    rows: Tensor | None = None  # (B,) int64: row numbers in the corpus
 
 
 def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`, without waiting for what a GPU still has to do: a plain `to` would."""
+    """Copy a host tensor to `device` without waiting for pending GPU work.
+
+    A plain `to` would wait.
+    """
     return (
         tensor.pin_memory().to(device, non_blocking=True)
         if device.type == "cuda"
@@ -115,5 +123,5 @@ def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
     )
 
 
-# (x (B,3,H,W), timestep (B,)) -> ModelOutput; guidance takes a denoiser and gives a denoiser.
+# (x (B, 3, H, W), timestep (B,)) -> ModelOutput; guidance wraps one denoiser in another.
 Denoiser = Callable[[Tensor, Tensor], ModelOutput]

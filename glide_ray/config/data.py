@@ -1,4 +1,4 @@
-"""Configurations of data: corpora to train on, cleaning, and content filters."""
+"""Data configs: training corpora, cleaning and content filters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from .models import Frozen
 
-# First words of Unicode letter names, for scripts that are common in captions on the web.
+# Scripts common in web captions, as the first word of the Unicode names of their letters.
 SCRIPTS = (
     "arabic",
     "armenian",

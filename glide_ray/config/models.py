@@ -1,4 +1,4 @@
-"""Configurations of models: their networks, noise processes and default sampling.
+"""Model configs: network, noise process and default sampling.
 
 `ModelConfig` (a U-Net) and `ClipModelConfig` (a CLIP) are stored inside weights files.
 """
@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 COSINE_BETA_MAX = 0.999  # Nichol & Dhariwal (2021), sec. 3.2
-SHIPPED = "emoji"  # name of the weights that ship with the package (`pretrained/`)
+SHIPPED = "emoji"  # name of the shipped weights (`pretrained/`)
 
 
 class Frozen(BaseModel):
@@ -78,12 +78,12 @@ class UNetConfig(Frozen):
 
     @property
     def in_channels(self) -> int:
-        """Input channels before squares are folded: the image, the low-res image, the mask."""
+        """Input channels before folding patches: image, low-res image, known pixels and mask."""
         return 3 + (3 if self.low_res_size else 0) + (4 if self.inpaint else 0)
 
     @property
     def grain(self) -> int:
-        """The sides of images are multiples of this many pixels."""
+        """Image sides must be multiples of this number of pixels."""
         return self.patch * 2 ** (len(self.multipliers) - 1)
 
     @model_validator(mode="after")
@@ -161,7 +161,7 @@ class DiffusionConfig(Frozen):
     steps: int = Field(1000, gt=1, description="timesteps")
 
     def alpha_bar(self) -> list[float]:
-        """Signal power at each timestep, the least noisy first.
+        """Signal power alpha_bar at each timestep, least noisy first.
 
         `cosine`: Nichol & Dhariwal (2021, eq. 17). `linear`: Ho et al. (2020), rescaled to any
         number of steps.
@@ -210,7 +210,7 @@ class ModelConfig(Frozen):
 
     @property
     def role(self) -> str:
-        """ "base" or "upsampler"; `ClipModelConfig` has "clip"."""
+        """Kind of model: "base" or "upsampler" (`ClipModelConfig`: "clip")."""
         return "upsampler" if self.unet.low_res_size else "base"
 
     @property
@@ -257,7 +257,7 @@ def _tag(given: Any) -> str:
     return "CLIP" if isinstance(given, ClipModelConfig) or has_clip else "UNET"
 
 
-TAGS = ("UNET", "CLIP")  # pydantic adds them to the locations of errors; `validate` drops them
+TAGS = ("UNET", "CLIP")  # pydantic adds these to error locations; `validate` removes them
 AnyModelConfig = Annotated[
     Annotated[ModelConfig, Tag("UNET")] | Annotated[ClipModelConfig, Tag("CLIP")],
     Discriminator(_tag),

@@ -1,4 +1,4 @@
-"""`key=value` settings applied to a config, checked, and refused in one sentence."""
+"""Apply `key=value` settings to a config; a mistake raises a one-sentence ConfigError."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Config = TypeVar("Config", bound=Frozen)
 def override(preset: Config, settings: Iterable[str]) -> Config:
     """Apply `key=value` settings such as `train.steps=500` to a preset or another config.
 
-    A dotted key names a field; a bare one is looked up in `train`, then `data`. Raises ConfigError
-    with the nearest key.
+    A dotted key names a field; a bare key is looked up in `train`, then in `data`. Raises
+    ConfigError, with the nearest key for an unknown one.
     """
     tree = preset.model_dump()
     for setting in settings:
@@ -29,7 +29,7 @@ def override(preset: Config, settings: Iterable[str]) -> Config:
 
 
 def validate(kind: type[Frozen], tree: dict[str, Any]):
-    """`kind.model_validate(tree)`, with pydantic's errors as one sentence. Raises ConfigError."""
+    """`kind.model_validate(tree)`; raises pydantic's first error as a one-sentence ConfigError."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
@@ -44,7 +44,7 @@ def validate(kind: type[Frozen], tree: dict[str, Any]):
 
 
 def tree_of(kind: type[Frozen]) -> dict[str, Any]:
-    """The field names of a config class as a nested dict, with None at the leaves."""
+    """Field names of a config class as a nested dict, with None at the leaves."""
 
     def below(annotation: Any) -> dict[str, Any] | None:
         is_config = isinstance(annotation, type) and issubclass(annotation, BaseModel)
@@ -76,7 +76,8 @@ def _set(tree: dict[str, Any], path: list[str], value: str) -> None:
         tree = tree[part]
     none = value.lower() in ("none", "null")
     if isinstance(tree[path[-1]], (tuple, list)):
-        separator = ";" if ";" in value else ","  # prompts contain commas
+        # Prompts contain commas, so a list of them is separated by semicolons.
+        separator = ";" if ";" in value else ","
         parts = value.strip("()[]").split(separator)
         tree[path[-1]] = [] if none else [item.strip() for item in parts if item.strip()]
     elif none:

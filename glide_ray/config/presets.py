@@ -1,7 +1,7 @@
-"""Complete runs by name: `get("nano-base")`. Each number stands with its source.
+"""Complete training presets by name: `get("nano-base")`. Every number names its source.
 
-"sec." and "app." are GLIDE (Nichol et al. 2021); ADM is Dhariwal & Nichol (2021), whose settings hold where GLIDE is
-silent; "release" is what OpenAI's published configuration says.
+"sec." and "app." refer to GLIDE (Nichol et al. 2021). "ADM" is Dhariwal & Nichol (2021), whose
+settings apply where GLIDE is silent. "release" is OpenAI's published configuration.
 """
 
 from __future__ import annotations
@@ -28,41 +28,47 @@ STRIDED_27 = "10,10,3,2,2"  # app. B.2: 27 steps in five segments
 
 
 def get(name: str) -> Preset:
-    """The preset of that name. Raises ConfigError with the nearest name for an unknown one."""
+    """The preset `name`. Raises ConfigError, with the nearest name, for an unknown one."""
     if name not in PRESETS:
         raise ConfigError(f"There is no preset {name!r}; {nearest(name, PRESETS)}")
     return PRESETS[name]()
 
 
-# -- as in the paper --------------------------------------------------------------------------------------------------
+# -- as in the paper ----------------------------------------------------------------------------
 
 
 def paper_base() -> Preset:
-    """3.55B parameters, 2.24B of them visual (sec. 4.1)."""
+    """The paper's base model: 3.55B parameters, 2.24B of them visual (sec. 4.1)."""
     return Preset(
         model=ModelConfig(
             name="paper-base",
             unet=UNetConfig(
+                # Sec. 4.1: ADM's network with 512 channels.
                 image_size=64,
                 channels=512,
                 multipliers=BASE_STAGES,
-                blocks=3,  # sec. 4.1: ADM's, 512 wide
+                blocks=3,
                 dropout=0.1,  # ADM, ImageNet 64x64
+                # Sec. 4.1; 64 channels per attention head.
                 text=TextConfig(width=2048, layers=24, heads=32),
-            ),  # sec. 4.1; 64 channels a head
+            ),
             diffusion=DiffusionConfig(schedule="cosine"),  # release
+            # App. B.2; table 1.
             sampling=SamplingConfig(respacing="150", guidance_scale=3.0),
-        ),  # app. B.2; table 1
+        ),
         data=DataConfig(corpus="s3://bucket/train", held_out="s3://bucket/held_out"),
         train=TrainConfig(
             objective="base",
+            # Sec. 4.1; 32 images per GPU.
             steps=2_500_000,
             batch=2048,
-            workers=64,  # sec. 4.1; 32 a GPU
+            workers=64,
+            # ADM, ImageNet 64x64 at batch 2048.
             learning_rate=3e-4,
-            ema_rates=(0.9999,),  # ADM, 64x64 at batch 2048
+            ema_rates=(0.9999,),
+            # Sec. 4.1.
             precision="fp16",
-            activation_checkpointing=True,  # sec. 4.1
+            activation_checkpointing=True,
             log_every=100,
             evaluate_every=5000,
             checkpoint_every=5000,
@@ -71,7 +77,11 @@ def paper_base() -> Preset:
 
 
 def paper_upsampler() -> Preset:
-    """1.54B parameters (sec. 4.1 gives 1.5B and the text width, not the depth; 16 layers fit, 24 make 1.64B)."""
+    """The paper's upsampler: 1.54B parameters.
+
+    Sec. 4.1 gives 1.5B parameters and the text width but not the depth: 16 layers fit, 24 make
+    1.64B.
+    """
     return Preset(
         model=ModelConfig(
             name="paper-upsampler",
@@ -84,17 +94,20 @@ def paper_upsampler() -> Preset:
                 text=TextConfig(width=1024, layers=16, heads=16),
             ),
             diffusion=DiffusionConfig(schedule="linear"),  # release
+            # App. B.2; release.
             sampling=SamplingConfig(respacing=STRIDED_27, guidance_scale=1.0, noise_scale=0.997),
-        ),  # app. B.2; release
+        ),
         data=DataConfig(corpus="s3://bucket/train", held_out="s3://bucket/held_out", min_size=256),
         train=TrainConfig(
             objective="upsampler",
+            # Sec. 4.1.
             steps=1_600_000,
             batch=512,
-            workers=64,  # sec. 4.1
+            workers=64,
+            # ADM, upsampler.
             learning_rate=1e-4,
             ema_rates=(0.9999,),
-            precision="fp16",  # ADM, upsampler
+            precision="fp16",
             activation_checkpointing=True,
             log_every=100,
             evaluate_every=5000,
@@ -103,12 +116,13 @@ def paper_upsampler() -> Preset:
     )
 
 
-# -- as released ------------------------------------------------------------------------------------------------------
+# -- as released --------------------------------------------------------------------------------
 
 
 def filtered_base() -> Preset:
-    """385M parameters: GLIDE (filtered), the published base model."""
+    """GLIDE (filtered), the published base model: 385M parameters."""
     return Preset(
+        # The released configuration.
         model=ModelConfig(
             name="filtered-base",
             unet=UNetConfig(
@@ -121,13 +135,14 @@ def filtered_base() -> Preset:
             ),
             diffusion=DiffusionConfig(schedule="cosine"),
             sampling=SamplingConfig(respacing="100", guidance_scale=3.0),
-        ),  # release
+        ),
         data=DataConfig(corpus="s3://bucket/train", held_out="s3://bucket/held_out"),
         train=TrainConfig(
             objective="base",
+            # App. B.1.
             steps=1_100_000,
             batch=2048,
-            workers=16,  # app. B.1
+            workers=16,
             learning_rate=3e-4,
             ema_rates=(0.9999,),
             precision="fp16",
@@ -139,27 +154,30 @@ def filtered_base() -> Preset:
 
 
 def filtered_upsampler() -> Preset:
-    """398M parameters: the published upsampler."""
+    """The published upsampler: 398M parameters."""
     return Preset(
         model=ModelConfig(
             name="filtered-upsampler",
             unet=UNetConfig(
+                # App. B.1.
                 image_size=256,
                 low_res_size=64,
                 channels=192,
                 multipliers=UPSAMPLER_STAGES,
                 blocks=2,
                 text=TextConfig(width=512, layers=16, heads=8),
-            ),  # app. B.1
+            ),
+            # Release.
             diffusion=DiffusionConfig(schedule="linear"),
             sampling=SamplingConfig(respacing="fast27", guidance_scale=1.0, noise_scale=0.997),
-        ),  # release
+        ),
         data=DataConfig(corpus="s3://bucket/train", held_out="s3://bucket/held_out", min_size=256),
         train=TrainConfig(
             objective="upsampler",
+            # App. B.1.
             steps=400_000,
             batch=512,
-            workers=16,  # app. B.1
+            workers=16,
             learning_rate=1e-4,
             ema_rates=(0.9999,),
             precision="fp16",
@@ -170,11 +188,14 @@ def filtered_upsampler() -> Preset:
     )
 
 
-# -- noised CLIP ------------------------------------------------------------------------------------------------------
+# -- noised CLIP --------------------------------------------------------------------------------
 
 
 def noised_clip_l() -> Preset:
-    """The paper's ViT-L over patches of 4 pixels, with the text tower of Radford et al.'s (2021, table 20) ViT-L."""
+    """The paper's ViT-L with patches of 4 pixels.
+
+    The text tower is that of the ViT-L of Radford et al. (2021, table 20).
+    """
     return Preset(
         model=ClipModelConfig(
             name="noised-clip-l",
@@ -191,11 +212,13 @@ def noised_clip_l() -> Preset:
         data=DataConfig(corpus="s3://bucket/train", held_out="s3://bucket/held_out"),
         train=TrainConfig(
             objective="clip",
+            # App. B.1.
             steps=390_000,
             batch=32_768,
-            workers=256,  # app. B.1
+            workers=256,
+            # Radford et al. (2021), tables 18 and 20.
             learning_rate=4e-4,
-            warmup_steps=2000,  # Radford et al., tables 18 and 20
+            warmup_steps=2000,
             weight_decay=0.0125,  # app. B.1
             ema_rates=(0.9999,),
             precision="fp16",
@@ -208,7 +231,10 @@ def noised_clip_l() -> Preset:
 
 
 def noised_clip_b() -> Preset:
-    """ViT-B over patches of 4 pixels, as released; the released one has a vocabulary of its own."""
+    """ViT-B with patches of 4 pixels, as released, but with GPT-2's vocabulary.
+
+    The released model has a vocabulary of its own.
+    """
     return Preset(
         model=ClipModelConfig(
             name="noised-clip-b",
@@ -225,12 +251,14 @@ def noised_clip_b() -> Preset:
         data=DataConfig(corpus="s3://bucket/train", held_out="s3://bucket/held_out"),
         train=TrainConfig(
             objective="clip",
+            # App. B.1.
             steps=390_000,
             batch=32_768,
-            workers=128,  # app. B.1
+            workers=128,
+            # Radford et al. (2021), tables 18 and 20.
             learning_rate=5e-4,
             warmup_steps=2000,
-            weight_decay=0.2,  # Radford et al., tables 18 and 20
+            weight_decay=0.2,
             ema_rates=(0.9999,),
             precision="fp16",
             activation_checkpointing=True,
@@ -241,23 +269,25 @@ def noised_clip_b() -> Preset:
     )
 
 
-# -- ours: the emoji corpus on one GPU --------------------------------------------------------------------------------
+# -- ours: the emoji corpus on one GPU ----------------------------------------------------------
 
 EMOJI = {
     "corpus": "runs/corpus/{train,tones,scenes}",
     "held_out": "runs/corpus/held_out",
-    # Tones and scenes would else be two thirds of an epoch, and of the rest two fifths people, flags and signs.
+    # Otherwise tones and scenes are two thirds of an epoch, and people, flags and symbols two
+    # fifths of the rest.
     "shares": {"tones": 0.1, "scenes": 0.2, "People & Body": 0.3, "Flags": 0.15, "Symbols": 0.4},
 }
 
 
 def emoji_base() -> Preset:
-    """The base model that ships with the package: ten minutes of one H100, or a CPU's hours. It inpaints, and generates
-    where nothing is known.
+    """The shipped base model, for generation and for inpainting.
 
-    Squares of 8 pixels are folded into channels: a CPU then sees 80 images a second and core, where it saw 2. Noise of such
-    squares does not fit into the channels, so that the network predicts x_0; SNR + 1 as its weight, up to 5 (Hang et al.
-    2023), and more of the noisy timesteps teach colour and shape, which are decided there.
+    Trains in ten minutes on one H100, or in hours on a CPU. Patches of 8 x 8 pixels are folded into
+    channels, so a CPU core trains on 80 images/s instead of 2. The noise of a patch does not fit
+    into the network's channels, so the network predicts x_0. The loss weight min(SNR + 1, 5) (Hang
+    et al. 2023) and a timestep density that favours noisy timesteps teach colour and shape, which
+    are decided there.
     """
     return Preset(
         model=ModelConfig(
@@ -298,7 +328,10 @@ def emoji_base() -> Preset:
 
 
 def emoji_upsampler() -> Preset:
-    """The upsampler beside `emoji-base`: squares of 4 pixels, so that a step at 256 pixels costs a CPU 20 ms."""
+    """The shipped upsampler for `emoji-base`.
+
+    Patches of 4 pixels: a step at 256 pixels takes 20 ms on a CPU.
+    """
     return Preset(
         model=ModelConfig(
             name="emoji-upsampler",
@@ -345,7 +378,7 @@ def emoji_upsampler() -> Preset:
 
 
 def emoji_clip() -> Preset:
-    """A noised CLIP beside `emoji-base`."""
+    """A noised CLIP for `emoji-base`."""
     return Preset(
         model=ClipModelConfig(
             name="emoji-clip",
@@ -375,7 +408,7 @@ def emoji_clip() -> Preset:
     )
 
 
-# -- ours: tests and the first run ------------------------------------------------------------------------------------
+# -- ours: tests and the first run --------------------------------------------------------------
 
 
 def nano_base() -> Preset:
@@ -405,7 +438,7 @@ def nano_base() -> Preset:
             ema_rates=(0.99,),
             warmup_steps=20,
             clip_norm=1.0,
-            precision="fp32",  # at 16 channels bf16 is no faster on a CPU
+            precision="fp32",  # bf16 is no faster on a CPU at 16 channels
             evaluate_every=100,
             checkpoint_every=100,
         ),
@@ -413,7 +446,7 @@ def nano_base() -> Preset:
 
 
 def nano_upsampler() -> Preset:
-    """The smallest upsampler, for the same purpose."""
+    """The smallest upsampler, trained in minutes on two CPU cores."""
     return Preset(
         model=ModelConfig(
             name="nano-upsampler",
@@ -431,9 +464,8 @@ def nano_upsampler() -> Preset:
             diffusion=DiffusionConfig(schedule="linear"),
             sampling=SamplingConfig(respacing=STRIDED_27, guidance_scale=1.0, noise_scale=0.997),
         ),
-        data=DataConfig(
-            min_size=256, held_out_images=32, crop=64
-        ),  # 16 times the steps in the same minutes
+        # Crops of 64 pixels: 16 times as many steps in the same time.
+        data=DataConfig(min_size=256, held_out_images=32, crop=64),
         train=TrainConfig(
             objective="upsampler",
             steps=600,
@@ -451,7 +483,10 @@ def nano_upsampler() -> Preset:
 
 
 def nano_clip() -> Preset:
-    """The smallest noised CLIP: patches of 8 pixels, so that it learns shades and kinds of emoji in minutes on two CPU cores."""
+    """The smallest noised CLIP.
+
+    With patches of 8 pixels it learns the shades and kinds of emoji in minutes on two CPU cores.
+    """
     return Preset(
         model=ClipModelConfig(
             name="nano-clip",
@@ -485,29 +520,40 @@ def nano_clip() -> Preset:
 
 
 def plain(preset: Preset) -> Preset:
-    """A CLIP that never sees noise: to judge and to search finished images with, where no public one is at hand."""
+    """The same CLIP trained on clean images only, to score and search finished images.
+
+    For use where no public CLIP is available.
+    """
     clip = preset.model.clip.model_copy(update={"noised": False})
     model = preset.model.model_copy(
         update={"name": preset.model.name.replace("-", "-plain-"), "clip": clip}
     )
-    # At 600 steps the smallest one still gains: 0.47 of 64 held-out captions found, at 1,200 0.53.
+    # nano-plain-clip still improves after 600 steps: share of 64 held-out captions that it finds,
+    # 0.47 at 600 steps and 0.53 at 1,200.
     steps = 1000 if preset.model.name.startswith("nano") else preset.train.steps
     return preset.model_copy(
         update={"model": model, "train": preset.train.model_copy(update={"steps": steps})}
     )
 
 
-# -- fine-tuning, which the paper does twice --------------------------------------------------------------------------
+# -- fine-tuning, as in secs. 4.2 and 4.3 -------------------------------------------------------
 
 
 def guided(preset: Preset) -> Preset:
-    """For classifier-free guidance: 20% of the captions empty (sec. 4.2). The paper does not say for how long; a tenth is ours."""
+    """Fine-tune for classifier-free guidance: 20% empty captions (sec. 4.2).
+
+    The paper does not give the number of steps; a tenth of the training steps is our choice.
+    """
     return _fine_tuned(preset, "guided", {}, {"empty_caption_rate": 0.2}, {})
 
 
 def inpaint(preset: Preset) -> Preset:
-    """For inpainting: four more input channels, random erasures, captions empty as before (sec. 4.3)."""
-    # Nano models are far from trained to begin with, at a rate that would shake what they have learnt.
+    """Fine-tune for inpainting: four more input channels, random erasures (sec. 4.3).
+
+    20% of the captions are empty, as for guidance.
+    """
+    # Nano models are undertrained, so they need more steps; half the learning rate, so that they
+    # keep what they have learnt.
     train = (
         {"steps": 1500, "learning_rate": preset.train.learning_rate / 2}
         if preset.model.name.startswith("nano")
@@ -553,8 +599,8 @@ CLIPS = {
     function.__name__.replace("_", "-"): function
     for function in (noised_clip_l, noised_clip_b, emoji_clip, nano_clip)
 }
-# Ours are trained with empty captions from the start, so that there is nothing to fine-tune for guidance; the emoji
-# models with random erasures too.
+# Our models need no fine-tuning for guidance: they train with empty captions from the start. The
+# emoji models need none for inpainting either: they train with random erasures.
 PRESETS.update(
     {
         f"{name}-{task.__name__}": partial(_task_on, task, make)

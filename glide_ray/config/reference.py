@@ -1,4 +1,4 @@
-"""The reference of all settings, as Markdown: `glide settings` and docs/configuration.md."""
+"""Reference of all settings as Markdown, for `glide settings` and docs/configuration.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TYPES = {
 
 
 def reference(configs: Iterable[type[Frozen]]) -> str:
-    """All settings of config classes: name, type, default and description."""
+    """Markdown tables of all settings of config classes: name, type, default and description."""
     return "\n\n".join(map(_section, configs)) + "\n"
 
 
@@ -73,7 +73,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _changed(config: BaseModel) -> str:
-    """The settings of a nested default that differ from their own defaults."""
+    """Fields of a nested default config that differ from the defaults of its own class."""
     fields = type(config).model_fields
     changed = {
         name: value for name, value in config.model_dump().items() if value != fields[name].default

@@ -1,4 +1,4 @@
-"""Options of requests for pictures, one by one and in bulk."""
+"""Sampling options: of a single request, and of bulk generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configurations of an endpoint: its models, their replicas, and the limits of requests."""
+"""Serving configs: models, replicas and request limits of an endpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configurations of training runs."""
+"""Training configs, and presets that combine model, data and training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from .data import DataConfig
 from .models import AnyModelConfig, Frozen
 
-# Prompts of the sample grids, for the emoji corpus.
+# Prompts of the sample grids, suited to the emoji corpus.
 SAMPLE_PROMPTS = (
     "a red apple, 3D render",
     "a green heart, 3D render",
@@ -76,7 +76,7 @@ class TrainConfig(Frozen):
     )
     seed: int = Field(0, description="seed of weights, noise, crops and order")
 
-    # Distribution over machines. None of it changes the loss, except CLIP's (see `contrastive`).
+    # Distribution over machines. It does not change the loss, except CLIP's (see `contrastive`).
     workers: int = Field(1, gt=0, description="worker processes")
     device: Literal["auto", "cpu", "gpu"] = Field(
         "auto",
@@ -122,7 +122,7 @@ class TrainConfig(Frozen):
         SAMPLE_PROMPTS, min_length=1, description="prompts of the grids of samples"
     )
 
-    # Failures.
+    # Failure handling.
     max_failures: int = Field(
         20,
         ge=-1,

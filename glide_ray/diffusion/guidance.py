@@ -1,4 +1,8 @@
-"""Classifier-free guidance wraps a denoiser and gives a denoiser (sec. 2.3); CLIP guidance is a gradient for the samplers (sec. 2.4)."""
+"""Classifier-free guidance (sec. 2.3) and CLIP guidance (sec. 2.4).
+
+Classifier-free guidance wraps one denoiser in another; CLIP guidance is a gradient for the
+samplers.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,12 @@ from ..tensors import Denoiser, ModelOutput, to_device_async
 
 
 def classifier_free(paired: Denoiser, scale: Tensor) -> Denoiser:
-    """eps(empty) + scale (eps(caption) - eps(empty)), with the variance of the caption's half. `scale` (B,).
+    """A denoiser that returns eps(empty) + scale * (eps(caption) - eps(empty)).
 
-    `paired` is asked for B + G rows: every sample with its caption, then the G samples whose scale is not 1 with the empty
-    caption. At scale 1 the empty half would cancel, so it is not computed. With `scale` on the CPU no device is waited for.
+    `scale` (B,). The variance is that of the captioned rows. `paired` receives B + G rows: all B
+    samples with their captions, then the G samples whose scale is not 1 with the empty caption. At
+    scale 1 the empty-caption terms cancel, so they are not computed. With `scale` on the CPU, the
+    host never waits for the GPU.
     """
     here = scale.ne(1).nonzero()[:, 0]
 
@@ -31,7 +37,10 @@ def classifier_free(paired: Denoiser, scale: Tensor) -> Denoiser:
 
 
 def combine(caption_eps: Tensor, empty_eps: Tensor, scale: Tensor) -> Tensor:
-    """Extrapolate from the unconditional prediction through the conditional one. Shapes (B, 3, H, W); scale (B,)."""
+    """Extrapolate from the empty-caption eps through the captioned eps.
+
+    Shapes (B, 3, H, W); scale (B,).
+    """
     return empty_eps + scale.reshape(-1, 1, 1, 1) * (caption_eps - empty_eps)
 
 
@@ -42,15 +51,13 @@ def score_gradient(
     text: Tensor,
     scale: Tensor,
 ) -> Tensor:
-    """scale times the gradient of `score(x, timestep, text)` (B,) with respect to x (B, 3, H, W). `text` (B, E), `scale` (B,).
+    """scale * gradient of `score(x, timestep, text)` (B,) with respect to x: (B, 3, H, W).
 
-    What the samplers take as `gradient`: that of a log-probability, such as noised CLIP's score (sec. 2.4).
+    x (B, 3, H, W), timestep (B,), `text` (B, E), `scale` (B,). The samplers receive it as
+    `gradient`: the gradient of a log-probability, such as noised CLIP's score (sec. 2.4).
     """
     with torch.inference_mode(False), torch.enable_grad():
-        x, timestep, text = (
-            x.clone().requires_grad_(True),
-            timestep.clone(),
-            text.clone(),
-        )  # free of the caller's inference mode
+        # Clones: tensors from the caller's inference mode cannot enter autograd.
+        x, timestep, text = x.clone().requires_grad_(True), timestep.clone(), text.clone()
         (gradient,) = torch.autograd.grad(score(x, timestep, text).sum(), x)
     return gradient * scale.reshape(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""The hybrid loss of a model that learns its variance (Nichol & Dhariwal 2021, sec. 3.1)."""
+"""Hybrid loss of a model that learns its variance (Nichol & Dhariwal 2021, sec. 3.1)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from .schedule import Schedule
 
 @dataclass(frozen=True)
 class HybridLoss:
-    """Per sample, (B,) float32."""
+    """Loss of each sample, (B,) float32."""
 
-    total: Tensor  # mse + vb, weighted
-    mse: Tensor  # of eps
-    vb: Tensor  # the variational bound's term at i, in bits per dimension, times S/1000
+    total: Tensor  # mse + vb, both weighted
+    mse: Tensor  # of eps, unweighted
+    # variational-bound term at i in bits per dimension, times S/1000, unweighted
+    vb: Tensor
 
 
 def hybrid_loss(
@@ -31,10 +32,11 @@ def hybrid_loss(
     noise: Tensor,
     weight: Tensor | None = None,
 ) -> HybridLoss:
-    """MSE of eps plus the bound's term, which teaches the variance only: eps enters it without gradient.
+    """MSE of eps plus the variational-bound term.
 
-    x0, x_t, noise (B, 3, H, W); i (B,). `weight` (B,) of the MSE, and up to 1 of the bound's term; 1 where there is none. Computed in float32 whatever the
-    network's precision.
+    The bound term trains the variance only: eps enters it detached. x0, x_t, noise (B, 3, H, W); i
+    (B,). `weight` (B,) multiplies the MSE and, clamped to 1, the bound term; None: 1. Computed in
+    float32 at any network precision.
     """
     eps, variance = output.eps.float(), output.variance.float()
     mse = _mean(torch.square(noise - eps))
@@ -43,16 +45,17 @@ def hybrid_loss(
     )
     if weight is None:
         return HybridLoss(mse + vb, mse, vb)
-    # The bound's term does not vanish where there is all but noise, and weights there are without limit.
+    # Clamped: at almost pure noise weights are unbounded, and the bound term does not vanish.
     return HybridLoss(mse * weight + vb * weight.clamp(max=1), mse, vb)
 
 
 def min_snr_weight(schedule: Schedule, i: Tensor, most: float, least: float = 0.0) -> Tensor:
-    """The weight of eps' error at the indices i, (B,) float32, with which x_0's error has the weight min(SNR + least, most).
+    """Weight of eps' error at the indices i that gives x_0's error min(SNR + least, most).
 
-    eps' error is SNR times that of x_0. Evenly weighted it teaches details, where there is little noise; `most` limits
-    that (Hang et al. 2023, Min-SNR). With `least` 1 it is v's error, which does not vanish where there is all but noise,
-    and colour and shape are decided from the caption alone (Salimans & Ho 2022).
+    (B,) float32. eps' error is SNR times x_0's, so uniform weights on eps favour low noise, where
+    details are learnt; `most` limits this (Min-SNR, Hang et al. 2023). `least` = 1 gives v's error,
+    which does not vanish at almost pure noise, where colour and shape are decided from the caption
+    alone (Salimans & Ho 2022).
     """
     power = schedule.alpha_bar.to(i.device)[i]
     snr = power / (1 - power)
@@ -62,7 +65,10 @@ def min_snr_weight(schedule: Schedule, i: Tensor, most: float, least: float = 0.
 def variational_term(
     schedule: Schedule, output: ModelOutput, x0: Tensor, x_t: Tensor, i: Tensor
 ) -> Tensor:
-    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and -log p(x_0 | x_1) at i = 0; (B,) in bits per dimension."""
+    """Term of the variational bound at i: (B,) in bits per dimension.
+
+    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and -log p(x_0 | x_1) at i = 0.
+    """
     mean = posterior_mean(schedule, x0_from_eps(schedule, x_t, i, output.eps), x_t, i)
     log_variance = learned_log_variance(schedule, output.variance, i)
     true_mean = posterior_mean(schedule, x0, x_t, i)
@@ -76,7 +82,7 @@ def variational_term(
 def gaussian_kl(
     mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor
 ) -> Tensor:
-    """KL(N1 || N2) of diagonal normals, elementwise, in nats."""
+    """KL(N1 || N2) of diagonal Gaussians, elementwise, in nats."""
     return 0.5 * (
         log_variance2
         - log_variance1
@@ -87,10 +93,11 @@ def gaussian_kl(
 
 
 def discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Log probability of 8-bit pixels x in [-1, 1] under a normal, integrated over each pixel's bin of 2/255, in nats.
+    """Log probability, in nats, of 8-bit pixels x in [-1, 1] under a Gaussian.
 
-    The outermost bins reach to infinity (Ho et al. 2020, eq. 13). The normal's cumulative function is the tanh
-    approximation of Page (1977), as in the released losses: the golden numbers agree with it and not with erf.
+    Integrated over each pixel's bin of width 2/255; the outermost bins reach to infinity (Ho et al.
+    2020, eq. 13). The CDF is the tanh approximation of Page (1977), as in the released losses: the
+    golden numbers agree with it and not with erf.
     """
     inverse_scale = torch.exp(-log_scale)
     upper = _normal_cdf((x - mean + 1 / 255) * inverse_scale)

@@ -1,6 +1,6 @@
-"""The Gaussian diffusion process (sec. 2.1): noising, its posterior, and the passage between eps and x_0.
+"""The Gaussian diffusion process (sec. 2.1): noising, posterior, conversions of eps and x_0.
 
-Every function takes per-sample indices i (B,) into a `Schedule`; images are (B, 3, H, W).
+Every function receives per-sample indices i (B,) into a `Schedule`; images are (B, 3, H, W).
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from .schedule import Schedule
 
 
 def q_sample(schedule: Schedule, x0: Tensor, i: Tensor, noise: Tensor) -> Tensor:
-    """x_t ~ q(x_t | x_0) for the given standard normal noise (Ho et al. 2020, eq. 4)."""
+    """x_t ~ q(x_t | x_0), from standard normal noise (Ho et al. 2020, eq. 4)."""
     alpha_bar = schedule.at("alpha_bar", i)
     return alpha_bar.sqrt().float() * x0 + (1 - alpha_bar).sqrt().float() * noise
 
 
 def x0_from_eps(schedule: Schedule, x: Tensor, i: Tensor, eps: Tensor) -> Tensor:
-    """The image that `eps` says is under the noise of x."""
+    """The x_0 that x and its predicted noise eps imply."""
     alpha_bar = schedule.at("alpha_bar", i)
     return (1 / alpha_bar).sqrt().float() * x - (1 / alpha_bar - 1).sqrt().float() * eps
 
 
 def eps_from_x0(schedule: Schedule, x: Tensor, i: Tensor, x0: Tensor) -> Tensor:
-    """The noise that would make x from x_0."""
+    """The noise that x and its predicted x_0 imply."""
     alpha_bar = schedule.at("alpha_bar", i)
     return ((1 / alpha_bar).sqrt().float() * x - x0) / (1 / alpha_bar - 1).sqrt().float()
 
@@ -34,7 +34,10 @@ def posterior_mean(schedule: Schedule, x0: Tensor, x: Tensor, i: Tensor) -> Tens
 
 
 def learned_log_variance(schedule: Schedule, variance: Tensor, i: Tensor) -> Tensor:
-    """Log variance between the posterior's (-1) and beta (+1), interpolated in the log (Nichol & Dhariwal 2021, eq. 15)."""
+    """Learned log variance: `variance` in [-1, 1] interpolates between two bounds.
+
+    In log space, from the posterior's (-1) to beta's (+1) (Nichol & Dhariwal 2021, eq. 15).
+    """
     fraction = (variance + 1) / 2
     return (
         fraction * schedule.at("max_log_variance", i).float()

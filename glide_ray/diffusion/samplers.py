@@ -1,8 +1,9 @@
-"""One reverse step each: from x at per-sample indices i (B,) to the next less noisy index.
+"""One reverse step per sampler: from x at per-sample indices i (B,) to the next less noisy index.
 
-A sampler is one flat function of tensors: the guided model output, x and fresh noise in; the next x and the predicted
-x_0 out. Multistep samplers also read the sample's `History`. `known` pixels are put into the predicted x_0, so that they come
-out exactly at the end; `renoise_known` is the constraint for models that were not trained for inpainting.
+A sampler is a function of tensors: it receives the guided model output, x and fresh noise, and
+returns the next x and the predicted x_0. Multistep samplers also read the samples' `History`.
+`known` pixels overwrite those of the predicted x_0, so they are exact at the end; `renoise_known`
+is the constraint for models that were not trained for inpainting.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ ADAMS_BASHFORTH = (
 
 @dataclass(frozen=True)
 class Known:
-    """Pixels that are given: image (B, 3, H, W) in [-1, 1], mask (B, 1, H, W) with 1 where the pixel is known."""
+    """Known pixels, for inpainting.
+
+    image (B, 3, H, W) in [-1, 1]; mask (B, 1, H, W), 1 where the pixel is known.
+    """
 
     image: Tensor
     mask: Tensor
@@ -35,31 +39,34 @@ class Known:
 
 @dataclass(frozen=True)
 class History(Rows):
-    """What each sample's earlier steps remembered, newest first; zeros where there was no such step."""
+    """Predictions of each sample's last three steps, newest first, for multistep samplers.
 
-    past: Tensor  # (B, 3, 3, H, W)
-    count: Tensor  # (B,) how many earlier steps
+    Zeros where there was no such step.
+    """
+
+    past: Tensor  # (B, 3 steps, 3 channels, H, W)
+    count: Tensor  # (B,) number of earlier steps
 
     @classmethod
     def none(cls, x: Tensor) -> History:
-        """Of samples x (B, 3, H, W) that have not taken a step."""
+        """Empty history of samples x (B, 3, H, W) before their first step."""
         return cls(
             x.new_zeros(len(x), 3, *x.shape[1:]),
             torch.zeros(len(x), dtype=torch.int64, device=x.device),
         )
 
     def then(self, remembered: Tensor) -> History:
-        """After one more step."""
+        """The history after one more step."""
         return History(torch.cat([remembered[:, None], self.past[:, :-1]], dim=1), self.count + 1)
 
 
 @dataclass(frozen=True)
 class Step(Rows):
-    """What one reverse step gives, each (B, 3, H, W)."""
+    """Result of one reverse step, each (B, 3, H, W)."""
 
     x: Tensor
     x0: Tensor
-    remembered: Tensor  # for the `History` of the steps after it
+    remembered: Tensor  # x_0, or eps in PLMS, for the `History` of later steps
 
 
 def ancestral_step(
@@ -72,9 +79,10 @@ def ancestral_step(
     gradient: Tensor | None = None,
     history: History | None = None,
 ) -> Step:
-    """x_{t-1} ~ p(x_{t-1} | x_t) with the learned variance (sec. 2.1). No noise is added where the step ends at x_0.
+    """x_{t-1} ~ p(x_{t-1} | x_t) with the learned variance (sec. 2.1).
 
-    `gradient` of a log-probability with respect to x shifts the mean by variance * gradient (sec. 2.2, 2.4).
+    The step that ends at x_0 adds no noise. `gradient` of a log-probability with respect to x
+    shifts the mean by variance * gradient (sec. 2.2, 2.4).
     """
     x0 = predict_x0(schedule, output, x, i, known)
     log_variance = learned_log_variance(schedule, output.variance, i)
@@ -96,9 +104,10 @@ def ddim_step(
     history: History | None = None,
     eta: float = 0.0,
 ) -> Step:
-    """Song et al. (2020), eq. 12: deterministic at eta 0, as noisy as ancestral sampling at eta 1.
+    """DDIM (Song et al. 2020, eq. 12).
 
-    A `gradient` edits eps instead of the mean (Dhariwal & Nichol 2021, algorithm 2).
+    Deterministic at eta 0, as noisy as ancestral sampling at eta 1. A `gradient` shifts eps instead
+    of the mean (Dhariwal & Nichol 2021, algorithm 2).
     """
     x0 = _guided_x0(schedule, output, x, i, known, gradient)
     return Step(_towards(schedule, x0, eps_from_x0(schedule, x, i, x0), i, noise, eta), x0, x0)
@@ -114,9 +123,10 @@ def plms_step(
     gradient: Tensor | None = None,
     history: History | None = None,
 ) -> Step:
-    """DDIM with eps extrapolated from up to four steps by Adams-Bashforth (Liu et al. 2022, eq. 12), for evenly spaced steps.
+    """PLMS (Liu et al. 2022, eq. 12), for evenly spaced steps.
 
-    A sample's first three steps are of the orders 1 to 3, and ask the network once each as all others do.
+    DDIM with eps extrapolated from up to four steps by Adams-Bashforth. A sample's first three
+    steps have orders 1 to 3; every step, also these, makes one network call.
     """
     history = History.none(x) if history is None else history
     eps = eps_from_x0(schedule, x, i, _guided_x0(schedule, output, x, i, known, gradient))
@@ -138,9 +148,10 @@ def dpm_solver_step(
     gradient: Tensor | None = None,
     history: History | None = None,
 ) -> Step:
-    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): of second order in lambda = log(signal / noise), for 15 to 30 steps.
+    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2), for 15 to 30 steps.
 
-    The first step is of first order (then it is DDIM's), and the last, whose lambda is infinite, is the predicted image.
+    Second order in lambda = log(signal / noise). The first step is first order and equals DDIM's;
+    the last, whose lambda is infinite, returns the predicted x_0.
     """
     history = History.none(x) if history is None else history
     x0 = _guided_x0(schedule, output, x, i, known, gradient)
@@ -150,8 +161,9 @@ def dpm_solver_step(
         _half_log_snr(level) for level in (alpha_bar, previous, schedule.at("alpha_bar_next", i))
     )
     h = torch.where(last, 1.0, there - here)
-    # 1 / 2r of the paper, with r the ratio of the step before to this one, but at most 1/2: evenly spaced timesteps end in steps
-    # that are long in lambda, over which a straight line leads astray (measured on normal data: farther off than DDIM).
+    # The paper's 1 / 2r, where r = size of the previous step / size of this one, clamped to 1/2:
+    # evenly spaced timesteps end in steps that are long in lambda, where linear extrapolation fails
+    # (measured on Gaussian data: larger error than DDIM).
     weight = torch.where(
         (history.count > 0).reshape(-1, 1, 1, 1), (h / (2 * (here - before))).clamp(max=0.5), 0.0
     ).float()
@@ -163,14 +175,17 @@ def dpm_solver_step(
 
 
 def renoise_known(schedule: Schedule, x: Tensor, i: Tensor, noise: Tensor, known: Known) -> Tensor:
-    """Implicit inpainting (sec. 4.3; app. E): after a step from i, the known pixels as q(x_{t-1} | x_0) has them."""
+    """Implicit inpainting (sec. 4.3; app. E): known pixels drawn from q(x_{t-1} | x_0).
+
+    Applied to x after a step from i.
+    """
     previous = schedule.at("alpha_bar_prev", i)
     noised = previous.sqrt().float() * known.image + (1 - previous).sqrt().float() * noise
     return torch.where(known.mask > 0.5, noised, x)
 
 
 def ddim_inversion_step(schedule: Schedule, output: ModelOutput, x: Tensor, i: Tensor) -> Step:
-    """The DDIM ODE run backwards: from x at i to the next noisier index (Song et al. 2020, sec. 4.3)."""
+    """DDIM ODE backwards: x at i to the next noisier index (Song et al. 2020, sec. 4.3)."""
     x0 = predict_x0(schedule, output, x, i, None)
     eps = eps_from_x0(schedule, x, i, x0)
     following = schedule.at("alpha_bar_next", i)
@@ -180,7 +195,7 @@ def ddim_inversion_step(schedule: Schedule, output: ModelOutput, x: Tensor, i: T
 def predict_x0(
     schedule: Schedule, output: ModelOutput, x: Tensor, i: Tensor, known: Known | None
 ) -> Tensor:
-    """The image under the noise, clipped to [-1, 1], with the known pixels in their place."""
+    """Predicted x_0, clipped to [-1, 1], with the known pixels filled in."""
     return _settle(x0_from_eps(schedule, x, i, output.eps), known)
 
 
@@ -200,7 +215,10 @@ def _guided_x0(
     known: Known | None,
     gradient: Tensor | None,
 ) -> Tensor:
-    """The predicted image, moved by a gradient's edit of eps: -sqrt(1 - alpha_bar) gradient. Where that is 0, so is the move."""
+    """Predicted x_0 after adding -sqrt(1 - alpha_bar) * gradient to eps.
+
+    A gradient of 0 leaves it exactly unchanged.
+    """
     x0 = predict_x0(schedule, output, x, i, known)
     if gradient is None:
         return x0
@@ -211,7 +229,7 @@ def _guided_x0(
 def _towards(
     schedule: Schedule, x0: Tensor, eps: Tensor, i: Tensor, noise: Tensor, eta: float
 ) -> Tensor:
-    """The state one step on along eps, of which `eta` is drawn anew; x_0 itself at the last step."""
+    """Next x along eps, with the share `eta` of fresh noise; x_0 itself at the last step."""
     alpha_bar, previous = schedule.at("alpha_bar", i), schedule.at("alpha_bar_prev", i)
     sigma = eta * ((1 - previous) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / previous).sqrt()
     mean = (
@@ -221,7 +239,7 @@ def _towards(
 
 
 def _exact_at_last(schedule: Schedule, x: Tensor, i: Tensor, known: Known | None) -> Tensor:
-    """A gradient moves known pixels too; at the end they are what they were."""
+    """Restore known pixels at the last step, because a gradient moves them too."""
     return torch.where(schedule.at("last", i), _keep(x, known), x)
 
 

@@ -1,8 +1,9 @@
 """Noise schedules and respacing.
 
-A `Schedule` holds, for the S timesteps that are kept, everything that a training or sampling step reads. Step functions
-take a per-sample index i (B,) into its tables, so samples at different timesteps share one network call; schedules can be
-joined, so that samples with different numbers of steps do too.
+A `Schedule` holds the tables that a training or sampling step reads, for the S timesteps that are
+kept. Step functions index them with a per-sample i (B,), so samples at different timesteps share
+one network call. Schedules can be joined, so that samples with different numbers of steps share it
+too.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ from ..errors import UserError
 
 
 class ScheduleError(UserError):
-    """A schedule or respacing that makes no sense."""
+    """An invalid schedule or respacing."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Tables of shape (S,), float64 but for `timestep` and `last`. Index 0 is the least noisy step.
+    """Tables of shape (S,), float64 except `timestep` and `last`. Index 0 is the least noisy step.
 
-    The posterior is q(x_{t-1} | x_t, x_0) = N(x0_weight x_0 + xt_weight x_t, posterior_variance) (Ho et al. 2020, eq. 6, 7).
+    The posterior is q(x_{t-1} | x_t, x_0) = N(x0_weight x_0 + xt_weight x_t, posterior_variance)
+    (Ho et al. 2020, eq. 6, 7).
     """
 
     total: int  # timesteps of the training process
-    timestep: Tensor  # what the network is told, int64
+    timestep: Tensor  # int64, as the network receives it
     alpha_bar: Tensor  # signal power at this step
-    alpha_bar_prev: Tensor  # at the next less noisy one; 1 after the last
-    alpha_bar_next: Tensor  # at the next noisier one; 0 before the first
+    alpha_bar_prev: Tensor  # at the next less noisy step; 1 at index 0
+    alpha_bar_next: Tensor  # at the next noisier step; 0 at the noisiest
     posterior_variance: Tensor
-    min_log_variance: (
-        Tensor  # lower bound of the learned variance: the posterior's, at i=0 that of i=1
-    )
+    # lower bound of the learned variance: the posterior's; at i=0 that of i=1
+    min_log_variance: Tensor
     max_log_variance: Tensor  # upper bound: log beta
     x0_weight: Tensor
     xt_weight: Tensor
@@ -48,7 +49,8 @@ class Schedule:
     def at(self, name: str, i: Tensor) -> Tensor:
         """Table `name` at the indices i (B,), shaped (B, 1, 1, 1) for images, on i's device.
 
-        Still float64: a step forms its factors, which reach 1e4, exactly, and rounds each once to float32.
+        Still float64: a step computes its factors, which reach 1e4, exactly, and rounds each once
+        to float32.
         """
         return getattr(self, name).to(i.device)[i].reshape(-1, 1, 1, 1)
 
@@ -59,7 +61,7 @@ class Schedule:
 
 
 def make_schedule(name: str, steps: int = 1000) -> Schedule:
-    """The schedule of that name, `cosine` or `linear`, with all of its timesteps. Raises ScheduleError."""
+    """The `cosine` or `linear` schedule with all its timesteps. Raises ScheduleError."""
     if name not in ("cosine", "linear"):
         raise ScheduleError(f"There is no noise schedule {name!r}; choose cosine or linear.")
     powers = DiffusionConfig(schedule=name, steps=steps).alpha_bar()
@@ -67,13 +69,19 @@ def make_schedule(name: str, steps: int = 1000) -> Schedule:
 
 
 def respace(schedule: Schedule, spacing: str | int) -> Schedule:
-    """Keep some of the timesteps: the same signal powers, with the steps between them lengthened to fit."""
+    """Keep some of the timesteps, with unchanged alpha_bar and betas recomputed to fit.
+
+    Raises ScheduleError.
+    """
     kept = torch.tensor(kept_timesteps(len(schedule), spacing))
     return _tables(schedule.total, schedule.timestep[kept], schedule.alpha_bar[kept])
 
 
 def join(schedules: Sequence[Schedule]) -> Schedule:
-    """One after the other in the same tables: index j of the k-th is j plus the lengths of those before it."""
+    """Concatenate schedules into the same tables.
+
+    Index j of the k-th schedule becomes j plus the lengths of those before it.
+    """
     return Schedule(
         schedules[0].total,
         **{
@@ -83,11 +91,14 @@ def join(schedules: Sequence[Schedule]) -> Schedule:
 
 
 def kept_timesteps(total: int, spacing: str | int) -> list[int]:
-    """Which of `total` timesteps a respacing keeps, ascending.
+    """The timesteps out of `total` that a respacing keeps, ascending. Raises ScheduleError.
 
-    `"27"`: evenly from first to last. `"10,10,3,2,2"`: so many evenly within each equal segment, the least noisy first
-    (app. B.2). `"ddim50"`: every k-th from 0, as DDIM's paper strides (Song et al. 2020). `"fast27"`: the release's
-    27 steps for its upsampler, `10,10,3,2,1` and one more just below the end, of a process of 1000 steps.
+    - `"27"`: 27, evenly spaced from first to last.
+    - `"10,10,3,2,2"`: these numbers of evenly spaced timesteps in equal segments, the least noisy
+      segment first (app. B.2).
+    - `"ddim50"`: 50, every k-th from 0, as in the DDIM paper (Song et al. 2020).
+    - `"fast27"`: the 27 steps of the released upsampler: `10,10,3,2,1` and one more just below the
+      end, for a process of 1000 steps.
     """
     spacing = str(spacing).replace(" ", "")
     if spacing == "fast27":
@@ -109,10 +120,11 @@ def kept_timesteps(total: int, spacing: str | int) -> list[int]:
         size = total // len(counts) + (segment < total % len(counts))
         if count > size:
             raise ScheduleError(
-                f"Respacing {spacing!r} wants {count} steps from a segment of {size}; ask for fewer."
+                f"Respacing {spacing!r} wants {count} steps from a segment of {size}; "
+                f"ask for fewer."
             )
         stride = (size - 1) / (count - 1) if count > 1 else 1
-        # Added up rather than multiplied: the released schedule rounds the running sum.
+        # Accumulate instead of multiplying: the released schedule rounds the running sum.
         position = 0.0
         for _ in range(count):
             kept.append(start + round(position))
@@ -124,7 +136,8 @@ def kept_timesteps(total: int, spacing: str | int) -> list[int]:
 def _positive(text: str, spacing: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ScheduleError(
-            f"Respacing {spacing!r} is not understood; write '27', '10,10,3,2,2', 'ddim50' or 'fast27'."
+            f"Respacing {spacing!r} is not understood; write '27', '10,10,3,2,2', 'ddim50' or "
+            f"'fast27'."
         )
     return int(text)
 
@@ -134,7 +147,7 @@ def _tables(total: int, timestep: Tensor, alpha_bar: Tensor) -> Schedule:
     following = torch.cat([alpha_bar[1:], alpha_bar.new_zeros(1)])
     beta = 1 - alpha_bar / previous
     variance = beta * (1 - previous) / (1 - alpha_bar)
-    # The posterior of the last step has no variance; its logarithm is cut off at that of the step before it.
+    # At i=0 the posterior variance is 0 and has no logarithm; use that of i=1 there.
     floor = torch.cat([variance[1:2] if len(variance) > 1 else beta[:1], variance[1:]])
     return Schedule(
         total=total,

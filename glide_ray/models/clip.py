@@ -1,4 +1,4 @@
-"""Noised CLIP (sec. 4.4): a text tower, and an image tower f(x_t, t) that reads images at the noise level t."""
+"""Noised CLIP (sec. 4.4): a text tower g(c) and an image tower f(x_t, t) for noised images."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from ..config.models import ClipConfig
 from ..tensors import ClipOutput
 from .layers import attend
 
-# Of the pixels that CLIP was trained on, in 8 bits (Radford et al. 2021, release).
+# Statistics of CLIP's training pixels, in 8 bits (Radford et al. 2021, release).
 CHANNEL_MEANS = (122.77093945, 116.74601272, 104.09373519)
 CHANNEL_STDS = (68.50053285, 66.63215831, 70.32316309)
 MAX_SCALE = 100.0
 
 
 class Block(nn.Module):
-    """Attention and a GELU network of four times the width, each after a layer norm and beside a residual."""
+    """Attention, then a GELU MLP of four times the width, each pre-norm and with a residual."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.attention_norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, width)
-        self.key = nn.Linear(
-            width, width, bias=False
-        )  # a bias of the keys would cancel in the softmax
+        # No bias: it would cancel in the softmax.
+        self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
         self.mlp_norm = nn.LayerNorm(width)
@@ -54,7 +53,10 @@ def _through(blocks: nn.ModuleList, h: Tensor, causal: bool, checkpointing: bool
 
 
 class ImageTower(nn.Module):
-    """The timestep as a token of its own, then the patches; the embedding is read at the timestep's place."""
+    """A transformer over a timestep token followed by the patches.
+
+    The embedding is read at the timestep token.
+    """
 
     def __init__(self, config: ClipConfig):
         super().__init__()
@@ -73,7 +75,10 @@ class ImageTower(nn.Module):
         self.project = nn.Linear(width, config.embedding, bias=False)
 
     def forward(self, x: Tensor, timestep: Tensor, checkpointing: bool = False) -> Tensor:
-        """x (B, 3, H, W) as the diffusion process has it, timestep (B,) -> (B, E)."""
+        """x (B, 3, H, W) on the diffusion process's scale, timestep (B,) -> (B, E).
+
+        Raises ValueError for images of another size.
+        """
         if x.shape[-1] != self.image_size:
             raise ValueError(
                 f"this CLIP reads images of {self.image_size} pixels, not {x.shape[-1]}"
@@ -104,7 +109,10 @@ class TextTower(nn.Module):
         self.project = nn.Linear(config.text_width, config.embedding, bias=False)
 
     def forward(self, tokens: Tensor, lengths: Tensor, checkpointing: bool = False) -> Tensor:
-        """tokens (B, K) int64, of which the first `lengths` (B,) are the caption -> (B, E). An empty caption is read at its first place."""
+        """tokens (B, K) int64, the first `lengths` (B,) of them the caption -> (B, E).
+
+        An empty caption is read at position 0.
+        """
         h = self.token(tokens) + self.position
         h = _through(self.blocks, h, True, checkpointing)
         last = h[torch.arange(len(h), device=h.device), (lengths - 1).clamp(min=0)]
@@ -112,21 +120,23 @@ class TextTower(nn.Module):
 
 
 class NoisedClip(nn.Module):
-    """Both towers and the scale of their logits. Its embeddings have length 1."""
+    """Both towers and the scale of their logits. Embeddings have length 1."""
 
     def __init__(self, config: ClipConfig):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
         self.image, self.text = ImageTower(config), TextTower(config)
-        self.log_scale = nn.Parameter(
-            torch.tensor([math.log(config.scale)])
-        )  # DeepSpeed cannot send one without an axis
+        # One element on one axis: DeepSpeed cannot send a 0-d parameter.
+        self.log_scale = nn.Parameter(torch.tensor([math.log(config.scale)]))
         self.initialise()
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Draw every parameter: CLIP's own scales (Radford et al. 2021, sec. 2.4), residual branches shrunk with depth."""
+        """Draw every parameter with CLIP's own scales (Radford et al. 2021, sec. 2.4).
+
+        Residual branches shrink with depth.
+        """
         if self.log_scale.is_meta:
             return
         for tower in (self.image, self.text):
@@ -149,13 +159,16 @@ class NoisedClip(nn.Module):
         )
 
     def forward(self, x: Tensor, timestep: Tensor, tokens: Tensor, mask: Tensor) -> ClipOutput:
-        """Noised images x (B, 3, H, W) at timesteps (B,) and captions (B, K) with their masks: both embedded, as training wants it."""
+        """Embed noised images and captions together, for training.
+
+        x (B, 3, H, W) at timestep (B,); tokens (B, K) and their mask (B, K).
+        """
         checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
         image, text = (
             self.image(x, timestep, checkpointing),
             self.text(tokens, mask.sum(1), checkpointing),
         )
-        # The scale is bounded for stability (Radford et al. 2021, sec. 2.5).
+        # Clamp the scale for stability (Radford et al. 2021, sec. 2.5).
         return ClipOutput(
             F.normalize(image.float(), dim=-1),
             F.normalize(text.float(), dim=-1),
@@ -163,13 +176,16 @@ class NoisedClip(nn.Module):
         )
 
     def encode_text(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Captions (B, K) of `lengths` (B,) tokens as vectors of length 1: (B, E)."""
+        """Captions (B, K) of `lengths` (B,) tokens -> embeddings (B, E) of length 1."""
         return F.normalize(self.text(tokens, lengths).float(), dim=-1)
 
     def encode_image(self, x: Tensor, timestep: Tensor) -> Tensor:
-        """Noised images (B, 3, H, W) at timesteps (B,) as vectors of length 1: (B, E)."""
+        """Noised images (B, 3, H, W) at timesteps (B,) -> embeddings (B, E) of length 1."""
         return F.normalize(self.image(x, timestep).float(), dim=-1)
 
     def score(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        """scale f(x_t, t) . g(c) (B,) for embedded captions `text` (B, E): what CLIP guidance climbs (sec. 2.4)."""
+        """scale f(x_t, t) . g(c), (B,), for caption embeddings `text` (B, E).
+
+        CLIP guidance follows its gradient (sec. 2.4).
+        """
         return self.log_scale.float().exp() * (self.encode_image(x, timestep) * text).sum(-1)

@@ -1,7 +1,8 @@
-"""CLIP as guidance and reranking use it: captions embedded once, images scored against them at every step.
+"""CLIP for guidance and reranking: embed captions once, score images against them at every step.
 
-`NoisedClipScorer` is ours, trained on noised images (sec. 4.4) or on plain ones; `PublicClipScorer` one of the published models that never saw noise,
-for the comparison of app. D. Both stay in float32: their gradients vanish in less.
+`NoisedClipScorer` is for our models, trained on noised images (sec. 4.4) or on clean ones.
+`PublicClipScorer` is for published models that never saw noise, for the comparison of app. D. Both
+run in float32: at lower precision their gradients underflow.
 """
 
 from __future__ import annotations
@@ -21,26 +22,23 @@ from ..errors import UserError
 from .clip import CHANNEL_MEANS, CHANNEL_STDS, NoisedClip
 from .weights import WeightsError, load_metadata, load_model
 
-CLIP_FILES = (
-    ".safetensors",
-    ".json",
-    ".txt",
-)  # of a public CLIP's folder: weights, settings, vocabulary
+# Files of a public CLIP's folder: weights, settings, vocabulary.
+CLIP_FILES = (".safetensors", ".json", ".txt")
 
 
 class ClipScorer(Protocol):
-    noised: bool  # whether it reads x_t itself
+    noised: bool  # trained on noised images, so `score` can receive x_t itself
     embedding: int
-    image_size: int  # pixels on a side of what it reads
+    image_size: int  # input side in pixels
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Captions as vectors of length 1: (N, E)."""
+        """Captions -> embeddings (N, E) of length 1."""
 
     def embed_images(self, x: Tensor) -> Tensor:
-        """Images without noise (B, 3, H, W) in [-1, 1] as vectors of length 1: (B, E)."""
+        """Clean images (B, 3, H, W) in [-1, 1] -> embeddings (B, E) of length 1."""
 
     def score(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        """The logit of each image (B, 3, H, W), at timesteps (B,), with its caption (B, E): (B,)."""
+        """Logits (B,) of images (B, 3, H, W) at timesteps (B,) with their captions (B, E)."""
 
 
 class NoisedClipScorer:
@@ -82,16 +80,17 @@ class NoisedClipScorer:
 
 
 class PublicClipScorer:
-    """A CLIP in the form of `transformers`, from a folder with its config, its tokenizer and weights in safetensors."""
+    """A CLIP in `transformers` format: a folder with config, tokenizer and safetensors weights.
+
+    Raises UserError without transformers, WeightsError for an unsuitable folder.
+    """
 
     noised = False
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu"):
         try:
-            from transformers import (  # where a public CLIP is used, and not before
-                CLIPModel,
-                CLIPTokenizerFast,
-            )
+            # Optional dependency, for public CLIPs only.
+            from transformers import CLIPModel, CLIPTokenizerFast
         except ImportError:
             raise UserError(
                 "A public CLIP needs transformers; run `pip install transformers`."
@@ -101,7 +100,7 @@ class PublicClipScorer:
                 folder, use_safetensors=True, local_files_only=True
             )
             self._tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # whatever the library makes of a folder that is not one
+        except Exception as error:  # the library raises many types for an unsuitable folder
             raise WeightsError(
                 f"{folder} does not hold a CLIP that transformers can read from safetensors "
                 f"({str(error).splitlines()[0][:200]})."
@@ -125,7 +124,7 @@ class PublicClipScorer:
         return self._embed_images(x.to(self.device))
 
     def score(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        """The timestep means nothing to it."""
+        """Logits, as in `ClipScorer`; the timestep is ignored."""
         return self._model.logit_scale.exp() * (self._embed_images(x) * text).sum(-1)
 
     def _embed_images(self, x: Tensor) -> Tensor:
@@ -149,7 +148,10 @@ class PublicClipScorer:
 def load_critic(
     path: str | Path, base: ModelConfig, device: torch.device | str = "cpu"
 ) -> ClipScorer:
-    """The CLIP at `path`, a weights file of noised CLIP or the folder of a public one, to go with a base model. Raises WeightsError."""
+    """The CLIP at `path`, checked against a base model. Raises WeightsError.
+
+    `path`: a weights file of noised CLIP, or the folder of a public CLIP.
+    """
     critic = load_clip(path, device)
     if isinstance(critic, PublicClipScorer):
         return critic
@@ -158,29 +160,34 @@ def load_critic(
 
 
 def check_clip(config: ClipModelConfig, base: ModelConfig, path: str | Path) -> None:
-    """Raises WeightsError where a CLIP of ours does not go with a base model."""
+    """Raise WeightsError if one of our CLIPs does not match the base model's size and noise."""
     if config.image_size != base.image_size:
         raise WeightsError(
-            f"{path} reads images of {config.image_size} pixels and {base.name} makes {base.image_size}; give a CLIP that "
-            f"was trained for this size."
+            f"{path} reads images of {config.image_size} pixels and {base.name} makes "
+            f"{base.image_size}; give a CLIP that was trained for this size."
         )
     if config.clip.noised and config.diffusion != base.diffusion:
         raise WeightsError(
-            f"{path} was trained on the noise of a {config.diffusion.schedule} schedule of {config.diffusion.steps} steps and "
-            f"{base.name} on a {base.diffusion.schedule} one of {base.diffusion.steps}; give a CLIP of the same noise."
+            f"{path} was trained on the noise of a {config.diffusion.schedule} schedule of "
+            f"{config.diffusion.steps} steps and {base.name} on a {base.diffusion.schedule} one of "
+            f"{base.diffusion.steps}; give a CLIP of the same noise."
         )
 
 
 def load_clip(
     path: str | Path, device: torch.device | str = "cpu"
 ) -> NoisedClipScorer | PublicClipScorer:
-    """The CLIP at `path` by itself: a weights file of noised CLIP, or the folder of a public one. Raises WeightsError."""
+    """The CLIP at `path`, not checked against a base model. Raises WeightsError.
+
+    `path`: a weights file of noised CLIP, or the folder of a public CLIP.
+    """
     if Path(path).is_dir():
         return PublicClipScorer(path, device)
     model, config = load_model(path)
     if not isinstance(config, ClipModelConfig):
         raise WeightsError(
-            f"{path} holds {config.name}, a model of the kind {config.role!r}, where one of the kind 'clip' is wanted."
+            f"{path} holds {config.name}, a model of the kind {config.role!r}, where one of the "
+            f"kind 'clip' is wanted."
         )
     merges = load_metadata(path).get("merges")
     if config.clip.tokenizer == "clip" and not merges:
@@ -191,10 +198,14 @@ def load_clip(
 
 
 def fetch_clip(path: str | Path) -> Path:
-    """A local path for a CLIP: itself, or copies of what lies under s3:// in the cache. Raises WeightsError, StorageError."""
+    """Local path of a CLIP: a local path unchanged, or copies in the cache of s3:// objects.
+
+    Raises WeightsError, StorageError.
+    """
     if not storage.is_remote(path) and not Path(path).exists():
         raise WeightsError(
-            f"There is no weights file {path}; train one with `glide train nano-plain-clip`, or give another CLIP with --clip."
+            f"There is no weights file {path}; train one with `glide train nano-plain-clip`, or "
+            f"give another CLIP with --clip."
         )
     if not storage.is_remote(path) or str(path).endswith(".safetensors"):
         return storage.fetch(path) if storage.is_remote(path) else Path(path)

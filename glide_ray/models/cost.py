@@ -1,4 +1,4 @@
-"""What a model costs, counted on the meta device: parameters by part, memory, and operations per network call."""
+"""Cost of a model, counted on the meta device: parameters by part, memory, FLOPs per call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from .weights import build_model
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """`parts`: name -> parameters. `flops`: of one image through the UNet; `text_flops`: of one caption."""
+    """Size and cost of a model.
+
+    `parts`: name -> parameters. `flops`: of one image through the U-Net or image tower;
+    `text_flops`: of one caption.
+    """
 
     parts: dict[str, int]
     flops: int
@@ -34,12 +38,15 @@ class ModelInfo:
 
     @property
     def training_bytes(self) -> int:
-        """Mixed-precision Adam and an EMA, unpartitioned: 2 + 2 (weights, gradients) + 4 + 4 + 4 (master, moments) + 4 (EMA)."""
+        """Bytes of unpartitioned mixed-precision Adam with an EMA: 20 per parameter.
+
+        2 + 2 (weights, gradients) + 4 + 4 + 4 (master weights, moments) + 4 (EMA).
+        """
         return self.parameters * 20
 
 
 def inspect(config: AnyModelConfig) -> ModelInfo:
-    """Count a model without drawing a weight."""
+    """Count parameters and FLOPs of a model, without drawing weights."""
     size = config.image_size
     with torch.device("meta"):
         model = build_model(config).eval()
@@ -62,10 +69,10 @@ def inspect(config: AnyModelConfig) -> ModelInfo:
 
 
 def operations(preset: Preset) -> int:
-    """Of a forward pass of one image and its caption, at the size that is trained on."""
+    """FLOPs of a forward pass of one image and its caption, at the training size."""
     model, crop = preset.model, preset.data.crop
     if isinstance(model, ModelConfig) and crop and crop != model.image_size:
-        # Where attention stands goes by the whole image's size.
+        # Attention sizes refer to the whole image: scale them to the crop.
         unet = model.unet.model_copy(
             update={
                 "image_size": crop,
@@ -86,7 +93,7 @@ def _operations(model: AnyModelConfig) -> int:
 
 
 def parts(model: GlideUNet | NoisedClip) -> dict[str, int]:
-    """Parameters by part; the sum is the whole model."""
+    """Parameters by part; they add up to the whole model."""
 
     def size(*modules):
         return sum(p.numel() for module in modules for p in module.parameters())
@@ -118,7 +125,10 @@ def parts(model: GlideUNet | NoisedClip) -> dict[str, int]:
 def example_conditioning(
     config: ModelConfig, batch: int, device: str | None = None
 ) -> Conditioning:
-    """Conditioning of the right shapes, on `device` or the default one: full captions, grey low-res images."""
+    """Conditioning of the right shapes: full captions, grey low-res images.
+
+    On `device`, or on the default device.
+    """
     unet, kind = config.unet, {"device": device} if device else {}
     tokens = torch.zeros(batch, unet.text.context, dtype=torch.int64, **kind)
     low_res = (
@@ -130,7 +140,10 @@ def example_conditioning(
 
 
 def example_batch(preset: Preset, images: int, device: str | None = None) -> Batch:
-    """A training batch of the shapes that the preset's corpus gives, all zero, on `device` or the default one."""
+    """A training batch of zeros, with the shapes of the preset's data.
+
+    On `device`, or on the default device.
+    """
     model, size = preset.model, preset.data.crop or preset.model.image_size
     zeros = partial(torch.zeros, device=device)
     tokens = zeros(images, model.context, dtype=torch.int64)
@@ -161,7 +174,8 @@ def describe(preset: Preset) -> str:
     )
     lines = [
         f"{model.name}: {info.parameters / 1e6:,.2f}M parameters",
-        f"  image        {image} pixels, {model.diffusion.schedule} schedule of {model.diffusion.steps} timesteps",
+        f"  image        {image} pixels, {model.diffusion.schedule} schedule of "
+        f"{model.diffusion.steps} timesteps",
         *_architecture(model),
         "",
         "parameters by part",
@@ -173,17 +187,21 @@ def describe(preset: Preset) -> str:
     lines += [
         "",
         "memory",
-        f"  {'weights, 16 bit':<20}{_gib(info.weight_bytes('bf16')):>12}    32 bit {_gib(info.weight_bytes('fp32'))}",
-        f"  {'training state':<20}{_gib(info.training_bytes):>12}    over {train.workers} workers with ZeRO-3 "
+        f"  {'weights, 16 bit':<20}{_gib(info.weight_bytes('bf16')):>12}    "
+        f"32 bit {_gib(info.weight_bytes('fp32'))}",
+        f"  {'training state':<20}{_gib(info.training_bytes):>12}    "
+        f"over {train.workers} workers with ZeRO-3 "
         f"{_gib(info.training_bytes / train.workers)} each; activations come on top",
     ]
     step = 3 * (info.flops + info.text_flops) * train.batch
     lines += [
         "",
         "operations (a multiplication and an addition are two)",
-        f"  {'one network call':<20}{_flop(info.flops):>15}  and {_flop(info.text_flops)} once for each caption",
+        f"  {'one network call':<20}{_flop(info.flops):>15}  "
+        f"and {_flop(info.text_flops)} once for each caption",
         *_sampling(model, info),
-        f"  {'one training step':<20}{_flop(step):>15}  at batch {train.batch}: forward and twice that backward",
+        f"  {'one training step':<20}{_flop(step):>15}  "
+        f"at batch {train.batch}: forward and twice that backward",
         f"  {'the whole training':<20}{_flop(step * train.steps):>15}  in {train.steps:,} steps",
     ]
     return "\n".join(lines)
@@ -193,13 +211,17 @@ def _architecture(model: AnyModelConfig) -> list[str]:
     if not isinstance(model, ModelConfig):
         clip = model.clip
         return [
-            f"  image tower  {clip.image_layers} layers x {clip.image_width}, {clip.image_heads} heads, patches of {clip.patch_size} pixels",
-            f"  text tower   {clip.text_layers} layers x {clip.text_width}, {clip.text_heads} heads, {clip.context} tokens",
+            f"  image tower  {clip.image_layers} layers x {clip.image_width}, "
+            f"{clip.image_heads} heads, patches of {clip.patch_size} pixels",
+            f"  text tower   {clip.text_layers} layers x {clip.text_width}, "
+            f"{clip.text_heads} heads, {clip.context} tokens",
         ]
     unet, text = model.unet, model.unet.text
     return [
-        f"  UNet         {unet.channels} channels x {unet.multipliers}, {unet.blocks} blocks a level, attention at {unet.attention_sizes}",
-        f"  text         {text.layers} layers x {text.width}, {text.heads} heads, {text.context} tokens",
+        f"  UNet         {unet.channels} channels x {unet.multipliers}, {unet.blocks} blocks a "
+        f"level, attention at {unet.attention_sizes}",
+        f"  text         {text.layers} layers x {text.width}, {text.heads} heads, "
+        f"{text.context} tokens",
     ]
 
 
@@ -208,7 +230,8 @@ def _sampling(model: AnyModelConfig, info: ModelInfo) -> list[str]:
         return []
     scale = model.sampling.guidance_scale
     return [
-        f"  {'one sampling step':<20}{_flop((2 if scale != 1 else 1) * info.flops):>15}  at guidance scale {scale:g}"
+        f"  {'one sampling step':<20}{_flop((2 if scale != 1 else 1) * info.flops):>15}  "
+        f"at guidance scale {scale:g}"
     ]
 
 

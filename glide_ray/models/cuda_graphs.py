@@ -1,4 +1,8 @@
-"""A network's calls as CUDA graphs: its thousand launches are recorded once for each number of rows, and replayed by one."""
+"""Network calls as CUDA graphs.
+
+The thousand or so kernel launches of a call are captured once per row count, and replayed as one
+launch.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,14 @@ from torch import Tensor
 from ..tensors import Conditioning, ModelOutput, TextFeatures
 from .unet import GlideUNet
 
-WARMING = 3  # calls before one is recorded: cuDNN tries its algorithms, kernels are compiled
+WARMING = 3  # calls before a capture: cuDNN tries its algorithms, kernels compile
 
 
 def row_counts(most: int) -> list[int]:
-    """The numbers of rows that are recorded, up to `most`: powers of two and what lies halfway, so that at most a third of a call is padding."""
+    """Row counts to capture, up to `most`: powers of two and the points halfway between them.
+
+    At most a third of a call is then padding.
+    """
     counts = {
         count
         for power in range(most.bit_length())
@@ -25,15 +32,16 @@ def row_counts(most: int) -> list[int]:
 
 
 class GraphRunner:
-    """`model` on a GPU, called as the model is but with `text` at hand, for `most` rows at most. Not thread-safe, and of one stream.
+    """CUDA graphs of `model`, called like the model with `text` encoded, for at most `most` rows.
 
-    What it gives is overwritten by the next call. Rows are padded to the next of `row_counts`, and a graph is recorded when it is first wanted;
-    `record` makes them all. `text` and `conditioning` are copied only when they are other objects than those of the call before.
+    Not thread-safe; one stream only. The next call overwrites the output. Rows are padded to the
+    next of `row_counts`; a graph is captured at its first use, and `record` captures all of them.
+    `text` and `conditioning` are copied only if they are other objects than in the previous call.
     """
 
     def __init__(self, model: GlideUNet, most: int):
         self.model, self.most, self.counts = model, most, row_counts(most)
-        torch.backends.cudnn.benchmark = True  # shapes are few, and come again and again
+        torch.backends.cudnn.benchmark = True  # few shapes, each called many times
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, ModelOutput]] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._inputs: tuple[Tensor, Tensor, Conditioning, TextFeatures] | None = None
@@ -43,9 +51,8 @@ class GraphRunner:
         self, x: Tensor, timestep: Tensor, conditioning: Conditioning, text: TextFeatures
     ) -> ModelOutput:
         rows = len(x)
-        if (
-            rows > self.most
-        ):  # a caller guides where the model's own scale is 1: each such sample has two rows
+        # Guidance on a model whose default scale is 1 takes two rows per sample: more than planned.
+        if rows > self.most:
             return self.model(x, timestep, conditioning, text)
         count = self.counts[bisect_left(self.counts, rows)]
         if self._inputs is None:
@@ -60,7 +67,7 @@ class GraphRunner:
                 *zip(_tensors(held_conditioning), _tensors(conditioning), strict=True),
                 *zip(_tensors(held_text), _tensors(text), strict=True),
             ]
-            for kind in {given.dtype for _, given in pairs}:  # in one launch each
+            for kind in {given.dtype for _, given in pairs}:  # one launch per dtype
                 of = [(held[:rows], given) for held, given in pairs if given.dtype == kind]
                 torch._foreach_copy_([held for held, _ in of], [given for _, given in of])
             self._last = conditioning, text
@@ -71,7 +78,7 @@ class GraphRunner:
         return output[:rows]
 
     def record(self) -> None:
-        """All graphs that are not there yet, after a first call has shown the form of the inputs."""
+        """Capture all missing graphs. A first call must have shown the shapes of the inputs."""
         for count in self.counts:
             if count not in self._graphs:
                 self._graphs[count] = self._record(count)
@@ -85,15 +92,14 @@ class GraphRunner:
                 self.model(x, timestep, conditioning, text)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, pool=self._pool, capture_error_mode="thread_local"
-        ):  # other threads may use the GPU meanwhile
+        # "thread_local": other threads may use the GPU during the capture.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = self.model(x, timestep, conditioning, text)
         return graph, output
 
 
 def _room(given, rows: int):
-    """Zeros for so many rows, in the form of `given`."""
+    """Zeros for `rows` rows, shaped like `given`."""
 
     def empty(tensor: Tensor) -> Tensor:
         return tensor.new_zeros(rows, *tensor.shape[1:])

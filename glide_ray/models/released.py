@@ -1,7 +1,8 @@
-"""OpenAI's published checkpoints, in and out, strictly: every key and shape is accounted for, and no pickled code is run.
+"""Import and export of OpenAI's published checkpoints.
 
-The released names number the modules of nested Sequentials; here they become our names. Linear layers over pixels are
-1-wide convolutions there, so their weights gain or lose a last axis.
+Strict: every key and shape is checked, and no pickled code runs. The released names number the
+modules of nested Sequentials; they are mapped to our names. The release uses convolutions of width
+1 for linear layers over pixels, so those weights gain or lose a last axis.
 """
 
 from __future__ import annotations
@@ -27,11 +28,17 @@ from .unet import GlideUNet
 
 
 class ReleasedError(UserError):
-    """A state dict that is not the released form of this model. The message names the first keys that differ."""
+    """A state dict that is not the released form of the model.
+
+    The message names the first key that differs.
+    """
 
 
 def from_released(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """A released state dict -> ours for `config`. Raises ReleasedError for a missing or unexpected key or shape."""
+    """A released state dict -> ours, for `config`.
+
+    Raises ReleasedError for a missing or unexpected key, or another shape.
+    """
     names, ours = _names_and_shapes(config)
     _check_keys(set(names.values()), set(state))
     result = {}
@@ -49,7 +56,10 @@ def from_released(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str, 
 
 
 def to_released(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """Our state dict -> the released names and shapes. Raises ReleasedError for a missing or unexpected key."""
+    """Our state dict -> the released names and shapes.
+
+    Raises ReleasedError for a missing or unexpected key.
+    """
     names, _ = _names_and_shapes(config)
     _check_keys(set(names), set(state))
     return {
@@ -61,8 +71,11 @@ def to_released(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Te
 def clip_from_released(
     image: Mapping[str, Tensor], text: Mapping[str, Tensor], config: ClipConfig
 ) -> dict[str, Tensor]:
-    """The released state dicts of both CLIP encoders -> that of our `NoisedClip`, but for the scale, which the release keeps in a
-    file of settings: the config's. Raises ReleasedError."""
+    """The released state dicts of both CLIP encoders -> that of our `NoisedClip`.
+
+    The scale comes from the config, because the release keeps it in a settings file. Raises
+    ReleasedError.
+    """
     with torch.device("meta"):
         ours = NoisedClip(config).state_dict()
     result = {"log_scale": torch.tensor([config.scale]).log()}
@@ -76,15 +89,16 @@ def clip_from_released(
         for name, released in names.items():
             if state[released].shape != ours[name].shape:
                 raise ReleasedError(
-                    f"{released} of the {tower} encoder has the shape {list(state[released].shape)}, where this model "
-                    f"has {list(ours[name].shape)}: it belongs to a model of another size."
+                    f"{released} of the {tower} encoder has the shape "
+                    f"{list(state[released].shape)}, where this model has "
+                    f"{list(ours[name].shape)}: it belongs to a model of another size."
                 )
             result[name] = state[released]
     return result
 
 
 def clip_to_released(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Our `NoisedClip` -> the released state dicts of the image and of the text encoder."""
+    """Our `NoisedClip` -> the released state dicts of the image and the text encoder."""
     return tuple(
         {
             _clip_name(name.removeprefix(f"{tower}.")): tensor
@@ -96,19 +110,20 @@ def clip_to_released(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 
 
 def released_names(config: UNetConfig) -> dict[str, str]:
-    """Our parameter name -> the released one, for every parameter of the model."""
+    """Our parameter name -> the released name, for every parameter of the model."""
     return _names_and_shapes(config)[0]
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
+# -- files --------------------------------------------------------------------------------------
 
 
 def import_files(
     paths: Sequence[str | Path], vocabulary: str | Path | None = None
 ) -> tuple[AnyModelConfig, dict[str, Tensor], dict[str, str]]:
-    """Published checkpoint files -> config, state dict and further metadata for our own weights file.
+    """Published checkpoint files -> config, state dict and more metadata for our weights file.
 
-    One file of the four UNets, or both encoders of CLIP with their `vocabulary` (bpe_simple_vocab_16e6.txt.gz). Raises ReleasedError.
+    `paths`: the file of one of the four U-Nets, or those of both CLIP encoders; CLIP also needs its
+    `vocabulary` (bpe_simple_vocab_16e6.txt.gz). Raises ReleasedError.
     """
     states = {Path(path): read_checkpoint(path) for path in paths}
     towers = {_tower(state): (path, state) for path, state in states.items()}
@@ -116,12 +131,14 @@ def import_files(
         if set(towers) != {"image", "text"}:
             there = next(iter(towers))
             raise ReleasedError(
-                f"{towers[there][0]} is CLIP's {there} encoder alone; give the image and the text encoder together."
+                f"{towers[there][0]} is CLIP's {there} encoder alone; give the image and the text "
+                f"encoder together."
             )
         if vocabulary is None:
             raise ReleasedError(
-                "The published CLIP reads captions by a vocabulary of its own; give its file bpe_simple_vocab_16e6.txt.gz, "
-                "which is published beside its code, with --vocabulary."
+                "The published CLIP reads captions by a vocabulary of its own; give its file "
+                "bpe_simple_vocab_16e6.txt.gz, which is published beside its code, with "
+                "--vocabulary."
             )
         config = released_clip()
         merges = read_merges(vocabulary)
@@ -138,12 +155,16 @@ def import_files(
         return config, from_released(state, config.unet), {}
     except ReleasedError as error:
         raise ReleasedError(
-            f"{path} is none of the six published checkpoints; {config.name} is nearest, but: {error}"
+            f"{path} is none of the six published checkpoints; {config.name} is nearest, but: "
+            f"{error}"
         ) from None
 
 
 def export_files(state: Mapping[str, Tensor], config: AnyModelConfig, path: Path) -> list[Path]:
-    """Write our weights under the released names: a .pt file, or for CLIP two, -image-enc and -text-enc. Gives their paths."""
+    """Write our weights under the released names; returns the paths.
+
+    One .pt file, or for CLIP two: -image-enc and -text-enc.
+    """
     if isinstance(config, ModelConfig):
         parts = {path: to_released(state, config.unet)}
     else:
@@ -161,23 +182,24 @@ def export_files(state: Mapping[str, Tensor], config: AnyModelConfig, path: Path
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .pt file. What else is pickled in it is refused, never run. Raises ReleasedError."""
+    """The tensors of a .pt file. Other pickled objects are refused, never run.
+
+    Raises ReleasedError.
+    """
     if not Path(path).is_file():
         raise ReleasedError(f"There is no file {path}.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of pickle protocols, which are no concern of the user's
+            warnings.simplefilter("ignore")  # about pickle protocols, irrelevant to the user
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error) or "GLOBAL" in str(error):
             raise ReleasedError(
-                f"{path} holds code or objects beside its tensors; it has not been run, and will not be: the published "
-                f"checkpoints hold tensors only."
+                f"{path} holds code or objects beside its tensors; it has not been run, and will "
+                f"not be: the published checkpoints hold tensors only."
             ) from None
         raise ReleasedError(f"{path} is not a whole checkpoint; download it again.") from None
-    except Exception:  # torch raises as its parts do: RuntimeError, EOFError, struct.error and more
+    except Exception:  # torch raises RuntimeError, EOFError, struct.error and more
         raise ReleasedError(f"{path} is not a whole checkpoint; download it again.") from None
     if (
         not isinstance(state, dict)
@@ -191,7 +213,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
 
 def released_clip() -> ClipModelConfig:
-    """The published noised CLIP (its config.yaml)."""
+    """Config of the published noised CLIP (its config.yaml)."""
     config = presets.get("noised-clip-b").model
     return config.model_copy(
         update={
@@ -203,7 +225,7 @@ def released_clip() -> ClipModelConfig:
 
 
 def read_merges(path: str | Path) -> str:
-    """The merges of CLIP's vocabulary file, a line each. Raises ReleasedError."""
+    """The merges in CLIP's vocabulary file, one per line. Raises ReleasedError."""
     try:
         lines = (
             gzip.decompress(Path(path).read_bytes())
@@ -212,11 +234,13 @@ def read_merges(path: str | Path) -> str:
         )
     except (OSError, EOFError, ValueError):
         raise ReleasedError(
-            f"{path} is not CLIP's vocabulary; give bpe_simple_vocab_16e6.txt.gz as it was published."
+            f"{path} is not CLIP's vocabulary; give bpe_simple_vocab_16e6.txt.gz as it was "
+            f"published."
         ) from None
     if len(lines) < ClipTokenizer.MERGES or not all(len(line.split()) == 2 for line in lines):
         raise ReleasedError(
-            f"{path} is not CLIP's vocabulary; give bpe_simple_vocab_16e6.txt.gz as it was published."
+            f"{path} is not CLIP's vocabulary; give bpe_simple_vocab_16e6.txt.gz as it was "
+            f"published."
         )
     return "\n".join(lines)
 
@@ -232,7 +256,7 @@ def _tower(state: Mapping[str, Tensor]) -> str | None:
 
 
 def _recognise(state: Mapping[str, Tensor]) -> ModelConfig:
-    """The published model whose keys and shapes a state dict shares most of."""
+    """The published model that shares the most keys and sizes with a state dict."""
     candidates = [
         presets.get(f"filtered-{kind}{task}").model
         for kind in ("base", "upsampler")
@@ -249,7 +273,7 @@ def _recognise(state: Mapping[str, Tensor]) -> ModelConfig:
     return max(candidates, key=shared)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 
 RES_BLOCK = {
     "in_norm": "in_layers.0",
@@ -303,7 +327,7 @@ CLIP_BLOCK = {
 
 
 def _clip_name(name: str) -> str:
-    """A tower's parameter name -> the released one."""
+    """A tower's parameter name -> the released name."""
     if name in CLIP:
         return f"blocks.{CLIP[name]}"
     module, _, leaf = name.rpartition(".")
@@ -357,5 +381,6 @@ def _check_keys(expected: set[str], given: set[str]) -> None:
         if keys:
             more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
             raise ReleasedError(
-                f"The key {min(keys)!r}{more} {word}: the state dict is not the released form of this model."
+                f"The key {min(keys)!r}{more} {word}: the state dict is not the released form of "
+                f"this model."
             )

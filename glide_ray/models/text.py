@@ -1,4 +1,7 @@
-"""The text transformer (sec. 4.1): every token sees every other, padding positions carry an embedding of their own."""
+"""The text transformer (sec. 4.1): bidirectional attention over the caption's tokens.
+
+Padding positions have learnt embeddings of their own.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from .layers import attend
 
 
 class TextBlock(nn.Module):
-    """Attention and a GELU network of four times the width, each after a layer norm and beside a residual."""
+    """Attention, then a GELU MLP of four times the width, each pre-norm and with a residual."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -34,7 +37,7 @@ class TextBlock(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Tokens (B, K) and their mask -> the sequence (B, K, W) and its pooled projection (B, `pooled`)."""
+    """Tokens (B, K) and mask -> the sequence (B, K, W) and its pooled projection (B, `pooled`)."""
 
     def __init__(self, config: TextConfig, pooled: int):
         super().__init__()
@@ -54,6 +57,5 @@ class TextTransformer(nn.Module):
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if checkpointing else block(x)
         x = self.norm(x)
-        return x, self.pool(
-            x[:, -1]
-        )  # the last position, a padding one but for the longest captions
+        # Pool at the last position, which is padding except for the longest captions.
+        return x, self.pool(x[:, -1])

@@ -1,6 +1,7 @@
-"""GlideUNet: the text-conditional ADM UNet (sec. 4.1), for all four forms of the model.
+"""GlideUNet: the text-conditional ADM U-Net (sec. 4.1), for all four variants of the model.
 
-Base, upsampler, and the inpainting form of each differ in their input channels only, which the config fixes.
+Base, upsampler, and the inpainting variant of each: they differ only in their input channels, which
+the config determines.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .text import TextTransformer
 
 
 class Stage(nn.Module):
-    """A residual block and, where the resolution asks for it, attention; `resample` follows as a block of its own."""
+    """A residual block, attention at some resolutions, and a resampling residual block or none."""
 
     def __init__(
         self, block: ResBlock, attention: AttentionBlock | None, resample: ResBlock | None = None
@@ -40,18 +41,22 @@ class Stage(nn.Module):
 
 
 class GlideUNet(nn.Module):
-    """`diffusion` is the process that a network which predicts v is trained for; the others do not read it."""
+    """The U-Net of one config.
+
+    `diffusion`: the noise process, to convert v or x_0 to eps; not used if the network predicts
+    eps.
+    """
 
     def __init__(self, config: UNetConfig, diffusion: DiffusionConfig | None = None):
         super().__init__()
         self.config = config
         self._diffusion = diffusion or DiffusionConfig()
-        self._powers: dict[torch.device, Tensor] = {}  # see `_signal_and_noise`
+        self._powers: dict[torch.device, Tensor] = {}  # cache of `_signal_and_noise`
         self.activation_checkpointing = False
-        self.memory_format: torch.memory_format | None = (
-            None  # of the activations; None: the faster one
-        )
-        self._embeddings: tuple[Tensor, Tensor] | None = None  # weight and bias, see `fuse`
+        # Format of the activations; None: the faster one, see `_fast_format`.
+        self.memory_format: torch.memory_format | None = None
+        # Joined weight and bias of all blocks' embedding layers, see `fuse`.
+        self._embeddings: tuple[Tensor, Tensor] | None = None
         embedding = 4 * config.channels
         self.text = TextTransformer(config.text, pooled=embedding)
         self.time_in = nn.Linear(config.channels, embedding)
@@ -65,7 +70,7 @@ class GlideUNet(nn.Module):
         def attention(channels):
             return AttentionBlock(channels, config.head_channels, config.text.width, config.groups)
 
-        # Downwards: every stage's output is kept for the way up.
+        # Down path: every stage's output is kept as a skip connection.
         channels = config.channels * config.multipliers[0]
         size, folded = config.image_size // config.patch, config.patch**2
         self.stem = nn.Conv2d(config.in_channels * folded, channels, 3, padding=1)
@@ -93,7 +98,7 @@ class GlideUNet(nn.Module):
             ]
         )
 
-        # Upwards: one block more a level, each fed what the way down kept.
+        # Up path: one block more per level; each also receives a skip connection.
         self.up = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(config.multipliers))):
             width = config.channels * multiplier
@@ -113,22 +118,23 @@ class GlideUNet(nn.Module):
                 size *= 2
 
         self.out_norm = GroupNorm(config.groups, channels)
-        self.out = nn.Conv2d(
-            channels, 6 * folded, 3, padding=1
-        )  # eps or v, and the variance's interpolation
+        # Outputs: 3 channels of eps, v or x_0, and 3 of the variance interpolation.
+        self.out = nn.Conv2d(channels, 6 * folded, 3, padding=1)
         self.initialise()
 
-    # -- initialisation -----------------------------------------------------------------------------------------------
+    # -- initialisation -------------------------------------------------------------------------
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Draw every parameter. The release leaves its position and padding embeddings to whatever memory held."""
+        """Draw every parameter.
+
+        The release leaves its position and padding embeddings uninitialised.
+        """
         if self.stem.weight.is_meta:
             return
         for module in self.modules():
-            if isinstance(
-                module, (nn.Linear, nn.Conv2d)
-            ):  # PyTorch's own default, as ADM trained with
+            # PyTorch's defaults, with which ADM was trained.
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
                 bound = 1 / math.sqrt(module.weight[0].numel())
                 nn.init.uniform_(module.bias, -bound, bound)
@@ -136,14 +142,13 @@ class GlideUNet(nn.Module):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
         for table in (self.text.token.weight, self.text.position, self.text.padding):
-            nn.init.normal_(table, std=0.02)  # as GPT-2
-        depth = math.sqrt(
-            2 * max(1, len(self.text.blocks))
-        )  # residual branches start small, as GPT-2
+            nn.init.normal_(table, std=0.02)  # as in GPT-2
+        # Residual branches start small, as in GPT-2.
+        depth = math.sqrt(2 * max(1, len(self.text.blocks)))
         for block in self.text.blocks:
             block.out.weight /= depth
             block.mlp_out.weight /= depth
-        for module in self.modules():  # every residual branch starts as the identity
+        for module in self.modules():  # every U-Net block starts as the identity
             if isinstance(module, ResBlock):
                 nn.init.zeros_(module.out_conv.weight)
                 nn.init.zeros_(module.out_conv.bias)
@@ -161,17 +166,19 @@ class GlideUNet(nn.Module):
         return [slice(3 * folded, 7 * folded)] if self.config.inpaint else []
 
     def fuse(self) -> None:
-        """For inference on an NVIDIA GPU: from now on `kernels.py` computes what stands between convolutions, without gradients.
+        """Use `kernels.py` between convolutions from now on: NVIDIA inference only, no gradients.
 
-        Weights are then read past the modules that hold them, so this is not for a model whose weights a trainer shards. Without Triton, on
-        Windows say, nothing is fused.
+        Weights are then read directly and not through the modules that hold them, so this excludes
+        models whose weights a trainer shards. Without Triton, for example on Windows, nothing is
+        fused.
         """
         if not find_spec("triton"):
             return
         for module in self.modules():
             if isinstance(module, (GroupNorm, AttentionBlock)):
                 module.fused = True
-        # What every block makes of the embedding is one product; the blocks' own weights become views of its.
+        # One matrix product computes the scale and shift of all blocks; their own weights become
+        # views of the joined ones.
         blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
         self._embeddings = tuple(
             torch.cat([getattr(block.embedding, name).detach() for block in blocks])
@@ -183,10 +190,10 @@ class GlideUNet(nn.Module):
             for name, joined in zip(("weight", "bias"), self._embeddings, strict=True):
                 getattr(block.embedding, name).data = joined[block.fused]
 
-    # -- forward ------------------------------------------------------------------------------------------------------
+    # -- forward --------------------------------------------------------------------------------
 
     def attention_layers(self) -> list[AttentionBlock]:
-        """In the order in which a forward meets them, which is that of `TextFeatures.keys_values`."""
+        """Attention layers in forward order, which is that of `TextFeatures.keys_values`."""
         return [
             stage.attention
             for stage in (*self.down, *self.middle, *self.up)
@@ -194,7 +201,10 @@ class GlideUNet(nn.Module):
         ]
 
     def encode_text(self, tokens: Tensor, mask: Tensor) -> TextFeatures:
-        """tokens (B, K) int64, mask (B, K) bool -> what a caption gives every step of its sample."""
+        """tokens (B, K) int64, mask (B, K) bool -> encoded captions.
+
+        They are constant over the steps of a sample.
+        """
         sequence, pooled = self.text(tokens, mask, self._checkpointing)
         return TextFeatures(
             pooled,
@@ -209,16 +219,19 @@ class GlideUNet(nn.Module):
         conditioning: Conditioning,
         text: TextFeatures | None = None,
     ) -> ModelOutput:
-        """x (B, 3, H, W), timestep (B,) -> eps and variance, float32. `text`, if at hand, spares the transformer."""
+        """x (B, 3, H, W), timestep (B,) -> eps and variance, float32.
+
+        `text`: encoded captions, if available; saves running the text transformer.
+        """
         dtype = self.stem.weight.dtype
         if text is None:
             text = self.encode_text(conditioning.tokens, conditioning.mask)
         time = timestep_embedding(timestep, self.config.channels).to(dtype)
-        embedding = F.silu(
-            self.time_out(F.silu(self.time_in(time))) + text.pooled
-        )  # (B, 4C), as every block takes it
+        # (B, 4C), input of every block.
+        embedding = F.silu(self.time_out(F.silu(self.time_in(time))) + text.pooled)
         if self._embeddings is not None:
-            embedding = F.linear(embedding, *self._embeddings)  # (B, every block's scale and shift)
+            # (B, scales and shifts of all blocks).
+            embedding = F.linear(embedding, *self._embeddings)
         h = self.stem(
             self._network_input(x, conditioning).to(
                 dtype, memory_format=self.memory_format or self._fast_format(x.device)
@@ -246,11 +259,12 @@ class GlideUNet(nn.Module):
     def _eps(
         self, predicted: Tensor, x: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        """eps (B, 3, H, W) by what the last layer predicts.
+        """eps (B, 3, H, W) from the prediction of the last layer: eps, v or x_0.
 
-        v is signal eps - noise x_0 (Salimans & Ho 2022, app. D). x_0 is for squares of more values than the network has
-        channels: noise in them cannot pass through it, pictures can (Li & He 2025, Back to Basics). An upsampler's is what
-        is to be added to the enlarged image.
+        v = signal eps - noise x_0 (Salimans & Ho 2022, app. D). x_0 is for patches of more values
+        than the network has channels: noise in them cannot pass through it, pictures can (Li & He
+        2025, Back to Basics). An upsampler's x_0 is predicted as a residual to the enlarged low-res
+        image.
         """
         if self.config.prediction == "eps":
             return predicted
@@ -261,7 +275,7 @@ class GlideUNet(nn.Module):
         return (x - signal * x0) / noise
 
     def _signal_and_noise(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors of image and noise in x_t, (B, 1, 1, 1) float32."""
+        """Factors of image and noise in x_t, each (B, 1, 1, 1) float32."""
         if timestep.device not in self._powers:
             alpha_bar = torch.tensor(
                 self._diffusion.alpha_bar(), dtype=torch.float64, device=timestep.device
@@ -273,9 +287,13 @@ class GlideUNet(nn.Module):
         return signal, noise
 
     def _fast_format(self, device: torch.device) -> torch.memory_format:
-        """Of the activations; convolutions follow their input's, where ZeRO has flattened the weights too. Channels last, but for
-        training on a CPU, where 16-bit group norm takes up to 35 times as long so (32 x 128 x 16 x 16 on one core of an AMD
-        EPYC, PyTorch 2.13: 12.8 ms to 0.37) and convolutions as long either way."""
+        """Memory format of the activations: channels last, except for training on a CPU.
+
+        There 16-bit group norm takes up to 35 times as long in channels last (12.8 ms against 0.37
+        ms for 32 x 128 x 16 x 16 on one core of an AMD EPYC, PyTorch 2.13), and convolutions are
+        equally fast in both formats. Convolutions follow the format of their input, also under
+        ZeRO, which flattens the weights.
+        """
         return (
             torch.contiguous_format
             if device.type == "cpu" and self.training
@@ -283,7 +301,10 @@ class GlideUNet(nn.Module):
         )
 
     def _network_input(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        """x and what the form of the model adds to it along the channels: known pixels, their mask, the low-res image."""
+        """x and the variant's further input channels, with patches folded.
+
+        In this order: x, known pixels, their mask, the enlarged low-res image.
+        """
         parts = [x]
         if self.config.inpaint:
             parts += self._known(x, conditioning)
@@ -292,7 +313,10 @@ class GlideUNet(nn.Module):
         return F.pixel_unshuffle(torch.cat(parts, dim=1), self.config.patch)
 
     def _enlarged(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        """The low-res image at the size of x: bilinear as in the release; the paper's text says bicubic."""
+        """The low-res image enlarged to the size of x; raises ValueError if there is none.
+
+        Bilinear, as in the release; the paper's text says bicubic.
+        """
         if conditioning.low_res is None:
             raise ValueError("an upsampler needs conditioning.low_res, the image to make larger")
         return F.interpolate(
@@ -300,7 +324,7 @@ class GlideUNet(nn.Module):
         ).to(x)
 
     def _known(self, x: Tensor, conditioning: Conditioning) -> list[Tensor]:
-        if conditioning.known is None:  # nothing is known: an inpainting model then generates
+        if conditioning.known is None:  # no known pixels: the inpainting model generates
             return [torch.zeros_like(x), torch.zeros_like(x[:, :1])]
         mask = conditioning.known_mask.to(x)
         return [conditioning.known.to(x) * mask, mask]

@@ -1,4 +1,7 @@
-"""Weights files: one safetensors file that carries its model's config, so that it can be loaded by itself and never unpickled."""
+"""Weights files: one safetensors file with the model's config in its metadata.
+
+It can be loaded without any other file, and without unpickling.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ class WeightsError(UserError):
 def save_weights(
     path: str | Path, state: Mapping[str, Tensor], config: AnyModelConfig, **metadata: str
 ) -> None:
-    """Write the state dict and its config to one file, whole or not at all. Tensors are stored as they are."""
+    """Write a state dict, its config and further metadata to one file, atomically.
+
+    Tensors keep their dtype.
+    """
     with whole(path) as partial:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()},
@@ -36,18 +42,19 @@ def save_weights(
 
 
 def load_weights(path: str | Path) -> tuple[AnyModelConfig, dict[str, Tensor]]:
-    """The config and the state dict of a weights file, on the CPU. Raises WeightsError."""
+    """Config and state dict of a weights file, on the CPU. Raises WeightsError."""
     config = load_config(path)
     with safe_open(path, "pt") as file:
         return config, {name: file.get_tensor(name) for name in file.keys()}
 
 
 def load_config(path: str | Path) -> AnyModelConfig:
-    """The config alone, without reading the tensors. Raises WeightsError."""
+    """Config of a weights file, without reading the tensors. Raises WeightsError."""
     metadata = load_metadata(path)
     if "config" not in metadata:
         raise WeightsError(
-            f"{path} carries no glide_ray config; only weights that glide_ray wrote can be loaded as they are."
+            f"{path} carries no glide_ray config; only weights that glide_ray wrote can be loaded "
+            f"as they are."
         )
     try:
         tree = json.loads(metadata["config"])
@@ -59,11 +66,12 @@ def load_config(path: str | Path) -> AnyModelConfig:
 
 
 def load_metadata(path: str | Path) -> dict[str, str]:
-    """What a weights file says of itself. Raises WeightsError."""
+    """Metadata of a weights file. Raises WeightsError."""
     path = Path(path)
     if not path.is_file():
         raise WeightsError(
-            f"There is no weights file {path}; train one with `glide train`, or give the path of another."
+            f"There is no weights file {path}; train one with `glide train`, or give the path of "
+            f"another."
         )
     try:
         with safe_open(path, "pt") as file:
@@ -75,7 +83,7 @@ def load_metadata(path: str | Path) -> dict[str, str]:
 
 
 def build_model(config: AnyModelConfig) -> GlideUNet | NoisedClip:
-    """The model of a config, drawn at random."""
+    """The model of a config, randomly initialised."""
     return (
         GlideUNet(config.unet, config.diffusion)
         if isinstance(config, ModelConfig)
@@ -86,7 +94,10 @@ def build_model(config: AnyModelConfig) -> GlideUNet | NoisedClip:
 def load_model(
     path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[GlideUNet | NoisedClip, AnyModelConfig]:
-    """The model in eval mode, channels last, frozen. Raises WeightsError where the weights do not fit their config."""
+    """The model in eval mode, channels last, frozen, and its config.
+
+    Raises WeightsError if the weights do not fit their config.
+    """
     config, state = load_weights(path)
     with torch.device("meta"):
         model = build_model(config)
@@ -100,7 +111,10 @@ def load_model(
 
 
 def with_known_channels(state: Mapping[str, Tensor], unet: UNetConfig) -> dict[str, Tensor]:
-    """A model's weights as its inpainting form begins with them: the input channels of the known pixels weigh nothing (sec. 4.3)."""
+    """Weights of a model without inpainting -> initial weights of its inpainting variant.
+
+    The stem's input channels for known pixels and mask start at zero (sec. 4.3).
+    """
     stem = state.get("stem.weight")
     folded = unet.patch**2
     if stem is None or not unet.inpaint or stem.shape[1] == unet.in_channels * folded:
@@ -111,8 +125,11 @@ def with_known_channels(state: Mapping[str, Tensor], unet: UNetConfig) -> dict[s
 
 
 def without_known_channels(state: Mapping[str, Tensor], unet: UNetConfig) -> dict[str, Tensor]:
-    """An inpainting model's weights for `unet`, the same network without the input channels of
-    known pixels: it computes what the inpainting model does where nothing is known."""
+    """An inpainting model's weights without the input channels of known pixels, for `unet`.
+
+    `unet`: the same network without inpainting. It computes the same as the inpainting model does
+    when no pixel is known.
+    """
     stem, folded = state["stem.weight"], unet.patch**2
     return {
         **state,
@@ -123,35 +140,39 @@ def without_known_channels(state: Mapping[str, Tensor], unet: UNetConfig) -> dic
 def check_shapes(
     state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: str
 ) -> None:
-    """Raise WeightsError naming the first difference between a state dict and the shapes that a model expects."""
+    """Raise WeightsError for the first difference between a state dict and a model's shapes.
+
+    `source` names the state dict in the message.
+    """
     for name, shape in expected.items():
         if name not in state:
             raise WeightsError(f"{source} has no tensor {name!r}: it was made by another model.")
         if state[name].shape != shape:
             raise WeightsError(
-                f"{source} is a checkpoint of another shape: {name} is {list(state[name].shape)} there and "
-                f"{list(shape)} in this model."
+                f"{source} is a checkpoint of another shape: {name} is {list(state[name].shape)} "
+                f"there and {list(shape)} in this model."
             )
     extra = sorted(set(state) - set(expected))
     if extra:
         raise WeightsError(
-            f"{source} has a tensor {extra[0]!r} that this model does not have: it was made by another model."
+            f"{source} has a tensor {extra[0]!r} that this model does not have: it was made by "
+            f"another model."
         )
 
 
 def check_role(config: AnyModelConfig, role: str, path: str | Path) -> None:
-    """Raises WeightsError where an upsampler is given as the base model, or the like."""
+    """Raise WeightsError if a model has another role, such as an upsampler given as the base."""
     if config.role != role:
         raise WeightsError(
-            f"{path} holds {config.name}, a model of the kind {config.role!r}, where one of the kind {role!r} is "
-            f"wanted; were the two exchanged?"
+            f"{path} holds {config.name}, a model of the kind {config.role!r}, where one of the "
+            f"kind {role!r} is wanted; were the two exchanged?"
         )
 
 
 def check_pair(base: ModelConfig, upsampler: ModelConfig | None) -> None:
-    """Raises WeightsError where an upsampler does not enlarge what the base model makes."""
+    """Raise WeightsError if an upsampler's input size is not the base model's output size."""
     if upsampler and upsampler.low_res_size != base.image_size:
         raise WeightsError(
-            f"The upsampler {upsampler.name} enlarges {upsampler.low_res_size} pixels and {base.name} makes "
-            f"{base.image_size}; give a base model and an upsampler of one size."
+            f"The upsampler {upsampler.name} enlarges {upsampler.low_res_size} pixels and "
+            f"{base.name} makes {base.image_size}; give a base model and an upsampler of one size."
         )

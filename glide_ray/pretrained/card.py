@@ -1,7 +1,7 @@
-"""The card of weights: on whose pictures they were trained, how, how well they do, their limits.
+"""Model card of weights: training pictures and their authors, recipe, measured figures, limits.
 
-A weights file carries its own part of it in its metadata: `sources` and `recipe`, as JSON. Those
-that ship with the package have the whole beside them, `card.json`, and as a page, `MODEL_CARD.md`.
+A weights file stores its own `sources` and `recipe` in its metadata, as JSON. The shipped weights
+have their whole card beside them: `card.json`, and as a page `MODEL_CARD.md`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class CardError(UserError):
 
 
 class Source(BaseModel):
-    """Pictures that were trained on, and who made them. Other fields are ignored."""
+    """A set of training pictures and its author. Unknown fields are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -45,12 +45,12 @@ class Source(BaseModel):
 
 
 class Weights(Frozen):
-    """One weights file: what it can be used as, its size, and how it was trained."""
+    """One weights file: role, size and training recipe."""
 
     name: str
     role: str  # base, upsampler or clip
     model: str
-    pixels: int  # of a side of its pictures
+    pixels: int  # side of its pictures
     parameters: int
     bytes: int
     sha256: str
@@ -66,7 +66,7 @@ class Figure(Frozen):
 
 
 class Card(Frozen):
-    """All that is known of some weights."""
+    """Everything known about a set of weights files."""
 
     name: str
     files: tuple[Weights, ...]
@@ -75,7 +75,7 @@ class Card(Frozen):
     limits: tuple[str, ...] = ()
 
     def file(self, role: str) -> Weights:
-        """The weights of a role. Raises CardError."""
+        """The weights file of a role. Raises CardError."""
         for one in self.files:
             if one.role == role:
                 return one
@@ -100,14 +100,14 @@ def read_card(path: str | Path) -> Card:
 
 
 def card_of(path: str | Path) -> Card:
-    """The card of one local weights file, from the file alone. Raises WeightsError."""
+    """The card of one local weights file, from that file only. Raises WeightsError."""
     metadata = load_metadata(path)
     weights = describe(path, recipe_in(metadata, path))
     return Card(name=weights.model, files=(weights,), sources=sources_in(metadata, path))
 
 
 def describe(path: str | Path, recipe: Recipe) -> Weights:
-    """The entry of a local weights file in a card. Raises WeightsError."""
+    """The card entry of a local weights file. Raises WeightsError."""
     (config, state), path = load_weights(path), Path(path)
     parameters = sum(tensor.numel() for tensor in state.values())
     return Weights(
@@ -142,7 +142,7 @@ def _parse(kind: Any, text: str, what: str, path: str | Path) -> Any:
 
 
 def finding(error: ValidationError) -> str:
-    """The first finding of a validation: its place and what is wrong there."""
+    """The first validation error: its location and message."""
     found = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in found["loc"])
     return f"{place}: {found['msg']}" if place else found["msg"]
@@ -152,12 +152,12 @@ def finding(error: ValidationError) -> str:
 
 
 def union(*several: Iterable[Source]) -> tuple[Source, ...]:
-    """Every source once, with the largest number of pictures that a list has, sorted by style."""
+    """Every source once, with its largest number of pictures in any list, sorted by style."""
     return _merged(several, max)
 
 
 def total(*several: Iterable[Source]) -> tuple[Source, ...]:
-    """Every source once, with the pictures of all lists added up, sorted by style."""
+    """Every source once, with the sum of its pictures over all lists, sorted by style."""
     return _merged(several, sum)
 
 
@@ -181,7 +181,7 @@ def licences(sources: Iterable[Source]) -> list[str]:
 
 
 def credits(sources: Iterable[Source]) -> list[dict[str, str]]:
-    """What attribution asks for, once for each package: name, author, licence, address."""
+    """Attribution of each package, once: name, author, licence, URL."""
     found = {
         source.name: {
             "package": source.name,
@@ -195,7 +195,7 @@ def credits(sources: Iterable[Source]) -> list[dict[str, str]]:
 
 
 def to_metadata(sources: Iterable[Source], recipe: Recipe) -> dict[str, str]:
-    """Both as the metadata of a weights file; an empty one is left out."""
+    """Sources and recipe as metadata of a weights file; an empty one is left out."""
     listed = [source.model_dump(exclude_defaults=True) for source in sources]
     given = {"sources": listed, "recipe": recipe}
     return {name: json.dumps(value, ensure_ascii=False) for name, value in given.items() if value}

@@ -1,7 +1,7 @@
-"""Where the weights that ship with the package are, compared with their card before use.
+"""The weights that ship with the package, verified against their card before use.
 
-Their name, `emoji`, may stand wherever weights are given by path; the role tells which file of the
-pair is meant.
+Wherever a path of weights is accepted, the name `emoji` is too; the role selects the base model or
+the upsampler.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Pair:
-    """The local files of a base model and of its upsampler."""
+    """Local files of a base model and its upsampler."""
 
     base: Path
     upsampler: Path
 
 
 def find(name: str = SHIPPED) -> Pair:
-    """The shipped weights of that name; each file's SHA-256 is checked once in a process.
+    """The shipped weights called `name`; each file's SHA-256 is verified once per process.
 
-    Raises WeightsError for another name, and where a file is missing or altered.
+    Raises WeightsError for another name, and if a file is missing or altered.
     """
     if name != SHIPPED:
         raise WeightsError(
@@ -46,7 +46,7 @@ def find(name: str = SHIPPED) -> Pair:
 
 
 def shipped_card() -> Card:
-    """The card of the shipped weights. Raises WeightsError where it is missing or broken."""
+    """The card of the shipped weights. Raises WeightsError if it is missing or broken."""
     path = FOLDER / CARD
     try:
         return read_card(path)
@@ -61,9 +61,9 @@ def shipped_card() -> Card:
 
 
 def locate(weights: str | Path, role: str) -> Path | str:
-    """The path of weights that are given by name; a path is returned as it is.
+    """The path of weights given by name; a path is returned unchanged.
 
-    `role`: of the model. Raises WeightsError for an unknown name, with the nearest one.
+    `role`: base, upsampler or clip. Raises WeightsError for an unknown name, with the nearest one.
     """
     if str(weights) == SHIPPED:
         if role == "clip":
@@ -74,7 +74,7 @@ def locate(weights: str | Path, role: str) -> Path | str:
 
 
 def fetch(weights: str | Path, role: str) -> Path:
-    """A local file of weights that are given by name or by a path, local or s3://.
+    """A local file of weights given by name, local path or s3:// URL.
 
     Raises WeightsError, StorageError.
     """
@@ -82,7 +82,7 @@ def fetch(weights: str | Path, role: str) -> Path:
 
 
 def absolute(weights: str | Path) -> str:
-    """The same weights for another node or folder: their name, or an absolute path.
+    """The same weights for another node or working directory: their name, or an absolute path.
 
     Raises WeightsError for an unknown name.
     """
@@ -93,12 +93,12 @@ def absolute(weights: str | Path) -> str:
 
 
 def name_of(path: str | Path) -> str:
-    """The name of the shipped weights for a file of theirs, the path itself for any other."""
+    """`emoji` for a shipped file, the path itself for any other."""
     return SHIPPED if Path(path).parent == FOLDER else str(path)
 
 
 def with_sha256(sha256: str) -> Path | None:
-    """The shipped file that has this SHA-256, if there is one."""
+    """The shipped file with this SHA-256, or None."""
     try:
         found = [one for one in shipped_card().files if one.sha256 == sha256]
         return _checked(found[0]) if found else None
@@ -107,15 +107,16 @@ def with_sha256(sha256: str) -> Path | None:
 
 
 def upsampler_for(base: str | Path, say: Callable[[str], None] = lambda line: None) -> str | None:
-    """The upsampler of a base model that is given without one: the shipped one if it enlarges
-    pictures of that size, else none. `say` is told the choice for a base model that is not the
-    shipped one. Raises WeightsError.
+    """The default upsampler of a base model: the shipped one if its input size fits, else None.
+
+    For a base model that is not the shipped one, `say` receives a line about the choice. Raises
+    WeightsError.
     """
     if str(base) == SHIPPED:
         return SHIPPED
     path = locate(base, "base")
     own = load_config(storage.fetch(path) if storage.is_remote(path) else path)
-    if own.role != "base":  # refused where it is loaded
+    if own.role != "base":  # loading it as a base model raises later
         return None
     shipped = load_config(find().upsampler)
     if own.image_size != shipped.low_res_size:
@@ -132,7 +133,7 @@ def upsampler_for(base: str | Path, say: Callable[[str], None] = lambda line: No
 
 
 def _check_name(weights: str | Path) -> None:
-    """Raise WeightsError where what looks like a name is neither one of weights nor a file."""
+    """Raise WeightsError if `weights` looks like a name but is neither known nor a file."""
     path = Path(weights)
     if path.name == str(weights) and not path.suffix and not path.exists():
         raise WeightsError(
