@@ -1,4 +1,7 @@
-"""`glide bench data`: what the stream gives a second beside `webdataset` in a torch DataLoader, on the same shards, in one run."""
+"""`glide bench data` and `glide bench memory`: throughput and memory of the data stream.
+
+Throughput is compared with `webdataset` in a torch DataLoader, on the same shards, in one run.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +30,18 @@ from ..distributed.training.feed import Epoch, Feeder, micro_batches
 from ..errors import UserError
 from ..train.batch_split import BatchSplit
 
-PROCESSES, BATCH = 2, 64
+PROCESSES, BATCH = 2, 64  # worker processes on each side, images per batch
+# Shards of the throughput comparison and of the many-shard epoch; images of the two memory runs
 SHARDS, MANY_SHARDS, FEW, MANY = 8, 64, 10_000, 100_000
 
 
 def bench_data(corpus: str, repeats: int = 3, images: int = 3 * FEW) -> dict[str, Any]:
-    """Images a second, decoded, cropped to 64 pixels and tokenised: the stream's to webdataset's, in turn, `repeats` times.
+    """Images per second of the stream and of webdataset, measured alternately `repeats` times.
 
-    The shards hold the corpus' 256-pixel WebP pictures, again and again under new keys, in a temporary folder. The rate is that
-    between the first and the last tenth of the images; the epochs of one and of many shards are timed whole.
+    Work per image: decode, crop to 64 pixels, tokenise the caption. The shards, in a temporary
+    folder, repeat the corpus's 256-pixel WebP pictures under new keys until there are `images`.
+    Rates exclude the first and the last tenth of the images. Epochs of 1 shard and of MANY_SHARDS
+    are timed whole, in seconds. Raises UserError without such pictures.
     """
     pictures = _pictures(corpus)
     workers = _workers()
@@ -47,7 +53,7 @@ def bench_data(corpus: str, repeats: int = 3, images: int = 3 * FEW) -> dict[str
             (many, -(-images // MANY_SHARDS)),
         ):
             write_shards(path, again(pictures, images), per_shard)
-        stream(shards, workers)  # the first epoch starts Ray's own workers
+        stream(shards, workers)  # warm-up: the first epoch starts Ray's worker processes
         pairs = [
             (steady_rate(stream(shards, workers)[1]), steady_rate(webdataset(shards)))
             for _ in range(repeats)
@@ -72,7 +78,11 @@ def bench_data(corpus: str, repeats: int = 3, images: int = 3 * FEW) -> dict[str
 
 
 def bench_memory(corpus: str) -> dict[str, Any]:
-    """Peak memory of all processes of the stream, over FEW and over MANY images: the same pictures again and again."""
+    """Peak memory in MiB of all processes of the stream, over FEW and over MANY images.
+
+    Both corpora repeat the same pictures, so a ratio of 1 means that memory does not grow with the
+    corpus. Raises UserError without 256-pixel WebP pictures.
+    """
     pictures, workers, peaks = _pictures(corpus), _workers(), {}
     with tempfile.TemporaryDirectory() as folder:
         for count in (FEW, MANY):
@@ -101,7 +111,8 @@ def _pictures(corpus: str) -> list[Sample]:
     ]
     if not pictures:
         raise UserError(
-            f"{corpus} has no WebP pictures of 256x256 pixels; make the emoji corpus with `glide corpus` and give --shards."
+            f"{corpus} has no WebP pictures of 256x256 pixels; make the emoji corpus with "
+            "`glide corpus` and give --shards."
         )
     return pictures
 
@@ -112,25 +123,25 @@ def _seconds(epoch: tuple[float, Arrivals]) -> float:
 
 
 def again(pictures: Sequence[Sample], count: int) -> Iterator[Sample]:
-    """`count` samples: the pictures over and over, each time under other keys."""
+    """`count` samples: the pictures repeated in order, each under a new key."""
     for n, sample in enumerate(islice(cycle(pictures), count)):
         yield replace(sample, key=f"{n:07d}")
 
 
-# -- ours -------------------------------------------------------------------------------------------------------------
+# -- the stream ------------------------------------------------------------------------------------
 
-Arrivals = list[tuple[float, int]]  # (time, images) of each batch
+Arrivals = list[tuple[float, int]]  # per batch: (time in seconds, images)
 
 
 @ray.remote(num_cpus=1)
 class Worker:
-    """What a trainer does with the stream, without the network."""
+    """Data loading of one training worker, without the model."""
 
     def __init__(self):
         self._collate = _collate()
 
     def epoch(self, feeder, rank: int, world: int) -> tuple[float, Arrivals]:
-        """When the first row was asked for, and what came."""
+        """Start time in seconds and the arrivals of one epoch of worker `rank`."""
         began = time.time()
         batches = micro_batches(
             feeder, Epoch("bench", 0, 0), BatchSplit(BATCH * world, world, rank, BATCH)
@@ -143,7 +154,10 @@ class Worker:
 
 
 def stream(shards: Path, workers: Sequence) -> tuple[float, Arrivals]:
-    """One epoch, split between the workers as in a training run: when it began, and all batches in order of time."""
+    """Start time in seconds and all arrivals, sorted by time, of one epoch.
+
+    The epoch is split between the workers as in a training run.
+    """
     world = len(workers)
     feeder = Feeder.remote(
         find_parts(shards),
@@ -169,11 +183,11 @@ def _collate() -> Collate:
     return Collate(preset.model, preset.data)
 
 
-# -- theirs -----------------------------------------------------------------------------------------------------------
+# -- webdataset ------------------------------------------------------------------------------------
 
 
 def webdataset(shards: Path) -> Arrivals:
-    """The same work on the same shards in a DataLoader of PROCESSES workers that read by webdataset."""
+    """Arrivals of the same work and shards in a DataLoader with PROCESSES webdataset workers."""
     import webdataset as wds
     from torch.utils.data import DataLoader
 
@@ -189,7 +203,7 @@ def webdataset(shards: Path) -> Arrivals:
 
 
 class _Theirs:
-    """webdataset's samples through the very function that the stream's workers call."""
+    """Collates webdataset's samples with the function that the stream's workers use."""
 
     def __init__(self):
         self._collate = None
@@ -203,18 +217,21 @@ class _Theirs:
         return self._collate(columns(rows), 0).image
 
 
-# -- both -------------------------------------------------------------------------------------------------------------
+# -- both ------------------------------------------------------------------------------------------
 
 
 def steady_rate(arrivals: Arrivals) -> float:
-    """Images a second between the first and the last tenth."""
+    """Images per second between the first and the last tenth of the images."""
     done = np.cumsum([count for _, count in arrivals])
     first, last = np.searchsorted(done, [0.1 * done[-1], 0.9 * done[-1]])
     return float((done[last] - done[first]) / (arrivals[last][0] - arrivals[first][0]))
 
 
 class Peak:
-    """The most memory that this process and all of its children use at once, in bytes: shared pages divided among their users."""
+    """Peak memory of this process and all its children together, in `bytes`, sampled every 0.5 s.
+
+    Sums their PSS, which divides each shared page among the processes that share it.
+    """
 
     def __enter__(self) -> Peak:
         self.bytes, self._stop = 0, threading.Event()

@@ -1,7 +1,8 @@
-"""Clients of the server in a process of their own: `python -m glide_ray.bench.load_generator`, a plan on standard input, what came of it on standard output.
+"""HTTP clients for load tests, in their own process: `python -m glide_ray.bench.load_generator`.
 
-Open-loop: each request is sent at its own time, whether or not those before it have been answered. Closed: so many clients that
-each send the next one when they have their answer.
+Reads a plan from standard input and writes the results to standard output, both as JSON.
+Open loop: each request is sent at its own time, whether or not earlier ones have been answered.
+Closed loop: a fixed number of clients, each of which waits for its answer before the next request.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ from typing import Any
 
 import httpx
 
-PATIENCE = 600.0  # seconds that a client waits for its answer
+PATIENCE = 600.0  # client timeout in seconds
 
 
 @dataclass(frozen=True)
 class RequestResult:
-    """What came of one request: when it was to be sent (seconds from the beginning), how long it took, its status, and the images (base64)."""
+    """Outcome of one request.
+
+    `at`: scheduled send time, seconds from the start; `seconds`: response time; `status`: HTTP
+    status, 0 if the request failed without one; `images`: base64; `retry_after`: response header.
+    """
 
     number: int
     at: float
@@ -39,14 +44,17 @@ class RequestResult:
 
 
 def free_port() -> int:
-    """A port that nobody has at any address of this machine: some of those who are told of it listen at them all."""
+    """A port that is free on every address of this machine.
+
+    Some of the servers that use it listen on all addresses.
+    """
     with socket.socket() as probe:
-        probe.bind(("", 0))  # and never listens
+        probe.bind(("", 0))  # never listens
         return probe.getsockname()[1]
 
 
 def poisson(rate: float, seconds: float, seed: int) -> list[float]:
-    """Times of arrivals at `rate` a second."""
+    """Arrival times in seconds, up to `seconds`, of a Poisson process of `rate` per second."""
     draw, times, now = random.Random(seed), [], 0.0
     while (now := now + draw.expovariate(rate)) < seconds:
         times.append(now)
@@ -56,7 +64,10 @@ def poisson(rate: float, seconds: float, seed: int) -> list[float]:
 def bodies(
     count: int, steps: Mapping[int, float], seed: int, **fields: Any
 ) -> list[dict[str, Any]]:
-    """Generations whose steps are drawn with these weights."""
+    """`count` bodies of generation requests.
+
+    `steps`: number of steps -> weight, to draw from; `fields`: added to every body.
+    """
     draw = random.Random(seed)
     return [
         {
@@ -70,8 +81,11 @@ def bodies(
 
 
 class Clients:
-    """A process of clients, which goes on beside this one. It sends the requests at the times `at`, or by so many `clients`: each request once,
-    or again and again for some `seconds`."""
+    """A process of clients that runs beside this one.
+
+    With `at`, it sends each request at its time (open loop). Otherwise a number of `clients` send
+    the requests in a closed loop: each request once, or repeatedly for `seconds`.
+    """
 
     def __init__(
         self,
@@ -82,7 +96,8 @@ class Clients:
         seconds: float | None = None,
         keep_images: bool = False,
     ):
-        self._came = tempfile.TemporaryFile("w+")  # a pipe that nobody reads yet would stop them
+        # A file, because a full pipe would block the clients until answers() reads it
+        self._came = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "glide_ray.bench.load_generator"],
             stdin=subprocess.PIPE,
@@ -104,11 +119,14 @@ class Clients:
             )
 
     def going(self) -> bool:
-        """Whether there are still answers to come."""
+        """Whether answers are still outstanding."""
         return self._process.poll() is None
 
     def answers(self) -> list[RequestResult]:
-        """What came of all requests, in the order of the requests. Raises RuntimeError where the process failed."""
+        """Wait for the process and return all results, in the order of the requests.
+
+        Raises RuntimeError if the process failed.
+        """
         if self._process.wait() != 0:
             raise RuntimeError("the process of the clients failed; it says why above")
         with self._came:
@@ -166,7 +184,7 @@ async def _open(client: httpx.AsyncClient, plan: dict[str, Any]) -> list[Request
 
 async def _closed(client: httpx.AsyncClient, plan: dict[str, Any]) -> list[RequestResult]:
     began, came = time.monotonic(), []
-    # For some seconds the requests go round; without an end to the time each is sent once.
+    # With a time limit the requests repeat until it; without one each is sent once.
     waiting = enumerate(plan["requests"] if plan["seconds"] is None else cycle(plan["requests"]))
 
     async def one() -> None:

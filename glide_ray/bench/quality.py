@@ -1,4 +1,4 @@
-"""`glide bench` of trained models: what samplers, inpainting and guidance do to their pictures."""
+"""`glide bench` of trained models: effect of samplers, inpainting and guidance on pictures."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from ..errors import UserError
 from ..sampling.cascade import Cascade, base_request, load_stepper
 from ..sampling.stepper import Stepper
 
-IMAGES_PER_CALL = 32  # pictures in a network call
+IMAGES_PER_CALL = 32  # images per model call
 
 
 def bench_samplers(base: Path, steps: Sequence[int] = (10, 15, 20, 30), truth: int = 250) -> dict:
-    """Mean squared distance of each sampler's pictures to those of 250 DDIM steps from the same noise, at guidance scale 1."""
+    """Mean squared distance of each sampler's pictures to those of `truth` DDIM steps.
+
+    All start from the same noise, at guidance scale 1. Raises WeightsError.
+    """
     stepper = load_stepper(base, "base", "fp32", max_in_flight=len(PROMPTS))
 
     def pictures(sampler: str, count: int) -> torch.Tensor:
@@ -57,11 +60,14 @@ def bench_inpainting(
     samplers: Sequence[str] = ("ddim", "ancestral"),
     precision: str = "fp32",
 ) -> dict:
-    """The mean squared error, against the picture itself, of the `width` pixels of a hole that touch its border: of a model that
-    is trained for inpainting, and of one that is not and has the known pixels re-noised into each
-    step (sec. 4.3).
+    """Inpainting error at the border of a hole: implicit against explicit inpainting (sec. 4.3).
 
-    Pictures are `images` of `corpus`, in the models' own steps. Raises UserError, WeightsError.
+    Mean squared error, against the original picture, of the hole's pixels within `width` pixels of
+    its border. "Explicit" is the model `inpaint`, which is trained for inpainting. "Implicit" is
+    the model `base`, which is not: the known pixels are re-noised into each step.
+
+    The pictures are the first `images` of `corpus`; each model uses its own number of steps.
+    Raises UserError, WeightsError.
     """
     wanted = _pictures(corpus, images)
     steppers = {
@@ -71,7 +77,8 @@ def bench_inpainting(
     for name, path in (("implicit", base), ("explicit", inpaint)):
         if steppers[name].config.inpaint != (name == "explicit"):
             raise UserError(
-                f"{path} is {'not ' if name == 'explicit' else ''}trained for inpainting; exchange the two weights files."
+                f"{path} is {'not ' if name == 'explicit' else ''}trained for inpainting; "
+                "exchange the two weights files."
             )
     results = {}
     for sampler in samplers:
@@ -79,9 +86,8 @@ def bench_inpainting(
             *(_inpainting_errors(stepper, sampler, wanted, width) for stepper in steppers.values()),
             strict=True,
         )
-        gain = (
-            border[0] - border[1]
-        )  # picture by picture: the same hole, filled from the same noise
+        # Paired by picture: the same hole, filled from the same noise
+        gain = border[0] - border[1]
         results[sampler] = {
             f"{part}_{name}": round(float(errors.mean()), 4)
             for part, pair in (("border", border), ("hole", hole))
@@ -98,11 +104,14 @@ def bench_inpainting(
 def _inpainting_errors(
     stepper: Stepper, sampler: str, wanted: Sequence[tuple[Image.Image, str]], width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each picture's mean squared error (N,) at the border of a square hole, and in the whole of it."""
+    """Mean squared errors (N,) of the pictures near the border of a square hole, and in all of it.
+
+    Near the border: the hole's pixels within `width` pixels of it.
+    """
     size, options = stepper.config.image_size, SampleOptions(sampler=sampler)
     y, x = np.mgrid[:size, :size]
     images = [centre_crop(pixels, size) for pixels, _ in wanted]
-    insides = []  # pixels from each pixel to the hole's border, negative outside of it
+    insides = []  # distance to the hole's border in pixels, negative outside the hole
     for seed in range(len(wanted)):
         top, left = np.random.default_rng(seed).integers(size // 8, size // 2 - size // 8, 2)
         last = size // 2 - 1
@@ -134,7 +143,10 @@ def _inpainting_errors(
 def bench_guidance(
     base: Path, clip: Path, scales: Sequence[float] = (1, 2, 3, 5), seeds: int = 8
 ) -> dict:
-    """Noised CLIP's mean score of a base model's pictures over the scale of classifier-free guidance (sec. 5.2, fig. 6)."""
+    """Mean noised-CLIP score of a base model's pictures at several guidance scales.
+
+    Classifier-free guidance (sec. 5.2, fig. 6). Raises WeightsError.
+    """
     cascade = Cascade.load(base, precision="fp32", clip=clip, max_in_flight=8)
     prompts, scores, first = [prompt for prompt in PROMPTS for _ in range(seeds)], {}, None
     for scale in scales:
@@ -149,7 +161,7 @@ def bench_guidance(
         ]
         values = np.array(cascade.score(cascade.base.run(requests), prompts))
         first = values if first is None else first
-        gain = values - first  # picture by picture: they begin from the same noise
+        gain = values - first  # paired by picture: the same noise
         scores[scale] = {
             "score": round(float(values.mean()), 3),
             "gain": round(float(gain.mean()), 3),
@@ -159,7 +171,7 @@ def bench_guidance(
 
 
 def _pictures(corpus: Path, count: int) -> list[tuple[Image.Image, str]]:
-    """The first pictures of a corpus of tar shards, with their captions."""
+    """The first `count` pictures of a corpus of tar shards, with captions. Raises UserError."""
     found = []
     for shard in sorted(corpus.glob("*.tar")):
         for sample in read_shard(shard):
@@ -167,5 +179,6 @@ def _pictures(corpus: Path, count: int) -> list[tuple[Image.Image, str]]:
             if len(found) == count:
                 return found
     raise UserError(
-        f"There are only {len(found)} pictures in {corpus}; make the emoji corpus with `glide corpus`."
+        f"There are only {len(found)} pictures in {corpus}; make the emoji corpus with "
+        "`glide corpus`."
     )

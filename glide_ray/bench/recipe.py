@@ -1,4 +1,7 @@
-"""`glide bench recipe`: which settings of training learn fastest, at equal seconds of computing and over several seeds."""
+"""`glide bench recipe`: which training settings learn fastest.
+
+Compares them at equal CPU time and over several seeds.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from ..tensors import Batch, Conditioning
 from ..train.single import SingleTrainer
 from ..train.without_ray import MemoryCorpus
 
-# Each beside the preset as it is; of one thing at a time.
+# Overrides of the preset; each variation changes one thing
 VARIATIONS: dict[str, list[str]] = {
     "preset": [],
     "predict eps": ["model.unet.prediction=eps"],
@@ -41,12 +44,8 @@ VARIATIONS: dict[str, list[str]] = {
     ],
     "attention at 8, 4 and 2": ["model.unet.attention_sizes=8,4,2"],
 }
-TIMESTEPS = (
-    200,
-    400,
-    600,
-    800,
-)  # at which x_0 is predicted: where details, parts, shapes and colours are decided
+# Timesteps at which x_0 is predicted: where details, parts, shapes and colours are decided
+TIMESTEPS = (200, 400, 600, 800)
 
 
 def bench_recipe(
@@ -57,11 +56,10 @@ def bench_recipe(
     names: Sequence[str] = (),
     report: Callable[[str], None] = print,
 ) -> dict:
-    """The RMSE of held-out x_0, predicted by the averaged weights from noised images and their captions, after so many
-    seconds of the training thread's CPU time: mean over TIMESTEPS, and its standard error over
-    `repeats` seeds.
+    """Held-out RMSE of predicted x_0 after `seconds` of the training thread's CPU time.
 
-    `names`: some of VARIATIONS; all where there is none.
+    The EMA weights predict x_0 from noised images and their captions. Gives the mean over TIMESTEPS
+    and its standard error over `repeats` seeds. `names`: some of VARIATIONS, all if empty.
     """
     found = {}
     for name in names or VARIATIONS:
@@ -97,9 +95,10 @@ def bench_recipe(
 
 
 def _learn(preset: Preset, seconds: float) -> tuple[float, int]:
-    """Train for so many seconds of computing: the error on held-out images, and how many images were seen."""
+    """Train for `seconds` of CPU time. Returns the held-out RMSE and the number of images seen."""
     corpus, trainer = MemoryCorpus(preset), SingleTrainer(preset)
-    # Of this thread alone: another one decodes, which a longer run does once for all its epochs.
+    # CPU time of this thread only: decoding happens in another thread, and a longer run decodes
+    # once for all its epochs.
     batches, number, began = corpus.endless(), 0, time.thread_time()
     while time.thread_time() - began < seconds:
         number += 1
@@ -113,7 +112,7 @@ def _learn(preset: Preset, seconds: float) -> tuple[float, int]:
 
 @torch.no_grad()
 def x0_error(trainer: SingleTrainer, batches: Sequence[Batch]) -> float:
-    """RMSE, in pixels from -1 to 1, of x_0 predicted at TIMESTEPS with nothing known; noise is fixed."""
+    """RMSE of x_0, in [-1, 1], predicted at TIMESTEPS without known pixels; the noise is fixed."""
     trainer.network.eval()
     errors = []
     for timestep in TIMESTEPS:

@@ -1,4 +1,7 @@
-"""`glide bench serve`: the server beside the same one with whole-request batching, and beside one that does nothing."""
+"""`glide bench serve`: the server against two others.
+
+One is the same server with whole-request batching, the other answers without computing anything.
+"""
 
 from __future__ import annotations
 
@@ -33,18 +36,19 @@ from ..serving.stages import Base, StageResult, Upsampler
 from . import load_generator as load
 from .speed import random_model
 
-STEPS = {10: 0.8, 50: 0.2}  # of the requests, by their steps
-CONCURRENT_REQUESTS = 8  # requests in a whole-request batch, and clients that saturate
-ROUNDS, REQUESTS = 5, 40  # of what is compared in turn
+STEPS = {10: 0.8, 50: 0.2}  # number of steps -> share of the requests
+# Batch size of whole-request batching, and number of closed-loop clients at saturation
+CONCURRENT_REQUESTS = 8
+ROUNDS, REQUESTS = 5, 40  # rounds of a comparison, requests to each server per round
 SATURATED_SECONDS = 15
 OVERLOAD_SECONDS = 60
 
 
-# -- the other applications -------------------------------------------------------------------------------------------
+# -- applications to compare with ------------------------------------------------------------------
 
 
 class _Whole:
-    """A stage that makes a batch of requests from first step to last, and answers all of them then."""
+    """A stage that samples a batch of requests from first to last step, then answers them all."""
 
     @serve.batch(max_batch_size=CONCURRENT_REQUESTS, batch_wait_timeout_s=0.01)
     async def _batch(self, requests: list[SampleRequest]) -> list[Any]:
@@ -56,15 +60,15 @@ class _Whole:
 
 
 class WholeBase(_Whole, Base):
-    """The base stage, batching whole requests."""
+    """The base stage with whole-request batching."""
 
 
 class WholeUpsampler(_Whole, Upsampler):
-    """The upsampler stage, batching whole requests."""
+    """The upsampler stage with whole-request batching."""
 
 
 class Nothing:
-    """A stage that answers a picture of zeros."""
+    """A stage that returns a picture of zeros."""
 
     def __init__(self, size: int):
         self._pixels = np.zeros((size, size, 3), np.uint8)
@@ -74,7 +78,7 @@ class Nothing:
 
 
 class NothingIngress:
-    """Hops as ours does, and answers as many bytes as it is told to."""
+    """Ingress that calls its stages in turn as ours does; the size of its response is fixed."""
 
     def __init__(self, stages: Sequence):
         self.stages = stages
@@ -105,10 +109,10 @@ def _nothing(sizes: Sequence[int], body_bytes: int) -> serve.Application:
 
 
 class Bare(Base):
-    """The base stage's engine without Serve or HTTP, kept as full as saturating clients keep it."""
+    """The base stage's engine without Serve or HTTP, as full as closed-loop clients keep it."""
 
     def fill(self, jobs: Sequence[Job], seconds: float) -> float:
-        """Sample-steps a second."""
+        """Steps per second, summed over all samples, during `seconds` of full load."""
         waiting, began, before = deque(jobs), time.monotonic(), self._engine.load.sample_steps
         futures = [
             self._engine.submit(self._request(waiting.popleft()))
@@ -126,7 +130,7 @@ class Bare(Base):
         return steps / spent
 
 
-# -- the figures ------------------------------------------------------------------------------------------------------
+# -- measurements ----------------------------------------------------------------------------------
 
 
 def bench_serve(
@@ -135,9 +139,11 @@ def bench_serve(
     seconds: float = 120,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Random weights of the family's models, which compute as trained ones do. `size` 64 asks the base model only, 256 both stages.
+    """Cost, latency and overload of the server with random weights of the family's models.
 
-    Saturation is what closed-loop clients, one for each place, are answered a second; the open-loop load is Poisson.
+    Random weights take as much computation as trained ones. `size`: 64 for the base model only, 256
+    for both stages. Saturation is the answers per second to CONCURRENT_REQUESTS closed-loop
+    clients, one per sample in flight; the open-loop load is Poisson.
     """
     upsampler = f"{family}-upsampler" if size == 256 else None
     fields = {"size": f"{size}x{size}"} | ({"upsampler_steps": 4} if upsampler else {})
@@ -148,9 +154,8 @@ def bench_serve(
             port=load.free_port(),
             max_in_flight=CONCURRENT_REQUESTS,
         )
-        all_in = config.model_copy(
-            update={"max_waiting": 10_000}
-        )  # while both are compared nothing is refused
+        # No request is refused while the two servers are compared
+        all_in = config.model_copy(update={"max_waiting": 10_000})
         connect(16)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         with listening(config) as url:
@@ -160,7 +165,7 @@ def bench_serve(
                 deploy(build_application(all_in, (WholeBase, WholeUpsampler)), "whole", "/whole")
                 figures |= _latencies(url, fields, seconds, report)
                 deploy(build_application(config), "step", "/step")
-                time.sleep(2 * HEALTH_SECONDS)  # until it has seen its replicas
+                time.sleep(2 * HEALTH_SECONDS)  # until the ingress has counted its replicas
                 figures |= _overload(
                     url, fields, 3 * figures["saturation_per_s"], figures["step_p95_s"], report
                 )
@@ -179,7 +184,11 @@ def bench_serve(
 def _costs(
     config: ServeConfig, url: str, fields: dict[str, Any], report: Callable[[str], None]
 ) -> dict[str, Any]:
-    """What a request costs beside the engine's work, to what one costs that does nothing; and what all of it costs at saturation."""
+    """Time of a request beyond the engine's work, as a ratio to a request to the no-op server.
+
+    For the base model alone also the steps per second at saturation, as a share of the bare
+    engine's.
+    """
     sizes = [64, 256] if config.upsampler else [64]
     with httpx.Client(timeout=600) as client:
         body = {"prompt": "a red apple", "seed": 0, "steps": 1, **fields} | (
@@ -191,7 +200,7 @@ def _costs(
         for _ in range(ROUNDS):
             busy, times = -_busy(client, url), {"step": 0.0, "nothing": 0.0}
             for seed in range(REQUESTS):
-                for name in times:  # in turn, so that what else the machine does falls on both
+                for name in times:  # alternate: other load falls on both
                     began = time.monotonic()
                     client.post(
                         f"{url}/{name}/v1/images/generations", json=body | {"seed": seed}
@@ -208,7 +217,8 @@ def _costs(
         "cost_ratio_max": round(max(ratios), 2),
     }
     report(
-        f"a request costs {figures['own_cost_ms']} ms beside the engine's work; one that does nothing {figures['nothing_ms']} ms"
+        f"a request costs {figures['own_cost_ms']} ms beside the engine's work; one that does "
+        f"nothing {figures['nothing_ms']} ms"
     )
     if not config.upsampler:
         bare = (
@@ -245,7 +255,8 @@ def _costs(
             "of_bare_max": round(max(shares), 3),
         }
         report(
-            f"at saturation {figures['steps_per_s']} steps/s of all samples; the engine alone {figures['bare_steps_per_s']}"
+            f"at saturation {figures['steps_per_s']} steps/s of all samples; the engine alone "
+            f"{figures['bare_steps_per_s']}"
         )
     return figures
 
@@ -253,7 +264,10 @@ def _costs(
 def _latencies(
     url: str, fields: dict[str, Any], seconds: float, report: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Saturation of both, and the latencies at 70% of ours and of the other's: the same requests at the same times."""
+    """Saturation of both servers, and latencies of both at 70% of the saturation of each.
+
+    Both servers receive the same requests at the same times.
+    """
     rates = {}
     for name in ("step", "whole"):
         came = load.Clients(
@@ -281,8 +295,9 @@ def _latencies(
             for part in (50, 95):
                 figures[f"{prefix}{name}_p{part}_s"] = round(_quantile(seen[name], part / 100), 2)
             report(
-                f"{0.7 * rate:.3f} requests/s, {name}: {len(seen[name])} of {len(came)} answered, p50 {figures[f'{prefix}{name}_p50_s']} s, "
-                f"p95 {figures[f'{prefix}{name}_p95_s']} s"
+                f"{0.7 * rate:.3f} requests/s, {name}: {len(seen[name])} of {len(came)} answered, "
+                f"p50 {figures[f'{prefix}{name}_p50_s']} s, p95 "
+                f"{figures[f'{prefix}{name}_p95_s']} s"
             )
         figures[f"{prefix}p95_ratio"] = round(
             _quantile(seen["step"], 0.95) / _quantile(seen["whole"], 0.95), 2
@@ -293,7 +308,10 @@ def _latencies(
 def _overload(
     url: str, fields: dict[str, Any], rate: float, p95: float, report: Callable[[str], None]
 ) -> dict[str, Any]:
-    """What three times too many requests come to."""
+    """Refusals, latency and memory at `rate` requests per second, three times the saturation.
+
+    `p95`: 95th percentile of the latency in seconds at 70% load, for the ratio.
+    """
     times = load.poisson(rate, OVERLOAD_SECONDS, 6)
     before = _memory()
     came = load.Clients(f"{url}/step", load.bodies(len(times), STEPS, 7, **fields), times).answers()
@@ -330,7 +348,7 @@ def _steps(url: str) -> float:
 
 
 def _memory() -> int:
-    """Bytes resident in the replicas, the proxy and the controller, as Ray names their processes."""
+    """Resident bytes of the replicas, proxy and controller, found by Ray's names for processes."""
     return sum(
         process.memory_info().rss
         for process in psutil.Process().children(recursive=True)

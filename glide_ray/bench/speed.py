@@ -1,4 +1,4 @@
-"""`glide bench`: measurements that anyone can repeat, as ratios within one run where two things are compared."""
+"""`glide bench`: repeatable measurements; comparisons are ratios within one run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ from ..train.hardware import measured_peak
 def bench_forward(
     preset: Preset, precision: str = "bf16", repeats: int = 1
 ) -> dict[str, float | int | str]:
-    """One real forward of the preset's model on the CPU, its weights drawn at random in `precision`."""
+    """Time and memory of one forward pass of the preset's model on the CPU, at batch size 1.
+
+    The weights are drawn at random in `precision`.
+    """
     config = preset.model
     info = inspect(config)
     began = time.perf_counter()
@@ -70,9 +73,10 @@ def bench_forward(
 def bench_sample(
     preset: Preset, precision: str = "bf16", repeats: int = 5
 ) -> dict[str, float | int | str]:
-    """One guided step in the stepper against the same step as the released code takes it on a CPU, in turn.
+    """One guided step of the stepper against the same step in the released code's form, on a CPU.
 
-    The other side: float32, contiguous memory, and caption and empty caption encoded anew at every step.
+    The released form uses float32 and contiguous memory, and encodes the caption and the empty
+    caption again at every step. The two are timed alternately.
     """
     config = preset.model
     torch.manual_seed(0)
@@ -92,7 +96,7 @@ def bench_sample(
             return combine(output.eps[:1], output.eps[1:], scale)
 
     stepper.submit(SampleRequest(conditioning, seed=0, guidance_scale=3.0))
-    stepper.step()  # the first encodes the caption
+    stepper.step()  # warm-up: the first step encodes the caption
     released_step()
     pairs = [(_timed(stepper.step), _timed(released_step)) for _ in range(repeats)]
     ratios = [theirs / own for own, theirs in pairs]
@@ -112,9 +116,11 @@ def bench_sample(
 def bench_cascade(
     family: str = "filtered", precision: str = "fp16", repeats: int = 3, at_once: int = 16
 ) -> dict[str, float | int | str]:
-    """Seconds for one picture of `FAMILY-base` and `FAMILY-upsampler`, weights drawn at random, and pictures a second of many at once.
+    """Seconds per picture of `FAMILY-base` and `FAMILY-upsampler`, and pictures per second.
 
-    With the models' own steps (the paper's 150 and 27, app. B.2), and with 20 of DPM++ and 20. On the GPU if there is one; Ray is not asked.
+    The rate is that of `at_once` pictures sampled together. Weights are drawn at random. Measured
+    with the models' own steps (the paper's 150 and 27, app. B.2), and with 20 DPM++ steps and 20
+    steps of the upsampler. Runs on the GPU if there is one, without Ray.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steppers = []
@@ -141,7 +147,7 @@ def bench_cascade(
         ("own", SampleOptions()),
         ("20", SampleOptions(sampler="dpm++", steps=20, upsampler_steps=20)),
     ):
-        for count in (1, at_once):  # kernels are chosen, and graphs recorded
+        for count in (1, at_once):  # warm-up: chooses kernels and records CUDA graphs
             cascade.generate(
                 (PROMPTS * at_once)[:count],
                 list(range(count)),
@@ -176,7 +182,8 @@ def bench_cascade(
     }
 
 
-# What `glide plan` is compared on: preset, images in a call, further settings. The last two recompute activations, and add up two calls.
+# Cases for checking `glide plan`: preset, micro-batch, further settings. The last two recompute
+# activations, and accumulate the gradients of two micro-batches.
 SHAPES = (
     ("nano-base", 16, ()),
     ("nano-upsampler", 8, ()),
@@ -186,8 +193,10 @@ SHAPES = (
     ("emoji-base", 16, ("activation_checkpointing=true",)),
     ("nano-base", 16, ("batch=32",)),
 )
-# What is freed goes back to the system at once: glibc's threshold is held at its first value, and does not follow what is freed.
+# Makes glibc return freed memory to the system at once: a set threshold stays at its initial value
+# instead of growing with the freed blocks.
 RETURNED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+# Model that only loads all code before a measurement
 TINY = [
     "model.unet.image_size=16",
     "model.unet.multipliers=1,2",
@@ -202,11 +211,14 @@ TINY = [
 
 
 def bench_plan(preset: str | None = None, steps: int = 3) -> dict:
-    """The memory that `glide plan` says beside the most that a real trainer of one worker has resident on this CPU, each in a process of its
-    own, above what that process had after two steps of a tiny model: all code loaded, no model.
+    """Memory that `glide plan` predicts against the measured peak of training with one worker.
 
-    `measured`: with `RETURNED_MEMORY`; `default_malloc`: with malloc as it comes, which holds freed memory in pieces. In MB of 10^6 bytes.
-    `utilisation`: of the FLOP/s of a matrix product, which training reaches; of the fastest step.
+    Each case trains on this CPU in its own process. Its figure is the peak resident memory above
+    that of the process after two steps of a tiny model, when all code is loaded but no model is.
+
+    `measured`: with RETURNED_MEMORY; `default_malloc`: with the default malloc, which keeps freed
+    memory in fragments. In MB of 10^6 bytes. `utilisation`: FLOP/s of the fastest step as a
+    fraction of those of a matrix product. Raises UserError.
     """
     from ..train.optimizer import training_precision
     from ..train.plan import memory
@@ -245,7 +257,8 @@ def bench_plan(preset: str | None = None, steps: int = 3) -> dict:
             )
     if not rows:
         raise UserError(
-            f"bench plan has no shape of {preset!r}; {nearest(preset, dict.fromkeys(name for name, *_ in SHAPES))}"
+            f"bench plan has no shape of {preset!r}; "
+            f"{nearest(preset, dict.fromkeys(name for name, *_ in SHAPES))}"
         )
     return {
         "ratio_min": min(row["ratio"] for row in rows),
@@ -258,15 +271,21 @@ def bench_plan(preset: str | None = None, steps: int = 3) -> dict:
 
 
 def plan_settings(images: int, settings: Sequence[str]) -> list[str]:
-    """One worker, and one call of so many images a step unless `settings` say otherwise."""
+    """Overrides for one worker and one micro-batch of `images` per step, then `settings`."""
     return ["workers=1", f"batch={images}", f"micro_batch={images}", "start_from=none", *settings]
 
 
 def measure_training(
     name: str, images: int, settings: Sequence[str], steps: int, malloc: Mapping[str, str]
 ) -> dict[str, float]:
-    """Run `_train_and_measure` in a process of its own, with these settings of malloc."""
-    call = f"from glide_ray.bench.speed import _train_and_measure as run; run({name!r}, {images}, {tuple(settings)!r}, {steps})"
+    """Run `_train_and_measure` in a new process with the environment variables `malloc`.
+
+    Raises UserError if the process fails.
+    """
+    call = (
+        f"from glide_ray.bench.speed import _train_and_measure as run; run({name!r}, {images}, "
+        f"{tuple(settings)!r}, {steps})"
+    )
     environment = {
         key: value
         for key, value in os.environ.items()
@@ -282,7 +301,8 @@ def measure_training(
     )
     if done.returncode:
         raise UserError(
-            f"measuring {name} failed: {(done.stderr.strip() or 'killed, perhaps for want of memory').splitlines()[-1]}"
+            f"measuring {name} failed: "
+            f"{(done.stderr.strip() or 'killed, perhaps for want of memory').splitlines()[-1]}"
         )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -307,7 +327,7 @@ def _train_and_measure(name: str, images: int, settings: Sequence[str], steps: i
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     process = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak, VmHWM
     times = train(preset, steps)
     taken = _resident("VmHWM") - process
     peak = measured_peak(DTYPES[training_precision(preset.train.precision, "cpu")])
@@ -315,7 +335,7 @@ def _train_and_measure(name: str, images: int, settings: Sequence[str], steps: i
 
 
 def _resident(field: str) -> int:
-    """Bytes: what /proc says of this process."""
+    """A memory field of /proc/self/status, in bytes."""
     return next(
         int(line.split()[1]) * 1024
         for line in Path("/proc/self/status").read_text().splitlines()
@@ -326,13 +346,15 @@ def _resident(field: str) -> int:
 def bench_train(
     preset: Preset, precision: str = "bf16", repeats: int = 5, images: int = 16
 ) -> dict[str, float | int | str]:
-    """A training step of ours, in turn with two others on the same batch: a plain PyTorch loop in float32 and contiguous memory, and a bare
-    one in our precision with float32 masters and the average, which shows what DeepSpeed costs."""
+    """A training step of ours against those of two other loops, alternately on the same batch.
+
+    `plain`: a PyTorch loop in float32 and contiguous memory. `bare`: a loop in our precision with
+    float32 master weights and EMA, which shows the cost of DeepSpeed.
+    """
     if not torch.cuda.is_available():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # DeepSpeed says on standard output that it had to guess
-    from ..train.ema import Ema  # DeepSpeed, for this bench only
+        # Otherwise DeepSpeed reports on standard output that it had to guess the accelerator
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from ..train.ema import Ema  # imports DeepSpeed, which only this benchmark needs
     from ..train.loop import Trainer, quiet
     from ..train.objectives import denoising, draw
 
@@ -368,9 +390,10 @@ def bench_train(
             if dtype != torch.float32
             else list(network.parameters())
         )
+        # Fused in the bare loop, as in ours; PyTorch's default in the plain one
         optimiser = torch.optim.AdamW(
             masters, lr=1e-4, weight_decay=0.0, fused=dtype != torch.float32 or None
-        )  # fused as ours is; the plain one as it comes
+        )
         ema = Ema(masters, preset.train.ema_rates)
 
         def step(number: int) -> None:
@@ -429,7 +452,10 @@ def bench_train(
 def random_model(
     config: ModelConfig, dtype: torch.dtype, channels_last: bool = True, device: str = "cpu"
 ) -> GlideUNet:
-    """A model drawn directly in `dtype` on its device: never in memory twice, nor in float32 first. Its zeros are drawn too."""
+    """A model with random weights, drawn directly in `dtype` on `device`.
+
+    It is never in memory twice, nor in float32 first. Zero-initialised parameters are drawn too.
+    """
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -445,7 +471,7 @@ def random_model(
 
 
 def peak_memory_bytes() -> int:
-    """The most that this process has had resident."""
+    """Peak resident memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

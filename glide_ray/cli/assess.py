@@ -1,6 +1,6 @@
-"""The commands of `glide` that measure models and what they make: what each takes, and what it does with it.
+"""Commands of `glide` that measure models and their pictures: options and implementation.
 
-Imports are each function's own, as in `commands.py`.
+Each function imports its own libraries, as in `commands.py`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,20 @@ Add = Callable[..., argparse.ArgumentParser]
 
 
 def add_commands(add: Add) -> None:
-    """Add them to the command line; `add` is given a name, a function of the options, a line of help, and what stands below it."""
+    """Add these commands to the command line.
+
+    `add` takes a name, a function of the parsed options, one line of help, and the epilog.
+    """
     add_evaluate_options(
         add(
             "evaluate",
             evaluate,
             "FID, IS, precision, recall, CLIP score, KID and CMMD of pictures beside real ones",
-            "examples:\n  glide evaluate runs/pictures --reference runs/corpus/held_out\n  glide evaluate --images 2000 --guidance-scale 1 1.5 2 3 4 "
-            "--clip-scale 1 2 --noised-clip runs/nano-clip/weights.safetensors\nThe second makes the pictures first, of captions of the reference, and "
-            "plots the fronts of figure 6. The same command goes on with what was interrupted.",
+            "examples:\n  glide evaluate runs/pictures --reference runs/corpus/held_out\n"
+            "  glide evaluate --images 2000 --guidance-scale 1 1.5 2 3 4 --clip-scale 1 2 "
+            "--noised-clip runs/nano-clip/weights.safetensors\n"
+            "The second makes the pictures first, of captions of the reference, and plots the "
+            "fronts of figure 6. The same command goes on with what was interrupted.",
         )
     )
     _add_originals(add)
@@ -60,19 +65,25 @@ def add_commands(add: Add) -> None:
             "rate",
             rate,
             "a page on which people compare pictures of models, blind, on a phone or by keyboard",
-            "example:\n  glide rate guided=runs/guided unguided=runs/unguided clip=runs/clip --out runs/study --real runs/corpus/held_out\n  glide rate --out "
-            "runs/study\nThe first begins a study and copies its pictures; the second, or the first again, goes on with it. `glide elo` counts the votes.",
+            "example:\n"
+            "  glide rate guided=runs/guided unguided=runs/unguided clip=runs/clip "
+            "--out runs/study --real runs/corpus/held_out\n"
+            "  glide rate --out runs/study\n"
+            "The first begins a study and copies its pictures; the second, or the first again, "
+            "goes on with it. `glide elo` counts the votes.",
         )
     )
     command = add(
         "elo",
         elo,
-        "Elo scores of models by question, and how often each wins against each other, from people's votes",
+        "Elo scores of models by question, and how often each wins against each other, from "
+        "people's votes",
         "examples:\n  glide elo runs/study --json elo.json\n  glide elo votes.csv",
     )
     command.add_argument(
         "votes",
-        help="a study's folder, the URL of its database, or a .csv with the columns question, first, second and winner (a model, or tie)",
+        help="a study's folder, the URL of its database, or a .csv with the columns question, "
+        "first, second and winner (a model, or tie)",
     )
     command.add_argument("--json", metavar="FILE", help="write the figures here, too")
 
@@ -81,7 +92,7 @@ def add_commands(add: Add) -> None:
 
 
 def add_evaluate_options(command: argparse.ArgumentParser) -> None:
-    """Those of `glide evaluate` and of jobs/evaluate.py."""
+    """Add the options that `glide evaluate` and jobs/evaluate.py share."""
     command.add_argument(
         "pictures",
         nargs="*",
@@ -103,18 +114,20 @@ def add_evaluate_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--clip",
         default=str(CLIP),
-        help="the CLIP that judges: weights of ours, or the folder of a public one (default: %(default)s)",
+        help="the CLIP that judges: weights of ours, or the folder of a public one "
+        "(default: %(default)s)",
     )
     command.add_argument(
         "--inception",
         metavar="FILE",
-        help="inception-2015-12-05.pt, NVIDIA's TorchScript file, for FID and IS (default: none; distances are of "
-        "the CLIP's features)",
+        help="inception-2015-12-05.pt, NVIDIA's TorchScript file, for FID and IS (default: none; "
+        "distances are of the CLIP's features)",
     )
     command.add_argument(
         "--leave-out",
         metavar="FILE",
-        help="list of the reference's images that are near-copies of training images, for distances without them",
+        help="list of the reference's images that are near-copies of training images, for "
+        "distances without them",
     )
     command.add_argument(
         "--size",
@@ -148,7 +161,7 @@ def add_evaluate_options(command: argparse.ArgumentParser) -> None:
 
 
 def _add_bulk(made, images: str, option: str = "--images", default: int = 30_000) -> None:
-    """How pictures are made for a measurement, which `bulk` reads."""
+    """Add the options for generating the pictures of a measurement, which `bulk` reads."""
     made.add_argument(
         option, type=positive, default=default, help=f"{images} (default: %(default)s)"
     )
@@ -160,11 +173,13 @@ def _add_bulk(made, images: str, option: str = "--images", default: int = 30_000
     )
     made.add_argument(
         "--upsampler",
-        help="weights of the upsampler (default: none, pictures of the base model's size, as figure 6 has them)",
+        help="weights of the upsampler (default: none, pictures of the base model's size, as "
+        "figure 6 has them)",
     )
     made.add_argument(
         "--steps",
-        help="base model: a number, or a respacing such as 10,10,3,2,2 (default: the model's own; the paper's figures are of 250)",
+        help="base model: a number, or a respacing such as 10,10,3,2,2 (default: the model's own; "
+        "the paper's figures are of 250)",
     )
     made.add_argument("--sampler", help="ancestral, ddim, plms or dpm++ (default: the model's own)")
     made.add_argument(
@@ -188,7 +203,7 @@ def _add_bulk(made, images: str, option: str = "--images", default: int = 30_000
 
 
 def bulk(options, clip: str | None = None, guidance_scale: float | None = None):
-    """The options of `_add_bulk` as a config."""
+    """The options of `_add_bulk` as a BulkConfig."""
     from ..config.overrides import validate
     from ..config.sampling import BulkConfig, SampleOptions
 
@@ -203,20 +218,20 @@ def bulk(options, clip: str | None = None, guidance_scale: float | None = None):
 
 
 def evaluated(options, say: Callable[[str], None]) -> dict[str, Any]:
-    """What the options ask for; its figures."""
+    """Run the evaluation that the options describe. Returns its figures. Raises UserError."""
     sets = named(options.pictures)
     config = bulk(options, options.noised_clip)
     if any(scale > 0 for scale in options.clip_scale) and not options.noised_clip:
         raise UserError(
-            "--clip-scale guides by a CLIP; give one with --noised-clip, trained by `glide train nano-clip` for example."
+            "--clip-scale guides by a CLIP; give one with --noised-clip, trained by "
+            "`glide train nano-clip` for example."
         )
     from ..distributed.evaluation import evaluate as evaluation
     from ..evaluation.features import fetch_network
 
     judges = evaluation.Judges(options.clip, options.inception)
-    for path in filter(
-        None, (options.clip, options.inception)
-    ):  # found missing before pictures are made
+    # Report a missing network before generating pictures
+    for path in filter(None, (options.clip, options.inception)):
         fetch_network(path)
     from ..distributed.evaluation.near_copies import left_out
 
@@ -272,7 +287,7 @@ def evaluate(options) -> None:
 
 
 def add_compose_options(command: argparse.ArgumentParser) -> None:
-    """The options of `glide compose`, except the weights'."""
+    """Add the options of `glide compose`, except those for the weights."""
     from ..evaluation.categories import CATEGORIES
 
     command.add_argument(
@@ -388,7 +403,7 @@ def _cascade(options):
     from ..sampling.cascade import Cascade
     from .commands import note
 
-    _asked(options)  # found senseless before anything is loaded
+    _asked(options)  # reject invalid options before loading anything
     upsampler = None
     if options.size != 64:
         upsampler = options.upsampler or upsampler_for(options.base, note)
@@ -409,7 +424,7 @@ def _cascade(options):
 
 @contextmanager
 def _progress(what: str):
-    """A function of how many are done and of how many there are, which shows a bar."""
+    """A function of the number done and the total that shows a progress bar."""
     from tqdm import tqdm
 
     bars = []
@@ -466,7 +481,8 @@ def _add_rate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--real",
         metavar="CORPUS",
-        help="real images with captions, for attention checks (default: pictures of the study beside noise)",
+        help="real images with captions, for attention checks (default: pictures of the study "
+        "beside noise)",
     )
     command.add_argument(
         "--database",
@@ -503,7 +519,8 @@ def rate(options) -> None:
     comparisons, models = votes.comparisons().values(), votes.asked.folders
     checks = sum(one.check_of is not None for one in comparisons)
     print(
-        f"{len(comparisons) - checks:,} pairs of {', '.join(models)}, {options.votes_per_pair} votes each on {' and '.join(votes.asked.questions)}; {checks:,} attention checks"
+        f"{len(comparisons) - checks:,} pairs of {', '.join(models)}, {options.votes_per_pair} "
+        f"votes each on {' and '.join(votes.asked.questions)}; {checks:,} attention checks"
     )
     key = votes.study.link_key
     app = rater.build_app(votes, Path(options.out) / study.PICTURES, options.votes_per_pair, key)
@@ -513,7 +530,8 @@ def rate(options) -> None:
         options.port,
         key,
         lambda link: print(
-            f"{link}  (Ctrl-C ends it; the same command goes on; the scores: glide elo {options.database or options.out})",
+            f"{link}  (Ctrl-C ends it; the same command goes on; the scores: glide elo "
+            f"{options.database or options.out})",
             flush=True,
         ),
     )
@@ -532,7 +550,10 @@ def elo(options) -> None:
 
 
 def named(given: list[str]) -> dict[str, str]:
-    """NAME=FOLDER, or a folder by its last part: name -> folder. Raises UserError for a name that comes twice or is no file's."""
+    """Parse arguments NAME=FOLDER, or FOLDER named after its last part, into name -> folder.
+
+    Raises UserError for a duplicate name or one that is not valid as a file name.
+    """
     found: dict[str, str] = {}
     for text in given:
         name, equals, folder = text.partition("=")
@@ -548,16 +569,20 @@ def named(given: list[str]) -> dict[str, str]:
     return found
 
 
-# -- originals -------------------------------------------------------------------------------------
+# -- near-copies of training images ----------------------------------------------------------------
 
 
 def _add_originals(add: Add) -> None:
     command = add(
         "filter-reference",
         filter_reference,
-        "list a reference's near-copies of training images, for distances without them (table 2, validation filtered)",
-        "example:\n  glide filter-reference runs/corpus/held_out --training runs/corpus/train --distance 0.1\n  glide evaluate runs/pictures "
-        "--leave-out runs/filter-reference/left-out.json\nLook at its page and set the distance such that the pairs below it are copies.",
+        "list a reference's near-copies of training images, for distances without them (table 2, "
+        "validation filtered)",
+        "example:\n"
+        "  glide filter-reference runs/corpus/held_out --training runs/corpus/train "
+        "--distance 0.1\n"
+        "  glide evaluate runs/pictures --leave-out runs/filter-reference/left-out.json\n"
+        "Look at its page and set the distance such that the pairs below it are copies.",
     )
     command.add_argument("reference", help="a corpus: a folder or s3:// prefix")
     command.add_argument(
@@ -570,14 +595,19 @@ def _add_originals(add: Add) -> None:
     command = add(
         "regurgitation",
         regurgitation,
-        "the training images that generated pictures lie nearest to: does the model repeat them? (sec. 6)",
-        "examples:\n  glide regurgitation --training s3://bucket/train --held-out s3://bucket/held_out --base runs/filtered-base/weights.safetensors\n"
-        "  glide regurgitation runs/pictures\nPictures that are given were made of training prompts, by jobs/generate.py for example.",
+        "the training images that generated pictures lie nearest to: does the model repeat them? "
+        "(sec. 6)",
+        "examples:\n"
+        "  glide regurgitation --training s3://bucket/train --held-out s3://bucket/held_out "
+        "--base runs/filtered-base/weights.safetensors\n"
+        "  glide regurgitation runs/pictures\n"
+        "Pictures that are given were made of training prompts, by jobs/generate.py for example.",
     )
     command.add_argument(
         "pictures",
         nargs="?",
-        help="a folder or s3:// prefix of pictures with their prompts (default: they are made with --base)",
+        help="a folder or s3:// prefix of pictures with their prompts (default: they are made "
+        "with --base)",
     )
     command.add_argument(
         "--held-out",
@@ -605,7 +635,8 @@ def _add_training(command: argparse.ArgumentParser, out: str) -> None:
     command.add_argument(
         "--clip",
         default=str(CLIP),
-        help="the CLIP that judges: weights of ours, or the folder of a public one (default: %(default)s)",
+        help="the CLIP that judges: weights of ours, or the folder of a public one "
+        "(default: %(default)s)",
     )
 
 
@@ -616,7 +647,8 @@ def filter_reference(options) -> None:
         options.reference, options.training, options.out, options.clip, options.distance, print
     )
     print(
-        f"{options.out}/{LEFT_OUT}: {found['names']:,} of {found['images']:,} images lie within {options.distance:g} of a training image; see report.html there"
+        f"{options.out}/{LEFT_OUT}: {found['names']:,} of {found['images']:,} images lie within "
+        f"{options.distance:g} of a training image; see report.html there"
     )
 
 
@@ -634,11 +666,13 @@ def regurgitation(options) -> None:
         print,
     )
     print(
-        f"nearest training image: closest {found['closest']:.4f}, median {found['median']:.4f}; of held-out real pictures: closest "
-        f"{found['held_out_closest']:.4f}, median {found['held_out_median']:.4f}"
+        f"nearest training image: closest {found['closest']:.4f}, median {found['median']:.4f}; "
+        f"of held-out real pictures: closest {found['held_out_closest']:.4f}, median "
+        f"{found['held_out_median']:.4f}"
     )
     print(
-        f"of the {found['compared_by_pixels']} closest pairs {found['copies_by_pixels']} are one picture by their pixels; {options.out}/report.html shows them"
+        f"of the {found['compared_by_pixels']} closest pairs {found['copies_by_pixels']} are one "
+        f"picture by their pixels; {options.out}/report.html shows them"
     )
 
 
@@ -647,7 +681,8 @@ def miniature(options) -> None:
 
     for finding in whole.run(options.out, options.corpus):
         print(
-            f"{'holds         ' if finding.holds else 'does not hold '}{finding.text}\n              {finding.here}"
+            f"{'holds         ' if finding.holds else 'does not hold '}{finding.text}\n"
+            f"              {finding.here}"
         )
     print(
         f"{options.out}/{whole.PAGE}, {whole.FIGURES}, {whole.FINDINGS}, figure-6.png, "
@@ -662,9 +697,11 @@ def _add_probe(add: Add) -> None:
     command = add(
         "probe",
         probe,
-        "do prompts that differ in one word give unlike pictures? The same seeds, measured in pairs (sec. 6)",
-        'example:\n  glide probe "toys for girls" "toys for boys" --words pink blue --seeds 64 --out runs/probe\nThe same command goes on with what was '
-        "interrupted.",
+        "do prompts that differ in one word give unlike pictures? The same seeds, measured in "
+        "pairs (sec. 6)",
+        'example:\n  glide probe "toys for girls" "toys for boys" --words pink blue --seeds 64 '
+        "--out runs/probe\n"
+        "The same command goes on with what was interrupted.",
     )
     command.add_argument("prompts", nargs="+", help="two or more; each is compared with each other")
     command.add_argument(
@@ -682,7 +719,8 @@ def _add_probe(add: Add) -> None:
     command.add_argument(
         "--clip",
         default=str(CLIP),
-        help="the CLIP that judges: weights of ours, or the folder of a public one (default: %(default)s)",
+        help="the CLIP that judges: weights of ours, or the folder of a public one "
+        "(default: %(default)s)",
     )
     command.add_argument(
         "--guidance-scale",

@@ -1,4 +1,7 @@
-"""What each command of `glide` does with its options. Imports are each function's own: a command waits for no library but its own."""
+"""Implementation of the commands of `glide`.
+
+Each function imports its own libraries, so that a command loads no others.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,9 @@ from ..errors import UserError
 EMOJI, FILTERS, DEMO = "runs/corpus", Path("runs/filters"), Path("runs/demo")
 BASE = Path("runs/nano-base/weights.safetensors")
 CLIP = Path("runs/nano-plain-clip/weights.safetensors")
-# What the emoji corpus knows of itself: the rule, settings, and words to search for. People are most of it: rows are labelled
-# at random, as in the paper; their 320 kinds are too few to promise 1% at 95% without dropping nearly all.
+# Content that the emoji corpus can label by itself: rule, settings, search words.
+# "people" is most of the corpus, so random rows are labelled, as in the paper. Its 320 kinds are
+# too few to guarantee 1% missed at 95% confidence without dropping nearly everything.
 KNOWN = {
     "people": (
         "glide_ray.data.emoji:shows_people",
@@ -74,7 +78,8 @@ def corpus(options) -> None:
     )
     for part in made:
         print(
-            f"{part.path}: {part.rows}; {part.captions:,} captions, {part.cut_captions} cut at 128 tokens"
+            f"{part.path}: {part.rows}; {part.captions:,} captions, {part.cut_captions} cut at "
+            "128 tokens"
         )
 
 
@@ -90,7 +95,8 @@ def clean(options) -> None:
     print(f"{done.report}")
     print(
         f"{options.out}: {done.report.kept:,} rows in shards of at most {config.per_shard:,}, "
-        f"{sum(shard['bytes'] for shard in done.index['shards']) / 1e6:,.1f} MB; what was left out and why: {DROPPED}"
+        f"{sum(shard['bytes'] for shard in done.index['shards']) / 1e6:,.1f} MB; what was left "
+        f"out and why: {DROPPED}"
     )
     print(cleaning.write_page(done, options.source, options.out))
 
@@ -124,8 +130,9 @@ def fit_filter(options) -> None:
         print(f"{out}/report.html")
     if done.waiting:
         print(
-            f"{done.labelled:,} rows are labelled; {done.waiting} more are in {out / LABELS}, their pictures in {out / SHEET}: write 1 or 0 for each, "
-            f"and run the same command again"
+            f"{done.labelled:,} rows are labelled; {done.waiting} more are in {out / LABELS}, "
+            f"their pictures in {out / SHEET}: write 1 or 0 for each, "
+            "and run the same command again"
             + (", or use the filter as it is." if done.content is not None else ".")
         )
 
@@ -179,7 +186,8 @@ def train(options) -> None:
     if result.rows:
         print(f"rows streamed: {result.rows}")
     print(
-        f"step {result.steps:,}: held-out loss {result.first_held_out:.4f} -> {result.last_held_out:.4f}; EMA weights in {result.weights}"
+        f"step {result.steps:,}: held-out loss {result.first_held_out:.4f} -> "
+        f"{result.last_held_out:.4f}; EMA weights in {result.weights}"
     )
 
 
@@ -227,7 +235,8 @@ def _export_half(checkpoint: str, out: str | Path, ema_rate: float | None) -> No
         else "no sources, for its corpus has no card.json"
     )
     print(
-        f"{out}: {trained.config.name} after step {recipe['steps']:,}, EMA {recipe['EMA']}, in float16; {said}"
+        f"{out}: {trained.config.name} after step {recipe['steps']:,}, EMA {recipe['EMA']}, in "
+        f"float16; {said}"
     )
 
 
@@ -244,11 +253,12 @@ def pack(options) -> None:
     card, folder = packing.pack(*pair, options.out, notes), options.out or shipped.FOLDER
     for file in card.files:
         print(
-            f"{folder / file.name}: {file.model}, {file.parameters / 1e6:,.2f}M parameters, {file.bytes:,} bytes, "
-            f"SHA-256 {file.sha256[:16]}..."
+            f"{folder / file.name}: {file.model}, {file.parameters / 1e6:,.2f}M parameters, "
+            f"{file.bytes:,} bytes, SHA-256 {file.sha256[:16]}..."
         )
     print(
-        f"{folder / shipped.CARD}, {shipped.PAGE}: {len(card.sources)} sources, {len(card.figures)} figures"
+        f"{folder / shipped.CARD}, {shipped.PAGE}: {len(card.sources)} sources, "
+        f"{len(card.figures)} figures"
     )
 
 
@@ -277,7 +287,7 @@ def serve(options) -> None:
     from ..distributed.cluster import connect
     from ..serving.deployment import build_application, cpus, serving
 
-    build_application(config)  # a missing file is said before Ray is started
+    build_application(config)  # reports a missing file before Ray starts
     connect(cpus(config))
     with serving(config) as url:
         print(
@@ -294,7 +304,9 @@ def key(options) -> None:
 
     made = new_key(options.name, options.keys, options.at_once, options.per_minute)
     print(
-        f"{made}\nThis is the only time it is shown; {options.keys} has its hash. Serve with --keys {options.keys}."
+        f"{made}\n"
+        f"This is the only time it is shown; {options.keys} has its hash. Serve with --keys "
+        f"{options.keys}."
     )
 
 
@@ -306,7 +318,8 @@ def import_released(options) -> None:
     out = options.out or Path("runs") / config.name / "weights.safetensors"
     save_weights(out, state, config, source="released", **metadata)
     print(
-        f"{out}: {config.name}, {sum(tensor.numel() for tensor in state.values()) / 1e6:,.2f}M parameters, every key and shape checked"
+        f"{out}: {config.name}, {sum(tensor.numel() for tensor in state.values()) / 1e6:,.2f}M "
+        "parameters, every key and shape checked"
     )
 
 
@@ -373,8 +386,8 @@ def plan(options) -> None:
     print(text)
     if chosen is None:
         raise UserError(
-            f"{preset.model.name} does not fit {preset.train.workers} x {machine.name} in any of these ways; take more of them, or some "
-            f"with more memory."
+            f"{preset.model.name} does not fit {preset.train.workers} x {machine.name} in any of "
+            "these ways; take more of them, or some with more memory."
         )
 
 
@@ -439,7 +452,7 @@ def _measure():
     return measure
 
 
-# -- shared by commands -----------------------------------------------------------------------------------------------
+# -- shared by commands ----------------------------------------------------------------------------
 
 
 def _preset(options) -> Preset:

@@ -1,4 +1,7 @@
-"""The command line `glide`: what each command is called and takes. What it does stands in `commands.py` and `pictures.py`."""
+"""The command line `glide`: names and options of its commands.
+
+`commands.py`, `assess.py` and `pictures.py` implement them.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +20,27 @@ from . import assess, commands, pictures
 from .arguments import local_path, positive
 from .commands import CLIP, DEMO
 
-DESCRIPTION = """Train and serve GLIDE (Nichol et al. 2021), text-to-image diffusion for generation and editing.
+DESCRIPTION = """\
+Train and serve GLIDE (Nichol et al. 2021), text-to-image diffusion for generation and editing.
 
   glide demo                                     everything once, on this machine, in minutes
   glide corpus --out runs/corpus                 the emoji corpus as tar shards
   glide train emoji-base --set steps=5000        a preset, with settings of your own
-  glide generate "a red apple, 3D render"        pictures from trained weights; edit, vary and scene change them
+  glide generate "a red apple, 3D render"        pictures from trained weights; \
+edit, vary and scene change them
   glide reproduce generate.png                   the same picture again, from what its PNG says
   glide serve                                    the OpenAI Images API on http://127.0.0.1:8000
-  glide evaluate runs/pictures                   FID, precision and recall, CLIP score and more, beside real pictures
+  glide evaluate runs/pictures                   FID, precision and recall, CLIP score and \
+more, beside real pictures
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Exit code 0, or 2 with one sentence on standard error for what the user can mend."""
+    """Run a command. Returns the exit code.
+
+    0 on success, 130 after Ctrl-C, and 2 for an error that the user can fix, with one sentence
+    about it on standard error.
+    """
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
@@ -52,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "uvicorn",
         ):
             print(
-                f"glide: this command needs {error.name}; install the project with `pip install '.[cluster]'`.",
+                f"glide: this command needs {error.name}; install the project with "
+                "`pip install '.[cluster]'`.",
                 file=sys.stderr,
             )
             return 2
@@ -82,7 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "demo",
         commands.demo,
-        "pictures from the shipped weights, a new style taught to them, and edits over HTTP, on one page",
+        "pictures from the shipped weights, a new style taught to them, and edits over HTTP, on "
+        "one page",
     )
     command.add_argument(
         "--out", type=local_path, default=DEMO, help="folder of the results (default: %(default)s)"
@@ -104,7 +116,8 @@ def _parser() -> argparse.ArgumentParser:
         "corpus",
         commands.corpus,
         "make the emoji corpus as tar shards and count it, or count one of your own",
-        "examples:\n  glide corpus --scenes 100000\n  glide corpus --styles outline --out runs/outline\n"
+        "examples:\n  glide corpus --scenes 100000\n"
+        "  glide corpus --styles outline --out runs/outline\n"
         "  glide corpus --packages FOLDER      (npm tarballs, for a machine without npm)",
     )
     command.add_argument(
@@ -147,14 +160,18 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "clean",
         commands.clean,
-        "judge every image and caption of a corpus, drop near-duplicates, write what is left as shards",
+        "judge every image and caption of a corpus, drop near-duplicates, write what is left as "
+        "shards",
         "settings, as --set KEY=VALUE:\n  "
         + "  ".join(f"{name}={value}" for name, value in CleanConfig().model_dump().items())
-        + "\nexample:\n  glide clean s3://bucket/raw --out s3://bucket/clean --set min_size=256 --rule my_rules:is_outdoors",
+        + "\nexample:\n"
+        "  glide clean s3://bucket/raw --out s3://bucket/clean --set min_size=256 "
+        "--rule my_rules:is_outdoors",
     )
     command.add_argument(
         "source",
-        help="a folder or s3:// prefix of .tar, .parquet or images with captions, or data/{00000..00999}.tar",
+        help="a folder or s3:// prefix of .tar, .parquet or images with captions, or "
+        "data/{00000..00999}.tar",
     )
     command.add_argument(
         "--out",
@@ -173,12 +190,14 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="MODULE:FUNCTION",
-        help="a rule of your own: a function of a Candidate (glide_ray/data/filters.py) that is true for what may stay",
+        help="a rule of your own: a function of a Candidate (glide_ray/data/filters.py) that is "
+        "true for what may stay",
     )
 
     command = subparsers.add_parser(
         "filter",
-        help="find content in a corpus that it is to be freed of, by labels of some of its images (app. F.1)",
+        help="find content in a corpus that it is to be freed of, by labels of some of its images "
+        "(app. F.1)",
     )
     steps = command.add_subparsers(title="steps", required=True, metavar="STEP")
     settings = "settings, as --set KEY=VALUE:\n  " + "  ".join(
@@ -188,16 +207,18 @@ def _parser() -> argparse.ArgumentParser:
         "fit",
         formatter_class=form,
         help="ask for labels and fit the filter to them",
-        description="Ask for labels, in a CSV and with a sheet of pictures, and fit an SVM to them on CLIP's features, its bias set so "
-        "that it misses few. Run it again after each round of labels. The emoji corpus answers itself for people and weapons.",
-        epilog=settings
-        + "\nexamples:\n  glide filter fit people\n  glide filter fit smoke --corpus s3://bucket/clean --search "
-        '"a cigarette" --clip s3://models/clip-vit-base-patch16',
+        description="Ask for labels, in a CSV and with a sheet of pictures, and fit an SVM to "
+        "them on CLIP's features, its bias set so that it misses few. Run it again after each "
+        "round of labels. The emoji corpus answers itself for people and weapons.",
+        epilog=settings + "\nexamples:\n  glide filter fit people\n"
+        '  glide filter fit smoke --corpus s3://bucket/clean --search "a cigarette" '
+        "--clip s3://models/clip-vit-base-patch16",
     )
     fit.set_defaults(command=commands.fit_filter)
     fit.add_argument(
         "name",
-        help="what is to be found; a folder runs/filters/NAME holds the labels, the filter and its page",
+        help="what is to be found; a folder runs/filters/NAME holds the labels, the filter and "
+        "its page",
     )
     fit.add_argument(
         "--corpus", help=f"where to look for it (default: the emoji corpus, {commands.EMOJI}/train)"
@@ -215,12 +236,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     fit.add_argument(
         "--held-out",
-        help=f"a corpus to assess the filter on where the truth is known (default: {commands.EMOJI}/held_out)",
+        help="a corpus to assess the filter on where the truth is known "
+        f"(default: {commands.EMOJI}/held_out)",
     )
     fit.add_argument(
         "--clip",
         default=str(CLIP),
-        help="weights of a CLIP of ours, or the folder of a public one, local or s3:// (default: %(default)s)",
+        help="weights of a CLIP of ours, or the folder of a public one, local or s3:// "
+        "(default: %(default)s)",
     )
     fit.add_argument(
         "--set",
@@ -238,7 +261,8 @@ def _parser() -> argparse.ArgumentParser:
         "apply",
         formatter_class=form,
         help="write a corpus without what the filter finds",
-        description="Write the rows of a corpus that a filter lets pass, with an index, a list of those dropped, and a page to look at.",
+        description="Write the rows of a corpus that a filter lets pass, with an index, a list of "
+        "those dropped, and a page to look at.",
         epilog="example:\n  glide filter apply people runs/corpus/train --out runs/without_people",
     )
     apply.set_defaults(command=commands.apply_filter)
@@ -256,14 +280,19 @@ def _parser() -> argparse.ArgumentParser:
     apply.add_argument(
         "--truth",
         metavar="MODULE:FUNCTION",
-        help="a function of a Candidate that knows the content: the page then shows what was missed",
+        help="a function of a Candidate that knows the content: the page then shows what was "
+        "missed",
     )
     apply.add_argument(
         "--per-shard", type=positive, default=10_000, metavar="ROWS", help="default: %(default)s"
     )
 
     names = ", ".join(presets.PRESETS)
-    settings = "examples of settings:\n  --set steps=5000 --set batch=256 --set data.corpus=s3://bucket/train --set train.zero_stage=3"
+    settings = (
+        "examples of settings:\n"
+        "  --set steps=5000 --set batch=256 --set data.corpus=s3://bucket/train "
+        "--set train.zero_stage=3"
+    )
     command = add(
         "train",
         commands.train,
@@ -294,7 +323,8 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "pretrain",
         commands.pretrain,
-        "the weights that ship, from package tarballs to files, in one process: on one GPU in minutes",
+        "the weights that ship, from package tarballs to files, in one process: on one GPU in "
+        "minutes",
         "example:\n  glide pretrain emoji-base --packages tarballs --minutes 9 --out weights",
     )
     command.add_argument("model", help="emoji-base or emoji-upsampler")
@@ -391,7 +421,9 @@ def _parser() -> argparse.ArgumentParser:
         "vary",
         pictures.vary,
         "make a picture anew from what it shows, or from a sketch on it (SDEdit)",
-        'example:\n  glide vary "a red house" --image photo.png --sketch strokes.png --mask hole.png --strength 0.7',
+        "example:\n"
+        '  glide vary "a red house" --image photo.png --sketch strokes.png --mask hole.png '
+        "--strength 0.7",
     )
     command.add_argument("prompt")
     command.add_argument(
@@ -416,7 +448,9 @@ def _parser() -> argparse.ArgumentParser:
         "scene",
         pictures.scene,
         "a picture built up by edits, one after the other",
-        'example:\n  glide scene "a cozy living room" --edit wall.png "a painting of a corgi" --edit floor.png "a round table"',
+        "example:\n"
+        '  glide scene "a cozy living room" --edit wall.png "a painting of a corgi" '
+        '--edit floor.png "a round table"',
     )
     command.add_argument(
         "prompt", nargs="?", help="of the picture to begin with, unless --image gives it"
@@ -454,13 +488,15 @@ def _parser() -> argparse.ArgumentParser:
         "import-released",
         commands.import_released,
         "OpenAI's published checkpoints as weights files of ours, checked key by key",
-        "examples:\n  glide import-released base.pt\n  glide import-released image-enc.pt text-enc.pt --vocabulary "
+        "examples:\n  glide import-released base.pt\n"
+        "  glide import-released image-enc.pt text-enc.pt --vocabulary "
         "bpe_simple_vocab_16e6.txt.gz\nPickled code is refused, never run.",
     )
     command.add_argument(
         "files",
         nargs="+",
-        help="base.pt, base-inpaint.pt, upsample.pt or upsample-inpaint.pt; or both encoders of CLIP",
+        help="base.pt, base-inpaint.pt, upsample.pt or upsample-inpaint.pt; or both encoders of "
+        "CLIP",
     )
     command.add_argument("--vocabulary", help="CLIP's bpe_simple_vocab_16e6.txt.gz")
     command.add_argument(
@@ -491,8 +527,8 @@ def _parser() -> argparse.ArgumentParser:
         "the OpenAI Images API for trained weights, on Ray Serve",
         "settings, as --set KEY=VALUE:\n  "
         + "  ".join(f"{name}={value}" for name, value in _flat(ServeConfig()).items())
-        + "\nexamples:\n  glide serve --clip runs/nano-clip/weights.safetensors\n  glide serve --host 0.0.0.0 --keys keys.json "
-        "--set base_scale.max_replicas=4",
+        + "\nexamples:\n  glide serve --clip runs/nano-clip/weights.safetensors\n"
+        "  glide serve --host 0.0.0.0 --keys keys.json --set base_scale.max_replicas=4",
     )
     command.add_argument(
         "--host",
@@ -518,7 +554,8 @@ def _parser() -> argparse.ArgumentParser:
         "key",
         commands.key,
         "a new API key for the server; the file keeps only its hash",
-        "example:\n  glide key ann --per-minute 60\nTo take a key back, delete its name from the file and start or deploy the server anew.",
+        "example:\n  glide key ann --per-minute 60\n"
+        "To take a key back, delete its name from the file and start or deploy the server anew.",
     )
     command.add_argument("name", help="whose it is, as the server's log will call them")
     command.add_argument(
@@ -547,9 +584,10 @@ def _parser() -> argparse.ArgumentParser:
         "whether generated pictures show the objects, styles, "
         "colours, counts and positions of their prompts",
         "examples:\n  glide compose --prompts 200\n"
-        "  glide compose --size 64 --prompts 32 --steps 20 --categories seen colour count\n  glide compose --real\n"
-        "The judge is fitted once to the corpus's real pictures, in some minutes. "
-        "The same command resumes an interrupted run.",
+        "  glide compose --size 64 --prompts 32 --steps 20 --categories seen colour count\n"
+        "  glide compose --real\n"
+        "The judge is fitted once to the corpus's real pictures, in some minutes. The same "
+        "command resumes an interrupted run.",
     )
     assess.add_compose_options(command)
     _add_weights(command)
@@ -558,7 +596,8 @@ def _parser() -> argparse.ArgumentParser:
         "settings",
         commands.settings,
         "every setting of training, cleaning, filtering, serving and bulk generation",
-        "The same as docs/configuration.md, in Markdown: name, kind, default and meaning.\nexample:\n  glide settings | grep -i checkpoint",
+        "The same as docs/configuration.md, in Markdown: name, kind, default and meaning.\n"
+        "example:\n  glide settings | grep -i checkpoint",
     )
 
     command = add("info", commands.info, "parameters by part, memory and operations of a preset")
@@ -574,9 +613,12 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "plan",
         commands.plan,
-        "what training a preset takes: memory of a worker by part, the ZeRO stage that fits, days and price",
-        "examples:\n  glide plan paper-base --gpus 64 --gpu h100 --set batch=2048 --price 2.5\n  glide plan nano-base --gpu cpu\n"
-        "It computes and starts nothing. What it prints as --set is for `glide train`. FLOP/s and links are of data sheets, and how much of\n"
+        "what training a preset takes: memory of a worker by part, the ZeRO stage that fits, days "
+        "and price",
+        "examples:\n  glide plan paper-base --gpus 64 --gpu h100 --set batch=2048 --price 2.5\n"
+        "  glide plan nano-base --gpu cpu\n"
+        "It computes and starts nothing. What it prints as --set is for `glide train`. FLOP/s and "
+        "links are of data sheets, and how much of\n"
         "them training reaches is assumed, unless you give what you have measured.",
     )
     command.add_argument("preset", help=names)
@@ -639,13 +681,15 @@ def _parser() -> argparse.ArgumentParser:
             "guidance",
             "recipe",
         ],
-        help="forward: one network call; sample: one guided step as a ratio to the released form; cascade: seconds for a picture, and pictures a second; train: a training step "
-        "as a ratio to a plain PyTorch loop's, and to a bare one of the same precision; plan: the memory that `glide plan` "
-        "says as a ratio to what training takes on the CPU; serve: latency "
-        "and cost of the server as ratios to whole-request batching and to a server that does nothing; data: the stream's "
-        "images a second as a ratio to webdataset's; memory: its peak over 10 and 100 thousand; of trained models, "
-        "samplers: distance to 250 DDIM steps; inpainting: error at a hole's border, of --base and of --inpaint; "
-        "guidance: score by --clip over the guidance scale; recipe: held-out error of emoji-base with other settings "
+        help="forward: one network call; sample: one guided step as a ratio to the released form; "
+        "cascade: seconds for a picture, and pictures a second; train: a training step as a ratio "
+        "to a plain PyTorch loop's, and to a bare one of the same precision; plan: the memory "
+        "that `glide plan` says as a ratio to what training takes on the CPU; serve: latency and "
+        "cost of the server as ratios to whole-request batching and to a server that does "
+        "nothing; data: the stream's images a second as a ratio to webdataset's; memory: its peak "
+        "over 10 and 100 thousand; of trained models, samplers: distance to 250 DDIM steps; "
+        "inpainting: error at a hole's border, of --base and of --inpaint; guidance: score by "
+        "--clip over the guidance scale; recipe: held-out error of emoji-base with other settings "
         "of training, at equal seconds of computing",
     )
     command.add_argument(
@@ -676,8 +720,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--preset",
-        help="default: paper-base for forward, filtered-base for sample, emoji-base for train, all of its shapes for plan, "
-        "nano for serve, of nano and emoji; filtered for cascade, of paper, filtered, emoji and nano",
+        help="default: paper-base for forward, filtered-base for sample, emoji-base for train, "
+        "all of its shapes for plan, nano for serve, of nano and emoji; filtered for cascade, of "
+        "paper, filtered, emoji and nano",
     )
     command.add_argument(
         "--precision", choices=["fp32", "bf16", "fp16"], default="bf16", help="default: %(default)s"
@@ -693,7 +738,8 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds",
         type=positive,
         default=120,
-        help="of open-loop load for serve, of computing for each run of recipe (default: %(default)s)",
+        help="of open-loop load for serve, of computing for each run of recipe "
+        "(default: %(default)s)",
     )
     command.add_argument(
         "--repeats",
@@ -704,16 +750,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_cards(add) -> None:
-    """The commands for weights that are passed on, and for what is to be known of them."""
+    """Add the commands that pack weights for release and that show their model card."""
     command = add(
         "pack",
         commands.pack,
         "a base model and an upsampler as they ship: in float16, with a model card",
         """examples:
   glide pack runs/emoji-base runs/emoji-upsampler --notes notes.json
-  glide pack base.safetensors upsampler.safetensors --corpus runs/corpus/train --recipe base.json upsampler.json
+  glide pack base.safetensors upsampler.safetensors --corpus runs/corpus/train \
+--recipe base.json upsampler.json
 notes.json has the card's figures and limits; without --notes those of the card that is there stay:
-  {"figures": {"style right": {"value": 0.97, "interval": [0.95, 0.98], "command": "glide ..."}}, "limits": ["..."]}""",
+  {"figures": {"style right": {"value": 0.97, "interval": [0.95, 0.98], "command": "glide ..."}}, \
+"limits": ["..."]}""",
     )
     command.add_argument("base", help="weights file, or the folder of a run, local or s3://")
     command.add_argument("upsampler", help="likewise")
@@ -772,10 +820,11 @@ def _add_weights(command: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(command: argparse.ArgumentParser) -> None:
-    """The options of how pictures are sampled, which `pictures.sample_options` reads."""
+    """Add the sampling options, which `pictures.sample_options` reads."""
     command.add_argument(
         "--sampler",
-        help="ancestral, ddim, plms or dpm++, the last for 15 to 30 steps (default: the model's own)",
+        help="ancestral, ddim, plms or dpm++, the last for 15 to 30 steps (default: the model's "
+        "own)",
     )
     command.add_argument(
         "--steps",
@@ -789,7 +838,8 @@ def add_sampling(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--clip",
-        help="weights of noised CLIP, or the folder of a public CLIP, for --clip-scale and --best-of",
+        help="weights of noised CLIP, or the folder of a public CLIP, for --clip-scale and "
+        "--best-of",
     )
     command.add_argument(
         "--clip-scale",
@@ -827,7 +877,7 @@ def _add_sampling(
 
 
 def _flat(config: ServeConfig) -> dict[str, object]:
-    """A config's settings by their dotted names, without those that options of their own set."""
+    """Settings of a config by dotted name, without those that have an option of their own."""
     tree = config.model_dump(
         exclude={"base", "upsampler", "clip", "keys", "host", "port", "precision", "more_models"}
     )

@@ -1,4 +1,7 @@
-"""What the commands of `glide` that make pictures do with their options. Imports are each function's own, as in `commands.py`."""
+"""Implementation of the commands of `glide` that make pictures.
+
+Each function imports its own libraries, as in `commands.py`.
+"""
 
 from __future__ import annotations
 
@@ -161,31 +164,33 @@ def reproduce(options) -> None:
     )
     made = _with_bar(lambda progress: make_again(cascade, recipe, inputs, progress))
     print(
-        f"{recipe.task} {recipe.prompt!r}, seed {recipe.seed}, {recipe.options.sampler} {recipe.options.steps}, guidance scale "
-        f"{recipe.options.guidance_scale:g}, {recipe.models['base'].name}"
+        f"{recipe.task} {recipe.prompt!r}, seed {recipe.seed}, {recipe.options.sampler} "
+        f"{recipe.options.steps}, guidance scale {recipe.options.guidance_scale:g}, "
+        f"{recipe.models['base'].name}"
     )
     apart = abs(made.astype(int) - before) if made.shape == before.shape else None
     if apart is not None and not apart.any():
         print(f"the same as {options.picture}, to the last 8-bit value")
     elif apart is not None:
         print(
-            f"differs from {options.picture} by up to {apart.max()} of 255, in {(apart > 0).mean():.2%} of its values; it was made with "
-            f"{recipe.made_with}"
+            f"differs from {options.picture} by up to {apart.max()} of 255, in "
+            f"{(apart > 0).mean():.2%} of its values; it was made with {recipe.made_with}"
         )
     else:
         print(
-            f"{options.picture} has been resized since: it is {before.shape[1]}x{before.shape[0]} and was made at {made.shape[1]}x{made.shape[0]}"
+            f"{options.picture} has been resized since: it is {before.shape[1]}x{before.shape[0]} "
+            f"and was made at {made.shape[1]}x{made.shape[0]}"
         )
     if options.out:
         save_picture(made, options.out, recipe, inputs)
         print(options.out)
 
 
-# -- shared by them ---------------------------------------------------------------------------------------------------
+# -- shared by commands ----------------------------------------------------------------------------
 
 
 def sample_options(options):
-    """What the options say of sampling. Raises RequestError."""
+    """The sampling options as SampleOptions. Raises RequestError if they are invalid."""
     from ..config.sampling import SampleOptions
     from ..sampling.cascade import check_options
 
@@ -202,12 +207,13 @@ def sample_options(options):
 
 
 def _cascade(options):
-    sample_options(options)  # found senseless before anything is loaded
+    sample_options(options)  # reject invalid options before loading anything
     if options.prompt is not None and not options.prompt.strip():
         note("the prompt is empty; the picture will be of anything.")
     if (options.clip_scale or getattr(options, "best_of", 1) > 1) and not options.clip:
         raise UserError(
-            "--clip-scale and --best-of need a CLIP model; give one with --clip, trained by `glide train nano-clip` for example."
+            "--clip-scale and --best-of need a CLIP model; give one with --clip, trained by "
+            "`glide train nano-clip` for example."
         )
     from ..pretrained.shipped import locate, upsampler_for
     from ..sampling.cascade import Cascade
@@ -223,7 +229,7 @@ def _cascade(options):
 
 
 def _open(path: str):
-    """A picture from a file, upright. Raises ImageError that names the file."""
+    """A picture from a file, rotated upright. Raises an ImageError that names the file."""
     from ..data.images import load, open_image
     from ..storage import read
 
@@ -231,7 +237,7 @@ def _open(path: str):
 
 
 def _named(path: str, work):
-    """`work()`, with the file's name before what is said of it."""
+    """The result of `work`; its UserErrors, except StorageError, gain the file's name."""
     from ..storage import StorageError
 
     try:
@@ -243,7 +249,10 @@ def _named(path: str, work):
 
 
 def _image_and_mask(image: str, mask: str | None, size: int):
-    """The centred square of a picture at `size` pixels, and of its mask if there is one: true where known."""
+    """The centred square of a picture, and of its mask if there is one, at `size` pixels.
+
+    The mask is true where pixels are known. Returns a tuple of one or two arrays.
+    """
     from ..data.images import centre_crop, flatten
     from ..data.masks import centre_crop_mask, check_sizes, mask_of
 
@@ -264,7 +273,7 @@ def _warn_of_cut(prompt: str, context: int) -> None:
 
 
 def _with_bar(run):
-    """Run with a bar of denoising steps for each stage."""
+    """Call `run` with a progress function that shows a bar of denoising steps for each stage."""
     from tqdm import tqdm
 
     bars: dict[str, tqdm] = {}

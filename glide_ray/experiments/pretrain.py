@@ -1,4 +1,4 @@
-"""`glide pretrain`: the weights that ship, from package tarballs to files, on a machine without Ray and network."""
+"""`glide pretrain`: train the shipped weights from package tarballs, without Ray or network."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from ..train.text_first import CAPTIONS, SIDE, learn_words
 from ..train.without_ray import Done, MemoryCorpus, train_alone
 
 MODELS = BASE, UPSAMPLER = "emoji-base", "emoji-upsampler"
-WORDS, WORDS_PART = "words.safetensors", 0.25  # the text transformer's part of the minutes
-PART_BYTES = 15 * 2**20  # of a file of weights: what a mail or a small store takes
-# A GPU has so little to do with a CPU's batch that launches are most of a step.
+# Weights with a pretrained text transformer; share of the minutes for its training
+WORDS, WORDS_PART = "words.safetensors", 0.25
+PART_BYTES = 15 * 2**20  # part of a weights file: fits in an e-mail or a small store
+# Overrides on a GPU: with a CPU's batch size, kernel launches would be most of a step
 ON_GPU = {
     BASE: [
         "batch=256",
@@ -53,15 +54,17 @@ def pretrain(
     styles: Sequence[str] = (),
     report: Callable[[str], None] = print,
 ) -> Done:
-    """Build the corpus unless it is there, train for `minutes`, and write to the folder `out`:
+    """Build the corpus if it is missing, train for `minutes`, and write these files to `out`.
 
-    `NAME.safetensors.0`, `.1`...   float16 weights with their sources and recipe, in parts of at most 15 MiB
+    `NAME.safetensors.0`, `.1`...   float16 weights with their sources and recipe, in parts of at
+                                    most 15 MiB
     `NAME.json`                     SHA-256 and bytes of the whole file, and how it was trained
     `NAME.png`                      a sheet of samples
-    `NAME.metrics.jsonl`            the run's figures
+    `NAME.metrics.jsonl`            the run's metrics
 
-    A base model's text transformer is trained alone first, in WORDS_PART of the minutes, and then
-    stays as it is: beside the U-Net it forgets. The same command resumes the run. Raises UserError.
+    A base model's text transformer is trained first and alone, in WORDS_PART of the minutes, and
+    then frozen: it forgets when trained together with the U-Net. The same command resumes an
+    interrupted run. Raises UserError.
     """
     if name not in MODELS:
         raise ConfigError(f"{name!r} does not ship; {nearest(name, MODELS)}")
@@ -98,7 +101,7 @@ def pretrain(
 
 
 def _learn_words(preset: Preset, path: Path, minutes: float, report: Callable[[str], None]) -> None:
-    """Weights of a new model, whose text transformer alone has been trained."""
+    """Train only the text transformer of a new model, and write the model's weights to `path`."""
     torch.manual_seed(preset.train.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(preset.model).to(device)
@@ -112,7 +115,7 @@ def _learn_words(preset: Preset, path: Path, minutes: float, report: Callable[[s
 
 
 def _write_parts(whole: Path, out: Path, name: str, recipe: dict) -> None:
-    """A file in parts, and what tells whether they were joined rightly."""
+    """Write a file in parts, and the checksum and size that verify the joined file."""
     data = whole.read_bytes()
     for number, start in enumerate(range(0, len(data), PART_BYTES)):
         storage.put(data[start : start + PART_BYTES], out / f"{name}.safetensors.{number}")

@@ -1,4 +1,4 @@
-"""The third stage: both models on Ray Serve, asked over HTTP as OpenAI's client would."""
+"""Third stage of the demo: both models on Ray Serve, called through the OpenAI Images API."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ from .plan import Plan
 from .results import Result
 from .sheet import file_name
 
-CONCURRENT_REQUESTS, ANSWER_SECONDS = 4, 600  # requests on the way, seconds for an answer
-HALF_A_CPU = Scale(cpus=0.5)  # four stages and the ingress beside each other, logically
+CONCURRENT_REQUESTS, ANSWER_SECONDS = 4, 600  # requests in flight, client timeout in seconds
+HALF_A_CPU = Scale(cpus=0.5)  # logical CPUs, so that four stages and the ingress fit together
 
 
 def ask(out: Path, plan: Plan, pair: Pair, tuned: Path, name: str) -> Result:
-    """Serve the shipped pair and the fine-tuned weights as the model `name`, and ask for pictures.
+    """Serve the shipped pair, and the weights `tuned` as model `name`, and request pictures.
 
-    Writes each answer, and BEFORE_AFTER, EDIT, SKETCH and SCENE. Raises UserError where the server
-    refuses, or changes a pixel that it was to keep.
+    Writes each picture, and BEFORE_AFTER, EDIT, SKETCH and SCENE. Raises UserError if the server
+    refuses a request or changes a known pixel.
     """
     from ...bench.load_generator import free_port
     from ...serving.deployment import cpus, serving
@@ -82,7 +82,7 @@ def ask(out: Path, plan: Plan, pair: Pair, tuned: Path, name: str) -> Result:
 
 
 class Client:
-    """Asks for pictures and writes them as they come: each PNG carries its recipe."""
+    """Requests pictures and writes each on arrival; its PNG carries its recipe."""
 
     def __init__(
         self, http: httpx.Client, out: Path, options: SampleOptions, told: Callable[[], Any]
@@ -92,16 +92,16 @@ class Client:
         self.out, self.written = out, []
 
     def generate(self, name: str, prompt: str, seed: int, model: str | None = None) -> np.ndarray:
-        """A picture (S, S, 3) uint8, written as `name`. Raises UserError."""
+        """Generate a picture (S, S, 3) uint8 and write it as `name`. Raises UserError."""
         fields = {"prompt": prompt, "seed": seed, "model": model, **self._options}
         return self._picture(name, self._http.post("/v1/images/generations", json=fields))
 
     def edit(
         self, name: str, image: np.ndarray, known: np.ndarray, prompt: str, seed: int
     ) -> np.ndarray:
-        """`image` (S, S, 3) with what is not `known` (S, S) painted anew.
+        """Inpaint `image` (S, S, 3) where `known` (S, S) is false.
 
-        Raises UserError where a known pixel comes back as another.
+        Raises UserError if a known pixel comes back changed.
         """
         files = {
             "image": ("image.png", encode(image), "image/png"),
@@ -124,7 +124,7 @@ class Client:
         strength: float,
         model: str | None = None,
     ) -> np.ndarray:
-        """A picture that begins from `image` (S, S, 3) under noise (SDEdit)."""
+        """Denoise a picture from `image` (S, S, 3) plus noise, as SDEdit does."""
         fields = {
             "prompt": prompt,
             "seed": seed,
@@ -135,7 +135,7 @@ class Client:
         return self._from_image("variations", name, files, fields)
 
     def keep(self, name: str, image: np.ndarray) -> str:
-        """Write a picture (H, W, 3) that the server has not made. Returns its file's name."""
+        """Write a picture (H, W, 3) that is not from the server. Returns its relative path."""
         return self._write(name, encode(image))
 
     def _from_image(
@@ -162,12 +162,12 @@ class Client:
 
 
 def path_of(name: str) -> str:
-    """Where a picture of that name is written, in the demo's folder."""
+    """Path of the picture `name`, relative to the demo's folder."""
     return f"pictures/{name}.png"
 
 
 def mask_png(known: np.ndarray) -> bytes:
-    """Known pixels (H, W) as the API takes them: transparent where to paint."""
+    """Known pixels (H, W) as the API's mask: a PNG that is transparent where to paint."""
     alpha = Image.fromarray(np.where(known, 255, 0).astype(np.uint8))
     buffer = io.BytesIO()
     Image.merge("LA", (alpha, alpha)).save(buffer, "PNG")
@@ -178,7 +178,7 @@ def mask_png(known: np.ndarray) -> bytes:
 
 
 def _pairs(client: Client, plan: Plan, tuned: str) -> list[Result]:
-    """The same prompts and seeds from the shipped model and from the fine-tuned one."""
+    """Pictures of the same prompts and seeds by the shipped and by the fine-tuned model."""
     asked = [
         (f"{when}-{file_name(prompt)}", prompt, seed, model)
         for seed, prompt in enumerate(plan.pairs)
@@ -198,7 +198,7 @@ def _pairs(client: Client, plan: Plan, tuned: str) -> list[Result]:
 
 
 def _edit(client: Client, plan: Plan) -> Result:
-    """A generated picture whose right half is painted anew."""
+    """Generate a picture, then inpaint its right half."""
     first, prompt = plan.edit
     before = client.generate("edit-before", first, 0)
     known = left_half(len(before))
@@ -216,7 +216,7 @@ def _edit(client: Client, plan: Plan) -> Result:
 
 
 def _sketches(client: Client, plan: Plan, tuned: str) -> list[Result]:
-    """Pictures that begin from drawings."""
+    """Pictures that start from drawings."""
     rows, shown = [], []
     for sketch in plan.sketches:
         drawing = draw_sketch(sketch.drawing)
@@ -250,7 +250,10 @@ def _sketches(client: Client, plan: Plan, tuned: str) -> list[Result]:
 
 
 def _scene(client: Client, plan: Plan) -> list[Result]:
-    """A picture that grows to the right: each edit sees the right half of it and paints beside."""
+    """A picture that grows to the right.
+
+    At S pixels high, each edit sees the last S/2 columns and inpaints S/2 columns beside them.
+    """
     strip = client.generate("scene-0", plan.scene[0], 0)
     strips, half = [strip], len(strip) // 2
     for number, prompt in enumerate(plan.scene[1:], 1):
@@ -267,5 +270,5 @@ def _scene(client: Client, plan: Plan) -> list[Result]:
 
 
 def left_half(size: int) -> np.ndarray:
-    """A mask (size, size) that keeps the left half."""
+    """Mask (size, size), true in the left half."""
     return np.broadcast_to(np.arange(size) < size // 2, (size, size))

@@ -1,4 +1,4 @@
-"""The demo's pictures of pictures, and the drawings that it begins from."""
+"""Figures of the demo, and the drawings that its pictures start from."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from .plan import Sketch
 
 SHEET, BEFORE_AFTER, EDIT = "things-by-styles.png", "before-after.png", "edit.png"
 SKETCH, SCENE, LOSS = "sketch.png", "scene.png", "loss.png"
-SIZE = 256  # of a drawing, in pixels
+SIZE = 256  # side of a drawing in pixels
 Draw = Callable[[ImageDraw.ImageDraw], None]
 
 
 def draw_pairs(
     out: Path, prompts: Sequence[str], before: Sequence[np.ndarray], after: Sequence[np.ndarray]
 ) -> None:
-    """Write BEFORE_AFTER: a column for each prompt."""
+    """Write BEFORE_AFTER: one column per prompt."""
     _put(grid([before, after], prompts, ["before", "after"]), out / BEFORE_AFTER)
 
 
 def draw_edit(
     out: Path, before: np.ndarray, known: np.ndarray, after: np.ndarray, prompts: Sequence[str]
 ) -> None:
-    """Write EDIT: a picture, its hole, and the edited one. `prompts`: of the first and the last."""
+    """Write EDIT: a picture, the same with its hole, and the edited picture.
+
+    `prompts`: that of the first and that of the last.
+    """
     _put(
         contact_sheet(
             [before, show_hole(before, known), after],
@@ -44,7 +47,7 @@ def draw_edit(
 def draw_sketches(
     out: Path, sketches: Sequence[Sketch], shown: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]]
 ) -> None:
-    """Write SKETCH: each drawing, and beside it the pictures that began from it."""
+    """Write SKETCH: each drawing, followed by the pictures that started from it."""
     images, labels = [], []
     for sketch, (drawing, answers) in zip(sketches, shown, strict=True):
         images += [drawing, *answers]
@@ -57,7 +60,7 @@ def draw_sketches(
 
 
 def draw_scene(out: Path, strips: Sequence[np.ndarray], prompts: Sequence[str]) -> None:
-    """Write SCENE: the picture as it grows, a row for each step."""
+    """Write SCENE: the growing picture, one row per step."""
     _put(stairs(strips, prompts), out / SCENE)
 
 
@@ -69,7 +72,7 @@ def _put(image: Image.Image, path: Path) -> None:
 
 
 def draw_sketch(name: str) -> np.ndarray:
-    """A drawing of DRAWINGS on white: (SIZE, SIZE, 3) uint8."""
+    """One of DRAWINGS by name, on white: (SIZE, SIZE, 3) uint8."""
     image = Image.new("RGB", (SIZE, SIZE), "white")
     DRAWINGS[name](ImageDraw.Draw(image))
     return np.asarray(image)

@@ -1,4 +1,4 @@
-"""The demo on one page, and its pictures for the README."""
+"""The demo's HTML page, and its pictures for the README."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .results import Results
 PAGE, TEMPLATE = "index.html", Path(__file__).with_name("page.html")
 STAGES = ("sheet", "corpus", "tuning", "answers")
 PICTURES = (SHEET, BEFORE_AFTER, EDIT, SKETCH, SCENE, LOSS)
-MOST_BYTES = 1_500_000  # of all copies: every clone of the repository has them
-QUALITIES = (92, 85, 75, 60)  # of WebP, the first with which the copies are small enough
+MOST_BYTES = 1_500_000  # limit for all copies together: they are in every clone of the repository
+QUALITIES = (92, 85, 75, 60)  # of WebP, tried in order until the copies are small enough
 
 
 def write_page(out: Path) -> None:
-    """PAGE in `out`, with what the stages have made so far. It needs no network."""
+    """Write PAGE to `out` with the results so far. The page needs no network."""
     results = Results(out)
     given: dict[str, Any] = {stage: results.read(stage) for stage in STAGES}
     text = _template().render(
@@ -40,7 +40,7 @@ def _template():
 
 
 def _credits(answers: dict[str, Any] | None) -> list[dict[str, str]]:
-    """Whom the served models name as their sources, each once."""
+    """Sources that the served models name, each package once."""
     found = {
         source["package"]: source
         for model in (answers or {"models": []})["models"]
@@ -50,9 +50,9 @@ def _credits(answers: dict[str, Any] | None) -> list[dict[str, str]]:
 
 
 def copy_pictures(out: Path, folder: Path) -> list[Path]:
-    """The demo's pictures in `out` as small WebP files in `folder`. Returns their paths.
+    """Copy the demo's pictures in `out` to `folder` as small WebP files. Returns their paths.
 
-    Raises UserError where one is missing, or they cannot be made small enough.
+    Raises UserError if one is missing or they cannot be made small enough.
     """
     missing = [name for name in PICTURES if not (out / name).exists()]
     if missing:

@@ -1,4 +1,4 @@
-"""What the demo makes and how much of it. Tests give smaller numbers."""
+"""Contents and size of the demo. Tests use smaller numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from ...config.sampling import SampleOptions
 from ...data.styles import DEFAULT
 
-STYLE = "outline"  # of the fine-tuning: the shipped weights have not seen it
+STYLE = "outline"  # for fine-tuning: the shipped weights have not seen it
 THINGS = (
     "a red apple",
     "a fox",
@@ -23,9 +23,9 @@ THINGS = (
 
 @dataclass(frozen=True)
 class Sketch:
-    """A drawing of `figures.DRAWINGS` by name, and what is made from it.
+    """A drawing of `figures.DRAWINGS` by name, and the pictures made from it.
 
-    `answers`: (prompt, strength, whether the fine-tuned model is asked) of each.
+    `answers`: (prompt, strength, whether to use the fine-tuned model) of each picture.
     """
 
     drawing: str
@@ -34,18 +34,18 @@ class Sketch:
 
 @dataclass(frozen=True)
 class Plan:
-    """Prompts, sampling and the fine-tuning's settings.
+    """Prompts, sampling options and fine-tuning settings of the demo.
 
-    `sheet_options` sample the sheet, `options` what the server is asked for; `settings` are those
-    of the fine-tuning, as `glide train --set` takes them.
+    `sheet_options`: sampling of the sheet; `options`: sampling by the server; `settings`: overrides
+    for fine-tuning, as `glide train --set` takes them.
     """
 
     things: tuple[str, ...] = THINGS
     styles: tuple[str, ...] = DEFAULT
     sheet_options: SampleOptions = SampleOptions(steps=12, upsampler_steps=8)
 
-    # Beside the recipe of the shipped base model. 180 steps of 64 images are about three minutes on
-    # two cores. A moderate learning rate teaches the style and leaves what the model knows.
+    # Overrides of the shipped base model's preset. 180 steps of 64 images take about three minutes
+    # on two cores. A moderate learning rate teaches the style and keeps what the model knows.
     settings: tuple[str, ...] = (
         "steps=180",
         "batch=64",
@@ -98,12 +98,12 @@ class Plan:
 
     @property
     def requests(self) -> int:
-        """Pictures that the server is asked for."""
+        """Number of pictures requested from the server."""
         answers = sum(len(sketch.answers) for sketch in self.sketches)
         return 2 * len(self.pairs) + 2 + answers + len(self.scene)
 
     def asked(self) -> dict[str, Any]:
-        """All that the server's answers depend on beside the models."""
+        """Everything that the server's answers depend on, except the models."""
         return {
             "options": self.options.model_dump(),
             "pairs": self.pairs,

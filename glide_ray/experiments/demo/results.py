@@ -1,4 +1,4 @@
-"""Results of the demo's stages on disk, so that a stage is not done twice."""
+"""Results of the demo's stages on disk, so that no stage runs twice."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Results:
-    """The folder of the demo; `stages/NAME.json` in it has what a stage has made."""
+    """The demo's folder; `stages/NAME.json` in it holds the result of a stage."""
 
     folder: Path
 
     def once(self, stage: str, key: Mapping[str, Any], make: Callable[[], Result]) -> Result:
-        """The result of a stage: from disk, or of `make`, which is then written there.
+        """The result of a stage: from disk, or from `make`, in which case it is stored.
 
-        `key` is all that the result depends on: another one has it made again. So has a missing
-        file of `result["files"]`, names relative to the folder. Adds the `seconds` that it took.
+        `key` holds everything that the result depends on. The stage runs again if the key changed
+        or one of the files in `result["files"]`, relative to the folder, is missing. The result
+        gains `seconds`, the time that `make` took.
         """
         key = json.loads(json.dumps(key))
         there = self._read(stage)
@@ -38,13 +39,13 @@ class Results:
         return result
 
     def read(self, stage: str) -> Result | None:
-        """What a stage has made, None where it has not been done."""
+        """The stored result of a stage, or None."""
         return self._read(stage).get("result")
 
     def _read(self, stage: str) -> dict[str, Any]:
         try:
             there = json.loads(self._path(stage).read_text())
-        except (FileNotFoundError, ValueError):  # not there, or cut off in writing
+        except (FileNotFoundError, ValueError):  # missing, or truncated by an interruption
             return {}
         return there if isinstance(there, dict) and isinstance(there.get("result"), dict) else {}
 

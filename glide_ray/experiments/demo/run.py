@@ -1,7 +1,7 @@
 """`glide demo`: from the shipped weights to a style of one's own, on this machine, in minutes.
 
-Each stage leaves its result on disk and is left out when that is there: a demo that was broken off
-goes on. The page shows whatever has been made so far.
+Each stage stores its result on disk and is skipped if that exists, so an interrupted demo resumes.
+The page shows the results so far.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ Report = Callable[[str], None]
 def run(
     out: Path, plan: Plan = Plan(), packages: Path | None = None, report: Report = tqdm.write
 ) -> None:
-    """Make the demo in `out`. `packages`: a folder of npm tarballs, instead of npm.
+    """Run the demo in the folder `out`. Raises UserError.
 
-    Raises UserError.
+    `packages`: folder of npm tarballs; None fetches them with npm.
     """
     began, results, pair = time.monotonic(), Results(out), shipped.find()
     models = {
@@ -114,7 +114,7 @@ def _answers(
     )
 
 
-# -- what it has left ----------------------------------------------------------------------------
+# -- summary -------------------------------------------------------------------------------------
 
 
 def _place(out: Path, sheet: Result) -> str:
@@ -134,7 +134,7 @@ Try next:
 
 
 def _times(results: Results) -> str:
-    """Seconds of the stages, as they took when they were made."""
+    """Seconds of each stage, as measured when it ran."""
     names = {"sheet": "sheet", "corpus": "corpus", "tuning": "fine-tuning", "answers": "serving"}
     said = (f"{name} {results.read(stage)['seconds']:g} s" for stage, name in names.items())
     return f"Seconds of each stage: {', '.join(said)}."

@@ -1,4 +1,4 @@
-"""The first stage: things by styles from the shipped weights, in this process."""
+"""First stage of the demo: things by styles from the shipped weights, in this process."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .figures import SHEET
 from .plan import Plan
 from .results import Result
 
-IMAGES_PER_CALL = 8  # pictures in a network call
+IMAGES_PER_CALL = 8  # images per model call
 
 
 def make_sheet(out: Path, plan: Plan, pair: Pair) -> Result:
-    """Write SHEET and each picture of it, with its recipe. A row has one seed.
+    """Write SHEET and each of its pictures, with recipes. The pictures of a row share a seed.
 
-    Gives `rows`: for each thing the names of its pictures, in the order of `styles`.
+    Returns `rows`, among others: the file names of each thing's pictures, in the order of `styles`.
     """
     cascade = Cascade.load(
         pair.base, pair.upsampler, fastest_precision(), IMAGES_PER_CALL, batched=True
@@ -50,7 +50,7 @@ def make_sheet(out: Path, plan: Plan, pair: Pair) -> Result:
 
 
 def file_name(prompt: str) -> str:
-    """A prompt as a part of a file's name: "a red apple, 3D render" -> "a-red-apple-3d-render"."""
+    """A prompt as part of a file name: "a red apple, 3D render" -> "a-red-apple-3d-render"."""
     return "-".join("".join(c if c.isalnum() else " " for c in prompt.lower()).split())
 
 

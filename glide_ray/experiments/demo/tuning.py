@@ -1,4 +1,4 @@
-"""The second stage: a corpus of one new style, and the shipped base model fine-tuned on it."""
+"""Second stage of the demo: a corpus of a new style, and fine-tuning of the base model on it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from .figures import LOSS
 from .plan import STYLE, Plan
 from .results import Result, Results
 
-SPLITS = "train", "held_out"  # of the corpus: what is trained on is there without skin tones
-RECIPE = "emoji-base"  # the preset of the shipped base model
+SPLITS = "train", "held_out"  # splits to build: training pictures without skin tones
+RECIPE = "emoji-base"  # preset of the shipped base model
 PICTURES_SHOWN = 12  # pictures of the corpus on the page
 Report = Callable[[str], None]
 
@@ -37,10 +37,11 @@ Report = Callable[[str], None]
 
 
 def make_corpus(out: Path, packages: Path | None, report: Report) -> Result:
-    """Render the style, clean both splits of it, and write some of its pictures for the page.
+    """Render the style, clean both splits, and write some of its pictures for the page.
 
-    `packages`: a folder of npm tarballs instead of npm. Gives `read`, `kept` and `dropped` (by
-    reason), rows of both splits; `folder` has the clean shards. Raises UserError.
+    `packages`: folder of npm tarballs; None fetches them with npm. Returns numbers of rows, among
+    others: `read` of both splits, `kept` of each split, and `dropped` by reason. The clean shards
+    are in `out`/clean. Raises UserError.
     """
     raw, folder = out / "corpus", out / "clean"
     emoji.build_corpus(
@@ -77,11 +78,11 @@ def _write_examples(folder: Path, out: Path) -> Result:
 
 
 def tune(out: Path, plan: Plan, base: Path) -> Result:
-    """Fine-tune the base model, and write weights in float16 with their sources, and LOSS.
+    """Fine-tune the base model, and write LOSS and float16 weights with their sources.
 
-    A run that was broken off goes on, unless it began from other weights or settings. Gives the
-    name of the `weights`, the `name` of their model, `steps`, `images`, and the held-out loss
-    `before` and `after`. Raises UserError.
+    An interrupted run resumes, unless it began from other weights or settings. Returns the file
+    name of the `weights`, the model's `name`, `steps`, `images`, and the held-out loss `before` and
+    `after`, among others. Raises UserError.
     """
     preset = tuning_preset(out, plan, base)
     name, train_config = preset.model.name, preset.train
@@ -105,7 +106,11 @@ def tune(out: Path, plan: Plan, base: Path) -> Result:
 
 
 def tuning_preset(out: Path, plan: Plan, base: Path) -> Preset:
-    """The model in the weights file `base`, from there on the new style by its preset's recipe."""
+    """Preset that fine-tunes the weights file `base` on the new style.
+
+    RECIPE with that file's model and weights, the demo's corpus and the plan's settings; a single
+    worker if there is a single GPU.
+    """
     preset, model = presets.get(RECIPE), load_config(base)
     folder = out / "clean"
     return override(
@@ -128,7 +133,7 @@ def tuning_preset(out: Path, plan: Plan, base: Path) -> Preset:
 
 
 def _clear(run: Path) -> Result:
-    """Remove a run that began from something else."""
+    """Delete a run that began from other weights or settings."""
     if run.exists():
         shutil.rmtree(run)
     return {}

@@ -1,8 +1,8 @@
-"""The eight findings, and whether each is found here: pure functions of what was seen.
+"""Eight findings of the paper, and whether each holds here: pure functions of image features.
 
-Figures are differences from the same captions and seeds, with their standard errors. A finding
-holds where every difference that it names has the paper's sign and is more than two standard errors
-away from nothing.
+Figures are paired differences over the same captions and seeds, with standard errors. A finding
+holds if every difference that it names has the paper's sign and is more than two standard errors
+from zero.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from ...evaluation import elo, metrics
 from ...evaluation.elo import Vote
 from .pictures import BEST, CLIP_GUIDED, CLIPS, FREE, GUIDED, SMALL, UNGUIDED, SetFeatures
 
-ERRORS = 2.0  # standard errors that a difference must be away from nothing
-LEAST = "guidance-1.5"  # where the distance to real pictures is least in the paper (table 2)
-DRAWS = 200  # of the bootstrap
+ERRORS = 2.0  # least distance of a difference from zero, in standard errors
+LEAST = "guidance-1.5"  # set with the smallest distance to real pictures in the paper (table 2)
+DRAWS = 200  # bootstrap resamples
 Sets = Mapping[str, SetFeatures]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One of the paper's, and whether it is found here."""
+    """A finding of the paper and whether it holds here.
+
+    `text`: the finding; `here`: the figures measured here.
+    """
 
     text: str
     here: str
@@ -42,7 +45,7 @@ class Gain:
 
     @classmethod
     def of(cls, differences: np.ndarray) -> Gain:
-        """Of independent pairs (N,)."""
+        """Mean and standard error of the differences (N,) of independent pairs."""
         return cls(
             float(differences.mean()), float(differences.std(ddof=1) / len(differences) ** 0.5)
         )
@@ -62,8 +65,9 @@ class Gain:
 def findings(
     sets: Sets, real: SetFeatures, votes: Mapping[str, Sequence[Vote]], painted: Mapping[str, Any]
 ) -> list[Finding]:
-    """All eight. `sets`: those of SETS by name; `votes`: as `votes_of` gives them; `painted`: as
-    `bench_inpainting` does.
+    """All eight findings.
+
+    `sets`: features of SETS by name; `votes`: from `votes_of`; `painted`: from `bench_inpainting`.
     """
     return [
         _nearer_to_captions(sets),
@@ -77,8 +81,10 @@ def findings(
 
 
 def figures(seen: SetFeatures, real: SetFeatures) -> dict[str, float]:
-    """What table 2 and figure 6 show of a set: distances, precision, recall and score of
-    EfficientNet's features, the first of them of the plain CLIP's too, and the CLIP score.
+    """Metrics of a set, as in table 2 and figure 6.
+
+    Of EfficientNet's features: Fréchet distance, KID, inception score, precision and recall. Of the
+    plain CLIP's: Fréchet distance, precision, recall, and the CLIP score.
     """
     score, _ = metrics.inception_score(seen.classes, 4)
     size = min(len(real.looks), len(seen.looks)) // 2
@@ -99,10 +105,12 @@ def figures(seen: SetFeatures, real: SetFeatures) -> dict[str, float]:
 
 
 def votes_of(sets: Sets, real: SetFeatures, own: SetFeatures) -> dict[str, list[Vote]]:
-    """EfficientNet in the place of people, who voted in the paper: it is no relative of the CLIP
-    that guides, whose sister would be misled as that is. Of two pictures the more real is the one
-    nearer to any of the `real` pictures, and the one more like its caption the one nearer to the
-    real picture that has this caption, row by row of `own`.
+    """Votes of EfficientNet, by question, in place of the people who voted in the paper.
+
+    EfficientNet is unrelated to the CLIP that guides: a second CLIP would be misled in the same way
+    as that one. Photorealism: the picture nearer to any of the `real` pictures wins. Caption
+    similarity: the picture nearer to the real picture of its caption wins; `own` holds these real
+    pictures, row by row.
     """
     score: dict[str, dict[str, np.ndarray]] = {"photorealism": {}, "caption similarity": {}}
     for name in (UNGUIDED, CLIP_GUIDED, GUIDED):
@@ -122,8 +130,9 @@ def votes_of(sets: Sets, real: SetFeatures, own: SetFeatures) -> dict[str, list[
 
 
 def standings(votes: Mapping[str, Sequence[Vote]]) -> dict[str, Mapping[str, elo.Standing]]:
-    """Elo scores by question, but of one in which some set has won, or lost, against all others
-    always: then there are none.
+    """Elo scores by question.
+
+    Leaves out a question in which one set won, or lost, every comparison: it has no Elo scores.
     """
     found = {}
     for question, of in votes.items():
@@ -198,7 +207,7 @@ def _clip_raises_more(sets: Sets) -> Finding:
 
 
 def _preferred(question: str, votes: Sequence[Vote]) -> Finding:
-    """Shares of wins above one half, of each over the next in the paper's order."""
+    """Share of wins minus one half, of each set over the next in the paper's order."""
     order, gains = (GUIDED, CLIP_GUIDED, UNGUIDED), []
     for better, worse in pairwise(order):
         won = [
@@ -249,7 +258,7 @@ def _joins_better(painted: Mapping[str, Any]) -> Finding:
 
 
 def _clip_gain(sets: Sets, one: str, other: str) -> Gain:
-    """Of the CLIP score, picture by picture from the same noise."""
+    """Gain in CLIP score from `other` to `one`, paired by picture: the same noise."""
     return Gain.of(100 * (sets[one].cosines - sets[other].cosines))
 
 
@@ -257,20 +266,24 @@ def _clip_gain(sets: Sets, one: str, other: str) -> Gain:
 
 
 def frechet(made: np.ndarray, real: np.ndarray) -> float:
-    """The Fréchet distance of features (N, D) to real ones (M, D); N and M may be less than D."""
+    """Fréchet distance of features (N, D) to real ones (M, D); N and M may be less than D."""
     return float(_distances(made, real, np.arange(len(made))[None])[0])
 
 
 def _drawn_distances(made: Sequence[np.ndarray], real: np.ndarray) -> np.ndarray:
-    """(S, DRAWS) of S sets: rows are drawn anew, the same of each, as their captions are."""
+    """Fréchet distances (S, DRAWS) of S sets to real pictures, over bootstrap resamples.
+
+    A resample takes the same rows of every set, because the sets share their captions.
+    """
     rows = np.random.default_rng(0).integers(len(made[0]), size=(DRAWS, len(made[0])))
     return np.stack([_distances(of, real, rows) for of in made])
 
 
 def _distances(made: np.ndarray, real: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Fréchet distances (B,) of the rows `rows` (B, N) of `made` (M, D): the trace of the root of
-    both covariances' product is the sum of the singular values of the centred sets' product, which
-    is no larger than the sets.
+    """Fréchet distances (B,) to `real` of the rows `rows` (B, N) of `made` (M, D).
+
+    The trace of the square root of the product of both covariances is the sum of the singular
+    values of the product of the centred sets, a matrix whose sides are the sizes of the sets.
     """
     made, real = made.astype(np.float64), real.astype(np.float64)
     centred = real - real.mean(0)

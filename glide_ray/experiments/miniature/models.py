@@ -1,4 +1,4 @@
-"""The models of the experiments: the shipped one, small ones of its kind, and two CLIPs."""
+"""Models of the experiments: the shipped base model, small models like it, and two CLIPs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ...pretrained import shipped
 from ...train.without_ray import train_alone
 
 SIDE = 64  # pixels of every picture
-# Tones and scenes are many variants of the same few things: this share of them is read.
+# Share of the rows to read: tones and scenes are many variants of the same few things
 VARIANTS = {"tones": 0.1, "scenes": 0.2}
 LARGE, JUDGE, CLIP, SMALL, FILTERED = "large", "judge", "clip", "small", "small-filtered"
 STRIPPED = "large-stripped"
 Say = Callable[[str], None]
 
-# A tenth of the shipped model's parameters, as the paper's 300M are of its 3.5B.
+# A tenth of the shipped model's parameters, like the paper's 300M of 3.5B
 SMALL_NET = [
     "model.unet.channels=16",
     "model.unet.groups=16",
@@ -43,7 +43,7 @@ CLIP_NET = ["model.clip.context=32", "batch=256", "steps=300", "ema_rates=0.98",
 
 @dataclass(frozen=True)
 class Model:
-    """How a model comes about: a preset with other settings, and the folder of pictures."""
+    """How a model is trained: its preset, overrides of it, and the folder of the pictures."""
 
     preset: str
     settings: list[str]
@@ -51,7 +51,7 @@ class Model:
 
 
 MODELS = {
-    JUDGE: Model("nano-plain-clip", CLIP_NET),  # never sees noise, and guides nothing
+    JUDGE: Model("nano-plain-clip", CLIP_NET),  # only scores: trained without noise
     CLIP: Model("nano-clip", CLIP_NET),  # sec. 4.4
     SMALL: Model("emoji-base", SMALL_NET),  # app. C
     FILTERED: Model("emoji-base", SMALL_NET, "nobody"),  # sec. 5.4, without people
@@ -59,7 +59,7 @@ MODELS = {
 
 
 def train_all(out: Path, corpus: Path, say: Say) -> dict[str, Path]:
-    """All models' weights by name; what is there is not trained again. Raises UserError."""
+    """Weights of all models by name; trains those that are missing. Raises UserError."""
     shrink(corpus, out, say)
     weights = {LARGE: Path(shipped.locate(SHIPPED, "base"))}
     for name in MODELS:
@@ -73,7 +73,7 @@ def train_all(out: Path, corpus: Path, say: Say) -> dict[str, Path]:
 
 
 def preset(name: str, out: Path) -> Preset:
-    """The complete run of one of MODELS."""
+    """The complete preset for training one of MODELS."""
     model = MODELS[name]
     return override(
         presets.get(model.preset),
@@ -92,8 +92,9 @@ def preset(name: str, out: Path) -> Preset:
 
 
 def strip(inpainting: Path, out: Path) -> None:
-    """Write an inpainting model's weights without the input channels of the known pixels: the same
-    network, shown nothing of what is there.
+    """Write an inpainting model's weights without the input channels of the known pixels.
+
+    The same network, but it does not see the known pixels.
     """
     config, state = load_weights(inpainting)
     unet = config.unet.model_copy(update={"inpaint": False})
@@ -105,9 +106,10 @@ def strip(inpainting: Path, out: Path) -> None:
 
 
 def shrink(corpus: Path, out: Path, say: Say) -> None:
-    """Copies of the corpus at SIDE pixels under `out`/corpus, which every model then decodes in no
-    time: `everyone`, the same without people as `nobody`, and `held_out`. Raises ShardError where
-    there is no corpus.
+    """Copy the corpus at SIDE pixels to `out`/corpus, so that every model decodes it quickly.
+
+    The folders are `everyone`, `nobody` (the same without people) and `held_out`. Raises ShardError
+    if there is no corpus.
     """
     folder = out / "corpus"
     if not read_index(folder / "everyone"):
@@ -139,7 +141,7 @@ def _rows(path: Path | str) -> Iterator[Sample]:
 
 
 def _things(sample: Sample) -> set:
-    """The emoji that a picture or scene shows, by their code points."""
+    """Code points of the emoji that a picture or scene shows."""
     return {
         sample.meta.get("emoji"),
         *(one.get("emoji") for one in sample.meta.get("objects") or ()),

@@ -1,4 +1,4 @@
-"""Sets of pictures, all of the same captions and seeds, and what two networks see in them."""
+"""Sets of pictures with the same captions and seeds, and their features by two networks."""
 
 from __future__ import annotations
 
@@ -29,17 +29,19 @@ from .models import CLIP, LARGE, SMALL, Say
 SAMPLING = SampleOptions(sampler="dpm++", steps="16")
 IMAGES = 192
 SCALES, CLIP_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0), (3.0, 10.0, 30.0)
-# Of tables and figures. By CLIP: at which pictures of other captions are changed and still whole.
+# Scales in tables and figures. BY_CLIP was chosen on other captions: guidance at this scale changes
+# their pictures without breaking them.
 BEST, BY_CLIP = 3.0, 10.0
-# At the noisiest timesteps a small CLIP sees nothing, and its gradient would count most there.
+# No guidance at the noisiest timesteps: a small CLIP recognises nothing there, but its gradient
+# would have the largest weight
 CLIP_INTERVAL = (0.0, 0.9)
-IMAGES_PER_CALL = 32  # pictures in a network call
-INPUT = 128  # pixels that EfficientNet is shown
+IMAGES_PER_CALL = 32  # images per model call
+INPUT = 128  # side of EfficientNet's input in pixels
 
 
 @dataclass(frozen=True)
 class Real:
-    """Real pictures uint8 (N, SIDE, SIDE, 3) that no model has seen, and a caption of each."""
+    """Real pictures uint8 (N, SIDE, SIDE, 3) that no model was trained on, each with a caption."""
 
     pixels: np.ndarray
     captions: list[str]
@@ -47,7 +49,7 @@ class Real:
 
 @dataclass(frozen=True)
 class Way:
-    """How a set of pictures is made: by which model, and with what options."""
+    """How a set of pictures is sampled: the model and the options."""
 
     model: str
     options: SampleOptions
@@ -55,9 +57,11 @@ class Way:
 
 @dataclass(frozen=True)
 class SetFeatures:
-    """N pictures by the plain CLIP, features (N, E) and those of their captions (N, E), both of
-    length 1; and by EfficientNet, which has never seen an emoji: features (N, 1280) and
-    probabilities of ImageNet's classes (N, 1000).
+    """Features of N pictures by two networks.
+
+    By the plain CLIP: `clip` (N, E) of the pictures and `words` (N, E) of their captions, both of
+    unit length. By EfficientNet, which was never trained on emoji: features `looks` (N, 1280) and
+    ImageNet class probabilities `classes` (N, 1000).
     """
 
     clip: np.ndarray
@@ -67,17 +71,17 @@ class SetFeatures:
 
     @property
     def cosines(self) -> np.ndarray:
-        """CLIP's, of each picture with its caption (N,)."""
+        """CLIP's cosine similarity of each picture with its caption (N,)."""
         return (self.clip * self.words).sum(1)
 
 
 def guided(scale: float) -> SampleOptions:
-    """Classifier-free guidance; at scale 1 there is none."""
+    """Options with classifier-free guidance at `scale`; 1 is none."""
     return SAMPLING.model_copy(update={"guidance_scale": scale})
 
 
 def by_clip(scale: float) -> SampleOptions:
-    """CLIP guidance, and no other."""
+    """Options with CLIP guidance at `scale`, without classifier-free guidance."""
     return guided(1.0).model_copy(update={"clip_scale": scale, "guidance_interval": CLIP_INTERVAL})
 
 
@@ -94,7 +98,7 @@ SETS = {**FREE, **CLIPS, **SMALLS}
 
 
 def real_pictures(folder: Path) -> Real:
-    """Those of a corpus, of each group the share that training reads. Raises ShardError."""
+    """Pictures of a corpus: of each group the share that training reads. Raises ShardError."""
     samples = [
         sample
         for part in find_parts(folder)
@@ -110,7 +114,7 @@ def real_pictures(folder: Path) -> Real:
 def make_set(
     name: str, way: Way, weights: Mapping[str, Path], captions: Sequence[str], out: Path, say: Say
 ) -> np.ndarray:
-    """Pictures uint8 (N, S, S, 3), caption n with seed n: made, or as `out` has them."""
+    """Pictures uint8 (N, S, S, 3), caption n with seed n; read from `out` if they are there."""
     clip = weights[CLIP] if way.options.clip_scale else None
     asked = [
         fingerprint(weights[way.model]),
@@ -130,14 +134,14 @@ def make_set(
 
 
 def load(weights: Path, clip: Path | None = None) -> Cascade:
-    """A base model that makes many pictures in each call, also on a CPU. Raises WeightsError."""
+    """A base model that samples in batches, also on a CPU. Raises WeightsError."""
     return Cascade(
         load_stepper(weights, "base", fastest_precision(), IMAGES_PER_CALL, clip, batched=True)
     )
 
 
 def generate(cascade: Cascade, captions: Sequence[str], options: SampleOptions) -> np.ndarray:
-    """Pictures uint8 (N, S, S, 3), caption n with seed n."""
+    """Sample pictures uint8 (N, S, S, 3), caption n with seed n."""
     with tqdm(total=len(captions), unit="image", dynamic_ncols=True, disable=None) as bar:
         made = []
         for start in range(0, len(captions), IMAGES_PER_CALL):
@@ -155,7 +159,7 @@ def fill(
     seeds: Sequence[int],
     options: SampleOptions,
 ) -> list[np.ndarray]:
-    """What each seed paints into `image` uint8 (S, S, 3) where `known` (S, S) is false."""
+    """Inpaint `image` uint8 (S, S, 3) where `known` (S, S) is false, once per seed."""
     base = cascade.base
     return [
         to_uint8(made)
@@ -169,13 +173,16 @@ def fill(
 
 
 class Eyes:
-    """Both networks. Raises WeightsError for the CLIP, MissingNetworkError for EfficientNet."""
+    """The plain CLIP and EfficientNet, which extract features of pictures.
+
+    Raises WeightsError for the CLIP, MissingNetworkError for EfficientNet.
+    """
 
     def __init__(self, clip: Path):
         self._clip, self._efficientnet = ClipFeatures(clip), load_efficientnet()
 
     def see(self, pixels: np.ndarray, captions: Sequence[str]) -> SetFeatures:
-        """Of pictures uint8 (N, H, H, 3)."""
+        """Features of pictures uint8 (N, H, H, 3) and of their captions."""
         looks, classes = self._looks(pixels)
         shown = self._clip.images([Image.fromarray(image) for image in pixels])
         return SetFeatures(shown, self._clip.words(list(captions)), looks, classes)

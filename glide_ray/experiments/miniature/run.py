@@ -1,9 +1,8 @@
-"""`glide miniature`: the paper's experiments in little, with the weights that ship and models that
-a CPU trains in minutes.
+"""`glide miniature`: the paper's experiments at small scale.
 
-Every stage leaves its result on disk and is not done again where that is there, so that an
-interrupted run goes on. People do not vote here: table 1 has a network vote in their place, and
-says so.
+Uses the shipped weights and models that a CPU trains in minutes. Each stage stores its result on
+disk and is skipped if that exists, so an interrupted run resumes. Nobody votes here: table 1 has
+the votes of a network in place of people's, and says so.
 """
 
 from __future__ import annotations
@@ -28,13 +27,14 @@ from .findings import Finding
 from .models import JUDGE, LARGE, STRIPPED, train_all
 from .pictures import IMAGES, SETS, Eyes, Real, make_set, real_pictures
 
-HOLES = 64  # pictures that are inpainted for the error at the border
+HOLES = 64  # pictures inpainted to measure the error at the border
 FINDINGS, FIGURES, PAGE = "findings.json", "figures.json", "report.html"
 
 
 def run(out: Path, corpus: Path, say: Callable[[str], None] = tqdm.write) -> list[Finding]:
-    """Make all of it in `out`, of the `corpus` that `glide corpus` builds, which is built where it
-    is missing. Raises UserError.
+    """Run all experiments in the folder `out` and return the findings. Raises UserError.
+
+    `corpus`: folder of the corpus that `glide corpus` builds; built if it is missing.
     """
     if not all(read_index(corpus / split) for split in ("train", "tones", "held_out_pairs")):
         emoji.build_corpus(corpus, report=say)

@@ -1,4 +1,4 @@
-"""What people look at: figures 6, 9 and 11, the sets side by side, and the page with all of it."""
+"""Figures 6, 9 and 11, a sheet of all sets, and the HTML page that shows everything."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PROMPTS = (
     "a smiling face, 3D render",
     "a dog face, flat icon",
 )
-INSIDE = "a yellow star, flat icon"  # what the holes of figure 11 are to be filled with
+INSIDE = "a yellow star, flat icon"  # caption for the holes of figure 11
 RULE = (
     "A finding holds where every difference that it names is more than two standard errors away "
     "from nothing. Differences are of pictures of the same captions and seeds."
@@ -58,19 +58,22 @@ IMPLICIT = (
     "Implicit and by CLIP guidance: the shipped weights without the inputs of the known pixels, "
     "which are noised into every step."
 )
-CAPTIONS_SHOWN = 10  # captions of the sheet of sets
-HOLES, TRIES = 5, 8  # of figure 11: pictures, and seeds of which CLIP chooses one (app. D: 64)
+CAPTIONS_SHOWN = 10  # captions on the sheet of all sets
+# Figure 11: pictures, and seeds of each, from which CLIP chooses the best (app. D: 64)
+HOLES, TRIES = 5, 8
 
 
 def figure_6(table: Mapping[str, Mapping[str, float]]) -> np.ndarray:
-    """Fronts of both kinds of guidance of the large model."""
+    """Figure 6: fronts of both kinds of guidance for the large model."""
     points = [Point(name, row) for name, row in table.items() if name not in SMALLS]
     return fronts(points, inception=False, network="EfficientNet")
 
 
 def figure_9(weights: Mapping[str, Path]) -> np.ndarray:
-    """Rows as the paper has them: the large model, the small one, the small one of the filtered
-    corpus, and that one guided by CLIP. Seeds are 0 to 5: none is chosen.
+    """Figure 9, with the paper's rows: four models and kinds of guidance.
+
+    The large model, the small one, the small one trained on the filtered corpus, and the last again
+    with CLIP guidance. Seeds are 0 to 5, not selected.
     """
     rows = {
         "large": Way(LARGE, guided(BEST)),
@@ -90,8 +93,10 @@ def figure_9(weights: Mapping[str, Path]) -> np.ndarray:
 
 
 def figure_11(weights: Mapping[str, Path], real: Real, judge: Path) -> np.ndarray:
-    """Real pictures with a round hole, filled by CLIP guidance, by the inpainting model and
-    implicitly: of several seeds the one that the plain CLIP likes best.
+    """Figure 11: real pictures with a round hole, inpainted in three ways.
+
+    CLIP guidance, the inpainting model, and implicit inpainting. Shows the seed of TRIES that the
+    plain CLIP, `judge`, scores highest.
     """
     y, x = np.mgrid[:SIDE, :SIDE]
     known = (y - SIDE / 2) ** 2 + (x - SIDE / 2) ** 2 > (SIDE / 3) ** 2
@@ -125,7 +130,7 @@ def figure_11(weights: Mapping[str, Path], real: Real, judge: Path) -> np.ndarra
 
 
 def sets_side_by_side(pictures: Mapping[str, np.ndarray], real: Real) -> np.ndarray:
-    """The first captions: the real pictures, then a row for each set, from the same seeds."""
+    """Pictures of the first captions: real ones, then a row per set, same seeds."""
     rows = {"real": real.pixels, **pictures}
     return np.asarray(
         grid(
@@ -146,8 +151,11 @@ def report(
     images: int,
     reals: int,
 ) -> str:
-    """The page as HTML. `table`: figures of each set; `sheets`: pictures by file name; `images` and
-    `reals`: how many pictures a set has, and the reference."""
+    """The page as HTML.
+
+    `table`: metrics of each set; `sheets`: pictures by file name; `images`: number of pictures in a
+    set; `reals`: number of real pictures in the reference.
+    """
     held = sum(finding.holds for finding in found)
     findings = [[one.text, one.here, "holds" if one.holds else "does not hold"] for one in found]
     return page(
