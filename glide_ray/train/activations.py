@@ -1,6 +1,6 @@
-"""How much memory the forward and backward pass of a training step takes, followed on the meta device from one moment to the next.
+"""Memory of a training step's forward and backward pass, traced on the meta device.
 
-`plan.py` adds what ZeRO keeps beside it.
+`plan.py` adds the ZeRO state: parameters, gradients, optimizer and EMA.
 """
 
 from __future__ import annotations
@@ -29,15 +29,18 @@ from ..models.weights import build_model
 from ..precision import DTYPES
 from .objectives import objective_of
 
-# As many images as the pass is followed with: a prime, so that what of a tensor's size is the batch can be told by division.
+# Images in the traced batch. A prime: dividing a tensor's size by it shows the power of the batch.
 IMAGES = 10_007
-Bytes = tuple[int, int, int]  # coefficients of 1, B and B * B, for B images
+Bytes = tuple[int, int, int]  # coefficients of 1, B and B^2, for B images
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What is alive at one point of a forward and backward pass, beside the parameters and their gradients: `saved` for the backward pass,
-    and all the `rest`. `gradients`: how many of the parameters have theirs by then."""
+    """Live memory at one point of a pass, without the parameters and their gradients.
+
+    `saved`: bytes that autograd saved for the backward pass; `rest`: all other live bytes.
+    `gradients`: number of parameter elements whose gradient has been computed by then.
+    """
 
     saved: Bytes
     rest: Bytes
@@ -45,10 +48,10 @@ class Moment:
 
 
 def training_pass(preset: Preset, precision: str, device: str = "cuda") -> tuple[Moment, ...]:
-    """The moments of a pass at any of which most may be alive, or saved, whatever the batch and whatever a gradient takes.
+    """Candidate memory peaks of a pass, valid for any batch size and any gradient memory.
 
-    The pass is run on the meta device, with the kernels that a CUDA device or a CPU takes where they save different tensors. Not for two
-    threads at once, for it puts those kernels into `torch.nn.functional` for the time.
+    Runs the pass on the meta device, with stand-ins for the kernels that save different tensors
+    on CUDA and on a CPU. Not thread-safe: it patches `torch.nn.functional` meanwhile.
     """
     key = (
         preset.model,
@@ -66,7 +69,7 @@ _PASSES: dict[tuple, tuple[Moment, ...]] = {}
 
 
 def meta_model(config: AnyModelConfig, precision: str) -> GlideUNet | NoisedClip:
-    """The model in training, without its numbers."""
+    """The model in training mode on the meta device, without weights."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[precision])
     try:
@@ -80,12 +83,12 @@ def _follow(preset: Preset, precision: str, on_cpu: bool) -> tuple[Moment, ...]:
     model = meta_model(preset.model, precision)
     model.activation_checkpointing = preset.train.activation_checkpointing
     for module in model.modules():
-        if on_cpu and isinstance(
-            module, GroupNorm
-        ):  # whose kernel for CPUs needs no float32 copies
+        # The CPU kernel of GroupNorm needs no float32 copies.
+        if on_cpu and isinstance(module, GroupNorm):
             module.normalised = partial(nn.GroupNorm.forward, module)
     if on_cpu:
-        model.memory_format = torch.contiguous_format  # as `GlideUNet` has it in training there
+        # `GlideUNet` trains in this format on a CPU.
+        model.memory_format = torch.contiguous_format
     schedule = make_schedule(preset.model.diffusion.schedule, preset.model.diffusion.steps).to(
         "meta"
     )
@@ -104,17 +107,19 @@ def _follow(preset: Preset, precision: str, on_cpu: bool) -> tuple[Moment, ...]:
 
 
 class _Alive(TorchDispatchMode):
-    """Follows every storage from the operation that makes it until it is freed."""
+    """Track every storage from the operation that allocates it until it is freed."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        # A storage's power of the batch, its bytes over that, and whether it is saved. The parameters count elsewhere.
+        # Per storage: power of the batch size, bytes divided by that power, saved for backward.
+        # Parameters have size 0 here: `plan.py` counts them.
         self._storages: dict[int, list] = {
             parameter.untyped_storage()._cdata: [0, 0, False] for parameter in model.parameters()
         }
         self._totals = {True: [0, 0, 0], False: [0, 0, 0]}
         self._gradients = 0
-        self._most: list[Moment] = []  # among those with as many gradients
+        # Candidate peaks since the last gradient was computed.
+        self._most: list[Moment] = []
         self._kept: list[Moment] = []
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(self._take)
@@ -130,7 +135,10 @@ class _Alive(TorchDispatchMode):
         return result
 
     def save(self, tensor: Tensor) -> Tensor:
-        """What autograd keeps for the backward pass. Detached, for an output that its own node kept would never be freed."""
+        """Mark a tensor as saved for the backward pass.
+
+        Returns it detached: an output saved by its own node would never be freed.
+        """
         power, size, saved = entry = self._storages.get(
             tensor.untyped_storage()._cdata, [0, 0, True]
         )
@@ -160,7 +168,7 @@ class _Alive(TorchDispatchMode):
         self._totals[saved][power] -= size
 
     def _take(self, parameter: nn.Parameter) -> None:
-        """Gradients are ZeRO's from here on."""
+        """Count and free a computed gradient: ZeRO's gradient memory is added in `plan.py`."""
         self._close()
         self._gradients += parameter.numel()
         parameter.grad = None
@@ -170,7 +178,7 @@ class _Alive(TorchDispatchMode):
 
 
 def _covers(one: Moment, other: Moment) -> bool:
-    """Whether at least as much is saved, and alive in all, at `one` as at `other`, whatever the batch."""
+    """Whether `one` has at least the saved and the total bytes of `other`, at any batch size."""
     return all(
         a >= c and a + b >= c + d
         for a, b, c, d in zip(one.saved, one.rest, other.saved, other.rest, strict=True)
@@ -179,10 +187,14 @@ def _covers(one: Moment, other: Moment) -> bool:
 
 @contextmanager
 def _kernels(on_cpu: bool) -> Iterator[None]:
-    """Attention as the fused kernels of either device have it; dropout that keeps a mask of one byte, as on a GPU; and no other ranks."""
+    """Patch torch to save the tensors that the real device's kernels save.
+
+    Attention as the fused kernel of the device; on a GPU, dropout with a mask of one byte per
+    element. torch.distributed looks uninitialised, so that the pass calls no collective.
+    """
 
     def attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Tensor:
-        if on_cpu and trains_in_16_bits(query) and not is_causal:  # `layers.attend`
+        if on_cpu and trains_in_16_bits(query) and not is_causal:  # as in `layers.attend`
             return attend_by_products(query, key, value)
         return _FusedAttention.apply(query, key, value)
 
@@ -208,12 +220,14 @@ def _replaced(module: Any, name: str, by: Callable) -> Iterator[None]:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """The sizes of flash attention (Dao et al. 2022): for the backward pass it keeps its inputs, its output and a float32 for each query."""
+    """The memory of flash attention (Dao et al. 2022), without its arithmetic.
+
+    Saves its inputs, its output and one float32 per query for the backward pass.
+    """
 
     @staticmethod
-    def forward(
-        context, query: Tensor, key: Tensor, value: Tensor
-    ) -> Tensor:  # (B, heads, K, D) each
+    def forward(context, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # All inputs are (B, heads, K, D).
         out = torch.empty_like(
             query.transpose(1, 2), memory_format=torch.contiguous_format
         ).transpose(1, 2)

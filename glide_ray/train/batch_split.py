@@ -1,4 +1,4 @@
-"""Which rows of a global batch a rank computes, and in which micro-batches: any number of ranks share any batch."""
+"""Split of a global batch over ranks and micro-batches, for any number of ranks and any batch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """`rank` of `world`'s part of `batch` rows, in network calls of at most `micro_batch`.
+    """The share of `rank` (of `world` ranks) in `batch` rows, in calls of at most `micro_batch`.
 
-    Every rank makes equally many calls, for each is a collective. Where the rows do not divide evenly a rank's shares differ by one, and
-    the weights of the calls make up for it: the gradient is that of the mean over the whole batch.
+    Every rank makes the same number of network calls, because each call is a collective. If the
+    rows do not divide evenly, call sizes differ by one row and the weights of the calls correct
+    for it: the gradient is that of the mean over the whole batch.
     """
 
     batch: int
@@ -22,13 +23,15 @@ class BatchSplit:
 
     @property
     def calls(self) -> int:
-        """Network calls in a step, on every rank."""
+        """Network calls per step, the same on every rank."""
         return accumulation(self.batch, self.world, self.micro_batch)
 
     def parts(self) -> Iterator[tuple[int, int, float]]:
-        """(first row, end, weight) of each call: what its mean loss counts among the `calls * world` calls of the step, 1 where all are equal.
+        """Yield (first row, end, weight) of each network call.
 
-        A call without rows of its own computes a neighbour's with weight 0.
+        `weight` multiplies the call's mean loss in the mean over all `calls * world` calls of the
+        step; it is 1 if all calls have the same size. A call without rows of its own computes a
+        neighbouring row with weight 0.
         """
         start, stop = (
             self.rank * self.batch // self.world,
@@ -45,6 +48,6 @@ def _neighbour(row: int) -> tuple[int, int]:
 
 
 def accumulation(batch: int, world: int, micro_batch: int) -> int:
-    """Network calls that a rank's share of a batch takes."""
+    """Network calls per rank and step: gradient accumulation steps."""
     largest_share = math.ceil(batch / world)
     return math.ceil(largest_share / micro_batch)

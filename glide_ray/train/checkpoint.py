@@ -1,10 +1,11 @@
-"""What lies in a checkpoint's folder, where a run keeps its checkpoints, and which of them are whole.
+"""Checkpoint folders: their files, their location, and which of them are complete.
 
-OUT/checkpoints/STEP-START/        STEP of nine digits; START names the start of workers that wrote it
-    preset.json                    the configuration that ran
-    progress.json                  step, epoch and rows, and what the optimizer counted
-    part.RANK.safetensors          each rank's part of weights, averages and Adam's moments (`partition.py`)
-    complete.json                  every file's bytes and SHA-256; written last: a folder without it is no checkpoint
+OUT/checkpoints/STEP-START/   STEP has nine digits; START is an id of the launch that wrote it
+    preset.json               config of the run
+    progress.json             step, epoch, rows, Adam's step count and the loss scale
+    part.RANK.safetensors     each rank's shard of weights, EMA and Adam's moments (`partition.py`)
+    complete.json             bytes and SHA-256 of every file; written last: a folder without it
+                              is not a checkpoint
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ Receipt = dict[str, tuple[int, str]]  # file name -> bytes, SHA-256
 
 
 class CheckpointError(UserError):
-    """A checkpoint that does not belong to this run, or is damaged."""
+    """A checkpoint that belongs to another run, or is damaged."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Optimizer steps done, the epoch of the corpus that the last of them read, and how many of its rows have been trained on."""
+    """Optimizer steps done, current epoch of the corpus, and rows of that epoch trained on."""
 
     step: int = 0
     epoch: int = 0
@@ -44,7 +45,10 @@ def write_progress(
 
 
 def read_progress(folder: Path, preset: Preset) -> tuple[Progress, dict[str, Any]]:
-    """Where the run stood, and what its optimizer counted. Raises CheckpointError where the checkpoint is another model's."""
+    """The run's progress, and the optimizer's scalars (Adam's step count, loss scale).
+
+    Raises CheckpointError if a file cannot be read, or the checkpoint is of another model.
+    """
     saved = read_preset(folder)
     try:
         progress = json.loads((folder / "progress.json").read_text())
@@ -64,7 +68,7 @@ def read_progress(folder: Path, preset: Preset) -> tuple[Progress, dict[str, Any
 
 
 def read_preset(folder: Path) -> Preset:
-    """The configuration that ran. Raises CheckpointError."""
+    """Config of the run that wrote the checkpoint. Raises CheckpointError."""
     try:
         return Preset.model_validate_json((folder / "preset.json").read_text())
     except (OSError, ValueError):
@@ -73,25 +77,28 @@ def read_preset(folder: Path) -> Preset:
         ) from None
 
 
-# -- where they are kept ----------------------------------------------------------------------------------------------
+# -- all checkpoints of a run ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class CheckpointEntry:
-    """A checkpoint that is whole: its folder, local or s3://, and the optimizer step that it was made after."""
+    """A complete checkpoint: its folder (local or s3://) and its optimizer step."""
 
     path: str
     step: int
 
 
 class Checkpoints:
-    """The checkpoints of the run in a folder or under an s3:// prefix. Raises StorageError throughout where that cannot be reached."""
+    """All checkpoints of a run, in a folder or under an s3:// prefix.
+
+    Every method that accesses them raises StorageError if the storage cannot be reached.
+    """
 
     def __init__(self, out: str | Path):
         self.path = f"{str(out).rstrip('/')}/{CHECKPOINTS}"
 
     def whole(self) -> list[CheckpointEntry]:
-        """Those that were completed, the oldest first."""
+        """Complete checkpoints, oldest first."""
         ends = (f"/{COMPLETE}",) if storage.is_remote(self.path) else (COMPLETE,)
         return sorted(
             (_made(file) for file in storage.list_files(self.path, ends)),
@@ -99,16 +106,19 @@ class Checkpoints:
         )
 
     def folder(self, step: int, start: str) -> str:
-        """Where a checkpoint is to be written."""
+        """Folder for a new checkpoint of `step`, written by the launch with id `start`."""
         return f"{self.path}/{step:09d}-{start}"
 
     def complete(self, folder: str, receipt: Receipt) -> None:
-        """Make the files in a folder a checkpoint: all of them are there."""
+        """Mark a folder as a complete checkpoint, after all its files have been written."""
         storage.put(json.dumps(receipt, indent=0).encode(), f"{folder}/{COMPLETE}")
 
     def retire(self, keep_last: int, keep_every: int | None, start: str) -> None:
-        """Remove all but the last ones and those whose step is a multiple of `keep_every`. Of one step that which `start` made stands: the other
-        one could not be read, or it would not have been made again."""
+        """Remove checkpoints, except the last `keep_last` and every multiple of `keep_every`.
+
+        If launch `start` wrote a step again, its checkpoint stays and the older one of that step
+        is removed: a launch repeats a step only if that checkpoint could not be read.
+        """
         whole = self.whole()
         own = {made.step for made in whole if made.path.endswith(f"-{start}")}
         again = [made for made in whole if made.step in own and not made.path.endswith(f"-{start}")]
@@ -117,13 +127,15 @@ class Checkpoints:
             *again,
             *(old for old in rest[:-keep_last] if not keep_every or old.step % keep_every),
         ]:
-            storage.remove(
-                f"{made.path}/{COMPLETE}"
-            )  # first: it is then no checkpoint, if the rest is not reached
+            # First, so that an interrupted removal leaves no folder that looks complete.
+            storage.remove(f"{made.path}/{COMPLETE}")
             storage.remove_folder(made.path)
 
     def sweep(self) -> list[str]:
-        """Remove what uploads that were broken off have left; only while nobody writes. Returns the folders."""
+        """Remove incomplete checkpoints left by interrupted uploads. Returns their folders.
+
+        Call only while no process writes a checkpoint.
+        """
         whole = {made.path for made in self.whole()}
         orphans = sorted(
             {self._folder_of(file) for file in storage.list_files(self.path, ("",))} - whole
@@ -143,7 +155,10 @@ def _made(complete: str) -> CheckpointEntry:
 
 
 def fetch(made: CheckpointEntry | str, cache: str | Path | None = None) -> Path:
-    """A local folder with a checkpoint's files: itself, or copies of the objects in `cache`. Raises CheckpointError, StorageError."""
+    """A local folder with a checkpoint's files: its own, or copies of S3 objects in `cache`.
+
+    Raises CheckpointError, StorageError.
+    """
     path = made if isinstance(made, str) else made.path
     if not storage.is_remote(path):
         return Path(path)
@@ -151,7 +166,10 @@ def fetch(made: CheckpointEntry | str, cache: str | Path | None = None) -> Path:
 
 
 def verify(folder: Path, part: int = 0, of: int = 1) -> None:
-    """Compare every `of`-th file, from number `part`, with what it was when the checkpoint was completed. Raises CheckpointError."""
+    """Check size and SHA-256 of every `of`-th file, from number `part`, against complete.json.
+
+    Raises CheckpointError.
+    """
     receipt = read_receipt(folder)
     for name, (size, sha256) in sorted(receipt.items())[part::of]:
         path = folder / name
@@ -171,14 +189,18 @@ def read_receipt(folder: Path) -> Receipt:
 
 
 def find_checkpoint(path: str | Path) -> str:
-    """A checkpoint's folder, local or s3://: `path` itself, or the last whole one of the run in `path`. Raises CheckpointError."""
+    """A checkpoint's folder: `path` itself, or the last complete checkpoint of the run in `path`.
+
+    `path` is local or s3://. Raises CheckpointError.
+    """
     path = str(path).rstrip("/")
     if storage.exists(f"{path}/progress.json"):
         return path
     made = Checkpoints(path).whole()
     if not made:
         raise CheckpointError(
-            f"{path} is neither a checkpoint nor a run with one; give a folder that `glide train` wrote."
+            f"{path} is neither a checkpoint nor a run with one; "
+            f"give a folder that `glide train` wrote."
         )
     return made[-1].path
 
@@ -186,17 +208,18 @@ def find_checkpoint(path: str | Path) -> str:
 def check_same(
     saved: Mapping[str, Any], wanted: Mapping[str, Any], what: str, prefix: str = ""
 ) -> None:
-    """Raise CheckpointError naming the first setting in which two configurations differ."""
+    """Raise CheckpointError naming the first setting in which two configs differ."""
     for key, there, here in differences(saved, wanted, prefix):
         raise CheckpointError(
-            f"{what}: {key} is {there!r} there and {here!r} here; use the same setting, or another output folder."
+            f"{what}: {key} is {there!r} there and {here!r} here; use the same setting, "
+            f"or another output folder."
         )
 
 
 def differences(
     saved: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
 ) -> list[tuple[str, Any, Any]]:
-    """(dotted key, saved, wanted) of the settings in which two configurations differ."""
+    """(dotted key, saved, wanted) of each setting in which two configs differ."""
     found = []
     for key in {**saved, **wanted}:
         there, here = saved.get(key), wanted.get(key)

@@ -1,6 +1,7 @@
-"""Checkpoints while training goes on: each rank uploads its part in a thread, and the whole counts once every part is there.
+"""Checkpoints written during training: each rank uploads its shard in a background thread.
 
-Ranks agree by one small all-reduce a step, whose answer is looked at a step later: nobody waits for it.
+A checkpoint is complete once all shards have been uploaded. The ranks find out through one small
+all-reduce per step, whose result is read one step later, so that no rank waits for it.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ GOES_ON = "Training goes on; the next one is another try."
 
 
 class RankStatus(NamedTuple):
-    """What a rank says after a step: the number of the last checkpoint that it is done with, of the last that it could not write, and whether
-    its node is about to be taken away."""
+    """A rank's status after a step.
+
+    `done`: number of the last checkpoint whose upload has ended, successfully or not; `faulty`:
+    number of the last checkpoint that could not be written; `notice`: 1 if the rank's node is
+    about to be preempted. Checkpoints are numbered from 1 since the launch.
+    """
 
     done: int = 0
     faulty: int = 0
@@ -37,7 +42,10 @@ class RankStatus(NamedTuple):
 
 
 class StatusReduce:
-    """What all ranks have said at their last step, on the CPU beside the devices' collectives."""
+    """Asynchronous all-reduce of the rank statuses, over gloo beside the devices' collectives.
+
+    `timeout` in seconds.
+    """
 
     def __init__(self, timeout: float):
         several = dist.is_initialized() and dist.get_world_size() > 1
@@ -48,7 +56,10 @@ class StatusReduce:
         self._said, self._work = torch.zeros(3, dtype=torch.int64), None
 
     def exchange(self, said: RankStatus) -> RankStatus:
-        """Say something, and hear what was said at the last exchange: of `done` the least of all ranks', of the others the greatest."""
+        """Send this rank's status and return the reduced statuses of the previous exchange.
+
+        Minimum over ranks of `done`, maximum of `faulty` and `notice`.
+        """
         if self._work is not None:
             self._work.wait()
         done, faulty, notice = self._said.tolist()
@@ -62,7 +73,7 @@ class StatusReduce:
 
 @dataclass
 class _Upload:
-    """This rank's part of a checkpoint on its way. `number` counts the run's checkpoints since its start, from 1."""
+    """Upload of this rank's shard. `number` counts the checkpoints since the launch, from 1."""
 
     number: int
     step: int
@@ -77,10 +88,11 @@ class _Upload:
 
 
 class CheckpointWriter:
-    """Makes a run's checkpoints. All ranks make one of each, and call its methods equally often.
+    """Writes a run's checkpoints. Every rank has one; all call its methods equally often.
 
-    `say` is told in a sentence what could not be written: the run goes on, and the next checkpoint is another try.
-    `committed` is told, on rank 0, of each checkpoint that is whole.
+    `say` receives, on rank 0, a sentence about a checkpoint that could not be written; training
+    continues and tries again at the next one. `committed` receives, on rank 0, the step and the
+    folder of each complete checkpoint. `start` is the id of the launch, `timeout` in seconds.
     """
 
     def __init__(
@@ -104,10 +116,13 @@ class CheckpointWriter:
         self._upload: _Upload | None = None
         self._number = 0
         self._commit: threading.Thread | None = None
-        self._whole = 0  # on rank 0: the step of the last checkpoint that is whole
+        self._whole = 0  # step of the last complete checkpoint; set on rank 0 only
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Begin a checkpoint: `write` puts this rank's files into a folder, then training may go on. Waits for the one before it."""
+        """Start a checkpoint: `write` saves this rank's files to a folder, a thread uploads them.
+
+        Waits for the previous checkpoint first, and returns once `write` has returned.
+        """
         self._settle()
         self._number += 1
         upload = _Upload(self._number, step, self._checkpoints.folder(step, self._start))
@@ -131,7 +146,10 @@ class CheckpointWriter:
         self._upload = upload
 
     def step(self, notice: bool = False) -> bool:
-        """After every optimizer step. `notice`: this rank's node is about to be taken away. Returns whether any rank's is."""
+        """Call after every optimizer step. `notice`: this rank's node is about to be preempted.
+
+        Returns whether the node of any rank is about to be preempted, as of the previous call.
+        """
         upload = self._upload
         done = self._number if upload is None or not upload.on_its_way else self._number - 1
         faulty = upload.number if upload is not None and upload.fault is not None else 0
@@ -142,14 +160,17 @@ class CheckpointWriter:
         return bool(heard.notice)
 
     def finish(self, beat: Callable[[], None] = lambda: None) -> int:
-        """Wait until the last checkpoint is whole or given up; `beat` is called whenever all ranks have been heard, however long the upload takes.
-        Returns the step of the last that is whole, on every rank."""
+        """Wait until the last checkpoint is complete or has failed.
+
+        Calls `beat` after every exchange between the ranks, as a sign of life during a long
+        upload. Returns the step of the last complete checkpoint, on every rank.
+        """
         self._settle(beat)
         if self._commit is not None:
             self._commit.join()
         return broadcast_object(self._whole, self._agreement.group)
 
-    # -- what all ranks agree on --------------------------------------------------------------------------------------
+    # -- collective --------------------------------------------------------------------------------
 
     def _settle(self, beat: Callable[[], None] = lambda: None) -> None:
         while self._upload is not None:
@@ -159,7 +180,7 @@ class CheckpointWriter:
                 time.sleep(0.01)
 
     def _close(self, upload: _Upload, faulty: bool) -> None:
-        """All parts are there, or one could not be written."""
+        """Complete the checkpoint, or discard it if a rank could not write its shard."""
         told = all_gather_object((upload.receipt, upload.fault), self._agreement.group)
         if self._agreement.rank:
             return
@@ -182,7 +203,7 @@ class CheckpointWriter:
         )
         self._commit.start()
 
-    # -- in threads ---------------------------------------------------------------------------------------------------
+    # -- background threads ------------------------------------------------------------------------
 
     def _send(self, upload: _Upload, files: list[Path], staged: Path | None) -> None:
         try:
@@ -209,12 +230,12 @@ class CheckpointWriter:
             )
 
     def _discard(self, folder: str) -> None:
-        with suppress(storage.StorageError):  # the next start of the run removes it
+        with suppress(storage.StorageError):  # the next launch of the run removes it
             storage.remove_folder(folder)
 
 
 def _written(folder: Path, write: Callable[[Path], None]) -> list[Path]:
-    """The files that `write` adds to a folder that other ranks may write to as well."""
+    """Run `write` and return its files, moved to a folder that other ranks may write to as well."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as own:
         write(Path(own))
         return [file.rename(folder / file.name) for file in sorted(Path(own).iterdir())]

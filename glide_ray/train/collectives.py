@@ -1,4 +1,4 @@
-"""What the ranks of a run tell each other beside tensors. All of them call each of these together."""
+"""Collectives for Python objects. All ranks must call them together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Value = TypeVar("Value")
 
 
 def all_gather_object(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
-    """What each rank gives, on all of them; of a process by itself, what it gives."""
+    """The values of all ranks, in rank order; `[value]` if there is only one process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     given: list = [None] * dist.get_world_size()
@@ -19,7 +19,7 @@ def all_gather_object(value: Value, group: dist.ProcessGroup | None = None) -> l
 
 
 def broadcast_object(value: Value, group: dist.ProcessGroup | None = None) -> Value:
-    """What rank 0 gives, on every rank."""
+    """The value of rank 0, on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     given = [value]

@@ -1,4 +1,4 @@
-"""Exponential moving averages of the weights, over each rank's own float32 partition: no rank holds a full copy."""
+"""EMA of the weights, sharded: each rank averages its own float32 partition."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from torch import Tensor
 
 
 class Ema:
-    """`masters` are the float32 tensors that the optimizer steps; an average of each rate lies beside them."""
+    """One EMA per rate, of the float32 tensors `masters` that the optimizer steps."""
 
     def __init__(self, masters: Sequence[Tensor], rates: Sequence[float]):
         self.masters = [tensor.detach() for tensor in masters]
         self.averages = {rate: [tensor.clone() for tensor in self.masters] for rate in rates}
 
     def restart(self) -> None:
-        """Begin from what the masters hold now."""
+        """Set all averages to the current weights."""
         for average in self.averages.values():
             torch._foreach_copy_(average, self.masters)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After optimizer step number `step`, counted from 1. Each rate rises to its value, so that early weights fade."""
+        """Average in the weights after optimizer step `step`, counted from 1.
+
+        The rate warms up as min(rate, (1 + step) / (10 + step)), so that early weights fade.
+        """
         for rate, average in self.averages.items():
             torch._foreach_lerp_(average, self.masters, 1 - min(rate, (1 + step) / (10 + step)))
 
     @contextmanager
     def in_place(self, rate: float) -> Iterator[None]:
-        """Within, the optimizer's tensors hold the average; afterwards the weights again, exactly."""
+        """Context in which `masters` hold the average; restores the exact weights on exit."""
         self._exchange(rate)
         try:
             yield

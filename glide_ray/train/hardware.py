@@ -1,7 +1,8 @@
-"""What machines can do: GPUs by name, and measurements of this machine's CPU.
+"""Specifications of known GPUs, and measurements of this machine's CPU.
 
-Peaks are those of dense arithmetic. NVIDIA's data sheets give the 16-bit ones of Ampere and later with a sparsity that training has none
-of, and those are halved here. fp32 is that of the ordinary cores, which PyTorch multiplies matrices with; its convolutions use TF32.
+All peaks are for dense arithmetic. Where NVIDIA's data sheets (Ampere and later) state 16-bit
+peaks with sparsity, which training cannot use, they are halved here. The fp32 peak is that of the
+CUDA cores, which PyTorch uses for matrix products; its convolutions use TF32.
 """
 
 from __future__ import annotations
@@ -18,13 +19,19 @@ from ..errors import ConfigError, nearest
 from .optimizer import training_precision
 
 TERA, GIGA = 1e12, 1e9
-NODE = 8  # GPUs in one machine: NVIDIA's HGX and DGX, and the largest of AWS's instances of each kind below
+# GPUs per machine: NVIDIA's HGX and DGX, and the largest AWS instance of each GPU type below.
+NODE = 8
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """`memory` in bytes, as sold; `half` and `single` in FLOP/s, of fp16 and bf16 and of fp32; links in bytes a second and direction, for each
-    GPU: `inside` a machine and `between` machines. `pattern` matches what `torch.cuda.get_device_name` says, in lower case."""
+    """Specification of one GPU.
+
+    `memory`: nominal size in bytes. `half`: peak FLOP/s in fp16 and bf16; `single`: in fp32.
+    `inside`, `between`: bytes per second, direction and GPU, inside a machine and between
+    machines. `pattern`: regular expression for the lower-case `torch.cuda.get_device_name`.
+    `bf16`: whether bf16 is supported.
+    """
 
     memory: float
     half: float
@@ -35,7 +42,7 @@ class Gpu:
     bf16: bool = True
 
     def peak(self, precision: str) -> float | None:
-        """FLOP/s in fp32, bf16 or fp16; None for a precision that it has no fast arithmetic of."""
+        """Peak FLOP/s in fp32, bf16 or fp16; None if the GPU has no fast arithmetic for it."""
         if precision == "fp32":
             return self.single
         return self.half if precision == "fp16" or self.bf16 else None
@@ -50,7 +57,11 @@ def _gpu(
     pattern: str,
     bf16: bool = True,
 ) -> Gpu:
-    """From the units of data sheets: GB, TFLOP/s, GB/s in both directions together, and Gbit/s of a whole machine of 8."""
+    """A Gpu from the units of data sheets.
+
+    `memory` in GB, `half` and `single` in TFLOP/s, `link` in GB/s summed over both directions,
+    `network` in Gbit/s of a whole machine with 8 GPUs.
+    """
     return Gpu(
         memory * GIGA,
         half * TERA,
@@ -62,74 +73,69 @@ def _gpu(
     )
 
 
-# Each line: memory, 16-bit peak, fp32 peak, link, from NVIDIA's data sheet of that GPU; NVLink where it has one, else its PCIe; then the
-# network of the machine named (AWS's pages of instance types). The first pattern that matches counts.
+# Arguments: memory, 16-bit peak, fp32 peak, link (all from NVIDIA's data sheet of the GPU; NVLink,
+# or PCIe without it), network of the named machine (AWS's pages of instance types), pattern.
+# The first matching pattern wins.
 GPUS: dict[str, Gpu] = {
-    "b200": _gpu(
-        180, 2250, 75, 1800, 3200, r"\bb200\b"
-    ),  # HGX B200: 4.5 PFLOP/s with sparsity; p6-b200.48xlarge
-    "h200-nvl": _gpu(
-        141, 835.5, 60, 900, 400, r"\bh200 nvl\b"
-    ),  # 1,671 with sparsity; bridges of 2 or 4; a network of 400 assumed
-    "h200": _gpu(
-        141, 989.5, 67, 900, 3200, r"\bh200\b"
-    ),  # H200 SXM: 1,979 with sparsity; p5en.48xlarge
-    "h100-pcie": _gpu(
-        80, 756.5, 51, 600, 400, r"\bh100 pcie\b"
-    ),  # 1,513 with sparsity; a network of 400 assumed
-    "h100-nvl": _gpu(
-        94, 835.5, 60, 600, 400, r"\bh100 nvl\b"
-    ),  # 1,671 with sparsity; a network of 400 assumed
-    "h100": _gpu(
-        80, 989.5, 67, 900, 3200, r"\bh100\b"
-    ),  # H100 SXM: 1,979 with sparsity; p5.48xlarge
-    "a100-80gb": _gpu(
-        80, 312, 19.5, 600, 400, r"\ba100.*80gb\b"
-    ),  # A100 SXM, given without sparsity; p4de.24xlarge
-    "a100": _gpu(40, 312, 19.5, 600, 400, r"\ba100\b"),  # A100 SXM 40 GB; p4d.24xlarge
-    "l40s": _gpu(
-        48, 362, 91.6, 64, 400, r"\bl40s\b"
-    ),  # given without sparsity; PCIe 4; g6e.48xlarge
-    "l4": _gpu(24, 121, 30.3, 64, 100, r"\bl4\b"),  # 242 with sparsity; PCIe 4; g6.48xlarge
-    "a10g": _gpu(
-        24, 70, 35, 64, 100, r"\ba10g\b"
-    ),  # AWS's own A10: 70 without sparsity; PCIe 4; g5.48xlarge
-    "a10": _gpu(
-        24, 125, 31.2, 64, 100, r"\ba10\b"
-    ),  # given without sparsity; PCIe 4; a network of 100 assumed
-    "v100-32gb": _gpu(
-        32, 125, 15.7, 300, 100, r"\bv100.*32gb\b", False
-    ),  # V100 SXM2; p3dn.24xlarge
-    "v100": _gpu(16, 125, 15.7, 300, 25, r"\bv100\b", False),  # V100 SXM2; p3.16xlarge
-    "t4": _gpu(16, 65, 8.1, 32, 100, r"\bt4\b", False),  # PCIe 3; g4dn.metal
-    "rtx-4090": _gpu(
-        24, 165.2, 82.6, 64, 100, r"\brtx 4090\b"
-    ),  # Ada white paper, fp32 sums; PCIe 4; a network of 100 assumed
-    "rtx-3090": _gpu(
-        24, 71, 35.6, 64, 100, r"\brtx 3090\b"
-    ),  # Ampere GA102 white paper, fp32 sums; PCIe 4; likewise
+    # HGX B200: 4.5 PFLOP/s with sparsity; p6-b200.48xlarge
+    "b200": _gpu(180, 2250, 75, 1800, 3200, r"\bb200\b"),
+    # H200 NVL: 1,671 TFLOP/s with sparsity; NVLink bridges of 2 or 4; network of 400 assumed
+    "h200-nvl": _gpu(141, 835.5, 60, 900, 400, r"\bh200 nvl\b"),
+    # H200 SXM: 1,979 TFLOP/s with sparsity; p5en.48xlarge
+    "h200": _gpu(141, 989.5, 67, 900, 3200, r"\bh200\b"),
+    # H100 PCIe: 1,513 TFLOP/s with sparsity; network of 400 assumed
+    "h100-pcie": _gpu(80, 756.5, 51, 600, 400, r"\bh100 pcie\b"),
+    # H100 NVL: 1,671 TFLOP/s with sparsity; network of 400 assumed
+    "h100-nvl": _gpu(94, 835.5, 60, 600, 400, r"\bh100 nvl\b"),
+    # H100 SXM: 1,979 TFLOP/s with sparsity; p5.48xlarge
+    "h100": _gpu(80, 989.5, 67, 900, 3200, r"\bh100\b"),
+    # A100 SXM 80 GB: data sheet peak without sparsity; p4de.24xlarge
+    "a100-80gb": _gpu(80, 312, 19.5, 600, 400, r"\ba100.*80gb\b"),
+    # A100 SXM 40 GB; p4d.24xlarge
+    "a100": _gpu(40, 312, 19.5, 600, 400, r"\ba100\b"),
+    # Data sheet peak without sparsity; PCIe 4; g6e.48xlarge
+    "l40s": _gpu(48, 362, 91.6, 64, 400, r"\bl40s\b"),
+    # 242 TFLOP/s with sparsity; PCIe 4; g6.48xlarge
+    "l4": _gpu(24, 121, 30.3, 64, 100, r"\bl4\b"),
+    # AWS's variant of the A10: 70 TFLOP/s without sparsity; PCIe 4; g5.48xlarge
+    "a10g": _gpu(24, 70, 35, 64, 100, r"\ba10g\b"),
+    # Data sheet peak without sparsity; PCIe 4; network of 100 assumed
+    "a10": _gpu(24, 125, 31.2, 64, 100, r"\ba10\b"),
+    # V100 SXM2 32 GB; p3dn.24xlarge
+    "v100-32gb": _gpu(32, 125, 15.7, 300, 100, r"\bv100.*32gb\b", False),
+    # V100 SXM2 16 GB; p3.16xlarge
+    "v100": _gpu(16, 125, 15.7, 300, 25, r"\bv100\b", False),
+    # PCIe 3; g4dn.metal
+    "t4": _gpu(16, 65, 8.1, 32, 100, r"\bt4\b", False),
+    # Ada white paper, with fp32 accumulation; PCIe 4; network of 100 assumed
+    "rtx-4090": _gpu(24, 165.2, 82.6, 64, 100, r"\brtx 4090\b"),
+    # Ampere GA102 white paper, with fp32 accumulation; PCIe 4; network of 100 assumed
+    "rtx-3090": _gpu(24, 71, 35.6, 64, 100, r"\brtx 3090\b"),
 }
-# Of a GPU's memory, what is planned with. The rest is for CUDA's context, cuDNN, NCCL and what the allocator cannot use. Ours.
+# Usable fraction of GPU memory; the rest is for the CUDA context, cuDNN, NCCL and fragmentation in
+# the allocator. Our estimate, not from a source.
 USABLE = 0.9
-# Of a CPU's. The trainer's figure is of what is in use; glibc's malloc holds up to 1.5 times that (`glide bench plan`).
+# Usable fraction of CPU memory: the plan counts bytes in use, and glibc's malloc holds up to 1.5
+# times as much (`glide bench plan`).
 CPU_USABLE = 1 / 1.5
-UTILISATION = 0.35  # the part of a GPU's peak that training is taken to reach, unless it is given. Ours: not measured on one.
-CPU_UTILISATION = 0.5  # of what a matrix product reaches on a CPU (`glide bench plan`)
-GLOO = (
-    0.85 * GIGA
-)  # bytes a second between two workers on one machine's CPU: gloo's all-reduce of 100 MB, measured on two cores
-PCIE = (
-    25 * GIGA
-)  # bytes a second of copies between a GPU and its host: PCIe 4 x16 carries 32 at the most. Ours.
-HOST_ADAM = (
-    1.6 * GIGA
-)  # parameters a second that torch's fused AdamW steps on the host: measured on two cores
-# What a worker on a CPU has resident before a model is built: Python, PyTorch, DeepSpeed and one step of a tiny model (`glide bench plan`).
+# Default fraction of a GPU's peak that training reaches. Our estimate: not measured on a GPU.
+UTILISATION = 0.35
+# Default fraction of a matrix product's FLOP/s that training reaches on a CPU (`glide bench plan`).
+CPU_UTILISATION = 0.5
+# Bytes per second between two workers on one CPU machine: gloo all-reduce of 100 MB, measured on
+# two cores.
+GLOO = 0.85 * GIGA
+# Bytes per second between a GPU and its host. Our estimate: PCIe 4 x16 carries at most 32 GB/s.
+PCIE = 25 * GIGA
+# Parameters per second that torch's fused AdamW updates on the host, measured on two cores.
+HOST_ADAM = 1.6 * GIGA
+# Resident bytes of a CPU worker before its model is built: Python, PyTorch, DeepSpeed and one step
+# of a tiny model (`glide bench plan`).
 CPU_PROCESS = 0.59 * GIGA
 
 
 def gpu_named(name: str) -> Gpu:
-    """The GPU of a name in the table. Raises ConfigError with the nearest for an unknown one."""
+    """The GPU with this name in the table. Raises ConfigError, which suggests the nearest name."""
     key = name.lower().replace("_", "-").replace(" ", "-")
     if key not in GPUS:
         raise ConfigError(f"There is no GPU {name!r} in the table; {nearest(key, [*GPUS, 'cpu'])}")
@@ -137,19 +143,28 @@ def gpu_named(name: str) -> Gpu:
 
 
 def find_gpu(device_name: str) -> Gpu | None:
-    """The GPU that `torch.cuda.get_device_name` names, such as "NVIDIA H100 80GB HBM3"; None for one that is not in the table."""
+    """The GPU for a name from `torch.cuda.get_device_name`, such as "NVIDIA H100 80GB HBM3".
+
+    None if it is not in the table.
+    """
     words = re.sub(r"[-_]", " ", device_name.lower())
     return next((gpu for gpu in GPUS.values() if re.search(gpu.pattern, words)), None)
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """FLOP/s of dense arithmetic in fp32, bf16 or fp16 that the data sheet of a GPU gives; None where nothing is known of it."""
+    """Peak FLOP/s of a GPU for dense arithmetic in fp32, bf16 or fp16, from its data sheet.
+
+    None if the GPU is not in the table, or has no fast arithmetic in that precision.
+    """
     gpu = find_gpu(device_name)
     return gpu.peak(precision) if gpu else None
 
 
 def measured_peak(dtype: torch.dtype, device: str = "cpu", seconds: float = 0.2) -> float:
-    """FLOP/s of a large matrix product on this machine, with as many threads as PyTorch has now: the best of those that `seconds` have room for."""
+    """FLOP/s of a large matrix product on this machine: the fastest repetition within `seconds`.
+
+    Uses PyTorch's current number of threads.
+    """
     size = 1024 if device == "cpu" else 8192
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
 
@@ -160,7 +175,7 @@ def measured_peak(dtype: torch.dtype, device: str = "cpu", seconds: float = 0.2)
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    once()  # the first chooses a kernel, and may have to compile it
+    once()  # warm-up: kernel selection, and possibly compilation
     best, end = once(), time.perf_counter() + seconds
     while time.perf_counter() < end:
         best = min(best, once())
@@ -168,7 +183,7 @@ def measured_peak(dtype: torch.dtype, device: str = "cpu", seconds: float = 0.2)
 
 
 def available_memory() -> float:
-    """Bytes of memory that this machine can still give, or that the container's limit leaves."""
+    """Bytes of free memory on this machine, or within the container's limit if that is less."""
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -176,30 +191,35 @@ def available_memory() -> float:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         if limit != "max":
             free = min(free, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, KeyError, ValueError):  # no Linux, or no control groups
+    except (OSError, KeyError, ValueError):  # not Linux, or no cgroups
         pass
     return float(free)
 
 
 def cpu_budget(workers: int = 1) -> float:
-    """Bytes of tensors that each of so many workers on this machine may plan with."""
+    """Memory budget in bytes for the tensors of each of `workers` workers on this machine."""
     return max(0.0, (available_memory() / workers - CPU_PROCESS) * CPU_USABLE)
 
 
-# -- what a run is planned for ----------------------------------------------------------------------------------------
+# -- the machine of a worker -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a worker runs on: `budget` bytes to plan with, `flops` that training reaches, `link` bytes a second in one direction."""
+    """Resources of one worker.
+
+    `budget`: bytes of memory to plan with. `flops`: FLOP/s that training reaches. `link`: bytes
+    per second in one direction. `single`: FLOP/s in fp32, if `flops` are for another precision.
+    `note`: origin of `flops`.
+    """
 
     name: str
     budget: float
     flops: float
     link: float
     device: str = "cuda"
-    single: float | None = None  # FLOP/s in fp32, where `flops` are of another precision
-    note: str = ""  # where `flops` come from
+    single: float | None = None
+    note: str = ""
 
 
 def find_machine(
@@ -210,10 +230,11 @@ def find_machine(
     tflops: float | None = None,
     link: float | None = None,
 ) -> Machine:
-    """The machine of a GPU in the table, or "cpu" for the one at hand; None takes what is here. `precision` may be "auto".
+    """The machine to plan for, from the name of a GPU in the table, or "cpu" for this machine.
 
-    `utilisation` is the part of the peak that training reaches; `tflops`, in TFLOP/s, and `link`, in GB/s, are of one worker, as measured.
-    Raises ConfigError.
+    `kind` None detects this machine's GPU, or else takes "cpu". `precision` may be "auto".
+    `utilisation`: fraction of the peak that training reaches. `tflops` (TFLOP/s) and `link`
+    (GB/s): measured values of one worker, which replace the estimates. Raises ConfigError.
     """
     if (
         any(given is not None and given <= 0 for given in (utilisation, tflops, link))

@@ -1,4 +1,7 @@
-"""One rank of a run under DeepSpeed ZeRO: engine, average, held-out loss and state. `steps.py` has the loop."""
+"""Trainer of one rank under DeepSpeed ZeRO: engine, EMA, held-out loss and checkpoint state.
+
+`steps.py` has the training loop.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ from .steps import Metrics
 
 
 class Trainer:
-    """One rank's engine, average and schedule."""
+    """One rank's DeepSpeed engine, EMA and noise schedule. Raises TrainingError, ConfigError."""
 
     def __init__(self, preset: Preset):
         join_process_group()
@@ -43,9 +46,8 @@ class Trainer:
                 f"train.workers is {train.workers}, but {self.world} processes have been started."
             )
         self.device = torch.device(deepspeed.get_accelerator().current_device_name())
-        self.precision = broadcast_object(
-            training_precision(train.precision, self.device.type)
-        )  # which may be measured
+        # Broadcast, because "auto" may be decided by a measurement that differs between ranks.
+        self.precision = broadcast_object(training_precision(train.precision, self.device.type))
         self.share = BatchSplit(train.batch, self.world, self.rank, self._micro_batch())
         self.schedule = make_schedule(
             preset.model.diffusion.schedule, preset.model.diffusion.steps
@@ -65,7 +67,7 @@ class Trainer:
         self.progress = Progress()
 
     def _micro_batch(self) -> int:
-        """Images in a network call: as many as fit the worker with the least memory."""
+        """Micro-batch size: the largest that fits the worker with the least memory."""
         cuda = self.device.type == "cuda"
         budget = (
             torch.cuda.mem_get_info(self.device)[1] * USABLE
@@ -80,14 +82,17 @@ class Trainer:
             )
         )
 
-    # -- steps --------------------------------------------------------------------------------------------------------
+    # -- steps -------------------------------------------------------------------------------------
 
     def step(self, batches: Iterator[Batch], number: int) -> dict[str, torch.Tensor]:
-        """Optimizer step `number`, counted from 1: this rank's part of the mean of each of the objective's figures, still on the device.
+        """Make optimizer step `number`, counted from 1.
 
-        Raises TrainingError where the numbers are past mending.
+        Returns the objective's metrics as scalars on the device, whose mean over ranks is the mean
+        over the batch, and this rank's sums of `by_quartile`. Raises TrainingError if the loss or
+        a gradient is not finite and training cannot recover by itself.
         """
-        # What dropout draws: of its own on each rank, and the same if the step is made again. Rows of the corpus have numbers from 0.
+        # Dropout seed: different on each rank, and the same if the step is repeated. Negative,
+        # because `draw` seeds images with their row numbers from 0.
         train = self.preset.train
         torch.manual_seed(mix(train.seed, number, -1 - self.rank))
         self.engine.train()
@@ -120,12 +125,12 @@ class Trainer:
             for name, value in figures.items():
                 sums[name] = sums.get(name, 0) + value
         check_step(self, read, number, sums["loss"])
-        if stepped(self.engine):  # fp16 leaves a step out where its loss scale was too large
+        if stepped(self.engine):  # fp16 skips a step whose gradients overflowed
             self.ema.update(number)
         return sums
 
     def held_out(self, batches: Sequence[Batch]) -> Metrics:
-        """The objective's figures on held-out images, over all ranks."""
+        """The objective's metrics on the held-out images of all ranks."""
         self.engine.eval()
         images = sum(all_gather_object(images_in(batches)))
         sums = self.summed(
@@ -144,7 +149,7 @@ class Trainer:
         }
 
     def scale(self) -> dict[str, float]:
-        """fp16's loss scale; nothing in other precisions."""
+        """The loss scale in fp16; empty in other precisions."""
         return (
             {"loss_scale": float(self.engine.optimizer.loss_scaler.cur_scale)}
             if self.precision == "fp16"
@@ -152,15 +157,15 @@ class Trainer:
         )
 
     def summed(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Scalars added up over all ranks, in one transfer."""
+        """Sum scalars over all ranks, in one all-reduce and one transfer to the host."""
         stacked = torch.stack(list(values.values())).to(self.device)
         dist.all_reduce(stacked)
         return dict(zip(values, stacked.tolist(), strict=True))
 
-    # -- state --------------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
 
     def state(self) -> partition.State:
-        """All that training changes, as this rank holds it."""
+        """This rank's shard of the training state: weights, Adam's moments and EMA."""
         return {
             partition.WEIGHTS: self.ema.masters,
             **partition.moments(self.engine),
@@ -171,9 +176,10 @@ class Trainer:
         }
 
     def start(self) -> None:
-        """Begin from the weights that are to be fine-tuned, if any. Raises WeightsError for those of another shape.
+        """Load the weights to fine-tune, if any. Raises WeightsError if their shapes differ.
 
-        To the last bit: they are given to the masters, which DeepSpeed has made from a network of 16 bits.
+        Writes them to the float32 masters, so that they are exact: DeepSpeed has made the masters
+        from the 16-bit network.
         """
         path, module = self.preset.train.start_from, self.engine.module
         if not path:
@@ -194,15 +200,18 @@ class Trainer:
         self.ema.restart()
 
     def save(self, folder: Path) -> None:
-        """This rank's part of a checkpoint; rank 0 adds what is common to all."""
-        # Under stage 0 every rank has all of it.
+        """Write this rank's shard of a checkpoint; rank 0 also writes config and progress."""
+        # Under stage 0 every rank holds the full state, and rank 0 alone writes it.
         own = self.pieces if self.preset.train.zero_stage or self.rank == 0 else []
         partition.save_part(partition.part_path(folder, self.rank), own, self.state())
         if self.rank == 0:
             write_progress(folder, self.preset, self.progress, self._optimizer_state())
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint, whatever the number of workers and the ZeRO stage that wrote it. Raises CheckpointError."""
+        """Resume from a checkpoint written with any number of workers and any ZeRO stage.
+
+        Raises CheckpointError.
+        """
         self.progress, optimizer = read_progress(folder, self.preset)
         partition.load_parts(folder, self.pieces, self.state())
         partition.refresh(self.engine)
@@ -222,22 +231,25 @@ class Trainer:
         }
 
 
-# -- DeepSpeed --------------------------------------------------------------------------------------------------------
+# -- DeepSpeed -------------------------------------------------------------------------------------
 
 
 def quiet() -> None:
-    """Keep DeepSpeed's banners off the user's terminal, and do not compile its shared-memory collective (48 s at first use)."""
+    """Silence DeepSpeed's banners, and disable its shared-memory collective.
+
+    Compiling the collective takes 48 s at first use.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.utils.logger.setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def join_process_group() -> None:
-    """Use the process group at hand (Ray's); else make one of this single process."""
+    """Use the existing process group (Ray's), or create one with this process only."""
     quiet()
     if dist.is_initialized():
         return
-    # Port 0: the store takes a free one, and nobody else has to find it.
+    # Port 0: the store takes a free port; no other process has to connect to it.
     for name, value in (
         ("MASTER_ADDR", "127.0.0.1"),
         ("MASTER_PORT", "0"),
@@ -252,7 +264,11 @@ def join_process_group() -> None:
 
 
 def look_for_overflow_once(engine) -> None:
-    """Under stages 1 and 2 DeepSpeed looks for what is not finite gradient by gradient, a dozen small kernels each, and then once more in their
-    norm, which no inf or NaN on any rank leaves finite: the norm is enough. With an offloaded optimizer the first look is a flag, and stays."""
+    """Disable DeepSpeed's overflow check of single gradients under ZeRO stages 1 and 2.
+
+    It takes a dozen small kernels per gradient, and is redundant: DeepSpeed also checks the norm
+    of the gradients, which any inf or NaN on any rank makes non-finite. With an offloaded
+    optimizer the check only sets a flag, and stays.
+    """
     if engine.zero_optimization_stage() in (1, 2) and not engine.optimizer.cpu_offload:
         engine.optimizer.check_overflow = lambda partition_gradients=True: None

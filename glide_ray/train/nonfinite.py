@@ -1,7 +1,8 @@
-"""When a run has to stop because of numbers that are not finite, and what went wrong first.
+"""Detection of non-finite losses and gradients, and the search for their origin.
 
-The loop calls `check_step` after every optimizer step. DeepSpeed has by then looked at the gradients of all ranks and skipped the step if
-they are not finite, so that the weights are still those that the step began with: it can be made again, slowly, and watched.
+The trainer calls `check_step` after every optimizer step. By then DeepSpeed has checked the
+gradients of all ranks and skipped the step if they are not finite, so the weights are unchanged:
+the step can be repeated with hooks on every module to find the first non-finite tensor.
 """
 
 from __future__ import annotations
@@ -20,46 +21,50 @@ from ..tensors import Batch
 from .collectives import all_gather_object
 from .objectives import draw, row_numbers
 
-LOWEST_SCALE = (
-    1.0  # of the loss, under fp16: below it, gradients would be made smaller than they are
-)
-MAX_LISTED = 5  # rows or names in a message
+# Smallest fp16 loss scale: a smaller one would shrink the gradients below their true size.
+LOWEST_SCALE = 1.0
+MAX_LISTED = 5  # row numbers or parameter names in a message
 
 
 class TrainingError(UserError):
-    """Training that cannot go on."""
+    """Training that cannot continue."""
 
 
 @dataclass(frozen=True)
 class Culprit:
-    """A clause that says what went wrong first, and another that says what helps."""
+    """Two clauses of the error message: `what` went wrong first, and its `remedy`."""
 
     what: str
     remedy: str
 
 
-# -- after every step -------------------------------------------------------------------------------------------------
+# -- after every step ------------------------------------------------------------------------------
 
 
 def stepped(engine) -> bool:
-    """Whether the last optimizer step has moved the weights: a Python bool. Where it has not, averages have nothing to follow."""
+    """Whether the last optimizer step changed the weights; if not, the EMA must not be updated.
+
+    Reads a Python bool, so it does not wait for the device.
+    """
     return engine.was_step_applied()
 
 
 def scale_collapsed(engine) -> bool:
-    """Whether fp16's loss scale has fallen so far that the gradients overflow whatever it is. A Python float is looked at, no tensor.
+    """Whether fp16's loss scale is at its minimum, so that no smaller scale can help.
 
-    DeepSpeed itself would end with a bare Exception one overflow later.
+    Reads a Python float, so it does not wait for the device. DeepSpeed itself would raise a bare
+    Exception at the next overflow.
     """
     return engine.optimizer.loss_scaler.cur_scale <= LOWEST_SCALE
 
 
 def check_step(trainer, batches: Sequence[Batch], number: int, loss: Tensor) -> None:
-    """After optimizer step `number`, on all ranks: raise TrainingError, with the culprit named, if training does not recover by itself.
+    """Raise TrainingError, naming the cause, if training cannot recover after step `number`.
 
-    `batches` are the micro-batches that this rank has read for the step, `loss` () its mean loss, still on the device. A step that was made
-    costs nothing: only stage 0, where DeepSpeed does not look at gradients, has the loss read here. A step that fp16's loss scale was too
-    large for is no fault as long as the loss itself is finite.
+    All ranks call this together. `batches`: micro-batches of this rank in the step; `loss`: scalar
+    mean loss, still on the device. Costs nothing after a successful step, except under ZeRO stage
+    0, where DeepSpeed does not check gradients: there the loss is read from the device. A step
+    skipped because fp16's loss scale was too large is no fault if the loss itself is finite.
     """
     staged = trainer.preset.train.zero_stage > 0
     if staged and stepped(trainer.engine):
@@ -83,14 +88,14 @@ def _stop(fault: str, trainer, batches: Sequence[Batch], number: int) -> Trainin
     return TrainingError(f"{fault} at step {number}: {culprit.what}; {culprit.remedy}.")
 
 
-# -- the search -------------------------------------------------------------------------------------------------------
+# -- the search ------------------------------------------------------------------------------------
 
 
 def find_culprit(trainer, batch: Batch | Sequence[Batch], number: int) -> str:
-    """What went wrong first in step `number`, as the middle of a sentence; the same on all ranks, which call this together.
+    """A clause saying what went wrong first in step `number`, the same on all ranks.
 
-    `batch`: what this rank has read for the step, whole or in its micro-batches. Weights, optimizer, gradients and random numbers are left
-    as they are. Takes about as long as a few steps.
+    All ranks call this together. `batch`: this rank's rows of the step, whole or in micro-batches.
+    Does not change weights, optimizer, gradients or random state. Takes as long as a few steps.
     """
     return _find(trainer, [batch] if isinstance(batch, Batch) else batch, number).what
 
@@ -108,7 +113,7 @@ def _find(trainer, batches: Sequence[Batch], number: int) -> Culprit:
 
 
 def remedy(train: TrainConfig, precision: str) -> str:
-    """What helps against numbers that grow too large, and has not been done yet."""
+    """Settings that help against overflow, without those already in use."""
     found = ["lower train.learning_rate", "raise train.warmup_steps"]
     found += [] if train.clip_norm else ["set train.clip_norm=1"]
     found += ["set train.precision=bf16"] if precision == "fp16" else []
@@ -116,7 +121,7 @@ def remedy(train: TrainConfig, precision: str) -> str:
 
 
 def _images(batches: Sequence[Batch]) -> Culprit | None:
-    """Images, or what they are conditioned on, that came broken."""
+    """Non-finite images or conditioning in the batch, as read from the corpus."""
     rows, bad = [], []
     for batch in batches:
         finite = torch.ones(len(batch.image), dtype=torch.bool)
@@ -131,13 +136,17 @@ def _images(batches: Sequence[Batch]) -> Culprit | None:
     if not bad:
         return None
     return Culprit(
-        f"{len(bad)} of the batch's {len(rows)} images are not finite ({_listed('row', bad)} of the corpus)",
+        f"{len(bad)} of the batch's {len(rows)} images are not finite "
+        f"({_listed('row', bad)} of the corpus)",
         "leave them out",
     )
 
 
 def _weights(trainer) -> Culprit | None:
-    """Weights that are not finite, or no longer so in the network's precision. Each rank looks at its own part of the float32 masters."""
+    """Weights that are not finite, or overflow in the network's precision.
+
+    Each rank checks its own shard of the float32 masters.
+    """
     limit, masters = torch.finfo(DTYPES[trainer.precision]).max, trainer.ema.masters
     mine: dict[str, float] = {}
     for piece in trainer.pieces:
@@ -164,16 +173,17 @@ def _weights(trainer) -> Culprit | None:
     )
     if all(largest < float("inf") for largest in found.values()):
         return Culprit(
-            f"weights of up to {max(found.values()):.2g} are too large for {trainer.precision} ({names})",
+            f"weights of up to {max(found.values()):.2g} are too large "
+            f"for {trainer.precision} ({names})",
             helps,
         )
-    # Stage 0 has by now made the step in question as well.
+    # Stage 0 does not skip the faulty step, so the weights already include its update.
     since = "an earlier step" if trainer.preset.train.zero_stage else "this or an earlier step"
     return Culprit(f"weights are not finite since the update of {since} ({names})", helps)
 
 
 def _network(trainer, batches: Sequence[Batch], number: int) -> Culprit | None:
-    """Make the step again and watch: the network's forward, the loss of each row, then the gradients from the loss downwards."""
+    """Repeat the step and check the forward pass, the loss of each row, then the gradients."""
     train = trainer.preset.train
     trainer.engine.train()
     for batch, (_, _, weight) in zip(batches, trainer.share.parts(), strict=False):
@@ -181,7 +191,7 @@ def _network(trainer, batches: Sequence[Batch], number: int) -> Culprit | None:
         with torch.random.fork_rng(devices), Watch(trainer.engine.module) as watch:
             drawn = draw(trainer.schedule, batch, train.seed, number, train.timestep_power)
             i, noise = (tensor.to(trainer.device) for tensor in drawn)
-            # The bare module: what DeepSpeed hangs on the engine's own calls counts them as parts of a step.
+            # The bare module: the engine's hooks would count the call as part of a step.
             losses = trainer.objective(
                 trainer.engine.module, trainer.schedule, batch.to(trainer.device), i, noise
             )["loss"]
@@ -199,7 +209,10 @@ def _in_forward(trainer, watch: Watch) -> Culprit | None:
     found = _first(watch.forward)
     if found is None:
         return None
-    where = f"{found.name} gives {found.kind} in {trainer.precision} (largest input {found.largest:.2g}){found.rank}"
+    where = (
+        f"{found.name} gives {found.kind} in {trainer.precision} "
+        f"(largest input {found.largest:.2g}){found.rank}"
+    )
     return Culprit(where, remedy(trainer.preset.train, trainer.precision))
 
 
@@ -216,7 +229,8 @@ def _in_losses(trainer, batch: Batch, losses: Tensor) -> Culprit | None:
     if not bad:
         return None
     return Culprit(
-        f"all that the network gives is finite, and yet its loss is not ({_listed('row', bad)} of the corpus)",
+        f"all that the network gives is finite, and yet its loss is not "
+        f"({_listed('row', bad)} of the corpus)",
         f"leave them out, or {remedy(trainer.preset.train, trainer.precision)}",
     )
 
@@ -232,24 +246,37 @@ def _in_backward(trainer, watch: Watch, losses: Tensor, weight: float) -> Culpri
         if trainer.precision == "fp16"
         else f" in {trainer.precision}"
     )
-    where = f"the gradient that comes back to {found.name} is {found.kind}{at} (largest before it {found.largest:.2g}){found.rank}"
+    where = (
+        f"the gradient that comes back to {found.name} is {found.kind}{at} "
+        f"(largest before it {found.largest:.2g}){found.rank}"
+    )
     return Culprit(where, remedy(trainer.preset.train, trainer.precision))
 
 
 def _scale_of_the_step(trainer) -> float:
-    """What the loss was multiplied with: where the step was skipped, DeepSpeed has halved it since (the first time it has not; more does no harm)."""
+    """The loss scale of the step; 1 unless in fp16.
+
+    If the step was skipped, DeepSpeed has halved the scale since, which is undone here. It does
+    not halve after the first overflow (hysteresis): the result is then twice the true scale, which
+    does no harm.
+    """
     if trainer.precision != "fp16":
         return 1.0
     scaler = trainer.engine.optimizer.loss_scaler
     return scaler.cur_scale * (1 if stepped(trainer.engine) else scaler.scale_factor)
 
 
-# -- watching a network -----------------------------------------------------------------------------------------------
+# -- hooks -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Observation:
-    """The first tensor that is not finite: how many modules or gradients came before it, whose it is, and the largest number before it."""
+    """The first non-finite tensor.
+
+    `order`: its number among the module calls or gradients of the pass; `name`: its module or
+    parameter; `kind`: "inf" or "nan"; `largest`: largest finite magnitude in the module's inputs,
+    or among the gradients before it; `rank`: clause naming the rank, for the message.
+    """
 
     order: int
     name: str
@@ -259,9 +286,10 @@ class Observation:
 
 
 class Watch:
-    """Within, a network's calls are looked at module by module, and with `backward_from` its gradients. Waits for the device all the time.
+    """Context that checks all module outputs of a network and, in `backward_from`, its gradients.
 
-    `forward`: the first module whose output is not finite though all that went into it is. `backward`: the first gradient that is not.
+    `forward`: the first module with finite inputs and a non-finite output. `backward`: the first
+    non-finite gradient. Slow: synchronises with the device at every check.
     """
 
     def __init__(self, network: nn.Module):
@@ -284,8 +312,8 @@ class Watch:
         self._handles.clear()
 
     def backward_from(self, loss: Tensor) -> None:
-        """Look at the gradients of all modules' outputs and of all parameters. None is kept: not in the parameters either."""
-        self.__exit__()  # activation checkpointing calls the modules again
+        """Check the gradients of all module outputs and parameters; no gradient is stored."""
+        self.__exit__()  # no forward hooks: activation checkpointing calls the modules again
         parameters = {
             name: parameter
             for name, parameter in self._network.named_parameters()
@@ -326,15 +354,17 @@ class Watch:
 
         def end(gradient):
             look(gradient)
-            return gradient.new_zeros(()).expand_as(
-                gradient
-            )  # of the right shape, in the memory of one number
+            # The right shape in the memory of one element, so that no gradient is stored.
+            return gradient.new_zeros(()).expand_as(gradient)
 
         return end
 
 
 def _look(values: Sequence) -> tuple[str | None, float]:
-    """Whether any of the float tensors holds an inf or a NaN, the inf being named where there are both; and their largest finite magnitude."""
+    """("inf", "nan" or None, largest finite magnitude) of the float tensors in `values`.
+
+    "inf" if they contain both inf and NaN.
+    """
     kind, largest = None, 0.0
     for tensor in (
         tensor.detach() for value in values for tensor in _tensors(value) if tensor.numel()
@@ -347,7 +377,7 @@ def _look(values: Sequence) -> tuple[str | None, float]:
 
 
 def _tensors(value) -> Iterator[Tensor]:
-    """The float tensors in nested tuples, lists, mappings and dataclasses."""
+    """Yield the float tensors in nested tuples, lists, dicts and dataclasses."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
@@ -360,11 +390,14 @@ def _tensors(value) -> Iterator[Tensor]:
         yield from _tensors(tuple(getattr(value, field.name) for field in fields(value)))
 
 
-# -- all ranks --------------------------------------------------------------------------------------------------------
+# -- merging over ranks ----------------------------------------------------------------------------
 
 
 def _first(seen: Observation | None) -> Observation | None:
-    """The earliest of what the ranks have seen, all of which make the same calls. Which rank it was may point at a faulty device."""
+    """The earliest observation of all ranks, comparable because all make the same calls.
+
+    Names the rank, which may point to a faulty device.
+    """
     all_seen = all_gather_object(seen)
     found = [(entry.order, rank) for rank, entry in enumerate(all_seen) if entry is not None]
     if not found:
@@ -381,7 +414,7 @@ def _first(seen: Observation | None) -> Observation | None:
 
 
 def _listed(what: str, items: Sequence) -> str:
-    """A few of them by name: "rows 3, 4 and 7 more"."""
+    """The first MAX_LISTED items as text, such as "rows 3, 4, 5, 6, 7 and 2 more"."""
     shown = ", ".join(str(item) for item in items[:MAX_LISTED]) + (
         f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
     )

@@ -1,4 +1,4 @@
-"""What a training step computes, one function a task: a new task is one objective and one preset."""
+"""Training objectives, one function per task: a new task is one objective and one preset."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from ..diffusion.process import q_sample
 from ..diffusion.schedule import Schedule
 from ..tensors import Batch
 
-Losses = dict[
-    str, Tensor
-]  # name -> (B,) float32; "loss" is the one to minimise, the others are for people
-QUARTILES = 4  # of the timesteps, by which a run tells its loss
+# Metric name -> (B,) float32. "loss" is minimised, the others are for logging only.
+Losses = dict[str, Tensor]
+QUARTILES = 4  # equal ranges of timesteps for which the mse is logged separately
 Objective = Callable[[Callable, Schedule, Batch, Tensor, Tensor], Losses]
 
 
@@ -34,10 +33,12 @@ def denoising(
     noise: Tensor,
     weight: Callable[[Schedule, Tensor], Tensor | None] = lambda schedule, i: None,
 ) -> Losses:
-    """The hybrid loss of noised images at the indices i (B,), for given noise like batch.image (sec. 2.1); `weight` of eps' error.
+    """The hybrid loss (sec. 2.1) of images noised to timestep indices i (B,).
 
-    Where pixels are known the samplers put them into the predicted image, whatever the network says of them; so does the loss, and
-    eps is there the noise itself. Left to the network, the copying of known pixels spoils those beside them (docs/editing.md).
+    `noise` has the shape of batch.image. `weight` returns the weight of the eps error, (B,), or
+    None for 1. In inpainting, samplers overwrite the known pixels of the predicted image; so does
+    the loss, by replacing eps there with the true noise. If the network had to copy the known
+    pixels itself, it would spoil the pixels beside them (docs/editing.md).
     """
     x_t = q_sample(schedule, batch.image, i, noise)
     output = network(x_t, schedule.timestep.to(i.device)[i], batch.conditioning)
@@ -55,11 +56,15 @@ def denoising(
 def contrastive(
     network: Callable, schedule: Schedule, batch: Batch, i: Tensor, noise: Tensor
 ) -> Losses:
-    """Noised CLIP's loss (sec. 4.4; Radford et al. 2021, fig. 3): each image is to find its caption among all, and the reverse.
+    """Noised CLIP's loss (sec. 4.4; Radford et al. 2021, fig. 3), on images noised to indices i.
 
-    "All" are those of one network call on every rank: of a batch that takes several calls, each is contrasted by itself, and so a smaller
-    micro-batch is another, easier task. A rank's loss is of its own rows; the gather hands gradients back to where an embedding came from, so
-    that the mean over ranks, which data parallelism takes, is the gradient of the loss of all. Held-out batches are not gathered.
+    Cross-entropy of each image against all captions and of each caption against all images. "All"
+    means the rows of one network call on every rank: with gradient accumulation each micro-batch
+    is contrasted separately, so a smaller micro-batch makes the task easier and changes the loss.
+
+    Each rank computes the loss of its own rows. The all-gather passes gradients back to the rank
+    of an embedding, so that the mean over ranks, taken by data parallelism, is the gradient of the
+    loss over all rows. Held-out batches are not gathered.
     """
     return _contrast(
         network, q_sample(schedule, batch.image, i, noise), schedule.timestep.to(i.device)[i], batch
@@ -69,7 +74,7 @@ def contrastive(
 def contrastive_without_noise(
     network: Callable, schedule: Schedule, batch: Batch, i: Tensor, noise: Tensor
 ) -> Losses:
-    """The same loss of a CLIP that is to judge finished images: they are shown as they are, at timestep 0."""
+    """The contrastive loss for a CLIP that scores finished images: no noise, timestep 0."""
     return _contrast(network, batch.image, torch.zeros_like(i), batch)
 
 
@@ -91,12 +96,12 @@ def _contrast(network: Callable, x: Tensor, timestep: Tensor, batch: Batch) -> L
     return {"loss": loss, "accuracy": (to_text.argmax(1) == own).float()}
 
 
-# An upsampler's loss is the base model's; its batches carry the low-resolution image in their conditioning.
+# Upsamplers have the base model's loss; their conditioning contains the low-resolution image.
 OBJECTIVES: dict[str, Objective] = {"base": denoising, "upsampler": denoising, "clip": contrastive}
 
 
 def objective_of(preset: Preset) -> Objective:
-    """What a preset's training steps compute."""
+    """The objective of a preset, with its Min-SNR weighting if that is set."""
     if isinstance(preset.model, ClipModelConfig) and not preset.model.clip.noised:
         return contrastive_without_noise
     if preset.train.min_snr is not None:
@@ -110,11 +115,11 @@ def objective_of(preset: Preset) -> Objective:
 def draw(
     schedule: Schedule, batch: Batch, seed: int, step: int, power: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Indices i (B,) with a density proportional to i^power, and standard normal noise like
-    batch.image, on the CPU.
+    """Draw timestep indices i (B,) and standard normal noise like batch.image, on the CPU.
 
-    Each image has a generator of its own, seeded by the run, the step and the image's row in the corpus: what a step computes does
-    not depend on how its batch is split over workers and micro-batches.
+    The density of i is proportional to i^power. Each image has its own generator, seeded by the
+    run's seed, the step and the image's row in the corpus, so that a step does not depend on how
+    its batch is split over workers and micro-batches.
     """
     i, noise = torch.empty(len(batch.image), dtype=torch.int64), torch.empty(batch.image.shape)
     for n, row in enumerate(row_numbers(batch).tolist()):
@@ -125,7 +130,7 @@ def draw(
 
 
 def _index(steps: int, power: float, generator: torch.Generator) -> Tensor:
-    """One of the numbers below `steps`."""
+    """Draw an index in [0, steps) with density proportional to index^power."""
     if power == 0:
         return torch.randint(0, steps, (), generator=generator)
     uniform = torch.rand((), generator=generator, dtype=torch.float64)
@@ -133,17 +138,17 @@ def _index(steps: int, power: float, generator: torch.Generator) -> Tensor:
 
 
 def row_numbers(batch: Batch) -> Tensor:
-    """Which rows of the corpus these are (B,), on the CPU; of a batch that does not say, 0, 1, 2..."""
+    """Row numbers in the corpus (B,), on the CPU; 0, 1, 2... if the batch has none."""
     return torch.arange(len(batch.image)) if batch.rows is None else batch.rows.cpu()
 
 
 def mix(seed: int, step: int, row: int) -> int:
-    """One 63-bit seed from three numbers, different for each."""
+    """Combine three numbers into one 63-bit seed."""
     return (seed * 1_000_003 + step * 8191 + row) % 2**63
 
 
 def images_in(batches: Iterable[Batch]) -> int:
-    """How many held-out images there are in batches: rows of number -1 only fill theirs."""
+    """Number of held-out images in `batches`, without padding rows (row number -1)."""
     return sum(int((row_numbers(batch) >= 0).sum()) for batch in batches)
 
 
@@ -156,10 +161,11 @@ def held_out_sums(
     seed: int,
     images: int,
 ) -> dict[str, Tensor]:
-    """Sums over the batches of all that the objective gives: float64 scalars.
+    """Sums of the objective's metrics over held-out batches: float64 scalars.
 
-    `batch.rows` number the held-out images from 0 to `images`, over all workers (`images_in`); those of number -1 do not count.
-    Indices lie evenly over the schedule, and noise is fixed, so that the figure moves with the weights only.
+    `batch.rows` numbers the held-out images of all workers from 0 to `images` - 1 (`images_in`);
+    padding rows (-1) do not count. Timestep indices are spread evenly over the schedule and the
+    noise is fixed, so that the metrics change with the weights only.
     """
     everywhere = ((torch.arange(images) + 0.5) / max(1, images) * len(schedule)).long()
     everywhere = everywhere[torch.randperm(images, generator=torch.Generator().manual_seed(seed))]
@@ -184,7 +190,10 @@ def held_out_sums(
 
 
 def by_quartile(mse: Tensor, i: Tensor, steps: int) -> dict[str, Tensor]:
-    """Sums of eps' error (B,) over the rows of each quarter of the timesteps, q0 the least noisy, and how many rows these are."""
+    """Sum of the eps error `mse` (B,) and row count per quartile of the timesteps i (B,).
+
+    q0 is the least noisy quartile.
+    """
     quartile = F.one_hot(i * QUARTILES // steps, QUARTILES).to(mse.dtype)
     sums, counts = mse @ quartile, quartile.sum(0)
     return {
@@ -194,7 +203,7 @@ def by_quartile(mse: Tensor, i: Tensor, steps: int) -> dict[str, Tensor]:
 
 
 def quartile_means(figures: dict[str, float]) -> dict[str, float]:
-    """Figures with the quarters' sums divided by their rows; a quarter that no row fell into is left out."""
+    """Replace the sums and counts of `by_quartile` by means, leaving out empty quartiles."""
     rows = {
         name.removeprefix("rows_"): value
         for name, value in figures.items()

@@ -1,4 +1,4 @@
-"""What an optimizer step is made with: TrainConfig -> precision, learning rate, parameter groups, DeepSpeed's dictionary."""
+"""Optimizer settings from a TrainConfig: precision, learning rate, groups, DeepSpeed config."""
 
 from __future__ import annotations
 
@@ -11,18 +11,27 @@ from ..errors import ConfigError
 from ..precision import resolve_precision
 from .batch_split import BatchSplit
 
-# Dynamic loss scaling (sec. 4.1: traditional loss scaling): a step whose gradients overflow is skipped, and the scale halved.
+# Dynamic loss scaling (sec. 4.1: traditional loss scaling): a step whose gradients overflow is
+# skipped, and the scale halved.
 FP16 = {
     "enabled": True,
-    "initial_scale_power": 16,  # of two: more than most models bear, for too high costs a skipped step each, too low costs small gradients
-    "loss_scale_window": 1000,  # steps without overflow, until twice the scale is tried: trying loses two steps in a thousand at most
-    "hysteresis": 2,  # the second overflow halves: one odd batch does not move the scale
-    "min_loss_scale": 1,  # `nonfinite.py` stops the run here: gradients that overflow unscaled are not the scale's fault
+    # Initial scale 2^16, deliberately above what most models bear: each halving costs one skipped
+    # step, whereas a low scale loses small gradients.
+    "initial_scale_power": 16,
+    # Steps without overflow before the scale is doubled: costs at most two skipped steps in 1,000.
+    "loss_scale_window": 1000,
+    # Halve at the second overflow, so that a single unusual batch does not change the scale.
+    "hysteresis": 2,
+    # `nonfinite.py` stops the run here: if unscaled gradients overflow, the scale is not the cause.
+    "min_loss_scale": 1,
 }
 
 
 def training_precision(precision: str, device: str) -> str:
-    """fp32, bf16 or fp16 to train in. Raises ConfigError for fp16 on a CPU, which DeepSpeed refuses."""
+    """Resolve the precision to fp32, bf16 or fp16.
+
+    Raises ConfigError for fp16 on a CPU, which DeepSpeed does not support.
+    """
     if precision == "fp16" and device != "cuda":
         raise ConfigError(
             "Setting train.precision: fp16 needs a GPU; use bf16, fp32 or auto on a CPU."
@@ -31,22 +40,28 @@ def training_precision(precision: str, device: str) -> str:
 
 
 def deepspeed_config(train: TrainConfig, precision: str, share: BatchSplit) -> dict[str, Any]:
-    """`precision` resolved: fp32, bf16 or fp16. The learning rate's warm-up is the loop's. Raises ConfigError."""
+    """DeepSpeed's config. `precision` is resolved: fp32, bf16 or fp16. Raises ConfigError.
+
+    Has no learning rate schedule: the training loop sets the rate (`learning_rate`).
+    """
     if train.zero_stage == 0 and precision != "fp32":
         raise ConfigError(
-            f"Setting train.zero_stage: 0 keeps no float32 master weights for {precision}; use 1, 2 or 3."
+            f"Setting train.zero_stage: 0 keeps no float32 master weights for {precision}; "
+            f"use 1, 2 or 3."
         )
     if train.offload_optimizer and train.zero_stage == 0:
         raise ConfigError(
-            "Setting train.offload_optimizer: train.zero_stage 0 steps the network's own weights on its device; use 1, 2 or 3."
+            "Setting train.offload_optimizer: train.zero_stage 0 steps the network's own weights "
+            "on its device; use 1, 2 or 3."
         )
     config: dict[str, Any] = {
-        # DeepSpeed wants a product. Where shares are uneven that is not `train.batch`; the losses' weights see to the mean.
+        # DeepSpeed requires the product of the next two and the world size. With uneven shares it
+        # differs from `train.batch`; the weights of `BatchSplit` keep the mean correct.
         "train_batch_size": share.micro_batch * share.calls * share.world,
         "train_micro_batch_size_per_gpu": share.micro_batch,
         "gradient_accumulation_steps": share.calls,
         "gradient_clipping": train.clip_norm,
-        # torch's AdamW: DeepSpeed's own CPU Adam would be compiled on the user's machine first.
+        # torch's AdamW, because DeepSpeed's CPU Adam must be compiled on the user's machine.
         "optimizer": {
             "type": "AdamW",
             "params": {
@@ -60,11 +75,11 @@ def deepspeed_config(train: TrainConfig, precision: str, share: BatchSplit) -> d
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
-        "timers": {
-            "throughput": {"enabled": False}
-        },  # which waits for the device twice a network call; the loop has its own
+        # Off: it synchronises with the device twice per network call; the loop measures images/s.
+        "timers": {"throughput": {"enabled": False}},
     }
-    if train.offload_optimizer:  # pinned, so that copies to and from a GPU need no second one; on a CPU there is nothing to pin
+    if train.offload_optimizer:
+        # Pinned memory avoids a second host copy in GPU transfers; it has no effect on a CPU.
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if precision == "fp16":
         config["fp16"] = dict(FP16)
@@ -73,22 +88,25 @@ def deepspeed_config(train: TrainConfig, precision: str, share: BatchSplit) -> d
     return config
 
 
-FACTOR = "learning_rate_factor"  # of a group of parameters
+FACTOR = "learning_rate_factor"  # key in a parameter group
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
-    """Of optimizer step number `step`, counted from 1: a linear warm-up, then constant (ADM), then as 1 / sqrt(step)
-    (Karras et al. 2024, EDM2, eq. 67) where `constant_steps` says so."""
+    """Learning rate of optimizer step `step`, counted from 1.
+
+    Linear warm-up, then constant (ADM), then, from step `constant_steps` if that is set, decay as
+    1 / sqrt(step) (Karras et al. 2024, EDM2, eq. 67).
+    """
     warm = min(1.0, step / train.warmup_steps) if train.warmup_steps else 1.0
     fallen = max(1.0, step / train.constant_steps) ** -0.5 if train.constant_steps else 1.0
     return train.learning_rate * warm * fallen
 
 
 def parameter_groups(model: torch.nn.Module, train: TrainConfig) -> list[dict]:
-    """The optimizer's groups of parameters; none is empty.
+    """The optimizer's parameter groups, without empty ones.
 
-    Gains and biases do not decay (Radford et al. 2021, sec. 2.5). The training loop multiplies a
-    group's learning rate by its FACTOR, which the text transformer has if `train.text_rate` is
+    Gains and biases have no weight decay (Radford et al. 2021, sec. 2.5). The trainer multiplies
+    a group's learning rate by its FACTOR, which the text transformer has if `train.text_rate` is
     not 1.
     """
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}

@@ -1,6 +1,6 @@
-"""Trained weights as files to pass on: float16, with sources and recipe, and as a pair with a card.
+"""Packing of trained weights for release: float16 files with sources and recipe, and a model card.
 
-The same weights give the same bytes whenever they are packed.
+Reproducible: the same weights always give the same bytes.
 """
 
 from __future__ import annotations
@@ -45,17 +45,18 @@ from ..pretrained.card import (
 from .checkpoint import find_checkpoint
 from .partition import export_to
 
-MOST_BYTES = 64_000_000  # of both files: every copy of the package has them
+# Limit for both files together, because every copy of the package includes them.
+MOST_BYTES = 64_000_000
 METRICS = "metrics.jsonl"
 NOTHING: Recipe = MappingProxyType({})
 
 
 class PackError(UserError):
-    """Weights that cannot be packed as they are."""
+    """Weights that cannot be packed."""
 
 
 class Notes(Frozen):
-    """The part of a card that no weights file has."""
+    """The part of a model card that is not stored in weights files."""
 
     figures: dict[str, Figure] = {}
     limits: tuple[str, ...] = ()
@@ -63,7 +64,7 @@ class Notes(Frozen):
 
 @dataclass(frozen=True)
 class Trained:
-    """A model's weights, whose pictures they were trained on, and how."""
+    """A model's weights, the sources of its training images, and its training recipe."""
 
     config: AnyModelConfig
     state: Mapping[str, Tensor]
@@ -71,7 +72,7 @@ class Trained:
     recipe: Recipe
 
 
-# -- reading -----------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def read_trained(
@@ -80,11 +81,12 @@ def read_trained(
     recipe: Recipe = NOTHING,
     ema_rate: float | None = None,
 ) -> Trained:
-    """The weights in a .safetensors file, or the average in the last checkpoint of a run's folder.
+    """Read the weights in a .safetensors file, or the EMA in the last checkpoint of a run folder.
 
-    Sources are those that a file names, or those of a run's corpus and of the weights that it
-    started from; `corpora`, folders with a card, take their place. `recipe` adds to what the file
-    or the run says of the training. Paths are local or s3://. Raises UserError.
+    Sources are those stored in the file, or those of the run's corpus and of its starting weights;
+    `corpora`, folders with a corpus card, replace them. Entries of `recipe` override those of the
+    file or run. `ema_rate`: for a run, by default the preset's first rate. Paths are local or
+    s3://. Raises UserError.
     """
     if str(path).endswith(".safetensors"):
         found = _of_file(storage.fetch(path))
@@ -120,7 +122,7 @@ def _of_run(checkpoint: str, ema_rate: float | None) -> Trained:
 
 
 def sources_of(preset: Preset) -> tuple[Source, ...]:
-    """The sources of a run: its corpus's, and those of the weights that it starts from."""
+    """Sources of a run: those of its corpus and of the weights that it started from."""
     own, start = corpus_sources(preset.data.corpus), preset.train.start_from
     if not start or not (start == SHIPPED or storage.exists(start)):
         return own
@@ -129,9 +131,10 @@ def sources_of(preset: Preset) -> tuple[Source, ...]:
 
 
 def corpus_sources(corpus: str) -> tuple[Source, ...]:
-    """The sources that the cards of a corpus's folders name; none without a card.
+    """Sources listed in the cards of a corpus's folders; empty for folders without a card.
 
-    Scenes add no pictures: they are composed from those of other folders. Raises PackError.
+    Image counts of scene folders are dropped, because scenes are composed from images of other
+    folders. Raises PackError.
     """
     return total(*map(_card_sources, each_path(corpus)))
 
@@ -151,25 +154,25 @@ def _card_sources(folder: str) -> tuple[Source, ...]:
 
 
 def seconds_of(run: str, batch: int) -> int | None:
-    """Seconds of training, evaluation aside, from a run's figures; None without figures."""
+    """Training time in seconds, without evaluation, from a run's metrics; None without metrics."""
     try:
         lines = storage.read(f"{run}/{METRICS}").decode().splitlines()
     except storage.MissingError:
         return None
-    rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut
+    rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut off
     paces = {row["step"]: row["images_per_s"] for row in rows if row.get("images_per_s")}
     steps = [0, *sorted(paces)]
     spans = zip(steps, steps[1:], strict=False)
     return round(sum((end - start) * batch / paces[end] for start, end in spans)) or None
 
 
-# -- writing -----------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 def write_half(trained: Trained, path: str | Path) -> None:
-    """Write a weights file in float16, local or s3://, with its sources and recipe.
+    """Write a float16 weights file, local or s3://, with sources and recipe as metadata.
 
-    Raises PackError where a value does not fit float16.
+    Raises PackError if a value overflows float16.
     """
     state = {name: _half(name, tensor) for name, tensor in trained.state.items()}
     metadata = {
@@ -190,7 +193,7 @@ def _half(name: str, tensor: Tensor) -> Tensor:
 
 
 def _sorted_metadata(data: bytes) -> bytes:
-    """A safetensors file with its metadata sorted by name; the library writes them unsorted."""
+    """Sort the metadata of a safetensors file by name; the library writes them unsorted."""
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -202,11 +205,11 @@ def _sorted_metadata(data: bytes) -> bytes:
 def pack(
     base: Trained, upsampler: Trained, folder: str | Path | None = None, notes: Notes | None = None
 ) -> Card:
-    """Write a pair as it ships: both files, `card.json` and `MODEL_CARD.md`. Returns the card.
+    """Write the release: both weights files, `card.json` and `MODEL_CARD.md`. Returns the card.
 
-    `folder`: by default that of the package. Without `notes` the figures and limits of the card
-    that is there stay. Raises PackError where no source is known or the files are too large,
-    WeightsError where the two models do not go together.
+    `folder`: by default the package's folder of weights. Without `notes`, figures and limits are
+    taken from the existing card. Raises PackError if a model has no sources or the files are too
+    large, WeightsError if the two models do not match.
     """
     folder = Path(folder or shipped.FOLDER)
     models = {"base": base, "upsampler": upsampler}
@@ -251,7 +254,7 @@ def _check_size(files: Iterable[Path]) -> None:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """A recipe from a file: a JSON object of names and values. Raises StorageError, PackError."""
+    """Read a recipe: a JSON object of names and values. Raises StorageError, PackError."""
     try:
         return TypeAdapter(Recipe).validate_json(storage.read(path))
     except ValidationError:
@@ -262,7 +265,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def read_notes(path: str | Path) -> Notes:
-    """Figures and limits from a JSON file. Raises StorageError, PackError."""
+    """Read figures and limits from a JSON file. Raises StorageError, PackError."""
     try:
         return Notes.model_validate_json(storage.read(path))
     except ValidationError as error:
@@ -273,7 +276,7 @@ def read_notes(path: str | Path) -> Notes:
 
 
 def _notes_of(folder: Path) -> Notes:
-    """The figures and limits of the card in a folder, if there is one."""
+    """Figures and limits of the model card in a folder; empty if it cannot be read."""
     try:
         card = read_card(folder / shipped.CARD)
     except UserError:

@@ -1,8 +1,10 @@
-"""Each rank's part of the training state, parameter by parameter, in a form that any number of ranks and any ZeRO stage takes up again.
+"""Sharded training state that any number of ranks and any ZeRO stage can load.
 
-DeepSpeed's optimizer steps flat float32 tensors, in which parameters lie whole, cut or padded as the stage and the number of ranks have it.
-A `ParamSlice` says which stretch of which parameter lies where. A checkpoint holds the stretches under their parameters' names, so that
-reading one needs nothing of the layout that it was written in. Safetensors: nothing is unpickled.
+DeepSpeed's optimizer steps flat float32 tensors. They contain whole, cut or padded parameters,
+depending on the ZeRO stage and the number of ranks. A `ParamSlice` maps a range of one parameter
+to its place in these tensors. Checkpoints store the ranges under their parameters' names, so that
+reading needs no knowledge of the layout they were written in. The format is safetensors: nothing
+is unpickled.
 """
 
 from __future__ import annotations
@@ -27,20 +29,18 @@ from ..storage import StorageError, whole
 from .checkpoint import CheckpointError, fetch, read_preset, read_progress
 
 FILES = "part.*.safetensors"
-WEIGHTS, FIRST, SECOND, AVERAGE = (
-    "weights",
-    "exp_avg",
-    "exp_avg_sq",
-    "average",
-)  # kinds of state; an average carries its rate, "average/0.999"
-State = Mapping[
-    str, Sequence[Tensor]
-]  # kind -> this rank's flat tensors, in the order of `masters`
+# Kinds of state. The rate is appended to the kind of an EMA: "average/0.999".
+WEIGHTS, FIRST, SECOND, AVERAGE = "weights", "exp_avg", "exp_avg_sq", "average"
+# Kind -> this rank's flat tensors, in the order of `masters`.
+State = Mapping[str, Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
 class ParamSlice:
-    """`count` values of the parameter `name`, the first being number `start` of it, at `offset` in flat tensor number `master`."""
+    """Range [start, start + count) of the flattened parameter `name`, and its place on this rank.
+
+    It begins at `offset` in flat tensor number `master`. `shape`: shape of the whole parameter.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -51,11 +51,11 @@ class ParamSlice:
 
 
 def masters(engine) -> list[Tensor]:
-    """The float32 tensors that this rank's optimizer steps, whatever the ZeRO stage and precision."""
+    """The float32 tensors that this rank's optimizer steps, for any ZeRO stage and precision."""
     for attribute in (
-        "fp32_partitioned_groups_flat",
-        "single_partition_of_fp32_groups",
-    ):  # stage 3; stages 1 and 2
+        "fp32_partitioned_groups_flat",  # stage 3
+        "single_partition_of_fp32_groups",  # stages 1 and 2
+    ):
         tensors = getattr(engine.optimizer, attribute, None)
         if tensors:
             return list(tensors)
@@ -63,22 +63,22 @@ def masters(engine) -> list[Tensor]:
 
 
 def pieces(engine) -> list[ParamSlice]:
-    """Where this rank's stretch of each parameter lies. Over all ranks they cover every parameter once; under stage 0, on each rank."""
+    """This rank's slices of the parameters.
+
+    All ranks together cover every parameter once; under stage 0 each rank covers all of them.
+    """
     found = []
     place = {id(tensor): number for number, tensor in enumerate(masters(engine))}
     for name, parameter in engine.module.named_parameters():
-        if hasattr(
-            parameter, "ds_id"
-        ):  # stage 3: a slice of equal length on every rank, the last padded
+        if hasattr(parameter, "ds_id"):  # stage 3: equal slices on every rank, the last padded
             master, offset, length = engine.optimizer.grad_position[
                 engine.optimizer.get_param_id(parameter)
             ]
             start = length * torch.distributed.get_rank()
             count = max(0, min(length, parameter.ds_numel - start))
             shape = tuple(parameter.ds_shape)
-        elif (
-            getattr(parameter, "_hp_mapping", None) is not None
-        ):  # stages 1 and 2: this rank's cut of all parameters in a row
+        elif getattr(parameter, "_hp_mapping", None) is not None:
+            # Stages 1 and 2: this rank's range of all parameters laid end to end.
             mapping = parameter._hp_mapping
             master, offset = mapping.param_group_index, mapping.hp_fragment_address.start
             start, count, shape = (
@@ -86,7 +86,7 @@ def pieces(engine) -> list[ParamSlice]:
                 mapping.lp_fragment_address.numel,
                 tuple(parameter.shape),
             )
-        elif id(parameter) in place:  # stage 0: the parameter itself
+        elif id(parameter) in place:  # stage 0: the whole parameter
             master, offset, start, count, shape = (
                 place[id(parameter)],
                 0,
@@ -94,7 +94,7 @@ def pieces(engine) -> list[ParamSlice]:
                 parameter.numel(),
                 tuple(parameter.shape),
             )
-        else:  # another rank's
+        else:  # on another rank
             continue
         if count:
             found.append(ParamSlice(name, shape, start, count, master, offset))
@@ -102,12 +102,12 @@ def pieces(engine) -> list[ParamSlice]:
 
 
 def moments(engine) -> dict[str, list[Tensor]]:
-    """Adam's two moments beside `masters`, made where no step has been taken yet."""
+    """Adam's two moments of `masters`, created as zeros if no step has been taken yet."""
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     for tensor in masters(engine):
         state = optimizer.state[tensor]
         if FIRST not in state:
-            # The count lies beside the parameter, as torch's fused AdamW has it and insists on.
+            # torch's fused AdamW requires the step count on the parameter's device.
             state.update(
                 {
                     "step": torch.zeros((), device=tensor.device),
@@ -122,7 +122,7 @@ def moments(engine) -> dict[str, list[Tensor]]:
 
 
 def adam_steps(engine) -> float:
-    """How many steps Adam has taken: fewer than the run has, where a loss scale was too large."""
+    """Number of Adam steps: fewer than the run's steps if fp16's loss scale skipped some."""
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return float(optimizer.state[masters(engine)[0]]["step"]) if moments(engine) else 0.0
 
@@ -134,7 +134,7 @@ def set_adam_steps(engine, steps: float) -> None:
 
 
 def set_masters(engine, own: Sequence[ParamSlice], weights: Mapping[str, Tensor]) -> None:
-    """Begin from these whole parameters, by name: `masters` hold them to the last bit, and the network computes with them."""
+    """Load whole parameters by name, exactly into `masters`, and update the network from these."""
     flat = masters(engine)
     for piece in own:
         _put(flat, piece, weights[piece.name].reshape(-1)[piece.start : piece.start + piece.count])
@@ -147,17 +147,18 @@ def _put(flat: Sequence[Tensor], piece: ParamSlice, values: Tensor) -> None:
 
 
 def refresh(engine) -> None:
-    """Let the network compute with what `masters` hold now."""
+    """Update the network's weights from `masters`."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         for number in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
-        optimizer._partition_all_parameters()  # small ones that a forward has gathered and kept whole
+        # Release small parameters that a forward pass has gathered and kept whole.
+        optimizer._partition_all_parameters()
     elif hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def part_path(folder: Path, rank: int) -> Path:
@@ -165,7 +166,7 @@ def part_path(folder: Path, rank: int) -> Path:
 
 
 def save_part(path: Path, own: Sequence[ParamSlice], state: State) -> None:
-    """Write this rank's stretches of every kind of state."""
+    """Write this rank's slices of every kind of state. Raises StorageError."""
     tensors = {
         f"{kind}|{piece.name}": flat[piece.master]
         .detach()
@@ -185,12 +186,15 @@ def save_part(path: Path, own: Sequence[ParamSlice], state: State) -> None:
                 )
             },
         )
-    except SafetensorError as error:  # a full disk, most of all
+    except SafetensorError as error:  # most often a full disk
         raise StorageError(f"{path.name} cannot be written: {error}.") from None
 
 
 class CheckpointReader:
-    """The files of all ranks of a checkpoint, opened: `shapes` of the parameters, and stretches of them by kind. Raises CheckpointError."""
+    """Reader over the shards of all ranks of a checkpoint. Raises CheckpointError.
+
+    `shapes`: parameter name -> shape; `kinds`: kinds of state in the checkpoint.
+    """
 
     def __init__(self, folder: Path):
         self._folder, self._opened = folder, ExitStack()
@@ -219,7 +223,8 @@ class CheckpointReader:
                 end = max(end, start + count) if start <= end else end
             if end != prod(self.shapes[name]):
                 raise CheckpointError(
-                    f"{folder} lacks a rank's file: {name} is not whole there; give an earlier checkpoint."
+                    f"{folder} lacks a rank's file: {name} is not whole there; "
+                    f"give an earlier checkpoint."
                 )
 
     def __enter__(self) -> CheckpointReader:
@@ -229,7 +234,7 @@ class CheckpointReader:
         self._opened.close()
 
     def read_slice(self, kind: str, name: str, start: int, count: int) -> Tensor:
-        """`count` values of one parameter's state from its flat position `start`."""
+        """Read range [start, start + count) of a flattened parameter's state."""
         result = torch.empty(count)
         for there, length, file in self._where[name]:
             low, high = max(start, there), min(start + count, there + length)
@@ -240,25 +245,29 @@ class CheckpointReader:
         return result
 
     def full(self, kind: str, name: str) -> Tensor:
-        """One parameter's state, whole."""
+        """Read a parameter's state in full, in the parameter's shape."""
         return self.read_slice(kind, name, 0, prod(self.shapes[name])).reshape(self.shapes[name])
 
 
 def load_parts(folder: Path, own: Sequence[ParamSlice], state: State) -> None:
-    """Fill this rank's flat tensors from a checkpoint of any layout. Raises CheckpointError where it is another model's or incomplete."""
+    """Fill this rank's flat tensors from a checkpoint of any layout.
+
+    Raises CheckpointError if the checkpoint is incomplete or of another model.
+    """
     with CheckpointReader(folder) as parts:
         lacking = sorted(set(state) - parts.kinds)
         if lacking:
             raise CheckpointError(
-                f"The checkpoint in {folder} has no {lacking[0].replace('/', ' at rate ')}; go on with the same averages, or in "
-                f"another output folder."
+                f"The checkpoint in {folder} has no {lacking[0].replace('/', ' at rate ')}; "
+                f"go on with the same averages, or in another output folder."
             )
         for kind, flat in state.items():
             for piece in own:
                 if parts.shapes.get(piece.name) != piece.shape:
                     raise CheckpointError(
-                        f"The checkpoint in {folder} is of another shape: {piece.name} is {list(parts.shapes.get(piece.name, ()))} "
-                        f"there and {list(piece.shape)} here."
+                        f"The checkpoint in {folder} is of another shape: {piece.name} is "
+                        f"{list(parts.shapes.get(piece.name, ()))} there and "
+                        f"{list(piece.shape)} here."
                     )
                 _put(flat, piece, parts.read_slice(kind, piece.name, piece.start, piece.count))
 
@@ -270,7 +279,11 @@ def export(
     metadata: Mapping[str, str],
     order: Sequence[str] | None = None,
 ) -> None:
-    """Write one kind of state as a weights file, tensor by tensor: in the memory of the largest, and without a GPU. Raises CheckpointError."""
+    """Write one kind of state as a float32 weights file, without a GPU. Raises CheckpointError.
+
+    Writes tensor by tensor, so that it needs memory for the largest tensor only. `order`: names of
+    the tensors, by default sorted.
+    """
     with CheckpointReader(folder) as parts:
         if kind not in parts.kinds:
             known = ", ".join(sorted(parts.kinds - {FIRST, SECOND}))
@@ -285,9 +298,9 @@ def export(
 def export_average(
     folder: Path, target: str | Path, rate: float | None = None
 ) -> tuple[Preset, int, float]:
-    """A checkpoint's average, by default that of the preset's first rate, as a weights file. Returns the preset, the step and the rate.
+    """Write a checkpoint's EMA as a weights file. Returns (preset, step, rate).
 
-    Raises CheckpointError.
+    `rate`: by default the preset's first EMA rate. Raises CheckpointError.
     """
     preset = read_preset(folder)
     rate, step = (
@@ -311,7 +324,10 @@ def export_average(
 def export_to(
     checkpoint: str, out: str | Path, rate: float | None = None
 ) -> tuple[Preset, int, float]:
-    """`export_average` of a checkpoint's folder, local or s3://, into a file, local or s3://. Raises CheckpointError, StorageError."""
+    """`export_average` for a checkpoint folder and a target file that are local or s3://.
+
+    Raises CheckpointError, StorageError.
+    """
     folder = fetch(checkpoint)
     if not storage.is_remote(out):
         return export_average(folder, out, rate)
@@ -323,7 +339,10 @@ def export_to(
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> bytes:
-    """What a safetensors file of float32 tensors in this order begins with (format specification: 8 bytes of length, then JSON)."""
+    """Header of a safetensors file of float32 tensors in this order.
+
+    Format specification: 8 bytes of length, then JSON.
+    """
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name, shape in shapes.items():

@@ -1,7 +1,8 @@
-"""What a run needs before it is started: memory by part, the largest micro-batch, time and price (`glide plan`).
+"""Estimates before a run: memory by part, largest micro-batch, time and price (`glide plan`).
 
-Activations come from following a pass on the meta device (`activations.py`). The state that ZeRO keeps, and what it needs for a
-moment, is arithmetic: of DeepSpeed 0.19.8's `zero/stage_1_and_2.py` and `zero/stage3.py`, of torch's AdamW, and of `ema.py`.
+Activation memory is traced on the meta device (`activations.py`). ZeRO's state and temporary
+buffers are calculated from the code of DeepSpeed 0.19.8 (`zero/stage_1_and_2.py`,
+`zero/stage3.py`), torch's AdamW and `ema.py`.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from .batch_split import BatchSplit, accumulation
 from .hardware import GIGA, HOST_ADAM, PCIE, TERA, Machine
 from .optimizer import deepspeed_config, training_precision
 
-BUCKET, LIVE, SUBGROUP = (
-    5 * 10**8,
-    10**9,
-    10**9,
-)  # elements: DeepSpeed's reduce_bucket_size, stage3_max_live_parameters, sub_group_size
+# DeepSpeed's defaults, in elements: reduce_bucket_size, stage3_max_live_parameters, sub_group_size.
+BUCKET, LIVE, SUBGROUP = 5 * 10**8, 10**9, 10**9
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one worker, by part, at the moment when it holds most. `gradients` and the bucket in which they are reduced; `averages` are the
-    EMA's; `activations` are kept for the backward pass; `workspace` is all that lives for a moment only."""
+    """Bytes of one worker by part, at its memory peak.
+
+    `gradients` include the bucket in which they are reduced; `averages` are the EMAs;
+    `activations` are saved for the backward pass; `workspace` is all temporary tensors.
+    """
 
     parameters: int = 0
     gradients: int = 0
@@ -52,15 +53,16 @@ class Memory:
         )
 
 
-# -- memory -----------------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 
 def memory(
     preset: Preset, world: int, micro_batch: int, precision: str, device: str = "cuda"
 ) -> Memory:
-    """What each of `world` workers needs on its device, for network calls of `micro_batch` images. `precision` resolved: fp32, bf16 or fp16.
+    """Peak memory on the device of each of `world` workers, for micro-batches of `micro_batch`.
 
-    Raises ConfigError for settings that DeepSpeed does not take.
+    `precision` is resolved: fp32, bf16 or fp16. Raises ConfigError for settings that DeepSpeed
+    does not support.
     """
     state = _State.of(preset, world, micro_batch, precision, device)
     moments = training_pass(preset, precision, device)
@@ -71,21 +73,25 @@ def memory(
 
 @dataclass(frozen=True)
 class _State:
-    """What ZeRO keeps on a worker's device. Counts are of elements: `own` is the worker's part of `all`, `largest` one parameter's."""
+    """Inputs to the memory estimate of one worker's device under ZeRO.
+
+    Numbers of elements: `all` parameters, the worker's shard of them `own`, the `largest`
+    parameter, and the reduction `bucket`.
+    """
 
     all: int
     own: int
     largest: int
     world: int
     stage: int
-    width: int  # bytes of an element of the network
+    width: int  # bytes per element of the network
     bucket: int
-    fused: bool  # AdamW in one pass, which needs no room
-    accumulates: bool  # over several calls a step
+    fused: bool  # fused AdamW, which needs no temporary tensors
+    accumulates: bool  # gradient accumulation: several network calls per step
     on_cpu: bool
     offload: bool
-    gathered: int  # width of CLIP's embeddings, which are exchanged
-    fixed: Memory  # parameters, optimizer and averages: there all the time
+    gathered: int  # width of CLIP's embeddings, which are all-gathered; 0 without a gather
+    fixed: Memory  # permanent part: parameters, optimizer and EMAs
 
     @staticmethod
     def of(preset: Preset, world: int, micro_batch: int, precision: str, device: str) -> _State:
@@ -95,19 +101,15 @@ class _State:
         whole, largest = sum(sizes), max(sizes)
         own = -(-whole // world) if stage else whole
         accumulates = accumulation(train.batch, world, micro_batch) > 1
-        parameters = width * (
-            whole if stage < 3 else own + (min(whole, LIVE) if world > 1 else 0)
-        )  # stage 3: those gathered just now
-        optimizer, averages = (
-            (12 if stage else 8) * own,
-            4 * own * len(train.ema_rates),
-        )  # stage 0 steps the network's own weights
-        if (
-            train.offload_optimizer and on_cpu
-        ):  # the same memory, and the buffers of what would be copies: float32 gradients, and
-            optimizer += (
-                4 * own
-            )  # (stages 1 and 2) new weights, one parameter's gradient twice, and sums over calls
+        # Stage 3 holds its shard, and up to LIVE elements of gathered parameters.
+        parameters = width * (whole if stage < 3 else own + (min(whole, LIVE) if world > 1 else 0))
+        # float32 masters and two moments. Stage 0 has no masters: it steps the network's weights.
+        optimizer, averages = (12 if stage else 8) * own, 4 * own * len(train.ema_rates)
+        if train.offload_optimizer and on_cpu:
+            # The optimizer stays in the same memory, but DeepSpeed still makes the buffers for
+            # copies to the host: float32 gradients and, in stages 1 and 2, new weights, one
+            # parameter's gradient twice, and gradients accumulated over calls.
+            optimizer += 4 * own
             optimizer += width * (own * (1 + accumulates) + 2 * largest) if stage < 3 else 0
         elif train.offload_optimizer:
             optimizer, averages = (width * largest if stage < 3 else 0), 0
@@ -133,15 +135,11 @@ class _State:
         )
 
     def in_pass(self, moments: tuple[Moment, ...], images: int) -> Iterator[Memory]:
-        """Forward and backward, in a call after the first, if there is more than one."""
-        powers = (
-            1,
-            images,
-            images * images * self.world,
-        )  # CLIP's logits: own images against all captions
-        exchanged = (
-            16 * self.world * images * self.gathered
-        )  # both kinds of float32 embeddings, as they come and in one piece
+        """Memory during forward and backward; with accumulation, in a call after the first."""
+        # Quadratic term: CLIP's logits of this rank's images against the captions of all ranks.
+        powers = (1, images, images * images * self.world)
+        # float32 image and text embeddings of all ranks, as gathered and again concatenated.
+        exchanged = 16 * self.world * images * self.gathered
         for moment in moments:
             saved, rest = (
                 sum(size * power for size, power in zip(sizes, powers, strict=True))
@@ -155,20 +153,19 @@ class _State:
             )
 
     def afterwards(self) -> Iterator[Memory]:
-        """Reducing the gradients at the end of the backward pass, and the optimizer's step."""
+        """Memory during the last gradient reduction, and during the optimizer's step."""
         width, whole, part = self.width, self.all, 0 if self._away else self.width * self.own
         flat, bucket = width * min(whole, self.bucket), self._bucket(whole)
         if self.stage == 0:
-            yield replace(
-                self.fixed, gradients=4 * whole, workspace=flat
-            )  # one flat copy is reduced
+            # Reduction of a flat copy, then the step.
+            yield replace(self.fixed, gradients=4 * whole, workspace=flat)
             yield replace(
                 self.fixed, gradients=4 * whole, workspace=self._adam(whole, self.largest)
             )
             return
-        if (
-            self.stage == 3
-        ):  # one copy is scattered, of which gloo makes more; then the step. At first the whole network is there, to be divided
+        if self.stage == 3:
+            # In order of the yields: reduce-scatter of a flat copy (gloo makes more copies of it);
+            # initialisation, when the whole network is present before it is sharded; step.
             last = width * (self.own + (self.largest if self.world > 1 else 0))
             copies = 1 + self.on_cpu * (1 + (self.world > 1))
             yield replace(
@@ -191,14 +188,16 @@ class _State:
         yield from () if self._away else self._step(self.own, part, 0)
 
     def _step(self, stepped: int, gradients: int, kept: int) -> Iterator[Memory]:
-        """AdamW over so many elements at once, with so many bytes of gradients before, and of those that are kept."""
-        if self.offload:  # on a CPU, where the float32 gradients are the optimizer's
+        """Memory during AdamW's step over `stepped` elements at once.
+
+        `gradients`: bytes of gradients before the step; `kept`: bytes of them kept during it.
+        """
+        if self.offload:  # on a CPU: the float32 gradients are counted in `optimizer`
             yield replace(self.fixed, gradients=kept, workspace=self._adam(stepped, stepped))
             return
-        cast = self.width * stepped + (
-            4 * stepped if self.width < 4 else 0
-        )  # in one piece, and then in float32
-        for transient in (8 * min(self.largest, self.own), cast):  # norms are taken in float64
+        # Flattened gradients, then their cast to float32.
+        cast = self.width * stepped + (4 * stepped if self.width < 4 else 0)
+        for transient in (8 * min(self.largest, self.own), cast):  # first: norms in float64
             yield replace(self.fixed, gradients=gradients, workspace=transient)
         yield replace(
             self.fixed, gradients=kept + 4 * stepped, workspace=self._adam(stepped, stepped)
@@ -206,23 +205,32 @@ class _State:
 
     @property
     def _away(self) -> bool:
-        """Whether the optimizer and its gradients are in the memory of another device."""
+        """Whether the optimizer and its gradients are in host memory, not on the device."""
         return self.offload and not self.on_cpu
 
     def _adam(self, stepped: int, tensor: int) -> int:
-        """What torch's AdamW needs for a moment, of tensors of at most so many elements: square roots, of one tensor on a CPU and of all on a
-        GPU, and on a CPU the quotients too."""
+        """Bytes of temporary tensors in torch's AdamW.
+
+        `stepped`: elements in all; `tensor`: elements of the largest tensor. On a GPU square roots
+        for all tensors at once; on a CPU square roots and quotients of one tensor; none if fused.
+        """
         return 0 if self.fused else 8 * tensor if self.on_cpu else 4 * stepped
 
     def _bucket(self, filled: int) -> int:
-        """Of the buffer in which gradients are reduced. On a CPU what was never written to takes no memory."""
+        """Bytes of the gradient reduction buffer after `filled` elements have been written to it.
+
+        On a CPU unwritten pages take no memory; on a GPU the full buffer counts.
+        """
         return self.width * (min(self.bucket, filled) if self.on_cpu else self.bucket)
 
     def _gradients(self, done: int) -> int:
-        """With the gradients of so many elements computed, and reduced as far as that stage does while it goes backward."""
+        """Bytes of gradients in the backward pass, once `done` elements have been computed.
+
+        Assumes that they have been reduced as far as the ZeRO stage does during the pass.
+        """
         width, part = self.width, 0 if self._away else self.width * self.own
         if self.stage == 3:
-            return part + self._bucket(self.all)  # both are there from the start
+            return part + self._bucket(self.all)  # both are allocated at the start
         if self.stage == 2:
             reduced = part if done > self.bucket else 0
             return (part if self.accumulates else 0) + reduced + (self._bucket(done) if done else 0)
@@ -235,15 +243,16 @@ def _sizes(model: AnyModelConfig) -> tuple[int, ...]:
     return tuple(parameter.numel() for parameter in meta_model(model, "fp32").parameters())
 
 
-# -- the micro-batch --------------------------------------------------------------------------------------------------
+# -- the micro-batch -------------------------------------------------------------------------------
 
 
 def choose_micro_batch(
     preset: Preset, world: int, precision: str, budget: float, device: str = "cuda"
 ) -> int:
-    """Images in a network call: as many as fit `budget` bytes, and then as few as take no more calls. What the preset sets is taken as it is.
+    """Micro-batch size: the preset's if it sets one, else chosen to fit `budget` bytes.
 
-    Raises ConfigError, with what would help, where not even one fits.
+    Finds the largest size that fits, then the smallest that needs no more calls. Raises
+    ConfigError, with settings that would help, if not even one image fits.
     """
     share = -(-preset.train.batch // world)
     if preset.train.micro_batch:
@@ -252,8 +261,10 @@ def choose_micro_batch(
     if not largest:
         needs = memory(preset, world, 1, precision, device)
         raise ConfigError(
-            f"Training {preset.model.name} on {_counted(world, 'worker')} takes {gb(needs.total)} GB each with one image in a call, "
-            f"{gb(_greatest(needs)[1])} of them for its {_greatest(needs)[0]}, and {gb(budget)} GB are to be had; "
+            f"Training {preset.model.name} on {_counted(world, 'worker')} takes "
+            f"{gb(needs.total)} GB each with one image in a call, "
+            f"{gb(_greatest(needs)[1])} of them for its {_greatest(needs)[0]}, "
+            f"and {gb(budget)} GB are to be had; "
             f"{_remedy(preset, world, precision, budget, device)}."
         )
     return -(-share // -(-share // largest))
@@ -265,9 +276,10 @@ def _largest(
     def fits(images: int) -> bool:
         return memory(preset, world, images, precision, device).total <= budget
 
-    if fits(share):  # of one call a step, which accumulates nothing and so may take less than two
+    # Tried first: one call per step needs no accumulated gradients, so it may take less memory.
+    if fits(share):
         return share
-    low, high = 0, share  # the most that is known to fit, the least that is known not to
+    low, high = 0, share  # largest size known to fit, smallest size known not to
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -275,7 +287,7 @@ def _largest(
 
 
 def _remedy(preset: Preset, world: int, precision: str, budget: float, device: str) -> str:
-    """The least change of settings, or else the number of workers, with which one image fits."""
+    """Clause with the smallest change of settings, or the number of workers, to fit one image."""
 
     def fits(workers: int, settings: tuple[str, ...]) -> bool:
         changed = override(
@@ -289,7 +301,7 @@ def _remedy(preset: Preset, world: int, precision: str, budget: float, device: s
         )
         try:
             return memory(changed, workers, 1, precision, device).total <= budget
-        except ConfigError:  # stage 0 has nothing to offload
+        except ConfigError:  # stage 0 supports no offloading
             return False
 
     checkpointing = "activation_checkpointing=true"
@@ -313,19 +325,26 @@ def _remedy(preset: Preset, world: int, precision: str, budget: float, device: s
         return (
             f"use {workers} workers with {' and '.join(f'train.{setting}' for setting in settings)}"
         )
-    return "use a device with more memory, for more workers, another ZeRO stage and activation_checkpointing would not be enough"
+    return (
+        "use a device with more memory, for more workers, another ZeRO stage "
+        "and activation_checkpointing would not be enough"
+    )
 
 
 def _greatest(needs: Memory) -> tuple[str, int]:
     return max(((name, size) for name, size in vars(needs).items()), key=lambda part: part[1])
 
 
-# -- time -------------------------------------------------------------------------------------------------------------
+# -- time ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimizer step. Stage 3 sends while it computes: the longer of both counts. The others wait for what they send."""
+    """Seconds of an optimizer step.
+
+    `overlaps`: communication runs during compute, as in stage 3, so that only the longer of the
+    two counts. In the other stages they add up.
+    """
 
     compute: float
     communication: float
@@ -340,9 +359,14 @@ class StepTime:
 def step_time(
     preset: Preset, world: int, micro_batch: int, precision: str, machine: Machine
 ) -> StepTime:
-    """Three times the operations of a forward pass, four with activation checkpointing; and what is sent, of `width` bytes a parameter each
-    time: DeepSpeed all-reduces gradients (twice) and gathers weights (once) in stages 1 and 2, the former in each call in stage 2; in each
-    call stage 3 gathers weights twice and scatters gradients once."""
+    """Estimated time of an optimizer step.
+
+    Compute: 3 times the operations of a forward pass, 4 with activation checkpointing.
+    Communication, in units of all parameters at `width` bytes each: an all-reduce of gradients
+    counts 2, an all-gather of weights or a reduce-scatter of gradients 1. DeepSpeed all-reduces in
+    stages 0 and 1 once per step, in stage 2 once per network call; stages 1 and 2 gather weights
+    once per step; stage 3 gathers weights twice and reduce-scatters gradients once per call.
+    """
     train, stage = preset.train, preset.train.zero_stage
     share, calls = -(-train.batch // world), accumulation(train.batch, world, micro_batch)
     cost, whole, width = operations(preset), sum(_sizes(preset.model)), BYTES[precision]
@@ -359,12 +383,12 @@ def step_time(
     return StepTime(compute, communication, offload, stage == 3)
 
 
-# -- printing --------------------------------------------------------------------------------------
+# -- comparison of settings ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to spread a run. Where it does not `fit`, `micro_batch` is 1."""
+    """Estimates for one combination of settings. If it does not fit, `micro_batch` is 1."""
 
     preset: Preset
     precision: str
@@ -375,14 +399,13 @@ class Plan:
 
 
 def plans(preset: Preset, world: int, precision: str, machine: Machine) -> list[Plan]:
-    """Every ZeRO stage, with and without activation checkpointing, and on GPUs with the optimizer on the host as well."""
+    """Plans for all combinations of ZeRO stage, activation checkpointing and offloading (GPU)."""
     found = []
     for stage in range(4):
         for offload in (False, True) if stage and machine.device != "cpu" else (False,):
             for checkpointing in (False, True):
-                chosen = (
-                    "fp32" if stage == 0 else precision
-                )  # DeepSpeed's stage 0 keeps no masters for 16 bits
+                # DeepSpeed's stage 0 keeps no float32 masters for 16-bit precisions.
+                chosen = "fp32" if stage == 0 else precision
                 way = override(
                     preset,
                     [
@@ -410,7 +433,11 @@ def plans(preset: Preset, world: int, precision: str, machine: Machine) -> list[
 
 
 def best(ways: list[Plan], preset: Preset, precision: str) -> Plan | None:
-    """The fastest that fits; of those within a tenth of it the one that asks for least, and changes least of the preset."""
+    """The fastest plan that fits; among those within 10% of its time, the simplest.
+
+    Simplest: without offloading, without checkpointing, and closest to the preset. None if no plan
+    fits.
+    """
 
     def order(way: Plan) -> tuple:
         train = way.preset.train
@@ -430,13 +457,17 @@ def best(ways: list[Plan], preset: Preset, precision: str) -> Plan | None:
 def describe(
     preset: Preset, machine: Machine, price: float | None = None
 ) -> tuple[str, Plan | None]:
-    """The table of all ways to run a preset on its number of workers, the best of them, and what it takes; and that one, if any fits."""
+    """Text with the table of all plans and details of the best one; and the best, if any fits.
+
+    `price`: of one worker hour, in any currency.
+    """
     train, world = preset.train, preset.train.workers
     precision = training_precision(train.precision, machine.device)
     ways = plans(preset, world, precision, machine)
     chosen = best(ways, preset, precision)
     lines = [
-        f"{preset.model.name}, {sum(_sizes(preset.model)) / 1e6:,.2f}M parameters in {precision}, on {world} x {machine.name}: batch {train.batch:,}, "
+        f"{preset.model.name}, {sum(_sizes(preset.model)) / 1e6:,.2f}M parameters in {precision}, "
+        f"on {world} x {machine.name}: batch {train.batch:,}, "
         f"{-(-train.batch // world):,} images a worker; {gb(machine.budget)} GB each to plan with",
         "",
         "GB of a worker at the moment when it holds most",
@@ -452,14 +483,19 @@ def describe(
         "the fastest that fits, for glide train:",
         "  " + " ".join(f"--set {flag}" for flag in _flags(chosen, precision)),
         "",
-        f"a step of {seconds:,.3g} s: compute {chosen.time.compute:,.3g} s at {flops / TERA:,.3g} TFLOP/s a worker ({machine.note}), "
-        f"communication {chosen.time.communication:,.3g} s at {machine.link / GIGA:,.3g} GB/s{' beside it' if chosen.time.overlaps else ''}"
+        f"a step of {seconds:,.3g} s: compute {chosen.time.compute:,.3g} s "
+        f"at {flops / TERA:,.3g} TFLOP/s a worker ({machine.note}), "
+        f"communication {chosen.time.communication:,.3g} s at {machine.link / GIGA:,.3g} GB/s"
+        f"{' beside it' if chosen.time.overlaps else ''}"
         + (
-            f", offloaded optimizer {chosen.time.offload:,.3g} s and {gb(_on_host(chosen))} GB of the host for each worker"
+            f", offloaded optimizer {chosen.time.offload:,.3g} s "
+            f"and {gb(_on_host(chosen))} GB of the host for each worker"
             if chosen.time.offload
             else ""
         ),
-        f"{train.steps:,} steps in {f'{hours / 24:,.1f} days' if hours > 48 else f'{hours:,.1f} hours'}: {train.batch / seconds:,.{0 if train.batch > 100 * seconds else 1}f} images/s, "
+        f"{train.steps:,} steps in "
+        f"{f'{hours / 24:,.1f} days' if hours > 48 else f'{hours:,.1f} hours'}: "
+        f"{train.batch / seconds:,.{0 if train.batch > 100 * seconds else 1}f} images/s, "
         f"{hours * world:,.1f} worker hours"
         + (f", at {price:g} each {hours * world * price:,.0f}" if price is not None else ""),
         "without held-out losses and checkpoints, and as long as the corpus is read as fast",
@@ -468,7 +504,7 @@ def describe(
 
 
 def _on_host(way: Plan) -> int:
-    """Bytes of the host's memory that an offloaded optimizer takes."""
+    """Bytes of host memory of each worker's offloaded optimizer."""
     kept = _State.of(
         way.preset, way.preset.train.workers, way.micro_batch, way.precision, "cpu"
     ).fixed
@@ -488,7 +524,10 @@ def _flags(way: Plan, precision: str) -> list[str]:
     ]
 
 
-HEAD = "  ZeRO     checkpointing  offload  images a call  calls  parameters  gradients  optimizer  averages  activations  workspace     total   step, s"
+HEAD = (
+    "  ZeRO     checkpointing  offload  images a call  calls  parameters  gradients  optimizer"
+    "  averages  activations  workspace     total   step, s"
+)
 
 
 def _row(way: Plan, chosen: bool) -> str:
@@ -500,14 +539,16 @@ def _row(way: Plan, chosen: bool) -> str:
     )
     yes = {True: "yes", False: "-"}
     return (
-        f"{'*' if chosen else ' '} {stage:<9}{yes[train.activation_checkpointing]:<15}{yes[train.offload_optimizer]:<9}{way.micro_batch:>13}"
-        f"{accumulation(train.batch, train.workers, way.micro_batch):>7}{sizes}{gb(needs.total):>10}"
+        f"{'*' if chosen else ' '} {stage:<9}{yes[train.activation_checkpointing]:<15}"
+        f"{yes[train.offload_optimizer]:<9}{way.micro_batch:>13}"
+        f"{accumulation(train.batch, train.workers, way.micro_batch):>7}"
+        f"{sizes}{gb(needs.total):>10}"
         + (f"{way.time.total:>10,.3g}" if way.fits else "  does not fit")
     )
 
 
 def gb(size: float) -> str:
-    """In GB of 10^9 bytes, to three digits."""
+    """Bytes as text in GB (10^9 bytes), to three significant digits."""
     return f"{size / GIGA:,.{3 if size < GIGA else 2 if size < 10 * GIGA else 1}f}"
 
 

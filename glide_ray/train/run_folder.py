@@ -1,10 +1,11 @@
-"""A run's folder: its small files, their names, and whether a preset may go on with the run that lies there.
+"""A run's output folder: its small files, and whether a preset may resume the run in it.
 
-preset.json            the configuration that runs
-metrics.jsonl          the figures of steps, a line each
-events.log             what happened to the run
-checkpoints/           (`checkpoint.py`)
-weights.safetensors    the average, at the end
+preset.json            config of the run
+run.json               id of the run, for trackers
+metrics.jsonl          metrics, one JSON object per line
+events.log             events of the run, such as restarts
+checkpoints/           see `checkpoint.py`
+weights.safetensors    EMA weights, written at the end
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ METRICS, EVENTS, RUN, WEIGHTS, PRESET = (
     "weights.safetensors",
     "preset.json",
 )
-# Settings with which a run may go on from its checkpoint: those that leave the loss as it is (but for CLIP's, which is
-# said), and those that people turn on the way.
+# Settings that may differ when a run resumes. RESUMABLE ones do not change the loss (except CLIP's,
+# which is reported); RETUNABLE ones do, but are commonly adjusted during a run.
 RESUMABLE = frozenset(
     (
         "steps",
@@ -64,9 +65,10 @@ RETUNABLE = frozenset(
 
 
 def check_run(preset: Preset, out: str, finished: bool) -> list[str]:
-    """A folder holds one run: the same settings go on with it, others are refused, but for those that may change on the way.
+    """Check that `preset` may resume the run in folder `out`, if there is one.
 
-    Returns what has been changed. Raises CheckpointError.
+    `finished`: whether that run has ended; RETUNABLE settings must then be equal as well. Returns
+    a sentence per changed RETUNABLE setting. Raises CheckpointError if other settings differ.
     """
     try:
         saved = Preset.model_validate_json(storage.read(f"{out}/{PRESET}"))
@@ -76,7 +78,8 @@ def check_run(preset: Preset, out: str, finished: bool) -> list[str]:
         raise
     except ValueError as error:
         raise CheckpointError(
-            f"{out}/{PRESET} is not a preset that this version reads ({error}); use another output folder."
+            f"{out}/{PRESET} is not a preset that this version reads ({error}); "
+            f"use another output folder."
         ) from None
     saved, preset = absolute(saved), absolute(preset)
     free = RESUMABLE if finished else RESUMABLE | RETUNABLE
@@ -98,7 +101,7 @@ def check_run(preset: Preset, out: str, finished: bool) -> list[str]:
 
 
 def absolute(preset: Preset) -> Preset:
-    """The preset as the workers read it: they run in a folder of their own."""
+    """The preset with absolute paths, since workers run in another working directory."""
     data, start = preset.data, preset.train.start_from
     data = data.model_copy(
         update={
@@ -111,7 +114,10 @@ def absolute(preset: Preset) -> Preset:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The figures of a run in order of steps. Steps that were done again after a fault stand once, as last done."""
+    """Metrics of a run, sorted by step. Steps repeated after a failure appear once, the last time.
+
+    Empty if the file does not exist.
+    """
     steps: dict[tuple, dict] = {}
     try:
         lines = storage.read(path).decode().splitlines()
@@ -120,7 +126,7 @@ def read_metrics(path: str | Path) -> list[dict]:
     for line in lines:
         try:
             metrics = json.loads(line)
-        except ValueError:  # the line that was being written when the machine went down
+        except ValueError:  # a line cut off by a crash
             continue
         kind = (
             "held_out"

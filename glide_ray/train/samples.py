@@ -1,6 +1,6 @@
-"""What is made beside a training run from the average of a checkpoint: a grid of samples, and the held-out loss.
+"""Evaluation of a checkpoint's EMA during training: a grid of samples, and the held-out loss.
 
-Prompts, seeds, pictures and noise are fixed, so that what changes from grid to grid, and from figure to figure, is the weights.
+Prompts, seeds, images and noise are fixed, so that grids and losses change with the weights only.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from ..sampling.stepper import Stepper
 from ..tensors import Batch, Conditioning
 from .objectives import held_out_sums, images_in, objective_of
 
-STEPS = (
-    25  # of DDIM: enough to see what a model has learnt, in a sixth of the time of the paper's 150
-)
-PICTURES = 4  # held-out ones that upsamplers enlarge and inpainting models fill
-IMAGES_PER_CALL = 16  # held-out images in a network call
-CELL = 192  # pixels on a side of a picture in the grid, at the least
+# DDIM steps: enough to see what a model has learnt, in a sixth of the time of the paper's 150.
+STEPS = 25
+PICTURES = 4  # held-out images for the grids of upsamplers and inpainting models
+IMAGES_PER_CALL = 16  # held-out images per network call
+CELL = 192  # minimum side of an image in the grid, in pixels
 
-Progress = Callable[[int, int], None]  # denoising steps done, and in all
+Progress = Callable[[int, int], None]  # receives denoising steps done, and their total
 
 
 def sample_grid(
     weights: Path, preset: Preset, progress: Progress | None = None
 ) -> np.ndarray | None:
-    """A contact sheet uint8 (H, W, 3) of what a weights file makes; None of CLIP, which makes nothing. On the GPU if there is one.
+    """A contact sheet of samples from a weights file, uint8 (H, W, 3); None for CLIP.
 
-    A base model is shown the run's prompts, prompt n with seed n. Upsamplers and inpainting models are shown the first held-out pictures:
-    what they are given, what they make of it, and the original. Raises WeightsError, ShardError, StorageError.
+    Base models sample the run's prompts, prompt n with seed n. Upsamplers and inpainting models
+    sample from the first held-out images: each row shows their input, the sample and the original.
+    Uses the GPU if there is one. Raises WeightsError, ShardError, StorageError.
     """
     config = load_config(weights)
     if config.role == "clip":
@@ -61,9 +61,11 @@ def sample_grid(
 def held_out_of_average(
     weights: Path, preset: Preset, images: int | None = None
 ) -> dict[str, float]:
-    """The held-out figures of a weights file as training has them of its own weights: {"average_held_out": loss, "average_held_out_mse": ...}.
+    """Held-out metrics of a weights file, computed as training does for its current weights.
 
-    `images`, at most so many, instead of `data.held_out_images`. Raises WeightsError, ShardError, StorageError.
+    Returns {"average_held_out": loss, "average_held_out_mse": ...}. `images`: maximum number of
+    held-out images, instead of `data.held_out_images`. Raises WeightsError, ShardError,
+    StorageError.
     """
     dtype = DTYPES[resolve_precision(_precision(preset), _device(), portable=True)]
     model, config = load_model(weights, dtype, _device())
@@ -76,7 +78,7 @@ def held_out_of_average(
         preset.train,
         make_schedule(config.diffusion.schedule, config.diffusion.steps).to(_device()),
     )
-    if config.role == "clip":  # whose loss is of a batch, not of an image
+    if config.role == "clip":  # its loss depends on the batch: use the batches of training
         ranks_batch = train.micro_batch or -(-train.batch // train.workers)
         batches = list(
             _as_ranks_have_them(
@@ -102,9 +104,8 @@ def held_out_of_average(
 
 # -- prompts and pictures --------------------------------------------------------------------------
 
-Shown = tuple[
-    list[np.ndarray], list[str], int
-]  # pictures, their labels, and how many stand in a row
+# Images of the grid, their labels, and the number of columns.
+Shown = tuple[list[np.ndarray], list[str], int]
 
 
 def _prompted(stepper: Stepper, preset: Preset, progress: Progress | None) -> Shown:
@@ -114,7 +115,10 @@ def _prompted(stepper: Stepper, preset: Preset, progress: Progress | None) -> Sh
 
 
 def _given(stepper: Stepper, preset: Preset, progress: Progress | None) -> Shown:
-    """A row for each held-out picture: its low-resolution half or its known part, or both; the sample; the original."""
+    """A row per held-out image: model input, sample, original.
+
+    The input is the low-resolution image, the known pixels, or both.
+    """
     config = stepper.config
     batch = Batch.join(
         held_out_batches(
@@ -125,9 +129,8 @@ def _given(stepper: Stepper, preset: Preset, progress: Progress | None) -> Shown
         centre_hole(config.image_size),
         replace(batch.conditioning, known=None, known_mask=None),
     )
-    fills = (
-        config.inpaint and not preset.data.generate_rate
-    )  # else it is shown as one that generates
+    # Inpainting models also trained to generate (`generate_rate`) sample without known pixels.
+    fills = config.inpaint and not preset.data.generate_rate
     if fills:
         mask = torch.from_numpy(known).float().expand(len(batch.image), 1, -1, -1)
         conditioning = replace(conditioning, known=batch.image, known_mask=mask)
@@ -157,9 +160,9 @@ def _given(stepper: Stepper, preset: Preset, progress: Progress | None) -> Shown
 def _samples(
     stepper: Stepper, preset: Preset, conditioning: Conditioning, progress: Progress | None
 ) -> list[np.ndarray]:
-    """One sample of each row of the conditioning, with seeds from 0."""
+    """One sample per row of the conditioning, with seeds 0, 1, 2..."""
     config = stepper.config
-    # A model that has seen no empty caption knows nothing to lead away from.
+    # Guidance needs the unconditional eps, which only models trained with empty captions have.
     scale = config.sampling.guidance_scale if preset.data.empty_caption_rate else 1.0
     requests = [
         SampleRequest(
@@ -175,17 +178,17 @@ def _samples(
 
 
 def centre_hole(size: int) -> np.ndarray:
-    """What is known around a square hole of half the side: (`size`, `size`) bool, true = known."""
+    """Mask with a central square hole of half the side: (`size`, `size`) bool, true = known."""
     known = np.ones((size, size), bool)
     known[size // 4 : size - size // 4, size // 4 : size - size // 4] = False
     return known
 
 
-# -- how it is computed -----------------------------------------------------------------------------------------------
+# -- batches, device and precision -----------------------------------------------------------------
 
 
 def _as_ranks_have_them(whole: Batch, world: int, micro_batch: int) -> Iterator[Batch]:
-    """The batches of all ranks (`held_out_batches`), from the rows of all in order."""
+    """Split all held-out rows into the batches of all ranks, as `held_out_batches` does."""
     filling = torch.zeros(-len(whole.image) % world, dtype=torch.int64)
     places, rows = (
         torch.cat([torch.arange(len(whole.image)), filling]),
@@ -202,5 +205,8 @@ def _device() -> str:
 
 
 def _precision(preset: Preset) -> str:
-    """That of the training, in which the weights are known to compute; on a CPU, which is slow in less, float32."""
+    """On a GPU the training precision, in which the weights are known to work; on a CPU fp32.
+
+    CPUs are slow in 16 bits.
+    """
     return preset.train.precision if _device() == "cuda" else "fp32"

@@ -1,7 +1,7 @@
-"""A run of one process by itself, without DeepSpeed and without Ray: on a laptop, or on one GPU.
+"""Trainer for a single process without DeepSpeed and Ray: on a laptop, or on one GPU.
 
-The network computes in its precision; float32 masters beside it are what the optimizer steps. Checkpoints are those of
-`partition.py`, so that a run may go on under Ray Train, and the other way.
+The network computes in the chosen precision; the optimizer steps float32 masters. Checkpoints have
+the format of `partition.py`, so that a run can resume under Ray Train, and vice versa.
 """
 
 from __future__ import annotations
@@ -39,11 +39,14 @@ from .partition import (
 )
 from .steps import Metrics
 
-SKIPPED = 20  # steps in a row whose gradients are not finite, after which a run is given up
+SKIPPED = 20  # consecutive steps with non-finite gradients before the run is stopped
 
 
 class SingleTrainer:
-    """The whole model in this process. `device`: a GPU if there is one. Raises ConfigError, WeightsError."""
+    """Trainer that holds the whole model. Raises ConfigError, WeightsError.
+
+    `device`: by default the GPU if there is one, else the CPU.
+    """
 
     world = 1
 
@@ -56,9 +59,8 @@ class SingleTrainer:
             preset.model.diffusion.schedule, preset.model.diffusion.steps
         ).to(self.device)
         self.objective = objective_of(preset)
-        torch.manual_seed(
-            train.seed
-        )  # the initial weights, as every rank of a larger run draws them
+        # The same initial weights as on every rank of a distributed run.
+        torch.manual_seed(train.seed)
         model = build_model(preset.model).to(self.device)
         model.activation_checkpointing = train.activation_checkpointing
         self.names = [name for name, _ in model.named_parameters()]
@@ -67,7 +69,7 @@ class SingleTrainer:
             parameter.detach().float().clone().requires_grad_() for parameter in model.parameters()
         ]
         self.network = model.to(dtype)
-        # The masters of a float32 network are its own parameters.
+        # A float32 network's parameters are its masters.
         self.masters = list(model.parameters()) if dtype == torch.float32 else masters
         self.optimizer = self._optimizer(model)
         self.ema = Ema(self.masters, train.ema_rates)
@@ -75,7 +77,7 @@ class SingleTrainer:
         self._skipped = 0
 
     def _optimizer(self, model: torch.nn.Module) -> torch.optim.AdamW:
-        """AdamW over the masters, in the groups of the parameters that they stand for."""
+        """AdamW over the masters, in the parameter groups of their parameters."""
         master = {
             id(parameter): own
             for parameter, own in zip(model.parameters(), self.masters, strict=True)
@@ -91,17 +93,17 @@ class SingleTrainer:
             fused=True,
         )
 
-    # -- steps --------------------------------------------------------------------------------------------------------
+    # -- steps -------------------------------------------------------------------------------------
 
     def step(self, batches: Iterator[Batch], number: int) -> dict[str, Tensor]:
-        """Optimizer step `number`, counted from 1: the mean of each of the objective's figures, still on the device.
+        """Make optimizer step `number`, counted from 1.
 
-        Raises TrainingError where the numbers are past mending.
+        Returns the objective's mean metrics and the sums of `by_quartile`, as scalars on the
+        device. Raises TrainingError after SKIPPED consecutive steps with non-finite gradients.
         """
         train = self.preset.train
-        torch.manual_seed(
-            mix(train.seed, number, -1)
-        )  # what dropout draws, the same if the step is made again
+        # Dropout seed, the same if the step is repeated.
+        torch.manual_seed(mix(train.seed, number, -1))
         self.network.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(train, number) * group.get(FACTOR, 1.0)
@@ -128,7 +130,10 @@ class SingleTrainer:
         return sums
 
     def _apply(self, number: int) -> bool:
-        """Step the masters by the gradients, which are then dropped. Gradients that are not finite are left out, and give False."""
+        """Step the masters and clear the gradients.
+
+        Skips the step and returns False if the gradients are not finite.
+        """
         parameters = list(self.network.parameters())
         if self.masters[0] is not parameters[0]:
             for own, parameter in zip(self.masters, parameters, strict=True):
@@ -141,7 +146,8 @@ class SingleTrainer:
         self._skipped = 0 if finite else self._skipped + 1
         if self._skipped == SKIPPED:
             raise TrainingError(
-                f"The gradients of {SKIPPED} steps in a row, the last number {number}, are not finite; "
+                f"The gradients of {SKIPPED} steps in a row, the last number {number}, "
+                f"are not finite; "
                 f"{remedy(self.preset.train, self.precision)}."
             )
         if finite:
@@ -156,13 +162,13 @@ class SingleTrainer:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Let the network compute with what the masters hold."""
+        """Update the network's weights from the masters."""
         parameters = list(self.network.parameters())
         if self.masters[0] is not parameters[0]:
             torch._foreach_copy_(parameters, self.masters)
 
     def held_out(self, batches: Sequence[Batch]) -> Metrics:
-        """The objective's figures on held-out images."""
+        """The objective's metrics on held-out images."""
         self.network.eval()
         images = images_in(batches)
         sums = held_out_sums(
@@ -179,28 +185,28 @@ class SingleTrainer:
         }
 
     def scale(self) -> dict[str, float]:
-        """No loss scale: fp16 is not among this trainer's precisions."""
+        """Empty: this trainer has no fp16, so no loss scale."""
         return {}
 
     def summed(self, values: dict[str, Tensor]) -> dict[str, float]:
-        """Scalars as Python floats, in one transfer."""
+        """Convert scalars to Python floats, in one transfer to the host."""
         return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
-    # -- state --------------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
 
     def pieces(self) -> list[ParamSlice]:
-        """Each parameter, whole."""
+        """One slice per parameter, each covering the whole parameter."""
         return [
             ParamSlice(name, tuple(own.shape), 0, own.numel(), number, 0)
             for number, (name, own) in enumerate(zip(self.names, self.masters, strict=True))
         ]
 
     def state(self) -> State:
-        """All that training changes."""
+        """Training state: weights, Adam's moments and EMA."""
         for own in self.masters:
             kept = self.optimizer.state[own]
             if FIRST not in kept:
-                # The count lies beside the parameter, as torch's fused AdamW has it and insists on.
+                # torch's fused AdamW requires the step count on the parameter's device.
                 kept.update(
                     {
                         "step": torch.zeros((), device=own.device),
@@ -219,7 +225,7 @@ class SingleTrainer:
         }
 
     def start(self) -> None:
-        """Begin from the weights that are to be fine-tuned, if any. Raises WeightsError for those of another shape."""
+        """Load the weights to fine-tune, if any. Raises WeightsError if their shapes differ."""
         path = self.preset.train.start_from
         if not path:
             return
@@ -241,14 +247,14 @@ class SingleTrainer:
         self.ema.restart()
 
     def save(self, folder: Path) -> None:
-        """A checkpoint's files."""
+        """Write the files of a checkpoint."""
         state = self.state()
         save_part(part_path(folder, 0), self.pieces(), state)
         steps = float(self.optimizer.state[self.masters[0]]["step"])
         write_progress(folder, self.preset, self.progress, {"adam_steps": steps, "loss_scale": {}})
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint, whatever the number of workers that wrote it. Raises CheckpointError."""
+        """Resume from a checkpoint written with any number of workers. Raises CheckpointError."""
         self.progress, optimizer = read_progress(folder, self.preset)
         load_parts(folder, self.pieces(), self.state())
         for own in self.masters:
@@ -257,7 +263,10 @@ class SingleTrainer:
 
 
 def single_precision(precision: str, device: str) -> str:
-    """`auto` is bf16 on a GPU, and the faster of bf16 and fp32 on a CPU. Raises ConfigError."""
+    """Resolve the precision to fp32 or bf16. Raises ConfigError for fp16.
+
+    "auto" is bf16 on a GPU, and the faster of bf16 and fp32 on a CPU.
+    """
     if precision == "fp16":
         raise ConfigError(
             "Setting train.precision: fp16 and its loss scaling need DeepSpeed, under Ray Train; "

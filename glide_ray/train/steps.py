@@ -1,6 +1,7 @@
-"""The training loop: steps, figures, held-out loss and checkpoints, over a trainer of any kind.
+"""The training loop: steps, metrics, held-out loss and checkpoints, for any kind of trainer.
 
-A trainer is one process' part of a run: `loop.py` has that of DeepSpeed's ranks, `single.py` that of one process by itself.
+A trainer is one process's part of a run: `loop.py` has the trainer of a DeepSpeed rank,
+`single.py` that of a run with one process.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Metrics = dict[str, float | int | str]
 
 
 class Trains(Protocol):
-    """What the loop asks of a trainer."""
+    """Interface of a trainer, as used by `train_loop`."""
 
     preset: Preset
     progress: Progress
@@ -39,10 +40,11 @@ class Trains(Protocol):
 
 @dataclass(frozen=True)
 class Outlets:
-    """Where a run's news goes. All ranks call each of them equally often.
+    """Callbacks of the training loop. All ranks call each of them equally often.
 
-    `metrics` is given the figures of a step; `checkpoint` a function that writes this rank's part into the folder it is given; `step` the
-    number of each step that has been made, and says whether a checkpoint is wanted right now.
+    `metrics` receives the metrics of a step. `checkpoint` receives a function that writes this
+    rank's shard to a folder. `step` receives the number of each finished step, and returns whether
+    a checkpoint must be saved now.
     """
 
     metrics: Callable[[Metrics], None]
@@ -56,9 +58,10 @@ def train_loop(
     held_out: Sequence[Batch],
     outlets: Outlets,
 ) -> None:
-    """Train to `preset.train.steps` from wherever the trainer stands.
+    """Train from the trainer's current progress up to step `preset.train.steps`.
 
-    `epoch_batches(n, rows)` gives this rank's micro-batches of the n-th epoch after its first so many rows, over all ranks.
+    `epoch_batches(n, rows)` returns this rank's micro-batches of epoch n, without the epoch's
+    first `rows` rows (counted over all ranks). Raises TrainingError if an epoch has no batch.
     """
     train = trainer.preset.train
     batches = _endless(epoch_batches, trainer)
@@ -73,7 +76,7 @@ def train_loop(
             number, trainer.progress.epoch, trainer.progress.rows + train.batch
         )
 
-        # Figures: one transfer from the device for all steps since the last.
+        # Metrics: one transfer from the device for all steps since the last logged one.
         if number % train.log_every == 0 or number == train.steps:
             means = quartile_means(
                 trainer.summed(
@@ -98,7 +101,7 @@ def train_loop(
         if number % train.evaluate_every == 0 or number == train.steps:
             paused = time.perf_counter()
             outlets.metrics({"step": number, **trainer.held_out(held_out)})
-            began += time.perf_counter() - paused  # images/s are of the steps alone
+            began += time.perf_counter() - paused  # exclude evaluation from images/s
 
         wanted = outlets.step(number)
         if number < train.steps and (wanted or number % train.checkpoint_every == 0):
@@ -117,9 +120,10 @@ def _endless(
         for batch in epoch_batches(epoch, rows):
             given = True
             yield batch
-        if not given and not rows:  # a resumed run may find its epoch at an end
+        # With `rows` > 0 no batch is normal: the run has resumed at the end of an epoch.
+        if not given and not rows:
             raise TrainingError(
-                f"The corpus {trainer.preset.data.corpus} has too few usable images for one batch of "
-                f"{trainer.preset.train.batch}; lower train.batch, or add images."
+                f"The corpus {trainer.preset.data.corpus} has too few usable images "
+                f"for one batch of {trainer.preset.train.batch}; lower train.batch, or add images."
             )
         epoch, rows = epoch + 1, 0

@@ -1,8 +1,8 @@
-"""Training of a base model's text transformer alone, before its U-Net.
+"""Pretraining of a base model's text transformer, before its U-Net is trained.
 
-It predicts small pictures from captions, with an L2 loss: the mean of what the model should draw
-from pure noise. A caption costs an eighth of a U-Net's training image, and a U-Net that cannot draw
-yet passes little gradient to the text.
+It predicts downscaled images from captions with an L2 loss, whose optimum is the mean image that
+the diffusion model should predict from pure noise. A caption costs an eighth of a U-Net training
+image, and a U-Net that cannot draw yet passes little gradient to the text transformer.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from ..models.unet import GlideUNet
 from ..tensors import Batch
 
-SIDE = 16  # pixels of the small pictures
-CAPTIONS = 128  # in a step
+SIDE = 16  # side of the predicted images, in pixels
+CAPTIONS = 128  # captions per step
 LEARNING_RATE, WARMUP, BETAS, CLIP = 1.5e-3, 50, (0.9, 0.99), 1.0
-SPREAD = 0.5  # standard deviation of the pooled text over captions, at the end
-SEEN = 50  # steps that the report is of
+SPREAD = 0.5  # final standard deviation of the pooled text embedding over captions
+SEEN = 50  # latest steps that the explained variance and the pooled statistics are taken over
 Report = Callable[[str], None]
 
 
@@ -33,12 +33,12 @@ def learn_words(
     report: Report = lambda line: None,
     dtype: torch.dtype = torch.float32,
 ) -> float:
-    """Train `model.text` for `minutes`, at least one step; the rest of the model stays.
+    """Train `model.text` for `minutes`, at least one step; the rest of the model is unchanged.
 
-    `batches`: batches of CAPTIONS without end, of the model's image size; `dtype`: of the matrix
-    products. Gives the share of the pictures' variance that the captions explain, over the last
-    steps. The pooled text is then brought to mean 0 and standard deviation SPREAD, as the U-Net
-    adds it to the time embedding.
+    `batches`: endless batches of CAPTIONS images of the model's image size; `dtype`: precision of
+    the matrix products. Returns the fraction of the images' variance that the captions explain,
+    over the last SEEN steps. Finally normalises the pooled text embedding to mean 0 and standard
+    deviation SPREAD, because the U-Net adds it to the time embedding.
     """
     text, device = model.text.train(), next(model.parameters()).device
     first = next(batches)
@@ -80,18 +80,18 @@ def learn_words(
 
 
 def explained(errors: deque[tuple[float, float]]) -> float:
-    """The share of a variance that is explained, from (squared error, variance) of some steps."""
+    """Fraction of variance explained (R^2), from the (squared error, variance) of some steps."""
     return 1 - sum(error for error, _ in errors) / sum(variance for _, variance in errors)
 
 
 @torch.no_grad()
 def standardise(pool: nn.Linear, pooled: Tensor) -> None:
-    """Change the last layer so that what was `pooled` (N, C) has mean 0 and deviation SPREAD."""
+    """Rescale layer `pool`, so that its outputs `pooled` (N, C) get mean 0 and std SPREAD."""
     scale = SPREAD / pooled.std(0).mean().clamp_min(1e-6)
     pool.weight.mul_(scale)
     pool.bias.sub_(pooled.mean(0)).mul_(scale)
 
 
 def _small(images: Tensor) -> Tensor:
-    """(B, 3, S, S) -> (B, 3 SIDE^2)."""
+    """Downscale and flatten: (B, 3, S, S) -> (B, 3 * SIDE^2)."""
     return F.adaptive_avg_pool2d(images.float(), SIDE).flatten(1)

@@ -1,4 +1,4 @@
-"""TensorBoard, MLflow and Weights & Biases as one: what `trackers.py` tells each of."""
+"""TensorBoard, MLflow and Weights & Biases behind one interface, used by `trackers.py`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ..config.overrides import leaves
 from ..config.training import Preset
 from ..errors import UserError
 
-TAG = "glide_ray.run"  # by which MLflow's run is found again
+TAG = "glide_ray.run"  # tag with our run id, to find the MLflow run again
 SECRETS = "WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a tracker is told of the run at its start."""
+    """Description of a run for trackers. `first_step`: first step that will be logged."""
 
     id: str
     preset: Preset
@@ -34,7 +34,7 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The preset's leaves by their dotted names."""
+        """The preset's settings by dotted name, without secrets."""
         tree = self.preset.model_dump()
         found = {name: reduce(getitem, name.split("."), tree) for name in leaves(tree)}
         return {
@@ -43,14 +43,20 @@ class Run:
 
 
 class Store:
-    """One tracker, with the methods of `Trackers`. Its constructor imports the package and raises UserError for what the user can mend; `open`
-    begins the run there, or goes on with it. All but the constructor may raise whatever the library does: `open` is then called again, and the
-    method once more."""
+    """Base class of a tracker backend, with the methods of `Trackers`.
+
+    The constructor imports the package, and raises UserError for problems that the user can fix;
+    `open` creates or resumes the run in the backend. All other methods may raise any exception of
+    the library: the caller then calls `open` again and retries the method once.
+    """
 
     title: str
 
     def rewind(self, first_step: int) -> None:
-        """Steps from this one may be told again: they stand as they were told first, where nothing can be taken back."""
+        """Prepare for repeated steps from `first_step`, after training resumed from a checkpoint.
+
+        By default does nothing: a backend that cannot delete values keeps the first ones.
+        """
 
 
 class TensorBoard(Store):
@@ -70,8 +76,9 @@ class TensorBoard(Store):
         )
 
     def open(self) -> None:
-        # Readers forget what earlier files have of the step of a purge and later. What is written is written at once: the writer's own thread
-        # would only fail where nobody looks.
+        # TensorBoard ignores values from step `purge_step` on in earlier files. The writer's own
+        # flushes are disabled, because an error in its thread would go unnoticed; every method here
+        # flushes instead.
         self._writer = self._writer_of(
             str(self._run.folder / "tensorboard"), purge_step=self._purge, flush_secs=10**6
         )
@@ -108,7 +115,11 @@ class TensorBoard(Store):
 
 
 class MLflow(Store):
-    """A run of the experiment MLFLOW_EXPERIMENT_NAME ("glide_ray") in the store MLFLOW_TRACKING_URI."""
+    """A run in an experiment of the store MLFLOW_TRACKING_URI.
+
+    The experiment is MLFLOW_EXPERIMENT_ID, or else the one named MLFLOW_EXPERIMENT_NAME (default
+    "glide_ray").
+    """
 
     title = "MLflow"
 
@@ -118,9 +129,10 @@ class MLflow(Store):
         self._run = run
         try:
             self._client = MlflowClient()
-        except Exception as error:  # whatever it makes of a URI of no kind that it knows
+        except Exception as error:  # of any type, for an unsupported URI
             raise UserError(
-                f"MLflow cannot use its store ({why(error)}); set MLFLOW_TRACKING_URI to a server's address."
+                f"MLflow cannot use its store ({why(error)}); "
+                f"set MLFLOW_TRACKING_URI to a server's address."
             ) from None
 
     def open(self) -> None:
@@ -158,7 +170,7 @@ class MLflow(Store):
         self._client.log_image(self._id, pixels, key=name, step=step)
 
     def note(self, step: int, text: str) -> None:
-        name = f"note.{step:09d}"  # a tag: MLflow knows no events
+        name = f"note.{step:09d}"  # a tag, because MLflow has no events
         texts = self._tags.get(name, "").splitlines()
         if text not in texts:
             self._tag(name, "\n".join([*texts, text]))
@@ -167,12 +179,16 @@ class MLflow(Store):
         self._client.set_terminated(self._id, "FAILED" if failed else "FINISHED")
 
     def _parameters(self, there: Mapping[str, str]) -> None:
-        """The preset. MLflow's parameters cannot change: what a later start set otherwise becomes a tag of the same name."""
+        """Log the preset as MLflow parameters.
+
+        Parameters are immutable: a setting changed by a later launch becomes a tag of the same
+        name.
+        """
         from mlflow.entities import Param
 
         settings = {name: str(value) for name, value in self._run.settings.items()}
         new = [Param(name, value) for name, value in settings.items() if name not in there]
-        for start in range(0, len(new), 100):  # as many as a request may carry
+        for start in range(0, len(new), 100):  # MLflow's limit per request
             self._client.log_batch(self._id, params=new[start : start + 100])
         for name, value in settings.items():
             if name in there and self._tags.get(name, there[name]) != value:
@@ -184,7 +200,10 @@ class MLflow(Store):
 
 
 class WeightsAndBiases(Store):
-    """The run with this id in the project WANDB_PROJECT ("glide_ray"); its local files in FOLDER/wandb, or in WANDB_DIR."""
+    """The run with our run id, in the project WANDB_PROJECT (default "glide_ray").
+
+    Local files are in FOLDER/wandb, or in WANDB_DIR.
+    """
 
     title = "Weights & Biases"
 
@@ -200,25 +219,25 @@ class WeightsAndBiases(Store):
         )
         try:
             online = wandb.setup().settings.mode in ("online", "shared", "run")
-            known = not online or wandb.login(
-                prompt=False
-            )  # else it would ask for a key on the terminal, in the midst of the run
-        except (
-            wandb.errors.AuthenticationError
-        ):  # its server is away, as far as can be told: no reason not to train
+            # prompt=False: without a key, wandb would ask for one on the terminal during the run.
+            known = not online or wandb.login(prompt=False)
+        except wandb.errors.AuthenticationError:
+            # Probably an unreachable server, which must not stop training.
             known = True
-        except (wandb.errors.Error, ValueError) as error:  # of settings, or of a key that is none
+        except (wandb.errors.Error, ValueError) as error:  # invalid settings or API key
             raise UserError(
-                f"Weights & Biases cannot be set up ({why(error)}); correct its WANDB_ environment variables."
+                f"Weights & Biases cannot be set up ({why(error)}); "
+                f"correct its WANDB_ environment variables."
             ) from None
         if not known:
             raise UserError(
-                "Weights & Biases has no API key; run `wandb login`, or set WANDB_API_KEY, or set WANDB_MODE=offline."
+                "Weights & Biases has no API key; run `wandb login`, or set WANDB_API_KEY, "
+                "or set WANDB_MODE=offline."
             )
 
     def open(self) -> None:
         given = os.environ
-        if self._begun:  # its service may have died, and would be asked again
+        if self._begun:  # its service process may have died: shut it down, so that init restarts it
             with suppress(Exception):
                 self._wandb.teardown()
         self._begun = True
@@ -230,9 +249,11 @@ class WeightsAndBiases(Store):
             project=given.get("WANDB_PROJECT") or "glide_ray",
             name=given.get("WANDB_NAME") or self._run.preset.model.name,
             dir=given.get("WANDB_DIR") or str(self._run.folder),
+            # Console capture off by default: it would log the progress bar.
             settings=self._wandb.Settings(console=given.get("WANDB_CONSOLE") or "off"),
-        )  # a progress bar is no log
-        # W&B numbers rows, and takes none below its last. A grid of samples comes late: so charts have a field of our own along x.
+        )
+        # W&B rejects rows with a number below the last one, but sample grids arrive after later
+        # metrics. So charts use our own field "step" as x axis.
         self._here.define_metric("step")
         self._here.define_metric("*", step_metric="step")
         self._known = self._here.summary.get("step", -1) if self._here.resumed else -1
@@ -254,14 +275,14 @@ class WeightsAndBiases(Store):
         self._here.finish(exit_code=int(failed))
 
     def _log(self, step: int, fields: Mapping[str, Any]) -> None:
-        row = max(
-            self._row + 1, step
-        )  # so that rows of a run that goes on come after those before, where W&B is offline too
+        # At least `step`, so that rows of a resumed run follow the earlier ones even offline.
+        row = max(self._row + 1, step)
         self._here.log({"step": step, **fields}, step=row, commit=True)
         self._row = row
 
 
-STORES: dict[str, tuple[Callable[[Run], Store], str]] = {  # and what pip installs it by
+# Tracker name -> its class, and its packages for pip install.
+STORES: dict[str, tuple[Callable[[Run], Store], str]] = {
     "tensorboard": (TensorBoard, "tensorboard"),
     "mlflow": (MLflow, "mlflow-skinny alembic"),
     "wandb": (WeightsAndBiases, "wandb"),
@@ -269,17 +290,20 @@ STORES: dict[str, tuple[Callable[[Run], Store], str]] = {  # and what pip instal
 
 
 def _untold(last: Mapping[str, int], step: int, figures: Mapping[str, float]) -> dict[str, float]:
-    """The figures that have not been told of this step or a later one: steps are done again after a fault."""
+    """Metrics not yet logged at this step or later. Steps are repeated after a failure.
+
+    `last`: metric name -> last step logged.
+    """
     return {name: value for name, value in figures.items() if step > last.get(name, -1)}
 
 
 def why(error: Exception) -> str:
-    """An error's first line, without anything secret."""
+    """First line of an error's message, without secrets."""
     return clean((str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip("."))
 
 
 def clean(text: str) -> str:
-    """Without the password of an address, and without the keys that trackers read from the environment."""
+    """Remove credentials from URLs, and mask the trackers' keys from the environment."""
     for secret in filter(None, map(os.environ.get, SECRETS)):
         text = text.replace(secret, "***")
     return re.sub(r"://[^/@\s]+@", "://", text)

@@ -1,7 +1,8 @@
-"""Where a run's figures, pictures and events go besides its own metrics file: TensorBoard, MLflow, Weights & Biases.
+"""Experiment trackers for metrics, images and events: TensorBoard, MLflow, Weights & Biases.
 
-Each tracker has a thread of its own, so that training waits for none of them. One that fails is told of once; its news wait until it
-can be reached again. MLflow and W&B are set up by their own environment variables (MLFLOW_TRACKING_URI, WANDB_MODE...).
+Each tracker has its own thread, so that training never waits for it. A failing tracker causes one
+warning; its messages are queued until it can be reached again. MLflow and W&B are configured by
+their own environment variables (MLFLOW_TRACKING_URI, WANDB_MODE...).
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ from ..config.training import Preset
 from ..errors import UserError
 from .tracker_stores import STORES, Run, Store, why
 
-WAITING = 50_000  # news that wait for a tracker at most; what comes after is dropped
-RETRY_SECONDS = 15.0  # between tries to reach a tracker that failed
-CLOSE_SECONDS = 60.0  # that `close` waits for what has not been written yet
+WAITING = 50_000  # maximum queue length per tracker; further messages are dropped
+RETRY_SECONDS = 15.0  # between attempts to reach a failed tracker
+CLOSE_SECONDS = 60.0  # maximum time that `close` waits for queued messages
 
 
 class Trackers:
-    """All trackers of a run. Nothing here raises or waits for them, but `close`, which waits for `CLOSE_SECONDS` at the most."""
+    """All trackers of a run.
+
+    No method raises, and none waits, except `close`, which waits up to `CLOSE_SECONDS`.
+    """
 
     def __init__(self, outlets: Iterable[_Outlet]):
         self._outlets = list(outlets)
 
     def metrics(self, step: int, figures: Mapping[str, float]) -> None:
-        """The figures of an optimizer step, by name; what is not a number is left out."""
+        """Log metrics of an optimizer step, by name; values that are not numbers are dropped."""
         numbers = {
             name: float(value)
             for name, value in figures.items()
@@ -42,19 +46,19 @@ class Trackers:
             self._tell("metrics", step, numbers)
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """A picture uint8 (H, W, 3). It may be of an earlier step than the last figures."""
+        """Log an image, uint8 (H, W, 3). Its step may be earlier than that of the last metrics."""
         self._tell("image", step, name, np.array(pixels))
 
     def note(self, step: int, text: str) -> None:
-        """An event, in a sentence: a worker that was lost, or the like."""
+        """Log an event as a sentence, such as the loss of a worker."""
         self._tell("note", step, text)
 
     def rewind(self, first_step: int) -> None:
-        """Training goes on from a checkpoint: what comes next is of `first_step` and later, which may have been told before."""
+        """Announce that training resumes at `first_step`, so that logged steps may be repeated."""
         self._tell("rewind", first_step)
 
     def close(self, failed: bool = False) -> None:
-        """Write what waits, and mark the run as ended. A second call does nothing."""
+        """Write all queued messages and mark the run as ended. A second call does nothing."""
         end = time.monotonic() + CLOSE_SECONDS
         for outlet in self._outlets:
             outlet.finish(failed)
@@ -75,10 +79,12 @@ def open_trackers(
     first_step: int = 0,
     warn: Callable[[str], None] = warnings.warn,
 ) -> Trackers:
-    """The trackers of `names` (`TrainConfig.trackers`) for a run, those of local files in `folder`.
+    """Open the trackers `names` (`TrainConfig.trackers`) of a run.
 
-    `first_step` is the first whose figures are to come: 0 for a new run, one after its checkpoint's for a run that goes on. `warn` is told in
-    a sentence, from a thread, of a tracker that fails. Raises UserError where a package or its setting up lacks.
+    `folder`: for trackers with local files. `first_step`: first step that will be logged, 0 for a
+    new run, or the step after the checkpoint for a resumed one. `warn` receives a sentence, from a
+    tracker's thread, when a tracker fails. Raises UserError if a package is missing, or a tracker
+    is not configured.
     """
     run, stores = Run(run_id, preset, Path(folder), first_step), []
     for name in dict.fromkeys(names):
@@ -87,17 +93,17 @@ def open_trackers(
             stores.append(kind(run))
         except ImportError as error:
             raise UserError(
-                f"train.trackers has {name!r}, whose package cannot be imported ({error}); run `pip install {package}`, or leave "
-                f"{name!r} out."
+                f"train.trackers has {name!r}, whose package cannot be imported ({error}); "
+                f"run `pip install {package}`, or leave {name!r} out."
             ) from None
     return Trackers([_Outlet(store, warn) for store in stores])
 
 
-# -- one tracker's thread ---------------------------------------------------------------------------------------------
+# -- one tracker's thread --------------------------------------------------------------------------
 
 
 class _Outlet:
-    """Hands news to one store in order, in a thread."""
+    """Queue and thread of one tracker: passes messages to its store in order."""
 
     def __init__(self, store: Store, warn: Callable[[str], None]):
         self._store, self._warn = store, warn
@@ -107,7 +113,7 @@ class _Outlet:
         self._thread.start()
 
     def tell(self, news: tuple) -> None:
-        """A method's name and what it is given."""
+        """Queue a message: the name of a Store method and its arguments."""
         if self._news.qsize() < WAITING:
             self._news.put(news)
 
@@ -127,9 +133,8 @@ class _Outlet:
     def _work(self) -> None:
         opened = self._open()
         while opened and (news := self._news.get()) is not None:
-            for _ in range(
-                2
-            ):  # what fails in a store that was reached just before is at fault itself
+            # Two attempts: a message that fails again right after a successful `open` is dropped.
+            for _ in range(2):
                 if not opened or self._try(*news):
                     break
                 opened = self._open()
@@ -140,12 +145,12 @@ class _Outlet:
         try:
             getattr(self._store, method)(*given)
             return True
-        except Exception as error:  # of whatever kind: training goes on
+        except Exception as error:  # of any type: a tracker must not stop training
             self._complain(why(error))
             return False
 
     def _open(self) -> bool:
-        """Whether the store was reached; false only when the run has ended without."""
+        """Open the store, retrying until it succeeds. False if the run has ended before that."""
         while True:
             ending = self._closing.is_set()
             if self._try("open"):
@@ -157,7 +162,8 @@ class _Outlet:
     def _complain(self, why: str, then: str = "Training goes on and tries again") -> None:
         if not self._warned:
             self._warned = True
-            with suppress(Exception):  # warnings may be errors, which would end this thread
+            with suppress(Exception):  # a warning raised as an error would end this thread
                 self._warn(
-                    f"{self._store.title} cannot be written to: {why}. {then}; the run's own files have everything."
+                    f"{self._store.title} cannot be written to: {why}. {then}; "
+                    f"the run's own files have everything."
                 )

@@ -1,4 +1,7 @@
-"""A thread that ends its process where that makes no progress: a collective that hangs has no end of its own, and holds all other ranks."""
+"""A watchdog thread that kills its process when it makes no progress.
+
+A hanging collective never returns by itself, and blocks all other ranks.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,11 @@ from collections.abc import Callable
 
 
 class Watchdog:
-    """`say` is told what hung, in a sentence, before the process is killed. Nothing is watched before the first `beat`, nor after `rest` and `close`."""
+    """Kills the process if the next `beat` does not come within `seconds`.
+
+    `say` receives a clause about the operation that hangs before the process is killed. Inactive
+    before the first `beat` and after `rest` or `close`.
+    """
 
     def __init__(
         self,
@@ -24,11 +31,11 @@ class Watchdog:
         threading.Thread(target=self._watch, name="glide-watchdog", daemon=True).start()
 
     def beat(self, doing: str) -> None:
-        """Something has been done, and `doing` comes next."""
+        """Report progress; `doing` names the operation that starts now."""
         self._last = time.monotonic(), doing
 
     def rest(self) -> None:
-        """Nothing is watched until the next beat."""
+        """Pause until the next beat."""
         self._last = None
 
     def close(self) -> None:
@@ -40,7 +47,7 @@ class Watchdog:
                 continue
             since, doing = last
             if time.monotonic() - since > self._seconds:
-                # In a thread of its own: whatever hangs may hang this as well.
+                # In a separate thread, with a timeout: the call may hang for the same reason.
                 saying = threading.Thread(
                     target=self._say,
                     args=(f"{doing} has taken more than {self._seconds:g} s",),

@@ -1,4 +1,7 @@
-"""`glide train --no-ray`: a run in this one process, with the corpus in memory. The same command goes on with it."""
+"""`glide train --no-ray`: training in this process, with the corpus in memory.
+
+Running the same command again resumes the run.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +37,16 @@ from .single import SingleTrainer
 from .steps import Outlets, train_loop
 from .trackers import open_trackers
 
-MOST_BYTES = 16 * 2**30  # of encoded pictures that are held in memory
+MOST_BYTES = 16 * 2**30  # limit for the encoded images in memory
 SAMPLES = "samples"
 
 
 @dataclass(frozen=True)
 class Done:
-    """What a start of the run has made: its last step, whether that is the run's last, and the average's weights."""
+    """Result of one launch of the run.
+
+    `step`: last step made; `finished`: whether it is the run's last; `weights`: file with the EMA.
+    """
 
     step: int
     finished: bool
@@ -51,14 +57,16 @@ class Done:
 def train_alone(
     preset: Preset, out: str | Path, minutes: float | None = None, progress: bool = True
 ) -> Done:
-    """Train a preset into the local folder `out`, or go on with the run that is there. Raises UserError.
+    """Train a preset in the local folder `out`, or resume the run in it. Raises UserError.
 
-    `minutes`: at most so long, with a checkpoint and the weights so far at the end. Ctrl-C and SIGTERM end it likewise.
+    `minutes`: time limit, after which a checkpoint and the current EMA weights are written. Ctrl-C
+    and SIGTERM stop training in the same way. `progress`: whether to print to the terminal.
     """
     began = time.monotonic()
     if storage.is_remote(out):
         raise ConfigError(
-            f"{out}: a run in one process writes to a local folder; give one with --out, or train under Ray."
+            f"{out}: a run in one process writes to a local folder; "
+            f"give one with --out, or train under Ray."
         )
     if preset.train.workers > 1:
         preset = preset.model_copy(
@@ -95,8 +103,8 @@ def _run(
     checkpoints.sweep()
     first, began = trainer.progress.step, time.monotonic()
     log.say(
-        f"{preset.model.name} in one process ({trainer.device.type}), {trainer.precision}, batch {train.batch:,}, "
-        f"from step {first:,}"
+        f"{preset.model.name} in one process ({trainer.device.type}), {trainer.precision}, "
+        f"batch {train.batch:,}, from step {first:,}"
     )
     keeper = CheckpointWriter(
         checkpoints, uuid.uuid4().hex[:8], train.keep_last, train.keep_every, log.say
@@ -133,7 +141,8 @@ def _run(
     whole = checkpoints.whole()
     if not whole or whole[-1].step < step:
         raise UserError(
-            f"The last checkpoint could not be written to {out}; make room there, and run the same command again."
+            f"The last checkpoint could not be written to {out}; make room there, "
+            f"and run the same command again."
         )
     export_average(Path(whole[-1].path), out / WEIGHTS)
     return Done(
@@ -145,11 +154,14 @@ def _run(
 
 
 class _Ended(Exception):
-    """The run is to end after this step."""
+    """Stops the training loop after the current step."""
 
 
 def _go_on(trainer: SingleTrainer, checkpoints: Checkpoints, log: _Log) -> None:
-    """Load the last checkpoint that is as it was written, if there is one. Raises CheckpointError where none of several is."""
+    """Load the last undamaged checkpoint, if there are checkpoints.
+
+    Raises CheckpointError if all of them are damaged.
+    """
     whole, fault = checkpoints.whole(), None
     for made in reversed(whole):
         try:
@@ -161,13 +173,13 @@ def _go_on(trainer: SingleTrainer, checkpoints: Checkpoints, log: _Log) -> None:
             log.say(f"the checkpoint of step {made.step:,} is left out: {error}")
     if fault is not None:
         raise CheckpointError(
-            f"None of the {len(whole)} checkpoints in {checkpoints.path} can be read; remove that folder to "
-            f"begin anew. The oldest: {fault}"
+            f"None of the {len(whole)} checkpoints in {checkpoints.path} can be read; "
+            f"remove that folder to begin anew. The oldest: {fault}"
         )
 
 
 def _grid(checkpoints: Checkpoints, preset: Preset) -> np.ndarray | None:
-    """Samples of the last checkpoint's average, (H, W, 3) uint8."""
+    """Sample grid of the last checkpoint's EMA, uint8 (H, W, 3); None for CLIP."""
     made = checkpoints.whole()[-1]
     weights = Path(made.path).with_suffix(".samples.safetensors")
     try:
@@ -178,14 +190,15 @@ def _grid(checkpoints: Checkpoints, preset: Preset) -> np.ndarray | None:
 
 
 class MemoryCorpus:
-    """The rows of a corpus as they lie on disk, held in memory; decoded ones too, as `data.cache_gib` says.
+    """A corpus in memory: encoded images, and up to `data.cache_gib` GiB of decoded ones.
 
-    Raises ShardError where there is none, or more than `MOST_BYTES` of it.
+    Raises ShardError if it has fewer usable rows than one batch, or more than `MOST_BYTES` of
+    images.
     """
 
     def __init__(self, preset: Preset):
         self.preset, self.report = preset, Report()
-        self.rows: list[tuple[int, str, Sample]] = []  # row number, name of its folder, sample
+        self.rows: list[tuple[int, str, Sample]] = []  # row number, folder name, sample
         self._collate = Collate(preset.model, preset.data, preset.train.seed)
         rules, size = header_rules(preset.data.min_size), 0
         for part in find_parts(preset.data.corpus):
@@ -197,17 +210,18 @@ class MemoryCorpus:
                     size += len(sample.image)
             if size > MOST_BYTES:
                 raise ShardError(
-                    f"The corpus {preset.data.corpus} has more than {MOST_BYTES / 2**30:.0f} GiB of pictures, too "
-                    f"many to hold in memory; leave --no-ray out, so that it is streamed."
+                    f"The corpus {preset.data.corpus} has more than {MOST_BYTES / 2**30:.0f} GiB "
+                    f"of pictures, too many to hold in memory; leave --no-ray out, "
+                    f"so that it is streamed."
                 )
         if len(self.rows) < preset.train.batch:
             raise ShardError(
-                f"The corpus {preset.data.corpus} has {len(self.rows):,} usable rows, fewer than one batch of "
-                f"{preset.train.batch:,}; lower train.batch, or add images."
+                f"The corpus {preset.data.corpus} has {len(self.rows):,} usable rows, "
+                f"fewer than one batch of {preset.train.batch:,}; lower train.batch, or add images."
             )
 
     def epoch_batches(self, epoch: int, rows: int) -> Iterator[Batch]:
-        """The batches of an epoch after its first so many rows; the same for the same arguments."""
+        """Micro-batches of an epoch, without its first `rows` rows; deterministic."""
         chosen, micro = (
             self._order(epoch)[rows:],
             self.preset.train.micro_batch or self.preset.train.batch,
@@ -218,12 +232,12 @@ class MemoryCorpus:
         return ahead(collated(rows_of, self._collate, self.preset, epoch))
 
     def endless(self) -> Iterator[Batch]:
-        """Epoch after epoch."""
+        """Micro-batches of epoch 0, 1, 2..., without end."""
         for epoch in itertools.count():
             yield from self.epoch_batches(epoch, 0)
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The numbers of the rows that the epoch reads, shuffled."""
+        """Shuffled indices into `rows` of the rows that the epoch reads."""
         seed, shares = self.preset.train.seed, self.preset.data.shares
         read = [
             n
@@ -234,7 +248,7 @@ class MemoryCorpus:
 
 
 class _Log:
-    """The run's figures and events: its files, its trackers and the terminal."""
+    """Log of metrics and events: to the run's files, the trackers and the terminal."""
 
     def __init__(self, out: Path, preset: Preset, progress: bool):
         self._out, self._progress = out, progress
@@ -268,7 +282,10 @@ class _Log:
         self._trackers.close(failed=kind is not None)
 
     def say(self, text: str, step: int | None = None) -> None:
-        line = f"{datetime.now().isoformat(' ', 'seconds')}  step {self._bar.n if step is None else step:,}: {text}"
+        line = (
+            f"{datetime.now().isoformat(' ', 'seconds')}  "
+            f"step {self._bar.n if step is None else step:,}: {text}"
+        )
         with open(self._out / EVENTS, "a") as file:
             file.write(line + "\n")
         if self._progress:
@@ -298,7 +315,7 @@ class _Log:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[list[int]]:
-    """A list that holds the signal with which the run was asked to stop, once it was."""
+    """Context that yields a list, to which SIGINT and SIGTERM are appended when received."""
     asked: list[int] = []
     before = {
         number: signal.signal(number, lambda given, _: asked.append(given))
