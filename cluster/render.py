@@ -1,6 +1,8 @@
-"""The files of a cluster, from sizes.yaml and templates/: `.venv/bin/python cluster/render.py`.
+"""Render the files of a cluster from sizes.yaml and templates/.
 
---check says whether the files are as they would be rendered. --set nodes.train.max=4 changes a size for this time, --out writes elsewhere.
+Run `.venv/bin/python cluster/render.py`.
+--check reports files that differ from what would be rendered, and writes nothing.
+--set nodes.train.max=4 overrides a value of sizes.yaml for this run. --out sets the output folder.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 JOBS = ("train", "filter", "generate", "evaluate")
 DASHBOARDS = ("serving", "training")
-KEPT_BACK = 0.1  # share of a machine's memory that Kubernetes and its daemons keep
+KEPT_BACK = 0.1  # fraction of a machine's memory reserved for Kubernetes and its daemons
 
 
 class Node(Frozen):
-    """One kind of node. The counts of CPUs, memory and GPUs are the machine's."""
+    """One kind of node. `cpus`, `memory_gib` and `gpus` are those of the whole machine."""
 
     machine: str = Field(pattern=r"^[a-z0-9-]+\.[a-z0-9]+$")
     cpus: int = Field(gt=1)
@@ -44,7 +46,7 @@ class Node(Frozen):
 
     @property
     def pod_cpus(self) -> int:
-        """What a pod that has such a machine to itself may ask for."""
+        """CPUs that a pod alone on such a machine may request."""
         return self.cpus - 1
 
     @property
@@ -53,7 +55,11 @@ class Node(Frozen):
 
     @property
     def kinds(self) -> dict[str, bool]:
-        """Endings of the names of its kinds, and which is spot. The one that is tried first comes last: it is written in terms of the other."""
+        """Node groups of this kind: suffix of the group's name -> whether it uses spot instances.
+
+        The preferred group comes last: in ray-cluster.yaml it refers to the YAML anchor of the
+        other one.
+        """
         return {
             "on-demand": {"": False},
             "spot": {"": True},
@@ -99,7 +105,7 @@ class Serving(Frozen):
 
 
 class Sizes(Frozen):
-    """Every count and name of a cluster."""
+    """All sizes and names of a cluster: the contents of sizes.yaml."""
 
     cluster: str = Field(pattern=r"^[a-z][a-z0-9-]{0,30}$")
     region: str = Field(pattern=r"^[a-z]+(-[a-z]+)+-[0-9]+$")
@@ -118,7 +124,7 @@ class Sizes(Frozen):
 
     @property
     def train_settings(self) -> tuple[str, ...]:
-        """What `jobs/train.py` is given with --set."""
+        """Values of --set for `jobs/train.py`."""
         return (
             f"data.corpus=s3://{self.bucket}/corpus/train",
             f"data.held_out=s3://{self.bucket}/corpus/held_out",
@@ -142,7 +148,10 @@ class Sizes(Frozen):
 
     @property
     def most_workers(self) -> int:
-        """Nodes beside the head. Spot nodes and those in their place count once."""
+        """Maximum number of nodes besides the head.
+
+        With market spot-first, the spot and on-demand groups of a kind share one maximum.
+        """
         return self.nodes.data.max + self.nodes.train.max + self.nodes.serve.max
 
     @model_validator(mode="after")
@@ -158,7 +167,8 @@ class Sizes(Frozen):
         ):
             if wanted > gpus[node]:
                 raise ValueError(
-                    f"{what} want {wanted:g} GPUs and nodes.{node} have {gpus[node]}; raise nodes.{node}.max, or ask for less"
+                    f"{what} want {wanted:g} GPUs and nodes.{node} have {gpus[node]}; "
+                    f"raise nodes.{node}.max, or ask for less"
                 )
         if any(
             scale.gpus is None for scale in (self.serving.base_scale, self.serving.upsampler_scale)
@@ -172,7 +182,7 @@ class Sizes(Frozen):
 
 
 def read_sizes(path: Path, settings: list[str] = ()) -> Sizes:
-    """Raises UserError where the file or a setting cannot be used."""
+    """Read a file of sizes and apply `settings` (KEY=VALUE). Raises UserError if invalid."""
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -183,14 +193,13 @@ def read_sizes(path: Path, settings: list[str] = ()) -> Sizes:
             f"{path} is not YAML{f', at line {mark.line + 1}' if mark else ''}; mend it there."
         ) from None
     sizes = override(validate(Sizes, tree if isinstance(tree, dict) else {}), settings)
-    override(
-        presets.get(sizes.training.preset), sizes.train_settings
-    )  # a run that would be refused on the cluster is refused here
+    # Check the training settings, so that an invalid run fails here and not on the cluster.
+    override(presets.get(sizes.training.preset), sizes.train_settings)
     return sizes
 
 
 def rendered(sizes: Sizes) -> dict[str, str]:
-    """The text of each file, by its path from the root of the checkout."""
+    """Text of each rendered file, by its path relative to the root of the checkout."""
     environment = Environment(
         loader=FileSystemLoader(HERE / "templates"),
         undefined=StrictUndefined,
@@ -277,7 +286,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except OSError as error:
         print(
-            f"render: {error.filename} cannot be written: {error.strerror}; give another folder with --out, or the rights to this one.",
+            f"render: {error.filename} cannot be written: {error.strerror}; "
+            f"give another folder with --out, or the rights to this one.",
             file=sys.stderr,
         )
         return 2

@@ -1,8 +1,12 @@
-"""Generated pictures beside real ones, for `ray job submit --working-dir . -- python jobs/evaluate.py PICTURES --reference CORPUS --out OUT`.
+"""Evaluate generated pictures against real ones, as a Ray job.
 
-PICTURES is what jobs/generate.py left, or any corpus; without it pictures of the reference's captions are made first. OUT gets figures.json,
-report.html, fronts.png, the reference's statistics to be used again, and what was seen of all images. Prints one line of JSON at its end. Submitted
-again it goes on with what is missing.
+ray job submit --working-dir . -- \\
+    python jobs/evaluate.py PICTURES --reference CORPUS --out OUT
+
+PICTURES is the output of jobs/generate.py, or any corpus. Without PICTURES the job first generates
+pictures from the captions of the reference. It writes to OUT: figures.json, report.html,
+fronts.png, the statistics of the reference for later runs, and the features of all images. At the
+end it prints one line of JSON. Submitting the same command again does only what is missing.
 """
 
 import argparse

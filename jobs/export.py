@@ -1,7 +1,10 @@
-"""Weights from a run's checkpoint, for `ray job submit --working-dir . -- python jobs/export.py RUN --out s3://bucket/weights/base.safetensors`.
+"""Export the weights of a run's checkpoint, as a Ray job.
 
-Needs no GPU, and without --half only the memory of the largest tensor. Prints one line of JSON at
-its end. Submitted again it does nothing, unless the run has a newer checkpoint.
+ray job submit --working-dir . -- \\
+    python jobs/export.py RUN --out s3://bucket/weights/base.safetensors
+
+Needs no GPU, and without --half only the memory of the largest tensor. At the end it prints one
+line of JSON. Submitting the same command again does nothing, unless the run has a newer checkpoint.
 """
 
 import argparse
@@ -20,7 +23,8 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "checkpoint",
-        help="a run's folder or s3:// prefix, whose last whole checkpoint is taken, or a checkpoint's",
+        help="a run's folder or s3:// prefix, whose last whole checkpoint is taken, "
+        "or a checkpoint's",
     )
     parser.add_argument("--out", required=True, help="weights file to write, local or s3://")
     parser.add_argument(

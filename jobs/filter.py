@@ -1,7 +1,11 @@
-"""A corpus without what is not to be trained on, for `ray job submit --working-dir . -- python jobs/filter.py SOURCE --out OUT`.
+"""Remove rows from a training corpus, as a Ray job.
 
-Without --content: rules of image and caption, and near-duplicates (`glide clean`). With it: the rows that a content filter
-lets pass (`glide filter apply`). Prints one line of JSON at its end. Submitted again with the same arguments it does nothing.
+ray job submit --working-dir . -- python jobs/filter.py SOURCE --out OUT
+
+Without --content it drops rows that break a rule of image or caption, and near-duplicates
+(`glide clean`). With --content it keeps the rows that pass a content filter (`glide filter apply`).
+At the end it prints one line of JSON. Submitting the same command again does nothing, unless SOURCE
+or the content filter has changed.
 """
 
 import argparse
@@ -24,7 +28,8 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "source",
-        help="a folder or s3:// prefix of .tar, .parquet or images with captions, or data/{00000..00999}.tar",
+        help="a folder or s3:// prefix of .tar, .parquet or images with captions, "
+        "or data/{00000..00999}.tar",
     )
     parser.add_argument(
         "--out", required=True, help="folder, which all nodes see, or s3:// prefix to write to"
@@ -50,7 +55,8 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--clip",
-        help="where the CLIP is now that the content filter was fitted with (default: where it was)",
+        help="where the CLIP is now that the content filter was fitted with "
+        "(default: where it was)",
     )
     return parser
 
@@ -64,7 +70,7 @@ def main() -> int:
 
 
 def asked(options) -> dict:
-    """The arguments, and what they name as it is now."""
+    """The arguments, with the state of the files that they name: a changed file is a new job."""
     source = absolute(options.source)
     content = {"content_is": fingerprint(fetch(options.content))} if options.content else {}
     return {**vars(options), "source_is": state(source, find_parts(source)), **content}

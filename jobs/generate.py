@@ -1,8 +1,11 @@
-"""Pictures in bulk, for `ray job submit --working-dir . -- python jobs/generate.py PROMPTS --out OUT`.
+"""Generate pictures in bulk, as a Ray job.
 
-PROMPTS has a prompt a line, or with the ending .jsonl objects with `prompt` and, if you like, `seed`; local or s3://. The PNGs go to
-OUT/00000/, each with its recipe; OUT/metadata.jsonl has their prompts, so that OUT is a corpus. Prints one line of JSON at its end. Submitted again it makes
-what is missing.
+ray job submit --working-dir . -- python jobs/generate.py PROMPTS --out OUT
+
+PROMPTS is a file, local or s3://, with one prompt per line; a .jsonl file has one object per line,
+with `prompt` and optionally `seed`. The PNGs are written to OUT/00000/, each with its recipe, and
+their prompts to OUT/metadata.jsonl, which makes OUT a corpus. At the end the job prints one line of
+JSON. Submitting the same command again generates only the missing pictures.
 """
 
 import argparse

@@ -1,6 +1,9 @@
-"""The emoji corpus, for `ray job submit --working-dir . -- python jobs/prepare.py --out s3://bucket/corpus`.
+"""Build the emoji corpus, as a Ray job.
 
-Prints one line of JSON at its end. Submitted again it does nothing that is done.
+ray job submit --working-dir . -- python jobs/prepare.py --out s3://bucket/corpus
+
+At the end it prints one line of JSON. Submitting the same command again skips everything that is
+done.
 """
 
 import argparse

@@ -1,7 +1,9 @@
-"""A training job, for `ray job submit --working-dir . -- python jobs/train.py PRESET --out s3://bucket/runs/NAME`.
+"""Train a model, as a Ray job.
 
-Prints one line of JSON at its end. Submitted again with the same --out it goes on with an interrupted run, and returns at once
-from a finished one.
+ray job submit --working-dir . -- python jobs/train.py PRESET --out s3://bucket/runs/NAME
+
+At the end it prints one line of JSON. Submitting again with the same --out resumes an interrupted
+run; for a finished run it returns at once.
 """
 
 import argparse

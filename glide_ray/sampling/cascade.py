@@ -1,4 +1,7 @@
-"""Prompt -> 64x64 -> 256x256, and edits of an image: a few calls of the stepper (sec. 4, 4.3; app. B.2)."""
+"""Text-to-image cascade (prompt -> 64x64 -> 256x256) and image editing (sec. 4, 4.3; app. B.2).
+
+Every task is a few calls of `Stepper.run`.
+"""
 
 from __future__ import annotations
 
@@ -25,25 +28,25 @@ from ..tensors import Conditioning
 from .request import SampleRequest
 from .stepper import Stepper
 
-MAX_SCALE = 100.0
-TIMESTEPS = 1000  # of a model that is not known yet
-Progress = Callable[[str, int, int], None]  # stage, denoising steps done in it, and in all
+MAX_SCALE = 100.0  # largest scale of classifier-free and CLIP guidance
+TIMESTEPS = 1000  # default number of diffusion timesteps when the model is unknown
+# Arguments: stage name, denoising steps done in this stage, denoising steps of this stage.
+Progress = Callable[[str, int, int], None]
 
 
 class RequestError(UserError):
-    """A request that cannot be served. `param` names the field."""
+    """An invalid request. `param`: name of the invalid field."""
 
     def __init__(self, message: str, param: str):
         super().__init__(message)
         self.param = param
 
-    def __reduce__(
-        self,
-    ):  # an exception is unpickled from what its base class was given, which lacks `param`
+    # By default an exception is unpickled from the arguments of its base class, without `param`.
+    def __reduce__(self):
         return type(self), (str(self), self.param)
 
 
-# -- requests ---------------------------------------------------------------------------------------------------------
+# -- requests --------------------------------------------------------------------------------------
 
 
 def check_options(
@@ -53,10 +56,13 @@ def check_options(
     base: ModelConfig | None = None,
     upsampler: ModelConfig | None = None,
 ) -> None:
-    """Raises RequestError for an option, a seed or a strength that makes no sense, to these models where they are known."""
+    """Raise RequestError for an invalid option, seed or strength.
+
+    Steps are checked against the timesteps of the models, or TIMESTEPS for a model that is None.
+    """
     for param, least in (("guidance_scale", 0), ("clip_scale", 0)):
         scale = getattr(options, param)
-        if scale is not None and not least <= scale <= MAX_SCALE:  # also false for nan
+        if scale is not None and not least <= scale <= MAX_SCALE:  # true for NaN, too
             raise RequestError(
                 f"{param} must lie between {least} and {MAX_SCALE:g} (given: {scale}); 3 is usual.",
                 param,
@@ -80,14 +86,16 @@ def check_options(
     low, high = options.guidance_interval
     if not 0 <= low <= high <= 1:
         raise RequestError(
-            f"guidance_interval must be two numbers from 0 to 1, the smaller first (given: {low} and {high}).",
+            f"guidance_interval must be two numbers from 0 to 1, the smaller first "
+            f"(given: {low} and {high}).",
             "guidance_interval",
         )
     if seed is not None and not 0 <= seed < 2**63:
         raise RequestError(f"seed must lie between 0 and 2^63 - 1 (given: {seed}).", "seed")
     if strength is not None and not 0 < strength <= 1:
         raise RequestError(
-            f"strength must lie above 0 and at most at 1 (given: {strength}); 0.6 keeps a picture's outline.",
+            f"strength must lie above 0 and at most at 1 (given: {strength}); "
+            f"0.6 keeps a picture's outline.",
             "strength",
         )
 
@@ -104,7 +112,12 @@ def base_request(
     start: np.ndarray | None = None,
     strength: float = 1.0,
 ) -> SampleRequest:
-    """One sample of a base model. `known` and `start` uint8 (H, W, 3), `known_mask` bool (H, W), true = keep, at the model's size."""
+    """Build the request for one sample of a base model.
+
+    At the model's image size: `known` (known pixels) and `start` (initial image of SDEdit) uint8
+    (H, W, 3), `known_mask` bool (H, W), true = keep. Raises RequestError for CLIP guidance without
+    a `critic`.
+    """
     if options.clip_scale and critic is None:
         raise RequestError(
             "clip_scale asks for CLIP guidance, which needs a CLIP model; give one with it.",
@@ -136,7 +149,11 @@ def edit_request(
     start: np.ndarray | None = None,
     strength: float = 1.0,
 ) -> SampleRequest:
-    """The base model's part of an edit of `image` (S, S, 3), or of a variation that begins from `start` (S, S, 3), at the cascade's size."""
+    """Build the base model's request for an edit, or for a variation that starts from `start`.
+
+    At the cascade's image size: `image` and `start` uint8 (S, S, 3), `known_mask` bool (S, S),
+    true = keep. They are shrunk to the base model's size here.
+    """
     size = config.image_size
     known, mask = shrink_known(image, known_mask, size)
     return base_request(
@@ -162,7 +179,11 @@ def upsampler_request(
     known: np.ndarray | None = None,
     known_mask: np.ndarray | None = None,
 ) -> SampleRequest:
-    """One sample of an upsampler from `low_res` (3, h, w), the base stage's image, taken at the 8 bits it would be saved in."""
+    """Build the request for one sample of an upsampler.
+
+    `low_res` (3, h, w): the base stage's image, rounded here to the 8 bits of a saved image.
+    `known` and `known_mask`: as in `base_request`, at the upsampler's image size.
+    """
     return SampleRequest(
         _conditioning(config, prompt, to_8_bits(low_res)[None], known, known_mask),
         seed,
@@ -173,7 +194,10 @@ def upsampler_request(
 def shrink_known(
     image: np.ndarray, known_mask: np.ndarray, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """An edit's image (H, H, 3) and mask (H, H) at a smaller model's size: a pixel is known if all it covers is known."""
+    """Shrink an edit's image (H, H, 3) and mask (H, H) to the image size of a smaller model.
+
+    A small pixel is known only if all the pixels that it covers are known.
+    """
     factor = len(known_mask) // size
     return area_downsample(image, size), known_mask.reshape(size, factor, size, factor).all(
         axis=(1, 3)
@@ -191,12 +215,12 @@ def _spacing(steps: int | str | None) -> str | None:
     return None if steps is None else str(steps)
 
 
-# -- the cascade ------------------------------------------------------------------------------------------------------
+# -- the cascade -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """The best of several pictures: its seed, and the score of each candidate's seed."""
+    """The best of several images, its seed, and the CLIP score of every candidate by seed."""
 
     image: np.ndarray
     seed: int
@@ -205,13 +229,11 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Cascade:
-    """A base model, with a CLIP if there is one, and, for pictures four times as large, an upsampler."""
+    """A base model with an optional CLIP (`base.critic`), and an optional 4x upsampler."""
 
     base: Stepper
     upsampler: Stepper | None = None
-    sources: Mapping[str, str | Path] = field(
-        default_factory=dict
-    )  # role -> the weights file that was loaded
+    sources: Mapping[str, str | Path] = field(default_factory=dict)  # role -> loaded weights file
     precision: str = "fp32"
 
     @classmethod
@@ -224,11 +246,12 @@ class Cascade:
         clip: str | Path | None = None,
         batched: bool | None = None,
     ) -> Cascade:
-        """From weights files, on the GPU if there is one; `clip` may also be a public CLIP's folder. Raises WeightsError.
+        """Load weights files, on the GPU if there is one. Raises WeightsError.
 
-        `batched`: up to `max_in_flight` pictures in each network call, which is faster. On a CPU
-        the default is one by one, so that a picture does not depend on those beside it, to the last
-        bit. "emoji" names the weights that ship with the package: as `base` alone, both of them.
+        `clip` may also be the folder of a public CLIP. `batched`: up to `max_in_flight` images in
+        each network call, which is faster. The default on a CPU is one image per call, so that an
+        image is bit-identical whatever else is in flight. "emoji" names the shipped weights: as
+        `base` alone it loads both the base model and the upsampler.
         """
         if str(base) == SHIPPED and upsampler is None:
             upsampler = SHIPPED
@@ -266,7 +289,7 @@ class Cascade:
         options: SampleOptions = SampleOptions(),
         progress: Progress | None = None,
     ) -> list[np.ndarray]:
-        """A picture for each prompt and seed: uint8 (S, S, 3). `progress` is told of each step."""
+        """Generate an image uint8 (S, S, 3) for each prompt and seed. Calls `progress` per step."""
         return self._enlarged(
             self._small(prompts, seeds, options, progress), prompts, seeds, options, progress
         )
@@ -278,7 +301,10 @@ class Cascade:
         options: SampleOptions = SampleOptions(),
         progress: Progress | None = None,
     ) -> Ranked:
-        """The picture that CLIP scores highest among those of all `seeds` (app. E: 64 of them); only this one is enlarged."""
+        """Generate an image per seed and keep the one with the highest CLIP score (app. E: 64).
+
+        Only the best base image is upsampled. Raises RequestError without a CLIP.
+        """
         if self.base.critic is None:
             raise RequestError(
                 "The best of several pictures is chosen by CLIP; give a CLIP model.", "best_of"
@@ -292,7 +318,7 @@ class Cascade:
         return Ranked(image, seeds[best], dict(zip(seeds, scores, strict=True)))
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
-        """CLIP's logit of base-size images (N, 3, h, w) with their prompts: sec. 5.2's CLIP score of each."""
+        """CLIP score (sec. 5.2) of each base-size image (N, 3, h, w): its logit with its prompt."""
         return clip_scores(self.base.critic, self.base.device, images, prompts)
 
     def edit(
@@ -304,7 +330,10 @@ class Cascade:
         options: SampleOptions = SampleOptions(),
         progress: Progress | None = None,
     ) -> np.ndarray:
-        """Paint anew where `known_mask` (S, S) is false; every known pixel of `image` uint8 (S, S, 3) comes out as it was."""
+        """Inpaint the pixels where `known_mask` (S, S) is false.
+
+        Returns uint8 (S, S, 3); every known pixel has exactly the value it has in `image`.
+        """
         return self._painted(image, known_mask, None, 1.0, prompt, seed, options, progress)
 
     def vary(
@@ -318,9 +347,11 @@ class Cascade:
         options: SampleOptions = SampleOptions(),
         progress: Progress | None = None,
     ) -> np.ndarray:
-        """SDEdit (Meng et al. 2021; fig. 4): begin from `image` uint8 (S, S, 3) under noise, with `strength` of the schedule to go.
+        """Vary an image by SDEdit (Meng et al. 2021; fig. 4).
 
-        `sketch`, the same with strokes drawn on it, is what the painted part begins from; what `known_mask` keeps is the image's own.
+        Sampling starts from `image` uint8 (S, S, 3) plus noise and runs the last `strength`
+        fraction of the schedule. `sketch`, the image with strokes drawn on it, replaces the image
+        as the start. Pixels that `known_mask` (S, S) keeps are those of `image`.
         """
         known_mask = np.zeros((self.size, self.size), bool) if known_mask is None else known_mask
         return self._painted(
@@ -342,7 +373,10 @@ class Cascade:
         options: SampleOptions = SampleOptions(),
         progress: Progress | None = None,
     ) -> Iterator[np.ndarray]:
-        """Edits (known mask, prompt), each on the picture before it (fig. 3), with seeds that count up from `seed`: each as it is done."""
+        """Apply edits (known mask, prompt) one after another, each to the last result (fig. 3).
+
+        Edit n uses the seed `seed` + n. Yields the image after each edit.
+        """
         for n, (known_mask, prompt) in enumerate(edits):
             image = self.edit(image, known_mask, prompt, seed + n, options, progress)
             yield image
@@ -368,7 +402,7 @@ class Cascade:
     def _painted(
         self, image, known_mask, start, strength, prompt, seed, options, progress
     ) -> np.ndarray:
-        """Both stages of an edit, from noise or from `start` under noise."""
+        """Run both stages of an edit, from noise or, if `start` is set, by SDEdit."""
         for pixels in (image, start if start is not None else image):
             if known_mask.shape != (self.size, self.size) or pixels.shape != (
                 self.size,
@@ -376,8 +410,9 @@ class Cascade:
                 3,
             ):
                 raise RequestError(
-                    f"The image and its mask must be {self.size}x{self.size} pixels (given: {pixels.shape[1]}x"
-                    f"{pixels.shape[0]} and {known_mask.shape[1]}x{known_mask.shape[0]}).",
+                    f"The image and its mask must be {self.size}x{self.size} pixels "
+                    f"(given: {pixels.shape[1]}x{pixels.shape[0]} and "
+                    f"{known_mask.shape[1]}x{known_mask.shape[0]}).",
                     "mask",
                 )
         request = edit_request(
@@ -404,7 +439,7 @@ class Cascade:
 def clip_scores(
     critic: ClipScorer, device: torch.device | str, images: Tensor, prompts: Sequence[str]
 ) -> list[float]:
-    """CLIP's logit of images (N, 3, h, w), as they would be saved, with their prompts."""
+    """CLIP logit of each image (N, 3, h, w) with its prompt. Images are first rounded to 8 bits."""
     images = to_8_bits(images).to(device)
     return critic.score(
         images, torch.zeros(len(images), dtype=torch.int64, device=device), critic.embed(prompts)
@@ -420,7 +455,10 @@ def load_stepper(
     lanes: int = 1,
     batched: bool | None = None,
 ) -> Stepper:
-    """Weights, by path or name, as a Stepper for `role`, "base" or "upsampler". Raises WeightsError if they are another's."""
+    """Load weights, by path or name, into a Stepper for `role`: "base" or "upsampler".
+
+    Raises WeightsError, also for weights of another role.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = locate(path, role)
     model, config = load_model(

@@ -1,4 +1,4 @@
-"""A stepper that many threads share: requests in, Futures of images out. What the server runs."""
+"""Thread-safe wrapper of a stepper, used by the server: requests in, Futures of images out."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from .stepper import Stepper
 
 @dataclass(frozen=True)
 class Load:
-    """What an engine has to do, and what it has done since it began."""
+    """Current load of an engine, and its counters since it started."""
 
     in_flight: int
     queued: int
-    width: int  # samples that one step can advance
-    steps: int  # network steps
-    sample_steps: int  # of all samples: divided by width * steps, how full the steps were
-    busy_seconds: float
+    width: int  # maximum number of samples per step
+    steps: int  # steps done; each advances up to `width` samples
+    sample_steps: int  # denoising steps, summed over samples; / (width * steps): mean occupancy
+    busy_seconds: float  # time spent in steps
     finished: int  # samples
-    cancelled: int
-    failed: int
+    cancelled: int  # samples
+    failed: int  # samples
 
 
 class Engine:
-    """A stepper with a thread of its own: `submit` from anywhere, wait on the Future it gives.
+    """Runs a stepper on its own thread. `submit` may be called from any thread.
 
-    Cancelling the Future frees the sample's place before the next step.
+    A cancelled Future frees the sample's place before the next step.
     """
 
     def __init__(self, stepper: Stepper):
@@ -60,22 +60,30 @@ class Engine:
         )
 
     def submit(self, request: SampleRequest) -> Future:
-        """A Future of the image (3, H, W) in [-1, 1], on the CPU."""
+        """Queue a request and return a Future of its image (3, H, W) in [-1, 1], on the CPU.
+
+        The Future raises UserError for an invalid request. Raises RuntimeError after `close`.
+        """
         future: Future = Future()
         self._inbox.put((request, future))
-        if self._closed:  # asked last: what was put before it closed is cancelled by it
+        # Check after the put: if `_closed` is not set yet, the engine's thread has yet to empty the
+        # inbox, and will cancel this Future when it closes.
+        if self._closed:
             raise RuntimeError("this engine has been closed")
         return future
 
     def check(self) -> None:
-        """Raises RuntimeError where no request can be answered any more: the thread has ended, or the GPU's stream has failed."""
+        """Raise RuntimeError if the engine's thread has ended or its CUDA stream has failed.
+
+        Neither recovers: the engine can serve no further request.
+        """
         if not self._thread.is_alive():
             raise RuntimeError("the engine's thread has ended; start another engine")
         if self._stepper.device.type == "cuda":
             torch.cuda.current_stream(self._stepper.device).query()
 
     def close(self) -> None:
-        """Stop after the current step; what has not finished is cancelled."""
+        """Stop after the current step and cancel all unfinished samples."""
         self._closed = True
         self._inbox.put(None)
         self._thread.join()
@@ -87,7 +95,7 @@ class Engine:
                 began = time.monotonic()
                 self._step()
                 self._busy_seconds += time.monotonic() - began
-        finally:  # also where a fault ends the thread: nobody is to wait for it
+        finally:  # also after an exception: no caller may wait for ever on a Future
             self._closed = True
             for future in self._futures.values():
                 future.cancel()
@@ -101,9 +109,12 @@ class Engine:
             self._end(ticket, "cancelled")
         try:
             for ticket, image in self._stepper.step():
-                pixels = image.cpu()  # a GPU's faults come out here: the sample is still one of ours, and fails with the others
+                # GPU errors surface here. Copy before `_end`, so that the sample is still
+                # registered and fails with the others.
+                pixels = image.cpu()
                 _settle(self._end(ticket, "finished"), pixels)
-        except Exception as error:  # a network that fails does so for every sample in flight; those that wait may succeed
+        except Exception as error:
+            # A failed step fails every sample in flight; queued samples may still succeed.
             waiting = self._stepper.waiting
             for ticket in [ticket for ticket in self._futures if ticket not in waiting]:
                 self._stepper.cancel(ticket)
@@ -114,7 +125,7 @@ class Engine:
         return self._futures.pop(ticket)
 
     def _receive(self, block: bool) -> None:
-        """Take in what has come; wait for something when there is nothing else to do."""
+        """Move requests from the inbox to the stepper. `block`: wait for at least one."""
         while block or not self._inbox.empty():
             item = self._inbox.get()
             if item is None:
@@ -123,7 +134,7 @@ class Engine:
             try:
                 self._futures[self._stepper.submit(request)] = future
                 block = False
-            except Exception as error:  # of this request alone: the thread goes on for the others
+            except Exception as error:  # fails this request only; the thread serves the others
                 self._ended["failed"] += not isinstance(error, UserError)
                 _settle(future, error)
 
@@ -134,5 +145,5 @@ def _settle(future: Future, result: Tensor | Exception) -> None:
             future.set_exception(result)
         else:
             future.set_result(result)
-    except (InvalidStateError, CancelledError):  # its client left in the same moment
+    except (InvalidStateError, CancelledError):  # the client cancelled at the same moment
         pass

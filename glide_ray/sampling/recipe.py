@@ -1,4 +1,8 @@
-"""What every PNG carries of how it was made, and making it again: prompt, seed, options, models with their hashes, and inputs."""
+"""Recipes: how an image was made, stored in its PNG, from which it can be reproduced.
+
+A recipe holds the prompt, seed, options and the models with their hashes; the input images of an
+edit are stored beside it.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +28,20 @@ from ..pretrained.card import Source, sources_in, union
 from ..storage import fingerprint, put, read
 from .cascade import Cascade, Progress
 
-CHUNK = "glide_ray"  # of the PNG's text; the inputs have chunks of their own beside it
+CHUNK = "glide_ray"  # keyword of the PNG text chunk; inputs have chunks named CHUNK.NAME
 INPUTS = ("image", "mask", "sketch")
 
 
 class RecipeError(UserError):
-    """A picture that cannot be made again."""
+    """An image that cannot be reproduced."""
 
 
 class ModelUsed(Frozen):
-    """A weights file: its path as the user gave it, or the name of the shipped weights ("" where a server does not tell),
-    and the SHA-256 of its bytes."""
+    """Weights that made an image.
+
+    `path`: as the user wrote it, or the name of the shipped weights; "" in images from a server,
+    which does not disclose its paths. `sha256`: of the file's bytes.
+    """
 
     name: str
     path: str
@@ -42,36 +49,35 @@ class ModelUsed(Frozen):
 
 
 class Recipe(Frozen):
-    """How one picture was made, nothing left to a default."""
+    """How one image was made, with a value for every option."""
 
     task: Literal["generate", "edit", "vary"]
     prompt: str
     seed: int
     options: SampleOptions
     strength: float = 1.0
-    precision: str  # fp32, bf16, fp16; auto where a server chose by its device
-    models: dict[str, ModelUsed]  # base, upsampler, clip
-    made_with: str  # versions and device, to explain a difference
+    precision: str  # fp32, bf16 or fp16; auto: a server chose it by device
+    models: dict[str, ModelUsed]  # by role: base, upsampler, clip
+    made_with: str  # versions and device, to explain a difference when reproducing
 
 
 @dataclass(frozen=True)
 class Maker:
-    """The models that make pictures, as their recipes name them."""
+    """The models that make images, with the metadata that recipes record."""
 
     base: ModelConfig
     upsampler: ModelConfig | None
     models: Mapping[str, ModelUsed]
     precision: str
     made_with: str
-    sources: tuple[
-        Source, ...
-    ] = ()  # whose pictures they were trained on, as far as the weights say
+    sources: tuple[Source, ...] = ()  # origins of the training images, if the weights name them
 
     @classmethod
     def read(cls, paths: Mapping[str, str | None], precision: str, device: str) -> Maker:
-        """Of weights by role, local, s3:// or a name, without their tensors. Where they lie is not said.
+        """Read weights by role (local path, s3:// URL or name) without loading their tensors.
 
-        Raises WeightsError, StorageError where one is missing, broken, of the wrong kind, or does not go with another.
+        Leaves the paths out of the recipes. Raises WeightsError or StorageError if a file is
+        missing, broken, of the wrong role, or incompatible with another.
         """
         configs, used, sources = {}, {}, []
         for role, path in paths.items():
@@ -125,7 +131,7 @@ class Maker:
     def recipe(
         self, task: str, prompt: str, seed: int, options: SampleOptions, strength: float = 1.0
     ) -> Recipe:
-        """Of what these models make of a request. What it leaves to them is filled in."""
+        """The recipe of a request to these models, whose defaults fill unset options."""
         own = {
             "sampler": self.base.sampling.sampler,
             "steps": self.base.sampling.respacing,
@@ -152,7 +158,11 @@ class Maker:
 
 
 def png_text(recipe: Recipe, inputs: Mapping[str, np.ndarray] | None = None) -> dict[str, str]:
-    """The chunks that a PNG carries. `inputs`: the image and sketch (S, S, 3) uint8 and known mask (S, S) bool that it was made from."""
+    """PNG text chunks of a recipe and its inputs.
+
+    `inputs`: the input images of an edit: `image` and `sketch` uint8 (S, S, 3), `mask` bool (S, S),
+    true = known.
+    """
     text = {CHUNK: recipe.model_dump_json()}
     for name, given in (inputs or {}).items():
         pixels = np.where(given, 255, 0).astype(np.uint8) if given.dtype == bool else given
@@ -166,20 +176,21 @@ def save_picture(
     recipe: Recipe,
     inputs: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Write a PNG with its recipe and its inputs."""
+    """Write a PNG with its recipe and inputs."""
     put(encode(pixels, text=png_text(recipe, inputs)), path)
 
 
 def read_recipe(path: str | Path) -> tuple[Recipe, dict[str, np.ndarray], np.ndarray]:
-    """The recipe of a PNG, the inputs beside it, and its pixels. Raises RecipeError, ImageError."""
+    """Read a PNG's recipe, inputs and pixels. Raises RecipeError, ImageError."""
     data = read(path)
     opened = open_image(data)
-    pixels = np.asarray(decode(data))  # reads the chunks that follow the pixels, too
+    pixels = np.asarray(decode(data))
+    # `.text` loads the pixels too, because text chunks may follow them.
     text = getattr(opened, "text", {})
     if CHUNK not in text:
         raise RecipeError(
-            f"{path} carries no recipe: only PNGs that `glide` wrote do, and a program that has saved one since may have "
-            f"dropped it."
+            f"{path} carries no recipe: only PNGs that `glide` wrote do, and a program that has "
+            f"saved one since may have dropped it."
         )
     try:
         recipe = Recipe.model_validate_json(text[CHUNK])
@@ -190,7 +201,8 @@ def read_recipe(path: str | Path) -> tuple[Recipe, dict[str, np.ndarray], np.nda
         }
     except (ValidationError, ValueError) as error:
         raise RecipeError(
-            f"{path} carries a recipe that this version does not read ({str(error).splitlines()[0]})."
+            f"{path} carries a recipe that this version does not read "
+            f"({str(error).splitlines()[0]})."
         ) from None
     if "mask" in inputs:
         inputs["mask"] = inputs["mask"][:, :, 0] > 127
@@ -198,9 +210,10 @@ def read_recipe(path: str | Path) -> tuple[Recipe, dict[str, np.ndarray], np.nda
 
 
 def find_models(recipe: Recipe, elsewhere: Mapping[str, Path | None]) -> dict[str, Path]:
-    """The weights files of a recipe, where it says, `elsewhere`, or in the package.
+    """Find a recipe's weights files: in `elsewhere`, at the recorded paths, or in the package.
 
-    Raises RecipeError where one is missing or is another.
+    `elsewhere`: paths from the user, by role; they come first. Raises RecipeError if a file is
+    missing or its SHA-256 differs.
     """
     found = {}
     for role, used in recipe.models.items():
@@ -212,19 +225,24 @@ def find_models(recipe: Recipe, elsewhere: Mapping[str, Path | None]) -> dict[st
                 else f"The recipe does not say where the {role} weights are"
             )
             raise RecipeError(
-                f"{what}; give the path of {used.name} (SHA-256 {used.sha256[:16]}...) with --{role}."
+                f"{what}; give the path of {used.name} (SHA-256 {used.sha256[:16]}...) "
+                f"with --{role}."
             )
         if fingerprint(path) != used.sha256:
             raise RecipeError(
-                f"{path} is not the file that made this picture: its SHA-256 begins {fingerprint(path)[:16]} and that of "
-                f"{used.name} {used.sha256[:16]}; give the path of the right one with --{role}."
+                f"{path} is not the file that made this picture: its SHA-256 begins "
+                f"{fingerprint(path)[:16]} and that of {used.name} {used.sha256[:16]}; "
+                f"give the path of the right one with --{role}."
             )
         found[role] = path
     return found
 
 
 def _path_of(role: str, used: ModelUsed, elsewhere: Path | None) -> Path:
-    """Where a model's weights should be. What a recipe does not find is looked for among the shipped weights."""
+    """Expected path of a model's weights.
+
+    If nothing exists at the recorded path, falls back to the shipped file with the same SHA-256.
+    """
     given = Path(elsewhere or used.path)
     if str(given) == SHIPPED:
         return Path(shipped.locate(SHIPPED, role))
@@ -238,7 +256,7 @@ def make_again(
     inputs: Mapping[str, np.ndarray],
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """The picture of a recipe: uint8 (S, S, 3)."""
+    """Reproduce the image of a recipe: uint8 (S, S, 3)."""
     if recipe.task == "generate":
         return cascade.generate([recipe.prompt], [recipe.seed], recipe.options, progress)[0]
     if recipe.task == "edit":
@@ -258,7 +276,7 @@ def make_again(
 
 
 def versions(device: str) -> str:
-    """What a difference between two pictures of one recipe may come from."""
+    """Versions and device: possible causes of a difference between two images of one recipe."""
     return (
         f"glide_ray {importlib.metadata.version('glide_ray')}, torch {torch.__version__}, {device}"
     )

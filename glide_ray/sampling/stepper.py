@@ -1,8 +1,9 @@
-"""Samples in flight at different timesteps, advanced together one denoising step at a time.
+"""Denoise samples at different timesteps together, one step at a time (continuous batching).
 
-The loop under the cascade and under the server. Each sample has its own seed, sampler, number of steps, guidance scale and
-conditioning, and joins and leaves between steps. Its noise comes from a generator of its own on the CPU, so a sample is the
-same whatever it is batched with, on whichever replica, and after a retry: to the last bit on a CPU, up to rounding on a GPU.
+The sampling loop of the cascade and of the server. Each sample has its own seed, sampler, number of
+steps, guidance scale and conditioning, and joins or leaves the batch between steps. Its noise comes
+from its own generator on the CPU, so that its image does not depend on the rest of the batch, on
+the replica or on retries: bit-identical on a CPU, equal up to rounding on a GPU.
 """
 
 from __future__ import annotations
@@ -35,18 +36,21 @@ from ..models.unet import GlideUNet
 from ..tensors import Conditioning, ModelOutput, TextFeatures, to_device_async
 from .request import ActiveSample, SampleBatch, SampleRequest
 
-DEADLINE_STRETCH = 3  # a sample is due after so many times its own steps: short ones go first, and none waits for ever
-CACHED_CAPTIONS = 64  # of which the text features are at hand
-GPU_STEPS_AHEAD = 1  # steps that a GPU may still have to do when the next is prepared: what leaves or comes is heeded the step after
+# deadline = submit time + DEADLINE_STRETCH x steps, in sample-steps. Earliest deadline first, so
+# that short samples overtake long ones, and nothing starves.
+DEADLINE_STRETCH = 3
+CACHED_CAPTIONS = 64  # captions whose text features are cached
+GPU_STEPS_AHEAD = 1  # GPU steps in flight; admissions and cancellations lag by this many
 
 
 class Stepper:
-    """Not thread-safe: one thread submits and steps (`engine.Engine` has a thread of its own).
+    """Advances the samples of one model. Not thread-safe (`engine.Engine` runs it on one thread).
 
-    `batched` puts all samples into one network call, which is what a GPU wants. On a CPU a call takes as long as its rows do
-    one by one, so there each sample has a call to itself, `lanes` of them at once, and is then the same to the last bit in any
-    company. Each step advances the samples that are due first; all that are in flight where they are batched.
-    `critic` is the CLIP that guides those samples that ask for it.
+    `batched`: all samples in flight share one network call, which suits a GPU. On a CPU a call
+    takes as long as its rows do one by one, so each sample has its own call, with up to `lanes`
+    calls in parallel, and its image is bit-identical whatever else is in flight. Each step advances
+    the samples with the earliest deadlines; if `batched`, all samples in flight. `critic`: the CLIP
+    model for samples with CLIP guidance.
     """
 
     def __init__(
@@ -68,9 +72,8 @@ class Stepper:
             .requires_grad_(False)
         )
         self.batched = self.device.type != "cpu" if batched is None else batched
-        self.width = (
-            max_in_flight if self.batched else min(lanes, max_in_flight)
-        )  # samples that a step advances, at most
+        # Maximum number of samples per step.
+        self.width = max_in_flight if self.batched else min(lanes, max_in_flight)
         self._network = self.model
         if self.device.type == "cuda":
             self.model.fuse()
@@ -79,30 +82,31 @@ class Stepper:
             )
         self.critic = critic
         self.steps_done = 0
-        self.sample_steps_done = 0  # of all samples
+        self.sample_steps_done = 0  # denoising steps, summed over samples
         self._process = make_schedule(config.diffusion.schedule, config.diffusion.steps)
         self._schedules: dict[str, Schedule] = {}
         self._kept: dict[str, list[int]] = {}
         self._waiting: list[ActiveSample] = []
         self._samples: list[ActiveSample] = []
-        self._together: list[ActiveSample] = []  # those whose rows are joined
-        self._flight: SampleBatch | None = None  # in this
-        self._paired: tuple[Conditioning, list[int], Conditioning, TextFeatures] | None = (
-            None  # the last call's, for as long as the samples are the same
-        )
-        self._events: deque[torch.cuda.Event] = deque()  # steps that a GPU has been given
+        self._together: list[ActiveSample] = []  # samples whose rows are joined in `_flight`
+        self._flight: SampleBatch | None = None  # the joint batch of `_together`
+        # Network inputs of the last guided call, reused while the samples stay the same:
+        # (conditioning of the samples, indices of the guided ones, conditioning and text features
+        # of all rows of the call, which are the samples and then the empty captions).
+        self._paired: tuple[Conditioning, list[int], Conditioning, TextFeatures] | None = None
+        self._events: deque[torch.cuda.Event] = deque()  # one per step submitted to the GPU
         self._tickets = 0
         self._captions: OrderedDict[bytes, TextFeatures] = OrderedDict()
         self._lanes = None
-        if (
-            not self.batched and self.width > 1
-        ):  # the cores are shared by the lanes: what a call computes does not depend on its company
+        if not self.batched and self.width > 1:
+            # Every lane always has the same number of threads, busy or not: rounding, and so the
+            # image, does not depend on what the other lanes do.
             threads = max(1, torch.get_num_threads() // self.width)
             self._lanes = ThreadPoolExecutor(
                 self.width, "glide-lane", torch.set_num_threads, (threads,)
             )
 
-    # -- coming and going ---------------------------------------------------------------------------------------------
+    # -- requests ----------------------------------------------------------------------------------
 
     @property
     def in_flight(self) -> int:
@@ -114,11 +118,11 @@ class Stepper:
 
     @property
     def waiting(self) -> set[int]:
-        """Tickets of the queued."""
+        """Tickets of the queued samples."""
         return {sample.ticket for sample in self._waiting}
 
     def submit(self, request: SampleRequest) -> int:
-        """Queue a request and return its ticket. Raises UserError at once for one that makes no sense."""
+        """Queue a request and return its ticket. Raises UserError for an invalid request."""
         own = self.config.sampling
         if (request.sampler or own.sampler) not in SAMPLERS:
             raise UserError(
@@ -145,24 +149,27 @@ class Stepper:
         return self._tickets
 
     def cancel(self, ticket: int) -> bool:
-        """Forget a sample, queued or in flight. False if there is none."""
+        """Drop a sample, queued or in flight. Returns False if there is none with this ticket."""
         before = len(self._waiting) + len(self._samples)
         self._waiting = [sample for sample in self._waiting if sample.ticket != ticket]
         self._samples = [sample for sample in self._samples if sample.ticket != ticket]
         return len(self._waiting) + len(self._samples) < before
 
     def schedule(self, respacing: str | None) -> Schedule:
-        """The respaced schedule of a request, on the device, made once."""
+        """The schedule for a respacing (None: the model's own), on the device. Cached."""
         name = respacing or self.config.sampling.respacing
         if name not in self._schedules:
             self._schedules[name] = respace(self._process, name).to(self.device)
         return self._schedules[name]
 
-    # -- one step -----------------------------------------------------------------------------------------------------
+    # -- one step ----------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Tensor]]:
-        """Admit what fits, advance the samples that are due first by one step, and return the finished: (ticket, image (3, H, W) in [-1, 1])."""
+        """Admit queued samples, then advance those with the earliest deadlines by one step.
+
+        Returns the finished samples as pairs (ticket, image (3, H, W) in [-1, 1]).
+        """
         while self._waiting and len(self._samples) < self.max_in_flight:
             self._admit(self._waiting.pop(0))
         if not self._samples:
@@ -202,7 +209,10 @@ class Stepper:
     def run(
         self, requests: Sequence[SampleRequest], on_step: Callable[[int, int], None] | None = None
     ) -> Tensor:
-        """All requests to their end: images (N, 3, H, W) in [-1, 1], in order. `on_step` is given denoising steps done and in all."""
+        """Run requests to the end and return their images (N, 3, H, W) in [-1, 1], in order.
+
+        `on_step` receives the denoising steps done and their total, both summed over the requests.
+        """
         images: dict[int, Tensor | None] = {}
         try:
             for request in requests:
@@ -215,7 +225,7 @@ class Stepper:
                 images.update((ticket, image) for ticket, image in self.step() if ticket in images)
                 if on_step:
                     on_step(self.sample_steps_done - before, total)
-        except BaseException:  # an interrupt too: nothing is left for the next run to compute
+        except BaseException:  # also KeyboardInterrupt: leave no samples behind for the next run
             for ticket in images:
                 self.cancel(ticket)
             raise
@@ -223,16 +233,20 @@ class Stepper:
 
     @torch.inference_mode()
     def warm(self, request: SampleRequest) -> None:
-        """Run a first sample; on a GPU also choose kernels and record graphs for every number of samples, which the next ones would wait for."""
+        """Run a first sample, so that later ones do not wait for one-time work.
+
+        On a GPU this also selects kernels and records the CUDA graphs of all padded batch sizes.
+        """
         self.run([request])
         if isinstance(self._network, GraphRunner):
             self._network.record()
 
     @torch.inference_mode()
     def invert(self, requests: Sequence[SampleRequest], images: Tensor) -> Tensor:
-        """The noise (N, 3, H, W) from which DDIM's steps lead to `images` (N, 3, H, W), in as many steps as the first request says.
+        """DDIM inversion: the noise (N, 3, H, W) from which DDIM reproduces `images` (N, 3, H, W).
 
-        The ODE of eq. 14 of Song et al. (2020) run backwards; the way back is as exact as its steps are small.
+        All use the respacing of the first request. Runs the ODE of eq. 14 of Song et al. (2020)
+        backwards; smaller steps reproduce the images more exactly.
         """
         inverted = []
         schedule = self.schedule(requests[0].respacing)
@@ -249,10 +263,13 @@ class Stepper:
             inverted.append(row.x)
         return torch.cat(inverted)
 
-    # -- inside -------------------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------
 
     def _due(self, request: SampleRequest, steps: int) -> float:
-        """When a sample is to be finished, in sample-steps of this stepper: after `DEADLINE_STRETCH` times its own and its group's before it."""
+        """Deadline of a new sample, in sample-steps of this stepper.
+
+        Now + DEADLINE_STRETCH x (its own steps + the remaining steps of its group).
+        """
         group = sum(
             other.left
             for other in (*self._samples, *self._waiting)
@@ -261,19 +278,22 @@ class Stepper:
         return self.sample_steps_done + DEADLINE_STRETCH * (group + steps)
 
     def _wait(self, ahead: int) -> None:
-        """Until a GPU has no more than so many steps before it."""
+        """Block until at most `ahead` submitted steps are unfinished on the GPU."""
         while len(self._events) > ahead:
             self._events.popleft().synchronize()
 
     def _part(self) -> None:
-        """Give the samples that were batched their own rows again."""
+        """Split the joint batch into the rows of its samples."""
         for n, sample in enumerate(self._together):
             sample.row = self._flight[n : n + 1]
         self._together, self._flight = [], None
 
     @torch.inference_mode()
     def _advance(self, samples: list[ActiveSample], flight: SampleBatch) -> SampleBatch:
-        """One step of all these samples, in one network call. What decides it is known here: the device is asked nothing."""
+        """One step of these samples, in one network call.
+
+        Decisions use state on the host only, so that nothing waits for the device.
+        """
         names = list(dict.fromkeys(sample.respacing for sample in samples))
         schedule, starts = self._joined(names)
         i = to_device_async(
@@ -294,7 +314,9 @@ class Stepper:
         )
         x = step.x
         if not self.config.unet.inpaint and any(sample.edits for sample in samples):
-            # This model does not see what is known but in x itself (sec. 4.3). The noise is drawn for edits only.
+            # Without inpainting channels, the model sees known pixels only in x itself (sec. 4.3).
+            # Draw noise for edits only: the generator of another sample must not depend on whether
+            # an edit is in the batch.
             renoise = torch.cat(
                 [
                     self._noise(sample) if sample.edits else torch.zeros_like(x[:1], device="cpu")
@@ -324,7 +346,7 @@ class Stepper:
         noise: Tensor,
         gradient: Tensor | None,
     ) -> Step:
-        """One reverse step of every sample by its own sampler."""
+        """One reverse step of every sample, each with its own sampler."""
         names = [sample.sampler for sample in samples]
         parts, order = [], []
         for name in dict.fromkeys(names):
@@ -362,7 +384,7 @@ class Stepper:
         i: Tensor,
         timesteps: list[int],
     ) -> Tensor | None:
-        """The push of CLIP guidance (S, 3, H, W): zero for samples that have none, None where none has."""
+        """CLIP guidance gradient (S, 3, H, W): 0 for unguided samples, None if all are unguided."""
         pulled = [
             n
             for n, sample in enumerate(samples)
@@ -376,9 +398,9 @@ class Stepper:
             torch.tensor([samples[n].request.clip_scale for n in pulled]), self.device
         )
         seen = flight.x
-        if (
-            not self.critic.noised
-        ):  # it is shown the predicted image as it emerges from the noise (Crowson 2021a)
+        if not self.critic.noised:
+            # For a CLIP trained on noiseless images, blend the predicted x_0 with x_t; the share of
+            # x_0 is sqrt(1 - alpha_bar) (Crowson 2021a).
             share = (1 - schedule.at("alpha_bar", i)).sqrt().float()
             seen = share * predict_x0(schedule, output, flight.x, i, None) + (1 - share) * flight.x
         gradient = torch.zeros_like(flight.x)
@@ -388,11 +410,15 @@ class Stepper:
         return gradient
 
     def _first_index(self, request: SampleRequest) -> int:
-        """Where a sample enters its schedule: at the end, or as far from it as its strength says. Raises UserError."""
+        """Schedule index of a sample's first step: the last index, or lower by its strength.
+
+        Raises UserError for an invalid strength or respacing.
+        """
         steps = len(self.schedule(request.respacing))
-        if not 0 < request.strength <= 1:  # also for nan
+        if not 0 < request.strength <= 1:  # true for NaN, too
             raise UserError(
-                f"strength must lie above 0 and at most at 1 (given: {request.strength}); 0.6 keeps the picture's outline."
+                f"strength must lie above 0 and at most at 1 (given: {request.strength}); "
+                f"0.6 keeps the picture's outline."
             )
         return steps - 1 if request.start is None else max(1, round(request.strength * steps)) - 1
 
@@ -403,7 +429,10 @@ class Stepper:
         timestep: Tensor,
         timesteps: list[int],
     ) -> ModelOutput:
-        """The guided output. `timesteps` are those of `timestep` (S,), known without asking the device."""
+        """Model output with classifier-free guidance.
+
+        `timesteps`: the values of `timestep` (S,) on the host, to avoid a device synchronisation.
+        """
         scale = torch.tensor(
             [
                 sample.scale if sample.guides(t, self.config.diffusion.steps) else 1.0
@@ -419,15 +448,16 @@ class Stepper:
         return classifier_free(paired, scale)(flight.x, timestep)
 
     def _with_empty(self, flight: SampleBatch, guided: Tensor) -> tuple[Conditioning, TextFeatures]:
-        """The conditions of a call: those of all samples, and once more of the `guided` (their numbers), with the empty caption."""
+        """Conditioning of a network call: all samples, then the guided ones with the empty caption.
+
+        `guided`: indices of the samples with a guidance scale other than 1.
+        """
         if not len(guided):
             return flight.conditioning, flight.text
-        known = (
-            self._paired if self.batched else None
-        )  # one by one there is nothing to save, and lanes would disturb each other
-        if (
-            known is None or known[0] is not flight.conditioning or known[1] != guided.tolist()
-        ):  # samples of one caption share its text
+        # Unbatched calls skip the cache: they gain nothing, and lanes would overwrite each other's.
+        known = self._paired if self.batched else None
+        # `flight.text` cannot identify the batch: samples with one caption share text features.
+        if known is None or known[0] is not flight.conditioning or known[1] != guided.tolist():
             conditioning = Conditioning.join(
                 [flight.conditioning, flight.conditioning[to_device_async(guided, self.device)]]
             )
@@ -445,14 +475,14 @@ class Stepper:
         return known[2:]
 
     def _empty_text(self) -> TextFeatures:
-        """The features of the empty caption, which every guided sample shares."""
+        """Text features of the empty caption, shared by all guided samples."""
         context = self.config.unet.text.context
         return self._encoded(
             torch.zeros(1, context, dtype=torch.int64), torch.zeros(1, context, dtype=torch.bool)
         )
 
     def _encoded(self, tokens: Tensor, mask: Tensor) -> TextFeatures:
-        """A caption's features, (1, K) tokens and mask: kept for the samples after it, but those longest unused."""
+        """Text features of a caption, `tokens` and `mask` (1, K), from an LRU cache."""
         caption = tokens.numpy().tobytes() + mask.numpy().tobytes()
         features = self._captions.pop(caption, None)
         if features is None:
@@ -467,14 +497,14 @@ class Stepper:
         self._samples.append(sample)
 
     def _row(self, sample: ActiveSample) -> SampleBatch:
-        """A sample's tensors at the beginning of its way."""
+        """The tensors of a sample before its first step."""
         request = sample.request
         text = self._encoded(request.conditioning.tokens.cpu(), request.conditioning.mask.cpu())
         sample.edits = request.conditioning.known_mask is not None and bool(
             request.conditioning.known_mask.any()
         )
         conditioning = request.conditioning.to(self.device)
-        if conditioning.known is None:  # so that rows with and without known pixels share a batch
+        if conditioning.known is None:  # lets samples with and without known pixels share a batch
             size = self.config.unet.image_size
             conditioning = replace(
                 conditioning,
@@ -482,7 +512,7 @@ class Stepper:
                 known_mask=torch.zeros(1, 1, size, size, device=self.device),
             )
         clip_text = request.clip_text
-        if clip_text is None:  # so that rows with and without it share a batch
+        if clip_text is None:  # lets samples with and without CLIP guidance share a batch
             clip_text = torch.zeros(1, 0 if self.critic is None else self.critic.embedding)
         x = (
             self._noise(sample) * self.config.sampling.noise_scale
@@ -514,7 +544,7 @@ class Stepper:
         return (schedules[0] if len(schedules) == 1 else join(schedules)), starts
 
     def _timesteps(self, respacing: str) -> list[int]:
-        """Those of a schedule, known without asking the device."""
+        """Timesteps of a respaced schedule, on the host: no device synchronisation. Cached."""
         if respacing not in self._kept:
             self._kept[respacing] = kept_timesteps(self.config.diffusion.steps, respacing)
         return self._kept[respacing]

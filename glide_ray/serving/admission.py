@@ -1,4 +1,7 @@
-"""Who is let in, and how many at once: what is beyond is answered at once, and computes nothing."""
+"""Admission control: API keys, and limits on images in progress and per minute.
+
+A request beyond a limit is refused at once and costs no computation.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,15 @@ from contextlib import contextmanager
 from .api_keys import Key, hashed
 from .errors import ApiError
 
-NOBODY = "-"  # who asks where there are no keys
-PACE_MEMORY = 0.9  # of the seconds an image takes, what is kept at each new one
+NOBODY = "-"  # name of every client when no API keys are configured
+PACE_MEMORY = 0.9  # weight of the old value in the moving average of seconds per image
 
 
 class Admission:
-    """Admits images of each model up to its `capacity`, and each key's up to its own limits. One event loop uses it."""
+    """Limits the admitted images of each model to its `capacity`, and those of each key to its own.
+
+    Not thread-safe: all calls come from one event loop.
+    """
 
     def __init__(
         self,
@@ -27,20 +33,27 @@ class Admission:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.keys, self.capacity = dict(keys), dict(capacity)
-        self.shares = 1  # ingress replicas: each counts for itself, and has its part of a key's limits as it has of the capacity
-        self.inside: Counter[str] = Counter()  # images of each model
+        # Number of ingress replicas. They count separately, so each enforces 1/shares of a key's
+        # limits (as each has 1/shares of the capacity).
+        self.shares = 1
+        self.inside: Counter[str] = Counter()  # images admitted and not answered yet, by model
         self._by_key: Counter[str] = Counter()
         self._recent: dict[str, deque[tuple[float, int]]] = {}
-        self._pace: dict[str, float] = {}  # seconds in which one image of a model is done
+        self._pace: dict[str, float] = {}  # seconds per finished image (1 / throughput), by model
         self._clock = clock
 
     def who(self, authorization: str | None, client: str | None) -> str:
-        """The name of the key. Raises ApiError 401; without keys, 403 for whoever is not on this machine."""
+        """Name of the client's API key.
+
+        Raises ApiError 401 for a missing or unknown key; if no keys are configured, 403 for a
+        client on another machine.
+        """
         if not self.keys:
             if client is not None and not _is_loopback(client):
                 raise ApiError(
                     403,
-                    "This server has no API keys and answers its own machine only; make one with `glide key`.",
+                    "This server has no API keys and answers its own machine only; "
+                    "make one with `glide key`.",
                     code="no_keys",
                 )
             return NOBODY
@@ -54,7 +67,7 @@ class Admission:
             )
         digest = hashed(key.strip())
         name = None
-        for candidate, known in self.keys.items():  # all of them, so that the time tells nothing
+        for candidate, known in self.keys.items():  # no early exit: timing must not reveal a match
             if hmac.compare_digest(digest, known.sha256):
                 name = candidate
         if name is None:
@@ -68,9 +81,10 @@ class Admission:
 
     @contextmanager
     def admit(self, who: str, model: str, images: int) -> Iterator[None]:
-        """Count images as inside while the context lasts.
+        """Admit a request's images, and count them as admitted while the context lasts.
 
-        Raises ApiError 429 with the seconds after which to try again, and 400 for more images than the key may ever have.
+        Raises ApiError 429 with Retry-After in seconds, and 400 for more images than the key's
+        limits ever allow.
         """
         self._check(who, model, images)
         began = self._clock()
@@ -80,9 +94,8 @@ class Admission:
             self._recent.setdefault(who, deque()).append((began, images))
         try:
             yield
-            spent = (self._clock() - began) / self.inside[
-                model
-            ]  # Little's law: latency over how many share it
+            # Little's law: seconds per image = latency / images in progress.
+            spent = (self._clock() - began) / self.inside[model]
             self._pace[model] = (
                 PACE_MEMORY * self._pace.get(model, spent) + (1 - PACE_MEMORY) * spent
             )
@@ -97,8 +110,8 @@ class Admission:
                 if limit and images > limit:
                     raise ApiError(
                         400,
-                        f"This key may have {limit} images {when} and this request asks for {images} (n, times best_of if that is given); "
-                        f"ask for fewer.",
+                        f"This key may have {limit} images {when} and this request asks for "
+                        f"{images} (n, times best_of if that is given); ask for fewer.",
                         "n",
                     )
         inside, pace = self.inside[model], self._pace.get(model, 1.0)
@@ -109,7 +122,8 @@ class Admission:
             )
         if key is None:
             return
-        # As with the places, a request by itself is let in: it lies within the key's limit, though perhaps not within this replica's part.
+        # As for the capacity, always admit the only request of a key: it is within the key's limit,
+        # even if it exceeds this replica's part of it.
         mine = self._by_key[who]
         if key.at_once and mine and mine + images > self._part(key.at_once):
             raise _busy(
@@ -142,6 +156,6 @@ def _busy(message: str, seconds: float) -> ApiError:
 def _is_loopback(client: str) -> bool:
     try:
         address = ipaddress.ip_address(client)
-    except ValueError:  # a socket's path, or a test's name: not from another machine
+    except ValueError:  # a Unix socket's path or a test client's name: not another machine
         return True
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback

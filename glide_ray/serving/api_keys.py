@@ -1,4 +1,7 @@
-"""API keys: only their hashes are kept, in a file that `glide key` writes, or keys themselves in the environment."""
+"""API keys, from a file and from an environment variable.
+
+The file, written by `glide key`, holds only hashes; the environment variable holds the keys.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,16 @@ from ..config.models import Frozen
 from ..errors import UserError
 from ..storage import put
 
-VARIABLE = "GLIDE_API_KEYS"  # NAME:KEY,NAME:KEY
+VARIABLE = "GLIDE_API_KEYS"  # format: NAME:KEY,NAME:KEY
 
 
 class Key(Frozen):
-    """Who may ask, and for how much. The key is 256 random bits, so that a plain hash keeps it."""
+    """Hash and limits of an API key. The key has 256 random bits, so an unsalted hash is safe."""
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    at_once: int | None = Field(None, gt=0)  # images being made; None: as many as the server takes
-    per_minute: int | None = Field(None, gt=0)  # images
+    # Maximum images in progress, and images per minute. None: only the server's own limits.
+    at_once: int | None = Field(None, gt=0)
+    per_minute: int | None = Field(None, gt=0)
 
 
 def hashed(key: str) -> str:
@@ -31,7 +35,10 @@ def hashed(key: str) -> str:
 
 
 def read_keys(path: str | None, environment: Mapping[str, str] = os.environ) -> dict[str, Key]:
-    """The keys by name, of the file and of the environment. Raises UserError, which shows no key."""
+    """API keys by name, from the file and the environment.
+
+    Raises UserError, whose message shows no key.
+    """
     keys = {}
     if path:
         try:
@@ -45,13 +52,15 @@ def read_keys(path: str | None, environment: Mapping[str, str] = os.environ) -> 
             ) from None
         except (ValueError, AttributeError, ValidationError):
             raise UserError(
-                f"{path} is not a file of keys as `glide key` writes them: a JSON object of names, each with the key's sha256."
+                f"{path} is not a file of keys as `glide key` writes them: "
+                f"a JSON object of names, each with the key's sha256."
             ) from None
     for part in filter(None, environment.get(VARIABLE, "").split(",")):
         name, colon, key = part.strip().partition(":")
         if not (name and colon and len(key) >= 16):
             raise UserError(
-                f"{VARIABLE} is not understood; write NAME:KEY,NAME:KEY with keys of 16 characters or more."
+                f"{VARIABLE} is not understood; write NAME:KEY,NAME:KEY with keys of 16 "
+                f"characters or more."
             )
         keys[name] = Key(sha256=hashed(key))
     return keys
@@ -60,11 +69,15 @@ def read_keys(path: str | None, environment: Mapping[str, str] = os.environ) -> 
 def new_key(
     name: str, path: Path, at_once: int | None = None, per_minute: int | None = None
 ) -> str:
-    """Draw a key, put its hash into the file and return it: it is nowhere else. Raises UserError where the name is taken."""
+    """Create a random key, add its hash to the file and return the key, which is stored nowhere.
+
+    Raises UserError if the name is taken.
+    """
     keys = read_keys(str(path), {}) if path.exists() else {}
     if name in keys:
         raise UserError(
-            f"{path} has a key named {name!r}; take it out of the file first, or choose another name."
+            f"{path} has a key named {name!r}; take it out of the file first, "
+            f"or choose another name."
         )
     key = f"glide-{secrets.token_urlsafe(32)}"
     keys[name] = Key(sha256=hashed(key), at_once=at_once, per_minute=per_minute)

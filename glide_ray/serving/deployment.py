@@ -1,6 +1,7 @@
-"""The application on Ray Serve: ingress (CPU) -> base -> upsampler, each scaled on its own queue, and such a pair for every model.
+"""The Ray Serve application: ingress (CPU) -> base -> upsampler, with one pair of stages per model.
 
-`glide serve`, or from a checkout `serve deploy serve/config.yaml` and `serve run serve.app:app`.
+Every deployment scales by the length of its own queue. Started by `glide serve`, or in a checkout
+by `serve deploy serve/config.yaml` or `serve run serve.app:app`.
 """
 
 from __future__ import annotations
@@ -41,10 +42,12 @@ from .stages import LANES, Base, Stage, StageResult, Upsampler
 from .state import ServerState, Show
 
 APP = "glide"
-START_SECONDS = 180  # for all replicas to have loaded their weights
-TRIES = 10  # of one stage's work, when replicas die under it: what kills each replica that it meets is given up then
-STATE_SECONDS = 2  # in which a replica says how it is
-HEALTH_SECONDS = 2  # between two looks at a replica, and at how many there are
+START_SECONDS = 180  # timeout for all replicas to load their weights
+# Attempts per stage call; the death of a replica causes the next attempt. The limit stops a request
+# that kills every replica that runs it.
+TRIES = 10
+STATE_SECONDS = 2  # timeout of a query to all replicas
+HEALTH_SECONDS = 2  # period of health checks, and of counting the replicas
 
 
 # -- the deployed models ---------------------------------------------------------------------------
@@ -52,7 +55,7 @@ HEALTH_SECONDS = 2  # between two looks at a replica, and at how many there are
 
 @dataclass(frozen=True)
 class Served:
-    """A model as its weights say, without their tensors."""
+    """A served model: its config, and the metadata of its weights, without their tensors."""
 
     name: str
     config: ServedModel
@@ -71,7 +74,10 @@ class Served:
 
     @classmethod
     def read(cls, config: ServedModel, precision: str, name: str | None = None) -> Served:
-        """Raises UserError where weights are missing, broken or of the wrong kind."""
+        """Read the metadata of the weights.
+
+        Raises UserError if a file is missing, broken or of the wrong kind.
+        """
         maker = Maker.read(
             {role: getattr(config, role) for role in ("base", "upsampler", "clip")},
             precision,
@@ -81,11 +87,12 @@ class Served:
 
 
 def read_models(config: ServeConfig) -> dict[str, Served]:
-    """All models by the names that clients give; the first is the one of requests that name none."""
+    """All models, by the names that clients use. The first serves requests that name no model."""
     first = Served.read(config, config.precision)
     if first.name in config.more_models:
         raise UserError(
-            f"more_models has a model named {first.name!r}, as the first one is; give it another name."
+            f"more_models has a model named {first.name!r}, as the first one is; "
+            f"give it another name."
         )
     return {first.name: first} | {
         name: Served.read(model, config.precision, name)
@@ -93,11 +100,15 @@ def read_models(config: ServeConfig) -> dict[str, Served]:
     }
 
 
-# -- asking the stages ------------------------------------------------------------------------------------------------
+# -- calling the stages ----------------------------------------------------------------------------
 
 
 class RayBackend:
-    """One model's stages. What a replica had when it died is done again on another, with the same seed: the picture is the same."""
+    """Calls the stages of one model.
+
+    If a replica dies, its work is repeated on another with the same seed, which gives the same
+    image.
+    """
 
     def __init__(
         self,
@@ -115,7 +126,11 @@ class RayBackend:
         self.base, self.upsampler, self._metrics = base, upsampler, metrics
 
     async def make(self, job: Job, show: Show | None = None) -> GeneratedImage:
-        """The picture of a job. Of `previews`, one is the base model's image, and the stages share the others."""
+        """Make the image of a job.
+
+        With an upsampler, one of the `job.previews` is the finished base image, and the two stages
+        share the others.
+        """
         both = self.upsampler is not None and job.size == self.sizes[-1]
         in_base = job.previews // 2 if both else job.previews
         if job.best_of > 1:
@@ -142,7 +157,10 @@ class RayBackend:
         )
 
     async def _best(self, job: Job) -> tuple[Job, StageResult]:
-        """Of so many small pictures the one that CLIP scores highest, as a job of its own seed."""
+        """Make `job.best_of` base images and keep the one with the highest CLIP score.
+
+        Returns the job with the seed of this image, and the image.
+        """
         jobs = [replace(job, seed=(job.seed + k) % 2**63, previews=0) for k in range(job.best_of)]
         made = await together([self._stage("base", one, None) for one in jobs])
         scores = await self._again(
@@ -166,7 +184,7 @@ class RayBackend:
                 if isinstance(item, StageResult):
                     return item
                 seen += 1
-                if seen > shown:  # begun again on another replica, the first ones come again
+                if seen > shown:  # a retry on another replica repeats the first previews
                     shown = seen
                     show(item)
 
@@ -184,27 +202,28 @@ class RayBackend:
             try:
                 response = ask()
                 return await read(response)
-            except asyncio.CancelledError:  # of whoever waits: Serve would have the replica go on
-                with suppress(Exception):  # it may have failed in the same moment
+            except asyncio.CancelledError:
+                # The client left. Without an explicit cancel, Serve lets the replica go on.
+                with suppress(Exception):  # the response may have failed at the same moment
                     response.cancel()
                 raise
-            except (
-                RequestError
-            ) as error:  # as Ray raises it, its text holds the replica's traceback
+            except RequestError as error:
+                # Unwrap Ray's error, whose message contains the replica's traceback.
                 raise getattr(error, "cause", error) from None
             except (RayActorError, DeploymentUnavailableError):
                 self._metrics.retry(self.name, stage)
                 await asyncio.sleep(min(2.0, 0.05 * 2**attempt))
         raise ApiError(
             503,
-            f"The replica of the {stage} stage was lost {TRIES} times with this request; try again later.",
+            f"The replica of the {stage} stage was lost {TRIES} times with this request; "
+            f"try again later.",
             code="replica_lost",
             headers={"Retry-After": "10"},
         )
 
 
 class Ingress(ServerState):
-    """The HTTP state; `build_application` binds it to the API's routes."""
+    """State of an ingress replica. `build_application` binds it to the API's routes."""
 
     def __init__(
         self,
@@ -223,20 +242,18 @@ class Ingress(ServerState):
             Admission(keys, {name: self._room(config.max_in_flight) for name in backends}),
             metrics,
         )
-        for logger in (
-            "httpx",
-            "ray.serve",
-        ):  # a line for every hop says nothing that ours does not
+        # Drop the log line of every internal hop: our own line per request covers it.
+        for logger in ("httpx", "ray.serve"):
             logging.getLogger(logger).setLevel(logging.WARNING)
         logging.getLogger("ray.serve.glide").setLevel(logging.INFO)
 
     def _room(self, width: int) -> int:
-        """Images that are admitted to a replica whose steps advance so many."""
+        """Images admitted per replica: `width` in progress, plus its queue."""
         return width + self._config.max_waiting
 
     async def check_health(self) -> None:
-        """Serve asks every few seconds; a good moment to see which replicas there are, and so how much can be admitted."""
-        with suppress(Exception):  # whatever ails the others, this replica is well
+        """Called by Serve every HEALTH_SECONDS. Sets the capacity by the replicas that answer."""
+        with suppress(Exception):  # faults of other replicas do not make this one unhealthy
             (loads, _), ingresses = await asyncio.gather(self.stages(), self._ask_ingresses("here"))
             self.admission.shares = len(ingresses) or self.admission.shares
             for name, backend in self.models.items():
@@ -252,7 +269,7 @@ class Ingress(ServerState):
                     self.admission.capacity[name] = max(1, min(rooms) // self.admission.shares)
 
     async def stages(self) -> tuple[list[StageLoad], bool]:
-        """The loads of all replicas that answer, and whether every stage has one."""
+        """Loads of all stage replicas that answer, and whether every stage has at least one."""
         asked = await asyncio.gather(
             *[
                 _all_replicas(getattr(backend, stage), "state", StageLoad)
@@ -263,15 +280,15 @@ class Ingress(ServerState):
         return [load for loads in asked for load in loads], all(asked)
 
     async def texts(self) -> list[str]:
-        """The figures of all ingress replicas, this one's at least."""
+        """Metrics of all ingress replicas that answer, or at least of this one."""
         return await self._ask_ingresses("text") or [self.text()]
 
     def text(self) -> str:
-        """The figures of this replica."""
+        """Metrics of this replica."""
         return self.metrics.text(self.admission)
 
     def here(self) -> str:
-        """That this replica is there."""
+        """Constant answer, by which other ingress replicas count this one."""
         return "here"
 
     async def _ask_ingresses(self, method: str) -> list[str]:
@@ -287,7 +304,10 @@ def _roles(backend: RayBackend) -> tuple[str, ...]:
 
 
 async def _all_replicas(handle: DeploymentHandle, method: str, kind: type) -> list:
-    """What each replica answers; those that do not are left out."""
+    """Results of a method from all replicas, without those that fail or do not answer in time.
+
+    `kind`: type of a valid result.
+    """
     try:
         answers = await handle.broadcast(method).results_async(
             timeout_s=STATE_SECONDS, return_exceptions=True
@@ -297,15 +317,16 @@ async def _all_replicas(handle: DeploymentHandle, method: str, kind: type) -> li
     return [answer for answer in answers if isinstance(answer, kind)]
 
 
-# -- deploying --------------------------------------------------------------------------------------------------------
+# -- deploying -------------------------------------------------------------------------------------
 
 
 def build_application(
     config: ServeConfig, kinds: tuple[type[Stage], type[Stage]] = (Base, Upsampler)
 ) -> serve.Application:
-    """The application for these weights. `kinds`: what its stages are.
+    """Build the Ray Serve application. `kinds`: classes of the base and upsampler stages.
 
-    Raises UserError where weights are missing, broken or of the wrong kind, or where strangers could ask.
+    Raises UserError for weights that are missing, broken or of the wrong kind, and for a non-local
+    host without API keys.
     """
     served, keys = read_models(config), read_keys(config.keys)
     _check_host(config, keys)
@@ -322,7 +343,10 @@ def build_application(
 
 
 def app(args: dict[str, Any]) -> serve.Application:
-    """For `serve run serve.app:app base=... upsampler=...` and config.yaml: the fields of ServeConfig."""
+    """Build the application for `serve run serve.app:app base=... upsampler=...` and config.yaml.
+
+    `args`: fields of ServeConfig. Raises UserError.
+    """
     return build_application(validate(ServeConfig, args))
 
 
@@ -387,10 +411,14 @@ def _stages(
 def _options(
     scale: Scale, ongoing: int, target: int, share: float, config: ServeConfig
 ) -> dict[str, Any]:
-    """How Serve runs a deployment: at most `ongoing` requests in a replica, another replica when there are more than `target` in each."""
+    """Ray Serve options of a deployment.
+
+    `ongoing`: maximum number of requests in a replica. `target`: requests per replica above which
+    Serve adds a replica. `share`: GPUs of a replica if `scale` sets none.
+    """
     options = {
         "max_ongoing_requests": ongoing,
-        "max_queued_requests": -1,  # the gate bounds what is inside
+        "max_queued_requests": -1,  # unlimited, because `Admission` limits the requests
         "ray_actor_options": {
             "num_cpus": scale.cpus,
             "num_gpus": share if scale.gpus is None else scale.gpus,
@@ -415,12 +443,15 @@ def _options(
 
 
 def target(config: ServeConfig, gpus: float) -> int:
-    """Requests in a replica beyond which one more is worth having. Less than the gate lets in, or there would never be one."""
+    """Requests per replica above which another replica is started.
+
+    Lower than what `Admission` admits per replica; otherwise it would never be exceeded.
+    """
     return config.max_in_flight if gpus else min(config.max_in_flight, 2 * LANES)
 
 
 def _share_of_gpu(gpus: float, served: Mapping[str, Served]) -> float:
-    """A whole GPU for each replica that must be there, or equal parts where there are too few."""
+    """GPUs per replica: 1, an equal fraction if there are too few for `min_replicas`, 0 if none."""
     wanted = sum(
         scale.min_replicas
         for model in served.values()
@@ -431,7 +462,7 @@ def _share_of_gpu(gpus: float, served: Mapping[str, Served]) -> float:
 
 
 def cpus(config: ServeConfig) -> int:
-    """What all replicas take when there are as many as there may be."""
+    """CPUs of all deployments at their maximum number of replicas."""
     scales = [
         config.ingress_scale,
         *(
@@ -446,14 +477,17 @@ def cpus(config: ServeConfig) -> int:
 def _check_host(config: ServeConfig, keys: Mapping[str, Key]) -> None:
     if not keys and config.host not in ("127.0.0.1", "localhost", "::1"):
         raise UserError(
-            f"Without API keys the server answers this machine only, and not on {config.host}; make a key with `glide key NAME` and give "
-            f"its file, or leave the host at 127.0.0.1."
+            f"Without API keys the server answers this machine only, and not on {config.host}; "
+            f"make a key with `glide key NAME` and give its file, or leave the host at 127.0.0.1."
         )
 
 
 @contextmanager
 def serving(config: ServeConfig) -> Iterator[str]:
-    """Serve on this machine while the context lasts; gives the base URL. Ray must be connected. Raises UserError."""
+    """Serve on this machine while the context lasts; yields the base URL.
+
+    Needs a connection to Ray. Raises UserError.
+    """
     application = build_application(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with listening(config) as url:
@@ -467,7 +501,10 @@ def serving(config: ServeConfig) -> Iterator[str]:
 
 @contextmanager
 def listening(config: ServeConfig) -> Iterator[str]:
-    """Serve's proxy at the config's address while the context lasts; gives its URL. Where other applications are left, it stays for them."""
+    """Run Serve's HTTP proxy at the config's address while the context lasts; yields its URL.
+
+    At the end Serve is shut down, unless other applications are still deployed.
+    """
     serve.start(http_options={"host": config.host, "port": config.port})
     try:
         yield f"http://{config.host}:{config.port}"
@@ -477,18 +514,22 @@ def listening(config: ServeConfig) -> Iterator[str]:
 
 
 def _check_address(url: str) -> None:
-    """Where Serve was running before, it keeps the address that it had."""
+    """Raise UserError if nothing answers at `url`: a running Serve keeps its old address."""
     try:
         httpx.get(f"{url}/healthz", timeout=30)
     except httpx.HTTPError:
         raise UserError(
-            f"Nothing answers at {url}: this cluster's Serve was started with another address and keeps it; give that one, or run "
-            f"`serve shutdown` where its other applications may end."
+            f"Nothing answers at {url}: this cluster's Serve was started with another address and "
+            f"keeps it; give that one, or run `serve shutdown` where its other applications may "
+            f"end."
         ) from None
 
 
 def deploy(application: serve.Application, name: str = APP, route_prefix: str = "/") -> None:
-    """Run the application, or put it in the place of the one that runs, replica by replica. Raises UserError where it does not start."""
+    """Deploy the application, or update the running one replica by replica.
+
+    Raises UserError if it is not running within START_SECONDS.
+    """
     serve.run(
         application,
         name=name,

@@ -1,4 +1,4 @@
-"""Answers other than 200, in OpenAI's form: {"error": {"message", "type", "param", "code"}}."""
+"""Error responses in OpenAI's format: {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import nearest
 from ..sampling.cascade import RequestError
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-# Fields that only some servers have, and why this one may not.
+# Fields that only some servers or routes accept, each with the message of a refusal.
 WANTING = {
     "best_of": "best_of needs a CLIP model, and this server has none.",
     "clip_scale": "clip_scale needs a CLIP model, and this server has none.",
@@ -33,13 +33,13 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What is answered instead of images."""
+    """Body of an error response."""
 
     error: ErrorDetail
 
 
 class ApiError(HTTPException):
-    """An answer other than 200."""
+    """An error response: HTTP status, OpenAI error body and headers."""
 
     def __init__(
         self,
@@ -60,7 +60,10 @@ class ApiError(HTTPException):
 
 
 def handle_errors(api: FastAPI, fields: Sequence[str]) -> None:
-    """Whatever a route raises is answered in OpenAI's form. `fields`: those of a JSON body, to name the nearest of."""
+    """Register exception handlers that answer in OpenAI's format.
+
+    `fields`: valid fields of a JSON body; the message about an unknown field suggests the nearest.
+    """
 
     @api.exception_handler(ApiError)
     @api.exception_handler(RequestError)
@@ -81,14 +84,14 @@ def handle_errors(api: FastAPI, fields: Sequence[str]) -> None:
 
 
 def answer_of(request_id: str, error: Exception) -> ApiError:
-    """What the client is told of whatever a request raises."""
+    """The error response to any exception of a request."""
     if isinstance(error, RequestError):
         return ApiError(400, str(error), error.param)
     return error if isinstance(error, ApiError) else failure(request_id, error)
 
 
 def failure(request_id: str, error: Exception) -> ApiError:
-    """A fault of ours: the reason goes to the log, and the client gets the id to ask about."""
+    """Log an internal error. The response, status 500, names only the request id."""
     log.error(
         json.dumps({"event": "failure", "id": request_id, "error": type(error).__name__}),
         exc_info=error,
@@ -99,7 +102,7 @@ def failure(request_id: str, error: Exception) -> ApiError:
 
 
 def refusal(errors: Sequence[dict], known: Sequence[str]) -> ApiError:
-    """pydantic's first finding as one sentence."""
+    """Response 400 with pydantic's first error in one sentence. `known`: names of valid fields."""
     first = errors[0]
     path = [str(part) for part in first["loc"] if part not in ("body", "query")]
     param = path[0] if path else None

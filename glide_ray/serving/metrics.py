@@ -1,4 +1,4 @@
-"""What is counted and timed, in Prometheus' form."""
+"""Prometheus metrics of the server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from ..sampling.engine import Load
 from .admission import Admission
 
+# Bucket boundaries of the histograms, in seconds.
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 2, 3, 5, 8, 13, 20, 30, 60, 120, 300)
+# Help texts of the fields of `Load`.
 LOADS = {
     "in_flight": "samples on the way",
     "queued": "samples that wait",
@@ -29,7 +31,7 @@ GAUGES = ("in_flight", "queued", "width")
 
 @dataclass(frozen=True)
 class StageLoad:
-    """The load of one replica."""
+    """Load of one stage replica."""
 
     model: str
     stage: str
@@ -38,7 +40,7 @@ class StageLoad:
 
 
 class Metrics:
-    """The counts of one ingress replica."""
+    """Metrics of one ingress replica."""
 
     def __init__(self, replica: str = "0"):
         self.registry, self._replica = CollectorRegistry(), {"replica": replica}
@@ -97,7 +99,7 @@ class Metrics:
         self._left.labels(**self._replica).inc()
 
     def text(self, admission: Admission) -> str:
-        """All counts in Prometheus' form, and what the gate holds."""
+        """All metrics in Prometheus' text format, with the admitted images and the capacity."""
         for model, capacity in admission.capacity.items():
             self._inside.labels(**self._replica, model=model).set(admission.inside[model])
             self._capacity.labels(**self._replica, model=model).set(capacity)
@@ -105,7 +107,7 @@ class Metrics:
 
 
 def exposition(ingresses: Iterable[str], stages: Sequence[StageLoad]) -> bytes:
-    """What all ingress replicas say (`Metrics.text`) and the loads of all stages' replicas, as one."""
+    """Merge the metrics of all ingress replicas (`Metrics.text`) and the loads of all stages."""
     return generate_latest(_All([*_joined(ingresses), *_loads(stages)]))
 
 
@@ -118,13 +120,11 @@ class _All:
 
 
 def _joined(texts: Iterable[str]) -> list[Metric]:
-    """Families of the same name from several replicas in one: Prometheus wants each once."""
+    """Merge metric families of the same name: Prometheus accepts each family only once."""
     families: dict[str, Metric] = {}
     for text in texts:
         for family in text_string_to_metric_families(text):
-            if family.name.endswith(
-                "_created"
-            ):  # when each series began: of no use to anybody here
+            if family.name.endswith("_created"):  # creation times of the series: not needed
                 continue
             families.setdefault(
                 family.name, Metric(family.name, family.documentation, family.type)

@@ -1,4 +1,4 @@
-"""What every request passes before its route: an id, a key, a bounded body; and after it a line in the log and a count."""
+"""Middleware of every request: request id, API key and body limit; then log line and metrics."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..config.serving import ServeConfig
 from .errors import ApiError, failure
 from .state import ServerState
 
-OPEN = ("/healthz", "/readyz", "/docs", "/openapi.json")  # what needs no key
+OPEN = ("/healthz", "/readyz", "/docs", "/openapi.json")  # paths that need no API key
 MAX_JSON_BYTES = 2**20
-FORM_BYTES = 2**16  # that a form has beside its files
-BODY_SECONDS = 60  # in which a body must have come
+FORM_BYTES = 2**16  # maximum size of a form without its files
+BODY_SECONDS = 60  # timeout for receiving a whole body
 log = logging.getLogger("ray.serve.glide")
 
 
 class RequestMiddleware:
-    """ASGI middleware. `scope["glide"]` holds what routes add to the request's line in the log."""
+    """ASGI middleware. Routes add fields to the request's log line in `scope["glide"]`."""
 
     def __init__(self, app: ASGIApp, state: Callable[[], ServerState], config: ServeConfig):
         self.app, self.state, self.config = app, state, config
@@ -34,9 +34,7 @@ class RequestMiddleware:
         headers = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
-        given = headers.get(
-            "x-request-id"
-        )  # Ray Serve gives each request one, and sends it back by itself
+        given = headers.get("x-request-id")  # set by Ray Serve, which also returns it to the client
         told = scope["glide"] = {"id": given or secrets.token_hex(8)}
         began, status, state = time.monotonic(), 0, self.state()
 
@@ -61,7 +59,7 @@ class RequestMiddleware:
             except ApiError as error:
                 await error.response(scope, receive, answer)
             except Exception as error:
-                if status:  # the answer has begun; its client sees it end early
+                if status:  # the response has started; the client sees it end early
                     raise
                 await failure(told["id"], error).response(scope, receive, answer)
         except asyncio.CancelledError:
@@ -85,7 +83,10 @@ class RequestMiddleware:
             )
 
     def _bounded(self, headers: dict[str, str], receive: Receive) -> Receive:
-        """Refuse a body that is too long, by what it says or by what comes, or that does not come to its end."""
+        """Wrap `receive` to refuse a body that is too large or takes more than BODY_SECONDS.
+
+        Checks the Content-Length at once, and the received bytes as they arrive. Raises ApiError.
+        """
         form = headers.get("content-type", "").startswith("multipart/")
         limit = 2 * self.config.max_upload_bytes + FORM_BYTES if form else MAX_JSON_BYTES
         error = ApiError(
@@ -101,7 +102,7 @@ class RequestMiddleware:
         async def bounded() -> Message:
             nonlocal read, whole
             if whole:
-                return await receive()  # waits for the client to leave
+                return await receive()  # the next message is the client's disconnect
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
             except asyncio.TimeoutError:

@@ -1,7 +1,8 @@
-"""The OpenAI Images API as FastAPI routes over any backend. Free of Ray, so that it can be tried and tested by itself.
+"""The OpenAI Images API as FastAPI routes over any backend. Independent of Ray, for testing.
 
-Generations, edits and variations, whole or streamed; models, health, metrics. Beyond the standard fields: seed, steps, sampler,
-guidance scale, strength and the rest of `schema.py`. Every error has OpenAI's form.
+Generations, edits and variations, whole or streamed; models, health and metrics. Fields beyond
+OpenAI's: seed, steps, sampler, guidance scale, strength and others, see `schema.py`. Every error is
+in OpenAI's format.
 """
 
 import asyncio
@@ -83,8 +84,12 @@ def build_api(
     clip: bool = False,
     timesteps: tuple[int, int] = (TIMESTEPS, TIMESTEPS),
 ) -> FastAPI:
-    """The application. `state` is called per request: under Ray Serve it exists only once the replica does. `sizes` and `clip`: what any of
-    its models can answer with, and whether any has a CLIP; `timesteps`: the most of any base model and of any upsampler."""
+    """Build the FastAPI application.
+
+    `state` is called per request, because under Ray Serve the state exists only inside a replica.
+    `sizes`: all image sides, in pixels, that any model can return. `clip`: whether any model has a
+    CLIP. `timesteps`: the maximum of any base model and of any upsampler.
+    """
     api = FastAPI(
         title="glide_ray",
         description="Text-to-image generation and editing with GLIDE, as the OpenAI Images API.",
@@ -120,7 +125,7 @@ def build_api(
 
     @api.get("/v1/models", responses=CLOSED)
     async def models() -> dict[str, Any]:
-        """The models that are served, with whose works they were trained on and under which licences those are."""
+        """List the served models, with the sources of their training images and the licences."""
         return {
             "object": "list",
             "data": [_about(name, backend) for name, backend in state().models.items()],
@@ -128,12 +133,12 @@ def build_api(
 
     @api.get("/healthz", responses={500: ERRORS[500]})
     async def healthz() -> dict[str, str]:
-        """Whether the server answers."""
+        """Liveness check: 200 if the server answers."""
         return {"status": "ok"}
 
     @api.get("/readyz", responses={500: ERRORS[500], 503: ERRORS[503]})
     async def readyz() -> dict[str, str]:
-        """Whether every stage of every model has a replica with its weights loaded."""
+        """Readiness check: 200 if every stage of every model has a replica with loaded weights."""
         if not (await state().stages())[1]:
             raise ApiError(
                 503,
@@ -145,7 +150,7 @@ def build_api(
 
     @api.get("/metrics", responses=CLOSED, response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:
-        """Counts, times and loads of all replicas, for Prometheus."""
+        """Counts, times and loads of all replicas, in Prometheus' text format."""
         texts, (loads, _) = await asyncio.gather(state().texts(), state().stages())
         return PlainTextResponse(
             exposition(texts, loads), media_type="text/plain; version=0.0.4; charset=utf-8"
@@ -156,7 +161,7 @@ def build_api(
 
 
 def _about(name: str, backend: Backend) -> dict[str, Any]:
-    """A model as OpenAI's list has it, with what its weights say of their sources."""
+    """Entry of OpenAI's list of models, plus the training sources and licences in the weights."""
     sources = backend.maker.sources
     return {
         "id": name,
@@ -169,7 +174,7 @@ def _about(name: str, backend: Backend) -> dict[str, Any]:
 
 
 def _openapi(api: FastAPI) -> dict:
-    """FastAPI's description without its own form of refusals, which is not ours."""
+    """FastAPI's OpenAPI schema without its 422 responses: this API has its own error format."""
     if api.openapi_schema is None:
         schema = get_openapi(
             title=api.title, version="1", description=api.description, routes=api.routes
@@ -183,7 +188,7 @@ def _openapi(api: FastAPI) -> dict:
     return api.openapi_schema
 
 
-# -- answering --------------------------------------------------------------------------------------------------------
+# -- responses -------------------------------------------------------------------------------------
 
 
 async def _from_image(
@@ -204,7 +209,10 @@ async def _answer(
     fields: ImageFields,
     source: Source | None = None,
 ):
-    """Whole or streamed. Whatever can be refused is refused before the first byte."""
+    """Make the images of a request; respond whole or streamed.
+
+    Validation and admission come before the first byte of the response.
+    """
     job, model = _job(state, config, fields, source, request)
     backend = state.models[model]
     jobs = [replace(job, seed=(job.seed + k * job.best_of) % 2**63) for k in range(fields.n or 1)]
@@ -247,14 +255,14 @@ async def _answer(
 
 @dataclass
 class _Making:
-    """Pictures of one request as its client wants them."""
+    """Makes the images of one request and encodes them as its fields ask."""
 
     state: ServerState
     model: str
     backend: Backend
     fields: ImageFields
     prompt: Tokens
-    told: dict[str, Any]  # of the request's line in the log
+    told: dict[str, Any]  # fields of the request's log line
 
     async def picture(self, job: Job, show: Show | None = None) -> GeneratedImage:
         picture = await self.backend.make(job, show)
@@ -280,7 +288,7 @@ class _Making:
 
     @property
     def usage(self) -> dict[str, Any]:
-        """In tokens of the prompt; images are not counted in tokens here."""
+        """OpenAI's usage field. Counts only the prompt's tokens: images have none here."""
         text = sum(self.prompt.mask)
         return {
             "input_tokens": text,
@@ -291,12 +299,13 @@ class _Making:
 
     @property
     def warnings(self) -> dict[str, list[str]]:
-        """What the sender should know, if there is anything."""
+        """Field `warnings` of the response, if the prompt was truncated; otherwise empty."""
         if not self.prompt.cut:
             return {}
         return {
             "warnings": [
-                f"The prompt is longer than {len(self.prompt.tokens)} tokens; what comes after them was not read."
+                f"The prompt is longer than {len(self.prompt.tokens)} tokens; "
+                f"what comes after them was not read."
             ]
         }
 
@@ -315,7 +324,10 @@ class _Making:
         return {"b64_json": encoded, "seed": picture.seed}
 
     def _recipe(self, job: Job, picture: GeneratedImage) -> dict[str, str] | None:
-        """What a PNG answer carries, so that `glide reproduce` can make it again: of the very models that its replicas had."""
+        """PNG text chunks for `glide reproduce`; None for other formats.
+
+        Model hashes are those that the replicas reported for this image.
+        """
         if self.form != "png":
             return None
         maker, inputs = self.backend.maker, {}
@@ -339,7 +351,7 @@ class _Making:
         )
 
     async def events(self, jobs: Sequence[Job], inside: ExitStack) -> AsyncIterator[str]:
-        """Server-sent events as OpenAI names them: partial images as they come, and each finished one."""
+        """Server-sent events with OpenAI's names: partial and finished images, as they come."""
         kind = "image_generation" if jobs[0].task == "generate" else "image_edit"
         ready: asyncio.Queue = asyncio.Queue()
         common = {"created_at": int(time.time()), **self.described(jobs[0])}
@@ -382,7 +394,7 @@ class _Making:
                 while (event := await ready.get()) is not None:
                     yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
                 whole.result()
-            except Exception as error:  # the status has been sent, and was 200
+            except Exception as error:  # status 200 is already sent: report the error as an event
                 answer = answer_of(self.told["id"], error)
                 self.told["error"] = answer.status
                 yield f"event: error\ndata: {json.dumps({'type': 'error', **answer.body})}\n\n"
@@ -391,7 +403,7 @@ class _Making:
 
 
 async def together(makings: Sequence) -> list:
-    """All at once; when one fails or the client leaves, the others are given up too."""
+    """Await all concurrently; if one fails or the client leaves, cancel the others."""
     tasks = [asyncio.ensure_future(making) for making in makings]
     try:
         return await asyncio.gather(*tasks)
@@ -401,7 +413,7 @@ async def together(makings: Sequence) -> list:
 
 
 def _enlarged(pixels: np.ndarray, size: int) -> np.ndarray:
-    """A preview of a smaller stage at the size that was asked for."""
+    """Enlarge a preview from the base stage to the requested size, by repeating pixels."""
     return (
         np.kron(pixels, np.ones((size // len(pixels), size // len(pixels), 1), np.uint8))
         if len(pixels) < size
@@ -428,7 +440,10 @@ def _job(
     source: Source | None,
     request: Request,
 ) -> tuple[Job, str]:
-    """The request as one job, and the name of its model. Raises ApiError or RequestError."""
+    """The job of a request's first image, and the name of its model.
+
+    Raises ApiError or RequestError.
+    """
     name, backend = _backend(state, fields.model)
     size = backend.sizes[-1] if fields.size in (None, "auto") else int(fields.size.split("x")[0])
     if size not in backend.sizes:

@@ -1,4 +1,4 @@
-"""What a request may say: OpenAI's fields and ours, bounded before any model sees them."""
+"""Schemas of requests and responses: OpenAI's fields and extensions, validated before any work."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from ..errors import UserError, nearest
 from ..sampling.cascade import MAX_SCALE
 from .errors import ApiError, refusal
 
-MAX_BEST_OF = 64  # as the paper's app. E
+MAX_BEST_OF = 64  # as in the paper, app. E
 FILES = ("image", "mask")
 
 
 @dataclass(frozen=True)
 class Source:
-    """What an edit or variation is made from: image (S, S, 3) uint8, and what of it is known (S, S), at the model's largest size."""
+    """Input of an edit or variation, at the model's largest image size S.
+
+    `image`: (S, S, 3) uint8. `known_mask`: (S, S) bool, true = known.
+    """
 
     image: np.ndarray
     known_mask: np.ndarray
@@ -33,7 +36,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Job:
-    """One image to make, at `size` pixels. With a `source` it is an edit, and with a `strength` too it begins from the source (SDEdit)."""
+    """One image to make, of `size` x `size` pixels.
+
+    With `source` it is an edit; with `source` and `strength` it is a variation, which starts from
+    the source image plus noise (SDEdit).
+    """
 
     prompt: str
     seed: int
@@ -43,9 +50,7 @@ class Job:
     strength: float | None = None
     best_of: int = 1
     previews: int = 0
-    request: str = (
-        ""  # its id: images of one request count as one when it is decided who goes first
-    )
+    request: str = ""  # request id; images of one request are scheduled as one sample
 
     @property
     def task(self) -> Literal["generate", "edit", "vary"]:
@@ -54,7 +59,11 @@ class Job:
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """An image that was made: (S, S, 3) uint8, with the seed that it came from, the SHA-256 of each model, and the seconds in each stage."""
+    """A finished image.
+
+    `pixels`: (S, S, 3) uint8. `models`: SHA-256 of the weights of each stage. `seconds`: time in
+    each stage, waiting included.
+    """
 
     pixels: np.ndarray
     seed: int
@@ -63,7 +72,7 @@ class GeneratedImage:
 
 
 class ImageFields(BaseModel):
-    """What generations, edits and variations share."""
+    """Common fields of generations, edits and variations."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -83,7 +92,7 @@ class ImageFields(BaseModel):
     partial_images: int | None = Field(
         0, ge=0, le=3, description="With stream: how many predictions to show on the way."
     )
-    # As clients send them; there is nothing here for them to change.
+    # Sent by OpenAI's clients; without effect here.
     quality: Literal["auto", "standard", "hd", "low", "medium", "high"] | None = Field(
         None, description="Accepted, not used: see steps."
     )
@@ -94,7 +103,7 @@ class ImageFields(BaseModel):
     style: Literal["vivid", "natural"] | None = Field(None, description="Accepted, not used.")
     user: str | None = Field(None, max_length=512, description="Accepted, not used.")
     safety_identifier: str | None = Field(None, max_length=512, description="Accepted, not used.")
-    # Beyond OpenAI's.
+    # Extensions to OpenAI's fields.
     seed: int | None = Field(
         None,
         ge=0,
@@ -113,7 +122,7 @@ class ImageFields(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _whole_numbers(cls, given: Any) -> Any:
-        """2.0 is a whole number to JSON, and to some clients the only way to write one."""
+        """Convert floats such as 2.0 to int: some clients cannot write whole numbers otherwise."""
         if not isinstance(given, dict):
             return given
         return {
@@ -123,7 +132,7 @@ class ImageFields(BaseModel):
 
 
 class ClipFields(BaseModel):
-    """What servers with a CLIP model take beside."""
+    """Additional fields on servers with a CLIP model."""
 
     clip_scale: float | None = Field(
         None, ge=0, le=MAX_SCALE, allow_inf_nan=False, description="Of CLIP guidance; 0 is none."
@@ -137,13 +146,13 @@ class ClipFields(BaseModel):
 
 
 class Generation(ImageFields):
-    """Pictures for a prompt."""
+    """Generate images from a prompt."""
 
     prompt: str = Field(max_length=32_000)
 
 
 class Edit(Generation):
-    """Paint anew the transparent part of mask, or of image itself."""
+    """Inpaint the transparent part of the mask, or of the image itself if there is no mask."""
 
     input_fidelity: Literal["high", "low"] | None = Field(
         None, description="Accepted, not used: what is known is kept exactly."
@@ -157,7 +166,7 @@ class Edit(Generation):
 
 
 class Variation(ImageFields):
-    """A picture like another (SDEdit)."""
+    """Make a variation of an image (SDEdit)."""
 
     prompt: str | None = Field("", max_length=32_000)
     strength: float | None = Field(
@@ -169,7 +178,7 @@ class Variation(ImageFields):
 
 
 class Image(BaseModel):
-    """One image, as base64 or as a data: URL, and the seed that makes it again."""
+    """One image, as base64 or as a data: URL, and the seed that reproduces it."""
 
     b64_json: str | None = None
     url: str | None = None
@@ -177,7 +186,7 @@ class Image(BaseModel):
 
 
 class ImagesResponse(BaseModel):
-    """What is answered whole; a stream's events are described in docs/serving.md."""
+    """Body of a response without streaming; docs/serving.md describes the events of a stream."""
 
     created: int
     data: list[Image]
@@ -196,7 +205,11 @@ def narrowed(
     clip: bool,
     timesteps: tuple[int, int],
 ) -> type[ImageFields]:
-    """A form with this server's own bounds, which its OpenAPI then tells. `timesteps`: the most of any base model and of any upsampler."""
+    """A form with the limits of this server, which appear in its OpenAPI schema.
+
+    `clip`: whether to add `ClipFields`. `timesteps`: the maximum of any base model and of any
+    upsampler.
+    """
     bases = (kind, ClipFields) if clip else kind
     return create_model(
         kind.__name__,
@@ -209,11 +222,11 @@ def narrowed(
     )
 
 
-# -- multipart forms --------------------------------------------------------------------------------------------------
+# -- multipart forms -------------------------------------------------------------------------------
 
 
 def form_schema(kind: type[ImageFields], files: Sequence[str]) -> dict:
-    """The OpenAPI body of a form with these files, the first of which is required."""
+    """OpenAPI request body of a multipart form with these files. Only the first is required."""
     schema = kind.model_json_schema()
     schema["properties"] = {
         **{name: {"type": "string", "format": "binary"} for name in files},
@@ -228,7 +241,7 @@ def form_schema(kind: type[ImageFields], files: Sequence[str]) -> dict:
 async def read_form(
     request: Request, kind: type[ImageFields], config: ServeConfig
 ) -> tuple[ImageFields, dict[str, bytes]]:
-    """The fields and the files of a form, within the limits. Raises ApiError."""
+    """Read and validate the fields and files of a multipart form. Raises ApiError."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(400, "Images are sent as multipart/form-data, with the image as a file.")
     fields: dict[str, str] = {}
@@ -237,7 +250,7 @@ async def read_form(
     async with request.form(max_files=4, max_fields=40) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
-                name = name.removesuffix("[]")  # as clients write a list
+                name = name.removesuffix("[]")  # clients write image[] for a list of files
                 if name not in FILES:
                     raise ApiError(
                         400, f"There is no field {name!r} for a file; {nearest(name, FILES)}", name
@@ -252,7 +265,8 @@ async def read_form(
                 if len(files[name]) > config.max_upload_bytes:
                     raise ApiError(
                         413,
-                        f"The {name} is larger than {config.max_upload_bytes / 2**20:.3g} MiB; make it smaller.",
+                        f"The {name} is larger than {config.max_upload_bytes / 2**20:.3g} MiB; "
+                        f"make it smaller.",
                         name,
                     )
             elif name in FILES:
@@ -270,7 +284,11 @@ async def read_form(
 
 
 def read_source(files: dict[str, bytes], config: ServeConfig, size: int, whole: bool) -> Source:
-    """The image and its known pixels at the model's size, both cut to their centred square. `whole`: nothing need be known. Raises ApiError."""
+    """Decode an image and its mask, centre-crop both and resize them to `size` pixels.
+
+    `whole`: without a mask, no pixel is known (for variations); otherwise the transparent part of
+    the image is unknown. Raises ApiError.
+    """
     param = "image"
     try:
         image = load(open_image(files["image"], config.max_pixels))
@@ -282,6 +300,7 @@ def read_source(files: dict[str, bytes], config: ServeConfig, size: int, whole: 
         known = mask_of(mask)
     except UserError as error:
         raise ApiError(400, str(error), param) from None
-    if "mask" not in files:  # what is transparent has no colour that could be kept or shown
+    # Without a mask, unknown pixels are the image's transparent ones, which have no colour to show.
+    if "mask" not in files:
         image = image.convert("RGBA")
     return Source(centre_crop(flatten(image), size), centre_crop_mask(known, size))

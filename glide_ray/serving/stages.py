@@ -1,4 +1,7 @@
-"""The stages of a model as deployments: each replica has one network and an engine that batches at every step."""
+"""The stages of a model as Ray Serve deployments.
+
+Each replica has one network, and an engine that forms a new batch at every denoising step.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,15 @@ from ..storage import fingerprint
 from .metrics import StageLoad
 from .schema import Job
 
-LANES = 2  # samples that a CPU advances at once, each with its part of the cores
+LANES = 2  # samples that a CPU replica advances in parallel, each on its share of the cores
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """A stage's image (S, S, 3) uint8, the SHA-256 of the weights that made it, and the seconds it took, its wait included."""
+    """Output of a stage for one job.
+
+    `pixels`: (S, S, 3) uint8. `sha256`: of the weights that made it. `seconds`: waiting included.
+    """
 
     pixels: np.ndarray
     sha256: str
@@ -37,15 +43,17 @@ class StageResult:
 
 
 class Stage(ABC):
-    """One network in a replica, warm before the replica takes requests."""
+    """A replica with one network, warmed up before it accepts requests."""
 
     role: str
-    yields: int  # niceness on a CPU: what is nearer to its end goes first
+    yields: int  # niceness on a CPU: images that are nearer to their end have priority
 
     def __init__(
         self, model: str, path: str, precision: str, max_in_flight: int, clip: str | None = None
     ):
-        if not torch.cuda.is_available():  # all stages share the cores, whatever Ray counts: a lane's threads do not wait for each other
+        if not torch.cuda.is_available():
+            # Stages share all cores, however many Ray assigns to each: with lanes, stages do not
+            # wait for each other's threads.
             torch.set_num_threads(os.cpu_count() or 1)
             os.nice(self.yields)
         local = shipped.fetch(path, self.role)
@@ -58,19 +66,25 @@ class Stage(ABC):
 
     @abstractmethod
     def _first(self) -> SampleRequest:
-        """A sample of one step, to warm up with."""
+        """A request with one step, for warming up."""
 
     @abstractmethod
     def _request(self, job: Job, *inputs) -> SampleRequest:
-        """The sample of a job, from what the stage before it made."""
+        """The sample request of a job. `inputs`: image of the previous stage, if there is one."""
 
     async def make(self, job: Job, *inputs) -> StageResult:
-        """The stage's image of a job. When the caller leaves, the sample does too, before the next step."""
+        """Run this stage for a job.
+
+        If the caller cancels, the sample is dropped before the next step.
+        """
         began = time.monotonic()
         return await self._sampled(await asyncio.to_thread(self._request, job, *inputs), began)
 
     async def watch(self, job: Job, *inputs) -> AsyncIterator[np.ndarray | StageResult]:
-        """The same, with what is predicted on the way: `job.previews` images (S, S, 3), then what was made."""
+        """As `make`, with previews.
+
+        Yields `job.previews` predicted images (S, S, 3) uint8, then the StageResult.
+        """
         began, loop, seen = time.monotonic(), asyncio.get_running_loop(), asyncio.Queue()
         request = replace(
             await asyncio.to_thread(self._request, job, *inputs),
@@ -93,18 +107,21 @@ class Stage(ABC):
         return StageResult(to_uint8(image), self._sha256, time.monotonic() - began)
 
     def check_health(self) -> None:
-        """Serve asks every few seconds, and replaces a replica that says several times that it can answer nothing any more."""
+        """Called by Serve every few seconds; after several failures Serve replaces the replica.
+
+        Raises RuntimeError if the engine can serve no further request.
+        """
         self._engine.check()
 
     def state(self) -> StageLoad:
-        """What this replica has to do and has done."""
+        """Load and counters of this replica."""
         return StageLoad(
             self._model, self.role, serve.get_replica_context().replica_tag, self._engine.load
         )
 
 
 class Base(Stage):
-    """Prompt, or an image and what is known of it, to the base model's image."""
+    """Base stage: from a prompt, with an image and its known pixels for an edit."""
 
     role = "base"
     yields = 10
@@ -133,7 +150,7 @@ class Base(Stage):
         return replace(made, group=job.request)
 
     async def score(self, images: list[np.ndarray], prompt: str) -> list[float]:
-        """CLIP's logit of each image with the prompt."""
+        """CLIP logit of each image (S, S, 3) with the prompt."""
         return await asyncio.to_thread(
             cascade.clip_scores,
             self.critic,
@@ -144,7 +161,7 @@ class Base(Stage):
 
 
 class Upsampler(Stage):
-    """The base model's image to one four times as large."""
+    """Upsampler stage: from the base model's image to one four times as large."""
 
     role = "upsampler"
     yields = 0

@@ -1,4 +1,4 @@
-"""What the routes and the middleware work on: the models and their backends, admission, metrics."""
+"""State shared by the routes and the middleware: models, admission and metrics."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from .admission import Admission
 from .metrics import Metrics, StageLoad
 from .schema import GeneratedImage, Job
 
-Show = Callable[[np.ndarray], None]
+Show = Callable[[np.ndarray], None]  # receives a preview (S, S, 3) uint8
 
 
 class Backend(Protocol):
-    """One model: what makes its images. `sizes` are the pixels it can answer with, the largest last."""
+    """Makes the images of one model. `sizes`: possible image sides in pixels, largest last."""
 
     maker: Maker
     sizes: tuple[int, ...]
     clip: bool
 
     async def make(self, job: Job, show: Show | None = None) -> GeneratedImage:
-        """The picture of a job; `show` is given what is predicted on the way, as often as the job says."""
+        """Make the image of a job. `show` receives `job.previews` previews on the way."""
 
 
 @dataclass
 class ServerState:
-    """What the routes stand on. The first model is the one of requests that name none."""
+    """State of the server. The first model serves requests that name no model."""
 
     models: Mapping[str, Backend]
     admission: Admission
     metrics: Metrics
 
     async def stages(self) -> tuple[list[StageLoad], bool]:
-        """The loads of all replicas that answer, and whether every stage has one."""
+        """Loads of all stage replicas that answer, and whether every stage has at least one."""
         return [], True
 
     async def texts(self) -> list[str]:
-        """The figures of all ingress replicas."""
+        """Metrics of all ingress replicas, one text per replica."""
         return [self.metrics.text(self.admission)]
