@@ -1,4 +1,7 @@
-"""Prompts by category, each with the real picture of what it asks for: what `glide compose` has models draw, and judges itself on."""
+"""Prompts by category, each with a real picture of the same content: input of `glide compose`.
+
+Models generate a picture for each prompt; the judge scores it beside the real picture.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,7 @@ from .categories import (
 )
 from .vocabulary import Vocabulary
 
+# Category -> kind of composed scene (the label `scene`).
 SCENES = {
     BACKGROUND: "background",
     COLOUR: "recolour",
@@ -42,20 +46,24 @@ SCENES = {
     POSITION: "relation",
     INPAINTING: "relation",
 }
-SCENE_SEED = 20211220  # not the corpus's, whose scenes are trained on
-SEEDS_APART = (
-    10_000  # of the first prompts of two categories: no two pictures begin from the same noise
-)
-TRIES = 400  # scenes composed for each that is wanted, at most
+SCENE_SEED = 20211220  # not the corpus's seed, whose scenes are training data
+# Distance between the first seeds of two categories, so that no two pictures share their noise.
+SEEDS_APART = 10_000
+TRIES = 400  # maximum number of scenes composed per scene wanted
 
 
 class CorpusError(UserError):
-    """A corpus that lacks what the judge is fitted to, or prompts are made of."""
+    """A corpus without the data that the judge is fitted to, or that prompts are made of."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """`labels`: style, objects, and what else the picture is to show, as `Scene` has them. `hole`: where an edit paints, (SIZE, SIZE) bool."""
+    """A prompt with its seed, its labels and a real picture of the same content.
+
+    `labels`: style, objects, and the other content that the picture must show, keyed as in `Scene`.
+    `picture`: the real picture, (SIZE, SIZE, 3) uint8.
+    `hole`: the pixels that an edit paints, (SIZE, SIZE) bool; None outside the category inpainting.
+    """
 
     category: str
     prompt: str
@@ -63,7 +71,7 @@ class Case:
     labels: Mapping[str, Any]
     picture: np.ndarray
     hole: np.ndarray | None = None
-    new_colour: bool = False  # a thing in or on a colour that training never shows it with
+    new_colour: bool = False  # an object in or on a colour that training never pairs it with
 
     @property
     def thing(self) -> str:
@@ -73,7 +81,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """A picture of the corpus."""
+    """A picture of the corpus with its metadata; `emoji`: code points."""
 
     emoji: str
     name: str
@@ -82,16 +90,19 @@ class Row:
     sample: Sample
 
     def picture(self) -> np.ndarray:
-        """(SIZE, SIZE, 3) uint8, on white."""
+        """The picture on white: (SIZE, SIZE, 3) uint8."""
         return centre_crop(decode(self.sample.image), SIZE)
 
     def drawing(self) -> Image.Image:
-        """RGBA, as it is in the corpus."""
+        """The picture as stored in the corpus, in RGBA."""
         return load(open_image(self.sample.image)).convert("RGBA")
 
 
 def read_rows(corpus: str, split: str) -> list[Row]:
-    """Pictures of a split without skin tones, in the order of a hash. Raises CorpusError, ShardError."""
+    """Pictures of a split without skin-tone variants, in a stable hash order.
+
+    Raises CorpusError, ShardError.
+    """
     folder = f"{corpus.rstrip('/')}/{split}"
     if read_index(folder) is None:
         raise CorpusError(
@@ -112,7 +123,7 @@ def read_rows(corpus: str, split: str) -> list[Row]:
 
 
 def single_cases(category: str, rows: Iterable[Row], count: int, seed: int = 0) -> list[Case]:
-    """`count` prompts for single objects, from these rows in turn: where there are fewer, each again with another seed."""
+    """`count` single-object prompts, cycling through `rows`; a repeated row has another seed."""
     rows = list(rows)
     if not rows:
         return []
@@ -125,7 +136,10 @@ def single_cases(category: str, rows: Iterable[Row], count: int, seed: int = 0) 
 
 
 def scene_cases(category: str, sprites: Sprites, count: int, seed: int = 0) -> list[Case]:
-    """`count` prompts for composed scenes of one kind, from scenes that no corpus has."""
+    """`count` prompts for composed scenes of one kind; no corpus contains these scenes.
+
+    Fewer if `count` x TRIES composed scenes contain fewer of this kind.
+    """
     wanted, found = SCENES[category], []
     for scene in _scenes(sprites, SCENE_SEED + (category == INPAINTING), count * TRIES):
         if scene.labels["scene"] == wanted:
@@ -139,7 +153,11 @@ def scene_cases(category: str, sprites: Sprites, count: int, seed: int = 0) -> l
 def sprites_of(
     corpus: str, split: str, vocabulary: Vocabulary, things: Sequence[str] | None = None
 ) -> Iterator[Sprites]:
-    """The pictures of a split that scenes may be composed of: those of `things`, by default of all that have a plain name."""
+    """The pictures of a split from which scenes are composed.
+
+    Only pictures of `things`, by default of all things with a plain name. Styles with fewer than
+    two things are dropped.
+    """
     known = set(vocabulary.names if things is None else things)
     with tempfile.TemporaryDirectory() as folder:
         sprites = read_sprites(f"{corpus.rstrip('/')}/{split}", Path(folder))
@@ -173,7 +191,10 @@ def _scene_case(category: str, scene: Scene, seed: int) -> Case:
 
 
 def _hole(scene: Scene) -> np.ndarray:
-    """A square of a quarter of the picture around the first of two objects, without the other."""
+    """A hole around the first of two objects, without the other: (SIZE, SIZE) bool.
+
+    A square of half the picture's side, a quarter of its area.
+    """
     left, top, right, bottom = scene.labels["boxes"][0]
     half = SIZE // 2
     beside = scene.labels["relation"].endswith(" of")
@@ -185,7 +206,10 @@ def _hole(scene: Scene) -> np.ndarray:
 
 
 def _near(low: int, high: int, side: int, step: int = 4) -> int:
-    """Where a stretch of `side` pixels begins that has [low, high) in its middle, at a whole pixel of the base model's picture."""
+    """Start of a stretch of `side` pixels with [low, high) in its middle, inside the picture.
+
+    A multiple of `step` pixels, because that is one pixel of the base model's picture.
+    """
     return min(max((low + high - side) // 2 // step * step, 0), SIZE - side)
 
 
@@ -208,7 +232,7 @@ def make_cases(
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Case]:
-    """`count` prompts of each category, always the same for a corpus. Raises CorpusError."""
+    """`count` prompts of each category; always the same for a corpus. Raises CorpusError."""
     say(f"making {count:,} prompts for each of {', '.join(categories)}")
     asked, found = set(vocabulary.asked), []
     splits = {
@@ -232,5 +256,5 @@ def make_cases(
 
 
 def first_seed(category: str, seed: int) -> int:
-    """The seed of a category's first prompt; the others count up from it."""
+    """Seed of a category's first prompt; the seeds of the others count up from it."""
     return seed + SEEDS_APART * (*CATEGORIES, NEW).index(category)

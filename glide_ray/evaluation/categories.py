@@ -1,5 +1,7 @@
-"""The categories of prompts of `glide compose`, as in GenEval (Ghosh et al. 2023), the questions
-asked about each picture, and the figures that are reported."""
+"""Categories of prompts of `glide compose`, as in GenEval (Ghosh et al. 2023).
+
+Also the questions asked about each picture, and the figures that are reported.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ SEEN, PAIRS, UNSEEN, BACKGROUND, COLOUR, COUNT, POSITION, INPAINTING = CATEGORIE
     "position",
     "inpainting",
 )
-NEW = "new style"  # asked for where `--new-style` gives one
+NEW = "new style"  # only with `--new-style`
 SINGLE = (SEEN, PAIRS, UNSEEN, NEW)
 
 THING, STYLE, ON, IN, HOW_MANY, WHERE, KNOWN = (
@@ -27,7 +29,7 @@ THING, STYLE, ON, IN, HOW_MANY, WHERE, KNOWN = (
     "position",
     "known pixels",
 )
-# The questions about a picture of each category; the first is the category's own.
+# Questions about a picture of each category; the first is the one that the category tests.
 QUESTIONS = {
     SEEN: (THING, STYLE),
     PAIRS: (THING, STYLE),
@@ -39,7 +41,7 @@ QUESTIONS = {
     POSITION: (WHERE, THING),
     INPAINTING: (THING, KNOWN),
 }
-# The judge's accuracy on real pictures that a question needs to be measurable.
+# Minimum accuracy of the judge on real pictures for a question to be measurable.
 BARS = {THING: 0.9, STYLE: 0.98, ON: 0.98, IN: 0.98, HOW_MANY: 0.95, WHERE: 0.95}
 
 
@@ -47,8 +49,9 @@ BARS = {THING: 0.9, STYLE: 0.98, ON: 0.98, IN: 0.98, HOW_MANY: 0.95, WHERE: 0.95
 class Line:
     """One figure: the share of a category's pictures for which a question is answered correctly.
 
-    `bar`: the share that a model should reach; `of_real`: the bar is relative to the share of the
-    real pictures. `new_colours`: only pictures whose pair of thing and colour is held out.
+    `bar`: the share that a model should reach; None if there is no target.
+    `of_real`: the bar is a fraction of the share of the real pictures.
+    `new_colours`: only pictures whose pair of thing and colour is held out from training.
     """
 
     about: str

@@ -1,4 +1,7 @@
-"""`glide compose`: pictures made for prompts of known content, category by category as GenEval has them, judged beside real ones."""
+"""`glide compose`: generate pictures for prompts of known content, and score them with the judge.
+
+Results are reported by category as in GenEval (Ghosh et al. 2023), beside those of real pictures.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +27,24 @@ from .pages import Picture, Section, page
 from .regions import resized
 
 FIGURES, PAGE, PICTURES, REAL = "figures.json", "report.html", "pictures", "real.json"
-PROMPTS_PER_CALL = 8  # prompts given to the cascade together
-DRAWS = 2000  # of the bootstrap
-PICTURES_SHOWN = 60  # pictures of a category on the page
-Progress = Callable[[int, int], None]  # pictures done, and in all
+PROMPTS_PER_CALL = 8  # batch size of the cascade
+DRAWS = 2000  # bootstrap draws
+PICTURES_SHOWN = 60  # maximum pictures per category on the page
+Progress = Callable[[int, int], None]  # arguments: pictures done, pictures in all
 
 
 class ComposeError(UserError):
-    """Something that cannot be composed or scored."""
+    """A request that cannot be generated or scored."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is asked: `count` prompts of each of `categories`, for pictures of `size` pixels, made
-    with `options`, into the folder `out`; and of things in a new style, where there are rows of it.
+    """Settings of one run of `glide compose`.
+
+    `count`: number of prompts of each of `categories`.
+    `size`: side of the pictures in pixels.
+    `out`: folder of the results.
+    `new_style`: rows of an additional style, the source of the prompts of category NEW.
     """
 
     judge: Judge
@@ -51,7 +58,7 @@ class Run:
     new_style: Sequence[Row] = ()
 
     def of_real(self, say: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
-        """The figures of the real pictures of the prompts."""
+        """Figures of the prompts' real pictures."""
         cases = self._cases(say)
         real = self._real(cases)
         return figures(self.judge, cases, real, real, self.size)
@@ -62,7 +69,7 @@ class Run:
         say: Callable[[str], None] = lambda line: None,
         progress: Progress | None = None,
     ) -> list[dict[str, Any]]:
-        """Generate the pictures and give their figures.
+        """Generate and judge the pictures, write the report, and return the figures.
 
         Raises ComposeError, CorpusError, RequestError.
         """
@@ -91,7 +98,7 @@ class Run:
         return cases + single_cases(NEW, self.new_style, self.count, first_seed(NEW, self.seed))
 
     def _real(self, cases: Sequence[Case]) -> list[dict[str, Verdict]]:
-        """The verdicts on the prompts' real pictures, cached in the folder."""
+        """Verdicts on the prompts' real pictures, cached in the folder `out`."""
         path, of = self.out / REAL, _fingerprint(cases, self.size, self.judge)
         try:
             kept = json.loads(storage.read(path))
@@ -111,7 +118,7 @@ class Run:
 
 
 def check(cascade: Cascade, categories: Sequence[str]) -> None:
-    """Raises ComposeError where models cannot inpaint and are to."""
+    """Raise ComposeError if `categories` needs inpainting and the models cannot inpaint."""
     if INPAINTING in categories and not all(
         stage.config.inpaint for stage in (cascade.base, cascade.upsampler) if stage
     ):
@@ -122,7 +129,7 @@ def check(cascade: Cascade, categories: Sequence[str]) -> None:
 
 
 def _fingerprint(cases: Sequence[Case], size: int, judge: Judge) -> str:
-    """What tells these real pictures, as this judge saw them, from others."""
+    """Cache key of the verdicts on the real pictures: digest of cases, size and judge."""
     digest = hashlib.sha256(f"{size}{judge.digest()}".encode())
     for case in cases:
         digest.update(
@@ -142,8 +149,10 @@ def make_pictures(
     options: SampleOptions,
     progress: Progress | None = None,
 ) -> list[np.ndarray]:
-    """A picture for each case, uint8 (S, S, 3), kept in `out` with its recipe; one that is there from the same models and options is
-    not made again."""
+    """A generated picture for each case, uint8 (S, S, 3), stored in `out` with its recipe.
+
+    A picture already in `out` from the same models and options is not generated again.
+    """
     maker, made = Maker.of(cascade), {}
     orders = [_Order.of(case, cascade.size, maker, options, Path(out)) for case in cases]
     for n, order in enumerate(orders):
@@ -154,7 +163,7 @@ def make_pictures(
         missing = [n for n in some if n not in made]
         if not missing:
             continue
-        # All of them again: a picture may depend in its last bits on those beside it.
+        # Regenerate the whole batch: a picture's last bits may depend on the others in its batch.
         for n, picture in zip(some, _draw(cascade, [orders[n] for n in some]), strict=True):
             if n in missing:
                 save_picture(picture, orders[n].path, orders[n].recipe, orders[n].inputs)
@@ -166,7 +175,7 @@ def make_pictures(
 
 @dataclass(frozen=True)
 class _Order:
-    """A picture to be made: how, from what, and where it is kept."""
+    """A picture to generate: recipe, inputs and output path."""
 
     recipe: Recipe
     inputs: Mapping[str, np.ndarray]
@@ -191,7 +200,10 @@ class _Order:
         )
 
     def kept(self) -> np.ndarray | None:
-        """The picture, if it is there and was made just so."""
+        """The stored picture; None if missing or made from another recipe or other inputs.
+
+        `made_with` may differ.
+        """
         try:
             recipe, inputs, picture = read_recipe(self.path)
         except (storage.MissingError, ImageError, RecipeError):
@@ -208,7 +220,7 @@ class _Order:
 
 
 def _together(orders: Sequence[_Order]) -> Iterator[list[int]]:
-    """Prompts several at once, edits one by one."""
+    """Batches as lists of indices: PROMPTS_PER_CALL prompts each, edits one by one."""
     prompts = [n for n, order in enumerate(orders) if not order.inputs]
     yield from (
         prompts[start : start + PROMPTS_PER_CALL]
@@ -238,7 +250,7 @@ def _draw(cascade: Cascade, orders: Sequence[_Order]) -> list[np.ndarray]:
 
 
 def given(case: Case, size: int) -> np.ndarray:
-    """A case's real picture at the size of the made ones."""
+    """A case's real picture at the size of the generated ones."""
     return area_downsample(case.picture, size)
 
 
@@ -253,7 +265,7 @@ def _known(hole: np.ndarray, size: int) -> np.ndarray:
 def judged(
     judge: Judge, cases: Sequence[Case], pictures: Sequence[np.ndarray]
 ) -> list[dict[str, Verdict]]:
-    """The judge's verdicts, and for edits whether the known pixels are those that were given."""
+    """The judge's verdicts, and for edits whether the known pixels are unchanged."""
     verdicts = judge.verdicts(cases, pictures)
     for case, picture, of in zip(cases, pictures, verdicts, strict=True):
         if case.hole is not None:
@@ -270,8 +282,12 @@ def figures(
     real: Sequence[Mapping[str, Verdict]],
     size: int,
 ) -> list[dict[str, Any]]:
-    """A row for each of LINES that has pictures: its share with a 95% interval, that of the real pictures of the same prompts, the former as a
-    share of the latter with its interval, the bar, and whether the judge is good enough to tell."""
+    """A row for each of LINES that has pictures.
+
+    A row holds the share answered correctly with its 95% interval, the share for the real pictures
+    of the same prompts, the ratio of the two with its interval, the bar, and `measurable`: whether
+    the judge is accurate enough to report a figure.
+    """
     rows = []
     for line in LINES:
         at = [
@@ -311,7 +327,7 @@ def _figure(line: Line, right: np.ndarray, real: np.ndarray, measurable: bool) -
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson 1927)."""
+    """95% interval of a share (Wilson 1927): low, high."""
     z, share = 1.959964, right / count
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
@@ -319,7 +335,10 @@ def wilson(right: int, count: int) -> tuple[float, float]:
 
 
 def share_of_real(right: np.ndarray, real: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """The ratio of two means over the same prompts, with its 95% interval by bootstrap over prompts."""
+    """Ratio of two means over the same prompts, and its 95% interval (low, high).
+
+    The interval is a bootstrap over prompts.
+    """
     draws = np.random.default_rng(seed).integers(0, len(right), (DRAWS, len(right)))
     ratios = right[draws].mean(1) / real[draws].mean(1).clip(1 / len(right))
     low, high = np.quantile(ratios, (0.025, 0.975))
@@ -330,7 +349,7 @@ def share_of_real(right: np.ndarray, real: np.ndarray, seed: int = 0) -> tuple[f
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The figures as text."""
+    """The figures as rows of text, the heading first."""
     head = ["", "pictures", "right", "95% interval", "real pictures", "share of real", "bar"]
     return [head, *([row["about"], str(row["pictures"]), *_cells(row)] for row in rows)]
 
@@ -352,7 +371,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def judge_table(judge: Judge, size: int) -> list[list[str]]:
-    """How often the judge is right on real pictures that it has not seen."""
+    """The judge's accuracy on real pictures that it was not fitted to, as rows of text."""
     known = judge.accuracy.get(kind_of_size(size), {})
     rows = [
         [
@@ -378,7 +397,7 @@ def write(
     pictures: Sequence[np.ndarray],
     verdicts: Sequence[Mapping[str, Verdict]],
 ) -> None:
-    """FIGURES and PAGE."""
+    """Write FIGURES and PAGE to the folder `out`."""
     out, size = Path(out), len(pictures[0])
     shown = [
         {

@@ -1,4 +1,4 @@
-"""Elo scores from pairs of images that people have compared (app. A.1): ties are half a win for each."""
+"""Elo scores from human comparisons of image pairs (app. A.1); a tie is half a win for each."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from scipy.sparse.csgraph import connected_components
 
 from ..errors import UserError
 
-SCALE = 400 / np.log(10)  # of a score, to the logit of winning
+SCALE = 400 / np.log(10)  # Elo points per unit of the logit of winning
 
 
 class EloError(UserError):
-    """Votes that no scores follow from."""
+    """Votes that determine no Elo scores."""
 
 
 @dataclass(frozen=True)
 class Vote:
-    """One comparison: the two models, and what the first got of it, 1, 0.5 for a tie, or 0. `about`: the prompt, votes on which are not independent."""
+    """One comparison of two models.
+
+    `won`: result of the first model: 1 for a win, 0.5 for a tie, 0 for a loss.
+    `about`: the prompt, or None if unknown; votes on the same prompt are not independent.
+    """
 
     first: str
     second: str
@@ -29,7 +33,10 @@ class Vote:
 
 @dataclass(frozen=True)
 class Standing:
-    """A model's score with its interval, whose ends are infinite where votes say no more, and the share of its comparisons that it won."""
+    """A model's Elo score with its interval, win rate and number of comparisons.
+
+    `low`, `high`: infinite where the votes set no bound. `win_rate`: ties count half.
+    """
 
     score: float
     low: float
@@ -39,7 +46,7 @@ class Standing:
 
 
 def wins(votes: Sequence[Vote], models: Sequence[str]) -> np.ndarray:
-    """(N, N): how often each model, by row, has beaten each other, by column."""
+    """Win counts (N, N): how often the row's model beat the column's."""
     place, table = (
         {model: n for n, model in enumerate(models)},
         np.zeros((len(models), len(models))),
@@ -51,24 +58,28 @@ def wins(votes: Sequence[Vote], models: Sequence[str]) -> np.ndarray:
 
 
 def scores(table: np.ndarray, models: Sequence[str] | None = None) -> np.ndarray:
-    """Elo scores (N,) of least loss for a table of wins (N, N), with mean 0 as descent from 0 leaves them.
+    """Elo scores (N,) that minimise the paper's loss for a table of wins (N, N).
 
-    The paper's objective gives a model that wins the lower score as it is printed; its tables mean the higher. Here i beats j with
-    probability 1 / (1 + 10^((s_j - s_i) / 400)). Raises EloError where no scores are the best: a model, or several, that has beaten all others
-    always, or none ever.
+    Their mean is 0, as gradient descent from 0 leaves it.
+
+    The objective as printed in the paper assigns the winner the lower score, but the paper's tables
+    assign it the higher one. Here i beats j with probability 1 / (1 + 10^((s_j - s_i) / 400)).
+
+    Raises EloError if the loss has no minimum: a model, or a group of models, has won or lost all
+    comparisons with the others.
     """
     count = len(table)
     if connected_components(table > 0, connection="strong")[0] > 1:
         raise EloError(_unbounded(table, models or [str(n) for n in range(count)]))
     logits, total = np.zeros(count), table + table.T
-    for _ in range(
-        100
-    ):  # Newton's method: the loss is convex, and its curvature has one flat direction, all scores alike
+    # Newton's method: the loss is convex. lstsq, because the Hessian is singular in one direction:
+    # adding a constant to all scores.
+    for _ in range(100):
         chance = 1 / (1 + np.exp(logits[None] - logits[:, None]))
         slope = (table - total * chance).sum(1)
         weight = total * chance * (1 - chance)
         step = np.linalg.lstsq(np.diag(weight.sum(1)) - weight, slope, rcond=None)[0]
-        logits += step / max(1.0, np.abs(step).max())  # far from the best it oversteps
+        logits += step / max(1.0, np.abs(step).max())  # damped: overshoots far from the minimum
         if np.abs(step).max() < 1e-12:
             break
     return SCALE * (logits - logits.mean())
@@ -77,10 +88,14 @@ def scores(table: np.ndarray, models: Sequence[str] | None = None) -> np.ndarray
 def standings(
     votes: Sequence[Vote], draws: int = 1000, level: float = 0.95, seed: int = 0
 ) -> Mapping[str, Standing]:
-    """Of each model, the best first. Intervals are of prompts drawn anew, each with all votes on it: several raters of one picture, or several pairs
-    of models with one prompt, are no independent votes. Votes that are about nothing known count as one each.
+    """Each model's score with its interval, best first.
 
-    A draw in which a model has never lost, or never won, has it at infinity. Raises EloError.
+    Intervals are a bootstrap over prompts, each drawn with all its votes, because several raters of
+    one picture, or several pairs of models with one prompt, are not independent. A vote without a
+    prompt is drawn on its own. In a draw in which a model never lost, or never won, its score is
+    +inf or -inf.
+
+    `draws`: bootstrap draws. `level`: coverage of the intervals. Raises EloError.
     """
     models = sorted({model for vote in votes for model in (vote.first, vote.second)})
     if len(models) < 2:
@@ -97,7 +112,10 @@ def standings(
 
 
 def _interval(drawn: np.ndarray, level: float) -> tuple[float, float]:
-    """Of a model's scores (N,) in the draws that say something of it. Ends are themselves drawn: between a number and infinity nothing can be said."""
+    """Interval of a model's scores (N,) over the draws, NaN excluded.
+
+    Both ends are drawn scores: no interpolation between a number and infinity.
+    """
     known = np.sort(drawn[~np.isnan(drawn)])
     low, high = (
         max(0, int(np.ceil(share * len(known))) - 1) for share in ((1 - level) / 2, (1 + level) / 2)
@@ -108,7 +126,10 @@ def _interval(drawn: np.ndarray, level: float) -> tuple[float, float]:
 def _drawn(
     votes: Sequence[Vote], models: Sequence[str], draws: int, seed: int
 ) -> Iterator[np.ndarray]:
-    """Scores (N,) of votes that are drawn anew; NaN for a model of which a draw says nothing."""
+    """Scores (N,) of each bootstrap draw of the votes.
+
+    NaN for a model whose score a draw does not determine.
+    """
     place: dict[str | int, int] = {}
     of = [
         place.setdefault(n if vote.about is None else vote.about, len(place))
@@ -144,5 +165,11 @@ def _unbounded(table: np.ndarray, models: Sequence[str]) -> str:
     for n, model in enumerate(models):
         if not table[n].any() or not table[:, n].any():
             never = "won" if not table[n].any() else "lost"
-            return f"{model} has never {never}, and so has no finite Elo score; collect more votes on it, or leave it out."
-    return "Some models have never lost to any of the others, and so no Elo scores are finite; collect votes on pairs of both groups."
+            return (
+                f"{model} has never {never}, and so has no finite Elo score; collect more votes "
+                f"on it, or leave it out."
+            )
+    return (
+        "Some models have never lost to any of the others, and so no Elo scores are finite; "
+        "collect votes on pairs of both groups."
+    )

@@ -1,4 +1,8 @@
-"""Images as networks see them: a CLIP, by which content is judged (app. F.1) and captions are compared with pictures, and Inception (app. A.2)."""
+"""Image features of pretrained networks: CLIP and Inception.
+
+CLIP judges content (app. F.1) and compares captions with pictures; Inception is for FID and IS
+(app. A.2).
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,9 @@ from ..data.images import centre_crop, three_crops, to_tensor
 from ..models.clip_scorer import fetch_clip, load_clip
 from ..models.weights import WeightsError
 
-CROPS_PER_CALL = 64  # crops in one call of the network
+CROPS_PER_CALL = 64  # crops in one forward pass
 TORCHSCRIPT = (".pt", ".pth", ".ts", ".jit")
-POOLED, CLASSES = 2048, 1008  # Inception's features, and the classes of its 2015 training
+POOLED, CLASSES = 2048, 1008  # Inception's pooled features; classes of its 2015 training
 
 
 class Network(Protocol):
@@ -28,7 +32,9 @@ class Network(Protocol):
 
 
 class ClipFeatures:
-    """A CLIP as a function of images and of words. `path`: noised CLIP's weights file, or a public CLIP's folder, local or s3://.
+    """CLIP features of images and texts.
+
+    `path`: weights file of a noised CLIP, or folder of a public CLIP, local or s3://.
 
     Raises WeightsError, StorageError.
     """
@@ -40,7 +46,10 @@ class ClipFeatures:
         self.width = self._critic.embedding
 
     def images(self, pictures: Sequence[Image.Image]) -> np.ndarray:
-        """RGB images of any size -> (N, E) float32: the mean over three crops along the longer side, of vectors of length 1."""
+        """RGB images of any size -> (N, E) float32.
+
+        Mean of the unit-length embeddings of three crops along the longer side.
+        """
         crops = [three_crops(picture, self._critic.image_size) for picture in pictures]
         flat = [crop for several in crops for crop in several]
         seen = [
@@ -58,14 +67,19 @@ class ClipFeatures:
         )
 
     def words(self, texts: Sequence[str]) -> np.ndarray:
-        """Words or captions -> (N, E) float32, of length 1: a picture that shows them lies near."""
+        """Words or captions -> (N, E) float32, unit length.
+
+        A picture that shows a text has features close to the text's.
+        """
         return self._critic.embed(texts).float().cpu().numpy()
 
 
 class InceptionFeatures:
-    """The Inception network of FID as the TorchScript file that NVIDIA publishes, `inception-2015-12-05.pt`: one that is given uint8 images
-    (B, 3, H, W), resizes them itself as the first FID did, and returns pooled features with `return_features=True`, else the classes'
-    probabilities, without the last layer's bias if `no_output_bias=True`, as the first IS had them.
+    """The Inception network of FID, from NVIDIA's TorchScript file `inception-2015-12-05.pt`.
+
+    The network in the file takes uint8 images (B, 3, H, W) and resizes them itself, as the original
+    FID did. It returns pooled features with `return_features=True`, else class probabilities; with
+    `no_output_bias=True` these omit the last layer's bias, as in the original IS.
 
     Raises WeightsError, StorageError.
     """
@@ -76,18 +90,17 @@ class InceptionFeatures:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         local = storage.fetch(path)
         try:
-            self._network = torch.jit.load(
-                str(local), map_location=self.device
-            ).eval()  # a program of tensors: it cannot run Python
+            # A TorchScript program computes with tensors only: it cannot run Python.
+            self._network = torch.jit.load(str(local), map_location=self.device).eval()
         except (RuntimeError, ValueError) as error:
             raise WeightsError(
-                f"{path} is not a TorchScript file ({str(error).strip().splitlines()[0][:160]}); give the published "
-                f"inception-2015-12-05.pt with --inception."
+                f"{path} is not a TorchScript file ({str(error).strip().splitlines()[0][:160]}); "
+                f"give the published inception-2015-12-05.pt with --inception."
             ) from None
 
     @torch.no_grad()
     def images(self, pictures: Sequence[Image.Image]) -> np.ndarray:
-        """Square RGB images -> (N, 2048 + 1008) float32: pooled features, then the classes' probabilities."""
+        """Square RGB images -> (N, 2048 + 1008) float32: pooled features, class probabilities."""
         rows = np.empty((len(pictures), self.width), np.float32)
         for size in {picture.size for picture in pictures}:
             alike = [n for n, picture in enumerate(pictures) if picture.size == size]
@@ -104,14 +117,18 @@ class InceptionFeatures:
         )
         if pooled.shape[1:] != (POOLED,) or classes.shape[1:] != (CLASSES,):
             raise WeightsError(
-                f"The Inception network gives features of {tuple(pooled.shape[1:])} and classes of {tuple(classes.shape[1:])}, not "
-                f"({POOLED},) and ({CLASSES},); give the published inception-2015-12-05.pt with --inception."
+                f"The Inception network gives features of {tuple(pooled.shape[1:])} and classes "
+                f"of {tuple(classes.shape[1:])}, not ({POOLED},) and ({CLASSES},); give the "
+                f"published inception-2015-12-05.pt with --inception."
             )
         return torch.cat([pooled, classes], 1).float().cpu().numpy()
 
 
 class Squares:
-    """A network that is shown images' centred squares only, at most `size` pixels on a side: real ones as the generated ones are (app. A.2)."""
+    """A network applied to centred squares of images, at most `size` pixels on a side.
+
+    Real images are then cropped like the generated ones (app. A.2).
+    """
 
     def __init__(self, network: Network, size: int):
         self._network, self._size, self.width = network, size, network.width
@@ -126,19 +143,22 @@ class Squares:
 
 
 def load_network(path: str | Path, size: int) -> Network:
-    """What evaluation looks at images of `size` pixels with: Inception from a TorchScript file, else a CLIP. Raises WeightsError, StorageError."""
+    """The network that evaluation uses for images of `size` pixels.
+
+    Inception from a TorchScript file, else a CLIP. Raises WeightsError, StorageError.
+    """
     return Squares(
         InceptionFeatures(path) if str(path).endswith(TORCHSCRIPT) else ClipFeatures(path), size
     )
 
 
 def fetch_network(path: str | Path) -> Path:
-    """A local path for what `load_network` loads. Raises WeightsError, StorageError."""
+    """Local path of a network for `load_network`. Raises WeightsError, StorageError."""
     if not str(path).endswith(TORCHSCRIPT):
         return fetch_clip(path)
     if not storage.exists(path):
         raise WeightsError(
-            f"There is no Inception network {path}; download NVIDIA's inception-2015-12-05.pt and give it with --inception, or leave "
-            f"that out."
+            f"There is no Inception network {path}; download NVIDIA's inception-2015-12-05.pt and "
+            f"give it with --inception, or leave that out."
         )
     return storage.fetch(path)

@@ -1,4 +1,4 @@
-"""Fitting the judge to a corpus's real pictures, as they are and a little degraded, and keeping it for the next time."""
+"""Fit the judge to a corpus's real pictures, original and slightly degraded, and cache it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ from .judge_features import JudgeFeatures, Looks, View
 from .regions import part_areas, resized
 from .styles import Styles
 
-VERSION = (
-    3  # of what a fitted judge depends on beside the corpus: a cached one of another is not used
-)
+# Increment whenever fitting changes: part of the cache key, so older judges are not used.
+VERSION = 3
 SPLITS = ("train", "held_out", "held_out_pairs")
 THING_SHRINK, THING_WIDTH = 0.1, 256
 COUNTED_SCENES, COUNT_DECAY = 1500, 1e-3
@@ -45,8 +44,13 @@ def fit(
     least_styles: int = words.LEAST_STYLES,
     scenes: int = COUNTED_SCENES,
 ) -> Judge:
-    """From `corpus/train`: things and styles; from scenes composed of its pictures: counts. Things never seen in training are known from
-    `corpus/held_out`, so that they can be named. Raises CorpusError, MissingNetworkError."""
+    """Fit a judge to a corpus.
+
+    Things and styles come from `corpus/train`, counts from scenes composed of its pictures. Things
+    of `corpus/held_out`, never seen in training, are added so that the judge can name them.
+
+    Raises CorpusError, MissingNetworkError.
+    """
     looks = looks or Looks()
     rows = [row for row in read_rows(corpus, "train") if row.group in OBJECT_GROUPS]
     if len({row.style for row in rows}) < 2:
@@ -81,8 +85,11 @@ def fit(
 def _vocabulary(
     rows: Sequence[Row], told: np.ndarray, asked: int, least_styles: int
 ) -> words.Vocabulary:
-    """Leaves out things with a picture whose style was misclassified by the classifier that had
-    not seen the thing: prompts for them could not be scored."""
+    """The vocabulary, without prompts for things whose style is not reliably recognised.
+
+    A thing is left out if the style of any of its pictures was misclassified by the classifier
+    fitted without the thing: prompts for it could not be scored.
+    """
     unlike = {row.emoji for row, right in zip(rows, told, strict=True) if not right}
     vocabulary = words.choose(
         ((row.emoji, row.name, row.group, row.style) for row in rows), asked, least_styles, unlike
@@ -96,7 +103,7 @@ def _vocabulary(
 
 
 def with_things(judge: Judge, rows: Sequence[Row]) -> Judge:
-    """Knowing more things, from real pictures of them."""
+    """A judge that also knows the things of `rows`, from these real pictures."""
     if not rows:
         return judge
     shapes = np.concatenate(
@@ -114,7 +121,10 @@ def with_things(judge: Judge, rows: Sequence[Row]) -> Judge:
 
 
 def fit_counts(corpus: str, vocabulary: words.Vocabulary, scenes: int = COUNTED_SCENES) -> Logistic:
-    """One to four, from the areas of the separate parts of composed scenes, at 256 and at 64 pixels."""
+    """Fit the classifier of counts, one to four.
+
+    On areas of the separate parts of composed scenes, at 256 and at 64 pixels.
+    """
     features, counts = [], []
     with sprites_of(corpus, "train", vocabulary) as sprites:
         for number in range(scenes):
@@ -130,7 +140,7 @@ def fit_counts(corpus: str, vocabulary: words.Vocabulary, scenes: int = COUNTED_
 
 
 def _look(rows: Sequence[Row], looks: Looks, say: Say) -> JudgeFeatures:
-    """All rows in each of DEGRADATIONS, one after the other."""
+    """Features of all rows under each of DEGRADATIONS, one degradation after the other."""
     seen: list[list[JudgeFeatures]] = [[] for _ in DEGRADATIONS]
     for start in range(0, len(rows), IMAGES_PER_CALL):
         if start % (16 * IMAGES_PER_CALL) == 0:
@@ -148,7 +158,7 @@ def _look(rows: Sequence[Row], looks: Looks, say: Say) -> JudgeFeatures:
 
 
 def _shapes_alone(rows: Sequence[Row], looks: Looks) -> np.ndarray:
-    """What is shown by pictures as scenes have them: recoloured, or small."""
+    """Object features of pictures as they appear in scenes: recoloured, or small."""
     found = []
     for start in range(0, len(rows), IMAGES_PER_CALL):
         rng = np.random.default_rng([len(DEGRADATIONS), start])
@@ -157,7 +167,7 @@ def _shapes_alone(rows: Sequence[Row], looks: Looks) -> np.ndarray:
     return np.concatenate(found)
 
 
-# -- what generated pictures may look like beside real ones ----------------------------------------
+# -- degradations: real pictures made to resemble generated ones -----------------------------------
 
 
 def as_is(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -165,7 +175,10 @@ def as_is(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def small_and_noisy(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """At 64 pixels, its colours a little off, under noise of up to 5 levels."""
+    """At 64 pixels, with slightly shifted colours and Gaussian noise.
+
+    The noise has a standard deviation of up to 5 of 255.
+    """
     pixels = resized(picture, 64).astype(np.float32)
     inked = np.clip((255 - pixels.min(-1, keepdims=True)) / 60, 0, 1)
     pixels += rng.normal(0, 3, (1, 1, 3)) * inked + rng.normal(0, rng.uniform(0, 5), pixels.shape)
@@ -173,7 +186,7 @@ def small_and_noisy(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray
 
 
 def moved_and_blurred(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Scaled, shifted, sometimes mirrored, blurred, and compressed as JPEG."""
+    """Scaled, shifted, sometimes mirrored, blurred, and compressed as JPEG; 128 pixels."""
     side = 128
     picture = picture[:, ::-1] if rng.random() < 0.5 else picture
     new = int(side * rng.uniform(0.82, 1.1))
@@ -188,7 +201,7 @@ def moved_and_blurred(picture: np.ndarray, rng: np.random.Generator) -> np.ndarr
 
 
 def small_or_recoloured(row: Row, rng: np.random.Generator) -> np.ndarray:
-    """As in a scene: often recoloured, and as small as one of several objects."""
+    """As in a scene: often recoloured, and small like one of several objects."""
     picture = row.picture()
     if rng.random() < 0.6:
         coloured = recolour(row.drawing(), list(COLOURS)[rng.integers(len(COLOURS))])
@@ -199,11 +212,11 @@ def small_or_recoloured(row: Row, rng: np.random.Generator) -> np.ndarray:
 DEGRADATIONS = (as_is, small_and_noisy, moved_and_blurred)
 
 
-# -- kept ------------------------------------------------------------------------------------------
+# -- cache -----------------------------------------------------------------------------------------
 
 
 def cached_path(corpus: str, cache: str | Path | None = None) -> Path:
-    """Where the judge of this corpus is kept. Raises CorpusError where the corpus is not whole."""
+    """Path of this corpus's cached judge. Raises CorpusError if the corpus is incomplete."""
     parts = {}
     for split in SPLITS:
         index = read_index(f"{corpus.rstrip('/')}/{split}")
@@ -220,7 +233,7 @@ def cached_path(corpus: str, cache: str | Path | None = None) -> Path:
 def load_or_fit(
     corpus: str, say: Say = lambda line: None, cache: str | Path | None = None
 ) -> Judge:
-    """The judge of a corpus, fitted once and cached with its accuracy.
+    """The judge of a corpus, fitted and measured on first use, then cached with its accuracy.
 
     Raises CorpusError, JudgeError, MissingNetworkError.
     """

@@ -1,4 +1,7 @@
-"""Classifiers on fixed features, fitted in closed form or by a convex problem: the same data give the same judge."""
+"""Classifiers on fixed features, fitted in closed form or by convex optimisation.
+
+Fitting is deterministic: the same data give the same judge.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-LIMIT = 6.0  # of standard deviations, to which a feature is cut
+LIMIT = 6.0  # standard deviations at which a standardised feature is clipped
 
 
 @dataclass(frozen=True)
 class Discriminant:
-    """Linear discriminant analysis: classes share the scatter within them, and a class is its mean.
+    """Linear discriminant analysis: a class is its mean, and classes share one covariance.
 
-    `labels`: names of the C classes. `mean`, `scale` (D,): of features. `project` (D, K): to a space in which the scatter within
-    classes is round. `centres` (C, K): the classes' means there. `cosine`: compare directions from the mean of all instead of distances.
+    `labels`: names of the C classes.
+    `mean`, `scale` (D,): for standardising the features.
+    `project` (D, K): to a space in which the within-class covariance is isotropic.
+    `centres` (C, K): class means in that space.
+    `cosine`: score by the cosine about the mean of all centres, instead of by distance.
     """
 
     labels: tuple[str, ...]
@@ -37,8 +43,11 @@ class Discriminant:
         width: int,
         cosine: bool = False,
     ) -> Discriminant:
-        """From features (N, D) and the class of each row. `shrink`: how much of the mean variance is added to each direction's;
-        `width`: directions that are kept, those in which the means differ most."""
+        """Fit to features (N, D) and the class of each row.
+
+        `shrink`: fraction of the mean variance that is added to the variance of each direction.
+        `width`: number of directions to keep, those in which the class means differ most.
+        """
         mean, scale = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64) + 1e-3
         whole = cls(
             (), mean.astype(np.float32), scale.astype(np.float32), np.empty(0), np.empty(0), cosine
@@ -59,15 +68,15 @@ class Discriminant:
         return {label: n for n, label in enumerate(self.labels)}
 
     def place(self, features: np.ndarray) -> np.ndarray:
-        """Features (N, D) in the space of the classes: (N, K)."""
+        """Project features (N, D) into the space of the classes: (N, K)."""
         return self._standard(features) @ self.project
 
     def scores(self, features: np.ndarray, labels: Sequence[str] | None = None) -> np.ndarray:
-        """(N, C), or (N, len(labels)) in their order: the larger, the likelier."""
+        """Scores (N, C), or (N, len(labels)) in the order of `labels`; larger is likelier."""
         return self.scores_at(self.place(features), labels)
 
     def scores_at(self, rows: np.ndarray, labels: Sequence[str] | None = None) -> np.ndarray:
-        """`scores` of rows (N, K) that `place` gave."""
+        """`scores` for rows (N, K) returned by `place`."""
         centres = (
             self.centres
             if labels is None
@@ -79,12 +88,15 @@ class Discriminant:
         return -((rows**2).sum(1)[:, None] + (centres**2).sum(1) - 2 * rows @ centres.T)
 
     def best(self, features: np.ndarray, labels: Sequence[str] | None = None) -> list[str]:
-        """The likeliest class of each row, of `labels` if they are given."""
+        """The likeliest class of each row, among `labels` if passed."""
         names = self.labels if labels is None else labels
         return [names[n] for n in self.scores(features, labels).argmax(1)]
 
     def adding(self, features: np.ndarray, labels: Sequence[str]) -> Discriminant:
-        """With more classes, each the mean of its rows (N, D); those of the same names are replaced."""
+        """A copy with more classes, each the mean of its rows of features (N, D).
+
+        Existing classes of the same names are replaced.
+        """
         new = sorted(set(labels))
         kept = [n for n, label in enumerate(self.labels) if label not in new]
         rows, of = self.place(features), np.asarray(labels)
@@ -109,7 +121,10 @@ class Discriminant:
 
 @dataclass(frozen=True)
 class Logistic:
-    """Multinomial logistic regression. `mean`, `scale` (D,): of features; `weights` (D, C), `bias` (C,)."""
+    """Multinomial logistic regression.
+
+    `mean`, `scale` (D,): for standardising the features. `weights` (D, C), `bias` (C,).
+    """
 
     mean: np.ndarray
     scale: np.ndarray
@@ -120,7 +135,11 @@ class Logistic:
     def fit(
         cls, features: np.ndarray, classes: np.ndarray, decay: float, rounds: int = 80
     ) -> Logistic:
-        """From features (N, D) and whole numbers (N,) from 0. `decay`: of the weights' squares."""
+        """Fit to features (N, D) and integer classes (N,) from 0.
+
+        `decay`: weight of the L2 penalty on the weights. `rounds`: maximum number of L-BFGS
+        iterations.
+        """
         mean, scale = features.mean(0), features.std(0) + 0.05
         x, y = (
             torch.tensor(((features - mean) / scale).clip(-LIMIT, LIMIT)).float(),
@@ -151,7 +170,7 @@ class Logistic:
         return ((features - self.mean) / self.scale).clip(-LIMIT, LIMIT) @ self.weights + self.bias
 
     def best(self, features: np.ndarray) -> np.ndarray:
-        """The likeliest class of each row: (N,) whole numbers."""
+        """The likeliest class of each row: (N,) integers."""
         return self.scores(features).argmax(1)
 
     def tensors(self) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The figures of generated images beside real ones, from what networks saw of both (sec. 5.1, app. A.2)."""
+"""Metrics of generated images against real ones (sec. 5.1, app. A.2), from their features."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from . import metrics
 from .features import POOLED
 from .metrics import MetricError, Moments
 
-KINDS = (
-    256  # captions of the reference that serve as classes where no Inception says which there are
-)
+# Maximum number of the reference's captions that serve as classes where there is no Inception.
+KINDS = 256
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """Images by a CLIP: features (N, E), and those of their captions (N, E), NaN for those that have none. By Inception, where there is one: pooled
-    features and probabilities."""
+    """Features of N images.
+
+    `clip` (N, E): CLIP features of the images.
+    `words` (N, E): CLIP features of their captions; NaN for images without a caption.
+    `inception` (N, 2048 + 1008): Inception's pooled features and class probabilities, if available.
+    """
 
     clip: np.ndarray
     words: np.ndarray
@@ -33,17 +36,17 @@ class ImageFeatures:
 
     @property
     def features(self) -> np.ndarray:
-        """What distances are measured in: Inception's, or else the CLIP's."""
+        """Features in which distances are measured: Inception's pooled ones, else CLIP's."""
         return self.clip if self.inception is None else self.inception[:, :POOLED]
 
     @property
     def captioned(self) -> np.ndarray:
-        """(N,) bool"""
+        """Whether each image has a caption: (N,) bool."""
         return ~np.isnan(self.words[:, 0])
 
     @property
     def clip_score(self) -> float | None:
-        """Of the images that have a caption; None where none has."""
+        """CLIP score of the images that have a caption; None if none has."""
         with_words = self.captioned
         return (
             metrics.clip_score(self.clip[with_words], self.words[with_words])
@@ -52,7 +55,11 @@ class ImageFeatures:
         )
 
     def classes(self, kinds: np.ndarray) -> np.ndarray:
-        """Probabilities (N, Y): Inception's, or else of the captions `kinds` (Y, E) for each picture, by the CLIP at the scale of CLIP scores."""
+        """Class probabilities (N, Y) for the inception score.
+
+        Inception's if available; else the probability of each of the captions `kinds` (Y, E) by
+        CLIP, with the factor 100 of CLIP scores as logit scale.
+        """
         if self.inception is not None:
             return self.inception[:, POOLED:]
         logits = 100 * self.clip @ kinds.T
@@ -62,7 +69,11 @@ class ImageFeatures:
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images to compare with, by name and caption. What does not depend on the generated ones is computed once, and saved with them."""
+    """Real images to compare with, by name and caption.
+
+    Quantities that do not depend on the generated images are computed once and saved with the
+    features.
+    """
 
     names: Sequence[str]
     captions: Sequence[str]
@@ -82,10 +93,14 @@ class Reference:
         return distinct[np.random.default_rng(0).permutation(len(distinct))[:KINDS]]
 
     def without(self, names: Collection[str]) -> Reference:
-        """All but these: what is near to a training image, say (sec. 5.2). Raises MetricError where some are not of this reference."""
+        """A copy without these images, e.g. those close to a training image (sec. 5.2).
+
+        Raises MetricError if a name is not in this reference.
+        """
         if strange := set(names) - set(self.names):
             raise MetricError(
-                f"The list of what to leave out names {min(strange)}, which is not among the images of the reference: it was made for another."
+                f"The list of what to leave out names {min(strange)}, which is not among the "
+                f"images of the reference: it was made for another."
             )
         keep = np.array([name not in names for name in self.names])
         seen = ImageFeatures(
@@ -104,8 +119,12 @@ class Reference:
         return metrics.frechet_distance(Moments.of(made.features), self.moments)
 
     def figures(self, made: ImageFeatures) -> dict[str, float | None]:
-        """All that section 5 plots and tabulates. Distances are FID, and the score is IS, where Inception has seen the images; else they are the
-        same measures of the CLIP's features, to be compared only with each other. None is what wants captions that are not there. Raises MetricError."""
+        """All metrics that section 5 plots and tabulates.
+
+        With Inception features, distances are FID and the score is IS. Otherwise they are the same
+        measures on CLIP features, comparable only with each other. None: the metric needs captions
+        and there are none. Raises MetricError.
+        """
         real = self.seen
         precision, recall = metrics.precision_recall(
             real.features, made.features, real_reach=self.reach
@@ -129,10 +148,10 @@ class Reference:
             "cmmd": metrics.cmmd(real.clip, made.clip),
         }
 
-    # -- kept for other evaluations -----------------------------------------------------------------------------------
+    # -- saved for other evaluations ---------------------------------------------------------------
 
     def save(self, path: str, about: dict[str, Any]) -> None:
-        """A file of tensors, local or s3://; `about` says what it is of."""
+        """Write a safetensors file, local or s3://; `about` describes the source of the images."""
         tensors = {
             "clip": self.seen.clip,
             "words": self.seen.words,
@@ -153,7 +172,10 @@ class Reference:
 
     @classmethod
     def load(cls, path: str) -> tuple[Reference, dict[str, Any]]:
-        """What `save` wrote, and what it is of. Raises MetricError, StorageError."""
+        """Read a file written by `save`; return the reference and its `about`.
+
+        Raises MetricError, StorageError.
+        """
         local = storage.fetch(path)
         try:
             with safe_open(local, "np") as file:
@@ -171,5 +193,6 @@ class Reference:
             return reference, told["about"]
         except (SafetensorError, KeyError, ValueError) as error:
             raise MetricError(
-                f"{path} does not hold the statistics of a reference as `glide evaluate` saves them ({error}); give a corpus."
+                f"{path} does not hold the statistics of a reference as `glide evaluate` saves "
+                f"them ({error}); give a corpus."
             ) from None

@@ -1,9 +1,9 @@
-"""A judge of generated pictures: the object, style, colours, count and positions. It is fitted to
-real pictures alone.
+"""A judge of generated pictures: their object, style, colours, count and positions.
 
-Objects and styles are classified on features of a network pretrained on ImageNet; colours, counts
-and positions are measured. `judge_accuracy.py` measures its accuracy on real pictures that it was not fitted
-to; where the accuracy is too low, no score is given.
+It is fitted to real pictures alone. Objects and styles are classified on features of a network
+pretrained on ImageNet; colours, counts and positions are measured. `judge_accuracy.py` measures its
+accuracy on real pictures that it was not fitted to; where the accuracy is too low, no score is
+reported.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .regions import halves, part_areas, parts
 from .styles import Styles, look_of
 from .vocabulary import Vocabulary
 
-NOTHING, FAINT = "nothing", 0.005  # a hole with less than this share of foreground shows nothing
+NOTHING, FAINT = "nothing", 0.005  # a hole with a smaller share of foreground is empty
 
 
 class JudgeError(UserError):
@@ -49,7 +49,7 @@ class JudgeError(UserError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the picture shows what was asked, and what the judge saw."""
+    """Whether a picture shows the requested content, and what the judge saw."""
 
     right: bool
     seen: str
@@ -57,11 +57,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Judge:
-    """`things` and `styles` classify objects and styles, `counts` the number of objects, from the
-    areas of the foreground's connected parts.
+    """A fitted judge and its measured accuracy.
 
-    `accuracy`: by size of the pictures, category and question, the share of real pictures that
-    were judged correctly, and their number.
+    `things` and `styles` classify objects and styles; `counts` classifies the number of objects,
+    from the areas of the foreground's connected parts.
+
+    `accuracy`: by picture size, category and question, the share of real pictures judged correctly
+    and their number.
+    `looks`: the feature extractor; None: loaded on first use.
     """
 
     vocabulary: Vocabulary
@@ -74,7 +77,7 @@ class Judge:
     def verdicts(
         self, cases: Sequence[Case], pictures: Sequence[np.ndarray]
     ) -> list[dict[str, Verdict]]:
-        """For each picture, uint8 (H, H, 3), the questions of its category with their verdicts."""
+        """For each picture, uint8 (H, H, 3): the questions of its category with their verdicts."""
         found: list[dict[str, Verdict]] = [{} for _ in cases]
         for category in dict.fromkeys(case.category for case in cases):
             at = [n for n, case in enumerate(cases) if case.category == category]
@@ -87,7 +90,7 @@ class Judge:
         return found
 
     def style_of(self, pictures: Sequence[np.ndarray]) -> list[str]:
-        """The style of each picture, with those of `styles.SAME_LOOK` as one."""
+        """The style of each picture; those of `styles.SAME_LOOK` count as one."""
         return self.styles.best(self.sight.of([View.of(picture) for picture in pictures]))
 
     def shapes_of(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
@@ -97,18 +100,21 @@ class Judge:
     def with_style(
         self, style: str, pictures: Sequence[np.ndarray], others: Sequence[np.ndarray]
     ) -> Judge:
-        """Knowing one more style, as after fine-tuning, from real pictures of it and of others."""
+        """A copy that knows one more style, from real pictures of it and of other styles.
+
+        Needed to score a model fine-tuned on a new style.
+        """
         new, old = (self.sight.of([View.of(one) for one in of]) for of in (pictures, others))
         return replace(self, styles=self.styles.adding(style, new, old))
 
     def measurable(self, size: int, category: str, question: str) -> bool:
-        """Whether its accuracy on real pictures of this size is high enough to score others."""
+        """Whether accuracy on real pictures of this size suffices to score generated ones."""
         if question not in BARS:
             return True
         known = self.accuracy.get(kind_of_size(size), {}).get(category, {}).get(question)
         return known is not None and known["right"] >= BARS[question]
 
-    # -- by category --------------------------------------------------------------------------------------------------
+    # -- by category -------------------------------------------------------------------------------
 
     def _of(
         self, category: str, cases: Sequence[Case], pictures: Sequence[np.ndarray]
@@ -157,7 +163,11 @@ class Judge:
     def things_shown(
         self, cases: Sequence[Case], shapes: np.ndarray, which: int = 0
     ) -> list[Verdict]:
-        """Whether each picture's thing, the `which`-th of its case, comes first of the names that it is to be told from."""
+        """Whether each picture shows the object at index `which` of its case.
+
+        Right if the object scores highest among the names that it must be distinguished from.
+        `shapes`: (N, D).
+        """
         place, found = self.things.place(shapes), []
         for case, row in zip(cases, place, strict=True):
             thing = case.labels["objects"][which]["emoji"]
@@ -169,8 +179,11 @@ class Judge:
     def _positions(
         self, cases: Sequence[Case], pictures: Sequence[np.ndarray]
     ) -> list[dict[str, Verdict]]:
-        """Position: there are two objects along the asked line, and they are likelier in the asked order than in the other.
-        Object: both come first of their names."""
+        """Verdicts on the positions and objects of pictures of two objects.
+
+        Position is right if there are two objects along the requested axis, and the requested order
+        is likelier than the reverse. Object is right if both score highest among their names.
+        """
         nothing = {WHERE: Verdict(False, "no two objects"), THING: Verdict(False, NOTHING)}
         found, views, two = [dict(nothing) for _ in cases], [], []
         for n, picture in enumerate(pictures):
@@ -191,9 +204,8 @@ class Judge:
             [thing["emoji"] for thing in case.labels["objects"]],
         )
         scores = self.things.scores(pair, emoji)
-        forward = (
-            scores[0, 0] + scores[1, 1] > scores[0, 1] + scores[1, 0]
-        )  # the first object comes first, from the left or the top
+        # True: the first object is the left or upper one.
+        forward = scores[0, 0] + scores[1, 1] > scores[0, 1] + scores[1, 0]
         seen = {
             (True, True): "to the left of",
             (True, False): "to the right of",
@@ -228,7 +240,7 @@ class Judge:
             object.__setattr__(self, "looks", Looks())
         return self.looks
 
-    # -- kept for the next time ---------------------------------------------------------------------------------------
+    # -- storage -----------------------------------------------------------------------------------
 
     def digest(self) -> str:
         """A digest of all fitted weights."""
@@ -239,7 +251,7 @@ class Judge:
         ).hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """One safetensors file, of 16 bits where that is enough."""
+        """Write one safetensors file, in 16 bits where that is precise enough."""
         tensors = {}
         for name, head in (
             ("things", self.things),
@@ -264,7 +276,7 @@ class Judge:
 
     @classmethod
     def load(cls, path: str | Path) -> Judge:
-        """What `save` wrote. Raises JudgeError, StorageError."""
+        """Read a file written by `save`. Raises JudgeError, StorageError."""
         try:
             with safe_open(storage.fetch(path), "np") as file:
                 tensors = {name: _unpacked(file.get_tensor(name)) for name in file.keys()}
@@ -293,12 +305,15 @@ class Judge:
 
 
 def kind_of_size(size: int) -> str:
-    """The judge is tried on pictures of two sizes; others are judged as the nearer of them."""
+    """Key of `accuracy` for pictures of `size` pixels.
+
+    Accuracy is measured at 64 and 256 pixels only; pictures below 128 pixels use the former.
+    """
     return "64" if size < 128 else "256"
 
 
 def in_hole(picture: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """What is in the square hole (S, S) of a picture (H, H, 3) of any size."""
+    """The content of the square hole (S, S) of a picture (H, H, 3) of any size."""
     rows, columns = (np.flatnonzero(hole.any(axis)) * len(picture) / len(hole) for axis in (1, 0))
     side = round(len(rows) * len(picture) / len(hole))
     top, left = int(rows[0]), int(columns[0])
@@ -306,7 +321,7 @@ def in_hole(picture: np.ndarray, hole: np.ndarray) -> np.ndarray:
 
 
 def _largest(view: View) -> View:
-    """The largest separate part of a picture of several."""
+    """The view of the largest separate part of a picture with several."""
     boxes = parts(view.regions.foreground)
     return replace(view, box=boxes[0]) if boxes else view
 

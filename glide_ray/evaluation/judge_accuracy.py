@@ -13,16 +13,17 @@ from .judge import Judge
 from .regions import resized
 
 SIZES = {"256": 256, "64": 64}
-SCENES_TRIED = 300  # of each kind
+SCENES_TRIED = 300  # scenes of each kind
 Say = Callable[[str], None]
 
 
 def try_judge(
     corpus: str, judge: Judge, say: Say = lambda line: None, scenes: int = SCENES_TRIED
 ) -> Judge:
-    """The judge with its `accuracy` measured: on the corpus's held-out pairs, and on scenes composed of them alone.
+    """A copy of the judge with its `accuracy` measured.
 
-    Things never seen are told from real pictures of them by the other artists.
+    On the corpus's held-out pairs, and on scenes composed of them alone. A thing never seen in
+    training is judged after learning it from its real pictures by other artists.
     """
     say("judging the judge on real pictures that it has not seen")
     cases = _held_out(corpus, judge, scenes)
@@ -36,7 +37,7 @@ def try_judge(
             for category in CATEGORIES
             if any(of == category for of, _ in rows)
         }
-        # What was held out from the judge stands for what the models were trained on, too.
+        # The judge was fitted to the pictures of SEEN: held-out pairs give its accuracy there, too.
         if PAIRS in found[name]:
             found[name][SEEN] = found[name][PAIRS]
         if unseen := _unseen(corpus, judge, size):
@@ -56,7 +57,10 @@ def _held_out(corpus: str, judge: Judge, scenes: int) -> list[Case]:
 
 
 def _unseen(corpus: str, judge: Judge, size: int) -> dict[str, Any]:
-    """Each picture of a thing never seen, by a judge that knows the thing from its other pictures alone."""
+    """Accuracy on things never seen in training, leaving out one picture at a time.
+
+    Each picture is judged after learning its thing from the thing's other pictures alone.
+    """
     rows = [
         row
         for row in read_rows(corpus, "held_out")
@@ -85,8 +89,10 @@ def _unseen(corpus: str, judge: Judge, size: int) -> dict[str, Any]:
 
 
 def _pool_styles(found: dict[str, dict[str, Any]]) -> None:
-    """Give all single-object categories the accuracy on all their held-out pictures together: style
-    is one classifier, whatever the object."""
+    """Set the style accuracy of all single-object categories to that on their pooled pictures.
+
+    Style is one classifier, whatever the object.
+    """
     tried = [
         found[category][STYLE] for category in (PAIRS, UNSEEN) if STYLE in found.get(category, {})
     ]
@@ -98,7 +104,7 @@ def _pool_styles(found: dict[str, dict[str, Any]]) -> None:
 
 
 def shares(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """By question: the share of correct answers and the number of pictures."""
+    """By question: share of correct answers and number of pictures."""
     questions = dict.fromkeys(question for verdict in verdicts for question in verdict)
     return {
         question: {

@@ -1,5 +1,7 @@
-"""Features of pictures for the judge: object and texture features of a pretrained network, and a
-histogram of exact colours."""
+"""Features of pictures for the judge.
+
+Object and texture features of a pretrained network, and a histogram of exact colours.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +18,20 @@ from torch import Tensor
 from ..models.efficientnet import EfficientNetLite0, load_efficientnet, normalise
 from .regions import Box, Regions, crop, resized
 
-INPUT = 128  # pixels of what the network is shown
-IMAGES_PER_CALL = 32  # pictures in one call of the network
+INPUT = 128  # side of the network's input in pixels
+IMAGES_PER_CALL = 32  # pictures in one forward pass
 SHAPE_STAGES = (4, 5, 6)  # stages whose feature maps, pooled to 2 x 2, describe the object
-STYLE_STAGES, PAIRED = (
-    (0, 1, 2, 3, 4),
-    (0, 1),
-)  # stages whose means and deviations describe the style; and their covariances
-STEPS = 65  # bins of a colour channel: fine, for artists are recognised by exact colours
-FLAT = 20.0  # of 255: a pixel with smaller gradients is not on an edge
+# Stages whose channel means and deviations describe the style; stages whose covariances do, too.
+STYLE_STAGES, PAIRED = (0, 1, 2, 3, 4), (0, 1)
+STEPS = 65  # bins per colour channel: fine, because exact colours identify an artist
+FLAT = 20.0  # of 255: pixels with a smaller gradient are not on an edge
 CHANGES = 16  # bins of the histogram of gradients
-INKED = 20  # of 255, in some channel: a pixel of the network's input that is not white
+INKED = 20  # of 255, in any channel: pixels further from white count as not white
 
 
 @dataclass(frozen=True)
 class View:
-    """A square picture uint8 (H, H, 3), or what is in a box of it, in pixels of `regions.SIDE`."""
+    """A square picture uint8 (H, H, 3) and a box of it, in pixels at side `regions.SIDE`."""
 
     picture: np.ndarray
     regions: Regions
@@ -39,20 +39,22 @@ class View:
 
     @classmethod
     def of(cls, picture: np.ndarray) -> View:
-        """Of the whole foreground."""
+        """A view of the whole foreground."""
         regions = Regions.of(picture)
         return cls(picture, regions, regions.box)
 
     @cached_property
     def cut(self) -> np.ndarray:
-        """The network's input: the box on white, (INPUT, INPUT, 3) uint8."""
+        """The network's input: the content of the box on white, (INPUT, INPUT, 3) uint8."""
         return resized(crop(self.picture, self.box, self.regions.background), INPUT)
 
 
 @dataclass(frozen=True)
 class JudgeFeatures:
-    """Features of N pictures: `shapes` (N, 2496) of the object, `textures` (N, 997) and `colours`
-    (N, STEPS^3) of the style."""
+    """Features of N pictures.
+
+    `shapes` (N, 2496): of the object. `textures` (N, 997) and `colours` (N, STEPS^3): of the style.
+    """
 
     shapes: np.ndarray
     textures: np.ndarray
@@ -71,7 +73,7 @@ class JudgeFeatures:
 
 
 class Looks:
-    """Pictures as features. `dtype`: of the pretrained network."""
+    """Feature extractor. `dtype`: of the pretrained network."""
 
     def __init__(
         self, network: EfficientNetLite0 | None = None, dtype: torch.dtype = torch.float32
@@ -79,7 +81,7 @@ class Looks:
         self._network, self._dtype = (network or load_efficientnet()).to(dtype), dtype
 
     def shapes(self, views: Sequence[View]) -> np.ndarray:
-        """The features of objects alone: (N, 2496) float32."""
+        """Object features alone: (N, 2496) float32."""
         return np.concatenate([_shape(maps).numpy() for _, maps in self._maps(views)])
 
     def of(self, views: Sequence[View]) -> JudgeFeatures:
@@ -106,7 +108,7 @@ class Looks:
         )
 
     def _maps(self, views: Sequence[View]):
-        """In batches: the network's input (B, 3, INPUT, INPUT) uint8, and its feature maps."""
+        """Batches of network input (B, 3, INPUT, INPUT) uint8 and its feature maps in float32."""
         for start in range(0, len(views), IMAGES_PER_CALL):
             squares = torch.from_numpy(
                 np.stack([view.cut for view in views[start : start + IMAGES_PER_CALL]])
@@ -129,8 +131,10 @@ def _texture(squares: Tensor, maps: Sequence[Tensor]) -> Tensor:
 
 
 def _covariances(map_: Tensor, inked: Tensor) -> Tensor:
-    """Signed roots of the covariances of channels (B, C, h, w) where the picture is not white:
-    (B, C (C + 1) / 2)."""
+    """Signed square roots of channel covariances over the pixels that are not white.
+
+    (B, C, h, w) -> (B, C (C + 1) / 2).
+    """
     mask = (F.adaptive_avg_pool2d(inked, map_.shape[-1]) > 0.2).float()
     weight = mask / mask.sum((2, 3), keepdim=True).clamp_min(1)
     mean = (map_ * weight).sum((2, 3))
@@ -141,7 +145,7 @@ def _covariances(map_: Tensor, inked: Tensor) -> Tensor:
 
 
 def _changes(pixels: np.ndarray) -> np.ndarray:
-    """The largest difference of each pixel (S, S, 3) to a neighbour, in any channel: (S, S)."""
+    """Largest difference of each pixel to a neighbour, in any channel: (S, S, 3) -> (S, S)."""
     found = np.zeros(pixels.shape[:2], np.float32)
     down, across = (np.abs(np.diff(pixels, axis=axis)).max(-1) for axis in (0, 1))
     for part, step in (
@@ -155,16 +159,20 @@ def _changes(pixels: np.ndarray) -> np.ndarray:
 
 
 def _steepness(regions: Regions, changes: np.ndarray) -> np.ndarray:
-    """Roots of the histogram of the foreground's gradients, and the foreground's share of the
-    picture: (CHANGES + 1,) float32."""
+    """Square roots of the histogram of foreground gradients, then the foreground's area share.
+
+    (CHANGES + 1,) float32.
+    """
     inside = np.log2(changes[regions.foreground] + 1)
     steep = np.histogram(inside, CHANGES, (0, 8))[0] / max(len(inside), 1)
     return np.append(np.sqrt(steep), regions.foreground.mean()).astype(np.float32)
 
 
 def _colours(pixels: Sequence[np.ndarray]) -> sparse.csr_matrix:
-    """Roots of colour histograms, from each picture's pixels (n, 3) in 0 to 255; a pixel is shared
-    among the 8 nearest bins."""
+    """Square roots of colour histograms: (N, STEPS^3).
+
+    `pixels`: (n, 3) of each picture, in 0 to 255; a pixel is shared among the 8 nearest bins.
+    """
     counts = [len(of) for of in pixels]
     row = np.repeat(np.arange(len(pixels)), counts)
     place = np.concatenate([*pixels, np.empty((0, 3), np.float32)]).clip(0, 255) / 255 * (STEPS - 1)

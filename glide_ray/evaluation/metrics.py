@@ -1,4 +1,7 @@
-"""Measures of generated images against real ones, as pure functions of features (N, D): FID, KID, CMMD, precision and recall, IS, CLIP score."""
+"""Metrics of generated images against real ones, as pure functions of features (N, D).
+
+FID, KID, CMMD, precision and recall, IS, CLIP score.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,19 @@ import numpy as np
 
 from ..errors import UserError
 
-ROWS = 1024  # of a matrix of distances that is held at once
+ROWS = 1024  # rows of a distance matrix held in memory at once
 
 
 class MetricError(UserError):
-    """Features that cannot be measured."""
+    """Features from which a metric cannot be computed."""
 
 
-# -- Fréchet distance -------------------------------------------------------------------------------------------------
+# -- Fréchet distance ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What the Fréchet distance knows of features: their count, mean (D,) and covariance (D, D), unbiased."""
+    """Moments of features: their count, mean (D,) and unbiased covariance (D, D)."""
 
     count: int
     mean: np.ndarray
@@ -37,12 +40,12 @@ class Moments:
 
     @cached_property
     def root(self) -> np.ndarray:
-        """The covariance's symmetric root (D, D)."""
+        """Symmetric square root of the covariance: (D, D)."""
         values, vectors = np.linalg.eigh(self.covariance)
         return (vectors * np.sqrt(values.clip(0))) @ vectors.T
 
     def joined(self, other: Moments) -> Moments:
-        """Of both sets as one, from the moments alone: what was measured in parts (Chan et al. 1979)."""
+        """Moments of the union of two sets, from theirs alone (Chan et al. 1979)."""
         count, apart = self.count + other.count, other.mean - self.mean
         scatter = (
             (self.count - 1) * self.covariance
@@ -53,21 +56,25 @@ class Moments:
 
 
 def frechet_distance(one: Moments, other: Moments) -> float:
-    """FID, where the features are Inception's pooled ones (Heusel et al. 2017, eq. 6)."""
+    """Fréchet distance; FID for Inception's pooled features (Heusel et al. 2017, eq. 6)."""
     if one.mean.shape != other.mean.shape:
         raise MetricError(
-            f"The two sets have features of {len(one.mean)} and {len(other.mean)} numbers; measure both with the same network."
+            f"The two sets have features of {len(one.mean)} and {len(other.mean)} numbers; "
+            f"measure both with the same network."
         )
-    cross = (
-        other.root @ one.covariance @ other.root
-    )  # its eigenvalues are those of the product of both, and it is symmetric
+    # Symmetric, with the same eigenvalues as the product of the two covariances.
+    cross = other.root @ one.covariance @ other.root
     return _frechet(one.mean, np.trace(one.covariance), cross, other)
 
 
 def frechet_infinity(
     features: np.ndarray, reference: Moments, points: int = 15, least: int = 5000, seed: int = 0
 ) -> float:
-    """FID as it would be of endlessly many samples: it is linear in 1/N, and read off at 0 (Chong & Forsyth 2020)."""
+    """FID extrapolated to infinitely many samples (Chong & Forsyth 2020).
+
+    FID is linear in 1/N: a line is fitted at `points` values of N, the smallest `least`, and
+    evaluated at 1/N = 0.
+    """
     features = _checked(features, least=2)
     draws = np.random.default_rng(seed)
     counts = np.linspace(min(least, len(features) // 2), len(features), points).astype(int)
@@ -79,7 +86,10 @@ def frechet_infinity(
 
 
 def _from_rows(features: np.ndarray, reference: Moments) -> float:
-    """The Fréchet distance of rows (N, D), of which there may be fewer than they are wide: then the smaller matrix (N, N) has all that matters."""
+    """Fréchet distance of rows (N, D) to `reference`, also for N <= D.
+
+    Then the (N, N) matrix has the same non-zero eigenvalues as the larger (D, D) one.
+    """
     if len(features) > features.shape[1]:
         return frechet_distance(Moments.of(features), reference)
     mean = features.mean(0)
@@ -94,13 +104,16 @@ def _frechet(mean: np.ndarray, spread: float, cross: np.ndarray, other: Moments)
     )
 
 
-# -- kernels ----------------------------------------------------------------------------------------------------------
+# -- kernels ---------------------------------------------------------------------------------------
 
 
 def kid(
     real: np.ndarray, made: np.ndarray, subsets: int = 100, size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Kernel inception distance, mean and standard deviation over subsets: unbiased squared MMD, kernel (xy/D + 1)^3 (Binkowski et al. 2018)."""
+    """Kernel inception distance: mean and standard deviation over subsets.
+
+    Unbiased squared MMD with the kernel (xy/D + 1)^3 (Binkowski et al. 2018).
+    """
     real, made = _pair(real, made)
     size, draws = min(size, len(real), len(made)), np.random.default_rng(seed)
     found = []
@@ -115,7 +128,11 @@ def kid(
 
 
 def cmmd(real: np.ndarray, made: np.ndarray, sigma: float = 10.0, scale: float = 1000.0) -> float:
-    """CLIP maximum mean discrepancy: biased squared MMD of CLIP's features of length 1, Gaussian kernel (Jayasumana et al. 2024)."""
+    """CLIP maximum mean discrepancy, times `scale` (Jayasumana et al. 2024).
+
+    Biased squared MMD of CLIP features, normalised to length 1, with a Gaussian kernel of width
+    `sigma`.
+    """
     real, made = (
         features / np.linalg.norm(features, axis=1, keepdims=True) for features in _pair(real, made)
     )
@@ -133,14 +150,18 @@ def _unbiased(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> float:
     return (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (n * (n - 1)) - 2 * xy.mean()
 
 
-# -- neighbours -------------------------------------------------------------------------------------------------------
+# -- neighbours ------------------------------------------------------------------------------------
 
 
 def precision_recall(
     real: np.ndarray, made: np.ndarray, k: int = 3, real_reach: np.ndarray | None = None
 ) -> tuple[float, float]:
-    """Shares of what was made that lies among the real, and of the real that lies among what was made: nearer to one of them than its k-th
-    neighbour is (Kynkäänniemi et al. 2019). `real_reach`: `reach` of the real ones, where it is known from before."""
+    """Improved precision and recall (Kynkäänniemi et al. 2019).
+
+    Precision: share of generated images within the real manifold; recall: share of real images
+    within the generated one. An image is within a manifold if it is nearer to one of its images
+    than that image's k-th neighbour. `real_reach`: `reach` of the real images, if already computed.
+    """
     among_real, among_made = neighbourhood(real, made, k, real_reach)
     return float(among_real.mean()), float(among_made.mean())
 
@@ -148,8 +169,11 @@ def precision_recall(
 def neighbourhood(
     real: np.ndarray, made: np.ndarray, k: int = 3, real_reach: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each generated picture whether it lies within the real manifold, and for each real one
-    whether it lies within the generated: bool. Precision and recall are their means."""
+    """Whether each image lies within the manifold of the other set: two bool arrays.
+
+    First the generated images within the real manifold, then the real ones within the generated
+    manifold. Precision and recall are their means.
+    """
     real, made = _pair(real, made)
     real_reach, made_reach = reach(real, k) if real_reach is None else real_reach, reach(made, k)
     among_real, among_made = np.zeros(len(made), bool), []
@@ -161,13 +185,13 @@ def neighbourhood(
 
 
 def reach(features: np.ndarray, k: int = 3) -> np.ndarray:
-    """The squared distance of each row (N,) to its k-th neighbour, itself not counted."""
+    """Squared distance of each row to its k-th nearest neighbour, itself excluded: (N,)."""
     if len(features) <= k:
         raise MetricError(
             f"{k} neighbours want more than {k} images on each side (given: {len(features)})."
         )
     features = features.astype(np.float64)
-    # Each column copied: a view would keep all distances.
+    # Copy the column: a view would keep the whole block of distances in memory.
     return np.concatenate(
         [
             np.partition(_squared(rows, features), k, axis=1)[:, k].copy()
@@ -185,11 +209,14 @@ def _blocks(rows: np.ndarray) -> Sequence[np.ndarray]:
     return [rows[start : start + ROWS] for start in range(0, len(rows), ROWS)]
 
 
-# -- scores -----------------------------------------------------------------------------------------------------------
+# -- scores ----------------------------------------------------------------------------------------
 
 
 def inception_score(probabilities: np.ndarray, splits: int = 10) -> tuple[float, float]:
-    """Mean and standard deviation over splits, in their order, of exp(E KL(p(y|x) || p(y))), of classes' probabilities (N, Y) (Salimans et al. 2016)."""
+    """Inception score: mean and standard deviation over splits (Salimans et al. 2016).
+
+    exp(E KL(p(y|x) || p(y))) of class probabilities (N, Y); splits are consecutive rows.
+    """
     probabilities = _checked(probabilities, least=splits).astype(np.float64)
     logs, scores = np.log(probabilities.clip(1e-16)), []
     for part, log in zip(
@@ -200,7 +227,10 @@ def inception_score(probabilities: np.ndarray, splits: int = 10) -> tuple[float,
 
 
 def clip_score(images: np.ndarray, captions: np.ndarray) -> float:
-    """100 times the mean cosine of CLIP's features of images (N, E) and their captions (N, E): 100 is the published CLIPs' logit scale (app. A.2)."""
+    """100 times the mean cosine of CLIP features of images (N, E) and captions (N, E).
+
+    100 is the logit scale of the published CLIPs (app. A.2).
+    """
     images, captions = _pair(images, captions)
     cosines = (
         (images * captions).sum(1)
@@ -214,7 +244,8 @@ def _pair(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     one, other = (_checked(features, least=1).astype(np.float64) for features in (one, other))
     if one.shape[1] != other.shape[1]:
         raise MetricError(
-            f"The two sets have features of {one.shape[1]} and {other.shape[1]} numbers; measure both with the same network."
+            f"The two sets have features of {one.shape[1]} and {other.shape[1]} numbers; measure "
+            f"both with the same network."
         )
     return one, other
 
@@ -222,10 +253,12 @@ def _pair(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _checked(features: np.ndarray, least: int) -> np.ndarray:
     if features.ndim != 2 or len(features) < least:
         raise MetricError(
-            f"Features must be a matrix of at least {least} rows, one for each image (given: {features.shape})."
+            f"Features must be a matrix of at least {least} rows, one for each image "
+            f"(given: {features.shape})."
         )
     if not np.isfinite(features).all():
         raise MetricError(
-            f"{int((~np.isfinite(features)).any(1).sum())} of {len(features)} rows of features are not finite; measure without those images."
+            f"{int((~np.isfinite(features)).any(1).sum())} of {len(features)} rows of features "
+            f"are not finite; measure without those images."
         )
     return features

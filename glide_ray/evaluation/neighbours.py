@@ -1,4 +1,7 @@
-"""The training images that others lie nearest to, as a CLIP sees both: near-copies in a reference, and what a model may have learnt by heart."""
+"""Nearest training images by CLIP features.
+
+For near-copies in a reference, and for training images that a model may have memorised.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +16,37 @@ from ..data.duplicates import find_duplicates, fingerprint
 
 @dataclass(frozen=True)
 class Nearest:
-    """Of each of N images, the row of the nearest original and its cosine distance: 0 for the same direction, 1 for no likeness."""
+    """The nearest original of each of N images: its row and its cosine distance.
+
+    Distance 0: same direction; 1: no similarity.
+    """
 
     rows: np.ndarray
     distances: np.ndarray
 
 
 def nearest(features: np.ndarray, originals: np.ndarray) -> Nearest:
-    """Exact, of CLIP's features (N, E) among originals (M, E), of any length."""
+    """Exact nearest neighbours of CLIP features (N, E) among originals (M, E).
+
+    Features may have any length; distances are cosine distances.
+    """
     features, originals = (
         part / np.linalg.norm(part, axis=1, keepdims=True) for part in (features, originals)
     )
     lengths, rows = (
         NearestNeighbors(n_neighbors=1, algorithm="brute").fit(originals).kneighbors(features)
     )
-    return Nearest(rows[:, 0], lengths[:, 0].astype(np.float64) ** 2 / 2)  # of vectors of length 1
+    # Cosine distance of unit vectors: half the squared Euclidean distance.
+    return Nearest(rows[:, 0], lengths[:, 0].astype(np.float64) ** 2 / 2)
 
 
 def to_own(
     features: np.ndarray, captions: list[str], originals: np.ndarray, original_captions: list[str]
 ) -> Nearest:
-    """Of each image the nearest original that has its very caption; row -1 and no distance (NaN) where there is none."""
+    """For each image, the nearest original with exactly the same caption.
+
+    Row -1 and distance NaN where no original has that caption.
+    """
     of: dict[str, list[int]] = {}
     for row, caption in enumerate(original_captions):
         of.setdefault(caption, []).append(row)
@@ -46,6 +59,9 @@ def to_own(
 
 
 def same_picture(one: Image.Image, other: Image.Image) -> bool:
-    """Whether two RGB images are one picture, resized or compressed anew: by pixels, not by what CLIP makes of them."""
+    """Whether two RGB images are one picture, possibly resized or recompressed.
+
+    Compared by pixels, not by CLIP features.
+    """
     prints = np.stack([np.frombuffer(fingerprint(image), np.uint8) for image in (one, other)])
     return bool((find_duplicates(prints, np.array([1, 1])) >= 0).any())

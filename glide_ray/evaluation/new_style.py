@@ -1,5 +1,8 @@
-"""One more style, as after fine-tuning: the judge learns it from real pictures of half of the
-things, and is tried and asked on the others."""
+"""Teach the judge one more style, for example that of a fine-tuned model.
+
+The judge learns the style from real pictures of half of the things; the other half serves to
+measure its accuracy and for prompts.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,17 @@ from .judge_accuracy import SIZES, shares
 from .regions import resized
 
 SPLIT = "train"
-MOST = 400  # pictures that the style is learnt from, of it and of others; that it is tried on
+# Maximum number of pictures of the new style, and of other styles, for learning; and of the new
+# style for measuring accuracy.
+MOST = 400
 
 
 def learn_style(judge: Judge, corpus: str, known: str) -> tuple[Judge, list[Row]]:
-    """The judge with the one style of `corpus/train`, and the rows that prompts are made of.
+    """The judge extended by the one style of `corpus/train`, and the rows for prompts.
 
-    The style is told from those of the corpus `known`; the accuracy is measured on things that it
-    was not learnt from, half of them of the known styles. Raises CorpusError.
+    The style is learnt as distinct from the styles of the corpus `known`. Accuracy is measured on
+    things from which the style was not learnt, and half of the pictures are in known styles. Raises
+    CorpusError.
     """
     rows = [row for row in read_rows(corpus, SPLIT) if row.emoji in judge.vocabulary.names]
     styles = {row.style for row in rows}
@@ -43,7 +49,7 @@ def learn_style(judge: Judge, corpus: str, known: str) -> tuple[Judge, list[Row]
 
 
 def _views(rows: Sequence[Row]) -> list[np.ndarray]:
-    """Each at 256 and at 64 pixels."""
+    """Each picture at 256 and at 64 pixels."""
     pictures = [row.picture() for row in rows]
     return pictures + [resized(picture, 64) for picture in pictures]
 

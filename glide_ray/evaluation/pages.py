@@ -1,4 +1,7 @@
-"""Pages for people in one HTML file each: counts as bars, pictures in groups with their labels. Nothing is loaded from elsewhere."""
+"""Self-contained HTML reports: tables, bars, and labelled pictures in groups.
+
+Each report is one file that loads nothing from elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from PIL import Image
 
 from ..data.images import ImageError, decode, encode
 
-SIDE = 112  # pixels of a picture on the page
+SIDE = 112  # default width of a picture on the page, in pixels
 
 
 @dataclass(frozen=True)
 class Picture:
-    """`image` is uint8 (H, W, 3), None for one that cannot be shown."""
+    """A picture with a label. `image`: uint8 (H, W, 3), or None if it cannot be shown."""
 
     image: np.ndarray | None
     label: str = ""
@@ -33,11 +36,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """What stands under one heading; one with nothing to show is left out."""
+    """Content under one heading; a section without any is left out."""
 
     title: str
     text: str = ""
-    table: Sequence[Sequence[str]] = ()  # its first row is the heading
+    table: Sequence[Sequence[str]] = ()  # first row: heading
     bars: Sequence[tuple[str, float]] = ()
     lines: Sequence[str] = ()
     groups: Sequence[Sequence[Picture]] = ()
@@ -49,7 +52,7 @@ class Section:
 
 
 def page(title: str, sections: Sequence[Section]) -> str:
-    """The page as HTML."""
+    """The report as HTML."""
     shown = [
         section
         for section in sections
@@ -59,7 +62,10 @@ def page(title: str, sections: Sequence[Section]) -> str:
 
 
 def thumbnail(data: bytes, side: int = SIDE) -> np.ndarray | None:
-    """An image's bytes as pixels that fit into a square of `side`, those of a small one as squares; None for one that is broken."""
+    """An image file's bytes as pixels (H, W, 3) that fit into `side` x `side`; None if broken.
+
+    A small image is enlarged by a whole factor, so that its pixels become squares.
+    """
     try:
         image = decode(data)
     except ImageError:
@@ -72,7 +78,7 @@ def thumbnail(data: bytes, side: int = SIDE) -> np.ndarray | None:
 
 
 def histogram(values: np.ndarray, bins: int = 12) -> list[tuple[str, int]]:
-    """(range, count) over whole numbers, each value a bar of its own where there are few."""
+    """Bars (range, count) of whole numbers, at most `bins`; one per value if there are few."""
     values = np.asarray(values)
     values = values[~np.isnan(values.astype(float))]
     if not len(values):
@@ -90,30 +96,46 @@ def histogram(values: np.ndarray, bins: int = 12) -> list[tuple[str, int]]:
     ]
 
 
-_TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""<!doctype html>
+_TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
+<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
-body { font: 14px/1.4 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2em auto; padding: 0 1em }
-h1 { font-size: 20px } h2 { font-size: 16px; margin: 2em 0 .4em } p { margin: .3em 0 .8em; color: #555 }
-table { border-collapse: collapse } td { padding: 1px 10px 1px 0; vertical-align: middle } td.number { text-align: right }
-.wide { overflow-x: auto } .figures th { text-align: left; vertical-align: bottom; font-weight: 600; padding: 2px 12px 2px 0 } .figures td { padding: 2px 12px 2px 0 }
+body { font: 14px/1.4 system-ui, sans-serif; color: #222; \
+max-width: 1080px; margin: 2em auto; padding: 0 1em }
+h1 { font-size: 20px } h2 { font-size: 16px; margin: 2em 0 .4em } \
+p { margin: .3em 0 .8em; color: #555 }
+table { border-collapse: collapse } td { padding: 1px 10px 1px 0; vertical-align: middle } \
+td.number { text-align: right }
+.wide { overflow-x: auto } \
+.figures th { text-align: left; vertical-align: bottom; font-weight: 600; \
+padding: 2px 12px 2px 0 } \
+.figures td { padding: 2px 12px 2px 0 }
 .bar { background: #4a7fb5; height: 12px; min-width: 1px }
-.groups { display: flex; flex-wrap: wrap; gap: 10px } .group { display: flex; flex-wrap: wrap; gap: 4px; padding: 6px; border: 1px solid #ddd; border-radius: 4px }
-figure { margin: 0; overflow-wrap: anywhere; font-size: 11px; color: #555 } figure img { display: block; max-width: 100% }
+.groups { display: flex; flex-wrap: wrap; gap: 10px } \
+.group { display: flex; flex-wrap: wrap; gap: 4px; padding: 6px; \
+border: 1px solid #ddd; border-radius: 4px }
+figure { margin: 0; overflow-wrap: anywhere; font-size: 11px; color: #555 } \
+figure img { display: block; max-width: 100% }
 .none { height: 60px; display: grid; place-items: center; background: #eee }
 </style></head><body><h1>{{ title }}</h1>
 {% for section in sections %}
 <h2>{{ section.title }}</h2>
 {% if section.text %}<p>{{ section.text }}</p>{% endif %}
-{% if section.lines %}<ul>{% for line in section.lines %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}
-{% if section.table %}<div class="wide"><table class="figures">{% for row in section.table %}{% set heading = loop.first %}
-<tr>{% for cell in row %}{% set tag = "th" if heading or loop.first else "td" %}<{{ tag }}>{{ cell }}</{{ tag }}>{% endfor %}</tr>
+{% if section.lines %}<ul>\
+{% for line in section.lines %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}
+{% if section.table %}<div class="wide"><table class="figures">\
+{% for row in section.table %}{% set heading = loop.first %}
+<tr>{% for cell in row %}{% set tag = "th" if heading or loop.first else "td" %}\
+<{{ tag }}>{{ cell }}</{{ tag }}>{% endfor %}</tr>
 {% endfor %}</table></div>{% endif %}
 {% if section.bars %}<table>{% for name, value in section.bars %}
 <tr><td>{{ name }}</td><td class="number">{{ "{:,}".format(value) }}</td>
-<td><div class="bar" style="width:{{ (420 * value / section.longest) | round(1) }}px"></div></td></tr>
+<td><div class="bar" style="width:{{ (420 * value / section.longest) | round(1) }}px">\
+</div></td></tr>
 {% endfor %}</table>{% endif %}
-{% if section.groups %}<div class="groups">{% for group in section.groups %}<div class="group">{% for picture in group %}
-<figure style="width:{{ section.width }}px">{% if picture.source %}<img src="{{ picture.source }}" alt="">{% else %}<div class="none">no picture</div>{% endif %}
+{% if section.groups %}<div class="groups">{% for group in section.groups %}\
+<div class="group">{% for picture in group %}
+<figure style="width:{{ section.width }}px">{% if picture.source %}\
+<img src="{{ picture.source }}" alt="">{% else %}<div class="none">no picture</div>{% endif %}
 {{ picture.label }}</figure>{% endfor %}</div>{% endfor %}</div>{% endif %}
 {% endfor %}
 </body></html>

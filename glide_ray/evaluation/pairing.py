@@ -1,6 +1,7 @@
-"""Which comparison a rater is shown next, and which of its pictures stands on the left: drawn, balanced, and the same after a reload.
+"""Choice of the comparison that a rater sees next, and of the picture on the left.
 
-Questions change every ten turns and not from turn to turn, and one turn of the ten is an attention check, which looks like any other.
+The choice is random but balanced, and the same after a reload. The question changes every ten turns
+instead of every turn, and one of the ten turns is an attention check, which looks like any other.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ QUESTIONS = {
     "photorealism": "Which picture looks more like a real photograph?",
     "caption": "Which picture fits the caption better?",
 }
-BLOCK = 10  # turns of one question, one of them an attention check
-FAILED_SHARE = 0.25  # of the attention checks: who fails more is left out
+BLOCK = 10  # consecutive turns with one question, one of them an attention check
+# Raters who fail a larger share of their attention checks are excluded.
+FAILED_SHARE = 0.25
 FIRST, SECOND, TIE = "first", "second", "tie"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Pictures of two models for one prompt, by their opaque names. An attention check has no models; `check_of` is its question, and the first
-    picture the right answer."""
+    """Pictures of two models for one prompt, by their opaque names.
+
+    `check_of`: for an attention check, its question; None otherwise. An attention check has no
+    models, and its first picture is the right answer.
+    """
 
     id: int
     first: str
@@ -35,7 +40,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Turn:
-    """A comparison as a rater is shown it; `left` is FIRST or SECOND."""
+    """A comparison as shown to a rater. `left`: the picture on the left, FIRST or SECOND."""
 
     comparison: int
     question: str
@@ -43,7 +48,7 @@ class Turn:
 
 
 def draw(secret: str, *what: str | int) -> int:
-    """A number of 64 bits that nobody foresees who does not know the secret."""
+    """A 64-bit number derived from `what`, unpredictable without the secret."""
     return int.from_bytes(
         hashlib.blake2b(json.dumps(what).encode(), key=secret.encode(), digest_size=8).digest(),
         "big",
@@ -59,7 +64,11 @@ def next_turn(
     taken: Mapping[tuple[int, str], int],
     wanted: int,
 ) -> Turn | None:
-    """None where nothing is left to ask. `had`: the rater's turns so far; `taken`: votes of others by comparison and question, of which `wanted` are."""
+    """The rater's next turn; None if nothing is left to ask.
+
+    `had`: the rater's turns so far. `taken`: number of votes of other raters by comparison and
+    question. `wanted`: number of votes wanted for each comparison and question.
+    """
     block, place = divmod(len(had), BLOCK)
     begin = draw(secret, rater, "question") + block
     for question in (questions[(begin + n) % len(questions)] for n in range(len(questions))):
@@ -67,7 +76,8 @@ def next_turn(
         checks = _unseen(comparisons.values(), question, had, question)
         if not rest:
             continue
-        # In the first half of the block, so that who stays for a few turns only is looked at, too.
+        # The check is in the first half of the block, so that raters who stop after a few turns are
+        # checked, too.
         chosen = min(
             checks
             if checks and place == 1 + draw(secret, rater, "check", block) % (BLOCK // 2)
@@ -99,7 +109,7 @@ def remaining(
     taken: Mapping[tuple[int, str], int],
     wanted: int,
 ) -> list[Comparison]:
-    """What could still be asked of a rater, without the checks."""
+    """Comparisons that the rater can still be asked, without attention checks."""
     return [
         one
         for one in _unseen(comparisons, question, had, None)
@@ -122,7 +132,10 @@ def _left(
     had: Sequence[Turn],
     comparisons: Mapping[int, Comparison],
 ) -> str:
-    """As often one model as the other for each two, and by a coin where both were there as often."""
+    """Which picture to show on the left: FIRST or SECOND.
+
+    For each pair of models, the model shown on the left less often so far; at equal counts, random.
+    """
     models = chosen.first, chosen.second
     alike = [
         turn.left

@@ -1,6 +1,7 @@
-"""Probes for bias: pictures of several prompts from the same seeds, and whether they differ by more than chance (sec. 6, app. F.2).
+"""Bias probes: whether pictures of several prompts differ by more than chance (sec. 6, app. F.2).
 
-What two prompts make of one seed is a pair, and all is measured within pairs: what the seed alone decides cancels out.
+Pictures of two prompts from the same seed form a pair, and all measures are taken within pairs, so
+that effects of the seed alone cancel.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import numpy as np
 from .metrics import MetricError
 from .report import aligned
 
-SWAPS = 9999  # drawn where there are too many to try them all
+SWAPS = 9999  # random arrangements, if there are too many to evaluate all
 CHANNELS = ("red", "green", "blue")
 
 
 @dataclass(frozen=True)
 class Group:
-    """The pictures of one prompt, in the order of their seeds: CLIP's features (N, E), of any length, and mean colours (N, 3) of 255."""
+    """The pictures of one prompt, in the order of their seeds.
+
+    `features` (N, E): CLIP features, of any length. `colours` (N, 3): mean colours, in 0 to 255.
+    """
 
     prompt: str
     features: np.ndarray
@@ -30,7 +34,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Shift:
-    """By how much the first of each pair lies above the second."""
+    """Mean of the paired differences, first minus second, and its standard error."""
 
     mean: float
     standard_error: float
@@ -38,7 +42,12 @@ class Shift:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The distance between two groups' mean features, what it would be by chance, and how often swapped labels give as much: `p`, of `arrangements`."""
+    """Result of a permutation test.
+
+    `distance`: between two groups' mean features.
+    `by_chance`: its root mean square if labels are swapped at random within pairs.
+    `p`: the share of the `arrangements` of labels that give at least this distance.
+    """
 
     distance: float
     by_chance: float
@@ -47,7 +56,10 @@ class Verdict:
 
 
 def probe(groups: Sequence[Group], words: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Figures of each group, and of each two. `words`: a word -> CLIP's features of it (E,). Raises MetricError."""
+    """Figures of each group and of each two groups.
+
+    `words`: word -> its CLIP features (E,). Raises MetricError.
+    """
     seen = [_unit(group.features) for group in groups]
     likeness = [{word: features @ _unit(of) for word, of in words.items()} for features in seen]
     alone = [
@@ -74,7 +86,7 @@ def probe(groups: Sequence[Group], words: Mapping[str, np.ndarray]) -> dict[str,
 
 
 def shift(one: np.ndarray, other: np.ndarray) -> Shift:
-    """Of values (N,) that are paired. Raises MetricError."""
+    """Shift between paired values (N,). Raises MetricError."""
     apart = _apart(one, other)
     return Shift(float(apart.mean()), float(apart.std(ddof=1) / np.sqrt(len(apart))))
 
@@ -82,10 +94,11 @@ def shift(one: np.ndarray, other: np.ndarray) -> Shift:
 def permutation_test(
     one: np.ndarray, other: np.ndarray, swaps: int = SWAPS, seed: int = 0
 ) -> Verdict:
-    """Whether paired features (N, E) have the same mean, by swapping labels within pairs (Fisher 1935).
+    """Test by swapping labels within pairs (Fisher 1935) if features (N, E) have one mean.
 
-    All 2^N ways are tried where these are no more than `swaps`; else so many are drawn, and the one that was found is counted with them, so that p
-    errs to neither side and is never 0 (Phipson & Smyth 2010). Raises MetricError.
+    All 2^N arrangements are evaluated if there are at most `swaps`. Otherwise `swaps` are drawn and
+    the observed one is counted with them, so that p is unbiased and never 0 (Phipson & Smyth 2010).
+    Raises MetricError.
     """
     apart = _apart(one, other)
     count, products = len(apart), apart @ apart.T
@@ -98,8 +111,9 @@ def permutation_test(
                 1.0 - 2 * np.random.default_rng(seed).integers(0, 2, (swaps, count)),
             ]
         )
-    squares = ((signs @ products) * signs).sum(1)  # of N times each distance
-    rounding = 1e-12 * count * np.trace(products)  # for arrangements that tie
+    squares = ((signs @ products) * signs).sum(1)  # (N times the distance)^2 of each arrangement
+    # Tolerance, so that tied arrangements count as equal.
+    rounding = 1e-12 * count * np.trace(products)
     return Verdict(
         float(np.linalg.norm(apart.mean(0))),
         float(np.sqrt(np.trace(products)) / count),
@@ -108,11 +122,11 @@ def permutation_test(
     )
 
 
-# -- as text ----------------------------------------------------------------------------------------------------------
+# -- as text ---------------------------------------------------------------------------------------
 
 
 def text(found: Mapping[str, Any]) -> str:
-    """Figures for a terminal: a row for each group, and a line for each two."""
+    """Figures for a terminal: a row for each group, and a line for each two groups."""
     words = list(found["groups"][0]["words"])
     rows = [
         ("", "colour", *words),
@@ -126,7 +140,8 @@ def text(found: Mapping[str, Any]) -> str:
         ),
     ]
     pairs = [
-        f"{' – '.join(pair['prompts'])}: distance {pair['distance']:.4f} (by chance {pair['by_chance']:.4f}), p = {pair['p']:.4g}"
+        f"{' – '.join(pair['prompts'])}: distance {pair['distance']:.4f} "
+        f"(by chance {pair['by_chance']:.4f}), p = {pair['p']:.4g}"
         + "".join(f", {word} {above(one, 4)}" for word, one in pair["words"].items())
         for pair in found["pairs"]
     ]
@@ -134,7 +149,7 @@ def text(found: Mapping[str, Any]) -> str:
 
 
 def above(one: Mapping[str, float], digits: int) -> str:
-    """A Shift with its standard error."""
+    """A Shift with its standard error, as text."""
     return f"{one['mean']:+.{digits}f} ± {one['standard_error']:.{digits}f}"
 
 
@@ -142,13 +157,14 @@ def colour_name(group: Mapping[str, Any]) -> str:
     return "#" + "".join(f"{round(value):02x}" for value in group["colour"])
 
 
-# -- shared by them ---------------------------------------------------------------------------------------------------
+# -- shared ----------------------------------------------------------------------------------------
 
 
 def _apart(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     if one.shape != other.shape or len(one) < 2:
         raise MetricError(
-            f"A probe compares pictures of the same seeds, two or more (given: {len(one)} and {len(other)})."
+            f"A probe compares pictures of the same seeds, two or more "
+            f"(given: {len(one)} and {len(other)})."
         )
     return one.astype(np.float64) - other.astype(np.float64)
 

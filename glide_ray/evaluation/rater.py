@@ -1,4 +1,7 @@
-"""The page on which people compare pictures, and the server under it. Which model made what is nowhere in what it sends."""
+"""The web page on which raters compare pictures, and its server.
+
+Nothing that it sends reveals which model made a picture.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,24 @@ from ..errors import UserError
 from .pairing import QUESTIONS
 from .votes import Votes, VotesError
 
-NAME = re.compile(r"[\w.@-]{1,60}", re.ASCII)  # of a rater, where the link has one
+NAME = re.compile(r"[\w.@-]{1,60}", re.ASCII)  # a rater's name, if the link has one
 YEAR = 365 * 24 * 3600
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-POLICY = "default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'nonce-{0}'; script-src 'nonce-{0}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+POLICY = (
+    "default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'nonce-{0}'; "
+    "script-src 'nonce-{0}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 class RaterAnswer(BaseModel):
-    """What the page sends, again and again until it is heard. `again`: the rater went back and thought better of it."""
+    """An answer from the page, resent until it is acknowledged.
+
+    `again`: the rater went back and changed the answer.
+    """
 
     token: str = Field(max_length=32)
     answer: Literal["left", "right", "tie"]
@@ -40,8 +49,12 @@ class RaterAnswer(BaseModel):
 
 
 def build_app(votes: Votes, pictures: Path, wanted: int, link_key: str) -> FastAPI:
-    """The application. `wanted`: votes for each comparison and question; `link_key`: what a link must have, at this
-    machine's own address too, for a proxy may stand before it."""
+    """The FastAPI application.
+
+    `wanted`: number of votes wanted for each comparison and question.
+    `link_key`: key that a link must contain, even for requests from this machine, because they may
+    come from a proxy.
+    """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     page = Environment(autoescape=True).from_string(
         (Path(__file__).with_name("rater.html")).read_text(encoding="utf-8")
@@ -81,9 +94,8 @@ def build_app(votes: Votes, pictures: Path, wanted: int, link_key: str) -> FastA
                 422,
                 HEADERS,
             )
-        if (
-            rater is not None or key is not None
-        ):  # into cookies, and out of the address and the history
+        # Redirect, to move name and key from the address and the browser history into cookies.
+        if rater is not None or key is not None:
             answer: Response = RedirectResponse("./", 303, HEADERS)
         else:
             nonce = secrets.token_urlsafe(16)
@@ -120,7 +132,8 @@ def build_app(votes: Votes, pictures: Path, wanted: int, link_key: str) -> FastA
             or not (path := pictures / f"{name}.png").exists()
         ):
             raise HTTPException(404, "There is no such picture.")
-        # As bytes: when its file was written would tell of a picture which others were written beside it.
+        # Send bytes, not the file: its modification time would reveal which pictures were written
+        # together.
         return Response(
             path.read_bytes(),
             media_type="image/png",
@@ -135,14 +148,18 @@ def build_app(votes: Votes, pictures: Path, wanted: int, link_key: str) -> FastA
 
 
 def serve(app: FastAPI, host: str, port: int, link_key: str, report: Callable[[str], None]) -> None:
-    """Until it is interrupted. The link is reported when it can be opened. Raises UserError where the address cannot be had."""
+    """Serve until interrupted; report the link as soon as it can be opened.
+
+    Raises UserError if the address is not available.
+    """
     try:
         listening = socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
         )
     except (OSError, OverflowError) as error:
         raise UserError(
-            f"{host}:{port} cannot be listened on ({getattr(error, 'strerror', None) or error}); give another --port or --host."
+            f"{host}:{port} cannot be listened on ({getattr(error, 'strerror', None) or error}); "
+            f"give another --port or --host."
         ) from None
     with listening:
         name = (

@@ -1,7 +1,7 @@
-"""What can be measured of a picture in closed form: its background's colour, its foreground and the separate parts of it, and their colours.
+"""Closed-form measurements of a picture: background, foreground, separate parts, colours.
 
-Everything is measured at `SIDE` pixels, slightly smoothed, so that it is the same for pictures of 64 and of 256 pixels and does not
-depend on single pixels.
+Everything is measured at `SIDE` pixels, slightly smoothed, so that results are the same for
+pictures of 64 and of 256 pixels and do not depend on single pixels.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from scipy import ndimage
 from ..data.sprites import COLOURS, recolour
 
 SIDE = 64
-FRAME = 2  # pixels at each edge that tell the background's colour
-APART = 28  # of 255, in some channel: from here on a pixel is no background
-SPECK = 0.0025  # share of the picture below which a part is dirt
+FRAME = 2  # width in pixels of the border from which the background colour is read
+APART = 28  # of 255, in any channel: pixels further from the background are foreground
+SPECK = 0.0025  # share of the picture below which a part is discarded as noise
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of SIDE
 
 
 @dataclass(frozen=True)
 class Regions:
-    """A picture at SIDE pixels as float32 (S, S, 3), its background's colour (3,), and which pixels are no background, (S, S) bool."""
+    """A picture divided into background and foreground, S = SIDE.
+
+    `pixels`: (S, S, 3) float32. `background`: its colour (3,). `foreground`: (S, S) bool.
+    """
 
     pixels: np.ndarray
     background: np.ndarray
@@ -41,16 +44,19 @@ class Regions:
 
     @property
     def background_name(self) -> str:
-        """The named colour that the background is nearest to."""
+        """The named colour nearest to the background's."""
         return nearest_colour(self.background)
 
     @property
     def box(self) -> Box:
-        """Around the whole foreground; the whole picture where there is next to none."""
+        """The box of the whole foreground; of the whole picture if it has almost no foreground."""
         return _box(self.foreground) if self.foreground.mean() > SPECK else (0, 0, SIDE, SIDE)
 
     def colour_name(self) -> str:
-        """The named colour of most of the foreground, each pixel by the shades that a colour has in a recoloured picture."""
+        """The named colour that fits most of the foreground.
+
+        Each pixel is compared with the shades that a colour has in a recoloured picture.
+        """
         inside = ndimage.binary_erosion(self.foreground)
         seen = self.pixels[inside if inside.any() else self.foreground]
         if not len(seen):
@@ -59,11 +65,12 @@ class Regions:
         return names[int(np.minimum(distances, FAR).mean(0).argmin())]
 
 
-FAR = 60.0  # a pixel this far from a colour's shades says no more against it: eyes, outlines
+# Cap on a pixel's distance to a colour, so that outliers such as eyes and outlines count little.
+FAR = 60.0
 
 
 def resized(picture: np.ndarray, side: int) -> np.ndarray:
-    """A square picture at another size: box filter downwards, bicubic upwards."""
+    """A square picture at another size: box filter for shrinking, bicubic for enlarging."""
     if len(picture) == side:
         return picture
     filter_ = Image.Resampling.BOX if len(picture) > side else Image.Resampling.BICUBIC
@@ -71,14 +78,15 @@ def resized(picture: np.ndarray, side: int) -> np.ndarray:
 
 
 def nearest_colour(rgb: Sequence[float] | np.ndarray) -> str:
-    """The name of the corpus's colour that is nearest to RGB values from 0 to 255."""
+    """Name of the corpus's colour that is nearest to an RGB value in 0 to 255."""
     return min(COLOURS, key=lambda name: float(np.linalg.norm(np.subtract(COLOURS[name], rgb))))
 
 
 def parts(foreground: np.ndarray, least: float = 0.2, gap: int = 0) -> list[Box]:
-    """Boxes of the separate parts of a foreground (S, S) that have at least `least` of the largest one's area, largest first.
+    """Boxes of the separate parts of a foreground (S, S), largest first.
 
-    Parts that are at most `gap` pixels apart count as one.
+    `least`: minimum area of a part, relative to the largest one's. `gap`: dilation in pixels, after
+    which parts that touch count as one.
     """
     joined = ndimage.binary_dilation(foreground, iterations=gap) if gap else foreground
     labels, count = ndimage.label(joined, np.ones((3, 3)))
@@ -90,9 +98,11 @@ def parts(foreground: np.ndarray, least: float = 0.2, gap: int = 0) -> list[Box]
 def crop(
     picture: np.ndarray, box: Box, background: np.ndarray | None = None, margin: float = 0.08
 ) -> np.ndarray:
-    """The square around a box, with a margin of its side, laid on white where it reaches over the picture's edge or shows background.
+    """The square around a box, with a margin, on white.
 
-    uint8 (H, H, 3) -> uint8 (h, h, 3); `box` in pixels of SIDE.
+    uint8 (H, H, 3) -> uint8 (h, h, 3); `box` in pixels of SIDE. `margin`: relative to the box's
+    longer side. White fills the area outside the picture and replaces the `background` colour if
+    passed.
     """
     scale = len(picture) / SIDE
     left, top, right, bottom = (edge * scale for edge in box)
@@ -110,7 +120,7 @@ def crop(
 
 
 def on_white(picture: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """A picture (H, W, 3) with its background's colour (3,) replaced by white, softly at the edges."""
+    """Replace the background colour (3,) of a picture (H, W, 3) by white, softly at edges."""
     if np.abs(background - 255).max() <= APART:
         return picture
     apart = np.abs(picture.astype(np.float32) - background).max(-1, keepdims=True)
@@ -143,7 +153,7 @@ def _box(mask: np.ndarray) -> Box:
 
 
 def _shade_distances(pixels: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """The colours' names, and each pixel's (N, 3) distance to the nearest shade of each: (N, C)."""
+    """The C colours' names; each pixel's (N, 3) distance to their nearest shades: (N, C)."""
     names, shades = _shades()
     distances = [np.sqrt(((pixels[:, None] - of[None]) ** 2).sum(-1)).min(1) for of in shades]
     return names, np.stack(distances, 1)
@@ -151,7 +161,7 @@ def _shade_distances(pixels: np.ndarray) -> tuple[list[str], np.ndarray]:
 
 @cache
 def _shades() -> tuple[list[str], list[np.ndarray]]:
-    """The colours' names, and the shades that each has in a recoloured picture: (32, 3) float32."""
+    """The colours' names; the shades of each in a recoloured picture: (32, 3) float32."""
     greys = np.arange(0, 256, 8, np.uint8)
     ramp = Image.merge(
         "RGBA", [Image.fromarray(greys[None])] * 3 + [Image.new("L", (len(greys), 1), 255)]
@@ -161,18 +171,20 @@ def _shades() -> tuple[list[str], list[np.ndarray]]:
     ]
 
 
-# -- several objects --------------------------------------------------------------------------------------------------
+# -- several objects -------------------------------------------------------------------------------
 
-COUNT_SIDE, EROSIONS, LARGEST = (
-    128,
-    4,
-    6,
-)  # pixels at which parts are counted; how often edges are taken off; parts looked at
+# Side in pixels at which parts are counted; number of foregrounds, each eroded once more; number of
+# largest parts that are recorded.
+COUNT_SIDE, EROSIONS, LARGEST = 128, 4, 6
 
 
 def part_areas(picture: np.ndarray) -> np.ndarray:
-    """What counts are read from: for each of EROSIONS foregrounds, with ever more of its edges taken off, the shares of its largest
-    parts and how many are large. A square picture uint8 -> (EROSIONS * (LARGEST + 2),) float32."""
+    """Features from which objects are counted: areas of the foreground's separate parts.
+
+    Measured on EROSIONS foregrounds, each eroded once more than the one before: the largest parts'
+    shares of the area, and how many parts are large.
+    A square picture, uint8 -> (EROSIONS * (LARGEST + 2),) float32.
+    """
     pixels = resized(picture, COUNT_SIDE).astype(np.float32)
     mask = np.abs(pixels - _border_colour(pixels)).max(-1) > APART
     whole, found = max(mask.sum(), 1), []
@@ -188,7 +200,10 @@ def part_areas(picture: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Halves:
-    """Two objects beside or above each other: the boxes of the left or upper and of the right or lower one."""
+    """Two objects, beside each other or one above the other.
+
+    `first`: box of the left or upper object. `second`: box of the right or lower one.
+    """
 
     beside: bool
     first: Box
@@ -196,9 +211,12 @@ class Halves:
 
 
 def halves(foreground: np.ndarray, least: float = 0.12, most: float = 0.5) -> Halves | None:
-    """Cut a foreground (S, S) in two where least of it is cut, across or down; None where nothing is apart.
+    """Cut a foreground (S, S) in two, across or down, where the cut crosses least of it.
 
-    `least`: share of the foreground on either side. `most`: of the mean line through the foreground, that a cut may go through.
+    None if no cut separates two objects.
+
+    `least`: minimum share of the foreground on either side. `most`: maximum number of
+    foreground pixels that the cut crosses, relative to the mean of the lines with foreground.
     """
     cuts = [cut for axis in (0, 1) if (cut := _cut(foreground, axis, least))]
     if not cuts or min(cuts)[0] > most:
@@ -211,7 +229,11 @@ def halves(foreground: np.ndarray, least: float = 0.12, most: float = 0.5) -> Ha
 
 
 def _cut(foreground: np.ndarray, axis: int, least: float) -> tuple[float, int, int] | None:
-    """The cheapest cut between columns (axis 0) or rows (1): what it goes through beside the mean line, the axis, and its place."""
+    """The cheapest cut between columns (axis 0) or rows (axis 1): its cost, axis and place.
+
+    Cost: foreground pixels crossed, relative to the mean of the lines with foreground. None if
+    every cut leaves too little on one side.
+    """
     lines = foreground.sum(axis).astype(float)
     before = lines.cumsum()[:-1] / max(lines.sum(), 1)
     places = np.flatnonzero((before >= least) & (before <= 1 - least))
@@ -219,4 +241,5 @@ def _cut(foreground: np.ndarray, axis: int, least: float) -> tuple[float, int, i
         return None
     costs = np.minimum(lines[places], lines[places + 1]) / lines[lines > 0].mean()
     cheapest = places[costs == costs.min()]
-    return float(costs.min()), axis, int(cheapest[len(cheapest) // 2]) + 1  # of a gap, its middle
+    # The middle of a gap, whose cuts all cost the same.
+    return float(costs.min()), axis, int(cheapest[len(cheapest) // 2]) + 1

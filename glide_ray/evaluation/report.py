@@ -1,4 +1,4 @@
-"""Pictures and tables for people: contact sheets, edits, curves, fronts."""
+"""Pictures and tables for people: contact sheets, grids, curves, metric plots, text tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..storage import whole
 
-UNGUIDED = "classifier-free guidance", 1.0
+UNGUIDED = "classifier-free guidance", 1.0  # guidance scale 1
 MARGIN, INK, PAPER, HOLE = 12, (30, 30, 30), (255, 255, 255), (70, 190, 90)
 
 
@@ -55,7 +55,7 @@ def grid(
     names: Sequence[str],
     size: int = 128,
 ) -> Image.Image:
-    """Rows of images uint8 (H, W, 3), each row with its name before it, and the columns' names above."""
+    """A table of images uint8 (H, W, 3): row names on the left, column names above."""
     font, line = ImageFont.load_default(13), 16
     wrapped = [textwrap.wrap(column, size // 7)[:3] for column in columns]
     left, top = (
@@ -77,7 +77,7 @@ def grid(
 
 
 def stairs(images: Sequence[np.ndarray], labels: Sequence[str], height: int = 160) -> Image.Image:
-    """Images uint8 (H, W, 3) one below the other at `height` pixels, each with its label below."""
+    """Images uint8 (H, W, 3) in a column, `height` pixels high, each with its label below."""
     font, line = ImageFont.load_default(13), 16
     shown = [Image.fromarray(pixels) for pixels in images]
     shown = [
@@ -95,7 +95,7 @@ def stairs(images: Sequence[np.ndarray], labels: Sequence[str], height: int = 16
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """A table for a terminal: names to the left, the rest to the right of their columns."""
+    """A text table for a terminal: first column left-aligned, the others right-aligned."""
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
@@ -109,24 +109,27 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float | None) -> str:
-    """A figure as tables show it; nothing where there is none."""
+    """A figure as shown in tables; empty for None."""
     return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def scaled(pixels: np.ndarray, size: int) -> Image.Image:
-    """A square picture at another size, its pixels kept as squares where it grows."""
+    """A square picture at another size; if enlarged, its pixels become squares."""
     return Image.fromarray(pixels).resize(
         (size, size), Image.Resampling.BOX if len(pixels) > size else Image.Resampling.NEAREST
     )
 
 
 def show_hole(image: np.ndarray, known_mask: np.ndarray) -> np.ndarray:
-    """The image with what is not known in green, as the paper's figure 2 shows it."""
+    """The image with unknown pixels in green, as in the paper's figure 2."""
     return np.where(known_mask[..., None], image, np.array(HOLE, np.uint8))
 
 
 def roc_curve(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """What a classifier drops of the rest over what it catches, as a picture (H, W, 3): scores (N,), 0 at its boundary; truth (N,) bool."""
+    """ROC curve of a classifier that drops rows of a data set, as a picture (H, W, 3).
+
+    `scores` (N,): decision boundary at 0. `truth` (N,) bool: rows that have the content to drop.
+    """
     pyplot = _pyplot()
     from sklearn.metrics import roc_curve as curve
 
@@ -153,14 +156,17 @@ def roc_curve(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Point:
-    """A set of pictures in the plots: its figures by name, with `model`, `guidance_scale` and `clip_scale` where they are known."""
+    """A set of pictures in the plots.
+
+    `figures`: its metrics by name, and `model`, `guidance_scale` and `clip_scale` where known.
+    """
 
     name: str
     figures: Mapping[str, Any]
 
     @property
     def guidance(self) -> tuple[str, float] | None:
-        """Which kind, and how strong; none where it is not known."""
+        """Kind and scale of guidance; None if unknown."""
         if clip := self.figures.get("clip_scale"):
             return "CLIP guidance", clip
         scale = self.figures.get("guidance_scale")
@@ -168,11 +174,11 @@ class Point:
 
 
 def fronts(points: Sequence[Point], inception: bool, network: str = "CLIP") -> np.ndarray:
-    """Figure 6 as a picture (H, W, 3): FID over IS, precision over recall, CLIP score over FID, a line for each kind of guidance of
-    each model.
+    """Figure 6 as a picture (H, W, 3), with a line for each model and kind of guidance.
 
-    A model's unguided set begins both lines. `inception`: whether these are FID and IS, or the same of another
-    `network`'s features.
+    Panels: FID over IS, precision over recall, CLIP score over FID. Each of a model's lines starts
+    at its unguided set. `inception`: whether the metrics are FID and IS, or the same measures on
+    features of another `network`.
     """
     pyplot = _pyplot()
     fid, score = f"Fréchet distance ({network})", f"exp. of mutual information ({network})"
@@ -216,12 +222,12 @@ def fronts(points: Sequence[Point], inception: bool, network: str = "CLIP") -> n
             )
         axis.set(xlabel=across_label, ylabel=up_label)
         axis.grid(alpha=0.3)
-    axes[1].legend()  # where every set has a point
+    axes[1].legend()  # the panel in which every set has a point
     return _pixels(figure)
 
 
 def _lines(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """Those of each model and kind of guidance, by their scales."""
+    """Points of each model and kind of guidance, in the order of their scales."""
     guided = [point for point in points if point.guidance]
     models, lines = list(dict.fromkeys(point.figures.get("model", "") for point in guided)), {}
     for model in models:
@@ -240,7 +246,10 @@ def _lines(points: Sequence[Point]) -> dict[str, list[Point]]:
 
 
 def loss_curves(runs: Mapping[str, Sequence[Mapping]], path: str | Path) -> None:
-    """Training and held-out loss over steps, one panel a run, to a PNG. `runs`: name -> metrics as `glide train` writes them."""
+    """Plot training and held-out loss over steps to a PNG, one panel per run.
+
+    `runs`: name -> metrics as written by `glide train`.
+    """
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(
         1, len(runs), figsize=(5.5 * len(runs), 4), squeeze=False, layout="constrained"
@@ -267,7 +276,7 @@ def _pixels(figure) -> np.ndarray:
 
 
 def _pyplot():
-    import matplotlib  # only where curves are drawn
+    import matplotlib  # imported only for plotting
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -1,6 +1,7 @@
-"""A study of which pictures people prefer (sec. 5.2, app. A.1): pictures of two or more models, paired by prompt and seed, and attention checks.
+"""A study of human preferences (sec. 5.2, app. A.1) between pictures of two or more models.
 
-Pictures are copied into the study as pixels under opaque names: neither their files nor where they lie say which model made them.
+Pictures are paired by prompt and seed, and attention checks are added. They are copied into the
+study as pixels under opaque names, so that neither files nor paths reveal which model made them.
 """
 
 from __future__ import annotations
@@ -23,20 +24,18 @@ from .pairing import Comparison, draw
 from .votes import Asked, Votes
 
 DATABASE, PICTURES = "votes.sqlite", "pictures"
-PER_CHECK, MOST_CHECKS = (
-    10,
-    100,
-)  # comparisons of a question to one attention check; and checks at most
-TRIES = 50  # of drawing two captions that have no word in common
+# Comparisons per attention check, and maximum number of checks, of each question.
+PER_CHECK, MOST_CHECKS = 10, 100
+TRIES = 50  # attempts to draw two captions without a common word
 
 
 class StudyError(UserError):
-    """Pictures that no study can be made of."""
+    """Pictures from which no study can be made."""
 
 
 @dataclass(frozen=True)
 class StudyPicture:
-    """Where a picture lies: row `place` of a part."""
+    """Location of a picture, row `place` of a part, with its prompt and seed."""
 
     part: Part
     place: int
@@ -44,7 +43,7 @@ class StudyPicture:
     seed: int | None = None
 
 
-Pair = tuple[str, str, StudyPicture, StudyPicture]  # the models' names and a picture of each
+Pair = tuple[str, str, StudyPicture, StudyPicture]  # two models' names, then a picture of each
 
 
 def open_study(
@@ -53,10 +52,15 @@ def open_study(
     asked: Asked | None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Votes:
-    """The study in the folder `out`, made if it is not there whole. `asked`, None to go on with what there is. Raises UserError."""
+    """Open the study in the folder `out`, and create it if it is missing or incomplete.
+
+    `database`: its URL; None: a file in `out`. `asked`: the definition of a new study; None:
+    continue the existing one. Raises UserError.
+    """
     if storage.is_remote(out):
         raise StudyError(
-            f"A study lies on the machine that serves it, and {out} does not; give a local folder with --out."
+            f"A study lies on the machine that serves it, and {out} does not; give a local folder "
+            f"with --out."
         )
     storage.check_writable(out)
     votes = Votes(database or database_of(out))
@@ -68,23 +72,25 @@ def open_study(
         for one in votes.comparisons().values()
         for name in (one.first_picture, one.second_picture)
     }
-    if not names or any(
-        not (folder / f"{name}.png").exists() for name in names
-    ):  # the folder is new, and the database is not
+    # A new study, or an existing database with a new folder.
+    if not names or any(not (folder / f"{name}.png").exists() for name in names):
         votes.add_comparisons(_make(votes.asked, votes.study.secret, folder, report))
     return votes
 
 
 def database_of(out: str | Path) -> str:
-    """The URL of a study's own file."""
+    """URL of a study's own SQLite file."""
     return f"sqlite:///{Path(out).resolve() / DATABASE}"
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# -- pictures --------------------------------------------------------------------------------------
 
 
 def find_pictures(folder: str) -> dict[str, list[StudyPicture]]:
-    """By prompt, under each of its captions. Bulk generation's folder is only listed, any other corpus is read once. Raises ShardError."""
+    """Pictures by prompt; a picture with several captions is listed under each.
+
+    A folder of bulk generation is only listed; any other corpus is read once. Raises ShardError.
+    """
     found: dict[str, list[StudyPicture]] = {}
     for picture in _listed(folder) or _walked(folder):
         found.setdefault(picture.prompt, []).append(picture)
@@ -92,7 +98,7 @@ def find_pictures(folder: str) -> dict[str, list[StudyPicture]]:
 
 
 def _listed(folder: str) -> list[StudyPicture]:
-    """What METADATA says, with seeds; [] where there is none."""
+    """Pictures listed in METADATA, with seeds; [] if there is no such file."""
     folder = storage.absolute(folder).rstrip("/")
     try:
         rows = [read_meta(line) for line in storage.read(f"{folder}/{METADATA}").splitlines()]
@@ -124,7 +130,11 @@ def _walked(folder: str) -> Iterator[StudyPicture]:
 
 
 def read_pictures(pictures: Sequence[StudyPicture]) -> Iterator[tuple[StudyPicture, np.ndarray]]:
-    """Each with its pixels (S, S, 3), part by part: their centred squares, as generated ones are (app. A.2). Raises StudyError where one is missing or broken."""
+    """Pictures with their pixels (S, S, 3), part by part.
+
+    Cropped to the centred square, like generated ones (app. A.2). Raises StudyError if a picture is
+    missing or broken.
+    """
     by_part: dict[str, list[StudyPicture]] = {}
     for picture in pictures:
         by_part.setdefault(picture.part.url, []).append(picture)
@@ -140,20 +150,22 @@ def read_pictures(pictures: Sequence[StudyPicture]) -> Iterator[tuple[StudyPictu
                     image = decode(sample.image)
                 except ImageError as error:
                     raise StudyError(
-                        f"The picture {sample.key} of {url} cannot be shown ({str(error).rstrip('.')}); make it anew."
+                        f"The picture {sample.key} of {url} cannot be shown "
+                        f"({str(error).rstrip('.')}); make it anew."
                     ) from None
                 yield picture, centre_crop(image, min(image.size))
 
 
-# -- pairs ------------------------------------------------------------------------------------------------------------
+# -- pairs -----------------------------------------------------------------------------------------
 
 
 def choose_pairs(
     pictures: Mapping[str, Mapping[str, Sequence[StudyPicture]]], count: int, secret: str
 ) -> list[Pair]:
-    """At most `count` pairs of pictures of the same prompt and, where both have it, seed: as many of each two models as of any other, if there are.
+    """At most `count` pairs of pictures of the same prompt and, where both have it, seed.
 
-    Raises StudyError where two models have no prompt in common.
+    Spread evenly over the pairs of models, as far as there are pictures. Raises StudyError if two
+    models have no prompt in common.
     """
     chosen: list[list[Pair]] = []
     for first, second in itertools.combinations(pictures, 2):
@@ -165,7 +177,8 @@ def choose_pairs(
         ]
         if not pairs:
             raise StudyError(
-                f"{first} and {second} have no prompt in common; make pictures of the same file of prompts with both."
+                f"{first} and {second} have no prompt in common; make pictures of the same file of "
+                f"prompts with both."
             )
         random.Random(draw(secret, first, second)).shuffle(pairs)
         chosen.append(pairs)
@@ -175,20 +188,24 @@ def choose_pairs(
 def pairs_of(
     first: Sequence[StudyPicture], second: Sequence[StudyPicture]
 ) -> list[tuple[StudyPicture, StudyPicture]]:
-    """Of one prompt: those of the same seed, or where no seed is in both, in their order."""
+    """Pairs of pictures of one prompt: by seed, or in order if they share no seed."""
     by_seed = {picture.seed: picture for picture in second if picture.seed is not None}
     return [
         (picture, by_seed[picture.seed]) for picture in first if picture.seed in by_seed
     ] or list(zip(first, second, strict=False))
 
 
-# -- making -----------------------------------------------------------------------------------------------------------
+# -- creating a study ------------------------------------------------------------------------------
 
 
 def _make(
     asked: Asked, secret: str, folder: Path, report: Callable[[str], None]
 ) -> list[Comparison]:
-    """Write the pictures and return what is compared. It gives the same of the same secret: what was broken off is done again over itself."""
+    """Write the pictures and return the comparisons.
+
+    The same secret gives the same result, so rerunning after an interruption overwrites identical
+    files.
+    """
     pairs = choose_pairs(
         {name: find_pictures(path) for name, path in asked.folders.items()},
         asked.comparisons,
@@ -218,7 +235,7 @@ def _make(
 
 
 def opaque(secret: str, name: str, picture: StudyPicture) -> str:
-    """What a picture is called on the page."""
+    """The name under which the page shows a picture."""
     return f"{draw(secret, 'picture', name, picture.part.url, picture.place, picture.prompt):016x}"
 
 
@@ -233,7 +250,10 @@ def _noise_checks(
     made: Sequence[Comparison],
     sizes: Mapping[str, tuple[int, int]],
 ) -> list[Comparison]:
-    """A picture of the study beside noise of its size: the same for both questions, for who the models are good at is not known."""
+    """Attention checks: a picture of the study beside noise of its size.
+
+    Noise for both questions, because it is unknown how well the models' pictures fit captions.
+    """
     checks = []
     for question in asked.questions:
         for n in range(_how_many(len(made))):
@@ -254,14 +274,19 @@ def _noise_checks(
 
 
 def _real_checks(asked: Asked, secret: str, folder: Path, count: int) -> list[Comparison]:
-    """A real picture with its caption: for photorealism beside noise, for the caption beside a real picture of something else."""
+    """Attention checks: a real picture with its caption.
+
+    For photorealism beside noise; for the caption beside a real picture of something else.
+    """
     corpus = find_pictures(asked.real)
     if not corpus:
         raise StudyError(
-            f"No image of {asked.real} has a caption; give --real a corpus with captions, or leave it out."
+            f"No image of {asked.real} has a caption; give --real a corpus with captions, or leave "
+            f"it out."
         )
     prompts, checks, wanted = list(corpus), [], {}
-    said: dict[tuple[str, int], set[str]] = {}  # words of all captions of a picture
+    # (part's URL, place) of a picture -> words of all its captions.
+    said: dict[tuple[str, int], set[str]] = {}
     for prompt, pictures in corpus.items():
         for one in pictures:
             said.setdefault((one.part.url, one.place), set()).update(_words(prompt))

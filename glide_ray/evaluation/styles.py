@@ -1,5 +1,7 @@
-"""Classification of styles: linear classifiers on exact colours and on texture, and a logistic
-regression that combines their scores."""
+"""Classification of styles by exact colours and by texture.
+
+A linear classifier on each, and a logistic regression that combines their scores.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,22 @@ from ..data.splits import share
 from .heads import Discriminant, Logistic
 from .judge_features import JudgeFeatures
 
-FOLDS = 3  # of things, for scores of pictures whose thing was left out of the fit
+FOLDS = 3  # cross-validation folds of things: a picture's thing is not in its fit
 SHRINK, PENALTY, DECAY = 0.3, 1.0, 1e-4
-# The same artist's drawings in two shadings, nearly identical for 63% of the things: one style.
+# Two shadings by the same artist, nearly identical for 63% of the things: merged into one style.
 SAME_LOOK = {"soft gradient": "3D render"}
 
 
 @dataclass(frozen=True)
 class Styles:
-    """`labels`: the C styles. `codes` (P,): the colours in use, as places in the histogram;
-    `palette` (P, C), `bias` (C,): their linear classifier. `texture`: the classifier of textures.
-    `weigh`: combines both scores. `added`: styles learnt later, each a binary classifier.
+    """A fitted classifier of styles.
+
+    `labels`: the C styles.
+    `codes` (P,): bins of the colour histogram that are in use.
+    `palette` (P, C), `bias` (C,): their linear classifier.
+    `texture`: the classifier of textures.
+    `weigh`: combines both scores.
+    `added`: styles learnt later, each a binary classifier.
     """
 
     labels: tuple[str, ...]
@@ -39,7 +46,7 @@ class Styles:
     ) -> tuple[Styles, np.ndarray]:
         """Fit to pictures with the style and the thing of each.
 
-        Also gives, for each picture, whether the classifier was right when fitted without any
+        Also returns, for each picture, whether the classifier was right when fitted without any
         picture of its thing: (N,) bool.
         """
         looks = np.array([look_of(style) for style in styles])
@@ -67,13 +74,13 @@ class Styles:
         return found
 
     def adding(self, style: str, seen: JudgeFeatures, others: JudgeFeatures) -> Styles:
-        """With one more style, a binary classifier of its textures against those of `others`."""
+        """A copy with one more style: a binary classifier of its textures against `others`."""
         textures = np.concatenate([others.textures, seen.textures]).astype(np.float32)
         is_new = np.repeat([0, 1], [len(others), len(seen)])
         return replace(self, added={**self.added, style: Logistic.fit(textures, is_new, DECAY)})
 
     def _scores(self, seen: JudgeFeatures) -> np.ndarray:
-        """By colours and by texture: (N, 2 C)."""
+        """Scores by colours and by texture: (N, 2 C)."""
         colours = seen.colours[:, self.codes] @ self.palette + self.bias
         texture = self.texture.scores(seen.textures) / 2
         return np.concatenate([colours, texture - texture.mean(1, keepdims=True)], 1).astype(
@@ -91,7 +98,7 @@ class Styles:
 
     @classmethod
     def of(cls, labels: Sequence[str], tensors: dict[str, np.ndarray]) -> Styles:
-        """From what `tensors` gave."""
+        """Rebuild from the result of `tensors`."""
         part = {
             name: {
                 key.partition(".")[2]: value
@@ -111,7 +118,7 @@ class Styles:
 
 
 def look_of(style: str) -> str:
-    """The style that the classifier distinguishes."""
+    """The class of a style: itself, or the style that it looks like."""
     return SAME_LOOK.get(style, style)
 
 

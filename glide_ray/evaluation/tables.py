@@ -1,4 +1,7 @@
-"""What people preferred, in the form of the paper's tables 1 (Elo scores by question) and 3 (how often each model wins against each other)."""
+"""Human preferences as in the paper's tables 1 and 3.
+
+Table 1: Elo scores by question. Table 3: how often each model wins against each other one.
+"""
 
 from __future__ import annotations
 
@@ -25,32 +28,35 @@ WON = {"first": 1.0, "tie": 0.5, "second": 0.0}
 
 @dataclass(frozen=True)
 class Ballot:
-    """Votes by question, and what is known of who gave them; nothing of a CSV."""
+    """Votes by question, with facts about the raters; these are unknown for a CSV.
+
+    `left_share`: share of answers, ties excluded, for the picture on the left; about half if raters
+    look at the pictures.
+    """
 
     votes: Mapping[str, Sequence[Vote]]
     raters: int | None = None
     left_out: Sequence[str] = ()
     votes_left_out: int = 0
-    left_share: float | None = (
-        None  # of the answers that are no ties, those for the picture on the left: half, if raters look at the pictures
-    )
+    left_share: float | None = None
 
 
 def ballot_of(path: str) -> Ballot:
-    """Of a study's folder, a database's URL, or a CSV with COLUMNS. Raises UserError."""
+    """Votes of a study's folder, a database's URL, or a CSV with COLUMNS. Raises UserError."""
     if path.endswith(".csv"):
         return Ballot(read_csv(path))
     from .study import DATABASE, database_of
 
     if "://" not in path and not (Path(path) / DATABASE).exists():
         raise UserError(
-            f"There is no {Path(path) / DATABASE}; give the folder of a study that `glide rate` began, its database's URL, or a .csv of votes."
+            f"There is no {Path(path) / DATABASE}; give the folder of a study that `glide rate` "
+            f"began, its database's URL, or a .csv of votes."
         )
     return count(Votes(path if "://" in path else database_of(path), create=False).cast())
 
 
 def count(cast: Sequence[Cast]) -> Ballot:
-    """Answers as votes, without those of raters who have failed too many attention checks."""
+    """Answers as votes, without raters who failed too many attention checks."""
     answered = Counter(one.rater for one in cast if one.comparison.check_of)
     passed = Counter(one.rater for one in cast if one.comparison.check_of and one.answer == FIRST)
     out = left_out({rater: (passed[rater], answered[rater]) for rater in answered})
@@ -73,7 +79,10 @@ def count(cast: Sequence[Cast]) -> Ballot:
 
 
 def read_csv(path: str) -> dict[str, list[Vote]]:
-    """Votes by question. `winner` is one of the row's two models, or "tie". Raises UserError with the line of what is not understood."""
+    """Votes by question from a CSV; `winner` is one of the row's two models, or "tie".
+
+    Raises UserError with the line that is invalid.
+    """
     try:
         rows = csv.DictReader(io.StringIO(storage.read(path).decode("utf-8-sig")))
     except UnicodeDecodeError:
@@ -87,7 +96,8 @@ def read_csv(path: str) -> dict[str, list[Vote]]:
         question, first, second, winner = ((row[name] or "").strip() for name in COLUMNS)
         if not first or not second or first == second or winner not in (first, second, TIE):
             raise UserError(
-                f"{path}, line {rows.line_num}: the winner must be one of two different models, or tie (given: {first}, {second}, {winner})."
+                f"{path}, line {rows.line_num}: the winner must be one of two different models, or "
+                f"tie (given: {first}, {second}, {winner})."
             )
         votes.setdefault(question, []).append(
             Vote(first, second, 0.5 if winner == TIE else float(winner == first))
@@ -96,7 +106,11 @@ def read_csv(path: str) -> dict[str, list[Vote]]:
 
 
 def figures(ballot: Ballot, draws: int = 1000) -> dict[str, Any]:
-    """All that the tables show, as JSON has it: by question the scores, each with its 95% interval, and the share of wins of each model against each."""
+    """All figures of the tables, serialisable as JSON.
+
+    By question: each model's score with its 95% interval, and its share of wins against each other
+    model. Raises EloError if there are no votes.
+    """
     if not any(ballot.votes.values()):
         raise EloError(
             "There are no votes to count yet"
@@ -149,18 +163,18 @@ def _of_question(votes: Sequence[Vote], draws: int) -> dict[str, Any]:
 
 
 def _interval(one: Standing) -> dict[str, float | None]:
-    """JSON has no infinity: an end that the votes leave open is None."""
+    """Ends of an interval; None for infinity, which JSON lacks: the votes set no bound."""
     return {
         "low": one.low if np.isfinite(one.low) else None,
         "high": one.high if np.isfinite(one.high) else None,
     }
 
 
-# -- as text ----------------------------------------------------------------------------------------------------------
+# -- as text ---------------------------------------------------------------------------------------
 
 
 def text(found: Mapping[str, Any]) -> str:
-    """The tables, and who voted."""
+    """The tables as text, and who voted."""
     questions = found["questions"]
     heads = [question.capitalize() for question in questions]
     models = _best_first(questions.values())
@@ -191,7 +205,7 @@ def text(found: Mapping[str, Any]) -> str:
 
 
 def _best_first(questions: Collection[Mapping[str, Any]]) -> list[str]:
-    """By the first question that has scores; models that have none come last, by name."""
+    """Models by the first question that has scores; those without scores last, by name."""
     return list(
         dict.fromkeys(model for key in ("scores", "wins") for of in questions for model in of[key])
     )
@@ -222,9 +236,11 @@ def _who(found: Mapping[str, Any]) -> str:
     left = (
         ""
         if found["left_share"] is None
-        else f" The picture on the left was chosen in {found['left_share']:.0%} of the answers that are no ties."
+        else f" The picture on the left was chosen in {found['left_share']:.0%} of the answers "
+        f"that are no ties."
     )
     return (
-        f"{votes}, of {found['raters'] - gone:,} raters. Left out: {gone:,} raters who failed more than {found['failed_share']:.0%} of their attention checks, "
+        f"{votes}, of {found['raters'] - gone:,} raters. Left out: {gone:,} raters who failed more "
+        f"than {found['failed_share']:.0%} of their attention checks, "
         f"with {found['votes_left_out']:,} votes.{left}"
     )

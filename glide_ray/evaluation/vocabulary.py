@@ -1,4 +1,7 @@
-"""The things that the judge is asked to name: plain single objects whose names are unlike each other, chosen by a stable hash."""
+"""The things that the judge is asked to name.
+
+Plain single objects with dissimilar names, chosen by a stable hash.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,20 @@ from dataclasses import dataclass
 from ..data.splits import share
 from ..data.sprites import Sprite
 
-ASKED = 100  # names among which a thing is to be told
-LEAST_STYLES = 6  # in which a thing must be drawn, or in all where there are fewer
-# Words for things that are drawn alike: of each line, one name at most is chosen.
+ASKED = 100  # candidates from which the judge chooses a thing's name
+LEAST_STYLES = 6  # styles in which a thing must be drawn; all styles if there are fewer
+# Words for things that look alike when drawn: at most one name is chosen from each line.
+# A backslash continues a line.
 ALIKE = tuple(
     frozenset(line.split())
     for line in """
-book notebook ledger notepad scroll newspaper bookmark index clipboard calendar cabinet chart memo page map label ticket receipt
-hospital school factory office hotel bank store building stadium church mosque synagogue shrine house hut
+book notebook ledger notepad scroll newspaper bookmark index clipboard calendar cabinet chart \
+memo page map label ticket receipt
+hospital school factory office hotel bank store building stadium church mosque synagogue shrine \
+house hut
 disk dvd videocassette cd optical pager battery
-locomotive tram train monorail metro railway car bus minibus trolleybus taxi automobile ambulance lorry truck engine
+locomotive tram train monorail metro railway car bus minibus trolleybus taxi automobile ambulance \
+lorry truck engine
 ship boat sailboat speedboat ferry canoe
 mouse rat hamster chipmunk rabbit
 ox buffalo cow bison
@@ -46,8 +53,12 @@ guitar violin
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`names`: the plain names of things, by code points. `order`: the things that an object is
-    distinguished from, in order. `untold`: things whose style the judge misclassifies.
+    """The names of things, and the things that prompts ask for.
+
+    `names`: plain names of things, by code points.
+    `order`: the things that an object is distinguished from, in the order of a hash.
+    `count`: number of candidates from which the judge chooses a name.
+    `untold`: things whose style the judge misclassifies.
     """
 
     names: Mapping[str, str]
@@ -61,7 +72,7 @@ class Vocabulary:
         return self.order[: self.count]
 
     def among(self, thing: str) -> list[str]:
-        """`count` things, this one first: it is to be told from the others, whose names are unlike its own."""
+        """`count` candidates for naming `thing`: itself, then others with dissimilar names."""
         words = _words(self.names[thing])
         others = [
             other
@@ -77,7 +88,10 @@ def choose(
     least_styles: int = LEAST_STYLES,
     untold: Collection[str] = (),
 ) -> Vocabulary:
-    """From pictures as (code points, name, group, style), without what is `untold`."""
+    """Choose the vocabulary from pictures as (code points, name, group, style).
+
+    Things in `untold` are not asked for.
+    """
     rows = list(rows)
     least_styles = min(least_styles, len({style for *_, style in rows}))
     about: dict[str, tuple[str, str]] = {}
@@ -98,12 +112,12 @@ def choose(
 
 
 def is_plain(emoji: str, name: str, group: str) -> bool:
-    """Whether a thing is a single object with a plain name, as scenes of several objects are composed of."""
+    """Whether a thing is a single object with a plain name, usable in composed scenes."""
     return Sprite(emoji, name, group, "", "", "", 0, 0).counted
 
 
 def _unlike(order: Sequence[str], names: Mapping[str, str]) -> tuple[str, ...]:
-    """Those of which no earlier one shares a word, or a word for what is drawn alike."""
+    """The things of `order`, without those that share a word or ALIKE line with an earlier one."""
     chosen, taken = [], set()
     for emoji in order:
         words = _words(names[emoji])
@@ -114,6 +128,6 @@ def _unlike(order: Sequence[str], names: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _words(name: str) -> set[str]:
-    """The words of a name, and for each that stands in a line of ALIKE the whole line."""
+    """The words of a name, and all words of each line of ALIKE that has one of them."""
     words = set(name.lower().split())
     return words.union(*(line for line in ALIKE if line & words))

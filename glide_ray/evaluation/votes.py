@@ -1,7 +1,10 @@
-"""The database of a study: what is compared, what each rater was shown, and what they answered. SQLite in a file, or any that SQLAlchemy speaks.
+"""The database of a study: comparisons, what each rater was shown, and what they answered.
 
-A row of `votes` is made when a rater is shown a comparison, and holds the answer when it comes: there is one for each rater, comparison and
-question, so that a reload, a second tab, a double click or an answer sent again adds nothing.
+SQLite in a file, or any database that SQLAlchemy supports.
+
+A row of `votes` is inserted when a rater is shown a comparison, and receives the answer later.
+There is one row for each rater, comparison and question, so that a reload, a second tab, a double
+click or a resent answer adds nothing.
 """
 
 from __future__ import annotations
@@ -43,11 +46,12 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, NoSuchM
 from ..errors import UserError
 from .pairing import FAILED_SHARE, FIRST, SECOND, TIE, Comparison, Turn, next_turn, remaining
 
-BUSY_SECONDS = 30  # that a write to SQLite waits for another
-OPEN_SECONDS = (
-    600  # for which a comparison that a rater was shown and has not answered is kept from others
-)
-PREFETCHED_COMPARISONS = 3  # comparisons that a rater's page is given: the next ones load meanwhile, and are there when the connection is not
+BUSY_SECONDS = 30  # maximum wait of a SQLite write for another one
+# Seconds for which a comparison that was shown but not answered is reserved for its rater.
+OPEN_SECONDS = 600
+# Comparisons sent to a rater's page at once: the next ones load ahead of time, and are there even
+# if the connection is lost.
+PREFETCHED_COMPARISONS = 3
 
 SCHEMA = MetaData()
 STUDY = Table(
@@ -78,7 +82,7 @@ VOTES = Table(
     Column("comparison", ForeignKey(COMPARISONS.c.id), nullable=False),
     Column("question", String(32), nullable=False),
     Column("left_picture", String(8), nullable=False),
-    Column("given_at", Double, nullable=False),  # seconds since 1970
+    Column("given_at", Double, nullable=False),  # Unix time in seconds
     Column("answer", String(8)),
     Column("answered_at", Double),
     Column("seconds", Double),
@@ -88,12 +92,15 @@ VOTES = Table(
 
 
 class VotesError(UserError):
-    """A database that cannot be used, or holds another study."""
+    """A database that cannot be used, or that holds another study."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a study is of: folders of pictures by the models' names, and where the attention checks come from."""
+    """Definition of a study: questions, number of comparisons, sources of pictures.
+
+    `folders`: of pictures, by model name. `real`: corpus of the attention checks; None: noise.
+    """
 
     folders: Mapping[str, str]
     questions: Sequence[str]
@@ -103,18 +110,18 @@ class Asked:
 
 @dataclass(frozen=True)
 class Shown:
-    """A turn as the page has it, which names no model."""
+    """A turn as sent to the page, without the models' names."""
 
     token: str
     question: str
-    left: str  # opaque names of pictures
+    left: str  # `left`, `right`: opaque names of pictures
     right: str
     caption: str | None
 
 
 @dataclass(frozen=True)
 class Cast:
-    """An answer: FIRST, SECOND or TIE; `left` is which stood on the left."""
+    """An answer: FIRST, SECOND or TIE. `left`: which picture was on the left."""
 
     rater: str
     question: str
@@ -125,7 +132,10 @@ class Cast:
 
 
 class Votes:
-    """A study's database, made where there is none yet; without `create` it must hold a study. Raises VotesError."""
+    """A study's database, created if missing; without `create` it must hold a study.
+
+    Raises VotesError.
+    """
 
     def __init__(self, url: str, create: bool = True):
         self.url = url
@@ -144,8 +154,8 @@ class Votes:
             held = create or _file_is_there(self._engine.url) and self._holds_study()
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
             raise VotesError(
-                f"{_hidden(url)} is not a database that can be reached ({_first_line(error)}); write a URL as SQLAlchemy has them, with its driver "
-                f"installed."
+                f"{_hidden(url)} is not a database that can be reached ({_first_line(error)}); "
+                f"write a URL as SQLAlchemy has them, with its driver installed."
             ) from None
         if not held:
             raise VotesError(f"{_hidden(url)} holds no study; begin one with `glide rate`.")
@@ -157,10 +167,14 @@ class Votes:
                 and connection.execute(select(STUDY.c.id)).first() is not None
             )
 
-    # -- the study ----------------------------------------------------------------------------------------------------
+    # -- the study ---------------------------------------------------------------------------------
 
     def begin(self, asked: Asked, secret: str | None = None) -> None:
-        """Note what the study is of, or find it noted. One that nothing could be made of gives way. Raises VotesError where it is of something else."""
+        """Record the study's definition, or check it against the recorded one.
+
+        A recorded definition without comparisons is replaced: they could not be made. Raises
+        VotesError if the definitions differ.
+        """
         text = json.dumps(asdict(asked))
         with self._transaction() as connection:
             row = connection.execute(select(STUDY.c.asked)).first()
@@ -182,17 +196,19 @@ class Votes:
             name.replace("real", "attention checks") for name in now if now[name] != before[name]
         ]:
             raise VotesError(
-                f"{_hidden(self.url)} holds a study of other {' and '.join(differs)}; give another folder with --out, or no pictures to go on with it."
+                f"{_hidden(self.url)} holds a study of other {' and '.join(differs)}; give another "
+                f"folder with --out, or no pictures to go on with it."
             )
 
     @cached_property
     def study(self) -> Any:
-        """The row: `asked`, `secret`, `link_key`. Raises VotesError where nothing has begun."""
+        """The row `asked`, `secret`, `link_key`. Raises VotesError if there is no study."""
         with self._transaction() as connection:
             row = connection.execute(select(STUDY)).first()
         if row is None:
             raise VotesError(
-                f"{_hidden(self.url)} holds no study yet; name the pictures to compare, as NAME=FOLDER NAME=FOLDER."
+                f"{_hidden(self.url)} holds no study yet; name the pictures to compare, as "
+                f"NAME=FOLDER NAME=FOLDER."
             )
         return row
 
@@ -201,13 +217,16 @@ class Votes:
         return Asked(**json.loads(self.study.asked))
 
     def add_comparisons(self, made: Sequence[Comparison]) -> None:
-        """All or none of them; nothing where another process has added them."""
+        """Insert all comparisons or none, in one transaction.
+
+        No effect if another process has already inserted them.
+        """
         with self._transaction() as connection:
             if connection.execute(select(COMPARISONS.c.id).limit(1)).first() is None:
                 connection.execute(insert(COMPARISONS), [asdict(one) for one in made])
 
     def comparisons(self) -> dict[int, Comparison]:
-        """By id; {} until they are made."""
+        """Comparisons by id; {} until they are made."""
         with self._transaction() as connection:
             return {
                 row.id: Comparison(*row)
@@ -216,14 +235,15 @@ class Votes:
 
     @cached_property
     def _comparisons(self) -> dict[int, Comparison]:
-        return self.comparisons()  # they do not change once there are any
+        return self.comparisons()  # cached: comparisons never change
 
-    # -- raters -------------------------------------------------------------------------------------------------------
+    # -- raters ------------------------------------------------------------------------------------
 
     def turns(self, rater: str, wanted: int) -> tuple[list[Shown], int, int]:
-        """What the rater is to be shown, AHEAD comparisons of it; how many they have answered; how many are left for them, these among them.
+        """The rater's next turns, the number answered, and the number left including these turns.
 
-        What was shown and not answered comes first, in its order. `wanted`: votes for each comparison and question.
+        At most PREFETCHED_COMPARISONS turns: first those shown before but not answered, in their
+        order. `wanted`: number of votes wanted for each comparison and question.
         """
         comparisons, study = self._comparisons, self.study
         for _ in range(9):
@@ -232,14 +252,17 @@ class Votes:
                     return self._turns(
                         connection, rater, wanted, study.secret, self.asked.questions, comparisons
                     )
-            except IntegrityError:  # another tab of the rater's was given the same turn just now
+            except IntegrityError:  # another tab of this rater just received this turn
                 continue
         raise VotesError(f"The turns of rater {rater} could not be written; open the page again.")
 
     def answer(
         self, rater: str, token: str, side: str, seconds: float | None, again: bool = False
     ) -> bool:
-        """Note that "left", "right" or TIE was chosen; whether there is such a turn of the rater's. The first answer stays, unless `again` changes it."""
+        """Record the choice "left", "right" or TIE; return whether the rater has such a turn.
+
+        The first answer stays, unless `again` is set.
+        """
         with self._transaction() as connection:
             row = connection.execute(
                 select(VOTES.c.left_picture, VOTES.c.answer).where(
@@ -306,7 +329,10 @@ class Votes:
         return shown, len(rows) - sum(row.answer is None for row in rows), rest + len(shown)
 
     def _taken(self, connection: Connection, rater: str) -> dict[tuple[int, str], int]:
-        """Votes of others who are not left out, and what they look at now, by comparison and question."""
+        """Number of votes and recently opened turns of other raters, by comparison and question.
+
+        Without excluded raters.
+        """
         fresh = VOTES.c.answer.is_not(None) | (VOTES.c.given_at > time.time() - OPEN_SECONDS)
         others = VOTES.c.rater.not_in([rater, *left_out(_checks(connection))])
         rows = connection.execute(
@@ -327,10 +353,10 @@ class Votes:
             token, turn.question, left, right, one.prompt if turn.question == "caption" else None
         )
 
-    # -- what came of it ----------------------------------------------------------------------------------------------
+    # -- results -----------------------------------------------------------------------------------
 
     def cast(self) -> list[Cast]:
-        """All answers, in the order in which they came."""
+        """All answers, in order of arrival."""
         with self._transaction() as connection:
             rows = connection.execute(
                 select(VOTES)
@@ -363,7 +389,7 @@ class Votes:
 
 
 def left_out(checks: Mapping[str, tuple[int, int]]) -> list[str]:
-    """Who has failed too many attention checks; `checks`: (passed, answered) by rater."""
+    """Raters who failed too many attention checks. `checks`: rater -> (passed, answered)."""
     return sorted(
         rater
         for rater, (passed, answered) in checks.items()
@@ -386,23 +412,26 @@ def _checks(connection: Connection) -> dict[str, tuple[int, int]]:
 
 
 def _prepare_sqlite(connection, _) -> None:
-    connection.isolation_level = None  # transactions begin as we say: one that reads first and writes then must not find another's write between
+    # Turn off the driver's implicit BEGIN: `Votes` sends BEGIN IMMEDIATE, so that no other write
+    # can come between a transaction's read and its write.
+    connection.isolation_level = None
+    # WAL with synchronous=FULL: a committed answer stays on the disk.
     for setting in (
         f"busy_timeout={BUSY_SECONDS * 1000}",
         "journal_mode=WAL",
         "synchronous=FULL",
         "foreign_keys=ON",
-    ):  # what is answered stays on the disk
+    ):
         connection.execute(f"PRAGMA {setting}")
 
 
 def _file_is_there(url: URL) -> bool:
-    """SQLite would make it."""
+    """Whether the database exists: connecting to SQLite would create the file."""
     return url.get_backend_name() != "sqlite" or os.path.exists(url.database or "")
 
 
 def _hidden(url: str) -> str:
-    """Without the password."""
+    """The URL without its password."""
     try:
         return make_url(url).render_as_string(hide_password=True)
     except ArgumentError:
