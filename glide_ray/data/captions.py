@@ -1,4 +1,4 @@
-"""Captions of emoji and of scenes, and the choice of one per image and epoch."""
+"""Captions of emoji, wording for captions of scenes, and the choice of a caption per epoch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import hashlib
 import re
 from collections.abc import Sequence
 
-OF = ("3D render", "flat icon")  # styles that are kinds of pictures: "flat icon of a red apple"
+# styles that name a kind of picture: "flat icon of a red apple", not "in flat icon style"
+OF = ("3D render", "flat icon")
 NUMBERS = ("no", "one", "two", "three", "four")
 PLURALS = {
     "mouse": "mice",
@@ -49,9 +50,10 @@ WITHOUT_ARTICLE = (
     "mrs",
     "santa ",
 )
-# What follows the word that decides: "ear of corn", "face with horns", "boy, dark skin tone".
+# Start of what follows the head noun, which decides whether a name takes an article:
+# "ear of corn", "face with horns", "boy, dark skin tone".
 AFTER_HEAD = r",| (?:with|without|of|in|on|at|over|behind|showing|facing|holding|lifting) "
-# Last words of names that one says no "a" before.
+# Mass nouns: a name that ends in one takes no "a".
 MASS = frozenset(
     [
         "bread",
@@ -97,14 +99,15 @@ MASS = frozenset(
         "landslide",
     ]
 )
-AN = ("hour", "x")  # beginnings of words before which it is "an", though they begin with no vowel
-NO_AN = ("uni", "one", "eu", "ewe", "use", "uk")  # and the other way round
+AN = ("hour", "x")  # starts of words that take "an" despite their first consonant
+NO_AN = ("uni", "one", "eu", "ewe", "use", "uk")  # starts of words that take "a" despite a vowel
 
 
 def emoji_captions(name: str, keywords: Sequence[str], style: str) -> list[str]:
-    """Several true sentences about one picture.
+    """Several true captions of one picture.
 
-    "a red apple, 3D render" first, then other wordings, one of them without the style.
+    The first is like "a red apple, 3D render". Other wordings follow: one without the style and,
+    if there are keywords that the name does not contain, one with up to four of them.
     """
     name = name.strip().lower()
     words = [keyword.replace("_", " ").lower() for keyword in keywords]
@@ -117,14 +120,14 @@ def emoji_captions(name: str, keywords: Sequence[str], style: str) -> list[str]:
 
 
 def in_style(thing: str, style: str) -> str:
-    """ "flat icon of a red apple"; "a red apple in Noto style"."""
+    """A thing with its style: "flat icon of a red apple", "a red apple in Noto style"."""
     return f"{style} of {thing}" if style in OF else f"{thing} in {style} style"
 
 
 def with_article(name: str) -> str:
-    """ "a " or "an " before a countable name.
+    """Put "a" or "an" before a countable name.
 
-    Nothing before plurals, masses, numbers, flags and other proper names.
+    No article before plurals, mass nouns, times, numbers, flags and other proper names.
     """
     first, head = re.split(r"[\s-]", name)[0], re.split(AFTER_HEAD, name)[0]
     is_plural = head.endswith("s") and not head.endswith(("ss", "us", "gas", "lens", "rhinoceros"))
@@ -138,7 +141,7 @@ def with_article(name: str) -> str:
 
 
 def plural(name: str) -> str:
-    """The name of more than one: "palm tree" -> "palm trees", "maple leaf" -> "maple leaves"."""
+    """Plural of a name: "palm tree" -> "palm trees", "maple leaf" -> "maple leaves"."""
     first, _, last = name.rpartition(" ")
     if last in PLURALS:
         many = PLURALS[last]
@@ -154,9 +157,9 @@ def plural(name: str) -> str:
 def choose(
     captions: Sequence[str], key: str, epoch: int, seed: int, empty_rate: float = 0.0
 ) -> str:
-    """One caption of an image for this epoch, or the empty one at `empty_rate` (sec. 4.2).
+    """Random caption of an image for this epoch, or "" with probability `empty_rate` (sec. 4.2).
 
-    Always the same for the same arguments.
+    Deterministic: a hash of `seed`, `epoch` and `key` decides.
     """
     digest = hashlib.sha256(f"{seed}/{epoch}/{key}".encode()).digest()
     if int.from_bytes(digest[:8], "big") / 2**64 < empty_rate:

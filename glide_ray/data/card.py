@@ -1,4 +1,4 @@
-"""The card of a corpus: where its pictures come from, their licences, and what was left out."""
+"""Card of a corpus: sources and licences of its pictures, and the pictures left out."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..storage import MissingError, put, read
 from .styles import Style
 
 CARD = "card.json"
-EXAMPLES = 20
+EXAMPLES = 20  # left-out pictures named per reason
 
 
 class LeftOut:
-    """Counts and first examples of what was left out of a corpus, by reason."""
+    """Counts and first examples of the pictures left out of a corpus, by reason."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -29,7 +29,7 @@ class LeftOut:
             examples.append(what)
 
     def copy(self) -> LeftOut:
-        """The same counts, to be added to apart from these."""
+        """An independent copy."""
         other = LeftOut()
         other._counts = self._counts.copy()
         other._examples = {reason: list(of) for reason, of in self._examples.items()}
@@ -48,7 +48,10 @@ class LeftOut:
 def sources(
     styles: Iterable[Style], versions: Mapping[str, str], pictures: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """What a card says of each set. `versions` by package, `pictures` by style."""
+    """The "sources" of a card, one entry per style.
+
+    `versions` maps packages to versions, `pictures` maps styles to numbers of pictures.
+    """
     return [
         {
             "package": style.package,
@@ -64,19 +67,19 @@ def sources(
 
 
 def write_card(folder: str | Path, card: Mapping[str, Any]) -> None:
-    """Write the card of one folder of shards, local or s3://."""
+    """Write the card of a folder or s3:// prefix of shards."""
     put(
         json.dumps(card, indent=1, ensure_ascii=False).encode(), f"{str(folder).rstrip('/')}/{CARD}"
     )
 
 
 def read_card(folder: str | Path) -> dict[str, Any] | None:
-    """The card of a folder or s3:// prefix of shards, None where it has none.
+    """The card of a folder or s3:// prefix of shards, or None if it has none.
 
     {"about", "split", "styles", "sources": [{"package", "version", "style", "author", "url",
-    "licence", "pictures"}], "rows", "left_out": {reason: {"count", "examples"}}}. That of scenes
-    has their seed, how many were asked for ("scenes") and how many of each kind there are
-    ("kinds"); its "pictures" are those that scenes may show.
+    "licence", "pictures"}], "rows", "left_out": {reason: {"count", "examples"}}}. The card of
+    scenes also has their "seed", the number requested ("scenes") and the number of each kind
+    ("kinds"); its "pictures" counts the pictures that scenes may show.
     """
     try:
         card = json.loads(read(f"{str(folder).rstrip('/')}/{CARD}"))

@@ -1,7 +1,7 @@
-"""The paper's content filter (app. F.1): an RBF SVM on CLIP's features of an image, its bias set so that it misses few.
+"""The paper's content filter (app. F.1): RBF SVM on CLIP image features, biased to miss little.
 
-A filter is saved as arrays and settings in one safetensors file: reading it runs no code. Which rows are labelled to fit one is
-`labelling.py`'s to say.
+A filter is saved as arrays and settings in one safetensors file, so that loading it runs no code.
+`labelling.py` chooses the rows that are labelled to fit a filter.
 """
 
 from __future__ import annotations
@@ -22,31 +22,32 @@ from sklearn.svm import SVC
 from .. import storage
 from ..errors import UserError
 
-COSTS, WIDTHS = (
-    (1.0, 10.0, 100.0),
-    (0.1, 0.3, 1.0),
-)  # tried: the SVM's C; gamma as a multiple of 1 / (features' number x variance)
+# Search grid: the SVM's C; its gamma as a multiple of 1 / (number of features x their variance).
+COSTS, WIDTHS = (1.0, 10.0, 100.0), (0.1, 0.3, 1.0)
 FOLDS = 5
 
 
 class ContentError(UserError):
-    """A filter that cannot be fitted, or is not one."""
+    """A filter that cannot be fitted or loaded, or labels that cannot be used."""
 
 
 @dataclass(frozen=True)
 class ContentFilter:
-    """score(x) = sum_s weights_s exp(-gamma |x - vectors_s|^2) + bias; what scores 0 or more has the content, and is dropped."""
+    """Decision function of an RBF SVM: rows that score 0 or more have the content and are dropped.
+
+    score(x) = sum_s weights_s exp(-gamma |x - vectors_s|^2) + bias.
+    """
 
     name: str
-    vectors: np.ndarray  # (S, E) float32
+    vectors: np.ndarray  # (S, E) float32, support vectors
     weights: np.ndarray  # (S,) float32
     gamma: float
     bias: float
-    clip: str  # SHA-256 of the CLIP whose features it reads
-    settings: Mapping  # what it was fitted with, and how it did, for people
+    clip: str  # SHA-256 of the CLIP weights that compute the features
+    settings: Mapping  # settings and results of the fit, for information only
 
     def score(self, features: np.ndarray) -> np.ndarray:
-        """Features (N, E) -> (N,) float64."""
+        """Scores of features (N, E): (N,) float64."""
         features = np.asarray(features, np.float64)
         apart = (
             np.square(features).sum(1)[:, None]
@@ -58,7 +59,7 @@ class ContentFilter:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write one local file, whole or not at all."""
+        """Write one local file, atomically."""
         header = {
             "name": self.name,
             "gamma": self.gamma,
@@ -75,7 +76,7 @@ class ContentFilter:
 
 
 def load_filter(path: str | Path) -> ContentFilter:
-    """A filter from its file, local or on s3://. Raises ContentError, StorageError."""
+    """Load a filter from a file, local or s3://. Raises ContentError, StorageError."""
     local = storage.fetch(path)
     try:
         with safe_open(local, "np") as file:
@@ -89,30 +90,33 @@ def load_filter(path: str | Path) -> ContentFilter:
         ) from None
 
 
-# -- fitting ----------------------------------------------------------------------------------------------------------
+# -- fitting ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """An SVM without its tuned bias, and what it says of rows that it was not fitted on."""
+    """An SVM before its bias is tuned, and the cross-validated scores of its labelled rows."""
 
     svm: SVC
-    out_of_fold: (
-        np.ndarray
-    )  # (N,) the score of each labelled row by an SVM that saw nothing of its group
-    cost: float
-    width: float
+    # (N,) score of each labelled row by an SVM fitted without the row's group
+    out_of_fold: np.ndarray
+    cost: float  # chosen from COSTS
+    width: float  # chosen from WIDTHS
 
 
 def fit(features: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Fitted:
-    """Fit to features (N, E) and labels (N,) bool. Rows that resemble each other share a number in `groups` (N,): they are judged together
-    by an SVM that saw none of them. Raises ContentError where there are too few labels of either kind."""
+    """Fit an SVM to features (N, E) and labels (N,) bool, with C and gamma by cross-validation.
+
+    Rows that resemble each other share a number in `groups` (N,). A group is never split between
+    folds, so no row is scored by an SVM that saw a similar one. Raises ContentError if either label
+    is on fewer than two groups.
+    """
     yes, no = (len(np.unique(groups[labels == kind])) for kind in (True, False))
     folds = min(FOLDS, yes, no)
     if folds < 2:
         raise ContentError(
-            f"Labels of {yes} different pictures with the content and {no} without are too few to fit a filter on: label two of "
-            f"each at the least, and find them with --search WORD."
+            f"Labels of {yes} different pictures with the content and {no} without are too few to "
+            f"fit a filter on: label two of each at the least, and find them with --search WORD."
         )
     splits = list(
         StratifiedGroupKFold(folds, shuffle=True, random_state=0).split(features, labels, groups)
@@ -134,7 +138,10 @@ def fit(features: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Fitted:
 
 
 def first_guess(features: np.ndarray, labels: np.ndarray) -> SVC:
-    """An SVM to ask the next labels by, where a row of each kind has been labelled but nothing can be judged yet."""
+    """SVM for choosing the next rows to label, when labels are too few for cross-validation.
+
+    Needs one row of each label.
+    """
     return _svm(features, labels, COSTS[0], WIDTHS[1])
 
 
@@ -144,19 +151,22 @@ def _svm(features: np.ndarray, labels: np.ndarray, cost: float, width: float) ->
 
 
 def tuned_threshold(positives: np.ndarray, max_missed: float, confidence: float = 0.95) -> float:
-    """The highest threshold below which, at this confidence, less than `max_missed` of what has the content scores.
+    """Highest threshold that misses, at this confidence, less than `max_missed` of the content.
 
-    `positives` (N,) are scores of rows with the content that the SVM was not fitted on. Where they are enough (299 for 1% at 95%), the
-    binomial interval decides and nothing is assumed of their distribution; where they are fewer, it is taken for normal, and the
-    threshold is its one-sided tolerance bound, or the lowest of them if that is lower.
+    A row with the content is missed if it scores below the threshold. `positives` (N,) are scores
+    of rows with the content that the SVM was not fitted on. If they are enough (299 for 1% at 95%),
+    the binomial interval decides, with no assumption on their distribution. If they are fewer, the
+    scores are assumed to be normal, and the threshold is their one-sided tolerance bound, or just
+    below the lowest score if that is lower.
     """
     ordered = np.sort(np.asarray(positives, np.float64))
     count, margin = len(ordered), 1e-6
+    # smallest number of misses that is too many
     may_miss = next(
         k
         for k in range(count + 1)
         if missed_interval(k, count, 2 * confidence - 1)[1] >= max_missed
-    )  # one too many
+    )
     if may_miss:
         return float(ordered[may_miss - 1])
     if count < 2:
@@ -169,7 +179,7 @@ def tuned_threshold(positives: np.ndarray, max_missed: float, confidence: float 
 
 
 def missed_interval(missed: int, of: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The two-sided interval of Clopper and Pearson for a share of which `missed` of `of` were seen."""
+    """Two-sided Clopper-Pearson interval for the share of misses, after `missed` out of `of`."""
     if not of:
         return 0.0, 1.0
     tail = (1 - confidence) / 2
@@ -181,7 +191,7 @@ def missed_interval(missed: int, of: int, confidence: float = 0.95) -> tuple[flo
 def with_threshold(
     fitted: Fitted, threshold: float, name: str, clip: str, settings: Mapping
 ) -> ContentFilter:
-    """The filter whose score is 0 where the SVM's is `threshold`."""
+    """The filter that scores 0 where the SVM scores `threshold`."""
     svm = fitted.svm
     return ContentFilter(
         name,

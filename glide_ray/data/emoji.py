@@ -1,7 +1,7 @@
 """The default corpus: emoji of several artists, published as npm packages, with captions.
 
-The pictures stay in the packages: the user's own npm fetches them, and the shards are written from
-there.
+The pictures are not part of glide_ray: the user's own npm fetches the packages, and the shards are
+made from them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .shards import Sample, begin, finish, read_index, write_shard
 from .splits import SCENE_SPLITS, SPLITS, share
 from .styles import Style, choose_styles
 
-PICTURES_PER_TASK = 16  # pictures a task
+PICTURES_PER_TASK = 16
 UNRENDERED = "did not render"
 ABOUT = "Emoji pictures with captions; each row's json names its author, licence and source."
 Report = Callable[[str], None]
@@ -39,12 +39,13 @@ def build_corpus(
     scenes: int = 0,
     splits: Iterable[str] = SPLITS,
 ) -> dict[str, dict[str, Any]]:
-    """Write folders of shards under `out`, local or s3://, unless they are there.
+    """Write the corpus as folders of shards under `out`, local or s3://; skip those that exist.
 
-    One for each of `splits`, and for each of SCENE_SPLITS where `scenes` asks for some. `styles`:
-    names of STYLES, the default ones where there is none. `packages`: a folder of npm tarballs,
-    instead of npm; `cache`: where npm's are kept. Returns the index of each split. Raises
-    EmojiError, SceneError, and ConfigError where `out` has a corpus of other styles or scenes.
+    One folder for each of `splits` and, if `scenes` > 0 (the number of scenes), for each of
+    SCENE_SPLITS. `styles`: names from STYLES, by default DEFAULT. `packages`: a folder of npm
+    tarballs to use instead of npm. `cache`: folder for the packages that npm fetches. Returns the
+    index of each split. Raises EmojiError, SceneError, and ConfigError if `out` has a corpus of
+    other styles or another number of scenes.
     """
     out, chosen = str(out).rstrip("/"), choose_styles(styles)
     indices = {split: read_index(f"{out}/{split}") for split in (*SPLITS, *SCENE_SPLITS)}
@@ -64,7 +65,7 @@ def build_corpus(
 
 
 def _refuse_other(out: str, done: Iterable[str], styles: Sequence[Style], scenes: int) -> None:
-    """Raise ConfigError where what is there was made with other options."""
+    """Raise ConfigError if the splits that exist were made with other options."""
     wanted = [style.words for style in styles]
     for split in done:
         card = read_card(f"{out}/{split}") or {}
@@ -85,9 +86,9 @@ def _refuse_other(out: str, done: Iterable[str], styles: Sequence[Style], scenes
             )
 
 
-# -- rules over a Candidate (`filters.py`): true for what has the content -------------------------
+# -- rules for `filters.Candidate`: true if it has the content -------------------------------------
 
-# Those that emojilib calls weapons, and what bursts, shoots or cuts beside them.
+# Code points of the emoji that emojilib calls weapons, and others that explode, shoot or cut.
 WEAPONS = {
     "1f3f9": "bow and arrow",
     "1f4a3": "bomb",
@@ -105,12 +106,12 @@ WEAPONS = {
 
 
 def shows_people(candidate) -> bool:
-    """Unicode's group: people of every profession and tone, hands, and parts of the body."""
+    """Whether Unicode's group is people (of all professions and tones), hands and body parts."""
     return candidate.meta.get("group") == "People & Body"
 
 
 def shows_weapon(candidate) -> bool:
-    """A weapon, alone or among the objects of a scene."""
+    """Whether it shows a weapon, alone or among the objects of a scene."""
     objects = candidate.meta.get("objects") or ()
     codes = [candidate.meta.get("emoji"), *(one.get("emoji") for one in objects)]
     return any(code in WEAPONS for code in codes)
@@ -126,7 +127,7 @@ def _packages(
     styles: Sequence[Style],
     report: Report,
 ) -> dict[str, Package]:
-    """By name, all that the styles are read from. Raises EmojiError."""
+    """All packages that the styles are read from, by name. Raises EmojiError."""
     if find_spec("resvg_py") is None and any(style.is_vector for style in styles):
         raise EmojiError(
             "resvg-py, which renders the emoji, is not installed; run `pip install resvg-py`."
@@ -144,13 +145,12 @@ def _write_pictures(
     packages: Mapping[str, Package],
     report: Report,
 ) -> dict[str, dict[str, Any]]:
-    """Render and write the splits that are missing. Returns their indices."""
+    """Render and write the missing splits. Returns the index of each."""
     left_out, unrendered, done = LeftOut(), LeftOut(), {}
     pictures = list(read_pictures(styles, packages, left_out, report))
     split_of = assign_splits(pictures)
     versions = {name: package.version for name, package in packages.items()}
-    # In the order of a hash: training reads shards in their order, and must not see one set after
-    # the other.
+    # Sort by a hash: training reads shards in order, and must not see one set after the other.
     pictures.sort(key=lambda picture: share(picture.key))
     with process_pool() as pool:
         for split in missing:
@@ -180,7 +180,7 @@ def _write_pictures(
 def _write_shards(
     folder: str, samples: Iterator[Sample]
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Write shards of a thousand. Returns their entries for the index, and the rows by style."""
+    """Write shards of 1000 rows. Returns their index entries, and the number of rows by style."""
     begin(folder)
     entries: list[dict[str, Any]] = []
     counts: dict[str, int] = {}
@@ -194,9 +194,9 @@ def _write_shards(
 def _rendered(
     pool: ProcessPoolExecutor, pictures: Sequence[SourcePicture], left_out: Iterable[LeftOut]
 ) -> Iterator[Sample]:
-    """The pictures as samples, in their order.
+    """The pictures as samples, in order.
 
-    One that does not render is left out, and counted in each of `left_out`.
+    Pictures that do not render are left out and counted in each of `left_out`.
     """
     batches = [
         pictures[start : start + PICTURES_PER_TASK]

@@ -1,7 +1,8 @@
-"""What may enter a corpus: small named predicates over a sample, and a count of what each one dropped.
+"""Rules for the rows of a corpus: small named predicates, and a count of the rows each one dropped.
 
-A rule is true for what may stay. Its name says, after a number of rows, what is wrong with the others: "12 too small".
-A rule of the user's own is a function `Candidate -> bool`, named on the command line as `module:function`.
+A rule returns true for rows that may stay. Its name completes a number of dropped rows in a report:
+"12 too small". A user's own rule is a function `Candidate -> bool`, named on the command line as
+`module:function`.
 """
 
 from __future__ import annotations
@@ -24,14 +25,13 @@ from ..errors import ConfigError
 from .images import ImageError, flatten, load, open_image
 from .shards import Sample
 
-BROKEN = "with a broken image"  # where decoding fails; a broken header is another name's
-NEAR_DUPLICATE = (
-    "near-duplicates of another"  # found over the whole corpus (`duplicates.py`), not row by row
-)
+BROKEN = "with a broken image"  # decoding fails; broken headers are "with an unreadable image"
+# found by comparing all rows of a corpus (`duplicates.py`), not row by row
+NEAR_DUPLICATE = "near-duplicates of another"
 
 
 class Candidate:
-    """A sample that is asked to show itself: what a rule looks at is read once, and only if a rule looks."""
+    """A sample as rules see it: the image is opened and decoded once, and only when needed."""
 
     def __init__(self, sample: Sample):
         self.sample = sample
@@ -39,19 +39,19 @@ class Candidate:
 
     @cached_property
     def opened(self) -> Image.Image:
-        """The image with its header read: `.size` costs nothing. Raises ImageError."""
+        """The image with only its header read; `.size` needs no decoding. Raises ImageError."""
         return open_image(self.sample.image)
 
     @cached_property
     def picture(self) -> Image.Image:
-        """The image in RGB, upright. Raises ImageError."""
+        """The decoded image, RGB and upright. Raises ImageError."""
         return flatten(load(self.opened))
 
 
 Rule = Callable[[Candidate], bool]
 
 
-# -- images, the cheap rules first ------------------------------------------------------------------------------------
+# -- rules for images, cheap ones first ------------------------------------------------------------
 
 
 def has_image(candidate: Candidate) -> bool:
@@ -82,22 +82,28 @@ def _raises_not(look: Callable[[], Any]) -> bool:
         return False
 
 
-# -- captions: each is judged by itself, and a sample stays while one of its captions does -------------------------------
+# -- rules for captions, applied to each one; a sample stays while one of its captions does --------
 
-# What stands in the place of a caption on web pages: a camera's or a program's file name, an address, a call to click, a
-# licence, a placeholder. The list is ours, after what Conceptual Captions and LAION report to have met.
+# Texts that web pages have in place of a caption: file names of cameras and programs, URLs, calls
+# to click, licences, placeholders. The list is our own, after the reports of Conceptual Captions
+# and LAION.
 FILE_NAME = re.compile(
-    r"(?:img|dsc[nf]?|image|picture|photo|screen\s?shot|thumbnail|untitled|file|scan|figure)?[\s_-]*\(?\d*\)?\.?(?:jpe?g|png|gif|webp)?",
+    r"(?:img|dsc[nf]?|image|picture|photo|screen\s?shot|thumbnail|untitled|file|scan|figure)?"
+    r"[\s_-]*\(?\d*\)?\.?(?:jpe?g|png|gif|webp)?",
     re.IGNORECASE,
 )
-WORDS = re.compile(r"[^\W_](?:.*[^\W_])?", re.DOTALL)  # without what stands around them
+WORDS = re.compile(r"[^\W_](?:.*[^\W_])?", re.DOTALL)  # caption without enclosing punctuation
 BOILERPLATE = re.compile(
     r"""
     ^\S+\.(?:jpe?g|png|gif|webp|bmp|tiff?)$
   | https?://|www\.\S+\.\w
-  | \b(?:click|tap)\s+here\b | \bclick\s+(?:on|to)\b | \b(?:click|tap|hover|press)\b.*\bto\s+enlarge\b | \bimage\s+may\s+contain\b | \bno\s+(?:image|photo|picture)\s+available\b
-  | \bstock\s+(?:photo|image|vector|illustration|footage)s?\b | \broyalty[\s-]free\b | \ball\s+rights\s+reserved\b | (?:\bcopyright\b|©)\s*(?:©|\(c\)|\d{4}|by\b)
-  | \b(?:placeholder|lorem\s+ipsum|(?:default|thumbnail)\s+image)\b | \bskip\s+to\s+content\b | \b(?:free|fast)\s+shipping\b
+  | \b(?:click|tap)\s+here\b | \bclick\s+(?:on|to)\b"""
+    r""" | \b(?:click|tap|hover|press)\b.*\bto\s+enlarge\b | \bimage\s+may\s+contain\b"""
+    r""" | \bno\s+(?:image|photo|picture)\s+available\b
+  | \bstock\s+(?:photo|image|vector|illustration|footage)s?\b | \broyalty[\s-]free\b"""
+    r""" | \ball\s+rights\s+reserved\b | (?:\bcopyright\b|©)\s*(?:©|\(c\)|\d{4}|by\b)
+  | \b(?:placeholder|lorem\s+ipsum|(?:default|thumbnail)\s+image)\b"""
+    r""" | \bskip\s+to\s+content\b | \b(?:free|fast)\s+shipping\b
 """,
     re.VERBOSE | re.IGNORECASE,
 )
@@ -112,7 +118,10 @@ def is_short_enough(caption: str, max_characters: int) -> bool:
 
 
 def is_in_scripts(caption: str, scripts: Sequence[str]) -> bool:
-    """Whether four of five letters, at the least, are of these scripts, as Unicode's names of characters begin: latin, cyrillic, cjk."""
+    """Whether at least four of five letters are of these scripts; true if `scripts` is empty.
+
+    A script is the first word of its characters' Unicode names: latin, cyrillic, cjk.
+    """
     letters = [_script(character) for character in caption if character.isalpha()]
     return not scripts or sum(script in scripts for script in letters) >= 0.8 * len(letters)
 
@@ -129,11 +138,11 @@ def _script(character: str) -> str:
     return unicodedata.name(character, "?").split(" ")[0].split("-")[0].lower()
 
 
-# -- all of them ------------------------------------------------------------------------------------------------------
+# -- sets of rules ---------------------------------------------------------------------------------
 
 
 def header_rules(min_size: int) -> dict[str, Rule]:
-    """What a training run asks of each row: without decoding, which the trainer does itself."""
+    """Rules of a training run for each row. They do not decode images: the trainer does."""
     return {
         "without an image": has_image,
         "with an unreadable image": has_header,
@@ -145,7 +154,7 @@ def header_rules(min_size: int) -> dict[str, Rule]:
 
 
 def image_rules(config: CleanConfig) -> dict[str, Rule]:
-    """Name -> rule over the image, in the order in which they are asked: the first that is broken names the reason."""
+    """Name -> rule for the image, in order of application: the first broken rule is the reason."""
     rules = {
         name: rule
         for name, rule in header_rules(config.min_size).items()
@@ -159,7 +168,7 @@ def image_rules(config: CleanConfig) -> dict[str, Rule]:
 
 
 def caption_rules(config: CleanConfig) -> dict[str, Callable[[str], bool]]:
-    """Name -> rule over one caption."""
+    """Name -> rule for one caption, in order of application."""
     return {
         "without a caption": lambda caption: bool(caption.strip()),
         "with too short a caption": lambda caption: is_long_enough(caption, config.min_characters),
@@ -170,14 +179,17 @@ def caption_rules(config: CleanConfig) -> dict[str, Callable[[str], bool]]:
 
 
 def first_broken(candidate: Candidate, rules: Mapping[str, Rule]) -> str | None:
-    """The name of the first rule that a sample breaks, or None."""
+    """Name of the first rule that a sample breaks, or None."""
     return next((name for name, rule in rules.items() if not rule(candidate)), None)
 
 
 def clean_captions(
     captions: Sequence[str], rules: Mapping[str, Callable[[str], bool]]
 ) -> tuple[tuple[str, ...], str | None]:
-    """The captions that break no rule, and where none is left the name of the rule that the first one breaks."""
+    """The captions that break no rule, and the reason if none is left, else None.
+
+    The reason is the name of the first rule that the first caption breaks.
+    """
     broken = [
         next((name for name, rule in rules.items() if not rule(caption)), None)
         for caption in captions
@@ -187,19 +199,23 @@ def clean_captions(
 
 
 def users_rules(names: Sequence[str], option: str = "--rule") -> dict[str, Rule]:
-    """The functions that `module:function` names, the module as Python finds it from the current folder. Raises ConfigError."""
+    """Import the user's rules, each named `module:function`. Raises ConfigError.
+
+    Modules in the current folder are found too.
+    """
     rules = {}
     for name in names:
         module, _, function = name.partition(":")
         if not module or not function:
             raise ConfigError(
-                f"{option} {name!r} is not of the form module:function, such as my_rules:is_outdoors."
+                f"{option} {name!r} is not of the form module:function, such as "
+                f"my_rules:is_outdoors."
             )
         if str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
         try:
             found = importlib.import_module(module)
-        except Exception as error:  # a module of the user's raises what it will
+        except Exception as error:  # user code can raise anything
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise ConfigError(
                 f"{option} {name}: the module cannot be imported from {Path.cwd()} ({why})."
@@ -209,7 +225,8 @@ def users_rules(names: Sequence[str], option: str = "--rule") -> dict[str, Rule]
         rule = getattr(found, function)
         if not callable(rule):
             raise ConfigError(
-                f"{option} {name}: {function} is not a function; it must take a Candidate and give true or false."
+                f"{option} {name}: {function} is not a function; it must take a Candidate and give "
+                f"true or false."
             )
         rules[f"against the rule {name}"] = rule
     return rules
@@ -217,7 +234,7 @@ def users_rules(names: Sequence[str], option: str = "--rule") -> dict[str, Rule]
 
 @dataclass
 class Report:
-    """Rows kept, rows dropped by the name of the rule with an example of each, and what is said of every part with a fault."""
+    """Counts of kept and dropped rows, an example of each reason, and faults of broken parts."""
 
     kept: int = 0
     dropped: Counter = field(default_factory=Counter)
@@ -244,7 +261,8 @@ class Report:
             for rule, count in self.dropped.most_common()
         )
         faults = (
-            f"; {len(self.faults)} shards not read to their end: {' '.join(sorted(set(self.faults)))}"
+            f"; {len(self.faults)} shards not read to their end: "
+            f"{' '.join(sorted(set(self.faults)))}"
             if self.faults
             else ""
         )

@@ -1,4 +1,4 @@
-"""Unicode's names of pictures in Mozilla's set, which has names of its own. Each was looked at."""
+"""Unicode's names of the pictures in Mozilla's set, which has its own names. Checked by eye."""
 
 FIREFOX = {
     "2hearts": "two hearts",
@@ -212,7 +212,7 @@ FIREFOX = {
     "pigside": "pig",
     "pigsnout": "pig nose",
     "pinkwallet": "purse",
-    "pistol": "",  # is no water pistol
+    "pistol": "",  # no Unicode name: it does not show a water pistol
     "poo": "pile of poo",
     "portablestereo": "radio",
     "potablewatersystem": "potable water",

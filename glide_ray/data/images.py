@@ -1,7 +1,7 @@
-"""Image bytes to pixels and back: decoding, the centre crop of app. A.2, box downsampling, tensors.
+"""Image bytes to pixels and back: decoding, centre crop (app. A.2), box downsampling, tensors.
 
-Pixels are uint8 (H, W, 3) arrays; tensors are float (3, H, W) in [-1, 1]. torch is imported where tensors are made: the many tasks
-that only read a corpus start without it.
+Pixels are uint8 (H, W, 3) arrays; tensors are float (3, H, W) in [-1, 1]. torch is imported inside
+the functions that make tensors, so that tasks that only read a corpus start without it.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_PIXELS = 64 * 10**6  # of an image in a corpus; checked before its pixels are decoded
+MAX_PIXELS = 64 * 10**6  # pixels of an image in a corpus; checked before decoding
 
 
 class ImageError(UserError):
-    """Bytes that are not an image we can use."""
+    """Bytes that are not a usable image."""
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image with its header read and its pixels not yet: `.size` and `.format` cost nothing. Raises ImageError."""
+    """Open an image, reading only its header. Raises ImageError.
+
+    `.size` and `.format` of the result need no decoding.
+    """
     try:
         image = Image.open(io.BytesIO(data), formats=_formats(data[:12]))
-    except Image.DecompressionBombError:  # far more than even Pillow accepts
+    except Image.DecompressionBombError:  # above Pillow's own limit, which is far higher
         raise ImageError(
             f"The image has more than the {max_pixels:,} pixels that are accepted; make it smaller."
         ) from None
@@ -40,14 +43,18 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(
-            f"The image has {width}x{height} pixels, more than the {max_pixels:,} that are accepted; make it smaller."
+            f"The image has {width}x{height} pixels, more than the {max_pixels:,} that are "
+            f"accepted; make it smaller."
         )
     return image
 
 
 def _formats(head: bytes) -> tuple[str, ...]:
-    """Pillow's name of the format that begins so, or those it is to try, which takes three times as long as reading the header. Not all that it knows:
-    it has PostScript run by another program."""
+    """Pillow's name of the format with these first bytes, or the formats that Pillow is to try.
+
+    Trying formats takes three times as long as reading the header. Formats are limited because
+    Pillow runs another program for PostScript.
+    """
     if head.startswith(b"\xff\xd8\xff"):
         return ("JPEG",)
     if head.startswith(b"\x89PNG"):
@@ -56,28 +63,35 @@ def _formats(head: bytes) -> tuple[str, ...]:
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """RGB, upright as its EXIF says, what is transparent laid on white. Raises ImageError for anything unreadable."""
+    """Decode an image to RGB: EXIF orientation applied, transparency on white.
+
+    Raises ImageError for anything unreadable.
+    """
     return flatten(load(open_image(data, max_pixels)))
 
 
 def load(image: Image.Image) -> Image.Image:
-    """Read the pixels of an opened image, of 8 bits each, and turn it upright. Raises ImageError where the data ends or is broken."""
+    """Read the pixels of an opened image, 8 bits per channel, and apply its EXIF orientation.
+
+    Raises ImageError if the data is truncated or broken, or has 32 bits per pixel.
+    """
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
     except Exception:  # Pillow's decoders raise whatever their format's parser does
         raise ImageError("The image is broken or incomplete; export it again.") from None
-    if image.mode.startswith("I;16"):  # Pillow's own conversion cuts off at 255
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255 instead of scaling
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ImageError(
-            "The image has pixels of 32 bits, whose white may be any number; export it with 8 or 16."
+            "The image has pixels of 32 bits, whose white may be any number; export it with 8 or "
+            "16."
         )
     return image
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """To RGB; transparency onto white, as the emoji are shown."""
+    """Convert to RGB, with transparency on white as the emoji are shown."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -86,22 +100,31 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def lay_over(image: Image.Image, strokes: Image.Image) -> Image.Image:
-    """An RGB image with what is opaque in another of the same size on it; one without transparency covers it."""
+    """Composite `strokes` over an RGB image of the same size.
+
+    Strokes without an alpha channel cover the image completely.
+    """
     return Image.alpha_composite(image.convert("RGBA"), strokes.convert("RGBA")).convert("RGB")
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The largest centred square, at `size` pixels: (size, size, 3). Box filter downwards, bicubic upwards."""
+    """The largest centred square, resized to (size, size, 3).
+
+    Box filter to shrink, bicubic to enlarge.
+    """
     return _squares(image, size, (0.5,))[0]
 
 
 def three_crops(image: Image.Image, size: int) -> list[np.ndarray]:
-    """The squares at both ends and in the middle of the longer side, at `size` pixels (app. F.1); one where all three are the same."""
+    """Squares at both ends and the middle of the longer side, resized to `size` pixels (app. F.1).
+
+    A square image gives one crop, since all three are the same.
+    """
     return _squares(image, size, (0.5,) if image.width == image.height else (0, 0.5, 1))
 
 
 def _squares(image: Image.Image, size: int, places: Sequence[float]) -> list[np.ndarray]:
-    """The largest squares at these places of the longer side, 0 its beginning and 1 its end."""
+    """The largest squares at these places along the longer side, from 0 (start) to 1 (end)."""
     side = min(image.size)
     if image.size == (size, size):
         return [np.asarray(image)] * len(places)
@@ -121,15 +144,18 @@ def _squares(image: Image.Image, size: int, places: Sequence[float]) -> list[np.
 
 
 def area_downsample(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Square pixels to `size` by the mean over each box: the low-resolution half of an upsampler's pair."""
+    """Downsample square pixels to `size` by the mean of each box: low-res input of an upsampler."""
     if len(pixels) == size:
         return pixels
     return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BOX))
 
 
 def blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
-    """uint8 (H, W, 3) through a Gaussian of 3x3 pixels: what the low-resolution half of a pair is shown as, so that an upsampler
-    learns to forgive what a base model leaves out (Ho et al. 2021, Cascaded Diffusion Models)."""
+    """Blur uint8 (H, W, 3) with a Gaussian of 3x3 pixels; `sigma` in pixels.
+
+    Augments the low-res input in training, so that an upsampler learns to tolerate the detail that
+    base model samples lack (Ho et al. 2021, Cascaded Diffusion Models).
+    """
     side = np.exp(-0.5 / sigma**2)
     weights = np.array([side, 1, side]) / (1 + 2 * side)
     spread = np.pad(pixels.astype(np.float64), ((1, 1), (1, 1), (0, 0)), mode="edge")
@@ -146,7 +172,7 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
 
 
 def to_8_bits(image: Tensor) -> Tensor:
-    """float (..., 3, H, W) in [-1, 1] -> the nearest of the values that 8-bit pixels have, float32."""
+    """Round float (..., 3, H, W) in [-1, 1] to values that 8-bit pixels have; returns float32."""
     return ((image.float() + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
 
 
@@ -170,9 +196,10 @@ def encode(
     quality: int | None = None,
     fast: bool = False,
 ) -> bytes:
-    """uint8 (H, W, 3) or (H, W) as the bytes of a png, jpeg or webp file. `text`: chunks for a png to carry; `quality`: of the others.
+    """Encode uint8 (H, W, 3) or (H, W) as a png, jpeg or webp file.
 
-    `fast`: a png in a fifth of the time, with a fifth more bytes.
+    `text`: text chunks of a png. `quality`: of jpeg and webp, 95 by default. `fast`: a png in a
+    fifth of the time, with a fifth more bytes.
     """
     buffer = io.BytesIO()
     chunks = PngImagePlugin.PngInfo()

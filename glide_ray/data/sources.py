@@ -1,6 +1,8 @@
-"""A corpus of any form as parts, and a part as samples: tar shards, Parquet with image bytes or paths, folders of images.
+"""Reading a corpus: tar shards, Parquet with image bytes or paths, or folders of images.
 
-A part is what one task reads. A path is a folder, a file or an `s3://` prefix, or a range of shards such as `data/{00000..00999}.tar`.
+A corpus consists of parts, and one task reads one part. The path of a corpus is a folder, a file,
+an `s3://` prefix, a range of shards such as `data/{00000..00999}.tar`, or several paths such as
+`corpus/{train,scenes}`.
 """
 
 from __future__ import annotations
@@ -20,27 +22,30 @@ SHARD_SUFFIXES = (".tar", ".parquet")
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
 PATH_COLUMNS = ("path", "image_path", "file_name", "filename", "url")
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "TEXT")
-METADATA = "metadata.jsonl"  # beside images, as Hugging Face's ImageFolder has it: {"file_name": ..., "text": ...} a line
+# beside images, as in Hugging Face's ImageFolder; one {"file_name": ..., "text": ...} per line
+METADATA = "metadata.jsonl"
 FILES_PER_PART = 256
 ROWS_AT_ONCE = 64
 IMAGE_ENDINGS = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES)))
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-SEVERAL = re.compile(r"\{([^{},]+(?:,[^{},]+)+)\}")  # corpora side by side: corpus/{train,scenes}
+SEVERAL = re.compile(r"\{([^{},]+(?:,[^{},]+)+)\}")  # several corpora: corpus/{train,scenes}
 
 
 @dataclass(frozen=True)
 class Part:
-    """A shard, or some of a folder's images: `files` are then their paths, each with its captions where METADATA gives them."""
+    """A shard, or some images of a folder."""
 
     url: str
-    count: int | None = None  # rows, where the corpus has an index that says so
+    count: int | None = None  # number of rows, if the corpus has an index
+    # images of a folder: path, and captions if METADATA has them; empty for a shard
     files: tuple[tuple[str, tuple[str, ...] | None], ...] = ()
 
 
 def find_parts(path: str | Path) -> list[Part]:
-    """The parts of a corpus in their order. Raises ShardError where there are none.
+    """The parts of a corpus, in order. Raises ShardError if there are none.
 
-    A range is not looked up, and a folder with our index is not listed: its index says what is there. Anything else is listed once.
+    The files of a range are not checked, and a folder with our index is not listed: the index names
+    its shards. Any other path is listed once.
     """
     path = str(path)
     if SEVERAL.search(path):
@@ -57,7 +62,8 @@ def find_parts(path: str | Path) -> list[Part]:
         return indexed
     files = list(storage.list_files(path, (*SHARD_SUFFIXES, *IMAGE_ENDINGS, METADATA)))
     images = [file for file in files if file.endswith(IMAGE_ENDINGS)]
-    # img2dataset writes 00000.parquet beside 00000.tar, or beside a folder 00000 of images: what it knows of the rows, without their images.
+    # img2dataset writes 00000.parquet beside 00000.tar, or beside a folder 00000 of images. It has
+    # metadata of the rows but no images: leave it out.
     known = {file.removesuffix(".tar") for file in files if file.endswith(".tar")} | {
         file.rpartition("/")[0] for file in images
     }
@@ -72,8 +78,8 @@ def find_parts(path: str | Path) -> list[Part]:
     captions = _metadata([file for file in files if PurePosixPath(file).name == METADATA])
     if not images:
         raise ShardError(
-            f"The corpus {path} is empty: no .tar or .parquet file and no image is there; make the default one with "
-            f"`glide corpus`, or give the path of another."
+            f"The corpus {path} is empty: no .tar or .parquet file and no image is there; make the "
+            f"default one with `glide corpus`, or give the path of another."
         )
     return [
         Part(
@@ -87,7 +93,7 @@ def find_parts(path: str | Path) -> list[Part]:
 
 
 def each_path(path: str) -> list[str]:
-    """The paths that one with a list in braces stands for; of any other, itself."""
+    """Expand the lists in braces of a path; a path without a list gives itself."""
     if not (names := SEVERAL.search(path)):
         return [path]
     return [
@@ -98,17 +104,20 @@ def each_path(path: str) -> list[str]:
 
 
 def folder_name(part: Part) -> str:
-    """The name of the folder in which a part lies."""
+    """Name of the folder that contains a part."""
     return PurePosixPath(part.url).parent.name
 
 
 def share_of(shares: Mapping[str, float], folder: str, sample: Sample) -> float:
-    """The share of such rows that an epoch reads: that of their folder times that of their `group`, each 1 where not given."""
+    """The share of rows like this one that an epoch reads.
+
+    The share of the folder times the share of the row's `group`; each is 1 if not in `shares`.
+    """
     return shares.get(folder, 1.0) * shares.get(str(sample.meta.get("group")), 1.0)
 
 
 def in_share(key: str, epoch: int, seed: int, share: float) -> bool:
-    """Whether an epoch reads the row of this key, where it reads a share of all: always the same for the same arguments."""
+    """Whether an epoch that reads a share of the rows reads this one: decided by a hash."""
     if share == 1:
         return True
     digest = hashlib.sha256(f"share/{seed}/{epoch}/{key}".encode()).digest()
@@ -116,7 +125,10 @@ def in_share(key: str, epoch: int, seed: int, share: float) -> bool:
 
 
 def state(path: str | Path, parts: Sequence[Part]) -> str:
-    """What tells a corpus from what it was before some of its files were written anew: a SHA-256. Images that Parquet only names do not count."""
+    """SHA-256 of a corpus that changes when its files are rewritten.
+
+    Images that a Parquet file refers to by path do not count.
+    """
     read = (
         (*IMAGE_ENDINGS, ".txt", ".json") if any(part.files for part in parts) else SHARD_SUFFIXES
     )
@@ -127,9 +139,10 @@ def state(path: str | Path, parts: Sequence[Part]) -> str:
 
 
 def read_part(part: Part) -> Iterator[Sample]:
-    """The samples of one part, in an order that does not change.
+    """Yield the samples of one part, always in the same order.
 
-    Raises ShardError or StorageError for a part that is missing, broken, or ends before it should; what could be read came before.
+    Raises ShardError or StorageError for a part that is missing, broken, or has another number of
+    rows than the index says, after the samples that could be read.
     """
     read = (
         _read_files(part)
@@ -150,18 +163,21 @@ def read_part(part: Part) -> Iterator[Sample]:
         )
 
 
-# -- rows -------------------------------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
 
 
 def row_id(part: str, position: int) -> int:
-    """One signed 64-bit number for the row of a corpus: whatever its key, and however many parts are added beside its own."""
+    """Signed 64-bit id of a row, from the URL of its part and its position there.
+
+    It does not depend on the row's key, or on parts that are added to the corpus.
+    """
     return int.from_bytes(
         hashlib.sha256(f"{part}#{position}".encode()).digest()[:8], "big", signed=True
     )
 
 
 def columns(samples: Iterable[tuple[int, Sample]]) -> dict[str, list]:
-    """Samples with their ids as the columns that `Collate` reads."""
+    """Pairs of row id and sample as the columns that `Collate` reads."""
     rows = [
         (number, sample.key, sample.image, json.dumps(sample.captions))
         for number, sample in samples
@@ -171,7 +187,7 @@ def columns(samples: Iterable[tuple[int, Sample]]) -> dict[str, list]:
     }
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# -- reading of each form --------------------------------------------------------------------------
 
 
 def _read_index(path: str) -> list[Part]:
@@ -180,21 +196,19 @@ def _read_index(path: str) -> list[Part]:
     folder = path.rstrip("/")
     try:
         index = storage.read(f"{folder}/{INDEX}")
-    except (
-        storage.MissingError
-    ):  # and no other error: an index that cannot be read is there all the same
+    except storage.MissingError:  # no other error: an index that cannot be read must not be ignored
         return []
     try:
         return [
             Part(f"{folder}/{shard['name']}", shard["count"])
             for shard in json.loads(index)["shards"]
         ]
-    except (ValueError, KeyError, TypeError):  # another program's
+    except (ValueError, KeyError, TypeError):  # an index.json of another program
         return []
 
 
 def _read_parquet(url: str) -> Iterator[Sample]:
-    import pyarrow.parquet  # comes with ray[data]; tars are read without it
+    import pyarrow.parquet  # comes with ray[data]; not needed to read tars
 
     data = storage.read(url) if storage.is_remote(url) else url
     try:
@@ -210,7 +224,8 @@ def _read_parquet(url: str) -> Iterator[Sample]:
     )
     if image is None and path is None:
         raise ShardError(
-            f"{url} has no column named {' or '.join((*IMAGE_COLUMNS, *PATH_COLUMNS))}; it has: {', '.join(names)}."
+            f"{url} has no column named {' or '.join((*IMAGE_COLUMNS, *PATH_COLUMNS))}; it has: "
+            f"{', '.join(names)}."
         )
     caption = next((name for name in CAPTION_COLUMNS if name in names), None)
     if caption is None:
@@ -222,7 +237,7 @@ def _read_parquet(url: str) -> Iterator[Sample]:
         for batch in table.iter_batches(ROWS_AT_ONCE):
             for row in batch.to_pylist():
                 content = row[image or path]
-                if isinstance(content, dict):  # as Hugging Face writes it
+                if isinstance(content, dict):  # Hugging Face's format
                     content = content.get("bytes") or content.get("path")
                 content = (
                     _beside(url, content)
@@ -245,14 +260,14 @@ def _read_parquet(url: str) -> Iterator[Sample]:
                     meta,
                 )
                 position += 1
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError):  # a page in its midst
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError):  # a broken page inside the file
         raise ShardError(
             f"{url} is broken after its first {position:,} rows; copy it again."
         ) from None
 
 
 def _read_files(part: Part) -> Iterator[Sample]:
-    """Images with a caption in METADATA, or in a .txt or .json of their name beside them."""
+    """Images with captions from METADATA, or from a .txt or .json of the same name beside them."""
     for file, captions in part.files:
         stem, meta = file[: file.rindex(".")], {}
         if captions is None:
@@ -268,8 +283,11 @@ def _read_files(part: Part) -> Iterator[Sample]:
 
 
 def _beside(url: str, path: str | None) -> bytes:
-    """The image at a path that is whole, or begins at the folder of the file that names it; b"" where there is none."""
-    if not path or path.startswith(("http://", "https://")):  # to be fetched by img2dataset first
+    """The image at a path, absolute or relative to the folder of the file `url` that names it.
+
+    b"" if there is none.
+    """
+    if not path or path.startswith(("http://", "https://")):  # to be downloaded by img2dataset
         return b""
     whole = (
         path
@@ -280,7 +298,7 @@ def _beside(url: str, path: str | None) -> bytes:
 
 
 def _captions(value: object) -> tuple[str, ...]:
-    """Those in one field: a list of them, or one."""
+    """Captions in one field, which holds a list or a single one."""
     return captions_of(None, {"captions" if isinstance(value, list) else "caption": value})
 
 
@@ -292,7 +310,7 @@ def _read_or_none(path: str) -> bytes | None:
 
 
 def _metadata(files: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
-    """Image path -> captions, from every METADATA file."""
+    """Image path -> captions, from all METADATA files."""
     captions = {}
     for file in files:
         folder = file.rpartition("/")[0]
@@ -308,6 +326,6 @@ def _metadata(files: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
 
 
 def _suffix(content: bytes) -> str:
-    """The ending for an image's bytes by their first ones."""
+    """File suffix for an image, by its first bytes."""
     head = content[:12]
     return "png" if head.startswith(b"\x89PNG") else "webp" if head[8:12] == b"WEBP" else "jpg"

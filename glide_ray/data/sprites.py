@@ -1,4 +1,4 @@
-"""The corpus's own pictures as what scenes are composed from: cut out, scaled, laid, recoloured."""
+"""Pictures of the corpus as parts of scenes: cropped, resized, pasted, recoloured."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COLOURS = {
     "grey": (140, 140, 140),
 }
 OBJECT_GROUPS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
-# Last words of names that are no single object to count, or no object at all.
+# A name that ends in one of these is not a single object that can be counted, or no object at all.
 NOT_COUNTED = MASS | frozenset(
     [
         "corn",
@@ -130,13 +130,13 @@ NOT_COUNTED = MASS | frozenset(
         "broccoli",
     ]
 )
-OPAQUE = 8  # alpha above which a pixel belongs to an object's box
+OPAQUE = 8  # a pixel with alpha (0 to 255) above this is inside an object's box
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 @dataclass(frozen=True)
 class Sprite:
-    """A picture of the corpus, and where its bytes lie in the file of all of them."""
+    """A picture of the corpus; `offset` and `length` locate its bytes in the file of `Sprites`."""
 
     emoji: str
     name: str
@@ -149,7 +149,7 @@ class Sprite:
 
     @property
     def counted(self) -> bool:
-        """Whether its name is a plain one of a single object, without a colour."""
+        """Whether its name is one or two plain words for a single object, without a colour."""
         name = self.name.lower()
         words = name.split()
         return (
@@ -162,7 +162,7 @@ class Sprite:
 
 
 class Sprites:
-    """Pictures by style, in one file of their bytes that all processes of a machine share."""
+    """Pictures by style; their bytes are in one file that all processes of a machine share."""
 
     def __init__(self, path: Path, styles: Mapping[str, Sequence[Sprite]]):
         self.path, self.styles = path, dict(styles)
@@ -178,7 +178,7 @@ class Sprites:
         self.__init__(*state)
 
     def picture(self, sprite: Sprite) -> Image.Image:
-        """RGBA, cut to what is not transparent."""
+        """RGBA picture, cropped to the pixels that are not transparent."""
         if self._bytes is None:
             with open(self.path, "rb") as file:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -189,7 +189,7 @@ class Sprites:
 
 
 def read_sprites(train: str, folder: Path) -> Sprites:
-    """The pictures of a split of the corpus, their bytes gathered in a file in `folder`."""
+    """Read the pictures of a split of the corpus, and collect their bytes in a file in `folder`."""
     path, styles, offset = folder / "sprites", {}, 0
     with open(path, "wb") as file:
         for shard in list_files(train, (".tar",)):
@@ -199,20 +199,20 @@ def read_sprites(train: str, folder: Path) -> Sprites:
                 sprite = Sprite(**about, offset=offset, length=len(sample.image))
                 styles.setdefault(sample.meta["style"], []).append(sprite)
                 offset += file.write(sample.image)
-    # In an order that does not hang on the shards': a scene's number decides what it shows.
+    # Sort, so that the order does not depend on the shards: a scene's number decides what it shows.
     ordered = {style: sorted(styles[style], key=lambda one: one.emoji) for style in sorted(styles)}
     return Sprites(path, ordered)
 
 
 def fit(picture: Image.Image, side: int) -> Image.Image:
-    """With its longer side `side` pixels."""
+    """Resize a picture so that its longer side is `side` pixels."""
     scale = side / max(picture.size)
     size = tuple(max(1, round(length * scale)) for length in picture.size)
     return picture.resize(size, Image.Resampling.BOX if scale < 0.5 else Image.Resampling.BILINEAR)
 
 
 def paste(image: Image.Image, picture: Image.Image, cell: Box, rng: np.random.Generator) -> Box:
-    """Lay an RGBA picture somewhere in a cell of an RGB image. Returns the picture's box."""
+    """Paste an RGBA picture at a random place in a cell of an RGB image. Returns its box."""
     left, top, right, bottom = cell
     x = left + int(rng.integers(max(0, right - left - picture.width) + 1))
     y = top + int(rng.integers(max(0, bottom - top - picture.height) + 1))
@@ -221,16 +221,16 @@ def paste(image: Image.Image, picture: Image.Image, cell: Box, rng: np.random.Ge
 
 
 def mean_colour(picture: Image.Image) -> np.ndarray:
-    """The mean RGB of what is opaque: (3,)."""
+    """Mean RGB weighted by alpha, (3,) in 0 to 255."""
     pixels = np.asarray(picture.reduce(4) if min(picture.size) > 8 else picture, float)
     weight = pixels[..., 3:] + 1e-6
     return (pixels[..., :3] * weight).sum((0, 1)) / weight.sum()
 
 
 def recolour(picture: Image.Image, colour: str) -> Image.Image:
-    """An RGBA picture in one hue, its light and shade kept.
+    """Recolour an RGBA picture to one hue, with its light and shade kept.
 
-    Its median grey becomes the colour; what is darker goes towards black, what is lighter to white.
+    Its median grey becomes the colour; darker greys go towards black, lighter ones towards white.
     """
     grey, alpha = picture.convert("L"), picture.getchannel("A")
     seen = np.asarray(grey)[np.asarray(alpha) > 128]
@@ -241,13 +241,14 @@ def recolour(picture: Image.Image, colour: str) -> Image.Image:
 
 @cache
 def _tints(colour: str, middle: int) -> list[list[int]]:
-    """What each of 256 greys becomes, for red, green and blue."""
+    """Lookup tables from 256 greys to red, green and blue. `middle`: the grey that is `colour`."""
     target = np.array(COLOURS[colour], float)
     if colour == "white":
-        target -= 8  # which leaves room for lights
+        target -= 8  # leaves room for highlights
     dark = target * (0.55 if colour == "white" else 0.25)
     light = target + (255 - target) * (0.45 if colour == "black" else 0.8)
-    # A black object's median grey is at the end of the scale, and becomes the colour all the same.
+    # Ends may lie beyond 0 to 255: a black object's median grey is at the end of the scale, and
+    # must become the colour too.
     ends = [min(0, middle - 60), middle, max(255, middle + 40)]
     return [
         np.interp(np.arange(256), ends, points).round().astype(int).tolist()

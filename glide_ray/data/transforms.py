@@ -1,7 +1,7 @@
-"""Rows to training batches: decode, centre crop (app. A.2), low-res pair, random masks, one caption, tokens.
+"""Rows to training batches: decode, centre crop (app. A.2), low-res pair, mask, caption, tokens.
 
-Everything that is drawn depends on the row's key, the epoch and the seed only: not on the worker, nor on what it is batched with.
-A row is {id (int), key, image (bytes), captions (a JSON list)}, in columns.
+Random draws depend only on the row's key, the epoch and the seed, not on the worker or on the other
+rows of the batch. Rows are columns: id (int), key, image (bytes), captions (a JSON list).
 """
 
 from __future__ import annotations
@@ -29,29 +29,33 @@ from .shards import ShardError
 from .sources import columns, find_parts, read_part, row_id
 from .tokenizer import Tokenizer
 
-BLUR_SIGMAS = (
-    0.4,
-    0.6,
-)  # in low-res pixels, drawn uniformly between (Ho et al. 2021, Cascaded Diffusion Models)
+# range of sigma in low-res pixels, drawn uniformly (Ho et al. 2021, Cascaded Diffusion Models)
+BLUR_SIGMAS = (0.4, 0.6)
 
 
 class Collate:
-    """Rows -> Batch. Images that turn out broken are counted and their places filled with the others of their batch, so that every
-    worker sees equally many batches, of equal size."""
+    """Rows -> Batch.
+
+    Images that cannot be decoded are counted in `broken` and replaced by others of their batch, so
+    that every worker has the same number of batches, of the same size.
+    """
 
     def __init__(self, model: AnyModelConfig, data: DataConfig, seed: int = 0):
         self.model, self.data, self.seed = model, data, seed
         self.broken = 0
-        self._decoded: dict[
-            int, np.ndarray
-        ] = {}  # by row number, as long as `data.cache_gib` has room
-        self._room = int(data.cache_gib * 2**30)
+        # row id -> decoded picture, while `data.cache_gib` has room
+        self._decoded: dict[int, np.ndarray] = {}
+        self._room = int(data.cache_gib * 2**30)  # bytes
         self._tokenizer = Tokenizer(model.context)
 
     def __call__(
         self, rows: Mapping[str, Sequence], epoch: int, augment: bool = True
     ) -> Batch | None:
-        """`augment` false is for held-out batches: whole pictures, the first caption, never the empty one. None if no row is usable."""
+        """The batch of these rows in an epoch, or None if no row is usable.
+
+        `augment` false is for held-out batches: no random crop or blur, and the first caption,
+        never the empty one.
+        """
         pictures, captions, keys, numbers = [], [], [], []
         for number, key, image, texts in zip(
             rows["id"], rows["key"], rows["image"], rows["captions"], strict=True
@@ -87,13 +91,12 @@ class Collate:
         conditioning = Conditioning(
             tokens, mask, low_res, None if known_mask is None else image, known_mask
         )
-        own = [
-            numbers[n] if augment or place == n else -1 for place, n in enumerate(order)
-        ]  # a held-out image counts once
+        # a held-out image counts once: rows that repeat it are numbered -1
+        own = [numbers[n] if augment or place == n else -1 for place, n in enumerate(order)]
         return Batch(image, conditioning, torch.tensor(own, dtype=torch.int64))
 
     def _picture(self, number: int, image) -> np.ndarray:
-        """uint8 (H, W, 3) at the model's size. Raises ImageError."""
+        """Decoded centre crop, uint8 (H, W, 3) at the model's size. Raises ImageError."""
         if number in self._decoded:
             return self._decoded[number]
         picture = centre_crop(decode(bytes(image)), self.model.image_size)
@@ -105,7 +108,10 @@ class Collate:
     def _pair(
         self, picture: np.ndarray, key: str, epoch: int, augment: bool
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """A picture and its low-res half, both cut to the crop when training on crops."""
+        """A picture and its low-res version, both cropped if training uses random crops.
+
+        The low-res version is None for a base model.
+        """
         if not self.model.low_res_size:
             return picture, None
         small = area_downsample(picture, self.model.low_res_size)
@@ -114,7 +120,7 @@ class Collate:
             small = blur(small, draws.uniform(*BLUR_SIGMAS))
         if not augment or not self.data.crop:
             return picture, small
-        # The corner is drawn in low-res pixels, so that both halves can be cut there.
+        # Draw the corner in low-res pixels, so that both crops start at a whole pixel.
         factor = self.model.image_size // self.model.low_res_size
         top, left = draws.integers(self.model.low_res_size - self.data.crop // factor + 1, size=2)
         return _cut(picture, top * factor, left * factor, self.data.crop), _cut(
@@ -122,7 +128,7 @@ class Collate:
         )
 
     def _known(self, size: int, key: str, epoch: int, augment: bool) -> np.ndarray:
-        """What an inpainting model is shown of a picture, (size, size) bool."""
+        """Known pixels of a picture for an inpainting model, (size, size) bool."""
         draws = self._draws("mask", key, epoch)
         known = random_known(size, draws)
         return known & ~(augment and draws.random() < self.data.generate_rate)
@@ -139,26 +145,30 @@ def _cut(pixels: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
 def collated(
     micro_batches: Iterator[dict[str, list]], collate: Collate, preset: Preset, epoch: int
 ) -> Iterator[Batch]:
-    """Rows to batches, equally many on every rank. Raises ShardError where none of an epoch's pictures can be decoded."""
+    """Micro-batches of rows to batches, one for each, so that all ranks have the same number.
+
+    Raises ShardError if none of an epoch's pictures can be decoded.
+    """
     last = None
-    owed: list[int] = []  # rows of the batches that have not been given yet
+    owed: list[int] = []  # sizes of the batches that have not been yielded yet
     for rows in micro_batches:
         last = collate(rows, epoch) or last
         owed.append(len(rows["id"]))
-        # A rank that skipped a batch would wait for the others at the end of the epoch, and they for it in the all-reduce: a good one stands in
-        # for one without a usable picture, the last, or at the beginning the first that comes.
+        # Replace a batch without a usable picture by the last good one, or at the start by the
+        # first good one that comes. A rank that skipped it would wait for the others at the end of
+        # the epoch, while they wait for it in the all-reduce.
         while last is not None and owed:
             size = owed.pop(0)
             yield last if size == len(last.image) else last[torch.arange(size) % len(last.image)]
     if owed:
         raise ShardError(
-            f"No picture of the last {len(owed)} batches of the corpus {preset.data.corpus} can be decoded; "
-            f"leave those that are broken out with `glide clean`."
+            f"No picture of the last {len(owed)} batches of the corpus {preset.data.corpus} can be "
+            f"decoded; leave those that are broken out with `glide clean`."
         )
 
 
 def ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
-    """The same batches, decoded in a thread while the network computes."""
+    """The same batches, prefetched by a thread while the network computes."""
     ready: queue.Queue = queue.Queue(depth)
 
     def fill():
@@ -166,7 +176,7 @@ def ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
             for batch in batches:
                 ready.put(batch)
             ready.put(None)
-        except BaseException as error:  # to be raised where the batches are used
+        except BaseException as error:  # re-raised in the thread that uses the batches
             ready.put(error)
 
     threading.Thread(target=fill, name="glide-decode", daemon=True).start()
@@ -179,9 +189,10 @@ def ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
 def held_out_batches(
     data: DataConfig, model: AnyModelConfig, batch: int, rank: int = 0, world: int = 1
 ) -> list[Batch]:
-    """This rank's part of the first `held_out_images` usable held-out rows, in batches; the same at every call.
+    """This rank's batches of the first `held_out_images` usable held-out rows, always the same.
 
-    `Batch.rows` number them over all ranks. Every rank gets equally many: what only fills up is numbered -1.
+    `Batch.rows` numbers the rows across all ranks. Every rank gets the same number of rows; those
+    that only pad are numbered -1. Raises ShardError if rows or decodable pictures are too few.
     """
     collate, rules, rows = Collate(model, data), header_rules(data.min_size), []
     for part in find_parts(data.held_out):
@@ -191,14 +202,14 @@ def held_out_batches(
                     rows.append((row_id(part.url, position), sample))
                 if len(rows) == data.held_out_images:
                     break
-        except UserError:  # a broken shard costs its own rest
+        except UserError:  # skip the rest of a broken shard
             continue
         if len(rows) == data.held_out_images:
             break
     if len(rows) < world:
         raise ShardError(
-            f"The held-out corpus {data.held_out} has {len(rows)} usable rows, fewer than the {world} workers; "
-            f"give another with --set data.held_out=FOLDER."
+            f"The held-out corpus {data.held_out} has {len(rows)} usable rows, fewer than the "
+            f"{world} workers; give another with --set data.held_out=FOLDER."
         )
     numbered = [(number, sample) for number, (_, sample) in enumerate(rows)]
     numbered += [(-1, rows[0][1])] * (-len(rows) % world)
@@ -208,10 +219,11 @@ def held_out_batches(
     good = next((made for made in batches if made is not None), None)
     if good is None:
         raise ShardError(
-            f"No picture of rank {rank}'s part of the held-out corpus {data.held_out} can be decoded; give another with "
-            f"--set data.held_out=FOLDER."
+            f"No picture of rank {rank}'s part of the held-out corpus {data.held_out} can be "
+            f"decoded; give another with --set data.held_out=FOLDER."
         )
-    # A rank that left a batch out would make fewer calls than the others, which wait for it in each.
+    # Replace a batch without a usable picture by padding: a rank with fewer batches would make
+    # fewer collective calls, and the other ranks would wait for it.
     return [
         replace(good[torch.arange(len(part)) % len(good.image)], rows=torch.full((len(part),), -1))
         if made is None
