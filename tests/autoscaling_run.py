@@ -1,6 +1,9 @@
-"""The autoscaler on nodes shaped as a cluster file says, each a raylet of this machine: data, training and serving ask in turn, then no one does.
+"""Run the autoscaler on fake nodes while data, training and serving request resources in turn.
 
-`test_autoscaling.py` starts the head and runs the rest in a process of its own, which writes as JSON what nodes each of them was given.
+The node types are those of a cluster file, and each node is a raylet on this machine. At the end
+nothing is requested, and the idle nodes must go away. `test_autoscaling.py` starts the head node
+and runs this script in its own process; the script writes the nodes that each part received as
+JSON.
 """
 
 import faulthandler
@@ -25,29 +28,31 @@ from conftest import ROOT, tiny
 
 from glide_ray.bench.load_generator import free_port
 
-HEAD, HEAD_ID = (
-    "ray.head.default",
-    "f" * 51 + "00000",
-)  # as Ray's provider of fake nodes calls the head
+# The names that Ray's provider of fake nodes uses for the head.
+HEAD, HEAD_ID = "ray.head.default", "f" * 51 + "00000"
 IDLE_SECONDS, PATIENCE, LIMIT = 6, 60, 200
 OBJECT_STORE = 100 * 2**20
 
 
-# -- the cluster ------------------------------------------------------------------------------------------------------
+# -- cluster --------------------------------------------------------------------------------------
 
 
 def serving():
-    """The scales of the stages that the cluster's sizes name."""
+    """The `*_scale` settings of the serving section of `cluster/sizes.yaml`."""
     sizes = yaml.safe_load((Path(ROOT) / "cluster" / "sizes.yaml").read_text())
     return {name: scale for name, scale in sizes["serving"].items() if name.endswith("_scale")}
 
 
 def fake(path, address):
-    """The config of a cluster file with raylets of this machine for machines: types, resources, labels and bounds are the file's."""
+    """Autoscaler config of a cluster file, with raylets on this machine in place of machines.
+
+    Node types, resources, labels and worker limits are those of the file.
+    """
     cluster, types = yaml.safe_load(Path(path).read_text()), {}
     for name, kind in cluster["available_node_types"].items():
-        # Raylets of one machine want small object stores, and fake ones are told of no other memory. For the autoscaler's choice, in which what a
-        # type has and nobody asks for counts, the one stands for the other: on a cloud each type has its memory.
+        # Object store memory replaces all other memory resources: raylets that share a machine
+        # need small object stores, and fake nodes report no other memory. The autoscaler's choice
+        # depends on resources that a type has and nobody requests; on a cloud, memory is one.
         resources = {
             key: value for key, value in kind["resources"].items() if "memory" not in key
         } | {"object_store_memory": OBJECT_STORE}
@@ -72,7 +77,8 @@ def fake(path, address):
             "worker_start_ray",
         )
     ]
-    # The provider by its class: under the name of fake_multinode it wants an example file that the wheel lacks.
+    # The provider by class name: the type "fake_multinode" needs an example file that the wheel
+    # does not contain.
     return {
         "cluster_name": "fake",
         "max_workers": cluster["max_workers"],
@@ -96,12 +102,16 @@ def fake(path, address):
 
 
 class Cluster:
-    """A head, and whatever its autoscaler adds; all of it ends with the context. `environment`: of a process that joins it."""
+    """A head node and the nodes that its autoscaler adds; leaving the context ends all of them.
+
+    `environment` is for processes that connect to the cluster.
+    """
 
     def __init__(self, path):
         from glide_ray.distributed import cluster as local
 
-        self.folder = Path(tempfile.mkdtemp(prefix="glide-ray-"))  # short: sockets lie in it
+        # A short path, because it contains Unix sockets.
+        self.folder = Path(tempfile.mkdtemp(prefix="glide-ray-"))
         port, config = free_port(), self.folder / "config.yaml"
         made = fake(path, f"127.0.0.1:{port}")
         config.write_text(yaml.safe_dump(made))
@@ -113,9 +123,11 @@ class Cluster:
                 "RAY_ADDRESS": f"127.0.0.1:{port}",
                 "RAY_AUTH_MODE": "token",
                 "RAY_AUTH_TOKEN": secrets.token_hex(32),
+                # Makes Ray use the node's external address instead of the loopback address.
                 "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             }
-        )  # Ray's switch between a node's address as others see it, and the loopback's
+        )
+        # As `ray up` sets them.
         own = {
             "RAY_FAKE_CLUSTER": "1",
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
@@ -123,7 +135,7 @@ class Cluster:
             "RAY_enable_autoscaler_v2": "1",
             "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
             "RAY_NODE_TYPE_NAME": HEAD,
-        }  # as `ray up` sets them
+        }
         command = [
             shutil.which("ray", path=self.environment["PATH"]),
             "start",
@@ -163,7 +175,7 @@ class Cluster:
         return self
 
     def log(self):
-        """What the head and its autoscaler have to say, the end of it."""
+        """The last 5000 characters of each log file of the head and its autoscaler."""
         files = [
             self.folder / "start.log",
             *sorted(self.folder.glob("session_latest/logs/monitor.*")),
@@ -173,11 +185,12 @@ class Cluster:
         )
 
     def __exit__(self, *_):
+        # Includes the raylets that the autoscaler started.
         below = (
             psutil.Process(self._head.pid).children(recursive=True)
             if self._head.poll() is None
             else []
-        )  # the autoscaler's raylets among them
+        )
         for process in (self._head, *below):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -192,13 +205,13 @@ class Cluster:
 
 
 class Watch:
-    """The nodes that there are beside the head, and those that ever were."""
+    """The current worker nodes, and all worker nodes seen so far (`ever`)."""
 
     def __init__(self):
         self.ever = {}
 
     def nodes(self):
-        """How many there are of each type; None while some are on their way."""
+        """Number of worker nodes of each type; None while nodes are pending."""
         from ray.autoscaler.v2.sdk import get_cluster_status
 
         status = get_cluster_status(os.environ["RAY_ADDRESS"])
@@ -215,7 +228,7 @@ class Watch:
         )
 
     def until(self, done, what):
-        """Look until `done(nodes)`."""
+        """Poll until `done(nodes)`; exits after PATIENCE seconds."""
         deadline, nodes = time.monotonic() + PATIENCE, None
         while (nodes := self.nodes()) is None or not done(nodes):
             if time.monotonic() > deadline:
@@ -226,7 +239,10 @@ class Watch:
         return nodes
 
     def came(self, what, future, fulfilled):
-        """The nodes that come while a demand is met."""
+        """Number of new nodes of each type until the request is met.
+
+        The request is met when `future` is done or `fulfilled()` holds.
+        """
         began, before = time.monotonic(), set(self.ever)
         self.until(lambda _: future.done() or fulfilled(), f"what {what} asks for")
         if future.done():
@@ -237,7 +253,10 @@ class Watch:
 
 
 class Placed:
-    """In Ray Train's place: the placement group that it makes for its workers, held until `release`. Workers would be so many processes with torch."""
+    """Replacement for Ray Train's Trainer: creates only the placement group of its workers.
+
+    Holds the group until `release` is set. Real workers would each be a process with torch.
+    """
 
     done, release = threading.Event(), threading.Event()
 
@@ -260,7 +279,7 @@ class Placed:
 
 
 def main(path, corpus, base, upsampler, out):
-    """Each asks for more than the nodes have that are there, so that its own have to come."""
+    """Run data, training and serving; each requests more than the existing nodes provide."""
     from ray import serve
     from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -274,9 +293,8 @@ def main(path, corpus, base, upsampler, out):
     least = Counter(
         {name: kind["min_workers"] for name, kind in types.items() if kind.get("min_workers")}
     )
-    connect(
-        0
-    )  # while the head is the only node: a driver that hangs on another one would go with it
+    # Connect while the head is the only node: a driver attached to another node would die with it.
+    connect(0)
     watch, pool, came = Watch(), ThreadPoolExecutor(), {}
     watch.until(lambda nodes: nodes == least, "the least of each type")
 
@@ -302,9 +320,8 @@ def main(path, corpus, base, upsampler, out):
     )
     came["training"] = watch.came("training", trained, Placed.done.is_set)
 
-    serve.start(
-        proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": free_port()}
-    )  # a proxy on each node would want one port
+    # Only on the head: the proxies of all nodes would use the same port.
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": free_port()})
     config = ServeConfig(base=base, upsampler=upsampler, **serving())
     came["serving"] = watch.came(
         "serving", pool.submit(lambda: deploy(build_application(config))), lambda: False
@@ -328,4 +345,5 @@ if __name__ == "__main__":
     except BaseException:
         traceback.print_exc()
         os._exit(1)
-    os._exit(0)  # Ray's own farewells to nodes that are gone take a minute
+    # Skip Ray's shutdown, which waits about a minute for nodes that are gone.
+    os._exit(0)

@@ -1,4 +1,4 @@
-"""Three raylets of this machine as `ray start` makes them, and `ray job submit` to them: for tests that want a whole cluster."""
+"""A test cluster on this machine: raylets started with `ray start`, jobs via `ray job submit`."""
 
 import json
 import os
@@ -20,11 +20,15 @@ START_SECONDS, TRIES = 60, 3
 
 
 class Cluster:
-    """A head with a dashboard, and nodes that come and are killed. Its processes are its own, and end with it."""
+    """A head node with a dashboard, and worker nodes that tests add and kill.
+
+    `end()` kills all its processes.
+    """
 
     def __init__(self, head_cpus):
-        self.folder = tempfile.mkdtemp(prefix="glide-ray-")  # short: sockets lie in it
-        # As `ray-cluster.yaml` has it: workers find Python's programs, and `serve/` in the checkout.
+        # A short path, because it contains Unix sockets.
+        self.folder = tempfile.mkdtemp(prefix="glide-ray-")
+        # As in `ray-cluster.yaml`: workers find Python's programs, and `serve/` in the checkout.
         self.environment = {
             **os.environ,
             "RAY_AUTH_MODE": "token",
@@ -41,7 +45,8 @@ class Cluster:
             check=True,
             capture_output=True,
         )
-        # A free port may be another's by the time Ray takes it, some seconds later. Then the head lives on, and parts of it never answer.
+        # Another process may take a free port in the seconds before Ray binds it. The head then
+        # keeps running although parts of it never answer, so start a new one.
         for _ in range(TRIES):
             self.port, self.dashboard = free_port(), free_port()
             head = self._start(
@@ -57,22 +62,26 @@ class Cluster:
             said = self._log()
             self.end()
         raise AssertionError(
-            f"no head of a cluster came up in {TRIES} tries of {START_SECONDS} s; the last one said:\n{said}"
+            f"no head of a cluster came up in {TRIES} tries of {START_SECONDS} s; "
+            f"the last one said:\n{said}"
         )
 
     def add_node(self, cpus):
-        """A raylet with so many CPUs; gives its `ray start`."""
+        """Start a raylet with this number of CPUs; returns its `ray start` process."""
         return self._start(f"--address=127.0.0.1:{self.port}", f"--num-cpus={cpus}")
 
     def kill(self, node):
-        """As a machine that is gone: raylet and workers at once."""
+        """Kill a raylet and its workers at once, like a machine that fails."""
         for process in psutil.Process(node.pid).children(recursive=True):
             process.kill()
         node.kill()
         node.wait()
 
     def submit(self, *arguments, wait=True):
-        """`ray job submit` of a script of the checkout; its JSON, or the running process."""
+        """Run a script of the checkout with `ray job submit`.
+
+        Returns the JSON that it prints, or the running process if not `wait`.
+        """
         command = [
             RAY,
             "job",
@@ -116,9 +125,9 @@ class Cluster:
 
     def _start(self, *arguments):
         log = open(Path(self.folder) / f"start-{len(self.started)}.log", "w")
-        self.agent = (
-            free_port()
-        )  # of this node: jobs go to it, and the usual port may be another Ray's
+        # A separate agent port for this node, because jobs are sent to it and another Ray cluster
+        # may use the default port.
+        self.agent = free_port()
         started = subprocess.Popen(
             [
                 RAY,
@@ -139,7 +148,7 @@ class Cluster:
 
     @staticmethod
     def _comes(node, *ports):
-        """Whether a node that was started listens on all of these before long."""
+        """Whether a started node listens on all of these ports within START_SECONDS."""
         deadline = time.monotonic() + START_SECONDS
         while node.poll() is None and time.monotonic() < deadline:
             if all(_answers(port) for port in ports):
@@ -148,7 +157,7 @@ class Cluster:
         return False
 
     def _log(self):
-        """The end of what the node said that was started last, and of what its parts complain of."""
+        """The ends of the log of the last started node and of the head's log files."""
         files = [
             Path(self.folder) / f"start-{len(self.started) - 1}.log",
             *(

@@ -1,4 +1,4 @@
-"""Shared parts: one Ray for the session, an S3 server, a small drawn corpus, and tiny models with random weights."""
+"""Shared fixtures: one Ray session, an S3 server, a small drawn corpus, tiny random models."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+    os.environ["TRITON_INTERPRET"] = "1"  # must be set before Triton is imported
 from s3_proxy import Proxy
 
 from glide_ray.bench.load_generator import free_port
@@ -53,7 +53,7 @@ TINY_UPSAMPLER = [
 
 
 def tiny(kind="base", *settings):
-    """A preset of a model that runs in milliseconds: 16 pixels, or 16 -> 64."""
+    """A preset whose model runs in milliseconds: 16 pixels, or 16 -> 64 for an upsampler."""
     return override(
         presets.get(f"nano-{kind}"), [*(TINY_BASE if kind == "base" else TINY_UPSAMPLER), *settings]
     )
@@ -72,12 +72,12 @@ TINY_CLIP = [
 
 
 def tiny_clip(*settings):
-    """A noised CLIP for pictures of 16 pixels."""
+    """A noised CLIP preset for images of 16 pixels."""
     return override(presets.get("nano-clip"), [*TINY_CLIP, *settings])
 
 
 def random_model(unet, seed=0):
-    """A model none of whose outputs is zero, as they are by initialisation."""
+    """A model with random weights; fresh initialisation would make some of its outputs zero."""
     torch.manual_seed(seed)
     model = GlideUNet(unet).eval().requires_grad_(False)
     for parameter in model.parameters():
@@ -86,7 +86,10 @@ def random_model(unet, seed=0):
 
 
 def serving_weights(folder, seed=0):
-    """Paths of a cascade of the sizes that the API names, 64 -> 256, but very thin: {"base": path, "upsampler": path}."""
+    """Weights of a very thin cascade of the sizes in the API, 64 -> 256.
+
+    Returns {"base": path, "upsampler": path}.
+    """
     sizes = {
         "base": ["model.unet.image_size=64"],
         "upsampler": [
@@ -127,7 +130,7 @@ def drawn_samples(count, size=64):
 
 @pytest.fixture(scope="session")
 def drawn_corpus(tmp_path_factory):
-    """A folder with train/ (96 drawings in 3 shards) and held_out/ (16)."""
+    """A corpus folder with train/ (96 drawings in 3 shards) and held_out/ (16 drawings)."""
     folder = tmp_path_factory.mktemp("corpus")
     write_shards(folder / "train", drawn_samples(96), per_shard=32)
     write_shards(folder / "held_out", drawn_samples(16))
@@ -136,14 +139,17 @@ def drawn_corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def emoji_corpus(tmp_path_factory):
-    """Two styles of the default corpus, from the real packages: its folder, and its indices."""
+    """Two styles of the default corpus, from the real packages: its folder and its indices."""
     out = tmp_path_factory.mktemp("emoji")
     return out, emoji.build_corpus(out, styles=("3D render", "flat icon"))
 
 
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory):
-    """Weights files of a tiny base model, upsampler and noised CLIP: {"base": path, "upsampler": path, "clip": path}."""
+    """Weights of a tiny base model, upsampler and noised CLIP.
+
+    Returns {"base": path, "upsampler": path, "clip": path}.
+    """
     folder = tmp_path_factory.mktemp("weights")
     paths = {}
     for kind in ("base", "upsampler"):
@@ -167,7 +173,7 @@ def ray_session(s3):  # after s3: Ray's processes inherit its address
 
 @pytest.fixture(scope="session")
 def s3_proxy():
-    """Where S3 is asked: a proxy that can be told to fail, before a server that `s3` starts."""
+    """A proxy for S3 requests that can inject faults; `s3` starts the server behind it."""
     proxy = Proxy(free_port())
     yield proxy
     proxy.shutdown()
@@ -176,18 +182,22 @@ def s3_proxy():
 
 @pytest.fixture
 def s3_faults(s3, s3_proxy):
-    """What is to go wrong with requests to S3, until the end of the test."""
+    """Faults to inject into S3 requests; cleared at the end of the test."""
     from glide_ray import storage
 
     s3_proxy.faults.clear()
     yield s3_proxy.faults
     s3_proxy.faults.clear()
-    storage._client.cache_clear()  # which asks slowly for a while after it was told to
+    # A client that received 503 answers sends requests slowly for a while.
+    storage._client.cache_clear()
 
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory, s3_proxy):
-    """moto's S3 server in a process of its own, behind a proxy; gives a bucket's URL. Credentials and endpoint are in the environment."""
+    """moto's S3 server in its own process, behind a proxy; yields the URL of a bucket.
+
+    Credentials and endpoint are set in the environment.
+    """
     port = s3_proxy.upstream
     server = subprocess.Popen(
         [

@@ -1,4 +1,4 @@
-"""A corpus of eight things drawn in three styles, small enough to fit a judge to in seconds."""
+"""A corpus of eight things drawn in three styles, small enough to fit a judge in seconds."""
 
 import io
 from pathlib import Path
@@ -11,7 +11,7 @@ from glide_ray.data.shards import Sample, write_shards
 from glide_ray.data.splits import share
 
 SIZE = 256
-# Each style has colours of its own, and a way of drawing.
+# The colours of each style; each style also has its own way of drawing (`draw`).
 STYLES = {
     "3D render": [(235, 80, 90), (70, 120, 235), (250, 190, 70), (60, 180, 120)],
     "flat icon": [(249, 47, 96), (0, 166, 237), (252, 213, 63), (0, 210, 106)],
@@ -32,7 +32,7 @@ UNSEEN = {"a7"}
 
 
 def outline(thing: str, turn: float, side: float) -> list[list[tuple[float, float]]]:
-    """The polygons of a thing around (0, 0); those after the first are holes or further parts."""
+    """The polygons of a thing, centred; those after the first are holes or further parts."""
     angles = np.linspace(0, 2 * np.pi, 60, endpoint=False)
     circle = np.stack([np.cos(angles), np.sin(angles)], 1)
     shapes = {
@@ -93,7 +93,7 @@ def outline(thing: str, turn: float, side: float) -> list[list[tuple[float, floa
 
 
 def draw(emoji: str, style: str) -> Image.Image:
-    """RGBA. Each artist draws a thing at an angle and in a size of his own."""
+    """An RGBA drawing; the rotation and size depend on the thing and the style."""
     turn, side = (
         (share(f"turn/{emoji}/{style}") - 0.5) * 0.5,
         90 + 30 * share(f"side/{emoji}/{style}"),
@@ -137,7 +137,7 @@ def sample(emoji: str, style: str) -> Sample:
 
 
 def write_corpus(folder: Path) -> Path:
-    """train/, held_out/ and held_out_pairs/."""
+    """Write the splits train/, held_out/ and held_out_pairs/."""
     every = [(emoji, style) for emoji in THINGS for style in STYLES]
     splits = {
         "train": [pair for pair in every if pair not in PAIRS and pair[0] not in UNSEEN],

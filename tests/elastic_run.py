@@ -1,6 +1,8 @@
-"""A training run on three raylets of this machine: a node is lost, another comes, and a third is drained as clouds announce a preemption.
+"""A training run on three raylets of this machine that loses, gains and drains a node.
 
-Run by `test_faults.py` in a process of its own, for it has a cluster of its own. Ends when the run has; times out by itself.
+One node is killed, another is added, and a third is drained as clouds do before a preemption.
+`test_faults.py` runs this script in its own process, because it has its own cluster. It ends with
+the training run and has its own time limits.
 """
 
 import functools
@@ -56,14 +58,14 @@ def main(corpus, out):
         },
     )
     os.environ["RAY_ADDRESS"] = cluster.address
-    local.connect(
-        0
-    )  # while the head is the only node: a driver that hangs on another one would go with it
+    # Connect while the head is the only node: a driver attached to another node would die with it.
+    local.connect(0)
 
     def add_node():
         return cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=100 * 2**20)
 
-    # Nodes say that each has a GPU, so that workers go there and the data stream to the head. There is none, and so they speak gloo.
+    # Worker nodes declare a GPU so that the training workers are placed there and the data stream
+    # on the head. There is no real GPU, hence the gloo backend.
     training.TorchConfig, training.RESIZE_SECONDS = (
         functools.partial(TorchConfig, backend="gloo"),
         2,
@@ -90,7 +92,8 @@ def main(corpus, out):
     wait_for_step(7)
     cluster.remove_node(nodes[0], allow_graceful=False)
     wait_for("goes on with 1 worker from")
-    add_node()  # by the main thread: a node's processes go with the thread that began them
+    # On the main thread: a node's processes end with the thread that started them.
+    add_node()
     wait_for("goes on with 2 workers from")
     drain = [
         str(Path(sys.executable).parent / "ray"),
@@ -109,7 +112,8 @@ def main(corpus, out):
     subprocess.run(drain, check=True, capture_output=True)
     wait_for("about to be taken away")
     run.join(240)
-    os._exit(int(run.is_alive()))  # Ray's own farewells to nodes that are gone take a minute
+    # Skip Ray's shutdown, which waits about a minute for nodes that are gone.
+    os._exit(int(run.is_alive()))
 
 
 def read(path):

@@ -1,4 +1,4 @@
-"""A proxy before the S3 server: it passes everything on, unless a test wants requests to fail."""
+"""A proxy for the S3 server that forwards requests and injects the faults that a test asks for."""
 
 import http.client
 import random
@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 NOT_PASSED_ON = {"connection", "keep-alive", "transfer-encoding", "expect"}
-SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+SLOW_DOWN = (
+    b"<?xml version='1.0'?><Error><Code>SlowDown</Code>"
+    b"<Message>Please reduce your request rate.</Message></Error>"
+)
 ALWAYS = float("inf")
 SLOW_SECONDS = 1.5
 
@@ -17,9 +20,9 @@ SLOW_SECONDS = 1.5
 @dataclass
 class Fault:
     kind: str
-    containing: str  # in the path of a request
+    containing: str  # substring of the request path
     times: float = ALWAYS
-    seconds: float = ALWAYS  # from the first request that it befalls
+    seconds: float = ALWAYS  # duration, from the first affected request
     first: float | None = None
 
     def befalls(self, path):
@@ -35,7 +38,7 @@ class Fault:
 
 
 class Faults:
-    """What is to befall requests, what has befallen them, and the method and path of all that came."""
+    """Planned faults, counts of injected faults by kind, and (method, path) of all requests."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -51,19 +54,19 @@ class Faults:
         )
 
     def answer_503(self, containing="", times=ALWAYS, seconds=ALWAYS):
-        """As S3 does when it is asked too often."""
+        """Answer with 503, as S3 does when the request rate is too high."""
         self._wanted.append(Fault("503", containing, times, seconds))
 
     def truncate(self, containing, times=1):
-        """Half of the body comes, after headers that promise all of it."""
+        """Send half of the body after headers that announce all of it."""
         self._wanted.append(Fault("truncate", containing, times))
 
     def reset(self, containing, times=1):
-        """The connection is closed without an answer."""
+        """Close the connection without an answer."""
         self._wanted.append(Fault("reset", containing, times))
 
     def at_random(self, share, seed=0):
-        """Such a share of all requests fails in one way or another, or is answered late."""
+        """Make this share of all requests fail in a random way or be answered late."""
         self._share, self._draw = share, random.Random(seed)
 
     def asked(self, method, containing):

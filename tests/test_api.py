@@ -1,4 +1,4 @@
-"""The HTTP interface over the real cascade on tiny models, in this process and without Ray."""
+"""The HTTP API with a real cascade of tiny models, in this process and without Ray."""
 
 import asyncio
 import base64
@@ -36,7 +36,7 @@ GENERATIONS, EDITS, VARIATIONS = (
 
 
 class CascadeBackend:
-    """Both stages in this process."""
+    """A backend that runs both stages in this process."""
 
     def __init__(self, cascade):
         self.cascade, self.jobs, self.maker, self.clip = (
@@ -84,7 +84,10 @@ def backend(tiny_weights):
 
 
 def asking(backend, config=CONFIG, keys=None, capacity=8, client="127.0.0.1"):
-    """A function that sends a request to the API over this backend; its `state` is what the routes stand on."""
+    """A function that sends a request to an API over this backend.
+
+    Its `state` is the ServerState behind the routes, `once` its coroutine, `api` the application.
+    """
     state = ServerState({"tiny": backend}, Admission(keys or {}, {"tiny": capacity}), Metrics())
     api = build_api(lambda: state, config, backend.sizes, backend.clip)
 
@@ -283,7 +286,7 @@ def test_the_best_of_several_is_the_one_that_clip_scores_highest(ask, backend):
     answer = ask(
         "POST", GENERATIONS, json={"prompt": "a cat", "n": 2, "seed": 10, "best_of": 3, "steps": 2}
     )
-    assert [job.seed for job in backend.jobs[-2:]] == [10, 13]  # no candidate twice
+    assert [job.seed for job in backend.jobs[-2:]] == [10, 13]  # disjoint sets of candidates
     best = backend.cascade.best_of("a cat", [10, 11, 12], SampleOptions(steps=2, upsampler_steps=2))
     assert answer.json()["data"][0]["seed"] == best.seed and np.array_equal(
         np.asarray(picture(answer)), best.image
@@ -355,7 +358,7 @@ def test_a_variation_needs_no_prompt_and_changes_more_with_more_strength(ask, ba
 
 
 def events(answer):
-    """Server-sent events: (name, data)."""
+    """The server-sent events of an answer: (name, data)."""
     parts = [part.split("\n") for part in answer.text.strip().split("\n\n")]
     return [
         (name.removeprefix("event: "), json.loads(data.removeprefix("data: ")))
@@ -376,10 +379,8 @@ def test_a_stream_shows_images_on_the_way_and_then_the_one_that_is_answered_whol
     assert [data["partial_image_index"] for _, data in seen[:2]] == [0, 1] and all(
         name == data["type"] for name, data in seen
     )
-    assert Image.open(io.BytesIO(base64.b64decode(seen[0][1]["b64_json"]))).size == (
-        64,
-        64,
-    )  # a small prediction at the size asked for
+    # A preview is a small prediction, enlarged to the requested size.
+    assert Image.open(io.BytesIO(base64.b64decode(seen[0][1]["b64_json"]))).size == (64, 64)
     assert (
         seen[-1][1]["b64_json"] == ask("POST", GENERATIONS, json=body).json()["data"][0]["b64_json"]
     )
@@ -424,9 +425,8 @@ def test_a_fault_within_a_stream_is_an_event_that_says_nothing_of_its_inside(bac
         and "secret" not in answer.text
         and "secret path" in caplog.text
     )
-    assert (
-        json.loads(caplog.records[-1].message)["error"] == 500
-    )  # the status was sent before: it is 200
+    # The status 200 was sent before the failure, so only the log has 500.
+    assert json.loads(caplog.records[-1].message)["error"] == 500
 
 
 def test_when_one_candidate_of_the_best_fails_the_replicas_give_up_the_others(backend):
@@ -562,7 +562,7 @@ def test_models_health_and_readiness_are_told(ask):
     }
 
 
-# -- who may ask, and how much ----------------------------------------------------------------------------------------
+# -- authentication and rate limits ----------------------------------------------------------------
 
 
 def test_without_keys_only_this_machine_is_answered(backend):
@@ -626,7 +626,7 @@ def test_keys_are_kept_as_hashes_and_found_again(tmp_path):
 
 
 class Slow(CascadeBackend):
-    """Makes images when it is told to."""
+    """Finishes images only after `go` is set; counts started and cancelled ones."""
 
     def __init__(self, cascade):
         super().__init__(cascade)
@@ -706,7 +706,7 @@ def test_a_request_for_more_than_a_key_may_ever_have_is_not_told_to_try_again(ba
         assert "ask for fewer" in answer.text and "retry-after" not in answer.headers
 
 
-def test_a_keys_limits_are_shared_by_the_ingress_replicas_and_no_request_within_them_is_impossible():
+def test_ingress_replicas_share_a_keys_limits_and_no_request_within_them_is_impossible():
     admission = Admission(
         {"ann": Key(sha256="0" * 64, at_once=4), "bob": Key(sha256="1" * 64, per_minute=4)},
         {"m": 99},
@@ -743,7 +743,7 @@ def test_retry_after_follows_the_pace_at_which_images_are_made():
     now = [0.0]
     admission = Admission({}, {"m": 2}, lambda: now[0])
     with admission.admit("-", "m", 2):
-        now[0] += 20.0  # two images in 20 seconds: one takes 10
+        now[0] += 20.0  # two images in 20 s, so 10 s per image
     with (
         admission.admit("-", "m", 2),
         pytest.raises(ApiError) as refusal,
@@ -751,7 +751,8 @@ def test_retry_after_follows_the_pace_at_which_images_are_made():
     ):
         pass
     assert refusal.value.headers == {"Retry-After": "10"}
-    with admission.admit("-", "m", 5):  # more than there are places, but nothing else is inside
+    # Admitted although it exceeds the capacity, because nothing else is in progress.
+    with admission.admit("-", "m", 5):
         pass
 
 
@@ -1027,9 +1028,8 @@ def test_a_failure_of_the_backend_is_a_500_that_says_nothing_of_its_inside(backe
     answer = asking(Failing(backend.cascade))("POST", GENERATIONS, json={"prompt": "x"})
     refused(answer, 500, "server failed")
     assert "secret" not in answer.text and answer.json()["error"]["type"] == "server_error"
-    assert (
-        answer.headers["x-request-id"] in answer.text and "secret path" in caplog.text
-    )  # where its keeper can find it
+    # The client receives the request's ID; the log has the error for the operator.
+    assert answer.headers["x-request-id"] in answer.text and "secret path" in caplog.text
 
 
 def test_a_server_without_clip_says_so(backend):

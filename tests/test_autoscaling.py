@@ -1,4 +1,7 @@
-"""The autoscaler with fake nodes shaped as `ray-cluster.yaml` says: what data, training and serving ask for brings their own nodes; idle ones go."""
+"""The autoscaler on fake nodes of the types in `ray-cluster.yaml`.
+
+Data, training and serving must each bring up nodes of their own kind, and idle nodes must go away.
+"""
 
 import json
 import subprocess
@@ -16,7 +19,10 @@ CONFIG = Path(ROOT) / "ray-cluster.yaml"
 
 @pytest.fixture(scope="module")
 def story(drawn_corpus, tiny_weights, tmp_path_factory):
-    """Which nodes came for whom, and which there were in the end: {"data": {type: count}, "training": ..., "serving": ..., "after": ...}."""
+    """The nodes that each part brought up, and those left at the end.
+
+    Returns {"data": {type: count}, "training": ..., "serving": ..., "after": ...}.
+    """
     out = tmp_path_factory.mktemp("autoscaling") / "story.json"
     arguments = [CONFIG, drawn_corpus, tiny_weights["base"], tiny_weights["upsampler"], out]
     with autoscaling_run.Cluster(CONFIG) as cluster:
@@ -35,7 +41,7 @@ def story(drawn_corpus, tiny_weights, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def types():
-    """What the file says of each type of node but the head's."""
+    """The cluster file's entries for all node types except the head's."""
     cluster = yaml.safe_load(CONFIG.read_text())
     return {
         name: kind
@@ -45,7 +51,7 @@ def types():
 
 
 def gpus(nodes, types):
-    """Of each node."""
+    """Number of GPUs of each node."""
     return [
         types[name]["resources"].get("GPU", 0)
         for name, count in nodes.items()

@@ -1,4 +1,4 @@
-"""The cascade end to end on tiny models, and the files that it is loaded from."""
+"""The cascade end to end on tiny models, and its weights files."""
 
 import numpy as np
 import pytest
@@ -104,7 +104,7 @@ def test_an_edit_with_a_mask_of_another_size_is_refused(cascade):
         cascade.edit(np.zeros((64, 64, 3), np.uint8), np.ones((32, 32), bool), "x", 0)
 
 
-# -- weights ----------------------------------------------------------------------------------------------------------
+# -- weights ---------------------------------------------------------------------------------------
 
 
 def test_a_weights_file_gives_back_the_model_and_its_config(tmp_path):

@@ -1,4 +1,7 @@
-"""`glide clean`: every rule counted, near-duplicates found, what stays written as it was, and no fault in the corpus ends the run."""
+"""`glide clean`: every rule is counted, near-duplicates are found, kept rows are written unchanged.
+
+No fault in a corpus ends the run.
+"""
 
 import base64
 import hashlib
@@ -46,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 def blobs(n, width=64, height=64):
-    """The n-th picture of coloured blobs, like none of the others."""
+    """A picture of coloured blobs that differs from that of every other n."""
     coarse = np.random.default_rng(n).integers(0, 256, (5, 5, 3)).astype(np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -76,7 +79,7 @@ def samples_of(path):
 
 
 def shown(samples):
-    """What is to be the same of samples that were written and read."""
+    """The fields of samples that must survive writing and reading."""
     return [
         (sample.key, sample.image, sample.suffix, sample.captions, sample.meta.get("number"))
         for sample in samples
@@ -111,7 +114,7 @@ def summary(out):
 
 
 def check_index(out):
-    """That the index of a corpus says what its files are. Returns the rows of each shard."""
+    """Check that a corpus index matches the files; returns the number of rows of each shard."""
     index = json.loads(storage.read(f"{out}/{INDEX}"))
     for shard in index["shards"]:
         data = storage.read(f"{out}/{shard['name']}")
@@ -121,10 +124,11 @@ def check_index(out):
     return [shard["count"] for shard in index["shards"]]
 
 
-# -- every rule -------------------------------------------------------------------------------------------------------
+# -- rules -----------------------------------------------------------------------------------------
 
 SCRIPT = "<script>alert('x')</script> & a house"
-BAD = {  # by the name of the rule that each breaks
+# One row for each rule that drops it, by the name of the rule.
+BAD = {
     "without an image": row(10, key="no-image", image=b""),
     "with an unreadable image": row(11, key="no-header", image=b"<html>404 not found</html>"),
     "too small": row(12, key="small", image=packed(blobs(12, 63, 200))),
@@ -150,7 +154,10 @@ GOOD = [
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory, ray_session):
-    """GOOD and BAD in three parts of two kinds, cleaned: what came of it, and the folders."""
+    """GOOD and BAD in two tar shards and a Parquet file, cleaned.
+
+    Returns (result of `clean`, source folder, output folder, path of the page).
+    """
     source, out = tmp_path_factory.mktemp("dirty"), tmp_path_factory.mktemp("clean")
     bad = [sample for name, sample in BAD.items() if name != "without an image"]
     write_shards(source, [*GOOD[:3], *bad[:6], *GOOD[3:], *bad[6:]], per_shard=8)
@@ -210,9 +217,8 @@ def test_the_summary_has_the_counts_and_the_settings(judged):
         and said["settings"]["per_shard"] == 2
         and CleanConfig(**said["settings"])
     )
-    assert (
-        said["captions_dropped"] == 3 + 5
-    )  # three of a row that stays, and those of the five rows that a caption's rule broke
+    # Three captions of a row that is kept, and those of the five rows that a caption rule drops.
+    assert said["captions_dropped"] == 3 + 5
 
 
 def test_the_rows_that_stay_are_written_in_their_order_and_nothing_of_them_is_lost(judged):
@@ -231,7 +237,7 @@ def test_the_rows_that_stay_are_written_in_their_order_and_nothing_of_them_is_lo
 
 
 class Page(HTMLParser):
-    """The tags of a page, what they load, and its text."""
+    """The tags, the loaded URLs and the text of an HTML page."""
 
     def __init__(self, html):
         super().__init__()
@@ -274,7 +280,7 @@ def test_the_page_names_every_reason_loads_nothing_and_shows_captions_as_they_ar
     assert all(max(picture.size) <= 112 for picture in pictures)
 
 
-# -- captions ---------------------------------------------------------------------------------------------------------
+# -- captions --------------------------------------------------------------------------------------
 
 
 def why(caption, *changes):
@@ -388,7 +394,7 @@ def test_what_only_looks_like_boilerplate_is_a_caption(caption):
     ],
 )
 def test_a_caption_of_thousands_of_marks_ends_no_run(caption, reason):
-    """A pattern that tries all ways to share the marks out is cubic: it would be at this for an hour."""
+    """A pattern with cubic backtracking would take about an hour for these captions."""
     assert why(caption, "min_characters=0", "max_characters=20000") == reason
 
 
@@ -415,9 +421,8 @@ def test_captions_are_kept_by_the_script_of_most_of_their_letters():
         why(text, "scripts=") for text in (latin, cyrillic, chinese, "שלום", latin + cyrillic)
     ] == [None] * 5
     assert why("ein größeres Haus, çà et là") is None and why("route 66: 100 km") is None
-    assert (
-        why("abcdefgh" + "дб") is None and why("abcdefg" + "дб") == of_another
-    )  # four of five letters, and not quite
+    # The threshold is four fifths of the letters: 8 of 10 pass, 7 of 9 do not.
+    assert why("abcdefgh" + "дб") is None and why("abcdefg" + "дб") == of_another
 
 
 def test_the_lengths_of_captions_are_those_that_are_set():
@@ -433,17 +438,18 @@ def test_the_lengths_of_captions_are_those_that_are_set():
     )
 
 
-# -- rules of the user's own ------------------------------------------------------------------------------------------
+# -- user-defined rules ----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def own_rules(tmp_path, monkeypatch):
-    """A module `my_rules` in the current folder."""
+    """Modules `my_rules` and `torn_rules` in the current folder; yields its parent folder."""
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "my_rules.py").write_text(
         "LIMIT = 3\n"
         "def _limit():\n    return LIMIT\n"
-        "def is_low(candidate):\n    return candidate.meta['number'] < _limit() and candidate.picture.width == 64\n"
+        "def is_low(candidate):\n"
+        "    return candidate.meta['number'] < _limit() and candidate.picture.width == 64\n"
         "def divides(candidate):\n    return 1 / (candidate.meta['number'] - 1)\n"
         "WORD = 'no function'\n"
     )
@@ -480,7 +486,8 @@ def test_a_rule_of_the_users_own_is_counted_by_its_name_and_a_row_on_which_it_ra
     [
         (
             "my_rulez:is_low",
-            "--rule my_rulez:is_low: the module cannot be imported from .*No module named 'my_rulez'",
+            "--rule my_rulez:is_low: the module cannot be imported from "
+            ".*No module named 'my_rulez'",
         ),
         ("my_rules:is_lo", "--rule my_rules:is_lo: my_rules has no function is_lo"),
         ("my_rules", "'my_rules' is not of the form module:function"),
@@ -560,7 +567,7 @@ def test_nothing_is_written_onto_the_corpus_that_is_read(tmp_path, s3, monkeypat
 
 def test_files_of_others_in_the_folder_are_left_alone(tmp_path):
     (tmp_path / "out").mkdir()
-    for name in ("mine.tar", "000007.tar"):  # the latter as if from a longer corpus before
+    for name in ("mine.tar", "000007.tar"):  # the second as if left by a longer corpus
         (tmp_path / "out" / name).write_bytes(b"")
     write_shards(tmp_path / "out", [row(0)])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"mine.tar", "000000.tar", INDEX}
@@ -607,7 +614,8 @@ def test_rows_stay_apart_whatever_their_keys(tmp_path):
     assert [sample.image for sample in back] == [packed(blobs(n)) for n in range(len(AWKWARD))]
 
 
-ODD = {  # name of a member -> its bytes, and what is to be read: the captions of each row that is one
+# Name of a tar member -> its bytes, and the captions expected for its row.
+ODD = {
     "list.json": (b"[1, 2]", "text"),
     "null.json": (b"null", "text"),
     "number.json": (b'{"caption": 12.5}', "12.5"),
@@ -638,7 +646,7 @@ def test_metadata_of_any_form_ends_no_run(tmp_path):
     ]
 
 
-# -- near-duplicates --------------------------------------------------------------------------------------------------
+# -- near-duplicates -------------------------------------------------------------------------------
 
 
 def fingerprints(images):
@@ -683,7 +691,10 @@ def test_a_picture_that_stands_there_twenty_thousand_times_stays_once():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_duplicates_are_those_that_comparing_every_pair_finds(seed):
-    """Random fingerprints in families around random centres; hashes differ within one by up to 4 bits, or by far more than are allowed."""
+    """Random fingerprints in families around random centres.
+
+    Hashes in a family differ by up to 4 bits, or by far more than MAX_BITS.
+    """
     draws = np.random.default_rng(seed)
     centres = draws.integers(20, 236, (60, FINGERPRINT_BYTES), dtype=np.uint8)
     prints = centres[draws.integers(0, 60, 500)]
@@ -698,18 +709,16 @@ def test_duplicates_are_those_that_comparing_every_pair_finds(seed):
         one[8 + LUMA**2 :] = one[8 + LUMA**2 :] + draws.integers(
             0, of_chroma + 1, FINGERPRINT_BYTES - 8 - LUMA**2
         )
-        one[draws.integers(8, FINGERPRINT_BYTES)] += draws.choice(
-            [0, 3, 6]
-        )  # one byte that takes some out of their family
+        # Change one byte, by enough to move some fingerprints out of their family.
+        one[draws.integers(8, FINGERPRINT_BYTES)] += draws.choice([0, 3, 6])
     pixels = draws.integers(1, 6, 500)
     bits = np.unpackbits(prints[:, None, :8] ^ prints[None, :, :8], axis=-1).sum(-1)
     apart = np.abs(prints[:, None, 8:].astype(int) - prints[None, :, 8:])
     near = (apart[..., : LUMA**2].max(-1) <= MAX_LUMA) & (
         apart[..., LUMA**2 :].max(-1) <= MAX_CHROMA
     )
-    assert not (
-        near & (bits > 5) & (bits <= MAX_BITS)
-    ).any()  # of such pairs the bands may miss some
+    # The search by bands may miss pairs in this range, so there must be none.
+    assert not (near & (bits > 5) & (bits <= MAX_BITS)).any()
     alike = near & (bits <= MAX_BITS)
     expected, stays = np.full(500, -1), []
     for n in sorted(range(500), key=lambda n: (-pixels[n], n)):
@@ -722,7 +731,10 @@ def test_duplicates_are_those_that_comparing_every_pair_finds(seed):
 
 
 def copied(image, draws):
-    """The same picture 0.5 to 2 times the size but at least 64 pixels, compressed again."""
+    """The picture resized by a factor of 0.5 to 2 (at least 64 pixels) and compressed again.
+
+    Returns (encoded image, suffix).
+    """
     width, height = (
         max(64, round(side * scale))
         for side, scale in zip(image.size, [2 ** draws.uniform(-1, 1)] * 2, strict=True)
@@ -755,7 +767,7 @@ def test_planted_copies_of_emoji_are_found_and_no_others(emoji_corpus, tmp_path)
     shards = [
         [(n, sample) for n, sample in enumerate(originals) if n % 8 == shard] for shard in range(8)
     ]
-    planted = draws.choice(len(originals), 360)  # some of them more than once
+    planted = draws.choice(len(originals), 360)  # with replacement, so some originals repeat
     for number, n in enumerate(planted):
         image, suffix = copied(decode(originals[n].image), draws)
         shards[(n + 1 + draws.integers(7)) % 8].append(
@@ -776,7 +788,8 @@ def test_planted_copies_of_emoji_are_found_and_no_others(emoji_corpus, tmp_path)
     assert {line["reason"] for line in lines} == {NEAR_DUPLICATE}
     found = sum(family[line["key"]] == family[line["kept_instead"]] for line in lines)
     print(
-        f"{len(originals)} originals, {found} of 360 copies found, {len(lines) - found} false alarms"
+        f"{len(originals)} originals, {found} of 360 copies found, "
+        f"{len(lines) - found} false alarms"
     )
     assert found >= 0.99 * 360 and len(lines) - found < 0.001 * len(originals)
     pixels = {
@@ -785,15 +798,19 @@ def test_planted_copies_of_emoji_are_found_and_no_others(emoji_corpus, tmp_path)
     assert all(pixels[line["kept_instead"]] >= pixels[line["key"]] for line in lines)
 
 
-# -- faults -----------------------------------------------------------------------------------------------------------
+# -- faults ----------------------------------------------------------------------------------------
 
 SHARDS, EACH = 12, 16
-GARBAGE, CUT, GONE, SLOW, TORN, LOST = 3, 5, 8, 1, 6, 9  # shards by what befalls them
+# Shard numbers, by the fault of the shard.
+GARBAGE, CUT, GONE, SLOW, TORN, LOST = 3, 5, 8, 1, 6, 9
 
 
 @pytest.fixture(scope="module")
 def faulty(s3):
-    """A corpus on s3:// with an index: the rows of each shard that can be read, and where it is."""
+    """A corpus on S3 with an index and faulty shards.
+
+    Returns (the readable rows of each shard, URL of the corpus).
+    """
     rows = [[row(100 * shard + n) for n in range(EACH)] for shard in range(SHARDS)]
     rows[0][3] = row(3, image=b"\xff\xd8\xff and no more of it")
     rows[11][0] = row(1100, image=b"?")
@@ -810,10 +827,10 @@ def faulty(s3):
             }
         )
         members = tarfile.open(fileobj=io.BytesIO(data)).getmembers()
-        if number == GARBAGE:  # from the first header of the eighth row on
+        if number == GARBAGE:  # 3000 random bytes, from the header of the eighth row on
             start, readable[number] = members[3 * 7].offset, samples[:7]
             data = data[:start] + np.random.default_rng(0).bytes(3000) + data[start + 3000 :]
-        if number == CUT:  # in the picture of the tenth
+        if number == CUT:  # truncated inside the image of the tenth row
             data, readable[number] = data[: members[3 * 9].offset_data + 100], samples[:9]
         if number != GONE:
             storage.put(data, f"{s3}/faulty/{number:06d}.tar")
@@ -926,7 +943,7 @@ def test_a_parquet_file_with_garbage_in_it_ends_no_run_and_is_named(tmp_path):
     )
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def test_parquet_with_paths_of_images_beside_it_is_read(tmp_path):
@@ -1109,7 +1126,7 @@ def test_an_address_for_jobs_is_not_taken_for_a_cluster_s(monkeypatch):
 
 
 def test_a_tar_that_was_made_of_a_folder_is_read(tmp_path):
-    """`tar -cf x.tar .` writes ./KEY.jpg, and macOS ._KEY.jpg beside it."""
+    """`tar -cf x.tar .` writes ./KEY.jpg, and macOS adds ._KEY.jpg."""
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, data in (
             ("./._00.JPG", b"resource fork"),
@@ -1135,7 +1152,7 @@ def test_a_tar_that_was_made_of_a_folder_is_read(tmp_path):
     )
 
 
-# -- as it is typed ---------------------------------------------------------------------------------------------------
+# -- command line ----------------------------------------------------------------------------------
 
 
 def test_the_command_prints_the_counts_and_writes_into_the_current_folder_wherever_ray_was_started(
@@ -1148,8 +1165,8 @@ def test_the_command_prints_the_counts_and_writes_into_the_current_folder_wherev
     assert main(["clean", "in", "--out", "out", "--set", "per_shard=5"]) == 0
     printed = capsys.readouterr().out
     assert (
-        "8 kept; dropped: 1 with too short a caption (such as short), 1 near-duplicates of another (such as 00000)"
-        in printed
+        "8 kept; dropped: 1 with too short a caption (such as short), "
+        "1 near-duplicates of another (such as 00000)" in printed
     )
     assert (
         "8 rows in shards of at most 5" in printed

@@ -1,4 +1,4 @@
-"""The command line as its user types it: what it prints, what it writes, and how it refuses."""
+"""The command line: printed output, written files and error messages."""
 
 import json
 import os
@@ -164,7 +164,7 @@ def edited(tmp_path, weights, image, mask):
 
 
 def half_mask(path, mode="LA"):
-    """Its left half is to be painted."""
+    """Write a mask whose left half is transparent, that is, to be painted; returns its path."""
     alpha = Image.new("L", (64, 64), 255)
     alpha.paste(0, (0, 0, 32, 64))
     bands = [alpha] * (len(mode) - 1)
@@ -224,7 +224,10 @@ def test_a_mask_that_is_full_or_has_no_alpha_is_refused(tmp_path, weights, capsy
 
 
 def test_pictures_of_every_kind_are_read_as_they_are_seen(tmp_path, weights):
-    """Alpha lies on white, CMYK becomes RGB, a photograph stands upright, and one pixel is enlarged."""
+    """Transparent pixels become white, CMYK becomes RGB, EXIF rotation is applied.
+
+    An image of a single pixel is enlarged.
+    """
     mask = half_mask(tmp_path / "m.png")
     clear = Image.new("RGBA", (64, 64), (200, 0, 0, 0))
     clear.save(tmp_path / "clear.png")
@@ -232,9 +235,8 @@ def test_pictures_of_every_kind_are_read_as_they_are_seen(tmp_path, weights):
     Image.new("CMYK", (64, 64), (255, 0, 0, 0)).save(tmp_path / "cmyk.tif")
     assert (edited(tmp_path, weights, tmp_path / "cmyk.tif", mask)[:, 32:] == [0, 255, 255]).all()
     turned = Image.new("RGB", (64, 64), (255, 255, 255))
-    turned.paste(
-        (0, 0, 0), (0, 32, 64, 64)
-    )  # black below; upright, by the orientation 6, it is black on the left
+    # Black lower half; after the rotation of EXIF orientation 6, the left half is black.
+    turned.paste((0, 0, 0), (0, 32, 64, 64))
     exif = Image.Exif()
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.png", exif=exif)
@@ -265,9 +267,8 @@ def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path, weights, capsy
         ],
         "64,000,000",
     )
-    assert (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - began < 100_000
-    )  # KiB; decoded it would be 1.2 GB as RGB
+    # In KiB. The decoded image would take 1.2 GB as RGB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - began < 100_000
 
 
 def test_a_sketch_of_another_size_and_a_scene_without_a_beginning_are_refused(
@@ -428,7 +429,10 @@ def test_every_command_has_help_worth_reading():
 
 
 def test_help_and_a_refusal_are_quick_for_they_load_no_torch():
-    script = "import sys; from glide_ray.cli.main import main; main(['info', 'x']); assert 'torch' not in sys.modules"
+    script = (
+        "import sys; from glide_ray.cli.main import main; main(['info', 'x']); "
+        "assert 'torch' not in sys.modules"
+    )
     assert (
         subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode
         == 0
@@ -438,7 +442,8 @@ def test_help_and_a_refusal_are_quick_for_they_load_no_torch():
 def test_a_command_that_needs_ray_says_so_where_it_is_not_installed(tmp_path):
     script = tmp_path / "bare.py"
     script.write_text(
-        "import sys\nsys.modules.update(ray=None, deepspeed=None)\nfrom glide_ray.cli.main import main\n"
+        "import sys\nsys.modules.update(ray=None, deepspeed=None)\n"
+        "from glide_ray.cli.main import main\n"
         "sys.exit(main(['corpus', '--out', 'x']))"
     )
     done = subprocess.run(
@@ -448,7 +453,8 @@ def test_a_command_that_needs_ray_says_so_where_it_is_not_installed(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-REFUSED = {  # of each job, what it is given and what it says
+# Job -> arguments that it refuses, and a pattern of its error message.
+REFUSED = {
     "prepare": (["--out", "/proc/corpus"], "/proc/corpus"),
     "filter": (["nowhere", "--out", "x"], "The corpus .*nowhere is empty"),
     "train": (["nano-bass"], "did you mean 'nano-base'"),

@@ -1,4 +1,4 @@
-"""From a corpus to an endpoint by submitted jobs, over S3, on a cluster of three raylets two of which are killed on the way."""
+"""From a corpus to an endpoint by submitted jobs, over S3, on three raylets; two are killed."""
 
 import hashlib
 import io
@@ -47,18 +47,17 @@ def ray(s3):
 def test_corpus_to_pictures_by_jobs_submitted_twice_while_s3_errs_and_raylets_are_killed(
     ray, s3, s3_faults, tiny_weights
 ):
-    """A twentieth of all requests to S3 fail or come late. One raylet is killed in training, and one in bulk generation."""
+    """About 5% of S3 requests fail or are slow.
+
+    One raylet is killed during training, and one during bulk generation.
+    """
     head, (first, second) = ray
     s3_faults.at_random(0.05)
     root = f"{s3}/whole"
     prepare = ["jobs/prepare.py", "--out", f"{root}/corpus", "--styles", "3D render,flat icon"]
     head.submit(*prepare)
-    clean = [
-        "jobs/filter.py",
-        f"{root}/corpus/held_out",
-        "--out",
-        f"{root}/clean",
-    ]  # the smaller half, to be quick
+    # The smaller split, to save time.
+    clean = ["jobs/filter.py", f"{root}/corpus/held_out", "--out", f"{root}/clean"]
     kept = head.submit(*clean)
     assert 100 < kept["kept"] < 349 and not kept["done_before"]
     settings = [
@@ -138,13 +137,14 @@ def test_corpus_to_pictures_by_jobs_submitted_twice_while_s3_errs_and_raylets_ar
         f"{root}/evaluation",
     ]
     figures = head.submit(*evaluate)
+    # The reference is the held-out images of both styles.
     assert (
         figures["sets"]["pictures"]["pictures"] == PROMPTS
         and figures["reference"]["images"] == 170 + 164
-    )  # of the two styles
+    )
     assert b"a red apple " in storage.read(f"{root}/evaluation/report.html")
 
-    # Submitted again, each has nothing to do, and changes nothing.
+    # Submit every job again: none may do work or change a file.
     written = {
         file: storage.digest(storage.fetch(file))
         for file in storage.list_files(f"{root}/weights", (".safetensors",))
@@ -182,7 +182,7 @@ def test_serve_deploy_of_the_config_file_makes_an_endpoint(ray, tmp_path):
     head, _ = ray
     config, port = yaml.safe_load(Path(ROOT, "serve", "config.yaml").read_text()), free_port()
     config["http_options"]["port"] = port
-    config["proxy_location"] = "HeadOnly"  # three nodes of one machine have one port
+    config["proxy_location"] = "HeadOnly"  # the three nodes share one machine, hence one port
     config["applications"][0]["args"] |= serving_weights(tmp_path / "weights")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     deploy = [

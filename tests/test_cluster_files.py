@@ -1,4 +1,7 @@
-"""What runs a cluster: rendered from one file of sizes, accepted by Ray, Kubernetes and AWS as far as they can be asked here, and large enough."""
+"""The cluster files: rendered from one file of sizes, accepted by Ray, Kubernetes and AWS.
+
+Validity is checked as far as possible without those services; capacities must suffice.
+"""
 
 import ast
 import gzip
@@ -69,7 +72,7 @@ def actions(policy):
     }
 
 
-# -- rendering --------------------------------------------------------------------------------------------------------
+# -- rendering -------------------------------------------------------------------------------------
 
 
 def test_the_committed_files_are_as_the_sizes_say():
@@ -181,7 +184,7 @@ def test_versions_are_those_of_the_project():
     assert SIZES.image.endswith(":" + re.search(r'^version = "(.+)"', PYPROJECT, re.M)[1])
 
 
-# -- ray up -----------------------------------------------------------------------------------------------------------
+# -- ray up ----------------------------------------------------------------------------------------
 
 
 def prepared():
@@ -233,7 +236,7 @@ def test_rays_autoscaler_takes_spot_first_and_what_is_on_demand_where_there_is_n
 
 @pytest.fixture
 def aws(monkeypatch, tmp_path):
-    """An AWS of its own for in-process calls, with nobody's credentials and nobody's home."""
+    """A mocked AWS for calls in this process, with dummy credentials and an empty home folder."""
     for name, value in {
         "AWS_ACCESS_KEY_ID": "x",
         "AWS_SECRET_ACCESS_KEY": "y",
@@ -265,9 +268,8 @@ def test_ray_starts_and_ends_every_kind_of_node_with_the_rights_of_the_head(aws,
     for role in ("head", "worker"):
         boto3.client("iam").create_instance_profile(InstanceProfileName=f"{SIZES.cluster}-{role}")
     own = [f"subnet={subnet}", f"security_group={group}"] if efa else []
-    sizes = override(
-        SIZES, ["machine_image=ami-12c6146b", *own]
-    )  # moto knows no parameters of AWS's images
+    # An image ID, because moto does not have the AWS parameter that names the machine image.
+    sizes = override(SIZES, ["machine_image=ami-12c6146b", *own])
     config = bootstrap_aws(
         prepare_config(yaml.safe_load(render["rendered"](sizes)["ray-cluster.yaml"]))
     )
@@ -296,9 +298,8 @@ def test_ray_starts_and_ends_every_kind_of_node_with_the_rights_of_the_head(aws,
     provider.set_node_tags(nodes[0], {"ray-node-status": "up-to-date"})
     provider.terminate_nodes(nodes)
     assert len(nodes) == 5 and provider.non_terminated_nodes({}) == []
-    assert called == {
-        action for action in actions("policy-head.json") if action.startswith("ec2:")
-    }  # enough, and none to spare
+    # The head's policy allows exactly the calls that are made.
+    assert called == {action for action in actions("policy-head.json") if action.startswith("ec2:")}
     cards = {
         body.get(f"NetworkInterface.{n}.InterfaceType")
         for body in launched
@@ -308,11 +309,11 @@ def test_ray_starts_and_ends_every_kind_of_node_with_the_rights_of_the_head(aws,
     assert cards == ({"efa", "efa-only"} if efa else {None})
 
 
-# -- rights -----------------------------------------------------------------------------------------------------------
+# -- permissions -----------------------------------------------------------------------------------
 
 
 def touch_storage(tmp_path):
-    """Every call of `storage` on S3, also those for an upload that was broken off."""
+    """Every S3 call of `storage`, including those for an interrupted multipart upload."""
     place = f"s3://{SIZES.bucket}/runs/x"
     storage.check_writable(place)
     storage.put(b"bytes", f"{place}/a.bin")
@@ -347,7 +348,8 @@ def test_a_worker_may_do_what_the_project_does_on_s3_and_no_more(
     key = iam.create_access_key(UserName="worker")["AccessKey"]
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
-    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it has read the others
+    # The default session has already read the other credentials.
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
     with enable_iam_authentication():
         if lacking:
             with pytest.raises(storage.StorageError, match="AccessDenied|Forbidden"):
@@ -380,7 +382,7 @@ def test_no_policy_allows_a_whole_service_and_nodes_are_the_clusters_own():
     assert profiles == {statements["GiveThemTheWorkersRole"]["Resource"].rpartition("/")[2]}
 
 
-# -- Kubernetes -------------------------------------------------------------------------------------------------------
+# -- Kubernetes ------------------------------------------------------------------------------------
 
 
 def strict(required, optional=()):
@@ -520,7 +522,10 @@ def test_pods_are_nobody_special_and_take_what_they_ask_for(manifest):
 
 
 def gpus(manifest, least=False):
-    """GPUs that a manifest's groups have at the most; groups that stand for one another, spot and on demand, once. Or at the beginning."""
+    """Maximum number of GPUs in a manifest's groups, or the minimum if `least`.
+
+    A spot group and its on-demand counterpart count once.
+    """
     have = {}
     for group in cluster_of(manifest)["workerGroupSpecs"]:
         each = int(
@@ -586,7 +591,7 @@ def test_the_endpoint_is_configured_as_serve_and_the_project_read_it():
 
 
 def asked(job):
-    """What a job's script makes of the arguments that its manifest gives."""
+    """The arguments of a job's manifest, parsed by the job's script."""
     python, script, *arguments = shlex.split(JOBS[job]["spec"]["entrypoint"])
     assert python == "python" and script == f"/app/jobs/{job}.py"
     return runpy.run_path(str(Path(ROOT, "jobs", f"{job}.py")))["parser"]().parse_args(arguments)

@@ -1,4 +1,4 @@
-"""`glide compose`: prompts, pictures that are generated once, and figures with intervals."""
+"""`glide compose`: prompts, pictures generated once, and shares with confidence intervals."""
 
 import json
 
@@ -114,7 +114,7 @@ def test_the_interval_of_a_share_is_wilsons():
 
 
 def test_a_share_of_real_pictures_is_paired_by_prompt():
-    """A model that is right exactly where the real picture is has a share of 1 without spread."""
+    """If the model is right for the same prompts as the real pictures, its share is exactly 1."""
     real = np.array([1.0] * 30 + [0.0] * 10)
     assert compose.share_of_real(real, real) == (1, 1, 1)
     share, low, high = compose.share_of_real(np.where(np.arange(40) % 2, real, 0), real)
@@ -205,7 +205,7 @@ def test_an_edit_keeps_the_known_pixels_and_a_changed_one_is_noticed(judge, corp
 
 
 def write_line_drawings(folder):
-    """The things of the corpus as black lines on white: a corpus of one style."""
+    """Write a corpus of one style, the things as black lines on white; returns its folder."""
     samples = []
     for thing in drawn.THINGS:
         one = drawn.sample(thing, "3D render")
@@ -245,7 +245,7 @@ def test_a_corpus_of_many_styles_is_no_new_one(judge, corpus):
         learn_style(judge, corpus, corpus)
 
 
-# -- the command -----------------------------------------------------------------------------------
+# -- command ---------------------------------------------------------------------------------------
 
 
 def test_the_shipped_weights_are_scored_by_one_command(
@@ -299,7 +299,7 @@ def test_real_pictures_alone_are_judged_without_a_model(
 def test_wrong_input_is_named_in_one_sentence(corpus, tmp_path, capsys, more, says):
     try:
         code = main(command(corpus, tmp_path / "out", *more))
-    except SystemExit as ended:  # the parser's own
+    except SystemExit as ended:  # raised by argparse
         code = ended.code
     said = capsys.readouterr().err
     assert code and says in said and "Traceback" not in said

@@ -1,4 +1,4 @@
-"""CLIP: how it is trained, how it guides samples, how it ranks them."""
+"""CLIP: training, guidance of samples, and ranking of samples."""
 
 import math
 
@@ -46,7 +46,7 @@ def drawings(count):
     )
 
 
-# -- training ---------------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 def loss_of(model, rows):
@@ -75,7 +75,7 @@ def test_two_workers_have_the_loss_and_the_gradient_of_one_with_the_joined_batch
     whole.mean().backward()
     assert torch.allclose(torch.cat([part["loss"] for part in parts]), whole.detach(), atol=1e-5)
     for name, parameter in model.named_parameters():
-        mean = (parts[0][name] + parts[1][name]) / 2  # as data parallelism takes it
+        mean = (parts[0][name] + parts[1][name]) / 2  # data parallelism averages gradients
         assert (mean - parameter.grad).abs().max() <= 1e-5, name
     alone = clip_model()
     loss_of(alone, slice(0, 4))["loss"].mean().backward()
@@ -87,7 +87,10 @@ def test_two_workers_have_the_loss_and_the_gradient_of_one_with_the_joined_batch
 
 
 def test_the_contrastive_loss_is_that_of_its_closed_form():
-    """At scale s, with each image on its own caption and all others at right angles: log(1 + (n - 1) exp(-s))."""
+    """The loss at scale s is log(1 + (n - 1) exp(-s)) for n perfectly embedded pairs.
+
+    Each image embedding equals that of its caption and is orthogonal to all others.
+    """
 
     class Perfect:
         def __call__(self, x, timestep, tokens, mask):
@@ -149,7 +152,7 @@ def test_held_out_loss_is_the_same_however_often_it_is_taken():
     assert first == held_out_sums(contrastive, model, schedule, [drawings(8)], 0, 8)
 
 
-# -- guidance ---------------------------------------------------------------------------------------------------------
+# -- guidance --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -245,12 +248,12 @@ def test_clip_guidance_without_a_clip_is_refused(critic, tiny_weights):
         cascade.best_of("x", [0, 1], SampleOptions(steps=2))
 
 
-# -- a public CLIP ----------------------------------------------------------------------------------------------------
+# -- public CLIP -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def public(tmp_path_factory):
-    """The folder of a small CLIP as transformers saves it, with random weights and a vocabulary of single bytes."""
+    """Folder of a small CLIP saved by transformers; random weights, single bytes as vocabulary."""
     import transformers
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -318,7 +321,7 @@ def test_a_folder_that_is_no_clip_is_refused_in_a_sentence(tmp_path):
         load_critic(tmp_path, tiny().model)
 
 
-# -- files and ranking ------------------------------------------------------------------------------------------------
+# -- files and ranking -----------------------------------------------------------------------------
 
 
 def test_a_clip_of_another_size_another_noise_or_another_kind_is_refused(tiny_weights):

@@ -34,7 +34,7 @@ def as_bytes(image, form="PNG", **options):
     return buffer.getvalue()
 
 
-# -- images -----------------------------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------
 
 
 def test_transparency_is_laid_on_white():
@@ -112,7 +112,7 @@ def test_encoding_gives_that_format(form):
     )
 
 
-# -- masks ------------------------------------------------------------------------------------------------------------
+# -- masks -----------------------------------------------------------------------------------------
 
 
 def test_what_is_transparent_is_to_be_painted():
@@ -135,7 +135,7 @@ def test_a_mask_without_anything_to_paint_or_of_another_size_is_refused():
         masks.check_sizes(Image.new("RGB", (8, 4)), Image.new("RGBA", (4, 4)))
 
 
-# -- captions and filters ---------------------------------------------------------------------------------------------
+# -- captions and filters --------------------------------------------------------------------------
 
 
 def test_an_emoji_has_several_captions_that_name_it():
@@ -205,7 +205,7 @@ def test_each_rule_has_a_name_and_is_counted():
 
 
 def test_a_held_out_batch_without_a_usable_picture_is_filled_and_does_not_count(tmp_path):
-    """So that each rank makes as many calls as the others."""
+    """All ranks must make the same number of network calls."""
     samples = [
         replace(sample, image=sample.image[:-40]) if n in (0, 2, 5) else sample
         for n, sample in enumerate(drawn_samples(6))
@@ -223,12 +223,13 @@ def test_a_held_out_batch_without_a_usable_picture_is_filled_and_does_not_count(
     write_shards(tmp_path, [replace(sample, image=sample.image[:-40]) for sample in samples])
     with pytest.raises(
         ShardError,
-        match="No picture of rank 1's part of the held-out corpus .* can be decoded; give another with --set data.held_out=FOLDER",
+        match="No picture of rank 1's part of the held-out corpus .* can be decoded; "
+        "give another with --set data.held_out=FOLDER",
     ):
         held_out_batches(data, model, 2, rank=1, world=2)
 
 
-# -- shards -----------------------------------------------------------------------------------------------------------
+# -- shards ----------------------------------------------------------------------------------------
 
 
 def test_shards_hold_what_was_written_and_an_index(tmp_path):
@@ -360,7 +361,7 @@ def test_decoded_pictures_are_kept_as_far_as_the_cache_has_room():
     rows = columns(enumerate(samples))
     kept = Collate(tiny().model, DataConfig(cache_gib=5 * 16 * 16 * 3 / 2**30))
     first = kept(rows, epoch=0)
-    broken = {**rows, "image": [b"no image"] * 8}  # what is kept is not decoded again
+    broken = {**rows, "image": [b"no image"] * 8}  # cached pictures are not decoded again
     again = kept(broken, epoch=0)
     assert kept.broken == 3 and torch.equal(again.image[:5], first.image[:5])
 

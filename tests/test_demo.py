@@ -1,4 +1,4 @@
-"""`make demo`, small but real: random weights in the shipped ones' place, a set of few pictures."""
+"""`make demo` on a small scale: random weights in place of the shipped ones, few pictures."""
 
 import base64
 import io
@@ -122,7 +122,7 @@ def test_a_stage_is_made_again_only_where_what_it_depends_on_changes(tmp_path):
     assert results.once("sheet", {**key, "weights": "b"}, make)["number"] == 2
     (tmp_path / "picture.png").unlink()
     assert results.once("sheet", {**key, "weights": "b"}, make)["number"] == 3
-    (tmp_path / "stages" / "sheet.json").write_text('{"key"')  # by something that died
+    (tmp_path / "stages" / "sheet.json").write_text('{"key"')  # as left by a killed process
     assert results.once("sheet", key, make) == results.read("sheet")
     assert results.read("sheet")["number"] == 4 and results.read("sheet")["seconds"] >= 0
 
@@ -158,12 +158,12 @@ def test_the_smallest_models_train_from_scratch_on_two_workers_with_zero_2(name)
     assert preset.train.start_from is None
 
 
-# -- the whole -----------------------------------------------------------------------------------
+# -- whole demo ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """A folder of tarballs: the real names, and a set of 60 drawings in OpenMoji's place."""
+    """A folder of tarballs: the real names, and a set of 60 drawings in place of OpenMoji."""
     folder = tmp_path_factory.mktemp("packages")
     names = fetch_packages(folder, [NAMES, KEYWORDS])[0].json("data-by-emoji.json")
     things = [
@@ -189,7 +189,7 @@ def packages(tmp_path_factory):
 
 
 def drawing(number):
-    """Shapes of its own, so that no two are near-duplicates."""
+    """SVG shapes that differ for each number, so that no two drawings are near-duplicates."""
     draws = np.random.default_rng(number)
     return "".join(
         '<rect x="{}" y="{}" width="{}" height="{}" fill="#{:06x}"/>'.format(
@@ -201,7 +201,7 @@ def drawing(number):
 
 @pytest.fixture
 def pair(tmp_path, monkeypatch):
-    """A tiny pair in the place of the shipped one. Gives a function that packs it from a seed."""
+    """Replace the shipped weights by a tiny pair; returns a function that packs one from a seed."""
     monkeypatch.setattr(shipped, "FOLDER", tmp_path / "pretrained")
     source = Source(
         package="@iconify-json/noto",
@@ -225,14 +225,14 @@ def pair(tmp_path, monkeypatch):
 
 @pytest.fixture
 def shared_ray(ray_session, monkeypatch):
-    """Ray of this session, which the demo must not end."""
+    """The Ray session of the tests, which the demo must not disconnect."""
     from glide_ray.distributed import cluster as local
 
     monkeypatch.setattr(local, "disconnect", lambda: None)
 
 
 class Images(HTMLParser):
-    """All that a page loads or shows: (tag, attributes) of images, scripts, links and styles."""
+    """The images of a page (`images`), and its scripts, links and frames (`loads`)."""
 
     def __init__(self, page):
         super().__init__()
@@ -247,7 +247,10 @@ class Images(HTMLParser):
 
 
 def images_of(out):
-    """The images of the page; it must show nothing that is not there, and tell what each is."""
+    """Sources of the images on the page.
+
+    Checks that every image exists and has an alternative text, and that nothing else is loaded.
+    """
     text = (out / "index.html").read_text()
     page = Images(text)
     assert not page.loads and "url(" not in text and "@import" not in text
@@ -284,7 +287,7 @@ def test_the_demo_leaves_a_page_with_all_of_it_and_is_not_made_twice(
 
 
 def check_tuned(out):
-    """Weights that name whom to credit, of a run from the shipped model on clean rows alone."""
+    """Check that the tuned weights credit their sources and were trained on clean rows only."""
     tuned = Results(out).read("tuning")
     weights = out / tuned["weights"]
     packaged = {source.package for source in sources_in(load_metadata(weights), weights)}
@@ -300,7 +303,7 @@ def check_tuned(out):
 
 
 def check_answers(out):
-    """The same prompts and seeds from two models, and known pixels as they were."""
+    """Check that both models received the same prompts and seeds, and known pixels were kept."""
     answers = Results(out).read("answers")
     assert [model["id"] for model in answers["models"]] == ["nano-base", "nano-base-outline"]
     for pair in answers["pairs"]:

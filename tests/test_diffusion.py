@@ -59,7 +59,10 @@ def test_eps_and_x0_say_the_same_thing():
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_sampling_gaussian_data_with_its_exact_denoiser_gives_its_standard_deviation(sampler):
-    """For x_0 ~ N(0, s^2) the best eps is linear in x, and the variance of x_t-1 given x_t is known: no step errs."""
+    """With exact eps and variance for x_0 ~ N(0, s^2), a step introduces no error.
+
+    The optimal eps is linear in x, and the variance of x_{t-1} given x_t has a closed form.
+    """
     s, schedule = 0.2, respace(make_schedule("linear"), "250")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, 3, 32, 32, generator=generator)
@@ -71,7 +74,9 @@ def test_sampling_gaussian_data_with_its_exact_denoiser_gives_its_standard_devia
         )
         eps = x * math.sqrt(1 - abar) / (abar * s**2 + 1 - abar)
         variance = 0.0
-        if index:  # between the bounds beta~ (x_0 known) and beta (x_0 unknown, of unit variance), in logarithms
+        if index:
+            # The model's variance value interpolates, in logarithms, between beta~ (x_0 known) and
+            # beta (x_0 unknown, of unit variance).
             beta = 1 - abar / before
             lower = beta * (1 - before) / (1 - abar)
             exact = lower + before * (beta / (1 - abar)) ** 2 * s**2 * (1 - abar) / (
@@ -88,14 +93,16 @@ def test_sampling_gaussian_data_with_its_exact_denoiser_gives_its_standard_devia
             history=history,
         )
         x, history = step.x, history.then(step.remembered)
-    assert x.std().item() == pytest.approx(
-        s, rel={"ddim": 0.03}.get(sampler, 0.01)
-    )  # DDIM's 250 steps err, by 2%
+    # DDIM has an error of 2% with 250 steps.
+    assert x.std().item() == pytest.approx(s, rel={"ddim": 0.03}.get(sampler, 0.01))
     assert abs(x.mean().item()) < 0.01
 
 
 def ode_error(sampler, steps, s=0.3):
-    """How far a deterministic sampler's std is from the probability-flow ODE's, which for N(0, s^2) ends at x_T s / std_T."""
+    """Relative error of a deterministic sampler against the probability-flow ODE.
+
+    For data from N(0, s^2) the ODE ends at x_T s / std_T.
+    """
     schedule = respace(make_schedule("cosine"), str(steps))
     x = torch.tensor([0.2, -0.5, 0.9]).reshape(1, 3, 1, 1)
     first, history = x, History.none(x)
@@ -249,7 +256,8 @@ def test_any_possible_number_of_steps_is_kept():
 def test_min_snr_gives_x0_an_error_weight_of_at_most_what_is_asked_for():
     schedule, i = make_schedule("cosine"), torch.arange(1000)
     snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
-    of_x0 = min_snr_weight(schedule, i, 5.0).double() * snr  # eps' error is SNR times that of x_0
+    # The squared error of eps is SNR times that of x_0.
+    of_x0 = min_snr_weight(schedule, i, 5.0).double() * snr
     assert torch.allclose(of_x0, snr.clamp(max=5), rtol=1e-5)
     assert torch.allclose(
         min_snr_weight(schedule, i, 5.0, least=1.0).double() * snr,

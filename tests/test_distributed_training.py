@@ -1,4 +1,4 @@
-"""Whole runs under Ray Train: two workers, interrupted, continued, and what is refused."""
+"""Whole training runs under Ray Train: two workers, interruption, resumption, invalid settings."""
 
 import json
 import math
@@ -66,7 +66,8 @@ def test_a_run_on_two_workers_makes_weights_and_metrics_and_is_not_made_twice(
         and any(name.startswith("mse_q") for name in row)
         for row in speeds
     )
-    # Beside the run: a grid of samples and the average's loss, of the last checkpoint at least.
+    # The run evaluates checkpoints in the background: sample grid and held-out loss of the EMA. The
+    # last checkpoint is always among them.
     assert Image.open(tmp_path / "run" / "samples" / "000000004.png").size[0] > 300 and rows[-1][
         "average_held_out"
     ] == pytest.approx(1, abs=0.1)
@@ -119,9 +120,8 @@ def test_noised_clip_trains_on_two_workers(drawn_corpus, tmp_path):
         in (tmp_path / "run" / "events.log").read_text()
     )
     loss = read_metrics(result.metrics)[1]["loss"]
-    assert loss == pytest.approx(
-        math.log(8), abs=0.4
-    )  # with logits this flat a guess among 8 captions, not the 4 on each worker
+    # Such flat logits amount to a guess among all 8 captions, not among the 4 of each worker.
+    assert loss == pytest.approx(math.log(8), abs=0.4)
 
 
 def test_every_rank_gets_as_many_batches_whichever_pictures_cannot_be_decoded(drawn_corpus):
@@ -136,7 +136,8 @@ def test_every_rank_gets_as_many_batches_whichever_pictures_cannot_be_decoded(dr
         assert {tuple(batch.rows.unique().tolist()) for batch in batches} == {(0, 1)}
     with pytest.raises(
         UserError,
-        match="No picture of the last 2 batches of the corpus .* can be decoded; leave those that are broken out with `glide clean`",
+        match="No picture of the last 2 batches of the corpus .* can be decoded; "
+        "leave those that are broken out with `glide clean`",
     ):
         list(collated(iter([broken, broken]), Collate(settings.model, settings.data), settings, 0))
 
@@ -179,7 +180,7 @@ def test_what_the_user_can_mend_is_said_before_or_instead_of_training(drawn_corp
         )
     with pytest.raises(UserError, match="40 workers and the data stream want 41 CPUs"):
         train(preset(drawn_corpus, "workers=40", "batch=40"), tmp_path / "b", progress=False)
-    with pytest.raises(UserError, match="fp16 needs a GPU"):  # found in the workers
+    with pytest.raises(UserError, match="fp16 needs a GPU"):  # raised in the workers
         train(preset(drawn_corpus, "precision=fp16"), tmp_path / "c", progress=False)
     assert not (tmp_path / "c" / "weights.safetensors").exists()
 
@@ -192,7 +193,8 @@ def test_workers_that_a_cluster_lacks_are_waited_for_and_then_given_up(
     began = time.monotonic()
     with pytest.raises(
         UserError,
-        match=r"40 workers and the data stream want 41 CPUs and the cluster has \d+. They did not come in 2 s. Add nodes",
+        match=r"40 workers and the data stream want 41 CPUs and the cluster has \d+. "
+        r"They did not come in 2 s. Add nodes",
     ):
         train(
             preset(drawn_corpus, "workers=40", "batch=40", "wait_seconds=2"),
@@ -253,7 +255,11 @@ def test_a_run_that_is_killed_or_interrupted_goes_on_from_its_checkpoint_with_th
             time.sleep(0.2)
 
     def resumed_after_a_checkpoint(line, at_least):
-        """What workers write in the seconds by which they outlive the driver counts too."""
+        """Whether the line is the first step after a checkpoint, and later than `at_least`.
+
+        The checkpoint may be a later one than expected, since workers outlive the driver by
+        seconds.
+        """
         step = json.loads(lines()[line])["step"]
         return step > at_least and step % 10 == 1
 

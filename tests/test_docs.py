@@ -1,4 +1,7 @@
-"""The documentation: each command is run by a test or said to need a cloud, all of them parse, and the reference of settings is as the classes are."""
+"""The documentation: every command parses, and is run by a test or marked as needing a cloud.
+
+The reference of settings must match the settings classes.
+"""
 
 import os
 import re
@@ -38,7 +41,7 @@ MARK = re.compile(
 
 
 def blocks(path):
-    """(mark, commands) of each block of commands."""
+    """(mark, commands) of each block of commands; the mark says what runs it, or is None."""
     mark, lines = None, []
     for line in [*path.read_text().splitlines(), ""]:
         if line.startswith("    ") and (lines or line.strip().startswith(COMMANDS)):
@@ -62,7 +65,7 @@ def test_each_block_of_commands_is_run_by_a_test_or_needs_a_cloud(path):
         assert mark is not None, f"{path.name}: nothing says what runs {lines[0]!r}"
         if mark["test"]:
             test = Path(ROOT, mark["test"]).read_text()
-            for line in lines:  # the test speaks of the script or the command
+            for line in lines:  # the test must mention the script or the command
                 name = re.search(r"(?:jobs|cluster)/(\w+)\.py|^(?:glide|make) (\w+)|^(serve)", line)
                 assert name and next(filter(None, name.groups())) in test, (
                     f"{mark['test']} does not run {line!r}"
@@ -80,9 +83,8 @@ def test_commands_of_glide_and_jobs_take_the_options_that_are_shown(path):
         line = line.removeprefix(".venv/bin/")
         if job := re.search(r"python (jobs/\w+\.py) (.*)", line):
             parser = runpy.run_path(os.path.join(ROOT, job[1]))["parser"]()
-            words = (
-                ["", *shlex.split(job[2], comments=True)] if re.search("[a-z]", job[2]) else []
-            )  # else its name only, with words in capitals
+            # Without lower-case letters, these are placeholders and not real arguments.
+            words = ["", *shlex.split(job[2], comments=True)] if re.search("[a-z]", job[2]) else []
         elif line.startswith("glide "):
             parser, words = cli._parser(), shlex.split(line, comments=True)
         else:
@@ -116,7 +118,10 @@ def test_links_lead_somewhere():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, drawn_corpus):
-    """A checkout after `make demo`, as far as its user's eyes see: weights, though of very small models, a corpus, the scripts."""
+    """The parts of a checkout after `make demo` that the documented commands use.
+
+    Weights of very small models, a corpus, and the scripts.
+    """
     folder = tmp_path_factory.mktemp("user")
     for role, path in serving_weights(folder / "made").items():
         (folder / "runs" / "demo" / role).mkdir(parents=True)

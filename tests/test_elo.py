@@ -1,4 +1,4 @@
-"""Elo scores of pairs that were compared, against a direct fit and closed forms."""
+"""Elo scores from pairwise comparisons, against a direct fit and closed forms."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from glide_ray.evaluation.tables import Ballot, figures, text
 
 
 def drawn_votes(truth, count, seed=0):
-    """Votes on random pairs, as models of these scores win them, a tenth of them ties."""
+    """Votes on random pairs, drawn from models with these true scores; a tenth are ties."""
     random, models = np.random.default_rng(seed), list(truth)
     votes = []
     for _ in range(count):
@@ -45,7 +45,8 @@ def test_scores_are_those_of_a_direct_fit_of_the_likelihood():
 
 
 def test_two_models_are_apart_by_the_logit_of_the_share_that_one_wins():
-    assert np.diff(scores(np.array([[0, 1], [10, 0]])))[0] == pytest.approx(400)  # 10 to 1, base 10
+    # Odds of 10 to 1 are 400 points.
+    assert np.diff(scores(np.array([[0, 1], [10, 0]])))[0] == pytest.approx(400)
     assert scores(np.array([[0, 5], [5, 0]])) == pytest.approx([0, 0])
 
 
@@ -59,9 +60,8 @@ def test_a_lopsided_table_is_fitted_too():
     table = np.array([[0, 1, 0.5], [999, 0, 1], [0, 5000, 0]])
     given = scores(table)
     chance = 1 / (1 + 10 ** ((given[None] - given[:, None]) / 400))
-    assert table.sum(1) == pytest.approx(
-        (((table + table.T) * chance).sum(1)), rel=1e-6
-    )  # each wins as often as its score says
+    # Each model's expected number of wins equals its actual number.
+    assert table.sum(1) == pytest.approx((((table + table.T) * chance).sum(1)), rel=1e-6)
 
 
 def test_standings_hold_the_truth_in_their_intervals_and_come_best_first():
@@ -78,7 +78,7 @@ def test_standings_hold_the_truth_in_their_intervals_and_come_best_first():
 
 
 def test_intervals_cover_as_often_as_they_say():
-    """Of two models without ties, over many sets of votes: the truth lies within in about 95%."""
+    """For two models without ties, about 95% of the intervals contain the true score."""
     truth = {"a": -40.0, "b": 40.0}
     inside = 0
     for seed in range(60):
@@ -90,7 +90,10 @@ def test_intervals_cover_as_often_as_they_say():
 
 
 def test_intervals_cover_as_often_as_they_say_where_raters_agree_on_a_picture():
-    """Two equal models, and five raters of each pair who nearly always say the same: not five times as much is known."""
+    """Two equal models and five raters for each pair, who nearly always agree.
+
+    Five such votes are less informative than five independent ones.
+    """
     inside = 0
     for seed in range(60):
         random = np.random.default_rng(seed)
@@ -106,7 +109,10 @@ def test_intervals_cover_as_often_as_they_say_where_raters_agree_on_a_picture():
 
 
 def test_an_interval_is_open_where_votes_say_no_more():
-    """99 wins to 1: of the draws more than a third have no loss at all, and how far above the model is cannot be said."""
+    """With 99 wins to 1, more than a third of the resampled sets of votes have no loss.
+
+    The upper end of the winner's interval is therefore infinite.
+    """
     votes = [Vote("a", "b", 1.0)] * 99 + [Vote("b", "a", 1.0)]
     found = standings(votes)
     assert (

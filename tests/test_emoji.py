@@ -1,4 +1,4 @@
-"""The default corpus, from the real packages."""
+"""The default emoji corpus, built from the real packages."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def samples(folder):
 
 @pytest.fixture(scope="module")
 def rows(emoji_corpus):
-    """The samples of each split."""
+    """Samples by split."""
     return {split: samples(emoji_corpus[0] / split) for split in SPLITS}
 
 
@@ -44,7 +44,7 @@ def names(emoji_corpus):
 
 
 def pack(folder, version, icons):
-    """A tarball of Mozilla's set in a folder, with these icons and no code points."""
+    """Write a tarball of Mozilla's set to a folder, with these icons and no code points."""
     with tarfile.open(folder / f"iconify-json-fxemoji-{version}.tgz", "w:gz") as tar:
         for name, content in {"icons.json": icons, "chars.json": {}}.items():
             member, data = tarfile.TarInfo(f"package/{name}"), json.dumps(content).encode()
@@ -54,7 +54,7 @@ def pack(folder, version, icons):
 
 @pytest.fixture
 def small_set(emoji_corpus, tmp_path):
-    """A folder of packages with the real names, and a set of another version with six pictures."""
+    """A folder of packages: the real names, and another version of a set, with six pictures."""
     folder = tmp_path / "packages"
     folder.mkdir()
     for path in (emoji_corpus[0] / ".packages").glob("*emoji*.tgz"):
@@ -141,9 +141,8 @@ def test_a_rendered_picture_keeps_its_transparency(rows):
 @pytest.mark.slow
 def test_people_of_a_skin_tone_have_a_split_of_their_own_and_a_caption_that_says_it(rows):
     assert all(f"{sample.meta['tone']} skin tone" in sample.captions[0] for sample in rows["tones"])
-    assert {sample.meta["group"] for sample in rows["tones"]} == {
-        "People & Body"
-    }  # and no "police car light"
+    # The "light" in "police car light" is no skin tone.
+    assert {sample.meta["group"] for sample in rows["tones"]} == {"People & Body"}
     assert not any("tone" in sample.meta for sample in rows["train"])
     wave = next(
         sample for sample in rows["tones"] if sample.key == "flat-icon-waving-hand-medium-dark"
@@ -331,7 +330,7 @@ def test_without_npm_the_remedies_are_named(tmp_path, monkeypatch):
 def test_an_npm_that_reaches_no_registry_is_said_in_one_sentence_and_leaves_nothing(
     tmp_path, monkeypatch
 ):
-    """The real npm, pointed at a port where nobody listens."""
+    """The real npm, with a registry on a port without a listener."""
     monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9")
     monkeypatch.setenv("npm_config_fetch_retries", "0")
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Generated pictures beside real ones: the same figures however often it is begun, what they mean, and sweeps over guidance."""
+"""Evaluation of generated pictures: reproducible and correct figures, and guidance sweeps."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def clip(tiny_weights):
 
 
 class Published(torch.nn.Module):
-    """The interface of the published Inception file, with a network of random numbers behind it."""
+    """A module with the interface of the published Inception file and random weights."""
 
     def __init__(self):
         super().__init__()
@@ -72,7 +72,10 @@ def inception(tmp_path_factory):
 
 
 def distinct(count, size=24, seed=0):
-    """Pictures of which no two are alike, or none would be nearer to another than its neighbours are."""
+    """Pictures of noise, all different.
+
+    Duplicates have a nearest-neighbour distance of 0, so no other picture would count as near.
+    """
     draws = np.random.default_rng(seed)
     return [
         Sample(
@@ -135,9 +138,9 @@ def test_begun_again_it_says_the_same_to_the_last_digit_and_looks_only_at_what_i
         )
 
     first, looks = again(str(tmp_path / "a")), []
-    assert again(f"{s3}/evaluated") == first  # anew, elsewhere
+    assert again(f"{s3}/evaluated") == first  # computed again in another folder
     assert again(str(tmp_path / "a"), looks) == first and not looks
-    (tmp_path / "a" / FIGURES).unlink()  # as a kill before the end leaves it
+    (tmp_path / "a" / FIGURES).unlink()  # as after a kill before the end
     (tmp_path / "a" / REFERENCE).write_bytes(b"half")
     (tmp_path / "a" / "features" / "reference-clip.parquet").write_bytes(b"half")
     assert again(str(tmp_path / "a"), looks) == first and looks == [f"looking at {held_out}"]
@@ -289,7 +292,7 @@ def test_pictures_without_captions_have_no_clip_score_and_all_other_figures(
 def test_killed_at_a_random_point_and_submitted_again_a_sweep_has_the_same_figures(
     drawn_corpus, tiny_weights, tmp_path
 ):
-    """The one that is killed has a Ray of its own."""
+    """The killed process starts its own Ray cluster."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
     def arguments(out):
@@ -410,13 +413,14 @@ def test_what_is_left_out_of_the_reference_changes_the_filtered_distance_only(
     assert {name: filtered[name] for name in plain} == plain and filtered[
         "filtered_frechet_distance"
     ] != plain["frechet_distance"]
+    # An empty list of images to leave out.
     nothing = evaluate(
         {"made": str(tmp_path / "made")},
         str(drawn_corpus / "train"),
         str(tmp_path / "out"),
         Judges(clip),
         [],
-    )  # was to be left out
+    )
     assert nothing["sets"]["made"]["filtered_frechet_distance"] == pytest.approx(
         plain["frechet_distance"]
     )
@@ -438,7 +442,7 @@ def test_networks_see_centred_squares_no_larger_than_the_pictures_that_are_compa
             return np.array([[*picture.size] for picture in pictures], np.float32)
 
     wide = Image.new("RGB", (90, 60), "white")
-    wide.paste("red", (0, 0, 15, 60))  # outside of the centred square
+    wide.paste("red", (0, 0, 15, 60))  # outside the centred square
     assert Squares(Sizes(), 32).images([wide, Image.new("RGB", (20, 30))]).tolist() == [
         [32, 32],
         [20, 20],

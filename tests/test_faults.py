@@ -1,4 +1,7 @@
-"""What breaks in a month of training: hung workers, lost nodes, preemption, full disks, object stores that err. The run goes on by itself."""
+"""Faults during a long training run, after which it must continue by itself.
+
+Hung workers, lost nodes, preemption, full disks and failing object stores.
+"""
 
 import json
 import os
@@ -47,12 +50,12 @@ def losses(path):
     return {row["step"]: row["loss"] for row in read_metrics(path) if "loss" in row}
 
 
-# -- keeping checkpoints ----------------------------------------------------------------------------------------------
+# -- checkpoints -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["local", "s3"])
 def place(request, tmp_path):
-    """A run's folder, and a keeper's maker."""
+    """The folder of a run, on the local disk or on S3."""
     return (
         str(tmp_path / "run")
         if request.param == "local"
@@ -92,9 +95,8 @@ def test_the_last_checkpoints_and_every_so_many_are_kept(place):
     folder = fetch(whole[-1])
     assert (folder / "part.0.safetensors").read_bytes() == b"100" * 1000
     verify(folder)
-    assert (
-        len({file.rpartition("/")[0] for file in storage.list_files(place, ("",))}) == 4
-    )  # nothing is left of the others
+    # No file of the deleted checkpoints is left.
+    assert len({file.rpartition("/")[0] for file in storage.list_files(place, ("",))}) == 4
 
 
 def test_what_a_killed_upload_has_left_is_no_checkpoint_and_is_swept_up(place, request):
@@ -132,7 +134,7 @@ def test_a_checkpoint_that_was_changed_since_is_found_out(tmp_path):
 
 
 def test_training_goes_on_while_a_part_is_uploaded(s3, s3_faults, monkeypatch):
-    """The upload hangs until told otherwise; saving does not wait for it, the next saving does."""
+    """Saving does not wait for a hanging upload; the next save does."""
     go, put = threading.Event(), storage.put
 
     def slow(data, path, sha256=None):
@@ -185,16 +187,20 @@ from test_faults import keeper, write, Checkpoints
 made, told, committed = keeper(sys.argv[2], keep_last=1)
 for step, size in ((1, 400_000), (2, 3_000_000), (3, 400_000)):
     made.save(step, write(b"x" * size))
-print(made.finish(), committed, told, [checkpoint.step for checkpoint in Checkpoints(sys.argv[2]).whole()])
+print(made.finish(), committed, told, \
+[checkpoint.step for checkpoint in Checkpoints(sys.argv[2]).whole()])
 print(sorted(path.name for path in (Path(sys.argv[2]) / "checkpoints").iterdir()))
 """
 
 
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(tmp_path):
-    """On a file system of one mebibyte, in a mount namespace of its own."""
+    """On a file system of 1 MiB, in a separate mount namespace."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "script.py").write_text(FULL_DISK)
-    mount = f"mount -t tmpfs -o size=1m none {tmp_path}/disk && exec {sys.executable} {tmp_path}/script.py {Path(__file__).parent} {tmp_path}/disk"
+    mount = (
+        f"mount -t tmpfs -o size=1m none {tmp_path}/disk && exec {sys.executable} "
+        f"{tmp_path}/script.py {Path(__file__).parent} {tmp_path}/disk"
+    )
     done = subprocess.run(
         ["unshare", "-Urm", "sh", "-c", mount], capture_output=True, text=True, check=False
     )
@@ -208,7 +214,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(tmp_path):
     assert left == "['000000003-start']"
 
 
-# -- before step 1 ----------------------------------------------------------------------------------------------------
+# -- before step 1 ---------------------------------------------------------------------------------
 
 
 def test_storage_that_cannot_be_written_is_found_before_anything_starts(drawn_corpus, tmp_path, s3):
@@ -217,19 +223,20 @@ def test_storage_that_cannot_be_written_is_found_before_anything_starts(drawn_co
     for out in (tmp_path / "file" / "run", "s3://no-such-bucket/run"):
         with pytest.raises(
             UserError,
-            match=f"Nothing can be written to {out} .*; give another folder, or the rights to this one",
+            match=f"Nothing can be written to {out} .*; "
+            "give another folder, or the rights to this one",
         ):
             train(preset(drawn_corpus, "steps=2"), out, progress=False)
     assert time.monotonic() - began < 10
 
 
-# -- workers ----------------------------------------------------------------------------------------------------------
+# -- workers ---------------------------------------------------------------------------------------
 
 
 def test_a_process_that_makes_no_progress_is_told_of_and_ended():
     said, ended = [], threading.Event()
     watchdog = Watchdog(0.4, said.append, ended.set)
-    assert not ended.wait(0.8)  # nothing has begun
+    assert not ended.wait(0.8)  # no deadline before the first beat
     for step in range(4):
         watchdog.beat(f"step {step}")
         assert not ended.wait(0.2)
@@ -244,9 +251,8 @@ def test_a_process_that_makes_no_progress_is_told_of_and_ended():
     assert ended.is_set() and len(said) == 1
 
 
-KILLS = int(
-    os.environ.get("GLIDE_TEST_KILLS", 1)
-)  # each costs some 15 seconds until the workers are back
+# Each kill costs some 15 seconds until the workers are back.
+KILLS = int(os.environ.get("GLIDE_TEST_KILLS", 1))
 EVERY = 4  # steps between checkpoints
 
 
@@ -259,7 +265,10 @@ def workers():
 
 
 def strike(out, steps, draws, struck):
-    """SIGKILL, and the last time SIGSTOP, to a random worker at each of the steps, once the workers have gone on from the time before."""
+    """Send SIGKILL, the last time SIGSTOP, to a random worker at each of the steps.
+
+    Waits each time until the run has resumed after the previous signal.
+    """
 
     def read(name):
         return (out / name).read_text() if (out / name).exists() else ""
@@ -267,7 +276,7 @@ def strike(out, steps, draws, struck):
     lines = 0
     for number, target in enumerate(steps):
         while True:
-            # Metrics of the step before may come late: only the log says that the run goes on.
+            # Metrics of earlier steps may arrive late, so only the log shows that the run resumed.
             resumed = read("events.log").count("the run goes on with") == number
             written = [json.loads(line)["step"] for line in read("metrics.jsonl").splitlines()]
             if resumed and len(written) > lines and written[-1] >= target and (found := workers()):
@@ -284,7 +293,7 @@ def strike(out, steps, draws, struck):
 def test_workers_that_are_killed_or_hang_at_random_steps_change_nothing_but_the_time(
     drawn_corpus, s3, tmp_path
 ):
-    """Every loss is that of the undisturbed run, so every batch came once. Then the run goes on with other workers and another ZeRO stage."""
+    """Every loss equals that of the undisturbed run, so every batch is used exactly once."""
     settings = [
         "steps=40",
         "evaluate_every=40",
@@ -312,7 +321,8 @@ def test_workers_that_are_killed_or_hang_at_random_steps_change_nothing_but_the_
     costs = [
         int(again)
         for again in re.findall(
-            r"the run goes on with 2 workers from step \d+: (\d+) steps? to be done again, \d+ s without a step",
+            r"the run goes on with 2 workers from step \d+: (\d+) steps? to be done again, "
+            r"\d+ s without a step",
             log,
         )
     ]
@@ -322,13 +332,13 @@ def test_workers_that_are_killed_or_hang_at_random_steps_change_nothing_but_the_
         here[step] for step in sorted(there)
     ] == pytest.approx([there[step] for step in sorted(there)], rel=1e-4)
     assert result.last_held_out == pytest.approx(undisturbed.last_held_out, rel=1e-4)
-    # Those since the last checkpoint; one that was on its way when the worker died does not count.
+    # Steps since the last checkpoint are repeated; one still being written at the kill is lost.
     again = sum('"loss"' in line for line in (out / "metrics.jsonl").read_text().splitlines()) - 40
     assert again <= (KILLS + 1) * 2 * EVERY and max(costs) <= 2 * EVERY
 
 
 def spoil(path):
-    """Other bytes in an object, beside what was said of them when it was put there."""
+    """Change the last byte of an object and keep its metadata, which has the original checksum."""
     client, (bucket, _, key) = boto3.client("s3"), path.removeprefix("s3://").partition("/")
     there = client.get_object(Bucket=bucket, Key=key)
     client.put_object(
@@ -341,7 +351,7 @@ def spoil(path):
 def test_a_run_on_s3_goes_on_with_other_workers_another_stage_and_another_learning_rate(
     drawn_corpus, s3, s3_faults, tmp_path
 ):
-    """The store answers 503 and breaks connections off while checkpoints are written, and then spoils the last one."""
+    """S3 answers 503 and resets connections while checkpoints are written; the last is damaged."""
     out = f"{s3}/run"
     settings = ["steps=4", "evaluate_every=4", "checkpoint_every=2"]
     s3_faults.answer_503("run/checkpoints", times=3)
@@ -385,7 +395,7 @@ def test_a_run_on_s3_goes_on_with_other_workers_another_stage_and_another_learni
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_run_shrinks_with_its_nodes_and_grows_again_and_is_the_same_run(drawn_corpus, tmp_path):
-    """A node lost, one more, one drained: each loss is that of one undisturbed process."""
+    """One node is lost, one added, one drained; all losses equal those of an undisturbed run."""
     out = tmp_path / "run"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Content filters (app. F.1): the SVM and its bias, which rows are asked about, the loop of labels, and what is left of a corpus."""
+"""Content filters (app. F.1 of the paper): SVM and bias, choice of rows to label, filtering."""
 
 import csv
 import json
@@ -55,7 +55,7 @@ RED = "a red "
 
 
 def clouds(count=400, apart=2.0, rare=0.25, seed=0):
-    """Points of two kinds: features (N, 8), labels (N,) bool, groups (N,)."""
+    """Two overlapping Gaussian clusters: features (N, 8), labels (N,) bool, groups (N,)."""
     draws = np.random.default_rng(seed)
     labels = draws.random(count) < rare
     return (
@@ -65,7 +65,7 @@ def clouds(count=400, apart=2.0, rare=0.25, seed=0):
     )
 
 
-# -- the filter -------------------------------------------------------------------------------------------------------
+# -- filter ----------------------------------------------------------------------------------------
 
 
 def test_a_saved_filter_scores_as_scikit_learn_s_svm_does_less_the_threshold(tmp_path):
@@ -88,7 +88,10 @@ def test_a_file_that_is_no_filter_is_refused_and_nothing_in_it_is_run(tmp_path, 
 
 
 def test_out_of_fold_scores_come_from_svms_that_saw_nothing_of_the_row_s_group():
-    """Noise in pairs of twins: an SVM that has seen one twin knows the other, one that has not knows nothing."""
+    """Noise in pairs of equal rows with equal labels.
+
+    An SVM that has seen one row of a pair predicts the other; one that has not is at chance.
+    """
     draws = np.random.default_rng(0)
     features, labels = (
         np.repeat(draws.normal(size=(60, 16)), 2, axis=0),
@@ -118,18 +121,25 @@ def test_the_interval_is_clopper_and_pearson_s():
 
 
 def test_with_enough_positives_the_threshold_keeps_its_promise_whatever_their_distribution():
-    """In 95 of 100 draws and more, less than 1% of the distribution lies below. Its tail is heavy: a normal bound would fail."""
+    """In at least 95% of draws, less than 1% of the distribution lies below the threshold.
+
+    The distribution has a heavy tail, for which a normal bound would fail.
+    """
     kept = 0
     for seed in range(200):
         positives = np.random.default_rng(seed).standard_t(2, 1000)
         threshold = tuned_threshold(positives, 0.01)
-        assert (positives < threshold).sum() <= 5  # the most of 1,000 whose bound stays under 1%
+        # The largest count out of 1,000 whose upper confidence bound is below 1%.
+        assert (positives < threshold).sum() <= 5
         kept += scipy.stats.t(2).cdf(threshold) < 0.01
     assert kept >= 190 - 3 * (200 * 0.95 * 0.05) ** 0.5
 
 
 def test_with_few_positives_the_threshold_is_their_normal_tolerance_bound():
-    """The factor for ten values, 99% and 95%, is 3.981 (NIST handbook, 7.2.6.3; ISO 16269-6)."""
+    """The tolerance factor for ten values, coverage 99% and confidence 95%, is 3.981.
+
+    Source: NIST handbook, 7.2.6.3; ISO 16269-6.
+    """
     positives = np.random.default_rng(0).normal(3, 2, 10)
     assert tuned_threshold(positives, 0.01) == pytest.approx(
         positives.mean() - 3.981 * positives.std(ddof=1), abs=2e-3
@@ -140,7 +150,7 @@ def test_with_few_positives_the_threshold_is_their_normal_tolerance_bound():
     )
 
 
-# -- questions -------------------------------------------------------------------------------------
+# -- choice of rows to label -----------------------------------------------------------------------
 
 
 def pool_of(features, groups, likeness=None):
@@ -249,14 +259,13 @@ def test_labels_survive_the_csv_and_what_a_person_writes_is_understood(tmp_path)
         ContentError, match="l.csv, line 3: the label 'maybe' is neither 1 .* nor 0"
     ):
         read_labels(tmp_path / "l.csv")
-    (tmp_path / "l.csv").write_text(
-        "row,label,caption\na#1,1,piñata\n", encoding="cp1252"
-    )  # as spreadsheets save it
+    # The encoding of some spreadsheet programs.
+    (tmp_path / "l.csv").write_text("row,label,caption\na#1,1,piñata\n", encoding="cp1252")
     with pytest.raises(ContentError, match="l.csv is not text in UTF-8"):
         read_labels(tmp_path / "l.csv")
 
 
-# -- features ---------------------------------------------------------------------------------------------------------
+# -- features --------------------------------------------------------------------------------------
 
 
 def test_three_crops_are_the_ends_and_the_middle_of_the_longer_side():
@@ -278,7 +287,7 @@ def test_three_crops_are_the_ends_and_the_middle_of_the_longer_side():
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A CLIP that never saw noise, its weights drawn."""
+    """A CLIP that was not trained on noised images, with random weights."""
     torch.manual_seed(1)
     config = tiny_clip("model.clip.noised=false").model
     path = tmp_path_factory.mktemp("clip") / "clip.safetensors"
@@ -327,20 +336,19 @@ def test_a_public_clip_on_s3_is_fetched_once_and_gives_the_same_features(s3, pub
     )
 
 
-# -- the loop, and what is left ---------------------------------------------------------------------------------------
+# -- labelling loop and filtering ------------------------------------------------------------------
 
 
 def is_red(candidate):
     return candidate.captions[0].startswith(RED)
 
 
-TRUTH = users_rules(["test_filter:is_red"])[
-    "against the rule test_filter:is_red"
-]  # sent to Ray's workers as a user's is
+# Loaded by name and sent to Ray's workers like a user's rule.
+TRUTH = users_rules(["test_filter:is_red"])["against the rule test_filter:is_red"]
 
 
 def answer(path, right=lambda caption: caption.startswith(RED)):
-    """What a person does: write a label beside each row that has none."""
+    """Write a label for each unlabelled row, as a person would."""
     rows = list(csv.DictReader(open(path)))
     for row in rows:
         row["label"] = row["label"] or str(int(right(row["caption"])))
@@ -353,7 +361,7 @@ def answer(path, right=lambda caption: caption.startswith(RED)):
 
 @pytest.fixture(scope="module")
 def varied_corpus(tmp_path_factory):
-    """240 drawings, each with some noise of its own, in 4 shards."""
+    """240 drawings with different noise, in 4 shards."""
     from dataclasses import replace
 
     from glide_ray.data.images import decode, encode
@@ -571,8 +579,8 @@ def test_the_commands_say_what_they_did_and_what_is_to_be_done_next(
     ]
     assert main(fit_red) == 0
     assert (
-        "0 rows are labelled; 40 more are in runs/filters/red/labels.csv, their pictures in runs/filters/red/sheet.png"
-        in capsys.readouterr().out
+        "0 rows are labelled; 40 more are in runs/filters/red/labels.csv, "
+        "their pictures in runs/filters/red/sheet.png" in capsys.readouterr().out
     )
     assert main(fit_red) == 2 and "have no label yet" in capsys.readouterr().err
     answer("runs/filters/red/labels.csv")
@@ -588,7 +596,8 @@ def test_the_commands_say_what_they_did_and_what_is_to_be_done_next(
     [
         (
             ["fit", "x", "--clip", "nowhere.safetensors"],
-            "There is no weights file nowhere.safetensors; train one with `glide train nano-plain-clip`",
+            "There is no weights file nowhere.safetensors; "
+            "train one with `glide train nano-plain-clip`",
         ),
         (["fit", "x", "--set", "lables=3"], "There is no setting 'lables'; did you mean 'labels'?"),
         (["fit", "x", "--truth", "nowhere:f"], "--truth nowhere:f: the module cannot be imported"),

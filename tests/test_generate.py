@@ -1,4 +1,4 @@
-"""Pictures in bulk: each prompt has one, made once, wherever and however often the job is submitted."""
+"""Bulk generation: one picture for each prompt, made once however often the job is submitted."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from glide_ray.sampling.cascade import Cascade
 from glide_ray.sampling.recipe import read_recipe
 
 OPTIONS = SampleOptions(steps=2, upsampler_steps=1)
-PROMPTS = int(os.environ.get("GLIDE_TEST_PROMPTS", 200))  # of the job that is killed
+PROMPTS = int(os.environ.get("GLIDE_TEST_PROMPTS", 200))  # number in the job that is killed
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,8 @@ def test_each_prompt_has_the_picture_that_the_cascade_makes_of_it_alone(
         alone = cascade.generate([line["text"]], [line["seed"]], OPTIONS)[0]
         assert np.array_equal(alone, pixels(tmp_path / "out" / line["file_name"]))
         assert read_recipe(tmp_path / "out" / line["file_name"])[0].prompt == line["text"]
-    rows = [
-        sample for part in find_parts(tmp_path / "out") for sample in read_part(part)
-    ]  # what was made is a corpus
+    # The output folder is a corpus.
+    rows = [sample for part in find_parts(tmp_path / "out") for sample in read_part(part)]
     assert [sample.captions for sample in rows] == [(line["text"],) for line in index]
 
 
@@ -73,7 +72,7 @@ def test_only_what_is_missing_is_made_again(config, prompts, tmp_path):
     files = sorted(out.rglob("*.png"))
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
     files[3].unlink()
-    (out / "00000" / ".000000009.png.abc.partial").write_bytes(b"half")  # as a kill leaves it
+    (out / "00000" / ".000000009.png.abc.partial").write_bytes(b"half")  # as after a kill
     assert generate(prompts, str(out), config).made == 1
     assert {file: file.read_bytes() for file in sorted(out.rglob("0*.png"))} == {
         file: data for file, (_, data) in before.items()
@@ -145,11 +144,11 @@ def test_a_prompt_file_says_which_seeds_it_likes(tmp_path):
         (2, "b", 102),
         (3, "b", 103),
     ]
-    path.write_text('\ufeff{"prompt": "a\\ud800b"}')  # as Windows saves it; and half of a pair
+    # A byte order mark, as Windows writes it, and an unpaired surrogate.
+    path.write_text('\ufeff{"prompt": "a\\ud800b"}')
     assert [one.prompt for one in read_prompts(str(path), 0)] == ["a?b"]
-    path.write_text(
-        '{"prompt": "a\u2028b\x85c"}\r\n{"prompt": "d"}\n'
-    )  # marks at which Python breaks lines, and JSON does not
+    # Characters at which Python's splitlines breaks lines, but JSON Lines does not.
+    path.write_text('{"prompt": "a\u2028b\x85c"}\r\n{"prompt": "d"}\n')
     assert [one.prompt for one in read_prompts(str(path), 0)] == ["a\u2028b\x85c", "d"]
 
 
@@ -223,7 +222,7 @@ def test_a_job_that_is_killed_and_submitted_again_leaves_one_picture_for_each_pr
         time.sleep(0.05)
     below = psutil.Process(first.pid).children(recursive=True)
     first.send_signal(signal.SIGKILL)
-    for process in below:  # a machine that goes down takes Ray with it
+    for process in below:  # a failing machine takes Ray's processes with it
         if process.is_running():
             process.kill()
     first.wait()

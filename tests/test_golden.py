@@ -1,4 +1,7 @@
-"""Agreement with the released implementation, on the numbers in tests/golden (its README says what each file holds)."""
+"""Agreement with the released implementation on the numbers in tests/golden.
+
+The README there describes each file.
+"""
 
 import json
 from pathlib import Path
@@ -69,7 +72,7 @@ def worst(a, b):
     return (a - b).abs().max().item()
 
 
-# -- models -----------------------------------------------------------------------------------------------------------
+# -- models ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -86,7 +89,7 @@ def test_the_unet_gives_the_released_output(form):
     assert worst(torch.cat([output.eps, output.variance], 1), given["output"]) <= TOLERANCE
 
 
-# -- schedules and losses ---------------------------------------------------------------------------------------------
+# -- schedules and losses --------------------------------------------------------------------------
 
 
 def test_every_respacing_keeps_the_released_timesteps():
@@ -124,7 +127,7 @@ def test_noising_and_the_hybrid_loss_are_the_released_ones(name):
         assert worst(ours, given[theirs]) <= TOLERANCE, theirs
 
 
-# -- samplers ---------------------------------------------------------------------------------------------------------
+# -- samplers --------------------------------------------------------------------------------------
 
 TRAJECTORIES = sorted(
     path.name
@@ -136,12 +139,12 @@ RELEASED_SCHEDULES = {"squaredcos_cap_v2": "cosine", "linear": "linear"}
 
 @pytest.mark.parametrize("name", TRAJECTORIES)
 def test_every_step_of_a_released_trajectory_is_reproduced(name):
-    """Each step from the released state before it, with the released noise.
+    """Each step starts from the released previous state and uses the released noise.
 
-    The bound is 2e-5 on the network's guided eps and on values of size 1. What a step makes of eps is that times its
-    derivative, which near t = T is large by the mathematics (1/sqrt(alpha_bar) reaches 20,000 on the cosine schedule), and
-    the gradient-guided DDIM file holds values in the thousands. On the seven other files the images agree within 2e-5 as
-    they are.
+    The tolerance is 2e-5 for the network's guided eps and for values of size 1. A step scales an
+    error of eps by its derivative with respect to eps, which is large near t = T
+    (1/sqrt(alpha_bar) reaches 20,000 on the cosine schedule), and the file of gradient-guided DDIM
+    has values in the thousands. In the other seven files the images agree within 2e-5 unscaled.
     """
     given, meta = read(name)
     schedule = respace(make_schedule(RELEASED_SCHEDULES[meta["schedule"]]), meta["respacing"])
@@ -228,7 +231,7 @@ def _denoiser(model, given, scale):
     return classifier_free(paired, torch.full((len(tokens),), scale))
 
 
-# -- tokens -----------------------------------------------------------------------------------------------------------
+# -- tokens ----------------------------------------------------------------------------------------
 
 
 def test_captions_become_the_released_tokens():
@@ -239,11 +242,14 @@ def test_captions_become_the_released_tokens():
         assert sum(encoded.mask) == row["mask_true"]
 
 
-# -- noised CLIP ------------------------------------------------------------------------------------------------------
+# -- noised CLIP -----------------------------------------------------------------------------------
 
 
 def golden_clip():
-    """Computed once with the released encoders on drawn weights: the release draws only some of their parameters."""
+    """A noised CLIP and reference values computed once with the released encoders.
+
+    All weights are random: the release initialises only some of the parameters randomly.
+    """
     state, _ = read("clip.weights.safetensors")
     given, meta = read("clip.forward.safetensors")
     layers, embedding = int(meta["layers"]), int(meta["embed_dim"])

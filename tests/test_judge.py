@@ -1,4 +1,4 @@
-"""The judge of pictures: its measurements, its classifiers, and the accuracy that it reports."""
+"""The judge of pictures: measurements, classifiers, and the accuracy that it reports."""
 
 from dataclasses import replace
 
@@ -232,7 +232,7 @@ def test_degraded_pictures_are_still_recognised(judge, cases):
 
 
 def test_pictures_of_other_prompts_are_judged_wrong(judge, cases):
-    """Each prompt is shown the picture of one that asks for something else."""
+    """Each prompt is judged with a picture made for a prompt that asks for something else."""
     asked = {
         BACKGROUND: (ON, lambda case: case.labels["background"]),
         COLOUR: (IN, lambda case: case.labels["colour"]),
@@ -270,7 +270,7 @@ def test_noise_shows_nothing_that_was_asked_for(judge, cases):
             for of_, verdict in verdicts
             if of_ == category
         ]
-        assert np.mean(shares) < 0.6, category  # chance, among few things and counts
+        assert np.mean(shares) < 0.6, category  # chance level with few things and counts
 
 
 def test_an_empty_hole_shows_nothing(judge, cases):
@@ -298,7 +298,7 @@ def test_a_style_that_is_added_later_is_told_from_the_others(judge, cases):
     assert "outline" not in knowing.style_of([case.picture for case in new])
 
 
-# -- what it says of itself ------------------------------------------------------------------------
+# -- reported accuracy -----------------------------------------------------------------------------
 
 
 def test_it_is_judged_on_held_out_pictures_first_and_says_what_it_cannot_measure(corpus, judge):
@@ -335,7 +335,7 @@ def test_what_was_saved_judges_the_same(judge, cases, tmp_path):
             again.verdicts(cases, pictures), judge.verdicts(cases, pictures), strict=True
         )
     ]
-    assert np.mean(agree) > 0.98  # of 16 bits, and of 32
+    assert np.mean(agree) > 0.98  # 16-bit weights from the file against 32-bit weights
 
 
 def test_a_file_that_is_no_judge_is_refused_in_a_sentence(tmp_path):

@@ -1,4 +1,7 @@
-"""What a GPU's inference is made of. Without a GPU Triton interprets the kernels, and what needs CUDA itself is left out."""
+"""Kernels and CUDA graphs of inference on a GPU.
+
+Without a GPU, Triton interprets the kernels, and the tests that need CUDA itself are skipped.
+"""
 
 from dataclasses import replace
 
@@ -35,7 +38,7 @@ def images(*shape, mean=0.0, spread=1.0):
 
 
 def config_of(name):
-    """The preset in little, every kind of block in it."""
+    """A small version of the preset that has every kind of block."""
     config = presets.get(name).model
     unet = config.unet.model_copy(
         update={
@@ -62,7 +65,7 @@ def config_of(name):
     ],
 )
 def test_a_fused_normalisation_is_pytorchs_in_float64(monkeypatch, shape, groups, resample, whole):
-    """Also where the mean is far from 0, groups are no power of two wide, and images are no power of two large."""
+    """Includes means far from 0, and group widths and image sizes that are not powers of two."""
     if not whole:
         monkeypatch.setattr(kernels, "WHOLE", 0)
     torch.manual_seed(0)
@@ -140,11 +143,11 @@ def test_a_fused_network_is_the_plain_one_but_for_rounding(name):
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
-# -- on a GPU ---------------------------------------------------------------------------------------------------------
+# -- on a GPU --------------------------------------------------------------------------------------
 
 
 def requests(config, count):
-    """Different captions, some without guidance and some with fewer steps."""
+    """Requests with different captions, samplers and steps; some without guidance."""
     conditioning = example_conditioning(config, count)
     conditioning = replace(
         conditioning, tokens=torch.arange(count)[:, None].expand_as(conditioning.tokens) + 5
@@ -164,7 +167,10 @@ def requests(config, count):
 @needs_gpu
 @pytest.mark.parametrize("name", ["nano-base", "nano-upsampler", "nano-base-inpaint"])
 def test_a_gpus_graphs_give_what_the_cpu_gives(name):
-    """Samples of different lengths, samplers and guidance that come and leave, and a second round with other captions in the same graphs."""
+    """Samples of different lengths, samplers and guidance scales join and leave.
+
+    A second round uses other captions with the same CUDA graphs.
+    """
     config = config_of(name)
     torch.manual_seed(0)
     model = random_model(config, torch.float32)

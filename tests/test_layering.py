@@ -1,5 +1,7 @@
-"""The order of the rooms: a module imports only from its own room and from those above it in `ROOMS`.
-Read from the syntax trees, so nothing is imported here."""
+"""Import order: a module imports only from its own subpackage and from those above in `ROOMS`.
+
+Imports are read from syntax trees, so nothing is imported here.
+"""
 
 import ast
 import subprocess
@@ -9,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Rooms of one line do not import each other.
+# From low-level to high-level. Subpackages on the same line do not import each other.
 ROOMS = [
     "errors",
     "config storage tensors precision",
@@ -42,7 +44,7 @@ MODULES = {
 
 
 def imports(path, module):
-    """Absolute names of all that a file imports, wherever in it the import stands."""
+    """Absolute names of everything that a file imports, including imports inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -113,7 +115,7 @@ def test_the_package_names_its_public_parts_and_loads_no_torch_before_their_use(
 
 
 def test_the_core_runs_where_ray_and_deepspeed_are_not_installed(tmp_path):
-    """In a process in which importing either fails."""
+    """Run in a process in which importing either package fails."""
     script = tmp_path / "core.py"
     core = sorted(
         module

@@ -1,4 +1,4 @@
-"""Measures of features, against independent implementations and closed forms."""
+"""Metrics of image features, against independent implementations and closed forms."""
 
 import numpy as np
 import pytest
@@ -94,9 +94,10 @@ def test_the_distance_read_off_at_endlessly_many_samples_is_nearer_to_the_truth(
 
 def test_the_distance_of_fewer_images_than_features_is_that_of_their_moments(draws):
     made, reference = features(draws, 30), Moments.of(features(draws, 500, shift=0.2))
+    # Square roots of rounding errors limit the agreement of the two formulas.
     assert metrics._from_rows(made.astype(np.float64), reference) == pytest.approx(
         metrics.frechet_distance(Moments.of(made), reference), rel=1e-6
-    )  # roots of rounding, both ways
+    )
 
 
 def test_kid_is_that_of_torchmetrics_and_has_no_bias(draws):
@@ -128,13 +129,13 @@ def test_cmmd_is_its_definition_and_nothing_for_a_set_with_itself(draws):
 
 @pytest.mark.parametrize(("count", "shift", "k"), [(300, 0.0, 3), (300, 0.3, 3), (200, 1.0, 5)])
 def test_precision_and_recall_are_exactly_those_of_prdc(draws, monkeypatch, count, shift, k):
-    monkeypatch.setattr(metrics, "ROWS", 70)  # in several blocks
+    monkeypatch.setattr(metrics, "ROWS", 70)  # splits the rows into several blocks
     real, made = features(draws, count, 8), features(draws, count + 50, 8, shift)
     theirs = compute_prdc(real.astype(np.float64), made.astype(np.float64), nearest_k=k)
     assert metrics.precision_recall(real, made, k) == (theirs["precision"], theirs["recall"])
 
 
-def test_the_inception_score_is_the_number_of_classes_for_sure_and_even_answers_and_one_for_vague_ones():
+def test_inception_score_is_the_class_count_for_sure_balanced_answers_and_one_for_vague_ones():
     sure = np.eye(10)[np.arange(1000) % 10]
     assert metrics.inception_score(sure) == pytest.approx((10, 0), abs=1e-6)
     assert metrics.inception_score(np.full((100, 10), 0.1)) == pytest.approx((1, 0), abs=1e-9)

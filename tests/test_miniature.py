@@ -1,4 +1,4 @@
-"""The paper in miniature: all its stages with tiny models, and what is concluded from figures."""
+"""The miniature experiment: all stages of the paper with tiny models, and its conclusions."""
 
 import json
 
@@ -28,7 +28,7 @@ from glide_ray.experiments.miniature.pictures import (
 from glide_ray.models.weights import build_model, load_model, save_weights
 from glide_ray.tensors import Conditioning
 
-# The shipped kind of network, thin.
+# The architecture of the shipped model, with few channels.
 THIN = [
     "model.unet.channels=16",
     "model.unet.multipliers=1,2",
@@ -103,9 +103,8 @@ def test_pictures_are_shrunk_and_people_left_out_of_scenes_too(corpus, tmp_path)
     assert {pictures.decode(sample.image).size for sample in everyone + held_out} == {(64, 64)}
     assert len(held_out) == 40
     people = [sample for sample in everyone if "1f600" in str(sample.meta)]
-    assert (
-        len(people) == 3 and len(nobody) == len(everyone) - 3
-    )  # two people, and a scene with one beside a dog
+    # Two people, and a scene that shows one beside a dog.
+    assert len(people) == 3 and len(nobody) == len(everyone) - 3
     assert not [sample for sample in nobody if "1f600" in str(sample.meta)]
 
 
@@ -138,8 +137,9 @@ def test_all_sets_are_drawn_anew_with_the_same_rows():
 
 
 def seen(rows, towards=0.0, spread=1.0, looks=None, seed=0):
-    """Pictures whose CLIP features lean `towards` their captions', and whose looks spread so far
-    around those of the real ones.
+    """Features of pictures whose CLIP embeddings lean `towards` those of their captions.
+
+    `spread`: standard deviation of the image features. `looks`: image features to use instead.
     """
     draws = np.random.default_rng(seed)
     words = unit(np.random.default_rng(99).normal(size=(rows, 8)))
@@ -185,7 +185,7 @@ def test_an_order_that_chance_makes_is_no_preference():
 
 
 def figures_of(sign):
-    """Sets that are as the paper has them, or the other way round."""
+    """Sets that agree with the paper's findings (`sign` 1) or contradict them (-1)."""
     real = seen(200, seed=1)
     towards = dict(zip(FREE, (0.0, 0.1, 0.3, 0.6, 0.8)[::sign], strict=True))
     spread = dict(
@@ -217,7 +217,7 @@ def test_findings_hold_where_figures_are_as_the_paper_has_them_and_not_the_other
     ]
 
 
-# -- all of it -------------------------------------------------------------------------------------
+# -- whole experiment ------------------------------------------------------------------------------
 
 
 def rows(folder):
@@ -226,7 +226,7 @@ def rows(folder):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Drawings in the emoji corpus's folders: with two people, and a scene that shows one."""
+    """Drawings in the folders of the emoji corpus, with two people and a scene that shows one."""
     folder = tmp_path_factory.mktemp("emoji")
     drawings = list(drawn_samples(96))
     dog, person = (
@@ -274,7 +274,7 @@ def thin_weights(tmp_path_factory):
 
 @pytest.fixture
 def in_little(monkeypatch, thin_weights):
-    """A few pictures of two steps, and models of two steps of training."""
+    """Reduce the experiment to a few pictures of two sampling steps and two training steps."""
     steps = ["steps=2", "batch=8", "held_out_images=8", "precision=fp32"]
     tiny = {
         name: models.Model(

@@ -1,4 +1,7 @@
-"""Training images near to others: copies are found and others are not, in a reference and among generated pictures."""
+"""Near-copies of training images, in a reference set and among generated pictures.
+
+Copies must be found, and other pictures must not be reported.
+"""
 
 import json
 
@@ -20,7 +23,7 @@ def draws():
 
 
 def pictures(count, seed, size=64):
-    """Smooth ones of which no two are alike."""
+    """Smooth random patterns, all different."""
     draws = np.random.default_rng(seed)
     for n in range(count):
         rough = Image.fromarray(draws.integers(0, 256, (4, 4, 3), dtype=np.uint8))
@@ -152,7 +155,7 @@ def test_a_model_that_repeats_its_training_images_is_found_out_and_one_that_does
     )
     found = {}
     for name in ("parrot", "honest"):
-        for _ in range(2):  # and the second time from what was seen before, to the last digit
+        for _ in range(2):  # the second time from stored features, with identical figures
             assert (
                 main(
                     [

@@ -1,4 +1,7 @@
-"""Checkpoints: what one layout of ranks and ZeRO stage wrote, any other takes up; nothing is unpickled; exporting wants little memory."""
+"""Checkpoints: written by one layout of ranks and ZeRO stage, resumed by any other.
+
+Nothing is unpickled, and exporting needs little memory.
+"""
 
 import json
 import os
@@ -49,9 +52,8 @@ def test_the_bf16_network_computes_with_what_was_loaded(tmp_path, stage):
     from glide_ray.train.loop import Trainer
 
     whole, saved, _ = run(Trainer(preset("precision=bf16", f"zero_stage={stage}")), tmp_path)
-    later = Trainer(
-        preset("precision=bf16", f"zero_stage={stage}", "seed=5")
-    )  # other weights to begin with
+    # Another seed, hence other initial weights.
+    later = Trainer(preset("precision=bf16", f"zero_stage={stage}", "seed=5"))
     later.load(saved[1])
     assert later.held_out([batch(999)])["held_out"] != pytest.approx(whole[0]["held_out"], rel=1e-3)
     assert later.progress.step == 4
@@ -60,8 +62,8 @@ def test_the_bf16_network_computes_with_what_was_loaded(tmp_path, stage):
     assert losses(rest) == losses(whole)[4:]
 
 
-def test_adams_count_lies_on_its_parameters_device_before_the_first_step_as_torchs_fused_adam_wants_it():
-    """The meta device stands for a GPU's."""
+def test_adam_step_count_is_on_the_parameters_device_before_the_first_step():
+    """The meta device stands in for a GPU."""
     master = torch.zeros(5, device="meta", requires_grad=True)
     adam = torch.optim.AdamW([master], fused=True)
     engine = SimpleNamespace(
@@ -79,11 +81,14 @@ def test_adams_count_lies_on_its_parameters_device_before_the_first_step_as_torc
     }
 
 
-# -- two ranks --------------------------------------------------------------------------------------------------------
+# -- two ranks -------------------------------------------------------------------------------------
 
 
 def rank_of_two(rank, port, folder, stage, start, more):
-    """One of two ranks: train from `start` or the beginning, save, and write down the bytes that it holds."""
+    """One of two ranks: train from scratch or from checkpoint `start`, and save.
+
+    Writes its metrics and the number of elements that it holds of each kind to `rank.N.json`.
+    """
     os.environ.update(
         {
             "MASTER_ADDR": "127.0.0.1",
@@ -157,7 +162,7 @@ def alone():
 
 @pytest.fixture(scope="module")
 def under_stage_3(tmp_path_factory):
-    """Two ranks' 20 steps: their folder, and what each has written down."""
+    """A run of 20 steps on two ranks under ZeRO stage 3: (folder, contents of `rank.N.json`)."""
     folder = tmp_path_factory.mktemp("stage3")
     return folder, two_ranks(folder, 3, more=TWENTY)
 
@@ -207,11 +212,11 @@ def test_under_stage_3_each_of_two_ranks_holds_half_of_everything(under_stage_3)
             assert abs(count / (total / 2) - 1) < 0.05, (kind, count, total)
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def cut_into(folder, tensors, ranks):
-    """A checkpoint's files as so many ranks under stage 3 would have written them."""
+    """Write a checkpoint's files as this number of ranks under ZeRO stage 3 would."""
     folder.mkdir(exist_ok=True)
     for rank in range(ranks):
         own, flat, offset = [], [], 0
@@ -248,16 +253,18 @@ def test_an_export_is_the_file_that_safetensors_itself_would_write(tmp_path, ran
 
 
 def test_an_export_wants_the_memory_of_the_largest_tensor_and_not_of_the_model(tmp_path):
-    """48 tensors of 4 MiB, from 2 ranks: 192 MiB go through a process that grows by less than a sixth of them."""
+    """192 MiB in 48 tensors from 2 ranks; the process grows by less than a sixth of that."""
     cut_into(tmp_path, {f"layer.{n}": torch.full((1024, 1024), float(n)) for n in range(48)}, 2)
     program = (
         "import resource, sys; from pathlib import Path; from glide_ray.train import partition\n"
         "import mmap\n"
-        "def anonymous(): return int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1])\n"
+        "def anonymous(): return int(next(l for l in open('/proc/self/status') "
+        "if l.startswith('RssAnon')).split()[1])\n"
         "before = anonymous()\n"
         "peak = [0]\n"
         "full = partition.CheckpointReader.full\n"
-        "def watched(self, *a):\n    made = full(self, *a); peak[0] = max(peak[0], anonymous()); return made\n"
+        "def watched(self, *a):\n    made = full(self, *a); "
+        "peak[0] = max(peak[0], anonymous()); return made\n"
         "partition.CheckpointReader.full = watched\n"
         "partition.export(Path(sys.argv[1]), 'average/0.9', sys.argv[1] + '/out.safetensors', {})\n"
         "print(peak[0] - before)"
@@ -321,7 +328,7 @@ def test_glide_export_takes_the_last_checkpoint_that_is_whole_and_says_what_it_w
         Path(checkpoints.path).mkdir(parents=True, exist_ok=True)
         folder.rename(checkpoints.folder(step, "x"))
         checkpoints.complete(checkpoints.folder(step, "x"), {})
-    Path(checkpoints.folder(6, "x")).mkdir()  # uploaded in part when the run was killed
+    Path(checkpoints.folder(6, "x")).mkdir()  # an incomplete upload of a killed run
     assert main(["export", str(tmp_path / "run")]) == 0
     assert (
         "exported.safetensors: nano-base after step 4, averaged at rate 0.9"

@@ -1,4 +1,4 @@
-"""What a run is said to need, against what is really saved, kept and resident."""
+"""The planned needs of a run, against the memory that it really saves, keeps and occupies."""
 
 import re
 import weakref
@@ -46,7 +46,7 @@ def parameters(preset):
 
 
 def at(moment, images):
-    """Bytes saved and in all that a moment has with so many images."""
+    """(bytes saved, bytes in total) at a moment of the pass, for this number of images."""
     saved, rest = (
         sum(size * images**power for power, size in enumerate(sizes))
         for sizes in (moment.saved, moment.rest)
@@ -55,7 +55,7 @@ def at(moment, images):
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the storages that real operations make, at most at once. Gradients are dropped where they come."""
+    """Peak size in bytes of the storages that real operations allocate."""
 
     def __init__(self, model):
         super().__init__()
@@ -77,7 +77,10 @@ class Alive(TorchDispatchMode):
 
 
 def real_pass(preset, precision, images):
-    """Bytes that a real pass on this CPU saves for its backward pass, and the most that is alive in it, beside parameters and gradients."""
+    """(bytes saved for the backward pass, peak bytes alive) of a real pass on this CPU.
+
+    Parameters and gradients are not counted: a gradient is dropped once it is accumulated.
+    """
     torch.manual_seed(0)
     model = build_model(preset.model).train().to(DTYPES[precision])
     model.activation_checkpointing = preset.train.activation_checkpointing
@@ -104,7 +107,7 @@ def real_pass(preset, precision, images):
     return sum(saved.values()), alive.most
 
 
-# -- the pass ---------------------------------------------------------------------------------------------------------
+# -- pass ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -129,7 +132,7 @@ def test_a_pass_followed_on_the_meta_device_holds_what_a_real_one_does(preset, p
 
 
 def test_a_pass_on_a_gpu_keeps_float32_copies_for_group_norm_and_a_byte_for_each_dropped_value():
-    # Deep: the attention weights, which only a CPU keeps, are then few beside the rest.
+    # With many levels the attention weights, which only a CPU keeps, are a small part of the total.
     deep = sized("model.unet.image_size=32", "model.unet.multipliers=1,1,1,1")
     greatest = {
         device: max(at(moment, 4)[0] for moment in training_pass(deep, "bf16", device))
@@ -151,11 +154,12 @@ def test_a_pass_on_a_gpu_keeps_float32_copies_for_group_norm_and_a_byte_for_each
         for name, block in build_model(preset.model).named_modules()
         if hasattr(block, "dropout")
     )
-    assert noise - mask == 3 * dropped  # float32 noise on a CPU, a mask of bytes on a GPU
+    # Dropout keeps float32 noise on a CPU, and a mask of bytes on a GPU.
+    assert noise - mask == 3 * dropped
 
 
 def _pixels(name, unet):
-    """Pixels of a residual block's output, in the tiny model of two levels and one block each."""
+    """Output pixels of a residual block in the tiny model, which has two levels of one block."""
     half, whole = (unet.image_size // 2) ** 2, unet.image_size**2
     return {
         "down.0.block": whole,
@@ -178,7 +182,7 @@ def test_a_rank_among_others_plans_for_itself_without_asking_them(monkeypatch):
     assert torch.distributed.is_initialized()
 
 
-# -- the state --------------------------------------------------------------------------------------------------------
+# -- state -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -281,7 +285,7 @@ def test_without_float32_masters_stage_0_is_refused_as_training_refuses_it():
         memory(sized("zero_stage=0"), 1, 1, "bf16")
 
 
-# -- the micro-batch --------------------------------------------------------------------------------------------------
+# -- micro-batch -----------------------------------------------------------------------------------
 
 
 def test_the_micro_batch_is_the_largest_that_fits_evened_out():
@@ -297,7 +301,7 @@ def test_the_micro_batch_is_the_largest_that_fits_evened_out():
         ]
         assert chosen == -(-50 // -(-50 // max(fitting))) and chosen in fitting
     assert choose_micro_batch(preset, 1, "fp32", 1e12, "cpu") == 50
-    assert choose_micro_batch(preset, 3, "fp32", 1e12, "cpu") == 17  # the largest of three shares
+    assert choose_micro_batch(preset, 3, "fp32", 1e12, "cpu") == 17  # the largest of three parts
     assert (
         choose_micro_batch(presets.get("paper-base"), 64, "fp16", USABLE * GPUS["h100"].memory)
         == 32
@@ -353,7 +357,7 @@ def test_where_nothing_helps_that_is_said():
         choose_micro_batch(presets.get("paper-upsampler"), 64, "fp16", 1e9)
 
 
-# -- time -------------------------------------------------------------------------------------------------------------
+# -- time ------------------------------------------------------------------------------------------
 
 
 def test_a_step_takes_three_times_the_forward_operations_or_four_and_what_is_sent():
@@ -385,9 +389,8 @@ def test_operations_are_those_of_the_size_that_is_trained_on():
     )
     text = inspect(whole.model).text_flops
     assert operations(whole) == inspect(whole.model).flops + text
-    assert operations(cropped) - text == pytest.approx(
-        (operations(whole) - text) / 16, rel=0.05
-    )  # of 32 times 32 pixels, attention is a little
+    # At 32 x 32 pixels attention is a small part, so operations are proportional to the area.
+    assert operations(cropped) - text == pytest.approx((operations(whole) - text) / 16, rel=0.05)
 
 
 def test_the_best_way_is_the_fastest_that_fits_and_changes_least():
@@ -400,7 +403,7 @@ def test_the_best_way_is_the_fastest_that_fits_and_changes_least():
     assert best([replace(way, fits=False) for way in ways], preset, "fp16") is None
 
 
-# -- hardware ---------------------------------------------------------------------------------------------------------
+# -- hardware --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -443,7 +446,7 @@ def test_the_cpu_is_measured_and_its_memory_shared_among_workers():
     )
 
 
-# -- the command ------------------------------------------------------------------------------------------------------
+# -- command ---------------------------------------------------------------------------------------
 
 
 def test_a_plan_says_memory_by_part_time_and_price_and_its_flags_make_the_run(capsys):
@@ -548,7 +551,7 @@ def test_the_table_marks_one_way_and_counts_its_calls():
     assert row.split()[4:6] == [str(chosen.micro_batch), str(-(-512 // chosen.micro_batch))]
 
 
-# -- against this machine ---------------------------------------------------------------------------------------------
+# -- against this machine --------------------------------------------------------------------------
 
 
 @pytest.mark.slow

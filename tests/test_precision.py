@@ -1,7 +1,8 @@
-"""What overflows, is skipped, named or kept in float32, and the optimizer in the host's memory.
+"""Numerical precision: overflow, skipped steps, error messages, float32 parts, offload.
 
-fp16 needs a GPU, and DeepSpeed and glide_ray refuse it elsewhere. The fixture `fp16` puts both refusals aside: what runs is DeepSpeed's fp16
-with its dynamic loss scale, computed by the CPU. That is honest for what an overflow does, and says nothing of a GPU's numerics.
+fp16 needs a GPU: DeepSpeed and glide_ray refuse it elsewhere. The fixture `fp16` disables both
+checks, so that DeepSpeed's fp16 with its dynamic loss scale runs on the CPU. This shows faithfully
+how overflows are handled, but nothing about the numerics of a GPU.
 """
 
 import json
@@ -76,7 +77,7 @@ def batch(number):
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """For models this small, handing work to a second thread takes longer than the work."""
+    """Use one thread, because a second one costs more than it saves for such small models."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -85,13 +86,13 @@ def one_thread():
 
 @pytest.fixture
 def fp16(monkeypatch):
-    """FOR TESTS ONLY: lets fp16 run on a CPU. See above for what that shows."""
+    """FOR TESTS ONLY: allow fp16 on a CPU. The module's docstring says what this can show."""
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
     monkeypatch.setattr(loop, "training_precision", lambda precision, device: precision)
 
 
 def step(trainer, number, given=None, check=True):
-    """One optimizer step as the loop makes it: this rank's mean loss."""
+    """One optimizer step as in the training loop; returns the mean loss of this rank."""
     given = batch(number) if given is None else given
     calls = trainer.share.calls
     parts = [
@@ -121,7 +122,7 @@ def same(one, other):
 
 
 class Steep(torch.autograd.Function):
-    """The identity, with a slope of `by`."""
+    """The identity function with the derivative `by`."""
 
     @staticmethod
     def forward(ctx, x, by):
@@ -133,7 +134,7 @@ class Steep(torch.autograd.Function):
         return gradient * ctx.by, None
 
 
-# -- the loss scale ---------------------------------------------------------------------------------------------------
+# -- loss scale ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -143,7 +144,7 @@ def test_an_overflow_skips_the_step_and_the_second_one_halves_the_scale(fp16, st
     assert stepped(trainer.engine) and scaler(trainer).cur_scale == 2**16
     before, loss = masters(trainer), trainer.held_out([batch(9)])
     scaler(trainer).cur_scale = 2.0**40
-    for number, scale in ((2, 2**40), (3, 2**39), (4, 2**38)):  # hysteresis 2
+    for number, scale in ((2, 2**40), (3, 2**39), (4, 2**38)):  # hysteresis of 2 overflows
         step(trainer, number)
         assert not stepped(trainer.engine) and scaler(trainer).cur_scale == scale
     assert (
@@ -175,10 +176,8 @@ def test_the_scale_doubles_after_as_many_good_steps_as_its_window_has(fp16, monk
     scaler(trainer).cur_scale = 2.0**8
     for number in range(10, 14):
         step(trainer, number)
-    assert (scaler(trainer).cur_scale, scaler(trainer).cur_hysteresis) == (
-        2**9,
-        2,
-    )  # a good window forgives
+    # A window without overflows restores the hysteresis.
+    assert (scaler(trainer).cur_scale, scaler(trainer).cur_hysteresis) == (2**9, 2)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -220,7 +219,8 @@ def test_gradients_that_overflow_whatever_the_scale_stop_the_run_with_their_modu
 ):
     monkeypatch.setitem(zero.FP16, "initial_scale_power", 4)
     trainer = Trainer(preset("precision=fp16", f"zero_stage={stage}", "clip_norm=0"))
-    step(trainer, 1)  # which the last layer, zero at first, lets no gradient through
+    # The last layer is zero before this step, so no gradient reaches other layers.
+    step(trainer, 1)
     trainer.engine.module.middle[0].attention.register_forward_hook(
         lambda module, given, output: Steep.apply(output, 1e30)
     )
@@ -229,7 +229,8 @@ def test_gradients_that_overflow_whatever_the_scale_stop_the_run_with_their_modu
     assert scaler(trainer).cur_scale == 2 and not scale_collapsed(trainer.engine)
     with pytest.raises(
         TrainingError,
-        match=r"^The gradients overflow in fp16 whatever the loss scale at step 6: the gradient that comes back to "
+        match=r"^The gradients overflow in fp16 whatever the loss scale at step 6: "
+        r"the gradient that comes back to "
         r"middle\.0\.attention\.\w+ is inf in fp16 at loss scale 2 \(largest before it \S+\); "
         r"lower train.learning_rate, raise train.warmup_steps, set train.clip_norm=1 or set "
         r"train.precision=bf16\.$",
@@ -255,10 +256,11 @@ def test_without_a_loss_scale_gradients_that_are_not_finite_stop_the_run_at_once
     )
     with pytest.raises(
         TrainingError,
-        match=r"^The gradients are not finite at step 2: the gradient that comes back to text.\S+ is (inf|nan) in ",
+        match=r"^The gradients are not finite at step 2: "
+        r"the gradient that comes back to text.\S+ is (inf|nan) in ",
     ):
         step(trainer, 2)
-    assert same(before, masters(trainer))  # DeepSpeed has skipped it
+    assert same(before, masters(trainer))  # DeepSpeed skipped the step
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -330,7 +332,8 @@ def test_weights_that_are_not_finite_are_named(fp16, settings):
     partition.refresh(trainer.engine)
     with pytest.raises(
         TrainingError,
-        match=r"^The loss is not finite at step 2: weights are not finite .*; go on from an earlier checkpoint, and ",
+        match=r"^The loss is not finite at step 2: weights are not finite .*; "
+        r"go on from an earlier checkpoint, and ",
     ):
         step(trainer, 2)
 
@@ -345,14 +348,15 @@ def test_the_first_module_that_gives_what_is_not_finite_is_named(fp16, settings)
     )
     with pytest.raises(
         TrainingError,
-        match=rf"^The loss is not finite at step 3: middle.1.block.in_conv gives inf in {trainer.precision} "
+        match=rf"^The loss is not finite at step 3: middle.1.block.in_conv gives inf in "
+        rf"{trainer.precision} "
         r"\(largest input \d(\.\d)?\); lower",
     ):
         step(trainer, 3)
 
 
 def test_a_sum_between_modules_is_blamed_on_the_one_around_them(fp16):
-    """x + branch in an attention block: both fit fp16, and their sum does not."""
+    """x + branch in an attention block: both are finite in fp16, but their sum is not."""
     trainer = Trainer(preset("precision=fp16"))
     attention = trainer.engine.module.middle[0].attention
     attention.register_forward_pre_hook(
@@ -410,11 +414,11 @@ def test_clip_is_searched_as_the_unet_is(fp16):
         step(trainer, 2)
 
 
-# -- float32 where it matters -----------------------------------------------------------------------------------------
+# -- float32 parts ---------------------------------------------------------------------------------
 
 
 class Seen(TorchDispatchMode):
-    """The types of what the operators of these names are given."""
+    """Records the dtype of the first argument of the operators with these names."""
 
     def __init__(self, *names):
         super().__init__()
@@ -427,7 +431,7 @@ class Seen(TorchDispatchMode):
 
 
 def test_group_norm_is_computed_in_float32_on_devices_that_are_not_a_cpu():
-    """Traced on the meta device, which takes the path of a GPU: every group norm of the network is given float32, and gives bf16 again."""
+    """On the meta device, as on a GPU, each group norm computes in float32 and returns bf16."""
     with torch.device("meta"):
         model = GlideUNet(tiny().model.unet).to(torch.bfloat16)
         given = Conditioning(
@@ -518,7 +522,7 @@ def test_the_losses_themselves_are_computed_in_float32_from_what_a_network_of_16
 
 
 def test_the_average_follows_what_a_network_in_bf16_cannot_see():
-    """Adam's small steps add up in the float32 masters, and the average is of those."""
+    """Adam's small steps add up in the float32 masters, which the EMA averages."""
     weight = torch.ones(4)
     ema = Ema([weight], rates=(0.5,))
     for number in range(1, 9):
@@ -528,7 +532,7 @@ def test_the_average_follows_what_a_network_in_bf16_cannot_see():
     assert 1.0005 < ema.averages[0.5][0][0] < weight[0]
 
 
-# -- the optimizer in the host's memory -------------------------------------------------------------------------------
+# -- optimizer offload -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -570,7 +574,10 @@ def test_a_run_goes_on_with_and_without_offload_as_if_it_had_not_stopped(tmp_pat
 
 
 def apart(one, other):
-    """The distance of two models. Not zero where rounding decides: Adam makes whole steps of gradients that are next to nothing."""
+    """Euclidean distance of the parameters of two models.
+
+    Rounding makes it positive: for gradients close to 0, Adam still takes steps of full size.
+    """
     return sum((a - b).square().sum() for a, b in zip(one, other, strict=True)).sqrt()
 
 
@@ -588,18 +595,19 @@ def test_offload_is_told_to_deepspeed_and_refused_where_there_is_nothing_to_offl
     }
     with pytest.raises(
         ConfigError,
-        match="train.offload_optimizer: train.zero_stage 0 steps the network's own weights on its device; use 1, 2 or 3",
+        match="train.offload_optimizer: train.zero_stage 0 steps the network's own weights "
+        "on its device; use 1, 2 or 3",
     ):
         deepspeed_config(
             preset("offload_optimizer=true", "zero_stage=0").train, "fp32", BatchSplit(4, 1, 0, 4)
         )
 
 
-# -- two ranks --------------------------------------------------------------------------------------------------------
+# -- two ranks -------------------------------------------------------------------------------------
 
 
 def rank_of_two(rank, port, folder, settings):
-    """Train in float32; then let things go wrong on rank 1 alone, and write down what is said of it."""
+    """One of two ranks: train in float32, then inject faults on rank 1 only; records the errors."""
     os.environ.update(
         {
             "MASTER_ADDR": "127.0.0.1",

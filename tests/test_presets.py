@@ -1,4 +1,4 @@
-"""The sizes that the paper and the release give, counted on the meta device."""
+"""Presets: the model sizes of the paper and the release, counted on the meta device."""
 
 import json
 from pathlib import Path
@@ -118,10 +118,11 @@ def test_the_noised_clips_have_the_shape_of_their_sources():
         4,
         64,
     )
+    # App. B.1 of the paper.
     assert (
         presets.get("noised-clip-l").train.weight_decay == 0.0125
         and presets.get("noised-clip-l").train.batch == 32 * 1024
-    )  # app. B.1
+    )
     with torch.device("meta"):
         released = NoisedClip(base.model_copy(update={"vocabulary": 65536}))
     assert {

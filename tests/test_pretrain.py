@@ -1,4 +1,4 @@
-"""The command that makes the weights that ship, with real pictures and a model small enough for a test."""
+"""The command that makes the shipped weights, with real pictures and a very small model."""
 
 import hashlib
 import json

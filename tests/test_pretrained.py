@@ -1,6 +1,6 @@
-"""The weights that ship with the package: found by name, checked, packed and described.
+"""The weights shipped with the package: found by name, checked, packed and described.
 
-Real models, but small ones with random weights.
+The models are real but small, with random weights.
 """
 
 import json
@@ -77,7 +77,7 @@ def trained(kind, seed=0, sources=SOURCES, *settings):
 
 @pytest.fixture
 def pair(tmp_path, monkeypatch):
-    """The folder of a shipped pair, in the place of the package's own."""
+    """The folder of a tiny pair that replaces the package's shipped weights."""
     folder = tmp_path / "pretrained"
     monkeypatch.setattr(shipped, "FOLDER", folder)
     packing.pack(trained("base"), trained("upsampler"), notes=NOTES)
@@ -86,7 +86,7 @@ def pair(tmp_path, monkeypatch):
 
 @pytest.fixture
 def own_base(tmp_path):
-    """A base model of 16 pixels that somebody else has trained."""
+    """A base model of 16 pixels that a user trained."""
     config = tiny("base").model
     save_weights(tmp_path / "own.safetensors", random_model(config.unet, 5).state_dict(), config)
     return tmp_path / "own.safetensors"
@@ -97,7 +97,7 @@ def run(*arguments):
 
 
 def refusal(capsys, *arguments):
-    """What `glide` says to these arguments; one sentence."""
+    """The error message of `glide` for these arguments; must be one sentence."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 2
     said = capsys.readouterr().err.removeprefix("glide: ")
@@ -174,7 +174,7 @@ def test_a_picture_names_the_shipped_models_and_is_made_again(pair, tmp_path, ca
 
 
 def test_a_servers_picture_from_the_shipped_models_is_made_again(pair, tmp_path, capsys):
-    """Its recipe has the SHA-256 of the models and no path."""
+    """The recipe has the SHA-256 of the models, but no paths."""
     maker = Maker.read({"base": "emoji", "upsampler": "emoji"}, "fp32", "cpu")
     options = SampleOptions(steps=2, upsampler_steps=2)
     image = Cascade.load("emoji").generate(["a fox"], [1], options)[0]
@@ -210,7 +210,7 @@ def test_the_name_is_no_clips(pair):
         shipped.fetch("emoji", "clip")
 
 
-# -- one's own base model ----------------------------------------------------------------------
+# -- a user's base model -----------------------------------------------------------------------
 
 
 def test_the_shipped_upsampler_enlarges_ones_own_base_model_and_says_so(
@@ -351,7 +351,7 @@ def test_values_that_float16_does_not_hold_are_refused(tmp_path):
 
 
 def a_run(folder, kind, corpus):
-    """A run's folder with one checkpoint after 4 steps, and its figures."""
+    """A run folder with one checkpoint after 4 steps, and its metrics."""
     preset = tiny(kind, "model.unet.inpaint=true", f"data.corpus={corpus}", "batch=8")
     state = list(random_model(preset.model.unet).state_dict().items())
     checkpoint = Path(Checkpoints(folder).folder(4, "x"))

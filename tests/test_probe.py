@@ -1,4 +1,4 @@
-"""Probes for bias: none is found where there is none, a planted one is, and chance is what it is said to be."""
+"""Bias probes: planted differences are found, no others are, and p-values are calibrated."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def draws():
 
 
 def by_hand(one, other):
-    """The p-value over all ways to swap labels within pairs, each worked out from the groups themselves."""
+    """The p-value over all swaps of labels within pairs, computed from the group means."""
     pairs = np.stack([one, other], 1).astype(float)
     distances = []
     for swaps in product((0, 1), repeat=len(pairs)):
@@ -66,9 +66,8 @@ def test_drawn_arrangements_come_near_to_all_of_them_and_are_the_same_each_time(
 def test_where_nothing_differs_p_is_uniform_and_what_a_seed_decides_does_not_matter(draws):
     values = []
     for _ in range(500):
-        seed = 30 * draws.normal(
-            size=(20, 3)
-        )  # what both pictures of a seed have in common, far more than what they do not
+        # Common to both pictures of a seed, and much larger than the difference between them.
+        seed = 30 * draws.normal(size=(20, 3))
         values.append(
             permutation_test(
                 seed + draws.normal(size=(20, 3)), seed + draws.normal(size=(20, 3)), swaps=199

@@ -1,4 +1,4 @@
-"""The recipe in every PNG, and the commands that write one: generate, edit, vary, scene, reproduce."""
+"""Recipes in PNG files, and the commands for them: generate, edit, vary, scene, reproduce."""
 
 import shutil
 
@@ -29,7 +29,7 @@ def weights(tiny_weights):
 
 @pytest.fixture
 def files(tmp_path):
-    """A picture, a mask with a hole, and strokes."""
+    """A folder with a picture, two masks with holes, and a sketch."""
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
         tmp_path / "image.png"
     )
@@ -52,7 +52,7 @@ def pixels(path):
 
 
 def same_again(path, capsys):
-    """`glide reproduce` makes the same picture, and says so."""
+    """Check that `glide reproduce` makes the same picture and says so; returns its output."""
     capsys.readouterr()
     again = path.with_stem(f"{path.stem}-again")
     run("reproduce", path, "--out", again)

@@ -1,4 +1,4 @@
-"""The bench of training's settings: that each variation is a preset that trains, and that what it measures is the error."""
+"""The benchmark of training settings: variations train, and the error is measured correctly."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_a_fresh_model_has_the_error_of_predicting_no_noise():
     given, trainer = batch(0), SingleTrainer(settings)
     found = x0_error(trainer, [given])
     expected = []
-    for timestep in TIMESTEPS:  # eps = 0: x_0 is x_t / signal
+    for timestep in TIMESTEPS:  # with eps = 0, x_0 = x_t / sqrt(alpha_bar)
         power = trainer.schedule.alpha_bar[timestep]
         noise = torch.randn(given.image.shape, generator=torch.Generator().manual_seed(timestep))
         x0 = given.image + ((1 - power) / power).sqrt() * noise

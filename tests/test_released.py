@@ -1,4 +1,4 @@
-"""The published checkpoints, in and out: recognised, checked key by key, and never run as code."""
+"""Import and export of published checkpoints: recognised, checked by key, never run as code."""
 
 import gzip
 import json
@@ -36,7 +36,7 @@ NAMES = {
 
 
 class Code:
-    """Run by whoever unpickles it."""
+    """An object that makes a folder when it is unpickled, as proof that its code ran."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -46,7 +46,10 @@ class Code:
 
 
 def published(folder, name, **changes):
-    """A file with every key and shape of a published checkpoint, its values all one zero: kilobytes, not gigabytes."""
+    """A file with all keys and shapes of a published checkpoint.
+
+    All values share one stored zero, so it takes kilobytes instead of gigabytes.
+    """
     state = {
         key: torch.zeros(1, dtype=torch.float16).expand(shape)
         for key, shape in SHAPES[name].items()
@@ -58,7 +61,7 @@ def published(folder, name, **changes):
 
 @pytest.fixture
 def vocabulary(tmp_path):
-    """As CLIP's file is made: a comment, then merges, more than are used."""
+    """A file in the format of CLIP's: a comment, then more merges than are used."""
     letters = sorted(ByteLevel.alphabet())
     words = ["c a", "ca t</w>", "d o", "do g</w>"]
     lines = [
@@ -80,9 +83,8 @@ def test_each_published_unet_is_recognised_by_its_keys_and_shapes(tmp_path, name
 
 
 def test_both_encoders_of_the_published_clip_make_one_model(tmp_path, vocabulary):
-    paths = [
-        published(tmp_path, f"clip/{tower}-enc") for tower in ("text", "image")
-    ]  # in either order
+    # Either order of the files must work.
+    paths = [published(tmp_path, f"clip/{tower}-enc") for tower in ("text", "image")]
     config, state, metadata = import_files(paths, vocabulary)
     with torch.device("meta"):
         NoisedClip(config.clip).load_state_dict(state, strict=True, assign=True)
@@ -204,7 +206,8 @@ def damaged(folder, kind):
         ("a key too few", "filtered-base is nearest, but: The key 'out.2.bias' is missing"),
         (
             "a misshapen key",
-            r"filtered-base is nearest, but: out.2.bias has the shape \[7\], where this model has \[6\]",
+            r"filtered-base is nearest, but: "
+            r"out.2.bias has the shape \[7\], where this model has \[6\]",
         ),
     ],
 )
@@ -231,7 +234,11 @@ def test_a_file_that_is_not_there_or_is_no_vocabulary_is_named(tmp_path):
 
 
 def test_captions_become_clip_tokens_between_the_marks_of_their_ends(vocabulary):
-    """Letters are numbered in the order of GPT-2's byte alphabet, then again as ends of words, then merges (CLIP's release)."""
+    """Numbering of tokens in CLIP's release.
+
+    The letters in the order of GPT-2's byte alphabet, the same letters as ends of words, the
+    merges.
+    """
     tokenizer = ClipTokenizer(read_merges(vocabulary), 8)
     start, end = 512 + ClipTokenizer.MERGES, 513 + ClipTokenizer.MERGES
     cat, dog, letter = 512 + 1, 512 + 3, ord("q") - ord("!")

@@ -1,4 +1,4 @@
-"""The grid of samples and the held-out loss of an average: the same weights give the same bytes, and each kind of model shows what it does."""
+"""Sample grids and the EMA's held-out loss: reproducible to the byte, for each kind of model."""
 
 from types import SimpleNamespace
 
@@ -31,7 +31,7 @@ PROMPTS = "sample_prompts=a red ellipse; a blue rectangle; a dog"
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    """And one thread: with models this small, several wait for each other most of the time."""
+    """Few sampling steps, and one thread, because more would mostly wait for such small models."""
     monkeypatch.setattr(samples, "STEPS", 3)
     monkeypatch.setattr(samples, "PICTURES", 2)
     threads = torch.get_num_threads()
@@ -59,7 +59,7 @@ def weights_of(path, settings, model=None, **metadata):
 
 
 def cells(grid, columns, count, size=192):
-    """The pictures of a grid whose labels take one line, by `contact_sheet`'s own measures."""
+    """The pictures in a grid with one-line labels, found by the layout of `contact_sheet`."""
     top, pitch = MARGIN + 16 + MARGIN, size + 20 + MARGIN
     found = []
     for n in range(count):
@@ -69,7 +69,7 @@ def cells(grid, columns, count, size=192):
 
 
 def shrunk(cell, size):
-    """A picture that was enlarged by repeating its pixels, as it was."""
+    """Undo the enlargement of a picture whose pixels were repeated."""
     factor = len(cell) // size
     small = cell[::factor, ::factor]
     assert np.array_equal(small.repeat(factor, 0).repeat(factor, 1), cell)
@@ -84,7 +84,7 @@ def originals(corpus, size):
     ][:2]
 
 
-# -- the grid ---------------------------------------------------------------------------------------------------------
+# -- grid ------------------------------------------------------------------------------------------
 
 
 def test_a_base_models_grid_shows_the_prompts_with_the_seeds_0_1_2_and_is_the_same_each_time(
@@ -100,7 +100,7 @@ def test_a_base_models_grid_shows_the_prompts_with_the_seeds_0_1_2_and_is_the_sa
         MARGIN + 4 * (192 + MARGIN),
         3,
     )
-    assert told == [(step, 9) for step in range(1, 10)]  # on a CPU one sample after the other
+    assert told == [(step, 9) for step in range(1, 10)]  # one sample after the other on a CPU
     assert sample_grid(tiny_weights["base"], settings).tobytes() == grid.tobytes()
 
     pictures = [shrunk(cell, 16) for cell in cells(grid, 4, 3)]
@@ -154,9 +154,10 @@ def test_guidance_is_for_models_that_have_seen_empty_captions(tiny_weights, draw
 
 def test_a_model_that_predicts_no_noise_at_all_has_a_grid(tmp_path, drawn_corpus):
     settings = preset(drawn_corpus, "base", PROMPTS)
-    model = GlideUNet(settings.model.unet)  # as initialised, its last layer is zero
+    model = GlideUNet(settings.model.unet)  # the last layer is initialised to zero
     grid = sample_grid(weights_of(tmp_path / "w", settings, model), settings)
-    assert all(shrunk(cell, 16).std() > 50 for cell in cells(grid, 4, 3))  # the noise, enlarged
+    # The pictures are amplified noise.
+    assert all(shrunk(cell, 16).std() > 50 for cell in cells(grid, 4, 3))
 
 
 def test_more_steps_than_a_process_has_are_not_asked_for(tmp_path, drawn_corpus, monkeypatch):
@@ -244,11 +245,11 @@ def test_what_lacks_is_said(tmp_path, tiny_weights, drawn_corpus):
             function(tiny_weights["upsampler"], preset(tmp_path, "upsampler"))
 
 
-# -- the held-out loss ------------------------------------------------------------------------------------------------
+# -- held-out loss ---------------------------------------------------------------------------------
 
 
 def as_ranks(weights, settings, ranks):
-    """The mean over all ranks, each with its own batches: what training says of its weights."""
+    """The held-out loss as training computes it: the mean over ranks, each with own batches."""
     model, config = load_model(weights)
     images, totals, batches = (
         0,

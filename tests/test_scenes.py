@@ -1,4 +1,4 @@
-"""Scenes composed from the emoji corpus: what their labels say is what the pictures show."""
+"""Scenes composed from the emoji corpus: the pictures show what their labels say."""
 
 import time
 from collections import Counter
@@ -29,7 +29,7 @@ def sprites(emoji_corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def composed(sprites):
-    """Scenes by their kind."""
+    """Scenes by kind."""
     made = [compose(sprites, 0, number) for number in range(SCENES)]
     return {
         kind: [scene for scene in made if scene.labels["scene"] == kind] for kind in scenes.KINDS
@@ -38,7 +38,7 @@ def composed(sprites):
 
 @pytest.fixture(scope="module")
 def with_scenes(emoji_corpus, tmp_path_factory):
-    """A corpus with scenes beside its pictures: its folder."""
+    """The folder of a corpus that has scenes in addition to its pictures."""
     out = tmp_path_factory.mktemp("scenes")
     for folder in emoji_corpus[0].iterdir():
         (out / folder.name).symlink_to(folder)

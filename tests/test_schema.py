@@ -1,4 +1,4 @@
-"""What the published OpenAPI says is what the API does: requests drawn from it, fit and unfit, by schemathesis."""
+"""The API matches its OpenAPI schema: schemathesis draws valid and invalid requests from it."""
 
 from dataclasses import replace
 
@@ -13,11 +13,11 @@ from glide_ray.config.serving import ServeConfig
 from glide_ray.sampling.cascade import Cascade
 
 pytestmark = pytest.mark.slow
-EXAMPLES = 100  # of each operation
+EXAMPLES = 100  # requests for each operation
 
 
 class Quick(CascadeBackend):
-    """The real cascade, in fewer steps and candidates than a drawn request may ask for."""
+    """The real cascade with at most 2 steps and 2 candidates, whatever a request asks for."""
 
     async def make(self, job, show=None):
         few = {
@@ -56,6 +56,7 @@ def test_all_that_is_described_is_tried(schema):
     } == set(OPERATIONS)
 
 
+# Without a body there is nothing that could be invalid, hence no negative tests of GET.
 @pytest.mark.parametrize(
     "method, path, mode",
     [
@@ -64,12 +65,11 @@ def test_all_that_is_described_is_tried(schema):
         for mode in GenerationMode
         if method == "POST" or mode == GenerationMode.POSITIVE
     ],
-)  # who gives nothing gives nothing wrong
+)
 def test_the_api_keeps_to_its_description(schema, method, path, mode):
     excluded = []
-    if path.endswith(
-        ("edits", "variations")
-    ):  # the description can only say bytes, and any bytes are no image
+    # The schema can only say that a file is bytes, and random bytes are no image.
+    if path.endswith(("edits", "variations")):
         excluded = [
             check for check in CHECKS.get_all() if check.__name__ == "positive_data_acceptance"
         ]

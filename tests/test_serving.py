@@ -1,4 +1,4 @@
-"""The application on Ray Serve, asked by OpenAI's own client over HTTP."""
+"""The application on Ray Serve, called by OpenAI's own client over HTTP."""
 
 import asyncio
 import base64
@@ -64,7 +64,7 @@ def test_openais_client_generates(client):
 
 
 def test_the_picture_over_http_is_the_one_of_the_cascade_in_this_process(client, weights):
-    """The replica's base stage, 8-bit rounding and upsampler stage, against the same two calls here."""
+    """Base stage, 8-bit rounding and upsampler stage in replicas, against the same in process."""
     here = (
         Cascade.load(weights["base"], weights["upsampler"])
         .generate([PROMPT], [4], SampleOptions(steps=STEPS))[0]
@@ -103,7 +103,7 @@ def test_openais_client_edits_and_what_is_known_is_kept_exactly(client, weights,
 
 
 def made_again(folder, weights, b64):
-    """A PNG answer's recipe makes the same picture in this process, from the weights alone."""
+    """Check that the recipe in a PNG answer reproduces the picture from the weights alone."""
     (folder / "answer.png").write_bytes(base64.b64decode(b64))
     recipe, inputs, served = read_recipe(folder / "answer.png")
     models = find_models(recipe, {role: Path(path) for role, path in weights.items()})
@@ -170,7 +170,7 @@ def test_every_answer_has_one_request_id(url):
 
 
 def loads(url):
-    """What the stages' replicas say of themselves: {(stage, name): sum over the replicas}."""
+    """Metrics of the stages' replicas: {(stage, name): sum over the replicas}."""
     found = Counter()
     for name, stage, value in re.findall(
         r'^glide_stage_(\w+?)(?:_total)?\{.*stage="(\w+)"\} (\S+)$',
@@ -194,15 +194,14 @@ def test_a_client_that_leaves_frees_its_place_within_two_steps(client, url):
     left = loads(url)
     assert left["base", "in_flight"] == 0 and left["base", "cancelled"] >= 1
     time.sleep(0.5)
-    assert (
-        loads(url)["base", "steps"] == left["base", "steps"]
-    )  # nobody computes for the one who left
+    # No steps are computed for the client that left.
+    assert loads(url)["base", "steps"] == left["base", "steps"]
     assert "glide_clients_left_total" in httpx.get(f"{url}/metrics").text
 
 
 @pytest.mark.parametrize("previews", [0, 3])
 def test_a_picture_that_is_given_up_frees_its_place_though_its_client_stays(url, weights, previews):
-    """As the others of one request are when one of them fails."""
+    """This happens to the other pictures of a request when one of them fails."""
     from glide_ray.serving.deployment import RayBackend, Served
 
     served, before = Served.read(ServeConfig(**weights), "auto"), loads(url)["base", "cancelled"]
@@ -234,9 +233,8 @@ def test_another_address_than_the_one_that_serve_has_is_refused(url, weights):
         pytest.raises(UserError, match="was started with another address and keeps it"),
     ):
         _check_address(other)
-    assert (
-        httpx.get(f"{url}/healthz").status_code == 200
-    )  # and the application that was there goes on
+    # The running application is not affected.
+    assert httpx.get(f"{url}/healthz").status_code == 200
 
 
 def test_the_server_listens_on_loopback_only(url):
@@ -247,12 +245,12 @@ def test_the_server_listens_on_loopback_only(url):
     addresses = {
         line.split()[3] for line in listening.splitlines() if line.split()[3].endswith(f":{port}")
     }
-    assert addresses in ({f"127.0.0.1:{port}"}, set())  # no `ss` on some machines
+    assert addresses in ({f"127.0.0.1:{port}"}, set())  # empty without the `ss` program
 
 
 @pytest.mark.parametrize("gpus, width", [(0, 2), (1, 8)])
 def test_a_stage_gets_another_replica_before_the_gate_refuses(gpus, width):
-    """`width`: what a step advances there, of the 8 in flight."""
+    """`width`: how many of the 8 samples in flight one step advances on this device."""
     from glide_ray.serving.deployment import target
 
     config = ServeConfig(max_in_flight=8)

@@ -1,4 +1,7 @@
-"""The server while replicas are killed, replaced, added and taken away, and while clients send rubbish: real processes over HTTP."""
+"""The server under faults: replicas killed, replaced, added and removed, and malformed requests.
+
+Uses real processes over HTTP.
+"""
 
 import base64
 import io
@@ -21,7 +24,7 @@ from glide_ray.bench.load_generator import free_port
 from glide_ray.config.serving import Scale, ServeConfig, ServedModel
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
-REQUESTS = int(os.environ.get("GLIDE_TEST_REQUESTS", 40))  # answered while replicas are killed
+REQUESTS = int(os.environ.get("GLIDE_TEST_REQUESTS", 40))  # sent while replicas are killed
 KILL_EVERY = 6.0  # seconds
 BROKEN = int(os.environ.get("GLIDE_TEST_BROKEN", 1000))  # malformed requests
 TWO = Scale(min_replicas=2, max_replicas=2, cpus=0.5)
@@ -30,7 +33,7 @@ ONE_TO_TWO = Scale(max_replicas=2, cpus=0.5, up_after=1, down_after=3)
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory, s3):
-    """Two versions of a cascade, the first of which lies on S3, and a base model by itself."""
+    """Two versions of a cascade, the first on S3; the second's base is also served by itself."""
     folder = tmp_path_factory.mktemp("serve")
     first, second = serving_weights(folder / "first"), serving_weights(folder / "second", seed=1)
     for role, path in first.items():
@@ -69,7 +72,7 @@ def asked(count, **fields):
 
 
 def pictures(answers):
-    """Pixels of each answer: the PNGs also name the weights."""
+    """Pixels of each answer. PNG bytes may differ, because they also name the weights."""
     assert [answer.status for answer in answers] == [200] * len(answers)
     return [
         np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.images[0])))) for answer in answers
@@ -77,7 +80,7 @@ def pictures(answers):
 
 
 def processes(deployment):
-    """The replicas of a deployment, as Ray names their processes."""
+    """Processes of a deployment's replicas, found by the name that Ray sets."""
     name = f"ServeReplica:glide:{deployment}"
     return [
         process
@@ -169,7 +172,7 @@ def test_load_brings_a_second_replica_and_quiet_takes_it_away_and_no_request_fai
 
 
 def broken_request(draw):
-    """(path, content for httpx) that no server should accept, or only by chance."""
+    """(path, keyword arguments for httpx) of a request that is almost certainly invalid."""
     junk = [
         None,
         True,
@@ -245,7 +248,7 @@ def broken_request(draw):
 
 
 def broken_image(draw):
-    """An image that is cut off, has wrong bytes, or is a bomb: small in bytes and huge in pixels."""
+    """A truncated or corrupted image, or a bomb: few bytes but very many pixels."""
     buffer = io.BytesIO()
     kind = draw.choice(["PNG", "JPEG", "WEBP", "GIF", "BMP", "bomb"])
     if kind == "bomb":
@@ -268,9 +271,8 @@ def test_rubbish_is_refused_and_costs_neither_a_crash_nor_memory(url):
             if n % 100 == 99:
                 sizes.append(sum(process.memory_info().rss for process in processes("ingress")))
     print(statuses, [size // 2**20 for size in sizes])
-    assert (
-        set(statuses) <= {200, 400, 404, 413} and statuses[400] > 0.8 * BROKEN
-    )  # a few images survive what was done to them
+    # A few corrupted images are still readable.
+    assert set(statuses) <= {200, 400, 404, 413} and statuses[400] > 0.8 * BROKEN
     assert sizes[-1] < sizes[len(sizes) // 2] + 32 * 2**20
     assert httpx.get(f"{url}/readyz").status_code == 200
 
@@ -304,17 +306,13 @@ def test_a_client_that_leaves_a_stream_frees_its_place(url):
 
 
 def test_new_weights_take_the_place_of_the_old_ones_and_no_request_fails(url, config, weights):
-    """Last of this file: it leaves other weights behind."""
+    """Must be the last test of this file, because it leaves other weights deployed."""
     from glide_ray.bench import load_generator as load
     from glide_ray.serving.deployment import build_application, deploy
 
     old = pictures(load.Clients(url, asked(6), clients=4, keep_images=True).answers())
-    slow = {
-        "prompt": "x",
-        "seed": 1,
-        "steps": 150,
-        "size": "64x64",
-    }  # still on its way when the replicas are told to go
+    # Still running when the old replicas are told to stop.
+    slow = {"prompt": "x", "seed": 1, "steps": 150, "size": "64x64"}
     long = load.Clients(url, [slow], clients=1, keep_images=True)
     going = load.Clients(url, asked(6), clients=4, seconds=40, keep_images=True)
     time.sleep(2)

@@ -1,4 +1,7 @@
-"""Any number of ranks share any batch: every row once, equally many network calls on each, and the gradient of the mean."""
+"""A batch split among any number of ranks: each row once, equally many network calls per rank.
+
+The gradient is that of the mean over the batch.
+"""
 
 import pytest
 import torch

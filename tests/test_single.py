@@ -1,4 +1,4 @@
-"""A run of one process, without Ray and DeepSpeed: what it computes, how it stops, and how it goes on."""
+"""A training run in one process, without Ray and DeepSpeed: results, interruption, resumption."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ def losses(folder):
     return [row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
 
 
-# -- what it computes -------------------------------------------------------------------------------------------------
+# -- computation -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -56,7 +56,7 @@ def test_a_single_process_trains_as_one_rank_of_deepspeed_does(precision):
     assert [row["loss"] for row in single[0] if "loss" in row] == pytest.approx(
         expected, rel=1e-5 if precision == "fp32" else 2e-3
     )
-    # In 16 bits DeepSpeed's masters begin as the rounded weights.
+    # In 16 bits, DeepSpeed's float32 masters start from the rounded weights.
     tolerance = 2e-5 if precision == "fp32" else 4e-3
     assert all(
         torch.allclose(single[2][name], average, atol=tolerance)
@@ -136,7 +136,7 @@ def test_fp16_is_refused_and_auto_is_a_precision_of_the_machine():
     )
 
 
-# -- runs -------------------------------------------------------------------------------------------------------------
+# -- runs ------------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_weights_figures_and_events_and_is_not_made_twice(drawn_corpus, tmp_path):
@@ -214,7 +214,7 @@ def test_settings_of_another_run_are_refused(drawn_corpus, tmp_path):
         train_alone(preset(drawn_corpus, "batch=4"), tmp_path / "run", progress=False)
 
 
-# -- its corpus -------------------------------------------------------------------------------------------------------
+# -- corpus ----------------------------------------------------------------------------------------
 
 
 def test_each_epoch_reads_each_row_once_in_an_order_of_its_own(drawn_corpus):
@@ -244,9 +244,8 @@ def test_an_epoch_reads_the_share_of_a_folder_that_is_asked_for(drawn_corpus):
     held_out = {n for n, (_, folder, _) in enumerate(corpus.rows) if folder == "held_out"}
     assert len(held_out) == 16 and all(held_out <= order for order in orders)
     read = sum(len(order) - 16 for order in orders) / 40
-    assert (
-        read == pytest.approx(48, abs=4) and len(set.union(*orders)) == 112
-    )  # another half each time
+    # Each epoch draws another half of the rows.
+    assert read == pytest.approx(48, abs=4) and len(set.union(*orders)) == 112
 
 
 def test_a_batch_larger_than_the_corpus_is_refused(drawn_corpus):

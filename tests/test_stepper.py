@@ -1,4 +1,4 @@
-"""Samples in flight: the same in any company, coming and going between steps."""
+"""Samples in flight: results are independent of the others, which join and leave between steps."""
 
 import itertools
 import pickle
@@ -36,7 +36,7 @@ def request(kind="base", seed=7, prompt="a red apple", **options):
 
 
 def company(kind, crowd):
-    """A sample that joins four others under way, two of which leave before it."""
+    """The image of a sample in flight with four others; two of them finish before it."""
     for seed, steps in ((1, 3), (2, 5), (3, "fast27")):
         crowd.submit(request(kind, seed, f"other {seed}", steps=steps))
     crowd.step()
@@ -114,7 +114,7 @@ def test_a_small_strength_stays_near_the_image_it_begins_from():
 
 
 def test_inversion_gives_the_noise_that_leads_back():
-    """Exactly so only in the limit of small steps: many steps come closer than few, and far closer than other noise."""
+    """Exact only in the limit of small steps: 200 must be closer than 20 and than other noise."""
     image = stepper().run([request(steps=50, sampler="ddim", guidance_scale=1.0)])
 
     def error(steps):
@@ -167,7 +167,7 @@ def test_no_more_samples_are_in_flight_than_there_is_room_for():
 
 
 def finished(crowd):
-    """Tickets in the order in which they are done."""
+    """Tickets in the order of completion."""
     order = []
     while crowd.in_flight or crowd.queued:
         order += [ticket for ticket, _ in crowd.step()]
@@ -183,9 +183,8 @@ def test_a_short_sample_overtakes_a_long_one_and_none_waits_for_ever():
     assert finished(crowd) == [short, long]
     long = crowd.submit(request(steps=20))
     shorts = []
-    while (
-        crowd.in_flight or crowd.queued
-    ):  # a short one comes whenever another has gone: alone they would fill the stepper
+    # A short sample is added whenever another finishes; these alone would keep the stepper full.
+    while crowd.in_flight or crowd.queued:
         if len(shorts) < 60 and crowd.in_flight + crowd.queued < 2:
             shorts.append(crowd.submit(request(seed=len(shorts), steps=4)))
         if long in dict(crowd.step()):
@@ -220,7 +219,7 @@ def test_previews_are_the_predicted_image_at_even_distances(steps, previews, tak
     assert [step for step, _ in seen] == taken
     assert all(image.shape == (3, 16, 16) and image.abs().max() <= 1 for _, image in seen)
     assert torch.equal(done[0][1], stepper().run([request(steps=steps)])[0])
-    if len(seen) == 3 and steps == 8:  # they come nearer to the picture
+    if len(seen) == 3 and steps == 8:  # later previews are closer to the picture
         errors = [(image - done[0][1]).abs().mean().item() for _, image in seen]
         assert errors[2] < errors[0]
 
@@ -235,7 +234,7 @@ def test_a_caption_is_encoded_once_for_all_samples_that_have_it():
             for seed, prompt in enumerate(["a", "b", "a", "a", "b"])
         ]
     )
-    assert len(calls) == 3  # both, and the empty one
+    assert len(calls) == 3  # both captions, and the empty one
     one.run([request(steps=2, prompt="b")])
     assert len(calls) == 3
 
@@ -351,7 +350,7 @@ def test_an_engine_that_is_asked_for_nonsense_answers_and_goes_on():
 
 
 def failing(crowd, fails):
-    """The stepper with a network whose N-th call, from 1, raises where `fails(N)`."""
+    """The stepper with a network that raises in call N, counted from 1, if `fails(N)`."""
     network, calls = crowd._network, itertools.count(1)
 
     def call(*given):
@@ -366,9 +365,10 @@ def failing(crowd, fails):
 def test_a_step_that_fails_does_so_for_those_in_flight_and_what_waits_has_its_own_try():
     submitted = threading.Event()
     engine = Engine(failing(stepper(max_in_flight=1), lambda call: call == 2))
+    # Its first step waits until the others are submitted.
     futures = [
         engine.submit(replace(request(steps=2), previews=1, watch=lambda image: submitted.wait(60)))
-    ]  # its first step waits for the others
+    ]
     futures += [engine.submit(request(seed=seed, steps=3)) for seed in range(3)]
     submitted.set()
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -411,13 +411,13 @@ def test_a_request_that_cannot_even_be_queued_fails_alone():
     engine.close()
 
 
-def test_an_engine_that_is_closed_cancels_what_has_not_finished_and_says_that_it_is_no_longer_well():
+def test_a_closed_engine_cancels_unfinished_samples_and_reports_unhealthy():
     engine, begun, go = Engine(stepper()), threading.Event(), threading.Event()
     first = engine.submit(
         replace(request(steps=1000), previews=999, watch=lambda image: begun.set() or go.wait(60))
     )
     assert begun.wait(60)
-    second = engine.submit(request(steps=2))  # not looked at before the step is done
+    second = engine.submit(request(steps=2))  # stays queued until the current step ends
     engine.check()
     closing = threading.Thread(target=engine.close)
     closing.start()
@@ -481,7 +481,7 @@ def test_a_refusal_keeps_its_field_on_the_way_from_another_process():
 
 
 def test_a_variation_that_keeps_nothing_is_the_same_beside_an_edit_that_does():
-    """Only what is known draws noise for itself."""
+    """Noise is drawn for known pixels only in samples that have any."""
     picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     kept = np.arange(256).reshape(16, 16) % 16 < 8
     varied = request(steps=6, known=picture, known_mask=np.zeros((16, 16), bool))

@@ -1,4 +1,4 @@
-"""Local paths and S3 as one. The S3 is moto's server, in a process of its own."""
+"""One interface for local paths and S3. S3 is moto's server in its own process."""
 
 import os
 
@@ -125,7 +125,7 @@ def test_an_s3_path_without_a_bucket_is_refused():
 def test_with_a_twentieth_of_all_requests_failing_nothing_fails_and_nothing_is_left_wrong(
     s3, s3_faults, tmp_path
 ):
-    """Of a listing that is cut, boto3 sees bad XML and asks again; a large object goes and comes in parts."""
+    """boto3 retries a truncated listing, which is invalid XML; a large object goes in parts."""
     large = tmp_path / "large"
     large.write_bytes(os.urandom(24 * 2**20))
     s3_faults.at_random(0.05)
@@ -152,13 +152,13 @@ def test_the_cache_keeps_to_its_limit_and_what_was_used_last(s3, tmp_path, monke
     for n in range(4):
         storage.put(bytes(10**6), f"{s3}/limited/{n}")
         if n == 3:
-            os.utime(copies[1].parent, (1, 1))  # not used since long ago
+            os.utime(copies[1].parent, (1, 1))  # last used long ago
         copies.append(storage.fetch(f"{s3}/limited/{n}", tmp_path))
     assert [copy.exists() for copy in copies] == [True, False, True, True]
     monkeypatch.setattr(storage, "IN_USE_SECONDS", 600)
     storage.put(bytes(10**6), f"{s3}/limited/4")
     storage.fetch(f"{s3}/limited/4", tmp_path)
-    assert sum(copy.exists() for copy in copies) == 3  # what may be about to be read stays
+    assert sum(copy.exists() for copy in copies) == 3  # recently used copies are kept
     monkeypatch.setenv("GLIDE_CACHE_GB", "many")
     storage.put(b"5", f"{s3}/limited/5")
     with pytest.raises(StorageError, match="GLIDE_CACHE_GB is 'many'"):

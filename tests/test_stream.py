@@ -1,4 +1,4 @@
-"""The corpus through Ray Data: every source, every row once, bad rows counted, batches from a seed."""
+"""The corpus through Ray Data: all sources, each row once, bad rows counted, seeded batches."""
 
 import json
 
@@ -132,11 +132,11 @@ def test_a_survey_counts_captions_and_those_that_are_cut(tmp_path):
     assert (made.rows.kept, made.captions, made.cut_captions) == (2, 3, 1)
 
 
-# -- order, and going on in the midst of an epoch ---------------------------------------------------------------------
+# -- order, and resumption within an epoch ---------------------------------------------------------
 
 
 def batches_of(corpus, epoch=0, rows=0, workers=2, batch=12, tally=None, seed=0, window=16):
-    """The global batches of an epoch, each the list of its keys, as so many workers get them."""
+    """The global batches of an epoch, each a list of keys, as this number of workers reads them."""
     feeder = Feeder.remote(find_parts(corpus), 16, batch, window, seed, tally or Tally.remote())
 
     @ray.remote(num_cpus=0)
@@ -173,7 +173,7 @@ def test_a_batch_has_the_same_rows_in_the_same_order_however_many_workers_share_
 
 
 @pytest.mark.parametrize("done, workers, later", [(12, 2, 3), (36, 3, 1), (60, 1, 2), (96, 2, 2)])
-def test_a_run_that_stops_and_resumes_reads_the_very_batches_that_were_left_with_any_number_of_workers(
+def test_a_resumed_run_reads_exactly_the_remaining_batches_with_any_number_of_workers(
     drawn_corpus, done, workers, later
 ):
     whole = batches_of(drawn_corpus / "train", workers=workers)
@@ -183,7 +183,7 @@ def test_a_run_that_stops_and_resumes_reads_the_very_batches_that_were_left_with
 
 def test_parts_that_were_trained_on_whole_are_not_read_again(tmp_path, monkeypatch):
     write_shards(tmp_path, drawn_samples(48), per_shard=8)
-    for path in tmp_path.glob("index.json"):  # parts of unknown size: a task each
+    for path in tmp_path.glob("index.json"):  # without it part sizes are unknown: one task each
         path.unlink()
     tally = Tally.remote()
     whole = batches_of(tmp_path, tally=tally)
@@ -206,7 +206,7 @@ def test_what_is_left_of_an_epoch_that_fills_no_batch_is_not_given(drawn_corpus)
     )
 
 
-# -- batches ----------------------------------------------------------------------------------------------------------
+# -- batches ---------------------------------------------------------------------------------------
 
 
 def rows_of(samples):

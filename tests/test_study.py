@@ -1,4 +1,4 @@
-"""People comparing pictures: pairs and turns by their properties, and `glide rate` and `glide elo` as raters' browsers and a shell see them."""
+"""Human comparisons of pictures: pairs, turns, `glide rate` in browsers, `glide elo`."""
 
 import io
 import json
@@ -29,11 +29,12 @@ from glide_ray.evaluation.pairing import BLOCK, FIRST, SECOND, Comparison, next_
 from glide_ray.evaluation.votes import PREFETCHED_COMPARISONS, Asked, Votes
 
 GLIDE = os.path.join(os.path.dirname(sys.executable), "glide")
+# Each model paints in its own colour.
 MODELS = {
     "zanzibar": (200, 40, 40),
     "quixote": (40, 200, 40),
     "umbrella": (40, 40, 200),
-}  # each paints in a colour of its own
+}
 CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
 browsing = pytest.mark.skipif(
     not (os.path.exists(CHROMIUM) and os.path.exists(DRIVER)),
@@ -42,7 +43,7 @@ browsing = pytest.mark.skipif(
 
 
 def bulk(folder, colour, prompts, seeds=None):
-    """A folder as bulk generation leaves it; its files say who made them, as those of glide do."""
+    """A folder like that of bulk generation; the PNGs name their model, as those of glide do."""
     (folder / "00000").mkdir(parents=True)
     lines, text = [], PngImagePlugin.PngInfo()
     text.add_text("recipe", folder.name)
@@ -74,7 +75,7 @@ def folders(tmp_path_factory):
 
 @contextmanager
 def rating(*arguments):
-    """`glide rate` in a process of its own; its link, and the process."""
+    """Run `glide rate` in its own process; yields its link and the process."""
     server = subprocess.Popen(
         [GLIDE, "rate", *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -159,7 +160,8 @@ def browse(size=(1280, 800), phone=False):
                 }
             },
         )
-    browser = webdriver.Chrome(options, Service(DRIVER))  # a driver that is named is not looked for
+    # With the path of the driver, Selenium does not search for one.
+    browser = webdriver.Chrome(options, Service(DRIVER))
     browser.profile = profile
     return browser
 
@@ -177,10 +179,17 @@ def browsers(*given):
 
 
 def seen(browser, before=None, seconds=20):
-    """(question, left, right) that the page asks about and takes an answer to, other than `before`; None at the end."""
-    script = """const at = id => document.getElementById(id), name = id => at(id).getAttribute('src').match(/([0-9a-f]{16}).png/)[1];
-        if (!at('end').hidden) return 'end';
-        return ready && !at('asking').hidden ? [at('question').textContent, name('left-picture'), name('right-picture')] : null"""
+    """(question, left, right) once the page shows others than `before` and accepts an answer.
+
+    None at the end of the study.
+    """
+    script = (
+        "const at = id => document.getElementById(id), "
+        "name = id => at(id).getAttribute('src').match(/([0-9a-f]{16}).png/)[1];\n"
+        "        if (!at('end').hidden) return 'end';\n"
+        "        return ready && !at('asking').hidden ? [at('question').textContent, "
+        "name('left-picture'), name('right-picture')] : null"
+    )
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         found = browser.execute_script(script)
@@ -202,7 +211,7 @@ def key(browser, answer):
 
 
 def tap(browser, answer):
-    """With a finger, at the middle of what is on the screen."""
+    """Answer by a touch at the middle of the element on the screen."""
     from selenium.webdriver.common.actions.action_builder import ActionBuilder
     from selenium.webdriver.common.actions.interaction import POINTER_TOUCH
     from selenium.webdriver.common.actions.pointer_input import PointerInput
@@ -213,7 +222,7 @@ def tap(browser, answer):
 
 
 def painters(folder):
-    """Of each picture of a study, by its opaque name, who painted it; None is noise."""
+    """The model of each picture of a study, by the picture's opaque name; None for noise."""
     found = {}
     for path in Path(folder, "pictures").glob("*.png"):
         corner = np.asarray(Image.open(path))[20:].reshape(-1, 3)
@@ -224,13 +233,16 @@ def painters(folder):
 
 
 def rate(browser, who, painted, act, count, reload_at=None):
-    """What was answered, as (question, first, second, won) by the pictures on the page alone. Checks are passed, and zanzibar preferred, mostly."""
+    """Rate `count` pairs; returns (question, first, second, won) from the pictures shown.
+
+    Passes all attention checks, and mostly prefers zanzibar.
+    """
     answered, asked = [], None
     for n in range(count):
         if n == reload_at:
             before = seen(browser, asked)
             browser.refresh()
-            assert seen(browser) == before  # goes on where the rater was
+            assert seen(browser) == before  # resumes where the rater was
             asked = None
         asked = seen(browser, asked)
         question, left, right = asked
@@ -260,13 +272,14 @@ def rate(browser, who, painted, act, count, reload_at=None):
                 )
             )
     browser.execute_async_script(
-        "const done = arguments[0]; const look = () => sending || waiting().length ? setTimeout(look, 20) : done(); look()"
+        "const done = arguments[0]; const look = () => "
+        "sending || waiting().length ? setTimeout(look, 20) : done(); look()"
     )
     return answered
 
 
 def direct(answered, question):
-    """Wins (3, 3) counted one by one."""
+    """Wins (3, 3), counted one by one."""
     order, table = list(MODELS), np.zeros((3, 3))
     for one, left, right, won in answered:
         if one == question:
@@ -302,16 +315,18 @@ def test_a_hundred_votes_of_two_browsers_at_once_with_a_reload_are_counted_and_b
             thread.start()
         for thread in threads:
             thread.join()
-        assert set(found) == {0, 1}  # neither has failed
+        assert set(found) == {0, 1}  # neither thread failed
         for browser in (desk, phone):
             addresses = browser.execute_script(
-                "return performance.getEntries().map(entry => entry.name).join(' ') + location + document.cookie"
+                "return performance.getEntries().map(entry => entry.name).join(' ') "
+                "+ location + document.cookie"
             )
             assert not re.search(
                 "|".join(MODELS), browser.page_source + addresses
             ) and "<i>" not in browser.find_element("id", "caption").get_attribute("innerHTML")
             assert browser.execute_script(
-                "return document.documentElement.scrollWidth <= innerWidth && document.documentElement.scrollHeight <= innerHeight"
+                "return document.documentElement.scrollWidth <= innerWidth "
+                "&& document.documentElement.scrollHeight <= innerHeight"
             )
 
     answered = found[0] + found[1]
@@ -322,12 +337,12 @@ def test_a_hundred_votes_of_two_browsers_at_once_with_a_reload_are_counted_and_b
         assert [count for _, count in rows] == [50, 50]
         lefts = Counter(
             file.execute(
-                "select left_picture, question, first, second from votes join comparisons on comparison = comparisons.id"
+                "select left_picture, question, first, second "
+                "from votes join comparisons on comparison = comparisons.id"
             ).fetchall()
         )
-    assert all(
-        abs(lefts[(FIRST, *of)] - lefts[(SECOND, *of)]) <= 2 for _, *of in lefts
-    )  # one for each rater
+    # An imbalance of at most one for each rater.
+    assert all(abs(lefts[(FIRST, *of)] - lefts[(SECOND, *of)]) <= 2 for _, *of in lefts)
     assert main(["elo", str(tmp_path / "study"), "--json", str(tmp_path / "elo.json")]) == 0
     printed, figures = capsys.readouterr().out, json.loads((tmp_path / "elo.json").read_text())
     assert figures["raters"] == 2 and figures["raters_left_out"] == 0
@@ -368,9 +383,8 @@ def test_answers_given_while_the_server_is_dead_come_when_it_is_back_and_the_las
         ActionChains(browser).click(browser.find_element("id", "left")).pause(
             0.12
         ).click().perform()
-        asked = seen(
-            browser, asked
-        )  # the next pictures are there already, and were not answered by the second of two clicks
+        # The next pictures are prefetched, and the second click was not taken as their answer.
+        asked = seen(browser, asked)
         key(browser, "left")
         last = asked
         asked = seen(browser, asked)
@@ -383,7 +397,8 @@ def test_answers_given_while_the_server_is_dead_come_when_it_is_back_and_the_las
             key(browser, "right")
             assert seen(browser, asked) == waited
             browser.execute_async_script(
-                "const done = arguments[0]; const look = () => sending || waiting().length ? setTimeout(look, 20) : done(); look()"
+                "const done = arguments[0]; const look = () => "
+                "sending || waiting().length ? setTimeout(look, 20) : done(); look()"
             )
     with sqlite3.connect(out / "votes.sqlite") as file:
         rows = file.execute(
@@ -396,12 +411,12 @@ def test_answers_given_while_the_server_is_dead_come_when_it_is_back_and_the_las
     )
 
 
-# -- over HTTP --------------------------------------------------------------------------------------------------------
+# -- HTTP ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def keyed(folders, tmp_path_factory):
-    """A server, and its link, which has a key."""
+    """The link of a server, which contains a key, and the server's folder."""
     out = tmp_path_factory.mktemp("keyed")
     with rating(*named(folders), "--out", out, "--comparisons", 10, "--port", 0) as (link, _):
         yield link, out
@@ -454,9 +469,8 @@ def test_what_is_sent_names_no_model_and_nothing_but_pictures_is_served(keyed):
                 answer.content + str(answer.headers).encode() + str(answer.url).encode(),
             )
             assert "last-modified" not in answer.headers
-        assert not Image.open(
-            io.BytesIO(answers[2].content)
-        ).info  # what its file said of its maker
+        # The metadata that named the model is removed from the PNG.
+        assert not Image.open(io.BytesIO(answers[2].content)).info
         assert {one["token"] for one in answers[-1].json()["turns"]}.isdisjoint(
             {turn["token"]}
         ) and answers[-1].json()["done"] == 1
@@ -490,7 +504,8 @@ def test_a_turn_is_of_its_rater_only_and_an_answer_sent_again_changes_nothing(ke
         for client, name in ((ann, "ann"), (bob, "bob")):
             client.get(f"{link}&rater={name}")
         turn = ann.get(f"{base}turns").json()["turns"][0]
-        assert ann.get(f"{base}turns").json()["turns"][0] == turn  # a reload, or another tab
+        # As after a reload or in another tab.
+        assert ann.get(f"{base}turns").json()["turns"][0] == turn
         given = {"token": turn["token"], "answer": "left", "seconds": 2.0}
         assert bob.post(f"{base}votes", json=given).status_code == 404
         assert [
@@ -503,11 +518,11 @@ def test_a_turn_is_of_its_rater_only_and_an_answer_sent_again_changes_nothing(ke
         ).fetchall() == [(1, 2.0)]
 
 
-# -- the database -----------------------------------------------------------------------------------------------------
+# -- database --------------------------------------------------------------------------------------
 
 
 def test_raters_and_tabs_at_once_lose_no_vote_and_give_none_twice(tmp_path):
-    """Eight threads with connections of their own, two of each rater: as servers and tabs have them."""
+    """Eight threads with separate connections, two for each rater, like servers and tabs."""
     database(tmp_path, 30)
     given, url = [], f"sqlite:///{tmp_path}/votes.sqlite"
 
@@ -599,7 +614,7 @@ def test_an_answer_stays_unless_the_rater_goes_back(tmp_path):
     )
 
 
-# -- turns, by their properties ---------------------------------------------------------------------------------------
+# -- turns -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -658,10 +673,11 @@ def test_the_first_side_and_the_first_comparison_of_a_rater_cannot_be_foreseen()
     first = [
         next_turn("secret", f"rater {n}", comparisons, questions, [], {}, 1) for n in range(1000)
     ]
+    # Bounds of 4.4 standard deviations.
     assert (
         430 < sum(turn.left == FIRST for turn in first) < 570
         and 430 < sum(turn.question == "caption" for turn in first) < 570
-    )  # 4.4 deviations
+    )
     assert (
         all(20 < count < 90 for count in Counter(turn.comparison for turn in first).values())
         and len(Counter(turn.comparison for turn in first)) == 20
@@ -685,7 +701,7 @@ def test_what_fewest_have_answered_is_asked_first():
     )
 
 
-# -- pairs ------------------------------------------------------------------------------------------------------------
+# -- pairs -----------------------------------------------------------------------------------------
 
 
 def test_pairs_are_of_one_prompt_and_seed_and_as_many_of_each_two_models(folders):
@@ -709,10 +725,11 @@ def test_seeds_decide_where_both_have_them_and_the_order_where_not(tmp_path, dra
     assert [(a.seed, b.seed) for a, b in study.pairs_of(one, other)] == [(7, 7)]
     assert [(a.seed, b.seed) for a, b in study.pairs_of(one, strange)] == [(5, 70), (6, 90)]
     real = study.find_pictures(str(drawn_corpus / "held_out"))
+    # A study accepts any corpus, with all captions of its images.
     assert (
         len(real["a red ellipse"]) == len(real["a blue rectangle"]) == 2
         and real["a red ellipse"][0].seed is None
-    )  # any corpus, all its captions
+    )
 
 
 def test_a_study_that_was_broken_off_is_made_again_and_real_pictures_check_captions(
@@ -733,14 +750,12 @@ def test_a_study_that_was_broken_off_is_made_again_and_real_pictures_check_capti
     votes = study.open_study(tmp_path, None, None)
     rows = votes.comparisons().values()
     named_pictures = {name for one in rows for name in (one.first_picture, one.second_picture)}
-    assert {
-        path.stem for path in (tmp_path / "pictures").glob("*.png")
-    } == named_pictures  # what the first made is all of use
+    # No picture of the interrupted attempt is left unused.
+    assert {path.stem for path in (tmp_path / "pictures").glob("*.png")} == named_pictures
     assert Counter(one.check_of for one in rows) == {None: 30, "photorealism": 3, "caption": 3}
     for one in rows:
-        if (
-            one.check_of == "caption"
-        ):  # both are drawings, and the caption is true of the first only
+        # Both pictures are drawings, and the caption describes only the first.
+        if one.check_of == "caption":
             colours = [
                 tuple(
                     np.asarray(Image.open(tmp_path / "pictures" / f"{name}.png"))[32, 32].tolist()
@@ -754,7 +769,8 @@ def test_a_study_that_was_broken_off_is_made_again_and_real_pictures_check_capti
         for one in rows
         if one.check_of == "photorealism"
     ]
-    assert all(60 < image.std() < 90 for image in pixels)  # noise: 256 / sqrt(12)
+    # Uniform noise has a standard deviation of 256 / sqrt(12) = 74.
+    assert all(60 < image.std() < 90 for image in pixels)
 
 
 def test_what_could_not_be_made_gives_way_and_pictures_that_are_gone_are_made_again(
@@ -769,12 +785,11 @@ def test_what_could_not_be_made_gives_way_and_pictures_that_are_gone_are_made_ag
         with pytest.raises(UserError, match=message):
             study.open_study(tmp_path / "s", None, asked)
     asked = Asked(folders, ["photorealism"], 9)
-    votes = study.open_study(tmp_path / "s", None, asked)  # the same folder, and put right
+    votes = study.open_study(tmp_path / "s", None, asked)  # same folder, corrected input
     names = sorted(path.name for path in (tmp_path / "s" / "pictures").glob("*.png"))
     assert votes.asked == asked and len(votes.comparisons()) == 10
-    again = study.open_study(
-        tmp_path / "elsewhere", votes.url, None
-    )  # its database, from another folder
+    # The database of the first folder, opened from another one.
+    again = study.open_study(tmp_path / "elsewhere", votes.url, None)
     assert again.comparisons() == votes.comparisons()
     shown = {
         f"{name}.png"
@@ -788,7 +803,7 @@ def test_what_could_not_be_made_gives_way_and_pictures_that_are_gone_are_made_ag
     )
 
 
-# -- tables -----------------------------------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------------------
 
 
 def test_votes_of_a_csv_give_the_tables_that_a_count_by_hand_gives(tmp_path, capsys):
@@ -805,7 +820,8 @@ def test_votes_of_a_csv_give_the_tables_that_a_count_by_hand_gives(tmp_path, cap
         capsys.readouterr().out,
         json.loads((tmp_path / "elo.json").read_text())["questions"],
     )
-    apart = 400 * np.log10(8 / 4)  # 6 wins, 2 losses and 4 ties: 8 to 4
+    # 6 wins, 2 losses and 4 ties: odds of 8 to 4.
+    apart = 400 * np.log10(8 / 4)
     assert found["caption"]["scores"]["free"]["score"] == pytest.approx(apart / 2) and found[
         "caption"
     ]["wins"]["free"]["clip"] == {"share": 8 / 12, "votes": 12}

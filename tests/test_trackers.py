@@ -1,4 +1,7 @@
-"""Trackers, with their real packages: what they wrote is read back; a run that is started again goes on; a failing store stops nothing."""
+"""Trackers with their real packages: what they log is read back, restarted runs are continued.
+
+A store that fails stops nothing.
+"""
 
 import io
 import json
@@ -31,7 +34,7 @@ PICTURE = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch, tmp_path):
-    """Nothing of the user's own, and short waits."""
+    """Hide the user's configuration, and shorten the waits between retries."""
     monkeypatch.setattr(trackers, "RETRY_SECONDS", 0.1)
     for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_"))]:
         monkeypatch.delenv(name)
@@ -50,7 +53,7 @@ def surroundings(monkeypatch, tmp_path):
 
 
 def start(folder, name, first_step=0, warned=None, settings=()):
-    """A tracker, and what it warns of."""
+    """(tracker, list of its warnings)."""
     warned = [] if warned is None else warned
     return open_trackers(
         [name], folder, tiny("base", *settings), "run-7", first_step, warned.append
@@ -58,7 +61,7 @@ def start(folder, name, first_step=0, warned=None, settings=()):
 
 
 def until(condition, seconds=20):
-    """Wait for it; what it asks may not be there yet, or be half written."""
+    """Wait until the condition holds; errors count as false, since files may be incomplete."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -71,7 +74,7 @@ def until(condition, seconds=20):
         time.sleep(0.02)
 
 
-# -- TensorBoard ------------------------------------------------------------------------------------------------------
+# -- TensorBoard -----------------------------------------------------------------------------------
 
 
 def events(folder):
@@ -119,7 +122,7 @@ def test_a_run_that_is_started_again_has_each_step_once_in_tensorboard_as_done_l
         before.metrics(step, {"loss": step})
         before.metrics(step, {"held_out": step})
     before.close(failed=True)
-    again, _ = start(tmp_path, "tensorboard", first_step=11)  # from the checkpoint of step 10
+    again, _ = start(tmp_path, "tensorboard", first_step=11)  # resumed from step 10's checkpoint
     for step in (20, 30, 40):
         again.metrics(step, {"loss": step + 0.5})
     again.close()
@@ -136,16 +139,15 @@ def test_steps_that_workers_do_again_stand_once(tmp_path, rewinds):
         made.rewind(11)
     for step in (20, 30, 40):
         made.metrics(step, {"loss": step + 0.5})
-    made.metrics(30, {"average_held_out": 7})  # made beside the run, and late
+    made.metrics(30, {"average_held_out": 7})  # computed in the background, hence late
     made.close()
     own = 0.5 if rewinds else 0
     assert scalars(tmp_path, "loss") == [(10, 10), (20, 20 + own), (30, 30 + own), (40, 40.5)]
     assert scalars(tmp_path, "average_held_out") == [(30, 7)]
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
-)  # of TensorBoard's own thread
+# The warning is about TensorBoard's own thread.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_tensorboards_folder_that_cannot_be_written_to_stops_nothing_and_is_told_of_once(tmp_path):
     made, warned = start(tmp_path, "tensorboard")
     made.metrics(10, {"loss": 1})
@@ -167,7 +169,7 @@ def test_tensorboards_folder_that_cannot_be_written_to_stops_nothing_and_is_told
     assert scalars(tmp_path, "loss") == [(20, 2), (30, 2), (40, 3)]
 
 
-# -- MLflow -----------------------------------------------------------------------------------------------------------
+# -- MLflow ----------------------------------------------------------------------------------------
 
 
 def mlflow_runs(uri=None):
@@ -207,10 +209,11 @@ def test_mlflow_has_a_run_that_goes_on_when_started_again(tmp_path):
         run.data.params["train.batch"] == str(tiny().train.batch)
         and run.data.params["model.unet.multipliers"] == "(1, 2)"
     )
+    # MLflow's parameters cannot be changed, so the new value is a tag.
     assert (
         run.data.params["train.steps"] == str(tiny().train.steps)
         and run.data.tags["train.steps"] == "77"
-    )  # cannot be changed; stands beside
+    )
     assert run.data.tags["note.000000010"] == "a worker was lost\nit is back"
     assert run.info.status == "FINISHED"
     pictures = [item.path for item in client.list_artifacts(run.info.run_id, "images")]
@@ -231,7 +234,10 @@ def test_what_mlflow_refuses_is_dropped_and_the_rest_arrives(tmp_path):
 
 
 class MlflowServer:
-    """MLflow's own server on loopback, in a process of its own. Each line that this is given makes it go away, or come back."""
+    """MLflow's own server on loopback, in a separate process.
+
+    Each line on the process's standard input stops the server or starts it again.
+    """
 
     program = """
 import logging, sys, threading
@@ -281,7 +287,7 @@ while True:
 
 @pytest.fixture
 def server(tmp_path):
-    pytest.importorskip("flask")  # moto's
+    pytest.importorskip("flask")  # installed with moto
     made = MlflowServer(tmp_path / "server")
     yield made
     made.end()
@@ -329,17 +335,18 @@ def test_an_address_of_no_kind_that_mlflow_knows_is_refused_in_one_sentence(tmp_
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "gopher://somewhere")
     with pytest.raises(
         UserError,
-        match=r"^MLflow cannot use its store \(.*gopher.*\); set MLFLOW_TRACKING_URI to a server's address\.$",
+        match=r"^MLflow cannot use its store \(.*gopher.*\); "
+        r"set MLFLOW_TRACKING_URI to a server's address\.$",
     ):
         start(tmp_path, "mlflow")
 
 
-# -- Weights & Biases -------------------------------------------------------------------------------------------------
+# -- Weights & Biases ------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """W&B offline. Its process ends with the test, for it keeps the environment that it was started in."""
+    """W&B offline. Its process keeps the environment of its start, so it ends with the test."""
     import wandb
 
     wandb.teardown()
@@ -350,7 +357,11 @@ def wandb(monkeypatch):
 
 
 def records(path):
-    """A .wandb file's records: LevelDB's log format (blocks of 32 KiB; CRC, length and kind before each stretch) after a header of 7 bytes."""
+    """The records of a .wandb file.
+
+    The format is LevelDB's log after a header of 7 bytes: blocks of 32 KiB, with CRC, length and
+    kind before each fragment.
+    """
     from wandb.proto import wandb_internal_pb2
 
     data, at, parts = path.read_bytes(), 7, b""
@@ -361,13 +372,13 @@ def records(path):
         _, length, kind = struct.unpack("<IHB", data[at : at + 7])
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last of several
+        if kind in (1, 4):  # a whole record, or the last fragment of one
             yield wandb_internal_pb2.Record.FromString(parts)
             parts = b""
 
 
 def rows(folder):
-    """All that was logged, in order: (row number, fields)."""
+    """All logged rows in order: (row number, fields)."""
     found = []
     for path in sorted(Path(folder).glob("wandb/offline-run-*/run-run-7.wandb")):
         for record in records(path):
@@ -386,7 +397,7 @@ def rows(folder):
 
 
 class Listener:
-    """Counts who calls."""
+    """A local server that counts connections."""
 
     def __init__(self):
         self.calls, self._socket = 0, socket.create_server(("127.0.0.1", 0))
@@ -417,15 +428,8 @@ def test_wandb_offline_has_everything_and_calls_nobody(tmp_path, monkeypatch, wa
     again.close()
     until(lambda: rows(tmp_path)[-1][0] == 30)  # W&B's process may still be writing
     logged = rows(tmp_path)
-    assert [number for number, _ in logged] == [
-        0,
-        10,
-        11,
-        12,
-        13,
-        20,
-        30,
-    ]  # rising over both starts
+    # Row numbers rise over both starts.
+    assert [number for number, _ in logged] == [0, 10, 11, 12, 13, 20, 30]
     assert [fields["step"] for _, fields in logged] == [0, 10, 10, 8, 9, 20, 30]
     assert [fields["loss"] for _, fields in logged if "loss" in fields] == [0.5, 0.25, 0.125]
     assert [fields["note"] for _, fields in logged if "note" in fields] == ["a worker was lost"]
@@ -450,12 +454,11 @@ def test_wandb_offline_has_everything_and_calls_nobody(tmp_path, monkeypatch, wa
 def test_a_wandb_service_that_is_killed_stops_nothing_and_is_started_again(tmp_path, wandb):
     made, warned = start(tmp_path, "wandb")
     made.metrics(10, {"loss": 1})
-    until(
-        lambda: made._outlets[0]._store._row == 10
-    )  # W&B's own process has it, but writes it later
+    # W&B's process has received the row, but writes it later.
+    until(lambda: made._outlets[0]._store._row == 10)
     (service,) = children("wandb-core")
     os.kill(service, signal.SIGKILL)
-    for step in range(20, 1000, 10):  # the first may still go to the dead
+    for step in range(20, 1000, 10):  # the first rows may still go to the killed process
         made.metrics(step, {"loss": step})
         time.sleep(0.1)
         if warned:
@@ -467,7 +470,7 @@ def test_a_wandb_service_that_is_killed_stops_nothing_and_is_started_again(tmp_p
 
 
 def children(name):
-    """This process's own children of that name."""
+    """PIDs of this process's own children with this name."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -488,7 +491,8 @@ def test_wandb_without_a_key_is_refused_before_it_asks_on_the_terminal(
     monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.raises(
         UserError,
-        match=r"has no API key; run `wandb login`, or set WANDB_API_KEY, or set WANDB_MODE=offline\.$",
+        match=r"has no API key; run `wandb login`, or set WANDB_API_KEY, "
+        r"or set WANDB_MODE=offline\.$",
     ):
         start(tmp_path, "wandb")
 
@@ -497,7 +501,8 @@ def test_wandb_settings_that_are_none_are_refused_in_one_sentence(tmp_path, monk
     monkeypatch.setenv("WANDB_MODE", "sometimes")
     with pytest.raises(
         UserError,
-        match=r"^Weights & Biases cannot be set up \(.*\); correct its WANDB_ environment variables\.$",
+        match=r"^Weights & Biases cannot be set up \(.*\); "
+        r"correct its WANDB_ environment variables\.$",
     ):
         start(tmp_path, "wandb")
 
@@ -526,7 +531,7 @@ def test_a_wandb_server_that_is_away_stops_nothing_and_the_key_is_not_told(
     )
 
 
-# -- all --------------------------------------------------------------------------------------------------------------
+# -- all trackers ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -542,12 +547,14 @@ def test_a_missing_package_is_named_with_the_command_that_mends_it(
 ):
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
-    sentence = rf"^train.trackers has '{name}', whose package cannot be imported \(.*\); run `{command}`, or leave '{name}' out\.$"
+    sentence = (
+        rf"^train.trackers has '{name}', whose package cannot be imported \(.*\); "
+        rf"run `{command}`, or leave '{name}' out\.$"
+    )
     with pytest.raises(UserError, match=sentence):
         open_trackers(["tensorboard", name], tmp_path, tiny(), "run-7")
-    assert "glide-TensorBoard" not in Counter(
-        thread.name for thread in threading.enumerate()
-    )  # nothing was begun
+    # No tracker was started.
+    assert "glide-TensorBoard" not in Counter(thread.name for thread in threading.enumerate())
 
 
 def test_a_run_without_trackers_tells_nobody(tmp_path):

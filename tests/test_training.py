@@ -1,4 +1,4 @@
-"""The training loop in this process: DeepSpeed's stages against plain PyTorch, EMA, checkpoints, and what stops a run."""
+"""The training loop in one process: ZeRO stages against plain PyTorch, EMA, checkpoints, errors."""
 
 import tempfile
 from dataclasses import replace
@@ -57,12 +57,12 @@ def batch(number, size=4, broken=False):
 
 
 def epochs(epoch, rows):
-    """Three batches an epoch, each of its own number, after the first so many rows."""
+    """Three batches of 4 rows an epoch, numbered across epochs, without the first `rows` rows."""
     return iter([batch(10 * epoch + n) for n in range(rows // 4, 3)])
 
 
 def run(made, folder=None, batches=epochs):
-    """Train to the end: (metrics, checkpoint folders, EMA weights)."""
+    """Train to the end; returns (metrics, checkpoint folders, EMA weights)."""
     metrics, saved = [], []
 
     def checkpoint(write):
@@ -76,7 +76,7 @@ def run(made, folder=None, batches=epochs):
 
 
 def averaged(made):
-    """The average as a checkpoint of this rank holds it."""
+    """The EMA weights as this rank's checkpoint stores them."""
     with tempfile.TemporaryDirectory() as folder:
         made.save(Path(folder))
         with partition.CheckpointReader(Path(folder)) as parts:
@@ -171,7 +171,7 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path, st
     assert len(saved) == 2
     second = Trainer(settings)
     second.load(saved[0])
-    assert second.progress == Progress(step=2, epoch=0, rows=8)  # in the midst of an epoch
+    assert second.progress == Progress(step=2, epoch=0, rows=8)  # in the middle of an epoch
     rest, _, weights_again = run(second)
     assert [row["loss"] for row in rest if "loss" in row] == [
         row["loss"] for row in whole if "loss" in row
@@ -232,7 +232,8 @@ def test_a_checkpoint_of_another_shape_is_refused_by_the_setting_that_differs(tm
 def test_a_loss_that_is_not_a_number_stops_the_run_and_says_where():
     with pytest.raises(
         TrainingError,
-        match="The loss is not finite at step 2: 4 of the batch's 4 images are not finite .rows 200, 201",
+        match="The loss is not finite at step 2: "
+        "4 of the batch's 4 images are not finite .rows 200, 201",
     ):
         run(
             Trainer(preset()),
@@ -250,7 +251,7 @@ def test_another_number_of_processes_than_the_config_says_is_refused():
         Trainer(preset("workers=2"))
 
 
-# -- parts ------------------------------------------------------------------------------------------------------------
+# -- components ------------------------------------------------------------------------------------
 
 
 def test_the_averages_are_their_closed_form_and_can_stand_in_for_the_weights():
@@ -316,7 +317,7 @@ def test_timesteps_are_drawn_with_a_density_proportional_to_their_power(power):
     schedule, given = make_schedule("cosine"), Batch(torch.zeros(4000, 3, 1, 1), None)
     i, noise = draw(schedule, given, 0, 1, power)
     assert i.min() >= 0 and i.max() < 1000 and abs(noise.std().item() - 1) < 0.05
-    for part in (0.25, 0.5, 0.9):  # the share of steps below it is its power + 1st power
+    for part in (0.25, 0.5, 0.9):  # P(timestep < part * T) = part^(power + 1)
         share = part ** (power + 1)
         tolerance = 4 * (share * (1 - share) / 4000) ** 0.5
         assert (i < 1000 * part).double().mean().item() == pytest.approx(share, abs=tolerance)
@@ -339,7 +340,7 @@ def test_after_its_constant_steps_the_learning_rate_falls_with_the_root_of_the_s
 
 @pytest.mark.slow
 def test_a_model_learns_what_its_captions_mean():
-    """Eight drawings of four colours and two shapes: noise is told from picture better with the right caption than with another."""
+    """Eight drawings (four colours, two shapes); their own captions must give a lower loss."""
     settings = tiny(
         "base", "precision=fp32", "workers=1", "batch=32", "learning_rate=3e-3", "warmup_steps=20"
     )
@@ -368,7 +369,7 @@ def test_a_model_learns_what_its_captions_mean():
     assert losses[0] < 0.9 * losses[1]
 
 
-# -- inpainting -------------------------------------------------------------------------------------------------------
+# -- inpainting ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["base", "upsampler"])
@@ -391,7 +392,10 @@ def test_right_after_surgery_an_inpainting_model_gives_the_very_output_of_the_mo
 
 
 def test_an_inpainting_run_starts_from_weights_and_learns_to_use_what_is_known(tiny_weights):
-    """One image again and again: with all of it known the noise is plain to see, and the known channels come to weigh something."""
+    """Trains on one image, with random erasures.
+
+    The noise of known pixels can be inferred, so the weights of the known channels must grow.
+    """
     unet = ["model.unet.inpaint=true", f"start_from={tiny_weights['base']}"]
     trainer = Trainer(preset("learning_rate=2e-3", *unet))
     trainer.start()
@@ -417,7 +421,7 @@ def test_an_inpainting_run_starts_from_weights_and_learns_to_use_what_is_known(t
     assert trainer.held_out([erased(0)])["held_out"] < first / 2
 
 
-def test_the_loss_is_the_hybrid_loss_where_pixels_are_unknown_and_asks_nothing_of_eps_where_they_are_known():
+def test_loss_is_hybrid_where_unknown_and_ignores_eps_where_known():
     schedule, given = make_schedule("cosine"), batch(1)
     i, noise = draw(schedule, given, 0, 2)
     known_mask = (torch.arange(16) < 6).float().expand(4, 1, 16, 16)
@@ -431,16 +435,16 @@ def test_the_loss_is_the_hybrid_loss_where_pixels_are_unknown_and_asks_nothing_o
             denoising(network, schedule, edit, i, noise),
             denoising(network, schedule, given, i, noise),
         )
-        assert torch.allclose(
-            losses["mse"], torch.full((4,), 0.25 * 10 / 16), atol=1e-6
-        )  # the mean over all pixels, as the paper's
+        # The mean is over all pixels, as in the paper.
+        assert torch.allclose(losses["mse"], torch.full((4,), 0.25 * 10 / 16), atol=1e-6)
         assert (whole["mse"] > 0.249).all()
 
 
 def test_weights_of_another_shape_are_no_start(tiny_weights):
     with pytest.raises(
         WeightsError,
-        match="checkpoint of another shape: text.token.weight|checkpoint of another shape|no tensor",
+        match="checkpoint of another shape: text.token.weight|"
+        "checkpoint of another shape|no tensor",
     ):
         Trainer(preset(f"start_from={tiny_weights['upsampler']}")).start()
     with pytest.raises(UserError, match="no file nowhere"):

@@ -1,4 +1,4 @@
-"""The UNet beyond the golden numbers: initialisation, memory, and the forms of its input."""
+"""The U-Net beyond the golden numbers: initialisation, memory, and the forms of its input."""
 
 from dataclasses import replace
 
@@ -144,7 +144,7 @@ def test_information_counts_parameters_and_operations_as_they_are():
     model = GlideUNet(preset.model.unet)
     assert info.parameters == sum(parameter.numel() for parameter in model.parameters())
     x, timestep, conditioning = inputs(preset.model.unet, 1)
-    # Attention as plain products: the counter does not know the CPU's fused kernel.
+    # Unfused attention, because the counter does not know the CPU's fused kernel.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(x, timestep, conditioning)
     assert info.flops + info.text_flops == counter.get_total_flops()
@@ -161,7 +161,8 @@ def test_squares_of_pixels_that_are_folded_come_out_where_they_were():
         torch.zeros(2, 128, dtype=torch.int64), torch.zeros(2, 128, dtype=torch.bool)
     )
     output = model(x, torch.tensor([3, 900]), conditioning)
-    # Channel c of pixel (2i + r, 2j + s) is channel 4c + 2r + s of square (i, j), at both ends.
+    # Pixel unshuffle at the input and shuffle at the output: channel c of pixel (2i + r, 2j + s) is
+    # channel 4c + 2r + s of square (i, j).
     assert torch.equal(seen["stem"][:, 4 * 1 + 2 * 0 + 1, 3, 5], x[:, 1, 6, 11])
     assert output.eps.shape == x.shape
     assert torch.equal(output.eps[:, 2, 9, 4], seen["out"][:, 4 * 2 + 2 * 1 + 0, 4, 2])

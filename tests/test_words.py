@@ -1,4 +1,4 @@
-"""The text transformer learns what captions look like before the U-Net learns to draw."""
+"""Text pre-training: the text transformer learns from captions before the U-Net is trained."""
 
 import itertools
 
@@ -13,7 +13,7 @@ COLOURS = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1]]).floa
 
 
 def batches(seed=0):
-    """Captions of two words: the colours of the picture's left and right half."""
+    """Batches with captions of two words: the colours of the left and right half of the image."""
     draws = torch.Generator().manual_seed(seed)
     while True:
         words = torch.randint(0, 4, (32, 2), generator=draws)
