@@ -27,16 +27,16 @@ VARIATIONS: dict[str, list[str]] = {
     "even weight": ["min_snr=none"],
     "predict eps, even weight": ["model.unet.prediction=eps", "min_snr=none"],
     "uniform timesteps": ["timestep_power=0"],
-    "half the learning rate": ["learning_rate=5e-4"],
-    "twice the learning rate": ["learning_rate=2e-3"],
-    "half the batch": ["batch=16"],
-    "twice the batch": ["batch=64"],
-    "squares of 4 pixels, half the channels": [
-        "model.unet.patch=4",
-        "model.unet.multipliers=1,2,4",
-        "model.unet.attention_sizes=8,4",
+    "half the learning rate": ["learning_rate=6e-4"],
+    "twice the learning rate": ["learning_rate=2.4e-3"],
+    "half the batch": ["batch=32"],
+    "twice the batch": ["batch=128"],
+    "squares of 8 pixels, twice the channels": [
+        "model.unet.patch=8",
+        "model.unet.multipliers=2,3,4",
+        "model.unet.attention_sizes=4,2",
     ],
-    "squares of 2 pixels, a quarter of the channels": [
+    "squares of 2 pixels, half the channels": [
         "model.unet.patch=2",
         "model.unet.channels=32",
         "model.unet.multipliers=1,2,4,8",

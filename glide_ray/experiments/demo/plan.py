@@ -44,10 +44,10 @@ class Plan:
     styles: tuple[str, ...] = DEFAULT
     sheet_options: SampleOptions = SampleOptions(steps=12, upsampler_steps=8)
 
-    # Overrides of the shipped base model's preset. 180 steps of 64 images take about three minutes
+    # Overrides of the shipped base model's preset. 130 steps of 64 images take about three minutes
     # on two cores. A moderate learning rate teaches the style and keeps what the model knows.
     settings: tuple[str, ...] = (
-        "steps=180",
+        "steps=130",
         "batch=64",
         "workers=2",
         "zero_stage=2",
