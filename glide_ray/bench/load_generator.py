@@ -2,7 +2,7 @@
 
 Reads a plan from standard input and writes the results to standard output, both as JSON.
 Open loop: each request is sent at its own time, whether or not earlier ones have been answered.
-Closed loop: a fixed number of clients, each of which waits for its answer before the next request.
+Closed loop: a fixed number of clients; each waits for its answer before its next request.
 """
 
 from __future__ import annotations

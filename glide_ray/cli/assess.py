@@ -462,7 +462,7 @@ def _add_rate(command: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=list(QUESTIONS),
         default=list(QUESTIONS),
-        help="what is asked (default: both)",
+        help="questions to the raters (default: both)",
     )
     command.add_argument(
         "--comparisons",

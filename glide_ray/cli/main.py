@@ -160,8 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "clean",
         commands.clean,
-        "judge every image and caption of a corpus, drop near-duplicates, write what is left as "
-        "shards",
+        "judge every image and caption of a corpus, drop near-duplicates, write the rest as shards",
         "settings, as --set KEY=VALUE:\n  "
         + "  ".join(f"{name}={value}" for name, value in CleanConfig().model_dump().items())
         + "\nexample:\n"
@@ -217,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.set_defaults(command=commands.fit_filter)
     fit.add_argument(
         "name",
-        help="what is to be found; a folder runs/filters/NAME holds the labels, the filter and "
+        help="name of the content to find; the folder runs/filters/NAME holds the labels, the filter and "
         "its page",
     )
     fit.add_argument(
@@ -317,7 +316,9 @@ def _parser() -> argparse.ArgumentParser:
         help="train in this one process, without Ray and DeepSpeed, with the corpus in memory",
     )
     command.add_argument(
-        "--minutes", type=float, help="with --no-ray: stop after so many, with the weights so far"
+        "--minutes",
+        type=float,
+        help="with --no-ray: minutes after which to stop, with the weights so far",
     )
 
     command = add(
@@ -631,7 +632,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--gpu",
         metavar="KIND",
-        help="h100, a100-80gb, l40s and so on, or cpu for this machine's (default: what is here)",
+        help="h100, a100-80gb, l40s and so on, or cpu for this machine's (default: this machine)",
     )
     command.add_argument(
         "--set",

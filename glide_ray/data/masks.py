@@ -22,14 +22,14 @@ def mask_of(image: Image.Image) -> np.ndarray:
     """
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         raise MaskError(
-            "The mask has no transparency; make transparent what is to be painted, and save it as "
-            "a PNG with alpha."
+            "The mask has no transparency; make the part to paint transparent, and save it as a PNG "
+            "with alpha."
         )
     known = np.asarray(image.convert("RGBA"))[:, :, 3] >= 128
     if known.all():
         raise MaskError(
-            "The mask has no transparent pixel, so there is nothing to paint; make transparent "
-            "what is to be painted."
+            "The mask has no transparent pixel, so there is nothing to paint; make the part to "
+            "paint transparent."
         )
     return known
 
