@@ -216,8 +216,8 @@ def _parser() -> argparse.ArgumentParser:
     fit.set_defaults(command=commands.fit_filter)
     fit.add_argument(
         "name",
-        help="name of the content to find; the folder runs/filters/NAME holds the labels, the filter and "
-        "its page",
+        help="name of the content to find; the folder runs/filters/NAME holds the labels, the "
+        "filter and its page",
     )
     fit.add_argument(
         "--corpus", help=f"where to look for it (default: the emoji corpus, {commands.EMOJI}/train)"

@@ -22,8 +22,8 @@ def mask_of(image: Image.Image) -> np.ndarray:
     """
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         raise MaskError(
-            "The mask has no transparency; make the part to paint transparent, and save it as a PNG "
-            "with alpha."
+            "The mask has no transparency; make the part to paint transparent, and save it as "
+            "a PNG with alpha."
         )
     known = np.asarray(image.convert("RGBA"))[:, :, 3] >= 128
     if known.all():
