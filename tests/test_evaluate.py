@@ -200,7 +200,7 @@ def test_networks_that_have_not_seen_the_same_pictures_are_not_compared(
 ):
     from glide_ray.distributed.evaluation import evaluate as module
 
-    whole = module.look
+    whole = module.embed_corpus
 
     def loses(source, path, *rest):
         looked = whole(source, path, *rest)
@@ -210,7 +210,7 @@ def test_networks_that_have_not_seen_the_same_pictures_are_not_compared(
             else looked
         )
 
-    monkeypatch.setattr(module, "look", loses)
+    monkeypatch.setattr(module, "embed_corpus", loses)
     with pytest.raises(
         UserError, match="16 by clip and 15 by inception.; run the same command again"
     ):

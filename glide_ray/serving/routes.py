@@ -173,6 +173,9 @@ def _about(name: str, backend: Backend) -> dict[str, Any]:
     }
 
 
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+
+
 def _openapi(api: FastAPI) -> dict:
     """FastAPI's OpenAPI schema without its 422 responses: this API has its own error format."""
     if api.openapi_schema is None:
@@ -184,8 +187,24 @@ def _openapi(api: FastAPI) -> dict:
                 operation["responses"].pop("422", None)
         for name in ("HTTPValidationError", "ValidationError"):
             schema["components"]["schemas"].pop(name, None)
-        api.openapi_schema = schema
+        api.openapi_schema = _whole_bounds(schema)
     return api.openapi_schema
+
+
+def _whole_bounds(schema: Any) -> Any:
+    """The same schema with integers as the bounds of integers.
+
+    FastAPI turns every bound into a float. Above 2**53 a client that compares with floats then
+    accepts seeds that the server refuses.
+    """
+    if isinstance(schema, list):
+        return [_whole_bounds(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    bounds = BOUNDS if schema.get("type") == "integer" else ()
+    return {
+        key: int(part) if key in bounds else _whole_bounds(part) for key, part in schema.items()
+    }
 
 
 # -- responses -------------------------------------------------------------------------------------
