@@ -6,126 +6,20 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before Triton is imported
-from s3_proxy import Proxy
+from helpers.drawings import drawn_samples
+from helpers.s3_proxy import Proxy
+from helpers.tiny import random_model, tiny, tiny_clip
 
 from glide_ray.bench.load_generator import free_port
-from glide_ray.config import presets
-from glide_ray.config.overrides import override
 from glide_ray.data import emoji
-from glide_ray.data.images import encode
-from glide_ray.data.shards import Sample, write_shards
+from glide_ray.data.shards import write_shards
 from glide_ray.models.clip import NoisedClip
-from glide_ray.models.unet import GlideUNet
 from glide_ray.models.weights import save_weights
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-COLOURS = {
-    "red": (220, 30, 30),
-    "green": (30, 170, 60),
-    "blue": (40, 70, 220),
-    "yellow": (240, 210, 40),
-}
-TINY_BASE = [
-    "model.unet.image_size=16",
-    "model.unet.channels=16",
-    "model.unet.multipliers=1,2",
-    "model.unet.attention_sizes=8",
-    "model.unet.head_channels=16",
-    "model.unet.text.width=16",
-    "model.unet.text.layers=1",
-    "model.unet.text.heads=1",
-]
-TINY_UPSAMPLER = [
-    *TINY_BASE,
-    "model.unet.image_size=64",
-    "model.unet.low_res_size=16",
-    "model.unet.attention_sizes=",
-    "data.crop=none",
-    "data.min_size=16",
-]
-
-
-def tiny(kind="base", *settings):
-    """A preset whose model runs in milliseconds: 16 pixels, or 16 -> 64 for an upsampler."""
-    return override(
-        presets.get(f"nano-{kind}"), [*(TINY_BASE if kind == "base" else TINY_UPSAMPLER), *settings]
-    )
-
-
-TINY_CLIP = [
-    "model.clip.image_size=16",
-    "model.clip.patch_size=4",
-    "model.clip.image_width=32",
-    "model.clip.image_layers=2",
-    "model.clip.image_heads=2",
-    "model.clip.text_width=32",
-    "model.clip.embedding=16",
-    "data.min_size=16",
-]
-
-
-def tiny_clip(*settings):
-    """A noised CLIP preset for images of 16 pixels."""
-    return override(presets.get("nano-clip"), [*TINY_CLIP, *settings])
-
-
-def random_model(unet, seed=0):
-    """A model with random weights; fresh initialisation would make some of its outputs zero."""
-    torch.manual_seed(seed)
-    model = GlideUNet(unet).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
-
-
-def serving_weights(folder, seed=0):
-    """Weights of a very thin cascade of the sizes in the API, 64 -> 256.
-
-    Returns {"base": path, "upsampler": path}.
-    """
-    sizes = {
-        "base": ["model.unet.image_size=64"],
-        "upsampler": [
-            "model.unet.image_size=256",
-            "model.unet.low_res_size=64",
-            "model.unet.multipliers=1,1,1,1,2",
-            "model.sampling.respacing=4",
-        ],
-    }
-    paths = {}
-    for kind, settings in sizes.items():
-        config = tiny(kind, *settings).model
-        paths[kind] = str(folder / f"{kind}.safetensors")
-        folder.mkdir(exist_ok=True)
-        save_weights(paths[kind], random_model(config.unet, seed).state_dict(), config)
-    return paths
-
-
-def draw(colour, shape, size=64):
-    image = Image.new("RGB", (size, size), (255, 255, 255))
-    getattr(ImageDraw.Draw(image), shape)(
-        (size // 5, size // 5, size * 4 // 5, size * 4 // 5), fill=COLOURS[colour]
-    )
-    return np.asarray(image)
-
-
-def drawn_samples(count, size=64):
-    for n in range(count):
-        colour, shape = list(COLOURS)[n % 4], ("ellipse", "rectangle")[n // 4 % 2]
-        yield Sample(
-            f"{n:05d}",
-            encode(draw(colour, shape, size)),
-            "png",
-            (f"a {colour} {shape}", colour),
-            {"number": n},
-        )
 
 
 @pytest.fixture(scope="session")
@@ -160,6 +54,40 @@ def tiny_weights(tmp_path_factory):
     paths["clip"] = folder / "clip.safetensors"
     save_weights(paths["clip"], NoisedClip(tiny_clip().model.clip).state_dict(), tiny_clip().model)
     return paths
+
+
+@pytest.fixture(scope="session")
+def public(tmp_path_factory):
+    """Folder of a small CLIP saved by transformers; random weights, single bytes as vocabulary."""
+    import transformers
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    folder = tmp_path_factory.mktemp("clip")
+    letters = sorted(ByteLevel.alphabet())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    transformers.CLIPTokenizerFast(
+        vocab={word: n for n, word in enumerate(words)}, merges=[]
+    ).save_pretrained(folder)
+    tower = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = transformers.CLIPConfig(
+        text_config={
+            **tower,
+            "vocab_size": len(words),
+            "max_position_embeddings": 40,
+            "bos_token_id": len(words) - 2,
+            "eos_token_id": len(words) - 1,
+        },
+        vision_config={**tower, "image_size": 32, "patch_size": 8},
+        projection_dim=24,
+    )
+    torch.manual_seed(0)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,69 @@
+"""A training run of six steps on random batches, in this process."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from glide_ray.data.tokenizer import Tokenizer
+from glide_ray.tensors import Batch, Conditioning
+from glide_ray.train import partition
+from glide_ray.train.steps import Outlets, train_loop
+from helpers.tiny import tiny
+
+STEPS = 6
+
+
+def preset(*settings):
+    return tiny(
+        "base",
+        "workers=1",
+        "batch=4",
+        f"steps={STEPS}",
+        "log_every=1",
+        "evaluate_every=3",
+        "checkpoint_every=2",
+        "precision=fp32",
+        "warmup_steps=3",
+        "ema_rates=0.9",
+        "clip_norm=0.5",
+        *settings,
+    )
+
+
+def batch(number, size=4, broken=False):
+    generator = torch.Generator().manual_seed(number)
+    tokens, mask = Tokenizer().batch(["a red circle", "a dog", "x", "a b c"][:size])
+    image = torch.rand(size, 3, 16, 16, generator=generator) * 2 - 1
+    rows = 100 * number + torch.arange(size)
+    return Batch(image * float("nan") if broken else image, Conditioning(tokens, mask), rows)
+
+
+def epochs(epoch, rows):
+    """Three batches of 4 rows an epoch, numbered across epochs, without the first `rows` rows."""
+    return iter([batch(10 * epoch + n) for n in range(rows // 4, 3)])
+
+
+def run(made, folder=None, batches=epochs):
+    """Train to the end; returns (metrics, checkpoint folders, EMA weights)."""
+    metrics, saved = [], []
+
+    def checkpoint(write):
+        if folder is not None:
+            saved.append(folder / str(len(saved)))
+            saved[-1].mkdir(parents=True)
+            write(saved[-1])
+
+    train_loop(made, batches, [batch(999)], Outlets(metrics.append, checkpoint))
+    return metrics, saved, averaged(made)
+
+
+def averaged(made):
+    """The EMA weights as this rank's checkpoint stores them."""
+    with tempfile.TemporaryDirectory() as folder:
+        made.save(Path(folder))
+        with partition.CheckpointReader(Path(folder)) as parts:
+            return {
+                name: parts.full(f"average/{made.preset.train.ema_rates[0]:g}", name)
+                for name in parts.shapes
+            }

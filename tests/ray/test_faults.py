@@ -1,0 +1,419 @@
+"""Faults during a long training run, after which it must continue by itself.
+
+Hung workers, lost nodes, preemption, full disks and failing object stores.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import boto3
+import numpy as np
+import psutil
+import pytest
+import torch
+from helpers import elastic_run
+from helpers.checkpoints import keeper, write
+from helpers.paths import ROOT, python_path
+from helpers.tiny import tiny
+
+from glide_ray import storage
+from glide_ray.cli.main import main
+from glide_ray.distributed.training.run import train
+from glide_ray.errors import UserError
+from glide_ray.models.weights import load_weights
+from glide_ray.train.checkpoint import CheckpointError, Checkpoints, fetch, verify
+from glide_ray.train.run_folder import read_metrics
+from glide_ray.train.watchdog import Watchdog
+
+
+def preset(corpus, *settings):
+    return tiny(
+        "base",
+        f"data.corpus={corpus / 'train'}",
+        f"data.held_out={corpus / 'held_out'}",
+        "data.min_size=16",
+        "batch=8",
+        "trackers=",
+        "log_every=1",
+        "precision=fp32",
+        *settings,
+    )
+
+
+def losses(path):
+    return {row["step"]: row["loss"] for row in read_metrics(path) if "loss" in row}
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request, tmp_path):
+    """The folder of a run, on the local disk or on S3."""
+    return (
+        str(tmp_path / "run")
+        if request.param == "local"
+        else f"{request.getfixturevalue('s3')}/{request.node.name}"
+    )
+
+
+def test_the_last_checkpoints_and_every_so_many_are_kept(place):
+    made, told, committed = keeper(place, keep_last=2, keep_every=30)
+    for step in range(10, 101, 10):
+        made.save(step, write(b"%d" % step * 1000))
+    assert made.finish() == 100 and committed == list(range(10, 101, 10)) and not told
+    whole = Checkpoints(place).whole()
+    assert [checkpoint.step for checkpoint in whole] == [30, 60, 90, 100]
+    folder = fetch(whole[-1])
+    assert (folder / "part.0.safetensors").read_bytes() == b"100" * 1000
+    verify(folder)
+    # No file of the deleted checkpoints is left.
+    assert len({file.rpartition("/")[0] for file in storage.list_files(place, ("",))}) == 4
+
+
+def test_what_a_killed_upload_has_left_is_no_checkpoint_and_is_swept_up(place, request):
+    made, _, _ = keeper(place)
+    made.save(10, write(b"whole"))
+    made.finish()
+    orphan = Checkpoints(place).folder(20, "killed")
+    storage.put(b"a part without its siblings", f"{orphan}/part.1.safetensors")
+    if storage.is_remote(place):
+        client, key = (
+            boto3.client("s3"),
+            f"{orphan}/part.0.safetensors".removeprefix("s3://corpus/"),
+        )
+        upload = client.create_multipart_upload(Bucket="corpus", Key=key)["UploadId"]
+        client.upload_part(
+            Bucket="corpus", Key=key, UploadId=upload, PartNumber=1, Body=b"x" * 6_000_000
+        )
+    assert [checkpoint.step for checkpoint in Checkpoints(place).whole()] == [10]
+    assert Checkpoints(place).sweep() == [orphan]
+    assert not list(storage.list_files(orphan, ("",))) and [
+        checkpoint.step for checkpoint in Checkpoints(place).whole()
+    ] == [10]
+    if storage.is_remote(place):
+        assert not client.list_multipart_uploads(Bucket="corpus", Prefix=key).get("Uploads")
+
+
+def test_a_checkpoint_that_was_changed_since_is_found_out(tmp_path):
+    made, _, _ = keeper(tmp_path)
+    made.save(10, write(b"whole"))
+    made.finish()
+    path = fetch(Checkpoints(tmp_path).whole()[0]) / "part.0.safetensors"
+    path.write_bytes(b"whale")
+    with pytest.raises(CheckpointError, match="part.0.safetensors is damaged"):
+        verify(path.parent)
+
+
+def test_training_goes_on_while_a_part_is_uploaded(s3, s3_faults, monkeypatch):
+    """Saving does not wait for a hanging upload; the next save does."""
+    go, put = threading.Event(), storage.put
+
+    def slow(data, path, sha256=None):
+        assert go.wait(30)
+        return put(data, path, sha256)
+
+    monkeypatch.setattr(storage, "put", slow)
+    made, _, committed = keeper(f"{s3}/background")
+    began = time.monotonic()
+    made.save(10, write(b"x" * 1000))
+    for _ in range(20):
+        made.step()
+    assert time.monotonic() - began < 5 and not committed
+    go.set()
+    made.save(20, write(b"y" * 1000))
+    made.finish()
+    assert committed == [10, 20]
+
+
+def test_a_checkpoint_that_the_object_store_refuses_is_told_of_and_the_next_one_is_another_try(
+    s3, s3_faults, monkeypatch
+):
+    monkeypatch.setattr(
+        storage,
+        "_client",
+        lambda: boto3.client("s3", config=boto3.session.Config(retries={"max_attempts": 1})),
+    )
+    made, told, committed = keeper(f"{s3}/refused")
+    s3_faults.answer_503("000000010-start/part")
+    for step in (10, 20):
+        made.save(step, write(b"x" * 1000))
+    assert made.finish() == 20 and committed == [20]
+    assert (
+        len(told) == 1
+        and "checkpoint of step 10 could not be written" in told[0]
+        and "another try" in told[0]
+    )
+    assert [checkpoint.step for checkpoint in Checkpoints(f"{s3}/refused").whole()] == [20]
+    assert not list(storage.list_files(f"{s3}/refused/checkpoints/000000010-start", ("",)))
+    s3_faults.answer_503("000000030-start/complete.json")
+    made.save(30, write(b"x" * 1000))
+    assert made.finish() == 20 and "checkpoint of step 30 could not be completed" in told[1]
+
+
+FULL_DISK = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from helpers.checkpoints import Checkpoints, keeper, write
+made, told, committed = keeper(sys.argv[2], keep_last=1)
+for step, size in ((1, 400_000), (2, 3_000_000), (3, 400_000)):
+    made.save(step, write(b"x" * size))
+print(made.finish(), committed, told, \
+[checkpoint.step for checkpoint in Checkpoints(sys.argv[2]).whole()])
+print(sorted(path.name for path in (Path(sys.argv[2]) / "checkpoints").iterdir()))
+"""
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(tmp_path):
+    """On a file system of 1 MiB, in a separate mount namespace."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "script.py").write_text(FULL_DISK)
+    mount = (
+        f"mount -t tmpfs -o size=1m none {tmp_path}/disk && exec {sys.executable} "
+        f"{tmp_path}/script.py {ROOT}/tests {tmp_path}/disk"
+    )
+    done = subprocess.run(
+        ["unshare", "-Urm", "sh", "-c", mount], capture_output=True, text=True, check=False
+    )
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip(f"no mount namespace may be made here: {done.stderr}")
+    assert done.returncode == 0, done.stderr
+    result, left = done.stdout.splitlines()
+    assert result.startswith(
+        "3 [1, 3] ['The checkpoint of step 2 could not be written: No space left on device"
+    ) and result.endswith("[3]")
+    assert left == "['000000003-start']"
+
+
+# -- before step 1 ---------------------------------------------------------------------------------
+
+
+def test_storage_that_cannot_be_written_is_found_before_anything_starts(drawn_corpus, tmp_path, s3):
+    (tmp_path / "file").write_text("in the way")
+    began = time.monotonic()
+    for out in (tmp_path / "file" / "run", "s3://no-such-bucket/run"):
+        with pytest.raises(
+            UserError,
+            match=f"Nothing can be written to {out} .*; "
+            "give another folder, or the rights to this one",
+        ):
+            train(preset(drawn_corpus, "steps=2"), out, progress=False)
+    assert time.monotonic() - began < 10
+
+
+# -- workers ---------------------------------------------------------------------------------------
+
+
+def test_a_process_that_makes_no_progress_is_told_of_and_ended():
+    said, ended = [], threading.Event()
+    watchdog = Watchdog(0.4, said.append, ended.set)
+    assert not ended.wait(0.8)  # no deadline before the first beat
+    for step in range(4):
+        watchdog.beat(f"step {step}")
+        assert not ended.wait(0.2)
+    assert ended.wait(2) and said == ["step 3 has taken more than 0.4 s"]
+    after = Watchdog(0.2, said.append, ended.clear)
+    after.beat("step 4")
+    after.rest()
+    time.sleep(0.5)
+    after.beat("step 5")
+    after.close()
+    time.sleep(0.5)
+    assert ended.is_set() and len(said) == 1
+
+
+# Each kill costs some 15 seconds until the workers are back.
+KILLS = int(os.environ.get("GLIDE_TEST_KILLS", 1))
+EVERY = 4  # steps between checkpoints
+
+
+def workers():
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "TrainWorker" in " ".join(process.cmdline())
+    ]
+
+
+def strike(out, steps, draws, struck):
+    """Send SIGKILL, the last time SIGSTOP, to a random worker at each of the steps.
+
+    Waits each time until the run has resumed after the previous signal.
+    """
+
+    def read(name):
+        return (out / name).read_text() if (out / name).exists() else ""
+
+    lines = 0
+    for number, target in enumerate(steps):
+        while True:
+            # Metrics of earlier steps may arrive late, so only the log shows that the run resumed.
+            resumed = read("events.log").count("the run goes on with") == number
+            written = [json.loads(line)["step"] for line in read("metrics.jsonl").splitlines()]
+            if resumed and len(written) > lines and written[-1] >= target and (found := workers()):
+                break
+            time.sleep(0.1)
+        lines = len(written) + 1
+        victim = found[draws.integers(len(found))]
+        victim.send_signal(signal.SIGKILL if number < len(steps) - 1 else signal.SIGSTOP)
+        struck.append(victim.pid)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_workers_that_are_killed_or_hang_at_random_steps_change_nothing_but_the_time(
+    drawn_corpus, s3, tmp_path
+):
+    """Every loss equals that of the undisturbed run, so every batch is used exactly once."""
+    settings = [
+        "steps=40",
+        "evaluate_every=40",
+        f"checkpoint_every={EVERY}",
+        "workers=2",
+        "stall_seconds=8",
+        "zero_stage=2",
+        "keep_every=20",
+    ]
+    undisturbed = train(preset(drawn_corpus, *settings), tmp_path / "run", progress=False)
+    draws, struck, out = np.random.default_rng(0), [], tmp_path / "struck"
+    steps = np.sort(draws.choice(np.arange(EVERY + 1, 24), KILLS + 1, replace=False))
+    striker = threading.Thread(target=strike, args=(out, steps, draws, struck), daemon=True)
+    striker.start()
+    result = train(preset(drawn_corpus, *settings), out, progress=False)
+    striker.join(5)
+    assert len(struck) == KILLS + 1 and not any(psutil.pid_exists(pid) for pid in struck)
+
+    log = (out / "events.log").read_text()
+    assert re.search(
+        r"rank \d hangs: (step \d+|the last checkpoint) has taken more than 8 s; it is begun again",
+        log,
+    )
+    assert log.count("was lost: ") == KILLS + 1
+    costs = [
+        int(again)
+        for again in re.findall(
+            r"the run goes on with 2 workers from step \d+: (\d+) steps? to be done again, "
+            r"\d+ s without a step",
+            log,
+        )
+    ]
+    assert len(costs) == KILLS + 1
+    there, here = losses(undisturbed.metrics), losses(result.metrics)
+    assert sorted(here) == list(range(1, 41)) and [
+        here[step] for step in sorted(there)
+    ] == pytest.approx([there[step] for step in sorted(there)], rel=1e-4)
+    assert result.last_held_out == pytest.approx(undisturbed.last_held_out, rel=1e-4)
+    # Steps since the last checkpoint are repeated; one still being written at the kill is lost.
+    again = sum('"loss"' in line for line in (out / "metrics.jsonl").read_text().splitlines()) - 40
+    assert again <= (KILLS + 1) * 2 * EVERY and max(costs) <= 2 * EVERY
+
+
+def spoil(path):
+    """Change the last byte of an object and keep its metadata, which has the original checksum."""
+    client, (bucket, _, key) = boto3.client("s3"), path.removeprefix("s3://").partition("/")
+    there = client.get_object(Bucket=bucket, Key=key)
+    client.put_object(
+        Bucket=bucket, Key=key, Body=there["Body"].read()[:-1] + b"?", Metadata=there["Metadata"]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_run_on_s3_goes_on_with_other_workers_another_stage_and_another_learning_rate(
+    drawn_corpus, s3, s3_faults, tmp_path
+):
+    """S3 answers 503 and resets connections while checkpoints are written; the last is damaged."""
+    out = f"{s3}/run"
+    settings = ["steps=4", "evaluate_every=4", "checkpoint_every=2"]
+    s3_faults.answer_503("run/checkpoints", times=3)
+    s3_faults.reset("run/checkpoints", times=2)
+    train(preset(drawn_corpus, *settings, "workers=2", "zero_stage=2"), out, progress=False)
+    assert s3_faults.befallen["503"] == 3 and s3_faults.befallen["reset"] == 2
+    spoil(f"{Checkpoints(out).whole()[-1].path}/part.0.safetensors")
+    result = train(
+        preset(
+            drawn_corpus,
+            *settings,
+            "steps=6",
+            "workers=1",
+            "zero_stage=3",
+            "learning_rate=1e-3",
+            "micro_batch=3",
+        ),
+        out,
+        progress=False,
+    )
+    assert result.weights == f"{out}/weights.safetensors" and sorted(losses(result.metrics)) == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
+    log = storage.read(f"{out}/events.log").decode()
+    assert "train.learning_rate is 0.001 from here on, and was" in log
+    assert re.search(r"the checkpoint of step 4 is left out: .*part.0.safetensors is damaged", log)
+    assert [made.step for made in Checkpoints(out).whole()] == [4, 6]
+    assert main(["export", out, "--out", str(tmp_path / "w.safetensors")]) == 0
+    exported, written = (
+        load_weights(tmp_path / "w.safetensors")[1],
+        load_weights(storage.fetch(result.weights))[1],
+    )
+    assert all(torch.equal(exported[name], tensor) for name, tensor in written.items())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_run_shrinks_with_its_nodes_and_grows_again_and_is_the_same_run(drawn_corpus, tmp_path):
+    """One node is lost, one added, one drained; all losses equal those of an undisturbed run."""
+    out = tmp_path / "run"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["PYTHONPATH"] = python_path()
+    done = subprocess.run(
+        [sys.executable, "-m", elastic_run.__name__, str(drawn_corpus), str(out)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    log = (out / "events.log").read_text()
+    assert (
+        "was lost: " in log
+        and "a node is about to be taken away; a checkpoint is made of step" in log
+    )
+    assert re.search(
+        r"goes on with 1 worker from step \d+: .*goes on with 2 workers from step \d+: ",
+        log,
+        re.DOTALL,
+    )
+    here = losses(out / "metrics.jsonl")
+    lines = [
+        json.loads(line)["step"]
+        for line in (out / "metrics.jsonl").read_text().splitlines()
+        if '"loss"' in line
+    ]
+    assert (
+        sorted(here) == list(range(1, elastic_run.ELASTIC_STEPS + 1))
+        and len(lines) <= elastic_run.ELASTIC_STEPS + 4 * 20
+    )
+    there = losses(
+        train(
+            elastic_run.settings(drawn_corpus, "workers=1", "steps=100"),
+            tmp_path / "undisturbed",
+            progress=False,
+        ).metrics
+    )
+    print(max((abs(here[step] / there[step] - 1), step) for step in there))
+    assert [here[step] for step in sorted(there)] == pytest.approx(
+        [there[step] for step in sorted(there)], rel=1e-3
+    )

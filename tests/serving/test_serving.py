@@ -1,0 +1,276 @@
+"""The application on Ray Serve, called by OpenAI's own client over HTTP."""
+
+import asyncio
+import base64
+import io
+import re
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from helpers.tiny import serving_weights
+from PIL import Image
+from ray import serve
+
+from glide_ray.bench.load_generator import free_port
+from glide_ray.config.sampling import SampleOptions
+from glide_ray.config.serving import ServeConfig
+from glide_ray.errors import ConfigError, UserError
+from glide_ray.sampling.cascade import Cascade
+from glide_ray.sampling.recipe import find_models, make_again, read_recipe
+from glide_ray.serving.metrics import Metrics
+from glide_ray.serving.schema import Job
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+PROMPT, STEPS = "a red apple", 3
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return serving_weights(tmp_path_factory.mktemp("serve"))
+
+
+@pytest.fixture(scope="module")
+def url(weights):
+    from glide_ray.serving.deployment import serving
+
+    with serving(ServeConfig(**weights, port=free_port())) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def generate(client, seed, **options):
+    answer = client.images.generate(
+        prompt=PROMPT, extra_body={"seed": seed, "steps": STEPS}, **options
+    )
+    return [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(item.b64_json)))) for item in answer.data
+    ]
+
+
+def test_openais_client_generates(client):
+    images = generate(client, 1, n=2, size="256x256")
+    assert [image.shape for image in images] == [(256, 256, 3)] * 2 and not np.array_equal(*images)
+    assert generate(client, 1, size="64x64")[0].shape == (64, 64, 3)
+
+
+def test_the_picture_over_http_is_the_one_of_the_cascade_in_this_process(client, weights):
+    """Base stage, 8-bit rounding and upsampler stage in replicas, against the same in process."""
+    here = (
+        Cascade.load(weights["base"], weights["upsampler"])
+        .generate([PROMPT], [4], SampleOptions(steps=STEPS))[0]
+        .astype(int)
+    )
+    assert np.abs(generate(client, 4)[0].astype(int) - here).max() <= 1
+
+
+def test_a_seed_gives_the_same_picture_alone_and_under_load(client):
+    alone = generate(client, 7)[0]
+    with ThreadPoolExecutor(6) as pool:
+        crowd = list(pool.map(lambda seed: generate(client, seed)[0], [7, 1, 2, 7, 3, 7]))
+    for n in (0, 3, 5):
+        assert np.array_equal(crowd[n], alone)
+
+
+def test_openais_client_edits_and_what_is_known_is_kept_exactly(client, weights, tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    alpha = np.full((256, 256, 1), 255, np.uint8)
+    alpha[60:180, 90:200] = 0
+    files = []
+    for pixels in (image, np.concatenate([image, alpha], axis=2)):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        files.append(("x.png", buffer.getvalue(), "image/png"))
+    answer = client.images.edit(
+        image=files[0], mask=files[1], prompt="a dog", extra_body={"seed": 2, "steps": STEPS}
+    )
+    edited = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))))
+    known = alpha[:, :, 0] > 0
+    assert (
+        np.array_equal(edited[known], image[known])
+        and (edited[~known] != image[~known]).mean() > 0.5
+    )
+    made_again(tmp_path, weights, answer.data[0].b64_json)
+
+
+def made_again(folder, weights, b64):
+    """Check that the recipe in a PNG answer reproduces the picture from the weights alone."""
+    (folder / "answer.png").write_bytes(base64.b64decode(b64))
+    recipe, inputs, served = read_recipe(folder / "answer.png")
+    models = find_models(recipe, {role: Path(path) for role, path in weights.items()})
+    here = make_again(
+        Cascade.load(models["base"], models.get("upsampler"), recipe.precision), recipe, inputs
+    )
+    assert here.shape == served.shape and np.abs(here.astype(int) - served).max() <= 1
+
+
+@pytest.mark.parametrize("size", ["64x64", "256x256"])
+def test_a_png_answer_carries_the_recipe_that_makes_it_again(client, weights, tmp_path, size):
+    answer = client.images.generate(
+        prompt=PROMPT, size=size, extra_body={"seed": 5, "steps": STEPS, "guidance_scale": 4.0}
+    )
+    made_again(tmp_path, weights, answer.data[0].b64_json)
+    assert str(weights["base"]).encode() not in base64.b64decode(answer.data[0].b64_json)
+
+
+def test_openais_client_makes_a_variation(client, weights, tmp_path):
+    image = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(
+        image, "PNG"
+    )
+    answer = client.images.create_variation(
+        image=("x.png", image.getvalue(), "image/png"),
+        size="256x256",
+        extra_body={"seed": 2, "steps": STEPS, "strength": 0.5, "prompt": "a dog"},
+    )
+    made_again(tmp_path, weights, answer.data[0].b64_json)
+
+
+def test_openais_client_watches_a_picture_come(client):
+    seen = list(
+        client.images.generate(
+            prompt=PROMPT, stream=True, partial_images=3, extra_body={"seed": 1, "steps": 6}
+        )
+    )
+    assert [event.type for event in seen] == ["image_generation.partial_image"] * 3 + [
+        "image_generation.completed"
+    ]
+    assert [event.partial_image_index for event in seen[:3]] == [0, 1, 2]
+    whole = client.images.generate(prompt=PROMPT, extra_body={"seed": 1, "steps": 6})
+    assert seen[-1].b64_json == whole.data[0].b64_json
+
+
+def test_openais_client_lists_the_model_and_the_server_is_healthy(client, url):
+    assert [model.id for model in client.models.list()] == ["nano-base"]
+    assert httpx.get(f"{url}/healthz").json() == {"status": "ok"} and httpx.get(
+        f"{url}/readyz"
+    ).json() == {"status": "ready"}
+
+
+def test_openais_client_understands_a_refusal(client):
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.images.generate(prompt="x", n=99)
+    assert refusal.value.param == "n" and "less than or equal to 4" in refusal.value.message
+    with pytest.raises(openai.NotFoundError):
+        client.images.generate(prompt="x", model="dall-e-3")
+
+
+def test_every_answer_has_one_request_id(url):
+    answer = httpx.get(f"{url}/healthz", headers={"x-request-id": "mine-1"})
+    assert answer.headers.get_list("x-request-id") == ["mine-1"]
+
+
+def loads(url):
+    """Metrics of the stages' replicas: {(stage, name): sum over the replicas}."""
+    found = Counter()
+    for name, stage, value in re.findall(
+        r'^glide_stage_(\w+?)(?:_total)?\{.*stage="(\w+)"\} (\S+)$',
+        httpx.get(f"{url}/metrics").text,
+        re.M,
+    ):
+        found[stage, name] += float(value)
+    return found
+
+
+def test_a_client_that_leaves_frees_its_place_within_two_steps(client, url):
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{url}/v1/images/generations",
+            json={"prompt": "x", "steps": 1000, "size": "64x64"},
+            timeout=1.0,
+        )
+    deadline = time.monotonic() + 10
+    while loads(url)["base", "in_flight"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = loads(url)
+    assert left["base", "in_flight"] == 0 and left["base", "cancelled"] >= 1
+    time.sleep(0.5)
+    # No steps are computed for the client that left.
+    assert loads(url)["base", "steps"] == left["base", "steps"]
+    assert "glide_clients_left_total" in httpx.get(f"{url}/metrics").text
+
+
+@pytest.mark.parametrize("previews", [0, 3])
+def test_a_picture_that_is_given_up_frees_its_place_though_its_client_stays(url, weights, previews):
+    """This happens to the other pictures of a request when one of them fails."""
+    from glide_ray.serving.deployment import RayBackend, Served
+
+    served, before = Served.read(ServeConfig(**weights), "auto"), loads(url)["base", "cancelled"]
+
+    async def give_up():
+        backend = RayBackend(served, serve.get_deployment_handle("base", "glide"), None, Metrics())
+        making = asyncio.ensure_future(
+            backend.make(
+                Job("x", 0, 64, SampleOptions(steps=1000), previews=previews), lambda pixels: None
+            )
+        )
+        while not loads(url)["base", "in_flight"]:
+            await asyncio.sleep(0.05)
+        making.cancel()
+        await asyncio.wait([making])
+
+    asyncio.run(give_up())
+    deadline = time.monotonic() + 10
+    while loads(url)["base", "in_flight"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (loads(url)["base", "in_flight"], loads(url)["base", "cancelled"]) == (0, before + 1)
+
+
+def test_another_address_than_the_one_that_serve_has_is_refused(url, weights):
+    from glide_ray.serving.deployment import _check_address, listening
+
+    with (
+        listening(ServeConfig(**weights, port=free_port())) as other,
+        pytest.raises(UserError, match="was started with another address and keeps it"),
+    ):
+        _check_address(other)
+    # The running application is not affected.
+    assert httpx.get(f"{url}/healthz").status_code == 200
+
+
+def test_the_server_listens_on_loopback_only(url):
+    import subprocess
+
+    port = url.rsplit(":", 1)[1]
+    listening = subprocess.run(["ss", "-ltnH"], capture_output=True, text=True, check=False).stdout
+    addresses = {
+        line.split()[3] for line in listening.splitlines() if line.split()[3].endswith(f":{port}")
+    }
+    assert addresses in ({f"127.0.0.1:{port}"}, set())  # empty without the `ss` program
+
+
+@pytest.mark.parametrize("gpus, width", [(0, 2), (1, 8)])
+def test_a_stage_gets_another_replica_before_the_gate_refuses(gpus, width):
+    """`width`: how many of the 8 samples in flight one step advances on this device."""
+    from glide_ray.serving.deployment import target
+
+    config = ServeConfig(max_in_flight=8)
+    assert target(config, gpus) < width + config.max_waiting
+
+
+def test_weights_that_do_not_belong_together_are_refused_before_anything_starts(
+    weights, tiny_weights, tmp_path
+):
+    from glide_ray.serving.deployment import app, build_application
+
+    with pytest.raises(UserError, match="There is no file .*none.safetensors"):
+        build_application(
+            ServeConfig(base=str(tmp_path / "none.safetensors"), upsampler=weights["upsampler"])
+        )
+    with pytest.raises(UserError, match="were the two exchanged"):
+        build_application(ServeConfig(base=weights["upsampler"], upsampler=weights["base"]))
+    with pytest.raises(UserError, match="enlarges 16 pixels and .* makes 64"):
+        build_application(
+            ServeConfig(base=weights["base"], upsampler=str(tiny_weights["upsampler"]))
+        )
+    with pytest.raises(ConfigError, match="no setting 'bas'; did you mean 'base'"):
+        app({"bas": "x"})

@@ -1,0 +1,161 @@
+"""The cascade end to end on tiny models, and its weights files."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny import random_model, tiny
+from safetensors.torch import save_file
+
+from glide_ray.config import presets
+from glide_ray.config.overrides import override
+from glide_ray.config.sampling import SampleOptions
+from glide_ray.data.masks import random_known
+from glide_ray.diffusion.samplers import SAMPLERS
+from glide_ray.models.weights import (
+    WeightsError,
+    load_config,
+    load_model,
+    load_weights,
+    save_weights,
+)
+from glide_ray.sampling.cascade import Cascade, RequestError, shrink_known
+from glide_ray.sampling.stepper import Stepper
+
+QUICK = SampleOptions(steps=3, upsampler_steps="2,1")
+
+
+@pytest.fixture(scope="module")
+def cascade(tiny_weights):
+    return Cascade.load(tiny_weights["base"], tiny_weights["upsampler"])
+
+
+def test_prompts_become_pictures_of_the_upsamplers_size(cascade):
+    images = cascade.generate(["a red apple", "a dog"], [1, 2], QUICK)
+    assert [image.shape for image in images] == [(64, 64, 3)] * 2 and images[0].dtype == np.uint8
+    assert np.array_equal(cascade.generate(["a dog"], [2], QUICK)[0], images[1])
+
+
+def test_without_an_upsampler_pictures_have_the_bases_size(tiny_weights):
+    assert Cascade.load(tiny_weights["base"]).generate(["x"], [0], QUICK)[0].shape == (16, 16, 3)
+
+
+def test_progress_is_told_by_stage(cascade):
+    told = []
+    cascade.generate(
+        ["x", "y"],
+        [0, 1],
+        SampleOptions(steps=2, upsampler_steps=2),
+        progress=lambda *step: told.append(step),
+    )
+    assert told == [(stage, step, 4) for stage in ("base", "upsampler") for step in (1, 2, 3, 4)]
+
+
+def test_an_edit_keeps_every_known_pixel_to_the_last_bit_and_paints_the_rest(cascade):
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    known = np.ones((64, 64), bool)
+    known[10:37, 20:51] = False
+    edited = cascade.edit(image, known, "a dog", 3, QUICK)
+    assert np.array_equal(edited[known], image[known])
+    assert (edited[~known] != image[~known]).mean() > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inpaint", [False, True])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_known_pixels_come_out_to_the_last_8_bit_value_at_64_and_at_256(inpaint, sampler):
+    steppers = []
+    for kind in ("base", "upsampler"):
+        config = override(
+            presets.get(f"nano-{kind}"),
+            [f"model.unet.inpaint={inpaint}", f"model.sampling.sampler={sampler}"],
+        ).model
+        steppers.append(Stepper(random_model(config.unet), config))
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    known = random_known(256, np.random.default_rng(1))
+    assert 0.2 < known.mean() < 0.9
+    options = SampleOptions(steps=3, upsampler_steps=2)
+    edited = Cascade(*steppers).edit(image, known, "a dog", 3, options)
+    assert np.array_equal(edited[known], image[known]) and not np.array_equal(
+        edited[~known], image[~known]
+    )
+    small, small_known = shrink_known(image, known, 64)
+    edited = Cascade(steppers[0]).edit(small, small_known, "a dog", 3, options)
+    assert np.array_equal(edited[small_known], small[small_known])
+
+
+def test_a_variation_of_no_strength_to_speak_of_is_nearly_the_image(cascade):
+    image = np.full((64, 64, 3), 128, np.uint8)
+    small = Cascade(cascade.base)
+    near, far = (
+        small.vary(image[:16, :16], "a dog", 3, strength, options=SampleOptions(steps=50))
+        for strength in (0.02, 1.0)
+    )
+    assert np.abs(near.astype(int) - 128).mean() < 0.3 * np.abs(far.astype(int) - 128).mean()
+
+
+def test_a_small_pixel_is_known_only_if_all_that_it_covers_is(cascade):
+    known = np.ones((64, 64), bool)
+    known[0, 0] = False
+    assert shrink_known(np.zeros((64, 64, 3), np.uint8), known, 16)[1].sum() == 16 * 16 - 1
+
+
+def test_an_edit_with_a_mask_of_another_size_is_refused(cascade):
+    with pytest.raises(RequestError, match="64x64.*64x64 and 32x32"):
+        cascade.edit(np.zeros((64, 64, 3), np.uint8), np.ones((32, 32), bool), "x", 0)
+
+
+# -- weights ---------------------------------------------------------------------------------------
+
+
+def test_a_weights_file_gives_back_the_model_and_its_config(tmp_path):
+    config = tiny().model
+    model = random_model(config.unet)
+    save_weights(tmp_path / "w.safetensors", model.state_dict(), config, step="7")
+    loaded, loaded_config = load_model(tmp_path / "w.safetensors")
+    assert loaded_config == config and not loaded.training
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_base_and_upsampler_exchanged_are_noticed(tiny_weights):
+    with pytest.raises(WeightsError, match="were the two exchanged"):
+        Cascade.load(tiny_weights["upsampler"], tiny_weights["base"])
+
+
+def test_weights_that_are_missing_truncated_foreign_or_misshapen_are_refused_in_one_sentence(
+    tmp_path, tiny_weights
+):
+    def refuse(path, message):
+        with pytest.raises(WeightsError, match=message) as refusal:
+            load_model(path)
+        assert "\n" not in str(refusal.value)
+
+    refuse(tmp_path / "none.safetensors", "There is no weights file")
+    whole = tiny_weights["base"].read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    refuse(tmp_path / "cut.safetensors", "not a whole safetensors file")
+    (tmp_path / "text.safetensors").write_text("hello")
+    refuse(tmp_path / "text.safetensors", "not a whole safetensors file")
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    refuse(tmp_path / "foreign.safetensors", "carries no glide_ray config")
+    config, state = load_weights(tiny_weights["base"])
+    save_weights(tmp_path / "wide.safetensors", state, tiny("base", "model.unet.channels=32").model)
+    refuse(
+        tmp_path / "wide.safetensors",
+        r"another shape: \S+ is \[.*\] there and \[.*\] in this model",
+    )
+    save_weights(
+        tmp_path / "less.safetensors", {name: state[name] for name in list(state)[1:]}, config
+    )
+    refuse(tmp_path / "less.safetensors", "has no tensor")
+    save_weights(tmp_path / "more.safetensors", state | {"surprise": torch.zeros(1)}, config)
+    refuse(tmp_path / "more.safetensors", "'surprise'")
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "base.pt")
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        load_config(tmp_path / "base.pt")

@@ -1,0 +1,494 @@
+"""The command line: printed output, written files and error messages."""
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers.paths import ROOT
+from helpers.tiny import tiny
+from PIL import Image
+
+from glide_ray.cli.main import main
+from glide_ray.config import presets
+from glide_ray.models.clip import NoisedClip
+from glide_ray.models.weights import save_weights
+
+GLIDE = os.path.join(os.path.dirname(sys.executable), "glide")
+
+
+@pytest.fixture
+def weights(tiny_weights):
+    return [
+        "--base",
+        str(tiny_weights["base"]),
+        "--upsampler",
+        str(tiny_weights["upsampler"]),
+        "--steps",
+        "2",
+        "--upsampler-steps",
+        "2",
+    ]
+
+
+def refused(capsys, arguments, message):
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert (
+        printed.err.startswith("glide: ")
+        and printed.err.count("\n") == 1
+        and message in printed.err
+        and not printed.out
+    )
+
+
+def picture(path, size=(64, 64), hole=None):
+    image = Image.new("RGBA", size, (10, 90, 200, 255))
+    if hole:
+        image.paste((0, 0, 0, 0), hole)
+    image.save(path)
+    return str(path)
+
+
+def test_generate_writes_pictures_that_their_seed_gives_again(tmp_path, weights, capsys):
+    assert (
+        main(
+            [
+                "generate",
+                "a red apple",
+                "-n",
+                "2",
+                "--seed",
+                "4",
+                "--out",
+                str(tmp_path / "a.png"),
+                *weights,
+            ]
+        )
+        == 0
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-0.png", "a-1.png"]
+    assert "a-1.png  seed 5" in capsys.readouterr().out
+    assert (
+        main(
+            [
+                "generate",
+                "a red apple",
+                "--seed",
+                "5",
+                "--out",
+                str(tmp_path / "again.png"),
+                *weights,
+            ]
+        )
+        == 0
+    )
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "a-1.png").read_bytes()
+    assert Image.open(tmp_path / "again.png").size == (64, 64)
+
+
+def test_generate_without_the_upsampler_stops_at_the_base_size(tmp_path, weights):
+    assert (
+        main(["generate", "x", "--no-upsampler", "--out", str(tmp_path / "s.png"), *weights]) == 0
+    )
+    assert Image.open(tmp_path / "s.png").size == (16, 16)
+
+
+def test_edit_keeps_what_is_opaque_in_the_mask(tmp_path, weights):
+    image, mask = picture(tmp_path / "i.png"), picture(tmp_path / "m.png", hole=(16, 16, 48, 48))
+    assert (
+        main(
+            [
+                "edit",
+                "a dog",
+                "--image",
+                image,
+                "--mask",
+                mask,
+                "--out",
+                str(tmp_path / "e.png"),
+                *weights,
+            ]
+        )
+        == 0
+    )
+    pixels = np.asarray(Image.open(tmp_path / "e.png"))
+    assert (pixels[:16] == [10, 90, 200]).all() and not (
+        pixels[20:44, 20:44] == [10, 90, 200]
+    ).all()
+
+
+def test_a_prompt_that_is_too_long_is_cut_and_said_so(tmp_path, weights, capsys):
+    assert main(["generate", "word " * 2000, "--out", str(tmp_path / "x.png"), *weights]) == 0
+    assert "longer than 128 tokens" in capsys.readouterr().err
+
+
+def test_bad_input_to_an_edit_is_refused_and_nothing_is_written(tmp_path, weights, capsys):
+    image, out = picture(tmp_path / "i.png"), tmp_path / "e.png"
+    (tmp_path / "text.png").write_text("hello")
+    for mask, message in (
+        (picture(tmp_path / "m.png", (32, 32), (0, 0, 9, 9)), "32x32 pixels and the image 64x64"),
+        (image, "nothing to paint"),
+        (str(tmp_path / "text.png"), "text.png: The file is not an image"),
+        (str(tmp_path / "no.png"), "no file"),
+    ):
+        refused(
+            capsys,
+            ["edit", "x", "--image", image, "--mask", mask, "--out", str(out), *weights],
+            message,
+        )
+    assert not out.exists()
+
+
+def edited(tmp_path, weights, image, mask):
+    assert (
+        main(
+            [
+                "edit",
+                "x",
+                "--image",
+                str(image),
+                "--mask",
+                str(mask),
+                "--out",
+                str(tmp_path / "e.png"),
+                *weights,
+            ]
+        )
+        == 0
+    )
+    return np.asarray(Image.open(tmp_path / "e.png").convert("RGB"))
+
+
+def half_mask(path, mode="LA"):
+    """Write a mask whose left half is transparent, that is, to be painted; returns its path."""
+    alpha = Image.new("L", (64, 64), 255)
+    alpha.paste(0, (0, 0, 32, 64))
+    bands = [alpha] * (len(mode) - 1)
+    Image.merge(mode, [*bands, alpha]).save(path)
+    return path
+
+
+def test_masks_of_either_kind_with_alpha_mean_the_same_and_an_empty_one_paints_all(
+    tmp_path, weights
+):
+    image = picture(tmp_path / "i.png")
+    grey, colour = (
+        edited(tmp_path, weights, image, half_mask(tmp_path / f"{mode}.png", mode))
+        for mode in ("LA", "RGBA")
+    )
+    assert (
+        np.array_equal(grey, colour)
+        and (grey[:, 32:] == [10, 90, 200]).all()
+        and (grey[:, :32] != [10, 90, 200]).any(-1).mean() > 0.9
+    )
+    Image.new("LA", (64, 64), (0, 0)).save(tmp_path / "empty.png")
+    assert (edited(tmp_path, weights, image, tmp_path / "empty.png") != [10, 90, 200]).any(
+        -1
+    ).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    "mode, message",
+    [
+        ("full", "has no transparent pixel, so there is nothing to paint"),
+        ("L", "has no transparency"),
+        ("RGB", "has no transparency"),
+        ("1", "has no transparency"),
+    ],
+)
+def test_a_mask_that_is_full_or_has_no_alpha_is_refused(tmp_path, weights, capsys, mode, message):
+    mask = tmp_path / "m.png"
+    Image.new("RGBA", (64, 64), (0, 0, 0, 255)).save(mask) if mode == "full" else Image.new(
+        mode, (64, 64), 0
+    ).save(mask)
+    refused(
+        capsys,
+        [
+            "edit",
+            "x",
+            "--image",
+            picture(tmp_path / "i.png"),
+            "--mask",
+            str(mask),
+            "--out",
+            str(tmp_path / "e.png"),
+            *weights,
+        ],
+        f"m.png: The mask {message}",
+    )
+    assert not (tmp_path / "e.png").exists()
+
+
+def test_pictures_of_every_kind_are_read_as_they_are_seen(tmp_path, weights):
+    """Transparent pixels become white, CMYK becomes RGB, EXIF rotation is applied.
+
+    An image of a single pixel is enlarged.
+    """
+    mask = half_mask(tmp_path / "m.png")
+    clear = Image.new("RGBA", (64, 64), (200, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    assert (edited(tmp_path, weights, tmp_path / "clear.png", mask)[:, 32:] == 255).all()
+    Image.new("CMYK", (64, 64), (255, 0, 0, 0)).save(tmp_path / "cmyk.tif")
+    assert (edited(tmp_path, weights, tmp_path / "cmyk.tif", mask)[:, 32:] == [0, 255, 255]).all()
+    turned = Image.new("RGB", (64, 64), (255, 255, 255))
+    # Black lower half; after the rotation of EXIF orientation 6, the left half is black.
+    turned.paste((0, 0, 0), (0, 32, 64, 64))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    assert (edited(tmp_path, weights, tmp_path / "turned.png", mask)[:, 32:] == 255).all()
+    Image.new("RGB", (1, 1), (7, 8, 9)).save(tmp_path / "dot.png")
+    Image.new("LA", (1, 1), (0, 0)).save(tmp_path / "dot-mask.png")
+    assert edited(tmp_path, weights, tmp_path / "dot.png", tmp_path / "dot-mask.png").shape == (
+        64,
+        64,
+        3,
+    )
+
+
+@pytest.mark.parametrize("side", [9_000, 20_000])
+def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path, weights, capsys, side):
+    Image.new("1", (side, side)).save(tmp_path / "huge.png")
+    began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(
+        capsys,
+        [
+            "vary",
+            "x",
+            "--image",
+            str(tmp_path / "huge.png"),
+            "--out",
+            str(tmp_path / "v.png"),
+            *weights,
+        ],
+        "64,000,000",
+    )
+    # In KiB. The decoded image would take 1.2 GB as RGB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - began < 100_000
+
+
+def test_a_sketch_of_another_size_and_a_scene_without_a_beginning_are_refused(
+    tmp_path, weights, capsys
+):
+    image, sketch = picture(tmp_path / "i.png"), picture(tmp_path / "s.png", (32, 32))
+    refused(
+        capsys,
+        ["vary", "x", "--image", image, "--sketch", sketch, *weights],
+        "The sketch has 32x32 pixels and the image 64x64",
+    )
+    refused(
+        capsys,
+        ["scene", "--edit", image, "a dog", *weights],
+        "a scene begins with a prompt or with --image",
+    )
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--strength", "0"], "strength must lie above 0"),
+        (["--strength", "1.5"], "strength"),
+        (["--sampler", "eular"], "no sampler 'eular'"),
+        (["--guidance-interval", "0.9", "0.1"], "guidance_interval"),
+        (["--clip-scale", "2"], "give one with --clip"),
+        (
+            ["--clip", "nothing.safetensors", "--clip-scale", "2"],
+            "no weights file nothing.safetensors",
+        ),
+    ],
+)
+def test_options_of_a_variation_that_make_no_sense_are_refused(
+    tmp_path, weights, capsys, options, message
+):
+    refused(
+        capsys,
+        [
+            "vary",
+            "x",
+            "--image",
+            picture(tmp_path / "i.png"),
+            "--out",
+            str(tmp_path / "v.png"),
+            *weights,
+            *options,
+        ],
+        message,
+    )
+
+
+def test_a_clip_of_another_image_size_is_refused(tmp_path, weights, capsys):
+    config = presets.get("nano-clip").model
+    save_weights(tmp_path / "clip.safetensors", NoisedClip(config.clip).state_dict(), config)
+    refused(
+        capsys,
+        [
+            "generate",
+            "x",
+            "--clip",
+            str(tmp_path / "clip.safetensors"),
+            "--clip-scale",
+            "2",
+            *weights,
+        ],
+        "reads images of 64 pixels and nano-base makes 16",
+    )
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--guidance-scale", "-2"], "guidance_scale must lie between 0 and 100"),
+        (["--guidance-scale", "nan"], "guidance_scale"),
+        (["--steps", "0"], "Steps"),
+        (["--steps", "2000"], "steps"),
+        (["--steps", "quick"], "not understood"),
+        (["--seed", "-1"], "seed"),
+        (["--upsampler-steps", "10,,2"], "not understood"),
+        (["--base", "nothing.safetensors"], "no weights file nothing.safetensors"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(weights, capsys, options, message):
+    refused(capsys, ["generate", "x", *weights, *options], message)
+
+
+def test_an_unknown_preset_or_setting_is_answered_with_the_nearest(capsys):
+    refused(capsys, ["info", "filtered-bass"], "did you mean 'filtered-base'")
+    refused(capsys, ["train", "nano-base", "--set", "train.step=3"], "did you mean 'train.steps'")
+    refused(capsys, ["train", "nano-base", "--set", "batch=7"], "train.batch 7 is not divisible")
+
+
+def test_info_prints_parameters_memory_and_operations(capsys):
+    assert main(["info", "filtered-base"]) == 0
+    printed = capsys.readouterr().out
+    assert "385.03M parameters" in printed and "one network call" in printed and "GiB" in printed
+
+
+def test_a_training_step_is_timed_beside_a_plain_and_a_bare_loop(capsys):
+    assert main(["bench", "train", "--preset", "nano-base", "--repeats", "2"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (
+        figures["ratio"] > 0
+        and figures["to_bare_min"] <= figures["to_bare"] <= figures["to_bare_max"]
+        and figures["batch"] == 16
+    )
+
+
+def test_a_cascade_is_timed_alone_and_many_at_once(capsys, monkeypatch):
+    small = {
+        f"nano-{role}": tiny(role, "model.sampling.respacing=2") for role in ("base", "upsampler")
+    }
+    monkeypatch.setattr(presets, "get", small.get)
+    assert (
+        main(["bench", "cascade", "--preset", "nano", "--precision", "fp32", "--repeats", "2"]) == 0
+    )
+    figures = json.loads(capsys.readouterr().out)
+    assert (
+        figures["own_steps"] == ["2", "2"]
+        and figures["steps_own_s"] < figures["steps_20_s"]
+        and figures["steps_own_images_per_s"] > 0.2 / figures["steps_own_s"]
+    )
+
+
+def test_bench_prints_one_line_of_json(capsys):
+    assert main(["bench", "sample", "--preset", "nano-base", "--repeats", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and json.loads(lines[0])["ratio"] > 0
+
+
+def test_every_command_has_help_worth_reading():
+    for command in (
+        "",
+        "demo",
+        "corpus",
+        "clean",
+        "filter",
+        "train",
+        "export",
+        "pack",
+        "card",
+        "generate",
+        "edit",
+        "vary",
+        "scene",
+        "reproduce",
+        "import-released",
+        "export-released",
+        "serve",
+        "info",
+        "settings",
+        "bench",
+    ):
+        done = subprocess.run(
+            [GLIDE, *filter(None, [command]), "--help"], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0 and len(done.stdout) > 200, command
+
+
+def test_help_and_a_refusal_are_quick_for_they_load_no_torch():
+    script = (
+        "import sys; from glide_ray.cli.main import main; main(['info', 'x']); "
+        "assert 'torch' not in sys.modules"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode
+        == 0
+    )
+
+
+def test_a_command_that_needs_ray_says_so_where_it_is_not_installed(tmp_path):
+    script = tmp_path / "bare.py"
+    script.write_text(
+        "import sys\nsys.modules.update(ray=None, deepspeed=None)\n"
+        "from glide_ray.cli.main import main\n"
+        "sys.exit(main(['corpus', '--out', 'x']))"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 2 and "pip install" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+# Job -> arguments that it refuses, and a pattern of its error message.
+REFUSED = {
+    "prepare": (["--out", "/proc/corpus"], "/proc/corpus"),
+    "filter": (["nowhere", "--out", "x"], "The corpus .*nowhere is empty"),
+    "train": (["nano-bass"], "did you mean 'nano-base'"),
+    "export": (["nowhere", "--out", "x"], "neither a checkpoint nor a run"),
+    "generate": (["nowhere.txt", "--out", "x", "--base", "y"], "There is no file nowhere.txt"),
+    "evaluate": (
+        ["nowhere", "--reference", "x", "--out", "y", "--clip", "z"],
+        "There is no weights file z",
+    ),
+}
+
+
+@pytest.mark.parametrize("job", REFUSED)
+def test_jobs_have_help_and_refuse_in_one_sentence(job, tmp_path):
+    script, (arguments, sentence) = os.path.join(ROOT, "jobs", f"{job}.py"), REFUSED[job]
+    helped = subprocess.run(
+        [sys.executable, script, "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert helped.returncode == 0 and "ray job submit" in helped.stdout
+    done = subprocess.run(
+        [sys.executable, script, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert (
+        done.returncode == 2
+        and re.search(sentence, done.stderr)
+        and "Traceback" not in done.stderr
+        and not any(tmp_path.iterdir())
+    )

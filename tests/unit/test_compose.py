@@ -1,0 +1,306 @@
+"""`glide compose`: prompts, pictures generated once, and shares with confidence intervals."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers import drawn_things as drawn
+from helpers.tiny import serving_weights
+
+from glide_ray.cli.main import main
+from glide_ray.config.sampling import SampleOptions
+from glide_ray.data.images import decode, encode
+from glide_ray.data.shards import Sample, write_shards
+from glide_ray.evaluation import compose, fitting
+from glide_ray.evaluation.cases import CorpusError, make_cases
+from glide_ray.evaluation.categories import (
+    BACKGROUND,
+    CATEGORIES,
+    COUNT,
+    INPAINTING,
+    KNOWN,
+    NEW,
+    PAIRS,
+    POSITION,
+    QUESTIONS,
+    SEEN,
+    STYLE,
+    THING,
+)
+from glide_ray.evaluation.judge_accuracy import try_judge
+from glide_ray.evaluation.new_style import learn_style
+from glide_ray.sampling.cascade import Cascade
+
+COUNTED = 4
+FAST = SampleOptions(steps="2", upsampler_steps="1")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return str(drawn.write_corpus(tmp_path_factory.mktemp("things")))
+
+
+@pytest.fixture(scope="module")
+def judge(corpus):
+    return try_judge(corpus, fitting.fit(corpus, least_styles=2, scenes=60), scenes=6)
+
+
+@pytest.fixture(scope="module")
+def cascade(tmp_path_factory):
+    return Cascade.load(
+        serving_weights(tmp_path_factory.mktemp("weights"))["base"], precision="fp32"
+    )
+
+
+@pytest.fixture()
+def run(judge, corpus, tmp_path):
+    without_edits = [name for name in CATEGORIES if name != INPAINTING]
+    return compose.Run(judge, corpus, tmp_path / "out", COUNTED, without_edits, 64, options=FAST)
+
+
+def command(corpus, out, *more):
+    return ["compose", "--corpus", corpus, "--out", str(out), "--prompts", "3", *more]
+
+
+# -- prompts ---------------------------------------------------------------------------------------
+
+
+def test_prompts_are_the_same_each_time_and_no_two_begin_from_the_same_noise(corpus, judge):
+    cases = make_cases(corpus, judge.vocabulary, COUNTED)
+    again = make_cases(corpus, judge.vocabulary, COUNTED)
+    assert [(case.category, case.prompt, case.seed) for case in cases] == [
+        (case.category, case.prompt, case.seed) for case in again
+    ]
+    assert len({case.seed for case in cases}) == len(cases) == COUNTED * len(CATEGORIES)
+
+
+def test_pairs_that_are_asked_for_are_the_held_out_ones_and_seen_ones_are_not(corpus, judge):
+    cases = make_cases(corpus, judge.vocabulary, 20)
+    asked = {
+        category: {
+            (case.thing, case.labels["style"]) for case in cases if case.category == category
+        }
+        for category in (SEEN, PAIRS)
+    }
+    assert asked[PAIRS] == drawn.PAIRS and not asked[SEEN] & drawn.PAIRS
+
+
+def test_a_hole_is_a_quarter_of_the_picture_and_holds_the_first_object_alone(corpus, judge):
+    for case in make_cases(corpus, judge.vocabulary, 12, [INPAINTING]):
+        assert case.hole.mean() == 0.25
+        (left, top, right, bottom), other = case.labels["boxes"]
+        assert case.hole[(top + bottom) // 2, (left + right) // 2]
+        assert not case.hole[(other[1] + other[3]) // 2, (other[0] + other[2]) // 2]
+
+
+# -- figures ---------------------------------------------------------------------------------------
+
+
+def test_real_pictures_reach_all_of_themselves(judge, corpus, tmp_path):
+    rows = compose.Run(judge, corpus, tmp_path, COUNTED, CATEGORIES, 256).of_real()
+    told = [row for row in rows if row["measurable"]]
+    assert told and all(row["right"] == row["real"] and row["share"] == 1 for row in told)
+    assert {row["category"] for row in rows} == set(CATEGORIES)
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    from scipy.stats import binomtest
+
+    for right, count in ((0, 10), (7, 10), (200, 200), (61, 200)):
+        expected = binomtest(right, count).proportion_ci(0.95, "wilson")
+        assert compose.wilson(right, count) == pytest.approx(
+            (expected.low, expected.high), abs=1e-6
+        )
+
+
+def test_a_share_of_real_pictures_is_paired_by_prompt():
+    """If the model is right for the same prompts as the real pictures, its share is exactly 1."""
+    real = np.array([1.0] * 30 + [0.0] * 10)
+    assert compose.share_of_real(real, real) == (1, 1, 1)
+    share, low, high = compose.share_of_real(np.where(np.arange(40) % 2, real, 0), real)
+    assert low < share == 0.5 < high
+
+
+def test_what_the_judge_cannot_tell_is_no_figure(judge, corpus, tmp_path):
+    from dataclasses import replace
+
+    blind = replace(judge, accuracy={"64": {SEEN: {STYLE: {"right": 0.9, "pictures": 200}}}})
+    rows = compose.Run(blind, corpus, tmp_path, COUNTED, [SEEN], 64).of_real()
+    style = next(row for row in rows if row["question"] == STYLE)
+    assert not style["measurable"] and "right" not in style
+    assert ["not measurable", "", "", "", ""] in [row[2:] for row in compose.table(rows)]
+
+
+# -- pictures --------------------------------------------------------------------------------------
+
+
+def test_pictures_are_made_once_judged_and_shown_on_a_page(run, cascade):
+    done = []
+    rows = run.of_models(cascade, progress=lambda *progress: done.append(progress))
+    total = COUNTED * len(run.categories)
+    assert done[-1] == (total, total)
+    assert {row["category"] for row in rows} == set(run.categories)
+    figures = json.loads((run.out / compose.FIGURES).read_text())
+    assert len(figures["pictures"]) == total and figures["options"]["steps"] == "2"
+    asked = {picture["category"]: set(picture["verdicts"]) for picture in figures["pictures"]}
+    assert asked == {category: set(QUESTIONS[category]) for category in run.categories}
+    page = (run.out / compose.PAGE).read_text()
+    assert all(picture["prompt"] in page for picture in figures["pictures"])
+    again = []
+    assert (
+        run.of_models(cascade, progress=lambda *progress: again.append(progress)) == rows
+        and not again
+    )
+
+
+def test_a_run_that_was_interrupted_makes_what_is_missing_and_says_the_same(run, cascade):
+    rows = run.of_models(cascade)
+    pictures = sorted((run.out / compose.PICTURES).glob("*.png"))
+    kept = {path: path.stat().st_mtime_ns for path in pictures[1:]}
+    before = pictures[0].read_bytes()
+    pictures[0].unlink()
+    pictures[1].write_bytes(b"cut off")
+    done = []
+    assert run.of_models(cascade, progress=lambda *progress: done.append(progress)) == rows
+    assert pictures[0].read_bytes() == before
+    assert {path for path in kept if path.stat().st_mtime_ns != kept[path]} == {pictures[1]}
+
+
+def test_pictures_of_other_steps_are_made_anew(run, cascade):
+    from dataclasses import replace
+
+    cases = make_cases(run.corpus, run.judge.vocabulary, 2, [COUNT])
+    first = compose.make_pictures(cascade, cases, run.out, FAST)
+    other = compose.make_pictures(cascade, cases, run.out, replace_steps(FAST, "3"))
+    assert not np.array_equal(first, other)
+    assert (
+        replace(run, seed=5)._cases(lambda line: None)[0].seed
+        == run._cases(lambda line: None)[0].seed + 5
+    )
+
+
+def replace_steps(options, steps):
+    return options.model_copy(update={"steps": steps})
+
+
+def test_a_model_that_was_not_trained_to_inpaint_is_not_asked_to(judge, corpus, cascade, tmp_path):
+    run = compose.Run(judge, corpus, tmp_path, 2, [INPAINTING], 64, options=FAST)
+    with pytest.raises(compose.ComposeError, match="--categories"):
+        run.of_models(cascade)
+    assert not (tmp_path / compose.PICTURES).exists()
+
+
+def test_an_edit_keeps_the_known_pixels_and_a_changed_one_is_noticed(judge, corpus, tmp_path):
+    cases = make_cases(corpus, judge.vocabulary, 2, [INPAINTING])
+    kept = [compose.given(case, 64) for case in cases]
+    changed = [picture.copy() for picture in kept]
+    for case, picture in zip(cases, changed, strict=True):
+        y, x = np.argwhere(~case.hole)[0] // 4
+        picture[y, x] ^= 1
+    assert [of[KNOWN].right for of in compose.judged(judge, cases, kept)] == [True, True]
+    assert [of[KNOWN].right for of in compose.judged(judge, cases, changed)] == [False, False]
+
+
+# -- a new style -----------------------------------------------------------------------------------
+
+
+def write_line_drawings(folder):
+    """Write a corpus of one style, the things as black lines on white; returns its folder."""
+    samples = []
+    for thing in drawn.THINGS:
+        one = drawn.sample(thing, "3D render")
+        grey = np.asarray(decode(one.image).convert("L"), int)
+        edge = np.abs(np.diff(grey, axis=0, append=255)) + np.abs(np.diff(grey, axis=1, append=255))
+        pixels = np.where(edge[..., None] > 12, 0, 255).repeat(3, -1).astype(np.uint8)
+        name = drawn.THINGS[thing]
+        samples.append(
+            Sample(
+                f"outline-{name}",
+                encode(pixels),
+                "png",
+                (f"a {name}, outline",),
+                {**one.meta, "style": "outline"},
+            )
+        )
+    write_shards(folder / "train", samples)
+    return str(folder)
+
+
+def test_a_new_style_is_learnt_from_half_of_its_things_and_asked_of_the_others(
+    judge, corpus, tmp_path
+):
+    knowing, rows = learn_style(judge, write_line_drawings(tmp_path / "outline"), corpus)
+    assert 0 < len(rows) < len(drawn.THINGS) and {row.style for row in rows} == {"outline"}
+    tried = knowing.accuracy["64"][NEW][STYLE]
+    assert tried["right"] == 1 and tried["pictures"] == len(rows) + min(len(rows), len(drawn.PAIRS))
+    assert knowing.accuracy["64"][SEEN] == judge.accuracy["64"][SEEN]
+    run = compose.Run(knowing, corpus, tmp_path / "out", 3, [SEEN], 64, new_style=rows)
+    figures = {(row["category"], row["question"]): row for row in run.of_real()}
+    assert figures[NEW, STYLE]["right"] == 1 and figures[NEW, STYLE]["pictures"] == 3
+    assert knowing.digest() != judge.digest()
+
+
+def test_a_corpus_of_many_styles_is_no_new_one(judge, corpus):
+    with pytest.raises(CorpusError, match="give --new-style a corpus of one style"):
+        learn_style(judge, corpus, corpus)
+
+
+# -- command ---------------------------------------------------------------------------------------
+
+
+def test_the_shipped_weights_are_scored_by_one_command(
+    corpus, judge, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(fitting, "load_or_fit", lambda corpus, say: judge)
+    main(
+        command(
+            corpus,
+            tmp_path / "out",
+            "--size",
+            "64",
+            "--steps",
+            "2",
+            "--categories",
+            SEEN,
+            POSITION,
+            INPAINTING,
+        )
+    )
+    said = capsys.readouterr().out
+    assert (
+        "things in styles seen in training: object" in said
+        and "inpainting: known pixels equal" in said
+    )
+    figures = json.loads((tmp_path / "out" / compose.FIGURES).read_text())
+    known = next(line for line in figures["lines"] if line["question"] == KNOWN)
+    assert known["right"] == 1 and known["reached"]
+    assert {THING, STYLE} <= set(figures["pictures"][0]["verdicts"])
+
+
+def test_real_pictures_alone_are_judged_without_a_model(
+    corpus, judge, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(fitting, "load_or_fit", lambda corpus, say: judge)
+    main(command(corpus, tmp_path / "out", "--real", "--categories", BACKGROUND))
+    assert "background's colour" in capsys.readouterr().out
+    assert not (tmp_path / "out" / compose.PICTURES).exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--categories", "colours"], "colours"),
+        (["--prompts", "0"], "--prompts"),
+        (["--steps", "0", "--size", "64"], "Steps"),
+        (["--base", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--corpus", "nowhere", "--real"], "glide corpus"),
+    ],
+)
+def test_wrong_input_is_named_in_one_sentence(corpus, tmp_path, capsys, more, says):
+    try:
+        code = main(command(corpus, tmp_path / "out", *more))
+    except SystemExit as ended:  # raised by argparse
+        code = ended.code
+    said = capsys.readouterr().err
+    assert code and says in said and "Traceback" not in said
+    assert not (tmp_path / "out").exists()

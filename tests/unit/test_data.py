@@ -1,0 +1,380 @@
+"""Images, masks, captions, filters and shards."""
+
+import io
+import json
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers.drawings import drawn_samples
+from helpers.tiny import tiny
+from PIL import Image
+
+from glide_ray.config.data import DataConfig
+from glide_ray.data import images, masks
+from glide_ray.data.captions import choose, emoji_captions
+from glide_ray.data.filters import Candidate, Report, first_broken, header_rules
+from glide_ray.data.shards import (
+    Sample,
+    ShardError,
+    captions_of,
+    read_index,
+    read_shard,
+    write_shards,
+)
+from glide_ray.data.sources import columns, find_parts, folder_name, in_share, share_of
+from glide_ray.data.tokenizer import Tokenizer
+from glide_ray.data.transforms import Collate, held_out_batches
+
+
+def as_bytes(image, form="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+# -- images ----------------------------------------------------------------------------------------
+
+
+def test_transparency_is_laid_on_white():
+    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    image.putpixel((0, 0), (255, 0, 0, 255))
+    pixels = np.asarray(images.decode(as_bytes(image)))
+    assert pixels[0, 0].tolist() == [255, 0, 0] and pixels[1, 1].tolist() == [255, 255, 255]
+
+
+def test_exif_rotation_is_followed():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert images.decode(as_bytes(Image.new("RGB", (40, 20)), "JPEG", exif=exif)).size == (20, 40)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "I;16", "1", "LA"])
+def test_every_mode_becomes_rgb(mode):
+    form = "JPEG" if mode == "CMYK" else "PNG"
+    assert images.decode(as_bytes(Image.new(mode, (8, 8)), form)).mode == "RGB"
+
+
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_sixteen_bits_of_grey_become_their_upper_eight(order):
+    ramp = np.linspace(0, 65535, 64).astype(order).reshape(8, 8)
+    image = Image.frombytes("I;16" if order == "<u2" else "I;16B", (8, 8), ramp.tobytes())
+    assert np.array_equal(np.asarray(images.decode(as_bytes(image, "TIFF")))[:, :, 1], ramp >> 8)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_of_an_unknown_range_are_refused(mode):
+    with pytest.raises(images.ImageError, match="whose white may be any number"):
+        images.decode(as_bytes(Image.new(mode, (8, 8)), "TIFF"))
+
+
+def test_no_other_program_is_run_to_read_an_image():
+    with pytest.raises(images.ImageError, match="give a PNG, JPEG or WebP"):
+        images.decode(as_bytes(Image.new("RGB", (8, 8)), "EPS"))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"hello", b"\x89PNG\r\n\x1a\n", as_bytes(Image.new("RGB", (64, 64), (9, 8, 7)))[:60]],
+)
+def test_bytes_that_are_not_an_image_are_refused(data):
+    with pytest.raises(images.ImageError):
+        images.decode(data)
+
+
+def test_a_huge_image_is_refused_before_its_pixels_are_read():
+    bomb = as_bytes(Image.new("1", (9000, 9000)))
+    assert len(bomb) < 100_000
+    with pytest.raises(images.ImageError, match="9000x9000 pixels, more than"):
+        images.decode(bomb)
+
+
+def test_the_centre_crop_takes_the_middle_square_and_means_over_boxes():
+    pixels = np.zeros((4, 8, 3), np.uint8)
+    pixels[:, 2:6] = [[0], [100], [200], [50]]
+    cropped = images.centre_crop(Image.fromarray(pixels), 2)
+    assert cropped[:, :, 0].tolist() == [[50, 125], [50, 125]]
+    assert images.centre_crop(Image.new("RGB", (1, 1)), 16).shape == (16, 16, 3)
+
+
+def test_pixels_survive_the_way_to_a_tensor_and_back():
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    tensor = images.to_tensor(pixels)
+    assert tensor.shape == (3, 16, 16) and tensor.min() == -1 and tensor.max() == 1
+    assert np.array_equal(images.to_uint8(tensor), pixels)
+
+
+@pytest.mark.parametrize("form", ["png", "jpeg", "webp"])
+def test_encoding_gives_that_format(form):
+    assert (
+        images.open_image(images.encode(np.zeros((8, 8, 3), np.uint8), form)).format == form.upper()
+    )
+
+
+# -- masks -----------------------------------------------------------------------------------------
+
+
+def test_what_is_transparent_is_to_be_painted():
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 255))
+    image.putpixel((1, 2), (0, 0, 0, 0))
+    known = masks.mask_of(image)
+    assert not known[2, 1] and known.sum() == 15
+    assert (
+        not masks.centre_crop_mask(known, 2)[1, 0] and masks.centre_crop_mask(known, 2).sum() == 3
+    )
+    assert masks.centre_crop_mask(known, 8).sum() == 60
+
+
+def test_a_mask_without_anything_to_paint_or_of_another_size_is_refused():
+    with pytest.raises(masks.MaskError, match="no transparency"):
+        masks.mask_of(Image.new("RGB", (4, 4)))
+    with pytest.raises(masks.MaskError, match="nothing to paint"):
+        masks.mask_of(Image.new("RGBA", (4, 4), (0, 0, 0, 255)))
+    with pytest.raises(masks.MaskError, match="4x4 pixels and the image 8x4"):
+        masks.check_sizes(Image.new("RGB", (8, 4)), Image.new("RGBA", (4, 4)))
+
+
+# -- captions and filters --------------------------------------------------------------------------
+
+
+def test_an_emoji_has_several_captions_that_name_it():
+    captions = emoji_captions("red apple", ["red_apple", "fruit", "mac", "school"], "3D render")
+    assert captions[0] == "a red apple, 3D render" and len(captions) == len(set(captions)) == 5
+    assert all("red apple" in caption for caption in captions)
+    assert emoji_captions("orange", [], "flat icon")[0] == "an orange, flat icon"
+    assert (
+        emoji_captions("people holding hands", [], "flat icon")[0]
+        == "people holding hands, flat icon"
+    )
+
+
+def test_a_caption_is_chosen_by_key_epoch_and_seed_alone():
+    captions = ["a", "b", "c"]
+    chosen = [choose(captions, f"k{n}", epoch, 0) for n in range(200) for epoch in range(2)]
+    assert chosen == [choose(captions, f"k{n}", epoch, 0) for n in range(200) for epoch in range(2)]
+    assert {chosen.count(caption) > 90 for caption in captions} == {True}
+    assert chosen != [choose(captions, f"k{n}", epoch, 1) for n in range(200) for epoch in range(2)]
+
+
+def test_captions_are_emptied_at_the_rate_asked_for():
+    empty = sum(choose(["a"], f"k{n}", 0, 0, empty_rate=0.2) == "" for n in range(5000))
+    assert abs(empty / 5000 - 0.2) < 0.02  # 3.5 standard deviations
+
+
+def test_a_caption_of_ten_thousand_characters_is_cut_at_128_tokens_and_says_so():
+    encoded = Tokenizer().encode("word " * 2000)
+    assert encoded.cut and len(encoded.tokens) == 128 and all(encoded.mask)
+    assert not Tokenizer().encode("word " * 60).cut
+    assert Tokenizer().encode("x" * 2_000_000).cut
+
+
+def test_the_empty_caption_is_all_padding():
+    assert not any(Tokenizer().encode("").mask)
+
+
+def test_each_rule_has_a_name_and_is_counted():
+    good = images.encode(np.zeros((64, 64, 3), np.uint8))
+    report = Report()
+    for key, data, captions in (
+        ("a", good, ["x"]),
+        ("b", good, [" "]),
+        ("c", b"junk", ["x"]),
+        ("d", b"", ["x"]),
+        ("e", images.encode(np.zeros((9, 80, 3), np.uint8)), ["x"]),
+        ("f", b"junk", ["x"]),
+    ):
+        report.add(
+            key,
+            first_broken(
+                Candidate(Sample(key, data, "png", tuple(captions), {})), header_rules(64)
+            ),
+        )
+    assert (report.kept, dict(report.dropped)) == (
+        1,
+        {
+            "without a caption": 1,
+            "with an unreadable image": 2,
+            "without an image": 1,
+            "too small": 1,
+        },
+    )
+    assert report.examples[
+        "with an unreadable image"
+    ] == "c" and "2 with an unreadable image (such as c)" in str(report)
+
+
+def test_a_held_out_batch_without_a_usable_picture_is_filled_and_does_not_count(tmp_path):
+    """All ranks must make the same number of network calls."""
+    samples = [
+        replace(sample, image=sample.image[:-40]) if n in (0, 2, 5) else sample
+        for n, sample in enumerate(drawn_samples(6))
+    ]
+    write_shards(tmp_path, samples)
+    data, model = DataConfig(held_out=str(tmp_path), min_size=16), tiny().model
+    made = held_out_batches(data, model, 1, rank=0, world=2)
+    assert [batch.rows.tolist() for batch in made] == [[-1], [-1], [4]] and torch.equal(
+        made[0].image, made[2].image
+    )
+    assert [batch.rows.tolist() for batch in held_out_batches(data, model, 2, rank=1, world=2)] == [
+        [1, 3],
+        [-1],
+    ]
+    write_shards(tmp_path, [replace(sample, image=sample.image[:-40]) for sample in samples])
+    with pytest.raises(
+        ShardError,
+        match="No picture of rank 1's part of the held-out corpus .* can be decoded; "
+        "give another with --set data.held_out=FOLDER",
+    ):
+        held_out_batches(data, model, 2, rank=1, world=2)
+
+
+# -- shards ----------------------------------------------------------------------------------------
+
+
+def test_shards_hold_what_was_written_and_an_index(tmp_path):
+    index = write_shards(tmp_path, drawn_samples(10), per_shard=4)
+    assert (
+        [shard["count"] for shard in index["shards"]] == [4, 4, 2]
+        and index["count"] == 10
+        and read_index(tmp_path) == index
+    )
+    back = [sample for path in sorted(tmp_path.glob("*.tar")) for sample in read_shard(path)]
+    assert [sample.key for sample in back] == [sample.key for sample in drawn_samples(10)]
+    assert back[3].captions == ("a yellow ellipse", "yellow") and back[3].meta["number"] == 3
+    assert {path.suffix for path in tmp_path.iterdir()} == {".tar", ".json"}
+
+
+def test_a_folder_without_its_index_or_with_a_shard_missing_is_not_complete(tmp_path):
+    write_shards(tmp_path, drawn_samples(6), per_shard=2)
+    (tmp_path / "000001.tar").unlink()
+    assert read_index(tmp_path) is None
+    assert write_shards(tmp_path, drawn_samples(2), per_shard=2)["count"] == 2
+    assert [path.name for path in sorted(tmp_path.glob("*.tar"))] == ["000000.tar"]
+
+
+def test_a_truncated_tar_gives_the_samples_before_the_cut(tmp_path):
+    write_shards(tmp_path, drawn_samples(8))
+    whole = (tmp_path / "000000.tar").read_bytes()
+    back, read = [], read_shard(whole[: len(whole) // 2])
+    with pytest.raises(ShardError, match="broken or cut after 0000"):
+        while True:
+            back.append(next(read))
+    assert 1 < len(back) < 8
+    for sample, original in zip(back[:-1], drawn_samples(8), strict=False):
+        assert sample.image == original.image
+
+
+def test_a_link_to_itself_ends_its_shard_with_a_sentence():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        link = tarfile.TarInfo("1.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "1.jpg"
+        tar.addfile(link)
+    with pytest.raises(ShardError, match="is broken or cut"):
+        list(read_shard(buffer.getvalue()))
+
+
+def test_rows_of_a_batch_are_those_of_its_pictures_when_one_is_broken():
+    collate = Collate(tiny().model, tiny("base", "data.min_size=16").data)
+    samples = list(drawn_samples(4))
+    rows = columns(
+        zip(
+            (10, 11, 12, 13),
+            [replace(samples[0], image=samples[0].image[:80]), *samples[1:]],
+            strict=True,
+        )
+    )
+    trained, held_out = collate(rows, epoch=0), collate(rows, epoch=0, augment=False)
+    assert trained.rows.tolist() == [11, 12, 13, 11] and torch.equal(
+        trained.image[0], trained.image[3]
+    )
+    assert held_out.rows.tolist() == [11, 12, 13, -1] and collate.broken == 2
+
+
+def test_shards_as_img2dataset_writes_them_are_read():
+    buffer = io.BytesIO()
+    picture = images.encode(np.zeros((8, 8, 3), np.uint8), "jpeg")
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in (
+            ("000000000.jpg", picture),
+            ("000000000.json", json.dumps({"caption": "a cat", "url": "u"}).encode()),
+            ("000000000.txt", b"a cat"),
+            ("000000001.jpg", picture),
+            ("000000001.txt", b" a dog\n"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    assert [(sample.key, sample.captions) for sample in read_shard(buffer.getvalue())] == [
+        ("000000000", ("a cat",)),
+        ("000000001", ("a dog",)),
+    ]
+
+
+def test_captions_are_found_in_any_of_their_places():
+    assert captions_of("text", {"captions": ["a", "b"]}) == ("a", "b")
+    assert captions_of("text", {"caption": "c"}) == ("c",)
+    assert captions_of(None, {"captions": [" a\u2028", " "]}) == ("a", "")
+    assert captions_of(" text ", {}) == ("text",) and captions_of(None, {}) == ()
+
+
+def test_rows_can_be_joined_picked_and_moved():
+    from glide_ray.tensors import Conditioning
+
+    tokens, mask = Tokenizer(8).batch(["a cat", "a dog", ""])
+    rows = Conditioning(tokens, mask, low_res=torch.rand(3, 3, 4, 4))
+    assert torch.equal(Conditioning.join([rows[:1], rows[1:]]).low_res, rows.low_res)
+    assert (
+        rows[torch.tensor([2])].mask.sum() == 0
+        and rows.floats_to(torch.bfloat16).low_res.dtype == torch.bfloat16
+    )
+    with pytest.raises(ValueError, match="with and without"):
+        Conditioning.join([rows, Conditioning(tokens, mask)])
+
+
+def test_corpora_side_by_side_are_named_in_braces(tmp_path):
+    for name in ("train", "scenes", "left"):
+        write_shards(tmp_path / name, drawn_samples(4), per_shard=2)
+    parts = find_parts(f"{tmp_path}/{{train,scenes}}")
+    assert [folder_name(part) for part in parts] == ["train", "train", "scenes", "scenes"]
+    assert (
+        find_parts(f"{tmp_path}/{{train,scenes}}/{{000000..000001}}.tar")[3].url
+        == f"{tmp_path}/scenes/000001.tar"
+    )
+    with pytest.raises(ShardError, match="other is empty"):
+        find_parts(f"{tmp_path}/{{train,other}}")
+
+
+def test_an_epochs_share_of_rows_is_drawn_by_key_epoch_and_seed_alone():
+    drawn = [in_share(f"key-{n}", 3, 0, 0.25) for n in range(4000)]
+    assert np.mean(drawn) == pytest.approx(0.25, abs=0.03)
+    assert drawn == [in_share(f"key-{n}", 3, 0, 0.25) for n in range(4000)]
+    assert drawn != [in_share(f"key-{n}", 4, 0, 0.25) for n in range(4000)]
+    sample = replace(next(drawn_samples(1)), meta={"group": "Flags"})
+    assert share_of({"Flags": 0.5, "tones": 0.1}, "tones", sample) == pytest.approx(0.05)
+    assert share_of({"Flags": 0.5}, "train", replace(sample, meta={})) == 1
+
+
+def test_decoded_pictures_are_kept_as_far_as_the_cache_has_room():
+    samples = list(drawn_samples(8))
+    rows = columns(enumerate(samples))
+    kept = Collate(tiny().model, DataConfig(cache_gib=5 * 16 * 16 * 3 / 2**30))
+    first = kept(rows, epoch=0)
+    broken = {**rows, "image": [b"no image"] * 8}  # cached pictures are not decoded again
+    again = kept(broken, epoch=0)
+    assert kept.broken == 3 and torch.equal(again.image[:5], first.image[:5])
+
+
+def test_an_inpainting_models_pictures_are_wholly_erased_at_the_rate_asked_for():
+    model, samples = tiny("base", "model.unet.inpaint=true").model, list(drawn_samples(64))
+    erased = Collate(model, DataConfig(generate_rate=0.75))(
+        columns(enumerate(samples)), epoch=0
+    ).conditioning.known_mask
+    held_out = Collate(model, DataConfig(generate_rate=1.0))(
+        columns(enumerate(samples)), epoch=0, augment=False
+    )
+    share = (erased.flatten(1).sum(1) == 0).double().mean().item()
+    assert share == pytest.approx(0.75 + 0.25 * 0.1, abs=0.12)
+    assert held_out.conditioning.known_mask.flatten(1).any(1).double().mean() > 0.7

@@ -1,0 +1,329 @@
+"""The miniature experiment: all stages of the paper with tiny models, and its conclusions."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers.drawings import drawn_samples
+from helpers.tiny import TINY_CLIP, random_model
+
+from glide_ray.config import presets
+from glide_ray.config.overrides import override
+from glide_ray.data.shards import Sample, write_shards
+from glide_ray.data.sources import find_parts, read_part
+from glide_ray.evaluation import metrics
+from glide_ray.evaluation.metrics import Moments
+from glide_ray.experiments.miniature import findings, models, pictures, run, sheets
+from glide_ray.experiments.miniature.findings import Gain
+from glide_ray.experiments.miniature.pictures import (
+    CLIP_GUIDED,
+    CLIPS,
+    FREE,
+    GUIDED,
+    SETS,
+    SMALLS,
+    UNGUIDED,
+    SetFeatures,
+)
+from glide_ray.models.weights import build_model, load_model, save_weights
+from glide_ray.tensors import Conditioning
+
+# The architecture of the shipped model, with few channels.
+THIN = [
+    "model.unet.channels=16",
+    "model.unet.multipliers=1,2",
+    "model.unet.groups=8",
+    "model.unet.head_channels=16",
+    "model.unet.text.width=16",
+    "model.unet.text.layers=1",
+    "model.unet.text.heads=1",
+    "model.sampling.respacing=2",
+]
+BORDER = {
+    "border_gain": 0.02,
+    "gain_standard_error": 0.005,
+    "border_explicit": 0.05,
+    "border_implicit": 0.07,
+}
+
+
+def parameters(preset):
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_model(preset.model).parameters())
+
+
+# -- the models ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_each_model_is_a_preset_of_one_size_and_its_corpus(name, tmp_path):
+    preset = models.preset(name, tmp_path)
+    assert preset.model.image_size == models.SIDE
+    assert preset.data.corpus == str(
+        tmp_path / "corpus" / ("nobody" if name == models.FILTERED else "everyone")
+    )
+    assert preset.data.held_out == str(tmp_path / "corpus" / "held_out")
+
+
+def test_the_small_model_is_the_large_one_with_a_tenth_of_its_parameters(tmp_path):
+    small, large = models.preset(models.SMALL, tmp_path), presets.get("emoji-base")
+    assert 8 < parameters(large) / parameters(small) < 12
+    same = {"multipliers", "blocks", "patch", "prediction", "inpaint", "attention_sizes"}
+    assert small.model.unet.model_dump(include=same) == large.model.unet.model_dump(include=same)
+
+
+def test_only_one_clip_sees_noise_and_otherwise_both_are_alike(tmp_path):
+    clip, judge = (models.preset(name, tmp_path).model.clip for name in (models.CLIP, models.JUDGE))
+    assert clip.noised and not judge.noised and clip == judge.model_copy(update={"noised": True})
+
+
+def test_a_stripped_model_computes_what_the_inpainting_one_does_where_nothing_is_known(
+    thin_weights, tmp_path
+):
+    models.strip(thin_weights, tmp_path / "stripped.safetensors")
+    (one, inpainting), (other, stripped) = (
+        load_model(path) for path in (thin_weights, tmp_path / "stripped.safetensors")
+    )
+    assert inpainting.inpaint and not stripped.inpaint
+    x, timestep = torch.randn(2, 3, 64, 64), torch.tensor([10, 900])
+    tokens = torch.zeros(2, 32, dtype=torch.int64)
+    condition = Conditioning(tokens, torch.zeros(2, 32, dtype=torch.bool))
+    made = [
+        model(x, timestep, condition, model.encode_text(condition.tokens, condition.mask))
+        for model in (one, other)
+    ]
+    assert torch.allclose(made[0].eps, made[1].eps, atol=1e-5)
+
+
+def test_pictures_are_shrunk_and_people_left_out_of_scenes_too(corpus, tmp_path):
+    models.shrink(corpus, tmp_path, lambda line: None)
+    everyone, nobody, held_out = (
+        list(rows(tmp_path / "corpus" / name)) for name in ("everyone", "nobody", "held_out")
+    )
+    assert {pictures.decode(sample.image).size for sample in everyone + held_out} == {(64, 64)}
+    assert len(held_out) == 40
+    people = [sample for sample in everyone if "1f600" in str(sample.meta)]
+    # Two people, and a scene that shows one beside a dog.
+    assert len(people) == 3 and len(nobody) == len(everyone) - 3
+    assert not [sample for sample in nobody if "1f600" in str(sample.meta)]
+
+
+# -- conclusions -----------------------------------------------------------------------------------
+
+
+def test_a_gain_is_one_where_it_is_two_standard_errors_from_nothing():
+    assert Gain(0.3, 0.1).up and not Gain(0.3, 0.1).down and Gain(-0.3, 0.1).down
+    assert not Gain(0.19, 0.1).up and not Gain(-0.19, 0.1).down
+    differences = np.random.default_rng(0).normal(1, 2, 400)
+    gain = Gain.of(differences)
+    assert abs(gain.mean - 1) < 3 * gain.error and gain.error == pytest.approx(0.1, rel=0.1)
+
+
+def test_the_distance_is_frechets_with_more_and_with_fewer_rows_than_features():
+    draws = np.random.default_rng(0)
+    for rows, width in ((300, 8), (20, 50)):
+        made, real = draws.normal(size=(rows, width)), draws.normal(1, 2, (rows + 5, width))
+        expected = metrics.frechet_distance(Moments.of(made), Moments.of(real))
+        assert findings.frechet(made, real) == pytest.approx(expected, rel=1e-6)
+
+
+def test_all_sets_are_drawn_anew_with_the_same_rows():
+    draws = np.random.default_rng(0)
+    made, real = draws.normal(size=(30, 4)), draws.normal(size=(40, 4))
+    drawn = findings._drawn_distances([made, made], real)
+    assert (
+        drawn.shape == (2, findings.DRAWS) and (drawn[0] == drawn[1]).all() and drawn[0].std() > 0
+    )
+
+
+def seen(rows, towards=0.0, spread=1.0, looks=None, seed=0):
+    """Features of pictures whose CLIP embeddings lean `towards` those of their captions.
+
+    `spread`: standard deviation of the image features. `looks`: image features to use instead.
+    """
+    draws = np.random.default_rng(seed)
+    words = unit(np.random.default_rng(99).normal(size=(rows, 8)))
+    clip = unit(unit(draws.normal(size=(rows, 8))) + towards * words)
+    classes = np.full((rows, 5), 0.2)
+    return SetFeatures(
+        clip, words, draws.normal(0, spread, (rows, 6)) if looks is None else looks, classes
+    )
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def test_people_are_stood_in_for_by_nearness_to_real_pictures():
+    draws = np.random.default_rng(2)
+    real = seen(60, looks=draws.normal(size=(60, 40)))
+    sets = {
+        name: seen(60, looks=real.looks + draws.normal(0, noise, real.looks.shape))
+        for name, noise in ((UNGUIDED, 2.6), (CLIP_GUIDED, 1.8), (GUIDED, 1.3))
+    }
+    votes = findings.votes_of(sets, real, real)
+    assert {question: len(of) for question, of in votes.items()} == {
+        "photorealism": 180,
+        "caption similarity": 180,
+    }
+    assert all(findings._preferred(question, of).holds for question, of in votes.items())
+    assert list(findings.standings(votes)["photorealism"]) == [GUIDED, CLIP_GUIDED, UNGUIDED]
+    turned = {UNGUIDED: sets[GUIDED], CLIP_GUIDED: sets[CLIP_GUIDED], GUIDED: sets[UNGUIDED]}
+    assert not any(
+        findings._preferred(question, of).holds
+        for question, of in findings.votes_of(turned, real, real).items()
+    )
+
+
+def test_an_order_that_chance_makes_is_no_preference():
+    real = seen(60, seed=1)
+    sets = {name: seen(60, seed=n) for n, name in enumerate((UNGUIDED, CLIP_GUIDED, GUIDED), 5)}
+    assert not any(
+        findings._preferred(question, of).holds
+        for question, of in findings.votes_of(sets, real, real).items()
+    )
+
+
+def figures_of(sign):
+    """Sets that agree with the paper's findings (`sign` 1) or contradict them (-1)."""
+    real = seen(200, seed=1)
+    towards = dict(zip(FREE, (0.0, 0.1, 0.3, 0.6, 0.8)[::sign], strict=True))
+    spread = dict(
+        zip(
+            FREE, (1.4, 1.0, 0.75, 0.5, 0.3) if sign > 0 else (0.3, 2.5, 1.0, 1.6, 2.0), strict=True
+        )
+    )
+    sets = {name: seen(200, towards[name], spread[name], seed=n) for n, name in enumerate(FREE, 10)}
+    sets |= {name: seen(200, 2.0 if sign > 0 else -0.5, seed=20) for name in CLIPS}
+    sets |= {
+        name: seen(200, 0.6 if (name == f"small-{GUIDED}") == (sign > 0) else -0.5, seed=30)
+        for name in SMALLS
+    }
+    border = BORDER if sign > 0 else {**BORDER, "border_gain": 0.009}
+    return sets, real, {"images": 64, "ddim": border, "ancestral": BORDER}
+
+
+def test_findings_hold_where_figures_are_as_the_paper_has_them_and_not_the_other_way_round(
+    monkeypatch,
+):
+    monkeypatch.setattr(findings, "DRAWS", 30)
+    there, turned = (
+        findings.findings(*figures_of(sign)[:2], {}, figures_of(sign)[2]) for sign in (1, -1)
+    )
+    assert len(there) == 6 and all(finding.here for finding in there)
+    assert [finding.holds for finding in there] == [True] * 6, [finding.here for finding in there]
+    assert [finding.holds for finding in turned] == [False] * 6, [
+        finding.here for finding in turned
+    ]
+
+
+# -- whole experiment ------------------------------------------------------------------------------
+
+
+def rows(folder):
+    return (sample for part in find_parts(folder) for sample in read_part(part))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Drawings in the folders of the emoji corpus, with two people and a scene that shows one."""
+    folder = tmp_path_factory.mktemp("emoji")
+    drawings = list(drawn_samples(96))
+    dog, person = (
+        {"emoji": "1f436", "group": "Animals & Nature"},
+        {"emoji": "1f600", "group": "People & Body"},
+    )
+    train = [
+        Sample(one.key, one.image, one.suffix, one.captions, person if n < 2 else dog)
+        for n, one in enumerate(drawings)
+    ]
+    scenes = [
+        Sample(
+            f"scene-{n}",
+            one.image,
+            one.suffix,
+            one.captions,
+            {**dog, "objects": [dog, person if n == kept else dog]},
+        )
+        for kept in [
+            next(
+                n
+                for n in range(96)
+                if models.in_share(f"scene-{n}", 0, 0, models.VARIANTS["scenes"])
+            )
+        ]
+        for n, one in enumerate(drawings)
+    ]
+    for name, samples in (
+        ("train", train),
+        ("tones", train[2:3]),
+        ("scenes", scenes),
+        ("held_out_pairs", train[-40:]),
+    ):
+        write_shards(folder / name, samples)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def thin_weights(tmp_path_factory):
+    config = override(presets.get("emoji-base"), THIN).model
+    path = tmp_path_factory.mktemp("thin") / "base.safetensors"
+    save_weights(path, random_model(config.unet).state_dict(), config)
+    return path
+
+
+@pytest.fixture
+def in_little(monkeypatch, thin_weights):
+    """Reduce the experiment to a few pictures of two sampling steps and two training steps."""
+    steps = ["steps=2", "batch=8", "held_out_images=8", "precision=fp32"]
+    tiny = {
+        name: models.Model(
+            model.preset,
+            [*model.settings, *(TINY_CLIP[2:] if "clip" in model.preset else THIN), *steps],
+            model.corpus,
+        )
+        for name, model in models.MODELS.items()
+    }
+    monkeypatch.setattr(models, "MODELS", tiny)
+    monkeypatch.setattr(models.shipped, "locate", lambda name, role: thin_weights)
+    monkeypatch.setattr(pictures, "SAMPLING", pictures.SAMPLING.model_copy(update={"steps": "2"}))
+    two = {
+        name: pictures.Way(way.model, way.options.model_copy(update={"steps": "2"}))
+        for name, way in SETS.items()
+    }
+    monkeypatch.setattr(run, "SETS", two)
+    for module, name, value in (
+        (run, "IMAGES", 12),
+        (run, "HOLES", 4),
+        (sheets, "HOLES", 2),
+        (sheets, "TRIES", 2),
+        (findings, "DRAWS", 5),
+    ):
+        monkeypatch.setattr(module, name, value)
+
+
+def test_all_stages_run_and_are_not_done_again(corpus, tmp_path, in_little, monkeypatch):
+    said = []
+    found = run.run(tmp_path, corpus, said.append)
+    assert len(found) == 8
+    assert json.loads((tmp_path / run.FINDINGS).read_text()) == [vars(finding) for finding in found]
+    figures = json.loads((tmp_path / run.FIGURES).read_text())
+    assert set(figures["sets"]) == set(SETS) and set(figures["elo"]) <= {
+        "photorealism",
+        "caption similarity",
+    }
+    for sheet in ("figure-6.png", "figure-9.png", "figure-11.png", "sets.png"):
+        assert (tmp_path / sheet).stat().st_size > 1000
+    page = (tmp_path / run.PAGE).read_text()
+    assert all(finding.text.partition(" (")[0] in page for finding in found)
+    assert sum("pictures" in line and line.partition(":")[0] in SETS for line in said) == len(SETS)
+
+    def never(*_, **__):
+        raise AssertionError("was done before")
+
+    monkeypatch.setattr(run, "bench_inpainting", never)
+    monkeypatch.setattr(models, "write_shards", never)
+    said.clear()
+    assert run.run(tmp_path, corpus, said.append) == found
+    assert not [line for line in said if line.partition(":")[0] in SETS]

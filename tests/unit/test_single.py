@@ -1,0 +1,258 @@
+"""A training run in one process, without Ray and DeepSpeed: results, interruption, resumption."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers.tiny import TINY_BASE, tiny
+from helpers.training import batch, epochs, run
+from helpers.training import preset as training_preset
+
+from glide_ray.data.shards import ShardError
+from glide_ray.errors import ConfigError, UserError
+from glide_ray.models.weights import load_weights
+from glide_ray.train.checkpoint import CheckpointError, Checkpoints
+from glide_ray.train.loop import Trainer
+from glide_ray.train.run_folder import read_metrics
+from glide_ray.train.single import SingleTrainer, single_precision
+from glide_ray.train.without_ray import MemoryCorpus, train_alone
+
+
+def preset(corpus, *settings):
+    return tiny(
+        "base",
+        f"data.corpus={corpus / 'train'}",
+        f"data.held_out={corpus / 'held_out'}",
+        "data.min_size=16",
+        "batch=8",
+        "workers=1",
+        "steps=6",
+        "log_every=1",
+        "evaluate_every=6",
+        "checkpoint_every=3",
+        "trackers=",
+        "precision=fp32",
+        "model.unet.dropout=0.1",
+        *settings,
+    )
+
+
+def losses(folder):
+    return [row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+
+
+# -- computation -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_single_process_trains_as_one_rank_of_deepspeed_does(precision):
+    settings = training_preset(f"precision={precision}")
+    single, sharded = run(SingleTrainer(settings)), run(Trainer(settings))
+    expected = [row["loss"] for row in sharded[0] if "loss" in row]
+    assert [row["loss"] for row in single[0] if "loss" in row] == pytest.approx(
+        expected, rel=1e-5 if precision == "fp32" else 2e-3
+    )
+    # In 16 bits, DeepSpeed's float32 masters start from the rounded weights.
+    tolerance = 2e-5 if precision == "fp32" else 4e-3
+    assert all(
+        torch.allclose(single[2][name], average, atol=tolerance)
+        for name, average in sharded[2].items()
+    )
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_text_rate_of_zero_leaves_the_text_transformer_as_it_is(stage):
+    settings = training_preset(
+        "text_rate=0", "weight_decay=0.1", "timestep_power=1", f"zero_stage={stage}"
+    )
+    single, sharded = SingleTrainer(settings), Trainer(settings)
+    before = dict(zip(single.names, (own.detach().clone() for own in single.masters), strict=True))
+    kept, found, expected = dict(before), run(single)[2], run(sharded)[2]
+    assert all(
+        torch.allclose(found[name], average, atol=2e-5) for name, average in expected.items()
+    )
+    changed = {name for name, average in found.items() if not torch.equal(average, kept[name])}
+    assert changed == {name for name in kept if not name.startswith("text.")}
+
+
+def test_half_a_text_rate_is_half_the_learning_rate_of_the_text_transformer():
+    whole, half = SingleTrainer(training_preset()), SingleTrainer(training_preset("text_rate=0.5"))
+    before = whole.masters[0].detach().clone()
+    assert whole.names[0] == "text.position"
+    for trainer in (whole, half):
+        trainer.step(epochs(0, 0), 3)
+    assert torch.allclose(half.masters[0] - before, (whole.masters[0] - before) / 2, atol=1e-8)
+    last = whole.names.index("out.bias")
+    assert torch.equal(half.masters[last], whole.masters[last])
+
+
+def test_micro_batches_add_up_to_the_same_step():
+    whole, parts = (
+        run(SingleTrainer(training_preset())),
+        run(SingleTrainer(training_preset("micro_batch=2")), batches=_halves),
+    )
+    assert [row["loss"] for row in parts[0] if "loss" in row] == pytest.approx(
+        [row["loss"] for row in whole[0] if "loss" in row], rel=1e-5
+    )
+
+
+def _halves(epoch, rows):
+    return (part for made in epochs(epoch, rows) for part in (made[:2], made[2:]))
+
+
+def test_a_checkpoint_passes_between_one_process_and_deepspeed(tmp_path):
+    settings = training_preset()
+    _, saved, expected = run(SingleTrainer(settings), tmp_path)
+    resumed = Trainer(settings)
+    resumed.load(saved[0])
+    assert resumed.progress.step == 2
+    found = run(resumed)[2]
+    assert all(
+        torch.allclose(found[name], average, atol=2e-5) for name, average in expected.items()
+    )
+
+
+def test_gradients_that_are_not_finite_leave_the_weights_alone_and_end_the_run_when_they_stay():
+    trainer = SingleTrainer(training_preset())
+    before = [own.detach().clone() for own in trainer.masters]
+    broken = iter([batch(0, broken=True) for _ in range(20)])
+    for number in range(1, 20):
+        trainer.step(broken, number)
+    assert all(torch.equal(own, kept) for own, kept in zip(trainer.masters, before, strict=True))
+    with pytest.raises(UserError, match="20 steps in a row.*lower train.learning_rate"):
+        trainer.step(broken, 20)
+
+
+def test_fp16_is_refused_and_auto_is_a_precision_of_the_machine():
+    with pytest.raises(ConfigError, match="use bf16, fp32 or auto"):
+        single_precision("fp16", "cpu")
+    assert (
+        single_precision("auto", "cpu") in ("bf16", "fp32")
+        and single_precision("auto", "cuda") == "bf16"
+    )
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_weights_figures_and_events_and_is_not_made_twice(drawn_corpus, tmp_path):
+    settings = preset(drawn_corpus, "sample_every=3", "sample_prompts=a red ellipse")
+    done = train_alone(settings, tmp_path / "run", progress=False)
+    assert done.finished and done.step == 6 and len(losses(tmp_path / "run")) == 6
+    assert load_weights(done.weights)[0] == settings.model
+    assert (tmp_path / "run" / "samples" / "000000003.png").exists()
+    assert "96 kept" in (tmp_path / "run" / "events.log").read_text()
+    assert train_alone(settings, tmp_path / "run", progress=False).images_per_s == 0.0
+
+
+def test_a_run_that_is_stopped_and_gone_on_with_makes_the_same_steps(drawn_corpus, tmp_path):
+    settings = preset(drawn_corpus, "data.cache_gib=1")
+    train_alone(settings, tmp_path / "whole", progress=False)
+    first = train_alone(settings, tmp_path / "parts", minutes=1e-9, progress=False)
+    assert not first.finished and first.step == 1 and first.weights.exists()
+    assert train_alone(settings, tmp_path / "parts", progress=False).finished
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(drawn_corpus, tmp_path, given):
+    settings = [
+        *TINY_BASE,
+        f"data.corpus={drawn_corpus / 'train'}",
+        f"data.held_out={drawn_corpus / 'held_out'}",
+        "data.min_size=16",
+        "batch=8",
+        "workers=1",
+        "steps=100000",
+        "trackers=",
+    ]
+    command = [
+        os.path.join(os.path.dirname(sys.executable), "glide"),
+        "train",
+        "nano-base",
+        "--no-ray",
+        "--out",
+        str(tmp_path / "run"),
+        *(word for setting in settings for word in ("--set", setting)),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for _ in range(600):
+        if (tmp_path / "run" / "metrics.jsonl").exists() and losses(tmp_path / "run"):
+            break
+        time.sleep(0.1)
+    process.send_signal(given)
+    said = process.communicate(timeout=60)[0]
+    step = Checkpoints(tmp_path / "run").whole()[-1].step
+    assert (
+        process.returncode == 0
+        and f"stopped after step {step:,}; the same command goes on from here" in said
+    )
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(drawn_corpus, tmp_path):
+    settings = preset(drawn_corpus)
+    train_alone(settings, tmp_path / "run", minutes=1e-9, progress=False)
+    for made in Checkpoints(tmp_path / "run").whole():
+        path = os.path.join(made.path, "part.0.safetensors")
+        with open(path, "r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\xff")
+    with pytest.raises(
+        CheckpointError, match="None of the 1 checkpoints in .* can be read; remove that folder"
+    ):
+        train_alone(settings, tmp_path / "run", progress=False)
+
+
+def test_settings_of_another_run_are_refused(drawn_corpus, tmp_path):
+    train_alone(preset(drawn_corpus), tmp_path / "run", minutes=1e-9, progress=False)
+    with pytest.raises(CheckpointError, match="train.batch is 8 there and 4 here"):
+        train_alone(preset(drawn_corpus, "batch=4"), tmp_path / "run", progress=False)
+
+
+# -- corpus ----------------------------------------------------------------------------------------
+
+
+def test_each_epoch_reads_each_row_once_in_an_order_of_its_own(drawn_corpus):
+    corpus = MemoryCorpus(preset(drawn_corpus))
+    first, second = (
+        [row for made in corpus.epoch_batches(epoch, 0) for row in made.rows.tolist()]
+        for epoch in (0, 1)
+    )
+    assert len(set(first)) == 96 and set(first) == set(second) and first != second
+    assert [row for made in corpus.epoch_batches(0, 40) for row in made.rows.tolist()] == first[40:]
+
+
+def test_an_epoch_reads_the_share_of_a_folder_that_is_asked_for(drawn_corpus):
+    settings = tiny(
+        "base",
+        f"data.corpus={drawn_corpus}/{{train,held_out}}",
+        f"data.held_out={drawn_corpus / 'held_out'}",
+        "data.min_size=16",
+        "batch=8",
+        "workers=1",
+    )
+    settings = settings.model_copy(
+        update={"data": settings.data.model_copy(update={"shares": {"train": 0.5}})}
+    )
+    corpus = MemoryCorpus(settings)
+    orders = [set(corpus._order(epoch).tolist()) for epoch in range(40)]
+    held_out = {n for n, (_, folder, _) in enumerate(corpus.rows) if folder == "held_out"}
+    assert len(held_out) == 16 and all(held_out <= order for order in orders)
+    read = sum(len(order) - 16 for order in orders) / 40
+    # Each epoch draws another half of the rows.
+    assert read == pytest.approx(48, abs=4) and len(set.union(*orders)) == 112
+
+
+def test_a_batch_larger_than_the_corpus_is_refused(drawn_corpus):
+    with pytest.raises(ShardError, match="96 usable rows, fewer than one batch of 128"):
+        MemoryCorpus(preset(drawn_corpus, "batch=128"))
+
+
+def test_a_remote_folder_is_refused(drawn_corpus):
+    with pytest.raises(ConfigError, match="local folder"):
+        train_alone(preset(drawn_corpus), "s3://bucket/run")

@@ -1,0 +1,489 @@
+"""Samples in flight: results are independent of the others, which join and leave between steps."""
+
+import itertools
+import pickle
+import threading
+import time
+from concurrent.futures import CancelledError
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny import random_model, tiny
+
+from glide_ray.config.sampling import SampleOptions
+from glide_ray.errors import UserError
+from glide_ray.sampling.cascade import RequestError, base_request, check_options, upsampler_request
+from glide_ray.sampling.engine import Engine
+from glide_ray.sampling.stepper import Stepper
+
+
+def stepper(kind="base", **options):
+    config = tiny(kind).model
+    return Stepper(random_model(config.unet), config, **options)
+
+
+def request(kind="base", seed=7, prompt="a red apple", **options):
+    config = tiny(kind).model
+    if kind == "base":
+        edit = {name: options.pop(name) for name in ("known", "known_mask") if name in options}
+        return base_request(config, prompt, seed, SampleOptions(**options), **edit)
+    low_res = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return upsampler_request(
+        config, prompt, seed, low_res, SampleOptions(upsampler_steps=options.get("steps"))
+    )
+
+
+def company(kind, crowd):
+    """The image of a sample in flight with four others; two of them finish before it."""
+    for seed, steps in ((1, 3), (2, 5), (3, "fast27")):
+        crowd.submit(request(kind, seed, f"other {seed}", steps=steps))
+    crowd.step()
+    ticket = crowd.submit(request(kind, steps=8))
+    crowd.submit(request(kind, 9, "late", steps=12))
+    images = {}
+    while ticket not in images:
+        images.update(crowd.step())
+    assert crowd.in_flight >= 1
+    return images[ticket]
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("kind", ["base", "upsampler"])
+def test_a_sample_is_the_same_to_the_bit_alone_and_among_four_others(kind, lanes):
+    alone = stepper(kind, lanes=lanes).run([request(kind, steps=8)])[0]
+    assert torch.equal(company(kind, stepper(kind, lanes=lanes)), alone)
+
+
+@pytest.mark.parametrize("kind", ["base", "upsampler"])
+def test_in_one_network_call_for_all_a_sample_differs_by_rounding_only(kind):
+    alone = stepper(kind).run([request(kind, steps=8)])[0]
+    together = company(kind, stepper(kind, batched=True))
+    assert (together - alone).abs().max() < 2e-3
+
+
+def test_guidance_samplers_steps_and_captions_are_each_samples_own():
+    wanted = [
+        request(steps=4),
+        request(steps=6, guidance_scale=1.0),
+        request(steps=5, guidance_scale=5.0, sampler="ddim"),
+        request(steps=4, prompt="a dog"),
+    ]
+    together = stepper(batched=True).run(wanted)
+    for image, one in zip(together, wanted, strict=True):
+        assert torch.allclose(image, stepper().run([one])[0], atol=2e-3)
+    assert len({image.sum().item() for image in together}) == 4
+
+
+def test_every_sampler_makes_its_own_picture_the_same_in_any_company():
+    wanted = [
+        request(steps=5, sampler=sampler) for sampler in ("ancestral", "ddim", "plms", "dpm++")
+    ]
+    together = stepper().run([*wanted, request(seed=3, steps=9, sampler="plms")])
+    for image, one in zip(together, wanted, strict=False):
+        assert torch.equal(image, stepper().run([one])[0])
+    assert len({image.sum().item() for image in together}) == 5
+
+
+def test_outside_of_its_interval_guidance_is_off():
+    plain, whole, none, part = stepper().run(
+        [
+            request(steps=6, guidance_scale=1.0),
+            request(steps=6, guidance_scale=4.0),
+            replace(request(steps=6, guidance_scale=4.0), guidance_interval=(0.0, 0.0)),
+            replace(request(steps=6, guidance_scale=4.0), guidance_interval=(0.3, 0.7)),
+        ]
+    )
+    assert torch.allclose(plain, none, atol=1e-3) and not torch.allclose(plain, whole, atol=1e-2)
+    assert not torch.allclose(part, whole, atol=1e-3) and not torch.allclose(part, plain, atol=1e-3)
+
+
+def test_a_small_strength_stays_near_the_image_it_begins_from():
+    start = torch.rand(3, 16, 16) * 2 - 1
+    near, far = (
+        stepper().run([replace(request(steps=20, sampler="ddim"), start=start, strength=strength)])[
+            0
+        ]
+        for strength in (0.1, 1.0)
+    )
+    assert (near - start).abs().mean() < 0.5 * (far - start).abs().mean()
+    for strength in (0.0, 1.5, float("nan")):
+        with pytest.raises(UserError, match="strength must lie above 0"):
+            stepper().submit(replace(request(), start=start, strength=strength))
+
+
+def test_inversion_gives_the_noise_that_leads_back():
+    """Exact only in the limit of small steps: 200 must be closer than 20 and than other noise."""
+    image = stepper().run([request(steps=50, sampler="ddim", guidance_scale=1.0)])
+
+    def error(steps):
+        one = request(steps=steps, sampler="ddim", guidance_scale=1.0)
+        noise = stepper().invert([one], image)[0]
+        return (stepper().run([replace(one, noise=noise)]) - image).abs().mean().item()
+
+    other = (
+        (stepper().run([request(seed=8, steps=50, sampler="ddim", guidance_scale=1.0)]) - image)
+        .abs()
+        .mean()
+        .item()
+    )
+    assert error(200) < error(20) / 3 and error(200) < other / 3
+
+
+def test_images_of_one_caption_are_inverted_each_under_its_own_conditions():
+    wanted = [replace(request("upsampler", seed, steps=4), guidance_scale=3.0) for seed in (1, 2)]
+    images = stepper("upsampler").run(wanted)
+    alone = torch.cat(
+        [
+            stepper("upsampler").invert([one], image[None])
+            for one, image in zip(wanted, images, strict=True)
+        ]
+    )
+    assert torch.allclose(
+        stepper("upsampler", batched=True).invert(wanted, images), alone, atol=2e-3
+    )
+
+
+def test_a_seed_gives_one_picture_and_another_seed_another():
+    images = stepper().run(
+        [request(seed=1, steps=3), request(seed=1, steps=3), request(seed=2, steps=3)]
+    )
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+    assert images.abs().max() <= 1
+
+
+def test_no_more_samples_are_in_flight_than_there_is_room_for():
+    crowd = stepper(max_in_flight=2)
+    for seed in range(5):
+        crowd.submit(request(seed=seed, steps=2))
+    crowd.step()
+    assert (crowd.in_flight, crowd.queued) == (2, 3)
+    done = 0
+    while crowd.in_flight or crowd.queued:
+        done += len(crowd.step())
+        assert crowd.in_flight <= 2
+    assert done == 5
+
+
+def finished(crowd):
+    """Tickets in the order of completion."""
+    order = []
+    while crowd.in_flight or crowd.queued:
+        order += [ticket for ticket, _ in crowd.step()]
+    return order
+
+
+def test_a_short_sample_overtakes_a_long_one_and_none_waits_for_ever():
+    crowd = stepper(max_in_flight=4)
+    long = crowd.submit(request(steps=50))
+    for _ in range(10):
+        crowd.step()
+    short = crowd.submit(request(steps=5))
+    assert finished(crowd) == [short, long]
+    long = crowd.submit(request(steps=20))
+    shorts = []
+    # A short sample is added whenever another finishes; these alone would keep the stepper full.
+    while crowd.in_flight or crowd.queued:
+        if len(shorts) < 60 and crowd.in_flight + crowd.queued < 2:
+            shorts.append(crowd.submit(request(seed=len(shorts), steps=4)))
+        if long in dict(crowd.step()):
+            break
+    assert 5 < len(shorts) < 25
+
+
+def test_a_request_for_many_pictures_does_not_make_one_for_a_single_picture_wait():
+    crowd = stepper(max_in_flight=2)
+    many = [crowd.submit(replace(request(seed=seed, steps=4), group="many")) for seed in range(6)]
+    crowd.step()
+    single = crowd.submit(replace(request(seed=9, steps=4), group="single"))
+    order = finished(crowd)
+    assert order.index(single) <= 2 and [ticket for ticket in order if ticket != single] == many
+
+
+@pytest.mark.parametrize(
+    "steps, previews, taken",
+    [(8, 3, [2, 4, 6]), (5, 0, []), (3, 3, [1, 2]), (10, 1, [5]), (1, 3, [])],
+)
+def test_previews_are_the_predicted_image_at_even_distances(steps, previews, taken):
+    crowd, seen = stepper(), []
+    crowd.submit(
+        replace(
+            request(steps=steps),
+            previews=previews,
+            watch=lambda image: seen.append((crowd.steps_done + 1, image)),
+        )
+    )
+    while not (done := crowd.step()):
+        pass
+    assert [step for step, _ in seen] == taken
+    assert all(image.shape == (3, 16, 16) and image.abs().max() <= 1 for _, image in seen)
+    assert torch.equal(done[0][1], stepper().run([request(steps=steps)])[0])
+    if len(seen) == 3 and steps == 8:  # later previews are closer to the picture
+        errors = [(image - done[0][1]).abs().mean().item() for _, image in seen]
+        assert errors[2] < errors[0]
+
+
+def test_a_caption_is_encoded_once_for_all_samples_that_have_it():
+    one, calls = stepper(), []
+    encode = one.model.encode_text
+    one.model.encode_text = lambda tokens, mask: calls.append(1) or encode(tokens, mask)
+    one.run(
+        [
+            request(seed=seed, steps=2, prompt=prompt)
+            for seed, prompt in enumerate(["a", "b", "a", "a", "b"])
+        ]
+    )
+    assert len(calls) == 3  # both captions, and the empty one
+    one.run([request(steps=2, prompt="b")])
+    assert len(calls) == 3
+
+
+def test_a_cancelled_sample_leaves_at_once_and_changes_no_other():
+    alone = stepper().run([request(steps=5)])[0]
+    crowd = stepper()
+    leaver, stayer = crowd.submit(request(seed=3, steps=9)), crowd.submit(request(steps=5))
+    crowd.step()
+    assert crowd.cancel(leaver) and crowd.in_flight == 1
+    assert not crowd.cancel(leaver)
+    images = {}
+    while not images:
+        images.update(crowd.step())
+    assert torch.equal(images[stayer], alone)
+
+
+def test_a_run_that_is_interrupted_leaves_nothing_to_the_next():
+    one, wanted = stepper(), [request(seed=seed, steps=3) for seed in (1, 2)]
+
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        one.run(wanted, interrupt)
+    with pytest.raises(UserError, match="no sampler 'euler'"):
+        one.run([request(seed=8, steps=3), request(sampler="euler")])
+    assert (one.in_flight, one.queued) == (0, 0) and torch.equal(
+        one.run(wanted), stepper().run(wanted)
+    )
+
+
+def test_a_run_gives_its_own_samples_only():
+    one = stepper()
+    one.submit(request(seed=8, steps=1))
+    assert torch.equal(one.run([request(steps=3)])[0], stepper().run([request(steps=3)])[0])
+
+
+def test_known_pixels_are_kept_and_the_rest_is_painted():
+    import numpy as np
+
+    known = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    mask = np.zeros((16, 16), bool)
+    mask[:, :8] = True
+    image = stepper().run([request(steps=4, known=known, known_mask=mask)])[0]
+    from glide_ray.data.images import to_uint8
+
+    assert np.array_equal(to_uint8(image)[mask], known[mask])
+    assert not np.array_equal(to_uint8(image)[~mask], known[~mask])
+
+
+def test_an_engine_answers_many_threads_and_matches_the_stepper():
+    wanted = stepper().run([request(seed=seed, steps=3) for seed in range(6)])
+    engine = Engine(stepper(max_in_flight=3))
+    results = {}
+
+    def ask(seed):
+        results[seed] = engine.submit(request(seed=seed, steps=3)).result(60)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    engine.close()
+    assert all(torch.equal(results[seed], wanted[seed]) for seed in range(6))
+
+
+def test_a_future_that_is_cancelled_frees_its_place_within_two_steps():
+    engine = Engine(stepper())
+    future = engine.submit(request(steps=1000))
+    while engine.load.steps < 2:
+        time.sleep(0.01)
+    assert engine.load.in_flight == 1
+    future.cancel()
+    before = engine.load.steps
+    deadline = time.monotonic() + 20
+    while engine.load.in_flight and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (
+        engine.load.in_flight == 0
+        and engine.load.steps <= before + 2
+        and engine.load.cancelled == 1
+    )
+    engine.close()
+
+
+def test_an_engine_counts_what_it_does():
+    engine = Engine(stepper(lanes=2))
+    for future in [engine.submit(request(seed=seed, steps=4)) for seed in range(4)]:
+        future.result(60)
+    load = engine.load
+    assert (
+        load.finished,
+        load.sample_steps,
+        load.width,
+        load.in_flight,
+        load.queued,
+        load.failed,
+    ) == (4, 16, 2, 0, 0, 0)
+    assert 8 <= load.steps <= 16 and load.busy_seconds > 0
+    engine.close()
+
+
+def test_an_engine_that_is_asked_for_nonsense_answers_and_goes_on():
+    engine = Engine(stepper())
+    with pytest.raises(UserError, match="no sampler 'euler'"):
+        engine.submit(request(sampler="euler")).result(60)
+    with pytest.raises(UserError, match="Respacing"):
+        engine.submit(request(steps="1,2,")).result(60)
+    assert engine.submit(request(steps=2)).result(60).shape == (3, 16, 16)
+    engine.close()
+
+
+def failing(crowd, fails):
+    """The stepper with a network that raises in call N, counted from 1, if `fails(N)`."""
+    network, calls = crowd._network, itertools.count(1)
+
+    def call(*given):
+        if fails(next(calls)):
+            raise RuntimeError("out of memory")
+        return network(*given)
+
+    crowd._network = call
+    return crowd
+
+
+def test_a_step_that_fails_does_so_for_those_in_flight_and_what_waits_has_its_own_try():
+    submitted = threading.Event()
+    engine = Engine(failing(stepper(max_in_flight=1), lambda call: call == 2))
+    # Its first step waits until the others are submitted.
+    futures = [
+        engine.submit(replace(request(steps=2), previews=1, watch=lambda image: submitted.wait(60)))
+    ]
+    futures += [engine.submit(request(seed=seed, steps=3)) for seed in range(3)]
+    submitted.set()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        futures[0].result(60)
+    assert [future.result(60).shape for future in futures[1:]] == [(3, 16, 16)] * 3
+    assert (engine.load.failed, engine.load.finished) == (1, 3)
+    engine.close()
+
+
+def test_where_every_step_fails_every_sample_is_told_so():
+    engine = Engine(failing(stepper(max_in_flight=2), lambda call: True))
+    for future in [engine.submit(request(seed=seed, steps=2)) for seed in range(5)]:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            future.result(60)
+    assert (engine.load.failed, engine.load.queued) == (5, 0)
+    engine.close()
+
+
+def test_an_image_that_a_fault_of_the_gpu_keeps_back_fails():
+    class Lost:
+        def cpu(self):
+            raise RuntimeError("an illegal memory access was encountered")
+
+    crowd = stepper()
+    step = crowd.step
+    crowd.step = lambda: [(ticket, Lost()) for ticket, _ in step()]
+    engine = Engine(crowd)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        engine.submit(request(steps=2)).result(60)
+    assert (engine.load.failed, engine.load.finished) == (1, 0)
+    engine.close()
+
+
+def test_a_request_that_cannot_even_be_queued_fails_alone():
+    engine = Engine(stepper())
+    with pytest.raises((RuntimeError, ValueError, OverflowError)):
+        engine.submit(request(seed=2**70)).result(60)
+    assert engine.submit(request(steps=2)).result(60).shape == (3, 16, 16)
+    assert engine.load.failed == 1
+    engine.close()
+
+
+def test_a_closed_engine_cancels_unfinished_samples_and_reports_unhealthy():
+    engine, begun, go = Engine(stepper()), threading.Event(), threading.Event()
+    first = engine.submit(
+        replace(request(steps=1000), previews=999, watch=lambda image: begun.set() or go.wait(60))
+    )
+    assert begun.wait(60)
+    second = engine.submit(request(steps=2))  # stays queued until the current step ends
+    engine.check()
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while not engine._closed:
+        time.sleep(0.01)
+    go.set()
+    closing.join(60)
+    assert first.cancelled() and second.cancelled()
+    with pytest.raises(RuntimeError, match="has been closed"):
+        engine.submit(request(steps=2))
+    with pytest.raises(RuntimeError, match="thread has ended"):
+        engine.check()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_whose_thread_ends_by_a_fault_leaves_nobody_waiting():
+    crowd = stepper()
+
+    def end():
+        raise SystemExit
+
+    crowd.step = end
+    engine = Engine(crowd)
+    with pytest.raises(CancelledError):
+        engine.submit(request(steps=2)).result(60)
+    engine._thread.join(60)
+    with pytest.raises(RuntimeError, match="thread has ended"):
+        engine.check()
+    with pytest.raises(RuntimeError, match="has been closed"):
+        engine.submit(request(steps=2))
+
+
+@pytest.mark.parametrize(
+    "options, param",
+    [
+        ({"guidance_scale": -1.0}, "guidance_scale"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"guidance_scale": 1e9}, "guidance_scale"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 1001}, "steps"),
+        ({"steps": "abc"}, "steps"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**70}, "seed"),
+        ({"sampler": "euler"}, "sampler"),
+        ({"clip_scale": -1.0}, "clip_scale"),
+        ({"guidance_interval": (0.8, 0.2)}, "guidance_interval"),
+        ({"upsampler_steps": "2,"}, "upsampler_steps"),
+        ({"strength": 0.0}, "strength"),
+    ],
+)
+def test_options_that_make_no_sense_name_their_field(options, param):
+    with pytest.raises(RequestError) as refusal:
+        beside = {name: options.pop(name) for name in ("seed", "strength") if name in options}
+        check_options(SampleOptions(**options), **beside)
+    assert refusal.value.param == param
+
+
+def test_a_refusal_keeps_its_field_on_the_way_from_another_process():
+    again = pickle.loads(pickle.dumps(RequestError("steps are too many.", "steps")))
+    assert (type(again), str(again), again.param) == (RequestError, "steps are too many.", "steps")
+
+
+def test_a_variation_that_keeps_nothing_is_the_same_beside_an_edit_that_does():
+    """Noise is drawn for known pixels only in samples that have any."""
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    kept = np.arange(256).reshape(16, 16) % 16 < 8
+    varied = request(steps=6, known=picture, known_mask=np.zeros((16, 16), bool))
+    edited = request(seed=2, steps=6, known=picture, known_mask=kept)
+    assert torch.equal(stepper().run([edited, varied])[1], stepper().run([varied])[0])
