@@ -1,42 +1,37 @@
 """Local paths and `s3://` through one interface: list, read, fetch to a cache, put.
 
-Writes are atomic, and objects are verified by SHA-256. S3 goes through boto3 with its usual chain
-for credentials, region and endpoint (AWS_ENDPOINT_URL), and its own retries.
+Writes are atomic, and objects are verified by SHA-256.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import random
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
 
-from .errors import UserError
+from .s3 import (
+    CHECKSUM,
+    CHUNK,
+    S3,
+    MissingError,
+    StorageError,
+    client,
+    etag,
+    head,
+    list_objects,
+    read_verified,
+    split_url,
+    storage_errors,
+)
 
-S3 = "s3://"
-CHECKSUM = "sha256"  # object metadata that `put` writes and `read` verifies
-CHUNK = 2**22  # bytes per read
 CACHE_GB = 200  # GB (1e9 bytes), default size limit of the cache of objects
 IN_USE_SECONDS = 600  # seconds since its last use before a copy may be deleted
-WAITS = (0.1, 0.2, 0.4, 0.8)  # seconds before each retry of an incomplete or damaged object
-
-
-Result = TypeVar("Result")
-
-
-class StorageError(UserError):
-    """A path that cannot be read or written."""
-
-
-class MissingError(StorageError):
-    """A path where no file or object exists."""
 
 
 def is_remote(path: str | Path) -> bool:
@@ -70,7 +65,7 @@ def list_states(path: str | Path, suffixes: tuple[str, ...]) -> Iterator[tuple[s
     """
     path = str(path)
     if is_remote(path):
-        bucket, prefix = _split(path)
+        bucket, prefix = split_url(path)
         prefix = (
             prefix
             if prefix.endswith(tuple(filter(None, suffixes)))
@@ -78,10 +73,10 @@ def list_states(path: str | Path, suffixes: tuple[str, ...]) -> Iterator[tuple[s
             if prefix
             else ""
         )
-        with _errors(path):
+        with storage_errors(path):
             yield from (
                 (f"{S3}{bucket}/{item['Key']}", item["ETag"])
-                for item in _objects(bucket, prefix)
+                for item in list_objects(bucket, prefix)
                 if item["Key"].endswith(suffixes)
             )
     elif Path(path).is_file():
@@ -100,7 +95,7 @@ def read(path: str | Path) -> bytes:
     Raises MissingError if it does not exist, StorageError if an object's SHA-256 does not match or
     it cannot be read.
     """
-    with _errors(path):
+    with storage_errors(path):
         return _read_object(str(path)) if is_remote(path) else Path(path).read_bytes()
 
 
@@ -110,18 +105,18 @@ def put(data: bytes | Path, path: str | Path, sha256: str | None = None) -> None
     `sha256`: checksum of the local file, if known; saves reading the file once more. Raises
     StorageError.
     """
-    with _errors(path):
+    with storage_errors(path):
         if is_remote(path):
-            bucket, key = _split(str(path))
+            bucket, key = split_url(str(path))
             if isinstance(data, bytes):
-                _client().put_object(
+                client().put_object(
                     Bucket=bucket,
                     Key=key,
                     Body=data,
                     Metadata={CHECKSUM: hashlib.sha256(data).hexdigest()},
                 )
             else:  # multipart: each part has its own checksum and retries
-                _client().upload_file(
+                client().upload_file(
                     str(data),
                     bucket,
                     key,
@@ -137,10 +132,10 @@ def put(data: bytes | Path, path: str | Path, sha256: str | None = None) -> None
 
 def remove(path: str | Path) -> None:
     """Delete a file or object, if it exists."""
-    with _errors(path):
+    with storage_errors(path):
         if is_remote(path):
-            bucket, key = _split(str(path))
-            _client().delete_object(Bucket=bucket, Key=key)
+            bucket, key = split_url(str(path))
+            client().delete_object(Bucket=bucket, Key=key)
         else:
             Path(path).unlink(missing_ok=True)
 
@@ -179,7 +174,7 @@ def exists(path: str | Path) -> bool:
     if not is_remote(path):
         return Path(path).exists()
     try:
-        _tag(path)
+        etag(path)
         return True
     except MissingError:
         return False
@@ -187,10 +182,10 @@ def exists(path: str | Path) -> bool:
 
 def size(path: str | Path) -> int:
     """Size of a file or object, in bytes. Raises MissingError."""
-    with _errors(path):
+    with storage_errors(path):
         if not is_remote(path):
             return Path(path).stat().st_size
-        return _head(path)["ContentLength"]
+        return head(path)["ContentLength"]
 
 
 def check_writable(folder: str | Path) -> None:
@@ -226,19 +221,19 @@ def no_empty_folders(folder: str | Path) -> Iterator[None]:
 
 def remove_folder(path: str | Path) -> None:
     """Delete everything under a folder or prefix, and abort unfinished uploads to it."""
-    with _errors(path):
+    with storage_errors(path):
         if not is_remote(path):
             shutil.rmtree(path, ignore_errors=True)
             return
-        bucket, prefix = _split(str(path).rstrip("/") + "/")
+        bucket, prefix = split_url(str(path).rstrip("/") + "/")
         for upload in (
-            _client().list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", ())
+            client().list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", ())
         ):
-            _client().abort_multipart_upload(
+            client().abort_multipart_upload(
                 Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
             )
-        for item in _objects(bucket, prefix):
-            _client().delete_object(Bucket=bucket, Key=item["Key"])
+        for item in list_objects(bucket, prefix):
+            client().delete_object(Bucket=bucket, Key=item["Key"])
 
 
 @contextmanager
@@ -267,7 +262,7 @@ def fetch(path: str | Path, cache: str | Path | None = None) -> Path:
         if not Path(path).exists():
             raise StorageError(f"There is no file {path}.")
         return Path(path)
-    local = _cached(f"{path}@{_tag(path)}", cache) / str(path).rpartition("/")[2]
+    local = _cached(f"{path}@{etag(path)}", cache) / str(path).rpartition("/")[2]
     if not local.exists():
         _make_room(local.parent, size(path))
         download(path, local)
@@ -290,8 +285,8 @@ def download(path: str, target: Path) -> None:
                 file.write(chunk)
         return sha256.hexdigest()
 
-    with _errors(path), whole(target) as partial:
-        _from_object(path, lambda body: (None, write(body, partial)))
+    with storage_errors(path), whole(target) as partial:
+        read_verified(path, lambda body: (None, write(body, partial)))
 
 
 def fetch_folder(
@@ -320,14 +315,6 @@ def fetch_folder(
     return local
 
 
-# ----------------------------------------------------------------------------------------------
-
-
-def _objects(bucket: str, prefix: str) -> Iterator[Mapping[str, Any]]:
-    for page in _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-        yield from page.get("Contents", ())
-
-
 def _state(file: Path) -> str:
     try:
         found = file.stat()
@@ -341,49 +328,7 @@ def _read_object(path: str) -> bytes:
         data = body.read()
         return data, hashlib.sha256(data).hexdigest()
 
-    return _from_object(path, whole_body)
-
-
-def _from_object(path: str, use: Callable[[Any], tuple[Result, str]]) -> Result:
-    """Apply `use` to an object's body and verify its SHA-256, with retries.
-
-    `use` returns a result and the SHA-256 of all bytes that it read. The object is requested again
-    if the body breaks off or its checksum does not match: boto3's own retries end once the response
-    headers have arrived. Raises StorageError.
-    """
-    bucket, key = _split(path)
-    client = _client()
-    from botocore.exceptions import BotoCoreError
-    from urllib3.exceptions import HTTPError
-
-    for wait in (*WAITS, None):
-        answer = client.get_object(Bucket=bucket, Key=key)
-        try:
-            result, sha256 = use(answer["Body"])
-            expected = answer["Metadata"].get(CHECKSUM)
-            if not expected or sha256 == expected:
-                return result
-            fault = (
-                f"{path} is damaged: its SHA-256 is not the one it was stored with; "
-                f"put it there again."
-            )
-        except (BotoCoreError, HTTPError, ConnectionError, TimeoutError) as error:
-            fault = f"{path} cannot be used: {error}."
-        if wait is not None:
-            # Jitter, so that readers do not all retry at once.
-            time.sleep(wait * random.uniform(0.5, 1))
-    raise StorageError(fault)
-
-
-def _tag(path: str | Path) -> str:
-    """ETag of an object; it changes when the object changes."""
-    with _errors(path):
-        return _head(path)["ETag"].strip('"')
-
-
-def _head(path: str | Path) -> Mapping[str, Any]:
-    bucket, key = _split(str(path))
-    return _client().head_object(Bucket=bucket, Key=key)
+    return read_verified(path, whole_body)
 
 
 def _cached(name: str, cache: str | Path | None) -> Path:
@@ -420,40 +365,3 @@ def _make_room(folder: Path, wanted: int) -> None:
         if entry != folder:
             shutil.rmtree(entry, ignore_errors=True)
             del held[entry]
-
-
-def _split(path: str) -> tuple[str, str]:
-    bucket, _, key = path.removeprefix(S3).partition("/")
-    if not bucket:
-        raise StorageError(f"{path} names no bucket; write s3://bucket/path.")
-    return bucket, key
-
-
-@lru_cache(maxsize=1)
-def _client():
-    try:
-        import boto3  # optional dependency, for s3:// only
-        from botocore.config import Config
-    except ImportError:
-        raise StorageError("s3:// paths need boto3; run `pip install boto3`.") from None
-    return boto3.client("s3", config=Config(retries={"mode": "adaptive", "max_attempts": 6}))
-
-
-class _errors:
-    """Convert the errors of the system and of boto3 about `path` to StorageError."""
-
-    def __init__(self, path: str | Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-            raise MissingError(f"There is no file {self.path}.") from None
-        if isinstance(error, OSError):
-            raise StorageError(f"{self.path} cannot be used: {error.strerror or error}.") from None
-        if kind is not None and kind.__module__.startswith(("botocore", "boto3", "s3transfer")):
-            if getattr(error, "response", {}).get("Error", {}).get("Code") in ("NoSuchKey", "404"):
-                raise MissingError(f"There is no object {self.path}.") from None
-            raise StorageError(f"{self.path} cannot be used: {error}.") from None

@@ -117,7 +117,7 @@ def s3_faults(s3, s3_proxy):
     yield s3_proxy.faults
     s3_proxy.faults.clear()
     # A client that received 503 answers sends requests slowly for a while.
-    storage._client.cache_clear()
+    storage.client.cache_clear()
 
 
 @pytest.fixture(scope="session")
@@ -151,7 +151,7 @@ def s3(tmp_path_factory, s3_proxy):
 
     from glide_ray import storage
 
-    storage._client.cache_clear()
+    storage.client.cache_clear()
     for _ in range(100):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -163,4 +163,4 @@ def s3(tmp_path_factory, s3_proxy):
     server.wait(10)
     for name, value in before.items():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-    storage._client.cache_clear()
+    storage.client.cache_clear()

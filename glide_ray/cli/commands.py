@@ -109,7 +109,7 @@ def fit_filter(options) -> None:
     rules = users_rules([truth for truth in (options.truth or truth,) if truth], "--truth")
     config = override(override(FilterConfig(), settings), options.set)
     out = options.out or FILTERS / options.name
-    from ..distributed.curation.content_filter import FILTER, LABELS, SHEET, fit_content
+    from ..distributed.curation.fit_filter import FILTER, LABELS, SHEET, fit_content
 
     done = fit_content(
         options.name,
@@ -143,7 +143,8 @@ def apply_filter(options) -> None:
     truth = next(
         iter(users_rules([options.truth] if options.truth else [], "--truth").values()), None
     )
-    from ..distributed.curation.content_filter import FILTER, apply_content
+    from ..distributed.curation.apply_filter import apply_content
+    from ..distributed.curation.fit_filter import FILTER
 
     named = FILTERS / options.filter / FILTER
     done = apply_content(
@@ -392,7 +393,7 @@ def plan(options) -> None:
 
 
 def bench(options) -> None:
-    from ..bench import quality
+    from ..bench import quality, training
     from ..bench import speed as benches
 
     base = options.base or SHIPPED
@@ -406,10 +407,10 @@ def bench(options) -> None:
         "cascade": lambda: benches.bench_cascade(
             options.preset or "filtered", options.precision, options.repeats or 3
         ),
-        "train": lambda: benches.bench_train(
+        "train": lambda: training.bench_train(
             presets.get(options.preset or "emoji-base"), options.precision, options.repeats or 5
         ),
-        "plan": lambda: benches.bench_plan(options.preset, options.repeats or 3),
+        "plan": lambda: training.bench_plan(options.preset, options.repeats or 3),
         "samplers": lambda: quality.bench_samplers(base),
         "inpainting": lambda: quality.bench_inpainting(
             options.base or BASE, options.inpaint, options.corpus

@@ -27,10 +27,10 @@ from .checkpoint import Progress, read_progress, write_progress
 from .collectives import all_gather_object, broadcast_object
 from .ema import Ema
 from .hardware import USABLE, cpu_budget
+from .memory import choose_micro_batch
 from .nonfinite import TrainingError, check_step, stepped
 from .objectives import by_quartile, draw, held_out_sums, images_in, mix, objective_of
 from .optimizer import FACTOR, deepspeed_config, learning_rate, parameter_groups, training_precision
-from .plan import choose_micro_batch
 from .steps import Metrics
 
 

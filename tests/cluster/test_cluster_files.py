@@ -245,7 +245,7 @@ def aws(monkeypatch, tmp_path):
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
-    forget = (storage._client, ray_aws.resource_cache, ray_aws.client_cache)
+    forget = (storage.client, ray_aws.resource_cache, ray_aws.client_cache)
     with moto.mock_aws():
         for cache in forget:
             cache.cache_clear()
@@ -326,7 +326,7 @@ def touch_storage(tmp_path):
         and not storage.exists(f"{place}/c.bin")
     )
     storage.fetch(f"{place}/b.bin", tmp_path / "cache")
-    storage._client().create_multipart_upload(Bucket=SIZES.bucket, Key="runs/x/broken")
+    storage.client().create_multipart_upload(Bucket=SIZES.bucket, Key="runs/x/broken")
     storage.remove_folder(place)
     assert not list(storage.list_files(place, (".bin",)))
 

@@ -39,13 +39,8 @@ from glide_ray.data.labelling import (
 )
 from glide_ray.data.shards import write_shards
 from glide_ray.data.sources import find_parts, read_part
-from glide_ray.distributed.curation.content_filter import (
-    FILTER,
-    LABELS,
-    SHEET,
-    apply_content,
-    fit_content,
-)
+from glide_ray.distributed.curation.apply_filter import apply_content
+from glide_ray.distributed.curation.fit_filter import FILTER, LABELS, SHEET, fit_content
 from glide_ray.evaluation.features import ClipFeatures
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.clip_scorer import NoisedClipScorer

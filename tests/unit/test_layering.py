@@ -15,6 +15,7 @@ from helpers.paths import ROOT
 # From low-level to high-level. Subpackages on the same line do not import each other.
 ROOMS = [
     "errors",
+    "s3",
     "config storage tensors precision",
     "data diffusion",
     "models",
@@ -140,7 +141,10 @@ def test_the_core_runs_where_ray_and_deepspeed_are_not_installed(tmp_path):
         for module in MODULES
         if room(module) in WITHOUT_RAY
         and module != "glide_ray.train.loop"
-        and (module != "glide_ray.models.kernels" or find_spec("triton"))
+        and (
+            module not in ("glide_ray.models.kernels", "glide_ray.models.triton_kernels")
+            or find_spec("triton")
+        )
     )
     script.write_text(
         "import sys\nsys.modules.update(ray=None, deepspeed=None)\nimport importlib\n"

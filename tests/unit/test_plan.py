@@ -11,7 +11,7 @@ from helpers.tiny import tiny, tiny_clip
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from glide_ray.bench.speed import RETURNED_MEMORY, measure_training, plan_settings
+from glide_ray.bench.training import RETURNED_MEMORY, measure_training, plan_settings
 from glide_ray.cli.main import main
 from glide_ray.config import presets
 from glide_ray.config.overrides import override
@@ -31,8 +31,9 @@ from glide_ray.train.hardware import (
     measured_peak,
     peak_flops,
 )
+from glide_ray.train.memory import choose_micro_batch, memory
 from glide_ray.train.objectives import objective_of
-from glide_ray.train.plan import best, choose_micro_batch, describe, memory, plans, step_time
+from glide_ray.train.plan import best, describe, plans, step_time
 
 CROPPED = ["model.unet.image_size=64", "model.unet.low_res_size=16", "data.crop=32"]
 

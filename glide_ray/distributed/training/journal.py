@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ... import storage
 from ...config.training import Preset
-from ...train.plan import operations
+from ...models.cost import operations
 from ...train.run_folder import EVENTS, METRICS, RUN, last_step
 from ...train.trackers import open_trackers
 from .samples import Reviewer
