@@ -1,4 +1,11 @@
-"""Precisions of weights and activations by name, and the resolution of `auto`."""
+"""Precisions of weights and activations by name, and the resolution of `auto`.
+
+| use | `auto` on a GPU | `auto` on a CPU | refused |
+|---|---|---|---|
+| sampling (`resolve_precision`) | fp16 | faster of bf16 and fp32; fp32 if portable | |
+| training with DeepSpeed (`training_precision`) | fp16 | faster of bf16 and fp32 | fp16 on a CPU |
+| training in one process (`single_precision`) | bf16 | faster of bf16 and fp32 | fp16 |
+"""
 
 from __future__ import annotations
 
@@ -7,6 +14,8 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+
+from .errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # per number
@@ -23,6 +32,30 @@ def resolve_precision(precision: str, device: str, portable: bool = False) -> st
     if device == "cuda":
         return "fp16"
     return "fp32" if portable else fastest_on_cpu()
+
+
+def training_precision(precision: str, device: str) -> str:
+    """Precision of training with DeepSpeed: fp32, bf16 or fp16.
+
+    Raises ConfigError for fp16 on a CPU, which DeepSpeed does not support.
+    """
+    if precision == "fp16" and device != "cuda":
+        raise ConfigError(
+            "Setting train.precision: fp16 needs a GPU; use bf16, fp32 or auto on a CPU."
+        )
+    return resolve_precision(precision, device)
+
+
+def single_precision(precision: str, device: str) -> str:
+    """Precision of training in one process: fp32 or bf16. Raises ConfigError for fp16."""
+    if precision == "fp16":
+        raise ConfigError(
+            "Setting train.precision: fp16 and its loss scaling need DeepSpeed, under Ray Train; "
+            "use bf16, fp32 or auto in one process."
+        )
+    return (
+        "bf16" if precision == "auto" and device == "cuda" else resolve_precision(precision, device)
+    )
 
 
 def fastest_precision() -> str:

@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     options = parser().parse_args()
-    return run("evaluate", lambda: evaluated(options, lambda line: print(line, file=sys.stderr)))
+    return run("evaluate", lambda: evaluated(options))
 
 
 if __name__ == "__main__":

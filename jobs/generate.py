@@ -93,7 +93,6 @@ def main() -> int:
                 options.out,
                 config,
                 options.workers,
-                lambda line: print(line, file=sys.stderr),
             )
         )
 

@@ -22,7 +22,7 @@ import ray
 from ..config import presets
 from ..data.images import open_image
 from ..data.shards import Sample, write_shards
-from ..data.sources import columns, find_parts, read_part
+from ..data.sources import columns, find_parts, read_corpus
 from ..data.transforms import Collate
 from ..distributed.cluster import connect
 from ..distributed.stream import Tally
@@ -105,8 +105,7 @@ def _workers() -> list:
 def _pictures(corpus: str) -> list[Sample]:
     pictures = [
         sample
-        for part in find_parts(corpus)
-        for sample in read_part(part)
+        for sample in read_corpus(corpus)
         if sample.suffix == "webp" and open_image(sample.image).size == (256, 256)
     ]
     if not pictures:

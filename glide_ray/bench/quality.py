@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from ..config.sampling import SampleOptions
 from ..config.training import SAMPLE_PROMPTS as PROMPTS
 from ..data.images import centre_crop, decode, to_uint8
-from ..data.shards import read_shard
+from ..data.sources import read_corpus
 from ..errors import UserError
 from ..sampling.cascade import Cascade, base_request, load_stepper
 from ..sampling.stepper import Stepper
@@ -171,14 +172,13 @@ def bench_guidance(
 
 
 def _pictures(corpus: Path, count: int) -> list[tuple[Image.Image, str]]:
-    """The first `count` pictures of a corpus of tar shards, with captions. Raises UserError."""
-    found = []
-    for shard in sorted(corpus.glob("*.tar")):
-        for sample in read_shard(shard):
-            found.append((decode(sample.image), sample.captions[0]))
-            if len(found) == count:
-                return found
-    raise UserError(
-        f"There are only {len(found)} pictures in {corpus}; make the emoji corpus with "
-        "`glide corpus`."
-    )
+    """The first `count` pictures of a corpus, with captions. Raises UserError."""
+    found = [
+        (decode(sample.image), sample.captions[0]) for sample in islice(read_corpus(corpus), count)
+    ]
+    if len(found) < count:
+        raise UserError(
+            f"There are only {len(found)} pictures in {corpus}; make the emoji corpus with "
+            "`glide corpus`."
+        )
+    return found

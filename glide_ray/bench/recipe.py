@@ -5,9 +5,10 @@ Compares them at equal CPU time and over several seeds.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -19,6 +20,8 @@ from ..diffusion.process import q_sample, x0_from_eps
 from ..tensors import Batch, Conditioning
 from ..train.single import SingleTrainer
 from ..train.without_ray import MemoryCorpus
+
+log = logging.getLogger(__name__)
 
 # Overrides of the preset; each variation changes one thing
 VARIATIONS: dict[str, list[str]] = {
@@ -54,7 +57,6 @@ def bench_recipe(
     seconds: float = 180,
     repeats: int = 3,
     names: Sequence[str] = (),
-    report: Callable[[str], None] = print,
 ) -> dict:
     """Held-out RMSE of predicted x_0 after `seconds` of the training thread's CPU time.
 
@@ -78,7 +80,7 @@ def bench_recipe(
             error, seen = _learn(preset, seconds)
             errors.append(error)
             images.append(seen)
-            report(f"{name}, seed {seed}: {error:.4f} after {seen:,} images")
+            log.info(f"{name}, seed {seed}: {error:.4f} after {seen:,} images")
         spread = statistics.stdev(errors) / len(errors) ** 0.5 if len(errors) > 1 else 0.0
         found[name] = {
             "rmse": round(statistics.mean(errors), 4),

@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from ..serving.schema import Job
 from ..serving.stages import Base, StageResult, Upsampler
 from . import load_generator as load
 from .speed import random_model
+
+log = logging.getLogger(__name__)
 
 STEPS = {10: 0.8, 50: 0.2}  # number of steps -> share of the requests
 # Batch size of whole-request batching, and number of closed-loop clients at saturation
@@ -137,7 +139,6 @@ def bench_serve(
     family: str = "nano",
     size: int = 64,
     seconds: float = 120,
-    report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Cost, latency and overload of the server with random weights of the family's models.
 
@@ -161,13 +162,13 @@ def bench_serve(
         with listening(config) as url:
             try:
                 deploy(build_application(all_in), "step", "/step")
-                figures = _costs(config, url, fields, report)
+                figures = _costs(config, url, fields)
                 deploy(build_application(all_in, (WholeBase, WholeUpsampler)), "whole", "/whole")
-                figures |= _latencies(url, fields, seconds, report)
+                figures |= _latencies(url, fields, seconds)
                 deploy(build_application(config), "step", "/step")
                 time.sleep(2 * HEALTH_SECONDS)  # until the ingress has counted its replicas
                 figures |= _overload(
-                    url, fields, 3 * figures["saturation_per_s"], figures["step_p95_s"], report
+                    url, fields, 3 * figures["saturation_per_s"], figures["step_p95_s"]
                 )
                 return {
                     "models": family,
@@ -181,9 +182,7 @@ def bench_serve(
                     serve.delete(name)
 
 
-def _costs(
-    config: ServeConfig, url: str, fields: dict[str, Any], report: Callable[[str], None]
-) -> dict[str, Any]:
+def _costs(config: ServeConfig, url: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Time of a request beyond the engine's work, as a ratio to a request to the no-op server.
 
     For the base model alone also the steps per second at saturation, as a share of the bare
@@ -216,7 +215,7 @@ def _costs(
         "cost_ratio_min": round(min(ratios), 2),
         "cost_ratio_max": round(max(ratios), 2),
     }
-    report(
+    log.info(
         f"a request costs {figures['own_cost_ms']} ms beside the engine's work; one that does "
         f"nothing {figures['nothing_ms']} ms"
     )
@@ -254,16 +253,14 @@ def _costs(
             "of_bare_min": round(min(shares), 3),
             "of_bare_max": round(max(shares), 3),
         }
-        report(
+        log.info(
             f"at saturation {figures['steps_per_s']} steps/s of all samples; the engine alone "
             f"{figures['bare_steps_per_s']}"
         )
     return figures
 
 
-def _latencies(
-    url: str, fields: dict[str, Any], seconds: float, report: Callable[[str], None]
-) -> dict[str, Any]:
+def _latencies(url: str, fields: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Saturation of both servers, and latencies of both at 70% of the saturation of each.
 
     Both servers receive the same requests at the same times.
@@ -279,7 +276,7 @@ def _latencies(
         rates[name] = sum(answer.status == 200 for answer in came) / max(
             answer.at + answer.seconds for answer in came
         )
-        report(f"{name}: {rates[name]:.3f} requests/s at saturation")
+        log.info(f"{name}: {rates[name]:.3f} requests/s at saturation")
     figures = {
         "saturation_per_s": round(rates["step"], 3),
         "whole_saturation_per_s": round(rates["whole"], 3),
@@ -294,7 +291,7 @@ def _latencies(
             figures[f"{prefix}{name}_answered"] = f"{len(seen[name])} of {len(came)}"
             for part in (50, 95):
                 figures[f"{prefix}{name}_p{part}_s"] = round(_quantile(seen[name], part / 100), 2)
-            report(
+            log.info(
                 f"{0.7 * rate:.3f} requests/s, {name}: {len(seen[name])} of {len(came)} answered, "
                 f"p50 {figures[f'{prefix}{name}_p50_s']} s, p95 "
                 f"{figures[f'{prefix}{name}_p95_s']} s"
@@ -305,9 +302,7 @@ def _latencies(
     return figures
 
 
-def _overload(
-    url: str, fields: dict[str, Any], rate: float, p95: float, report: Callable[[str], None]
-) -> dict[str, Any]:
+def _overload(url: str, fields: dict[str, Any], rate: float, p95: float) -> dict[str, Any]:
     """Refusals, latency and memory at `rate` requests per second, three times the saturation.
 
     `p95`: 95th percentile of the latency in seconds at 70% load, for the ratio.
@@ -327,7 +322,7 @@ def _overload(
         "refused_p95_ms": _ms([_quantile([answer.seconds for answer in refused], 0.95)]),
         "memory_mib": [round(before / 2**20), round(after / 2**20)],
     }
-    report(f"overload: {figures}")
+    log.info(f"overload: {figures}")
     return figures
 
 

@@ -22,7 +22,7 @@ from ..diffusion.schedule import make_schedule
 from ..errors import UserError, nearest
 from ..models.cost import example_batch, example_conditioning, operations
 from ..models.weights import build_model
-from ..precision import DTYPES
+from ..precision import DTYPES, training_precision
 from ..tensors import Batch
 from ..train.hardware import measured_peak
 from .speed import timed
@@ -70,7 +70,6 @@ def bench_plan(preset: str | None = None, steps: int = 3) -> dict:
     fraction of those of a matrix product. Raises UserError.
     """
     from ..train.memory import memory
-    from ..train.optimizer import training_precision
 
     rows = []
     for name, images, settings in SHAPES:
@@ -158,7 +157,6 @@ def measure_training(
 
 def _train_and_measure(name: str, images: int, settings: Sequence[str], steps: int) -> None:
     from ..train.loop import Trainer
-    from ..train.optimizer import training_precision
 
     def train(preset: Preset, count: int) -> list[float]:
         trainer, batch = (

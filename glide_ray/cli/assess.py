@@ -217,7 +217,7 @@ def bulk(options, clip: str | None = None, guidance_scale: float | None = None):
     return validate(BulkConfig, {**given, "clip": clip, "options": asked})
 
 
-def evaluated(options, say: Callable[[str], None]) -> dict[str, Any]:
+def evaluated(options) -> dict[str, Any]:
     """Run the evaluation that the options describe. Returns its figures. Raises UserError."""
     sets = named(options.pictures)
     config = bulk(options, options.noised_clip)
@@ -245,17 +245,14 @@ def evaluated(options, say: Callable[[str], None]) -> dict[str, Any]:
             captions,
             options.images,
             options.out,
-            say,
         )
-    return evaluation.evaluate(
-        sets, options.reference, options.out, judges, gone, options.size, say
-    )
+    return evaluation.evaluate(sets, options.reference, options.out, judges, gone, options.size)
 
 
 def evaluate(options) -> None:
     from ..evaluation.report import aligned, number
 
-    found = evaluated(options, print)
+    found = evaluated(options)
     columns = (
         "pictures",
         "frechet_distance",
@@ -360,7 +357,7 @@ def compose(options) -> None:
     from ..evaluation.report import aligned
 
     cascade = None if options.real else _cascade(options)
-    judge, rows_of_style = load_or_fit(options.corpus, print), ()
+    judge, rows_of_style = load_or_fit(options.corpus), ()
     if options.new_style:
         judge, rows_of_style = learn_style(judge, options.new_style, options.corpus)
     print(aligned(composing.judge_table(judge, options.size)))
@@ -376,7 +373,7 @@ def compose(options) -> None:
             _asked(options),
             rows_of_style,
         )
-        rows = run.of_real(print) if cascade is None else run.of_models(cascade, print, progress)
+        rows = run.of_real() if cascade is None else run.of_models(cascade, progress)
     print(aligned(composing.table(rows)))
     if cascade is not None:
         print(f"{options.out / composing.PAGE}, {composing.FIGURES}, {composing.PICTURES}/")
@@ -401,12 +398,11 @@ def _cascade(options):
     from ..precision import fastest_precision
     from ..pretrained.shipped import locate, upsampler_for
     from ..sampling.cascade import Cascade
-    from .commands import note
 
     _asked(options)  # reject invalid options before loading anything
     upsampler = None
     if options.size != 64:
-        upsampler = options.upsampler or upsampler_for(options.base, note)
+        upsampler = options.upsampler or upsampler_for(options.base)
     precision = fastest_precision() if options.precision == "auto" else options.precision
     base = locate(options.base, "base")
     cascade = Cascade.load(base, upsampler, precision, PROMPTS_PER_CALL, batched=True)
@@ -515,7 +511,7 @@ def rate(options) -> None:
         if sets
         else None
     )
-    votes = study.open_study(options.out, options.database, asked, print)
+    votes = study.open_study(options.out, options.database, asked)
     comparisons, models = votes.comparisons().values(), votes.asked.folders
     checks = sum(one.check_of is not None for one in comparisons)
     print(
@@ -644,7 +640,7 @@ def filter_reference(options) -> None:
     from ..distributed.evaluation.near_copies import LEFT_OUT, filter_reference
 
     found = filter_reference(
-        options.reference, options.training, options.out, options.clip, options.distance, print
+        options.reference, options.training, options.out, options.clip, options.distance
     )
     print(
         f"{options.out}/{LEFT_OUT}: {found['names']:,} of {found['images']:,} images lie within "
@@ -663,7 +659,6 @@ def regurgitation(options) -> None:
         options.clip,
         bulk(options),
         options.images,
-        print,
     )
     print(
         f"nearest training image: closest {found['closest']:.4f}, median {found['median']:.4f}; "
@@ -744,7 +739,6 @@ def probe(options) -> None:
                 options.out,
                 options.clip,
                 bulk(options, guidance_scale=options.guidance_scale),
-                print,
             )
         )
     )

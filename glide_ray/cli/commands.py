@@ -70,7 +70,6 @@ def corpus(options) -> None:
         else prepare(
             options.out,
             options.min_size,
-            print,
             (options.styles or "").split(","),
             options.packages,
             options.scenes,
@@ -91,7 +90,7 @@ def clean(options) -> None:
     from ..distributed.curation import clean as cleaning
     from ..distributed.curation.corpus import DROPPED
 
-    done = cleaning.clean(options.source, options.out, config, rules, print)
+    done = cleaning.clean(options.source, options.out, config, rules)
     print(f"{done.report}")
     print(
         f"{options.out}: {done.report.kept:,} rows in shards of at most {config.per_shard:,}, "
@@ -120,7 +119,6 @@ def fit_filter(options) -> None:
         options.search or words,
         next(iter(rules.values()), None),
         options.held_out or (f"{EMOJI}/held_out" if options.corpus is None else None),
-        print,
     )
     if done.content is not None:
         print(f"{out / FILTER}: {done.on_labels}")
@@ -154,7 +152,6 @@ def apply_filter(options) -> None:
         options.clip,
         truth,
         options.per_shard,
-        print,
     )
     print(done.report)
     if done.assessment is not None:
@@ -432,7 +429,6 @@ def _bench_recipe(options) -> dict:
         str(options.corpus),
         options.seconds,
         options.repeats or 3,
-        report=lambda line: print(line, file=sys.stderr),
     )
 
 
@@ -443,7 +439,6 @@ def _bench_serve(options) -> dict:
         options.preset or "nano",
         options.size,
         options.seconds,
-        lambda line: print(line, file=sys.stderr),
     )
 
 

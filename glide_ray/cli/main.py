@@ -16,6 +16,7 @@ from ..config.models import SHIPPED
 from ..config.serving import ServeConfig
 from ..data.styles import STYLES
 from ..errors import UserError
+from ..progress import show_messages
 from . import assess, commands, pictures
 from .arguments import local_path, positive
 from .commands import CLIP, DEMO
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about it on standard error.
     """
     options = _parser().parse_args(arguments)
+    show_messages(to_stderr=options.command is commands.bench)
     try:
         options.command(options)
     except UserError as error:

@@ -218,9 +218,7 @@ def _cascade(options):
     from ..pretrained.shipped import locate, upsampler_for
     from ..sampling.cascade import Cascade
 
-    upsampler = (
-        None if options.no_upsampler else options.upsampler or upsampler_for(options.base, note)
-    )
+    upsampler = None if options.no_upsampler else options.upsampler or upsampler_for(options.base)
     cascade = Cascade.load(
         locate(options.base, "base"), upsampler, options.precision, clip=options.clip
     )

@@ -6,7 +6,8 @@ made from them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from itertools import islice
@@ -24,16 +25,16 @@ from .shards import Sample, begin, finish, read_index, write_shard
 from .splits import SCENE_SPLITS, SPLITS, share
 from .styles import Style, choose_styles
 
+log = logging.getLogger(__name__)
+
 PICTURES_PER_TASK = 16
 UNRENDERED = "did not render"
 ABOUT = "Emoji pictures with captions; each row's json names its author, licence and source."
-Report = Callable[[str], None]
 
 
 def build_corpus(
     out: str | Path,
     cache: str | Path | None = None,
-    report: Report = lambda line: None,
     styles: Iterable[str] = (),
     packages: str | Path | None = None,
     scenes: int = 0,
@@ -57,10 +58,10 @@ def build_corpus(
     if missing := [split for split in splits if split not in done]:
         with no_empty_folders(out):
             check_writable(out)
-            found = _packages(out, cache, packages, chosen, report)
-        done |= _write_pictures(out, chosen, missing, found, report)
+            found = _packages(out, cache, packages, chosen)
+        done |= _write_pictures(out, chosen, missing, found)
     if compose:
-        done |= write_scenes(out, scenes, report)
+        done |= write_scenes(out, scenes)
     return done
 
 
@@ -125,7 +126,6 @@ def _packages(
     cache: str | Path | None,
     folder: str | Path | None,
     styles: Sequence[Style],
-    report: Report,
 ) -> dict[str, Package]:
     """All packages that the styles are read from, by name. Raises EmojiError."""
     if find_spec("resvg_py") is None and any(style.is_vector for style in styles):
@@ -134,7 +134,7 @@ def _packages(
         )
     wanted = needed_packages(styles)
     cache = cache or (cache_folder() / "emoji" if is_remote(out) else f"{out}/.packages")
-    found = find_packages(folder, wanted) if folder else fetch_packages(cache, wanted, report)
+    found = find_packages(folder, wanted) if folder else fetch_packages(cache, wanted)
     return {package.name: package for package in found}
 
 
@@ -143,11 +143,10 @@ def _write_pictures(
     styles: Sequence[Style],
     missing: Sequence[str],
     packages: Mapping[str, Package],
-    report: Report,
 ) -> dict[str, dict[str, Any]]:
     """Render and write the missing splits. Returns the index of each."""
     left_out, unrendered, done = LeftOut(), LeftOut(), {}
-    pictures = list(read_pictures(styles, packages, left_out, report))
+    pictures = list(read_pictures(styles, packages, left_out))
     split_of = assign_splits(pictures)
     versions = {name: package.version for name, package in packages.items()}
     # Sort by a hash: training reads shards in order, and must not see one set after the other.
@@ -155,7 +154,7 @@ def _write_pictures(
     with process_pool() as pool:
         for split in missing:
             chosen = [picture for picture in pictures if split_of[picture.key] == split]
-            report(f"rendering {len(chosen):,} pictures for {split}")
+            log.info(f"rendering {len(chosen):,} pictures for {split}")
             of_split = left_out.copy()
             rendered = _rendered(pool, chosen, (of_split, unrendered))
             entries, counts = _write_shards(f"{out}/{split}", rendered)
@@ -173,7 +172,7 @@ def _write_pictures(
             done[split] = finish(f"{out}/{split}", entries)
     count, examples = unrendered[UNRENDERED]
     if count:
-        report(f"{count} pictures did not render and are left out: {', '.join(examples)}")
+        log.info(f"{count} pictures did not render and are left out: {', '.join(examples)}")
     return done
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+
+log = logging.getLogger(__name__)
 
 OWN_CORPUS = "or train on a corpus of your own with --set data.corpus=FOLDER"
 
@@ -72,7 +75,6 @@ def find_packages(folder: str | Path, wanted: Sequence[tuple[str, str]]) -> list
 def fetch_packages(
     cache: str | Path,
     wanted: Sequence[tuple[str, str]],
-    report: Callable[[str], None] = lambda line: None,
 ) -> list[Package]:
     """These packages as tarballs in `cache`; npm fetches those that are missing.
 
@@ -86,7 +88,7 @@ def fetch_packages(
     missing = [package for package in packages if not package.path.exists()]
     if missing:
         npm = find_npm()
-        report(f"fetching {len(missing)} emoji packages with npm")
+        log.info(f"fetching {len(missing)} emoji packages with npm")
         with ThreadPoolExecutor(len(missing)) as pool:
             list(pool.map(lambda package: _fetch(npm, package), missing))
     return packages

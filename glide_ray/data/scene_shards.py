@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import logging
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from .shards import Sample, begin, finish, write_shard
 from .splits import SCENE_SPLITS
 from .sprites import Sprites, read_sprites
 
+log = logging.getLogger(__name__)
+
 BYTES_PER_ROW = 16_000  # on disk
 ROWS_PER_TASK = 50
 ABOUT = "Scenes composed from emoji pictures; each row's json says exactly what is in it."
@@ -28,14 +31,12 @@ class SceneError(UserError):
     """Scenes that cannot be composed or written."""
 
 
-def write_scenes(
-    out: str, count: int, report: Callable[[str], None] = lambda line: None, seed: int = 0
-) -> dict[str, dict[str, Any]]:
+def write_scenes(out: str, count: int, seed: int = 0) -> dict[str, dict[str, Any]]:
     """Compose `count` scenes from `out/train` and write SCENE_SPLITS beside it.
 
     Returns the index of each split. Raises SceneError if there are too few objects to compose from.
     """
-    report(f"composing {count:,} scenes")
+    log.info(f"composing {count:,} scenes")
     with tempfile.TemporaryDirectory() as folder:
         sprites = _enough(read_sprites(f"{out}/train", Path(folder)), out)
         writers = {split: _Writer(f"{out}/{split}") for split in SCENE_SPLITS}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from .render import svg_of
 from .shards import Sample
 from .splits import held_out_pairs, is_held_out
 from .styles import STYLES, Style
+
+log = logging.getLogger(__name__)
 
 NAMES, KEYWORDS = ("unicode-emoji-json", "0.9.0"), ("emojilib", "4.0.3")
 UNNAMED, SECOND = "no Unicode name", "a second picture of the same thing"
@@ -63,7 +66,6 @@ def read_pictures(
     styles: Iterable[Style],
     packages: Mapping[str, Package],
     left_out: LeftOut,
-    report: Callable[[str], None] = lambda line: None,
 ) -> Iterator[SourcePicture]:
     """Yield the pictures that have a Unicode name, one per style, emoji and skin tone.
 
@@ -81,7 +83,7 @@ def read_pictures(
         else:
             found = list(_files(style, package, names, left_out))
         if package.version != style.version:
-            report(
+            log.info(
                 f"{style.package} is version {package.version}, not {style.version}: "
                 f"{len(found):,} pictures with names, of the {style.pictures:,} in that one"
             )

@@ -138,6 +138,12 @@ def state(path: str | Path, parts: Sequence[Part]) -> str:
     ).hexdigest()
 
 
+def read_corpus(path: str | Path) -> Iterator[Sample]:
+    """Yield the samples of all parts of a corpus in order. Raises ShardError, StorageError."""
+    for part in find_parts(path):
+        yield from read_part(part)
+
+
 def read_part(part: Part) -> Iterator[Sample]:
     """Yield the samples of one part, always in the same order.
 

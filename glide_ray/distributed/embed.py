@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from ..evaluation.pages import Picture, thumbnail
 from ..storage import fingerprint
 from .curation.corpus import look_up
 from .stream import Tally, in_order, quiet, task_errors
+
+log = logging.getLogger(__name__)
 
 JOB = "job.json"  # beside generated pictures: the settings and models that made them
 ROWS_AT_ONCE = 64  # rows in a batch of an actor
@@ -300,7 +303,6 @@ def embed_corpus(
     network: str,
     size: int,
     cache: str,
-    report: Callable[[str], None] = lambda line: None,
 ) -> EmbeddedCorpus:
     """Embed the corpus `source` for evaluation at `size` pixels, or load it from the file `cache`.
 
@@ -328,10 +330,10 @@ def embed_corpus(
     ).hexdigest()
 
     def see() -> tuple[pyarrow.Table, bool]:
-        report(f"looking at {source}")
+        log.info(f"looking at {source}")
         table, counted = embed(parts, network, load=partial(load_network, size=size))
         for fault in counted.faults:
-            report(fault)
+            log.info(fault)
         return table, not counted.faults
 
     return EmbeddedCorpus.of(cached_table(cache, of, see), parts)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow
@@ -30,6 +31,8 @@ from ..sampling.recipe import Maker, save_picture
 from .cluster import connect, joined, takes_gpu
 from .embed import JOB
 from .stream import quiet, task_errors
+
+log = logging.getLogger(__name__)
 
 ROLES = ("base", "upsampler", "clip")  # roles of weights files
 PER_FOLDER = 10_000  # pictures in each subfolder
@@ -65,7 +68,6 @@ def generate(
     out: str,
     config: BulkConfig,
     workers: int | None = None,
-    report: Callable[[str], None] = lambda line: None,
 ) -> BulkResult:
     """Make the pictures of a file of prompts that are still missing in the folder or prefix `out`.
 
@@ -85,7 +87,7 @@ def generate(
     there = _numbers(out)
     missing = [one for one in wanted if one.number not in there]
     if missing:
-        report(
+        log.info(
             f"{len(wanted):,} pictures are asked for, {len(there):,} are in {out}; "
             f"making {len(missing):,}"
         )

@@ -11,12 +11,14 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .. import storage
+from .. import records
 from ..errors import UserError
+from ..progress import show_messages
 
 
 def run(name: str, work: Callable[[], Mapping[str, Any]]) -> int:
     """Print the result of `work` as a line of JSON. Returns the exit code, 2 for a UserError."""
+    show_messages(to_stderr=True)
     try:
         made = work()
     except UserError as error:
@@ -29,21 +31,6 @@ def run(name: str, work: Callable[[], Mapping[str, Any]]) -> int:
 def once(
     record: str, asked: Mapping[str, Any], work: Callable[[], Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Result of `work`, or of its earlier run if the file `record` has the same arguments `asked`.
-
-    With other arguments the work is done again. `done_before` in the result tells the two cases
-    apart.
-    """
-    asked = json.loads(json.dumps(asked))  # types as read from the record, to compare with it
-    try:
-        before = json.loads(storage.read(record))
-        if before["asked"] == asked:
-            return {**before["made"], "done_before": True}
-        storage.remove(record)
-    except (storage.MissingError, ValueError, KeyError):
-        pass
-    made = work()
-    storage.put(
-        json.dumps({"asked": asked, "made": made}, indent=1, ensure_ascii=False).encode(), record
-    )
-    return {**made, "done_before": False}
+    """Like `records.once`; `done_before` in the result: whether an earlier run did the work."""
+    made, done_before = records.once(record, asked, work)
+    return {**made, "done_before": done_before}

@@ -5,8 +5,9 @@ Models generate a picture for each prompt; the judge scores it beside the real p
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..data.images import centre_crop, decode, load, open_image
 from ..data.render import SIZE
 from ..data.scenes import Scene, compose
 from ..data.shards import Sample, read_index
-from ..data.sources import find_parts, read_part
+from ..data.sources import read_corpus
 from ..data.splits import share
 from ..data.sprites import Sprites, read_sprites
 from ..errors import UserError
@@ -37,6 +38,8 @@ from .categories import (
     UNSEEN,
 )
 from .vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
 
 # Category -> kind of composed scene (the label `scene`).
 SCENES = {
@@ -111,8 +114,7 @@ def read_rows(corpus: str, split: str) -> list[Row]:
         )
     rows = [
         Row(*(sample.meta[name] for name in ("emoji", "name", "group", "style")), sample)
-        for part in find_parts(folder)
-        for sample in read_part(part)
+        for sample in read_corpus(folder)
         if sample.meta.keys() >= {"emoji", "name", "group", "style"} and not sample.meta.get("tone")
     ]
     if not rows:
@@ -230,10 +232,9 @@ def make_cases(
     count: int,
     categories: Sequence[str] = CATEGORIES,
     seed: int = 0,
-    say: Callable[[str], None] = lambda line: None,
 ) -> list[Case]:
     """`count` prompts of each category; always the same for a corpus. Raises CorpusError."""
-    say(f"making {count:,} prompts for each of {', '.join(categories)}")
+    log.info(f"making {count:,} prompts for each of {', '.join(categories)}")
     asked, found = set(vocabulary.asked), []
     splits = {
         SEEN: ("train", asked),

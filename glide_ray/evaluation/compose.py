@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from .. import storage
 from ..config.sampling import SampleOptions
 from ..data.images import ImageError, area_downsample
 from ..errors import UserError
+from ..progress import Progress
+from ..records import once
 from ..sampling.cascade import Cascade
 from ..sampling.recipe import Maker, Recipe, RecipeError, read_recipe, save_picture
 from .cases import Case, Row, first_seed, make_cases, single_cases
@@ -26,11 +29,12 @@ from .judge import Judge, Verdict, kind_of_size
 from .pages import Picture, Section, page
 from .regions import resized
 
+log = logging.getLogger(__name__)
+
 FIGURES, PAGE, PICTURES, REAL = "figures.json", "report.html", "pictures", "real.json"
 PROMPTS_PER_CALL = 8  # batch size of the cascade
 DRAWS = 2000  # bootstrap draws
 PICTURES_SHOWN = 60  # maximum pictures per category on the page
-Progress = Callable[[int, int], None]  # arguments: pictures done, pictures in all
 
 
 class ComposeError(UserError):
@@ -57,16 +61,15 @@ class Run:
     options: SampleOptions = SampleOptions()
     new_style: Sequence[Row] = ()
 
-    def of_real(self, say: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
+    def of_real(self) -> list[dict[str, Any]]:
         """Figures of the prompts' real pictures."""
-        cases = self._cases(say)
+        cases = self._cases()
         real = self._real(cases)
         return figures(self.judge, cases, real, real, self.size)
 
     def of_models(
         self,
         cascade: Cascade,
-        say: Callable[[str], None] = lambda line: None,
         progress: Progress | None = None,
     ) -> list[dict[str, Any]]:
         """Generate and judge the pictures, write the report, and return the figures.
@@ -74,10 +77,10 @@ class Run:
         Raises ComposeError, CorpusError, RequestError.
         """
         check(cascade, self.categories)
-        cases = self._cases(say)
+        cases = self._cases()
         real = self._real(cases)
         pictures = make_pictures(cascade, cases, self.out / PICTURES, self.options, progress)
-        say(f"judging {len(pictures):,} pictures")
+        log.info(f"judging {len(pictures):,} pictures")
         made = judged(self.judge, cases, pictures)
         rows = figures(self.judge, cases, made, real, self.size)
         recipe = Maker.of(cascade).recipe("generate", "", self.seed, self.options)
@@ -91,30 +94,26 @@ class Run:
         write(self.out, about, rows, self.judge, cases, pictures, made)
         return rows
 
-    def _cases(self, say: Callable[[str], None]) -> list[Case]:
+    def _cases(self) -> list[Case]:
         cases = make_cases(
-            self.corpus, self.judge.vocabulary, self.count, self.categories, self.seed, say
+            self.corpus, self.judge.vocabulary, self.count, self.categories, self.seed
         )
         return cases + single_cases(NEW, self.new_style, self.count, first_seed(NEW, self.seed))
 
     def _real(self, cases: Sequence[Case]) -> list[dict[str, Verdict]]:
         """Verdicts on the prompts' real pictures, cached in the folder `out`."""
-        path, of = self.out / REAL, _fingerprint(cases, self.size, self.judge)
-        try:
-            kept = json.loads(storage.read(path))
-            if kept["of"] == of:
-                return [
-                    {question: Verdict(**verdict) for question, verdict in row.items()}
-                    for row in kept["verdicts"]
-                ]
-        except (storage.MissingError, ValueError, KeyError, TypeError):
-            pass
-        verdicts = judged(self.judge, cases, [given(case, self.size) for case in cases])
-        rows = [
-            {question: asdict(verdict) for question, verdict in row.items()} for row in verdicts
+
+        def judge_real() -> dict[str, Any]:
+            verdicts = judged(self.judge, cases, [given(case, self.size) for case in cases])
+            rows = [{name: asdict(verdict) for name, verdict in row.items()} for row in verdicts]
+            return {"verdicts": rows}
+
+        asked = _fingerprint(cases, self.size, self.judge)
+        found, _ = once(str(self.out / REAL), asked, judge_real)
+        return [
+            {question: Verdict(**verdict) for question, verdict in row.items()}
+            for row in found["verdicts"]
         ]
-        storage.put(json.dumps({"of": of, "verdicts": rows}).encode(), path)
-        return verdicts
 
 
 def check(cascade: Cascade, categories: Sequence[str]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,18 +28,18 @@ from .judge_features import JudgeFeatures, Looks, View
 from .regions import part_areas, resized
 from .styles import Styles
 
+log = logging.getLogger(__name__)
+
 # Increment whenever fitting changes: part of the cache key, so older judges are not used.
 VERSION = 3
 SPLITS = ("train", "held_out", "held_out_pairs")
 THING_SHRINK, THING_WIDTH = 0.1, 256
 COUNTED_SCENES, COUNT_DECAY = 1500, 1e-3
 IMAGES_PER_CALL = 64
-Say = Callable[[str], None]
 
 
 def fit(
     corpus: str,
-    say: Say = lambda line: None,
     looks: Looks | None = None,
     asked: int = words.ASKED,
     least_styles: int = words.LEAST_STYLES,
@@ -58,10 +59,10 @@ def fit(
             f"The pictures of objects in {corpus}/train are all of one style, and the judge needs "
             f"several; make the whole corpus with `glide corpus`."
         )
-    seen, things_of, every = _look(rows, looks, say), [row.emoji for row in rows], len(DEGRADATIONS)
+    seen, things_of, every = _look(rows, looks), [row.emoji for row in rows], len(DEGRADATIONS)
     plain = [row for row in rows if words.is_plain(row.emoji, row.name, row.group)]
     shapes = np.concatenate([seen.shapes, _shapes_alone(plain, looks)])
-    say(f"fitting the judge to {len(rows):,} pictures")
+    log.info(f"fitting the judge to {len(rows):,} pictures")
     things = Discriminant.fit(
         shapes,
         things_of * every + [row.emoji for row in plain],
@@ -139,12 +140,12 @@ def fit_counts(corpus: str, vocabulary: words.Vocabulary, scenes: int = COUNTED_
     return Logistic.fit(np.stack(features), np.array(counts), COUNT_DECAY)
 
 
-def _look(rows: Sequence[Row], looks: Looks, say: Say) -> JudgeFeatures:
+def _look(rows: Sequence[Row], looks: Looks) -> JudgeFeatures:
     """Features of all rows under each of DEGRADATIONS, one degradation after the other."""
     seen: list[list[JudgeFeatures]] = [[] for _ in DEGRADATIONS]
     for start in range(0, len(rows), IMAGES_PER_CALL):
         if start % (16 * IMAGES_PER_CALL) == 0:
-            say(f"looking at real pictures: {start:,} of {len(rows):,}")
+            log.info(f"looking at real pictures: {start:,} of {len(rows):,}")
         pictures = [row.picture() for row in rows[start : start + IMAGES_PER_CALL]]
         for n, degrade in enumerate(DEGRADATIONS):
             rng = np.random.default_rng([n, start])
@@ -230,14 +231,12 @@ def cached_path(corpus: str, cache: str | Path | None = None) -> Path:
     return Path(cache or storage.cache_folder()) / "judges" / f"{name}.safetensors"
 
 
-def load_or_fit(
-    corpus: str, say: Say = lambda line: None, cache: str | Path | None = None
-) -> Judge:
+def load_or_fit(corpus: str, cache: str | Path | None = None) -> Judge:
     """The judge of a corpus, fitted and measured on first use, then cached with its accuracy.
 
     Raises CorpusError, JudgeError, MissingNetworkError.
     """
     path = cached_path(corpus, cache)
     if not path.exists():
-        try_judge(corpus, fit(corpus, say), say).save(path)
+        try_judge(corpus, fit(corpus)).save(path)
     return Judge.load(path)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,20 +13,19 @@ from .categories import BARS, CATEGORIES, PAIRS, SEEN, SINGLE, STYLE, THING, UNS
 from .judge import Judge
 from .regions import resized
 
+log = logging.getLogger(__name__)
+
 SIZES = {"256": 256, "64": 64}
 SCENES_TRIED = 300  # scenes of each kind
-Say = Callable[[str], None]
 
 
-def try_judge(
-    corpus: str, judge: Judge, say: Say = lambda line: None, scenes: int = SCENES_TRIED
-) -> Judge:
+def try_judge(corpus: str, judge: Judge, scenes: int = SCENES_TRIED) -> Judge:
     """A copy of the judge with its `accuracy` measured.
 
     On the corpus's held-out pairs, and on scenes composed of them alone. A thing never seen in
     training is judged after learning it from its real pictures by other artists.
     """
-    say("judging the judge on real pictures that it has not seen")
+    log.info("judging the judge on real pictures that it has not seen")
     cases = _held_out(corpus, judge, scenes)
     found: dict[str, dict[str, Any]] = {}
     for name, size in SIZES.items():

@@ -7,9 +7,10 @@ study as pixels under opaque names, so that neither files nor paths reveal which
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from ..data.sources import METADATA, Part, find_parts, read_part
 from ..errors import UserError
 from .pairing import Comparison, draw
 from .votes import Asked, Votes
+
+log = logging.getLogger(__name__)
 
 DATABASE, PICTURES = "votes.sqlite", "pictures"
 # Comparisons per attention check, and maximum number of checks, of each question.
@@ -50,7 +53,6 @@ def open_study(
     out: str | Path,
     database: str | None,
     asked: Asked | None,
-    report: Callable[[str], None] = lambda line: None,
 ) -> Votes:
     """Open the study in the folder `out`, and create it if it is missing or incomplete.
 
@@ -74,7 +76,7 @@ def open_study(
     }
     # A new study, or an existing database with a new folder.
     if not names or any(not (folder / f"{name}.png").exists() for name in names):
-        votes.add_comparisons(_make(votes.asked, votes.study.secret, folder, report))
+        votes.add_comparisons(_make(votes.asked, votes.study.secret, folder))
     return votes
 
 
@@ -198,9 +200,7 @@ def pairs_of(
 # -- creating a study ------------------------------------------------------------------------------
 
 
-def _make(
-    asked: Asked, secret: str, folder: Path, report: Callable[[str], None]
-) -> list[Comparison]:
+def _make(asked: Asked, secret: str, folder: Path) -> list[Comparison]:
     """Write the pictures and return the comparisons.
 
     The same secret gives the same result, so rerunning after an interruption overwrites identical
@@ -211,7 +211,7 @@ def _make(
         asked.comparisons,
         secret,
     )
-    report(f"{len(pairs):,} pairs of {len(asked.folders)} models; copying their pictures")
+    log.info(f"{len(pairs):,} pairs of {len(asked.folders)} models; copying their pictures")
     shown = {
         (name, picture): opaque(secret, name, picture)
         for *names, first, second in pairs

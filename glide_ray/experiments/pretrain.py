@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,13 +18,14 @@ from ..data.emoji import build_corpus
 from ..data.images import encode
 from ..errors import ConfigError, nearest
 from ..models.weights import build_model, save_weights
-from ..precision import DTYPES
+from ..precision import DTYPES, single_precision
 from ..train.pack import read_trained, write_half
 from ..train.run_folder import METRICS
 from ..train.samples import sample_grid
-from ..train.single import single_precision
 from ..train.text_first import CAPTIONS, SIDE, learn_words
 from ..train.without_ray import Done, MemoryCorpus, train_alone
+
+log = logging.getLogger(__name__)
 
 MODELS = BASE, UPSAMPLER = "emoji-base", "emoji-upsampler"
 # Weights with a pretrained text transformer; share of the minutes for its training
@@ -52,7 +54,6 @@ def pretrain(
     scenes: int = 20_000,
     settings: Sequence[str] = (),
     styles: Sequence[str] = (),
-    report: Callable[[str], None] = print,
 ) -> Done:
     """Build the corpus if it is missing, train for `minutes`, and write these files to `out`.
 
@@ -69,8 +70,8 @@ def pretrain(
     if name not in MODELS:
         raise ConfigError(f"{name!r} does not ship; {nearest(name, MODELS)}")
     gpu = torch.cuda.is_available()
-    report(f"the corpus in {corpus}")
-    build_corpus(corpus, report=report, styles=styles, packages=packages, scenes=scenes)
+    log.info(f"the corpus in {corpus}")
+    build_corpus(corpus, styles=styles, packages=packages, scenes=scenes)
     preset = override(
         presets.get(name),
         [
@@ -84,11 +85,11 @@ def pretrain(
     )
     if name == BASE and preset.train.start_from is None:
         if not (run / WORDS).exists():
-            _learn_words(preset, run / WORDS, WORDS_PART * minutes, report)
+            _learn_words(preset, run / WORDS, WORDS_PART * minutes)
             minutes *= 1 - WORDS_PART
         preset = override(preset, [f"start_from={run / WORDS}", "text_rate=0", *settings])
     done = train_alone(preset, run, minutes)
-    report(f"{done.step:,} steps, {done.images_per_s:,.0f} images/s")
+    log.info(f"{done.step:,} steps, {done.images_per_s:,.0f} images/s")
     device = torch.cuda.get_device_name() if gpu else "CPU"
     trained = read_trained(run, recipe={"device": device})
     write_half(trained, run / "half.safetensors")
@@ -96,11 +97,11 @@ def pretrain(
     grid = sample_grid(done.weights, preset)
     storage.put(encode(grid), out / f"{name}.png")
     storage.put((run / METRICS).read_bytes(), out / f"{name}.{METRICS}")
-    report(f"{out}: join the parts with `cat {name}.safetensors.* > {name}.safetensors`")
+    log.info(f"{out}: join the parts with `cat {name}.safetensors.* > {name}.safetensors`")
     return done
 
 
-def _learn_words(preset: Preset, path: Path, minutes: float, report: Callable[[str], None]) -> None:
+def _learn_words(preset: Preset, path: Path, minutes: float) -> None:
     """Train only the text transformer of a new model, and write the model's weights to `path`."""
     torch.manual_seed(preset.train.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,8 +110,10 @@ def _learn_words(preset: Preset, path: Path, minutes: float, report: Callable[[s
     at_once = min(CAPTIONS, max(preset.train.batch, len(corpus.rows) // 8))
     corpus.preset = override(preset, [f"batch={at_once}"])
     precision = single_precision(preset.train.precision, device)
-    explained = learn_words(model, corpus.endless(), minutes, report, DTYPES[precision])
-    report(f"words: captions explain {explained:.0%} of the variance of pictures of {SIDE} pixels")
+    explained = learn_words(model, corpus.endless(), minutes, DTYPES[precision])
+    log.info(
+        f"words: captions explain {explained:.0%} of the variance of pictures of {SIDE} pixels"
+    )
     save_weights(path, model.state_dict(), preset.model)
 
 

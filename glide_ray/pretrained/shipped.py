@@ -6,7 +6,7 @@ the upsampler.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from ..config.models import SHIPPED
 from ..errors import UserError, nearest
 from ..models.weights import WeightsError, load_config
 from .card import Card, CardError, Weights, read_card
+
+log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).resolve().parent
 CARD, PAGE = "card.json", "MODEL_CARD.md"
@@ -106,10 +108,10 @@ def with_sha256(sha256: str) -> Path | None:
         return None
 
 
-def upsampler_for(base: str | Path, say: Callable[[str], None] = lambda line: None) -> str | None:
+def upsampler_for(base: str | Path) -> str | None:
     """The default upsampler of a base model: the shipped one if its input size fits, else None.
 
-    For a base model that is not the shipped one, `say` receives a line about the choice. Raises
+    For a base model that is not the shipped one, logs a warning about the choice. Raises
     WeightsError.
     """
     if str(base) == SHIPPED:
@@ -120,12 +122,12 @@ def upsampler_for(base: str | Path, say: Callable[[str], None] = lambda line: No
         return None
     shipped = load_config(find().upsampler)
     if own.image_size != shipped.low_res_size:
-        say(
+        log.warning(
             f"pictures keep the {own.image_size} pixels of {own.name}: no upsampler was given, and "
             f"the one that ships with glide_ray enlarges {shipped.low_res_size}"
         )
         return None
-    say(
+    log.warning(
         f"no upsampler was given: pictures are enlarged by {shipped.name}, which ships with "
         f"glide_ray"
     )

@@ -29,7 +29,7 @@ class CheckpointError(UserError):
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingPosition:
     """Optimizer steps done, current epoch of the corpus, and rows of that epoch trained on."""
 
     step: int = 0
@@ -38,13 +38,13 @@ class Progress:
 
 
 def write_progress(
-    folder: Path, preset: Preset, progress: Progress, optimizer: dict[str, Any]
+    folder: Path, preset: Preset, progress: TrainingPosition, optimizer: dict[str, Any]
 ) -> None:
     (folder / "preset.json").write_text(preset.model_dump_json(indent=1))
     (folder / "progress.json").write_text(json.dumps({**asdict(progress), "optimizer": optimizer}))
 
 
-def read_progress(folder: Path, preset: Preset) -> tuple[Progress, dict[str, Any]]:
+def read_progress(folder: Path, preset: Preset) -> tuple[TrainingPosition, dict[str, Any]]:
     """The run's progress, and the optimizer's scalars (Adam's step count, loss scale).
 
     Raises CheckpointError if a file cannot be read, or the checkpoint is of another model.
@@ -53,7 +53,7 @@ def read_progress(folder: Path, preset: Preset) -> tuple[Progress, dict[str, Any
     try:
         progress = json.loads((folder / "progress.json").read_text())
         optimizer = progress.pop("optimizer")
-        progress = Progress(**progress)
+        progress = TrainingPosition(**progress)
     except (OSError, ValueError, TypeError, KeyError):
         raise CheckpointError(
             f"{folder} is not a whole glide_ray checkpoint; give the folder of another run."

@@ -90,9 +90,10 @@ class _Upload:
 class CheckpointWriter:
     """Writes a run's checkpoints. Every rank has one; all call its methods equally often.
 
-    `say` receives, on rank 0, a sentence about a checkpoint that could not be written; training
-    continues and tries again at the next one. `committed` receives, on rank 0, the step and the
-    folder of each complete checkpoint. `start` is the id of the launch, `timeout` in seconds.
+    `on_event` receives, on rank 0, a sentence about a checkpoint that could not be written;
+    training continues and tries again at the next one. `committed` receives, on rank 0, the step
+    and the folder of each complete checkpoint. `start` is the id of the launch, `timeout` in
+    seconds.
     """
 
     def __init__(
@@ -101,15 +102,15 @@ class CheckpointWriter:
         start: str,
         keep_last: int,
         keep_every: int | None,
-        say: Callable[[str], None],
+        on_event: Callable[[str], None],
         committed: Callable[[int, str], None] = lambda step, folder: None,
         timeout: float = 1800,
     ):
-        self._checkpoints, self._start, self._keep, self._say, self._committed = (
+        self._checkpoints, self._start, self._keep, self._on_event, self._committed = (
             checkpoints,
             start,
             (keep_last, keep_every),
-            say,
+            on_event,
             committed,
         )
         self._agreement = StatusReduce(timeout)
@@ -188,7 +189,7 @@ class CheckpointWriter:
             self._commit.join()
         if faulty:
             fault = next(filter(None, (fault for _, fault in told)))
-            self._say(
+            self._on_event(
                 f"The checkpoint of step {upload.step:,} could not be written: {fault} {GOES_ON}"
             )
             work = (self._discard, upload.folder)
@@ -225,7 +226,7 @@ class CheckpointWriter:
             self._committed(upload.step, upload.folder)
             self._checkpoints.retire(*self._keep, self._start)
         except storage.StorageError as error:
-            self._say(
+            self._on_event(
                 f"The checkpoint of step {upload.step:,} could not be completed: {error} {GOES_ON}"
             )
 

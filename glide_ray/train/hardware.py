@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ConfigError, nearest
-from .optimizer import training_precision
+from ..precision import training_precision
 
 TERA, GIGA = 1e12, 1e9
 # GPUs per machine: NVIDIA's HGX and DGX, and the largest AWS instance of each GPU type below.

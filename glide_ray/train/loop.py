@@ -19,18 +19,19 @@ from ..config.training import Preset
 from ..diffusion.schedule import make_schedule
 from ..models.unet import GlideUNet
 from ..models.weights import build_model, check_shapes, load_weights, with_known_channels
+from ..precision import training_precision
 from ..pretrained import shipped
 from ..tensors import Batch, to_device_async
 from . import partition
 from .batch_split import BatchSplit
-from .checkpoint import Progress, read_progress, write_progress
+from .checkpoint import TrainingPosition, read_progress, write_progress
 from .collectives import all_gather_object, broadcast_object
 from .ema import Ema
 from .hardware import USABLE, cpu_budget
 from .memory import choose_micro_batch
 from .nonfinite import TrainingError, check_step, stepped
 from .objectives import by_quartile, draw, held_out_sums, images_in, mix, objective_of
-from .optimizer import FACTOR, deepspeed_config, learning_rate, parameter_groups, training_precision
+from .optimizer import FACTOR, deepspeed_config, learning_rate, parameter_groups
 from .steps import Metrics
 
 
@@ -64,7 +65,7 @@ class Trainer:
         look_for_overflow_once(self.engine)
         self.pieces = partition.pieces(self.engine)
         self.ema = Ema(partition.masters(self.engine), train.ema_rates)
-        self.progress = Progress()
+        self.progress = TrainingPosition()
 
     def _micro_batch(self) -> int:
         """Micro-batch size: the largest that fits the worker with the least memory."""

@@ -1,4 +1,4 @@
-"""Optimizer settings from a TrainConfig: precision, learning rate, groups, DeepSpeed config."""
+"""Optimizer settings from a TrainConfig: learning rate, groups, DeepSpeed config."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 
 from ..config.training import TrainConfig
 from ..errors import ConfigError
-from ..precision import resolve_precision
 from .batch_split import BatchSplit
 
 # Dynamic loss scaling (sec. 4.1: traditional loss scaling): a step whose gradients overflow is
@@ -25,18 +24,6 @@ FP16 = {
     # `nonfinite.py` stops the run here: if unscaled gradients overflow, the scale is not the cause.
     "min_loss_scale": 1,
 }
-
-
-def training_precision(precision: str, device: str) -> str:
-    """Resolve the precision to fp32, bf16 or fp16.
-
-    Raises ConfigError for fp16 on a CPU, which DeepSpeed does not support.
-    """
-    if precision == "fp16" and device != "cuda":
-        raise ConfigError(
-            "Setting train.precision: fp16 needs a GPU; use bf16, fp32 or auto on a CPU."
-        )
-    return resolve_precision(precision, device)
 
 
 def deepspeed_config(train: TrainConfig, precision: str, share: BatchSplit) -> dict[str, Any]:

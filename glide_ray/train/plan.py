@@ -11,11 +11,10 @@ from ..config.overrides import override
 from ..config.training import Preset
 from ..errors import ConfigError
 from ..models.cost import operations
-from ..precision import BYTES
+from ..precision import BYTES, training_precision
 from .batch_split import accumulation
 from .hardware import GIGA, HOST_ADAM, PCIE, TERA, Machine
 from .memory import Memory, choose_micro_batch, gb, memory, offloaded_memory, parameter_sizes
-from .optimizer import training_precision
 
 # -- time ------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ Prompts, seeds, images and noise are fixed, so that grids and losses change with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from ..diffusion.schedule import make_schedule
 from ..evaluation.report import contact_sheet, show_hole
 from ..models.weights import load_config, load_metadata, load_model
 from ..precision import DTYPES, resolve_precision
+from ..progress import Progress
 from ..sampling.cascade import load_stepper
 from ..sampling.request import SampleRequest
 from ..sampling.stepper import Stepper
@@ -31,8 +32,6 @@ STEPS = 25
 PICTURES = 4  # held-out images for the grids of upsamplers and inpainting models
 IMAGES_PER_CALL = 16  # held-out images per network call
 CELL = 192  # minimum side of an image in the grid, in pixels
-
-Progress = Callable[[int, int], None]  # receives denoising steps done, and their total
 
 
 def sample_grid(

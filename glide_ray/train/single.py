@@ -14,14 +14,13 @@ from torch import Tensor
 
 from ..config.training import Preset
 from ..diffusion.schedule import make_schedule
-from ..errors import ConfigError
 from ..models.unet import GlideUNet
 from ..models.weights import build_model, check_shapes, load_weights, with_known_channels
-from ..precision import DTYPES, fastest_on_cpu
+from ..precision import DTYPES, single_precision
 from ..pretrained import shipped
 from ..tensors import Batch, to_device_async
 from .batch_split import BatchSplit
-from .checkpoint import Progress, read_progress, write_progress
+from .checkpoint import TrainingPosition, read_progress, write_progress
 from .ema import Ema
 from .nonfinite import TrainingError, remedy
 from .objectives import by_quartile, draw, held_out_sums, images_in, mix, objective_of
@@ -73,7 +72,7 @@ class SingleTrainer:
         self.masters = list(model.parameters()) if dtype == torch.float32 else masters
         self.optimizer = self._optimizer(model)
         self.ema = Ema(self.masters, train.ema_rates)
-        self.progress = Progress()
+        self.progress = TrainingPosition()
         self._skipped = 0
 
     def _optimizer(self, model: torch.nn.Module) -> torch.optim.AdamW:
@@ -260,18 +259,3 @@ class SingleTrainer:
         for own in self.masters:
             self.optimizer.state[own]["step"].fill_(optimizer["adam_steps"])
         self.refresh()
-
-
-def single_precision(precision: str, device: str) -> str:
-    """Resolve the precision to fp32 or bf16. Raises ConfigError for fp16.
-
-    "auto" is bf16 on a GPU, and the faster of bf16 and fp32 on a CPU.
-    """
-    if precision == "fp16":
-        raise ConfigError(
-            "Setting train.precision: fp16 and its loss scaling need DeepSpeed, under Ray Train; "
-            "use bf16, fp32 or auto in one process."
-        )
-    if precision != "auto":
-        return precision
-    return "bf16" if device == "cuda" else fastest_on_cpu()

@@ -16,7 +16,7 @@ import torch
 
 from ..config.training import Preset
 from ..tensors import Batch
-from .checkpoint import Progress
+from .checkpoint import TrainingPosition
 from .nonfinite import TrainingError
 from .objectives import quartile_means
 
@@ -27,7 +27,7 @@ class Trains(Protocol):
     """Interface of a trainer, as used by `train_loop`."""
 
     preset: Preset
-    progress: Progress
+    progress: TrainingPosition
     world: int
 
     def start(self) -> None: ...
@@ -72,7 +72,7 @@ def train_loop(
     began = time.perf_counter()
     for number in range(trainer.progress.step + 1, train.steps + 1):
         recent.append(trainer.step(batches, number))
-        trainer.progress = Progress(
+        trainer.progress = TrainingPosition(
             number, trainer.progress.epoch, trainer.progress.rows + train.batch
         )
 
@@ -115,7 +115,7 @@ def _endless(
 ) -> Iterator[Batch]:
     epoch, rows = trainer.progress.epoch, trainer.progress.rows
     while True:
-        trainer.progress = Progress(trainer.progress.step, epoch, rows)
+        trainer.progress = TrainingPosition(trainer.progress.step, epoch, rows)
         given = False
         for batch in epoch_batches(epoch, rows):
             given = True

@@ -7,9 +7,10 @@ image, and a U-Net that cannot draw yet passes little gradient to the text trans
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,19 +19,19 @@ from torch import Tensor, nn
 from ..models.unet import GlideUNet
 from ..tensors import Batch
 
+log = logging.getLogger(__name__)
+
 SIDE = 16  # side of the predicted images, in pixels
 CAPTIONS = 128  # captions per step
 LEARNING_RATE, WARMUP, BETAS, CLIP = 1.5e-3, 50, (0.9, 0.99), 1.0
 SPREAD = 0.5  # final standard deviation of the pooled text embedding over captions
 SEEN = 50  # latest steps that the explained variance and the pooled statistics are taken over
-Report = Callable[[str], None]
 
 
 def learn_words(
     model: GlideUNet,
     batches: Iterator[Batch],
     minutes: float,
-    report: Report = lambda line: None,
     dtype: torch.dtype = torch.float32,
 ) -> float:
     """Train `model.text` for `minutes`, at least one step; the rest of the model is unchanged.
@@ -69,7 +70,7 @@ def learn_words(
         captions.append(caption)
         step += 1
         if step % (10 * SEEN) == 0:
-            report(
+            log.info(
                 f"words: {step * len(target):,} captions, {explained(errors):.0%} of the "
                 f"pictures' variance explained"
             )

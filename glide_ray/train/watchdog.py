@@ -15,17 +15,17 @@ from collections.abc import Callable
 class Watchdog:
     """Kills the process if the next `beat` does not come within `seconds`.
 
-    `say` receives a clause about the operation that hangs before the process is killed. Inactive
-    before the first `beat` and after `rest` or `close`.
+    `on_event` receives a clause about the operation that hangs before the process is killed.
+    Inactive before the first `beat` and after `rest` or `close`.
     """
 
     def __init__(
         self,
         seconds: float,
-        say: Callable[[str], None],
+        on_event: Callable[[str], None],
         kill: Callable[[], None] = lambda: os.kill(os.getpid(), signal.SIGKILL),
     ):
-        self._seconds, self._say, self._kill = seconds, say, kill
+        self._seconds, self._on_event, self._kill = seconds, on_event, kill
         self._last: tuple[float, str] | None = None
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="glide-watchdog", daemon=True).start()
@@ -49,7 +49,7 @@ class Watchdog:
             if time.monotonic() - since > self._seconds:
                 # In a separate thread, with a timeout: the call may hang for the same reason.
                 saying = threading.Thread(
-                    target=self._say,
+                    target=self._on_event,
                     args=(f"{doing} has taken more than {self._seconds:g} s",),
                     daemon=True,
                 )

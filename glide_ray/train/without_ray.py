@@ -82,9 +82,9 @@ def train_alone(
     corpus = MemoryCorpus(preset)
     storage.put(preset.model_dump_json(indent=1).encode(), out / PRESET)
     with _Log(out, preset, progress) as log, _asked_to_stop() as stop:
-        log.say(f"{corpus.report}")
+        log.event(f"{corpus.report}")
         for text in turned:
-            log.say(text)
+            log.event(text)
         return _run(
             preset,
             out,
@@ -102,12 +102,12 @@ def _run(
     _go_on(trainer, checkpoints, log)
     checkpoints.sweep()
     first, began = trainer.progress.step, time.monotonic()
-    log.say(
+    log.event(
         f"{preset.model.name} in one process ({trainer.device.type}), {trainer.precision}, "
         f"batch {train.batch:,}, from step {first:,}"
     )
     keeper = CheckpointWriter(
-        checkpoints, uuid.uuid4().hex[:8], train.keep_last, train.keep_every, log.say
+        checkpoints, uuid.uuid4().hex[:8], train.keep_last, train.keep_every, log.event
     )
     held_out = held_out_batches(preset.data, preset.model, trainer.share.micro_batch)
 
@@ -130,7 +130,7 @@ def _run(
         train_loop(trainer, corpus.epoch_batches, held_out, Outlets(log.metrics, save, after_step))
         finished = True
     except _Ended:
-        log.say(
+        log.event(
             f"stopped after step {trainer.progress.step:,}; the same command goes on from here",
             trainer.progress.step,
         )
@@ -170,7 +170,7 @@ def _go_on(trainer: SingleTrainer, checkpoints: Checkpoints, log: _Log) -> None:
             return
         except CheckpointError as error:
             fault = error
-            log.say(f"the checkpoint of step {made.step:,} is left out: {error}")
+            log.event(f"the checkpoint of step {made.step:,} is left out: {error}")
     if fault is not None:
         raise CheckpointError(
             f"None of the {len(whole)} checkpoints in {checkpoints.path} can be read; "
@@ -270,7 +270,7 @@ class _Log:
             preset,
             json.loads((out / RUN).read_text())["id"],
             first + 1 if first else 0,
-            self.say,
+            self.event,
         )
         self._shown: dict[str, str] = {}
 
@@ -281,7 +281,7 @@ class _Log:
         self._bar.close()
         self._trackers.close(failed=kind is not None)
 
-    def say(self, text: str, step: int | None = None) -> None:
+    def event(self, text: str, step: int | None = None) -> None:
         line = (
             f"{datetime.now().isoformat(' ', 'seconds')}  "
             f"step {self._bar.n if step is None else step:,}: {text}"

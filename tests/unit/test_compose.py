@@ -251,7 +251,7 @@ def test_a_corpus_of_many_styles_is_no_new_one(judge, corpus):
 def test_the_shipped_weights_are_scored_by_one_command(
     corpus, judge, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(fitting, "load_or_fit", lambda corpus, say: judge)
+    monkeypatch.setattr(fitting, "load_or_fit", lambda corpus: judge)
     main(
         command(
             corpus,
@@ -280,7 +280,7 @@ def test_the_shipped_weights_are_scored_by_one_command(
 def test_real_pictures_alone_are_judged_without_a_model(
     corpus, judge, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(fitting, "load_or_fit", lambda corpus, say: judge)
+    monkeypatch.setattr(fitting, "load_or_fit", lambda corpus: judge)
     main(command(corpus, tmp_path / "out", "--real", "--categories", BACKGROUND))
     assert "background's colour" in capsys.readouterr().out
     assert not (tmp_path / "out" / compose.PICTURES).exists()

@@ -227,13 +227,12 @@ def test_a_set_s_own_name_is_found_among_unicode_s(names):
 
 @pytest.mark.slow
 def test_packages_of_a_folder_need_no_npm_and_what_is_missing_in_them_is_said(
-    small_set, tmp_path, monkeypatch
+    small_set, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setenv("PATH", str(tmp_path))
-    said = []
-    made = emoji.build_corpus(
-        tmp_path / "out", report=said.append, styles=["Firefox"], packages=small_set
-    )
+    caplog.set_level("INFO", "glide_ray")
+    made = emoji.build_corpus(tmp_path / "out", styles=["Firefox"], packages=small_set)
+    said = caplog.messages
     assert sum(index["count"] for index in made.values()) == 3
     assert any(
         "fxemoji is version 9.0.0, not 1.2.2: 4 pictures with names, of the 1,034 in that one"

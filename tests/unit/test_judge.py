@@ -347,7 +347,7 @@ def test_a_file_that_is_no_judge_is_refused_in_a_sentence(tmp_path):
 
 def test_a_judge_is_fitted_once_for_a_corpus_and_again_for_another(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(fitting, "fit", lambda *given: pytest.fail("fitted again"))
-    monkeypatch.setattr(fitting, "try_judge", lambda corpus, judge, say: judge)
+    monkeypatch.setattr(fitting, "try_judge", lambda corpus, judge: judge)
     path = fitting.cached_path(corpus, tmp_path)
     other = drawn.write_corpus(tmp_path / "other")
     drawn.write_shards(other / "train", [drawn.sample("a0", style) for style in drawn.STYLES])

@@ -14,10 +14,10 @@ from helpers.paths import ROOT
 
 # From low-level to high-level. Subpackages on the same line do not import each other.
 ROOMS = [
-    "errors",
+    "errors progress",
     "s3",
     "config storage tensors precision",
-    "data diffusion",
+    "data diffusion records",
     "models",
     "pretrained",
     "sampling",

@@ -97,7 +97,7 @@ def test_a_stripped_model_computes_what_the_inpainting_one_does_where_nothing_is
 
 
 def test_pictures_are_shrunk_and_people_left_out_of_scenes_too(corpus, tmp_path):
-    models.shrink(corpus, tmp_path, lambda line: None)
+    models.shrink(corpus, tmp_path)
     everyone, nobody, held_out = (
         list(rows(tmp_path / "corpus" / name)) for name in ("everyone", "nobody", "held_out")
     )

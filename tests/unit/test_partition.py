@@ -22,7 +22,7 @@ from torch import distributed as dist
 from glide_ray.bench.load_generator import free_port
 from glide_ray.models.weights import load_model
 from glide_ray.train import partition
-from glide_ray.train.checkpoint import CheckpointError, Checkpoints, Progress
+from glide_ray.train.checkpoint import CheckpointError, Checkpoints, TrainingPosition
 
 
 def losses(metrics):
@@ -176,7 +176,7 @@ def test_what_two_ranks_wrote_under_stage_3_one_rank_takes_up_and_the_reverse_to
     folder, _ = under_stage_3
     one = Trainer(preset("zero_stage=1", *TWENTY))
     one.load(folder / "4")
-    assert one.progress == Progress(step=4, epoch=1, rows=4)
+    assert one.progress == TrainingPosition(step=4, epoch=1, rows=4)
     (tmp_path / "one").mkdir()
     one.save(tmp_path / "one")
     there, here = contents(folder / "4"), contents(tmp_path / "one")

@@ -44,7 +44,6 @@ def test_weights_come_out_of_packages_in_parts_with_their_sources_and_a_sheet(
         settings=[*SMALL, f"data.corpus={corpus}/train"],
         styles=("3D render", "flat icon"),
         scenes=0,
-        report=lambda line: None,
     )
     assert done.step == 1
     data = join(tmp_path / "out", "emoji-base")

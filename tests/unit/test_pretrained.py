@@ -32,7 +32,7 @@ from glide_ray.sampling.cascade import Cascade, load_stepper
 from glide_ray.sampling.recipe import Maker, read_recipe, save_picture
 from glide_ray.serving.deployment import read_models
 from glide_ray.train import pack as packing
-from glide_ray.train.checkpoint import Checkpoints, Progress, write_progress
+from glide_ray.train.checkpoint import Checkpoints, TrainingPosition, write_progress
 from glide_ray.train.partition import ParamSlice, part_path, save_part
 from glide_ray.train.run_folder import absolute
 from glide_ray.train.single import SingleTrainer
@@ -362,7 +362,7 @@ def a_run(folder, kind, corpus):
         for n, (name, tensor) in enumerate(state)
     ]
     save_part(part_path(checkpoint, 0), pieces, {"average/0.99": [tensor for _, tensor in state]})
-    write_progress(checkpoint, preset, Progress(4), {})
+    write_progress(checkpoint, preset, TrainingPosition(4), {})
     Checkpoints(folder).complete(str(checkpoint), {})
     rows = [
         {"step": 2, "images_per_s": 4.0},

@@ -15,10 +15,11 @@ from helpers.training import preset as training_preset
 from glide_ray.data.shards import ShardError
 from glide_ray.errors import ConfigError, UserError
 from glide_ray.models.weights import load_weights
+from glide_ray.precision import single_precision
 from glide_ray.train.checkpoint import CheckpointError, Checkpoints
 from glide_ray.train.loop import Trainer
 from glide_ray.train.run_folder import read_metrics
-from glide_ray.train.single import SingleTrainer, single_precision
+from glide_ray.train.single import SingleTrainer
 from glide_ray.train.without_ray import MemoryCorpus, train_alone
 
 

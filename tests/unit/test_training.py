@@ -19,14 +19,15 @@ from glide_ray.diffusion.schedule import make_schedule
 from glide_ray.errors import ConfigError, UserError
 from glide_ray.models.unet import GlideUNet
 from glide_ray.models.weights import WeightsError, load_model, load_weights, with_known_channels
+from glide_ray.precision import training_precision
 from glide_ray.tensors import Batch, Conditioning, ModelOutput
 from glide_ray.train import partition, steps
 from glide_ray.train.batch_split import BatchSplit
-from glide_ray.train.checkpoint import CheckpointError, Progress
+from glide_ray.train.checkpoint import CheckpointError, TrainingPosition
 from glide_ray.train.ema import Ema
 from glide_ray.train.loop import Trainer, TrainingError
 from glide_ray.train.objectives import denoising, draw, held_out_sums
-from glide_ray.train.optimizer import deepspeed_config, learning_rate, training_precision
+from glide_ray.train.optimizer import deepspeed_config, learning_rate
 from glide_ray.train.steps import Outlets, train_loop
 
 
@@ -115,7 +116,7 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path, st
     assert len(saved) == 2
     second = Trainer(settings)
     second.load(saved[0])
-    assert second.progress == Progress(step=2, epoch=0, rows=8)  # in the middle of an epoch
+    assert second.progress == TrainingPosition(step=2, epoch=0, rows=8)  # in the middle of an epoch
     rest, _, weights_again = run(second)
     assert [row["loss"] for row in rest if "loss" in row] == [
         row["loss"] for row in whole if "loss" in row
@@ -148,7 +149,7 @@ def test_images_per_second_are_of_the_steps_and_not_of_what_is_done_between_them
     monkeypatch.setattr(steps.time, "perf_counter", lambda: now[0])
     fake = SimpleNamespace(
         preset=preset("log_every=3", "evaluate_every=2", "checkpoint_every=2"),
-        progress=Progress(),
+        progress=TrainingPosition(),
         world=1,
         save=None,
         start=takes(5),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from ..embed import ACTORS, EmbeddedCorpus, embed
 from .corpus import PAGE, count, refuse_source, rewrite, write_manifest
 from .filter_report import PICTURES_SHOWN, Assessment, score_bars, truth_sections
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Applied:
@@ -43,7 +46,6 @@ def apply_content(
     clip: str | None = None,
     truth: Rule | None = None,
     per_shard: int = 10_000,
-    report: Callable[[str], None] = lambda line: None,
 ) -> Applied:
     """Write the rows of `source` that pass the filter at `path` to `out`, with an index and PAGE.
 
@@ -65,7 +67,7 @@ def apply_content(
     storage.check_writable(out)  # fail before hours of embedding
     connect(2 + ACTORS)
     send_with([truth] if truth else [])
-    report(f"looking at {len(parts):,} parts of {source}")
+    log.info(f"looking at {len(parts):,} parts of {source}")
     rows, scanned = embed(parts, clip, truth, content)
     scores = rows["score"].to_numpy()
     reason = np.array(rows["reason"].to_pylist(), object)
@@ -76,7 +78,7 @@ def apply_content(
         pyarrow.array(reason.tolist(), pyarrow.large_string()),
     )
     stays = np.flatnonzero(reason == "")
-    report(f"writing {len(stays):,} rows to {out}")
+    log.info(f"writing {len(stays):,} rows to {out}")
     index, faults = rewrite(
         parts, rows["part"].to_numpy()[stays], rows["position"].to_numpy()[stays], out, per_shard
     )

@@ -6,7 +6,8 @@ once to copy: in between the driver holds 400 bytes per row, and nothing else is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,8 @@ from ...evaluation.pages import Picture, Section, histogram, page, thumbnail
 from ..cluster import connect, send_with
 from ..stream import Tally, in_order, quiet, task_errors
 from .corpus import PAGE, count, look_up, refuse_source, rewrite, write_manifest
+
+log = logging.getLogger(__name__)
 
 # on the report page: parts drawn, near-duplicate pairs, examples of each rule, random kept rows
 PAGE_PARTS, PAGE_PAIRS, PAGE_EXAMPLES, PAGE_SAMPLES = 12, 16, 8, 32
@@ -71,7 +74,6 @@ def clean(
     out: str,
     config: CleanConfig,
     rules: Mapping[str, Rule] | None = None,
-    report: Callable[[str], None] = lambda line: None,
 ) -> Cleaned:
     """Write the rows of `source` that break no rule to `out`, local or s3://, with an index.
 
@@ -83,13 +85,13 @@ def clean(
     storage.check_writable(out)  # fail before hours of reading
     connect(2)
     send_with((rules or {}).values())
-    report(f"reading {len(parts):,} parts of {source}")
+    log.info(f"reading {len(parts):,} parts of {source}")
     rows, scanned = scan(parts, config, rules or {})
     reason = np.array(rows["reason"].to_pylist(), object)
     stays_instead = np.full(len(rows), -1)
     if config.duplicates:
         kept = np.flatnonzero(reason == "")
-        report(f"looking for near-duplicates among {len(kept):,} images")
+        log.info(f"looking for near-duplicates among {len(kept):,} images")
         prints = np.frombuffer(
             b"".join(rows["fingerprint"].take(kept).to_pylist()), np.uint8
         ).reshape(len(kept), FINGERPRINT_BYTES)
@@ -103,7 +105,7 @@ def clean(
         pyarrow.array(reason.tolist(), pyarrow.large_string()),
     )
     stays = np.flatnonzero(reason == "")
-    report(f"writing {len(stays):,} rows to {out}")
+    log.info(f"writing {len(stays):,} rows to {out}")
     tests = caption_rules(config)
     index, faults = rewrite(
         parts,

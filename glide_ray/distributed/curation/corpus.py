@@ -45,7 +45,6 @@ class CorpusReport:
 def prepare(
     out: str | Path,
     min_size: int = 64,
-    report: Callable[[str], None] = lambda line: None,
     styles: Sequence[str] = (),
     packages: str | Path | None = None,
     scenes: int = 0,
@@ -54,7 +53,7 @@ def prepare(
 
     `styles`, `packages` and `scenes` as in `emoji.build_corpus`. Raises UserError.
     """
-    made = emoji.build_corpus(out, report=report, styles=styles, packages=packages, scenes=scenes)
+    made = emoji.build_corpus(out, styles=styles, packages=packages, scenes=scenes)
     return [
         survey(f"{str(out).rstrip('/')}/{split}", min_size)
         for split, index in made.items()

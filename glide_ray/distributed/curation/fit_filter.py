@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,8 @@ from ..embed import ACTORS, EmbeddedCorpus, cached_table, cached_table_of, embed
 from .corpus import PAGE, look_up
 from .filter_report import Assessment, Fit, fit_page
 
+log = logging.getLogger(__name__)
+
 FILTER, LABELS, SHEET, FEATURES = (
     "filter.safetensors",
     "labels.csv",
@@ -65,7 +68,6 @@ def fit_content(
     words: Sequence[str] = (),
     truth: Rule | None = None,
     held_out: str | None = None,
-    report: Callable[[str], None] = lambda line: None,
 ) -> Fit:
     """Fit the filter `name` in the folder `out`, or continue a fit that was begun there.
 
@@ -95,7 +97,7 @@ def fit_content(
         )
     connect(2 + ACTORS)
     send_with([truth] if truth else [])
-    looked = _pool(corpus, out, str(Path(clip_path).resolve()), config, truth, labels, report)
+    looked = _pool(corpus, out, str(Path(clip_path).resolve()), config, truth, labels)
     names = _readable(looked.names)
     pool = Pool(
         names,
@@ -159,7 +161,7 @@ def fit_content(
     assessment = (
         None
         if truth is None
-        else _assess(content, pool, looked, corpus, held_out, str(clip_path), config, truth, report)
+        else _assess(content, pool, looked, corpus, held_out, str(clip_path), config, truth)
     )
     done = Fit(content, len(labelled), of, len(asked), on_labels, assessment)
     storage.put(fit_page(done, looked).encode(), out / PAGE)
@@ -179,7 +181,6 @@ def _pool(
     config: FilterConfig,
     truth: Rule | None,
     labels: Sequence[Label],
-    report: Callable[[str], None],
 ) -> EmbeddedCorpus:
     """Candidate rows for labelling, embedded once: later calls load the features from FEATURES.
 
@@ -209,10 +210,10 @@ def _pool(
         )
 
     def see() -> tuple[pyarrow.Table, bool]:
-        report(f"looking at {corpus}, {config.pool:,} rows at the most")
+        log.info(f"looking at {corpus}, {config.pool:,} rows at the most")
         table, counted = embed(parts, clip, truth, group=config.group, limit=config.pool)
         for fault in counted.faults:
-            report(fault)
+            log.info(fault)
         # Cache even if some rows could not be read: the labels refer to exactly this pool.
         return table, True
 
@@ -231,11 +232,10 @@ def _assess(
     clip: str,
     config: FilterConfig,
     truth: Rule,
-    report: Callable[[str], None],
 ) -> Assessment:
     if held_out:
         parts = find_parts(storage.absolute(held_out))
-        report(f"looking at {held_out}")
+        log.info(f"looking at {held_out}")
         apart = EmbeddedCorpus.of(embed(parts, clip, truth, group=config.group)[0], parts)
         if apart.truth.sum() >= MIN_HELD_OUT_ROWS:
             return Assessment(held_out, apart, content.score(apart.features), apart.truth)

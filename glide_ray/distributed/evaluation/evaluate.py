@@ -6,7 +6,8 @@ Writes the figures as JSON, plots and a report page.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +16,21 @@ import numpy as np
 from ... import storage
 from ...config.sampling import BulkConfig
 from ...data.images import ImageError, decode, encode
-from ...data.sources import find_parts, read_part
+from ...data.sources import read_corpus
 from ...errors import UserError
 from ...evaluation.features import ClipFeatures, fetch_network
 from ...evaluation.image_features import ImageFeatures, Reference
 from ...evaluation.metrics import MetricError
 from ...evaluation.pages import Picture, Section, page
 from ...evaluation.report import Point, fronts, number
+from ...records import once
 from ...storage import fingerprint
 from ..cluster import connect
 from ..curation.corpus import PAGE
 from ..embed import ACTORS, JOB, EmbeddedCorpus, embed_corpus
 from ..generate import generate
-from ..job import once
+
+log = logging.getLogger(__name__)
 
 FIGURES, REFERENCE, FRONTS, PROMPTS = (
     "figures.json",
@@ -38,7 +41,6 @@ FIGURES, REFERENCE, FRONTS, PROMPTS = (
 PROMPTS_SHOWN, CAPTIONS_PER_CALL = 12, 256  # prompts on the page; captions per CLIP call
 UNGUIDED = "unguided"
 CLIP, INCEPTION = "clip", "inception"
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,6 @@ def evaluate(
     judges: Judges,
     leave_out: Sequence[str] | None = None,
     size: int | None = None,
-    say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Measure sets of pictures against a reference and write figures, plots and a page to `out`.
 
@@ -82,27 +83,23 @@ def evaluate(
     judged = {name: fingerprint(fetch_network(path)) for name, path in judges.paths.items()}
     seeing, size = ClipFeatures(judges.clip), size or _size(next(iter(sets.values())))
     connect(2 + ACTORS)
-    real, of, shown = _reference(
-        reference, out, judges, {"judges": judged, "size": size}, seeing, say
-    )
+    real, of, shown = _reference(reference, out, judges, {"judges": judged, "size": size}, seeing)
     filtered = real.without(set(leave_out)) if leave_out is not None else None
     figures, made = {}, {}
     for name, source in sets.items():
-        looked = _look(name, source, size, out, judges, say)
+        looked = _look(name, source, size, out, judges)
         made[name] = looked[CLIP]
         asked = {
             "reference": of,
             "left_out": None if leave_out is None else sorted(leave_out),
             "set": [of_set.digest for of_set in looked.values()],
         }
-        row = once(
+        row, _ = once(
             f"{out}/sets/{name}.json",
             asked,
-            lambda name=name, looked=looked: _measure(name, looked, seeing, real, filtered, say),
+            lambda name=name, looked=looked: _measure(name, looked, seeing, real, filtered),
         )
-        figures[name] = _made_with(source) | {
-            figure: value for figure, value in row.items() if figure != "done_before"
-        }
+        figures[name] = _made_with(source) | row
     about = {
         "images": len(real.names),
         "clip_score": real.seen.clip_score,
@@ -125,7 +122,6 @@ def sweep(
     captions: Sequence[str],
     images: int,
     out: str,
-    say: Say = lambda line: None,
 ) -> dict[str, str]:
     """Generate a set of pictures for each classifier-free and CLIP guidance scale.
 
@@ -156,11 +152,11 @@ def sweep(
         for scale in clip_scales
     }
     for name, options in (sets := sets or {"made": own}).items():
-        say(f"{name}: {images:,} pictures")
+        log.info(f"{name}: {images:,} pictures")
         needed = config.model_copy(
             update={"options": options, "clip": config.clip if options.clip_scale else None}
         )
-        generate(f"{out}/{PROMPTS}", f"{out}/pictures/{name}", needed, report=say)
+        generate(f"{out}/{PROMPTS}", f"{out}/pictures/{name}", needed)
     return {name: f"{out}/pictures/{name}" for name in sets}
 
 
@@ -171,8 +167,7 @@ def captions_of(reference: str) -> list[str]:
     else:
         captions = [
             sample.captions[0]
-            for part in find_parts(storage.absolute(reference))
-            for sample in read_part(part)
+            for sample in read_corpus(storage.absolute(reference))
             if sample.captions
         ]
     if not any(captions):
@@ -187,7 +182,7 @@ def captions_of(reference: str) -> list[str]:
 
 
 def _reference(
-    path: str, out: str, judges: Judges, asked: dict[str, Any], seeing: ClipFeatures, say: Say
+    path: str, out: str, judges: Judges, asked: dict[str, Any], seeing: ClipFeatures
 ) -> tuple[Reference, str, EmbeddedCorpus | None]:
     """(reference features, key that identifies them, the images, or None for a REFERENCE file)."""
     if path.endswith(".safetensors"):
@@ -199,7 +194,7 @@ def _reference(
                 f"or a corpus as the reference."
             )
         return real, fingerprint(storage.fetch(storage.absolute(path))), None
-    looked = _look("reference", path, asked["size"], out, judges, say)
+    looked = _look("reference", path, asked["size"], out, judges)
     about = {**asked, "of": [seen.digest for seen in looked.values()]}
     try:
         real, before = Reference.load(f"{out}/{REFERENCE}")
@@ -211,15 +206,13 @@ def _reference(
     return real, json.dumps(about), looked[CLIP]
 
 
-def _look(
-    name: str, source: str, size: int, out: str, judges: Judges, say: Say
-) -> dict[str, EmbeddedCorpus]:
+def _look(name: str, source: str, size: int, out: str, judges: Judges) -> dict[str, EmbeddedCorpus]:
     """Embed one side with each network.
 
     Raises UserError if the networks did not read the same pictures.
     """
     looked = {
-        network: embed_corpus(source, path, size, f"{out}/features/{name}-{network}.parquet", say)
+        network: embed_corpus(source, path, size, f"{out}/features/{name}-{network}.parquet")
         for network, path in judges.paths.items()
     }
     if len({tuple(of_set.names) for of_set in looked.values()}) > 1:
@@ -255,12 +248,11 @@ def _measure(
     seeing: ClipFeatures,
     real: Reference,
     filtered: Reference | None,
-    say: Say,
 ) -> dict[str, float | None]:
-    say(f"measuring {name}: {len(looked[CLIP].names):,} pictures")
+    log.info(f"measuring {name}: {len(looked[CLIP].names):,} pictures")
     seen = _seen(looked, seeing)
     if lacking := int((~seen.captioned).sum()):
-        say(
+        log.info(
             f"{name}: {lacking:,} of {len(seen.clip):,} pictures have no caption, "
             f"and are left out of the CLIP score"
         )
@@ -273,12 +265,11 @@ def _measure(
 
 
 def _size(source: str) -> int:
-    for part in find_parts(storage.absolute(source)):
-        for sample in read_part(part):
-            try:
-                return min(decode(sample.image).size)
-            except ImageError:
-                continue
+    for sample in read_corpus(storage.absolute(source)):
+        try:
+            return min(decode(sample.image).size)
+        except ImageError:
+            continue
     raise UserError(f"No picture in {source} can be read.")
 
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,6 @@ LEFT_OUT, FIGURES, SHEET = "left-out.json", "figures.json", "closest.png"
 SIZE = 256  # pixels to which larger images are reduced before CLIP
 PAIRS_SHOWN = 24  # pairs on a page
 EDGES = (0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 2)  # histogram, cosine distance
-Say = Callable[[str], None]
 
 
 def filter_reference(
@@ -39,7 +38,6 @@ def filter_reference(
     out: str,
     clip: str,
     distance: float,
-    say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Write LEFT_OUT: the reference images within a cosine `distance` of some training image.
 
@@ -52,7 +50,7 @@ def filter_reference(
         )
     out = _begin(out, clip)
     real, trained = (
-        _look(name, source, out, clip, say)
+        _look(name, source, out, clip)
         for name, source in (("reference", reference), ("training", training))
     )
     found = nearest(real.features, trained.features)
@@ -111,7 +109,6 @@ def regurgitation(
     clip: str,
     config: BulkConfig,
     images: int,
-    say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Compare the distances of generated and of held-out real pictures to their nearest originals.
 
@@ -122,16 +119,16 @@ def regurgitation(
     `out` for later calls. Raises UserError.
     """
     out = _begin(out, clip)
-    trained = _look("training", training, out, clip, say)
+    trained = _look("training", training, out, clip)
     if pictures is None:
         captions = [caption for caption in trained.captions if caption]
         if not captions:
             raise UserError(
                 f"No image of {training} has a caption; give pictures that are made already."
             )
-        [pictures] = sweep(config, (), (), captions, images, out, say).values()
+        [pictures] = sweep(config, (), (), captions, images, out).values()
     made, real = (
-        _look(name, source, out, clip, say)
+        _look(name, source, out, clip)
         for name, source in (("pictures", pictures), ("held-out", held_out))
     )
     found, usual = (
@@ -186,8 +183,8 @@ def _begin(out: str, clip: str) -> str:
     return storage.absolute(out).rstrip("/")
 
 
-def _look(name: str, source: str, out: str, clip: str, say: Say) -> EmbeddedCorpus:
-    return embed_corpus(source, clip, SIZE, f"{out}/features/{name}.parquet", say)
+def _look(name: str, source: str, out: str, clip: str) -> EmbeddedCorpus:
+    return embed_corpus(source, clip, SIZE, f"{out}/features/{name}.parquet")
 
 
 def _pairs(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,6 @@ from ..generate import generate
 PROMPTS, PICTURES, FIGURES, SHEET = "prompts.jsonl", "pictures", "figures.json", "sheet.png"
 SIZE = 256  # pixels of the pictures before CLIP: the full size of a cascade's output
 ON_SHEET, ON_PAGE = 12, 48  # seeds shown
-Say = Callable[[str], None]
 
 
 def probe(
@@ -40,7 +39,6 @@ def probe(
     out: str,
     clip: str,
     config: BulkConfig,
-    say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Generate pictures of each prompt from the same seeds, and compare each two prompts.
 
@@ -66,9 +64,9 @@ def probe(
         for n in range(seeds)
     ]
     storage.put("".join(f"{line}\n" for line in lines).encode(), f"{out}/{PROMPTS}")
-    generate(f"{out}/{PROMPTS}", f"{out}/{PICTURES}", config, report=say)
+    generate(f"{out}/{PROMPTS}", f"{out}/{PICTURES}", config)
     connect(2 + ACTORS)
-    images, features = _seen(f"{out}/{PICTURES}", clip, f"{out}/features.parquet", len(lines), say)
+    images, features = _seen(f"{out}/{PICTURES}", clip, f"{out}/features.parquet", len(lines))
     colours = np.stack([image.mean((0, 1)) for image in images])
     of = [slice(n * seeds, (n + 1) * seeds) for n in range(len(prompts))]
     groups = [
@@ -86,11 +84,9 @@ def probe(
     return found
 
 
-def _seen(
-    pictures: str, clip: str, cache: str, count: int, say: Say
-) -> tuple[list[np.ndarray], np.ndarray]:
+def _seen(pictures: str, clip: str, cache: str, count: int) -> tuple[list[np.ndarray], np.ndarray]:
     """Pictures in the order of the prompt file, and their CLIP features (N, E)."""
-    looked = embed_corpus(pictures, clip, SIZE, cache, say)
+    looked = embed_corpus(pictures, clip, SIZE, cache)
     samples = look_up(looked.parts, looked.places)
     if len(samples) != count:
         raise UserError(

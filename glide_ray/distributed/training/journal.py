@@ -176,9 +176,9 @@ class Journal:
             preset,
             folder.id(),
             first + 1 if first else 0,
-            self.say,
+            self.event,
         )
-        self._reviewer = Reviewer(preset, folder.local, self._reviewed, self.say)
+        self._reviewer = Reviewer(preset, folder.local, self._reviewed, self.event)
         self._flops = 3 * operations(preset)  # per image: forward, and twice that backward
         self._start: Start | None = None
         # last step that trackers have from an earlier process; None once the workers have started
@@ -201,7 +201,7 @@ class Journal:
         self._bar.close()
         self._trackers.close(failed=kind is not None or self.failure is not None)
 
-    def say(self, text: str, step: int | None = None, at: float | None = None) -> None:
+    def event(self, text: str, step: int | None = None, at: float | None = None) -> None:
         """Write a line to the run's log and to the terminal."""
         line = (
             f"{datetime.fromtimestamp(at or time.time()).isoformat(' ', 'seconds')}  "
@@ -232,10 +232,10 @@ class Journal:
         self.failure = news.failure
         if news.start is not None:
             if self._start is None:
-                self.say(_spread(news.start, self._preset), news.start.step)
+                self.event(_spread(news.start, self._preset), news.start.step)
             self._start = news.start
         for at, step, text in news.events:
-            self.say(text, step, at)
+            self.event(text, step, at)
             self._trackers.note(step, text)
         if news.metrics:
             self._write(news.metrics)
@@ -246,7 +246,7 @@ class Journal:
         # apart at first and hours apart later.
         if news.waiting > max(WAITING_SECONDS, 2 * self._waited):
             self._waited = news.waiting
-            self.say(f"no step for {news.waiting:.0f} s; {_cluster()}")
+            self.event(f"no step for {news.waiting:.0f} s; {_cluster()}")
         elif news.waiting < WAITING_SECONDS:
             self._waited = 0.0
         if time.monotonic() - self._pushed > PUSH_SECONDS:
@@ -258,7 +258,7 @@ class Journal:
             self._folder.push()
         except storage.StorageError as error:
             # The files are kept locally, and the next push tries again.
-            self.say(f"The run's figures could not be sent: {error}")
+            self.event(f"The run's figures could not be sent: {error}")
 
     def _write(self, rows: list[dict]) -> None:
         for metrics in rows:

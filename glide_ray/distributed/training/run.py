@@ -107,7 +107,7 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
     try:
         with _interruptible(), Journal(board, folder, preset, progress) as journal:
             for text in turned:
-                journal.say(text)
+                journal.event(text)
             _fit(preset, out, board, tally, feeder, on_gpu)
         if journal.failure:
             raise UserError(journal.failure)

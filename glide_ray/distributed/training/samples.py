@@ -48,9 +48,9 @@ class Reviewer:
         preset: Preset,
         folder: Path,
         made: Callable[[int, np.ndarray | None, dict], None],
-        say: Callable[[str], None],
+        on_event: Callable[[str], None],
     ):
-        self._preset, self._folder, self._made, self._say = preset, folder, made, say
+        self._preset, self._folder, self._made, self._on_event = preset, folder, made, on_event
         self._underway: tuple[int, ray.ObjectRef] | None = None
         self._waiting: tuple[int, str] | None = None
 
@@ -88,7 +88,7 @@ class Reviewer:
             before = self._underway
             self.poll(timeout=LAST_SECONDS)
             if self._underway is not None and self._underway is before:
-                self._say(f"the review of step {before[0]:,} is not waited for any longer")
+                self._on_event(f"the review of step {before[0]:,} is not waited for any longer")
                 return
 
     def _take(self, step: int, reference: ray.ObjectRef) -> None:
@@ -97,6 +97,8 @@ class Reviewer:
             if grid is not None:
                 storage.put(encode(grid), self._folder / SAMPLES / f"{step:09d}.png")
         except (ray.exceptions.RayError, UserError) as error:
-            self._say(f"the review of step {step:,} failed: {str(error).strip().splitlines()[-1]}")
+            self._on_event(
+                f"the review of step {step:,} failed: {str(error).strip().splitlines()[-1]}"
+            )
             return
         self._made(step, grid, figures)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ... import storage
+from ... import records
 
-Result = dict[str, Any]
+Result = records.Result
 
 
 @dataclass(frozen=True)
@@ -27,30 +26,19 @@ class Results:
         or one of the files in `result["files"]`, relative to the folder, is missing. The result
         gains `seconds`, the time that `make` took.
         """
-        key = json.loads(json.dumps(key))
-        there = self._read(stage)
-        if there.get("key") == key and self._whole(there["result"]):
-            return there["result"]
-        began = time.monotonic()
-        result = make()
-        result = {**result, "seconds": round(time.monotonic() - began, 1)}
-        text = json.dumps({"key": key, "result": result}, indent=1, ensure_ascii=False)
-        storage.put(text.encode(), self._path(stage))
-        return result
+
+        def timed() -> Result:
+            began = time.monotonic()
+            return {**make(), "seconds": round(time.monotonic() - began, 1)}
+
+        return records.once(self._path(stage), key, timed, self._has_files)[0]
 
     def read(self, stage: str) -> Result | None:
         """The stored result of a stage, or None."""
-        return self._read(stage).get("result")
+        return records.read_result(self._path(stage))
 
-    def _read(self, stage: str) -> dict[str, Any]:
-        try:
-            there = json.loads(self._path(stage).read_text())
-        except (FileNotFoundError, ValueError):  # missing, or truncated by an interruption
-            return {}
-        return there if isinstance(there, dict) and isinstance(there.get("result"), dict) else {}
-
-    def _whole(self, result: Result) -> bool:
+    def _has_files(self, result: Result) -> bool:
         return all((self.folder / name).exists() for name in result.get("files", ()))
 
-    def _path(self, stage: str) -> Path:
-        return self.folder / "stages" / f"{stage}.json"
+    def _path(self, stage: str) -> str:
+        return str(self.folder / "stages" / f"{stage}.json")

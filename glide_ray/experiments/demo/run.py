@@ -6,11 +6,9 @@ The page shows the results so far.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
-
-from tqdm import tqdm
 
 from ... import storage
 from ...config.data import CleanConfig
@@ -19,12 +17,10 @@ from .page import PAGE, write_page
 from .plan import STYLE, Plan
 from .results import Result, Results
 
-Report = Callable[[str], None]
+log = logging.getLogger(__name__)
 
 
-def run(
-    out: Path, plan: Plan = Plan(), packages: Path | None = None, report: Report = tqdm.write
-) -> None:
+def run(out: Path, plan: Plan = Plan(), packages: Path | None = None) -> None:
     """Run the demo in the folder `out`. Raises UserError.
 
     `packages`: folder of npm tarballs; None fetches them with npm.
@@ -35,30 +31,28 @@ def run(
         "upsampler": storage.fingerprint(pair.upsampler),
     }
     try:
-        sheet = _sheet(results, plan, pair, models, report)
-        report(f"  {_place(out, sheet)}")
+        sheet = _sheet(results, plan, pair, models)
+        log.info(f"  {_place(out, sheet)}")
         write_page(out)
-        _corpus(results, packages, report)
+        _corpus(results, packages)
         write_page(out)
-        tuned = _tuned(results, plan, pair, models, report)
-        report(f"  held-out loss {tuned['before']:.4f} -> {tuned['after']:.4f}")
+        tuned = _tuned(results, plan, pair, models)
+        log.info(f"  held-out loss {tuned['before']:.4f} -> {tuned['after']:.4f}")
         write_page(out)
-        _answers(results, plan, pair, models, tuned, report)
+        _answers(results, plan, pair, models, tuned)
         write_page(out)
     finally:
         from ...distributed.cluster import disconnect
 
         disconnect()
-    report(_summary(results, (time.monotonic() - began) / 60))
+    log.info(_summary(results, (time.monotonic() - began) / 60))
 
 
 # -- stages --------------------------------------------------------------------------------------
 
 
-def _sheet(
-    results: Results, plan: Plan, pair: shipped.Pair, models: dict[str, str], report: Report
-) -> Result:
-    report(
+def _sheet(results: Results, plan: Plan, pair: shipped.Pair, models: dict[str, str]) -> Result:
+    log.info(
         f"\n[1/4] {len(plan.things)} things by {len(plan.styles)} styles, from the weights that "
         "ship with the package"
     )
@@ -73,20 +67,18 @@ def _sheet(
     return results.once("sheet", key, lambda: make_sheet(results.folder, plan, pair))
 
 
-def _corpus(results: Results, packages: Path | None, report: Report) -> Result:
-    report(
+def _corpus(results: Results, packages: Path | None) -> Result:
+    log.info(
         f"\n[2/4] a style that they have not seen, {STYLE}: fetched, rendered, cleaned by Ray Data"
     )
     from .tuning import make_corpus
 
     key = {"style": STYLE, "clean": CleanConfig().model_dump()}
-    return results.once("corpus", key, lambda: make_corpus(results.folder, packages, report))
+    return results.once("corpus", key, lambda: make_corpus(results.folder, packages))
 
 
-def _tuned(
-    results: Results, plan: Plan, pair: shipped.Pair, models: dict[str, str], report: Report
-) -> Result:
-    report(
+def _tuned(results: Results, plan: Plan, pair: shipped.Pair, models: dict[str, str]) -> Result:
+    log.info(
         "\n[3/4] the shipped base model fine-tuned on it: Ray Train and DeepSpeed ZeRO on two "
         "workers"
     )
@@ -102,9 +94,8 @@ def _answers(
     pair: shipped.Pair,
     models: dict[str, str],
     tuned: Result,
-    report: Report,
 ) -> Result:
-    report("\n[4/4] both models on Ray Serve, asked over HTTP as the OpenAI Images API")
+    log.info("\n[4/4] both models on Ray Serve, asked over HTTP as the OpenAI Images API")
     from .asking import ask
 
     weights = results.folder / tuned["weights"]

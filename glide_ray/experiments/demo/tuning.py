@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -16,27 +16,29 @@ from ...config.overrides import override
 from ...config.training import Preset
 from ...data import emoji
 from ...data.images import centre_crop, decode, encode
-from ...data.shards import read_shard
+from ...data.sources import read_corpus
 from ...distributed.curation.clean import clean
 from ...distributed.training.run import train
 from ...evaluation.report import loss_curves
 from ...models.weights import load_config
+from ...progress import indented
 from ...train.pack import read_trained, write_half
 from ...train.run_folder import read_metrics
 from .figures import LOSS
 from .plan import STYLE, Plan
 from .results import Result, Results
 
+log = logging.getLogger(__name__)
+
 SPLITS = "train", "held_out"  # splits to build: training pictures without skin tones
 RECIPE = "emoji-base"  # preset of the shipped base model
 PICTURES_SHOWN = 12  # pictures of the corpus on the page
-Report = Callable[[str], None]
 
 
 # -- the corpus ----------------------------------------------------------------------------------
 
 
-def make_corpus(out: Path, packages: Path | None, report: Report) -> Result:
+def make_corpus(out: Path, packages: Path | None) -> Result:
     """Render the style, clean both splits, and write some of its pictures for the page.
 
     `packages`: folder of npm tarballs; None fetches them with npm. Returns numbers of rows, among
@@ -44,21 +46,12 @@ def make_corpus(out: Path, packages: Path | None, report: Report) -> Result:
     are in `out`/clean. Raises UserError.
     """
     raw, folder = out / "corpus", out / "clean"
-    emoji.build_corpus(
-        raw,
-        report=lambda line: report(f"  {line}"),
-        styles=(STYLE,),
-        packages=packages,
-        splits=SPLITS,
-    )
+    with indented():
+        emoji.build_corpus(raw, styles=(STYLE,), packages=packages, splits=SPLITS)
     read, kept, dropped = 0, {}, {}
     for split in SPLITS:
-        done = clean(
-            f"{raw}/{split}",
-            f"{folder}/{split}",
-            CleanConfig(),
-            report=lambda line: report(f"  {line}"),
-        )
+        with indented():
+            done = clean(f"{raw}/{split}", f"{folder}/{split}", CleanConfig())
         read, kept[split] = read + len(done.rows), done.report.kept
         for reason, count in done.report.dropped.items():
             dropped[reason] = dropped.get(reason, 0) + count
@@ -67,7 +60,7 @@ def make_corpus(out: Path, packages: Path | None, report: Report) -> Result:
 
 def _write_examples(folder: Path, out: Path) -> Result:
     names, captions = [], []
-    for sample in islice(read_shard(sorted(folder.glob("train/*.tar"))[0]), PICTURES_SHOWN):
+    for sample in islice(read_corpus(folder / "train"), PICTURES_SHOWN):
         names.append(f"pictures/corpus-{len(names):02d}.png")
         captions.append(sample.captions[0])
         storage.put(encode(centre_crop(decode(sample.image), 256)), out / names[-1])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,17 +15,18 @@ from ...data import emoji
 from ...data.filters import Candidate
 from ...data.images import centre_crop, decode, encode
 from ...data.shards import Sample, read_index, write_shards
-from ...data.sources import find_parts, folder_name, in_share, read_part, share_of
+from ...data.sources import find_parts, folder_name, in_share, read_corpus, read_part, share_of
 from ...models.weights import load_weights, save_weights, without_known_channels
 from ...pretrained import shipped
 from ...train.without_ray import train_alone
+
+log = logging.getLogger(__name__)
 
 SIDE = 64  # pixels of every picture
 # Share of the rows to read: tones and scenes are many variants of the same few things
 VARIANTS = {"tones": 0.1, "scenes": 0.2}
 LARGE, JUDGE, CLIP, SMALL, FILTERED = "large", "judge", "clip", "small", "small-filtered"
 STRIPPED = "large-stripped"
-Say = Callable[[str], None]
 
 # A tenth of the shipped model's parameters, like the paper's 300M of 3.5B
 SMALL_NET = [
@@ -58,15 +60,15 @@ MODELS = {
 }
 
 
-def train_all(out: Path, corpus: Path, say: Say) -> dict[str, Path]:
+def train_all(out: Path, corpus: Path) -> dict[str, Path]:
     """Weights of all models by name; trains those that are missing. Raises UserError."""
-    shrink(corpus, out, say)
+    shrink(corpus, out)
     weights = {LARGE: Path(shipped.locate(SHIPPED, "base"))}
     for name in MODELS:
         done = train_alone(preset(name, out), out / name)
         weights[name] = done.weights
         if done.images_per_s:
-            say(f"{name}: {done.step:,} steps, {done.images_per_s:,.0f} images/s")
+            log.info(f"{name}: {done.step:,} steps, {done.images_per_s:,.0f} images/s")
     weights[STRIPPED] = out / f"{STRIPPED}.safetensors"
     strip(weights[LARGE], weights[STRIPPED])
     return weights
@@ -105,7 +107,7 @@ def strip(inpainting: Path, out: Path) -> None:
 # -- pictures of 64 pixels -------------------------------------------------------------------------
 
 
-def shrink(corpus: Path, out: Path, say: Say) -> None:
+def shrink(corpus: Path, out: Path) -> None:
     """Copy the corpus at SIDE pixels to `out`/corpus, so that every model decodes it quickly.
 
     The folders are `everyone`, `nobody` (the same without people) and `held_out`. Raises ShardError
@@ -113,7 +115,7 @@ def shrink(corpus: Path, out: Path, say: Say) -> None:
     """
     folder = out / "corpus"
     if not read_index(folder / "everyone"):
-        say(f"pictures of {SIDE} pixels of {corpus}")
+        log.info(f"pictures of {SIDE} pixels of {corpus}")
         write_shards(
             folder / "everyone",
             _shrunk(
@@ -125,19 +127,15 @@ def shrink(corpus: Path, out: Path, say: Say) -> None:
     if not read_index(folder / "nobody"):
         people = {
             sample.meta.get("emoji")
-            for sample in _rows(folder / "everyone")
+            for sample in read_corpus(folder / "everyone")
             if emoji.shows_people(Candidate(sample))
         }
         write_shards(
             folder / "nobody",
-            (sample for sample in _rows(folder / "everyone") if not people & _things(sample)),
+            (sample for sample in read_corpus(folder / "everyone") if not people & _things(sample)),
         )
     if not read_index(folder / "held_out"):
         write_shards(folder / "held_out", _shrunk(f"{corpus}/held_out_pairs"))
-
-
-def _rows(path: Path | str) -> Iterator[Sample]:
-    return (sample for part in find_parts(path) for sample in read_part(part))
 
 
 def _things(sample: Sample) -> set:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,15 @@ from ... import storage
 from ...config.presets import EMOJI
 from ...config.sampling import SampleOptions
 from ...data.images import decode, to_uint8
-from ...data.sources import find_parts, in_share, read_part, share_of
+from ...data.sources import in_share, read_corpus, share_of
 from ...evaluation.features import ClipFeatures
 from ...models.efficientnet import load_efficientnet, normalise
 from ...precision import fastest_precision
 from ...sampling.cascade import Cascade, edit_request, load_stepper
 from ...storage import fingerprint
-from .models import CLIP, LARGE, SMALL, Say
+from .models import CLIP, LARGE, SMALL
+
+log = logging.getLogger(__name__)
 
 SAMPLING = SampleOptions(sampler="dpm++", steps="16")
 IMAGES = 192
@@ -101,8 +104,7 @@ def real_pictures(folder: Path) -> Real:
     """Pictures of a corpus: of each group the share that training reads. Raises ShardError."""
     samples = [
         sample
-        for part in find_parts(folder)
-        for sample in read_part(part)
+        for sample in read_corpus(folder)
         if in_share(sample.key, 0, 0, share_of(EMOJI["shares"], "", sample))
     ]
     return Real(
@@ -112,7 +114,7 @@ def real_pictures(folder: Path) -> Real:
 
 
 def make_set(
-    name: str, way: Way, weights: Mapping[str, Path], captions: Sequence[str], out: Path, say: Say
+    name: str, way: Way, weights: Mapping[str, Path], captions: Sequence[str], out: Path
 ) -> np.ndarray:
     """Pictures uint8 (N, S, S, 3), caption n with seed n; read from `out` if they are there."""
     clip = weights[CLIP] if way.options.clip_scale else None
@@ -125,7 +127,7 @@ def make_set(
     path = out / f"{name}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}.npy"
     if path.exists():
         return np.load(path)
-    say(f"{name}: {len(captions):,} pictures")
+    log.info(f"{name}: {len(captions):,} pictures")
     made = generate(load(weights[way.model], clip), captions, way.options)
     buffer = io.BytesIO()
     np.save(buffer, made)

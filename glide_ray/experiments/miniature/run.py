@@ -8,18 +8,16 @@ the votes of a network in place of people's, and says so.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
 from pathlib import Path
-
-from tqdm import tqdm
 
 from ... import storage
 from ...bench.quality import bench_inpainting
 from ...data import emoji
 from ...data.images import encode
 from ...data.shards import read_index
-from ...distributed.job import once
 from ...precision import fastest_precision
+from ...records import once
 from ...storage import fingerprint
 from . import findings as judged
 from . import sheets
@@ -27,33 +25,35 @@ from .findings import Finding
 from .models import JUDGE, LARGE, STRIPPED, train_all
 from .pictures import IMAGES, SETS, Eyes, Real, make_set, real_pictures
 
+log = logging.getLogger(__name__)
+
 HOLES = 64  # pictures inpainted to measure the error at the border
 FINDINGS, FIGURES, PAGE = "findings.json", "figures.json", "report.html"
 
 
-def run(out: Path, corpus: Path, say: Callable[[str], None] = tqdm.write) -> list[Finding]:
+def run(out: Path, corpus: Path) -> list[Finding]:
     """Run all experiments in the folder `out` and return the findings. Raises UserError.
 
     `corpus`: folder of the corpus that `glide corpus` builds; built if it is missing.
     """
     if not all(read_index(corpus / split) for split in ("train", "tones", "held_out_pairs")):
-        emoji.build_corpus(corpus, report=say)
-    weights = train_all(out, corpus, say)
+        emoji.build_corpus(corpus)
+    weights = train_all(out, corpus)
     real = real_pictures(out / "corpus" / "held_out")
     own = Real(real.pixels[:IMAGES], real.captions[:IMAGES])
     pictures = {
-        name: make_set(name, way, weights, own.captions, out / "pictures", say)
+        name: make_set(name, way, weights, own.captions, out / "pictures")
         for name, way in SETS.items()
     }
     held_out = out / "corpus" / "held_out"
-    painted = once(
+    painted, _ = once(
         str(out / "inpainting.json"),
         {name: fingerprint(weights[name]) for name in (STRIPPED, LARGE)},
         lambda: bench_inpainting(
             weights[STRIPPED], weights[LARGE], held_out, HOLES, precision=fastest_precision()
         ),
     )
-    say("looking at the pictures")
+    log.info("looking at the pictures")
     eyes = Eyes(weights[JUDGE])
     sets = {name: eyes.see(of, own.captions) for name, of in pictures.items()}
     seen, seen_own = eyes.see(real.pixels, real.captions), eyes.see(own.pixels, own.captions)
