@@ -219,44 +219,47 @@ def _costs(config: ServeConfig, url: str, fields: dict[str, Any]) -> dict[str, A
         f"a request costs {figures['own_cost_ms']} ms beside the engine's work; one that does "
         f"nothing {figures['nothing_ms']} ms"
     )
-    if not config.upsampler:
-        bare = (
-            ray.remote(Bare)
-            .options(num_cpus=1)
-            .remote("bare", config.base, config.precision, config.max_in_flight)
+    return figures if config.upsampler else figures | _saturation(config, url, fields)
+
+
+def _saturation(config: ServeConfig, url: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Steps per second of the saturated server, and of the engine alone, measured alternately."""
+    bare = (
+        ray.remote(Bare)
+        .options(num_cpus=1)
+        .remote("bare", config.base, config.precision, config.max_in_flight)
+    )
+    asked = load.bodies(10_000, STEPS, 1)
+    jobs = [
+        Job(body["prompt"], body["seed"], 64, SampleOptions(steps=body["steps"])) for body in asked
+    ]
+    rates = []
+    for _ in range(ROUNDS - 2):
+        engine = ray.get(bare.fill.remote(jobs, SATURATED_SECONDS))
+        clients = load.Clients(
+            f"{url}/step",
+            load.bodies(1000, STEPS, 2, **fields),
+            clients=CONCURRENT_REQUESTS,
+            seconds=SATURATED_SECONDS + 4,
         )
-        asked = load.bodies(10_000, STEPS, 1)
-        jobs = [
-            Job(body["prompt"], body["seed"], 64, SampleOptions(steps=body["steps"]))
-            for body in asked
-        ]
-        rates = []
-        for _ in range(ROUNDS - 2):
-            engine = ray.get(bare.fill.remote(jobs, SATURATED_SECONDS))
-            clients = load.Clients(
-                f"{url}/step",
-                load.bodies(1000, STEPS, 2, **fields),
-                clients=CONCURRENT_REQUESTS,
-                seconds=SATURATED_SECONDS + 4,
-            )
-            time.sleep(4)
-            before, began = _steps(url), time.monotonic()
-            time.sleep(SATURATED_SECONDS - 2)
-            rates.append(((_steps(url) - before) / (time.monotonic() - began), engine))
-            clients.answers()
-        ray.kill(bare)
-        shares = [ours / engine for ours, engine in rates]
-        figures |= {
-            "steps_per_s": round(statistics.median(a for a, _ in rates), 2),
-            "bare_steps_per_s": round(statistics.median(b for _, b in rates), 2),
-            "of_bare": round(statistics.median(shares), 3),
-            "of_bare_min": round(min(shares), 3),
-            "of_bare_max": round(max(shares), 3),
-        }
-        log.info(
-            f"at saturation {figures['steps_per_s']} steps/s of all samples; the engine alone "
-            f"{figures['bare_steps_per_s']}"
-        )
+        time.sleep(4)
+        before, began = _steps(url), time.monotonic()
+        time.sleep(SATURATED_SECONDS - 2)
+        rates.append(((_steps(url) - before) / (time.monotonic() - began), engine))
+        clients.answers()
+    ray.kill(bare)
+    shares = [ours / engine for ours, engine in rates]
+    figures = {
+        "steps_per_s": round(statistics.median(a for a, _ in rates), 2),
+        "bare_steps_per_s": round(statistics.median(b for _, b in rates), 2),
+        "of_bare": round(statistics.median(shares), 3),
+        "of_bare_min": round(min(shares), 3),
+        "of_bare_max": round(max(shares), 3),
+    }
+    log.info(
+        f"at saturation {figures['steps_per_s']} steps/s of all samples; the engine alone "
+        f"{figures['bare_steps_per_s']}"
+    )
     return figures
 
 

@@ -117,16 +117,9 @@ def bench_cascade(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steppers = []
     for role in ("base", "upsampler"):
-        config = presets.get(f"{family}-{role}").model
-        steppers.append(
-            Stepper(
-                random_model(config, DTYPES[precision], device=device),
-                config,
-                device,
-                DTYPES[precision],
-                at_once,
-            )
-        )
+        config, dtype = presets.get(f"{family}-{role}").model, DTYPES[precision]
+        model = random_model(config, dtype, device=device)
+        steppers.append(Stepper(model, config, device, dtype, at_once))
     cascade, figures = Cascade(*steppers), {}
     own = [stepper.config.sampling.respacing for stepper in steppers]
     work = sum(
@@ -139,27 +132,7 @@ def bench_cascade(
         ("own", SampleOptions()),
         ("20", SampleOptions(sampler="dpm++", steps=20, upsampler_steps=20)),
     ):
-        for count in (1, at_once):  # warm-up: chooses kernels and records CUDA graphs
-            cascade.generate(
-                (PROMPTS * at_once)[:count],
-                list(range(count)),
-                SampleOptions(steps=2, upsampler_steps=2),
-            )
-        times = [
-            timed(lambda seed=seed, options=options: cascade.generate(PROMPTS[:1], [seed], options))
-            for seed in range(repeats)
-        ]
-        many = timed(
-            lambda options=options: cascade.generate(
-                [PROMPTS[n % len(PROMPTS)] for n in range(at_once)], list(range(at_once)), options
-            )
-        )
-        figures |= {
-            f"steps_{name}_s": round(statistics.median(times), 3),
-            f"steps_{name}_s_min": round(min(times), 3),
-            f"steps_{name}_s_max": round(max(times), 3),
-            f"steps_{name}_images_per_s": round(at_once / many, 3),
-        }
+        figures |= _cascade_times(cascade, f"steps_{name}", options, repeats, at_once)
     figures["steps_own_tflop_per_s"] = round(work / figures["steps_own_s"] / 1e12, 1)
     return {
         "models": family,
@@ -169,6 +142,29 @@ def bench_cascade(
         "at_once": at_once,
         "repeats": repeats,
         **figures,
+    }
+
+
+def _cascade_times(
+    cascade: Cascade, name: str, options: SampleOptions, repeats: int, at_once: int
+) -> dict[str, float]:
+    for count in (1, at_once):  # warm-up: chooses kernels and records CUDA graphs
+        cascade.generate(
+            (PROMPTS * at_once)[:count],
+            list(range(count)),
+            SampleOptions(steps=2, upsampler_steps=2),
+        )
+    times = [
+        timed(lambda seed=seed: cascade.generate(PROMPTS[:1], [seed], options))
+        for seed in range(repeats)
+    ]
+    prompts = [PROMPTS[n % len(PROMPTS)] for n in range(at_once)]
+    many = timed(lambda: cascade.generate(prompts, list(range(at_once)), options))
+    return {
+        f"{name}_s": round(statistics.median(times), 3),
+        f"{name}_s_min": round(min(times), 3),
+        f"{name}_s_max": round(max(times), 3),
+        f"{name}_images_per_s": round(at_once / many, 3),
     }
 
 

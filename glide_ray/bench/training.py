@@ -25,6 +25,7 @@ from ..models.weights import build_model
 from ..precision import DTYPES, training_precision
 from ..tensors import Batch
 from ..train.hardware import measured_peak
+from ..train.memory import memory
 from .speed import timed
 
 # Cases for checking `glide plan`: preset, micro-batch, further settings. The last two recompute
@@ -69,40 +70,7 @@ def bench_plan(preset: str | None = None, steps: int = 3) -> dict:
     memory in fragments. In MB of 10^6 bytes. `utilisation`: FLOP/s of the fastest step as a
     fraction of those of a matrix product. Raises UserError.
     """
-    from ..train.memory import memory
-
-    rows = []
-    for name, images, settings in SHAPES:
-        if preset in (None, name):
-            whole = override(presets.get(name), plan_settings(images, settings))
-            precision = training_precision(whole.train.precision, "cpu")
-            planned = memory(whole, 1, images, precision, "cpu").total
-            found, default = (
-                measure_training(name, images, settings, steps, malloc)
-                for malloc in (RETURNED_MEMORY, {})
-            )
-            work = (
-                (4 if whole.train.activation_checkpointing else 3)
-                * operations(whole)
-                * whole.train.batch
-            )
-            rows.append(
-                {
-                    "preset": name,
-                    "precision": precision,
-                    "images": images,
-                    "settings": list(settings),
-                    "planned_mb": round(planned / 1e6, 1),
-                    "measured_mb": round(found["bytes"] / 1e6, 1),
-                    "ratio": round(planned / found["bytes"], 3),
-                    "default_malloc_mb": round(default["bytes"] / 1e6, 1),
-                    "default_malloc_ratio": round(default["bytes"] / found["bytes"], 3),
-                    "process_mb": round(found["process"] / 1e6, 1),
-                    "step_s": round(default["step_s"], 3),
-                    "gflop_per_s": round(work / default["step_s"] / 1e9, 1),
-                    "utilisation": round(work / default["step_s"] / default["peak"], 3),
-                }
-            )
+    rows = [_planned_and_measured(*shape, steps) for shape in SHAPES if preset in (None, shape[0])]
     if not rows:
         raise UserError(
             f"bench plan has no shape of {preset!r}; "
@@ -118,7 +86,33 @@ def bench_plan(preset: str | None = None, steps: int = 3) -> dict:
     }
 
 
-def plan_settings(images: int, settings: Sequence[str]) -> list[str]:
+def _planned_and_measured(name: str, images: int, settings: Sequence[str], steps: int) -> dict:
+    preset = override(presets.get(name), single_worker(images, settings))
+    precision = training_precision(preset.train.precision, "cpu")
+    planned = memory(preset, 1, images, precision, "cpu").total
+    found, default = (
+        measure_training(name, images, settings, steps, malloc) for malloc in (RETURNED_MEMORY, {})
+    )
+    passes = 4 if preset.train.activation_checkpointing else 3
+    work = passes * operations(preset) * preset.train.batch
+    return {
+        "preset": name,
+        "precision": precision,
+        "images": images,
+        "settings": list(settings),
+        "planned_mb": round(planned / 1e6, 1),
+        "measured_mb": round(found["bytes"] / 1e6, 1),
+        "ratio": round(planned / found["bytes"], 3),
+        "default_malloc_mb": round(default["bytes"] / 1e6, 1),
+        "default_malloc_ratio": round(default["bytes"] / found["bytes"], 3),
+        "process_mb": round(found["process"] / 1e6, 1),
+        "step_s": round(default["step_s"], 3),
+        "gflop_per_s": round(work / default["step_s"] / 1e9, 1),
+        "utilisation": round(work / default["step_s"] / default["peak"], 3),
+    }
+
+
+def single_worker(images: int, settings: Sequence[str]) -> list[str]:
     """Overrides for one worker and one micro-batch of `images` per step, then `settings`."""
     return ["workers=1", f"batch={images}", f"micro_batch={images}", "start_from=none", *settings]
 
@@ -169,7 +163,7 @@ def _train_and_measure(name: str, images: int, settings: Sequence[str], steps: i
             for number in range(1, count + 1)
         ]
 
-    preset = override(presets.get(name), plan_settings(images, settings))
+    preset = override(presets.get(name), single_worker(images, settings))
     train(override(presets.get("nano-base"), [*TINY, f"precision={preset.train.precision}"]), 2)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -201,69 +195,16 @@ def bench_train(
     if not torch.cuda.is_available():
         # Otherwise DeepSpeed reports on standard output that it had to guess the accelerator
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from ..train.ema import Ema  # imports DeepSpeed, which only this benchmark needs
-    from ..train.loop import Trainer, quiet
-    from ..train.objectives import denoising, draw
+    from ..train.loop import Trainer, quiet  # imports DeepSpeed, which only this benchmark needs
 
     quiet()
-    preset = override(
-        preset,
-        [
-            "workers=1",
-            f"batch={images}",
-            f"micro_batch={images}",
-            f"precision={precision}",
-            "start_from=none",
-        ],
-    )
-    model, size = preset.model, preset.data.crop or preset.model.image_size
-    conditioning = example_conditioning(model, images)
-    if conditioning.low_res is not None:
-        conditioning = replace(
-            conditioning, low_res=conditioning.low_res[..., : size // 4, : size // 4]
-        )
-    batch = Batch(torch.rand(images, 3, size, size) * 2 - 1, conditioning)
-    trainer, schedule = (
-        Trainer(preset),
-        make_schedule(model.diffusion.schedule, model.diffusion.steps),
-    )
-    schedule, on_device = schedule.to(trainer.device), batch.to(trainer.device)
-
-    def loop(dtype: torch.dtype, memory_format: torch.memory_format) -> Callable[[int], None]:
-        network = build_model(model).train().to(trainer.device, dtype)
-        network.memory_format = memory_format
-        masters = (
-            [parameter.detach().float().requires_grad_() for parameter in network.parameters()]
-            if dtype != torch.float32
-            else list(network.parameters())
-        )
-        # Fused in the bare loop, as in ours; PyTorch's default in the plain one
-        optimiser = torch.optim.AdamW(
-            masters, lr=1e-4, weight_decay=0.0, fused=dtype != torch.float32 or None
-        )
-        ema = Ema(masters, preset.train.ema_rates)
-
-        def step(number: int) -> None:
-            drawn = (tensor.to(trainer.device) for tensor in draw(schedule, on_device, 0, number))
-            denoising(network, schedule, on_device, *drawn)["loss"].mean().backward()
-            for master, parameter in zip(masters, network.parameters(), strict=True):
-                if master is not parameter:
-                    master.grad, parameter.grad = parameter.grad.float(), None
-            optimiser.step()
-            optimiser.zero_grad()
-            with torch.no_grad():
-                for master, parameter in zip(masters, network.parameters(), strict=True):
-                    if master is not parameter:
-                        parameter.copy_(master)
-            if dtype != torch.float32:
-                ema.update(number)
-
-        return step
-
+    preset = override(preset, single_worker(images, [f"precision={precision}"]))
+    batch, trainer = _random_batch(preset, images), Trainer(preset)
+    on_device = batch.to(trainer.device)
     steps = {
         "ours": lambda number: trainer.step(iter([batch]), number),
-        "plain": loop(torch.float32, torch.contiguous_format),
-        "bare": loop(DTYPES[precision], torch.channels_last),
+        "plain": _plain_loop(preset, on_device, torch.float32, torch.contiguous_format),
+        "bare": _plain_loop(preset, on_device, DTYPES[precision], torch.channels_last),
     }
     for step in steps.values():
         step(1)
@@ -271,12 +212,10 @@ def bench_train(
         {name: timed(lambda step=step, number=number: step(number)) for name, step in steps.items()}
         for number in range(2, repeats + 2)
     ]
-    ratios, costs = (
-        [row["plain"] / row["ours"] for row in times],
-        [row["ours"] / row["bare"] for row in times],
-    )
+    ratios = [row["plain"] / row["ours"] for row in times]
+    costs = [row["ours"] / row["bare"] for row in times]
     return {
-        "preset": model.name,
+        "preset": preset.model.name,
         "precision": precision,
         "batch": images,
         **{
@@ -291,3 +230,53 @@ def bench_train(
         "to_bare_max": round(max(costs), 3),
         "repeats": repeats,
     }
+
+
+def _random_batch(preset: Preset, images: int) -> Batch:
+    size = preset.data.crop or preset.model.image_size
+    conditioning = example_conditioning(preset.model, images)
+    if conditioning.low_res is not None:
+        conditioning = replace(
+            conditioning, low_res=conditioning.low_res[..., : size // 4, : size // 4]
+        )
+    return Batch(torch.rand(images, 3, size, size) * 2 - 1, conditioning)
+
+
+def _plain_loop(
+    preset: Preset, batch: Batch, dtype: torch.dtype, memory_format: torch.memory_format
+) -> Callable[[int], None]:
+    """A training step in plain PyTorch, by number; below float32 with master weights and EMA."""
+    from ..train.ema import Ema
+    from ..train.objectives import denoising, draw
+
+    model, device = preset.model, batch.image.device
+    schedule = make_schedule(model.diffusion.schedule, model.diffusion.steps).to(device)
+    network = build_model(model).train().to(device, dtype)
+    network.memory_format = memory_format
+    masters = (
+        [parameter.detach().float().requires_grad_() for parameter in network.parameters()]
+        if dtype != torch.float32
+        else list(network.parameters())
+    )
+    # Fused in the bare loop, as in ours; PyTorch's default in the plain one
+    optimiser = torch.optim.AdamW(
+        masters, lr=1e-4, weight_decay=0.0, fused=dtype != torch.float32 or None
+    )
+    ema = Ema(masters, preset.train.ema_rates)
+
+    def step(number: int) -> None:
+        drawn = (tensor.to(device) for tensor in draw(schedule, batch, 0, number))
+        denoising(network, schedule, batch, *drawn)["loss"].mean().backward()
+        for master, parameter in zip(masters, network.parameters(), strict=True):
+            if master is not parameter:
+                master.grad, parameter.grad = parameter.grad.float(), None
+        optimiser.step()
+        optimiser.zero_grad()
+        with torch.no_grad():
+            for master, parameter in zip(masters, network.parameters(), strict=True):
+                if master is not parameter:
+                    parameter.copy_(master)
+        if dtype != torch.float32:
+            ema.update(number)
+
+    return step

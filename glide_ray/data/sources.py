@@ -224,39 +224,21 @@ def _read_parquet(url: str) -> Iterator[Sample]:
     except (pyarrow.ArrowInvalid, OSError):
         raise ShardError(f"{url} is not a whole Parquet file; copy it again.") from None
     names = table.schema_arrow.names
-    image, path = (
-        next((name for name in wanted if name in names), None)
-        for wanted in (IMAGE_COLUMNS, PATH_COLUMNS)
+    # A column of images is preferred to one of paths.
+    image, caption = (
+        _column(url, names, wanted) for wanted in ((*IMAGE_COLUMNS, *PATH_COLUMNS), CAPTION_COLUMNS)
     )
-    if image is None and path is None:
-        raise ShardError(
-            f"{url} has no column named {' or '.join((*IMAGE_COLUMNS, *PATH_COLUMNS))}; it has: "
-            f"{', '.join(names)}."
-        )
-    caption = next((name for name in CAPTION_COLUMNS if name in names), None)
-    if caption is None:
-        raise ShardError(
-            f"{url} has no column named {' or '.join(CAPTION_COLUMNS)}; it has: {', '.join(names)}."
-        )
+    embedded = image if image in IMAGE_COLUMNS else None
     position = 0
     try:
         for batch in table.iter_batches(ROWS_AT_ONCE):
             for row in batch.to_pylist():
-                content = row[image or path]
-                if isinstance(content, dict):  # Hugging Face's format
-                    content = content.get("bytes") or content.get("path")
-                content = (
-                    _beside(url, content)
-                    if isinstance(content, str)
-                    else content
-                    if isinstance(content, bytes)
-                    else b""
-                )
+                content = _content(url, row[image])
                 captions = _captions(row[caption])
                 meta = {
                     name: value
                     for name, value in row.items()
-                    if name not in (image, caption) and isinstance(value, (str, int, float))
+                    if name not in (embedded, caption) and isinstance(value, (str, int, float))
                 }
                 yield Sample(
                     str(row.get("key", f"{PurePosixPath(url).stem}-{position:06d}")),
@@ -270,6 +252,25 @@ def _read_parquet(url: str) -> Iterator[Sample]:
         raise ShardError(
             f"{url} is broken after its first {position:,} rows; copy it again."
         ) from None
+
+
+def _column(url: str, names: Sequence[str], wanted: Sequence[str]) -> str:
+    """The first of the wanted column names that is there. Raises ShardError."""
+    for name in wanted:
+        if name in names:
+            return name
+    raise ShardError(
+        f"{url} has no column named {' or '.join(wanted)}; it has: {', '.join(names)}."
+    )
+
+
+def _content(url: str, value: object) -> bytes:
+    """Bytes of an image from a Parquet cell: bytes, a path, or either in Hugging Face's format."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        return _beside(url, value)
+    return value if isinstance(value, bytes) else b""
 
 
 def _read_files(part: Part) -> Iterator[Sample]:

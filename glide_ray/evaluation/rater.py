@@ -56,9 +56,6 @@ def build_app(votes: Votes, pictures: Path, wanted: int, link_key: str) -> FastA
     come from a proxy.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    page = Environment(autoescape=True).from_string(
-        (Path(__file__).with_name("rater.html")).read_text(encoding="utf-8")
-    )
 
     def admitted(glide_key: Annotated[str, Cookie()] = "") -> None:
         if not secrets.compare_digest(glide_key.encode(), link_key.encode()):
@@ -71,11 +68,25 @@ def build_app(votes: Votes, pictures: Path, wanted: int, link_key: str) -> FastA
             )
         return glide_rater
 
-    def turns(rater: str) -> JSONResponse:
-        shown, done, rest = votes.turns(rater, wanted)
-        return JSONResponse(
-            {"turns": [asdict(turn) for turn in shown], "done": done, "rest": rest}, headers=HEADERS
-        )
+    _add_page(app, admitted)
+    _add_votes(app, votes, wanted, known)
+
+    @app.get("/pictures/{name}.png", dependencies=[Depends(admitted)])
+    def picture(name: str) -> Response:
+        return _picture(pictures, name)
+
+    @app.exception_handler(VotesError)
+    def unavailable(_: Request, error: VotesError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 503, HEADERS)
+
+    return app
+
+
+def _add_page(app: FastAPI, admitted: Callable[[str], None]) -> None:
+    """Add the page itself, which also takes the key and the name from a link."""
+    page = Environment(autoescape=True).from_string(
+        (Path(__file__).with_name("rater.html")).read_text(encoding="utf-8")
+    )
 
     @app.get("/")
     def start(
@@ -96,24 +107,32 @@ def build_app(votes: Votes, pictures: Path, wanted: int, link_key: str) -> FastA
             )
         # Redirect, to move name and key from the address and the browser history into cookies.
         if rater is not None or key is not None:
-            answer: Response = RedirectResponse("./", 303, HEADERS)
+            response: Response = RedirectResponse("./", 303, HEADERS)
         else:
             nonce = secrets.token_urlsafe(16)
-            answer = HTMLResponse(
+            response = HTMLResponse(
                 page.render(nonce=nonce, questions=QUESTIONS),
                 headers={**HEADERS, "Content-Security-Policy": POLICY.format(nonce)},
             )
         if key is not None:
-            answer.set_cookie("glide_key", key, YEAR, httponly=True, samesite="lax")
+            _set_cookie(response, "glide_key", key)
         if rater is not None or not NAME.fullmatch(glide_rater):
-            answer.set_cookie(
-                "glide_rater",
-                rater or secrets.token_urlsafe(16),
-                YEAR,
-                httponly=True,
-                samesite="lax",
-            )
-        return answer
+            _set_cookie(response, "glide_rater", rater or secrets.token_urlsafe(16))
+        return response
+
+
+def _set_cookie(response: Response, name: str, value: str) -> None:
+    response.set_cookie(name, value, YEAR, httponly=True, samesite="lax")
+
+
+def _add_votes(app: FastAPI, votes: Votes, wanted: int, known: Callable[..., str]) -> None:
+    """Add the routes for the next comparisons and for the votes."""
+
+    def turns(rater: str) -> JSONResponse:
+        shown, done, rest = votes.turns(rater, wanted)
+        return JSONResponse(
+            {"turns": [asdict(turn) for turn in shown], "done": done, "rest": rest}, headers=HEADERS
+        )
 
     @app.get("/turns")
     def next_turns(rater: str = Depends(known)) -> JSONResponse:
@@ -125,30 +144,24 @@ def build_app(votes: Votes, pictures: Path, wanted: int, link_key: str) -> FastA
             raise HTTPException(404, "There is no such turn of yours.")
         return turns(rater)
 
-    @app.get("/pictures/{name}.png", dependencies=[Depends(admitted)])
-    def picture(name: str) -> Response:
-        if (
-            not re.fullmatch("[0-9a-f]{16}", name)
-            or not (path := pictures / f"{name}.png").exists()
-        ):
-            raise HTTPException(404, "There is no such picture.")
-        # Send bytes, not the file: its modification time would reveal which pictures were written
-        # together.
-        return Response(
-            path.read_bytes(),
-            media_type="image/png",
-            headers={**HEADERS, "Cache-Control": "private, max-age=86400, immutable"},
-        )
 
-    @app.exception_handler(VotesError)
-    def unavailable(_: Request, error: VotesError) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, 503, HEADERS)
-
-    return app
+def _picture(folder: Path, name: str) -> Response:
+    path = folder / f"{name}.png"
+    if not re.fullmatch("[0-9a-f]{16}", name) or not path.exists():
+        raise HTTPException(404, "There is no such picture.")
+    # Send bytes, not the file: its modification time would reveal which pictures were written
+    # together.
+    return Response(
+        path.read_bytes(),
+        media_type="image/png",
+        headers={**HEADERS, "Cache-Control": "private, max-age=86400, immutable"},
+    )
 
 
-def serve(app: FastAPI, host: str, port: int, link_key: str, report: Callable[[str], None]) -> None:
-    """Serve until interrupted; report the link as soon as it can be opened.
+def serve(
+    app: FastAPI, host: str, port: int, link_key: str, show_link: Callable[[str], None]
+) -> None:
+    """Serve until interrupted; show the link as soon as it can be opened.
 
     Raises UserError if the address is not available.
     """
@@ -169,7 +182,7 @@ def serve(app: FastAPI, host: str, port: int, link_key: str, report: Callable[[s
             if ":" in host
             else host
         )
-        report(f"http://{name}:{listening.getsockname()[1]}/?key={link_key}")
+        show_link(f"http://{name}:{listening.getsockname()[1]}/?key={link_key}")
         uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(
             sockets=[listening]
         )

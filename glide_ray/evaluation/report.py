@@ -194,36 +194,36 @@ def fronts(points: Sequence[Point], inception: bool, network: str = "CLIP") -> n
         there = [
             point for point in points if None not in (point.figures[across], point.figures[up])
         ]
-        for kind, line in _lines(there).items():
-            axis.plot(
-                [point.figures[across] for point in line],
-                [point.figures[up] for point in line],
-                "o-",
-                label=kind,
-                markersize=4,
-                linewidth=1.3,
-            )
-        for point in there:
-            if point.guidance is None:
-                axis.plot(
-                    [point.figures[across]],
-                    [point.figures[up]],
-                    "s",
-                    label=point.name,
-                    markersize=5,
-                )
-            axis.annotate(
-                f"{point.guidance[1]:g}" if point.guidance else "",
-                (point.figures[across], point.figures[up]),
-                textcoords="offset points",
-                xytext=(4, 4),
-                fontsize=8,
-                color="grey",
-            )
+        _plot_points(axis, there, across, up)
         axis.set(xlabel=across_label, ylabel=up_label)
         axis.grid(alpha=0.3)
     axes[1].legend()  # the panel in which every set has a point
     return _pixels(figure)
+
+
+def _plot_points(axis, points: Sequence[Point], across: str, up: str) -> None:
+    """Plot the figure `up` over `across`: lines of guided sets, squares for all other sets."""
+    for kind, line in _lines(points).items():
+        axis.plot(
+            [point.figures[across] for point in line],
+            [point.figures[up] for point in line],
+            "o-",
+            label=kind,
+            markersize=4,
+            linewidth=1.3,
+        )
+    for point in points:
+        place = point.figures[across], point.figures[up]
+        if point.guidance is None:
+            axis.plot([place[0]], [place[1]], "s", label=point.name, markersize=5)
+        axis.annotate(
+            f"{point.guidance[1]:g}" if point.guidance else "",
+            place,
+            textcoords="offset points",
+            xytext=(4, 4),
+            fontsize=8,
+            color="grey",
+        )
 
 
 def _lines(points: Sequence[Point]) -> dict[str, list[Point]]:

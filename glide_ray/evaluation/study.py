@@ -285,28 +285,19 @@ def _real_checks(asked: Asked, secret: str, folder: Path, count: int) -> list[Co
             f"it out."
         )
     prompts, checks, wanted = list(corpus), [], {}
-    # (part's URL, place) of a picture -> words of all its captions.
-    said: dict[tuple[str, int], set[str]] = {}
-    for prompt, pictures in corpus.items():
-        for one in pictures:
-            said.setdefault((one.part.url, one.place), set()).update(_words(prompt))
+    words = _words_of_pictures(corpus)
     for question in asked.questions:
         for n in range(_how_many(count)):
             prompt = prompts[draw(secret, "check", question, n) % len(prompts)]
             right, wrong = corpus[prompt][0], None
             if question == "caption":
                 others = (
-                    prompts[draw(secret, "other", n, attempt) % len(prompts)]
+                    corpus[prompts[draw(secret, "other", n, attempt) % len(prompts)]][0]
                     for attempt in range(TRIES)
                 )
+                own = words[right.part.url, right.place]
                 wrong = next(
-                    (
-                        one
-                        for other in others
-                        if not said[(one := corpus[other][0]).part.url, one.place]
-                        & said[right.part.url, right.place]
-                    ),
-                    None,
+                    (one for one in others if not words[one.part.url, one.place] & own), None
                 )
                 if wrong is None:
                     continue
@@ -328,6 +319,17 @@ def _real_checks(asked: Asked, secret: str, folder: Path, count: int) -> list[Co
         )
         for question, n, prompt, right, wrong in checks
     ]
+
+
+def _words_of_pictures(
+    corpus: Mapping[str, Sequence[StudyPicture]],
+) -> dict[tuple[str, int], set[str]]:
+    """(part's URL, place) of a picture -> words of all its captions."""
+    words: dict[tuple[str, int], set[str]] = {}
+    for caption, pictures in corpus.items():
+        for one in pictures:
+            words.setdefault((one.part.url, one.place), set()).update(_words(caption))
+    return words
 
 
 def _noise(secret: str, folder: Path, of: tuple[str, int], size: tuple[int, int]) -> str:

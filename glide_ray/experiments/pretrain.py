@@ -69,20 +69,9 @@ def pretrain(
     """
     if name not in MODELS:
         raise ConfigError(f"{name!r} does not ship; {nearest(name, MODELS)}")
-    gpu = torch.cuda.is_available()
     log.info(f"the corpus in {corpus}")
     build_corpus(corpus, styles=styles, packages=packages, scenes=scenes)
-    preset = override(
-        presets.get(name),
-        [
-            "trackers=",
-            "sample_every=none",
-            f"data.held_out={corpus}/held_out",
-            f"data.corpus={corpus}/{{train,tones,scenes}}",
-            *(ON_GPU[name] if gpu else []),
-            *settings,
-        ],
-    )
+    preset = _preset(name, corpus, settings)
     if name == BASE and preset.train.start_from is None:
         if not (run / WORDS).exists():
             _learn_words(preset, run / WORDS, WORDS_PART * minutes)
@@ -90,7 +79,7 @@ def pretrain(
         preset = override(preset, [f"start_from={run / WORDS}", "text_rate=0", *settings])
     done = train_alone(preset, run, minutes)
     log.info(f"{done.step:,} steps, {done.images_per_s:,.0f} images/s")
-    device = torch.cuda.get_device_name() if gpu else "CPU"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     trained = read_trained(run, recipe={"device": device})
     write_half(trained, run / "half.safetensors")
     _write_parts(run / "half.safetensors", out, name, dict(trained.recipe))
@@ -99,6 +88,20 @@ def pretrain(
     storage.put((run / METRICS).read_bytes(), out / f"{name}.{METRICS}")
     log.info(f"{out}: join the parts with `cat {name}.safetensors.* > {name}.safetensors`")
     return done
+
+
+def _preset(name: str, corpus: Path, settings: Sequence[str]) -> Preset:
+    return override(
+        presets.get(name),
+        [
+            "trackers=",
+            "sample_every=none",
+            f"data.held_out={corpus}/held_out",
+            f"data.corpus={corpus}/{{train,tones,scenes}}",
+            *(ON_GPU[name] if torch.cuda.is_available() else []),
+            *settings,
+        ],
+    )
 
 
 def _learn_words(preset: Preset, path: Path, minutes: float) -> None:

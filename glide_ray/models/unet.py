@@ -62,65 +62,75 @@ class GlideUNet(nn.Module):
         self.time_in = nn.Linear(config.channels, embedding)
         self.time_out = nn.Linear(embedding, embedding)
 
-        def residual(channels, out_channels, resample=None):
-            return ResBlock(
-                channels, out_channels, embedding, config.groups, config.dropout, resample
-            )
-
-        def attention(channels):
-            return AttentionBlock(channels, config.head_channels, config.text.width, config.groups)
-
-        # Down path: every stage's output is kept as a skip connection.
         channels = config.channels * config.multipliers[0]
-        size, folded = config.image_size // config.patch, config.patch**2
+        folded = config.patch**2
         self.stem = nn.Conv2d(config.in_channels * folded, channels, 3, padding=1)
-        self.down, kept = nn.ModuleList(), [channels]
-        for level, multiplier in enumerate(config.multipliers):
-            width = config.channels * multiplier
-            for _ in range(config.blocks):
-                self.down.append(
-                    Stage(
-                        residual(channels, width),
-                        attention(width) if size in config.attention_sizes else None,
-                    )
-                )
-                channels = width
-                kept.append(channels)
-            if level < len(config.multipliers) - 1:
-                self.down.append(Stage(residual(channels, channels, Downsample), None))
-                kept.append(channels)
-                size //= 2
-
+        self.down, kept = self._down_path()
+        channels = kept[-1]
         self.middle = nn.ModuleList(
             [
-                Stage(residual(channels, channels), attention(channels)),
-                Stage(residual(channels, channels), None),
+                Stage(self._residual(channels, channels), self._attention(channels)),
+                Stage(self._residual(channels, channels), None),
             ]
         )
-
-        # Up path: one block more per level; each also receives a skip connection.
-        self.up = nn.ModuleList()
-        for level, multiplier in reversed(list(enumerate(config.multipliers))):
-            width = config.channels * multiplier
-            for index in range(config.blocks + 1):
-                resample = (
-                    residual(width, width, Upsample) if level and index == config.blocks else None
-                )
-                self.up.append(
-                    Stage(
-                        residual(channels + kept.pop(), width),
-                        attention(width) if size in config.attention_sizes else None,
-                        resample,
-                    )
-                )
-                channels = width
-            if level:
-                size *= 2
-
+        self.up = self._up_path(kept)
+        channels = config.channels * config.multipliers[0]
         self.out_norm = GroupNorm(config.groups, channels)
         # Outputs: 3 channels of eps, v or x_0, and 3 of the variance interpolation.
         self.out = nn.Conv2d(channels, 6 * folded, 3, padding=1)
         self.initialise()
+
+    # -- construction ---------------------------------------------------------------------------
+
+    def _residual(
+        self, channels: int, out_channels: int, resample: type[nn.Module] | None = None
+    ) -> ResBlock:
+        config = self.config
+        return ResBlock(
+            channels, out_channels, 4 * config.channels, config.groups, config.dropout, resample
+        )
+
+    def _attention(self, channels: int) -> AttentionBlock:
+        config = self.config
+        return AttentionBlock(channels, config.head_channels, config.text.width, config.groups)
+
+    def _stage_attention(self, level: int, channels: int) -> AttentionBlock | None:
+        """Attention at this level, if the config has it at the level's image size."""
+        size = self.config.image_size // self.config.patch // 2**level
+        return self._attention(channels) if size in self.config.attention_sizes else None
+
+    def _down_path(self) -> tuple[nn.ModuleList, list[int]]:
+        """(stages, channels of the stem's and of each stage's output, all skip connections)."""
+        config = self.config
+        channels = config.channels * config.multipliers[0]
+        stages, kept = nn.ModuleList(), [channels]
+        for level, multiplier in enumerate(config.multipliers):
+            width = config.channels * multiplier
+            for _ in range(config.blocks):
+                stages.append(
+                    Stage(self._residual(channels, width), self._stage_attention(level, width))
+                )
+                channels = width
+                kept.append(channels)
+            if level < len(config.multipliers) - 1:
+                stages.append(Stage(self._residual(channels, channels, Downsample), None))
+                kept.append(channels)
+        return stages, kept
+
+    def _up_path(self, kept: list[int]) -> nn.ModuleList:
+        """Stages; one block more per level than downwards, each with a skip connection."""
+        config, channels, kept = self.config, kept[-1], list(kept)
+        stages = nn.ModuleList()
+        for level, multiplier in reversed(list(enumerate(config.multipliers))):
+            width = config.channels * multiplier
+            for index in range(config.blocks + 1):
+                block = self._residual(channels + kept.pop(), width)
+                attention = self._stage_attention(level, width)
+                upsamples = level and index == config.blocks
+                resample = self._residual(width, width, Upsample) if upsamples else None
+                stages.append(Stage(block, attention, resample))
+                channels = width
+        return stages
 
     # -- initialisation -------------------------------------------------------------------------
 

@@ -254,27 +254,54 @@ def find_machine(
         else f"{part:.0%} of {'what a matrix product reaches' if on_cpu else 'its peak'}"
     )
     note += "" if tflops or utilisation else ", assumed"
-    if on_cpu:
-        dtype = torch.bfloat16 if training_precision(precision, "cpu") == "bf16" else torch.float32
-        flops, single = (
-            tflops * TERA if tflops else measured_peak(number) * part / workers
-            for number in (dtype, torch.float32)
-        )
-        return Machine(
-            "cpu", cpu_budget(workers), flops, link * GIGA if link else GLOO, "cpu", single, note
-        )
+    find = _cpu_machine if on_cpu else _gpu_machine
+    return find(
+        kind,
+        workers,
+        precision,
+        part,
+        tflops * TERA if tflops else None,
+        link * GIGA if link else None,
+        note,
+    )
+
+
+def _cpu_machine(
+    kind: str,
+    workers: int,
+    precision: str,
+    part: float,
+    flops: float | None,
+    link: float | None,
+    note: str,
+) -> Machine:
+    low = torch.bfloat16 if training_precision(precision, "cpu") == "bf16" else torch.float32
+    reached, single = (
+        flops or measured_peak(dtype) * part / workers for dtype in (low, torch.float32)
+    )
+    return Machine("cpu", cpu_budget(workers), reached, link or GLOO, "cpu", single, note)
+
+
+def _gpu_machine(
+    kind: str,
+    workers: int,
+    precision: str,
+    part: float,
+    flops: float | None,
+    link: float | None,
+    note: str,
+) -> Machine:
     gpu, precision = gpu_named(kind), training_precision(precision, "cuda")
     peak = gpu.peak(precision)
     if peak is None:
         raise ConfigError(
             f"Setting train.precision: {kind} has no {precision} arithmetic; use fp16."
         )
-    sent = link * GIGA if link else gpu.inside if workers <= NODE else gpu.between
     return Machine(
         kind.lower(),
         gpu.memory * USABLE,
-        tflops * TERA if tflops else peak * part,
-        sent,
+        flops or peak * part,
+        link or (gpu.inside if workers <= NODE else gpu.between),
         "cuda",
         gpu.single * part,
         note,

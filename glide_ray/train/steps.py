@@ -78,14 +78,7 @@ def train_loop(
 
         # Metrics: one transfer from the device for all steps since the last logged one.
         if number % train.log_every == 0 or number == train.steps:
-            means = quartile_means(
-                trainer.summed(
-                    {
-                        name: torch.stack([step[name] for step in recent]).mean() / trainer.world
-                        for name in recent[0]
-                    }
-                )
-            )
+            means = _means(trainer, recent)
             now = time.perf_counter()
             outlets.metrics(
                 {
@@ -108,6 +101,18 @@ def train_loop(
             paused = time.perf_counter()
             outlets.checkpoint(trainer.save)
             began += time.perf_counter() - paused
+
+
+def _means(trainer: Trains, steps: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Means of the metrics over steps and ranks."""
+    return quartile_means(
+        trainer.summed(
+            {
+                name: torch.stack([step[name] for step in steps]).mean() / trainer.world
+                for name in steps[0]
+            }
+        )
+    )
 
 
 def _endless(

@@ -99,27 +99,27 @@ def _run(
 ) -> Done:
     train, checkpoints = preset.train, Checkpoints(out)
     trainer = SingleTrainer(preset)
-    _go_on(trainer, checkpoints, log)
+    _resume(trainer, checkpoints, log)
     checkpoints.sweep()
     first, began = trainer.progress.step, time.monotonic()
     log.event(
         f"{preset.model.name} in one process ({trainer.device.type}), {trainer.precision}, "
         f"batch {train.batch:,}, from step {first:,}"
     )
-    keeper = CheckpointWriter(
+    writer = CheckpointWriter(
         checkpoints, uuid.uuid4().hex[:8], train.keep_last, train.keep_every, log.event
     )
     held_out = held_out_batches(preset.data, preset.model, trainer.share.micro_batch)
 
     def save(write: Callable[[Path], None]) -> None:
         step = trainer.progress.step
-        keeper.save(step, write)
+        writer.save(step, write)
         if train.sample_every and step % train.sample_every == 0:
-            keeper.finish()
+            writer.finish()
             log.grid(step, _grid(checkpoints, preset))
 
     def after_step(number: int) -> bool:
-        keeper.step()
+        writer.step()
         log.step(number)
         if ends():
             raise _Ended
@@ -135,16 +135,7 @@ def _run(
             trainer.progress.step,
         )
     step = trainer.progress.step
-    if not checkpoints.whole() or checkpoints.whole()[-1].step < step:
-        keeper.save(step, trainer.save)
-        keeper.finish()
-    whole = checkpoints.whole()
-    if not whole or whole[-1].step < step:
-        raise UserError(
-            f"The last checkpoint could not be written to {out}; make room there, "
-            f"and run the same command again."
-        )
-    export_average(Path(whole[-1].path), out / WEIGHTS)
+    export_average(_last_checkpoint(trainer, checkpoints, writer, out), out / WEIGHTS)
     return Done(
         step,
         finished,
@@ -153,11 +144,28 @@ def _run(
     )
 
 
+def _last_checkpoint(
+    trainer: SingleTrainer, checkpoints: Checkpoints, writer: CheckpointWriter, out: Path
+) -> Path:
+    """The checkpoint of the last step, saved now if it is missing. Raises UserError."""
+    step = trainer.progress.step
+    if not checkpoints.whole() or checkpoints.whole()[-1].step < step:
+        writer.save(step, trainer.save)
+        writer.finish()
+    whole = checkpoints.whole()
+    if not whole or whole[-1].step < step:
+        raise UserError(
+            f"The last checkpoint could not be written to {out}; make room there, "
+            f"and run the same command again."
+        )
+    return Path(whole[-1].path)
+
+
 class _Ended(Exception):
     """Stops the training loop after the current step."""
 
 
-def _go_on(trainer: SingleTrainer, checkpoints: Checkpoints, log: _Log) -> None:
+def _resume(trainer: SingleTrainer, checkpoints: Checkpoints, log: _Log) -> None:
     """Load the last undamaged checkpoint, if there are checkpoints.
 
     Raises CheckpointError if all of them are damaged.

@@ -11,7 +11,7 @@ from helpers.tiny import tiny, tiny_clip
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from glide_ray.bench.training import RETURNED_MEMORY, measure_training, plan_settings
+from glide_ray.bench.training import RETURNED_MEMORY, measure_training, single_worker
 from glide_ray.cli.main import main
 from glide_ray.config import presets
 from glide_ray.config.overrides import override
@@ -558,7 +558,7 @@ def test_the_table_marks_one_way_and_counts_its_calls():
 @pytest.mark.slow
 def test_the_planned_memory_of_nano_base_is_within_15_percent_of_what_a_trainer_takes():
     planned = memory(
-        override(presets.get("nano-base"), plan_settings(16, ())), 1, 16, "fp32", "cpu"
+        override(presets.get("nano-base"), single_worker(16, ())), 1, 16, "fp32", "cpu"
     ).total
     measured = measure_training("nano-base", 16, (), 2, RETURNED_MEMORY)["bytes"]
     assert abs(planned / measured - 1) < 0.15

@@ -20,13 +20,12 @@ from ...data.content import (
 from ...data.filters import Report, Rule
 from ...data.sources import Part, find_parts
 from ...evaluation.features import ClipFeatures
-from ...evaluation.pages import Section, page
 from ...models.clip_scorer import fetch_clip
 from ...storage import fingerprint
 from ..cluster import connect, send_with
 from ..embed import ACTORS, EmbeddedCorpus, embed
-from .corpus import PAGE, count, refuse_source, rewrite, write_manifest
-from .filter_report import PICTURES_SHOWN, Assessment, score_bars, truth_sections
+from .corpus import PAGE, count, refuse_source, rewrite, with_reasons, write_manifest
+from .filter_report import Assessment, applied_page
 
 log = logging.getLogger(__name__)
 
@@ -54,14 +53,7 @@ def apply_content(
     """
     refuse_source(source, [], out)
     content = load_filter(path)
-    clip = str(Path(fetch_clip(clip or content.settings["clip"])).resolve())
-    ClipFeatures(clip)
-    if fingerprint(clip) != content.clip:
-        raise ContentError(
-            f"{clip} is not the CLIP that {path} was fitted with: its SHA-256 begins "
-            f"{fingerprint(clip)[:16]} and should "
-            f"{content.clip[:16]}; give the right one with --clip."
-        )
+    clip = _same_clip(content, path, clip)
     parts = find_parts(storage.absolute(source))
     refuse_source(source, parts, out)
     storage.check_writable(out)  # fail before hours of embedding
@@ -72,91 +64,52 @@ def apply_content(
     scores = rows["score"].to_numpy()
     reason = np.array(rows["reason"].to_pylist(), object)
     reason[(reason == "") & (scores >= 0)] = f"with {content.name}"
-    rows = rows.set_column(
-        rows.schema.get_field_index("reason"),
-        "reason",
-        pyarrow.array(reason.tolist(), pyarrow.large_string()),
-    )
+    rows = with_reasons(rows, reason)
     stays = np.flatnonzero(reason == "")
     log.info(f"writing {len(stays):,} rows to {out}")
     index, faults = rewrite(
         parts, rows["part"].to_numpy()[stays], rows["position"].to_numpy()[stays], out, per_shard
     )
     counted = count(rows, index, [*scanned.faults, *faults])
-    write_manifest(
-        out,
-        parts,
-        rows,
-        counted,
-        {"source": source, "filter": content.name, "clip_sha256": content.clip},
-    )
-    return _applied_page(
-        content, source, out, parts, rows, scores, reason, counted, truth is not None
-    )
+    about = {"source": source, "filter": content.name, "clip_sha256": content.clip}
+    write_manifest(out, parts, rows, counted, about)
+    scored = np.flatnonzero(~np.isnan(scores))
+    scored_rows, scores = _scored_rows(parts, rows, scored), scores[scored]
+    assessment = None
+    if truth is not None:
+        labels = np.array(rows["truth"].take(scored).to_pylist(), bool)
+        on = f"{source}, its labelled rows included"
+        assessment = Assessment(on, scored_rows, scores, labels)
+    title = f"{source} without {content.name}"
+    report = applied_page(title, len(rows), len(parts), counted, scored_rows, scores, assessment)
+    storage.put(report.encode(), f"{out.rstrip('/')}/{PAGE}")
+    return Applied(counted, assessment)
 
 
-def _applied_page(
-    content: ContentFilter,
-    source: str,
-    out: str,
-    parts: Sequence[Part],
-    rows: pyarrow.Table,
-    scores: np.ndarray,
-    reason: np.ndarray,
-    counted: Report,
-    known: bool,
-) -> Applied:
-    seen = np.flatnonzero(~np.isnan(scores))
-    places = list(zip(rows["part"].to_pylist(), rows["position"].to_pylist(), strict=True))
-    captions = rows["caption"].to_pylist()
-    looked = EmbeddedCorpus(
+def _same_clip(content: ContentFilter, path: str | Path, clip: str | None) -> str:
+    """Local path of the CLIP that the filter was fitted with. Raises ContentError for another."""
+    clip = str(Path(fetch_clip(clip or content.settings["clip"])).resolve())
+    ClipFeatures(clip)
+    if fingerprint(clip) != content.clip:
+        raise ContentError(
+            f"{clip} is not the CLIP that {path} was fitted with: its SHA-256 begins "
+            f"{fingerprint(clip)[:16]} and should "
+            f"{content.clip[:16]}; give the right one with --clip."
+        )
+    return clip
+
+
+def _scored_rows(parts: Sequence[Part], rows: pyarrow.Table, scored: np.ndarray) -> EmbeddedCorpus:
+    """The rows with indices `scored`, for their pictures; without features."""
+    scored_rows = rows.take(scored)
+    return EmbeddedCorpus(
         [],
-        [places[n] for n in seen],
+        list(
+            zip(scored_rows["part"].to_pylist(), scored_rows["position"].to_pylist(), strict=True)
+        ),
         parts,
-        [captions[n] for n in seen],
-        np.arange(len(seen)),
+        scored_rows["caption"].to_pylist(),
+        np.arange(len(scored)),
         None,
         np.empty((0, 0)),
     )
-    scores, draws = scores[seen], np.random.default_rng(0)
-    passing, dropped = np.flatnonzero(scores < 0), np.flatnonzero(scores >= 0)
-    assessment = (
-        Assessment(
-            f"{source}, its labelled rows included",
-            looked,
-            scores,
-            np.array(rows["truth"].take(seen).to_pylist(), bool),
-        )
-        if known
-        else None
-    )
-    sections = [
-        Section(
-            "What became of the rows",
-            f"{len(rows):,} were read from {len(parts):,} parts.",
-            bars=[("kept", counted.kept), *counted.dropped.most_common()],
-        ),
-        Section(
-            "Parts with a fault",
-            "Their rows before the fault were read.",
-            lines=sorted(set(counted.faults)),
-        ),
-        Section("Scores", "What scores 0 or more is dropped.", bars=score_bars(scores)),
-        *(truth_sections(assessment) if assessment else []),
-        Section(
-            "What is left, at random",
-            groups=looked.pictures(draws.permutation(passing)[: 2 * PICTURES_SHOWN].tolist()),
-        ),
-        Section(
-            "What is left, nearest to the boundary",
-            groups=looked.pictures(passing[np.argsort(-scores[passing])][:PICTURES_SHOWN].tolist()),
-        ),
-        Section(
-            "Dropped, at random",
-            groups=looked.pictures(draws.permutation(dropped)[:PICTURES_SHOWN].tolist()),
-        ),
-    ]
-    storage.put(
-        page(f"{source} without {content.name}", sections).encode(), f"{out.rstrip('/')}/{PAGE}"
-    )
-    return Applied(counted, assessment)

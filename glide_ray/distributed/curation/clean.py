@@ -34,7 +34,7 @@ from ...errors import UserError
 from ...evaluation.pages import Picture, Section, histogram, page, thumbnail
 from ..cluster import connect, send_with
 from ..stream import Tally, in_order, quiet, task_errors
-from .corpus import PAGE, count, look_up, refuse_source, rewrite, write_manifest
+from .corpus import PAGE, count, look_up, refuse_source, rewrite, with_reasons, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -88,22 +88,9 @@ def clean(
     log.info(f"reading {len(parts):,} parts of {source}")
     rows, scanned = scan(parts, config, rules or {})
     reason = np.array(rows["reason"].to_pylist(), object)
-    stays_instead = np.full(len(rows), -1)
-    if config.duplicates:
-        kept = np.flatnonzero(reason == "")
-        log.info(f"looking for near-duplicates among {len(kept):,} images")
-        prints = np.frombuffer(
-            b"".join(rows["fingerprint"].take(kept).to_pylist()), np.uint8
-        ).reshape(len(kept), FINGERPRINT_BYTES)
-        size = rows["width"].to_numpy()[kept].astype(np.int64) * rows["height"].to_numpy()[kept]
-        found = find_duplicates(prints, size)
-        stays_instead[kept] = np.where(found >= 0, kept[found], -1)
-        reason[stays_instead >= 0] = NEAR_DUPLICATE
-    rows = rows.set_column(
-        rows.schema.get_field_index("reason"),
-        "reason",
-        pyarrow.array(reason.tolist(), pyarrow.large_string()),
-    )
+    stays_instead = _duplicates(rows, reason) if config.duplicates else np.full(len(rows), -1)
+    reason[stays_instead >= 0] = NEAR_DUPLICATE
+    rows = with_reasons(rows, reason)
     stays = np.flatnonzero(reason == "")
     log.info(f"writing {len(stays):,} rows to {out}")
     tests = caption_rules(config)
@@ -126,6 +113,18 @@ def clean(
         stays_instead,
     )
     return Cleaned(parts, rows, stays_instead, counted, captions_dropped, index)
+
+
+def _duplicates(rows: pyarrow.Table, reason: np.ndarray) -> np.ndarray:
+    """Index (N,) of the row kept in place of each near-duplicate, -1 for all other rows."""
+    kept = np.flatnonzero(reason == "")
+    log.info(f"looking for near-duplicates among {len(kept):,} images")
+    prints = np.frombuffer(b"".join(rows["fingerprint"].take(kept).to_pylist()), np.uint8)
+    size = rows["width"].to_numpy()[kept].astype(np.int64) * rows["height"].to_numpy()[kept]
+    found = find_duplicates(prints.reshape(len(kept), FINGERPRINT_BYTES), size)
+    stays_instead = np.full(len(rows), -1)
+    stays_instead[kept] = np.where(found >= 0, kept[found], -1)
+    return stays_instead
 
 
 def scan(
@@ -213,44 +212,14 @@ def write_page(cleaned: Cleaned, source: str, out: str, seed: int = 0) -> str:
     The page shows sizes, caption lengths, drops by rule with examples, near-duplicates side by
     side, and random rows.
     """
-    rows, draws = cleaned.rows, np.random.default_rng(seed)
-    reason, caption = np.array(rows["reason"].to_pylist(), object), rows["caption"].to_pylist()
-    place = list(zip(rows["part"].to_pylist(), rows["position"].to_pylist(), strict=True))
-
-    def some(of: np.ndarray, count: int) -> list[int]:
-        return sorted(draws.choice(of, min(count, len(of)), replace=False).tolist())
-
-    # Showing a row costs a read of its shard: take the examples from a few shards.
-    parts = some(np.unique(rows["part"].to_numpy()), PAGE_PARTS)
-    near = np.isin(rows["part"].to_numpy(), parts)
-    copies = some(np.flatnonzero(cleaned.stays_instead >= 0), PAGE_PAIRS)
-    shown = {
-        why: some(np.flatnonzero((reason == why) & near), PAGE_EXAMPLES)
-        for why, _ in cleaned.report.dropped.most_common()
-    }
-    shown.pop(NEAR_DUPLICATE, None)
-    stay = some(np.flatnonzero((reason == "") & near), PAGE_SAMPLES)
-    wanted = {
-        place[n]
-        for n in [
-            *stay,
-            *copies,
-            *cleaned.stays_instead[copies].tolist(),
-            *(n for some in shown.values() for n in some),
-        ]
-    }
-    samples = look_up(cleaned.parts, sorted(wanted))
-
-    def picture(n: int, label: str | None = None) -> Picture:
-        sample = samples.get(place[n])
-        said = label or caption[n] or (sample.captions[0] if sample and sample.captions else "")
-        return Picture(thumbnail(sample.image) if sample else None, said)
-
-    kept = reason == ""
+    examples = _choose_examples(cleaned, np.random.default_rng(seed))
+    pictures = _pictures(cleaned, examples)
+    rows = cleaned.rows
+    kept = np.array([reason == "" for reason in rows["reason"].to_pylist()], bool)
     size = np.minimum(
         rows["width"].to_numpy(zero_copy_only=False), rows["height"].to_numpy(zero_copy_only=False)
     )[kept]
-    length = np.array([len(text) for text, stays in zip(caption, kept, strict=True) if stays])
+    length = np.array([len(text) for text in rows["caption"].filter(kept).to_pylist()])
     sections = [
         Section(
             "What became of the rows",
@@ -269,14 +238,64 @@ def write_page(cleaned: Cleaned, source: str, out: str, seed: int = 0) -> str:
         Section(
             "Near-duplicates",
             "To the left the one that stays, to the right the one that was dropped.",
-            groups=[[picture(int(cleaned.stays_instead[n])), picture(n)] for n in copies],
+            groups=[
+                [pictures[int(cleaned.stays_instead[n])], pictures[n]] for n in examples.copies
+            ],
         ),
         *(
-            Section(f"Dropped: {why}", groups=[[picture(n)] for n in examples])
-            for why, examples in shown.items()
+            Section(f"Dropped: {why}", groups=[[pictures[n]] for n in of_rule])
+            for why, of_rule in examples.dropped.items()
         ),
-        Section("Random rows that stay", groups=[[picture(n)] for n in stay]),
+        Section("Random rows that stay", groups=[[pictures[n]] for n in examples.kept]),
     ]
     target = f"{out.rstrip('/')}/{PAGE}"
     storage.put(page(f"{source} cleaned into {out}", sections).encode(), target)
     return target
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """Rows to show on the page: near-duplicates, dropped rows by reason, and kept rows."""
+
+    copies: list[int]
+    dropped: dict[str, list[int]]
+    kept: list[int]
+
+
+def _choose_examples(cleaned: Cleaned, draws: np.random.Generator) -> _Examples:
+    part = cleaned.rows["part"].to_numpy()
+    reason = np.array(cleaned.rows["reason"].to_pylist(), object)
+
+    def some(rows: np.ndarray, count: int) -> list[int]:
+        return sorted(draws.choice(rows, min(count, len(rows)), replace=False).tolist())
+
+    # Showing a row costs a read of its shard: take the examples from a few shards.
+    near = np.isin(part, some(np.unique(part), PAGE_PARTS))
+    copies = some(np.flatnonzero(cleaned.stays_instead >= 0), PAGE_PAIRS)
+    dropped = {
+        why: some(np.flatnonzero((reason == why) & near), PAGE_EXAMPLES)
+        for why, _ in cleaned.report.dropped.most_common()
+    }
+    dropped.pop(NEAR_DUPLICATE, None)
+    return _Examples(copies, dropped, some(np.flatnonzero((reason == "") & near), PAGE_SAMPLES))
+
+
+def _pictures(cleaned: Cleaned, examples: _Examples) -> dict[int, Picture]:
+    """Pictures of all examples and of the rows kept in place of near-duplicates, by row."""
+    rows = sorted(
+        {
+            *examples.kept,
+            *examples.copies,
+            *cleaned.stays_instead[examples.copies].tolist(),
+            *(n for some in examples.dropped.values() for n in some),
+        }
+    )
+    chosen = cleaned.rows.take(np.array(rows, np.int64))
+    places = list(zip(chosen["part"].to_pylist(), chosen["position"].to_pylist(), strict=True))
+    samples = look_up(cleaned.parts, sorted(places))
+    pictures = {}
+    for n, place, caption in zip(rows, places, chosen["caption"].to_pylist(), strict=True):
+        sample = samples.get(place)
+        text = caption or (sample.captions[0] if sample and sample.captions else "")
+        pictures[n] = Picture(thumbnail(sample.image) if sample else None, text)
+    return pictures

@@ -114,45 +114,49 @@ def rewrite(
     chunks = [rows[start : start + per_shard] for start in range(0, len(rows), per_shard)]
 
     def write(batch: dict[str, np.ndarray]) -> dict[str, list]:
-        made = []
+        shards = []
         for number in batch["item"]:
             samples, faults = _pick(ray.get(shared), ray.get(wanted[int(number)]))
             if captions is not None:
                 samples = [
                     replace(sample, captions=captions(sample.captions)) for sample in samples
                 ]
-            made.append(
-                json.dumps(
-                    [
-                        int(number),
-                        write_shard(out, int(number), samples) if samples else None,
-                        faults,
-                    ]
-                )
-            )
-        return {"made": made}
+            entry = write_shard(out, int(number), samples) if samples else None
+            shards.append(json.dumps([int(number), entry, faults]))
+        return {"shards": shards}
 
     begin(out)
     storage.remove(f"{out}/{RECORD}")  # describes the rows that are overwritten
     wanted = [ray.put(chunk) for chunk in chunks]
-    entries, faults = [], []
-    if chunks:
-        written = (
-            quiet()
-            .from_items(list(range(len(chunks))), override_num_blocks=len(chunks))
-            .map_batches(write, batch_size=1)
+    written = _run_for_each(len(chunks), write) if chunks else []
+    entries = [entry for _, entry, _ in written if entry]
+    return finish(out, entries), [fault for *_, found in written for fault in found]
+
+
+def _run_for_each(
+    count: int, write: Callable[[dict[str, np.ndarray]], dict[str, list]]
+) -> list[list]:
+    """Results of `write` for the numbers 0 to `count` - 1, in this order, by Ray tasks."""
+    written = (
+        quiet()
+        .from_items(list(range(count)), override_num_blocks=count)
+        .map_batches(write, batch_size=1)
+    )
+    with task_errors():
+        return sorted(
+            json.loads(str(line))
+            for batch in written.iter_batches(batch_size=None)
+            for line in batch["shards"]
         )
-        with task_errors():
-            made = sorted(
-                json.loads(str(line))
-                for batch in written.iter_batches(batch_size=None)
-                for line in batch["made"]
-            )
-        entries, faults = (
-            [entry for _, entry, _ in made if entry],
-            [fault for *_, said in made for fault in said],
-        )
-    return finish(out, entries), faults
+
+
+def with_reasons(rows: pyarrow.Table, reasons: np.ndarray) -> pyarrow.Table:
+    """The table with the column `reason` replaced by `reasons` (N,) of str."""
+    return rows.set_column(
+        rows.schema.get_field_index("reason"),
+        "reason",
+        pyarrow.array(reasons.tolist(), pyarrow.large_string()),
+    )
 
 
 def count(rows: pyarrow.Table, index: Mapping[str, Any], faults: Sequence[str]) -> Report:

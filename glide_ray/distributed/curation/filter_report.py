@@ -11,6 +11,7 @@ from ...data.content import (
     ContentFilter,
     missed_interval,
 )
+from ...data.filters import Report
 from ...evaluation.pages import Picture, Section, page
 from ...evaluation.report import roc_curve
 from ..embed import EmbeddedCorpus
@@ -62,9 +63,9 @@ class Fit:
     assessment: Assessment | None
 
 
-def fit_page(done: Fit, looked: EmbeddedCorpus) -> str:
+def fit_page(done: Fit, embedded: EmbeddedCorpus) -> str:
     content, name = done.content, done.content.name
-    scores = content.score(looked.features)
+    scores = content.score(embedded.features)
     passing = np.flatnonzero(scores < 0)
     nearest = passing[np.argsort(-scores[passing])][:PICTURES_SHOWN].tolist()
     some = np.random.default_rng(0).permutation(passing)[:PICTURES_SHOWN].tolist()
@@ -87,9 +88,9 @@ def fit_page(done: Fit, looked: EmbeddedCorpus) -> str:
         Section(
             "What passes, nearest to the boundary",
             "To be looked at for what should not have passed.",
-            groups=looked.pictures(nearest),
+            groups=embedded.pictures(nearest),
         ),
-        Section("What passes, at random", groups=looked.pictures(some)),
+        Section("What passes, at random", groups=embedded.pictures(some)),
     ]
     return page(f"The content filter {name}", sections)
 
@@ -121,3 +122,45 @@ def score_bars(scores: np.ndarray, bins: int = 14) -> list[tuple[str, int]]:
         (f"{low:.2f} to {high:.2f}", int(count))
         for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
     ]
+
+
+def applied_page(
+    title: str,
+    read: int,
+    parts: int,
+    counted: Report,
+    embedded: EmbeddedCorpus,
+    scores: np.ndarray,
+    assessment: Assessment | None,
+) -> str:
+    """Page on rows that a filter was applied to; `embedded` and `scores` (N,) are those it saw."""
+    draws = np.random.default_rng(0)
+    passing, dropped = np.flatnonzero(scores < 0), np.flatnonzero(scores >= 0)
+
+    def shown(rows: np.ndarray, count: int) -> list[list[Picture]]:
+        return embedded.pictures(rows[:count].tolist())
+
+    sections = [
+        Section(
+            "What became of the rows",
+            f"{read:,} were read from {parts:,} parts.",
+            bars=[("kept", counted.kept), *counted.dropped.most_common()],
+        ),
+        Section(
+            "Parts with a fault",
+            "Their rows before the fault were read.",
+            lines=sorted(set(counted.faults)),
+        ),
+        Section("Scores", "What scores 0 or more is dropped.", bars=score_bars(scores)),
+        *(truth_sections(assessment) if assessment else []),
+        Section(
+            "What is left, at random",
+            groups=shown(draws.permutation(passing), 2 * PICTURES_SHOWN),
+        ),
+        Section(
+            "What is left, nearest to the boundary",
+            groups=shown(passing[np.argsort(-scores[passing])], PICTURES_SHOWN),
+        ),
+        Section("Dropped, at random", groups=shown(draws.permutation(dropped), PICTURES_SHOWN)),
+    ]
+    return page(title, sections)

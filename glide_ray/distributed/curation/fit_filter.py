@@ -19,6 +19,7 @@ from ...config.data import FilterConfig
 from ...data.content import (
     ContentError,
     ContentFilter,
+    Fitted,
     missed_interval,
     with_threshold,
 )
@@ -78,8 +79,52 @@ def fit_content(
     `words`: search words for the first rows to label. Raises UserError.
     """
     out = Path(out)
-    clip_path = fetch_clip(clip)
-    features = ClipFeatures(clip_path)  # report a missing CLIP before Ray starts
+    clip_path = str(fetch_clip(clip))
+    network = ClipFeatures(clip_path)  # report a missing CLIP before Ray starts
+    labels = _given_labels(out, truth)
+    connect(2 + ACTORS)
+    send_with([truth] if truth else [])
+    embedded = _candidates(corpus, out, str(Path(clip_path).resolve()), config, truth, labels)
+    pool = _pool(embedded, network, words)
+    if truth is None:
+        labelled, asked = _ask_people(out, pool, embedded, labels, config)
+    else:
+        labelled, asked = _ask_rule(out, pool, embedded, config), 0
+    fitted = _fit_if_possible(pool, labelled, asked)
+    if fitted is None:
+        return Fit(None, len(labelled), sum(labelled.values()), asked, "", None)
+    threshold = threshold_of(fitted, pool, labelled, config)
+    positive = np.array(list(labelled.values()), bool)
+    of, missed = int(positive.sum()), int((fitted.out_of_fold[positive] < threshold).sum())
+    settings = {"corpus": corpus, "clip": storage.absolute(clip), "words": list(words)}
+    settings |= {"labelled": len(positive), "with_content": of, "missed": missed}
+    settings |= {"cost": fitted.cost, "width": fitted.width, **config.model_dump()}
+    content = with_threshold(fitted, threshold, name, fingerprint(clip_path), settings)
+    content.save(out / FILTER)
+    assessment = None
+    if truth is not None:
+        assessment = _assess(content, pool, embedded, corpus, held_out, clip_path, config, truth)
+    errors = _errors_on_labels(name, missed, fitted.out_of_fold, threshold, positive)
+    done = Fit(content, len(labelled), of, asked, errors, assessment)
+    storage.put(fit_page(done, embedded).encode(), out / PAGE)
+    return done
+
+
+def _fit_if_possible(pool: Pool, labelled: dict[int, bool], asked: int) -> Fitted | None:
+    """The fit, or None if the labels do not suffice yet and `asked` rows are to be labelled."""
+    try:
+        return fit_labelled(pool, labelled)
+    except ContentError:
+        if not asked:
+            raise
+        return None
+
+
+def _given_labels(out: Path, truth: Rule | None) -> list[Label]:
+    """Labels that people gave so far. Raises ContentError if some are missing, or not to be used.
+
+    With `truth` there must be none from people, because they would be overwritten.
+    """
     labels = read_labels(out / LABELS)
     if truth is not None:
         if any(label.why != TRUTH for label in labels):
@@ -87,7 +132,7 @@ def fit_content(
                 f"{out / LABELS} holds labels that people gave, and the truth would be written "
                 f"over them; give another folder with --out."
             )
-        labels = []
+        return []
     waiting = [label for label in labels if label.label is None]
     if waiting:
         raise ContentError(
@@ -95,77 +140,68 @@ def fit_content(
             f"write 1 (has the content) or 0 for each, as "
             f"{out / SHEET} shows them by their line, and run the same command again."
         )
-    connect(2 + ACTORS)
-    send_with([truth] if truth else [])
-    looked = _pool(corpus, out, str(Path(clip_path).resolve()), config, truth, labels)
-    names = _readable(looked.names)
-    pool = Pool(
-        names,
-        looked.captions,
-        looked.features,
-        looked.groups,
-        looked.features @ features.words(list(words)).T if words else np.empty((len(names), 0)),
+    return labels
+
+
+def _pool(embedded: EmbeddedCorpus, network: ClipFeatures, words: Sequence[str]) -> Pool:
+    names = _readable(embedded.names)
+    similarities = (
+        embedded.features @ network.words(list(words)).T if words else np.empty((len(names), 0))
     )
-    place = {row: n for n, row in enumerate(names)}
-    if truth is not None:
-        labelled = answered(pool, looked.truth, config)
-        write_labels(
-            out / LABELS,
-            [Label(names[n], said, looked.captions[n], TRUTH) for n, said in labelled.items()],
+    return Pool(names, embedded.captions, embedded.features, embedded.groups, similarities)
+
+
+def _ask_rule(
+    out: Path, pool: Pool, embedded: EmbeddedCorpus, config: FilterConfig
+) -> dict[int, bool]:
+    """Labels by the rule `truth`, by row of the pool; also written to LABELS."""
+    labelled = answered(pool, embedded.truth, config)
+    write_labels(
+        out / LABELS,
+        [Label(pool.names[n], label, embedded.captions[n], TRUTH) for n, label in labelled.items()],
+    )
+    return labelled
+
+
+def _ask_people(
+    out: Path,
+    pool: Pool,
+    embedded: EmbeddedCorpus,
+    labels: Sequence[Label],
+    config: FilterConfig,
+) -> tuple[dict[int, bool], int]:
+    """(labels so far by row of the pool, number of rows that were appended to be labelled next).
+
+    Raises ContentError for a label of a row that is not in the pool.
+    """
+    place = {row: n for n, row in enumerate(pool.names)}
+    strange = next((label.row for label in labels if label.row not in place), None)
+    if strange:
+        raise ContentError(
+            f"{out / LABELS} labels {strange}, which is not among the rows looked at: "
+            f"it belongs to another corpus or pool; give "
+            f"another folder with --out."
         )
-        asked = []
-    else:
-        strange = next((label.row for label in labels if label.row not in place), None)
-        if strange:
-            raise ContentError(
-                f"{out / LABELS} labels {strange}, which is not among the rows looked at: "
-                f"it belongs to another corpus or pool; give "
-                f"another folder with --out."
-            )
-        labelled = {place[label.row]: bool(label.label) for label in labels}
-        asked = ask(pool, labelled, config)
-        if asked:
-            _write_sheet(out, looked, [n for n, _ in asked], first_line=2 + len(labels))
-            write_labels(
-                out / LABELS,
-                [*labels, *(Label(names[n], None, looked.captions[n], why) for n, why in asked)],
-            )
-    try:
-        fitted = fit_labelled(pool, labelled)
-    except ContentError:
-        if not asked:
-            raise
-        return Fit(None, len(labelled), sum(labelled.values()), len(asked), "", None)
-    threshold = threshold_of(fitted, pool, labelled, config)
-    said = np.array(list(labelled.values()), bool)
-    missed, of = int((fitted.out_of_fold[said] < threshold).sum()), int(said.sum())
-    on_labels = (
+    labelled = {place[label.row]: bool(label.label) for label in labels}
+    asked = ask(pool, labelled, config)
+    if asked:
+        _write_sheet(out, embedded, [n for n, _ in asked], first_line=2 + len(labels))
+        new = [Label(pool.names[n], None, embedded.captions[n], why) for n, why in asked]
+        write_labels(out / LABELS, [*labels, *new])
+    return labelled, len(asked)
+
+
+def _errors_on_labels(
+    name: str, missed: int, scores: np.ndarray, threshold: float, positive: np.ndarray
+) -> str:
+    """One sentence on errors by cross-validation: `scores` (N,), labels `positive` (N,) bool."""
+    of = int(positive.sum())
+    return (
         f"of {of} labelled rows with {name}, judged without their like, {missed} are missed "
         f"(95% interval up to "
-        f"{missed_interval(missed, of)[1]:.1%}); of {(~said).sum()} without it, "
-        f"{(fitted.out_of_fold[~said] >= threshold).mean():.0%} are dropped"
+        f"{missed_interval(missed, of)[1]:.1%}); of {(~positive).sum()} without it, "
+        f"{(scores[~positive] >= threshold).mean():.0%} are dropped"
     )
-    settings = {
-        "corpus": corpus,
-        "clip": storage.absolute(clip),
-        "words": list(words),
-        "labelled": len(said),
-        "with_content": of,
-        "missed": missed,
-        "cost": fitted.cost,
-        "width": fitted.width,
-        **config.model_dump(),
-    }
-    content = with_threshold(fitted, threshold, name, fingerprint(clip_path), settings)
-    content.save(out / FILTER)
-    assessment = (
-        None
-        if truth is None
-        else _assess(content, pool, looked, corpus, held_out, str(clip_path), config, truth)
-    )
-    done = Fit(content, len(labelled), of, len(asked), on_labels, assessment)
-    storage.put(fit_page(done, looked).encode(), out / PAGE)
-    return done
 
 
 def _readable(names: Sequence[str]) -> list[str]:
@@ -174,7 +210,7 @@ def _readable(names: Sequence[str]) -> list[str]:
     return [name.removeprefix(here) for name in names]
 
 
-def _pool(
+def _candidates(
     corpus: str,
     out: Path,
     clip: str,
@@ -209,7 +245,7 @@ def _pool(
             f"give another folder with --out."
         )
 
-    def see() -> tuple[pyarrow.Table, bool]:
+    def embed_candidates() -> tuple[pyarrow.Table, bool]:
         log.info(f"looking at {corpus}, {config.pool:,} rows at the most")
         table, counted = embed(parts, clip, truth, group=config.group, limit=config.pool)
         for fault in counted.faults:
@@ -219,14 +255,17 @@ def _pool(
 
     # With `truth` all rounds run in one call, so a cache is of no use.
     return EmbeddedCorpus.of(
-        cached_table(out / FEATURES, of, see) if truth is None else see()[0], parts
+        cached_table(out / FEATURES, of, embed_candidates)
+        if truth is None
+        else embed_candidates()[0],
+        parts,
     )
 
 
 def _assess(
     content: ContentFilter,
     pool: Pool,
-    looked: EmbeddedCorpus,
+    embedded: EmbeddedCorpus,
     corpus: str,
     held_out: str | None,
     clip: str,
@@ -239,35 +278,35 @@ def _assess(
         apart = EmbeddedCorpus.of(embed(parts, clip, truth, group=config.group)[0], parts)
         if apart.truth.sum() >= MIN_HELD_OUT_ROWS:
             return Assessment(held_out, apart, content.score(apart.features), apart.truth)
-    scores = assess(pool, looked.truth, config)
+    scores = assess(pool, embedded.truth, config)
     usable = np.flatnonzero(~np.isnan(scores))
     on = (
         f"{corpus}, each row by a filter that was fitted without its like (4 folds, each with "
         f"its own {config.labels} labels)"
     )
     rows = replace(
-        looked,
-        names=[looked.names[n] for n in usable],
-        places=[looked.places[n] for n in usable],
-        captions=[looked.captions[n] for n in usable],
-        groups=looked.groups[usable],
-        truth=looked.truth[usable],
-        features=looked.features[usable],
+        embedded,
+        names=[embedded.names[n] for n in usable],
+        places=[embedded.places[n] for n in usable],
+        captions=[embedded.captions[n] for n in usable],
+        groups=embedded.groups[usable],
+        truth=embedded.truth[usable],
+        features=embedded.features[usable],
     )
-    return Assessment(on, rows, scores[usable], looked.truth[usable])
+    return Assessment(on, rows, scores[usable], embedded.truth[usable])
 
 
-def _write_sheet(out: Path, looked: EmbeddedCorpus, rows: Sequence[int], first_line: int) -> None:
+def _write_sheet(out: Path, embedded: EmbeddedCorpus, rows: Sequence[int], first_line: int) -> None:
     """Write SHEET: a contact sheet of the rows to label, each titled with its line in the CSV."""
-    found = look_up(looked.parts, [looked.places[n] for n in rows])
+    found = look_up(embedded.parts, [embedded.places[n] for n in rows])
     blank = np.full((8, 8, 3), 230, np.uint8)
     images = [
-        thumbnail(found[looked.places[n]].image, 128) if looked.places[n] in found else None
+        thumbnail(found[embedded.places[n]].image, 128) if embedded.places[n] in found else None
         for n in rows
     ]
     sheet = contact_sheet(
         [_squared(image) if image is not None else blank for image in images],
-        [f"line {first_line + n}: {looked.captions[row]}" for n, row in enumerate(rows)],
+        [f"line {first_line + n}: {embedded.captions[row]}" for n, row in enumerate(rows)],
         columns=8,
         size=128,
     )

@@ -81,23 +81,23 @@ def evaluate(
     out = storage.absolute(out).rstrip("/")
     # Report a missing network before Ray starts.
     judged = {name: fingerprint(fetch_network(path)) for name, path in judges.paths.items()}
-    seeing, size = ClipFeatures(judges.clip), size or _size(next(iter(sets.values())))
+    clip, size = ClipFeatures(judges.clip), size or _size(next(iter(sets.values())))
     connect(2 + ACTORS)
-    real, of, shown = _reference(reference, out, judges, {"judges": judged, "size": size}, seeing)
+    real, of, shown = _reference(reference, out, judges, {"judges": judged, "size": size}, clip)
     filtered = real.without(set(leave_out)) if leave_out is not None else None
-    figures, made = {}, {}
+    figures, embedded_sets = {}, {}
     for name, source in sets.items():
-        looked = _look(name, source, size, out, judges)
-        made[name] = looked[CLIP]
+        embedded = _embed(name, source, size, out, judges)
+        embedded_sets[name] = embedded[CLIP]
         asked = {
             "reference": of,
             "left_out": None if leave_out is None else sorted(leave_out),
-            "set": [of_set.digest for of_set in looked.values()],
+            "set": [one.digest for one in embedded.values()],
         }
         row, _ = once(
             f"{out}/sets/{name}.json",
             asked,
-            lambda name=name, looked=looked: _measure(name, looked, seeing, real, filtered),
+            lambda name=name, embedded=embedded: _measure(name, embedded, clip, real, filtered),
         )
         figures[name] = _made_with(source) | row
     about = {
@@ -111,7 +111,7 @@ def evaluate(
         "inception": judges.inception is not None,
         "sets": figures,
     }
-    _write(out, found, made, shown)
+    _write(out, found, embedded_sets, shown)
     return found
 
 
@@ -182,7 +182,7 @@ def captions_of(reference: str) -> list[str]:
 
 
 def _reference(
-    path: str, out: str, judges: Judges, asked: dict[str, Any], seeing: ClipFeatures
+    path: str, out: str, judges: Judges, asked: dict[str, Any], clip: ClipFeatures
 ) -> tuple[Reference, str, EmbeddedCorpus | None]:
     """(reference features, key that identifies them, the images, or None for a REFERENCE file)."""
     if path.endswith(".safetensors"):
@@ -194,73 +194,77 @@ def _reference(
                 f"or a corpus as the reference."
             )
         return real, fingerprint(storage.fetch(storage.absolute(path))), None
-    looked = _look("reference", path, asked["size"], out, judges)
-    about = {**asked, "of": [seen.digest for seen in looked.values()]}
+    embedded = _embed("reference", path, asked["size"], out, judges)
+    about = {**asked, "of": [one.digest for one in embedded.values()]}
     try:
         real, before = Reference.load(f"{out}/{REFERENCE}")
     except (storage.StorageError, MetricError):
         before = None
     if before != about:
-        real = Reference(looked[CLIP].names, looked[CLIP].captions, _seen(looked, seeing))
+        real = Reference(
+            embedded[CLIP].names, embedded[CLIP].captions, _image_features(embedded, clip)
+        )
         real.save(f"{out}/{REFERENCE}", about)
-    return real, json.dumps(about), looked[CLIP]
+    return real, json.dumps(about), embedded[CLIP]
 
 
-def _look(name: str, source: str, size: int, out: str, judges: Judges) -> dict[str, EmbeddedCorpus]:
+def _embed(
+    name: str, source: str, size: int, out: str, judges: Judges
+) -> dict[str, EmbeddedCorpus]:
     """Embed one side with each network.
 
     Raises UserError if the networks did not read the same pictures.
     """
-    looked = {
+    embedded = {
         network: embed_corpus(source, path, size, f"{out}/features/{name}-{network}.parquet")
         for network, path in judges.paths.items()
     }
-    if len({tuple(of_set.names) for of_set in looked.values()}) > 1:
+    if len({tuple(one.names) for one in embedded.values()}) > 1:
         counts = " and ".join(
-            f"{len(of_set.names):,} by {network}" for network, of_set in looked.items()
+            f"{len(one.names):,} by {network}" for network, one in embedded.items()
         )
         raise UserError(
             f"Not the same pictures of {source} could be read each time ({counts}); "
             f"run the same command again."
         )
-    return looked
+    return embedded
 
 
-def _seen(looked: Mapping[str, EmbeddedCorpus], seeing: ClipFeatures) -> ImageFeatures:
-    captions, places = np.unique(looked[CLIP].captions, return_inverse=True)
+def _image_features(embedded: Mapping[str, EmbeddedCorpus], clip: ClipFeatures) -> ImageFeatures:
+    captions, places = np.unique(embedded[CLIP].captions, return_inverse=True)
     words = np.concatenate(
         [
-            seeing.words(captions[start : start + CAPTIONS_PER_CALL].tolist())
+            clip.words(captions[start : start + CAPTIONS_PER_CALL].tolist())
             for start in range(0, len(captions), CAPTIONS_PER_CALL)
         ]
     )
     words[captions == ""] = np.nan
     return ImageFeatures(
-        looked[CLIP].features,
+        embedded[CLIP].features,
         words[places],
-        looked[INCEPTION].features if INCEPTION in looked else None,
+        embedded[INCEPTION].features if INCEPTION in embedded else None,
     )
 
 
 def _measure(
     name: str,
-    looked: Mapping[str, EmbeddedCorpus],
-    seeing: ClipFeatures,
+    embedded: Mapping[str, EmbeddedCorpus],
+    clip: ClipFeatures,
     real: Reference,
     filtered: Reference | None,
 ) -> dict[str, float | None]:
-    log.info(f"measuring {name}: {len(looked[CLIP].names):,} pictures")
-    seen = _seen(looked, seeing)
-    if lacking := int((~seen.captioned).sum()):
+    log.info(f"measuring {name}: {len(embedded[CLIP].names):,} pictures")
+    features = _image_features(embedded, clip)
+    if lacking := int((~features.captioned).sum()):
         log.info(
-            f"{name}: {lacking:,} of {len(seen.clip):,} pictures have no caption, "
+            f"{name}: {lacking:,} of {len(features.clip):,} pictures have no caption, "
             f"and are left out of the CLIP score"
         )
-    figures = {"pictures": len(seen.clip), **real.figures(seen)}
+    figures = {"pictures": len(features.clip), **real.figures(features)}
     return (
         figures
         if filtered is None
-        else {**figures, "filtered_frechet_distance": filtered.frechet_distance(seen)}
+        else {**figures, "filtered_frechet_distance": filtered.frechet_distance(features)}
     )
 
 
@@ -296,36 +300,50 @@ def _made_with(source: str) -> dict[str, Any]:
 def _write(
     out: str,
     found: dict[str, Any],
-    made: Mapping[str, EmbeddedCorpus],
+    sets: Mapping[str, EmbeddedCorpus],
     reference: EmbeddedCorpus | None,
 ) -> None:
     plot = fronts([Point(name, row) for name, row in found["sets"].items()], found["inception"])
     storage.put(encode(plot), f"{out}/{FRONTS}")
-    storage.put(_page(found, plot, made, reference).encode(), f"{out}/{PAGE}")
+    storage.put(_page(found, plot, sets, reference).encode(), f"{out}/{PAGE}")
     storage.put(json.dumps(found, indent=1, ensure_ascii=False).encode(), f"{out}/{FIGURES}")
 
 
 def _page(
     found: dict[str, Any],
     plot: np.ndarray,
-    made: Mapping[str, EmbeddedCorpus],
+    sets: Mapping[str, EmbeddedCorpus],
     reference: EmbeddedCorpus | None,
 ) -> str:
-    rows = list(found["sets"].values())
+    draws = np.random.default_rng(0)
+    sections = [
+        Section("Figures", _about(found), table=_table(found["sets"])),
+        Section(
+            "Fronts", "As figure 6 of the paper has them.", groups=[[Picture(plot)]], width=1040
+        ),
+        *_picture_sections(sets, draws),
+    ]
+    if reference:
+        sections.append(_at_random("The reference", reference, draws))
+    return page("Generated pictures beside real ones", sections)
+
+
+def _table(sets: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     columns = [
         name
-        for name in dict.fromkeys(key for row in rows for key in row)
+        for name in dict.fromkeys(key for row in sets.values() for key in row)
         if name != "model" and not name.endswith("_deviation")
     ]
-    table = [
+    return [
         ["", *(name.replace("_", " ") for name in columns)],
-        *(
-            [name, *(number(row.get(column)) for column in columns)]
-            for name, row in found["sets"].items()
-        ),
+        *([name, *(number(row.get(column)) for column in columns)] for name, row in sets.items()),
     ]
+
+
+def _about(found: dict[str, Any]) -> str:
+    """What the sets are compared with, and by which features."""
     real = found["reference"]
-    text = (
+    return (
         f"Beside {real['images']:,} images of {real['source']}, at {found['size']} pixels; "
         f"{_own_captions(real['clip_score'])}. "
         + (
@@ -341,35 +359,31 @@ def _page(
             else ""
         )
     )
-    sections = [
-        Section("Figures", text, table=table),
-        Section(
-            "Fronts", "As figure 6 of the paper has them.", groups=[[Picture(plot)]], width=1040
-        ),
+
+
+def _picture_sections(
+    sets: Mapping[str, EmbeddedCorpus], draws: np.random.Generator
+) -> list[Section]:
+    """Pictures by caption where all sets have the same captions, else at random from each set."""
+    first = next(iter(sets.values()))
+    if len(sets) == 1 or any(embedded.captions != first.captions for embedded in sets.values()):
+        return [_at_random(name, embedded, draws) for name, embedded in sets.items()]
+    chosen = sorted(draws.permutation(len(first.captions))[:PROMPTS_SHOWN].tolist())
+    shown = [embedded.pictures(chosen, [name] * len(chosen)) for name, embedded in sets.items()]
+    return [
+        Section(f"“{first.captions[row]}”", groups=[[pictures[n][0] for pictures in shown]])
+        for n, row in enumerate(chosen)
     ]
-    draws = np.random.default_rng(0)
-    first = next(iter(made.values()))
-    if len(made) > 1 and all(looked.captions == first.captions for looked in made.values()):
-        chosen = sorted(draws.permutation(len(first.captions))[:PROMPTS_SHOWN].tolist())
-        shown = [looked.pictures(chosen, [name] * len(chosen)) for name, looked in made.items()]
-        for n, row in enumerate(chosen):
-            sections.append(
-                Section(f"“{first.captions[row]}”", groups=[[pictures[n][0] for pictures in shown]])
-            )
-    else:
-        sections += [_at_random(name, looked, draws) for name, looked in made.items()]
-    return page(
-        "Generated pictures beside real ones",
-        [*sections, *([_at_random("The reference", reference, draws)] if reference else [])],
-    )
 
 
 def _own_captions(score: float | None) -> str:
     return "they have no captions" if score is None else f"their own captions score {score:.2f}"
 
 
-def _at_random(name: str, looked: EmbeddedCorpus, draws: np.random.Generator) -> Section:
+def _at_random(name: str, embedded: EmbeddedCorpus, draws: np.random.Generator) -> Section:
     return Section(
         f"{name}, at random",
-        groups=looked.pictures(draws.permutation(len(looked.names))[: 2 * PROMPTS_SHOWN].tolist()),
+        groups=embedded.pictures(
+            draws.permutation(len(embedded.names))[: 2 * PROMPTS_SHOWN].tolist()
+        ),
     )

@@ -49,29 +49,39 @@ def filter_reference(
             f"--distance is a cosine distance, above 0 and below 2 (given: {distance:g})."
         )
     out = _begin(out, clip)
-    real, trained = (
-        _look(name, source, out, clip)
-        for name, source in (("reference", reference), ("training", training))
-    )
+    real = _embed("reference", reference, out, clip)
+    trained = _embed("training", training, out, clip)
     found = nearest(real.features, trained.features)
-    out_of = [name for name, far in zip(real.names, found.distances, strict=True) if far < distance]
+    names = [name for name, far in zip(real.names, found.distances, strict=True) if far < distance]
     result = {
         "reference": reference,
         "training": training,
         "clip": storage.absolute(clip),
         "distance": distance,
         "images": len(real.names),
-        "names": out_of,
+        "names": names,
     }
+    sections = _filter_sections(result, real, trained, found)
+    storage.put(
+        page(f"{reference} without near-copies of {training}", sections).encode(), f"{out}/{PAGE}"
+    )
+    storage.put(json.dumps(result, indent=1, ensure_ascii=False).encode(), f"{out}/{LEFT_OUT}")
+    return {**result, "names": len(names)}
+
+
+def _filter_sections(
+    result: dict[str, Any], real: EmbeddedCorpus, trained: EmbeddedCorpus, found: Nearest
+) -> list[Section]:
+    count, training, distance = len(result["names"]), result["training"], result["distance"]
     order = np.argsort(found.distances)
-    within, beyond = order[: len(out_of)][::-1], order[len(out_of) :]
+    within, beyond = order[:count][::-1], order[count:]
     text = (
-        f"{len(out_of):,} of {len(real.names):,} images of {reference} "
-        f"({len(out_of) / len(real.names):.1%}) lie within {distance:g} of an image of "
+        f"{count:,} of {len(real.names):,} images of {result['reference']} "
+        f"({count / len(real.names):.1%}) lie within {distance:g} of an image of "
         f"{training}. The right distance is the one at which the pairs below it are copies "
         f"and those above it are not."
     )
-    sections = [
+    return [
         Section("Distances to the nearest training image", text, bars=_bars(found.distances)),
         *(
             Section(title, groups=_pairs(real, rows[:PAIRS_SHOWN], trained, found)[0], width=112)
@@ -81,11 +91,6 @@ def filter_reference(
             )
         ),
     ]
-    storage.put(
-        page(f"{reference} without near-copies of {training}", sections).encode(), f"{out}/{PAGE}"
-    )
-    storage.put(json.dumps(result, indent=1, ensure_ascii=False).encode(), f"{out}/{LEFT_OUT}")
-    return {**result, "names": len(out_of)}
 
 
 def left_out(path: str) -> list[str]:
@@ -119,7 +124,7 @@ def regurgitation(
     `out` for later calls. Raises UserError.
     """
     out = _begin(out, clip)
-    trained = _look("training", training, out, clip)
+    trained = _embed("training", training, out, clip)
     if pictures is None:
         captions = [caption for caption in trained.captions if caption]
         if not captions:
@@ -127,22 +132,34 @@ def regurgitation(
                 f"No image of {training} has a caption; give pictures that are made already."
             )
         [pictures] = sweep(config, (), (), captions, images, out).values()
-    made, real = (
-        _look(name, source, out, clip)
-        for name, source in (("pictures", pictures), ("held-out", held_out))
-    )
-    found, usual = (
-        nearest(made.features, trained.features),
-        nearest(real.features, trained.features),
-    )
-    own = to_own(made.features, made.captions, trained.features, trained.captions)
+    generated = _embed("pictures", pictures, out, clip)
+    real = _embed("held-out", held_out, out, clip)
+    found = nearest(generated.features, trained.features)
+    usual = nearest(real.features, trained.features)
     order = np.argsort(found.distances)[:PAIRS_SHOWN]
-    groups, copies, sheet = _pairs(made, order, trained, found)
-    near = float(np.quantile(usual.distances, 0.01))
+    groups, copies, sheet = _pairs(generated, order, trained, found)
     figures = {
-        "pictures": len(made.names),
+        **_distances(generated, trained, found, usual),
+        "compared_by_pixels": len(order),
+        "copies_by_pixels": copies,
+    }
+    sections = _regurgitation_sections(figures, found, usual, groups)
+    storage.put(encode(sheet), f"{out}/{SHEET}")
+    storage.put(page(f"Does the model repeat {training}?", sections).encode(), f"{out}/{PAGE}")
+    storage.put(json.dumps(figures, indent=1).encode(), f"{out}/{FIGURES}")
+    return figures
+
+
+def _distances(
+    generated: EmbeddedCorpus, trained: EmbeddedCorpus, found: Nearest, usual: Nearest
+) -> dict[str, Any]:
+    """Figures of the nearest training images: `found` of generated, `usual` of held-out ones."""
+    own = to_own(generated.features, generated.captions, trained.features, trained.captions)
+    near = float(np.quantile(usual.distances, 0.01))
+    return {
+        "pictures": len(generated.names),
         "training": len(trained.names),
-        "held_out": len(real.names),
+        "held_out": len(usual.distances),
         "closest": float(found.distances.min()),
         "median": float(np.median(found.distances)),
         "held_out_closest": float(usual.distances.min()),
@@ -150,31 +167,30 @@ def regurgitation(
         "nearer_than_1_percent_of_held_out": float((found.distances < near).mean()),
         "own_originals": int((own.rows >= 0).sum()),
         "own_median": float(np.nanmedian(own.distances)) if (own.rows >= 0).any() else None,
-        "compared_by_pixels": len(order),
-        "copies_by_pixels": copies,
     }
+
+
+def _regurgitation_sections(
+    figures: dict[str, Any], found: Nearest, usual: Nearest, groups: list[list[Picture]]
+) -> list[Section]:
     text = (
-        f"Each of {len(made.names):,} pictures and the nearest of {len(trained.names):,} "
+        f"Each of {figures['pictures']:,} pictures and the nearest of {figures['training']:,} "
         f"training images: closest {figures['closest']:.4f}, median "
-        f"{figures['median']:.4f}. Of {len(real.names):,} real pictures that were never "
+        f"{figures['median']:.4f}. Of {figures['held_out']:,} real pictures that were never "
         f"trained on: closest {figures['held_out_closest']:.4f}, median "
         f"{figures['held_out_median']:.4f}. A model that repeats its training images lies "
         f"nearer to them than these do."
     )
-    sections = [
+    return [
         Section("Generated pictures", text, bars=_bars(found.distances)),
         Section("Held-out real pictures", "The same distances.", bars=_bars(usual.distances)),
         Section(
             "The closest pairs",
-            f"Each picture, then its original. {copies} of these {len(order)} pairs are "
-            f"one picture by their pixels.",
+            f"Each picture, then its original. {figures['copies_by_pixels']} of these "
+            f"{figures['compared_by_pixels']} pairs are one picture by their pixels.",
             groups=groups,
         ),
     ]
-    storage.put(encode(sheet), f"{out}/{SHEET}")
-    storage.put(page(f"Does the model repeat {training}?", sections).encode(), f"{out}/{PAGE}")
-    storage.put(json.dumps(figures, indent=1).encode(), f"{out}/{FIGURES}")
-    return figures
 
 
 def _begin(out: str, clip: str) -> str:
@@ -183,7 +199,7 @@ def _begin(out: str, clip: str) -> str:
     return storage.absolute(out).rstrip("/")
 
 
-def _look(name: str, source: str, out: str, clip: str) -> EmbeddedCorpus:
+def _embed(name: str, source: str, out: str, clip: str) -> EmbeddedCorpus:
     return embed_corpus(source, clip, SIZE, f"{out}/features/{name}.parquet")
 
 

@@ -115,54 +115,16 @@ def _write(out: str, found: dict[str, Any], rows: Sequence[Sequence[np.ndarray]]
 
 def _page(found: dict[str, Any], rows: Sequence[Sequence[np.ndarray]]) -> str:
     groups, pairs, first = found["groups"], found["pairs"], found["seeds"][0]
-    prompts, words = [group["prompt"] for group in groups], list(groups[0]["words"])
+    prompts = [group["prompt"] for group in groups]
     scale = (
         "" if found["guidance_scale"] is None else f" Guidance scale {found['guidance_scale']:g}."
     )
-    differs = [
-        ["", "distance", "by chance", "p", *words],
-        *(
-            [
-                " – ".join(pair["prompts"]),
-                f"{pair['distance']:.4f}",
-                f"{pair['by_chance']:.4f}",
-                f"{pair['p']:.4g}",
-                *(above(pair["words"][word], 4) for word in words),
-            ]
-            for pair in pairs
-        ),
-    ]
-    hues = [
-        ["", *pairs[0]["colour"]],
-        *(
-            [" – ".join(pair["prompts"]), *(above(one, 1) for one in pair["colour"].values())]
-            for pair in pairs
-        ),
-    ]
-    swatches = [
-        Picture(
-            np.full((SIDE // 2, SIDE, 3), np.round(group["colour"]), np.uint8),
-            f"{group['prompt']}, {colour_name(group)}",
-        )
-        for group in groups
-    ]
     text = (
         f"{len(rows)} seeds, each with every prompt.{scale} Distances are of the mean features, "
         f"as the CLIP sees the pictures; p is the share of "
         f"{pairs[0]['arrangements']:,} arrangements, with labels swapped within pairs, whose "
         f"distance is as great. Words are CLIP's cosine, the first prompt's "
         f"less the second's, with the standard error."
-    )
-    cosines = (
-        [
-            ["", *words],
-            *(
-                [group["prompt"], *(f"{value:.4f}" for value in group["words"].values())]
-                for group in groups
-            ),
-        ]
-        if words
-        else []
     )
     shown = [
         [
@@ -171,13 +133,24 @@ def _page(found: dict[str, Any], rows: Sequence[Sequence[np.ndarray]]) -> str:
         ]
         for n, row in enumerate(rows[:ON_PAGE])
     ]
+    swatches = [
+        Picture(
+            np.full((SIDE // 2, SIDE, 3), np.round(group["colour"]), np.uint8),
+            f"{group['prompt']}, {colour_name(group)}",
+        )
+        for group in groups
+    ]
     return page(
         "Do these prompts give unlike pictures?",
         [
-            Section("Differences", text, table=differs),
-            Section("Cosines with the words", table=cosines),
+            Section("Differences", text, table=_distance_table(pairs)),
+            Section("Cosines with the words", table=_word_table(groups)),
             Section("Mean colours", groups=[swatches]),
-            Section("Differences of colour", "Of 255, with the standard error.", table=hues),
+            Section(
+                "Differences of colour",
+                "Of 255, with the standard error.",
+                table=_colour_table(pairs),
+            ),
             Section(
                 "Pictures of the same seeds",
                 "In each frame, from left to right: "
@@ -186,3 +159,35 @@ def _page(found: dict[str, Any], rows: Sequence[Sequence[np.ndarray]]) -> str:
             ),
         ],
     )
+
+
+def _distance_table(pairs: Sequence[dict[str, Any]]) -> list[list[str]]:
+    words = list(pairs[0]["words"])
+    rows = [
+        [
+            " – ".join(pair["prompts"]),
+            f"{pair['distance']:.4f}",
+            f"{pair['by_chance']:.4f}",
+            f"{pair['p']:.4g}",
+            *(above(pair["words"][word], 4) for word in words),
+        ]
+        for pair in pairs
+    ]
+    return [["", "distance", "by chance", "p", *words], *rows]
+
+
+def _word_table(groups: Sequence[dict[str, Any]]) -> list[list[str]]:
+    words = list(groups[0]["words"])
+    rows = [
+        [group["prompt"], *(f"{value:.4f}" for value in group["words"].values())]
+        for group in groups
+    ]
+    return [["", *words], *rows] if words else []
+
+
+def _colour_table(pairs: Sequence[dict[str, Any]]) -> list[list[str]]:
+    rows = [
+        [" – ".join(pair["prompts"]), *(above(one, 1) for one in pair["colour"].values())]
+        for pair in pairs
+    ]
+    return [["", *pairs[0]["colour"]], *rows]

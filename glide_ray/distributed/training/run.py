@@ -6,7 +6,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ... import storage
 from ...config.training import Preset
 from ...data.filters import Report
-from ...data.sources import find_parts
+from ...data.sources import Part, find_parts
 from ...errors import ConfigError, UserError
 from ...models.weights import load_config
 from ...pretrained import shipped
@@ -88,21 +88,7 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
     connect(preset.train.workers + DATA_CPUS)
     on_gpu = _wait_for_workers(preset)
     storage.put(preset.model_dump_json(indent=1).encode(), f"{out}/{PRESET}")
-    # Place the actors on this node: those of workers come and go.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board, tally = (
-        Board.options(scheduling_strategy=here).remote(),
-        Tally.options(scheduling_strategy=here).remote(),
-    )
-    feeder = Feeder.options(scheduling_strategy=here).remote(
-        parts,
-        preset.data.min_size,
-        preset.train.batch,
-        preset.data.shuffle_buffer,
-        preset.train.seed,
-        tally,
-        preset.data.shares,
-    )
+    board, tally, feeder = _start_actors(preset, parts)
     folder = RunFolder(out)
     try:
         with _interruptible(), Journal(board, folder, preset, progress) as journal:
@@ -115,6 +101,23 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
     finally:
         folder.close()
     return _result(out, ray.get(tally.report.remote()))
+
+
+def _start_actors(preset: Preset, parts: Sequence[Part]) -> tuple:
+    """(board, tally, feeder), on this node: those of workers come and go."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = Board.options(scheduling_strategy=here).remote()
+    tally = Tally.options(scheduling_strategy=here).remote()
+    feeder = Feeder.options(scheduling_strategy=here).remote(
+        parts,
+        preset.data.min_size,
+        preset.train.batch,
+        preset.data.shuffle_buffer,
+        preset.train.seed,
+        tally,
+        preset.data.shares,
+    )
+    return board, tally, feeder
 
 
 class Trainer(TorchTrainer):

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,103 +69,121 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
     from ...train.loop import Trainer  # imports DeepSpeed, which the driver does not need
     from ...train.steps import Outlets, train_loop
 
-    context, train = ray.train.get_context(), preset.train
-    rank, world = context.get_world_rank(), context.get_world_size()
+    context = ray.train.get_context()
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     trainer = Trainer(preset)
-    if rank == 0:
+    if trainer.rank == 0:
         # Check here again: a worker's permissions may differ from the driver's.
         storage.check_writable(out)
     checkpoints = Checkpoints(out)
     # A name for this start, shared by all ranks: separates its batches and checkpoint folders from
     # those of earlier starts.
     start, whole = broadcast_object(
-        (uuid.uuid4().hex[:8], checkpoints.whole()) if rank == 0 else None
+        (uuid.uuid4().hex[:8], checkpoints.whole()) if trainer.rank == 0 else None
     )
-    _go_on(
-        trainer,
-        whole,
-        Path(tempfile.gettempdir()) / f"glide-resume-{start}",
-        context.get_local_rank(),
-        board,
-        tally,
-    )
-    if rank == 0:
+    cache = Path(tempfile.gettempdir()) / f"glide-resume-{start}"
+    _resume(trainer, whole, cache, context.get_local_rank(), board, tally)
+    if trainer.rank == 0:
         _sweep(checkpoints, board)
-        board.started.remote(_start(trainer))
-        # At every start: CLIP's loss depends on the micro-batch, which free memory may determine.
-        if train.objective == "clip":
-            board.note.remote(_contrast(trainer.share))
-    held_out = held_out_batches(preset.data, preset.model, trainer.share.micro_batch, rank, world)
-    keeper = CheckpointWriter(
-        checkpoints,
-        start,
-        train.keep_last,
-        train.keep_every,
-        board.note.remote,
-        board.committed.remote,
-        2 * train.stall_seconds,
+        _announce(trainer, board)
+    held_out = held_out_batches(
+        preset.data, preset.model, trainer.share.micro_batch, trainer.rank, trainer.world
     )
-    watchdog = Watchdog(
-        train.stall_seconds,
-        lambda text: ray.get(board.note.remote(f"rank {rank} hangs: {text}; it is begun again")),
+    outlets = _RankOutlets(trainer, checkpoints, start, board, tally)
+    train_loop(
+        trainer,
+        _epochs(preset, feeder, start, trainer.share),
+        held_out,
+        Outlets(outlets.metrics, outlets.checkpoint, outlets.after_step),
     )
+    outlets.finish()
 
-    def save(write) -> None:
-        watchdog.beat(f"the checkpoint of step {trainer.progress.step:,}")
-        keeper.save(
-            trainer.progress.step, lambda folder: _save(folder, trainer, write, tally, rank)
+
+def _epochs(
+    preset: Preset, feeder, start: str, share: BatchSplit
+) -> Callable[[int, int], Iterator[Batch]]:
+    """A function that returns this rank's micro-batches of an epoch, after its first rows."""
+    collate = Collate(preset.model, preset.data, preset.train.seed)
+
+    def epoch_batches(epoch: int, rows: int) -> Iterator[Batch]:
+        batches = micro_batches(feeder, Epoch(start, epoch, rows), share)
+        return ahead(collated(batches, collate, preset, epoch))
+
+    return epoch_batches
+
+
+class _RankOutlets:
+    """Metrics, checkpoints and signs of life of one rank, sent to the board and to storage."""
+
+    def __init__(self, trainer: Trainer, checkpoints: Checkpoints, start: str, board, tally):
+        self._trainer, self._board, self._tally = trainer, board, tally
+        train = trainer.preset.train
+        self._writer = CheckpointWriter(
+            checkpoints,
+            start,
+            train.keep_last,
+            train.keep_every,
+            board.note.remote,
+            board.committed.remote,
+            2 * train.stall_seconds,
         )
-        watchdog.beat(f"step {trainer.progress.step + 1:,}")
+        hangs = f"rank {trainer.rank} hangs: "
+        self._watchdog = Watchdog(
+            train.stall_seconds,
+            lambda text: ray.get(board.note.remote(f"{hangs}{text}; it is begun again")),
+        )
+        self._preempted = False  # whether a checkpoint was saved for a node that will be taken away
+        self._beaten = 0.0  # time of the last sign of life on the board
 
-    def after_step(number: int) -> bool:
-        nonlocal told, beaten
-        watchdog.beat(f"step {number + 1:,}")
-        if rank == 0 and time.monotonic() - beaten > BEAT_SECONDS:
-            beaten = time.monotonic()
-            board.beat.remote(number)
-        wanted = keeper.step(node_is_going()) and not told
+    def metrics(self, metrics: dict) -> None:
+        if self._trainer.rank == 0:
+            self._board.post.remote(metrics)
+
+    def checkpoint(self, write: Callable[[Path], None]) -> None:
+        step = self._trainer.progress.step
+        self._watchdog.beat(f"the checkpoint of step {step:,}")
+        self._writer.save(step, lambda folder: self._save(folder, write))
+        self._watchdog.beat(f"step {step + 1:,}")
+
+    def after_step(self, number: int) -> bool:
+        """Whether a checkpoint must be saved now, because a node will be preempted."""
+        self._watchdog.beat(f"step {number + 1:,}")
+        leads = self._trainer.rank == 0
+        if leads and time.monotonic() - self._beaten > BEAT_SECONDS:
+            self._beaten = time.monotonic()
+            self._board.beat.remote(number)
+        wanted = self._writer.step(node_is_going()) and not self._preempted
         if wanted:
-            told = True
-            if rank == 0:
-                board.note.remote(
+            self._preempted = True
+            if leads:
+                self._board.note.remote(
                     f"a node is about to be taken away; a checkpoint is made of step {number:,}"
                 )
         return wanted
 
-    told, beaten = False, 0.0
+    def finish(self) -> None:
+        """Save the last checkpoint, with several attempts."""
+        for wait in LAST_WAITS:
+            self.checkpoint(self._trainer.save)
+            step = self._writer.finish(lambda: self._watchdog.beat("the last checkpoint"))
+            if step == self._trainer.preset.train.steps:
+                break
+            self._watchdog.rest()
+            time.sleep(wait)
+        self._watchdog.close()
 
-    def epoch_batches(epoch: int, rows: int) -> Iterator[Batch]:
-        return ahead(
-            collated(
-                micro_batches(feeder, Epoch(start, epoch, rows), trainer.share),
-                collate,
-                preset,
-                epoch,
-            )
-        )
-
-    collate = Collate(preset.model, preset.data, preset.train.seed)
-
-    def post(metrics: dict) -> None:
-        if rank == 0:
-            board.post.remote(metrics)
-
-    train_loop(trainer, epoch_batches, held_out, Outlets(post, save, after_step))
-    for wait in LAST_WAITS:
-        save(trainer.save)
-        if keeper.finish(lambda: watchdog.beat("the last checkpoint")) == train.steps:
-            break
-        watchdog.rest()
-        time.sleep(wait)
-    watchdog.close()
+    def _save(self, folder: Path, write: Callable[[Path], None]) -> None:
+        write(folder)
+        if self._trainer.rank == 0:
+            epoch = self._trainer.progress.epoch
+            write_counts(folder, ray.get(self._tally.counts.remote(epoch)))
 
 
 # -- resuming --------------------------------------------------------------------------------------
 
 
-def _go_on(
+def _resume(
     trainer: Trainer, whole: list[CheckpointEntry], cache: Path, local_rank: int, board, tally
 ) -> None:
     """Load the last undamaged checkpoint, if there is one. From S3 it is fetched once per node."""
@@ -226,6 +244,13 @@ def _start(trainer: Trainer) -> Start:
     )
 
 
+def _announce(trainer: Trainer, board) -> None:
+    board.started.remote(_start(trainer))
+    # At every start: CLIP's loss depends on the micro-batch, which free memory may determine.
+    if trainer.preset.train.objective == "clip":
+        board.note.remote(_contrast(trainer.share))
+
+
 def _contrast(share: BatchSplit) -> str:
     """One line on what CLIP's loss depends on."""
     others = share.world * max(end - first for first, end, _ in share.parts()) - 1
@@ -248,12 +273,6 @@ def node_is_going() -> bool:
 
 
 # -- row counts in checkpoints ---------------------------------------------------------------------
-
-
-def _save(folder: Path, trainer: Trainer, write, tally, rank: int) -> None:
-    write(folder)
-    if rank == 0:
-        write_counts(folder, ray.get(tally.counts.remote(trainer.progress.epoch)))
 
 
 def write_counts(folder: Path, counts: Mapping[int, int]) -> None:

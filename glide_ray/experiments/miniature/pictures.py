@@ -174,8 +174,8 @@ def fill(
     ]
 
 
-class Eyes:
-    """The plain CLIP and EfficientNet, which extract features of pictures.
+class FeatureNetworks:
+    """The plain CLIP and EfficientNet.
 
     Raises WeightsError for the CLIP, MissingNetworkError for EfficientNet.
     """
@@ -183,7 +183,7 @@ class Eyes:
     def __init__(self, clip: Path):
         self._clip, self._efficientnet = ClipFeatures(clip), load_efficientnet()
 
-    def see(self, pixels: np.ndarray, captions: Sequence[str]) -> SetFeatures:
+    def features(self, pixels: np.ndarray, captions: Sequence[str]) -> SetFeatures:
         """Features of pictures uint8 (N, H, H, 3) and of their captions."""
         looks, classes = self._looks(pixels)
         shown = self._clip.images([Image.fromarray(image) for image in pixels])

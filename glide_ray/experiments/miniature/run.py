@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from ... import storage
@@ -23,7 +24,7 @@ from . import findings as judged
 from . import sheets
 from .findings import Finding
 from .models import JUDGE, LARGE, STRIPPED, train_all
-from .pictures import IMAGES, SETS, Eyes, Real, make_set, real_pictures
+from .pictures import IMAGES, SETS, FeatureNetworks, Real, SetFeatures, make_set, real_pictures
 
 log = logging.getLogger(__name__)
 
@@ -54,16 +55,13 @@ def run(out: Path, corpus: Path) -> list[Finding]:
         ),
     )
     log.info("looking at the pictures")
-    eyes = Eyes(weights[JUDGE])
-    sets = {name: eyes.see(of, own.captions) for name, of in pictures.items()}
-    seen, seen_own = eyes.see(real.pixels, real.captions), eyes.see(own.pixels, own.captions)
-    scales = {
-        name: {"guidance_scale": way.options.guidance_scale, "clip_scale": way.options.clip_scale}
-        for name, way in SETS.items()
-    }
-    table = {name: {**scales[name], **judged.figures(of, seen)} for name, of in sets.items()}
-    votes = judged.votes_of(sets, seen, seen_own)
-    found = judged.findings(sets, seen, votes, painted)
+    networks = FeatureNetworks(weights[JUDGE])
+    sets = {name: networks.features(of, own.captions) for name, of in pictures.items()}
+    features = networks.features(real.pixels, real.captions)
+    own_features = networks.features(own.pixels, own.captions)
+    table = _figures(sets, features)
+    votes = judged.votes_of(sets, features, own_features)
+    found = judged.findings(sets, features, votes, painted)
     shown = {
         "sets.png": sheets.sets_side_by_side(pictures, own),
         "figure-6.png": sheets.figure_6(table),
@@ -73,27 +71,32 @@ def run(out: Path, corpus: Path) -> list[Finding]:
     for name, sheet in shown.items():
         storage.put(encode(sheet), out / name)
     standings = judged.standings(votes)
-    storage.put(
-        sheets.report(
-            table, standings, painted, found, shown, len(own.captions), len(real.captions)
-        ).encode(),
-        out / PAGE,
+    report = sheets.report(
+        table, standings, painted, found, shown, len(own.captions), len(real.captions)
     )
+    storage.put(report.encode(), out / PAGE)
     elo = {
         question: {name: vars(standing) for name, standing in of.items()}
         for question, of in standings.items()
     }
-    for name, result in (
-        (
-            FIGURES,
-            {
-                "sets": table,
-                "elo": elo,
-                "inpainting": painted,
-                "clip_score_of_real": 100 * float(seen.cosines.mean()),
-            },
-        ),
-        (FINDINGS, [vars(finding) for finding in found]),
-    ):
+    figures = {
+        "sets": table,
+        "elo": elo,
+        "inpainting": painted,
+        "clip_score_of_real": 100 * float(features.cosines.mean()),
+    }
+    for name, result in ((FIGURES, figures), (FINDINGS, [vars(finding) for finding in found])):
         storage.put(json.dumps(result, indent=1, ensure_ascii=False).encode(), out / name)
     return found
+
+
+def _figures(sets: Mapping[str, SetFeatures], real: SetFeatures) -> dict[str, dict[str, float]]:
+    """Scales and metrics of each set, against real pictures."""
+    return {
+        name: {
+            "guidance_scale": SETS[name].options.guidance_scale,
+            "clip_scale": SETS[name].options.clip_scale,
+            **judged.figures(features, real),
+        }
+        for name, features in sets.items()
+    }
