@@ -123,7 +123,7 @@ def put(data: bytes | Path, path: str | Path, sha256: str | None = None) -> None
                     ExtraArgs={"Metadata": {CHECKSUM: sha256 or digest(data)}},
                 )
             return
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             if isinstance(data, bytes):
                 partial.write_bytes(data)
             else:
@@ -237,7 +237,7 @@ def remove_folder(path: str | Path) -> None:
 
 
 @contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Write a file atomically: yields a temporary path beside `path`.
 
     The temporary file replaces `path` on success and is deleted on an error.
@@ -285,7 +285,7 @@ def download(path: str, target: Path) -> None:
                 file.write(chunk)
         return sha256.hexdigest()
 
-    with storage_errors(path), whole(target) as partial:
+    with storage_errors(path), atomic_write(target) as partial:
         read_verified(path, lambda body: (None, write(body, partial)))
 
 

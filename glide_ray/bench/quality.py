@@ -119,7 +119,7 @@ def _inpainting_errors(
         insides.append(
             np.minimum(np.minimum(y - top, top + last - y), np.minimum(x - left, left + last - x))
         )
-    made = stepper.run(
+    pictures = stepper.run(
         [
             base_request(
                 stepper.config,
@@ -134,7 +134,7 @@ def _inpainting_errors(
     )
     errors = [
         np.square(to_uint8(one).astype(float) - image).mean(-1) / 255**2
-        for one, image in zip(made, images, strict=True)
+        for one, image in zip(pictures, images, strict=True)
     ]
     pairs = list(zip(errors, insides, strict=True))
     border = [error[(inside >= 0) & (inside < width)].mean() for error, inside in pairs]

@@ -77,10 +77,10 @@ def bench_recipe(
                     *VARIATIONS[name],
                 ],
             )
-            error, seen = _learn(preset, seconds)
+            error, count = _learn(preset, seconds)
             errors.append(error)
-            images.append(seen)
-            log.info(f"{name}, seed {seed}: {error:.4f} after {seen:,} images")
+            images.append(count)
+            log.info(f"{name}, seed {seed}: {error:.4f} after {count:,} images")
         spread = statistics.stdev(errors) / len(errors) ** 0.5 if len(errors) > 1 else 0.0
         found[name] = {
             "rmse": round(statistics.mean(errors), 4),

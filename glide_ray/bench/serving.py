@@ -287,20 +287,22 @@ def _latencies(url: str, fields: dict[str, Any], seconds: float) -> dict[str, An
     }
     for prefix, rate in (("", rates["step"]), ("at_wholes_", rates["whole"])):
         times = load.poisson(0.7 * rate, seconds, 4)
-        asked, seen = load.bodies(len(times), STEPS, 5, **fields), {}
+        asked, latencies = load.bodies(len(times), STEPS, 5, **fields), {}
         for name in ("step", "whole"):
             came = load.Clients(f"{url}/{name}", asked, times).answers()
-            seen[name] = [answer.seconds for answer in came if answer.status == 200]
-            figures[f"{prefix}{name}_answered"] = f"{len(seen[name])} of {len(came)}"
+            latencies[name] = [answer.seconds for answer in came if answer.status == 200]
+            figures[f"{prefix}{name}_answered"] = f"{len(latencies[name])} of {len(came)}"
             for part in (50, 95):
-                figures[f"{prefix}{name}_p{part}_s"] = round(_quantile(seen[name], part / 100), 2)
+                figures[f"{prefix}{name}_p{part}_s"] = round(
+                    _quantile(latencies[name], part / 100), 2
+                )
             log.info(
-                f"{0.7 * rate:.3f} requests/s, {name}: {len(seen[name])} of {len(came)} answered, "
-                f"p50 {figures[f'{prefix}{name}_p50_s']} s, p95 "
+                f"{0.7 * rate:.3f} requests/s, {name}: {figures[f'{prefix}{name}_answered']} "
+                f"answered, p50 {figures[f'{prefix}{name}_p50_s']} s, p95 "
                 f"{figures[f'{prefix}{name}_p95_s']} s"
             )
         figures[f"{prefix}p95_ratio"] = round(
-            _quantile(seen["step"], 0.95) / _quantile(seen["whole"], 0.95), 2
+            _quantile(latencies["step"], 0.95) / _quantile(latencies["whole"], 0.95), 2
         )
     return figures
 

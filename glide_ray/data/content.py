@@ -67,7 +67,7 @@ class ContentFilter:
             "clip": self.clip,
             "settings": dict(self.settings),
         }
-        with storage.whole(path) as partial:
+        with storage.atomic_write(path) as partial:
             save_file(
                 {"vectors": self.vectors, "weights": self.weights},
                 partial,

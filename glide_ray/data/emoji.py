@@ -202,8 +202,8 @@ def _rendered(
         for start in range(0, len(pictures), PICTURES_PER_TASK)
     ]
     tasks = ([one.content for one in batch if isinstance(one.content, str)] for batch in batches)
-    for batch, made in zip(batches, in_order(pool, render_all, tasks), strict=True):
-        images = iter(made)
+    for batch, rendered in zip(batches, in_order(pool, render_all, tasks), strict=True):
+        images = iter(rendered)
         for picture in batch:
             image = next(images) if isinstance(picture.content, str) else picture.content
             if isinstance(image, bytes):

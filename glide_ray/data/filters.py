@@ -74,9 +74,9 @@ def decodes(candidate: Candidate) -> bool:
     return _raises_not(lambda: candidate.picture)
 
 
-def _raises_not(look: Callable[[], Any]) -> bool:
+def _raises_not(action: Callable[[], Any]) -> bool:
     try:
-        look()
+        action()
         return True
     except ImageError:
         return False

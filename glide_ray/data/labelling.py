@@ -184,20 +184,20 @@ def read_labels(path: str | Path) -> list[Label]:
         ) from None
     labels = []
     for number, line in enumerate(csv.DictReader(io.StringIO(text)), start=2):
-        said = (line.get("label") or "").strip().lower()
+        text = (line.get("label") or "").strip().lower()
         if not line.get("row"):
             raise ContentError(
                 f"{path}, line {number} names no row; the columns are {', '.join(COLUMNS)}."
             )
-        if said not in (*YES, *NO, ""):
+        if text not in (*YES, *NO, ""):
             raise ContentError(
-                f"{path}, line {number}: the label {said!r} is neither 1 (has the content) nor 0; "
+                f"{path}, line {number}: the label {text!r} is neither 1 (has the content) nor 0; "
                 f"write one of the two, or leave it empty."
             )
         labels.append(
             Label(
                 line["row"],
-                None if not said else said in YES,
+                None if not text else text in YES,
                 line.get("caption") or "",
                 line.get("why") or "",
             )

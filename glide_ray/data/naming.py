@@ -141,8 +141,8 @@ def squashed(names: Iterable[str]) -> frozenset[str]:
 
 def _spoken(name: str) -> str:
     """Unicode's name as used in a sentence: "flag Peru" -> "flag of Peru"."""
-    for pattern, said in _SPOKEN:
-        name = re.sub(pattern, said, name)
+    for pattern, spoken in _SPOKEN:
+        name = re.sub(pattern, spoken, name)
     return name
 
 

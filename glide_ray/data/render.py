@@ -65,13 +65,13 @@ def render(svg: str) -> bytes:
 
 def render_all(svgs: list[str]) -> list[bytes | str]:
     """Render each SVG: the bytes of a WebP, or the error message as a string."""
-    made: list[bytes | str] = []
+    rendered: list[bytes | str] = []
     for svg in svgs:
         try:
-            made.append(render(svg))
+            rendered.append(render(svg))
         except RenderError as error:
-            made.append(str(error))
-    return made
+            rendered.append(str(error))
+    return rendered
 
 
 def process_pool(

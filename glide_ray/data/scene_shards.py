@@ -45,8 +45,8 @@ def write_scenes(out: str, count: int, seed: int = 0) -> dict[str, dict[str, Any
             for start in range(0, count, ROWS_PER_TASK)
         )
         with process_pool(_begin_worker, (sprites,)) as pool:
-            for made in in_order(pool, _compose_some, tasks):
-                for split, sample in made:
+            for composed in in_order(pool, _compose_some, tasks):
+                for split, sample in composed:
                     writers[split].add(sample)
     card = (read_card(f"{out}/train") or {}) | {"about": ABOUT, "scenes": count, "seed": seed}
     return {split: writer.finish({**card, "split": split}) for split, writer in writers.items()}

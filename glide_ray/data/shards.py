@@ -148,7 +148,7 @@ def read_shard(data: bytes | str | Path, name: str | None = None) -> Iterator[Sa
         raise ShardError(f"{name} is not a tar file; copy it again.") from None
     with tar:
         parts: dict[str, bytes] = {}
-        current, whole = None, True
+        current, ended = None, True
         try:
             for member in tar:
                 key, suffix = _key_and_suffix(member.name)
@@ -164,15 +164,15 @@ def read_shard(data: bytes | str | Path, name: str | None = None) -> Iterator[Sa
             # tarfile raises nothing if a header is broken or the file ends in place of one: check
             # for the block of zeros at the end of a complete tar.
             tar.fileobj.seek(tar.offset)
-            whole = tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+            ended = tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
         except BROKEN:
-            whole = False
+            ended = False
         if parts and (
-            whole
+            ended
             or all(any(suffix in parts for suffix in of) for of in (IMAGE_SUFFIXES, TEXT_SUFFIXES))
         ):
             yield from _sample(current, parts)
-    if not whole:
+    if not ended:
         raise ShardError(
             f"{name} is broken or cut after {current or 'its beginning'}; copy it again."
         )

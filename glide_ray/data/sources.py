@@ -296,12 +296,12 @@ def _beside(url: str, path: str | None) -> bytes:
     """
     if not path or path.startswith(("http://", "https://")):  # to be downloaded by img2dataset
         return b""
-    whole = (
+    path = (
         path
         if storage.is_remote(path) or path.startswith("/")
         else f"{url.rpartition('/')[0]}/{path}"
     )
-    return _read_or_none(whole) or b""
+    return _read_or_none(path) or b""
 
 
 def _captions(value: object) -> tuple[str, ...]:

@@ -233,8 +233,8 @@ def recolour(picture: Image.Image, colour: str) -> Image.Image:
     Its median grey becomes the colour; darker greys go towards black, lighter ones towards white.
     """
     grey, alpha = picture.convert("L"), picture.getchannel("A")
-    seen = np.asarray(grey)[np.asarray(alpha) > 128]
-    middle = int(np.median(seen)) if seen.size else 128
+    visible = np.asarray(grey)[np.asarray(alpha) > 128]
+    middle = int(np.median(visible)) if visible.size else 128
     channels = [grey.point(table) for table in _tints(colour, middle)]
     return Image.merge("RGBA", [*channels, alpha])
 

@@ -216,7 +216,7 @@ def held_out_batches(
     mine = numbered[rank::world]
     parts = [mine[start : start + batch] for start in range(0, len(mine), batch)]
     batches = [collate(columns(part), epoch=0, augment=False) for part in parts]
-    good = next((made for made in batches if made is not None), None)
+    good = next((collated_batch for collated_batch in batches if collated_batch is not None), None)
     if good is None:
         raise ShardError(
             f"No picture of rank {rank}'s part of the held-out corpus {data.held_out} can be "
@@ -226,7 +226,7 @@ def held_out_batches(
     # fewer collective calls, and the other ranks would wait for it.
     return [
         replace(good[torch.arange(len(part)) % len(good.image)], rows=torch.full((len(part),), -1))
-        if made is None
-        else made
-        for part, made in zip(parts, batches, strict=True)
+        if collated_batch is None
+        else collated_batch
+        for part, collated_batch in zip(parts, batches, strict=True)
     ]

@@ -79,10 +79,10 @@ class Embedder:
                 pictures.append(None)
                 reason = BROKEN
             reasons.append(reason)
-        seen = iter(self._network.images([picture for picture in pictures if picture is not None]))
+        rows = iter(self._network.images([picture for picture in pictures if picture is not None]))
         features = np.stack(
             [
-                np.full(self._network.width, np.nan, np.float32) if picture is None else next(seen)
+                np.full(self._network.width, np.nan, np.float32) if picture is None else next(rows)
                 for picture in pictures
             ]
         )
@@ -121,14 +121,14 @@ def embed(
             yield pyarrow.Table.from_pylist(block, READ)
 
     counts = [part.count or len(part.files) for part in parts]
-    see = _here if all(counts) and sum(counts) <= INLINE_IMAGES else _by_actors
-    seen, report = see(parts, blocks, load, path, content)
+    run = _here if all(counts) and sum(counts) <= INLINE_IMAGES else _by_actors
+    embedded, report = run(parts, blocks, load, path, content)
     tables, done = [], 0
     with (
         tqdm(desc="embed", unit="image", dynamic_ncols=True, disable=None, total=limit) as bar,
         task_errors(),
     ):
-        for table in seen:
+        for table in embedded:
             tables.append(table)
             done += len(table)
             bar.update(len(table))
@@ -143,9 +143,11 @@ def _here(
     parts: Sequence[Part], blocks: Blocks, *embedder: Any
 ) -> tuple[Iterator[pyarrow.Table], Callable[[], Report]]:
     """Embed all parts in this process. Returns the tables, and a function for the report so far."""
-    report, see = Report(), Embedder(*embedder)
+    report, embedder = Report(), Embedder(*embedder)
     return (
-        see(block) for number, part in enumerate(parts) for block in blocks(number, part, report)
+        embedder(block)
+        for number, part in enumerate(parts)
+        for block in blocks(number, part, report)
     ), lambda: report
 
 
@@ -329,14 +331,14 @@ def embed_corpus(
         ).encode()
     ).hexdigest()
 
-    def see() -> tuple[pyarrow.Table, bool]:
+    def embed_parts() -> tuple[pyarrow.Table, bool]:
         log.info(f"looking at {source}")
         table, counted = embed(parts, network, load=partial(load_network, size=size))
         for fault in counted.faults:
             log.info(fault)
         return table, not counted.faults
 
-    return EmbeddedCorpus.of(cached_table(cache, of, see), parts)
+    return EmbeddedCorpus.of(cached_table(cache, of, embed_parts), parts)
 
 
 def cached_table(

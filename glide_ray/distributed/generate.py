@@ -274,7 +274,7 @@ def _make(wanted: Sequence[Wanted], out: str, config: BulkConfig, workers: int |
     rows = IMAGES_PER_CALL * -(-len(table) // (IMAGES_PER_CALL * MOST_BLOCKS))
     # The unit of work that is repeated when a worker is lost.
     blocks = [table.slice(start, rows) for start in range(0, len(table), rows)]
-    made = (
+    tables = (
         quiet()
         .from_arrow(blocks)
         .map_batches(
@@ -293,5 +293,5 @@ def _make(wanted: Sequence[Wanted], out: str, config: BulkConfig, workers: int |
         ) as bar,
         task_errors(),
     ):
-        for batch in made.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for batch in tables.iter_batches(batch_size=None, batch_format="pyarrow"):
             bar.update(len(batch))

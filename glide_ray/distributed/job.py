@@ -20,11 +20,11 @@ def run(name: str, work: Callable[[], Mapping[str, Any]]) -> int:
     """Print the result of `work` as a line of JSON. Returns the exit code, 2 for a UserError."""
     show_messages(to_stderr=True)
     try:
-        made = work()
+        result = work()
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(made, ensure_ascii=False), flush=True)
+    print(json.dumps(result, ensure_ascii=False), flush=True)
     return 0
 
 
@@ -32,5 +32,5 @@ def once(
     record: str, asked: Mapping[str, Any], work: Callable[[], Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Like `records.once`; `done_before` in the result: whether an earlier run did the work."""
-    made, done_before = records.once(record, asked, work)
-    return {**made, "done_before": done_before}
+    result, done_before = records.once(record, asked, work)
+    return {**result, "done_before": done_before}

@@ -104,7 +104,7 @@ class Run:
         """Verdicts on the prompts' real pictures, cached in the folder `out`."""
 
         def judge_real() -> dict[str, Any]:
-            verdicts = judged(self.judge, cases, [given(case, self.size) for case in cases])
+            verdicts = judged(self.judge, cases, [real_picture(case, self.size) for case in cases])
             rows = [{name: asdict(verdict) for name, verdict in row.items()} for row in verdicts]
             return {"verdicts": rows}
 
@@ -188,7 +188,9 @@ class _Order:
             task, inputs = (
                 "edit",
                 {
-                    "image": np.where(known[..., None], given(case, size), 255).astype(np.uint8),
+                    "image": np.where(known[..., None], real_picture(case, size), 255).astype(
+                        np.uint8
+                    ),
                     "mask": known,
                 },
             )
@@ -248,7 +250,7 @@ def _draw(cascade: Cascade, orders: Sequence[_Order]) -> list[np.ndarray]:
     )
 
 
-def given(case: Case, size: int) -> np.ndarray:
+def real_picture(case: Case, size: int) -> np.ndarray:
     """A case's real picture at the size of the generated ones."""
     return area_downsample(case.picture, size)
 
@@ -269,7 +271,7 @@ def judged(
     for case, picture, of in zip(cases, pictures, verdicts, strict=True):
         if case.hole is not None:
             known = _known(case.hole, len(picture))
-            equal = np.array_equal(picture[known], given(case, len(picture))[known])
+            equal = np.array_equal(picture[known], real_picture(case, len(picture))[known])
             of[KNOWN] = Verdict(equal, "as given" if equal else "changed")
     return verdicts
 
@@ -428,8 +430,8 @@ def write(
 
 
 def _label(case: Case, verdicts: Mapping[str, Verdict]) -> str:
-    said = "; ".join(
-        f"{question}: {'right' if verdict.right else f'wrong ({verdict.seen})'}"
+    answers = "; ".join(
+        f"{question}: {'right' if verdict.right else f'wrong ({verdict.found})'}"
         for question, verdict in verdicts.items()
     )
-    return f"{case.prompt} — {said}"
+    return f"{case.prompt} — {answers}"

@@ -52,7 +52,7 @@ class ClipFeatures:
         """
         crops = [three_crops(picture, self._critic.image_size) for picture in pictures]
         flat = [crop for several in crops for crop in several]
-        seen = [
+        features = [
             self._critic.embed_images(to_tensor(np.stack(flat[start : start + CROPS_PER_CALL])))
             .float()
             .cpu()
@@ -61,7 +61,7 @@ class ClipFeatures:
         ]
         ends = np.cumsum([len(several) for several in crops])[:-1]
         return (
-            np.stack([part.mean(0) for part in np.split(np.concatenate(seen), ends)])
+            np.stack([part.mean(0) for part in np.split(np.concatenate(features), ends)])
             if crops
             else np.empty((0, self.width), np.float32)
         )

@@ -24,7 +24,7 @@ from .cases import SCENE_SEED, CorpusError, Row, read_rows, sprites_of
 from .heads import Discriminant, Logistic
 from .judge import Judge
 from .judge_accuracy import try_judge
-from .judge_features import JudgeFeatures, Looks, View
+from .judge_features import FeatureExtractor, JudgeFeatures, View
 from .regions import part_areas, resized
 from .styles import Styles
 
@@ -40,7 +40,7 @@ IMAGES_PER_CALL = 64
 
 def fit(
     corpus: str,
-    looks: Looks | None = None,
+    extractor: FeatureExtractor | None = None,
     asked: int = words.ASKED,
     least_styles: int = words.LEAST_STYLES,
     scenes: int = COUNTED_SCENES,
@@ -52,16 +52,20 @@ def fit(
 
     Raises CorpusError, MissingNetworkError.
     """
-    looks = looks or Looks()
+    extractor = extractor or FeatureExtractor()
     rows = [row for row in read_rows(corpus, "train") if row.group in OBJECT_GROUPS]
     if len({row.style for row in rows}) < 2:
         raise CorpusError(
             f"The pictures of objects in {corpus}/train are all of one style, and the judge needs "
             f"several; make the whole corpus with `glide corpus`."
         )
-    seen, things_of, every = _look(rows, looks), [row.emoji for row in rows], len(DEGRADATIONS)
+    features, things_of, every = (
+        _features(rows, extractor),
+        [row.emoji for row in rows],
+        len(DEGRADATIONS),
+    )
     plain = [row for row in rows if words.is_plain(row.emoji, row.name, row.group)]
-    shapes = np.concatenate([seen.shapes, _shapes_alone(plain, looks)])
+    shapes = np.concatenate([features.shapes, _shapes_alone(plain, extractor)])
     log.info(f"fitting the judge to {len(rows):,} pictures")
     things = Discriminant.fit(
         shapes,
@@ -70,9 +74,11 @@ def fit(
         THING_WIDTH,
         cosine=True,
     )
-    styles, told = Styles.fit(seen, [row.style for row in rows] * every, things_of * every)
+    styles, told = Styles.fit(features, [row.style for row in rows] * every, things_of * every)
     vocabulary = _vocabulary(rows, told[: len(rows)], asked, least_styles)
-    judge = Judge(vocabulary, things, styles, fit_counts(corpus, vocabulary, scenes), looks=looks)
+    judge = Judge(
+        vocabulary, things, styles, fit_counts(corpus, vocabulary, scenes), extractor=extractor
+    )
     return with_things(
         judge,
         [
@@ -140,31 +146,33 @@ def fit_counts(corpus: str, vocabulary: words.Vocabulary, scenes: int = COUNTED_
     return Logistic.fit(np.stack(features), np.array(counts), COUNT_DECAY)
 
 
-def _look(rows: Sequence[Row], looks: Looks) -> JudgeFeatures:
+def _features(rows: Sequence[Row], extractor: FeatureExtractor) -> JudgeFeatures:
     """Features of all rows under each of DEGRADATIONS, one degradation after the other."""
-    seen: list[list[JudgeFeatures]] = [[] for _ in DEGRADATIONS]
+    features: list[list[JudgeFeatures]] = [[] for _ in DEGRADATIONS]
     for start in range(0, len(rows), IMAGES_PER_CALL):
         if start % (16 * IMAGES_PER_CALL) == 0:
             log.info(f"looking at real pictures: {start:,} of {len(rows):,}")
         pictures = [row.picture() for row in rows[start : start + IMAGES_PER_CALL]]
         for n, degrade in enumerate(DEGRADATIONS):
             rng = np.random.default_rng([n, start])
-            part = looks.of([View.of(degrade(picture, rng)) for picture in pictures])
-            seen[n].append(
+            part = extractor.of([View.of(degrade(picture, rng)) for picture in pictures])
+            features[n].append(
                 JudgeFeatures(
                     part.shapes.astype(np.float16), part.textures.astype(np.float16), part.colours
                 )
             )
-    return JudgeFeatures.joined([part for parts in seen for part in parts])
+    return JudgeFeatures.joined([part for parts in features for part in parts])
 
 
-def _shapes_alone(rows: Sequence[Row], looks: Looks) -> np.ndarray:
+def _shapes_alone(rows: Sequence[Row], extractor: FeatureExtractor) -> np.ndarray:
     """Object features of pictures as they appear in scenes: recoloured, or small."""
     found = []
     for start in range(0, len(rows), IMAGES_PER_CALL):
         rng = np.random.default_rng([len(DEGRADATIONS), start])
         pictures = [small_or_recoloured(row, rng) for row in rows[start : start + IMAGES_PER_CALL]]
-        found.append(looks.shapes([View.of(picture) for picture in pictures]).astype(np.float16))
+        found.append(
+            extractor.shapes([View.of(picture) for picture in pictures]).astype(np.float16)
+        )
     return np.concatenate(found)
 
 

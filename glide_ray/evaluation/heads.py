@@ -49,10 +49,10 @@ class Discriminant:
         `width`: number of directions to keep, those in which the class means differ most.
         """
         mean, scale = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64) + 1e-3
-        whole = cls(
+        standardised = cls(
             (), mean.astype(np.float32), scale.astype(np.float32), np.empty(0), np.empty(0), cosine
         )
-        rows, names = whole._standard(features), sorted(set(labels))
+        rows, names = standardised._standard(features), sorted(set(labels))
         index = np.searchsorted(names, labels)
         means = np.stack([rows[index == n].mean(0) for n in range(len(names))])
         within = rows - means[index]
@@ -61,7 +61,7 @@ class Discriminant:
         centred = (means - means.mean(0)) @ whiten
         _, _, directions = np.linalg.svd(centred, full_matrices=False)
         project = (whiten @ directions[:width].T).astype(np.float32)
-        return replace(whole, labels=tuple(names), project=project, centres=means @ project)
+        return replace(standardised, labels=tuple(names), project=project, centres=means @ project)
 
     @cached_property
     def _index(self) -> dict[str, int]:

@@ -77,19 +77,19 @@ class Reference:
 
     names: Sequence[str]
     captions: Sequence[str]
-    seen: ImageFeatures
+    images: ImageFeatures
 
     @cached_property
     def moments(self) -> Moments:
-        return Moments.of(self.seen.features)
+        return Moments.of(self.images.features)
 
     @cached_property
     def reach(self) -> np.ndarray:
-        return metrics.reach(self.seen.features)
+        return metrics.reach(self.images.features)
 
     @cached_property
     def kinds(self) -> np.ndarray:
-        distinct = np.unique(self.seen.words[self.seen.captioned], axis=0)
+        distinct = np.unique(self.images.words[self.images.captioned], axis=0)
         return distinct[np.random.default_rng(0).permutation(len(distinct))[:KINDS]]
 
     def without(self, names: Collection[str]) -> Reference:
@@ -103,49 +103,49 @@ class Reference:
                 f"images of the reference: it was made for another."
             )
         keep = np.array([name not in names for name in self.names])
-        seen = ImageFeatures(
+        images = ImageFeatures(
             *(
                 None if part is None else part[keep]
-                for part in (self.seen.clip, self.seen.words, self.seen.inception)
+                for part in (self.images.clip, self.images.words, self.images.inception)
             )
         )
         return Reference(
             [name for name in self.names if name not in names],
             [text for text, kept in zip(self.captions, keep, strict=True) if kept],
-            seen,
+            images,
         )
 
-    def frechet_distance(self, made: ImageFeatures) -> float:
-        return metrics.frechet_distance(Moments.of(made.features), self.moments)
+    def frechet_distance(self, generated: ImageFeatures) -> float:
+        return metrics.frechet_distance(Moments.of(generated.features), self.moments)
 
-    def figures(self, made: ImageFeatures) -> dict[str, float | None]:
+    def figures(self, generated: ImageFeatures) -> dict[str, float | None]:
         """All metrics that section 5 plots and tabulates.
 
         With Inception features, distances are FID and the score is IS. Otherwise they are the same
         measures on CLIP features, comparable only with each other. None: the metric needs captions
         and there are none. Raises MetricError.
         """
-        real = self.seen
+        real = self.images
         precision, recall = metrics.precision_recall(
-            real.features, made.features, real_reach=self.reach
+            real.features, generated.features, real_reach=self.reach
         )
-        kid, deviation = metrics.kid(real.features, made.features)
+        kid, deviation = metrics.kid(real.features, generated.features)
         score, spread = None, None
-        if made.inception is not None or len(self.kinds):
+        if generated.inception is not None or len(self.kinds):
             score, spread = metrics.inception_score(
-                made.classes(self.kinds), min(10, len(made.clip))
+                generated.classes(self.kinds), min(10, len(generated.clip))
             )
         return {
-            "frechet_distance": self.frechet_distance(made),
-            "frechet_infinity": metrics.frechet_infinity(made.features, self.moments),
+            "frechet_distance": self.frechet_distance(generated),
+            "frechet_infinity": metrics.frechet_infinity(generated.features, self.moments),
             "inception_score": score,
             "inception_score_deviation": spread,
             "precision": precision,
             "recall": recall,
-            "clip_score": made.clip_score,
+            "clip_score": generated.clip_score,
             "kid": kid,
             "kid_deviation": deviation,
-            "cmmd": metrics.cmmd(real.clip, made.clip),
+            "cmmd": metrics.cmmd(real.clip, generated.clip),
         }
 
     # -- saved for other evaluations ---------------------------------------------------------------
@@ -153,14 +153,14 @@ class Reference:
     def save(self, path: str, about: dict[str, Any]) -> None:
         """Write a safetensors file, local or s3://; `about` describes the source of the images."""
         tensors = {
-            "clip": self.seen.clip,
-            "words": self.seen.words,
+            "clip": self.images.clip,
+            "words": self.images.words,
             "reach": self.reach,
             "mean": self.moments.mean,
             "covariance": self.moments.covariance,
         }
-        if self.seen.inception is not None:
-            tensors["inception"] = self.seen.inception
+        if self.images.inception is not None:
+            tensors["inception"] = self.images.inception
         rows = {"names": list(self.names), "captions": list(self.captions)}
         storage.put(
             save(

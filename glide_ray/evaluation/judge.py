@@ -35,7 +35,7 @@ from .categories import (
     WHERE,
 )
 from .heads import Discriminant, Logistic
-from .judge_features import Looks, View
+from .judge_features import FeatureExtractor, View
 from .regions import halves, part_areas, parts
 from .styles import Styles, look_of
 from .vocabulary import Vocabulary
@@ -49,10 +49,10 @@ class JudgeError(UserError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a picture shows the requested content, and what the judge saw."""
+    """Whether a picture shows the requested content, and what the judge found in it."""
 
     right: bool
-    seen: str
+    found: str
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Judge:
 
     `accuracy`: by picture size, category and question, the share of real pictures judged correctly
     and their number.
-    `looks`: the feature extractor; None: loaded on first use.
+    `extractor`: the feature extractor; None: loaded on first use.
     """
 
     vocabulary: Vocabulary
@@ -72,7 +72,7 @@ class Judge:
     styles: Styles
     counts: Logistic
     accuracy: Mapping[str, Any] = field(default_factory=dict)
-    looks: Looks | None = None
+    extractor: FeatureExtractor | None = None
 
     def verdicts(
         self, cases: Sequence[Case], pictures: Sequence[np.ndarray]
@@ -91,11 +91,11 @@ class Judge:
 
     def style_of(self, pictures: Sequence[np.ndarray]) -> list[str]:
         """The style of each picture; those of `styles.SAME_LOOK` count as one."""
-        return self.styles.best(self.sight.of([View.of(picture) for picture in pictures]))
+        return self.styles.best(self._features.of([View.of(picture) for picture in pictures]))
 
     def shapes_of(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """The features that `things` classifies: (N, D)."""
-        return self.sight.shapes([View.of(picture) for picture in pictures])
+        return self._features.shapes([View.of(picture) for picture in pictures])
 
     def with_style(
         self, style: str, pictures: Sequence[np.ndarray], others: Sequence[np.ndarray]
@@ -104,7 +104,7 @@ class Judge:
 
         Needed to score a model fine-tuned on a new style.
         """
-        new, old = (self.sight.of([View.of(one) for one in of]) for of in (pictures, others))
+        new, old = (self._features.of([View.of(one) for one in of]) for of in (pictures, others))
         return replace(self, styles=self.styles.adding(style, new, old))
 
     def measurable(self, size: int, category: str, question: str) -> bool:
@@ -125,20 +125,22 @@ class Judge:
             return self._holes(cases, pictures)
         views = [View.of(picture) for picture in pictures]
         if category in SINGLE:
-            looked = self.sight.of(views)
+            features = self._features.of(views)
             styles = [
-                Verdict(seen == look_of(case.labels["style"]), seen)
-                for seen, case in zip(self.styles.best(looked), cases, strict=True)
+                Verdict(found == look_of(case.labels["style"]), found)
+                for found, case in zip(self.styles.best(features), cases, strict=True)
             ]
             return [
                 {THING: thing, STYLE: style}
                 for thing, style in zip(
-                    self.things_shown(cases, looked.shapes), styles, strict=True
+                    self.things_shown(cases, features.shapes), styles, strict=True
                 )
             ]
         things = self.things_shown(
             cases,
-            self.sight.shapes([_largest(view) if category == COUNT else view for view in views]),
+            self._features.shapes(
+                [_largest(view) if category == COUNT else view for view in views]
+            ),
         )
         first = [
             self._measured(category, case, view, picture)
@@ -151,13 +153,13 @@ class Judge:
 
     def _measured(self, category: str, case: Case, view: View, picture: np.ndarray) -> Verdict:
         if category == COUNT:
-            seen = int(self.counts.best(part_areas(picture)[None])[0]) + 1
-            return Verdict(seen == case.labels["count"], str(seen))
-        seen = (
+            found = int(self.counts.best(part_areas(picture)[None])[0]) + 1
+            return Verdict(found == case.labels["count"], str(found))
+        found = (
             view.regions.background_name if category == BACKGROUND else view.regions.colour_name()
         )
         return Verdict(
-            seen == case.labels["background" if category == BACKGROUND else "colour"], seen
+            found == case.labels["background" if category == BACKGROUND else "colour"], found
         )
 
     def things_shown(
@@ -172,8 +174,8 @@ class Judge:
         for case, row in zip(cases, place, strict=True):
             thing = case.labels["objects"][which]["emoji"]
             among = self.vocabulary.among(thing)
-            seen = among[int(self.things.scores_at(row[None], among)[0].argmax())]
-            found.append(Verdict(seen == thing, self.vocabulary.names[seen]))
+            shown = among[int(self.things.scores_at(row[None], among)[0].argmax())]
+            found.append(Verdict(shown == thing, self.vocabulary.names[shown]))
         return found
 
     def _positions(
@@ -193,7 +195,7 @@ class Judge:
                 views += [replace(view, box=cut.first), replace(view, box=cut.second)]
         if not two:
             return found
-        shapes = self.sight.shapes(views).reshape(len(two), 2, -1)
+        shapes = self._features.shapes(views).reshape(len(two), 2, -1)
         for (n, cut), pair in zip(two, shapes, strict=True):
             found[n] = self._order(cases[n], cut.beside, pair)
         return found
@@ -206,7 +208,7 @@ class Judge:
         scores = self.things.scores(pair, emoji)
         # True: the first object is the left or upper one.
         forward = scores[0, 0] + scores[1, 1] > scores[0, 1] + scores[1, 0]
-        seen = {
+        found = {
             (True, True): "to the left of",
             (True, False): "to the right of",
             (False, True): "above",
@@ -215,9 +217,9 @@ class Judge:
         order = pair if relation in ("to the left of", "above") else pair[::-1]
         things = [self.things_shown([case], order[which][None], which)[0] for which in (0, 1)]
         return {
-            WHERE: Verdict(seen == relation, seen),
+            WHERE: Verdict(found == relation, found),
             THING: Verdict(
-                all(one.right for one in things), " and ".join(one.seen for one in things)
+                all(one.right for one in things), " and ".join(one.found for one in things)
             ),
         }
 
@@ -228,17 +230,17 @@ class Judge:
             View.of(in_hole(picture, case.hole))
             for case, picture in zip(cases, pictures, strict=True)
         ]
-        things = self.things_shown(cases, self.sight.shapes(views))
+        things = self.things_shown(cases, self._features.shapes(views))
         return [
             {THING: thing if view.regions.foreground.mean() > FAINT else Verdict(False, NOTHING)}
             for thing, view in zip(things, views, strict=True)
         ]
 
     @property
-    def sight(self) -> Looks:
-        if self.looks is None:
-            object.__setattr__(self, "looks", Looks())
-        return self.looks
+    def _features(self) -> FeatureExtractor:
+        if self.extractor is None:
+            object.__setattr__(self, "extractor", FeatureExtractor())
+        return self.extractor
 
     # -- storage -----------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ class JudgeFeatures:
         )
 
 
-class Looks:
+class FeatureExtractor:
     """Feature extractor. `dtype`: of the pretrained network."""
 
     def __init__(

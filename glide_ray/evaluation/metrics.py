@@ -108,18 +108,19 @@ def _frechet(mean: np.ndarray, spread: float, cross: np.ndarray, other: Moments)
 
 
 def kid(
-    real: np.ndarray, made: np.ndarray, subsets: int = 100, size: int = 1000, seed: int = 0
+    real: np.ndarray, generated: np.ndarray, subsets: int = 100, size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """Kernel inception distance: mean and standard deviation over subsets.
 
     Unbiased squared MMD with the kernel (xy/D + 1)^3 (Binkowski et al. 2018).
     """
-    real, made = _pair(real, made)
-    size, draws = min(size, len(real), len(made)), np.random.default_rng(seed)
+    real, generated = _pair(real, generated)
+    size, draws = min(size, len(real), len(generated)), np.random.default_rng(seed)
     found = []
     for _ in range(subsets):
         x, y = (
-            features[draws.choice(len(features), size, replace=False)] for features in (real, made)
+            features[draws.choice(len(features), size, replace=False)]
+            for features in (real, generated)
         )
         found.append(
             _unbiased(*((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))))
@@ -127,14 +128,17 @@ def kid(
     return float(np.mean(found)), float(np.std(found))
 
 
-def cmmd(real: np.ndarray, made: np.ndarray, sigma: float = 10.0, scale: float = 1000.0) -> float:
+def cmmd(
+    real: np.ndarray, generated: np.ndarray, sigma: float = 10.0, scale: float = 1000.0
+) -> float:
     """CLIP maximum mean discrepancy, times `scale` (Jayasumana et al. 2024).
 
     Biased squared MMD of CLIP features, normalised to length 1, with a Gaussian kernel of width
     `sigma`.
     """
-    real, made = (
-        features / np.linalg.norm(features, axis=1, keepdims=True) for features in _pair(real, made)
+    real, generated = (
+        features / np.linalg.norm(features, axis=1, keepdims=True)
+        for features in _pair(real, generated)
     )
 
     def mean(a: np.ndarray, b: np.ndarray) -> float:
@@ -142,7 +146,7 @@ def cmmd(real: np.ndarray, made: np.ndarray, sigma: float = 10.0, scale: float =
             len(a) * len(b)
         )
 
-    return scale * (mean(real, real) + mean(made, made) - 2 * mean(real, made))
+    return scale * (mean(real, real) + mean(generated, generated) - 2 * mean(real, generated))
 
 
 def _unbiased(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> float:
@@ -154,7 +158,7 @@ def _unbiased(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> float:
 
 
 def precision_recall(
-    real: np.ndarray, made: np.ndarray, k: int = 3, real_reach: np.ndarray | None = None
+    real: np.ndarray, generated: np.ndarray, k: int = 3, real_reach: np.ndarray | None = None
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019).
 
@@ -162,26 +166,29 @@ def precision_recall(
     within the generated one. An image is within a manifold if it is nearer to one of its images
     than that image's k-th neighbour. `real_reach`: `reach` of the real images, if already computed.
     """
-    among_real, among_made = neighbourhood(real, made, k, real_reach)
-    return float(among_real.mean()), float(among_made.mean())
+    among_real, among_generated = neighbourhood(real, generated, k, real_reach)
+    return float(among_real.mean()), float(among_generated.mean())
 
 
 def neighbourhood(
-    real: np.ndarray, made: np.ndarray, k: int = 3, real_reach: np.ndarray | None = None
+    real: np.ndarray, generated: np.ndarray, k: int = 3, real_reach: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whether each image lies within the manifold of the other set: two bool arrays.
 
     First the generated images within the real manifold, then the real ones within the generated
     manifold. Precision and recall are their means.
     """
-    real, made = _pair(real, made)
-    real_reach, made_reach = reach(real, k) if real_reach is None else real_reach, reach(made, k)
-    among_real, among_made = np.zeros(len(made), bool), []
+    real, generated = _pair(real, generated)
+    real_reach, generated_reach = (
+        reach(real, k) if real_reach is None else real_reach,
+        reach(generated, k),
+    )
+    among_real, among_generated = np.zeros(len(generated), bool), []
     for start, rows in zip(range(0, len(real), ROWS), _blocks(real), strict=True):
-        apart = _squared(rows, made)
+        apart = _squared(rows, generated)
         among_real |= (apart < real_reach[start : start + len(rows), None]).any(0)
-        among_made.append((apart < made_reach).any(1))
-    return among_real, np.concatenate(among_made)
+        among_generated.append((apart < generated_reach).any(1))
+    return among_real, np.concatenate(among_generated)
 
 
 def reach(features: np.ndarray, k: int = 3) -> np.ndarray:

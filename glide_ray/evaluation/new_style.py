@@ -60,12 +60,12 @@ def _tried(judge: Judge, asked: Sequence[Row], old: Sequence[Row]) -> dict[str, 
     accuracy = {}
     for name, size in SIZES.items():
         found = shares(judge.verdicts(cases, [resized(case.picture, size) for case in cases]))
-        seen = judge.style_of([resized(picture, size) for picture in others])
-        kept = sum(of not in judge.styles.added for of in seen)
+        answers = judge.style_of([resized(picture, size) for picture in others])
+        kept = sum(of not in judge.styles.added for of in answers)
         right = found[STYLE]["right"] * len(cases) + kept
         found[STYLE] = {
-            "right": right / (len(cases) + len(seen)),
-            "pictures": len(cases) + len(seen),
+            "right": right / (len(cases) + len(answers)),
+            "pictures": len(cases) + len(answers),
         }
         accuracy[name] = {**judge.accuracy.get(name, {}), NEW: found}
     return accuracy

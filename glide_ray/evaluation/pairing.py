@@ -120,8 +120,8 @@ def remaining(
 def _unseen(
     comparisons: Collection[Comparison], question: str, had: Sequence[Turn], check_of: str | None
 ) -> list[Comparison]:
-    seen = {turn.comparison for turn in had if turn.question == question}
-    return [one for one in comparisons if one.check_of == check_of and one.id not in seen]
+    shown = {turn.comparison for turn in had if turn.question == question}
+    return [one for one in comparisons if one.check_of == check_of and one.id not in shown]
 
 
 def _left(

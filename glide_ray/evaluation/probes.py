@@ -60,8 +60,10 @@ def probe(groups: Sequence[Group], words: Mapping[str, np.ndarray]) -> dict[str,
 
     `words`: word -> its CLIP features (E,). Raises MetricError.
     """
-    seen = [_unit(group.features) for group in groups]
-    likeness = [{word: features @ _unit(of) for word, of in words.items()} for features in seen]
+    directions = [_unit(group.features) for group in groups]
+    likeness = [
+        {word: features @ _unit(of) for word, of in words.items()} for features in directions
+    ]
     alone = [
         {
             "prompt": group.prompt,
@@ -73,7 +75,7 @@ def probe(groups: Sequence[Group], words: Mapping[str, np.ndarray]) -> dict[str,
     pairs = [
         {
             "prompts": [groups[a].prompt, groups[b].prompt],
-            **asdict(permutation_test(seen[a], seen[b])),
+            **asdict(permutation_test(directions[a], directions[b])),
             "colour": {
                 channel: asdict(shift(groups[a].colours[:, n], groups[b].colours[:, n]))
                 for n, channel in enumerate(CHANNELS)

@@ -58,10 +58,10 @@ class Regions:
         Each pixel is compared with the shades that a colour has in a recoloured picture.
         """
         inside = ndimage.binary_erosion(self.foreground)
-        seen = self.pixels[inside if inside.any() else self.foreground]
-        if not len(seen):
+        pixels = self.pixels[inside if inside.any() else self.foreground]
+        if not len(pixels):
             return self.background_name
-        names, distances = _shade_distances(seen)
+        names, distances = _shade_distances(pixels)
         return names[int(np.minimum(distances, FAR).mean(0).argmin())]
 
 
@@ -112,9 +112,9 @@ def crop(
     x0, y0 = round(x), round(y)
     from_x, from_y = max(x0, 0), max(y0, 0)
     to_x, to_y = min(x0 + size, len(picture)), min(y0 + size, len(picture))
-    seen = picture[from_y:to_y, from_x:to_x]
+    cut = picture[from_y:to_y, from_x:to_x]
     out[from_y - y0 : to_y - y0, from_x - x0 : to_x - x0] = (
-        seen if background is None else on_white(seen, background)
+        cut if background is None else on_white(cut, background)
     )
     return out
 
@@ -187,10 +187,10 @@ def part_areas(picture: np.ndarray) -> np.ndarray:
     """
     pixels = resized(picture, COUNT_SIDE).astype(np.float32)
     mask = np.abs(pixels - _border_colour(pixels)).max(-1) > APART
-    whole, found = max(mask.sum(), 1), []
+    area, found = max(mask.sum(), 1), []
     for _ in range(EROSIONS):
         labels, _ = ndimage.label(mask, np.ones((3, 3)))
-        areas = np.sort(np.bincount(labels.ravel())[1:])[::-1] / whole
+        areas = np.sort(np.bincount(labels.ravel())[1:])[::-1] / area
         largest = np.zeros(LARGEST)
         largest[: min(len(areas), LARGEST)] = areas[:LARGEST]
         found += [*largest, (areas > 0.1).sum() / 4, (areas > 0.03).sum() / 4]

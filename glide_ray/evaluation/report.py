@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..storage import whole
+from ..storage import atomic_write
 
 UNGUIDED = "classifier-free guidance", 1.0  # guidance scale 1
 MARGIN, INK, PAPER, HOLE = 12, (30, 30, 30), (255, 255, 255), (70, 190, 90)
@@ -263,7 +263,7 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping]], path: str | Path) -> None
         axis.set(title=name, xlabel="step", ylabel="hybrid loss", yscale=scale)
         axis.grid(alpha=0.3, which="both")
         axis.legend()
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
     pyplot.close(figure)
 

@@ -222,16 +222,16 @@ def _make(asked: Asked, secret: str, folder: Path) -> list[Comparison]:
         for picture, pixels in read_pictures([picture for of, picture in shown if of == name]):
             _write(pixels, folder, shown[name, picture])
             sizes[shown[name, picture]] = pixels.shape[:2]
-    made = [
+    comparisons = [
         Comparison(0, first, second, one.prompt, shown[first, one], shown[second, other])
         for first, second, one, other in pairs
     ]
     checks = (
         _real_checks(asked, secret, folder, len(pairs))
         if asked.real
-        else _noise_checks(asked, secret, folder, made, sizes)
+        else _noise_checks(asked, secret, folder, comparisons, sizes)
     )
-    return [replace(one, id=n) for n, one in enumerate([*made, *checks], 1)]
+    return [replace(one, id=n) for n, one in enumerate([*comparisons, *checks], 1)]
 
 
 def opaque(secret: str, name: str, picture: StudyPicture) -> str:
@@ -247,7 +247,7 @@ def _noise_checks(
     asked: Asked,
     secret: str,
     folder: Path,
-    made: Sequence[Comparison],
+    comparisons: Sequence[Comparison],
     sizes: Mapping[str, tuple[int, int]],
 ) -> list[Comparison]:
     """Attention checks: a picture of the study beside noise of its size.
@@ -256,8 +256,8 @@ def _noise_checks(
     """
     checks = []
     for question in asked.questions:
-        for n in range(_how_many(len(made))):
-            one = made[draw(secret, "check", question, n) % len(made)]
+        for n in range(_how_many(len(comparisons))):
+            one = comparisons[draw(secret, "check", question, n) % len(comparisons)]
             picture = (one.first_picture, one.second_picture)[draw(secret, "of", question, n) % 2]
             checks.append(
                 Comparison(

@@ -42,7 +42,7 @@ class Styles:
 
     @classmethod
     def fit(
-        cls, seen: JudgeFeatures, styles: Sequence[str], things: Sequence[str]
+        cls, features: JudgeFeatures, styles: Sequence[str], things: Sequence[str]
     ) -> tuple[Styles, np.ndarray]:
         """Fit to pictures with the style and the thing of each.
 
@@ -53,36 +53,38 @@ class Styles:
         labels = tuple(sorted(set(looks)))
         index = np.searchsorted(labels, looks)
         fold = np.array([int(share(f"fold/{thing}") * FOLDS) for thing in things])
-        scores = np.zeros((len(seen), 2 * len(labels)), np.float32)
+        scores = np.zeros((len(features), 2 * len(labels)), np.float32)
         for n in range(FOLDS):
             inside, outside = np.flatnonzero(fold != n), np.flatnonzero(fold == n)
             if len(outside):
-                scores[outside] = _parts(seen, inside, index, labels)._scores(_rows(seen, outside))
+                scores[outside] = _parts(features, inside, index, labels)._scores(
+                    _rows(features, outside)
+                )
         weigh = Logistic.fit(scores, index, DECAY, rounds=200)
-        return replace(_parts(seen, np.arange(len(seen)), index, labels), weigh=weigh), weigh.best(
-            scores
-        ) == index
+        return replace(
+            _parts(features, np.arange(len(features)), index, labels), weigh=weigh
+        ), weigh.best(scores) == index
 
-    def best(self, seen: JudgeFeatures) -> list[str]:
+    def best(self, features: JudgeFeatures) -> list[str]:
         """The style of each picture, with those of SAME_LOOK as one."""
-        found = [self.labels[n] for n in self.weigh.best(self._scores(seen))]
+        found = [self.labels[n] for n in self.weigh.best(self._scores(features))]
         for style, head in self.added.items():
             found = [
                 style if new else own
-                for new, own in zip(head.best(seen.textures), found, strict=True)
+                for new, own in zip(head.best(features.textures), found, strict=True)
             ]
         return found
 
-    def adding(self, style: str, seen: JudgeFeatures, others: JudgeFeatures) -> Styles:
+    def adding(self, style: str, features: JudgeFeatures, others: JudgeFeatures) -> Styles:
         """A copy with one more style: a binary classifier of its textures against `others`."""
-        textures = np.concatenate([others.textures, seen.textures]).astype(np.float32)
-        is_new = np.repeat([0, 1], [len(others), len(seen)])
+        textures = np.concatenate([others.textures, features.textures]).astype(np.float32)
+        is_new = np.repeat([0, 1], [len(others), len(features)])
         return replace(self, added={**self.added, style: Logistic.fit(textures, is_new, DECAY)})
 
-    def _scores(self, seen: JudgeFeatures) -> np.ndarray:
+    def _scores(self, features: JudgeFeatures) -> np.ndarray:
         """Scores by colours and by texture: (N, 2 C)."""
-        colours = seen.colours[:, self.codes] @ self.palette + self.bias
-        texture = self.texture.scores(seen.textures) / 2
+        colours = features.colours[:, self.codes] @ self.palette + self.bias
+        texture = self.texture.scores(features.textures) / 2
         return np.concatenate([colours, texture - texture.mean(1, keepdims=True)], 1).astype(
             np.float32
         )
@@ -123,19 +125,19 @@ def look_of(style: str) -> str:
 
 
 def _parts(
-    seen: JudgeFeatures, rows: np.ndarray, index: np.ndarray, labels: tuple[str, ...]
+    features: JudgeFeatures, rows: np.ndarray, index: np.ndarray, labels: tuple[str, ...]
 ) -> Styles:
     """Both classifiers, without the weights that combine them."""
     from sklearn.svm import LinearSVC  # comes with the extra `judge`
 
-    colours = seen.colours[rows]
+    colours = features.colours[rows]
     codes = np.flatnonzero(colours.getnnz(0))
     machine = LinearSVC(C=PENALTY, max_iter=200, random_state=0).fit(colours[:, codes], index[rows])
     weights, bias = machine.coef_, machine.intercept_
     if len(labels) == 2:  # LinearSVC then fits a single hyperplane
         weights, bias = np.stack([-weights[0], weights[0]]), np.array([-bias[0], bias[0]])
     texture = Discriminant.fit(
-        seen.textures[rows], [labels[n] for n in index[rows]], SHRINK, len(labels)
+        features.textures[rows], [labels[n] for n in index[rows]], SHRINK, len(labels)
     )
     nothing = Logistic(*(np.empty(0, np.float32) for _ in range(4)))
     return Styles(
@@ -143,5 +145,5 @@ def _parts(
     )
 
 
-def _rows(seen: JudgeFeatures, rows: np.ndarray) -> JudgeFeatures:
-    return JudgeFeatures(seen.shapes[rows], seen.textures[rows], seen.colours[rows])
+def _rows(features: JudgeFeatures, rows: np.ndarray) -> JudgeFeatures:
+    return JudgeFeatures(features.shapes[rows], features.textures[rows], features.colours[rows])

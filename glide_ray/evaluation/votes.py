@@ -216,14 +216,14 @@ class Votes:
     def asked(self) -> Asked:
         return Asked(**json.loads(self.study.asked))
 
-    def add_comparisons(self, made: Sequence[Comparison]) -> None:
+    def add_comparisons(self, comparisons: Sequence[Comparison]) -> None:
         """Insert all comparisons or none, in one transaction.
 
         No effect if another process has already inserted them.
         """
         with self._transaction() as connection:
             if connection.execute(select(COMPARISONS.c.id).limit(1)).first() is None:
-                connection.execute(insert(COMPARISONS), [asdict(one) for one in made])
+                connection.execute(insert(COMPARISONS), [asdict(one) for one in comparisons])
 
     def comparisons(self) -> dict[int, Comparison]:
         """Comparisons by id; {} until they are made."""

@@ -120,9 +120,9 @@ def _learn_words(preset: Preset, path: Path, minutes: float) -> None:
     save_weights(path, model.state_dict(), preset.model)
 
 
-def _write_parts(whole: Path, out: Path, name: str, recipe: dict) -> None:
+def _write_parts(path: Path, out: Path, name: str, recipe: dict) -> None:
     """Write a file in parts, and the checksum and size that verify the joined file."""
-    data = whole.read_bytes()
+    data = path.read_bytes()
     for number, start in enumerate(range(0, len(data), PART_BYTES)):
         storage.put(data[start : start + PART_BYTES], out / f"{name}.safetensors.{number}")
     about = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "recipe": recipe}

@@ -20,7 +20,7 @@ from ..config import presets
 from ..config.models import AnyModelConfig, ClipConfig, ClipModelConfig, ModelConfig, UNetConfig
 from ..data.tokenizer import ClipTokenizer
 from ..errors import UserError
-from ..storage import whole
+from ..storage import atomic_write
 from .clip import NoisedClip
 from .layers import AttentionBlock, ResBlock
 from .text import TextBlock
@@ -176,7 +176,7 @@ def export_files(state: Mapping[str, Tensor], config: AnyModelConfig, path: Path
             )
         )
     for target, tensors in parts.items():
-        with whole(target) as partial:
+        with atomic_write(target) as partial:
             torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
     return list(parts)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config.models import AnyModelConfig, ClipModelConfig, ModelConfig, UNetConfig
 from ..config.overrides import validate
 from ..errors import ConfigError, UserError
-from ..storage import whole
+from ..storage import atomic_write
 from .clip import NoisedClip
 from .unet import GlideUNet
 
@@ -33,7 +33,7 @@ def save_weights(
 
     Tensors keep their dtype.
     """
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()},
             partial,

@@ -224,8 +224,8 @@ def _about(card: Card) -> str:
         "upsampler": "an upsampler that enlarges pictures to {0}x{0} pixels",
         "clip": "a CLIP for pictures of {0}x{0} pixels",
     }
-    said = " and ".join(kinds[one.role].format(one.pixels) for one in card.files)
-    return f"{said[0].upper()}{said[1:]}, in the manner of GLIDE (Nichol et al. 2021)."
+    text = " and ".join(kinds[one.role].format(one.pixels) for one in card.files)
+    return f"{text[0].upper()}{text[1:]}, in the manner of GLIDE (Nichol et al. 2021)."
 
 
 def _files(card: Card) -> str:

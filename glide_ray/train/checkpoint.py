@@ -97,12 +97,12 @@ class Checkpoints:
     def __init__(self, out: str | Path):
         self.path = f"{str(out).rstrip('/')}/{CHECKPOINTS}"
 
-    def whole(self) -> list[CheckpointEntry]:
+    def list_complete(self) -> list[CheckpointEntry]:
         """Complete checkpoints, oldest first."""
         ends = (f"/{COMPLETE}",) if storage.is_remote(self.path) else (COMPLETE,)
         return sorted(
-            (_made(file) for file in storage.list_files(self.path, ends)),
-            key=lambda made: (made.step, made.path),
+            (_entry(file) for file in storage.list_files(self.path, ends)),
+            key=lambda entry: (entry.step, entry.path),
         )
 
     def folder(self, step: int, start: str) -> str:
@@ -119,26 +119,30 @@ class Checkpoints:
         If launch `start` wrote a step again, its checkpoint stays and the older one of that step
         is removed: a launch repeats a step only if that checkpoint could not be read.
         """
-        whole = self.whole()
-        own = {made.step for made in whole if made.path.endswith(f"-{start}")}
-        again = [made for made in whole if made.step in own and not made.path.endswith(f"-{start}")]
-        rest = [made for made in whole if made not in again]
-        for made in [
+        complete = self.list_complete()
+        own = {entry.step for entry in complete if entry.path.endswith(f"-{start}")}
+        again = [
+            entry
+            for entry in complete
+            if entry.step in own and not entry.path.endswith(f"-{start}")
+        ]
+        rest = [entry for entry in complete if entry not in again]
+        for entry in [
             *again,
             *(old for old in rest[:-keep_last] if not keep_every or old.step % keep_every),
         ]:
             # First, so that an interrupted removal leaves no folder that looks complete.
-            storage.remove(f"{made.path}/{COMPLETE}")
-            storage.remove_folder(made.path)
+            storage.remove(f"{entry.path}/{COMPLETE}")
+            storage.remove_folder(entry.path)
 
     def sweep(self) -> list[str]:
         """Remove incomplete checkpoints left by interrupted uploads. Returns their folders.
 
         Call only while no process writes a checkpoint.
         """
-        whole = {made.path for made in self.whole()}
+        complete = {entry.path for entry in self.list_complete()}
         orphans = sorted(
-            {self._folder_of(file) for file in storage.list_files(self.path, ("",))} - whole
+            {self._folder_of(file) for file in storage.list_files(self.path, ("",))} - complete
         )
         for folder in orphans:
             storage.remove_folder(folder)
@@ -148,18 +152,18 @@ class Checkpoints:
         return f"{self.path}/{file.removeprefix(self.path).strip('/').partition('/')[0]}"
 
 
-def _made(complete: str) -> CheckpointEntry:
-    folder = complete.rpartition("/")[0]
+def _entry(marker: str) -> CheckpointEntry:
+    folder = marker.rpartition("/")[0]
     step, _, _ = folder.rpartition("/")[2].partition("-")
     return CheckpointEntry(folder, int(step) if step.isdecimal() else 0)
 
 
-def fetch(made: CheckpointEntry | str, cache: str | Path | None = None) -> Path:
+def fetch(entry: CheckpointEntry | str, cache: str | Path | None = None) -> Path:
     """A local folder with a checkpoint's files: its own, or copies of S3 objects in `cache`.
 
     Raises CheckpointError, StorageError.
     """
-    path = made if isinstance(made, str) else made.path
+    path = entry if isinstance(entry, str) else entry.path
     if not storage.is_remote(path):
         return Path(path)
     return storage.fetch_folder(path, (".json", ".safetensors"), cache)
@@ -196,13 +200,13 @@ def find_checkpoint(path: str | Path) -> str:
     path = str(path).rstrip("/")
     if storage.exists(f"{path}/progress.json"):
         return path
-    made = Checkpoints(path).whole()
-    if not made:
+    entries = Checkpoints(path).list_complete()
+    if not entries:
         raise CheckpointError(
             f"{path} is neither a checkpoint nor a run with one; "
             f"give a folder that `glide train` wrote."
         )
-    return made[-1].path
+    return entries[-1].path
 
 
 def check_same(

@@ -53,20 +53,20 @@ class StatusReduce:
         self.group = (
             dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if several else None
         )
-        self._said, self._work = torch.zeros(3, dtype=torch.int64), None
+        self._sent, self._work = torch.zeros(3, dtype=torch.int64), None
 
-    def exchange(self, said: RankStatus) -> RankStatus:
+    def exchange(self, status: RankStatus) -> RankStatus:
         """Send this rank's status and return the reduced statuses of the previous exchange.
 
         Minimum over ranks of `done`, maximum of `faulty` and `notice`.
         """
         if self._work is not None:
             self._work.wait()
-        done, faulty, notice = self._said.tolist()
-        self._said = torch.tensor([-said.done, said.faulty, said.notice])
+        done, faulty, notice = self._sent.tolist()
+        self._sent = torch.tensor([-status.done, status.faulty, status.notice])
         if self.group is not None:
             self._work = dist.all_reduce(
-                self._said, dist.ReduceOp.MAX, group=self.group, async_op=True
+                self._sent, dist.ReduceOp.MAX, group=self.group, async_op=True
             )
         return RankStatus(-done, faulty, notice)
 

@@ -94,11 +94,13 @@ class _ZeroState:
         train, width, on_cpu = preset.train, BYTES[precision], device == "cpu"
         config = deepspeed_config(train, precision, BatchSplit(train.batch, world, 0, micro_batch))
         sizes, stage = parameter_sizes(preset.model), train.zero_stage
-        whole, largest = sum(sizes), max(sizes)
-        own = -(-whole // world) if stage else whole
+        elements, largest = sum(sizes), max(sizes)
+        own = -(-elements // world) if stage else elements
         accumulates = accumulation(train.batch, world, micro_batch) > 1
         # Stage 3 holds its shard, and up to LIVE elements of gathered parameters.
-        parameters = width * (whole if stage < 3 else own + (min(whole, LIVE) if world > 1 else 0))
+        parameters = width * (
+            elements if stage < 3 else own + (min(elements, LIVE) if world > 1 else 0)
+        )
         # float32 masters and two moments. Stage 0 has no masters: it steps the network's weights.
         optimizer, averages = (12 if stage else 8) * own, 4 * own * len(train.ema_rates)
         if train.offload_optimizer and on_cpu:
@@ -115,7 +117,7 @@ class _ZeroState:
             else 0
         )
         return _ZeroState(
-            whole,
+            elements,
             own,
             largest,
             world,
@@ -150,13 +152,13 @@ class _ZeroState:
 
     def afterwards(self) -> Iterator[Memory]:
         """Memory during the last gradient reduction, and during the optimizer's step."""
-        width, whole, part = self.width, self.all, 0 if self._away else self.width * self.own
-        flat, bucket = width * min(whole, self.bucket), self._bucket(whole)
+        width, elements, part = self.width, self.all, 0 if self._away else self.width * self.own
+        flat, bucket = width * min(elements, self.bucket), self._bucket(elements)
         if self.stage == 0:
             # Reduction of a flat copy, then the step.
-            yield replace(self.fixed, gradients=4 * whole, workspace=flat)
+            yield replace(self.fixed, gradients=4 * elements, workspace=flat)
             yield replace(
-                self.fixed, gradients=4 * whole, workspace=self._adam(whole, self.largest)
+                self.fixed, gradients=4 * elements, workspace=self._adam(elements, self.largest)
             )
             return
         if self.stage == 3:
@@ -167,14 +169,14 @@ class _ZeroState:
             yield replace(
                 self.fixed, parameters=last, gradients=bucket + part, workspace=flat * copies
             )
-            yield Memory(parameters=width * (whole + self.own), gradients=self._bucket(0))
+            yield Memory(parameters=width * (elements + self.own), gradients=self._bucket(0))
             yield from (
                 ()
                 if self._away
                 else self._step(min(self.own, SUBGROUP), bucket + part, bucket + part)
             )
             return
-        unfilled = width * whole - flat if self.stage == 1 else 0
+        unfilled = width * elements - flat if self.stage == 1 else 0
         held = part if self.stage == 2 and self.accumulates else 0
         yield replace(
             self.fixed,

@@ -325,7 +325,7 @@ class Watch:
         torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
 
     def _on_call(self, name: str) -> Callable:
-        def look(module, arguments, keywords, output):
+        def observe(module, arguments, keywords, output):
             self._calls += 1
             if self.forward is None:
                 kind, _ = _look([output])
@@ -336,10 +336,10 @@ class Watch:
                 if tensor.requires_grad:
                     tensor.register_hook(self._on_gradient(name))
 
-        return look
+        return observe
 
     def _on_gradient(self, name: str) -> Callable:
-        def look(gradient):
+        def observe(gradient):
             self._gradients += 1
             if self.backward is None:
                 kind, largest = _look([gradient])
@@ -347,13 +347,13 @@ class Watch:
                     self.backward = Observation(self._gradients, name, kind, self._largest_gradient)
                 self._largest_gradient = max(self._largest_gradient, largest)
 
-        return look
+        return observe
 
     def _on_end(self, name: str) -> Callable:
-        look = self._on_gradient(name)
+        observe = self._on_gradient(name)
 
         def end(gradient):
-            look(gradient)
+            observe(gradient)
             # The right shape in the memory of one element, so that no gradient is stored.
             return gradient.new_zeros(()).expand_as(gradient)
 
@@ -393,23 +393,23 @@ def _tensors(value) -> Iterator[Tensor]:
 # -- merging over ranks ----------------------------------------------------------------------------
 
 
-def _first(seen: Observation | None) -> Observation | None:
+def _first(observation: Observation | None) -> Observation | None:
     """The earliest observation of all ranks, comparable because all make the same calls.
 
     Names the rank, which may point to a faulty device.
     """
-    all_seen = all_gather_object(seen)
-    found = [(entry.order, rank) for rank, entry in enumerate(all_seen) if entry is not None]
+    observations = all_gather_object(observation)
+    found = [(entry.order, rank) for rank, entry in enumerate(observations) if entry is not None]
     if not found:
         return None
     rank = min(found)[1]
-    entry = all_seen[rank]
+    entry = observations[rank]
     return Observation(
         entry.order,
         entry.name,
         entry.kind,
         entry.largest,
-        f" on rank {rank} of {len(all_seen)}" if len(all_seen) > 1 else "",
+        f" on rank {rank} of {len(observations)}" if len(observations) > 1 else "",
     )
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import storage
 from ..config.training import Preset
-from ..storage import StorageError, whole
+from ..storage import StorageError, atomic_write
 from .checkpoint import CheckpointError, fetch, read_preset, read_progress
 
 FILES = "part.*.safetensors"
@@ -289,7 +289,7 @@ def export(
             known = ", ".join(sorted(parts.kinds - {FIRST, SECOND}))
             raise CheckpointError(f"The checkpoint in {folder} holds no {kind}; it has {known}.")
         names = list(order or sorted(parts.shapes))
-        with whole(target) as partial, open(partial, "wb") as file:
+        with atomic_write(target) as partial, open(partial, "wb") as file:
             file.write(_header({name: parts.shapes[name] for name in names}, metadata))
             for name in names:
                 file.write(parts.full(kind, name).numpy().tobytes())
@@ -333,9 +333,9 @@ def export_to(
         return export_average(folder, out, rate)
     with tempfile.TemporaryDirectory() as here:
         weights = Path(here) / "weights.safetensors"
-        made = export_average(folder, weights, rate)
+        exported = export_average(folder, weights, rate)
         storage.put(weights, out)
-        return made
+        return exported
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> bytes:

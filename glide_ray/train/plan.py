@@ -50,12 +50,12 @@ def step_time(
     """
     train, stage = preset.train, preset.train.zero_stage
     share, calls = -(-train.batch // world), accumulation(train.batch, world, micro_batch)
-    cost, whole, width = operations(preset), sum(parameter_sizes(preset.model)), BYTES[precision]
+    cost, elements, width = operations(preset), sum(parameter_sizes(preset.model)), BYTES[precision]
     flops = machine.single if precision == "fp32" and machine.single else machine.flops
     compute = (4 if train.activation_checkpointing else 3) * cost * share / flops
     times = {0: 2, 1: 3, 2: 1 + 2 * calls, 3: 3 * calls}[stage]
-    communication = times * width * whole * (world - 1) / world / machine.link
-    own = whole / world
+    communication = times * width * elements * (world - 1) / world / machine.link
+    own = elements / world
     offload = (
         (2 * width * own / PCIE + own / HOST_ADAM)
         if train.offload_optimizer and machine.device != "cpu"

@@ -186,15 +186,15 @@ def centre_hole(size: int) -> np.ndarray:
 # -- batches, device and precision -----------------------------------------------------------------
 
 
-def _as_ranks_have_them(whole: Batch, world: int, micro_batch: int) -> Iterator[Batch]:
+def _as_ranks_have_them(all_rows: Batch, world: int, micro_batch: int) -> Iterator[Batch]:
     """Split all held-out rows into the batches of all ranks, as `held_out_batches` does."""
-    filling = torch.zeros(-len(whole.image) % world, dtype=torch.int64)
+    filling = torch.zeros(-len(all_rows.image) % world, dtype=torch.int64)
     places, rows = (
-        torch.cat([torch.arange(len(whole.image)), filling]),
-        torch.cat([whole.rows, filling - 1]),
+        torch.cat([torch.arange(len(all_rows.image)), filling]),
+        torch.cat([all_rows.rows, filling - 1]),
     )
     for rank in range(world):
-        own = replace(whole[places[rank::world]], rows=rows[rank::world])
+        own = replace(all_rows[places[rank::world]], rows=rows[rank::world])
         for start in range(0, len(own.image), micro_batch):
             yield own[start : start + micro_batch]
 

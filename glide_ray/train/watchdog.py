@@ -48,12 +48,12 @@ class Watchdog:
             since, doing = last
             if time.monotonic() - since > self._seconds:
                 # In a separate thread, with a timeout: the call may hang for the same reason.
-                saying = threading.Thread(
+                notice = threading.Thread(
                     target=self._on_event,
                     args=(f"{doing} has taken more than {self._seconds:g} s",),
                     daemon=True,
                 )
-                saying.start()
-                saying.join(5)
+                notice.start()
+                notice.join(5)
                 self._kill()
                 return

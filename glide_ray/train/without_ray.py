@@ -149,16 +149,16 @@ def _last_checkpoint(
 ) -> Path:
     """The checkpoint of the last step, saved now if it is missing. Raises UserError."""
     step = trainer.progress.step
-    if not checkpoints.whole() or checkpoints.whole()[-1].step < step:
+    if not checkpoints.list_complete() or checkpoints.list_complete()[-1].step < step:
         writer.save(step, trainer.save)
         writer.finish()
-    whole = checkpoints.whole()
-    if not whole or whole[-1].step < step:
+    complete = checkpoints.list_complete()
+    if not complete or complete[-1].step < step:
         raise UserError(
             f"The last checkpoint could not be written to {out}; make room there, "
             f"and run the same command again."
         )
-    return Path(whole[-1].path)
+    return Path(complete[-1].path)
 
 
 class _Ended(Exception):
@@ -170,28 +170,28 @@ def _resume(trainer: SingleTrainer, checkpoints: Checkpoints, log: _Log) -> None
 
     Raises CheckpointError if all of them are damaged.
     """
-    whole, fault = checkpoints.whole(), None
-    for made in reversed(whole):
+    complete, fault = checkpoints.list_complete(), None
+    for entry in reversed(complete):
         try:
-            verify(Path(made.path))
-            trainer.load(Path(made.path))
+            verify(Path(entry.path))
+            trainer.load(Path(entry.path))
             return
         except CheckpointError as error:
             fault = error
-            log.event(f"the checkpoint of step {made.step:,} is left out: {error}")
+            log.event(f"the checkpoint of step {entry.step:,} is left out: {error}")
     if fault is not None:
         raise CheckpointError(
-            f"None of the {len(whole)} checkpoints in {checkpoints.path} can be read; "
+            f"None of the {len(complete)} checkpoints in {checkpoints.path} can be read; "
             f"remove that folder to begin anew. The oldest: {fault}"
         )
 
 
 def _grid(checkpoints: Checkpoints, preset: Preset) -> np.ndarray | None:
     """Sample grid of the last checkpoint's EMA, uint8 (H, W, 3); None for CLIP."""
-    made = checkpoints.whole()[-1]
-    weights = Path(made.path).with_suffix(".samples.safetensors")
+    entry = checkpoints.list_complete()[-1]
+    weights = Path(entry.path).with_suffix(".samples.safetensors")
     try:
-        export_average(Path(made.path), weights)
+        export_average(Path(entry.path), weights)
         return sample_grid(weights, preset)
     finally:
         weights.unlink(missing_ok=True)
@@ -234,8 +234,8 @@ class MemoryCorpus:
             self._order(epoch)[rows:],
             self.preset.train.micro_batch or self.preset.train.batch,
         )
-        whole = len(chosen) - len(chosen) % self.preset.train.batch
-        parts = (chosen[start : start + micro] for start in range(0, whole, micro))
+        end = len(chosen) - len(chosen) % self.preset.train.batch
+        parts = (chosen[start : start + micro] for start in range(0, end, micro))
         rows_of = (columns((self.rows[n][0], self.rows[n][2]) for n in part) for part in parts)
         return ahead(collated(rows_of, self._collate, self.preset, epoch))
 

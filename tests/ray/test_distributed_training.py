@@ -248,7 +248,7 @@ def test_a_run_that_is_killed_or_interrupted_goes_on_from_its_checkpoint_with_th
         )
 
     def checkpoints():
-        return [made.step for made in Checkpoints(out).whole()]
+        return [made.step for made in Checkpoints(out).list_complete()]
 
     def wait_until(happened):
         deadline = time.monotonic() + 150

@@ -68,7 +68,7 @@ def test_the_last_checkpoints_and_every_so_many_are_kept(place):
     for step in range(10, 101, 10):
         made.save(step, write(b"%d" % step * 1000))
     assert made.finish() == 100 and committed == list(range(10, 101, 10)) and not told
-    whole = Checkpoints(place).whole()
+    whole = Checkpoints(place).list_complete()
     assert [checkpoint.step for checkpoint in whole] == [30, 60, 90, 100]
     folder = fetch(whole[-1])
     assert (folder / "part.0.safetensors").read_bytes() == b"100" * 1000
@@ -92,10 +92,10 @@ def test_what_a_killed_upload_has_left_is_no_checkpoint_and_is_swept_up(place, r
         client.upload_part(
             Bucket="corpus", Key=key, UploadId=upload, PartNumber=1, Body=b"x" * 6_000_000
         )
-    assert [checkpoint.step for checkpoint in Checkpoints(place).whole()] == [10]
+    assert [checkpoint.step for checkpoint in Checkpoints(place).list_complete()] == [10]
     assert Checkpoints(place).sweep() == [orphan]
     assert not list(storage.list_files(orphan, ("",))) and [
-        checkpoint.step for checkpoint in Checkpoints(place).whole()
+        checkpoint.step for checkpoint in Checkpoints(place).list_complete()
     ] == [10]
     if storage.is_remote(place):
         assert not client.list_multipart_uploads(Bucket="corpus", Prefix=key).get("Uploads")
@@ -105,7 +105,7 @@ def test_a_checkpoint_that_was_changed_since_is_found_out(tmp_path):
     made, _, _ = keeper(tmp_path)
     made.save(10, write(b"whole"))
     made.finish()
-    path = fetch(Checkpoints(tmp_path).whole()[0]) / "part.0.safetensors"
+    path = fetch(Checkpoints(tmp_path).list_complete()[0]) / "part.0.safetensors"
     path.write_bytes(b"whale")
     with pytest.raises(CheckpointError, match="part.0.safetensors is damaged"):
         verify(path.parent)
@@ -150,7 +150,7 @@ def test_a_checkpoint_that_the_object_store_refuses_is_told_of_and_the_next_one_
         and "checkpoint of step 10 could not be written" in told[0]
         and "another try" in told[0]
     )
-    assert [checkpoint.step for checkpoint in Checkpoints(f"{s3}/refused").whole()] == [20]
+    assert [checkpoint.step for checkpoint in Checkpoints(f"{s3}/refused").list_complete()] == [20]
     assert not list(storage.list_files(f"{s3}/refused/checkpoints/000000010-start", ("",)))
     s3_faults.answer_503("000000030-start/complete.json")
     made.save(30, write(b"x" * 1000))
@@ -166,7 +166,7 @@ made, told, committed = keeper(sys.argv[2], keep_last=1)
 for step, size in ((1, 400_000), (2, 3_000_000), (3, 400_000)):
     made.save(step, write(b"x" * size))
 print(made.finish(), committed, told, \
-[checkpoint.step for checkpoint in Checkpoints(sys.argv[2]).whole()])
+[checkpoint.step for checkpoint in Checkpoints(sys.argv[2]).list_complete()])
 print(sorted(path.name for path in (Path(sys.argv[2]) / "checkpoints").iterdir()))
 """
 
@@ -336,7 +336,7 @@ def test_a_run_on_s3_goes_on_with_other_workers_another_stage_and_another_learni
     s3_faults.reset("run/checkpoints", times=2)
     train(preset(drawn_corpus, *settings, "workers=2", "zero_stage=2"), out, progress=False)
     assert s3_faults.befallen["503"] == 3 and s3_faults.befallen["reset"] == 2
-    spoil(f"{Checkpoints(out).whole()[-1].path}/part.0.safetensors")
+    spoil(f"{Checkpoints(out).list_complete()[-1].path}/part.0.safetensors")
     result = train(
         preset(
             drawn_corpus,
@@ -361,7 +361,7 @@ def test_a_run_on_s3_goes_on_with_other_workers_another_stage_and_another_learni
     log = storage.read(f"{out}/events.log").decode()
     assert "train.learning_rate is 0.001 from here on, and was" in log
     assert re.search(r"the checkpoint of step 4 is left out: .*part.0.safetensors is damaged", log)
-    assert [made.step for made in Checkpoints(out).whole()] == [4, 6]
+    assert [made.step for made in Checkpoints(out).list_complete()] == [4, 6]
     assert main(["export", out, "--out", str(tmp_path / "w.safetensors")]) == 0
     exported, written = (
         load_weights(tmp_path / "w.safetensors")[1],

@@ -277,7 +277,7 @@ def test_an_empty_hole_shows_nothing(judge, cases):
     some = of(cases, INPAINTING)
     empty = [np.where(case.hole[..., None], 255, case.picture).astype(np.uint8) for case in some]
     verdicts = judge.verdicts(some, empty)
-    assert {verdict[THING].seen for verdict in verdicts} == {"nothing"} and not any(
+    assert {verdict[THING].found for verdict in verdicts} == {"nothing"} and not any(
         verdict[THING].right for verdict in verdicts
     )
 

@@ -188,7 +188,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(drawn_corpus, tm
         time.sleep(0.1)
     process.send_signal(given)
     said = process.communicate(timeout=60)[0]
-    step = Checkpoints(tmp_path / "run").whole()[-1].step
+    step = Checkpoints(tmp_path / "run").list_complete()[-1].step
     assert (
         process.returncode == 0
         and f"stopped after step {step:,}; the same command goes on from here" in said
@@ -198,7 +198,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(drawn_corpus, tm
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused(drawn_corpus, tmp_path):
     settings = preset(drawn_corpus)
     train_alone(settings, tmp_path / "run", minutes=1e-9, progress=False)
-    for made in Checkpoints(tmp_path / "run").whole():
+    for made in Checkpoints(tmp_path / "run").list_complete():
         path = os.path.join(made.path, "part.0.safetensors")
         with open(path, "r+b") as file:
             file.seek(-1, os.SEEK_END)

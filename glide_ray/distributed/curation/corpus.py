@@ -53,10 +53,10 @@ def prepare(
 
     `styles`, `packages` and `scenes` as in `emoji.build_corpus`. Raises UserError.
     """
-    made = emoji.build_corpus(out, styles=styles, packages=packages, scenes=scenes)
+    splits = emoji.build_corpus(out, styles=styles, packages=packages, scenes=scenes)
     return [
         survey(f"{str(out).rstrip('/')}/{split}", min_size)
-        for split, index in made.items()
+        for split, index in splits.items()
         if index["count"]
     ]
 

@@ -310,7 +310,7 @@ def _write_sheet(out: Path, embedded: EmbeddedCorpus, rows: Sequence[int], first
         columns=8,
         size=128,
     )
-    with storage.whole(out / SHEET) as partial:
+    with storage.atomic_write(out / SHEET) as partial:
         sheet.save(partial, format="PNG")
 
 

@@ -102,7 +102,7 @@ def evaluate(
         figures[name] = _made_with(source) | row
     about = {
         "images": len(real.names),
-        "clip_score": real.seen.clip_score,
+        "clip_score": real.images.clip_score,
         **({"filtered_images": len(filtered.names)} if filtered else {}),
     }
     found = {

@@ -213,8 +213,8 @@ def _pairs(
     """
     rows = [int(row) for row in rows]
     theirs, originals = (
-        look_up(looked.parts, [looked.places[n] for n in of])
-        for looked, of in ((side, rows), (trained, found.rows[rows]))
+        look_up(embedded.parts, [embedded.places[n] for n in of])
+        for embedded, of in ((side, rows), (trained, found.rows[rows]))
     )
     groups, images, labels, copies = [], [], [], 0
     for row in rows:

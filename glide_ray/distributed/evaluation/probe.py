@@ -66,7 +66,9 @@ def probe(
     storage.put("".join(f"{line}\n" for line in lines).encode(), f"{out}/{PROMPTS}")
     generate(f"{out}/{PROMPTS}", f"{out}/{PICTURES}", config)
     connect(2 + ACTORS)
-    images, features = _seen(f"{out}/{PICTURES}", clip, f"{out}/features.parquet", len(lines))
+    images, features = _pictures_and_features(
+        f"{out}/{PICTURES}", clip, f"{out}/features.parquet", len(lines)
+    )
     colours = np.stack([image.mean((0, 1)) for image in images])
     of = [slice(n * seeds, (n + 1) * seeds) for n in range(len(prompts))]
     groups = [
@@ -84,23 +86,25 @@ def probe(
     return found
 
 
-def _seen(pictures: str, clip: str, cache: str, count: int) -> tuple[list[np.ndarray], np.ndarray]:
+def _pictures_and_features(
+    pictures: str, clip: str, cache: str, count: int
+) -> tuple[list[np.ndarray], np.ndarray]:
     """Pictures in the order of the prompt file, and their CLIP features (N, E)."""
-    looked = embed_corpus(pictures, clip, SIZE, cache)
-    samples = look_up(looked.parts, looked.places)
+    embedded = embed_corpus(pictures, clip, SIZE, cache)
+    samples = look_up(embedded.parts, embedded.places)
     if len(samples) != count:
         raise UserError(
             f"{count - len(samples):,} of {count:,} pictures in {pictures} cannot be read; "
             f"delete them and run the same command again."
         )
-    images, first = [np.asarray(decode(samples[place].image)) for place in looked.places], {}
+    images, first = [np.asarray(decode(samples[place].image)) for place in embedded.places], {}
     # Rounding in a network depends on the other images of a batch: identical pictures all take
     # the features of the first of them.
     rows = [
         first.setdefault(hashlib.sha256(image.tobytes()).digest(), n)
         for n, image in enumerate(images)
     ]
-    return images, looked.features[rows]
+    return images, embedded.features[rows]
 
 
 def _write(out: str, found: dict[str, Any], rows: Sequence[Sequence[np.ndarray]]) -> None:

@@ -83,7 +83,7 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
     parts = find_parts(preset.data.corpus)  # report a missing corpus before starting anything
     find_parts(preset.data.held_out)
     # A resumed run no longer needs the weights that it started from.
-    if preset.train.start_from and not Checkpoints(out).whole():
+    if preset.train.start_from and not Checkpoints(out).list_complete():
         load_config(shipped.fetch(preset.train.start_from, preset.model.role))
     connect(preset.train.workers + DATA_CPUS)
     on_gpu = _wait_for_workers(preset)
@@ -206,16 +206,16 @@ def _death(error: Exception) -> str | None:
 
 def _export(out: str, steps: int) -> None:
     """Write the weights file from the last checkpoint. Raises UserError if that is missing."""
-    whole = Checkpoints(out).whole()
-    if not whole or whole[-1].step < steps:
+    complete = Checkpoints(out).list_complete()
+    if not complete or complete[-1].step < steps:
         raise UserError(
             f"Training has ended, but its last checkpoint could not be written to {out}; "
             f"make room there, and run the same command again: "
-            f"it goes on from {f'step {whole[-1].step:,}' if whole else 'the beginning'}."
+            f"it goes on from {f'step {complete[-1].step:,}' if complete else 'the beginning'}."
         )
     with tempfile.TemporaryDirectory(prefix="glide-export-") as cache:
         local = Path(cache) / WEIGHTS if storage.is_remote(out) else Path(out) / WEIGHTS
-        partition.export_average(fetch(whole[-1], cache), local)
+        partition.export_average(fetch(complete[-1], cache), local)
         if storage.is_remote(out):
             storage.put(local, f"{out}/{WEIGHTS}")
 

@@ -47,10 +47,15 @@ class Reviewer:
         self,
         preset: Preset,
         folder: Path,
-        made: Callable[[int, np.ndarray | None, dict], None],
+        on_done: Callable[[int, np.ndarray | None, dict], None],
         on_event: Callable[[str], None],
     ):
-        self._preset, self._folder, self._made, self._on_event = preset, folder, made, on_event
+        self._preset, self._folder, self._on_done, self._on_event = (
+            preset,
+            folder,
+            on_done,
+            on_event,
+        )
         self._underway: tuple[int, ray.ObjectRef] | None = None
         self._waiting: tuple[int, str] | None = None
 
@@ -101,4 +106,4 @@ class Reviewer:
                 f"the review of step {step:,} failed: {str(error).strip().splitlines()[-1]}"
             )
             return
-        self._made(step, grid, figures)
+        self._on_done(step, grid, figures)

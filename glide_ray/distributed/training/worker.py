@@ -79,11 +79,11 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
     checkpoints = Checkpoints(out)
     # A name for this start, shared by all ranks: separates its batches and checkpoint folders from
     # those of earlier starts.
-    start, whole = broadcast_object(
-        (uuid.uuid4().hex[:8], checkpoints.whole()) if trainer.rank == 0 else None
+    start, complete = broadcast_object(
+        (uuid.uuid4().hex[:8], checkpoints.list_complete()) if trainer.rank == 0 else None
     )
     cache = Path(tempfile.gettempdir()) / f"glide-resume-{start}"
-    _resume(trainer, whole, cache, context.get_local_rank(), board, tally)
+    _resume(trainer, complete, cache, context.get_local_rank(), board, tally)
     if trainer.rank == 0:
         _sweep(checkpoints, board)
         _announce(trainer, board)
@@ -184,22 +184,22 @@ class _RankOutlets:
 
 
 def _resume(
-    trainer: Trainer, whole: list[CheckpointEntry], cache: Path, local_rank: int, board, tally
+    trainer: Trainer, complete: list[CheckpointEntry], cache: Path, local_rank: int, board, tally
 ) -> None:
     """Load the last undamaged checkpoint, if there is one. From S3 it is fetched once per node."""
     try:
-        for made in reversed(whole):
+        for entry in reversed(complete):
             fault = None
             try:
-                if not storage.is_remote(made.path):
-                    verify(Path(made.path), trainer.rank, trainer.world)
+                if not storage.is_remote(entry.path):
+                    verify(Path(entry.path), trainer.rank, trainer.world)
                 elif local_rank == 0:
-                    fetch(made, cache)  # also verifies
+                    fetch(entry, cache)  # also verifies
             except (CheckpointError, storage.StorageError) as error:
                 fault = str(error)
             faults = all_gather_object(fault)
             if not any(faults):
-                folder = fetch(made, cache)
+                folder = fetch(entry, cache)
                 trainer.load(folder)
                 if trainer.rank == 0:
                     ray.get(tally.know.remote(trainer.progress.epoch, read_counts(folder)))
@@ -207,7 +207,7 @@ def _resume(
             if trainer.rank == 0:
                 ray.get(
                     board.note.remote(
-                        f"the checkpoint of step {made.step:,} is left out: "
+                        f"the checkpoint of step {entry.step:,} is left out: "
                         f"{next(filter(None, faults))}"
                     )
                 )

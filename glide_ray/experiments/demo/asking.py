@@ -107,13 +107,13 @@ class Client:
             "image": ("image.png", encode(image), "image/png"),
             "mask": ("mask.png", mask_png(known), "image/png"),
         }
-        made = self._from_image("edits", name, files, {"prompt": prompt, "seed": seed})
-        if not np.array_equal(made[known], image[known]):
+        edited = self._from_image("edits", name, files, {"prompt": prompt, "seed": seed})
+        if not np.array_equal(edited[known], image[known]):
             raise UserError(
                 f"The edit {name!r} changed pixels that were to be kept; please report "
                 f"this with {self.out / self.written[-1]}."
             )
-        return made
+        return edited
 
     def vary(
         self,
@@ -259,8 +259,8 @@ def _scene(client: Client, plan: Plan) -> list[Result]:
     for number, prompt in enumerate(plan.scene[1:], 1):
         window = np.full_like(strip[:, : 2 * half], 255)
         window[:, :half] = strip[:, -half:]
-        made = client.edit(f"scene-edit-{number}", window, left_half(len(window)), prompt, number)
-        strip = np.concatenate([strip[:, :-half], made], axis=1)
+        edited = client.edit(f"scene-edit-{number}", window, left_half(len(window)), prompt, number)
+        strip = np.concatenate([strip[:, :-half], edited], axis=1)
         strips.append(strip)
     draw_scene(client.out, strips, plan.scene)
     return [

@@ -59,15 +59,15 @@ def copy_pictures(out: Path, folder: Path) -> list[Path]:
         raise UserError(f"{out} has no {missing[0]}; run `glide demo` first, to its end.")
     pixels = {name: np.asarray(decode((out / name).read_bytes())) for name in PICTURES}
     for quality in QUALITIES:
-        made = {name: encode(image, "webp", quality=quality) for name, image in pixels.items()}
-        if sum(map(len, made.values())) <= MOST_BYTES:
+        encoded = {name: encode(image, "webp", quality=quality) for name, image in pixels.items()}
+        if sum(map(len, encoded.values())) <= MOST_BYTES:
             break
     else:
         raise UserError(
             f"The pictures in {out} take more than {MOST_BYTES:,} bytes even at WebP's "
             f"quality {quality}; make smaller ones."
         )
-    paths = [folder / Path(name).with_suffix(".webp") for name in made]
-    for path, data in zip(paths, made.values(), strict=True):
+    paths = [folder / Path(name).with_suffix(".webp") for name in encoded]
+    for path, data in zip(paths, encoded.values(), strict=True):
         storage.put(data, path)
     return paths

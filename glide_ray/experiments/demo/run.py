@@ -127,5 +127,5 @@ Try next:
 def _times(results: Results) -> str:
     """Seconds of each stage, as measured when it ran."""
     names = {"sheet": "sheet", "corpus": "corpus", "tuning": "fine-tuning", "answers": "serving"}
-    said = (f"{name} {results.read(stage)['seconds']:g} s" for stage, name in names.items())
-    return f"Seconds of each stage: {', '.join(said)}."
+    times = (f"{name} {results.read(stage)['seconds']:g} s" for stage, name in names.items())
+    return f"Seconds of each stage: {', '.join(times)}."

@@ -80,25 +80,25 @@ def findings(
     ]
 
 
-def figures(seen: SetFeatures, real: SetFeatures) -> dict[str, float]:
+def figures(features: SetFeatures, real: SetFeatures) -> dict[str, float]:
     """Metrics of a set, as in table 2 and figure 6.
 
     Of EfficientNet's features: Fréchet distance, KID, inception score, precision and recall. Of the
     plain CLIP's: Fréchet distance, precision, recall, and the CLIP score.
     """
-    score, _ = metrics.inception_score(seen.classes, 4)
-    size = min(len(real.looks), len(seen.looks)) // 2
-    distance, _ = metrics.kid(real.looks, seen.looks, size=size)
-    precision, recall = metrics.precision_recall(real.looks, seen.looks)
-    clip_precision, clip_recall = metrics.precision_recall(real.clip, seen.clip)
+    score, _ = metrics.inception_score(features.classes, 4)
+    size = min(len(real.looks), len(features.looks)) // 2
+    distance, _ = metrics.kid(real.looks, features.looks, size=size)
+    precision, recall = metrics.precision_recall(real.looks, features.looks)
+    clip_precision, clip_recall = metrics.precision_recall(real.clip, features.clip)
     return {
-        "frechet_distance": frechet(seen.looks, real.looks),
+        "frechet_distance": frechet(features.looks, real.looks),
         "kid": distance,
         "inception_score": score,
         "precision": precision,
         "recall": recall,
-        "clip_score": 100 * float(seen.cosines.mean()),
-        "clip_frechet_distance": frechet(seen.clip, real.clip),
+        "clip_score": 100 * float(features.cosines.mean()),
+        "clip_frechet_distance": frechet(features.clip, real.clip),
         "clip_precision": clip_precision,
         "clip_recall": clip_recall,
     }
@@ -265,32 +265,32 @@ def _clip_gain(sets: Sets, one: str, other: str) -> Gain:
 # -- distances -------------------------------------------------------------------------------------
 
 
-def frechet(made: np.ndarray, real: np.ndarray) -> float:
+def frechet(generated: np.ndarray, real: np.ndarray) -> float:
     """Fréchet distance of features (N, D) to real ones (M, D); N and M may be less than D."""
-    return float(_distances(made, real, np.arange(len(made))[None])[0])
+    return float(_distances(generated, real, np.arange(len(generated))[None])[0])
 
 
-def _drawn_distances(made: Sequence[np.ndarray], real: np.ndarray) -> np.ndarray:
+def _drawn_distances(generated: Sequence[np.ndarray], real: np.ndarray) -> np.ndarray:
     """Fréchet distances (S, DRAWS) of S sets to real pictures, over bootstrap resamples.
 
     A resample takes the same rows of every set, because the sets share their captions.
     """
-    rows = np.random.default_rng(0).integers(len(made[0]), size=(DRAWS, len(made[0])))
-    return np.stack([_distances(of, real, rows) for of in made])
+    rows = np.random.default_rng(0).integers(len(generated[0]), size=(DRAWS, len(generated[0])))
+    return np.stack([_distances(of, real, rows) for of in generated])
 
 
-def _distances(made: np.ndarray, real: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Fréchet distances (B,) to `real` of the rows `rows` (B, N) of `made` (M, D).
+def _distances(generated: np.ndarray, real: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Fréchet distances (B,) to `real` of the rows `rows` (B, N) of `generated` (M, D).
 
     The trace of the square root of the product of both covariances is the sum of the singular
     values of the product of the centred sets, a matrix whose sides are the sizes of the sets.
     """
-    made, real = made.astype(np.float64), real.astype(np.float64)
+    generated, real = generated.astype(np.float64), real.astype(np.float64)
     centred = real - real.mean(0)
-    spread, products = (centred**2).sum() / (len(real) - 1), made @ centred.T
+    spread, products = (centred**2).sum() / (len(real) - 1), generated @ centred.T
     found = []
     for chosen in rows:
-        some, product = made[chosen], products[chosen]
+        some, product = generated[chosen], products[chosen]
         mean = some.mean(0)
         own = ((some - mean) ** 2).sum() / (len(some) - 1)
         shared = (

@@ -128,11 +128,11 @@ def make_set(
     if path.exists():
         return np.load(path)
     log.info(f"{name}: {len(captions):,} pictures")
-    made = generate(load(weights[way.model], clip), captions, way.options)
+    pictures = generate(load(weights[way.model], clip), captions, way.options)
     buffer = io.BytesIO()
-    np.save(buffer, made)
+    np.save(buffer, pictures)
     storage.put(buffer.getvalue(), path)
-    return made
+    return pictures
 
 
 def load(weights: Path, clip: Path | None = None) -> Cascade:
@@ -145,12 +145,12 @@ def load(weights: Path, clip: Path | None = None) -> Cascade:
 def generate(cascade: Cascade, captions: Sequence[str], options: SampleOptions) -> np.ndarray:
     """Sample pictures uint8 (N, S, S, 3), caption n with seed n."""
     with tqdm(total=len(captions), unit="image", dynamic_ncols=True, disable=None) as bar:
-        made = []
+        pictures = []
         for start in range(0, len(captions), IMAGES_PER_CALL):
             some = captions[start : start + IMAGES_PER_CALL]
-            made += cascade.generate(some, range(start, start + len(some)), options)
+            pictures += cascade.generate(some, range(start, start + len(some)), options)
             bar.update(len(some))
-    return np.stack(made)
+    return np.stack(pictures)
 
 
 def fill(
@@ -164,8 +164,8 @@ def fill(
     """Inpaint `image` uint8 (S, S, 3) where `known` (S, S) is false, once per seed."""
     base = cascade.base
     return [
-        to_uint8(made)
-        for made in base.run(
+        to_uint8(filled)
+        for filled in base.run(
             [
                 edit_request(base.config, image, known, caption, seed, options, critic=base.critic)
                 for seed in seeds

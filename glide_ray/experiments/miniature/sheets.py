@@ -81,7 +81,7 @@ def figure_9(weights: Mapping[str, Path]) -> np.ndarray:
         "small, filtered": Way(FILTERED, guided(BEST)),
         "small, filtered, CLIP": Way(FILTERED, by_clip(BY_CLIP)),
     }
-    made = [
+    pictures = [
         generate(
             load(weights[way.model], weights[CLIP] if way.options.clip_scale else None),
             PROMPTS,
@@ -89,7 +89,7 @@ def figure_9(weights: Mapping[str, Path]) -> np.ndarray:
         )
         for way in rows.values()
     ]
-    return np.asarray(grid(made, PROMPTS, list(rows)))
+    return np.asarray(grid(pictures, PROMPTS, list(rows)))
 
 
 def figure_11(weights: Mapping[str, Path], real: Real, judge: Path) -> np.ndarray:
@@ -105,22 +105,22 @@ def figure_11(weights: Mapping[str, Path], real: Real, judge: Path) -> np.ndarra
         "inpainting model": Way(LARGE, guided(BEST)),
         "implicit": Way(STRIPPED, guided(BEST)),
     }
-    seeing, images, labels = ClipFeatures(judge), [], []
+    clip, images, labels = ClipFeatures(judge), [], []
     cascades = {
         name: load(weights[way.model], weights[CLIP] if way.options.clip_scale else None)
         for name, way in ways.items()
     }
-    wanted = seeing.words([INSIDE])[0]
+    wanted = clip.words([INSIDE])[0]
     for before in real.pixels[:: len(real.pixels) // HOLES][:HOLES]:
         images.append(show_hole(before, known))
         labels.append(f"{INSIDE}, into the hole")
         for name, way in ways.items():
-            made = fill(cascades[name], before, known, INSIDE, range(TRIES), way.options)
+            filled = fill(cascades[name], before, known, INSIDE, range(TRIES), way.options)
             images.append(
-                made[
+                filled[
                     int(
                         np.argmax(
-                            seeing.images([Image.fromarray(image) for image in made]) @ wanted
+                            clip.images([Image.fromarray(image) for image in filled]) @ wanted
                         )
                     )
                 ]
