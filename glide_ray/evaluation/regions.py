@@ -82,14 +82,12 @@ def nearest_colour(rgb: Sequence[float] | np.ndarray) -> str:
     return min(COLOURS, key=lambda name: float(np.linalg.norm(np.subtract(COLOURS[name], rgb))))
 
 
-def parts(foreground: np.ndarray, least: float = 0.2, gap: int = 0) -> list[Box]:
+def parts(foreground: np.ndarray, least: float = 0.2) -> list[Box]:
     """Boxes of the separate parts of a foreground (S, S), largest first.
 
-    `least`: minimum area of a part, relative to the largest one's. `gap`: dilation in pixels, after
-    which parts that touch count as one.
+    `least`: minimum area of a part, relative to the largest one's.
     """
-    joined = ndimage.binary_dilation(foreground, iterations=gap) if gap else foreground
-    labels, count = ndimage.label(joined, np.ones((3, 3)))
+    labels, count = ndimage.label(foreground, np.ones((3, 3)))
     areas = ndimage.sum_labels(foreground, labels, range(1, count + 1))
     order = [n for n in np.argsort(areas)[::-1] if areas[n] >= least * areas.max()]
     return [_box(foreground & (labels == n + 1)) for n in order]

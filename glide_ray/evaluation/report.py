@@ -17,6 +17,15 @@ UNGUIDED = "classifier-free guidance", 1.0  # guidance scale 1
 MARGIN, INK, PAPER, HOLE = 12, (30, 30, 30), (255, 255, 255), (70, 190, 90)
 
 
+def on_square(image: np.ndarray) -> np.ndarray:
+    """The image uint8 (H, W, 3), centred on a white square."""
+    side = max(image.shape[:2])
+    canvas = np.full((side, side, 3), 255, np.uint8)
+    top, left = (side - image.shape[0]) // 2, (side - image.shape[1]) // 2
+    canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return canvas
+
+
 def contact_sheet(
     images: Sequence[np.ndarray],
     labels: Sequence[str],

@@ -109,11 +109,6 @@ def clip_to_released(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     )
 
 
-def released_names(config: UNetConfig) -> dict[str, str]:
-    """Our parameter name -> the released name, for every parameter of the model."""
-    return _names_and_shapes(config)[0]
-
-
 # -- files --------------------------------------------------------------------------------------
 
 

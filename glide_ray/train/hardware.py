@@ -254,20 +254,13 @@ def find_machine(
         else f"{part:.0%} of {'what a matrix product reaches' if on_cpu else 'its peak'}"
     )
     note += "" if tflops or utilisation else ", assumed"
-    find = _cpu_machine if on_cpu else _gpu_machine
-    return find(
-        kind,
-        workers,
-        precision,
-        part,
-        tflops * TERA if tflops else None,
-        link * GIGA if link else None,
-        note,
-    )
+    flops, sent = tflops * TERA if tflops else None, link * GIGA if link else None
+    if on_cpu:
+        return _cpu_machine(workers, precision, part, flops, sent, note)
+    return _gpu_machine(kind, workers, precision, part, flops, sent, note)
 
 
 def _cpu_machine(
-    kind: str,
     workers: int,
     precision: str,
     part: float,

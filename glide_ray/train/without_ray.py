@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,8 @@ from ..tensors import Batch
 from .checkpoint import CheckpointError, Checkpoints, verify
 from .checkpoint_writer import CheckpointWriter
 from .partition import export_average
-from .run_folder import EVENTS, METRICS, PRESET, RUN, WEIGHTS, absolute, check_run, last_step
+from .run_folder import EVENTS, METRICS, PRESET, WEIGHTS, absolute, check_run, last_step
+from .run_log import event_line, run_id, steps_bar
 from .samples import sample_grid
 from .single import SingleTrainer
 from .steps import Outlets, train_loop
@@ -261,22 +261,12 @@ class _Log:
     def __init__(self, out: Path, preset: Preset, progress: bool):
         self._out, self._progress = out, progress
         first = last_step(out / METRICS)
-        if not (out / RUN).exists():
-            storage.put(json.dumps({"id": uuid.uuid4().hex[:12]}).encode(), out / RUN)
-        self._bar = tqdm(
-            total=preset.train.steps,
-            desc=f"train {preset.model.name}",
-            unit="step",
-            initial=first,
-            disable=not progress,
-            dynamic_ncols=True,
-            mininterval=1.0,
-        )
+        self._bar = steps_bar(preset, first, progress)
         self._trackers = open_trackers(
             preset.train.trackers,
             out,
             preset,
-            json.loads((out / RUN).read_text())["id"],
+            run_id(out),
             first + 1 if first else 0,
             self.event,
         )
@@ -290,10 +280,7 @@ class _Log:
         self._trackers.close(failed=kind is not None)
 
     def event(self, text: str, step: int | None = None) -> None:
-        line = (
-            f"{datetime.now().isoformat(' ', 'seconds')}  "
-            f"step {self._bar.n if step is None else step:,}: {text}"
-        )
+        line = event_line(text, self._bar.n if step is None else step)
         with open(self._out / EVENTS, "a") as file:
             file.write(line + "\n")
         if self._progress:

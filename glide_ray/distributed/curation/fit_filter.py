@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from PIL import Image
 
 from ... import storage
 from ...config.data import FilterConfig
@@ -38,7 +37,7 @@ from ...data.labelling import (
 from ...data.sources import find_parts, state
 from ...evaluation.features import ClipFeatures
 from ...evaluation.pages import thumbnail
-from ...evaluation.report import contact_sheet
+from ...evaluation.report import contact_sheet, on_square
 from ...models.clip_scorer import fetch_clip
 from ...storage import fingerprint
 from ..cluster import connect, send_with
@@ -305,20 +304,10 @@ def _write_sheet(out: Path, embedded: EmbeddedCorpus, rows: Sequence[int], first
         for n in rows
     ]
     sheet = contact_sheet(
-        [_squared(image) if image is not None else blank for image in images],
+        [on_square(image) if image is not None else blank for image in images],
         [f"line {first_line + n}: {embedded.captions[row]}" for n, row in enumerate(rows)],
         columns=8,
         size=128,
     )
     with storage.atomic_write(out / SHEET) as partial:
         sheet.save(partial, format="PNG")
-
-
-def _squared(image: np.ndarray) -> np.ndarray:
-    """The whole image, centred on a white square."""
-    side = max(image.shape[:2])
-    square = Image.new("RGB", (side, side), (255, 255, 255))
-    square.paste(
-        Image.fromarray(image), ((side - image.shape[1]) // 2, (side - image.shape[0]) // 2)
-    )
-    return np.asarray(square)

@@ -19,7 +19,7 @@ from ...data.images import ImageError, centre_crop, decode, encode
 from ...errors import UserError
 from ...evaluation.neighbours import Nearest, nearest, same_picture, to_own
 from ...evaluation.pages import Picture, Section, page, thumbnail
-from ...evaluation.report import contact_sheet
+from ...evaluation.report import contact_sheet, on_square
 from ...models.clip_scorer import fetch_clip
 from ..cluster import connect
 from ..curation.corpus import PAGE, look_up
@@ -226,7 +226,7 @@ def _pairs(
         ]
         groups.append([Picture(image, text) for image, text in zip(shown, texts, strict=True)])
         if all(image is not None for image in shown):
-            images += [_square(image) for image in shown]
+            images += [on_square(image) for image in shown]
             labels += texts
             copies += _alike(*(sample.image for sample in pair))
     return (
@@ -249,14 +249,6 @@ def _alike(one: bytes, other: bytes) -> bool:
         )
     except ImageError:
         return False
-
-
-def _square(image: np.ndarray) -> np.ndarray:
-    side = max(image.shape[:2])
-    canvas = np.full((side, side, 3), 255, np.uint8)
-    top, left = (side - image.shape[0]) // 2, (side - image.shape[1]) // 2
-    canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
-    return canvas
 
 
 def _bars(distances: np.ndarray) -> list[tuple[str, int]]:

@@ -9,10 +9,8 @@ import json
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from ... import storage
 from ...config.training import Preset
 from ...models.cost import operations
 from ...train.run_folder import EVENTS, METRICS, RUN, last_step
+from ...train.run_log import event_line, run_id, steps_bar
 from ...train.trackers import open_trackers
 from .samples import Reviewer
 
@@ -128,10 +127,7 @@ class RunFolder:
 
     def id(self) -> str:
         """Id of the run, the same at every start."""
-        path = self.local / RUN
-        if not path.exists():
-            storage.put(json.dumps({"id": uuid.uuid4().hex[:12]}).encode(), path)
-        return json.loads(path.read_text())["id"]
+        return run_id(self.local)
 
     def push(self) -> None:
         """Upload changed files to s3://. Raises StorageError."""
@@ -161,15 +157,7 @@ class Journal:
         self._board, self._folder, self._preset, self._progress = board, folder, preset, progress
         self._unwritten: dict[str, str] = {}
         first = last_step(folder.local / METRICS)
-        self._bar = tqdm(
-            total=preset.train.steps,
-            desc=f"train {preset.model.name}",
-            unit="step",
-            disable=not progress,
-            initial=first,
-            dynamic_ncols=True,
-            mininterval=1.0,
-        )
+        self._bar = steps_bar(preset, first, progress)
         self._trackers = open_trackers(
             preset.train.trackers,
             folder.local,
@@ -203,10 +191,7 @@ class Journal:
 
     def event(self, text: str, step: int | None = None, at: float | None = None) -> None:
         """Write a line to the run's log and to the terminal."""
-        line = (
-            f"{datetime.fromtimestamp(at or time.time()).isoformat(' ', 'seconds')}  "
-            f"step {step if step is not None else self._bar.n:,}: {text}"
-        )
+        line = event_line(text, self._bar.n if step is None else step, at)
         self._append(EVENTS, line + "\n")
         if self._progress:
             tqdm.write(line)
