@@ -195,7 +195,8 @@ def bench_train(
     if not torch.cuda.is_available():
         # Otherwise DeepSpeed reports on standard output that it had to guess the accelerator
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from ..train.loop import Trainer, quiet  # imports DeepSpeed, which only this benchmark needs
+    from ..train.deepspeed_engine import quiet
+    from ..train.loop import Trainer  # imports DeepSpeed, which only this benchmark needs
 
     quiet()
     preset = override(preset, single_worker(images, [f"precision={precision}"]))

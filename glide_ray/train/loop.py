@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..models.weights import build_model, check_shapes, load_weights, with_known
 from ..precision import training_precision
 from ..pretrained import shipped
 from ..tensors import Batch, to_device_async
+from . import deepspeed_engine as internals
 from . import partition
 from .batch_split import BatchSplit
 from .checkpoint import TrainingPosition, read_progress, write_progress
@@ -29,7 +29,7 @@ from .collectives import all_gather_object, broadcast_object
 from .ema import Ema
 from .hardware import USABLE, cpu_budget
 from .memory import choose_micro_batch
-from .nonfinite import TrainingError, check_step, stepped
+from .nonfinite import TrainingError, check_step
 from .objectives import by_quartile, draw, held_out_sums, images_in, mix, objective_of
 from .optimizer import FACTOR, deepspeed_config, learning_rate, parameter_groups
 from .steps import Metrics
@@ -39,7 +39,7 @@ class Trainer:
     """One rank's DeepSpeed engine, EMA and noise schedule. Raises TrainingError, ConfigError."""
 
     def __init__(self, preset: Preset):
-        join_process_group()
+        internals.join_process_group()
         self.preset, train = preset, preset.train
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         if not (train.min_workers or train.workers) <= self.world <= train.workers:
@@ -62,9 +62,9 @@ class Trainer:
             model_parameters=parameter_groups(model, train),
             config=deepspeed_config(train, self.precision, self.share),
         )
-        look_for_overflow_once(self.engine)
-        self.pieces = partition.pieces(self.engine)
-        self.ema = Ema(partition.masters(self.engine), train.ema_rates)
+        internals.look_for_overflow_once(self.engine)
+        self.pieces = internals.param_slices(self.engine)
+        self.ema = Ema(internals.masters(self.engine), train.ema_rates)
         self.progress = TrainingPosition()
 
     def _micro_batch(self) -> int:
@@ -126,7 +126,7 @@ class Trainer:
             for name, value in figures.items():
                 sums[name] = sums.get(name, 0) + value
         check_step(self, read, number, sums["loss"])
-        if stepped(self.engine):  # fp16 skips a step whose gradients overflowed
+        if internals.stepped(self.engine):  # fp16 skips a step whose gradients overflowed
             self.ema.update(number)
         return sums
 
@@ -151,11 +151,7 @@ class Trainer:
 
     def scale(self) -> dict[str, float]:
         """The loss scale in fp16; empty in other precisions."""
-        return (
-            {"loss_scale": float(self.engine.optimizer.loss_scaler.cur_scale)}
-            if self.precision == "fp16"
-            else {}
-        )
+        return {"loss_scale": internals.loss_scale(self.engine)} if self.precision == "fp16" else {}
 
     def summed(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
         """Sum scalars over all ranks, in one all-reduce and one transfer to the host."""
@@ -169,7 +165,7 @@ class Trainer:
         """This rank's shard of the training state: weights, Adam's moments and EMA."""
         return {
             partition.WEIGHTS: self.ema.masters,
-            **partition.moments(self.engine),
+            **internals.moments(self.engine),
             **{
                 f"{partition.AVERAGE}/{rate:g}": average
                 for rate, average in self.ema.averages.items()
@@ -189,15 +185,8 @@ class Trainer:
         state = (
             with_known_channels(state, module.config) if isinstance(module, GlideUNet) else state
         )
-        check_shapes(
-            state,
-            {
-                name: getattr(parameter, "ds_shape", parameter.shape)
-                for name, parameter in module.named_parameters()
-            },
-            path,
-        )
-        partition.set_masters(self.engine, self.pieces, state)
+        check_shapes(state, internals.full_shapes(self.engine), path)
+        internals.set_masters(self.engine, self.pieces, state)
         self.ema.restart()
 
     def save(self, folder: Path) -> None:
@@ -215,61 +204,13 @@ class Trainer:
         """
         self.progress, optimizer = read_progress(folder, self.preset)
         partition.load_parts(folder, self.pieces, self.state())
-        partition.refresh(self.engine)
-        partition.set_adam_steps(self.engine, optimizer["adam_steps"])
+        internals.refresh(self.engine)
+        internals.set_adam_steps(self.engine, optimizer["adam_steps"])
         if self.precision == "fp16":
-            vars(self.engine.optimizer.loss_scaler).update(optimizer["loss_scale"])
+            internals.set_scaler_state(self.engine, optimizer["loss_scale"])
 
     def _optimizer_state(self) -> dict[str, Any]:
-        scaler = vars(self.engine.optimizer.loss_scaler) if self.precision == "fp16" else {}
         return {
-            "adam_steps": partition.adam_steps(self.engine),
-            "loss_scale": {
-                name: scaler[name]
-                for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-                if name in scaler
-            },
+            "adam_steps": internals.adam_steps(self.engine),
+            "loss_scale": internals.scaler_state(self.engine) if self.precision == "fp16" else {},
         }
-
-
-# -- DeepSpeed -------------------------------------------------------------------------------------
-
-
-def quiet() -> None:
-    """Silence DeepSpeed's banners, and disable its shared-memory collective.
-
-    Compiling the collective takes 48 s at first use.
-    """
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def join_process_group() -> None:
-    """Use the existing process group (Ray's), or create one with this process only."""
-    quiet()
-    if dist.is_initialized():
-        return
-    # Port 0: the store takes a free port; no other process has to connect to it.
-    for name, value in (
-        ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", "0"),
-        ("RANK", "0"),
-        ("WORLD_SIZE", "1"),
-        ("LOCAL_RANK", "0"),
-    ):
-        os.environ.setdefault(name, value)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False
-    )
-
-
-def look_for_overflow_once(engine) -> None:
-    """Disable DeepSpeed's overflow check of single gradients under ZeRO stages 1 and 2.
-
-    It takes a dozen small kernels per gradient, and is redundant: DeepSpeed also checks the norm
-    of the gradients, which any inf or NaN on any rank makes non-finite. With an offloaded
-    optimizer the check only sets a flag, and stays.
-    """
-    if engine.zero_optimization_stage() in (1, 2) and not engine.optimizer.cpu_offload:
-        engine.optimizer.check_overflow = lambda partition_gradients=True: None

@@ -19,10 +19,9 @@ from ..errors import UserError
 from ..precision import DTYPES
 from ..tensors import Batch
 from .collectives import all_gather_object
+from .deepspeed_engine import scale_collapsed, scale_of_last_step, stepped
 from .objectives import draw, row_numbers
 
-# Smallest fp16 loss scale: a smaller one would shrink the gradients below their true size.
-LOWEST_SCALE = 1.0
 MAX_LISTED = 5  # row numbers or parameter names in a message
 
 
@@ -39,23 +38,6 @@ class Culprit:
 
 
 # -- after every step ------------------------------------------------------------------------------
-
-
-def stepped(engine) -> bool:
-    """Whether the last optimizer step changed the weights; if not, the EMA must not be updated.
-
-    Reads a Python bool, so it does not wait for the device.
-    """
-    return engine.was_step_applied()
-
-
-def scale_collapsed(engine) -> bool:
-    """Whether fp16's loss scale is at its minimum, so that no smaller scale can help.
-
-    Reads a Python float, so it does not wait for the device. DeepSpeed itself would raise a bare
-    Exception at the next overflow.
-    """
-    return engine.optimizer.loss_scaler.cur_scale <= LOWEST_SCALE
 
 
 def check_step(trainer, batches: Sequence[Batch], number: int, loss: Tensor) -> None:
@@ -236,7 +218,8 @@ def _in_losses(trainer, batch: Batch, losses: Tensor) -> Culprit | None:
 
 
 def _in_backward(trainer, watch: Watch, losses: Tensor, weight: float) -> Culprit | None:
-    scale = _scale_of_the_step(trainer)
+    # Twice the true scale after a first overflow, which does no harm here.
+    scale = scale_of_last_step(trainer.engine) if trainer.precision == "fp16" else 1.0
     watch.backward_from(losses.mean() * (weight * scale / trainer.share.calls))
     found = _first(watch.backward)
     if found is None:
@@ -251,19 +234,6 @@ def _in_backward(trainer, watch: Watch, losses: Tensor, weight: float) -> Culpri
         f"(largest before it {found.largest:.2g}){found.rank}"
     )
     return Culprit(where, remedy(trainer.preset.train, trainer.precision))
-
-
-def _scale_of_the_step(trainer) -> float:
-    """The loss scale of the step; 1 unless in fp16.
-
-    If the step was skipped, DeepSpeed has halved the scale since, which is undone here. It does
-    not halve after the first overflow (hysteresis): the result is then twice the true scale, which
-    does no harm.
-    """
-    if trainer.precision != "fp16":
-        return 1.0
-    scaler = trainer.engine.optimizer.loss_scaler
-    return scaler.cur_scale * (1 if stepped(trainer.engine) else scaler.scale_factor)
 
 
 # -- hooks -----------------------------------------------------------------------------------------

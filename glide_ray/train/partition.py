@@ -31,7 +31,7 @@ from .checkpoint import CheckpointError, fetch, read_preset, read_progress
 FILES = "part.*.safetensors"
 # Kinds of state. The rate is appended to the kind of an EMA: "average/0.999".
 WEIGHTS, FIRST, SECOND, AVERAGE = "weights", "exp_avg", "exp_avg_sq", "average"
-# Kind -> this rank's flat tensors, in the order of `masters`.
+# Kind -> this rank's flat tensors, in the order of `deepspeed_engine.masters`.
 State = Mapping[str, Sequence[Tensor]]
 
 
@@ -50,112 +50,10 @@ class ParamSlice:
     offset: int
 
 
-def masters(engine) -> list[Tensor]:
-    """The float32 tensors that this rank's optimizer steps, for any ZeRO stage and precision."""
-    for attribute in (
-        "fp32_partitioned_groups_flat",  # stage 3
-        "single_partition_of_fp32_groups",  # stages 1 and 2
-    ):
-        tensors = getattr(engine.optimizer, attribute, None)
-        if tensors:
-            return list(tensors)
-    return list(engine.module.parameters())  # stage 0 in float32
-
-
-def pieces(engine) -> list[ParamSlice]:
-    """This rank's slices of the parameters.
-
-    All ranks together cover every parameter once; under stage 0 each rank covers all of them.
-    """
-    found = []
-    place = {id(tensor): number for number, tensor in enumerate(masters(engine))}
-    for name, parameter in engine.module.named_parameters():
-        if hasattr(parameter, "ds_id"):  # stage 3: equal slices on every rank, the last padded
-            master, offset, length = engine.optimizer.grad_position[
-                engine.optimizer.get_param_id(parameter)
-            ]
-            start = length * torch.distributed.get_rank()
-            count = max(0, min(length, parameter.ds_numel - start))
-            shape = tuple(parameter.ds_shape)
-        elif getattr(parameter, "_hp_mapping", None) is not None:
-            # Stages 1 and 2: this rank's range of all parameters laid end to end.
-            mapping = parameter._hp_mapping
-            master, offset = mapping.param_group_index, mapping.hp_fragment_address.start
-            start, count, shape = (
-                mapping.lp_fragment_address.start,
-                mapping.lp_fragment_address.numel,
-                tuple(parameter.shape),
-            )
-        elif id(parameter) in place:  # stage 0: the whole parameter
-            master, offset, start, count, shape = (
-                place[id(parameter)],
-                0,
-                0,
-                parameter.numel(),
-                tuple(parameter.shape),
-            )
-        else:  # on another rank
-            continue
-        if count:
-            found.append(ParamSlice(name, shape, start, count, master, offset))
-    return found
-
-
-def moments(engine) -> dict[str, list[Tensor]]:
-    """Adam's two moments of `masters`, created as zeros if no step has been taken yet."""
-    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    for tensor in masters(engine):
-        state = optimizer.state[tensor]
-        if FIRST not in state:
-            # torch's fused AdamW requires the step count on the parameter's device.
-            state.update(
-                {
-                    "step": torch.zeros((), device=tensor.device),
-                    FIRST: torch.zeros_like(tensor),
-                    SECOND: torch.zeros_like(tensor),
-                }
-            )
-    return {
-        kind: [optimizer.state[tensor][kind] for tensor in masters(engine)]
-        for kind in (FIRST, SECOND)
-    }
-
-
-def adam_steps(engine) -> float:
-    """Number of Adam steps: fewer than the run's steps if fp16's loss scale skipped some."""
-    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    return float(optimizer.state[masters(engine)[0]]["step"]) if moments(engine) else 0.0
-
-
-def set_adam_steps(engine, steps: float) -> None:
-    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    for tensor in masters(engine):
-        optimizer.state[tensor]["step"].fill_(steps)
-
-
-def set_masters(engine, own: Sequence[ParamSlice], weights: Mapping[str, Tensor]) -> None:
-    """Load whole parameters by name, exactly into `masters`, and update the network from these."""
-    flat = masters(engine)
-    for piece in own:
-        _put(flat, piece, weights[piece.name].reshape(-1)[piece.start : piece.start + piece.count])
-    refresh(engine)
-
-
-def _put(flat: Sequence[Tensor], piece: ParamSlice, values: Tensor) -> None:
+def put_slice(flat: Sequence[Tensor], piece: ParamSlice, values: Tensor) -> None:
+    """Write a slice's values to its place in the flat tensors."""
     target = flat[piece.master].detach().reshape(-1)
     target[piece.offset : piece.offset + piece.count] = values.to(target)
-
-
-def refresh(engine) -> None:
-    """Update the network's weights from `masters`."""
-    optimizer = engine.optimizer
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        for number in range(len(optimizer.fp32_partitioned_groups_flat)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(number)
-        # Release small parameters that a forward pass has gathered and kept whole.
-        optimizer._partition_all_parameters()
-    elif hasattr(optimizer, "update_lp_params"):
-        optimizer.update_lp_params()
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -269,7 +167,7 @@ def load_parts(folder: Path, own: Sequence[ParamSlice], state: State) -> None:
                         f"{list(parts.shapes.get(piece.name, ()))} there and "
                         f"{list(piece.shape)} here."
                     )
-                _put(flat, piece, parts.read_slice(kind, piece.name, piece.start, piece.count))
+                put_slice(flat, piece, parts.read_slice(kind, piece.name, piece.start, piece.count))
 
 
 def export(

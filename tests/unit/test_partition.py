@@ -21,7 +21,7 @@ from torch import distributed as dist
 
 from glide_ray.bench.load_generator import free_port
 from glide_ray.models.weights import load_model
-from glide_ray.train import partition
+from glide_ray.train import deepspeed_engine, partition
 from glide_ray.train.checkpoint import CheckpointError, Checkpoints, TrainingPosition
 
 
@@ -69,8 +69,8 @@ def test_adam_step_count_is_on_the_parameters_device_before_the_first_step():
     engine = SimpleNamespace(
         optimizer=SimpleNamespace(single_partition_of_fp32_groups=[master], optimizer=adam)
     )
-    partition.moments(engine)
-    partition.set_adam_steps(engine, 7)
+    deepspeed_engine.moments(engine)
+    deepspeed_engine.set_adam_steps(engine, 7)
     assert {
         name: (value.device.type, value.dtype, value.shape)
         for name, value in adam.state[master].items()
@@ -103,10 +103,10 @@ def rank_of_two(rank, port, folder, stage, start, more):
 
     import deepspeed
 
-    from glide_ray.train.loop import Trainer, quiet
+    from glide_ray.train.loop import Trainer
     from glide_ray.train.steps import Outlets, train_loop
 
-    quiet()
+    deepspeed_engine.quiet()
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     trainer = Trainer(preset("workers=2", f"zero_stage={stage}", *more))
     if start:
@@ -131,7 +131,7 @@ def rank_of_two(rank, port, folder, stage, start, more):
         ),
         "masters": sum(t.numel() for t in trainer.ema.masters),
         "average": sum(t.numel() for t in trainer.ema.averages[0.9]),
-        "moments": sum(t.numel() for t in partition.moments(trainer.engine)["exp_avg"]),
+        "moments": sum(t.numel() for t in deepspeed_engine.moments(trainer.engine)["exp_avg"]),
     }
     if stage == 3:
         numbers["gradients"] = trainer.engine.optimizer.grad_partitions_flat_buffer.numel()

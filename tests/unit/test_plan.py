@@ -191,7 +191,7 @@ def test_a_rank_among_others_plans_for_itself_without_asking_them(monkeypatch):
     [(0, "fp32"), (1, "bf16"), (2, "bf16"), (2, "fp32"), (3, "bf16"), (3, "fp32")],
 )
 def test_what_is_planned_for_the_state_is_what_a_trainer_keeps(stage, precision):
-    from glide_ray.train import partition
+    from glide_ray.train import deepspeed_engine
     from glide_ray.train.loop import Trainer
 
     preset = sized(f"zero_stage={stage}", f"precision={precision}", "ema_rates=0.9,0.99")
@@ -203,10 +203,10 @@ def test_what_is_planned_for_the_state_is_what_a_trainer_keeps(stage, precision)
                 getattr(parameter, "ds_tensor", parameter)
                 for parameter in trainer.engine.module.parameters()
             ),
-            *partition.masters(trainer.engine),
+            *deepspeed_engine.masters(trainer.engine),
             *(
                 tensor
-                for tensors in partition.moments(trainer.engine).values()
+                for tensors in deepspeed_engine.moments(trainer.engine).values()
                 for tensor in tensors
             ),
             *(tensor for tensors in trainer.ema.averages.values() for tensor in tensors),

@@ -27,18 +27,13 @@ from glide_ray.models.clip import NoisedClip
 from glide_ray.models.layers import AttentionBlock, GroupNorm
 from glide_ray.models.unet import GlideUNet
 from glide_ray.tensors import Batch, Conditioning, ModelOutput
-from glide_ray.train import loop, partition
+from glide_ray.train import deepspeed_engine, loop
 from glide_ray.train import optimizer as zero
 from glide_ray.train.batch_split import BatchSplit
+from glide_ray.train.deepspeed_engine import scale_collapsed, stepped
 from glide_ray.train.ema import Ema
 from glide_ray.train.loop import Trainer
-from glide_ray.train.nonfinite import (
-    TrainingError,
-    check_step,
-    find_culprit,
-    scale_collapsed,
-    stepped,
-)
+from glide_ray.train.nonfinite import TrainingError, check_step, find_culprit
 from glide_ray.train.objectives import contrastive, denoising, draw
 from glide_ray.train.optimizer import deepspeed_config
 
@@ -150,14 +145,14 @@ def test_an_overflow_skips_the_step_and_the_second_one_halves_the_scale(fp16, st
     assert (
         same(before, masters(trainer))
         and trainer.held_out([batch(9)]) == loss
-        and partition.adam_steps(trainer.engine) == 1
+        and deepspeed_engine.adam_steps(trainer.engine) == 1
     )
     scaler(trainer).cur_scale = 2.0**10
     step(trainer, 5)
     assert (
         stepped(trainer.engine)
         and not same(before, masters(trainer))
-        and partition.adam_steps(trainer.engine) == 2
+        and deepspeed_engine.adam_steps(trainer.engine) == 2
     )
 
 
@@ -195,7 +190,7 @@ def test_the_loss_scale_goes_on_from_a_checkpoint_as_if_the_run_had_not_stopped(
     resumed = Trainer(preset("precision=fp16", f"zero_stage={stage}"))
     resumed.load(tmp_path)
     assert vars(scaler(resumed)) == vars(scaler(whole)) and scaler(resumed).cur_hysteresis == 1
-    assert partition.adam_steps(resumed.engine) == 3
+    assert deepspeed_engine.adam_steps(resumed.engine) == 3
     assert steps(resumed, 6, 9) == steps(whole, 6, 9)
     assert (
         vars(scaler(resumed)) == vars(scaler(whole))
@@ -329,7 +324,7 @@ def test_weights_that_are_not_finite_are_named(fp16, settings):
         trainer.ema.masters[piece.master].reshape(-1)[piece.offset + 5] = value
         if value > 1e5 or trainer.precision == "fp16":
             assert find_culprit(trainer, batch(2), 2) == what
-    partition.refresh(trainer.engine)
+    deepspeed_engine.refresh(trainer.engine)
     with pytest.raises(
         TrainingError,
         match=r"^The loss is not finite at step 2: weights are not finite .*; "
@@ -569,7 +564,7 @@ def test_a_run_goes_on_with_and_without_offload_as_if_it_had_not_stopped(tmp_pat
         later.load(tmp_path)
         assert (
             steps(later, 3, 4) == pytest.approx(rest, rel=1e-4)
-            and partition.adam_steps(later.engine) == 4
+            and deepspeed_engine.adam_steps(later.engine) == 4
         )
 
 
@@ -618,7 +613,7 @@ def rank_of_two(rank, port, folder, settings):
         }
     )
     torch.set_num_threads(1)
-    loop.quiet()
+    deepspeed_engine.quiet()
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     trainer = Trainer(preset("workers=2", *settings))
     own = slice(2 * rank, 2 * rank + 2)

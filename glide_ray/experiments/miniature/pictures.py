@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ... import storage
-from ...config.presets import EMOJI
+from ...config.emoji_presets import EMOJI
 from ...config.sampling import SampleOptions
 from ...data.images import decode, to_uint8
 from ...data.sources import in_share, read_corpus, share_of
