@@ -192,7 +192,7 @@ def test_a_model_that_was_not_trained_to_inpaint_is_not_asked_to(judge, corpus, 
 
 def test_an_edit_keeps_the_known_pixels_and_a_changed_one_is_noticed(judge, corpus, tmp_path):
     cases = make_cases(corpus, judge.vocabulary, 2, [INPAINTING])
-    kept = [compose.given(case, 64) for case in cases]
+    kept = [compose.real_picture(case, 64) for case in cases]
     changed = [picture.copy() for picture in kept]
     for case, picture in zip(cases, changed, strict=True):
         y, x = np.argwhere(~case.hole)[0] // 4
