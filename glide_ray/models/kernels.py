@@ -58,8 +58,7 @@ def group_norm(
     """
     b, channels, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
-    pixels, each = height * width, channels // groups
-    padded, modulated = triton.next_power_of_2(each), scale is not None
+    modulated = scale is not None
     if modulated and scale.stride() != shift.stride():
         scale, shift = scale.contiguous(), shift.contiguous()
     line = (
@@ -69,28 +68,43 @@ def group_norm(
         scale if modulated else x,
         shift if modulated else x,
         scale.stride(0) if modulated else 0,
-        pixels,
+        height * width,
     )
     form = {"BEFORE": before is not None, "MODULATED": modulated}
-    if resample == SAME and pixels * each <= WHOLE:
-        out, rows = (
-            torch.empty_like(x),
-            min(triton.next_power_of_2(pixels), max(1, 16384 // padded)),
-        )
-        norm_group[groups, b](
-            x,
-            out,
-            *line,
-            eps,
-            groups,
-            each,
-            padded,
-            rows,
-            SILU=silu,
-            num_warps=min(16, max(4, rows * padded // 1024)),
-            **form,
-        )
-        return out
+    if resample == SAME and height * width * channels // groups <= WHOLE:
+        return _norm_small(x, groups, line, eps, form, silu)
+    return _norm_large(x, groups, line, eps, form, silu, resample)
+
+
+def _norm_small(
+    x: Tensor, groups: int, line: tuple, eps: float, form: dict[str, bool], silu: bool
+) -> Tensor:
+    """Group norm in one launch: a program for each group of each image."""
+    b, channels, height, width = x.shape
+    pixels, each = height * width, channels // groups
+    padded = triton.next_power_of_2(each)
+    out = torch.empty_like(x)
+    rows = min(triton.next_power_of_2(pixels), max(1, 16384 // padded))
+    warps = min(16, max(4, rows * padded // 1024))
+    norm_group[groups, b](
+        x, out, *line, eps, groups, each, padded, rows, SILU=silu, num_warps=warps, **form
+    )
+    return out
+
+
+def _norm_large(
+    x: Tensor,
+    groups: int,
+    line: tuple,
+    eps: float,
+    form: dict[str, bool],
+    silu: bool,
+    resample: int,
+) -> Tensor:
+    """Group norm in three launches: sums of chunks of pixels, factors of channels, result."""
+    b, channels, height, width = x.shape
+    pixels, each = height * width, channels // groups
+    padded = triton.next_power_of_2(each)
     blocks = triton.cdiv(channels, BLOCK)
     chunks = min(CHUNKS, triton.cdiv(pixels, 64), triton.cdiv(PROGRAMS, b * blocks))
     rows = triton.cdiv(triton.cdiv(pixels, chunks), 64) * 64

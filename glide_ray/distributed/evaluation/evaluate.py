@@ -100,13 +100,11 @@ def evaluate(
             lambda name=name, embedded=embedded: _measure(name, embedded, clip, real, filtered),
         )
         figures[name] = _made_with(source) | row
-    about = {
-        "images": len(real.names),
-        "clip_score": real.images.clip_score,
-        **({"filtered_images": len(filtered.names)} if filtered else {}),
-    }
+    about = {"source": reference, "images": len(real.names), "clip_score": real.images.clip_score}
+    if filtered:
+        about["filtered_images"] = len(filtered.names)
     found = {
-        "reference": {"source": reference, **about},
+        "reference": about,
         "size": size,
         "inception": judges.inception is not None,
         "sets": figures,

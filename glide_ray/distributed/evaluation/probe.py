@@ -58,16 +58,11 @@ def probe(
         )
     fetch_clip(clip)  # report a missing CLIP before pictures are made
     out = storage.absolute(out).rstrip("/")
-    lines = [
-        json.dumps({"prompt": prompt, "seed": config.seed + n}, ensure_ascii=False)
-        for prompt in prompts
-        for n in range(seeds)
-    ]
-    storage.put("".join(f"{line}\n" for line in lines).encode(), f"{out}/{PROMPTS}")
+    _write_prompts(prompts, config.seed, seeds, out)
     generate(f"{out}/{PROMPTS}", f"{out}/{PICTURES}", config)
     connect(2 + ACTORS)
     images, features = _pictures_and_features(
-        f"{out}/{PICTURES}", clip, f"{out}/features.parquet", len(lines)
+        f"{out}/{PICTURES}", clip, f"{out}/features.parquet", seeds * len(prompts)
     )
     colours = np.stack([image.mean((0, 1)) for image in images])
     of = [slice(n * seeds, (n + 1) * seeds) for n in range(len(prompts))]
@@ -84,6 +79,15 @@ def probe(
     }
     _write(out, found, list(zip(*(images[rows] for rows in of), strict=True)))
     return found
+
+
+def _write_prompts(prompts: Sequence[str], first: int, seeds: int, out: str) -> None:
+    lines = [
+        json.dumps({"prompt": prompt, "seed": first + n}, ensure_ascii=False)
+        for prompt in prompts
+        for n in range(seeds)
+    ]
+    storage.put("".join(f"{line}\n" for line in lines).encode(), f"{out}/{PROMPTS}")
 
 
 def _pictures_and_features(

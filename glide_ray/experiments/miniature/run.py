@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ... import storage
 from ...bench.quality import bench_inpainting
@@ -46,14 +47,7 @@ def run(out: Path, corpus: Path) -> list[Finding]:
         name: make_set(name, way, weights, own.captions, out / "pictures")
         for name, way in SETS.items()
     }
-    held_out = out / "corpus" / "held_out"
-    painted, _ = once(
-        str(out / "inpainting.json"),
-        {name: fingerprint(weights[name]) for name in (STRIPPED, LARGE)},
-        lambda: bench_inpainting(
-            weights[STRIPPED], weights[LARGE], held_out, HOLES, precision=fastest_precision()
-        ),
-    )
+    painted = _inpainting_errors(out, weights)
     log.info("looking at the pictures")
     networks = FeatureNetworks(weights[JUDGE])
     sets = {name: networks.features(of, own.captions) for name, of in pictures.items()}
@@ -88,6 +82,21 @@ def run(out: Path, corpus: Path) -> list[Finding]:
     for name, result in ((FIGURES, figures), (FINDINGS, [vars(finding) for finding in found])):
         storage.put(json.dumps(result, indent=1, ensure_ascii=False).encode(), out / name)
     return found
+
+
+def _inpainting_errors(out: Path, weights: Mapping[str, Path]) -> dict[str, Any]:
+    errors, _ = once(
+        str(out / "inpainting.json"),
+        {name: fingerprint(weights[name]) for name in (STRIPPED, LARGE)},
+        lambda: bench_inpainting(
+            weights[STRIPPED],
+            weights[LARGE],
+            out / "corpus" / "held_out",
+            HOLES,
+            precision=fastest_precision(),
+        ),
+    )
+    return errors
 
 
 def _figures(sets: Mapping[str, SetFeatures], real: SetFeatures) -> dict[str, dict[str, float]]:

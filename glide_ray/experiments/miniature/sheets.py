@@ -157,45 +157,22 @@ def report(
     set; `reals`: number of real pictures in the reference.
     """
     held = sum(finding.holds for finding in found)
-    findings = [[one.text, one.here, "holds" if one.holds else "does not hold"] for one in found]
     return page(
         "The paper in miniature",
         [
             Section(
                 f"{held} of {len(found)} findings hold at this scale",
                 RULE,
-                table=[["the paper", "here", ""], *findings],
+                table=_findings_table(found),
             ),
-            Section(
-                "The same captions and seeds",
-                f"Rows: {', '.join(['real', *FREE, *CLIPS, *SMALLS])}.",
-                groups=[[Picture(sheets["sets.png"])]],
-                width=1040,
-            ),
-            Section(
-                "Figure 6: both kinds of guidance",
-                f"{images} pictures a point.",
-                groups=[[Picture(sheets["figure-6.png"])]],
-                width=1040,
-            ),
+            *_guidance_sections(sheets, images),
             Section("Table 1: Elo", VOTERS, table=_elo_table(standings)),
             Section(
                 "Table 2: distance to real pictures",
                 f"{reals} {MEASURES}",
                 table=_figures_table(table),
             ),
-            Section(
-                "Figure 9: large and small models",
-                "Not chosen: seeds 0 to 5.",
-                groups=[[Picture(sheets["figure-9.png"])]],
-                width=1000,
-            ),
-            Section(
-                "Figure 11: inpainting",
-                f"The best of {TRIES} by CLIP each. {IMPLICIT}",
-                groups=[[Picture(sheets["figure-11.png"])]],
-                width=600,
-            ),
+            *_model_sections(sheets),
             Section(
                 "Errors of inpainting",
                 f"Mean squared error of {painted['images']} holes beside the picture itself.",
@@ -203,6 +180,49 @@ def report(
             ),
         ],
     )
+
+
+def _findings_table(found: Sequence[Finding]) -> list[list[str]]:
+    rows = [[one.text, one.here, "holds" if one.holds else "does not hold"] for one in found]
+    return [["the paper", "here", ""], *rows]
+
+
+def _guidance_sections(sheets: Mapping[str, np.ndarray], images: int) -> list[Section]:
+    return [
+        _sheet(
+            "The same captions and seeds",
+            f"Rows: {', '.join(['real', *FREE, *CLIPS, *SMALLS])}.",
+            sheets["sets.png"],
+            1040,
+        ),
+        _sheet(
+            "Figure 6: both kinds of guidance",
+            f"{images} pictures a point.",
+            sheets["figure-6.png"],
+            1040,
+        ),
+    ]
+
+
+def _model_sections(sheets: Mapping[str, np.ndarray]) -> list[Section]:
+    return [
+        _sheet(
+            "Figure 9: large and small models",
+            "Not chosen: seeds 0 to 5.",
+            sheets["figure-9.png"],
+            1000,
+        ),
+        _sheet(
+            "Figure 11: inpainting",
+            f"The best of {TRIES} by CLIP each. {IMPLICIT}",
+            sheets["figure-11.png"],
+            600,
+        ),
+    ]
+
+
+def _sheet(title: str, text: str, picture: np.ndarray, width: int) -> Section:
+    return Section(title, text, groups=[[Picture(picture)]], width=width)
 
 
 def _elo_table(standings: Mapping[str, Mapping[str, Standing]]) -> list[list[str]]:
