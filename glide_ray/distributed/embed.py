@@ -121,7 +121,7 @@ def embed(
             yield pyarrow.Table.from_pylist(block, READ)
 
     counts = [part.count or len(part.files) for part in parts]
-    run = _here if all(counts) and sum(counts) <= INLINE_IMAGES else _by_actors
+    run = _in_process if all(counts) and sum(counts) <= INLINE_IMAGES else _by_actors
     embedded, report = run(parts, blocks, load, path, content)
     tables, done = [], 0
     with (
@@ -139,7 +139,7 @@ def embed(
     return in_order(tables), report()
 
 
-def _here(
+def _in_process(
     parts: Sequence[Part], blocks: Blocks, *embedder: Any
 ) -> tuple[Iterator[pyarrow.Table], Callable[[], Report]]:
     """Embed all parts in this process. Returns the tables, and a function for the report so far."""
@@ -154,7 +154,7 @@ def _here(
 def _by_actors(
     parts: Sequence[Part], blocks: Blocks, *embedder: Any
 ) -> tuple[Iterator[pyarrow.Table], Callable[[], Report]]:
-    """Like `_here`, with a pool of actors."""
+    """Like `_in_process`, with a pool of actors."""
     shared, tally = ray.put(list(parts)), Tally.remote()
 
     def read(batch: dict[str, np.ndarray]) -> Iterator[pyarrow.Table]:
@@ -325,7 +325,7 @@ def embed_corpus(
             f"run the command again that makes them."
         )
     rows = [[part.url, part.count, part.files] for part in parts]
-    of = hashlib.sha256(
+    key = hashlib.sha256(
         json.dumps(
             [fingerprint(fetch_network(network)), size, job, rows, state(source, parts)]
         ).encode()
@@ -338,39 +338,39 @@ def embed_corpus(
             log.info(fault)
         return table, not counted.faults
 
-    return EmbeddedCorpus.of(cached_table(cache, of, embed_parts), parts)
+    return EmbeddedCorpus.of(cached_table(cache, key, embed_parts), parts)
 
 
 def cached_table(
-    cache: str | Path, of: str, make: Callable[[], tuple[pyarrow.Table, bool]]
+    cache: str | Path, key: str, make: Callable[[], tuple[pyarrow.Table, bool]]
 ) -> pyarrow.Table:
-    """Load the table in the file `cache`, local or s3://, if its key is `of`; else make it.
+    """Load the table in the file `cache`, local or s3://, if it has this key; else make it.
 
     `make` returns the table, and whether to write it to `cache`.
     """
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(storage.read(cache)))
-        if _of(table.schema) == of:
+        if _cache_key(table.schema) == key:
             return table
     except (storage.MissingError, pyarrow.ArrowInvalid):
         pass
     table, to_keep = make()
     if to_keep:
         sink = io.BytesIO()
-        pyarrow.parquet.write_table(table.replace_schema_metadata({"of": of}), sink)
+        pyarrow.parquet.write_table(table.replace_schema_metadata({"of": key}), sink)
         storage.put(sink.getvalue(), cache)
     return table
 
 
-def cached_table_of(cache: str | Path) -> str:
+def cached_table_key(cache: str | Path) -> str:
     """Key of the table in the file `cache`; "" if the file is missing or broken."""
     try:
-        return _of(pyarrow.parquet.read_schema(io.BytesIO(storage.read(cache))))
+        return _cache_key(pyarrow.parquet.read_schema(io.BytesIO(storage.read(cache))))
     except (storage.MissingError, pyarrow.ArrowInvalid):
         return ""
 
 
-def _of(schema: pyarrow.Schema) -> str:
+def _cache_key(schema: pyarrow.Schema) -> str:
     return (schema.metadata or {}).get(b"of", b"").decode()
 
 

@@ -128,7 +128,7 @@ def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[Wanted]:
             f"{path} is not text in UTF-8; give a file with a prompt a line, or .jsonl."
         ) from None
     asked = [
-        _asked(f"{path}, line {n}", line) if path.endswith(".jsonl") else (line.strip(), None)
+        _parse_line(f"{path}, line {n}", line) if path.endswith(".jsonl") else (line.strip(), None)
         for n, line in enumerate(lines, 1)
         if line.strip()
     ]
@@ -143,7 +143,7 @@ def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[Wanted]:
     return wanted
 
 
-def _asked(where: str, line: str) -> tuple[str, int | None]:
+def _parse_line(where: str, line: str) -> tuple[str, int | None]:
     try:
         tree = json.loads(line)
     except ValueError:

@@ -79,7 +79,7 @@ def open_parts(
             rows = (
                 row
                 for number in order[int(task) :: tasks]
-                for row in _kept(parts[number], min_size, report, plan)
+                for row in _kept_rows(parts[number], min_size, report, plan)
             )
             yield from _blocks(
                 rows,
@@ -112,7 +112,7 @@ def quiet():
     return ray.data
 
 
-def _kept(
+def _kept_rows(
     part: Part, min_size: int, report: Report, plan: Plan | None
 ) -> Iterator[tuple[int, Sample]]:
     """(id, row) of the rows of a part that the plan reads and that break no rule."""

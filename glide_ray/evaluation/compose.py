@@ -152,24 +152,24 @@ def make_pictures(
 
     A picture already in `out` from the same models and options is not generated again.
     """
-    maker, made = Maker.of(cascade), {}
+    maker, pictures = Maker.of(cascade), {}
     orders = [_Order.of(case, cascade.size, maker, options, Path(out)) for case in cases]
     for n, order in enumerate(orders):
-        kept = order.kept()
-        if kept is not None:
-            made[n] = kept
+        stored = order.stored()
+        if stored is not None:
+            pictures[n] = stored
     for some in _together(orders):
-        missing = [n for n in some if n not in made]
+        missing = [n for n in some if n not in pictures]
         if not missing:
             continue
         # Regenerate the whole batch: a picture's last bits may depend on the others in its batch.
         for n, picture in zip(some, _draw(cascade, [orders[n] for n in some]), strict=True):
             if n in missing:
                 save_picture(picture, orders[n].path, orders[n].recipe, orders[n].inputs)
-                made[n] = picture
+                pictures[n] = picture
         if progress:
-            progress(len(made), len(cases))
-    return [made[n] for n in range(len(cases))]
+            progress(len(pictures), len(cases))
+    return [pictures[n] for n in range(len(cases))]
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class _Order:
             out / f"{case.category}-{case.seed:04d}.png",
         )
 
-    def kept(self) -> np.ndarray | None:
+    def stored(self) -> np.ndarray | None:
         """The stored picture; None if missing or made from another recipe or other inputs.
 
         `made_with` may differ.

@@ -83,7 +83,7 @@ class Judge:
             at = [n for n, case in enumerate(cases) if case.category == category]
             for n, verdicts in zip(
                 at,
-                self._of(category, [cases[n] for n in at], [pictures[n] for n in at]),
+                self._of_category(category, [cases[n] for n in at], [pictures[n] for n in at]),
                 strict=True,
             ):
                 found[n] = verdicts
@@ -116,7 +116,7 @@ class Judge:
 
     # -- by category -------------------------------------------------------------------------------
 
-    def _of(
+    def _of_category(
         self, category: str, cases: Sequence[Case], pictures: Sequence[np.ndarray]
     ) -> list[dict[str, Verdict]]:
         if category == POSITION:

@@ -30,7 +30,7 @@ class TrainingError(UserError):
 
 
 @dataclass(frozen=True)
-class Culprit:
+class Cause:
     """Two clauses of the error message: `what` went wrong first, and its `remedy`."""
 
     what: str
@@ -66,28 +66,28 @@ def check_step(trainer, batches: Sequence[Batch], number: int, loss: Tensor) -> 
 
 
 def _stop(fault: str, trainer, batches: Sequence[Batch], number: int) -> TrainingError:
-    culprit = _find(trainer, batches, number)
-    return TrainingError(f"{fault} at step {number}: {culprit.what}; {culprit.remedy}.")
+    cause = _cause(trainer, batches, number)
+    return TrainingError(f"{fault} at step {number}: {cause.what}; {cause.remedy}.")
 
 
 # -- the search ------------------------------------------------------------------------------------
 
 
-def find_culprit(trainer, batch: Batch | Sequence[Batch], number: int) -> str:
+def locate_nonfinite(trainer, batch: Batch | Sequence[Batch], number: int) -> str:
     """A clause saying what went wrong first in step `number`, the same on all ranks.
 
     All ranks call this together. `batch`: this rank's rows of the step, whole or in micro-batches.
     Does not change weights, optimizer, gradients or random state. Takes as long as a few steps.
     """
-    return _find(trainer, [batch] if isinstance(batch, Batch) else batch, number).what
+    return _cause(trainer, [batch] if isinstance(batch, Batch) else batch, number).what
 
 
-def _find(trainer, batches: Sequence[Batch], number: int) -> Culprit:
+def _cause(trainer, batches: Sequence[Batch], number: int) -> Cause:
     return (
         _images(batches)
         or _weights(trainer)
         or _network(trainer, batches, number)
-        or Culprit(
+        or Cause(
             "nothing of that is left when the step is made again",
             remedy(trainer.preset.train, trainer.precision),
         )
@@ -102,7 +102,7 @@ def remedy(train: TrainConfig, precision: str) -> str:
     return f"{', '.join(found[:-1])} or {found[-1]}"
 
 
-def _images(batches: Sequence[Batch]) -> Culprit | None:
+def _images(batches: Sequence[Batch]) -> Cause | None:
     """Non-finite images or conditioning in the batch, as read from the corpus."""
     rows, bad = [], []
     for batch in batches:
@@ -117,14 +117,14 @@ def _images(batches: Sequence[Batch]) -> Culprit | None:
     )
     if not bad:
         return None
-    return Culprit(
+    return Cause(
         f"{len(bad)} of the batch's {len(rows)} images are not finite "
         f"({_listed('row', bad)} of the corpus)",
         "leave them out",
     )
 
 
-def _weights(trainer) -> Culprit | None:
+def _weights(trainer) -> Cause | None:
     """Weights that are not finite, or overflow in the network's precision.
 
     Each rank checks its own shard of the float32 masters.
@@ -154,17 +154,17 @@ def _weights(trainer) -> Culprit | None:
         f"go on from an earlier checkpoint, and {remedy(trainer.preset.train, trainer.precision)}"
     )
     if all(largest < float("inf") for largest in found.values()):
-        return Culprit(
+        return Cause(
             f"weights of up to {max(found.values()):.2g} are too large "
             f"for {trainer.precision} ({names})",
             helps,
         )
     # Stage 0 does not skip the faulty step, so the weights already include its update.
     since = "an earlier step" if trainer.preset.train.zero_stage else "this or an earlier step"
-    return Culprit(f"weights are not finite since the update of {since} ({names})", helps)
+    return Cause(f"weights are not finite since the update of {since} ({names})", helps)
 
 
-def _network(trainer, batches: Sequence[Batch], number: int) -> Culprit | None:
+def _network(trainer, batches: Sequence[Batch], number: int) -> Cause | None:
     """Repeat the step and check the forward pass, the loss of each row, then the gradients."""
     train = trainer.preset.train
     trainer.engine.train()
@@ -187,7 +187,7 @@ def _network(trainer, batches: Sequence[Batch], number: int) -> Culprit | None:
     return None
 
 
-def _in_forward(trainer, watch: Watch) -> Culprit | None:
+def _in_forward(trainer, watch: Watch) -> Cause | None:
     found = _first(watch.forward)
     if found is None:
         return None
@@ -195,10 +195,10 @@ def _in_forward(trainer, watch: Watch) -> Culprit | None:
         f"{found.name} gives {found.kind} in {trainer.precision} "
         f"(largest input {found.largest:.2g}){found.rank}"
     )
-    return Culprit(where, remedy(trainer.preset.train, trainer.precision))
+    return Cause(where, remedy(trainer.preset.train, trainer.precision))
 
 
-def _in_losses(trainer, batch: Batch, losses: Tensor) -> Culprit | None:
+def _in_losses(trainer, batch: Batch, losses: Tensor) -> Cause | None:
     bad = sorted(
         {
             row
@@ -210,14 +210,14 @@ def _in_losses(trainer, batch: Batch, losses: Tensor) -> Culprit | None:
     )
     if not bad:
         return None
-    return Culprit(
+    return Cause(
         f"all that the network gives is finite, and yet its loss is not "
         f"({_listed('row', bad)} of the corpus)",
         f"leave them out, or {remedy(trainer.preset.train, trainer.precision)}",
     )
 
 
-def _in_backward(trainer, watch: Watch, losses: Tensor, weight: float) -> Culprit | None:
+def _in_backward(trainer, watch: Watch, losses: Tensor, weight: float) -> Cause | None:
     # Twice the true scale after a first overflow, which does no harm here.
     scale = scale_of_last_step(trainer.engine) if trainer.precision == "fp16" else 1.0
     watch.backward_from(losses.mean() * (weight * scale / trainer.share.calls))
@@ -233,7 +233,7 @@ def _in_backward(trainer, watch: Watch, losses: Tensor, weight: float) -> Culpri
         f"the gradient that comes back to {found.name} is {found.kind}{at} "
         f"(largest before it {found.largest:.2g}){found.rank}"
     )
-    return Culprit(where, remedy(trainer.preset.train, trainer.precision))
+    return Cause(where, remedy(trainer.preset.train, trainer.precision))
 
 
 # -- hooks -----------------------------------------------------------------------------------------

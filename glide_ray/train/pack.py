@@ -89,19 +89,19 @@ def read_trained(
     s3://. Raises UserError.
     """
     if str(path).endswith(".safetensors"):
-        found = _of_file(storage.fetch(path))
+        found = _read_file(storage.fetch(path))
     else:
-        found = _of_run(find_checkpoint(path), ema_rate)
+        found = _read_run(find_checkpoint(path), ema_rate)
     sources = union(*map(corpus_sources, corpora)) if corpora else found.sources
     return replace(found, sources=sources, recipe={**found.recipe, **recipe})
 
 
-def _of_file(path: Path) -> Trained:
+def _read_file(path: Path) -> Trained:
     metadata = load_metadata(path)
     return Trained(*load_weights(path), sources_in(metadata, path), recipe_in(metadata, path))
 
 
-def _of_run(checkpoint: str, ema_rate: float | None) -> Trained:
+def _read_run(checkpoint: str, ema_rate: float | None) -> Trained:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "weights.safetensors"
         preset, step, rate = export_to(checkpoint, file, ema_rate)

@@ -48,9 +48,9 @@ def sample_grid(
         return None
     stepper = load_stepper(weights, config.role, _precision(preset))
     shown = (
-        _given
+        _from_held_out
         if config.low_res_size or config.inpaint and not preset.data.generate_rate
-        else _prompted
+        else _from_prompts
     )
     pictures, labels, columns = shown(stepper, preset, progress)
     title = f"{config.name} after step {int(load_metadata(weights).get('step', 0)):,}"
@@ -107,13 +107,13 @@ def held_out_of_average(
 Shown = tuple[list[np.ndarray], list[str], int]
 
 
-def _prompted(stepper: Stepper, preset: Preset, progress: Progress | None) -> Shown:
+def _from_prompts(stepper: Stepper, preset: Preset, progress: Progress | None) -> Shown:
     prompts = list(preset.train.sample_prompts)
     tokens, mask = Tokenizer(stepper.config.context).batch(prompts)
     return _samples(stepper, preset, Conditioning(tokens, mask), progress), prompts, 4
 
 
-def _given(stepper: Stepper, preset: Preset, progress: Progress | None) -> Shown:
+def _from_held_out(stepper: Stepper, preset: Preset, progress: Progress | None) -> Shown:
     """A row per held-out image: model input, sample, original.
 
     The input is the low-resolution image, the known pixels, or both.

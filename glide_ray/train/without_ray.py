@@ -81,7 +81,7 @@ def train_alone(
     preset = absolute(preset)
     corpus = MemoryCorpus(preset)
     storage.put(preset.model_dump_json(indent=1).encode(), out / PRESET)
-    with _Log(out, preset, progress) as log, _asked_to_stop() as stop:
+    with _Log(out, preset, progress) as log, _stop_signals() as stop:
         log.event(f"{corpus.report}")
         for text in turned:
             log.event(text)
@@ -309,7 +309,7 @@ class _Log:
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[list[int]]:
+def _stop_signals() -> Iterator[list[int]]:
     """Context that yields a list, to which SIGINT and SIGTERM are appended when received."""
     asked: list[int] = []
     before = {

@@ -33,7 +33,7 @@ from glide_ray.train.batch_split import BatchSplit
 from glide_ray.train.deepspeed_engine import scale_collapsed, stepped
 from glide_ray.train.ema import Ema
 from glide_ray.train.loop import Trainer
-from glide_ray.train.nonfinite import TrainingError, check_step, find_culprit
+from glide_ray.train.nonfinite import TrainingError, check_step, locate_nonfinite
 from glide_ray.train.objectives import contrastive, denoising, draw
 from glide_ray.train.optimizer import deepspeed_config
 
@@ -310,7 +310,8 @@ def test_weights_that_are_not_finite_are_named(fp16, settings):
     trainer = Trainer(preset(*settings))
     step(trainer, 1)
     assert (
-        find_culprit(trainer, batch(1), 1) == "nothing of that is left when the step is made again"
+        locate_nonfinite(trainer, batch(1), 1)
+        == "nothing of that is left when the step is made again"
     )
     piece = next(piece for piece in trainer.pieces if piece.name == "middle.1.block.in_conv.weight")
     since = "an earlier step" if trainer.preset.train.zero_stage else "this or an earlier step"
@@ -323,7 +324,7 @@ def test_weights_that_are_not_finite_are_named(fp16, settings):
     ):
         trainer.ema.masters[piece.master].reshape(-1)[piece.offset + 5] = value
         if value > 1e5 or trainer.precision == "fp16":
-            assert find_culprit(trainer, batch(2), 2) == what
+            assert locate_nonfinite(trainer, batch(2), 2) == what
     deepspeed_engine.refresh(trainer.engine)
     with pytest.raises(
         TrainingError,
@@ -359,7 +360,7 @@ def test_a_sum_between_modules_is_blamed_on_the_one_around_them(fp16):
     )
     attention.out.register_forward_hook(lambda module, given, output: torch.full_like(output, 6e4))
     assert (
-        find_culprit(trainer, batch(1), 1)
+        locate_nonfinite(trainer, batch(1), 1)
         == "middle.0.attention gives inf in fp16 (largest input 6e+04)"
     )
 
@@ -374,7 +375,7 @@ def test_rows_whose_own_loss_is_not_finite_are_named():
 
     trainer.objective = broken
     assert (
-        find_culprit(trainer, batch(1), 1)
+        locate_nonfinite(trainer, batch(1), 1)
         == "all that the network gives is finite, and yet its loss is not (row 102 of the corpus)"
     )
 
@@ -387,7 +388,7 @@ def test_a_search_leaves_everything_as_it_was(fp16, settings):
     for number in range(1, 4):
         after.append(step(searched, number))
         drawn = torch.get_rng_state()
-        find_culprit(
+        locate_nonfinite(
             searched,
             [batch(number)[:2], batch(number)[2:]] if searched.share.calls == 2 else batch(number),
             number,
@@ -619,10 +620,10 @@ def rank_of_two(rank, port, folder, settings):
     own = slice(2 * rank, 2 * rank + 2)
     losses = [step(trainer, number, batch(number)[own]) for number in range(1, 5)]
     trainer.save(Path(folder))
-    said = [find_culprit(trainer, batch(4)[own], 4)]
+    said = [locate_nonfinite(trainer, batch(4)[own], 4)]
     broken = batch(5)
     broken.image[3] = float("nan")
-    said.append(find_culprit(trainer, broken[own], 5))
+    said.append(locate_nonfinite(trainer, broken[own], 5))
     if rank == 1:
         handle = trainer.engine.module.middle[1].block.out_conv.register_forward_hook(
             lambda module, given, output: output * float("inf")
@@ -636,7 +637,7 @@ def rank_of_two(rank, port, folder, settings):
         trainer.engine.module.out.register_forward_hook(
             lambda module, given, output: Steep.apply(output, float("inf"))
         )
-    said.append(find_culprit(trainer, batch(5)[own], 5))
+    said.append(locate_nonfinite(trainer, batch(5)[own], 5))
     (Path(folder) / f"rank.{rank}.json").write_text(json.dumps({"losses": losses, "said": said}))
     dist.destroy_process_group()
 

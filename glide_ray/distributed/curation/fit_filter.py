@@ -41,7 +41,7 @@ from ...evaluation.report import contact_sheet, on_square
 from ...models.clip_scorer import fetch_clip
 from ...storage import fingerprint
 from ..cluster import connect, send_with
-from ..embed import ACTORS, EmbeddedCorpus, cached_table, cached_table_of, embed
+from ..embed import ACTORS, EmbeddedCorpus, cached_table, cached_table_key, embed
 from .corpus import PAGE, look_up
 from .filter_report import Assessment, Fit, fit_page
 
@@ -237,7 +237,7 @@ def _candidates(
             now,
         ]
     )
-    before = json.loads(cached_table_of(out / FEATURES) or "[null]")
+    before = json.loads(cached_table_key(out / FEATURES) or "[null]")
     if labels and before[0] == corpus and before[-1] != now:
         raise ContentError(
             f"{corpus} is not as it was when the labels in {out / LABELS} were asked for; "

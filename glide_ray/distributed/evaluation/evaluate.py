@@ -99,7 +99,7 @@ def evaluate(
             asked,
             lambda name=name, embedded=embedded: _measure(name, embedded, clip, real, filtered),
         )
-        figures[name] = _made_with(source) | row
+        figures[name] = _settings_of(source) | row
     about = {"source": reference, "images": len(real.names), "clip_score": real.images.clip_score}
     if filtered:
         about["filtered_images"] = len(filtered.names)
@@ -275,7 +275,7 @@ def _size(source: str) -> int:
     raise UserError(f"No picture in {source} can be read.")
 
 
-def _made_with(source: str) -> dict[str, Any]:
+def _settings_of(source: str) -> dict[str, Any]:
     """Hash of the base model and guidance scales, from JOB; {} if bulk generation left none."""
     try:
         job = json.loads(storage.read(f"{storage.absolute(source)}/{JOB}"))
