@@ -17,8 +17,8 @@ from glide_ray.data.filters import users_rules
 from glide_ray.data.sources import find_parts, state
 from glide_ray.distributed.curation.apply_filter import apply_content
 from glide_ray.distributed.curation.clean import clean, write_page
-from glide_ray.distributed.curation.corpus import RECORD
 from glide_ray.distributed.job import once, run
+from glide_ray.distributed.rows import RECORD
 from glide_ray.storage import absolute, fetch, fingerprint
 
 

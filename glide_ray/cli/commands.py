@@ -88,7 +88,7 @@ def clean(options) -> None:
 
     rules = users_rules(options.rule)
     from ..distributed.curation import clean as cleaning
-    from ..distributed.curation.corpus import DROPPED
+    from ..distributed.rows import DROPPED
 
     done = cleaning.clean(options.source, options.out, config, rules)
     print(f"{done.report}")

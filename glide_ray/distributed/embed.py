@@ -36,7 +36,7 @@ from ..errors import UserError
 from ..evaluation.features import ClipFeatures, Network, fetch_network, load_network
 from ..evaluation.pages import Picture, thumbnail
 from ..storage import fingerprint
-from .curation.corpus import look_up
+from .rows import look_up
 from .stream import Tally, in_order, quiet, task_errors
 
 log = logging.getLogger(__name__)

@@ -41,7 +41,7 @@ from glide_ray.data.shards import INDEX, Sample, ShardError, read_shard, write_s
 from glide_ray.data.sources import Part, find_parts, read_part
 from glide_ray.distributed import cluster as local
 from glide_ray.distributed.curation.clean import clean, write_page
-from glide_ray.distributed.curation.corpus import DROPPED, PAGE, SUMMARY
+from glide_ray.distributed.rows import DROPPED, PAGE, SUMMARY
 from glide_ray.distributed.stream import Tally, in_order, open_corpus
 from glide_ray.errors import ConfigError, UserError
 

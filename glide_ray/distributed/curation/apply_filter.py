@@ -24,7 +24,7 @@ from ...models.clip_scorer import fetch_clip
 from ...storage import fingerprint
 from ..cluster import connect, send_with
 from ..embed import ACTORS, EmbeddedCorpus, embed
-from .corpus import PAGE, count, refuse_source, rewrite, with_reasons, write_manifest
+from ..rows import PAGE, count, refuse_source, rewrite, with_reasons, write_manifest
 from .filter_report import Assessment, applied_page
 
 log = logging.getLogger(__name__)

@@ -33,8 +33,8 @@ from ...data.sources import Part, find_parts, read_part
 from ...errors import UserError
 from ...evaluation.pages import Picture, Section, histogram, page, thumbnail
 from ..cluster import connect, send_with
+from ..rows import PAGE, count, look_up, refuse_source, rewrite, with_reasons, write_manifest
 from ..stream import Tally, in_order, quiet, task_errors
-from .corpus import PAGE, count, look_up, refuse_source, rewrite, with_reasons, write_manifest
 
 log = logging.getLogger(__name__)
 

@@ -42,7 +42,7 @@ from ...models.clip_scorer import fetch_clip
 from ...storage import fingerprint
 from ..cluster import connect, send_with
 from ..embed import ACTORS, EmbeddedCorpus, cached_table, cached_table_key, embed
-from .corpus import PAGE, look_up
+from ..rows import PAGE, look_up
 from .filter_report import Assessment, Fit, fit_page
 
 log = logging.getLogger(__name__)

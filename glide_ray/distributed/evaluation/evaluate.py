@@ -26,9 +26,9 @@ from ...evaluation.report import Point, fronts, number
 from ...records import once
 from ...storage import fingerprint
 from ..cluster import connect
-from ..curation.corpus import PAGE
 from ..embed import ACTORS, JOB, EmbeddedCorpus, embed_corpus
 from ..generate import generate
+from ..rows import PAGE
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from ...evaluation.pages import Picture, Section, page, thumbnail
 from ...evaluation.report import contact_sheet, on_square
 from ...models.clip_scorer import fetch_clip
 from ..cluster import connect
-from ..curation.corpus import PAGE, look_up
 from ..embed import ACTORS, EmbeddedCorpus, embed_corpus
+from ..rows import PAGE, look_up
 from .evaluate import sweep
 
 LEFT_OUT, FIGURES, SHEET = "left-out.json", "figures.json", "closest.png"

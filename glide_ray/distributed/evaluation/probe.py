@@ -23,9 +23,9 @@ from ...evaluation.probes import probe as measure
 from ...evaluation.report import grid, scaled
 from ...models.clip_scorer import fetch_clip
 from ..cluster import connect
-from ..curation.corpus import PAGE, look_up
 from ..embed import ACTORS, embed_corpus
 from ..generate import generate
+from ..rows import PAGE, look_up
 
 PROMPTS, PICTURES, FIGURES, SHEET = "prompts.jsonl", "pictures", "figures.json", "sheet.png"
 SIZE = 256  # pixels of the pictures before CLIP: the full size of a cascade's output
