@@ -79,6 +79,19 @@ def test_no_import_runs_up():
     assert not wrong
 
 
+def test_what_the_folders_of_distributed_share_imports_nothing_from_them():
+    shared = [
+        module
+        for module in MODULES
+        if module.startswith("glide_ray.distributed.") and module.count(".") == 2
+    ]
+    assert len(shared) >= 6
+    for module in shared:
+        for name in imports(MODULES[module], module):
+            inside = name.startswith("glide_ray.distributed.") and name.count(".") > 2
+            assert not inside, f"{module} imports {name}"
+
+
 def test_no_imports_go_round_in_a_circle():
     graph = {
         module: {name for name in imports(path, module) if name in MODULES}
