@@ -144,12 +144,11 @@ class RayBackend:
 
     async def _run(self, call: StageCall[StageResult], show: Show | None) -> list[StageResult]:
         """Run a stage for all jobs of a call at once."""
+        inputs: list[tuple[np.ndarray, ...]] = [()] * len(call.jobs)
         if call.stage == "upsampler":
+            inputs = [(small.pixels,) for small in call.low_res]
             if show is not None:
                 show(call.low_res[0].pixels)  # the finished base image is one of the previews
-            inputs = [(small.pixels,) for small in call.low_res]
-        else:
-            inputs = [()] * len(call.jobs)
         return await together(
             [
                 self._stage(call.stage, job, show, *given)
