@@ -7,32 +7,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+R = TypeVar("R", bound="Rows")
 
 
 @dataclass(frozen=True)
 class Rows:
     """A dataclass of tensors with a common first axis: rows can be joined, selected and moved."""
 
-    def map(self, function: Callable[[Tensor], Tensor]):
+    def map(self: R, function: Callable[[Tensor], Tensor]) -> R:
         return replace(
             self, **{f.name: _map(getattr(self, f.name), function) for f in fields(self)}
         )
 
-    def __getitem__(self, index):
+    def __getitem__(self: R, index: slice | Tensor) -> R:
         """Rows by slice, index tensor or boolean mask; always a batch, never a single row."""
         return self.map(lambda tensor: tensor[index])
 
-    def to(self, *args, **kwargs):
+    def to(self: R, *args: Any, **kwargs: Any) -> R:
         return self.map(lambda tensor: tensor.to(*args, **kwargs))
 
-    def floats_to(self, dtype: torch.dtype):
+    def floats_to(self: R, dtype: torch.dtype) -> R:
         return self.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
     @classmethod
-    def join(cls, parts: Sequence):
+    def join(cls: type[R], parts: Sequence[R]) -> R:
         """Concatenate along the batch axis.
 
         Raises ValueError unless all parts have the same fields set.
@@ -42,7 +45,7 @@ class Rows:
         )
 
 
-def _map(value, function):
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if value is None:
         return None
     if isinstance(value, tuple):
@@ -50,7 +53,7 @@ def _map(value, function):
     return value.map(function) if isinstance(value, Rows) else function(value)
 
 
-def _join(values):
+def _join(values: list[Any]) -> Any:
     first = values[0]
     if any(value is None for value in values):
         if any(value is not None for value in values):

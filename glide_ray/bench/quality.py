@@ -15,7 +15,8 @@ from ..config.training import SAMPLE_PROMPTS as PROMPTS
 from ..data.images import centre_crop, decode, to_uint8
 from ..data.sources import read_corpus
 from ..errors import UserError
-from ..sampling.cascade import Cascade, base_request, load_stepper
+from ..sampling.cascade import Cascade, load_stepper
+from ..sampling.job import base_request
 from ..sampling.stepper import Stepper
 
 IMAGES_PER_CALL = 32  # images per model call

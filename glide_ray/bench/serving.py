@@ -29,9 +29,9 @@ from ..config.serving import ServeConfig
 from ..distributed.cluster import connect
 from ..models.weights import save_weights
 from ..precision import DTYPES
+from ..sampling.job import Job
 from ..sampling.request import SampleRequest
 from ..serving.deployment import HEALTH_SECONDS, build_application, deploy, listening
-from ..serving.schema import Job
 from ..serving.stages import Base, StageResult, Upsampler
 from . import load_generator as load
 from .speed import random_model

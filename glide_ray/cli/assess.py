@@ -381,7 +381,7 @@ def compose(options) -> None:
 
 def _asked(options):
     from ..config.sampling import SampleOptions
-    from ..sampling.cascade import check_options
+    from ..sampling.checks import check_options
 
     asked = SampleOptions(
         sampler=options.sampler,

@@ -192,7 +192,7 @@ def reproduce(options) -> None:
 def sample_options(options):
     """The sampling options as SampleOptions. Raises RequestError if they are invalid."""
     from ..config.sampling import SampleOptions
-    from ..sampling.cascade import check_options
+    from ..sampling.checks import check_options
 
     asked = SampleOptions(
         sampler=options.sampler,

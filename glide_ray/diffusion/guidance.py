@@ -29,9 +29,9 @@ def classifier_free(paired: Denoiser, scale: Tensor) -> Denoiser:
         both = paired(torch.cat([x, x[guided]]), torch.cat([timestep, timestep[guided]]))
         caption, empty = both[: len(x)], both[len(x) :]
         eps = combine(caption.eps[guided], empty.eps, to_device_async(scale[here], x.device))
-        return ModelOutput(
-            eps if len(eps) == len(x) else caption.eps.index_copy(0, guided, eps), caption.variance
-        )
+        if not isinstance(guided, slice):
+            eps = caption.eps.index_copy(0, guided, eps)
+        return ModelOutput(eps, caption.variance)
 
     return denoise
 

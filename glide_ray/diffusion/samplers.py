@@ -1,15 +1,14 @@
 """One reverse step per sampler: from x at per-sample indices i (B,) to the next less noisy index.
 
-A sampler is a function of tensors: it receives the guided model output, x and fresh noise, and
-returns the next x and the predicted x_0. Multistep samplers also read the samples' `History`.
-`known` pixels overwrite those of the predicted x_0, so they are exact at the end; `renoise_known`
-is the constraint for models that were not trained for inpainting.
+A sampler is a function of tensors: it receives a `StepInput` and returns the next x and the
+predicted x_0. `known` pixels overwrite those of the predicted x_0, so they are exact at the end;
+`renoise_known` is the constraint for models that were not trained for inpainting.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ ADAMS_BASHFORTH = (
 
 
 @dataclass(frozen=True)
-class Known:
+class Known(Rows):
     """Known pixels, for inpainting.
 
     image (B, 3, H, W) in [-1, 1]; mask (B, 1, H, W), 1 where the pixel is known.
@@ -61,6 +60,34 @@ class History(Rows):
 
 
 @dataclass(frozen=True)
+class StepInput:
+    """Input of one reverse step of B samples. Each sampler reads the fields that it needs."""
+
+    schedule: Schedule
+    output: ModelOutput  # of the network at x, with classifier-free guidance
+    x: Tensor  # (B, 3, H, W), at the indices i
+    i: Tensor  # (B,) int64, indices into the schedule
+    noise: Tensor  # (B, 3, H, W), fresh standard normal noise
+    known: Known | None = None
+    # (B, 3, H, W), gradient of a log-probability with respect to x: CLIP guidance
+    gradient: Tensor | None = None
+    history: History | None = None  # for multistep samplers; None: no earlier steps
+
+    def rows(self, index: Tensor) -> StepInput:
+        """The same step for the samples that `index` (int64) selects."""
+        return replace(
+            self,
+            output=self.output[index],
+            x=self.x[index],
+            i=self.i[index],
+            noise=self.noise[index],
+            known=None if self.known is None else self.known[index],
+            gradient=None if self.gradient is None else self.gradient[index],
+            history=None if self.history is None else self.history[index],
+        )
+
+
+@dataclass(frozen=True)
 class Step(Rows):
     """Result of one reverse step, each (B, 3, H, W)."""
 
@@ -69,92 +96,60 @@ class Step(Rows):
     remembered: Tensor  # x_0, or eps in PLMS, for the `History` of later steps
 
 
-def ancestral_step(
-    schedule: Schedule,
-    output: ModelOutput,
-    x: Tensor,
-    i: Tensor,
-    noise: Tensor,
-    known: Known | None = None,
-    gradient: Tensor | None = None,
-    history: History | None = None,
-) -> Step:
+def ancestral_step(given: StepInput) -> Step:
     """x_{t-1} ~ p(x_{t-1} | x_t) with the learned variance (sec. 2.1).
 
-    The step that ends at x_0 adds no noise. `gradient` of a log-probability with respect to x
-    shifts the mean by variance * gradient (sec. 2.2, 2.4).
+    The step that ends at x_0 adds no noise. A `gradient` shifts the mean by variance * gradient
+    (sec. 2.2, 2.4).
     """
-    x0 = predict_x0(schedule, output, x, i, known)
-    log_variance = learned_log_variance(schedule, output.variance, i)
+    schedule, x, i, known = given.schedule, given.x, given.i, given.known
+    x0 = predict_x0(schedule, given.output, x, i, known)
+    log_variance = learned_log_variance(schedule, given.output.variance, i)
     mean = posterior_mean(schedule, x0, x, i)
-    if gradient is not None:
-        mean = mean + log_variance.exp() * gradient
-    moved = torch.where(~schedule.at("last", i), mean + (0.5 * log_variance).exp() * noise, mean)
+    if given.gradient is not None:
+        mean = mean + log_variance.exp() * given.gradient
+    moved = torch.where(
+        ~schedule.at("last", i), mean + (0.5 * log_variance).exp() * given.noise, mean
+    )
     return Step(_exact_at_last(schedule, moved, i, known), x0, x0)
 
 
-def ddim_step(
-    schedule: Schedule,
-    output: ModelOutput,
-    x: Tensor,
-    i: Tensor,
-    noise: Tensor,
-    known: Known | None = None,
-    gradient: Tensor | None = None,
-    history: History | None = None,
-    eta: float = 0.0,
-) -> Step:
+def ddim_step(given: StepInput, eta: float = 0.0) -> Step:
     """DDIM (Song et al. 2020, eq. 12).
 
     Deterministic at eta 0, as noisy as ancestral sampling at eta 1. A `gradient` shifts eps instead
     of the mean (Dhariwal & Nichol 2021, algorithm 2).
     """
-    x0 = _guided_x0(schedule, output, x, i, known, gradient)
-    return Step(_towards(schedule, x0, eps_from_x0(schedule, x, i, x0), i, noise, eta), x0, x0)
+    x0 = _guided_x0(given)
+    return Step(_towards(given, x0, eta), x0, x0)
 
 
-def plms_step(
-    schedule: Schedule,
-    output: ModelOutput,
-    x: Tensor,
-    i: Tensor,
-    noise: Tensor,
-    known: Known | None = None,
-    gradient: Tensor | None = None,
-    history: History | None = None,
-) -> Step:
+def plms_step(given: StepInput) -> Step:
     """PLMS (Liu et al. 2022, eq. 12), for evenly spaced steps.
 
     DDIM with eps extrapolated from up to four steps by Adams-Bashforth. A sample's first three
     steps have orders 1 to 3; every step, also these, makes one network call.
     """
-    history = History.none(x) if history is None else history
-    eps = eps_from_x0(schedule, x, i, _guided_x0(schedule, output, x, i, known, gradient))
+    schedule, x, i = given.schedule, given.x, given.i
+    history = History.none(x) if given.history is None else given.history
+    eps = eps_from_x0(schedule, x, i, _guided_x0(given))
     weights = to_device_async(torch.tensor(ADAMS_BASHFORTH), x.device)[history.count.clamp(max=3)][
         ..., None, None, None
     ]
     combined = (weights * torch.cat([eps[:, None], history.past], dim=1)).sum(1)
-    x0 = _settle(x0_from_eps(schedule, x, i, combined), known)
-    return Step(_towards(schedule, x0, eps_from_x0(schedule, x, i, x0), i, noise, 0.0), x0, eps)
+    x0 = _settle(x0_from_eps(schedule, x, i, combined), given.known)
+    return Step(_towards(given, x0, 0.0), x0, eps)
 
 
-def dpm_solver_step(
-    schedule: Schedule,
-    output: ModelOutput,
-    x: Tensor,
-    i: Tensor,
-    noise: Tensor,
-    known: Known | None = None,
-    gradient: Tensor | None = None,
-    history: History | None = None,
-) -> Step:
+def dpm_solver_step(given: StepInput) -> Step:
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2), for 15 to 30 steps.
 
     Second order in lambda = log(signal / noise). The first step is first order and equals DDIM's;
     the last, whose lambda is infinite, returns the predicted x_0.
     """
-    history = History.none(x) if history is None else history
-    x0 = _guided_x0(schedule, output, x, i, known, gradient)
+    schedule, x, i = given.schedule, given.x, given.i
+    history = History.none(x) if given.history is None else given.history
+    x0 = _guided_x0(given)
     alpha_bar, previous = schedule.at("alpha_bar", i), schedule.at("alpha_bar_prev", i)
     last = schedule.at("last", i)
     here, there, before = (
@@ -207,35 +202,31 @@ def _keep(x0: Tensor, known: Known | None) -> Tensor:
     return x0 if known is None else torch.where(known.mask > 0.5, known.image, x0)
 
 
-def _guided_x0(
-    schedule: Schedule,
-    output: ModelOutput,
-    x: Tensor,
-    i: Tensor,
-    known: Known | None,
-    gradient: Tensor | None,
-) -> Tensor:
+def _guided_x0(given: StepInput) -> Tensor:
     """Predicted x_0 after adding -sqrt(1 - alpha_bar) * gradient to eps.
 
     A gradient of 0 leaves it exactly unchanged.
     """
-    x0 = predict_x0(schedule, output, x, i, known)
-    if gradient is None:
+    x0 = predict_x0(given.schedule, given.output, given.x, given.i, given.known)
+    if given.gradient is None:
         return x0
-    alpha_bar = schedule.at("alpha_bar", i)
-    return _keep(x0 + ((1 - alpha_bar) / alpha_bar.sqrt()).float() * gradient, known)
+    alpha_bar = given.schedule.at("alpha_bar", given.i)
+    return _keep(x0 + ((1 - alpha_bar) / alpha_bar.sqrt()).float() * given.gradient, given.known)
 
 
-def _towards(
-    schedule: Schedule, x0: Tensor, eps: Tensor, i: Tensor, noise: Tensor, eta: float
-) -> Tensor:
-    """Next x along eps, with the share `eta` of fresh noise; x_0 itself at the last step."""
+def _towards(given: StepInput, x0: Tensor, eta: float) -> Tensor:
+    """Next x towards x0, along the eps that x and x0 imply; x0 itself at the last step.
+
+    `eta`: the share of fresh noise.
+    """
+    schedule, i = given.schedule, given.i
+    eps = eps_from_x0(schedule, given.x, i, x0)
     alpha_bar, previous = schedule.at("alpha_bar", i), schedule.at("alpha_bar_prev", i)
     sigma = eta * ((1 - previous) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / previous).sqrt()
     mean = (
         x0 * previous.sqrt().float() + (1 - previous - sigma**2).clamp(min=0).sqrt().float() * eps
     )
-    return torch.where(~schedule.at("last", i), mean + sigma.float() * noise, x0)
+    return torch.where(~schedule.at("last", i), mean + sigma.float() * given.noise, x0)
 
 
 def _exact_at_last(schedule: Schedule, x: Tensor, i: Tensor, known: Known | None) -> Tensor:
@@ -247,9 +238,25 @@ def _half_log_snr(alpha_bar: Tensor) -> Tensor:
     return 0.5 * (alpha_bar / (1 - alpha_bar)).log()
 
 
-SAMPLERS: dict[str, Callable[..., Step]] = {
+SAMPLERS: dict[str, Callable[[StepInput], Step]] = {
     "ancestral": ancestral_step,
     "ddim": ddim_step,
     "plms": plms_step,
     "dpm++": dpm_solver_step,
 }
+
+
+def step_each(names: Sequence[str], given: StepInput) -> Step:
+    """One reverse step of every sample by its own sampler; `names`: keys of SAMPLERS, one a row."""
+    groups: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        groups.setdefault(name, []).append(row)
+    if len(groups) == 1:
+        return SAMPLERS[names[0]](given)
+    device = given.x.device
+    steps = [
+        SAMPLERS[name](given.rows(to_device_async(torch.tensor(rows), device)))
+        for name, rows in groups.items()
+    ]
+    order = torch.tensor([row for rows in groups.values() for row in rows]).argsort()
+    return Step.join(steps)[to_device_async(order, device)]

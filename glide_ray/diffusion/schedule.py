@@ -52,7 +52,8 @@ class Schedule:
         Still float64: a step computes its factors, which reach 1e4, exactly, and rounds each once
         to float32.
         """
-        return getattr(self, name).to(i.device)[i].reshape(-1, 1, 1, 1)
+        table: Tensor = getattr(self, name)
+        return table.to(i.device)[i].reshape(-1, 1, 1, 1)
 
     def to(self, device: torch.device | str) -> Schedule:
         return Schedule(
@@ -105,9 +106,9 @@ def kept_timesteps(total: int, spacing: str | int) -> list[int]:
         return sorted({*kept_timesteps(total, "10,10,3,2,1")} - {total - 1} | {total - 3})
     if spacing.startswith("ddim"):
         wanted = _positive(spacing[4:], spacing)
-        for stride in range(1, total):
-            if len(range(0, total, stride)) == wanted:
-                return list(range(0, total, stride))
+        for every in range(1, total):
+            if len(range(0, total, every)) == wanted:
+                return list(range(0, total, every))
         raise ScheduleError(
             f"No whole stride through {total} timesteps gives {wanted} DDIM steps; "
             f"use {str(wanted)!r} for evenly spaced ones."
@@ -115,7 +116,8 @@ def kept_timesteps(total: int, spacing: str | int) -> list[int]:
     counts = [_positive(count, spacing) for count in spacing.split(",")]
     if len(counts) > total:
         raise ScheduleError(f"Respacing {spacing!r} has more segments than the {total} timesteps.")
-    kept, start = [], 0
+    kept: list[int] = []
+    start = 0
     for segment, count in enumerate(counts):
         size = total // len(counts) + (segment < total % len(counts))
         if count > size:
@@ -123,7 +125,7 @@ def kept_timesteps(total: int, spacing: str | int) -> list[int]:
                 f"Respacing {spacing!r} wants {count} steps from a segment of {size}; "
                 f"ask for fewer."
             )
-        stride = (size - 1) / (count - 1) if count > 1 else 1
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
         # Accumulate instead of multiplying: the released schedule rounds the running sum.
         position = 0.0
         for _ in range(count):
@@ -131,6 +133,44 @@ def kept_timesteps(total: int, spacing: str | int) -> list[int]:
             position += stride
         start += size
     return kept
+
+
+class RespacedSchedules:
+    """Respaced schedules of one process on one device, each computed once."""
+
+    def __init__(self, process: Schedule, device: torch.device | str):
+        self._process, self._device = process, device
+        self._schedules: dict[str, tuple[Schedule, list[int]]] = {}
+
+    def schedule(self, respacing: str) -> Schedule:
+        """The schedule on the device. Raises ScheduleError."""
+        return self._computed(respacing)[0]
+
+    def timesteps(self, respacing: str) -> list[int]:
+        """Timesteps of the schedule, on the host: reading them waits for no device."""
+        return self._computed(respacing)[1]
+
+    def join(self, respacings: Sequence[str]) -> tuple[Schedule, list[int]]:
+        """One schedule for samples of several respacings, and the index where each sample's begins.
+
+        `respacings`: one a sample.
+        """
+        starts: dict[str, int] = {}
+        length = 0
+        for respacing in dict.fromkeys(respacings):
+            starts[respacing] = length
+            length += len(self.schedule(respacing))
+        schedules = [self.schedule(respacing) for respacing in starts]
+        return (
+            schedules[0] if len(schedules) == 1 else join(schedules),
+            [starts[respacing] for respacing in respacings],
+        )
+
+    def _computed(self, respacing: str) -> tuple[Schedule, list[int]]:
+        if respacing not in self._schedules:
+            schedule = respace(self._process, respacing)
+            self._schedules[respacing] = schedule.to(self._device), schedule.timestep.tolist()
+        return self._schedules[respacing]
 
 
 def _positive(text: str, spacing: str) -> int:

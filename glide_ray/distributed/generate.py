@@ -26,7 +26,8 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..models.clip_scorer import fetch_clip
 from ..pretrained import shipped
-from ..sampling.cascade import Cascade, check_options
+from ..sampling.cascade import Cascade
+from ..sampling.checks import check_options
 from ..sampling.recipe import Maker, save_picture
 from .cluster import connect, joined, takes_gpu
 from .embed import JOB

@@ -39,8 +39,10 @@ class Engine:
 
     def __init__(self, stepper: Stepper):
         self._stepper = stepper
-        self._inbox: queue.SimpleQueue[tuple[SampleRequest, Future] | None] = queue.SimpleQueue()
-        self._futures: dict[int, Future] = {}
+        self._inbox: queue.SimpleQueue[tuple[SampleRequest, Future[Tensor]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._futures: dict[int, Future[Tensor]] = {}
         self._closed = False
         self._busy_seconds, self._ended = 0.0, {"finished": 0, "cancelled": 0, "failed": 0}
         self._thread = threading.Thread(target=self._loop, name="glide-engine", daemon=True)
@@ -48,23 +50,23 @@ class Engine:
 
     @property
     def load(self) -> Load:
-        stepper = self._stepper
+        scheduler = self._stepper.scheduler
         return Load(
-            stepper.in_flight,
-            stepper.queued + self._inbox.qsize(),
-            stepper.width,
-            stepper.steps_done,
-            stepper.sample_steps_done,
+            scheduler.in_flight,
+            scheduler.queued + self._inbox.qsize(),
+            scheduler.width,
+            scheduler.steps_done,
+            scheduler.sample_steps_done,
             self._busy_seconds,
             **self._ended,
         )
 
-    def submit(self, request: SampleRequest) -> Future:
+    def submit(self, request: SampleRequest) -> Future[Tensor]:
         """Queue a request and return a Future of its image (3, H, W) in [-1, 1], on the CPU.
 
         The Future raises UserError for an invalid request. Raises RuntimeError after `close`.
         """
-        future: Future = Future()
+        future: Future[Tensor] = Future()
         self._inbox.put((request, future))
         # Check after the put: if `_closed` is not set yet, the engine's thread has yet to empty the
         # inbox, and will cancel this Future when it closes.
@@ -105,7 +107,7 @@ class Engine:
 
     def _step(self) -> None:
         for ticket in [ticket for ticket, future in self._futures.items() if future.cancelled()]:
-            self._stepper.cancel(ticket)
+            self._stepper.scheduler.cancel(ticket)
             self._end(ticket, "cancelled")
         try:
             for ticket, image in self._stepper.step():
@@ -115,12 +117,12 @@ class Engine:
                 _settle(self._end(ticket, "finished"), pixels)
         except Exception as error:
             # A failed step fails every sample in flight; queued samples may still succeed.
-            waiting = self._stepper.waiting
+            waiting = self._stepper.scheduler.waiting
             for ticket in [ticket for ticket in self._futures if ticket not in waiting]:
-                self._stepper.cancel(ticket)
+                self._stepper.scheduler.cancel(ticket)
                 _settle(self._end(ticket, "failed"), error)
 
-    def _end(self, ticket: int, how: str) -> Future:
+    def _end(self, ticket: int, how: str) -> Future[Tensor]:
         self._ended[how] += 1
         return self._futures.pop(ticket)
 
@@ -139,7 +141,7 @@ class Engine:
                 _settle(future, error)
 
 
-def _settle(future: Future, result: Tensor | Exception) -> None:
+def _settle(future: Future[Tensor], result: Tensor | Exception) -> None:
     try:
         if isinstance(result, Exception):
             future.set_exception(result)

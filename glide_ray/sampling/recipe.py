@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from ..config.models import SHIPPED, Frozen, ModelConfig
+from ..config.models import SHIPPED, AnyModelConfig, ClipModelConfig, Frozen, ModelConfig
 from ..config.sampling import SampleOptions
 from ..data.images import decode, encode, open_image
 from ..errors import UserError
@@ -79,7 +79,9 @@ class Maker:
         Leaves the paths out of the recipes. Raises WeightsError or StorageError if a file is
         missing, broken, of the wrong role, or incompatible with another.
         """
-        configs, used, sources = {}, {}, []
+        configs: dict[str, AnyModelConfig] = {}
+        used: dict[str, ModelUsed] = {}
+        sources: list[tuple[Source, ...]] = []
         for role, path in paths.items():
             if path is None:
                 continue
@@ -90,12 +92,15 @@ class Maker:
                 sources.append(sources_in(load_metadata(local), path))
             name = configs[role].name if role in configs else "public CLIP"
             used[role] = ModelUsed(name=name, path="", sha256=fingerprint(local))
-        check_pair(configs["base"], configs.get("upsampler"))
-        if "clip" in configs:
-            check_clip(configs["clip"], configs["base"], paths["clip"])
+        base, upsampler, clip = (configs.get(role) for role in ("base", "upsampler", "clip"))
+        # `check_role` has found each of its kind.
+        assert isinstance(base, ModelConfig) and isinstance(upsampler, ModelConfig | None)
+        check_pair(base, upsampler)
+        if isinstance(clip, ClipModelConfig):
+            check_clip(clip, base, str(paths["clip"]))
         return cls(
-            configs["base"],
-            configs.get("upsampler"),
+            base,
+            upsampler,
             used,
             precision,
             versions(device),

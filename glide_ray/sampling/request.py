@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..diffusion.samplers import History
 from ..tensors import Conditioning, Rows, TextFeatures
+from .scheduler import ScheduledSample
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,22 @@ class SampleRequest:
     # (1, E), embedded by the stepper's critic; needed for CLIP guidance.
     clip_text: Tensor | None = None
     clip_scale: float = 0.0
-    noise: Tensor | None = None  # (3, H, W), initial x_T instead of the seed's (`Stepper.invert`)
+    noise: Tensor | None = None  # (3, H, W), initial x_T instead of the seed's, from `invert`
     start: Tensor | None = None  # (3, H, W), initial image, to which noise is added (SDEdit)
     strength: float = 1.0  # fraction of the schedule that is run from `start`
     group: str | None = None  # samples of a group are scheduled as if they were one sample
     previews: int = 0  # number of calls of `watch`, evenly spaced over the steps
     watch: Callable[[Tensor], None] | None = None  # receives the predicted x_0 (3, H, W)
+
+    def guides_at(self, timestep: int, timesteps: int) -> bool:
+        """Whether guidance (classifier-free or CLIP) is on at this timestep of `timesteps`."""
+        low, high = self.guidance_interval
+        return low * timesteps <= timestep <= high * timesteps
+
+    @property
+    def has_known_pixels(self) -> bool:
+        mask = self.conditioning.known_mask
+        return mask is not None and bool(mask.any())
 
 
 @dataclass(frozen=True)
@@ -44,39 +55,31 @@ class SampleBatch(Rows):
     x: Tensor  # (S, 3, H, W) float32
     clip_text: Tensor  # (S, E)
     history: History
-    conditioning: Conditioning
+    conditioning: Conditioning  # `known` and `known_mask` are set, with zeros if nothing is known
     text: TextFeatures
 
 
-@dataclass
-class ActiveSample:
+@dataclass(eq=False, kw_only=True)
+class ActiveSample(ScheduledSample):
     """State of a sample on the host, readable without a device synchronisation.
 
-    `row`: its tensors on the device, while they are not part of a joint batch.
+    The next step is at index `left` - 1 of the sample's schedule.
     """
 
-    ticket: int
     request: SampleRequest
     respacing: str
     sampler: str
-    scale: float  # classifier-free guidance scale
-    generator: torch.Generator
-    steps: int  # total number of steps
-    left: int  # remaining steps; the next is at index left - 1 of the schedule
-    due: float  # deadline, in sample-steps of the stepper; the earliest goes first
-    edits: bool = False  # whether it has known pixels
-    row: SampleBatch | None = None
+    guidance_scale: float  # classifier-free
+    generator: torch.Generator  # on the CPU
+    has_known_pixels: bool
+    # Its tensors on the device: set at admission, outdated while it is part of a joint batch.
+    row: SampleBatch = field(init=False)
 
-    def guides(self, timestep: int, timesteps: int) -> bool:
-        """Whether guidance (classifier-free or CLIP) is on at this timestep of `timesteps`."""
-        low, high = self.request.guidance_interval
-        return low * timesteps <= timestep <= high * timesteps
-
-    def shows(self) -> bool:
-        """Whether a preview is due after the step that was just done."""
-        taken, parts = self.steps - self.left, self.request.previews + 1
+    def shows_preview(self) -> bool:
+        """Whether a preview is due after the step that is being done."""
+        taken, parts = self.steps - self.left + 1, self.request.previews + 1
         return (
             parts > 1
             and taken * parts // self.steps > (taken - 1) * parts // self.steps
-            and self.left > 0
+            and taken < self.steps
         )

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -29,7 +29,9 @@ from ..config.overrides import validate
 from ..config.serving import Scale, ServeConfig, ServedModel
 from ..errors import UserError
 from ..pretrained import shipped
-from ..sampling.cascade import TIMESTEPS, RequestError
+from ..sampling.checks import TIMESTEPS, RequestError
+from ..sampling.job import Job
+from ..sampling.order import CascadeImage, CascadeOrder, ScoreCall, StageCall, candidates, run_order
 from ..sampling.recipe import Maker
 from ..storage import absolute
 from .admission import Admission
@@ -37,7 +39,7 @@ from .api_keys import Key, read_keys
 from .errors import ApiError
 from .metrics import Metrics, StageLoad
 from .routes import build_api, together
-from .schema import GeneratedImage, Job
+from .schema import GeneratedImage
 from .stages import LANES, Base, Stage, StageResult, Upsampler
 from .state import ServerState, Show
 
@@ -126,48 +128,38 @@ class RayBackend:
         self.base, self.upsampler, self._metrics = base, upsampler, metrics
 
     async def make(self, job: Job, show: Show | None = None) -> GeneratedImage:
-        """Make the image of a job.
+        """Make the image of a job; `show` receives `job.previews` previews."""
+        upsample = self.upsampler is not None and job.size == self.sizes[-1]
+        order: CascadeOrder[StageResult] = run_order([candidates(job)], upsample)
+        result: Any = None
+        while True:
+            try:
+                call = order.send(result)
+            except StopIteration as end:
+                return _generated(end.value[0])
+            if isinstance(call, ScoreCall):
+                result = await self._score(call)
+            else:
+                result = await self._run(call, show if job.previews else None)
 
-        With an upsampler, one of the `job.previews` is the finished base image, and the two stages
-        share the others.
-        """
-        both = self.upsampler is not None and job.size == self.sizes[-1]
-        in_base = job.previews // 2 if both else job.previews
-        if job.best_of > 1:
-            job, small = await self._best(job)
-        else:
-            small = await self._stage("base", replace(job, previews=in_base), show)
-        if not both:
-            return GeneratedImage(
-                small.pixels, job.seed, {"base": small.sha256}, {"base": small.seconds}
-            )
-        if job.previews:
-            show(small.pixels)
-        large = await self._stage(
-            "upsampler",
-            replace(job, previews=max(0, job.previews - in_base - 1)),
-            show,
-            small.pixels,
-        )
-        return GeneratedImage(
-            large.pixels,
-            job.seed,
-            {"base": small.sha256, "upsampler": large.sha256},
-            {"base": small.seconds, "upsampler": large.seconds},
+    async def _run(self, call: StageCall[StageResult], show: Show | None) -> list[StageResult]:
+        """Run a stage for all jobs of a call at once."""
+        inputs: list[tuple[np.ndarray, ...]] = [()] * len(call.jobs)
+        if call.stage == "upsampler":
+            inputs = [(small.pixels,) for small in call.low_res]
+            if show is not None:
+                show(call.low_res[0].pixels)  # the finished base image is one of the previews
+        return await together(
+            [
+                self._stage(call.stage, job, show, *given)
+                for job, given in zip(call.jobs, inputs, strict=True)
+            ]
         )
 
-    async def _best(self, job: Job) -> tuple[Job, StageResult]:
-        """Make `job.best_of` base images and keep the one with the highest CLIP score.
-
-        Returns the job with the seed of this image, and the image.
-        """
-        jobs = [replace(job, seed=(job.seed + k) % 2**63, previews=0) for k in range(job.best_of)]
-        made = await together([self._stage("base", one, None) for one in jobs])
-        scores = await self._again(
-            "base", lambda: self.base.score.remote([one.pixels for one in made], job.prompt)
-        )
-        best = int(np.argmax(scores))
-        return replace(jobs[best], previews=job.previews), made[best]
+    async def _score(self, call: ScoreCall[StageResult]) -> list[float]:
+        """CLIP scores of base images, by one replica of the base stage."""
+        images = [image.pixels for image in call.images]
+        return await self._again("base", lambda: self.base.score.remote(images, call.prompt))
 
     async def _stage(
         self, stage: str, job: Job, show: Show | None, *inputs: np.ndarray
@@ -220,6 +212,16 @@ class RayBackend:
             code="replica_lost",
             headers={"Retry-After": "10"},
         )
+
+
+def _generated(image: CascadeImage[StageResult]) -> GeneratedImage:
+    stages = {"base": image.small} | ({"upsampler": image.large} if image.large else {})
+    return GeneratedImage(
+        (image.large or image.small).pixels,
+        image.seed,
+        {name: stage.sha256 for name, stage in stages.items()},
+        {name: stage.seconds for name, stage in stages.items()},
+    )
 
 
 class Ingress(ServerState):

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from ..errors import nearest
-from ..sampling.cascade import RequestError
+from ..sampling.checks import RequestError
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 # Fields that only some servers or routes accept, each with the message of a refusal.

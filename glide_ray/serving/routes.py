@@ -26,7 +26,9 @@ from ..data.images import encode
 from ..data.tokenizer import Tokenizer, Tokens
 from ..errors import nearest
 from ..pretrained.card import credits, licences
-from ..sampling.cascade import TIMESTEPS, check_options, shrink_known
+from ..sampling.checks import TIMESTEPS, check_options
+from ..sampling.job import Job, Source, shrink_known
+from ..sampling.order import image_jobs
 from ..sampling.recipe import png_text
 from .admission import NOBODY
 from .errors import ApiError, ErrorBody, answer_of, handle_errors
@@ -38,8 +40,6 @@ from .schema import (
     Generation,
     ImageFields,
     ImagesResponse,
-    Job,
-    Source,
     Variation,
     form_schema,
     narrowed,
@@ -234,7 +234,7 @@ async def _answer(
     """
     job, model = _job(state, config, fields, source, request)
     backend = state.models[model]
-    jobs = [replace(job, seed=(job.seed + k * job.best_of) % 2**63) for k in range(fields.n or 1)]
+    jobs = image_jobs(job, fields.n or 1)
     making = _Making(
         state,
         model,

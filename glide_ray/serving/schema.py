@@ -11,50 +11,16 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from starlette.datastructures import UploadFile
 
-from ..config.sampling import SampleOptions
 from ..config.serving import ServeConfig
 from ..data.images import centre_crop, flatten, load, open_image
 from ..data.masks import centre_crop_mask, check_sizes, mask_of
 from ..errors import UserError, nearest
-from ..sampling.cascade import MAX_SCALE
+from ..sampling.checks import MAX_SCALE
+from ..sampling.job import Source
 from .errors import ApiError, refusal
 
 MAX_BEST_OF = 64  # as in the paper, app. E
 FILES = ("image", "mask")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Input of an edit or variation, at the model's largest image size S.
-
-    `image`: (S, S, 3) uint8. `known_mask`: (S, S) bool, true = known.
-    """
-
-    image: np.ndarray
-    known_mask: np.ndarray
-
-
-@dataclass(frozen=True)
-class Job:
-    """One image to make, of `size` x `size` pixels.
-
-    With `source` it is an edit; with `source` and `strength` it is a variation, which starts from
-    the source image plus noise (SDEdit).
-    """
-
-    prompt: str
-    seed: int
-    size: int
-    options: SampleOptions = SampleOptions()
-    source: Source | None = None
-    strength: float | None = None
-    best_of: int = 1
-    previews: int = 0
-    request: str = ""  # request id; images of one request are scheduled as one sample
-
-    @property
-    def task(self) -> Literal["generate", "edit", "vary"]:
-        return "generate" if self.source is None else "edit" if self.strength is None else "vary"
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from ..config.sampling import SampleOptions
 from ..data.images import to_tensor, to_uint8
 from ..models.clip_scorer import fetch_clip
 from ..pretrained import shipped
-from ..sampling import cascade
+from ..sampling.cascade import clip_scores, load_stepper
 from ..sampling.engine import Engine
+from ..sampling.job import Job, base_request, upsampler_request
 from ..sampling.request import SampleRequest
 from ..storage import fingerprint
 from .metrics import StageLoad
-from .schema import Job
 
 LANES = 2  # samples that a CPU replica advances in parallel, each on its share of the cores
 
@@ -57,7 +57,7 @@ class Stage(ABC):
             torch.set_num_threads(os.cpu_count() or 1)
             os.nice(self.yields)
         local = shipped.fetch(path, self.role)
-        stepper = cascade.load_stepper(
+        stepper = load_stepper(
             local, self.role, precision, max_in_flight, fetch_clip(clip) if clip else None, LANES
         )
         self.config, self.critic, self.device = stepper.config, stepper.critic, stepper.device
@@ -127,32 +127,15 @@ class Base(Stage):
     yields = 10
 
     def _first(self) -> SampleRequest:
-        return cascade.base_request(self.config, "", 0, SampleOptions(steps=1))
+        return base_request(self.config, "", 0, SampleOptions(steps=1))
 
     def _request(self, job: Job) -> SampleRequest:
-        if job.source is None:
-            made = cascade.base_request(
-                self.config, job.prompt, job.seed, job.options, critic=self.critic
-            )
-        else:
-            image, known = job.source.image, job.source.known_mask
-            made = cascade.edit_request(
-                self.config,
-                image,
-                known,
-                job.prompt,
-                job.seed,
-                job.options,
-                critic=self.critic,
-                start=None if job.strength is None else image,
-                strength=job.strength or 1.0,
-            )
-        return replace(made, group=job.request)
+        return job.base_request(self.config, self.critic)
 
     async def score(self, images: list[np.ndarray], prompt: str) -> list[float]:
         """CLIP logit of each image (S, S, 3) with the prompt."""
         return await asyncio.to_thread(
-            cascade.clip_scores,
+            clip_scores,
             self.critic,
             self.device,
             to_tensor(np.stack(images)),
@@ -168,19 +151,9 @@ class Upsampler(Stage):
 
     def _first(self) -> SampleRequest:
         size = self.config.low_res_size
-        return cascade.upsampler_request(
+        return upsampler_request(
             self.config, "", 0, torch.zeros(3, size, size), SampleOptions(upsampler_steps=1)
         )
 
     def _request(self, job: Job, low_res: np.ndarray) -> SampleRequest:
-        known = (None, None) if job.source is None else (job.source.image, job.source.known_mask)
-        made = cascade.upsampler_request(
-            self.config,
-            job.prompt,
-            job.seed,
-            to_tensor(low_res),
-            job.options,
-            known=known[0],
-            known_mask=known[1],
-        )
-        return replace(made, group=job.request)
+        return job.upsampler_request(self.config, to_tensor(low_res))

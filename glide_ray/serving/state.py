@@ -8,10 +8,11 @@ from typing import Protocol
 
 import numpy as np
 
+from ..sampling.job import Job
 from ..sampling.recipe import Maker
 from .admission import Admission
 from .metrics import Metrics, StageLoad
-from .schema import GeneratedImage, Job
+from .schema import GeneratedImage
 
 Show = Callable[[np.ndarray], None]  # receives a preview (S, S, 3) uint8
 

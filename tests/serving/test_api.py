@@ -19,14 +19,16 @@ from glide_ray.config.sampling import SampleOptions
 from glide_ray.config.serving import ServeConfig
 from glide_ray.data.images import encode
 from glide_ray.errors import UserError
-from glide_ray.sampling.cascade import Cascade, RequestError
+from glide_ray.sampling.cascade import Cascade
+from glide_ray.sampling.checks import RequestError
 from glide_ray.sampling.engine import Engine, Load
+from glide_ray.sampling.job import Job
 from glide_ray.serving.admission import Admission
 from glide_ray.serving.api_keys import Key, hashed, new_key, read_keys
 from glide_ray.serving.errors import ApiError
 from glide_ray.serving.metrics import Metrics, StageLoad
 from glide_ray.serving.routes import build_api
-from glide_ray.serving.schema import GeneratedImage, Job
+from glide_ray.serving.schema import GeneratedImage
 
 GENERATIONS, EDITS, VARIATIONS = (
     f"/v1/images/{kind}" for kind in ("generations", "edits", "variations")

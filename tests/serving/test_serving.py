@@ -22,9 +22,9 @@ from glide_ray.config.sampling import SampleOptions
 from glide_ray.config.serving import ServeConfig
 from glide_ray.errors import ConfigError, UserError
 from glide_ray.sampling.cascade import Cascade
+from glide_ray.sampling.job import Job
 from glide_ray.sampling.recipe import find_models, make_again, read_recipe
 from glide_ray.serving.metrics import Metrics
-from glide_ray.serving.schema import Job
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 PROMPT, STEPS = "a red apple", 3

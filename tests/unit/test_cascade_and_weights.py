@@ -18,7 +18,9 @@ from glide_ray.models.weights import (
     load_weights,
     save_weights,
 )
-from glide_ray.sampling.cascade import Cascade, RequestError, shrink_known
+from glide_ray.sampling.cascade import Cascade
+from glide_ray.sampling.checks import RequestError
+from glide_ray.sampling.job import shrink_known
 from glide_ray.sampling.stepper import Stepper
 
 QUICK = SampleOptions(steps=3, upsampler_steps="2,1")

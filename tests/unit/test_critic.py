@@ -20,7 +20,8 @@ from glide_ray.errors import UserError
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.clip_scorer import NoisedClipScorer, PublicClipScorer, load_critic
 from glide_ray.models.weights import WeightsError
-from glide_ray.sampling.cascade import Cascade, RequestError
+from glide_ray.sampling.cascade import Cascade
+from glide_ray.sampling.checks import RequestError
 from glide_ray.sampling.request import SampleRequest
 from glide_ray.sampling.stepper import Stepper
 from glide_ray.tensors import Batch, Conditioning

@@ -13,7 +13,14 @@ from glide_ray.diffusion.loss import (
     min_snr_weight,
 )
 from glide_ray.diffusion.process import eps_from_x0, posterior_mean, q_sample, x0_from_eps
-from glide_ray.diffusion.samplers import SAMPLERS, History, Known, renoise_known
+from glide_ray.diffusion.samplers import (
+    SAMPLERS,
+    History,
+    Known,
+    StepInput,
+    renoise_known,
+    step_each,
+)
 from glide_ray.diffusion.schedule import ScheduleError, join, kept_timesteps, make_schedule, respace
 from glide_ray.tensors import ModelOutput
 
@@ -84,13 +91,9 @@ def test_sampling_gaussian_data_with_its_exact_denoiser_gives_its_standard_devia
             )
             variance = 2 * math.log(exact / lower) / math.log(beta / lower) - 1
         output = ModelOutput(eps, torch.full_like(x, variance))
+        noise = torch.randn(x.shape, generator=generator)
         step = SAMPLERS[sampler](
-            schedule,
-            output,
-            x,
-            full(index, 8),
-            torch.randn(x.shape, generator=generator),
-            history=history,
+            StepInput(schedule, output, x, full(index, 8), noise, history=history)
         )
         x, history = step.x, history.then(step.remembered)
     # DDIM has an error of 2% with 250 steps.
@@ -109,13 +112,9 @@ def ode_error(sampler, steps, s=0.3):
     top = schedule.alpha_bar[-1].item()
     for index in reversed(range(len(schedule))):
         abar = schedule.alpha_bar[index].item()
+        output = ModelOutput(x * math.sqrt(1 - abar) / (abar * s**2 + 1 - abar), x)
         step = SAMPLERS[sampler](
-            schedule,
-            ModelOutput(x * math.sqrt(1 - abar) / (abar * s**2 + 1 - abar), x),
-            x,
-            full(index, 1),
-            torch.zeros_like(x),
-            history=history,
+            StepInput(schedule, output, x, full(index, 1), torch.zeros_like(x), history=history)
         )
         x, history = step.x, history.then(step.remembered)
     return (x / first * math.sqrt(top * s**2 + 1 - top) / s - 1).abs().max().item()
@@ -130,11 +129,9 @@ def test_multistep_samplers_follow_the_ode_several_times_closer_than_ddim_does(s
 def test_the_first_step_of_a_multistep_sampler_is_ddims():
     schedule, i, x = respace(make_schedule("cosine"), "20"), full(12), torch.randn(2, 3, 4, 4)
     output, noise = ModelOutput(torch.randn_like(x), torch.zeros_like(x)), torch.zeros_like(x)
-    expected = SAMPLERS["ddim"](schedule, output, x, i, noise).x
+    given = StepInput(schedule, output, x, i, noise)
     for sampler in ("dpm++", "plms"):
-        assert torch.allclose(
-            SAMPLERS[sampler](schedule, output, x, i, noise).x, expected, atol=1e-6
-        )
+        assert torch.allclose(SAMPLERS[sampler](given).x, SAMPLERS["ddim"](given).x, atol=1e-6)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -143,9 +140,8 @@ def test_a_gradient_does_not_move_known_pixels_in_the_end(sampler):
     known = Known(torch.rand(2, 3, 8, 8) * 2 - 1, (torch.rand(2, 1, 8, 8) > 0.5).float())
     x = torch.randn(2, 3, 8, 8)
     output = ModelOutput(torch.randn_like(x), torch.zeros_like(x))
-    after = SAMPLERS[sampler](
-        schedule, output, x, full(0), torch.zeros_like(x), known, gradient=torch.ones_like(x)
-    ).x
+    zeros, ones = torch.zeros_like(x), torch.ones_like(x)
+    after = SAMPLERS[sampler](StepInput(schedule, output, x, full(0), zeros, known, ones)).x
     kept = known.mask.expand_as(x) > 0
     assert torch.equal(after[kept], known.image[kept])
 
@@ -174,7 +170,8 @@ def test_known_pixels_come_out_exactly(sampler):
     x = torch.randn(2, 3, 8, 8)
     for index in reversed(range(7)):
         output = ModelOutput(torch.randn_like(x), torch.rand_like(x) * 2 - 1)
-        x = SAMPLERS[sampler](schedule, output, x, full(index), torch.randn_like(x), known).x
+        noise = torch.randn_like(x)
+        x = SAMPLERS[sampler](StepInput(schedule, output, x, full(index), noise, known)).x
     kept = known.mask.expand_as(x) > 0
     assert torch.equal(x[kept], known.image[kept])
 
@@ -184,12 +181,38 @@ def test_samples_of_different_schedules_and_timesteps_share_a_step():
     both, i = join(parts), torch.tensor([3, 5 + 20])
     x, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     output = ModelOutput(torch.randn_like(x), torch.rand_like(x))
-    together = SAMPLERS["ancestral"](both, output, x, i, noise).x
+    together = SAMPLERS["ancestral"](StepInput(both, output, x, i, noise)).x
     for row, (schedule, index) in enumerate(zip(parts, (3, 20), strict=True)):
+        own = slice(row, row + 1)
         alone = SAMPLERS["ancestral"](
-            schedule, output[row : row + 1], x[row : row + 1], full(index, 1), noise[row : row + 1]
+            StepInput(schedule, output[own], x[own], full(index, 1), noise[own])
         ).x
-        assert torch.equal(together[row : row + 1], alone)
+        assert torch.equal(together[own], alone)
+
+
+def test_samples_of_different_samplers_share_a_step():
+    """Each row equals the row of a step in which its sampler moves all rows."""
+    schedule, x = respace(make_schedule("cosine"), "20"), torch.randn(5, 3, 8, 8)
+    history = History.none(x)
+    for _ in range(2):
+        history = history.then(torch.randn_like(x))
+    given = StepInput(
+        schedule,
+        ModelOutput(torch.randn_like(x), torch.rand_like(x) * 2 - 1),
+        x,
+        torch.tensor([3, 0, 19, 7, 11]),
+        torch.randn_like(x),
+        Known(torch.rand_like(x) * 2 - 1, (torch.rand(5, 1, 8, 8) > 0.5).float()),
+        torch.randn_like(x),
+        history,
+    )
+    names = ["dpm++", "ancestral", "plms", "dpm++", "ddim"]
+    together = step_each(names, given)
+    for row, name in enumerate(names):
+        alone = SAMPLERS[name](given)
+        assert torch.equal(together.x[row], alone.x[row])
+        assert torch.equal(together.x0[row], alone.x0[row])
+        assert torch.equal(together.remembered[row], alone.remembered[row])
 
 
 def test_guidance_extrapolates_per_sample_and_spares_scale_one_its_empty_half():

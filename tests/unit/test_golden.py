@@ -16,7 +16,13 @@ from glide_ray.data.tokenizer import Tokenizer
 from glide_ray.diffusion.guidance import classifier_free, score_gradient
 from glide_ray.diffusion.loss import hybrid_loss
 from glide_ray.diffusion.process import q_sample
-from glide_ray.diffusion.samplers import Known, ancestral_step, ddim_inversion_step, ddim_step
+from glide_ray.diffusion.samplers import (
+    Known,
+    StepInput,
+    ancestral_step,
+    ddim_inversion_step,
+    ddim_step,
+)
 from glide_ray.diffusion.schedule import kept_timesteps, make_schedule, respace
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.released import clip_from_released, clip_to_released, from_released
@@ -152,16 +158,18 @@ def test_every_step_of_a_released_trajectory_is_reproduced(name):
     denoiser = _denoiser(model, given, float(meta.get("guidance_scale", 1)))
     x = given["x_T"]
     for number, i in enumerate(_countdown(schedule, x)):
-        extra = (
-            {"gradient": float(meta["strength"]) * (given["target"] - x)}
-            if "target" in given
-            else {}
+        step_input = StepInput(
+            schedule,
+            denoiser(x, schedule.timestep[i]),
+            x,
+            i,
+            given["step_noise"][number],
+            gradient=float(meta["strength"]) * (given["target"] - x) if "target" in given else None,
         )
-        if meta["sampler"] == "ddim_eta0.5":
-            extra["eta"] = 0.5
-        step_function = ancestral_step if meta["sampler"] == "ddpm" else ddim_step
-        step = step_function(
-            schedule, denoiser(x, schedule.timestep[i]), x, i, given["step_noise"][number], **extra
+        step = (
+            ancestral_step(step_input)
+            if meta["sampler"] == "ddpm"
+            else ddim_step(step_input, eta=0.5 if meta["sampler"] == "ddim_eta0.5" else 0.0)
         )
         to_x0 = (1 / schedule.at("alpha_bar", i) - 1).sqrt().max().item()
         to_x = to_x0 * schedule.at(
@@ -185,14 +193,8 @@ def test_a_trajectory_with_known_pixels_is_reproduced_to_its_end():
     conditioning = Conditioning(given["tokens"], given["mask"], None, known.image, known.mask)
     x = given["x_T"]
     for number, i in enumerate(_countdown(schedule, x)):
-        x = ancestral_step(
-            schedule,
-            model(x, schedule.timestep[i], conditioning),
-            x,
-            i,
-            given["step_noise"][number],
-            known,
-        ).x
+        output = model(x, schedule.timestep[i], conditioning)
+        x = ancestral_step(StepInput(schedule, output, x, i, given["step_noise"][number], known)).x
     assert worst(x, given["sample"]) <= TOLERANCE
     kept = known.mask.expand_as(x) > 0.5
     assert torch.equal(x[kept], known.image[kept])

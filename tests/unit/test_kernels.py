@@ -188,7 +188,7 @@ def test_a_warm_gpu_records_nothing_more():
         random_model(config, torch.float16), config, "cuda", torch.float16, max_in_flight=3
     )
     stepper.warm(requests(config, 1)[0])
-    recorded = dict(stepper._network._graphs)
+    recorded = dict(stepper.denoiser.network._graphs)
     assert sorted(recorded) == [1, 2, 3, 4, 6]
     assert torch.isfinite(stepper.run(requests(config, 7))).all()
-    assert stepper._network._graphs == recorded
+    assert stepper.denoiser.network._graphs == recorded

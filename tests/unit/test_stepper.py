@@ -14,8 +14,10 @@ from helpers.tiny import random_model, tiny
 
 from glide_ray.config.sampling import SampleOptions
 from glide_ray.errors import UserError
-from glide_ray.sampling.cascade import RequestError, base_request, check_options, upsampler_request
+from glide_ray.sampling.checks import RequestError, check_options
 from glide_ray.sampling.engine import Engine
+from glide_ray.sampling.inversion import invert
+from glide_ray.sampling.job import base_request, upsampler_request
 from glide_ray.sampling.stepper import Stepper
 
 
@@ -45,7 +47,7 @@ def company(kind, crowd):
     images = {}
     while ticket not in images:
         images.update(crowd.step())
-    assert crowd.in_flight >= 1
+    assert crowd.scheduler.in_flight >= 1
     return images[ticket]
 
 
@@ -119,7 +121,7 @@ def test_inversion_gives_the_noise_that_leads_back():
 
     def error(steps):
         one = request(steps=steps, sampler="ddim", guidance_scale=1.0)
-        noise = stepper().invert([one], image)[0]
+        noise = invert(stepper(), [one], image)[0]
         return (stepper().run([replace(one, noise=noise)]) - image).abs().mean().item()
 
     other = (
@@ -136,12 +138,12 @@ def test_images_of_one_caption_are_inverted_each_under_its_own_conditions():
     images = stepper("upsampler").run(wanted)
     alone = torch.cat(
         [
-            stepper("upsampler").invert([one], image[None])
+            invert(stepper("upsampler"), [one], image[None])
             for one, image in zip(wanted, images, strict=True)
         ]
     )
     assert torch.allclose(
-        stepper("upsampler", batched=True).invert(wanted, images), alone, atol=2e-3
+        invert(stepper("upsampler", batched=True), wanted, images), alone, atol=2e-3
     )
 
 
@@ -158,18 +160,18 @@ def test_no_more_samples_are_in_flight_than_there_is_room_for():
     for seed in range(5):
         crowd.submit(request(seed=seed, steps=2))
     crowd.step()
-    assert (crowd.in_flight, crowd.queued) == (2, 3)
+    assert (crowd.scheduler.in_flight, crowd.scheduler.queued) == (2, 3)
     done = 0
-    while crowd.in_flight or crowd.queued:
+    while crowd.scheduler.in_flight or crowd.scheduler.queued:
         done += len(crowd.step())
-        assert crowd.in_flight <= 2
+        assert crowd.scheduler.in_flight <= 2
     assert done == 5
 
 
 def finished(crowd):
     """Tickets in the order of completion."""
     order = []
-    while crowd.in_flight or crowd.queued:
+    while crowd.scheduler.in_flight or crowd.scheduler.queued:
         order += [ticket for ticket, _ in crowd.step()]
     return order
 
@@ -184,8 +186,8 @@ def test_a_short_sample_overtakes_a_long_one_and_none_waits_for_ever():
     long = crowd.submit(request(steps=20))
     shorts = []
     # A short sample is added whenever another finishes; these alone would keep the stepper full.
-    while crowd.in_flight or crowd.queued:
-        if len(shorts) < 60 and crowd.in_flight + crowd.queued < 2:
+    while crowd.scheduler.in_flight or crowd.scheduler.queued:
+        if len(shorts) < 60 and crowd.scheduler.in_flight + crowd.scheduler.queued < 2:
             shorts.append(crowd.submit(request(seed=len(shorts), steps=4)))
         if long in dict(crowd.step()):
             break
@@ -211,7 +213,7 @@ def test_previews_are_the_predicted_image_at_even_distances(steps, previews, tak
         replace(
             request(steps=steps),
             previews=previews,
-            watch=lambda image: seen.append((crowd.steps_done + 1, image)),
+            watch=lambda image: seen.append((crowd.scheduler.steps_done + 1, image)),
         )
     )
     while not (done := crowd.step()):
@@ -244,8 +246,8 @@ def test_a_cancelled_sample_leaves_at_once_and_changes_no_other():
     crowd = stepper()
     leaver, stayer = crowd.submit(request(seed=3, steps=9)), crowd.submit(request(steps=5))
     crowd.step()
-    assert crowd.cancel(leaver) and crowd.in_flight == 1
-    assert not crowd.cancel(leaver)
+    assert crowd.scheduler.cancel(leaver) and crowd.scheduler.in_flight == 1
+    assert not crowd.scheduler.cancel(leaver)
     images = {}
     while not images:
         images.update(crowd.step())
@@ -262,7 +264,7 @@ def test_a_run_that_is_interrupted_leaves_nothing_to_the_next():
         one.run(wanted, interrupt)
     with pytest.raises(UserError, match="no sampler 'euler'"):
         one.run([request(seed=8, steps=3), request(sampler="euler")])
-    assert (one.in_flight, one.queued) == (0, 0) and torch.equal(
+    assert (one.scheduler.in_flight, one.scheduler.queued) == (0, 0) and torch.equal(
         one.run(wanted), stepper().run(wanted)
     )
 
@@ -351,14 +353,14 @@ def test_an_engine_that_is_asked_for_nonsense_answers_and_goes_on():
 
 def failing(crowd, fails):
     """The stepper with a network that raises in call N, counted from 1, if `fails(N)`."""
-    network, calls = crowd._network, itertools.count(1)
+    network, calls = crowd.denoiser.network, itertools.count(1)
 
     def call(*given):
         if fails(next(calls)):
             raise RuntimeError("out of memory")
         return network(*given)
 
-    crowd._network = call
+    crowd.denoiser.network = call
     return crowd
 
 

@@ -23,7 +23,8 @@ from ...data.sources import in_share, read_corpus, share_of
 from ...evaluation.features import ClipFeatures
 from ...models.efficientnet import load_efficientnet, normalise
 from ...precision import fastest_precision
-from ...sampling.cascade import Cascade, edit_request, load_stepper
+from ...sampling.cascade import Cascade, load_stepper
+from ...sampling.job import edit_request
 from ...storage import fingerprint
 from .models import CLIP, LARGE, SMALL
 

@@ -1,0 +1,95 @@
+"""Checks of sampling options, for the command line, the server and the stepper."""
+
+from __future__ import annotations
+
+from ..config.models import ModelConfig
+from ..config.sampling import SampleOptions
+from ..diffusion.samplers import SAMPLERS
+from ..diffusion.schedule import ScheduleError, kept_timesteps
+from ..errors import UserError, nearest
+
+MAX_SCALE = 100.0  # largest scale of classifier-free and CLIP guidance
+TIMESTEPS = 1000  # default number of diffusion timesteps when the model is unknown
+
+
+class RequestError(UserError):
+    """An invalid request. `param`: name of the invalid field."""
+
+    def __init__(self, message: str, param: str):
+        super().__init__(message)
+        self.param = param
+
+    # By default an exception is unpickled from the arguments of its base class, without `param`.
+    def __reduce__(self) -> tuple[type[RequestError], tuple[str, str]]:
+        return type(self), (str(self), self.param)
+
+
+def check_options(
+    options: SampleOptions,
+    seed: int | None = None,
+    strength: float | None = None,
+    base: ModelConfig | None = None,
+    upsampler: ModelConfig | None = None,
+) -> None:
+    """Raise RequestError for an invalid option, seed or strength.
+
+    Steps are checked against the timesteps of the models, or TIMESTEPS for a model that is None.
+    """
+    for param in ("guidance_scale", "clip_scale"):
+        scale = getattr(options, param)
+        if scale is not None and not 0 <= scale <= MAX_SCALE:  # true for NaN, too
+            raise RequestError(
+                f"{param} must lie between 0 and {MAX_SCALE:g} (given: {scale}); 3 is usual.",
+                param,
+            )
+    check_steps("steps", options.steps, base)
+    check_steps("upsampler_steps", options.upsampler_steps, upsampler)
+    if options.sampler is not None:
+        check_sampler(options.sampler)
+    low, high = options.guidance_interval
+    if not 0 <= low <= high <= 1:
+        raise RequestError(
+            f"guidance_interval must be two numbers from 0 to 1, the smaller first "
+            f"(given: {low} and {high}).",
+            "guidance_interval",
+        )
+    if seed is not None and not 0 <= seed < 2**63:
+        raise RequestError(f"seed must lie between 0 and 2^63 - 1 (given: {seed}).", "seed")
+    if strength is not None:
+        check_strength(strength)
+
+
+def check_steps(param: str, steps: int | str | None, model: ModelConfig | None) -> None:
+    """Raise RequestError unless a model can take these steps: a number or a respacing."""
+    total = model.diffusion.steps if model else TIMESTEPS
+    try:
+        kept_timesteps(total, "1" if steps is None else steps)
+    except ScheduleError as error:
+        number = str(steps).lstrip("-").isdecimal()
+        hint = f" Steps may be a number from 1 to {total}." if number else ""
+        raise RequestError(f"{error}{hint}", param) from None
+
+
+def check_sampler(name: str) -> None:
+    """Raise RequestError for an unknown sampler."""
+    if name not in SAMPLERS:
+        raise RequestError(f"There is no sampler {name!r}; {nearest(name, SAMPLERS)}", "sampler")
+
+
+def check_strength(strength: float) -> None:
+    """Raise RequestError for a strength outside of (0, 1]."""
+    if not 0 < strength <= 1:  # true for NaN, too
+        raise RequestError(
+            f"strength must lie above 0 and at most at 1 (given: {strength}); "
+            f"0.6 keeps a picture's outline.",
+            "strength",
+        )
+
+
+def check_clip(clip_scale: float, has_clip: bool) -> None:
+    """Raise RequestError for CLIP guidance without a CLIP model."""
+    if clip_scale and not has_clip:
+        raise RequestError(
+            "clip_scale asks for CLIP guidance, which needs a CLIP model; give one with it.",
+            "clip_scale",
+        )

@@ -1,0 +1,200 @@
+"""The guided network call: model output for a batch of samples, and the text features of captions.
+
+One call holds all samples, and once more those with classifier-free guidance, with the empty
+caption. On a GPU it replays a CUDA graph. CLIP guidance is a gradient beside it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..config.models import ModelConfig
+from ..diffusion.guidance import classifier_free, score_gradient
+from ..diffusion.samplers import StepInput, predict_x0
+from ..models.clip_scorer import ClipScorer
+from ..models.cuda_graphs import GraphRunner
+from ..models.unet import GlideUNet
+from ..tensors import Conditioning, ModelOutput, TextFeatures, to_device_async
+from .request import ActiveSample, SampleBatch
+
+CACHED_CAPTIONS = 64  # captions whose text features are cached
+
+
+@dataclass(frozen=True)
+class PairedInputs:
+    """Network inputs of a guided call, which stay the same while its samples do."""
+
+    samples: Conditioning  # of the samples alone; identifies the batch
+    guided: list[int]  # indices of the samples whose guidance scale is not 1
+    conditioning: Conditioning  # of all rows: the samples, then the guided ones once more
+    text: TextFeatures  # of all rows: the captions, then the empty caption
+
+
+class GuidedDenoiser:
+    """The model with classifier-free and CLIP guidance.
+
+    `most_samples`: the largest batch. `reuse_inputs`: keep the network inputs of the last guided
+    call, for batches of unchanged samples; then calls must not overlap. `critic`: the CLIP model
+    for CLIP guidance.
+    """
+
+    def __init__(
+        self,
+        model: GlideUNet,
+        config: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        most_samples: int,
+        reuse_inputs: bool,
+        critic: ClipScorer | None,
+    ):
+        self.config, self.device, self.critic = config, device, critic
+        # torch's overloads of `Module.to` leave memory_format out.
+        model = model.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: GlideUNet = model.eval().requires_grad_(False)
+        self.network: GlideUNet | GraphRunner = self.model
+        if device.type == "cuda":
+            self.model.fuse()
+            rows = 1 if config.sampling.guidance_scale == 1 else 2
+            self.network = GraphRunner(self.model, most_samples * rows)
+        self._reuse_inputs = reuse_inputs
+        self._paired: PairedInputs | None = None
+        self._captions: OrderedDict[bytes, TextFeatures] = OrderedDict()
+
+    def record_graphs(self) -> None:
+        """Record the CUDA graphs of all batch sizes; without effect on a CPU."""
+        if isinstance(self.network, GraphRunner):
+            self.network.record()
+
+    def denoise(
+        self,
+        samples: Sequence[ActiveSample],
+        batch: SampleBatch,
+        timestep: Tensor,
+        timesteps: Sequence[int],
+    ) -> ModelOutput:
+        """Model output (S, ...) with classifier-free guidance, each sample with its own scale.
+
+        `timesteps`: the values of `timestep` (S,) on the host, to avoid a device synchronisation.
+        """
+        scale = torch.tensor(
+            [
+                sample.guidance_scale if self._guides(sample, t) else 1.0
+                for sample, t in zip(samples, timesteps, strict=True)
+            ]
+        )
+        conditioning, text = self._paired_inputs(batch, scale.ne(1).nonzero()[:, 0])
+
+        def paired(x: Tensor, timestep: Tensor) -> ModelOutput:
+            output: ModelOutput = self.network(x, timestep, conditioning, text)
+            return output
+
+        return classifier_free(paired, scale)(batch.x, timestep)
+
+    def clip_gradient(
+        self,
+        samples: Sequence[ActiveSample],
+        batch: SampleBatch,
+        given: StepInput,
+        timesteps: Sequence[int],
+    ) -> Tensor | None:
+        """CLIP guidance gradient (S, 3, H, W) for the step `given`, 0 for samples without it.
+
+        None if no sample has CLIP guidance. `timesteps`: as for `denoise`.
+        """
+        scales = [
+            sample.request.clip_scale if self._guides(sample, t) else 0.0
+            for sample, t in zip(samples, timesteps, strict=True)
+        ]
+        pulled = [n for n, scale in enumerate(scales) if scale]
+        if self.critic is None or not pulled:
+            return None
+        rows = to_device_async(torch.tensor(pulled), self.device)
+        scale = to_device_async(torch.tensor([scales[n] for n in pulled]), self.device)
+        x, i, schedule = given.x, given.i, given.schedule
+        if self.critic.noised:
+            seen = x
+        else:
+            # For a CLIP trained on noiseless images, blend the predicted x_0 with x_t; the share of
+            # x_0 is sqrt(1 - alpha_bar) (Crowson 2021a).
+            share = (1 - schedule.at("alpha_bar", i)).sqrt().float()
+            seen = share * predict_x0(schedule, given.output, x, i, None) + (1 - share) * x
+        gradient = torch.zeros_like(x)
+        gradient[rows] = score_gradient(
+            self.critic.score, seen[rows], schedule.timestep[i[rows]], batch.clip_text[rows], scale
+        )
+        return gradient
+
+    def conditions(
+        self, conditioning: Conditioning, clip_text: Tensor | None
+    ) -> tuple[Conditioning, TextFeatures, Tensor]:
+        """Conditioning, text features and CLIP embedding of one sample, on the device.
+
+        Zeros stand for known pixels and CLIP embeddings that are None, so that samples with and
+        without them share a batch.
+        """
+        text = self._text_features(conditioning.tokens.cpu(), conditioning.mask.cpu())
+        conditioning = conditioning.to(self.device)
+        if conditioning.known is None:
+            size = self.config.unet.image_size
+            conditioning = replace(
+                conditioning,
+                known=torch.zeros(1, 3, size, size, device=self.device),
+                known_mask=torch.zeros(1, 1, size, size, device=self.device),
+            )
+        if clip_text is None:
+            clip_text = torch.zeros(1, 0 if self.critic is None else self.critic.embedding)
+        return conditioning, text, clip_text.to(self.device)
+
+    def _guides(self, sample: ActiveSample, timestep: int) -> bool:
+        return sample.request.guides_at(timestep, self.config.diffusion.steps)
+
+    def _paired_inputs(
+        self, batch: SampleBatch, guided: Tensor
+    ) -> tuple[Conditioning, TextFeatures]:
+        """Network inputs: all samples, then the `guided` ones (G,) with the empty caption."""
+        if not len(guided):
+            return batch.conditioning, batch.text
+        paired = self._paired
+        # `batch.text` cannot identify the batch: samples with one caption share text features.
+        if (
+            paired is None
+            or paired.samples is not batch.conditioning
+            or paired.guided != guided.tolist()
+        ):
+            again = batch.conditioning[to_device_async(guided, self.device)]
+            empty = self._empty_text().map(
+                lambda tensor: tensor.expand(len(guided), *tensor.shape[1:])
+            )
+            paired = PairedInputs(
+                batch.conditioning,
+                guided.tolist(),
+                Conditioning.join([batch.conditioning, again]),
+                TextFeatures.join([batch.text, empty]),
+            )
+            if self._reuse_inputs:
+                self._paired = paired
+        return paired.conditioning, paired.text
+
+    def _empty_text(self) -> TextFeatures:
+        """Text features of the empty caption, shared by all guided samples."""
+        context = self.config.unet.text.context
+        return self._text_features(
+            torch.zeros(1, context, dtype=torch.int64), torch.zeros(1, context, dtype=torch.bool)
+        )
+
+    def _text_features(self, tokens: Tensor, mask: Tensor) -> TextFeatures:
+        """Text features of a caption, `tokens` and `mask` (1, K), from an LRU cache."""
+        caption = tokens.numpy().tobytes() + mask.numpy().tobytes()
+        features = self._captions.pop(caption, None)
+        if features is None:
+            features = self.model.encode_text(tokens.to(self.device), mask.to(self.device))
+        self._captions[caption] = features
+        if len(self._captions) > CACHED_CAPTIONS:
+            self._captions.popitem(last=False)
+        return features
