@@ -367,7 +367,7 @@ def test_a_fault_within_a_stream_is_an_event_that_says_nothing_of_its_inside(bac
 
 
 def test_when_one_candidate_of_the_best_fails_the_replicas_give_up_the_others(backend):
-    from glide_ray.serving.deployment import RayBackend, Served
+    from glide_ray.serving.backend import RayBackend, Served
 
     class Response:
         def __init__(self, fails):
@@ -407,7 +407,7 @@ def test_when_one_candidate_of_the_best_fails_the_replicas_give_up_the_others(ba
 def test_what_a_stage_refuses_is_told_without_its_traceback(backend):
     from ray.exceptions import RayTaskError
 
-    from glide_ray.serving.deployment import RayBackend, Served
+    from glide_ray.serving.backend import RayBackend, Served
 
     async def refuse():
         raise RayTaskError(
@@ -446,7 +446,7 @@ def test_a_stage_whose_engine_has_ended_tells_serve_that_it_is_not_well(backend)
 
 
 def test_a_stage_that_does_not_answer_hides_no_other(backend):
-    from glide_ray.serving.deployment import Ingress
+    from glide_ray.serving.ingress import Ingress
 
     class Handle:
         def __init__(self, *answers):
@@ -484,7 +484,7 @@ def test_a_stage_that_does_not_answer_hides_no_other(backend):
         'glide_stage_steps_total{model="tiny",replica="base-1",stage="base"} 7.0'
         in send("GET", "/metrics").text
     )
-    refused(send("GET", "/readyz"), 503, "no replica that is ready")
+    refused(send("GET", "/readyz"), 503, "no ready replica")
     asyncio.run(ingress.check_health())
     assert (
         ingress.admission.shares == 2
@@ -819,7 +819,7 @@ def test_an_unknown_model_path_or_method_is_said_in_openais_form(ask):
         "model",
     )
     refused(ask("GET", "/v1/nothing"), 404, "nothing at /v1/nothing")
-    refused(ask("GET", GENERATIONS), 405, "GET is not answered")
+    refused(ask("GET", GENERATIONS), 405, "does not support GET")
 
 
 def test_an_image_that_is_none_a_broken_one_and_a_huge_one_are_refused(ask):
@@ -963,7 +963,7 @@ def test_a_failure_of_the_backend_is_a_500_that_says_nothing_of_its_inside(backe
             raise RuntimeError("secret path /etc")
 
     answer = asking(Failing(backend.cascade))("POST", GENERATIONS, json={"prompt": "x"})
-    refused(answer, 500, "server failed")
+    refused(answer, 500, "The server failed")
     assert "secret" not in answer.text and answer.json()["error"]["type"] == "server_error"
     # The client receives the request's ID; the log has the error for the operator.
     assert answer.headers["x-request-id"] in answer.text and "secret path" in caplog.text
@@ -1021,5 +1021,5 @@ def test_a_body_that_does_not_come_to_its_end_is_given_up(backend, monkeypatch):
             "POST", GENERATIONS, content=stalled(), headers={"content-type": "application/json"}
         ),
         408,
-        "did not come to its end",
+        "did not arrive within",
     )
