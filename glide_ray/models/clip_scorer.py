@@ -20,7 +20,7 @@ from ..config.models import ClipModelConfig, ModelConfig
 from ..data.tokenizer import ClipTokenizer, Tokenizer
 from ..errors import UserError
 from .clip import CHANNEL_MEANS, CHANNEL_STDS, NoisedClip
-from .weights import WeightsError, load_metadata, load_model
+from .weights import WeightsError, load_metadata, load_noised_clip
 
 # Files of a public CLIP's folder: weights, settings, vocabulary.
 CLIP_FILES = (".safetensors", ".json", ".txt")
@@ -183,12 +183,7 @@ def load_clip(
     """
     if Path(path).is_dir():
         return PublicClipScorer(path, device)
-    model, config = load_model(path)
-    if not isinstance(config, ClipModelConfig):
-        raise WeightsError(
-            f"{path} holds {config.name}, a model of the kind {config.role!r}, where one of the "
-            f"kind 'clip' is wanted."
-        )
+    model, config = load_noised_clip(path)
     merges = load_metadata(path).get("merges")
     if config.clip.tokenizer == "clip" and not merges:
         raise WeightsError(

@@ -21,7 +21,7 @@ from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedule import ScheduleError, kept_timesteps
 from ..errors import UserError, nearest
 from ..models.clip_scorer import ClipScorer, load_critic
-from ..models.weights import check_pair, check_role, load_model
+from ..models.weights import check_pair, load_unet
 from ..precision import DTYPES, resolve_precision
 from ..pretrained.shipped import locate
 from ..tensors import Conditioning
@@ -461,10 +461,9 @@ def load_stepper(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = locate(path, role)
-    model, config = load_model(
-        path, DTYPES[resolve_precision(precision, device, portable=True)], device
+    model, config = load_unet(
+        path, role, DTYPES[resolve_precision(precision, device, portable=True)], device
     )
-    check_role(config, role, path)
     critic = load_critic(clip, config, device) if clip else None
     dtype = next(model.parameters()).dtype
     return Stepper(model, config, device, dtype, max_in_flight, batched, critic, lanes)

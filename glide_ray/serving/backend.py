@@ -143,8 +143,9 @@ class RayBackend:
     ) -> StageResult:
         """Run a stage ("base" or "upsampler"), on another replica if one dies."""
         handle: DeploymentHandle[Stage] = getattr(self, stage)
+        result: StageResult
         if show is None or not job.previews:
-            result: StageResult = await self._again(stage, lambda: handle.make.remote(job, *inputs))
+            result = await self._again(stage, lambda: handle.make.remote(job, *inputs))
             return result
         shown = 0
 

@@ -114,7 +114,7 @@ def refusal(errors: Sequence[ErrorDetails], known: Sequence[str]) -> ApiError:
     if first["type"] == "extra_forbidden":
         return ApiError(
             400,
-            UNAVAILABLE.get(param) or f"There is no field {param!r}; {nearest(param, known)}",
+            UNAVAILABLE.get(path[0]) or f"There is no field {path[0]!r}; {nearest(path[0], known)}",
             param,
             "unknown_parameter",
         )

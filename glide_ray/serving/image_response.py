@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from ..data.images import encode
 from ..data.tokenizer import Tokens
 from ..sampling.cascade import shrink_known
@@ -116,7 +118,8 @@ class ImageMaker:
         """
         if self.output_format != "png":
             return None
-        maker, inputs = self.backend.maker, {}
+        maker = self.backend.maker
+        inputs: dict[str, np.ndarray] = {}
         models = {
             role: used.model_copy(update={"sha256": image.models.get(role, used.sha256)})
             for role, used in maker.models.items()

@@ -22,7 +22,8 @@ LOAD_HELP = {
     "queued": "samples in the queue",
     "width": "largest batch of a denoising step, in samples",
     "steps": "denoising steps, each of a batch",
-    "sample_steps": "denoising steps, summed over samples; divided by steps x width: how full the batches are",
+    # Divided by steps x width: mean fill of the batches.
+    "sample_steps": "denoising steps, summed over samples",
     "busy_seconds": "seconds spent in denoising steps",
     "finished": "samples finished",
     "cancelled": "samples dropped because the client disconnected",

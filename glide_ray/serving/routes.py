@@ -55,13 +55,13 @@ def build_api(
         redoc_url=None,
     )
     generation = narrowed(Generation, config, sizes, clip, timesteps)
+    edit = narrowed(Edit, config, sizes, clip, timesteps)
+    variation = narrowed(Variation, config, sizes, clip, timesteps)
     handle_errors(api, list(generation.model_fields))
     api.add_middleware(RequestMiddleware, state=state, config=config)
     _add_generations(api, state, config, generation)
-    for name, kind in (("edits", Edit), ("variations", Variation)):
-        _add_multipart_route(
-            api, state, config, name, narrowed(kind, config, sizes, clip, timesteps)
-        )
+    _add_multipart_route(api, state, config, "edits", edit)
+    _add_multipart_route(api, state, config, "variations", variation)
     _add_models(api, state)
     _add_health(api, state)
     return api
@@ -197,7 +197,7 @@ def _backend(state: ServerState, name: str | None) -> tuple[str, Backend]:
     if name not in state.models:
         raise ApiError(
             404,
-            f"There is no model {name!r} here; {nearest(name, state.models)}",
+            f"There is no model {name!r}; {nearest(name, state.models)}",
             "model",
             "model_not_found",
         )
@@ -240,7 +240,7 @@ def _job(
 
 def _size(fields: Form, name: str, backend: Backend) -> int:
     """Image side in pixels. Raises ApiError for one that the model `name` does not make."""
-    if fields.size in (None, "auto"):
+    if fields.size is None or fields.size == "auto":
         return backend.sizes[-1]
     size = int(fields.size.split("x")[0])
     if size not in backend.sizes:

@@ -223,8 +223,9 @@ def narrowed(
     upsampler.
     """
     literal: Any = Literal  # type checkers accept no computed choices
+    any_size: Any = literal[("auto", *(f"{size}x{size}" for size in sorted(sizes)))]
     bases: tuple[type[BaseModel], ...] = (kind, ClipFields) if clip else (kind,)
-    form = create_model(
+    form: type[Any] = create_model(
         kind.__name__,
         __base__=bases,
         __doc__=kind.__doc__,
@@ -233,7 +234,7 @@ def narrowed(
             Field(1, description="Number of images."),
         ),
         size=(
-            literal[("auto", *(f"{size}x{size}" for size in sorted(sizes)))] | None,
+            any_size | None,
             Field("auto", description="Pixels of the image; auto: the model's largest size."),
         ),
         steps=(
@@ -245,5 +246,4 @@ def narrowed(
             Field(None, ge=1, le=timesteps[1], description="Denoising steps of the upsampler."),
         ),
     )
-    assert issubclass(form, kind)
     return form

@@ -553,11 +553,11 @@ def test_keys_are_kept_as_hashes_and_found_again(tmp_path):
         new_key("ann", path)
     for spoiled in ("[]", "{", '{"ann": {"sha256": "x"}}', '{"ann": 1}'):
         path.write_text(spoiled)
-        with pytest.raises(UserError, match="is not a file of keys"):
+        with pytest.raises(UserError, match="is not an API key file"):
             read_keys(str(path), {})
-    with pytest.raises(UserError, match="There is no file of keys"):
+    with pytest.raises(UserError, match="There is no API key file"):
         read_keys(str(tmp_path / "none"), {})
-    with pytest.raises(UserError, match="GLIDE_API_KEYS is not understood") as refusal:
+    with pytest.raises(UserError, match="GLIDE_API_KEYS is malformed") as refusal:
         read_keys(None, {"GLIDE_API_KEYS": "short:abc"})
     assert "abc" not in str(refusal.value)
 
@@ -595,7 +595,7 @@ def test_what_exceeds_the_places_is_answered_429_at_once_and_the_rest_is_served(
         return busy, [await one for one in waiting], told, send.state.admission.inside["tiny"]
 
     busy, served, told, inside = asyncio.run(crowd())
-    refused(busy, 429, "All places are taken")
+    refused(busy, 429, "no capacity left")
     assert (
         int(busy.headers["retry-after"]) >= 1
         and [answer.status_code for answer in served] == [200, 200]
@@ -635,8 +635,8 @@ def test_a_request_for_more_than_a_key_may_ever_have_is_not_told_to_try_again(ba
     send = asking(backend, keys=keys)
     ann, bob = ({"authorization": f"Bearer {letter * 16}"} for letter in "ab")
     for key, body, message in (
-        (bob, {"n": 2}, "1 images made at once and this request asks for 2"),
-        (ann, {"n": 2, "best_of": 2}, "3 images a minute and this request asks for 4"),
+        (bob, {"n": 2}, "1 images in progress, and this request asks for 2"),
+        (ann, {"n": 2, "best_of": 2}, "3 images a minute, and this request asks for 4"),
     ):
         answer = send("POST", GENERATIONS, json={"prompt": "x", **body}, headers=key)
         refused(answer, 400, message, "n")
