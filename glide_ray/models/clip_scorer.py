@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -90,24 +90,25 @@ class PublicClipScorer:
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu"):
         try:
             # Optional dependency, for public CLIPs only.
-            from transformers import CLIPModel, CLIPTokenizerFast
+            from transformers import CLIPModel, CLIPTokenizer
         except ImportError:
             raise UserError(
                 "A public CLIP needs transformers; run `pip install transformers`."
             ) from None
         try:
-            self._model = CLIPModel.from_pretrained(
+            self._model: Any = CLIPModel.from_pretrained(
                 folder, use_safetensors=True, local_files_only=True
             )
-            self._tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+            self._tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # the library raises many types for an unsuitable folder
             raise WeightsError(
                 f"{folder} does not hold a CLIP that transformers can read from safetensors "
                 f"({str(error).splitlines()[0][:200]})."
             ) from None
         self._model.to(device, torch.float32).eval().requires_grad_(False)
-        self.device, self.embedding = device, self._model.config.projection_dim
-        self.image_size = self._model.config.vision_config.image_size
+        self.device = device
+        self.embedding: int = self._model.config.projection_dim
+        self.image_size: int = self._model.config.vision_config.image_size
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
@@ -225,7 +225,7 @@ def narrowed(
     literal: Any = Literal  # type checkers accept no computed choices
     any_size: Any = literal[("auto", *(f"{size}x{size}" for size in sorted(sizes)))]
     bases: tuple[type[BaseModel], ...] = (kind, ClipFields) if clip else (kind,)
-    form: type[Any] = create_model(
+    form = create_model(
         kind.__name__,
         __base__=bases,
         __doc__=kind.__doc__,
@@ -246,4 +246,4 @@ def narrowed(
             Field(None, ge=1, le=timesteps[1], description="Denoising steps of the upsampler."),
         ),
     )
-    return form
+    return cast(type[Form], form)  # its first base is `kind`
