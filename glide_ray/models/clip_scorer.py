@@ -88,23 +88,7 @@ class PublicClipScorer:
     noised = False
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu"):
-        try:
-            # Optional dependency, for public CLIPs only.
-            from transformers import CLIPModel, CLIPTokenizer
-        except ImportError:
-            raise UserError(
-                "A public CLIP needs transformers; run `pip install transformers`."
-            ) from None
-        try:
-            self._model: Any = CLIPModel.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True
-            )
-            self._tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # the library raises many types for an unsuitable folder
-            raise WeightsError(
-                f"{folder} does not hold a CLIP that transformers can read from safetensors "
-                f"({str(error).splitlines()[0][:200]})."
-            ) from None
+        self._model, self._tokenizer = _read_public_clip(folder)
         self._model.to(device, torch.float32).eval().requires_grad_(False)
         self.device = device
         self.embedding: int = self._model.config.projection_dim
@@ -144,6 +128,27 @@ class PublicClipScorer:
             self._model.visual_projection(self._model.vision_model((x - mean) / std).pooler_output),
             dim=-1,
         )
+
+
+def _read_public_clip(folder: str | Path) -> tuple[Any, Any]:
+    """Model and tokenizer of `transformers`, whose annotations are too wide to be of use."""
+    try:
+        # Optional dependency, for public CLIPs only.
+        from transformers import CLIPModel, CLIPTokenizer
+    except ImportError:
+        raise UserError(
+            "A public CLIP needs transformers; run `pip install transformers`."
+        ) from None
+    try:
+        return (
+            CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True),
+            CLIPTokenizer.from_pretrained(folder, local_files_only=True),
+        )
+    except Exception as error:  # the library raises many types for an unsuitable folder
+        raise WeightsError(
+            f"{folder} does not hold a CLIP that transformers can read from safetensors "
+            f"({str(error).splitlines()[0][:200]})."
+        ) from None
 
 
 def load_critic(
