@@ -19,6 +19,7 @@ from .emoji_presets import (
     nano_clip,
     nano_upsampler,
 )
+from .models import ClipModelConfig, ModelConfig
 from .paper_presets import (
     filtered_base,
     filtered_upsampler,
