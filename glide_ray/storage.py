@@ -265,7 +265,7 @@ def fetch(path: str | Path, cache: str | Path | None = None) -> Path:
     local = _cached(f"{path}@{etag(path)}", cache) / str(path).rpartition("/")[2]
     if not local.exists():
         _make_room(local.parent, size(path))
-        download(path, local)
+        download(str(path), local)
     return local
 
 
@@ -359,7 +359,7 @@ def _make_room(folder: Path, wanted: int) -> None:
                 entry.stat().st_mtime,
                 sum(file.stat().st_size for file in entry.iterdir() if file.is_file()),
             )
-    for entry in sorted(held, key=used.get):
+    for entry in sorted(held, key=used.__getitem__):
         if sum(held.values()) + wanted <= limit or time.time() - used[entry] < IN_USE_SECONDS:
             return
         if entry != folder:

@@ -84,7 +84,8 @@ class UNetConfig(Frozen):
     @property
     def grain(self) -> int:
         """Image sides must be multiples of this number of pixels."""
-        return self.patch * 2 ** (len(self.multipliers) - 1)
+        grain: int = self.patch * 2 ** (len(self.multipliers) - 1)
+        return grain
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> UNetConfig:

@@ -28,7 +28,7 @@ def override(preset: Config, settings: Iterable[str]) -> Config:
     return validate(type(preset), tree)
 
 
-def validate(kind: type[Frozen], tree: dict[str, Any]):
+def validate(kind: type[Config], tree: dict[str, Any]) -> Config:
     """`kind.model_validate(tree)`; raises pydantic's first error as a one-sentence ConfigError."""
     try:
         return kind.model_validate(tree)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from ..errors import ConfigError, nearest
 from .emoji_presets import (
@@ -18,6 +19,7 @@ from .emoji_presets import (
     nano_clip,
     nano_upsampler,
 )
+from .models import ClipModelConfig, ModelConfig
 from .paper_presets import (
     filtered_base,
     filtered_upsampler,
@@ -41,6 +43,7 @@ def plain(preset: Preset) -> Preset:
 
     For use where no public CLIP is available.
     """
+    assert isinstance(preset.model, ClipModelConfig)
     clip = preset.model.clip.model_copy(update={"noised": False})
     model = preset.model.model_copy(
         update={"name": preset.model.name.replace("-", "-plain-"), "clip": clip}
@@ -83,8 +86,11 @@ def _task_on(task: Callable[[Preset], Preset], make: Callable[[], Preset]) -> Pr
     return task(make())
 
 
-def _fine_tuned(preset: Preset, task: str, unet: dict, data: dict, train: dict) -> Preset:
+def _fine_tuned(
+    preset: Preset, task: str, unet: dict[str, Any], data: dict[str, Any], train: dict[str, Any]
+) -> Preset:
     model = preset.model
+    assert isinstance(model, ModelConfig)
     weights = f"runs/{model.name}/weights.safetensors"
     return preset.model_copy(
         update={

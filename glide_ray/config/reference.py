@@ -59,7 +59,8 @@ def _type(annotation: Any) -> str:
         return " and ".join(_type(one) for one in inner)
     if origin is dict:
         return f"{_type(inner[0])} to {_type(inner[1])}"
-    return TYPES.get(annotation.__name__, annotation.__name__)
+    name: str = annotation.__name__
+    return TYPES.get(name, name)
 
 
 def _default(field: FieldInfo) -> str:

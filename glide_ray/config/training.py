@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from .data import DataConfig
-from .models import AnyModelConfig, Frozen
+from .models import AnyModelConfig, Frozen, ModelConfig
 
 # Prompts of the sample grids, suited to the emoji corpus.
 SAMPLE_PROMPTS = (
@@ -183,7 +183,7 @@ class Preset(Frozen):
                 f"the kind {model.role!r}{low_res}"
             )
         if crop is not None:
-            if model.role != "upsampler":
+            if not isinstance(model, ModelConfig) or model.low_res_size is None:
                 raise ValueError(f"data.crop {crop} is for upsamplers only")
             grain, factor = model.unet.grain, model.image_size // model.low_res_size
             if crop > model.image_size or crop % grain or crop % factor:

@@ -133,6 +133,7 @@ def fit(features: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Fitted:
             quality = roc_auc_score(labels, scores)
             if best is None or quality > best[0]:
                 best = quality, scores, cost, width
+    assert best is not None  # there are several costs and widths
     _, scores, cost, width = best
     return Fitted(_svm(features, labels, cost, width), scores, cost, width)
 

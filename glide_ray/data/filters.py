@@ -160,10 +160,8 @@ def image_rules(config: CleanConfig) -> dict[str, Rule]:
         for name, rule in header_rules(config.min_size).items()
         if name != "without a caption"
     }
-    if config.max_aspect is not None:
-        rules["too long and thin"] = lambda candidate: has_moderate_aspect(
-            candidate, config.max_aspect
-        )
+    if (max_aspect := config.max_aspect) is not None:
+        rules["too long and thin"] = lambda candidate: has_moderate_aspect(candidate, max_aspect)
     return {**rules, BROKEN: decodes}
 
 

@@ -49,8 +49,9 @@ class Package:
         try:
             with tarfile.open(self.path) as tar:
                 for member in tar:
-                    if member.isfile() and pattern.fullmatch(member.name):
-                        yield member.name, tar.extractfile(member).read()
+                    content = tar.extractfile(member) if member.isfile() else None
+                    if content is not None and pattern.fullmatch(member.name):
+                        yield member.name, content.read()
         except (tarfile.TarError, OSError, EOFError):
             raise EmojiError(f"{self.path} is broken; {self._again}.") from None
 

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 from PIL import Image
 
 SIZE = 256  # side of a picture in pixels
-Task, Result = TypeVar("Task"), TypeVar("Result")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 class RenderError(ValueError):
@@ -86,8 +87,11 @@ def process_pool(
 def _begin(initializer: Callable[..., None] | None, initargs: tuple) -> None:
     """Initialise a worker process, and end it when its parent process dies."""
 
+    parent = parent_process()
+    assert parent is not None  # this is a worker process
+
     def wait() -> None:
-        parent_process().join()
+        parent.join()
         os._exit(1)
 
     Thread(target=wait, daemon=True).start()

@@ -84,7 +84,10 @@ class _Writer:
     """Writer of rows as shards of 1000, in order of arrival."""
 
     def __init__(self, folder: str):
-        self._folder, self._rows, self._entries, self._kinds = folder, [], [], Counter()
+        self._folder = folder
+        self._rows: list[Sample] = []
+        self._entries: list[dict[str, Any]] = []
+        self._kinds: Counter[str] = Counter()
         begin(folder)
 
     def add(self, sample: Sample) -> None:
@@ -115,6 +118,7 @@ def _begin_worker(sprites: Sprites) -> None:
 
 
 def _compose_some(task: tuple[int, int, int]) -> list[tuple[str, Sample]]:
+    assert _sprites is not None
     seed, start, stop = task
     return [scene_row(_sprites, seed, number) for number in range(start, stop)]
 

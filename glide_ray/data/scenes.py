@@ -155,7 +155,7 @@ class _Draft:
         return Scene(image, captions, labels | {name: getattr(first, name) for name in of_first})
 
     def _one(self, choice: Sequence[Any]) -> Any:
-        return choice[self._rng.integers(len(choice))]
+        return choice[int(self._rng.integers(len(choice)))]
 
     def _fitted(self, sprite: Sprite, side: int, least: float, most: float) -> Image.Image:
         """A picture whose longer side is a random share of `side`, from `least` to `most`."""

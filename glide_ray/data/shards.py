@@ -67,7 +67,8 @@ def begin(folder: str | Path) -> None:
 
 def write_shard(folder: str | Path, number: int, samples: Sequence[Sample]) -> dict[str, Any]:
     """Write one shard atomically, local or s3://. Returns its entry for the index."""
-    buffer, names = io.BytesIO(), set()
+    buffer = io.BytesIO()
+    names: set[str] = set()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for sample in samples:
             name = _free_name(sample.key, names)
@@ -148,7 +149,7 @@ def read_shard(data: bytes | str | Path, name: str | None = None) -> Iterator[Sa
         raise ShardError(f"{name} is not a tar file; copy it again.") from None
     with tar:
         parts: dict[str, bytes] = {}
-        current, ended = None, True
+        current, ended = "", True
         try:
             for member in tar:
                 key, suffix = _key_and_suffix(member.name)
@@ -214,7 +215,7 @@ def _sample(key: str, parts: Mapping[str, bytes]) -> Iterator[Sample]:
     meta = read_meta(parts.get("json"))
     text = parts["txt"].decode(errors="replace") if "txt" in parts else None
     key = meta["key"] if isinstance(meta.get("key"), str) else key
-    yield Sample(key, parts.get(suffix, b""), suffix or "", captions_of(text, meta), meta)
+    yield Sample(key, parts.get(suffix or "", b""), suffix or "", captions_of(text, meta), meta)
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:

@@ -175,7 +175,7 @@ class Sprites:
         return self.path, self.styles
 
     def __setstate__(self, state: tuple) -> None:
-        self.__init__(*state)
+        Sprites.__init__(self, *state)
 
     def picture(self, sprite: Sprite) -> Image.Image:
         """RGBA picture, cropped to the pixels that are not transparent."""
@@ -190,7 +190,8 @@ class Sprites:
 
 def read_sprites(train: str, folder: Path) -> Sprites:
     """Read the pictures of a split of the corpus, and collect their bytes in a file in `folder`."""
-    path, styles, offset = folder / "sprites", {}, 0
+    path, offset = folder / "sprites", 0
+    styles: dict[str, list[Sprite]] = {}
     with open(path, "wb") as file:
         for shard in list_files(train, (".tar",)):
             for sample in read_shard(read(shard), shard):
@@ -207,8 +208,9 @@ def read_sprites(train: str, folder: Path) -> Sprites:
 def fit(picture: Image.Image, side: int) -> Image.Image:
     """Resize a picture so that its longer side is `side` pixels."""
     scale = side / max(picture.size)
-    size = tuple(max(1, round(length * scale)) for length in picture.size)
-    return picture.resize(size, Image.Resampling.BOX if scale < 0.5 else Image.Resampling.BILINEAR)
+    width, height = (max(1, round(length * scale)) for length in picture.size)
+    filter = Image.Resampling.BOX if scale < 0.5 else Image.Resampling.BILINEAR
+    return picture.resize((width, height), filter)
 
 
 def paste(image: Image.Image, picture: Image.Image, cell: Box, rng: np.random.Generator) -> Box:

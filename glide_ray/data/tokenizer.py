@@ -88,7 +88,10 @@ class ClipTokenizer(Tokenizer):
 
     def __init__(self, merges: str, context: int = 77):
         super().__init__(context)
-        self._merges = [tuple(line.split()) for line in merges.split("\n")]
+        self._merges: list[tuple[str, str]] = []
+        for line in merges.split("\n"):
+            first, second = line.split()
+            self._merges.append((first, second))
 
     @cached_property
     def _bpe(self) -> BytePairTokenizer:

@@ -80,7 +80,9 @@ class Collate:
         pairs = [self._pair(pictures[n], keys[n], epoch, augment) for n in order]
         image = to_tensor(np.stack([picture for picture, _ in pairs]))
         low_res = (
-            to_tensor(np.stack([small for _, small in pairs])) if self.model.low_res_size else None
+            to_tensor(np.stack([small for _, small in pairs if small is not None]))
+            if self.model.low_res_size
+            else None
         )
         known_mask = None
         if self.model.inpaint:
@@ -116,9 +118,9 @@ class Collate:
             return picture, None
         small = area_downsample(picture, self.model.low_res_size)
         draws = self._draws("pair", key, epoch) if augment else None
-        if augment and draws.random() < self.data.low_res_blur_rate:
+        if draws is not None and draws.random() < self.data.low_res_blur_rate:
             small = blur(small, draws.uniform(*BLUR_SIGMAS))
-        if not augment or not self.data.crop:
+        if draws is None or not self.data.crop:
             return picture, small
         # Draw the corner in low-res pixels, so that both crops start at a whole pixel.
         factor = self.model.image_size // self.model.low_res_size

@@ -113,9 +113,10 @@ def read_rows(corpus: str, split: str) -> list[Row]:
             f"give another with --corpus."
         )
     rows = [
-        Row(*(sample.meta[name] for name in ("emoji", "name", "group", "style")), sample)
+        Row(meta["emoji"], meta["name"], meta["group"], meta["style"], sample)
         for sample in read_corpus(folder)
-        if sample.meta.keys() >= {"emoji", "name", "group", "style"} and not sample.meta.get("tone")
+        if (meta := sample.meta).keys() >= {"emoji", "name", "group", "style"}
+        and not meta.get("tone")
     ]
     if not rows:
         raise CorpusError(
@@ -142,7 +143,8 @@ def scene_cases(category: str, sprites: Sprites, count: int, seed: int = 0) -> l
 
     Fewer if `count` x TRIES composed scenes contain fewer of this kind.
     """
-    wanted, found = SCENES[category], []
+    wanted = SCENES[category]
+    found: list[Case] = []
     for scene in _scenes(sprites, SCENE_SEED + (category == INPAINTING), count * TRIES):
         if scene.labels["scene"] == wanted:
             found.append(_scene_case(category, scene, seed + len(found)))

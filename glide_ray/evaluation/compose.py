@@ -257,7 +257,7 @@ def real_picture(case: Case, size: int) -> np.ndarray:
 
 def _known(hole: np.ndarray, size: int) -> np.ndarray:
     factor = len(hole) // size
-    return ~hole.reshape(size, factor, size, factor).any(axis=(1, 3))
+    return np.asarray(~hole.reshape(size, factor, size, factor).any(axis=(1, 3)))
 
 
 # -- scores ----------------------------------------------------------------------------------------

@@ -103,12 +103,14 @@ def standings(
     table = wins(votes, models)
     best, played = scores(table, models), (table + table.T).sum(1)
     ends = [_interval(of, level) for of in np.stack(list(_drawn(votes, models, draws, seed))).T]
-    return {
-        models[n]: Standing(
-            float(best[n]), *ends[n], float(table[n].sum() / played[n]), int(played[n])
+
+    def standing(n: int) -> Standing:
+        low, high = ends[n]
+        return Standing(
+            float(best[n]), low, high, float(table[n].sum() / played[n]), int(played[n])
         )
-        for n in np.argsort(-best)
-    }
+
+    return {models[n]: standing(n) for n in np.argsort(-best).tolist()}
 
 
 def _interval(drawn: np.ndarray, level: float) -> tuple[float, float]:
@@ -131,10 +133,12 @@ def _drawn(
     NaN for a model whose score a draw does not determine.
     """
     place: dict[str | int, int] = {}
-    of = [
-        place.setdefault(n if vote.about is None else vote.about, len(place))
-        for n, vote in enumerate(votes)
-    ]
+    of = np.array(
+        [
+            place.setdefault(n if vote.about is None else vote.about, len(place))
+            for n, vote in enumerate(votes)
+        ]
+    )
     first, second, won = (
         np.array(column)
         for column in zip(

@@ -200,8 +200,9 @@ def moved_and_blurred(picture: np.ndarray, rng: np.random.Generator) -> np.ndarr
     picture = picture[:, ::-1] if rng.random() < 0.5 else picture
     new = int(side * rng.uniform(0.82, 1.1))
     canvas = Image.new("RGB", (side, side), "white")
-    corner = tuple(int((side - new) // 2 + rng.integers(-6, 7)) for _ in range(2))
-    canvas.paste(Image.fromarray(picture).resize((new, new), Image.Resampling.BILINEAR), corner)
+    left, top = (int((side - new) // 2 + rng.integers(-6, 7)) for _ in range(2))
+    resized_picture = Image.fromarray(picture).resize((new, new), Image.Resampling.BILINEAR)
+    canvas.paste(resized_picture, (left, top))
     buffer = io.BytesIO()
     canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.6))).save(
         buffer, "JPEG", quality=int(rng.integers(40, 92))

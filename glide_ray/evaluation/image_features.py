@@ -103,11 +103,11 @@ class Reference:
                 f"images of the reference: it was made for another."
             )
         keep = np.array([name not in names for name in self.names])
+        inception = self.images.inception
         images = ImageFeatures(
-            *(
-                None if part is None else part[keep]
-                for part in (self.images.clip, self.images.words, self.images.inception)
-            )
+            self.images.clip[keep],
+            self.images.words[keep],
+            None if inception is None else inception[keep],
         )
         return Reference(
             [name for name in self.names if name not in names],

@@ -153,8 +153,8 @@ class Judge:
 
     def _measured(self, category: str, case: Case, view: View, picture: np.ndarray) -> Verdict:
         if category == COUNT:
-            found = int(self.counts.best(part_areas(picture)[None])[0]) + 1
-            return Verdict(found == case.labels["count"], str(found))
+            count = int(self.counts.best(part_areas(picture)[None])[0]) + 1
+            return Verdict(count == case.labels["count"], str(count))
         found = (
             view.regions.background_name if category == BACKGROUND else view.regions.colour_name()
         )
@@ -226,10 +226,10 @@ class Judge:
     def _holes(
         self, cases: Sequence[Case], pictures: Sequence[np.ndarray]
     ) -> list[dict[str, Verdict]]:
-        views = [
-            View.of(in_hole(picture, case.hole))
-            for case, picture in zip(cases, pictures, strict=True)
-        ]
+        views = []
+        for case, picture in zip(cases, pictures, strict=True):
+            assert case.hole is not None
+            views.append(View.of(in_hole(picture, case.hole)))
         things = self.things_shown(cases, self._features.shapes(views))
         return [
             {THING: thing if view.regions.foreground.mean() > FAINT else Verdict(False, NOTHING)}
@@ -238,9 +238,11 @@ class Judge:
 
     @property
     def _features(self) -> FeatureExtractor:
-        if self.extractor is None:
-            object.__setattr__(self, "extractor", FeatureExtractor())
-        return self.extractor
+        extractor = self.extractor
+        if extractor is None:
+            extractor = FeatureExtractor()
+            object.__setattr__(self, "extractor", extractor)
+        return extractor
 
     # -- storage -----------------------------------------------------------------------------------
 
@@ -254,7 +256,7 @@ class Judge:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, in 16 bits where that is precise enough."""
-        tensors = {}
+        tensors: dict[str, np.ndarray] = {}
         for name, head in (
             ("things", self.things),
             ("styles", self.styles),

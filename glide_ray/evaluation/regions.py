@@ -160,7 +160,7 @@ def _shade_distances(pixels: np.ndarray) -> tuple[list[str], np.ndarray]:
 @cache
 def _shades() -> tuple[list[str], list[np.ndarray]]:
     """The colours' names; the shades of each in a recoloured picture: (32, 3) float32."""
-    greys = np.arange(0, 256, 8, np.uint8)
+    greys = np.arange(0, 256, 8, dtype=np.uint8)
     ramp = Image.merge(
         "RGBA", [Image.fromarray(greys[None])] * 3 + [Image.new("L", (len(greys), 1), 255)]
     )

@@ -237,19 +237,16 @@ def _plot_points(axis, points: Sequence[Point], across: str, up: str) -> None:
 
 def _lines(points: Sequence[Point]) -> dict[str, list[Point]]:
     """Points of each model and kind of guidance, in the order of their scales."""
-    guided = [point for point in points if point.guidance]
-    models, lines = list(dict.fromkeys(point.figures.get("model", "") for point in guided)), {}
+    guided = [(point.guidance, point) for point in points if point.guidance]
+    models = list(dict.fromkeys(point.figures.get("model", "") for _, point in guided))
+    lines: dict[str, list[Point]] = {}
     for model in models:
-        own = [point for point in guided if point.figures.get("model", "") == model]
-        unguided, rest = (
-            [point for point in own if point.guidance == UNGUIDED],
-            [point for point in own if point.guidance != UNGUIDED],
-        )
-        for kind in sorted({point.guidance[0] for point in rest}) or [UNGUIDED[0]]:
-            line = sorted(
-                (point for point in rest if point.guidance[0] == kind),
-                key=lambda point: point.guidance[1],
-            )
+        own = [pair for pair in guided if pair[1].figures.get("model", "") == model]
+        unguided = [point for guidance, point in own if guidance == UNGUIDED]
+        rest = [pair for pair in own if pair[0] != UNGUIDED]
+        for kind in sorted({guidance[0] for guidance, _ in rest}) or [UNGUIDED[0]]:
+            of_kind = [pair for pair in rest if pair[0][0] == kind]
+            line = [point for _, point in sorted(of_kind, key=lambda pair: pair[0][1])]
             lines[f"{kind}, {model}" if len(models) > 1 else kind] = unguided + line
     return lines
 

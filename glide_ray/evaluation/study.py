@@ -278,13 +278,15 @@ def _real_checks(asked: Asked, secret: str, folder: Path, count: int) -> list[Co
 
     For photorealism beside noise; for the caption beside a real picture of something else.
     """
+    assert asked.real is not None
     corpus = find_pictures(asked.real)
     if not corpus:
         raise StudyError(
             f"No image of {asked.real} has a caption; give --real a corpus with captions, or leave "
             f"it out."
         )
-    prompts, checks, wanted = list(corpus), [], {}
+    prompts, checks = list(corpus), []
+    wanted: dict[StudyPicture, str] = {}  # picture -> name under which the page shows it
     words = _words_of_pictures(corpus)
     for question in asked.questions:
         for n in range(_how_many(count)):

@@ -114,7 +114,7 @@ class Styles:
             tensors["codes"].astype(np.int64),
             tensors["palette"],
             tensors["bias"],
-            Discriminant(tuple(labels), **part["texture"]),
+            Discriminant(tuple(labels), cosine=False, **part["texture"]),
             Logistic(**part["weigh"]),
         )
 

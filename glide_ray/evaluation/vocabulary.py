@@ -118,7 +118,8 @@ def is_plain(emoji: str, name: str, group: str) -> bool:
 
 def _unlike(order: Sequence[str], names: Mapping[str, str]) -> tuple[str, ...]:
     """The things of `order`, without those that share a word or ALIKE line with an earlier one."""
-    chosen, taken = [], set()
+    chosen: list[str] = []
+    taken: set[str] = set()
     for emoji in order:
         words = _words(names[emoji])
         if not words & taken:

@@ -404,7 +404,8 @@ def _checks(connection: Connection) -> dict[str, tuple[int, int]]:
         .where(COMPARISONS.c.check_of.is_not(None), VOTES.c.answer.is_not(None))
         .group_by(VOTES.c.rater, VOTES.c.answer)
     ).all()
-    passed, answered = Counter(), Counter()
+    passed: Counter[str] = Counter()
+    answered: Counter[str] = Counter()
     for rater, answer, count in rows:
         answered[rater] += count
         passed[rater] += count * (answer == FIRST)

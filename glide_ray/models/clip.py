@@ -139,11 +139,13 @@ class NoisedClip(nn.Module):
         """
         if self.log_scale.is_meta:
             return
-        for tower in (self.image, self.text):
+        towers: tuple[ImageTower | TextTower, ...] = (self.image, self.text)
+        for tower in towers:
             width = tower.position.shape[1]
             nn.init.normal_(tower.position, std=0.01 if tower is self.text else width**-0.5)
             nn.init.normal_(tower.project.weight, std=width**-0.5)
             for block in tower.blocks:
+                assert isinstance(block, Block)
                 for layer in (block.query, block.key, block.value):
                     nn.init.normal_(layer.weight, std=width**-0.5)
                 nn.init.normal_(block.mlp_in.weight, std=(2 * width) ** -0.5)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from ..config.models import ClipModelConfig, ModelConfig
 from ..data.tokenizer import ClipTokenizer, Tokenizer
 from ..errors import UserError
 from .clip import CHANNEL_MEANS, CHANNEL_STDS, NoisedClip
-from .weights import WeightsError, load_metadata, load_model
+from .weights import WeightsError, load_metadata, load_noised_clip
 
 # Files of a public CLIP's folder: weights, settings, vocabulary.
 CLIP_FILES = (".safetensors", ".json", ".txt")
@@ -88,26 +88,11 @@ class PublicClipScorer:
     noised = False
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu"):
-        try:
-            # Optional dependency, for public CLIPs only.
-            from transformers import CLIPModel, CLIPTokenizerFast
-        except ImportError:
-            raise UserError(
-                "A public CLIP needs transformers; run `pip install transformers`."
-            ) from None
-        try:
-            self._model = CLIPModel.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True
-            )
-            self._tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # the library raises many types for an unsuitable folder
-            raise WeightsError(
-                f"{folder} does not hold a CLIP that transformers can read from safetensors "
-                f"({str(error).splitlines()[0][:200]})."
-            ) from None
+        self._model, self._tokenizer = _read_public_clip(folder)
         self._model.to(device, torch.float32).eval().requires_grad_(False)
-        self.device, self.embedding = device, self._model.config.projection_dim
-        self.image_size = self._model.config.vision_config.image_size
+        self.device = device
+        self.embedding: int = self._model.config.projection_dim
+        self.image_size: int = self._model.config.vision_config.image_size
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:
@@ -143,6 +128,27 @@ class PublicClipScorer:
             self._model.visual_projection(self._model.vision_model((x - mean) / std).pooler_output),
             dim=-1,
         )
+
+
+def _read_public_clip(folder: str | Path) -> tuple[Any, Any]:
+    """Model and tokenizer of `transformers`, whose annotations are too wide to be of use."""
+    try:
+        # Optional dependency, for public CLIPs only.
+        from transformers import CLIPModel, CLIPTokenizer
+    except ImportError:
+        raise UserError(
+            "A public CLIP needs transformers; run `pip install transformers`."
+        ) from None
+    try:
+        return (
+            CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True),
+            CLIPTokenizer.from_pretrained(folder, local_files_only=True),
+        )
+    except Exception as error:  # the library raises many types for an unsuitable folder
+        raise WeightsError(
+            f"{folder} does not hold a CLIP that transformers can read from safetensors "
+            f"({str(error).splitlines()[0][:200]})."
+        ) from None
 
 
 def load_critic(
@@ -183,12 +189,7 @@ def load_clip(
     """
     if Path(path).is_dir():
         return PublicClipScorer(path, device)
-    model, config = load_model(path)
-    if not isinstance(config, ClipModelConfig):
-        raise WeightsError(
-            f"{path} holds {config.name}, a model of the kind {config.role!r}, where one of the "
-            f"kind 'clip' is wanted."
-        )
+    model, config = load_noised_clip(path)
     merges = load_metadata(path).get("merges")
     if config.clip.tokenizer == "clip" and not merges:
         raise WeightsError(

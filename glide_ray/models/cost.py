@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..config.models import AnyModelConfig, ModelConfig
+from ..config.models import AnyModelConfig, ClipModelConfig, ModelConfig
 from ..config.training import Preset
 from ..precision import BYTES
 from ..tensors import Batch, Conditioning
@@ -49,29 +50,32 @@ def inspect(config: AnyModelConfig) -> ModelInfo:
     """Count parameters and FLOPs of a model, without drawing weights."""
     size = config.image_size
     with torch.device("meta"):
-        model = build_model(config).eval()
         x, timestep = torch.empty(1, 3, size, size), torch.empty(1, dtype=torch.int64)
-        if isinstance(model, NoisedClip):
+        if isinstance(config, ClipModelConfig):
+            clip = build_model(config).eval()
+            counted = parts(clip)
             with FlopCounterMode(display=False) as text_counter:
-                model.encode_text(
+                clip.encode_text(
                     torch.zeros(1, config.context, dtype=torch.int64),
                     torch.ones(1, dtype=torch.int64),
                 )
             with FlopCounterMode(display=False) as counter:
-                model.encode_image(x, timestep)
+                clip.encode_image(x, timestep)
         else:
+            model = build_model(config).eval()
+            counted = parts(model)
             conditioning = example_conditioning(config, 1)
             with FlopCounterMode(display=False) as text_counter:
                 text = model.encode_text(conditioning.tokens, conditioning.mask)
             with FlopCounterMode(display=False) as counter:
                 model(x, timestep, conditioning, text)
-    return ModelInfo(parts(model), counter.get_total_flops(), text_counter.get_total_flops())
+    return ModelInfo(counted, counter.get_total_flops(), text_counter.get_total_flops())
 
 
 def operations(preset: Preset) -> int:
     """FLOPs of a forward pass of one image and its caption, at the training size."""
     model, crop = preset.model, preset.data.crop
-    if isinstance(model, ModelConfig) and crop and crop != model.image_size:
+    if isinstance(model, ModelConfig) and model.low_res_size and crop:
         # Attention sizes refer to the whole image: scale them to the crop.
         unet = model.unet.model_copy(
             update={
@@ -95,7 +99,7 @@ def _operations(model: AnyModelConfig) -> int:
 def parts(model: GlideUNet | NoisedClip) -> dict[str, int]:
     """Parameters by part; they add up to the whole model."""
 
-    def size(*modules):
+    def size(*modules: nn.Module) -> int:
         return sum(p.numel() for module in modules for p in module.parameters())
 
     if isinstance(model, NoisedClip):
@@ -129,10 +133,10 @@ def example_conditioning(
 
     On `device`, or on the default device.
     """
-    unet, kind = config.unet, {"device": device} if device else {}
-    tokens = torch.zeros(batch, unet.text.context, dtype=torch.int64, **kind)
+    unet = config.unet
+    tokens = torch.zeros(batch, unet.text.context, dtype=torch.int64, device=device)
     low_res = (
-        torch.zeros(batch, 3, unet.low_res_size, unet.low_res_size, **kind)
+        torch.zeros(batch, 3, unet.low_res_size, unet.low_res_size, device=device)
         if unet.low_res_size
         else None
     )

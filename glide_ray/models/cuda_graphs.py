@@ -84,6 +84,7 @@ class GraphRunner:
                 self._graphs[count] = self._record(count)
 
     def _record(self, count: int) -> tuple[torch.cuda.CUDAGraph, ModelOutput]:
+        assert self._inputs is not None
         x, timestep, conditioning, text = (given[:count] for given in self._inputs)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -109,5 +110,10 @@ def _room(given, rows: int):
 
 def _tensors(form) -> list[Tensor]:
     found: list[Tensor] = []
-    form.map(lambda tensor: found.append(tensor) or tensor)
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    form.map(keep)
     return found

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..storage import digest
+from .layers import channels_last
 
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 # For each stage: kernel, stride of its first block, expansion, output channels, blocks.
@@ -75,7 +76,9 @@ class Block(nn.Module):
         self._residual = stride == 1 and channels == out
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if self._expand_conv is None else F.relu6(self._bn0(self._expand_conv(x)))
+        wide = x
+        if self._expand_conv is not None and self._bn0 is not None:
+            wide = F.relu6(self._bn0(self._expand_conv(x)))
         out = self._bn2(self._project_conv(F.relu6(self._bn1(self._depthwise_conv(wide)))))
         return out + x if self._residual else out
 
@@ -141,7 +144,7 @@ def load_efficientnet(path: str | Path | None = None) -> EfficientNetLite0:
         )
     model = EfficientNetLite0()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return channels_last(model.eval().requires_grad_(False))
 
 
 def _installed() -> str:

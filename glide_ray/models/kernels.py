@@ -59,7 +59,7 @@ def group_norm(
     b, channels, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
     modulated = scale is not None
-    if modulated and scale.stride() != shift.stride():
+    if scale is not None and shift is not None and scale.stride() != shift.stride():
         scale, shift = scale.contiguous(), shift.contiguous()
     line = (
         weight,
@@ -67,7 +67,7 @@ def group_norm(
         x if before is None else before,
         scale if modulated else x,
         shift if modulated else x,
-        scale.stride(0) if modulated else 0,
+        0 if scale is None else scale.stride(0),
         height * width,
     )
     form = {"BEFORE": before is not None, "MODULATED": modulated}

@@ -8,10 +8,19 @@ without a copy. `fused` blocks compute the same with `kernels.py`, for GPU infer
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def channels_last(network: Network) -> Network:
+    """Keep a network's convolution weights in channels-last memory."""
+    # torch's annotations of `to` lack this argument.
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def timestep_embedding(timestep: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
@@ -181,10 +190,12 @@ class ResBlock(nn.Module):
             h, before=self.in_conv.bias, scale=scale, shift=shift, silu=True
         )
         h = F.conv2d(h, self.out_conv.weight, padding=1)
+        bias = self.out_conv.bias
+        assert bias is not None
         if isinstance(self.skip, nn.Identity):
-            return kernels.add(h, x, self.out_conv.bias, resample=resample)
+            return kernels.add(h, x, bias, resample=resample)
         # No resampling: no block both resamples and changes its channels.
-        return kernels.add(h, F.conv2d(x, self.skip.weight), self.out_conv.bias, self.skip.bias)
+        return kernels.add(h, F.conv2d(x, self.skip.weight), bias, self.skip.bias)
 
 
 class AttentionBlock(nn.Module):

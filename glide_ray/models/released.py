@@ -24,7 +24,7 @@ from ..storage import atomic_write
 from .clip import NoisedClip
 from .layers import AttentionBlock, ResBlock
 from .text import TextBlock
-from .unet import GlideUNet
+from .unet import GlideUNet, Stage
 
 
 class ReleasedError(UserError):
@@ -99,14 +99,15 @@ def clip_from_released(
 
 def clip_to_released(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Our `NoisedClip` -> the released state dicts of the image and the text encoder."""
-    return tuple(
-        {
+
+    def encoder(tower: str) -> dict[str, Tensor]:
+        return {
             _clip_name(name.removeprefix(f"{tower}.")): tensor
             for name, tensor in state.items()
             if name.startswith(f"{tower}.")
         }
-        for tower in ("image", "text")
-    )
+
+    return encoder("image"), encoder("text")
 
 
 # -- files --------------------------------------------------------------------------------------
@@ -135,13 +136,10 @@ def import_files(
                 "bpe_simple_vocab_16e6.txt.gz, which is published beside its code, with "
                 "--vocabulary."
             )
-        config = released_clip()
+        clip = released_clip()
         merges = read_merges(vocabulary)
-        return (
-            config,
-            clip_from_released(towers["image"][1], towers["text"][1], config.clip),
-            {"merges": merges},
-        )
+        state = clip_from_released(towers["image"][1], towers["text"][1], clip.clip)
+        return clip, state, {"merges": merges}
     if len(states) > 1:
         raise ReleasedError("Give one UNet at a time, or the two encoders of CLIP together.")
     ((path, state),) = states.items()
@@ -210,6 +208,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 def released_clip() -> ClipModelConfig:
     """Config of the published noised CLIP (its config.yaml)."""
     config = presets.get("noised-clip-b").model
+    assert isinstance(config, ClipModelConfig)
     return config.model_copy(
         update={
             "clip": config.clip.model_copy(
@@ -252,11 +251,12 @@ def _tower(state: Mapping[str, Tensor]) -> str | None:
 
 def _recognise(state: Mapping[str, Tensor]) -> ModelConfig:
     """The published model that shares the most keys and sizes with a state dict."""
-    candidates = [
+    configs = [
         presets.get(f"filtered-{kind}{task}").model
         for kind in ("base", "upsampler")
         for task in ("", "-inpaint")
     ]
+    candidates = [config for config in configs if isinstance(config, ModelConfig)]
 
     def shared(config: ModelConfig) -> int:
         names, shapes = _names_and_shapes(config.unet)
@@ -345,7 +345,9 @@ def _names_and_shapes(config: UNetConfig) -> tuple[dict[str, str], dict[str, tor
     for index, stage in enumerate(model.up):
         _add_stage(modules, stage, f"up.{index}", f"output_blocks.{index}")
     _add_stage(modules, model.middle[0], "middle.0", "middle_block")
-    _add(modules, model.middle[1].block, "middle.1.block", "middle_block.2")
+    last = model.middle[1]
+    assert isinstance(last, Stage)
+    _add(modules, last.block, "middle.1.block", "middle_block.2")
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     names = {}
     for name in shapes:

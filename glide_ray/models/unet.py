@@ -7,6 +7,7 @@ the config determines.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config.models import DiffusionConfig, UNetConfig
 from ..tensors import Conditioning, ModelOutput, TextFeatures
 from .layers import AttentionBlock, Downsample, GroupNorm, ResBlock, Upsample, timestep_embedding
-from .text import TextTransformer
+from .text import TextBlock, TextTransformer
 
 
 class Stage(nn.Module):
@@ -147,7 +148,8 @@ class GlideUNet(nn.Module):
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
                 bound = 1 / math.sqrt(module.weight[0].numel())
-                nn.init.uniform_(module.bias, -bound, bound)
+                if module.bias is not None:
+                    nn.init.uniform_(module.bias, -bound, bound)
             elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
@@ -155,18 +157,16 @@ class GlideUNet(nn.Module):
             nn.init.normal_(table, std=0.02)  # as in GPT-2
         # Residual branches start small, as in GPT-2.
         depth = math.sqrt(2 * max(1, len(self.text.blocks)))
-        for block in self.text.blocks:
-            block.out.weight /= depth
-            block.mlp_out.weight /= depth
+        for block in self.text.modules():
+            if isinstance(block, TextBlock):
+                block.out.weight.div_(depth)
+                block.mlp_out.weight.div_(depth)
         for module in self.modules():  # every U-Net block starts as the identity
             if isinstance(module, ResBlock):
-                nn.init.zeros_(module.out_conv.weight)
-                nn.init.zeros_(module.out_conv.bias)
+                _zero(module.out_conv)
             elif isinstance(module, AttentionBlock):
-                nn.init.zeros_(module.out.weight)
-                nn.init.zeros_(module.out.bias)
-        nn.init.zeros_(self.out.weight)  # the first prediction is eps = 0
-        nn.init.zeros_(self.out.bias)
+                _zero(module.out)
+        _zero(self.out)  # the first prediction is eps = 0
         for channels in self._conditioning_channels():
             nn.init.zeros_(self.stem.weight[:, channels])  # sec. 4.3
 
@@ -190,14 +190,15 @@ class GlideUNet(nn.Module):
         # One matrix product computes the scale and shift of all blocks; their own weights become
         # views of the joined ones.
         blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
-        self._embeddings = tuple(
+        weight, bias = (
             torch.cat([getattr(block.embedding, name).detach() for block in blocks])
             for name in ("weight", "bias")
         )
+        self._embeddings = weight, bias
         start = 0
         for block in blocks:
             block.fused = slice(start, start := start + block.embedding.out_features)
-            for name, joined in zip(("weight", "bias"), self._embeddings, strict=True):
+            for name, joined in zip(("weight", "bias"), (weight, bias), strict=True):
                 getattr(block.embedding, name).data = joined[block.fused]
 
     # -- forward --------------------------------------------------------------------------------
@@ -247,7 +248,7 @@ class GlideUNet(nn.Module):
                 dtype, memory_format=self.memory_format or self._fast_format(x.device)
             )
         )
-        keys_values = iter(text.keys_values)
+        keys_values = iter(text.keys_values or ())
         kept = [h]
         for stage in self.down:
             h = self._run(stage, h, embedding, keys_values)
@@ -336,10 +337,17 @@ class GlideUNet(nn.Module):
     def _known(self, x: Tensor, conditioning: Conditioning) -> list[Tensor]:
         if conditioning.known is None:  # no known pixels: the inpainting model generates
             return [torch.zeros_like(x), torch.zeros_like(x[:, :1])]
+        assert conditioning.known_mask is not None
         mask = conditioning.known_mask.to(x)
         return [conditioning.known.to(x) * mask, mask]
 
-    def _run(self, stage: Stage, x: Tensor, embedding: Tensor, keys_values) -> Tensor:
+    def _run(
+        self,
+        stage: nn.Module,
+        x: Tensor,
+        embedding: Tensor,
+        keys_values: Iterator[tuple[Tensor, Tensor]],
+    ) -> Tensor:
         key, value = next(keys_values) if stage.attention is not None else (None, None)
         if self._checkpointing:
             return checkpoint(stage, x, embedding, key, value, use_reentrant=False)
@@ -348,3 +356,9 @@ class GlideUNet(nn.Module):
     @property
     def _checkpointing(self) -> bool:
         return self.activation_checkpointing and torch.is_grad_enabled()
+
+
+def _zero(layer: nn.Module) -> None:
+    """Set the weight and bias of a layer to zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)

@@ -6,8 +6,9 @@ It can be loaded without any other file, and without unpickling.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,7 @@ from ..config.overrides import validate
 from ..errors import ConfigError, UserError
 from ..storage import atomic_write
 from .clip import NoisedClip
+from .layers import Network, channels_last
 from .unet import GlideUNet
 
 
@@ -58,7 +60,9 @@ def load_config(path: str | Path) -> AnyModelConfig:
         )
     try:
         tree = json.loads(metadata["config"])
-        return validate(ClipModelConfig if "clip" in tree else ModelConfig, tree)
+        if "clip" in tree:
+            return validate(ClipModelConfig, tree)
+        return validate(ModelConfig, tree)
     except (ConfigError, json.JSONDecodeError) as error:
         raise WeightsError(
             f"{path} carries a config that this version does not read: {error}"
@@ -82,13 +86,17 @@ def load_metadata(path: str | Path) -> dict[str, str]:
         ) from None
 
 
+@overload
+def build_model(config: ModelConfig) -> GlideUNet: ...
+@overload
+def build_model(config: ClipModelConfig) -> NoisedClip: ...
+@overload
+def build_model(config: AnyModelConfig) -> GlideUNet | NoisedClip: ...
 def build_model(config: AnyModelConfig) -> GlideUNet | NoisedClip:
     """The model of a config, randomly initialised."""
-    return (
-        GlideUNet(config.unet, config.diffusion)
-        if isinstance(config, ModelConfig)
-        else NoisedClip(config.clip)
-    )
+    if isinstance(config, ModelConfig):
+        return GlideUNet(config.unet, config.diffusion)
+    return NoisedClip(config.clip)
 
 
 def load_model(
@@ -99,15 +107,50 @@ def load_model(
     Raises WeightsError if the weights do not fit their config.
     """
     config, state = load_weights(path)
+    return _loaded(lambda: build_model(config), state, path, dtype, device), config
+
+
+def load_unet(
+    path: str | Path,
+    role: str,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> tuple[GlideUNet, ModelConfig]:
+    """As `load_model`, for a U-Net of the role "base" or "upsampler".
+
+    Raises WeightsError, also for a model of another role.
+    """
+    config, state = load_weights(path)
+    check_role(config, role, path)
+    assert isinstance(config, ModelConfig)
+    return _loaded(lambda: build_model(config), state, path, dtype, device), config
+
+
+def load_noised_clip(path: str | Path) -> tuple[NoisedClip, ClipModelConfig]:
+    """As `load_model`, for a CLIP, in float32 on the CPU.
+
+    Raises WeightsError, also for a model of another role.
+    """
+    config, state = load_weights(path)
+    check_role(config, "clip", path)
+    assert isinstance(config, ClipModelConfig)
+    return _loaded(lambda: build_model(config), state, path), config
+
+
+def _loaded(
+    build: Callable[[], Network],
+    state: Mapping[str, Tensor],
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Network:
     with torch.device("meta"):
-        model = build_model(config)
+        model = build()
     check_shapes(
         state, {name: tensor.shape for name, tensor in model.state_dict().items()}, str(path)
     )
     model.load_state_dict(state, assign=True)
-    return model.to(device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(
-        False
-    ), config
+    return channels_last(model.to(device, dtype)).eval().requires_grad_(False)
 
 
 def with_known_channels(state: Mapping[str, Tensor], unet: UNetConfig) -> dict[str, Tensor]:

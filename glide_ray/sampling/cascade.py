@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config.models import SHIPPED, ModelConfig
+from ..config.models import SHIPPED
 from ..config.sampling import SampleOptions
 from ..data.images import to_8_bits, to_uint8
 from ..models.clip_scorer import ClipScorer, load_critic
-from ..models.unet import GlideUNet
-from ..models.weights import check_pair, check_role, load_model
+from ..models.weights import check_pair, load_unet
 from ..precision import DTYPES, resolve_precision
 from ..pretrained.shipped import locate
 from .checks import RequestError
@@ -271,11 +270,9 @@ def load_stepper(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = locate(path, role)
-    model, config = load_model(
-        path, DTYPES[resolve_precision(precision, device, portable=True)], device
+    model, config = load_unet(
+        path, role, DTYPES[resolve_precision(precision, device, portable=True)], device
     )
-    check_role(config, role, path)
-    assert isinstance(model, GlideUNet) and isinstance(config, ModelConfig)  # by its role
     critic = load_critic(clip, config, device) if clip else None
     dtype = next(model.parameters()).dtype
     return Stepper(model, config, device, dtype, max_in_flight, batched, critic, lanes)

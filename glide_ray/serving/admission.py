@@ -52,8 +52,8 @@ class Admission:
             if client is not None and not _is_loopback(client):
                 raise ApiError(
                     403,
-                    "This server has no API keys and answers its own machine only; "
-                    "make one with `glide key`.",
+                    "This server has no API keys and serves its own machine only; "
+                    "make a key with `glide key`.",
                     code="no_keys",
                 )
             return NOBODY
@@ -61,7 +61,7 @@ class Admission:
         if kind.lower() != "bearer" or not key:
             raise ApiError(
                 401,
-                "An API key is needed, as the header `Authorization: Bearer KEY`.",
+                "An API key is required; send it in the header `Authorization: Bearer KEY`.",
                 code="missing_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
@@ -73,7 +73,7 @@ class Admission:
         if name is None:
             raise ApiError(
                 401,
-                "This API key is not known here.",
+                "Unknown API key; check the header `Authorization`.",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
@@ -106,18 +106,18 @@ class Admission:
     def _check(self, who: str, model: str, images: int) -> None:
         key = self.keys.get(who)
         if key is not None:
-            for limit, when in ((key.at_once, "made at once"), (key.per_minute, "a minute")):
+            for limit, when in ((key.at_once, "in progress"), (key.per_minute, "a minute")):
                 if limit and images > limit:
                     raise ApiError(
                         400,
-                        f"This key may have {limit} images {when} and this request asks for "
-                        f"{images} (n, times best_of if that is given); ask for fewer.",
+                        f"This key is limited to {limit} images {when}, and this request asks for "
+                        f"{images} (n x best_of); ask for fewer.",
                         "n",
                     )
         inside, pace = self.inside[model], self._pace.get(model, 1.0)
         if inside and inside + images > self.capacity[model]:
             raise _busy(
-                "All places are taken; try again soon.",
+                "The server has no capacity left; try again later.",
                 (inside + images - self.capacity[model]) * pace,
             )
         if key is None:
@@ -127,7 +127,7 @@ class Admission:
         mine = self._by_key[who]
         if key.at_once and mine and mine + images > self._part(key.at_once):
             raise _busy(
-                f"This key may have {key.at_once} images made at once; wait for the others.",
+                f"This key is limited to {key.at_once} images in progress; wait for the others.",
                 images * pace,
             )
         if key.per_minute:
@@ -136,7 +136,7 @@ class Admission:
                 recent.popleft()
             if recent and sum(count for _, count in recent) + images > self._part(key.per_minute):
                 raise _busy(
-                    f"This key may ask for {key.per_minute} images a minute.",
+                    f"This key is limited to {key.per_minute} images a minute; try again later.",
                     recent[0][0] + 60 - now,
                 )
 

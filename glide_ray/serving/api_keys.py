@@ -31,6 +31,7 @@ class Key(Frozen):
 
 
 def hashed(key: str) -> str:
+    """SHA-256 of a key, as hexadecimal digits."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -39,7 +40,7 @@ def read_keys(path: str | None, environment: Mapping[str, str] = os.environ) -> 
 
     Raises UserError, whose message shows no key.
     """
-    keys = {}
+    keys: dict[str, Key] = {}
     if path:
         try:
             keys = {
@@ -48,19 +49,19 @@ def read_keys(path: str | None, environment: Mapping[str, str] = os.environ) -> 
             }
         except FileNotFoundError:
             raise UserError(
-                f"There is no file of keys {path}; make one with `glide key NAME --keys {path}`."
+                f"There is no API key file {path}; make one with `glide key NAME --keys {path}`."
             ) from None
         except (ValueError, AttributeError, ValidationError):
             raise UserError(
-                f"{path} is not a file of keys as `glide key` writes them: "
+                f"{path} is not an API key file; write one with `glide key`: "
                 f"a JSON object of names, each with the key's sha256."
             ) from None
     for part in filter(None, environment.get(VARIABLE, "").split(",")):
         name, colon, key = part.strip().partition(":")
         if not (name and colon and len(key) >= 16):
             raise UserError(
-                f"{VARIABLE} is not understood; write NAME:KEY,NAME:KEY with keys of 16 "
-                f"characters or more."
+                f"{VARIABLE} is malformed; write NAME:KEY,NAME:KEY with keys of at least 16 "
+                f"characters."
             )
         keys[name] = Key(sha256=hashed(key))
     return keys
@@ -76,8 +77,8 @@ def new_key(
     keys = read_keys(str(path), {}) if path.exists() else {}
     if name in keys:
         raise UserError(
-            f"{path} has a key named {name!r}; take it out of the file first, "
-            f"or choose another name."
+            f"{path} has a key named {name!r}; choose another name, "
+            f"or remove that key from the file first."
         )
     key = f"glide-{secrets.token_urlsafe(32)}"
     keys[name] = Key(sha256=hashed(key), at_once=at_once, per_minute=per_minute)

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
 from ..errors import nearest
 from ..sampling.checks import RequestError
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-# Fields that only some servers or routes accept, each with the message of a refusal.
-WANTING = {
+# Fields that only some servers or routes accept, with the error message of the others.
+UNAVAILABLE = {
     "best_of": "best_of needs a CLIP model, and this server has none.",
     "clip_scale": "clip_scale needs a CLIP model, and this server has none.",
-    "strength": "strength is for edits and variations: a generation begins from noise.",
+    "strength": "strength is for edits and variations: a generation starts from noise.",
 }
 log = logging.getLogger("ray.serve.glide")
 
 
 class ErrorDetail(BaseModel):
+    """Cause of an error. `param`: the invalid field, if it is one."""
+
     message: str
     type: str
     param: str | None
@@ -47,7 +50,7 @@ class ApiError(HTTPException):
         message: str,
         param: str | None = None,
         code: str | None = None,
-        headers: dict[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
     ):
         super().__init__(status, message, headers)
         kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
@@ -67,18 +70,18 @@ def handle_errors(api: FastAPI, fields: Sequence[str]) -> None:
 
     @api.exception_handler(ApiError)
     @api.exception_handler(RequestError)
-    async def refused(request: Request, error: ApiError | RequestError):
+    async def refused(request: Request, error: ApiError | RequestError) -> Response:
         return answer_of(request.scope["glide"]["id"], error).response
 
     @api.exception_handler(RequestValidationError)
-    async def validation_error(request: Request, error: RequestValidationError):
+    async def validation_error(request: Request, error: RequestValidationError) -> Response:
         return refusal(error.errors(), fields).response
 
     @api.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException):
+    async def http_error(request: Request, error: HTTPException) -> Response:
         message = {
             404: f"There is nothing at {request.url.path}; see /docs.",
-            405: f"{request.method} is not answered at {request.url.path}; see /docs.",
+            405: f"{request.url.path} does not support {request.method}; see /docs.",
         }.get(error.status_code, str(error.detail))
         return ApiError(error.status_code, message, headers=error.headers).response
 
@@ -97,11 +100,11 @@ def failure(request_id: str, error: Exception) -> ApiError:
         exc_info=error,
     )
     return ApiError(
-        500, f"The server failed at this request; its log has the reason under the id {request_id}."
+        500, f"The server failed; the cause is in its log under the request id {request_id}."
     )
 
 
-def refusal(errors: Sequence[dict], known: Sequence[str]) -> ApiError:
+def refusal(errors: Sequence[ErrorDetails], known: Sequence[str]) -> ApiError:
     """Response 400 with pydantic's first error in one sentence. `known`: names of valid fields."""
     first = errors[0]
     path = [str(part) for part in first["loc"] if part not in ("body", "query")]
@@ -111,7 +114,7 @@ def refusal(errors: Sequence[dict], known: Sequence[str]) -> ApiError:
     if first["type"] == "extra_forbidden":
         return ApiError(
             400,
-            WANTING.get(param) or f"There is no field {param!r}; {nearest(param, known)}",
+            UNAVAILABLE.get(path[0]) or f"There is no field {path[0]!r}; {nearest(path[0], known)}",
             param,
             "unknown_parameter",
         )

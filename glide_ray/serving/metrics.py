@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from ..sampling.engine import Load
 from .admission import Admission
 
 # Bucket boundaries of the histograms, in seconds.
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 2, 3, 5, 8, 13, 20, 30, 60, 120, 300)
-# Help texts of the fields of `Load`.
-LOADS = {
-    "in_flight": "samples on the way",
-    "queued": "samples that wait",
-    "width": "samples that one step can advance",
-    "steps": "network steps",
-    "sample_steps": "steps of all samples; divided by width and steps, how full the steps were",
-    "busy_seconds": "seconds spent on steps",
+# Help texts of the metrics of a stage replica, by field of `Load`.
+LOAD_HELP = {
+    "in_flight": "samples in progress",
+    "queued": "samples in the queue",
+    "width": "largest batch of a denoising step, in samples",
+    "steps": "denoising steps, each of a batch",
+    # Divided by steps x width: mean fill of the batches.
+    "sample_steps": "denoising steps, summed over samples",
+    "busy_seconds": "seconds spent in denoising steps",
     "finished": "samples finished",
-    "cancelled": "samples whose client left",
-    "failed": "samples that a fault ended",
+    "cancelled": "samples dropped because the client disconnected",
+    "failed": "samples ended by an error",
 }
 GAUGES = ("in_flight", "queued", "width")
+
+Instrument = TypeVar("Instrument", Counter, Gauge, Histogram)
 
 
 @dataclass(frozen=True)
@@ -45,19 +50,19 @@ class Metrics:
     def __init__(self, replica: str = "0"):
         self.registry, self._replica = CollectorRegistry(), {"replica": replica}
         self._requests = self._make(
-            Counter, "glide_requests", "requests answered", "path", "status"
+            Counter, "glide_requests", "HTTP requests answered", "path", "status"
         )
         self._seconds = self._make(
             Histogram,
             "glide_request_seconds",
-            "seconds until a request was answered",
+            "seconds from a request to the end of its response",
             "path",
             buckets=SECONDS,
         )
         self._stages = self._make(
             Histogram,
             "glide_stage_seconds",
-            "seconds of an image in each stage, its wait included",
+            "seconds of an image in each stage, waiting included",
             "model",
             "stage",
             buckets=SECONDS,
@@ -66,21 +71,23 @@ class Metrics:
         self._retries = self._make(
             Counter,
             "glide_retries",
-            "images begun again because their replica had gone",
+            "stage calls repeated because their replica was lost",
             "model",
             "stage",
         )
         self._left = self._make(
-            Counter, "glide_clients_left", "requests whose client left before the answer"
+            Counter, "glide_clients_left", "requests whose client disconnected before the response"
         )
         self._inside = self._make(
-            Gauge, "glide_images_inside", "images admitted and not answered yet", "model"
+            Gauge, "glide_images_inside", "images admitted and not finished", "model"
         )
         self._capacity = self._make(
-            Gauge, "glide_images_capacity", "images that are admitted at once", "model"
+            Gauge, "glide_images_capacity", "most images admitted at the same time", "model"
         )
 
-    def _make(self, kind, name, help, *labels, **options):
+    def _make(
+        self, kind: Callable[..., Instrument], name: str, help: str, *labels: str, **options: Any
+    ) -> Instrument:
         return kind(name, help, ["replica", *labels], registry=self.registry, **options)
 
     def request(self, path: str, status: int, seconds: float) -> None:
@@ -108,14 +115,16 @@ class Metrics:
 
 def exposition(ingresses: Iterable[str], stages: Sequence[StageLoad]) -> bytes:
     """Merge the metrics of all ingress replicas (`Metrics.text`) and the loads of all stages."""
-    return generate_latest(_All([*_joined(ingresses), *_loads(stages)]))
+    return generate_latest(_Families([*_joined(ingresses), *_loads(stages)]))
 
 
 @dataclass(frozen=True)
-class _All:
+class _Families(Collector):
+    """A fixed list of metrics, for `generate_latest`."""
+
     families: list[Metric]
 
-    def collect(self):
+    def collect(self) -> list[Metric]:
         return self.families
 
 
@@ -133,10 +142,13 @@ def _joined(texts: Iterable[str]) -> list[Metric]:
 
 
 def _loads(stages: Sequence[StageLoad]) -> list[Metric]:
-    labels, families = ["model", "stage", "replica"], []
+    labels = ["model", "stage", "replica"]
+    families: list[Metric] = []
     for name in (field.name for field in fields(Load)):
         kind = GaugeMetricFamily if name in GAUGES else CounterMetricFamily
-        family = kind(f"glide_stage_{name}", LOADS[name], labels=labels)
+        family: GaugeMetricFamily | CounterMetricFamily = kind(
+            f"glide_stage_{name}", LOAD_HELP[name], labels=labels
+        )
         for stage in stages:
             family.add_metric([stage.model, stage.stage, stage.replica], getattr(stage.load, name))
         families.append(family)

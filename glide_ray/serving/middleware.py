@@ -35,7 +35,8 @@ class RequestMiddleware:
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
         given = headers.get("x-request-id")  # set by Ray Serve, which also returns it to the client
-        told = scope["glide"] = {"id": given or secrets.token_hex(8)}
+        request_id = given or secrets.token_hex(8)
+        log_fields = scope["glide"] = {"id": request_id}
         began, status, state = time.monotonic(), 0, self.state()
 
         async def answer(message: Message) -> None:
@@ -43,16 +44,14 @@ class RequestMiddleware:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if given is None:
-                    message = {
-                        **message,
-                        "headers": [*message["headers"], (b"x-request-id", told["id"].encode())],
-                    }
+                    id_header = (b"x-request-id", request_id.encode())
+                    message = {**message, "headers": [*message["headers"], id_header]}
             await send(message)
 
         try:
             try:
                 if scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN:
-                    told["key"] = state.admission.who(
+                    log_fields["key"] = state.admission.who(
                         headers.get("authorization"), (scope.get("client") or (None,))[0]
                     )
                 await self.app(scope, self._bounded(headers, receive), answer)
@@ -61,26 +60,13 @@ class RequestMiddleware:
             except Exception as error:
                 if status:  # the response has started; the client sees it end early
                     raise
-                await failure(told["id"], error).response(scope, receive, answer)
+                await failure(request_id, error).response(scope, receive, answer)
         except asyncio.CancelledError:
             status = 499  # the client left
             state.metrics.client_left()
             raise
         finally:
-            seconds, route = time.monotonic() - began, getattr(scope.get("route"), "path", "other")
-            state.metrics.request(route, status, seconds)
-            log.info(
-                json.dumps(
-                    {
-                        "event": "request",
-                        **told,
-                        "method": scope["method"],
-                        "path": scope["path"][:200],
-                        "status": status,
-                        "seconds": round(seconds, 4),
-                    }
-                )
-            )
+            _record(state, scope, status, time.monotonic() - began)
 
     def _bounded(self, headers: dict[str, str], receive: Receive) -> Receive:
         """Wrap `receive` to refuse a body that is too large or takes more than BODY_SECONDS.
@@ -108,7 +94,7 @@ class RequestMiddleware:
             except asyncio.TimeoutError:
                 raise ApiError(
                     408,
-                    f"The body did not come to its end within {BODY_SECONDS} seconds.",
+                    f"The body did not arrive within {BODY_SECONDS} seconds; send it faster.",
                     code="too_slow",
                 ) from None
             read += len(message.get("body", b""))
@@ -118,3 +104,17 @@ class RequestMiddleware:
             return message
 
         return bounded
+
+
+def _record(state: ServerState, scope: Scope, status: int, seconds: float) -> None:
+    """Count a finished request and write its log line."""
+    state.metrics.request(getattr(scope.get("route"), "path", "other"), status, seconds)
+    line = {
+        "event": "request",
+        **scope["glide"],
+        "method": scope["method"],
+        "path": scope["path"][:200],
+        "status": status,
+        "seconds": round(seconds, 4),
+    }
+    log.info(json.dumps(line))

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import numpy as np
-from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
-from starlette.datastructures import UploadFile
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from ..config.serving import ServeConfig
-from ..data.images import centre_crop, flatten, load, open_image
-from ..data.masks import centre_crop_mask, check_sizes, mask_of
-from ..errors import UserError, nearest
 from ..sampling.checks import MAX_SCALE
-from ..sampling.job import Source
-from .errors import ApiError, refusal
 
 MAX_BEST_OF = 64  # as in the paper, app. E
-FILES = ("image", "mask")
 
 
 @dataclass(frozen=True)
@@ -43,46 +35,53 @@ class ImageFields(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = Field(
-        None, max_length=200, description="One of GET /v1/models; the first where it is left out."
+        None, max_length=200, description="A model of GET /v1/models; default: the first."
     )
     n: int | None = Field(1, ge=1)
     size: str | None = "auto"
     response_format: Literal["b64_json", "url"] | None = Field(
-        "b64_json", description="A url is a data: URL, which holds the image itself."
+        "b64_json", description="url returns a data: URL that contains the image itself."
     )
     output_format: Literal["png", "jpeg", "webp"] | None = "png"
     output_compression: int | None = Field(
-        None, ge=0, le=100, description="The quality of jpeg and webp; 95 where it is left out."
+        None, ge=0, le=100, description="Quality of jpeg and webp; default: 95."
     )
-    stream: bool | None = Field(False, description="Answer with server-sent events.")
+    stream: bool | None = Field(False, description="Respond with server-sent events.")
     partial_images: int | None = Field(
-        0, ge=0, le=3, description="With stream: how many predictions to show on the way."
+        0,
+        ge=0,
+        le=3,
+        description="With stream: number of previews of the unfinished image.",
     )
     # Sent by OpenAI's clients; without effect here.
     quality: Literal["auto", "standard", "hd", "low", "medium", "high"] | None = Field(
-        None, description="Accepted, not used: see steps."
+        None, description="Accepted and ignored; set steps instead."
     )
     background: Literal["auto", "opaque"] | None = Field(
-        None, description="Accepted, not used: pictures are opaque."
+        None, description="Accepted and ignored: images are opaque."
     )
-    moderation: Literal["auto", "low"] | None = Field(None, description="Accepted, not used.")
-    style: Literal["vivid", "natural"] | None = Field(None, description="Accepted, not used.")
-    user: str | None = Field(None, max_length=512, description="Accepted, not used.")
-    safety_identifier: str | None = Field(None, max_length=512, description="Accepted, not used.")
+    moderation: Literal["auto", "low"] | None = Field(None, description="Accepted and ignored.")
+    style: Literal["vivid", "natural"] | None = Field(None, description="Accepted and ignored.")
+    user: str | None = Field(None, max_length=512, description="Accepted and ignored.")
+    safety_identifier: str | None = Field(None, max_length=512, description="Accepted and ignored.")
     # Extensions to OpenAI's fields.
     seed: int | None = Field(
         None,
         ge=0,
         lt=2**63,
-        description="The same seed gives the same picture. With n, the seeds count up from it.",
+        description="The same seed gives the same image. With n, the seeds count up from it.",
     )
     steps: int | None = Field(None, ge=1)
     upsampler_steps: int | None = Field(None, ge=1)
     sampler: Literal["ancestral", "ddim", "plms", "dpm++"] | None = Field(
-        None, description="Of the base model."
+        None, description="Sampler of the base model."
     )
     guidance_scale: float | None = Field(
-        None, ge=0, le=MAX_SCALE, allow_inf_nan=False, description="1 is none, 3 usual."
+        None,
+        ge=0,
+        le=MAX_SCALE,
+        allow_inf_nan=False,
+        description="Classifier-free guidance scale; 1: none, 3: a common value.",
     )
 
     @model_validator(mode="before")
@@ -101,13 +100,17 @@ class ClipFields(BaseModel):
     """Additional fields on servers with a CLIP model."""
 
     clip_scale: float | None = Field(
-        None, ge=0, le=MAX_SCALE, allow_inf_nan=False, description="Of CLIP guidance; 0 is none."
+        None,
+        ge=0,
+        le=MAX_SCALE,
+        allow_inf_nan=False,
+        description="CLIP guidance scale; 0: none.",
     )
     best_of: int | None = Field(
         None,
         ge=1,
         le=MAX_BEST_OF,
-        description="Make so many for each image and answer the one that CLIP scores highest.",
+        description="Candidates per image; the one with the highest CLIP score is returned.",
     )
 
 
@@ -121,13 +124,14 @@ class Edit(Generation):
     """Inpaint the transparent part of the mask, or of the image itself if there is no mask."""
 
     input_fidelity: Literal["high", "low"] | None = Field(
-        None, description="Accepted, not used: what is known is kept exactly."
+        None, description="Accepted and ignored: known pixels are kept exactly."
     )
     strength: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Begin the painted part from the image under noise, so much of the way.",
+        description="Start the unknown part from the image plus noise (SDEdit) instead of from "
+        "noise; fraction of the schedule to run, 1: all.",
     )
 
 
@@ -136,7 +140,11 @@ class Variation(ImageFields):
 
     prompt: str | None = Field("", max_length=32_000)
     strength: float | None = Field(
-        0.6, gt=0, le=1, description="How far from the image: 1 keeps nothing of it."
+        0.6,
+        gt=0,
+        le=1,
+        description="Distance from the image, as the fraction of the schedule to run; 1: keeps "
+        "nothing of it.",
     )
 
 
@@ -164,109 +172,43 @@ class ImagesResponse(BaseModel):
     warnings: list[str] = []
 
 
+Form = TypeVar("Form", bound=ImageFields)
+
+
 def narrowed(
-    kind: type[ImageFields],
+    kind: type[Form],
     config: ServeConfig,
     sizes: Sequence[int],
     clip: bool,
     timesteps: tuple[int, int],
-) -> type[ImageFields]:
+) -> type[Form]:
     """A form with the limits of this server, which appear in its OpenAPI schema.
 
     `clip`: whether to add `ClipFields`. `timesteps`: the maximum of any base model and of any
     upsampler.
     """
-    bases = (kind, ClipFields) if clip else kind
-    return create_model(
+    literal: Any = Literal  # type checkers accept no computed choices
+    any_size: Any = literal[("auto", *(f"{size}x{size}" for size in sorted(sizes)))]
+    bases: tuple[type[BaseModel], ...] = (kind, ClipFields) if clip else (kind,)
+    form = create_model(
         kind.__name__,
         __base__=bases,
         __doc__=kind.__doc__,
-        n=(Annotated[int, Field(ge=1, le=config.max_images)] | None, 1),
-        size=(Literal[("auto", *(f"{size}x{size}" for size in sorted(sizes)))] | None, "auto"),
-        steps=(int | None, Field(None, ge=1, le=timesteps[0], description="Of the base model.")),
-        upsampler_steps=(int | None, Field(None, ge=1, le=timesteps[1])),
+        n=(
+            Annotated[int, Field(ge=1, le=config.max_images)] | None,
+            Field(1, description="Number of images."),
+        ),
+        size=(
+            any_size | None,
+            Field("auto", description="Pixels of the image; auto: the model's largest size."),
+        ),
+        steps=(
+            int | None,
+            Field(None, ge=1, le=timesteps[0], description="Denoising steps of the base model."),
+        ),
+        upsampler_steps=(
+            int | None,
+            Field(None, ge=1, le=timesteps[1], description="Denoising steps of the upsampler."),
+        ),
     )
-
-
-# -- multipart forms -------------------------------------------------------------------------------
-
-
-def form_schema(kind: type[ImageFields], files: Sequence[str]) -> dict:
-    """OpenAPI request body of a multipart form with these files. Only the first is required."""
-    schema = kind.model_json_schema()
-    schema["properties"] = {
-        **{name: {"type": "string", "format": "binary"} for name in files},
-        **schema["properties"],
-    }
-    schema["required"] = [files[0], *schema.get("required", [])]
-    return {
-        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
-    }
-
-
-async def read_form(
-    request: Request, kind: type[ImageFields], config: ServeConfig
-) -> tuple[ImageFields, dict[str, bytes]]:
-    """Read and validate the fields and files of a multipart form. Raises ApiError."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise ApiError(400, "Images are sent as multipart/form-data, with the image as a file.")
-    fields: dict[str, str] = {}
-    files: dict[str, bytes] = {}
-    known = [*kind.model_fields, *FILES]
-    async with request.form(max_files=4, max_fields=40) as form:
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                name = name.removesuffix("[]")  # clients write image[] for a list of files
-                if name not in FILES:
-                    raise ApiError(
-                        400, f"There is no field {name!r} for a file; {nearest(name, FILES)}", name
-                    )
-                if name in files:
-                    raise ApiError(
-                        400,
-                        f"Only one {name} can be used at a time; send a request for each.",
-                        name,
-                    )
-                files[name] = await value.read(config.max_upload_bytes + 1)
-                if len(files[name]) > config.max_upload_bytes:
-                    raise ApiError(
-                        413,
-                        f"The {name} is larger than {config.max_upload_bytes / 2**20:.3g} MiB; "
-                        f"make it smaller.",
-                        name,
-                    )
-            elif name in FILES:
-                raise ApiError(400, f"{name} must be a file, not text.", name)
-            elif name in fields:
-                raise ApiError(400, f"{name} is given twice.", name)
-            else:
-                fields[name] = value
-    if "image" not in files:
-        raise ApiError(400, "image is missing; send it as a file.", "image")
-    try:
-        return kind.model_validate(fields, strict=False), files
-    except ValidationError as error:
-        raise refusal(error.errors(), known) from None
-
-
-def read_source(files: dict[str, bytes], config: ServeConfig, size: int, whole: bool) -> Source:
-    """Decode an image and its mask, centre-crop both and resize them to `size` pixels.
-
-    `whole`: without a mask, no pixel is known (for variations); otherwise the transparent part of
-    the image is unknown. Raises ApiError.
-    """
-    param = "image"
-    try:
-        image = load(open_image(files["image"], config.max_pixels))
-        if whole and "mask" not in files:
-            return Source(centre_crop(flatten(image), size), np.zeros((size, size), bool))
-        param = "mask" if "mask" in files else "image"
-        mask = load(open_image(files[param], config.max_pixels)) if "mask" in files else image
-        check_sizes(image, mask)
-        known = mask_of(mask)
-    except UserError as error:
-        raise ApiError(400, str(error), param) from None
-    # Without a mask, unknown pixels are the image's transparent ones, which have no colour to show.
-    if "mask" not in files:
-        image = image.convert("RGBA")
-    return Source(centre_crop(flatten(image), size), centre_crop_mask(known, size))
+    return cast(type[Form], form)  # its first base is `kind`

@@ -69,36 +69,43 @@ class Stage(ABC):
         """A request with one step, for warming up."""
 
     @abstractmethod
-    def _request(self, job: Job, *inputs) -> SampleRequest:
-        """The sample request of a job. `inputs`: image of the previous stage, if there is one."""
+    def _request(self, job: Job, low_res: np.ndarray | None = None) -> SampleRequest:
+        """The sample request of a job. `low_res`: image of the previous stage, if there is one."""
 
-    async def make(self, job: Job, *inputs) -> StageResult:
+    async def make(self, job: Job, low_res: np.ndarray | None = None) -> StageResult:
         """Run this stage for a job.
 
         If the caller cancels, the sample is dropped before the next step.
         """
         began = time.monotonic()
-        return await self._sampled(await asyncio.to_thread(self._request, job, *inputs), began)
+        return await self._sampled(await asyncio.to_thread(self._request, job, low_res), began)
 
-    async def watch(self, job: Job, *inputs) -> AsyncIterator[np.ndarray | StageResult]:
+    async def watch(
+        self, job: Job, low_res: np.ndarray | None = None
+    ) -> AsyncIterator[np.ndarray | StageResult]:
         """As `make`, with previews.
 
         Yields `job.previews` predicted images (S, S, 3) uint8, then the StageResult.
         """
-        began, loop, seen = time.monotonic(), asyncio.get_running_loop(), asyncio.Queue()
+        began, loop = time.monotonic(), asyncio.get_running_loop()
+        previews: asyncio.Queue[np.ndarray | None] = asyncio.Queue()  # None: no more will come
+
+        def show(image: torch.Tensor) -> None:  # called in the engine's thread
+            loop.call_soon_threadsafe(previews.put_nowait, to_uint8(image))
+
         request = replace(
-            await asyncio.to_thread(self._request, job, *inputs),
+            await asyncio.to_thread(self._request, job, low_res),
             previews=job.previews,
-            watch=lambda image: loop.call_soon_threadsafe(seen.put_nowait, to_uint8(image)),
+            watch=show,
         )
-        made = asyncio.ensure_future(self._sampled(request, began))
-        made.add_done_callback(seen.put_nowait)
+        sampling = asyncio.ensure_future(self._sampled(request, began))
+        sampling.add_done_callback(lambda _: previews.put_nowait(None))
         try:
-            while (item := await seen.get()) is not made:
-                yield item
-            yield made.result()
+            while (preview := await previews.get()) is not None:
+                yield preview
+            yield sampling.result()
         finally:
-            made.cancel()
+            sampling.cancel()
 
     async def _sampled(self, request: SampleRequest, began: float) -> StageResult:
         return self._made(await asyncio.wrap_future(self._engine.submit(request)), began)
@@ -129,11 +136,13 @@ class Base(Stage):
     def _first(self) -> SampleRequest:
         return base_request(self.config, "", 0, SampleOptions(steps=1))
 
-    def _request(self, job: Job) -> SampleRequest:
+    def _request(self, job: Job, low_res: np.ndarray | None = None) -> SampleRequest:
         return job.base_request(self.config, self.critic)
 
     async def score(self, images: list[np.ndarray], prompt: str) -> list[float]:
-        """CLIP logit of each image (S, S, 3) with the prompt."""
+        """CLIP logit of each image (S, S, 3) uint8 with the prompt."""
+        if self.critic is None:
+            raise ValueError("This base stage has no CLIP model to score images with.")
         return await asyncio.to_thread(
             clip_scores,
             self.critic,
@@ -150,10 +159,12 @@ class Upsampler(Stage):
     yields = 0
 
     def _first(self) -> SampleRequest:
-        size = self.config.low_res_size
+        size = self.config.low_res_size or 0
         return upsampler_request(
             self.config, "", 0, torch.zeros(3, size, size), SampleOptions(upsampler_steps=1)
         )
 
-    def _request(self, job: Job, low_res: np.ndarray) -> SampleRequest:
+    def _request(self, job: Job, low_res: np.ndarray | None = None) -> SampleRequest:
+        if low_res is None:
+            raise ValueError("The upsampler stage needs the image of the base stage.")
         return job.upsampler_request(self.config, to_tensor(low_res))

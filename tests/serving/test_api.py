@@ -369,7 +369,7 @@ def test_a_fault_within_a_stream_is_an_event_that_says_nothing_of_its_inside(bac
 
 
 def test_when_one_candidate_of_the_best_fails_the_replicas_give_up_the_others(backend):
-    from glide_ray.serving.deployment import RayBackend, Served
+    from glide_ray.serving.backend import RayBackend, Served
 
     class Response:
         def __init__(self, fails):
@@ -409,7 +409,7 @@ def test_when_one_candidate_of_the_best_fails_the_replicas_give_up_the_others(ba
 def test_what_a_stage_refuses_is_told_without_its_traceback(backend):
     from ray.exceptions import RayTaskError
 
-    from glide_ray.serving.deployment import RayBackend, Served
+    from glide_ray.serving.backend import RayBackend, Served
 
     async def refuse():
         raise RayTaskError(
@@ -448,7 +448,7 @@ def test_a_stage_whose_engine_has_ended_tells_serve_that_it_is_not_well(backend)
 
 
 def test_a_stage_that_does_not_answer_hides_no_other(backend):
-    from glide_ray.serving.deployment import Ingress
+    from glide_ray.serving.ingress import Ingress
 
     class Handle:
         def __init__(self, *answers):
@@ -486,7 +486,7 @@ def test_a_stage_that_does_not_answer_hides_no_other(backend):
         'glide_stage_steps_total{model="tiny",replica="base-1",stage="base"} 7.0'
         in send("GET", "/metrics").text
     )
-    refused(send("GET", "/readyz"), 503, "no replica that is ready")
+    refused(send("GET", "/readyz"), 503, "no ready replica")
     asyncio.run(ingress.check_health())
     assert (
         ingress.admission.shares == 2
@@ -555,11 +555,11 @@ def test_keys_are_kept_as_hashes_and_found_again(tmp_path):
         new_key("ann", path)
     for spoiled in ("[]", "{", '{"ann": {"sha256": "x"}}', '{"ann": 1}'):
         path.write_text(spoiled)
-        with pytest.raises(UserError, match="is not a file of keys"):
+        with pytest.raises(UserError, match="is not an API key file"):
             read_keys(str(path), {})
-    with pytest.raises(UserError, match="There is no file of keys"):
+    with pytest.raises(UserError, match="There is no API key file"):
         read_keys(str(tmp_path / "none"), {})
-    with pytest.raises(UserError, match="GLIDE_API_KEYS is not understood") as refusal:
+    with pytest.raises(UserError, match="GLIDE_API_KEYS is malformed") as refusal:
         read_keys(None, {"GLIDE_API_KEYS": "short:abc"})
     assert "abc" not in str(refusal.value)
 
@@ -597,7 +597,7 @@ def test_what_exceeds_the_places_is_answered_429_at_once_and_the_rest_is_served(
         return busy, [await one for one in waiting], told, send.state.admission.inside["tiny"]
 
     busy, served, told, inside = asyncio.run(crowd())
-    refused(busy, 429, "All places are taken")
+    refused(busy, 429, "no capacity left")
     assert (
         int(busy.headers["retry-after"]) >= 1
         and [answer.status_code for answer in served] == [200, 200]
@@ -637,8 +637,8 @@ def test_a_request_for_more_than_a_key_may_ever_have_is_not_told_to_try_again(ba
     send = asking(backend, keys=keys)
     ann, bob = ({"authorization": f"Bearer {letter * 16}"} for letter in "ab")
     for key, body, message in (
-        (bob, {"n": 2}, "1 images made at once and this request asks for 2"),
-        (ann, {"n": 2, "best_of": 2}, "3 images a minute and this request asks for 4"),
+        (bob, {"n": 2}, "1 images in progress, and this request asks for 2"),
+        (ann, {"n": 2, "best_of": 2}, "3 images a minute, and this request asks for 4"),
     ):
         answer = send("POST", GENERATIONS, json={"prompt": "x", **body}, headers=key)
         refused(answer, 400, message, "n")
@@ -821,7 +821,7 @@ def test_an_unknown_model_path_or_method_is_said_in_openais_form(ask):
         "model",
     )
     refused(ask("GET", "/v1/nothing"), 404, "nothing at /v1/nothing")
-    refused(ask("GET", GENERATIONS), 405, "GET is not answered")
+    refused(ask("GET", GENERATIONS), 405, "does not support GET")
 
 
 def test_an_image_that_is_none_a_broken_one_and_a_huge_one_are_refused(ask):
@@ -965,7 +965,7 @@ def test_a_failure_of_the_backend_is_a_500_that_says_nothing_of_its_inside(backe
             raise RuntimeError("secret path /etc")
 
     answer = asking(Failing(backend.cascade))("POST", GENERATIONS, json={"prompt": "x"})
-    refused(answer, 500, "server failed")
+    refused(answer, 500, "The server failed")
     assert "secret" not in answer.text and answer.json()["error"]["type"] == "server_error"
     # The client receives the request's ID; the log has the error for the operator.
     assert answer.headers["x-request-id"] in answer.text and "secret path" in caplog.text
@@ -1023,5 +1023,5 @@ def test_a_body_that_does_not_come_to_its_end_is_given_up(backend, monkeypatch):
             "POST", GENERATIONS, content=stalled(), headers={"content-type": "application/json"}
         ),
         408,
-        "did not come to its end",
+        "did not arrive within",
     )

@@ -202,7 +202,7 @@ def test_a_client_that_leaves_frees_its_place_within_two_steps(client, url):
 @pytest.mark.parametrize("previews", [0, 3])
 def test_a_picture_that_is_given_up_frees_its_place_though_its_client_stays(url, weights, previews):
     """This happens to the other pictures of a request when one of them fails."""
-    from glide_ray.serving.deployment import RayBackend, Served
+    from glide_ray.serving.backend import RayBackend, Served
 
     served, before = Served.read(ServeConfig(**weights), "auto"), loads(url)["base", "cancelled"]
 

@@ -30,7 +30,7 @@ from glide_ray.pretrained import shipped
 from glide_ray.pretrained.card import CardError, Source, card_of, read_card, render, total, union
 from glide_ray.sampling.cascade import Cascade, load_stepper
 from glide_ray.sampling.recipe import Maker, read_recipe, save_picture
-from glide_ray.serving.deployment import read_models
+from glide_ray.serving.backend import read_models
 from glide_ray.train import pack as packing
 from glide_ray.train.checkpoint import Checkpoints, TrainingPosition, write_progress
 from glide_ray.train.partition import ParamSlice, part_path, save_part

@@ -1,0 +1,203 @@
+"""Served models, and calls of their stages on Ray Serve replicas."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from ..config.serving import ServeConfig, ServedModel
+from ..errors import UserError
+from ..sampling.checks import RequestError
+from ..sampling.job import Job
+from ..sampling.order import CascadeImage, CascadeOrder, ScoreCall, StageCall, candidates, run_order
+from ..sampling.recipe import Maker
+from .errors import ApiError
+from .metrics import Metrics
+from .schema import GeneratedImage
+from .stages import Base, Stage, StageResult, Upsampler
+from .state import Show
+from .tasks import together
+
+# Attempts per stage call; the death of a replica causes the next attempt. The limit stops a request
+# that kills every replica that runs it.
+TRIES = 10
+
+
+@dataclass(frozen=True)
+class Served:
+    """A served model: its config, and the metadata of its weights, without their tensors."""
+
+    name: str
+    config: ServedModel
+    maker: Maker
+
+    @property
+    def clip(self) -> bool:
+        return self.config.clip is not None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (
+            self.maker.base.image_size,
+            *((self.maker.upsampler.image_size,) if self.maker.upsampler else ()),
+        )
+
+    @classmethod
+    def read(cls, config: ServedModel, precision: str, name: str | None = None) -> Served:
+        """Read the metadata of the weights.
+
+        Raises UserError if a file is missing, broken or of the wrong kind.
+        """
+        maker = Maker.read(
+            {role: getattr(config, role) for role in ("base", "upsampler", "clip")},
+            precision,
+            "server",
+        )
+        return cls(name or maker.base.name, config, maker)
+
+
+def read_models(config: ServeConfig) -> dict[str, Served]:
+    """All models, by the names that clients use. The first serves requests that name no model."""
+    first = Served.read(config, config.precision)
+    if first.name in config.more_models:
+        raise UserError(
+            f"more_models has a model named {first.name!r}, which is also the name of the first "
+            f"model; give it another name."
+        )
+    return {first.name: first} | {
+        name: Served.read(model, config.precision, name)
+        for name, model in config.more_models.items()
+    }
+
+
+class RayBackend:
+    """Calls the stages of one model.
+
+    If a replica dies, its work is repeated on another with the same seed, which gives the same
+    image.
+    """
+
+    def __init__(
+        self,
+        served: Served,
+        base: DeploymentHandle[Base],
+        upsampler: DeploymentHandle[Upsampler] | None,
+        metrics: Metrics,
+    ):
+        self.name, self.maker = served.name, served.maker
+        self.sizes, self.clip = served.sizes, served.clip
+        self.base, self.upsampler, self._metrics = base, upsampler, metrics
+
+    async def make(self, job: Job, show: Show | None = None) -> GeneratedImage:
+        """Make the image of a job; `show` receives `job.previews` previews."""
+        upsample = self.upsampler is not None and job.size == self.sizes[-1]
+        order: CascadeOrder[StageResult] = run_order([candidates(job)], upsample)
+        result: Any = None
+        while True:
+            try:
+                call = order.send(result)
+            except StopIteration as end:
+                return _generated(end.value[0])
+            if isinstance(call, ScoreCall):
+                result = await self._score(call)
+            else:
+                result = await self._run(call, show if job.previews else None)
+
+    async def _run(self, call: StageCall[StageResult], show: Show | None) -> list[StageResult]:
+        """Run a stage for all jobs of a call at once."""
+        inputs: list[tuple[np.ndarray, ...]] = [()] * len(call.jobs)
+        if call.stage == "upsampler":
+            inputs = [(small.pixels,) for small in call.low_res]
+            if show is not None:
+                show(call.low_res[0].pixels)  # the finished base image is one of the previews
+        return await together(
+            [
+                self._stage(call.stage, job, show, *given)
+                for job, given in zip(call.jobs, inputs, strict=True)
+            ]
+        )
+
+    async def _score(self, call: ScoreCall[StageResult]) -> list[float]:
+        """CLIP scores of base images, by one replica of the base stage."""
+        images = [image.pixels for image in call.images]
+        return await self._again("base", lambda: self.base.score.remote(images, call.prompt))
+
+    async def _stage(
+        self, stage: str, job: Job, show: Show | None, *inputs: np.ndarray
+    ) -> StageResult:
+        """Run a stage ("base" or "upsampler"), on another replica if one dies."""
+        handle: DeploymentHandle[Stage] = getattr(self, stage)
+        result: StageResult
+        if show is None or not job.previews:
+            result = await self._again(stage, lambda: handle.make.remote(job, *inputs))
+            return result
+        shown = 0
+
+        async def watched(items: AsyncIterator[np.ndarray | StageResult]) -> StageResult:
+            nonlocal shown
+            seen = 0
+            async for item in items:
+                if isinstance(item, StageResult):
+                    return item
+                seen += 1
+                if seen > shown:  # a retry on another replica repeats the first previews
+                    shown = seen
+                    show(item)
+            raise RuntimeError(f"The {stage} stage ended without a result.")
+
+        result = await self._again(
+            stage, lambda: handle.options(stream=True).watch.remote(job, *inputs), watched
+        )
+        return result
+
+    async def _again(
+        self,
+        stage: str,
+        ask: Callable[[], Any],
+        read: Callable[[Any], Awaitable[Any]] = lambda response: response,
+    ) -> Any:
+        """Result of a call of a stage, which is repeated if the replica is lost.
+
+        `ask`: starts the call and returns Serve's response. `read`: awaits the response's result.
+        Raises RequestError for a request that the stage refuses, and ApiError 503.
+        """
+        for attempt in range(TRIES):
+            try:
+                response = ask()
+                return await read(response)
+            except asyncio.CancelledError:
+                # The client left. Without an explicit cancel, Serve lets the replica go on.
+                with suppress(Exception):  # the response may have failed at the same moment
+                    response.cancel()
+                raise
+            except RequestError as error:
+                # Unwrap Ray's error, whose message contains the replica's traceback.
+                raise getattr(error, "cause", error) from None
+            except (RayActorError, DeploymentUnavailableError):
+                self._metrics.retry(self.name, stage)
+                await asyncio.sleep(min(2.0, 0.05 * 2**attempt))
+        raise ApiError(
+            503,
+            f"The {stage} stage lost its replica {TRIES} times during this request; "
+            f"try again later.",
+            code="replica_lost",
+            headers={"Retry-After": "10"},
+        )
+
+
+def _generated(image: CascadeImage[StageResult]) -> GeneratedImage:
+    stages = {"base": image.small} | ({"upsampler": image.large} if image.large else {})
+    return GeneratedImage(
+        (image.large or image.small).pixels,
+        image.seed,
+        {name: stage.sha256 for name, stage in stages.items()},
+        {name: stage.seconds for name, stage in stages.items()},
+    )
