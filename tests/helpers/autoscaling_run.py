@@ -31,7 +31,7 @@ from helpers.tiny import tiny
 
 # The names that Ray's provider of fake nodes uses for the head.
 HEAD, HEAD_ID = "ray.head.default", "f" * 51 + "00000"
-IDLE_SECONDS, PATIENCE, LIMIT = 6, 60, 200
+IDLE_SECONDS, PATIENCE, LIMIT = 6, 120, 400
 OBJECT_STORE = 100 * 2**20
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from glide_ray.bench.load_generator import free_port
-from helpers.paths import ROOT
+from helpers.paths import ROOT, answers
 
 RAY = str(Path(sys.executable).parent / "ray")
 START_SECONDS, TRIES = 60, 3
@@ -105,7 +104,7 @@ class LocalCluster:
         return self.result(job) if wait else job
 
     @staticmethod
-    def result(job, seconds=240):
+    def result(job, seconds=480):
         try:
             said = job.communicate(timeout=seconds)[0]
         except subprocess.TimeoutExpired:
@@ -151,7 +150,7 @@ class LocalCluster:
         """Whether a started node listens on all of these ports within START_SECONDS."""
         deadline = time.monotonic() + START_SECONDS
         while node.poll() is None and time.monotonic() < deadline:
-            if all(_answers(port) for port in ports):
+            if all(answers(port) for port in ports):
                 return True
             time.sleep(0.2)
         return False
@@ -170,11 +169,6 @@ class LocalCluster:
             for file in files
             if file.exists()
         )
-
-
-def _answers(port):
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextmanager
