@@ -13,7 +13,7 @@ import yaml
 from helpers import autoscaling_run
 from helpers.paths import ROOT, python_path
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.chaos
 CONFIG = Path(ROOT) / "ray-cluster.yaml"
 
 

@@ -54,6 +54,7 @@ class LocalCluster:
                 f"--num-cpus={head_cpus}",
                 "--dashboard-host=127.0.0.1",
                 f"--dashboard-port={self.dashboard}",
+                f"--ray-client-server-port={free_port()}",
                 f"--temp-dir={self.folder}",
             )
             if self._comes(head, self.dashboard, self.agent):
@@ -136,6 +137,9 @@ class LocalCluster:
                 f"--object-store-memory={150 * 2**20}",
                 "--disable-usage-stats",
                 f"--dashboard-agent-listen-port={self.agent}",
+                # Any free ports for workers: nodes of this machine would hand out the same ones.
+                "--min-worker-port=0",
+                "--max-worker-port=0",
                 *arguments,
             ],
             env=self.environment,

@@ -210,7 +210,7 @@ def test_workers_that_a_cluster_lacks_are_waited_for_and_then_given_up(
     assert not (tmp_path / "run" / "preset.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_run_that_is_killed_or_interrupted_goes_on_from_its_checkpoint_with_the_same_command(
     drawn_corpus, tmp_path
 ):
