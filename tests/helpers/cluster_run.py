@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 
 from glide_ray.bench.load_generator import free_port
-from helpers.paths import ROOT, answers
+from helpers.paths import ROOT
+from helpers.processes import answers
 
 RAY = str(Path(sys.executable).parent / "ray")
 START_SECONDS, TRIES = 60, 3

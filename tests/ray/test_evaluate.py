@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.paths import ROOT
+from helpers.processes import without_ray
 from PIL import Image
 
 from glide_ray.cli.main import main
@@ -293,7 +294,7 @@ def test_killed_at_a_random_point_and_submitted_again_a_sweep_has_the_same_figur
     drawn_corpus, tiny_weights, tmp_path
 ):
     """The killed process starts its own Ray cluster."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = without_ray()
 
     def arguments(out):
         return [

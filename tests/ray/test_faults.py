@@ -19,7 +19,8 @@ import pytest
 import torch
 from helpers import elastic_run
 from helpers.checkpoints import keeper, write
-from helpers.paths import ROOT, python_path
+from helpers.paths import ROOT
+from helpers.processes import python_path, without_ray
 from helpers.tiny import tiny
 
 from glide_ray import storage
@@ -374,8 +375,7 @@ def test_a_run_on_s3_goes_on_with_other_workers_another_stage_and_another_learni
 def test_a_run_shrinks_with_its_nodes_and_grows_again_and_is_the_same_run(drawn_corpus, tmp_path):
     """One node is lost, one added, one drained; all losses equal those of an undisturbed run."""
     out = tmp_path / "run"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment["PYTHONPATH"] = python_path()
+    environment = without_ray() | {"PYTHONPATH": python_path()}
     done = subprocess.run(
         [sys.executable, "-m", elastic_run.__name__, str(drawn_corpus), str(out)],
         env=environment,
