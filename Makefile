@@ -1,16 +1,26 @@
 # Two commands: `make demo` does the whole job on a laptop, `make test` proves it.
+# `make test-slow` has the long runs with faults and new random draws, `make test-all` both.
 PYTHON ?= python3
 VENV   := .venv
 READY  := $(VENV)/.ready
 TESTS  := $(VENV)/.ready-for-tests
+# Test processes at once; each starts a Ray of its own (about 3 GB).
+JOBS   ?= 2
+PYTEST := $(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test setup clean
+.PHONY: demo test test-slow test-all setup clean
 
 demo: $(READY)
 	$(VENV)/bin/glide demo
 
 test: $(TESTS)
-	$(VENV)/bin/python -m pytest
+	$(PYTEST) -m 'not chaos'
+
+test-slow: $(TESTS)
+	$(PYTEST) -m chaos
+
+test-all: $(TESTS)
+	$(PYTEST)
 
 setup: $(READY)
 

@@ -1,7 +1,8 @@
 """Shared fixtures: one Ray session, an S3 server, a small drawn corpus, tiny random models."""
 
+import fcntl
 import os
-import socket
+import pickle
 import subprocess
 import sys
 import time
@@ -9,9 +10,13 @@ import time
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core for each test process and what it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before Triton is imported
 from helpers.drawings import drawn_samples
+from helpers.processes import PRIORITY, answers
 from helpers.s3_proxy import Proxy
 from helpers.tiny import random_model, tiny, tiny_clip
 
@@ -20,6 +25,8 @@ from glide_ray.data import emoji
 from glide_ray.data.shards import write_shards
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.weights import save_weights
+
+os.environ.update(PRIORITY)
 
 
 @pytest.fixture(scope="session")
@@ -33,9 +40,20 @@ def drawn_corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def emoji_corpus(tmp_path_factory):
-    """Two styles of the default corpus, from the real packages: its folder and its indices."""
-    out = tmp_path_factory.mktemp("emoji")
-    return out, emoji.build_corpus(out, styles=("3D render", "flat icon"))
+    """Two styles of the default corpus, from the real packages: its folder and its indices.
+
+    The first test process that needs it builds it; the others wait and share it.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    out, indices = shared / "emoji", shared / "emoji.pickle"
+    with open(shared / "emoji.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not indices.exists():
+            built = emoji.build_corpus(out, styles=("3D render", "flat icon"))
+            indices.write_bytes(pickle.dumps(built))
+    return out, pickle.loads(indices.read_bytes())
 
 
 @pytest.fixture(scope="session")
@@ -152,10 +170,9 @@ def s3(tmp_path_factory, s3_proxy):
     from glide_ray import storage
 
     storage.client.cache_clear()
-    for _ in range(100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
+    deadline = time.monotonic() + 120
+    while not answers(port):
+        assert server.poll() is None and time.monotonic() < deadline, "the S3 server did not start"
         time.sleep(0.1)
     boto3.client("s3").create_bucket(Bucket="corpus")
     yield "s3://corpus"

@@ -178,7 +178,7 @@ def browsers(*given):
             shutil.rmtree(browser.profile, ignore_errors=True)
 
 
-def seen(browser, before=None, seconds=20):
+def seen(browser, before=None, seconds=90):
     """(question, left, right) once the page shows others than `before` and accepts an answer.
 
     None at the end of the study.

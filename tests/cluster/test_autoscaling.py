@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import autoscaling_run
-from helpers.paths import ROOT, python_path
+from helpers.paths import ROOT
+from helpers.processes import python_path
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.chaos
 CONFIG = Path(ROOT) / "ray-cluster.yaml"
 
 

@@ -27,11 +27,12 @@ import yaml
 
 from glide_ray.bench.load_generator import free_port
 from helpers.paths import ROOT
+from helpers.processes import without_ray
 from helpers.tiny import tiny
 
 # The names that Ray's provider of fake nodes uses for the head.
 HEAD, HEAD_ID = "ray.head.default", "f" * 51 + "00000"
-IDLE_SECONDS, PATIENCE, LIMIT = 6, 60, 200
+IDLE_SECONDS, PATIENCE, LIMIT = 6, 120, 400
 OBJECT_STORE = 100 * 2**20
 
 
@@ -118,7 +119,7 @@ class FakeCluster:
         config.write_text(yaml.safe_dump(made))
         head = dict(made["available_node_types"][HEAD]["resources"])
         self.environment = (
-            {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+            without_ray()
             | local._worker_environment()
             | {
                 "RAY_ADDRESS": f"127.0.0.1:{port}",

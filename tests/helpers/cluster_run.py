@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ import psutil
 
 from glide_ray.bench.load_generator import free_port
 from helpers.paths import ROOT
+from helpers.processes import answers
 
 RAY = str(Path(sys.executable).parent / "ray")
 START_SECONDS, TRIES = 60, 3
@@ -55,6 +55,7 @@ class LocalCluster:
                 f"--num-cpus={head_cpus}",
                 "--dashboard-host=127.0.0.1",
                 f"--dashboard-port={self.dashboard}",
+                f"--ray-client-server-port={free_port()}",
                 f"--temp-dir={self.folder}",
             )
             if self._comes(head, self.dashboard, self.agent):
@@ -105,7 +106,7 @@ class LocalCluster:
         return self.result(job) if wait else job
 
     @staticmethod
-    def result(job, seconds=240):
+    def result(job, seconds=480):
         try:
             said = job.communicate(timeout=seconds)[0]
         except subprocess.TimeoutExpired:
@@ -137,6 +138,9 @@ class LocalCluster:
                 f"--object-store-memory={150 * 2**20}",
                 "--disable-usage-stats",
                 f"--dashboard-agent-listen-port={self.agent}",
+                # Any free ports for workers: nodes of this machine would hand out the same ones.
+                "--min-worker-port=0",
+                "--max-worker-port=0",
                 *arguments,
             ],
             env=self.environment,
@@ -151,7 +155,7 @@ class LocalCluster:
         """Whether a started node listens on all of these ports within START_SECONDS."""
         deadline = time.monotonic() + START_SECONDS
         while node.poll() is None and time.monotonic() < deadline:
-            if all(_answers(port) for port in ports):
+            if all(answers(port) for port in ports):
                 return True
             time.sleep(0.2)
         return False
@@ -170,11 +174,6 @@ class LocalCluster:
             for file in files
             if file.exists()
         )
-
-
-def _answers(port):
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextmanager

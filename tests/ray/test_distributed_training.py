@@ -83,13 +83,13 @@ def test_a_run_on_two_workers_makes_weights_and_metrics_and_is_not_made_twice(
         event.step for event in events.Images("samples")
     ]
     written = os.stat(result.weights).st_mtime_ns
-    began = time.monotonic()
+    log = (tmp_path / "run" / "events.log").read_text()
     again = train(settings, tmp_path / "run", progress=False)
     assert (
         again.last_held_out == result.last_held_out
         and os.stat(result.weights).st_mtime_ns == written
     )
-    assert time.monotonic() - began < 5
+    assert (tmp_path / "run" / "events.log").read_text() == log
     for other in ("learning_rate=1", "model.unet.dropout=0.5", "data.min_size=20"):
         with pytest.raises(
             UserError, match=f"other settings: (train.)?{other.partition('=')[0]} is"
@@ -202,7 +202,7 @@ def test_workers_that_a_cluster_lacks_are_waited_for_and_then_given_up(
             tmp_path / "run",
             progress=False,
         )
-    assert 2 < time.monotonic() - began < 10
+    assert 2 < time.monotonic() - began < 60
     assert (
         "Waiting for them; this is given up after 2 s (train.wait_seconds)"
         in capsys.readouterr().out
@@ -210,7 +210,7 @@ def test_workers_that_a_cluster_lacks_are_waited_for_and_then_given_up(
     assert not (tmp_path / "run" / "preset.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_run_that_is_killed_or_interrupted_goes_on_from_its_checkpoint_with_the_same_command(
     drawn_corpus, tmp_path
 ):
@@ -251,8 +251,9 @@ def test_a_run_that_is_killed_or_interrupted_goes_on_from_its_checkpoint_with_th
         return [made.step for made in Checkpoints(out).list_complete()]
 
     def wait_until(happened):
-        deadline = time.monotonic() + 150
-        while not happened() and time.monotonic() < deadline:
+        deadline = time.monotonic() + 240
+        while not happened():
+            assert time.monotonic() < deadline
             time.sleep(0.2)
 
     def resumed_after_a_checkpoint(line, at_least):
@@ -277,7 +278,7 @@ def test_a_run_that_is_killed_or_interrupted_goes_on_from_its_checkpoint_with_th
     second = start()
     wait_until(lambda: len(lines()) > before)
     os.kill(second.pid, signal.SIGINT)
-    output, _ = second.communicate(timeout=60)
+    output, _ = second.communicate(timeout=180)
     assert (
         second.returncode == 130 and "goes on from here" in output and "Traceback" not in output
     ), output

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.paths import ROOT
+from helpers.processes import without_ray
 from PIL import Image
 
 from glide_ray.cli.main import main
@@ -295,12 +296,12 @@ def test_pictures_without_captions_have_no_clip_score_and_all_other_figures(
         )
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_killed_at_a_random_point_and_submitted_again_a_sweep_has_the_same_figures(
     drawn_corpus, tiny_weights, tmp_path
 ):
     """The killed process starts its own Ray cluster."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = without_ray()
 
     def arguments(out):
         return [
@@ -332,8 +333,9 @@ def test_killed_at_a_random_point_and_submitted_again_a_sweep_has_the_same_figur
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "killed" / "pictures").exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 180
+    while not (tmp_path / "killed" / "pictures").exists():
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     time.sleep(seconds := random.uniform(0, 15))
     os.killpg(process.pid, signal.SIGKILL)

@@ -19,7 +19,8 @@ import pytest
 import torch
 from helpers import elastic_run
 from helpers.checkpoints import keeper, write
-from helpers.paths import ROOT, python_path
+from helpers.paths import ROOT
+from helpers.processes import python_path, without_ray
 from helpers.tiny import tiny
 
 from glide_ray import storage
@@ -116,7 +117,7 @@ def test_training_goes_on_while_a_part_is_uploaded(s3, s3_faults, monkeypatch):
     go, put = threading.Event(), storage.put
 
     def slow(data, path, sha256=None):
-        assert go.wait(30)
+        assert go.wait(120)
         return put(data, path, sha256)
 
     monkeypatch.setattr(storage, "put", slow)
@@ -125,7 +126,7 @@ def test_training_goes_on_while_a_part_is_uploaded(s3, s3_faults, monkeypatch):
     made.save(10, write(b"x" * 1000))
     for _ in range(20):
         made.step()
-    assert time.monotonic() - began < 5 and not committed
+    assert time.monotonic() - began < 60 and not committed
     go.set()
     made.save(20, write(b"y" * 1000))
     made.finish()
@@ -197,7 +198,6 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(tmp_path):
 
 def test_storage_that_cannot_be_written_is_found_before_anything_starts(drawn_corpus, tmp_path, s3):
     (tmp_path / "file").write_text("in the way")
-    began = time.monotonic()
     for out in (tmp_path / "file" / "run", "s3://no-such-bucket/run"):
         with pytest.raises(
             UserError,
@@ -205,7 +205,7 @@ def test_storage_that_cannot_be_written_is_found_before_anything_starts(drawn_co
             "give another folder, or the rights to this one",
         ):
             train(preset(drawn_corpus, "steps=2"), out, progress=False)
-    assert time.monotonic() - began < 10
+        assert not workers()
 
 
 # -- workers ---------------------------------------------------------------------------------------
@@ -213,19 +213,19 @@ def test_storage_that_cannot_be_written_is_found_before_anything_starts(drawn_co
 
 def test_a_process_that_makes_no_progress_is_told_of_and_ended():
     said, ended = [], threading.Event()
-    watchdog = Watchdog(0.4, said.append, ended.set)
-    assert not ended.wait(0.8)  # no deadline before the first beat
+    watchdog = Watchdog(2, said.append, ended.set)
+    assert not ended.wait(3)  # no deadline before the first beat
     for step in range(4):
         watchdog.beat(f"step {step}")
-        assert not ended.wait(0.2)
-    assert ended.wait(2) and said == ["step 3 has taken more than 0.4 s"]
-    after = Watchdog(0.2, said.append, ended.clear)
+        assert not ended.wait(0.75)
+    assert ended.wait(60) and said == ["step 3 has taken more than 2 s"]
+    after = Watchdog(1, said.append, ended.clear)
     after.beat("step 4")
     after.rest()
-    time.sleep(0.5)
+    time.sleep(1.5)
     after.beat("step 5")
     after.close()
-    time.sleep(0.5)
+    time.sleep(1.5)
     assert ended.is_set() and len(said) == 1
 
 
@@ -266,7 +266,7 @@ def strike(out, steps, draws, struck):
         struck.append(victim.pid)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.usefixtures("ray_session")
 def test_workers_that_are_killed_or_hang_at_random_steps_change_nothing_but_the_time(
     drawn_corpus, s3, tmp_path
@@ -370,13 +370,12 @@ def test_a_run_on_s3_goes_on_with_other_workers_another_stage_and_another_learni
     assert all(torch.equal(exported[name], tensor) for name, tensor in written.items())
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.usefixtures("ray_session")
 def test_a_run_shrinks_with_its_nodes_and_grows_again_and_is_the_same_run(drawn_corpus, tmp_path):
     """One node is lost, one added, one drained; all losses equal those of an undisturbed run."""
     out = tmp_path / "run"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment["PYTHONPATH"] = python_path()
+    environment = without_ray() | {"PYTHONPATH": python_path()}
     done = subprocess.run(
         [sys.executable, "-m", elastic_run.__name__, str(drawn_corpus), str(out)],
         env=environment,

@@ -190,7 +190,7 @@ def test_weights_that_are_none_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_job_that_is_killed_and_submitted_again_leaves_one_picture_for_each_prompt(
     config, tmp_path
 ):

@@ -302,7 +302,7 @@ def test_worker_processes_end_with_the_one_that_started_them(tmp_path):
     worker = int(parent.stdout.readline())
     parent.kill()
     parent.wait()
-    for _ in range(100):
+    for _ in range(600):
         if not os.path.exists(f"/proc/{worker}"):
             break
         time.sleep(0.1)

@@ -182,12 +182,12 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(drawn_corpus, tm
         *(word for setting in settings for word in ("--set", setting)),
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for _ in range(600):
-        if (tmp_path / "run" / "metrics.jsonl").exists() and losses(tmp_path / "run"):
-            break
+    deadline = time.monotonic() + 180
+    while not ((tmp_path / "run" / "metrics.jsonl").exists() and losses(tmp_path / "run")):
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(given)
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=180)[0]
     step = Checkpoints(tmp_path / "run").list_complete()[-1].step
     assert (
         process.returncode == 0

@@ -1,0 +1,26 @@
+"""Environment and ports of the processes that tests start."""
+
+import os
+import socket
+
+from helpers.paths import ROOT
+
+# Ray runs its workers with niceness 15, so on a busy machine they hardly run at all.
+PRIORITY = {"RAY_worker_niceness": "0"}
+
+
+def python_path():
+    """PYTHONPATH of a process that imports `helpers`: tests/ and this process's own."""
+    return os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
+
+
+def without_ray():
+    """This process's environment without settings of Ray other than the priority of workers."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return kept | PRIORITY
+
+
+def answers(port):
+    """Whether a process listens on this port of the loopback address."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
