@@ -1,10 +1,11 @@
-# Two commands: `make demo` does the whole job on a laptop, `make test` proves it.
+# `make demo` does the whole job on a laptop, `make test` proves it, `make check` reads the code.
 PYTHON ?= python3
 VENV   := .venv
 READY  := $(VENV)/.ready
 TESTS  := $(VENV)/.ready-for-tests
+PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test setup clean
+.PHONY: demo test check setup clean
 
 demo: $(READY)
 	$(VENV)/bin/glide demo
@@ -12,18 +13,24 @@ demo: $(READY)
 test: $(TESTS)
 	$(VENV)/bin/python -m pytest
 
+# Format, lint, types, the order of imports, and the grammar of the lowest supported Python.
+check: $(TESTS)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest $$(find tests -name test_layering.py) $$(find tests -name test_package.py)
+
 setup: $(READY)
 
 # The stamp is written last: an installation that was interrupted is taken up again.
-$(READY): pyproject.toml
+$(READY): pyproject.toml constraints.txt
 	@test -x $(VENV)/bin/python || $(PYTHON) -c 'import sys; sys.exit("glide_ray needs Python 3.10 or newer; run make PYTHON=python3.11 ..." if sys.version_info < (3, 10) else 0)'
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[cluster,emoji]'
+	$(PIP) --editable '.[cluster,emoji]'
 	@touch $(READY)
 
 $(TESTS): $(READY)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[cluster,emoji,test]'
+	$(PIP) --editable '.[cluster,emoji,test]'
 	@touch $(TESTS)
 
 clean:
