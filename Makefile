@@ -18,7 +18,7 @@ check: $(TESTS)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest $$(find tests -name test_layering.py) $$(find tests -name test_package.py)
+	$(VENV)/bin/python -m pytest $$(find tests -name test_layering.py -o -name test_package.py)
 
 setup: $(READY)
 
