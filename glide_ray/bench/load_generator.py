@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import socket
 import subprocess
@@ -19,7 +18,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -103,7 +101,6 @@ class Clients:
             stdin=subprocess.PIPE,
             stdout=self._came,
             text=True,
-            env=_environment(),
         )
         with self._process.stdin as plan:
             json.dump(
@@ -136,10 +133,6 @@ class Clients:
             (RequestResult(**{**answer, "images": tuple(answer["images"])}) for answer in came),
             key=lambda answer: answer.number,
         )
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 
 
 async def _send(

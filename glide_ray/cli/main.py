@@ -20,6 +20,7 @@ from ..progress import show_messages
 from . import assess, commands, pictures
 from .arguments import local_path, positive
 from .commands import CLIP, DEMO
+from .extras import remedy
 
 DESCRIPTION = """\
 Train and serve GLIDE (Nichol et al. 2021), text-to-image diffusion for generation and editing.
@@ -50,24 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"glide: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in (
-            "ray",
-            "deepspeed",
-            "fastapi",
-            "matplotlib",
-            "httpx",
-            "pyarrow",
-            "sklearn",
-            "scipy",
-            "sqlalchemy",
-            "jinja2",
-            "uvicorn",
-        ):
-            print(
-                f"glide: this command needs {error.name}; install the project with "
-                "`pip install '.[cluster]'`.",
-                file=sys.stderr,
-            )
+        if sentence := remedy(error):
+            print(f"glide: {sentence}", file=sys.stderr)
             return 2
         raise
     except KeyboardInterrupt:

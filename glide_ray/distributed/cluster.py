@@ -88,13 +88,10 @@ def disconnect() -> None:
 def _worker_environment() -> dict[str, str]:
     """Environment variables that the raylet, and so every worker, inherits.
 
-    PYTHONPATH leads to the checkout's `serve/`, PATH to ninja beside the interpreter.
+    PATH leads to ninja beside the interpreter.
     """
-    root = str(Path(__file__).resolve().parents[2])
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     binaries = [str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(os.pathsep)]
     return {
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
         "PATH": os.pathsep.join(dict.fromkeys(binaries)),
         # No warning about unused GPUs from every worker on a CPU. With this setting Ray hides no
         # GPU from tasks that request none (see training/samples.py).

