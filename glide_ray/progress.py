@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from tqdm import tqdm
+
 Progress = Callable[[int, int], None]  # receives the number done, and the total
 
 
@@ -39,6 +41,30 @@ def indented() -> Iterator[None]:
             handler.indent = ""
 
 
+def bar(description: str, unit: str, total: int | None = None) -> tqdm:
+    """A progress bar; hidden where standard error is no terminal."""
+    return tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True, disable=None)
+
+
+@contextmanager
+def stage_bars(indent: str = "") -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a function of a stage's name, its steps done and their total: a bar for each stage."""
+    bars: dict[str, tqdm] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage not in bars:
+            bars[stage] = tqdm(total=total, desc=indent + stage, unit="step", dynamic_ncols=True)
+        bars[stage].update(done - bars[stage].n)
+        if done == total:
+            bars.pop(stage).close()
+
+    try:
+        yield progress
+    finally:
+        for unfinished in bars.values():
+            unfinished.close()
+
+
 class _Lines(logging.Handler):
     indent = ""
 
@@ -47,8 +73,6 @@ class _Lines(logging.Handler):
         self._to_stderr = to_stderr
 
     def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm  # here, so that importing a module that logs loads nothing else
-
         warning = record.levelno >= logging.WARNING
         line = f"glide: {record.getMessage()}" if warning else self.indent + record.getMessage()
         tqdm.write(line, file=sys.stderr if warning or self._to_stderr else sys.stdout)

@@ -24,7 +24,6 @@ import pyarrow.compute
 import pyarrow.parquet
 import ray
 import torch
-from tqdm import tqdm
 
 from .. import storage
 from ..config.data import CleanConfig
@@ -35,6 +34,7 @@ from ..data.sources import METADATA, Part, find_parts, read_part, state
 from ..errors import UserError
 from ..evaluation.features import ClipFeatures, Network, fetch_network, load_network
 from ..evaluation.pages import Picture, thumbnail
+from ..progress import bar
 from ..storage import fingerprint
 from .rows import look_up
 from .stream import Tally, in_order, quiet, task_errors
@@ -125,13 +125,13 @@ def embed(
     embedded, report = run(parts, blocks, load, path, content)
     tables, done = [], 0
     with (
-        tqdm(desc="embed", unit="image", dynamic_ncols=True, disable=None, total=limit) as bar,
+        bar("embed", "image", limit) as shown,
         task_errors(),
     ):
         for table in embedded:
             tables.append(table)
             done += len(table)
-            bar.update(len(table))
+            shown.update(len(table))
             if limit is not None and done >= limit:
                 break
     if not tables:

@@ -17,7 +17,6 @@ import pyarrow
 import ray
 import torch
 from ray.data import ActorPoolStrategy
-from tqdm import tqdm
 
 from .. import storage
 from ..config.sampling import BulkConfig
@@ -26,6 +25,7 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..models.clip_scorer import fetch_clip
 from ..pretrained import shipped
+from ..progress import bar
 from ..sampling.cascade import Cascade
 from ..sampling.checks import check_options
 from ..sampling.recipe import Maker, save_picture
@@ -289,10 +289,8 @@ def _make(wanted: Sequence[Wanted], out: str, config: BulkConfig, workers: int |
         )
     )
     with (
-        tqdm(
-            total=len(wanted), desc="generate", unit="image", dynamic_ncols=True, disable=None
-        ) as bar,
+        bar("generate", "image", len(wanted)) as shown,
         task_errors(),
     ):
         for batch in tables.iter_batches(batch_size=None, batch_format="pyarrow"):
-            bar.update(len(batch))
+            shown.update(len(batch))

@@ -188,8 +188,9 @@ def test_what_the_user_can_mend_is_said_before_or_instead_of_training(drawn_corp
 
 @pytest.mark.usefixtures("ray_session")
 def test_workers_that_a_cluster_lacks_are_waited_for_and_then_given_up(
-    drawn_corpus, tmp_path, monkeypatch, capsys
+    drawn_corpus, tmp_path, monkeypatch, caplog
 ):
+    caplog.set_level("INFO", "glide_ray")
     monkeypatch.setenv("RAY_ADDRESS", "the cluster that the session has joined")
     began = time.monotonic()
     with pytest.raises(
@@ -203,10 +204,7 @@ def test_workers_that_a_cluster_lacks_are_waited_for_and_then_given_up(
             progress=False,
         )
     assert 2 < time.monotonic() - began < 60
-    assert (
-        "Waiting for them; this is given up after 2 s (train.wait_seconds)"
-        in capsys.readouterr().out
-    )
+    assert "Waiting for them; this is given up after 2 s (train.wait_seconds)" in caplog.text
     assert not (tmp_path / "run" / "preset.json").exists()
 
 

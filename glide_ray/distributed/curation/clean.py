@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow
 import ray
-from tqdm import tqdm
 
 from ... import storage
 from ...config.data import CleanConfig
@@ -32,6 +31,7 @@ from ...data.filters import (
 from ...data.sources import Part, find_parts, read_part
 from ...errors import UserError
 from ...evaluation.pages import Picture, Section, histogram, page, thumbnail
+from ...progress import bar
 from ..cluster import connect, send_with
 from ..rows import PAGE, count, look_up, refuse_source, rewrite, with_reasons, write_manifest
 from ..stream import Tally, in_order, quiet, task_errors
@@ -151,12 +151,12 @@ def scan(
     )
     tables = []
     with (
-        tqdm(total=len(parts), desc="clean", unit="part", dynamic_ncols=True, disable=None) as bar,
+        bar("clean", "part", len(parts)) as shown,
         task_errors(),
     ):
         for table in judged.iter_batches(batch_size=None, batch_format="pyarrow"):
             tables.append(table.cast(SCHEMA))
-            bar.update(1)
+            shown.update(1)
     return in_order([SCHEMA.empty_table(), *tables]), ray.get(tally.report.remote())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import tempfile
 import threading
@@ -19,7 +20,6 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.callback import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from tqdm import tqdm
 
 from ... import storage
 from ...config.training import Preset
@@ -44,6 +44,8 @@ from ..stream import Tally
 from .feed import Feeder
 from .journal import Board, Journal, RunFolder, count
 from .worker import work
+
+log = logging.getLogger(__name__)
 
 # logical CPUs beside the workers': a data task needs a whole one, and would wait for ever
 # for it otherwise
@@ -236,7 +238,7 @@ def _wait_for_workers(preset: Preset) -> bool:
             bundles=[{"GPU" if takes_gpu(train.device) else "CPU": 1}] * train.workers
             + [{"CPU": 1}]
         )
-        tqdm.write(
+        log.info(
             f"{lacking} Waiting for them; this is given up after {train.wait_seconds:g} s "
             f"(train.wait_seconds)."
         )

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from ... import storage
 from ...data.images import encode
 from ...evaluation.report import grid
 from ...precision import fastest_precision
 from ...pretrained.shipped import Pair
+from ...progress import stage_bars
 from ...sampling.cascade import Cascade
 from ...sampling.recipe import Maker, save_picture
 from .figures import SHEET
@@ -57,15 +57,5 @@ def file_name(prompt: str) -> str:
 def _with_bars(
     cascade: Cascade, prompts: list[str], seeds: list[int], plan: Plan
 ) -> list[np.ndarray]:
-    bars: dict[str, tqdm] = {}
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage not in bars:
-            bars[stage] = tqdm(total=total, desc=f"  {stage}", unit="step", dynamic_ncols=True)
-        bars[stage].update(done - bars[stage].n)
-
-    try:
+    with stage_bars(indent="  ") as progress:
         return cascade.generate(prompts, seeds, plan.sheet_options, progress)
-    finally:
-        for bar in bars.values():
-            bar.close()

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from ... import storage
 from ...config.emoji_presets import EMOJI
@@ -23,6 +22,7 @@ from ...data.sources import in_share, read_corpus, share_of
 from ...evaluation.features import ClipFeatures
 from ...models.efficientnet import load_efficientnet, normalise
 from ...precision import fastest_precision
+from ...progress import bar
 from ...sampling.cascade import Cascade, load_stepper
 from ...sampling.job import edit_request
 from ...storage import fingerprint
@@ -145,12 +145,12 @@ def load(weights: Path, clip: Path | None = None) -> Cascade:
 
 def generate(cascade: Cascade, captions: Sequence[str], options: SampleOptions) -> np.ndarray:
     """Sample pictures uint8 (N, S, S, 3), caption n with seed n."""
-    with tqdm(total=len(captions), unit="image", dynamic_ncols=True, disable=None) as bar:
+    with bar("generate", "image", len(captions)) as shown:
         pictures = []
         for start in range(0, len(captions), IMAGES_PER_CALL):
             some = captions[start : start + IMAGES_PER_CALL]
             pictures += cascade.generate(some, range(start, start + len(some)), options)
-            bar.update(len(some))
+            shown.update(len(some))
     return np.stack(pictures)
 
 
