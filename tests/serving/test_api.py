@@ -22,7 +22,7 @@ from glide_ray.errors import UserError
 from glide_ray.sampling.cascade import Cascade
 from glide_ray.sampling.checks import RequestError
 from glide_ray.sampling.engine import Engine, Load
-from glide_ray.sampling.job import Job
+from glide_ray.sampling.job import Job, Source
 from glide_ray.serving.admission import Admission
 from glide_ray.serving.api_keys import Key, hashed, new_key, read_keys
 from glide_ray.serving.errors import ApiError
@@ -366,6 +366,87 @@ def test_a_fault_within_a_stream_is_an_event_that_says_nothing_of_its_inside(bac
     )
     # The status 200 was sent before the failure, so only the log has 500.
     assert json.loads(caplog.records[-1].message)["error"] == 500
+
+
+class InProcess:
+    """A stage in this process, called as a deployment's handle is."""
+
+    def __init__(self, kind, stepper):
+        self.stage = kind.__new__(kind)  # without warming up and without `os.nice`
+        self.stage.config, self.stage.critic, self.stage.device = (
+            stepper.config,
+            stepper.critic,
+            stepper.device,
+        )
+        self.stage._engine, self.stage._sha256 = Engine(stepper), kind.role
+        self.make, self.watch = (
+            SimpleNamespace(remote=self.stage.make),
+            SimpleNamespace(remote=self.stage.watch),
+        )
+        if kind.role == "base":
+            self.score = SimpleNamespace(remote=self.stage.score)
+
+    def options(self, stream):
+        return self
+
+
+@pytest.fixture
+def stages(backend):
+    """A model's two stages behind a RayBackend, in this process."""
+    from glide_ray.serving.deployment import RayBackend, Served
+    from glide_ray.serving.stages import Base, Upsampler
+
+    cascade = backend.cascade
+    base, upsampler = InProcess(Base, cascade.base), InProcess(Upsampler, cascade.upsampler)
+    yield RayBackend(
+        Served("tiny", ServeConfig(clip="c"), backend.maker), base, upsampler, Metrics()
+    )
+    base.stage._engine.close()
+    upsampler.stage._engine.close()
+
+
+FEW = SampleOptions(steps=4, upsampler_steps=3)
+
+
+def test_the_server_chooses_and_enlarges_the_picture_that_the_cascade_does(stages, backend):
+    shown = []
+    made = asyncio.run(stages.make(Job("a cat", 7, 64, FEW, best_of=3, previews=3), shown.append))
+    best = backend.cascade.best_of("a cat", [7, 8, 9], FEW)
+    assert made.seed == best.seed and np.array_equal(made.pixels, best.image)
+    assert made.models == {"base": "base", "upsampler": "upsampler"}
+    # Candidates show nothing: the previews are the chosen base image and the upsampler's one.
+    assert [len(pixels) for pixels in shown] == [16, 64]
+
+
+def test_previews_are_shared_by_the_stages_and_one_is_the_base_image(stages, backend):
+    shown = []
+    made = asyncio.run(stages.make(Job("a cat", 7, 64, FEW, previews=3), shown.append))
+    assert [len(pixels) for pixels in shown] == [16, 16, 64]
+    small = Cascade(backend.cascade.base).generate(["a cat"], [7], FEW)[0]
+    assert np.array_equal(shown[1], small)
+    assert np.array_equal(made.pixels, backend.cascade.generate(["a cat"], [7], FEW)[0])
+
+
+def test_the_small_size_is_the_base_model_alone(stages, backend):
+    made = asyncio.run(stages.make(Job("a cat", 7, 16, FEW)))
+    small = Cascade(backend.cascade.base).generate(["a cat"], [7], FEW)[0]
+    assert np.array_equal(made.pixels, small) and list(made.seconds) == ["base"]
+
+
+@pytest.mark.parametrize("strength", [None, 0.5])
+def test_the_server_paints_the_edit_and_the_variation_that_the_cascade_does(
+    stages, backend, strength
+):
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    known = np.zeros((64, 64), bool)
+    known[:32] = True
+    made = asyncio.run(stages.make(Job("a cat", 7, 64, FEW, Source(image, known), strength)))
+    wanted = (
+        backend.cascade.edit(image, known, "a cat", 7, FEW)
+        if strength is None
+        else backend.cascade.vary(image, "a cat", 7, strength, known, options=FEW)
+    )
+    assert np.array_equal(made.pixels, wanted)
 
 
 def test_when_one_candidate_of_the_best_fails_the_replicas_give_up_the_others(backend):
