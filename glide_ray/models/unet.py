@@ -84,7 +84,7 @@ class GlideUNet(nn.Module):
     # -- construction ---------------------------------------------------------------------------
 
     def _residual(
-        self, channels: int, out_channels: int, resample: type[nn.Module] | None = None
+        self, channels: int, out_channels: int, resample: type[Upsample | Downsample] | None = None
     ) -> ResBlock:
         config = self.config
         return ResBlock(

@@ -181,7 +181,7 @@ def without_known_channels(state: Mapping[str, Tensor], unet: UNetConfig) -> dic
 
 
 def check_shapes(
-    state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: str
+    state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
     """Raise WeightsError for the first difference between a state dict and a model's shapes.
 

@@ -128,7 +128,10 @@ class RayBackend:
     async def _score(self, call: ScoreCall[StageResult]) -> list[float]:
         """CLIP scores of base images, by one replica of the base stage."""
         images = [image.pixels for image in call.images]
-        return await self._again("base", lambda: self.base.score.remote(images, call.prompt))
+        scores: list[float] = await self._again(
+            "base", lambda: self.base.score.remote(images, call.prompt)
+        )
+        return scores
 
     async def _stage(
         self, stage: str, job: Job, show: Show | None, *inputs: np.ndarray
