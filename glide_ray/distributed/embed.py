@@ -24,9 +24,9 @@ import pyarrow.compute
 import pyarrow.parquet
 import ray
 import torch
-from tqdm import tqdm
 
 from .. import storage
+from ..bars import Bar
 from ..config.data import CleanConfig
 from ..data.content import ContentError, ContentFilter
 from ..data.filters import BROKEN, Candidate, Report, Rule, first_broken, image_rules
@@ -125,7 +125,7 @@ def embed(
     embedded, report = run(parts, blocks, load, path, content)
     tables, done = [], 0
     with (
-        tqdm(desc="embed", unit="image", dynamic_ncols=True, disable=None, total=limit) as bar,
+        Bar(desc="embed", unit="image", dynamic_ncols=True, total=limit) as bar,
         task_errors(),
     ):
         for table in embedded:

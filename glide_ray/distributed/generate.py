@@ -17,9 +17,9 @@ import pyarrow
 import ray
 import torch
 from ray.data import ActorPoolStrategy
-from tqdm import tqdm
 
 from .. import storage
+from ..bars import Bar
 from ..config.sampling import BulkConfig
 from ..data.sources import METADATA
 from ..data.tokenizer import Tokenizer
@@ -289,9 +289,7 @@ def _make(wanted: Sequence[Wanted], out: str, config: BulkConfig, workers: int |
         )
     )
     with (
-        tqdm(
-            total=len(wanted), desc="generate", unit="image", dynamic_ncols=True, disable=None
-        ) as bar,
+        Bar(total=len(wanted), desc="generate", unit="image", dynamic_ncols=True) as bar,
         task_errors(),
     ):
         for batch in tables.iter_batches(batch_size=None, batch_format="pyarrow"):

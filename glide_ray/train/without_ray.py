@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from .. import storage
+from ..bars import say
 from ..config.training import Preset
 from ..data.filters import Candidate, Report, first_broken, header_rules
 from ..data.images import encode
@@ -284,7 +284,7 @@ class _Log:
         with open(self._out / EVENTS, "a") as file:
             file.write(line + "\n")
         if self._progress:
-            tqdm.write(line)
+            say(line)
 
     def metrics(self, figures: dict) -> None:
         with open(self._out / METRICS, "a") as file:

@@ -205,7 +205,7 @@ def test_workers_that_a_cluster_lacks_are_waited_for_and_then_given_up(
     assert 2 < time.monotonic() - began < 60
     assert (
         "Waiting for them; this is given up after 2 s (train.wait_seconds)"
-        in capsys.readouterr().out
+        in capsys.readouterr().err
     )
     assert not (tmp_path / "run" / "preset.json").exists()
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow
 import ray
-from tqdm import tqdm
 
 from ... import storage
+from ...bars import Bar
 from ...config.data import CleanConfig
 from ...data.duplicates import FINGERPRINT_BYTES, find_duplicates, fingerprint
 from ...data.filters import (
@@ -151,7 +151,7 @@ def scan(
     )
     tables = []
     with (
-        tqdm(total=len(parts), desc="clean", unit="part", dynamic_ncols=True, disable=None) as bar,
+        Bar(total=len(parts), desc="clean", unit="part", dynamic_ncols=True) as bar,
         task_errors(),
     ):
         for table in judged.iter_batches(batch_size=None, batch_format="pyarrow"):

@@ -19,9 +19,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.callback import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from tqdm import tqdm
 
 from ... import storage
+from ...bars import say
 from ...config.training import Preset
 from ...data.filters import Report
 from ...data.sources import Part, find_parts
@@ -236,7 +236,7 @@ def _wait_for_workers(preset: Preset) -> bool:
             bundles=[{"GPU" if takes_gpu(train.device) else "CPU": 1}] * train.workers
             + [{"CPU": 1}]
         )
-        tqdm.write(
+        say(
             f"{lacking} Waiting for them; this is given up after {train.wait_seconds:g} s "
             f"(train.wait_seconds)."
         )

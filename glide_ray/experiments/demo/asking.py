@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from ... import storage
+from ...bars import Bar
 from ...config.sampling import SampleOptions
 from ...config.serving import Scale, ServeConfig, ServedModel
 from ...data.images import decode, encode
@@ -67,7 +67,7 @@ def ask(out: Path, plan: Plan, pair: Pair, tuned: Path, name: str) -> Result:
     with (
         serving(config) as url,
         httpx.Client(base_url=url, timeout=ANSWER_SECONDS) as http,
-        tqdm(total=plan.requests, desc="  pictures", unit="picture", dynamic_ncols=True) as bar,
+        Bar(total=plan.requests, desc="  pictures", unit="picture", dynamic_ncols=True) as bar,
     ):
         models = http.get("/v1/models").json()["data"]
         client = Client(http, out, plan.options, bar.update)

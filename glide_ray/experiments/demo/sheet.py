@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from ... import storage
+from ...bars import Bar
 from ...data.images import encode
 from ...evaluation.report import grid
 from ...precision import fastest_precision
@@ -57,11 +57,11 @@ def file_name(prompt: str) -> str:
 def _with_bars(
     cascade: Cascade, prompts: list[str], seeds: list[int], plan: Plan
 ) -> list[np.ndarray]:
-    bars: dict[str, tqdm] = {}
+    bars: dict[str, Bar] = {}
 
     def progress(stage: str, done: int, total: int) -> None:
         if stage not in bars:
-            bars[stage] = tqdm(total=total, desc=f"  {stage}", unit="step", dynamic_ncols=True)
+            bars[stage] = Bar(total=total, desc=f"  {stage}", unit="step", dynamic_ncols=True)
         bars[stage].update(done - bars[stage].n)
 
     try:

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from ... import storage
+from ...bars import Bar
 from ...config.emoji_presets import EMOJI
 from ...config.sampling import SampleOptions
 from ...data.images import decode, to_uint8
@@ -145,7 +145,7 @@ def load(weights: Path, clip: Path | None = None) -> Cascade:
 
 def generate(cascade: Cascade, captions: Sequence[str], options: SampleOptions) -> np.ndarray:
     """Sample pictures uint8 (N, S, S, 3), caption n with seed n."""
-    with tqdm(total=len(captions), unit="image", dynamic_ncols=True, disable=None) as bar:
+    with Bar(total=len(captions), desc="sample", unit="image", dynamic_ncols=True) as bar:
         pictures = []
         for start in range(0, len(captions), IMAGES_PER_CALL):
             some = captions[start : start + IMAGES_PER_CALL]
