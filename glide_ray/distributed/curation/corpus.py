@@ -51,7 +51,7 @@ def survey(path: str, min_size: int = 64) -> CorpusReport:
     tally = Tally.remote()
     captions = cut = 0
     for batch in (
-        open_corpus(path, min_size, tally)
+        open_corpus(storage.absolute(path), min_size, tally)
         .map_batches(_count_captions)
         .iter_batches(batch_size=None)
     ):
