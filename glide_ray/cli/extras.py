@@ -10,6 +10,8 @@ EXTRAS = {
             "botocore",
             "deepspeed",
             "fastapi",
+            "fastapi_offline",
+            "grpc",
             "httpx",
             "jinja2",
             "matplotlib",
