@@ -281,7 +281,7 @@ def serve(options) -> None:
     if options.upsampler is None and config.upsampler == SHIPPED:
         from ..pretrained.shipped import upsampler_for
 
-        config = config.model_copy(update={"upsampler": upsampler_for(config.base, note)})
+        config = config.model_copy(update={"upsampler": upsampler_for(config.base)})
     from ..distributed.cluster import connect, joined
     from ..serving.deployment import build_application, check_port, cpus, serving
 
