@@ -113,14 +113,13 @@ def _packages() -> Iterator[Finding]:
         f"run `pip install {' '.join(core)}`" if core else "",
         required=True,
     )
-    missing.pop("test", None)
     for extra, lacking in missing.items():
+        if extra not in PURPOSES:
+            continue  # of developers
         yield Finding(
             f"extra {extra}",
             f"missing {', '.join(lacking)}" if lacking else "installed",
-            f"run `pip install 'glide_ray[{extra}]'` for {PURPOSES.get(extra, 'its commands')}"
-            if lacking
-            else "",
+            f"run `pip install 'glide_ray[{extra}]'` for {PURPOSES[extra]}" if lacking else "",
         )
 
 
