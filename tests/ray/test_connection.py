@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -65,11 +66,12 @@ def closed_head(tmp_path_factory):
     (folder / ".ray").mkdir()
     (folder / ".ray" / "auth_token").write_text("ab" * 32)
     port = free_port()
+    temporary = f"/tmp/glide-head-{port}"  # short: Ray's sockets are in it
     ray = Path(sys.executable).parent / "ray"
     head = subprocess.Popen(
         f"{ray} start --head --block --port={port} --num-cpus=1 --include-dashboard=false "
         f"--ray-client-server-port={free_port()} --object-store-memory=80000000 "
-        f"--disable-usage-stats --temp-dir=/tmp/glide-head-{port}".split(),
+        f"--disable-usage-stats --temp-dir={temporary}".split(),
         env={**os.environ, "HOME": str(folder), "RAY_AUTH_MODE": "token"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -81,6 +83,7 @@ def closed_head(tmp_path_factory):
     yield address, folder
     head.terminate()
     head.wait(60)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 JOIN = """
