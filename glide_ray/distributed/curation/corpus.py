@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ray
 
+from ... import storage
 from ...data import emoji
 from ...data.filters import Report
 from ...data.tokenizer import Tokenizer
