@@ -16,6 +16,7 @@ from PIL import Image
 
 from glide_ray.bench.load_generator import free_port
 from glide_ray.distributed.cluster import check_address
+from glide_ray.distributed.curation.corpus import survey
 from glide_ray.errors import UserError
 
 SENTENCE_SECONDS = 15
@@ -140,3 +141,9 @@ def test_rays_noise_stays_off_the_terminal_and_its_errors_do_not(tmp_path, end):
     assert "constructor arguments" not in done.stderr and "infinite retries" not in done.stderr
     for text in ("the disk is full", "out of memory", "from Python", "the last words of the core"):
         assert text in done.stderr
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_relative_path_is_that_of_the_command_and_not_of_the_workers(drawn_corpus, monkeypatch):
+    monkeypatch.chdir(drawn_corpus)
+    assert survey("held_out", 16).rows.kept == 16
