@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import fastapi_offline  # carries Swagger UI
@@ -31,7 +32,7 @@ def add_docs(api: FastAPI) -> None:
         api.get(f"/docs/{name}", include_in_schema=False)(_sender(name))
 
 
-def _sender(name: str):
+def _sender(name: str) -> Callable[[], Awaitable[FileResponse]]:
     async def send() -> FileResponse:
         return FileResponse(FOLDER / name)
 
