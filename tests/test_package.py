@@ -23,6 +23,7 @@ NEEDS = {
     "bench.data": "cluster test",
     "bench.load_generator": "cluster",
     "bench.serving": "cluster",
+    "cli.doctor": "cluster",
     "data.content": "cluster",
     "data.duplicates": "cluster",
     "data.render": "emoji",
@@ -41,6 +42,7 @@ NEEDS = {
 # Names of distributions that differ from the name in an import statement.
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "grpc": "grpcio",
     "mlflow": "mlflow-skinny",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
