@@ -91,7 +91,9 @@ def client():
         import boto3  # optional dependency, for s3:// only
         from botocore.config import Config
     except ImportError:
-        raise StorageError("s3:// paths need boto3; run `pip install boto3`.") from None
+        raise StorageError(
+            "s3:// paths need boto3; run `pip install 'glide_ray[cluster]'`."
+        ) from None
     return boto3.client("s3", config=Config(retries={"mode": "adaptive", "max_attempts": 6}))
 
 

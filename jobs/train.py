@@ -40,9 +40,7 @@ def main() -> int:
 
     def work() -> dict:
         preset = override(presets.get(options.preset), options.set)
-        result = train(
-            preset, options.out or f"runs/{preset.model.name}", progress=sys.stderr.isatty()
-        )
+        result = train(preset, options.out or f"runs/{preset.model.name}")
         return dataclasses.asdict(dataclasses.replace(result, rows=None))
 
     return run("train", work)

@@ -9,7 +9,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from glide_ray.cli.extras import EXTRAS
+from glide_ray.errors import extra_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,6 +23,7 @@ NEEDS = {
     "bench.data": "cluster test",
     "bench.load_generator": "cluster",
     "bench.serving": "cluster",
+    "cli.doctor": "cluster",
     "data.content": "cluster",
     "data.duplicates": "cluster",
     "data.render": "emoji",
@@ -33,14 +34,17 @@ NEEDS = {
     "models.clip_scorer": "clip",
     "models.efficientnet": "judge",
     "models.kernels": "test",
+    "models.triton_kernels": "test",
     "serving": "cluster",
-    "storage": "cluster",
+    "s3": "cluster",
+    "train.deepspeed_engine": "cluster",
     "train.loop": "cluster",
     "train.tracker_stores": "cluster trackers",
 }
 # Names of distributions that differ from the name in an import statement.
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "grpc": "grpcio",
     "mlflow": "mlflow-skinny",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
@@ -124,13 +128,14 @@ def test_every_module_that_needs_an_extra_imports_one_of_its_packages():
     for module in NEEDS:
         path = package / module.replace(".", "/")
         found = path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]
-        assert {name for file in found for name in third_party(file)} & set(EXTRAS), module
+        assert any(extra_of(name) for file in found for name in third_party(file)), module
 
 
 def test_a_missing_package_is_named_with_an_extra_that_declares_it():
     for path in (ROOT / "glide_ray").rglob("*.py"):
         for name, distribution in third_party(path).items():
-            assert distribution in declared(()) or distribution in declared((EXTRAS[name],)), name
+            if distribution not in declared(()):
+                assert extra_of(name) and distribution in declared((extra_of(name),)), name
 
 
 def test_every_dependency_has_a_tested_version_in_its_range():

@@ -26,14 +26,14 @@ ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.
 # Import every module; a missing package is one of another extra, else the error is raised.
 IMPORT_ALL = """
 import importlib, json, pkgutil, sys, glide_ray
-from glide_ray.cli.extras import EXTRAS
+from glide_ray.errors import extra_of
 missing = set()
 for module in pkgutil.walk_packages(glide_ray.__path__, "glide_ray."):
     if module.name != "glide_ray.__main__":
         try:
             importlib.import_module(module.name)
         except ModuleNotFoundError as error:
-            missing.add(EXTRAS[error.name.partition(".")[0]])
+            missing.add(extra_of(error.name))
 print(json.dumps(sorted(missing)))
 """
 

@@ -421,13 +421,13 @@ def _cascade(options):
 @contextmanager
 def _progress(what: str):
     """A function of the number done and the total that shows a progress bar."""
-    from tqdm import tqdm
+    from ..bars import Bar
 
     bars = []
 
     def progress(done: int, total: int) -> None:
         if not bars:
-            bars.append(tqdm(total=total, desc=what, dynamic_ncols=True))
+            bars.append(Bar(total=total, desc=what, unit="picture", dynamic_ncols=True))
         bars[0].update(done - bars[0].n)
 
     yield progress

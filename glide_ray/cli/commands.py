@@ -281,11 +281,13 @@ def serve(options) -> None:
     if options.upsampler is None and config.upsampler == SHIPPED:
         from ..pretrained.shipped import upsampler_for
 
-        config = config.model_copy(update={"upsampler": upsampler_for(config.base, note)})
-    from ..distributed.cluster import connect
-    from ..serving.deployment import build_application, cpus, serving
+        config = config.model_copy(update={"upsampler": upsampler_for(config.base)})
+    from ..distributed.cluster import connect, joined
+    from ..serving.deployment import build_application, check_port, cpus, serving
 
     build_application(config)  # reports a missing file before Ray starts
+    if not joined():
+        check_port(config)
     connect(cpus(config))
     with serving(config) as url:
         print(

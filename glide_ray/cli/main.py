@@ -17,7 +17,7 @@ from ..config.serving import ServeConfig
 from ..data.styles import STYLES
 from ..errors import UserError
 from ..progress import show_messages
-from . import assess, commands, pictures
+from . import assess, commands, doctor, pictures
 from .arguments import local_path, positive
 from .commands import CLIP, DEMO
 from .extras import remedy
@@ -734,6 +734,7 @@ def _parser() -> argparse.ArgumentParser:
         type=positive,
         help="default: 1 for forward, 5 for sample and train, 3 for cascade, data and plan",
     )
+    doctor.add_parser(add)
     return parser
 
 

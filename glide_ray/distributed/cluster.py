@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import grpc
 import ray
 import ray.cloudpickle
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.utils import read_ray_address
+from ray._raylet import AuthenticationTokenLoader, Config
+from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 from ..errors import UserError
+from ..progress import write_line
+from .noise import keep_off_terminal
 
 # logical CPUs: enough for two training workers and their data tasks, or the three deployments
 LAPTOP_CPUS = 4
 # a small store is enough: it holds encoded images, not decoded pixels
 OBJECT_STORE_BYTES = 384 * 2**20
+ANSWER_SECONDS = 10.0  # seconds in which the head of a cluster has to answer
+SLOW_START = "Ray has not started yet; a busy machine takes up to a minute."
 
 
 def connect(cpus: int) -> None:
@@ -24,36 +36,121 @@ def connect(cpus: int) -> None:
 
     Logical CPUs only limit how many tasks run at once. Two training workers hold two of them and
     each data task needs a whole one more, so a two-core laptop declares more than it has cores.
-    Does nothing when already connected. Raises UserError for a RAY_ADDRESS that cannot be joined.
+    Does nothing when already connected. Raises UserError for a RAY_ADDRESS that cannot be joined,
+    within ANSWER_SECONDS, and for a Ray that does not start.
     """
     if ray.is_initialized():
         return
-    environment = _worker_environment()
-    if joined():
-        try:
-            ray.init(log_to_driver=False, logging_level=logging.WARNING)
-        except ValueError as error:
-            raise UserError(
-                f"RAY_ADDRESS={os.environ['RAY_ADDRESS']} is not where a driver joins a cluster "
-                f"({str(error).splitlines()[0]}); give HOST:6379, or "
-                f"submit the script of jobs/ to the address that begins with http."
-            ) from None
-        return
-    os.environ.update(environment)
-    # Ray Data logs a line at the end of every stream.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    # Ray enables token authentication for a new cluster, as it should; users need no message.
+    keep_off_terminal()
+    # Ray logs that a new cluster has a token, as it should; users need no message.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(
         logging.ERROR
     )
-    ray.init(
-        address="local",
-        num_cpus=max(cpus, LAPTOP_CPUS, os.cpu_count() or 1),
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
+    use_token()
+    if joined():
+        _join(os.environ["RAY_ADDRESS"])
+    else:
+        _start(max(cpus, LAPTOP_CPUS, os.cpu_count() or 1))
+
+
+def use_token() -> None:
+    """Set RAY_AUTH_MODE=token where Ray finds a token, as a cluster with one refuses other clients.
+
+    A cluster without a token accepts clients that have one. Does nothing if RAY_AUTH_MODE is set.
+    """
+    if "RAY_AUTH_MODE" not in os.environ and AuthenticationTokenLoader.instance().has_token(
+        ignore_auth_mode=True
+    ):
+        os.environ["RAY_AUTH_MODE"] = "token"
+        Config.initialize("")  # Ray read its environment at import
+
+
+def _join(address: str) -> None:
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    check_address(address)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    except ValueError as error:
+        raise UserError(
+            f"RAY_ADDRESS={address} is not where a driver joins a cluster "
+            f"({_first_line(error)}); give HOST:6379, or "
+            f"submit the script of jobs/ to the address that begins with http."
+        ) from None
+    except (ConnectionError, RuntimeError, OSError) as error:
+        raise UserError(
+            f"The cluster at RAY_ADDRESS={address} cannot be joined ({_first_line(error)}); run "
+            f"this on one of its nodes, with the same versions of Python and Ray."
+        ) from None
+
+
+def check_address(address: str) -> None:
+    """Raise UserError if no Ray head accepts this client at `address` within ANSWER_SECONDS.
+
+    `address`: HOST:PORT, ray://HOST:PORT or auto; Ray's own attempts take minutes. Anything else
+    is left to Ray.
+    """
+    target = (read_ray_address() or "") if address == "auto" else address.removeprefix("ray://")
+    if not re.fullmatch(r"[^/]+:\d+", target):
+        return
+    channel = init_grpc_channel(target)
+    try:
+        if address == target or address == "auto":
+            NodeInfoGcsServiceStub(channel).GetClusterId(
+                GetClusterIdRequest(), timeout=ANSWER_SECONDS
+            )
+        else:
+            grpc.channel_ready_future(channel).result(ANSWER_SECONDS)
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            raise UserError(
+                f"The cluster at RAY_ADDRESS={address} wants its token; copy ~/.ray/auth_token "
+                f"from its head to this machine, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
+            ) from None
+        raise _nobody(address) from None
+    except grpc.FutureTimeoutError:
+        raise _nobody(address) from None
+    finally:
+        channel.close()
+
+
+def _nobody(address: str) -> UserError:
+    return UserError(
+        f"No Ray cluster answers at RAY_ADDRESS={address}; check the address and the head, or "
+        f"unset RAY_ADDRESS to start Ray on this machine."
     )
+
+
+def _start(cpus: int) -> None:
+    os.environ.update(_worker_environment())
+    # Ray Data logs a line at the end of every stream.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    patience = threading.Timer(ANSWER_SECONDS, lambda: write_line(SLOW_START))
+    patience.daemon = True
+    patience.start()
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    except Exception as error:  # Ray raises bare Exceptions, too
+        raise UserError(
+            f"Ray does not start on this machine ({_first_line(error)}); `glide doctor` checks "
+            f"what it needs, and Ray's logs are in {_log_folder()}."
+        ) from None
+    finally:
+        patience.cancel()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".:")
+
+
+def _log_folder() -> str:
+    return os.path.join(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "session_latest", "logs")
 
 
 def joined() -> bool:

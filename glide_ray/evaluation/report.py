@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..storage import atomic_write
+from .fonts import font_for, readable
 
 UNGUIDED = "classifier-free guidance", 1.0  # guidance scale 1
 MARGIN, INK, PAPER, HOLE = 12, (30, 30, 30), (255, 255, 255), (70, 190, 90)
+TEXT, TITLE = 12, 14  # pixels of the font
 
 
 def on_square(image: np.ndarray) -> np.ndarray:
@@ -34,8 +36,8 @@ def contact_sheet(
     title: str = "",
 ) -> Image.Image:
     """Images uint8 (H, W, 3) in a grid, each with its label below."""
-    font, line = ImageFont.load_default(13), 16
-    wrapped = [textwrap.wrap(label, size // 7)[:3] for label in labels]
+    font, line = font_for("".join(labels), TEXT), 16
+    wrapped = [textwrap.wrap(readable(label, font), size // 7)[:3] for label in labels]
     label_height = line * max((len(lines) for lines in wrapped), default=1) + 4
     top = MARGIN + (line + MARGIN if title else 0)
     rows = -(-len(images) // columns)
@@ -46,7 +48,8 @@ def contact_sheet(
     )
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((MARGIN, MARGIN), title, INK, ImageFont.load_default(15))
+        large = font_for(title, TITLE)
+        draw.text((MARGIN, MARGIN), readable(title, large), INK, large)
     for n, (pixels, lines) in enumerate(zip(images, wrapped, strict=True)):
         x, y = (
             MARGIN + n % columns * (size + MARGIN),
@@ -65,8 +68,9 @@ def grid(
     size: int = 128,
 ) -> Image.Image:
     """A table of images uint8 (H, W, 3): row names on the left, column names above."""
-    font, line = ImageFont.load_default(13), 16
-    wrapped = [textwrap.wrap(column, size // 7)[:3] for column in columns]
+    font, line = font_for("".join([*columns, *names]), TEXT), 16
+    wrapped = [textwrap.wrap(readable(column, font), size // 7)[:3] for column in columns]
+    names = [readable(name, font) for name in names]
     left, top = (
         2 * MARGIN + round(max(map(font.getlength, names))),
         MARGIN + line * max(map(len, wrapped)) + 4,
@@ -87,7 +91,8 @@ def grid(
 
 def stairs(images: Sequence[np.ndarray], labels: Sequence[str], height: int = 160) -> Image.Image:
     """Images uint8 (H, W, 3) in a column, `height` pixels high, each with its label below."""
-    font, line = ImageFont.load_default(13), 16
+    font, line = font_for("".join(labels), TEXT), 16
+    labels = [readable(label, font) for label in labels]
     shown = [Image.fromarray(pixels) for pixels in images]
     shown = [
         image.resize((round(image.width * height / image.height), height), Image.Resampling.BOX)

@@ -137,7 +137,7 @@ def _read_public_clip(folder: str | Path) -> tuple[Any, Any]:
         from transformers import CLIPModel, CLIPTokenizer
     except ImportError:
         raise UserError(
-            "A public CLIP needs transformers; run `pip install transformers`."
+            "A public CLIP needs transformers; run `pip install 'glide_ray[clip]'`."
         ) from None
     try:
         return (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -225,6 +226,21 @@ def listening(config: ServeConfig) -> Iterator[str]:
     finally:
         if not serve.status().applications:
             serve.shutdown()
+
+
+def check_port(config: ServeConfig) -> None:
+    """Raise UserError if another program listens at the config's address.
+
+    Two proxies of Serve would share the port, and each answer a part of the requests.
+    """
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        socket.create_server((config.host, config.port), family=family).close()
+    except OSError as error:
+        raise UserError(
+            f"{config.host}:{config.port} cannot be listened on ({error.strerror or error}); end "
+            f"the program that has the port (`glide doctor` names it), or give another --port."
+        ) from None
 
 
 def _check_address(url: str) -> None:

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..config.serving import ServeConfig
+from . import docs_page
 from .errors import ApiError, failure
 from .state import ServerState
 
-OPEN = ("/healthz", "/readyz", "/docs", "/openapi.json")  # paths that need no API key
+OPEN = ("/healthz", "/readyz", "/openapi.json", *docs_page.PATHS)  # paths that need no API key
 MAX_JSON_BYTES = 2**20
 FORM_BYTES = 2**16  # maximum size of a form without its files
 BODY_SECONDS = 60  # timeout for receiving a whole body

@@ -23,6 +23,7 @@ from ..sampling.checks import TIMESTEPS, check_options
 from ..sampling.job import Job, Source
 from ..sampling.order import image_jobs
 from .admission import NOBODY
+from .docs_page import add_docs
 from .errors import ApiError, handle_errors
 from .forms import FILES, read_form, read_source
 from .image_response import ImageMaker
@@ -53,8 +54,10 @@ def build_api(
     api = ImagesApi(
         title="glide_ray",
         description="Text-to-image generation and editing with GLIDE, as the OpenAI Images API.",
+        docs_url=None,
         redoc_url=None,
     )
+    add_docs(api)
     generation = narrowed(Generation, config, sizes, clip, timesteps)
     edit = narrowed(Edit, config, sizes, clip, timesteps)
     variation = narrowed(Variation, config, sizes, clip, timesteps)

@@ -8,10 +8,9 @@ import uuid
 from datetime import datetime
 from pathlib import Path
 
-from tqdm import tqdm
-
 from .. import storage
 from ..config.training import Preset
+from ..progress import Bar
 from .run_folder import RUN
 
 
@@ -23,9 +22,9 @@ def run_id(folder: Path) -> str:
     return json.loads(path.read_text())["id"]
 
 
-def steps_bar(preset: Preset, first: int, visible: bool) -> tqdm:
+def steps_bar(preset: Preset, first: int, visible: bool) -> Bar:
     """Progress bar of a run's steps, from step `first`."""
-    return tqdm(
+    return Bar(
         total=preset.train.steps,
         desc=f"train {preset.model.name}",
         unit="step",

@@ -281,10 +281,10 @@ class WeightsAndBiases(Store):
         self._row = row
 
 
-# Tracker name -> its class, and its packages for pip install.
+# Tracker name -> its class, and the optional module that it needs.
 STORES: dict[str, tuple[Callable[[Run], Store], str]] = {
     "tensorboard": (TensorBoard, "tensorboard"),
-    "mlflow": (MLflow, "mlflow-skinny alembic"),
+    "mlflow": (MLflow, "mlflow"),
     "wandb": (WeightsAndBiases, "wandb"),
 }
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config.training import Preset
-from ..errors import UserError
+from ..errors import UserError, install_command
 from .tracker_stores import STORES, Run, Store, why
 
 WAITING = 50_000  # maximum queue length per tracker; further messages are dropped
@@ -88,13 +88,13 @@ def open_trackers(
     """
     run, stores = Run(run_id, preset, Path(folder), first_step), []
     for name in dict.fromkeys(names):
-        kind, package = STORES[name]
+        kind, module = STORES[name]
         try:
             stores.append(kind(run))
         except ImportError as error:
             raise UserError(
                 f"train.trackers has {name!r}, whose package cannot be imported ({error}); "
-                f"run `pip install {package}`, or leave {name!r} out."
+                f"run {install_command(module)}, or leave {name!r} out."
             ) from None
     return Trackers([_Outlet(store, warn) for store in stores])
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from .. import storage
 from ..config.training import Preset
@@ -26,6 +25,7 @@ from ..data.shards import Sample, ShardError
 from ..data.sources import columns, find_parts, folder_name, in_share, read_part, row_id, share_of
 from ..data.transforms import Collate, ahead, collated, held_out_batches
 from ..errors import ConfigError, UserError
+from ..progress import write_line
 from ..tensors import Batch
 from .checkpoint import CheckpointError, Checkpoints, verify
 from .checkpoint_writer import CheckpointWriter
@@ -284,7 +284,7 @@ class _Log:
         with open(self._out / EVENTS, "a") as file:
             file.write(line + "\n")
         if self._progress:
-            tqdm.write(line)
+            write_line(line)
 
     def metrics(self, figures: dict) -> None:
         with open(self._out / METRICS, "a") as file:

@@ -617,6 +617,11 @@ def test_the_jobs_take_what_the_manifests_give_them():
     assert served().base == generate.base and served().upsampler == generate.upsampler
 
 
+def test_the_image_has_what_triton_and_deepspeed_compile_with():
+    installed = re.sub(r"\\\n", " ", (CLUSTER / "Dockerfile").read_text()).split()
+    assert {"g++", "libc6-dev", "python3.11-dev"} <= set(installed)
+
+
 def test_the_image_is_pinned_and_runs_as_nobody_special():
     lines = re.sub(r"\\\n", " ", (CLUSTER / "Dockerfile").read_text()).splitlines()
     steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]

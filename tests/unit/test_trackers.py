@@ -537,9 +537,9 @@ def test_a_wandb_server_that_is_away_stops_nothing_and_the_key_is_not_told(
 @pytest.mark.parametrize(
     "name, module, command",
     [
-        ("tensorboard", "tensorboard", "pip install tensorboard"),
-        ("wandb", "wandb", "pip install wandb"),
-        ("mlflow", "mlflow", "pip install mlflow-skinny alembic"),
+        ("tensorboard", "tensorboard", "pip install 'glide_ray\\[cluster\\]'"),
+        ("wandb", "wandb", "pip install 'glide_ray\\[trackers\\]'"),
+        ("mlflow", "mlflow", "pip install 'glide_ray\\[trackers\\]'"),
     ],
 )
 def test_a_missing_package_is_named_with_the_command_that_mends_it(

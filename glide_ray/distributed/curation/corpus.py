@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ray
 
+from ... import storage
 from ...data import emoji
 from ...data.filters import Report
 from ...data.tokenizer import Tokenizer
@@ -51,7 +52,7 @@ def survey(path: str, min_size: int = 64) -> CorpusReport:
     tally = Tally.remote()
     captions = cut = 0
     for batch in (
-        open_corpus(path, min_size, tally)
+        open_corpus(storage.absolute(path), min_size, tally)
         .map_batches(_count_captions)
         .iter_batches(batch_size=None)
     ):

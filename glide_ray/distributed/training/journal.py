@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from tqdm import tqdm
 
 from ... import storage
 from ...config.training import Preset
 from ...models.cost import operations
+from ...progress import write_line
 from ...train.run_folder import EVENTS, METRICS, RUN, last_step
 from ...train.run_log import event_line, run_id, steps_bar
 from ...train.trackers import open_trackers
@@ -194,7 +194,7 @@ class Journal:
         line = event_line(text, self._bar.n if step is None else step, at)
         self._append(EVENTS, line + "\n")
         if self._progress:
-            tqdm.write(line)
+            write_line(line)
 
     def _append(self, name: str, text: str) -> None:
         """Append to a file of the run. On a full disk, keep the text for the next call."""

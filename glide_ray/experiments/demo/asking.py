@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from ... import storage
 from ...config.sampling import SampleOptions
@@ -23,6 +22,7 @@ from ...errors import UserError
 from ...evaluation.report import show_hole
 from ...precision import fastest_precision
 from ...pretrained.shipped import Pair
+from ...progress import bar
 from .figures import (
     BEFORE_AFTER,
     EDIT,
@@ -67,10 +67,10 @@ def ask(out: Path, plan: Plan, pair: Pair, tuned: Path, name: str) -> Result:
     with (
         serving(config) as url,
         httpx.Client(base_url=url, timeout=ANSWER_SECONDS) as http,
-        tqdm(total=plan.requests, desc="  pictures", unit="picture", dynamic_ncols=True) as bar,
+        bar("  pictures", "picture", plan.requests) as shown,
     ):
         models = http.get("/v1/models").json()["data"]
-        client = Client(http, out, plan.options, bar.update)
+        client = Client(http, out, plan.options, shown.update)
         result = {
             "models": models,
             "pairs": _pairs(client, plan, name),
