@@ -33,8 +33,10 @@ NEEDS = {
     "models.clip_scorer": "clip",
     "models.efficientnet": "judge",
     "models.kernels": "test",
+    "models.triton_kernels": "test",
+    "s3": "cluster",
     "serving": "cluster",
-    "storage": "cluster",
+    "train.deepspeed_engine": "cluster",
     "train.loop": "cluster",
     "train.tracker_stores": "cluster trackers",
 }
@@ -42,6 +44,7 @@ NEEDS = {
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "mlflow": "mlflow-skinny",
+    "pydantic_core": "pydantic",  # each version of pydantic requires one version of it
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
