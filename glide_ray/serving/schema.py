@@ -188,7 +188,8 @@ def narrowed(
     upsampler.
     """
     literal: Any = Literal  # type checkers accept no computed choices
-    any_size: Any = literal[("auto", *(f"{size}x{size}" for size in sorted(sizes)))]
+    names = ("auto", *(f"{size}x{size}" for size in sorted(sizes)))
+    any_size: Any = literal[names]
     bases: tuple[type[BaseModel], ...] = (kind, ClipFields) if clip else (kind,)
     form = create_model(
         kind.__name__,
