@@ -7,9 +7,11 @@ Needs no GPU, and without --half only the memory of the largest tensor. At the e
 line of JSON. Submitting the same command again does nothing, unless the run has a newer checkpoint.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser
 
+from glide_ray.cli.arguments import job_parser
+from glide_ray.cli.weights import add_export_options
 from glide_ray.distributed.job import once, run
 from glide_ray.storage import absolute
 from glide_ray.train.checkpoint import find_checkpoint
@@ -17,27 +19,10 @@ from glide_ray.train.pack import read_trained, write_half
 from glide_ray.train.partition import export_to
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "checkpoint",
-        help="a run's folder or s3:// prefix, whose last whole checkpoint is taken, "
-        "or a checkpoint's",
-    )
+def parser() -> ArgumentParser:
+    parser = job_parser(__doc__)
+    add_export_options(parser)
     parser.add_argument("--out", required=True, help="weights file to write, local or s3://")
-    parser.add_argument(
-        "--ema-rate",
-        type=float,
-        help="which of the run's averages (default: the first of its train.ema_rates)",
-    )
-    parser.add_argument(
-        "--half",
-        action="store_true",
-        help="write float16, with the recipe and the corpus's sources; "
-        "needs the memory of the whole model",
-    )
     return parser
 
 

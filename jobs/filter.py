@@ -8,9 +8,11 @@ At the end it prints one line of JSON. Submitting the same command again does no
 or the content filter has changed.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser
 
+from glide_ray.cli.arguments import job_parser
+from glide_ray.cli.curation import add_clean_options, add_filter_clip
 from glide_ray.config.data import CleanConfig
 from glide_ray.config.overrides import override
 from glide_ray.data.filters import users_rules
@@ -22,42 +24,15 @@ from glide_ray.distributed.rows import RECORD
 from glide_ray.storage import absolute, fetch, fingerprint
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "source",
-        help="a folder or s3:// prefix of .tar, .parquet or images with captions, "
-        "or data/{00000..00999}.tar",
-    )
-    parser.add_argument(
-        "--out", required=True, help="folder, which all nodes see, or s3:// prefix to write to"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a setting of the rules; may be repeated",
-    )
-    parser.add_argument(
-        "--rule",
-        action="append",
-        default=[],
-        metavar="MODULE:FUNCTION",
-        help="a rule of your own; may be repeated",
-    )
+def parser() -> ArgumentParser:
+    parser = job_parser(__doc__)
+    add_clean_options(parser)
     parser.add_argument(
         "--content",
         metavar="FILTER",
-        help="a content filter's file, local or s3://, instead of the rules",
+        help="apply this content filter, a local or s3:// file, instead of the rules",
     )
-    parser.add_argument(
-        "--clip",
-        help="where the CLIP is now that the content filter was fitted with "
-        "(default: where it was)",
-    )
+    add_filter_clip(parser)
     return parser
 
 

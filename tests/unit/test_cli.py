@@ -13,6 +13,7 @@ from helpers.paths import ROOT
 from helpers.tiny import tiny
 from PIL import Image
 
+import glide_ray
 from glide_ray.cli.main import main
 from glide_ray.config import presets
 from glide_ray.models.clip import NoisedClip
@@ -429,15 +430,61 @@ def test_every_command_has_help_worth_reading():
         assert done.returncode == 0 and len(done.stdout) > 200, command
 
 
-def test_help_and_a_refusal_are_quick_for_they_load_no_torch():
+def test_help_and_a_refusal_are_quick_for_they_load_no_large_library():
     script = (
-        "import sys; from glide_ray.cli.main import main; main(['info', 'x']); "
-        "assert 'torch' not in sys.modules"
+        "import contextlib, sys\n"
+        "from glide_ray.cli.main import main\n"
+        "with contextlib.suppress(SystemExit): main(['--help'])\n"
+        "assert main(['info', 'x']) == 2\n"
+        "large = {'torch', 'ray', 'deepspeed', 'numpy', 'pyarrow', 'matplotlib', 'fastapi'}\n"
+        "assert not large & set(sys.modules), large & set(sys.modules)\n"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode
-        == 0
+    subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"glide {glide_ray.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "words, completions",
+    [
+        (["ev"], ["evaluate"]),
+        (["filter", "a"], ["apply"]),
+        (["train", "emoji-b"], ["emoji-base"]),
+        (["generate", "a dog", "--upsampler-"], ["--upsampler-steps"]),
+        (["serve", "--precision", "f"], ["fp32", "fp16"]),
+        (["pack", "--out", "dir"], ["directory"]),
+    ],
+)
+def test_bash_completes_commands_presets_options_choices_and_paths(
+    tmp_path, capsys, words, completions
+):
+    assert main(["completion", "bash"]) == 0
+    (tmp_path / "glide.bash").write_text(capsys.readouterr().out)
+    (tmp_path / "directory").mkdir()
+    script = (
+        'source glide.bash; COMP_WORDS=(glide "$@"); COMP_CWORD=$#; '
+        '_shtab_glide; printf "%s\\n" "${COMPREPLY[@]}"'
     )
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", *words],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    assert done.stdout.split() == completions
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_scripts_for_other_shells_know_every_command(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for command in ("train", "generate", "serve", "export-released", "completion"):
+        assert re.search(rf"\b{command}\b", script)
 
 
 def test_a_command_that_needs_ray_says_so_where_it_is_not_installed(tmp_path):
