@@ -27,7 +27,6 @@ from glide_ray.cli.arguments import (
 from glide_ray.config.models import SHIPPED
 from glide_ray.config.overrides import validate
 from glide_ray.config.sampling import BulkConfig
-from glide_ray.distributed.generate import generate
 from glide_ray.distributed.job import run
 
 
@@ -65,6 +64,8 @@ def main() -> int:
     options = parser().parse_args()
 
     def work() -> dict:
+        from glide_ray.distributed.generate import generate
+
         if options.upsampler is None and options.base == SHIPPED:
             options.upsampler = SHIPPED
         if options.no_upsampler:

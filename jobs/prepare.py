@@ -11,7 +11,6 @@ from argparse import ArgumentParser
 
 from glide_ray.cli.arguments import job_parser
 from glide_ray.cli.corpus import add_corpus_options
-from glide_ray.distributed.curation.corpus import prepare
 from glide_ray.distributed.job import once, run
 
 
@@ -26,6 +25,8 @@ def main() -> int:
     styles = (options.styles or "").split(",")
 
     def work() -> dict:
+        from glide_ray.distributed.curation.corpus import prepare
+
         return {
             part.path: {
                 "kept": part.rows.kept,

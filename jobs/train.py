@@ -13,7 +13,6 @@ from argparse import ArgumentParser
 from glide_ray.cli.arguments import job_parser, read_preset
 from glide_ray.cli.training import add_train_options
 from glide_ray.distributed.job import run
-from glide_ray.distributed.training.run import train
 
 
 def parser() -> ArgumentParser:
@@ -27,6 +26,8 @@ def main() -> int:
 
     def work() -> dict:
         preset = read_preset(options)
+        from glide_ray.distributed.training.run import train
+
         result = train(
             preset, options.out or f"runs/{preset.model.name}", progress=sys.stderr.isatty()
         )
