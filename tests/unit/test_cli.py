@@ -1,9 +1,11 @@
 """The command line: printed output, written files and error messages."""
 
+import argparse
 import json
 import os
 import re
 import resource
+import runpy
 import subprocess
 import sys
 
@@ -14,7 +16,7 @@ from helpers.tiny import tiny
 from PIL import Image
 
 import glide_ray
-from glide_ray.cli.main import main
+from glide_ray.cli.main import build_parser, main
 from glide_ray.config import presets
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.weights import save_weights
@@ -401,33 +403,54 @@ def test_bench_prints_one_line_of_json(capsys):
     assert len(lines) == 1 and json.loads(lines[0])["ratio"] > 0
 
 
-def test_every_command_has_help_worth_reading():
-    for command in (
-        "",
-        "demo",
-        "corpus",
-        "clean",
-        "filter",
-        "train",
-        "export",
-        "pack",
-        "card",
-        "generate",
-        "edit",
-        "vary",
-        "scene",
-        "reproduce",
-        "import-released",
-        "export-released",
-        "serve",
-        "info",
-        "settings",
-        "bench",
-    ):
-        done = subprocess.run(
-            [GLIDE, *filter(None, [command]), "--help"], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0 and len(done.stdout) > 200, command
+def commands(parser, name="glide"):
+    """(name, parser) of a parser and of all commands under it."""
+    yield name, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, command in action.choices.items():
+                yield from commands(command, f"{name} {word}")
+
+
+def test_every_command_and_every_option_has_help():
+    found = dict(commands(build_parser()))
+    assert len(found) > 30
+    for name, parser in found.items():
+        assert len(parser.format_help()) > 200, name
+        for action in parser._actions:
+            if not isinstance(action, argparse._SubParsersAction):
+                assert action.help and len(action.help) > 10, f"{name} {action.dest}"
+
+
+def test_the_installed_program_prints_help():
+    done = subprocess.run([GLIDE, "--help"], capture_output=True, text=True, check=True)
+    assert all(f"  {command} " in done.stdout for command in ("demo", "train", "generate", "serve"))
+
+
+@pytest.mark.parametrize(
+    "job, command",
+    [
+        ("prepare", "corpus"),
+        ("filter", "clean"),
+        ("train", "train"),
+        ("export", "export"),
+        ("evaluate", "evaluate"),
+    ],
+)
+def test_a_job_has_the_options_of_its_command(job, command):
+    """The same defaults, choices and help, except --out, which an export as a job must name."""
+    own = runpy.run_path(os.path.join(ROOT, "jobs", f"{job}.py"))["parser"]()._actions
+    shared = {
+        action.dest: action
+        for action in dict(commands(build_parser()))[f"glide {command}"]._actions
+    }
+    compared = 0
+    for action in own:
+        if action.dest in shared and (job, action.dest) != ("export", "out"):
+            other, compared = shared[action.dest], compared + 1
+            for field in ("option_strings", "default", "choices", "nargs", "required", "help"):
+                assert getattr(action, field) == getattr(other, field), (action.dest, field)
+    assert compared >= 4
 
 
 def test_help_and_a_refusal_are_quick_for_they_load_no_large_library():
