@@ -92,6 +92,8 @@ def test_generate_writes_pictures_that_their_seed_gives_again(tmp_path, weights,
     )
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "a-1.png").read_bytes()
     assert Image.open(tmp_path / "again.png").size == (64, 64)
+    assert main(["reproduce", str(tmp_path / "again.png")]) == 0
+    assert "the same as" in capsys.readouterr().out
 
 
 def test_generate_without_the_upsampler_stops_at_the_base_size(tmp_path, weights):
