@@ -9,24 +9,23 @@ fronts.png, the statistics of the reference for later runs, and the features of 
 end it prints one line of JSON. Submitting the same command again does only what is missing.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser
 
-from glide_ray.cli.assess import add_evaluate_options, evaluated
+from glide_ray.cli.arguments import job_parser
+from glide_ray.cli.evaluation import add_evaluate_options, run_evaluation
 from glide_ray.distributed.job import run
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser() -> ArgumentParser:
+    parser = job_parser(__doc__)
     add_evaluate_options(parser)
     return parser
 
 
 def main() -> int:
     options = parser().parse_args()
-    return run("evaluate", lambda: evaluated(options))
+    return run("evaluate", lambda: run_evaluation(options))
 
 
 if __name__ == "__main__":

@@ -7,68 +7,53 @@ Needs no GPU, and without --half only the memory of the largest tensor. At the e
 line of JSON. Submitting the same command again does nothing, unless the run has a newer checkpoint.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, Namespace
 
+from glide_ray.cli.arguments import job_parser
+from glide_ray.cli.weights import add_export_options
 from glide_ray.distributed.job import once, run
 from glide_ray.storage import absolute
 from glide_ray.train.checkpoint import find_checkpoint
-from glide_ray.train.pack import read_trained, write_half
-from glide_ray.train.partition import export_to
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "checkpoint",
-        help="a run's folder or s3:// prefix, whose last whole checkpoint is taken, "
-        "or a checkpoint's",
-    )
+def parser() -> ArgumentParser:
+    parser = job_parser(__doc__)
+    add_export_options(parser)
     parser.add_argument("--out", required=True, help="weights file to write, local or s3://")
-    parser.add_argument(
-        "--ema-rate",
-        type=float,
-        help="which of the run's averages (default: the first of its train.ema_rates)",
-    )
-    parser.add_argument(
-        "--half",
-        action="store_true",
-        help="write float16, with the recipe and the corpus's sources; "
-        "needs the memory of the whole model",
-    )
     return parser
 
 
 def main() -> int:
     options = parser().parse_args()
+    return run("export", lambda: export_once(options))
 
-    def work() -> dict:
-        checkpoint = find_checkpoint(absolute(options.checkpoint))
 
-        def export() -> dict:
-            if options.half:
-                trained = read_trained(checkpoint, ema_rate=options.ema_rate)
-                write_half(trained, options.out)
-                return {
-                    "weights": options.out,
-                    "model": trained.config.name,
-                    "step": trained.recipe["steps"],
-                    "ema": trained.recipe["EMA"],
-                }
-            preset, step, rate = export_to(checkpoint, options.out, options.ema_rate)
-            return {
-                "weights": options.out,
-                "model": preset.model.name,
-                "step": step,
-                "ema_rate": rate,
-            }
+def export_once(options: Namespace) -> dict:
+    checkpoint = find_checkpoint(absolute(options.checkpoint))
+    asked = {"checkpoint": checkpoint, "ema_rate": options.ema_rate, "half": options.half}
+    work = export_half if options.half else export
+    return once(f"{options.out}.json", asked, lambda: work(checkpoint, options))
 
-        made_from = {"checkpoint": checkpoint, "ema_rate": options.ema_rate, "half": options.half}
-        return once(f"{options.out}.json", made_from, export)
 
-    return run("export", work)
+def export(checkpoint: str, options: Namespace) -> dict:
+    from glide_ray.train.partition import export_to
+
+    preset, step, rate = export_to(checkpoint, options.out, options.ema_rate)
+    return {"weights": options.out, "model": preset.model.name, "step": step, "ema_rate": rate}
+
+
+def export_half(checkpoint: str, options: Namespace) -> dict:
+    from glide_ray.train.pack import read_trained, write_half
+
+    trained = read_trained(checkpoint, ema_rate=options.ema_rate)
+    write_half(trained, options.out)
+    return {
+        "weights": options.out,
+        "model": trained.config.name,
+        "step": trained.recipe["steps"],
+        "ema": trained.recipe["EMA"],
+    }
 
 
 if __name__ == "__main__":

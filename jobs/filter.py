@@ -8,92 +8,74 @@ At the end it prints one line of JSON. Submitting the same command again does no
 or the content filter has changed.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, Namespace
 
+from glide_ray.cli.arguments import job_parser
+from glide_ray.cli.curation import add_clean_options, add_filter_clip
 from glide_ray.config.data import CleanConfig
 from glide_ray.config.overrides import override
-from glide_ray.data.filters import users_rules
+from glide_ray.data.filters import Report, users_rules
 from glide_ray.data.sources import find_parts, state
-from glide_ray.distributed.curation.apply_filter import apply_content
-from glide_ray.distributed.curation.clean import clean, write_page
 from glide_ray.distributed.job import once, run
-from glide_ray.distributed.rows import RECORD
 from glide_ray.storage import absolute, fetch, fingerprint
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "source",
-        help="a folder or s3:// prefix of .tar, .parquet or images with captions, "
-        "or data/{00000..00999}.tar",
-    )
-    parser.add_argument(
-        "--out", required=True, help="folder, which all nodes see, or s3:// prefix to write to"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a setting of the rules; may be repeated",
-    )
-    parser.add_argument(
-        "--rule",
-        action="append",
-        default=[],
-        metavar="MODULE:FUNCTION",
-        help="a rule of your own; may be repeated",
-    )
+def parser() -> ArgumentParser:
+    parser = job_parser(__doc__)
+    add_clean_options(parser)
     parser.add_argument(
         "--content",
         metavar="FILTER",
-        help="a content filter's file, local or s3://, instead of the rules",
+        help="apply this content filter, a local or s3:// file, instead of the rules",
     )
-    parser.add_argument(
-        "--clip",
-        help="where the CLIP is now that the content filter was fitted with "
-        "(default: where it was)",
-    )
+    add_filter_clip(parser)
     return parser
 
 
 def main() -> int:
     options = parser().parse_args()
-    return run(
-        "filter",
-        lambda: once(f"{options.out.rstrip('/')}/{RECORD}", asked(options), lambda: work(options)),
-    )
+    return run("filter", lambda: filter_once(options))
 
 
-def asked(options) -> dict:
-    """The arguments, with the state of the files that they name: a changed file is a new job."""
+def filter_once(options: Namespace) -> dict:
+    asked = with_state(options)
+    from glide_ray.distributed.rows import RECORD
+
+    work = apply_content_filter if options.content else apply_rules
+
+    def report() -> dict:
+        done = work(options)
+        return {
+            "out": options.out,
+            "kept": done.kept,
+            "dropped": dict(done.dropped),
+            "faults": done.faults,
+        }
+
+    return once(f"{options.out.rstrip('/')}/{RECORD}", asked, report)
+
+
+def with_state(options: Namespace) -> dict:
+    """The options, with the state of the files that they name: a changed file is a new job."""
     source = absolute(options.source)
     content = {"content_is": fingerprint(fetch(options.content))} if options.content else {}
     return {**vars(options), "source_is": state(source, find_parts(source)), **content}
 
 
-def work(options) -> dict:
-    if options.content:
-        done = apply_content(options.content, options.source, options.out, options.clip).report
-    else:
-        cleaned = clean(
-            options.source,
-            options.out,
-            override(CleanConfig(), options.set),
-            users_rules(options.rule),
-        )
-        write_page(cleaned, options.source, options.out)
-        done = cleaned.report
-    return {
-        "out": options.out,
-        "kept": done.kept,
-        "dropped": dict(done.dropped),
-        "faults": done.faults,
-    }
+def apply_content_filter(options: Namespace) -> Report:
+    from glide_ray.distributed.curation.apply_filter import apply_content
+
+    return apply_content(options.content, options.source, options.out, options.clip).report
+
+
+def apply_rules(options: Namespace) -> Report:
+    config, rules = override(CleanConfig(), options.set), users_rules(options.rule)
+    from glide_ray.distributed.curation.clean import clean, write_page
+
+    done = clean(options.source, options.out, config, rules)
+    write_page(done, options.source, options.out)
+    return done.report
 
 
 if __name__ == "__main__":

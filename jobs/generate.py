@@ -8,68 +8,54 @@ their prompts to OUT/metadata.jsonl, which makes OUT a corpus. At the end the jo
 JSON. Submitting the same command again generates only the missing pictures.
 """
 
-import argparse
 import dataclasses
 import sys
+from argparse import ArgumentParser
 
-from glide_ray.cli.arguments import positive
-from glide_ray.cli.main import add_sampling
-from glide_ray.cli.pictures import sample_options
+from glide_ray.cli.arguments import (
+    add_base,
+    add_device,
+    add_precision,
+    add_sampling,
+    add_seed,
+    add_shared_out,
+    add_upsampler,
+    job_parser,
+    positive,
+    sample_options,
+)
 from glide_ray.config.models import SHIPPED
 from glide_ray.config.overrides import validate
 from glide_ray.config.sampling import BulkConfig
-from glide_ray.distributed.generate import generate
 from glide_ray.distributed.job import run
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("prompts", help="a file of prompts, local or s3://")
-    parser.add_argument("--out", required=True, help="folder, which all nodes see, or s3:// prefix")
+def parser() -> ArgumentParser:
+    parser = job_parser(__doc__)
+    parser.add_argument("prompts", help="file of prompts, local or s3://")
+    add_shared_out(parser, None)
+    add_base(parser, str)
+    add_upsampler(parser, f"{SHIPPED} for the base model {SHIPPED}, none for others", str)
     parser.add_argument(
-        "--base",
-        default=SHIPPED,
-        help="weights of the base model, on a path that all nodes see, or s3:// "
-        "(default: %(default)s, which ships with glide_ray)",
+        "--no-upsampler",
+        action="store_true",
+        help="write the base model's pictures, without upsampling",
     )
-    parser.add_argument(
-        "--upsampler",
-        help=f"weights of the upsampler (default: {SHIPPED} with that base model, none with "
-        "another: pictures of its size)",
-    )
-    parser.add_argument(
-        "--no-upsampler", action="store_true", help="pictures of the base model's size"
-    )
-    parser.add_argument(
-        "--device",
-        default="auto",
-        choices=["auto", "cpu", "gpu"],
-        help="auto: a GPU, if the cluster has one now; gpu: also if it is to grow",
-    )
-    parser.add_argument(
-        "--precision",
-        default="auto",
-        choices=["auto", "fp32", "bf16", "fp16"],
-        help="default: fp16 on a GPU, fp32 on a CPU",
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="of the first picture; it counts up over all of them (default: %(default)s)",
-    )
+    add_device(parser)
+    add_precision(parser)
+    add_seed(parser, "seed of the first picture; each next one adds 1 (default: %(default)s)")
     parser.add_argument(
         "--per-prompt",
         type=positive,
         default=1,
         metavar="N",
-        help="pictures for each prompt (default: %(default)s)",
+        help="pictures of each prompt (default: %(default)s)",
     )
     add_sampling(parser)
     parser.add_argument(
-        "--workers", type=positive, help="GPUs to use, or cores where there are none (default: all)"
+        "--workers",
+        type=positive,
+        help="number of GPUs to use, or of cores without GPUs (default: all)",
     )
     return parser
 
@@ -78,6 +64,8 @@ def main() -> int:
     options = parser().parse_args()
 
     def work() -> dict:
+        from glide_ray.distributed.generate import generate
+
         if options.upsampler is None and options.base == SHIPPED:
             options.upsampler = SHIPPED
         if options.no_upsampler:
@@ -87,14 +75,7 @@ def main() -> int:
             for name in ("base", "upsampler", "clip", "device", "precision", "seed", "per_prompt")
         }
         config = validate(BulkConfig, {**given, "options": sample_options(options)})
-        return dataclasses.asdict(
-            generate(
-                options.prompts,
-                options.out,
-                config,
-                options.workers,
-            )
-        )
+        return dataclasses.asdict(generate(options.prompts, options.out, config, options.workers))
 
     return run("generate", work)
 

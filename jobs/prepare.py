@@ -6,48 +6,17 @@ At the end it prints one line of JSON. Submitting the same command again skips e
 done.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser
 
-from glide_ray.cli.arguments import positive
-from glide_ray.data.styles import STYLES
-from glide_ray.distributed.curation.corpus import prepare
+from glide_ray.cli.arguments import job_parser
+from glide_ray.cli.corpus import add_corpus_options
 from glide_ray.distributed.job import once, run
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out",
-        default="runs/corpus",
-        help="folder, which all nodes see, or s3:// "
-        "prefix for train/, held_out/ and the others (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--styles",
-        metavar="NAMES",
-        help=f"of {', '.join(STYLES)}, with commas (default: all but outline)",
-    )
-    parser.add_argument(
-        "--packages",
-        metavar="FOLDER",
-        help="npm tarballs to read the pictures from (default: fetch them with npm)",
-    )
-    parser.add_argument(
-        "--scenes",
-        type=positive,
-        default=0,
-        metavar="N",
-        help="compose N rows of known content, too",
-    )
-    parser.add_argument(
-        "--min-size",
-        type=int,
-        default=64,
-        help="count as dropped what is smaller on a side (default: %(default)s)",
-    )
+def parser() -> ArgumentParser:
+    parser = job_parser(__doc__)
+    add_corpus_options(parser, str)
     return parser
 
 
@@ -56,6 +25,8 @@ def main() -> int:
     styles = (options.styles or "").split(",")
 
     def work() -> dict:
+        from glide_ray.distributed.curation.corpus import prepare
+
         return {
             part.path: {
                 "kept": part.rows.kept,

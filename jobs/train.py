@@ -6,32 +6,18 @@ At the end it prints one line of JSON. Submitting again with the same --out resu
 run; for a finished run it returns at once.
 """
 
-import argparse
 import dataclasses
 import sys
+from argparse import ArgumentParser
 
-from glide_ray.config import presets
-from glide_ray.config.overrides import override
+from glide_ray.cli.arguments import job_parser, read_preset
+from glide_ray.cli.training import add_train_options
 from glide_ray.distributed.job import run
-from glide_ray.distributed.training.run import train
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("preset", help=", ".join(presets.PRESETS))
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a setting; may be repeated",
-    )
-    parser.add_argument(
-        "--out",
-        help="folder of the run, which all nodes see, or s3:// prefix (default: runs/PRESET)",
-    )
+def parser() -> ArgumentParser:
+    parser = job_parser(__doc__)
+    add_train_options(parser)
     return parser
 
 
@@ -39,7 +25,9 @@ def main() -> int:
     options = parser().parse_args()
 
     def work() -> dict:
-        preset = override(presets.get(options.preset), options.set)
+        preset = read_preset(options)
+        from glide_ray.distributed.training.run import train
+
         result = train(preset, options.out or f"runs/{preset.model.name}")
         return dataclasses.asdict(dataclasses.replace(result, rows=None))
 

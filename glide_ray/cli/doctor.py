@@ -11,12 +11,13 @@ import shutil
 import socket
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from ..errors import UserError
+from .arguments import Commands
 
 LOWEST = (3, 10)  # Python
 SERVER_PORT = 8000
@@ -42,9 +43,8 @@ class Finding:
         return f"{mark}  {self.name}: {self.text}" + (f"; {self.remedy}" if self.remedy else "")
 
 
-def add_parser(add: Callable) -> None:
-    """Add the command with `add(name, function, help)` of the command line."""
-    add(
+def add_commands(commands: Commands) -> None:
+    commands.add(
         "doctor",
         run,
         "check Python, compiler, torch, GPU, Ray, ports, disk and optional packages; "

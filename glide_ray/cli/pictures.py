@@ -1,85 +1,179 @@
-"""Implementation of the commands of `glide` that make pictures.
-
-Each function imports its own libraries, as in `commands.py`.
-"""
+"""Commands that make pictures: generate, edit, vary, scene and reproduce."""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .commands import note
-from .files import check_files
+from .arguments import (
+    Commands,
+    Parser,
+    add_sampling,
+    add_seed,
+    add_weights,
+    local_path,
+    positive,
+    sample_options,
+)
+from .picture_files import check_files, crop_square, open_picture, read_mask, read_sketch
+from .terminal import note, with_step_bars
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..config.sampling import SampleOptions
+    from ..sampling.cascade import Cascade
 
 
-def generate(options) -> None:
-    cascade, asked = _cascade(options), sample_options(options)
+def add_commands(commands: Commands) -> None:
+    _add_generate(commands)
+    _add_edit(commands)
+    _add_vary(commands)
+    _add_scene(commands)
+    _add_reproduce(commands)
+
+
+# -- generate --------------------------------------------------------------------------------------
+
+
+def _add_generate(commands: Commands) -> None:
+    command = commands.add("generate", generate, "generate pictures for a prompt")
+    command.add_argument("prompt", help="text that the pictures should show")
+    command.add_argument(
+        "-n",
+        type=positive,
+        default=1,
+        help="number of pictures, with consecutive seeds (default: %(default)s)",
+    )
+    command.add_argument(
+        "--best-of",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="generate N candidates for each picture and keep the one with the highest score by "
+        "--clip (default: %(default)s)",
+    )
+    _add_picture_options(command, "generate.png")
+
+
+def generate(options: Namespace) -> None:
+    cascade, asked = _load_cascade(options), sample_options(options)
     from ..sampling.recipe import Maker, save_picture
 
-    seeds = list(range(options.seed, options.seed + options.n))
     if options.best_of > 1:
-        ranked = [
-            _with_bar(
-                lambda progress, first=seed: cascade.best_of(
-                    options.prompt, range(first, first + options.best_of), asked, progress
-                )
-            )
-            for seed in range(
-                options.seed, options.seed + options.n * options.best_of, options.best_of
-            )
-        ]
-        seeds, images = [best.seed for best in ranked], [best.image for best in ranked]
-        notes = [
-            f"  best of {options.best_of}: CLIP score {best.scores[best.seed]:.2f}, mean "
-            f"{sum(best.scores.values()) / options.best_of:.2f}"
-            for best in ranked
-        ]
+        made = _best_of_each(cascade, options, asked)
     else:
-        images = _with_bar(
+        seeds = range(options.seed, options.seed + options.n)
+        images = with_step_bars(
             lambda progress: cascade.generate([options.prompt] * options.n, seeds, asked, progress)
         )
-        notes = [""] * options.n
-    for n, (image, seed, line) in enumerate(zip(images, seeds, notes, strict=True)):
-        path = options.out if options.n == 1 else options.out.with_stem(f"{options.out.stem}-{n}")
-        save_picture(image, path, Maker.of(cascade).recipe("generate", options.prompt, seed, asked))
-        print(f"{path}  seed {seed}{line}")
+        made = [(seed, image, "") for seed, image in zip(seeds, images, strict=True)]
+    maker = Maker.of(cascade)
+    for n, (seed, image, remark) in enumerate(made):
+        path = options.out if options.n == 1 else _numbered(options.out, n)
+        save_picture(image, path, maker.recipe("generate", options.prompt, seed, asked))
+        print(f"{path}  seed {seed}{remark}")
 
 
-def edit(options) -> None:
-    cascade, asked = _cascade(options), sample_options(options)
-    image, known = _image_and_mask(options.image, options.mask, cascade.size)
+def _best_of_each(
+    cascade: Cascade, options: Namespace, asked: SampleOptions
+) -> list[tuple[int, np.ndarray, str]]:
+    """Seed, image and a remark on the scores of the best candidate for each picture."""
+    found = []
+    for n in range(options.n):
+        first = options.seed + n * options.best_of
+        best = with_step_bars(
+            lambda progress, first=first: cascade.best_of(
+                options.prompt, range(first, first + options.best_of), asked, progress
+            )
+        )
+        mean = sum(best.scores.values()) / options.best_of
+        remark = (
+            f"  best of {options.best_of}: CLIP score {best.scores[best.seed]:.2f}, mean {mean:.2f}"
+        )
+        found.append((best.seed, best.image, remark))
+    return found
+
+
+# -- edit ------------------------------------------------------------------------------------------
+
+
+def _add_edit(commands: Commands) -> None:
+    command = commands.add("edit", edit, "repaint the masked part of a picture (inpainting)")
+    command.add_argument("prompt", help="text that the edited picture should show")
+    command.add_argument(
+        "--image", required=True, help="picture to edit; its centred square is used"
+    )
+    command.add_argument(
+        "--mask",
+        required=True,
+        help="PNG of the same size as the picture, transparent where to paint",
+    )
+    _add_picture_options(command, "edit.png")
+
+
+def edit(options: Namespace) -> None:
+    cascade, asked = _load_cascade(options), sample_options(options)
+    picture = open_picture(options.image)
+    image = crop_square(picture, cascade.size)
+    known = read_mask(options.mask, cascade.size, picture)
     from ..sampling.recipe import Maker, save_picture
 
-    made = _with_bar(
+    made = with_step_bars(
         lambda progress: cascade.edit(image, known, options.prompt, options.seed, asked, progress)
     )
-    save_picture(
-        made,
-        options.out,
-        Maker.of(cascade).recipe("edit", options.prompt, options.seed, asked),
-        {"image": image, "mask": known},
-    )
+    recipe = Maker.of(cascade).recipe("edit", options.prompt, options.seed, asked)
+    save_picture(made, options.out, recipe, {"image": image, "mask": known})
     print(f"{options.out}  seed {options.seed}")
 
 
-def vary(options) -> None:
-    cascade, asked = _cascade(options), sample_options(options)
-    from ..data.images import centre_crop, flatten, lay_over
-    from ..data.masks import check_sizes
+# -- vary ------------------------------------------------------------------------------------------
+
+
+def _add_vary(commands: Commands) -> None:
+    command = commands.add(
+        "vary",
+        vary,
+        "vary a picture, or render a sketch drawn on it (SDEdit)",
+        "example:\n"
+        '  glide vary "a red house" --image photo.png --sketch strokes.png --mask hole.png '
+        "--strength 0.7",
+    )
+    command.add_argument("prompt", help="text that the variation should show")
+    command.add_argument(
+        "--image", required=True, help="picture to start from; its centred square is used"
+    )
+    command.add_argument(
+        "--strength",
+        type=float,
+        default=0.6,
+        help="size of the change, above 0 and at most 1 (default: %(default)s)",
+    )
+    command.add_argument(
+        "--mask",
+        help="PNG of the same size as the picture, transparent where it may change; other pixels "
+        "stay exactly as they are",
+    )
+    command.add_argument(
+        "--sketch",
+        help="PNG of the same size as the picture, with opaque strokes that are drawn over it",
+    )
+    _add_picture_options(command, "vary.png")
+
+
+def vary(options: Namespace) -> None:
+    cascade, asked = _load_cascade(options), sample_options(options)
+    picture = open_picture(options.image)
+    inputs = {"image": crop_square(picture, cascade.size)}
+    if options.mask is not None:
+        inputs["mask"] = read_mask(options.mask, cascade.size, picture)
+    if options.sketch:
+        inputs["sketch"] = read_sketch(options.sketch, cascade.size, picture)
     from ..sampling.recipe import Maker, save_picture
 
-    inputs = dict(
-        zip(
-            ("image", "mask"),
-            _image_and_mask(options.image, options.mask, cascade.size),
-            strict=False,
-        )
-    )
-    if options.sketch:
-        picture, sketch = _open(options.image), _open(options.sketch)
-        check_sizes(picture, sketch, "sketch")
-        inputs["sketch"] = centre_crop(lay_over(flatten(picture), sketch), cascade.size)
-    made = _with_bar(
+    made = with_step_bars(
         lambda progress: cascade.vary(
             inputs["image"],
             options.prompt,
@@ -91,128 +185,181 @@ def vary(options) -> None:
             progress,
         )
     )
-    save_picture(
-        made,
-        options.out,
-        Maker.of(cascade).recipe("vary", options.prompt, options.seed, asked, options.strength),
-        inputs,
-    )
+    maker = Maker.of(cascade)
+    recipe = maker.recipe("vary", options.prompt, options.seed, asked, options.strength)
+    save_picture(made, options.out, recipe, inputs)
     print(f"{options.out}  seed {options.seed}, strength {options.strength:g}")
 
 
-def scene(options) -> None:
+# -- scene -----------------------------------------------------------------------------------------
+
+
+def _add_scene(commands: Commands) -> None:
+    command = commands.add(
+        "scene",
+        scene,
+        "build up a picture by a sequence of edits",
+        "example:\n"
+        '  glide scene "a cozy living room" --edit wall.png "a painting of a corgi" '
+        '--edit floor.png "a round table"',
+    )
+    command.add_argument("prompt", nargs="?", help="prompt of the first picture, without --image")
+    command.add_argument("--image", help="first picture, without a prompt; centred square is used")
+    command.add_argument(
+        "--edit",
+        nargs=2,
+        action="append",
+        required=True,
+        metavar=("MASK", "PROMPT"),
+        help="PNG that is transparent where to paint, and the prompt; may be repeated, in the "
+        "order of the edits",
+    )
+    _add_picture_options(
+        command,
+        "scene.png",
+        "PNGs to write, with the number of the edit before the suffix (default: %(default)s)",
+    )
+
+
+def scene(options: Namespace) -> None:
     if (options.prompt is None) == (options.image is None):
         raise UserError("a scene begins with a prompt or with --image; give one of the two.")
-    cascade, asked = _cascade(options), sample_options(options)
-    from ..data.images import centre_crop, flatten
-    from ..data.masks import centre_crop_mask, mask_of
+    cascade, asked = _load_cascade(options), sample_options(options)
+    edits = [(read_mask(mask, cascade.size), prompt) for mask, prompt in options.edit]
+    for _, prompt in edits:
+        _warn_of_cut(prompt, cascade)
+    seed = options.seed
+    if options.image:
+        image = crop_square(open_picture(options.image), cascade.size)
+    else:
+        image = _first_picture(cascade, options, asked)
+        seed += 1
+    _apply_edits(cascade, image, edits, seed, asked, options.out)
+
+
+def _first_picture(cascade: Cascade, options: Namespace, asked: SampleOptions) -> np.ndarray:
+    """Generate the first picture of a scene, write it as number 0 and return it."""
     from ..sampling.recipe import Maker, save_picture
 
-    def path(n: int) -> Path:
-        return options.out.with_stem(f"{options.out.stem}-{n}")
+    [image] = with_step_bars(
+        lambda progress: cascade.generate([options.prompt], [options.seed], asked, progress)
+    )
+    path = _numbered(options.out, 0)
+    recipe = Maker.of(cascade).recipe("generate", options.prompt, options.seed, asked)
+    save_picture(image, path, recipe)
+    print(f"{path}  seed {options.seed}  {options.prompt}")
+    return image
 
-    edits = [
-        (
-            centre_crop_mask(_named(mask, lambda mask=mask: mask_of(_open(mask))), cascade.size),
-            prompt,
-        )
-        for mask, prompt in options.edit
-    ]
-    for _, prompt in edits:
-        _warn_of_cut(prompt, cascade.base.config.context)
-    if options.image:
-        image, seed = centre_crop(flatten(_open(options.image)), cascade.size), options.seed
-    else:
-        image, seed = (
-            _with_bar(
-                lambda progress: cascade.generate([options.prompt], [options.seed], asked, progress)
-            )[0],
-            options.seed + 1,
-        )
-        save_picture(
-            image,
-            path(0),
-            Maker.of(cascade).recipe("generate", options.prompt, options.seed, asked),
-        )
-        print(f"{path(0)}  seed {options.seed}  {options.prompt}")
 
-    def apply(progress, image=image) -> None:
-        for n, made in enumerate(cascade.scene(image, edits, seed, asked, progress)):
+def _apply_edits(
+    cascade: Cascade,
+    image: np.ndarray,
+    edits: list[tuple[np.ndarray, str]],
+    seed: int,
+    asked: SampleOptions,
+    out: Path,
+) -> None:
+    """Write the picture after each edit, numbered from 1. Edit n uses the seed `seed` + n."""
+    from ..sampling.recipe import Maker, save_picture
+
+    maker = Maker.of(cascade)
+
+    def run(progress) -> None:
+        before = image
+        for n, after in enumerate(cascade.scene(image, edits, seed, asked, progress)):
             known, prompt = edits[n]
-            save_picture(
-                made,
-                path(n + 1),
-                Maker.of(cascade).recipe("edit", prompt, seed + n, asked),
-                {"image": image, "mask": known},
-            )
-            print(f"{path(n + 1)}  seed {seed + n}  {prompt}")
-            image = made
+            path, recipe = _numbered(out, n + 1), maker.recipe("edit", prompt, seed + n, asked)
+            save_picture(after, path, recipe, {"image": before, "mask": known})
+            print(f"{path}  seed {seed + n}  {prompt}")
+            before = after
 
-    _with_bar(apply)
+    with_step_bars(run)
 
 
-def reproduce(options) -> None:
+# -- reproduce -------------------------------------------------------------------------------------
+
+
+def _add_reproduce(commands: Commands) -> None:
+    command = commands.add(
+        "reproduce",
+        reproduce,
+        "make a picture again from the recipe in its PNG, and compare the two",
+    )
+    command.add_argument("picture", help="PNG that glide wrote")
+    for model in ("base", "upsampler", "CLIP"):
+        command.add_argument(
+            f"--{model.lower()}",
+            type=local_path,
+            help=f"new location of the {model} weights, which must be unchanged (default: the "
+            "location in the recipe)",
+        )
+    command.add_argument("--out", type=local_path, help="PNG to write the new picture to")
+
+
+def reproduce(options: Namespace) -> None:
     from ..sampling.recipe import find_models, make_again, read_recipe, save_picture
 
     check_files(options)
     recipe, inputs, before = read_recipe(options.picture)
-    models = find_models(
-        recipe, {"base": options.base, "upsampler": options.upsampler, "clip": options.clip}
-    )
+    roles = ("base", "upsampler", "clip")
+    models = find_models(recipe, {role: getattr(options, role) for role in roles})
     from ..sampling.cascade import Cascade
 
     cascade = Cascade.load(
         models["base"], models.get("upsampler"), recipe.precision, clip=models.get("clip")
     )
-    made = _with_bar(lambda progress: make_again(cascade, recipe, inputs, progress))
+    made = with_step_bars(lambda progress: make_again(cascade, recipe, inputs, progress))
     print(
         f"{recipe.task} {recipe.prompt!r}, seed {recipe.seed}, {recipe.options.sampler} "
         f"{recipe.options.steps}, guidance scale {recipe.options.guidance_scale:g}, "
         f"{recipe.models['base'].name}"
     )
-    apart = abs(made.astype(int) - before) if made.shape == before.shape else None
-    if apart is not None and not apart.any():
-        print(f"the same as {options.picture}, to the last 8-bit value")
-    elif apart is not None:
-        print(
-            f"differs from {options.picture} by up to {apart.max()} of 255, in "
-            f"{(apart > 0).mean():.2%} of its values; it was made with {recipe.made_with}"
-        )
-    else:
-        print(
-            f"{options.picture} has been resized since: it is {before.shape[1]}x{before.shape[0]} "
-            f"and was made at {made.shape[1]}x{made.shape[0]}"
-        )
+    print(_compare(options.picture, before, made, recipe.made_with))
     if options.out:
         save_picture(made, options.out, recipe, inputs)
         print(options.out)
 
 
-# -- shared by commands ----------------------------------------------------------------------------
-
-
-def sample_options(options):
-    """The sampling options as SampleOptions. Raises RequestError if they are invalid."""
-    from ..config.sampling import SampleOptions
-    from ..sampling.checks import check_options
-
-    asked = SampleOptions(
-        sampler=options.sampler,
-        steps=options.steps,
-        upsampler_steps=options.upsampler_steps,
-        guidance_scale=options.guidance_scale,
-        clip_scale=options.clip_scale,
-        guidance_interval=options.guidance_interval,
+def _compare(path: str, before: np.ndarray, made: np.ndarray, made_with: str) -> str:
+    """A sentence on the difference of two pictures, uint8 (H, W, 3)."""
+    if made.shape != before.shape:
+        return (
+            f"{path} has been resized since: it is {before.shape[1]}x{before.shape[0]} and was "
+            f"made at {made.shape[1]}x{made.shape[0]}"
+        )
+    difference = abs(made.astype(int) - before)
+    if not difference.any():
+        return f"the same as {path}, to the last 8-bit value"
+    return (
+        f"differs from {path} by up to {difference.max()} of 255, in "
+        f"{(difference > 0).mean():.2%} of its values; it was made with {made_with}"
     )
-    check_options(asked, options.seed, getattr(options, "strength", None))
-    return asked
 
 
-def _cascade(options):
+# -- shared by the commands ------------------------------------------------------------------------
+
+
+def _add_picture_options(
+    parser: Parser, out: str, out_help: str = "PNG to write (default: %(default)s)"
+) -> None:
+    """Add sampling options, --out and the weights."""
+    add_seed(parser)
+    add_sampling(parser)
+    parser.add_argument(
+        "--no-upsampler",
+        action="store_true",
+        help="write the base model's picture, without upsampling",
+    )
+    parser.add_argument("--out", type=local_path, default=Path(out), help=out_help)
+    add_weights(parser)
+
+
+def _load_cascade(options: Namespace) -> Cascade:
+    """The models of the options, checked together with the options. Raises UserError."""
     sample_options(options)  # reject invalid options before loading anything
     check_files(options)
     if options.prompt is not None and not options.prompt.strip():
-        note("the prompt is empty; the picture will be of anything.")
+        note("the prompt is empty, so it does not guide the picture.")
     if (options.clip_scale or getattr(options, "best_of", 1) > 1) and not options.clip:
         raise UserError(
             "--clip-scale and --best-of need a CLIP model; give one with --clip, trained by "
@@ -221,70 +368,23 @@ def _cascade(options):
     from ..pretrained.shipped import locate, upsampler_for
     from ..sampling.cascade import Cascade
 
-    upsampler = None if options.no_upsampler else options.upsampler or upsampler_for(options.base)
+    upsampler = None
+    if not options.no_upsampler:
+        upsampler = options.upsampler or upsampler_for(options.base)
     cascade = Cascade.load(
         locate(options.base, "base"), upsampler, options.precision, clip=options.clip
     )
-    _warn_of_cut(options.prompt or "", cascade.base.config.context)
+    _warn_of_cut(options.prompt or "", cascade)
     return cascade
 
 
-def _open(path: str):
-    """A picture from a file, rotated upright. Raises an ImageError that names the file."""
-    from ..data.images import load, open_image
-    from ..storage import read
-
-    return _named(path, lambda: load(open_image(read(path))))
-
-
-def _named(path: str, work):
-    """The result of `work`; its UserErrors, except StorageError, gain the file's name."""
-    from ..storage import StorageError
-
-    try:
-        return work()
-    except StorageError:
-        raise
-    except UserError as error:
-        raise type(error)(f"{path}: {error}") from None
-
-
-def _image_and_mask(image: str, mask: str | None, size: int):
-    """The centred square of a picture, and of its mask if there is one, at `size` pixels.
-
-    The mask is true where pixels are known. Returns a tuple of one or two arrays.
-    """
-    from ..data.images import centre_crop, flatten
-    from ..data.masks import centre_crop_mask, check_sizes, mask_of
-
-    picture = _open(image)
-    pixels = centre_crop(flatten(picture), size)
-    if mask is None:
-        return (pixels,)
-    opened = _open(mask)
-    check_sizes(picture, opened)
-    return pixels, centre_crop_mask(_named(mask, lambda: mask_of(opened)), size)
-
-
-def _warn_of_cut(prompt: str, context: int) -> None:
+def _warn_of_cut(prompt: str, cascade: Cascade) -> None:
     from ..data.tokenizer import Tokenizer
 
+    context = cascade.base.config.context
     if Tokenizer(context).encode(prompt).cut:
-        note(f"the prompt is longer than {context} tokens; what comes after them is not read.")
+        note(f"the prompt is longer than {context} tokens; the model does not read the rest.")
 
 
-def _with_bar(run):
-    """Call `run` with a progress function that shows a bar of denoising steps for each stage."""
-    from ..bars import Bar
-
-    bars: dict[str, Bar] = {}
-
-    def progress(stage: str, done: int, total: int) -> None:
-        bar = bars.get(stage) or bars.setdefault(
-            stage, Bar(total=total, desc=stage, unit="step", dynamic_ncols=True)
-        )
-        bar.update(done - bar.n)
-        if done == total:
-            bars.pop(stage).close()
-
-    return run(progress)
+def _numbered(path: Path, n: int) -> Path:
+    return path.with_stem(f"{path.stem}-{n}")

@@ -278,7 +278,9 @@ def test_a_run_that_is_killed_or_interrupted_goes_on_from_its_checkpoint_with_th
     os.kill(second.pid, signal.SIGINT)
     output, _ = second.communicate(timeout=180)
     assert (
-        second.returncode == 130 and "goes on from here" in output and "Traceback" not in output
+        second.returncode == 130
+        and "run the same command again" in output
+        and "Traceback" not in output
     ), output
     assert resumed_after_a_checkpoint(before, kept)
 

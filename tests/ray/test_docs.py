@@ -87,7 +87,7 @@ def test_commands_of_glide_and_jobs_take_the_options_that_are_shown(path):
             # Without lower-case letters, these are placeholders and not real arguments.
             words = ["", *shlex.split(job[2], comments=True)] if re.search("[a-z]", job[2]) else []
         elif line.startswith("glide "):
-            parser, words = cli._parser(), shlex.split(line, comments=True)
+            parser, words = cli.build_parser(), shlex.split(line, comments=True)
         else:
             continue
         if words:

@@ -1,9 +1,11 @@
 """The command line: printed output, written files and error messages."""
 
+import argparse
 import json
 import os
 import re
 import resource
+import runpy
 import subprocess
 import sys
 
@@ -13,7 +15,8 @@ from helpers.paths import ROOT
 from helpers.tiny import tiny
 from PIL import Image
 
-from glide_ray.cli.main import main
+import glide_ray
+from glide_ray.cli.main import build_parser, main
 from glide_ray.config import presets
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.weights import save_weights
@@ -89,6 +92,8 @@ def test_generate_writes_pictures_that_their_seed_gives_again(tmp_path, weights,
     )
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "a-1.png").read_bytes()
     assert Image.open(tmp_path / "again.png").size == (64, 64)
+    assert main(["reproduce", str(tmp_path / "again.png")]) == 0
+    assert "the same as" in capsys.readouterr().out
 
 
 def test_generate_without_the_upsampler_stops_at_the_base_size(tmp_path, weights):
@@ -400,44 +405,111 @@ def test_bench_prints_one_line_of_json(capsys):
     assert len(lines) == 1 and json.loads(lines[0])["ratio"] > 0
 
 
-def test_every_command_has_help_worth_reading():
-    for command in (
-        "",
-        "demo",
-        "corpus",
-        "clean",
-        "filter",
-        "train",
-        "export",
-        "pack",
-        "card",
-        "generate",
-        "edit",
-        "vary",
-        "scene",
-        "reproduce",
-        "import-released",
-        "export-released",
-        "serve",
-        "info",
-        "settings",
-        "bench",
-    ):
-        done = subprocess.run(
-            [GLIDE, *filter(None, [command]), "--help"], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0 and len(done.stdout) > 200, command
+def commands(parser, name="glide"):
+    """(name, parser) of a parser and of all commands under it."""
+    yield name, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, command in action.choices.items():
+                yield from commands(command, f"{name} {word}")
 
 
-def test_help_and_a_refusal_are_quick_for_they_load_no_torch():
+def test_every_command_and_every_option_has_help():
+    found = dict(commands(build_parser()))
+    assert len(found) > 30
+    for name, parser in found.items():
+        assert len(parser.format_help()) > 200, name
+        for action in parser._actions:
+            if not isinstance(action, argparse._SubParsersAction):
+                assert action.help and len(action.help) > 10, f"{name} {action.dest}"
+
+
+def test_the_installed_program_prints_help():
+    done = subprocess.run([GLIDE, "--help"], capture_output=True, text=True, check=True)
+    assert all(f"  {command} " in done.stdout for command in ("demo", "train", "generate", "serve"))
+
+
+@pytest.mark.parametrize(
+    "job, command",
+    [
+        ("prepare", "corpus"),
+        ("filter", "clean"),
+        ("train", "train"),
+        ("export", "export"),
+        ("evaluate", "evaluate"),
+    ],
+)
+def test_a_job_has_the_options_of_its_command(job, command):
+    """The same defaults, choices and help, except --out, which an export as a job must name."""
+    own = runpy.run_path(os.path.join(ROOT, "jobs", f"{job}.py"))["parser"]()._actions
+    shared = {
+        action.dest: action
+        for action in dict(commands(build_parser()))[f"glide {command}"]._actions
+    }
+    compared = 0
+    for action in own:
+        if action.dest in shared and (job, action.dest) != ("export", "out"):
+            other, compared = shared[action.dest], compared + 1
+            for field in ("option_strings", "default", "choices", "nargs", "required", "help"):
+                assert getattr(action, field) == getattr(other, field), (action.dest, field)
+    assert compared >= 4
+
+
+def test_help_and_a_refusal_are_quick_for_they_load_no_large_library():
     script = (
-        "import sys; from glide_ray.cli.main import main; main(['info', 'x']); "
-        "assert 'torch' not in sys.modules"
+        "import contextlib, sys\n"
+        "from glide_ray.cli.main import main\n"
+        "with contextlib.suppress(SystemExit): main(['--help'])\n"
+        "assert main(['info', 'x']) == 2\n"
+        "large = {'torch', 'ray', 'deepspeed', 'numpy', 'pyarrow', 'matplotlib', 'fastapi'}\n"
+        "assert not large & set(sys.modules), large & set(sys.modules)\n"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode
-        == 0
+    subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"glide {glide_ray.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "words, completions",
+    [
+        (["ev"], ["evaluate"]),
+        (["filter", "a"], ["apply"]),
+        (["train", "emoji-b"], ["emoji-base"]),
+        (["generate", "a dog", "--upsampler-"], ["--upsampler-steps"]),
+        (["serve", "--precision", "f"], ["fp32", "fp16"]),
+        (["pack", "--out", "dir"], ["directory"]),
+    ],
+)
+def test_bash_completes_commands_presets_options_choices_and_paths(
+    tmp_path, capsys, words, completions
+):
+    assert main(["completion", "bash"]) == 0
+    (tmp_path / "glide.bash").write_text(capsys.readouterr().out)
+    (tmp_path / "directory").mkdir()
+    script = (
+        'source glide.bash; COMP_WORDS=(glide "$@"); COMP_CWORD=$#; '
+        '_shtab_glide; printf "%s\\n" "${COMPREPLY[@]}"'
     )
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", *words],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    assert done.stdout.split() == completions
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_scripts_for_other_shells_know_every_command(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for command in ("train", "generate", "serve", "export-released", "completion"):
+        assert re.search(rf"\b{command}\b", script)
 
 
 def test_a_command_that_needs_ray_says_so_where_it_is_not_installed(tmp_path):

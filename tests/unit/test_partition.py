@@ -330,10 +330,7 @@ def test_glide_export_takes_the_last_checkpoint_that_is_whole_and_says_what_it_w
         checkpoints.complete(checkpoints.folder(step, "x"), {})
     Path(checkpoints.folder(6, "x")).mkdir()  # an incomplete upload of a killed run
     assert main(["export", str(tmp_path / "run")]) == 0
-    assert (
-        "exported.safetensors: nano-base after step 4, averaged at rate 0.9"
-        in capsys.readouterr().out
-    )
+    assert "exported.safetensors: nano-base after step 4, EMA rate 0.9" in capsys.readouterr().out
     assert load_model(tmp_path / "run" / "exported.safetensors")[1] == preset().model
     for arguments, message in (
         ([str(tmp_path)], "is neither a checkpoint nor a run with one"),

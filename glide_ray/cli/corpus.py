@@ -1,0 +1,73 @@
+"""Command that builds and counts a corpus: corpus."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from ..data.styles import STYLES
+from .arguments import CORPUS, Commands, Parser, PathType, add_packages, local_path, positive
+
+
+def add_commands(commands: Commands) -> None:
+    command = commands.add(
+        "corpus",
+        corpus,
+        "build the emoji corpus as tar shards and count it, or count another corpus",
+        "examples:\n  glide corpus --scenes 100000\n"
+        "  glide corpus --styles outline --out runs/outline\n"
+        "  glide corpus --packages FOLDER      (npm tarballs, for a machine without npm)",
+    )
+    add_corpus_options(command)
+    command.add_argument(
+        "--survey",
+        metavar="PATH",
+        help="build nothing; only stream and count this corpus: a folder or s3:// prefix of .tar "
+        "or .parquet files",
+    )
+
+
+def add_corpus_options(parser: Parser, path: PathType = local_path) -> None:
+    """Add the options that `glide corpus` and jobs/prepare.py share."""
+    parser.add_argument(
+        "--out",
+        default=CORPUS,
+        help="folder, visible to all nodes, or s3:// prefix; holds train/, held_out/, "
+        "held_out_pairs/ and tones/, and with --scenes also scenes/ and held_out_colours/ "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--styles",
+        metavar="NAMES",
+        help=f"comma-separated styles: {', '.join(STYLES)} (default: all but outline)",
+    )
+    add_packages(parser, path)
+    parser.add_argument(
+        "--scenes",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="also compose N scenes whose contents are known: backgrounds, colours, counts, "
+        "positions (default: none)",
+    )
+    parser.add_argument(
+        "--min-size",
+        type=int,
+        default=64,
+        metavar="PIXELS",
+        help="drop images with a side shorter than this (default: %(default)s)",
+    )
+
+
+def corpus(options: Namespace) -> None:
+    from ..distributed.curation.corpus import prepare, survey
+
+    if options.survey:
+        reports = [survey(options.survey, options.min_size)]
+    else:
+        styles = (options.styles or "").split(",")
+        reports = prepare(options.out, options.min_size, styles, options.packages, options.scenes)
+    for part in reports:
+        print(
+            f"{part.path}: {part.rows}; {part.captions:,} captions, {part.cut_captions} cut at "
+            "128 tokens"
+        )

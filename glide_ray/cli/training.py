@@ -1,0 +1,151 @@
+"""Commands that train a model: train and pretrain."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from ..config.training import Preset
+from ..errors import UserError
+from .arguments import (
+    CORPUS,
+    Commands,
+    Parser,
+    add_packages,
+    add_preset,
+    add_settings,
+    local_path,
+    positive,
+    read_preset,
+)
+
+
+def add_commands(commands: Commands) -> None:
+    _add_train(commands)
+    _add_pretrain(commands)
+
+
+# -- train -----------------------------------------------------------------------------------------
+
+
+def _add_train(commands: Commands) -> None:
+    command = commands.add(
+        "train",
+        train,
+        "train a preset under Ray Train; the same command resumes an interrupted run",
+        "examples of settings:\n"
+        "  --set steps=5000 --set batch=256 --set data.corpus=s3://bucket/train "
+        "--set train.zero_stage=3",
+    )
+    add_train_options(command)
+    command.add_argument(
+        "--no-ray",
+        action="store_true",
+        help="train in this process, without Ray and DeepSpeed, with the corpus in memory",
+    )
+    command.add_argument(
+        "--minutes",
+        type=float,
+        help="with --no-ray: stop after this many minutes and write the weights so far",
+    )
+
+
+def add_train_options(parser: Parser) -> None:
+    """Add the options that `glide train` and jobs/train.py share."""
+    add_preset(parser)
+    parser.add_argument(
+        "--out",
+        help="folder of the run, visible to all nodes, or s3:// prefix (default: runs/PRESET)",
+    )
+
+
+def train(options: Namespace) -> None:
+    preset = read_preset(options)
+    out = options.out or Path("runs") / preset.model.name
+    if options.no_ray:
+        return _train_without_ray(preset, out, options.minutes)
+    if options.minutes is not None:
+        raise UserError("--minutes needs --no-ray; leave it out, or set steps.")
+    from ..distributed.training.run import train as run
+
+    result = run(preset, out)
+    if result.rows:
+        print(f"rows streamed: {result.rows}")
+    print(
+        f"step {result.steps:,}: held-out loss {result.first_held_out:.4f} -> "
+        f"{result.last_held_out:.4f}; EMA weights in {result.weights}"
+    )
+
+
+def _train_without_ray(preset: Preset, out: str | Path, minutes: float | None) -> None:
+    from ..train.without_ray import train_alone
+
+    done = train_alone(preset, out, minutes)
+    rest = "" if done.finished else f" of {preset.train.steps:,}; the same command resumes the run"
+    print(
+        f"step {done.step:,}{rest}: {done.images_per_s:,.1f} images/s; EMA weights in "
+        f"{done.weights}"
+    )
+
+
+# -- pretrain --------------------------------------------------------------------------------------
+
+
+def _add_pretrain(commands: Commands) -> None:
+    command = commands.add(
+        "pretrain",
+        pretrain,
+        "train the weights that ship with glide_ray, from npm tarballs to weights files, in one "
+        "process; takes minutes on one GPU",
+        "example:\n  glide pretrain emoji-base --packages tarballs --minutes 9 --out weights",
+    )
+    command.add_argument("model", help="emoji-base or emoji-upsampler")
+    command.add_argument(
+        "--minutes",
+        type=float,
+        default=9,
+        help="minutes of training; the same command resumes the run (default: %(default)s)",
+    )
+    add_packages(command)
+    command.add_argument(
+        "--scenes",
+        type=positive,
+        default=20_000,
+        metavar="N",
+        help="composed scenes in the corpus (default: %(default)s)",
+    )
+    command.add_argument(
+        "--corpus",
+        type=local_path,
+        default=Path(CORPUS),
+        help="folder of the corpus, built if it does not exist (default: %(default)s)",
+    )
+    command.add_argument(
+        "--run",
+        type=local_path,
+        help="folder of the run with its checkpoints (default: runs/MODEL)",
+    )
+    command.add_argument(
+        "--out",
+        type=local_path,
+        default=Path("runs/weights"),
+        help="folder for the weights in parts, the figures and a sheet of pictures "
+        "(default: %(default)s)",
+    )
+    add_settings(command)
+
+
+def pretrain(options: Namespace) -> None:
+    from ..experiments.pretrain import pretrain as run
+
+    done = run(
+        options.model,
+        options.out,
+        options.minutes,
+        options.corpus,
+        options.run or Path("runs") / options.model,
+        options.packages,
+        options.scenes,
+        options.set,
+    )
+    print(f"step {done.step:,}; the same command resumes the run")

@@ -1,0 +1,243 @@
+"""Commands for weights files: export, pack, card, import-released and export-released."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from ..config.models import SHIPPED
+from .arguments import Commands, Parser, add_base, local_path
+
+
+def add_commands(commands: Commands) -> None:
+    _add_export(commands)
+    _add_pack(commands)
+    _add_card(commands)
+    _add_import_released(commands)
+    _add_export_released(commands)
+
+
+# -- export ----------------------------------------------------------------------------------------
+
+
+def _add_export(commands: Commands) -> None:
+    command = commands.add(
+        "export",
+        export,
+        "write the weights of a checkpoint to a file, tensor by tensor: needs no GPU and the "
+        "memory of the largest tensor",
+        "examples:\n  glide export runs/filtered-base --ema-rate 0.999 --out weights.safetensors\n"
+        "  glide export runs/emoji-base --half --out emoji-base.safetensors",
+    )
+    add_export_options(command)
+    command.add_argument(
+        "--out",
+        help="weights file to write, local or s3:// (default: exported.safetensors in the folder "
+        "of the checkpoint)",
+    )
+
+
+def add_export_options(parser: Parser) -> None:
+    """Add the options that `glide export` and jobs/export.py share."""
+    parser.add_argument(
+        "checkpoint",
+        help="folder or s3:// prefix of a run, whose last complete checkpoint is used, or of one "
+        "checkpoint",
+    )
+    parser.add_argument(
+        "--ema-rate",
+        type=float,
+        help="rate of the EMA to export (default: the first of the run's train.ema_rates)",
+    )
+    parser.add_argument(
+        "--half",
+        action="store_true",
+        help="write float16, with the recipe and the sources in the corpus's card.json; needs the "
+        "memory of the whole model",
+    )
+
+
+def export(options: Namespace) -> None:
+    from ..storage import is_remote
+    from ..train.checkpoint import find_checkpoint
+    from ..train.partition import export_to
+
+    folder = Path() if is_remote(options.checkpoint) else Path(options.checkpoint)
+    out = options.out or folder / "exported.safetensors"
+    checkpoint = find_checkpoint(options.checkpoint)
+    if options.half:
+        return _export_half(checkpoint, out, options.ema_rate)
+    preset, step, rate = export_to(checkpoint, out, options.ema_rate)
+    print(f"{out}: {preset.model.name} after step {step:,}, EMA rate {rate:g}")
+
+
+def _export_half(checkpoint: str, out: str | Path, ema_rate: float | None) -> None:
+    from ..train.pack import read_trained, write_half
+
+    trained = read_trained(checkpoint, ema_rate=ema_rate)
+    write_half(trained, out)
+    recipe, sources = trained.recipe, "no sources, because its corpus has no card.json"
+    if trained.sources:
+        sources = f"{len(trained.sources)} sources"
+    print(
+        f"{out}: {trained.config.name} after step {recipe['steps']:,}, EMA {recipe['EMA']}, in "
+        f"float16; {sources}"
+    )
+
+
+# -- pack ------------------------------------------------------------------------------------------
+
+
+def _add_pack(commands: Commands) -> None:
+    command = commands.add(
+        "pack",
+        pack,
+        "package a base model and an upsampler for release: float16 weights and a model card",
+        "examples:\n"
+        "  glide pack runs/emoji-base runs/emoji-upsampler --notes notes.json\n"
+        "  glide pack base.safetensors upsampler.safetensors --corpus runs/corpus/train "
+        "--recipe base.json upsampler.json\n"
+        "notes.json holds figures and limits for the card; without --notes those of the existing "
+        "card stay:\n"
+        '  {"figures": {"style right": {"value": 0.97, "interval": [0.95, 0.98], "command": '
+        '"glide ..."}}, "limits": ["..."]}',
+    )
+    command.add_argument(
+        "base", help="base model: a weights file, or the folder of a run, local or s3://"
+    )
+    command.add_argument(
+        "upsampler", help="upsampler: a weights file, or the folder of a run, local or s3://"
+    )
+    command.add_argument(
+        "--corpus",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="corpus whose card.json names the sources; may be repeated (default: the sources in "
+        "the weights file, or of the run's corpus)",
+    )
+    command.add_argument(
+        "--recipe",
+        nargs=2,
+        metavar=("BASE.json", "UPSAMPLER.json"),
+        help="JSON objects that describe the training of each model; their values override those "
+        "that the run recorded",
+    )
+    command.add_argument("--notes", metavar="NOTES.json", help="figures and limits for the card")
+    command.add_argument(
+        "--out",
+        type=local_path,
+        metavar="FOLDER",
+        help="folder to write to (default: the weights folder of the package)",
+    )
+
+
+def pack(options: Namespace) -> None:
+    from ..pretrained import shipped
+    from ..train import pack as packing
+
+    recipes = [packing.read_recipe(path) for path in options.recipe] if options.recipe else [{}, {}]
+    notes = packing.read_notes(options.notes) if options.notes else None
+    base, upsampler = (
+        packing.read_trained(path, options.corpus, recipe)
+        for path, recipe in zip((options.base, options.upsampler), recipes, strict=True)
+    )
+    card, folder = packing.pack(base, upsampler, options.out, notes), options.out or shipped.FOLDER
+    for file in card.files:
+        print(
+            f"{folder / file.name}: {file.model}, {file.parameters / 1e6:,.2f}M parameters, "
+            f"{file.bytes:,} bytes, SHA-256 {file.sha256[:16]}..."
+        )
+    print(
+        f"{folder / shipped.CARD}, {shipped.PAGE}: {len(card.sources)} sources, "
+        f"{len(card.figures)} figures"
+    )
+
+
+# -- card ------------------------------------------------------------------------------------------
+
+
+def _add_card(commands: Commands) -> None:
+    command = commands.add(
+        "card",
+        card,
+        "the model card of a weights file: data, licences, training, figures, limits",
+    )
+    add_base(command, what="weights file of any model")
+
+
+def card(options: Namespace) -> None:
+    from ..pretrained import shipped
+    from ..pretrained.card import card_of, render
+
+    if str(options.base) == SHIPPED:
+        shipped.find()
+        found = shipped.shipped_card()
+    else:
+        found = card_of(shipped.locate(options.base, "base"))
+    print(render(found), end="")
+
+
+# -- released checkpoints --------------------------------------------------------------------------
+
+
+def _add_import_released(commands: Commands) -> None:
+    command = commands.add(
+        "import-released",
+        import_released,
+        "convert OpenAI's published checkpoints to weights files of glide_ray; every key and shape "
+        "is checked",
+        "examples:\n  glide import-released base.pt\n"
+        "  glide import-released image-enc.pt text-enc.pt --vocabulary "
+        "bpe_simple_vocab_16e6.txt.gz\nPickled code is refused, never run.",
+    )
+    command.add_argument(
+        "files",
+        nargs="+",
+        help="base.pt, base-inpaint.pt, upsample.pt or upsample-inpaint.pt; or both encoders of "
+        "CLIP",
+    )
+    command.add_argument("--vocabulary", help="CLIP's bpe_simple_vocab_16e6.txt.gz")
+    command.add_argument(
+        "--out",
+        type=local_path,
+        help="weights file to write (default: runs/NAME/weights.safetensors)",
+    )
+
+
+def import_released(options: Namespace) -> None:
+    from ..models.released import import_files
+    from ..models.weights import save_weights
+
+    config, state, metadata = import_files(options.files, options.vocabulary)
+    out = options.out or Path("runs") / config.name / "weights.safetensors"
+    save_weights(out, state, config, source="released", **metadata)
+    parameters = sum(tensor.numel() for tensor in state.values()) / 1e6
+    print(f"{out}: {config.name}, {parameters:,.2f}M parameters, every key and shape checked")
+
+
+def _add_export_released(commands: Commands) -> None:
+    command = commands.add(
+        "export-released",
+        export_released,
+        "convert a weights file of glide_ray to a .pt file with the key names of OpenAI's release",
+    )
+    command.add_argument(
+        "weights",
+        type=local_path,
+        help="weights file of a base model, an upsampler or noised CLIP",
+    )
+    command.add_argument(
+        "--out",
+        type=local_path,
+        help=".pt file to write, one for each encoder of CLIP (default: beside the weights)",
+    )
+
+
+def export_released(options: Namespace) -> None:
+    from ..models.released import export_files
+    from ..models.weights import load_weights
+
+    config, state = load_weights(options.weights)
+    for path in export_files(state, config, options.out or options.weights.with_suffix(".pt")):
+        print(f"{path}: {config.name} under the released names")
