@@ -23,8 +23,8 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "checkpoint",
-        help="a run's folder or s3:// prefix, whose last whole checkpoint is taken, "
-        "or a checkpoint's",
+        help="folder or s3:// prefix of a run, whose last complete checkpoint is exported, "
+        "or of a checkpoint",
     )
     parser.add_argument("--out", required=True, help="weights file to write, local or s3://")
     parser.add_argument(

@@ -55,8 +55,8 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--clip",
-        help="where the CLIP is now that the content filter was fitted with "
-        "(default: where it was)",
+        help="present path of the CLIP that the content filter was fitted with "
+        "(default: the path at that time)",
     )
     return parser
 

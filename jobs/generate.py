@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         "--device",
         default="auto",
         choices=["auto", "cpu", "gpu"],
-        help="auto: a GPU, if the cluster has one now; gpu: also if it is to grow",
+        help="auto: use GPUs if the cluster has any; gpu: wait for the autoscaler to add them",
     )
     parser.add_argument(
         "--precision",
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         "--seed",
         type=int,
         default=0,
-        help="of the first picture; it counts up over all of them (default: %(default)s)",
+        help="seed of the first picture; each picture adds one (default: %(default)s)",
     )
     parser.add_argument(
         "--per-prompt",

@@ -40,13 +40,14 @@ def parser() -> argparse.ArgumentParser:
         type=positive,
         default=0,
         metavar="N",
-        help="compose N rows of known content, too",
+        help="also compose N scenes of known content",
     )
     parser.add_argument(
         "--min-size",
         type=int,
         default=64,
-        help="count as dropped what is smaller on a side (default: %(default)s)",
+        help="shortest side in pixels; smaller images are dropped and counted "
+        "(default: %(default)s)",
     )
     return parser
 
