@@ -5,6 +5,7 @@
 
 import ast
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -67,6 +68,21 @@ def test_fine_tuning_on_a_folder_of_pictures_changes_the_weights(run, tmp_path):
     _, after = load_weights(tmp_path / "tuned" / "weights.safetensors")
     changed = [name for name in before if not torch.equal(before[name].float(), after[name])]
     assert before.keys() == after.keys() and len(changed) > len(before) / 2
+
+
+# -- the pictures of the docs ----------------------------------------------------------------------
+
+
+def test_the_pictures_of_the_docs_can_be_made_again_at_the_size_that_they_have():
+    names = runpy.run_path(os.path.join(ROOT, "docs", "images", "make.py"))
+    quick = glide_ray.SampleOptions(steps=2, upsampler_steps=2)
+    names["edit"].__globals__["OPTIONS"] = quick
+    cascade = glide_ray.load()
+    for name in names["PICTURES"]:
+        kept = Image.open(Path(ROOT, "docs", "images", f"{name}.png"))
+        if name in ("edit", "sketch", "scene"):
+            made = names[name](cascade)
+            assert made.size == kept.size and np.asarray(made).std() > 10
 
 
 # -- the notebook ----------------------------------------------------------------------------------
