@@ -25,7 +25,7 @@ options = parser.parse_args()
 
 settings = ["start_from=emoji", "learning_rate=3e-4", "warmup_steps=20", "constant_steps=none"]
 settings += [f"data.corpus={options.folder}", f"data.held_out={options.folder}"]
-settings += [f"steps={options.steps}", f"batch={options.batch}", "ema_rates=0.98"]
+settings += [f"steps={options.steps}", f"batch={options.batch}", "ema_rates=0.98", "trackers="]
 preset = override(presets.get("emoji-base"), settings)
 run = train_alone(preset, options.out)  # this process, no Ray; samples and metrics in options.out
 
