@@ -228,7 +228,7 @@ def _rows(
         report.faults.append(str(error))
     if missing:
         report.faults.append(
-            f"{missing:,} images of {part.url} cannot be read; see whether they are there."
+            f"{missing:,} images of {part.url} cannot be read; check that they exist."
         )
 
 
@@ -237,7 +237,7 @@ def _truth_of(candidate: Candidate, truth: Rule | None) -> tuple[bool | None, st
     try:
         return (bool(truth(candidate)) if truth else None), ""
     except Exception as error:  # an error in a user's function must not end the run
-        return False, f"on which the truth raised {type(error).__name__}"
+        return False, f"on which the truth rule raised {type(error).__name__}"
 
 
 # -- embedded corpora ------------------------------------------------------------------------------
@@ -269,8 +269,7 @@ class EmbeddedCorpus:
         table = table.filter(pyarrow.compute.equal(table["reason"], ""))
         if not len(table):
             raise ContentError(
-                "The corpus has no image that can be read; "
-                "look at it with `glide corpus --survey PATH`."
+                "No image of the corpus can be read; check it with `glide corpus --survey PATH`."
             )
         places = list(zip(table["part"].to_pylist(), table["position"].to_pylist(), strict=True))
         truth = table["truth"].to_pylist()
@@ -321,8 +320,8 @@ def embed_corpus(
         job = ""
     if job and any(captions is None for part in parts for _, captions in part.files):
         raise UserError(
-            f"{source} is not finished: not all of its pictures stand in {METADATA}; "
-            f"run the command again that makes them."
+            f"{source} is unfinished: {METADATA} does not list all of its pictures; run the "
+            "command that makes them again."
         )
     rows = [[part.url, part.count, part.files] for part in parts]
     key = hashlib.sha256(
@@ -332,7 +331,7 @@ def embed_corpus(
     ).hexdigest()
 
     def embed_parts() -> tuple[pyarrow.Table, bool]:
-        log.info(f"looking at {source}")
+        log.info(f"embedding {source}")
         table, counted = embed(parts, network, load=partial(load_network, size=size))
         for fault in counted.faults:
             log.info(fault)

@@ -89,16 +89,16 @@ def generate(
     missing = [one for one in wanted if one.number not in there]
     if missing:
         log.info(
-            f"{len(wanted):,} pictures are asked for, {len(there):,} are in {out}; "
-            f"making {len(missing):,}"
+            f"{len(wanted):,} pictures requested, {len(there):,} already in {out}; "
+            f"generating {len(missing):,}"
         )
         connect(os.cpu_count() or 1)
         _make(missing, out, config, workers)
         there = _numbers(out)
         if lacking := sum(one.number not in there for one in wanted):
             raise UserError(
-                f"{lacking:,} of {len(wanted):,} pictures are not in {out}; "
-                f"run the same command again to make them."
+                f"{lacking:,} of {len(wanted):,} pictures are missing from {out}; "
+                f"run the same command again to generate them."
             )
     lines = (
         json.dumps(
@@ -126,7 +126,7 @@ def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[Wanted]:
         lines = [line.decode("utf-8-sig") for line in storage.read(path).splitlines()]
     except UnicodeDecodeError:
         raise UserError(
-            f"{path} is not text in UTF-8; give a file with a prompt a line, or .jsonl."
+            f"{path} is not text in UTF-8; give a file with one prompt per line, or .jsonl."
         ) from None
     asked = [
         _parse_line(f"{path}, line {n}", line) if path.endswith(".jsonl") else (line.strip(), None)
@@ -134,7 +134,7 @@ def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[Wanted]:
         if line.strip()
     ]
     if not asked:
-        raise UserError(f"{path} holds no prompt; write one a line.")
+        raise UserError(f"{path} holds no prompt; write one per line.")
     wanted = []
     for prompt, own in asked:
         wanted += [
@@ -149,7 +149,7 @@ def _parse_line(where: str, line: str) -> tuple[str, int | None]:
         tree = json.loads(line)
     except ValueError:
         raise UserError(
-            f'{where} is not JSON; write {{"prompt": "a red apple"}}, one object a line.'
+            f'{where} is not JSON; write {{"prompt": "a red apple"}}, one object per line.'
         ) from None
     if (
         not isinstance(tree, dict)
@@ -199,9 +199,7 @@ def _begin(wanted: Sequence[Wanted], out: str, config: BulkConfig) -> int:
     except storage.MissingError:
         storage.put(json.dumps(job, indent=1).encode(), f"{out}/{JOB}")
     except ValueError:
-        raise UserError(
-            f"{out}/{JOB} is not as it was written; give another folder with --out."
-        ) from None
+        raise UserError(f"{out}/{JOB} is damaged; give another folder with --out.") from None
     else:
         if differs := [
             name.replace("asked_sha256", "prompts or seeds")
@@ -266,7 +264,7 @@ def _make(wanted: Sequence[Wanted], out: str, config: BulkConfig, workers: int |
     )
     on_gpu = takes_gpu(config.device)
     if on_gpu and not (workers or gpus):
-        raise UserError("The cluster has no GPU yet; say with --workers how many to ask for.")
+        raise UserError("The cluster has no GPU yet; give the number to request with --workers.")
     most = min(workers or (gpus if on_gpu else cores), -(-len(wanted) // IMAGES_PER_CALL))
     threads = 1 if joined() else max(1, cores // most)
     table = pyarrow.Table.from_pylist(

@@ -36,7 +36,7 @@ def refuse_source(source: str, parts: Sequence[Part], out: str) -> None:
     """Raise ConfigError if `out` is the corpus that is read, or the folder of one of its shards."""
     folders = {source, *(part.url.rpartition("/")[0] for part in parts if not part.files)}
     if any(storage.same_place(folder, out) for folder in folders):
-        raise ConfigError(f"--out {out} is the corpus that is read; write to another folder.")
+        raise ConfigError(f"--out {out} is the corpus to read; write to another folder.")
 
 
 def rewrite(
@@ -197,8 +197,8 @@ def _pick(parts: Sequence[Part], rows: np.ndarray) -> tuple[list[Sample], list[s
         found = [sample for _, sample in _chosen(parts[number], positions)]
         if len(found) < len(positions):
             faults.append(
-                f"{parts[number].url} lacked {len(positions) - len(found)} of its rows "
-                f"when it was read again."
+                f"{len(positions) - len(found)} rows of {parts[number].url} were missing when it "
+                "was read again."
             )
         samples += found
     return samples, faults

@@ -109,7 +109,7 @@ def read_rows(corpus: str, split: str) -> list[Row]:
     folder = f"{corpus.rstrip('/')}/{split}"
     if read_index(folder) is None:
         raise CorpusError(
-            f"There is no whole corpus {folder}; make it with `glide corpus --out {corpus}`, or "
+            f"There is no complete corpus {folder}; make it with `glide corpus --out {corpus}`, or "
             f"give another with --corpus."
         )
     rows = [

@@ -415,7 +415,7 @@ def write(
         Section("Figures", f"Of {len(pictures):,} pictures of {size} pixels.", table=table(rows)),
         Section(
             "The judge on real pictures",
-            "Not measurable: it is right less often than is needed.",
+            "Not measurable: the judge is right less often than needed.",
             table=judge_table(judge, size),
         ),
     ]

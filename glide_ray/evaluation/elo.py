@@ -99,7 +99,7 @@ def standings(
     """
     models = sorted({model for vote in votes for model in (vote.first, vote.second)})
     if len(models) < 2:
-        raise EloError("Elo scores compare models, and these votes are of fewer than two.")
+        raise EloError("Elo scores compare models, but these votes are on fewer than two.")
     table = wins(votes, models)
     best, played = scores(table, models), (table + table.T).sum(1)
     ends = [_interval(of, level) for of in np.stack(list(_drawn(votes, models, draws, seed))).T]

@@ -151,7 +151,7 @@ def _features(rows: Sequence[Row], extractor: FeatureExtractor) -> JudgeFeatures
     features: list[list[JudgeFeatures]] = [[] for _ in DEGRADATIONS]
     for start in range(0, len(rows), IMAGES_PER_CALL):
         if start % (16 * IMAGES_PER_CALL) == 0:
-            log.info(f"looking at real pictures: {start:,} of {len(rows):,}")
+            log.info(f"features of real pictures: {start:,} of {len(rows):,}")
         pictures = [row.picture() for row in rows[start : start + IMAGES_PER_CALL]]
         for n, degrade in enumerate(DEGRADATIONS):
             rng = np.random.default_rng([n, start])
@@ -232,7 +232,7 @@ def cached_path(corpus: str, cache: str | Path | None = None) -> Path:
         index = read_index(f"{corpus.rstrip('/')}/{split}")
         if index is None:
             raise CorpusError(
-                f"There is no whole corpus {corpus.rstrip('/')}/{split}; make it with "
+                f"There is no complete corpus {corpus.rstrip('/')}/{split}; make it with "
                 f"`glide corpus --out {corpus}`, or give another with --corpus."
             )
         parts[split] = [shard["sha256"] for shard in index["shards"]]

@@ -99,8 +99,8 @@ class Reference:
         """
         if strange := set(names) - set(self.names):
             raise MetricError(
-                f"The list of what to leave out names {min(strange)}, which is not among the "
-                f"images of the reference: it was made for another."
+                f"The list of images to leave out names {min(strange)}, which is not among the "
+                "images of the reference: the list belongs to another."
             )
         keep = np.array([name not in names for name in self.names])
         inception = self.images.inception

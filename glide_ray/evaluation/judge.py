@@ -303,8 +303,8 @@ class Judge:
             )
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise JudgeError(
-                f"{path} is not a judge that `glide compose` fitted ({error}); delete it, and "
-                f"it is fitted again."
+                f"{path} is not a judge that `glide compose` fitted ({error}); delete it to fit "
+                "the judge again."
             ) from None
 
 

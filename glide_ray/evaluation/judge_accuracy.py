@@ -25,7 +25,7 @@ def try_judge(corpus: str, judge: Judge, scenes: int = SCENES_TRIED) -> Judge:
     On the corpus's held-out pairs, and on scenes composed of them alone. A thing never seen in
     training is judged after learning it from its real pictures by other artists.
     """
-    log.info("judging the judge on real pictures that it has not seen")
+    log.info("measuring the judge on real pictures that it was not fitted to")
     cases = _held_out(corpus, judge, scenes)
     found: dict[str, dict[str, Any]] = {}
     for name, size in SIZES.items():

@@ -195,7 +195,7 @@ def reach(features: np.ndarray, k: int = 3) -> np.ndarray:
     """Squared distance of each row to its k-th nearest neighbour, itself excluded: (N,)."""
     if len(features) <= k:
         raise MetricError(
-            f"{k} neighbours want more than {k} images on each side (given: {len(features)})."
+            f"{k} neighbours need more than {k} images on each side (given: {len(features)})."
         )
     features = features.astype(np.float64)
     # Copy the column: a view would keep the whole block of distances in memory.

@@ -165,7 +165,7 @@ def colour_name(group: Mapping[str, Any]) -> str:
 def _apart(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     if one.shape != other.shape or len(one) < 2:
         raise MetricError(
-            f"A probe compares pictures of the same seeds, two or more "
+            f"A probe compares pictures of the same two or more seeds "
             f"(given: {len(one)} and {len(other)})."
         )
     return one.astype(np.float64) - other.astype(np.float64)

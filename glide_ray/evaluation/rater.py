@@ -59,7 +59,7 @@ def build_app(votes: Votes, pictures: Path, wanted: int, link_key: str) -> FastA
 
     def admitted(glide_key: Annotated[str, Cookie()] = "") -> None:
         if not secrets.compare_digest(glide_key.encode(), link_key.encode()):
-            raise HTTPException(403, "Open the link that you were given: it has a key.")
+            raise HTTPException(403, "Open the link that you received: it contains a key.")
 
     def known(glide_rater: Annotated[str, Cookie()] = "", _: None = Depends(admitted)) -> str:
         if not NAME.fullmatch(glide_rater):
@@ -141,7 +141,7 @@ def _add_votes(app: FastAPI, votes: Votes, wanted: int, known: Callable[..., str
     @app.post("/votes")
     def vote(given: RaterAnswer, rater: str = Depends(known)) -> JSONResponse:
         if not votes.answer(rater, given.token, given.answer, given.seconds, given.again):
-            raise HTTPException(404, "There is no such turn of yours.")
+            raise HTTPException(404, "You have no comparison of this number.")
         return turns(rater)
 
 
@@ -171,7 +171,7 @@ def serve(
         )
     except (OSError, OverflowError) as error:
         raise UserError(
-            f"{host}:{port} cannot be listened on ({getattr(error, 'strerror', None) or error}); "
+            f"{host}:{port} is not available ({getattr(error, 'strerror', None) or error}); "
             f"give another --port or --host."
         ) from None
     with listening:

@@ -61,8 +61,8 @@ def open_study(
     """
     if storage.is_remote(out):
         raise StudyError(
-            f"A study lies on the machine that serves it, and {out} does not; give a local folder "
-            f"with --out."
+            f"A study is served from a local folder, and {out} is not one; give a local folder "
+            "with --out."
         )
     storage.check_writable(out)
     votes = Votes(database or database_of(out))
@@ -153,7 +153,7 @@ def read_pictures(pictures: Sequence[StudyPicture]) -> Iterator[tuple[StudyPictu
                 except ImageError as error:
                     raise StudyError(
                         f"The picture {sample.key} of {url} cannot be shown "
-                        f"({str(error).rstrip('.')}); make it anew."
+                        f"({str(error).rstrip('.')}); make it again."
                     ) from None
                 yield picture, centre_crop(image, min(image.size))
 

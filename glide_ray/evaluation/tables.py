@@ -50,7 +50,7 @@ def ballot_of(path: str) -> Ballot:
     if "://" not in path and not (Path(path) / DATABASE).exists():
         raise UserError(
             f"There is no {Path(path) / DATABASE}; give the folder of a study that `glide rate` "
-            f"began, its database's URL, or a .csv of votes."
+            "wrote, its database's URL, or a .csv of votes."
         )
     return count(Votes(path if "://" in path else database_of(path), create=False).cast())
 
@@ -86,7 +86,7 @@ def read_csv(path: str) -> dict[str, list[Vote]]:
     try:
         rows = csv.DictReader(io.StringIO(storage.read(path).decode("utf-8-sig")))
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not text in UTF-8; write the CSV anew.") from None
+        raise UserError(f"{path} is not text in UTF-8; save the CSV as UTF-8.") from None
     if missing := [name for name in COLUMNS if name not in (rows.fieldnames or ())]:
         raise UserError(
             f"{path} has no column {missing[0]}; its first line must name {', '.join(COLUMNS)}."
@@ -196,7 +196,7 @@ def text(found: Mapping[str, Any]) -> str:
     ]
     parts = [
         aligned([["Elo scores, with 95% intervals", *heads], *scores]),
-        aligned([["Wins, a tie being half of one for each", *heads], *won]),
+        aligned([["Win rates; a tie is half a win for each", *heads], *won]),
     ]
     parts += [
         f"{question}: {of['no_scores']}" for question, of in questions.items() if "no_scores" in of

@@ -154,11 +154,11 @@ class Votes:
             held = create or _file_is_there(self._engine.url) and self._holds_study()
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
             raise VotesError(
-                f"{_hidden(url)} is not a database that can be reached ({_first_line(error)}); "
-                f"write a URL as SQLAlchemy has them, with its driver installed."
+                f"{_hidden(url)} cannot be opened as a database ({_first_line(error)}); "
+                f"give an SQLAlchemy URL, and install its driver."
             ) from None
         if not held:
-            raise VotesError(f"{_hidden(url)} holds no study; begin one with `glide rate`.")
+            raise VotesError(f"{_hidden(url)} holds no study; start one with `glide rate`.")
 
     def _holds_study(self) -> bool:
         with self._transaction() as connection:
@@ -196,8 +196,8 @@ class Votes:
             name.replace("real", "attention checks") for name in now if now[name] != before[name]
         ]:
             raise VotesError(
-                f"{_hidden(self.url)} holds a study of other {' and '.join(differs)}; give another "
-                f"folder with --out, or no pictures to go on with it."
+                f"{_hidden(self.url)} holds a study of other {' and '.join(differs)}; give "
+                "another folder with --out, or leave out the pictures to resume it."
             )
 
     @cached_property
@@ -254,7 +254,9 @@ class Votes:
                     )
             except IntegrityError:  # another tab of this rater just received this turn
                 continue
-        raise VotesError(f"The turns of rater {rater} could not be written; open the page again.")
+        raise VotesError(
+            f"The comparisons of rater {rater} could not be stored; open the page again."
+        )
 
     def answer(
         self, rater: str, token: str, side: str, seconds: float | None, again: bool = False

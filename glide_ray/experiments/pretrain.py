@@ -68,7 +68,7 @@ def pretrain(
     interrupted run. Raises UserError.
     """
     if name not in MODELS:
-        raise ConfigError(f"{name!r} does not ship; {nearest(name, MODELS)}")
+        raise ConfigError(f"{name!r} is not one of the shipped models; {nearest(name, MODELS)}")
     log.info(f"the corpus in {corpus}")
     build_corpus(corpus, styles=styles, packages=packages, scenes=scenes)
     preset = _preset(name, corpus, settings)
@@ -115,7 +115,8 @@ def _learn_words(preset: Preset, path: Path, minutes: float) -> None:
     precision = single_precision(preset.train.precision, device)
     explained = learn_words(model, corpus.endless(), minutes, DTYPES[precision])
     log.info(
-        f"words: captions explain {explained:.0%} of the variance of pictures of {SIDE} pixels"
+        f"text transformer: captions explain {explained:.0%} of the variance of pictures of "
+        f"{SIDE} pixels"
     )
     save_weights(path, model.state_dict(), preset.model)
 

@@ -54,7 +54,7 @@ def shipped_card() -> Card:
         return read_card(path)
     except storage.MissingError:
         raise WeightsError(
-            f"The card of the weights that ship with glide_ray, {path}, is not there; {REMEDY}."
+            f"The card of the weights that ship with glide_ray, {path}, is missing; {REMEDY}."
         ) from None
     except CardError:
         raise WeightsError(
@@ -147,10 +147,10 @@ def _check_name(weights: str | Path) -> None:
 def _checked(weights: Weights) -> Path:
     path = FOLDER / weights.name
     if not path.is_file():
-        raise WeightsError(f"{path}, which ships with glide_ray, is not there; {REMEDY}.")
+        raise WeightsError(f"{path}, which ships with glide_ray, is missing; {REMEDY}.")
     if (sha256 := storage.fingerprint(path)) != weights.sha256:
         raise WeightsError(
-            f"{path}, which ships with glide_ray, has been altered: its SHA-256 "
-            f"begins {sha256[:16]}, and the card's {weights.sha256[:16]}; {REMEDY}."
+            f"{path}, which ships with glide_ray, has been altered: its SHA-256 begins with "
+            f"{sha256[:16]}, the card's with {weights.sha256[:16]}; {REMEDY}."
         )
     return path

@@ -56,12 +56,12 @@ def read_progress(folder: Path, preset: Preset) -> tuple[TrainingPosition, dict[
         progress = TrainingPosition(**progress)
     except (OSError, ValueError, TypeError, KeyError):
         raise CheckpointError(
-            f"{folder} is not a whole glide_ray checkpoint; give the folder of another run."
+            f"{folder} is not a complete glide_ray checkpoint; give the folder of another run."
         ) from None
     check_same(
         saved.model.model_dump(),
         preset.model.model_dump(),
-        f"The checkpoint in {folder} is of another shape",
+        f"The checkpoint in {folder} is of another model",
         "model.",
     )
     return progress, optimizer
@@ -73,7 +73,7 @@ def read_preset(folder: Path) -> Preset:
         return Preset.model_validate_json((folder / "preset.json").read_text())
     except (OSError, ValueError):
         raise CheckpointError(
-            f"{folder} is not a whole glide_ray checkpoint; give the folder of another run."
+            f"{folder} is not a complete glide_ray checkpoint; give the folder of another run."
         ) from None
 
 
@@ -179,7 +179,8 @@ def verify(folder: Path, part: int = 0, of: int = 1) -> None:
         path = folder / name
         if not path.exists() or path.stat().st_size != size or storage.digest(path) != sha256:
             raise CheckpointError(
-                f"{path} is damaged: it is not what was written; give an earlier checkpoint."
+                f"{path} is damaged: its size or SHA-256 differs from the manifest; give an "
+                "earlier checkpoint."
             )
 
 
@@ -188,7 +189,7 @@ def read_receipt(folder: Path) -> Receipt:
         return json.loads((folder / COMPLETE).read_text())
     except (OSError, ValueError):
         raise CheckpointError(
-            f"{folder} is not a whole glide_ray checkpoint; give the folder of another run."
+            f"{folder} is not a complete glide_ray checkpoint; give the folder of another run."
         ) from None
 
 
@@ -203,8 +204,8 @@ def find_checkpoint(path: str | Path) -> str:
     entries = Checkpoints(path).list_complete()
     if not entries:
         raise CheckpointError(
-            f"{path} is neither a checkpoint nor a run with one; "
-            f"give a folder that `glide train` wrote."
+            f"{path} is neither a checkpoint nor a run with one; give a folder that `glide train` "
+            "wrote."
         )
     return entries[-1].path
 

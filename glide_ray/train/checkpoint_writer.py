@@ -25,7 +25,7 @@ from .. import storage
 from .checkpoint import Checkpoints, Receipt
 from .collectives import all_gather_object, broadcast_object
 
-GOES_ON = "Training goes on; the next one is another try."
+GOES_ON = "Training continues, and the next checkpoint is tried."
 
 
 class RankStatus(NamedTuple):

@@ -241,7 +241,7 @@ def find_machine(
         or (utilisation or 0) > 1
     ):
         raise ConfigError(
-            "A plan wants a utilisation above 0 and at most 1, and FLOP/s and GB/s above 0."
+            "The utilisation must lie above 0 and at most at 1, and FLOP/s and GB/s above 0."
         )
     if kind is None:
         here = find_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
@@ -251,7 +251,7 @@ def find_machine(
     note = (
         "as given"
         if tflops
-        else f"{part:.0%} of {'what a matrix product reaches' if on_cpu else 'its peak'}"
+        else f"{part:.0%} of {'the speed of a large matrix product' if on_cpu else 'its peak'}"
     )
     note += "" if tflops or utilisation else ", assumed"
     flops, sent = tflops * TERA if tflops else None, link * GIGA if link else None

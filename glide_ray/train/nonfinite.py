@@ -60,9 +60,7 @@ def check_step(trainer, batches: Sequence[Batch], number: int, loss: Tensor) -> 
     if trainer.precision != "fp16":
         raise _stop("The gradients are not finite", trainer, batches, number)
     if scale_collapsed(trainer.engine):
-        raise _stop(
-            "The gradients overflow in fp16 whatever the loss scale", trainer, batches, number
-        )
+        raise _stop("The gradients overflow in fp16 at every loss scale", trainer, batches, number)
 
 
 def _stop(fault: str, trainer, batches: Sequence[Batch], number: int) -> TrainingError:
@@ -88,7 +86,7 @@ def _cause(trainer, batches: Sequence[Batch], number: int) -> Cause:
         or _weights(trainer)
         or _network(trainer, batches, number)
         or Cause(
-            "nothing of that is left when the step is made again",
+            "all values are finite when the step is repeated",
             remedy(trainer.preset.train, trainer.precision),
         )
     )
@@ -151,7 +149,7 @@ def _weights(trainer) -> Cause | None:
         "", [name for name, _ in trainer.engine.module.named_parameters() if name in found]
     )
     helps = (
-        f"go on from an earlier checkpoint, and {remedy(trainer.preset.train, trainer.precision)}"
+        f"resume from an earlier checkpoint, and {remedy(trainer.preset.train, trainer.precision)}"
     )
     if all(largest < float("inf") for largest in found.values()):
         return Cause(
@@ -192,8 +190,8 @@ def _in_forward(trainer, watch: Watch) -> Cause | None:
     if found is None:
         return None
     where = (
-        f"{found.name} gives {found.kind} in {trainer.precision} "
-        f"(largest input {found.largest:.2g}){found.rank}"
+        f"{found.name} gives {found.kind} in {trainer.precision} (largest input "
+        f"{found.largest:.2g}){found.rank}"
     )
     return Cause(where, remedy(trainer.preset.train, trainer.precision))
 
@@ -211,7 +209,7 @@ def _in_losses(trainer, batch: Batch, losses: Tensor) -> Cause | None:
     if not bad:
         return None
     return Cause(
-        f"all that the network gives is finite, and yet its loss is not "
+        f"every output of the network is finite, but the loss is not "
         f"({_listed('row', bad)} of the corpus)",
         f"leave them out, or {remedy(trainer.preset.train, trainer.precision)}",
     )
@@ -230,7 +228,7 @@ def _in_backward(trainer, watch: Watch, losses: Tensor, weight: float) -> Cause 
         else f" in {trainer.precision}"
     )
     where = (
-        f"the gradient that comes back to {found.name} is {found.kind}{at} "
+        f"the gradient that arrives at {found.name} is {found.kind}{at} "
         f"(largest before it {found.largest:.2g}){found.rank}"
     )
     return Cause(where, remedy(trainer.preset.train, trainer.precision))

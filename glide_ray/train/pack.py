@@ -186,8 +186,8 @@ def _half(name: str, tensor: Tensor) -> Tensor:
     half = tensor.to(torch.float16) if tensor.is_floating_point() else tensor
     if not half.isfinite().all():
         raise PackError(
-            f"{name} has values that float16 does not hold (up to "
-            f"{tensor.abs().max():g}); export the weights without --half."
+            f"{name} has values that float16 does not hold (up to {tensor.abs().max():g}); export "
+            "the weights without --half."
         )
     return half.contiguous()
 
@@ -237,11 +237,11 @@ def pack(
 
 
 def _check(trained: Trained, role: str) -> None:
-    check_role(trained.config, role, f"What is given as the {role}")
+    check_role(trained.config, role, f"The file given as the {role}")
     if not trained.sources:
         raise PackError(
-            f"{trained.config.name} does not say on whose pictures it was trained; "
-            f"name its corpus, a folder with a {CORPUS_CARD}, with --corpus."
+            f"{trained.config.name} does not name the sources of its training pictures; name its "
+            f"corpus, a folder with a {CORPUS_CARD}, with --corpus."
         )
 
 

@@ -102,7 +102,7 @@ class CheckpointReader:
         files = sorted(folder.glob(FILES))
         if not files:
             raise CheckpointError(
-                f"{folder} is not a whole glide_ray checkpoint; give the folder of another run."
+                f"{folder} is not a complete glide_ray checkpoint; give the folder of another run."
             )
         for path in files:
             try:
@@ -121,8 +121,8 @@ class CheckpointReader:
                 end = max(end, start + count) if start <= end else end
             if end != prod(self.shapes[name]):
                 raise CheckpointError(
-                    f"{folder} lacks a rank's file: {name} is not whole there; "
-                    f"give an earlier checkpoint."
+                    f"{folder} lacks the file of a rank: {name} is incomplete; give an earlier "
+                    "checkpoint."
                 )
 
     def __enter__(self) -> CheckpointReader:
@@ -157,13 +157,13 @@ def load_parts(folder: Path, own: Sequence[ParamSlice], state: State) -> None:
         if lacking:
             raise CheckpointError(
                 f"The checkpoint in {folder} has no {lacking[0].replace('/', ' at rate ')}; "
-                f"go on with the same averages, or in another output folder."
+                f"use the same train.ema_rates, or another output folder."
             )
         for kind, flat in state.items():
             for piece in own:
                 if parts.shapes.get(piece.name) != piece.shape:
                     raise CheckpointError(
-                        f"The checkpoint in {folder} is of another shape: {piece.name} is "
+                        f"The checkpoint in {folder} is of another model: {piece.name} is "
                         f"{list(parts.shapes.get(piece.name, ()))} there and "
                         f"{list(piece.shape)} here."
                     )

@@ -92,7 +92,7 @@ def check_run(preset: Preset, out: str, finished: bool) -> list[str]:
     }
     check_same(same, preset.model_dump(), f"The folder {out} holds a run with other settings")
     return [
-        f"{key} is {here} from here on, and was {there}"
+        f"{key} changes from {there} to {here}"
         for key, there, here in differences(
             saved.train.model_dump(), preset.train.model_dump(), "train."
         )

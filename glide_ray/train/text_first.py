@@ -71,8 +71,8 @@ def learn_words(
         step += 1
         if step % (10 * SEEN) == 0:
             log.info(
-                f"words: {step * len(target):,} captions, {explained(errors):.0%} of the "
-                f"pictures' variance explained"
+                f"text transformer: {step * len(target):,} captions, {explained(errors):.0%} of "
+                "the pictures' variance explained"
             )
         batch = next(batches)
     with torch.no_grad():

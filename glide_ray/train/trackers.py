@@ -126,8 +126,8 @@ class _Outlet:
         self._thread.join(max(0.0, seconds))
         if self._thread.is_alive():
             self._complain(
-                f"it has not taken everything in {CLOSE_SECONDS:g} s",
-                "It is not waited for any longer",
+                f"it has not accepted all data within {CLOSE_SECONDS:g} s",
+                "The rest may be lost",
             )
 
     def _work(self) -> None:
@@ -159,11 +159,11 @@ class _Outlet:
                 return False
             self._closing.wait(RETRY_SECONDS)
 
-    def _complain(self, why: str, then: str = "Training goes on and tries again") -> None:
+    def _complain(self, why: str, then: str = "Training continues and retries") -> None:
         if not self._warned:
             self._warned = True
             with suppress(Exception):  # a warning raised as an error would end this thread
                 self._warn(
                     f"{self._store.title} cannot be written to: {why}. {then}; "
-                    f"the run's own files have everything."
+                    f"the run's own files are complete."
                 )

@@ -65,8 +65,8 @@ def train_alone(
     began = time.monotonic()
     if storage.is_remote(out):
         raise ConfigError(
-            f"{out}: a run in one process writes to a local folder; "
-            f"give one with --out, or train under Ray."
+            f"{out}: a run in one process writes to a local folder; give one with --out, or train "
+            "under Ray."
         )
     if preset.train.workers > 1:
         preset = preset.model_copy(
@@ -131,7 +131,7 @@ def _run(
         finished = True
     except _Ended:
         log.event(
-            f"stopped after step {trainer.progress.step:,}; the same command goes on from here",
+            f"stopped after step {trainer.progress.step:,}; the same command resumes the run",
             trainer.progress.step,
         )
     step = trainer.progress.step
@@ -155,8 +155,8 @@ def _last_checkpoint(
     complete = checkpoints.list_complete()
     if not complete or complete[-1].step < step:
         raise UserError(
-            f"The last checkpoint could not be written to {out}; make room there, "
-            f"and run the same command again."
+            f"The last checkpoint could not be written to {out}; free space there and run the "
+            "same command again."
         )
     return Path(complete[-1].path)
 
@@ -178,11 +178,11 @@ def _resume(trainer: SingleTrainer, checkpoints: Checkpoints, log: _Log) -> None
             return
         except CheckpointError as error:
             fault = error
-            log.event(f"the checkpoint of step {entry.step:,} is left out: {error}")
+            log.event(f"skipping the checkpoint of step {entry.step:,}: {error}")
     if fault is not None:
         raise CheckpointError(
             f"None of the {len(complete)} checkpoints in {checkpoints.path} can be read; "
-            f"remove that folder to begin anew. The oldest: {fault}"
+            f"delete that folder to start again. The oldest: {fault}"
         )
 
 
@@ -219,8 +219,7 @@ class MemoryCorpus:
             if size > MOST_BYTES:
                 raise ShardError(
                     f"The corpus {preset.data.corpus} has more than {MOST_BYTES / 2**30:.0f} GiB "
-                    f"of pictures, too many to hold in memory; leave --no-ray out, "
-                    f"so that it is streamed."
+                    f"of pictures, too many to hold in memory; leave out --no-ray to stream it."
                 )
         if len(self.rows) < preset.train.batch:
             raise ShardError(

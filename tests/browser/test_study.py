@@ -878,7 +878,7 @@ def test_what_no_study_can_be_made_of_is_refused_in_a_sentence(folders, tmp_path
         (["--out", "s3://bucket/study"], "give a local folder"),
         (
             [*other, "--out", tmp_path / "v", "--database", "oracular://x"],
-            "not a database that can be reached",
+            "cannot be opened as a database",
         ),
         (["--out", tmp_path / "s", "--port", "70000"], "another --port"),
     ):

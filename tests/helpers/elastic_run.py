@@ -91,10 +91,10 @@ def main(corpus, out):
 
     wait_for_step(7)
     cluster.remove_node(nodes[0], allow_graceful=False)
-    wait_for("goes on with 1 worker from")
+    wait_for("resumes with 1 worker from")
     # On the main thread: a node's processes end with the thread that started them.
     add_node()
-    wait_for("goes on with 2 workers from")
+    wait_for("resumes with 2 workers from")
     drain = [
         str(Path(sys.executable).parent / "ray"),
         "drain-node",
@@ -110,7 +110,7 @@ def main(corpus, out):
         "60",
     ]
     subprocess.run(drain, check=True, capture_output=True)
-    wait_for("about to be taken away")
+    wait_for("about to be removed")
     run.join(240)
     # Skip Ray's shutdown, which waits about a minute for nodes that are gone.
     os._exit(int(run.is_alive()))

@@ -344,7 +344,7 @@ def test_without_the_packages_the_sheet_is_there_and_new_weights_make_it_again(
 def test_without_shipped_weights_the_demo_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 2
-    assert "is not there" in capsys.readouterr().err
+    assert "is missing" in capsys.readouterr().err
 
 
 def test_pictures_are_not_copied_from_a_demo_that_was_not_made(tmp_path, capsys):

@@ -117,7 +117,7 @@ def test_noised_clip_trains_on_two_workers(drawn_corpus, tmp_path):
         "accuracy" in row or "held_out_accuracy" in row for row in read_metrics(result.metrics)
     )
     assert (
-        "CLIP learns to tell each picture's caption from 7 others"
+        "CLIP contrasts each picture's caption with 7 others"
         in (tmp_path / "run" / "events.log").read_text()
     )
     loss = read_metrics(result.metrics)[1]["loss"]
@@ -179,7 +179,7 @@ def test_what_the_user_can_mend_is_said_before_or_instead_of_training(drawn_corp
             tmp_path / "a",
             progress=False,
         )
-    with pytest.raises(UserError, match="40 workers and the data stream want 41 CPUs"):
+    with pytest.raises(UserError, match="40 workers and the data stream need 41 CPUs"):
         train(preset(drawn_corpus, "workers=40", "batch=40"), tmp_path / "b", progress=False)
     with pytest.raises(UserError, match="fp16 needs a GPU"):  # raised in the workers
         train(preset(drawn_corpus, "precision=fp16"), tmp_path / "c", progress=False)
@@ -195,8 +195,8 @@ def test_workers_that_a_cluster_lacks_are_waited_for_and_then_given_up(
     began = time.monotonic()
     with pytest.raises(
         UserError,
-        match=r"40 workers and the data stream want 41 CPUs and the cluster has \d+. "
-        r"They did not come in 2 s. Add nodes",
+        match=r"40 workers and the data stream need 41 CPUs, and the cluster has \d+. "
+        r"They were not added within 2 s. Add nodes",
     ):
         train(
             preset(drawn_corpus, "workers=40", "batch=40", "wait_seconds=2"),
@@ -204,7 +204,7 @@ def test_workers_that_a_cluster_lacks_are_waited_for_and_then_given_up(
             progress=False,
         )
     assert 2 < time.monotonic() - began < 60
-    assert "Waiting for them; this is given up after 2 s (train.wait_seconds)" in caplog.text
+    assert "Waiting for at most 2 s (train.wait_seconds)" in caplog.text
     assert not (tmp_path / "run" / "preset.json").exists()
 
 

@@ -113,7 +113,7 @@ def test_the_reference_of_settings_is_what_glide_settings_prints(capsys):
 
 def test_links_lead_somewhere():
     for path in [*DOCS, Path(ROOT, "README.md")]:
-        for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
+        for target in re.findall(r"(?:\]\(|src=\")(?!http)([^)#\"]+)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 

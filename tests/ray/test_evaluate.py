@@ -153,7 +153,7 @@ def test_begun_again_it_says_the_same_to_the_last_digit_and_looks_only_at_what_i
     (tmp_path / "a" / REFERENCE).write_bytes(b"half")
     (tmp_path / "a" / "features" / "reference-clip.parquet").write_bytes(b"half")
     assert again(str(tmp_path / "a")) == first
-    assert messages() == [f"looking at {held_out}"]
+    assert messages() == [f"embedding {held_out}"]
     assert json.loads((tmp_path / "a" / FIGURES).read_text()) == first
 
 

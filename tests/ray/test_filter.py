@@ -417,7 +417,7 @@ def test_a_person_labels_in_rounds_and_the_filter_then_frees_a_corpus(
     assert (
         "varied" in page
         and "without red" in page
-        and "What is left" in page
+        and "Kept rows" in page
         and not re.search(r"(src|href)=.http", page)
     )
     summary = json.loads((tmp_path / "left" / "summary.json").read_text())
@@ -526,7 +526,7 @@ def test_labels_of_another_corpus_are_refused(varied_corpus, drawn_corpus, clip,
     fit_content("red", str(varied_corpus), tmp_path, clip, FilterConfig(first=10))
     answer(tmp_path / LABELS)
     with pytest.raises(
-        ContentError, match="which is not among the rows looked at: it belongs to another corpus"
+        ContentError, match="which is not among the candidate rows: it belongs to another corpus"
     ):
         fit_content("red", str(drawn_corpus / "train"), tmp_path, clip, FilterConfig(first=10))
 
@@ -539,10 +539,10 @@ def test_labels_of_people_are_neither_fitted_to_rows_written_since_nor_written_o
     before = (tmp_path / "red" / LABELS).read_text()
     write_shards(tmp_path / "corpus", reversed(list(drawn_samples(40))))
     with pytest.raises(
-        ContentError, match="is not as it was when the labels in .*labels.csv were asked for"
+        ContentError, match="has changed since the labels in .*labels.csv were requested"
     ):
         fit_content("red", str(tmp_path / "corpus"), tmp_path / "red", clip, FilterConfig(first=10))
-    with pytest.raises(ContentError, match="holds labels that people gave"):
+    with pytest.raises(ContentError, match="holds labels by people"):
         fit_content(
             "red",
             str(tmp_path / "corpus"),
@@ -597,7 +597,7 @@ def test_the_commands_say_what_they_did_and_what_is_to_be_done_next(
         (["fit", "x", "--set", "lables=3"], "There is no setting 'lables'; did you mean 'labels'?"),
         (["fit", "x", "--truth", "nowhere:f"], "--truth nowhere:f: the module cannot be imported"),
         (["apply", "nowhere", "corpus", "--out", "left"], "There is no file nowhere"),
-        (["apply", "nowhere", "left", "--out", "left"], "--out left is the corpus that is read"),
+        (["apply", "nowhere", "left", "--out", "left"], "--out left is the corpus to read"),
     ],
 )
 def test_wrong_input_has_an_answer(arguments, message, capsys, tmp_path, monkeypatch):

@@ -185,7 +185,7 @@ def test_a_probe_says_the_same_again_and_makes_nothing_the_second_time(command, 
     ]
     assert command(*asked, "--out", out) == 0
     said, figures = capsys.readouterr().out, json.loads(storage.read(f"{out}/figures.json"))
-    assert "making 15" in said and "p = 1," in said and "± " in said
+    assert "generating 15" in said and "p = 1," in said and "± " in said
     unlike, control, _ = figures["pairs"]
     assert (
         control["prompts"] == ["toys for girls"] * 2

@@ -3,7 +3,10 @@
 import asyncio
 import base64
 import io
+import os
 import re
+import runpy
+import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +16,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from helpers.paths import ROOT
 from helpers.tiny import serving_weights
 from PIL import Image
 from ray import serve
@@ -133,6 +137,20 @@ def test_openais_client_makes_a_variation(client, weights, tmp_path):
         extra_body={"seed": 2, "steps": STEPS, "strength": 0.5, "prompt": "a dog"},
     )
     made_again(tmp_path, weights, answer.data[0].b64_json)
+
+
+def test_the_client_example_generates_and_edits(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["a red apple", "a yellow star", "--url", f"{url}/v1", "--steps", str(STEPS)]
+    monkeypatch.setattr(sys, "argv", ["client.py", *arguments])
+    runpy.run_path(os.path.join(ROOT, "examples", "client.py"), run_name="__main__")
+    generated, edited = (
+        np.asarray(Image.open(tmp_path / f"from_server_{name}.png"))
+        for name in ("generated", "edited")
+    )
+    changed = (generated != edited).any(-1)
+    assert generated.shape == (256, 256, 3)
+    assert not changed[:, :128].any() and changed[:, 128:].mean() > 0.5
 
 
 def test_openais_client_watches_a_picture_come(client):

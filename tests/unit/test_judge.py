@@ -374,7 +374,7 @@ def _small():
 
 def test_a_corpus_that_is_not_there_or_of_one_style_is_named_in_a_sentence(tmp_path):
     with pytest.raises(
-        CorpusError, match="There is no whole corpus .*nowhere/train; make it with `glide corpus"
+        CorpusError, match="There is no complete corpus .*nowhere/train; make it with `glide corpus"
     ):
         fitting.cached_path(str(tmp_path / "nowhere"))
     folder = drawn.write_corpus(tmp_path / "one")

@@ -280,7 +280,7 @@ def test_a_checkpoint_that_lacks_a_rank_or_is_damaged_is_refused(tmp_path):
     tensors = {"a": torch.randn(40), "b": torch.randn(7)}
     cut_into(tmp_path / "x", tensors, 3)
     partition.part_path(tmp_path / "x", 1).unlink()
-    with pytest.raises(CheckpointError, match="lacks a rank's file: a is not whole there"):
+    with pytest.raises(CheckpointError, match="lacks the file of a rank: a is incomplete"):
         partition.CheckpointReader(tmp_path / "x")
     cut_into(tmp_path / "x", tensors, 3)
     path = partition.part_path(tmp_path / "x", 2)
@@ -290,7 +290,7 @@ def test_a_checkpoint_that_lacks_a_rank_or_is_damaged_is_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "part.0.safetensors")
     with pytest.raises(CheckpointError, match="part.0.safetensors is damaged"):
         partition.CheckpointReader(tmp_path)
-    with pytest.raises(CheckpointError, match="not a whole glide_ray checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete glide_ray checkpoint"):
         partition.CheckpointReader(tmp_path / "none")
 
 

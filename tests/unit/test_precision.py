@@ -224,8 +224,8 @@ def test_gradients_that_overflow_whatever_the_scale_stop_the_run_with_their_modu
     assert scaler(trainer).cur_scale == 2 and not scale_collapsed(trainer.engine)
     with pytest.raises(
         TrainingError,
-        match=r"^The gradients overflow in fp16 whatever the loss scale at step 6: "
-        r"the gradient that comes back to "
+        match=r"^The gradients overflow in fp16 at every loss scale at step 6: "
+        r"the gradient that arrives at "
         r"middle\.0\.attention\.\w+ is inf in fp16 at loss scale 2 \(largest before it \S+\); "
         r"lower train.learning_rate, raise train.warmup_steps, set train.clip_norm=1 or set "
         r"train.precision=bf16\.$",
@@ -252,7 +252,7 @@ def test_without_a_loss_scale_gradients_that_are_not_finite_stop_the_run_at_once
     with pytest.raises(
         TrainingError,
         match=r"^The gradients are not finite at step 2: "
-        r"the gradient that comes back to text.\S+ is (inf|nan) in ",
+        r"the gradient that arrives at text.\S+ is (inf|nan) in ",
     ):
         step(trainer, 2)
     assert same(before, masters(trainer))  # DeepSpeed skipped the step
@@ -310,8 +310,7 @@ def test_weights_that_are_not_finite_are_named(fp16, settings):
     trainer = Trainer(preset(*settings))
     step(trainer, 1)
     assert (
-        locate_nonfinite(trainer, batch(1), 1)
-        == "nothing of that is left when the step is made again"
+        locate_nonfinite(trainer, batch(1), 1) == "all values are finite when the step is repeated"
     )
     piece = next(piece for piece in trainer.pieces if piece.name == "middle.1.block.in_conv.weight")
     since = "an earlier step" if trainer.preset.train.zero_stage else "this or an earlier step"
@@ -329,7 +328,7 @@ def test_weights_that_are_not_finite_are_named(fp16, settings):
     with pytest.raises(
         TrainingError,
         match=r"^The loss is not finite at step 2: weights are not finite .*; "
-        r"go on from an earlier checkpoint, and ",
+        r"resume from an earlier checkpoint, and ",
     ):
         step(trainer, 2)
 
@@ -376,7 +375,7 @@ def test_rows_whose_own_loss_is_not_finite_are_named():
     trainer.objective = broken
     assert (
         locate_nonfinite(trainer, batch(1), 1)
-        == "all that the network gives is finite, and yet its loss is not (row 102 of the corpus)"
+        == "every output of the network is finite, but the loss is not (row 102 of the corpus)"
     )
 
 
@@ -659,15 +658,12 @@ def test_two_ranks_train_as_one_does_offloaded_or_not_and_agree_on_what_is_to_bl
     assert apart(masters(later), masters(alone)) < 0.01 * apart(masters(alone), start)
 
     said = ranks[0]["said"]
-    assert (
-        ranks[1]["said"] == said
-        and said[0] == "nothing of that is left when the step is made again"
-    )
+    assert ranks[1]["said"] == said and said[0] == "all values are finite when the step is repeated"
     assert said[1] == "1 of the batch's 4 images are not finite (row 503 of the corpus)"
     assert (
         "at step 5: middle.1.block.out_conv gives" in said[2] and "on rank 1 of 2; lower" in said[2]
     )
-    assert said[3].startswith("the gradient that comes back to out.") and said[3].endswith(
+    assert said[3].startswith("the gradient that arrives at out.") and said[3].endswith(
         "on rank 1 of 2"
     )
 

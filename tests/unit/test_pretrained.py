@@ -270,7 +270,7 @@ def test_altered_weights_are_refused_with_a_remedy(pair, capsys, role):
 def test_deleted_files_are_named_with_a_remedy(pair, own_base, capsys, name, tmp_path):
     (pair / name).unlink()
     said = refusal(capsys, "generate", "a fox")
-    assert str(pair / name) in said and "is not there; reinstall glide_ray" in said
+    assert str(pair / name) in said and "is missing; reinstall glide_ray" in said
     run(
         "generate",
         "a fox",
@@ -333,9 +333,9 @@ def test_the_same_weights_give_the_same_bytes_and_a_new_card_keeps_what_it_is_no
 
 
 def test_weights_are_not_packed_without_sources_exchanged_or_too_large(pair, monkeypatch):
-    with pytest.raises(packing.PackError, match="does not say on whose pictures.*--corpus"):
+    with pytest.raises(packing.PackError, match="does not name the sources.*--corpus"):
         packing.pack(trained("base", 0, ()), trained("upsampler"))
-    with pytest.raises(WeightsError, match="What is given as the base holds nano-upsampler"):
+    with pytest.raises(WeightsError, match="The file given as the base holds nano-upsampler"):
         packing.pack(trained("upsampler"), trained("base"))
     with pytest.raises(WeightsError, match="enlarges 16 pixels and nano-base makes 32"):
         packing.pack(trained("base", 0, SOURCES, "model.unet.image_size=32"), trained("upsampler"))

@@ -191,7 +191,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(drawn_corpus, tm
     step = Checkpoints(tmp_path / "run").list_complete()[-1].step
     assert (
         process.returncode == 0
-        and f"stopped after step {step:,}; the same command goes on from here" in said
+        and f"stopped after step {step:,}; the same command resumes the run" in said
     )
 
 

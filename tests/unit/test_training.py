@@ -167,10 +167,10 @@ def test_images_per_second_are_of_the_steps_and_not_of_what_is_done_between_them
 def test_a_checkpoint_of_another_shape_is_refused_by_the_setting_that_differs(tmp_path):
     _, saved, _ = run(Trainer(preset("steps=3")), tmp_path)
     with pytest.raises(
-        CheckpointError, match="another shape: model.unet.channels is 16 there and 32 here"
+        CheckpointError, match="another model: model.unet.channels is 16 there and 32 here"
     ):
         Trainer(preset("model.unet.channels=32")).load(saved[0])
-    with pytest.raises(CheckpointError, match="not a whole glide_ray checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete glide_ray checkpoint"):
         Trainer(preset()).load(tmp_path)
 
 

@@ -59,7 +59,7 @@ def apply_content(
     storage.check_writable(out)  # fail before hours of embedding
     connect(2 + ACTORS)
     send_with([truth] if truth else [])
-    log.info(f"looking at {len(parts):,} parts of {source}")
+    log.info(f"embedding {len(parts):,} parts of {source}")
     rows, scanned = embed(parts, clip, truth, content)
     scores = rows["score"].to_numpy()
     reason = np.array(rows["reason"].to_pylist(), object)
@@ -93,8 +93,8 @@ def _same_clip(content: ContentFilter, path: str | Path, clip: str | None) -> st
     if fingerprint(clip) != content.clip:
         raise ContentError(
             f"{clip} is not the CLIP that {path} was fitted with: its SHA-256 begins "
-            f"{fingerprint(clip)[:16]} and should "
-            f"{content.clip[:16]}; give the right one with --clip."
+            f"{fingerprint(clip)[:16]} and should {content.clip[:16]}; give the right one with "
+            "--clip."
         )
     return clip
 

@@ -222,10 +222,9 @@ def write_page(cleaned: Cleaned, source: str, out: str, seed: int = 0) -> str:
     length = np.array([len(text) for text in rows["caption"].filter(kept).to_pylist()])
     sections = [
         Section(
-            "What became of the rows",
+            "Rows by outcome",
             f"{len(rows):,} were read from {len(cleaned.parts):,} parts; "
-            f"{cleaned.captions_dropped:,} captions "
-            "were left out of rows, those of dropped rows included.",
+            f"{cleaned.captions_dropped:,} captions were dropped, including those of dropped rows.",
             bars=[("kept", cleaned.report.kept), *cleaned.report.dropped.most_common()],
         ),
         Section(
@@ -233,11 +232,11 @@ def write_page(cleaned: Cleaned, source: str, out: str, seed: int = 0) -> str:
             "Their rows before the fault were read.",
             lines=sorted(set(cleaned.report.faults)),
         ),
-        Section("Pixels on the shorter side, of rows that stay", bars=histogram(size)),
-        Section("Characters of the first caption, of rows that stay", bars=histogram(length)),
+        Section("Pixels on the shorter side, kept rows", bars=histogram(size)),
+        Section("Characters of the first caption, kept rows", bars=histogram(length)),
         Section(
             "Near-duplicates",
-            "To the left the one that stays, to the right the one that was dropped.",
+            "Left: kept. Right: dropped.",
             groups=[
                 [pictures[int(cleaned.stays_instead[n])], pictures[n]] for n in examples.copies
             ],
@@ -246,7 +245,7 @@ def write_page(cleaned: Cleaned, source: str, out: str, seed: int = 0) -> str:
             Section(f"Dropped: {why}", groups=[[pictures[n]] for n in of_rule])
             for why, of_rule in examples.dropped.items()
         ),
-        Section("Random rows that stay", groups=[[pictures[n]] for n in examples.kept]),
+        Section("Random kept rows", groups=[[pictures[n]] for n in examples.kept]),
     ]
     target = f"{out.rstrip('/')}/{PAGE}"
     storage.put(page(f"{source} cleaned into {out}", sections).encode(), target)

@@ -38,8 +38,8 @@ class Assessment:
         low, high = missed_interval(int(missed), int(of))
         return (
             f"on {self.on}: {missed} of {of:,} missed ({missed / max(1, of):.2%}, "
-            f"95% interval {low:.2%} to {high:.2%}); of {without:,} rows without "
-            f"it {caught / max(1, without):.1%} dropped; area under the ROC {self.area:.3f}"
+            f"95% interval {low:.2%} to {high:.2%}); {caught / max(1, without):.1%} of "
+            f"{without:,} rows without it dropped; area under the ROC {self.area:.3f}"
         )
 
     @property
@@ -77,8 +77,8 @@ def fit_page(done: Fit, embedded: EmbeddedCorpus) -> str:
             lines=[f"{key}: {value}" for key, value in content.settings.items()],
         ),
         Section(
-            "Scores of the rows looked at",
-            "What scores 0 or more is dropped.",
+            "Scores of the candidate rows",
+            "Rows with a score of 0 or more are dropped.",
             bars=score_bars(scores),
         ),
     ]
@@ -86,11 +86,11 @@ def fit_page(done: Fit, embedded: EmbeddedCorpus) -> str:
         sections += truth_sections(done.assessment)
     sections += [
         Section(
-            "What passes, nearest to the boundary",
-            "To be looked at for what should not have passed.",
+            "Rows that pass, nearest to the boundary",
+            "Check these for content that should not pass.",
             groups=embedded.pictures(nearest),
         ),
-        Section("What passes, at random", groups=embedded.pictures(some)),
+        Section("Rows that pass, at random", groups=embedded.pictures(some)),
     ]
     return page(f"The content filter {name}", sections)
 
@@ -112,7 +112,10 @@ def truth_sections(assessment: Assessment) -> list[Section]:
             else f"Missed: {4 * PICTURES_SHOWN} of {len(missed)}",
             groups=rows.pictures(missed[: 4 * PICTURES_SHOWN].tolist()),
         ),
-        Section("Dropped without having the content, the surest first", groups=rows.pictures(sure)),
+        Section(
+            "Dropped although they lack the content, highest score first",
+            groups=rows.pictures(sure),
+        ),
     ]
 
 
@@ -142,7 +145,7 @@ def applied_page(
 
     sections = [
         Section(
-            "What became of the rows",
+            "Rows by outcome",
             f"{read:,} were read from {parts:,} parts.",
             bars=[("kept", counted.kept), *counted.dropped.most_common()],
         ),
@@ -151,14 +154,14 @@ def applied_page(
             "Their rows before the fault were read.",
             lines=sorted(set(counted.faults)),
         ),
-        Section("Scores", "What scores 0 or more is dropped.", bars=score_bars(scores)),
+        Section("Scores", "Rows with a score of 0 or more are dropped.", bars=score_bars(scores)),
         *(truth_sections(assessment) if assessment else []),
         Section(
-            "What is left, at random",
+            "Kept rows, at random",
             groups=shown(draws.permutation(passing), 2 * PICTURES_SHOWN),
         ),
         Section(
-            "What is left, nearest to the boundary",
+            "Kept rows, nearest to the boundary",
             groups=shown(passing[np.argsort(-scores[passing])], PICTURES_SHOWN),
         ),
         Section("Dropped, at random", groups=shown(draws.permutation(dropped), PICTURES_SHOWN)),

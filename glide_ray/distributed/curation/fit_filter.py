@@ -128,16 +128,16 @@ def _given_labels(out: Path, truth: Rule | None) -> list[Label]:
     if truth is not None:
         if any(label.why != TRUTH for label in labels):
             raise ContentError(
-                f"{out / LABELS} holds labels that people gave, and the truth would be written "
-                f"over them; give another folder with --out."
+                f"{out / LABELS} holds labels by people, which the true labels would overwrite; "
+                "give another folder with --out."
             )
         return []
     waiting = [label for label in labels if label.label is None]
     if waiting:
         raise ContentError(
-            f"{len(waiting)} of {len(labels)} rows in {out / LABELS} have no label yet; "
-            f"write 1 (has the content) or 0 for each, as "
-            f"{out / SHEET} shows them by their line, and run the same command again."
+            f"{len(waiting)} of {len(labels)} rows in {out / LABELS} have no label yet; write 1 "
+            f"(has the content) or 0 for each, as {out / SHEET} shows them by their line, and run "
+            "the same command again."
         )
     return labels
 
@@ -177,9 +177,8 @@ def _ask_people(
     strange = next((label.row for label in labels if label.row not in place), None)
     if strange:
         raise ContentError(
-            f"{out / LABELS} labels {strange}, which is not among the rows looked at: "
-            f"it belongs to another corpus or pool; give "
-            f"another folder with --out."
+            f"{out / LABELS} labels {strange}, which is not among the candidate rows: it belongs "
+            "to another corpus or pool; give another folder with --out."
         )
     labelled = {place[label.row]: bool(label.label) for label in labels}
     asked = ask(pool, labelled, config)
@@ -196,10 +195,10 @@ def _errors_on_labels(
     """One sentence on errors by cross-validation: `scores` (N,), labels `positive` (N,) bool."""
     of = int(positive.sum())
     return (
-        f"of {of} labelled rows with {name}, judged without their like, {missed} are missed "
-        f"(95% interval up to "
-        f"{missed_interval(missed, of)[1]:.1%}); of {(~positive).sum()} without it, "
-        f"{(scores[~positive] >= threshold).mean():.0%} are dropped"
+        f"in cross-validation, {missed} of {of} labelled rows with {name} are missed (95% interval "
+        f"up to {missed_interval(missed, of)[1]:.1%}); "
+        f"{(scores[~positive] >= threshold).mean():.0%} of {(~positive).sum()} without it are "
+        "dropped"
     )
 
 
@@ -240,12 +239,12 @@ def _candidates(
     before = json.loads(cached_table_key(out / FEATURES) or "[null]")
     if labels and before[0] == corpus and before[-1] != now:
         raise ContentError(
-            f"{corpus} is not as it was when the labels in {out / LABELS} were asked for; "
-            f"give another folder with --out."
+            f"{corpus} has changed since the labels in {out / LABELS} were requested; give "
+            "another folder with --out."
         )
 
     def embed_candidates() -> tuple[pyarrow.Table, bool]:
-        log.info(f"looking at {corpus}, {config.pool:,} rows at the most")
+        log.info(f"embedding up to {config.pool:,} rows of {corpus}")
         table, counted = embed(parts, clip, truth, group=config.group, limit=config.pool)
         for fault in counted.faults:
             log.info(fault)
@@ -273,16 +272,13 @@ def _assess(
 ) -> Assessment:
     if held_out:
         parts = find_parts(storage.absolute(held_out))
-        log.info(f"looking at {held_out}")
+        log.info(f"embedding {held_out}")
         apart = EmbeddedCorpus.of(embed(parts, clip, truth, group=config.group)[0], parts)
         if apart.truth.sum() >= MIN_HELD_OUT_ROWS:
             return Assessment(held_out, apart, content.score(apart.features), apart.truth)
     scores = assess(pool, embedded.truth, config)
     usable = np.flatnonzero(~np.isnan(scores))
-    on = (
-        f"{corpus}, each row by a filter that was fitted without its like (4 folds, each with "
-        f"its own {config.labels} labels)"
-    )
+    on = f"{corpus}, by cross-validation (4 folds, each with {config.labels} labels of its own)"
     rows = replace(
         embedded,
         names=[embedded.names[n] for n in usable],

@@ -170,8 +170,8 @@ def captions_of(reference: str) -> list[str]:
         ]
     if not any(captions):
         raise UserError(
-            f"No image of {reference} has a caption; give a corpus with captions, "
-            f"or pictures that are made already."
+            f"No image of {reference} has a caption; give a corpus with captions, or existing "
+            "pictures."
         )
     return [caption for caption in captions if caption]
 
@@ -222,7 +222,7 @@ def _embed(
             f"{len(one.names):,} by {network}" for network, one in embedded.items()
         )
         raise UserError(
-            f"Not the same pictures of {source} could be read each time ({counts}); "
+            f"Not the same pictures of {source} could be read for each network ({counts}); "
             f"run the same command again."
         )
     return embedded
@@ -316,9 +316,7 @@ def _page(
     draws = np.random.default_rng(0)
     sections = [
         Section("Figures", _about(found), table=_table(found["sets"])),
-        Section(
-            "Fronts", "As figure 6 of the paper has them.", groups=[[Picture(plot)]], width=1040
-        ),
+        Section("Fronts", "As in figure 6 of the paper.", groups=[[Picture(plot)]], width=1040),
         *_picture_sections(sets, draws),
     ]
     if reference:
@@ -342,17 +340,17 @@ def _about(found: dict[str, Any]) -> str:
     """What the sets are compared with, and by which features."""
     real = found["reference"]
     return (
-        f"Beside {real['images']:,} images of {real['source']}, at {found['size']} pixels; "
+        f"Compared with {real['images']:,} images of {real['source']}, at {found['size']} pixels; "
         f"{_own_captions(real['clip_score'])}. "
         + (
             "Distances are FID and the score is IS."
             if found["inception"]
-            else "Distances and scores are of the CLIP's features, no FID and no IS, and to "
-            "be compared with each other only: no Inception network was given."
+            else "No Inception network was given: distances and scores use the CLIP's "
+            "features. They are not FID and IS, and compare only with each other."
         )
         + (
-            f" Filtered: without the {real['images'] - real['filtered_images']:,} images "
-            f"that were to be left out."
+            f" Filtered: without the {real['images'] - real['filtered_images']:,} images of "
+            "--leave-out."
             if "filtered_images" in real
             else ""
         )

@@ -78,16 +78,16 @@ def _filter_sections(
     text = (
         f"{count:,} of {len(real.names):,} images of {result['reference']} "
         f"({count / len(real.names):.1%}) lie within {distance:g} of an image of "
-        f"{training}. The right distance is the one at which the pairs below it are copies "
-        f"and those above it are not."
+        f"{training}. Choose the distance so that the pairs below it are copies and those above "
+        "it are not."
     )
     return [
         Section("Distances to the nearest training image", text, bars=_bars(found.distances)),
         *(
             Section(title, groups=_pairs(real, rows[:PAIRS_SHOWN], trained, found)[0], width=112)
             for title, rows in (
-                ("The last that are left out", within),
-                ("The first that stay", beyond),
+                ("Left out, nearest to the limit", within),
+                ("Kept, nearest to the limit", beyond),
             )
         ),
     ]
@@ -128,9 +128,7 @@ def regurgitation(
     if pictures is None:
         captions = [caption for caption in trained.captions if caption]
         if not captions:
-            raise UserError(
-                f"No image of {training} has a caption; give pictures that are made already."
-            )
+            raise UserError(f"No image of {training} has a caption; give existing pictures.")
         [pictures] = sweep(config, (), (), captions, images, out).values()
     generated = _embed("pictures", pictures, out, clip)
     real = _embed("held-out", held_out, out, clip)
@@ -174,20 +172,20 @@ def _regurgitation_sections(
     figures: dict[str, Any], found: Nearest, usual: Nearest, groups: list[list[Picture]]
 ) -> list[Section]:
     text = (
-        f"Each of {figures['pictures']:,} pictures and the nearest of {figures['training']:,} "
-        f"training images: closest {figures['closest']:.4f}, median "
-        f"{figures['median']:.4f}. Of {figures['held_out']:,} real pictures that were never "
-        f"trained on: closest {figures['held_out_closest']:.4f}, median "
-        f"{figures['held_out_median']:.4f}. A model that repeats its training images lies "
-        f"nearer to them than these do."
+        f"Distance of each of {figures['pictures']:,} pictures to the nearest of "
+        f"{figures['training']:,} training images: closest {figures['closest']:.4f}, median "
+        f"{figures['median']:.4f}. For {figures['held_out']:,} real pictures outside the "
+        f"training set: closest {figures['held_out_closest']:.4f}, median "
+        f"{figures['held_out_median']:.4f}. Pictures by a model that repeats training images are "
+        "nearer to them than these."
     )
     return [
         Section("Generated pictures", text, bars=_bars(found.distances)),
         Section("Held-out real pictures", "The same distances.", bars=_bars(usual.distances)),
         Section(
             "The closest pairs",
-            f"Each picture, then its original. {figures['copies_by_pixels']} of these "
-            f"{figures['compared_by_pixels']} pairs are one picture by their pixels.",
+            f"Each picture, then the training image. {figures['copies_by_pixels']} of these "
+            f"{figures['compared_by_pixels']} pairs show the same picture, judged by pixels.",
             groups=groups,
         ),
     ]

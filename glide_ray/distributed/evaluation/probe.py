@@ -53,7 +53,7 @@ def probe(
         )
     if seeds < 2:
         raise UserError(
-            f"A probe wants two or more seeds, and at least 6 for a p-value below 0.05 "
+            f"A probe needs two or more seeds, and at least 6 for a p-value below 0.05 "
             f"(given: {seeds})."
         )
     fetch_clip(clip)  # report a missing CLIP before pictures are made
@@ -128,11 +128,11 @@ def _page(found: dict[str, Any], rows: Sequence[Sequence[np.ndarray]]) -> str:
         "" if found["guidance_scale"] is None else f" Guidance scale {found['guidance_scale']:g}."
     )
     text = (
-        f"{len(rows)} seeds, each with every prompt.{scale} Distances are of the mean features, "
-        f"as the CLIP sees the pictures; p is the share of "
-        f"{pairs[0]['arrangements']:,} arrangements, with labels swapped within pairs, whose "
-        f"distance is as great. Words are CLIP's cosine, the first prompt's "
-        f"less the second's, with the standard error."
+        f"{len(rows)} seeds, each with every prompt.{scale} Distances are between the mean CLIP "
+        f"features of the pictures; p is the share of {pairs[0]['arrangements']:,} arrangements, "
+        "with labels swapped within pairs, whose distance is at least as large. For words, the "
+        "difference is the mean CLIP cosine of the first prompt's pictures minus that of the "
+        "second's, ± standard error."
     )
     shown = [
         [
@@ -149,14 +149,14 @@ def _page(found: dict[str, Any], rows: Sequence[Sequence[np.ndarray]]) -> str:
         for group in groups
     ]
     return page(
-        "Do these prompts give unlike pictures?",
+        "Do these prompts give different pictures?",
         [
             Section("Differences", text, table=_distance_table(pairs)),
             Section("Cosines with the words", table=_word_table(groups)),
             Section("Mean colours", groups=[swatches]),
             Section(
                 "Differences of colour",
-                "Of 255, with the standard error.",
+                "Of 255, ± standard error.",
                 table=_colour_table(pairs),
             ),
             Section(

@@ -76,9 +76,8 @@ class Board:
         if self._start is not None:
             again, lost = max(0, self._step - start.step), time.time() - self._moved
             self.note(
-                f"the run goes on with {count(start.workers, 'worker')} from step {start.step:,}: "
-                f"{count(again, 'step')} to be done again, "
-                f"{lost:.0f} s without a step"
+                f"training resumes with {count(start.workers, 'worker')} from step {start.step:,}: "
+                f"{count(again, 'step')} repeated, {lost:.0f} s without a step"
             )
         self._start = self._news.start = start
         # Among the metrics, so that the driver handles both in order.
@@ -243,7 +242,7 @@ class Journal:
             self._folder.push()
         except storage.StorageError as error:
             # The files are kept locally, and the next push tries again.
-            self.event(f"The run's figures could not be sent: {error}")
+            self.event(f"The run's metrics could not be sent: {error}")
 
     def _write(self, rows: list[dict]) -> None:
         for metrics in rows:
@@ -315,6 +314,6 @@ def _spread(start: Start, preset: Preset) -> str:
 def _cluster() -> str:
     have = ray.cluster_resources()
     return (
-        f"the cluster has {count(int(have.get('GPU', 0)), 'GPU')} "
-        f"and {count(int(have.get('CPU', 0)), 'CPU')}"
+        f"the cluster has {count(int(have.get('GPU', 0)), 'GPU')} and "
+        f"{count(int(have.get('CPU', 0)), 'CPU')}"
     )

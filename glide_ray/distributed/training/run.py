@@ -212,8 +212,8 @@ def _export(out: str, steps: int) -> None:
     if not complete or complete[-1].step < steps:
         raise UserError(
             f"Training has ended, but its last checkpoint could not be written to {out}; "
-            f"make room there, and run the same command again: "
-            f"it goes on from {f'step {complete[-1].step:,}' if complete else 'the beginning'}."
+            "free space there and run the same command again: it resumes from "
+            f"{f'step {complete[-1].step:,}' if complete else 'the beginning'}."
         )
     with tempfile.TemporaryDirectory(prefix="glide-export-") as cache:
         local = Path(cache) / WEIGHTS if storage.is_remote(out) else Path(out) / WEIGHTS
@@ -238,17 +238,14 @@ def _wait_for_workers(preset: Preset) -> bool:
             bundles=[{"GPU" if takes_gpu(train.device) else "CPU": 1}] * train.workers
             + [{"CPU": 1}]
         )
-        log.info(
-            f"{lacking} Waiting for them; this is given up after {train.wait_seconds:g} s "
-            f"(train.wait_seconds)."
-        )
+        log.info(f"{lacking} Waiting for at most {train.wait_seconds:g} s (train.wait_seconds).")
         while lacking and time.monotonic() - began < train.wait_seconds:
             time.sleep(min(5.0, train.wait_seconds / 10 + 0.1))
             lacking = _lacking(preset)
         request_resources(bundles=[])
     if lacking:
         cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
-        waited = f" They did not come in {train.wait_seconds:g} s." if joined() else ""
+        waited = f" They were not added within {train.wait_seconds:g} s." if joined() else ""
         raise ConfigError(
             f"Setting train.workers: {lacking}{waited} Add nodes, or set "
             f"train.workers={max(1, gpus or cpus - 1)}."
@@ -261,10 +258,10 @@ def _lacking(preset: Preset) -> str | None:
     resources, workers = ray.cluster_resources(), preset.train.min_workers or preset.train.workers
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
     if takes_gpu(preset.train.device) and gpus < workers:
-        return f"{count(workers, 'worker')} want a GPU each and the cluster has {gpus}."
+        return f"{count(workers, 'worker')} need a GPU each, and the cluster has {gpus}."
     if cpus < workers + 1:
         return (
-            f"{count(workers, 'worker')} and the data stream want {workers + 1} CPUs "
+            f"{count(workers, 'worker')} and the data stream need {workers + 1} CPUs, "
             f"and the cluster has {cpus}."
         )
     return None

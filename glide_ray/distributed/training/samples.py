@@ -93,7 +93,10 @@ class Reviewer:
             before = self._underway
             self.poll(timeout=LAST_SECONDS)
             if self._underway is not None and self._underway is before:
-                self._on_event(f"the review of step {before[0]:,} is not waited for any longer")
+                self._on_event(
+                    f"the samples and held-out loss of step {before[0]:,} took too long "
+                    "and are skipped"
+                )
                 return
 
     def _take(self, step: int, reference: ray.ObjectRef) -> None:
@@ -103,7 +106,8 @@ class Reviewer:
                 storage.put(encode(grid), self._folder / SAMPLES / f"{step:09d}.png")
         except (ray.exceptions.RayError, UserError) as error:
             self._on_event(
-                f"the review of step {step:,} failed: {str(error).strip().splitlines()[-1]}"
+                f"the samples and held-out loss of step {step:,} failed: "
+                f"{str(error).strip().splitlines()[-1]}"
             )
             return
         self._on_done(step, grid, figures)

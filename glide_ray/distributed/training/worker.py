@@ -131,7 +131,7 @@ class _RankOutlets:
         hangs = f"rank {trainer.rank} hangs: "
         self._watchdog = Watchdog(
             train.stall_seconds,
-            lambda text: ray.get(board.note.remote(f"{hangs}{text}; it is begun again")),
+            lambda text: ray.get(board.note.remote(f"{hangs}{text}; all workers restart")),
         )
         self._preempted = False  # whether a checkpoint was saved for a node that will be taken away
         self._beaten = 0.0  # time of the last sign of life on the board
@@ -158,7 +158,7 @@ class _RankOutlets:
             self._preempted = True
             if leads:
                 self._board.note.remote(
-                    f"a node is about to be taken away; a checkpoint is made of step {number:,}"
+                    f"a node is about to be removed; writing a checkpoint at step {number:,}"
                 )
         return wanted
 
@@ -207,7 +207,7 @@ def _resume(
             if trainer.rank == 0:
                 ray.get(
                     board.note.remote(
-                        f"the checkpoint of step {entry.step:,} is left out: "
+                        f"skipping the checkpoint of step {entry.step:,}: "
                         f"{next(filter(None, faults))}"
                     )
                 )
@@ -222,7 +222,7 @@ def _sweep(checkpoints: Checkpoints, board) -> None:
     try:
         checkpoints.sweep()
     except storage.StorageError as error:
-        board.note.remote(f"what broken-off uploads have left could not be removed: {error}")
+        board.note.remote(f"files of interrupted uploads could not be removed: {error}")
 
 
 def _start(trainer: Trainer) -> Start:
@@ -255,9 +255,8 @@ def _contrast(share: BatchSplit) -> str:
     """One line on what CLIP's loss depends on."""
     others = share.world * max(end - first for first, end, _ in share.parts()) - 1
     return (
-        f"CLIP learns to tell each picture's caption from {others:,} others, those of one "
-        f"network call on all workers: train.micro_batch and "
-        f"train.workers move its loss"
+        f"CLIP contrasts each picture's caption with {others:,} others, those of the same "
+        "network call on all workers: train.micro_batch and train.workers affect its loss"
     )
 
 

@@ -56,7 +56,7 @@ def copy_pictures(out: Path, folder: Path) -> list[Path]:
     """
     missing = [name for name in PICTURES if not (out / name).exists()]
     if missing:
-        raise UserError(f"{out} has no {missing[0]}; run `glide demo` first, to its end.")
+        raise UserError(f"{out} has no {missing[0]}; run `glide demo` to its end first.")
     pixels = {name: np.asarray(decode((out / name).read_bytes())) for name in PICTURES}
     for quality in QUALITIES:
         encoded = {name: encode(image, "webp", quality=quality) for name, image in pixels.items()}

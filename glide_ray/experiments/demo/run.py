@@ -53,8 +53,7 @@ def run(out: Path, plan: Plan = Plan(), packages: Path | None = None) -> None:
 
 def _sheet(results: Results, plan: Plan, pair: shipped.Pair, models: dict[str, str]) -> Result:
     log.info(
-        f"\n[1/4] {len(plan.things)} things by {len(plan.styles)} styles, from the weights that "
-        "ship with the package"
+        f"\n[1/4] {len(plan.things)} things in {len(plan.styles)} styles, from the shipped weights"
     )
     from .sheet import make_sheet
 
@@ -69,7 +68,8 @@ def _sheet(results: Results, plan: Plan, pair: shipped.Pair, models: dict[str, s
 
 def _corpus(results: Results, packages: Path | None) -> Result:
     log.info(
-        f"\n[2/4] a style that they have not seen, {STYLE}: fetched, rendered, cleaned by Ray Data"
+        f"\n[2/4] a corpus in a style that they have not seen, {STYLE}: fetch, render, clean "
+        "with Ray Data"
     )
     from .tuning import make_corpus
 
@@ -79,8 +79,7 @@ def _corpus(results: Results, packages: Path | None) -> Result:
 
 def _tuned(results: Results, plan: Plan, pair: shipped.Pair, models: dict[str, str]) -> Result:
     log.info(
-        "\n[3/4] the shipped base model fine-tuned on it: Ray Train and DeepSpeed ZeRO on two "
-        "workers"
+        "\n[3/4] fine-tune the shipped base model on it: Ray Train, DeepSpeed ZeRO, two workers"
     )
     from .tuning import tune
 
@@ -95,7 +94,9 @@ def _answers(
     models: dict[str, str],
     tuned: Result,
 ) -> Result:
-    log.info("\n[4/4] both models on Ray Serve, asked over HTTP as the OpenAI Images API")
+    log.info(
+        "\n[4/4] serve both models with Ray Serve, and request pictures over the OpenAI Images API"
+    )
     from .asking import ask
 
     weights = results.folder / tuned["weights"]
@@ -115,7 +116,7 @@ def _place(out: Path, sheet: Result) -> str:
 def _summary(results: Results, minutes: float) -> str:
     out, tuned = results.folder, results.read("tuning")
     return f"""
-Done in {minutes:.1f} minutes. Look at {out / PAGE}: all of it on one page.
+Done in {minutes:.1f} minutes. Everything is on one page: {out / PAGE}
 {_times(results)}
 
 Try next:

@@ -188,7 +188,7 @@ def _least_distance(sets: Sets, real: SetFeatures) -> Finding:
     return Finding(
         "The distance to real pictures is least at a small scale, 1.5, and grows with more "
         "(table 2, fig. 6).",
-        f"{LEAST} {distances[LEAST]:.3f}; farther than that: "
+        f"{LEAST} {distances[LEAST]:.3f}; increase at the others: "
         + "; ".join(f"{name} {gain}" for name, gain in apart.items()),
         holds,
     )
@@ -217,8 +217,8 @@ def _preferred(question: str, votes: Sequence[Vote]) -> Finding:
         ]
         gains.append((f"{better} over {worse}", Gain.of(np.array(won) - 0.5)))
     return Finding(
-        f"Classifier-free guidance is preferred to CLIP guidance, and that to none, in {question} "
-        "(table 1; people voted there, a network here).",
+        "Classifier-free guidance is preferred to CLIP guidance, and CLIP guidance to no "
+        f"guidance, in {question} (table 1; people voted there, a network here).",
         "; ".join(
             f"{pair}: share of wins {0.5 + gain.mean:.3f} (standard error {gain.error:.3f})"
             for pair, gain in gains
@@ -246,8 +246,8 @@ def _joins_better(painted: Mapping[str, Any]) -> Finding:
         if isinstance(of, Mapping)
     }
     return Finding(
-        "A model that is trained for it joins what it paints to what is there better than implicit "
-        "inpainting (sec. 4.3, fig. 11).",
+        "A model trained for inpainting blends the painted part into the picture better than "
+        "implicit inpainting (sec. 4.3, fig. 11).",
         "; ".join(
             f"{sampler}: error at the hole's border {painted[sampler]['border_implicit']:.4f} to "
             f"{painted[sampler]['border_explicit']:.4f}, less by {gain}"

@@ -48,7 +48,7 @@ def run(out: Path, corpus: Path) -> list[Finding]:
         for name, way in SETS.items()
     }
     painted = _inpainting_errors(out, weights)
-    log.info("looking at the pictures")
+    log.info("measuring the pictures")
     networks = FeatureNetworks(weights[JUDGE])
     sets = {name: networks.features(of, own.captions) for name, of in pictures.items()}
     features = networks.features(real.pixels, real.captions)

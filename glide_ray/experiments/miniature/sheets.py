@@ -43,20 +43,20 @@ PROMPTS = (
 )
 INSIDE = "a yellow star, flat icon"  # caption for the holes of figure 11
 RULE = (
-    "A finding holds where every difference that it names is more than two standard errors away "
-    "from nothing. Differences are of pictures of the same captions and seeds."
+    "A finding holds if every difference in it is more than two standard errors from zero. "
+    "Differences are between pictures of the same captions and seeds."
 )
 VOTERS = (
-    "People voted in the paper. Here EfficientNet votes, which has never seen an emoji: which of "
-    "two pictures is nearer to any real one, and which to the real picture of its caption."
+    "People voted in the paper. Here EfficientNet votes, which has never seen an emoji: for the "
+    "picture nearer to any real one, and for the one nearer to the real picture of its caption."
 )
 MEASURES = (
-    "real pictures that no model was trained on. Distances, precision and recall are of "
-    "EfficientNet's features, and where they are called so of a CLIP's that guides nothing."
+    "real pictures that no model was trained on. Distances, precision and recall use "
+    "EfficientNet's features, or where the name says so those of a CLIP that guides no sampling."
 )
 IMPLICIT = (
-    "Implicit and by CLIP guidance: the shipped weights without the inputs of the known pixels, "
-    "which are noised into every step."
+    "Implicit inpainting and CLIP guidance use the shipped weights without the input channels of "
+    "the known pixels, which are noised into every step instead."
 )
 CAPTIONS_SHOWN = 10  # captions on the sheet of all sets
 # Figure 11: pictures, and seeds of each, from which CLIP chooses the best (app. D: 64)
@@ -175,7 +175,7 @@ def report(
             *_model_sections(sheets),
             Section(
                 "Errors of inpainting",
-                f"Mean squared error of {painted['images']} holes beside the picture itself.",
+                f"Mean squared error against the original picture, over {painted['images']} holes.",
                 table=_errors_table(painted),
             ),
         ],
@@ -197,7 +197,7 @@ def _guidance_sections(sheets: Mapping[str, np.ndarray], images: int) -> list[Se
         ),
         _sheet(
             "Figure 6: both kinds of guidance",
-            f"{images} pictures a point.",
+            f"{images} pictures per point.",
             sheets["figure-6.png"],
             1040,
         ),
@@ -208,13 +208,13 @@ def _model_sections(sheets: Mapping[str, np.ndarray]) -> list[Section]:
     return [
         _sheet(
             "Figure 9: large and small models",
-            "Not chosen: seeds 0 to 5.",
+            "Seeds 0 to 5, without selection.",
             sheets["figure-9.png"],
             1000,
         ),
         _sheet(
             "Figure 11: inpainting",
-            f"The best of {TRIES} by CLIP each. {IMPLICIT}",
+            f"Each is the best of {TRIES} by CLIP score. {IMPLICIT}",
             sheets["figure-11.png"],
             600,
         ),
