@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core for each test process and wh
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before Triton is imported
 from helpers.drawings import drawn_samples
-from helpers.processes import PRIORITY, answers
+from helpers.processes import BUSY_MACHINE, answers
 from helpers.s3_proxy import Proxy
 from helpers.tiny import random_model, tiny, tiny_clip
 
@@ -26,7 +26,7 @@ from glide_ray.data.shards import write_shards
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.weights import save_weights
 
-os.environ.update(PRIORITY)
+os.environ.update(BUSY_MACHINE)
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,13 @@ import sys
 
 from helpers.paths import ROOT
 
-# Ray runs its workers with niceness 15, so on a busy machine they hardly run at all.
-PRIORITY = {"RAY_worker_niceness": "0"}
+# Ray runs its workers with niceness 15, so on a busy machine they hardly run at all, and Serve
+# kills a proxy that is not ready after 5 s or silent for 10 s.
+BUSY_MACHINE = {
+    "RAY_worker_niceness": "0",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+}
 
 
 def python_path():
@@ -17,9 +22,9 @@ def python_path():
 
 
 def without_ray():
-    """This process's environment without settings of Ray other than the priority of workers."""
+    """This process's environment without settings of Ray other than `BUSY_MACHINE`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return kept | PRIORITY
+    return kept | BUSY_MACHINE
 
 
 def answers(port):

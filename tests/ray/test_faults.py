@@ -138,7 +138,7 @@ def test_a_checkpoint_that_the_object_store_refuses_is_told_of_and_the_next_one_
 ):
     monkeypatch.setattr(
         storage,
-        "_client",
+        "client",
         lambda: boto3.client("s3", config=boto3.session.Config(retries={"max_attempts": 1})),
     )
     made, told, committed = keeper(f"{s3}/refused")
