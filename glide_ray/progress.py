@@ -29,7 +29,7 @@ class Bar(tqdm):
     of thousands of carriage returns. There it writes a line every LINE_SECONDS, and one at the end.
     """
 
-    def __init__(self, *args: Any, file: Any = None, **options: Any):
+    def __init__(self, *args: Any, file: Any = None, **options: Any) -> None:
         file = file or sys.stderr
         self.in_lines, self._written = not file.isatty(), time.monotonic()
         if self.in_lines:
@@ -39,14 +39,14 @@ class Bar(tqdm):
                 "smoothing": 0,  # the rate since the start
                 "bar_format": LINE if options.get("total") else LINE_WITHOUT_TOTAL,
             }
-        super().__init__(*args, file=file, **options)
+        # The stubs accept no starred arguments.
+        super().__init__(*args, file=file, **options)  # type: ignore[call-overload]
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if not self.in_lines:
-            return super().display(msg, pos)
-        if msg is None and time.monotonic() - self._written >= LINE_SECONDS:
+            super().display(msg, pos)
+        elif msg is None and time.monotonic() - self._written >= LINE_SECONDS:
             self._write_line()
-        return False
 
     def clear(self, *args: Any, **options: Any) -> None:
         if not self.in_lines:

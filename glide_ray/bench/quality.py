@@ -22,7 +22,9 @@ from ..sampling.stepper import Stepper
 IMAGES_PER_CALL = 32  # images per model call
 
 
-def bench_samplers(base: Path, steps: Sequence[int] = (10, 15, 20, 30), truth: int = 250) -> dict:
+def bench_samplers(
+    base: str | Path, steps: Sequence[int] = (10, 15, 20, 30), truth: int = 250
+) -> dict:
     """Mean squared distance of each sampler's pictures to those of `truth` DDIM steps.
 
     All start from the same noise, at guidance scale 1. Raises WeightsError.
@@ -143,7 +145,7 @@ def _inpainting_errors(
 
 
 def bench_guidance(
-    base: Path, clip: Path, scales: Sequence[float] = (1, 2, 3, 5), seeds: int = 8
+    base: str | Path, clip: Path, scales: Sequence[float] = (1, 2, 3, 5), seeds: int = 8
 ) -> dict:
     """Mean noised-CLIP score of a base model's pictures at several guidance scales.
 

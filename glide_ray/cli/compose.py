@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from .arguments import (
 from .terminal import progress_bar
 
 if TYPE_CHECKING:
+    from ..evaluation.cases import Row
     from ..sampling.cascade import Cascade
 
 
@@ -107,7 +109,8 @@ def compose(options: Namespace) -> None:
     from ..evaluation.report import aligned
 
     cascade = None if options.real else _load_cascade(options)
-    judge, rows_of_style = load_or_fit(options.corpus), ()
+    judge = load_or_fit(options.corpus)
+    rows_of_style: Sequence[Row] = ()
     if options.new_style:
         judge, rows_of_style = learn_style(judge, options.new_style, options.corpus)
     print(aligned(composing.judge_table(judge, options.size)))

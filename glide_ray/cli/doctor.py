@@ -100,7 +100,7 @@ def _packages() -> Iterator[Finding]:
         return
     missing: dict[str, list[str]] = {"": []}
     for line in declared:
-        package = re.match(r"[\w.-]+", line).group()
+        [package] = re.findall(r"^[\w.-]+", line)
         extra = next(iter(re.findall(r"""extra == ["']([\w-]+)["']""", line)), "")
         if package != "glide_ray":
             lacking = missing.setdefault(extra, [])

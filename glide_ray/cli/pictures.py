@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,8 +86,11 @@ def _best_of_each(
     for n in range(options.n):
         first = options.seed + n * options.best_of
         best = with_step_bars(
-            lambda progress, first=first: cascade.best_of(
-                options.prompt, range(first, first + options.best_of), asked, progress
+            partial(
+                cascade.best_of,
+                options.prompt,
+                range(first, first + options.best_of),
+                asked,
             )
         )
         mean = sum(best.scores.values()) / options.best_of

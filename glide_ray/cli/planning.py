@@ -26,9 +26,10 @@ def add_commands(commands: Commands) -> None:
 
 def settings(options: Namespace) -> None:
     from ..config import data, models, sampling, serving, training
+    from ..config.base import Frozen
     from ..config.reference import reference
 
-    configs = [
+    configs: list[type[Frozen]] = [
         training.TrainConfig,
         data.DataConfig,
         models.ModelConfig,

@@ -59,7 +59,7 @@ def _filter_messages() -> None:
         if lines:
             show({**data, "lines": lines}, sys.stderr, options.get("ignore_prefix", False))
 
-    show_others.filtered = True
+    show_others.__dict__["filtered"] = True
     worker.print_worker_logs = show_others
 
 
@@ -82,6 +82,7 @@ def _filter_descriptor_2() -> None:
         stderr=terminal,
         start_new_session=True,
     )
+    assert process.stdin is not None  # by PIPE
     os.dup2(process.stdin.fileno(), 2)
     process.stdin.close()
     before, sys.stderr = sys.stderr, os.fdopen(terminal, "w", 1, errors="backslashreplace")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import ImageFont
 
-Font = ImageFont.FreeTypeFont
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 DEJAVU = "DejaVuSans.ttf"
 # File names that Pillow looks for in the folders of Linux, macOS and Windows, DejaVu's first.
 SYSTEM = (
@@ -31,7 +31,7 @@ SYSTEM = (
 @lru_cache
 def fonts(size: int) -> tuple[Font, ...]:
     """All fonts that are there, in pixels of `size`, Pillow's own last."""
-    found = []
+    found: list[Font] = []
     for name in (_of_matplotlib(), *SYSTEM):
         try:
             if name:
