@@ -135,7 +135,7 @@ def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[Wanted]:
     ]
     if not asked:
         raise UserError(f"{path} holds no prompt; write one per line.")
-    wanted = []
+    wanted: list[Wanted] = []
     for prompt, own in asked:
         wanted += [
             Wanted(number, prompt, seed + number if own is None else own + number - len(wanted))
