@@ -214,7 +214,9 @@ class _Theirs:
             (n, Sample(sample["__key__"], sample["webp"], "webp", (sample["txt"].decode(),), {}))
             for n, sample in enumerate(samples)
         ]
-        return self._collate(columns(rows), 0).image
+        batch = self._collate(columns(rows), 0)
+        assert batch is not None  # all pictures can be decoded, see `_pictures`
+        return batch.image
 
 
 # -- both ------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ class _Alive(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
-        moment = Moment(tuple(self._totals[True]), tuple(self._totals[False]), self._gradients)
+        moment = Moment(self._live(True), self._live(False), self._gradients)
         if not any(_covers(other, moment) for other in self._most):
             self._most = [other for other in self._most if not _covers(moment, other)] + [moment]
         return result
@@ -146,6 +146,10 @@ class _Alive(TorchDispatchMode):
     def moments(self) -> tuple[Moment, ...]:
         self._close()
         return tuple(self._kept)
+
+    def _live(self, saved: bool) -> Bytes:
+        constant, linear, quadratic = self._totals[saved]
+        return constant, linear, quadratic
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
