@@ -97,7 +97,7 @@ class Stepper:
             return []
         x = self._step_together(samples) if self.batched else self._step_each(samples)
         self.scheduler.complete(samples)
-        return [(sample.ticket, x[n]) for n, sample in enumerate(samples) if not sample.left]
+        return [(sample.ticket, x[n]) for n, sample in enumerate(samples) if not sample.steps_left]
 
     def run(
         self, requests: Sequence[SampleRequest], on_step: Callable[[int, int], None] | None = None
@@ -159,7 +159,7 @@ class Stepper:
     def _first_row(self, sample: ActiveSample) -> SampleBatch:
         """The tensors of a sample before its first step."""
         request = sample.request
-        conditioning, text, clip_text = self.denoiser.conditions(
+        conditioning, text, clip_text = self.denoiser.prepare(
             request.conditioning, request.clip_text
         )
         x = (
@@ -169,7 +169,7 @@ class Stepper:
         ).to(self.device)
         if request.start is not None:
             schedule = self.schedules.schedule(sample.respacing)
-            i = torch.tensor([sample.left - 1], device=self.device)
+            i = torch.tensor([sample.steps_left - 1], device=self.device)
             x = q_sample(schedule, request.start[None].to(self.device), i, x)
         return SampleBatch(x, clip_text, History.none(x), conditioning, text)
 
@@ -228,12 +228,15 @@ class Stepper:
         schedule, starts = self.schedules.join([sample.respacing for sample in samples])
         i = to_device_async(
             torch.tensor(
-                [start + sample.left - 1 for start, sample in zip(starts, samples, strict=True)]
+                [
+                    start + sample.steps_left - 1
+                    for start, sample in zip(starts, samples, strict=True)
+                ]
             ),
             self.device,
         )
         timesteps = [
-            self.schedules.timesteps(sample.respacing)[sample.left - 1] for sample in samples
+            self.schedules.timesteps(sample.respacing)[sample.steps_left - 1] for sample in samples
         ]
         output = self.denoiser.denoise(samples, batch, schedule.timestep[i], timesteps)
         noise = to_device_async(torch.cat([self._noise(sample) for sample in samples]), self.device)
@@ -262,5 +265,5 @@ class Stepper:
 
 def _known(batch: SampleBatch) -> Known:
     known, mask = batch.conditioning.known, batch.conditioning.known_mask
-    assert known is not None and mask is not None  # `GuidedDenoiser.conditions` sets them
+    assert known is not None and mask is not None  # `GuidedDenoiser.prepare` sets them
     return Known(known, mask)

@@ -15,9 +15,16 @@ from ray.serve.handle import DeploymentHandle
 
 from ..config.serving import ServeConfig, ServedModel
 from ..errors import UserError
+from ..sampling.calls import (
+    CascadeCalls,
+    CascadeImage,
+    ScoreCall,
+    StageCall,
+    candidates,
+    cascade_calls,
+)
 from ..sampling.checks import RequestError
 from ..sampling.job import Job
-from ..sampling.order import CascadeImage, CascadeOrder, ScoreCall, StageCall, candidates, run_order
 from ..sampling.recipe import Maker
 from .errors import ApiError
 from .metrics import Metrics
@@ -99,11 +106,11 @@ class RayBackend:
     async def make(self, job: Job, show: Show | None = None) -> GeneratedImage:
         """Make the image of a job; `show` receives `job.previews` previews."""
         upsample = self.upsampler is not None and job.size == self.sizes[-1]
-        order: CascadeOrder[StageResult] = run_order([candidates(job)], upsample)
+        calls: CascadeCalls[StageResult] = cascade_calls([candidates(job)], upsample)
         result: Any = None
         while True:
             try:
-                call = order.send(result)
+                call = calls.send(result)
             except StopIteration as end:
                 return _generated(end.value[0])
             if isinstance(call, ScoreCall):
@@ -197,9 +204,11 @@ class RayBackend:
 
 
 def _generated(image: CascadeImage[StageResult]) -> GeneratedImage:
-    stages = {"base": image.small} | ({"upsampler": image.large} if image.large else {})
+    stages = {"base": image.base_image} | (
+        {"upsampler": image.upsampled} if image.upsampled else {}
+    )
     return GeneratedImage(
-        (image.large or image.small).pixels,
+        (image.upsampled or image.base_image).pixels,
         image.seed,
         {name: stage.sha256 for name, stage in stages.items()},
         {name: stage.seconds for name, stage in stages.items()},

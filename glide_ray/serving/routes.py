@@ -19,9 +19,9 @@ from ..config.serving import ServeConfig
 from ..data.tokenizer import Tokenizer
 from ..errors import nearest
 from ..pretrained.card import credits, licences
+from ..sampling.cascade_calls import image_jobs
 from ..sampling.checks import TIMESTEPS, check_options
 from ..sampling.job import Job, Source
-from ..sampling.order import image_jobs
 from .admission import NOBODY
 from .docs_page import add_docs
 from .errors import ApiError, handle_errors
