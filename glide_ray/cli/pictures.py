@@ -61,7 +61,7 @@ def _add_generate(commands: Commands) -> None:
 
 def generate(options: Namespace) -> None:
     cascade, asked = _load_cascade(options), sample_options(options)
-    from ..sampling.recipe import Maker, save_picture
+    from ..sampling.recipe import ModelSet, save_picture
 
     if options.best_of > 1:
         made = _best_of_each(cascade, options, asked)
@@ -71,10 +71,10 @@ def generate(options: Namespace) -> None:
             lambda progress: cascade.generate([options.prompt] * options.n, seeds, asked, progress)
         )
         made = [(seed, image, "") for seed, image in zip(seeds, images, strict=True)]
-    maker = Maker.of(cascade)
+    model_set = ModelSet.of(cascade)
     for n, (seed, image, remark) in enumerate(made):
         path = options.out if options.n == 1 else _numbered(options.out, n)
-        save_picture(image, path, maker.recipe("generate", options.prompt, seed, asked))
+        save_picture(image, path, model_set.recipe("generate", options.prompt, seed, asked))
         print(f"{path}  seed {seed}{remark}")
 
 
@@ -123,12 +123,12 @@ def edit(options: Namespace) -> None:
     picture = open_picture(options.image)
     image = crop_square(picture, cascade.size)
     known = read_mask(options.mask, cascade.size, picture)
-    from ..sampling.recipe import Maker, save_picture
+    from ..sampling.recipe import ModelSet, save_picture
 
     made = with_step_bars(
         lambda progress: cascade.edit(image, known, options.prompt, options.seed, asked, progress)
     )
-    recipe = Maker.of(cascade).recipe("edit", options.prompt, options.seed, asked)
+    recipe = ModelSet.of(cascade).recipe("edit", options.prompt, options.seed, asked)
     save_picture(made, options.out, recipe, {"image": image, "mask": known})
     print(f"{options.out}  seed {options.seed}")
 
@@ -175,7 +175,7 @@ def vary(options: Namespace) -> None:
         inputs["mask"] = read_mask(options.mask, cascade.size, picture)
     if options.sketch:
         inputs["sketch"] = read_sketch(options.sketch, cascade.size, picture)
-    from ..sampling.recipe import Maker, save_picture
+    from ..sampling.recipe import ModelSet, save_picture
 
     made = with_step_bars(
         lambda progress: cascade.vary(
@@ -189,8 +189,8 @@ def vary(options: Namespace) -> None:
             progress,
         )
     )
-    maker = Maker.of(cascade)
-    recipe = maker.recipe("vary", options.prompt, options.seed, asked, options.strength)
+    model_set = ModelSet.of(cascade)
+    recipe = model_set.recipe("vary", options.prompt, options.seed, asked, options.strength)
     save_picture(made, options.out, recipe, inputs)
     print(f"{options.out}  seed {options.seed}, strength {options.strength:g}")
 
@@ -243,13 +243,13 @@ def scene(options: Namespace) -> None:
 
 def _first_picture(cascade: Cascade, options: Namespace, asked: SampleOptions) -> np.ndarray:
     """Generate the first picture of a scene, write it as number 0 and return it."""
-    from ..sampling.recipe import Maker, save_picture
+    from ..sampling.recipe import ModelSet, save_picture
 
     [image] = with_step_bars(
         lambda progress: cascade.generate([options.prompt], [options.seed], asked, progress)
     )
     path = _numbered(options.out, 0)
-    recipe = Maker.of(cascade).recipe("generate", options.prompt, options.seed, asked)
+    recipe = ModelSet.of(cascade).recipe("generate", options.prompt, options.seed, asked)
     save_picture(image, path, recipe)
     print(f"{path}  seed {options.seed}  {options.prompt}")
     return image
@@ -264,15 +264,15 @@ def _apply_edits(
     out: Path,
 ) -> None:
     """Write the picture after each edit, numbered from 1. Edit n uses the seed `seed` + n."""
-    from ..sampling.recipe import Maker, save_picture
+    from ..sampling.recipe import ModelSet, save_picture
 
-    maker = Maker.of(cascade)
+    model_set = ModelSet.of(cascade)
 
     def run(progress) -> None:
         before = image
         for n, after in enumerate(cascade.scene(image, edits, seed, asked, progress)):
             known, prompt = edits[n]
-            path, recipe = _numbered(out, n + 1), maker.recipe("edit", prompt, seed + n, asked)
+            path, recipe = _numbered(out, n + 1), model_set.recipe("edit", prompt, seed + n, asked)
             save_picture(after, path, recipe, {"image": before, "mask": known})
             print(f"{path}  seed {seed + n}  {prompt}")
             before = after
@@ -301,7 +301,7 @@ def _add_reproduce(commands: Commands) -> None:
 
 
 def reproduce(options: Namespace) -> None:
-    from ..sampling.recipe import find_models, make_again, read_recipe, save_picture
+    from ..sampling.recipe import find_models, read_recipe, reproduce_picture, save_picture
 
     check_files(options)
     recipe, inputs, before = read_recipe(options.picture)
@@ -312,7 +312,7 @@ def reproduce(options: Namespace) -> None:
     cascade = Cascade.load(
         models["base"], models.get("upsampler"), recipe.precision, clip=models.get("clip")
     )
-    made = with_step_bars(lambda progress: make_again(cascade, recipe, inputs, progress))
+    made = with_step_bars(lambda progress: reproduce_picture(cascade, recipe, inputs, progress))
     print(
         f"{recipe.task} {recipe.prompt!r}, seed {recipe.seed}, {recipe.options.sampler} "
         f"{recipe.options.steps}, guidance scale {recipe.options.guidance_scale:g}, "

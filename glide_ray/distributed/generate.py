@@ -28,7 +28,7 @@ from ..pretrained import shipped
 from ..progress import bar
 from ..sampling.cascade import Cascade
 from ..sampling.checks import check_options
-from ..sampling.recipe import Maker, save_picture
+from ..sampling.recipe import ModelSet, save_picture
 from .cluster import connect, joined, takes_gpu
 from .embed import JOB
 from .stream import quiet, task_errors
@@ -178,8 +178,8 @@ def _begin(wanted: Sequence[Wanted], out: str, config: BulkConfig) -> int:
     precision, and hashes of the weights, but not their paths. The first call writes it. Raises
     UserError for another job.
     """
-    maker = Maker.read({role: getattr(config, role) for role in ROLES}, config.precision, "")
-    models = {role: used.sha256 for role, used in maker.models.items()}
+    model_set = ModelSet.read({role: getattr(config, role) for role in ROLES}, config.precision, "")
+    models = {role: used.sha256 for role, used in model_set.models.items()}
     if config.options.clip_scale and not config.clip:
         raise UserError(
             "clip_scale asks for CLIP guidance, which needs a CLIP model; give one with it."
@@ -210,7 +210,7 @@ def _begin(wanted: Sequence[Wanted], out: str, config: BulkConfig) -> int:
                 f"{out} holds pictures of another job (other {' and '.join(differs)}); "
                 f"give another folder with --out."
             )
-    return maker.base.context
+    return model_set.base.context
 
 
 def _numbers(out: str) -> set[int]:
@@ -240,7 +240,7 @@ class Worker:
             IMAGES_PER_CALL,
             local.get("clip"),
         )
-        self._out, self._options, self._maker = out, config.options, Maker.of(self._cascade)
+        self._out, self._options, self._model_set = out, config.options, ModelSet.of(self._cascade)
 
     def __call__(self, block: pyarrow.Table) -> pyarrow.Table:
         wanted = [Wanted(**row) for row in block.to_pylist()]
@@ -251,7 +251,7 @@ class Worker:
             save_picture(
                 image,
                 f"{self._out}/{one.file}",
-                self._maker.recipe("generate", one.prompt, one.seed, self._options),
+                self._model_set.recipe("generate", one.prompt, one.seed, self._options),
             )
         return block.select(["number"])
 

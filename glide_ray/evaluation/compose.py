@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..progress import Progress
 from ..records import once
 from ..sampling.cascade import Cascade
-from ..sampling.recipe import Maker, Recipe, RecipeError, read_recipe, save_picture
+from ..sampling.recipe import ModelSet, Recipe, RecipeError, read_recipe, save_picture
 from .cases import Case, Row, first_seed, make_cases, single_cases
 from .categories import BARS, INPAINTING, KNOWN, LINES, NEW, Line
 from .judge import Judge, Verdict, kind_of_size
@@ -83,7 +83,7 @@ class Run:
         log.info(f"judging {len(pictures):,} pictures")
         made = judged(self.judge, cases, pictures)
         rows = figures(self.judge, cases, made, real, self.size)
-        recipe = Maker.of(cascade).recipe("generate", "", self.seed, self.options)
+        recipe = ModelSet.of(cascade).recipe("generate", "", self.seed, self.options)
         about = {
             "models": {role: of.model_dump() for role, of in recipe.models.items()},
             "options": recipe.options.model_dump(),
@@ -152,8 +152,8 @@ def make_pictures(
 
     A picture already in `out` from the same models and options is not generated again.
     """
-    maker, pictures = Maker.of(cascade), {}
-    orders = [_Order.of(case, cascade.size, maker, options, Path(out)) for case in cases]
+    model_set, pictures = ModelSet.of(cascade), {}
+    orders = [_Order.of(case, cascade.size, model_set, options, Path(out)) for case in cases]
     for n, order in enumerate(orders):
         stored = order.stored()
         if stored is not None:
@@ -181,7 +181,9 @@ class _Order:
     path: Path
 
     @classmethod
-    def of(cls, case: Case, size: int, maker: Maker, options: SampleOptions, out: Path) -> _Order:
+    def of(
+        cls, case: Case, size: int, model_set: ModelSet, options: SampleOptions, out: Path
+    ) -> _Order:
         task, inputs = "generate", {}
         if case.hole is not None:
             known = _known(case.hole, size)
@@ -195,7 +197,7 @@ class _Order:
                 },
             )
         return cls(
-            maker.recipe(task, case.prompt, case.seed, options),
+            model_set.recipe(task, case.prompt, case.seed, options),
             inputs,
             out / f"{case.category}-{case.seed:04d}.png",
         )

@@ -62,8 +62,8 @@ class Recipe(Frozen):
 
 
 @dataclass(frozen=True)
-class Maker:
-    """The models that make images, with the metadata that recipes record."""
+class ModelSet:
+    """The models of a cascade, without their tensors, and the metadata that recipes record."""
 
     base: ModelConfig
     upsampler: ModelConfig | None
@@ -73,7 +73,7 @@ class Maker:
     sources: tuple[Source, ...] = ()  # origins of the training images, if the weights name them
 
     @classmethod
-    def read(cls, paths: Mapping[str, str | None], precision: str, device: str) -> Maker:
+    def read(cls, paths: Mapping[str, str | None], precision: str, device: str) -> ModelSet:
         """Read weights by role (local path, s3:// URL or name) without loading their tensors.
 
         Leaves the paths out of the recipes. Raises WeightsError or StorageError if a file is
@@ -108,7 +108,7 @@ class Maker:
         )
 
     @classmethod
-    def of(cls, cascade: Cascade) -> Maker:
+    def of(cls, cascade: Cascade) -> ModelSet:
         base, upsampler = (
             cascade.base.config,
             cascade.upsampler.config if cascade.upsampler else None,
@@ -255,7 +255,7 @@ def _path_of(role: str, used: ModelUsed, elsewhere: Path | None) -> Path:
     return given if there or elsewhere else shipped.with_sha256(used.sha256) or given
 
 
-def make_again(
+def reproduce_picture(
     cascade: Cascade,
     recipe: Recipe,
     inputs: Mapping[str, np.ndarray],

@@ -34,8 +34,8 @@ class SampleRequest:
     start: Tensor | None = None  # (3, H, W), initial image, to which noise is added (SDEdit)
     strength: float = 1.0  # fraction of the schedule that is run from `start`
     group: str | None = None  # samples of a group are scheduled as if they were one sample
-    previews: int = 0  # number of calls of `watch`, evenly spaced over the steps
-    watch: Callable[[Tensor], None] | None = None  # receives the predicted x_0 (3, H, W)
+    previews: int = 0  # number of calls of `on_preview`, evenly spaced over the steps
+    on_preview: Callable[[Tensor], None] | None = None  # receives the predicted x_0 (3, H, W)
 
     def guidance_on_at(self, timestep: int, timesteps: int) -> bool:
         """Whether guidance (classifier-free or CLIP) is on at this timestep of `timesteps`."""

@@ -249,8 +249,8 @@ class Stepper:
             # Without inpainting channels, the model sees known pixels only in x itself (sec. 4.3).
             x = renoise_known(schedule, x, i, self._noise_of_edits(samples, x), known)
         for n, sample in enumerate(samples):
-            if sample.request.watch is not None and sample.shows_preview():
-                sample.request.watch(step.x0[n].cpu())
+            if sample.request.on_preview is not None and sample.shows_preview():
+                sample.request.on_preview(step.x0[n].cpu())
         return replace(batch, x=x, history=batch.history.then(step.remembered))
 
     def _noise_of_edits(self, samples: list[ActiveSample], x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Key(Frozen):
     per_minute: int | None = Field(None, gt=0)
 
 
-def hashed(key: str) -> str:
+def key_sha256(key: str) -> str:
     """SHA-256 of a key, as hexadecimal digits."""
     return hashlib.sha256(key.encode()).hexdigest()
 
@@ -63,7 +63,7 @@ def read_keys(path: str | None, environment: Mapping[str, str] = os.environ) -> 
                 f"{VARIABLE} is malformed; write NAME:KEY,NAME:KEY with keys of at least 16 "
                 f"characters."
             )
-        keys[name] = Key(sha256=hashed(key))
+        keys[name] = Key(sha256=key_sha256(key))
     return keys
 
 
@@ -81,7 +81,7 @@ def new_key(
             f"or remove that key from the file first."
         )
     key = f"glide-{secrets.token_urlsafe(32)}"
-    keys[name] = Key(sha256=hashed(key), at_once=at_once, per_minute=per_minute)
+    keys[name] = Key(sha256=key_sha256(key), at_once=at_once, per_minute=per_minute)
     put(
         json.dumps(
             {name: key.model_dump(exclude_none=True) for name, key in keys.items()}, indent=1

@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from ..config.serving import ServeConfig
 from .admission import Admission
 from .api_keys import Key
-from .backend import RayBackend, Served
+from .backend import ModelInfo, RayBackend
 from .metrics import Metrics, StageLoad
 from .state import ServerState
 
@@ -32,7 +32,7 @@ class Ingress(ServerState):
     def __init__(
         self,
         config: ServeConfig,
-        served: Mapping[str, Served],
+        served: Mapping[str, ModelInfo],
         handles: Mapping[str, tuple[DeploymentHandle[Any], ...]],
         keys: Mapping[str, Key],
     ):
@@ -61,7 +61,7 @@ class Ingress(ServerState):
         """Called by Serve every HEALTH_SECONDS. Sets the capacity by the replicas that answer."""
         with suppress(Exception):  # faults of other replicas do not make this one unhealthy
             (loads, _), ingresses = await asyncio.gather(self.stages(), self._ask_ingresses("here"))
-            self.admission.shares = len(ingresses) or self.admission.shares
+            self.admission.ingress_replicas = len(ingresses) or self.admission.ingress_replicas
             for name, backend in self.models.items():
                 rooms = [
                     sum(
@@ -72,7 +72,9 @@ class Ingress(ServerState):
                     for stage in _roles(backend)
                 ]
                 if all(rooms):
-                    self.admission.capacity[name] = max(1, min(rooms) // self.admission.shares)
+                    self.admission.capacity[name] = max(
+                        1, min(rooms) // self.admission.ingress_replicas
+                    )
 
     async def stages(self) -> tuple[list[StageLoad], bool]:
         """Loads of all stage replicas that answer, and whether every stage has at least one."""

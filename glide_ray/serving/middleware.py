@@ -52,7 +52,7 @@ class RequestMiddleware:
         try:
             try:
                 if scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN:
-                    log_fields["key"] = state.admission.who(
+                    log_fields["key"] = state.admission.authenticate(
                         headers.get("authorization"), (scope.get("client") or (None,))[0]
                     )
                 await self.app(scope, self._bounded(headers, receive), answer)
