@@ -159,7 +159,11 @@ def _train_and_measure(name: str, images: int, settings: Sequence[str], steps: i
         )
         batch = replace(batch, image=torch.rand_like(batch.image))
         return [
-            timed(lambda number=number: trainer.step(iter([batch] * trainer.share.calls), number))
+            timed(
+                lambda number=number: trainer.step(
+                    iter([batch] * trainer.batch_split.calls), number
+                )
+            )
             for number in range(1, count + 1)
         ]
 

@@ -184,7 +184,7 @@ class Tally:
         if task is not None:
             self._counts[task] = report.kept
 
-    def know(self, epoch: int, counts: Mapping[int, int]) -> None:
+    def restore_counts(self, epoch: int, counts: Mapping[int, int]) -> None:
         """Add the counts of an earlier run."""
         self._counts = {(epoch, task): count for task, count in counts.items()} | self._counts
 

@@ -53,7 +53,7 @@ class SingleTrainer:
         self.preset, train = preset, preset.train
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = single_precision(train.precision, self.device.type)
-        self.share = BatchSplit(train.batch, 1, 0, train.micro_batch or train.batch)
+        self.batch_split = BatchSplit(train.batch, 1, 0, train.micro_batch or train.batch)
         self.schedule = make_schedule(
             preset.model.diffusion.schedule, preset.model.diffusion.steps
         ).to(self.device)
@@ -107,7 +107,7 @@ class SingleTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(train, number) * group.get(FACTOR, 1.0)
         sums: dict[str, Tensor] = {}
-        for _, _, weight in self.share.parts():
+        for _, _, weight in self.batch_split.parts():
             batch = next(batches)
             i, noise = (
                 to_device_async(drawn, self.device)
@@ -115,9 +115,9 @@ class SingleTrainer:
             )
             on_device = batch.map(lambda tensor: to_device_async(tensor, self.device))
             losses = self.objective(self.network, self.schedule, on_device, i, noise)
-            (losses["loss"].mean() * (weight / self.share.calls)).backward()
+            (losses["loss"].mean() * (weight / self.batch_split.calls)).backward()
             figures = {
-                name: values.detach().mean() * (weight / self.share.calls)
+                name: values.detach().mean() * (weight / self.batch_split.calls)
                 for name, values in losses.items()
             }
             if "mse" in losses:
@@ -193,7 +193,7 @@ class SingleTrainer:
 
     # -- state -------------------------------------------------------------------------------------
 
-    def pieces(self) -> list[ParamSlice]:
+    def param_slices(self) -> list[ParamSlice]:
         """One slice per parameter, each covering the whole parameter."""
         return [
             ParamSlice(name, tuple(own.shape), 0, own.numel(), number, 0)
@@ -248,14 +248,14 @@ class SingleTrainer:
     def save(self, folder: Path) -> None:
         """Write the files of a checkpoint."""
         state = self.state()
-        save_part(part_path(folder, 0), self.pieces(), state)
+        save_part(part_path(folder, 0), self.param_slices(), state)
         steps = float(self.optimizer.state[self.masters[0]]["step"])
         write_progress(folder, self.preset, self.progress, {"adam_steps": steps, "loss_scale": {}})
 
     def load(self, folder: Path) -> None:
         """Resume from a checkpoint written with any number of workers. Raises CheckpointError."""
         self.progress, optimizer = read_progress(folder, self.preset)
-        load_parts(folder, self.pieces(), self.state())
+        load_parts(folder, self.param_slices(), self.state())
         for own in self.masters:
             self.optimizer.state[own]["step"].fill_(optimizer["adam_steps"])
         self.refresh()

@@ -101,7 +101,7 @@ class TensorBoard(Store):
         self._writer.add_image(name, pixels, step, dataformats="HWC")
         self._writer.flush()
 
-    def note(self, step: int, text: str) -> None:
+    def add_event(self, step: int, text: str) -> None:
         self._writer.add_text("notes", text, step)
         self._writer.flush()
 
@@ -169,7 +169,7 @@ class MLflow(Store):
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         self._client.log_image(self._id, pixels, key=name, step=step)
 
-    def note(self, step: int, text: str) -> None:
+    def add_event(self, step: int, text: str) -> None:
         name = f"note.{step:09d}"  # a tag, because MLflow has no events
         texts = self._tags.get(name, "").splitlines()
         if text not in texts:
@@ -268,7 +268,7 @@ class WeightsAndBiases(Store):
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         self._log(step, {name: self._wandb.Image(pixels, caption=f"step {step:,}")})
 
-    def note(self, step: int, text: str) -> None:
+    def add_event(self, step: int, text: str) -> None:
         self._log(step, {"note": text})
 
     def close(self, failed: bool) -> None:

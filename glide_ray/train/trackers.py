@@ -49,9 +49,9 @@ class Trackers:
         """Log an image, uint8 (H, W, 3). Its step may be earlier than that of the last metrics."""
         self._tell("image", step, name, np.array(pixels))
 
-    def note(self, step: int, text: str) -> None:
+    def add_event(self, step: int, text: str) -> None:
         """Log an event as a sentence, such as the loss of a worker."""
-        self._tell("note", step, text)
+        self._tell("add_event", step, text)
 
     def rewind(self, first_step: int) -> None:
         """Announce that training resumes at `first_step`, so that logged steps may be repeated."""

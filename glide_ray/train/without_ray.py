@@ -23,7 +23,7 @@ from ..data.filters import Candidate, Report, first_broken, header_rules
 from ..data.images import encode
 from ..data.shards import Sample, ShardError
 from ..data.sources import columns, find_parts, folder_name, in_share, read_part, row_id, share_of
-from ..data.transforms import Collate, ahead, collated, held_out_batches
+from ..data.transforms import Collate, collate_batches, held_out_batches, prefetch
 from ..errors import ConfigError, UserError
 from ..progress import write_line
 from ..tensors import Batch
@@ -34,7 +34,7 @@ from .run_folder import EVENTS, METRICS, PRESET, WEIGHTS, absolute, check_run, l
 from .run_log import event_line, run_id, steps_bar
 from .samples import sample_grid
 from .single import SingleTrainer
-from .steps import Outlets, train_loop
+from .steps import TrainCallbacks, train_loop
 from .trackers import open_trackers
 
 MOST_BYTES = 16 * 2**30  # limit for the encoded images in memory
@@ -109,7 +109,7 @@ def _run(
     writer = CheckpointWriter(
         checkpoints, uuid.uuid4().hex[:8], train.keep_last, train.keep_every, log.event
     )
-    held_out = held_out_batches(preset.data, preset.model, trainer.share.micro_batch)
+    held_out = held_out_batches(preset.data, preset.model, trainer.batch_split.micro_batch)
 
     def save(write: Callable[[Path], None]) -> None:
         step = trainer.progress.step
@@ -127,7 +127,9 @@ def _run(
 
     finished = False
     try:
-        train_loop(trainer, corpus.epoch_batches, held_out, Outlets(log.metrics, save, after_step))
+        train_loop(
+            trainer, corpus.epoch_batches, held_out, TrainCallbacks(log.metrics, save, after_step)
+        )
         finished = True
     except _Ended:
         log.event(
@@ -236,7 +238,7 @@ class MemoryCorpus:
         end = len(chosen) - len(chosen) % self.preset.train.batch
         parts = (chosen[start : start + micro] for start in range(0, end, micro))
         rows_of = (columns((self.rows[n][0], self.rows[n][2]) for n in part) for part in parts)
-        return ahead(collated(rows_of, self._collate, self.preset, epoch))
+        return prefetch(collate_batches(rows_of, self._collate, self.preset, epoch))
 
     def endless(self) -> Iterator[Batch]:
         """Micro-batches of epoch 0, 1, 2..., without end."""

@@ -75,7 +75,7 @@ class Board:
     def started(self, start: Start) -> None:
         if self._start is not None:
             again, lost = max(0, self._step - start.step), time.time() - self._moved
-            self.note(
+            self.add_event(
                 f"training resumes with {count(start.workers, 'worker')} from step {start.step:,}: "
                 f"{count(again, 'step')} repeated, {lost:.0f} s without a step"
             )
@@ -84,7 +84,7 @@ class Board:
         self._news.metrics.append({"again_from": start.step})
         self.beat(start.step)
 
-    def note(self, text: str) -> None:
+    def add_event(self, text: str) -> None:
         self._news.events.append((time.time(), self._step, text))
 
     def committed(self, step: int, folder: str) -> None:
@@ -220,7 +220,7 @@ class Journal:
             self._start = news.start
         for at, step, text in news.events:
             self.event(text, step, at)
-            self._trackers.note(step, text)
+            self._trackers.add_event(step, text)
         if news.metrics:
             self._write(news.metrics)
         for step, folder in news.committed:

@@ -43,7 +43,7 @@ from ..cluster import connect, joined, takes_gpu
 from ..stream import Tally
 from .feed import Feeder
 from .journal import Board, Journal, RunFolder, count
-from .worker import work
+from .worker import run_rank
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def _fit(preset: Preset, out: str, board, tally, feeder, on_gpu: bool) -> None:
     # For Ray Train's own files of the run; CheckpointWriter writes the checkpoints to `out`.
     with tempfile.TemporaryDirectory(prefix="glide-ray-train-") as own:
         Trainer(
-            work,
+            run_rank,
             train_loop_config={
                 "preset": preset.model_dump_json(),
                 "out": out,
@@ -183,11 +183,11 @@ class _Faults(UserCallback):
         if dead:
             rank, why = min(dead.items())
             others = f" and {count(len(dead) - 1, 'other')}" if len(dead) > 1 else ""
-            self._board.note.remote(f"the worker of rank {rank}{others} was lost: {why}")
+            self._board.add_event.remote(f"the worker of rank {rank}{others} was lost: {why}")
         else:
             rank, error = min(worker_exceptions.items())
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            self._board.note.remote(
+            self._board.add_event.remote(
                 f"rank {rank} failed: {(lines or [type(error).__name__])[-1][:300]}"
             )
 
