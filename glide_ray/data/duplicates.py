@@ -63,9 +63,9 @@ def find_duplicates(fingerprints: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     order = np.argsort(best)
     stays = np.empty_like(best)
     stays[order] = best[order][_first_alike(fingerprints[rank[best[order]]])]
-    stays_instead = np.empty_like(rank)
-    stays_instead[rank] = rank[stays[of]]
-    return np.where(stays_instead == np.arange(len(rank)), -1, stays_instead)
+    kept_copy = np.empty_like(rank)
+    kept_copy[rank] = rank[stays[of]]
+    return np.where(kept_copy == np.arange(len(rank)), -1, kept_copy)
 
 
 def _first_alike(fingerprints: np.ndarray) -> np.ndarray:

@@ -167,7 +167,7 @@ def takes_gpu(device: str) -> bool:
     return device == "gpu" or (device == "auto" and bool(ray.cluster_resources().get("GPU")))
 
 
-def send_with(functions: Iterable[Callable]) -> None:
+def ship_modules(functions: Iterable[Callable]) -> None:
     """Pickle a user's functions by value: other nodes have no copy of the file defining them."""
     for function in functions:
         module = sys.modules.get(getattr(function, "__module__", None))

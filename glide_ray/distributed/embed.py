@@ -36,8 +36,8 @@ from ..evaluation.features import ClipFeatures, Network, fetch_network, load_net
 from ..evaluation.pages import Picture, thumbnail
 from ..progress import bar
 from ..storage import fingerprint
-from .rows import look_up
-from .stream import Tally, in_order, quiet, task_errors
+from .rows import read_rows
+from .stream import Tally, in_order, ray_data, task_errors
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ def _by_actors(
 
     gpus = int(ray.cluster_resources().get("GPU", 0))
     stream = (
-        quiet()
+        ray_data()
         .from_items(list(range(len(parts))), override_num_blocks=len(parts))
         .map_batches(read, batch_size=1)
     )
@@ -287,7 +287,7 @@ class EmbeddedCorpus:
         self, rows: Sequence[int], labels: Sequence[str] | None = None
     ) -> list[list[Picture]]:
         """Pictures of rows, each a group of its own in a section of a page."""
-        found = look_up(self.parts, [self.places[n] for n in rows])
+        found = read_rows(self.parts, [self.places[n] for n in rows])
         return [
             [
                 Picture(

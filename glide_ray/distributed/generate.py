@@ -31,7 +31,7 @@ from ..sampling.checks import check_options
 from ..sampling.recipe import ModelSet, save_picture
 from .cluster import connect, joined, takes_gpu
 from .embed import JOB
-from .stream import quiet, task_errors
+from .stream import ray_data, task_errors
 
 log = logging.getLogger(__name__)
 
@@ -274,7 +274,7 @@ def _make(wanted: Sequence[Wanted], out: str, config: BulkConfig, workers: int |
     # The unit of work that is repeated when a worker is lost.
     blocks = [table.slice(start, rows) for start in range(0, len(table), rows)]
     tables = (
-        quiet()
+        ray_data()
         .from_arrow(blocks)
         .map_batches(
             Worker,

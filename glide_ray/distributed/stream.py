@@ -90,7 +90,7 @@ def open_parts(
                 ray.get(tally.add.remote(report, (plan.epoch, int(task)) if plan else None))
 
     dataset = (
-        quiet()
+        ray_data()
         .from_items(list(range(first, tasks)), override_num_blocks=max(1, tasks - first))
         .map_batches(read, batch_size=1)
     )
@@ -104,7 +104,7 @@ def tasks_for(parts: Sequence[Part]) -> int:
     return max(1, min(len(parts), sum(counts) // ROWS_PER_TASK))
 
 
-def quiet():
+def ray_data():
     """`ray.data` with its progress bars disabled."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -20,7 +20,7 @@ from ..config.sampling import SampleOptions
 from ..data.images import ImageError, area_downsample
 from ..errors import UserError
 from ..progress import Progress
-from ..records import once
+from ..records import cached_result
 from ..sampling.cascade import Cascade
 from ..sampling.recipe import ModelSet, Recipe, RecipeError, read_recipe, save_picture
 from .cases import Case, Row, first_seed, make_cases, single_cases
@@ -109,7 +109,7 @@ class Run:
             return {"verdicts": rows}
 
         asked = _fingerprint(cases, self.size, self.judge)
-        found, _ = once(str(self.out / REAL), asked, judge_real)
+        found, _ = cached_result(str(self.out / REAL), asked, judge_real)
         return [
             {question: Verdict(**verdict) for question, verdict in row.items()}
             for row in found["verdicts"]

@@ -118,12 +118,12 @@ def test_a_stage_is_made_again_only_where_what_it_depends_on_changes(tmp_path):
 
     key = {"weights": "a", "things": ("fox", "house")}
     assert results.read("sheet") is None
-    assert [results.once("sheet", key, make)["number"] for _ in range(2)] == [1, 1]
-    assert results.once("sheet", {**key, "weights": "b"}, make)["number"] == 2
+    assert [results.cached_result("sheet", key, make)["number"] for _ in range(2)] == [1, 1]
+    assert results.cached_result("sheet", {**key, "weights": "b"}, make)["number"] == 2
     (tmp_path / "picture.png").unlink()
-    assert results.once("sheet", {**key, "weights": "b"}, make)["number"] == 3
+    assert results.cached_result("sheet", {**key, "weights": "b"}, make)["number"] == 3
     (tmp_path / "stages" / "sheet.json").write_text('{"key"')  # as left by a killed process
-    assert results.once("sheet", key, make) == results.read("sheet")
+    assert results.cached_result("sheet", key, make) == results.read("sheet")
     assert results.read("sheet")["number"] == 4 and results.read("sheet")["seconds"] >= 0
 
 

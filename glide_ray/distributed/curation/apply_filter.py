@@ -22,9 +22,9 @@ from ...data.sources import Part, find_parts
 from ...evaluation.features import ClipFeatures
 from ...models.clip_scorer import fetch_clip
 from ...storage import fingerprint
-from ..cluster import connect, send_with
+from ..cluster import connect, ship_modules
 from ..embed import ACTORS, EmbeddedCorpus, embed
-from ..rows import PAGE, count, refuse_source, rewrite, with_reasons, write_manifest
+from ..rows import PAGE, count, refuse_source, replace_reasons, rewrite, write_manifest
 from .filter_report import Assessment, applied_page
 
 log = logging.getLogger(__name__)
@@ -58,13 +58,13 @@ def apply_content(
     refuse_source(source, parts, out)
     storage.check_writable(out)  # fail before hours of embedding
     connect(2 + ACTORS)
-    send_with([truth] if truth else [])
+    ship_modules([truth] if truth else [])
     log.info(f"embedding {len(parts):,} parts of {source}")
     rows, scanned = embed(parts, clip, truth, content)
     scores = rows["score"].to_numpy()
     reason = np.array(rows["reason"].to_pylist(), object)
     reason[(reason == "") & (scores >= 0)] = f"with {content.name}"
-    rows = with_reasons(rows, reason)
+    rows = replace_reasons(rows, reason)
     stays = np.flatnonzero(reason == "")
     log.info(f"writing {len(stays):,} rows to {out}")
     index, faults = rewrite(

@@ -40,9 +40,9 @@ from ...evaluation.pages import thumbnail
 from ...evaluation.report import contact_sheet, on_square
 from ...models.clip_scorer import fetch_clip
 from ...storage import fingerprint
-from ..cluster import connect, send_with
+from ..cluster import connect, ship_modules
 from ..embed import ACTORS, EmbeddedCorpus, cached_table, cached_table_key, embed
-from ..rows import PAGE, look_up
+from ..rows import PAGE, read_rows
 from .filter_report import Assessment, Fit, fit_page
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def fit_content(
     network = ClipFeatures(clip_path)  # report a missing CLIP before Ray starts
     labels = _given_labels(out, truth)
     connect(2 + ACTORS)
-    send_with([truth] if truth else [])
+    ship_modules([truth] if truth else [])
     embedded = _candidates(corpus, out, str(Path(clip_path).resolve()), config, truth, labels)
     pool = _pool(embedded, network, words)
     if truth is None:
@@ -293,7 +293,7 @@ def _assess(
 
 def _write_sheet(out: Path, embedded: EmbeddedCorpus, rows: Sequence[int], first_line: int) -> None:
     """Write SHEET: a contact sheet of the rows to label, each titled with its line in the CSV."""
-    found = look_up(embedded.parts, [embedded.places[n] for n in rows])
+    found = read_rows(embedded.parts, [embedded.places[n] for n in rows])
     blank = np.full((8, 8, 3), 230, np.uint8)
     images = [
         thumbnail(found[embedded.places[n]].image, 128) if embedded.places[n] in found else None

@@ -23,7 +23,7 @@ from ...evaluation.image_features import ImageFeatures, Reference
 from ...evaluation.metrics import MetricError
 from ...evaluation.pages import Picture, Section, page
 from ...evaluation.report import Point, fronts, number
-from ...records import once
+from ...records import cached_result
 from ...storage import fingerprint
 from ..cluster import connect
 from ..embed import ACTORS, JOB, EmbeddedCorpus, embed_corpus
@@ -94,7 +94,7 @@ def evaluate(
             "left_out": None if leave_out is None else sorted(leave_out),
             "set": [one.digest for one in embedded.values()],
         }
-        row, _ = once(
+        row, _ = cached_result(
             f"{out}/sets/{name}.json",
             asked,
             lambda name=name, embedded=embedded: _measure(name, embedded, clip, real, filtered),

@@ -23,7 +23,7 @@ from ...evaluation.report import contact_sheet, on_square
 from ...models.clip_scorer import fetch_clip
 from ..cluster import connect
 from ..embed import ACTORS, EmbeddedCorpus, embed_corpus
-from ..rows import PAGE, look_up
+from ..rows import PAGE, read_rows
 from .evaluate import sweep
 
 LEFT_OUT, FIGURES, SHEET = "left-out.json", "figures.json", "closest.png"
@@ -211,7 +211,7 @@ def _pairs(
     """
     rows = [int(row) for row in rows]
     theirs, originals = (
-        look_up(embedded.parts, [embedded.places[n] for n in of])
+        read_rows(embedded.parts, [embedded.places[n] for n in of])
         for embedded, of in ((side, rows), (trained, found.rows[rows]))
     )
     groups, images, labels, copies = [], [], [], 0

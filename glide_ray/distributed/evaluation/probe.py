@@ -25,7 +25,7 @@ from ...models.clip_scorer import fetch_clip
 from ..cluster import connect
 from ..embed import ACTORS, embed_corpus
 from ..generate import generate
-from ..rows import PAGE, look_up
+from ..rows import PAGE, read_rows
 
 PROMPTS, PICTURES, FIGURES, SHEET = "prompts.jsonl", "pictures", "figures.json", "sheet.png"
 SIZE = 256  # pixels of the pictures before CLIP: the full size of a cascade's output
@@ -95,7 +95,7 @@ def _pictures_and_features(
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Pictures in the order of the prompt file, and their CLIP features (N, E)."""
     embedded = embed_corpus(pictures, clip, SIZE, cache)
-    samples = look_up(embedded.parts, embedded.places)
+    samples = read_rows(embedded.parts, embedded.places)
     if len(samples) != count:
         raise UserError(
             f"{count - len(samples):,} of {count:,} pictures in {pictures} cannot be read; "
