@@ -26,7 +26,7 @@ def add_commands(commands: Commands) -> None:
 
 def settings(options: Namespace) -> None:
     from ..config import data, models, sampling, serving, training
-    from ..config.base import Frozen
+    from ..config.models import Frozen
     from ..config.reference import reference
 
     configs: list[type[Frozen]] = [

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import vocabulary as words
 from .cases import SCENES, Case, read_rows, scene_cases, single_cases, sprites_of
-from .categories import BARS, CATEGORIES, PAIRS, SEEN, SINGLE, STYLE, THING, UNSEEN
+from .categories import CATEGORIES, MIN_ACCURACY, PAIRS, SEEN, SINGLE, STYLE, THING, UNSEEN
 from .judge import Judge
 from .regions import resized
 
@@ -112,5 +112,5 @@ def shares(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "pictures": len(verdicts),
         }
         for question in questions
-        if question in BARS
+        if question in MIN_ACCURACY
     }

@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from ..config.serving import ServeConfig, ServedModel
 from ..errors import UserError
-from ..sampling.calls import (
+from ..sampling.cascade_calls import (
     CascadeCalls,
     CascadeImage,
     ScoreCall,

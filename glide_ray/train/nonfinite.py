@@ -290,7 +290,8 @@ class NonfiniteHooks:
             if parameter.requires_grad
         }
         self._handles += [
-            parameter.register_hook(self._on_end(name)) for name, parameter in parameters.items()
+            parameter.register_hook(self._on_parameter(name))
+            for name, parameter in parameters.items()
         ]
         torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
 

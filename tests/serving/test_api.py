@@ -393,7 +393,7 @@ class InProcess:
 @pytest.fixture
 def stages(backend):
     """A model's two stages behind a RayBackend, in this process."""
-    from glide_ray.serving.deployment import ModelInfo, RayBackend
+    from glide_ray.serving.backend import ModelInfo, RayBackend
     from glide_ray.serving.stages import Base, Upsampler
 
     cascade = backend.cascade
