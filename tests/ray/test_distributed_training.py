@@ -173,7 +173,7 @@ def test_weights_to_be_fine_tuned_are_asked_for_where_there_is_no_checkpoint_yet
     [(BatchSplit(64, 4, 0, 16), 63), (BatchSplit(64, 4, 0, 8), 31), (BatchSplit(8, 1, 0, 64), 7)],
 )
 def test_a_clip_run_says_how_many_captions_a_picture_is_contrasted_with(share, others):
-    assert f"from {others} others" in _clip_batch_note(share)
+    assert f"with {others} others" in _clip_batch_note(share)
 
 
 @pytest.mark.slow
