@@ -91,11 +91,11 @@ def _nothing(sizes: Sequence[int], body_bytes: int) -> serve.Application:
 
     @api.post("/v1/images/generations")
     async def generations(body: dict) -> dict:
-        made = None
+        result = None
         for stage in serve.get_replica_context().servable_object.stages:
-            made = await stage.make.remote(
+            result = await stage.make.remote(
                 Job(body["prompt"], body["seed"], sizes[-1]),
-                *([] if made is None else [made.pixels]),
+                *([] if result is None else [result.pixels]),
             )
         return answer
 
@@ -229,9 +229,9 @@ def _saturation(config: ServeConfig, url: str, fields: dict[str, Any]) -> dict[s
         .options(num_cpus=1)
         .remote("bare", config.base, config.precision, config.max_in_flight)
     )
-    asked = load.bodies(10_000, STEPS, 1)
+    bodies = load.bodies(10_000, STEPS, 1)
     jobs = [
-        Job(body["prompt"], body["seed"], 64, SampleOptions(steps=body["steps"])) for body in asked
+        Job(body["prompt"], body["seed"], 64, SampleOptions(steps=body["steps"])) for body in bodies
     ]
     rates = []
     for _ in range(ROUNDS - 2):
@@ -287,9 +287,9 @@ def _latencies(url: str, fields: dict[str, Any], seconds: float) -> dict[str, An
     }
     for prefix, rate in (("", rates["step"]), ("at_wholes_", rates["whole"])):
         times = load.poisson(0.7 * rate, seconds, 4)
-        asked, latencies = load.bodies(len(times), STEPS, 5, **fields), {}
+        bodies, latencies = load.bodies(len(times), STEPS, 5, **fields), {}
         for name in ("step", "whole"):
-            came = load.Clients(f"{url}/{name}", asked, times).answers()
+            came = load.Clients(f"{url}/{name}", bodies, times).answers()
             latencies[name] = [answer.seconds for answer in came if answer.status == 200]
             figures[f"{prefix}{name}_answered"] = f"{len(latencies[name])} of {len(came)}"
             for part in (50, 95):

@@ -253,9 +253,9 @@ class ClipModelConfig(Frozen):
         return self.clip.context
 
 
-def _tag(given: Any) -> str:
-    has_clip = isinstance(given, dict) and "clip" in given
-    return "CLIP" if isinstance(given, ClipModelConfig) or has_clip else "UNET"
+def _tag(value: Any) -> str:
+    has_clip = isinstance(value, dict) and "clip" in value
+    return "CLIP" if isinstance(value, ClipModelConfig) or has_clip else "UNET"
 
 
 TAGS = ("UNET", "CLIP")  # pydantic adds these to error locations; `validate` removes them

@@ -215,8 +215,8 @@ def held_out_batches(
         )
     numbered = [(number, sample) for number, (_, sample) in enumerate(rows)]
     numbered += [(-1, rows[0][1])] * (-len(rows) % world)
-    mine = numbered[rank::world]
-    parts = [mine[start : start + batch] for start in range(0, len(mine), batch)]
+    rank_rows = numbered[rank::world]
+    parts = [rank_rows[start : start + batch] for start in range(0, len(rank_rows), batch)]
     batches = [collate(columns(part), epoch=0, augment=False) for part in parts]
     good = next((collated_batch for collated_batch in batches if collated_batch is not None), None)
     if good is None:

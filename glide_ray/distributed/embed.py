@@ -125,13 +125,13 @@ def embed(
     embedded, report = run(parts, blocks, load, path, content)
     tables, done = [], 0
     with (
-        bar("embed", "image", limit) as shown,
+        bar("embed", "image", limit) as progress,
         task_errors(),
     ):
         for table in embedded:
             tables.append(table)
             done += len(table)
-            shown.update(len(table))
+            progress.update(len(table))
             if limit is not None and done >= limit:
                 break
     if not tables:

@@ -128,15 +128,15 @@ def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[Wanted]:
         raise UserError(
             f"{path} is not text in UTF-8; give a file with one prompt per line, or .jsonl."
         ) from None
-    asked = [
+    rows = [
         _parse_line(f"{path}, line {n}", line) if path.endswith(".jsonl") else (line.strip(), None)
         for n, line in enumerate(lines, 1)
         if line.strip()
     ]
-    if not asked:
+    if not rows:
         raise UserError(f"{path} holds no prompt; write one per line.")
     wanted = []
-    for prompt, own in asked:
+    for prompt, own in rows:
         wanted += [
             Wanted(number, prompt, seed + number if own is None else own + number - len(wanted))
             for number in range(len(wanted), len(wanted) + per_prompt)
@@ -184,12 +184,12 @@ def _begin(wanted: Sequence[Wanted], out: str, config: BulkConfig) -> int:
         raise UserError(
             "clip_scale asks for CLIP guidance, which needs a CLIP model; give one with it."
         )
-    asked = hashlib.sha256(
+    prompts_sha256 = hashlib.sha256(
         json.dumps([[one.number, one.prompt, one.seed] for one in wanted]).encode()
     ).hexdigest()
     job = {
         "pictures": len(wanted),
-        "asked_sha256": asked,
+        "asked_sha256": prompts_sha256,
         "precision": config.precision,
         "options": config.options.model_dump(mode="json"),
         "models": models,
@@ -287,8 +287,8 @@ def _make(wanted: Sequence[Wanted], out: str, config: BulkConfig, workers: int |
         )
     )
     with (
-        bar("generate", "image", len(wanted)) as shown,
+        bar("generate", "image", len(wanted)) as progress,
         task_errors(),
     ):
         for batch in tables.iter_batches(batch_size=None, batch_format="pyarrow"):
-            shown.update(len(batch))
+            progress.update(len(batch))

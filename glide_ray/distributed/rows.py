@@ -178,13 +178,13 @@ def read_rows(
     def pick(part: Part, positions: list[int]) -> list[tuple[int, Sample]]:
         return list(_chosen(part, positions))
 
-    wanted: dict[int, list[int]] = {}
+    by_part: dict[int, list[int]] = {}
     for part, position in rows:
-        wanted.setdefault(int(part), []).append(int(position))
-    found = ray.get([pick.remote(parts[part], positions) for part, positions in wanted.items()])
+        by_part.setdefault(int(part), []).append(int(position))
+    found = ray.get([pick.remote(parts[part], positions) for part, positions in by_part.items()])
     return {
         (part, position): sample
-        for part, samples in zip(wanted, found, strict=True)
+        for part, samples in zip(by_part, found, strict=True)
         for position, sample in samples
     }
 

@@ -60,20 +60,22 @@ def next_turn(
     rater: str,
     comparisons: Mapping[int, Comparison],
     questions: Sequence[str],
-    had: Sequence[Turn],
-    taken: Mapping[tuple[int, str], int],
-    wanted: int,
+    turns_so_far: Sequence[Turn],
+    votes_by_others: Mapping[tuple[int, str], int],
+    votes_needed: int,
 ) -> Turn | None:
     """The rater's next turn; None if nothing is left to ask.
 
-    `had`: the rater's turns so far. `taken`: number of votes of other raters by comparison and
-    question. `wanted`: number of votes wanted for each comparison and question.
+    `turns_so_far`: of this rater. `votes_by_others`: votes of other raters by comparison and
+    question. `votes_needed`: for each comparison and question.
     """
-    block, place = divmod(len(had), BLOCK)
+    block, place = divmod(len(turns_so_far), BLOCK)
     begin = draw(secret, rater, "question") + block
     for question in (questions[(begin + n) % len(questions)] for n in range(len(questions))):
-        rest = remaining(comparisons.values(), question, had, taken, wanted)
-        checks = _unseen(comparisons.values(), question, had, question)
+        rest = remaining(
+            comparisons.values(), question, turns_so_far, votes_by_others, votes_needed
+        )
+        checks = _unseen(comparisons.values(), question, turns_so_far, question)
         if not rest:
             continue
         # The check is in the first half of the block, so that raters who stop after a few turns are
@@ -83,7 +85,7 @@ def next_turn(
             if checks and place == 1 + draw(secret, rater, "check", block) % (BLOCK // 2)
             else rest,
             key=lambda one: (
-                taken.get((one.id, question), 0),
+                votes_by_others.get((one.id, question), 0),
                 draw(secret, rater, question, one.id),
             ),
         )
@@ -95,7 +97,7 @@ def next_turn(
                 rater,
                 chosen,
                 question,
-                [turn for turn in had if turn.question == question],
+                [turn for turn in turns_so_far if turn.question == question],
                 comparisons,
             ),
         )
@@ -105,22 +107,25 @@ def next_turn(
 def remaining(
     comparisons: Collection[Comparison],
     question: str,
-    had: Sequence[Turn],
-    taken: Mapping[tuple[int, str], int],
-    wanted: int,
+    turns_so_far: Sequence[Turn],
+    votes_by_others: Mapping[tuple[int, str], int],
+    votes_needed: int,
 ) -> list[Comparison]:
     """Comparisons that the rater can still be asked, without attention checks."""
     return [
         one
-        for one in _unseen(comparisons, question, had, None)
-        if taken.get((one.id, question), 0) < wanted
+        for one in _unseen(comparisons, question, turns_so_far, None)
+        if votes_by_others.get((one.id, question), 0) < votes_needed
     ]
 
 
 def _unseen(
-    comparisons: Collection[Comparison], question: str, had: Sequence[Turn], check_of: str | None
+    comparisons: Collection[Comparison],
+    question: str,
+    turns_so_far: Sequence[Turn],
+    check_of: str | None,
 ) -> list[Comparison]:
-    shown = {turn.comparison for turn in had if turn.question == question}
+    shown = {turn.comparison for turn in turns_so_far if turn.question == question}
     return [one for one in comparisons if one.check_of == check_of and one.id not in shown]
 
 
@@ -129,7 +134,7 @@ def _left(
     rater: str,
     chosen: Comparison,
     question: str,
-    had: Sequence[Turn],
+    turns_so_far: Sequence[Turn],
     comparisons: Mapping[int, Comparison],
 ) -> str:
     """Which picture to show on the left: FIRST or SECOND.
@@ -139,7 +144,7 @@ def _left(
     models = chosen.first, chosen.second
     alike = [
         turn.left
-        for turn in had
+        for turn in turns_so_far
         if (comparisons[turn.comparison].first, comparisons[turn.comparison].second) == models
     ]
     ahead = alike.count(FIRST) - alike.count(SECOND)

@@ -239,18 +239,23 @@ class Votes:
 
     # -- raters ------------------------------------------------------------------------------------
 
-    def turns(self, rater: str, wanted: int) -> tuple[list[Shown], int, int]:
+    def turns(self, rater: str, votes_needed: int) -> tuple[list[Shown], int, int]:
         """The rater's next turns, the number answered, and the number left including these turns.
 
         At most PREFETCHED_COMPARISONS turns: first those shown before but not answered, in their
-        order. `wanted`: number of votes wanted for each comparison and question.
+        order. `votes_needed`: for each comparison and question.
         """
         comparisons, study = self._comparisons, self.study
         for _ in range(9):
             try:
                 with self._transaction() as connection:
                     return self._turns(
-                        connection, rater, wanted, study.secret, self.asked.questions, comparisons
+                        connection,
+                        rater,
+                        votes_needed,
+                        study.secret,
+                        self.asked.questions,
+                        comparisons,
                     )
             except IntegrityError:  # another tab of this rater just received this turn
                 continue
@@ -273,7 +278,7 @@ class Votes:
             ).first()
             if row is None:
                 return False
-            given = (
+            stored_answer = (
                 TIE
                 if side == TIE
                 else FIRST
@@ -284,7 +289,7 @@ class Votes:
             connection.execute(
                 update(VOTES)
                 .where(VOTES.c.token == token, *unanswered)
-                .values(answer=given, answered_at=time.time(), seconds=seconds)
+                .values(answer=stored_answer, answered_at=time.time(), seconds=seconds)
             )
         return True
 
@@ -292,7 +297,7 @@ class Votes:
         self,
         connection: Connection,
         rater: str,
-        wanted: int,
+        votes_needed: int,
         secret: str,
         questions: Sequence[str],
         comparisons: Mapping[int, Comparison],
@@ -301,20 +306,22 @@ class Votes:
             select(VOTES).where(VOTES.c.rater == rater).order_by(VOTES.c.turn)
         ).all()
         waiting = [row for row in rows if row.answer is None][:PREFETCHED_COMPARISONS]
-        had = [Turn(row.comparison, row.question, row.left_picture) for row in rows]
-        taken = self._taken(connection, rater)
+        turns_so_far = [Turn(row.comparison, row.question, row.left_picture) for row in rows]
+        votes_by_others = self._taken(connection, rater)
         shown = [
             self._shown(row.token, Turn(row.comparison, row.question, row.left_picture))
             for row in waiting
         ]
         while len(shown) < PREFETCHED_COMPARISONS and (
-            turn := next_turn(secret, rater, comparisons, questions, had, taken, wanted)
+            turn := next_turn(
+                secret, rater, comparisons, questions, turns_so_far, votes_by_others, votes_needed
+            )
         ):
             token = secrets.token_urlsafe(12)
             connection.execute(
                 insert(VOTES).values(
                     token=token,
-                    turn=len(had),
+                    turn=len(turns_so_far),
                     rater=rater,
                     comparison=turn.comparison,
                     question=turn.question,
@@ -322,10 +329,14 @@ class Votes:
                     given_at=time.time(),
                 )
             )
-            had.append(turn)
+            turns_so_far.append(turn)
             shown.append(self._shown(token, turn))
         rest = sum(
-            len(remaining(comparisons.values(), question, had, taken, wanted))
+            len(
+                remaining(
+                    comparisons.values(), question, turns_so_far, votes_by_others, votes_needed
+                )
+            )
             for question in questions
         )
         return shown, len(rows) - sum(row.answer is None for row in rows), rest + len(shown)

@@ -68,21 +68,21 @@ class Cascade:
             locate(base, "base"),
             locate(upsampler, "upsampler") if upsampler else None,
         )
-        made = cls(
+        cascade = cls(
             load_stepper(base, "base", precision, max_in_flight, clip, batched=batched),
             load_stepper(upsampler, "upsampler", precision, max_in_flight, batched=batched)
             if upsampler
             else None,
         )
-        check_pair(made.base.config, made.upsampler.config if made.upsampler else None)
+        check_pair(cascade.base.config, cascade.upsampler.config if cascade.upsampler else None)
         sources = {
             role: path
             for role, path in (("base", base), ("upsampler", upsampler), ("clip", clip))
             if path
         }
-        dtype = next(made.base.model.parameters()).dtype
+        dtype = next(cascade.base.model.parameters()).dtype
         return replace(
-            made,
+            cascade,
             sources=sources,
             precision=next(name for name, kind in DTYPES.items() if kind == dtype),
         )

@@ -169,8 +169,8 @@ def png_text(recipe: Recipe, inputs: Mapping[str, np.ndarray] | None = None) -> 
     true = known.
     """
     text = {CHUNK: recipe.model_dump_json()}
-    for name, given in (inputs or {}).items():
-        pixels = np.where(given, 255, 0).astype(np.uint8) if given.dtype == bool else given
+    for name, array in (inputs or {}).items():
+        pixels = np.where(array, 255, 0).astype(np.uint8) if array.dtype == bool else array
         text[f"{CHUNK}.{name}"] = base64.b64encode(encode(pixels)).decode()
     return text
 
@@ -248,11 +248,11 @@ def _path_of(role: str, used: ModelUsed, elsewhere: Path | None) -> Path:
 
     If nothing exists at the recorded path, falls back to the shipped file with the same SHA-256.
     """
-    given = Path(elsewhere or used.path)
-    if str(given) == SHIPPED:
+    path = Path(elsewhere or used.path)
+    if str(path) == SHIPPED:
         return Path(shipped.locate(SHIPPED, role))
-    there = given.name and given.exists()
-    return given if there or elsewhere else shipped.with_sha256(used.sha256) or given
+    exists = path.name and path.exists()
+    return path if exists or elsewhere else shipped.with_sha256(used.sha256) or path
 
 
 def reproduce_picture(

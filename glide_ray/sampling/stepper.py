@@ -241,9 +241,11 @@ class Stepper:
         output = self.denoiser.denoise(samples, batch, schedule.timestep[i], timesteps)
         noise = to_device_async(torch.cat([self._noise(sample) for sample in samples]), self.device)
         known = _known(batch) if any(sample.has_known_pixels for sample in samples) else None
-        given = StepInput(schedule, output, batch.x, i, noise, known, history=batch.history)
-        gradient = self.denoiser.clip_gradient(samples, batch, given, timesteps)
-        step = step_each([sample.sampler for sample in samples], replace(given, gradient=gradient))
+        step_input = StepInput(schedule, output, batch.x, i, noise, known, history=batch.history)
+        gradient = self.denoiser.clip_gradient(samples, batch, step_input, timesteps)
+        step = step_each(
+            [sample.sampler for sample in samples], replace(step_input, gradient=gradient)
+        )
         x = step.x
         if known is not None and not self.config.unet.inpaint:
             # Without inpainting channels, the model sees known pixels only in x itself (sec. 4.3).

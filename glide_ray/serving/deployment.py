@@ -167,15 +167,15 @@ def target(config: ServeConfig, gpus: float) -> int:
 
 def _share_of_gpu(gpus: float, served: Mapping[str, ModelInfo]) -> float:
     """GPUs per replica: 1, an equal fraction if there are too few for `min_replicas`, 0 if none."""
-    wanted = sum(
+    gpu_replicas = sum(
         scale.min_replicas
         for model in served.values()
         for scale in (model.config.base_scale, model.config.upsampler_scale)[: len(model.sizes)]
         if scale.gpus is None
     )
-    if not gpus or not wanted:
+    if not gpus or not gpu_replicas:
         return 0
-    return 1 if gpus >= wanted else int(100 * gpus / wanted) / 100
+    return 1 if gpus >= gpu_replicas else int(100 * gpus / gpu_replicas) / 100
 
 
 def cpus(config: ServeConfig) -> int:

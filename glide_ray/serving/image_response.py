@@ -36,15 +36,15 @@ class ImageMaker:
 
     async def make(self, job: Job, on_preview: PreviewCallback | None = None) -> GeneratedImage:
         """Make one image and record its time in each stage. `on_preview` receives the previews."""
-        made = await self.backend.make(job, on_preview)
-        self.state.metrics.image(self.model, job.task, made.seconds)
+        image = await self.backend.make(job, on_preview)
+        self.state.metrics.image(self.model, job.task, image.seconds)
         self.log_fields["images"] = self.log_fields.get("images", 0) + 1
         slowest = self.log_fields.get("stages", {})
         self.log_fields["stages"] = {
             stage: round(max(seconds, slowest.get(stage, 0)), 4)
-            for stage, seconds in made.seconds.items()
+            for stage, seconds in image.seconds.items()
         }
-        return made
+        return image
 
     async def body(self, jobs: Sequence[Job]) -> dict[str, Any]:
         """Make all images; returns the body of a response without streaming."""

@@ -65,9 +65,9 @@ class Ingress(ServerState):
             for name, backend in self.models.items():
                 rooms = [
                     sum(
-                        self._room(one.load.width)
-                        for one in loads
-                        if (one.model, one.stage) == (name, stage)
+                        self._room(replica.load.width)
+                        for replica in loads
+                        if (replica.model, replica.stage) == (name, stage)
                     )
                     for stage in _roles(backend)
                 ]
@@ -78,14 +78,14 @@ class Ingress(ServerState):
 
     async def stages(self) -> tuple[list[StageLoad], bool]:
         """Loads of all stage replicas that answer, and whether every stage has at least one."""
-        asked = await asyncio.gather(
+        replica_loads = await asyncio.gather(
             *[
                 _all_replicas(getattr(backend, stage), "state", StageLoad)
                 for backend in self.models.values()
                 for stage in _roles(backend)
             ]
         )
-        return [load for loads in asked for load in loads], all(asked)
+        return [load for loads in replica_loads for load in loads], all(replica_loads)
 
     async def texts(self) -> list[str]:
         """Metrics of all ingress replicas that answer, or at least of this one."""

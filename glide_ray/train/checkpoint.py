@@ -211,10 +211,10 @@ def find_checkpoint(path: str | Path) -> str:
 
 
 def check_same(
-    saved: Mapping[str, Any], wanted: Mapping[str, Any], what: str, prefix: str = ""
+    saved: Mapping[str, Any], current: Mapping[str, Any], what: str, prefix: str = ""
 ) -> None:
     """Raise CheckpointError naming the first setting in which two configs differ."""
-    for key, there, here in differences(saved, wanted, prefix):
+    for key, there, here in differences(saved, current, prefix):
         raise CheckpointError(
             f"{what}: {key} is {there!r} there and {here!r} here; use the same setting, "
             f"or another output folder."
@@ -222,12 +222,12 @@ def check_same(
 
 
 def differences(
-    saved: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
+    saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = ""
 ) -> list[tuple[str, Any, Any]]:
     """(dotted key, saved, wanted) of each setting in which two configs differ."""
     found = []
-    for key in {**saved, **wanted}:
-        there, here = saved.get(key), wanted.get(key)
+    for key in {**saved, **current}:
+        there, here = saved.get(key), current.get(key)
         if isinstance(there, dict) and isinstance(here, dict):
             found += differences(there, here, f"{prefix}{key}.")
         elif there != here:

@@ -210,7 +210,7 @@ class Machine:
 
     `budget`: bytes of memory to plan with. `flops`: FLOP/s that training reaches. `link`: bytes
     per second in one direction. `single`: FLOP/s in fp32, if `flops` are for another precision.
-    `note`: origin of `flops`.
+    `flops_origin`: origin of `flops`.
     """
 
     name: str
@@ -219,7 +219,7 @@ class Machine:
     link: float
     device: str = "cuda"
     single: float | None = None
-    note: str = ""
+    flops_origin: str = ""
 
 
 def find_machine(
@@ -248,16 +248,16 @@ def find_machine(
         kind = next((name for name, gpu in GPUS.items() if gpu is here), "cpu")
     on_cpu = kind.lower() == "cpu"
     part = utilisation or (CPU_UTILISATION if on_cpu else UTILISATION)
-    note = (
+    flops_origin = (
         "as given"
         if tflops
         else f"{part:.0%} of {'the speed of a large matrix product' if on_cpu else 'its peak'}"
     )
-    note += "" if tflops or utilisation else ", assumed"
-    flops, sent = tflops * TERA if tflops else None, link * GIGA if link else None
+    flops_origin += "" if tflops or utilisation else ", assumed"
+    flops, link_speed = tflops * TERA if tflops else None, link * GIGA if link else None
     if on_cpu:
-        return _cpu_machine(workers, precision, part, flops, sent, note)
-    return _gpu_machine(kind, workers, precision, part, flops, sent, note)
+        return _cpu_machine(workers, precision, part, flops, link_speed, flops_origin)
+    return _gpu_machine(kind, workers, precision, part, flops, link_speed, flops_origin)
 
 
 def _cpu_machine(
@@ -266,13 +266,13 @@ def _cpu_machine(
     part: float,
     flops: float | None,
     link: float | None,
-    note: str,
+    flops_origin: str,
 ) -> Machine:
     low = torch.bfloat16 if training_precision(precision, "cpu") == "bf16" else torch.float32
     reached, single = (
         flops or measured_peak(dtype) * part / workers for dtype in (low, torch.float32)
     )
-    return Machine("cpu", cpu_budget(workers), reached, link or GLOO, "cpu", single, note)
+    return Machine("cpu", cpu_budget(workers), reached, link or GLOO, "cpu", single, flops_origin)
 
 
 def _gpu_machine(
@@ -282,7 +282,7 @@ def _gpu_machine(
     part: float,
     flops: float | None,
     link: float | None,
-    note: str,
+    flops_origin: str,
 ) -> Machine:
     gpu, precision = gpu_named(kind), training_precision(precision, "cuda")
     peak = gpu.peak(precision)
@@ -297,5 +297,5 @@ def _gpu_machine(
         link or (gpu.inside if workers <= NODE else gpu.between),
         "cuda",
         gpu.single * part,
-        note,
+        flops_origin,
     )

@@ -185,20 +185,20 @@ class _ZeroState:
         )
         yield from () if self._away else self._step(self.own, part, 0)
 
-    def _step(self, stepped: int, gradients: int, kept: int) -> Iterator[Memory]:
+    def _step(self, stepped: int, gradients: int, held: int) -> Iterator[Memory]:
         """Memory during AdamW's step over `stepped` elements at once.
 
-        `gradients`: bytes of gradients before the step; `kept`: bytes of them kept during it.
+        `gradients`: bytes of gradients before the step; `held`: bytes of them kept during it.
         """
         if self.offload:  # on a CPU: the float32 gradients are counted in `optimizer`
-            yield replace(self.fixed, gradients=kept, workspace=self._adam(stepped, stepped))
+            yield replace(self.fixed, gradients=held, workspace=self._adam(stepped, stepped))
             return
         # Flattened gradients, then their cast to float32.
         cast = self.width * stepped + (4 * stepped if self.width < 4 else 0)
         for transient in (8 * min(self.largest, self.own), cast):  # first: norms in float64
             yield replace(self.fixed, gradients=gradients, workspace=transient)
         yield replace(
-            self.fixed, gradients=kept + 4 * stepped, workspace=self._adam(stepped, stepped)
+            self.fixed, gradients=held + 4 * stepped, workspace=self._adam(stepped, stepped)
         )
 
     @property

@@ -96,8 +96,8 @@ def train_loop(
             callbacks.metrics({"step": number, **trainer.held_out(held_out)})
             began += time.perf_counter() - paused  # exclude evaluation from images/s
 
-        wanted = callbacks.step(number)
-        if number < train.steps and (wanted or number % train.checkpoint_every == 0):
+        must_save = callbacks.step(number)
+        if number < train.steps and (must_save or number % train.checkpoint_every == 0):
             paused = time.perf_counter()
             callbacks.checkpoint(trainer.save)
             began += time.perf_counter() - paused
@@ -121,12 +121,12 @@ def _endless(
     epoch, rows = trainer.progress.epoch, trainer.progress.rows
     while True:
         trainer.progress = TrainingPosition(trainer.progress.step, epoch, rows)
-        given = False
+        has_batch = False
         for batch in epoch_batches(epoch, rows):
-            given = True
+            has_batch = True
             yield batch
         # With `rows` > 0 no batch is normal: the run has resumed at the end of an epoch.
-        if not given and not rows:
+        if not has_batch and not rows:
             raise TrainingError(
                 f"The corpus {trainer.preset.data.corpus} has too few usable images "
                 f"for one batch of {trainer.preset.train.batch}; lower train.batch, or add images."

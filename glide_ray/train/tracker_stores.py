@@ -236,7 +236,7 @@ class WeightsAndBiases(Store):
             )
 
     def open(self) -> None:
-        given = os.environ
+        environment = os.environ
         if self._begun:  # its service process may have died: shut it down, so that init restarts it
             with suppress(Exception):
                 self._wandb.teardown()
@@ -246,11 +246,11 @@ class WeightsAndBiases(Store):
             resume="allow",
             config=self._run.settings,
             allow_val_change=True,
-            project=given.get("WANDB_PROJECT") or "glide_ray",
-            name=given.get("WANDB_NAME") or self._run.preset.model.name,
-            dir=given.get("WANDB_DIR") or str(self._run.folder),
+            project=environment.get("WANDB_PROJECT") or "glide_ray",
+            name=environment.get("WANDB_NAME") or self._run.preset.model.name,
+            dir=environment.get("WANDB_DIR") or str(self._run.folder),
             # Console capture off by default: it would log the progress bar.
-            settings=self._wandb.Settings(console=given.get("WANDB_CONSOLE") or "off"),
+            settings=self._wandb.Settings(console=environment.get("WANDB_CONSOLE") or "off"),
         )
         # W&B rejects rows with a number below the last one, but sample grids arrive after later
         # metrics. So charts use our own field "step" as x axis.

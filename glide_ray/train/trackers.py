@@ -141,9 +141,9 @@ class _Outlet:
         if opened:
             self._try("close", self._failed)
 
-    def _try(self, method: str, *given) -> bool:
+    def _try(self, method: str, *arguments) -> bool:
         try:
-            getattr(self._store, method)(*given)
+            getattr(self._store, method)(*arguments)
             return True
         except Exception as error:  # of any type: a tracker must not stop training
             self._complain(why(error))

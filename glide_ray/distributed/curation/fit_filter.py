@@ -86,12 +86,12 @@ def fit_content(
     embedded = _candidates(corpus, out, str(Path(clip_path).resolve()), config, truth, labels)
     pool = _pool(embedded, network, words)
     if truth is None:
-        labelled, asked = _ask_people(out, pool, embedded, labels, config)
+        labelled, requested = _ask_people(out, pool, embedded, labels, config)
     else:
-        labelled, asked = _ask_rule(out, pool, embedded, config), 0
-    fitted = _fit_if_possible(pool, labelled, asked)
+        labelled, requested = _ask_rule(out, pool, embedded, config), 0
+    fitted = _fit_if_possible(pool, labelled, requested)
     if fitted is None:
-        return Fit(None, len(labelled), sum(labelled.values()), asked, "", None)
+        return Fit(None, len(labelled), sum(labelled.values()), requested, "", None)
     threshold = threshold_of(fitted, pool, labelled, config)
     positive = np.array(list(labelled.values()), bool)
     of, missed = int(positive.sum()), int((fitted.out_of_fold[positive] < threshold).sum())
@@ -104,17 +104,17 @@ def fit_content(
     if truth is not None:
         assessment = _assess(content, pool, embedded, corpus, held_out, clip_path, config, truth)
     errors = _errors_on_labels(name, missed, fitted.out_of_fold, threshold, positive)
-    done = Fit(content, len(labelled), of, asked, errors, assessment)
+    done = Fit(content, len(labelled), of, requested, errors, assessment)
     storage.put(fit_page(done, embedded).encode(), out / PAGE)
     return done
 
 
-def _fit_if_possible(pool: Pool, labelled: dict[int, bool], asked: int) -> Fitted | None:
-    """The fit, or None if the labels do not suffice yet and `asked` rows are to be labelled."""
+def _fit_if_possible(pool: Pool, labelled: dict[int, bool], requested: int) -> Fitted | None:
+    """The fit, or None if the labels do not suffice yet and `requested` rows are to be labelled."""
     try:
         return fit_labelled(pool, labelled)
     except ContentError:
-        if not asked:
+        if not requested:
             raise
         return None
 
@@ -174,19 +174,19 @@ def _ask_people(
     Raises ContentError for a label of a row that is not in the pool.
     """
     place = {row: n for n, row in enumerate(pool.names)}
-    strange = next((label.row for label in labels if label.row not in place), None)
-    if strange:
+    unknown = next((label.row for label in labels if label.row not in place), None)
+    if unknown:
         raise ContentError(
-            f"{out / LABELS} labels {strange}, which is not among the candidate rows: it belongs "
+            f"{out / LABELS} labels {unknown}, which is not among the candidate rows: it belongs "
             "to another corpus or pool; give another folder with --out."
         )
     labelled = {place[label.row]: bool(label.label) for label in labels}
-    asked = ask(pool, labelled, config)
-    if asked:
-        _write_sheet(out, embedded, [n for n, _ in asked], first_line=2 + len(labels))
-        new = [Label(pool.names[n], None, embedded.captions[n], why) for n, why in asked]
+    requested = ask(pool, labelled, config)
+    if requested:
+        _write_sheet(out, embedded, [n for n, _ in requested], first_line=2 + len(labels))
+        new = [Label(pool.names[n], None, embedded.captions[n], why) for n, why in requested]
         write_labels(out / LABELS, [*labels, *new])
-    return labelled, len(asked)
+    return labelled, len(requested)
 
 
 def _errors_on_labels(

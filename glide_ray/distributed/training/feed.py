@@ -119,10 +119,10 @@ def micro_batches(feeder, epoch: Epoch, share: BatchSplit) -> Iterator[dict[str,
 
     All ranks get the same number of micro-batches.
     """
-    asked = deque(feeder.take.remote(epoch, number) for number in range(PREFETCHED_BATCHES))
+    in_flight = deque(feeder.take.remote(epoch, number) for number in range(PREFETCHED_BATCHES))
     number = PREFETCHED_BATCHES
-    while (segments := ray.get(asked.popleft())) is not None:
-        asked.append(feeder.take.remote(epoch, number))
+    while (segments := ray.get(in_flight.popleft())) is not None:
+        in_flight.append(feeder.take.remote(epoch, number))
         number += 1
         for start, stop, _ in share.parts():
             yield _rows(segments, start, stop)
