@@ -49,7 +49,7 @@ OVERLOAD_SECONDS = 60
 # -- applications to compare with ------------------------------------------------------------------
 
 
-class _Whole:
+class _WholeRequestBatching:
     """A stage that samples a batch of requests from first to last step, then answers them all."""
 
     @serve.batch(max_batch_size=CONCURRENT_REQUESTS, batch_wait_timeout_s=0.01)
@@ -61,15 +61,15 @@ class _Whole:
         return self._made(await self._batch(request), began)
 
 
-class WholeBase(_Whole, Base):
+class WholeBase(_WholeRequestBatching, Base):
     """The base stage with whole-request batching."""
 
 
-class WholeUpsampler(_Whole, Upsampler):
+class WholeUpsampler(_WholeRequestBatching, Upsampler):
     """The upsampler stage with whole-request batching."""
 
 
-class Nothing:
+class NoOpStage:
     """A stage that returns a picture of zeros."""
 
     def __init__(self, size: int):
@@ -100,7 +100,9 @@ def _nothing(sizes: Sequence[int], body_bytes: int) -> serve.Application:
         return answer
 
     stages = [
-        serve.deployment(Nothing).options(name=f"nothing{size}", max_ongoing_requests=64).bind(size)
+        serve.deployment(NoOpStage)
+        .options(name=f"nothing{size}", max_ongoing_requests=64)
+        .bind(size)
         for size in sizes
     ]
     return (
@@ -110,7 +112,7 @@ def _nothing(sizes: Sequence[int], body_bytes: int) -> serve.Application:
     )
 
 
-class Bare(Base):
+class BareEngine(Base):
     """The base stage's engine without Serve or HTTP, as full as closed-loop clients keep it."""
 
     def fill(self, jobs: Sequence[Job], seconds: float) -> float:
@@ -225,7 +227,7 @@ def _costs(config: ServeConfig, url: str, fields: dict[str, Any]) -> dict[str, A
 def _saturation(config: ServeConfig, url: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Steps per second of the saturated server, and of the engine alone, measured alternately."""
     bare = (
-        ray.remote(Bare)
+        ray.remote(BareEngine)
         .options(num_cpus=1)
         .remote("bare", config.base, config.precision, config.max_in_flight)
     )

@@ -21,7 +21,7 @@ from .arguments import (
 
 if TYPE_CHECKING:
     from ..data.filters import Rule
-    from ..distributed.curation.fit_filter import Fit
+    from ..distributed.curation.fit_filter import FilterFit
 
 FILTERS = Path("runs/filters")
 WEAPONS = ("weapon", "dagger", "kitchen knife", "water pistol", "bomb", "bow and arrow", "axe")
@@ -188,7 +188,7 @@ def _truth(rule: str | None) -> Rule | None:
     return next(iter(import_rules([rule] if rule else [], "--truth").values()), None)
 
 
-def _print_fit(done: Fit, out: Path) -> None:
+def _print_fit(done: FilterFit, out: Path) -> None:
     from ..distributed.curation.fit_filter import FILTER, LABELS, SHEET
 
     if done.content is not None:

@@ -66,11 +66,11 @@ def _settings(config: ServeConfig) -> dict[str, object]:
 
 def serve(options: Namespace) -> None:
     config = _serve_config(options)
-    from ..distributed.cluster import connect, joined
+    from ..distributed.cluster import connect, is_connected
     from ..serving.deployment import build_application, check_port, cpus, serving
 
     build_application(config)  # reports a missing file before Ray starts
-    if not joined():
+    if not is_connected():
         check_port(config)
     connect(cpus(config))
     with serving(config) as url:

@@ -29,7 +29,7 @@ from ..progress import bar
 from ..sampling.cascade import Cascade
 from ..sampling.checks import check_options
 from ..sampling.recipe import ModelSet, save_picture
-from .cluster import connect, joined, takes_gpu
+from .cluster import connect, is_connected, uses_gpu
 from .embed import JOB
 from .stream import ray_data, task_errors
 
@@ -42,7 +42,7 @@ IMAGES_PER_CALL = 8  # batch size of a worker and of its network calls
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PictureRequest:
     """A picture to make; `number` counts all pictures of the job from 0."""
 
     number: int
@@ -79,47 +79,48 @@ def generate(
     per core if there are no GPUs. Raises UserError.
     """
     check_options(config.options, config.seed)
-    wanted = read_prompts(prompts, config.seed, config.per_prompt)
+    requests = read_prompts(prompts, config.seed, config.per_prompt)
     out = storage.absolute(out).rstrip("/")
     config = config.model_copy(
         update={role: shipped.absolute(path) for role in ROLES if (path := getattr(config, role))}
     )
-    context = _begin(wanted, out, config)
-    there = _numbers(out)
-    missing = [one for one in wanted if one.number not in there]
+    context = _begin(requests, out, config)
+    existing = _numbers(out)
+    missing = [request for request in requests if request.number not in existing]
     if missing:
         log.info(
-            f"{len(wanted):,} pictures requested, {len(there):,} already in {out}; "
+            f"{len(requests):,} pictures requested, {len(existing):,} already in {out}; "
             f"generating {len(missing):,}"
         )
         connect(os.cpu_count() or 1)
         _make(missing, out, config, workers)
-        there = _numbers(out)
-        if lacking := sum(one.number not in there for one in wanted):
+        existing = _numbers(out)
+        if still_missing := sum(request.number not in existing for request in requests):
             raise UserError(
-                f"{lacking:,} of {len(wanted):,} pictures are missing from {out}; "
+                f"{still_missing:,} of {len(requests):,} pictures are missing from {out}; "
                 f"run the same command again to generate them."
             )
     lines = (
         json.dumps(
-            {"file_name": one.file, "text": one.prompt, "seed": one.seed}, ensure_ascii=False
+            {"file_name": request.file, "text": request.prompt, "seed": request.seed},
+            ensure_ascii=False,
         )
-        for one in wanted
+        for request in requests
     )
     storage.put("".join(f"{line}\n" for line in lines).encode(), f"{out}/{METADATA}")
     tokenizer = Tokenizer(context)
     return BulkResult(
         out,
-        len(wanted),
+        len(requests),
         len(missing),
-        sum(tokenizer.encode(prompt).cut for prompt in {one.prompt for one in wanted}),
+        sum(tokenizer.encode(prompt).cut for prompt in {request.prompt for request in requests}),
     )
 
 
 # -- requests --------------------------------------------------------------------------------------
 
 
-def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[Wanted]:
+def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[PictureRequest]:
     """Pictures that a prompt file requests. Skips blank lines. Raises UserError if invalid."""
     try:
         # Split bytes: str.splitlines would also break at characters inside captions, as U+2028.
@@ -135,13 +136,15 @@ def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[Wanted]:
     ]
     if not rows:
         raise UserError(f"{path} holds no prompt; write one per line.")
-    wanted = []
+    requests = []
     for prompt, own in rows:
-        wanted += [
-            Wanted(number, prompt, seed + number if own is None else own + number - len(wanted))
-            for number in range(len(wanted), len(wanted) + per_prompt)
+        requests += [
+            PictureRequest(
+                number, prompt, seed + number if own is None else own + number - len(requests)
+            )
+            for number in range(len(requests), len(requests) + per_prompt)
         ]
-    return wanted
+    return requests
 
 
 def _parse_line(where: str, line: str) -> tuple[str, int | None]:
@@ -171,7 +174,7 @@ def _parse_line(where: str, line: str) -> tuple[str, int | None]:
     return tree["prompt"].strip().encode(errors="replace").decode(), seed
 
 
-def _begin(wanted: Sequence[Wanted], out: str, config: BulkConfig) -> int:
+def _begin(requests: Sequence[PictureRequest], out: str, config: BulkConfig) -> int:
     """Check the weights, and that `out` belongs to this job. Returns the base model's context.
 
     JOB in `out` identifies the job by all that determines its pictures: prompts, seeds, options,
@@ -185,10 +188,12 @@ def _begin(wanted: Sequence[Wanted], out: str, config: BulkConfig) -> int:
             "clip_scale asks for CLIP guidance, which needs a CLIP model; give one with it."
         )
     prompts_sha256 = hashlib.sha256(
-        json.dumps([[one.number, one.prompt, one.seed] for one in wanted]).encode()
+        json.dumps(
+            [[request.number, request.prompt, request.seed] for request in requests]
+        ).encode()
     ).hexdigest()
     job = {
-        "pictures": len(wanted),
+        "pictures": len(requests),
         "asked_sha256": prompts_sha256,
         "precision": config.precision,
         "options": config.options.model_dump(mode="json"),
@@ -243,32 +248,39 @@ class Worker:
         self._out, self._options, self._model_set = out, config.options, ModelSet.of(self._cascade)
 
     def __call__(self, block: pyarrow.Table) -> pyarrow.Table:
-        wanted = [Wanted(**row) for row in block.to_pylist()]
+        requests = [PictureRequest(**row) for row in block.to_pylist()]
         images = self._cascade.generate(
-            [one.prompt for one in wanted], [one.seed for one in wanted], self._options
+            [request.prompt for request in requests],
+            [request.seed for request in requests],
+            self._options,
         )
-        for one, image in zip(wanted, images, strict=True):
+        for request, image in zip(requests, images, strict=True):
             save_picture(
                 image,
-                f"{self._out}/{one.file}",
-                self._model_set.recipe("generate", one.prompt, one.seed, self._options),
+                f"{self._out}/{request.file}",
+                self._model_set.recipe("generate", request.prompt, request.seed, self._options),
             )
         return block.select(["number"])
 
 
-def _make(wanted: Sequence[Wanted], out: str, config: BulkConfig, workers: int | None) -> None:
+def _make(
+    requests: Sequence[PictureRequest], out: str, config: BulkConfig, workers: int | None
+) -> None:
     resources = ray.cluster_resources()
     gpus, cores = (
         int(resources.get("GPU", 0)),
-        int(resources.get("CPU", 1)) if joined() else os.cpu_count() or 1,
+        int(resources.get("CPU", 1)) if is_connected() else os.cpu_count() or 1,
     )
-    on_gpu = takes_gpu(config.device)
+    on_gpu = uses_gpu(config.device)
     if on_gpu and not (workers or gpus):
         raise UserError("The cluster has no GPU yet; give the number to request with --workers.")
-    most = min(workers or (gpus if on_gpu else cores), -(-len(wanted) // IMAGES_PER_CALL))
-    threads = 1 if joined() else max(1, cores // most)
+    most = min(workers or (gpus if on_gpu else cores), -(-len(requests) // IMAGES_PER_CALL))
+    threads = 1 if is_connected() else max(1, cores // most)
     table = pyarrow.Table.from_pylist(
-        [{"number": one.number, "prompt": one.prompt, "seed": one.seed} for one in wanted]
+        [
+            {"number": request.number, "prompt": request.prompt, "seed": request.seed}
+            for request in requests
+        ]
     )
     rows = IMAGES_PER_CALL * -(-len(table) // (IMAGES_PER_CALL * MOST_BLOCKS))
     # The unit of work that is repeated when a worker is lost.
@@ -287,7 +299,7 @@ def _make(wanted: Sequence[Wanted], out: str, config: BulkConfig, workers: int |
         )
     )
     with (
-        bar("generate", "image", len(wanted)) as progress,
+        bar("generate", "image", len(requests)) as progress,
         task_errors(),
     ):
         for batch in tables.iter_batches(batch_size=None, batch_format="pyarrow"):

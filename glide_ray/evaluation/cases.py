@@ -240,7 +240,7 @@ def make_cases(
     asked, found = set(vocabulary.asked), []
     splits = {
         SEEN: ("train", asked),
-        PAIRS: ("held_out_pairs", vocabulary.names.keys() - vocabulary.untold),
+        PAIRS: ("held_out_pairs", vocabulary.names.keys() - vocabulary.misjudged),
         UNSEEN: ("held_out", None),
     }
     for category in (name for name in categories if name in SINGLE):

@@ -270,7 +270,7 @@ class Judge:
                 dict(self.vocabulary.names),
                 self.vocabulary.order,
                 self.vocabulary.count,
-                sorted(self.vocabulary.untold),
+                sorted(self.vocabulary.misjudged),
             ],
             "things": self.things.labels,
             "styles": self.styles.labels,
@@ -293,9 +293,9 @@ class Judge:
                 }
                 for head in ("things", "styles", "counts")
             }
-            names, order, count, untold = about["vocabulary"]
+            names, order, count, misjudged = about["vocabulary"]
             return cls(
-                Vocabulary(names, tuple(order), count, frozenset(untold)),
+                Vocabulary(names, tuple(order), count, frozenset(misjudged)),
                 Discriminant(tuple(about["things"]), **of["things"], cosine=True),
                 Styles.of(about["styles"], of["styles"]),
                 Logistic(**of["counts"]),

@@ -47,7 +47,7 @@ def try_judge(corpus: str, judge: Judge, scenes: int = SCENES_TRIED) -> Judge:
 
 
 def _held_out(corpus: str, judge: Judge, scenes: int) -> list[Case]:
-    known = set(judge.things.labels) & judge.vocabulary.names.keys() - judge.vocabulary.untold
+    known = set(judge.things.labels) & judge.vocabulary.names.keys() - judge.vocabulary.misjudged
     rows = [row for row in read_rows(corpus, "held_out_pairs") if row.emoji in known]
     cases = single_cases(PAIRS, rows, len(rows))
     with sprites_of(corpus, "held_out_pairs", judge.vocabulary, sorted(known)) as sprites:

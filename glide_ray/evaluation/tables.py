@@ -20,7 +20,7 @@ from ..errors import UserError
 from .elo import EloError, Standing, Vote, standings, wins
 from .pairing import FAILED_SHARE, FIRST, QUESTIONS, TIE
 from .report import aligned
-from .votes import Cast, Votes, left_out
+from .votes import CastVote, Votes, left_out
 
 COLUMNS = ("question", "first", "second", "winner")
 WON = {"first": 1.0, "tie": 0.5, "second": 0.0}
@@ -55,7 +55,7 @@ def ballot_of(path: str) -> Ballot:
     return count(Votes(path if "://" in path else database_of(path), create=False).cast())
 
 
-def count(cast: Sequence[Cast]) -> Ballot:
+def count(cast: Sequence[CastVote]) -> Ballot:
     """Answers as votes, without raters who failed too many attention checks."""
     answered = Counter(one.rater for one in cast if one.comparison.check_of)
     passed = Counter(one.rater for one in cast if one.comparison.check_of and one.answer == FIRST)

@@ -58,13 +58,13 @@ class Vocabulary:
     `names`: plain names of things, by code points.
     `order`: the things that an object is distinguished from, in the order of a hash.
     `count`: number of candidates from which the judge chooses a name.
-    `untold`: things whose style the judge misclassifies.
+    `misjudged`: things whose style the judge misclassifies.
     """
 
     names: Mapping[str, str]
     order: tuple[str, ...]
     count: int = ASKED
-    untold: frozenset[str] = frozenset()
+    misjudged: frozenset[str] = frozenset()
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -86,11 +86,11 @@ def choose(
     rows: Iterable[tuple[str, str, str, str]],
     count: int = ASKED,
     least_styles: int = LEAST_STYLES,
-    untold: Collection[str] = (),
+    misjudged: Collection[str] = (),
 ) -> Vocabulary:
     """Choose the vocabulary from pictures as (code points, name, group, style).
 
-    Things in `untold` are not asked for.
+    Things in `misjudged` are not asked for.
     """
     rows = list(rows)
     least_styles = min(least_styles, len({style for *_, style in rows}))
@@ -105,10 +105,10 @@ def choose(
         if is_plain(emoji, name, group)
     }
     common = sorted(
-        (emoji for emoji in plain if len(styles[emoji]) >= least_styles and emoji not in untold),
+        (emoji for emoji in plain if len(styles[emoji]) >= least_styles and emoji not in misjudged),
         key=lambda emoji: share(f"judge/{emoji}"),
     )
-    return Vocabulary(plain, _unlike(common, plain), count, frozenset(untold) & plain.keys())
+    return Vocabulary(plain, _unlike(common, plain), count, frozenset(misjudged) & plain.keys())
 
 
 def is_plain(emoji: str, name: str, group: str) -> bool:

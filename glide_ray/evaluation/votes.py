@@ -96,7 +96,7 @@ class VotesError(UserError):
 
 
 @dataclass(frozen=True)
-class Asked:
+class StudyDefinition:
     """Definition of a study: questions, number of comparisons, sources of pictures.
 
     `folders`: of pictures, by model name. `real`: corpus of the attention checks; None: noise.
@@ -109,7 +109,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownTurn:
     """A turn as sent to the page, without the models' names."""
 
     token: str
@@ -120,7 +120,7 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Cast:
+class CastVote:
     """An answer: FIRST, SECOND or TIE. `left`: which picture was on the left."""
 
     rater: str
@@ -169,13 +169,13 @@ class Votes:
 
     # -- the study ---------------------------------------------------------------------------------
 
-    def begin(self, asked: Asked, secret: str | None = None) -> None:
+    def begin(self, definition: StudyDefinition, secret: str | None = None) -> None:
         """Record the study's definition, or check it against the recorded one.
 
         A recorded definition without comparisons is replaced: they could not be made. Raises
         VotesError if the definitions differ.
         """
-        text = json.dumps(asdict(asked))
+        text = json.dumps(asdict(definition))
         with self._transaction() as connection:
             row = connection.execute(select(STUDY.c.asked)).first()
             if row is None:
@@ -213,8 +213,8 @@ class Votes:
         return row
 
     @property
-    def asked(self) -> Asked:
-        return Asked(**json.loads(self.study.asked))
+    def asked(self) -> StudyDefinition:
+        return StudyDefinition(**json.loads(self.study.asked))
 
     def add_comparisons(self, comparisons: Sequence[Comparison]) -> None:
         """Insert all comparisons or none, in one transaction.
@@ -239,7 +239,7 @@ class Votes:
 
     # -- raters ------------------------------------------------------------------------------------
 
-    def turns(self, rater: str, votes_needed: int) -> tuple[list[Shown], int, int]:
+    def turns(self, rater: str, votes_needed: int) -> tuple[list[ShownTurn], int, int]:
         """The rater's next turns, the number answered, and the number left including these turns.
 
         At most PREFETCHED_COMPARISONS turns: first those shown before but not answered, in their
@@ -301,7 +301,7 @@ class Votes:
         secret: str,
         questions: Sequence[str],
         comparisons: Mapping[int, Comparison],
-    ) -> tuple[list[Shown], int, int]:
+    ) -> tuple[list[ShownTurn], int, int]:
         rows = connection.execute(
             select(VOTES).where(VOTES.c.rater == rater).order_by(VOTES.c.turn)
         ).all()
@@ -355,20 +355,20 @@ class Votes:
         )
         return {(comparison, question): count for comparison, question, count in rows}
 
-    def _shown(self, token: str, turn: Turn) -> Shown:
+    def _shown(self, token: str, turn: Turn) -> ShownTurn:
         one = self._comparisons[turn.comparison]
         left, right = (
             (one.first_picture, one.second_picture)
             if turn.left == FIRST
             else (one.second_picture, one.first_picture)
         )
-        return Shown(
+        return ShownTurn(
             token, turn.question, left, right, one.prompt if turn.question == "caption" else None
         )
 
     # -- results -----------------------------------------------------------------------------------
 
-    def cast(self) -> list[Cast]:
+    def cast(self) -> list[CastVote]:
         """All answers, in order of arrival."""
         with self._transaction() as connection:
             rows = connection.execute(
@@ -377,7 +377,7 @@ class Votes:
                 .order_by(VOTES.c.answered_at, VOTES.c.token)
             ).all()
         return [
-            Cast(
+            CastVote(
                 row.rater,
                 row.question,
                 self._comparisons[row.comparison],

@@ -55,7 +55,7 @@ def join_process_group() -> None:
     )
 
 
-def look_for_overflow_once(engine) -> None:
+def check_overflow_once(engine) -> None:
     """Disable DeepSpeed's overflow check of single gradients under ZeRO stages 1 and 2.
 
     It takes a dozen small kernels per gradient, and is redundant: DeepSpeed also checks the norm

@@ -62,7 +62,7 @@ class Trainer:
             model_parameters=parameter_groups(model, train),
             config=deepspeed_config(train, self.precision, self.batch_split),
         )
-        internals.look_for_overflow_once(self.engine)
+        internals.check_overflow_once(self.engine)
         self.param_slices = internals.param_slices(self.engine)
         self.ema = Ema(internals.masters(self.engine), train.ema_rates)
         self.progress = TrainingPosition()

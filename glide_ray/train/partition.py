@@ -153,10 +153,10 @@ def load_parts(folder: Path, own: Sequence[ParamSlice], state: State) -> None:
     Raises CheckpointError if the checkpoint is incomplete or of another model.
     """
     with CheckpointReader(folder) as parts:
-        lacking = sorted(set(state) - parts.kinds)
-        if lacking:
+        missing = sorted(set(state) - parts.kinds)
+        if missing:
             raise CheckpointError(
-                f"The checkpoint in {folder} has no {lacking[0].replace('/', ' at rate ')}; "
+                f"The checkpoint in {folder} has no {missing[0].replace('/', ' at rate ')}; "
                 f"use the same train.ema_rates, or another output folder."
             )
         for kind, flat in state.items():

@@ -91,7 +91,7 @@ class TensorBoard(Store):
         self._purge, self._begun = None, True
 
     def metrics(self, step: int, figures: Mapping[str, float]) -> None:
-        new = _untold(self._last, step, figures)
+        new = _new_metrics(self._last, step, figures)
         for name, value in new.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -159,7 +159,7 @@ class MLflow(Store):
     def metrics(self, step: int, figures: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
-        new, stamp = _untold(self._last, step, figures), int(time.time() * 1000)
+        new, stamp = _new_metrics(self._last, step, figures), int(time.time() * 1000)
         if new:
             self._client.log_batch(
                 self._id, metrics=[Metric(name, value, stamp, step) for name, value in new.items()]
@@ -260,7 +260,7 @@ class WeightsAndBiases(Store):
         self._row = max(self._row, self._here.step - 1)
 
     def metrics(self, step: int, figures: Mapping[str, float]) -> None:
-        new = _untold(self._last, step, figures) if step > self._known else {}
+        new = _new_metrics(self._last, step, figures) if step > self._known else {}
         if new:
             self._log(step, new)
             self._last.update(dict.fromkeys(new, step))
@@ -289,7 +289,9 @@ STORES: dict[str, tuple[Callable[[Run], Store], str]] = {
 }
 
 
-def _untold(last: Mapping[str, int], step: int, figures: Mapping[str, float]) -> dict[str, float]:
+def _new_metrics(
+    last: Mapping[str, int], step: int, figures: Mapping[str, float]
+) -> dict[str, float]:
     """Metrics not yet logged at this step or later. Steps are repeated after a failure.
 
     `last`: metric name -> last step logged.

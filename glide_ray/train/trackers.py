@@ -32,8 +32,8 @@ class Trackers:
     No method raises, and none waits, except `close`, which waits up to `CLOSE_SECONDS`.
     """
 
-    def __init__(self, outlets: Iterable[_Outlet]):
-        self._outlets = list(outlets)
+    def __init__(self, threads: Iterable[_TrackerThread]):
+        self._threads = list(threads)
 
     def metrics(self, step: int, figures: Mapping[str, float]) -> None:
         """Log metrics of an optimizer step, by name; values that are not numbers are dropped."""
@@ -60,15 +60,15 @@ class Trackers:
     def close(self, failed: bool = False) -> None:
         """Write all queued messages and mark the run as ended. A second call does nothing."""
         end = time.monotonic() + CLOSE_SECONDS
-        for outlet in self._outlets:
-            outlet.finish(failed)
-        for outlet in self._outlets:
-            outlet.join(end - time.monotonic())
-        self._outlets = []
+        for thread in self._threads:
+            thread.finish(failed)
+        for thread in self._threads:
+            thread.join(end - time.monotonic())
+        self._threads = []
 
     def _tell(self, *news) -> None:
-        for outlet in self._outlets:
-            outlet.tell(news)
+        for thread in self._threads:
+            thread.tell(news)
 
 
 def open_trackers(
@@ -96,13 +96,13 @@ def open_trackers(
                 f"train.trackers has {name!r}, whose package cannot be imported ({error}); "
                 f"run {install_command(module)}, or leave {name!r} out."
             ) from None
-    return Trackers([_Outlet(store, warn) for store in stores])
+    return Trackers([_TrackerThread(store, warn) for store in stores])
 
 
 # -- one tracker's thread --------------------------------------------------------------------------
 
 
-class _Outlet:
+class _TrackerThread:
     """Queue and thread of one tracker: passes messages to its store in order."""
 
     def __init__(self, store: Store, warn: Callable[[str], None]):

@@ -42,7 +42,7 @@ SAMPLES = "samples"
 
 
 @dataclass(frozen=True)
-class Done:
+class LaunchResult:
     """Result of one launch of the run.
 
     `step`: last step made; `finished`: whether it is the run's last; `weights`: file with the EMA.
@@ -56,7 +56,7 @@ class Done:
 
 def train_alone(
     preset: Preset, out: str | Path, minutes: float | None = None, progress: bool = True
-) -> Done:
+) -> LaunchResult:
     """Train a preset in the local folder `out`, or resume the run in it. Raises UserError.
 
     `minutes`: time limit, after which a checkpoint and the current EMA weights are written. Ctrl-C
@@ -77,7 +77,7 @@ def train_alone(
     done = (out / WEIGHTS).exists() and last_step(out / METRICS) >= preset.train.steps
     turned = check_run(preset, str(out), done)
     if done:
-        return Done(preset.train.steps, True, out / WEIGHTS, 0.0)
+        return LaunchResult(preset.train.steps, True, out / WEIGHTS, 0.0)
     preset = absolute(preset)
     corpus = MemoryCorpus(preset)
     storage.put(preset.model_dump_json(indent=1).encode(), out / PRESET)
@@ -96,7 +96,7 @@ def train_alone(
 
 def _run(
     preset: Preset, out: Path, corpus: MemoryCorpus, log: _Log, ends: Callable[[], bool]
-) -> Done:
+) -> LaunchResult:
     train, checkpoints = preset.train, Checkpoints(out)
     trainer = SingleTrainer(preset)
     _resume(trainer, checkpoints, log)
@@ -122,7 +122,7 @@ def _run(
         writer.step()
         log.step(number)
         if ends():
-            raise _Ended
+            raise _StopTraining
         return False
 
     finished = False
@@ -131,14 +131,14 @@ def _run(
             trainer, corpus.epoch_batches, held_out, TrainCallbacks(log.metrics, save, after_step)
         )
         finished = True
-    except _Ended:
+    except _StopTraining:
         log.event(
             f"stopped after step {trainer.progress.step:,}; the same command resumes the run",
             trainer.progress.step,
         )
     step = trainer.progress.step
     export_average(_last_checkpoint(trainer, checkpoints, writer, out), out / WEIGHTS)
-    return Done(
+    return LaunchResult(
         step,
         finished,
         out / WEIGHTS,
@@ -163,7 +163,7 @@ def _last_checkpoint(
     return Path(complete[-1].path)
 
 
-class _Ended(Exception):
+class _StopTraining(Exception):
     """Stops the training loop after the current step."""
 
 

@@ -194,9 +194,11 @@ def test_things_in_too_few_styles_of_no_plain_name_or_untold_are_not_asked_for()
         for style in "ABC"
         if (emoji, style) not in {("b", "A"), ("b", "B")}
     ]
-    chosen = vocabulary.choose(rows, least_styles=3, untold={"d"})
+    chosen = vocabulary.choose(rows, least_styles=3, misjudged={"d"})
     assert (
-        chosen.order == ("a",) and set(chosen.names) == {"a", "b", "d"} and chosen.untold == {"d"}
+        chosen.order == ("a",)
+        and set(chosen.names) == {"a", "b", "d"}
+        and chosen.misjudged == {"d"}
     )
 
 

@@ -455,7 +455,7 @@ def test_a_wandb_service_that_is_killed_stops_nothing_and_is_started_again(tmp_p
     made, warned = start(tmp_path, "wandb")
     made.metrics(10, {"loss": 1})
     # W&B's process has received the row, but writes it later.
-    until(lambda: made._outlets[0]._store._row == 10)
+    until(lambda: made._threads[0]._store._row == 10)
     (service,) = children("wandb-core")
     os.kill(service, signal.SIGKILL)
     for step in range(20, 1000, 10):  # the first rows may still go to the killed process

@@ -52,7 +52,7 @@ class Assessment:
 
 
 @dataclass(frozen=True)
-class Fit:
+class FilterFit:
     """Result of a call of `fit_content`."""
 
     content: ContentFilter | None
@@ -63,7 +63,7 @@ class Fit:
     assessment: Assessment | None
 
 
-def fit_page(done: Fit, embedded: EmbeddedCorpus) -> str:
+def fit_page(done: FilterFit, embedded: EmbeddedCorpus) -> str:
     content, name = done.content, done.content.name
     scores = content.score(embedded.features)
     passing = np.flatnonzero(scores < 0)

@@ -43,7 +43,7 @@ from ...storage import fingerprint
 from ..cluster import connect, ship_modules
 from ..embed import ACTORS, EmbeddedCorpus, cached_table, cached_table_key, embed
 from ..rows import PAGE, read_rows
-from .filter_report import Assessment, Fit, fit_page
+from .filter_report import Assessment, FilterFit, fit_page
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def fit_content(
     words: Sequence[str] = (),
     truth: Rule | None = None,
     held_out: str | None = None,
-) -> Fit:
+) -> FilterFit:
     """Fit the filter `name` in the folder `out`, or continue a fit that was begun there.
 
     Without `truth`, people label rows: those to label next are appended to LABELS and shown in
@@ -91,7 +91,7 @@ def fit_content(
         labelled, requested = _ask_rule(out, pool, embedded, config), 0
     fitted = _fit_if_possible(pool, labelled, requested)
     if fitted is None:
-        return Fit(None, len(labelled), sum(labelled.values()), requested, "", None)
+        return FilterFit(None, len(labelled), sum(labelled.values()), requested, "", None)
     threshold = threshold_of(fitted, pool, labelled, config)
     positive = np.array(list(labelled.values()), bool)
     of, missed = int(positive.sum()), int((fitted.out_of_fold[positive] < threshold).sum())
@@ -104,7 +104,7 @@ def fit_content(
     if truth is not None:
         assessment = _assess(content, pool, embedded, corpus, held_out, clip_path, config, truth)
     errors = _errors_on_labels(name, missed, fitted.out_of_fold, threshold, positive)
-    done = Fit(content, len(labelled), of, requested, errors, assessment)
+    done = FilterFit(content, len(labelled), of, requested, errors, assessment)
     storage.put(fit_page(done, embedded).encode(), out / PAGE)
     return done
 

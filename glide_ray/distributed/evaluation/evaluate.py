@@ -113,7 +113,7 @@ def evaluate(
     return found
 
 
-def sweep(
+def generate_sets(
     config: BulkConfig,
     scales: Sequence[float],
     clip_scales: Sequence[float],
@@ -253,9 +253,9 @@ def _measure(
 ) -> dict[str, float | None]:
     log.info(f"measuring {name}: {len(embedded[CLIP].names):,} pictures")
     features = _image_features(embedded, clip)
-    if lacking := int((~features.captioned).sum()):
+    if missing := int((~features.captioned).sum()):
         log.info(
-            f"{name}: {lacking:,} of {len(features.clip):,} pictures have no caption, "
+            f"{name}: {missing:,} of {len(features.clip):,} pictures have no caption, "
             f"and are left out of the CLIP score"
         )
     figures = {"pictures": len(features.clip), **real.figures(features)}

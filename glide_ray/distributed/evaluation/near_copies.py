@@ -24,7 +24,7 @@ from ...models.clip_scorer import fetch_clip
 from ..cluster import connect
 from ..embed import ACTORS, EmbeddedCorpus, embed_corpus
 from ..rows import PAGE, read_rows
-from .evaluate import sweep
+from .evaluate import generate_sets
 
 LEFT_OUT, FIGURES, SHEET = "left-out.json", "figures.json", "closest.png"
 SIZE = 256  # pixels to which larger images are reduced before CLIP
@@ -129,7 +129,7 @@ def regurgitation(
         captions = [caption for caption in trained.captions if caption]
         if not captions:
             raise UserError(f"No image of {training} has a caption; give existing pictures.")
-        [pictures] = sweep(config, (), (), captions, images, out).values()
+        [pictures] = generate_sets(config, (), (), captions, images, out).values()
     generated = _embed("pictures", pictures, out, clip)
     real = _embed("held-out", held_out, out, clip)
     found = nearest(generated.features, trained.features)
