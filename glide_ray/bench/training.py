@@ -191,7 +191,7 @@ def _resident(field: str) -> int:
 def bench_train(
     preset: Preset, precision: str = "bf16", repeats: int = 5, images: int = 16
 ) -> dict[str, float | int | str]:
-    """A training step of ours against those of two other loops, alternately on the same batch.
+    """Training steps of this trainer and of two other loops, alternately on the same batch.
 
     `plain`: a PyTorch loop in float32 and contiguous memory. `bare`: a loop in our precision with
     float32 master weights and EMA, which shows the cost of DeepSpeed.
@@ -263,7 +263,7 @@ def _plain_loop(
         if dtype != torch.float32
         else list(network.parameters())
     )
-    # Fused in the bare loop, as in ours; PyTorch's default in the plain one
+    # AdamW: fused in the bare loop, as in our trainer; PyTorch's default in the plain loop
     optimiser = torch.optim.AdamW(
         masters, lr=1e-4, weight_decay=0.0, fused=dtype != torch.float32 or None
     )

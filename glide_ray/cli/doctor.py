@@ -175,7 +175,7 @@ def _gpu(torch) -> Finding:
 
 
 def _compiler() -> Iterator[Finding]:
-    """A compiler and Python's headers, for what is compiled at its first use.
+    """A compiler and Python's headers, for code that is compiled at its first use.
 
     Required where DeepSpeed is installed (its CPU collectives), or Triton beside a GPU.
     """

@@ -59,12 +59,14 @@ def find_duplicates(fingerprints: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     rank = np.lexsort((np.arange(len(pixels)), -np.asarray(pixels, np.int64)))
     # Compare only the best image of each distinct fingerprint: a web crawl has the same placeholder
     # ten thousand times, and all pairs of its copies would not fit in memory.
-    _, best, of = np.unique(fingerprints[rank], axis=0, return_index=True, return_inverse=True)
+    _, best, unique_index = np.unique(
+        fingerprints[rank], axis=0, return_index=True, return_inverse=True
+    )
     order = np.argsort(best)
     stays = np.empty_like(best)
     stays[order] = best[order][_first_alike(fingerprints[rank[best[order]]])]
     kept_copy = np.empty_like(rank)
-    kept_copy[rank] = rank[stays[of]]
+    kept_copy[rank] = rank[stays[unique_index]]
     return np.where(kept_copy == np.arange(len(rank)), -1, kept_copy)
 
 

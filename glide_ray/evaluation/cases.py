@@ -166,11 +166,16 @@ def sprites_of(
     with tempfile.TemporaryDirectory() as folder:
         sprites = read_sprites(f"{corpus.rstrip('/')}/{split}", Path(folder))
         styles = {
-            style: [one for one in of if one.emoji in known] for style, of in sprites.styles.items()
+            style: [one for one in rows_of if one.emoji in known]
+            for style, rows_of in sprites.styles.items()
         }
         yield Sprites(
             sprites.path,
-            {style: of for style, of in styles.items() if len({one.emoji for one in of}) > 1},
+            {
+                style: rows_of
+                for style, rows_of in styles.items()
+                if len({one.emoji for one in rows_of}) > 1
+            },
         )
 
 

@@ -219,7 +219,8 @@ class Judge:
         return {
             LAYOUT: Verdict(found == relation, found),
             THING: Verdict(
-                all(one.right for one in things), " and ".join(one.found for one in things)
+                all(verdict.right for verdict in things),
+                " and ".join(verdict.found for verdict in things),
             ),
         }
 
@@ -285,7 +286,7 @@ class Judge:
             with safe_open(storage.fetch(path), "np") as file:
                 tensors = {name: _unpacked(file.get_tensor(name)) for name in file.keys()}
                 about = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
-            of = {
+            head_tensors = {
                 head: {
                     key.partition(".")[2]: value
                     for key, value in tensors.items()
@@ -296,9 +297,9 @@ class Judge:
             names, order, count, misjudged = about["vocabulary"]
             return cls(
                 Vocabulary(names, tuple(order), count, frozenset(misjudged)),
-                Discriminant(tuple(about["things"]), **of["things"], cosine=True),
-                Styles.of(about["styles"], of["styles"]),
-                Logistic(**of["counts"]),
+                Discriminant(tuple(about["things"]), **head_tensors["things"], cosine=True),
+                Styles.of(about["styles"], head_tensors["styles"]),
+                Logistic(**head_tensors["counts"]),
                 about["accuracy"],
             )
         except (SafetensorError, KeyError, ValueError, TypeError) as error:

@@ -33,9 +33,9 @@ def try_judge(corpus: str, judge: Judge, scenes: int = SCENES_TRIED) -> Judge:
         verdicts = judge.verdicts(cases, pictures)
         rows = [(case.category, verdict) for case, verdict in zip(cases, verdicts, strict=True)]
         found[name] = {
-            category: shares([verdict for of, verdict in rows if of == category])
+            category: shares([verdict for of_case, verdict in rows if of_case == category])
             for category in CATEGORIES
-            if any(of == category for of, _ in rows)
+            if any(of_case == category for of_case, _ in rows)
         }
         # The judge was fitted to the pictures of SEEN: held-out pairs give its accuracy there, too.
         if PAIRS in found[name]:
@@ -93,13 +93,15 @@ def _pool_styles(found: dict[str, dict[str, Any]]) -> None:
 
     Style is one classifier, whatever the object.
     """
-    tried = [
+    accuracies = [
         found[category][STYLE] for category in (PAIRS, UNSEEN) if STYLE in found.get(category, {})
     ]
-    pictures = sum(of["pictures"] for of in tried)
+    pictures = sum(accuracy["pictures"] for accuracy in accuracies)
     for category in SINGLE:
         if STYLE in found.get(category, {}):
-            right = sum(of["right"] * of["pictures"] for of in tried) / pictures
+            right = (
+                sum(accuracy["right"] * accuracy["pictures"] for accuracy in accuracies) / pictures
+            )
             found[category][STYLE] = {"right": right, "pictures": pictures}
 
 

@@ -84,9 +84,9 @@ def next_turn(
             checks
             if checks and place == 1 + draw(secret, rater, "check", block) % (BLOCK // 2)
             else rest,
-            key=lambda one: (
-                votes_by_others.get((one.id, question), 0),
-                draw(secret, rater, question, one.id),
+            key=lambda comparison: (
+                votes_by_others.get((comparison.id, question), 0),
+                draw(secret, rater, question, comparison.id),
             ),
         )
         return Turn(
@@ -113,9 +113,9 @@ def remaining(
 ) -> list[Comparison]:
     """Comparisons that the rater can still be asked, without attention checks."""
     return [
-        one
-        for one in _unseen(comparisons, question, turns_so_far, None)
-        if votes_by_others.get((one.id, question), 0) < votes_needed
+        comparison
+        for comparison in _unseen(comparisons, question, turns_so_far, None)
+        if votes_by_others.get((comparison.id, question), 0) < votes_needed
     ]
 
 
@@ -126,7 +126,11 @@ def _unseen(
     check_of: str | None,
 ) -> list[Comparison]:
     shown = {turn.comparison for turn in turns_so_far if turn.question == question}
-    return [one for one in comparisons if one.check_of == check_of and one.id not in shown]
+    return [
+        comparison
+        for comparison in comparisons
+        if comparison.check_of == check_of and comparison.id not in shown
+    ]
 
 
 def _left(

@@ -288,7 +288,7 @@ def _real_checks(
             f"leave it out."
         )
     prompts, checks = list(corpus), []
-    wanted: dict[StudyPicture, str] = {}  # picture -> name under which the page shows it
+    page_names: dict[StudyPicture, str] = {}  # picture -> name under which the page shows it
     words = _words_of_pictures(corpus)
     for question in definition.questions:
         for n in range(_how_many(count)):
@@ -299,17 +299,18 @@ def _real_checks(
                     corpus[prompts[draw(secret, "other", n, attempt) % len(prompts)]][0]
                     for attempt in range(TRIES)
                 )
-                own = words[right.part.url, right.place]
+                right_words = words[right.part.url, right.place]
                 wrong = next(
-                    (one for one in others if not words[one.part.url, one.place] & own), None
+                    (one for one in others if not words[one.part.url, one.place] & right_words),
+                    None,
                 )
                 if wrong is None:
                     continue
-            wanted |= {one: opaque(secret, "", one) for one in (right, wrong) if one}
+            page_names |= {one: opaque(secret, "", one) for one in (right, wrong) if one}
             checks.append((question, n, prompt, right, wrong))
     sizes = {}
-    for picture, pixels in read_pictures(list(wanted)):
-        _write(pixels, folder, wanted[picture])
+    for picture, pixels in read_pictures(list(page_names)):
+        _write(pixels, folder, page_names[picture])
         sizes[picture] = pixels.shape[:2]
     return [
         Comparison(
@@ -317,8 +318,8 @@ def _real_checks(
             "",
             "",
             prompt,
-            wanted[right],
-            wanted[wrong] if wrong else _noise(secret, folder, (question, n), sizes[right]),
+            page_names[right],
+            page_names[wrong] if wrong else _noise(secret, folder, (question, n), sizes[right]),
             question,
         )
         for question, n, prompt, right, wrong in checks
@@ -336,10 +337,10 @@ def _words_of_pictures(
     return words
 
 
-def _noise(secret: str, folder: Path, of: tuple[str, int], size: tuple[int, int]) -> str:
-    name = f"{draw(secret, 'noise', *of):016x}"
+def _noise(secret: str, folder: Path, key: tuple[str, int], size: tuple[int, int]) -> str:
+    name = f"{draw(secret, 'noise', *key):016x}"
     _write(
-        np.random.default_rng(draw(secret, "pixels", *of)).integers(0, 256, (*size, 3), np.uint8),
+        np.random.default_rng(draw(secret, "pixels", *key)).integers(0, 256, (*size, 3), np.uint8),
         folder,
         name,
     )

@@ -223,7 +223,9 @@ class Votes:
         """
         with self._transaction() as connection:
             if connection.execute(select(COMPARISONS.c.id).limit(1)).first() is None:
-                connection.execute(insert(COMPARISONS), [asdict(one) for one in comparisons])
+                connection.execute(
+                    insert(COMPARISONS), [asdict(comparison) for comparison in comparisons]
+                )
 
     def comparisons(self) -> dict[int, Comparison]:
         """Comparisons by id; {} until they are made."""
@@ -356,14 +358,18 @@ class Votes:
         return {(comparison, question): count for comparison, question, count in rows}
 
     def _shown(self, token: str, turn: Turn) -> ShownTurn:
-        one = self._comparisons[turn.comparison]
+        comparison = self._comparisons[turn.comparison]
         left, right = (
-            (one.first_picture, one.second_picture)
+            (comparison.first_picture, comparison.second_picture)
             if turn.left == FIRST
-            else (one.second_picture, one.first_picture)
+            else (comparison.second_picture, comparison.first_picture)
         )
         return ShownTurn(
-            token, turn.question, left, right, one.prompt if turn.question == "caption" else None
+            token,
+            turn.question,
+            left,
+            right,
+            comparison.prompt if turn.question == "caption" else None,
         )
 
     # -- results -----------------------------------------------------------------------------------

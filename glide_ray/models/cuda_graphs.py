@@ -68,8 +68,12 @@ class GraphRunner:
                 *zip(_tensors(held_text), _tensors(text), strict=True),
             ]
             for kind in {tensor.dtype for _, tensor in pairs}:  # one launch per dtype
-                of = [(held[:rows], tensor) for held, tensor in pairs if tensor.dtype == kind]
-                torch._foreach_copy_([held for held, _ in of], [tensor for _, tensor in of])
+                same_dtype = [
+                    (held[:rows], tensor) for held, tensor in pairs if tensor.dtype == kind
+                ]
+                torch._foreach_copy_(
+                    [held for held, _ in same_dtype], [tensor for _, tensor in same_dtype]
+                )
             self._last = conditioning, text
         if count not in self._graphs:
             self._graphs[count] = self._record(count)

@@ -35,7 +35,7 @@ class ReleasedError(UserError):
 
 
 def from_released(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """A released state dict -> ours, for `config`.
+    """Convert a released state dict to this project's names, for `config`.
 
     Raises ReleasedError for a missing or unexpected key, or another shape.
     """

@@ -314,7 +314,7 @@ class GlideUNet(nn.Module):
         )
 
     def _network_input(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        """x and the variant's further input channels, with patches folded.
+        """All input channels of this variant of the model, with each patch folded into channels.
 
         In this order: x, known pixels, their mask, the enlarged low-res image.
         """

@@ -188,7 +188,7 @@ class RayBackend:
                 response = start()
                 return await wait(response)
             except asyncio.CancelledError:
-                # The client left. Without an explicit cancel, Serve lets the replica go on.
+                # The client disconnected. Serve stops the replica's work only after a cancel.
                 with suppress(Exception):  # the response may have failed at the same moment
                     response.cancel()
                 raise

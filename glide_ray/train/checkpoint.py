@@ -1,6 +1,6 @@
 """Checkpoint folders: their files, their location, and which of them are complete.
 
-OUT/checkpoints/STEP-START/   STEP has nine digits; START is an id of the launch that wrote it
+OUT/checkpoints/STEP-START/   STEP has nine digits; START is the id of the start that wrote it
     preset.json               config of the run
     progress.json             step, epoch, rows, Adam's step count and the loss scale
     part.RANK.safetensors     each rank's shard of weights, EMA and Adam's moments (`partition.py`)
@@ -106,7 +106,7 @@ class Checkpoints:
         )
 
     def folder(self, step: int, start: str) -> str:
-        """Folder for a new checkpoint of `step`, written by the launch with id `start`."""
+        """Folder for a new checkpoint of `step`, written by the start with id `start`."""
         return f"{self.path}/{step:09d}-{start}"
 
     def complete(self, folder: str, receipt: Receipt) -> None:
@@ -116,8 +116,8 @@ class Checkpoints:
     def retire(self, keep_last: int, keep_every: int | None, start: str) -> None:
         """Remove checkpoints, except the last `keep_last` and every multiple of `keep_every`.
 
-        If launch `start` wrote a step again, its checkpoint stays and the older one of that step
-        is removed: a launch repeats a step only if that checkpoint could not be read.
+        If this start (id `start`) wrote a step again, its checkpoint stays and the older one of
+        that step is removed: a start repeats a step only if that checkpoint could not be read.
         """
         complete = self.list_complete()
         own = {entry.step for entry in complete if entry.path.endswith(f"-{start}")}

@@ -33,7 +33,7 @@ class RankStatus(NamedTuple):
 
     `done`: number of the last checkpoint whose upload has ended, successfully or not; `faulty`:
     number of the last checkpoint that could not be written; `preempted`: 1 if the rank's node is
-    about to be preempted. Checkpoints are numbered from 1 since the launch.
+    about to be preempted. Checkpoints are numbered from 1 since this start.
     """
 
     done: int = 0
@@ -73,7 +73,7 @@ class StatusReduce:
 
 @dataclass
 class _Upload:
-    """Upload of this rank's shard. `number` counts the checkpoints since the launch, from 1."""
+    """Upload of this rank's shard. `number` counts the checkpoints since this start, from 1."""
 
     number: int
     step: int
@@ -92,7 +92,7 @@ class CheckpointWriter:
 
     `on_event` receives, on rank 0, a sentence about a checkpoint that could not be written;
     training continues and tries again at the next one. `on_complete` receives, on rank 0, the step
-    and the folder of each complete checkpoint. `start` is the id of the launch, `timeout` in
+    and the folder of each complete checkpoint. `start` is the id of this start, `timeout` in
     seconds.
     """
 
@@ -232,7 +232,7 @@ class CheckpointWriter:
             )
 
     def _discard(self, folder: str) -> None:
-        with suppress(storage.StorageError):  # the next launch of the run removes it
+        with suppress(storage.StorageError):  # the next start of the run removes it
             storage.remove_folder(folder)
 
 

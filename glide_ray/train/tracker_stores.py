@@ -181,7 +181,7 @@ class MLflow(Store):
     def _parameters(self, there: Mapping[str, str]) -> None:
         """Log the preset as MLflow parameters.
 
-        Parameters are immutable: a setting changed by a later launch becomes a tag of the same
+        Parameters are immutable: a setting changed at a later start becomes a tag of the same
         name.
         """
         from mlflow.entities import Param

@@ -43,7 +43,7 @@ SAMPLES = "samples"
 
 @dataclass(frozen=True)
 class LaunchResult:
-    """Result of one launch of the run.
+    """Result of one start of the run.
 
     `step`: last step made; `finished`: whether it is the run's last; `weights`: file with the EMA.
     """

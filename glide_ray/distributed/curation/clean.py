@@ -201,7 +201,7 @@ def _first_broken_user_rule(candidate: Candidate, rules: Mapping[str, Rule]) -> 
             if not rule(candidate):
                 return name
         except Exception as error:
-            # A rule that raises has not approved the row: drop it. The run must go on.
+            # A rule that raises has not approved the row: drop the row and continue.
             return f"on which {name.removeprefix('against ')} raised {type(error).__name__}"
     return None
 

@@ -94,9 +94,9 @@ def fit_content(
         return FilterFit(None, len(labelled), sum(labelled.values()), requested, "", None)
     threshold = threshold_of(fitted, pool, labelled, config)
     positive = np.array(list(labelled.values()), bool)
-    of, missed = int(positive.sum()), int((fitted.out_of_fold[positive] < threshold).sum())
+    positives, missed = int(positive.sum()), int((fitted.out_of_fold[positive] < threshold).sum())
     settings = {"corpus": corpus, "clip": storage.absolute(clip), "words": list(words)}
-    settings |= {"labelled": len(positive), "with_content": of, "missed": missed}
+    settings |= {"labelled": len(positive), "with_content": positives, "missed": missed}
     settings |= {"cost": fitted.cost, "width": fitted.width, **config.model_dump()}
     content = with_threshold(fitted, threshold, name, fingerprint(clip_path), settings)
     content.save(out / FILTER)
@@ -104,7 +104,7 @@ def fit_content(
     if truth is not None:
         assessment = _assess(content, pool, embedded, corpus, held_out, clip_path, config, truth)
     errors = _errors_on_labels(name, missed, fitted.out_of_fold, threshold, positive)
-    done = FilterFit(content, len(labelled), of, requested, errors, assessment)
+    done = FilterFit(content, len(labelled), positives, requested, errors, assessment)
     storage.put(fit_page(done, embedded).encode(), out / PAGE)
     return done
 
@@ -193,10 +193,10 @@ def _errors_on_labels(
     name: str, missed: int, scores: np.ndarray, threshold: float, positive: np.ndarray
 ) -> str:
     """One sentence on errors by cross-validation: `scores` (N,), labels `positive` (N,) bool."""
-    of = int(positive.sum())
+    positives = int(positive.sum())
     return (
-        f"in cross-validation, {missed} of {of} labelled rows with {name} are missed (95% interval "
-        f"up to {missed_interval(missed, of)[1]:.1%}); "
+        f"in cross-validation, {missed} of {positives} labelled rows with {name} are missed "
+        f"(95% interval up to {missed_interval(missed, positives)[1]:.1%}); "
         f"{(scores[~positive] >= threshold).mean():.0%} of {(~positive).sum()} without it are "
         "dropped"
     )
@@ -225,7 +225,7 @@ def _candidates(
     now = state(storage.absolute(corpus), parts)
     order = np.random.default_rng(config.seed).permutation(len(parts))
     parts = [parts[n] for n in order]
-    of = json.dumps(
+    key = json.dumps(
         [
             corpus,
             fingerprint(clip),
@@ -253,7 +253,7 @@ def _candidates(
 
     # With `truth` all rounds run in one call, so a cache is of no use.
     return EmbeddedCorpus.of(
-        cached_table(out / FEATURES, of, embed_candidates)
+        cached_table(out / FEATURES, key, embed_candidates)
         if truth is None
         else embed_candidates()[0],
         parts,

@@ -83,16 +83,18 @@ def evaluate(
     judged = {name: fingerprint(fetch_network(path)) for name, path in judges.paths.items()}
     clip, size = ClipFeatures(judges.clip), size or _size(next(iter(sets.values())))
     connect(2 + ACTORS)
-    real, of, shown = _reference(reference, out, judges, {"judges": judged, "size": size}, clip)
+    real, reference_record, shown = _reference(
+        reference, out, judges, {"judges": judged, "size": size}, clip
+    )
     filtered = real.without(set(leave_out)) if leave_out is not None else None
     figures, embedded_sets = {}, {}
     for name, source in sets.items():
         embedded = _embed(name, source, size, out, judges)
         embedded_sets[name] = embedded[CLIP]
         asked = {
-            "reference": of,
+            "reference": reference_record,
             "left_out": None if leave_out is None else sorted(leave_out),
-            "set": [one.digest for one in embedded.values()],
+            "set": [corpus.digest for corpus in embedded.values()],
         }
         row, _ = cached_result(
             f"{out}/sets/{name}.json",
@@ -193,7 +195,7 @@ def _reference(
             )
         return real, fingerprint(storage.fetch(storage.absolute(path))), None
     embedded = _embed("reference", path, asked["size"], out, judges)
-    about = {**asked, "of": [one.digest for one in embedded.values()]}
+    about = {**asked, "of": [corpus.digest for corpus in embedded.values()]}
     try:
         real, before = Reference.load(f"{out}/{REFERENCE}")
     except (storage.StorageError, MetricError):
@@ -217,9 +219,9 @@ def _embed(
         network: embed_corpus(source, path, size, f"{out}/features/{name}-{network}.parquet")
         for network, path in judges.paths.items()
     }
-    if len({tuple(one.names) for one in embedded.values()}) > 1:
+    if len({tuple(corpus.names) for corpus in embedded.values()}) > 1:
         counts = " and ".join(
-            f"{len(one.names):,} by {network}" for network, one in embedded.items()
+            f"{len(corpus.names):,} by {network}" for network, corpus in embedded.items()
         )
         raise UserError(
             f"Not the same pictures of {source} could be read for each network ({counts}); "
@@ -337,7 +339,7 @@ def _table(sets: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _about(found: dict[str, Any]) -> str:
-    """What the sets are compared with, and by which features."""
+    """Text of the page: the reference of the comparison, and the features."""
     real = found["reference"]
     return (
         f"Compared with {real['images']:,} images of {real['source']}, at {found['size']} pixels; "

@@ -211,8 +211,8 @@ def _pairs(
     """
     rows = [int(row) for row in rows]
     pictures_read, originals = (
-        read_rows(embedded.parts, [embedded.places[n] for n in of])
-        for embedded, of in ((side, rows), (trained, found.rows[rows]))
+        read_rows(embedded.parts, [embedded.places[n] for n in chosen])
+        for embedded, chosen in ((side, rows), (trained, found.rows[rows]))
     )
     groups, images, labels, copies = [], [], [], 0
     for row in rows:

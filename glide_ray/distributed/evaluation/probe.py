@@ -65,10 +65,10 @@ def probe(
         f"{out}/{PICTURES}", clip, f"{out}/features.parquet", seeds * len(prompts)
     )
     colours = np.stack([image.mean((0, 1)) for image in images])
-    of = [slice(n * seeds, (n + 1) * seeds) for n in range(len(prompts))]
+    rows_by_prompt = [slice(n * seeds, (n + 1) * seeds) for n in range(len(prompts))]
     groups = [
         Group(prompt, features[rows], colours[rows])
-        for prompt, rows in zip(prompts, of, strict=True)
+        for prompt, rows in zip(prompts, rows_by_prompt, strict=True)
     ]
     words = list(dict.fromkeys(words))
     meant = dict(zip(words, ClipFeatures(clip).words(words), strict=True)) if words else {}
@@ -77,7 +77,7 @@ def probe(
         "guidance_scale": config.options.guidance_scale,
         **measure(groups, meant),
     }
-    _write(out, found, list(zip(*(images[rows] for rows in of), strict=True)))
+    _write(out, found, list(zip(*(images[rows] for rows in rows_by_prompt), strict=True)))
     return found
 
 
