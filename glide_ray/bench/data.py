@@ -46,11 +46,11 @@ def bench_data(corpus: str, repeats: int = 3, images: int = 3 * FEW) -> dict[str
     pictures = _pictures(corpus)
     workers = _workers()
     with tempfile.TemporaryDirectory() as folder:
-        shards, one, many = (Path(folder) / name for name in ("shards", "one", "many"))
+        shards, one_shard, many_shards = (Path(folder) / name for name in ("shards", "one", "many"))
         for path, per_shard in (
             (shards, images // SHARDS),
-            (one, images),
-            (many, -(-images // MANY_SHARDS)),
+            (one_shard, images),
+            (many_shards, -(-images // MANY_SHARDS)),
         ):
             write_shards(path, again(pictures, images), per_shard)
         stream(shards, workers)  # warm-up: the first epoch starts Ray's worker processes
@@ -59,7 +59,7 @@ def bench_data(corpus: str, repeats: int = 3, images: int = 3 * FEW) -> dict[str
             for _ in range(repeats)
         ]
         costs = [
-            (_seconds(stream(one, workers)), _seconds(stream(many, workers)))
+            (_seconds(stream(one_shard, workers)), _seconds(stream(many_shards, workers)))
             for _ in range(repeats)
         ]
     ratios = [ours / theirs for ours, theirs in pairs]
@@ -72,8 +72,10 @@ def bench_data(corpus: str, repeats: int = 3, images: int = 3 * FEW) -> dict[str
         "ratio_min": round(min(ratios), 2),
         "ratio_max": round(max(ratios), 2),
         "pairs": repeats,
-        "epoch_s_1_shard": round(statistics.median(one for one, _ in costs), 2),
-        f"epoch_s_{MANY_SHARDS}_shards": round(statistics.median(many for _, many in costs), 2),
+        "epoch_s_1_shard": round(statistics.median(one_shard for one_shard, _ in costs), 2),
+        f"epoch_s_{MANY_SHARDS}_shards": round(
+            statistics.median(many_shards for _, many_shards in costs), 2
+        ),
     }
 
 
@@ -166,11 +168,11 @@ def stream(shards: Path, workers: Sequence) -> tuple[float, Arrivals]:
         0,
         Tally.remote(),
     )
-    came = ray.get(
+    answers = ray.get(
         [worker.epoch.remote(feeder, rank, world) for rank, worker in enumerate(workers)]
     )
-    return min(began for began, _ in came), sorted(
-        arrival for _, arrivals in came for arrival in arrivals
+    return min(began for began, _ in answers), sorted(
+        arrival for _, arrivals in answers for arrival in arrivals
     )
 
 

@@ -272,14 +272,14 @@ def _latencies(url: str, fields: dict[str, Any], seconds: float) -> dict[str, An
     """
     rates = {}
     for name in ("step", "whole"):
-        came = load.Clients(
+        answers = load.Clients(
             f"{url}/{name}",
             load.bodies(1000, STEPS, 3, **fields),
             clients=CONCURRENT_REQUESTS,
             seconds=seconds / 2,
         ).answers()
-        rates[name] = sum(answer.status == 200 for answer in came) / max(
-            answer.at + answer.seconds for answer in came
+        rates[name] = sum(answer.status == 200 for answer in answers) / max(
+            answer.at + answer.seconds for answer in answers
         )
         log.info(f"{name}: {rates[name]:.3f} requests/s at saturation")
     figures = {
@@ -291,9 +291,9 @@ def _latencies(url: str, fields: dict[str, Any], seconds: float) -> dict[str, An
         times = load.poisson(0.7 * rate, seconds, 4)
         bodies, latencies = load.bodies(len(times), STEPS, 5, **fields), {}
         for name in ("step", "whole"):
-            came = load.Clients(f"{url}/{name}", bodies, times).answers()
-            latencies[name] = [answer.seconds for answer in came if answer.status == 200]
-            figures[f"{prefix}{name}_answered"] = f"{len(latencies[name])} of {len(came)}"
+            answers = load.Clients(f"{url}/{name}", bodies, times).answers()
+            latencies[name] = [answer.seconds for answer in answers if answer.status == 200]
+            figures[f"{prefix}{name}_answered"] = f"{len(latencies[name])} of {len(answers)}"
             for part in (50, 95):
                 figures[f"{prefix}{name}_p{part}_s"] = round(
                     _quantile(latencies[name], part / 100), 2
@@ -316,14 +316,16 @@ def _overload(url: str, fields: dict[str, Any], rate: float, p95: float) -> dict
     """
     times = load.poisson(rate, OVERLOAD_SECONDS, 6)
     before = _memory()
-    came = load.Clients(f"{url}/step", load.bodies(len(times), STEPS, 7, **fields), times).answers()
-    after, admitted = _memory(), [answer.seconds for answer in came if answer.status == 200]
-    refused = [answer for answer in came if answer.status == 429]
+    answers = load.Clients(
+        f"{url}/step", load.bodies(len(times), STEPS, 7, **fields), times
+    ).answers()
+    after, admitted = _memory(), [answer.seconds for answer in answers if answer.status == 200]
+    refused = [answer for answer in answers if answer.status == 429]
     figures = {
-        "overload_requests": len(came),
+        "overload_requests": len(answers),
         "overload_admitted": len(admitted),
         "overload_429": len(refused),
-        "overload_other": len(came) - len(admitted) - len(refused),
+        "overload_other": len(answers) - len(admitted) - len(refused),
         "overload_p95_s": round(_quantile(admitted, 0.95), 2),
         "overload_p95_ratio": round(_quantile(admitted, 0.95) / p95, 2),
         "refused_p95_ms": _ms([_quantile([answer.seconds for answer in refused], 0.95)]),

@@ -174,9 +174,9 @@ def _train_and_measure(name: str, images: int, settings: Sequence[str], steps: i
     process = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak, VmHWM
     times = train(preset, steps)
-    taken = _resident("VmHWM") - process
+    used = _resident("VmHWM") - process
     peak = measured_peak(DTYPES[training_precision(preset.train.precision, "cpu")])
-    print(json.dumps({"bytes": taken, "process": process, "step_s": min(times), "peak": peak}))
+    print(json.dumps({"bytes": used, "process": process, "step_s": min(times), "peak": peak}))
 
 
 def _resident(field: str) -> int:

@@ -172,14 +172,16 @@ class DiffusionConfig(Frozen):
             def power(t: float) -> float:  # t in [0, 1]
                 return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
 
-            kept = [
+            signal_kept = [
                 max(power((n + 1) / self.steps) / power(n / self.steps), 1 - COSINE_BETA_MAX)
                 for n in range(self.steps)
             ]
         else:
             first, last = 1000 / self.steps * 1e-4, 1000 / self.steps * 0.02
-            kept = [1 - (first + (last - first) * n / (self.steps - 1)) for n in range(self.steps)]
-        return list(accumulate(kept, operator.mul))
+            signal_kept = [
+                1 - (first + (last - first) * n / (self.steps - 1)) for n in range(self.steps)
+            ]
+        return list(accumulate(signal_kept, operator.mul))
 
 
 class SamplingConfig(Frozen):

@@ -94,14 +94,14 @@ def _candidates(hashes: np.ndarray) -> Iterator[np.ndarray]:
         )
         order = np.argsort(band, kind="stable")
         band, sorted_hashes = band[order], hashes[order]
-        here, apart = np.arange(len(order)), 0
-        # `here`: sorted rows whose bands agree with those of the row `apart` places further on
-        while len(here):
+        start, apart = np.arange(len(order)), 0
+        # `start`: sorted rows whose bands agree with those of the row `apart` places further on
+        while len(start):
             apart += 1
-            here = here[: np.searchsorted(here, len(order) - apart)]
-            here = here[band[here] == band[here + apart]]
-            near = here[
-                np.bitwise_count(sorted_hashes[here] ^ sorted_hashes[here + apart]) <= MAX_BITS
+            start = start[: np.searchsorted(start, len(order) - apart)]
+            start = start[band[start] == band[start + apart]]
+            near = start[
+                np.bitwise_count(sorted_hashes[start] ^ sorted_hashes[start + apart]) <= MAX_BITS
             ]
             yield np.stack([order[near], order[near + apart]], axis=1)
 

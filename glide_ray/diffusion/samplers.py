@@ -152,15 +152,17 @@ def dpm_solver_step(step_input: StepInput) -> Step:
     x0 = _guided_x0(step_input)
     alpha_bar, previous = schedule.at("alpha_bar", i), schedule.at("alpha_bar_prev", i)
     last = schedule.at("last", i)
-    here, there, before = (
+    lambda_now, lambda_next, lambda_previous = (
         _half_log_snr(level) for level in (alpha_bar, previous, schedule.at("alpha_bar_next", i))
     )
-    h = torch.where(last, 1.0, there - here)
+    h = torch.where(last, 1.0, lambda_next - lambda_now)
     # The paper's 1 / 2r, where r = size of the previous step / size of this one, clamped to 1/2:
     # evenly spaced timesteps end in steps that are long in lambda, where linear extrapolation fails
     # (measured on Gaussian data: larger error than DDIM).
     weight = torch.where(
-        (history.count > 0).reshape(-1, 1, 1, 1), (h / (2 * (here - before))).clamp(max=0.5), 0.0
+        (history.count > 0).reshape(-1, 1, 1, 1),
+        (h / (2 * (lambda_now - lambda_previous))).clamp(max=0.5),
+        0.0,
     ).float()
     direction = x0 + weight * (x0 - history.past[:, 0])
     moved = ((1 - previous) / (1 - alpha_bar)).sqrt().float() * x - (

@@ -137,10 +137,12 @@ def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[PictureReque
     if not rows:
         raise UserError(f"{path} holds no prompt; write one per line.")
     requests = []
-    for prompt, own in rows:
+    for prompt, own_seed in rows:
         requests += [
             PictureRequest(
-                number, prompt, seed + number if own is None else own + number - len(requests)
+                number,
+                prompt,
+                seed + number if own_seed is None else own_seed + number - len(requests),
             )
             for number in range(len(requests), len(requests) + per_prompt)
         ]

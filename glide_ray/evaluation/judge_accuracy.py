@@ -68,22 +68,22 @@ def _unseen(corpus: str, judge: Judge, size: int) -> dict[str, Any]:
     ]
     verdicts = []
     for thing in dict.fromkeys(row.emoji for row in rows):
-        own = single_cases(
+        cases = single_cases(
             UNSEEN,
             [row for row in rows if row.emoji == thing],
             sum(row.emoji == thing for row in rows),
         )
-        shapes = judge.shapes_of([case.picture for case in own])
-        shown = judge.verdicts(own, [resized(case.picture, size) for case in own])
-        small = judge.shapes_of([resized(case.picture, size) for case in own])
-        for n, case in enumerate(own):
-            others = [m for m in range(len(own)) if m != n]
+        shapes = judge.shapes_of([case.picture for case in cases])
+        of_thing = judge.verdicts(cases, [resized(case.picture, size) for case in cases])
+        small = judge.shapes_of([resized(case.picture, size) for case in cases])
+        for n, case in enumerate(cases):
+            others = [m for m in range(len(cases)) if m != n]
             if others:
                 known = replace(
                     judge, things=judge.things.adding(shapes[others], [thing] * len(others))
                 )
                 verdicts.append(
-                    {**shown[n], THING: known.things_shown([case], small[n : n + 1])[0]}
+                    {**of_thing[n], THING: known.things_shown([case], small[n : n + 1])[0]}
                 )
     return shares(verdicts)
 

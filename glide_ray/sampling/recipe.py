@@ -137,15 +137,17 @@ class ModelSet:
         self, task: str, prompt: str, seed: int, options: SampleOptions, strength: float = 1.0
     ) -> Recipe:
         """The recipe of a request to these models, whose defaults fill unset options."""
-        own = {
+        defaults = {
             "sampler": self.base.sampling.sampler,
             "steps": self.base.sampling.respacing,
             "guidance_scale": self.base.sampling.guidance_scale,
         }
         if self.upsampler is not None:
-            own["upsampler_steps"] = self.upsampler.sampling.respacing
+            defaults["upsampler_steps"] = self.upsampler.sampling.respacing
         filled = options.model_copy(
-            update={name: value for name, value in own.items() if getattr(options, name) is None}
+            update={
+                name: value for name, value in defaults.items() if getattr(options, name) is None
+            }
         )
         models = {
             role: used for role, used in self.models.items() if role != "clip" or options.clip_scale
@@ -243,16 +245,16 @@ def find_models(recipe: Recipe, elsewhere: Mapping[str, Path | None]) -> dict[st
     return found
 
 
-def _path_of(role: str, used: ModelUsed, elsewhere: Path | None) -> Path:
+def _path_of(role: str, model: ModelUsed, elsewhere: Path | None) -> Path:
     """Expected path of a model's weights.
 
     If nothing exists at the recorded path, falls back to the shipped file with the same SHA-256.
     """
-    path = Path(elsewhere or used.path)
+    path = Path(elsewhere or model.path)
     if str(path) == SHIPPED:
         return Path(shipped.locate(SHIPPED, role))
     exists = path.name and path.exists()
-    return path if exists or elsewhere else shipped.with_sha256(used.sha256) or path
+    return path if exists or elsewhere else shipped.with_sha256(model.sha256) or path
 
 
 def reproduce_picture(

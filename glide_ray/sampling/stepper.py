@@ -136,8 +136,11 @@ class Stepper:
 
     def _sample(self, request: SampleRequest) -> ActiveSample:
         """The state of a new sample. Raises UserError for an invalid request."""
-        own = self.config.sampling
-        sampler, respacing = request.sampler or own.sampler, request.respacing or own.respacing
+        defaults = self.config.sampling
+        sampler, respacing = (
+            request.sampler or defaults.sampler,
+            request.respacing or defaults.respacing,
+        )
         check_sampler(sampler)
         check_strength(request.strength)
         check_clip(request.clip_scale, self.critic is not None and request.clip_text is not None)
@@ -151,7 +154,7 @@ class Stepper:
             request=request,
             respacing=respacing,
             sampler=sampler,
-            guidance_scale=own.guidance_scale if scale is None else scale,
+            guidance_scale=defaults.guidance_scale if scale is None else scale,
             generator=torch.Generator().manual_seed(request.seed),
             has_known_pixels=request.has_known_pixels,
         )

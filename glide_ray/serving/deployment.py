@@ -98,11 +98,11 @@ def _stages(
     prefix: str,
 ) -> tuple[serve.Application, ...]:
     """Deployments of a model's base stage and, if it has one, its upsampler stage."""
-    own = model.config
+    settings = model.config
     base, upsampler = kinds
-    stages = [(base, own.base_scale, own.base, own.clip)]
-    if own.upsampler is not None:
-        stages.append((upsampler, own.upsampler_scale, own.upsampler, None))
+    stages = [(base, settings.base_scale, settings.base, settings.clip)]
+    if settings.upsampler is not None:
+        stages.append((upsampler, settings.upsampler_scale, settings.upsampler, None))
     return tuple(
         serve.deployment(name=prefix + kind.role, **_stage_options(scale, share, config))(
             kind

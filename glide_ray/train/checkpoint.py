@@ -120,11 +120,11 @@ class Checkpoints:
         that step is removed: a start repeats a step only if that checkpoint could not be read.
         """
         complete = self.list_complete()
-        own = {entry.step for entry in complete if entry.path.endswith(f"-{start}")}
+        own_steps = {entry.step for entry in complete if entry.path.endswith(f"-{start}")}
         again = [
             entry
             for entry in complete
-            if entry.step in own and not entry.path.endswith(f"-{start}")
+            if entry.step in own_steps and not entry.path.endswith(f"-{start}")
         ]
         rest = [entry for entry in complete if entry not in again]
         for entry in [

@@ -238,9 +238,9 @@ class CheckpointWriter:
 
 def _write_files(folder: Path, write: Callable[[Path], None]) -> list[Path]:
     """Run `write` and return its files, moved to a folder that other ranks may write to as well."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as own:
-        write(Path(own))
-        return [file.rename(folder / file.name) for file in sorted(Path(own).iterdir())]
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
+        write(Path(temporary))
+        return [file.rename(folder / file.name) for file in sorted(Path(temporary).iterdir())]
 
 
 def _error_sentence(error: Exception) -> str:

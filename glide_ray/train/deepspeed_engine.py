@@ -152,12 +152,16 @@ def set_adam_steps(engine, steps: float) -> None:
         optimizer.state[tensor]["step"].fill_(steps)
 
 
-def set_masters(engine, own: Sequence[ParamSlice], weights: Mapping[str, Tensor]) -> None:
+def set_masters(engine, slices: Sequence[ParamSlice], weights: Mapping[str, Tensor]) -> None:
     """Load whole parameters by name, exactly into `masters`, and update the network from these."""
     flat = masters(engine)
-    for piece in own:
+    for param_slice in slices:
         put_slice(
-            flat, piece, weights[piece.name].reshape(-1)[piece.start : piece.start + piece.count]
+            flat,
+            param_slice,
+            weights[param_slice.name].reshape(-1)[
+                param_slice.start : param_slice.start + param_slice.count
+            ],
         )
     refresh(engine)
 

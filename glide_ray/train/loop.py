@@ -192,8 +192,8 @@ class Trainer:
     def save(self, folder: Path) -> None:
         """Write this rank's shard of a checkpoint; rank 0 also writes config and progress."""
         # Under stage 0 every rank holds the full state, and rank 0 alone writes it.
-        own = self.param_slices if self.preset.train.zero_stage or self.rank == 0 else []
-        partition.save_part(partition.part_path(folder, self.rank), own, self.state())
+        slices = self.param_slices if self.preset.train.zero_stage or self.rank == 0 else []
+        partition.save_part(partition.part_path(folder, self.rank), slices, self.state())
         if self.rank == 0:
             write_progress(folder, self.preset, self.progress, self._optimizer_state())
 

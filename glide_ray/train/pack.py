@@ -123,11 +123,11 @@ def _read_run(checkpoint: str, ema_rate: float | None) -> Trained:
 
 def sources_of(preset: Preset) -> tuple[Source, ...]:
     """Sources of a run: those of its corpus and of the weights that it started from."""
-    own, start = corpus_sources(preset.data.corpus), preset.train.start_from
+    corpus, start = corpus_sources(preset.data.corpus), preset.train.start_from
     if not start or not (start == SHIPPED or storage.exists(start)):
-        return own
+        return corpus
     before = shipped.fetch(start, preset.model.role)
-    return union(own, sources_in(load_metadata(before), before))
+    return union(corpus, sources_in(load_metadata(before), before))
 
 
 def corpus_sources(corpus: str) -> tuple[Source, ...]:

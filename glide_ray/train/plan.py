@@ -55,9 +55,9 @@ def step_time(
     compute = (4 if train.activation_checkpointing else 3) * cost * share / flops
     times = {0: 2, 1: 3, 2: 1 + 2 * calls, 3: 3 * calls}[stage]
     communication = times * width * elements * (world - 1) / world / machine.link
-    own = elements / world
+    shard = elements / world
     offload = (
-        (2 * width * own / PCIE + own / HOST_ADAM)
+        (2 * width * shard / PCIE + shard / HOST_ADAM)
         if train.offload_optimizer and machine.device != "cpu"
         else 0.0
     )

@@ -194,9 +194,9 @@ def _batches_of_all_ranks(all_rows: Batch, world: int, micro_batch: int) -> Iter
         torch.cat([all_rows.rows, filling - 1]),
     )
     for rank in range(world):
-        own = replace(all_rows[places[rank::world]], rows=rows[rank::world])
-        for start in range(0, len(own.image), micro_batch):
-            yield own[start : start + micro_batch]
+        of_rank = replace(all_rows[places[rank::world]], rows=rows[rank::world])
+        for start in range(0, len(of_rank.image), micro_batch):
+            yield of_rank[start : start + micro_batch]
 
 
 def _device() -> str:

@@ -77,12 +77,12 @@ class SingleTrainer:
 
     def _optimizer(self, model: torch.nn.Module) -> torch.optim.AdamW:
         """AdamW over the masters, in the parameter groups of their parameters."""
-        master = {
-            id(parameter): own
-            for parameter, own in zip(model.parameters(), self.masters, strict=True)
+        master_of = {
+            id(parameter): master
+            for parameter, master in zip(model.parameters(), self.masters, strict=True)
         }
         groups = [
-            {**group, "params": [master[id(parameter)] for parameter in group["params"]]}
+            {**group, "params": [master_of[id(parameter)] for parameter in group["params"]]}
             for group in parameter_groups(model, self.preset.train)
         ]
         return torch.optim.AdamW(
@@ -135,11 +135,11 @@ class SingleTrainer:
         """
         parameters = list(self.network.parameters())
         if self.masters[0] is not parameters[0]:
-            for own, parameter in zip(self.masters, parameters, strict=True):
-                own.grad = None if parameter.grad is None else parameter.grad.float()
+            for master, parameter in zip(self.masters, parameters, strict=True):
+                master.grad = None if parameter.grad is None else parameter.grad.float()
                 parameter.grad = None
         norm = torch.nn.utils.get_total_norm(
-            [own.grad for own in self.masters if own.grad is not None]
+            [master.grad for master in self.masters if master.grad is not None]
         )
         finite = bool(torch.isfinite(norm))
         self._skipped = 0 if finite else self._skipped + 1
@@ -196,29 +196,29 @@ class SingleTrainer:
     def param_slices(self) -> list[ParamSlice]:
         """One slice per parameter, each covering the whole parameter."""
         return [
-            ParamSlice(name, tuple(own.shape), 0, own.numel(), number, 0)
-            for number, (name, own) in enumerate(zip(self.names, self.masters, strict=True))
+            ParamSlice(name, tuple(master.shape), 0, master.numel(), number, 0)
+            for number, (name, master) in enumerate(zip(self.names, self.masters, strict=True))
         ]
 
     def state(self) -> State:
         """Training state: weights, Adam's moments and EMA."""
-        for own in self.masters:
-            kept = self.optimizer.state[own]
+        for master in self.masters:
+            kept = self.optimizer.state[master]
             if FIRST not in kept:
                 # torch's fused AdamW requires the step count on the parameter's device.
                 kept.update(
                     {
-                        "step": torch.zeros((), device=own.device),
-                        FIRST: torch.zeros_like(own),
-                        SECOND: torch.zeros_like(own),
+                        "step": torch.zeros((), device=master.device),
+                        FIRST: torch.zeros_like(master),
+                        SECOND: torch.zeros_like(master),
                     }
                 )
         moments = {
-            kind: [self.optimizer.state[own][kind] for own in self.masters]
+            kind: [self.optimizer.state[master][kind] for master in self.masters]
             for kind in (FIRST, SECOND)
         }
         return {
-            WEIGHTS: [own.detach() for own in self.masters],
+            WEIGHTS: [master.detach() for master in self.masters],
             **moments,
             **{f"{AVERAGE}/{rate:g}": average for rate, average in self.ema.averages.items()},
         }
@@ -240,8 +240,8 @@ class SingleTrainer:
             path,
         )
         with torch.no_grad():
-            for name, own in zip(self.names, self.masters, strict=True):
-                own.copy_(state[name])
+            for name, master in zip(self.names, self.masters, strict=True):
+                master.copy_(state[name])
         self.refresh()
         self.ema.restart()
 
@@ -256,6 +256,6 @@ class SingleTrainer:
         """Resume from a checkpoint written with any number of workers. Raises CheckpointError."""
         self.progress, optimizer = read_progress(folder, self.preset)
         load_parts(folder, self.param_slices(), self.state())
-        for own in self.masters:
-            self.optimizer.state[own]["step"].fill_(optimizer["adam_steps"])
+        for master in self.masters:
+            self.optimizer.state[master]["step"].fill_(optimizer["adam_steps"])
         self.refresh()

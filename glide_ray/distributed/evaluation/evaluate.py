@@ -138,20 +138,20 @@ def generate_sets(
         for n in range(images)
     ]
     storage.put("".join(f"{line}\n" for line in lines).encode(), f"{out}/{PROMPTS}")
-    own = config.options
+    options_of_config = config.options
     sets = {
-        UNGUIDED if scale == 1 else f"guidance-{scale:g}": own.model_copy(
+        UNGUIDED if scale == 1 else f"guidance-{scale:g}": options_of_config.model_copy(
             update={"guidance_scale": scale, "clip_scale": 0.0}
         )
         for scale in scales
     }
     sets |= {
-        UNGUIDED if scale == 0 else f"clip-{scale:g}": own.model_copy(
+        UNGUIDED if scale == 0 else f"clip-{scale:g}": options_of_config.model_copy(
             update={"guidance_scale": 1.0, "clip_scale": scale}
         )
         for scale in clip_scales
     }
-    for name, options in (sets := sets or {"made": own}).items():
+    for name, options in (sets := sets or {"made": options_of_config}).items():
         log.info(f"{name}: {images:,} pictures")
         needed = config.model_copy(
             update={"options": options, "clip": config.clip if options.clip_scale else None}

@@ -91,8 +91,8 @@ class Feeder:
 
     def _assemble(self) -> None:
         """Assemble the next batch from the rest of the last block and from new blocks."""
-        batch, wanted = [], self._batch
-        while wanted:
+        batch, missing = [], self._batch
+        while missing:
             if not self._left:
                 block, rows = next(self._blocks, (None, 0))
                 if block is None:
@@ -104,11 +104,11 @@ class Feeder:
                     self._left.append((block, skipped, rows))
                 continue
             block, start, stop = self._left.popleft()
-            taken = min(wanted, stop - start)
-            batch.append((block, start, start + taken))
-            wanted -= taken
-            if start + taken < stop:
-                self._left.appendleft((block, start + taken, stop))
+            count = min(missing, stop - start)
+            batch.append((block, start, start + count))
+            missing -= count
+            if start + count < stop:
+                self._left.appendleft((block, start + count, stop))
         self._batches[self._next] = batch
         self._batches.pop(self._next - KEPT, None)
         self._next += 1
@@ -130,13 +130,13 @@ def micro_batches(feeder, epoch: Epoch, share: BatchSplit) -> Iterator[dict[str,
 
 def _rows(segments: Sequence[Segment], start: int, stop: int) -> dict[str, list]:
     """Rows `start` to `stop` of a batch; only the blocks that contain them are fetched."""
-    wanted, position = [], 0
+    pieces, position = [], 0
     for block, low, high in segments:
         first, last = max(start - position, 0), min(stop - position, high - low)
         if first < last:
-            wanted.append((block, low + first, last - first))
+            pieces.append((block, low + first, last - first))
         position += high - low
-    blocks = ray.get([block for block, _, _ in wanted])
+    blocks = ray.get([block for block, _, _ in pieces])
     return pyarrow.concat_tables(
-        [block.slice(first, count) for block, (_, first, count) in zip(blocks, wanted, strict=True)]
+        [block.slice(first, count) for block, (_, first, count) in zip(blocks, pieces, strict=True)]
     ).to_pydict()

@@ -141,7 +141,7 @@ def _fit(preset: Preset, out: str, board, tally, feeder, on_gpu: bool) -> None:
     train = preset.train
     elastic = train.min_workers not in (None, train.workers)
     # For Ray Train's own files of the run; CheckpointWriter writes the checkpoints to `out`.
-    with tempfile.TemporaryDirectory(prefix="glide-ray-train-") as own:
+    with tempfile.TemporaryDirectory(prefix="glide-ray-train-") as scratch:
         Trainer(
             run_rank,
             train_loop_config={
@@ -160,7 +160,7 @@ def _fit(preset: Preset, out: str, board, tally, feeder, on_gpu: bool) -> None:
             ),
             run_config=RunConfig(
                 name="run",
-                storage_path=own,
+                storage_path=scratch,
                 failure_config=FailureConfig(max_failures=train.max_failures),
                 callbacks=[_FailureEvents(board)],
             ),
