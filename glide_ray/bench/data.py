@@ -32,10 +32,10 @@ from ..train.batch_split import BatchSplit
 
 PROCESSES, BATCH = 2, 64  # worker processes on each side, images per batch
 # Shards of the throughput comparison and of the many-shard epoch; images of the two memory runs
-SHARDS, MANY_SHARDS, FEW, MANY = 8, 64, 10_000, 100_000
+SHARDS, MANY_SHARDS, SMALL_CORPUS, LARGE_CORPUS = 8, 64, 10_000, 100_000
 
 
-def bench_data(corpus: str, repeats: int = 3, images: int = 3 * FEW) -> dict[str, Any]:
+def bench_data(corpus: str, repeats: int = 3, images: int = 3 * SMALL_CORPUS) -> dict[str, Any]:
     """Images per second of the stream and of webdataset, measured alternately `repeats` times.
 
     Work per image: decode, crop to 64 pixels, tokenise the caption. The shards, in a temporary
@@ -80,22 +80,22 @@ def bench_data(corpus: str, repeats: int = 3, images: int = 3 * FEW) -> dict[str
 
 
 def bench_memory(corpus: str) -> dict[str, Any]:
-    """Peak memory in MiB of all processes of the stream, over FEW and over MANY images.
+    """Peak memory in MiB of all processes of the stream, for SMALL_CORPUS and LARGE_CORPUS images.
 
     Both corpora repeat the same pictures, so a ratio of 1 means that memory does not grow with the
     corpus. Raises UserError without 256-pixel WebP pictures.
     """
     pictures, workers, peaks = _pictures(corpus), _workers(), {}
     with tempfile.TemporaryDirectory() as folder:
-        for count in (FEW, MANY):
+        for count in (SMALL_CORPUS, LARGE_CORPUS):
             write_shards(Path(folder) / str(count), again(pictures, count), 1000)
-        stream(Path(folder) / str(FEW), workers)
-        for count in (FEW, MANY):
+        stream(Path(folder) / str(SMALL_CORPUS), workers)
+        for count in (SMALL_CORPUS, LARGE_CORPUS):
             with Peak() as peak:
                 stream(Path(folder) / str(count), workers)
             peaks[count] = peak.bytes / 2**20
     return {f"peak_mib_{count}": round(peak) for count, peak in peaks.items()} | {
-        "ratio": round(peaks[MANY] / peaks[FEW], 3)
+        "ratio": round(peaks[LARGE_CORPUS] / peaks[SMALL_CORPUS], 3)
     }
 
 

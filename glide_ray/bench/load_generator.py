@@ -22,7 +22,7 @@ from typing import Any
 
 import httpx
 
-PATIENCE = 600.0  # client timeout in seconds
+TIMEOUT_SECONDS = 600.0  # client timeout in seconds
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,9 @@ async def _closed(client: httpx.AsyncClient, plan: dict[str, Any]) -> list[Reque
 async def _main() -> None:
     plan = json.loads(sys.stdin.read())
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    async with httpx.AsyncClient(base_url=plan["url"], timeout=PATIENCE, limits=limits) as client:
+    async with httpx.AsyncClient(
+        base_url=plan["url"], timeout=TIMEOUT_SECONDS, limits=limits
+    ) as client:
         answers = await (_open if plan["at"] is not None else _closed)(client, plan)
     json.dump([asdict(answer) for answer in answers], sys.stdout)
 

@@ -42,7 +42,7 @@ from .stream import Tally, in_order, ray_data, task_errors
 log = logging.getLogger(__name__)
 
 JOB = "job.json"  # beside generated pictures: the settings and models that made them
-ROWS_AT_ONCE = 64  # rows in a batch of an actor
+ROWS_PER_BATCH = 64  # rows in a batch of an actor
 ACTORS = 2  # on a cluster without GPUs
 # images; up to this many are embedded in this process, since starting actors takes some 10 s
 INLINE_IMAGES = 128
@@ -117,8 +117,8 @@ def embed(
 
     def blocks(number: int, part: Part, report: Report) -> Iterator[pyarrow.Table]:
         rows = _rows(number, part, truth, group, report)
-        while block := list(itertools.islice(rows, ROWS_AT_ONCE)):
-            yield pyarrow.Table.from_pylist(block, READ)
+        while block := list(itertools.islice(rows, ROWS_PER_BATCH)):
+            yield pyarrow.Table.from_pylist(block, READ_SCHEMA)
 
     counts = [part.count or len(part.files) for part in parts]
     run = _in_process if all(counts) and sum(counts) <= INLINE_IMAGES else _by_actors
@@ -173,7 +173,7 @@ def _by_actors(
         Embedder,
         fn_constructor_args=(*embedder, max(1, (os.cpu_count() or 1) // ACTORS)),
         batch_format="pyarrow",
-        batch_size=ROWS_AT_ONCE,
+        batch_size=ROWS_PER_BATCH,
         concurrency=min(len(parts), gpus or ACTORS),
         num_gpus=1 if gpus else 0,
     )
@@ -184,7 +184,7 @@ def _by_actors(
     )
 
 
-READ = pyarrow.schema(
+READ_SCHEMA = pyarrow.schema(
     [
         ("part", pyarrow.int32()),
         ("position", pyarrow.int32()),

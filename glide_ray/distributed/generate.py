@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 ROLES = ("base", "upsampler", "clip")  # roles of weights files
 PER_FOLDER = 10_000  # pictures in each subfolder
-MOST_BLOCKS = 10_000  # largest number of Ray Data blocks; each has as few pictures as this allows
+MAX_BLOCKS = 10_000  # largest number of Ray Data blocks; each has as few pictures as this allows
 IMAGES_PER_CALL = 8  # batch size of a worker and of its network calls
 
 
@@ -284,7 +284,7 @@ def _make(
             for request in requests
         ]
     )
-    rows = IMAGES_PER_CALL * -(-len(table) // (IMAGES_PER_CALL * MOST_BLOCKS))
+    rows = IMAGES_PER_CALL * -(-len(table) // (IMAGES_PER_CALL * MAX_BLOCKS))
     # The unit of work that is repeated when a worker is lost.
     blocks = [table.slice(start, rows) for start in range(0, len(table), rows)]
     tables = (

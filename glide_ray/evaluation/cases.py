@@ -51,7 +51,7 @@ SCENES = {
 }
 SCENE_SEED = 20211220  # not the corpus's seed, whose scenes are training data
 # Distance between the first seeds of two categories, so that no two pictures share their noise.
-SEEDS_APART = 10_000
+SEEDS_PER_CATEGORY = 10_000
 TRIES = 400  # maximum number of scenes composed per scene wanted
 
 
@@ -265,4 +265,4 @@ def make_cases(
 
 def first_seed(category: str, seed: int) -> int:
     """Seed of a category's first prompt; the seeds of the others count up from it."""
-    return seed + SEEDS_APART * (*CATEGORIES, NEW).index(category)
+    return seed + SEEDS_PER_CATEGORY * (*CATEGORIES, NEW).index(category)

@@ -42,7 +42,7 @@ def fit(
     corpus: str,
     extractor: FeatureExtractor | None = None,
     asked: int = words.ASKED,
-    least_styles: int = words.LEAST_STYLES,
+    least_styles: int = words.MIN_STYLES,
     scenes: int = COUNTED_SCENES,
 ) -> Judge:
     """Fit a judge to a corpus.

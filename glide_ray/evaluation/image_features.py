@@ -18,7 +18,7 @@ from .features import POOLED
 from .metrics import MetricError, Moments
 
 # Maximum number of the reference's captions that serve as classes where there is no Inception.
-KINDS = 256
+MAX_CLASSES = 256
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Reference:
     @cached_property
     def kinds(self) -> np.ndarray:
         distinct = np.unique(self.images.words[self.images.captioned], axis=0)
-        return distinct[np.random.default_rng(0).permutation(len(distinct))[:KINDS]]
+        return distinct[np.random.default_rng(0).permutation(len(distinct))[:MAX_CLASSES]]
 
     def without(self, names: Collection[str]) -> Reference:
         """A copy without these images, e.g. those close to a training image (sec. 5.2).

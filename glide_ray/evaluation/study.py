@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 DATABASE, PICTURES = "votes.sqlite", "pictures"
 # Comparisons per attention check, and maximum number of checks, of each question.
-PER_CHECK, MOST_CHECKS = 10, 100
+COMPARISONS_PER_CHECK, MAX_CHECKS = 10, 100
 TRIES = 50  # attempts to draw two captions without a common word
 
 
@@ -348,7 +348,7 @@ def _noise(secret: str, folder: Path, key: tuple[str, int], size: tuple[int, int
 
 
 def _how_many(comparisons: int) -> int:
-    return min(MOST_CHECKS, -(-comparisons // PER_CHECK))
+    return min(MAX_CHECKS, -(-comparisons // COMPARISONS_PER_CHECK))
 
 
 def _words(text: str) -> set[str]:

@@ -12,7 +12,7 @@ from ..data.splits import share
 from ..data.sprites import Sprite
 
 ASKED = 100  # candidates from which the judge chooses a thing's name
-LEAST_STYLES = 6  # styles in which a thing must be drawn; all styles if there are fewer
+MIN_STYLES = 6  # styles in which a thing must be drawn; all styles if there are fewer
 # Words for things that look alike when drawn: at most one name is chosen from each line.
 # A backslash continues a line.
 ALIKE = tuple(
@@ -85,7 +85,7 @@ class Vocabulary:
 def choose(
     rows: Iterable[tuple[str, str, str, str]],
     count: int = ASKED,
-    least_styles: int = LEAST_STYLES,
+    least_styles: int = MIN_STYLES,
     misjudged: Collection[str] = (),
 ) -> Vocabulary:
     """Choose the vocabulary from pictures as (code points, name, group, style).

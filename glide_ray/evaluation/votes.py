@@ -48,7 +48,7 @@ from .pairing import FAILED_SHARE, FIRST, SECOND, TIE, Comparison, Turn, next_tu
 
 BUSY_SECONDS = 30  # maximum wait of a SQLite write for another one
 # Seconds for which a comparison that was shown but not answered is reserved for its rater.
-OPEN_SECONDS = 600
+RESERVED_SECONDS = 600
 # Comparisons sent to a rater's page at once: the next ones load ahead of time, and are there even
 # if the connection is lost.
 PREFETCHED_COMPARISONS = 3
@@ -348,7 +348,7 @@ class Votes:
 
         Without excluded raters.
         """
-        fresh = VOTES.c.answer.is_not(None) | (VOTES.c.given_at > time.time() - OPEN_SECONDS)
+        fresh = VOTES.c.answer.is_not(None) | (VOTES.c.given_at > time.time() - RESERVED_SECONDS)
         others = VOTES.c.rater.not_in([rater, *left_out(_checks(connection))])
         rows = connection.execute(
             select(VOTES.c.comparison, VOTES.c.question, func.count())

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..tensors import Conditioning, ModelOutput, TextFeatures
 from .unet import GlideUNet
 
-WARMING = 3  # calls before a capture: cuDNN tries its algorithms, kernels compile
+WARM_UP_CALLS = 3  # calls before a capture: cuDNN tries its algorithms, kernels compile
 
 
 def row_counts(most: int) -> list[int]:
@@ -93,7 +93,7 @@ class GraphRunner:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(WARMING):
+            for _ in range(WARM_UP_CALLS):
                 self.model(x, timestep, conditioning, text)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()

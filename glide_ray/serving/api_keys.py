@@ -18,7 +18,7 @@ from ..config.models import Frozen
 from ..errors import UserError
 from ..storage import put
 
-VARIABLE = "GLIDE_API_KEYS"  # format: NAME:KEY,NAME:KEY
+KEYS_VARIABLE = "GLIDE_API_KEYS"  # format: NAME:KEY,NAME:KEY
 
 
 class Key(Frozen):
@@ -56,11 +56,11 @@ def read_keys(path: str | None, environment: Mapping[str, str] = os.environ) -> 
                 f"{path} is not an API key file; write one with `glide key`: "
                 f"a JSON object of names, each with the key's sha256."
             ) from None
-    for part in filter(None, environment.get(VARIABLE, "").split(",")):
+    for part in filter(None, environment.get(KEYS_VARIABLE, "").split(",")):
         name, colon, key = part.strip().partition(":")
         if not (name and colon and len(key) >= 16):
             raise UserError(
-                f"{VARIABLE} is malformed; write NAME:KEY,NAME:KEY with keys of at least 16 "
+                f"{KEYS_VARIABLE} is malformed; write NAME:KEY,NAME:KEY with keys of at least 16 "
                 f"characters."
             )
         keys[name] = Key(sha256=key_sha256(key))

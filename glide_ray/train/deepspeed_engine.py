@@ -18,7 +18,7 @@ from torch import Tensor
 from .partition import FIRST, SECOND, ParamSlice, put_slice
 
 # Smallest fp16 loss scale: a smaller one would shrink the gradients below their true size.
-LOWEST_SCALE = 1.0
+MIN_LOSS_SCALE = 1.0
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -208,7 +208,7 @@ def scale_collapsed(engine) -> bool:
     Reads a Python float, so it does not wait for the device. DeepSpeed itself would raise a bare
     Exception at the next overflow.
     """
-    return loss_scale(engine) <= LOWEST_SCALE
+    return loss_scale(engine) <= MIN_LOSS_SCALE
 
 
 def scale_of_last_step(engine) -> float:

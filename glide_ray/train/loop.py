@@ -27,7 +27,7 @@ from .batch_split import BatchSplit
 from .checkpoint import TrainingPosition, read_progress, write_progress
 from .collectives import all_gather_object, broadcast_object
 from .ema import Ema
-from .hardware import USABLE, cpu_budget
+from .hardware import USABLE_GPU_MEMORY, cpu_budget
 from .memory import choose_micro_batch
 from .nonfinite import TrainingError, check_step
 from .objectives import by_quartile, draw, held_out_sums, images_in, mix, objective_of
@@ -71,7 +71,7 @@ class Trainer:
         """Micro-batch size: the largest that fits the worker with the least memory."""
         cuda = self.device.type == "cuda"
         budget = (
-            torch.cuda.mem_get_info(self.device)[1] * USABLE
+            torch.cuda.mem_get_info(self.device)[1] * USABLE_GPU_MEMORY
             if cuda
             else cpu_budget(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         )

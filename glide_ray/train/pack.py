@@ -46,7 +46,7 @@ from .checkpoint import find_checkpoint
 from .partition import export_to
 
 # Limit for both files together, because every copy of the package includes them.
-MOST_BYTES = 64_000_000
+MAX_BYTES = 64_000_000
 METRICS = "metrics.jsonl"
 NOTHING: Recipe = MappingProxyType({})
 
@@ -247,9 +247,9 @@ def _check(trained: Trained, role: str) -> None:
 
 def _check_size(files: Iterable[Path]) -> None:
     total = sum(file.stat().st_size for file in files)
-    if total > MOST_BYTES:
+    if total > MAX_BYTES:
         raise PackError(
-            f"The two files have {total:,} bytes and may have {MOST_BYTES:,}; pack smaller models."
+            f"The two files have {total:,} bytes and may have {MAX_BYTES:,}; pack smaller models."
         )
 
 

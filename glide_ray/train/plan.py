@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..models.cost import operations
 from ..precision import BYTES, training_precision
 from .batch_split import accumulation
-from .hardware import GIGA, HOST_ADAM, PCIE, TERA, Machine
+from .hardware import GIGA, HOST_ADAM, PCIE_BYTES_PER_S, TERA, Machine
 from .memory import Memory, choose_micro_batch, gb, memory, offloaded_memory, parameter_sizes
 
 # -- time ------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def step_time(
     communication = times * width * elements * (world - 1) / world / machine.link
     shard = elements / world
     offload = (
-        (2 * width * shard / PCIE + shard / HOST_ADAM)
+        (2 * width * shard / PCIE_BYTES_PER_S + shard / HOST_ADAM)
         if train.offload_optimizer and machine.device != "cpu"
         else 0.0
     )

@@ -37,7 +37,7 @@ from .single import SingleTrainer
 from .steps import TrainCallbacks, train_loop
 from .trackers import open_trackers
 
-MOST_BYTES = 16 * 2**30  # limit for the encoded images in memory
+MAX_BYTES = 16 * 2**30  # limit for the encoded images in memory
 SAMPLES = "samples"
 
 
@@ -202,7 +202,7 @@ def _grid(checkpoints: Checkpoints, preset: Preset) -> np.ndarray | None:
 class MemoryCorpus:
     """A corpus in memory: encoded images, and up to `data.cache_gib` GiB of decoded ones.
 
-    Raises ShardError if it has fewer usable rows than one batch, or more than `MOST_BYTES` of
+    Raises ShardError if it has fewer usable rows than one batch, or more than `MAX_BYTES` of
     images.
     """
 
@@ -218,9 +218,9 @@ class MemoryCorpus:
                 if reason is None:
                     self.rows.append((row_id(part.url, position), folder_name(part), sample))
                     size += len(sample.image)
-            if size > MOST_BYTES:
+            if size > MAX_BYTES:
                 raise ShardError(
-                    f"The corpus {preset.data.corpus} has more than {MOST_BYTES / 2**30:.0f} GiB "
+                    f"The corpus {preset.data.corpus} has more than {MAX_BYTES / 2**30:.0f} GiB "
                     f"of pictures, too many to hold in memory; leave out --no-ray to stream it."
                 )
         if len(self.rows) < preset.train.batch:

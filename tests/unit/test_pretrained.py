@@ -339,7 +339,7 @@ def test_weights_are_not_packed_without_sources_exchanged_or_too_large(pair, mon
         packing.pack(trained("upsampler"), trained("base"))
     with pytest.raises(WeightsError, match="enlarges 16 pixels and nano-base makes 32"):
         packing.pack(trained("base", 0, SOURCES, "model.unet.image_size=32"), trained("upsampler"))
-    monkeypatch.setattr(packing, "MOST_BYTES", 1000)
+    monkeypatch.setattr(packing, "MAX_BYTES", 1000)
     with pytest.raises(packing.PackError, match="bytes and may have 1,000"):
         packing.pack(trained("base"), trained("upsampler"))
 
@@ -573,7 +573,7 @@ def test_a_wheel_carries_the_weights_and_their_card(pair, tmp_path):
 
 def test_what_ships_is_as_its_card_says():
     pair, card = shipped.find(), shipped.shipped_card()
-    assert pair.base.stat().st_size + pair.upsampler.stat().st_size <= packing.MOST_BYTES
+    assert pair.base.stat().st_size + pair.upsampler.stat().st_size <= packing.MAX_BYTES
     assert (shipped.FOLDER / shipped.PAGE).read_text() == render(card)
     assert card.sources and card.limits and all(one.recipe for one in card.files)
     for role in ("base", "upsampler"):

@@ -23,7 +23,7 @@ from ...train.batch_split import BatchSplit
 from ..stream import Plan, open_parts
 
 PREFETCHED_BATCHES = 8  # global batches that each worker has requested and not yet trained on
-KEPT = 4 * PREFETCHED_BATCHES  # latest global batches, kept for slower workers
+KEPT_BATCHES = 4 * PREFETCHED_BATCHES  # latest global batches, kept for slower workers
 Segment = tuple[ray.ObjectRef, int, int]  # (block, start row, stop row)
 
 
@@ -110,7 +110,7 @@ class Feeder:
             if start + count < stop:
                 self._left.appendleft((block, start + count, stop))
         self._batches[self._next] = batch
-        self._batches.pop(self._next - KEPT, None)
+        self._batches.pop(self._next - KEPT_BATCHES, None)
         self._next += 1
 
 
