@@ -86,7 +86,7 @@ def generate(
     )
     context = _begin(requests, out, config)
     existing = _numbers(out)
-    missing = [request for request in requests if request.number not in existing]
+    missing = [item for item in requests if item.number not in existing]
     if missing:
         log.info(
             f"{len(requests):,} pictures requested, {len(existing):,} already in {out}; "
@@ -95,17 +95,16 @@ def generate(
         connect(os.cpu_count() or 1)
         _make(missing, out, config, workers)
         existing = _numbers(out)
-        if still_missing := sum(request.number not in existing for request in requests):
+        if still_missing := sum(item.number not in existing for item in requests):
             raise UserError(
                 f"{still_missing:,} of {len(requests):,} pictures are missing from {out}; "
                 f"run the same command again to generate them."
             )
     lines = (
         json.dumps(
-            {"file_name": request.file, "text": request.prompt, "seed": request.seed},
-            ensure_ascii=False,
+            {"file_name": item.file, "text": item.prompt, "seed": item.seed}, ensure_ascii=False
         )
-        for request in requests
+        for item in requests
     )
     storage.put("".join(f"{line}\n" for line in lines).encode(), f"{out}/{METADATA}")
     tokenizer = Tokenizer(context)
@@ -113,7 +112,7 @@ def generate(
         out,
         len(requests),
         len(missing),
-        sum(tokenizer.encode(prompt).cut for prompt in {request.prompt for request in requests}),
+        sum(tokenizer.encode(prompt).cut for prompt in {item.prompt for item in requests}),
     )
 
 
@@ -190,9 +189,7 @@ def _begin(requests: Sequence[PictureRequest], out: str, config: BulkConfig) -> 
             "clip_scale asks for CLIP guidance, which needs a CLIP model; give one with it."
         )
     prompts_sha256 = hashlib.sha256(
-        json.dumps(
-            [[request.number, request.prompt, request.seed] for request in requests]
-        ).encode()
+        json.dumps([[item.number, item.prompt, item.seed] for item in requests]).encode()
     ).hexdigest()
     job = {
         "pictures": len(requests),
@@ -252,15 +249,15 @@ class Worker:
     def __call__(self, block: pyarrow.Table) -> pyarrow.Table:
         requests = [PictureRequest(**row) for row in block.to_pylist()]
         images = self._cascade.generate(
-            [request.prompt for request in requests],
-            [request.seed for request in requests],
+            [item.prompt for item in requests],
+            [item.seed for item in requests],
             self._options,
         )
-        for request, image in zip(requests, images, strict=True):
+        for item, image in zip(requests, images, strict=True):
             save_picture(
                 image,
-                f"{self._out}/{request.file}",
-                self._model_set.recipe("generate", request.prompt, request.seed, self._options),
+                f"{self._out}/{item.file}",
+                self._model_set.recipe("generate", item.prompt, item.seed, self._options),
             )
         return block.select(["number"])
 
@@ -279,10 +276,7 @@ def _make(
     most = min(workers or (gpus if on_gpu else cores), -(-len(requests) // IMAGES_PER_CALL))
     threads = 1 if is_connected() else max(1, cores // most)
     table = pyarrow.Table.from_pylist(
-        [
-            {"number": request.number, "prompt": request.prompt, "seed": request.seed}
-            for request in requests
-        ]
+        [{"number": item.number, "prompt": item.prompt, "seed": item.seed} for item in requests]
     )
     rows = IMAGES_PER_CALL * -(-len(table) // (IMAGES_PER_CALL * MAX_BLOCKS))
     # The unit of work that is repeated when a worker is lost.

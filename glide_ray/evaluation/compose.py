@@ -155,7 +155,7 @@ def make_pictures(
     A picture already in `out` from the same models and options is not generated again.
     """
     model_set, pictures = ModelSet.of(cascade), {}
-    jobs = [_PictureJob.of(case, cascade.size, model_set, options, Path(out)) for case in cases]
+    jobs = [_Job.of(case, cascade.size, model_set, options, Path(out)) for case in cases]
     for n, job in enumerate(jobs):
         stored = job.stored()
         if stored is not None:
@@ -175,7 +175,7 @@ def make_pictures(
 
 
 @dataclass(frozen=True)
-class _PictureJob:
+class _Job:
     """A picture to generate: recipe, inputs and output path."""
 
     recipe: Recipe
@@ -185,7 +185,7 @@ class _PictureJob:
     @classmethod
     def of(
         cls, case: Case, size: int, model_set: ModelSet, options: SampleOptions, out: Path
-    ) -> _PictureJob:
+    ) -> _Job:
         task, inputs = "generate", {}
         if case.hole is not None:
             known = _known_pixels(case.hole, size)
@@ -224,7 +224,7 @@ class _PictureJob:
         )
 
 
-def _batches(jobs: Sequence[_PictureJob]) -> Iterator[list[int]]:
+def _batches(jobs: Sequence[_Job]) -> Iterator[list[int]]:
     """Batches as lists of indices: PROMPTS_PER_CALL prompts each, edits one by one."""
     prompts = [n for n, job in enumerate(jobs) if not job.inputs]
     yield from (
@@ -234,7 +234,7 @@ def _batches(jobs: Sequence[_PictureJob]) -> Iterator[list[int]]:
     yield from ([n] for n, job in enumerate(jobs) if job.inputs)
 
 
-def _generate(cascade: Cascade, jobs: Sequence[_PictureJob]) -> list[np.ndarray]:
+def _generate(cascade: Cascade, jobs: Sequence[_Job]) -> list[np.ndarray]:
     recipes = [job.recipe for job in jobs]
     if jobs[0].inputs:
         return [
@@ -295,28 +295,24 @@ def score_lines(
     """
     rows = []
     for line in LINES:
-        indices = [
+        chosen = [
             n
             for n, case in enumerate(cases)
             if case.category == line.category and (case.new_colour or not line.new_colours)
         ]
-        if not indices or line.question not in verdicts[indices[0]]:
+        if not chosen or line.question not in verdicts[chosen[0]]:
             continue
         right, right_real = (
-            np.array([rows_of[n][line.question].right for n in indices], float)
-            for rows_of in (verdicts, real)
+            np.array([row[n][line.question].right for n in chosen], float)
+            for row in (verdicts, real)
         )
         rows.append(
-            _score_line(
-                line, right, right_real, judge.measurable(size, line.category, line.question)
-            )
+            _score(line, right, right_real, judge.measurable(size, line.category, line.question))
         )
     return rows
 
 
-def _score_line(
-    line: Line, right: np.ndarray, real: np.ndarray, measurable: bool
-) -> dict[str, Any]:
+def _score(line: Line, right: np.ndarray, real: np.ndarray, measurable: bool) -> dict[str, Any]:
     row = {**asdict(line), "pictures": len(right), "measurable": measurable}
     if not measurable:
         return row
@@ -435,10 +431,10 @@ def write_report(
         ),
     ]
     for category in dict.fromkeys(case.category for case in cases):
-        indices = [n for n, case in enumerate(cases) if case.category == category][:PICTURES_SHOWN]
+        chosen = [n for n, case in enumerate(cases) if case.category == category][:PICTURES_SHOWN]
         groups = [
             [Picture(resized(pictures[n], max(size, 112)), _label(cases[n], verdicts[n]))]
-            for n in indices
+            for n in chosen
         ]
         sections.append(Section(category, groups=groups))
     storage.put(page("Pictures made for prompts of known content", sections).encode(), out / PAGE)

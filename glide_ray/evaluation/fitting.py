@@ -74,10 +74,8 @@ def fit(
         THING_WIDTH,
         cosine=True,
     )
-    styles, style_is_right = Styles.fit(
-        features, [row.style for row in rows] * every, things_of * every
-    )
-    vocabulary = _vocabulary(rows, style_is_right[: len(rows)], asked, least_styles)
+    styles, right = Styles.fit(features, [row.style for row in rows] * every, things_of * every)
+    vocabulary = _vocabulary(rows, right[: len(rows)], asked, least_styles)
     judge = Judge(
         vocabulary, things, styles, fit_counts(corpus, vocabulary, scenes), extractor=extractor
     )

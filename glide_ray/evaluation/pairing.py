@@ -60,22 +60,20 @@ def next_turn(
     rater: str,
     comparisons: Mapping[int, Comparison],
     questions: Sequence[str],
-    turns_so_far: Sequence[Turn],
-    votes_by_others: Mapping[tuple[int, str], int],
-    votes_needed: int,
+    past: Sequence[Turn],
+    others: Mapping[tuple[int, str], int],
+    needed: int,
 ) -> Turn | None:
     """The rater's next turn; None if nothing is left to ask.
 
-    `turns_so_far`: of this rater. `votes_by_others`: votes of other raters by comparison and
-    question. `votes_needed`: for each comparison and question.
+    `past`: of this rater. `others`: votes of other raters by comparison and
+    question. `needed`: number of votes for each of them.
     """
-    block, place = divmod(len(turns_so_far), BLOCK)
+    block, place = divmod(len(past), BLOCK)
     begin = draw(secret, rater, "question") + block
     for question in (questions[(begin + n) % len(questions)] for n in range(len(questions))):
-        rest = remaining(
-            comparisons.values(), question, turns_so_far, votes_by_others, votes_needed
-        )
-        checks = _unseen(comparisons.values(), question, turns_so_far, question)
+        rest = remaining(comparisons.values(), question, past, others, needed)
+        checks = _unseen(comparisons.values(), question, past, question)
         if not rest:
             continue
         # The check is in the first half of the block, so that raters who stop after a few turns are
@@ -85,7 +83,7 @@ def next_turn(
             if checks and place == 1 + draw(secret, rater, "check", block) % (BLOCK // 2)
             else rest,
             key=lambda comparison: (
-                votes_by_others.get((comparison.id, question), 0),
+                others.get((comparison.id, question), 0),
                 draw(secret, rater, question, comparison.id),
             ),
         )
@@ -97,7 +95,7 @@ def next_turn(
                 rater,
                 chosen,
                 question,
-                [turn for turn in turns_so_far if turn.question == question],
+                [turn for turn in past if turn.question == question],
                 comparisons,
             ),
         )
@@ -107,25 +105,25 @@ def next_turn(
 def remaining(
     comparisons: Collection[Comparison],
     question: str,
-    turns_so_far: Sequence[Turn],
-    votes_by_others: Mapping[tuple[int, str], int],
-    votes_needed: int,
+    past: Sequence[Turn],
+    others: Mapping[tuple[int, str], int],
+    needed: int,
 ) -> list[Comparison]:
     """Comparisons that the rater can still be asked, without attention checks."""
     return [
         comparison
-        for comparison in _unseen(comparisons, question, turns_so_far, None)
-        if votes_by_others.get((comparison.id, question), 0) < votes_needed
+        for comparison in _unseen(comparisons, question, past, None)
+        if others.get((comparison.id, question), 0) < needed
     ]
 
 
 def _unseen(
     comparisons: Collection[Comparison],
     question: str,
-    turns_so_far: Sequence[Turn],
+    past: Sequence[Turn],
     check_of: str | None,
 ) -> list[Comparison]:
-    shown = {turn.comparison for turn in turns_so_far if turn.question == question}
+    shown = {turn.comparison for turn in past if turn.question == question}
     return [
         comparison
         for comparison in comparisons
@@ -138,7 +136,7 @@ def _left(
     rater: str,
     chosen: Comparison,
     question: str,
-    turns_so_far: Sequence[Turn],
+    past: Sequence[Turn],
     comparisons: Mapping[int, Comparison],
 ) -> str:
     """Which picture to show on the left: FIRST or SECOND.
@@ -148,7 +146,7 @@ def _left(
     models = chosen.first, chosen.second
     alike = [
         turn.left
-        for turn in turns_so_far
+        for turn in past
         if (comparisons[turn.comparison].first, comparisons[turn.comparison].second) == models
     ]
     ahead = alike.count(FIRST) - alike.count(SECOND)

@@ -299,10 +299,9 @@ def _real_checks(
                     corpus[prompts[draw(secret, "other", n, attempt) % len(prompts)]][0]
                     for attempt in range(TRIES)
                 )
-                right_words = words[right.part.url, right.place]
+                used = words[right.part.url, right.place]
                 wrong = next(
-                    (one for one in others if not words[one.part.url, one.place] & right_words),
-                    None,
+                    (one for one in others if not words[one.part.url, one.place] & used), None
                 )
                 if wrong is None:
                     continue

@@ -223,9 +223,7 @@ class Votes:
         """
         with self._transaction() as connection:
             if connection.execute(select(COMPARISONS.c.id).limit(1)).first() is None:
-                connection.execute(
-                    insert(COMPARISONS), [asdict(comparison) for comparison in comparisons]
-                )
+                connection.execute(insert(COMPARISONS), [asdict(one) for one in comparisons])
 
     def comparisons(self) -> dict[int, Comparison]:
         """Comparisons by id; {} until they are made."""
@@ -241,23 +239,18 @@ class Votes:
 
     # -- raters ------------------------------------------------------------------------------------
 
-    def turns(self, rater: str, votes_needed: int) -> tuple[list[ShownTurn], int, int]:
+    def turns(self, rater: str, needed: int) -> tuple[list[ShownTurn], int, int]:
         """The rater's next turns, the number answered, and the number left including these turns.
 
         At most PREFETCHED_COMPARISONS turns: first those shown before but not answered, in their
-        order. `votes_needed`: for each comparison and question.
+        order. `needed`: number of votes for each comparison and question.
         """
         comparisons, study = self._comparisons, self.study
         for _ in range(9):
             try:
                 with self._transaction() as connection:
                     return self._turns(
-                        connection,
-                        rater,
-                        votes_needed,
-                        study.secret,
-                        self.asked.questions,
-                        comparisons,
+                        connection, rater, needed, study.secret, self.asked.questions, comparisons
                     )
             except IntegrityError:  # another tab of this rater just received this turn
                 continue
@@ -280,7 +273,7 @@ class Votes:
             ).first()
             if row is None:
                 return False
-            stored_answer = (
+            stored = (
                 TIE
                 if side == TIE
                 else FIRST
@@ -291,7 +284,7 @@ class Votes:
             connection.execute(
                 update(VOTES)
                 .where(VOTES.c.token == token, *unanswered)
-                .values(answer=stored_answer, answered_at=time.time(), seconds=seconds)
+                .values(answer=stored, answered_at=time.time(), seconds=seconds)
             )
         return True
 
@@ -299,7 +292,7 @@ class Votes:
         self,
         connection: Connection,
         rater: str,
-        votes_needed: int,
+        needed: int,
         secret: str,
         questions: Sequence[str],
         comparisons: Mapping[int, Comparison],
@@ -308,22 +301,20 @@ class Votes:
             select(VOTES).where(VOTES.c.rater == rater).order_by(VOTES.c.turn)
         ).all()
         waiting = [row for row in rows if row.answer is None][:PREFETCHED_COMPARISONS]
-        turns_so_far = [Turn(row.comparison, row.question, row.left_picture) for row in rows]
-        votes_by_others = self._taken(connection, rater)
+        past = [Turn(row.comparison, row.question, row.left_picture) for row in rows]
+        others = self._taken(connection, rater)
         shown = [
             self._shown(row.token, Turn(row.comparison, row.question, row.left_picture))
             for row in waiting
         ]
         while len(shown) < PREFETCHED_COMPARISONS and (
-            turn := next_turn(
-                secret, rater, comparisons, questions, turns_so_far, votes_by_others, votes_needed
-            )
+            turn := next_turn(secret, rater, comparisons, questions, past, others, needed)
         ):
             token = secrets.token_urlsafe(12)
             connection.execute(
                 insert(VOTES).values(
                     token=token,
-                    turn=len(turns_so_far),
+                    turn=len(past),
                     rater=rater,
                     comparison=turn.comparison,
                     question=turn.question,
@@ -331,14 +322,10 @@ class Votes:
                     given_at=time.time(),
                 )
             )
-            turns_so_far.append(turn)
+            past.append(turn)
             shown.append(self._shown(token, turn))
         rest = sum(
-            len(
-                remaining(
-                    comparisons.values(), question, turns_so_far, votes_by_others, votes_needed
-                )
-            )
+            len(remaining(comparisons.values(), question, past, others, needed))
             for question in questions
         )
         return shown, len(rows) - sum(row.answer is None for row in rows), rest + len(shown)
