@@ -24,6 +24,7 @@ from ..data.images import open_image
 from ..data.shards import Sample, write_shards
 from ..data.sources import columns, find_parts, read_corpus
 from ..data.transforms import Collate
+from ..distributed.actors import Actor
 from ..distributed.cluster import connect
 from ..distributed.stream import Tally
 from ..distributed.training.feed import Epoch, Feeder, micro_batches
@@ -135,7 +136,7 @@ Arrivals = list[tuple[float, int]]  # per batch: (time in seconds, images)
 
 
 @ray.remote(num_cpus=1)
-class Worker:
+class Worker(Actor):
     """Data loading of one training worker, without the model."""
 
     def __init__(self):

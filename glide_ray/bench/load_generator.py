@@ -102,6 +102,7 @@ class Clients:
             stdout=self._answers,
             text=True,
         )
+        assert self._process.stdin is not None  # a pipe
         with self._process.stdin as plan:
             json.dump(
                 {

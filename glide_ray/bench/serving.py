@@ -32,9 +32,9 @@ from ..precision import DTYPES
 from ..sampling.job import Job
 from ..sampling.request import SampleRequest
 from ..serving.deployment import HEALTH_SECONDS, build_application, deploy, listening
-from ..serving.stages import Base, StageResult, Upsampler
+from ..serving.stages import Base, Stage, StageResult, Upsampler
 from . import load_generator as load
-from .speed import random_model
+from .speed import random_model, unet_config
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ OVERLOAD_SECONDS = 60
 # -- applications to compare with ------------------------------------------------------------------
 
 
-class _WholeRequestBatching:
+class _WholeRequestBatching(Stage):
     """A stage that samples a batch of requests from first to last step, then answers them all."""
 
     @serve.batch(max_batch_size=CONCURRENT_REQUESTS, batch_wait_timeout_s=0.01)
@@ -282,7 +282,7 @@ def _latencies(url: str, fields: dict[str, Any], seconds: float) -> dict[str, An
             answer.at + answer.seconds for answer in answers
         )
         log.info(f"{name}: {rates[name]:.3f} requests/s at saturation")
-    figures = {
+    figures: dict[str, Any] = {
         "saturation_per_s": round(rates["step"], 3),
         "whole_saturation_per_s": round(rates["whole"], 3),
         "throughput_ratio": round(rates["step"] / rates["whole"], 2),
@@ -364,7 +364,7 @@ def _memory() -> int:
 
 
 def _weights(preset: str, folder: str) -> str:
-    config = presets.get(preset).model
+    config = unet_config(presets.get(preset))
     path = Path(folder) / f"{preset}.safetensors"
     save_weights(path, random_model(config, DTYPES["fp32"]).state_dict(), config)
     return str(path)

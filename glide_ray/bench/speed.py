@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -20,7 +21,9 @@ from ..config.training import SAMPLE_PROMPTS as PROMPTS
 from ..config.training import Preset
 from ..diffusion.guidance import combine
 from ..diffusion.schedule import kept_timesteps
+from ..errors import UserError
 from ..models.cost import example_conditioning, inspect
+from ..models.layers import channels_last as in_channels_last
 from ..models.unet import GlideUNet
 from ..precision import DTYPES
 from ..sampling.cascade import Cascade
@@ -34,9 +37,9 @@ def bench_forward(
 ) -> dict[str, float | int | str]:
     """Time and memory of one forward pass of the preset's model on the CPU, at batch size 1.
 
-    The weights are drawn at random in `precision`.
+    The weights are drawn at random in `precision`. Raises UserError for a CLIP.
     """
-    config = preset.model
+    config = unet_config(preset)
     info = inspect(config)
     began = time.perf_counter()
     model = random_model(config, DTYPES[precision])
@@ -69,8 +72,9 @@ def bench_sample(
 
     The released form uses float32 and contiguous memory, and encodes the caption and the empty
     caption again at every step. The two are timed alternately.
+    Raises UserError for a CLIP.
     """
-    config = preset.model
+    config = unet_config(preset)
     torch.manual_seed(0)
     plain = random_model(config, torch.float32, channels_last=False)
     ours = GlideUNet(config.unet)
@@ -107,7 +111,7 @@ def bench_sample(
 
 def bench_cascade(
     family: str = "filtered", precision: str = "fp16", repeats: int = 3, at_once: int = 16
-) -> dict[str, float | int | str]:
+) -> dict[str, Any]:
     """Seconds per picture of `FAMILY-base` and `FAMILY-upsampler`, and pictures per second.
 
     The rate is that of `at_once` pictures sampled together. Weights are drawn at random. Measured
@@ -117,10 +121,11 @@ def bench_cascade(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steppers = []
     for role in ("base", "upsampler"):
-        config, dtype = presets.get(f"{family}-{role}").model, DTYPES[precision]
+        config, dtype = unet_config(presets.get(f"{family}-{role}")), DTYPES[precision]
         model = random_model(config, dtype, device=device)
         steppers.append(Stepper(model, config, device, dtype, at_once))
-    cascade, figures = Cascade(*steppers), {}
+    cascade = Cascade(steppers[0], steppers[1])
+    figures: dict[str, float] = {}
     own = [stepper.config.sampling.respacing for stepper in steppers]
     work = sum(
         inspect(stepper.config).flops
@@ -168,6 +173,16 @@ def _cascade_times(
     }
 
 
+def unet_config(preset: Preset) -> ModelConfig:
+    """The model of a preset. Raises UserError for a CLIP."""
+    if not isinstance(preset.model, ModelConfig):
+        raise UserError(
+            f"{preset.model.name} is a CLIP, which this benchmark does not measure; give the "
+            "preset of a base model or an upsampler."
+        )
+    return preset.model
+
+
 def random_model(
     config: ModelConfig, dtype: torch.dtype, channels_last: bool = True, device: str = "cpu"
 ) -> GlideUNet:
@@ -185,8 +200,11 @@ def random_model(
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
-    model.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return model.to(memory_format=model.memory_format)
+    if channels_last:
+        model.memory_format = torch.channels_last
+        return in_channels_last(model)
+    model.memory_format = torch.contiguous_format
+    return model
 
 
 def peak_memory_bytes() -> int:

@@ -26,11 +26,11 @@ from ..precision import DTYPES, training_precision
 from ..tensors import Batch
 from ..train.hardware import measured_peak
 from ..train.memory import memory
-from .speed import timed
+from .speed import timed, unet_config
 
 # Cases for checking `glide plan`: preset, micro-batch, further settings. The last two recompute
 # activations, and accumulate the gradients of two micro-batches.
-SHAPES = (
+SHAPES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("nano-base", 16, ()),
     ("nano-upsampler", 8, ()),
     ("nano-clip", 64, ()),
@@ -71,7 +71,7 @@ def bench_plan(preset: str | None = None, steps: int = 3) -> dict:
     fraction of those of a matrix product. Raises UserError.
     """
     rows = [_planned_and_measured(*shape, steps) for shape in SHAPES if preset in (None, shape[0])]
-    if not rows:
+    if preset is not None and not rows:
         raise UserError(
             f"bench plan has no shape of {preset!r}; "
             f"{nearest(preset, dict.fromkeys(name for name, *_ in SHAPES))}"
@@ -194,7 +194,7 @@ def bench_train(
     """Training steps of this trainer and of two other loops, alternately on the same batch.
 
     `plain`: a PyTorch loop in float32 and contiguous memory. `bare`: a loop in our precision with
-    float32 master weights and EMA, which shows the cost of DeepSpeed.
+    float32 master weights and EMA, which shows the cost of DeepSpeed. Raises UserError for a CLIP.
     """
     if not torch.cuda.is_available():
         # Otherwise DeepSpeed reports on standard output that it had to guess the accelerator
@@ -239,7 +239,7 @@ def bench_train(
 
 def _random_batch(preset: Preset, images: int) -> Batch:
     size = preset.data.crop or preset.model.image_size
-    conditioning = example_conditioning(preset.model, images)
+    conditioning = example_conditioning(unet_config(preset), images)
     if conditioning.low_res is not None:
         conditioning = replace(
             conditioning, low_res=conditioning.low_res[..., : size // 4, : size // 4]
@@ -270,11 +270,12 @@ def _plain_loop(
     ema = Ema(masters, preset.train.ema_rates)
 
     def step(number: int) -> None:
-        drawn = (tensor.to(device) for tensor in draw(schedule, batch, 0, number))
-        denoising(network, schedule, batch, *drawn)["loss"].mean().backward()
+        i, noise = (tensor.to(device) for tensor in draw(schedule, batch, 0, number))
+        denoising(network, schedule, batch, i, noise)["loss"].mean().backward()
         for master, parameter in zip(masters, network.parameters(), strict=True):
             if master is not parameter:
-                master.grad, parameter.grad = parameter.grad.float(), None
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+                parameter.grad = None
         optimiser.step()
         optimiser.zero_grad()
         with torch.no_grad():

@@ -5,6 +5,8 @@ Every number names its source. "sec." and "app." refer to GLIDE (Nichol et al. 2
 
 from __future__ import annotations
 
+from typing import Any
+
 from .data import DataConfig
 from .models import (
     ClipConfig,
@@ -18,12 +20,13 @@ from .models import (
 from .paper_presets import STRIDED_27
 from .training import Preset, TrainConfig
 
-EMOJI = {
+# Otherwise tones and scenes are two thirds of an epoch, and people, flags and symbols two fifths of
+# the rest.
+SHARES = {"tones": 0.1, "scenes": 0.2, "People & Body": 0.3, "Flags": 0.15, "Symbols": 0.4}
+EMOJI: dict[str, Any] = {
     "corpus": "runs/corpus/{train,tones,scenes}",
     "held_out": "runs/corpus/held_out",
-    # Otherwise tones and scenes are two thirds of an epoch, and people, flags and symbols two
-    # fifths of the rest.
-    "shares": {"tones": 0.1, "scenes": 0.2, "People & Body": 0.3, "Flags": 0.15, "Symbols": 0.4},
+    "shares": SHARES,
 }
 
 

@@ -182,6 +182,11 @@ class Preset(Frozen):
                 f"train.objective {self.train.objective!r} does not fit a model of "
                 f"the kind {model.role!r}{low_res}"
             )
+        if model.role == "clip" and self.train.min_snr is not None:
+            raise ValueError(
+                f"train.min_snr {self.train.min_snr:g} weights the loss of denoising models; "
+                "leave it out for a CLIP"
+            )
         if crop is not None:
             if not isinstance(model, ModelConfig) or model.low_res_size is None:
                 raise ValueError(f"data.crop {crop} is for upsamplers only")

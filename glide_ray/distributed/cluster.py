@@ -170,7 +170,7 @@ def uses_gpu(device: str) -> bool:
 def ship_modules(functions: Iterable[Callable]) -> None:
     """Pickle a user's functions by value: other nodes have no copy of the file defining them."""
     for function in functions:
-        module = sys.modules.get(getattr(function, "__module__", None))
+        module = sys.modules.get(getattr(function, "__module__", ""))
         if module is not None and not module.__name__.startswith("glide_ray."):
             # ray.cloudpickle has its own registry, separate from that of the cloudpickle package.
             ray.cloudpickle.register_pickle_by_value(module)

@@ -143,9 +143,9 @@ def _in_process(
     parts: Sequence[Part], blocks: Blocks, *embedder: Any
 ) -> tuple[Iterator[pyarrow.Table], Callable[[], Report]]:
     """Embed all parts in this process. Returns the tables, and a function for the report so far."""
-    report, embedder = Report(), Embedder(*embedder)
+    report, embed_block = Report(), Embedder(*embedder)
     return (
-        embedder(block)
+        embed_block(block)
         for number, part in enumerate(parts)
         for block in blocks(number, part, report)
     ), lambda: report

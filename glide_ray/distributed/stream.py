@@ -30,6 +30,7 @@ from ..data.sources import (
     share_of,
 )
 from ..errors import UserError
+from .actors import Actor
 
 ROWS_PER_BLOCK, ROWS_PER_TASK = 64, 4096
 
@@ -173,7 +174,7 @@ def task_errors() -> Iterator[None]:
 
 
 @ray.remote(num_cpus=0)
-class Tally:
+class Tally(Actor):
     """Count rows kept and dropped by all tasks of a stream, and kept by each task of an epoch."""
 
     def __init__(self):

@@ -5,6 +5,7 @@ For near-copies in a reference, and for training images that a model may have me
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +42,10 @@ def nearest(features: np.ndarray, originals: np.ndarray) -> Nearest:
 
 
 def to_own(
-    features: np.ndarray, captions: list[str], originals: np.ndarray, original_captions: list[str]
+    features: np.ndarray,
+    captions: Sequence[str],
+    originals: np.ndarray,
+    original_captions: Sequence[str],
 ) -> Nearest:
     """For each image, the nearest original with exactly the same caption.
 

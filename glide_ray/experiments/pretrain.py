@@ -12,6 +12,7 @@ import torch
 
 from .. import storage
 from ..config import presets
+from ..config.models import ModelConfig
 from ..config.overrides import override
 from ..config.training import Preset
 from ..data.emoji import build_corpus
@@ -84,6 +85,7 @@ def pretrain(
     write_half(trained, run / "half.safetensors")
     _write_parts(run / "half.safetensors", out, name, dict(trained.recipe))
     grid = sample_grid(done.weights, preset)
+    assert grid is not None  # none of MODELS is a CLIP
     storage.put(encode(grid), out / f"{name}.png")
     storage.put((run / METRICS).read_bytes(), out / f"{name}.{METRICS}")
     log.info(f"{out}: join the parts with `cat {name}.safetensors.* > {name}.safetensors`")
@@ -108,6 +110,7 @@ def _learn_words(preset: Preset, path: Path, minutes: float) -> None:
     """Train only the text transformer of a new model, and write the model's weights to `path`."""
     torch.manual_seed(preset.train.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert isinstance(preset.model, ModelConfig)  # a base model, see `pretrain`
     model = build_model(preset.model).to(device)
     corpus = MemoryCorpus(preset)
     at_once = min(CAPTIONS, max(preset.train.batch, len(corpus.rows) // 8))

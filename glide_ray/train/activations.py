@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -82,10 +81,6 @@ def meta_model(config: AnyModelConfig, precision: str) -> GlideUNet | NoisedClip
 def _follow(preset: Preset, precision: str, on_cpu: bool) -> tuple[Moment, ...]:
     model = meta_model(preset.model, precision)
     model.activation_checkpointing = preset.train.activation_checkpointing
-    for module in model.modules():
-        # The CPU kernel of GroupNorm needs no float32 copies.
-        if on_cpu and isinstance(module, GroupNorm):
-            module.normalised = partial(nn.GroupNorm.forward, module)
     if on_cpu:
         # `GlideUNet` trains in this format on a CPU.
         model.memory_format = torch.contiguous_format
@@ -204,19 +199,22 @@ def _kernels(on_cpu: bool) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_replaced(F, "scaled_dot_product_attention", attention))
         stack.enter_context(_replaced(torch.distributed, "is_initialized", lambda: False))
-        if not on_cpu:
+        if on_cpu:
+            # The CPU kernel of GroupNorm needs no float32 copies.
+            stack.enter_context(_replaced(GroupNorm, "normalised", nn.GroupNorm.forward))
+        else:
             stack.enter_context(_replaced(F, "dropout", dropout))
         yield
 
 
 @contextmanager
-def _replaced(module: Any, name: str, by: Callable) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, by)
+def _replaced(owner: Any, name: str, by: Callable) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, by)
     try:
         yield
     finally:
-        setattr(module, name, before)
+        setattr(owner, name, before)
 
 
 class _FusedAttention(torch.autograd.Function):

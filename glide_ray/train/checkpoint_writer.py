@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -192,16 +193,14 @@ class CheckpointWriter:
             self._on_event(
                 f"The checkpoint of step {upload.step:,} could not be written: {fault} {CONTINUES}"
             )
-            work = (self._discard, upload.folder)
+            work = partial(self._discard, upload.folder)
         else:
-            work = (
+            work = partial(
                 self._complete,
                 upload,
                 {name: entry for receipt, _ in shards for name, entry in receipt.items()},
             )
-        self._commit_thread = threading.Thread(
-            target=work[0], args=work[1:], name="glide-commit", daemon=True
-        )
+        self._commit_thread = threading.Thread(target=work, name="glide-commit", daemon=True)
         self._commit_thread.start()
 
     # -- background threads ------------------------------------------------------------------------

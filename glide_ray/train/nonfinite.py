@@ -370,11 +370,10 @@ def _earliest_of_ranks(observation: Observation | None) -> Observation | None:
     Names the rank, which may point to a faulty device.
     """
     observations = all_gather_object(observation)
-    found = [(entry.order, rank) for rank, entry in enumerate(observations) if entry is not None]
+    found = [(rank, entry) for rank, entry in enumerate(observations) if entry is not None]
     if not found:
         return None
-    rank = min(found)[1]
-    entry = observations[rank]
+    rank, entry = min(found, key=lambda one: (one[1].order, one[0]))
     return Observation(
         entry.order,
         entry.name,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
-from ..config.models import ClipModelConfig
+from ..config.models import ClipModelConfig, ModelConfig
 from ..config.training import Preset
 from ..diffusion.loss import hybrid_loss, min_snr_weight
 from ..diffusion.process import q_sample
@@ -104,7 +104,7 @@ def objective_of(preset: Preset) -> Objective:
     """The objective of a preset, with its Min-SNR weighting if that is set."""
     if isinstance(preset.model, ClipModelConfig) and not preset.model.clip.noised:
         return contrastive_without_noise
-    if preset.train.min_snr is not None:
+    if isinstance(preset.model, ModelConfig) and preset.train.min_snr is not None:
         least = 0.0 if preset.model.unet.prediction == "eps" else 1.0
         return partial(
             denoising, weight=partial(min_snr_weight, most=preset.train.min_snr, least=least)

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .. import storage
-from ..config.models import SHIPPED, AnyModelConfig, Frozen
+from ..config.models import SHIPPED, AnyModelConfig, Frozen, ModelConfig
 from ..config.training import Preset
 from ..data.card import CARD as CORPUS_CARD
 from ..data.card import read_card as read_corpus_card
@@ -48,7 +48,7 @@ from .partition import export_to
 # Limit for both files together, because every copy of the package includes them.
 MAX_BYTES = 64_000_000
 METRICS = "metrics.jsonl"
-NOTHING: Recipe = MappingProxyType({})
+NOTHING: Mapping[str, str | int | float | None] = MappingProxyType({})
 
 
 class PackError(UserError):
@@ -78,7 +78,7 @@ class Trained:
 def read_trained(
     path: str | Path,
     corpora: Iterable[str] = (),
-    recipe: Recipe = NOTHING,
+    recipe: Mapping[str, str | int | float | None] = NOTHING,
     ema_rate: float | None = None,
 ) -> Trained:
     """Read the weights in a .safetensors file, or the EMA in the last checkpoint of a run folder.
@@ -107,7 +107,7 @@ def _read_run(checkpoint: str, ema_rate: float | None) -> Trained:
         preset, step, rate = export_to(checkpoint, file, ema_rate)
         config, state = load_weights(file)
     train, run = preset.train, checkpoint.rpartition("/checkpoints/")[0] or checkpoint
-    recipe = {
+    recipe: Recipe = {
         "preset": preset.model.name,
         "steps": step,
         "batch": train.batch,
@@ -215,6 +215,8 @@ def pack(
     models = {"base": base, "upsampler": upsampler}
     for role, trained in models.items():
         _check(trained, role)
+    # Both roles have been checked, and no CLIP has them.
+    assert isinstance(base.config, ModelConfig) and isinstance(upsampler.config, ModelConfig)
     check_pair(base.config, upsampler.config)
     with tempfile.TemporaryDirectory() as there:
         files = {role: Path(there) / f"{SHIPPED}-{role}.safetensors" for role in models}

@@ -100,7 +100,7 @@ class CheckpointReader:
     def __init__(self, folder: Path):
         self._folder, self._opened = folder, ExitStack()
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._where: dict[str, list[tuple[int, int, object]]] = {}
+        self._where: dict[str, list[tuple[int, int, safe_open]]] = {}
         self.kinds: set[str] = set()
         files = sorted(folder.glob(FILES))
         if not files:

@@ -133,13 +133,12 @@ def _from_held_out(stepper: Stepper, preset: Preset, progress: Progress | None) 
     if fills:
         mask = torch.from_numpy(known).float().expand(len(batch.image), 1, -1, -1)
         conditioning = replace(conditioning, known=batch.image, known_mask=mask)
+    low_res = conditioning.low_res if config.low_res_size else None
     tokenizer, rows = Tokenizer(config.context), []
     for n, sample in enumerate(_samples(stepper, preset, conditioning, progress)):
         original = to_uint8(batch.image[n])
         row = (
-            [(to_uint8(conditioning.low_res[n]), f"{config.low_res_size} pixels")]
-            if config.low_res_size
-            else []
+            [(to_uint8(low_res[n]), f"{config.low_res_size} pixels")] if low_res is not None else []
         )
         row += [(show_hole(original, known), "known")] if fills else []
         rows.append(
@@ -188,6 +187,7 @@ def centre_hole(size: int) -> np.ndarray:
 
 def _batches_of_all_ranks(all_rows: Batch, world: int, micro_batch: int) -> Iterator[Batch]:
     """Split all held-out rows into the batches of all ranks, as `held_out_batches` does."""
+    assert all_rows.rows is not None  # `held_out_batches` numbers the rows
     filling = torch.zeros(-len(all_rows.image) % world, dtype=torch.int64)
     places, rows = (
         torch.cat([torch.arange(len(all_rows.image)), filling]),

@@ -64,12 +64,12 @@ class SingleTrainer:
         model.activation_checkpointing = train.activation_checkpointing
         self.names = [name for name, _ in model.named_parameters()]
         dtype = DTYPES[self.precision]
-        masters = [
+        masters: list[Tensor] = [
             parameter.detach().float().clone().requires_grad_() for parameter in model.parameters()
         ]
         self.network = model.to(dtype)
         # A float32 network's parameters are its masters.
-        self.masters = list(model.parameters()) if dtype == torch.float32 else masters
+        self.masters: list[Tensor] = list(model.parameters()) if dtype == torch.float32 else masters
         self.optimizer = self._optimizer(model)
         self.ema = Ema(self.masters, train.ema_rates)
         self.progress = TrainingPosition()
@@ -162,7 +162,7 @@ class SingleTrainer:
     @torch.no_grad()
     def refresh(self) -> None:
         """Update the network's weights from the masters."""
-        parameters = list(self.network.parameters())
+        parameters: list[Tensor] = list(self.network.parameters())
         if self.masters[0] is not parameters[0]:
             torch._foreach_copy_(parameters, self.masters)
 

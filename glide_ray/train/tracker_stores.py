@@ -67,13 +67,9 @@ class TensorBoard(Store):
     def __init__(self, run: Run):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._run, self._writer_of, self._purge, self._last, self._begun = (
-            run,
-            SummaryWriter,
-            run.first_step,
-            {},
-            False,
-        )
+        self._run, self._writer_of, self._begun = run, SummaryWriter, False
+        self._purge: int | None = run.first_step
+        self._last: dict[str, int] = {}
 
     def open(self) -> None:
         # TensorBoard ignores values from step `purge_step` on in earlier files. The writer's own
@@ -210,13 +206,9 @@ class WeightsAndBiases(Store):
     def __init__(self, run: Run):
         import wandb
 
-        self._run, self._wandb, self._begun, self._row, self._last = (
-            run,
-            wandb,
-            False,
-            run.first_step - 1,
-            {},
-        )
+        self._run, self._wandb, self._begun = run, wandb, False
+        self._row = run.first_step - 1
+        self._last: dict[str, int] = {}
         try:
             online = wandb.setup().settings.mode in ("online", "shared", "run")
             # prompt=False: without a key, wandb would ask for one on the terminal during the run.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import signal
 import time
 import uuid
@@ -81,6 +82,7 @@ def train_alone(
     preset = absolute(preset)
     corpus = MemoryCorpus(preset)
     storage.put(preset.model_dump_json(indent=1).encode(), out / PRESET)
+    limit = 60 * minutes if minutes else math.inf
     with _Log(out, preset, progress) as log, _stop_signals() as stop:
         log.event(f"{corpus.report}")
         for text in turned:
@@ -90,7 +92,7 @@ def train_alone(
             out,
             corpus,
             log,
-            lambda: bool(stop) or minutes and time.monotonic() - began > 60 * minutes,
+            lambda: bool(stop) or time.monotonic() - began > limit,
         )
 
 
@@ -281,7 +283,7 @@ class _Log:
         self._trackers.close(failed=kind is not None)
 
     def event(self, text: str, step: int | None = None) -> None:
-        line = event_line(text, self._bar.n if step is None else step)
+        line = event_line(text, int(self._bar.n) if step is None else step)
         with open(self._out / EVENTS, "a") as file:
             file.write(line + "\n")
         if self._progress:

@@ -405,6 +405,12 @@ def test_bench_prints_one_line_of_json(capsys):
     assert len(lines) == 1 and json.loads(lines[0])["ratio"] > 0
 
 
+@pytest.mark.parametrize("benchmark", ["forward", "sample", "train"])
+def test_a_benchmark_of_unets_refuses_the_preset_of_a_clip(benchmark, capsys):
+    assert main(["bench", benchmark, "--preset", "nano-clip"]) == 2
+    assert "nano-clip is a CLIP, which this benchmark does not measure" in capsys.readouterr().err
+
+
 def commands(parser, name="glide"):
     """(name, parser) of a parser and of all commands under it."""
     yield name, parser

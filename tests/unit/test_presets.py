@@ -142,6 +142,8 @@ def test_a_setting_of_clip_is_named_without_what_pydantic_calls_it():
         ConfigError, match="train.objective 'base' does not fit a model of the kind 'clip'"
     ):
         override(presets.get("nano-clip"), ["objective=base"])
+    with pytest.raises(ConfigError, match="train.min_snr 5 weights the loss of denoising models"):
+        override(presets.get("nano-clip"), ["min_snr=5"])
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest_one():

@@ -64,7 +64,9 @@ class FilterFit:
 
 
 def fit_page(done: FilterFit, embedded: EmbeddedCorpus) -> str:
-    content, name = done.content, done.content.name
+    content = done.content
+    assert content is not None  # without a filter there is no page
+    name = content.name
     scores = content.score(embedded.features)
     passing = np.flatnonzero(scores < 0)
     nearest = passing[np.argsort(-scores[passing])][:PICTURES_SHOWN].tolist()

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -95,7 +96,11 @@ def fit_content(
     threshold = threshold_of(fitted, pool, labelled, config)
     positive = np.array(list(labelled.values()), bool)
     positives, missed = int(positive.sum()), int((fitted.out_of_fold[positive] < threshold).sum())
-    settings = {"corpus": corpus, "clip": storage.absolute(clip), "words": list(words)}
+    settings: dict[str, Any] = {
+        "corpus": corpus,
+        "clip": storage.absolute(clip),
+        "words": list(words),
+    }
     settings |= {"labelled": len(positive), "with_content": positives, "missed": missed}
     settings |= {"cost": fitted.cost, "width": fitted.width, **config.model_dump()}
     content = with_threshold(fitted, threshold, name, fingerprint(clip_path), settings)
@@ -154,6 +159,7 @@ def _ask_rule(
     out: Path, pool: Pool, embedded: EmbeddedCorpus, config: FilterConfig
 ) -> dict[int, bool]:
     """Labels by the rule `truth`, by row of the pool; also written to LABELS."""
+    assert embedded.truth is not None  # embedded with the rule
     labelled = answered(pool, embedded.truth, config)
     write_labels(
         out / LABELS,
@@ -274,10 +280,12 @@ def _assess(
         parts = find_parts(storage.absolute(held_out))
         log.info(f"embedding {held_out}")
         apart = EmbeddedCorpus.of(embed(parts, clip, truth, group=config.group)[0], parts)
+        assert apart.truth is not None  # embedded with the rule, as is `embedded`
         if apart.truth.sum() >= MIN_HELD_OUT_ROWS:
             return Assessment(held_out, apart, content.score(apart.features), apart.truth)
+    assert embedded.truth is not None
     scores = assess(pool, embedded.truth, config)
-    usable = np.flatnonzero(~np.isnan(scores))
+    usable = np.flatnonzero(~np.isnan(scores)).tolist()
     on = f"{corpus}, by cross-validation (4 folds, each with {config.labels} labels of its own)"
     rows = replace(
         embedded,

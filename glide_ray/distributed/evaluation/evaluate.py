@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ def evaluate(
         row, _ = cached_result(
             f"{out}/sets/{name}.json",
             asked,
-            lambda name=name, embedded=embedded: _measure(name, embedded, clip, real, filtered),
+            partial(_measure, name, embedded, clip, real, filtered),
         )
         figures[name] = _settings_of(source) | row
     about = {"source": reference, "images": len(real.names), "clip_score": real.images.clip_score}

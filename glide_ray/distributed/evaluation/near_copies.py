@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -202,7 +202,7 @@ def _embed(name: str, source: str, out: str, clip: str) -> EmbeddedCorpus:
 
 
 def _pairs(
-    side: EmbeddedCorpus, rows: Sequence[int], trained: EmbeddedCorpus, found: Nearest
+    side: EmbeddedCorpus, rows: Iterable[int], trained: EmbeddedCorpus, found: Nearest
 ) -> tuple[list[list[Picture]], int, np.ndarray]:
     """Rows beside their nearest training images.
 
@@ -216,17 +216,19 @@ def _pairs(
     )
     groups, images, labels, copies = [], [], [], 0
     for row in rows:
-        pair = [pictures_read.get(side.places[row]), originals.get(trained.places[found.rows[row]])]
-        shown = [thumbnail(sample.image) if sample else None for sample in pair]
+        one = pictures_read.get(side.places[row])
+        other = originals.get(trained.places[found.rows[row]])
+        shown = [thumbnail(sample.image) if sample else None for sample in (one, other)]
+        whole = [image for image in shown if image is not None]
         texts = [
             f"{found.distances[row]:.4f}: {side.captions[row]}",
             trained.captions[found.rows[row]],
         ]
         groups.append([Picture(image, text) for image, text in zip(shown, texts, strict=True)])
-        if all(image is not None for image in shown):
-            images += [on_square(image) for image in shown]
+        if one is not None and other is not None and len(whole) == 2:
+            images += [on_square(image) for image in whole]
             labels += texts
-            copies += _alike(*(sample.image for sample in pair))
+            copies += _alike(one.image, other.image)
     return (
         groups,
         copies,

@@ -101,7 +101,8 @@ def _pictures_and_features(
             f"{count - len(samples):,} of {count:,} pictures in {pictures} cannot be read; "
             f"delete them and run the same command again."
         )
-    images, first = [np.asarray(decode(samples[place].image)) for place in embedded.places], {}
+    images = [np.asarray(decode(samples[place].image)) for place in embedded.places]
+    first: dict[bytes, int] = {}
     # Rounding in a network depends on the other images of a batch: identical pictures all take
     # the features of the first of them.
     rows = [

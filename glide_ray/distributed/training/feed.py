@@ -20,6 +20,7 @@ import ray
 
 from ...data.sources import Part
 from ...train.batch_split import BatchSplit
+from ..actors import Actor
 from ..stream import Plan, open_parts
 
 PREFETCHED_BATCHES = 8  # global batches that each worker has requested and not yet trained on
@@ -37,7 +38,7 @@ class Epoch:
 
 
 @ray.remote(num_cpus=0)
-class Feeder:
+class Feeder(Actor):
     """Hand out global batches of `batch` rows. The first request for an epoch starts reading it."""
 
     def __init__(

@@ -23,6 +23,7 @@ from ...progress import write_line
 from ...train.run_folder import EVENTS, METRICS, RUN, last_step
 from ...train.run_log import event_line, run_id, steps_bar
 from ...train.trackers import open_trackers
+from ..actors import Actor
 from .samples import Reviewer
 
 # seconds between uploads to s3://; seconds without a step before a line in the log
@@ -55,11 +56,12 @@ class BoardUpdate:
 
 
 @ray.remote(num_cpus=0)
-class Board:
+class Board(Actor):
     """Actor to which workers post. It outlives them, so it can tell the cost of a failure."""
 
-    def __init__(self):
-        self._update, self._start = BoardUpdate(), None
+    def __init__(self) -> None:
+        self._update = BoardUpdate()
+        self._start: Start | None = None
         self._failure: str | None = None
         self._failed: set[int] = set()
         self._step, self._moved = 0, time.time()
@@ -190,7 +192,7 @@ class Journal:
 
     def event(self, text: str, step: int | None = None, at: float | None = None) -> None:
         """Write a line to the run's log and to the terminal."""
-        line = event_line(text, self._bar.n if step is None else step, at)
+        line = event_line(text, int(self._bar.n) if step is None else step, at)
         self._append(EVENTS, line + "\n")
         if self._progress:
             write_line(line)

@@ -79,9 +79,8 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
     checkpoints = Checkpoints(out)
     # A name for this start, shared by all ranks: separates its batches and checkpoint folders from
     # those of earlier starts.
-    start, complete = broadcast_object(
-        (uuid.uuid4().hex[:8], checkpoints.list_complete()) if trainer.rank == 0 else None
-    )
+    own = (uuid.uuid4().hex[:8], checkpoints.list_complete() if trainer.rank == 0 else [])
+    start, complete = broadcast_object(own)
     cache = Path(tempfile.gettempdir()) / f"glide-resume-{start}"
     _resume(trainer, complete, cache, context.get_local_rank(), board, tally)
     if trainer.rank == 0:

@@ -89,7 +89,8 @@ class Client:
     ):
         given = options.model_dump(exclude_defaults=True, exclude_none=True)
         self._http, self._told, self._options = http, told, given
-        self.out, self.written = out, []
+        self.out = out
+        self.written: list[str] = []
 
     def generate(self, name: str, prompt: str, seed: int, model: str | None = None) -> np.ndarray:
         """Generate a picture (S, S, 3) uint8 and write it as `name`. Raises UserError."""

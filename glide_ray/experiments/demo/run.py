@@ -114,7 +114,7 @@ def _place(out: Path, sheet: Result) -> str:
 
 
 def _summary(results: Results, minutes: float) -> str:
-    out, tuned = results.folder, results.read("tuning")
+    out, tuned = results.folder, _result(results, "tuning")
     return f"""
 Done in {minutes:.1f} minutes. Everything is on one page: {out / PAGE}
 {_times(results)}
@@ -128,5 +128,11 @@ Try next:
 def _times(results: Results) -> str:
     """Seconds of each stage, as measured when it ran."""
     names = {"sheet": "sheet", "corpus": "corpus", "tuning": "fine-tuning", "answers": "serving"}
-    times = (f"{name} {results.read(stage)['seconds']:g} s" for stage, name in names.items())
+    times = (f"{name} {_result(results, stage)['seconds']:g} s" for stage, name in names.items())
     return f"Seconds of each stage: {', '.join(times)}."
+
+
+def _result(results: Results, stage: str) -> Result:
+    found = results.read(stage)
+    assert found is not None  # the summary comes after all stages
+    return found

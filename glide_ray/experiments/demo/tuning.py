@@ -48,7 +48,9 @@ def make_corpus(out: Path, packages: Path | None) -> Result:
     raw, folder = out / "corpus", out / "clean"
     with indented():
         emoji.build_corpus(raw, styles=(STYLE,), packages=packages, splits=SPLITS)
-    read, kept, dropped = 0, {}, {}
+    read = 0
+    kept: dict[str, int] = {}
+    dropped: dict[str, int] = {}
     for split in SPLITS:
         with indented():
             done = clean(f"{raw}/{split}", f"{folder}/{split}", CleanConfig())
@@ -59,7 +61,8 @@ def make_corpus(out: Path, packages: Path | None) -> Result:
 
 
 def _write_examples(folder: Path, out: Path) -> Result:
-    names, captions = [], []
+    names: list[str] = []
+    captions: list[str] = []
     for sample in islice(read_corpus(folder / "train"), PICTURES_SHOWN):
         names.append(f"pictures/corpus-{len(names):02d}.png")
         captions.append(sample.captions[0])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...config import presets
-from ...config.models import SHIPPED
+from ...config.models import SHIPPED, ModelConfig
 from ...config.overrides import override
 from ...config.training import Preset
 from ...data import emoji
@@ -99,6 +99,7 @@ def strip(inpainting: Path, out: Path) -> None:
     The same network, but it does not see the known pixels.
     """
     config, state = load_weights(inpainting)
+    assert isinstance(config, ModelConfig)  # no CLIP inpaints
     unet = config.unet.model_copy(update={"inpaint": False})
     stripped = config.model_copy(update={"name": f"{config.name}-stripped", "unet": unet})
     save_weights(out, without_known_channels(state, unet), stripped)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ... import storage
-from ...config.emoji_presets import EMOJI
+from ...config.emoji_presets import SHARES
 from ...config.sampling import SampleOptions
 from ...data.images import decode, to_uint8
 from ...data.sources import in_share, read_corpus, share_of
@@ -106,7 +106,7 @@ def real_pictures(folder: Path) -> Real:
     samples = [
         sample
         for sample in read_corpus(folder)
-        if in_share(sample.key, 0, 0, share_of(EMOJI["shares"], "", sample))
+        if in_share(sample.key, 0, 0, share_of(SHARES, "", sample))
     ]
     return Real(
         np.stack([np.asarray(decode(sample.image)) for sample in samples]),

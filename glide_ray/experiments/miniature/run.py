@@ -15,6 +15,7 @@ from typing import Any
 
 from ... import storage
 from ...bench.quality import bench_inpainting
+from ...config.sampling import SampleOptions
 from ...data import emoji
 from ...data.images import encode
 from ...data.shards import read_index
@@ -103,9 +104,13 @@ def _figures(sets: Mapping[str, SetFeatures], real: SetFeatures) -> dict[str, di
     """Scales and metrics of each set, against real pictures."""
     return {
         name: {
-            "guidance_scale": SETS[name].options.guidance_scale,
-            "clip_scale": SETS[name].options.clip_scale,
+            **_scales(SETS[name].options),
             **judged.figures(features, real),
         }
         for name, features in sets.items()
     }
+
+
+def _scales(options: SampleOptions) -> dict[str, float]:
+    assert options.guidance_scale is not None  # set for all SETS
+    return {"guidance_scale": options.guidance_scale, "clip_scale": options.clip_scale}

@@ -82,10 +82,12 @@ def figure_9(weights: Mapping[str, Path]) -> np.ndarray:
         "small, filtered, CLIP": Way(FILTERED, by_clip(BY_CLIP)),
     }
     pictures = [
-        generate(
-            load(weights[variant.model], weights[CLIP] if variant.options.clip_scale else None),
-            PROMPTS,
-            variant.options,
+        list(
+            generate(
+                load(weights[variant.model], weights[CLIP] if variant.options.clip_scale else None),
+                PROMPTS,
+                variant.options,
+            )
         )
         for variant in rows.values()
     ]
@@ -134,7 +136,7 @@ def sets_side_by_side(pictures: Mapping[str, np.ndarray], real: Real) -> np.ndar
     rows = {"real": real.pixels, **pictures}
     return np.asarray(
         grid(
-            [pixels[:CAPTIONS_SHOWN] for pixels in rows.values()],
+            [list(pixels[:CAPTIONS_SHOWN]) for pixels in rows.values()],
             real.captions[:CAPTIONS_SHOWN],
             list(rows),
             96,
