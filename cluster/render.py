@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 JOBS = ("train", "filter", "generate", "evaluate")
 DASHBOARDS = ("serving", "training")
-KEPT_BACK = 0.1  # fraction of a machine's memory reserved for Kubernetes and its daemons
+RESERVED_MEMORY = 0.1  # fraction of a machine's memory reserved for Kubernetes and its daemons
 
 
 class Node(Frozen):
@@ -51,7 +51,7 @@ class Node(Frozen):
 
     @property
     def pod_gib(self) -> int:
-        return int(self.memory_gib * (1 - KEPT_BACK))
+        return int(self.memory_gib * (1 - RESERVED_MEMORY))
 
     @property
     def kinds(self) -> dict[str, bool]:

@@ -11,7 +11,7 @@ from . import storage
 Result = dict[str, Any]
 
 
-def once(
+def cached_result(
     record: str,
     asked: Any,
     work: Callable[[], Mapping[str, Any]],

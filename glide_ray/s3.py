@@ -18,7 +18,7 @@ from .errors import UserError
 S3 = "s3://"
 CHECKSUM = "sha256"  # object metadata that `put` writes and `read` verifies
 CHUNK = 2**22  # bytes per read
-WAITS = (0.1, 0.2, 0.4, 0.8)  # seconds before each retry of an incomplete or damaged object
+RETRY_WAITS = (0.1, 0.2, 0.4, 0.8)  # seconds before each retry of an incomplete or damaged object
 
 
 Result = TypeVar("Result")
@@ -48,7 +48,7 @@ def read_verified(path: str, use: Callable[[Any], tuple[Result, str]]) -> Result
     from botocore.exceptions import BotoCoreError
     from urllib3.exceptions import HTTPError
 
-    for wait in (*WAITS, None):
+    for wait in (*RETRY_WAITS, None):
         answer = client().get_object(Bucket=bucket, Key=key)
         try:
             result, sha256 = use(answer["Body"])

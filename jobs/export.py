@@ -12,7 +12,7 @@ from argparse import ArgumentParser, Namespace
 
 from glide_ray.cli.arguments import job_parser
 from glide_ray.cli.weights import add_export_options
-from glide_ray.distributed.job import once, run
+from glide_ray.distributed.job import run, run_once
 from glide_ray.storage import absolute
 from glide_ray.train.checkpoint import find_checkpoint
 
@@ -33,7 +33,7 @@ def export_once(options: Namespace) -> dict:
     checkpoint = find_checkpoint(absolute(options.checkpoint))
     asked = {"checkpoint": checkpoint, "ema_rate": options.ema_rate, "half": options.half}
     work = export_half if options.half else export
-    return once(f"{options.out}.json", asked, lambda: work(checkpoint, options))
+    return run_once(f"{options.out}.json", asked, lambda: work(checkpoint, options))
 
 
 def export(checkpoint: str, options: Namespace) -> dict:

@@ -15,9 +15,9 @@ from glide_ray.cli.arguments import job_parser
 from glide_ray.cli.curation import add_clean_options, add_filter_clip
 from glide_ray.config.data import CleanConfig
 from glide_ray.config.overrides import override
-from glide_ray.data.filters import Report, users_rules
+from glide_ray.data.filters import Report, import_rules
 from glide_ray.data.sources import find_parts, state
-from glide_ray.distributed.job import once, run
+from glide_ray.distributed.job import run, run_once
 from glide_ray.storage import absolute, fetch, fingerprint
 
 
@@ -53,7 +53,7 @@ def filter_once(options: Namespace) -> dict:
             "faults": done.faults,
         }
 
-    return once(f"{options.out.rstrip('/')}/{RECORD}", asked, report)
+    return run_once(f"{options.out.rstrip('/')}/{RECORD}", asked, report)
 
 
 def with_state(options: Namespace) -> dict:
@@ -70,7 +70,7 @@ def apply_content_filter(options: Namespace) -> Report:
 
 
 def apply_rules(options: Namespace) -> Report:
-    config, rules = override(CleanConfig(), options.set), users_rules(options.rule)
+    config, rules = override(CleanConfig(), options.set), import_rules(options.rule)
     from glide_ray.distributed.curation.clean import clean, write_page
 
     done = clean(options.source, options.out, config, rules)

@@ -11,7 +11,7 @@ from argparse import ArgumentParser
 
 from glide_ray.cli.arguments import job_parser
 from glide_ray.cli.corpus import add_corpus_options
-from glide_ray.distributed.job import once, run
+from glide_ray.distributed.job import run, run_once
 
 
 def parser() -> ArgumentParser:
@@ -43,7 +43,7 @@ def main() -> int:
         }
 
     asked = {"min_size": options.min_size, "styles": styles, "scenes": options.scenes}
-    return run("prepare", lambda: once(f"{options.out.rstrip('/')}/prepare.json", asked, work))
+    return run("prepare", lambda: run_once(f"{options.out.rstrip('/')}/prepare.json", asked, work))
 
 
 if __name__ == "__main__":

@@ -33,10 +33,10 @@ from ..train.batch_split import BatchSplit
 
 PROCESSES, BATCH = 2, 64  # worker processes on each side, images per batch
 # Shards of the throughput comparison and of the many-shard epoch; images of the two memory runs
-SHARDS, MANY_SHARDS, FEW, MANY = 8, 64, 10_000, 100_000
+SHARDS, MANY_SHARDS, SMALL_CORPUS, LARGE_CORPUS = 8, 64, 10_000, 100_000
 
 
-def bench_data(corpus: str, repeats: int = 3, images: int = 3 * FEW) -> dict[str, Any]:
+def bench_data(corpus: str, repeats: int = 3, images: int = 3 * SMALL_CORPUS) -> dict[str, Any]:
     """Images per second of the stream and of webdataset, measured alternately `repeats` times.
 
     Work per image: decode, crop to 64 pixels, tokenise the caption. The shards, in a temporary
@@ -47,11 +47,11 @@ def bench_data(corpus: str, repeats: int = 3, images: int = 3 * FEW) -> dict[str
     pictures = _pictures(corpus)
     workers = _workers()
     with tempfile.TemporaryDirectory() as folder:
-        shards, one, many = (Path(folder) / name for name in ("shards", "one", "many"))
+        shards, one_shard, many_shards = (Path(folder) / name for name in ("shards", "one", "many"))
         for path, per_shard in (
             (shards, images // SHARDS),
-            (one, images),
-            (many, -(-images // MANY_SHARDS)),
+            (one_shard, images),
+            (many_shards, -(-images // MANY_SHARDS)),
         ):
             write_shards(path, again(pictures, images), per_shard)
         stream(shards, workers)  # warm-up: the first epoch starts Ray's worker processes
@@ -60,7 +60,7 @@ def bench_data(corpus: str, repeats: int = 3, images: int = 3 * FEW) -> dict[str
             for _ in range(repeats)
         ]
         costs = [
-            (_seconds(stream(one, workers)), _seconds(stream(many, workers)))
+            (_seconds(stream(one_shard, workers)), _seconds(stream(many_shards, workers)))
             for _ in range(repeats)
         ]
     ratios = [ours / theirs for ours, theirs in pairs]
@@ -73,28 +73,30 @@ def bench_data(corpus: str, repeats: int = 3, images: int = 3 * FEW) -> dict[str
         "ratio_min": round(min(ratios), 2),
         "ratio_max": round(max(ratios), 2),
         "pairs": repeats,
-        "epoch_s_1_shard": round(statistics.median(one for one, _ in costs), 2),
-        f"epoch_s_{MANY_SHARDS}_shards": round(statistics.median(many for _, many in costs), 2),
+        "epoch_s_1_shard": round(statistics.median(one_shard for one_shard, _ in costs), 2),
+        f"epoch_s_{MANY_SHARDS}_shards": round(
+            statistics.median(many_shards for _, many_shards in costs), 2
+        ),
     }
 
 
 def bench_memory(corpus: str) -> dict[str, Any]:
-    """Peak memory in MiB of all processes of the stream, over FEW and over MANY images.
+    """Peak memory in MiB of all processes of the stream, for SMALL_CORPUS and LARGE_CORPUS images.
 
     Both corpora repeat the same pictures, so a ratio of 1 means that memory does not grow with the
     corpus. Raises UserError without 256-pixel WebP pictures.
     """
     pictures, workers, peaks = _pictures(corpus), _workers(), {}
     with tempfile.TemporaryDirectory() as folder:
-        for count in (FEW, MANY):
+        for count in (SMALL_CORPUS, LARGE_CORPUS):
             write_shards(Path(folder) / str(count), again(pictures, count), 1000)
-        stream(Path(folder) / str(FEW), workers)
-        for count in (FEW, MANY):
+        stream(Path(folder) / str(SMALL_CORPUS), workers)
+        for count in (SMALL_CORPUS, LARGE_CORPUS):
             with Peak() as peak:
                 stream(Path(folder) / str(count), workers)
             peaks[count] = peak.bytes / 2**20
     return {f"peak_mib_{count}": round(peak) for count, peak in peaks.items()} | {
-        "ratio": round(peaks[MANY] / peaks[FEW], 3)
+        "ratio": round(peaks[LARGE_CORPUS] / peaks[SMALL_CORPUS], 3)
     }
 
 
@@ -167,11 +169,11 @@ def stream(shards: Path, workers: Sequence) -> tuple[float, Arrivals]:
         0,
         Tally.remote(),
     )
-    came = ray.get(
+    answers = ray.get(
         [worker.epoch.remote(feeder, rank, world) for rank, worker in enumerate(workers)]
     )
-    return min(began for began, _ in came), sorted(
-        arrival for _, arrivals in came for arrival in arrivals
+    return min(began for began, _ in answers), sorted(
+        arrival for _, arrivals in answers for arrival in arrivals
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import httpx
 
-PATIENCE = 600.0  # client timeout in seconds
+TIMEOUT_SECONDS = 600.0  # client timeout in seconds
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ class Clients:
         keep_images: bool = False,
     ):
         # A file, because a full pipe would block the clients until answers() reads it
-        self._came = tempfile.TemporaryFile("w+")
+        self._answers = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "glide_ray.bench.load_generator"],
             stdin=subprocess.PIPE,
-            stdout=self._came,
+            stdout=self._answers,
             text=True,
         )
         assert self._process.stdin is not None  # a pipe
@@ -127,11 +127,11 @@ class Clients:
         """
         if self._process.wait() != 0:
             raise RuntimeError("the process of the clients failed; it says why above")
-        with self._came:
-            self._came.seek(0)
-            came = json.load(self._came)
+        with self._answers:
+            self._answers.seek(0)
+            answers = json.load(self._answers)
         return sorted(
-            (RequestResult(**{**answer, "images": tuple(answer["images"])}) for answer in came),
+            (RequestResult(**{**answer, "images": tuple(answer["images"])}) for answer in answers),
             key=lambda answer: answer.number,
         )
 
@@ -177,7 +177,7 @@ async def _open(client: httpx.AsyncClient, plan: dict[str, Any]) -> list[Request
 
 
 async def _closed(client: httpx.AsyncClient, plan: dict[str, Any]) -> list[RequestResult]:
-    began, came = time.monotonic(), []
+    began, answers = time.monotonic(), []
     # With a time limit the requests repeat until it; without one each is sent once.
     waiting = enumerate(plan["requests"] if plan["seconds"] is None else cycle(plan["requests"]))
 
@@ -186,18 +186,20 @@ async def _closed(client: httpx.AsyncClient, plan: dict[str, Any]) -> list[Reque
             now = time.monotonic() - began
             if plan["seconds"] is not None and now >= plan["seconds"]:
                 return
-            came.append(await _send(client, plan, number, body, now, began))
+            answers.append(await _send(client, plan, number, body, now, began))
 
     await asyncio.gather(*[one() for _ in range(plan["clients"])])
-    return came
+    return answers
 
 
 async def _main() -> None:
     plan = json.loads(sys.stdin.read())
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    async with httpx.AsyncClient(base_url=plan["url"], timeout=PATIENCE, limits=limits) as client:
-        came = await (_open if plan["at"] is not None else _closed)(client, plan)
-    json.dump([asdict(answer) for answer in came], sys.stdout)
+    async with httpx.AsyncClient(
+        base_url=plan["url"], timeout=TIMEOUT_SECONDS, limits=limits
+    ) as client:
+        answers = await (_open if plan["at"] is not None else _closed)(client, plan)
+    json.dump([asdict(answer) for answer in answers], sys.stdout)
 
 
 if __name__ == "__main__":

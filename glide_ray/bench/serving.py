@@ -49,7 +49,7 @@ OVERLOAD_SECONDS = 60
 # -- applications to compare with ------------------------------------------------------------------
 
 
-class _Whole(Stage):
+class _WholeRequestBatching(Stage):
     """A stage that samples a batch of requests from first to last step, then answers them all."""
 
     @serve.batch(max_batch_size=CONCURRENT_REQUESTS, batch_wait_timeout_s=0.01)
@@ -61,15 +61,15 @@ class _Whole(Stage):
         return self._made(await self._batch(request), began)
 
 
-class WholeBase(_Whole, Base):
+class WholeBase(_WholeRequestBatching, Base):
     """The base stage with whole-request batching."""
 
 
-class WholeUpsampler(_Whole, Upsampler):
+class WholeUpsampler(_WholeRequestBatching, Upsampler):
     """The upsampler stage with whole-request batching."""
 
 
-class Nothing:
+class NoOpStage:
     """A stage that returns a picture of zeros."""
 
     def __init__(self, size: int):
@@ -91,16 +91,18 @@ def _nothing(sizes: Sequence[int], body_bytes: int) -> serve.Application:
 
     @api.post("/v1/images/generations")
     async def generations(body: dict) -> dict:
-        made = None
+        result = None
         for stage in serve.get_replica_context().servable_object.stages:
-            made = await stage.make.remote(
+            result = await stage.make.remote(
                 Job(body["prompt"], body["seed"], sizes[-1]),
-                *([] if made is None else [made.pixels]),
+                *([] if result is None else [result.pixels]),
             )
         return answer
 
     stages = [
-        serve.deployment(Nothing).options(name=f"nothing{size}", max_ongoing_requests=64).bind(size)
+        serve.deployment(NoOpStage)
+        .options(name=f"nothing{size}", max_ongoing_requests=64)
+        .bind(size)
         for size in sizes
     ]
     return (
@@ -110,7 +112,7 @@ def _nothing(sizes: Sequence[int], body_bytes: int) -> serve.Application:
     )
 
 
-class Bare(Base):
+class BareEngine(Base):
     """The base stage's engine without Serve or HTTP, as full as closed-loop clients keep it."""
 
     def fill(self, jobs: Sequence[Job], seconds: float) -> float:
@@ -225,13 +227,13 @@ def _costs(config: ServeConfig, url: str, fields: dict[str, Any]) -> dict[str, A
 def _saturation(config: ServeConfig, url: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Steps per second of the saturated server, and of the engine alone, measured alternately."""
     bare = (
-        ray.remote(Bare)
+        ray.remote(BareEngine)
         .options(num_cpus=1)
         .remote("bare", config.base, config.precision, config.max_in_flight)
     )
-    asked = load.bodies(10_000, STEPS, 1)
+    bodies = load.bodies(10_000, STEPS, 1)
     jobs = [
-        Job(body["prompt"], body["seed"], 64, SampleOptions(steps=body["steps"])) for body in asked
+        Job(body["prompt"], body["seed"], 64, SampleOptions(steps=body["steps"])) for body in bodies
     ]
     rates = []
     for _ in range(ROUNDS - 2):
@@ -270,14 +272,14 @@ def _latencies(url: str, fields: dict[str, Any], seconds: float) -> dict[str, An
     """
     rates = {}
     for name in ("step", "whole"):
-        came = load.Clients(
+        answers = load.Clients(
             f"{url}/{name}",
             load.bodies(1000, STEPS, 3, **fields),
             clients=CONCURRENT_REQUESTS,
             seconds=seconds / 2,
         ).answers()
-        rates[name] = sum(answer.status == 200 for answer in came) / max(
-            answer.at + answer.seconds for answer in came
+        rates[name] = sum(answer.status == 200 for answer in answers) / max(
+            answer.at + answer.seconds for answer in answers
         )
         log.info(f"{name}: {rates[name]:.3f} requests/s at saturation")
     figures: dict[str, Any] = {
@@ -287,11 +289,11 @@ def _latencies(url: str, fields: dict[str, Any], seconds: float) -> dict[str, An
     }
     for prefix, rate in (("", rates["step"]), ("at_wholes_", rates["whole"])):
         times = load.poisson(0.7 * rate, seconds, 4)
-        asked, latencies = load.bodies(len(times), STEPS, 5, **fields), {}
+        bodies, latencies = load.bodies(len(times), STEPS, 5, **fields), {}
         for name in ("step", "whole"):
-            came = load.Clients(f"{url}/{name}", asked, times).answers()
-            latencies[name] = [answer.seconds for answer in came if answer.status == 200]
-            figures[f"{prefix}{name}_answered"] = f"{len(latencies[name])} of {len(came)}"
+            answers = load.Clients(f"{url}/{name}", bodies, times).answers()
+            latencies[name] = [answer.seconds for answer in answers if answer.status == 200]
+            figures[f"{prefix}{name}_answered"] = f"{len(latencies[name])} of {len(answers)}"
             for part in (50, 95):
                 figures[f"{prefix}{name}_p{part}_s"] = round(
                     _quantile(latencies[name], part / 100), 2
@@ -314,14 +316,16 @@ def _overload(url: str, fields: dict[str, Any], rate: float, p95: float) -> dict
     """
     times = load.poisson(rate, OVERLOAD_SECONDS, 6)
     before = _memory()
-    came = load.Clients(f"{url}/step", load.bodies(len(times), STEPS, 7, **fields), times).answers()
-    after, admitted = _memory(), [answer.seconds for answer in came if answer.status == 200]
-    refused = [answer for answer in came if answer.status == 429]
+    answers = load.Clients(
+        f"{url}/step", load.bodies(len(times), STEPS, 7, **fields), times
+    ).answers()
+    after, admitted = _memory(), [answer.seconds for answer in answers if answer.status == 200]
+    refused = [answer for answer in answers if answer.status == 429]
     figures = {
-        "overload_requests": len(came),
+        "overload_requests": len(answers),
         "overload_admitted": len(admitted),
         "overload_429": len(refused),
-        "overload_other": len(came) - len(admitted) - len(refused),
+        "overload_other": len(answers) - len(admitted) - len(refused),
         "overload_p95_s": round(_quantile(admitted, 0.95), 2),
         "overload_p95_ratio": round(_quantile(admitted, 0.95) / p95, 2),
         "refused_p95_ms": _ms([_quantile([answer.seconds for answer in refused], 0.95)]),

@@ -159,7 +159,11 @@ def _train_and_measure(name: str, images: int, settings: Sequence[str], steps: i
         )
         batch = replace(batch, image=torch.rand_like(batch.image))
         return [
-            timed(lambda number=number: trainer.step(iter([batch] * trainer.share.calls), number))
+            timed(
+                lambda number=number: trainer.step(
+                    iter([batch] * trainer.batch_split.calls), number
+                )
+            )
             for number in range(1, count + 1)
         ]
 
@@ -170,9 +174,9 @@ def _train_and_measure(name: str, images: int, settings: Sequence[str], steps: i
     process = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak, VmHWM
     times = train(preset, steps)
-    taken = _resident("VmHWM") - process
+    used = _resident("VmHWM") - process
     peak = measured_peak(DTYPES[training_precision(preset.train.precision, "cpu")])
-    print(json.dumps({"bytes": taken, "process": process, "step_s": min(times), "peak": peak}))
+    print(json.dumps({"bytes": used, "process": process, "step_s": min(times), "peak": peak}))
 
 
 def _resident(field: str) -> int:
@@ -187,7 +191,7 @@ def _resident(field: str) -> int:
 def bench_train(
     preset: Preset, precision: str = "bf16", repeats: int = 5, images: int = 16
 ) -> dict[str, float | int | str]:
-    """A training step of ours against those of two other loops, alternately on the same batch.
+    """Training steps of this trainer and of two other loops, alternately on the same batch.
 
     `plain`: a PyTorch loop in float32 and contiguous memory. `bare`: a loop in our precision with
     float32 master weights and EMA, which shows the cost of DeepSpeed. Raises UserError for a CLIP.
@@ -259,7 +263,7 @@ def _plain_loop(
         if dtype != torch.float32
         else list(network.parameters())
     )
-    # Fused in the bare loop, as in ours; PyTorch's default in the plain one
+    # AdamW: fused in the bare loop, as in our trainer; PyTorch's default in the plain loop
     optimiser = torch.optim.AdamW(
         masters, lr=1e-4, weight_decay=0.0, fused=dtype != torch.float32 or None
     )

@@ -290,9 +290,9 @@ def sample_options(options: Namespace) -> SampleOptions:
     from ..sampling.checks import check_options
 
     names = SampleOptions.model_fields.keys() & vars(options).keys()
-    asked = SampleOptions(**{name: getattr(options, name) for name in names})
-    check_options(asked, options.seed, getattr(options, "strength", None))
-    return asked
+    sampling = SampleOptions(**{name: getattr(options, name) for name in names})
+    check_options(sampling, options.seed, getattr(options, "strength", None))
+    return sampling
 
 
 # -- bulk generation -------------------------------------------------------------------------------
@@ -333,9 +333,9 @@ def bulk_config(
     from ..config.overrides import validate
     from ..config.sampling import BulkConfig, SampleOptions
 
-    asked = SampleOptions(
+    sampling = SampleOptions(
         sampler=options.sampler, steps=options.steps, guidance_scale=guidance_scale
     )
     names = ("base", "upsampler", "device", "precision", "seed")
-    given = {name: getattr(options, name) for name in names}
-    return validate(BulkConfig, {**given, "clip": clip, "options": asked})
+    settings = {name: getattr(options, name) for name in names}
+    return validate(BulkConfig, {**settings, "clip": clip, "options": sampling})

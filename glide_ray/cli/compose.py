@@ -115,7 +115,7 @@ def compose(options: Namespace) -> None:
         judge, rows_of_style = learn_style(judge, options.new_style, options.corpus)
     print(aligned(composing.judge_table(judge, options.size)))
     with progress_bar("pictures") as progress:
-        run = composing.Run(
+        run = composing.ComposeRun(
             judge,
             options.corpus,
             options.out,
@@ -126,7 +126,7 @@ def compose(options: Namespace) -> None:
             sample_options(options),
             rows_of_style,
         )
-        rows = run.of_real() if cascade is None else run.of_models(cascade, progress)
+        rows = run.score_real() if cascade is None else run.score_models(cascade, progress)
     print(aligned(composing.table(rows)))
     if cascade is not None:
         print(f"{options.out / composing.PAGE}, {composing.FIGURES}, {composing.PICTURES}/")

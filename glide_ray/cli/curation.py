@@ -21,7 +21,7 @@ from .arguments import (
 
 if TYPE_CHECKING:
     from ..data.filters import Rule
-    from ..distributed.curation.fit_filter import Fit
+    from ..distributed.curation.fit_filter import FilterFit
 
 FILTERS = Path("runs/filters")
 WEAPONS = ("weapon", "dagger", "kitchen knife", "water pistol", "bomb", "bow and arrow", "axe")
@@ -90,10 +90,10 @@ def add_clean_options(parser: Parser) -> None:
 
 def clean(options: Namespace) -> None:
     from ..config.overrides import override
-    from ..data.filters import users_rules
+    from ..data.filters import import_rules
 
     config = override(CleanConfig(), options.set)
-    rules = users_rules(options.rule)
+    rules = import_rules(options.rule)
     from ..distributed.curation import clean as cleaning
     from ..distributed.rows import DROPPED
 
@@ -183,12 +183,12 @@ def fit_filter(options: Namespace) -> None:
 
 def _truth(rule: str | None) -> Rule | None:
     """The function that --truth names. Raises UserError."""
-    from ..data.filters import users_rules
+    from ..data.filters import import_rules
 
-    return next(iter(users_rules([rule] if rule else [], "--truth").values()), None)
+    return next(iter(import_rules([rule] if rule else [], "--truth").values()), None)
 
 
-def _print_fit(done: Fit, out: Path) -> None:
+def _print_fit(done: FilterFit, out: Path) -> None:
     from ..distributed.curation.fit_filter import FILTER, LABELS, SHEET
 
     if done.content is not None:

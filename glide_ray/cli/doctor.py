@@ -19,7 +19,7 @@ from pathlib import Path
 from ..errors import UserError
 from .arguments import Commands
 
-LOWEST = (3, 10)  # Python
+MIN_PYTHON = (3, 10)
 SERVER_PORT = 8000
 RAY_PORTS = {8265: "Ray's dashboard", 6379: "Ray's head", 10001: "Ray's client server"}
 DISK_BYTES = 2 * 2**30  # a corpus and a small run
@@ -75,7 +75,7 @@ def findings() -> Iterator[Finding]:
 
 def _python() -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
-    remedy = "" if sys.version_info >= LOWEST else "install Python 3.10 to 3.13"
+    remedy = "" if sys.version_info >= MIN_PYTHON else "install Python 3.10 to 3.13"
     return Finding("Python", f"{version} in {sys.prefix}", remedy, required=True)
 
 
@@ -175,7 +175,7 @@ def _gpu(torch) -> Finding:
 
 
 def _compiler() -> Iterator[Finding]:
-    """A compiler and Python's headers, for what is compiled at its first use.
+    """A compiler and Python's headers, for code that is compiled at its first use.
 
     Required where DeepSpeed is installed (its CPU collectives), or Triton beside a GPU.
     """

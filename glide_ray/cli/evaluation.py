@@ -136,7 +136,7 @@ def run_evaluation(options: Namespace) -> dict[str, Any]:
         fetch_network(path)
     names_left_out = left_out(options.leave_out) if options.leave_out else None
     if not sets:
-        sets = evaluation.sweep(
+        sets = evaluation.generate_sets(
             config,
             options.guidance_scale,
             options.clip_scale,

@@ -31,7 +31,7 @@ from . import (
     weights,
 )
 from .arguments import Commands
-from .terminal import note
+from .terminal import print_note
 
 DESCRIPTION = """\
 Train and serve GLIDE (Nichol et al. 2021), text-to-image diffusion for generation and editing.
@@ -57,17 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.command(options)
     except UserError as error:
-        note(str(error))
+        print_note(str(error))
         return 2
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if command := install_command(package):
-            note(f"this command needs {package}; run {command}.")
+            print_note(f"this command needs {package}; run {command}.")
             return 2
         raise  # no extra has the package: a bug
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        note("interrupted; run the same command again to resume.")
+        print_note("interrupted; run the same command again to resume.")
         return 130
     return 0
 

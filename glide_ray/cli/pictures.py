@@ -19,7 +19,7 @@ from .arguments import (
     sample_options,
 )
 from .picture_files import check_files, crop_square, open_picture, read_mask, read_sketch
-from .terminal import note, with_step_bars
+from .terminal import print_note, with_step_bars
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,26 +60,28 @@ def _add_generate(commands: Commands) -> None:
 
 
 def generate(options: Namespace) -> None:
-    cascade, asked = _load_cascade(options), sample_options(options)
-    from ..sampling.recipe import Maker, save_picture
+    cascade, sampling = _load_cascade(options), sample_options(options)
+    from ..sampling.recipe import ModelSet, save_picture
 
     if options.best_of > 1:
-        made = _best_of_each(cascade, options, asked)
+        results = _best_of_each(cascade, options, sampling)
     else:
         seeds = range(options.seed, options.seed + options.n)
         images = with_step_bars(
-            lambda progress: cascade.generate([options.prompt] * options.n, seeds, asked, progress)
+            lambda progress: cascade.generate(
+                [options.prompt] * options.n, seeds, sampling, progress
+            )
         )
-        made = [(seed, image, "") for seed, image in zip(seeds, images, strict=True)]
-    maker = Maker.of(cascade)
-    for n, (seed, image, remark) in enumerate(made):
+        results = [(seed, image, "") for seed, image in zip(seeds, images, strict=True)]
+    model_set = ModelSet.of(cascade)
+    for n, (seed, image, remark) in enumerate(results):
         path = options.out if options.n == 1 else _numbered(options.out, n)
-        save_picture(image, path, maker.recipe("generate", options.prompt, seed, asked))
+        save_picture(image, path, model_set.recipe("generate", options.prompt, seed, sampling))
         print(f"{path}  seed {seed}{remark}")
 
 
 def _best_of_each(
-    cascade: Cascade, options: Namespace, asked: SampleOptions
+    cascade: Cascade, options: Namespace, sampling: SampleOptions
 ) -> list[tuple[int, np.ndarray, str]]:
     """Seed, image and a remark on the scores of the best candidate for each picture."""
     found = []
@@ -90,7 +92,7 @@ def _best_of_each(
                 cascade.best_of,
                 options.prompt,
                 range(first, first + options.best_of),
-                asked,
+                sampling,
             )
         )
         mean = sum(best.scores.values()) / options.best_of
@@ -119,17 +121,19 @@ def _add_edit(commands: Commands) -> None:
 
 
 def edit(options: Namespace) -> None:
-    cascade, asked = _load_cascade(options), sample_options(options)
+    cascade, sampling = _load_cascade(options), sample_options(options)
     picture = open_picture(options.image)
     image = crop_square(picture, cascade.size)
     known = read_mask(options.mask, cascade.size, picture)
-    from ..sampling.recipe import Maker, save_picture
+    from ..sampling.recipe import ModelSet, save_picture
 
-    made = with_step_bars(
-        lambda progress: cascade.edit(image, known, options.prompt, options.seed, asked, progress)
+    result = with_step_bars(
+        lambda progress: cascade.edit(
+            image, known, options.prompt, options.seed, sampling, progress
+        )
     )
-    recipe = Maker.of(cascade).recipe("edit", options.prompt, options.seed, asked)
-    save_picture(made, options.out, recipe, {"image": image, "mask": known})
+    recipe = ModelSet.of(cascade).recipe("edit", options.prompt, options.seed, sampling)
+    save_picture(result, options.out, recipe, {"image": image, "mask": known})
     print(f"{options.out}  seed {options.seed}")
 
 
@@ -168,16 +172,16 @@ def _add_vary(commands: Commands) -> None:
 
 
 def vary(options: Namespace) -> None:
-    cascade, asked = _load_cascade(options), sample_options(options)
+    cascade, sampling = _load_cascade(options), sample_options(options)
     picture = open_picture(options.image)
     inputs = {"image": crop_square(picture, cascade.size)}
     if options.mask is not None:
         inputs["mask"] = read_mask(options.mask, cascade.size, picture)
     if options.sketch:
         inputs["sketch"] = read_sketch(options.sketch, cascade.size, picture)
-    from ..sampling.recipe import Maker, save_picture
+    from ..sampling.recipe import ModelSet, save_picture
 
-    made = with_step_bars(
+    result = with_step_bars(
         lambda progress: cascade.vary(
             inputs["image"],
             options.prompt,
@@ -185,13 +189,13 @@ def vary(options: Namespace) -> None:
             options.strength,
             inputs.get("mask"),
             inputs.get("sketch"),
-            asked,
+            sampling,
             progress,
         )
     )
-    maker = Maker.of(cascade)
-    recipe = maker.recipe("vary", options.prompt, options.seed, asked, options.strength)
-    save_picture(made, options.out, recipe, inputs)
+    model_set = ModelSet.of(cascade)
+    recipe = model_set.recipe("vary", options.prompt, options.seed, sampling, options.strength)
+    save_picture(result, options.out, recipe, inputs)
     print(f"{options.out}  seed {options.seed}, strength {options.strength:g}")
 
 
@@ -228,7 +232,7 @@ def _add_scene(commands: Commands) -> None:
 def scene(options: Namespace) -> None:
     if (options.prompt is None) == (options.image is None):
         raise UserError("a scene begins with a prompt or with --image; give one of the two.")
-    cascade, asked = _load_cascade(options), sample_options(options)
+    cascade, sampling = _load_cascade(options), sample_options(options)
     edits = [(read_mask(mask, cascade.size), prompt) for mask, prompt in options.edit]
     for _, prompt in edits:
         _warn_of_cut(prompt, cascade)
@@ -236,20 +240,20 @@ def scene(options: Namespace) -> None:
     if options.image:
         image = crop_square(open_picture(options.image), cascade.size)
     else:
-        image = _first_picture(cascade, options, asked)
+        image = _first_picture(cascade, options, sampling)
         seed += 1
-    _apply_edits(cascade, image, edits, seed, asked, options.out)
+    _apply_edits(cascade, image, edits, seed, sampling, options.out)
 
 
-def _first_picture(cascade: Cascade, options: Namespace, asked: SampleOptions) -> np.ndarray:
+def _first_picture(cascade: Cascade, options: Namespace, sampling: SampleOptions) -> np.ndarray:
     """Generate the first picture of a scene, write it as number 0 and return it."""
-    from ..sampling.recipe import Maker, save_picture
+    from ..sampling.recipe import ModelSet, save_picture
 
     [image] = with_step_bars(
-        lambda progress: cascade.generate([options.prompt], [options.seed], asked, progress)
+        lambda progress: cascade.generate([options.prompt], [options.seed], sampling, progress)
     )
     path = _numbered(options.out, 0)
-    recipe = Maker.of(cascade).recipe("generate", options.prompt, options.seed, asked)
+    recipe = ModelSet.of(cascade).recipe("generate", options.prompt, options.seed, sampling)
     save_picture(image, path, recipe)
     print(f"{path}  seed {options.seed}  {options.prompt}")
     return image
@@ -260,19 +264,22 @@ def _apply_edits(
     image: np.ndarray,
     edits: list[tuple[np.ndarray, str]],
     seed: int,
-    asked: SampleOptions,
+    sampling: SampleOptions,
     out: Path,
 ) -> None:
     """Write the picture after each edit, numbered from 1. Edit n uses the seed `seed` + n."""
-    from ..sampling.recipe import Maker, save_picture
+    from ..sampling.recipe import ModelSet, save_picture
 
-    maker = Maker.of(cascade)
+    model_set = ModelSet.of(cascade)
 
     def run(progress) -> None:
         before = image
-        for n, after in enumerate(cascade.scene(image, edits, seed, asked, progress)):
+        for n, after in enumerate(cascade.scene(image, edits, seed, sampling, progress)):
             known, prompt = edits[n]
-            path, recipe = _numbered(out, n + 1), maker.recipe("edit", prompt, seed + n, asked)
+            path, recipe = (
+                _numbered(out, n + 1),
+                model_set.recipe("edit", prompt, seed + n, sampling),
+            )
             save_picture(after, path, recipe, {"image": before, "mask": known})
             print(f"{path}  seed {seed + n}  {prompt}")
             before = after
@@ -301,7 +308,7 @@ def _add_reproduce(commands: Commands) -> None:
 
 
 def reproduce(options: Namespace) -> None:
-    from ..sampling.recipe import find_models, make_again, read_recipe, save_picture
+    from ..sampling.recipe import find_models, read_recipe, reproduce_picture, save_picture
 
     check_files(options)
     recipe, inputs, before = read_recipe(options.picture)
@@ -312,26 +319,26 @@ def reproduce(options: Namespace) -> None:
     cascade = Cascade.load(
         models["base"], models.get("upsampler"), recipe.precision, clip=models.get("clip")
     )
-    made = with_step_bars(lambda progress: make_again(cascade, recipe, inputs, progress))
+    result = with_step_bars(lambda progress: reproduce_picture(cascade, recipe, inputs, progress))
     print(
         f"{recipe.task} {recipe.prompt!r}, seed {recipe.seed}, {recipe.options.sampler} "
         f"{recipe.options.steps}, guidance scale {recipe.options.guidance_scale:g}, "
         f"{recipe.models['base'].name}"
     )
-    print(_compare(options.picture, before, made, recipe.made_with))
+    print(_compare(options.picture, before, result, recipe.made_with))
     if options.out:
-        save_picture(made, options.out, recipe, inputs)
+        save_picture(result, options.out, recipe, inputs)
         print(options.out)
 
 
-def _compare(path: str, before: np.ndarray, made: np.ndarray, made_with: str) -> str:
+def _compare(path: str, before: np.ndarray, result: np.ndarray, made_with: str) -> str:
     """A sentence on the difference of two pictures, uint8 (H, W, 3)."""
-    if made.shape != before.shape:
+    if result.shape != before.shape:
         return (
             f"{path} has been resized since: it is {before.shape[1]}x{before.shape[0]} and was "
-            f"made at {made.shape[1]}x{made.shape[0]}"
+            f"made at {result.shape[1]}x{result.shape[0]}"
         )
-    difference = abs(made.astype(int) - before)
+    difference = abs(result.astype(int) - before)
     if not difference.any():
         return f"the same as {path}, to the last 8-bit value"
     return (
@@ -363,7 +370,7 @@ def _load_cascade(options: Namespace) -> Cascade:
     sample_options(options)  # reject invalid options before loading anything
     check_files(options)
     if options.prompt is not None and not options.prompt.strip():
-        note("the prompt is empty, so it does not guide the picture.")
+        print_note("the prompt is empty, so it does not guide the picture.")
     if (options.clip_scale or getattr(options, "best_of", 1) > 1) and not options.clip:
         raise UserError(
             "--clip-scale and --best-of need a CLIP model; give one with --clip, trained by "
@@ -387,7 +394,7 @@ def _warn_of_cut(prompt: str, cascade: Cascade) -> None:
 
     context = cascade.base.config.context
     if Tokenizer(context).encode(prompt).cut:
-        note(f"the prompt is longer than {context} tokens; the model does not read the rest.")
+        print_note(f"the prompt is longer than {context} tokens; the model does not read the rest.")
 
 
 def _numbered(path: Path, n: int) -> Path:

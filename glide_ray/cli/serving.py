@@ -66,11 +66,11 @@ def _settings(config: ServeConfig) -> dict[str, object]:
 
 def serve(options: Namespace) -> None:
     config = _serve_config(options)
-    from ..distributed.cluster import connect, joined
+    from ..distributed.cluster import connect, is_connected
     from ..serving.deployment import build_application, check_port, cpus, serving
 
     build_application(config)  # reports a missing file before Ray starts
-    if not joined():
+    if not is_connected():
         check_port(config)
     connect(cpus(config))
     with serving(config) as url:
@@ -86,11 +86,13 @@ def serve(options: Namespace) -> None:
 def _serve_config(options: Namespace) -> ServeConfig:
     from ..config.overrides import override, validate
 
-    given = {name: getattr(options, name) for name in ("host", "port", "precision", "clip", "keys")}
-    given["base"] = str(options.base)
+    settings = {
+        name: getattr(options, name) for name in ("host", "port", "precision", "clip", "keys")
+    }
+    settings["base"] = str(options.base)
     if options.upsampler:
-        given["upsampler"] = str(options.upsampler)
-    config = override(validate(ServeConfig, given), options.set)
+        settings["upsampler"] = str(options.upsampler)
+    config = override(validate(ServeConfig, settings), options.set)
     if options.upsampler is None and config.upsampler == SHIPPED:
         from ..pretrained.shipped import upsampler_for
 
@@ -133,8 +135,8 @@ def _add_key(commands: Commands) -> None:
 def key(options: Namespace) -> None:
     from ..serving.api_keys import new_key
 
-    made = new_key(options.name, options.keys, options.at_once, options.per_minute)
+    key = new_key(options.name, options.keys, options.at_once, options.per_minute)
     print(
-        f"{made}\n"
+        f"{key}\n"
         f"It is shown only now; {options.keys} keeps its hash. Serve with --keys {options.keys}."
     )

@@ -11,7 +11,7 @@ from ..evaluation.pairing import QUESTIONS
 from .arguments import Commands, Parser, named_sets, positive
 
 if TYPE_CHECKING:
-    from ..evaluation.votes import Asked, Votes
+    from ..evaluation.votes import StudyDefinition, Votes
 
 
 def add_commands(commands: Commands) -> None:
@@ -114,10 +114,10 @@ def rate(options: Namespace) -> None:
     )
 
 
-def _asked(options: Namespace) -> Asked | None:
+def _asked(options: Namespace) -> StudyDefinition | None:
     """The study that the options describe, or None to resume. Raises UserError."""
     from .. import storage
-    from ..evaluation.votes import Asked
+    from ..evaluation.votes import StudyDefinition
 
     sets = {name: storage.absolute(folder) for name, folder in named_sets(options.pictures).items()}
     if not sets:
@@ -127,7 +127,7 @@ def _asked(options: Namespace) -> Asked | None:
             "A study compares pictures of two or more models; name each as NAME=FOLDER."
         )
     real = options.real and storage.absolute(options.real)
-    return Asked(sets, options.question, options.comparisons, real)
+    return StudyDefinition(sets, options.question, options.comparisons, real)
 
 
 def _print_study(votes: Votes, votes_per_pair: int) -> None:

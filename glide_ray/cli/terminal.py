@@ -12,7 +12,7 @@ from ..progress import Bar, bar, stage_bars
 Result = TypeVar("Result")
 
 
-def note(line: str) -> None:
+def print_note(line: str) -> None:
     """Print a note or an error on standard error, after the program's name."""
     print(f"glide: {line}", file=sys.stderr)
 

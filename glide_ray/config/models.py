@@ -172,14 +172,16 @@ class DiffusionConfig(Frozen):
             def power(t: float) -> float:  # t in [0, 1]
                 return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
 
-            kept = [
+            signal_kept = [
                 max(power((n + 1) / self.steps) / power(n / self.steps), 1 - COSINE_BETA_MAX)
                 for n in range(self.steps)
             ]
         else:
             first, last = 1000 / self.steps * 1e-4, 1000 / self.steps * 0.02
-            kept = [1 - (first + (last - first) * n / (self.steps - 1)) for n in range(self.steps)]
-        return list(accumulate(kept, operator.mul))
+            signal_kept = [
+                1 - (first + (last - first) * n / (self.steps - 1)) for n in range(self.steps)
+            ]
+        return list(accumulate(signal_kept, operator.mul))
 
 
 class SamplingConfig(Frozen):
@@ -253,9 +255,9 @@ class ClipModelConfig(Frozen):
         return self.clip.context
 
 
-def _tag(given: Any) -> str:
-    has_clip = isinstance(given, dict) and "clip" in given
-    return "CLIP" if isinstance(given, ClipModelConfig) or has_clip else "UNET"
+def _tag(value: Any) -> str:
+    has_clip = isinstance(value, dict) and "clip" in value
+    return "CLIP" if isinstance(value, ClipModelConfig) or has_clip else "UNET"
 
 
 TAGS = ("UNET", "CLIP")  # pydantic adds these to error locations; `validate` removes them

@@ -179,13 +179,13 @@ def tuned_threshold(positives: np.ndarray, max_missed: float, confidence: float 
     return float(min(ordered.mean() - factor * ordered.std(ddof=1), ordered[0] - margin))
 
 
-def missed_interval(missed: int, of: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Two-sided Clopper-Pearson interval for the share of misses, after `missed` out of `of`."""
-    if not of:
+def missed_interval(missed: int, positives: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Two-sided Clopper-Pearson interval of the share of misses: `missed` of `positives`."""
+    if not positives:
         return 0.0, 1.0
     tail = (1 - confidence) / 2
-    low = stats.beta.ppf(tail, missed, of - missed + 1) if missed else 0.0
-    high = stats.beta.ppf(1 - tail, missed + 1, of - missed) if missed < of else 1.0
+    low = stats.beta.ppf(tail, missed, positives - missed + 1) if missed else 0.0
+    high = stats.beta.ppf(1 - tail, missed + 1, positives - missed) if missed < positives else 1.0
     return float(low), float(high)
 
 

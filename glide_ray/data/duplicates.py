@@ -59,13 +59,15 @@ def find_duplicates(fingerprints: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     rank = np.lexsort((np.arange(len(pixels)), -np.asarray(pixels, np.int64)))
     # Compare only the best image of each distinct fingerprint: a web crawl has the same placeholder
     # ten thousand times, and all pairs of its copies would not fit in memory.
-    _, best, of = np.unique(fingerprints[rank], axis=0, return_index=True, return_inverse=True)
+    _, best, unique_index = np.unique(
+        fingerprints[rank], axis=0, return_index=True, return_inverse=True
+    )
     order = np.argsort(best)
     stays = np.empty_like(best)
     stays[order] = best[order][_first_alike(fingerprints[rank[best[order]]])]
-    stays_instead = np.empty_like(rank)
-    stays_instead[rank] = rank[stays[of]]
-    return np.where(stays_instead == np.arange(len(rank)), -1, stays_instead)
+    kept_copy = np.empty_like(rank)
+    kept_copy[rank] = rank[stays[unique_index]]
+    return np.where(kept_copy == np.arange(len(rank)), -1, kept_copy)
 
 
 def _first_alike(fingerprints: np.ndarray) -> np.ndarray:
@@ -92,14 +94,14 @@ def _candidates(hashes: np.ndarray) -> Iterator[np.ndarray]:
         )
         order = np.argsort(band, kind="stable")
         band, sorted_hashes = band[order], hashes[order]
-        here, apart = np.arange(len(order)), 0
-        # `here`: sorted rows whose bands agree with those of the row `apart` places further on
-        while len(here):
+        start, apart = np.arange(len(order)), 0
+        # `start`: sorted rows whose bands agree with those of the row `apart` places further on
+        while len(start):
             apart += 1
-            here = here[: np.searchsorted(here, len(order) - apart)]
-            here = here[band[here] == band[here + apart]]
-            near = here[
-                np.bitwise_count(sorted_hashes[here] ^ sorted_hashes[here + apart]) <= MAX_BITS
+            start = start[: np.searchsorted(start, len(order) - apart)]
+            start = start[band[start] == band[start + apart]]
+            near = start[
+                np.bitwise_count(sorted_hashes[start] ^ sorted_hashes[start + apart]) <= MAX_BITS
             ]
             yield np.stack([order[near], order[near + apart]], axis=1)
 

@@ -70,9 +70,13 @@ def _refuse_other(out: str, done: Iterable[str], styles: Sequence[Style], scenes
     wanted = [style.words for style in styles]
     for split in done:
         card = read_card(f"{out}/{split}") or {}
-        there = card.get("styles")
-        if there != wanted:
-            kind = f"with the styles {', '.join(there)}" if there else "of another kind"
+        existing_styles = card.get("styles")
+        if existing_styles != wanted:
+            kind = (
+                f"with the styles {', '.join(existing_styles)}"
+                if existing_styles
+                else "of another kind"
+            )
             raise ConfigError(
                 f"{out} already has a corpus {kind}, and others are asked for; name "
                 "the same with --styles, give another folder with --out, or remove "

@@ -59,7 +59,7 @@ def has_image(candidate: Candidate) -> bool:
 
 
 def has_header(candidate: Candidate) -> bool:
-    return _raises_not(lambda: candidate.opened)
+    return _succeeds(lambda: candidate.opened)
 
 
 def is_large_enough(candidate: Candidate, min_size: int) -> bool:
@@ -71,10 +71,10 @@ def has_moderate_aspect(candidate: Candidate, max_aspect: float) -> bool:
 
 
 def decodes(candidate: Candidate) -> bool:
-    return _raises_not(lambda: candidate.picture)
+    return _succeeds(lambda: candidate.picture)
 
 
-def _raises_not(action: Callable[[], Any]) -> bool:
+def _succeeds(action: Callable[[], Any]) -> bool:
     try:
         action()
         return True
@@ -92,7 +92,7 @@ FILE_NAME = re.compile(
     r"[\s_-]*\(?\d*\)?\.?(?:jpe?g|png|gif|webp)?",
     re.IGNORECASE,
 )
-WORDS = re.compile(r"[^\W_](?:.*[^\W_])?", re.DOTALL)  # caption without enclosing punctuation
+INNER_TEXT = re.compile(r"[^\W_](?:.*[^\W_])?", re.DOTALL)  # caption without enclosing punctuation
 BOILERPLATE = re.compile(
     r"""
     ^\S+\.(?:jpe?g|png|gif|webp|bmp|tiff?)$
@@ -126,8 +126,8 @@ def is_in_scripts(caption: str, scripts: Sequence[str]) -> bool:
     return not scripts or sum(script in scripts for script in letters) >= 0.8 * len(letters)
 
 
-def is_no_boilerplate(caption: str) -> bool:
-    words = WORDS.search(caption)
+def is_descriptive(caption: str) -> bool:
+    words = INNER_TEXT.search(caption)
     return (
         words is not None and not FILE_NAME.fullmatch(words[0]) and not BOILERPLATE.search(caption)
     )
@@ -172,7 +172,7 @@ def caption_rules(config: CleanConfig) -> dict[str, Callable[[str], bool]]:
         "with too short a caption": lambda caption: is_long_enough(caption, config.min_characters),
         "with too long a caption": lambda caption: is_short_enough(caption, config.max_characters),
         "with a caption in another script": lambda caption: is_in_scripts(caption, config.scripts),
-        "with boilerplate for a caption": is_no_boilerplate,
+        "with boilerplate for a caption": is_descriptive,
     }
 
 
@@ -196,7 +196,7 @@ def clean_captions(
     return kept, None if kept else broken[0]
 
 
-def users_rules(names: Sequence[str], option: str = "--rule") -> dict[str, Rule]:
+def import_rules(names: Sequence[str], option: str = "--rule") -> dict[str, Rule]:
     """Import the user's rules, each named `module:function`. Raises ConfigError.
 
     Modules in the current folder are found too.

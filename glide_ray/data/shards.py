@@ -189,9 +189,9 @@ def captions_of(text: str | None, meta: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple(
             str(caption).strip() for caption in several if isinstance(caption, (str, int, float))
         )
-    one = meta.get("caption")
-    one = one if one and isinstance(one, (str, int, float)) else text
-    return (str(one).strip(),) if one else ()
+    single = meta.get("caption")
+    single = single if single and isinstance(single, (str, int, float)) else text
+    return (str(single).strip(),) if single else ()
 
 
 def read_meta(data: bytes | None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "TEXT")
 # beside images, as in Hugging Face's ImageFolder; one {"file_name": ..., "text": ...} per line
 METADATA = "metadata.jsonl"
 FILES_PER_PART = 256
-ROWS_AT_ONCE = 64
+ROWS_PER_BATCH = 64
 IMAGE_ENDINGS = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES)))
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 SEVERAL = re.compile(r"\{([^{},]+(?:,[^{},]+)+)\}")  # several corpora: corpus/{train,scenes}
@@ -231,7 +231,7 @@ def _read_parquet(url: str) -> Iterator[Sample]:
     embedded = image if image in IMAGE_COLUMNS else None
     position = 0
     try:
-        for batch in table.iter_batches(ROWS_AT_ONCE):
+        for batch in table.iter_batches(ROWS_PER_BATCH):
             for row in batch.to_pylist():
                 content = _content(url, row[image])
                 captions = _captions(row[caption])

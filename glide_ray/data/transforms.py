@@ -144,7 +144,7 @@ def _cut(pixels: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
     return pixels[top : top + size, left : left + size]
 
 
-def collated(
+def collate_batches(
     micro_batches: Iterator[dict[str, list]], collate: Collate, preset: Preset, epoch: int
 ) -> Iterator[Batch]:
     """Micro-batches of rows to batches, one for each, so that all ranks have the same number.
@@ -152,24 +152,24 @@ def collated(
     Raises ShardError if none of an epoch's pictures can be decoded.
     """
     last = None
-    owed: list[int] = []  # sizes of the batches that have not been yielded yet
+    pending: list[int] = []  # sizes of the batches that have not been yielded yet
     for rows in micro_batches:
         last = collate(rows, epoch) or last
-        owed.append(len(rows["id"]))
-        # Replace a batch without a usable picture by the last good one, or at the start by the
-        # first good one that comes. A rank that skipped it would wait for the others at the end of
+        pending.append(len(rows["id"]))
+        # Replace a batch without a usable picture by the last good one, or before that by
+        # the first good one. A rank that skipped it would wait for the others at the end of
         # the epoch, while they wait for it in the all-reduce.
-        while last is not None and owed:
-            size = owed.pop(0)
+        while last is not None and pending:
+            size = pending.pop(0)
             yield last if size == len(last.image) else last[torch.arange(size) % len(last.image)]
-    if owed:
+    if pending:
         raise ShardError(
-            f"No picture of the last {len(owed)} batches of the corpus {preset.data.corpus} can be "
-            f"decoded; leave those that are broken out with `glide clean`."
+            f"No picture of the last {len(pending)} batches of the corpus {preset.data.corpus} can "
+            f"be decoded; leave those that are broken out with `glide clean`."
         )
 
 
-def ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
+def prefetch(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
     """The same batches, prefetched by a thread while the network computes."""
     ready: queue.Queue = queue.Queue(depth)
 
@@ -215,8 +215,8 @@ def held_out_batches(
         )
     numbered = [(number, sample) for number, (_, sample) in enumerate(rows)]
     numbered += [(-1, rows[0][1])] * (-len(rows) % world)
-    mine = numbered[rank::world]
-    parts = [mine[start : start + batch] for start in range(0, len(mine), batch)]
+    rank_rows = numbered[rank::world]
+    parts = [rank_rows[start : start + batch] for start in range(0, len(rank_rows), batch)]
     batches = [collate(columns(part), epoch=0, augment=False) for part in parts]
     good = next((collated_batch for collated_batch in batches if collated_batch is not None), None)
     if good is None:

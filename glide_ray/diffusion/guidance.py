@@ -22,13 +22,17 @@ def classifier_free(paired: Denoiser, scale: Tensor) -> Denoiser:
     scale 1 the empty-caption terms cancel, so they are not computed. With `scale` on the CPU, the
     host never waits for the GPU.
     """
-    here = scale.ne(1).nonzero()[:, 0]
+    guided_rows = scale.ne(1).nonzero()[:, 0]
 
     def denoise(x: Tensor, timestep: Tensor) -> ModelOutput:
-        guided = slice(None) if len(here) == len(scale) else to_device_async(here, x.device)
+        guided = (
+            slice(None)
+            if len(guided_rows) == len(scale)
+            else to_device_async(guided_rows, x.device)
+        )
         both = paired(torch.cat([x, x[guided]]), torch.cat([timestep, timestep[guided]]))
         caption, empty = both[: len(x)], both[len(x) :]
-        eps = combine(caption.eps[guided], empty.eps, to_device_async(scale[here], x.device))
+        eps = combine(caption.eps[guided], empty.eps, to_device_async(scale[guided_rows], x.device))
         if not isinstance(guided, slice):
             eps = caption.eps.index_copy(0, guided, eps)
         return ModelOutput(eps, caption.variance)

@@ -96,71 +96,73 @@ class Step(Rows):
     remembered: Tensor  # x_0, or eps in PLMS, for the `History` of later steps
 
 
-def ancestral_step(given: StepInput) -> Step:
+def ancestral_step(step_input: StepInput) -> Step:
     """x_{t-1} ~ p(x_{t-1} | x_t) with the learned variance (sec. 2.1).
 
     The step that ends at x_0 adds no noise. A `gradient` shifts the mean by variance * gradient
     (sec. 2.2, 2.4).
     """
-    schedule, x, i, known = given.schedule, given.x, given.i, given.known
-    x0 = predict_x0(schedule, given.output, x, i, known)
-    log_variance = learned_log_variance(schedule, given.output.variance, i)
+    schedule, x, i, known = step_input.schedule, step_input.x, step_input.i, step_input.known
+    x0 = predict_x0(schedule, step_input.output, x, i, known)
+    log_variance = learned_log_variance(schedule, step_input.output.variance, i)
     mean = posterior_mean(schedule, x0, x, i)
-    if given.gradient is not None:
-        mean = mean + log_variance.exp() * given.gradient
+    if step_input.gradient is not None:
+        mean = mean + log_variance.exp() * step_input.gradient
     moved = torch.where(
-        ~schedule.at("last", i), mean + (0.5 * log_variance).exp() * given.noise, mean
+        ~schedule.at("last", i), mean + (0.5 * log_variance).exp() * step_input.noise, mean
     )
     return Step(_exact_at_last(schedule, moved, i, known), x0, x0)
 
 
-def ddim_step(given: StepInput, eta: float = 0.0) -> Step:
+def ddim_step(step_input: StepInput, eta: float = 0.0) -> Step:
     """DDIM (Song et al. 2020, eq. 12).
 
     Deterministic at eta 0, as noisy as ancestral sampling at eta 1. A `gradient` shifts eps instead
     of the mean (Dhariwal & Nichol 2021, algorithm 2).
     """
-    x0 = _guided_x0(given)
-    return Step(_towards(given, x0, eta), x0, x0)
+    x0 = _guided_x0(step_input)
+    return Step(_towards(step_input, x0, eta), x0, x0)
 
 
-def plms_step(given: StepInput) -> Step:
+def plms_step(step_input: StepInput) -> Step:
     """PLMS (Liu et al. 2022, eq. 12), for evenly spaced steps.
 
     DDIM with eps extrapolated from up to four steps by Adams-Bashforth. A sample's first three
     steps have orders 1 to 3; every step, also these, makes one network call.
     """
-    schedule, x, i = given.schedule, given.x, given.i
-    history = History.none(x) if given.history is None else given.history
-    eps = eps_from_x0(schedule, x, i, _guided_x0(given))
+    schedule, x, i = step_input.schedule, step_input.x, step_input.i
+    history = History.none(x) if step_input.history is None else step_input.history
+    eps = eps_from_x0(schedule, x, i, _guided_x0(step_input))
     weights = to_device_async(torch.tensor(ADAMS_BASHFORTH), x.device)[history.count.clamp(max=3)][
         ..., None, None, None
     ]
     combined = (weights * torch.cat([eps[:, None], history.past], dim=1)).sum(1)
-    x0 = _settle(x0_from_eps(schedule, x, i, combined), given.known)
-    return Step(_towards(given, x0, 0.0), x0, eps)
+    x0 = _settle(x0_from_eps(schedule, x, i, combined), step_input.known)
+    return Step(_towards(step_input, x0, 0.0), x0, eps)
 
 
-def dpm_solver_step(given: StepInput) -> Step:
+def dpm_solver_step(step_input: StepInput) -> Step:
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2), for 15 to 30 steps.
 
     Second order in lambda = log(signal / noise). The first step is first order and equals DDIM's;
     the last, whose lambda is infinite, returns the predicted x_0.
     """
-    schedule, x, i = given.schedule, given.x, given.i
-    history = History.none(x) if given.history is None else given.history
-    x0 = _guided_x0(given)
+    schedule, x, i = step_input.schedule, step_input.x, step_input.i
+    history = History.none(x) if step_input.history is None else step_input.history
+    x0 = _guided_x0(step_input)
     alpha_bar, previous = schedule.at("alpha_bar", i), schedule.at("alpha_bar_prev", i)
     last = schedule.at("last", i)
-    here, there, before = (
+    lambda_now, lambda_next, lambda_previous = (
         _half_log_snr(level) for level in (alpha_bar, previous, schedule.at("alpha_bar_next", i))
     )
-    h = torch.where(last, 1.0, there - here)
+    h = torch.where(last, 1.0, lambda_next - lambda_now)
     # The paper's 1 / 2r, where r = size of the previous step / size of this one, clamped to 1/2:
     # evenly spaced timesteps end in steps that are long in lambda, where linear extrapolation fails
     # (measured on Gaussian data: larger error than DDIM).
     weight = torch.where(
-        (history.count > 0).reshape(-1, 1, 1, 1), (h / (2 * (here - before))).clamp(max=0.5), 0.0
+        (history.count > 0).reshape(-1, 1, 1, 1),
+        (h / (2 * (lambda_now - lambda_previous))).clamp(max=0.5),
+        0.0,
     ).float()
     direction = x0 + weight * (x0 - history.past[:, 0])
     moved = ((1 - previous) / (1 - alpha_bar)).sqrt().float() * x - (
@@ -202,31 +204,35 @@ def _keep(x0: Tensor, known: Known | None) -> Tensor:
     return x0 if known is None else torch.where(known.mask > 0.5, known.image, x0)
 
 
-def _guided_x0(given: StepInput) -> Tensor:
+def _guided_x0(step_input: StepInput) -> Tensor:
     """Predicted x_0 after adding -sqrt(1 - alpha_bar) * gradient to eps.
 
     A gradient of 0 leaves it exactly unchanged.
     """
-    x0 = predict_x0(given.schedule, given.output, given.x, given.i, given.known)
-    if given.gradient is None:
+    x0 = predict_x0(
+        step_input.schedule, step_input.output, step_input.x, step_input.i, step_input.known
+    )
+    if step_input.gradient is None:
         return x0
-    alpha_bar = given.schedule.at("alpha_bar", given.i)
-    return _keep(x0 + ((1 - alpha_bar) / alpha_bar.sqrt()).float() * given.gradient, given.known)
+    alpha_bar = step_input.schedule.at("alpha_bar", step_input.i)
+    return _keep(
+        x0 + ((1 - alpha_bar) / alpha_bar.sqrt()).float() * step_input.gradient, step_input.known
+    )
 
 
-def _towards(given: StepInput, x0: Tensor, eta: float) -> Tensor:
+def _towards(step_input: StepInput, x0: Tensor, eta: float) -> Tensor:
     """Next x towards x0, along the eps that x and x0 imply; x0 itself at the last step.
 
     `eta`: the share of fresh noise.
     """
-    schedule, i = given.schedule, given.i
-    eps = eps_from_x0(schedule, given.x, i, x0)
+    schedule, i = step_input.schedule, step_input.i
+    eps = eps_from_x0(schedule, step_input.x, i, x0)
     alpha_bar, previous = schedule.at("alpha_bar", i), schedule.at("alpha_bar_prev", i)
     sigma = eta * ((1 - previous) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / previous).sqrt()
     mean = (
         x0 * previous.sqrt().float() + (1 - previous - sigma**2).clamp(min=0).sqrt().float() * eps
     )
-    return torch.where(~schedule.at("last", i), mean + sigma.float() * given.noise, x0)
+    return torch.where(~schedule.at("last", i), mean + sigma.float() * step_input.noise, x0)
 
 
 def _exact_at_last(schedule: Schedule, x: Tensor, i: Tensor, known: Known | None) -> Tensor:
@@ -246,16 +252,16 @@ SAMPLERS: dict[str, Callable[[StepInput], Step]] = {
 }
 
 
-def step_each(names: Sequence[str], given: StepInput) -> Step:
+def step_each(names: Sequence[str], step_input: StepInput) -> Step:
     """One reverse step of every sample by its own sampler; `names`: keys of SAMPLERS, one a row."""
     groups: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         groups.setdefault(name, []).append(row)
     if len(groups) == 1:
-        return SAMPLERS[names[0]](given)
-    device = given.x.device
+        return SAMPLERS[names[0]](step_input)
+    device = step_input.x.device
     steps = [
-        SAMPLERS[name](given.rows(to_device_async(torch.tensor(rows), device)))
+        SAMPLERS[name](step_input.rows(to_device_async(torch.tensor(rows), device)))
         for name, rows in groups.items()
     ]
     order = torch.tensor([row for rows in groups.values() for row in rows]).argsort()

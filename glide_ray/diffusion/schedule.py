@@ -116,7 +116,7 @@ def kept_timesteps(total: int, spacing: str | int) -> list[int]:
     counts = [_positive(count, spacing) for count in spacing.split(",")]
     if len(counts) > total:
         raise ScheduleError(f"Respacing {spacing!r} has more segments than the {total} timesteps.")
-    kept: list[int] = []
+    timesteps: list[int] = []
     start = 0
     for segment, count in enumerate(counts):
         size = total // len(counts) + (segment < total % len(counts))
@@ -129,10 +129,10 @@ def kept_timesteps(total: int, spacing: str | int) -> list[int]:
         # Accumulate instead of multiplying: the released schedule rounds the running sum.
         position = 0.0
         for _ in range(count):
-            kept.append(start + round(position))
+            timesteps.append(start + round(position))
             position += stride
         start += size
-    return kept
+    return timesteps
 
 
 class RespacedSchedules:

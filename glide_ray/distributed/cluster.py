@@ -47,7 +47,7 @@ def connect(cpus: int) -> None:
         logging.ERROR
     )
     use_token()
-    if joined():
+    if is_connected():
         _join(os.environ["RAY_ADDRESS"])
     else:
         _start(max(cpus, LAPTOP_CPUS, os.cpu_count() or 1))
@@ -106,14 +106,14 @@ def check_address(address: str) -> None:
                 f"The cluster at RAY_ADDRESS={address} wants its token; copy ~/.ray/auth_token "
                 f"from its head to this machine, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
             ) from None
-        raise _nobody(address) from None
+        raise _no_cluster_error(address) from None
     except grpc.FutureTimeoutError:
-        raise _nobody(address) from None
+        raise _no_cluster_error(address) from None
     finally:
         channel.close()
 
 
-def _nobody(address: str) -> UserError:
+def _no_cluster_error(address: str) -> UserError:
     return UserError(
         f"No Ray cluster answers at RAY_ADDRESS={address}; check the address and the head, or "
         f"unset RAY_ADDRESS to start Ray on this machine."
@@ -153,12 +153,12 @@ def _log_folder() -> str:
     return os.path.join(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "session_latest", "logs")
 
 
-def joined() -> bool:
+def is_connected() -> bool:
     """Whether the cluster existed before `connect`, and so may grow."""
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
-def takes_gpu(device: str) -> bool:
+def uses_gpu(device: str) -> bool:
     """Whether a worker with this `device` setting (auto, cpu or gpu) uses a GPU.
 
     "auto" means a GPU only if the cluster has one now: Ray does not report whether an autoscaler
@@ -167,7 +167,7 @@ def takes_gpu(device: str) -> bool:
     return device == "gpu" or (device == "auto" and bool(ray.cluster_resources().get("GPU")))
 
 
-def send_with(functions: Iterable[Callable]) -> None:
+def ship_modules(functions: Iterable[Callable]) -> None:
     """Pickle a user's functions by value: other nodes have no copy of the file defining them."""
     for function in functions:
         module = sys.modules.get(getattr(function, "__module__", ""))

@@ -36,13 +36,13 @@ from ..evaluation.features import ClipFeatures, Network, fetch_network, load_net
 from ..evaluation.pages import Picture, thumbnail
 from ..progress import bar
 from ..storage import fingerprint
-from .rows import look_up
-from .stream import Tally, in_order, quiet, task_errors
+from .rows import read_rows
+from .stream import Tally, in_order, ray_data, task_errors
 
 log = logging.getLogger(__name__)
 
 JOB = "job.json"  # beside generated pictures: the settings and models that made them
-ROWS_AT_ONCE = 64  # rows in a batch of an actor
+ROWS_PER_BATCH = 64  # rows in a batch of an actor
 ACTORS = 2  # on a cluster without GPUs
 # images; up to this many are embedded in this process, since starting actors takes some 10 s
 INLINE_IMAGES = 128
@@ -117,21 +117,21 @@ def embed(
 
     def blocks(number: int, part: Part, report: Report) -> Iterator[pyarrow.Table]:
         rows = _rows(number, part, truth, group, report)
-        while block := list(itertools.islice(rows, ROWS_AT_ONCE)):
-            yield pyarrow.Table.from_pylist(block, READ)
+        while block := list(itertools.islice(rows, ROWS_PER_BATCH)):
+            yield pyarrow.Table.from_pylist(block, READ_SCHEMA)
 
     counts = [part.count or len(part.files) for part in parts]
     run = _in_process if all(counts) and sum(counts) <= INLINE_IMAGES else _by_actors
     embedded, report = run(parts, blocks, load, path, content)
     tables, done = [], 0
     with (
-        bar("embed", "image", limit) as shown,
+        bar("embed", "image", limit) as progress,
         task_errors(),
     ):
         for table in embedded:
             tables.append(table)
             done += len(table)
-            shown.update(len(table))
+            progress.update(len(table))
             if limit is not None and done >= limit:
                 break
     if not tables:
@@ -165,7 +165,7 @@ def _by_actors(
 
     gpus = int(ray.cluster_resources().get("GPU", 0))
     stream = (
-        quiet()
+        ray_data()
         .from_items(list(range(len(parts))), override_num_blocks=len(parts))
         .map_batches(read, batch_size=1)
     )
@@ -173,7 +173,7 @@ def _by_actors(
         Embedder,
         fn_constructor_args=(*embedder, max(1, (os.cpu_count() or 1) // ACTORS)),
         batch_format="pyarrow",
-        batch_size=ROWS_AT_ONCE,
+        batch_size=ROWS_PER_BATCH,
         concurrency=min(len(parts), gpus or ACTORS),
         num_gpus=1 if gpus else 0,
     )
@@ -184,7 +184,7 @@ def _by_actors(
     )
 
 
-READ = pyarrow.schema(
+READ_SCHEMA = pyarrow.schema(
     [
         ("part", pyarrow.int32()),
         ("position", pyarrow.int32()),
@@ -287,7 +287,7 @@ class EmbeddedCorpus:
         self, rows: Sequence[int], labels: Sequence[str] | None = None
     ) -> list[list[Picture]]:
         """Pictures of rows, each a group of its own in a section of a page."""
-        found = look_up(self.parts, [self.places[n] for n in rows])
+        found = read_rows(self.parts, [self.places[n] for n in rows])
         return [
             [
                 Picture(

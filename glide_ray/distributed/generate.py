@@ -28,21 +28,21 @@ from ..pretrained import shipped
 from ..progress import bar
 from ..sampling.cascade import Cascade
 from ..sampling.checks import check_options
-from ..sampling.recipe import Maker, save_picture
-from .cluster import connect, joined, takes_gpu
+from ..sampling.recipe import ModelSet, save_picture
+from .cluster import connect, is_connected, uses_gpu
 from .embed import JOB
-from .stream import quiet, task_errors
+from .stream import ray_data, task_errors
 
 log = logging.getLogger(__name__)
 
 ROLES = ("base", "upsampler", "clip")  # roles of weights files
 PER_FOLDER = 10_000  # pictures in each subfolder
-MOST_BLOCKS = 10_000  # largest number of Ray Data blocks; each has as few pictures as this allows
+MAX_BLOCKS = 10_000  # largest number of Ray Data blocks; each has as few pictures as this allows
 IMAGES_PER_CALL = 8  # batch size of a worker and of its network calls
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PictureRequest:
     """A picture to make; `number` counts all pictures of the job from 0."""
 
     number: int
@@ -79,47 +79,47 @@ def generate(
     per core if there are no GPUs. Raises UserError.
     """
     check_options(config.options, config.seed)
-    wanted = read_prompts(prompts, config.seed, config.per_prompt)
+    requests = read_prompts(prompts, config.seed, config.per_prompt)
     out = storage.absolute(out).rstrip("/")
     config = config.model_copy(
         update={role: shipped.absolute(path) for role in ROLES if (path := getattr(config, role))}
     )
-    context = _begin(wanted, out, config)
-    there = _numbers(out)
-    missing = [one for one in wanted if one.number not in there]
+    context = _begin(requests, out, config)
+    existing = _numbers(out)
+    missing = [item for item in requests if item.number not in existing]
     if missing:
         log.info(
-            f"{len(wanted):,} pictures requested, {len(there):,} already in {out}; "
+            f"{len(requests):,} pictures requested, {len(existing):,} already in {out}; "
             f"generating {len(missing):,}"
         )
         connect(os.cpu_count() or 1)
         _make(missing, out, config, workers)
-        there = _numbers(out)
-        if lacking := sum(one.number not in there for one in wanted):
+        existing = _numbers(out)
+        if still_missing := sum(item.number not in existing for item in requests):
             raise UserError(
-                f"{lacking:,} of {len(wanted):,} pictures are missing from {out}; "
+                f"{still_missing:,} of {len(requests):,} pictures are missing from {out}; "
                 f"run the same command again to generate them."
             )
     lines = (
         json.dumps(
-            {"file_name": one.file, "text": one.prompt, "seed": one.seed}, ensure_ascii=False
+            {"file_name": item.file, "text": item.prompt, "seed": item.seed}, ensure_ascii=False
         )
-        for one in wanted
+        for item in requests
     )
     storage.put("".join(f"{line}\n" for line in lines).encode(), f"{out}/{METADATA}")
     tokenizer = Tokenizer(context)
     return BulkResult(
         out,
-        len(wanted),
+        len(requests),
         len(missing),
-        sum(tokenizer.encode(prompt).cut for prompt in {one.prompt for one in wanted}),
+        sum(tokenizer.encode(prompt).cut for prompt in {item.prompt for item in requests}),
     )
 
 
 # -- requests --------------------------------------------------------------------------------------
 
 
-def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[Wanted]:
+def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[PictureRequest]:
     """Pictures that a prompt file requests. Skips blank lines. Raises UserError if invalid."""
     try:
         # Split bytes: str.splitlines would also break at characters inside captions, as U+2028.
@@ -128,20 +128,20 @@ def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[Wanted]:
         raise UserError(
             f"{path} is not text in UTF-8; give a file with one prompt per line, or .jsonl."
         ) from None
-    asked = [
+    rows = [
         _parse_line(f"{path}, line {n}", line) if path.endswith(".jsonl") else (line.strip(), None)
         for n, line in enumerate(lines, 1)
         if line.strip()
     ]
-    if not asked:
+    if not rows:
         raise UserError(f"{path} holds no prompt; write one per line.")
-    wanted: list[Wanted] = []
-    for prompt, own in asked:
-        wanted += [
-            Wanted(number, prompt, seed + number if own is None else own + number - len(wanted))
-            for number in range(len(wanted), len(wanted) + per_prompt)
+    requests: list[PictureRequest] = []
+    for prompt, own_seed in rows:
+        requests += [
+            PictureRequest(number, prompt, seed + number if own_seed is None else own_seed + number - len(requests))
+            for number in range(len(requests), len(requests) + per_prompt)
         ]
-    return wanted
+    return requests
 
 
 def _parse_line(where: str, line: str) -> tuple[str, int | None]:
@@ -171,25 +171,25 @@ def _parse_line(where: str, line: str) -> tuple[str, int | None]:
     return tree["prompt"].strip().encode(errors="replace").decode(), seed
 
 
-def _begin(wanted: Sequence[Wanted], out: str, config: BulkConfig) -> int:
+def _begin(requests: Sequence[PictureRequest], out: str, config: BulkConfig) -> int:
     """Check the weights, and that `out` belongs to this job. Returns the base model's context.
 
     JOB in `out` identifies the job by all that determines its pictures: prompts, seeds, options,
     precision, and hashes of the weights, but not their paths. The first call writes it. Raises
     UserError for another job.
     """
-    maker = Maker.read({role: getattr(config, role) for role in ROLES}, config.precision, "")
-    models = {role: used.sha256 for role, used in maker.models.items()}
+    model_set = ModelSet.read({role: getattr(config, role) for role in ROLES}, config.precision, "")
+    models = {role: used.sha256 for role, used in model_set.models.items()}
     if config.options.clip_scale and not config.clip:
         raise UserError(
             "clip_scale asks for CLIP guidance, which needs a CLIP model; give one with it."
         )
-    asked = hashlib.sha256(
-        json.dumps([[one.number, one.prompt, one.seed] for one in wanted]).encode()
+    prompts_sha256 = hashlib.sha256(
+        json.dumps([[item.number, item.prompt, item.seed] for item in requests]).encode()
     ).hexdigest()
     job = {
-        "pictures": len(wanted),
-        "asked_sha256": asked,
+        "pictures": len(requests),
+        "asked_sha256": prompts_sha256,
         "precision": config.precision,
         "options": config.options.model_dump(mode="json"),
         "models": models,
@@ -210,7 +210,7 @@ def _begin(wanted: Sequence[Wanted], out: str, config: BulkConfig) -> int:
                 f"{out} holds pictures of another job (other {' and '.join(differs)}); "
                 f"give another folder with --out."
             )
-    return maker.base.context
+    return model_set.base.context
 
 
 def _numbers(out: str) -> set[int]:
@@ -240,41 +240,45 @@ class Worker:
             IMAGES_PER_CALL,
             local.get("clip"),
         )
-        self._out, self._options, self._maker = out, config.options, Maker.of(self._cascade)
+        self._out, self._options, self._model_set = out, config.options, ModelSet.of(self._cascade)
 
     def __call__(self, block: pyarrow.Table) -> pyarrow.Table:
-        wanted = [Wanted(**row) for row in block.to_pylist()]
+        requests = [PictureRequest(**row) for row in block.to_pylist()]
         images = self._cascade.generate(
-            [one.prompt for one in wanted], [one.seed for one in wanted], self._options
+            [item.prompt for item in requests],
+            [item.seed for item in requests],
+            self._options,
         )
-        for one, image in zip(wanted, images, strict=True):
+        for item, image in zip(requests, images, strict=True):
             save_picture(
                 image,
-                f"{self._out}/{one.file}",
-                self._maker.recipe("generate", one.prompt, one.seed, self._options),
+                f"{self._out}/{item.file}",
+                self._model_set.recipe("generate", item.prompt, item.seed, self._options),
             )
         return block.select(["number"])
 
 
-def _make(wanted: Sequence[Wanted], out: str, config: BulkConfig, workers: int | None) -> None:
+def _make(
+    requests: Sequence[PictureRequest], out: str, config: BulkConfig, workers: int | None
+) -> None:
     resources = ray.cluster_resources()
     gpus, cores = (
         int(resources.get("GPU", 0)),
-        int(resources.get("CPU", 1)) if joined() else os.cpu_count() or 1,
+        int(resources.get("CPU", 1)) if is_connected() else os.cpu_count() or 1,
     )
-    on_gpu = takes_gpu(config.device)
+    on_gpu = uses_gpu(config.device)
     if on_gpu and not (workers or gpus):
         raise UserError("The cluster has no GPU yet; give the number to request with --workers.")
-    most = min(workers or (gpus if on_gpu else cores), -(-len(wanted) // IMAGES_PER_CALL))
-    threads = 1 if joined() else max(1, cores // most)
+    most = min(workers or (gpus if on_gpu else cores), -(-len(requests) // IMAGES_PER_CALL))
+    threads = 1 if is_connected() else max(1, cores // most)
     table = pyarrow.Table.from_pylist(
-        [{"number": one.number, "prompt": one.prompt, "seed": one.seed} for one in wanted]
+        [{"number": item.number, "prompt": item.prompt, "seed": item.seed} for item in requests]
     )
-    rows = IMAGES_PER_CALL * -(-len(table) // (IMAGES_PER_CALL * MOST_BLOCKS))
+    rows = IMAGES_PER_CALL * -(-len(table) // (IMAGES_PER_CALL * MAX_BLOCKS))
     # The unit of work that is repeated when a worker is lost.
     blocks = [table.slice(start, rows) for start in range(0, len(table), rows)]
     tables = (
-        quiet()
+        ray_data()
         .from_arrow(blocks)
         .map_batches(
             Worker,
@@ -287,8 +291,8 @@ def _make(wanted: Sequence[Wanted], out: str, config: BulkConfig, workers: int |
         )
     )
     with (
-        bar("generate", "image", len(wanted)) as shown,
+        bar("generate", "image", len(requests)) as progress,
         task_errors(),
     ):
         for batch in tables.iter_batches(batch_size=None, batch_format="pyarrow"):
-            shown.update(len(batch))
+            progress.update(len(batch))

@@ -1,7 +1,7 @@
 """Helpers of the scripts in `jobs/`.
 
 `run` prints the result as one line of JSON, or one sentence for an error that the user can
-correct. `once` skips work that an earlier run has finished.
+correct. `run_once` skips work that an earlier run has finished.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def run(name: str, work: Callable[[], Mapping[str, Any]]) -> int:
     return 0
 
 
-def once(
+def run_once(
     record: str, asked: Mapping[str, Any], work: Callable[[], Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Like `records.once`; `done_before` in the result: whether an earlier run did the work."""
-    result, done_before = records.once(record, asked, work)
+    """Like `records.cached_result`; `done_before` in the result: an earlier run did the work."""
+    result, done_before = records.cached_result(record, asked, work)
     return {**result, "done_before": done_before}

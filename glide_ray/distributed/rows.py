@@ -19,7 +19,7 @@ from ..data.filters import Report
 from ..data.shards import Sample, begin, finish, write_shard
 from ..data.sources import Part, read_part
 from ..errors import ConfigError, UserError
-from .stream import quiet, task_errors
+from .stream import ray_data, task_errors
 
 # files beside the shards of a corpus that was written from another one
 DROPPED, SUMMARY, PAGE = "dropped.parquet", "summary.json", "report.html"
@@ -82,7 +82,7 @@ def _run_for_each(
 ) -> list[list]:
     """Results of `write` for the numbers 0 to `count` - 1, in this order, by Ray tasks."""
     written = (
-        quiet()
+        ray_data()
         .from_items(list(range(count)), override_num_blocks=count)
         .map_batches(write, batch_size=1)
     )
@@ -94,7 +94,7 @@ def _run_for_each(
         )
 
 
-def with_reasons(rows: pyarrow.Table, reasons: np.ndarray) -> pyarrow.Table:
+def replace_reasons(rows: pyarrow.Table, reasons: np.ndarray) -> pyarrow.Table:
     """The table with the column `reason` replaced by `reasons` (N,) of str."""
     return rows.set_column(
         rows.schema.get_field_index("reason"),
@@ -119,16 +119,16 @@ def write_manifest(
     rows: pyarrow.Table,
     report: Report,
     about: Mapping[str, Any],
-    stays_instead: np.ndarray | None = None,
+    kept_copy: np.ndarray | None = None,
 ) -> None:
     """Write DROPPED, SUMMARY and the data card to `out`.
 
     DROPPED has a row with the reason for each row left out, SUMMARY the counts and `about`. The
-    card is that of the source corpus, if it has one. `stays_instead` (N,): index of the row kept
+    card is that of the source corpus, if it has one. `kept_copy` (N,): index of the row kept
     in place of a near-duplicate, or -1.
     """
     keys, out = rows["key"].to_pylist(), out.rstrip("/")
-    instead = np.full(len(keys), -1) if stays_instead is None else stays_instead
+    kept_of = np.full(len(keys), -1) if kept_copy is None else kept_copy
     left_out = pyarrow.table(
         {
             "key": keys,
@@ -136,7 +136,7 @@ def write_manifest(
             "position": rows["position"],
             "reason": rows["reason"],
             "kept_instead": pyarrow.array(
-                [keys[n] if n >= 0 else None for n in instead], pyarrow.string()
+                [keys[n] if n >= 0 else None for n in kept_of], pyarrow.string()
             ),
         }
     )
@@ -165,11 +165,11 @@ def _carry_card(parts: Sequence[Part], out: str, rows: int) -> None:
     cards = [card for folder in folders if (card := read_card(folder))]
     if cards:
         sources = [source for card in cards for source in card.get("sources", ())]
-        once = [source for n, source in enumerate(sources) if source not in sources[:n]]
-        write_card(out, {**cards[0], "sources": once, "rows": rows})
+        unique = [source for n, source in enumerate(sources) if source not in sources[:n]]
+        write_card(out, {**cards[0], "sources": unique, "rows": rows})
 
 
-def look_up(
+def read_rows(
     parts: Sequence[Part], rows: Sequence[tuple[int, int]]
 ) -> dict[tuple[int, int], Sample]:
     """Samples by (part, position), without those that cannot be read."""
@@ -178,13 +178,13 @@ def look_up(
     def pick(part: Part, positions: list[int]) -> list[tuple[int, Sample]]:
         return list(_chosen(part, positions))
 
-    wanted: dict[int, list[int]] = {}
+    by_part: dict[int, list[int]] = {}
     for part, position in rows:
-        wanted.setdefault(int(part), []).append(int(position))
-    found = ray.get([pick.remote(parts[part], positions) for part, positions in wanted.items()])
+        by_part.setdefault(int(part), []).append(int(position))
+    found = ray.get([pick.remote(parts[part], positions) for part, positions in by_part.items()])
     return {
         (part, position): sample
-        for part, samples in zip(wanted, found, strict=True)
+        for part, samples in zip(by_part, found, strict=True)
         for position, sample in samples
     }
 

@@ -91,7 +91,7 @@ def open_parts(
                 ray.get(tally.add.remote(report, (plan.epoch, int(task)) if plan else None))
 
     dataset = (
-        quiet()
+        ray_data()
         .from_items(list(range(first, tasks)), override_num_blocks=max(1, tasks - first))
         .map_batches(read, batch_size=1)
     )
@@ -105,7 +105,7 @@ def tasks_for(parts: Sequence[Part]) -> int:
     return max(1, min(len(parts), sum(counts) // ROWS_PER_TASK))
 
 
-def quiet():
+def ray_data():
     """`ray.data` with its progress bars disabled."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -185,7 +185,7 @@ class Tally(Actor):
         if task is not None:
             self._counts[task] = report.kept
 
-    def know(self, epoch: int, counts: Mapping[int, int]) -> None:
+    def restore_counts(self, epoch: int, counts: Mapping[int, int]) -> None:
         """Add the counts of an earlier run."""
         self._counts = {(epoch, task): count for task, count in counts.items()} | self._counts
 

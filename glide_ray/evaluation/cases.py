@@ -51,7 +51,7 @@ SCENES = {
 }
 SCENE_SEED = 20211220  # not the corpus's seed, whose scenes are training data
 # Distance between the first seeds of two categories, so that no two pictures share their noise.
-SEEDS_APART = 10_000
+SEEDS_PER_CATEGORY = 10_000
 TRIES = 400  # maximum number of scenes composed per scene wanted
 
 
@@ -166,11 +166,16 @@ def sprites_of(
     with tempfile.TemporaryDirectory() as folder:
         sprites = read_sprites(f"{corpus.rstrip('/')}/{split}", Path(folder))
         styles = {
-            style: [one for one in of if one.emoji in known] for style, of in sprites.styles.items()
+            style: [one for one in rows_of if one.emoji in known]
+            for style, rows_of in sprites.styles.items()
         }
         yield Sprites(
             sprites.path,
-            {style: of for style, of in styles.items() if len({one.emoji for one in of}) > 1},
+            {
+                style: rows_of
+                for style, rows_of in styles.items()
+                if len({one.emoji for one in rows_of}) > 1
+            },
         )
 
 
@@ -240,7 +245,7 @@ def make_cases(
     asked, found = set(vocabulary.asked), []
     splits = {
         SEEN: ("train", asked),
-        PAIRS: ("held_out_pairs", vocabulary.names.keys() - vocabulary.untold),
+        PAIRS: ("held_out_pairs", vocabulary.names.keys() - vocabulary.misjudged),
         UNSEEN: ("held_out", None),
     }
     for category in (name for name in categories if name in SINGLE):
@@ -260,4 +265,4 @@ def make_cases(
 
 def first_seed(category: str, seed: int) -> int:
     """Seed of a category's first prompt; the seeds of the others count up from it."""
-    return seed + SEEDS_APART * (*CATEGORIES, NEW).index(category)
+    return seed + SEEDS_PER_CATEGORY * (*CATEGORIES, NEW).index(category)

@@ -20,7 +20,7 @@ SEEN, PAIRS, UNSEEN, BACKGROUND, COLOUR, COUNT, POSITION, INPAINTING = CATEGORIE
 NEW = "new style"  # only with `--new-style`
 SINGLE = (SEEN, PAIRS, UNSEEN, NEW)
 
-THING, STYLE, ON, IN, HOW_MANY, WHERE, KNOWN = (
+THING, STYLE, BACKGROUND_COLOUR, OBJECT_COLOUR, OBJECT_COUNT, LAYOUT, KNOWN_PIXELS = (
     "object",
     "style",
     "background",
@@ -35,14 +35,21 @@ QUESTIONS = {
     PAIRS: (THING, STYLE),
     UNSEEN: (THING, STYLE),
     NEW: (THING, STYLE),
-    BACKGROUND: (ON, THING),
-    COLOUR: (IN, THING),
-    COUNT: (HOW_MANY, THING),
-    POSITION: (WHERE, THING),
-    INPAINTING: (THING, KNOWN),
+    BACKGROUND: (BACKGROUND_COLOUR, THING),
+    COLOUR: (OBJECT_COLOUR, THING),
+    COUNT: (OBJECT_COUNT, THING),
+    POSITION: (LAYOUT, THING),
+    INPAINTING: (THING, KNOWN_PIXELS),
 }
 # Minimum accuracy of the judge on real pictures for a question to be measurable.
-BARS = {THING: 0.9, STYLE: 0.98, ON: 0.98, IN: 0.98, HOW_MANY: 0.95, WHERE: 0.95}
+MIN_ACCURACY = {
+    THING: 0.9,
+    STYLE: 0.98,
+    BACKGROUND_COLOUR: 0.98,
+    OBJECT_COLOUR: 0.98,
+    OBJECT_COUNT: 0.95,
+    LAYOUT: 0.95,
+}
 
 
 @dataclass(frozen=True)
@@ -71,16 +78,16 @@ LINES = (
     Line("things never seen: style", UNSEEN, STYLE),
     Line("things in the new style: object", NEW, THING),
     Line("things in the new style: style", NEW, STYLE, 0.8),
-    Line("background's colour", BACKGROUND, ON, 0.9),
-    Line("background's colour, new to the thing", BACKGROUND, ON, new_colours=True),
+    Line("background's colour", BACKGROUND, BACKGROUND_COLOUR, 0.9),
+    Line("background's colour, new to the thing", BACKGROUND, BACKGROUND_COLOUR, new_colours=True),
     Line("on a background: object", BACKGROUND, THING),
-    Line("object's colour", COLOUR, IN, 0.8),
-    Line("object's colour, new to the thing", COLOUR, IN, new_colours=True),
+    Line("object's colour", COLOUR, OBJECT_COLOUR, 0.8),
+    Line("object's colour, new to the thing", COLOUR, OBJECT_COLOUR, new_colours=True),
     Line("in a colour: object", COLOUR, THING),
-    Line("count, one to four", COUNT, HOW_MANY, 0.5),
+    Line("count, one to four", COUNT, OBJECT_COUNT, 0.5),
     Line("count: object", COUNT, THING),
-    Line("position of two objects", POSITION, WHERE, 0.7),
+    Line("position of two objects", POSITION, LAYOUT, 0.7),
     Line("position: both objects", POSITION, THING),
     Line("inpainting: object", INPAINTING, THING, 0.5),
-    Line("inpainting: known pixels equal", INPAINTING, KNOWN, 1.0),
+    Line("inpainting: known pixels equal", INPAINTING, KNOWN_PIXELS, 1.0),
 )

@@ -20,11 +20,11 @@ from ..config.sampling import SampleOptions
 from ..data.images import ImageError, area_downsample
 from ..errors import UserError
 from ..progress import Progress
-from ..records import once
+from ..records import cached_result
 from ..sampling.cascade import Cascade
-from ..sampling.recipe import Maker, Recipe, RecipeError, read_recipe, save_picture
+from ..sampling.recipe import ModelSet, Recipe, RecipeError, read_recipe, save_picture
 from .cases import Case, Row, first_seed, make_cases, single_cases
-from .categories import BARS, INPAINTING, KNOWN, LINES, NEW, Line
+from .categories import INPAINTING, KNOWN_PIXELS, LINES, MIN_ACCURACY, NEW, Line
 from .judge import Judge, Verdict, kind_of_size
 from .pages import Picture, Section, page
 from .regions import resized
@@ -42,7 +42,7 @@ class ComposeError(UserError):
 
 
 @dataclass(frozen=True)
-class Run:
+class ComposeRun:
     """Settings of one run of `glide compose`.
 
     `count`: number of prompts of each of `categories`.
@@ -61,13 +61,13 @@ class Run:
     options: SampleOptions = SampleOptions()
     new_style: Sequence[Row] = ()
 
-    def of_real(self) -> list[dict[str, Any]]:
+    def score_real(self) -> list[dict[str, Any]]:
         """Figures of the prompts' real pictures."""
         cases = self._cases()
         real = self._real(cases)
-        return figures(self.judge, cases, real, real, self.size)
+        return score_lines(self.judge, cases, real, real, self.size)
 
-    def of_models(
+    def score_models(
         self,
         cascade: Cascade,
         progress: Progress | None = None,
@@ -76,22 +76,22 @@ class Run:
 
         Raises ComposeError, CorpusError, RequestError.
         """
-        check(cascade, self.categories)
+        check_inpainting(cascade, self.categories)
         cases = self._cases()
         real = self._real(cases)
         pictures = make_pictures(cascade, cases, self.out / PICTURES, self.options, progress)
         log.info(f"judging {len(pictures):,} pictures")
-        made = judged(self.judge, cases, pictures)
-        rows = figures(self.judge, cases, made, real, self.size)
-        recipe = Maker.of(cascade).recipe("generate", "", self.seed, self.options)
-        about = {
-            "models": {role: of.model_dump() for role, of in recipe.models.items()},
+        verdicts = judge_pictures(self.judge, cases, pictures)
+        rows = score_lines(self.judge, cases, verdicts, real, self.size)
+        recipe = ModelSet.of(cascade).recipe("generate", "", self.seed, self.options)
+        settings = {
+            "models": {role: model.model_dump() for role, model in recipe.models.items()},
             "options": recipe.options.model_dump(),
             "made_with": recipe.made_with,
             "corpus": self.corpus,
             "prompts": self.count,
         }
-        write(self.out, about, rows, self.judge, cases, pictures, made)
+        write_report(self.out, settings, rows, self.judge, cases, pictures, verdicts)
         return rows
 
     def _cases(self) -> list[Case]:
@@ -104,19 +104,21 @@ class Run:
         """Verdicts on the prompts' real pictures, cached in the folder `out`."""
 
         def judge_real() -> dict[str, Any]:
-            verdicts = judged(self.judge, cases, [real_picture(case, self.size) for case in cases])
+            verdicts = judge_pictures(
+                self.judge, cases, [real_picture(case, self.size) for case in cases]
+            )
             rows = [{name: asdict(verdict) for name, verdict in row.items()} for row in verdicts]
             return {"verdicts": rows}
 
-        asked = _fingerprint(cases, self.size, self.judge)
-        found, _ = once(str(self.out / REAL), asked, judge_real)
+        key = _fingerprint(cases, self.size, self.judge)
+        found, _ = cached_result(str(self.out / REAL), key, judge_real)
         return [
             {question: Verdict(**verdict) for question, verdict in row.items()}
             for row in found["verdicts"]
         ]
 
 
-def check(cascade: Cascade, categories: Sequence[str]) -> None:
+def check_inpainting(cascade: Cascade, categories: Sequence[str]) -> None:
     """Raise ComposeError if `categories` needs inpainting and the models cannot inpaint."""
     if INPAINTING in categories and not all(
         stage.config.inpaint for stage in (cascade.base, cascade.upsampler) if stage
@@ -152,20 +154,20 @@ def make_pictures(
 
     A picture already in `out` from the same models and options is not generated again.
     """
-    maker, pictures = Maker.of(cascade), {}
-    orders = [_Order.of(case, cascade.size, maker, options, Path(out)) for case in cases]
-    for n, order in enumerate(orders):
-        stored = order.stored()
+    model_set, pictures = ModelSet.of(cascade), {}
+    jobs = [_Job.of(case, cascade.size, model_set, options, Path(out)) for case in cases]
+    for n, job in enumerate(jobs):
+        stored = job.stored()
         if stored is not None:
             pictures[n] = stored
-    for some in _together(orders):
-        missing = [n for n in some if n not in pictures]
+    for batch in _batches(jobs):
+        missing = [n for n in batch if n not in pictures]
         if not missing:
             continue
         # Regenerate the whole batch: a picture's last bits may depend on the others in its batch.
-        for n, picture in zip(some, _draw(cascade, [orders[n] for n in some]), strict=True):
+        for n, picture in zip(batch, _generate(cascade, [jobs[n] for n in batch]), strict=True):
             if n in missing:
-                save_picture(picture, orders[n].path, orders[n].recipe, orders[n].inputs)
+                save_picture(picture, jobs[n].path, jobs[n].recipe, jobs[n].inputs)
                 pictures[n] = picture
         if progress:
             progress(len(pictures), len(cases))
@@ -173,7 +175,7 @@ def make_pictures(
 
 
 @dataclass(frozen=True)
-class _Order:
+class _Job:
     """A picture to generate: recipe, inputs and output path."""
 
     recipe: Recipe
@@ -181,10 +183,12 @@ class _Order:
     path: Path
 
     @classmethod
-    def of(cls, case: Case, size: int, maker: Maker, options: SampleOptions, out: Path) -> _Order:
+    def of(
+        cls, case: Case, size: int, model_set: ModelSet, options: SampleOptions, out: Path
+    ) -> _Job:
         task, inputs = "generate", {}
         if case.hole is not None:
-            known = _known(case.hole, size)
+            known = _known_pixels(case.hole, size)
             task, inputs = (
                 "edit",
                 {
@@ -195,7 +199,7 @@ class _Order:
                 },
             )
         return cls(
-            maker.recipe(task, case.prompt, case.seed, options),
+            model_set.recipe(task, case.prompt, case.seed, options),
             inputs,
             out / f"{case.category}-{case.seed:04d}.png",
         )
@@ -220,28 +224,28 @@ class _Order:
         )
 
 
-def _together(orders: Sequence[_Order]) -> Iterator[list[int]]:
+def _batches(jobs: Sequence[_Job]) -> Iterator[list[int]]:
     """Batches as lists of indices: PROMPTS_PER_CALL prompts each, edits one by one."""
-    prompts = [n for n, order in enumerate(orders) if not order.inputs]
+    prompts = [n for n, job in enumerate(jobs) if not job.inputs]
     yield from (
         prompts[start : start + PROMPTS_PER_CALL]
         for start in range(0, len(prompts), PROMPTS_PER_CALL)
     )
-    yield from ([n] for n, order in enumerate(orders) if order.inputs)
+    yield from ([n] for n, job in enumerate(jobs) if job.inputs)
 
 
-def _draw(cascade: Cascade, orders: Sequence[_Order]) -> list[np.ndarray]:
-    recipes = [order.recipe for order in orders]
-    if orders[0].inputs:
+def _generate(cascade: Cascade, jobs: Sequence[_Job]) -> list[np.ndarray]:
+    recipes = [job.recipe for job in jobs]
+    if jobs[0].inputs:
         return [
             cascade.edit(
-                order.inputs["image"],
-                order.inputs["mask"],
-                order.recipe.prompt,
-                order.recipe.seed,
-                order.recipe.options,
+                job.inputs["image"],
+                job.inputs["mask"],
+                job.recipe.prompt,
+                job.recipe.seed,
+                job.recipe.options,
             )
-            for order in orders
+            for job in jobs
         ]
     return cascade.generate(
         [recipe.prompt for recipe in recipes],
@@ -255,7 +259,7 @@ def real_picture(case: Case, size: int) -> np.ndarray:
     return area_downsample(case.picture, size)
 
 
-def _known(hole: np.ndarray, size: int) -> np.ndarray:
+def _known_pixels(hole: np.ndarray, size: int) -> np.ndarray:
     factor = len(hole) // size
     return np.asarray(~hole.reshape(size, factor, size, factor).any(axis=(1, 3)))
 
@@ -263,23 +267,23 @@ def _known(hole: np.ndarray, size: int) -> np.ndarray:
 # -- scores ----------------------------------------------------------------------------------------
 
 
-def judged(
+def judge_pictures(
     judge: Judge, cases: Sequence[Case], pictures: Sequence[np.ndarray]
 ) -> list[dict[str, Verdict]]:
     """The judge's verdicts, and for edits whether the known pixels are unchanged."""
     verdicts = judge.verdicts(cases, pictures)
-    for case, picture, of in zip(cases, pictures, verdicts, strict=True):
+    for case, picture, answers in zip(cases, pictures, verdicts, strict=True):
         if case.hole is not None:
-            known = _known(case.hole, len(picture))
+            known = _known_pixels(case.hole, len(picture))
             equal = np.array_equal(picture[known], real_picture(case, len(picture))[known])
-            of[KNOWN] = Verdict(equal, "as given" if equal else "changed")
+            answers[KNOWN_PIXELS] = Verdict(equal, "as given" if equal else "changed")
     return verdicts
 
 
-def figures(
+def score_lines(
     judge: Judge,
     cases: Sequence[Case],
-    made: Sequence[Mapping[str, Verdict]],
+    verdicts: Sequence[Mapping[str, Verdict]],
     real: Sequence[Mapping[str, Verdict]],
     size: int,
 ) -> list[dict[str, Any]]:
@@ -291,23 +295,24 @@ def figures(
     """
     rows = []
     for line in LINES:
-        at = [
+        chosen = [
             n
             for n, case in enumerate(cases)
             if case.category == line.category and (case.new_colour or not line.new_colours)
         ]
-        if not at or line.question not in made[at[0]]:
+        if not chosen or line.question not in verdicts[chosen[0]]:
             continue
         right, right_real = (
-            np.array([of[n][line.question].right for n in at], float) for of in (made, real)
+            np.array([row[n][line.question].right for n in chosen], float)
+            for row in (verdicts, real)
         )
         rows.append(
-            _figure(line, right, right_real, judge.measurable(size, line.category, line.question))
+            _score(line, right, right_real, judge.measurable(size, line.category, line.question))
         )
     return rows
 
 
-def _figure(line: Line, right: np.ndarray, real: np.ndarray, measurable: bool) -> dict[str, Any]:
+def _score(line: Line, right: np.ndarray, real: np.ndarray, measurable: bool) -> dict[str, Any]:
     row = {**asdict(line), "pictures": len(right), "measurable": measurable}
     if not measurable:
         return row
@@ -378,20 +383,20 @@ def judge_table(judge: Judge, size: int) -> list[list[str]]:
         [
             category,
             question,
-            f"{of['right']:.1%}",
-            str(of["pictures"]),
-            f"{BARS[question]:.0%}",
+            f"{accuracy['right']:.1%}",
+            str(accuracy["pictures"]),
+            f"{MIN_ACCURACY[question]:.0%}",
             "" if judge.measurable(size, category, question) else "not measurable",
         ]
         for category, questions in known.items()
-        for question, of in questions.items()
+        for question, accuracy in questions.items()
     ]
     return [["category", "question", "right", "real pictures", "needed", ""], *rows]
 
 
-def write(
+def write_report(
     out: str | Path,
-    about: Mapping[str, Any],
+    settings: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     judge: Judge,
     cases: Sequence[Case],
@@ -405,11 +410,17 @@ def write(
             "category": case.category,
             "prompt": case.prompt,
             "seed": case.seed,
-            "verdicts": {question: asdict(verdict) for question, verdict in of.items()},
+            "verdicts": {question: asdict(verdict) for question, verdict in answers.items()},
         }
-        for case, of in zip(cases, verdicts, strict=True)
+        for case, answers in zip(cases, verdicts, strict=True)
     ]
-    found = {**about, "size": size, "lines": list(rows), "judge": judge.accuracy, "pictures": shown}
+    found = {
+        **settings,
+        "size": size,
+        "lines": list(rows),
+        "judge": judge.accuracy,
+        "pictures": shown,
+    }
     storage.put(json.dumps(found, indent=1, ensure_ascii=False).encode(), out / FIGURES)
     sections = [
         Section("Figures", f"Of {len(pictures):,} pictures of {size} pixels.", table=table(rows)),
@@ -420,10 +431,10 @@ def write(
         ),
     ]
     for category in dict.fromkeys(case.category for case in cases):
-        at = [n for n, case in enumerate(cases) if case.category == category][:PICTURES_SHOWN]
+        chosen = [n for n, case in enumerate(cases) if case.category == category][:PICTURES_SHOWN]
         groups = [
             [Picture(resized(pictures[n], max(size, 112)), _label(cases[n], verdicts[n]))]
-            for n in at
+            for n in chosen
         ]
         sections.append(Section(category, groups=groups))
     storage.put(page("Pictures made for prompts of known content", sections).encode(), out / PAGE)

@@ -102,7 +102,10 @@ def standings(
         raise EloError("Elo scores compare models, but these votes are on fewer than two.")
     table = wins(votes, models)
     best, played = scores(table, models), (table + table.T).sum(1)
-    ends = [_interval(of, level) for of in np.stack(list(_drawn(votes, models, draws, seed))).T]
+    ends = [
+        _interval(draws_of_model, level)
+        for draws_of_model in np.stack(list(_drawn(votes, models, draws, seed))).T
+    ]
 
     def standing(n: int) -> Standing:
         low, high = ends[n]

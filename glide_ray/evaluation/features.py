@@ -110,10 +110,10 @@ class InceptionFeatures:
         return rows
 
     def _see(self, squares: np.ndarray) -> np.ndarray:
-        given = torch.from_numpy(squares).permute(0, 3, 1, 2).contiguous().to(self.device)
+        images = torch.from_numpy(squares).permute(0, 3, 1, 2).contiguous().to(self.device)
         pooled, classes = (
-            self._network(given, return_features=True),
-            self._network(given, no_output_bias=True),
+            self._network(images, return_features=True),
+            self._network(images, no_output_bias=True),
         )
         if pooled.shape[1:] != (POOLED,) or classes.shape[1:] != (CLASSES,):
             raise WeightsError(

@@ -42,7 +42,7 @@ def fit(
     corpus: str,
     extractor: FeatureExtractor | None = None,
     asked: int = words.ASKED,
-    least_styles: int = words.LEAST_STYLES,
+    least_styles: int = words.MIN_STYLES,
     scenes: int = COUNTED_SCENES,
 ) -> Judge:
     """Fit a judge to a corpus.
@@ -74,8 +74,8 @@ def fit(
         THING_WIDTH,
         cosine=True,
     )
-    styles, told = Styles.fit(features, [row.style for row in rows] * every, things_of * every)
-    vocabulary = _vocabulary(rows, told[: len(rows)], asked, least_styles)
+    styles, right = Styles.fit(features, [row.style for row in rows] * every, things_of * every)
+    vocabulary = _vocabulary(rows, right[: len(rows)], asked, least_styles)
     judge = Judge(
         vocabulary, things, styles, fit_counts(corpus, vocabulary, scenes), extractor=extractor
     )
@@ -90,14 +90,14 @@ def fit(
 
 
 def _vocabulary(
-    rows: Sequence[Row], told: np.ndarray, asked: int, least_styles: int
+    rows: Sequence[Row], style_is_right: np.ndarray, asked: int, least_styles: int
 ) -> words.Vocabulary:
     """The vocabulary, without prompts for things whose style is not reliably recognised.
 
     A thing is left out if the style of any of its pictures was misclassified by the classifier
     fitted without the thing: prompts for it could not be scored.
     """
-    unlike = {row.emoji for row, right in zip(rows, told, strict=True) if not right}
+    unlike = {row.emoji for row, right in zip(rows, style_is_right, strict=True) if not right}
     vocabulary = words.choose(
         ((row.emoji, row.name, row.group, row.style) for row in rows), asked, least_styles, unlike
     )

@@ -99,9 +99,12 @@ class Discriminant:
         """
         new = sorted(set(labels))
         kept = [n for n, label in enumerate(self.labels) if label not in new]
-        rows, of = self.place(features), np.asarray(labels)
+        rows, row_labels = self.place(features), np.asarray(labels)
         centres = np.concatenate(
-            [self.centres[kept], *(rows[of == label].mean(0, keepdims=True) for label in new)]
+            [
+                self.centres[kept],
+                *(rows[row_labels == label].mean(0, keepdims=True) for label in new),
+            ]
         )
         return replace(
             self, labels=(*(self.labels[n] for n in kept), *new), centres=centres.astype(np.float32)

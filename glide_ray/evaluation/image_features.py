@@ -18,7 +18,7 @@ from .features import POOLED
 from .metrics import MetricError, Moments
 
 # Maximum number of the reference's captions that serve as classes where there is no Inception.
-KINDS = 256
+MAX_CLASSES = 256
 
 
 @dataclass(frozen=True)
@@ -90,16 +90,16 @@ class Reference:
     @cached_property
     def kinds(self) -> np.ndarray:
         distinct = np.unique(self.images.words[self.images.captioned], axis=0)
-        return distinct[np.random.default_rng(0).permutation(len(distinct))[:KINDS]]
+        return distinct[np.random.default_rng(0).permutation(len(distinct))[:MAX_CLASSES]]
 
     def without(self, names: Collection[str]) -> Reference:
         """A copy without these images, e.g. those close to a training image (sec. 5.2).
 
         Raises MetricError if a name is not in this reference.
         """
-        if strange := set(names) - set(self.names):
+        if unknown := set(names) - set(self.names):
             raise MetricError(
-                f"The list of images to leave out names {min(strange)}, which is not among the "
+                f"The list of images to leave out names {min(unknown)}, which is not among the "
                 "images of the reference: the list belongs to another."
             )
         keep = np.array([name not in names for name in self.names])
@@ -180,17 +180,19 @@ class Reference:
         try:
             with safe_open(local, "np") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-                told = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+                metadata = {
+                    name: json.loads(text) for name, text in (file.metadata() or {}).items()
+                }
             reference = cls(
-                told["names"],
-                told["captions"],
+                metadata["names"],
+                metadata["captions"],
                 ImageFeatures(tensors["clip"], tensors["words"], tensors.get("inception")),
             )
             reference.__dict__.update(
                 reach=tensors["reach"],
-                moments=Moments(len(told["names"]), tensors["mean"], tensors["covariance"]),
+                moments=Moments(len(metadata["names"]), tensors["mean"], tensors["covariance"]),
             )
-            return reference, told["about"]
+            return reference, metadata["about"]
         except (SafetensorError, KeyError, ValueError) as error:
             raise MetricError(
                 f"{path} does not hold the statistics of a reference as `glide evaluate` saves "

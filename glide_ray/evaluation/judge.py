@@ -24,15 +24,15 @@ from ..errors import UserError
 from .cases import Case
 from .categories import (
     BACKGROUND,
-    BARS,
     COUNT,
     INPAINTING,
+    LAYOUT,
+    MIN_ACCURACY,
     POSITION,
     QUESTIONS,
     SINGLE,
     STYLE,
     THING,
-    WHERE,
 )
 from .heads import Discriminant, Logistic
 from .judge_features import FeatureExtractor, View
@@ -109,10 +109,10 @@ class Judge:
 
     def measurable(self, size: int, category: str, question: str) -> bool:
         """Whether accuracy on real pictures of this size suffices to score generated ones."""
-        if question not in BARS:
+        if question not in MIN_ACCURACY:
             return True
         known = self.accuracy.get(kind_of_size(size), {}).get(category, {}).get(question)
-        return known is not None and known["right"] >= BARS[question]
+        return known is not None and known["right"] >= MIN_ACCURACY[question]
 
     # -- by category -------------------------------------------------------------------------------
 
@@ -186,7 +186,7 @@ class Judge:
         Position is right if there are two objects along the requested axis, and the requested order
         is likelier than the reverse. Object is right if both score highest among their names.
         """
-        nothing = {WHERE: Verdict(False, "no two objects"), THING: Verdict(False, NOTHING)}
+        nothing = {LAYOUT: Verdict(False, "no two objects"), THING: Verdict(False, NOTHING)}
         found, views, two = [dict(nothing) for _ in cases], [], []
         for n, picture in enumerate(pictures):
             view = View.of(picture)
@@ -217,9 +217,10 @@ class Judge:
         order = pair if relation in ("to the left of", "above") else pair[::-1]
         things = [self.things_shown([case], order[which][None], which)[0] for which in (0, 1)]
         return {
-            WHERE: Verdict(found == relation, found),
+            LAYOUT: Verdict(found == relation, found),
             THING: Verdict(
-                all(one.right for one in things), " and ".join(one.found for one in things)
+                all(verdict.right for verdict in things),
+                " and ".join(verdict.found for verdict in things),
             ),
         }
 
@@ -270,7 +271,7 @@ class Judge:
                 dict(self.vocabulary.names),
                 self.vocabulary.order,
                 self.vocabulary.count,
-                sorted(self.vocabulary.untold),
+                sorted(self.vocabulary.misjudged),
             ],
             "things": self.things.labels,
             "styles": self.styles.labels,
@@ -285,7 +286,7 @@ class Judge:
             with safe_open(storage.fetch(path), "np") as file:
                 tensors = {name: _unpacked(file.get_tensor(name)) for name in file.keys()}
                 about = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
-            of = {
+            head_tensors = {
                 head: {
                     key.partition(".")[2]: value
                     for key, value in tensors.items()
@@ -293,12 +294,12 @@ class Judge:
                 }
                 for head in ("things", "styles", "counts")
             }
-            names, order, count, untold = about["vocabulary"]
+            names, order, count, misjudged = about["vocabulary"]
             return cls(
-                Vocabulary(names, tuple(order), count, frozenset(untold)),
-                Discriminant(tuple(about["things"]), **of["things"], cosine=True),
-                Styles.of(about["styles"], of["styles"]),
-                Logistic(**of["counts"]),
+                Vocabulary(names, tuple(order), count, frozenset(misjudged)),
+                Discriminant(tuple(about["things"]), **head_tensors["things"], cosine=True),
+                Styles.of(about["styles"], head_tensors["styles"]),
+                Logistic(**head_tensors["counts"]),
                 about["accuracy"],
             )
         except (SafetensorError, KeyError, ValueError, TypeError) as error:

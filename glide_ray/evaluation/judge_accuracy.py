@@ -9,7 +9,7 @@ from typing import Any
 
 from . import vocabulary as words
 from .cases import SCENES, Case, read_rows, scene_cases, single_cases, sprites_of
-from .categories import BARS, CATEGORIES, PAIRS, SEEN, SINGLE, STYLE, THING, UNSEEN
+from .categories import CATEGORIES, MIN_ACCURACY, PAIRS, SEEN, SINGLE, STYLE, THING, UNSEEN
 from .judge import Judge
 from .regions import resized
 
@@ -33,9 +33,9 @@ def try_judge(corpus: str, judge: Judge, scenes: int = SCENES_TRIED) -> Judge:
         verdicts = judge.verdicts(cases, pictures)
         rows = [(case.category, verdict) for case, verdict in zip(cases, verdicts, strict=True)]
         found[name] = {
-            category: shares([verdict for of, verdict in rows if of == category])
+            category: shares([verdict for of_case, verdict in rows if of_case == category])
             for category in CATEGORIES
-            if any(of == category for of, _ in rows)
+            if any(of_case == category for of_case, _ in rows)
         }
         # The judge was fitted to the pictures of SEEN: held-out pairs give its accuracy there, too.
         if PAIRS in found[name]:
@@ -47,7 +47,7 @@ def try_judge(corpus: str, judge: Judge, scenes: int = SCENES_TRIED) -> Judge:
 
 
 def _held_out(corpus: str, judge: Judge, scenes: int) -> list[Case]:
-    known = set(judge.things.labels) & judge.vocabulary.names.keys() - judge.vocabulary.untold
+    known = set(judge.things.labels) & judge.vocabulary.names.keys() - judge.vocabulary.misjudged
     rows = [row for row in read_rows(corpus, "held_out_pairs") if row.emoji in known]
     cases = single_cases(PAIRS, rows, len(rows))
     with sprites_of(corpus, "held_out_pairs", judge.vocabulary, sorted(known)) as sprites:
@@ -68,22 +68,22 @@ def _unseen(corpus: str, judge: Judge, size: int) -> dict[str, Any]:
     ]
     verdicts = []
     for thing in dict.fromkeys(row.emoji for row in rows):
-        own = single_cases(
+        cases = single_cases(
             UNSEEN,
             [row for row in rows if row.emoji == thing],
             sum(row.emoji == thing for row in rows),
         )
-        shapes = judge.shapes_of([case.picture for case in own])
-        shown = judge.verdicts(own, [resized(case.picture, size) for case in own])
-        small = judge.shapes_of([resized(case.picture, size) for case in own])
-        for n, case in enumerate(own):
-            others = [m for m in range(len(own)) if m != n]
+        shapes = judge.shapes_of([case.picture for case in cases])
+        of_thing = judge.verdicts(cases, [resized(case.picture, size) for case in cases])
+        small = judge.shapes_of([resized(case.picture, size) for case in cases])
+        for n, case in enumerate(cases):
+            others = [m for m in range(len(cases)) if m != n]
             if others:
                 known = replace(
                     judge, things=judge.things.adding(shapes[others], [thing] * len(others))
                 )
                 verdicts.append(
-                    {**shown[n], THING: known.things_shown([case], small[n : n + 1])[0]}
+                    {**of_thing[n], THING: known.things_shown([case], small[n : n + 1])[0]}
                 )
     return shares(verdicts)
 
@@ -93,13 +93,15 @@ def _pool_styles(found: dict[str, dict[str, Any]]) -> None:
 
     Style is one classifier, whatever the object.
     """
-    tried = [
+    accuracies = [
         found[category][STYLE] for category in (PAIRS, UNSEEN) if STYLE in found.get(category, {})
     ]
-    pictures = sum(of["pictures"] for of in tried)
+    pictures = sum(accuracy["pictures"] for accuracy in accuracies)
     for category in SINGLE:
         if STYLE in found.get(category, {}):
-            right = sum(of["right"] * of["pictures"] for of in tried) / pictures
+            right = (
+                sum(accuracy["right"] * accuracy["pictures"] for accuracy in accuracies) / pictures
+            )
             found[category][STYLE] = {"right": right, "pictures": pictures}
 
 
@@ -112,5 +114,5 @@ def shares(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "pictures": len(verdicts),
         }
         for question in questions
-        if question in BARS
+        if question in MIN_ACCURACY
     }

@@ -55,16 +55,16 @@ class Moments:
         return Moments(count, self.mean + apart * other.count / count, scatter / (count - 1))
 
 
-def frechet_distance(one: Moments, other: Moments) -> float:
+def frechet_distance(first: Moments, second: Moments) -> float:
     """Fréchet distance; FID for Inception's pooled features (Heusel et al. 2017, eq. 6)."""
-    if one.mean.shape != other.mean.shape:
+    if first.mean.shape != second.mean.shape:
         raise MetricError(
-            f"The two sets have features of {len(one.mean)} and {len(other.mean)} numbers; "
+            f"The two sets have features of {len(first.mean)} and {len(second.mean)} numbers; "
             f"measure both with the same network."
         )
     # Symmetric, with the same eigenvalues as the product of the two covariances.
-    cross = other.root @ one.covariance @ other.root
-    return _frechet(one.mean, np.trace(one.covariance), cross, other)
+    cross = second.root @ first.covariance @ second.root
+    return _frechet(first.mean, np.trace(first.covariance), cross, second)
 
 
 def frechet_infinity(
@@ -247,14 +247,14 @@ def clip_score(images: np.ndarray, captions: np.ndarray) -> float:
     return 100 * float(cosines.mean())
 
 
-def _pair(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    one, other = (_checked(features, least=1).astype(np.float64) for features in (one, other))
-    if one.shape[1] != other.shape[1]:
+def _pair(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    first, second = (_checked(features, least=1).astype(np.float64) for features in (first, second))
+    if first.shape[1] != second.shape[1]:
         raise MetricError(
-            f"The two sets have features of {one.shape[1]} and {other.shape[1]} numbers; measure "
-            f"both with the same network."
+            f"The two sets have features of {first.shape[1]} and {second.shape[1]} numbers; "
+            f"measure both with the same network."
         )
-    return one, other
+    return first, second
 
 
 def _checked(features: np.ndarray, least: int) -> np.ndarray:

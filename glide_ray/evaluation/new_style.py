@@ -43,7 +43,7 @@ def learn_style(judge: Judge, corpus: str, known: str) -> tuple[Judge, list[Row]
     (style,) = styles
     learnt = [row for row in rows if share(f"new style/{row.emoji}") < 0.5]
     asked = [row for row in rows if row not in learnt]
-    pictures = [_views(of[:MOST]) for of in (learnt, read_rows(known, SPLIT))]
+    pictures = [_views(chosen[:MOST]) for chosen in (learnt, read_rows(known, SPLIT))]
     judge = judge.with_style(style, *pictures)
     return replace(judge, accuracy=_tried(judge, asked, read_rows(known, "held_out_pairs"))), asked
 
@@ -61,7 +61,7 @@ def _tried(judge: Judge, asked: Sequence[Row], old: Sequence[Row]) -> dict[str, 
     for name, size in SIZES.items():
         found = shares(judge.verdicts(cases, [resized(case.picture, size) for case in cases]))
         answers = judge.style_of([resized(picture, size) for picture in others])
-        kept = sum(of not in judge.styles.added for of in answers)
+        kept = sum(answer not in judge.styles.added for answer in answers)
         right = found[STYLE]["right"] * len(cases) + kept
         found[STYLE] = {
             "right": right / (len(cases) + len(answers)),

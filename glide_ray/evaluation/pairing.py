@@ -60,20 +60,20 @@ def next_turn(
     rater: str,
     comparisons: Mapping[int, Comparison],
     questions: Sequence[str],
-    had: Sequence[Turn],
-    taken: Mapping[tuple[int, str], int],
-    wanted: int,
+    past: Sequence[Turn],
+    others: Mapping[tuple[int, str], int],
+    needed: int,
 ) -> Turn | None:
     """The rater's next turn; None if nothing is left to ask.
 
-    `had`: the rater's turns so far. `taken`: number of votes of other raters by comparison and
-    question. `wanted`: number of votes wanted for each comparison and question.
+    `past`: of this rater. `others`: votes of other raters by comparison and
+    question. `needed`: number of votes for each of them.
     """
-    block, place = divmod(len(had), BLOCK)
+    block, place = divmod(len(past), BLOCK)
     begin = draw(secret, rater, "question") + block
     for question in (questions[(begin + n) % len(questions)] for n in range(len(questions))):
-        rest = remaining(comparisons.values(), question, had, taken, wanted)
-        checks = _unseen(comparisons.values(), question, had, question)
+        rest = remaining(comparisons.values(), question, past, others, needed)
+        checks = _unseen(comparisons.values(), question, past, question)
         if not rest:
             continue
         # The check is in the first half of the block, so that raters who stop after a few turns are
@@ -82,9 +82,9 @@ def next_turn(
             checks
             if checks and place == 1 + draw(secret, rater, "check", block) % (BLOCK // 2)
             else rest,
-            key=lambda one: (
-                taken.get((one.id, question), 0),
-                draw(secret, rater, question, one.id),
+            key=lambda comparison: (
+                others.get((comparison.id, question), 0),
+                draw(secret, rater, question, comparison.id),
             ),
         )
         return Turn(
@@ -95,7 +95,7 @@ def next_turn(
                 rater,
                 chosen,
                 question,
-                [turn for turn in had if turn.question == question],
+                [turn for turn in past if turn.question == question],
                 comparisons,
             ),
         )
@@ -105,23 +105,30 @@ def next_turn(
 def remaining(
     comparisons: Collection[Comparison],
     question: str,
-    had: Sequence[Turn],
-    taken: Mapping[tuple[int, str], int],
-    wanted: int,
+    past: Sequence[Turn],
+    others: Mapping[tuple[int, str], int],
+    needed: int,
 ) -> list[Comparison]:
     """Comparisons that the rater can still be asked, without attention checks."""
     return [
-        one
-        for one in _unseen(comparisons, question, had, None)
-        if taken.get((one.id, question), 0) < wanted
+        comparison
+        for comparison in _unseen(comparisons, question, past, None)
+        if others.get((comparison.id, question), 0) < needed
     ]
 
 
 def _unseen(
-    comparisons: Collection[Comparison], question: str, had: Sequence[Turn], check_of: str | None
+    comparisons: Collection[Comparison],
+    question: str,
+    past: Sequence[Turn],
+    check_of: str | None,
 ) -> list[Comparison]:
-    shown = {turn.comparison for turn in had if turn.question == question}
-    return [one for one in comparisons if one.check_of == check_of and one.id not in shown]
+    shown = {turn.comparison for turn in past if turn.question == question}
+    return [
+        comparison
+        for comparison in comparisons
+        if comparison.check_of == check_of and comparison.id not in shown
+    ]
 
 
 def _left(
@@ -129,7 +136,7 @@ def _left(
     rater: str,
     chosen: Comparison,
     question: str,
-    had: Sequence[Turn],
+    past: Sequence[Turn],
     comparisons: Mapping[int, Comparison],
 ) -> str:
     """Which picture to show on the left: FIRST or SECOND.
@@ -139,7 +146,7 @@ def _left(
     models = chosen.first, chosen.second
     alike = [
         turn.left
-        for turn in had
+        for turn in past
         if (comparisons[turn.comparison].first, comparisons[turn.comparison].second) == models
     ]
     ahead = alike.count(FIRST) - alike.count(SECOND)

@@ -87,14 +87,14 @@ def probe(groups: Sequence[Group], words: Mapping[str, np.ndarray]) -> dict[str,
     return {"groups": alone, "pairs": pairs}
 
 
-def shift(one: np.ndarray, other: np.ndarray) -> Shift:
+def shift(first: np.ndarray, second: np.ndarray) -> Shift:
     """Shift between paired values (N,). Raises MetricError."""
-    apart = _apart(one, other)
+    apart = _apart(first, second)
     return Shift(float(apart.mean()), float(apart.std(ddof=1) / np.sqrt(len(apart))))
 
 
 def permutation_test(
-    one: np.ndarray, other: np.ndarray, swaps: int = SWAPS, seed: int = 0
+    first: np.ndarray, second: np.ndarray, swaps: int = SWAPS, seed: int = 0
 ) -> Verdict:
     """Test by swapping labels within pairs (Fisher 1935) if features (N, E) have one mean.
 
@@ -102,7 +102,7 @@ def permutation_test(
     the observed one is counted with them, so that p is unbiased and never 0 (Phipson & Smyth 2010).
     Raises MetricError.
     """
-    apart = _apart(one, other)
+    apart = _apart(first, second)
     count, products = len(apart), apart @ apart.T
     if 2**count <= swaps:
         signs = 1.0 - 2 * (np.arange(2**count)[:, None] >> np.arange(count) & 1)
@@ -150,9 +150,9 @@ def text(found: Mapping[str, Any]) -> str:
     return "\n".join([aligned(rows), *pairs])
 
 
-def above(one: Mapping[str, float], digits: int) -> str:
+def above(statistic: Mapping[str, float], digits: int) -> str:
     """A Shift with its standard error, as text."""
-    return f"{one['mean']:+.{digits}f} ± {one['standard_error']:.{digits}f}"
+    return f"{statistic['mean']:+.{digits}f} ± {statistic['standard_error']:.{digits}f}"
 
 
 def colour_name(group: Mapping[str, Any]) -> str:
@@ -162,13 +162,13 @@ def colour_name(group: Mapping[str, Any]) -> str:
 # -- shared ----------------------------------------------------------------------------------------
 
 
-def _apart(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    if one.shape != other.shape or len(one) < 2:
+def _apart(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    if first.shape != second.shape or len(first) < 2:
         raise MetricError(
             f"A probe compares pictures of the same two or more seeds "
-            f"(given: {len(one)} and {len(other)})."
+            f"(given: {len(first)} and {len(second)})."
         )
-    return one.astype(np.float64) - other.astype(np.float64)
+    return first.astype(np.float64) - second.astype(np.float64)
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

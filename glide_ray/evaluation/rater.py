@@ -48,10 +48,10 @@ class RaterAnswer(BaseModel):
     again: bool = False
 
 
-def build_app(votes: Votes, pictures: Path, wanted: int, link_key: str) -> FastAPI:
+def build_app(votes: Votes, pictures: Path, needed: int, link_key: str) -> FastAPI:
     """The FastAPI application.
 
-    `wanted`: number of votes wanted for each comparison and question.
+    `needed`: number of votes for each comparison and question.
     `link_key`: key that a link must contain, even for requests from this machine, because they may
     come from a proxy.
     """
@@ -69,7 +69,7 @@ def build_app(votes: Votes, pictures: Path, wanted: int, link_key: str) -> FastA
         return glide_rater
 
     _add_page(app, admitted)
-    _add_votes(app, votes, wanted, known)
+    _add_votes(app, votes, needed, known)
 
     @app.get("/pictures/{name}.png", dependencies=[Depends(admitted)])
     def picture(name: str) -> Response:
@@ -125,11 +125,11 @@ def _set_cookie(response: Response, name: str, value: str) -> None:
     response.set_cookie(name, value, YEAR, httponly=True, samesite="lax")
 
 
-def _add_votes(app: FastAPI, votes: Votes, wanted: int, known: Callable[..., str]) -> None:
+def _add_votes(app: FastAPI, votes: Votes, needed: int, known: Callable[..., str]) -> None:
     """Add the routes for the next comparisons and for the votes."""
 
     def turns(rater: str) -> JSONResponse:
-        shown, done, rest = votes.turns(rater, wanted)
+        shown, done, rest = votes.turns(rater, needed)
         return JSONResponse(
             {"turns": [asdict(turn) for turn in shown], "done": done, "rest": rest}, headers=HEADERS
         )
@@ -139,8 +139,8 @@ def _add_votes(app: FastAPI, votes: Votes, wanted: int, known: Callable[..., str
         return turns(rater)
 
     @app.post("/votes")
-    def vote(given: RaterAnswer, rater: str = Depends(known)) -> JSONResponse:
-        if not votes.answer(rater, given.token, given.answer, given.seconds, given.again):
+    def vote(body: RaterAnswer, rater: str = Depends(known)) -> JSONResponse:
+        if not votes.answer(rater, body.token, body.answer, body.seconds, body.again):
             raise HTTPException(404, "You have no comparison of this number.")
         return turns(rater)
 

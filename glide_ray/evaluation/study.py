@@ -22,13 +22,13 @@ from ..data.shards import read_meta
 from ..data.sources import METADATA, Part, find_parts, read_part
 from ..errors import UserError
 from .pairing import Comparison, draw
-from .votes import Asked, Votes
+from .votes import StudyDefinition, Votes
 
 log = logging.getLogger(__name__)
 
 DATABASE, PICTURES = "votes.sqlite", "pictures"
 # Comparisons per attention check, and maximum number of checks, of each question.
-PER_CHECK, MOST_CHECKS = 10, 100
+COMPARISONS_PER_CHECK, MAX_CHECKS = 10, 100
 TRIES = 50  # attempts to draw two captions without a common word
 
 
@@ -52,11 +52,11 @@ Pair = tuple[str, str, StudyPicture, StudyPicture]  # two models' names, then a 
 def open_study(
     out: str | Path,
     database: str | None,
-    asked: Asked | None,
+    definition: StudyDefinition | None,
 ) -> Votes:
     """Open the study in the folder `out`, and create it if it is missing or incomplete.
 
-    `database`: its URL; None: a file in `out`. `asked`: the definition of a new study; None:
+    `database`: its URL; None: a file in `out`. `definition`: the definition of a new study; None:
     continue the existing one. Raises UserError.
     """
     if storage.is_remote(out):
@@ -66,8 +66,8 @@ def open_study(
         )
     storage.check_writable(out)
     votes = Votes(database or database_of(out))
-    if asked:
-        votes.begin(asked)
+    if definition:
+        votes.begin(definition)
     folder = Path(out) / PICTURES
     names = {
         name
@@ -200,25 +200,25 @@ def pairs_of(
 # -- creating a study ------------------------------------------------------------------------------
 
 
-def _make(asked: Asked, secret: str, folder: Path) -> list[Comparison]:
+def _make(definition: StudyDefinition, secret: str, folder: Path) -> list[Comparison]:
     """Write the pictures and return the comparisons.
 
     The same secret gives the same result, so rerunning after an interruption overwrites identical
     files.
     """
     pairs = choose_pairs(
-        {name: find_pictures(path) for name, path in asked.folders.items()},
-        asked.comparisons,
+        {name: find_pictures(path) for name, path in definition.folders.items()},
+        definition.comparisons,
         secret,
     )
-    log.info(f"{len(pairs):,} pairs of {len(asked.folders)} models; copying their pictures")
+    log.info(f"{len(pairs):,} pairs of {len(definition.folders)} models; copying their pictures")
     shown = {
         (name, picture): opaque(secret, name, picture)
         for *names, first, second in pairs
         for name, picture in zip(names, (first, second), strict=True)
     }
     sizes = {}
-    for name in asked.folders:
+    for name in definition.folders:
         for picture, pixels in read_pictures([picture for of, picture in shown if of == name]):
             _write(pixels, folder, shown[name, picture])
             sizes[shown[name, picture]] = pixels.shape[:2]
@@ -227,9 +227,9 @@ def _make(asked: Asked, secret: str, folder: Path) -> list[Comparison]:
         for first, second, one, other in pairs
     ]
     checks = (
-        _real_checks(asked, secret, folder, len(pairs))
-        if asked.real
-        else _noise_checks(asked, secret, folder, comparisons, sizes)
+        _real_checks(definition, secret, folder, len(pairs))
+        if definition.real
+        else _noise_checks(definition, secret, folder, comparisons, sizes)
     )
     return [replace(one, id=n) for n, one in enumerate([*comparisons, *checks], 1)]
 
@@ -244,7 +244,7 @@ def _write(pixels: np.ndarray, folder: Path, name: str) -> None:
 
 
 def _noise_checks(
-    asked: Asked,
+    definition: StudyDefinition,
     secret: str,
     folder: Path,
     comparisons: Sequence[Comparison],
@@ -255,7 +255,7 @@ def _noise_checks(
     Noise for both questions, because it is unknown how well the models' pictures fit captions.
     """
     checks = []
-    for question in asked.questions:
+    for question in definition.questions:
         for n in range(_how_many(len(comparisons))):
             one = comparisons[draw(secret, "check", question, n) % len(comparisons)]
             picture = (one.first_picture, one.second_picture)[draw(secret, "of", question, n) % 2]
@@ -273,22 +273,24 @@ def _noise_checks(
     return checks
 
 
-def _real_checks(asked: Asked, secret: str, folder: Path, count: int) -> list[Comparison]:
+def _real_checks(
+    definition: StudyDefinition, secret: str, folder: Path, count: int
+) -> list[Comparison]:
     """Attention checks: a real picture with its caption.
 
     For photorealism beside noise; for the caption beside a real picture of something else.
     """
-    assert asked.real is not None
-    corpus = find_pictures(asked.real)
+    assert definition.real is not None
+    corpus = find_pictures(definition.real)
     if not corpus:
         raise StudyError(
-            f"No image of {asked.real} has a caption; give --real a corpus with captions, or leave "
-            f"it out."
+            f"No image of {definition.real} has a caption; give --real a corpus with captions, or "
+            f"leave it out."
         )
     prompts, checks = list(corpus), []
-    wanted: dict[StudyPicture, str] = {}  # picture -> name under which the page shows it
+    page_names: dict[StudyPicture, str] = {}  # picture -> name under which the page shows it
     words = _words_of_pictures(corpus)
-    for question in asked.questions:
+    for question in definition.questions:
         for n in range(_how_many(count)):
             prompt = prompts[draw(secret, "check", question, n) % len(prompts)]
             right, wrong = corpus[prompt][0], None
@@ -297,17 +299,17 @@ def _real_checks(asked: Asked, secret: str, folder: Path, count: int) -> list[Co
                     corpus[prompts[draw(secret, "other", n, attempt) % len(prompts)]][0]
                     for attempt in range(TRIES)
                 )
-                own = words[right.part.url, right.place]
+                used = words[right.part.url, right.place]
                 wrong = next(
-                    (one for one in others if not words[one.part.url, one.place] & own), None
+                    (one for one in others if not words[one.part.url, one.place] & used), None
                 )
                 if wrong is None:
                     continue
-            wanted |= {one: opaque(secret, "", one) for one in (right, wrong) if one}
+            page_names |= {one: opaque(secret, "", one) for one in (right, wrong) if one}
             checks.append((question, n, prompt, right, wrong))
     sizes = {}
-    for picture, pixels in read_pictures(list(wanted)):
-        _write(pixels, folder, wanted[picture])
+    for picture, pixels in read_pictures(list(page_names)):
+        _write(pixels, folder, page_names[picture])
         sizes[picture] = pixels.shape[:2]
     return [
         Comparison(
@@ -315,8 +317,8 @@ def _real_checks(asked: Asked, secret: str, folder: Path, count: int) -> list[Co
             "",
             "",
             prompt,
-            wanted[right],
-            wanted[wrong] if wrong else _noise(secret, folder, (question, n), sizes[right]),
+            page_names[right],
+            page_names[wrong] if wrong else _noise(secret, folder, (question, n), sizes[right]),
             question,
         )
         for question, n, prompt, right, wrong in checks
@@ -334,10 +336,10 @@ def _words_of_pictures(
     return words
 
 
-def _noise(secret: str, folder: Path, of: tuple[str, int], size: tuple[int, int]) -> str:
-    name = f"{draw(secret, 'noise', *of):016x}"
+def _noise(secret: str, folder: Path, key: tuple[str, int], size: tuple[int, int]) -> str:
+    name = f"{draw(secret, 'noise', *key):016x}"
     _write(
-        np.random.default_rng(draw(secret, "pixels", *of)).integers(0, 256, (*size, 3), np.uint8),
+        np.random.default_rng(draw(secret, "pixels", *key)).integers(0, 256, (*size, 3), np.uint8),
         folder,
         name,
     )
@@ -345,7 +347,7 @@ def _noise(secret: str, folder: Path, of: tuple[str, int], size: tuple[int, int]
 
 
 def _how_many(comparisons: int) -> int:
-    return min(MOST_CHECKS, -(-comparisons // PER_CHECK))
+    return min(MAX_CHECKS, -(-comparisons // COMPARISONS_PER_CHECK))
 
 
 def _words(text: str) -> set[str]:

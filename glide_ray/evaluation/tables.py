@@ -20,7 +20,7 @@ from ..errors import UserError
 from .elo import EloError, Standing, Vote, standings, wins
 from .pairing import FAILED_SHARE, FIRST, QUESTIONS, TIE
 from .report import aligned
-from .votes import Cast, Votes, left_out
+from .votes import CastVote, Votes, left_out
 
 COLUMNS = ("question", "first", "second", "winner")
 WON = {"first": 1.0, "tie": 0.5, "second": 0.0}
@@ -55,25 +55,32 @@ def ballot_of(path: str) -> Ballot:
     return count(Votes(path if "://" in path else database_of(path), create=False).cast())
 
 
-def count(cast: Sequence[Cast]) -> Ballot:
+def count(cast: Sequence[CastVote]) -> Ballot:
     """Answers as votes, without raters who failed too many attention checks."""
-    answered = Counter(one.rater for one in cast if one.comparison.check_of)
-    passed = Counter(one.rater for one in cast if one.comparison.check_of and one.answer == FIRST)
-    out = left_out({rater: (passed[rater], answered[rater]) for rater in answered})
-    kept = [one for one in cast if not one.comparison.check_of and one.rater not in out]
+    answered = Counter(vote.rater for vote in cast if vote.comparison.check_of)
+    passed = Counter(
+        vote.rater for vote in cast if vote.comparison.check_of and vote.answer == FIRST
+    )
+    excluded = left_out({rater: (passed[rater], answered[rater]) for rater in answered})
+    counted_votes = [
+        vote for vote in cast if not vote.comparison.check_of and vote.rater not in excluded
+    ]
     votes: dict[str, list[Vote]] = {}
-    for one in kept:
-        votes.setdefault(one.question, []).append(
+    for vote in counted_votes:
+        votes.setdefault(vote.question, []).append(
             Vote(
-                one.comparison.first, one.comparison.second, WON[one.answer], one.comparison.prompt
+                vote.comparison.first,
+                vote.comparison.second,
+                WON[vote.answer],
+                vote.comparison.prompt,
             )
         )
-    decided = [one.answer == one.left for one in kept if one.answer != TIE]
+    decided = [vote.answer == vote.left for vote in counted_votes if vote.answer != TIE]
     return Ballot(
         votes,
-        len({one.rater for one in cast}),
-        out,
-        sum(not one.comparison.check_of and one.rater in out for one in cast),
+        len({vote.rater for vote in cast}),
+        excluded,
+        sum(not vote.comparison.check_of and vote.rater in excluded for vote in cast),
         float(np.mean(decided)) if decided else None,
     )
 
@@ -162,11 +169,11 @@ def _of_question(votes: Sequence[Vote], draws: int) -> dict[str, Any]:
     return found
 
 
-def _interval(one: Standing) -> dict[str, float | None]:
+def _interval(standing: Standing) -> dict[str, float | None]:
     """Ends of an interval; None for infinity, which JSON lacks: the votes set no bound."""
     return {
-        "low": one.low if np.isfinite(one.low) else None,
-        "high": one.high if np.isfinite(one.high) else None,
+        "low": standing.low if np.isfinite(standing.low) else None,
+        "high": standing.high if np.isfinite(standing.high) else None,
     }
 
 
@@ -179,18 +186,22 @@ def text(found: Mapping[str, Any]) -> str:
     heads = [question.capitalize() for question in questions]
     models = _best_first(questions.values())
     scores = [
-        [model, *(_score(of["scores"].get(model)) for of in questions.values())] for model in models
+        [model, *(_score(figures_of["scores"].get(model)) for figures_of in questions.values())]
+        for model in models
     ]
     pairs = [
         (one, other)
         for n, one in enumerate(models)
         for other in models[n + 1 :]
-        if any(other in of["wins"].get(one, {}) for of in questions.values())
+        if any(other in figures_of["wins"].get(one, {}) for figures_of in questions.values())
     ]
     won = [
         [
             f"{one} against {other}",
-            *(_share(of["wins"].get(one, {}).get(other)) for of in questions.values()),
+            *(
+                _share(figures_of["wins"].get(one, {}).get(other))
+                for figures_of in questions.values()
+            ),
         ]
         for one, other in pairs
     ]
@@ -199,7 +210,9 @@ def text(found: Mapping[str, Any]) -> str:
         aligned([["Win rates; a tie is half a win for each", *heads], *won]),
     ]
     parts += [
-        f"{question}: {of['no_scores']}" for question, of in questions.items() if "no_scores" in of
+        f"{question}: {figures_of['no_scores']}"
+        for question, figures_of in questions.items()
+        if "no_scores" in figures_of
     ]
     return "\n\n".join([*parts, _who(found)])
 
@@ -211,18 +224,18 @@ def _best_first(questions: Collection[Mapping[str, Any]]) -> list[str]:
     )
 
 
-def _score(one: Mapping[str, float] | None) -> str:
-    if one is None:
+def _score(cell: Mapping[str, float] | None) -> str:
+    if cell is None:
         return "-"
     low, high = (
-        open_end if one[end] is None else f"{one[end]:.1f}"
+        open_end if cell[end] is None else f"{cell[end]:.1f}"
         for end, open_end in (("low", "-inf"), ("high", "inf"))
     )
-    return f"{one['score']:.1f}  [{low}, {high}]"
+    return f"{cell['score']:.1f}  [{low}, {high}]"
 
 
-def _share(one: Mapping[str, float] | None) -> str:
-    return "-" if one is None else f"{one['share']:.0%}  of {one['votes']:,}"
+def _share(cell: Mapping[str, float] | None) -> str:
+    return "-" if cell is None else f"{cell['share']:.0%}  of {cell['votes']:,}"
 
 
 def _who(found: Mapping[str, Any]) -> str:

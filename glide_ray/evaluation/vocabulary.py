@@ -12,7 +12,7 @@ from ..data.splits import share
 from ..data.sprites import Sprite
 
 ASKED = 100  # candidates from which the judge chooses a thing's name
-LEAST_STYLES = 6  # styles in which a thing must be drawn; all styles if there are fewer
+MIN_STYLES = 6  # styles in which a thing must be drawn; all styles if there are fewer
 # Words for things that look alike when drawn: at most one name is chosen from each line.
 # A backslash continues a line.
 ALIKE = tuple(
@@ -58,13 +58,13 @@ class Vocabulary:
     `names`: plain names of things, by code points.
     `order`: the things that an object is distinguished from, in the order of a hash.
     `count`: number of candidates from which the judge chooses a name.
-    `untold`: things whose style the judge misclassifies.
+    `misjudged`: things whose style the judge misclassifies.
     """
 
     names: Mapping[str, str]
     order: tuple[str, ...]
     count: int = ASKED
-    untold: frozenset[str] = frozenset()
+    misjudged: frozenset[str] = frozenset()
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -85,12 +85,12 @@ class Vocabulary:
 def choose(
     rows: Iterable[tuple[str, str, str, str]],
     count: int = ASKED,
-    least_styles: int = LEAST_STYLES,
-    untold: Collection[str] = (),
+    least_styles: int = MIN_STYLES,
+    misjudged: Collection[str] = (),
 ) -> Vocabulary:
     """Choose the vocabulary from pictures as (code points, name, group, style).
 
-    Things in `untold` are not asked for.
+    Things in `misjudged` are not asked for.
     """
     rows = list(rows)
     least_styles = min(least_styles, len({style for *_, style in rows}))
@@ -105,10 +105,10 @@ def choose(
         if is_plain(emoji, name, group)
     }
     common = sorted(
-        (emoji for emoji in plain if len(styles[emoji]) >= least_styles and emoji not in untold),
+        (emoji for emoji in plain if len(styles[emoji]) >= least_styles and emoji not in misjudged),
         key=lambda emoji: share(f"judge/{emoji}"),
     )
-    return Vocabulary(plain, _unlike(common, plain), count, frozenset(untold) & plain.keys())
+    return Vocabulary(plain, _unlike(common, plain), count, frozenset(misjudged) & plain.keys())
 
 
 def is_plain(emoji: str, name: str, group: str) -> bool:

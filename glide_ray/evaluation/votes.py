@@ -48,7 +48,7 @@ from .pairing import FAILED_SHARE, FIRST, SECOND, TIE, Comparison, Turn, next_tu
 
 BUSY_SECONDS = 30  # maximum wait of a SQLite write for another one
 # Seconds for which a comparison that was shown but not answered is reserved for its rater.
-OPEN_SECONDS = 600
+RESERVED_SECONDS = 600
 # Comparisons sent to a rater's page at once: the next ones load ahead of time, and are there even
 # if the connection is lost.
 PREFETCHED_COMPARISONS = 3
@@ -96,7 +96,7 @@ class VotesError(UserError):
 
 
 @dataclass(frozen=True)
-class Asked:
+class StudyDefinition:
     """Definition of a study: questions, number of comparisons, sources of pictures.
 
     `folders`: of pictures, by model name. `real`: corpus of the attention checks; None: noise.
@@ -109,7 +109,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownTurn:
     """A turn as sent to the page, without the models' names."""
 
     token: str
@@ -120,7 +120,7 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Cast:
+class CastVote:
     """An answer: FIRST, SECOND or TIE. `left`: which picture was on the left."""
 
     rater: str
@@ -169,13 +169,13 @@ class Votes:
 
     # -- the study ---------------------------------------------------------------------------------
 
-    def begin(self, asked: Asked, secret: str | None = None) -> None:
+    def begin(self, definition: StudyDefinition, secret: str | None = None) -> None:
         """Record the study's definition, or check it against the recorded one.
 
         A recorded definition without comparisons is replaced: they could not be made. Raises
         VotesError if the definitions differ.
         """
-        text = json.dumps(asdict(asked))
+        text = json.dumps(asdict(definition))
         with self._transaction() as connection:
             row = connection.execute(select(STUDY.c.asked)).first()
             if row is None:
@@ -213,8 +213,8 @@ class Votes:
         return row
 
     @property
-    def asked(self) -> Asked:
-        return Asked(**json.loads(self.study.asked))
+    def asked(self) -> StudyDefinition:
+        return StudyDefinition(**json.loads(self.study.asked))
 
     def add_comparisons(self, comparisons: Sequence[Comparison]) -> None:
         """Insert all comparisons or none, in one transaction.
@@ -239,18 +239,18 @@ class Votes:
 
     # -- raters ------------------------------------------------------------------------------------
 
-    def turns(self, rater: str, wanted: int) -> tuple[list[Shown], int, int]:
+    def turns(self, rater: str, needed: int) -> tuple[list[ShownTurn], int, int]:
         """The rater's next turns, the number answered, and the number left including these turns.
 
         At most PREFETCHED_COMPARISONS turns: first those shown before but not answered, in their
-        order. `wanted`: number of votes wanted for each comparison and question.
+        order. `needed`: number of votes for each comparison and question.
         """
         comparisons, study = self._comparisons, self.study
         for _ in range(9):
             try:
                 with self._transaction() as connection:
                     return self._turns(
-                        connection, rater, wanted, study.secret, self.asked.questions, comparisons
+                        connection, rater, needed, study.secret, self.asked.questions, comparisons
                     )
             except IntegrityError:  # another tab of this rater just received this turn
                 continue
@@ -273,7 +273,7 @@ class Votes:
             ).first()
             if row is None:
                 return False
-            given = (
+            stored = (
                 TIE
                 if side == TIE
                 else FIRST
@@ -284,7 +284,7 @@ class Votes:
             connection.execute(
                 update(VOTES)
                 .where(VOTES.c.token == token, *unanswered)
-                .values(answer=given, answered_at=time.time(), seconds=seconds)
+                .values(answer=stored, answered_at=time.time(), seconds=seconds)
             )
         return True
 
@@ -292,29 +292,29 @@ class Votes:
         self,
         connection: Connection,
         rater: str,
-        wanted: int,
+        needed: int,
         secret: str,
         questions: Sequence[str],
         comparisons: Mapping[int, Comparison],
-    ) -> tuple[list[Shown], int, int]:
+    ) -> tuple[list[ShownTurn], int, int]:
         rows = connection.execute(
             select(VOTES).where(VOTES.c.rater == rater).order_by(VOTES.c.turn)
         ).all()
         waiting = [row for row in rows if row.answer is None][:PREFETCHED_COMPARISONS]
-        had = [Turn(row.comparison, row.question, row.left_picture) for row in rows]
-        taken = self._taken(connection, rater)
+        past = [Turn(row.comparison, row.question, row.left_picture) for row in rows]
+        others = self._taken(connection, rater)
         shown = [
             self._shown(row.token, Turn(row.comparison, row.question, row.left_picture))
             for row in waiting
         ]
         while len(shown) < PREFETCHED_COMPARISONS and (
-            turn := next_turn(secret, rater, comparisons, questions, had, taken, wanted)
+            turn := next_turn(secret, rater, comparisons, questions, past, others, needed)
         ):
             token = secrets.token_urlsafe(12)
             connection.execute(
                 insert(VOTES).values(
                     token=token,
-                    turn=len(had),
+                    turn=len(past),
                     rater=rater,
                     comparison=turn.comparison,
                     question=turn.question,
@@ -322,10 +322,10 @@ class Votes:
                     given_at=time.time(),
                 )
             )
-            had.append(turn)
+            past.append(turn)
             shown.append(self._shown(token, turn))
         rest = sum(
-            len(remaining(comparisons.values(), question, had, taken, wanted))
+            len(remaining(comparisons.values(), question, past, others, needed))
             for question in questions
         )
         return shown, len(rows) - sum(row.answer is None for row in rows), rest + len(shown)
@@ -335,7 +335,7 @@ class Votes:
 
         Without excluded raters.
         """
-        fresh = VOTES.c.answer.is_not(None) | (VOTES.c.given_at > time.time() - OPEN_SECONDS)
+        fresh = VOTES.c.answer.is_not(None) | (VOTES.c.given_at > time.time() - RESERVED_SECONDS)
         others = VOTES.c.rater.not_in([rater, *left_out(_checks(connection))])
         rows = connection.execute(
             select(VOTES.c.comparison, VOTES.c.question, func.count())
@@ -344,20 +344,24 @@ class Votes:
         )
         return {(comparison, question): count for comparison, question, count in rows}
 
-    def _shown(self, token: str, turn: Turn) -> Shown:
-        one = self._comparisons[turn.comparison]
+    def _shown(self, token: str, turn: Turn) -> ShownTurn:
+        comparison = self._comparisons[turn.comparison]
         left, right = (
-            (one.first_picture, one.second_picture)
+            (comparison.first_picture, comparison.second_picture)
             if turn.left == FIRST
-            else (one.second_picture, one.first_picture)
+            else (comparison.second_picture, comparison.first_picture)
         )
-        return Shown(
-            token, turn.question, left, right, one.prompt if turn.question == "caption" else None
+        return ShownTurn(
+            token,
+            turn.question,
+            left,
+            right,
+            comparison.prompt if turn.question == "caption" else None,
         )
 
     # -- results -----------------------------------------------------------------------------------
 
-    def cast(self) -> list[Cast]:
+    def cast(self) -> list[CastVote]:
         """All answers, in order of arrival."""
         with self._transaction() as connection:
             rows = connection.execute(
@@ -366,7 +370,7 @@ class Votes:
                 .order_by(VOTES.c.answered_at, VOTES.c.token)
             ).all()
         return [
-            Cast(
+            CastVote(
                 row.rater,
                 row.question,
                 self._comparisons[row.comparison],

@@ -97,11 +97,11 @@ class PublicClipScorer:
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:
         context = self._model.config.text_config.max_position_embeddings
-        given = self._tokenizer(
+        tokens = self._tokenizer(
             list(prompts), padding=True, truncation=True, max_length=context, return_tensors="pt"
         ).to(self.device)
         return F.normalize(
-            self._model.text_projection(self._model.text_model(**given).pooler_output), dim=-1
+            self._model.text_projection(self._model.text_model(**tokens).pooler_output), dim=-1
         )
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..tensors import Conditioning, ModelOutput, TextFeatures
 from .unet import GlideUNet
 
-WARMING = 3  # calls before a capture: cuDNN tries its algorithms, kernels compile
+WARM_UP_CALLS = 3  # calls before a capture: cuDNN tries its algorithms, kernels compile
 
 
 def row_counts(most: int) -> list[int]:
@@ -57,7 +57,7 @@ class GraphRunner:
         count = self.counts[bisect_left(self.counts, rows)]
         if self._inputs is None:
             self._inputs = tuple(
-                _room(given, self.most) for given in (x, timestep, conditioning, text)
+                _room(tensor, self.most) for tensor in (x, timestep, conditioning, text)
             )
         held_x, held_timestep, held_conditioning, held_text = self._inputs
         held_x[:rows].copy_(x)
@@ -67,9 +67,13 @@ class GraphRunner:
                 *zip(_tensors(held_conditioning), _tensors(conditioning), strict=True),
                 *zip(_tensors(held_text), _tensors(text), strict=True),
             ]
-            for kind in {given.dtype for _, given in pairs}:  # one launch per dtype
-                of = [(held[:rows], given) for held, given in pairs if given.dtype == kind]
-                torch._foreach_copy_([held for held, _ in of], [given for _, given in of])
+            for kind in {tensor.dtype for _, tensor in pairs}:  # one launch per dtype
+                same_dtype = [
+                    (held[:rows], tensor) for held, tensor in pairs if tensor.dtype == kind
+                ]
+                torch._foreach_copy_(
+                    [held for held, _ in same_dtype], [tensor for _, tensor in same_dtype]
+                )
             self._last = conditioning, text
         if count not in self._graphs:
             self._graphs[count] = self._record(count)
@@ -85,11 +89,11 @@ class GraphRunner:
 
     def _record(self, count: int) -> tuple[torch.cuda.CUDAGraph, ModelOutput]:
         assert self._inputs is not None
-        x, timestep, conditioning, text = (given[:count] for given in self._inputs)
+        x, timestep, conditioning, text = (tensor[:count] for tensor in self._inputs)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(WARMING):
+            for _ in range(WARM_UP_CALLS):
                 self.model(x, timestep, conditioning, text)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
@@ -99,13 +103,13 @@ class GraphRunner:
         return graph, output
 
 
-def _room(given, rows: int):
-    """Zeros for `rows` rows, shaped like `given`."""
+def _room(example, rows: int):
+    """Zeros for `rows` rows, shaped like `example`."""
 
     def empty(tensor: Tensor) -> Tensor:
         return tensor.new_zeros(rows, *tensor.shape[1:])
 
-    return empty(given) if isinstance(given, Tensor) else given.map(empty)
+    return empty(example) if isinstance(example, Tensor) else example.map(empty)
 
 
 def _tensors(form) -> list[Tensor]:

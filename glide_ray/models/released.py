@@ -35,7 +35,7 @@ class ReleasedError(UserError):
 
 
 def from_released(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """A released state dict -> ours, for `config`.
+    """Convert a released state dict to this project's names, for `config`.
 
     Raises ReleasedError for a missing or unexpected key, or another shape.
     """
@@ -373,8 +373,8 @@ def _is_convolution(released: str) -> bool:
     return released.endswith((".qkv.weight", ".encoder_kv.weight", ".proj_out.weight"))
 
 
-def _check_keys(expected: set[str], given: set[str]) -> None:
-    for word, keys in (("is missing", expected - given), ("is unexpected", given - expected)):
+def _check_keys(expected: set[str], found: set[str]) -> None:
+    for word, keys in (("is missing", expected - found), ("is unexpected", found - expected)):
         if keys:
             more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
             raise ReleasedError(

@@ -52,7 +52,7 @@ class GlideUNet(nn.Module):
         super().__init__()
         self.config = config
         self._diffusion = diffusion or DiffusionConfig()
-        self._powers: dict[torch.device, Tensor] = {}  # cache of `_signal_and_noise`
+        self._signal_noise_cache: dict[torch.device, Tensor] = {}  # cache of `_signal_and_noise`
         self.activation_checkpointing = False
         # Format of the activations; None: the faster one, see `_fast_format`.
         self.memory_format: torch.memory_format | None = None
@@ -64,21 +64,21 @@ class GlideUNet(nn.Module):
         self.time_out = nn.Linear(embedding, embedding)
 
         channels = config.channels * config.multipliers[0]
-        folded = config.patch**2
-        self.stem = nn.Conv2d(config.in_channels * folded, channels, 3, padding=1)
-        self.down, kept = self._down_path()
-        channels = kept[-1]
+        patch_area = config.patch**2
+        self.stem = nn.Conv2d(config.in_channels * patch_area, channels, 3, padding=1)
+        self.down, skips = self._down_path()
+        channels = skips[-1]
         self.middle = nn.ModuleList(
             [
                 Stage(self._residual(channels, channels), self._attention(channels)),
                 Stage(self._residual(channels, channels), None),
             ]
         )
-        self.up = self._up_path(kept)
+        self.up = self._up_path(skips)
         channels = config.channels * config.multipliers[0]
         self.out_norm = GroupNorm(config.groups, channels)
         # Outputs: 3 channels of eps, v or x_0, and 3 of the variance interpolation.
-        self.out = nn.Conv2d(channels, 6 * folded, 3, padding=1)
+        self.out = nn.Conv2d(channels, 6 * patch_area, 3, padding=1)
         self.initialise()
 
     # -- construction ---------------------------------------------------------------------------
@@ -104,7 +104,7 @@ class GlideUNet(nn.Module):
         """(stages, channels of the stem's and of each stage's output, all skip connections)."""
         config = self.config
         channels = config.channels * config.multipliers[0]
-        stages, kept = nn.ModuleList(), [channels]
+        stages, skips = nn.ModuleList(), [channels]
         for level, multiplier in enumerate(config.multipliers):
             width = config.channels * multiplier
             for _ in range(config.blocks):
@@ -112,20 +112,20 @@ class GlideUNet(nn.Module):
                     Stage(self._residual(channels, width), self._stage_attention(level, width))
                 )
                 channels = width
-                kept.append(channels)
+                skips.append(channels)
             if level < len(config.multipliers) - 1:
                 stages.append(Stage(self._residual(channels, channels, Downsample), None))
-                kept.append(channels)
-        return stages, kept
+                skips.append(channels)
+        return stages, skips
 
-    def _up_path(self, kept: list[int]) -> nn.ModuleList:
+    def _up_path(self, skips: list[int]) -> nn.ModuleList:
         """Stages; one block more per level than downwards, each with a skip connection."""
-        config, channels, kept = self.config, kept[-1], list(kept)
+        config, channels, skips = self.config, skips[-1], list(skips)
         stages = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(config.multipliers))):
             width = config.channels * multiplier
             for index in range(config.blocks + 1):
-                block = self._residual(channels + kept.pop(), width)
+                block = self._residual(channels + skips.pop(), width)
                 attention = self._stage_attention(level, width)
                 upsamples = level and index == config.blocks
                 resample = self._residual(width, width, Upsample) if upsamples else None
@@ -172,8 +172,8 @@ class GlideUNet(nn.Module):
 
     def _conditioning_channels(self) -> list[slice]:
         """Input channels of the known pixels and their mask, which start at zero."""
-        folded = self.config.patch**2
-        return [slice(3 * folded, 7 * folded)] if self.config.inpaint else []
+        patch_area = self.config.patch**2
+        return [slice(3 * patch_area, 7 * patch_area)] if self.config.inpaint else []
 
     def fuse(self) -> None:
         """Use `kernels.py` between convolutions from now on: NVIDIA inference only, no gradients.
@@ -249,14 +249,14 @@ class GlideUNet(nn.Module):
             )
         )
         keys_values = iter(text.keys_values or ())
-        kept = [h]
+        skips = [h]
         for stage in self.down:
             h = self._run(stage, h, embedding, keys_values)
-            kept.append(h)
+            skips.append(h)
         for stage in self.middle:
             h = self._run(stage, h, embedding, keys_values)
         for stage in self.up:
-            h = self._run(stage, torch.cat([h, kept.pop()], dim=1), embedding, keys_values)
+            h = self._run(stage, torch.cat([h, skips.pop()], dim=1), embedding, keys_values)
         h = (
             self.out_norm.fused_norm(h, silu=True)
             if self.out_norm.fused
@@ -287,14 +287,16 @@ class GlideUNet(nn.Module):
 
     def _signal_and_noise(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Factors of image and noise in x_t, each (B, 1, 1, 1) float32."""
-        if timestep.device not in self._powers:
+        if timestep.device not in self._signal_noise_cache:
             alpha_bar = torch.tensor(
                 self._diffusion.alpha_bar(), dtype=torch.float64, device=timestep.device
             )
-            self._powers[timestep.device] = torch.stack(
+            self._signal_noise_cache[timestep.device] = torch.stack(
                 [alpha_bar.sqrt(), (1 - alpha_bar).sqrt()]
             ).float()
-        signal, noise = self._powers[timestep.device][:, timestep.long(), None, None, None]
+        signal, noise = self._signal_noise_cache[timestep.device][
+            :, timestep.long(), None, None, None
+        ]
         return signal, noise
 
     def _fast_format(self, device: torch.device) -> torch.memory_format:
@@ -312,7 +314,7 @@ class GlideUNet(nn.Module):
         )
 
     def _network_input(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        """x and the variant's further input channels, with patches folded.
+        """All input channels of this variant of the model, with each patch folded into channels.
 
         In this order: x, known pixels, their mask, the enlarged low-res image.
         """

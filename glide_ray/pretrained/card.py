@@ -76,9 +76,9 @@ class Card(Frozen):
 
     def file(self, role: str) -> Weights:
         """The weights file of a role. Raises CardError."""
-        for one in self.files:
-            if one.role == role:
-                return one
+        for entry in self.files:
+            if entry.role == role:
+                return entry
         raise CardError(
             f"The card of {self.name} names no weights of the role {role!r}; "
             f"write it again with `glide pack`."
@@ -209,7 +209,7 @@ def render(card: Card) -> str:
     parts = [f"# {card.name}", _about(card), _files(card)]
     if card.sources:
         parts += ["## Data", _data(card)]
-    if any(one.recipe for one in card.files):
+    if any(entry.recipe for entry in card.files):
         parts += ["## Training", _training(card)]
     if card.figures:
         parts += ["## Figures", _figures(card)]
@@ -224,7 +224,7 @@ def _about(card: Card) -> str:
         "upsampler": "an upsampler that enlarges pictures to {0}x{0} pixels",
         "clip": "a CLIP for pictures of {0}x{0} pixels",
     }
-    text = " and ".join(kinds[one.role].format(one.pixels) for one in card.files)
+    text = " and ".join(kinds[entry.role].format(entry.pixels) for entry in card.files)
     return f"{text[0].upper()}{text[1:]}, in the manner of GLIDE (Nichol et al. 2021)."
 
 
@@ -233,13 +233,13 @@ def _files(card: Card) -> str:
         ("file", "model", "parameters", "bytes", "SHA-256"),
         (
             (
-                f"`{one.name}`",
-                one.model,
-                f"{one.parameters / 1e6:,.2f}M",
-                f"{one.bytes:,}",
-                f"`{one.sha256}`",
+                f"`{entry.name}`",
+                entry.model,
+                f"{entry.parameters / 1e6:,.2f}M",
+                f"{entry.bytes:,}",
+                f"`{entry.sha256}`",
             )
-            for one in card.files
+            for entry in card.files
         ),
     )
 
@@ -247,13 +247,13 @@ def _files(card: Card) -> str:
 def _data(card: Card) -> str:
     rows = [
         (
-            one.style,
-            _value(one.pictures),
-            one.author,
-            one.licence,
-            f"[{one.name}]({one.url})" if one.url else one.name,
+            entry.style,
+            _value(entry.pictures),
+            entry.author,
+            entry.licence,
+            f"[{entry.name}]({entry.url})" if entry.url else entry.name,
         )
-        for one in card.sources
+        for entry in card.sources
     ]
     return (
         "The weights were trained on these works. Name their authors and licences where you "
@@ -263,20 +263,20 @@ def _data(card: Card) -> str:
 
 
 def _training(card: Card) -> str:
-    names = dict.fromkeys(name for one in card.files for name in one.recipe)
-    rows = ((name, *(_value(one.recipe.get(name)) for one in card.files)) for name in names)
-    return _table(("", *(one.model for one in card.files)), rows)
+    names = dict.fromkeys(name for entry in card.files for name in entry.recipe)
+    rows = ((name, *(_value(entry.recipe.get(name)) for entry in card.files)) for name in names)
+    return _table(("", *(entry.model for entry in card.files)), rows)
 
 
 def _figures(card: Card) -> str:
     rows = (
         (
             name,
-            f"{one.value:.4g}",
-            f"{one.interval[0]:.4g} to {one.interval[1]:.4g}" if one.interval else "",
-            f"`{one.command}`" if one.command else "",
+            f"{entry.value:.4g}",
+            f"{entry.interval[0]:.4g} to {entry.interval[1]:.4g}" if entry.interval else "",
+            f"`{entry.command}`" if entry.command else "",
         )
-        for name, one in card.figures.items()
+        for name, entry in card.figures.items()
     )
     return _table(("what", "value", "95% interval", "command"), rows)
 

@@ -117,14 +117,14 @@ def upsampler_for(base: str | Path) -> str | None:
     if str(base) == SHIPPED:
         return SHIPPED
     path = locate(base, "base")
-    own = load_config(storage.fetch(path) if storage.is_remote(path) else path)
-    if own.role != "base":  # loading it as a base model raises later
+    config = load_config(storage.fetch(path) if storage.is_remote(path) else path)
+    if config.role != "base":  # loading it as a base model raises later
         return None
     shipped = load_config(find().upsampler)
-    if own.image_size != shipped.low_res_size:
+    if config.image_size != shipped.low_res_size:
         log.warning(
-            f"pictures keep the {own.image_size} pixels of {own.name}: no upsampler was given, and "
-            f"the one that ships with glide_ray enlarges {shipped.low_res_size}"
+            f"pictures keep the {config.image_size} pixels of {config.name}: no upsampler was "
+            f"given, and the one that ships with glide_ray enlarges {shipped.low_res_size}"
         )
         return None
     log.warning(

@@ -18,9 +18,9 @@ from ..models.clip_scorer import ClipScorer, load_critic
 from ..models.weights import check_pair, load_unet
 from ..precision import DTYPES, resolve_precision
 from ..pretrained.shipped import locate
+from .cascade_calls import CascadeCalls, CascadeImage, ScoreCall, StageCall, cascade_calls
 from .checks import RequestError
 from .job import Job, Source
-from .order import CascadeImage, CascadeOrder, ScoreCall, StageCall, run_order
 from .stepper import Stepper
 
 # Arguments: stage name, denoising steps done in this stage, denoising steps of this stage.
@@ -68,21 +68,21 @@ class Cascade:
             locate(base, "base"),
             locate(upsampler, "upsampler") if upsampler else None,
         )
-        made = cls(
+        cascade = cls(
             load_stepper(base, "base", precision, max_in_flight, clip, batched=batched),
             load_stepper(upsampler, "upsampler", precision, max_in_flight, batched=batched)
             if upsampler
             else None,
         )
-        check_pair(made.base.config, made.upsampler.config if made.upsampler else None)
+        check_pair(cascade.base.config, cascade.upsampler.config if cascade.upsampler else None)
         sources = {
             role: path
             for role, path in (("base", base), ("upsampler", upsampler), ("clip", clip))
             if path
         }
-        dtype = next(made.base.model.parameters()).dtype
+        dtype = next(cascade.base.model.parameters()).dtype
         return replace(
-            made,
+            cascade,
             sources=sources,
             precision=next(name for name, kind in DTYPES.items() if kind == dtype),
         )
@@ -119,7 +119,7 @@ class Cascade:
         self._critic()
         jobs = [Job(prompt, seed, self.size, options) for seed in seeds]
         (image,) = self._make([jobs], progress)
-        scores = image.scores or {image.seed: self.score(image.small[None], [prompt])[0]}
+        scores = image.scores or {image.seed: self.score(image.base_image[None], [prompt])[0]}
         return Ranked(_pixels(image), image.seed, scores)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
@@ -202,11 +202,11 @@ class Cascade:
         self, images: Sequence[Sequence[Job]], progress: Progress | None
     ) -> list[CascadeImage[Tensor]]:
         """Make images (3, H, W), each from its candidates, with both stages in this process."""
-        order: CascadeOrder[Tensor] = run_order(images, self.upsampler is not None)
+        calls: CascadeCalls[Tensor] = cascade_calls(images, self.upsampler is not None)
         result: Any = None
         while True:
             try:
-                call = order.send(result)
+                call = calls.send(result)
             except StopIteration as end:
                 finished: list[CascadeImage[Tensor]] = end.value
                 return finished
@@ -241,7 +241,7 @@ class Cascade:
 
 
 def _pixels(image: CascadeImage[Tensor]) -> np.ndarray:
-    return to_uint8(image.small if image.large is None else image.large)
+    return to_uint8(image.base_image if image.upsampled is None else image.upsampled)
 
 
 @torch.no_grad()

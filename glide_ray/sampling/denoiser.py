@@ -1,7 +1,8 @@
 """The guided network call: model output for a batch of samples, and the text features of captions.
 
-One call holds all samples, and once more those with classifier-free guidance, with the empty
-caption. On a GPU it replays a CUDA graph. CLIP guidance is a gradient beside it.
+A network call has one row for each sample with its caption, then a second row with the empty
+caption for each sample with classifier-free guidance. On a GPU it replays a CUDA graph. CLIP
+guidance is computed separately, as a gradient.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ CACHED_CAPTIONS = 64  # captions whose text features are cached
 
 @dataclass(frozen=True)
 class PairedInputs:
-    """Network inputs of a guided call, which stay the same while its samples do."""
+    """Network inputs of a guided call; constant over the steps while its samples stay the same."""
 
-    samples: Conditioning  # of the samples alone; identifies the batch
+    samples: Conditioning  # first rows, of the samples; identifies the batch
     guided: list[int]  # indices of the samples whose guidance scale is not 1
-    conditioning: Conditioning  # of all rows: the samples, then the guided ones once more
+    conditioning: Conditioning  # of all rows: the samples, then the guided ones again
     text: TextFeatures  # of all rows: the captions, then the empty caption
 
 
 class GuidedDenoiser:
     """The model with classifier-free and CLIP guidance.
 
-    `most_samples`: the largest batch. `reuse_inputs`: keep the network inputs of the last guided
+    `max_samples`: the largest batch. `reuse_inputs`: keep the network inputs of the last guided
     call, for batches of unchanged samples; then calls must not overlap. `critic`: the CLIP model
     for CLIP guidance.
     """
@@ -49,7 +50,7 @@ class GuidedDenoiser:
         config: ModelConfig,
         device: torch.device,
         dtype: torch.dtype,
-        most_samples: int,
+        max_samples: int,
         reuse_inputs: bool,
         critic: ClipScorer | None,
     ):
@@ -61,7 +62,7 @@ class GuidedDenoiser:
         if device.type == "cuda":
             self.model.fuse()
             rows = 1 if config.sampling.guidance_scale == 1 else 2
-            self.network = GraphRunner(self.model, most_samples * rows)
+            self.network = GraphRunner(self.model, max_samples * rows)
         self._reuse_inputs = reuse_inputs
         self._paired: PairedInputs | None = None
         self._captions: OrderedDict[bytes, TextFeatures] = OrderedDict()
@@ -84,7 +85,7 @@ class GuidedDenoiser:
         """
         scale = torch.tensor(
             [
-                sample.guidance_scale if self._guides(sample, t) else 1.0
+                sample.guidance_scale if self._guidance_on(sample, t) else 1.0
                 for sample, t in zip(samples, timesteps, strict=True)
             ]
         )
@@ -100,37 +101,44 @@ class GuidedDenoiser:
         self,
         samples: Sequence[ActiveSample],
         batch: SampleBatch,
-        given: StepInput,
+        step_input: StepInput,
         timesteps: Sequence[int],
     ) -> Tensor | None:
-        """CLIP guidance gradient (S, 3, H, W) for the step `given`, 0 for samples without it.
+        """CLIP guidance gradient (S, 3, H, W) for one step, 0 for samples without it.
 
         None if no sample has CLIP guidance. `timesteps`: as for `denoise`.
         """
         scales = [
-            sample.request.clip_scale if self._guides(sample, t) else 0.0
+            sample.request.clip_scale if self._guidance_on(sample, t) else 0.0
             for sample, t in zip(samples, timesteps, strict=True)
         ]
-        pulled = [n for n, scale in enumerate(scales) if scale]
-        if self.critic is None or not pulled:
+        guided = [n for n, scale in enumerate(scales) if scale]
+        if self.critic is None or not guided:
             return None
-        rows = to_device_async(torch.tensor(pulled), self.device)
-        scale = to_device_async(torch.tensor([scales[n] for n in pulled]), self.device)
-        x, i, schedule = given.x, given.i, given.schedule
+        rows = to_device_async(torch.tensor(guided), self.device)
+        scale = to_device_async(torch.tensor([scales[n] for n in guided]), self.device)
+        x, i, schedule = step_input.x, step_input.i, step_input.schedule
         if self.critic.noised:
-            seen = x
+            clip_input = x
         else:
-            # For a CLIP trained on noiseless images, blend the predicted x_0 with x_t; the share of
-            # x_0 is sqrt(1 - alpha_bar) (Crowson 2021a).
-            share = (1 - schedule.at("alpha_bar", i)).sqrt().float()
-            seen = share * predict_x0(schedule, given.output, x, i, None) + (1 - share) * x
+            # For a CLIP trained on noiseless images, blend the predicted x_0 with x_t; the weight
+            # of x_0 is sqrt(1 - alpha_bar) (Crowson 2021a).
+            x0_weight = (1 - schedule.at("alpha_bar", i)).sqrt().float()
+            clip_input = (
+                x0_weight * predict_x0(schedule, step_input.output, x, i, None)
+                + (1 - x0_weight) * x
+            )
         gradient = torch.zeros_like(x)
         gradient[rows] = score_gradient(
-            self.critic.score, seen[rows], schedule.timestep[i[rows]], batch.clip_text[rows], scale
+            self.critic.score,
+            clip_input[rows],
+            schedule.timestep[i[rows]],
+            batch.clip_text[rows],
+            scale,
         )
         return gradient
 
-    def conditions(
+    def prepare(
         self, conditioning: Conditioning, clip_text: Tensor | None
     ) -> tuple[Conditioning, TextFeatures, Tensor]:
         """Conditioning, text features and CLIP embedding of one sample, on the device.
@@ -151,8 +159,8 @@ class GuidedDenoiser:
             clip_text = torch.zeros(1, 0 if self.critic is None else self.critic.embedding)
         return conditioning, text, clip_text.to(self.device)
 
-    def _guides(self, sample: ActiveSample, timestep: int) -> bool:
-        return sample.request.guides_at(timestep, self.config.diffusion.steps)
+    def _guidance_on(self, sample: ActiveSample, timestep: int) -> bool:
+        return sample.request.guidance_on_at(timestep, self.config.diffusion.steps)
 
     def _paired_inputs(
         self, batch: SampleBatch, guided: Tensor
@@ -167,14 +175,14 @@ class GuidedDenoiser:
             or paired.samples is not batch.conditioning
             or paired.guided != guided.tolist()
         ):
-            again = batch.conditioning[to_device_async(guided, self.device)]
+            repeated = batch.conditioning[to_device_async(guided, self.device)]
             empty = self._empty_text().map(
                 lambda tensor: tensor.expand(len(guided), *tensor.shape[1:])
             )
             paired = PairedInputs(
                 batch.conditioning,
                 guided.tolist(),
-                Conditioning.join([batch.conditioning, again]),
+                Conditioning.join([batch.conditioning, repeated]),
                 TextFeatures.join([batch.text, empty]),
             )
             if self._reuse_inputs:

@@ -57,11 +57,11 @@ class Job:
     def base_request(self, config: ModelConfig, critic: ClipScorer | None = None) -> SampleRequest:
         """The request to the base model. Raises RequestError for CLIP guidance without a CLIP."""
         if self.source is None:
-            made = base_request(config, self.prompt, self.seed, self.options, critic=critic)
+            request = base_request(config, self.prompt, self.seed, self.options, critic=critic)
         else:
             source = self.source
             start = source.image if source.sketch is None else source.sketch
-            made = edit_request(
+            request = edit_request(
                 config,
                 source.image,
                 source.known_mask,
@@ -72,12 +72,12 @@ class Job:
                 start=None if self.strength is None else start,
                 strength=1.0 if self.strength is None else self.strength,
             )
-        return replace(made, group=self.request or None)
+        return replace(request, group=self.request or None)
 
     def upsampler_request(self, config: ModelConfig, low_res: Tensor) -> SampleRequest:
         """The request to the upsampler. `low_res` (3, h, w): the base stage's image."""
         source = self.source
-        made = upsampler_request(
+        request = upsampler_request(
             config,
             self.prompt,
             self.seed,
@@ -86,7 +86,7 @@ class Job:
             known=None if source is None else source.image,
             known_mask=None if source is None else source.known_mask,
         )
-        return replace(made, group=self.request or None)
+        return replace(request, group=self.request or None)
 
 
 def base_request(

@@ -62,8 +62,8 @@ class Recipe(Frozen):
 
 
 @dataclass(frozen=True)
-class Maker:
-    """The models that make images, with the metadata that recipes record."""
+class ModelSet:
+    """The models of a cascade, without their tensors, and the metadata that recipes record."""
 
     base: ModelConfig
     upsampler: ModelConfig | None
@@ -73,7 +73,7 @@ class Maker:
     sources: tuple[Source, ...] = ()  # origins of the training images, if the weights name them
 
     @classmethod
-    def read(cls, paths: Mapping[str, str | None], precision: str, device: str) -> Maker:
+    def read(cls, paths: Mapping[str, str | None], precision: str, device: str) -> ModelSet:
         """Read weights by role (local path, s3:// URL or name) without loading their tensors.
 
         Leaves the paths out of the recipes. Raises WeightsError or StorageError if a file is
@@ -108,7 +108,7 @@ class Maker:
         )
 
     @classmethod
-    def of(cls, cascade: Cascade) -> Maker:
+    def of(cls, cascade: Cascade) -> ModelSet:
         base, upsampler = (
             cascade.base.config,
             cascade.upsampler.config if cascade.upsampler else None,
@@ -137,15 +137,17 @@ class Maker:
         self, task: str, prompt: str, seed: int, options: SampleOptions, strength: float = 1.0
     ) -> Recipe:
         """The recipe of a request to these models, whose defaults fill unset options."""
-        own = {
+        defaults = {
             "sampler": self.base.sampling.sampler,
             "steps": self.base.sampling.respacing,
             "guidance_scale": self.base.sampling.guidance_scale,
         }
         if self.upsampler is not None:
-            own["upsampler_steps"] = self.upsampler.sampling.respacing
+            defaults["upsampler_steps"] = self.upsampler.sampling.respacing
         filled = options.model_copy(
-            update={name: value for name, value in own.items() if getattr(options, name) is None}
+            update={
+                name: value for name, value in defaults.items() if getattr(options, name) is None
+            }
         )
         models = {
             role: used for role, used in self.models.items() if role != "clip" or options.clip_scale
@@ -169,8 +171,8 @@ def png_text(recipe: Recipe, inputs: Mapping[str, np.ndarray] | None = None) -> 
     true = known.
     """
     text = {CHUNK: recipe.model_dump_json()}
-    for name, given in (inputs or {}).items():
-        pixels = np.where(given, 255, 0).astype(np.uint8) if given.dtype == bool else given
+    for name, array in (inputs or {}).items():
+        pixels = np.where(array, 255, 0).astype(np.uint8) if array.dtype == bool else array
         text[f"{CHUNK}.{name}"] = base64.b64encode(encode(pixels)).decode()
     return text
 
@@ -243,19 +245,19 @@ def find_models(recipe: Recipe, elsewhere: Mapping[str, Path | None]) -> dict[st
     return found
 
 
-def _path_of(role: str, used: ModelUsed, elsewhere: Path | None) -> Path:
+def _path_of(role: str, model: ModelUsed, elsewhere: Path | None) -> Path:
     """Expected path of a model's weights.
 
     If nothing exists at the recorded path, falls back to the shipped file with the same SHA-256.
     """
-    given = Path(elsewhere or used.path)
-    if str(given) == SHIPPED:
+    path = Path(elsewhere or model.path)
+    if str(path) == SHIPPED:
         return Path(shipped.locate(SHIPPED, role))
-    there = given.name and given.exists()
-    return given if there or elsewhere else shipped.with_sha256(used.sha256) or given
+    exists = path.name and path.exists()
+    return path if exists or elsewhere else shipped.with_sha256(model.sha256) or path
 
 
-def make_again(
+def reproduce_picture(
     cascade: Cascade,
     recipe: Recipe,
     inputs: Mapping[str, np.ndarray],

@@ -34,10 +34,10 @@ class SampleRequest:
     start: Tensor | None = None  # (3, H, W), initial image, to which noise is added (SDEdit)
     strength: float = 1.0  # fraction of the schedule that is run from `start`
     group: str | None = None  # samples of a group are scheduled as if they were one sample
-    previews: int = 0  # number of calls of `watch`, evenly spaced over the steps
-    watch: Callable[[Tensor], None] | None = None  # receives the predicted x_0 (3, H, W)
+    previews: int = 0  # number of calls of `on_preview`, evenly spaced over the steps
+    on_preview: Callable[[Tensor], None] | None = None  # receives the predicted x_0 (3, H, W)
 
-    def guides_at(self, timestep: int, timesteps: int) -> bool:
+    def guidance_on_at(self, timestep: int, timesteps: int) -> bool:
         """Whether guidance (classifier-free or CLIP) is on at this timestep of `timesteps`."""
         low, high = self.guidance_interval
         return low * timesteps <= timestep <= high * timesteps
@@ -63,7 +63,7 @@ class SampleBatch(Rows):
 class ActiveSample(ScheduledSample):
     """State of a sample on the host, readable without a device synchronisation.
 
-    The next step is at index `left` - 1 of the sample's schedule.
+    The next step is at index `steps_left` - 1 of the sample's schedule.
     """
 
     request: SampleRequest
@@ -77,7 +77,7 @@ class ActiveSample(ScheduledSample):
 
     def shows_preview(self) -> bool:
         """Whether a preview is due after the step that is being done."""
-        taken, parts = self.steps - self.left + 1, self.request.previews + 1
+        taken, parts = self.steps - self.steps_left + 1, self.request.previews + 1
         return (
             parts > 1
             and taken * parts // self.steps > (taken - 1) * parts // self.steps

@@ -19,13 +19,13 @@ class ScheduledSample:
     """The part of a sample's state that scheduling reads."""
 
     steps: int  # total number of denoising steps
-    group: str | None = None  # samples of a group share their turns as if they were one sample
-    left: int = field(init=False)  # remaining steps
+    group: str | None = None  # samples of a group are scheduled as if they were one sample
+    steps_left: int = field(init=False)
     ticket: int = field(init=False, default=0)  # number, set by `Scheduler.submit`
     deadline: float = field(init=False, default=0.0)  # in sample-steps, set by `Scheduler.submit`
 
     def __post_init__(self) -> None:
-        self.left = self.steps
+        self.steps_left = self.steps
 
 
 S = TypeVar("S", bound=ScheduledSample)
@@ -63,14 +63,14 @@ class Scheduler(Generic[S]):
 
         A group's samples count as one: the deadline also allows for the group's remaining steps.
         """
-        ahead = sum(
-            other.left
+        group_steps = sum(
+            other.steps_left
             for other in (*self._active, *self._waiting)
             if sample.group is not None and other.group == sample.group
         )
         self._tickets += 1
         sample.ticket = self._tickets
-        sample.deadline = self.sample_steps_done + DEADLINE_STRETCH * (ahead + sample.steps)
+        sample.deadline = self.sample_steps_done + DEADLINE_STRETCH * (group_steps + sample.steps)
         self._waiting.append(sample)
         self._waiting.sort(key=_deadline)
         return sample.ticket
@@ -98,10 +98,10 @@ class Scheduler(Generic[S]):
     def complete(self, samples: Sequence[S]) -> None:
         """Count a step of these samples, and remove those that have no steps left."""
         for sample in samples:
-            sample.left -= 1
+            sample.steps_left -= 1
         self.steps_done += 1
         self.sample_steps_done += len(samples)
-        self._active = [sample for sample in self._active if sample.left]
+        self._active = [sample for sample in self._active if sample.steps_left]
 
 
 def _deadline(sample: ScheduledSample) -> float:

@@ -97,7 +97,7 @@ class Stepper:
             return []
         x = self._step_together(samples) if self.batched else self._step_each(samples)
         self.scheduler.complete(samples)
-        return [(sample.ticket, x[n]) for n, sample in enumerate(samples) if not sample.left]
+        return [(sample.ticket, x[n]) for n, sample in enumerate(samples) if not sample.steps_left]
 
     def run(
         self, requests: Sequence[SampleRequest], on_step: Callable[[int, int], None] | None = None
@@ -136,8 +136,11 @@ class Stepper:
 
     def _sample(self, request: SampleRequest) -> ActiveSample:
         """The state of a new sample. Raises UserError for an invalid request."""
-        own = self.config.sampling
-        sampler, respacing = request.sampler or own.sampler, request.respacing or own.respacing
+        defaults = self.config.sampling
+        sampler, respacing = (
+            request.sampler or defaults.sampler,
+            request.respacing or defaults.respacing,
+        )
         check_sampler(sampler)
         check_strength(request.strength)
         check_clip(request.clip_scale, self.critic is not None and request.clip_text is not None)
@@ -151,7 +154,7 @@ class Stepper:
             request=request,
             respacing=respacing,
             sampler=sampler,
-            guidance_scale=own.guidance_scale if scale is None else scale,
+            guidance_scale=defaults.guidance_scale if scale is None else scale,
             generator=torch.Generator().manual_seed(request.seed),
             has_known_pixels=request.has_known_pixels,
         )
@@ -159,7 +162,7 @@ class Stepper:
     def _first_row(self, sample: ActiveSample) -> SampleBatch:
         """The tensors of a sample before its first step."""
         request = sample.request
-        conditioning, text, clip_text = self.denoiser.conditions(
+        conditioning, text, clip_text = self.denoiser.prepare(
             request.conditioning, request.clip_text
         )
         x = (
@@ -169,7 +172,7 @@ class Stepper:
         ).to(self.device)
         if request.start is not None:
             schedule = self.schedules.schedule(sample.respacing)
-            i = torch.tensor([sample.left - 1], device=self.device)
+            i = torch.tensor([sample.steps_left - 1], device=self.device)
             x = q_sample(schedule, request.start[None].to(self.device), i, x)
         return SampleBatch(x, clip_text, History.none(x), conditioning, text)
 
@@ -228,26 +231,31 @@ class Stepper:
         schedule, starts = self.schedules.join([sample.respacing for sample in samples])
         i = to_device_async(
             torch.tensor(
-                [start + sample.left - 1 for start, sample in zip(starts, samples, strict=True)]
+                [
+                    start + sample.steps_left - 1
+                    for start, sample in zip(starts, samples, strict=True)
+                ]
             ),
             self.device,
         )
         timesteps = [
-            self.schedules.timesteps(sample.respacing)[sample.left - 1] for sample in samples
+            self.schedules.timesteps(sample.respacing)[sample.steps_left - 1] for sample in samples
         ]
         output = self.denoiser.denoise(samples, batch, schedule.timestep[i], timesteps)
         noise = to_device_async(torch.cat([self._noise(sample) for sample in samples]), self.device)
         known = _known(batch) if any(sample.has_known_pixels for sample in samples) else None
-        given = StepInput(schedule, output, batch.x, i, noise, known, history=batch.history)
-        gradient = self.denoiser.clip_gradient(samples, batch, given, timesteps)
-        step = step_each([sample.sampler for sample in samples], replace(given, gradient=gradient))
+        step_input = StepInput(schedule, output, batch.x, i, noise, known, history=batch.history)
+        gradient = self.denoiser.clip_gradient(samples, batch, step_input, timesteps)
+        step = step_each(
+            [sample.sampler for sample in samples], replace(step_input, gradient=gradient)
+        )
         x = step.x
         if known is not None and not self.config.unet.inpaint:
             # Without inpainting channels, the model sees known pixels only in x itself (sec. 4.3).
             x = renoise_known(schedule, x, i, self._noise_of_edits(samples, x), known)
         for n, sample in enumerate(samples):
-            if sample.request.watch is not None and sample.shows_preview():
-                sample.request.watch(step.x0[n].cpu())
+            if sample.request.on_preview is not None and sample.shows_preview():
+                sample.request.on_preview(step.x0[n].cpu())
         return replace(batch, x=x, history=batch.history.then(step.remembered))
 
     def _noise_of_edits(self, samples: list[ActiveSample], x: Tensor) -> Tensor:
@@ -262,5 +270,5 @@ class Stepper:
 
 def _known(batch: SampleBatch) -> Known:
     known, mask = batch.conditioning.known, batch.conditioning.known_mask
-    assert known is not None and mask is not None  # `GuidedDenoiser.conditions` sets them
+    assert known is not None and mask is not None  # `GuidedDenoiser.prepare` sets them
     return Known(known, mask)

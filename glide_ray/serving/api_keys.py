@@ -18,7 +18,7 @@ from ..config.models import Frozen
 from ..errors import UserError
 from ..storage import put
 
-VARIABLE = "GLIDE_API_KEYS"  # format: NAME:KEY,NAME:KEY
+KEYS_VARIABLE = "GLIDE_API_KEYS"  # format: NAME:KEY,NAME:KEY
 
 
 class Key(Frozen):
@@ -30,7 +30,7 @@ class Key(Frozen):
     per_minute: int | None = Field(None, gt=0)
 
 
-def hashed(key: str) -> str:
+def key_sha256(key: str) -> str:
     """SHA-256 of a key, as hexadecimal digits."""
     return hashlib.sha256(key.encode()).hexdigest()
 
@@ -56,14 +56,14 @@ def read_keys(path: str | None, environment: Mapping[str, str] = os.environ) -> 
                 f"{path} is not an API key file; write one with `glide key`: "
                 f"a JSON object of names, each with the key's sha256."
             ) from None
-    for part in filter(None, environment.get(VARIABLE, "").split(",")):
+    for part in filter(None, environment.get(KEYS_VARIABLE, "").split(",")):
         name, colon, key = part.strip().partition(":")
         if not (name and colon and len(key) >= 16):
             raise UserError(
-                f"{VARIABLE} is malformed; write NAME:KEY,NAME:KEY with keys of at least 16 "
+                f"{KEYS_VARIABLE} is malformed; write NAME:KEY,NAME:KEY with keys of at least 16 "
                 f"characters."
             )
-        keys[name] = Key(sha256=hashed(key))
+        keys[name] = Key(sha256=key_sha256(key))
     return keys
 
 
@@ -81,7 +81,7 @@ def new_key(
             f"or remove that key from the file first."
         )
     key = f"glide-{secrets.token_urlsafe(32)}"
-    keys[name] = Key(sha256=hashed(key), at_once=at_once, per_minute=per_minute)
+    keys[name] = Key(sha256=key_sha256(key), at_once=at_once, per_minute=per_minute)
     put(
         json.dumps(
             {name: key.model_dump(exclude_none=True) for name, key in keys.items()}, indent=1

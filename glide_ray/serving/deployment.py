@@ -27,7 +27,7 @@ from ..pretrained import shipped
 from ..sampling.checks import TIMESTEPS
 from ..storage import absolute
 from .api_keys import Key, read_keys
-from .backend import Served, read_models
+from .backend import ModelInfo, read_models
 from .ingress import Ingress
 from .routes import build_api
 from .stages import LANES, Base, Stage, Upsampler
@@ -68,11 +68,13 @@ def app(args: dict[str, Any]) -> serve.Application:
     return build_application(validate(ServeConfig, args))
 
 
-def _routes(config: ServeConfig, served: Mapping[str, Served]) -> FastAPI:
+def _routes(config: ServeConfig, served: Mapping[str, ModelInfo]) -> FastAPI:
     """The API with the sizes and limits of the served models."""
     sizes = {size for model in served.values() for size in model.sizes}
-    bases = [model.maker.base for model in served.values()]
-    upsamplers = [model.maker.upsampler for model in served.values() if model.maker.upsampler]
+    bases = [model.model_set.base for model in served.values()]
+    upsamplers = [
+        model.model_set.upsampler for model in served.values() if model.model_set.upsampler
+    ]
     timesteps = (
         max(base.diffusion.steps for base in bases),
         max((upsampler.diffusion.steps for upsampler in upsamplers), default=TIMESTEPS),
@@ -89,18 +91,18 @@ def _replica_state() -> ServerState:
 
 
 def _stages(
-    model: Served,
+    model: ModelInfo,
     config: ServeConfig,
     kinds: tuple[type[Stage], type[Stage]],
     share: float,
     prefix: str,
 ) -> tuple[serve.Application, ...]:
     """Deployments of a model's base stage and, if it has one, its upsampler stage."""
-    own = model.config
+    settings = model.config
     base, upsampler = kinds
-    stages = [(base, own.base_scale, own.base, own.clip)]
-    if own.upsampler is not None:
-        stages.append((upsampler, own.upsampler_scale, own.upsampler, None))
+    stages = [(base, settings.base_scale, settings.base, settings.clip)]
+    if settings.upsampler is not None:
+        stages.append((upsampler, settings.upsampler_scale, settings.upsampler, None))
     return tuple(
         serve.deployment(name=prefix + kind.role, **_stage_options(scale, share, config))(
             kind
@@ -163,17 +165,17 @@ def target(config: ServeConfig, gpus: float) -> int:
     return config.max_in_flight if gpus else min(config.max_in_flight, 2 * LANES)
 
 
-def _share_of_gpu(gpus: float, served: Mapping[str, Served]) -> float:
+def _share_of_gpu(gpus: float, served: Mapping[str, ModelInfo]) -> float:
     """GPUs per replica: 1, an equal fraction if there are too few for `min_replicas`, 0 if none."""
-    wanted = sum(
+    gpu_replicas = sum(
         scale.min_replicas
         for model in served.values()
         for scale in (model.config.base_scale, model.config.upsampler_scale)[: len(model.sizes)]
         if scale.gpus is None
     )
-    if not gpus or not wanted:
+    if not gpus or not gpu_replicas:
         return 0
-    return 1 if gpus >= wanted else int(100 * gpus / wanted) / 100
+    return 1 if gpus >= gpu_replicas else int(100 * gpus / gpu_replicas) / 100
 
 
 def cpus(config: ServeConfig) -> int:

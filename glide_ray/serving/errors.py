@@ -122,9 +122,9 @@ def refusal(errors: Sequence[ErrorDetails], known: Sequence[str]) -> ApiError:
         return ApiError(
             400, f"{param or 'The body'} is missing.", param, "missing_required_parameter"
         )
-    given = repr(first["input"])
+    value = repr(first["input"])
     shown = (
-        f" (given: {given[:40]}{'...' if len(given) > 40 else ''})"
+        f" (given: {value[:40]}{'...' if len(value) > 40 else ''})"
         if not isinstance(first["input"], dict)
         else ""
     )

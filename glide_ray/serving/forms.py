@@ -64,16 +64,16 @@ async def _read_file(
     return content
 
 
-def read_source(files: dict[str, bytes], config: ServeConfig, size: int, whole: bool) -> Source:
+def read_source(files: dict[str, bytes], config: ServeConfig, size: int, vary: bool) -> Source:
     """Decode an image and its mask, centre-crop both and resize them to `size` pixels.
 
-    `whole`: without a mask, no pixel is known (for variations); otherwise the transparent part of
+    `vary`: without a mask, no pixel is known (for variations); otherwise the transparent part of
     the image is unknown. Raises ApiError.
     """
     param = "image"
     try:
         image = load(open_image(files["image"], config.max_pixels))
-        if whole and "mask" not in files:
+        if vary and "mask" not in files:
             return Source(centre_crop(flatten(image), size), np.zeros((size, size), bool))
         param = "mask" if "mask" in files else "image"
         mask = load(open_image(files[param], config.max_pixels)) if "mask" in files else image

@@ -16,8 +16,8 @@ from ..data.tokenizer import Tokens
 from ..sampling.job import Job, shrink_known
 from ..sampling.recipe import png_text
 from .schema import GeneratedImage, ImageFields
-from .state import Backend, ServerState, Show
-from .tasks import together
+from .state import Backend, PreviewCallback, ServerState
+from .tasks import gather_or_cancel
 
 
 @dataclass
@@ -34,21 +34,21 @@ class ImageMaker:
     prompt: Tokens
     log_fields: dict[str, Any]
 
-    async def make(self, job: Job, show: Show | None = None) -> GeneratedImage:
-        """Make one image and record its time in each stage. `show` receives the previews."""
-        made = await self.backend.make(job, show)
-        self.state.metrics.image(self.model, job.task, made.seconds)
+    async def make(self, job: Job, on_preview: PreviewCallback | None = None) -> GeneratedImage:
+        """Make one image and record its time in each stage. `on_preview` receives the previews."""
+        image = await self.backend.make(job, on_preview)
+        self.state.metrics.image(self.model, job.task, image.seconds)
         self.log_fields["images"] = self.log_fields.get("images", 0) + 1
         slowest = self.log_fields.get("stages", {})
         self.log_fields["stages"] = {
             stage: round(max(seconds, slowest.get(stage, 0)), 4)
-            for stage, seconds in made.seconds.items()
+            for stage, seconds in image.seconds.items()
         }
-        return made
+        return image
 
     async def body(self, jobs: Sequence[Job]) -> dict[str, Any]:
         """Make all images; returns the body of a response without streaming."""
-        images = await together([self.make(job) for job in jobs])
+        images = await gather_or_cancel([self.make(job) for job in jobs])
         data = [
             await asyncio.to_thread(self.item, job, image)
             for job, image in zip(jobs, images, strict=True)
@@ -118,21 +118,21 @@ class ImageMaker:
         """
         if self.output_format != "png":
             return None
-        maker = self.backend.maker
+        model_set = self.backend.model_set
         inputs: dict[str, np.ndarray] = {}
         models = {
             role: used.model_copy(update={"sha256": image.models.get(role, used.sha256)})
-            for role, used in maker.models.items()
+            for role, used in model_set.models.items()
         }
         if job.size != self.backend.sizes[-1]:  # the upsampler took no part
-            maker = replace(maker, upsampler=None)
-        if maker.upsampler is None:
+            model_set = replace(model_set, upsampler=None)
+        if model_set.upsampler is None:
             models.pop("upsampler", None)
         if job.source is not None:
             source, known = shrink_known(job.source.image, job.source.known_mask, job.size)
             inputs = {"image": source, "mask": known}
         return png_text(
-            replace(maker, models=models).recipe(
+            replace(model_set, models=models).recipe(
                 job.task, job.prompt, image.seed, job.options, job.strength or 1.0
             ),
             inputs,

@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from ..config.serving import ServeConfig
 from .admission import Admission
 from .api_keys import Key
-from .backend import RayBackend, Served
+from .backend import ModelInfo, RayBackend
 from .metrics import Metrics, StageLoad
 from .state import ServerState
 
@@ -32,7 +32,7 @@ class Ingress(ServerState):
     def __init__(
         self,
         config: ServeConfig,
-        served: Mapping[str, Served],
+        served: Mapping[str, ModelInfo],
         handles: Mapping[str, tuple[DeploymentHandle[Any], ...]],
         keys: Mapping[str, Key],
     ):
@@ -61,29 +61,31 @@ class Ingress(ServerState):
         """Called by Serve every HEALTH_SECONDS. Sets the capacity by the replicas that answer."""
         with suppress(Exception):  # faults of other replicas do not make this one unhealthy
             (loads, _), ingresses = await asyncio.gather(self.stages(), self._ask_ingresses("here"))
-            self.admission.shares = len(ingresses) or self.admission.shares
+            self.admission.ingress_replicas = len(ingresses) or self.admission.ingress_replicas
             for name, backend in self.models.items():
                 rooms = [
                     sum(
-                        self._room(one.load.width)
-                        for one in loads
-                        if (one.model, one.stage) == (name, stage)
+                        self._room(replica.load.width)
+                        for replica in loads
+                        if (replica.model, replica.stage) == (name, stage)
                     )
                     for stage in _roles(backend)
                 ]
                 if all(rooms):
-                    self.admission.capacity[name] = max(1, min(rooms) // self.admission.shares)
+                    self.admission.capacity[name] = max(
+                        1, min(rooms) // self.admission.ingress_replicas
+                    )
 
     async def stages(self) -> tuple[list[StageLoad], bool]:
         """Loads of all stage replicas that answer, and whether every stage has at least one."""
-        asked = await asyncio.gather(
+        replica_loads = await asyncio.gather(
             *[
                 _all_replicas(getattr(backend, stage), "state", StageLoad)
                 for backend in self.models.values()
                 for stage in _roles(backend)
             ]
         )
-        return [load for loads in asked for load in loads], all(asked)
+        return [load for loads in replica_loads for load in loads], all(replica_loads)
 
     async def texts(self) -> list[str]:
         """Metrics of all ingress replicas that answer, or at least of this one."""

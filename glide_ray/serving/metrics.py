@@ -108,7 +108,7 @@ class Metrics:
     def text(self, admission: Admission) -> str:
         """All metrics in Prometheus' text format, with the admitted images and the capacity."""
         for model, capacity in admission.capacity.items():
-            self._inside.labels(**self._replica, model=model).set(admission.inside[model])
+            self._inside.labels(**self._replica, model=model).set(admission.in_progress[model])
             self._capacity.labels(**self._replica, model=model).set(capacity)
         return generate_latest(self.registry).decode()
 

@@ -35,8 +35,10 @@ class RequestMiddleware:
         headers = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
-        given = headers.get("x-request-id")  # set by Ray Serve, which also returns it to the client
-        request_id = given or secrets.token_hex(8)
+        serve_id = headers.get(
+            "x-request-id"
+        )  # set by Ray Serve, which also returns it to the client
+        request_id = serve_id or secrets.token_hex(8)
         log_fields = scope["glide"] = {"id": request_id}
         began, status, state = time.monotonic(), 0, self.state()
 
@@ -44,7 +46,7 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if given is None:
+                if serve_id is None:
                     id_header = (b"x-request-id", request_id.encode())
                     message = {**message, "headers": [*message["headers"], id_header]}
             await send(message)
@@ -52,7 +54,7 @@ class RequestMiddleware:
         try:
             try:
                 if scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN:
-                    log_fields["key"] = state.admission.who(
+                    log_fields["key"] = state.admission.authenticate(
                         headers.get("authorization"), (scope.get("client") or (None,))[0]
                     )
                 await self.app(scope, self._bounded(headers, receive), answer)
@@ -84,11 +86,11 @@ class RequestMiddleware:
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > limit:
             raise error
-        read, whole, deadline = 0, False, time.monotonic() + BODY_SECONDS
+        read, complete, deadline = 0, False, time.monotonic() + BODY_SECONDS
 
         async def bounded() -> Message:
-            nonlocal read, whole
-            if whole:
+            nonlocal read, complete
+            if complete:
                 return await receive()  # the next message is the client's disconnect
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
@@ -99,7 +101,7 @@ class RequestMiddleware:
                     code="too_slow",
                 ) from None
             read += len(message.get("body", b""))
-            whole = not message.get("more_body", False)
+            complete = not message.get("more_body", False)
             if read > limit:
                 raise error
             return message

@@ -19,10 +19,10 @@ from ..config.serving import ServeConfig
 from ..data.tokenizer import Tokenizer
 from ..errors import nearest
 from ..pretrained.card import credits, licences
+from ..sampling.cascade_calls import image_jobs
 from ..sampling.checks import TIMESTEPS, check_options
 from ..sampling.job import Job, Source
-from ..sampling.order import image_jobs
-from .admission import NOBODY
+from .admission import ANONYMOUS
 from .docs_page import add_docs
 from .errors import ApiError, handle_errors
 from .forms import FILES, read_form, read_source
@@ -150,7 +150,7 @@ def _add_health(api: FastAPI, state: State) -> None:
 
 def _model_entry(name: str, backend: Backend) -> dict[str, Any]:
     """Entry of OpenAI's list of models, plus the training sources and licences in the weights."""
-    sources = backend.maker.sources
+    sources = backend.model_set.sources
     return {
         "id": name,
         "object": "model",
@@ -179,11 +179,11 @@ async def _answer(
     backend = state.models[model]
     jobs = image_jobs(job, fields.n or 1)
     log_fields = request.scope["glide"]
-    prompt = Tokenizer(backend.maker.base.context).encode(job.prompt)
+    prompt = Tokenizer(backend.model_set.base.context).encode(job.prompt)
     maker = ImageMaker(state, model, backend, fields, prompt, log_fields)
     admitted = ExitStack()
     admitted.enter_context(
-        state.admission.admit(log_fields.get("key", NOBODY), model, len(jobs) * job.best_of)
+        state.admission.admit(log_fields.get("key", ANONYMOUS), model, len(jobs) * job.best_of)
     )
     if fields.stream:
         return StreamingResponse(
@@ -232,7 +232,9 @@ def _job(
     strength = None if source is None else getattr(fields, "strength", None)
     if isinstance(fields, Variation):
         strength = strength or Variation.model_fields["strength"].default
-    check_options(options, fields.seed, strength, backend.maker.base, backend.maker.upsampler)
+    check_options(
+        options, fields.seed, strength, backend.model_set.base, backend.model_set.upsampler
+    )
     prompt = fields.prompt or ""
     seed = fields.seed if fields.seed is not None else secrets.randbelow(2**31)
     log_fields = request.scope["glide"]

@@ -46,7 +46,7 @@ class Stage(ABC):
     """A replica with one network, warmed up before it accepts requests."""
 
     role: str
-    yields: int  # niceness on a CPU: images that are nearer to their end have priority
+    niceness: int  # of the process on a CPU; lower for the later stage, which finishes images
 
     def __init__(
         self, model: str, path: str, precision: str, max_in_flight: int, clip: str | None = None
@@ -55,17 +55,17 @@ class Stage(ABC):
             # Stages share all cores, however many Ray assigns to each: with lanes, stages do not
             # wait for each other's threads.
             torch.set_num_threads(os.cpu_count() or 1)
-            os.nice(self.yields)
+            os.nice(self.niceness)
         local = shipped.fetch(path, self.role)
         stepper = load_stepper(
             local, self.role, precision, max_in_flight, fetch_clip(clip) if clip else None, LANES
         )
         self.config, self.critic, self.device = stepper.config, stepper.critic, stepper.device
-        stepper.warm(self._first())
+        stepper.warm(self._warm_up_request())
         self._model, self._sha256, self._engine = model, fingerprint(local), Engine(stepper)
 
     @abstractmethod
-    def _first(self) -> SampleRequest:
+    def _warm_up_request(self) -> SampleRequest:
         """A request with one step, for warming up."""
 
     @abstractmethod
@@ -80,7 +80,7 @@ class Stage(ABC):
         began = time.monotonic()
         return await self._sampled(await asyncio.to_thread(self._request, job, low_res), began)
 
-    async def watch(
+    async def make_with_previews(
         self, job: Job, low_res: np.ndarray | None = None
     ) -> AsyncIterator[np.ndarray | StageResult]:
         """As `make`, with previews.
@@ -90,13 +90,13 @@ class Stage(ABC):
         began, loop = time.monotonic(), asyncio.get_running_loop()
         previews: asyncio.Queue[np.ndarray | None] = asyncio.Queue()  # None: no more will come
 
-        def show(image: torch.Tensor) -> None:  # called in the engine's thread
+        def on_preview(image: torch.Tensor) -> None:  # called in the engine's thread
             loop.call_soon_threadsafe(previews.put_nowait, to_uint8(image))
 
         request = replace(
             await asyncio.to_thread(self._request, job, low_res),
             previews=job.previews,
-            watch=show,
+            on_preview=on_preview,
         )
         sampling = asyncio.ensure_future(self._sampled(request, began))
         sampling.add_done_callback(lambda _: previews.put_nowait(None))
@@ -131,9 +131,9 @@ class Base(Stage):
     """Base stage: from a prompt, with an image and its known pixels for an edit."""
 
     role = "base"
-    yields = 10
+    niceness = 10
 
-    def _first(self) -> SampleRequest:
+    def _warm_up_request(self) -> SampleRequest:
         return base_request(self.config, "", 0, SampleOptions(steps=1))
 
     def _request(self, job: Job, low_res: np.ndarray | None = None) -> SampleRequest:
@@ -156,9 +156,9 @@ class Upsampler(Stage):
     """Upsampler stage: from the base model's image to one four times as large."""
 
     role = "upsampler"
-    yields = 0
+    niceness = 0
 
-    def _first(self) -> SampleRequest:
+    def _warm_up_request(self) -> SampleRequest:
         size = self.config.low_res_size or 0
         return upsampler_request(
             self.config, "", 0, torch.zeros(3, size, size), SampleOptions(upsampler_steps=1)

@@ -9,23 +9,23 @@ from typing import Protocol
 import numpy as np
 
 from ..sampling.job import Job
-from ..sampling.recipe import Maker
+from ..sampling.recipe import ModelSet
 from .admission import Admission
 from .metrics import Metrics, StageLoad
 from .schema import GeneratedImage
 
-Show = Callable[[np.ndarray], None]  # receives a preview (S, S, 3) uint8
+PreviewCallback = Callable[[np.ndarray], None]  # receives a preview (S, S, 3) uint8
 
 
 class Backend(Protocol):
     """Makes the images of one model. `sizes`: possible image sides in pixels, largest last."""
 
-    maker: Maker
+    model_set: ModelSet
     sizes: tuple[int, ...]
     clip: bool
 
-    async def make(self, job: Job, show: Show | None = None) -> GeneratedImage:
-        """Make the image of a job. `show` receives `job.previews` previews on the way."""
+    async def make(self, job: Job, on_preview: PreviewCallback | None = None) -> GeneratedImage:
+        """Make the image of a job. `on_preview` receives `job.previews` previews."""
 
 
 @dataclass

@@ -17,7 +17,7 @@ from ..data.images import encode
 from ..sampling.job import Job
 from .errors import answer_of
 from .image_response import ImageMaker
-from .tasks import together
+from .tasks import gather_or_cancel
 
 Event = dict[str, Any]
 
@@ -33,7 +33,7 @@ async def stream_events(
     ready: asyncio.Queue[Event | None] = asyncio.Queue()  # None: all images done, or one failed
     with admitted:
         making = asyncio.ensure_future(
-            together(
+            gather_or_cancel(
                 [
                     _make_image(maker, job, {"image_index": n, **common}, ready.put_nowait)
                     for n, job in enumerate(jobs)
@@ -60,7 +60,7 @@ async def _make_image(
     kind = "image_generation" if job.task == "generate" else "image_edit"
     numbers = count()
 
-    def show(pixels: np.ndarray) -> None:
+    def on_preview(pixels: np.ndarray) -> None:
         encoded = encode(_enlarged(pixels, job.size), maker.output_format, fast=True)
         send(
             {
@@ -71,7 +71,7 @@ async def _make_image(
             }
         )
 
-    image = await maker.make(job, show if job.previews else None)
+    image = await maker.make(job, on_preview if job.previews else None)
     send(
         {
             "type": f"{kind}.completed",

@@ -9,7 +9,7 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 
-async def together(makings: Sequence[Awaitable[Result]]) -> list[Result]:
+async def gather_or_cancel(makings: Sequence[Awaitable[Result]]) -> list[Result]:
     """Await all concurrently; if one fails or the client leaves, cancel the others."""
     tasks = [asyncio.ensure_future(making) for making in makings]
     try:

@@ -87,21 +87,21 @@ def _follow(preset: Preset, precision: str, on_cpu: bool) -> tuple[Moment, ...]:
     schedule = make_schedule(preset.model.diffusion.schedule, preset.model.diffusion.steps).to(
         "meta"
     )
-    alive = _Alive(model)
-    with alive, _kernels(on_cpu):
+    live = _LiveTensors(model)
+    with live, _kernels(on_cpu):
         batch = example_batch(preset, IMAGES, "meta")
         i, noise = (
             torch.zeros(IMAGES, dtype=torch.int64, device="meta"),
             torch.empty_like(batch.image),
         )
-        with torch.autograd.graph.saved_tensors_hooks(alive.save, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(live.save, lambda tensor: tensor):
             losses = objective_of(preset)(model, schedule, batch, i, noise)
             loss = losses["loss"].mean()
         loss.backward()
-    return alive.moments()
+    return live.moments()
 
 
-class _Alive(TorchDispatchMode):
+class _LiveTensors(TorchDispatchMode):
     """Track every storage from the operation that allocates it until it is freed."""
 
     def __init__(self, model: nn.Module):

@@ -1,6 +1,6 @@
 """Checkpoint folders: their files, their location, and which of them are complete.
 
-OUT/checkpoints/STEP-START/   STEP has nine digits; START is an id of the launch that wrote it
+OUT/checkpoints/STEP-START/   STEP has nine digits; START is the id of the start that wrote it
     preset.json               config of the run
     progress.json             step, epoch, rows, Adam's step count and the loss scale
     part.RANK.safetensors     each rank's shard of weights, EMA and Adam's moments (`partition.py`)
@@ -106,7 +106,7 @@ class Checkpoints:
         )
 
     def folder(self, step: int, start: str) -> str:
-        """Folder for a new checkpoint of `step`, written by the launch with id `start`."""
+        """Folder for a new checkpoint of `step`, written by the start with id `start`."""
         return f"{self.path}/{step:09d}-{start}"
 
     def complete(self, folder: str, receipt: Receipt) -> None:
@@ -116,15 +116,15 @@ class Checkpoints:
     def retire(self, keep_last: int, keep_every: int | None, start: str) -> None:
         """Remove checkpoints, except the last `keep_last` and every multiple of `keep_every`.
 
-        If launch `start` wrote a step again, its checkpoint stays and the older one of that step
-        is removed: a launch repeats a step only if that checkpoint could not be read.
+        If this start (id `start`) wrote a step again, its checkpoint stays and the older one of
+        that step is removed: a start repeats a step only if that checkpoint could not be read.
         """
         complete = self.list_complete()
-        own = {entry.step for entry in complete if entry.path.endswith(f"-{start}")}
+        own_steps = {entry.step for entry in complete if entry.path.endswith(f"-{start}")}
         again = [
             entry
             for entry in complete
-            if entry.step in own and not entry.path.endswith(f"-{start}")
+            if entry.step in own_steps and not entry.path.endswith(f"-{start}")
         ]
         rest = [entry for entry in complete if entry not in again]
         for entry in [
@@ -211,10 +211,10 @@ def find_checkpoint(path: str | Path) -> str:
 
 
 def check_same(
-    saved: Mapping[str, Any], wanted: Mapping[str, Any], what: str, prefix: str = ""
+    saved: Mapping[str, Any], current: Mapping[str, Any], what: str, prefix: str = ""
 ) -> None:
     """Raise CheckpointError naming the first setting in which two configs differ."""
-    for key, there, here in differences(saved, wanted, prefix):
+    for key, there, here in differences(saved, current, prefix):
         raise CheckpointError(
             f"{what}: {key} is {there!r} there and {here!r} here; use the same setting, "
             f"or another output folder."
@@ -222,12 +222,12 @@ def check_same(
 
 
 def differences(
-    saved: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
+    saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = ""
 ) -> list[tuple[str, Any, Any]]:
     """(dotted key, saved, wanted) of each setting in which two configs differ."""
     found = []
-    for key in {**saved, **wanted}:
-        there, here = saved.get(key), wanted.get(key)
+    for key in {**saved, **current}:
+        there, here = saved.get(key), current.get(key)
         if isinstance(there, dict) and isinstance(here, dict):
             found += differences(there, here, f"{prefix}{key}.")
         elif there != here:

@@ -13,15 +13,15 @@ def all_gather_object(value: Value, group: dist.ProcessGroup | None = None) -> l
     """The values of all ranks, in rank order; `[value]` if there is only one process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
-    given: list = [None] * dist.get_world_size()
-    dist.all_gather_object(given, value, group=group)
-    return given
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def broadcast_object(value: Value, group: dist.ProcessGroup | None = None) -> Value:
     """The value of rank 0, on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
-    given = [value]
-    dist.broadcast_object_list(given, group=group)
-    return given[0]
+    values = [value]
+    dist.broadcast_object_list(values, group=group)
+    return values[0]

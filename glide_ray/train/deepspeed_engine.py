@@ -18,7 +18,7 @@ from torch import Tensor
 from .partition import FIRST, SECOND, ParamSlice, put_slice
 
 # Smallest fp16 loss scale: a smaller one would shrink the gradients below their true size.
-LOWEST_SCALE = 1.0
+MIN_LOSS_SCALE = 1.0
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -55,7 +55,7 @@ def join_process_group() -> None:
     )
 
 
-def look_for_overflow_once(engine) -> None:
+def check_overflow_once(engine) -> None:
     """Disable DeepSpeed's overflow check of single gradients under ZeRO stages 1 and 2.
 
     It takes a dozen small kernels per gradient, and is redundant: DeepSpeed also checks the norm
@@ -152,12 +152,16 @@ def set_adam_steps(engine, steps: float) -> None:
         optimizer.state[tensor]["step"].fill_(steps)
 
 
-def set_masters(engine, own: Sequence[ParamSlice], weights: Mapping[str, Tensor]) -> None:
+def set_masters(engine, slices: Sequence[ParamSlice], weights: Mapping[str, Tensor]) -> None:
     """Load whole parameters by name, exactly into `masters`, and update the network from these."""
     flat = masters(engine)
-    for piece in own:
+    for param_slice in slices:
         put_slice(
-            flat, piece, weights[piece.name].reshape(-1)[piece.start : piece.start + piece.count]
+            flat,
+            param_slice,
+            weights[param_slice.name].reshape(-1)[
+                param_slice.start : param_slice.start + param_slice.count
+            ],
         )
     refresh(engine)
 
@@ -204,7 +208,7 @@ def scale_collapsed(engine) -> bool:
     Reads a Python float, so it does not wait for the device. DeepSpeed itself would raise a bare
     Exception at the next overflow.
     """
-    return loss_scale(engine) <= LOWEST_SCALE
+    return loss_scale(engine) <= MIN_LOSS_SCALE
 
 
 def scale_of_last_step(engine) -> float:

@@ -20,7 +20,7 @@ from ..precision import training_precision
 
 TERA, GIGA = 1e12, 1e9
 # GPUs per machine: NVIDIA's HGX and DGX, and the largest AWS instance of each GPU type below.
-NODE = 8
+GPUS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _gpu(
         half * TERA,
         single * TERA,
         link / 2 * GIGA,
-        network / 8 / NODE * GIGA,
+        network / 8 / GPUS_PER_NODE * GIGA,
         pattern,
         bf16,
     )
@@ -114,19 +114,19 @@ GPUS: dict[str, Gpu] = {
 }
 # Usable fraction of GPU memory; the rest is for the CUDA context, cuDNN, NCCL and fragmentation in
 # the allocator. Our estimate, not from a source.
-USABLE = 0.9
+USABLE_GPU_MEMORY = 0.9
 # Usable fraction of CPU memory: the plan counts bytes in use, and glibc's malloc holds up to 1.5
 # times as much (`glide bench plan`).
-CPU_USABLE = 1 / 1.5
+USABLE_CPU_MEMORY = 1 / 1.5
 # Default fraction of a GPU's peak that training reaches. Our estimate: not measured on a GPU.
 UTILISATION = 0.35
 # Default fraction of a matrix product's FLOP/s that training reaches on a CPU (`glide bench plan`).
 CPU_UTILISATION = 0.5
 # Bytes per second between two workers on one CPU machine: gloo all-reduce of 100 MB, measured on
 # two cores.
-GLOO = 0.85 * GIGA
+GLOO_BYTES_PER_S = 0.85 * GIGA
 # Bytes per second between a GPU and its host. Our estimate: PCIe 4 x16 carries at most 32 GB/s.
-PCIE = 25 * GIGA
+PCIE_BYTES_PER_S = 25 * GIGA
 # Parameters per second that torch's fused AdamW updates on the host, measured on two cores.
 HOST_ADAM = 1.6 * GIGA
 # Resident bytes of a CPU worker before its model is built: Python, PyTorch, DeepSpeed and one step
@@ -198,7 +198,7 @@ def available_memory() -> float:
 
 def cpu_budget(workers: int = 1) -> float:
     """Memory budget in bytes for the tensors of each of `workers` workers on this machine."""
-    return max(0.0, (available_memory() / workers - CPU_PROCESS) * CPU_USABLE)
+    return max(0.0, (available_memory() / workers - CPU_PROCESS) * USABLE_CPU_MEMORY)
 
 
 # -- the machine of a worker -----------------------------------------------------------------------
@@ -210,7 +210,7 @@ class Machine:
 
     `budget`: bytes of memory to plan with. `flops`: FLOP/s that training reaches. `link`: bytes
     per second in one direction. `single`: FLOP/s in fp32, if `flops` are for another precision.
-    `note`: origin of `flops`.
+    `flops_origin`: origin of `flops`.
     """
 
     name: str
@@ -219,7 +219,7 @@ class Machine:
     link: float
     device: str = "cuda"
     single: float | None = None
-    note: str = ""
+    flops_origin: str = ""
 
 
 def find_machine(
@@ -248,16 +248,16 @@ def find_machine(
         kind = next((name for name, gpu in GPUS.items() if gpu is here), "cpu")
     on_cpu = kind.lower() == "cpu"
     part = utilisation or (CPU_UTILISATION if on_cpu else UTILISATION)
-    note = (
+    flops_origin = (
         "as given"
         if tflops
         else f"{part:.0%} of {'the speed of a large matrix product' if on_cpu else 'its peak'}"
     )
-    note += "" if tflops or utilisation else ", assumed"
-    flops, sent = tflops * TERA if tflops else None, link * GIGA if link else None
+    flops_origin += "" if tflops or utilisation else ", assumed"
+    flops, link_speed = tflops * TERA if tflops else None, link * GIGA if link else None
     if on_cpu:
-        return _cpu_machine(workers, precision, part, flops, sent, note)
-    return _gpu_machine(kind, workers, precision, part, flops, sent, note)
+        return _cpu_machine(workers, precision, part, flops, link_speed, flops_origin)
+    return _gpu_machine(kind, workers, precision, part, flops, link_speed, flops_origin)
 
 
 def _cpu_machine(
@@ -266,13 +266,15 @@ def _cpu_machine(
     part: float,
     flops: float | None,
     link: float | None,
-    note: str,
+    flops_origin: str,
 ) -> Machine:
     low = torch.bfloat16 if training_precision(precision, "cpu") == "bf16" else torch.float32
     reached, single = (
         flops or measured_peak(dtype) * part / workers for dtype in (low, torch.float32)
     )
-    return Machine("cpu", cpu_budget(workers), reached, link or GLOO, "cpu", single, note)
+    return Machine(
+        "cpu", cpu_budget(workers), reached, link or GLOO_BYTES_PER_S, "cpu", single, flops_origin
+    )
 
 
 def _gpu_machine(
@@ -282,7 +284,7 @@ def _gpu_machine(
     part: float,
     flops: float | None,
     link: float | None,
-    note: str,
+    flops_origin: str,
 ) -> Machine:
     gpu, precision = gpu_named(kind), training_precision(precision, "cuda")
     peak = gpu.peak(precision)
@@ -292,10 +294,10 @@ def _gpu_machine(
         )
     return Machine(
         kind.lower(),
-        gpu.memory * USABLE,
+        gpu.memory * USABLE_GPU_MEMORY,
         flops or peak * part,
-        link or (gpu.inside if workers <= NODE else gpu.between),
+        link or (gpu.inside if workers <= GPUS_PER_NODE else gpu.between),
         "cuda",
         gpu.single * part,
-        note,
+        flops_origin,
     )

@@ -27,7 +27,7 @@ from .batch_split import BatchSplit
 from .checkpoint import TrainingPosition, read_progress, write_progress
 from .collectives import all_gather_object, broadcast_object
 from .ema import Ema
-from .hardware import USABLE, cpu_budget
+from .hardware import USABLE_GPU_MEMORY, cpu_budget
 from .memory import choose_micro_batch
 from .nonfinite import TrainingError, check_step
 from .objectives import by_quartile, draw, held_out_sums, images_in, mix, objective_of
@@ -49,7 +49,7 @@ class Trainer:
         self.device = torch.device(deepspeed.get_accelerator().current_device_name())
         # Broadcast, because "auto" may be decided by a measurement that differs between ranks.
         self.precision = broadcast_object(training_precision(train.precision, self.device.type))
-        self.share = BatchSplit(train.batch, self.world, self.rank, self._micro_batch())
+        self.batch_split = BatchSplit(train.batch, self.world, self.rank, self._micro_batch())
         self.schedule = make_schedule(
             preset.model.diffusion.schedule, preset.model.diffusion.steps
         ).to(self.device)
@@ -60,10 +60,10 @@ class Trainer:
         self.engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups(model, train),
-            config=deepspeed_config(train, self.precision, self.share),
+            config=deepspeed_config(train, self.precision, self.batch_split),
         )
-        internals.look_for_overflow_once(self.engine)
-        self.pieces = internals.param_slices(self.engine)
+        internals.check_overflow_once(self.engine)
+        self.param_slices = internals.param_slices(self.engine)
         self.ema = Ema(internals.masters(self.engine), train.ema_rates)
         self.progress = TrainingPosition()
 
@@ -71,7 +71,7 @@ class Trainer:
         """Micro-batch size: the largest that fits the worker with the least memory."""
         cuda = self.device.type == "cuda"
         budget = (
-            torch.cuda.mem_get_info(self.device)[1] * USABLE
+            torch.cuda.mem_get_info(self.device)[1] * USABLE_GPU_MEMORY
             if cuda
             else cpu_budget(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         )
@@ -101,7 +101,7 @@ class Trainer:
             group["lr"] = learning_rate(train, number) * group.get(FACTOR, 1.0)
         sums: dict[str, torch.Tensor] = {}
         read = []
-        for _, _, weight in self.share.parts():
+        for _, _, weight in self.batch_split.parts():
             batch = next(batches)
             read.append(batch)
             i, noise = (
@@ -118,7 +118,7 @@ class Trainer:
             self.engine.backward(losses["loss"].mean() * weight)
             self.engine.step()
             figures = {
-                name: values.detach().mean() * (weight / self.share.calls)
+                name: values.detach().mean() * (weight / self.batch_split.calls)
                 for name, values in losses.items()
             }
             if weight and "mse" in losses:
@@ -186,14 +186,14 @@ class Trainer:
             with_known_channels(state, module.config) if isinstance(module, GlideUNet) else state
         )
         check_shapes(state, internals.full_shapes(self.engine), path)
-        internals.set_masters(self.engine, self.pieces, state)
+        internals.set_masters(self.engine, self.param_slices, state)
         self.ema.restart()
 
     def save(self, folder: Path) -> None:
         """Write this rank's shard of a checkpoint; rank 0 also writes config and progress."""
         # Under stage 0 every rank holds the full state, and rank 0 alone writes it.
-        own = self.pieces if self.preset.train.zero_stage or self.rank == 0 else []
-        partition.save_part(partition.part_path(folder, self.rank), own, self.state())
+        slices = self.param_slices if self.preset.train.zero_stage or self.rank == 0 else []
+        partition.save_part(partition.part_path(folder, self.rank), slices, self.state())
         if self.rank == 0:
             write_progress(folder, self.preset, self.progress, self._optimizer_state())
 
@@ -203,7 +203,7 @@ class Trainer:
         Raises CheckpointError.
         """
         self.progress, optimizer = read_progress(folder, self.preset)
-        partition.load_parts(folder, self.pieces, self.state())
+        partition.load_parts(folder, self.param_slices, self.state())
         internals.refresh(self.engine)
         internals.set_adam_steps(self.engine, optimizer["adam_steps"])
         if self.precision == "fp16":

@@ -71,12 +71,12 @@ def memory(
 class _ZeroState:
     """Inputs to the memory estimate of one worker's device under ZeRO.
 
-    Numbers of elements: `all` parameters, the worker's shard of them `own`, the `largest`
+    Numbers of elements: `all` parameters, the worker's shard of them `shard`, the `largest`
     parameter, and the reduction `bucket`.
     """
 
     all: int
-    own: int
+    shard: int
     largest: int
     world: int
     stage: int
@@ -95,20 +95,20 @@ class _ZeroState:
         config = deepspeed_config(train, precision, BatchSplit(train.batch, world, 0, micro_batch))
         sizes, stage = parameter_sizes(preset.model), train.zero_stage
         elements, largest = sum(sizes), max(sizes)
-        own = -(-elements // world) if stage else elements
+        shard = -(-elements // world) if stage else elements
         accumulates = accumulation(train.batch, world, micro_batch) > 1
         # Stage 3 holds its shard, and up to LIVE elements of gathered parameters.
         parameters = width * (
-            elements if stage < 3 else own + (min(elements, LIVE) if world > 1 else 0)
+            elements if stage < 3 else shard + (min(elements, LIVE) if world > 1 else 0)
         )
         # float32 masters and two moments. Stage 0 has no masters: it steps the network's weights.
-        optimizer, averages = (12 if stage else 8) * own, 4 * own * len(train.ema_rates)
+        optimizer, averages = (12 if stage else 8) * shard, 4 * shard * len(train.ema_rates)
         if train.offload_optimizer and on_cpu:
             # The optimizer stays in the same memory, but DeepSpeed still makes the buffers for
             # copies to the host: float32 gradients and, in stages 1 and 2, new weights, one
             # parameter's gradient twice, and gradients accumulated over calls.
-            optimizer += 4 * own
-            optimizer += width * (own * (1 + accumulates) + 2 * largest) if stage < 3 else 0
+            optimizer += 4 * shard
+            optimizer += width * (shard * (1 + accumulates) + 2 * largest) if stage < 3 else 0
         elif train.offload_optimizer:
             optimizer, averages = (width * largest if stage < 3 else 0), 0
         gathered = (
@@ -118,7 +118,7 @@ class _ZeroState:
         )
         return _ZeroState(
             elements,
-            own,
+            shard,
             largest,
             world,
             stage,
@@ -152,7 +152,7 @@ class _ZeroState:
 
     def afterwards(self) -> Iterator[Memory]:
         """Memory during the last gradient reduction, and during the optimizer's step."""
-        width, elements, part = self.width, self.all, 0 if self._away else self.width * self.own
+        width, elements, part = self.width, self.all, 0 if self._away else self.width * self.shard
         flat, bucket = width * min(elements, self.bucket), self._bucket(elements)
         if self.stage == 0:
             # Reduction of a flat copy, then the step.
@@ -164,16 +164,16 @@ class _ZeroState:
         if self.stage == 3:
             # In order of the yields: reduce-scatter of a flat copy (gloo makes more copies of it);
             # initialisation, when the whole network is present before it is sharded; step.
-            last = width * (self.own + (self.largest if self.world > 1 else 0))
+            last = width * (self.shard + (self.largest if self.world > 1 else 0))
             copies = 1 + self.on_cpu * (1 + (self.world > 1))
             yield replace(
                 self.fixed, parameters=last, gradients=bucket + part, workspace=flat * copies
             )
-            yield Memory(parameters=width * (elements + self.own), gradients=self._bucket(0))
+            yield Memory(parameters=width * (elements + self.shard), gradients=self._bucket(0))
             yield from (
                 ()
                 if self._away
-                else self._step(min(self.own, SUBGROUP), bucket + part, bucket + part)
+                else self._step(min(self.shard, SUBGROUP), bucket + part, bucket + part)
             )
             return
         unfilled = width * elements - flat if self.stage == 1 else 0
@@ -183,22 +183,22 @@ class _ZeroState:
             gradients=unfilled + bucket + part + held,
             workspace=flat if self.world > 1 else 0,
         )
-        yield from () if self._away else self._step(self.own, part, 0)
+        yield from () if self._away else self._step(self.shard, part, 0)
 
-    def _step(self, stepped: int, gradients: int, kept: int) -> Iterator[Memory]:
+    def _step(self, stepped: int, gradients: int, held: int) -> Iterator[Memory]:
         """Memory during AdamW's step over `stepped` elements at once.
 
-        `gradients`: bytes of gradients before the step; `kept`: bytes of them kept during it.
+        `gradients`: bytes of gradients before the step; `held`: bytes of them kept during it.
         """
         if self.offload:  # on a CPU: the float32 gradients are counted in `optimizer`
-            yield replace(self.fixed, gradients=kept, workspace=self._adam(stepped, stepped))
+            yield replace(self.fixed, gradients=held, workspace=self._adam(stepped, stepped))
             return
         # Flattened gradients, then their cast to float32.
         cast = self.width * stepped + (4 * stepped if self.width < 4 else 0)
-        for transient in (8 * min(self.largest, self.own), cast):  # first: norms in float64
+        for transient in (8 * min(self.largest, self.shard), cast):  # first: norms in float64
             yield replace(self.fixed, gradients=gradients, workspace=transient)
         yield replace(
-            self.fixed, gradients=kept + 4 * stepped, workspace=self._adam(stepped, stepped)
+            self.fixed, gradients=held + 4 * stepped, workspace=self._adam(stepped, stepped)
         )
 
     @property
@@ -226,7 +226,7 @@ class _ZeroState:
 
         Assumes that they have been reduced as far as the ZeRO stage does during the pass.
         """
-        width, part = self.width, 0 if self._away else self.width * self.own
+        width, part = self.width, 0 if self._away else self.width * self.shard
         if self.stage == 3:
             return part + self._bucket(self.all)  # both are allocated at the start
         if self.stage == 2:

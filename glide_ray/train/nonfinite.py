@@ -31,7 +31,7 @@ class TrainingError(UserError):
 
 @dataclass(frozen=True)
 class Cause:
-    """Two clauses of the error message: `what` went wrong first, and its `remedy`."""
+    """Two clauses of the error message: the origin (`what`) and its `remedy`."""
 
     what: str
     remedy: str
@@ -48,23 +48,25 @@ def check_step(trainer, batches: Sequence[Batch], number: int, loss: Tensor) -> 
     0, where DeepSpeed does not check gradients: there the loss is read from the device. A step
     skipped because fp16's loss scale was too large is no fault if the loss itself is finite.
     """
-    staged = trainer.preset.train.zero_stage > 0
-    if staged and stepped(trainer.engine):
+    zero = trainer.preset.train.zero_stage > 0
+    if zero and stepped(trainer.engine):
         return
-    broken = (~torch.isfinite(loss.detach())).float().reshape(1).to(trainer.device)
-    dist.all_reduce(broken)
-    if broken.item():
-        raise _stop("The loss is not finite", trainer, batches, number)
-    if not staged:
+    nonfinite = (~torch.isfinite(loss.detach())).float().reshape(1).to(trainer.device)
+    dist.all_reduce(nonfinite)
+    if nonfinite.item():
+        raise _training_error("The loss is not finite", trainer, batches, number)
+    if not zero:
         return
     if trainer.precision != "fp16":
-        raise _stop("The gradients are not finite", trainer, batches, number)
+        raise _training_error("The gradients are not finite", trainer, batches, number)
     if scale_collapsed(trainer.engine):
-        raise _stop("The gradients overflow in fp16 at every loss scale", trainer, batches, number)
+        raise _training_error(
+            "The gradients overflow in fp16 at every loss scale", trainer, batches, number
+        )
 
 
-def _stop(fault: str, trainer, batches: Sequence[Batch], number: int) -> TrainingError:
-    cause = _cause(trainer, batches, number)
+def _training_error(fault: str, trainer, batches: Sequence[Batch], number: int) -> TrainingError:
+    cause = _find_cause(trainer, batches, number)
     return TrainingError(f"{fault} at step {number}: {cause.what}; {cause.remedy}.")
 
 
@@ -72,19 +74,19 @@ def _stop(fault: str, trainer, batches: Sequence[Batch], number: int) -> Trainin
 
 
 def locate_nonfinite(trainer, batch: Batch | Sequence[Batch], number: int) -> str:
-    """A clause saying what went wrong first in step `number`, the same on all ranks.
+    """Name the origin of non-finite values in step `number`: a clause, the same on all ranks.
 
     All ranks call this together. `batch`: this rank's rows of the step, whole or in micro-batches.
     Does not change weights, optimizer, gradients or random state. Takes as long as a few steps.
     """
-    return _cause(trainer, [batch] if isinstance(batch, Batch) else batch, number).what
+    return _find_cause(trainer, [batch] if isinstance(batch, Batch) else batch, number).what
 
 
-def _cause(trainer, batches: Sequence[Batch], number: int) -> Cause:
+def _find_cause(trainer, batches: Sequence[Batch], number: int) -> Cause:
     return (
-        _images(batches)
-        or _weights(trainer)
-        or _network(trainer, batches, number)
+        _check_images(batches)
+        or _check_weights(trainer)
+        or _check_network(trainer, batches, number)
         or Cause(
             "all values are finite when the step is repeated",
             remedy(trainer.preset.train, trainer.precision),
@@ -94,13 +96,13 @@ def _cause(trainer, batches: Sequence[Batch], number: int) -> Cause:
 
 def remedy(train: TrainConfig, precision: str) -> str:
     """Settings that help against overflow, without those already in use."""
-    found = ["lower train.learning_rate", "raise train.warmup_steps"]
-    found += [] if train.clip_norm else ["set train.clip_norm=1"]
-    found += ["set train.precision=bf16"] if precision == "fp16" else []
-    return f"{', '.join(found[:-1])} or {found[-1]}"
+    settings = ["lower train.learning_rate", "raise train.warmup_steps"]
+    settings += [] if train.clip_norm else ["set train.clip_norm=1"]
+    settings += ["set train.precision=bf16"] if precision == "fp16" else []
+    return f"{', '.join(settings[:-1])} or {settings[-1]}"
 
 
-def _images(batches: Sequence[Batch]) -> Cause | None:
+def _check_images(batches: Sequence[Batch]) -> Cause | None:
     """Non-finite images or conditioning in the batch, as read from the corpus."""
     rows, bad = [], []
     for batch in batches:
@@ -117,58 +119,58 @@ def _images(batches: Sequence[Batch]) -> Cause | None:
         return None
     return Cause(
         f"{len(bad)} of the batch's {len(rows)} images are not finite "
-        f"({_listed('row', bad)} of the corpus)",
+        f"({_list_text('row', bad)} of the corpus)",
         "leave them out",
     )
 
 
-def _weights(trainer) -> Cause | None:
+def _check_weights(trainer) -> Cause | None:
     """Weights that are not finite, or overflow in the network's precision.
 
     Each rank checks its own shard of the float32 masters.
     """
     limit, masters = torch.finfo(DTYPES[trainer.precision]).max, trainer.ema.masters
-    mine: dict[str, float] = {}
-    for piece in trainer.pieces:
+    bad: dict[str, float] = {}
+    for param_slice in trainer.param_slices:
         largest = (
-            masters[piece.master]
+            masters[param_slice.master]
             .detach()
-            .reshape(-1)[piece.offset : piece.offset + piece.count]
+            .reshape(-1)[param_slice.offset : param_slice.offset + param_slice.count]
             .abs()
             .max()
             .item()
         )
         if not largest <= limit:
-            mine[piece.name] = largest
+            bad[param_slice.name] = largest
     found: dict[str, float] = {}
-    for part in all_gather_object(mine):
-        found |= part
+    for rank_bad in all_gather_object(bad):
+        found |= rank_bad
     if not found:
         return None
-    names = _listed(
+    names = _list_text(
         "", [name for name, _ in trainer.engine.module.named_parameters() if name in found]
     )
-    helps = (
+    advice = (
         f"resume from an earlier checkpoint, and {remedy(trainer.preset.train, trainer.precision)}"
     )
     if all(largest < float("inf") for largest in found.values()):
         return Cause(
             f"weights of up to {max(found.values()):.2g} are too large "
             f"for {trainer.precision} ({names})",
-            helps,
+            advice,
         )
     # Stage 0 does not skip the faulty step, so the weights already include its update.
     since = "an earlier step" if trainer.preset.train.zero_stage else "this or an earlier step"
-    return Cause(f"weights are not finite since the update of {since} ({names})", helps)
+    return Cause(f"weights are not finite since the update of {since} ({names})", advice)
 
 
-def _network(trainer, batches: Sequence[Batch], number: int) -> Cause | None:
+def _check_network(trainer, batches: Sequence[Batch], number: int) -> Cause | None:
     """Repeat the step and check the forward pass, the loss of each row, then the gradients."""
     train = trainer.preset.train
     trainer.engine.train()
-    for batch, (_, _, weight) in zip(batches, trainer.share.parts(), strict=False):
+    for batch, (_, _, weight) in zip(batches, trainer.batch_split.parts(), strict=False):
         devices = [trainer.device] if trainer.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), Watch(trainer.engine.module) as watch:
+        with torch.random.fork_rng(devices), NonfiniteHooks(trainer.engine.module) as hooks:
             drawn = draw(trainer.schedule, batch, train.seed, number, train.timestep_power)
             i, noise = (tensor.to(trainer.device) for tensor in drawn)
             # The bare module: the engine's hooks would count the call as part of a step.
@@ -176,17 +178,17 @@ def _network(trainer, batches: Sequence[Batch], number: int) -> Cause | None:
                 trainer.engine.module, trainer.schedule, batch.to(trainer.device), i, noise
             )["loss"]
             found = (
-                _in_forward(trainer, watch)
-                or _in_losses(trainer, batch, losses)
-                or _in_backward(trainer, watch, losses, weight)
+                _check_forward(trainer, hooks)
+                or _check_losses(trainer, batch, losses)
+                or _check_backward(trainer, hooks, losses, weight)
             )
         if found:
             return found
     return None
 
 
-def _in_forward(trainer, watch: Watch) -> Cause | None:
-    found = _first(watch.forward)
+def _check_forward(trainer, hooks: NonfiniteHooks) -> Cause | None:
+    found = _earliest_of_ranks(hooks.forward)
     if found is None:
         return None
     where = (
@@ -196,7 +198,7 @@ def _in_forward(trainer, watch: Watch) -> Cause | None:
     return Cause(where, remedy(trainer.preset.train, trainer.precision))
 
 
-def _in_losses(trainer, batch: Batch, losses: Tensor) -> Cause | None:
+def _check_losses(trainer, batch: Batch, losses: Tensor) -> Cause | None:
     bad = sorted(
         {
             row
@@ -210,16 +212,16 @@ def _in_losses(trainer, batch: Batch, losses: Tensor) -> Cause | None:
         return None
     return Cause(
         f"every output of the network is finite, but the loss is not "
-        f"({_listed('row', bad)} of the corpus)",
+        f"({_list_text('row', bad)} of the corpus)",
         f"leave them out, or {remedy(trainer.preset.train, trainer.precision)}",
     )
 
 
-def _in_backward(trainer, watch: Watch, losses: Tensor, weight: float) -> Cause | None:
-    # Twice the true scale after a first overflow, which does no harm here.
+def _check_backward(trainer, hooks: NonfiniteHooks, losses: Tensor, weight: float) -> Cause | None:
+    # After a first overflow this is twice the true scale, which does not change the result.
     scale = scale_of_last_step(trainer.engine) if trainer.precision == "fp16" else 1.0
-    watch.backward_from(losses.mean() * (weight * scale / trainer.share.calls))
-    found = _first(watch.backward)
+    hooks.backward_from(losses.mean() * (weight * scale / trainer.batch_split.calls))
+    found = _earliest_of_ranks(hooks.backward)
     if found is None:
         return None
     at = (
@@ -253,7 +255,7 @@ class Observation:
     rank: str = ""
 
 
-class Watch:
+class NonfiniteHooks:
     """Context that checks all module outputs of a network and, in `backward_from`, its gradients.
 
     `forward`: the first module with finite inputs and a non-finite output. `backward`: the first
@@ -267,7 +269,7 @@ class Watch:
         self._calls, self._gradients, self._largest_gradient = 0, 0, 0.0
         self._handles: list = []
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> NonfiniteHooks:
         for name, module in self._network.named_modules():
             self._handles.append(
                 module.register_forward_hook(self._on_call(name or "the network"), with_kwargs=True)
@@ -288,7 +290,8 @@ class Watch:
             if parameter.requires_grad
         }
         self._handles += [
-            parameter.register_hook(self._on_end(name)) for name, parameter in parameters.items()
+            parameter.register_hook(self._on_parameter(name))
+            for name, parameter in parameters.items()
         ]
         torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
 
@@ -296,9 +299,9 @@ class Watch:
         def observe(module, arguments, keywords, output):
             self._calls += 1
             if self.forward is None:
-                kind, _ = _look([output])
-                went_in, largest = _look([arguments, keywords])
-                if kind and not went_in:
+                kind, _ = _inspect([output])
+                input_kind, largest = _inspect([arguments, keywords])
+                if kind and not input_kind:
                     self.forward = Observation(self._calls, name, kind, largest)
             for tensor in _tensors(output):
                 if tensor.requires_grad:
@@ -310,25 +313,25 @@ class Watch:
         def observe(gradient):
             self._gradients += 1
             if self.backward is None:
-                kind, largest = _look([gradient])
+                kind, largest = _inspect([gradient])
                 if kind:
                     self.backward = Observation(self._gradients, name, kind, self._largest_gradient)
                 self._largest_gradient = max(self._largest_gradient, largest)
 
         return observe
 
-    def _on_end(self, name: str) -> Callable:
+    def _on_parameter(self, name: str) -> Callable:
         observe = self._on_gradient(name)
 
-        def end(gradient):
+        def observe_and_drop(gradient):
             observe(gradient)
             # The right shape in the memory of one element, so that no gradient is stored.
             return gradient.new_zeros(()).expand_as(gradient)
 
-        return end
+        return observe_and_drop
 
 
-def _look(values: Sequence) -> tuple[str | None, float]:
+def _inspect(values: Sequence) -> tuple[str | None, float]:
     """("inf", "nan" or None, largest finite magnitude) of the float tensors in `values`.
 
     "inf" if they contain both inf and NaN.
@@ -361,7 +364,7 @@ def _tensors(value) -> Iterator[Tensor]:
 # -- merging over ranks ----------------------------------------------------------------------------
 
 
-def _first(observation: Observation | None) -> Observation | None:
+def _earliest_of_ranks(observation: Observation | None) -> Observation | None:
     """The earliest observation of all ranks, comparable because all make the same calls.
 
     Names the rank, which may point to a faulty device.
@@ -380,9 +383,9 @@ def _first(observation: Observation | None) -> Observation | None:
     )
 
 
-def _listed(what: str, items: Sequence) -> str:
+def _list_text(noun: str, items: Sequence) -> str:
     """The first MAX_LISTED items as text, such as "rows 3, 4, 5, 6, 7 and 2 more"."""
     shown = ", ".join(str(item) for item in items[:MAX_LISTED]) + (
         f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
     )
-    return f"{what}{'s' if len(items) > 1 else ''} {shown}" if what else shown
+    return f"{noun}{'s' if len(items) > 1 else ''} {shown}" if noun else shown

@@ -87,13 +87,13 @@ def _contrast(network: Callable, x: Tensor, timestep: Tensor, batch: Batch) -> L
             torch.cat(all_gather(texts.contiguous())),
         )
         first = dist.get_rank() * len(i)
-    own = first + torch.arange(len(i), device=i.device)
+    targets = first + torch.arange(len(i), device=i.device)
     to_text, to_image = output.scale * output.image @ texts.T, output.scale * output.text @ images.T
     loss = (
-        F.cross_entropy(to_text, own, reduction="none")
-        + F.cross_entropy(to_image, own, reduction="none")
+        F.cross_entropy(to_text, targets, reduction="none")
+        + F.cross_entropy(to_image, targets, reduction="none")
     ) / 2
-    return {"loss": loss, "accuracy": (to_text.argmax(1) == own).float()}
+    return {"loss": loss, "accuracy": (to_text.argmax(1) == targets).float()}
 
 
 # Upsamplers have the base model's loss; their conditioning contains the low-resolution image.

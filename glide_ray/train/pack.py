@@ -46,7 +46,7 @@ from .checkpoint import find_checkpoint
 from .partition import export_to
 
 # Limit for both files together, because every copy of the package includes them.
-MOST_BYTES = 64_000_000
+MAX_BYTES = 64_000_000
 METRICS = "metrics.jsonl"
 NOTHING: Mapping[str, str | int | float | None] = MappingProxyType({})
 
@@ -123,11 +123,11 @@ def _read_run(checkpoint: str, ema_rate: float | None) -> Trained:
 
 def sources_of(preset: Preset) -> tuple[Source, ...]:
     """Sources of a run: those of its corpus and of the weights that it started from."""
-    own, start = corpus_sources(preset.data.corpus), preset.train.start_from
+    corpus, start = corpus_sources(preset.data.corpus), preset.train.start_from
     if not start or not (start == SHIPPED or storage.exists(start)):
-        return own
+        return corpus
     before = shipped.fetch(start, preset.model.role)
-    return union(own, sources_in(load_metadata(before), before))
+    return union(corpus, sources_in(load_metadata(before), before))
 
 
 def corpus_sources(corpus: str) -> tuple[Source, ...]:
@@ -249,9 +249,9 @@ def _check(trained: Trained, role: str) -> None:
 
 def _check_size(files: Iterable[Path]) -> None:
     total = sum(file.stat().st_size for file in files)
-    if total > MOST_BYTES:
+    if total > MAX_BYTES:
         raise PackError(
-            f"The two files have {total:,} bytes and may have {MOST_BYTES:,}; pack smaller models."
+            f"The two files have {total:,} bytes and may have {MAX_BYTES:,}; pack smaller models."
         )
 
 

@@ -63,16 +63,16 @@ def part_path(folder: Path, rank: int) -> Path:
     return folder / f"part.{rank}.safetensors"
 
 
-def save_part(path: Path, own: Sequence[ParamSlice], state: State) -> None:
+def save_part(path: Path, slices: Sequence[ParamSlice], state: State) -> None:
     """Write this rank's slices of every kind of state. Raises StorageError."""
     tensors = {
-        f"{kind}|{piece.name}": flat[piece.master]
+        f"{kind}|{param_slice.name}": flat[param_slice.master]
         .detach()
-        .reshape(-1)[piece.offset : piece.offset + piece.count]
+        .reshape(-1)[param_slice.offset : param_slice.offset + param_slice.count]
         .cpu()
         .contiguous()
         for kind, flat in state.items()
-        for piece in own
+        for param_slice in slices
     }
     try:
         save_file(
@@ -80,7 +80,10 @@ def save_part(path: Path, own: Sequence[ParamSlice], state: State) -> None:
             path,
             metadata={
                 "pieces": json.dumps(
-                    {piece.name: [piece.shape, piece.start, piece.count] for piece in own}
+                    {
+                        param_slice.name: [param_slice.shape, param_slice.start, param_slice.count]
+                        for param_slice in slices
+                    }
                 )
             },
         )
@@ -147,27 +150,31 @@ class CheckpointReader:
         return self.read_slice(kind, name, 0, prod(self.shapes[name])).reshape(self.shapes[name])
 
 
-def load_parts(folder: Path, own: Sequence[ParamSlice], state: State) -> None:
+def load_parts(folder: Path, slices: Sequence[ParamSlice], state: State) -> None:
     """Fill this rank's flat tensors from a checkpoint of any layout.
 
     Raises CheckpointError if the checkpoint is incomplete or of another model.
     """
     with CheckpointReader(folder) as parts:
-        lacking = sorted(set(state) - parts.kinds)
-        if lacking:
+        missing = sorted(set(state) - parts.kinds)
+        if missing:
             raise CheckpointError(
-                f"The checkpoint in {folder} has no {lacking[0].replace('/', ' at rate ')}; "
+                f"The checkpoint in {folder} has no {missing[0].replace('/', ' at rate ')}; "
                 f"use the same train.ema_rates, or another output folder."
             )
         for kind, flat in state.items():
-            for piece in own:
-                if parts.shapes.get(piece.name) != piece.shape:
+            for param_slice in slices:
+                if parts.shapes.get(param_slice.name) != param_slice.shape:
                     raise CheckpointError(
-                        f"The checkpoint in {folder} is of another model: {piece.name} is "
-                        f"{list(parts.shapes.get(piece.name, ()))} there and "
-                        f"{list(piece.shape)} here."
+                        f"The checkpoint in {folder} is of another model: {param_slice.name} is "
+                        f"{list(parts.shapes.get(param_slice.name, ()))} there and "
+                        f"{list(param_slice.shape)} here."
                     )
-                put_slice(flat, piece, parts.read_slice(kind, piece.name, piece.start, piece.count))
+                put_slice(
+                    flat,
+                    param_slice,
+                    parts.read_slice(kind, param_slice.name, param_slice.start, param_slice.count),
+                )
 
 
 def export(
@@ -229,8 +236,8 @@ def export_to(
     folder = fetch(checkpoint)
     if not storage.is_remote(out):
         return export_average(folder, out, rate)
-    with tempfile.TemporaryDirectory() as here:
-        weights = Path(here) / "weights.safetensors"
+    with tempfile.TemporaryDirectory() as scratch:
+        weights = Path(scratch) / "weights.safetensors"
         exported = export_average(folder, weights, rate)
         storage.put(weights, out)
         return exported

@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..models.cost import operations
 from ..precision import BYTES, training_precision
 from .batch_split import accumulation
-from .hardware import GIGA, HOST_ADAM, PCIE, TERA, Machine
+from .hardware import GIGA, HOST_ADAM, PCIE_BYTES_PER_S, TERA, Machine
 from .memory import Memory, choose_micro_batch, gb, memory, offloaded_memory, parameter_sizes
 
 # -- time ------------------------------------------------------------------------------------------
@@ -55,9 +55,9 @@ def step_time(
     compute = (4 if train.activation_checkpointing else 3) * cost * share / flops
     times = {0: 2, 1: 3, 2: 1 + 2 * calls, 3: 3 * calls}[stage]
     communication = times * width * elements * (world - 1) / world / machine.link
-    own = elements / world
+    shard = elements / world
     offload = (
-        (2 * width * own / PCIE + own / HOST_ADAM)
+        (2 * width * shard / PCIE_BYTES_PER_S + shard / HOST_ADAM)
         if train.offload_optimizer and machine.device != "cpu"
         else 0.0
     )
@@ -87,7 +87,7 @@ def plans(preset: Preset, world: int, precision: str, machine: Machine) -> list[
             for checkpointing in (False, True):
                 # DeepSpeed's stage 0 keeps no float32 masters for 16-bit precisions.
                 chosen = "fp32" if stage == 0 else precision
-                way = override(
+                option = override(
                     preset,
                     [
                         f"zero_stage={stage}",
@@ -96,43 +96,49 @@ def plans(preset: Preset, world: int, precision: str, machine: Machine) -> list[
                     ],
                 )
                 try:
-                    images = choose_micro_batch(way, world, chosen, machine.budget, machine.device)
+                    images = choose_micro_batch(
+                        option, world, chosen, machine.budget, machine.device
+                    )
                 except ConfigError:
                     images = 1
-                needs = memory(way, world, images, chosen, machine.device)
+                needs = memory(option, world, images, chosen, machine.device)
                 found.append(
                     Plan(
-                        way,
+                        option,
                         chosen,
                         images,
                         needs,
-                        step_time(way, world, images, chosen, machine),
+                        step_time(option, world, images, chosen, machine),
                         needs.total <= machine.budget,
                     )
                 )
     return found
 
 
-def best(ways: list[Plan], preset: Preset, precision: str) -> Plan | None:
+def best(options: list[Plan], preset: Preset, precision: str) -> Plan | None:
     """The fastest plan that fits; among those within 10% of its time, the simplest.
 
     Simplest: without offloading, without checkpointing, and closest to the preset. None if no plan
     fits.
     """
 
-    def order(way: Plan) -> tuple:
-        train = way.preset.train
+    def order(option: Plan) -> tuple:
+        train = option.preset.train
         return (
             train.offload_optimizer,
             train.activation_checkpointing,
-            way.precision != precision,
+            option.precision != precision,
             train.zero_stage != preset.train.zero_stage,
             train.zero_stage,
         )
 
-    fitting = [way for way in ways if way.fits]
-    fastest = min((way.time.total for way in fitting), default=0.0)
-    return min((way for way in fitting if way.time.total <= 1.1 * fastest), key=order, default=None)
+    fitting = [option for option in options if option.fits]
+    fastest = min((option.time.total for option in fitting), default=0.0)
+    return min(
+        (option for option in fitting if option.time.total <= 1.1 * fastest),
+        key=order,
+        default=None,
+    )
 
 
 def describe(
@@ -144,8 +150,8 @@ def describe(
     """
     train, world = preset.train, preset.train.workers
     precision = training_precision(train.precision, machine.device)
-    ways = plans(preset, world, precision, machine)
-    chosen = best(ways, preset, precision)
+    options = plans(preset, world, precision, machine)
+    chosen = best(options, preset, precision)
     lines = [
         f"{preset.model.name}, {sum(parameter_sizes(preset.model)) / 1e6:,.2f}M parameters "
         f"in {precision}, on {world} x {machine.name}: batch {train.batch:,}, "
@@ -153,7 +159,7 @@ def describe(
         "",
         "GB of a worker at the moment when it holds most",
         HEAD,
-        *(_row(way, way is chosen) for way in ways),
+        *(_row(option, option is chosen) for option in options),
         "",
     ]
     if chosen is None:
@@ -166,7 +172,7 @@ def describe(
         "  " + " ".join(f"--set {flag}" for flag in _flags(chosen, precision)),
         "",
         f"a step of {seconds:,.3g} s: compute {chosen.time.compute:,.3g} s "
-        f"at {flops / TERA:,.3g} TFLOP/s a worker ({machine.note}), "
+        f"at {flops / TERA:,.3g} TFLOP/s a worker ({machine.flops_origin}), "
         f"communication {chosen.time.communication:,.3g} s at {machine.link / GIGA:,.3g} GB/s"
         f"{' beside it' if chosen.time.overlaps else ''}"
         + (
@@ -185,16 +191,16 @@ def describe(
     return "\n".join(lines), chosen
 
 
-def _flags(way: Plan, precision: str) -> list[str]:
-    train, given = way.preset.train, {True: "true", False: "false"}
+def _flags(option: Plan, precision: str) -> list[str]:
+    train, text = option.preset.train, {True: "true", False: "false"}
     return [
         f"workers={train.workers}",
         f"batch={train.batch}",
         f"zero_stage={train.zero_stage}",
-        f"micro_batch={way.micro_batch}",
-        f"activation_checkpointing={given[train.activation_checkpointing]}",
-        f"offload_optimizer={given[train.offload_optimizer]}",
-        *([f"precision={way.precision}"] if way.precision != precision else []),
+        f"micro_batch={option.micro_batch}",
+        f"activation_checkpointing={text[train.activation_checkpointing]}",
+        f"offload_optimizer={text[train.offload_optimizer]}",
+        *([f"precision={option.precision}"] if option.precision != precision else []),
     ]
 
 
@@ -204,8 +210,8 @@ HEAD = (
 )
 
 
-def _row(way: Plan, chosen: bool) -> str:
-    train, needs = way.preset.train, way.memory
+def _row(option: Plan, chosen: bool) -> str:
+    train, needs = option.preset.train, option.memory
     stage = f"{train.zero_stage}{' fp32' if train.zero_stage == 0 else ''}"
     sizes = "".join(
         f"{gb(size):>{width}}"
@@ -214,8 +220,8 @@ def _row(way: Plan, chosen: bool) -> str:
     yes = {True: "yes", False: "-"}
     return (
         f"{'*' if chosen else ' '} {stage:<9}{yes[train.activation_checkpointing]:<15}"
-        f"{yes[train.offload_optimizer]:<9}{way.micro_batch:>13}"
-        f"{accumulation(train.batch, train.workers, way.micro_batch):>7}"
+        f"{yes[train.offload_optimizer]:<9}{option.micro_batch:>13}"
+        f"{accumulation(train.batch, train.workers, option.micro_batch):>7}"
         f"{sizes}{gb(needs.total):>10}"
-        + (f"{way.time.total:>10,.3g}" if way.fits else "  does not fit")
+        + (f"{option.time.total:>10,.3g}" if option.fits else "  does not fit")
     )

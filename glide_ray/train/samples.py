@@ -80,7 +80,7 @@ def held_out_of_average(
     if config.role == "clip":  # its loss depends on the batch: use the batches of training
         ranks_batch = train.micro_batch or -(-train.batch // train.workers)
         batches = list(
-            _as_ranks_have_them(
+            _batches_of_all_ranks(
                 Batch.join(held_out_batches(data, config, ranks_batch)), train.workers, ranks_batch
             )
         )
@@ -104,16 +104,16 @@ def held_out_of_average(
 # -- prompts and pictures --------------------------------------------------------------------------
 
 # Images of the grid, their labels, and the number of columns.
-Shown = tuple[list[np.ndarray], list[str], int]
+GridPictures = tuple[list[np.ndarray], list[str], int]
 
 
-def _from_prompts(stepper: Stepper, preset: Preset, progress: Progress | None) -> Shown:
+def _from_prompts(stepper: Stepper, preset: Preset, progress: Progress | None) -> GridPictures:
     prompts = list(preset.train.sample_prompts)
     tokens, mask = Tokenizer(stepper.config.context).batch(prompts)
     return _samples(stepper, preset, Conditioning(tokens, mask), progress), prompts, 4
 
 
-def _from_held_out(stepper: Stepper, preset: Preset, progress: Progress | None) -> Shown:
+def _from_held_out(stepper: Stepper, preset: Preset, progress: Progress | None) -> GridPictures:
     """A row per held-out image: model input, sample, original.
 
     The input is the low-resolution image, the known pixels, or both.
@@ -185,7 +185,7 @@ def centre_hole(size: int) -> np.ndarray:
 # -- batches, device and precision -----------------------------------------------------------------
 
 
-def _as_ranks_have_them(all_rows: Batch, world: int, micro_batch: int) -> Iterator[Batch]:
+def _batches_of_all_ranks(all_rows: Batch, world: int, micro_batch: int) -> Iterator[Batch]:
     """Split all held-out rows into the batches of all ranks, as `held_out_batches` does."""
     assert all_rows.rows is not None  # `held_out_batches` numbers the rows
     filling = torch.zeros(-len(all_rows.image) % world, dtype=torch.int64)
@@ -194,9 +194,9 @@ def _as_ranks_have_them(all_rows: Batch, world: int, micro_batch: int) -> Iterat
         torch.cat([all_rows.rows, filling - 1]),
     )
     for rank in range(world):
-        own = replace(all_rows[places[rank::world]], rows=rows[rank::world])
-        for start in range(0, len(own.image), micro_batch):
-            yield own[start : start + micro_batch]
+        of_rank = replace(all_rows[places[rank::world]], rows=rows[rank::world])
+        for start in range(0, len(of_rank.image), micro_batch):
+            yield of_rank[start : start + micro_batch]
 
 
 def _device() -> str:

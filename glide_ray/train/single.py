@@ -53,7 +53,7 @@ class SingleTrainer:
         self.preset, train = preset, preset.train
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = single_precision(train.precision, self.device.type)
-        self.share = BatchSplit(train.batch, 1, 0, train.micro_batch or train.batch)
+        self.batch_split = BatchSplit(train.batch, 1, 0, train.micro_batch or train.batch)
         self.schedule = make_schedule(
             preset.model.diffusion.schedule, preset.model.diffusion.steps
         ).to(self.device)
@@ -77,12 +77,12 @@ class SingleTrainer:
 
     def _optimizer(self, model: torch.nn.Module) -> torch.optim.AdamW:
         """AdamW over the masters, in the parameter groups of their parameters."""
-        master = {
-            id(parameter): own
-            for parameter, own in zip(model.parameters(), self.masters, strict=True)
+        master_of = {
+            id(parameter): master
+            for parameter, master in zip(model.parameters(), self.masters, strict=True)
         }
         groups = [
-            {**group, "params": [master[id(parameter)] for parameter in group["params"]]}
+            {**group, "params": [master_of[id(parameter)] for parameter in group["params"]]}
             for group in parameter_groups(model, self.preset.train)
         ]
         return torch.optim.AdamW(
@@ -107,7 +107,7 @@ class SingleTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(train, number) * group.get(FACTOR, 1.0)
         sums: dict[str, Tensor] = {}
-        for _, _, weight in self.share.parts():
+        for _, _, weight in self.batch_split.parts():
             batch = next(batches)
             i, noise = (
                 to_device_async(drawn, self.device)
@@ -115,9 +115,9 @@ class SingleTrainer:
             )
             on_device = batch.map(lambda tensor: to_device_async(tensor, self.device))
             losses = self.objective(self.network, self.schedule, on_device, i, noise)
-            (losses["loss"].mean() * (weight / self.share.calls)).backward()
+            (losses["loss"].mean() * (weight / self.batch_split.calls)).backward()
             figures = {
-                name: values.detach().mean() * (weight / self.share.calls)
+                name: values.detach().mean() * (weight / self.batch_split.calls)
                 for name, values in losses.items()
             }
             if "mse" in losses:
@@ -135,11 +135,11 @@ class SingleTrainer:
         """
         parameters = list(self.network.parameters())
         if self.masters[0] is not parameters[0]:
-            for own, parameter in zip(self.masters, parameters, strict=True):
-                own.grad = None if parameter.grad is None else parameter.grad.float()
+            for master, parameter in zip(self.masters, parameters, strict=True):
+                master.grad = None if parameter.grad is None else parameter.grad.float()
                 parameter.grad = None
         norm = torch.nn.utils.get_total_norm(
-            [own.grad for own in self.masters if own.grad is not None]
+            [master.grad for master in self.masters if master.grad is not None]
         )
         finite = bool(torch.isfinite(norm))
         self._skipped = 0 if finite else self._skipped + 1
@@ -193,32 +193,32 @@ class SingleTrainer:
 
     # -- state -------------------------------------------------------------------------------------
 
-    def pieces(self) -> list[ParamSlice]:
+    def param_slices(self) -> list[ParamSlice]:
         """One slice per parameter, each covering the whole parameter."""
         return [
-            ParamSlice(name, tuple(own.shape), 0, own.numel(), number, 0)
-            for number, (name, own) in enumerate(zip(self.names, self.masters, strict=True))
+            ParamSlice(name, tuple(master.shape), 0, master.numel(), number, 0)
+            for number, (name, master) in enumerate(zip(self.names, self.masters, strict=True))
         ]
 
     def state(self) -> State:
         """Training state: weights, Adam's moments and EMA."""
-        for own in self.masters:
-            kept = self.optimizer.state[own]
+        for master in self.masters:
+            kept = self.optimizer.state[master]
             if FIRST not in kept:
                 # torch's fused AdamW requires the step count on the parameter's device.
                 kept.update(
                     {
-                        "step": torch.zeros((), device=own.device),
-                        FIRST: torch.zeros_like(own),
-                        SECOND: torch.zeros_like(own),
+                        "step": torch.zeros((), device=master.device),
+                        FIRST: torch.zeros_like(master),
+                        SECOND: torch.zeros_like(master),
                     }
                 )
         moments = {
-            kind: [self.optimizer.state[own][kind] for own in self.masters]
+            kind: [self.optimizer.state[master][kind] for master in self.masters]
             for kind in (FIRST, SECOND)
         }
         return {
-            WEIGHTS: [own.detach() for own in self.masters],
+            WEIGHTS: [master.detach() for master in self.masters],
             **moments,
             **{f"{AVERAGE}/{rate:g}": average for rate, average in self.ema.averages.items()},
         }
@@ -240,22 +240,22 @@ class SingleTrainer:
             path,
         )
         with torch.no_grad():
-            for name, own in zip(self.names, self.masters, strict=True):
-                own.copy_(state[name])
+            for name, master in zip(self.names, self.masters, strict=True):
+                master.copy_(state[name])
         self.refresh()
         self.ema.restart()
 
     def save(self, folder: Path) -> None:
         """Write the files of a checkpoint."""
         state = self.state()
-        save_part(part_path(folder, 0), self.pieces(), state)
+        save_part(part_path(folder, 0), self.param_slices(), state)
         steps = float(self.optimizer.state[self.masters[0]]["step"])
         write_progress(folder, self.preset, self.progress, {"adam_steps": steps, "loss_scale": {}})
 
     def load(self, folder: Path) -> None:
         """Resume from a checkpoint written with any number of workers. Raises CheckpointError."""
         self.progress, optimizer = read_progress(folder, self.preset)
-        load_parts(folder, self.pieces(), self.state())
-        for own in self.masters:
-            self.optimizer.state[own]["step"].fill_(optimizer["adam_steps"])
+        load_parts(folder, self.param_slices(), self.state())
+        for master in self.masters:
+            self.optimizer.state[master]["step"].fill_(optimizer["adam_steps"])
         self.refresh()

@@ -23,7 +23,7 @@ from .objectives import quartile_means
 Metrics = dict[str, float | int | str]
 
 
-class Trains(Protocol):
+class TrainerProtocol(Protocol):
     """Interface of a trainer, as used by `train_loop`."""
 
     preset: Preset
@@ -39,7 +39,7 @@ class Trains(Protocol):
 
 
 @dataclass(frozen=True)
-class Outlets:
+class TrainCallbacks:
     """Callbacks of the training loop. All ranks call each of them equally often.
 
     `metrics` receives the metrics of a step. `checkpoint` receives a function that writes this
@@ -53,10 +53,10 @@ class Outlets:
 
 
 def train_loop(
-    trainer: Trains,
+    trainer: TrainerProtocol,
     epoch_batches: Callable[[int, int], Iterator[Batch]],
     held_out: Sequence[Batch],
-    outlets: Outlets,
+    callbacks: TrainCallbacks,
 ) -> None:
     """Train from the trainer's current progress up to step `preset.train.steps`.
 
@@ -67,7 +67,7 @@ def train_loop(
     batches = _endless(epoch_batches, trainer)
     if trainer.progress.step == 0:
         trainer.start()
-        outlets.metrics({"step": 0, **trainer.held_out(held_out)})
+        callbacks.metrics({"step": 0, **trainer.held_out(held_out)})
     recent: list[dict[str, torch.Tensor]] = []
     began = time.perf_counter()
     for number in range(trainer.progress.step + 1, train.steps + 1):
@@ -80,7 +80,7 @@ def train_loop(
         if number % train.log_every == 0 or number == train.steps:
             means = _means(trainer, recent)
             now = time.perf_counter()
-            outlets.metrics(
+            callbacks.metrics(
                 {
                     "step": number,
                     **means,
@@ -93,17 +93,17 @@ def train_loop(
 
         if number % train.evaluate_every == 0 or number == train.steps:
             paused = time.perf_counter()
-            outlets.metrics({"step": number, **trainer.held_out(held_out)})
+            callbacks.metrics({"step": number, **trainer.held_out(held_out)})
             began += time.perf_counter() - paused  # exclude evaluation from images/s
 
-        wanted = outlets.step(number)
-        if number < train.steps and (wanted or number % train.checkpoint_every == 0):
+        must_save = callbacks.step(number)
+        if number < train.steps and (must_save or number % train.checkpoint_every == 0):
             paused = time.perf_counter()
-            outlets.checkpoint(trainer.save)
+            callbacks.checkpoint(trainer.save)
             began += time.perf_counter() - paused
 
 
-def _means(trainer: Trains, steps: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
+def _means(trainer: TrainerProtocol, steps: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
     """Means of the metrics over steps and ranks."""
     return quartile_means(
         trainer.summed(
@@ -116,17 +116,17 @@ def _means(trainer: Trains, steps: Sequence[dict[str, torch.Tensor]]) -> dict[st
 
 
 def _endless(
-    epoch_batches: Callable[[int, int], Iterator[Batch]], trainer: Trains
+    epoch_batches: Callable[[int, int], Iterator[Batch]], trainer: TrainerProtocol
 ) -> Iterator[Batch]:
     epoch, rows = trainer.progress.epoch, trainer.progress.rows
     while True:
         trainer.progress = TrainingPosition(trainer.progress.step, epoch, rows)
-        given = False
+        has_batch = False
         for batch in epoch_batches(epoch, rows):
-            given = True
+            has_batch = True
             yield batch
         # With `rows` > 0 no batch is normal: the run has resumed at the end of an epoch.
-        if not given and not rows:
+        if not has_batch and not rows:
             raise TrainingError(
                 f"The corpus {trainer.preset.data.corpus} has too few usable images "
                 f"for one batch of {trainer.preset.train.batch}; lower train.batch, or add images."

@@ -87,7 +87,7 @@ class TensorBoard(Store):
         self._purge, self._begun = None, True
 
     def metrics(self, step: int, figures: Mapping[str, float]) -> None:
-        new = _untold(self._last, step, figures)
+        new = _new_metrics(self._last, step, figures)
         for name, value in new.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -97,7 +97,7 @@ class TensorBoard(Store):
         self._writer.add_image(name, pixels, step, dataformats="HWC")
         self._writer.flush()
 
-    def note(self, step: int, text: str) -> None:
+    def add_event(self, step: int, text: str) -> None:
         self._writer.add_text("notes", text, step)
         self._writer.flush()
 
@@ -155,7 +155,7 @@ class MLflow(Store):
     def metrics(self, step: int, figures: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
-        new, stamp = _untold(self._last, step, figures), int(time.time() * 1000)
+        new, stamp = _new_metrics(self._last, step, figures), int(time.time() * 1000)
         if new:
             self._client.log_batch(
                 self._id, metrics=[Metric(name, value, stamp, step) for name, value in new.items()]
@@ -165,7 +165,7 @@ class MLflow(Store):
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         self._client.log_image(self._id, pixels, key=name, step=step)
 
-    def note(self, step: int, text: str) -> None:
+    def add_event(self, step: int, text: str) -> None:
         name = f"note.{step:09d}"  # a tag, because MLflow has no events
         texts = self._tags.get(name, "").splitlines()
         if text not in texts:
@@ -177,7 +177,7 @@ class MLflow(Store):
     def _parameters(self, there: Mapping[str, str]) -> None:
         """Log the preset as MLflow parameters.
 
-        Parameters are immutable: a setting changed by a later launch becomes a tag of the same
+        Parameters are immutable: a setting changed at a later start becomes a tag of the same
         name.
         """
         from mlflow.entities import Param
@@ -228,7 +228,7 @@ class WeightsAndBiases(Store):
             )
 
     def open(self) -> None:
-        given = os.environ
+        environment = os.environ
         if self._begun:  # its service process may have died: shut it down, so that init restarts it
             with suppress(Exception):
                 self._wandb.teardown()
@@ -238,11 +238,11 @@ class WeightsAndBiases(Store):
             resume="allow",
             config=self._run.settings,
             allow_val_change=True,
-            project=given.get("WANDB_PROJECT") or "glide_ray",
-            name=given.get("WANDB_NAME") or self._run.preset.model.name,
-            dir=given.get("WANDB_DIR") or str(self._run.folder),
+            project=environment.get("WANDB_PROJECT") or "glide_ray",
+            name=environment.get("WANDB_NAME") or self._run.preset.model.name,
+            dir=environment.get("WANDB_DIR") or str(self._run.folder),
             # Console capture off by default: it would log the progress bar.
-            settings=self._wandb.Settings(console=given.get("WANDB_CONSOLE") or "off"),
+            settings=self._wandb.Settings(console=environment.get("WANDB_CONSOLE") or "off"),
         )
         # W&B rejects rows with a number below the last one, but sample grids arrive after later
         # metrics. So charts use our own field "step" as x axis.
@@ -252,7 +252,7 @@ class WeightsAndBiases(Store):
         self._row = max(self._row, self._here.step - 1)
 
     def metrics(self, step: int, figures: Mapping[str, float]) -> None:
-        new = _untold(self._last, step, figures) if step > self._known else {}
+        new = _new_metrics(self._last, step, figures) if step > self._known else {}
         if new:
             self._log(step, new)
             self._last.update(dict.fromkeys(new, step))
@@ -260,7 +260,7 @@ class WeightsAndBiases(Store):
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         self._log(step, {name: self._wandb.Image(pixels, caption=f"step {step:,}")})
 
-    def note(self, step: int, text: str) -> None:
+    def add_event(self, step: int, text: str) -> None:
         self._log(step, {"note": text})
 
     def close(self, failed: bool) -> None:
@@ -281,7 +281,9 @@ STORES: dict[str, tuple[Callable[[Run], Store], str]] = {
 }
 
 
-def _untold(last: Mapping[str, int], step: int, figures: Mapping[str, float]) -> dict[str, float]:
+def _new_metrics(
+    last: Mapping[str, int], step: int, figures: Mapping[str, float]
+) -> dict[str, float]:
     """Metrics not yet logged at this step or later. Steps are repeated after a failure.
 
     `last`: metric name -> last step logged.

@@ -32,8 +32,8 @@ class Trackers:
     No method raises, and none waits, except `close`, which waits up to `CLOSE_SECONDS`.
     """
 
-    def __init__(self, outlets: Iterable[_Outlet]):
-        self._outlets = list(outlets)
+    def __init__(self, threads: Iterable[_TrackerThread]):
+        self._threads = list(threads)
 
     def metrics(self, step: int, figures: Mapping[str, float]) -> None:
         """Log metrics of an optimizer step, by name; values that are not numbers are dropped."""
@@ -49,9 +49,9 @@ class Trackers:
         """Log an image, uint8 (H, W, 3). Its step may be earlier than that of the last metrics."""
         self._tell("image", step, name, np.array(pixels))
 
-    def note(self, step: int, text: str) -> None:
+    def add_event(self, step: int, text: str) -> None:
         """Log an event as a sentence, such as the loss of a worker."""
-        self._tell("note", step, text)
+        self._tell("add_event", step, text)
 
     def rewind(self, first_step: int) -> None:
         """Announce that training resumes at `first_step`, so that logged steps may be repeated."""
@@ -60,15 +60,15 @@ class Trackers:
     def close(self, failed: bool = False) -> None:
         """Write all queued messages and mark the run as ended. A second call does nothing."""
         end = time.monotonic() + CLOSE_SECONDS
-        for outlet in self._outlets:
-            outlet.finish(failed)
-        for outlet in self._outlets:
-            outlet.join(end - time.monotonic())
-        self._outlets = []
+        for thread in self._threads:
+            thread.finish(failed)
+        for thread in self._threads:
+            thread.join(end - time.monotonic())
+        self._threads = []
 
     def _tell(self, *news) -> None:
-        for outlet in self._outlets:
-            outlet.tell(news)
+        for thread in self._threads:
+            thread.tell(news)
 
 
 def open_trackers(
@@ -96,13 +96,13 @@ def open_trackers(
                 f"train.trackers has {name!r}, whose package cannot be imported ({error}); "
                 f"run {install_command(module)}, or leave {name!r} out."
             ) from None
-    return Trackers([_Outlet(store, warn) for store in stores])
+    return Trackers([_TrackerThread(store, warn) for store in stores])
 
 
 # -- one tracker's thread --------------------------------------------------------------------------
 
 
-class _Outlet:
+class _TrackerThread:
     """Queue and thread of one tracker: passes messages to its store in order."""
 
     def __init__(self, store: Store, warn: Callable[[str], None]):
@@ -141,9 +141,9 @@ class _Outlet:
         if opened:
             self._try("close", self._failed)
 
-    def _try(self, method: str, *given) -> bool:
+    def _try(self, method: str, *arguments) -> bool:
         try:
-            getattr(self._store, method)(*given)
+            getattr(self._store, method)(*arguments)
             return True
         except Exception as error:  # of any type: a tracker must not stop training
             self._complain(why(error))

@@ -24,7 +24,7 @@ from ..data.filters import Candidate, Report, first_broken, header_rules
 from ..data.images import encode
 from ..data.shards import Sample, ShardError
 from ..data.sources import columns, find_parts, folder_name, in_share, read_part, row_id, share_of
-from ..data.transforms import Collate, ahead, collated, held_out_batches
+from ..data.transforms import Collate, collate_batches, held_out_batches, prefetch
 from ..errors import ConfigError, UserError
 from ..progress import write_line
 from ..tensors import Batch
@@ -35,16 +35,16 @@ from .run_folder import EVENTS, METRICS, PRESET, WEIGHTS, absolute, check_run, l
 from .run_log import event_line, run_id, steps_bar
 from .samples import sample_grid
 from .single import SingleTrainer
-from .steps import Outlets, train_loop
+from .steps import TrainCallbacks, train_loop
 from .trackers import open_trackers
 
-MOST_BYTES = 16 * 2**30  # limit for the encoded images in memory
+MAX_BYTES = 16 * 2**30  # limit for the encoded images in memory
 SAMPLES = "samples"
 
 
 @dataclass(frozen=True)
-class Done:
-    """Result of one launch of the run.
+class LaunchResult:
+    """Result of one start of the run.
 
     `step`: last step made; `finished`: whether it is the run's last; `weights`: file with the EMA.
     """
@@ -57,7 +57,7 @@ class Done:
 
 def train_alone(
     preset: Preset, out: str | Path, minutes: float | None = None, progress: bool = True
-) -> Done:
+) -> LaunchResult:
     """Train a preset in the local folder `out`, or resume the run in it. Raises UserError.
 
     `minutes`: time limit, after which a checkpoint and the current EMA weights are written. Ctrl-C
@@ -78,7 +78,7 @@ def train_alone(
     done = (out / WEIGHTS).exists() and last_step(out / METRICS) >= preset.train.steps
     turned = check_run(preset, str(out), done)
     if done:
-        return Done(preset.train.steps, True, out / WEIGHTS, 0.0)
+        return LaunchResult(preset.train.steps, True, out / WEIGHTS, 0.0)
     preset = absolute(preset)
     corpus = MemoryCorpus(preset)
     storage.put(preset.model_dump_json(indent=1).encode(), out / PRESET)
@@ -98,7 +98,7 @@ def train_alone(
 
 def _run(
     preset: Preset, out: Path, corpus: MemoryCorpus, log: _Log, ends: Callable[[], bool]
-) -> Done:
+) -> LaunchResult:
     train, checkpoints = preset.train, Checkpoints(out)
     trainer = SingleTrainer(preset)
     _resume(trainer, checkpoints, log)
@@ -111,7 +111,7 @@ def _run(
     writer = CheckpointWriter(
         checkpoints, uuid.uuid4().hex[:8], train.keep_last, train.keep_every, log.event
     )
-    held_out = held_out_batches(preset.data, preset.model, trainer.share.micro_batch)
+    held_out = held_out_batches(preset.data, preset.model, trainer.batch_split.micro_batch)
 
     def save(write: Callable[[Path], None]) -> None:
         step = trainer.progress.step
@@ -124,21 +124,23 @@ def _run(
         writer.step()
         log.step(number)
         if ends():
-            raise _Ended
+            raise _StopTraining
         return False
 
     finished = False
     try:
-        train_loop(trainer, corpus.epoch_batches, held_out, Outlets(log.metrics, save, after_step))
+        train_loop(
+            trainer, corpus.epoch_batches, held_out, TrainCallbacks(log.metrics, save, after_step)
+        )
         finished = True
-    except _Ended:
+    except _StopTraining:
         log.event(
             f"stopped after step {trainer.progress.step:,}; the same command resumes the run",
             trainer.progress.step,
         )
     step = trainer.progress.step
     export_average(_last_checkpoint(trainer, checkpoints, writer, out), out / WEIGHTS)
-    return Done(
+    return LaunchResult(
         step,
         finished,
         out / WEIGHTS,
@@ -163,7 +165,7 @@ def _last_checkpoint(
     return Path(complete[-1].path)
 
 
-class _Ended(Exception):
+class _StopTraining(Exception):
     """Stops the training loop after the current step."""
 
 
@@ -202,7 +204,7 @@ def _grid(checkpoints: Checkpoints, preset: Preset) -> np.ndarray | None:
 class MemoryCorpus:
     """A corpus in memory: encoded images, and up to `data.cache_gib` GiB of decoded ones.
 
-    Raises ShardError if it has fewer usable rows than one batch, or more than `MOST_BYTES` of
+    Raises ShardError if it has fewer usable rows than one batch, or more than `MAX_BYTES` of
     images.
     """
 
@@ -218,9 +220,9 @@ class MemoryCorpus:
                 if reason is None:
                     self.rows.append((row_id(part.url, position), folder_name(part), sample))
                     size += len(sample.image)
-            if size > MOST_BYTES:
+            if size > MAX_BYTES:
                 raise ShardError(
-                    f"The corpus {preset.data.corpus} has more than {MOST_BYTES / 2**30:.0f} GiB "
+                    f"The corpus {preset.data.corpus} has more than {MAX_BYTES / 2**30:.0f} GiB "
                     f"of pictures, too many to hold in memory; leave out --no-ray to stream it."
                 )
         if len(self.rows) < preset.train.batch:
@@ -238,7 +240,7 @@ class MemoryCorpus:
         end = len(chosen) - len(chosen) % self.preset.train.batch
         parts = (chosen[start : start + micro] for start in range(0, end, micro))
         rows_of = (columns((self.rows[n][0], self.rows[n][2]) for n in part) for part in parts)
-        return ahead(collated(rows_of, self._collate, self.preset, epoch))
+        return prefetch(collate_batches(rows_of, self._collate, self.preset, epoch))
 
     def endless(self) -> Iterator[Batch]:
         """Micro-batches of epoch 0, 1, 2..., without end."""

@@ -26,7 +26,7 @@ from glide_ray.cli.main import main
 from glide_ray.errors import UserError
 from glide_ray.evaluation import study, tables
 from glide_ray.evaluation.pairing import BLOCK, FIRST, SECOND, Comparison, next_turn
-from glide_ray.evaluation.votes import PREFETCHED_COMPARISONS, Asked, Votes
+from glide_ray.evaluation.votes import PREFETCHED_COMPARISONS, StudyDefinition, Votes
 
 GLIDE = os.path.join(os.path.dirname(sys.executable), "glide")
 # Each model paints in its own colour.
@@ -107,7 +107,7 @@ def database(
 ):
     """A study in SQLite without pictures."""
     votes = Votes(f"sqlite:///{tmp_path}/votes.sqlite")
-    votes.begin(Asked({name: name for name in models}, questions, count), "secret")
+    votes.begin(StudyDefinition({name: name for name in models}, questions, count), "secret")
     votes.add_comparisons(made(count, models, checks, questions))
     return votes
 
@@ -735,7 +735,7 @@ def test_seeds_decide_where_both_have_them_and_the_order_where_not(tmp_path, dra
 def test_a_study_that_was_broken_off_is_made_again_and_real_pictures_check_captions(
     folders, drawn_corpus, tmp_path, monkeypatch
 ):
-    asked = Asked(folders, ["photorealism", "caption"], 30, str(drawn_corpus / "train"))
+    asked = StudyDefinition(folders, ["photorealism", "caption"], 30, str(drawn_corpus / "train"))
     put = study._write
 
     def breaks(pixels, folder, name):
@@ -777,14 +777,14 @@ def test_what_could_not_be_made_gives_way_and_pictures_that_are_gone_are_made_ag
     folders, tmp_path, capsys
 ):
     bare = bulk(tmp_path / "bare", (9, 9, 9), ["", ""])
-    typo = Asked({**folders, "umbrella": str(tmp_path / "no")}, ["photorealism"], 9)
+    typo = StudyDefinition({**folders, "umbrella": str(tmp_path / "no")}, ["photorealism"], 9)
     for asked, message in (
         (typo, "is empty"),
-        (Asked(folders, ["photorealism"], 9, bare), "bare has a caption"),
+        (StudyDefinition(folders, ["photorealism"], 9, bare), "bare has a caption"),
     ):
         with pytest.raises(UserError, match=message):
             study.open_study(tmp_path / "s", None, asked)
-    asked = Asked(folders, ["photorealism"], 9)
+    asked = StudyDefinition(folders, ["photorealism"], 9)
     votes = study.open_study(tmp_path / "s", None, asked)  # same folder, corrected input
     names = sorted(path.name for path in (tmp_path / "s" / "pictures").glob("*.png"))
     assert votes.asked == asked and len(votes.comparisons()) == 10
@@ -862,7 +862,9 @@ def test_a_csv_that_is_not_understood_is_refused_with_its_line(tmp_path, capsys,
 
 
 def test_what_no_study_can_be_made_of_is_refused_in_a_sentence(folders, tmp_path, capsys):
-    study.open_study(tmp_path / "s", None, Asked(folders, ["photorealism", "caption"], 1000))
+    study.open_study(
+        tmp_path / "s", None, StudyDefinition(folders, ["photorealism", "caption"], 1000)
+    )
     strange, other = bulk(tmp_path / "strange", (1, 1, 1), ["something else"]), named(folders)
     (tmp_path / "empty").mkdir()
     for arguments, message in (

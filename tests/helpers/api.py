@@ -7,7 +7,7 @@ import numpy as np
 
 from glide_ray.config.serving import ServeConfig
 from glide_ray.sampling.cascade import Cascade
-from glide_ray.sampling.recipe import Maker
+from glide_ray.sampling.recipe import ModelSet
 from glide_ray.serving.admission import Admission
 from glide_ray.serving.metrics import Metrics
 from glide_ray.serving.routes import build_api
@@ -21,15 +21,15 @@ class CascadeBackend:
     """A backend that runs both stages in this process."""
 
     def __init__(self, cascade):
-        self.cascade, self.jobs, self.maker, self.clip = (
+        self.cascade, self.jobs, self.model_set, self.clip = (
             cascade,
             [],
-            Maker.of(cascade),
+            ModelSet.of(cascade),
             cascade.base.critic is not None,
         )
         self.sizes = (16, 64)
 
-    async def make(self, job, show=None):
+    async def make(self, job, on_preview=None):
         self.jobs.append(job)
         options = job.options.model_copy(
             update={"steps": job.options.steps or 2, "upsampler_steps": 2}
@@ -37,7 +37,7 @@ class CascadeBackend:
         cascade = self.cascade if job.size == 64 else Cascade(self.cascade.base)
         source = job.source
         for _ in range(job.previews):
-            show(np.zeros((16, 16, 3), np.uint8))
+            on_preview(np.zeros((16, 16, 3), np.uint8))
         if source is None and job.best_of > 1:
             best = cascade.best_of(job.prompt, [job.seed + k for k in range(job.best_of)], options)
             return GeneratedImage(best.image, best.seed)

@@ -8,7 +8,7 @@ import torch
 from glide_ray.data.tokenizer import Tokenizer
 from glide_ray.tensors import Batch, Conditioning
 from glide_ray.train import partition
-from glide_ray.train.steps import Outlets, train_loop
+from glide_ray.train.steps import TrainCallbacks, train_loop
 from helpers.tiny import tiny
 
 STEPS = 6
@@ -54,7 +54,7 @@ def run(made, folder=None, batches=epochs):
             saved[-1].mkdir(parents=True)
             write(saved[-1])
 
-    train_loop(made, batches, [batch(999)], Outlets(metrics.append, checkpoint))
+    train_loop(made, batches, [batch(999)], TrainCallbacks(metrics.append, checkpoint))
     return metrics, saved, averaged(made)
 
 

@@ -35,7 +35,7 @@ from glide_ray.data.duplicates import (
     find_duplicates,
     fingerprint,
 )
-from glide_ray.data.filters import NEAR_DUPLICATE, caption_rules, clean_captions, users_rules
+from glide_ray.data.filters import NEAR_DUPLICATE, caption_rules, clean_captions, import_rules
 from glide_ray.data.images import decode, encode
 from glide_ray.data.shards import INDEX, Sample, ShardError, read_shard, write_shards
 from glide_ray.data.sources import Part, find_parts, read_part
@@ -468,7 +468,7 @@ def test_a_rule_of_the_users_own_is_counted_by_its_name_and_a_row_on_which_it_ra
         str(own_rules / "in"),
         str(own_rules / "out"),
         settings(),
-        users_rules(["my_rules:is_low", "my_rules:divides"]),
+        import_rules(["my_rules:is_low", "my_rules:divides"]),
     )
     assert dict(done.report.dropped) == {
         "against the rule my_rules:is_low": 3,
@@ -502,7 +502,7 @@ def test_a_rule_of_the_users_own_is_counted_by_its_name_and_a_row_on_which_it_ra
 )
 def test_a_rule_that_is_not_there_is_refused_in_one_sentence(own_rules, name, message):
     with pytest.raises(ConfigError, match=message) as refusal:
-        users_rules([name])
+        import_rules([name])
     assert "\n" not in str(refusal.value)
 
 

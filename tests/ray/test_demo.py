@@ -26,7 +26,7 @@ from glide_ray.errors import UserError
 from glide_ray.evaluation.report import HOLE, contact_sheet, loss_curves, show_hole, stairs
 from glide_ray.experiments.demo.asking import Client, left_half, mask_png
 from glide_ray.experiments.demo.figures import DRAWINGS, draw_sketch
-from glide_ray.experiments.demo.page import MOST_BYTES, PICTURES, copy_pictures
+from glide_ray.experiments.demo.page import MAX_BYTES, PICTURES, copy_pictures
 from glide_ray.experiments.demo.plan import STYLE, Plan, Sketch
 from glide_ray.experiments.demo.results import Results
 from glide_ray.experiments.demo.run import run
@@ -118,12 +118,12 @@ def test_a_stage_is_made_again_only_where_what_it_depends_on_changes(tmp_path):
 
     key = {"weights": "a", "things": ("fox", "house")}
     assert results.read("sheet") is None
-    assert [results.once("sheet", key, make)["number"] for _ in range(2)] == [1, 1]
-    assert results.once("sheet", {**key, "weights": "b"}, make)["number"] == 2
+    assert [results.cached_result("sheet", key, make)["number"] for _ in range(2)] == [1, 1]
+    assert results.cached_result("sheet", {**key, "weights": "b"}, make)["number"] == 2
     (tmp_path / "picture.png").unlink()
-    assert results.once("sheet", {**key, "weights": "b"}, make)["number"] == 3
+    assert results.cached_result("sheet", {**key, "weights": "b"}, make)["number"] == 3
     (tmp_path / "stages" / "sheet.json").write_text('{"key"')  # as left by a killed process
-    assert results.once("sheet", key, make) == results.read("sheet")
+    assert results.cached_result("sheet", key, make) == results.read("sheet")
     assert results.read("sheet")["number"] == 4 and results.read("sheet")["seconds"] >= 0
 
 
@@ -282,7 +282,7 @@ def test_the_demo_leaves_a_page_with_all_of_it_and_is_not_made_twice(
     assert {path.name for path in copies} == {
         Path(name).with_suffix(".webp").name for name in PICTURES
     }
-    assert sum(path.stat().st_size for path in copies) < MOST_BYTES
+    assert sum(path.stat().st_size for path in copies) < MAX_BYTES
     assert capsys.readouterr().out.count("bytes") == len(PICTURES)
 
 
@@ -358,9 +358,9 @@ def test_large_pictures_are_copied_at_a_lower_quality_or_refused(tmp_path, monke
     for name in PICTURES:
         (tmp_path / name).write_bytes(encode(noise))
     least = len(PICTURES) * len(encode(noise, "webp", quality=60))
-    monkeypatch.setattr("glide_ray.experiments.demo.page.MOST_BYTES", least)
+    monkeypatch.setattr("glide_ray.experiments.demo.page.MAX_BYTES", least)
     assert sum(path.stat().st_size for path in copy_pictures(tmp_path, tmp_path / "a")) == least
-    monkeypatch.setattr("glide_ray.experiments.demo.page.MOST_BYTES", least - 1)
+    monkeypatch.setattr("glide_ray.experiments.demo.page.MAX_BYTES", least - 1)
     with pytest.raises(UserError, match="make smaller ones"):
         copy_pictures(tmp_path, tmp_path / "b")
 

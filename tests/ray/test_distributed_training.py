@@ -16,9 +16,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from glide_ray.data.sources import columns
-from glide_ray.data.transforms import Collate, collated
+from glide_ray.data.transforms import Collate, collate_batches
 from glide_ray.distributed.training.run import train
-from glide_ray.distributed.training.worker import _contrast
+from glide_ray.distributed.training.worker import _clip_batch_note
 from glide_ray.errors import UserError
 from glide_ray.models.weights import load_model
 from glide_ray.train.batch_split import BatchSplit
@@ -132,7 +132,9 @@ def test_every_rank_gets_as_many_batches_whichever_pictures_cannot_be_decoded(dr
     )
     settings = preset(drawn_corpus)
     for given in ([broken, broken, good, broken], [good, broken], [broken, good]):
-        batches = list(collated(iter(given), Collate(settings.model, settings.data), settings, 0))
+        batches = list(
+            collate_batches(iter(given), Collate(settings.model, settings.data), settings, 0)
+        )
         assert [len(batch.image) for batch in batches] == [len(rows["id"]) for rows in given]
         assert {tuple(batch.rows.unique().tolist()) for batch in batches} == {(0, 1)}
     with pytest.raises(
@@ -140,7 +142,11 @@ def test_every_rank_gets_as_many_batches_whichever_pictures_cannot_be_decoded(dr
         match="No picture of the last 2 batches of the corpus .* can be decoded; "
         "leave those that are broken out with `glide clean`",
     ):
-        list(collated(iter([broken, broken]), Collate(settings.model, settings.data), settings, 0))
+        list(
+            collate_batches(
+                iter([broken, broken]), Collate(settings.model, settings.data), settings, 0
+            )
+        )
 
 
 def test_weights_to_be_fine_tuned_are_asked_for_where_there_is_no_checkpoint_yet(
@@ -167,7 +173,7 @@ def test_weights_to_be_fine_tuned_are_asked_for_where_there_is_no_checkpoint_yet
     [(BatchSplit(64, 4, 0, 16), 63), (BatchSplit(64, 4, 0, 8), 31), (BatchSplit(8, 1, 0, 64), 7)],
 )
 def test_a_clip_run_says_how_many_captions_a_picture_is_contrasted_with(share, others):
-    assert f"from {others} others" in _contrast(share)
+    assert f"with {others} others" in _clip_batch_note(share)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from glide_ray.data.content import (
     tuned_threshold,
     with_threshold,
 )
-from glide_ray.data.filters import users_rules
+from glide_ray.data.filters import import_rules
 from glide_ray.data.images import centre_crop, three_crops, to_tensor
 from glide_ray.data.labelling import (
     Label,
@@ -339,7 +339,7 @@ def is_red(candidate):
 
 
 # Loaded by name and sent to Ray's workers like a user's rule.
-TRUTH = users_rules(["test_filter:is_red"])["against the rule test_filter:is_red"]
+TRUTH = import_rules(["test_filter:is_red"])["against the rule test_filter:is_red"]
 
 
 def answer(path, right=lambda caption: caption.startswith(RED)):

@@ -194,7 +194,7 @@ def test_parts_that_were_trained_on_whole_are_not_read_again(tmp_path, monkeypat
     for number in order[:3]:
         (tmp_path / f"{number:06d}.tar").write_bytes(b"gone")
     known = Tally.remote()
-    ray.get(known.know.remote(0, counts))
+    ray.get(known.restore_counts.remote(0, counts))
     assert (
         batches_of(tmp_path, rows=24, tally=known) == whole[2:]
         and not ray.get(known.report.remote()).faults

@@ -24,7 +24,7 @@ from glide_ray.sampling.checks import RequestError
 from glide_ray.sampling.engine import Engine, Load
 from glide_ray.sampling.job import Job, Source
 from glide_ray.serving.admission import Admission
-from glide_ray.serving.api_keys import Key, hashed, new_key, read_keys
+from glide_ray.serving.api_keys import Key, key_sha256, new_key, read_keys
 from glide_ray.serving.errors import ApiError
 from glide_ray.serving.metrics import Metrics, StageLoad
 from glide_ray.serving.routes import build_api
@@ -333,8 +333,8 @@ def test_a_stream_shows_images_on_the_way_and_then_the_one_that_is_answered_whol
 
 def test_a_failure_within_a_stream_is_an_event(backend):
     class Failing(CascadeBackend):
-        async def make(self, job, show=None):
-            show(np.zeros((16, 16, 3), np.uint8))
+        async def make(self, job, on_preview=None):
+            on_preview(np.zeros((16, 16, 3), np.uint8))
             raise ApiError(503, "lost")
 
     seen = events(
@@ -351,7 +351,7 @@ def test_a_fault_within_a_stream_is_an_event_that_says_nothing_of_its_inside(bac
     caplog.set_level(logging.INFO, "ray.serve.glide")
 
     class Failing(CascadeBackend):
-        async def make(self, job, show=None):
+        async def make(self, job, on_preview=None):
             raise RuntimeError("secret path /etc")
 
     answer = asking(Failing(backend.cascade))(
@@ -379,9 +379,9 @@ class InProcess:
             stepper.device,
         )
         self.stage._engine, self.stage._sha256 = Engine(stepper), kind.role
-        self.make, self.watch = (
+        self.make, self.make_with_previews = (
             SimpleNamespace(remote=self.stage.make),
-            SimpleNamespace(remote=self.stage.watch),
+            SimpleNamespace(remote=self.stage.make_with_previews),
         )
         if kind.role == "base":
             self.score = SimpleNamespace(remote=self.stage.score)
@@ -393,13 +393,13 @@ class InProcess:
 @pytest.fixture
 def stages(backend):
     """A model's two stages behind a RayBackend, in this process."""
-    from glide_ray.serving.deployment import RayBackend, Served
+    from glide_ray.serving.backend import ModelInfo, RayBackend
     from glide_ray.serving.stages import Base, Upsampler
 
     cascade = backend.cascade
     base, upsampler = InProcess(Base, cascade.base), InProcess(Upsampler, cascade.upsampler)
     yield RayBackend(
-        Served("tiny", ServeConfig(clip="c"), backend.maker), base, upsampler, Metrics()
+        ModelInfo("tiny", ServeConfig(clip="c"), backend.model_set), base, upsampler, Metrics()
     )
     base.stage._engine.close()
     upsampler.stage._engine.close()
@@ -450,7 +450,7 @@ def test_the_server_paints_the_edit_and_the_variation_that_the_cascade_does(
 
 
 def test_when_one_candidate_of_the_best_fails_the_replicas_give_up_the_others(backend):
-    from glide_ray.serving.backend import RayBackend, Served
+    from glide_ray.serving.backend import ModelInfo, RayBackend
 
     class Response:
         def __init__(self, fails):
@@ -474,7 +474,7 @@ def test_when_one_candidate_of_the_best_fails_the_replicas_give_up_the_others(ba
     async def fail():
         base = Handle()
         stages = RayBackend(
-            Served("tiny", ServeConfig(clip="c"), replace(backend.maker, upsampler=None)),
+            ModelInfo("tiny", ServeConfig(clip="c"), replace(backend.model_set, upsampler=None)),
             base,
             None,
             Metrics(),
@@ -490,7 +490,7 @@ def test_when_one_candidate_of_the_best_fails_the_replicas_give_up_the_others(ba
 def test_what_a_stage_refuses_is_told_without_its_traceback(backend):
     from ray.exceptions import RayTaskError
 
-    from glide_ray.serving.backend import RayBackend, Served
+    from glide_ray.serving.backend import ModelInfo, RayBackend
 
     async def refuse():
         raise RayTaskError(
@@ -505,7 +505,7 @@ def test_what_a_stage_refuses_is_told_without_its_traceback(backend):
     base = SimpleNamespace(make=SimpleNamespace(remote=lambda job: refuse()))
     send = asking(
         RayBackend(
-            Served("tiny", ServeConfig(), replace(backend.maker, upsampler=None)),
+            ModelInfo("tiny", ServeConfig(), replace(backend.model_set, upsampler=None)),
             base,
             None,
             Metrics(),
@@ -570,7 +570,7 @@ def test_a_stage_that_does_not_answer_hides_no_other(backend):
     refused(send("GET", "/readyz"), 503, "no ready replica")
     asyncio.run(ingress.check_health())
     assert (
-        ingress.admission.shares == 2
+        ingress.admission.ingress_replicas == 2
         and ingress.admission.capacity["tiny"] == (8 + CONFIG.max_waiting) // 2
     )
 
@@ -594,7 +594,7 @@ def test_without_keys_only_this_machine_is_answered(backend):
 
 def test_with_keys_everyone_needs_one(backend):
     with_keys = asking(
-        backend, keys={"ann": Key(sha256=hashed("secret-of-ann-01"))}, client="10.0.0.7"
+        backend, keys={"ann": Key(sha256=key_sha256("secret-of-ann-01"))}, client="10.0.0.7"
     )
     for header in (
         {},
@@ -625,7 +625,7 @@ def test_keys_are_kept_as_hashes_and_found_again(tmp_path):
     key = new_key("ann", path, per_minute=5)
     new_key("bob", path)
     assert key not in path.read_text() and read_keys(str(path), {})["ann"] == Key(
-        sha256=hashed(key), per_minute=5
+        sha256=key_sha256(key), per_minute=5
     )
     assert set(read_keys(str(path), {"GLIDE_API_KEYS": "eve:0123456789abcdef"})) == {
         "ann",
@@ -652,7 +652,7 @@ class Slow(CascadeBackend):
         super().__init__(cascade)
         self.go, self.began, self.left = asyncio.Event(), 0, 0
 
-    async def make(self, job, show=None):
+    async def make(self, job, on_preview=None):
         self.began += 1
         try:
             await self.go.wait()
@@ -675,7 +675,7 @@ def test_what_exceeds_the_places_is_answered_429_at_once_and_the_rest_is_served(
         busy = await asyncio.wait_for(send.once("POST", GENERATIONS, json={"prompt": "x"}), 5)
         told = (await send.once("GET", "/metrics")).text
         slow.go.set()
-        return busy, [await one for one in waiting], told, send.state.admission.inside["tiny"]
+        return busy, [await one for one in waiting], told, send.state.admission.in_progress["tiny"]
 
     busy, served, told, inside = asyncio.run(crowd())
     refused(busy, 429, "no capacity left")
@@ -692,8 +692,8 @@ def test_what_exceeds_the_places_is_answered_429_at_once_and_the_rest_is_served(
 
 def test_a_key_has_limits_of_its_own(backend):
     keys = {
-        "ann": Key(sha256=hashed("a" * 16), per_minute=3),
-        "bob": Key(sha256=hashed("b" * 16), at_once=1),
+        "ann": Key(sha256=key_sha256("a" * 16), per_minute=3),
+        "bob": Key(sha256=key_sha256("b" * 16), at_once=1),
     }
     send = asking(backend, keys=keys)
     ann, bob = ({"authorization": f"Bearer {letter * 16}"} for letter in "ab")
@@ -712,8 +712,8 @@ def test_a_key_has_limits_of_its_own(backend):
 
 def test_a_request_for_more_than_a_key_may_ever_have_is_not_told_to_try_again(backend):
     keys = {
-        "ann": Key(sha256=hashed("a" * 16), per_minute=3),
-        "bob": Key(sha256=hashed("b" * 16), at_once=1),
+        "ann": Key(sha256=key_sha256("a" * 16), per_minute=3),
+        "bob": Key(sha256=key_sha256("b" * 16), at_once=1),
     }
     send = asking(backend, keys=keys)
     ann, bob = ({"authorization": f"Bearer {letter * 16}"} for letter in "ab")
@@ -731,7 +731,7 @@ def test_ingress_replicas_share_a_keys_limits_and_no_request_within_them_is_impo
         {"ann": Key(sha256="0" * 64, at_once=4), "bob": Key(sha256="1" * 64, per_minute=4)},
         {"m": 99},
     )
-    admission.shares = 2
+    admission.ingress_replicas = 2
     for who in ("ann", "bob"):
         with (
             admission.admit(who, "m", 1),
@@ -787,7 +787,7 @@ def test_a_client_that_leaves_gives_its_places_back(backend):
             await asyncio.sleep(0.01)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-        return slow.left, send.state.admission.inside["tiny"]
+        return slow.left, send.state.admission.in_progress["tiny"]
 
     assert asyncio.run(leave()) == (3, 0)
 
@@ -975,9 +975,9 @@ def test_masks_that_do_not_fit_are_refused(ask):
 
 def test_steps_are_bounded_by_those_that_each_model_was_trained_with(backend):
     short = CascadeBackend(backend.cascade)
-    diffusion = short.maker.base.diffusion.model_copy(update={"steps": 100})
-    short.maker = replace(
-        short.maker, base=short.maker.base.model_copy(update={"diffusion": diffusion})
+    diffusion = short.model_set.base.diffusion.model_copy(update={"steps": 100})
+    short.model_set = replace(
+        short.model_set, base=short.model_set.base.model_copy(update={"diffusion": diffusion})
     )
     refused(
         asking(short)("POST", GENERATIONS, json={"prompt": "x", "steps": 500}),
@@ -1042,7 +1042,7 @@ def test_edit_forms_that_make_no_sense_are_refused(ask):
 
 def test_a_failure_of_the_backend_is_a_500_that_says_nothing_of_its_inside(backend, caplog):
     class Failing(CascadeBackend):
-        async def make(self, job, show=None):
+        async def make(self, job, on_preview=None):
             raise RuntimeError("secret path /etc")
 
     answer = asking(Failing(backend.cascade))("POST", GENERATIONS, json={"prompt": "x"})

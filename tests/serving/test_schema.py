@@ -32,13 +32,13 @@ schemathesis.openapi.format(
 class Quick(CascadeBackend):
     """The real cascade with at most 2 steps and 2 candidates, whatever a request asks for."""
 
-    async def make(self, job, show=None):
+    async def make(self, job, on_preview=None):
         few = {
             name: min(2, getattr(job.options, name) or 2) for name in ("steps", "upsampler_steps")
         }
         return await super().make(
             replace(job, options=job.options.model_copy(update=few), best_of=min(2, job.best_of)),
-            show,
+            on_preview,
         )
 
 

@@ -27,7 +27,7 @@ from glide_ray.config.serving import ServeConfig
 from glide_ray.errors import ConfigError, UserError
 from glide_ray.sampling.cascade import Cascade
 from glide_ray.sampling.job import Job
-from glide_ray.sampling.recipe import find_models, make_again, read_recipe
+from glide_ray.sampling.recipe import find_models, read_recipe, reproduce_picture
 from glide_ray.serving.metrics import Metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
@@ -103,15 +103,15 @@ def test_openais_client_edits_and_what_is_known_is_kept_exactly(client, weights,
         np.array_equal(edited[known], image[known])
         and (edited[~known] != image[~known]).mean() > 0.5
     )
-    made_again(tmp_path, weights, answer.data[0].b64_json)
+    assert_reproduced(tmp_path, weights, answer.data[0].b64_json)
 
 
-def made_again(folder, weights, b64):
+def assert_reproduced(folder, weights, b64):
     """Check that the recipe in a PNG answer reproduces the picture from the weights alone."""
     (folder / "answer.png").write_bytes(base64.b64decode(b64))
     recipe, inputs, served = read_recipe(folder / "answer.png")
     models = find_models(recipe, {role: Path(path) for role, path in weights.items()})
-    here = make_again(
+    here = reproduce_picture(
         Cascade.load(models["base"], models.get("upsampler"), recipe.precision), recipe, inputs
     )
     assert here.shape == served.shape and np.abs(here.astype(int) - served).max() <= 1
@@ -122,7 +122,7 @@ def test_a_png_answer_carries_the_recipe_that_makes_it_again(client, weights, tm
     answer = client.images.generate(
         prompt=PROMPT, size=size, extra_body={"seed": 5, "steps": STEPS, "guidance_scale": 4.0}
     )
-    made_again(tmp_path, weights, answer.data[0].b64_json)
+    assert_reproduced(tmp_path, weights, answer.data[0].b64_json)
     assert str(weights["base"]).encode() not in base64.b64decode(answer.data[0].b64_json)
 
 
@@ -136,7 +136,7 @@ def test_openais_client_makes_a_variation(client, weights, tmp_path):
         size="256x256",
         extra_body={"seed": 2, "steps": STEPS, "strength": 0.5, "prompt": "a dog"},
     )
-    made_again(tmp_path, weights, answer.data[0].b64_json)
+    assert_reproduced(tmp_path, weights, answer.data[0].b64_json)
 
 
 def test_the_client_example_generates_and_edits(url, tmp_path, monkeypatch):
@@ -225,9 +225,9 @@ def test_a_client_that_leaves_frees_its_place_within_two_steps(client, url):
 @pytest.mark.parametrize("previews", [0, 3])
 def test_a_picture_that_is_given_up_frees_its_place_though_its_client_stays(url, weights, previews):
     """This happens to the other pictures of a request when one of them fails."""
-    from glide_ray.serving.backend import RayBackend, Served
+    from glide_ray.serving.backend import ModelInfo, RayBackend
 
-    served, before = Served.read(ServeConfig(**weights), "auto"), loads(url)["base", "cancelled"]
+    served, before = ModelInfo.read(ServeConfig(**weights), "auto"), loads(url)["base", "cancelled"]
 
     async def give_up():
         backend = RayBackend(served, serve.get_deployment_handle("base", "glide"), None, Metrics())

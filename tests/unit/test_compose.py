@@ -18,7 +18,7 @@ from glide_ray.evaluation.categories import (
     CATEGORIES,
     COUNT,
     INPAINTING,
-    KNOWN,
+    KNOWN_PIXELS,
     NEW,
     PAIRS,
     POSITION,
@@ -55,7 +55,9 @@ def cascade(tmp_path_factory):
 @pytest.fixture()
 def run(judge, corpus, tmp_path):
     without_edits = [name for name in CATEGORIES if name != INPAINTING]
-    return compose.Run(judge, corpus, tmp_path / "out", COUNTED, without_edits, 64, options=FAST)
+    return compose.ComposeRun(
+        judge, corpus, tmp_path / "out", COUNTED, without_edits, 64, options=FAST
+    )
 
 
 def command(corpus, out, *more):
@@ -97,7 +99,7 @@ def test_a_hole_is_a_quarter_of_the_picture_and_holds_the_first_object_alone(cor
 
 
 def test_real_pictures_reach_all_of_themselves(judge, corpus, tmp_path):
-    rows = compose.Run(judge, corpus, tmp_path, COUNTED, CATEGORIES, 256).of_real()
+    rows = compose.ComposeRun(judge, corpus, tmp_path, COUNTED, CATEGORIES, 256).score_real()
     told = [row for row in rows if row["measurable"]]
     assert told and all(row["right"] == row["real"] and row["share"] == 1 for row in told)
     assert {row["category"] for row in rows} == set(CATEGORIES)
@@ -125,7 +127,7 @@ def test_what_the_judge_cannot_tell_is_no_figure(judge, corpus, tmp_path):
     from dataclasses import replace
 
     blind = replace(judge, accuracy={"64": {SEEN: {STYLE: {"right": 0.9, "pictures": 200}}}})
-    rows = compose.Run(blind, corpus, tmp_path, COUNTED, [SEEN], 64).of_real()
+    rows = compose.ComposeRun(blind, corpus, tmp_path, COUNTED, [SEEN], 64).score_real()
     style = next(row for row in rows if row["question"] == STYLE)
     assert not style["measurable"] and "right" not in style
     assert ["not measurable", "", "", "", ""] in [row[2:] for row in compose.table(rows)]
@@ -136,7 +138,7 @@ def test_what_the_judge_cannot_tell_is_no_figure(judge, corpus, tmp_path):
 
 def test_pictures_are_made_once_judged_and_shown_on_a_page(run, cascade):
     done = []
-    rows = run.of_models(cascade, progress=lambda *progress: done.append(progress))
+    rows = run.score_models(cascade, progress=lambda *progress: done.append(progress))
     total = COUNTED * len(run.categories)
     assert done[-1] == (total, total)
     assert {row["category"] for row in rows} == set(run.categories)
@@ -148,20 +150,20 @@ def test_pictures_are_made_once_judged_and_shown_on_a_page(run, cascade):
     assert all(picture["prompt"] in page for picture in figures["pictures"])
     again = []
     assert (
-        run.of_models(cascade, progress=lambda *progress: again.append(progress)) == rows
+        run.score_models(cascade, progress=lambda *progress: again.append(progress)) == rows
         and not again
     )
 
 
 def test_a_run_that_was_interrupted_makes_what_is_missing_and_says_the_same(run, cascade):
-    rows = run.of_models(cascade)
+    rows = run.score_models(cascade)
     pictures = sorted((run.out / compose.PICTURES).glob("*.png"))
     kept = {path: path.stat().st_mtime_ns for path in pictures[1:]}
     before = pictures[0].read_bytes()
     pictures[0].unlink()
     pictures[1].write_bytes(b"cut off")
     done = []
-    assert run.of_models(cascade, progress=lambda *progress: done.append(progress)) == rows
+    assert run.score_models(cascade, progress=lambda *progress: done.append(progress)) == rows
     assert pictures[0].read_bytes() == before
     assert {path for path in kept if path.stat().st_mtime_ns != kept[path]} == {pictures[1]}
 
@@ -184,9 +186,9 @@ def replace_steps(options, steps):
 
 
 def test_a_model_that_was_not_trained_to_inpaint_is_not_asked_to(judge, corpus, cascade, tmp_path):
-    run = compose.Run(judge, corpus, tmp_path, 2, [INPAINTING], 64, options=FAST)
+    run = compose.ComposeRun(judge, corpus, tmp_path, 2, [INPAINTING], 64, options=FAST)
     with pytest.raises(compose.ComposeError, match="--categories"):
-        run.of_models(cascade)
+        run.score_models(cascade)
     assert not (tmp_path / compose.PICTURES).exists()
 
 
@@ -197,8 +199,14 @@ def test_an_edit_keeps_the_known_pixels_and_a_changed_one_is_noticed(judge, corp
     for case, picture in zip(cases, changed, strict=True):
         y, x = np.argwhere(~case.hole)[0] // 4
         picture[y, x] ^= 1
-    assert [of[KNOWN].right for of in compose.judged(judge, cases, kept)] == [True, True]
-    assert [of[KNOWN].right for of in compose.judged(judge, cases, changed)] == [False, False]
+    assert [of[KNOWN_PIXELS].right for of in compose.judge_pictures(judge, cases, kept)] == [
+        True,
+        True,
+    ]
+    assert [of[KNOWN_PIXELS].right for of in compose.judge_pictures(judge, cases, changed)] == [
+        False,
+        False,
+    ]
 
 
 # -- a new style -----------------------------------------------------------------------------------
@@ -234,8 +242,8 @@ def test_a_new_style_is_learnt_from_half_of_its_things_and_asked_of_the_others(
     tried = knowing.accuracy["64"][NEW][STYLE]
     assert tried["right"] == 1 and tried["pictures"] == len(rows) + min(len(rows), len(drawn.PAIRS))
     assert knowing.accuracy["64"][SEEN] == judge.accuracy["64"][SEEN]
-    run = compose.Run(knowing, corpus, tmp_path / "out", 3, [SEEN], 64, new_style=rows)
-    figures = {(row["category"], row["question"]): row for row in run.of_real()}
+    run = compose.ComposeRun(knowing, corpus, tmp_path / "out", 3, [SEEN], 64, new_style=rows)
+    figures = {(row["category"], row["question"]): row for row in run.score_real()}
     assert figures[NEW, STYLE]["right"] == 1 and figures[NEW, STYLE]["pictures"] == 3
     assert knowing.digest() != judge.digest()
 
@@ -272,7 +280,7 @@ def test_the_shipped_weights_are_scored_by_one_command(
         and "inpainting: known pixels equal" in said
     )
     figures = json.loads((tmp_path / "out" / compose.FIGURES).read_text())
-    known = next(line for line in figures["lines"] if line["question"] == KNOWN)
+    known = next(line for line in figures["lines"] if line["question"] == KNOWN_PIXELS)
     assert known["right"] == 1 and known["reached"]
     assert {THING, STYLE} <= set(figures["pictures"][0]["verdicts"])
 

@@ -120,7 +120,7 @@ def test_noised_clip_learns_which_caption_goes_with_which_image():
         and after["held_out"] < before["held_out"] * 0.7
         and after["held_out_accuracy"] >= 0.5
     )
-    assert {piece.name for piece in trainer.pieces} == set(clip_model().state_dict())
+    assert {piece.name for piece in trainer.param_slices} == set(clip_model().state_dict())
 
 
 def test_activation_checkpointing_changes_no_gradient_of_clip():

@@ -14,19 +14,19 @@ from glide_ray.evaluation import fitting, regions, vocabulary
 from glide_ray.evaluation.cases import CorpusError, make_cases
 from glide_ray.evaluation.categories import (
     BACKGROUND,
-    BARS,
+    BACKGROUND_COLOUR,
     CATEGORIES,
     COLOUR,
     COUNT,
-    HOW_MANY,
-    IN,
     INPAINTING,
-    ON,
+    LAYOUT,
+    MIN_ACCURACY,
+    OBJECT_COLOUR,
+    OBJECT_COUNT,
     PAIRS,
     POSITION,
     STYLE,
     THING,
-    WHERE,
 )
 from glide_ray.evaluation.judge import Judge, JudgeError
 from glide_ray.evaluation.judge_accuracy import try_judge
@@ -194,9 +194,11 @@ def test_things_in_too_few_styles_of_no_plain_name_or_untold_are_not_asked_for()
         for style in "ABC"
         if (emoji, style) not in {("b", "A"), ("b", "B")}
     ]
-    chosen = vocabulary.choose(rows, least_styles=3, untold={"d"})
+    chosen = vocabulary.choose(rows, least_styles=3, misjudged={"d"})
     assert (
-        chosen.order == ("a",) and set(chosen.names) == {"a", "b", "d"} and chosen.untold == {"d"}
+        chosen.order == ("a",)
+        and set(chosen.names) == {"a", "b", "d"}
+        and chosen.misjudged == {"d"}
     )
 
 
@@ -211,10 +213,10 @@ def test_real_pictures_that_it_has_not_seen_are_judged_rightly_in_every_category
         (PAIRS, THING),
         (PAIRS, STYLE),
         ("unseen", THING),
-        (BACKGROUND, ON),
-        (COLOUR, IN),
-        (COUNT, HOW_MANY),
-        (POSITION, WHERE),
+        (BACKGROUND, BACKGROUND_COLOUR),
+        (COLOUR, OBJECT_COLOUR),
+        (COUNT, OBJECT_COUNT),
+        (POSITION, LAYOUT),
         (INPAINTING, THING),
     ):
         some = of(cases, category)
@@ -234,9 +236,9 @@ def test_degraded_pictures_are_still_recognised(judge, cases):
 def test_pictures_of_other_prompts_are_judged_wrong(judge, cases):
     """Each prompt is judged with a picture made for a prompt that asks for something else."""
     asked = {
-        BACKGROUND: (ON, lambda case: case.labels["background"]),
-        COLOUR: (IN, lambda case: case.labels["colour"]),
-        COUNT: (HOW_MANY, lambda case: case.labels["count"]),
+        BACKGROUND: (BACKGROUND_COLOUR, lambda case: case.labels["background"]),
+        COLOUR: (OBJECT_COLOUR, lambda case: case.labels["colour"]),
+        COUNT: (OBJECT_COUNT, lambda case: case.labels["count"]),
         "seen": (THING, lambda case: case.thing),
     }
     for category, (question, label) in asked.items():
@@ -253,7 +255,7 @@ def test_two_objects_in_each_others_places_are_in_the_wrong_order(judge, cases):
         case.picture[:, ::-1] if case.labels["relation"].endswith(" of") else case.picture[::-1]
         for case in some
     ]
-    assert right(judge, some, mirrored, WHERE) < 0.2
+    assert right(judge, some, mirrored, LAYOUT) < 0.2
 
 
 def test_noise_shows_nothing_that_was_asked_for(judge, cases):
@@ -263,7 +265,12 @@ def test_noise_shows_nothing_that_was_asked_for(judge, cases):
         (case.category, verdict)
         for case, verdict in zip(cases, judge.verdicts(cases, noise), strict=True)
     ]
-    first = {POSITION: WHERE, COLOUR: IN, COUNT: HOW_MANY, BACKGROUND: ON}
+    first = {
+        POSITION: LAYOUT,
+        COLOUR: OBJECT_COLOUR,
+        COUNT: OBJECT_COUNT,
+        BACKGROUND: BACKGROUND_COLOUR,
+    }
     for category in CATEGORIES:
         shares = [
             verdict[first.get(category, THING)].right
@@ -304,15 +311,19 @@ def test_a_style_that_is_added_later_is_told_from_the_others(judge, cases):
 def test_it_is_judged_on_held_out_pictures_first_and_says_what_it_cannot_measure(corpus, judge):
     tried = try_judge(corpus, judge, scenes=6)
     assert tried.accuracy["64"][PAIRS][THING] == {"right": 1.0, "pictures": len(drawn.PAIRS)}
-    assert tried.measurable(64, COLOUR, IN) and tried.measurable(256, "seen", STYLE)
+    assert tried.measurable(64, COLOUR, OBJECT_COLOUR) and tried.measurable(256, "seen", STYLE)
     poor = replace(
         tried,
-        accuracy={"256": {COUNT: {HOW_MANY: {"right": BARS[HOW_MANY] - 0.01, "pictures": 100}}}},
+        accuracy={
+            "256": {
+                COUNT: {OBJECT_COUNT: {"right": MIN_ACCURACY[OBJECT_COUNT] - 0.01, "pictures": 100}}
+            }
+        },
     )
     assert (
-        not poor.measurable(256, COUNT, HOW_MANY)
-        and not poor.measurable(64, COUNT, HOW_MANY)
-        and not judge.measurable(256, COUNT, HOW_MANY)
+        not poor.measurable(256, COUNT, OBJECT_COUNT)
+        and not poor.measurable(64, COUNT, OBJECT_COUNT)
+        and not judge.measurable(256, COUNT, OBJECT_COUNT)
     )
 
 

@@ -104,7 +104,7 @@ def rank_of_two(rank, port, folder, stage, start, more):
     import deepspeed
 
     from glide_ray.train.loop import Trainer
-    from glide_ray.train.steps import Outlets, train_loop
+    from glide_ray.train.steps import TrainCallbacks, train_loop
 
     deepspeed_engine.quiet()
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
@@ -123,7 +123,10 @@ def rank_of_two(rank, port, folder, stage, start, more):
         dist.barrier()
 
     train_loop(
-        trainer, halves, [batch(999)[2 * rank : 2 * rank + 2]], Outlets(metrics.append, checkpoint)
+        trainer,
+        halves,
+        [batch(999)[2 * rank : 2 * rank + 2]],
+        TrainCallbacks(metrics.append, checkpoint),
     )
     numbers = {
         "parameters": sum(

@@ -23,7 +23,7 @@ from glide_ray.precision import DTYPES
 from glide_ray.train.activations import training_pass
 from glide_ray.train.hardware import (
     GPUS,
-    USABLE,
+    USABLE_GPU_MEMORY,
     Machine,
     cpu_budget,
     find_machine,
@@ -304,7 +304,9 @@ def test_the_micro_batch_is_the_largest_that_fits_evened_out():
     assert choose_micro_batch(preset, 1, "fp32", 1e12, "cpu") == 50
     assert choose_micro_batch(preset, 3, "fp32", 1e12, "cpu") == 17  # the largest of three parts
     assert (
-        choose_micro_batch(presets.get("paper-base"), 64, "fp16", USABLE * GPUS["h100"].memory)
+        choose_micro_batch(
+            presets.get("paper-base"), 64, "fp16", USABLE_GPU_MEMORY * GPUS["h100"].memory
+        )
         == 32
     )
 
@@ -331,7 +333,7 @@ def test_where_not_one_image_fits_one_sentence_says_what_would_help_and_it_does(
 ):
     preset, budget = (
         override(presets.get(name), ["activation_checkpointing=false", "zero_stage=1"]),
-        GPUS[gpu].memory * USABLE,
+        GPUS[gpu].memory * USABLE_GPU_MEMORY,
     )
     with pytest.raises(ConfigError) as error:
         choose_micro_batch(preset, world, precision, budget)
@@ -483,7 +485,10 @@ def test_a_plan_says_memory_by_part_time_and_price_and_its_flags_make_the_run(ca
     flags = re.findall(r"--set (\S+)", printed)
     run = override(presets.get("paper-base"), flags)
     assert run.train.workers == 64 and run.train.batch == 2048
-    assert memory(run, 64, run.train.micro_batch, "fp16").total <= USABLE * GPUS["h100"].memory
+    assert (
+        memory(run, 64, run.train.micro_batch, "fp16").total
+        <= USABLE_GPU_MEMORY * GPUS["h100"].memory
+    )
     hours, worker_hours, price = (
         float(re.search(pattern, printed)[1].replace(",", ""))
         for pattern in (r"in ([\d,.]+) days", r"([\d,.]+) worker", r"each ([\d,]+)")

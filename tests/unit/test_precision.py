@@ -89,7 +89,7 @@ def fp16(monkeypatch):
 def step(trainer, number, given=None, check=True):
     """One optimizer step as in the training loop; returns the mean loss of this rank."""
     given = batch(number) if given is None else given
-    calls = trainer.share.calls
+    calls = trainer.batch_split.calls
     parts = [
         given[len(given.image) * n // calls : len(given.image) * (n + 1) // calls]
         for n in range(calls)
@@ -312,7 +312,9 @@ def test_weights_that_are_not_finite_are_named(fp16, settings):
     assert (
         locate_nonfinite(trainer, batch(1), 1) == "all values are finite when the step is repeated"
     )
-    piece = next(piece for piece in trainer.pieces if piece.name == "middle.1.block.in_conv.weight")
+    piece = next(
+        piece for piece in trainer.param_slices if piece.name == "middle.1.block.in_conv.weight"
+    )
     since = "an earlier step" if trainer.preset.train.zero_stage else "this or an earlier step"
     for value, what in (
         (1e5, "weights of up to 1e+05 are too large for fp16 (middle.1.block.in_conv.weight)"),
@@ -389,7 +391,9 @@ def test_a_search_leaves_everything_as_it_was(fp16, settings):
         drawn = torch.get_rng_state()
         locate_nonfinite(
             searched,
-            [batch(number)[:2], batch(number)[2:]] if searched.share.calls == 2 else batch(number),
+            [batch(number)[:2], batch(number)[2:]]
+            if searched.batch_split.calls == 2
+            else batch(number),
             number,
         )
         assert torch.equal(torch.get_rng_state(), drawn)

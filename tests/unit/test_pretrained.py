@@ -29,7 +29,7 @@ from glide_ray.models.weights import WeightsError, load_metadata, load_weights, 
 from glide_ray.pretrained import shipped
 from glide_ray.pretrained.card import CardError, Source, card_of, read_card, render, total, union
 from glide_ray.sampling.cascade import Cascade, load_stepper
-from glide_ray.sampling.recipe import Maker, read_recipe, save_picture
+from glide_ray.sampling.recipe import ModelSet, read_recipe, save_picture
 from glide_ray.serving.backend import read_models
 from glide_ray.train import pack as packing
 from glide_ray.train.checkpoint import Checkpoints, TrainingPosition, write_progress
@@ -176,10 +176,10 @@ def test_a_picture_names_the_shipped_models_and_is_made_again(pair, tmp_path, ca
 
 def test_a_servers_picture_from_the_shipped_models_is_made_again(pair, tmp_path, capsys):
     """The recipe has the SHA-256 of the models, but no paths."""
-    maker = Maker.read({"base": "emoji", "upsampler": "emoji"}, "fp32", "cpu")
+    model_set = ModelSet.read({"base": "emoji", "upsampler": "emoji"}, "fp32", "cpu")
     options = SampleOptions(steps=2, upsampler_steps=2)
     image = Cascade.load("emoji").generate(["a fox"], [1], options)[0]
-    save_picture(image, tmp_path / "a.png", maker.recipe("generate", "a fox", 1, options))
+    save_picture(image, tmp_path / "a.png", model_set.recipe("generate", "a fox", 1, options))
     run("reproduce", tmp_path / "a.png")
     assert "to the last 8-bit value" in capsys.readouterr().out
 
@@ -339,7 +339,7 @@ def test_weights_are_not_packed_without_sources_exchanged_or_too_large(pair, mon
         packing.pack(trained("upsampler"), trained("base"))
     with pytest.raises(WeightsError, match="enlarges 16 pixels and nano-base makes 32"):
         packing.pack(trained("base", 0, SOURCES, "model.unet.image_size=32"), trained("upsampler"))
-    monkeypatch.setattr(packing, "MOST_BYTES", 1000)
+    monkeypatch.setattr(packing, "MAX_BYTES", 1000)
     with pytest.raises(packing.PackError, match="bytes and may have 1,000"):
         packing.pack(trained("base"), trained("upsampler"))
 
@@ -493,7 +493,7 @@ def test_the_api_lists_each_models_licences_and_whom_to_credit(pair, own_base):
 
 def test_a_server_takes_the_name(pair):
     served = read_models(ServeConfig())["nano-base"]
-    assert served.sizes == (16, 64) and len(served.maker.sources) == 2
+    assert served.sizes == (16, 64) and len(served.model_set.sources) == 2
 
 
 def test_the_name_stays_a_name_for_other_nodes_whose_own_copy_is_used(pair, tmp_path):
@@ -573,7 +573,7 @@ def test_a_wheel_carries_the_weights_and_their_card(pair, tmp_path):
 
 def test_what_ships_is_as_its_card_says():
     pair, card = shipped.find(), shipped.shipped_card()
-    assert pair.base.stat().st_size + pair.upsampler.stat().st_size <= packing.MOST_BYTES
+    assert pair.base.stat().st_size + pair.upsampler.stat().st_size <= packing.MAX_BYTES
     assert (shipped.FOLDER / shipped.PAGE).read_text() == render(card)
     assert card.sources and card.limits and all(one.recipe for one in card.files)
     for role in ("base", "upsampler"):

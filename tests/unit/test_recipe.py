@@ -10,7 +10,13 @@ from glide_ray.cli.main import main
 from glide_ray.config.sampling import SampleOptions
 from glide_ray.data.images import encode
 from glide_ray.sampling.cascade import Cascade
-from glide_ray.sampling.recipe import Maker, RecipeError, make_again, read_recipe, save_picture
+from glide_ray.sampling.recipe import (
+    ModelSet,
+    RecipeError,
+    read_recipe,
+    reproduce_picture,
+    save_picture,
+)
 
 
 @pytest.fixture
@@ -250,7 +256,7 @@ def test_a_picture_made_from_other_weights_or_without_a_recipe_is_not_made_again
 def test_a_picture_changed_since_is_told_from_the_one_made_again(tmp_path, tiny_weights, capsys):
     cascade = Cascade.load(tiny_weights["base"])
     options = SampleOptions(steps=2)
-    recipe = Maker.of(cascade).recipe("generate", "x", 0, options)
+    recipe = ModelSet.of(cascade).recipe("generate", "x", 0, options)
     image = cascade.generate(["x"], [0], options)[0].copy()
     image[0, 0, 0] ^= 4
     save_picture(image, tmp_path / "a.png", recipe)
@@ -280,9 +286,9 @@ def test_a_recipe_is_followed_in_python_too(tiny_weights, tmp_path):
     save_picture(
         made,
         tmp_path / "e.png",
-        Maker.of(cascade).recipe("edit", "a dog", 3, options),
+        ModelSet.of(cascade).recipe("edit", "a dog", 3, options),
         {"image": image, "mask": known},
     )
     recipe, inputs, stored = read_recipe(tmp_path / "e.png")
     assert np.array_equal(inputs["mask"], known) and np.array_equal(stored, made)
-    assert np.array_equal(make_again(cascade, recipe, inputs), made)
+    assert np.array_equal(reproduce_picture(cascade, recipe, inputs), made)

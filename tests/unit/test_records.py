@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from glide_ray.records import once, read_result
+from glide_ray.records import cached_result, read_result
 
 
 @pytest.fixture
@@ -21,25 +21,29 @@ def work():
 def test_work_is_done_once_for_the_same_arguments(tmp_path, work):
     record = str(tmp_path / "folder" / "record.json")
     assert read_result(record) is None
-    assert once(record, {"sizes": (64, 256)}, work)[0]["number"] == 1
-    again, done_before = once(record, {"sizes": [64, 256]}, work)  # tuples are lists in JSON
+    assert cached_result(record, {"sizes": (64, 256)}, work)[0]["number"] == 1
+    again, done_before = cached_result(
+        record, {"sizes": [64, 256]}, work
+    )  # tuples are lists in JSON
     assert done_before and again == read_result(record) == {"number": 1, "names": ["a", "b"]}
 
 
 def test_other_arguments_a_broken_record_and_a_useless_result_mean_new_work(tmp_path, work):
     record = tmp_path / "record.json"
-    once(str(record), "a", work)
-    assert once(str(record), "b", work) == ({"number": 2, "names": ("a", "b")}, False)
+    cached_result(str(record), "a", work)
+    assert cached_result(str(record), "b", work) == ({"number": 2, "names": ("a", "b")}, False)
     record.write_text(record.read_text()[:20])
-    assert once(str(record), "b", work)[0]["number"] == 3
+    assert cached_result(str(record), "b", work)[0]["number"] == 3
     record.write_text(json.dumps(["a"]))
-    assert once(str(record), "b", work)[0]["number"] == 4
-    assert once(str(record), "b", work, lambda result: result["number"] > 4)[0]["number"] == 5
+    assert cached_result(str(record), "b", work)[0]["number"] == 4
+    assert (
+        cached_result(str(record), "b", work, lambda result: result["number"] > 4)[0]["number"] == 5
+    )
 
 
 def test_work_that_fails_leaves_no_record_of_the_work_before(tmp_path, work):
     record = str(tmp_path / "record.json")
-    once(record, "a", work)
+    cached_result(record, "a", work)
     with pytest.raises(ZeroDivisionError):
-        once(record, "b", lambda: 1 / 0)
+        cached_result(record, "b", lambda: 1 / 0)
     assert read_result(record) is None

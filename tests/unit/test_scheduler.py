@@ -34,7 +34,7 @@ def step(scheduler):
 def finishing_order(scheduler):
     order = []
     while scheduler.in_flight or scheduler.queued:
-        order += [sample for sample in step(scheduler) if not sample.left]
+        order += [sample for sample in step(scheduler) if not sample.steps_left]
     return order
 
 
@@ -101,7 +101,7 @@ def test_no_sample_starves_however_many_short_ones_arrive():
     """From 60 - 12 sample-steps on, every new short sample has a later deadline than the long."""
     scheduler = Scheduler(4, 1)
     (long,) = submit(scheduler, 20)
-    while long.left:
+    while long.steps_left:
         if scheduler.in_flight + scheduler.queued < 2:
             submit(scheduler, 4)
         step(scheduler)

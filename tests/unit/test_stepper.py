@@ -204,7 +204,7 @@ def test_previews_are_the_predicted_image_at_even_distances(steps, previews, tak
         replace(
             request(steps=steps),
             previews=previews,
-            watch=lambda image: seen.append((crowd.scheduler.steps_done + 1, image)),
+            on_preview=lambda image: seen.append((crowd.scheduler.steps_done + 1, image)),
         )
     )
     while not (done := crowd.step()):
@@ -360,7 +360,9 @@ def test_a_step_that_fails_does_so_for_those_in_flight_and_what_waits_has_its_ow
     engine = Engine(failing(stepper(max_in_flight=1), lambda call: call == 2))
     # Its first step waits until the others are submitted.
     futures = [
-        engine.submit(replace(request(steps=2), previews=1, watch=lambda image: submitted.wait(60)))
+        engine.submit(
+            replace(request(steps=2), previews=1, on_preview=lambda image: submitted.wait(60))
+        )
     ]
     futures += [engine.submit(request(seed=seed, steps=3)) for seed in range(3)]
     submitted.set()
@@ -407,7 +409,9 @@ def test_a_request_that_cannot_even_be_queued_fails_alone():
 def test_a_closed_engine_cancels_unfinished_samples_and_reports_unhealthy():
     engine, begun, go = Engine(stepper()), threading.Event(), threading.Event()
     first = engine.submit(
-        replace(request(steps=1000), previews=999, watch=lambda image: begun.set() or go.wait(60))
+        replace(
+            request(steps=1000), previews=999, on_preview=lambda image: begun.set() or go.wait(60)
+        )
     )
     assert begun.wait(60)
     second = engine.submit(request(steps=2))  # stays queued until the current step ends

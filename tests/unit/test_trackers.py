@@ -103,7 +103,7 @@ def test_tensorboard_has_figures_pictures_events_and_the_preset(tmp_path):
         10, {"step": 10, "loss": 0.5, "epoch": 1, "device": "cpu", "nothing": float("nan")}
     )
     made.image(8, "samples", PICTURE)
-    made.note(9, "a worker was lost")
+    made.add_event(9, "a worker was lost")
     made.close()
     made.close()
     assert scalars(tmp_path, "held_out") == [(0, 1.5)] and scalars(tmp_path, "loss") == [(10, 0.5)]
@@ -191,13 +191,13 @@ def test_mlflow_has_a_run_that_goes_on_when_started_again(tmp_path):
     made.metrics(10, {"loss": 0.5, "held_out": 0.25})
     made.metrics(20, {"loss": 0.4})
     made.image(10, "samples", PICTURE)
-    made.note(10, "a worker was lost")
-    made.note(10, "it is back")
+    made.add_event(10, "a worker was lost")
+    made.add_event(10, "it is back")
     made.close(failed=True)
     client, (run,) = mlflow_runs()
     assert run.info.status == "FAILED" and run.info.run_name == "nano-base"
     again, _ = start(tmp_path, "mlflow", first_step=11, warned=warned, settings=["steps=77"])
-    again.note(10, "it is back")
+    again.add_event(10, "it is back")
     again.metrics(20, {"loss": 0.45})
     again.metrics(30, {"loss": 0.3})
     again.close()
@@ -325,7 +325,7 @@ def test_an_mlflow_server_that_is_never_there_stops_nothing_and_its_password_is_
     made, warned = start(tmp_path, "mlflow")
     for step in range(100):
         made.metrics(step, {"loss": 1})
-    made.note(3, "x")
+    made.add_event(3, "x")
     made.close()
     assert time.monotonic() - began < 30
     assert len(warned) == 1 and "dark-secret" not in warned[0] and "127.0.0.1" in warned[0]
@@ -419,7 +419,7 @@ def test_wandb_offline_has_everything_and_calls_nobody(tmp_path, monkeypatch, wa
     made.metrics(10, {"loss": 0.5})
     made.metrics(10, {"held_out": 0.75})
     made.image(8, "samples", PICTURE)
-    made.note(9, "a worker was lost")
+    made.add_event(9, "a worker was lost")
     made.metrics(10, {"loss": 0.5})
     made.metrics(20, {"loss": 0.25})
     made.close()
@@ -455,7 +455,7 @@ def test_a_wandb_service_that_is_killed_stops_nothing_and_is_started_again(tmp_p
     made, warned = start(tmp_path, "wandb")
     made.metrics(10, {"loss": 1})
     # W&B's process has received the row, but writes it later.
-    until(lambda: made._outlets[0]._store._row == 10)
+    until(lambda: made._threads[0]._store._row == 10)
     (service,) = children("wandb-core")
     os.kill(service, signal.SIGKILL)
     for step in range(20, 1000, 10):  # the first rows may still go to the killed process

@@ -28,7 +28,7 @@ from glide_ray.train.ema import Ema
 from glide_ray.train.loop import Trainer, TrainingError
 from glide_ray.train.objectives import denoising, draw, held_out_sums
 from glide_ray.train.optimizer import deepspeed_config, learning_rate
-from glide_ray.train.steps import Outlets, train_loop
+from glide_ray.train.steps import TrainCallbacks, train_loop
 
 
 def plain_adamw(settings, steps=STEPS):
@@ -160,7 +160,7 @@ def test_images_per_second_are_of_the_steps_and_not_of_what_is_done_between_them
     )
     monkeypatch.setattr(steps, "quartile_means", lambda figures: {})
     fake.step = takes(1, {"loss": torch.ones(())})
-    train_loop(fake, epochs, [], Outlets(figures.append, takes(1000)))
+    train_loop(fake, epochs, [], TrainCallbacks(figures.append, takes(1000)))
     assert [row["images_per_s"] for row in figures if "images_per_s" in row] == [4, 4]
 
 

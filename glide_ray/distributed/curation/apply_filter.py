@@ -22,16 +22,16 @@ from ...data.sources import Part, find_parts
 from ...evaluation.features import ClipFeatures
 from ...models.clip_scorer import fetch_clip
 from ...storage import fingerprint
-from ..cluster import connect, send_with
+from ..cluster import connect, ship_modules
 from ..embed import ACTORS, EmbeddedCorpus, embed
-from ..rows import PAGE, count, refuse_source, rewrite, with_reasons, write_manifest
+from ..rows import PAGE, count, refuse_source, replace_reasons, rewrite, write_manifest
 from .filter_report import Assessment, applied_page
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Applied:
+class AppliedFilter:
     """Result of `apply_content`. `assessment` is None without a `truth` rule."""
 
     report: Report
@@ -45,7 +45,7 @@ def apply_content(
     clip: str | None = None,
     truth: Rule | None = None,
     per_shard: int = 10_000,
-) -> Applied:
+) -> AppliedFilter:
     """Write the rows of `source` that pass the filter at `path` to `out`, with an index and PAGE.
 
     A manifest lists the dropped rows. `clip`: current path of the CLIP that the filter was fitted
@@ -58,21 +58,21 @@ def apply_content(
     refuse_source(source, parts, out)
     storage.check_writable(out)  # fail before hours of embedding
     connect(2 + ACTORS)
-    send_with([truth] if truth else [])
+    ship_modules([truth] if truth else [])
     log.info(f"embedding {len(parts):,} parts of {source}")
     rows, scanned = embed(parts, clip, truth, content)
     scores = rows["score"].to_numpy()
     reason = np.array(rows["reason"].to_pylist(), object)
     reason[(reason == "") & (scores >= 0)] = f"with {content.name}"
-    rows = with_reasons(rows, reason)
-    stays = np.flatnonzero(reason == "")
-    log.info(f"writing {len(stays):,} rows to {out}")
+    rows = replace_reasons(rows, reason)
+    kept = np.flatnonzero(reason == "")
+    log.info(f"writing {len(kept):,} rows to {out}")
     index, faults = rewrite(
-        parts, rows["part"].to_numpy()[stays], rows["position"].to_numpy()[stays], out, per_shard
+        parts, rows["part"].to_numpy()[kept], rows["position"].to_numpy()[kept], out, per_shard
     )
-    counted = count(rows, index, [*scanned.faults, *faults])
+    report = count(rows, index, [*scanned.faults, *faults])
     about = {"source": source, "filter": content.name, "clip_sha256": content.clip}
-    write_manifest(out, parts, rows, counted, about)
+    write_manifest(out, parts, rows, report, about)
     scored = np.flatnonzero(~np.isnan(scores))
     scored_rows, scores = _scored_rows(parts, rows, scored), scores[scored]
     assessment = None
@@ -81,9 +81,9 @@ def apply_content(
         on = f"{source}, its labelled rows included"
         assessment = Assessment(on, scored_rows, scores, labels)
     title = f"{source} without {content.name}"
-    report = applied_page(title, len(rows), len(parts), counted, scored_rows, scores, assessment)
-    storage.put(report.encode(), f"{out.rstrip('/')}/{PAGE}")
-    return Applied(counted, assessment)
+    html = applied_page(title, len(rows), len(parts), report, scored_rows, scores, assessment)
+    storage.put(html.encode(), f"{out.rstrip('/')}/{PAGE}")
+    return AppliedFilter(report, assessment)
 
 
 def _same_clip(content: ContentFilter, path: str | Path, clip: str | None) -> str:

@@ -32,9 +32,9 @@ from ...data.sources import Part, find_parts, read_part
 from ...errors import UserError
 from ...evaluation.pages import Picture, Section, histogram, page, thumbnail
 from ...progress import bar
-from ..cluster import connect, send_with
-from ..rows import PAGE, count, look_up, refuse_source, rewrite, with_reasons, write_manifest
-from ..stream import Tally, in_order, quiet, task_errors
+from ..cluster import connect, ship_modules
+from ..rows import PAGE, count, read_rows, refuse_source, replace_reasons, rewrite, write_manifest
+from ..stream import Tally, in_order, ray_data, task_errors
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +57,13 @@ SCHEMA = pyarrow.schema(
 
 
 @dataclass(frozen=True)
-class Cleaned:
+class CleanResult:
     """Result of `clean`. `rows` (SCHEMA) has every row read; the reason of a kept row is ""."""
 
     parts: Sequence[Part]
     rows: pyarrow.Table
     # (N,) for a near-duplicate the index of the row kept in its place, -1 for all other rows
-    stays_instead: np.ndarray
+    kept_copy: np.ndarray
     report: Report
     captions_dropped: int
     index: Mapping[str, Any]
@@ -74,7 +74,7 @@ def clean(
     out: str,
     config: CleanConfig,
     rules: Mapping[str, Rule] | None = None,
-) -> Cleaned:
+) -> CleanResult:
     """Write the rows of `source` that break no rule to `out`, local or s3://, with an index.
 
     DROPPED lists the rows that were left out, with reasons. `rules` are the user's, applied after
@@ -84,35 +84,35 @@ def clean(
     refuse_source(source, parts, out)
     storage.check_writable(out)  # fail before hours of reading
     connect(2)
-    send_with((rules or {}).values())
+    ship_modules((rules or {}).values())
     log.info(f"reading {len(parts):,} parts of {source}")
     rows, scanned = scan(parts, config, rules or {})
     reason = np.array(rows["reason"].to_pylist(), object)
-    stays_instead = _duplicates(rows, reason) if config.duplicates else np.full(len(rows), -1)
-    reason[stays_instead >= 0] = NEAR_DUPLICATE
-    rows = with_reasons(rows, reason)
-    stays = np.flatnonzero(reason == "")
-    log.info(f"writing {len(stays):,} rows to {out}")
-    tests = caption_rules(config)
+    kept_copy = _duplicates(rows, reason) if config.duplicates else np.full(len(rows), -1)
+    reason[kept_copy >= 0] = NEAR_DUPLICATE
+    rows = replace_reasons(rows, reason)
+    kept = np.flatnonzero(reason == "")
+    log.info(f"writing {len(kept):,} rows to {out}")
+    rules_of_captions = caption_rules(config)
     index, faults = rewrite(
         parts,
-        rows["part"].to_numpy()[stays],
-        rows["position"].to_numpy()[stays],
+        rows["part"].to_numpy()[kept],
+        rows["position"].to_numpy()[kept],
         out,
         config.per_shard,
-        lambda captions: clean_captions(captions, tests)[0],
+        lambda captions: clean_captions(captions, rules_of_captions)[0],
     )
-    counted = count(rows, index, [*scanned.faults, *faults])
+    report = count(rows, index, [*scanned.faults, *faults])
     captions_dropped = int(np.sum(rows["captions_dropped"].to_numpy()))
     write_manifest(
         out,
         parts,
         rows,
-        counted,
+        report,
         {"source": source, "settings": config.model_dump(), "captions_dropped": captions_dropped},
-        stays_instead,
+        kept_copy,
     )
-    return Cleaned(parts, rows, stays_instead, counted, captions_dropped, index)
+    return CleanResult(parts, rows, kept_copy, report, captions_dropped, index)
 
 
 def _duplicates(rows: pyarrow.Table, reason: np.ndarray) -> np.ndarray:
@@ -122,9 +122,9 @@ def _duplicates(rows: pyarrow.Table, reason: np.ndarray) -> np.ndarray:
     prints = np.frombuffer(b"".join(rows["fingerprint"].take(kept).to_pylist()), np.uint8)
     size = rows["width"].to_numpy()[kept].astype(np.int64) * rows["height"].to_numpy()[kept]
     found = find_duplicates(prints.reshape(len(kept), FINGERPRINT_BYTES), size)
-    stays_instead = np.full(len(rows), -1)
-    stays_instead[kept] = np.where(found >= 0, kept[found], -1)
-    return stays_instead
+    kept_copy = np.full(len(rows), -1)
+    kept_copy[kept] = np.where(found >= 0, kept[found], -1)
+    return kept_copy
 
 
 def scan(
@@ -140,36 +140,39 @@ def scan(
         for number in batch["item"]:
             report = Report()
             yield pyarrow.Table.from_pylist(
-                list(_judged(int(number), ray.get(shared)[number], config, rules, report)), SCHEMA
+                list(_judge_part(int(number), ray.get(shared)[number], config, rules, report)),
+                SCHEMA,
             )
             ray.get(tally.add.remote(report))
 
-    judged = (
-        quiet()
+    judged_parts = (
+        ray_data()
         .from_items(list(range(len(parts))), override_num_blocks=len(parts))
         .map_batches(judge, batch_size=1)
     )
     tables = []
     with (
-        bar("clean", "part", len(parts)) as shown,
+        bar("clean", "part", len(parts)) as progress,
         task_errors(),
     ):
-        for table in judged.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for table in judged_parts.iter_batches(batch_size=None, batch_format="pyarrow"):
             tables.append(table.cast(SCHEMA))
-            shown.update(1)
+            progress.update(1)
     return in_order([SCHEMA.empty_table(), *tables]), ray.get(tally.report.remote())
 
 
-def _judged(
+def _judge_part(
     number: int, part: Part, config: CleanConfig, rules: Mapping[str, Rule], report: Report
 ) -> Iterator[dict[str, Any]]:
-    of_images, of_captions = image_rules(config), caption_rules(config)
+    rules_of_images, rules_of_captions = image_rules(config), caption_rules(config)
     try:
         for position, sample in enumerate(read_part(part)):
             candidate = Candidate(sample)
-            captions, reason = clean_captions(sample.captions, of_captions)
+            captions, reason = clean_captions(sample.captions, rules_of_captions)
             reason = (
-                first_broken(candidate, of_images) or reason or _first_of_users(candidate, rules)
+                first_broken(candidate, rules_of_images)
+                or reason
+                or _first_broken_user_rule(candidate, rules)
             )
             row = {
                 "part": number,
@@ -192,13 +195,13 @@ def _judged(
         report.faults.append(str(error))
 
 
-def _first_of_users(candidate: Candidate, rules: Mapping[str, Rule]) -> str | None:
+def _first_broken_user_rule(candidate: Candidate, rules: Mapping[str, Rule]) -> str | None:
     for name, rule in rules.items():
         try:
             if not rule(candidate):
                 return name
         except Exception as error:
-            # A rule that raises has not approved the row: drop it. The run must go on.
+            # A rule that raises has not approved the row: drop the row and continue.
             return f"on which {name.removeprefix('against ')} raised {type(error).__name__}"
     return None
 
@@ -206,7 +209,7 @@ def _first_of_users(candidate: Candidate, rules: Mapping[str, Rule]) -> str | No
 # -- report page -----------------------------------------------------------------------------------
 
 
-def write_page(cleaned: Cleaned, source: str, out: str, seed: int = 0) -> str:
+def write_page(cleaned: CleanResult, source: str, out: str, seed: int = 0) -> str:
     """Write PAGE in `out` and return its path.
 
     The page shows sizes, caption lengths, drops by rule with examples, near-duplicates side by
@@ -237,9 +240,7 @@ def write_page(cleaned: Cleaned, source: str, out: str, seed: int = 0) -> str:
         Section(
             "Near-duplicates",
             "Left: kept. Right: dropped.",
-            groups=[
-                [pictures[int(cleaned.stays_instead[n])], pictures[n]] for n in examples.copies
-            ],
+            groups=[[pictures[int(cleaned.kept_copy[n])], pictures[n]] for n in examples.copies],
         ),
         *(
             Section(f"Dropped: {why}", groups=[[pictures[n]] for n in of_rule])
@@ -261,40 +262,42 @@ class _Examples:
     kept: list[int]
 
 
-def _choose_examples(cleaned: Cleaned, draws: np.random.Generator) -> _Examples:
+def _choose_examples(cleaned: CleanResult, rng: np.random.Generator) -> _Examples:
     part = cleaned.rows["part"].to_numpy()
     reason = np.array(cleaned.rows["reason"].to_pylist(), object)
 
-    def some(rows: np.ndarray, count: int) -> list[int]:
-        return sorted(draws.choice(rows, min(count, len(rows)), replace=False).tolist())
+    def choose(rows: np.ndarray, count: int) -> list[int]:
+        return sorted(rng.choice(rows, min(count, len(rows)), replace=False).tolist())
 
     # Showing a row costs a read of its shard: take the examples from a few shards.
-    near = np.isin(part, some(np.unique(part), PAGE_PARTS))
-    copies = some(np.flatnonzero(cleaned.stays_instead >= 0), PAGE_PAIRS)
+    in_chosen_parts = np.isin(part, choose(np.unique(part), PAGE_PARTS))
+    copies = choose(np.flatnonzero(cleaned.kept_copy >= 0), PAGE_PAIRS)
     dropped = {
-        why: some(np.flatnonzero((reason == why) & near), PAGE_EXAMPLES)
+        why: choose(np.flatnonzero((reason == why) & in_chosen_parts), PAGE_EXAMPLES)
         for why, _ in cleaned.report.dropped.most_common()
     }
     dropped.pop(NEAR_DUPLICATE, None)
-    return _Examples(copies, dropped, some(np.flatnonzero((reason == "") & near), PAGE_SAMPLES))
+    return _Examples(
+        copies, dropped, choose(np.flatnonzero((reason == "") & in_chosen_parts), PAGE_SAMPLES)
+    )
 
 
-def _pictures(cleaned: Cleaned, examples: _Examples) -> dict[int, Picture]:
+def _pictures(cleaned: CleanResult, examples: _Examples) -> dict[int, Picture]:
     """Pictures of all examples and of the rows kept in place of near-duplicates, by row."""
     rows = sorted(
         {
             *examples.kept,
             *examples.copies,
-            *cleaned.stays_instead[examples.copies].tolist(),
-            *(n for some in examples.dropped.values() for n in some),
+            *cleaned.kept_copy[examples.copies].tolist(),
+            *(n for of_rule in examples.dropped.values() for n in of_rule),
         }
     )
     chosen = cleaned.rows.take(np.array(rows, np.int64))
-    places = list(zip(chosen["part"].to_pylist(), chosen["position"].to_pylist(), strict=True))
-    samples = look_up(cleaned.parts, sorted(places))
+    positions = list(zip(chosen["part"].to_pylist(), chosen["position"].to_pylist(), strict=True))
+    samples = read_rows(cleaned.parts, sorted(positions))
     pictures = {}
-    for n, place, caption in zip(rows, places, chosen["caption"].to_pylist(), strict=True):
-        sample = samples.get(place)
+    for n, position, caption in zip(rows, positions, chosen["caption"].to_pylist(), strict=True):
+        sample = samples.get(position)
         text = caption or (sample.captions[0] if sample and sample.captions else "")
         pictures[n] = Picture(thumbnail(sample.image) if sample else None, text)
     return pictures

@@ -29,15 +29,15 @@ class Assessment:
     truth: np.ndarray  # (N,) bool: whether a row has the content
 
     def __str__(self) -> str:
-        missed, of, caught, without = (
+        missed, positives, caught, without = (
             (self.truth & (self.scores < 0)).sum(),
             self.truth.sum(),
             (~self.truth & (self.scores >= 0)).sum(),
             (~self.truth).sum(),
         )
-        low, high = missed_interval(int(missed), int(of))
+        low, high = missed_interval(int(missed), int(positives))
         return (
-            f"on {self.on}: {missed} of {of:,} missed ({missed / max(1, of):.2%}, "
+            f"on {self.on}: {missed} of {positives:,} missed ({missed / max(1, positives):.2%}, "
             f"95% interval {low:.2%} to {high:.2%}); {caught / max(1, without):.1%} of "
             f"{without:,} rows without it dropped; area under the ROC {self.area:.3f}"
         )
@@ -52,7 +52,7 @@ class Assessment:
 
 
 @dataclass(frozen=True)
-class Fit:
+class FilterFit:
     """Result of a call of `fit_content`."""
 
     content: ContentFilter | None
@@ -63,7 +63,7 @@ class Fit:
     assessment: Assessment | None
 
 
-def fit_page(done: Fit, embedded: EmbeddedCorpus) -> str:
+def fit_page(done: FilterFit, embedded: EmbeddedCorpus) -> str:
     content = done.content
     assert content is not None  # without a filter there is no page
     name = content.name

@@ -41,10 +41,10 @@ from ...evaluation.pages import thumbnail
 from ...evaluation.report import contact_sheet, on_square
 from ...models.clip_scorer import fetch_clip
 from ...storage import fingerprint
-from ..cluster import connect, send_with
+from ..cluster import connect, ship_modules
 from ..embed import ACTORS, EmbeddedCorpus, cached_table, cached_table_key, embed
-from ..rows import PAGE, look_up
-from .filter_report import Assessment, Fit, fit_page
+from ..rows import PAGE, read_rows
+from .filter_report import Assessment, FilterFit, fit_page
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def fit_content(
     words: Sequence[str] = (),
     truth: Rule | None = None,
     held_out: str | None = None,
-) -> Fit:
+) -> FilterFit:
     """Fit the filter `name` in the folder `out`, or continue a fit that was begun there.
 
     Without `truth`, people label rows: those to label next are appended to LABELS and shown in
@@ -83,25 +83,25 @@ def fit_content(
     network = ClipFeatures(clip_path)  # report a missing CLIP before Ray starts
     labels = _given_labels(out, truth)
     connect(2 + ACTORS)
-    send_with([truth] if truth else [])
+    ship_modules([truth] if truth else [])
     embedded = _candidates(corpus, out, str(Path(clip_path).resolve()), config, truth, labels)
     pool = _pool(embedded, network, words)
     if truth is None:
-        labelled, asked = _ask_people(out, pool, embedded, labels, config)
+        labelled, requested = _ask_people(out, pool, embedded, labels, config)
     else:
-        labelled, asked = _ask_rule(out, pool, embedded, config), 0
-    fitted = _fit_if_possible(pool, labelled, asked)
+        labelled, requested = _ask_rule(out, pool, embedded, config), 0
+    fitted = _fit_if_possible(pool, labelled, requested)
     if fitted is None:
-        return Fit(None, len(labelled), sum(labelled.values()), asked, "", None)
+        return FilterFit(None, len(labelled), sum(labelled.values()), requested, "", None)
     threshold = threshold_of(fitted, pool, labelled, config)
     positive = np.array(list(labelled.values()), bool)
-    of, missed = int(positive.sum()), int((fitted.out_of_fold[positive] < threshold).sum())
+    positives, missed = int(positive.sum()), int((fitted.out_of_fold[positive] < threshold).sum())
     settings: dict[str, Any] = {
         "corpus": corpus,
         "clip": storage.absolute(clip),
         "words": list(words),
     }
-    settings |= {"labelled": len(positive), "with_content": of, "missed": missed}
+    settings |= {"labelled": len(positive), "with_content": positives, "missed": missed}
     settings |= {"cost": fitted.cost, "width": fitted.width, **config.model_dump()}
     content = with_threshold(fitted, threshold, name, fingerprint(clip_path), settings)
     content.save(out / FILTER)
@@ -109,17 +109,17 @@ def fit_content(
     if truth is not None:
         assessment = _assess(content, pool, embedded, corpus, held_out, clip_path, config, truth)
     errors = _errors_on_labels(name, missed, fitted.out_of_fold, threshold, positive)
-    done = Fit(content, len(labelled), of, asked, errors, assessment)
+    done = FilterFit(content, len(labelled), positives, requested, errors, assessment)
     storage.put(fit_page(done, embedded).encode(), out / PAGE)
     return done
 
 
-def _fit_if_possible(pool: Pool, labelled: dict[int, bool], asked: int) -> Fitted | None:
-    """The fit, or None if the labels do not suffice yet and `asked` rows are to be labelled."""
+def _fit_if_possible(pool: Pool, labelled: dict[int, bool], requested: int) -> Fitted | None:
+    """The fit, or None if the labels do not suffice yet and `requested` rows are to be labelled."""
     try:
         return fit_labelled(pool, labelled)
     except ContentError:
-        if not asked:
+        if not requested:
             raise
         return None
 
@@ -180,29 +180,29 @@ def _ask_people(
     Raises ContentError for a label of a row that is not in the pool.
     """
     place = {row: n for n, row in enumerate(pool.names)}
-    strange = next((label.row for label in labels if label.row not in place), None)
-    if strange:
+    unknown = next((label.row for label in labels if label.row not in place), None)
+    if unknown:
         raise ContentError(
-            f"{out / LABELS} labels {strange}, which is not among the candidate rows: it belongs "
+            f"{out / LABELS} labels {unknown}, which is not among the candidate rows: it belongs "
             "to another corpus or pool; give another folder with --out."
         )
     labelled = {place[label.row]: bool(label.label) for label in labels}
-    asked = ask(pool, labelled, config)
-    if asked:
-        _write_sheet(out, embedded, [n for n, _ in asked], first_line=2 + len(labels))
-        new = [Label(pool.names[n], None, embedded.captions[n], why) for n, why in asked]
+    requested = ask(pool, labelled, config)
+    if requested:
+        _write_sheet(out, embedded, [n for n, _ in requested], first_line=2 + len(labels))
+        new = [Label(pool.names[n], None, embedded.captions[n], why) for n, why in requested]
         write_labels(out / LABELS, [*labels, *new])
-    return labelled, len(asked)
+    return labelled, len(requested)
 
 
 def _errors_on_labels(
     name: str, missed: int, scores: np.ndarray, threshold: float, positive: np.ndarray
 ) -> str:
     """One sentence on errors by cross-validation: `scores` (N,), labels `positive` (N,) bool."""
-    of = int(positive.sum())
+    positives = int(positive.sum())
     return (
-        f"in cross-validation, {missed} of {of} labelled rows with {name} are missed (95% interval "
-        f"up to {missed_interval(missed, of)[1]:.1%}); "
+        f"in cross-validation, {missed} of {positives} labelled rows with {name} are missed "
+        f"(95% interval up to {missed_interval(missed, positives)[1]:.1%}); "
         f"{(scores[~positive] >= threshold).mean():.0%} of {(~positive).sum()} without it are "
         "dropped"
     )
@@ -231,7 +231,7 @@ def _candidates(
     now = state(storage.absolute(corpus), parts)
     order = np.random.default_rng(config.seed).permutation(len(parts))
     parts = [parts[n] for n in order]
-    of = json.dumps(
+    key = json.dumps(
         [
             corpus,
             fingerprint(clip),
@@ -259,7 +259,7 @@ def _candidates(
 
     # With `truth` all rounds run in one call, so a cache is of no use.
     return EmbeddedCorpus.of(
-        cached_table(out / FEATURES, of, embed_candidates)
+        cached_table(out / FEATURES, key, embed_candidates)
         if truth is None
         else embed_candidates()[0],
         parts,
@@ -301,7 +301,7 @@ def _assess(
 
 def _write_sheet(out: Path, embedded: EmbeddedCorpus, rows: Sequence[int], first_line: int) -> None:
     """Write SHEET: a contact sheet of the rows to label, each titled with its line in the CSV."""
-    found = look_up(embedded.parts, [embedded.places[n] for n in rows])
+    found = read_rows(embedded.parts, [embedded.places[n] for n in rows])
     blank = np.full((8, 8, 3), 230, np.uint8)
     images = [
         thumbnail(found[embedded.places[n]].image, 128) if embedded.places[n] in found else None

@@ -24,7 +24,7 @@ from ...evaluation.image_features import ImageFeatures, Reference
 from ...evaluation.metrics import MetricError
 from ...evaluation.pages import Picture, Section, page
 from ...evaluation.report import Point, fronts, number
-from ...records import once
+from ...records import cached_result
 from ...storage import fingerprint
 from ..cluster import connect
 from ..embed import ACTORS, JOB, EmbeddedCorpus, embed_corpus
@@ -84,18 +84,20 @@ def evaluate(
     judged = {name: fingerprint(fetch_network(path)) for name, path in judges.paths.items()}
     clip, size = ClipFeatures(judges.clip), size or _size(next(iter(sets.values())))
     connect(2 + ACTORS)
-    real, of, shown = _reference(reference, out, judges, {"judges": judged, "size": size}, clip)
+    real, reference_record, shown = _reference(
+        reference, out, judges, {"judges": judged, "size": size}, clip
+    )
     filtered = real.without(set(leave_out)) if leave_out is not None else None
     figures, embedded_sets = {}, {}
     for name, source in sets.items():
         embedded = _embed(name, source, size, out, judges)
         embedded_sets[name] = embedded[CLIP]
         asked = {
-            "reference": of,
+            "reference": reference_record,
             "left_out": None if leave_out is None else sorted(leave_out),
-            "set": [one.digest for one in embedded.values()],
+            "set": [corpus.digest for corpus in embedded.values()],
         }
-        row, _ = once(
+        row, _ = cached_result(
             f"{out}/sets/{name}.json",
             asked,
             partial(_measure, name, embedded, clip, real, filtered),
@@ -114,7 +116,7 @@ def evaluate(
     return found
 
 
-def sweep(
+def generate_sets(
     config: BulkConfig,
     scales: Sequence[float],
     clip_scales: Sequence[float],
@@ -137,20 +139,20 @@ def sweep(
         for n in range(images)
     ]
     storage.put("".join(f"{line}\n" for line in lines).encode(), f"{out}/{PROMPTS}")
-    own = config.options
+    options_of_config = config.options
     sets = {
-        UNGUIDED if scale == 1 else f"guidance-{scale:g}": own.model_copy(
+        UNGUIDED if scale == 1 else f"guidance-{scale:g}": options_of_config.model_copy(
             update={"guidance_scale": scale, "clip_scale": 0.0}
         )
         for scale in scales
     }
     sets |= {
-        UNGUIDED if scale == 0 else f"clip-{scale:g}": own.model_copy(
+        UNGUIDED if scale == 0 else f"clip-{scale:g}": options_of_config.model_copy(
             update={"guidance_scale": 1.0, "clip_scale": scale}
         )
         for scale in clip_scales
     }
-    for name, options in (sets := sets or {"made": own}).items():
+    for name, options in (sets := sets or {"made": options_of_config}).items():
         log.info(f"{name}: {images:,} pictures")
         needed = config.model_copy(
             update={"options": options, "clip": config.clip if options.clip_scale else None}
@@ -194,7 +196,7 @@ def _reference(
             )
         return real, fingerprint(storage.fetch(storage.absolute(path))), None
     embedded = _embed("reference", path, asked["size"], out, judges)
-    about = {**asked, "of": [one.digest for one in embedded.values()]}
+    about = {**asked, "of": [corpus.digest for corpus in embedded.values()]}
     try:
         real, before = Reference.load(f"{out}/{REFERENCE}")
     except (storage.StorageError, MetricError):
@@ -218,9 +220,9 @@ def _embed(
         network: embed_corpus(source, path, size, f"{out}/features/{name}-{network}.parquet")
         for network, path in judges.paths.items()
     }
-    if len({tuple(one.names) for one in embedded.values()}) > 1:
+    if len({tuple(corpus.names) for corpus in embedded.values()}) > 1:
         counts = " and ".join(
-            f"{len(one.names):,} by {network}" for network, one in embedded.items()
+            f"{len(corpus.names):,} by {network}" for network, corpus in embedded.items()
         )
         raise UserError(
             f"Not the same pictures of {source} could be read for each network ({counts}); "
@@ -254,9 +256,9 @@ def _measure(
 ) -> dict[str, float | None]:
     log.info(f"measuring {name}: {len(embedded[CLIP].names):,} pictures")
     features = _image_features(embedded, clip)
-    if lacking := int((~features.captioned).sum()):
+    if missing := int((~features.captioned).sum()):
         log.info(
-            f"{name}: {lacking:,} of {len(features.clip):,} pictures have no caption, "
+            f"{name}: {missing:,} of {len(features.clip):,} pictures have no caption, "
             f"and are left out of the CLIP score"
         )
     figures = {"pictures": len(features.clip), **real.figures(features)}
@@ -338,7 +340,7 @@ def _table(sets: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _about(found: dict[str, Any]) -> str:
-    """What the sets are compared with, and by which features."""
+    """Text of the page: the reference of the comparison, and the features."""
     real = found["reference"]
     return (
         f"Compared with {real['images']:,} images of {real['source']}, at {found['size']} pixels; "

@@ -23,8 +23,8 @@ from ...evaluation.report import contact_sheet, on_square
 from ...models.clip_scorer import fetch_clip
 from ..cluster import connect
 from ..embed import ACTORS, EmbeddedCorpus, embed_corpus
-from ..rows import PAGE, look_up
-from .evaluate import sweep
+from ..rows import PAGE, read_rows
+from .evaluate import generate_sets
 
 LEFT_OUT, FIGURES, SHEET = "left-out.json", "figures.json", "closest.png"
 SIZE = 256  # pixels to which larger images are reduced before CLIP
@@ -129,19 +129,19 @@ def regurgitation(
         captions = [caption for caption in trained.captions if caption]
         if not captions:
             raise UserError(f"No image of {training} has a caption; give existing pictures.")
-        [pictures] = sweep(config, (), (), captions, images, out).values()
+        [pictures] = generate_sets(config, (), (), captions, images, out).values()
     generated = _embed("pictures", pictures, out, clip)
     real = _embed("held-out", held_out, out, clip)
     found = nearest(generated.features, trained.features)
-    usual = nearest(real.features, trained.features)
+    baseline = nearest(real.features, trained.features)
     order = np.argsort(found.distances)[:PAIRS_SHOWN]
     groups, copies, sheet = _pairs(generated, order, trained, found)
     figures = {
-        **_distances(generated, trained, found, usual),
+        **_distances(generated, trained, found, baseline),
         "compared_by_pixels": len(order),
         "copies_by_pixels": copies,
     }
-    sections = _regurgitation_sections(figures, found, usual, groups)
+    sections = _regurgitation_sections(figures, found, baseline, groups)
     storage.put(encode(sheet), f"{out}/{SHEET}")
     storage.put(page(f"Does the model repeat {training}?", sections).encode(), f"{out}/{PAGE}")
     storage.put(json.dumps(figures, indent=1).encode(), f"{out}/{FIGURES}")
@@ -149,19 +149,19 @@ def regurgitation(
 
 
 def _distances(
-    generated: EmbeddedCorpus, trained: EmbeddedCorpus, found: Nearest, usual: Nearest
+    generated: EmbeddedCorpus, trained: EmbeddedCorpus, found: Nearest, baseline: Nearest
 ) -> dict[str, Any]:
-    """Figures of the nearest training images: `found` of generated, `usual` of held-out ones."""
+    """Figures of the nearest training images: `found` of generated, `baseline` of held-out ones."""
     own = to_own(generated.features, generated.captions, trained.features, trained.captions)
-    near = float(np.quantile(usual.distances, 0.01))
+    near = float(np.quantile(baseline.distances, 0.01))
     return {
         "pictures": len(generated.names),
         "training": len(trained.names),
-        "held_out": len(usual.distances),
+        "held_out": len(baseline.distances),
         "closest": float(found.distances.min()),
         "median": float(np.median(found.distances)),
-        "held_out_closest": float(usual.distances.min()),
-        "held_out_median": float(np.median(usual.distances)),
+        "held_out_closest": float(baseline.distances.min()),
+        "held_out_median": float(np.median(baseline.distances)),
         "nearer_than_1_percent_of_held_out": float((found.distances < near).mean()),
         "own_originals": int((own.rows >= 0).sum()),
         "own_median": float(np.nanmedian(own.distances)) if (own.rows >= 0).any() else None,
@@ -169,7 +169,7 @@ def _distances(
 
 
 def _regurgitation_sections(
-    figures: dict[str, Any], found: Nearest, usual: Nearest, groups: list[list[Picture]]
+    figures: dict[str, Any], found: Nearest, baseline: Nearest, groups: list[list[Picture]]
 ) -> list[Section]:
     text = (
         f"Distance of each of {figures['pictures']:,} pictures to the nearest of "
@@ -181,7 +181,7 @@ def _regurgitation_sections(
     )
     return [
         Section("Generated pictures", text, bars=_bars(found.distances)),
-        Section("Held-out real pictures", "The same distances.", bars=_bars(usual.distances)),
+        Section("Held-out real pictures", "The same distances.", bars=_bars(baseline.distances)),
         Section(
             "The closest pairs",
             f"Each picture, then the training image. {figures['copies_by_pixels']} of these "
@@ -210,13 +210,13 @@ def _pairs(
     a contact sheet (H, W, 3) uint8.
     """
     rows = [int(row) for row in rows]
-    theirs, originals = (
-        look_up(embedded.parts, [embedded.places[n] for n in of])
-        for embedded, of in ((side, rows), (trained, found.rows[rows]))
+    pictures_read, originals = (
+        read_rows(embedded.parts, [embedded.places[n] for n in chosen])
+        for embedded, chosen in ((side, rows), (trained, found.rows[rows]))
     )
     groups, images, labels, copies = [], [], [], 0
     for row in rows:
-        one = theirs.get(side.places[row])
+        one = pictures_read.get(side.places[row])
         other = originals.get(trained.places[found.rows[row]])
         shown = [thumbnail(sample.image) if sample else None for sample in (one, other)]
         whole = [image for image in shown if image is not None]

@@ -25,7 +25,7 @@ from ...models.clip_scorer import fetch_clip
 from ..cluster import connect
 from ..embed import ACTORS, embed_corpus
 from ..generate import generate
-from ..rows import PAGE, look_up
+from ..rows import PAGE, read_rows
 
 PROMPTS, PICTURES, FIGURES, SHEET = "prompts.jsonl", "pictures", "figures.json", "sheet.png"
 SIZE = 256  # pixels of the pictures before CLIP: the full size of a cascade's output
@@ -65,10 +65,10 @@ def probe(
         f"{out}/{PICTURES}", clip, f"{out}/features.parquet", seeds * len(prompts)
     )
     colours = np.stack([image.mean((0, 1)) for image in images])
-    of = [slice(n * seeds, (n + 1) * seeds) for n in range(len(prompts))]
+    rows_by_prompt = [slice(n * seeds, (n + 1) * seeds) for n in range(len(prompts))]
     groups = [
         Group(prompt, features[rows], colours[rows])
-        for prompt, rows in zip(prompts, of, strict=True)
+        for prompt, rows in zip(prompts, rows_by_prompt, strict=True)
     ]
     words = list(dict.fromkeys(words))
     meant = dict(zip(words, ClipFeatures(clip).words(words), strict=True)) if words else {}
@@ -77,7 +77,7 @@ def probe(
         "guidance_scale": config.options.guidance_scale,
         **measure(groups, meant),
     }
-    _write(out, found, list(zip(*(images[rows] for rows in of), strict=True)))
+    _write(out, found, list(zip(*(images[rows] for rows in rows_by_prompt), strict=True)))
     return found
 
 
@@ -95,7 +95,7 @@ def _pictures_and_features(
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Pictures in the order of the prompt file, and their CLIP features (N, E)."""
     embedded = embed_corpus(pictures, clip, SIZE, cache)
-    samples = look_up(embedded.parts, embedded.places)
+    samples = read_rows(embedded.parts, embedded.places)
     if len(samples) != count:
         raise UserError(
             f"{count - len(samples):,} of {count:,} pictures in {pictures} cannot be read; "

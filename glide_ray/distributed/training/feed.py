@@ -24,7 +24,7 @@ from ..actors import Actor
 from ..stream import Plan, open_parts
 
 PREFETCHED_BATCHES = 8  # global batches that each worker has requested and not yet trained on
-KEPT = 4 * PREFETCHED_BATCHES  # latest global batches, kept for slower workers
+KEPT_BATCHES = 4 * PREFETCHED_BATCHES  # latest global batches, kept for slower workers
 Segment = tuple[ray.ObjectRef, int, int]  # (block, start row, stop row)
 
 
@@ -92,8 +92,8 @@ class Feeder(Actor):
 
     def _assemble(self) -> None:
         """Assemble the next batch from the rest of the last block and from new blocks."""
-        batch, wanted = [], self._batch
-        while wanted:
+        batch, missing = [], self._batch
+        while missing:
             if not self._left:
                 block, rows = next(self._blocks, (None, 0))
                 if block is None:
@@ -105,13 +105,13 @@ class Feeder(Actor):
                     self._left.append((block, skipped, rows))
                 continue
             block, start, stop = self._left.popleft()
-            taken = min(wanted, stop - start)
-            batch.append((block, start, start + taken))
-            wanted -= taken
-            if start + taken < stop:
-                self._left.appendleft((block, start + taken, stop))
+            count = min(missing, stop - start)
+            batch.append((block, start, start + count))
+            missing -= count
+            if start + count < stop:
+                self._left.appendleft((block, start + count, stop))
         self._batches[self._next] = batch
-        self._batches.pop(self._next - KEPT, None)
+        self._batches.pop(self._next - KEPT_BATCHES, None)
         self._next += 1
 
 
@@ -120,10 +120,10 @@ def micro_batches(feeder, epoch: Epoch, share: BatchSplit) -> Iterator[dict[str,
 
     All ranks get the same number of micro-batches.
     """
-    asked = deque(feeder.take.remote(epoch, number) for number in range(PREFETCHED_BATCHES))
+    in_flight = deque(feeder.take.remote(epoch, number) for number in range(PREFETCHED_BATCHES))
     number = PREFETCHED_BATCHES
-    while (segments := ray.get(asked.popleft())) is not None:
-        asked.append(feeder.take.remote(epoch, number))
+    while (segments := ray.get(in_flight.popleft())) is not None:
+        in_flight.append(feeder.take.remote(epoch, number))
         number += 1
         for start, stop, _ in share.parts():
             yield _rows(segments, start, stop)
@@ -131,13 +131,13 @@ def micro_batches(feeder, epoch: Epoch, share: BatchSplit) -> Iterator[dict[str,
 
 def _rows(segments: Sequence[Segment], start: int, stop: int) -> dict[str, list]:
     """Rows `start` to `stop` of a batch; only the blocks that contain them are fetched."""
-    wanted, position = [], 0
+    pieces, position = [], 0
     for block, low, high in segments:
         first, last = max(start - position, 0), min(stop - position, high - low)
         if first < last:
-            wanted.append((block, low + first, last - first))
+            pieces.append((block, low + first, last - first))
         position += high - low
-    blocks = ray.get([block for block, _, _ in wanted])
+    blocks = ray.get([block for block, _, _ in pieces])
     return pyarrow.concat_tables(
-        [block.slice(first, count) for block, (_, first, count) in zip(blocks, wanted, strict=True)]
+        [block.slice(first, count) for block, (_, first, count) in zip(blocks, pieces, strict=True)]
     ).to_pydict()

@@ -44,7 +44,7 @@ class Start:
 
 
 @dataclass
-class News:
+class BoardUpdate:
     """Everything posted since the last poll."""
 
     metrics: list[dict] = field(default_factory=list)
@@ -60,14 +60,14 @@ class Board(Actor):
     """Actor to which workers post. It outlives them, so it can tell the cost of a failure."""
 
     def __init__(self) -> None:
-        self._news = News()
+        self._update = BoardUpdate()
         self._start: Start | None = None
         self._failure: str | None = None
         self._failed: set[int] = set()
         self._step, self._moved = 0, time.time()
 
     def post(self, metrics: dict) -> None:
-        self._news.metrics.append(metrics)
+        self._update.metrics.append(metrics)
         self.beat(metrics["step"])
 
     def beat(self, step: int) -> None:
@@ -77,20 +77,20 @@ class Board(Actor):
     def started(self, start: Start) -> None:
         if self._start is not None:
             again, lost = max(0, self._step - start.step), time.time() - self._moved
-            self.note(
+            self.add_event(
                 f"training resumes with {count(start.workers, 'worker')} from step {start.step:,}: "
                 f"{count(again, 'step')} repeated, {lost:.0f} s without a step"
             )
-        self._start = self._news.start = start
+        self._start = self._update.start = start
         # Among the metrics, so that the driver handles both in order.
-        self._news.metrics.append({"again_from": start.step})
+        self._update.metrics.append({"again_from": start.step})
         self.beat(start.step)
 
-    def note(self, text: str) -> None:
-        self._news.events.append((time.time(), self._step, text))
+    def add_event(self, text: str) -> None:
+        self._update.events.append((time.time(), self._step, text))
 
     def committed(self, step: int, folder: str) -> None:
-        self._news.committed.append((step, folder))
+        self._update.committed.append((step, folder))
 
     def fail(self, message: str, rank: int) -> None:
         """Record an error that stopped a rank and that the user can correct."""
@@ -101,10 +101,10 @@ class Board(Actor):
         """The first failure, and the number of ranks that reported one."""
         return self._failure, len(self._failed)
 
-    def take(self) -> News:
-        news, self._news = self._news, News()
-        news.failure, news.waiting = self._failure, time.time() - self._moved
-        return news
+    def take(self) -> BoardUpdate:
+        update, self._update = self._update, BoardUpdate()
+        update.failure, update.waiting = self._failure, time.time() - self._moved
+        return update
 
 
 def count(number: int, thing: str) -> str:
@@ -167,7 +167,7 @@ class Journal:
             first + 1 if first else 0,
             self.event,
         )
-        self._reviewer = Reviewer(preset, folder.local, self._reviewed, self.event)
+        self._reviewer = Reviewer(preset, folder.local, self._log_review, self.event)
         self._flops = 3 * operations(preset)  # per image: forward, and twice that backward
         self._start: Start | None = None
         # last step that trackers have from an earlier process; None once the workers have started
@@ -214,26 +214,26 @@ class Journal:
             self._poll()
 
     def _poll(self) -> None:
-        news: News = ray.get(self._board.take.remote())
-        self.failure = news.failure
-        if news.start is not None:
+        update: BoardUpdate = ray.get(self._board.take.remote())
+        self.failure = update.failure
+        if update.start is not None:
             if self._start is None:
-                self.event(_spread(news.start, self._preset), news.start.step)
-            self._start = news.start
-        for at, step, text in news.events:
+                self.event(_spread(update.start, self._preset), update.start.step)
+            self._start = update.start
+        for at, step, text in update.events:
             self.event(text, step, at)
-            self._trackers.note(step, text)
-        if news.metrics:
-            self._write(news.metrics)
-        for step, folder in news.committed:
+            self._trackers.add_event(step, text)
+        if update.metrics:
+            self._write(update.metrics)
+        for step, folder in update.committed:
             self._reviewer.offer(step, folder)
         self._reviewer.poll()
         # Double the wait before each next line: during a night without nodes, lines come minutes
         # apart at first and hours apart later.
-        if news.waiting > max(WAITING_SECONDS, 2 * self._waited):
-            self._waited = news.waiting
-            self.event(f"no step for {news.waiting:.0f} s; {_cluster()}")
-        elif news.waiting < WAITING_SECONDS:
+        if update.waiting > max(WAITING_SECONDS, 2 * self._waited):
+            self._waited = update.waiting
+            self.event(f"no step for {update.waiting:.0f} s; {_cluster()}")
+        elif update.waiting < WAITING_SECONDS:
             self._waited = 0.0
         if time.monotonic() - self._pushed > PUSH_SECONDS:
             self._pushed = time.monotonic()
@@ -276,7 +276,7 @@ class Journal:
         peak = self._start.peak * self._start.workers if self._start and self._start.peak else None
         return {"tflop_per_s": flops / 1e12, **({"share_of_peak": flops / peak} if peak else {})}
 
-    def _reviewed(self, step: int, grid, figures: Mapping[str, float]) -> None:
+    def _log_review(self, step: int, grid, figures: Mapping[str, float]) -> None:
         if figures:
             self._append(METRICS, json.dumps({"step": step, **figures}) + "\n")
             self._trackers.metrics(step, figures)

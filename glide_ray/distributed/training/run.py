@@ -39,11 +39,11 @@ from ...train.run_folder import (
     last_step,
     read_metrics,
 )
-from ..cluster import connect, joined, takes_gpu
+from ..cluster import connect, is_connected, uses_gpu
 from ..stream import Tally
 from .feed import Feeder
 from .journal import Board, Journal, RunFolder, count
-from .worker import work
+from .worker import run_rank
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class Trainer(TorchTrainer):
         return [
             one
             for one in super()._create_default_callbacks()
-            if joined() or not isinstance(one, PlacementGroupCleanerCallback)
+            if is_connected() or not isinstance(one, PlacementGroupCleanerCallback)
         ]
 
 
@@ -141,9 +141,9 @@ def _fit(preset: Preset, out: str, board, tally, feeder, on_gpu: bool) -> None:
     train = preset.train
     elastic = train.min_workers not in (None, train.workers)
     # For Ray Train's own files of the run; CheckpointWriter writes the checkpoints to `out`.
-    with tempfile.TemporaryDirectory(prefix="glide-ray-train-") as own:
+    with tempfile.TemporaryDirectory(prefix="glide-ray-train-") as scratch:
         Trainer(
-            work,
+            run_rank,
             train_loop_config={
                 "preset": preset.model_dump_json(),
                 "out": out,
@@ -160,14 +160,14 @@ def _fit(preset: Preset, out: str, board, tally, feeder, on_gpu: bool) -> None:
             ),
             run_config=RunConfig(
                 name="run",
-                storage_path=own,
+                storage_path=scratch,
                 failure_config=FailureConfig(max_failures=train.max_failures),
-                callbacks=[_Faults(board)],
+                callbacks=[_FailureEvents(board)],
             ),
         ).fit()
 
 
-class _Faults(UserCallback):
+class _FailureEvents(UserCallback):
     """Callback in Ray Train's controller that reports failures of workers to the board."""
 
     def __init__(self, board):
@@ -178,21 +178,21 @@ class _Faults(UserCallback):
         dead = {
             rank: why
             for rank, error in worker_exceptions.items()
-            if (why := _death(error)) is not None
+            if (why := _cause_of_death(error)) is not None
         }
         if dead:
             rank, why = min(dead.items())
             others = f" and {count(len(dead) - 1, 'other')}" if len(dead) > 1 else ""
-            self._board.note.remote(f"the worker of rank {rank}{others} was lost: {why}")
+            self._board.add_event.remote(f"the worker of rank {rank}{others} was lost: {why}")
         else:
             rank, error = min(worker_exceptions.items())
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            self._board.note.remote(
+            self._board.add_event.remote(
                 f"rank {rank} failed: {(lines or [type(error).__name__])[-1][:300]}"
             )
 
 
-def _death(error: Exception) -> str | None:
+def _cause_of_death(error: Exception) -> str | None:
     """How a worker's process ended; None if it raised an error and is alive."""
     error = getattr(error, "health_check_failure", error)
     if isinstance(error, ray.exceptions.ActorUnavailableError):
@@ -232,32 +232,31 @@ def _wait_for_workers(preset: Preset) -> bool:
     workers use GPUs. Raises ConfigError.
     """
     train, began = preset.train, time.monotonic()
-    lacking = _lacking(preset)
-    if lacking and joined():
+    missing = _missing_resources(preset)
+    if missing and is_connected():
         request_resources(
-            bundles=[{"GPU" if takes_gpu(train.device) else "CPU": 1}] * train.workers
-            + [{"CPU": 1}]
+            bundles=[{"GPU" if uses_gpu(train.device) else "CPU": 1}] * train.workers + [{"CPU": 1}]
         )
-        log.info(f"{lacking} Waiting for at most {train.wait_seconds:g} s (train.wait_seconds).")
-        while lacking and time.monotonic() - began < train.wait_seconds:
+        log.info(f"{missing} Waiting for at most {train.wait_seconds:g} s (train.wait_seconds).")
+        while missing and time.monotonic() - began < train.wait_seconds:
             time.sleep(min(5.0, train.wait_seconds / 10 + 0.1))
-            lacking = _lacking(preset)
+            missing = _missing_resources(preset)
         request_resources(bundles=[])
-    if lacking:
+    if missing:
         cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
-        waited = f" They were not added within {train.wait_seconds:g} s." if joined() else ""
+        waited = f" They were not added within {train.wait_seconds:g} s." if is_connected() else ""
         raise ConfigError(
-            f"Setting train.workers: {lacking}{waited} Add nodes, or set "
+            f"Setting train.workers: {missing}{waited} Add nodes, or set "
             f"train.workers={max(1, gpus or cpus - 1)}."
         )
-    return takes_gpu(train.device)
+    return uses_gpu(train.device)
 
 
-def _lacking(preset: Preset) -> str | None:
+def _missing_resources(preset: Preset) -> str | None:
     """Sentence on the resources that the cluster lacks; None if it has enough."""
     resources, workers = ray.cluster_resources(), preset.train.min_workers or preset.train.workers
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-    if takes_gpu(preset.train.device) and gpus < workers:
+    if uses_gpu(preset.train.device) and gpus < workers:
         return f"{count(workers, 'worker')} need a GPU each, and the cluster has {gpus}."
     if cpus < workers + 1:
         return (

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from ... import storage
 from ...config.training import Preset
-from ...data.transforms import Collate, ahead, collated, held_out_batches
+from ...data.transforms import Collate, collate_batches, held_out_batches, prefetch
 from ...errors import UserError
 from ...tensors import Batch
 from ...train.batch_split import BatchSplit
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
 COUNTS = "counts.json"  # in a checkpoint: rows that each reading task of the epoch kept
 BEAT_SECONDS = 1.0  # seconds between progress reports to the board, at least
-# seconds to wait after each failed attempt to write the last checkpoint
-LAST_WAITS = (10, 60, 300, 0)
+# seconds to wait after each failed attempt to write the last checkpoint; one attempt per entry
+LAST_CHECKPOINT_WAITS = (10, 60, 300, 0)
 FAILURE_SECONDS = 10.0  # seconds to wait for the other ranks to report a failure as well
 
 
-def work(settings: dict) -> None:
-    """Run one rank. UserErrors go to the board and are not raised: Ray would retry them."""
+def run_rank(settings: dict) -> None:
+    """Run one rank. A UserError goes to the board and is not raised, because Ray would retry."""
     board, context = settings["board"], ray.train.get_context()
     if ray.get(board.failed.remote())[0] is not None:
         return
@@ -67,7 +67,7 @@ def work(settings: dict) -> None:
 
 def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
     from ...train.loop import Trainer  # imports DeepSpeed, which the driver does not need
-    from ...train.steps import Outlets, train_loop
+    from ...train.steps import TrainCallbacks, train_loop
 
     context = ray.train.get_context()
     if not torch.cuda.is_available():
@@ -84,35 +84,35 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
     cache = Path(tempfile.gettempdir()) / f"glide-resume-{start}"
     _resume(trainer, complete, cache, context.get_local_rank(), board, tally)
     if trainer.rank == 0:
-        _sweep(checkpoints, board)
+        _remove_partial_uploads(checkpoints, board)
         _announce(trainer, board)
     held_out = held_out_batches(
-        preset.data, preset.model, trainer.share.micro_batch, trainer.rank, trainer.world
+        preset.data, preset.model, trainer.batch_split.micro_batch, trainer.rank, trainer.world
     )
-    outlets = _RankOutlets(trainer, checkpoints, start, board, tally)
+    callbacks = _RankCallbacks(trainer, checkpoints, start, board, tally)
     train_loop(
         trainer,
-        _epochs(preset, feeder, start, trainer.share),
+        _epochs(preset, feeder, start, trainer.batch_split),
         held_out,
-        Outlets(outlets.metrics, outlets.checkpoint, outlets.after_step),
+        TrainCallbacks(callbacks.metrics, callbacks.checkpoint, callbacks.after_step),
     )
-    outlets.finish()
+    callbacks.finish()
 
 
 def _epochs(
     preset: Preset, feeder, start: str, share: BatchSplit
 ) -> Callable[[int, int], Iterator[Batch]]:
-    """A function that returns this rank's micro-batches of an epoch, after its first rows."""
+    """A function of an epoch's number and of the rows to skip: yields this rank's micro-batches."""
     collate = Collate(preset.model, preset.data, preset.train.seed)
 
     def epoch_batches(epoch: int, rows: int) -> Iterator[Batch]:
         batches = micro_batches(feeder, Epoch(start, epoch, rows), share)
-        return ahead(collated(batches, collate, preset, epoch))
+        return prefetch(collate_batches(batches, collate, preset, epoch))
 
     return epoch_batches
 
 
-class _RankOutlets:
+class _RankCallbacks:
     """Metrics, checkpoints and signs of life of one rank, sent to the board and to storage."""
 
     def __init__(self, trainer: Trainer, checkpoints: Checkpoints, start: str, board, tally):
@@ -123,17 +123,17 @@ class _RankOutlets:
             start,
             train.keep_last,
             train.keep_every,
-            board.note.remote,
+            board.add_event.remote,
             board.committed.remote,
             2 * train.stall_seconds,
         )
-        hangs = f"rank {trainer.rank} hangs: "
+        prefix = f"rank {trainer.rank} hangs: "
         self._watchdog = Watchdog(
             train.stall_seconds,
-            lambda text: ray.get(board.note.remote(f"{hangs}{text}; all workers restart")),
+            lambda text: ray.get(board.add_event.remote(f"{prefix}{text}; all workers restart")),
         )
-        self._preempted = False  # whether a checkpoint was saved for a node that will be taken away
-        self._beaten = 0.0  # time of the last sign of life on the board
+        self._preempted = False  # whether a checkpoint was saved because of a preempted node
+        self._last_beat = 0.0  # time of the last sign of life on the board
 
     def metrics(self, metrics: dict) -> None:
         if self._trainer.rank == 0:
@@ -148,22 +148,22 @@ class _RankOutlets:
     def after_step(self, number: int) -> bool:
         """Whether a checkpoint must be saved now, because a node will be preempted."""
         self._watchdog.beat(f"step {number + 1:,}")
-        leads = self._trainer.rank == 0
-        if leads and time.monotonic() - self._beaten > BEAT_SECONDS:
-            self._beaten = time.monotonic()
+        is_rank_0 = self._trainer.rank == 0
+        if is_rank_0 and time.monotonic() - self._last_beat > BEAT_SECONDS:
+            self._last_beat = time.monotonic()
             self._board.beat.remote(number)
-        wanted = self._writer.step(node_is_going()) and not self._preempted
-        if wanted:
+        must_save = self._writer.step(preemption_noticed()) and not self._preempted
+        if must_save:
             self._preempted = True
-            if leads:
-                self._board.note.remote(
+            if is_rank_0:
+                self._board.add_event.remote(
                     f"a node is about to be removed; writing a checkpoint at step {number:,}"
                 )
-        return wanted
+        return must_save
 
     def finish(self) -> None:
         """Save the last checkpoint, with several attempts."""
-        for wait in LAST_WAITS:
+        for wait in LAST_CHECKPOINT_WAITS:
             self.checkpoint(self._trainer.save)
             step = self._writer.finish(lambda: self._watchdog.beat("the last checkpoint"))
             if step == self._trainer.preset.train.steps:
@@ -201,11 +201,13 @@ def _resume(
                 folder = fetch(entry, cache)
                 trainer.load(folder)
                 if trainer.rank == 0:
-                    ray.get(tally.know.remote(trainer.progress.epoch, read_counts(folder)))
+                    ray.get(
+                        tally.restore_counts.remote(trainer.progress.epoch, read_counts(folder))
+                    )
                 return
             if trainer.rank == 0:
                 ray.get(
-                    board.note.remote(
+                    board.add_event.remote(
                         f"skipping the checkpoint of step {entry.step:,}: "
                         f"{next(filter(None, faults))}"
                     )
@@ -216,15 +218,15 @@ def _resume(
             shutil.rmtree(cache, ignore_errors=True)
 
 
-def _sweep(checkpoints: Checkpoints, board) -> None:
+def _remove_partial_uploads(checkpoints: Checkpoints, board) -> None:
     """Remove files of interrupted uploads. If that is not permitted, they stay and do no harm."""
     try:
         checkpoints.sweep()
     except storage.StorageError as error:
-        board.note.remote(f"files of interrupted uploads could not be removed: {error}")
+        board.add_event.remote(f"files of interrupted uploads could not be removed: {error}")
 
 
-def _start(trainer: Trainer) -> Start:
+def _start_info(trainer: Trainer) -> Start:
     cuda = trainer.device.type == "cuda"
     name = torch.cuda.get_device_name(trainer.device) if cuda else "CPU"
     peak = (
@@ -235,8 +237,8 @@ def _start(trainer: Trainer) -> Start:
     return Start(
         trainer.progress.step,
         trainer.world,
-        trainer.share.micro_batch,
-        trainer.share.calls,
+        trainer.batch_split.micro_batch,
+        trainer.batch_split.calls,
         trainer.precision,
         name,
         peak,
@@ -244,14 +246,14 @@ def _start(trainer: Trainer) -> Start:
 
 
 def _announce(trainer: Trainer, board) -> None:
-    board.started.remote(_start(trainer))
+    board.started.remote(_start_info(trainer))
     # At every start: CLIP's loss depends on the micro-batch, which free memory may determine.
     if trainer.preset.train.objective == "clip":
-        board.note.remote(_contrast(trainer.share))
+        board.add_event.remote(_clip_batch_note(trainer.batch_split))
 
 
-def _contrast(share: BatchSplit) -> str:
-    """One line on what CLIP's loss depends on."""
+def _clip_batch_note(share: BatchSplit) -> str:
+    """Event text: the number of negatives in CLIP's loss, and the settings that change it."""
     others = share.world * max(end - first for first, end, _ in share.parts()) - 1
     return (
         f"CLIP contrasts each picture's caption with {others:,} others, those of the same "
@@ -259,7 +261,7 @@ def _contrast(share: BatchSplit) -> str:
     )
 
 
-def node_is_going() -> bool:
+def preemption_noticed() -> bool:
     """Whether Ray has received notice that a node of this run will be preempted.
 
     Reads this rank's own flag, since `ray.train.get_preemption_info` waits for all workers through

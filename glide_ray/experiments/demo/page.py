@@ -18,7 +18,7 @@ from .results import Results
 PAGE, TEMPLATE = "index.html", Path(__file__).with_name("page.html")
 STAGES = ("sheet", "corpus", "tuning", "answers")
 PICTURES = (SHEET, BEFORE_AFTER, EDIT, SKETCH, SCENE, LOSS)
-MOST_BYTES = 1_500_000  # limit for all copies together: they are in every clone of the repository
+MAX_BYTES = 1_500_000  # limit for all copies together: they are in every clone of the repository
 QUALITIES = (92, 85, 75, 60)  # of WebP, tried in order until the copies are small enough
 
 
@@ -60,11 +60,11 @@ def copy_pictures(out: Path, folder: Path) -> list[Path]:
     pixels = {name: np.asarray(decode((out / name).read_bytes())) for name in PICTURES}
     for quality in QUALITIES:
         encoded = {name: encode(image, "webp", quality=quality) for name, image in pixels.items()}
-        if sum(map(len, encoded.values())) <= MOST_BYTES:
+        if sum(map(len, encoded.values())) <= MAX_BYTES:
             break
     else:
         raise UserError(
-            f"The pictures in {out} take more than {MOST_BYTES:,} bytes even at WebP's "
+            f"The pictures in {out} take more than {MAX_BYTES:,} bytes even at WebP's "
             f"quality {quality}; make smaller ones."
         )
     paths = [folder / Path(name).with_suffix(".webp") for name in encoded]

@@ -19,7 +19,9 @@ class Results:
 
     folder: Path
 
-    def once(self, stage: str, key: Mapping[str, Any], make: Callable[[], Result]) -> Result:
+    def cached_result(
+        self, stage: str, key: Mapping[str, Any], make: Callable[[], Result]
+    ) -> Result:
         """The result of a stage: from disk, or from `make`, in which case it is stored.
 
         `key` holds everything that the result depends on. The stage runs again if the key changed
@@ -31,7 +33,7 @@ class Results:
             began = time.monotonic()
             return {**make(), "seconds": round(time.monotonic() - began, 1)}
 
-        return records.once(self._path(stage), key, timed, self._has_files)[0]
+        return records.cached_result(self._path(stage), key, timed, self._has_files)[0]
 
     def read(self, stage: str) -> Result | None:
         """The stored result of a stage, or None."""

@@ -63,7 +63,7 @@ def _sheet(results: Results, plan: Plan, pair: shipped.Pair, models: dict[str, s
         "styles": plan.styles,
         "options": plan.sheet_options.model_dump(),
     }
-    return results.once("sheet", key, lambda: make_sheet(results.folder, plan, pair))
+    return results.cached_result("sheet", key, lambda: make_sheet(results.folder, plan, pair))
 
 
 def _corpus(results: Results, packages: Path | None) -> Result:
@@ -74,7 +74,7 @@ def _corpus(results: Results, packages: Path | None) -> Result:
     from .tuning import make_corpus
 
     key = {"style": STYLE, "clean": CleanConfig().model_dump()}
-    return results.once("corpus", key, lambda: make_corpus(results.folder, packages))
+    return results.cached_result("corpus", key, lambda: make_corpus(results.folder, packages))
 
 
 def _tuned(results: Results, plan: Plan, pair: shipped.Pair, models: dict[str, str]) -> Result:
@@ -84,7 +84,7 @@ def _tuned(results: Results, plan: Plan, pair: shipped.Pair, models: dict[str, s
     from .tuning import tune
 
     key = {"base": models["base"], "settings": plan.settings}
-    return results.once("tuning", key, lambda: tune(results.folder, plan, pair.base))
+    return results.cached_result("tuning", key, lambda: tune(results.folder, plan, pair.base))
 
 
 def _answers(
@@ -101,7 +101,7 @@ def _answers(
 
     weights = results.folder / tuned["weights"]
     key = {**models, "tuned": storage.fingerprint(weights), **plan.asked()}
-    return results.once(
+    return results.cached_result(
         "answers", key, lambda: ask(results.folder, plan, pair, weights, tuned["name"])
     )
 

@@ -13,7 +13,7 @@ from ...precision import fastest_precision
 from ...pretrained.shipped import Pair
 from ...progress import stage_bars
 from ...sampling.cascade import Cascade
-from ...sampling.recipe import Maker, save_picture
+from ...sampling.recipe import ModelSet, save_picture
 from .figures import SHEET
 from .plan import Plan
 from .results import Result
@@ -32,10 +32,10 @@ def make_sheet(out: Path, plan: Plan, pair: Pair) -> Result:
     prompts = [f"{thing}, {style}" for thing in plan.things for style in plan.styles]
     seeds = [row for row in range(len(plan.things)) for _ in plan.styles]
     images = _with_bars(cascade, prompts, seeds, plan)
-    maker, names = Maker.of(cascade), []
+    model_set, names = ModelSet.of(cascade), []
     for prompt, seed, image in zip(prompts, seeds, images, strict=True):
         names.append(f"pictures/{file_name(prompt)}.png")
-        recipe = maker.recipe("generate", prompt, seed, plan.sheet_options)
+        recipe = model_set.recipe("generate", prompt, seed, plan.sheet_options)
         save_picture(image, out / names[-1], recipe)
     width = len(plan.styles)
     rows = [images[start : start + width] for start in range(0, len(images), width)]

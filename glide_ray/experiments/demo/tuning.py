@@ -84,7 +84,7 @@ def tune(out: Path, plan: Plan, base: Path) -> Result:
     name, train_config = preset.model.name, preset.train
     run, weights = out / name, f"{name}.safetensors"
     key = {"base": storage.fingerprint(base), "settings": list(plan.settings)}
-    Results(out).once("run", key, lambda: _clear(run))
+    Results(out).cached_result("run", key, lambda: _clear(run))
     done = train(preset, run)
     write_half(read_trained(run), out / weights)
     loss_curves({name: read_metrics(done.metrics)}, out / LOSS)

@@ -20,7 +20,7 @@ from ...data import emoji
 from ...data.images import encode
 from ...data.shards import read_index
 from ...precision import fastest_precision
-from ...records import once
+from ...records import cached_result
 from ...storage import fingerprint
 from . import findings as judged
 from . import sheets
@@ -86,7 +86,7 @@ def run(out: Path, corpus: Path) -> list[Finding]:
 
 
 def _inpainting_errors(out: Path, weights: Mapping[str, Path]) -> dict[str, Any]:
-    errors, _ = once(
+    errors, _ = cached_result(
         str(out / "inpainting.json"),
         {name: fingerprint(weights[name]) for name in (STRIPPED, LARGE)},
         lambda: bench_inpainting(

@@ -84,12 +84,12 @@ def figure_9(weights: Mapping[str, Path]) -> np.ndarray:
     pictures = [
         list(
             generate(
-                load(weights[way.model], weights[CLIP] if way.options.clip_scale else None),
+                load(weights[variant.model], weights[CLIP] if variant.options.clip_scale else None),
                 PROMPTS,
-                way.options,
+                variant.options,
             )
         )
-        for way in rows.values()
+        for variant in rows.values()
     ]
     return np.asarray(grid(pictures, PROMPTS, list(rows)))
 
@@ -102,22 +102,22 @@ def figure_11(weights: Mapping[str, Path], real: Real, judge: Path) -> np.ndarra
     """
     y, x = np.mgrid[:SIDE, :SIDE]
     known = (y - SIDE / 2) ** 2 + (x - SIDE / 2) ** 2 > (SIDE / 3) ** 2
-    ways = {
+    variants = {
         "CLIP guidance": Way(STRIPPED, by_clip(BY_CLIP)),
         "inpainting model": Way(LARGE, guided(BEST)),
         "implicit": Way(STRIPPED, guided(BEST)),
     }
     clip, images, labels = ClipFeatures(judge), [], []
     cascades = {
-        name: load(weights[way.model], weights[CLIP] if way.options.clip_scale else None)
-        for name, way in ways.items()
+        name: load(weights[variant.model], weights[CLIP] if variant.options.clip_scale else None)
+        for name, variant in variants.items()
     }
     wanted = clip.words([INSIDE])[0]
     for before in real.pixels[:: len(real.pixels) // HOLES][:HOLES]:
         images.append(show_hole(before, known))
         labels.append(f"{INSIDE}, into the hole")
-        for name, way in ways.items():
-            filled = fill(cascades[name], before, known, INSIDE, range(TRIES), way.options)
+        for name, variant in variants.items():
+            filled = fill(cascades[name], before, known, INSIDE, range(TRIES), variant.options)
             images.append(
                 filled[
                     int(
@@ -128,7 +128,7 @@ def figure_11(weights: Mapping[str, Path], real: Real, judge: Path) -> np.ndarra
                 ]
             )
             labels.append(name)
-    return np.asarray(contact_sheet(images, labels, columns=1 + len(ways), size=128))
+    return np.asarray(contact_sheet(images, labels, columns=1 + len(variants), size=128))
 
 
 def sets_side_by_side(pictures: Mapping[str, np.ndarray], real: Real) -> np.ndarray:

@@ -1,27 +1,27 @@
-"""The order of the cascade's stages, with stages that only record what they were asked for."""
+"""The order of the calls to the cascade's stages, which here only name the stage and the seed."""
 
 from dataclasses import replace
 
 import pytest
 
-from glide_ray.sampling.job import Job
-from glide_ray.sampling.order import (
+from glide_ray.sampling.cascade_calls import (
     ScoreCall,
     candidates,
+    cascade_calls,
     image_jobs,
-    run_order,
     split_previews,
 )
+from glide_ray.sampling.job import Job
 
 JOB = Job("a cat", 10, 64)
 
 
 def follow(images, upsample, score=lambda image: 0.0):
-    """Run the order; an image is "stage seed". Returns the calls and the finished images."""
-    order, result, calls = run_order(images, upsample), None, []
+    """Answer the calls; an image is "stage seed". Returns the calls and the finished images."""
+    generator, result, calls = cascade_calls(images, upsample), None, []
     while True:
         try:
-            call = order.send(result)
+            call = generator.send(result)
         except StopIteration as end:
             return calls, end.value
         calls.append(call)
@@ -41,7 +41,7 @@ def test_the_upsampler_enlarges_what_the_base_model_made():
         [JOB],
     )
     assert upsampler.low_res == ["base 10"]
-    assert (image.small, image.large, image.seed, image.scores) == (
+    assert (image.base_image, image.upsampled, image.seed, image.scores) == (
         "base 10",
         "upsampler 10",
         10,
@@ -51,14 +51,14 @@ def test_the_upsampler_enlarges_what_the_base_model_made():
 
 def test_without_an_upsampler_the_base_image_is_the_result():
     (base,), (image,) = follow([[JOB]], upsample=False)
-    assert base.stage == "base" and (image.small, image.large) == ("base 10", None)
+    assert base.stage == "base" and (image.base_image, image.upsampled) == ("base 10", None)
 
 
 def test_several_images_share_one_call_of_each_stage():
     jobs = [replace(JOB, seed=seed) for seed in (3, 1, 2)]
     calls, images = follow([[job] for job in jobs], upsample=True)
     assert [call.jobs for call in calls] == [jobs, jobs]
-    assert [image.large for image in images] == ["upsampler 3", "upsampler 1", "upsampler 2"]
+    assert [image.upsampled for image in images] == ["upsampler 3", "upsampler 1", "upsampler 2"]
 
 
 def test_only_the_candidate_with_the_highest_score_is_upsampled():
@@ -67,7 +67,7 @@ def test_only_the_candidate_with_the_highest_score_is_upsampled():
     assert [type(call).__name__ for call in calls] == ["StageCall", "ScoreCall", "StageCall"]
     assert calls[1].images == list(scores) and calls[1].prompt == "a cat"
     assert [job.seed for job in calls[2].jobs] == [11] and calls[2].low_res == ["base 11"]
-    assert (image.seed, image.large) == (11, "upsampler 11")
+    assert (image.seed, image.upsampled) == (11, "upsampler 11")
     assert image.scores == {10: 0.5, 11: 2.0, 12: -1.0}
 
 
