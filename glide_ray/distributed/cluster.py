@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import grpc
 import ray
 import ray.cloudpickle
 from ray._private.grpc_utils import init_grpc_channel
@@ -92,6 +91,8 @@ def check_address(address: str) -> None:
     target = (read_ray_address() or "") if address == "auto" else address.removeprefix("ray://")
     if not re.fullmatch(r"[^/]+:\d+", target):
         return
+    import grpc  # after Ray, whose extra a message should name where both are missing
+
     channel = init_grpc_channel(target)
     try:
         if address == target or address == "auto":

@@ -262,20 +262,21 @@ def images_of(out):
 
 @pytest.mark.slow
 def test_the_demo_leaves_a_page_with_all_of_it_and_is_not_made_twice(
-    tmp_path, pair, packages, shared_ray, capsys
+    tmp_path, pair, packages, shared_ray, capsys, caplog
 ):
-    out, said = tmp_path / "demo", []
-    run(out, SMALL, packages, said.append)
+    caplog.set_level("INFO", "glide_ray")
+    out = tmp_path / "demo"
+    run(out, SMALL, packages)
     shown = images_of(out)
     assert len(shown) == 2 * 2 + 12 + 1 + 2 * 2 + 3 + 3 + 2
     assert all((out / name).is_file() for name in PICTURES)
     check_tuned(out)
     check_answers(out)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    run(out, SMALL, packages, said.append)
+    run(out, SMALL, packages)
     after = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     assert {path.name for path in after if after[path] != before.get(path)} == {"index.html"}
-    assert "fine-tuning" in said[-1] and str(out / "index.html") in said[-1]
+    assert "fine-tuning" in caplog.messages[-1] and str(out / "index.html") in caplog.messages[-1]
 
     assert main(["demo", "--out", str(out), "--images", str(tmp_path / "images")]) == 0
     copies = sorted((tmp_path / "images").iterdir())
@@ -349,7 +350,7 @@ def test_without_shipped_weights_the_demo_says_so(tmp_path, monkeypatch, capsys)
 
 def test_pictures_are_not_copied_from_a_demo_that_was_not_made(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path), "--images", str(tmp_path / "images")]) == 2
-    assert "run `glide demo` first" in capsys.readouterr().err
+    assert "run `glide demo` to its end first" in capsys.readouterr().err
     assert not (tmp_path / "images").exists()
 
 

@@ -287,7 +287,7 @@ def test_pictures_without_captions_have_no_clip_score_and_all_other_figures(
     )
     assert "they have no captions" in (tmp_path / "other" / "report.html").read_text()
     (tmp_path / "bare" / "job.json").write_text("{}")
-    with pytest.raises(UserError, match="bare is not finished"):
+    with pytest.raises(UserError, match="bare is unfinished"):
         evaluate(
             {"bare": str(tmp_path / "bare")},
             str(drawn_corpus / "held_out"),

@@ -580,7 +580,7 @@ def test_the_commands_say_what_they_did_and_what_is_to_be_done_next(
     assert main(fit_red) == 2 and "have no label yet" in capsys.readouterr().err
     answer("runs/filters/red/labels.csv")
     assert (
-        main(fit_red) == 0 and "runs/filters/red/filter.safetensors: of" in capsys.readouterr().out
+        main(fit_red) == 0 and "runs/filters/red/filter.safetensors: in" in capsys.readouterr().out
     )
     assert main(["filter", "apply", "red", str(varied_corpus), "--out", "left"]) == 0
     assert "kept; dropped:" in capsys.readouterr().out

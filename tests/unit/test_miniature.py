@@ -303,9 +303,9 @@ def in_little(monkeypatch, thin_weights):
         monkeypatch.setattr(module, name, value)
 
 
-def test_all_stages_run_and_are_not_done_again(corpus, tmp_path, in_little, monkeypatch):
-    said = []
-    found = run.run(tmp_path, corpus, said.append)
+def test_all_stages_run_and_are_not_done_again(corpus, tmp_path, in_little, monkeypatch, caplog):
+    caplog.set_level("INFO", "glide_ray")
+    found = run.run(tmp_path, corpus)
     assert len(found) == 8
     assert json.loads((tmp_path / run.FINDINGS).read_text()) == [vars(finding) for finding in found]
     figures = json.loads((tmp_path / run.FIGURES).read_text())
@@ -317,13 +317,15 @@ def test_all_stages_run_and_are_not_done_again(corpus, tmp_path, in_little, monk
         assert (tmp_path / sheet).stat().st_size > 1000
     page = (tmp_path / run.PAGE).read_text()
     assert all(finding.text.partition(" (")[0] in page for finding in found)
-    assert sum("pictures" in line and line.partition(":")[0] in SETS for line in said) == len(SETS)
+    assert sum(
+        "pictures" in line and line.partition(":")[0] in SETS for line in caplog.messages
+    ) == len(SETS)
 
     def never(*_, **__):
         raise AssertionError("was done before")
 
     monkeypatch.setattr(run, "bench_inpainting", never)
     monkeypatch.setattr(models, "write_shards", never)
-    said.clear()
-    assert run.run(tmp_path, corpus, said.append) == found
-    assert not [line for line in said if line.partition(":")[0] in SETS]
+    caplog.clear()
+    assert run.run(tmp_path, corpus) == found
+    assert not [line for line in caplog.messages if line.partition(":")[0] in SETS]

@@ -514,7 +514,7 @@ def test_a_plan_for_this_machine_needs_no_gpu(capsys):
     [
         (["--gpu", "h10"], "There is no GPU 'h10' in the table; did you mean 'h100'?"),
         (["--gpu", "v100", "--set", "precision=bf16"], "v100 has no bf16"),
-        (["--gpu", "h100", "--utilisation", "40"], "utilisation above 0 and at most 1"),
+        (["--gpu", "h100", "--utilisation", "40"], "utilisation must lie above 0 and at most at 1"),
         (["--gpu", "h100", "--set", "train.step=3"], "did you mean"),
         (["--gpu", "h100", "--tflops", "-1"], "above 0"),
     ],

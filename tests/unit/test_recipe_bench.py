@@ -51,7 +51,6 @@ def test_more_seconds_of_training_leave_a_smaller_error(drawn_corpus, monkeypatc
             seconds,
             1,
             ["small"],
-            lambda line: None,
         )
         for seconds in (0.1, 8)
     )

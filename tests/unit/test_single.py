@@ -204,7 +204,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(drawn_corpus, tmp_pa
             file.seek(-1, os.SEEK_END)
             file.write(b"\xff")
     with pytest.raises(
-        CheckpointError, match="None of the 1 checkpoints in .* can be read; remove that folder"
+        CheckpointError, match="None of the 1 checkpoints in .* can be read; delete that folder"
     ):
         train_alone(settings, tmp_path / "run", progress=False)
 

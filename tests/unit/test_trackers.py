@@ -164,7 +164,7 @@ def test_tensorboards_folder_that_cannot_be_written_to_stops_nothing_and_is_told
     assert (
         len(warned) == 1
         and warned[0].startswith("TensorBoard cannot be written to: ")
-        and "Training goes on" in warned[0]
+        and "Training continues" in warned[0]
     )
     assert scalars(tmp_path, "loss") == [(20, 2), (30, 2), (40, 3)]
 

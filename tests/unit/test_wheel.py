@@ -136,7 +136,7 @@ def test_a_wheel_has_every_file_of_the_package_and_the_licence(wheel):
     package = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "glide_ray").rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and not {"__pycache__", ".ruff_cache", ".mypy_cache"} & set(path.parts)
     }
     assert {name for name in held if not name.startswith(info)} == package
     assert f"{info}/licenses/LICENSE" in held and "glide_ray/py.typed" in held
