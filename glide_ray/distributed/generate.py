@@ -138,7 +138,11 @@ def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[PictureReque
     requests: list[PictureRequest] = []
     for prompt, own_seed in rows:
         requests += [
-            PictureRequest(number, prompt, seed + number if own_seed is None else own_seed + number - len(requests))
+            PictureRequest(
+                number,
+                prompt,
+                seed + number if own_seed is None else own_seed + number - len(requests),
+            )
             for number in range(len(requests), len(requests) + per_prompt)
         ]
     return requests
