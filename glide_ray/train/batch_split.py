@@ -26,7 +26,7 @@ class BatchSplit:
         """Network calls per step, the same on every rank."""
         return accumulation(self.batch, self.world, self.micro_batch)
 
-    def parts(self) -> Iterator[tuple[int, int, float]]:
+    def row_ranges(self) -> Iterator[tuple[int, int, float]]:
         """Yield (first row, end, weight) of each network call.
 
         `weight` multiplies the call's mean loss in the mean over all `calls * world` calls of the

@@ -101,7 +101,7 @@ class Trainer:
             group["lr"] = learning_rate(train, number) * group.get(FACTOR, 1.0)
         sums: dict[str, torch.Tensor] = {}
         read = []
-        for _, _, weight in self.batch_split.parts():
+        for _, _, weight in self.batch_split.row_ranges():
             batch = next(batches)
             read.append(batch)
             i, noise = (

@@ -168,7 +168,7 @@ def _check_network(trainer, batches: Sequence[Batch], number: int) -> Cause | No
     """Repeat the step and check the forward pass, the loss of each row, then the gradients."""
     train = trainer.preset.train
     trainer.engine.train()
-    for batch, (_, _, weight) in zip(batches, trainer.batch_split.parts(), strict=False):
+    for batch, (_, _, weight) in zip(batches, trainer.batch_split.row_ranges(), strict=False):
         devices = [trainer.device] if trainer.device.type == "cuda" else []
         with torch.random.fork_rng(devices), NonfiniteHooks(trainer.engine.module) as hooks:
             drawn = draw(trainer.schedule, batch, train.seed, number, train.timestep_power)

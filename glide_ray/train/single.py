@@ -107,7 +107,7 @@ class SingleTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(train, number) * group.get(FACTOR, 1.0)
         sums: dict[str, Tensor] = {}
-        for _, _, weight in self.batch_split.parts():
+        for _, _, weight in self.batch_split.row_ranges():
             batch = next(batches)
             i, noise = (
                 to_device_async(drawn, self.device)

@@ -18,8 +18,8 @@ def test_each_row_is_computed_once_and_the_weighted_mean_of_the_calls_is_the_mea
 ):
     values = torch.randn(batch, dtype=torch.float64)
     shares = [BatchSplit(batch, world, rank, micro_batch) for rank in range(world)]
-    assert {len(list(share.parts())) for share in shares} == {shares[0].calls}
-    calls = [part for share in shares for part in share.parts()]
+    assert {len(list(share.row_ranges())) for share in shares} == {shares[0].calls}
+    calls = [part for share in shares for part in share.row_ranges()]
     assert all(0 <= first < end <= batch and end - first <= micro_batch for first, end, _ in calls)
     assert sorted(
         row for first, end, weight in calls if weight for row in range(first, end)
@@ -29,4 +29,4 @@ def test_each_row_is_computed_once_and_the_weighted_mean_of_the_calls_is_the_mea
 
 
 def test_equal_shares_have_weight_one():
-    assert [weight for _, _, weight in BatchSplit(32, 4, 2, 4).parts()] == [1, 1]
+    assert [weight for _, _, weight in BatchSplit(32, 4, 2, 4).row_ranges()] == [1, 1]

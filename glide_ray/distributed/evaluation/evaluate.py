@@ -84,24 +84,20 @@ def evaluate(
     judged = {name: fingerprint(fetch_network(path)) for name, path in judges.paths.items()}
     clip, size = ClipFeatures(judges.clip), size or _size(next(iter(sets.values())))
     connect(2 + ACTORS)
-    real, reference_record, shown = _reference(
-        reference, out, judges, {"judges": judged, "size": size}, clip
-    )
+    key = {"judges": judged, "size": size}
+    real, about_real, shown = _reference(reference, out, judges, key, clip)
     filtered = real.without(set(leave_out)) if leave_out is not None else None
     figures, embedded_sets = {}, {}
     for name, source in sets.items():
         embedded = _embed(name, source, size, out, judges)
         embedded_sets[name] = embedded[CLIP]
         asked = {
-            "reference": reference_record,
+            "reference": about_real,
             "left_out": None if leave_out is None else sorted(leave_out),
             "set": [corpus.digest for corpus in embedded.values()],
         }
-        row, _ = cached_result(
-            f"{out}/sets/{name}.json",
-            asked,
-            partial(_measure, name, embedded, clip, real, filtered),
-        )
+        measure = partial(_measure, name, embedded, clip, real, filtered)
+        row, _ = cached_result(f"{out}/sets/{name}.json", asked, measure)
         figures[name] = _settings_of(source) | row
     about = {"source": reference, "images": len(real.names), "clip_score": real.images.clip_score}
     if filtered:

@@ -115,7 +115,7 @@ class Feeder(Actor):
         self._next += 1
 
 
-def micro_batches(feeder, epoch: Epoch, share: BatchSplit) -> Iterator[dict[str, list]]:
+def micro_batches(feeder, epoch: Epoch, split: BatchSplit) -> Iterator[dict[str, list]]:
     """A rank's rows of each global batch, as micro-batches of the columns that `Collate` reads.
 
     All ranks get the same number of micro-batches.
@@ -125,7 +125,7 @@ def micro_batches(feeder, epoch: Epoch, share: BatchSplit) -> Iterator[dict[str,
     while (segments := ray.get(in_flight.popleft())) is not None:
         in_flight.append(feeder.take.remote(epoch, number))
         number += 1
-        for start, stop, _ in share.parts():
+        for start, stop, _ in split.row_ranges():
             yield _rows(segments, start, stop)
 
 

@@ -100,13 +100,13 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
 
 
 def _epochs(
-    preset: Preset, feeder, start: str, share: BatchSplit
+    preset: Preset, feeder, start: str, split: BatchSplit
 ) -> Callable[[int, int], Iterator[Batch]]:
     """A function of an epoch's number and of the rows to skip: yields this rank's micro-batches."""
     collate = Collate(preset.model, preset.data, preset.train.seed)
 
     def epoch_batches(epoch: int, rows: int) -> Iterator[Batch]:
-        batches = micro_batches(feeder, Epoch(start, epoch, rows), share)
+        batches = micro_batches(feeder, Epoch(start, epoch, rows), split)
         return prefetch(collate_batches(batches, collate, preset, epoch))
 
     return epoch_batches
@@ -252,9 +252,9 @@ def _announce(trainer: Trainer, board) -> None:
         board.add_event.remote(_clip_batch_note(trainer.batch_split))
 
 
-def _clip_batch_note(share: BatchSplit) -> str:
+def _clip_batch_note(split: BatchSplit) -> str:
     """Event text: the number of negatives in CLIP's loss, and the settings that change it."""
-    others = share.world * max(end - first for first, end, _ in share.parts()) - 1
+    others = split.world * max(end - first for first, end, _ in split.row_ranges()) - 1
     return (
         f"CLIP contrasts each picture's caption with {others:,} others, those of the same "
         "network call on all workers: train.micro_batch and train.workers affect its loss"
