@@ -660,7 +660,7 @@ def expressions(name):
 
 
 def test_the_serving_dashboard_shows_what_the_endpoint_exports():
-    figures, admission = Metrics(), Mock(capacity={"m": 1}, inside={"m": 0})
+    figures, admission = Metrics(), Mock(capacity={"m": 1}, in_progress={"m": 0})
     figures.request("/v1/images/generations", 200, 1.0)
     figures.image("m", "generation", {"base": 1.0})
     figures.retry("m", "base")
