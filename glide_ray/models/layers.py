@@ -20,7 +20,8 @@ Network = TypeVar("Network", bound=nn.Module)
 def channels_last(network: Network) -> Network:
     """Keep a network's convolution weights in channels-last memory."""
     # torch's annotations of `to` lack this argument.
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    moved: Network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return moved
 
 
 def timestep_embedding(timestep: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:

@@ -19,6 +19,7 @@ from ..diffusion.guidance import classifier_free, score_gradient
 from ..diffusion.samplers import StepInput, predict_x0
 from ..models.clip_scorer import ClipScorer
 from ..models.cuda_graphs import GraphRunner
+from ..models.layers import channels_last
 from ..models.unet import GlideUNet
 from ..tensors import Conditioning, ModelOutput, TextFeatures, to_device_async
 from .request import ActiveSample, SampleBatch
@@ -55,8 +56,7 @@ class GuidedDenoiser:
         critic: ClipScorer | None,
     ):
         self.config, self.device, self.critic = config, device, critic
-        # torch's overloads of `Module.to` leave memory_format out.
-        model = model.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = channels_last(model.to(device, dtype))
         self.model: GlideUNet = model.eval().requires_grad_(False)
         self.network: GlideUNet | GraphRunner = self.model
         if device.type == "cuda":
