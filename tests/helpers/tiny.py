@@ -34,6 +34,15 @@ def tiny(kind="base", *settings):
     )
 
 
+def corpus_settings(corpus):
+    """Settings of a run on the shards of drawings in the folder `corpus`."""
+    return [
+        f"data.corpus={corpus / 'train'}",
+        f"data.held_out={corpus / 'held_out'}",
+        "data.min_size=16",
+    ]
+
+
 TINY_CLIP = [
     "model.clip.image_size=16",
     "model.clip.patch_size=4",
@@ -81,3 +90,9 @@ def serving_weights(folder, seed=0):
         folder.mkdir(exist_ok=True)
         save_weights(paths[kind], random_model(config.unet, seed).state_dict(), config)
     return paths
+
+
+def picture_options(weights, steps=2):
+    """Options of the commands that make pictures: tiny weights and few steps."""
+    files = ["--base", str(weights["base"]), "--upsampler", str(weights["upsampler"])]
+    return [*files, "--steps", str(steps), "--upsampler-steps", "2"]

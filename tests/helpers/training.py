@@ -1,5 +1,6 @@
-"""A training run of six steps on random batches, in this process."""
+"""A training run of six steps on random batches, in this process or by two ranks."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 
 from glide_ray.data.tokenizer import Tokenizer
 from glide_ray.tensors import Batch, Conditioning
-from glide_ray.train import partition
+from glide_ray.train import deepspeed_engine, partition
 from glide_ray.train.steps import TrainCallbacks, train_loop
 from helpers.tiny import tiny
 
@@ -29,6 +30,22 @@ def preset(*settings):
         "clip_norm=0.5",
         *settings,
     )
+
+
+def join_two_ranks(rank, port):
+    """Join the process group of two ranks whose rank 0 listens at `port` of this machine."""
+    import deepspeed
+
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": str(rank),
+    }
+    torch.set_num_threads(1)
+    deepspeed_engine.quiet()
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
 
 def batch(number, size=4, broken=False):

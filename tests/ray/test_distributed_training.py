@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 from helpers.drawings import drawn_samples
-from helpers.tiny import TINY_BASE, tiny, tiny_clip
+from helpers.tiny import TINY_BASE, corpus_settings, tiny, tiny_clip
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -29,9 +29,7 @@ from glide_ray.train.run_folder import read_metrics
 def preset(corpus, *settings):
     return tiny(
         "base",
-        f"data.corpus={corpus / 'train'}",
-        f"data.held_out={corpus / 'held_out'}",
-        "data.min_size=16",
+        *corpus_settings(corpus),
         "batch=8",
         "steps=4",
         "log_every=2",
@@ -221,9 +219,7 @@ def test_a_run_that_is_killed_or_interrupted_goes_on_from_its_checkpoint_with_th
     out = tmp_path / "run"
     settings = [
         *TINY_BASE,
-        f"data.corpus={drawn_corpus / 'train'}",
-        f"data.held_out={drawn_corpus / 'held_out'}",
-        "data.min_size=16",
+        *corpus_settings(drawn_corpus),
         "batch=4",
         "workers=1",
         "steps=2000",

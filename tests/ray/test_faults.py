@@ -21,7 +21,7 @@ from helpers import elastic_run
 from helpers.checkpoints import keeper, write
 from helpers.paths import ROOT
 from helpers.processes import python_path, without_ray
-from helpers.tiny import tiny
+from helpers.tiny import corpus_settings, tiny
 
 from glide_ray import storage
 from glide_ray.cli.main import main
@@ -36,9 +36,7 @@ from glide_ray.train.watchdog import Watchdog
 def preset(corpus, *settings):
     return tiny(
         "base",
-        f"data.corpus={corpus / 'train'}",
-        f"data.held_out={corpus / 'held_out'}",
-        "data.min_size=16",
+        *corpus_settings(corpus),
         "batch=8",
         "trackers=",
         "log_every=1",

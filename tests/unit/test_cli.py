@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 from helpers.paths import ROOT
-from helpers.tiny import tiny
+from helpers.tiny import picture_options, tiny
 from PIL import Image
 
 import glide_ray
@@ -26,16 +26,7 @@ GLIDE = os.path.join(os.path.dirname(sys.executable), "glide")
 
 @pytest.fixture
 def weights(tiny_weights):
-    return [
-        "--base",
-        str(tiny_weights["base"]),
-        "--upsampler",
-        str(tiny_weights["upsampler"]),
-        "--steps",
-        "2",
-        "--upsampler-steps",
-        "2",
-    ]
+    return picture_options(tiny_weights)
 
 
 def refused(capsys, arguments, message):

@@ -4,7 +4,6 @@ Nothing is unpickled, and exporting needs little memory.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from helpers.tiny import tiny
-from helpers.training import batch, epochs, preset, run
+from helpers.training import batch, epochs, join_two_ranks, preset, run
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import distributed as dist
@@ -89,25 +88,12 @@ def rank_of_two(rank, port, folder, stage, start, more):
 
     Writes its metrics and the number of elements that it holds of each kind to `rank.N.json`.
     """
-    os.environ.update(
-        {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_RANK": str(rank),
-        }
-    )
-    torch.set_num_threads(1)
     from pathlib import Path
-
-    import deepspeed
 
     from glide_ray.train.loop import Trainer
     from glide_ray.train.steps import TrainCallbacks, train_loop
 
-    deepspeed_engine.quiet()
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    join_two_ranks(rank, port)
     trainer = Trainer(preset("workers=2", f"zero_stage={stage}", *more))
     if start:
         trainer.load(Path(start))

@@ -6,10 +6,8 @@ how overflows are handled, but nothing about the numerics of a GPU.
 """
 
 import json
-import os
 from pathlib import Path
 
-import deepspeed
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
@@ -17,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import has_inf_or_nan
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from helpers.tiny import tiny, tiny_clip
+from helpers.training import join_two_ranks
 from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -607,18 +606,7 @@ def test_offload_is_told_to_deepspeed_and_refused_where_there_is_nothing_to_offl
 
 def rank_of_two(rank, port, folder, settings):
     """One of two ranks: train in float32, then inject faults on rank 1 only; records the errors."""
-    os.environ.update(
-        {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_RANK": str(rank),
-        }
-    )
-    torch.set_num_threads(1)
-    deepspeed_engine.quiet()
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    join_two_ranks(rank, port)
     trainer = Trainer(preset("workers=2", *settings))
     own = slice(2 * rank, 2 * rank + 2)
     losses = [step(trainer, number, batch(number)[own]) for number in range(1, 5)]

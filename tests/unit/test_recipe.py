@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers.tiny import picture_options
 from PIL import Image, ImageDraw
 
 from glide_ray.cli.main import main
@@ -21,16 +22,7 @@ from glide_ray.sampling.recipe import (
 
 @pytest.fixture
 def weights(tiny_weights):
-    return [
-        "--base",
-        str(tiny_weights["base"]),
-        "--upsampler",
-        str(tiny_weights["upsampler"]),
-        "--steps",
-        "3",
-        "--upsampler-steps",
-        "2",
-    ]
+    return picture_options(tiny_weights, steps=3)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from helpers.tiny import TINY_BASE, tiny
+from helpers.tiny import TINY_BASE, corpus_settings, tiny
 from helpers.training import batch, epochs, run
 from helpers.training import preset as training_preset
 
@@ -26,9 +26,7 @@ from glide_ray.train.without_ray import MemoryCorpus, train_alone
 def preset(corpus, *settings):
     return tiny(
         "base",
-        f"data.corpus={corpus / 'train'}",
-        f"data.held_out={corpus / 'held_out'}",
-        "data.min_size=16",
+        *corpus_settings(corpus),
         "batch=8",
         "workers=1",
         "steps=6",
@@ -164,9 +162,7 @@ def test_a_run_that_is_stopped_and_gone_on_with_makes_the_same_steps(drawn_corpu
 def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(drawn_corpus, tmp_path, given):
     settings = [
         *TINY_BASE,
-        f"data.corpus={drawn_corpus / 'train'}",
-        f"data.held_out={drawn_corpus / 'held_out'}",
-        "data.min_size=16",
+        *corpus_settings(drawn_corpus),
         "batch=8",
         "workers=1",
         "steps=100000",

@@ -16,6 +16,7 @@ from importlib.metadata import PathDistribution, distribution
 from pathlib import Path
 
 import pytest
+from helpers.tiny import TINY_BASE, corpus_settings
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
@@ -169,17 +170,8 @@ def test_the_core_makes_a_key_for_the_server(core):
 
 def test_the_core_trains_in_one_process(core, drawn_corpus):
     settings = (
-        f"data.corpus={drawn_corpus / 'train'}",
-        f"data.held_out={drawn_corpus / 'held_out'}",
-        "data.min_size=16",
-        "model.unet.image_size=16",
-        "model.unet.channels=16",
-        "model.unet.multipliers=1,2",
-        "model.unet.attention_sizes=8",
-        "model.unet.head_channels=16",
-        "model.unet.text.width=16",
-        "model.unet.text.layers=1",
-        "model.unet.text.heads=1",
+        *TINY_BASE,
+        *corpus_settings(drawn_corpus),
         "batch=4",
         "workers=1",
         "steps=2",
