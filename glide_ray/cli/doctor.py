@@ -230,9 +230,8 @@ def _cluster(address: str) -> Finding:
     if address.startswith("http"):
         return Finding("RAY_ADDRESS", f"{address}, for `ray job submit`")
     try:
-        from ..distributed.cluster import check_address, use_token
+        from ..distributed.cluster import check_address
 
-        use_token()
         check_address(address)
     except UserError as error:
         text, _, remedy = str(error).rstrip(".").partition("; ")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import ray
 import ray.cloudpickle
+from ray._common.tls_utils import load_certs_from_env
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.utils import read_ray_address
 from ray._raylet import AuthenticationTokenLoader, Config
@@ -45,30 +46,29 @@ def connect(cpus: int) -> None:
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(
         logging.ERROR
     )
-    use_token()
     if is_connected():
         _join(os.environ["RAY_ADDRESS"])
     else:
+        _use_token()
         _start(max(cpus, LAPTOP_CPUS, os.cpu_count() or 1))
 
 
-def use_token() -> None:
-    """Set RAY_AUTH_MODE=token where Ray finds a token, as a cluster with one refuses other clients.
-
-    A cluster without a token accepts clients that have one. Does nothing if RAY_AUTH_MODE is set.
-    """
-    if "RAY_AUTH_MODE" not in os.environ and AuthenticationTokenLoader.instance().has_token(
+def _use_token() -> bool:
+    """Set RAY_AUTH_MODE=token if it is not set and Ray finds a token; whether it did so."""
+    if "RAY_AUTH_MODE" in os.environ or not AuthenticationTokenLoader.instance().has_token(
         ignore_auth_mode=True
     ):
-        os.environ["RAY_AUTH_MODE"] = "token"
-        Config.initialize("")  # Ray read its environment at import
+        return False
+    os.environ["RAY_AUTH_MODE"] = "token"
+    Config.initialize("")  # Ray read its environment at import
+    return True
 
 
 def _join(address: str) -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    check_address(address)
+    target = check_address(address)
     try:
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(target, log_to_driver=False, logging_level=logging.WARNING)
     except ValueError as error:
         raise UserError(
             f"RAY_ADDRESS={address} is not where a driver joins a cluster "
@@ -82,36 +82,67 @@ def _join(address: str) -> None:
         ) from None
 
 
-def check_address(address: str) -> None:
-    """Raise UserError if no Ray head accepts this client at `address` within ANSWER_SECONDS.
+def check_address(address: str) -> str:
+    """Return `address`, with "auto" resolved, after its Ray head has accepted this client.
 
-    `address`: HOST:PORT, ray://HOST:PORT or auto; Ray's own attempts take minutes. Anything else
-    is left to Ray.
+    Uses the token that Ray finds if the head wants one, and only then: a driver in token mode
+    refuses the messages of a head that has no token, and the head then destroys its actors.
+
+    `address`: HOST:PORT, ray://HOST:PORT or auto; anything else is left to Ray. Raises UserError
+    within ANSWER_SECONDS for each attempt; Ray's own attempts take minutes.
     """
-    target = (read_ray_address() or "") if address == "auto" else address.removeprefix("ray://")
-    if not re.fullmatch(r"[^/]+:\d+", target):
-        return
+    target = (read_ray_address() or address) if address == "auto" else address
+    if not re.fullmatch(r"(ray://)?[^/]+:\d+", target):
+        return target
     import grpc  # after Ray, whose extra a message should name where both are missing
 
-    channel = init_grpc_channel(target)
     try:
-        if address == target or address == "auto":
-            NodeInfoGcsServiceStub(channel).GetClusterId(
-                GetClusterIdRequest(), timeout=ANSWER_SECONDS
-            )
+        if target.startswith("ray://"):  # this client sends its token and receives no calls
+            _use_token()
+            with init_grpc_channel(target.removeprefix("ray://")) as channel:
+                grpc.channel_ready_future(channel).result(ANSWER_SECONDS)
+        elif _accepts(target, with_token=False):
+            if os.environ.get("RAY_AUTH_MODE") == "token":
+                raise UserError(
+                    f"The cluster at RAY_ADDRESS={address} has no token, so this process may not "
+                    f"want one; unset RAY_AUTH_MODE, or start its head with RAY_AUTH_MODE=token."
+                )
         else:
-            grpc.channel_ready_future(channel).result(ANSWER_SECONDS)
-    except grpc.RpcError as error:
-        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-            raise UserError(
-                f"The cluster at RAY_ADDRESS={address} wants its token; copy ~/.ray/auth_token "
-                f"from its head to this machine, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
-            ) from None
+            token_mode = _use_token() or os.environ.get("RAY_AUTH_MODE") == "token"
+            if not token_mode or not _accepts(target, with_token=True):
+                raise UserError(
+                    f"The cluster at RAY_ADDRESS={address} wants its token; copy ~/.ray/auth_token "
+                    f"from its head to this machine, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
+                )
+    except (grpc.RpcError, grpc.FutureTimeoutError):
         raise _no_cluster_error(address) from None
-    except grpc.FutureTimeoutError:
-        raise _no_cluster_error(address) from None
-    finally:
-        channel.close()
+    return target
+
+
+def _accepts(target: str, with_token: bool) -> bool:
+    """Whether the head at HOST:PORT answers a client that sends its token, or none.
+
+    Raises grpc.RpcError if no head answers.
+    """
+    import grpc
+
+    if with_token:
+        channel = init_grpc_channel(target)
+    elif os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        certificate, key, authority = load_certs_from_env()
+        credentials = grpc.ssl_channel_credentials(authority, key, certificate)
+        channel = grpc.secure_channel(target, credentials)
+    else:
+        channel = grpc.insecure_channel(target)
+    with channel:
+        try:
+            head = NodeInfoGcsServiceStub(channel)
+            head.GetClusterId(GetClusterIdRequest(), timeout=ANSWER_SECONDS)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                return False
+            raise
+    return True
 
 
 def _no_cluster_error(address: str) -> UserError:

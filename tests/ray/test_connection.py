@@ -60,9 +60,9 @@ def test_a_ray_that_does_not_start_is_one_sentence(tmp_path):
     assert done.stdout.count("\n") == 1 and "glide doctor" in done.stdout
 
 
-@pytest.fixture(scope="module")
-def closed_head(tmp_path_factory):
-    """A Ray head that wants the token in the home folder that comes with its address."""
+@pytest.fixture(scope="module", params=["disabled", "token"])
+def head(request, tmp_path_factory):
+    """A Ray head: its RAY_AUTH_MODE, its address, and a home folder with a token."""
     folder = tmp_path_factory.mktemp("head")
     (folder / ".ray").mkdir()
     (folder / ".ray" / "auth_token").write_text("ab" * 32)
@@ -73,7 +73,7 @@ def closed_head(tmp_path_factory):
         f"{ray} start --head --block --port={port} --num-cpus=1 --include-dashboard=false "
         f"--ray-client-server-port={free_port()} --object-store-memory=80000000 "
         f"--disable-usage-stats --temp-dir={temporary}".split(),
-        env={**os.environ, "HOME": str(folder), "RAY_AUTH_MODE": "token"},
+        env={**os.environ, "HOME": str(folder), "RAY_AUTH_MODE": request.param},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -81,20 +81,23 @@ def closed_head(tmp_path_factory):
     address = next(
         match.group(1) for line in head.stdout if (match := re.search(r"--address='(.+?)'", line))
     )
-    yield address, folder
+    yield request.param, address, folder
     head.terminate()
     head.wait(60)
     shutil.rmtree(temporary, ignore_errors=True)
 
 
 JOIN = """
-import sys
 from glide_ray.distributed.cluster import connect, disconnect
 from glide_ray.errors import UserError
 try:
     connect(1)
     import ray
-    print(ray.cluster_resources()["CPU"])
+    @ray.remote
+    class Counter:
+        def count(self):
+            return 1
+    print(ray.get(Counter.remote().count.remote()))
     disconnect()
 except UserError as error:
     print(error)
@@ -102,14 +105,20 @@ except UserError as error:
 
 
 @pytest.mark.slow
-def test_glide_shows_the_token_that_it_finds_and_names_the_one_that_it_lacks(closed_head, tmp_path):
-    address, home = closed_head
+def test_a_driver_uses_a_token_where_the_head_wants_one_and_only_there(head, tmp_path):
+    mode, address, home = head
     (tmp_path / "join.py").write_text(JOIN)
     done = python("join.py", cwd=tmp_path, RAY_ADDRESS=address, HOME=str(home))
-    assert done.stdout == "1.0\n" and not done.stderr
-    refused = python("join.py", cwd=tmp_path, RAY_ADDRESS=address, HOME=str(tmp_path))
-    assert re.fullmatch(r"The cluster at RAY_ADDRESS=\S+ wants its token; .*\n", refused.stdout)
-    assert not refused.stderr
+    assert done.stdout == "1\n" and not done.stderr
+    if mode == "token":
+        refused = python("join.py", cwd=tmp_path, RAY_ADDRESS=address, HOME=str(tmp_path))
+        problem = "wants its token; "
+    else:
+        environment = {"RAY_ADDRESS": address, "HOME": str(home), "RAY_AUTH_MODE": "token"}
+        refused = python("join.py", cwd=tmp_path, **environment)
+        problem = "has no token, "
+    sentence = rf"The cluster at RAY_ADDRESS=\S+ {problem}.*\n"
+    assert re.fullmatch(sentence, refused.stdout) and not refused.stderr
 
 
 NOISE = """
