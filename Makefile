@@ -15,10 +15,10 @@ demo: $(READY)
 	$(VENV)/bin/glide demo
 
 test: $(TESTS)
-	$(PYTEST) -m 'not chaos'
+	$(PYTEST) -m 'not slow'
 
 test-slow: $(TESTS)
-	$(PYTEST) -m chaos
+	$(PYTEST) -m slow
 
 test-all: $(TESTS)
 	$(PYTEST)

@@ -289,7 +289,6 @@ def direct(answered, question):
 
 
 @browsing
-@pytest.mark.slow
 def test_a_hundred_votes_of_two_browsers_at_once_with_a_reload_are_counted_and_blind(
     folders, tmp_path, capsys
 ):
@@ -364,7 +363,6 @@ def test_a_hundred_votes_of_two_browsers_at_once_with_a_reload_are_counted_and_b
 
 
 @browsing
-@pytest.mark.slow
 def test_answers_given_while_the_server_is_dead_come_when_it_is_back_and_the_last_can_be_changed(
     folders, tmp_path
 ):

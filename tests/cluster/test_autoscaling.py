@@ -14,7 +14,7 @@ from helpers import autoscaling_run
 from helpers.paths import ROOT
 from helpers.processes import python_path
 
-pytestmark = pytest.mark.chaos
+pytestmark = pytest.mark.slow
 CONFIG = Path(ROOT) / "ray-cluster.yaml"
 
 

@@ -24,7 +24,6 @@ from glide_ray.sampling.cascade import Cascade
 from glide_ray.train.run_folder import last_step, read_metrics
 
 STEPS, PROMPTS = 60, 120
-pytestmark = pytest.mark.slow
 
 
 def pictures(prefix):
@@ -45,7 +44,7 @@ def ray(s3):
         yield made
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 def test_corpus_to_pictures_by_jobs_submitted_twice_while_s3_errs_and_raylets_are_killed(
     ray, s3, s3_faults, tiny_weights
 ):

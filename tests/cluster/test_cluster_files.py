@@ -252,7 +252,6 @@ def aws(monkeypatch, tmp_path):
         cache.cache_clear()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("efa", [False, True])
 def test_ray_starts_and_ends_every_kind_of_node_with_the_rights_of_the_head(aws, efa, monkeypatch):
     ec2 = boto3.client("ec2")

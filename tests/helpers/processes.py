@@ -4,6 +4,9 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import suppress
+
+import psutil
 
 from helpers.paths import ROOT
 
@@ -44,3 +47,13 @@ def python(*arguments, cwd, **environment):
         timeout=300,
         check=False,
     )
+
+
+def replica_processes(deployment):
+    """Processes of a deployment's replicas, found by the name that Ray sets."""
+    name, found = f"ServeReplica:glide:{deployment}", []
+    for process in psutil.Process().children(recursive=True):  # of this Ray and no other
+        with suppress(psutil.NoSuchProcess):
+            if name in "".join(process.cmdline()[:1]):
+                found.append(process)
+    return found

@@ -753,7 +753,6 @@ def copied(image, draws):
     )
 
 
-@pytest.mark.slow
 def test_planted_copies_of_emoji_are_found_and_no_others(emoji_corpus, tmp_path):
     draws = np.random.default_rng(0)
     emoji = samples_of(emoji_corpus[0] / "train")
@@ -858,7 +857,6 @@ def check_faults(report, path, readable, unreadable):
     )
 
 
-@pytest.mark.slow
 def test_a_corpus_with_every_fault_is_cleaned_to_its_end_and_each_fault_is_counted_and_named(
     faulty, s3, s3_faults, tmp_path
 ):
@@ -886,7 +884,6 @@ def test_a_corpus_with_every_fault_is_cleaned_to_its_end_and_each_fault_is_count
     assert s3_faults.asked("GET", "list-type=2") == 0
 
 
-@pytest.mark.slow
 def test_a_training_stream_over_the_same_faults_counts_and_names_them_too(faulty, s3_faults):
     readable, path = faulty
     befall(s3_faults)

@@ -39,7 +39,6 @@ def preset(corpus, *settings):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_run_on_two_workers_makes_weights_and_metrics_and_is_not_made_twice(
     drawn_corpus, tmp_path
@@ -95,7 +94,6 @@ def test_a_run_on_two_workers_makes_weights_and_metrics_and_is_not_made_twice(
             train(preset(drawn_corpus, other), tmp_path / "run", progress=False)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_noised_clip_trains_on_two_workers(drawn_corpus, tmp_path):
     settings = tiny_clip(
@@ -174,7 +172,6 @@ def test_a_clip_run_says_how_many_captions_a_picture_is_contrasted_with(share, o
     assert f"with {others} others" in _clip_batch_note(share)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_what_the_user_can_mend_is_said_before_or_instead_of_training(drawn_corpus, tmp_path):
     with pytest.raises(UserError, match="corpus .*empty is empty"):
@@ -212,7 +209,7 @@ def test_workers_that_a_cluster_lacks_are_waited_for_and_then_given_up(
     assert not (tmp_path / "run" / "preset.json").exists()
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 def test_a_run_that_is_killed_or_interrupted_goes_on_from_its_checkpoint_with_the_same_command(
     drawn_corpus, tmp_path
 ):

@@ -296,7 +296,7 @@ def test_pictures_without_captions_have_no_clip_score_and_all_other_figures(
         )
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 def test_killed_at_a_random_point_and_submitted_again_a_sweep_has_the_same_figures(
     drawn_corpus, tiny_weights, tmp_path
 ):

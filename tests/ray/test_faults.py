@@ -264,7 +264,7 @@ def strike(out, steps, draws, struck):
         struck.append(victim.pid)
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_workers_that_are_killed_or_hang_at_random_steps_change_nothing_but_the_time(
     drawn_corpus, s3, tmp_path
@@ -369,7 +369,7 @@ def test_a_run_on_s3_goes_on_with_other_workers_another_stage_and_another_learni
     assert all(torch.equal(exported[name], tensor) for name, tensor in written.items())
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_run_shrinks_with_its_nodes_and_grows_again_and_is_the_same_run(drawn_corpus, tmp_path):
     """One node is lost, one added, one drained; all losses equal those of an undisturbed run."""

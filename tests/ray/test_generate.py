@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,40 +36,44 @@ def config(tiny_weights):
     )
 
 
-@pytest.fixture
-def prompts(tmp_path):
-    path = tmp_path / "prompts.txt"
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     path.write_text("".join(f"a red apple {n}\n\n" for n in range(20)))
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(config, prompts, tmp_path_factory, ray_session):
+    """A finished job: its result and its folder, which tests may only read."""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    return generate(prompts, str(folder), config), folder
 
 
 def pixels(path):
     return np.asarray(Image.open(path))
 
 
-@pytest.mark.usefixtures("ray_session")
-def test_each_prompt_has_the_picture_that_the_cascade_makes_of_it_alone(
-    config, prompts, tiny_weights, tmp_path
-):
-    done = generate(prompts, str(tmp_path / "out"), config)
-    index = [json.loads(line) for line in (tmp_path / "out" / METADATA).read_text().splitlines()]
+def test_each_prompt_has_the_picture_that_the_cascade_makes_of_it_alone(finished, tiny_weights):
+    done, out = finished
+    index = [json.loads(line) for line in (out / METADATA).read_text().splitlines()]
     assert done.pictures == done.made == len(index) == 20 and [
         line["seed"] for line in index
     ] == list(range(5, 25))
     cascade = Cascade.load(tiny_weights["base"], tiny_weights["upsampler"])
     for line in index[::7]:
         alone = cascade.generate([line["text"]], [line["seed"]], OPTIONS)[0]
-        assert np.array_equal(alone, pixels(tmp_path / "out" / line["file_name"]))
-        assert read_recipe(tmp_path / "out" / line["file_name"])[0].prompt == line["text"]
+        assert np.array_equal(alone, pixels(out / line["file_name"]))
+        assert read_recipe(out / line["file_name"])[0].prompt == line["text"]
     # The output folder is a corpus.
-    rows = [sample for part in find_parts(tmp_path / "out") for sample in read_part(part)]
+    rows = [sample for part in find_parts(out) for sample in read_part(part)]
     assert [sample.captions for sample in rows] == [(line["text"],) for line in index]
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_only_what_is_missing_is_made_again(config, prompts, tmp_path):
+def test_only_what_is_missing_is_made_again(config, prompts, finished, tmp_path):
     out = tmp_path / "out"
-    generate(prompts, str(out), config)
+    shutil.copytree(finished[1], out)
     files = sorted(out.rglob("*.png"))
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
     files[3].unlink()
@@ -82,20 +87,20 @@ def test_only_what_is_missing_is_made_again(config, prompts, tmp_path):
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_pictures_of_another_job_are_not_mixed_in(config, prompts, tmp_path):
-    generate(prompts, str(tmp_path / "out"), config)
+def test_pictures_of_another_job_are_not_mixed_in(config, prompts, finished):
+    out = str(finished[1])
     with pytest.raises(UserError, match="another job .other options"):
         generate(
             prompts,
-            str(tmp_path / "out"),
+            out,
             config.model_copy(update={"options": SampleOptions(steps=3)}),
         )
     with pytest.raises(UserError, match="other prompts or seeds"):
-        generate(prompts, str(tmp_path / "out"), config.model_copy(update={"seed": 6}))
+        generate(prompts, out, config.model_copy(update={"seed": 6}))
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_pictures_go_to_s3_as_they_go_to_a_folder(config, prompts, s3, tmp_path):
+def test_pictures_go_to_s3_as_they_go_to_a_folder(config, prompts, s3, finished):
     storage.put(open(prompts, "rb").read(), f"{s3}/bulk/prompts.txt")
     for role in ("base", "upsampler"):
         storage.put(open(getattr(config, role), "rb").read(), f"{s3}/bulk/{role}.safetensors")
@@ -106,15 +111,15 @@ def test_pictures_go_to_s3_as_they_go_to_a_folder(config, prompts, s3, tmp_path)
         }
     )
     generate(f"{s3}/bulk/prompts.txt", f"{s3}/bulk/out", there)
-    generate(prompts, str(tmp_path / "out"), config)
-    for file in sorted((tmp_path / "out").rglob("*.png")):
+    for file in sorted(finished[1].rglob("*.png")):
         local, remote = file, storage.fetch(f"{s3}/bulk/out/00000/{file.name}")
         assert np.array_equal(pixels(local), pixels(remote))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_with_a_twentieth_of_all_s3_requests_failing_the_job_does_not_and_its_pictures_are_the_same(
-    config, prompts, s3, s3_faults, tmp_path
+    config, prompts, s3, s3_faults, finished
 ):
     for role in ("base", "upsampler"):
         storage.put(open(getattr(config, role), "rb").read(), f"{s3}/unlucky/{role}.safetensors")
@@ -127,8 +132,7 @@ def test_with_a_twentieth_of_all_s3_requests_failing_the_job_does_not_and_its_pi
     s3_faults.at_random(0.05)
     generate(prompts, f"{s3}/unlucky/out", there)
     s3_faults.clear()
-    generate(prompts, str(tmp_path / "out"), config)
-    for file in sorted((tmp_path / "out").rglob("*.png")):
+    for file in sorted(finished[1].rglob("*.png")):
         assert np.array_equal(
             pixels(file), pixels(storage.fetch(f"{s3}/unlucky/out/00000/{file.name}"))
         )
@@ -190,7 +194,7 @@ def test_weights_that_are_none_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 def test_a_job_that_is_killed_and_submitted_again_leaves_one_picture_for_each_prompt(
     config, tmp_path
 ):

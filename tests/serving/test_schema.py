@@ -228,7 +228,7 @@ def test_the_api_keeps_to_its_description(schema, method, path, mode):
     keeps_to_its_description(schema, method, path, mode, count=FIXED, derandomize=True)
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 @every_operation
 def test_the_api_keeps_to_its_description_in_new_draws(schema, method, path, mode):
     keeps_to_its_description(schema, method, path, mode, count=NEW)

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import json
 import os
 import re
 import runpy
@@ -16,6 +17,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from helpers.malformed_requests import check_malformed_requests
 from helpers.paths import ROOT
 from helpers.tiny import serving_weights
 from PIL import Image
@@ -23,14 +25,14 @@ from ray import serve
 
 from glide_ray.bench.load_generator import free_port
 from glide_ray.config.sampling import SampleOptions
-from glide_ray.config.serving import ServeConfig
+from glide_ray.config.serving import ServeConfig, ServedModel
 from glide_ray.errors import ConfigError, UserError
 from glide_ray.sampling.cascade import Cascade
 from glide_ray.sampling.job import Job
 from glide_ray.sampling.recipe import find_models, read_recipe, reproduce_picture
 from glide_ray.serving.metrics import Metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+pytestmark = pytest.mark.usefixtures("ray_session")
 PROMPT, STEPS = "a red apple", 3
 
 
@@ -43,7 +45,8 @@ def weights(tmp_path_factory):
 def url(weights):
     from glide_ray.serving.deployment import serving
 
-    with serving(ServeConfig(**weights, port=free_port())) as url:
+    small = ServedModel(base=weights["base"], upsampler=None)
+    with serving(ServeConfig(**weights, port=free_port(), more_models={"small": small})) as url:
         yield url
 
 
@@ -167,11 +170,59 @@ def test_openais_client_watches_a_picture_come(client):
     assert seen[-1].b64_json == whole.data[0].b64_json
 
 
-def test_openais_client_lists_the_model_and_the_server_is_healthy(client, url):
-    assert [model.id for model in client.models.list()] == ["nano-base"]
+def test_openais_client_lists_the_models_and_the_server_is_healthy(client, url):
+    assert {model.id for model in client.models.list()} == {"nano-base", "small"}
     assert httpx.get(f"{url}/healthz").json() == {"status": "ok"} and httpx.get(
         f"{url}/readyz"
     ).json() == {"status": "ready"}
+
+
+def test_a_second_model_has_its_own_sizes(url):
+    answer = httpx.post(
+        f"{url}/v1/images/generations",
+        json={"prompt": "x", "model": "small", "steps": 2},
+        timeout=60,
+    )
+    assert answer.json()["size"] == "64x64"
+    refused = httpx.post(
+        f"{url}/v1/images/generations",
+        json={"prompt": "x", "model": "small", "size": "256x256"},
+        timeout=60,
+    )
+    assert refused.status_code == 400
+    assert "small does not make size" in refused.json()["error"]["message"]
+
+
+def test_malformed_requests_are_refused_and_cost_neither_a_crash_nor_memory(url):
+    check_malformed_requests(url, 200, seed=0)
+
+
+def test_a_client_that_leaves_a_stream_frees_its_place(url):
+    with httpx.stream(
+        "POST",
+        f"{url}/v1/images/generations",
+        timeout=60,
+        json={"prompt": "x", "model": "small", "steps": 1000, "stream": True, "partial_images": 3},
+    ) as answer:
+        assert (
+            json.loads(
+                next(
+                    line for line in answer.iter_lines() if line.startswith("data: ")
+                ).removeprefix("data: ")
+            )["partial_image_index"]
+            == 0
+        )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        going = [
+            line
+            for line in httpx.get(f"{url}/metrics").text.splitlines()
+            if line.startswith("glide_stage_in_flight{") and not line.endswith(" 0.0")
+        ]
+        if not going:
+            break
+        time.sleep(0.1)
+    assert not going
 
 
 def test_openais_client_understands_a_refusal(client):

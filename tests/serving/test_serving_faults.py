@@ -1,21 +1,20 @@
-"""The server under faults: replicas killed, replaced, added and removed, and malformed requests.
+"""The server while its replicas are killed, replaced, added and removed.
 
 Uses real processes over HTTP.
 """
 
 import base64
 import io
-import json
 import os
 import random
 import threading
 import time
-from contextlib import suppress
 
 import httpx
 import numpy as np
-import psutil
 import pytest
+from helpers.malformed_requests import check_malformed_requests
+from helpers.processes import replica_processes
 from helpers.tiny import serving_weights
 from PIL import Image
 from ray import serve
@@ -27,7 +26,6 @@ from glide_ray.config.serving import Scale, ServeConfig, ServedModel
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 REQUESTS = int(os.environ.get("GLIDE_TEST_REQUESTS", 40))  # sent while replicas are killed
 KILL_EVERY = 6.0  # seconds
-BROKEN = int(os.environ.get("GLIDE_TEST_BROKEN", 1000))  # malformed requests
 TWO = Scale(min_replicas=2, max_replicas=2, cpus=0.5)
 ONE_TO_TWO = Scale(max_replicas=2, cpus=0.5, up_after=1, down_after=3)
 
@@ -80,17 +78,6 @@ def pictures(answers):
     ]
 
 
-def processes(deployment):
-    """Processes of a deployment's replicas, found by the name that Ray sets."""
-    name, found = f"ServeReplica:glide:{deployment}", []
-    for process in psutil.Process().children(recursive=True):  # of this Ray and no other
-        with suppress(psutil.NoSuchProcess):
-            if name in "".join(process.cmdline()[:1]):
-                found.append(process)
-    return found
-
-
-@pytest.mark.chaos
 def test_every_request_is_answered_with_its_picture_while_replicas_are_killed(url):
     from glide_ray.bench import load_generator as load
 
@@ -99,7 +86,7 @@ def test_every_request_is_answered_with_its_picture_while_replicas_are_killed(ur
     killed, draw, deadline = 0, random.Random(0), time.monotonic() + 20 * REQUESTS
     while going.going() and time.monotonic() < deadline:
         stage = ("base", "upsampler")[killed % 2]
-        if there := processes(stage):
+        if there := replica_processes(stage):
             draw.choice(there).kill()
             killed += 1
         time.sleep(KILL_EVERY)
@@ -114,26 +101,6 @@ def test_every_request_is_answered_with_its_picture_while_replicas_are_killed(ur
     ]
     print(f"{killed} replicas killed, {sum(retries):.0f} retries")
     assert sum(retries) > 0
-
-
-def test_a_model_beside_has_its_own_name_and_replicas(url):
-    assert {model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]} == {
-        "nano-base",
-        "small",
-    }
-    answer = httpx.post(
-        f"{url}/v1/images/generations",
-        json={"prompt": "x", "model": "small", "steps": 2},
-        timeout=60,
-    )
-    assert answer.json()["size"] == "64x64"
-    refused = httpx.post(
-        f"{url}/v1/images/generations",
-        json={"prompt": "x", "model": "small", "size": "256x256"},
-        timeout=60,
-    )
-    assert refused.status_code == 400
-    assert "small does not make size" in refused.json()["error"]["message"]
 
 
 def test_load_brings_a_second_replica_and_quiet_takes_it_away_and_no_request_fails(url):
@@ -177,138 +144,8 @@ def test_load_brings_a_second_replica_and_quiet_takes_it_away_and_no_request_fai
         watcher.join()
 
 
-def broken_request(draw):
-    """(path, keyword arguments for httpx) of a request that is almost certainly invalid."""
-    junk = [
-        None,
-        True,
-        -1,
-        0,
-        1e308,
-        "x" * draw.randrange(1, 5000),
-        [],
-        {},
-        [1, 2],
-        "NaN",
-        "\u0000",
-        "\U0001f600",
-        2**70,
-        -2.5,
-        "../../etc/passwd",
-        "10",
-    ]
-    names = [
-        "prompt",
-        "n",
-        "size",
-        "seed",
-        "steps",
-        "guidance_scale",
-        "sampler",
-        "output_format",
-        "model",
-        "stream",
-        "best_of",
-        "strength",
-        draw.choice("abc") * 9,
-    ]
-    kind = draw.randrange(6)
-    if kind == 0:
-        return "generations", {
-            "json": {"n": 0}
-            | {draw.choice(names): draw.choice(junk) for _ in range(draw.randrange(1, 6))}
-        }
-    if kind == 1:
-        return "generations", {
-            "content": draw.randbytes(draw.randrange(0, 3000)),
-            "headers": {"content-type": "application/json"},
-        }
-    if kind == 2:
-        return "generations", {
-            "content": b'{"prompt": ' + b"[" * draw.randrange(1, 100_000),
-            "headers": {"content-type": "application/json"},
-        }
-    if kind == 3:
-        return draw.choice(["edits", "variations"]), {
-            "files": {"image": ("i.png", broken_image(draw), "image/png")},
-            "data": {"prompt": "x", "steps": "1", "size": "64x64"},
-        }
-    if kind == 4:
-        return "edits", {
-            "files": {
-                draw.choice(["image", "image[]", "mask", "picture"]): (
-                    "i.png",
-                    draw.randbytes(50),
-                    "image/png",
-                )
-            },
-            "data": {draw.choice(names): str(draw.choice(junk))[:2000] for _ in range(3)}
-            | {"n": "0"},
-        }
-    return "edits", {
-        "content": draw.randbytes(draw.randrange(0, 3000)),
-        "headers": {
-            "content-type": "multipart/form-data; boundary=" + draw.choice(["x", "", "y" * 300])
-        },
-    }
-
-
-def broken_image(draw):
-    """A truncated or corrupted image, or a bomb: few bytes but very many pixels."""
-    buffer = io.BytesIO()
-    kind = draw.choice(["PNG", "JPEG", "WEBP", "GIF", "BMP", "bomb"])
-    if kind == "bomb":
-        Image.new("1", (draw.randrange(5000, 20_000), 20_000)).save(buffer, "PNG", compress_level=1)
-        return buffer.getvalue()
-    Image.new("RGB", (64, 64), "red").save(buffer, kind)
-    data = bytearray(buffer.getvalue())
-    for _ in range(draw.randrange(1, 20)):
-        data[draw.randrange(len(data))] = draw.randrange(256)
-    return bytes(data[: draw.randrange(1, len(data))])
-
-
-def test_rubbish_is_refused_and_costs_neither_a_crash_nor_memory(url):
-    draw, statuses, sizes = random.Random(0), {}, []
-    with httpx.Client(base_url=url, timeout=60) as client:
-        for n in range(BROKEN):
-            path, content = broken_request(draw)
-            status = client.post(f"/v1/images/{path}", **content).status_code
-            statuses[status] = statuses.get(status, 0) + 1
-            if n % 100 == 99:
-                sizes.append(sum(process.memory_info().rss for process in processes("ingress")))
-    print(statuses, [size // 2**20 for size in sizes])
-    # A few corrupted images are still readable.
-    assert set(statuses) <= {200, 400, 404, 413} and statuses[400] > 0.8 * BROKEN
-    assert sizes[-1] < sizes[len(sizes) // 2] + 32 * 2**20
-    assert httpx.get(f"{url}/readyz").status_code == 200
-
-
-def test_a_client_that_leaves_a_stream_frees_its_place(url):
-    with httpx.stream(
-        "POST",
-        f"{url}/v1/images/generations",
-        timeout=60,
-        json={"prompt": "x", "model": "small", "steps": 1000, "stream": True, "partial_images": 3},
-    ) as answer:
-        assert (
-            json.loads(
-                next(
-                    line for line in answer.iter_lines() if line.startswith("data: ")
-                ).removeprefix("data: ")
-            )["partial_image_index"]
-            == 0
-        )
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        going = [
-            line
-            for line in httpx.get(f"{url}/metrics").text.splitlines()
-            if line.startswith("glide_stage_in_flight{") and not line.endswith(" 0.0")
-        ]
-        if not going:
-            break
-        time.sleep(0.1)
-    assert not going
+def test_malformed_requests_are_refused_and_cost_neither_a_crash_nor_memory(url):
+    check_malformed_requests(url, 1000, seed=1)
 
 
 def test_new_weights_take_the_place_of_the_old_ones_and_no_request_fails(url, config, weights):

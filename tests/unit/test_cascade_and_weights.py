@@ -61,7 +61,6 @@ def test_an_edit_keeps_every_known_pixel_to_the_last_bit_and_paints_the_rest(cas
     assert (edited[~known] != image[~known]).mean() > 0.5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("inpaint", [False, True])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_known_pixels_come_out_to_the_last_8_bit_value_at_64_and_at_256(inpaint, sampler):

@@ -74,7 +74,6 @@ def small_set(emoji_corpus, tmp_path):
     return folder
 
 
-@pytest.mark.slow
 def test_the_emoji_corpus_is_whole_and_what_is_held_out_is_apart(emoji_corpus, rows):
     indices = emoji_corpus[1]
     assert {split: len(of) for split, of in rows.items()} == {
@@ -91,7 +90,6 @@ def test_the_emoji_corpus_is_whole_and_what_is_held_out_is_apart(emoji_corpus, r
     assert {sample.meta["style"] for sample in rows["train"]} == {"3D render", "flat icon"}
 
 
-@pytest.mark.slow
 def test_a_held_out_pair_of_thing_and_style_is_new_though_both_are_known(rows):
     trained = {
         (sample.meta["emoji"], sample.meta["style"])
@@ -103,7 +101,6 @@ def test_a_held_out_pair_of_thing_and_style_is_new_though_both_are_known(rows):
     assert 0.03 < len(pairs) / len(pairs | trained) < 0.07
 
 
-@pytest.mark.slow
 def test_each_emoji_has_a_picture_captions_a_group_an_author_a_licence_and_a_source(rows):
     every = {sample.key: sample for of in rows.values() for sample in of}
     apple = every["3d-render-1f34e"]
@@ -125,7 +122,6 @@ def test_each_emoji_has_a_picture_captions_a_group_an_author_a_licence_and_a_sou
         assert all(sample.meta["name"].lower() in caption for caption in sample.captions)
 
 
-@pytest.mark.slow
 def test_a_rendered_picture_keeps_its_transparency(rows):
     pictures = [
         open_image(sample.image)
@@ -138,7 +134,6 @@ def test_a_rendered_picture_keeps_its_transparency(rows):
     ) > 0.95 * len(pictures)
 
 
-@pytest.mark.slow
 def test_people_of_a_skin_tone_have_a_split_of_their_own_and_a_caption_that_says_it(rows):
     assert all(f"{sample.meta['tone']} skin tone" in sample.captions[0] for sample in rows["tones"])
     # The "light" in "police car light" is no skin tone.
@@ -150,7 +145,6 @@ def test_people_of_a_skin_tone_have_a_split_of_their_own_and_a_caption_that_says
     assert wave.captions[0] == "a waving hand, medium-dark skin tone, flat icon"
 
 
-@pytest.mark.slow
 def test_the_card_of_each_split_names_its_sources_and_counts_what_was_left_out(emoji_corpus, rows):
     for split, of in rows.items():
         card = read_card(emoji_corpus[0] / split)
@@ -160,7 +154,6 @@ def test_the_card_of_each_split_names_its_sources_and_counts_what_was_left_out(e
     assert read_card(emoji_corpus[0] / "nowhere") is None
 
 
-@pytest.mark.slow
 def test_a_second_call_finds_the_corpus_there(emoji_corpus):
     out, indices = emoji_corpus
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
@@ -168,7 +161,6 @@ def test_a_second_call_finds_the_corpus_there(emoji_corpus):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")} == before
 
 
-@pytest.mark.slow
 def test_a_corpus_of_other_styles_in_the_folder_is_said_and_not_returned(emoji_corpus):
     with pytest.raises(
         ConfigError, match="already has a corpus with the styles 3D render, flat icon, and others"
@@ -192,7 +184,6 @@ def test_an_emoji_is_on_one_side_of_the_hold_out_in_every_skin_tone():
     assert base_form("23-fe0f-20e3") == "0023-20e3"
 
 
-@pytest.mark.slow
 def test_a_set_s_own_name_is_found_among_unicode_s(names):
     found = {
         name: names.by_name([name]).name
@@ -225,7 +216,6 @@ def test_a_set_s_own_name_is_found_among_unicode_s(names):
     )
 
 
-@pytest.mark.slow
 def test_packages_of_a_folder_need_no_npm_and_what_is_missing_in_them_is_said(
     small_set, tmp_path, monkeypatch, caplog
 ):
@@ -252,7 +242,6 @@ def test_packages_of_a_folder_need_no_npm_and_what_is_missing_in_them_is_said(
     assert next(iter(read_card(tmp_path / "out" / "train")["sources"]))["version"] == "9.0.0"
 
 
-@pytest.mark.slow
 def test_the_same_packages_make_the_same_bytes(small_set, tmp_path):
     first, second = (
         emoji.build_corpus(tmp_path / name, styles=["Firefox"], packages=small_set)
@@ -263,7 +252,6 @@ def test_the_same_packages_make_the_same_bytes(small_set, tmp_path):
     }
 
 
-@pytest.mark.slow
 def test_a_tarball_that_is_missing_or_broken_is_named(small_set, tmp_path):
     with pytest.raises(
         EmojiError,
@@ -279,7 +267,6 @@ def test_a_tarball_that_is_missing_or_broken_is_named(small_set, tmp_path):
         emoji.build_corpus(tmp_path / "out", styles=["Firefox"], packages=small_set)
 
 
-@pytest.mark.slow
 def test_only_the_first_of_two_pictures_of_a_thing_is_taken(small_set):
     both = {"fox": {"body": "<g/>"}, "foxface": {"body": "<g/>"}}
     pack(small_set, FIREFOX.version, {"icons": both})

@@ -156,7 +156,6 @@ def under_stage_3(tmp_path_factory):
     return folder, two_ranks(folder, 3, more=TWENTY)
 
 
-@pytest.mark.slow
 def test_what_two_ranks_wrote_under_stage_3_one_rank_takes_up_and_the_reverse_to_the_last_bit(
     tmp_path, under_stage_3, alone
 ):
@@ -181,7 +180,6 @@ def test_what_two_ranks_wrote_under_stage_3_one_rank_takes_up_and_the_reverse_to
     assert losses(again[0]["metrics"]) == pytest.approx(alone[4:], rel=1e-4)
 
 
-@pytest.mark.slow
 def test_two_workers_have_the_losses_of_one_in_20_steps(tmp_path, under_stage_3, alone):
     assert losses(under_stage_3[1][0]["metrics"]) == pytest.approx(alone, rel=1e-4)
     for stage in (0, 2):
@@ -190,7 +188,6 @@ def test_two_workers_have_the_losses_of_one_in_20_steps(tmp_path, under_stage_3,
         ) == pytest.approx(alone, rel=1e-4)
 
 
-@pytest.mark.slow
 def test_under_stage_3_each_of_two_ranks_holds_half_of_everything(under_stage_3):
     from glide_ray.models.weights import build_model
 

@@ -560,7 +560,6 @@ def test_the_table_marks_one_way_and_counts_its_calls():
 # -- against this machine --------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_planned_memory_of_nano_base_is_within_15_percent_of_what_a_trainer_takes():
     planned = memory(
         override(presets.get("nano-base"), single_worker(16, ())), 1, 16, "fp32", "cpu"

@@ -633,7 +633,6 @@ def rank_of_two(rank, port, folder, settings):
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("settings", [["zero_stage=3", "offload_optimizer=true"], ["zero_stage=2"]])
 def test_two_ranks_train_as_one_does_offloaded_or_not_and_agree_on_what_is_to_blame(
     tmp_path, settings

@@ -30,7 +30,6 @@ def join(out, name):
     return b"".join(part.read_bytes() for part in parts)
 
 
-@pytest.mark.slow
 def test_weights_come_out_of_packages_in_parts_with_their_sources_and_a_sheet(
     emoji_corpus, tmp_path
 ):

@@ -30,7 +30,6 @@ def test_a_fresh_model_has_the_error_of_predicting_no_noise():
     assert found == pytest.approx(sum(expected) / len(expected), rel=1e-4)
 
 
-@pytest.mark.slow
 def test_more_seconds_of_training_leave_a_smaller_error(drawn_corpus, monkeypatch):
     small = [
         *TINY_BASE,

@@ -143,7 +143,6 @@ def test_clip_is_exported_as_its_two_encoders(tmp_path, tiny_weights, capsys):
     }
 
 
-@pytest.mark.slow
 def test_an_imported_model_of_full_size_loads_and_says_what_it_is(tmp_path, capsys, vocabulary):
     paths = [str(published(tmp_path, f"clip/{tower}-enc")) for tower in ("image", "text")]
     out = tmp_path / "clip.safetensors"

@@ -18,7 +18,6 @@ from glide_ray.data.splits import is_held_out, is_held_out_colour
 from glide_ray.data.sprites import COLOURS, read_sprites, recolour
 from glide_ray.errors import ConfigError
 
-pytestmark = pytest.mark.slow
 SCENES = 400
 
 

@@ -157,7 +157,6 @@ def test_a_run_that_is_stopped_and_gone_on_with_makes_the_same_steps(drawn_corpu
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("given", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(drawn_corpus, tmp_path, given):
     settings = [

@@ -283,11 +283,18 @@ def test_after_its_constant_steps_the_learning_rate_falls_with_the_root_of_the_s
     ]
 
 
-@pytest.mark.slow
 def test_a_model_learns_what_its_captions_mean():
     """Eight drawings (four colours, two shapes); their own captions must give a lower loss."""
+    # Most steps at the noisy timesteps, where the caption says what the picture cannot.
     settings = tiny(
-        "base", "precision=fp32", "workers=1", "batch=32", "learning_rate=3e-3", "warmup_steps=20"
+        "base",
+        "precision=fp32",
+        "workers=1",
+        "batch=16",
+        "learning_rate=3e-3",
+        "warmup_steps=20",
+        "timestep_power=1",
+        "empty_caption_rate=0",
     )
     drawings = list(drawn_samples(8))
     image = to_tensor(np.stack([centre_crop(decode(drawing.image), 16) for drawing in drawings]))
@@ -297,11 +304,11 @@ def test_a_model_learns_what_its_captions_mean():
 
     def drawn():
         while True:
-            rows = torch.randint(0, 8, (32,), generator=generator)
+            rows = torch.randint(0, 8, (16,), generator=generator)
             yield Batch(image[rows], Conditioning(tokens[rows], mask[rows]))
 
     batches = drawn()
-    for number in range(1, 501):
+    for number in range(1, 251):
         trainer.step(batches, number)
     rows = torch.arange(64) % 8
     other = (rows + 1 + torch.arange(64) // 8 % 7) % 8
