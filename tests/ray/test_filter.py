@@ -39,6 +39,7 @@ from glide_ray.data.labelling import (
 )
 from glide_ray.data.shards import write_shards
 from glide_ray.data.sources import find_parts, read_part
+from glide_ray.distributed import embed
 from glide_ray.distributed.curation.apply_filter import apply_content
 from glide_ray.distributed.curation.fit_filter import FILTER, LABELS, SHEET, fit_content
 from glide_ray.evaluation.features import ClipFeatures
@@ -371,7 +372,22 @@ def varied_corpus(tmp_path_factory):
     return folder
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.fixture
+def in_process(ray_session, monkeypatch):
+    """Embed the pictures in this process: actors take longer to start than these pictures."""
+    monkeypatch.setattr(embed, "INLINE_IMAGES", 240)
+
+
+@pytest.fixture(scope="module")
+def red_filter(varied_corpus, clip, ray_session, tmp_path_factory):
+    """The file of a filter for red drawings, fitted by actors with 60 true labels."""
+    folder = tmp_path_factory.mktemp("red")
+    config = FilterConfig(labels=60, first=60)
+    fit_content("red", str(varied_corpus), folder, clip, config, truth=TRUTH)
+    return folder / FILTER
+
+
+@pytest.mark.usefixtures("in_process")
 def test_a_person_labels_in_rounds_and_the_filter_then_frees_a_corpus(
     varied_corpus, clip, tmp_path
 ):
@@ -428,7 +444,7 @@ def test_a_person_labels_in_rounds_and_the_filter_then_frees_a_corpus(
     )
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("in_process")
 def test_where_the_truth_is_known_all_rounds_run_at_once_and_the_filter_is_assessed(
     varied_corpus, clip, tmp_path
 ):
@@ -453,34 +469,22 @@ def test_where_the_truth_is_known_all_rounds_run_at_once_and_the_filter_is_asses
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_row_has_one_score_in_any_corpus_and_broken_ones_are_dropped_by_name(
-    varied_corpus, clip, tmp_path, s3
+    varied_corpus, clip, red_filter, tmp_path, s3
 ):
     from glide_ray.data.shards import Sample
 
-    fit_content(
-        "red",
-        str(varied_corpus),
-        tmp_path / "f",
-        clip,
-        FilterConfig(labels=60, first=60),
-        truth=TRUTH,
-    )
     samples = [sample for part in find_parts(varied_corpus) for sample in read_part(part)][:50]
     bad = [
         Sample("torn", samples[0].image[:200], "png", ("a red ellipse",), {}),
         Sample("none", b"?", "png", ("x",), {}),
     ]
     write_shards(tmp_path / "mixed", [*samples, *bad], per_shard=20)
-    done = apply_content(
-        tmp_path / "f" / FILTER, str(tmp_path / "mixed"), f"{s3}/left", per_shard=7
-    )
+    done = apply_content(red_filter, str(tmp_path / "mixed"), f"{s3}/left", per_shard=7)
     features = ClipFeatures(clip)
     from glide_ray.data.images import decode
 
     passes = (
-        load_filter(tmp_path / "f" / FILTER).score(
-            features.images([decode(sample.image) for sample in samples])
-        )
+        load_filter(red_filter).score(features.images([decode(sample.image) for sample in samples]))
         < 0
     )
     left = [sample for part in find_parts(f"{s3}/left") for sample in read_part(part)]
@@ -500,20 +504,14 @@ def test_a_row_has_one_score_in_any_corpus_and_broken_ones_are_dropped_by_name(
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_another_clip_than_the_filter_s_own_is_refused(varied_corpus, clip, tiny_weights, tmp_path):
-    fit_content(
-        "red",
-        str(varied_corpus),
-        tmp_path / "f",
-        clip,
-        FilterConfig(labels=60, first=60),
-        truth=TRUTH,
-    )
+def test_another_clip_than_the_filter_s_own_is_refused(
+    varied_corpus, red_filter, tiny_weights, tmp_path
+):
     with pytest.raises(
         ContentError, match="is not the CLIP that .* was fitted with: its SHA-256 begins"
     ):
         apply_content(
-            tmp_path / "f" / FILTER,
+            red_filter,
             str(varied_corpus),
             str(tmp_path / "left"),
             clip=str(tiny_weights["clip"]),
@@ -521,7 +519,7 @@ def test_another_clip_than_the_filter_s_own_is_refused(varied_corpus, clip, tiny
     assert not (tmp_path / "left").exists()
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("in_process")
 def test_labels_of_another_corpus_are_refused(varied_corpus, drawn_corpus, clip, tmp_path):
     fit_content("red", str(varied_corpus), tmp_path, clip, FilterConfig(first=10))
     answer(tmp_path / LABELS)
@@ -531,7 +529,7 @@ def test_labels_of_another_corpus_are_refused(varied_corpus, drawn_corpus, clip,
         fit_content("red", str(drawn_corpus / "train"), tmp_path, clip, FilterConfig(first=10))
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("in_process")
 def test_labels_of_people_are_neither_fitted_to_rows_written_since_nor_written_over(clip, tmp_path):
     write_shards(tmp_path / "corpus", drawn_samples(40))
     fit_content("red", str(tmp_path / "corpus"), tmp_path / "red", clip, FilterConfig(first=10))
@@ -554,7 +552,7 @@ def test_labels_of_people_are_neither_fitted_to_rows_written_since_nor_written_o
     assert (tmp_path / "red" / LABELS).read_text() == before
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("in_process")
 def test_the_commands_say_what_they_did_and_what_is_to_be_done_next(
     varied_corpus, clip, tmp_path, capsys, monkeypatch
 ):

@@ -551,10 +551,10 @@ def test_a_run_that_fits_in_no_way_is_shown_and_refused(capsys):
 
 
 def test_the_table_marks_one_way_and_counts_its_calls():
-    preset = override(presets.get("filtered-base"), ["workers=1", "batch=512"])
-    text, chosen = describe(preset, find_machine("a100", 1, "fp16"))
+    preset = override(presets.get("nano-base"), ["workers=1", "batch=8192"])
+    text, chosen = describe(preset, find_machine("t4", 1, "fp16"))
     (row,) = (line for line in text.splitlines() if line.startswith("*"))
-    assert row.split()[4:6] == [str(chosen.micro_batch), str(-(-512 // chosen.micro_batch))]
+    assert row.split()[4:6] == [str(chosen.micro_batch), str(-(-8192 // chosen.micro_batch))]
 
 
 # -- against this machine --------------------------------------------------------------------------
