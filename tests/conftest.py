@@ -108,6 +108,16 @@ def public(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def two_ranks():
+    """A `TwoRanks`, of this file alone: a test that fails may leave the ranks out of step."""
+    from helpers.two_ranks import TwoRanks
+
+    ranks = TwoRanks()
+    yield ranks
+    ranks.close()
+
+
 @pytest.fixture(scope="session")
 def ray_session(s3):  # after s3: Ray's processes inherit its address
     from glide_ray.distributed.cluster import connect, disconnect

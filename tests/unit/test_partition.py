@@ -11,14 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from helpers.tiny import tiny
-from helpers.training import batch, epochs, join_two_ranks, preset, run
+from helpers.training import batch, epochs, preset, run
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import distributed as dist
 
-from glide_ray.bench.load_generator import free_port
 from glide_ray.models.weights import load_model
 from glide_ray.train import deepspeed_engine, partition
 from glide_ray.train.checkpoint import CheckpointError, Checkpoints, TrainingPosition
@@ -83,7 +81,7 @@ def test_adam_step_count_is_on_the_parameters_device_before_the_first_step():
 # -- two ranks -------------------------------------------------------------------------------------
 
 
-def rank_of_two(rank, port, folder, stage, start, more):
+def rank_of_two(rank, folder, stage, start, more):
     """One of two ranks: train from scratch or from checkpoint `start`, and save.
 
     Writes its metrics and the number of elements that it holds of each kind to `rank.N.json`.
@@ -93,7 +91,6 @@ def rank_of_two(rank, port, folder, stage, start, more):
     from glide_ray.train.loop import Trainer
     from glide_ray.train.steps import TrainCallbacks, train_loop
 
-    join_two_ranks(rank, port)
     trainer = Trainer(preset("workers=2", f"zero_stage={stage}", *more))
     if start:
         trainer.load(Path(start))
@@ -126,16 +123,11 @@ def rank_of_two(rank, port, folder, stage, start, more):
         numbers["gradients"] = trainer.engine.optimizer.grad_partitions_flat_buffer.numel()
     (folder / f"rank.{rank}.json").write_text(json.dumps({"metrics": metrics, "numbers": numbers}))
     checkpoint(trainer.save)
-    dist.destroy_process_group()
 
 
-def two_ranks(folder, stage, start=None, more=()):
+def train_on(two_ranks, folder, stage, start=None, more=()):
     folder.mkdir(parents=True, exist_ok=True)
-    multiprocessing.spawn(
-        rank_of_two,
-        (free_port(), str(folder), stage, None if start is None else str(start), more),
-        nprocs=2,
-    )
+    two_ranks.run(rank_of_two, str(folder), stage, None if start is None else str(start), more)
     return [json.loads((folder / f"rank.{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -150,14 +142,14 @@ def alone():
 
 
 @pytest.fixture(scope="module")
-def under_stage_3(tmp_path_factory):
+def under_stage_3(tmp_path_factory, two_ranks):
     """A run of 20 steps on two ranks under ZeRO stage 3: (folder, contents of `rank.N.json`)."""
     folder = tmp_path_factory.mktemp("stage3")
-    return folder, two_ranks(folder, 3, more=TWENTY)
+    return folder, train_on(two_ranks, folder, 3, more=TWENTY)
 
 
 def test_what_two_ranks_wrote_under_stage_3_one_rank_takes_up_and_the_reverse_to_the_last_bit(
-    tmp_path, under_stage_3, alone
+    tmp_path, under_stage_3, alone, two_ranks
 ):
     from glide_ray.train.loop import Trainer
 
@@ -176,15 +168,15 @@ def test_what_two_ranks_wrote_under_stage_3_one_rank_takes_up_and_the_reverse_to
         "average/0.5",
     }
     assert all(torch.equal(there[key], here[key]) for key in there)
-    again = two_ranks(tmp_path / "back", 2, start=tmp_path / "one", more=TWENTY)
+    again = train_on(two_ranks, tmp_path / "back", 2, start=tmp_path / "one", more=TWENTY)
     assert losses(again[0]["metrics"]) == pytest.approx(alone[4:], rel=1e-4)
 
 
-def test_two_workers_have_the_losses_of_one_in_20_steps(tmp_path, under_stage_3, alone):
+def test_two_workers_have_the_losses_of_one_in_20_steps(tmp_path, under_stage_3, alone, two_ranks):
     assert losses(under_stage_3[1][0]["metrics"]) == pytest.approx(alone, rel=1e-4)
     for stage in (0, 2):
         assert losses(
-            two_ranks(tmp_path / str(stage), stage, more=TWENTY)[0]["metrics"]
+            train_on(two_ranks, tmp_path / str(stage), stage, more=TWENTY)[0]["metrics"]
         ) == pytest.approx(alone, rel=1e-4)
 
 

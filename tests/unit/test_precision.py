@@ -10,16 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import has_inf_or_nan
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from helpers.tiny import tiny, tiny_clip
-from helpers.training import join_two_ranks
-from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glide_ray.bench.load_generator import free_port
 from glide_ray.diffusion.schedule import make_schedule
 from glide_ray.errors import ConfigError
 from glide_ray.models.clip import NoisedClip
@@ -604,9 +600,8 @@ def test_offload_is_told_to_deepspeed_and_refused_where_there_is_nothing_to_offl
 # -- two ranks -------------------------------------------------------------------------------------
 
 
-def rank_of_two(rank, port, folder, settings):
+def rank_of_two(rank, folder, settings):
     """One of two ranks: train in float32, then inject faults on rank 1 only; records the errors."""
-    join_two_ranks(rank, port)
     trainer = Trainer(preset("workers=2", *settings))
     own = slice(2 * rank, 2 * rank + 2)
     losses = [step(trainer, number, batch(number)[own]) for number in range(1, 5)]
@@ -630,14 +625,13 @@ def rank_of_two(rank, port, folder, settings):
         )
     said.append(locate_nonfinite(trainer, batch(5)[own], 5))
     (Path(folder) / f"rank.{rank}.json").write_text(json.dumps({"losses": losses, "said": said}))
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("settings", [["zero_stage=3", "offload_optimizer=true"], ["zero_stage=2"]])
 def test_two_ranks_train_as_one_does_offloaded_or_not_and_agree_on_what_is_to_blame(
-    tmp_path, settings
+    tmp_path, settings, two_ranks
 ):
-    multiprocessing.spawn(rank_of_two, (free_port(), str(tmp_path), settings), nprocs=2)
+    two_ranks.run(rank_of_two, str(tmp_path), settings)
     ranks = [json.loads((tmp_path / f"rank.{rank}.json").read_text()) for rank in range(2)]
     alone = Trainer(preset("zero_stage=1"))
     start = masters(alone)
