@@ -14,7 +14,7 @@ from glide_ray.cli.main import main
 from glide_ray.data.images import centre_crop, decode, encode
 from glide_ray.data.shards import Sample, write_shards
 from glide_ray.distributed.evaluation.near_copies import left_out
-from glide_ray.evaluation.neighbours import nearest, same_picture, to_own
+from glide_ray.evaluation.neighbours import nearest, nearest_with_caption, same_picture
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_the_nearest_original_is_that_of_all_distances(draws):
 
 def test_the_original_of_a_prompt_is_the_nearest_image_that_has_it(draws):
     originals = draws.normal(size=(5, 8)).astype(np.float32)
-    found = to_own(
+    found = nearest_with_caption(
         originals[[1, 4, 0]] + 1e-3, ["a", "b", "none"], originals, ["a", "a", "a", "b", "b"]
     )
     assert (

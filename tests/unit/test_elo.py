@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from glide_ray.evaluation.elo import EloError, Vote, scores, standings, wins
+from glide_ray.evaluation.elo import EloError, Vote, scores, standings, win_counts
 from glide_ray.evaluation.tables import Ballot, figures, text
 
 
@@ -26,7 +26,7 @@ TRUTH = {"unguided": -100.0, "clip": 10.0, "free": 90.0}
 
 def test_scores_are_those_of_a_direct_fit_of_the_likelihood():
     models = list(TRUTH)
-    table = wins(drawn_votes(TRUTH, 1000), models)
+    table = win_counts(drawn_votes(TRUTH, 1000), models)
 
     def loss(given):
         return sum(
@@ -52,7 +52,7 @@ def test_two_models_are_apart_by_the_logit_of_the_share_that_one_wins():
 
 def test_a_tie_is_half_a_win_for_each():
     assert np.array_equal(
-        wins([Vote("a", "b", 0.5), Vote("b", "a", 1.0)], ["a", "b"]), [[0, 0.5], [1.5, 0]]
+        win_counts([Vote("a", "b", 0.5), Vote("b", "a", 1.0)], ["a", "b"]), [[0, 0.5], [1.5, 0]]
     )
 
 

@@ -174,10 +174,10 @@ def test_the_alternatives_to_a_thing_share_no_word_with_it_and_are_not_drawn_ali
         {"sail boat", "ferry", "toy boat"} & set(names)
     ) == 1 == len({"wolf", "poodle"} & set(names))
     for thing, name in chosen.names.items():
-        among = chosen.among(thing)
-        assert among[0] == thing and len(among) == 3
+        candidates = chosen.candidates(thing)
+        assert candidates[0] == thing and len(candidates) == 3
         assert name not in ("ferry", "sail boat") or not {"toy boat", "sail boat", "ferry"} & {
-            chosen.names[other] for other in among[1:]
+            chosen.names[other] for other in candidates[1:]
         }
 
 

@@ -74,7 +74,7 @@ def test_a_set_is_at_no_distance_from_itself_and_its_halves_draw_nearer_as_one_o
 def test_moments_of_parts_join_to_those_of_the_whole(draws):
     whole = features(draws, 900)
     joined = (
-        Moments.of(whole[:100]).joined(Moments.of(whole[100:350])).joined(Moments.of(whole[350:]))
+        Moments.of(whole[:100]).union(Moments.of(whole[100:350])).union(Moments.of(whole[350:]))
     )
     direct = Moments.of(whole)
     assert (
