@@ -17,9 +17,9 @@ from glide_ray.evaluation.metrics import Moments
 from glide_ray.experiments.miniature import findings, models, pictures, run, sheets
 from glide_ray.experiments.miniature.findings import Gain
 from glide_ray.experiments.miniature.pictures import (
+    CLASSIFIER_FREE,
     CLIP_GUIDED,
     CLIPS,
-    FREE,
     GUIDED,
     SETS,
     SMALLS,
@@ -131,7 +131,7 @@ def test_the_distance_is_frechets_with_more_and_with_fewer_rows_than_features():
 def test_all_sets_are_drawn_anew_with_the_same_rows():
     draws = np.random.default_rng(0)
     made, real = draws.normal(size=(30, 4)), draws.normal(size=(40, 4))
-    drawn = findings._drawn_distances([made, made], real)
+    drawn = findings._bootstrap_distances([made, made], real)
     assert (
         drawn.shape == (2, findings.DRAWS) and (drawn[0] == drawn[1]).all() and drawn[0].std() > 0
     )
@@ -188,13 +188,18 @@ def test_an_order_that_chance_makes_is_no_preference():
 def figures_of(sign):
     """Sets that agree with the paper's findings (`sign` 1) or contradict them (-1)."""
     real = seen(200, seed=1)
-    towards = dict(zip(FREE, (0.0, 0.1, 0.3, 0.6, 0.8)[::sign], strict=True))
+    towards = dict(zip(CLASSIFIER_FREE, (0.0, 0.1, 0.3, 0.6, 0.8)[::sign], strict=True))
     spread = dict(
         zip(
-            FREE, (1.4, 1.0, 0.75, 0.5, 0.3) if sign > 0 else (0.3, 2.5, 1.0, 1.6, 2.0), strict=True
+            CLASSIFIER_FREE,
+            (1.4, 1.0, 0.75, 0.5, 0.3) if sign > 0 else (0.3, 2.5, 1.0, 1.6, 2.0),
+            strict=True,
         )
     )
-    sets = {name: seen(200, towards[name], spread[name], seed=n) for n, name in enumerate(FREE, 10)}
+    sets = {
+        name: seen(200, towards[name], spread[name], seed=n)
+        for n, name in enumerate(CLASSIFIER_FREE, 10)
+    }
     sets |= {name: seen(200, 2.0 if sign > 0 else -0.5, seed=20) for name in CLIPS}
     sets |= {
         name: seen(200, 0.6 if (name == f"small-{GUIDED}") == (sign > 0) else -0.5, seed=30)
@@ -211,10 +216,12 @@ def test_findings_hold_where_figures_are_as_the_paper_has_them_and_not_the_other
     there, turned = (
         findings.findings(*figures_of(sign)[:2], {}, figures_of(sign)[2]) for sign in (1, -1)
     )
-    assert len(there) == 6 and all(finding.here for finding in there)
-    assert [finding.holds for finding in there] == [True] * 6, [finding.here for finding in there]
+    assert len(there) == 6 and all(finding.measured for finding in there)
+    assert [finding.holds for finding in there] == [True] * 6, [
+        finding.measured for finding in there
+    ]
     assert [finding.holds for finding in turned] == [False] * 6, [
-        finding.here for finding in turned
+        finding.measured for finding in turned
     ]
 
 
@@ -289,7 +296,7 @@ def in_little(monkeypatch, thin_weights):
     monkeypatch.setattr(models.shipped, "locate", lambda name, role: thin_weights)
     monkeypatch.setattr(pictures, "SAMPLING", pictures.SAMPLING.model_copy(update={"steps": "2"}))
     two = {
-        name: pictures.Way(way.model, way.options.model_copy(update={"steps": "2"}))
+        name: pictures.SetSampling(way.model, way.options.model_copy(update={"steps": "2"}))
         for name, way in SETS.items()
     }
     monkeypatch.setattr(run, "SETS", two)
@@ -307,7 +314,10 @@ def test_all_stages_run_and_are_not_done_again(corpus, tmp_path, in_little, monk
     caplog.set_level("INFO", "glide_ray")
     found = run.run(tmp_path, corpus)
     assert len(found) == 8
-    assert json.loads((tmp_path / run.FINDINGS).read_text()) == [vars(finding) for finding in found]
+    assert json.loads((tmp_path / run.FINDINGS).read_text()) == [
+        {"text": finding.text, "here": finding.measured, "holds": finding.holds}
+        for finding in found
+    ]
     figures = json.loads((tmp_path / run.FIGURES).read_text())
     assert set(figures["sets"]) == set(SETS) and set(figures["elo"]) <= {
         "photorealism",
