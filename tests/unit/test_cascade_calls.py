@@ -32,7 +32,7 @@ def follow(images, upsample, score=lambda image: 0.0):
         )
 
 
-def test_the_upsampler_enlarges_what_the_base_model_made():
+def test_the_upsampler_receives_the_base_models_image():
     (base, upsampler), (image,) = follow([[JOB]], upsample=True)
     assert (base.stage, base.jobs, upsampler.stage, upsampler.jobs) == (
         "base",
@@ -71,7 +71,7 @@ def test_only_the_candidate_with_the_highest_score_is_upsampled():
     assert image.scores == {10: 0.5, 11: 2.0, 12: -1.0}
 
 
-def test_candidates_show_no_previews_and_the_upsampling_of_the_best_shows_its_own():
+def test_candidates_have_no_previews_but_the_upsampling_of_the_best_has():
     calls, _ = follow([candidates(replace(JOB, best_of=2, previews=3))], upsample=True)
     assert [job.previews for job in calls[0].jobs] == [0, 0]
     assert [job.previews for job in calls[2].jobs] == [1]
@@ -92,13 +92,13 @@ def test_the_base_image_itself_is_one_of_the_previews(previews, upsample, split)
     assert not upsample or not previews or sum(split) + 1 == previews
 
 
-def test_images_of_a_request_have_disjoint_candidates_whose_seeds_count_up():
+def test_the_images_of_a_request_have_disjoint_candidates_with_consecutive_seeds():
     jobs = image_jobs(replace(JOB, best_of=3), 2)
     seeds = [[job.seed for job in candidates(job)] for job in jobs]
     assert seeds == [[10, 11, 12], [13, 14, 15]]
 
 
-def test_seeds_wrap_around_at_the_largest():
+def test_seeds_wrap_around_at_their_maximum():
     last = replace(JOB, seed=2**63 - 1, best_of=2)
     assert [job.seed for job in candidates(last)] == [2**63 - 1, 0]
     assert [job.seed for job in image_jobs(last, 2)] == [2**63 - 1, 1]

@@ -103,7 +103,7 @@ def test_every_respacing_keeps_the_released_timesteps():
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear"])
-def test_schedule_tables_are_the_released_ones(name):
+def test_schedule_tables_equal_the_released_ones(name):
     given, _ = read(f"loss.{name}.safetensors")
     schedule = make_schedule(name)
     assert worst(schedule.alpha_bar, given["alphas_cumprod"]) <= 1e-12
@@ -113,7 +113,7 @@ def test_schedule_tables_are_the_released_ones(name):
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear"])
-def test_noising_and_the_hybrid_loss_are_the_released_ones(name):
+def test_noising_and_the_hybrid_loss_equal_the_released_ones(name):
     given, _ = read(f"loss.{name}.safetensors")
     schedule = make_schedule(name)
     assert (
@@ -235,7 +235,7 @@ def _denoiser(model, given, scale):
 # -- tokens ----------------------------------------------------------------------------------------
 
 
-def test_captions_become_the_released_tokens():
+def test_captions_have_the_released_tokens():
     tokenizer = Tokenizer()
     for row in json.loads((GOLDEN / "tokenizer.gpt2.json").read_text()):
         encoded = tokenizer.encode(row["text"])
@@ -281,7 +281,7 @@ def golden_clip():
     return model, given, meta, towers
 
 
-def test_noised_clip_embeds_as_the_release_does():
+def test_noised_clip_gives_the_released_embeddings():
     model, given, _, towers = golden_clip()
     assert (
         worst(model.encode_text(given["tokens"], given["lengths"]), given["text_embeddings"])
@@ -297,7 +297,7 @@ def test_noised_clip_embeds_as_the_release_does():
         )
 
 
-def test_the_gradient_of_clip_guidance_is_the_released_one():
+def test_the_gradient_of_clip_guidance_equals_the_released_one():
     model, given, meta, _ = golden_clip()
     text = given["text_embeddings"]
     gradient = score_gradient(

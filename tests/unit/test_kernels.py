@@ -64,7 +64,9 @@ def config_of(name):
         ((1, 80, 20, 30), 8, "SAME"),
     ],
 )
-def test_a_fused_normalisation_is_pytorchs_in_float64(monkeypatch, shape, groups, resample, whole):
+def test_fused_normalisation_agrees_with_pytorch_in_float64(
+    monkeypatch, shape, groups, resample, whole
+):
     """Includes means far from 0, and group widths and image sizes that are not powers of two."""
     if not whole:
         monkeypatch.setattr(kernels, "WHOLE", 0)
@@ -98,7 +100,7 @@ def test_a_fused_normalisation_is_pytorchs_in_float64(monkeypatch, shape, groups
 
 
 @pytest.mark.parametrize("resample", ["SAME", "UP", "DOWN"])
-def test_a_fused_sum_is_that_of_its_parts(resample):
+def test_a_fused_sum_equals_the_sum_of_its_terms(resample):
     torch.manual_seed(0)
     x, bias, other, resample = (
         images(2, 80, 8, 12),
@@ -114,7 +116,7 @@ def test_a_fused_sum_is_that_of_its_parts(resample):
     assert far(kernels.add(h, x, bias, resample=resample), h + skip + bias[:, None, None]) < 1e-6
 
 
-def test_keys_and_values_follow_those_of_the_text():
+def test_keys_and_values_of_the_image_follow_those_of_the_text():
     qkv, key, value = (
         torch.randn(2, 30, 3, 3, 16, device=DEVICE),
         *torch.randn(2, 2, 3, 7, 16, device=DEVICE),
@@ -125,7 +127,7 @@ def test_keys_and_values_follow_those_of_the_text():
 
 
 @pytest.mark.parametrize("name", ["nano-base", "nano-upsampler", "nano-base-inpaint"])
-def test_a_fused_network_is_the_plain_one_but_for_rounding(name):
+def test_a_fused_network_equals_the_plain_one_up_to_rounding(name):
     config = config_of(name)
     torch.manual_seed(0)
     model = random_model(config, torch.float32, device=DEVICE)
@@ -166,7 +168,7 @@ def requests(config, count):
 
 @needs_gpu
 @pytest.mark.parametrize("name", ["nano-base", "nano-upsampler", "nano-base-inpaint"])
-def test_a_gpus_graphs_give_what_the_cpu_gives(name):
+def test_cuda_graphs_agree_with_the_cpu(name):
     """Samples of different lengths, samplers and guidance scales join and leave.
 
     A second round uses other captions with the same CUDA graphs.
@@ -182,7 +184,7 @@ def test_a_gpus_graphs_give_what_the_cpu_gives(name):
 
 
 @needs_gpu
-def test_a_warm_gpu_records_nothing_more():
+def test_a_warmed_up_gpu_records_no_more_graphs():
     config = config_of("nano-base")
     stepper = Stepper(
         random_model(config, torch.float16), config, "cuda", torch.float16, max_in_flight=3

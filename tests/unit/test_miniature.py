@@ -57,7 +57,7 @@ def parameters(preset):
 
 
 @pytest.mark.parametrize("name", models.MODELS)
-def test_each_model_is_a_preset_of_one_size_and_its_corpus(name, tmp_path):
+def test_each_model_has_a_preset_with_its_size_and_its_corpus(name, tmp_path):
     preset = models.preset(name, tmp_path)
     assert preset.model.image_size == models.SIDE
     assert preset.data.corpus == str(
@@ -66,21 +66,19 @@ def test_each_model_is_a_preset_of_one_size_and_its_corpus(name, tmp_path):
     assert preset.data.held_out == str(tmp_path / "corpus" / "held_out")
 
 
-def test_the_small_model_is_the_large_one_with_a_tenth_of_its_parameters(tmp_path):
+def test_the_small_model_has_a_tenth_of_the_parameters_of_the_large_one(tmp_path):
     small, large = models.preset(models.SMALL, tmp_path), presets.get("emoji-base")
     assert 8 < parameters(large) / parameters(small) < 12
     same = {"multipliers", "blocks", "patch", "prediction", "inpaint", "attention_sizes"}
     assert small.model.unet.model_dump(include=same) == large.model.unet.model_dump(include=same)
 
 
-def test_only_one_clip_sees_noise_and_otherwise_both_are_alike(tmp_path):
+def test_the_two_clips_differ_only_in_training_on_noised_images(tmp_path):
     clip, judge = (models.preset(name, tmp_path).model.clip for name in (models.CLIP, models.JUDGE))
     assert clip.noised and not judge.noised and clip == judge.model_copy(update={"noised": True})
 
 
-def test_a_stripped_model_computes_what_the_inpainting_one_does_where_nothing_is_known(
-    thin_weights, tmp_path
-):
+def test_a_stripped_model_equals_the_inpainting_model_without_known_pixels(thin_weights, tmp_path):
     models.strip(thin_weights, tmp_path / "stripped.safetensors")
     (one, inpainting), (other, stripped) = (
         load_model(path) for path in (thin_weights, tmp_path / "stripped.safetensors")
@@ -96,7 +94,7 @@ def test_a_stripped_model_computes_what_the_inpainting_one_does_where_nothing_is
     assert torch.allclose(made[0].eps, made[1].eps, atol=1e-5)
 
 
-def test_pictures_are_shrunk_and_people_left_out_of_scenes_too(corpus, tmp_path):
+def test_pictures_are_shrunk_and_people_are_dropped_also_from_scenes(corpus, tmp_path):
     models.shrink(corpus, tmp_path)
     everyone, nobody, held_out = (
         list(rows(tmp_path / "corpus" / name)) for name in ("everyone", "nobody", "held_out")
@@ -112,7 +110,7 @@ def test_pictures_are_shrunk_and_people_left_out_of_scenes_too(corpus, tmp_path)
 # -- conclusions -----------------------------------------------------------------------------------
 
 
-def test_a_gain_is_one_where_it_is_two_standard_errors_from_nothing():
+def test_a_gain_counts_if_it_is_two_standard_errors_from_zero():
     assert Gain(0.3, 0.1).up and not Gain(0.3, 0.1).down and Gain(-0.3, 0.1).down
     assert not Gain(0.19, 0.1).up and not Gain(-0.19, 0.1).down
     differences = np.random.default_rng(0).normal(1, 2, 400)
@@ -120,7 +118,7 @@ def test_a_gain_is_one_where_it_is_two_standard_errors_from_nothing():
     assert abs(gain.mean - 1) < 3 * gain.error and gain.error == pytest.approx(0.1, rel=0.1)
 
 
-def test_the_distance_is_frechets_with_more_and_with_fewer_rows_than_features():
+def test_the_distance_is_frechets_for_more_and_for_fewer_rows_than_features():
     draws = np.random.default_rng(0)
     for rows, width in ((300, 8), (20, 50)):
         made, real = draws.normal(size=(rows, width)), draws.normal(1, 2, (rows + 5, width))
@@ -128,7 +126,7 @@ def test_the_distance_is_frechets_with_more_and_with_fewer_rows_than_features():
         assert findings.frechet(made, real) == pytest.approx(expected, rel=1e-6)
 
 
-def test_all_sets_are_drawn_anew_with_the_same_rows():
+def test_bootstrap_resamples_take_the_same_rows_of_every_set():
     draws = np.random.default_rng(0)
     made, real = draws.normal(size=(30, 4)), draws.normal(size=(40, 4))
     drawn = findings._bootstrap_distances([made, made], real)
@@ -155,7 +153,7 @@ def unit(x):
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def test_people_are_stood_in_for_by_nearness_to_real_pictures():
+def test_votes_prefer_the_picture_nearer_to_real_pictures():
     draws = np.random.default_rng(2)
     real = seen(60, looks=draws.normal(size=(60, 40)))
     sets = {
@@ -176,7 +174,7 @@ def test_people_are_stood_in_for_by_nearness_to_real_pictures():
     )
 
 
-def test_an_order_that_chance_makes_is_no_preference():
+def test_an_order_by_chance_is_not_a_preference():
     real = seen(60, seed=1)
     sets = {name: seen(60, seed=n) for n, name in enumerate((UNGUIDED, CLIP_GUIDED, GUIDED), 5)}
     assert not any(
@@ -209,7 +207,7 @@ def figures_of(sign):
     return sets, real, {"images": 64, "ddim": border, "ancestral": BORDER}
 
 
-def test_findings_hold_where_figures_are_as_the_paper_has_them_and_not_the_other_way_round(
+def test_findings_hold_for_figures_like_the_papers_and_fail_for_the_opposite(
     monkeypatch,
 ):
     monkeypatch.setattr(findings, "DRAWS", 30)
@@ -310,7 +308,7 @@ def in_little(monkeypatch, thin_weights):
         monkeypatch.setattr(module, name, value)
 
 
-def test_all_stages_run_and_are_not_done_again(corpus, tmp_path, in_little, monkeypatch, caplog):
+def test_all_stages_run_once(corpus, tmp_path, in_little, monkeypatch, caplog):
     caplog.set_level("INFO", "glide_ray")
     found = run.run(tmp_path, corpus)
     assert len(found) == 8

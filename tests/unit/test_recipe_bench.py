@@ -12,7 +12,7 @@ from glide_ray.train.single import SingleTrainer
 
 
 @pytest.mark.parametrize("name", VARIATIONS)
-def test_each_variation_is_a_preset(name):
+def test_each_variation_of_the_recipe_is_a_valid_preset(name):
     changed = override(presets.get("emoji-base"), VARIATIONS[name])
     assert (changed == presets.get("emoji-base")) == (name == "preset")
 
@@ -30,7 +30,7 @@ def test_a_fresh_model_has_the_error_of_predicting_no_noise():
     assert found == pytest.approx(sum(expected) / len(expected), rel=1e-4)
 
 
-def test_more_seconds_of_training_leave_a_smaller_error(drawn_corpus, monkeypatch):
+def test_longer_training_gives_a_smaller_error(drawn_corpus, monkeypatch):
     small = [
         *TINY_BASE,
         "model.unet.patch=1",

@@ -87,7 +87,7 @@ def originals(corpus, size):
 # -- grid ------------------------------------------------------------------------------------------
 
 
-def test_a_base_models_grid_shows_the_prompts_with_the_seeds_0_1_2_and_is_the_same_each_time(
+def test_a_base_models_grid_shows_each_prompt_with_seeds_0_to_2_and_is_deterministic(
     tiny_weights, drawn_corpus
 ):
     told = []
@@ -125,7 +125,7 @@ def test_a_base_models_grid_shows_the_prompts_with_the_seeds_0_1_2_and_is_the_sa
     assert np.array_equal(grid, np.asarray(expected))  # labels and title too
 
 
-def test_other_weights_give_another_grid_and_its_title_tells_the_step(tmp_path, drawn_corpus):
+def test_other_weights_give_another_grid_titled_with_the_step(tmp_path, drawn_corpus):
     settings = preset(drawn_corpus, "base", PROMPTS)
     one = sample_grid(weights_of(tmp_path / "1", settings, step="1200"), settings)
     other = sample_grid(
@@ -141,7 +141,7 @@ def test_other_weights_give_another_grid_and_its_title_tells_the_step(tmp_path, 
     assert np.array_equal(one[: MARGIN + 28], title) and np.array_equal(other[: MARGIN + 28], title)
 
 
-def test_guidance_is_for_models_that_have_seen_empty_captions(tiny_weights, drawn_corpus):
+def test_grids_use_guidance_only_for_models_trained_with_empty_captions(tiny_weights, drawn_corpus):
     guided, plain, unguided = (
         sample_grid(
             tiny_weights["base"],
@@ -152,7 +152,7 @@ def test_guidance_is_for_models_that_have_seen_empty_captions(tiny_weights, draw
     assert (guided != plain).any() and np.array_equal(plain, unguided)
 
 
-def test_a_model_that_predicts_no_noise_at_all_has_a_grid(tmp_path, drawn_corpus):
+def test_a_model_that_predicts_zero_noise_has_a_grid(tmp_path, drawn_corpus):
     settings = preset(drawn_corpus, "base", PROMPTS)
     model = GlideUNet(settings.model.unet)  # the last layer is initialised to zero
     grid = sample_grid(weights_of(tmp_path / "w", settings, model), settings)
@@ -160,7 +160,7 @@ def test_a_model_that_predicts_no_noise_at_all_has_a_grid(tmp_path, drawn_corpus
     assert all(shrunk(cell, 16).std() > 50 for cell in cells(grid, 4, 3))
 
 
-def test_more_steps_than_a_process_has_are_not_asked_for(tmp_path, drawn_corpus, monkeypatch):
+def test_a_grid_uses_at_most_the_timesteps_of_the_schedule(tmp_path, drawn_corpus, monkeypatch):
     monkeypatch.setattr(samples, "STEPS", 25)
     settings = preset(drawn_corpus, "base", "model.diffusion.steps=4", "sample_prompts=x")
     told = []
@@ -187,7 +187,7 @@ def test_an_upsamplers_grid_shows_low_resolution_sample_and_original_side_by_sid
     )
 
 
-def test_an_inpainting_models_grid_keeps_what_is_known_and_fills_the_hole(tmp_path, drawn_corpus):
+def test_an_inpainting_models_grid_keeps_known_pixels_and_fills_the_hole(tmp_path, drawn_corpus):
     settings = preset(drawn_corpus, "base", "model.unet.inpaint=true")
     weights = weights_of(tmp_path / "w", settings)
     grid = sample_grid(weights, settings)
@@ -204,7 +204,9 @@ def test_an_inpainting_models_grid_keeps_what_is_known_and_fills_the_hole(tmp_pa
         )
 
 
-def test_an_inpainting_upsamplers_grid_shows_both_that_it_is_given(tmp_path, drawn_corpus):
+def test_an_inpainting_upsamplers_grid_shows_its_low_res_and_its_masked_input(
+    tmp_path, drawn_corpus
+):
     settings = preset(drawn_corpus, "upsampler", "model.unet.inpaint=true")
     grid = sample_grid(weights_of(tmp_path / "w", settings), settings)
     assert grid.shape[1] == MARGIN + 4 * (192 + MARGIN)
@@ -219,7 +221,7 @@ def test_an_inpainting_upsamplers_grid_shows_both_that_it_is_given(tmp_path, dra
     )
 
 
-def test_a_large_models_pictures_are_shown_at_their_own_size(tmp_path, drawn_corpus):
+def test_pictures_of_a_large_model_are_shown_at_full_size(tmp_path, drawn_corpus):
     settings = preset(
         drawn_corpus,
         "base",
@@ -232,11 +234,11 @@ def test_a_large_models_pictures_are_shown_at_their_own_size(tmp_path, drawn_cor
     assert grid.shape[1] == MARGIN + 4 * (256 + MARGIN)
 
 
-def test_clip_makes_no_pictures(tiny_weights, drawn_corpus):
+def test_a_clip_has_no_grid(tiny_weights, drawn_corpus):
     assert sample_grid(tiny_weights["clip"], preset(drawn_corpus, "clip")) is None
 
 
-def test_what_lacks_is_said(tmp_path, tiny_weights, drawn_corpus):
+def test_missing_weights_or_held_out_pictures_are_named(tmp_path, tiny_weights, drawn_corpus):
     with pytest.raises(WeightsError, match="There is no weights file"):
         sample_grid(tmp_path / "none", preset(drawn_corpus))
     (tmp_path / "held_out").mkdir()
@@ -289,7 +291,7 @@ def as_ranks(weights, settings, ranks):
     ],
 )
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_averages_held_out_loss_is_what_training_says_of_the_same_weights(
+def test_the_held_out_loss_of_the_average_equals_trainings_for_the_same_weights(
     tiny_weights, drawn_corpus, kind, names, ranks
 ):
     settings = preset(
@@ -301,7 +303,7 @@ def test_the_averages_held_out_loss_is_what_training_says_of_the_same_weights(
     assert held_out_of_average(tiny_weights[kind], settings) == figures
 
 
-def test_plain_clip_and_fewer_images(tmp_path, drawn_corpus):
+def test_held_out_loss_of_a_plain_clip_can_use_fewer_images(tmp_path, drawn_corpus):
     settings, five = (
         preset(drawn_corpus, "clip", "model.clip.noised=false", f"data.held_out_images={images}")
         for images in (16, 5)
@@ -315,7 +317,7 @@ def test_plain_clip_and_fewer_images(tmp_path, drawn_corpus):
     assert few != all_of_them and few == held_out_of_average(weights, five)
 
 
-def test_a_model_that_predicts_no_noise_has_the_noises_own_square_as_its_error(
+def test_the_error_of_a_model_that_predicts_zero_noise_is_the_mean_square_of_the_noise(
     tmp_path, drawn_corpus
 ):
     settings = preset(drawn_corpus)
@@ -333,7 +335,7 @@ def test_a_model_that_predicts_no_noise_has_the_noises_own_square_as_its_error(
         (1, {"num_gpus": 0, "runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}),
     ],
 )
-def test_a_review_takes_a_gpu_that_no_worker_wants_or_sees_none(
+def test_a_review_uses_a_gpu_that_no_worker_needs_or_none(
     drawn_corpus, tmp_path, monkeypatch, gpus, place
 ):
     asked = []
@@ -355,7 +357,7 @@ def test_a_review_takes_a_gpu_that_no_worker_wants_or_sees_none(
     assert asked == [{"num_cpus": 0, "max_retries": 1, **place}]
 
 
-def test_a_grid_is_a_picture_that_can_be_stored(tiny_weights, drawn_corpus, tmp_path):
+def test_a_grid_can_be_stored_as_a_picture(tiny_weights, drawn_corpus, tmp_path):
     grid = sample_grid(tiny_weights["base"], preset(drawn_corpus))
     Image.fromarray(grid).save(tmp_path / "grid.png")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), grid)

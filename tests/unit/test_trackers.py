@@ -96,7 +96,7 @@ def texts(folder, name):
     ]
 
 
-def test_tensorboard_has_figures_pictures_events_and_the_preset(tmp_path):
+def test_tensorboard_contains_figures_pictures_events_and_the_preset(tmp_path):
     made, warned = start(tmp_path, "tensorboard")
     made.metrics(0, {"held_out": 1.5})
     made.metrics(
@@ -116,7 +116,7 @@ def test_tensorboard_has_figures_pictures_events_and_the_preset(tmp_path):
     assert "| train.batch | " in texts(tmp_path, "preset")[0][1] and not warned
 
 
-def test_a_run_that_is_started_again_has_each_step_once_in_tensorboard_as_done_last(tmp_path):
+def test_after_a_restart_tensorboard_has_each_step_once_with_its_latest_values(tmp_path):
     before, _ = start(tmp_path, "tensorboard")
     for step in (0, 10, 20, 30):
         before.metrics(step, {"loss": step})
@@ -131,7 +131,7 @@ def test_a_run_that_is_started_again_has_each_step_once_in_tensorboard_as_done_l
 
 
 @pytest.mark.parametrize("rewinds", [False, True])
-def test_steps_that_workers_do_again_stand_once(tmp_path, rewinds):
+def test_repeated_steps_appear_once(tmp_path, rewinds):
     made, _ = start(tmp_path, "tensorboard")
     for step in (10, 20, 30):
         made.metrics(step, {"loss": step})
@@ -148,7 +148,7 @@ def test_steps_that_workers_do_again_stand_once(tmp_path, rewinds):
 
 # The warning is about TensorBoard's own thread.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_tensorboards_folder_that_cannot_be_written_to_stops_nothing_and_is_told_of_once(tmp_path):
+def test_an_unwritable_tensorboard_folder_gives_one_warning_and_does_not_stop_training(tmp_path):
     made, warned = start(tmp_path, "tensorboard")
     made.metrics(10, {"loss": 1})
     until(lambda: (tmp_path / "tensorboard").exists() and scalars(tmp_path, "loss"))
@@ -186,7 +186,7 @@ def history(name, uri=None):
     ]
 
 
-def test_mlflow_has_a_run_that_goes_on_when_started_again(tmp_path):
+def test_a_restarted_run_continues_its_mlflow_run(tmp_path):
     made, warned = start(tmp_path, "mlflow")
     made.metrics(10, {"loss": 0.5, "held_out": 0.25})
     made.metrics(20, {"loss": 0.4})
@@ -224,7 +224,7 @@ def test_mlflow_has_a_run_that_goes_on_when_started_again(tmp_path):
     assert not warned
 
 
-def test_what_mlflow_refuses_is_dropped_and_the_rest_arrives(tmp_path):
+def test_values_refused_by_mlflow_are_dropped_and_the_others_arrive(tmp_path):
     made, warned = start(tmp_path, "mlflow")
     made.metrics(10, {"loss (%)": 1})
     made.metrics(20, {"loss": 2})
@@ -293,9 +293,7 @@ def server(tmp_path):
     made.end()
 
 
-def test_an_mlflow_server_that_goes_away_and_comes_back_has_everything(
-    tmp_path, monkeypatch, server
-):
+def test_an_mlflow_server_receives_everything_after_an_outage(tmp_path, monkeypatch, server):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     made, warned = start(tmp_path, "mlflow")
     made.metrics(10, {"loss": 1})
@@ -317,7 +315,7 @@ def test_an_mlflow_server_that_goes_away_and_comes_back_has_everything(
     assert len(warned) == 1 and warned[0].startswith("MLflow cannot be written to: ")
 
 
-def test_an_mlflow_server_that_is_never_there_stops_nothing_and_its_password_is_not_told(
+def test_an_absent_mlflow_server_does_not_stop_training_and_its_password_stays_secret(
     tmp_path, monkeypatch
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:dark-secret@127.0.0.1:{free_port()}")
@@ -331,7 +329,7 @@ def test_an_mlflow_server_that_is_never_there_stops_nothing_and_its_password_is_
     assert len(warned) == 1 and "dark-secret" not in warned[0] and "127.0.0.1" in warned[0]
 
 
-def test_an_address_of_no_kind_that_mlflow_knows_is_refused_in_one_sentence(tmp_path, monkeypatch):
+def test_an_address_that_mlflow_does_not_support_is_refused_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "gopher://somewhere")
     with pytest.raises(
         UserError,
@@ -410,7 +408,7 @@ class Listener:
             self.calls += 1
 
 
-def test_wandb_offline_has_everything_and_calls_nobody(tmp_path, monkeypatch, wandb):
+def test_wandb_offline_contains_everything_and_opens_no_connection(tmp_path, monkeypatch, wandb):
     listener = Listener()
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "WANDB_BASE_URL"):
         monkeypatch.setenv(name, listener.url)
@@ -451,7 +449,7 @@ def test_wandb_offline_has_everything_and_calls_nobody(tmp_path, monkeypatch, wa
     assert listener.calls == 0 and not warned
 
 
-def test_a_wandb_service_that_is_killed_stops_nothing_and_is_started_again(tmp_path, wandb):
+def test_a_killed_wandb_service_is_restarted_and_does_not_stop_training(tmp_path, wandb):
     made, warned = start(tmp_path, "wandb")
     made.metrics(10, {"loss": 1})
     # W&B's process has received the row, but writes it later.
@@ -485,7 +483,7 @@ def children(name):
     return found
 
 
-def test_wandb_without_a_key_is_refused_before_it_asks_on_the_terminal(
+def test_wandb_without_a_key_is_refused_before_it_prompts_on_the_terminal(
     tmp_path, monkeypatch, wandb
 ):
     monkeypatch.setenv("WANDB_MODE", "online")
@@ -497,7 +495,7 @@ def test_wandb_without_a_key_is_refused_before_it_asks_on_the_terminal(
         start(tmp_path, "wandb")
 
 
-def test_wandb_settings_that_are_none_are_refused_in_one_sentence(tmp_path, monkeypatch, wandb):
+def test_invalid_wandb_settings_are_refused_in_one_sentence(tmp_path, monkeypatch, wandb):
     monkeypatch.setenv("WANDB_MODE", "sometimes")
     with pytest.raises(
         UserError,
@@ -507,7 +505,7 @@ def test_wandb_settings_that_are_none_are_refused_in_one_sentence(tmp_path, monk
         start(tmp_path, "wandb")
 
 
-def test_a_wandb_server_that_is_away_stops_nothing_and_the_key_is_not_told(
+def test_an_absent_wandb_server_does_not_stop_training_and_the_key_stays_secret(
     tmp_path, monkeypatch, wandb
 ):
     for name, value in {
@@ -542,7 +540,7 @@ def test_a_wandb_server_that_is_away_stops_nothing_and_the_key_is_not_told(
         ("mlflow", "mlflow", "pip install 'glide_ray\\[trackers\\]'"),
     ],
 )
-def test_a_missing_package_is_named_with_the_command_that_mends_it(
+def test_the_error_of_a_missing_package_names_the_command_that_installs_it(
     tmp_path, monkeypatch, name, module, command
 ):
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
@@ -557,7 +555,7 @@ def test_a_missing_package_is_named_with_the_command_that_mends_it(
     assert "glide-TensorBoard" not in Counter(thread.name for thread in threading.enumerate())
 
 
-def test_a_run_without_trackers_tells_nobody(tmp_path):
+def test_a_run_without_trackers_sends_nothing(tmp_path):
     assert override(tiny(), ["trackers=none"]).train.trackers == ()
     made = open_trackers((), tmp_path, tiny(), "run-7")
     made.metrics(1, {"loss": 1})
@@ -565,7 +563,7 @@ def test_a_run_without_trackers_tells_nobody(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_several_trackers_are_told_the_same_and_a_failing_one_holds_up_none(tmp_path, monkeypatch):
+def test_several_trackers_receive_the_same_and_a_failing_one_delays_no_other(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     warned = []
     made = open_trackers(
