@@ -289,7 +289,7 @@ def direct(answered, question):
 
 
 @browsing
-def test_a_hundred_votes_of_two_browsers_at_once_with_a_reload_are_counted_and_blind(
+def test_two_concurrent_browsers_cast_100_blind_votes_and_each_is_counted(
     folders, tmp_path, capsys
 ):
     with (
@@ -363,7 +363,7 @@ def test_a_hundred_votes_of_two_browsers_at_once_with_a_reload_are_counted_and_b
 
 
 @browsing
-def test_answers_given_while_the_server_is_dead_come_when_it_is_back_and_the_last_can_be_changed(
+def test_answers_given_during_an_outage_are_sent_afterwards_and_the_last_can_be_changed(
     folders, tmp_path
 ):
     out = tmp_path / "study"
@@ -420,7 +420,7 @@ def keyed(folders, tmp_path_factory):
         yield link, out
 
 
-def test_nobody_votes_or_looks_without_the_key_of_the_link(keyed):
+def test_voting_and_viewing_require_the_key_of_the_link(keyed):
     link, out = keyed
     base = link.partition("?")[0]
     picture = next(Path(out, "pictures").glob("*.png")).name
@@ -449,7 +449,7 @@ def test_nobody_votes_or_looks_without_the_key_of_the_link(keyed):
         )
 
 
-def test_what_is_sent_names_no_model_and_nothing_but_pictures_is_served(keyed):
+def test_responses_name_no_model_and_only_pictures_of_the_study_are_served(keyed):
     link, out = keyed
     base = link.partition("?")[0]
     with httpx.Client(follow_redirects=True) as client:
@@ -495,7 +495,7 @@ def test_what_is_sent_names_no_model_and_nothing_but_pictures_is_served(keyed):
         )
 
 
-def test_a_turn_is_of_its_rater_only_and_an_answer_sent_again_changes_nothing(keyed):
+def test_a_turn_belongs_to_one_rater_and_a_repeated_answer_changes_nothing(keyed):
     link, out = keyed
     base = link.partition("?")[0]
     with httpx.Client(follow_redirects=True) as ann, httpx.Client(follow_redirects=True) as bob:
@@ -519,7 +519,7 @@ def test_a_turn_is_of_its_rater_only_and_an_answer_sent_again_changes_nothing(ke
 # -- database --------------------------------------------------------------------------------------
 
 
-def test_raters_and_tabs_at_once_lose_no_vote_and_give_none_twice(tmp_path):
+def test_concurrent_raters_and_tabs_lose_no_vote_and_duplicate_none(tmp_path):
     """Eight threads with separate connections, two for each rater, like servers and tabs."""
     database(tmp_path, 30)
     given, url = [], f"sqlite:///{tmp_path}/votes.sqlite"
@@ -546,7 +546,7 @@ def test_raters_and_tabs_at_once_lose_no_vote_and_give_none_twice(tmp_path):
     ) == {(n, question): 4 for n in range(1, 31) for question in ("photorealism", "caption")}
 
 
-def test_a_comparison_is_kept_for_who_looks_at_it_and_given_to_others_when_they_have_gone(
+def test_a_comparison_is_reserved_for_its_viewer_and_reassigned_when_the_viewer_leaves(
     tmp_path, monkeypatch
 ):
     votes = database(tmp_path, PREFETCHED_COMPARISONS, checks=0, questions=("caption",))
@@ -573,7 +573,7 @@ def answer_all(votes, rater, passes, wanted=1):
         )
 
 
-def test_who_fails_the_attention_checks_is_left_out_and_others_are_asked_instead(tmp_path):
+def test_raters_who_fail_the_attention_checks_are_excluded_and_replaced(tmp_path):
     votes = database(tmp_path, 40)
     answer_all(votes, "careless", False)
     answer_all(votes, "careful", True)
@@ -598,7 +598,7 @@ def test_who_fails_the_attention_checks_is_left_out_and_others_are_asked_instead
     )
 
 
-def test_an_answer_stays_unless_the_rater_goes_back(tmp_path):
+def test_an_answer_changes_only_if_the_rater_goes_back(tmp_path):
     votes = database(tmp_path)
     shown = votes.turns("ann", 1)[0][0]
     answers = []
@@ -616,7 +616,7 @@ def test_an_answer_stays_unless_the_rater_goes_back(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_turns_are_balanced_complete_and_each_raters_own(seed):
+def test_turns_are_balanced_and_complete_and_differ_between_raters(seed):
     random, comparisons, questions = (
         np.random.default_rng(seed),
         {one.id: one for one in made(60, ("a", "b", "c"), 20)},
@@ -663,7 +663,7 @@ def test_turns_are_balanced_complete_and_each_raters_own(seed):
     assert len(orders) == 5
 
 
-def test_the_first_side_and_the_first_comparison_of_a_rater_cannot_be_foreseen():
+def test_the_first_side_and_the_first_comparison_of_a_rater_are_unpredictable():
     comparisons, questions = (
         {one.id: one for one in made(20, ("a", "b"), 2)},
         ("photorealism", "caption"),
@@ -686,7 +686,7 @@ def test_the_first_side_and_the_first_comparison_of_a_rater_cannot_be_foreseen()
     assert sum(one == two for one, two in zip(first, other, strict=True)) < 60
 
 
-def test_what_fewest_have_answered_is_asked_first():
+def test_the_comparisons_with_the_fewest_answers_are_shown_first():
     comparisons = {one.id: one for one in made(20, ("a", "b"), 0)}
     taken = {(n, "caption"): 1 for n in comparisons if n not in (3, 11, 17)}
     had = []
@@ -702,7 +702,7 @@ def test_what_fewest_have_answered_is_asked_first():
 # -- pairs -----------------------------------------------------------------------------------------
 
 
-def test_pairs_are_of_one_prompt_and_seed_and_as_many_of_each_two_models(folders):
+def test_pairs_share_prompt_and_seed_and_are_balanced_over_the_models(folders):
     found = {name: study.find_pictures(folder) for name, folder in folders.items()}
     pairs = study.choose_pairs(found, 60, "secret")
     assert (
@@ -716,7 +716,7 @@ def test_pairs_are_of_one_prompt_and_seed_and_as_many_of_each_two_models(folders
     assert len(study.choose_pairs(found, 1000, "secret")) == 90
 
 
-def test_seeds_decide_where_both_have_them_and_the_order_where_not(tmp_path, drawn_corpus):
+def test_pictures_are_paired_by_seed_if_both_have_seeds_and_else_by_order(tmp_path, drawn_corpus):
     one = study.find_pictures(bulk(tmp_path / "one", (1, 1, 1), ["x", "x", "x"], [5, 6, 7]))["x"]
     other = study.find_pictures(bulk(tmp_path / "other", (2, 2, 2), ["x", "x"], [7, 9]))["x"]
     strange = study.find_pictures(bulk(tmp_path / "strange", (2, 2, 2), ["x", "x"], [70, 90]))["x"]
@@ -730,7 +730,7 @@ def test_seeds_decide_where_both_have_them_and_the_order_where_not(tmp_path, dra
     )
 
 
-def test_a_study_that_was_broken_off_is_made_again_and_real_pictures_check_captions(
+def test_an_interrupted_study_is_rebuilt_and_real_pictures_serve_as_caption_checks(
     folders, drawn_corpus, tmp_path, monkeypatch
 ):
     asked = StudyDefinition(folders, ["photorealism", "caption"], 30, str(drawn_corpus / "train"))
@@ -771,7 +771,7 @@ def test_a_study_that_was_broken_off_is_made_again_and_real_pictures_check_capti
     assert all(60 < image.std() < 90 for image in pixels)
 
 
-def test_what_could_not_be_made_gives_way_and_pictures_that_are_gone_are_made_again(
+def test_a_failed_study_can_be_replaced_and_missing_pictures_are_copied_again(
     folders, tmp_path, capsys
 ):
     bare = bulk(tmp_path / "bare", (9, 9, 9), ["", ""])
@@ -804,7 +804,7 @@ def test_what_could_not_be_made_gives_way_and_pictures_that_are_gone_are_made_ag
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def test_votes_of_a_csv_give_the_tables_that_a_count_by_hand_gives(tmp_path, capsys):
+def test_the_tables_of_a_csv_of_votes_equal_those_counted_by_hand(tmp_path, capsys):
     path = tmp_path / "votes.csv"
     path.write_text(
         "question,first,second,winner,when\n"
@@ -854,12 +854,14 @@ def test_votes_of_a_csv_give_the_tables_that_a_count_by_hand_gives(tmp_path, cap
         ("\xff\xfe\x00", "UTF-8"),
     ],
 )
-def test_a_csv_that_is_not_understood_is_refused_with_its_line(tmp_path, capsys, content, message):
+def test_an_invalid_csv_of_votes_is_refused_with_its_line_number(
+    tmp_path, capsys, content, message
+):
     (tmp_path / "votes.csv").write_bytes(content.encode("latin-1"))
     assert main(["elo", str(tmp_path / "votes.csv")]) == 2 and message in capsys.readouterr().err
 
 
-def test_what_no_study_can_be_made_of_is_refused_in_a_sentence(folders, tmp_path, capsys):
+def test_invalid_input_to_a_study_is_refused_in_one_sentence(folders, tmp_path, capsys):
     study.open_study(
         tmp_path / "s", None, StudyDefinition(folders, ["photorealism", "caption"], 1000)
     )

@@ -45,7 +45,7 @@ def ray(s3):
 
 
 @pytest.mark.slow
-def test_corpus_to_pictures_by_jobs_submitted_twice_while_s3_errs_and_raylets_are_killed(
+def test_jobs_from_corpus_to_pictures_survive_resubmission_s3_errors_and_killed_raylets(
     ray, s3, s3_faults, tiny_weights
 ):
     """About 5% of S3 requests fail or are slow.
@@ -173,13 +173,13 @@ def test_corpus_to_pictures_by_jobs_submitted_twice_while_s3_errs_and_raylets_ar
     assert written == {file: storage.digest(storage.fetch(file)) for file in written}
 
 
-def test_a_job_that_fails_says_why_in_a_sentence_and_exits_so(ray):
+def test_a_failing_job_prints_one_sentence_and_exits_with_an_error(ray):
     job = ray[0].submit("jobs/generate.py", "nowhere.txt", "--out", "x", "--base", "y", wait=False)
     said = job.communicate(timeout=240)[0]
     assert job.returncode != 0 and "generate: There is no file" in said and "Traceback" not in said
 
 
-def test_serve_deploy_of_the_config_file_makes_an_endpoint(ray, tmp_path):
+def test_serve_deploy_starts_the_endpoint_of_the_config_file(ray, tmp_path):
     head, _ = ray
     config, port = yaml.safe_load(Path(ROOT, "serve", "config.yaml").read_text()), free_port()
     config["http_options"]["port"] = port

@@ -90,7 +90,7 @@ def distinct(count, size=24, seed=0):
     ]
 
 
-def test_a_corpus_beside_itself_is_at_no_distance_and_other_pictures_in_its_place_are_seen(
+def test_a_corpus_has_distance_zero_to_itself_and_replaced_pictures_are_noticed(
     drawn_corpus, clip, tmp_path
 ):
     write_shards(tmp_path / "made", distinct(20))
@@ -137,7 +137,7 @@ def messages(caplog):
     return latest
 
 
-def test_begun_again_it_says_the_same_to_the_last_digit_and_looks_only_at_what_it_has_not_seen(
+def test_a_rerun_gives_identical_figures_and_embeds_only_new_pictures(
     drawn_corpus, clip, tmp_path, s3, messages
 ):
     train, held_out = (str(drawn_corpus / part) for part in ("train", "held_out"))
@@ -157,9 +157,7 @@ def test_begun_again_it_says_the_same_to_the_last_digit_and_looks_only_at_what_i
     assert json.loads((tmp_path / "a" / FIGURES).read_text()) == first
 
 
-def test_other_pictures_under_the_same_names_are_looked_at_and_not_taken_for_the_first(
-    drawn_corpus, clip, tmp_path
-):
+def test_pictures_replaced_under_the_same_names_are_embedded_again(drawn_corpus, clip, tmp_path):
     def bulk(seed):
         for sample in distinct(8, seed=seed):
             (tmp_path / "made").mkdir(exist_ok=True)
@@ -182,7 +180,7 @@ def test_other_pictures_under_the_same_names_are_looked_at_and_not_taken_for_the
     assert figures() == first
 
 
-def test_what_could_not_be_read_is_said_each_time_and_looked_at_again_when_it_can_be(
+def test_unreadable_pictures_are_reported_at_each_run_and_retried(
     drawn_corpus, clip, tmp_path, messages
 ):
     write_shards(tmp_path / "real", distinct(20), per_shard=10)
@@ -204,7 +202,7 @@ def test_what_could_not_be_read_is_said_each_time_and_looked_at_again_when_it_ca
     assert images() == 20 and images() == 20 and not messages()
 
 
-def test_networks_that_have_not_seen_the_same_pictures_are_not_compared(
+def test_features_of_different_pictures_by_the_two_networks_are_refused(
     drawn_corpus, clip, inception, tmp_path, monkeypatch
 ):
     from glide_ray.distributed.evaluation import evaluate as module
@@ -231,7 +229,7 @@ def test_networks_that_have_not_seen_the_same_pictures_are_not_compared(
         )
 
 
-def test_pictures_without_captions_have_no_clip_score_and_all_other_figures(
+def test_pictures_without_captions_have_all_figures_except_the_clip_score(
     drawn_corpus, clip, tmp_path, capsys, messages
 ):
     (tmp_path / "bare").mkdir()
@@ -297,7 +295,7 @@ def test_pictures_without_captions_have_no_clip_score_and_all_other_figures(
 
 
 @pytest.mark.slow
-def test_killed_at_a_random_point_and_submitted_again_a_sweep_has_the_same_figures(
+def test_a_sweep_killed_at_a_random_point_and_resubmitted_gives_the_same_figures(
     drawn_corpus, tiny_weights, tmp_path
 ):
     """The killed process starts its own Ray cluster."""
@@ -351,7 +349,7 @@ def test_killed_at_a_random_point_and_submitted_again_a_sweep_has_the_same_figur
     ).read_bytes()
 
 
-def test_the_statistics_of_a_reference_are_used_again_in_its_place_but_not_with_another_network(
+def test_saved_statistics_can_replace_the_reference_but_not_with_another_network(
     drawn_corpus, clip, inception, tmp_path
 ):
     write_shards(tmp_path / "made", distinct(20, 64))
@@ -367,7 +365,7 @@ def test_the_statistics_of_a_reference_are_used_again_in_its_place_but_not_with_
         Reference.load(clip)
 
 
-def test_with_inception_distances_and_scores_are_of_its_features(
+def test_with_inception_distances_and_scores_use_its_features(
     drawn_corpus, clip, inception, tmp_path
 ):
     write_shards(tmp_path / "made", distinct(20, 64))
@@ -395,7 +393,7 @@ def test_with_inception_distances_and_scores_are_of_its_features(
     assert "Distances are FID and the score is IS" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_what_is_left_out_of_the_reference_changes_the_filtered_distance_only(
+def test_leaving_images_out_of_the_reference_changes_only_the_filtered_distance(
     drawn_corpus, clip, tmp_path
 ):
     write_shards(tmp_path / "made", distinct(20, 64))
@@ -443,7 +441,7 @@ def test_what_is_left_out_of_the_reference_changes_the_filtered_distance_only(
         )
 
 
-def test_networks_see_centred_squares_no_larger_than_the_pictures_that_are_compared():
+def test_networks_see_centred_squares_no_larger_than_the_compared_pictures():
     class Sizes:
         width = 2
 
@@ -466,7 +464,7 @@ def test_networks_see_centred_squares_no_larger_than_the_pictures_that_are_compa
     assert Squares(Colours(), 32).images([wide]).tolist() == [[255, 255]]
 
 
-def test_fronts_have_a_line_for_each_kind_of_guidance_of_each_model_from_its_unguided_set():
+def test_fronts_have_a_line_per_model_and_kind_of_guidance_from_the_unguided_set():
     def point(name, **known):
         return Point(
             name,
@@ -506,7 +504,7 @@ def test_fronts_have_a_line_for_each_kind_of_guidance_of_each_model_from_its_ung
     }
 
 
-def test_bad_input_is_refused_in_a_sentence_before_anything_is_made(
+def test_bad_input_is_refused_in_one_sentence_before_any_work(
     drawn_corpus, tiny_weights, tmp_path, capsys
 ):
     base, clip = str(tiny_weights["base"]), str(tiny_weights["clip"])

@@ -32,14 +32,14 @@ def by_hand(one, other):
 
 
 @pytest.mark.parametrize("seeds", [2, 5, 9])
-def test_with_few_seeds_p_is_that_of_every_arrangement(draws, seeds):
+def test_with_few_seeds_p_counts_every_arrangement(draws, seeds):
     one, other = draws.normal(size=(seeds, 4)), draws.normal(0.7, 1, (seeds, 4))
     found = permutation_test(one, other)
     assert (found.p, found.arrangements) == (by_hand(one, other), 2**seeds)
     assert found.distance == pytest.approx(np.linalg.norm(one.mean(0) - other.mean(0)))
 
 
-def test_with_one_feature_p_is_that_of_scipy_s_paired_test(draws):
+def test_with_one_feature_p_agrees_with_scipys_paired_test(draws):
     one, other = draws.normal(size=(11, 1)), draws.normal(0.5, 1, (11, 1))
     theirs = stats.permutation_test(
         (one[:, 0], other[:, 0]),
@@ -52,7 +52,7 @@ def test_with_one_feature_p_is_that_of_scipy_s_paired_test(draws):
     assert permutation_test(one, other).p == pytest.approx(theirs.pvalue)
 
 
-def test_drawn_arrangements_come_near_to_all_of_them_and_are_the_same_each_time(draws):
+def test_random_arrangements_approximate_all_and_are_reproducible(draws):
     one, other = draws.normal(size=(12, 3)), draws.normal(0.4, 1, (12, 3))
     whole, drawn = permutation_test(one, other), permutation_test(one, other, swaps=4000)
     assert (
@@ -63,7 +63,7 @@ def test_drawn_arrangements_come_near_to_all_of_them_and_are_the_same_each_time(
     assert drawn.p == pytest.approx(whole.p, abs=4 * np.sqrt(whole.p * (1 - whole.p) / 4000))
 
 
-def test_where_nothing_differs_p_is_uniform_and_what_a_seed_decides_does_not_matter(draws):
+def test_without_a_difference_p_is_uniform_whatever_the_effect_of_the_seed(draws):
     values = []
     for _ in range(500):
         # Common to both pictures of a seed, and much larger than the difference between them.
@@ -80,7 +80,7 @@ def test_where_nothing_differs_p_is_uniform_and_what_a_seed_decides_does_not_mat
     )
 
 
-def test_the_distance_by_chance_is_the_root_of_the_mean_square_over_all_arrangements(draws):
+def test_the_distance_by_chance_is_the_root_mean_square_over_all_arrangements(draws):
     one, other = draws.normal(size=(6, 3)), draws.normal(size=(6, 3))
     squares = [
         np.sum(((one - other) * np.array(signs)[:, None]).mean(0) ** 2)
@@ -89,7 +89,7 @@ def test_the_distance_by_chance_is_the_root_of_the_mean_square_over_all_arrangem
     assert permutation_test(one, other).by_chance == pytest.approx(np.sqrt(np.mean(squares)))
 
 
-def test_a_group_beside_itself_differs_in_nothing(draws):
+def test_a_group_does_not_differ_from_itself(draws):
     group = Group("a toy", draws.normal(size=(30, 8)), draws.uniform(0, 255, (30, 3)))
     [pair] = probe([group, group], {"pink": draws.normal(size=8)})["pairs"]
     assert pair["p"] == 1 and pair["distance"] == pair["by_chance"] == 0
@@ -99,7 +99,7 @@ def test_a_group_beside_itself_differs_in_nothing(draws):
     )
 
 
-def test_a_planted_difference_is_found_where_it_was_planted_and_nowhere_else(draws):
+def test_a_planted_difference_is_found_only_between_the_right_groups(draws):
     words = {"pink": np.eye(8)[0], "blue": np.eye(8)[1], "round": np.eye(8)[2]}
     seeds, hues = draws.normal(size=(64, 8)), draws.uniform(80, 160, (64, 3))
     plain, again = (
@@ -147,7 +147,7 @@ def test_a_difference_has_the_standard_error_of_a_paired_t_test(draws):
     assert found.mean / found.standard_error == pytest.approx(stats.ttest_rel(one, other).statistic)
 
 
-def test_pictures_of_unlike_numbers_of_seeds_are_no_pairs(draws):
+def test_groups_with_different_numbers_of_seeds_are_refused(draws):
     with pytest.raises(MetricError, match="given: 3 and 4"):
         permutation_test(draws.normal(size=(3, 2)), draws.normal(size=(4, 2)))
 
@@ -169,7 +169,7 @@ def command(tiny_weights):
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_probe_says_the_same_again_and_makes_nothing_the_second_time(command, s3, capsys):
+def test_a_repeated_probe_gives_the_same_figures_and_generates_nothing(command, s3, capsys):
     out = f"{s3}/probe"
     asked = [
         "toys for girls",
@@ -239,7 +239,7 @@ def test_a_probe_says_the_same_again_and_makes_nothing_the_second_time(command, 
         (["a", "b", "--guidance-scale", "-1"], "guidance_scale"),
     ],
 )
-def test_what_cannot_be_probed_is_refused_in_one_sentence(
+def test_an_invalid_probe_is_refused_in_one_sentence(
     arguments, sentence, tiny_weights, tmp_path, capsys
 ):
     given = [
