@@ -83,13 +83,13 @@ def rating(*arguments):
         text=True,
     )
     try:
-        said = []
+        output = []
         for line in server.stdout:
-            said.append(line)
+            output.append(line)
             if line.startswith("http"):
                 break
         else:
-            raise AssertionError("".join(said))
+            raise AssertionError("".join(output))
         threading.Thread(target=server.stdout.read, daemon=True).start()
         yield line.split()[0], server
     finally:
@@ -108,11 +108,11 @@ def database(
     """A study in SQLite without pictures."""
     votes = Votes(f"sqlite:///{tmp_path}/votes.sqlite")
     votes.begin(StudyDefinition({name: name for name in models}, questions, count), "secret")
-    votes.add_comparisons(made(count, models, checks, questions))
+    votes.add_comparisons(make_comparisons(count, models, checks, questions))
     return votes
 
 
-def made(count, models, checks, questions=("photorealism", "caption")):
+def make_comparisons(count, models, checks, questions=("photorealism", "caption")):
     pairs = [(one, other) for n, one in enumerate(models) for other in models[n + 1 :]]
     rows = [
         (*pairs[n % len(pairs)], f"p{n}", f"{2 * n:016x}", f"{2 * n + 1:016x}", None)
@@ -167,10 +167,10 @@ def browse(size=(1280, 800), phone=False):
 
 
 @contextmanager
-def browsers(*given):
+def browsers(*settings):
     opened = []
     try:
-        opened.extend(browse(**one) for one in given)
+        opened.extend(browse(**options) for options in settings)
         yield opened
     finally:
         for browser in opened:
@@ -232,20 +232,20 @@ def painters(folder):
     return found
 
 
-def rate(browser, who, painted, act, count, reload_at=None):
+def rate(browser, number, painted, act, count, reload_at=None):
     """Rate `count` pairs; returns (question, first, second, won) from the pictures shown.
 
     Passes all attention checks, and mostly prefers zanzibar.
     """
-    answered, asked = [], None
+    answered, turn = [], None
     for n in range(count):
         if n == reload_at:
-            before = seen(browser, asked)
+            before = seen(browser, turn)
             browser.refresh()
             assert seen(browser) == before  # resumes where the rater was
-            asked = None
-        asked = seen(browser, asked)
-        question, left, right = asked
+            turn = None
+        turn = seen(browser, turn)
+        question, left, right = turn
         best = min(
             ("left", painted[left]),
             ("right", painted[right]),
@@ -258,7 +258,7 @@ def rate(browser, who, painted, act, count, reload_at=None):
             else "tie"
             if n % 7 == 3
             else {"left": "right", "right": "left"}[best[0]]
-            if n % 5 == who
+            if n % 5 == number
             else best[0]
         )
         act(browser, answer)
@@ -304,11 +304,11 @@ def test_two_concurrent_browsers_cast_100_blind_votes_and_each_is_counted(
             browser.get(link)
         threads = [
             threading.Thread(
-                target=lambda who=who, browser=browser, act=act, at=at: found.update(
-                    {who: rate(browser, who, painted, act, 50, at)}
+                target=lambda number=number, browser=browser, act=act, at=at: found.update(
+                    {number: rate(browser, number, painted, act, 50, at)}
                 )
             )
-            for who, browser, act, at in ((0, desk, key, 20), (1, phone, tap, None))
+            for number, browser, act, at in ((0, desk, key, 20), (1, phone, tap, None))
         ]
         for thread in threads:
             thread.start()
@@ -341,7 +341,7 @@ def test_two_concurrent_browsers_cast_100_blind_votes_and_each_is_counted(
             ).fetchall()
         )
     # An imbalance of at most one for each rater.
-    assert all(abs(lefts[(FIRST, *of)] - lefts[(SECOND, *of)]) <= 2 for _, *of in lefts)
+    assert all(abs(lefts[(FIRST, *models)] - lefts[(SECOND, *models)]) <= 2 for _, *models in lefts)
     assert main(["elo", str(tmp_path / "study"), "--json", str(tmp_path / "elo.json")]) == 0
     printed, figures = capsys.readouterr().out, json.loads((tmp_path / "elo.json").read_text())
     assert figures["raters"] == 2 and figures["raters_left_out"] == 0
@@ -349,15 +349,16 @@ def test_two_concurrent_browsers_cast_100_blind_votes_and_each_is_counted(
     from glide_ray.evaluation.pairing import QUESTIONS
 
     for question, words in QUESTIONS.items():
-        table, of = direct(answered, words), figures["questions"][question]
-        assert of["votes"] == table.sum() == sum(one[0] == words for one in answered)
+        table, figures_of = direct(answered, words), figures["questions"][question]
+        assert figures_of["votes"] == table.sum() == sum(vote[0] == words for vote in answered)
         for model, score in zip(MODELS, scores(table), strict=True):
             assert (
-                of["scores"][model]["score"] == pytest.approx(score) and f"{score:.1f}" in printed
+                figures_of["scores"][model]["score"] == pytest.approx(score)
+                and f"{score:.1f}" in printed
             )
             for other, won in zip(MODELS, table[list(MODELS).index(model)], strict=True):
                 if other != model:
-                    assert of["wins"][model][other]["share"] == pytest.approx(
+                    assert figures_of["wins"][model][other]["share"] == pytest.approx(
                         won / (won + table[list(MODELS).index(other), list(MODELS).index(model)])
                     )
 
@@ -373,7 +374,7 @@ def test_answers_given_during_an_outage_are_sent_afterwards_and_the_last_can_be_
             server,
         ):
             browser.get(link + "&rater=ann")
-            asked = seen(browser)
+            turn = seen(browser)
             server.kill()
             server.wait(10)
         from selenium.webdriver.common.action_chains import ActionChains
@@ -382,18 +383,18 @@ def test_answers_given_during_an_outage_are_sent_afterwards_and_the_last_can_be_
             0.12
         ).click().perform()
         # The next pictures are prefetched, and the second click was not taken as their answer.
-        asked = seen(browser, asked)
+        turn = seen(browser, turn)
         key(browser, "left")
-        last = asked
-        asked = seen(browser, asked)
+        last = turn
+        turn = seen(browser, turn)
         browser.find_element("id", "tie").click()
         assert "Your answers are kept" in browser.find_element("id", "status").text
         with rating("--out", out, "--port", httpx.URL(link).port):
-            waited = seen(browser, asked)
+            waiting_turn = seen(browser, turn)
             browser.find_element("id", "back").click()
-            assert seen(browser, waited) == asked != last
+            assert seen(browser, waiting_turn) == turn != last
             key(browser, "right")
-            assert seen(browser, asked) == waited
+            assert seen(browser, turn) == waiting_turn
             browser.execute_async_script(
                 "const done = arguments[0]; const look = () => "
                 "sending || waiting().length ? setTimeout(look, 20) : done(); look()"
@@ -469,7 +470,7 @@ def test_responses_name_no_model_and_only_pictures_of_the_study_are_served(keyed
             assert "last-modified" not in answer.headers
         # The metadata that named the model is removed from the PNG.
         assert not Image.open(io.BytesIO(answers[2].content)).info
-        assert {one["token"] for one in answers[-1].json()["turns"]}.isdisjoint(
+        assert {turn["token"] for turn in answers[-1].json()["turns"]}.isdisjoint(
             {turn["token"]}
         ) and answers[-1].json()["done"] == 1
         for path in (
@@ -482,8 +483,8 @@ def test_responses_name_no_model_and_only_pictures_of_the_study_are_served(keyed
         ):
             assert client.get(httpx.URL(base + path)).status_code == 404, path
         refused = [
-            client.post(f"{base}votes", json=given).status_code
-            for given in (
+            client.post(f"{base}votes", json=body).status_code
+            for body in (
                 {"token": "nothing", "answer": "left"},
                 {"token": turn["token"], "answer": "zanzibar"},
                 {"token": turn["token"], "answer": "tie", "seconds": -1},
@@ -504,10 +505,10 @@ def test_a_turn_belongs_to_one_rater_and_a_repeated_answer_changes_nothing(keyed
         turn = ann.get(f"{base}turns").json()["turns"][0]
         # As after a reload or in another tab.
         assert ann.get(f"{base}turns").json()["turns"][0] == turn
-        given = {"token": turn["token"], "answer": "left", "seconds": 2.0}
-        assert bob.post(f"{base}votes", json=given).status_code == 404
+        body = {"token": turn["token"], "answer": "left", "seconds": 2.0}
+        assert bob.post(f"{base}votes", json=body).status_code == 404
         assert [
-            ann.post(f"{base}votes", json={**given, "answer": answer}).json()["done"]
+            ann.post(f"{base}votes", json={**body, "answer": answer}).json()["done"]
             for answer in ("left", "left", "tie")
         ] == [1, 1, 1]
     with sqlite3.connect(Path(out) / "votes.sqlite") as file:
@@ -522,13 +523,13 @@ def test_a_turn_belongs_to_one_rater_and_a_repeated_answer_changes_nothing(keyed
 def test_concurrent_raters_and_tabs_lose_no_vote_and_duplicate_none(tmp_path):
     """Eight threads with separate connections, two for each rater, like servers and tabs."""
     database(tmp_path, 30)
-    given, url = [], f"sqlite:///{tmp_path}/votes.sqlite"
+    answered, url = [], f"sqlite:///{tmp_path}/votes.sqlite"
 
     def tab(rater):
         votes = Votes(url)
-        while shown := votes.turns(rater, 4)[0]:
-            assert votes.answer(rater, shown[0].token, "left", 1.0)
-            given.append((rater, shown[0].token))
+        while turns := votes.turns(rater, 4)[0]:
+            assert votes.answer(rater, turns[0].token, "left", 1.0)
+            answered.append((rater, turns[0].token))
 
     threads = [threading.Thread(target=tab, args=(f"r{n % 4}",)) for n in range(8)]
     for thread in threads:
@@ -538,11 +539,11 @@ def test_concurrent_raters_and_tabs_lose_no_vote_and_duplicate_none(tmp_path):
     cast = Votes(url).cast()
     assert (
         len(cast)
-        == len(set(given))
-        == len({(one.rater, one.comparison.id, one.question) for one in cast})
+        == len(set(answered))
+        == len({(vote.rater, vote.comparison.id, vote.question) for vote in cast})
     )
     assert Counter(
-        (one.comparison.id, one.question) for one in cast if not one.comparison.check_of
+        (vote.comparison.id, vote.question) for vote in cast if not vote.comparison.check_of
     ) == {(n, question): 4 for n in range(1, 31) for question in ("photorealism", "caption")}
 
 
@@ -559,15 +560,15 @@ def test_a_comparison_is_reserved_for_its_viewer_and_reassigned_when_the_viewer_
     )
 
 
-def answer_all(votes, rater, passes, wanted=1):
-    while shown := votes.turns(rater, wanted)[0]:
+def answer_all(votes, rater, passes, count=1):
+    while turns := votes.turns(rater, count)[0]:
         noise = next(
-            (side for side in ("left", "right") if getattr(shown[0], side) == "f" * 16), None
+            (side for side in ("left", "right") if getattr(turns[0], side) == "f" * 16), None
         )
         other = {"left": "right", "right": "left"}
         votes.answer(
             rater,
-            shown[0].token,
+            turns[0].token,
             "left" if noise is None else other[noise] if passes else noise,
             1.0,
         )
@@ -582,11 +583,11 @@ def test_raters_who_fail_the_attention_checks_are_excluded_and_replaced(tmp_path
         2,
         80,
     )
-    assert {question: len(of) for question, of in ballot.votes.items()} == {
+    assert {question: len(question_votes) for question, question_votes in ballot.votes.items()} == {
         "photorealism": 40,
         "caption": 40,
     }
-    assert {one.rater for one in votes.cast() if not one.comparison.check_of} == {
+    assert {vote.rater for vote in votes.cast() if not vote.comparison.check_of} == {
         "careless",
         "careful",
     }
@@ -600,10 +601,10 @@ def test_raters_who_fail_the_attention_checks_are_excluded_and_replaced(tmp_path
 
 def test_an_answer_changes_only_if_the_rater_goes_back(tmp_path):
     votes = database(tmp_path)
-    shown = votes.turns("ann", 1)[0][0]
+    turn = votes.turns("ann", 1)[0][0]
     answers = []
     for side, again in (("left", False), ("right", False), ("right", True), ("tie", True)):
-        assert votes.answer("ann", shown.token, side, 1.0, again)
+        assert votes.answer("ann", turn.token, side, 1.0, again)
         answers.append(votes.cast()[0].answer)
     left = votes.cast()[0].left
     assert (
@@ -619,17 +620,17 @@ def test_an_answer_changes_only_if_the_rater_goes_back(tmp_path):
 def test_turns_are_balanced_and_complete_and_differ_between_raters(seed):
     random, comparisons, questions = (
         np.random.default_rng(seed),
-        {one.id: one for one in made(60, ("a", "b", "c"), 20)},
+        {comparison.id: comparison for comparison in make_comparisons(60, ("a", "b", "c"), 20)},
         ("photorealism", "caption"),
     )
     raters = {f"r{n}": [] for n in range(5)}
-    while going := [
+    while active := [
         rater
         for rater in raters
         if raters[rater] is not None and (not raters[rater] or raters[rater][-1])
     ]:
-        rater = going[random.integers(len(going))]
-        taken = Counter(
+        rater = active[random.integers(len(active))]
+        votes_of_others = Counter(
             (turn.comparison, turn.question)
             for other, had in raters.items()
             if other != rater
@@ -637,7 +638,9 @@ def test_turns_are_balanced_and_complete_and_differ_between_raters(seed):
             if turn
         )
         raters[rater].append(
-            next_turn(f"secret {seed}", rater, comparisons, questions, raters[rater], taken, 2)
+            next_turn(
+                f"secret {seed}", rater, comparisons, questions, raters[rater], votes_of_others, 2
+            )
         )
     turns = {rater: [turn for turn in had if turn] for rater, had in raters.items()}
     votes = Counter(
@@ -656,16 +659,18 @@ def test_turns_are_balanced_and_complete_and_differ_between_raters(seed):
             assert len(checks) <= 1 and (n or 1 <= checks[0] <= BLOCK // 2)
         ahead = Counter()
         for turn in had:
-            one = comparisons[turn.comparison]
-            ahead[one.first, one.second, turn.question] += 1 if turn.left == FIRST else -1
-            assert abs(ahead[one.first, one.second, turn.question]) <= 1
+            comparison = comparisons[turn.comparison]
+            ahead[comparison.first, comparison.second, turn.question] += (
+                1 if turn.left == FIRST else -1
+            )
+            assert abs(ahead[comparison.first, comparison.second, turn.question]) <= 1
     orders = {tuple(turn.comparison for turn in had[:10]) for had in turns.values()}
     assert len(orders) == 5
 
 
 def test_the_first_side_and_the_first_comparison_of_a_rater_are_unpredictable():
     comparisons, questions = (
-        {one.id: one for one in made(20, ("a", "b"), 2)},
+        {comparison.id: comparison for comparison in make_comparisons(20, ("a", "b"), 2)},
         ("photorealism", "caption"),
     )
     first = [
@@ -683,15 +688,15 @@ def test_the_first_side_and_the_first_comparison_of_a_rater_are_unpredictable():
     other = [
         next_turn("another", f"rater {n}", comparisons, questions, [], {}, 1) for n in range(1000)
     ]
-    assert sum(one == two for one, two in zip(first, other, strict=True)) < 60
+    assert sum(turn == other_turn for turn, other_turn in zip(first, other, strict=True)) < 60
 
 
 def test_the_comparisons_with_the_fewest_answers_are_shown_first():
-    comparisons = {one.id: one for one in made(20, ("a", "b"), 0)}
-    taken = {(n, "caption"): 1 for n in comparisons if n not in (3, 11, 17)}
+    comparisons = {comparison.id: comparison for comparison in make_comparisons(20, ("a", "b"), 0)}
+    votes_of_others = {(n, "caption"): 1 for n in comparisons if n not in (3, 11, 17)}
     had = []
     for _ in range(4):
-        had.append(next_turn("secret", "ann", comparisons, ["caption"], had, taken, 2))
+        had.append(next_turn("secret", "ann", comparisons, ["caption"], had, votes_of_others, 2))
     assert {turn.comparison for turn in had[:3]} == {3, 11, 17} and had[3].comparison not in (
         3,
         11,
@@ -709,7 +714,9 @@ def test_pairs_share_prompt_and_seed_and_are_balanced_over_the_models(folders):
         set(Counter((first, second) for first, second, _, _ in pairs).values()) == {20}
         and len(set(pairs)) == 60
     )
-    assert all((one.prompt, one.seed) == (other.prompt, other.seed) for _, _, one, other in pairs)
+    assert all(
+        (first.prompt, first.seed) == (second.prompt, second.seed) for _, _, first, second in pairs
+    )
     assert (
         study.choose_pairs(found, 60, "secret") == pairs != study.choose_pairs(found, 60, "another")
     )
@@ -717,11 +724,11 @@ def test_pairs_share_prompt_and_seed_and_are_balanced_over_the_models(folders):
 
 
 def test_pictures_are_paired_by_seed_if_both_have_seeds_and_else_by_order(tmp_path, drawn_corpus):
-    one = study.find_pictures(bulk(tmp_path / "one", (1, 1, 1), ["x", "x", "x"], [5, 6, 7]))["x"]
-    other = study.find_pictures(bulk(tmp_path / "other", (2, 2, 2), ["x", "x"], [7, 9]))["x"]
+    first = study.find_pictures(bulk(tmp_path / "one", (1, 1, 1), ["x", "x", "x"], [5, 6, 7]))["x"]
+    second = study.find_pictures(bulk(tmp_path / "other", (2, 2, 2), ["x", "x"], [7, 9]))["x"]
     strange = study.find_pictures(bulk(tmp_path / "strange", (2, 2, 2), ["x", "x"], [70, 90]))["x"]
-    assert [(a.seed, b.seed) for a, b in study.pairs_of(one, other)] == [(7, 7)]
-    assert [(a.seed, b.seed) for a, b in study.pairs_of(one, strange)] == [(5, 70), (6, 90)]
+    assert [(a.seed, b.seed) for a, b in study.pairs_of(first, second)] == [(7, 7)]
+    assert [(a.seed, b.seed) for a, b in study.pairs_of(first, strange)] == [(5, 70), (6, 90)]
     real = study.find_pictures(str(drawn_corpus / "held_out"))
     # A study accepts any corpus, with all captions of its images.
     assert (
@@ -733,39 +740,49 @@ def test_pictures_are_paired_by_seed_if_both_have_seeds_and_else_by_order(tmp_pa
 def test_an_interrupted_study_is_rebuilt_and_real_pictures_serve_as_caption_checks(
     folders, drawn_corpus, tmp_path, monkeypatch
 ):
-    asked = StudyDefinition(folders, ["photorealism", "caption"], 30, str(drawn_corpus / "train"))
-    put = study._write
+    definition = StudyDefinition(
+        folders, ["photorealism", "caption"], 30, str(drawn_corpus / "train")
+    )
+    write = study._write
 
     def breaks(pixels, folder, name):
         if len(list(folder.glob("*.png")) if folder.exists() else []) > 20:
             raise KeyboardInterrupt
-        put(pixels, folder, name)
+        write(pixels, folder, name)
 
     monkeypatch.setattr(study, "_write", breaks)
     with pytest.raises(KeyboardInterrupt):
-        study.open_study(tmp_path, None, asked)
+        study.open_study(tmp_path, None, definition)
     monkeypatch.undo()
     votes = study.open_study(tmp_path, None, None)
     rows = votes.comparisons().values()
-    named_pictures = {name for one in rows for name in (one.first_picture, one.second_picture)}
+    named_pictures = {
+        name
+        for comparison in rows
+        for name in (comparison.first_picture, comparison.second_picture)
+    }
     # No picture of the interrupted attempt is left unused.
     assert {path.stem for path in (tmp_path / "pictures").glob("*.png")} == named_pictures
-    assert Counter(one.check_of for one in rows) == {None: 30, "photorealism": 3, "caption": 3}
-    for one in rows:
+    assert Counter(comparison.check_of for comparison in rows) == {
+        None: 30,
+        "photorealism": 3,
+        "caption": 3,
+    }
+    for comparison in rows:
         # Both pictures are drawings, and the caption describes only the first.
-        if one.check_of == "caption":
+        if comparison.check_of == "caption":
             colours = [
                 tuple(
                     np.asarray(Image.open(tmp_path / "pictures" / f"{name}.png"))[32, 32].tolist()
                 )
-                for name in (one.first_picture, one.second_picture)
+                for name in (comparison.first_picture, comparison.second_picture)
             ]
-            right = next(colour for name, colour in COLOURS.items() if name in one.prompt)
+            right = next(colour for name, colour in COLOURS.items() if name in comparison.prompt)
             assert colours[0] == right != colours[1]
     pixels = [
-        np.asarray(Image.open(tmp_path / "pictures" / f"{one.second_picture}.png"))
-        for one in rows
-        if one.check_of == "photorealism"
+        np.asarray(Image.open(tmp_path / "pictures" / f"{comparison.second_picture}.png"))
+        for comparison in rows
+        if comparison.check_of == "photorealism"
     ]
     # Uniform noise has a standard deviation of 256 / sqrt(12) = 74.
     assert all(60 < image.std() < 90 for image in pixels)
@@ -776,27 +793,27 @@ def test_a_failed_study_can_be_replaced_and_missing_pictures_are_copied_again(
 ):
     bare = bulk(tmp_path / "bare", (9, 9, 9), ["", ""])
     typo = StudyDefinition({**folders, "umbrella": str(tmp_path / "no")}, ["photorealism"], 9)
-    for asked, message in (
+    for definition, message in (
         (typo, "is empty"),
         (StudyDefinition(folders, ["photorealism"], 9, bare), "bare has a caption"),
     ):
         with pytest.raises(UserError, match=message):
-            study.open_study(tmp_path / "s", None, asked)
-    asked = StudyDefinition(folders, ["photorealism"], 9)
-    votes = study.open_study(tmp_path / "s", None, asked)  # same folder, corrected input
+            study.open_study(tmp_path / "s", None, definition)
+    definition = StudyDefinition(folders, ["photorealism"], 9)
+    votes = study.open_study(tmp_path / "s", None, definition)  # same folder, corrected input
     names = sorted(path.name for path in (tmp_path / "s" / "pictures").glob("*.png"))
-    assert votes.asked == asked and len(votes.comparisons()) == 10
+    assert votes.asked == definition and len(votes.comparisons()) == 10
     # The database of the first folder, opened from another one.
-    again = study.open_study(tmp_path / "elsewhere", votes.url, None)
-    assert again.comparisons() == votes.comparisons()
-    shown = {
+    reopened = study.open_study(tmp_path / "elsewhere", votes.url, None)
+    assert reopened.comparisons() == votes.comparisons()
+    picture_names = {
         f"{name}.png"
-        for one in again.comparisons().values()
-        for name in (one.first_picture, one.second_picture)
+        for comparison in reopened.comparisons().values()
+        for name in (comparison.first_picture, comparison.second_picture)
     }
     assert (
         {path.name for path in (tmp_path / "elsewhere" / "pictures").glob("*.png")}
-        == shown
+        == picture_names
         <= set(names)
     )
 
@@ -819,10 +836,10 @@ def test_the_tables_of_a_csv_of_votes_equal_those_counted_by_hand(tmp_path, caps
         json.loads((tmp_path / "elo.json").read_text())["questions"],
     )
     # 6 wins, 2 losses and 4 ties: odds of 8 to 4.
-    apart = 400 * np.log10(8 / 4)
-    assert found["caption"]["scores"]["free"]["score"] == pytest.approx(apart / 2) and found[
-        "caption"
-    ]["wins"]["free"]["clip"] == {"share": 8 / 12, "votes": 12}
+    score_difference = 400 * np.log10(8 / 4)
+    assert found["caption"]["scores"]["free"]["score"] == pytest.approx(
+        score_difference / 2
+    ) and found["caption"]["wins"]["free"]["clip"] == {"share": 8 / 12, "votes": 12}
     assert (
         found["photorealism"]["scores"] == {}
         and "clip has never won" in found["photorealism"]["no_scores"]
@@ -836,7 +853,7 @@ def test_the_tables_of_a_csv_of_votes_equal_those_counted_by_hand(tmp_path, caps
         "of 12",
     ] in lines and "photorealism: clip has never won" in printed
     assert (
-        re.search(rf"free +- +{apart / 2:.1f}  \[", printed)
+        re.search(rf"free +- +{score_difference / 2:.1f}  \[", printed)
         and "12 votes on caption (33% ties)" in printed
     )
 

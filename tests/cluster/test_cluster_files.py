@@ -106,8 +106,8 @@ def test_settings_on_the_command_line_override_the_files(tmp_path, settings):
         if path.is_file()
     }
     assert set(texts) == set(render["rendered"](SIZES))
-    given = dict(setting.split("=") for setting in settings)
-    for key, value in given.items():
+    overrides = dict(setting.split("=") for setting in settings)
+    for key, value in overrides.items():
         assert any(value in text for text in texts.values())
         assert not any(
             re.search(rf"(?<![\w/-]){getattr(SIZES, key)}\b", text) for text in texts.values()
@@ -122,7 +122,7 @@ def test_settings_on_the_command_line_override_the_files(tmp_path, settings):
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, message",
     [
         (["--set", "nodes.train.max=4"], "nodes.train have 32; raise nodes.train.max"),
         (["--set", "nodes.train.maxx=4"], "did you mean 'nodes.train.max'?"),
@@ -137,7 +137,7 @@ def test_settings_on_the_command_line_override_the_files(tmp_path, settings):
         (["--out", "{broken}"], "give another folder with --out"),
     ],
 )
-def test_invalid_sizes_are_refused_in_one_sentence(tmp_path, capsys, arguments, told):
+def test_invalid_sizes_are_refused_in_one_sentence(tmp_path, capsys, arguments, message):
     (tmp_path / "broken.yaml").write_text("cluster: [\n}")
     assert (
         render["main"](
@@ -150,7 +150,7 @@ def test_invalid_sizes_are_refused_in_one_sentence(tmp_path, capsys, arguments, 
         == 2
     )
     error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -215,13 +215,13 @@ def test_nodes_have_this_checkout_and_require_the_token():
 )
 def test_rays_autoscaler_prefers_spot_and_falls_back_to_on_demand(refused, count, bundle, launched):
     config = AutoscalingConfig(prepared(), skip_content_hash=True)
-    wanted = ResourceRequestUtil.group_by_count([ResourceRequestUtil.make(bundle)] * count)
+    requests = ResourceRequestUtil.group_by_count([ResourceRequestUtil.make(bundle)] * count)
     reply = ResourceDemandScheduler(Mock()).schedule(
         SchedulingRequest(
             disable_launch_config_check=True,
             node_type_configs=config.get_node_type_configs(),
             max_num_nodes=config.get_max_num_worker_nodes(),
-            resource_requests=wanted,
+            resource_requests=requests,
             recoverable_resource_availabilities=dict.fromkeys(refused, 0.0),
         )
     )
@@ -282,14 +282,14 @@ def test_ray_creates_and_terminates_every_node_type_with_the_heads_permissions(
     for connection in (provider.ec2, provider.ec2_fail_fast):
         connection.meta.client.meta.events.register("before-call.ec2", note)
     for name, kind in config["available_node_types"].items():
-        (made,) = provider.create_node(
+        (node,) = provider.create_node(
             kind["node_config"],
             {"ray-node-kind": "worker", "ray-node-name": name, "ray-user-node-type": name},
             1,
         ).values()
-        assert made.instance_type == kind["node_config"]["InstanceType"]
-        assert made.instance_lifecycle == ("spot" if name in ("data", "train-spot") else None)
-        assert {"Key": "ray-cluster-name", "Value": SIZES.cluster} in made.tags
+        assert node.instance_type == kind["node_config"]["InstanceType"]
+        assert node.instance_lifecycle == ("spot" if name in ("data", "train-spot") else None)
+        assert {"Key": "ray-cluster-name", "Value": SIZES.cluster} in node.tags
     nodes = provider.non_terminated_nodes({})
     provider.set_node_tags(nodes[0], {"ray-node-status": "up-to-date"})
     provider.terminate_nodes(nodes)
@@ -555,9 +555,9 @@ def test_the_endpoint_has_gpus_for_its_replicas_and_time_to_drain():
     assert SERVICE["spec"]["rayClusterDeletionDelaySeconds"] > served().drain_seconds
     for template in templates(SERVICE):
         (variable,) = (
-            one
-            for one in template["spec"]["containers"][0]["env"]
-            if one["name"] == "GLIDE_API_KEYS"
+            entry
+            for entry in template["spec"]["containers"][0]["env"]
+            if entry["name"] == "GLIDE_API_KEYS"
         )
         assert (
             variable["valueFrom"]["secretKeyRef"]["name"]
@@ -577,9 +577,9 @@ def test_serve_and_the_project_can_read_the_endpoints_config():
         config["proxy_location"] == ours["proxy_location"]
         and config["http_options"]["port"] == ours["http_options"]["port"]
     )
-    (application,), (here,) = config["applications"], ours["applications"]
-    assert set(application) == set(here) and all(
-        application[key] == here[key] for key in here if key != "args"
+    (application,), (own,) = config["applications"], ours["applications"]
+    assert set(application) == set(own) and all(
+        application[key] == own[key] for key in own if key != "args"
     )
     assert served().base.startswith(f"s3://{SIZES.bucket}/") and served().upsampler.startswith(
         f"s3://{SIZES.bucket}/"
@@ -678,10 +678,10 @@ def test_the_serving_dashboard_shows_metrics_that_the_endpoint_exports():
     for expression in expressions("serving"):
         names = set(re.findall(r"glide_\w+", expression))
         assert names and names <= set(labels), expression
-        wanted = {
+        expected = {
             label for by in re.findall(r"by \(([^)]*)\)", expression) for label in by.split(", ")
         } | set(re.findall(r"(\w+)=~?\"", expression))
-        assert all(wanted <= labels[name] for name in names), expression
+        assert all(expected <= labels[name] for name in names), expression
 
 
 def test_the_training_dashboard_shows_metrics_that_ray_exports():

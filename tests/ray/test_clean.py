@@ -205,20 +205,20 @@ def test_dropped_rows_are_listed_with_place_reason_and_kept_duplicate(judged):
 
 def test_the_summary_has_the_counts_and_the_settings(judged):
     _, source, out, _ = judged
-    said = summary(out)
-    assert (said["read"], said["kept"], said["dropped"], said["faults"]) == (
+    counts = summary(out)
+    assert (counts["read"], counts["kept"], counts["dropped"], counts["faults"]) == (
         len(GOOD) + len(BAD),
         len(GOOD),
         dict.fromkeys(BAD, 1),
         [],
     )
     assert (
-        said["source"] == str(source)
-        and said["settings"]["per_shard"] == 2
-        and CleanConfig(**said["settings"])
+        counts["source"] == str(source)
+        and counts["settings"]["per_shard"] == 2
+        and CleanConfig(**counts["settings"])
     )
     # Three captions of a row that is kept, and those of the five rows that a caption rule drops.
-    assert said["captions_dropped"] == 3 + 5
+    assert counts["captions_dropped"] == 3 + 5
 
 
 def test_kept_rows_are_written_in_order_and_complete(judged):
@@ -698,31 +698,31 @@ def test_duplicates_equal_those_found_by_comparing_every_pair(seed):
     draws = np.random.default_rng(seed)
     centres = draws.integers(20, 236, (60, FINGERPRINT_BYTES), dtype=np.uint8)
     prints = centres[draws.integers(0, 60, 500)]
-    for one in prints:
+    for vector in prints:
         for bit in draws.choice(64, 2 if draws.random() < 0.8 else 24, replace=False):
-            one[bit // 8] ^= 1 << (bit % 8)
+            vector[bit // 8] ^= 1 << (bit % 8)
         of_luma, of_chroma = (
             draws.choice([1, MAX_LUMA // 2, MAX_LUMA]),
             draws.choice([1, MAX_CHROMA // 2, MAX_CHROMA]),
         )
-        one[8 : 8 + LUMA**2] = one[8 : 8 + LUMA**2] + draws.integers(0, of_luma + 1, LUMA**2)
-        one[8 + LUMA**2 :] = one[8 + LUMA**2 :] + draws.integers(
+        vector[8 : 8 + LUMA**2] = vector[8 : 8 + LUMA**2] + draws.integers(0, of_luma + 1, LUMA**2)
+        vector[8 + LUMA**2 :] = vector[8 + LUMA**2 :] + draws.integers(
             0, of_chroma + 1, FINGERPRINT_BYTES - 8 - LUMA**2
         )
         # Change one byte, by enough to move some fingerprints out of their family.
-        one[draws.integers(8, FINGERPRINT_BYTES)] += draws.choice([0, 3, 6])
+        vector[draws.integers(8, FINGERPRINT_BYTES)] += draws.choice([0, 3, 6])
     pixels = draws.integers(1, 6, 500)
     bits = np.unpackbits(prints[:, None, :8] ^ prints[None, :, :8], axis=-1).sum(-1)
-    apart = np.abs(prints[:, None, 8:].astype(int) - prints[None, :, 8:])
-    near = (apart[..., : LUMA**2].max(-1) <= MAX_LUMA) & (
-        apart[..., LUMA**2 :].max(-1) <= MAX_CHROMA
+    differences = np.abs(prints[:, None, 8:].astype(int) - prints[None, :, 8:])
+    near = (differences[..., : LUMA**2].max(-1) <= MAX_LUMA) & (
+        differences[..., LUMA**2 :].max(-1) <= MAX_CHROMA
     )
     # The search by bands may miss pairs in this range, so there must be none.
     assert not (near & (bits > 5) & (bits <= MAX_BITS)).any()
-    alike = near & (bits <= MAX_BITS)
+    is_duplicate = near & (bits <= MAX_BITS)
     expected, stays = np.full(500, -1), []
     for n in sorted(range(500), key=lambda n: (-pixels[n], n)):
-        expected[n] = next((better for better in stays if alike[n, better]), -1)
+        expected[n] = next((better for better in stays if is_duplicate[n, better]), -1)
         stays += [n] if expected[n] == -1 else []
     assert (
         np.array_equal(find_duplicates(prints, pixels), expected)
@@ -1080,7 +1080,7 @@ def test_an_unwritable_destination_is_reported_before_anything_is_read(tmp_path,
     write_shards(tmp_path / "raw", drawn_samples(4))
     with pytest.raises(UserError, match="Nothing can be written to /proc/corpus"):
         clean(str(tmp_path / "raw"), "/proc/corpus", CleanConfig())
-    assert not [one for one in caplog.records if one.name.startswith("glide_ray")]
+    assert not [record for record in caplog.records if record.name.startswith("glide_ray")]
 
 
 def test_tables_of_tasks_are_sorted_into_the_order_of_the_corpus():

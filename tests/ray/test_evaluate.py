@@ -130,7 +130,9 @@ def messages(caplog):
     caplog.set_level("INFO", "glide_ray")
 
     def latest():
-        found = [one.getMessage() for one in caplog.records if one.name.startswith("glide_ray")]
+        found = [
+            record.getMessage() for record in caplog.records if record.name.startswith("glide_ray")
+        ]
         caplog.clear()
         return found
 
@@ -207,17 +209,17 @@ def test_features_of_different_pictures_by_the_two_networks_are_refused(
 ):
     from glide_ray.distributed.evaluation import evaluate as module
 
-    whole = module.embed_corpus
+    embed_corpus = module.embed_corpus
 
-    def loses(source, path, *rest):
-        looked = whole(source, path, *rest)
+    def drop_first(source, path, *rest):
+        embedded = embed_corpus(source, path, *rest)
         return (
-            replace(looked, names=looked.names[1:], features=looked.features[1:])
+            replace(embedded, names=embedded.names[1:], features=embedded.features[1:])
             if path == inception
-            else looked
+            else embedded
         )
 
-    monkeypatch.setattr(module, "embed_corpus", loses)
+    monkeypatch.setattr(module, "embed_corpus", drop_first)
     with pytest.raises(
         UserError, match="16 by clip and 15 by inception.; run the same command again"
     ):
@@ -354,9 +356,12 @@ def test_saved_statistics_can_replace_the_reference_but_not_with_another_network
 ):
     write_shards(tmp_path / "made", distinct(20, 64))
     sets, first = {"made": str(tmp_path / "made")}, str(tmp_path / "first")
-    there = evaluate(sets, str(drawn_corpus / "held_out"), first, Judges(clip))
-    here = evaluate(sets, f"{first}/{REFERENCE}", str(tmp_path / "second"), Judges(clip))
-    assert here["sets"] == there["sets"] and here["reference"]["images"] == 16
+    from_corpus = evaluate(sets, str(drawn_corpus / "held_out"), first, Judges(clip))
+    from_statistics = evaluate(sets, f"{first}/{REFERENCE}", str(tmp_path / "second"), Judges(clip))
+    assert (
+        from_statistics["sets"] == from_corpus["sets"]
+        and from_statistics["reference"]["images"] == 16
+    )
     with pytest.raises(MetricError, match=f"{REFERENCE} was measured with other judges"):
         evaluate(sets, f"{first}/{REFERENCE}", str(tmp_path / "third"), Judges(clip, inception))
     with pytest.raises(MetricError, match=f"{REFERENCE} was measured with other size .64"):

@@ -68,9 +68,9 @@ def test_the_original_of_a_prompt_is_the_nearest_image_with_that_caption(draws):
 
 
 def test_a_resized_and_compressed_picture_is_the_same_picture_and_another_is_not():
-    one, other = (decode(sample.image) for sample in pictures(2, 0))
-    assert same_picture(one, decode(copied(next(pictures(1, 0))).image)) and not same_picture(
-        one, other
+    picture, another = (decode(sample.image) for sample in pictures(2, 0))
+    assert same_picture(picture, decode(copied(next(pictures(1, 0))).image)) and not same_picture(
+        picture, another
     )
 
 

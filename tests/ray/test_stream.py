@@ -129,8 +129,8 @@ def test_a_survey_counts_captions_and_truncated_ones(tmp_path):
             Sample("b", picture, "png", ("x",), {}),
         ],
     )
-    made = survey(str(tmp_path), 16)
-    assert (made.rows.kept, made.captions, made.cut_captions) == (2, 3, 1)
+    counts = survey(str(tmp_path), 16)
+    assert (counts.rows.kept, counts.captions, counts.cut_captions) == (2, 3, 1)
 
 
 # -- order, and resumption within an epoch ---------------------------------------------------------

@@ -42,14 +42,16 @@ def test_without_an_upsampler_pictures_have_the_base_size(tiny_weights):
 
 
 def test_progress_is_reported_for_each_stage(cascade):
-    told = []
+    reported = []
     cascade.generate(
         ["x", "y"],
         [0, 1],
         SampleOptions(steps=2, upsampler_steps=2),
-        progress=lambda *step: told.append(step),
+        progress=lambda *step: reported.append(step),
     )
-    assert told == [(stage, step, 4) for stage in ("base", "upsampler") for step in (1, 2, 3, 4)]
+    assert reported == [
+        (stage, step, 4) for stage in ("base", "upsampler") for step in (1, 2, 3, 4)
+    ]
 
 
 def test_an_edit_keeps_every_known_pixel_exactly_and_paints_the_others(cascade):

@@ -100,8 +100,10 @@ def test_a_hole_is_a_quarter_of_the_picture_and_contains_only_the_first_object(c
 
 def test_real_pictures_score_100_percent_of_real_pictures(judge, corpus, tmp_path):
     rows = compose.ComposeRun(judge, corpus, tmp_path, COUNTED, CATEGORIES, 256).score_real()
-    told = [row for row in rows if row["measurable"]]
-    assert told and all(row["right"] == row["real"] and row["share"] == 1 for row in told)
+    measurable = [row for row in rows if row["measurable"]]
+    assert measurable and all(
+        row["right"] == row["real"] and row["share"] == 1 for row in measurable
+    )
     assert {row["category"] for row in rows} == set(CATEGORIES)
 
 
@@ -234,15 +236,17 @@ def write_line_drawings(folder):
 def test_a_new_style_is_learnt_from_half_of_its_things_and_scored_on_the_others(
     judge, corpus, tmp_path
 ):
-    knowing, rows = learn_style(judge, write_line_drawings(tmp_path / "outline"), corpus)
+    extended, rows = learn_style(judge, write_line_drawings(tmp_path / "outline"), corpus)
     assert 0 < len(rows) < len(drawn.THINGS) and {row.style for row in rows} == {"outline"}
-    tried = knowing.accuracy["64"][NEW][STYLE]
-    assert tried["right"] == 1 and tried["pictures"] == len(rows) + min(len(rows), len(drawn.PAIRS))
-    assert knowing.accuracy["64"][SEEN] == judge.accuracy["64"][SEEN]
-    run = compose.ComposeRun(knowing, corpus, tmp_path / "out", 3, [SEEN], 64, new_style=rows)
+    accuracy = extended.accuracy["64"][NEW][STYLE]
+    assert accuracy["right"] == 1 and accuracy["pictures"] == len(rows) + min(
+        len(rows), len(drawn.PAIRS)
+    )
+    assert extended.accuracy["64"][SEEN] == judge.accuracy["64"][SEEN]
+    run = compose.ComposeRun(extended, corpus, tmp_path / "out", 3, [SEEN], 64, new_style=rows)
     figures = {(row["category"], row["question"]): row for row in run.score_real()}
     assert figures[NEW, STYLE]["right"] == 1 and figures[NEW, STYLE]["pictures"] == 3
-    assert knowing.digest() != judge.digest()
+    assert extended.digest() != judge.digest()
 
 
 def test_a_corpus_with_several_styles_is_refused_as_a_new_style(judge, corpus):

@@ -231,9 +231,9 @@ def test_a_held_out_batch_without_usable_pictures_is_padded_and_not_counted(tmp_
     ]
     write_shards(tmp_path, samples)
     data, model = DataConfig(held_out=str(tmp_path), min_size=16), tiny().model
-    made = held_out_batches(data, model, 1, rank=0, world=2)
-    assert [batch.rows.tolist() for batch in made] == [[-1], [-1], [4]] and torch.equal(
-        made[0].image, made[2].image
+    batches = held_out_batches(data, model, 1, rank=0, world=2)
+    assert [batch.rows.tolist() for batch in batches] == [[-1], [-1], [4]] and torch.equal(
+        batches[0].image, batches[2].image
     )
     assert [batch.rows.tolist() for batch in held_out_batches(data, model, 2, rank=1, world=2)] == [
         [1, 3],

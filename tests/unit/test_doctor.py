@@ -54,8 +54,8 @@ def test_doctor_names_the_process_on_the_servers_port_and_the_missing_compiler(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setattr(doctor, "SERVER_PORT", taken.getsockname()[1])
         found = {one.name: one for one in doctor._ports()}
-        here = found[f"port {doctor.SERVER_PORT}"]
-    assert f"process {os.getpid()}" in here.text and "--port" in here.remedy and not here.required
+        port = found[f"port {doctor.SERVER_PORT}"]
+    assert f"process {os.getpid()}" in port.text and "--port" in port.remedy and not port.required
     monkeypatch.setenv("PATH", str(tmp_path))
     compiler = next(doctor._compiler())
     assert "build-essential" in compiler.remedy and compiler.required
@@ -103,12 +103,12 @@ def test_commands_for_pictures_check_their_files_before_loading_a_model(
 
     monkeypatch.setattr("glide_ray.sampling.cascade.Cascade.load", load)
     (tmp_path / "here.png").write_bytes(b"no picture yet")
-    here = str(tmp_path / "here.png")
+    existing = str(tmp_path / "here.png")
     for arguments, sentence in (
         (["generate", "a cat", "--out", str(tmp_path / "x.jpg")], r"x\.jpg is no PNG.*\.png"),
         (["generate", "a cat", "--out", "/proc/x.png"], "Nothing can be written to /proc"),
-        (["edit", "a cat", "--image", "none.png", "--mask", here], "no file none.png"),
-        (["vary", "a cat", "--image", here, "--sketch", "no.png"], "no file no.png"),
+        (["edit", "a cat", "--image", "none.png", "--mask", existing], "no file none.png"),
+        (["vary", "a cat", "--image", existing, "--sketch", "no.png"], "no file no.png"),
         (["reproduce", "none.png"], "no file none.png"),
     ):
         assert main(arguments) == 2

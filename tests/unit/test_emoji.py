@@ -223,9 +223,9 @@ def test_packages_in_a_folder_need_no_npm_and_a_missing_one_is_named(
 ):
     monkeypatch.setenv("PATH", str(tmp_path))
     caplog.set_level("INFO", "glide_ray")
-    made = emoji.build_corpus(tmp_path / "out", styles=["Firefox"], packages=small_set)
+    indexes = emoji.build_corpus(tmp_path / "out", styles=["Firefox"], packages=small_set)
     said = caplog.messages
-    assert sum(index["count"] for index in made.values()) == 3
+    assert sum(index["count"] for index in indexes.values()) == 3
     assert any(
         "fxemoji is version 9.0.0, not 1.2.2: 4 pictures with names, of the 1,034 in that one"
         in line

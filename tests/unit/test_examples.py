@@ -79,10 +79,10 @@ def test_the_pictures_of_the_docs_can_be_regenerated_at_their_size():
     names["edit"].__globals__["OPTIONS"] = quick
     cascade = glide_ray.load()
     for name in names["PICTURES"]:
-        kept = Image.open(Path(ROOT, "docs", "images", f"{name}.png"))
+        committed = Image.open(Path(ROOT, "docs", "images", f"{name}.png"))
         if name in ("edit", "sketch", "scene"):
-            made = names[name](cascade)
-            assert made.size == kept.size and np.asarray(made).std() > 10
+            regenerated = names[name](cascade)
+            assert regenerated.size == committed.size and np.asarray(regenerated).std() > 10
 
 
 # -- the notebook ----------------------------------------------------------------------------------

@@ -298,9 +298,9 @@ def test_a_style_added_later_is_distinguished_from_the_others(judge, cases):
 
     old, new = of(cases, "seen")[:8], of(cases, PAIRS)
     others = [case.picture for case in old]
-    knowing = judge.with_style("outline", [line_drawing(case) for case in old], others)
-    assert knowing.style_of([line_drawing(case) for case in new]) == ["outline"] * len(new)
-    assert "outline" not in knowing.style_of([case.picture for case in new])
+    extended = judge.with_style("outline", [line_drawing(case) for case in old], others)
+    assert extended.style_of([line_drawing(case) for case in new]) == ["outline"] * len(new)
+    assert "outline" not in extended.style_of([case.picture for case in new])
 
 
 # -- reported accuracy -----------------------------------------------------------------------------

@@ -86,17 +86,20 @@ def test_the_union_of_partial_moments_equals_the_moments_of_the_whole(draws):
 
 def test_the_distance_extrapolated_to_infinitely_many_samples_is_more_accurate(draws):
     width = 32
-    made, truth = draws.normal(size=(4000, width)), Moments(10**9, np.zeros(width), np.eye(width))
-    assert abs(metrics.frechet_infinity(made, truth, least=500)) < 0.3 * metrics.frechet_distance(
-        Moments.of(made), truth
+    generated, truth = (
+        draws.normal(size=(4000, width)),
+        Moments(10**9, np.zeros(width), np.eye(width)),
     )
+    assert abs(
+        metrics.frechet_infinity(generated, truth, least=500)
+    ) < 0.3 * metrics.frechet_distance(Moments.of(generated), truth)
 
 
 def test_the_distance_with_fewer_images_than_features_equals_that_of_the_moments(draws):
-    made, reference = features(draws, 30), Moments.of(features(draws, 500, shift=0.2))
+    generated, reference = features(draws, 30), Moments.of(features(draws, 500, shift=0.2))
     # Square roots of rounding errors limit the agreement of the two formulas.
-    assert metrics._from_rows(made.astype(np.float64), reference) == pytest.approx(
-        metrics.frechet_distance(Moments.of(made), reference), rel=1e-6
+    assert metrics._from_rows(generated.astype(np.float64), reference) == pytest.approx(
+        metrics.frechet_distance(Moments.of(generated), reference), rel=1e-6
     )
 
 
@@ -130,9 +133,9 @@ def test_cmmd_equals_its_definition_and_is_zero_for_a_set_with_itself(draws):
 @pytest.mark.parametrize(("count", "shift", "k"), [(300, 0.0, 3), (300, 0.3, 3), (200, 1.0, 5)])
 def test_precision_and_recall_equal_those_of_prdc(draws, monkeypatch, count, shift, k):
     monkeypatch.setattr(metrics, "ROWS", 70)  # splits the rows into several blocks
-    real, made = features(draws, count, 8), features(draws, count + 50, 8, shift)
-    theirs = compute_prdc(real.astype(np.float64), made.astype(np.float64), nearest_k=k)
-    assert metrics.precision_recall(real, made, k) == (theirs["precision"], theirs["recall"])
+    real, generated = features(draws, count, 8), features(draws, count + 50, 8, shift)
+    theirs = compute_prdc(real.astype(np.float64), generated.astype(np.float64), nearest_k=k)
+    assert metrics.precision_recall(real, generated, k) == (theirs["precision"], theirs["recall"])
 
 
 def test_inception_score_is_the_class_count_for_certain_predictions_and_1_for_uniform_ones():

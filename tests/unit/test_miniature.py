@@ -87,11 +87,11 @@ def test_a_stripped_model_equals_the_inpainting_model_without_known_pixels(thin_
     x, timestep = torch.randn(2, 3, 64, 64), torch.tensor([10, 900])
     tokens = torch.zeros(2, 32, dtype=torch.int64)
     condition = Conditioning(tokens, torch.zeros(2, 32, dtype=torch.bool))
-    made = [
+    outputs = [
         model(x, timestep, condition, model.encode_text(condition.tokens, condition.mask))
         for model in (one, other)
     ]
-    assert torch.allclose(made[0].eps, made[1].eps, atol=1e-5)
+    assert torch.allclose(outputs[0].eps, outputs[1].eps, atol=1e-5)
 
 
 def test_pictures_are_shrunk_and_people_are_dropped_also_from_scenes(corpus, tmp_path):
@@ -121,17 +121,19 @@ def test_a_gain_counts_if_it_is_two_standard_errors_from_zero():
 def test_the_distance_is_frechets_for_more_and_for_fewer_rows_than_features():
     draws = np.random.default_rng(0)
     for rows, width in ((300, 8), (20, 50)):
-        made, real = draws.normal(size=(rows, width)), draws.normal(1, 2, (rows + 5, width))
-        expected = metrics.frechet_distance(Moments.of(made), Moments.of(real))
-        assert findings.frechet(made, real) == pytest.approx(expected, rel=1e-6)
+        generated, real = draws.normal(size=(rows, width)), draws.normal(1, 2, (rows + 5, width))
+        expected = metrics.frechet_distance(Moments.of(generated), Moments.of(real))
+        assert findings.frechet(generated, real) == pytest.approx(expected, rel=1e-6)
 
 
 def test_bootstrap_resamples_take_the_same_rows_of_every_set():
     draws = np.random.default_rng(0)
-    made, real = draws.normal(size=(30, 4)), draws.normal(size=(40, 4))
-    drawn = findings._bootstrap_distances([made, made], real)
+    generated, real = draws.normal(size=(30, 4)), draws.normal(size=(40, 4))
+    distances = findings._bootstrap_distances([generated, generated], real)
     assert (
-        drawn.shape == (2, findings.DRAWS) and (drawn[0] == drawn[1]).all() and drawn[0].std() > 0
+        distances.shape == (2, findings.DRAWS)
+        and (distances[0] == distances[1]).all()
+        and distances[0].std() > 0
     )
 
 
@@ -167,10 +169,10 @@ def test_votes_prefer_the_picture_nearer_to_real_pictures():
     }
     assert all(findings._preferred(question, of).holds for question, of in votes.items())
     assert list(findings.standings(votes)["photorealism"]) == [GUIDED, CLIP_GUIDED, UNGUIDED]
-    turned = {UNGUIDED: sets[GUIDED], CLIP_GUIDED: sets[CLIP_GUIDED], GUIDED: sets[UNGUIDED]}
+    swapped = {UNGUIDED: sets[GUIDED], CLIP_GUIDED: sets[CLIP_GUIDED], GUIDED: sets[UNGUIDED]}
     assert not any(
         findings._preferred(question, of).holds
-        for question, of in findings.votes_of(turned, real, real).items()
+        for question, of in findings.votes_of(swapped, real, real).items()
     )
 
 
@@ -211,15 +213,15 @@ def test_findings_hold_for_figures_like_the_papers_and_fail_for_the_opposite(
     monkeypatch,
 ):
     monkeypatch.setattr(findings, "DRAWS", 30)
-    there, turned = (
+    as_in_paper, opposite = (
         findings.findings(*figures_of(sign)[:2], {}, figures_of(sign)[2]) for sign in (1, -1)
     )
-    assert len(there) == 6 and all(finding.measured for finding in there)
-    assert [finding.holds for finding in there] == [True] * 6, [
-        finding.measured for finding in there
+    assert len(as_in_paper) == 6 and all(finding.measured for finding in as_in_paper)
+    assert [finding.holds for finding in as_in_paper] == [True] * 6, [
+        finding.measured for finding in as_in_paper
     ]
-    assert [finding.holds for finding in turned] == [False] * 6, [
-        finding.measured for finding in turned
+    assert [finding.holds for finding in opposite] == [False] * 6, [
+        finding.measured for finding in opposite
     ]
 
 

@@ -499,11 +499,11 @@ def test_every_node_resolves_the_name_to_its_own_copy(pair, tmp_path):
     assert Path(shipped.absolute("own.safetensors")).is_absolute()
     config = BulkConfig(upsampler="emoji", options=SampleOptions(steps=2, upsampler_steps=2))
     (tmp_path / "p.txt").write_text("a fox\n")
-    wanted = read_prompts(str(tmp_path / "p.txt"), 0)
-    assert _begin(wanted, str(tmp_path), config) == 128
+    prompts = read_prompts(str(tmp_path / "p.txt"), 0)
+    assert _begin(prompts, str(tmp_path), config) == 128
     threads = torch.get_num_threads()
-    Worker(str(tmp_path), config, threads)(pyarrow.Table.from_pylist(list(map(asdict, wanted))))
-    recipe = read_recipe(tmp_path / wanted[0].file)[0]
+    Worker(str(tmp_path), config, threads)(pyarrow.Table.from_pylist(list(map(asdict, prompts))))
+    recipe = read_recipe(tmp_path / prompts[0].file)[0]
     assert {role: used.path for role, used in recipe.models.items()} == {
         "base": "emoji",
         "upsampler": "emoji",

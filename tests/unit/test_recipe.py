@@ -274,13 +274,13 @@ def test_a_recipe_is_reproducible_in_python(tiny_weights, tmp_path):
     cascade = Cascade.load(tiny_weights["base"], tiny_weights["upsampler"])
     options = SampleOptions(steps=2, upsampler_steps=2)
     image, known = np.full((64, 64, 3), 90, np.uint8), np.arange(64 * 64).reshape(64, 64) % 64 < 32
-    made = cascade.edit(image, known, "a dog", 3, options)
+    edited = cascade.edit(image, known, "a dog", 3, options)
     save_picture(
-        made,
+        edited,
         tmp_path / "e.png",
         ModelSet.of(cascade).recipe("edit", "a dog", 3, options),
         {"image": image, "mask": known},
     )
     recipe, inputs, stored = read_recipe(tmp_path / "e.png")
-    assert np.array_equal(inputs["mask"], known) and np.array_equal(stored, made)
-    assert np.array_equal(reproduce_picture(cascade, recipe, inputs), made)
+    assert np.array_equal(inputs["mask"], known) and np.array_equal(stored, edited)
+    assert np.array_equal(reproduce_picture(cascade, recipe, inputs), edited)

@@ -237,8 +237,8 @@ def test_captions_become_clip_tokens_between_start_and_end_tokens(vocabulary):
     tokenizer = ClipTokenizer(read_merges(vocabulary), 8)
     start, end = 512 + ClipTokenizer.MERGES, 513 + ClipTokenizer.MERGES
     cat, dog, letter = 512 + 1, 512 + 3, ord("q") - ord("!")
-    made = tokenizer.encode("  A cat,\n DOG &amp; q ")
-    assert made.tokens[:7] == [
+    encoded = tokenizer.encode("  A cat,\n DOG &amp; q ")
+    assert encoded.tokens[:7] == [
         start,
         ord("a") - ord("!") + 256,
         cat,
@@ -247,7 +247,7 @@ def test_captions_become_clip_tokens_between_start_and_end_tokens(vocabulary):
         ord("&") - ord("!") + 256,
         letter + 256,
     ]
-    assert made.tokens[7] == end and all(made.mask) and not made.cut
+    assert encoded.tokens[7] == end and all(encoded.mask) and not encoded.cut
     short = tokenizer.encode("cat")
     assert short.tokens == [start, cat, end, 0, 0, 0, 0, 0] and sum(short.mask) == 3
     assert tokenizer.encode("cat " * 7).cut and tokenizer.encode("cat " * 7).tokens[-1] == end

@@ -90,17 +90,17 @@ def originals(corpus, size):
 def test_a_base_models_grid_shows_each_prompt_with_seeds_0_to_2_and_is_deterministic(
     tiny_weights, drawn_corpus
 ):
-    told = []
+    progress = []
     settings = preset(drawn_corpus, "base", PROMPTS)
     grid = sample_grid(
-        tiny_weights["base"], settings, lambda done, total: told.append((done, total))
+        tiny_weights["base"], settings, lambda done, total: progress.append((done, total))
     )
     assert grid.dtype == np.uint8 and grid.shape == (
         MARGIN + 28 + 192 + 20 + MARGIN,
         MARGIN + 4 * (192 + MARGIN),
         3,
     )
-    assert told == [(step, 9) for step in range(1, 10)]  # one sample after the other on a CPU
+    assert progress == [(step, 9) for step in range(1, 10)]  # one sample after the other on a CPU
     assert sample_grid(tiny_weights["base"], settings).tobytes() == grid.tobytes()
 
     pictures = [shrunk(cell, 16) for cell in cells(grid, 4, 3)]
@@ -163,9 +163,9 @@ def test_a_model_that_predicts_zero_noise_has_a_grid(tmp_path, drawn_corpus):
 def test_a_grid_uses_at_most_the_timesteps_of_the_schedule(tmp_path, drawn_corpus, monkeypatch):
     monkeypatch.setattr(samples, "STEPS", 25)
     settings = preset(drawn_corpus, "base", "model.diffusion.steps=4", "sample_prompts=x")
-    told = []
-    sample_grid(weights_of(tmp_path / "w", settings), settings, lambda *step: told.append(step))
-    assert told[-1] == (4, 4)
+    progress = []
+    sample_grid(weights_of(tmp_path / "w", settings), settings, lambda *step: progress.append(step))
+    assert progress[-1] == (4, 4)
 
 
 def test_an_upsamplers_grid_shows_low_resolution_sample_and_original_side_by_side(
@@ -338,13 +338,14 @@ def test_the_error_of_a_model_that_predicts_zero_noise_is_the_mean_square_of_the
 def test_a_review_uses_a_gpu_that_no_worker_needs_or_none(
     drawn_corpus, tmp_path, monkeypatch, gpus, place
 ):
-    asked = []
+    task_options = []
     monkeypatch.setattr(review.ray, "cluster_resources", lambda: {"GPU": gpus})
     monkeypatch.setattr(
         review.ray,
         "remote",
         lambda **options: (
-            asked.append(options) or (lambda function: SimpleNamespace(remote=lambda *_: None))
+            task_options.append(options)
+            or (lambda function: SimpleNamespace(remote=lambda *_: None))
         ),
     )
     reviewer = review.Reviewer(
@@ -354,7 +355,7 @@ def test_a_review_uses_a_gpu_that_no_worker_needs_or_none(
         print,
     )
     reviewer.offer(2, "checkpoint")
-    assert asked == [{"num_cpus": 0, "max_retries": 1, **place}]
+    assert task_options == [{"num_cpus": 0, "max_retries": 1, **place}]
 
 
 def test_a_grid_can_be_stored_as_a_picture(tiny_weights, drawn_corpus, tmp_path):

@@ -29,9 +29,10 @@ def sprites(emoji_corpus, tmp_path_factory):
 @pytest.fixture(scope="module")
 def composed(sprites):
     """Scenes by kind."""
-    made = [compose(sprites, 0, number) for number in range(SCENES)]
+    all_scenes = [compose(sprites, 0, number) for number in range(SCENES)]
     return {
-        kind: [scene for scene in made if scene.labels["scene"] == kind] for kind in scenes.KINDS
+        kind: [scene for scene in all_scenes if scene.labels["scene"] == kind]
+        for kind in scenes.KINDS
     }
 
 

@@ -166,5 +166,7 @@ def test_every_sample_advances_exactly_its_own_number_of_steps(width):
         advanced += moved
     while scheduler.in_flight or scheduler.queued:
         advanced += step(scheduler)
-    assert [advanced.count(sample) for sample in submitted] == [one.steps for one in submitted]
+    assert [advanced.count(sample) for sample in submitted] == [
+        sample.steps for sample in submitted
+    ]
     assert scheduler.sample_steps_done == len(advanced)

@@ -100,7 +100,7 @@ def test_micro_batches_add_up_to_the_same_step():
 
 
 def _halves(epoch, rows):
-    return (part for made in epochs(epoch, rows) for part in (made[:2], made[2:]))
+    return (part for pair in epochs(epoch, rows) for part in (pair[:2], pair[2:]))
 
 
 def test_checkpoints_are_interchangeable_between_one_process_and_deepspeed(tmp_path):
@@ -157,8 +157,10 @@ def test_a_resumed_run_makes_the_same_steps(drawn_corpus, tmp_path):
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
 
 
-@pytest.mark.parametrize("given", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_after_a_checkpoint_of_its_last_step(drawn_corpus, tmp_path, given):
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_after_a_checkpoint_of_its_last_step(
+    drawn_corpus, tmp_path, signal_number
+):
     settings = [
         *TINY_BASE,
         *corpus_settings(drawn_corpus),
@@ -181,20 +183,20 @@ def test_a_signal_ends_a_run_after_a_checkpoint_of_its_last_step(drawn_corpus, t
     while not ((tmp_path / "run" / "metrics.jsonl").exists() and losses(tmp_path / "run")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(given)
-    said = process.communicate(timeout=180)[0]
+    process.send_signal(signal_number)
+    output = process.communicate(timeout=180)[0]
     step = Checkpoints(tmp_path / "run").list_complete()[-1].step
     assert (
         process.returncode == 0
-        and f"stopped after step {step:,}; the same command resumes the run" in said
+        and f"stopped after step {step:,}; the same command resumes the run" in output
     )
 
 
 def test_a_run_with_only_damaged_checkpoints_is_refused(drawn_corpus, tmp_path):
     settings = preset(drawn_corpus)
     train_alone(settings, tmp_path / "run", minutes=1e-9, progress=False)
-    for made in Checkpoints(tmp_path / "run").list_complete():
-        path = os.path.join(made.path, "part.0.safetensors")
+    for checkpoint in Checkpoints(tmp_path / "run").list_complete():
+        path = os.path.join(checkpoint.path, "part.0.safetensors")
         with open(path, "r+b") as file:
             file.seek(-1, os.SEEK_END)
             file.write(b"\xff")
@@ -216,11 +218,13 @@ def test_settings_of_another_run_are_refused(drawn_corpus, tmp_path):
 def test_each_epoch_reads_each_row_once_in_a_new_order(drawn_corpus):
     corpus = MemoryCorpus(preset(drawn_corpus))
     first, second = (
-        [row for made in corpus.epoch_batches(epoch, 0) for row in made.rows.tolist()]
+        [row for batch in corpus.epoch_batches(epoch, 0) for row in batch.rows.tolist()]
         for epoch in (0, 1)
     )
     assert len(set(first)) == 96 and set(first) == set(second) and first != second
-    assert [row for made in corpus.epoch_batches(0, 40) for row in made.rows.tolist()] == first[40:]
+    assert [row for batch in corpus.epoch_batches(0, 40) for row in batch.rows.tolist()] == first[
+        40:
+    ]
 
 
 def test_an_epoch_reads_the_requested_share_of_a_folder(drawn_corpus):

@@ -37,17 +37,17 @@ def request(kind="base", seed=7, prompt="a red apple", **options):
     )
 
 
-def company(kind, crowd):
+def company(kind, shared_stepper):
     """The image of a sample in flight with four others; two of them finish before it."""
     for seed, steps in ((1, 3), (2, 5), (3, "fast27")):
-        crowd.submit(request(kind, seed, f"other {seed}", steps=steps))
-    crowd.step()
-    ticket = crowd.submit(request(kind, steps=8))
-    crowd.submit(request(kind, 9, "late", steps=12))
+        shared_stepper.submit(request(kind, seed, f"other {seed}", steps=steps))
+    shared_stepper.step()
+    ticket = shared_stepper.submit(request(kind, steps=8))
+    shared_stepper.submit(request(kind, 9, "late", steps=12))
     images = {}
     while ticket not in images:
-        images.update(crowd.step())
-    assert crowd.scheduler.in_flight >= 1
+        images.update(shared_stepper.step())
+    assert shared_stepper.scheduler.in_flight >= 1
     return images[ticket]
 
 
@@ -66,25 +66,25 @@ def test_in_a_batched_network_call_a_sample_differs_only_by_rounding(kind):
 
 
 def test_samples_in_a_batch_keep_their_own_guidance_sampler_steps_and_caption():
-    wanted = [
+    requests = [
         request(steps=4),
         request(steps=6, guidance_scale=1.0),
         request(steps=5, guidance_scale=5.0, sampler="ddim"),
         request(steps=4, prompt="a dog"),
     ]
-    together = stepper(batched=True).run(wanted)
-    for image, one in zip(together, wanted, strict=True):
-        assert torch.allclose(image, stepper().run([one])[0], atol=2e-3)
+    together = stepper(batched=True).run(requests)
+    for image, single_request in zip(together, requests, strict=True):
+        assert torch.allclose(image, stepper().run([single_request])[0], atol=2e-3)
     assert len({image.sum().item() for image in together}) == 4
 
 
 def test_every_sampler_gives_the_same_picture_in_any_batch():
-    wanted = [
+    requests = [
         request(steps=5, sampler=sampler) for sampler in ("ancestral", "ddim", "plms", "dpm++")
     ]
-    together = stepper().run([*wanted, request(seed=3, steps=9, sampler="plms")])
-    for image, one in zip(together, wanted, strict=False):
-        assert torch.equal(image, stepper().run([one])[0])
+    together = stepper().run([*requests, request(seed=3, steps=9, sampler="plms")])
+    for image, single_request in zip(together, requests, strict=False):
+        assert torch.equal(image, stepper().run([single_request])[0])
     assert len({image.sum().item() for image in together}) == 5
 
 
@@ -120,9 +120,9 @@ def test_sampling_from_inverted_noise_reproduces_the_image():
     image = stepper().run([request(steps=50, sampler="ddim", guidance_scale=1.0)])
 
     def error(steps):
-        one = request(steps=steps, sampler="ddim", guidance_scale=1.0)
-        noise = invert(stepper(), [one], image)[0]
-        return (stepper().run([replace(one, noise=noise)]) - image).abs().mean().item()
+        inversion = request(steps=steps, sampler="ddim", guidance_scale=1.0)
+        noise = invert(stepper(), [inversion], image)[0]
+        return (stepper().run([replace(inversion, noise=noise)]) - image).abs().mean().item()
 
     other = (
         (stepper().run([request(seed=8, steps=50, sampler="ddim", guidance_scale=1.0)]) - image)
@@ -134,16 +134,16 @@ def test_sampling_from_inverted_noise_reproduces_the_image():
 
 
 def test_images_with_one_caption_are_inverted_with_their_own_conditioning():
-    wanted = [replace(request("upsampler", seed, steps=4), guidance_scale=3.0) for seed in (1, 2)]
-    images = stepper("upsampler").run(wanted)
+    requests = [replace(request("upsampler", seed, steps=4), guidance_scale=3.0) for seed in (1, 2)]
+    images = stepper("upsampler").run(requests)
     alone = torch.cat(
         [
-            invert(stepper("upsampler"), [one], image[None])
-            for one, image in zip(wanted, images, strict=True)
+            invert(stepper("upsampler"), [single_request], image[None])
+            for single_request, image in zip(requests, images, strict=True)
         ]
     )
     assert torch.allclose(
-        invert(stepper("upsampler", batched=True), wanted, images), alone, atol=2e-3
+        invert(stepper("upsampler", batched=True), requests, images), alone, atol=2e-3
     )
 
 
@@ -156,41 +156,44 @@ def test_equal_seeds_give_equal_pictures_and_different_seeds_different_ones():
 
 
 def test_samples_in_flight_never_exceed_the_capacity():
-    crowd = stepper(max_in_flight=2)
+    shared_stepper = stepper(max_in_flight=2)
     for seed in range(5):
-        crowd.submit(request(seed=seed, steps=2))
-    crowd.step()
-    assert (crowd.scheduler.in_flight, crowd.scheduler.queued) == (2, 3)
+        shared_stepper.submit(request(seed=seed, steps=2))
+    shared_stepper.step()
+    assert (shared_stepper.scheduler.in_flight, shared_stepper.scheduler.queued) == (2, 3)
     done = 0
-    while crowd.scheduler.in_flight or crowd.scheduler.queued:
-        done += len(crowd.step())
-        assert crowd.scheduler.in_flight <= 2
+    while shared_stepper.scheduler.in_flight or shared_stepper.scheduler.queued:
+        done += len(shared_stepper.step())
+        assert shared_stepper.scheduler.in_flight <= 2
     assert done == 5
 
 
-def finished(crowd):
+def finished(shared_stepper):
     """Tickets in the order of completion."""
     order = []
-    while crowd.scheduler.in_flight or crowd.scheduler.queued:
-        order += [ticket for ticket, _ in crowd.step()]
+    while shared_stepper.scheduler.in_flight or shared_stepper.scheduler.queued:
+        order += [ticket for ticket, _ in shared_stepper.step()]
     return order
 
 
 def test_a_short_sample_overtakes_a_long_one():
-    crowd = stepper(max_in_flight=4)
-    long = crowd.submit(request(steps=50))
+    shared_stepper = stepper(max_in_flight=4)
+    long = shared_stepper.submit(request(steps=50))
     for _ in range(10):
-        crowd.step()
-    short = crowd.submit(request(steps=5))
-    assert finished(crowd) == [short, long]
+        shared_stepper.step()
+    short = shared_stepper.submit(request(steps=5))
+    assert finished(shared_stepper) == [short, long]
 
 
 def test_a_request_for_many_pictures_does_not_delay_a_single_picture():
-    crowd = stepper(max_in_flight=2)
-    many = [crowd.submit(replace(request(seed=seed, steps=4), group="many")) for seed in range(6)]
-    crowd.step()
-    single = crowd.submit(replace(request(seed=9, steps=4), group="single"))
-    order = finished(crowd)
+    shared_stepper = stepper(max_in_flight=2)
+    many = [
+        shared_stepper.submit(replace(request(seed=seed, steps=4), group="many"))
+        for seed in range(6)
+    ]
+    shared_stepper.step()
+    single = shared_stepper.submit(replace(request(seed=9, steps=4), group="single"))
+    order = finished(shared_stepper)
     assert order.index(single) <= 2 and [ticket for ticket in order if ticket != single] == many
 
 
@@ -199,15 +202,15 @@ def test_a_request_for_many_pictures_does_not_delay_a_single_picture():
     [(8, 3, [2, 4, 6]), (5, 0, []), (3, 3, [1, 2]), (10, 1, [5]), (1, 3, [])],
 )
 def test_previews_are_the_predicted_image_at_evenly_spaced_steps(steps, previews, taken):
-    crowd, seen = stepper(), []
-    crowd.submit(
+    shared_stepper, seen = stepper(), []
+    shared_stepper.submit(
         replace(
             request(steps=steps),
             previews=previews,
-            on_preview=lambda image: seen.append((crowd.scheduler.steps_done + 1, image)),
+            on_preview=lambda image: seen.append((shared_stepper.scheduler.steps_done + 1, image)),
         )
     )
-    while not (done := crowd.step()):
+    while not (done := shared_stepper.step()):
         pass
     assert [step for step, _ in seen] == taken
     assert all(image.shape == (3, 16, 16) and image.abs().max() <= 1 for _, image in seen)
@@ -218,52 +221,58 @@ def test_previews_are_the_predicted_image_at_evenly_spaced_steps(steps, previews
 
 
 def test_a_caption_shared_by_samples_is_encoded_once():
-    one, calls = stepper(), []
-    encode = one.model.encode_text
-    one.model.encode_text = lambda tokens, mask: calls.append(1) or encode(tokens, mask)
-    one.run(
+    shared_stepper, calls = stepper(), []
+    encode = shared_stepper.model.encode_text
+    shared_stepper.model.encode_text = lambda tokens, mask: calls.append(1) or encode(tokens, mask)
+    shared_stepper.run(
         [
             request(seed=seed, steps=2, prompt=prompt)
             for seed, prompt in enumerate(["a", "b", "a", "a", "b"])
         ]
     )
     assert len(calls) == 3  # both captions, and the empty one
-    one.run([request(steps=2, prompt="b")])
+    shared_stepper.run([request(steps=2, prompt="b")])
     assert len(calls) == 3
 
 
 def test_a_cancelled_sample_leaves_immediately_and_changes_no_other_sample():
     alone = stepper().run([request(steps=5)])[0]
-    crowd = stepper()
-    leaver, stayer = crowd.submit(request(seed=3, steps=9)), crowd.submit(request(steps=5))
-    crowd.step()
-    assert crowd.scheduler.cancel(leaver) and crowd.scheduler.in_flight == 1
-    assert not crowd.scheduler.cancel(leaver)
+    shared_stepper = stepper()
+    leaver, stayer = (
+        shared_stepper.submit(request(seed=3, steps=9)),
+        shared_stepper.submit(request(steps=5)),
+    )
+    shared_stepper.step()
+    assert shared_stepper.scheduler.cancel(leaver) and shared_stepper.scheduler.in_flight == 1
+    assert not shared_stepper.scheduler.cancel(leaver)
     images = {}
     while not images:
-        images.update(crowd.step())
+        images.update(shared_stepper.step())
     assert torch.equal(images[stayer], alone)
 
 
 def test_an_interrupted_run_leaves_no_samples_for_the_next():
-    one, wanted = stepper(), [request(seed=seed, steps=3) for seed in (1, 2)]
+    shared_stepper, requests = stepper(), [request(seed=seed, steps=3) for seed in (1, 2)]
 
     def interrupt(done, total):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        one.run(wanted, interrupt)
+        shared_stepper.run(requests, interrupt)
     with pytest.raises(UserError, match="no sampler 'euler'"):
-        one.run([request(seed=8, steps=3), request(sampler="euler")])
-    assert (one.scheduler.in_flight, one.scheduler.queued) == (0, 0) and torch.equal(
-        one.run(wanted), stepper().run(wanted)
-    )
+        shared_stepper.run([request(seed=8, steps=3), request(sampler="euler")])
+    assert (shared_stepper.scheduler.in_flight, shared_stepper.scheduler.queued) == (
+        0,
+        0,
+    ) and torch.equal(shared_stepper.run(requests), stepper().run(requests))
 
 
 def test_a_run_returns_only_its_own_samples():
-    one = stepper()
-    one.submit(request(seed=8, steps=1))
-    assert torch.equal(one.run([request(steps=3)])[0], stepper().run([request(steps=3)])[0])
+    shared_stepper = stepper()
+    shared_stepper.submit(request(seed=8, steps=1))
+    assert torch.equal(
+        shared_stepper.run([request(steps=3)])[0], stepper().run([request(steps=3)])[0]
+    )
 
 
 def test_known_pixels_are_kept_and_the_others_are_painted():
@@ -280,7 +289,7 @@ def test_known_pixels_are_kept_and_the_others_are_painted():
 
 
 def test_an_engine_answers_many_threads_and_matches_the_stepper():
-    wanted = stepper().run([request(seed=seed, steps=3) for seed in range(6)])
+    expected = stepper().run([request(seed=seed, steps=3) for seed in range(6)])
     engine = Engine(stepper(max_in_flight=3))
     results = {}
 
@@ -293,7 +302,7 @@ def test_an_engine_answers_many_threads_and_matches_the_stepper():
     for thread in threads:
         thread.join()
     engine.close()
-    assert all(torch.equal(results[seed], wanted[seed]) for seed in range(6))
+    assert all(torch.equal(results[seed], expected[seed]) for seed in range(6))
 
 
 def test_a_cancelled_future_frees_its_slot_within_two_steps():
@@ -342,17 +351,17 @@ def test_an_engine_refuses_an_invalid_request_and_continues():
     engine.close()
 
 
-def failing(crowd, fails):
+def failing(shared_stepper, fails):
     """The stepper with a network that raises in call N, counted from 1, if `fails(N)`."""
-    network, calls = crowd.denoiser.network, itertools.count(1)
+    network, calls = shared_stepper.denoiser.network, itertools.count(1)
 
-    def call(*given):
+    def call(*inputs):
         if fails(next(calls)):
             raise RuntimeError("out of memory")
-        return network(*given)
+        return network(*inputs)
 
-    crowd.denoiser.network = call
-    return crowd
+    shared_stepper.denoiser.network = call
+    return shared_stepper
 
 
 def test_a_failed_step_fails_the_samples_in_flight_and_queued_ones_still_run():
@@ -387,10 +396,10 @@ def test_an_image_lost_by_a_gpu_fault_fails_its_future():
         def cpu(self):
             raise RuntimeError("an illegal memory access was encountered")
 
-    crowd = stepper()
-    step = crowd.step
-    crowd.step = lambda: [(ticket, Lost()) for ticket, _ in step()]
-    engine = Engine(crowd)
+    shared_stepper = stepper()
+    step = shared_stepper.step
+    shared_stepper.step = lambda: [(ticket, Lost()) for ticket, _ in step()]
+    engine = Engine(shared_stepper)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         engine.submit(request(steps=2)).result(60)
     assert (engine.load.failed, engine.load.finished) == (1, 0)
@@ -407,13 +416,15 @@ def test_a_request_that_cannot_be_queued_fails_alone():
 
 
 def test_a_closed_engine_cancels_unfinished_samples_and_reports_unhealthy():
-    engine, begun, go = Engine(stepper()), threading.Event(), threading.Event()
+    engine, first_preview, go = Engine(stepper()), threading.Event(), threading.Event()
     first = engine.submit(
         replace(
-            request(steps=1000), previews=999, on_preview=lambda image: begun.set() or go.wait(60)
+            request(steps=1000),
+            previews=999,
+            on_preview=lambda image: first_preview.set() or go.wait(60),
         )
     )
-    assert begun.wait(60)
+    assert first_preview.wait(60)
     second = engine.submit(request(steps=2))  # stays queued until the current step ends
     engine.check()
     closing = threading.Thread(target=engine.close)
@@ -431,13 +442,13 @@ def test_a_closed_engine_cancels_unfinished_samples_and_reports_unhealthy():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_engine_whose_thread_dies_fails_all_waiting_futures():
-    crowd = stepper()
+    shared_stepper = stepper()
 
     def end():
         raise SystemExit
 
-    crowd.step = end
-    engine = Engine(crowd)
+    shared_stepper.step = end
+    engine = Engine(shared_stepper)
     with pytest.raises(CancelledError):
         engine.submit(request(steps=2)).result(60)
     engine._thread.join(60)

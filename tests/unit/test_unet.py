@@ -114,12 +114,12 @@ def test_an_inpainting_model_sees_only_the_known_pixels():
     known, mask = torch.rand(2, 3, 16, 16), torch.zeros(2, 1, 16, 16)
     mask[:, :, :8] = 1
     other = torch.where(mask > 0, known, -known)
-    given = [
+    outputs = [
         model(x, timestep, replace(conditioning, known=image, known_mask=mask)).eps
         for image in (known, other)
     ]
-    assert torch.equal(*given)
-    assert not torch.equal(given[0], model(x, timestep, conditioning).eps)
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], model(x, timestep, conditioning).eps)
 
 
 def test_an_upsampler_without_its_low_res_image_is_refused():
