@@ -170,9 +170,9 @@ class FakeCluster:
         deadline = time.monotonic() + PATIENCE
         while "--block" not in self._said():
             if time.monotonic() > deadline or self._head.poll() is not None:
-                said = self.log()
+                log_text = self.log()
                 self.__exit__()
-                raise AssertionError(f"the head did not start\n{said}")
+                raise AssertionError(f"the head did not start\n{log_text}")
             time.sleep(0.2)
         return self
 

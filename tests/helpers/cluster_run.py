@@ -108,15 +108,15 @@ class LocalCluster:
     @staticmethod
     def result(job, seconds=480):
         try:
-            said = job.communicate(timeout=seconds)[0]
+            output = job.communicate(timeout=seconds)[0]
         except subprocess.TimeoutExpired:
             job.kill()
             raise AssertionError(
                 f"not done after {seconds} s: {job.communicate()[0][-3000:]}"
             ) from None
-        assert job.returncode == 0, said[-3000:]
+        assert job.returncode == 0, output[-3000:]
         return next(
-            json.loads(line) for line in reversed(said.splitlines()) if line.startswith("{")
+            json.loads(line) for line in reversed(output.splitlines()) if line.startswith("{")
         )
 
     def end(self):

@@ -381,19 +381,19 @@ def test_with_inception_distances_and_scores_use_its_features(
         Judges(clip, inception),
     )
     network = InceptionFeatures(inception)
-    seen = {}
+    features = {}
     for name, samples in (("made", distinct(20, 64)), ("real", None)):
         samples = samples or [
             sample for part in find_parts(drawn_corpus / "train") for sample in read_part(part)
         ]
-        seen[name] = network.images([decode(sample.image) for sample in samples])
-    assert seen["made"].shape == (20, POOLED + CLASSES) and found["inception"]
+        features[name] = network.images([decode(sample.image) for sample in samples])
+    assert features["made"].shape == (20, POOLED + CLASSES) and found["inception"]
     expected = metrics.frechet_distance(
-        *(Moments.of(seen[name][:, :POOLED]) for name in ("made", "real"))
+        *(Moments.of(features[name][:, :POOLED]) for name in ("made", "real"))
     )
     assert found["sets"]["made"]["frechet_distance"] == pytest.approx(expected, rel=1e-5)
     assert found["sets"]["made"]["inception_score"] == pytest.approx(
-        metrics.inception_score(seen["made"][:, POOLED:])[0], rel=1e-5
+        metrics.inception_score(features["made"][:, POOLED:])[0], rel=1e-5
     )
     assert "Distances are FID and the score is IS" in (tmp_path / "out" / "report.html").read_text()
 
@@ -502,7 +502,7 @@ def test_fronts_have_a_line_per_model_and_kind_of_guidance_from_the_unguided_set
         point("other", guidance_scale=1.0, model="b"),
         point("another"),
     ]
-    assert {kind: [one.name for one in line] for kind, line in _lines(guided).items()} == {
+    assert {kind: [point.name for point in line] for kind, line in _lines(guided).items()} == {
         "CLIP guidance, a": ["unguided", "c"],
         "classifier-free guidance, a": ["unguided", "h", "g"],
         "classifier-free guidance, b": ["other"],
@@ -539,8 +539,8 @@ def test_bad_input_is_refused_in_one_sentence_before_any_work(
         ),
     ):
         assert main(["evaluate", *arguments]) == 2
-        said = capsys.readouterr().err
-        assert sentence in said and said.count("\n") == 1, said
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("\n") == 1, error
     assert not (tmp_path / "out" / "pictures").exists()
     (tmp_path / "not.pt").write_bytes(b"no program")
     with pytest.raises(UserError, match="is not a TorchScript file"):

@@ -50,12 +50,14 @@ from glide_ray.models.weights import save_weights
 RED = "a red "
 
 
-def clouds(count=400, apart=2.0, rare=0.25, seed=0):
+def clouds(count=400, separation=2.0, rare=0.25, seed=0):
     """Two overlapping Gaussian clusters: features (N, 8), labels (N,) bool, groups (N,)."""
     draws = np.random.default_rng(seed)
     labels = draws.random(count) < rare
     return (
-        (draws.normal(size=(count, 8)) + apart * labels[:, None] * np.eye(8)[0]).astype(np.float32),
+        (draws.normal(size=(count, 8)) + separation * labels[:, None] * np.eye(8)[0]).astype(
+            np.float32
+        ),
         labels,
         np.arange(count),
     )
@@ -93,10 +95,10 @@ def test_out_of_fold_scores_come_from_svms_trained_without_the_rows_group():
         np.repeat(draws.normal(size=(60, 16)), 2, axis=0),
         np.repeat(draws.random(60) < 0.5, 2),
     )
-    apart, together = (
+    by_group, one_group = (
         fit(features, labels, groups) for groups in (np.repeat(np.arange(60), 2), np.arange(120))
     )
-    right = [((fitted.out_of_fold >= 0) == labels).mean() for fitted in (apart, together)]
+    right = [((fitted.out_of_fold >= 0) == labels).mean() for fitted in (by_group, one_group)]
     assert right[0] < 0.7 and right[1] > 0.9
 
 
@@ -108,9 +110,9 @@ def test_too_few_labels_of_one_class_are_refused_with_the_remedy():
 
 
 def test_the_interval_equals_clopper_and_pearsons():
-    for missed, of in ((0, 221), (1, 221), (3, 40), (40, 40)):
-        expected = scipy.stats.binomtest(missed, of).proportion_ci(0.95, "exact")
-        assert missed_interval(missed, of) == pytest.approx(
+    for missed, count in ((0, 221), (1, 221), (3, 40), (40, 40)):
+        expected = scipy.stats.binomtest(missed, count).proportion_ci(0.95, "exact")
+        assert missed_interval(missed, count) == pytest.approx(
             (expected.low, expected.high), abs=1e-12
         )
     assert missed_interval(0, 0) == (0.0, 1.0)
@@ -176,13 +178,13 @@ def test_later_rows_are_the_nearest_to_the_boundary_one_per_group_first():
     features, labels, groups = clouds(200)
     groups = groups // 2
     labelled = {n: bool(labels[n]) for n in range(60)}
-    asked = [
+    chosen = [
         row for row, _ in ask(pool_of(features, groups), labelled, FilterConfig(each_round=20))
     ]
     svm = fit(features[:60], labels[:60], groups[:60]).svm
     order = [n for n in np.argsort(np.abs(svm.decision_function(features))) if n >= 60]
     firsts = [n for k, n in enumerate(order) if groups[n] not in groups[order[:k]]]
-    assert asked == firsts[:20]
+    assert chosen == firsts[:20]
 
 
 def test_no_row_is_labelled_twice_and_the_loop_ends_at_its_number_of_labels():
@@ -190,7 +192,7 @@ def test_no_row_is_labelled_twice_and_the_loop_ends_at_its_number_of_labels():
     labelled = answered(
         pool_of(features, groups), labels, FilterConfig(labels=130, first=50, each_round=30)
     )
-    assert len(labelled) == 130 and all(labels[n] == said for n, said in labelled.items())
+    assert len(labelled) == 130 and all(labels[n] == label for n, label in labelled.items())
     assert len(answered(pool_of(features[:40], groups[:40]), labels[:40], FilterConfig())) == 40
     assert set(
         answered(pool_of(features, groups), labels, FilterConfig(labels=60), among=groups < 100)
@@ -200,7 +202,7 @@ def test_no_row_is_labelled_twice_and_the_loop_ends_at_its_number_of_labels():
 def test_labels_near_the_boundary_find_more_rare_positives_than_random_labels():
     found = []
     for seed in range(5):
-        features, labels, groups = clouds(3000, apart=3.0, rare=0.02, seed=seed)
+        features, labels, groups = clouds(3000, separation=3.0, rare=0.02, seed=seed)
         pool = pool_of(
             features,
             groups,
@@ -214,7 +216,7 @@ def test_labels_near_the_boundary_find_more_rare_positives_than_random_labels():
 
 
 def test_every_row_is_assessed_by_a_filter_trained_without_its_group():
-    features, labels, groups = clouds(600, apart=5.0, rare=0.2)
+    features, labels, groups = clouds(600, separation=5.0, rare=0.2)
     scores = assess(pool_of(features, groups), labels, FilterConfig(labels=200, first=100))
     assert (
         not np.isnan(scores).any()
@@ -228,7 +230,7 @@ def test_every_row_is_assessed_by_a_filter_trained_without_its_group():
 
 
 def test_the_threshold_counts_each_group_once_by_its_lowest_score():
-    features, labels, groups = clouds(4000, apart=4.0, rare=0.5)
+    features, labels, groups = clouds(4000, separation=4.0, rare=0.5)
     groups = groups // 4
     pool, labelled = pool_of(features, groups), dict(enumerate(labels.tolist()))
     fitted = fit_labelled(pool, labelled)

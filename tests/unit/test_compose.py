@@ -69,22 +69,22 @@ def command(corpus, out, *more):
 
 def test_prompts_are_deterministic_and_no_two_share_a_seed(corpus, judge):
     cases = make_cases(corpus, judge.vocabulary, COUNTED)
-    again = make_cases(corpus, judge.vocabulary, COUNTED)
+    repeated = make_cases(corpus, judge.vocabulary, COUNTED)
     assert [(case.category, case.prompt, case.seed) for case in cases] == [
-        (case.category, case.prompt, case.seed) for case in again
+        (case.category, case.prompt, case.seed) for case in repeated
     ]
     assert len({case.seed for case in cases}) == len(cases) == COUNTED * len(CATEGORIES)
 
 
 def test_prompts_for_held_out_pairs_use_exactly_the_held_out_pairs(corpus, judge):
     cases = make_cases(corpus, judge.vocabulary, 20)
-    asked = {
+    pairs = {
         category: {
             (case.thing, case.labels["style"]) for case in cases if case.category == category
         }
         for category in (SEEN, PAIRS)
     }
-    assert asked[PAIRS] == drawn.PAIRS and not asked[SEEN] & drawn.PAIRS
+    assert pairs[PAIRS] == drawn.PAIRS and not pairs[SEEN] & drawn.PAIRS
 
 
 def test_a_hole_is_a_quarter_of_the_picture_and_contains_only_the_first_object(corpus, judge):
@@ -146,14 +146,15 @@ def test_pictures_are_generated_once_then_judged_and_shown_on_a_page(run, cascad
     assert {row["category"] for row in rows} == set(run.categories)
     figures = json.loads((run.out / compose.FIGURES).read_text())
     assert len(figures["pictures"]) == total and figures["options"]["steps"] == "2"
-    asked = {picture["category"]: set(picture["verdicts"]) for picture in figures["pictures"]}
-    assert asked == {category: set(QUESTIONS[category]) for category in run.categories}
+    questions = {picture["category"]: set(picture["verdicts"]) for picture in figures["pictures"]}
+    assert questions == {category: set(QUESTIONS[category]) for category in run.categories}
     page = (run.out / compose.PAGE).read_text()
     assert all(picture["prompt"] in page for picture in figures["pictures"])
-    again = []
+    generated_again = []
     assert (
-        run.score_models(cascade, progress=lambda *progress: again.append(progress)) == rows
-        and not again
+        run.score_models(cascade, progress=lambda *progress: generated_again.append(progress))
+        == rows
+        and not generated_again
     )
 
 
@@ -198,11 +199,15 @@ def test_an_edit_keeps_known_pixels_and_a_changed_pixel_is_reported(judge, corpu
     for case, picture in zip(cases, changed, strict=True):
         y, x = np.argwhere(~case.hole)[0] // 4
         picture[y, x] ^= 1
-    assert [of[KNOWN_PIXELS].right for of in compose.judge_pictures(judge, cases, kept)] == [
+    assert [
+        verdicts[KNOWN_PIXELS].right for verdicts in compose.judge_pictures(judge, cases, kept)
+    ] == [
         True,
         True,
     ]
-    assert [of[KNOWN_PIXELS].right for of in compose.judge_pictures(judge, cases, changed)] == [
+    assert [
+        verdicts[KNOWN_PIXELS].right for verdicts in compose.judge_pictures(judge, cases, changed)
+    ] == [
         False,
         False,
     ]
@@ -215,8 +220,8 @@ def write_line_drawings(folder):
     """Write a corpus of one style, the things as black lines on white; returns its folder."""
     samples = []
     for thing in drawn.THINGS:
-        one = drawn.sample(thing, "3D render")
-        grey = np.asarray(decode(one.image).convert("L"), int)
+        original = drawn.sample(thing, "3D render")
+        grey = np.asarray(decode(original.image).convert("L"), int)
         edge = np.abs(np.diff(grey, axis=0, append=255)) + np.abs(np.diff(grey, axis=1, append=255))
         pixels = np.where(edge[..., None] > 12, 0, 255).repeat(3, -1).astype(np.uint8)
         name = drawn.THINGS[thing]
@@ -226,7 +231,7 @@ def write_line_drawings(folder):
                 encode(pixels),
                 "png",
                 (f"a {name}, outline",),
-                {**one.meta, "style": "outline"},
+                {**original.meta, "style": "outline"},
             )
         )
     write_shards(folder / "train", samples)
@@ -273,10 +278,10 @@ def test_one_command_scores_the_shipped_weights(corpus, judge, tmp_path, monkeyp
             INPAINTING,
         )
     )
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        "things in styles seen in training: object" in said
-        and "inpainting: known pixels equal" in said
+        "things in styles seen in training: object" in printed
+        and "inpainting: known pixels equal" in printed
     )
     figures = json.loads((tmp_path / "out" / compose.FIGURES).read_text())
     known = next(line for line in figures["lines"] if line["question"] == KNOWN_PIXELS)
@@ -308,6 +313,6 @@ def test_invalid_input_is_refused_in_one_sentence(corpus, tmp_path, capsys, more
         code = main(command(corpus, tmp_path / "out", *more))
     except SystemExit as ended:  # raised by argparse
         code = ended.code
-    said = capsys.readouterr().err
-    assert code and says in said and "Traceback" not in said
+    error = capsys.readouterr().err
+    assert code and says in error and "Traceback" not in error
     assert not (tmp_path / "out").exists()

@@ -228,14 +228,14 @@ def test_clip_guidance_is_off_outside_its_interval(critic):
 
 def test_clip_guidance_keeps_known_pixels(critic):
     known = torch.linspace(-1, 1, 3 * 256).reshape(1, 3, 16, 16)
-    given = request(critic, scale=3.0)
+    guided = request(critic, scale=3.0)
     mask = (torch.arange(16) < 8).float().expand(1, 1, 16, 16)
     conditioning = Conditioning(
-        given.conditioning.tokens, given.conditioning.mask, None, known, mask
+        guided.conditioning.tokens, guided.conditioning.mask, None, known, mask
     )
     for sampler in SAMPLERS:
         edit = SampleRequest(
-            conditioning, 1, "6", sampler, 2.0, clip_text=given.clip_text, clip_scale=3.0
+            conditioning, 1, "6", sampler, 2.0, clip_text=guided.clip_text, clip_scale=3.0
         )
         assert torch.equal(stepper(critic).run([edit])[0][:, :, :8], known[0, :, :, :8]), sampler
 

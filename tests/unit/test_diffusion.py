@@ -129,9 +129,11 @@ def test_multistep_samplers_follow_the_ode_several_times_more_closely_than_ddim(
 def test_the_first_step_of_a_multistep_sampler_equals_ddim():
     schedule, i, x = respace(make_schedule("cosine"), "20"), full(12), torch.randn(2, 3, 4, 4)
     output, noise = ModelOutput(torch.randn_like(x), torch.zeros_like(x)), torch.zeros_like(x)
-    given = StepInput(schedule, output, x, i, noise)
+    step_input = StepInput(schedule, output, x, i, noise)
     for sampler in ("dpm++", "plms"):
-        assert torch.allclose(SAMPLERS[sampler](given).x, SAMPLERS["ddim"](given).x, atol=1e-6)
+        assert torch.allclose(
+            SAMPLERS[sampler](step_input).x, SAMPLERS["ddim"](step_input).x, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -196,7 +198,7 @@ def test_samples_of_different_samplers_share_a_step():
     history = History.none(x)
     for _ in range(2):
         history = history.then(torch.randn_like(x))
-    given = StepInput(
+    step_input = StepInput(
         schedule,
         ModelOutput(torch.randn_like(x), torch.rand_like(x) * 2 - 1),
         x,
@@ -207,26 +209,26 @@ def test_samples_of_different_samplers_share_a_step():
         history,
     )
     names = ["dpm++", "ancestral", "plms", "dpm++", "ddim"]
-    together = step_each(names, given)
+    together = step_each(names, step_input)
     for row, name in enumerate(names):
-        alone = SAMPLERS[name](given)
+        alone = SAMPLERS[name](step_input)
         assert torch.equal(together.x[row], alone.x[row])
         assert torch.equal(together.x0[row], alone.x0[row])
         assert torch.equal(together.remembered[row], alone.remembered[row])
 
 
 def test_guidance_extrapolates_per_sample_and_scale_one_skips_the_unconditional_call():
-    asked = []
+    batch_sizes = []
 
     def paired(x, timestep):
-        asked.append(len(x))
+        batch_sizes.append(len(x))
         eps = torch.cat([torch.full((3, 3, 2, 2), 2.0), torch.full((len(x) - 3, 3, 2, 2), 1.0)])
         return ModelOutput(eps, eps)
 
     output = classifier_free(paired, torch.tensor([1.0, 3.0, 0.0]))(
         torch.zeros(3, 3, 2, 2), torch.zeros(3)
     )
-    assert asked == [5]
+    assert batch_sizes == [5]
     assert output.eps[:, 0, 0, 0].tolist() == [2.0, 4.0, 1.0]
     assert output.variance[:, 0, 0, 0].tolist() == [2.0, 2.0, 2.0]
 
@@ -311,7 +313,8 @@ def test_the_weight_changes_the_loss_but_not_the_reported_mse_and_bound():
     weight = min_snr_weight(schedule, i, 5.0, least=1.0)
     assert weight[0] < 1 < weight[1]
     even, weighted = (
-        hybrid_loss(schedule, output, x0, x_t, i, noise, given) for given in (None, weight)
+        hybrid_loss(schedule, output, x0, x_t, i, noise, loss_weight)
+        for loss_weight in (None, weight)
     )
     assert torch.equal(even.mse, weighted.mse) and torch.equal(even.vb, weighted.vb)
     assert torch.allclose(weighted.total, even.mse * weight + even.vb * weight.clamp(max=1))

@@ -51,9 +51,9 @@ def test_doctor_runs_without_torch_and_ray_and_fails_because_torch_is_missing(tm
 def test_doctor_names_the_process_on_the_servers_port_and_the_missing_compiler(
     monkeypatch, tmp_path
 ):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        monkeypatch.setattr(doctor, "SERVER_PORT", taken.getsockname()[1])
-        found = {one.name: one for one in doctor._ports()}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(doctor, "SERVER_PORT", server.getsockname()[1])
+        found = {line.name: line for line in doctor._ports()}
         port = found[f"port {doctor.SERVER_PORT}"]
     assert f"process {os.getpid()}" in port.text and "--port" in port.remedy and not port.required
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -28,9 +28,9 @@ def test_scores_equal_a_direct_fit_of_the_likelihood():
     models = list(TRUTH)
     table = win_counts(drawn_votes(TRUTH, 1000), models)
 
-    def loss(given):
+    def loss(model_scores):
         return sum(
-            table[i, j] * np.log1p(10 ** ((given[j] - given[i]) / 400))
+            table[i, j] * np.log1p(10 ** ((model_scores[j] - model_scores[i]) / 400))
             for i in range(3)
             for j in range(3)
         )
@@ -58,8 +58,8 @@ def test_a_tie_is_half_a_win_for_each():
 
 def test_a_lopsided_table_is_fitted_too():
     table = np.array([[0, 1, 0.5], [999, 0, 1], [0, 5000, 0]])
-    given = scores(table)
-    chance = 1 / (1 + 10 ** ((given[None] - given[:, None]) / 400))
+    model_scores = scores(table)
+    chance = 1 / (1 + 10 ** ((model_scores[None] - model_scores[:, None]) / 400))
     # Each model's expected number of wins equals its actual number.
     assert table.sum(1) == pytest.approx((((table + table.T) * chance).sum(1)), rel=1e-6)
 

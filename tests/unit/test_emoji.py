@@ -76,7 +76,7 @@ def small_set(emoji_corpus, tmp_path):
 
 def test_the_emoji_corpus_is_complete_and_its_held_out_splits_are_disjoint(emoji_corpus, rows):
     indices = emoji_corpus[1]
-    assert {split: len(of) for split, of in rows.items()} == {
+    assert {split: len(samples) for split, samples in rows.items()} == {
         split: index["count"] for split, index in indices.items()
     }
     assert 6300 < sum(map(len, rows.values())) < 6700
@@ -102,7 +102,7 @@ def test_a_held_out_pair_combines_a_known_thing_and_a_known_style(rows):
 
 
 def test_each_emoji_has_a_picture_captions_group_author_licence_and_source(rows):
-    every = {sample.key: sample for of in rows.values() for sample in of}
+    every = {sample.key: sample for samples in rows.values() for sample in samples}
     apple = every["3d-render-1f34e"]
     assert apple.captions[0] == "a red apple, 3D render" and apple.meta["group"] == "Food & Drink"
     assert (apple.meta["author"], apple.meta["licence"]) == ("Microsoft Corporation", "MIT")
@@ -148,9 +148,9 @@ def test_people_with_a_skin_tone_have_their_own_split_and_the_tone_in_their_capt
 def test_the_card_of_each_split_names_its_sources_and_counts_the_dropped_pictures(
     emoji_corpus, rows
 ):
-    for split, of in rows.items():
+    for split, samples in rows.items():
         card = read_card(emoji_corpus[0] / split)
-        assert card["rows"] == len(of) == sum(source["pictures"] for source in card["sources"])
+        assert card["rows"] == len(samples) == sum(source["pictures"] for source in card["sources"])
         assert {source["licence"] for source in card["sources"]} == {"MIT"}
         assert card["left_out"]["hidden by the set's maker"]["count"] == 35
     assert read_card(emoji_corpus[0] / "nowhere") is None
@@ -224,14 +224,16 @@ def test_packages_in_a_folder_need_no_npm_and_a_missing_one_is_named(
     monkeypatch.setenv("PATH", str(tmp_path))
     caplog.set_level("INFO", "glide_ray")
     indexes = emoji.build_corpus(tmp_path / "out", styles=["Firefox"], packages=small_set)
-    said = caplog.messages
+    messages = caplog.messages
     assert sum(index["count"] for index in indexes.values()) == 3
     assert any(
         "fxemoji is version 9.0.0, not 1.2.2: 4 pictures with names, of the 1,034 in that one"
         in line
-        for line in said
+        for line in messages
     )
-    assert any("1 pictures did not render and are left out: firefox-rose" in line for line in said)
+    assert any(
+        "1 pictures did not render and are left out: firefox-rose" in line for line in messages
+    )
     left_out = [
         item for split in SPLITS for item in read_card(tmp_path / "out" / split)["left_out"].items()
     ]
@@ -272,7 +274,10 @@ def test_a_missing_or_broken_tarball_is_named(small_set, tmp_path):
 def test_only_the_first_of_two_pictures_of_a_thing_is_used(small_set):
     both = {"fox": {"body": "<g/>"}, "foxface": {"body": "<g/>"}}
     pack(small_set, FIREFOX.version, {"icons": both})
-    found = {one.name: one for one in find_packages(small_set, [FIREFOX.source, NAMES, KEYWORDS])}
+    found = {
+        package.name: package
+        for package in find_packages(small_set, [FIREFOX.source, NAMES, KEYWORDS])
+    }
     left_out = LeftOut()
     pictures = read_pictures([FIREFOX], found, left_out)
     assert [picture.key for picture in pictures] == ["firefox-fox"]

@@ -233,13 +233,13 @@ def test_degraded_pictures_are_still_recognised(judge, cases):
 
 def test_pictures_of_other_prompts_are_judged_as_wrong(judge, cases):
     """Each prompt is judged with a picture made for a prompt that asks for something else."""
-    asked = {
+    questions = {
         BACKGROUND: (BACKGROUND_COLOUR, lambda case: case.labels["background"]),
         COLOUR: (OBJECT_COLOUR, lambda case: case.labels["colour"]),
         COUNT: (OBJECT_COUNT, lambda case: case.labels["count"]),
         "seen": (THING, lambda case: case.thing),
     }
-    for category, (question, label) in asked.items():
+    for category, (question, label) in questions.items():
         some = of(cases, category)
         shown = [
             next(other.picture for other in some if label(other) != label(case)) for case in some
@@ -331,17 +331,17 @@ def test_a_saved_judge_gives_the_same_verdicts(judge, cases, tmp_path):
     kept = Judge.load(path)
     kept.save(path)
     pictures = [case.picture for case in cases]
-    again = Judge.load(path)
+    loaded = Judge.load(path)
     assert (
-        again.vocabulary == judge.vocabulary
-        and again.accuracy == {"256": {}}
-        and again.digest() == kept.digest()
+        loaded.vocabulary == judge.vocabulary
+        and loaded.accuracy == {"256": {}}
+        and loaded.digest() == kept.digest()
     )
-    assert again.verdicts(cases, pictures) == kept.verdicts(cases, pictures)
+    assert loaded.verdicts(cases, pictures) == kept.verdicts(cases, pictures)
     agree = [
-        one == other
-        for one, other in zip(
-            again.verdicts(cases, pictures), judge.verdicts(cases, pictures), strict=True
+        first == second
+        for first, second in zip(
+            loaded.verdicts(cases, pictures), judge.verdicts(cases, pictures), strict=True
         )
     ]
     assert np.mean(agree) > 0.98  # 16-bit weights from the file against 32-bit weights
@@ -371,12 +371,14 @@ def _small():
     from glide_ray.evaluation.heads import Discriminant, Logistic
     from glide_ray.evaluation.styles import Styles
 
-    one, logistic = np.ones(1, np.float32), Logistic(*(np.ones(1, np.float32) for _ in range(4)))
-    lines = Discriminant(("a",), one, one, np.ones((1, 1), np.float32), np.ones((1, 1), np.float32))
+    ones, logistic = np.ones(1, np.float32), Logistic(*(np.ones(1, np.float32) for _ in range(4)))
+    lines = Discriminant(
+        ("a",), ones, ones, np.ones((1, 1), np.float32), np.ones((1, 1), np.float32)
+    )
     return Judge(
         vocabulary.Vocabulary({"a": "key"}, ("a",)),
         lines,
-        Styles(("A",), np.zeros(1, np.int64), np.ones((1, 1), np.float32), one, lines, logistic),
+        Styles(("A",), np.zeros(1, np.int64), np.ones((1, 1), np.float32), ones, lines, logistic),
         logistic,
     )
 

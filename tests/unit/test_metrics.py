@@ -23,11 +23,11 @@ def features(draws, count, width=48, shift=0.0):
 
 
 def test_the_frechet_distance_agrees_with_scipy_and_torchmetrics(draws):
-    one, other = features(draws, 500), features(draws, 700, shift=0.2)
-    ours = metrics.frechet_distance(Moments.of(one), Moments.of(other))
+    first, second = features(draws, 500), features(draws, 700, shift=0.2)
+    ours = metrics.frechet_distance(Moments.of(first), Moments.of(second))
     means, covariances = (
-        [part.mean(0, dtype=np.float64) for part in (one, other)],
-        [np.cov(part.astype(np.float64), rowvar=False) for part in (one, other)],
+        [part.mean(0, dtype=np.float64) for part in (first, second)],
+        [np.cov(part.astype(np.float64), rowvar=False) for part in (first, second)],
     )
     root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
     by_hand = np.sum((means[0] - means[1]) ** 2) + np.trace(
@@ -42,11 +42,11 @@ def test_the_frechet_distance_agrees_with_scipy_and_torchmetrics(draws):
 
 
 def test_the_frechet_distance_of_two_normal_distributions_equals_its_closed_form():
-    one, other = (
+    first, second = (
         Moments(10, np.zeros(3), np.diag([1.0, 4.0, 9.0])),
         Moments(10, np.array([1.0, 2.0, 2.0]), np.diag([4.0, 4.0, 1.0])),
     )
-    assert metrics.frechet_distance(one, other) == pytest.approx(
+    assert metrics.frechet_distance(first, second) == pytest.approx(
         9 + (1 - 2) ** 2 + 0 + (3 - 1) ** 2
     )
 
@@ -54,7 +54,7 @@ def test_the_frechet_distance_of_two_normal_distributions_equals_its_closed_form
 def test_a_set_has_distance_zero_to_itself_and_the_distance_of_its_halves_falls_as_1_over_n(draws):
     whole = features(draws, 8000)
     assert metrics.frechet_distance(Moments.of(whole), Moments.of(whole)) < 1e-3
-    apart = [
+    distances = [
         np.mean(
             [
                 metrics.frechet_distance(
@@ -65,8 +65,8 @@ def test_a_set_has_distance_zero_to_itself_and_the_distance_of_its_halves_falls_
         )
         for count in (500, 1000, 2000, 4000)
     ]
-    assert apart == sorted(apart, reverse=True)
-    assert np.polyfit(np.log([500, 1000, 2000, 4000]), np.log(apart), 1)[0] == pytest.approx(
+    assert distances == sorted(distances, reverse=True)
+    assert np.polyfit(np.log([500, 1000, 2000, 4000]), np.log(distances), 1)[0] == pytest.approx(
         -1, abs=0.15
     )
 
@@ -104,10 +104,10 @@ def test_the_distance_with_fewer_images_than_features_equals_that_of_the_moments
 
 
 def test_kid_agrees_with_torchmetrics_and_is_unbiased(draws):
-    one, other = features(draws, 400), features(draws, 400, shift=0.1)
-    ours, _ = metrics.kid(one, other, subsets=1, size=400)
+    first, second = features(draws, 400), features(draws, 400, shift=0.1)
+    ours, _ = metrics.kid(first, second, subsets=1, size=400)
     assert ours == pytest.approx(
-        float(poly_mmd(torch.tensor(one).double(), torch.tensor(other).double())), rel=1e-3
+        float(poly_mmd(torch.tensor(first).double(), torch.tensor(second).double())), rel=1e-3
     )
     mean, deviation = metrics.kid(
         features(draws, 4000), features(draws, 4000), subsets=50, size=200
@@ -116,18 +116,18 @@ def test_kid_agrees_with_torchmetrics_and_is_unbiased(draws):
 
 
 def test_cmmd_equals_its_definition_and_is_zero_for_a_set_with_itself(draws):
-    one, other = features(draws, 60), features(draws, 50, shift=0.5)
+    first, second = features(draws, 60), features(draws, 50, shift=0.5)
     a, b = (
-        part.astype(float) / np.linalg.norm(part, axis=1, keepdims=True) for part in (one, other)
+        part.astype(float) / np.linalg.norm(part, axis=1, keepdims=True) for part in (first, second)
     )
 
     def kernel(x, y):
         return np.mean([[np.exp(-np.sum((p - q) ** 2) / 200) for q in y] for p in x])
 
-    assert metrics.cmmd(one, other) == pytest.approx(
+    assert metrics.cmmd(first, second) == pytest.approx(
         1000 * (kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)), rel=1e-4
     )
-    assert metrics.cmmd(one, one) == pytest.approx(0, abs=1e-6)
+    assert metrics.cmmd(first, first) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize(("count", "shift", "k"), [(300, 0.0, 3), (300, 0.3, 3), (200, 1.0, 5)])
@@ -145,8 +145,12 @@ def test_inception_score_is_the_class_count_for_certain_predictions_and_1_for_un
 
 
 def test_the_clip_score_is_100_for_equal_and_minus_100_for_opposite_directions(draws):
-    one = features(draws, 20)
-    assert metrics.clip_score(one, 3 * one) == pytest.approx(100) == -metrics.clip_score(one, -one)
+    first = features(draws, 20)
+    assert (
+        metrics.clip_score(first, 3 * first)
+        == pytest.approx(100)
+        == -metrics.clip_score(first, -first)
+    )
     assert metrics.clip_score(np.array([[1.0, 0]]), np.array([[1.0, 1]])) == pytest.approx(
         100 / np.sqrt(2)
     )

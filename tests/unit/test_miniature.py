@@ -163,16 +163,19 @@ def test_votes_prefer_the_picture_nearer_to_real_pictures():
         for name, noise in ((UNGUIDED, 2.6), (CLIP_GUIDED, 1.8), (GUIDED, 1.3))
     }
     votes = findings.votes_of(sets, real, real)
-    assert {question: len(of) for question, of in votes.items()} == {
+    assert {question: len(question_votes) for question, question_votes in votes.items()} == {
         "photorealism": 180,
         "caption similarity": 180,
     }
-    assert all(findings._preferred(question, of).holds for question, of in votes.items())
+    assert all(
+        findings._preferred(question, question_votes).holds
+        for question, question_votes in votes.items()
+    )
     assert list(findings.standings(votes)["photorealism"]) == [GUIDED, CLIP_GUIDED, UNGUIDED]
     swapped = {UNGUIDED: sets[GUIDED], CLIP_GUIDED: sets[CLIP_GUIDED], GUIDED: sets[UNGUIDED]}
     assert not any(
-        findings._preferred(question, of).holds
-        for question, of in findings.votes_of(swapped, real, real).items()
+        findings._preferred(question, question_votes).holds
+        for question, question_votes in findings.votes_of(swapped, real, real).items()
     )
 
 
@@ -180,8 +183,8 @@ def test_an_order_by_chance_is_not_a_preference():
     real = seen(60, seed=1)
     sets = {name: seen(60, seed=n) for n, name in enumerate((UNGUIDED, CLIP_GUIDED, GUIDED), 5)}
     assert not any(
-        findings._preferred(question, of).holds
-        for question, of in findings.votes_of(sets, real, real).items()
+        findings._preferred(question, question_votes).holds
+        for question, question_votes in findings.votes_of(sets, real, real).items()
     )
 
 
@@ -242,15 +245,15 @@ def corpus(tmp_path_factory):
         {"emoji": "1f600", "group": "People & Body"},
     )
     train = [
-        Sample(one.key, one.image, one.suffix, one.captions, person if n < 2 else dog)
-        for n, one in enumerate(drawings)
+        Sample(sample.key, sample.image, sample.suffix, sample.captions, person if n < 2 else dog)
+        for n, sample in enumerate(drawings)
     ]
     scenes = [
         Sample(
             f"scene-{n}",
-            one.image,
-            one.suffix,
-            one.captions,
+            sample.image,
+            sample.suffix,
+            sample.captions,
             {**dog, "objects": [dog, person if n == kept else dog]},
         )
         for kept in [
@@ -260,7 +263,7 @@ def corpus(tmp_path_factory):
                 if models.in_share(f"scene-{n}", 0, 0, models.VARIANTS["scenes"])
             )
         ]
-        for n, one in enumerate(drawings)
+        for n, sample in enumerate(drawings)
     ]
     for name, samples in (
         ("train", train),

@@ -335,15 +335,15 @@ def test_if_no_image_fits_one_sentence_names_a_remedy_that_works(name, world, gp
     )
     with pytest.raises(ConfigError) as error:
         choose_micro_batch(preset, world, precision, budget)
-    said = str(error.value)
+    message = str(error.value)
     assert (
-        said.startswith(f"Training {name} on {world} worker")
-        and said.endswith(".")
-        and "\n" not in said
+        message.startswith(f"Training {name} on {world} worker")
+        and message.endswith(".")
+        and "\n" not in message
     )
-    workers = re.search(r"use (\d+) workers", said)
+    workers = re.search(r"use (\d+) workers", message)
     changed = override(
-        preset, [setting.rstrip(".") for setting in re.findall(r"train\.\S+=\S+", said)]
+        preset, [setting.rstrip(".") for setting in re.findall(r"train\.\S+=\S+", message)]
     )
     assert (
         changed != preset

@@ -101,9 +101,9 @@ def refusal(capsys, *arguments):
     """The error message of `glide` for these arguments; must be one sentence."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 2
-    said = capsys.readouterr().err.removeprefix("glide: ")
-    assert said.count("\n") == 1 and ". " not in said.strip()
-    return said
+    message = capsys.readouterr().err.removeprefix("glide: ")
+    assert message.count("\n") == 1 and ". " not in message.strip()
+    return message
 
 
 def pixels(path):
@@ -167,7 +167,7 @@ def test_a_picture_names_the_shipped_models_and_is_reproducible(pair, tmp_path, 
     run("generate", "a fox", "--out", tmp_path / "a.png", *QUICK)
     used = read_recipe(tmp_path / "a.png")[0].models
     card = read_card(pair / shipped.CARD)
-    assert {role: (one.path, one.sha256) for role, one in used.items()} == {
+    assert {role: (file.path, file.sha256) for role, file in used.items()} == {
         role: ("emoji", card.file(role).sha256) for role in ("base", "upsampler")
     }
     run("reproduce", tmp_path / "a.png")
@@ -259,9 +259,9 @@ def test_altered_weights_are_refused_with_a_remedy(pair, capsys, role):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    said = refusal(capsys, "generate", "a fox")
-    assert f"{file}, which ships with glide_ray, has been altered" in said
-    assert "reinstall glide_ray" in said and "--base" in said
+    message = refusal(capsys, "generate", "a fox")
+    assert f"{file}, which ships with glide_ray, has been altered" in message
+    assert "reinstall glide_ray" in message and "--base" in message
 
 
 @pytest.mark.parametrize(
@@ -269,8 +269,8 @@ def test_altered_weights_are_refused_with_a_remedy(pair, capsys, role):
 )
 def test_deleted_files_are_named_with_a_remedy(pair, own_base, capsys, name, tmp_path):
     (pair / name).unlink()
-    said = refusal(capsys, "generate", "a fox")
-    assert str(pair / name) in said and "is missing; reinstall glide_ray" in said
+    message = refusal(capsys, "generate", "a fox")
+    assert str(pair / name) in message and "is missing; reinstall glide_ray" in message
     run(
         "generate",
         "a fox",
@@ -396,11 +396,11 @@ def test_the_job_exports_the_same_float16_file_once(tmp_path):
         "--out",
         tmp_path / "job.safetensors",
     ]
-    first, again = (
+    first, second = (
         subprocess.run(job, capture_output=True, text=True, check=True, cwd=ROOT) for _ in range(2)
     )
     assert (tmp_path / "job.safetensors").read_bytes() == (tmp_path / "w.safetensors").read_bytes()
-    assert json.loads(first.stdout)["step"] == 4 and json.loads(again.stdout)["done_before"]
+    assert json.loads(first.stdout)["step"] == 4 and json.loads(second.stdout)["done_before"]
 
 
 def test_one_command_packs_two_runs(tmp_path, monkeypatch, capsys):
@@ -434,8 +434,8 @@ def test_one_command_packs_two_runs(tmp_path, monkeypatch, capsys):
 def test_unreadable_notes_and_recipes_are_refused(pair, tmp_path, capsys, option, text, sentence):
     (tmp_path / "x.json").write_text(text)
     files = [pair / f"emoji-{role}.safetensors" for role in ("base", "upsampler")]
-    given = [option, *[tmp_path / "x.json"] * (2 if option == "--recipe" else 1)]
-    assert sentence in refusal(capsys, "pack", *files, *given)
+    options = [option, *[tmp_path / "x.json"] * (2 if option == "--recipe" else 1)]
+    assert sentence in refusal(capsys, "pack", *files, *options)
 
 
 def test_a_corpus_card_without_readable_sources_is_refused(tmp_path):
@@ -573,7 +573,7 @@ def test_the_shipped_files_agree_with_their_card():
     pair, card = shipped.find(), shipped.shipped_card()
     assert pair.base.stat().st_size + pair.upsampler.stat().st_size <= packing.MAX_BYTES
     assert (shipped.FOLDER / shipped.PAGE).read_text() == render(card)
-    assert card.sources and card.limits and all(one.recipe for one in card.files)
+    assert card.sources and card.limits and all(file.recipe for file in card.files)
     for role in ("base", "upsampler"):
         config = load_stepper("emoji", role).config
         assert config.inpaint and config.image_size == card.file(role).pixels

@@ -127,18 +127,20 @@ def test_a_base_models_grid_shows_each_prompt_with_seeds_0_to_2_and_is_determini
 
 def test_other_weights_give_another_grid_titled_with_the_step(tmp_path, drawn_corpus):
     settings = preset(drawn_corpus, "base", PROMPTS)
-    one = sample_grid(weights_of(tmp_path / "1", settings, step="1200"), settings)
-    other = sample_grid(
+    first = sample_grid(weights_of(tmp_path / "1", settings, step="1200"), settings)
+    second = sample_grid(
         weights_of(
             tmp_path / "2", settings, random_model(settings.model.unet, seed=1), step="1200"
         ),
         settings,
     )
-    assert (one[40:232] != other[40:232]).any()
+    assert (first[40:232] != second[40:232]).any()
     title = np.asarray(
-        contact_sheet([one[40:232, 12:204]], [""], 4, 192, "nano-base after step 1,200")
+        contact_sheet([first[40:232, 12:204]], [""], 4, 192, "nano-base after step 1,200")
     )[: MARGIN + 28]
-    assert np.array_equal(one[: MARGIN + 28], title) and np.array_equal(other[: MARGIN + 28], title)
+    assert np.array_equal(first[: MARGIN + 28], title) and np.array_equal(
+        second[: MARGIN + 28], title
+    )
 
 
 def test_grids_use_guidance_only_for_models_trained_with_empty_captions(tiny_weights, drawn_corpus):
@@ -195,12 +197,12 @@ def test_an_inpainting_models_grid_keeps_known_pixels_and_fills_the_hole(tmp_pat
     shown, known = [shrunk(cell, 16) for cell in cells(grid, 3, 6)], centre_hole(16)
     assert (~known).sum() == 64
     for n, original in enumerate(originals(drawn_corpus, 16)):
-        given, filled, whole = shown[3 * n : 3 * n + 3]
+        masked, filled, whole = shown[3 * n : 3 * n + 3]
         assert np.array_equal(whole, original) and np.array_equal(filled[known], original[known])
         assert (
             (filled[~known] != original[~known]).any()
-            and (given[~known] == HOLE).all()
-            and np.array_equal(given[known], original[known])
+            and (masked[~known] == HOLE).all()
+            and np.array_equal(masked[known], original[known])
         )
 
 
@@ -210,13 +212,13 @@ def test_an_inpainting_upsamplers_grid_shows_its_low_res_and_its_masked_input(
     settings = preset(drawn_corpus, "upsampler", "model.unet.inpaint=true")
     grid = sample_grid(weights_of(tmp_path / "w", settings), settings)
     assert grid.shape[1] == MARGIN + 4 * (192 + MARGIN)
-    low_res, given, filled, whole = (
+    low_res, masked, filled, whole = (
         shrunk(cell, size) for cell, size in zip(cells(grid, 4, 4), (16, 64, 64, 64), strict=True)
     )
     known = centre_hole(64)
     assert (
         np.array_equal(filled[known], whole[known])
-        and (given[~known] == HOLE).all()
+        and (masked[~known] == HOLE).all()
         and np.array_equal(low_res, area_downsample(whole, 16))
     )
 

@@ -123,13 +123,13 @@ def test_a_scene_shows_as_many_objects_as_its_caption_says_without_overlap(compo
 def test_two_objects_have_the_relation_that_the_caption_names(composed):
     for scene in composed["relation"]:
         first, second = scene.labels["boxes"]
-        apart = {
+        relations = {
             "to the left of": first[2] <= second[0],
             "to the right of": second[2] <= first[0],
             "above": first[3] <= second[1],
             "below": second[3] <= first[1],
         }
-        assert [relation for relation, holds in apart.items() if holds] == [
+        assert [relation for relation, holds in relations.items() if holds] == [
             scene.labels["relation"]
         ]
         a, b = (with_article(thing["name"].lower()) for thing in scene.labels["objects"])
@@ -151,7 +151,7 @@ def test_the_boxes_of_a_scene_contain_its_objects_completely(composed):
 
 
 def test_scenes_show_only_things_of_the_training_split(sprites):
-    shown = [sprite.emoji for of in sprites.styles.values() for sprite in of]
+    shown = [sprite.emoji for style_sprites in sprites.styles.values() for sprite in style_sprites]
     assert shown and not any(map(is_held_out, shown))
 
 
@@ -223,8 +223,12 @@ def test_held_out_pairs_of_thing_and_colour_are_in_no_training_scene(with_scenes
             for row in rows
         ]
 
-    assert not any(is_held_out_colour(*pair) for of in pairs(train) for pair in of)
-    assert all(any(is_held_out_colour(*pair) for pair in of) for of in pairs(held_out))
+    assert not any(
+        is_held_out_colour(*pair) for scene_pairs in pairs(train) for pair in scene_pairs
+    )
+    assert all(
+        any(is_held_out_colour(*pair) for pair in scene_pairs) for scene_pairs in pairs(held_out)
+    )
     card = read_card(with_scenes / "scenes")
     assert (
         card["rows"] == len(train) == sum(card["kinds"].values())

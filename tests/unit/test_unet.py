@@ -225,5 +225,5 @@ def test_known_channels_can_be_added_to_a_model_with_patches():
     x, known = torch.randn(1, 3, 16, 16), torch.randn(1, 3, 16, 16)
     tokens, mask = torch.zeros(1, 128, dtype=torch.int64), torch.zeros(1, 128, dtype=torch.bool)
     expected = before(x, torch.tensor([500]), Conditioning(tokens, mask)).eps
-    given = Conditioning(tokens, mask, known=known, known_mask=torch.ones(1, 1, 16, 16))
-    assert torch.allclose(after(x, torch.tensor([500]), given).eps, expected, atol=1e-5)
+    conditioning = Conditioning(tokens, mask, known=known, known_mask=torch.ones(1, 1, 16, 16))
+    assert torch.allclose(after(x, torch.tensor([500]), conditioning).eps, expected, atol=1e-5)
