@@ -98,7 +98,7 @@ def rating(*arguments):
         server.wait(20)
 
 
-def named(folders):
+def folder_arguments(folders):
     return [f"{name}={folder}" for name, folder in folders.items()]
 
 
@@ -278,7 +278,7 @@ def rate(browser, number, painted, act, count, reload_at=None):
     return answered
 
 
-def direct(answered, question):
+def count_wins(answered, question):
     """Wins (3, 3), counted one by one."""
     order, table = list(MODELS), np.zeros((3, 3))
     for one, left, right, won in answered:
@@ -293,7 +293,15 @@ def test_two_concurrent_browsers_cast_100_blind_votes_and_each_is_counted(
     folders, tmp_path, capsys
 ):
     with (
-        rating(*named(folders), "--out", tmp_path / "study", "--comparisons", 70, "--port", 0) as (
+        rating(
+            *folder_arguments(folders),
+            "--out",
+            tmp_path / "study",
+            "--comparisons",
+            70,
+            "--port",
+            0,
+        ) as (
             link,
             _,
         ),
@@ -349,7 +357,7 @@ def test_two_concurrent_browsers_cast_100_blind_votes_and_each_is_counted(
     from glide_ray.evaluation.pairing import QUESTIONS
 
     for question, words in QUESTIONS.items():
-        table, figures_of = direct(answered, words), figures["questions"][question]
+        table, figures_of = count_wins(answered, words), figures["questions"][question]
         assert figures_of["votes"] == table.sum() == sum(vote[0] == words for vote in answered)
         for model, score in zip(MODELS, scores(table), strict=True):
             assert (
@@ -369,7 +377,7 @@ def test_answers_given_during_an_outage_are_sent_afterwards_and_the_last_can_be_
 ):
     out = tmp_path / "study"
     with browsers({}) as (browser,):
-        with rating(*named(folders), "--out", out, "--comparisons", 20, "--port", 0) as (
+        with rating(*folder_arguments(folders), "--out", out, "--comparisons", 20, "--port", 0) as (
             link,
             server,
         ):
@@ -417,7 +425,10 @@ def test_answers_given_during_an_outage_are_sent_afterwards_and_the_last_can_be_
 def keyed(folders, tmp_path_factory):
     """The link of a server, which contains a key, and the server's folder."""
     out = tmp_path_factory.mktemp("keyed")
-    with rating(*named(folders), "--out", out, "--comparisons", 10, "--port", 0) as (link, _):
+    with rating(*folder_arguments(folders), "--out", out, "--comparisons", 10, "--port", 0) as (
+        link,
+        _,
+    ):
         yield link, out
 
 
@@ -745,12 +756,12 @@ def test_an_interrupted_study_is_rebuilt_and_real_pictures_serve_as_caption_chec
     )
     write = study._write
 
-    def breaks(pixels, folder, name):
+    def interrupted_write(pixels, folder, name):
         if len(list(folder.glob("*.png")) if folder.exists() else []) > 20:
             raise KeyboardInterrupt
         write(pixels, folder, name)
 
-    monkeypatch.setattr(study, "_write", breaks)
+    monkeypatch.setattr(study, "_write", interrupted_write)
     with pytest.raises(KeyboardInterrupt):
         study.open_study(tmp_path, None, definition)
     monkeypatch.undo()
@@ -882,7 +893,10 @@ def test_invalid_input_to_a_study_is_refused_in_one_sentence(folders, tmp_path, 
     study.open_study(
         tmp_path / "s", None, StudyDefinition(folders, ["photorealism", "caption"], 1000)
     )
-    strange, other = bulk(tmp_path / "strange", (1, 1, 1), ["something else"]), named(folders)
+    strange, other = (
+        bulk(tmp_path / "strange", (1, 1, 1), ["something else"]),
+        folder_arguments(folders),
+    )
     (tmp_path / "empty").mkdir()
     for arguments, message in (
         (

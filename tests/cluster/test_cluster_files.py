@@ -58,7 +58,7 @@ RAY_UP = yaml.safe_load(Path(ROOT, "ray-cluster.yaml").read_text())
 PYPROJECT = Path(ROOT, "pyproject.toml").read_text()
 
 
-def named(manifest):
+def manifest_name(manifest):
     return manifest["metadata"]["name"]
 
 
@@ -275,12 +275,12 @@ def test_ray_creates_and_terminates_every_node_type_with_the_heads_permissions(
         [],
     )
 
-    def note(model, params, **_):
+    def record_call(model, params, **_):
         called.add(f"ec2:{model.name}")
         launched.append(params["body"])
 
     for connection in (provider.ec2, provider.ec2_fail_fast):
-        connection.meta.client.meta.events.register("before-call.ec2", note)
+        connection.meta.client.meta.events.register("before-call.ec2", record_call)
     for name, kind in config["available_node_types"].items():
         (node,) = provider.create_node(
             kind["node_config"],
@@ -476,7 +476,7 @@ def check(manifest):
         )
 
 
-@pytest.mark.parametrize("manifest", MANIFESTS, ids=named)
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=manifest_name)
 def test_kuberay_and_kubernetes_accept_the_manifests(manifest):
     check(manifest)
     broken = json.loads(json.dumps(manifest))
@@ -488,7 +488,7 @@ def test_kuberay_and_kubernetes_accept_the_manifests(manifest):
         check(broken)
 
 
-@pytest.mark.parametrize("manifest", MANIFESTS, ids=named)
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=manifest_name)
 def test_pods_are_unprivileged_and_their_limits_equal_their_requests(manifest):
     accounts = {
         account["metadata"]["name"]
@@ -586,7 +586,7 @@ def test_serve_and_the_project_can_read_the_endpoints_config():
     )
 
 
-def asked(job):
+def job_options(job):
     """The arguments of a job's manifest, parsed by the job's script."""
     python, script, *arguments = shlex.split(JOBS[job]["spec"]["entrypoint"])
     assert python == "python" and script == f"/app/jobs/{job}.py"
@@ -595,7 +595,7 @@ def asked(job):
 
 def test_the_jobs_accept_the_options_in_the_manifests():
     assert set(JOBS) == {"train", "filter", "generate", "evaluate"}
-    train, generate = asked("train"), asked("generate")
+    train, generate = job_options("train"), job_options("generate")
     preset = override(presets.get(train.preset), train.set)
     assert preset.train.workers <= gpus(JOBS["train"]) and preset.train.min_workers <= gpus(
         JOBS["train"], least=True
@@ -609,8 +609,8 @@ def test_the_jobs_accept_the_options_in_the_manifests():
         generate.out,
         generate.base,
         generate.upsampler,
-        asked("filter").source,
-        asked("filter").out,
+        job_options("filter").source,
+        job_options("filter").out,
     ]
     assert all(place.startswith(f"s3://{SIZES.bucket}/") for place in places)
     assert served().base == generate.base and served().upsampler == generate.upsampler

@@ -54,7 +54,7 @@ def blobs(n, width=64, height=64):
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def packed(image, form="png", **options):
+def image_bytes(image, form="png", **options):
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
@@ -63,7 +63,7 @@ def packed(image, form="png", **options):
 def row(n, *captions, image=None, key=None):
     return Sample(
         key or f"row{n}",
-        packed(blobs(n)) if image is None else image,
+        image_bytes(blobs(n)) if image is None else image,
         "png",
         captions or (f"blobs, number {n}",),
         {"number": n},
@@ -131,24 +131,24 @@ SCRIPT = "<script>alert('x')</script> & a house"
 BAD = {
     "without an image": row(10, key="no-image", image=b""),
     "with an unreadable image": row(11, key="no-header", image=b"<html>404 not found</html>"),
-    "too small": row(12, key="small", image=packed(blobs(12, 63, 200))),
-    "too long and thin": row(13, key="thin", image=packed(blobs(13, 64, 193))),
-    "with a broken image": row(14, key="torn", image=packed(blobs(14))[:-60]),
+    "too small": row(12, key="small", image=image_bytes(blobs(12, 63, 200))),
+    "too long and thin": row(13, key="thin", image=image_bytes(blobs(13, 64, 193))),
+    "with a broken image": row(14, key="torn", image=image_bytes(blobs(14))[:-60]),
     "without a caption": row(15, "  ", key="silent"),
     "with too short a caption": row(16, "ab", key="short"),
     "with too long a caption": row(17, "word " * 201, key="long"),
     "with a caption in another script": row(18, "красный дом", key="cyrillic"),
     "with boilerplate for a caption": row(19, "<b>click here</b> for more", key="boilerplate"),
     NEAR_DUPLICATE: row(
-        20, key="copy", image=packed(blobs(2).resize((65, 65)), "jpeg", quality=80)
+        20, key="copy", image=image_bytes(blobs(2).resize((65, 65)), "jpeg", quality=80)
     ),
 }
 GOOD = [
     row(0),
     row(1, SCRIPT),
-    row(2, image=packed(blobs(2, 96, 96))),
+    row(2, image=image_bytes(blobs(2, 96, 96))),
     row(3, "IMG_0001.jpg", "a third thing", "дом", "ab"),
-    row(4, image=packed(blobs(4, 64, 192))),
+    row(4, image=image_bytes(blobs(4, 64, 192))),
 ]
 
 
@@ -611,7 +611,7 @@ def test_rows_with_unusual_keys_remain_separate(tmp_path):
     back = samples_of(tmp_path)
     assert [sample.meta["number"] for sample in back] == list(range(len(AWKWARD)))
     assert [sample.key for sample in back] == [key.replace("\udcff", "?") for key in AWKWARD]
-    assert [sample.image for sample in back] == [packed(blobs(n)) for n in range(len(AWKWARD))]
+    assert [sample.image for sample in back] == [image_bytes(blobs(n)) for n in range(len(AWKWARD))]
 
 
 # Name of a tar member -> its bytes, and the captions expected for its row.
@@ -632,7 +632,7 @@ def test_malformed_metadata_does_not_end_the_run(tmp_path):
     with tarfile.open(tmp_path / "in" / "0.tar", "w") as tar:
         for n, (name, (content, _)) in enumerate(ODD.items()):
             for member, data in (
-                (f"{name[:-5]}.png", packed(blobs(n))),
+                (f"{name[:-5]}.png", image_bytes(blobs(n))),
                 (f"{name[:-5]}.txt", b"text"),
                 (name, content),
             ):
@@ -747,9 +747,9 @@ def copied(image, draws):
     ]
     image = image.resize((width, height), draws.choice(filters))
     return (
-        (packed(image, "jpeg", quality=int(draws.integers(60, 96))), "jpg")
+        (image_bytes(image, "jpeg", quality=int(draws.integers(60, 96))), "jpg")
         if draws.random() < 0.5
-        else (packed(image, "webp", quality=int(draws.integers(50, 96))), "webp")
+        else (image_bytes(image, "webp", quality=int(draws.integers(50, 96))), "webp")
     )
 
 
@@ -840,7 +840,7 @@ def faulty(s3):
     return readable, f"{s3}/faulty"
 
 
-def befall(s3_faults):
+def add_s3_faults(s3_faults):
     s3_faults.answer_503(seconds=2)
     s3_faults.answer_503(f"faulty/{SLOW:06d}.tar", times=2)
     s3_faults.truncate(f"faulty/{TORN:06d}.tar")
@@ -861,7 +861,7 @@ def test_cleaning_finishes_on_a_corpus_with_every_fault_and_counts_and_names_eac
     faulty, s3, s3_faults, tmp_path
 ):
     readable, path = faulty
-    befall(s3_faults)
+    add_s3_faults(s3_faults)
     done = clean(path, str(tmp_path), settings("per_shard=40"))
     page = write_page(done, path, str(tmp_path))
     check_faults(
@@ -886,7 +886,7 @@ def test_cleaning_finishes_on_a_corpus_with_every_fault_and_counts_and_names_eac
 
 def test_a_training_stream_counts_and_names_the_same_faults(faulty, s3_faults):
     readable, path = faulty
-    befall(s3_faults)
+    add_s3_faults(s3_faults)
     tally = Tally.remote()
     rows = open_corpus(path, 64, tally).take_all()
     assert (
@@ -946,7 +946,7 @@ def test_a_corrupt_parquet_file_is_named_and_does_not_end_the_run(tmp_path):
 def test_parquet_with_paths_of_image_files_is_read(tmp_path):
     (tmp_path / "images").mkdir()
     for n in range(3):
-        (tmp_path / "images" / f"{n}.png").write_bytes(packed(blobs(n)))
+        (tmp_path / "images" / f"{n}.png").write_bytes(image_bytes(blobs(n)))
     paths = [
         "images/0.png",
         str(tmp_path / "images" / "1.png"),
@@ -966,8 +966,8 @@ def test_parquet_with_paths_of_image_files_is_read(tmp_path):
         )
         rows = list(read_part(Part(str(tmp_path / "rows.parquet"))))
         assert [sample.image for sample in rows] == [
-            packed(blobs(0)),
-            packed(blobs(1)),
+            image_bytes(blobs(0)),
+            image_bytes(blobs(1)),
             b"",
             b"",
             b"",
@@ -986,14 +986,14 @@ def test_a_folder_of_images_is_read_with_captions_in_text_files_or_a_list(
         {"file_name": "empty.png", "text": None},
     ]
     for name, content in (
-        ("a.b.c.png", packed(blobs(0))),
+        ("a.b.c.png", image_bytes(blobs(0))),
         ("a.b.c.txt", b"from a text\n"),
-        ("described.jpg", packed(blobs(1), "jpeg")),
+        ("described.jpg", image_bytes(blobs(1), "jpeg")),
         ("described.json", b'{"caption": "from a json", "number": 5}'),
-        ("silent.webp", packed(blobs(2), "webp")),
-        ("CAPITALS.JPG", packed(blobs(3), "jpeg")),
+        ("silent.webp", image_bytes(blobs(2), "webp")),
+        ("CAPITALS.JPG", image_bytes(blobs(3), "jpeg")),
         ("CAPITALS.txt", b"in capitals"),
-        *((f"sub/{line['file_name']}", packed(blobs(4 + n))) for n, line in enumerate(listed)),
+        *((f"sub/{line['file_name']}", image_bytes(blobs(4 + n))) for n, line in enumerate(listed)),
         ("sub/metadata.jsonl", "\n".join(map(json.dumps, listed)).encode() + b"\n{torn"),
     ):
         storage.put(content, f"{root}/{name}")
@@ -1127,10 +1127,10 @@ def test_a_tar_of_a_folder_is_read(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, data in (
             ("./._00.JPG", b"resource fork"),
-            ("./00.JPG", packed(blobs(0), "jpeg")),
+            ("./00.JPG", image_bytes(blobs(0), "jpeg")),
             ("./00.txt", b"zero"),
-            ("./\udcff.png", packed(blobs(2))),
-            ("./sub.v2/01.png", packed(blobs(1))),
+            ("./\udcff.png", image_bytes(blobs(2))),
+            ("./sub.v2/01.png", image_bytes(blobs(1))),
             ("./sub.v2/01.txt", b"one"),
             ("./02.txt", b"no picture"),
         ):

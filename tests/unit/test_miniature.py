@@ -137,7 +137,7 @@ def test_bootstrap_resamples_take_the_same_rows_of_every_set():
     )
 
 
-def seen(rows, towards=0.0, spread=1.0, looks=None, seed=0):
+def set_features(rows, towards=0.0, spread=1.0, looks=None, seed=0):
     """Features of pictures whose CLIP embeddings lean `towards` those of their captions.
 
     `spread`: standard deviation of the image features. `looks`: image features to use instead.
@@ -157,9 +157,9 @@ def unit(x):
 
 def test_votes_prefer_the_picture_nearer_to_real_pictures():
     draws = np.random.default_rng(2)
-    real = seen(60, looks=draws.normal(size=(60, 40)))
+    real = set_features(60, looks=draws.normal(size=(60, 40)))
     sets = {
-        name: seen(60, looks=real.looks + draws.normal(0, noise, real.looks.shape))
+        name: set_features(60, looks=real.looks + draws.normal(0, noise, real.looks.shape))
         for name, noise in ((UNGUIDED, 2.6), (CLIP_GUIDED, 1.8), (GUIDED, 1.3))
     }
     votes = findings.votes_of(sets, real, real)
@@ -180,8 +180,10 @@ def test_votes_prefer_the_picture_nearer_to_real_pictures():
 
 
 def test_an_order_by_chance_is_not_a_preference():
-    real = seen(60, seed=1)
-    sets = {name: seen(60, seed=n) for n, name in enumerate((UNGUIDED, CLIP_GUIDED, GUIDED), 5)}
+    real = set_features(60, seed=1)
+    sets = {
+        name: set_features(60, seed=n) for n, name in enumerate((UNGUIDED, CLIP_GUIDED, GUIDED), 5)
+    }
     assert not any(
         findings._preferred(question, question_votes).holds
         for question, question_votes in findings.votes_of(sets, real, real).items()
@@ -190,7 +192,7 @@ def test_an_order_by_chance_is_not_a_preference():
 
 def figures_of(sign):
     """Sets that agree with the paper's findings (`sign` 1) or contradict them (-1)."""
-    real = seen(200, seed=1)
+    real = set_features(200, seed=1)
     towards = dict(zip(CLASSIFIER_FREE, (0.0, 0.1, 0.3, 0.6, 0.8)[::sign], strict=True))
     spread = dict(
         zip(
@@ -200,12 +202,12 @@ def figures_of(sign):
         )
     )
     sets = {
-        name: seen(200, towards[name], spread[name], seed=n)
+        name: set_features(200, towards[name], spread[name], seed=n)
         for n, name in enumerate(CLASSIFIER_FREE, 10)
     }
-    sets |= {name: seen(200, 2.0 if sign > 0 else -0.5, seed=20) for name in CLIPS}
+    sets |= {name: set_features(200, 2.0 if sign > 0 else -0.5, seed=20) for name in CLIPS}
     sets |= {
-        name: seen(200, 0.6 if (name == f"small-{GUIDED}") == (sign > 0) else -0.5, seed=30)
+        name: set_features(200, 0.6 if (name == f"small-{GUIDED}") == (sign > 0) else -0.5, seed=30)
         for name in SMALLS
     }
     border = BORDER if sign > 0 else {**BORDER, "border_gain": 0.009}
@@ -284,7 +286,7 @@ def thin_weights(tmp_path_factory):
 
 
 @pytest.fixture
-def in_little(monkeypatch, thin_weights):
+def reduced_experiment(monkeypatch, thin_weights):
     """Reduce the experiment to a few pictures of two sampling steps and two training steps."""
     steps = ["steps=2", "batch=8", "held_out_images=8", "precision=fp32"]
     tiny = {
@@ -313,7 +315,7 @@ def in_little(monkeypatch, thin_weights):
         monkeypatch.setattr(module, name, value)
 
 
-def test_all_stages_run_once(corpus, tmp_path, in_little, monkeypatch, caplog):
+def test_all_stages_run_once(corpus, tmp_path, reduced_experiment, monkeypatch, caplog):
     caplog.set_level("INFO", "glide_ray")
     found = run.run(tmp_path, corpus)
     assert len(found) == 8
@@ -334,11 +336,11 @@ def test_all_stages_run_once(corpus, tmp_path, in_little, monkeypatch, caplog):
         "pictures" in line and line.partition(":")[0] in SETS for line in caplog.messages
     ) == len(SETS)
 
-    def never(*_, **__):
+    def fail_if_called(*_, **__):
         raise AssertionError("was done before")
 
-    monkeypatch.setattr(run, "bench_inpainting", never)
-    monkeypatch.setattr(models, "write_shards", never)
+    monkeypatch.setattr(run, "bench_inpainting", fail_if_called)
+    monkeypatch.setattr(models, "write_shards", fail_if_called)
     caplog.clear()
     assert run.run(tmp_path, corpus) == found
     assert not [line for line in caplog.messages if line.partition(":")[0] in SETS]

@@ -70,7 +70,7 @@ def declared(extras):
 
 
 @cache
-def own():
+def project_names():
     """Top-level names of this project: packages, folders of scripts, helpers of the tests."""
     tests = {path.stem for path in (ROOT / "tests").rglob("*") if path.suffix in ("", ".py")}
     return {"glide_ray", *FOLDERS} | tests
@@ -90,7 +90,7 @@ def third_party(path):
         found |= {name.partition(".")[0] for name in names}
     return {
         name: canonicalize_name(DISTRIBUTIONS.get(name, name))
-        for name in found - sys.stdlib_module_names - own()
+        for name in found - sys.stdlib_module_names - project_names()
     }
 
 

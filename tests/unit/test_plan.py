@@ -46,7 +46,7 @@ def parameters(preset):
     return sum(parameter.numel() for parameter in build_model(preset.model).parameters())
 
 
-def at(moment, images):
+def bytes_at(moment, images):
     """(bytes saved, bytes in total) at a moment of the pass, for this number of images."""
     saved, rest = (
         sum(size * images**power for power, size in enumerate(sizes))
@@ -127,7 +127,7 @@ def real_pass(preset, precision, images):
 )
 def test_the_memory_of_a_pass_on_the_meta_device_equals_that_of_a_real_pass(preset, precision):
     saved, most = real_pass(preset, precision, 4)
-    planned = [at(moment, 4) for moment in training_pass(preset, precision, "cpu")]
+    planned = [bytes_at(moment, 4) for moment in training_pass(preset, precision, "cpu")]
     assert max(alive for _, alive in planned) == pytest.approx(most, rel=0.02)
     assert max(kept for kept, _ in planned) == pytest.approx(saved, rel=0.01)
 
@@ -136,7 +136,7 @@ def test_a_pass_on_a_gpu_keeps_float32_copies_for_group_norm_and_a_byte_per_drop
     # With many levels the attention weights, which only a CPU keeps, are a small part of the total.
     deep = sized("model.unet.image_size=32", "model.unet.multipliers=1,1,1,1")
     greatest = {
-        device: max(at(moment, 4)[0] for moment in training_pass(deep, "bf16", device))
+        device: max(bytes_at(moment, 4)[0] for moment in training_pass(deep, "bf16", device))
         for device in ("cpu", "cuda")
     }
     assert greatest["cuda"] > 1.1 * greatest["cpu"]
@@ -146,7 +146,7 @@ def test_a_pass_on_a_gpu_keeps_float32_copies_for_group_norm_and_a_byte_per_drop
         and F.dropout.__module__ == "torch.nn.functional"
     )
     noise, mask = (
-        max(at(moment, 4)[0] for moment in training_pass(preset, "fp32", device))
+        max(bytes_at(moment, 4)[0] for moment in training_pass(preset, "fp32", device))
         for device in ("cpu", "cuda")
     )
     unet = preset.model.unet

@@ -351,7 +351,7 @@ def test_values_outside_the_range_of_float16_are_refused(tmp_path):
         packing.write_half(model, tmp_path / "w.safetensors")
 
 
-def a_run(folder, kind, corpus):
+def make_run(folder, kind, corpus):
     """A run folder with one checkpoint after 4 steps, and its metrics."""
     preset = tiny(kind, "model.unet.inpaint=true", f"data.corpus={corpus}", "batch=8")
     state = list(random_model(preset.model.unet).state_dict().items())
@@ -377,7 +377,7 @@ def a_run(folder, kind, corpus):
 def test_a_run_is_exported_in_float16_with_its_recipe_and_the_corpus_sources(tmp_path, capsys):
     write_card(tmp_path / "corpus", {"sources": list(SOURCES), "rows": 7988})
     out = tmp_path / "w.safetensors"
-    run("export", a_run(tmp_path / "run", "base", tmp_path / "corpus"), "--half", "--out", out)
+    run("export", make_run(tmp_path / "run", "base", tmp_path / "corpus"), "--half", "--out", out)
     assert "nano-base after step 4, EMA rate 0.99, in float16; 2 sources" in capsys.readouterr().out
     card = card_of(out)
     assert [source.model_dump() for source in card.sources] == list(SOURCES)
@@ -386,7 +386,7 @@ def test_a_run_is_exported_in_float16_with_its_recipe_and_the_corpus_sources(tmp
 
 
 def test_the_job_exports_the_same_float16_file_once(tmp_path):
-    folder = a_run(tmp_path / "run", "base", tmp_path / "corpus")
+    folder = make_run(tmp_path / "run", "base", tmp_path / "corpus")
     run("export", folder, "--half", "--out", tmp_path / "w.safetensors")
     job = [
         sys.executable,
@@ -406,7 +406,7 @@ def test_the_job_exports_the_same_float16_file_once(tmp_path):
 def test_one_command_packs_two_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shipped, "FOLDER", tmp_path / "pretrained")
     write_card(tmp_path / "corpus", {"sources": list(SOURCES), "rows": 7988})
-    runs = [a_run(tmp_path / kind, kind, tmp_path / "corpus") for kind in ("base", "upsampler")]
+    runs = [make_run(tmp_path / kind, kind, tmp_path / "corpus") for kind in ("base", "upsampler")]
     for name, content in (("notes", NOTES.model_dump()), ("b", {"device": "H100"}), ("u", {})):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     run(

@@ -54,7 +54,7 @@ def nearest_colour(rgb):
     return min(COLOURS, key=lambda name: np.linalg.norm(np.subtract(COLOURS[name], rgb)))
 
 
-def inside(image, box):
+def cut_out(image, box):
     left, top, right, bottom = box
     return np.asarray(image)[top:bottom, left:right]
 
@@ -92,7 +92,7 @@ def test_a_recoloured_object_has_the_colour_that_the_caption_names_and_keeps_its
     right = 0
     for scene in composed["recolour"]:
         colour, (box,) = scene.labels["colour"], scene.labels["boxes"]
-        pixels = inside(scene.image, box).reshape(-1, 3)
+        pixels = cut_out(scene.image, box).reshape(-1, 3)
         background = COLOURS[scene.labels["background"] or "white"]
         pixels = pixels[(np.abs(pixels.astype(int) - background) > 6).any(1)]
         right += nearest_colour(np.median(pixels, 0)) == colour
@@ -113,7 +113,7 @@ def test_a_scene_shows_as_many_objects_as_its_caption_says_without_overlap(compo
         count, boxes = scene.labels["count"], scene.labels["boxes"]
         assert len(boxes) == len(scene.labels["objects"]) == count
         assert not any(overlap(a, b) for a, b in combinations(boxes, 2))
-        assert all((inside(scene.image, box) < 250).any() for box in boxes)
+        assert all((cut_out(scene.image, box) < 250).any() for box in boxes)
         name = scene.labels["objects"][0]["name"].lower()
         assert scene.captions[0].startswith(
             f"{NUMBERS[count]} {name if count == 1 else plural(name)}, "
@@ -143,7 +143,7 @@ def test_the_boxes_of_a_scene_contain_its_objects_completely(composed):
     for scene in composed["count"] + composed["relation"]:
         for left, top, right, bottom in scene.labels["boxes"]:
             assert 0 <= left < right <= 256 and 0 <= top < bottom <= 256
-            assert (inside(scene.image, (left, top, right, bottom)) < 254).any()
+            assert (cut_out(scene.image, (left, top, right, bottom)) < 254).any()
     blank = np.asarray(composed["relation"][0].image).copy()
     for left, top, right, bottom in composed["relation"][0].labels["boxes"]:
         blank[top:bottom, left:right] = 255

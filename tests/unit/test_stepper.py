@@ -37,7 +37,7 @@ def request(kind="base", seed=7, prompt="a red apple", **options):
     )
 
 
-def company(kind, shared_stepper):
+def image_among_others(kind, shared_stepper):
     """The image of a sample in flight with four others; two of them finish before it."""
     for seed, steps in ((1, 3), (2, 5), (3, "fast27")):
         shared_stepper.submit(request(kind, seed, f"other {seed}", steps=steps))
@@ -55,13 +55,13 @@ def company(kind, shared_stepper):
 @pytest.mark.parametrize("kind", ["base", "upsampler"])
 def test_a_sample_is_bitwise_identical_alone_and_among_four_others(kind, lanes):
     alone = stepper(kind, lanes=lanes).run([request(kind, steps=8)])[0]
-    assert torch.equal(company(kind, stepper(kind, lanes=lanes)), alone)
+    assert torch.equal(image_among_others(kind, stepper(kind, lanes=lanes)), alone)
 
 
 @pytest.mark.parametrize("kind", ["base", "upsampler"])
 def test_in_a_batched_network_call_a_sample_differs_only_by_rounding(kind):
     alone = stepper(kind).run([request(kind, steps=8)])[0]
-    together = company(kind, stepper(kind, batched=True))
+    together = image_among_others(kind, stepper(kind, batched=True))
     assert (together - alone).abs().max() < 2e-3
 
 

@@ -33,7 +33,7 @@ PICTURE = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
 
 
 @pytest.fixture(autouse=True)
-def surroundings(monkeypatch, tmp_path):
+def isolated_environment(monkeypatch, tmp_path):
     """Hide the user's configuration, and shorten the waits between retries."""
     monkeypatch.setattr(trackers, "RETRY_SECONDS", 0.1)
     for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_"))]:
