@@ -347,7 +347,7 @@ def miniature(options: Namespace) -> None:
 
     for finding in whole.run(options.out, options.corpus):
         verdict = "holds" if finding.holds else "does not hold"
-        print(f"{verdict:14}{finding.text}\n{'':14}{finding.here}")
+        print(f"{verdict:14}{finding.text}\n{'':14}{finding.measured}")
     print(
         f"{options.out}/{whole.PAGE}, {whole.FIGURES}, {whole.FINDINGS}, figure-6.png, "
         f"figure-9.png, figure-11.png, sets.png"

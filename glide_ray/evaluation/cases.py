@@ -130,8 +130,8 @@ def single_cases(category: str, rows: Iterable[Row], count: int, seed: int = 0) 
     rows = list(rows)
     if not rows:
         return []
-    turns = -(-count // len(rows))
-    chosen = [row for _ in range(turns) for row in rows][:count]
+    rounds = -(-count // len(rows))
+    chosen = [row for _ in range(rounds) for row in rows][:count]
     return [
         Case(category, row.sample.captions[0], seed + n, _labels(row), row.picture())
         for n, row in enumerate(chosen)
@@ -143,14 +143,14 @@ def scene_cases(category: str, sprites: Sprites, count: int, seed: int = 0) -> l
 
     Fewer if `count` x TRIES composed scenes contain fewer of this kind.
     """
-    wanted = SCENES[category]
-    found: list[Case] = []
+    kind = SCENES[category]
+    cases: list[Case] = []
     for scene in _scenes(sprites, SCENE_SEED + (category == INPAINTING), count * TRIES):
-        if scene.labels["scene"] == wanted:
-            found.append(_scene_case(category, scene, seed + len(found)))
-        if len(found) == count:
+        if scene.labels["scene"] == kind:
+            cases.append(_scene_case(category, scene, seed + len(cases)))
+        if len(cases) == count:
             break
-    return found
+    return cases
 
 
 @contextmanager
@@ -166,23 +166,23 @@ def sprites_of(
     with tempfile.TemporaryDirectory() as folder:
         sprites = read_sprites(f"{corpus.rstrip('/')}/{split}", Path(folder))
         styles = {
-            style: [one for one in rows_of if one.emoji in known]
-            for style, rows_of in sprites.styles.items()
+            style: [sprite for sprite in style_sprites if sprite.emoji in known]
+            for style, style_sprites in sprites.styles.items()
         }
         yield Sprites(
             sprites.path,
             {
-                style: rows_of
-                for style, rows_of in styles.items()
-                if len({one.emoji for one in rows_of}) > 1
+                style: style_sprites
+                for style, style_sprites in styles.items()
+                if len({sprite.emoji for sprite in style_sprites}) > 1
             },
         )
 
 
-def _scenes(sprites: Sprites, seed: int, most: int) -> Iterator[Scene]:
+def _scenes(sprites: Sprites, seed: int, max_scenes: int) -> Iterator[Scene]:
     if not sprites.styles:
         return
-    for number in range(most):
+    for number in range(max_scenes):
         yield compose(sprites, seed, number)
 
 
@@ -242,7 +242,7 @@ def make_cases(
 ) -> list[Case]:
     """`count` prompts of each category; always the same for a corpus. Raises CorpusError."""
     log.info(f"making {count:,} prompts for each of {', '.join(categories)}")
-    asked, found = set(vocabulary.asked), []
+    asked, cases = set(vocabulary.asked), []
     splits = {
         SEEN: ("train", asked),
         PAIRS: ("held_out_pairs", vocabulary.names.keys() - vocabulary.misjudged),
@@ -255,12 +255,12 @@ def make_cases(
             for row in read_rows(corpus, split)
             if row.emoji in vocabulary.names and (things is None or row.emoji in things)
         ]
-        found += single_cases(category, rows, count, first_seed(category, seed))
+        cases += single_cases(category, rows, count, first_seed(category, seed))
     if scenes := [name for name in categories if name in SCENES]:
         with sprites_of(corpus, "train", vocabulary, vocabulary.asked) as sprites:
             for category in scenes:
-                found += scene_cases(category, sprites, count, first_seed(category, seed))
-    return found
+                cases += scene_cases(category, sprites, count, first_seed(category, seed))
+    return cases
 
 
 def first_seed(category: str, seed: int) -> int:

@@ -45,15 +45,15 @@ class Standing:
     comparisons: int
 
 
-def wins(votes: Sequence[Vote], models: Sequence[str]) -> np.ndarray:
+def win_counts(votes: Sequence[Vote], models: Sequence[str]) -> np.ndarray:
     """Win counts (N, N): how often the row's model beat the column's."""
-    place, table = (
+    index, table = (
         {model: n for n, model in enumerate(models)},
         np.zeros((len(models), len(models))),
     )
     for vote in votes:
-        table[place[vote.first], place[vote.second]] += vote.won
-        table[place[vote.second], place[vote.first]] += 1 - vote.won
+        table[index[vote.first], index[vote.second]] += vote.won
+        table[index[vote.second], index[vote.first]] += 1 - vote.won
     return table
 
 
@@ -68,17 +68,17 @@ def scores(table: np.ndarray, models: Sequence[str] | None = None) -> np.ndarray
     Raises EloError if the loss has no minimum: a model, or a group of models, has won or lost all
     comparisons with the others.
     """
-    count = len(table)
+    model_count = len(table)
     if connected_components(table > 0, connection="strong")[0] > 1:
-        raise EloError(_unbounded(table, models or [str(n) for n in range(count)]))
-    logits, total = np.zeros(count), table + table.T
+        raise EloError(_unbounded(table, models or [str(n) for n in range(model_count)]))
+    logits, total = np.zeros(model_count), table + table.T
     # Newton's method: the loss is convex. lstsq, because the Hessian is singular in one direction:
     # adding a constant to all scores.
     for _ in range(100):
-        chance = 1 / (1 + np.exp(logits[None] - logits[:, None]))
-        slope = (table - total * chance).sum(1)
-        weight = total * chance * (1 - chance)
-        step = np.linalg.lstsq(np.diag(weight.sum(1)) - weight, slope, rcond=None)[0]
+        win_chance = 1 / (1 + np.exp(logits[None] - logits[:, None]))
+        gradient = (table - total * win_chance).sum(1)
+        curvature = total * win_chance * (1 - win_chance)
+        step = np.linalg.lstsq(np.diag(curvature.sum(1)) - curvature, gradient, rcond=None)[0]
         logits += step / max(1.0, np.abs(step).max())  # damped: overshoots far from the minimum
         if np.abs(step).max() < 1e-12:
             break
@@ -100,45 +100,45 @@ def standings(
     models = sorted({model for vote in votes for model in (vote.first, vote.second)})
     if len(models) < 2:
         raise EloError("Elo scores compare models, but these votes are on fewer than two.")
-    table = wins(votes, models)
-    best, played = scores(table, models), (table + table.T).sum(1)
-    ends = [
+    table = win_counts(votes, models)
+    model_scores, played = scores(table, models), (table + table.T).sum(1)
+    intervals = [
         _interval(draws_of_model, level)
-        for draws_of_model in np.stack(list(_drawn(votes, models, draws, seed))).T
+        for draws_of_model in np.stack(list(_bootstrap_scores(votes, models, draws, seed))).T
     ]
 
     def standing(n: int) -> Standing:
-        low, high = ends[n]
+        low, high = intervals[n]
         return Standing(
-            float(best[n]), low, high, float(table[n].sum() / played[n]), int(played[n])
+            float(model_scores[n]), low, high, float(table[n].sum() / played[n]), int(played[n])
         )
 
-    return {models[n]: standing(n) for n in np.argsort(-best).tolist()}
+    return {models[n]: standing(n) for n in np.argsort(-model_scores).tolist()}
 
 
-def _interval(drawn: np.ndarray, level: float) -> tuple[float, float]:
+def _interval(draw_scores: np.ndarray, level: float) -> tuple[float, float]:
     """Interval of a model's scores (N,) over the draws, NaN excluded.
 
     Both ends are drawn scores: no interpolation between a number and infinity.
     """
-    known = np.sort(drawn[~np.isnan(drawn)])
+    known = np.sort(draw_scores[~np.isnan(draw_scores)])
     low, high = (
         max(0, int(np.ceil(share * len(known))) - 1) for share in ((1 - level) / 2, (1 + level) / 2)
     )
     return (float(known[low]), float(known[high])) if len(known) else (-np.inf, np.inf)
 
 
-def _drawn(
+def _bootstrap_scores(
     votes: Sequence[Vote], models: Sequence[str], draws: int, seed: int
 ) -> Iterator[np.ndarray]:
     """Scores (N,) of each bootstrap draw of the votes.
 
     NaN for a model whose score a draw does not determine.
     """
-    place: dict[str | int, int] = {}
-    of = np.array(
+    prompts: dict[str | int, int] = {}
+    prompt_of_vote = np.array(
         [
-            place.setdefault(n if vote.about is None else vote.about, len(place))
+            prompts.setdefault(n if vote.about is None else vote.about, len(prompts))
             for n, vote in enumerate(votes)
         ]
     )
@@ -149,13 +149,13 @@ def _drawn(
             strict=True,
         )
     )
-    tables = np.zeros((len(place), len(models), len(models)))
-    np.add.at(tables, (of, first, second), won)
-    np.add.at(tables, (of, second, first), 1 - won)
-    random = np.random.default_rng(seed)
+    tables = np.zeros((len(prompts), len(models), len(models)))
+    np.add.at(tables, (prompt_of_vote, first, second), won)
+    np.add.at(tables, (prompt_of_vote, second, first), 1 - won)
+    rng = np.random.default_rng(seed)
     for _ in range(draws):
         table = np.tensordot(
-            np.bincount(random.integers(len(place), size=len(place)), minlength=len(place)),
+            np.bincount(rng.integers(len(prompts), size=len(prompts)), minlength=len(prompts)),
             tables,
             1,
         )
@@ -171,9 +171,9 @@ def _drawn(
 def _unbounded(table: np.ndarray, models: Sequence[str]) -> str:
     for n, model in enumerate(models):
         if not table[n].any() or not table[:, n].any():
-            never = "won" if not table[n].any() else "lost"
+            result = "won" if not table[n].any() else "lost"
             return (
-                f"{model} has never {never}, and so has no finite Elo score; collect more votes "
+                f"{model} has never {result}, and so has no finite Elo score; collect more votes "
                 f"on it, or leave it out."
             )
     return (

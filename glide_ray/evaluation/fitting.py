@@ -59,7 +59,7 @@ def fit(
             f"The pictures of objects in {corpus}/train are all of one style, and the judge needs "
             f"several; make the whole corpus with `glide corpus`."
         )
-    features, things_of, every = (
+    features, things_of, repeats = (
         _features(rows, extractor),
         [row.emoji for row in rows],
         len(DEGRADATIONS),
@@ -69,12 +69,12 @@ def fit(
     log.info(f"fitting the judge to {len(rows):,} pictures")
     things = Discriminant.fit(
         shapes,
-        things_of * every + [row.emoji for row in plain],
+        things_of * repeats + [row.emoji for row in plain],
         THING_SHRINK,
         THING_WIDTH,
         cosine=True,
     )
-    styles, right = Styles.fit(features, [row.style for row in rows] * every, things_of * every)
+    styles, right = Styles.fit(features, [row.style for row in rows] * repeats, things_of * repeats)
     vocabulary = _vocabulary(rows, right[: len(rows)], asked, least_styles)
     judge = Judge(
         vocabulary, things, styles, fit_counts(corpus, vocabulary, scenes), extractor=extractor
@@ -97,9 +97,12 @@ def _vocabulary(
     A thing is left out if the style of any of its pictures was misclassified by the classifier
     fitted without the thing: prompts for it could not be scored.
     """
-    unlike = {row.emoji for row, right in zip(rows, style_is_right, strict=True) if not right}
+    misjudged = {row.emoji for row, right in zip(rows, style_is_right, strict=True) if not right}
     vocabulary = words.choose(
-        ((row.emoji, row.name, row.group, row.style) for row in rows), asked, least_styles, unlike
+        ((row.emoji, row.name, row.group, row.style) for row in rows),
+        asked,
+        least_styles,
+        misjudged,
     )
     if len(vocabulary.order) < 2:
         raise CorpusError(
@@ -161,7 +164,7 @@ def _features(rows: Sequence[Row], extractor: FeatureExtractor) -> JudgeFeatures
                     part.shapes.astype(np.float16), part.textures.astype(np.float16), part.colours
                 )
             )
-    return JudgeFeatures.joined([part for parts in features for part in parts])
+    return JudgeFeatures.concatenate([part for parts in features for part in parts])
 
 
 def _shapes_alone(rows: Sequence[Row], extractor: FeatureExtractor) -> np.ndarray:

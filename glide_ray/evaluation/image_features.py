@@ -84,8 +84,8 @@ class Reference:
         return Moments.of(self.images.features)
 
     @cached_property
-    def reach(self) -> np.ndarray:
-        return metrics.reach(self.images.features)
+    def squared_radii(self) -> np.ndarray:
+        return metrics.squared_radii(self.images.features)
 
     @cached_property
     def kinds(self) -> np.ndarray:
@@ -127,7 +127,7 @@ class Reference:
         """
         real = self.images
         precision, recall = metrics.precision_recall(
-            real.features, generated.features, real_reach=self.reach
+            real.features, generated.features, real_radii=self.squared_radii
         )
         kid, deviation = metrics.kid(real.features, generated.features)
         score, spread = None, None
@@ -155,7 +155,7 @@ class Reference:
         tensors = {
             "clip": self.images.clip,
             "words": self.images.words,
-            "reach": self.reach,
+            "reach": self.squared_radii,
             "mean": self.moments.mean,
             "covariance": self.moments.covariance,
         }
@@ -189,7 +189,7 @@ class Reference:
                 ImageFeatures(tensors["clip"], tensors["words"], tensors.get("inception")),
             )
             reference.__dict__.update(
-                reach=tensors["reach"],
+                squared_radii=tensors["reach"],
                 moments=Moments(len(metadata["names"]), tensors["mean"], tensors["covariance"]),
             )
             return reference, metadata["about"]

@@ -40,7 +40,8 @@ from .regions import halves, part_areas, parts
 from .styles import Styles, look_of
 from .vocabulary import Vocabulary
 
-NOTHING, FAINT = "nothing", 0.005  # a hole with a smaller share of foreground is empty
+NOTHING = "nothing"
+MIN_FOREGROUND = 0.005  # share of foreground below which a painted hole counts as empty
 
 
 class JudgeError(UserError):
@@ -80,10 +81,10 @@ class Judge:
         """For each picture, uint8 (H, H, 3): the questions of its category with their verdicts."""
         found: list[dict[str, Verdict]] = [{} for _ in cases]
         for category in dict.fromkeys(case.category for case in cases):
-            at = [n for n, case in enumerate(cases) if case.category == category]
+            rows = [n for n, case in enumerate(cases) if case.category == category]
             for n, verdicts in zip(
-                at,
-                self._of_category(category, [cases[n] for n in at], [pictures[n] for n in at]),
+                rows,
+                self._of_category(category, [cases[n] for n in rows], [pictures[n] for n in rows]),
                 strict=True,
             ):
                 found[n] = verdicts
@@ -104,7 +105,10 @@ class Judge:
 
         Needed to score a model fine-tuned on a new style.
         """
-        new, old = (self._features.of([View.of(one) for one in of]) for of in (pictures, others))
+        new, old = (
+            self._features.of([View.of(picture) for picture in group])
+            for group in (pictures, others)
+        )
         return replace(self, styles=self.styles.adding(style, new, old))
 
     def measurable(self, size: int, category: str, question: str) -> bool:
@@ -142,13 +146,13 @@ class Judge:
                 [_largest(view) if category == COUNT else view for view in views]
             ),
         )
-        first = [
+        measured = [
             self._measured(category, case, view, picture)
             for case, view, picture in zip(cases, views, pictures, strict=True)
         ]
         return [
-            {QUESTIONS[category][0]: one, THING: thing}
-            for one, thing in zip(first, things, strict=True)
+            {QUESTIONS[category][0]: verdict, THING: thing}
+            for verdict, thing in zip(measured, things, strict=True)
         ]
 
     def _measured(self, category: str, case: Case, view: View, picture: np.ndarray) -> Verdict:
@@ -170,11 +174,11 @@ class Judge:
         Right if the object scores highest among the names that it must be distinguished from.
         `shapes`: (N, D).
         """
-        place, found = self.things.place(shapes), []
-        for case, row in zip(cases, place, strict=True):
+        points, found = self.things.place(shapes), []
+        for case, point in zip(cases, points, strict=True):
             thing = case.labels["objects"][which]["emoji"]
-            among = self.vocabulary.among(thing)
-            shown = among[int(self.things.scores_at(row[None], among)[0].argmax())]
+            candidates = self.vocabulary.candidates(thing)
+            shown = candidates[int(self.things.scores_at(point[None], candidates)[0].argmax())]
             found.append(Verdict(shown == thing, self.vocabulary.names[shown]))
         return found
 
@@ -186,17 +190,17 @@ class Judge:
         Position is right if there are two objects along the requested axis, and the requested order
         is likelier than the reverse. Object is right if both score highest among their names.
         """
-        nothing = {LAYOUT: Verdict(False, "no two objects"), THING: Verdict(False, NOTHING)}
-        found, views, two = [dict(nothing) for _ in cases], [], []
+        no_two_objects = {LAYOUT: Verdict(False, "no two objects"), THING: Verdict(False, NOTHING)}
+        found, views, with_two = [dict(no_two_objects) for _ in cases], [], []
         for n, picture in enumerate(pictures):
             view = View.of(picture)
             if cut := halves(view.regions.foreground):
-                two.append((n, cut))
+                with_two.append((n, cut))
                 views += [replace(view, box=cut.first), replace(view, box=cut.second)]
-        if not two:
+        if not with_two:
             return found
-        shapes = self._features.shapes(views).reshape(len(two), 2, -1)
-        for (n, cut), pair in zip(two, shapes, strict=True):
+        shapes = self._features.shapes(views).reshape(len(with_two), 2, -1)
+        for (n, cut), pair in zip(with_two, shapes, strict=True):
             found[n] = self._order(cases[n], cut.beside, pair)
         return found
 
@@ -233,7 +237,11 @@ class Judge:
             views.append(View.of(in_hole(picture, case.hole)))
         things = self.things_shown(cases, self._features.shapes(views))
         return [
-            {THING: thing if view.regions.foreground.mean() > FAINT else Verdict(False, NOTHING)}
+            {
+                THING: thing
+                if view.regions.foreground.mean() > MIN_FOREGROUND
+                else Verdict(False, NOTHING)
+            }
             for thing, view in zip(things, views, strict=True)
         ]
 

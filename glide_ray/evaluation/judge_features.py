@@ -24,9 +24,9 @@ SHAPE_STAGES = (4, 5, 6)  # stages whose feature maps, pooled to 2 x 2, describe
 # Stages whose channel means and deviations describe the style; stages whose covariances do, too.
 STYLE_STAGES, PAIRED = (0, 1, 2, 3, 4), (0, 1)
 STEPS = 65  # bins per colour channel: fine, because exact colours identify an artist
-FLAT = 20.0  # of 255: pixels with a smaller gradient are not on an edge
-CHANGES = 16  # bins of the histogram of gradients
-INKED = 20  # of 255, in any channel: pixels further from white count as not white
+MAX_FLAT_GRADIENT = 20.0  # of 255: pixels with a smaller gradient are not on an edge
+GRADIENT_BINS = 16  # bins of the histogram of gradients
+WHITE_DISTANCE = 20  # of 255, in any channel: pixels further from white count as not white
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class JudgeFeatures:
         return len(self.shapes)
 
     @classmethod
-    def joined(cls, parts: Sequence[JudgeFeatures]) -> JudgeFeatures:
+    def concatenate(cls, parts: Sequence[JudgeFeatures]) -> JudgeFeatures:
         return cls(
             np.concatenate([part.shapes for part in parts]),
             np.concatenate([part.textures for part in parts]),
@@ -86,24 +86,29 @@ class FeatureExtractor:
 
     def of(self, views: Sequence[View]) -> JudgeFeatures:
         """All features."""
-        both = [
+        shapes_and_textures = [
             (_shape(maps).numpy(), _texture(squares, maps).numpy())
             for squares, maps in self._maps(views)
         ]
         regions = [view.regions for view in views]
-        changes = [_changes(of.pixels) for of in regions]
-        steep = np.stack(
-            [_steepness(of, change) for of, change in zip(regions, changes, strict=True)]
+        gradients = [_gradients(region.pixels) for region in regions]
+        steepness = np.stack(
+            [
+                _steepness(region, gradient)
+                for region, gradient in zip(regions, gradients, strict=True)
+            ]
         )
         colours = _colours(
             [
-                of.pixels[of.foreground & (change < FLAT)]
-                for of, change in zip(regions, changes, strict=True)
+                region.pixels[region.foreground & (gradient < MAX_FLAT_GRADIENT)]
+                for region, gradient in zip(regions, gradients, strict=True)
             ]
         )
         return JudgeFeatures(
-            np.concatenate([shape for shape, _ in both]),
-            np.concatenate([np.concatenate([texture for _, texture in both]), steep], 1),
+            np.concatenate([shape for shape, _ in shapes_and_textures]),
+            np.concatenate(
+                [np.concatenate([texture for _, texture in shapes_and_textures]), steepness], 1
+            ),
             colours,
         )
 
@@ -117,7 +122,7 @@ class FeatureExtractor:
                 maps = self._network.maps(
                     normalise(squares).to(self._dtype, memory_format=torch.channels_last)
                 )
-            yield squares, [of.float() for of in maps]
+            yield squares, [map_.float() for map_ in maps]
 
 
 def _shape(maps: Sequence[Tensor]) -> Tensor:
@@ -125,47 +130,51 @@ def _shape(maps: Sequence[Tensor]) -> Tensor:
 
 
 def _texture(squares: Tensor, maps: Sequence[Tensor]) -> Tensor:
-    spread = [part for n in STYLE_STAGES for part in (maps[n].mean((2, 3)), maps[n].std((2, 3)))]
-    inked = ((255 - squares.int()).amax(1, keepdim=True) > INKED).float()
-    return torch.cat([*spread, *(_covariances(maps[n], inked) for n in PAIRED)], 1)
+    moments = [part for n in STYLE_STAGES for part in (maps[n].mean((2, 3)), maps[n].std((2, 3)))]
+    not_white = ((255 - squares.int()).amax(1, keepdim=True) > WHITE_DISTANCE).float()
+    return torch.cat([*moments, *(_covariances(maps[n], not_white) for n in PAIRED)], 1)
 
 
-def _covariances(map_: Tensor, inked: Tensor) -> Tensor:
+def _covariances(map_: Tensor, not_white: Tensor) -> Tensor:
     """Signed square roots of channel covariances over the pixels that are not white.
 
     (B, C, h, w) -> (B, C (C + 1) / 2).
     """
-    mask = (F.adaptive_avg_pool2d(inked, map_.shape[-1]) > 0.2).float()
+    mask = (F.adaptive_avg_pool2d(not_white, map_.shape[-1]) > 0.2).float()
     weight = mask / mask.sum((2, 3), keepdim=True).clamp_min(1)
     mean = (map_ * weight).sum((2, 3))
-    found = torch.einsum("bchw,bdhw->bcd", map_ * weight, map_) - mean[:, :, None] * mean[:, None]
-    rows, columns = torch.triu_indices(found.shape[1], found.shape[1])
-    found = found[:, rows, columns]
-    return found.sign() * found.abs().sqrt()
+    covariances = (
+        torch.einsum("bchw,bdhw->bcd", map_ * weight, map_) - mean[:, :, None] * mean[:, None]
+    )
+    rows, columns = torch.triu_indices(covariances.shape[1], covariances.shape[1])
+    covariances = covariances[:, rows, columns]
+    return covariances.sign() * covariances.abs().sqrt()
 
 
-def _changes(pixels: np.ndarray) -> np.ndarray:
+def _gradients(pixels: np.ndarray) -> np.ndarray:
     """Largest difference of each pixel to a neighbour, in any channel: (S, S, 3) -> (S, S)."""
-    found = np.zeros(pixels.shape[:2], np.float32)
+    largest = np.zeros(pixels.shape[:2], np.float32)
     down, across = (np.abs(np.diff(pixels, axis=axis)).max(-1) for axis in (0, 1))
     for part, step in (
-        (found[1:], down),
-        (found[:-1], down),
-        (found[:, 1:], across),
-        (found[:, :-1], across),
+        (largest[1:], down),
+        (largest[:-1], down),
+        (largest[:, 1:], across),
+        (largest[:, :-1], across),
     ):
         np.maximum(part, step, out=part)
-    return found
+    return largest
 
 
-def _steepness(regions: Regions, changes: np.ndarray) -> np.ndarray:
+def _steepness(regions: Regions, gradients: np.ndarray) -> np.ndarray:
     """Square roots of the histogram of foreground gradients, then the foreground's area share.
 
     (CHANGES + 1,) float32.
     """
-    inside = np.log2(changes[regions.foreground] + 1)
-    steep = np.histogram(inside, CHANGES, (0, 8))[0] / max(len(inside), 1)
-    return np.append(np.sqrt(steep), regions.foreground.mean()).astype(np.float32)
+    foreground_gradients = np.log2(gradients[regions.foreground] + 1)
+    histogram = np.histogram(foreground_gradients, GRADIENT_BINS, (0, 8))[0] / max(
+        len(foreground_gradients), 1
+    )
+    return np.append(np.sqrt(histogram), regions.foreground.mean()).astype(np.float32)
 
 
 def _colours(pixels: Sequence[np.ndarray]) -> sparse.csr_matrix:
@@ -173,7 +182,7 @@ def _colours(pixels: Sequence[np.ndarray]) -> sparse.csr_matrix:
 
     `pixels`: (n, 3) of each picture, in 0 to 255; a pixel is shared among the 8 nearest bins.
     """
-    counts = [len(of) for of in pixels]
+    counts = [len(picture_pixels) for picture_pixels in pixels]
     row = np.repeat(np.arange(len(pixels)), counts)
     place = np.concatenate([*pixels, np.empty((0, 3), np.float32)]).clip(0, 255) / 255 * (STEPS - 1)
     low = np.minimum(place.astype(int), STEPS - 2)
@@ -182,7 +191,7 @@ def _colours(pixels: Sequence[np.ndarray]) -> sparse.csr_matrix:
         (np.where(np.array(corner) == 1, part, 1 - part).prod(1), (low + corner) @ strides)
         for corner in np.ndindex(2, 2, 2)
     ]
-    found = sparse.csr_matrix(
+    histograms = sparse.csr_matrix(
         (
             np.concatenate([weight for weight, _ in corners]),
             (np.tile(row, 8), np.concatenate([code for _, code in corners])),
@@ -190,5 +199,5 @@ def _colours(pixels: Sequence[np.ndarray]) -> sparse.csr_matrix:
         shape=(len(pixels), STEPS**3),
         dtype=np.float32,
     )
-    found = sparse.diags(1 / np.maximum(counts, 1)) @ found
-    return found.sqrt().astype(np.float32).tocsr()
+    histograms = sparse.diags(1 / np.maximum(counts, 1)) @ histograms
+    return histograms.sqrt().astype(np.float32).tocsr()

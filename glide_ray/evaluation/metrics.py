@@ -44,15 +44,17 @@ class Moments:
         values, vectors = np.linalg.eigh(self.covariance)
         return (vectors * np.sqrt(values.clip(0))) @ vectors.T
 
-    def joined(self, other: Moments) -> Moments:
+    def union(self, other: Moments) -> Moments:
         """Moments of the union of two sets, from theirs alone (Chan et al. 1979)."""
-        count, apart = self.count + other.count, other.mean - self.mean
+        count, mean_difference = self.count + other.count, other.mean - self.mean
         scatter = (
             (self.count - 1) * self.covariance
             + (other.count - 1) * other.covariance
-            + self.count * other.count / count * np.outer(apart, apart)
+            + self.count * other.count / count * np.outer(mean_difference, mean_difference)
         )
-        return Moments(count, self.mean + apart * other.count / count, scatter / (count - 1))
+        return Moments(
+            count, self.mean + mean_difference * other.count / count, scatter / (count - 1)
+        )
 
 
 def frechet_distance(first: Moments, second: Moments) -> float:
@@ -76,10 +78,10 @@ def frechet_infinity(
     evaluated at 1/N = 0.
     """
     features = _checked(features, least=2)
-    draws = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     counts = np.linspace(min(least, len(features) // 2), len(features), points).astype(int)
     distances = [
-        _from_rows(features[draws.permutation(len(features))[:count]].astype(np.float64), reference)
+        _from_rows(features[rng.permutation(len(features))[:count]].astype(np.float64), reference)
         for count in counts
     ]
     return float(np.polyfit(1 / counts, distances, 1)[1])
@@ -115,17 +117,17 @@ def kid(
     Unbiased squared MMD with the kernel (xy/D + 1)^3 (Binkowski et al. 2018).
     """
     real, generated = _pair(real, generated)
-    size, draws = min(size, len(real), len(generated)), np.random.default_rng(seed)
-    found = []
+    size, rng = min(size, len(real), len(generated)), np.random.default_rng(seed)
+    estimates = []
     for _ in range(subsets):
         x, y = (
-            features[draws.choice(len(features), size, replace=False)]
+            features[rng.choice(len(features), size, replace=False)]
             for features in (real, generated)
         )
-        found.append(
+        estimates.append(
             _unbiased(*((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))))
         )
-    return float(np.mean(found)), float(np.std(found))
+    return float(np.mean(estimates)), float(np.std(estimates))
 
 
 def cmmd(
@@ -158,20 +160,21 @@ def _unbiased(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> float:
 
 
 def precision_recall(
-    real: np.ndarray, generated: np.ndarray, k: int = 3, real_reach: np.ndarray | None = None
+    real: np.ndarray, generated: np.ndarray, k: int = 3, real_radii: np.ndarray | None = None
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019).
 
     Precision: share of generated images within the real manifold; recall: share of real images
     within the generated one. An image is within a manifold if it is nearer to one of its images
-    than that image's k-th neighbour. `real_reach`: `reach` of the real images, if already computed.
+    than that image's k-th neighbour. `real_radii`: `squared_radii` of the real images,
+    if already computed.
     """
-    among_real, among_generated = neighbourhood(real, generated, k, real_reach)
+    among_real, among_generated = neighbourhood(real, generated, k, real_radii)
     return float(among_real.mean()), float(among_generated.mean())
 
 
 def neighbourhood(
-    real: np.ndarray, generated: np.ndarray, k: int = 3, real_reach: np.ndarray | None = None
+    real: np.ndarray, generated: np.ndarray, k: int = 3, real_radii: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whether each image lies within the manifold of the other set: two bool arrays.
 
@@ -179,19 +182,19 @@ def neighbourhood(
     manifold. Precision and recall are their means.
     """
     real, generated = _pair(real, generated)
-    real_reach, generated_reach = (
-        reach(real, k) if real_reach is None else real_reach,
-        reach(generated, k),
+    real_radii, generated_radii = (
+        squared_radii(real, k) if real_radii is None else real_radii,
+        squared_radii(generated, k),
     )
     among_real, among_generated = np.zeros(len(generated), bool), []
     for start, rows in zip(range(0, len(real), ROWS), _blocks(real), strict=True):
-        apart = _squared(rows, generated)
-        among_real |= (apart < real_reach[start : start + len(rows), None]).any(0)
-        among_generated.append((apart < generated_reach).any(1))
+        distances = _squared(rows, generated)
+        among_real |= (distances < real_radii[start : start + len(rows), None]).any(0)
+        among_generated.append((distances < generated_radii).any(1))
     return among_real, np.concatenate(among_generated)
 
 
-def reach(features: np.ndarray, k: int = 3) -> np.ndarray:
+def squared_radii(features: np.ndarray, k: int = 3) -> np.ndarray:
     """Squared distance of each row to its k-th nearest neighbour, itself excluded: (N,)."""
     if len(features) <= k:
         raise MetricError(

@@ -41,7 +41,7 @@ def nearest(features: np.ndarray, originals: np.ndarray) -> Nearest:
     return Nearest(rows[:, 0], lengths[:, 0].astype(np.float64) ** 2 / 2)
 
 
-def to_own(
+def nearest_with_caption(
     features: np.ndarray,
     captions: Sequence[str],
     originals: np.ndarray,
@@ -51,21 +51,23 @@ def to_own(
 
     Row -1 and distance NaN where no original has that caption.
     """
-    of: dict[str, list[int]] = {}
+    rows_of: dict[str, list[int]] = {}
     for row, caption in enumerate(original_captions):
-        of.setdefault(caption, []).append(row)
+        rows_of.setdefault(caption, []).append(row)
     rows, distances = np.full(len(captions), -1), np.full(len(captions), np.nan)
     for n, caption in enumerate(captions):
-        if candidates := of.get(caption):
+        if candidates := rows_of.get(caption):
             found = nearest(features[n : n + 1], originals[candidates])
             rows[n], distances[n] = candidates[int(found.rows[0])], found.distances[0]
     return Nearest(rows, distances)
 
 
-def same_picture(one: Image.Image, other: Image.Image) -> bool:
+def same_picture(first: Image.Image, second: Image.Image) -> bool:
     """Whether two RGB images are one picture, possibly resized or recompressed.
 
     Compared by pixels, not by CLIP features.
     """
-    prints = np.stack([np.frombuffer(fingerprint(image), np.uint8) for image in (one, other)])
-    return bool((find_duplicates(prints, np.array([1, 1])) >= 0).any())
+    fingerprints = np.stack(
+        [np.frombuffer(fingerprint(image), np.uint8) for image in (first, second)]
+    )
+    return bool((find_duplicates(fingerprints, np.array([1, 1])) >= 0).any())

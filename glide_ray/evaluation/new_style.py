@@ -22,7 +22,7 @@ from .regions import resized
 SPLIT = "train"
 # Maximum number of pictures of the new style, and of other styles, for learning; and of the new
 # style for measuring accuracy.
-MOST = 400
+MAX_PICTURES = 400
 
 
 def learn_style(judge: Judge, corpus: str, known: str) -> tuple[Judge, list[Row]]:
@@ -43,9 +43,11 @@ def learn_style(judge: Judge, corpus: str, known: str) -> tuple[Judge, list[Row]
     (style,) = styles
     learnt = [row for row in rows if share(f"new style/{row.emoji}") < 0.5]
     asked = [row for row in rows if row not in learnt]
-    pictures = [_views(chosen[:MOST]) for chosen in (learnt, read_rows(known, SPLIT))]
+    pictures = [_views(chosen[:MAX_PICTURES]) for chosen in (learnt, read_rows(known, SPLIT))]
     judge = judge.with_style(style, *pictures)
-    return replace(judge, accuracy=_tried(judge, asked, read_rows(known, "held_out_pairs"))), asked
+    return replace(
+        judge, accuracy=_measure_accuracy(judge, asked, read_rows(known, "held_out_pairs"))
+    ), asked
 
 
 def _views(rows: Sequence[Row]) -> list[np.ndarray]:
@@ -54,8 +56,8 @@ def _views(rows: Sequence[Row]) -> list[np.ndarray]:
     return pictures + [resized(picture, 64) for picture in pictures]
 
 
-def _tried(judge: Judge, asked: Sequence[Row], old: Sequence[Row]) -> dict[str, Any]:
-    cases = single_cases(NEW, asked, min(len(asked), MOST))
+def _measure_accuracy(judge: Judge, asked: Sequence[Row], old: Sequence[Row]) -> dict[str, Any]:
+    cases = single_cases(NEW, asked, min(len(asked), MAX_PICTURES))
     others = [row.picture() for row in old[: len(cases)]]
     accuracy = {}
     for name, size in SIZES.items():

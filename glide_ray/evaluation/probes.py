@@ -62,7 +62,8 @@ def probe(groups: Sequence[Group], words: Mapping[str, np.ndarray]) -> dict[str,
     """
     directions = [_unit(group.features) for group in groups]
     likeness = [
-        {word: features @ _unit(of) for word, of in words.items()} for features in directions
+        {word: features @ _unit(word_features) for word, word_features in words.items()}
+        for features in directions
     ]
     alone = [
         {
@@ -89,8 +90,10 @@ def probe(groups: Sequence[Group], words: Mapping[str, np.ndarray]) -> dict[str,
 
 def shift(first: np.ndarray, second: np.ndarray) -> Shift:
     """Shift between paired values (N,). Raises MetricError."""
-    apart = _apart(first, second)
-    return Shift(float(apart.mean()), float(apart.std(ddof=1) / np.sqrt(len(apart))))
+    differences = _differences(first, second)
+    return Shift(
+        float(differences.mean()), float(differences.std(ddof=1) / np.sqrt(len(differences)))
+    )
 
 
 def permutation_test(
@@ -102,8 +105,8 @@ def permutation_test(
     the observed one is counted with them, so that p is unbiased and never 0 (Phipson & Smyth 2010).
     Raises MetricError.
     """
-    apart = _apart(first, second)
-    count, products = len(apart), apart @ apart.T
+    differences = _differences(first, second)
+    count, products = len(differences), differences @ differences.T
     if 2**count <= swaps:
         signs = 1.0 - 2 * (np.arange(2**count)[:, None] >> np.arange(count) & 1)
     else:
@@ -117,7 +120,7 @@ def permutation_test(
     # Tolerance, so that tied arrangements count as equal.
     rounding = 1e-12 * count * np.trace(products)
     return Verdict(
-        float(np.linalg.norm(apart.mean(0))),
+        float(np.linalg.norm(differences.mean(0))),
         float(np.sqrt(np.trace(products)) / count),
         float((squares >= squares[0] - rounding).mean()),
         len(signs),
@@ -144,7 +147,7 @@ def text(found: Mapping[str, Any]) -> str:
     pairs = [
         f"{' – '.join(pair['prompts'])}: distance {pair['distance']:.4f} "
         f"(by chance {pair['by_chance']:.4f}), p = {pair['p']:.4g}"
-        + "".join(f", {word} {above(one, 4)}" for word, one in pair["words"].items())
+        + "".join(f", {word} {above(difference, 4)}" for word, difference in pair["words"].items())
         for pair in found["pairs"]
     ]
     return "\n".join([aligned(rows), *pairs])
@@ -162,7 +165,7 @@ def colour_name(group: Mapping[str, Any]) -> str:
 # -- shared ----------------------------------------------------------------------------------------
 
 
-def _apart(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def _differences(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     if first.shape != second.shape or len(first) < 2:
         raise MetricError(
             f"A probe compares pictures of the same two or more seeds "

@@ -18,8 +18,9 @@ from ..data.sprites import COLOURS, recolour
 
 SIDE = 64
 FRAME = 2  # width in pixels of the border from which the background colour is read
-APART = 28  # of 255, in any channel: pixels further from the background are foreground
-SPECK = 0.0025  # share of the picture below which a part is discarded as noise
+# Of 255, in any channel: pixels further from the background are foreground.
+FOREGROUND_DISTANCE = 28
+MIN_PART_SHARE = 0.0025  # share of the picture below which a part is discarded as noise
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of SIDE
 
 
@@ -39,8 +40,8 @@ class Regions:
         """From a square picture, uint8 (H, H, 3)."""
         pixels = _smoothed(resized(picture, SIDE))
         background = _border_colour(pixels)
-        apart = np.abs(pixels - background).max(-1) > APART
-        return cls(pixels, background, _without_specks(apart))
+        is_foreground = np.abs(pixels - background).max(-1) > FOREGROUND_DISTANCE
+        return cls(pixels, background, _without_specks(is_foreground))
 
     @property
     def background_name(self) -> str:
@@ -50,7 +51,9 @@ class Regions:
     @property
     def box(self) -> Box:
         """The box of the whole foreground; of the whole picture if it has almost no foreground."""
-        return _box(self.foreground) if self.foreground.mean() > SPECK else (0, 0, SIDE, SIDE)
+        return (
+            _box(self.foreground) if self.foreground.mean() > MIN_PART_SHARE else (0, 0, SIDE, SIDE)
+        )
 
     def colour_name(self) -> str:
         """The named colour that fits most of the foreground.
@@ -62,11 +65,11 @@ class Regions:
         if not len(pixels):
             return self.background_name
         names, distances = _shade_distances(pixels)
-        return names[int(np.minimum(distances, FAR).mean(0).argmin())]
+        return names[int(np.minimum(distances, MAX_COLOUR_DISTANCE).mean(0).argmin())]
 
 
 # Cap on a pixel's distance to a colour, so that outliers such as eyes and outlines count little.
-FAR = 60.0
+MAX_COLOUR_DISTANCE = 60.0
 
 
 def resized(picture: np.ndarray, side: int) -> np.ndarray:
@@ -110,20 +113,20 @@ def crop(
     x0, y0 = round(x), round(y)
     from_x, from_y = max(x0, 0), max(y0, 0)
     to_x, to_y = min(x0 + size, len(picture)), min(y0 + size, len(picture))
-    cut = picture[from_y:to_y, from_x:to_x]
+    visible = picture[from_y:to_y, from_x:to_x]
     out[from_y - y0 : to_y - y0, from_x - x0 : to_x - x0] = (
-        cut if background is None else on_white(cut, background)
+        visible if background is None else on_white(visible, background)
     )
     return out
 
 
 def on_white(picture: np.ndarray, background: np.ndarray) -> np.ndarray:
     """Replace the background colour (3,) of a picture (H, W, 3) by white, softly at edges."""
-    if np.abs(background - 255).max() <= APART:
+    if np.abs(background - 255).max() <= FOREGROUND_DISTANCE:
         return picture
-    apart = np.abs(picture.astype(np.float32) - background).max(-1, keepdims=True)
-    opaque = np.clip(apart / APART - 0.5, 0, 1)
-    return (picture * opaque + 255 * (1 - opaque)).round().astype(np.uint8)
+    distance = np.abs(picture.astype(np.float32) - background).max(-1, keepdims=True)
+    opacity = np.clip(distance / FOREGROUND_DISTANCE - 0.5, 0, 1)
+    return (picture * opacity + 255 * (1 - opacity)).round().astype(np.uint8)
 
 
 def _smoothed(pixels: np.ndarray) -> np.ndarray:
@@ -142,7 +145,7 @@ def _without_specks(mask: np.ndarray) -> np.ndarray:
         return mask
     areas = np.bincount(labels.ravel(), minlength=count + 1)
     areas[0] = 0
-    return (areas >= SPECK * mask.size)[labels]
+    return (areas >= MIN_PART_SHARE * mask.size)[labels]
 
 
 def _box(mask: np.ndarray) -> Box:
@@ -153,7 +156,10 @@ def _box(mask: np.ndarray) -> Box:
 def _shade_distances(pixels: np.ndarray) -> tuple[list[str], np.ndarray]:
     """The C colours' names; each pixel's (N, 3) distance to their nearest shades: (N, C)."""
     names, shades = _shades()
-    distances = [np.sqrt(((pixels[:, None] - of[None]) ** 2).sum(-1)).min(1) for of in shades]
+    distances = [
+        np.sqrt(((pixels[:, None] - colour_shades[None]) ** 2).sum(-1)).min(1)
+        for colour_shades in shades
+    ]
     return names, np.stack(distances, 1)
 
 
@@ -184,16 +190,16 @@ def part_areas(picture: np.ndarray) -> np.ndarray:
     A square picture, uint8 -> (EROSIONS * (LARGEST + 2),) float32.
     """
     pixels = resized(picture, COUNT_SIDE).astype(np.float32)
-    mask = np.abs(pixels - _border_colour(pixels)).max(-1) > APART
-    area, found = max(mask.sum(), 1), []
+    mask = np.abs(pixels - _border_colour(pixels)).max(-1) > FOREGROUND_DISTANCE
+    total_area, areas_found = max(mask.sum(), 1), []
     for _ in range(EROSIONS):
         labels, _ = ndimage.label(mask, np.ones((3, 3)))
-        areas = np.sort(np.bincount(labels.ravel())[1:])[::-1] / area
+        areas = np.sort(np.bincount(labels.ravel())[1:])[::-1] / total_area
         largest = np.zeros(LARGEST)
         largest[: min(len(areas), LARGEST)] = areas[:LARGEST]
-        found += [*largest, (areas > 0.1).sum() / 4, (areas > 0.03).sum() / 4]
+        areas_found += [*largest, (areas > 0.1).sum() / 4, (areas > 0.03).sum() / 4]
         mask = ndimage.binary_erosion(mask)
-    return np.array(found, np.float32)
+    return np.array(areas_found, np.float32)
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,8 @@ def open_study(
     folder = Path(out) / PICTURES
     names = {
         name
-        for one in votes.comparisons().values()
-        for name in (one.first_picture, one.second_picture)
+        for comparison in votes.comparisons().values()
+        for name in (comparison.first_picture, comparison.second_picture)
     }
     # A new study, or an existing database with a new folder.
     if not names or any(not (folder / f"{name}.png").exists() for name in names):
@@ -140,14 +140,14 @@ def read_pictures(pictures: Sequence[StudyPicture]) -> Iterator[tuple[StudyPictu
     by_part: dict[str, list[StudyPicture]] = {}
     for picture in pictures:
         by_part.setdefault(picture.part.url, []).append(picture)
-    for url, wanted in by_part.items():
-        wanted_at: dict[int, list[StudyPicture]] = {}
-        for picture in wanted:
-            wanted_at.setdefault(picture.place, []).append(picture)
+    for url, pictures_of_part in by_part.items():
+        by_place: dict[int, list[StudyPicture]] = {}
+        for picture in pictures_of_part:
+            by_place.setdefault(picture.place, []).append(picture)
         for place, sample in enumerate(
-            itertools.islice(read_part(wanted[0].part), max(wanted_at) + 1)
+            itertools.islice(read_part(pictures_of_part[0].part), max(by_place) + 1)
         ):
-            for picture in wanted_at.get(place, ()):
+            for picture in by_place.get(place, ()):
                 try:
                     image = decode(sample.image)
                 except ImageError as error:
@@ -212,29 +212,38 @@ def _make(definition: StudyDefinition, secret: str, folder: Path) -> list[Compar
         secret,
     )
     log.info(f"{len(pairs):,} pairs of {len(definition.folders)} models; copying their pictures")
-    shown = {
-        (name, picture): opaque(secret, name, picture)
+    page_names = {
+        (name, picture): opaque_name(secret, name, picture)
         for *names, first, second in pairs
         for name, picture in zip(names, (first, second), strict=True)
     }
     sizes = {}
     for name in definition.folders:
-        for picture, pixels in read_pictures([picture for of, picture in shown if of == name]):
-            _write(pixels, folder, shown[name, picture])
-            sizes[shown[name, picture]] = pixels.shape[:2]
+        for picture, pixels in read_pictures(
+            [picture for model, picture in page_names if model == name]
+        ):
+            _write(pixels, folder, page_names[name, picture])
+            sizes[page_names[name, picture]] = pixels.shape[:2]
     comparisons = [
-        Comparison(0, first, second, one.prompt, shown[first, one], shown[second, other])
-        for first, second, one, other in pairs
+        Comparison(
+            0,
+            first,
+            second,
+            picture.prompt,
+            page_names[first, picture],
+            page_names[second, partner],
+        )
+        for first, second, picture, partner in pairs
     ]
     checks = (
         _real_checks(definition, secret, folder, len(pairs))
         if definition.real
         else _noise_checks(definition, secret, folder, comparisons, sizes)
     )
-    return [replace(one, id=n) for n, one in enumerate([*comparisons, *checks], 1)]
+    return [replace(comparison, id=n) for n, comparison in enumerate([*comparisons, *checks], 1)]
 
 
-def opaque(secret: str, name: str, picture: StudyPicture) -> str:
+def opaque_name(secret: str, name: str, picture: StudyPicture) -> str:
     """The name under which the page shows a picture."""
     return f"{draw(secret, 'picture', name, picture.part.url, picture.place, picture.prompt):016x}"
 
@@ -256,15 +265,17 @@ def _noise_checks(
     """
     checks = []
     for question in definition.questions:
-        for n in range(_how_many(len(comparisons))):
-            one = comparisons[draw(secret, "check", question, n) % len(comparisons)]
-            picture = (one.first_picture, one.second_picture)[draw(secret, "of", question, n) % 2]
+        for n in range(_check_count(len(comparisons))):
+            comparison = comparisons[draw(secret, "check", question, n) % len(comparisons)]
+            picture = (comparison.first_picture, comparison.second_picture)[
+                draw(secret, "of", question, n) % 2
+            ]
             checks.append(
                 Comparison(
                     0,
                     "",
                     "",
-                    one.prompt,
+                    comparison.prompt,
                     picture,
                     _noise(secret, folder, (question, n), sizes[picture]),
                     question,
@@ -291,7 +302,7 @@ def _real_checks(
     page_names: dict[StudyPicture, str] = {}  # picture -> name under which the page shows it
     words = _words_of_pictures(corpus)
     for question in definition.questions:
-        for n in range(_how_many(count)):
+        for n in range(_check_count(count)):
             prompt = prompts[draw(secret, "check", question, n) % len(prompts)]
             right, wrong = corpus[prompt][0], None
             if question == "caption":
@@ -301,11 +312,18 @@ def _real_checks(
                 )
                 used = words[right.part.url, right.place]
                 wrong = next(
-                    (one for one in others if not words[one.part.url, one.place] & used), None
+                    (
+                        picture
+                        for picture in others
+                        if not words[picture.part.url, picture.place] & used
+                    ),
+                    None,
                 )
                 if wrong is None:
                     continue
-            page_names |= {one: opaque(secret, "", one) for one in (right, wrong) if one}
+            page_names |= {
+                picture: opaque_name(secret, "", picture) for picture in (right, wrong) if picture
+            }
             checks.append((question, n, prompt, right, wrong))
     sizes = {}
     for picture, pixels in read_pictures(list(page_names)):
@@ -331,8 +349,8 @@ def _words_of_pictures(
     """(part's URL, place) of a picture -> words of all its captions."""
     words: dict[tuple[str, int], set[str]] = {}
     for caption, pictures in corpus.items():
-        for one in pictures:
-            words.setdefault((one.part.url, one.place), set()).update(_words(caption))
+        for picture in pictures:
+            words.setdefault((picture.part.url, picture.place), set()).update(_words(caption))
     return words
 
 
@@ -346,7 +364,7 @@ def _noise(secret: str, folder: Path, key: tuple[str, int], size: tuple[int, int
     return name
 
 
-def _how_many(comparisons: int) -> int:
+def _check_count(comparisons: int) -> int:
     return min(MAX_CHECKS, -(-comparisons // COMPARISONS_PER_CHECK))
 
 

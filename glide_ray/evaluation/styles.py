@@ -70,8 +70,8 @@ class Styles:
         found = [self.labels[n] for n in self.weigh.best(self._scores(features))]
         for style, head in self.added.items():
             found = [
-                style if new else own
-                for new, own in zip(head.best(features.textures), found, strict=True)
+                style if is_new else known_style
+                for is_new, known_style in zip(head.best(features.textures), found, strict=True)
             ]
         return found
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import storage
 from ..errors import UserError
-from .elo import EloError, Standing, Vote, standings, wins
+from .elo import EloError, Standing, Vote, standings, win_counts
 from .pairing import FAILED_SHARE, FIRST, QUESTIONS, TIE
 from .report import aligned
 from .votes import CastVote, Votes, left_out
@@ -144,29 +144,29 @@ def figures(ballot: Ballot, draws: int = 1000) -> dict[str, Any]:
 
 def _of_question(votes: Sequence[Vote], draws: int) -> dict[str, Any]:
     models = sorted({model for vote in votes for model in (vote.first, vote.second)})
-    table = wins(votes, models)
+    table = win_counts(votes, models)
     played = table + table.T
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "votes": len(votes),
         "ties": sum(vote.won == 0.5 for vote in votes),
         "scores": {},
         "wins": {
-            one: {
-                other: {"share": float(table[i, j] / played[i, j]), "votes": int(played[i, j])}
-                for j, other in enumerate(models)
+            model: {
+                opponent: {"share": float(table[i, j] / played[i, j]), "votes": int(played[i, j])}
+                for j, opponent in enumerate(models)
                 if played[i, j]
             }
-            for i, one in enumerate(models)
+            for i, model in enumerate(models)
         },
     }
     try:
-        found["scores"] = {
-            model: {"score": one.score, **_interval(one)}
-            for model, one in standings(votes, draws).items()
+        results["scores"] = {
+            model: {"score": standing.score, **_interval(standing)}
+            for model, standing in standings(votes, draws).items()
         }
     except EloError as error:
-        found["no_scores"] = str(error)
-    return found
+        results["no_scores"] = str(error)
+    return results
 
 
 def _interval(standing: Standing) -> dict[str, float | None]:
@@ -190,20 +190,20 @@ def text(found: Mapping[str, Any]) -> str:
         for model in models
     ]
     pairs = [
-        (one, other)
-        for n, one in enumerate(models)
-        for other in models[n + 1 :]
-        if any(other in figures_of["wins"].get(one, {}) for figures_of in questions.values())
+        (model, opponent)
+        for n, model in enumerate(models)
+        for opponent in models[n + 1 :]
+        if any(opponent in figures_of["wins"].get(model, {}) for figures_of in questions.values())
     ]
     won = [
         [
-            f"{one} against {other}",
+            f"{model} against {opponent}",
             *(
-                _share(figures_of["wins"].get(one, {}).get(other))
+                _share(figures_of["wins"].get(model, {}).get(opponent))
                 for figures_of in questions.values()
             ),
         ]
-        for one, other in pairs
+        for model, opponent in pairs
     ]
     parts = [
         aligned([["Elo scores, with 95% intervals", *heads], *scores]),
@@ -220,7 +220,12 @@ def text(found: Mapping[str, Any]) -> str:
 def _best_first(questions: Collection[Mapping[str, Any]]) -> list[str]:
     """Models by the first question that has scores; those without scores last, by name."""
     return list(
-        dict.fromkeys(model for key in ("scores", "wins") for of in questions for model in of[key])
+        dict.fromkeys(
+            model
+            for key in ("scores", "wins")
+            for figures_of in questions
+            for model in figures_of[key]
+        )
     )
 
 
@@ -240,12 +245,13 @@ def _share(cell: Mapping[str, float] | None) -> str:
 
 def _who(found: Mapping[str, Any]) -> str:
     votes = ", ".join(
-        f"{of['votes']:,} votes on {question} ({of['ties'] / of['votes']:.0%} ties)"
-        for question, of in found["questions"].items()
+        f"{figures_of['votes']:,} votes on {question} "
+        f"({figures_of['ties'] / figures_of['votes']:.0%} ties)"
+        for question, figures_of in found["questions"].items()
     )
     if found["raters"] is None:
         return f"{votes}."
-    gone = found["raters_left_out"]
+    excluded = found["raters_left_out"]
     left = (
         ""
         if found["left_share"] is None
@@ -253,7 +259,7 @@ def _who(found: Mapping[str, Any]) -> str:
         f"that are no ties."
     )
     return (
-        f"{votes}, of {found['raters'] - gone:,} raters. Left out: {gone:,} raters who failed more "
-        f"than {found['failed_share']:.0%} of their attention checks, "
+        f"{votes}, of {found['raters'] - excluded:,} raters. Left out: {excluded:,} raters who "
+        f"failed more than {found['failed_share']:.0%} of their attention checks, "
         f"with {found['votes_left_out']:,} votes.{left}"
     )

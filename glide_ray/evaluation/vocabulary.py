@@ -71,7 +71,7 @@ class Vocabulary:
         """The things that prompts ask for."""
         return self.order[: self.count]
 
-    def among(self, thing: str) -> list[str]:
+    def candidates(self, thing: str) -> list[str]:
         """`count` candidates for naming `thing`: itself, then others with dissimilar names."""
         words = _words(self.names[thing])
         others = [
@@ -119,12 +119,12 @@ def is_plain(emoji: str, name: str, group: str) -> bool:
 def _unlike(order: Sequence[str], names: Mapping[str, str]) -> tuple[str, ...]:
     """The things of `order`, without those that share a word or ALIKE line with an earlier one."""
     chosen: list[str] = []
-    taken: set[str] = set()
+    used_words: set[str] = set()
     for emoji in order:
         words = _words(names[emoji])
-        if not words & taken:
+        if not words & used_words:
             chosen.append(emoji)
-            taken |= words
+            used_words |= words
     return tuple(chosen)
 
 

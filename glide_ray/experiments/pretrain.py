@@ -24,7 +24,7 @@ from ..train.pack import read_trained, write_half
 from ..train.run_folder import METRICS
 from ..train.samples import sample_grid
 from ..train.text_first import CAPTIONS, SIDE, learn_words
-from ..train.without_ray import LaunchResult, MemoryCorpus, train_alone
+from ..train.without_ray import MemoryCorpus, StartResult, train_alone
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def pretrain(
     scenes: int = 20_000,
     settings: Sequence[str] = (),
     styles: Sequence[str] = (),
-) -> LaunchResult:
+) -> StartResult:
     """Build the corpus if it is missing, train for `minutes`, and write these files to `out`.
 
     `NAME.safetensors.0`, `.1`...   float16 weights with their sources and recipe, in parts of at

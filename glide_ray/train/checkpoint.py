@@ -21,7 +21,7 @@ from ..config.training import Preset
 from ..errors import UserError
 
 CHECKPOINTS, COMPLETE = "checkpoints", "complete.json"
-Receipt = dict[str, tuple[int, str]]  # file name -> bytes, SHA-256
+Manifest = dict[str, tuple[int, str]]  # file name -> bytes, SHA-256
 
 
 class CheckpointError(UserError):
@@ -109,9 +109,9 @@ class Checkpoints:
         """Folder for a new checkpoint of `step`, written by the start with id `start`."""
         return f"{self.path}/{step:09d}-{start}"
 
-    def complete(self, folder: str, receipt: Receipt) -> None:
+    def complete(self, folder: str, manifest: Manifest) -> None:
         """Mark a folder as a complete checkpoint, after all its files have been written."""
-        storage.put(json.dumps(receipt, indent=0).encode(), f"{folder}/{COMPLETE}")
+        storage.put(json.dumps(manifest, indent=0).encode(), f"{folder}/{COMPLETE}")
 
     def retire(self, keep_last: int, keep_every: int | None, start: str) -> None:
         """Remove checkpoints, except the last `keep_last` and every multiple of `keep_every`.
@@ -174,8 +174,8 @@ def verify(folder: Path, part: int = 0, of: int = 1) -> None:
 
     Raises CheckpointError.
     """
-    receipt = read_receipt(folder)
-    for name, (size, sha256) in sorted(receipt.items())[part::of]:
+    manifest = read_manifest(folder)
+    for name, (size, sha256) in sorted(manifest.items())[part::of]:
         path = folder / name
         if not path.exists() or path.stat().st_size != size or storage.digest(path) != sha256:
             raise CheckpointError(
@@ -184,7 +184,7 @@ def verify(folder: Path, part: int = 0, of: int = 1) -> None:
             )
 
 
-def read_receipt(folder: Path) -> Receipt:
+def read_manifest(folder: Path) -> Manifest:
     try:
         return json.loads((folder / COMPLETE).read_text())
     except (OSError, ValueError):

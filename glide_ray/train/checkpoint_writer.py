@@ -23,7 +23,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from .. import storage
-from .checkpoint import Checkpoints, Receipt
+from .checkpoint import Checkpoints, Manifest
 from .collectives import all_gather_object, broadcast_object
 
 CONTINUES = "Training continues, and the next checkpoint is tried."
@@ -79,7 +79,7 @@ class _Upload:
     number: int
     step: int
     folder: str
-    receipt: Receipt = field(default_factory=dict)
+    manifest: Manifest = field(default_factory=dict)
     fault: str | None = None
     thread: threading.Thread | None = None
 
@@ -183,7 +183,7 @@ class CheckpointWriter:
 
     def _complete_or_discard(self, upload: _Upload, faulty: bool) -> None:
         """Complete the checkpoint, or discard it if a rank could not write its shard."""
-        shards = all_gather_object((upload.receipt, upload.fault), self._status_reduce.group)
+        shards = all_gather_object((upload.manifest, upload.fault), self._status_reduce.group)
         if self._status_reduce.rank:
             return
         if self._commit_thread is not None:
@@ -198,7 +198,7 @@ class CheckpointWriter:
             work = partial(
                 self._complete,
                 upload,
-                {name: entry for receipt, _ in shards for name, entry in receipt.items()},
+                {name: entry for manifest, _ in shards for name, entry in manifest.items()},
             )
         self._commit_thread = threading.Thread(target=work, name="glide-commit", daemon=True)
         self._commit_thread.start()
@@ -211,16 +211,16 @@ class CheckpointWriter:
                 sha256 = storage.digest(file)
                 if staged is not None:
                     storage.put(file, f"{upload.folder}/{file.name}", sha256)
-                upload.receipt[file.name] = (file.stat().st_size, sha256)
+                upload.manifest[file.name] = (file.stat().st_size, sha256)
         except (OSError, storage.StorageError) as error:
             upload.fault = _error_sentence(error)
         finally:
             if staged is not None:
                 shutil.rmtree(staged, ignore_errors=True)
 
-    def _complete(self, upload: _Upload, receipt: Receipt) -> None:
+    def _complete(self, upload: _Upload, manifest: Manifest) -> None:
         try:
-            self._checkpoints.complete(upload.folder, receipt)
+            self._checkpoints.complete(upload.folder, manifest)
             self._last_complete_step = upload.step
             self._on_complete(upload.step, upload.folder)
             self._checkpoints.retire(*self._keep, self._start)

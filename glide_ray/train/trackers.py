@@ -43,19 +43,19 @@ class Trackers:
             if isinstance(value, (int, float)) and name != "step"
         }
         if numbers:
-            self._tell("metrics", step, numbers)
+            self._send("metrics", step, numbers)
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """Log an image, uint8 (H, W, 3). Its step may be earlier than that of the last metrics."""
-        self._tell("image", step, name, np.array(pixels))
+        self._send("image", step, name, np.array(pixels))
 
     def add_event(self, step: int, text: str) -> None:
         """Log an event as a sentence, such as the loss of a worker."""
-        self._tell("add_event", step, text)
+        self._send("add_event", step, text)
 
     def rewind(self, first_step: int) -> None:
         """Announce that training resumes at `first_step`, so that logged steps may be repeated."""
-        self._tell("rewind", first_step)
+        self._send("rewind", first_step)
 
     def close(self, failed: bool = False) -> None:
         """Write all queued messages and mark the run as ended. A second call does nothing."""
@@ -66,9 +66,9 @@ class Trackers:
             thread.join(end - time.monotonic())
         self._threads = []
 
-    def _tell(self, *news) -> None:
+    def _send(self, *message) -> None:
         for thread in self._threads:
-            thread.tell(news)
+            thread.send(message)
 
 
 def open_trackers(
@@ -107,20 +107,20 @@ class _TrackerThread:
 
     def __init__(self, store: Store, warn: Callable[[str], None]):
         self._store, self._warn = store, warn
-        self._news: queue.SimpleQueue = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue = queue.SimpleQueue()
         self._closing, self._failed, self._warned = threading.Event(), False, False
         self._thread = threading.Thread(target=self._work, name=f"glide-{store.title}", daemon=True)
         self._thread.start()
 
-    def tell(self, news: tuple) -> None:
+    def send(self, message: tuple) -> None:
         """Queue a message: the name of a Store method and its arguments."""
-        if self._news.qsize() < WAITING:
-            self._news.put(news)
+        if self._messages.qsize() < WAITING:
+            self._messages.put(message)
 
     def finish(self, failed: bool) -> None:
         self._failed = failed
         self._closing.set()
-        self._news.put(None)
+        self._messages.put(None)
 
     def join(self, seconds: float) -> None:
         self._thread.join(max(0.0, seconds))
@@ -132,10 +132,10 @@ class _TrackerThread:
 
     def _work(self) -> None:
         opened = self._open()
-        while opened and (news := self._news.get()) is not None:
+        while opened and (message := self._messages.get()) is not None:
             # Two attempts: a message that fails again right after a successful `open` is dropped.
             for _ in range(2):
-                if not opened or self._try(*news):
+                if not opened or self._try(*message):
                     break
                 opened = self._open()
         if opened:

@@ -43,7 +43,7 @@ SAMPLES = "samples"
 
 
 @dataclass(frozen=True)
-class LaunchResult:
+class StartResult:
     """Result of one start of the run.
 
     `step`: last step made; `finished`: whether it is the run's last; `weights`: file with the EMA.
@@ -57,7 +57,7 @@ class LaunchResult:
 
 def train_alone(
     preset: Preset, out: str | Path, minutes: float | None = None, progress: bool = True
-) -> LaunchResult:
+) -> StartResult:
     """Train a preset in the local folder `out`, or resume the run in it. Raises UserError.
 
     `minutes`: time limit, after which a checkpoint and the current EMA weights are written. Ctrl-C
@@ -78,7 +78,7 @@ def train_alone(
     done = (out / WEIGHTS).exists() and last_step(out / METRICS) >= preset.train.steps
     turned = check_run(preset, str(out), done)
     if done:
-        return LaunchResult(preset.train.steps, True, out / WEIGHTS, 0.0)
+        return StartResult(preset.train.steps, True, out / WEIGHTS, 0.0)
     preset = absolute(preset)
     corpus = MemoryCorpus(preset)
     storage.put(preset.model_dump_json(indent=1).encode(), out / PRESET)
@@ -98,7 +98,7 @@ def train_alone(
 
 def _run(
     preset: Preset, out: Path, corpus: MemoryCorpus, log: _Log, ends: Callable[[], bool]
-) -> LaunchResult:
+) -> StartResult:
     train, checkpoints = preset.train, Checkpoints(out)
     trainer = SingleTrainer(preset)
     _resume(trainer, checkpoints, log)
@@ -140,7 +140,7 @@ def _run(
         )
     step = trainer.progress.step
     export_average(_last_checkpoint(trainer, checkpoints, writer, out), out / WEIGHTS)
-    return LaunchResult(
+    return StartResult(
         step,
         finished,
         out / WEIGHTS,

@@ -83,13 +83,13 @@ def rating(*arguments):
         text=True,
     )
     try:
-        said = []
+        output = []
         for line in server.stdout:
-            said.append(line)
+            output.append(line)
             if line.startswith("http"):
                 break
         else:
-            raise AssertionError("".join(said))
+            raise AssertionError("".join(output))
         threading.Thread(target=server.stdout.read, daemon=True).start()
         yield line.split()[0], server
     finally:
@@ -98,7 +98,7 @@ def rating(*arguments):
         server.wait(20)
 
 
-def named(folders):
+def folder_arguments(folders):
     return [f"{name}={folder}" for name, folder in folders.items()]
 
 
@@ -108,11 +108,11 @@ def database(
     """A study in SQLite without pictures."""
     votes = Votes(f"sqlite:///{tmp_path}/votes.sqlite")
     votes.begin(StudyDefinition({name: name for name in models}, questions, count), "secret")
-    votes.add_comparisons(made(count, models, checks, questions))
+    votes.add_comparisons(make_comparisons(count, models, checks, questions))
     return votes
 
 
-def made(count, models, checks, questions=("photorealism", "caption")):
+def make_comparisons(count, models, checks, questions=("photorealism", "caption")):
     pairs = [(one, other) for n, one in enumerate(models) for other in models[n + 1 :]]
     rows = [
         (*pairs[n % len(pairs)], f"p{n}", f"{2 * n:016x}", f"{2 * n + 1:016x}", None)
@@ -167,10 +167,10 @@ def browse(size=(1280, 800), phone=False):
 
 
 @contextmanager
-def browsers(*given):
+def browsers(*settings):
     opened = []
     try:
-        opened.extend(browse(**one) for one in given)
+        opened.extend(browse(**options) for options in settings)
         yield opened
     finally:
         for browser in opened:
@@ -232,20 +232,20 @@ def painters(folder):
     return found
 
 
-def rate(browser, who, painted, act, count, reload_at=None):
+def rate(browser, number, painted, act, count, reload_at=None):
     """Rate `count` pairs; returns (question, first, second, won) from the pictures shown.
 
     Passes all attention checks, and mostly prefers zanzibar.
     """
-    answered, asked = [], None
+    answered, turn = [], None
     for n in range(count):
         if n == reload_at:
-            before = seen(browser, asked)
+            before = seen(browser, turn)
             browser.refresh()
             assert seen(browser) == before  # resumes where the rater was
-            asked = None
-        asked = seen(browser, asked)
-        question, left, right = asked
+            turn = None
+        turn = seen(browser, turn)
+        question, left, right = turn
         best = min(
             ("left", painted[left]),
             ("right", painted[right]),
@@ -258,7 +258,7 @@ def rate(browser, who, painted, act, count, reload_at=None):
             else "tie"
             if n % 7 == 3
             else {"left": "right", "right": "left"}[best[0]]
-            if n % 5 == who
+            if n % 5 == number
             else best[0]
         )
         act(browser, answer)
@@ -278,7 +278,7 @@ def rate(browser, who, painted, act, count, reload_at=None):
     return answered
 
 
-def direct(answered, question):
+def count_wins(answered, question):
     """Wins (3, 3), counted one by one."""
     order, table = list(MODELS), np.zeros((3, 3))
     for one, left, right, won in answered:
@@ -289,11 +289,19 @@ def direct(answered, question):
 
 
 @browsing
-def test_a_hundred_votes_of_two_browsers_at_once_with_a_reload_are_counted_and_blind(
+def test_two_concurrent_browsers_cast_100_blind_votes_and_each_is_counted(
     folders, tmp_path, capsys
 ):
     with (
-        rating(*named(folders), "--out", tmp_path / "study", "--comparisons", 70, "--port", 0) as (
+        rating(
+            *folder_arguments(folders),
+            "--out",
+            tmp_path / "study",
+            "--comparisons",
+            70,
+            "--port",
+            0,
+        ) as (
             link,
             _,
         ),
@@ -304,11 +312,11 @@ def test_a_hundred_votes_of_two_browsers_at_once_with_a_reload_are_counted_and_b
             browser.get(link)
         threads = [
             threading.Thread(
-                target=lambda who=who, browser=browser, act=act, at=at: found.update(
-                    {who: rate(browser, who, painted, act, 50, at)}
+                target=lambda number=number, browser=browser, act=act, at=at: found.update(
+                    {number: rate(browser, number, painted, act, 50, at)}
                 )
             )
-            for who, browser, act, at in ((0, desk, key, 20), (1, phone, tap, None))
+            for number, browser, act, at in ((0, desk, key, 20), (1, phone, tap, None))
         ]
         for thread in threads:
             thread.start()
@@ -341,7 +349,7 @@ def test_a_hundred_votes_of_two_browsers_at_once_with_a_reload_are_counted_and_b
             ).fetchall()
         )
     # An imbalance of at most one for each rater.
-    assert all(abs(lefts[(FIRST, *of)] - lefts[(SECOND, *of)]) <= 2 for _, *of in lefts)
+    assert all(abs(lefts[(FIRST, *models)] - lefts[(SECOND, *models)]) <= 2 for _, *models in lefts)
     assert main(["elo", str(tmp_path / "study"), "--json", str(tmp_path / "elo.json")]) == 0
     printed, figures = capsys.readouterr().out, json.loads((tmp_path / "elo.json").read_text())
     assert figures["raters"] == 2 and figures["raters_left_out"] == 0
@@ -349,31 +357,32 @@ def test_a_hundred_votes_of_two_browsers_at_once_with_a_reload_are_counted_and_b
     from glide_ray.evaluation.pairing import QUESTIONS
 
     for question, words in QUESTIONS.items():
-        table, of = direct(answered, words), figures["questions"][question]
-        assert of["votes"] == table.sum() == sum(one[0] == words for one in answered)
+        table, figures_of = count_wins(answered, words), figures["questions"][question]
+        assert figures_of["votes"] == table.sum() == sum(vote[0] == words for vote in answered)
         for model, score in zip(MODELS, scores(table), strict=True):
             assert (
-                of["scores"][model]["score"] == pytest.approx(score) and f"{score:.1f}" in printed
+                figures_of["scores"][model]["score"] == pytest.approx(score)
+                and f"{score:.1f}" in printed
             )
             for other, won in zip(MODELS, table[list(MODELS).index(model)], strict=True):
                 if other != model:
-                    assert of["wins"][model][other]["share"] == pytest.approx(
+                    assert figures_of["wins"][model][other]["share"] == pytest.approx(
                         won / (won + table[list(MODELS).index(other), list(MODELS).index(model)])
                     )
 
 
 @browsing
-def test_answers_given_while_the_server_is_dead_come_when_it_is_back_and_the_last_can_be_changed(
+def test_answers_given_during_an_outage_are_sent_afterwards_and_the_last_can_be_changed(
     folders, tmp_path
 ):
     out = tmp_path / "study"
     with browsers({}) as (browser,):
-        with rating(*named(folders), "--out", out, "--comparisons", 20, "--port", 0) as (
+        with rating(*folder_arguments(folders), "--out", out, "--comparisons", 20, "--port", 0) as (
             link,
             server,
         ):
             browser.get(link + "&rater=ann")
-            asked = seen(browser)
+            turn = seen(browser)
             server.kill()
             server.wait(10)
         from selenium.webdriver.common.action_chains import ActionChains
@@ -382,18 +391,18 @@ def test_answers_given_while_the_server_is_dead_come_when_it_is_back_and_the_las
             0.12
         ).click().perform()
         # The next pictures are prefetched, and the second click was not taken as their answer.
-        asked = seen(browser, asked)
+        turn = seen(browser, turn)
         key(browser, "left")
-        last = asked
-        asked = seen(browser, asked)
+        last = turn
+        turn = seen(browser, turn)
         browser.find_element("id", "tie").click()
         assert "Your answers are kept" in browser.find_element("id", "status").text
         with rating("--out", out, "--port", httpx.URL(link).port):
-            waited = seen(browser, asked)
+            waiting_turn = seen(browser, turn)
             browser.find_element("id", "back").click()
-            assert seen(browser, waited) == asked != last
+            assert seen(browser, waiting_turn) == turn != last
             key(browser, "right")
-            assert seen(browser, asked) == waited
+            assert seen(browser, turn) == waiting_turn
             browser.execute_async_script(
                 "const done = arguments[0]; const look = () => "
                 "sending || waiting().length ? setTimeout(look, 20) : done(); look()"
@@ -416,11 +425,14 @@ def test_answers_given_while_the_server_is_dead_come_when_it_is_back_and_the_las
 def keyed(folders, tmp_path_factory):
     """The link of a server, which contains a key, and the server's folder."""
     out = tmp_path_factory.mktemp("keyed")
-    with rating(*named(folders), "--out", out, "--comparisons", 10, "--port", 0) as (link, _):
+    with rating(*folder_arguments(folders), "--out", out, "--comparisons", 10, "--port", 0) as (
+        link,
+        _,
+    ):
         yield link, out
 
 
-def test_nobody_votes_or_looks_without_the_key_of_the_link(keyed):
+def test_voting_and_viewing_require_the_key_of_the_link(keyed):
     link, out = keyed
     base = link.partition("?")[0]
     picture = next(Path(out, "pictures").glob("*.png")).name
@@ -449,7 +461,7 @@ def test_nobody_votes_or_looks_without_the_key_of_the_link(keyed):
         )
 
 
-def test_what_is_sent_names_no_model_and_nothing_but_pictures_is_served(keyed):
+def test_responses_name_no_model_and_only_pictures_of_the_study_are_served(keyed):
     link, out = keyed
     base = link.partition("?")[0]
     with httpx.Client(follow_redirects=True) as client:
@@ -469,7 +481,7 @@ def test_what_is_sent_names_no_model_and_nothing_but_pictures_is_served(keyed):
             assert "last-modified" not in answer.headers
         # The metadata that named the model is removed from the PNG.
         assert not Image.open(io.BytesIO(answers[2].content)).info
-        assert {one["token"] for one in answers[-1].json()["turns"]}.isdisjoint(
+        assert {turn["token"] for turn in answers[-1].json()["turns"]}.isdisjoint(
             {turn["token"]}
         ) and answers[-1].json()["done"] == 1
         for path in (
@@ -482,8 +494,8 @@ def test_what_is_sent_names_no_model_and_nothing_but_pictures_is_served(keyed):
         ):
             assert client.get(httpx.URL(base + path)).status_code == 404, path
         refused = [
-            client.post(f"{base}votes", json=given).status_code
-            for given in (
+            client.post(f"{base}votes", json=body).status_code
+            for body in (
                 {"token": "nothing", "answer": "left"},
                 {"token": turn["token"], "answer": "zanzibar"},
                 {"token": turn["token"], "answer": "tie", "seconds": -1},
@@ -495,7 +507,7 @@ def test_what_is_sent_names_no_model_and_nothing_but_pictures_is_served(keyed):
         )
 
 
-def test_a_turn_is_of_its_rater_only_and_an_answer_sent_again_changes_nothing(keyed):
+def test_a_turn_belongs_to_one_rater_and_a_repeated_answer_changes_nothing(keyed):
     link, out = keyed
     base = link.partition("?")[0]
     with httpx.Client(follow_redirects=True) as ann, httpx.Client(follow_redirects=True) as bob:
@@ -504,10 +516,10 @@ def test_a_turn_is_of_its_rater_only_and_an_answer_sent_again_changes_nothing(ke
         turn = ann.get(f"{base}turns").json()["turns"][0]
         # As after a reload or in another tab.
         assert ann.get(f"{base}turns").json()["turns"][0] == turn
-        given = {"token": turn["token"], "answer": "left", "seconds": 2.0}
-        assert bob.post(f"{base}votes", json=given).status_code == 404
+        body = {"token": turn["token"], "answer": "left", "seconds": 2.0}
+        assert bob.post(f"{base}votes", json=body).status_code == 404
         assert [
-            ann.post(f"{base}votes", json={**given, "answer": answer}).json()["done"]
+            ann.post(f"{base}votes", json={**body, "answer": answer}).json()["done"]
             for answer in ("left", "left", "tie")
         ] == [1, 1, 1]
     with sqlite3.connect(Path(out) / "votes.sqlite") as file:
@@ -519,16 +531,16 @@ def test_a_turn_is_of_its_rater_only_and_an_answer_sent_again_changes_nothing(ke
 # -- database --------------------------------------------------------------------------------------
 
 
-def test_raters_and_tabs_at_once_lose_no_vote_and_give_none_twice(tmp_path):
+def test_concurrent_raters_and_tabs_lose_no_vote_and_duplicate_none(tmp_path):
     """Eight threads with separate connections, two for each rater, like servers and tabs."""
     database(tmp_path, 30)
-    given, url = [], f"sqlite:///{tmp_path}/votes.sqlite"
+    answered, url = [], f"sqlite:///{tmp_path}/votes.sqlite"
 
     def tab(rater):
         votes = Votes(url)
-        while shown := votes.turns(rater, 4)[0]:
-            assert votes.answer(rater, shown[0].token, "left", 1.0)
-            given.append((rater, shown[0].token))
+        while turns := votes.turns(rater, 4)[0]:
+            assert votes.answer(rater, turns[0].token, "left", 1.0)
+            answered.append((rater, turns[0].token))
 
     threads = [threading.Thread(target=tab, args=(f"r{n % 4}",)) for n in range(8)]
     for thread in threads:
@@ -538,15 +550,15 @@ def test_raters_and_tabs_at_once_lose_no_vote_and_give_none_twice(tmp_path):
     cast = Votes(url).cast()
     assert (
         len(cast)
-        == len(set(given))
-        == len({(one.rater, one.comparison.id, one.question) for one in cast})
+        == len(set(answered))
+        == len({(vote.rater, vote.comparison.id, vote.question) for vote in cast})
     )
     assert Counter(
-        (one.comparison.id, one.question) for one in cast if not one.comparison.check_of
+        (vote.comparison.id, vote.question) for vote in cast if not vote.comparison.check_of
     ) == {(n, question): 4 for n in range(1, 31) for question in ("photorealism", "caption")}
 
 
-def test_a_comparison_is_kept_for_who_looks_at_it_and_given_to_others_when_they_have_gone(
+def test_a_comparison_is_reserved_for_its_viewer_and_reassigned_when_the_viewer_leaves(
     tmp_path, monkeypatch
 ):
     votes = database(tmp_path, PREFETCHED_COMPARISONS, checks=0, questions=("caption",))
@@ -559,21 +571,21 @@ def test_a_comparison_is_kept_for_who_looks_at_it_and_given_to_others_when_they_
     )
 
 
-def answer_all(votes, rater, passes, wanted=1):
-    while shown := votes.turns(rater, wanted)[0]:
+def answer_all(votes, rater, passes, count=1):
+    while turns := votes.turns(rater, count)[0]:
         noise = next(
-            (side for side in ("left", "right") if getattr(shown[0], side) == "f" * 16), None
+            (side for side in ("left", "right") if getattr(turns[0], side) == "f" * 16), None
         )
         other = {"left": "right", "right": "left"}
         votes.answer(
             rater,
-            shown[0].token,
+            turns[0].token,
             "left" if noise is None else other[noise] if passes else noise,
             1.0,
         )
 
 
-def test_who_fails_the_attention_checks_is_left_out_and_others_are_asked_instead(tmp_path):
+def test_raters_who_fail_the_attention_checks_are_excluded_and_replaced(tmp_path):
     votes = database(tmp_path, 40)
     answer_all(votes, "careless", False)
     answer_all(votes, "careful", True)
@@ -582,11 +594,11 @@ def test_who_fails_the_attention_checks_is_left_out_and_others_are_asked_instead
         2,
         80,
     )
-    assert {question: len(of) for question, of in ballot.votes.items()} == {
+    assert {question: len(question_votes) for question, question_votes in ballot.votes.items()} == {
         "photorealism": 40,
         "caption": 40,
     }
-    assert {one.rater for one in votes.cast() if not one.comparison.check_of} == {
+    assert {vote.rater for vote in votes.cast() if not vote.comparison.check_of} == {
         "careless",
         "careful",
     }
@@ -598,12 +610,12 @@ def test_who_fails_the_attention_checks_is_left_out_and_others_are_asked_instead
     )
 
 
-def test_an_answer_stays_unless_the_rater_goes_back(tmp_path):
+def test_an_answer_changes_only_if_the_rater_goes_back(tmp_path):
     votes = database(tmp_path)
-    shown = votes.turns("ann", 1)[0][0]
+    turn = votes.turns("ann", 1)[0][0]
     answers = []
     for side, again in (("left", False), ("right", False), ("right", True), ("tie", True)):
-        assert votes.answer("ann", shown.token, side, 1.0, again)
+        assert votes.answer("ann", turn.token, side, 1.0, again)
         answers.append(votes.cast()[0].answer)
     left = votes.cast()[0].left
     assert (
@@ -616,20 +628,20 @@ def test_an_answer_stays_unless_the_rater_goes_back(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_turns_are_balanced_complete_and_each_raters_own(seed):
+def test_turns_are_balanced_and_complete_and_differ_between_raters(seed):
     random, comparisons, questions = (
         np.random.default_rng(seed),
-        {one.id: one for one in made(60, ("a", "b", "c"), 20)},
+        {comparison.id: comparison for comparison in make_comparisons(60, ("a", "b", "c"), 20)},
         ("photorealism", "caption"),
     )
     raters = {f"r{n}": [] for n in range(5)}
-    while going := [
+    while active := [
         rater
         for rater in raters
         if raters[rater] is not None and (not raters[rater] or raters[rater][-1])
     ]:
-        rater = going[random.integers(len(going))]
-        taken = Counter(
+        rater = active[random.integers(len(active))]
+        votes_of_others = Counter(
             (turn.comparison, turn.question)
             for other, had in raters.items()
             if other != rater
@@ -637,7 +649,9 @@ def test_turns_are_balanced_complete_and_each_raters_own(seed):
             if turn
         )
         raters[rater].append(
-            next_turn(f"secret {seed}", rater, comparisons, questions, raters[rater], taken, 2)
+            next_turn(
+                f"secret {seed}", rater, comparisons, questions, raters[rater], votes_of_others, 2
+            )
         )
     turns = {rater: [turn for turn in had if turn] for rater, had in raters.items()}
     votes = Counter(
@@ -656,16 +670,18 @@ def test_turns_are_balanced_complete_and_each_raters_own(seed):
             assert len(checks) <= 1 and (n or 1 <= checks[0] <= BLOCK // 2)
         ahead = Counter()
         for turn in had:
-            one = comparisons[turn.comparison]
-            ahead[one.first, one.second, turn.question] += 1 if turn.left == FIRST else -1
-            assert abs(ahead[one.first, one.second, turn.question]) <= 1
+            comparison = comparisons[turn.comparison]
+            ahead[comparison.first, comparison.second, turn.question] += (
+                1 if turn.left == FIRST else -1
+            )
+            assert abs(ahead[comparison.first, comparison.second, turn.question]) <= 1
     orders = {tuple(turn.comparison for turn in had[:10]) for had in turns.values()}
     assert len(orders) == 5
 
 
-def test_the_first_side_and_the_first_comparison_of_a_rater_cannot_be_foreseen():
+def test_the_first_side_and_the_first_comparison_of_a_rater_are_unpredictable():
     comparisons, questions = (
-        {one.id: one for one in made(20, ("a", "b"), 2)},
+        {comparison.id: comparison for comparison in make_comparisons(20, ("a", "b"), 2)},
         ("photorealism", "caption"),
     )
     first = [
@@ -683,15 +699,15 @@ def test_the_first_side_and_the_first_comparison_of_a_rater_cannot_be_foreseen()
     other = [
         next_turn("another", f"rater {n}", comparisons, questions, [], {}, 1) for n in range(1000)
     ]
-    assert sum(one == two for one, two in zip(first, other, strict=True)) < 60
+    assert sum(turn == other_turn for turn, other_turn in zip(first, other, strict=True)) < 60
 
 
-def test_what_fewest_have_answered_is_asked_first():
-    comparisons = {one.id: one for one in made(20, ("a", "b"), 0)}
-    taken = {(n, "caption"): 1 for n in comparisons if n not in (3, 11, 17)}
+def test_the_comparisons_with_the_fewest_answers_are_shown_first():
+    comparisons = {comparison.id: comparison for comparison in make_comparisons(20, ("a", "b"), 0)}
+    votes_of_others = {(n, "caption"): 1 for n in comparisons if n not in (3, 11, 17)}
     had = []
     for _ in range(4):
-        had.append(next_turn("secret", "ann", comparisons, ["caption"], had, taken, 2))
+        had.append(next_turn("secret", "ann", comparisons, ["caption"], had, votes_of_others, 2))
     assert {turn.comparison for turn in had[:3]} == {3, 11, 17} and had[3].comparison not in (
         3,
         11,
@@ -702,26 +718,28 @@ def test_what_fewest_have_answered_is_asked_first():
 # -- pairs -----------------------------------------------------------------------------------------
 
 
-def test_pairs_are_of_one_prompt_and_seed_and_as_many_of_each_two_models(folders):
+def test_pairs_share_prompt_and_seed_and_are_balanced_over_the_models(folders):
     found = {name: study.find_pictures(folder) for name, folder in folders.items()}
     pairs = study.choose_pairs(found, 60, "secret")
     assert (
         set(Counter((first, second) for first, second, _, _ in pairs).values()) == {20}
         and len(set(pairs)) == 60
     )
-    assert all((one.prompt, one.seed) == (other.prompt, other.seed) for _, _, one, other in pairs)
+    assert all(
+        (first.prompt, first.seed) == (second.prompt, second.seed) for _, _, first, second in pairs
+    )
     assert (
         study.choose_pairs(found, 60, "secret") == pairs != study.choose_pairs(found, 60, "another")
     )
     assert len(study.choose_pairs(found, 1000, "secret")) == 90
 
 
-def test_seeds_decide_where_both_have_them_and_the_order_where_not(tmp_path, drawn_corpus):
-    one = study.find_pictures(bulk(tmp_path / "one", (1, 1, 1), ["x", "x", "x"], [5, 6, 7]))["x"]
-    other = study.find_pictures(bulk(tmp_path / "other", (2, 2, 2), ["x", "x"], [7, 9]))["x"]
+def test_pictures_are_paired_by_seed_if_both_have_seeds_and_else_by_order(tmp_path, drawn_corpus):
+    first = study.find_pictures(bulk(tmp_path / "one", (1, 1, 1), ["x", "x", "x"], [5, 6, 7]))["x"]
+    second = study.find_pictures(bulk(tmp_path / "other", (2, 2, 2), ["x", "x"], [7, 9]))["x"]
     strange = study.find_pictures(bulk(tmp_path / "strange", (2, 2, 2), ["x", "x"], [70, 90]))["x"]
-    assert [(a.seed, b.seed) for a, b in study.pairs_of(one, other)] == [(7, 7)]
-    assert [(a.seed, b.seed) for a, b in study.pairs_of(one, strange)] == [(5, 70), (6, 90)]
+    assert [(a.seed, b.seed) for a, b in study.pairs_of(first, second)] == [(7, 7)]
+    assert [(a.seed, b.seed) for a, b in study.pairs_of(first, strange)] == [(5, 70), (6, 90)]
     real = study.find_pictures(str(drawn_corpus / "held_out"))
     # A study accepts any corpus, with all captions of its images.
     assert (
@@ -730,73 +748,83 @@ def test_seeds_decide_where_both_have_them_and_the_order_where_not(tmp_path, dra
     )
 
 
-def test_a_study_that_was_broken_off_is_made_again_and_real_pictures_check_captions(
+def test_an_interrupted_study_is_rebuilt_and_real_pictures_serve_as_caption_checks(
     folders, drawn_corpus, tmp_path, monkeypatch
 ):
-    asked = StudyDefinition(folders, ["photorealism", "caption"], 30, str(drawn_corpus / "train"))
-    put = study._write
+    definition = StudyDefinition(
+        folders, ["photorealism", "caption"], 30, str(drawn_corpus / "train")
+    )
+    write = study._write
 
-    def breaks(pixels, folder, name):
+    def interrupted_write(pixels, folder, name):
         if len(list(folder.glob("*.png")) if folder.exists() else []) > 20:
             raise KeyboardInterrupt
-        put(pixels, folder, name)
+        write(pixels, folder, name)
 
-    monkeypatch.setattr(study, "_write", breaks)
+    monkeypatch.setattr(study, "_write", interrupted_write)
     with pytest.raises(KeyboardInterrupt):
-        study.open_study(tmp_path, None, asked)
+        study.open_study(tmp_path, None, definition)
     monkeypatch.undo()
     votes = study.open_study(tmp_path, None, None)
     rows = votes.comparisons().values()
-    named_pictures = {name for one in rows for name in (one.first_picture, one.second_picture)}
+    named_pictures = {
+        name
+        for comparison in rows
+        for name in (comparison.first_picture, comparison.second_picture)
+    }
     # No picture of the interrupted attempt is left unused.
     assert {path.stem for path in (tmp_path / "pictures").glob("*.png")} == named_pictures
-    assert Counter(one.check_of for one in rows) == {None: 30, "photorealism": 3, "caption": 3}
-    for one in rows:
+    assert Counter(comparison.check_of for comparison in rows) == {
+        None: 30,
+        "photorealism": 3,
+        "caption": 3,
+    }
+    for comparison in rows:
         # Both pictures are drawings, and the caption describes only the first.
-        if one.check_of == "caption":
+        if comparison.check_of == "caption":
             colours = [
                 tuple(
                     np.asarray(Image.open(tmp_path / "pictures" / f"{name}.png"))[32, 32].tolist()
                 )
-                for name in (one.first_picture, one.second_picture)
+                for name in (comparison.first_picture, comparison.second_picture)
             ]
-            right = next(colour for name, colour in COLOURS.items() if name in one.prompt)
+            right = next(colour for name, colour in COLOURS.items() if name in comparison.prompt)
             assert colours[0] == right != colours[1]
     pixels = [
-        np.asarray(Image.open(tmp_path / "pictures" / f"{one.second_picture}.png"))
-        for one in rows
-        if one.check_of == "photorealism"
+        np.asarray(Image.open(tmp_path / "pictures" / f"{comparison.second_picture}.png"))
+        for comparison in rows
+        if comparison.check_of == "photorealism"
     ]
     # Uniform noise has a standard deviation of 256 / sqrt(12) = 74.
     assert all(60 < image.std() < 90 for image in pixels)
 
 
-def test_what_could_not_be_made_gives_way_and_pictures_that_are_gone_are_made_again(
+def test_a_failed_study_can_be_replaced_and_missing_pictures_are_copied_again(
     folders, tmp_path, capsys
 ):
     bare = bulk(tmp_path / "bare", (9, 9, 9), ["", ""])
     typo = StudyDefinition({**folders, "umbrella": str(tmp_path / "no")}, ["photorealism"], 9)
-    for asked, message in (
+    for definition, message in (
         (typo, "is empty"),
         (StudyDefinition(folders, ["photorealism"], 9, bare), "bare has a caption"),
     ):
         with pytest.raises(UserError, match=message):
-            study.open_study(tmp_path / "s", None, asked)
-    asked = StudyDefinition(folders, ["photorealism"], 9)
-    votes = study.open_study(tmp_path / "s", None, asked)  # same folder, corrected input
+            study.open_study(tmp_path / "s", None, definition)
+    definition = StudyDefinition(folders, ["photorealism"], 9)
+    votes = study.open_study(tmp_path / "s", None, definition)  # same folder, corrected input
     names = sorted(path.name for path in (tmp_path / "s" / "pictures").glob("*.png"))
-    assert votes.asked == asked and len(votes.comparisons()) == 10
+    assert votes.asked == definition and len(votes.comparisons()) == 10
     # The database of the first folder, opened from another one.
-    again = study.open_study(tmp_path / "elsewhere", votes.url, None)
-    assert again.comparisons() == votes.comparisons()
-    shown = {
+    reopened = study.open_study(tmp_path / "elsewhere", votes.url, None)
+    assert reopened.comparisons() == votes.comparisons()
+    picture_names = {
         f"{name}.png"
-        for one in again.comparisons().values()
-        for name in (one.first_picture, one.second_picture)
+        for comparison in reopened.comparisons().values()
+        for name in (comparison.first_picture, comparison.second_picture)
     }
     assert (
         {path.name for path in (tmp_path / "elsewhere" / "pictures").glob("*.png")}
-        == shown
+        == picture_names
         <= set(names)
     )
 
@@ -804,7 +832,7 @@ def test_what_could_not_be_made_gives_way_and_pictures_that_are_gone_are_made_ag
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def test_votes_of_a_csv_give_the_tables_that_a_count_by_hand_gives(tmp_path, capsys):
+def test_the_tables_of_a_csv_of_votes_equal_those_counted_by_hand(tmp_path, capsys):
     path = tmp_path / "votes.csv"
     path.write_text(
         "question,first,second,winner,when\n"
@@ -819,10 +847,10 @@ def test_votes_of_a_csv_give_the_tables_that_a_count_by_hand_gives(tmp_path, cap
         json.loads((tmp_path / "elo.json").read_text())["questions"],
     )
     # 6 wins, 2 losses and 4 ties: odds of 8 to 4.
-    apart = 400 * np.log10(8 / 4)
-    assert found["caption"]["scores"]["free"]["score"] == pytest.approx(apart / 2) and found[
-        "caption"
-    ]["wins"]["free"]["clip"] == {"share": 8 / 12, "votes": 12}
+    score_difference = 400 * np.log10(8 / 4)
+    assert found["caption"]["scores"]["free"]["score"] == pytest.approx(
+        score_difference / 2
+    ) and found["caption"]["wins"]["free"]["clip"] == {"share": 8 / 12, "votes": 12}
     assert (
         found["photorealism"]["scores"] == {}
         and "clip has never won" in found["photorealism"]["no_scores"]
@@ -836,7 +864,7 @@ def test_votes_of_a_csv_give_the_tables_that_a_count_by_hand_gives(tmp_path, cap
         "of 12",
     ] in lines and "photorealism: clip has never won" in printed
     assert (
-        re.search(rf"free +- +{apart / 2:.1f}  \[", printed)
+        re.search(rf"free +- +{score_difference / 2:.1f}  \[", printed)
         and "12 votes on caption (33% ties)" in printed
     )
 
@@ -854,16 +882,21 @@ def test_votes_of_a_csv_give_the_tables_that_a_count_by_hand_gives(tmp_path, cap
         ("\xff\xfe\x00", "UTF-8"),
     ],
 )
-def test_a_csv_that_is_not_understood_is_refused_with_its_line(tmp_path, capsys, content, message):
+def test_an_invalid_csv_of_votes_is_refused_with_its_line_number(
+    tmp_path, capsys, content, message
+):
     (tmp_path / "votes.csv").write_bytes(content.encode("latin-1"))
     assert main(["elo", str(tmp_path / "votes.csv")]) == 2 and message in capsys.readouterr().err
 
 
-def test_what_no_study_can_be_made_of_is_refused_in_a_sentence(folders, tmp_path, capsys):
+def test_invalid_input_to_a_study_is_refused_in_one_sentence(folders, tmp_path, capsys):
     study.open_study(
         tmp_path / "s", None, StudyDefinition(folders, ["photorealism", "caption"], 1000)
     )
-    strange, other = bulk(tmp_path / "strange", (1, 1, 1), ["something else"]), named(folders)
+    strange, other = (
+        bulk(tmp_path / "strange", (1, 1, 1), ["something else"]),
+        folder_arguments(folders),
+    )
     (tmp_path / "empty").mkdir()
     for arguments, message in (
         (

@@ -19,7 +19,7 @@ CONFIG = Path(ROOT) / "ray-cluster.yaml"
 
 
 @pytest.fixture(scope="module")
-def story(drawn_corpus, tiny_weights, tmp_path_factory):
+def added_nodes(drawn_corpus, tiny_weights, tmp_path_factory):
     """The nodes that each part brought up, and those left at the end.
 
     Returns {"data": {type: count}, "training": ..., "serving": ..., "after": ...}.
@@ -60,34 +60,33 @@ def gpus(nodes, types):
     ]
 
 
-def test_data_tasks_that_the_head_has_no_room_for_bring_a_node_without_gpus(story, types):
-    assert gpus(story["data"], types) == [0]
+def test_data_tasks_that_do_not_fit_on_the_head_add_a_node_without_gpus(added_nodes, types):
+    assert gpus(added_nodes["data"], types) == [0]
 
 
-def test_as_many_training_workers_as_a_training_node_has_gpus_bring_that_node_and_no_other(
-    story, types
-):
-    assert gpus(story["training"], types) == [
+def test_a_full_set_of_training_workers_adds_exactly_one_training_node(added_nodes, types):
+    assert gpus(added_nodes["training"], types) == [
         max(kind["resources"].get("GPU", 0) for kind in types.values())
     ]
 
 
-def test_of_training_nodes_those_of_the_higher_priority_are_taken(story, types):
+def test_training_nodes_of_higher_priority_are_preferred(added_nodes, types):
     most = max(kind["resources"].get("GPU", 0) for kind in types.values())
     alike = [name for name, kind in types.items() if kind["resources"].get("GPU", 0) == most]
     assert (
-        list(story["training"]) == [max(alike, key=lambda name: types[name].get("priority", 0))]
+        list(added_nodes["training"])
+        == [max(alike, key=lambda name: types[name].get("priority", 0))]
         and len(alike) > 1
     )
 
 
-def test_each_replica_brings_a_node_of_one_gpu_and_none_of_the_training_nodes(story, types):
-    assert gpus(story["serving"], types) == [1] * sum(
+def test_each_replica_adds_a_node_with_one_gpu_and_no_training_node(added_nodes, types):
+    assert gpus(added_nodes["serving"], types) == [1] * sum(
         scale["min_replicas"] for scale in autoscaling_run.serving().values()
     )
 
 
-def test_nodes_that_nobody_needs_any_more_go_down_to_the_least_of_their_type(story, types):
-    assert story["after"] == {
+def test_idle_nodes_are_removed_down_to_the_minimum_of_their_type(added_nodes, types):
+    assert added_nodes["after"] == {
         name: kind["min_workers"] for name, kind in types.items() if kind.get("min_workers")
     }

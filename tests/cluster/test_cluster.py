@@ -40,12 +40,12 @@ def wait_for(done, job, seconds=240):
 
 @pytest.fixture(scope="module")
 def ray(s3):
-    with cluster(3, 1, 1) as made:
-        yield made
+    with cluster(3, 1, 1) as local_cluster:
+        yield local_cluster
 
 
 @pytest.mark.slow
-def test_corpus_to_pictures_by_jobs_submitted_twice_while_s3_errs_and_raylets_are_killed(
+def test_jobs_from_corpus_to_pictures_survive_resubmission_s3_errors_and_killed_raylets(
     ray, s3, s3_faults, tiny_weights
 ):
     """About 5% of S3 requests fail or are slow.
@@ -110,8 +110,8 @@ def test_corpus_to_pictures_by_jobs_submitted_twice_while_s3_errs_and_raylets_ar
     generating = head.submit(*bulk, wait=False)
     wait_for(lambda: len(pictures(f"{root}/pictures")) >= 20, generating)
     head.kill(second)
-    made = head.result(generating)
-    assert made["pictures"] == made["made"] == PROMPTS == len(pictures(f"{root}/pictures"))
+    result = head.result(generating)
+    assert result["pictures"] == result["made"] == PROMPTS == len(pictures(f"{root}/pictures"))
     assert third.poll() is None
     cascade = Cascade.load(storage.fetch(f"{root}/weights/base.safetensors"))
     lines = [
@@ -150,14 +150,14 @@ def test_corpus_to_pictures_by_jobs_submitted_twice_while_s3_errs_and_raylets_ar
         file: storage.digest(storage.fetch(file))
         for file in storage.list_files(f"{root}/weights", (".safetensors",))
     }
-    *again, generated, trained, evaluated = [
+    *repeated, generated, trained, evaluated = [
         head.result(job)
         for job in [
             head.submit(*job, wait=False) for job in (prepare, clean, export, bulk, train, evaluate)
         ]
     ]
     assert (
-        all(done["done_before"] for done in again)
+        all(done["done_before"] for done in repeated)
         and generated["made"] == 0
         and trained["steps"] == STEPS
         and evaluated == figures
@@ -173,13 +173,15 @@ def test_corpus_to_pictures_by_jobs_submitted_twice_while_s3_errs_and_raylets_ar
     assert written == {file: storage.digest(storage.fetch(file)) for file in written}
 
 
-def test_a_job_that_fails_says_why_in_a_sentence_and_exits_so(ray):
+def test_a_failing_job_prints_one_sentence_and_exits_with_an_error(ray):
     job = ray[0].submit("jobs/generate.py", "nowhere.txt", "--out", "x", "--base", "y", wait=False)
-    said = job.communicate(timeout=240)[0]
-    assert job.returncode != 0 and "generate: There is no file" in said and "Traceback" not in said
+    output = job.communicate(timeout=240)[0]
+    assert (
+        job.returncode != 0 and "generate: There is no file" in output and "Traceback" not in output
+    )
 
 
-def test_serve_deploy_of_the_config_file_makes_an_endpoint(ray, tmp_path):
+def test_serve_deploy_starts_the_endpoint_of_the_config_file(ray, tmp_path):
     head, _ = ray
     config, port = yaml.safe_load(Path(ROOT, "serve", "config.yaml").read_text()), free_port()
     config["http_options"]["port"] = port

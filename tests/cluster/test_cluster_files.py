@@ -58,7 +58,7 @@ RAY_UP = yaml.safe_load(Path(ROOT, "ray-cluster.yaml").read_text())
 PYPROJECT = Path(ROOT, "pyproject.toml").read_text()
 
 
-def named(manifest):
+def manifest_name(manifest):
     return manifest["metadata"]["name"]
 
 
@@ -75,7 +75,7 @@ def actions(policy):
 # -- rendering -------------------------------------------------------------------------------------
 
 
-def test_the_committed_files_are_as_the_sizes_say():
+def test_the_committed_files_are_rendered_from_the_sizes():
     stale = [
         name
         for name, text in render["rendered"](SIZES).items()
@@ -91,7 +91,7 @@ def test_the_committed_files_are_as_the_sizes_say():
         ["bucket=other-bucket", "image=REGISTRY/glide-ray:0.2.0"],
     ],
 )
-def test_settings_on_the_command_line_take_the_place_of_the_files(tmp_path, settings):
+def test_settings_on_the_command_line_override_the_files(tmp_path, settings):
     command = [
         sys.executable,
         str(CLUSTER / "render.py"),
@@ -106,8 +106,8 @@ def test_settings_on_the_command_line_take_the_place_of_the_files(tmp_path, sett
         if path.is_file()
     }
     assert set(texts) == set(render["rendered"](SIZES))
-    given = dict(setting.split("=") for setting in settings)
-    for key, value in given.items():
+    overrides = dict(setting.split("=") for setting in settings)
+    for key, value in overrides.items():
         assert any(value in text for text in texts.values())
         assert not any(
             re.search(rf"(?<![\w/-]){getattr(SIZES, key)}\b", text) for text in texts.values()
@@ -122,7 +122,7 @@ def test_settings_on_the_command_line_take_the_place_of_the_files(tmp_path, sett
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, message",
     [
         (["--set", "nodes.train.max=4"], "nodes.train have 32; raise nodes.train.max"),
         (["--set", "nodes.train.maxx=4"], "did you mean 'nodes.train.max'?"),
@@ -137,7 +137,7 @@ def test_settings_on_the_command_line_take_the_place_of_the_files(tmp_path, sett
         (["--out", "{broken}"], "give another folder with --out"),
     ],
 )
-def test_what_cannot_be_rendered_is_told_in_a_sentence(tmp_path, capsys, arguments, told):
+def test_invalid_sizes_are_refused_in_one_sentence(tmp_path, capsys, arguments, message):
     (tmp_path / "broken.yaml").write_text("cluster: [\n}")
     assert (
         render["main"](
@@ -150,11 +150,11 @@ def test_what_cannot_be_rendered_is_told_in_a_sentence(tmp_path, capsys, argumen
         == 2
     )
     error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_the_sizes_of_machines_are_what_aws_says():
+def test_the_sizes_of_machines_agree_with_aws():
     known = json.loads(
         gzip.open(Path(moto.__file__).parent / "ec2/resources/instance_types.json.gz").read()
     )
@@ -172,7 +172,7 @@ def test_the_sizes_of_machines_are_what_aws_says():
         assert node.market == "on-demand" or "spot" in machine["SupportedUsageClasses"]
 
 
-def test_versions_are_those_of_the_project():
+def test_versions_agree_with_the_project():
     ray_version = re.search(r'"ray\[data,train,serve\]==([\d.]+)"', PYPROJECT)[1]
     assert SIZES.ray == ray_version and all(
         cluster["rayVersion"] == ray_version for cluster in map(cluster_of, MANIFESTS)
@@ -188,14 +188,14 @@ def prepared():
     return prepare_config(yaml.safe_load(yaml.safe_dump(RAY_UP)))
 
 
-def test_the_ray_up_file_is_what_ray_accepts():
+def test_ray_accepts_the_ray_up_file():
     validate_config(prepared())
     for misspelled in ({"dockerr": {}}, {"head_node_type": "haed"}, {"max_workers": -1}):
         with pytest.raises((jsonschema.ValidationError, ValueError)):
             validate_config(prepared() | misspelled)
 
 
-def test_nodes_hold_this_checkout_and_take_no_stranger():
+def test_nodes_have_this_checkout_and_require_the_token():
     folder = next(remote for remote, local in RAY_UP["file_mounts"].items() if local == ".")
     assert any(f"--editable '{folder}[" in command for command in RAY_UP["setup_commands"])
     options = RAY_UP["docker"]["run_options"]
@@ -213,17 +213,15 @@ def test_nodes_hold_this_checkout_and_take_no_stranger():
         ([], 100, {"CPU": 1}, {"data": 4}),
     ],
 )
-def test_rays_autoscaler_takes_spot_first_and_what_is_on_demand_where_there_is_none(
-    refused, count, bundle, launched
-):
+def test_rays_autoscaler_prefers_spot_and_falls_back_to_on_demand(refused, count, bundle, launched):
     config = AutoscalingConfig(prepared(), skip_content_hash=True)
-    wanted = ResourceRequestUtil.group_by_count([ResourceRequestUtil.make(bundle)] * count)
+    requests = ResourceRequestUtil.group_by_count([ResourceRequestUtil.make(bundle)] * count)
     reply = ResourceDemandScheduler(Mock()).schedule(
         SchedulingRequest(
             disable_launch_config_check=True,
             node_type_configs=config.get_node_type_configs(),
             max_num_nodes=config.get_max_num_worker_nodes(),
-            resource_requests=wanted,
+            resource_requests=requests,
             recoverable_resource_availabilities=dict.fromkeys(refused, 0.0),
         )
     )
@@ -253,7 +251,9 @@ def aws(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("efa", [False, True])
-def test_ray_starts_and_ends_every_kind_of_node_with_the_rights_of_the_head(aws, efa, monkeypatch):
+def test_ray_creates_and_terminates_every_node_type_with_the_heads_permissions(
+    aws, efa, monkeypatch
+):
     ec2 = boto3.client("ec2")
     subnet = next(
         each["SubnetId"]
@@ -275,21 +275,21 @@ def test_ray_starts_and_ends_every_kind_of_node_with_the_rights_of_the_head(aws,
         [],
     )
 
-    def note(model, params, **_):
+    def record_call(model, params, **_):
         called.add(f"ec2:{model.name}")
         launched.append(params["body"])
 
     for connection in (provider.ec2, provider.ec2_fail_fast):
-        connection.meta.client.meta.events.register("before-call.ec2", note)
+        connection.meta.client.meta.events.register("before-call.ec2", record_call)
     for name, kind in config["available_node_types"].items():
-        (made,) = provider.create_node(
+        (node,) = provider.create_node(
             kind["node_config"],
             {"ray-node-kind": "worker", "ray-node-name": name, "ray-user-node-type": name},
             1,
         ).values()
-        assert made.instance_type == kind["node_config"]["InstanceType"]
-        assert made.instance_lifecycle == ("spot" if name in ("data", "train-spot") else None)
-        assert {"Key": "ray-cluster-name", "Value": SIZES.cluster} in made.tags
+        assert node.instance_type == kind["node_config"]["InstanceType"]
+        assert node.instance_lifecycle == ("spot" if name in ("data", "train-spot") else None)
+        assert {"Key": "ray-cluster-name", "Value": SIZES.cluster} in node.tags
     nodes = provider.non_terminated_nodes({})
     provider.set_node_tags(nodes[0], {"ray-node-status": "up-to-date"})
     provider.terminate_nodes(nodes)
@@ -328,7 +328,7 @@ def touch_storage(tmp_path):
 
 
 @pytest.mark.parametrize("lacking", [None, *sorted(actions("policy-worker.json"))])
-def test_a_worker_may_do_what_the_project_does_on_s3_and_no_more(
+def test_a_workers_s3_permissions_are_exactly_those_the_project_needs(
     aws, monkeypatch, tmp_path, lacking
 ):
     policy = json.loads((CLUSTER / "aws/policy-worker.json").read_text())
@@ -356,7 +356,7 @@ def test_a_worker_may_do_what_the_project_does_on_s3_and_no_more(
             storage.put(b"bytes", "s3://another/a.bin")
 
 
-def test_no_policy_allows_a_whole_service_and_nodes_are_the_clusters_own():
+def test_policies_allow_no_whole_service_and_only_nodes_of_this_cluster():
     for policy in ("policy-head.json", "policy-worker.json"):
         assert not [action for action in actions(policy) if "*" in action]
     statements = {
@@ -476,8 +476,8 @@ def check(manifest):
         )
 
 
-@pytest.mark.parametrize("manifest", MANIFESTS, ids=named)
-def test_a_manifest_is_what_kuberay_and_kubernetes_accept(manifest):
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=manifest_name)
+def test_kuberay_and_kubernetes_accept_the_manifests(manifest):
     check(manifest)
     broken = json.loads(json.dumps(manifest))
     templates(broken)[0]["spec"]["containers"][0]["resourcess"] = {}
@@ -488,8 +488,8 @@ def test_a_manifest_is_what_kuberay_and_kubernetes_accept(manifest):
         check(broken)
 
 
-@pytest.mark.parametrize("manifest", MANIFESTS, ids=named)
-def test_pods_are_nobody_special_and_take_what_they_ask_for(manifest):
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=manifest_name)
+def test_pods_are_unprivileged_and_their_limits_equal_their_requests(manifest):
     accounts = {
         account["metadata"]["name"]
         for account in yaml.safe_load_all((CLUSTER / "kubernetes/serviceaccounts.yaml").read_text())
@@ -544,7 +544,7 @@ def served():
     return validate(ServeConfig, application["args"])
 
 
-def test_the_endpoints_replicas_have_their_gpus_and_its_pods_their_time():
+def test_the_endpoint_has_gpus_for_its_replicas_and_time_to_drain():
     scales = (served().base_scale, served().upsampler_scale)
     assert sum(scale.max_replicas * scale.gpus for scale in scales) <= gpus(SERVICE)
     assert sum(scale.min_replicas * scale.gpus for scale in scales) <= gpus(SERVICE, least=True)
@@ -555,9 +555,9 @@ def test_the_endpoints_replicas_have_their_gpus_and_its_pods_their_time():
     assert SERVICE["spec"]["rayClusterDeletionDelaySeconds"] > served().drain_seconds
     for template in templates(SERVICE):
         (variable,) = (
-            one
-            for one in template["spec"]["containers"][0]["env"]
-            if one["name"] == "GLIDE_API_KEYS"
+            entry
+            for entry in template["spec"]["containers"][0]["env"]
+            if entry["name"] == "GLIDE_API_KEYS"
         )
         assert (
             variable["valueFrom"]["secretKeyRef"]["name"]
@@ -565,7 +565,7 @@ def test_the_endpoints_replicas_have_their_gpus_and_its_pods_their_time():
         )
 
 
-def test_the_endpoint_is_configured_as_serve_and_the_project_read_it():
+def test_serve_and_the_project_can_read_the_endpoints_config():
     config = yaml.safe_load(SERVICE["spec"]["serveConfigV2"])
     schema = ServeDeploySchema.model_validate(config)
     assert (
@@ -577,25 +577,25 @@ def test_the_endpoint_is_configured_as_serve_and_the_project_read_it():
         config["proxy_location"] == ours["proxy_location"]
         and config["http_options"]["port"] == ours["http_options"]["port"]
     )
-    (application,), (here,) = config["applications"], ours["applications"]
-    assert set(application) == set(here) and all(
-        application[key] == here[key] for key in here if key != "args"
+    (application,), (own,) = config["applications"], ours["applications"]
+    assert set(application) == set(own) and all(
+        application[key] == own[key] for key in own if key != "args"
     )
     assert served().base.startswith(f"s3://{SIZES.bucket}/") and served().upsampler.startswith(
         f"s3://{SIZES.bucket}/"
     )
 
 
-def asked(job):
+def job_options(job):
     """The arguments of a job's manifest, parsed by the job's script."""
     python, script, *arguments = shlex.split(JOBS[job]["spec"]["entrypoint"])
     assert python == "python" and script == f"/app/jobs/{job}.py"
     return runpy.run_path(str(Path(ROOT, "jobs", f"{job}.py")))["parser"]().parse_args(arguments)
 
 
-def test_the_jobs_take_what_the_manifests_give_them():
+def test_the_jobs_accept_the_options_in_the_manifests():
     assert set(JOBS) == {"train", "filter", "generate", "evaluate"}
-    train, generate = asked("train"), asked("generate")
+    train, generate = job_options("train"), job_options("generate")
     preset = override(presets.get(train.preset), train.set)
     assert preset.train.workers <= gpus(JOBS["train"]) and preset.train.min_workers <= gpus(
         JOBS["train"], least=True
@@ -609,19 +609,19 @@ def test_the_jobs_take_what_the_manifests_give_them():
         generate.out,
         generate.base,
         generate.upsampler,
-        asked("filter").source,
-        asked("filter").out,
+        job_options("filter").source,
+        job_options("filter").out,
     ]
     assert all(place.startswith(f"s3://{SIZES.bucket}/") for place in places)
     assert served().base == generate.base and served().upsampler == generate.upsampler
 
 
-def test_the_image_has_what_triton_and_deepspeed_compile_with():
+def test_the_image_has_the_compilers_for_triton_and_deepspeed():
     installed = re.sub(r"\\\n", " ", (CLUSTER / "Dockerfile").read_text()).split()
     assert {"g++", "libc6-dev", "python3.11-dev"} <= set(installed)
 
 
-def test_the_image_is_pinned_and_runs_as_nobody_special():
+def test_the_image_is_pinned_and_runs_unprivileged():
     lines = re.sub(r"\\\n", " ", (CLUSTER / "Dockerfile").read_text()).splitlines()
     steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
     bases = [rest for step, rest in steps if step == "FROM"]
@@ -658,7 +658,7 @@ def expressions(name):
     return [target["expr"] for panel in board["panels"] for target in panel["targets"]]
 
 
-def test_the_serving_dashboard_shows_what_the_endpoint_exports():
+def test_the_serving_dashboard_shows_metrics_that_the_endpoint_exports():
     figures, admission = Metrics(), Mock(capacity={"m": 1}, in_progress={"m": 0})
     figures.request("/v1/images/generations", 200, 1.0)
     figures.image("m", "generation", {"base": 1.0})
@@ -678,13 +678,13 @@ def test_the_serving_dashboard_shows_what_the_endpoint_exports():
     for expression in expressions("serving"):
         names = set(re.findall(r"glide_\w+", expression))
         assert names and names <= set(labels), expression
-        wanted = {
+        expected = {
             label for by in re.findall(r"by \(([^)]*)\)", expression) for label in by.split(", ")
         } | set(re.findall(r"(\w+)=~?\"", expression))
-        assert all(wanted <= labels[name] for name in names), expression
+        assert all(expected <= labels[name] for name in names), expression
 
 
-def test_the_training_dashboard_shows_what_ray_exports():
+def test_the_training_dashboard_shows_metrics_that_ray_exports():
     folder = Path(ray.__file__).parent
     defined = {
         node.value
@@ -699,7 +699,7 @@ def test_the_training_dashboard_shows_what_ray_exports():
     assert "node_gpus_utilisation" not in defined
 
 
-def test_prometheus_asks_where_ray_and_the_endpoint_answer():
+def test_prometheus_scrapes_the_ports_of_ray_and_the_endpoint():
     jobs = {
         job["job_name"]: job
         for job in yaml.safe_load((CLUSTER / "prometheus.yaml").read_text())["scrape_configs"]

@@ -170,9 +170,9 @@ class FakeCluster:
         deadline = time.monotonic() + PATIENCE
         while "--block" not in self._said():
             if time.monotonic() > deadline or self._head.poll() is not None:
-                said = self.log()
+                log_text = self.log()
                 self.__exit__()
-                raise AssertionError(f"the head did not start\n{said}")
+                raise AssertionError(f"the head did not start\n{log_text}")
             time.sleep(0.2)
         return self
 
@@ -240,7 +240,7 @@ class Watch:
             time.sleep(0.3)
         return nodes
 
-    def came(self, what, future, fulfilled):
+    def nodes_added(self, what, future, fulfilled):
         """Number of new nodes of each type until the request is met.
 
         The request is met when `future` is done or `fulfilled()` holds.
@@ -297,13 +297,13 @@ def main(path, corpus, base, upsampler, out):
     )
     # Connect while the head is the only node: a driver attached to another node would die with it.
     connect(0)
-    watch, pool, came = Watch(), ThreadPoolExecutor(), {}
+    watch, pool, added = Watch(), ThreadPoolExecutor(), {}
     watch.until(lambda nodes: nodes == least, "the least of each type")
 
     cpus = types[HEAD]["resources"].get("CPU", 0)
     busy = placement_group([{"CPU": cpus}]) if cpus else None
     surveyed = pool.submit(survey, f"{corpus}/train", 16)
-    came["data"] = watch.came("data", surveyed, lambda: False)
+    added["data"] = watch.nodes_added("data", surveyed, lambda: False)
     assert surveyed.result().rows.kept == 96
     if busy is not None:
         remove_placement_group(busy)
@@ -320,12 +320,12 @@ def main(path, corpus, base, upsampler, out):
             preset, "nowhere", None, None, None, training._wait_for_workers(preset)
         )
     )
-    came["training"] = watch.came("training", trained, Placed.done.is_set)
+    added["training"] = watch.nodes_added("training", trained, Placed.done.is_set)
 
     # Only on the head: the proxies of all nodes would use the same port.
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": free_port()})
     config = ServeConfig(base=base, upsampler=upsampler, **serving())
-    came["serving"] = watch.came(
+    added["serving"] = watch.nodes_added(
         "serving", pool.submit(lambda: deploy(build_application(config))), lambda: False
     )
 
@@ -333,11 +333,11 @@ def main(path, corpus, base, upsampler, out):
     Placed.release.set()
     trained.result()
     began = time.monotonic()
-    came["after"] = watch.until(
+    added["after"] = watch.until(
         lambda nodes: nodes == least, f"back to the least of each type, {dict(least)}"
     )
     print(f"idle ones gone in {time.monotonic() - began:.1f} s", flush=True)
-    Path(out).write_text(json.dumps(came))
+    Path(out).write_text(json.dumps(added))
 
 
 if __name__ == "__main__":

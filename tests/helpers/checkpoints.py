@@ -5,17 +5,17 @@ from glide_ray.train.checkpoint_writer import CheckpointWriter
 
 
 def keeper(place, keep_last=2, keep_every=None, **others):
-    told, committed = [], []
-    made = CheckpointWriter(
+    events, committed = [], []
+    writer = CheckpointWriter(
         Checkpoints(place),
         "start",
         keep_last,
         keep_every,
-        told.append,
+        events.append,
         lambda step, folder: committed.append(step),
         **others,
     )
-    return made, told, committed
+    return writer, events, committed
 
 
 def write(content):

@@ -60,11 +60,11 @@ class LocalCluster:
             )
             if self._comes(head, self.dashboard, self.agent):
                 return
-            said = self._log()
+            log = self._log()
             self.end()
         raise AssertionError(
             f"no head of a cluster came up in {TRIES} tries of {START_SECONDS} s; "
-            f"the last one said:\n{said}"
+            f"the last one said:\n{log}"
         )
 
     def add_node(self, cpus):
@@ -108,15 +108,15 @@ class LocalCluster:
     @staticmethod
     def result(job, seconds=480):
         try:
-            said = job.communicate(timeout=seconds)[0]
+            output = job.communicate(timeout=seconds)[0]
         except subprocess.TimeoutExpired:
             job.kill()
             raise AssertionError(
                 f"not done after {seconds} s: {job.communicate()[0][-3000:]}"
             ) from None
-        assert job.returncode == 0, said[-3000:]
+        assert job.returncode == 0, output[-3000:]
         return next(
-            json.loads(line) for line in reversed(said.splitlines()) if line.startswith("{")
+            json.loads(line) for line in reversed(output.splitlines()) if line.startswith("{")
         )
 
     def end(self):
@@ -178,8 +178,8 @@ class LocalCluster:
 
 @contextmanager
 def cluster(head_cpus, *nodes):
-    made = LocalCluster(head_cpus)
+    local_cluster = LocalCluster(head_cpus)
     try:
-        yield made, [made.add_node(cpus) for cpus in nodes]
+        yield local_cluster, [local_cluster.add_node(cpus) for cpus in nodes]
     finally:
-        made.end()
+        local_cluster.end()

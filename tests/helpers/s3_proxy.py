@@ -25,7 +25,7 @@ class Fault:
     seconds: float = ALWAYS  # duration, from the first affected request
     first: float | None = None
 
-    def befalls(self, path):
+    def applies_to(self, path):
         now = time.monotonic()
         if (
             self.containing not in path
@@ -45,7 +45,7 @@ class Faults:
         self.clear()
 
     def clear(self):
-        self._wanted, self.befallen, self.requests, self._share, self._draw = (
+        self._faults, self.befallen, self.requests, self._share, self._draw = (
             [],
             Counter(),
             [],
@@ -55,15 +55,15 @@ class Faults:
 
     def answer_503(self, containing="", times=ALWAYS, seconds=ALWAYS):
         """Answer with 503, as S3 does when the request rate is too high."""
-        self._wanted.append(Fault("503", containing, times, seconds))
+        self._faults.append(Fault("503", containing, times, seconds))
 
     def truncate(self, containing, times=1):
         """Send half of the body after headers that announce all of it."""
-        self._wanted.append(Fault("truncate", containing, times))
+        self._faults.append(Fault("truncate", containing, times))
 
     def reset(self, containing, times=1):
         """Close the connection without an answer."""
-        self._wanted.append(Fault("reset", containing, times))
+        self._faults.append(Fault("reset", containing, times))
 
     def at_random(self, share, seed=0):
         """Make this share of all requests fail in a random way or be answered late."""
@@ -75,7 +75,7 @@ class Faults:
     def of(self, method, path):
         with self._lock:
             self.requests.append((method, path))
-            kind = next((fault.kind for fault in self._wanted if fault.befalls(path)), None)
+            kind = next((fault.kind for fault in self._faults if fault.applies_to(path)), None)
             if kind is None and self._draw.random() < self._share:
                 kind = self._draw.choice(("503", "reset", "truncate", "slow"))
             self.befallen[kind] += 1

@@ -61,7 +61,7 @@ def epochs(epoch, rows):
     return iter([batch(10 * epoch + n) for n in range(rows // 4, 3)])
 
 
-def run(made, folder=None, batches=epochs):
+def run(trainer, folder=None, batches=epochs):
     """Train to the end; returns (metrics, checkpoint folders, EMA weights)."""
     metrics, saved = [], []
 
@@ -71,16 +71,16 @@ def run(made, folder=None, batches=epochs):
             saved[-1].mkdir(parents=True)
             write(saved[-1])
 
-    train_loop(made, batches, [batch(999)], TrainCallbacks(metrics.append, checkpoint))
-    return metrics, saved, averaged(made)
+    train_loop(trainer, batches, [batch(999)], TrainCallbacks(metrics.append, checkpoint))
+    return metrics, saved, averaged(trainer)
 
 
-def averaged(made):
+def averaged(trainer):
     """The EMA weights as this rank's checkpoint stores them."""
     with tempfile.TemporaryDirectory() as folder:
-        made.save(Path(folder))
+        trainer.save(Path(folder))
         with partition.CheckpointReader(Path(folder)) as parts:
             return {
-                name: parts.full(f"average/{made.preset.train.ema_rates[0]:g}", name)
+                name: parts.full(f"average/{trainer.preset.train.ema_rates[0]:g}", name)
                 for name in parts.shapes
             }

@@ -54,7 +54,7 @@ def blobs(n, width=64, height=64):
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def packed(image, form="png", **options):
+def image_bytes(image, form="png", **options):
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
@@ -63,7 +63,7 @@ def packed(image, form="png", **options):
 def row(n, *captions, image=None, key=None):
     return Sample(
         key or f"row{n}",
-        packed(blobs(n)) if image is None else image,
+        image_bytes(blobs(n)) if image is None else image,
         "png",
         captions or (f"blobs, number {n}",),
         {"number": n},
@@ -86,7 +86,7 @@ def shown(samples):
     ]
 
 
-def test_whom_to_credit_goes_with_what_is_left(tmp_path):
+def test_a_cleaned_corpus_keeps_its_sources(tmp_path):
     cards = [
         {"about": "blobs", "sources": [{"package": "noto"}, {"package": name}], "rows": 2}
         for name in ("blob", "twemoji")
@@ -131,24 +131,24 @@ SCRIPT = "<script>alert('x')</script> & a house"
 BAD = {
     "without an image": row(10, key="no-image", image=b""),
     "with an unreadable image": row(11, key="no-header", image=b"<html>404 not found</html>"),
-    "too small": row(12, key="small", image=packed(blobs(12, 63, 200))),
-    "too long and thin": row(13, key="thin", image=packed(blobs(13, 64, 193))),
-    "with a broken image": row(14, key="torn", image=packed(blobs(14))[:-60]),
+    "too small": row(12, key="small", image=image_bytes(blobs(12, 63, 200))),
+    "too long and thin": row(13, key="thin", image=image_bytes(blobs(13, 64, 193))),
+    "with a broken image": row(14, key="torn", image=image_bytes(blobs(14))[:-60]),
     "without a caption": row(15, "  ", key="silent"),
     "with too short a caption": row(16, "ab", key="short"),
     "with too long a caption": row(17, "word " * 201, key="long"),
     "with a caption in another script": row(18, "красный дом", key="cyrillic"),
     "with boilerplate for a caption": row(19, "<b>click here</b> for more", key="boilerplate"),
     NEAR_DUPLICATE: row(
-        20, key="copy", image=packed(blobs(2).resize((65, 65)), "jpeg", quality=80)
+        20, key="copy", image=image_bytes(blobs(2).resize((65, 65)), "jpeg", quality=80)
     ),
 }
 GOOD = [
     row(0),
     row(1, SCRIPT),
-    row(2, image=packed(blobs(2, 96, 96))),
+    row(2, image=image_bytes(blobs(2, 96, 96))),
     row(3, "IMG_0001.jpg", "a third thing", "дом", "ab"),
-    row(4, image=packed(blobs(4, 64, 192))),
+    row(4, image=image_bytes(blobs(4, 64, 192))),
 ]
 
 
@@ -189,7 +189,7 @@ def test_each_rule_drops_its_row_and_is_counted_with_an_example(judged):
     )
 
 
-def test_what_was_dropped_is_listed_with_its_place_its_reason_and_what_stays_instead(judged):
+def test_dropped_rows_are_listed_with_place_reason_and_kept_duplicate(judged):
     _, source, out, _ = judged
     listed = dropped(out)
     assert {line["key"]: line["reason"] for line in listed} == {
@@ -205,23 +205,23 @@ def test_what_was_dropped_is_listed_with_its_place_its_reason_and_what_stays_ins
 
 def test_the_summary_has_the_counts_and_the_settings(judged):
     _, source, out, _ = judged
-    said = summary(out)
-    assert (said["read"], said["kept"], said["dropped"], said["faults"]) == (
+    counts = summary(out)
+    assert (counts["read"], counts["kept"], counts["dropped"], counts["faults"]) == (
         len(GOOD) + len(BAD),
         len(GOOD),
         dict.fromkeys(BAD, 1),
         [],
     )
     assert (
-        said["source"] == str(source)
-        and said["settings"]["per_shard"] == 2
-        and CleanConfig(**said["settings"])
+        counts["source"] == str(source)
+        and counts["settings"]["per_shard"] == 2
+        and CleanConfig(**counts["settings"])
     )
     # Three captions of a row that is kept, and those of the five rows that a caption rule drops.
-    assert said["captions_dropped"] == 3 + 5
+    assert counts["captions_dropped"] == 3 + 5
 
 
-def test_the_rows_that_stay_are_written_in_their_order_and_nothing_of_them_is_lost(judged):
+def test_kept_rows_are_written_in_order_and_complete(judged):
     _, _, out, _ = judged
     kept = [*GOOD[:3], row(3, "a third thing"), GOOD[4]]
     assert shown(samples_of(out)) == shown(kept) and check_index(out) == [2, 2, 1]
@@ -256,7 +256,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_names_every_reason_loads_nothing_and_shows_captions_as_they_are(judged):
+def test_the_page_names_every_reason_loads_nothing_and_escapes_captions(judged):
     _, _, out, written = judged
     html = (out / PAGE).read_text()
     page = Page(html)
@@ -287,7 +287,7 @@ def why(caption, *changes):
     return clean_captions([caption], caption_rules(settings(*changes)))[1]
 
 
-def test_each_caption_is_judged_by_itself_and_the_first_ones_fault_names_the_row():
+def test_each_caption_is_checked_and_a_row_without_good_captions_has_the_first_ones_reason():
     rules = caption_rules(settings())
     assert clean_captions(["ab", "a house", "IMG_1.png", "a tree"], rules) == (
         ("a house", "a tree"),
@@ -344,7 +344,7 @@ def test_each_caption_is_judged_by_itself_and_the_first_ones_fault_names_the_row
         "(2)",
     ],
 )
-def test_boilerplate_is_no_caption(caption):
+def test_boilerplate_captions_are_dropped(caption):
     assert why(caption, "min_characters=0") == "with boilerplate for a caption"
 
 
@@ -380,7 +380,7 @@ def test_boilerplate_is_no_caption(caption):
         "no picture on this wall is straight",
     ],
 )
-def test_what_only_looks_like_boilerplate_is_a_caption(caption):
+def test_captions_that_resemble_boilerplate_are_kept(caption):
     assert why(caption) is None
 
 
@@ -393,12 +393,12 @@ def test_what_only_looks_like_boilerplate_is_a_caption(caption):
         ("(" * 9000 + "img", "with boilerplate for a caption"),
     ],
 )
-def test_a_caption_of_thousands_of_marks_ends_no_run(caption, reason):
+def test_a_caption_of_thousands_of_punctuation_marks_does_not_end_the_run(caption, reason):
     """A pattern with cubic backtracking would take about an hour for these captions."""
     assert why(caption, "min_characters=0", "max_characters=20000") == reason
 
 
-def test_captions_are_kept_by_the_script_of_most_of_their_letters():
+def test_captions_are_filtered_by_the_script_of_most_of_their_letters():
     latin, cyrillic, chinese = "a red house", "красный дом", "红色的房子"
     of_another = "with a caption in another script"
     assert [why(text) for text in (latin, cyrillic, chinese)] == [None, of_another, of_another]
@@ -425,7 +425,7 @@ def test_captions_are_kept_by_the_script_of_most_of_their_letters():
     assert why("abcdefgh" + "дб") is None and why("abcdefg" + "дб") == of_another
 
 
-def test_the_lengths_of_captions_are_those_that_are_set():
+def test_the_length_limits_of_captions_come_from_the_settings():
     assert (
         why("abc") is None
         and why("ab ") == "with too short a caption"
@@ -460,7 +460,7 @@ def own_rules(tmp_path, monkeypatch):
     sys.modules.pop("my_rules", None)
 
 
-def test_a_rule_of_the_users_own_is_counted_by_its_name_and_a_row_on_which_it_raises_is_dropped(
+def test_a_user_rule_is_counted_by_name_and_rows_on_which_it_raises_are_dropped(
     own_rules,
 ):
     write_shards(own_rules / "in", [row(n) for n in range(6)], per_shard=3)
@@ -500,7 +500,7 @@ def test_a_rule_of_the_users_own_is_counted_by_its_name_and_a_row_on_which_it_ra
         ),
     ],
 )
-def test_a_rule_that_is_not_there_is_refused_in_one_sentence(own_rules, name, message):
+def test_a_missing_user_rule_is_refused_in_one_sentence(own_rules, name, message):
     with pytest.raises(ConfigError, match=message) as refusal:
         import_rules([name])
     assert "\n" not in str(refusal.value)
@@ -509,7 +509,7 @@ def test_a_rule_that_is_not_there_is_refused_in_one_sentence(own_rules, name, me
 # -- output ----------------------------------------------------------------------------------------
 
 
-def test_a_corpus_is_cleaned_from_s3_to_s3_though_writes_fail_at_first(s3, s3_faults):
+def test_a_corpus_is_cleaned_from_s3_to_s3_despite_failing_writes(s3, s3_faults):
     rows = [row(n) for n in range(11)]
     for number in range(3):
         storage.put(as_tar(rows[4 * number : 4 * number + 4]), f"{s3}/raw/{number}.tar")
@@ -546,7 +546,7 @@ def as_tar(samples):
     return buffer.getvalue()
 
 
-def test_nothing_is_written_onto_the_corpus_that_is_read(tmp_path, s3, monkeypatch):
+def test_the_input_corpus_is_never_overwritten(tmp_path, s3, monkeypatch):
     write_shards(tmp_path / "in", [row(0)])
     storage.put(as_tar([row(0)]), f"{s3}/in/0.tar")
     before = {path: path.read_bytes() for path in (tmp_path / "in").iterdir()}
@@ -565,7 +565,7 @@ def test_nothing_is_written_onto_the_corpus_that_is_read(tmp_path, s3, monkeypat
     assert {path: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
 
 
-def test_files_of_others_in_the_folder_are_left_alone(tmp_path):
+def test_unrelated_files_in_the_folder_are_kept(tmp_path):
     (tmp_path / "out").mkdir()
     for name in ("mine.tar", "000007.tar"):  # the second as if left by a longer corpus
         (tmp_path / "out" / name).write_bytes(b"")
@@ -573,7 +573,7 @@ def test_files_of_others_in_the_folder_are_left_alone(tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"mine.tar", "000000.tar", INDEX}
 
 
-def test_a_corpus_of_which_nothing_stays_is_said_to_be_empty(tmp_path):
+def test_a_corpus_that_loses_all_rows_is_reported_as_empty(tmp_path):
     write_shards(tmp_path / "in", [row(n, "ab") for n in range(3)])
     done = clean(str(tmp_path / "in"), str(tmp_path / "out"), settings())
     write_page(done, "in", str(tmp_path / "out"))
@@ -606,12 +606,12 @@ AWKWARD = [
 ]
 
 
-def test_rows_stay_apart_whatever_their_keys(tmp_path):
+def test_rows_with_unusual_keys_remain_separate(tmp_path):
     write_shards(tmp_path, [row(n, key=key) for n, key in enumerate(AWKWARD)])
     back = samples_of(tmp_path)
     assert [sample.meta["number"] for sample in back] == list(range(len(AWKWARD)))
     assert [sample.key for sample in back] == [key.replace("\udcff", "?") for key in AWKWARD]
-    assert [sample.image for sample in back] == [packed(blobs(n)) for n in range(len(AWKWARD))]
+    assert [sample.image for sample in back] == [image_bytes(blobs(n)) for n in range(len(AWKWARD))]
 
 
 # Name of a tar member -> its bytes, and the captions expected for its row.
@@ -627,12 +627,12 @@ ODD = {
 }
 
 
-def test_metadata_of_any_form_ends_no_run(tmp_path):
+def test_malformed_metadata_does_not_end_the_run(tmp_path):
     (tmp_path / "in").mkdir()
     with tarfile.open(tmp_path / "in" / "0.tar", "w") as tar:
         for n, (name, (content, _)) in enumerate(ODD.items()):
             for member, data in (
-                (f"{name[:-5]}.png", packed(blobs(n))),
+                (f"{name[:-5]}.png", image_bytes(blobs(n))),
                 (f"{name[:-5]}.txt", b"text"),
                 (name, content),
             ):
@@ -661,7 +661,7 @@ def arrow(flip=False):
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
 
 
-def test_a_mirrored_picture_is_no_duplicate_and_a_resized_one_is():
+def test_a_resized_picture_is_a_duplicate_and_a_mirrored_one_is_not():
     images = [
         arrow(),
         arrow(flip=True),
@@ -672,7 +672,7 @@ def test_a_mirrored_picture_is_no_duplicate_and_a_resized_one_is():
     assert find_duplicates(fingerprints(images), pixels).tolist() == [2, -1, -1, 1]
 
 
-def test_the_largest_of_several_copies_stays_and_of_equals_the_first():
+def test_the_largest_of_several_copies_is_kept_or_the_first_of_equals():
     prints = fingerprints([blobs(0)] * 5)
     assert find_duplicates(prints, np.array([4, 9, 9, 1, 9])).tolist() == [1, -1, 1, 1, 1]
     assert (
@@ -681,7 +681,7 @@ def test_the_largest_of_several_copies_stays_and_of_equals_the_first():
     )
 
 
-def test_a_picture_that_stands_there_twenty_thousand_times_stays_once():
+def test_a_picture_repeated_20000_times_is_kept_once():
     prints = np.concatenate(
         [np.repeat(fingerprints([blobs(0)]), 20_000, 0), fingerprints([blobs(1)])]
     )
@@ -690,7 +690,7 @@ def test_a_picture_that_stands_there_twenty_thousand_times_stays_once():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_duplicates_are_those_that_comparing_every_pair_finds(seed):
+def test_duplicates_equal_those_found_by_comparing_every_pair(seed):
     """Random fingerprints in families around random centres.
 
     Hashes in a family differ by up to 4 bits, or by far more than MAX_BITS.
@@ -698,31 +698,31 @@ def test_duplicates_are_those_that_comparing_every_pair_finds(seed):
     draws = np.random.default_rng(seed)
     centres = draws.integers(20, 236, (60, FINGERPRINT_BYTES), dtype=np.uint8)
     prints = centres[draws.integers(0, 60, 500)]
-    for one in prints:
+    for vector in prints:
         for bit in draws.choice(64, 2 if draws.random() < 0.8 else 24, replace=False):
-            one[bit // 8] ^= 1 << (bit % 8)
+            vector[bit // 8] ^= 1 << (bit % 8)
         of_luma, of_chroma = (
             draws.choice([1, MAX_LUMA // 2, MAX_LUMA]),
             draws.choice([1, MAX_CHROMA // 2, MAX_CHROMA]),
         )
-        one[8 : 8 + LUMA**2] = one[8 : 8 + LUMA**2] + draws.integers(0, of_luma + 1, LUMA**2)
-        one[8 + LUMA**2 :] = one[8 + LUMA**2 :] + draws.integers(
+        vector[8 : 8 + LUMA**2] = vector[8 : 8 + LUMA**2] + draws.integers(0, of_luma + 1, LUMA**2)
+        vector[8 + LUMA**2 :] = vector[8 + LUMA**2 :] + draws.integers(
             0, of_chroma + 1, FINGERPRINT_BYTES - 8 - LUMA**2
         )
         # Change one byte, by enough to move some fingerprints out of their family.
-        one[draws.integers(8, FINGERPRINT_BYTES)] += draws.choice([0, 3, 6])
+        vector[draws.integers(8, FINGERPRINT_BYTES)] += draws.choice([0, 3, 6])
     pixels = draws.integers(1, 6, 500)
     bits = np.unpackbits(prints[:, None, :8] ^ prints[None, :, :8], axis=-1).sum(-1)
-    apart = np.abs(prints[:, None, 8:].astype(int) - prints[None, :, 8:])
-    near = (apart[..., : LUMA**2].max(-1) <= MAX_LUMA) & (
-        apart[..., LUMA**2 :].max(-1) <= MAX_CHROMA
+    differences = np.abs(prints[:, None, 8:].astype(int) - prints[None, :, 8:])
+    near = (differences[..., : LUMA**2].max(-1) <= MAX_LUMA) & (
+        differences[..., LUMA**2 :].max(-1) <= MAX_CHROMA
     )
     # The search by bands may miss pairs in this range, so there must be none.
     assert not (near & (bits > 5) & (bits <= MAX_BITS)).any()
-    alike = near & (bits <= MAX_BITS)
+    is_duplicate = near & (bits <= MAX_BITS)
     expected, stays = np.full(500, -1), []
     for n in sorted(range(500), key=lambda n: (-pixels[n], n)):
-        expected[n] = next((better for better in stays if alike[n, better]), -1)
+        expected[n] = next((better for better in stays if is_duplicate[n, better]), -1)
         stays += [n] if expected[n] == -1 else []
     assert (
         np.array_equal(find_duplicates(prints, pixels), expected)
@@ -747,13 +747,13 @@ def copied(image, draws):
     ]
     image = image.resize((width, height), draws.choice(filters))
     return (
-        (packed(image, "jpeg", quality=int(draws.integers(60, 96))), "jpg")
+        (image_bytes(image, "jpeg", quality=int(draws.integers(60, 96))), "jpg")
         if draws.random() < 0.5
-        else (packed(image, "webp", quality=int(draws.integers(50, 96))), "webp")
+        else (image_bytes(image, "webp", quality=int(draws.integers(50, 96))), "webp")
     )
 
 
-def test_planted_copies_of_emoji_are_found_and_no_others(emoji_corpus, tmp_path):
+def test_exactly_the_planted_copies_of_emoji_are_found(emoji_corpus, tmp_path):
     draws = np.random.default_rng(0)
     emoji = samples_of(emoji_corpus[0] / "train")
     write_shards(
@@ -840,7 +840,7 @@ def faulty(s3):
     return readable, f"{s3}/faulty"
 
 
-def befall(s3_faults):
+def add_s3_faults(s3_faults):
     s3_faults.answer_503(seconds=2)
     s3_faults.answer_503(f"faulty/{SLOW:06d}.tar", times=2)
     s3_faults.truncate(f"faulty/{TORN:06d}.tar")
@@ -857,11 +857,11 @@ def check_faults(report, path, readable, unreadable):
     )
 
 
-def test_a_corpus_with_every_fault_is_cleaned_to_its_end_and_each_fault_is_counted_and_named(
+def test_cleaning_finishes_on_a_corpus_with_every_fault_and_counts_and_names_each(
     faulty, s3, s3_faults, tmp_path
 ):
     readable, path = faulty
-    befall(s3_faults)
+    add_s3_faults(s3_faults)
     done = clean(path, str(tmp_path), settings("per_shard=40"))
     page = write_page(done, path, str(tmp_path))
     check_faults(
@@ -884,9 +884,9 @@ def test_a_corpus_with_every_fault_is_cleaned_to_its_end_and_each_fault_is_count
     assert s3_faults.asked("GET", "list-type=2") == 0
 
 
-def test_a_training_stream_over_the_same_faults_counts_and_names_them_too(faulty, s3_faults):
+def test_a_training_stream_counts_and_names_the_same_faults(faulty, s3_faults):
     readable, path = faulty
-    befall(s3_faults)
+    add_s3_faults(s3_faults)
     tally = Tally.remote()
     rows = open_corpus(path, 64, tally).take_all()
     assert (
@@ -902,13 +902,13 @@ def test_a_training_stream_over_the_same_faults_counts_and_names_them_too(faulty
     )
 
 
-def test_an_index_that_cannot_be_read_is_not_taken_for_none(faulty, s3_faults):
+def test_an_unreadable_index_is_an_error_and_not_ignored(faulty, s3_faults):
     s3_faults.truncate(INDEX, times=99)
     with pytest.raises(storage.StorageError, match=INDEX):
         find_parts(faulty[1])
 
 
-def test_a_parquet_file_with_garbage_in_it_ends_no_run_and_is_named(tmp_path):
+def test_a_corrupt_parquet_file_is_named_and_does_not_end_the_run(tmp_path):
     rows = [row(n) for n in range(200)]
     pyarrow.parquet.write_table(
         pyarrow.table(
@@ -943,10 +943,10 @@ def test_a_parquet_file_with_garbage_in_it_ends_no_run_and_is_named(tmp_path):
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def test_parquet_with_paths_of_images_beside_it_is_read(tmp_path):
+def test_parquet_with_paths_of_image_files_is_read(tmp_path):
     (tmp_path / "images").mkdir()
     for n in range(3):
-        (tmp_path / "images" / f"{n}.png").write_bytes(packed(blobs(n)))
+        (tmp_path / "images" / f"{n}.png").write_bytes(image_bytes(blobs(n)))
     paths = [
         "images/0.png",
         str(tmp_path / "images" / "1.png"),
@@ -966,8 +966,8 @@ def test_parquet_with_paths_of_images_beside_it_is_read(tmp_path):
         )
         rows = list(read_part(Part(str(tmp_path / "rows.parquet"))))
         assert [sample.image for sample in rows] == [
-            packed(blobs(0)),
-            packed(blobs(1)),
+            image_bytes(blobs(0)),
+            image_bytes(blobs(1)),
             b"",
             b"",
             b"",
@@ -976,7 +976,7 @@ def test_parquet_with_paths_of_images_beside_it_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_a_folder_of_images_is_read_with_captions_beside_them_or_in_a_list(
+def test_a_folder_of_images_is_read_with_captions_in_text_files_or_a_list(
     tmp_path, request, remote
 ):
     root = f"{request.getfixturevalue('s3')}/folder" if remote else str(tmp_path)
@@ -986,14 +986,14 @@ def test_a_folder_of_images_is_read_with_captions_beside_them_or_in_a_list(
         {"file_name": "empty.png", "text": None},
     ]
     for name, content in (
-        ("a.b.c.png", packed(blobs(0))),
+        ("a.b.c.png", image_bytes(blobs(0))),
         ("a.b.c.txt", b"from a text\n"),
-        ("described.jpg", packed(blobs(1), "jpeg")),
+        ("described.jpg", image_bytes(blobs(1), "jpeg")),
         ("described.json", b'{"caption": "from a json", "number": 5}'),
-        ("silent.webp", packed(blobs(2), "webp")),
-        ("CAPITALS.JPG", packed(blobs(3), "jpeg")),
+        ("silent.webp", image_bytes(blobs(2), "webp")),
+        ("CAPITALS.JPG", image_bytes(blobs(3), "jpeg")),
         ("CAPITALS.txt", b"in capitals"),
-        *((f"sub/{line['file_name']}", packed(blobs(4 + n))) for n, line in enumerate(listed)),
+        *((f"sub/{line['file_name']}", image_bytes(blobs(4 + n))) for n, line in enumerate(listed)),
         ("sub/metadata.jsonl", "\n".join(map(json.dumps, listed)).encode() + b"\n{torn"),
     ):
         storage.put(content, f"{root}/{name}")
@@ -1013,7 +1013,7 @@ def test_a_folder_of_images_is_read_with_captions_beside_them_or_in_a_list(
     )
 
 
-def test_a_range_of_shards_and_a_folder_with_an_index_are_read_without_being_listed(s3, s3_faults):
+def test_a_range_of_shards_and_a_folder_with_an_index_are_read_without_listing_files(s3, s3_faults):
     for number in range(4):
         storage.put(as_tar([row(number)]), f"{s3}/ranged/{number:04d}.tar")
     storage.put(
@@ -1041,7 +1041,7 @@ def test_a_range_of_shards_and_a_folder_with_an_index_are_read_without_being_lis
         find_parts(f"{s3}/ranged/{{0003..0000}}.tar")
 
 
-def test_what_img2dataset_knows_of_a_shard_is_not_taken_for_data(tmp_path):
+def test_the_metadata_of_img2dataset_beside_a_shard_is_not_read_as_data(tmp_path):
     (tmp_path / "00000.tar").write_bytes(as_tar([row(0)]))
     for name in ("00000", "00001"):
         pyarrow.parquet.write_table(
@@ -1055,7 +1055,7 @@ def test_what_img2dataset_knows_of_a_shard_is_not_taken_for_data(tmp_path):
     ]
 
 
-def test_what_img2dataset_knows_of_a_folder_of_images_is_not_taken_for_data_either(tmp_path):
+def test_the_metadata_of_img2dataset_beside_a_folder_of_images_is_not_read_as_data(tmp_path):
     (tmp_path / "00000").mkdir()
     for sample in drawn_samples(3):
         (tmp_path / "00000" / f"{sample.key}.jpg").write_bytes(
@@ -1075,15 +1075,15 @@ def test_what_img2dataset_knows_of_a_folder_of_images_is_not_taken_for_data_eith
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_place_that_cannot_be_written_to_is_said_before_anything_is_read(tmp_path, caplog):
+def test_an_unwritable_destination_is_reported_before_anything_is_read(tmp_path, caplog):
     caplog.set_level("INFO", "glide_ray")
     write_shards(tmp_path / "raw", drawn_samples(4))
     with pytest.raises(UserError, match="Nothing can be written to /proc/corpus"):
         clean(str(tmp_path / "raw"), "/proc/corpus", CleanConfig())
-    assert not [one for one in caplog.records if one.name.startswith("glide_ray")]
+    assert not [record for record in caplog.records if record.name.startswith("glide_ray")]
 
 
-def test_tables_of_tasks_come_into_the_order_of_the_corpus_whatever_order_they_came_in():
+def test_tables_of_tasks_are_sorted_into_the_order_of_the_corpus():
     tables = [
         pyarrow.table({"part": [part] * 2, "position": [first, first + 1], "n": [first, first + 1]})
         for part, first in ((1, 0), (0, 2), (0, 0))
@@ -1094,7 +1094,7 @@ def test_tables_of_tasks_come_into_the_order_of_the_corpus_whatever_order_they_c
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_job_does_again_what_it_did_of_another_source_or_what_was_written_over(
+def test_a_job_repeats_its_work_if_the_source_changed_or_the_result_was_overwritten(
     tmp_path, capsys, monkeypatch
 ):
     def job():
@@ -1113,7 +1113,7 @@ def test_a_job_does_again_what_it_did_of_another_source_or_what_was_written_over
     assert job() == grown
 
 
-def test_an_address_for_jobs_is_not_taken_for_a_cluster_s(monkeypatch):
+def test_the_address_for_jobs_is_refused_as_the_address_of_a_cluster(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
     monkeypatch.setattr(local.ray, "is_initialized", lambda: False)
     with pytest.raises(
@@ -1122,15 +1122,15 @@ def test_an_address_for_jobs_is_not_taken_for_a_cluster_s(monkeypatch):
         local.connect(1)
 
 
-def test_a_tar_that_was_made_of_a_folder_is_read(tmp_path):
+def test_a_tar_of_a_folder_is_read(tmp_path):
     """`tar -cf x.tar .` writes ./KEY.jpg, and macOS adds ._KEY.jpg."""
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, data in (
             ("./._00.JPG", b"resource fork"),
-            ("./00.JPG", packed(blobs(0), "jpeg")),
+            ("./00.JPG", image_bytes(blobs(0), "jpeg")),
             ("./00.txt", b"zero"),
-            ("./\udcff.png", packed(blobs(2))),
-            ("./sub.v2/01.png", packed(blobs(1))),
+            ("./\udcff.png", image_bytes(blobs(2))),
+            ("./sub.v2/01.png", image_bytes(blobs(1))),
             ("./sub.v2/01.txt", b"one"),
             ("./02.txt", b"no picture"),
         ):
@@ -1152,7 +1152,7 @@ def test_a_tar_that_was_made_of_a_folder_is_read(tmp_path):
 # -- command line ----------------------------------------------------------------------------------
 
 
-def test_the_command_prints_the_counts_and_writes_into_the_current_folder_wherever_ray_was_started(
+def test_the_command_prints_counts_and_writes_to_the_current_folder_wherever_ray_started(
     tmp_path, monkeypatch, capsys
 ):
     write_shards(
@@ -1187,7 +1187,7 @@ def test_the_command_prints_the_counts_and_writes_into_the_current_folder_wherev
         (["s3://", "--out", "out"], "names no bucket"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_sentence(
+def test_invalid_requests_are_refused_in_one_sentence(
     tmp_path, monkeypatch, capsys, arguments, message
 ):
     write_shards(tmp_path / "in", [row(0)])
@@ -1204,13 +1204,13 @@ def test_what_cannot_be_done_is_said_in_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_script_that_unicode_does_not_know_is_refused_and_capitals_do_not_matter():
+def test_an_unknown_script_is_refused_and_case_does_not_matter():
     assert override(CleanConfig(), ["scripts=Latin,CJK"]).scripts == ("latin", "cjk")
     with pytest.raises(ConfigError, match="no letters are named 'latn' by Unicode; it has arabic"):
         override(CleanConfig(), ["scripts=latn"])
 
 
-def test_the_index_of_an_earlier_corpus_is_gone_while_another_is_written(s3, tmp_path):
+def test_the_index_of_an_earlier_corpus_is_removed_before_another_is_written(s3, tmp_path):
     from glide_ray.data.shards import begin
 
     for folder in (tmp_path / "c", f"{s3}/begun"):

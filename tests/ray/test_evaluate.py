@@ -90,7 +90,7 @@ def distinct(count, size=24, seed=0):
     ]
 
 
-def test_a_corpus_beside_itself_is_at_no_distance_and_other_pictures_in_its_place_are_seen(
+def test_a_corpus_has_distance_zero_to_itself_and_replaced_pictures_are_noticed(
     drawn_corpus, clip, tmp_path
 ):
     write_shards(tmp_path / "made", distinct(20))
@@ -130,14 +130,16 @@ def messages(caplog):
     caplog.set_level("INFO", "glide_ray")
 
     def latest():
-        found = [one.getMessage() for one in caplog.records if one.name.startswith("glide_ray")]
+        found = [
+            record.getMessage() for record in caplog.records if record.name.startswith("glide_ray")
+        ]
         caplog.clear()
         return found
 
     return latest
 
 
-def test_begun_again_it_says_the_same_to_the_last_digit_and_looks_only_at_what_it_has_not_seen(
+def test_a_rerun_gives_identical_figures_and_embeds_only_new_pictures(
     drawn_corpus, clip, tmp_path, s3, messages
 ):
     train, held_out = (str(drawn_corpus / part) for part in ("train", "held_out"))
@@ -157,9 +159,7 @@ def test_begun_again_it_says_the_same_to_the_last_digit_and_looks_only_at_what_i
     assert json.loads((tmp_path / "a" / FIGURES).read_text()) == first
 
 
-def test_other_pictures_under_the_same_names_are_looked_at_and_not_taken_for_the_first(
-    drawn_corpus, clip, tmp_path
-):
+def test_pictures_replaced_under_the_same_names_are_embedded_again(drawn_corpus, clip, tmp_path):
     def bulk(seed):
         for sample in distinct(8, seed=seed):
             (tmp_path / "made").mkdir(exist_ok=True)
@@ -182,7 +182,7 @@ def test_other_pictures_under_the_same_names_are_looked_at_and_not_taken_for_the
     assert figures() == first
 
 
-def test_what_could_not_be_read_is_said_each_time_and_looked_at_again_when_it_can_be(
+def test_unreadable_pictures_are_reported_at_each_run_and_retried(
     drawn_corpus, clip, tmp_path, messages
 ):
     write_shards(tmp_path / "real", distinct(20), per_shard=10)
@@ -204,22 +204,22 @@ def test_what_could_not_be_read_is_said_each_time_and_looked_at_again_when_it_ca
     assert images() == 20 and images() == 20 and not messages()
 
 
-def test_networks_that_have_not_seen_the_same_pictures_are_not_compared(
+def test_features_of_different_pictures_by_the_two_networks_are_refused(
     drawn_corpus, clip, inception, tmp_path, monkeypatch
 ):
     from glide_ray.distributed.evaluation import evaluate as module
 
-    whole = module.embed_corpus
+    embed_corpus = module.embed_corpus
 
-    def loses(source, path, *rest):
-        looked = whole(source, path, *rest)
+    def drop_first(source, path, *rest):
+        embedded = embed_corpus(source, path, *rest)
         return (
-            replace(looked, names=looked.names[1:], features=looked.features[1:])
+            replace(embedded, names=embedded.names[1:], features=embedded.features[1:])
             if path == inception
-            else looked
+            else embedded
         )
 
-    monkeypatch.setattr(module, "embed_corpus", loses)
+    monkeypatch.setattr(module, "embed_corpus", drop_first)
     with pytest.raises(
         UserError, match="16 by clip and 15 by inception.; run the same command again"
     ):
@@ -231,7 +231,7 @@ def test_networks_that_have_not_seen_the_same_pictures_are_not_compared(
         )
 
 
-def test_pictures_without_captions_have_no_clip_score_and_all_other_figures(
+def test_pictures_without_captions_have_all_figures_except_the_clip_score(
     drawn_corpus, clip, tmp_path, capsys, messages
 ):
     (tmp_path / "bare").mkdir()
@@ -297,7 +297,7 @@ def test_pictures_without_captions_have_no_clip_score_and_all_other_figures(
 
 
 @pytest.mark.slow
-def test_killed_at_a_random_point_and_submitted_again_a_sweep_has_the_same_figures(
+def test_a_sweep_killed_at_a_random_point_and_resubmitted_gives_the_same_figures(
     drawn_corpus, tiny_weights, tmp_path
 ):
     """The killed process starts its own Ray cluster."""
@@ -351,14 +351,17 @@ def test_killed_at_a_random_point_and_submitted_again_a_sweep_has_the_same_figur
     ).read_bytes()
 
 
-def test_the_statistics_of_a_reference_are_used_again_in_its_place_but_not_with_another_network(
+def test_saved_statistics_can_replace_the_reference_but_not_with_another_network(
     drawn_corpus, clip, inception, tmp_path
 ):
     write_shards(tmp_path / "made", distinct(20, 64))
     sets, first = {"made": str(tmp_path / "made")}, str(tmp_path / "first")
-    there = evaluate(sets, str(drawn_corpus / "held_out"), first, Judges(clip))
-    here = evaluate(sets, f"{first}/{REFERENCE}", str(tmp_path / "second"), Judges(clip))
-    assert here["sets"] == there["sets"] and here["reference"]["images"] == 16
+    from_corpus = evaluate(sets, str(drawn_corpus / "held_out"), first, Judges(clip))
+    from_statistics = evaluate(sets, f"{first}/{REFERENCE}", str(tmp_path / "second"), Judges(clip))
+    assert (
+        from_statistics["sets"] == from_corpus["sets"]
+        and from_statistics["reference"]["images"] == 16
+    )
     with pytest.raises(MetricError, match=f"{REFERENCE} was measured with other judges"):
         evaluate(sets, f"{first}/{REFERENCE}", str(tmp_path / "third"), Judges(clip, inception))
     with pytest.raises(MetricError, match=f"{REFERENCE} was measured with other size .64"):
@@ -367,7 +370,7 @@ def test_the_statistics_of_a_reference_are_used_again_in_its_place_but_not_with_
         Reference.load(clip)
 
 
-def test_with_inception_distances_and_scores_are_of_its_features(
+def test_with_inception_distances_and_scores_use_its_features(
     drawn_corpus, clip, inception, tmp_path
 ):
     write_shards(tmp_path / "made", distinct(20, 64))
@@ -378,24 +381,24 @@ def test_with_inception_distances_and_scores_are_of_its_features(
         Judges(clip, inception),
     )
     network = InceptionFeatures(inception)
-    seen = {}
+    features = {}
     for name, samples in (("made", distinct(20, 64)), ("real", None)):
         samples = samples or [
             sample for part in find_parts(drawn_corpus / "train") for sample in read_part(part)
         ]
-        seen[name] = network.images([decode(sample.image) for sample in samples])
-    assert seen["made"].shape == (20, POOLED + CLASSES) and found["inception"]
+        features[name] = network.images([decode(sample.image) for sample in samples])
+    assert features["made"].shape == (20, POOLED + CLASSES) and found["inception"]
     expected = metrics.frechet_distance(
-        *(Moments.of(seen[name][:, :POOLED]) for name in ("made", "real"))
+        *(Moments.of(features[name][:, :POOLED]) for name in ("made", "real"))
     )
     assert found["sets"]["made"]["frechet_distance"] == pytest.approx(expected, rel=1e-5)
     assert found["sets"]["made"]["inception_score"] == pytest.approx(
-        metrics.inception_score(seen["made"][:, POOLED:])[0], rel=1e-5
+        metrics.inception_score(features["made"][:, POOLED:])[0], rel=1e-5
     )
     assert "Distances are FID and the score is IS" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_what_is_left_out_of_the_reference_changes_the_filtered_distance_only(
+def test_leaving_images_out_of_the_reference_changes_only_the_filtered_distance(
     drawn_corpus, clip, tmp_path
 ):
     write_shards(tmp_path / "made", distinct(20, 64))
@@ -443,7 +446,7 @@ def test_what_is_left_out_of_the_reference_changes_the_filtered_distance_only(
         )
 
 
-def test_networks_see_centred_squares_no_larger_than_the_pictures_that_are_compared():
+def test_networks_see_centred_squares_no_larger_than_the_compared_pictures():
     class Sizes:
         width = 2
 
@@ -466,7 +469,7 @@ def test_networks_see_centred_squares_no_larger_than_the_pictures_that_are_compa
     assert Squares(Colours(), 32).images([wide]).tolist() == [[255, 255]]
 
 
-def test_fronts_have_a_line_for_each_kind_of_guidance_of_each_model_from_its_unguided_set():
+def test_fronts_have_a_line_per_model_and_kind_of_guidance_from_the_unguided_set():
     def point(name, **known):
         return Point(
             name,
@@ -499,14 +502,14 @@ def test_fronts_have_a_line_for_each_kind_of_guidance_of_each_model_from_its_ung
         point("other", guidance_scale=1.0, model="b"),
         point("another"),
     ]
-    assert {kind: [one.name for one in line] for kind, line in _lines(guided).items()} == {
+    assert {kind: [point.name for point in line] for kind, line in _lines(guided).items()} == {
         "CLIP guidance, a": ["unguided", "c"],
         "classifier-free guidance, a": ["unguided", "h", "g"],
         "classifier-free guidance, b": ["other"],
     }
 
 
-def test_bad_input_is_refused_in_a_sentence_before_anything_is_made(
+def test_bad_input_is_refused_in_one_sentence_before_any_work(
     drawn_corpus, tiny_weights, tmp_path, capsys
 ):
     base, clip = str(tiny_weights["base"]), str(tiny_weights["clip"])
@@ -536,8 +539,8 @@ def test_bad_input_is_refused_in_a_sentence_before_anything_is_made(
         ),
     ):
         assert main(["evaluate", *arguments]) == 2
-        said = capsys.readouterr().err
-        assert sentence in said and said.count("\n") == 1, said
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("\n") == 1, error
     assert not (tmp_path / "out" / "pictures").exists()
     (tmp_path / "not.pt").write_bytes(b"no program")
     with pytest.raises(UserError, match="is not a TorchScript file"):

@@ -50,12 +50,14 @@ from glide_ray.models.weights import save_weights
 RED = "a red "
 
 
-def clouds(count=400, apart=2.0, rare=0.25, seed=0):
+def clouds(count=400, separation=2.0, rare=0.25, seed=0):
     """Two overlapping Gaussian clusters: features (N, 8), labels (N,) bool, groups (N,)."""
     draws = np.random.default_rng(seed)
     labels = draws.random(count) < rare
     return (
-        (draws.normal(size=(count, 8)) + apart * labels[:, None] * np.eye(8)[0]).astype(np.float32),
+        (draws.normal(size=(count, 8)) + separation * labels[:, None] * np.eye(8)[0]).astype(
+            np.float32
+        ),
         labels,
         np.arange(count),
     )
@@ -64,7 +66,7 @@ def clouds(count=400, apart=2.0, rare=0.25, seed=0):
 # -- filter ----------------------------------------------------------------------------------------
 
 
-def test_a_saved_filter_scores_as_scikit_learn_s_svm_does_less_the_threshold(tmp_path):
+def test_a_saved_filter_scores_like_scikit_learns_svm_minus_the_threshold(tmp_path):
     features, labels, groups = clouds()
     fitted = fit(features, labels, groups)
     with_threshold(fitted, 0.7, "x", "ab", {"labels": 400}).save(tmp_path / "f")
@@ -74,7 +76,7 @@ def test_a_saved_filter_scores_as_scikit_learn_s_svm_does_less_the_threshold(tmp
     assert (loaded.name, loaded.clip, loaded.settings) == ("x", "ab", {"labels": 400})
 
 
-def test_a_file_that_is_no_filter_is_refused_and_nothing_in_it_is_run(tmp_path, tiny_weights):
+def test_a_file_that_is_not_a_filter_is_refused_and_never_executed(tmp_path, tiny_weights):
     (tmp_path / "f").write_bytes(b"\x80\x04cos\nsystem\n.")
     for path in (tmp_path / "f", tiny_weights["base"]):
         with pytest.raises(
@@ -83,7 +85,7 @@ def test_a_file_that_is_no_filter_is_refused_and_nothing_in_it_is_run(tmp_path, 
             load_filter(path)
 
 
-def test_out_of_fold_scores_come_from_svms_that_saw_nothing_of_the_row_s_group():
+def test_out_of_fold_scores_come_from_svms_trained_without_the_rows_group():
     """Noise in pairs of equal rows with equal labels.
 
     An SVM that has seen one row of a pair predicts the other; one that has not is at chance.
@@ -93,30 +95,30 @@ def test_out_of_fold_scores_come_from_svms_that_saw_nothing_of_the_row_s_group()
         np.repeat(draws.normal(size=(60, 16)), 2, axis=0),
         np.repeat(draws.random(60) < 0.5, 2),
     )
-    apart, together = (
+    by_group, one_group = (
         fit(features, labels, groups) for groups in (np.repeat(np.arange(60), 2), np.arange(120))
     )
-    right = [((fitted.out_of_fold >= 0) == labels).mean() for fitted in (apart, together)]
+    right = [((fitted.out_of_fold >= 0) == labels).mean() for fitted in (by_group, one_group)]
     assert right[0] < 0.7 and right[1] > 0.9
 
 
-def test_too_few_labels_of_one_kind_are_said_with_the_remedy():
+def test_too_few_labels_of_one_class_are_refused_with_the_remedy():
     features, labels, groups = clouds(20)
     for few in (np.zeros(20, bool), np.arange(20) == 0):
         with pytest.raises(ContentError, match="are too few to fit a filter on: label two of each"):
             fit(features, few, groups)
 
 
-def test_the_interval_is_clopper_and_pearson_s():
-    for missed, of in ((0, 221), (1, 221), (3, 40), (40, 40)):
-        expected = scipy.stats.binomtest(missed, of).proportion_ci(0.95, "exact")
-        assert missed_interval(missed, of) == pytest.approx(
+def test_the_interval_equals_clopper_and_pearsons():
+    for missed, count in ((0, 221), (1, 221), (3, 40), (40, 40)):
+        expected = scipy.stats.binomtest(missed, count).proportion_ci(0.95, "exact")
+        assert missed_interval(missed, count) == pytest.approx(
             (expected.low, expected.high), abs=1e-12
         )
     assert missed_interval(0, 0) == (0.0, 1.0)
 
 
-def test_with_enough_positives_the_threshold_keeps_its_promise_whatever_their_distribution():
+def test_with_enough_positives_the_threshold_holds_for_any_distribution():
     """In at least 95% of draws, less than 1% of the distribution lies below the threshold.
 
     The distribution has a heavy tail, for which a normal bound would fail.
@@ -131,7 +133,7 @@ def test_with_enough_positives_the_threshold_keeps_its_promise_whatever_their_di
     assert kept >= 190 - 3 * (200 * 0.95 * 0.05) ** 0.5
 
 
-def test_with_few_positives_the_threshold_is_their_normal_tolerance_bound():
+def test_with_few_positives_the_threshold_is_the_normal_tolerance_bound():
     """The tolerance factor for ten values, coverage 99% and confidence 95%, is 3.981.
 
     Source: NIST handbook, 7.2.6.3; ISO 16269-6.
@@ -160,7 +162,7 @@ def pool_of(features, groups, likeness=None):
     )
 
 
-def test_the_first_rows_are_each_word_s_nearest_in_turn_and_others_at_random():
+def test_the_first_rows_are_the_nearest_of_each_word_in_turn_and_random_ones():
     features, _, groups = clouds(100)
     likeness = np.stack([np.arange(100), -np.arange(100)], axis=1).astype(float)
     rows = ask(pool_of(features, groups, likeness), {}, FilterConfig(first=8))
@@ -172,35 +174,35 @@ def test_the_first_rows_are_each_word_s_nearest_in_turn_and_others_at_random():
     )
 
 
-def test_later_rows_are_those_nearest_to_the_boundary_one_of_each_group_first():
+def test_later_rows_are_the_nearest_to_the_boundary_one_per_group_first():
     features, labels, groups = clouds(200)
     groups = groups // 2
     labelled = {n: bool(labels[n]) for n in range(60)}
-    asked = [
+    chosen = [
         row for row, _ in ask(pool_of(features, groups), labelled, FilterConfig(each_round=20))
     ]
     svm = fit(features[:60], labels[:60], groups[:60]).svm
     order = [n for n in np.argsort(np.abs(svm.decision_function(features))) if n >= 60]
     firsts = [n for k, n in enumerate(order) if groups[n] not in groups[order[:k]]]
-    assert asked == firsts[:20]
+    assert chosen == firsts[:20]
 
 
-def test_no_row_is_asked_for_twice_and_the_loop_ends_at_its_number_of_labels():
+def test_no_row_is_labelled_twice_and_the_loop_ends_at_its_number_of_labels():
     features, labels, groups = clouds(300, rare=0.05)
     labelled = answered(
         pool_of(features, groups), labels, FilterConfig(labels=130, first=50, each_round=30)
     )
-    assert len(labelled) == 130 and all(labels[n] == said for n, said in labelled.items())
+    assert len(labelled) == 130 and all(labels[n] == label for n, label in labelled.items())
     assert len(answered(pool_of(features[:40], groups[:40]), labels[:40], FilterConfig())) == 40
     assert set(
         answered(pool_of(features, groups), labels, FilterConfig(labels=60), among=groups < 100)
     ) <= set(range(100))
 
 
-def test_labels_near_the_boundary_find_more_of_a_rare_kind_than_labels_at_random():
+def test_labels_near_the_boundary_find_more_rare_positives_than_random_labels():
     found = []
     for seed in range(5):
-        features, labels, groups = clouds(3000, apart=3.0, rare=0.02, seed=seed)
+        features, labels, groups = clouds(3000, separation=3.0, rare=0.02, seed=seed)
         pool = pool_of(
             features,
             groups,
@@ -213,8 +215,8 @@ def test_labels_near_the_boundary_find_more_of_a_rare_kind_than_labels_at_random
     )
 
 
-def test_every_row_is_assessed_by_a_filter_that_saw_nothing_of_its_group():
-    features, labels, groups = clouds(600, apart=5.0, rare=0.2)
+def test_every_row_is_assessed_by_a_filter_trained_without_its_group():
+    features, labels, groups = clouds(600, separation=5.0, rare=0.2)
     scores = assess(pool_of(features, groups), labels, FilterConfig(labels=200, first=100))
     assert (
         not np.isnan(scores).any()
@@ -227,8 +229,8 @@ def test_every_row_is_assessed_by_a_filter_that_saw_nothing_of_its_group():
     assert abs(((scores >= np.median(scores)) == chance).mean() - 0.5) < 0.2
 
 
-def test_the_bias_counts_each_group_once_by_its_lowest_score():
-    features, labels, groups = clouds(4000, apart=4.0, rare=0.5)
+def test_the_threshold_counts_each_group_once_by_its_lowest_score():
+    features, labels, groups = clouds(4000, separation=4.0, rare=0.5)
     groups = groups // 4
     pool, labelled = pool_of(features, groups), dict(enumerate(labels.tolist()))
     fitted = fit_labelled(pool, labelled)
@@ -240,7 +242,7 @@ def test_the_bias_counts_each_group_once_by_its_lowest_score():
     )
 
 
-def test_labels_survive_the_csv_and_what_a_person_writes_is_understood(tmp_path):
+def test_labels_are_unchanged_by_the_csv_and_spellings_of_people_are_accepted(tmp_path):
     labels = [
         Label("a#1", True, 'says "x", y', "search"),
         Label("b#2", None, "", "random"),
@@ -264,7 +266,7 @@ def test_labels_survive_the_csv_and_what_a_person_writes_is_understood(tmp_path)
 # -- features --------------------------------------------------------------------------------------
 
 
-def test_three_crops_are_the_ends_and_the_middle_of_the_longer_side():
+def test_the_three_crops_are_at_the_ends_and_the_middle_of_the_longer_side():
     wide = Image.fromarray(
         np.repeat(np.arange(60, dtype=np.uint8)[None, :, None], 20, axis=0).repeat(3, axis=2)
     )
@@ -291,7 +293,7 @@ def clip(tmp_path_factory):
     return str(path)
 
 
-def test_features_are_the_mean_of_the_crops_vectors_whatever_they_are_batched_with(clip):
+def test_features_are_the_mean_over_the_crops_in_any_batch(clip):
     features = ClipFeatures(clip)
     draws = np.random.default_rng(0)
     pictures = [
@@ -311,7 +313,7 @@ def test_features_are_the_mean_of_the_crops_vectors_whatever_they_are_batched_wi
     ) and features.images([]).shape == (0, 16)
 
 
-def test_a_plain_clip_pays_no_heed_to_the_timestep():
+def test_a_plain_clip_ignores_the_timestep():
     torch.manual_seed(0)
     config = tiny_clip("model.clip.noised=false").model
     critic = NoisedClipScorer(NoisedClip(config.clip), config)
@@ -320,7 +322,7 @@ def test_a_plain_clip_pays_no_heed_to_the_timestep():
     assert torch.equal(*scores) and not critic.noised
 
 
-def test_a_public_clip_on_s3_is_fetched_once_and_gives_the_same_features(s3, public):
+def test_a_public_clip_on_s3_is_downloaded_once_and_gives_the_same_features(s3, public):
     for file in public.iterdir():
         storage.put(file, f"{s3}/models/public/{file.name}")
     picture = [
@@ -388,7 +390,7 @@ def red_filter(varied_corpus, clip, ray_session, tmp_path_factory):
 
 
 @pytest.mark.usefixtures("in_process")
-def test_a_person_labels_in_rounds_and_the_filter_then_frees_a_corpus(
+def test_a_person_labels_in_rounds_and_the_filter_then_cleans_a_corpus(
     varied_corpus, clip, tmp_path
 ):
     out, config = tmp_path / "red", FilterConfig(labels=50, first=30, each_round=10)
@@ -445,7 +447,7 @@ def test_a_person_labels_in_rounds_and_the_filter_then_frees_a_corpus(
 
 
 @pytest.mark.usefixtures("in_process")
-def test_where_the_truth_is_known_all_rounds_run_at_once_and_the_filter_is_assessed(
+def test_with_known_labels_all_rounds_run_at_once_and_the_filter_is_assessed(
     varied_corpus, clip, tmp_path
 ):
     done = fit_content(
@@ -468,7 +470,7 @@ def test_where_the_truth_is_known_all_rounds_run_at_once_and_the_filter_is_asses
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_row_has_one_score_in_any_corpus_and_broken_ones_are_dropped_by_name(
+def test_a_row_has_the_same_score_in_any_corpus_and_broken_rows_are_dropped_by_name(
     varied_corpus, clip, red_filter, tmp_path, s3
 ):
     from glide_ray.data.shards import Sample
@@ -504,7 +506,7 @@ def test_a_row_has_one_score_in_any_corpus_and_broken_ones_are_dropped_by_name(
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_another_clip_than_the_filter_s_own_is_refused(
+def test_a_clip_other_than_the_filters_own_is_refused(
     varied_corpus, red_filter, tiny_weights, tmp_path
 ):
     with pytest.raises(
@@ -530,7 +532,7 @@ def test_labels_of_another_corpus_are_refused(varied_corpus, drawn_corpus, clip,
 
 
 @pytest.mark.usefixtures("in_process")
-def test_labels_of_people_are_neither_fitted_to_rows_written_since_nor_written_over(clip, tmp_path):
+def test_labels_of_people_are_never_applied_to_changed_rows_or_overwritten(clip, tmp_path):
     write_shards(tmp_path / "corpus", drawn_samples(40))
     fit_content("red", str(tmp_path / "corpus"), tmp_path / "red", clip, FilterConfig(first=10))
     answer(tmp_path / "red" / LABELS)
@@ -553,7 +555,7 @@ def test_labels_of_people_are_neither_fitted_to_rows_written_since_nor_written_o
 
 
 @pytest.mark.usefixtures("in_process")
-def test_the_commands_say_what_they_did_and_what_is_to_be_done_next(
+def test_the_commands_print_their_result_and_the_next_step(
     varied_corpus, clip, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -598,7 +600,7 @@ def test_the_commands_say_what_they_did_and_what_is_to_be_done_next(
         (["apply", "nowhere", "left", "--out", "left"], "--out left is the corpus to read"),
     ],
 )
-def test_wrong_input_has_an_answer(arguments, message, capsys, tmp_path, monkeypatch):
+def test_invalid_input_is_refused_with_a_remedy(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["filter", *arguments]) == 2
     printed = capsys.readouterr().err

@@ -14,7 +14,7 @@ from glide_ray.cli.main import main
 from glide_ray.data.images import centre_crop, decode, encode
 from glide_ray.data.shards import Sample, write_shards
 from glide_ray.distributed.evaluation.near_copies import left_out
-from glide_ray.evaluation.neighbours import nearest, same_picture, to_own
+from glide_ray.evaluation.neighbours import nearest, nearest_with_caption, same_picture
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def copied(sample, size=56):
     )
 
 
-def test_the_nearest_original_is_that_of_all_distances(draws):
+def test_the_nearest_original_agrees_with_all_pairwise_distances(draws):
     images, originals = (
         draws.normal(size=(70, 24)).astype(np.float32),
         draws.normal(size=(300, 24)).astype(np.float32),
@@ -55,9 +55,9 @@ def test_the_nearest_original_is_that_of_all_distances(draws):
     )
 
 
-def test_the_original_of_a_prompt_is_the_nearest_image_that_has_it(draws):
+def test_the_original_of_a_prompt_is_the_nearest_image_with_that_caption(draws):
     originals = draws.normal(size=(5, 8)).astype(np.float32)
-    found = to_own(
+    found = nearest_with_caption(
         originals[[1, 4, 0]] + 1e-3, ["a", "b", "none"], originals, ["a", "a", "a", "b", "b"]
     )
     assert (
@@ -67,15 +67,15 @@ def test_the_original_of_a_prompt_is_the_nearest_image_that_has_it(draws):
     )
 
 
-def test_a_picture_that_is_resized_and_compressed_is_the_same_and_another_is_not():
-    one, other = (decode(sample.image) for sample in pictures(2, 0))
-    assert same_picture(one, decode(copied(next(pictures(1, 0))).image)) and not same_picture(
-        one, other
+def test_a_resized_and_compressed_picture_is_the_same_picture_and_another_is_not():
+    picture, another = (decode(sample.image) for sample in pictures(2, 0))
+    assert same_picture(picture, decode(copied(next(pictures(1, 0))).image)) and not same_picture(
+        picture, another
     )
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_near_copies_of_training_images_are_listed_and_can_be_left_out_from_any_folder(
+def test_near_copies_of_training_images_are_listed_and_can_be_left_out_in_any_folder(
     tiny_weights, tmp_path, capsys, monkeypatch
 ):
     clip, train, own = str(tiny_weights["clip"]), list(pictures(20, 1)), list(pictures(12, 2))
@@ -139,9 +139,7 @@ def test_near_copies_of_training_images_are_listed_and_can_be_left_out_from_any_
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_model_that_repeats_its_training_images_is_found_out_and_one_that_does_not_is_not(
-    tiny_weights, tmp_path
-):
+def test_only_a_model_that_repeats_training_images_is_flagged(tiny_weights, tmp_path):
     train = list(pictures(20, 1))
     write_shards(tmp_path / "train", train)
     write_shards(tmp_path / "held_out", pictures(20, 2))
@@ -190,9 +188,7 @@ def test_a_model_that_repeats_its_training_images_is_found_out_and_one_that_does
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_what_a_model_saw_of_a_wide_training_image_is_known_again_by_its_pixels(
-    tiny_weights, tmp_path
-):
+def test_the_training_crop_of_a_wide_image_is_recognised_by_its_pixels(tiny_weights, tmp_path):
     wide = [
         Sample(
             sample.key,
@@ -234,7 +230,9 @@ def test_what_a_model_saw_of_a_wide_training_image_is_known_again_by_its_pixels(
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_without_pictures_they_are_made_of_training_prompts(tiny_weights, drawn_corpus, tmp_path):
+def test_if_no_pictures_are_given_they_are_generated_from_training_prompts(
+    tiny_weights, drawn_corpus, tmp_path
+):
     arguments = [
         "regurgitation",
         "--training",

@@ -21,9 +21,9 @@ def draws():
     return np.random.default_rng(0)
 
 
-def by_hand(one, other):
+def by_hand(first, second):
     """The p-value over all swaps of labels within pairs, computed from the group means."""
-    pairs = np.stack([one, other], 1).astype(float)
+    pairs = np.stack([first, second], 1).astype(float)
     distances = []
     for swaps in product((0, 1), repeat=len(pairs)):
         rows = np.arange(len(pairs)), np.array(swaps)
@@ -32,38 +32,43 @@ def by_hand(one, other):
 
 
 @pytest.mark.parametrize("seeds", [2, 5, 9])
-def test_with_few_seeds_p_is_that_of_every_arrangement(draws, seeds):
-    one, other = draws.normal(size=(seeds, 4)), draws.normal(0.7, 1, (seeds, 4))
-    found = permutation_test(one, other)
-    assert (found.p, found.arrangements) == (by_hand(one, other), 2**seeds)
-    assert found.distance == pytest.approx(np.linalg.norm(one.mean(0) - other.mean(0)))
+def test_with_few_seeds_p_counts_every_arrangement(draws, seeds):
+    first, second = draws.normal(size=(seeds, 4)), draws.normal(0.7, 1, (seeds, 4))
+    found = permutation_test(first, second)
+    assert (found.p, found.arrangements) == (by_hand(first, second), 2**seeds)
+    assert found.distance == pytest.approx(np.linalg.norm(first.mean(0) - second.mean(0)))
 
 
-def test_with_one_feature_p_is_that_of_scipy_s_paired_test(draws):
-    one, other = draws.normal(size=(11, 1)), draws.normal(0.5, 1, (11, 1))
+def test_with_one_feature_p_agrees_with_scipys_paired_test(draws):
+    first, second = draws.normal(size=(11, 1)), draws.normal(0.5, 1, (11, 1))
     theirs = stats.permutation_test(
-        (one[:, 0], other[:, 0]),
+        (first[:, 0], second[:, 0]),
         lambda a, b, axis: np.abs((a - b).mean(axis)),
         permutation_type="samples",
         vectorized=True,
         n_resamples=np.inf,
         alternative="greater",
     )
-    assert permutation_test(one, other).p == pytest.approx(theirs.pvalue)
+    assert permutation_test(first, second).p == pytest.approx(theirs.pvalue)
 
 
-def test_drawn_arrangements_come_near_to_all_of_them_and_are_the_same_each_time(draws):
-    one, other = draws.normal(size=(12, 3)), draws.normal(0.4, 1, (12, 3))
-    whole, drawn = permutation_test(one, other), permutation_test(one, other, swaps=4000)
-    assert (
-        drawn.arrangements == 4001
-        and drawn == permutation_test(one, other, swaps=4000)
-        and 0.01 < whole.p < 0.99
+def test_random_arrangements_approximate_all_and_are_reproducible(draws):
+    first, second = draws.normal(size=(12, 3)), draws.normal(0.4, 1, (12, 3))
+    all_arrangements, random_arrangements = (
+        permutation_test(first, second),
+        permutation_test(first, second, swaps=4000),
     )
-    assert drawn.p == pytest.approx(whole.p, abs=4 * np.sqrt(whole.p * (1 - whole.p) / 4000))
+    assert (
+        random_arrangements.arrangements == 4001
+        and random_arrangements == permutation_test(first, second, swaps=4000)
+        and 0.01 < all_arrangements.p < 0.99
+    )
+    assert random_arrangements.p == pytest.approx(
+        all_arrangements.p, abs=4 * np.sqrt(all_arrangements.p * (1 - all_arrangements.p) / 4000)
+    )
 
 
-def test_where_nothing_differs_p_is_uniform_and_what_a_seed_decides_does_not_matter(draws):
+def test_without_a_difference_p_is_uniform_whatever_the_effect_of_the_seed(draws):
     values = []
     for _ in range(500):
         # Common to both pictures of a seed, and much larger than the difference between them.
@@ -80,26 +85,26 @@ def test_where_nothing_differs_p_is_uniform_and_what_a_seed_decides_does_not_mat
     )
 
 
-def test_the_distance_by_chance_is_the_root_of_the_mean_square_over_all_arrangements(draws):
-    one, other = draws.normal(size=(6, 3)), draws.normal(size=(6, 3))
+def test_the_distance_by_chance_is_the_root_mean_square_over_all_arrangements(draws):
+    first, second = draws.normal(size=(6, 3)), draws.normal(size=(6, 3))
     squares = [
-        np.sum(((one - other) * np.array(signs)[:, None]).mean(0) ** 2)
+        np.sum(((first - second) * np.array(signs)[:, None]).mean(0) ** 2)
         for signs in product((1, -1), repeat=6)
     ]
-    assert permutation_test(one, other).by_chance == pytest.approx(np.sqrt(np.mean(squares)))
+    assert permutation_test(first, second).by_chance == pytest.approx(np.sqrt(np.mean(squares)))
 
 
-def test_a_group_beside_itself_differs_in_nothing(draws):
+def test_a_group_does_not_differ_from_itself(draws):
     group = Group("a toy", draws.normal(size=(30, 8)), draws.uniform(0, 255, (30, 3)))
     [pair] = probe([group, group], {"pink": draws.normal(size=8)})["pairs"]
     assert pair["p"] == 1 and pair["distance"] == pair["by_chance"] == 0
     assert all(
-        one == {"mean": 0, "standard_error": 0}
-        for one in [*pair["colour"].values(), *pair["words"].values()]
+        difference == {"mean": 0, "standard_error": 0}
+        for difference in [*pair["colour"].values(), *pair["words"].values()]
     )
 
 
-def test_a_planted_difference_is_found_where_it_was_planted_and_nowhere_else(draws):
+def test_a_planted_difference_is_found_only_between_the_right_groups(draws):
     words = {"pink": np.eye(8)[0], "blue": np.eye(8)[1], "round": np.eye(8)[2]}
     seeds, hues = draws.normal(size=(64, 8)), draws.uniform(80, 160, (64, 3))
     plain, again = (
@@ -121,8 +126,8 @@ def test_a_planted_difference_is_found_where_it_was_planted_and_nowhere_else(dra
         and none["p"] > 0.05
     )
     sizes = {
-        name: one["mean"] / one["standard_error"]
-        for name, one in [*planted["words"].items(), *planted["colour"].items()]
+        name: difference["mean"] / difference["standard_error"]
+        for name, difference in [*planted["words"].items(), *planted["colour"].items()]
         if name != "blue"
     }
     assert (
@@ -132,8 +137,8 @@ def test_a_planted_difference_is_found_where_it_was_planted_and_nowhere_else(dra
     )
     assert planted["words"]["blue"]["mean"] < -5 * planted["words"]["blue"]["standard_error"]
     assert all(
-        abs(one["mean"]) < 3.5 * one["standard_error"]
-        for one in [*none["words"].values(), *none["colour"].values()]
+        abs(difference["mean"]) < 3.5 * difference["standard_error"]
+        for difference in [*none["words"].values(), *none["colour"].values()]
     )
     assert (
         found["groups"][0]["colour"] == pytest.approx(pink.colours.mean(0))
@@ -142,12 +147,14 @@ def test_a_planted_difference_is_found_where_it_was_planted_and_nowhere_else(dra
 
 
 def test_a_difference_has_the_standard_error_of_a_paired_t_test(draws):
-    one, other = draws.normal(size=17), draws.normal(1, 2, 17)
-    found = shift(one, other)
-    assert found.mean / found.standard_error == pytest.approx(stats.ttest_rel(one, other).statistic)
+    first, second = draws.normal(size=17), draws.normal(1, 2, 17)
+    found = shift(first, second)
+    assert found.mean / found.standard_error == pytest.approx(
+        stats.ttest_rel(first, second).statistic
+    )
 
 
-def test_pictures_of_unlike_numbers_of_seeds_are_no_pairs(draws):
+def test_groups_with_different_numbers_of_seeds_are_refused(draws):
     with pytest.raises(MetricError, match="given: 3 and 4"):
         permutation_test(draws.normal(size=(3, 2)), draws.normal(size=(4, 2)))
 
@@ -169,9 +176,9 @@ def command(tiny_weights):
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_probe_says_the_same_again_and_makes_nothing_the_second_time(command, s3, capsys):
+def test_a_repeated_probe_gives_the_same_figures_and_generates_nothing(command, s3, capsys):
     out = f"{s3}/probe"
-    asked = [
+    arguments = [
         "toys for girls",
         "toys for boys",
         "toys for girls",
@@ -183,9 +190,9 @@ def test_a_probe_says_the_same_again_and_makes_nothing_the_second_time(command, 
         "--guidance-scale",
         "2",
     ]
-    assert command(*asked, "--out", out) == 0
-    said, figures = capsys.readouterr().out, json.loads(storage.read(f"{out}/figures.json"))
-    assert "generating 15" in said and "p = 1," in said and "± " in said
+    assert command(*arguments, "--out", out) == 0
+    printed, figures = capsys.readouterr().out, json.loads(storage.read(f"{out}/figures.json"))
+    assert "generating 15" in printed and "p = 1," in printed and "± " in printed
     unlike, control, _ = figures["pairs"]
     assert (
         control["prompts"] == ["toys for girls"] * 2
@@ -216,16 +223,16 @@ def test_a_probe_says_the_same_again_and_makes_nothing_the_second_time(command, 
         and "toys for boys" in storage.read(f"{out}/report.html").decode()
     )
     written = times()
-    assert command(*asked, "--out", out) == 0
+    assert command(*arguments, "--out", out) == 0
     assert "making" not in capsys.readouterr().out and times() == written
     assert json.loads(storage.read(f"{out}/figures.json")) == figures
     assert (
-        command(*asked[:2], "--seeds", "5", "--out", out) == 2
+        command(*arguments[:2], "--seeds", "5", "--out", out) == 2
         and "pictures of another job" in capsys.readouterr().err
     )
     storage.put(b"", files[3])
     storage.put(b"", f"{out}/features.parquet")
-    assert command(*asked, "--out", out) == 2 and "1 of 15 pictures" in capsys.readouterr().err
+    assert command(*arguments, "--out", out) == 2 and "1 of 15 pictures" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -239,10 +246,10 @@ def test_a_probe_says_the_same_again_and_makes_nothing_the_second_time(command, 
         (["a", "b", "--guidance-scale", "-1"], "guidance_scale"),
     ],
 )
-def test_what_cannot_be_probed_is_refused_in_one_sentence(
+def test_an_invalid_probe_is_refused_in_one_sentence(
     arguments, sentence, tiny_weights, tmp_path, capsys
 ):
-    given = [
+    files = [
         "--base",
         str(tiny_weights["base"]),
         "--clip",
@@ -250,10 +257,10 @@ def test_what_cannot_be_probed_is_refused_in_one_sentence(
         "--out",
         str(tmp_path / "out"),
     ]
-    assert main(["probe", *given, *arguments]) == 2
-    said = capsys.readouterr().err
+    assert main(["probe", *files, *arguments]) == 2
+    error = capsys.readouterr().err
     assert (
-        re.search(sentence, said)
-        and said.count("\n") == 1
+        re.search(sentence, error)
+        and error.count("\n") == 1
         and not (tmp_path / "out" / "figures.json").exists()
     )

@@ -38,7 +38,7 @@ def as_parquet(path, columns):
     return path
 
 
-def test_tar_shards_give_every_row_once(drawn_corpus):
+def test_every_row_of_tar_shards_is_read_once(drawn_corpus):
     rows, report = stream(drawn_corpus / "train")
     assert (
         sorted(row["key"] for row in rows) == [f"{n:05d}" for n in range(96)] and report.kept == 96
@@ -66,7 +66,7 @@ def test_parquet_with_image_bytes_gives_the_same_rows(tmp_path, image, caption):
     assert json.loads(rows[1]["captions"])[0] == samples[1].captions[0]
 
 
-def test_parquet_as_hugging_face_writes_it_is_read(tmp_path):
+def test_parquet_written_by_hugging_face_is_read(tmp_path):
     samples = list(drawn_samples(3))
     as_parquet(
         tmp_path / "0.parquet",
@@ -87,7 +87,7 @@ def test_a_corpus_on_s3_is_streamed(s3, drawn_corpus):
     assert len(rows) == report.kept == 96
 
 
-def test_bad_rows_and_bad_shards_are_dropped_counted_and_named_and_the_rest_arrives(tmp_path):
+def test_bad_rows_and_shards_are_dropped_counted_and_named_and_the_others_arrive(tmp_path):
     good = list(drawn_samples(8))
     bad = [
         Sample("broken", b"no image", "png", ("x",), {}),
@@ -120,7 +120,7 @@ def test_an_empty_corpus_is_refused_with_a_remedy(tmp_path):
         open_corpus(str(tmp_path / "nowhere"), 16)
 
 
-def test_a_survey_counts_captions_and_those_that_are_cut(tmp_path):
+def test_a_survey_counts_captions_and_truncated_ones(tmp_path):
     picture = next(drawn_samples(1)).image
     write_shards(
         tmp_path,
@@ -129,8 +129,8 @@ def test_a_survey_counts_captions_and_those_that_are_cut(tmp_path):
             Sample("b", picture, "png", ("x",), {}),
         ],
     )
-    made = survey(str(tmp_path), 16)
-    assert (made.rows.kept, made.captions, made.cut_captions) == (2, 3, 1)
+    counts = survey(str(tmp_path), 16)
+    assert (counts.rows.kept, counts.captions, counts.cut_captions) == (2, 3, 1)
 
 
 # -- order, and resumption within an epoch ---------------------------------------------------------
@@ -160,7 +160,7 @@ def undivided(drawn_corpus):
     return batches_of(drawn_corpus / "train", workers=1)
 
 
-def test_every_row_is_in_one_batch_of_an_epoch_and_each_epoch_has_another_order(
+def test_every_row_is_in_one_batch_per_epoch_and_each_epoch_has_another_order(
     drawn_corpus, undivided
 ):
     first, second = undivided, batches_of(drawn_corpus / "train", epoch=1)
@@ -171,21 +171,21 @@ def test_every_row_is_in_one_batch_of_an_epoch_and_each_epoch_has_another_order(
 
 
 @pytest.mark.parametrize("workers", [2, 3, 4, 6])
-def test_a_batch_has_the_same_rows_in_the_same_order_however_many_workers_share_it(
+def test_a_batch_has_the_same_rows_in_the_same_order_for_any_number_of_workers(
     drawn_corpus, undivided, workers
 ):
     assert batches_of(drawn_corpus / "train", workers=workers) == undivided
 
 
 @pytest.mark.parametrize("done, workers", [(12, 3), (36, 1), (60, 2), (96, 2)])
-def test_a_resumed_run_reads_exactly_the_remaining_batches_with_any_number_of_workers(
+def test_a_resumed_run_reads_exactly_the_remaining_batches_for_any_number_of_workers(
     drawn_corpus, undivided, done, workers
 ):
     rest = batches_of(drawn_corpus / "train", rows=done, workers=workers)
     assert rest == undivided[done // 12 :]
 
 
-def test_parts_that_were_trained_on_whole_are_not_read_again(tmp_path, monkeypatch):
+def test_fully_consumed_parts_are_not_read_again(tmp_path, monkeypatch):
     write_shards(tmp_path, drawn_samples(48), per_shard=8)
     for path in tmp_path.glob("index.json"):  # without it part sizes are unknown: one task each
         path.unlink()
@@ -204,7 +204,7 @@ def test_parts_that_were_trained_on_whole_are_not_read_again(tmp_path, monkeypat
     )
 
 
-def test_what_is_left_of_an_epoch_that_fills_no_batch_is_not_given(drawn_corpus):
+def test_an_incomplete_last_batch_of_an_epoch_is_dropped(drawn_corpus):
     assert len(batches_of(drawn_corpus / "train", batch=36)) == 2 and not batches_of(
         drawn_corpus / "train", batch=100, workers=4
     )
@@ -229,7 +229,7 @@ def test_a_batch_has_the_shapes_of_its_model():
     assert pair.image.min() >= -1 and pair.image.max() <= 1
 
 
-def test_the_low_res_image_is_the_box_mean_of_the_large_one():
+def test_the_low_res_image_is_the_box_average_of_the_large_one():
     from helpers.drawings import draw
 
     pair = Collate(tiny("upsampler").model, DataConfig())(rows_of(list(drawn_samples(1))), epoch=0)
@@ -242,7 +242,7 @@ def test_the_low_res_image_is_the_box_mean_of_the_large_one():
     )
 
 
-def test_a_crop_cuts_both_halves_of_a_pair_at_one_place():
+def test_a_crop_is_at_the_same_place_in_both_images_of_a_pair():
     collate = Collate(tiny("upsampler").model, DataConfig(crop=16))
     samples = list(drawn_samples(32))
     cropped, whole = (
@@ -262,7 +262,7 @@ def test_a_crop_cuts_both_halves_of_a_pair_at_one_place():
     assert len({crop.numpy().tobytes() for crop in cropped.image}) > 8
 
 
-def test_low_res_halves_are_blurred_at_the_rate_asked_for_and_only_in_training():
+def test_low_res_images_are_blurred_at_the_requested_rate_and_only_in_training():
     samples = list(drawn_samples(64))
     plain, blurred, other = (
         Collate(tiny("upsampler").model, DataConfig(low_res_blur_rate=rate), seed)
@@ -281,7 +281,7 @@ def test_low_res_halves_are_blurred_at_the_rate_asked_for_and_only_in_training()
     )
 
 
-def test_a_blur_is_the_gaussian_of_three_pixels_that_scipy_has():
+def test_the_blur_agrees_with_scipys_gaussian_of_three_pixels():
     pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3)).astype(np.uint8)
     expected = np.stack(
         [
@@ -295,7 +295,7 @@ def test_a_blur_is_the_gaussian_of_three_pixels_that_scipy_has():
     assert np.abs(blur(pixels, 0.5) - expected).max() <= 0.5 + 1e-9
 
 
-def test_masks_of_the_inpainting_task_come_from_key_epoch_and_seed_whatever_the_batch():
+def test_inpainting_masks_depend_on_key_epoch_and_seed_and_not_on_the_batch():
     model = tiny("base", "model.unet.inpaint=true").model
     samples = list(drawn_samples(12))
     whole = Collate(model, DataConfig())(rows_of(samples), epoch=2).conditioning
@@ -309,7 +309,7 @@ def test_masks_of_the_inpainting_task_come_from_key_epoch_and_seed_whatever_the_
     )
 
 
-def test_captions_are_drawn_anew_each_epoch_and_the_same_again_from_the_seed():
+def test_captions_are_drawn_in_each_epoch_and_reproducible_from_the_seed():
     samples = list(drawn_samples(40))
     collate = Collate(tiny().model, DataConfig(empty_caption_rate=0.3), seed=5)
     first, again, next_epoch = (collate(rows_of(samples), epoch) for epoch in (0, 0, 1))
@@ -318,7 +318,7 @@ def test_captions_are_drawn_anew_each_epoch_and_the_same_again_from_the_seed():
     assert 0 < (~first.conditioning.mask.any(1)).sum() < 40
 
 
-def test_an_image_that_breaks_while_decoding_is_counted_and_its_place_filled():
+def test_an_image_that_fails_to_decode_is_counted_and_replaced():
     samples = list(drawn_samples(4))
     rows = rows_of(samples)
     rows["image"][1] = rows["image"][1][:-40]
@@ -328,7 +328,7 @@ def test_an_image_that_breaks_while_decoding_is_counted_and_its_place_filled():
     assert collate(rows_of([Sample("x", b"?", "png", ("x",), {})]), epoch=0) is None
 
 
-def test_held_out_batches_are_the_same_at_every_call_and_split_between_ranks(drawn_corpus):
+def test_held_out_batches_are_the_same_at_every_call_and_split_among_ranks(drawn_corpus):
     data, model = (
         DataConfig(held_out=str(drawn_corpus / "held_out"), held_out_images=14, min_size=16),
         tiny().model,

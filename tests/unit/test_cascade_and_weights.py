@@ -31,28 +31,30 @@ def cascade(tiny_weights):
     return Cascade.load(tiny_weights["base"], tiny_weights["upsampler"])
 
 
-def test_prompts_become_pictures_of_the_upsamplers_size(cascade):
+def test_prompts_give_pictures_of_the_upsamplers_size(cascade):
     images = cascade.generate(["a red apple", "a dog"], [1, 2], QUICK)
     assert [image.shape for image in images] == [(64, 64, 3)] * 2 and images[0].dtype == np.uint8
     assert np.array_equal(cascade.generate(["a dog"], [2], QUICK)[0], images[1])
 
 
-def test_without_an_upsampler_pictures_have_the_bases_size(tiny_weights):
+def test_without_an_upsampler_pictures_have_the_base_size(tiny_weights):
     assert Cascade.load(tiny_weights["base"]).generate(["x"], [0], QUICK)[0].shape == (16, 16, 3)
 
 
-def test_progress_is_told_by_stage(cascade):
-    told = []
+def test_progress_is_reported_for_each_stage(cascade):
+    reported = []
     cascade.generate(
         ["x", "y"],
         [0, 1],
         SampleOptions(steps=2, upsampler_steps=2),
-        progress=lambda *step: told.append(step),
+        progress=lambda *step: reported.append(step),
     )
-    assert told == [(stage, step, 4) for stage in ("base", "upsampler") for step in (1, 2, 3, 4)]
+    assert reported == [
+        (stage, step, 4) for stage in ("base", "upsampler") for step in (1, 2, 3, 4)
+    ]
 
 
-def test_an_edit_keeps_every_known_pixel_to_the_last_bit_and_paints_the_rest(cascade):
+def test_an_edit_keeps_every_known_pixel_exactly_and_paints_the_others(cascade):
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     known = np.ones((64, 64), bool)
     known[10:37, 20:51] = False
@@ -63,7 +65,7 @@ def test_an_edit_keeps_every_known_pixel_to_the_last_bit_and_paints_the_rest(cas
 
 @pytest.mark.parametrize("inpaint", [False, True])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_known_pixels_come_out_to_the_last_8_bit_value_at_64_and_at_256(inpaint, sampler):
+def test_known_pixels_keep_their_8_bit_values_at_64_and_256_pixels(inpaint, sampler):
     steppers = []
     for kind in ("base", "upsampler"):
         config = override(
@@ -84,7 +86,7 @@ def test_known_pixels_come_out_to_the_last_8_bit_value_at_64_and_at_256(inpaint,
     assert np.array_equal(edited[small_known], small[small_known])
 
 
-def test_a_variation_of_no_strength_to_speak_of_is_nearly_the_image(cascade):
+def test_a_variation_with_minimal_strength_is_nearly_the_image(cascade):
     image = np.full((64, 64, 3), 128, np.uint8)
     small = Cascade(cascade.base)
     near, far = (
@@ -94,7 +96,7 @@ def test_a_variation_of_no_strength_to_speak_of_is_nearly_the_image(cascade):
     assert np.abs(near.astype(int) - 128).mean() < 0.3 * np.abs(far.astype(int) - 128).mean()
 
 
-def test_a_small_pixel_is_known_only_if_all_that_it_covers_is(cascade):
+def test_a_low_resolution_pixel_is_known_only_if_all_its_pixels_are_known(cascade):
     known = np.ones((64, 64), bool)
     known[0, 0] = False
     assert shrink_known(np.zeros((64, 64, 3), np.uint8), known, 16)[1].sum() == 16 * 16 - 1
@@ -108,7 +110,7 @@ def test_an_edit_with_a_mask_of_another_size_is_refused(cascade):
 # -- weights ---------------------------------------------------------------------------------------
 
 
-def test_a_weights_file_gives_back_the_model_and_its_config(tmp_path):
+def test_a_weights_file_restores_the_model_and_its_config(tmp_path):
     config = tiny().model
     model = random_model(config.unet)
     save_weights(tmp_path / "w.safetensors", model.state_dict(), config, step="7")
@@ -121,12 +123,12 @@ def test_a_weights_file_gives_back_the_model_and_its_config(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
 
 
-def test_base_and_upsampler_exchanged_are_noticed(tiny_weights):
+def test_swapped_base_and_upsampler_weights_are_refused(tiny_weights):
     with pytest.raises(WeightsError, match="were the two exchanged"):
         Cascade.load(tiny_weights["upsampler"], tiny_weights["base"])
 
 
-def test_weights_that_are_missing_truncated_foreign_or_misshapen_are_refused_in_one_sentence(
+def test_missing_truncated_foreign_or_misshapen_weights_are_refused_in_one_sentence(
     tmp_path, tiny_weights
 ):
     def refuse(path, message):

@@ -16,7 +16,7 @@ from glide_ray.sampling.job import Job
 JOB = Job("a cat", 10, 64)
 
 
-def follow(images, upsample, score=lambda image: 0.0):
+def answer_calls(images, upsample, score=lambda image: 0.0):
     """Answer the calls; an image is "stage seed". Returns the calls and the finished images."""
     generator, result, calls = cascade_calls(images, upsample), None, []
     while True:
@@ -32,8 +32,8 @@ def follow(images, upsample, score=lambda image: 0.0):
         )
 
 
-def test_the_upsampler_enlarges_what_the_base_model_made():
-    (base, upsampler), (image,) = follow([[JOB]], upsample=True)
+def test_the_upsampler_receives_the_base_models_image():
+    (base, upsampler), (image,) = answer_calls([[JOB]], upsample=True)
     assert (base.stage, base.jobs, upsampler.stage, upsampler.jobs) == (
         "base",
         [JOB],
@@ -50,20 +50,20 @@ def test_the_upsampler_enlarges_what_the_base_model_made():
 
 
 def test_without_an_upsampler_the_base_image_is_the_result():
-    (base,), (image,) = follow([[JOB]], upsample=False)
+    (base,), (image,) = answer_calls([[JOB]], upsample=False)
     assert base.stage == "base" and (image.base_image, image.upsampled) == ("base 10", None)
 
 
 def test_several_images_share_one_call_of_each_stage():
     jobs = [replace(JOB, seed=seed) for seed in (3, 1, 2)]
-    calls, images = follow([[job] for job in jobs], upsample=True)
+    calls, images = answer_calls([[job] for job in jobs], upsample=True)
     assert [call.jobs for call in calls] == [jobs, jobs]
     assert [image.upsampled for image in images] == ["upsampler 3", "upsampler 1", "upsampler 2"]
 
 
 def test_only_the_candidate_with_the_highest_score_is_upsampled():
     scores = {"base 10": 0.5, "base 11": 2.0, "base 12": -1.0}
-    calls, (image,) = follow([candidates(replace(JOB, best_of=3))], True, scores.get)
+    calls, (image,) = answer_calls([candidates(replace(JOB, best_of=3))], True, scores.get)
     assert [type(call).__name__ for call in calls] == ["StageCall", "ScoreCall", "StageCall"]
     assert calls[1].images == list(scores) and calls[1].prompt == "a cat"
     assert [job.seed for job in calls[2].jobs] == [11] and calls[2].low_res == ["base 11"]
@@ -71,8 +71,8 @@ def test_only_the_candidate_with_the_highest_score_is_upsampled():
     assert image.scores == {10: 0.5, 11: 2.0, 12: -1.0}
 
 
-def test_candidates_show_no_previews_and_the_upsampling_of_the_best_shows_its_own():
-    calls, _ = follow([candidates(replace(JOB, best_of=2, previews=3))], upsample=True)
+def test_candidates_have_no_previews_but_the_upsampling_of_the_best_has():
+    calls, _ = answer_calls([candidates(replace(JOB, best_of=2, previews=3))], upsample=True)
     assert [job.previews for job in calls[0].jobs] == [0, 0]
     assert [job.previews for job in calls[2].jobs] == [1]
 
@@ -92,13 +92,13 @@ def test_the_base_image_itself_is_one_of_the_previews(previews, upsample, split)
     assert not upsample or not previews or sum(split) + 1 == previews
 
 
-def test_images_of_a_request_have_disjoint_candidates_whose_seeds_count_up():
+def test_the_images_of_a_request_have_disjoint_candidates_with_consecutive_seeds():
     jobs = image_jobs(replace(JOB, best_of=3), 2)
     seeds = [[job.seed for job in candidates(job)] for job in jobs]
     assert seeds == [[10, 11, 12], [13, 14, 15]]
 
 
-def test_seeds_wrap_around_at_the_largest():
+def test_seeds_wrap_around_at_their_maximum():
     last = replace(JOB, seed=2**63 - 1, best_of=2)
     assert [job.seed for job in candidates(last)] == [2**63 - 1, 0]
     assert [job.seed for job in image_jobs(last, 2)] == [2**63 - 1, 1]

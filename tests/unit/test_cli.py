@@ -48,7 +48,7 @@ def picture(path, size=(64, 64), hole=None):
     return str(path)
 
 
-def test_generate_writes_pictures_that_their_seed_gives_again(tmp_path, weights, capsys):
+def test_generate_writes_pictures_that_their_seeds_reproduce(tmp_path, weights, capsys):
     assert (
         main(
             [
@@ -94,7 +94,7 @@ def test_generate_without_the_upsampler_stops_at_the_base_size(tmp_path, weights
     assert Image.open(tmp_path / "s.png").size == (16, 16)
 
 
-def test_edit_keeps_what_is_opaque_in_the_mask(tmp_path, weights):
+def test_edit_keeps_the_pixels_that_are_opaque_in_the_mask(tmp_path, weights):
     image, mask = picture(tmp_path / "i.png"), picture(tmp_path / "m.png", hole=(16, 16, 48, 48))
     assert (
         main(
@@ -118,12 +118,12 @@ def test_edit_keeps_what_is_opaque_in_the_mask(tmp_path, weights):
     ).all()
 
 
-def test_a_prompt_that_is_too_long_is_cut_and_said_so(tmp_path, weights, capsys):
+def test_a_prompt_that_is_too_long_is_truncated_with_a_warning(tmp_path, weights, capsys):
     assert main(["generate", "word " * 2000, "--out", str(tmp_path / "x.png"), *weights]) == 0
     assert "longer than 128 tokens" in capsys.readouterr().err
 
 
-def test_bad_input_to_an_edit_is_refused_and_nothing_is_written(tmp_path, weights, capsys):
+def test_bad_input_to_an_edit_is_refused_before_anything_is_written(tmp_path, weights, capsys):
     image, out = picture(tmp_path / "i.png"), tmp_path / "e.png"
     (tmp_path / "text.png").write_text("hello")
     for mask, message in (
@@ -169,7 +169,7 @@ def half_mask(path, mode="LA"):
     return path
 
 
-def test_masks_of_either_kind_with_alpha_mean_the_same_and_an_empty_one_paints_all(
+def test_rgba_and_grey_alpha_masks_are_equivalent_and_an_empty_mask_repaints_everything(
     tmp_path, weights
 ):
     image = picture(tmp_path / "i.png")
@@ -220,7 +220,7 @@ def test_a_mask_that_is_full_or_has_no_alpha_is_refused(tmp_path, weights, capsy
     assert not (tmp_path / "e.png").exists()
 
 
-def test_pictures_of_every_kind_are_read_as_they_are_seen(tmp_path, weights):
+def test_pictures_of_every_format_are_read_as_viewers_show_them(tmp_path, weights):
     """Transparent pixels become white, CMYK becomes RGB, EXIF rotation is applied.
 
     An image of a single pixel is enlarged.
@@ -268,7 +268,7 @@ def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path, weights, capsy
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - began < 100_000
 
 
-def test_a_sketch_of_another_size_and_a_scene_without_a_beginning_are_refused(
+def test_a_sketch_of_another_size_and_a_scene_without_a_first_step_are_refused(
     tmp_path, weights, capsys
 ):
     image, sketch = picture(tmp_path / "i.png"), picture(tmp_path / "s.png", (32, 32))
@@ -298,9 +298,7 @@ def test_a_sketch_of_another_size_and_a_scene_without_a_beginning_are_refused(
         ),
     ],
 )
-def test_options_of_a_variation_that_make_no_sense_are_refused(
-    tmp_path, weights, capsys, options, message
-):
+def test_invalid_options_of_a_variation_are_refused(tmp_path, weights, capsys, options, message):
     refused(
         capsys,
         [
@@ -348,11 +346,11 @@ def test_a_clip_of_another_image_size_is_refused(tmp_path, weights, capsys):
         (["--base", "nothing.safetensors"], "no weights file nothing.safetensors"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(weights, capsys, options, message):
+def test_invalid_options_are_refused(weights, capsys, options, message):
     refused(capsys, ["generate", "x", *weights, *options], message)
 
 
-def test_an_unknown_preset_or_setting_is_answered_with_the_nearest(capsys):
+def test_an_unknown_preset_or_setting_is_refused_with_the_nearest_name(capsys):
     refused(capsys, ["info", "filtered-bass"], "did you mean 'filtered-base'")
     refused(capsys, ["train", "nano-base", "--set", "train.step=3"], "did you mean 'train.steps'")
     refused(capsys, ["train", "nano-base", "--set", "batch=7"], "train.batch 7 is not divisible")
@@ -364,7 +362,7 @@ def test_info_prints_parameters_memory_and_operations(capsys):
     assert "385.03M parameters" in printed and "one network call" in printed and "GiB" in printed
 
 
-def test_a_training_step_is_timed_beside_a_plain_and_a_bare_loop(capsys):
+def test_bench_times_a_training_step_against_a_plain_and_a_bare_loop(capsys):
     assert main(["bench", "train", "--preset", "nano-base", "--repeats", "2"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert (
@@ -374,7 +372,7 @@ def test_a_training_step_is_timed_beside_a_plain_and_a_bare_loop(capsys):
     )
 
 
-def test_a_cascade_is_timed_alone_and_many_at_once(capsys, monkeypatch):
+def test_bench_times_one_and_several_samples_of_a_cascade(capsys, monkeypatch):
     small = {
         f"nano-{role}": tiny(role, "model.sampling.respacing=2") for role in ("base", "upsampler")
     }
@@ -397,7 +395,7 @@ def test_bench_prints_one_line_of_json(capsys):
 
 
 @pytest.mark.parametrize("benchmark", ["forward", "sample", "train"])
-def test_a_benchmark_of_unets_refuses_the_preset_of_a_clip(benchmark, capsys):
+def test_the_unet_benchmark_refuses_a_clip_preset(benchmark, capsys):
     assert main(["bench", benchmark, "--preset", "nano-clip"]) == 2
     assert "nano-clip is a CLIP, which this benchmark does not measure" in capsys.readouterr().err
 
@@ -452,7 +450,7 @@ def test_a_job_has_the_options_of_its_command(job, command):
     assert compared >= 4
 
 
-def test_help_and_a_refusal_are_quick_for_they_load_no_large_library():
+def test_help_and_refusals_are_quick_and_load_no_large_library():
     script = (
         "import contextlib, sys\n"
         "from glide_ray.cli.main import main\n"
@@ -464,7 +462,7 @@ def test_help_and_a_refusal_are_quick_for_they_load_no_large_library():
     subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
 
 
-def test_the_version_is_that_of_the_package(capsys):
+def test_version_prints_the_version_of_the_package(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert ended.value.code == 0 and capsys.readouterr().out == f"glide {glide_ray.__version__}\n"
@@ -502,14 +500,14 @@ def test_bash_completes_commands_presets_options_choices_and_paths(
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_scripts_for_other_shells_know_every_command(shell, capsys):
+def test_completion_scripts_of_other_shells_contain_every_command(shell, capsys):
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
     for command in ("train", "generate", "serve", "export-released", "completion"):
         assert re.search(rf"\b{command}\b", script)
 
 
-def test_a_command_that_needs_ray_says_so_where_it_is_not_installed(tmp_path):
+def test_a_command_that_needs_ray_is_refused_if_ray_is_not_installed(tmp_path):
     script = tmp_path / "bare.py"
     script.write_text(
         "import sys\nsys.modules.update(ray=None, deepspeed=None)\n"
@@ -539,7 +537,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("job", REFUSED)
-def test_jobs_have_help_and_refuse_in_one_sentence(job, tmp_path):
+def test_jobs_have_help_and_refuse_bad_input_in_one_sentence(job, tmp_path):
     script, (arguments, sentence) = os.path.join(ROOT, "jobs", f"{job}.py"), REFUSED[job]
     helped = subprocess.run(
         [sys.executable, script, "--help"],

@@ -67,27 +67,27 @@ def command(corpus, out, *more):
 # -- prompts ---------------------------------------------------------------------------------------
 
 
-def test_prompts_are_the_same_each_time_and_no_two_begin_from_the_same_noise(corpus, judge):
+def test_prompts_are_deterministic_and_no_two_share_a_seed(corpus, judge):
     cases = make_cases(corpus, judge.vocabulary, COUNTED)
-    again = make_cases(corpus, judge.vocabulary, COUNTED)
+    repeated = make_cases(corpus, judge.vocabulary, COUNTED)
     assert [(case.category, case.prompt, case.seed) for case in cases] == [
-        (case.category, case.prompt, case.seed) for case in again
+        (case.category, case.prompt, case.seed) for case in repeated
     ]
     assert len({case.seed for case in cases}) == len(cases) == COUNTED * len(CATEGORIES)
 
 
-def test_pairs_that_are_asked_for_are_the_held_out_ones_and_seen_ones_are_not(corpus, judge):
+def test_prompts_for_held_out_pairs_use_exactly_the_held_out_pairs(corpus, judge):
     cases = make_cases(corpus, judge.vocabulary, 20)
-    asked = {
+    pairs = {
         category: {
             (case.thing, case.labels["style"]) for case in cases if case.category == category
         }
         for category in (SEEN, PAIRS)
     }
-    assert asked[PAIRS] == drawn.PAIRS and not asked[SEEN] & drawn.PAIRS
+    assert pairs[PAIRS] == drawn.PAIRS and not pairs[SEEN] & drawn.PAIRS
 
 
-def test_a_hole_is_a_quarter_of_the_picture_and_holds_the_first_object_alone(corpus, judge):
+def test_a_hole_is_a_quarter_of_the_picture_and_contains_only_the_first_object(corpus, judge):
     for case in make_cases(corpus, judge.vocabulary, 12, [INPAINTING]):
         assert case.hole.mean() == 0.25
         (left, top, right, bottom), other = case.labels["boxes"]
@@ -98,14 +98,16 @@ def test_a_hole_is_a_quarter_of_the_picture_and_holds_the_first_object_alone(cor
 # -- figures ---------------------------------------------------------------------------------------
 
 
-def test_real_pictures_reach_all_of_themselves(judge, corpus, tmp_path):
+def test_real_pictures_score_100_percent_of_real_pictures(judge, corpus, tmp_path):
     rows = compose.ComposeRun(judge, corpus, tmp_path, COUNTED, CATEGORIES, 256).score_real()
-    told = [row for row in rows if row["measurable"]]
-    assert told and all(row["right"] == row["real"] and row["share"] == 1 for row in told)
+    measurable = [row for row in rows if row["measurable"]]
+    assert measurable and all(
+        row["right"] == row["real"] and row["share"] == 1 for row in measurable
+    )
     assert {row["category"] for row in rows} == set(CATEGORIES)
 
 
-def test_the_interval_of_a_share_is_wilsons():
+def test_the_interval_of_a_share_is_wilsons_interval():
     from scipy.stats import binomtest
 
     for right, count in ((0, 10), (7, 10), (200, 200), (61, 200)):
@@ -123,7 +125,7 @@ def test_a_share_of_real_pictures_is_paired_by_prompt():
     assert low < share == 0.5 < high
 
 
-def test_what_the_judge_cannot_tell_is_no_figure(judge, corpus, tmp_path):
+def test_questions_that_the_judge_cannot_measure_have_no_figure(judge, corpus, tmp_path):
     from dataclasses import replace
 
     blind = replace(judge, accuracy={"64": {SEEN: {STYLE: {"right": 0.9, "pictures": 200}}}})
@@ -136,7 +138,7 @@ def test_what_the_judge_cannot_tell_is_no_figure(judge, corpus, tmp_path):
 # -- pictures --------------------------------------------------------------------------------------
 
 
-def test_pictures_are_made_once_judged_and_shown_on_a_page(run, cascade):
+def test_pictures_are_generated_once_then_judged_and_shown_on_a_page(run, cascade):
     done = []
     rows = run.score_models(cascade, progress=lambda *progress: done.append(progress))
     total = COUNTED * len(run.categories)
@@ -144,18 +146,19 @@ def test_pictures_are_made_once_judged_and_shown_on_a_page(run, cascade):
     assert {row["category"] for row in rows} == set(run.categories)
     figures = json.loads((run.out / compose.FIGURES).read_text())
     assert len(figures["pictures"]) == total and figures["options"]["steps"] == "2"
-    asked = {picture["category"]: set(picture["verdicts"]) for picture in figures["pictures"]}
-    assert asked == {category: set(QUESTIONS[category]) for category in run.categories}
+    questions = {picture["category"]: set(picture["verdicts"]) for picture in figures["pictures"]}
+    assert questions == {category: set(QUESTIONS[category]) for category in run.categories}
     page = (run.out / compose.PAGE).read_text()
     assert all(picture["prompt"] in page for picture in figures["pictures"])
-    again = []
+    generated_again = []
     assert (
-        run.score_models(cascade, progress=lambda *progress: again.append(progress)) == rows
-        and not again
+        run.score_models(cascade, progress=lambda *progress: generated_again.append(progress))
+        == rows
+        and not generated_again
     )
 
 
-def test_a_run_that_was_interrupted_makes_what_is_missing_and_says_the_same(run, cascade):
+def test_an_interrupted_run_generates_the_missing_pictures_and_gives_the_same_figures(run, cascade):
     rows = run.score_models(cascade)
     pictures = sorted((run.out / compose.PICTURES).glob("*.png"))
     kept = {path: path.stat().st_mtime_ns for path in pictures[1:]}
@@ -168,7 +171,7 @@ def test_a_run_that_was_interrupted_makes_what_is_missing_and_says_the_same(run,
     assert {path for path in kept if path.stat().st_mtime_ns != kept[path]} == {pictures[1]}
 
 
-def test_pictures_of_other_steps_are_made_anew(run, cascade):
+def test_pictures_with_other_steps_are_generated_again(run, cascade):
     from dataclasses import replace
 
     cases = make_cases(run.corpus, run.judge.vocabulary, 2, [COUNT])
@@ -182,25 +185,29 @@ def replace_steps(options, steps):
     return options.model_copy(update={"steps": steps})
 
 
-def test_a_model_that_was_not_trained_to_inpaint_is_not_asked_to(judge, corpus, cascade, tmp_path):
+def test_a_model_without_inpainting_skips_the_inpainting_category(judge, corpus, cascade, tmp_path):
     run = compose.ComposeRun(judge, corpus, tmp_path, 2, [INPAINTING], 64, options=FAST)
     with pytest.raises(compose.ComposeError, match="--categories"):
         run.score_models(cascade)
     assert not (tmp_path / compose.PICTURES).exists()
 
 
-def test_an_edit_keeps_the_known_pixels_and_a_changed_one_is_noticed(judge, corpus, tmp_path):
+def test_an_edit_keeps_known_pixels_and_a_changed_pixel_is_reported(judge, corpus, tmp_path):
     cases = make_cases(corpus, judge.vocabulary, 2, [INPAINTING])
     kept = [compose.real_picture(case, 64) for case in cases]
     changed = [picture.copy() for picture in kept]
     for case, picture in zip(cases, changed, strict=True):
         y, x = np.argwhere(~case.hole)[0] // 4
         picture[y, x] ^= 1
-    assert [of[KNOWN_PIXELS].right for of in compose.judge_pictures(judge, cases, kept)] == [
+    assert [
+        verdicts[KNOWN_PIXELS].right for verdicts in compose.judge_pictures(judge, cases, kept)
+    ] == [
         True,
         True,
     ]
-    assert [of[KNOWN_PIXELS].right for of in compose.judge_pictures(judge, cases, changed)] == [
+    assert [
+        verdicts[KNOWN_PIXELS].right for verdicts in compose.judge_pictures(judge, cases, changed)
+    ] == [
         False,
         False,
     ]
@@ -213,8 +220,8 @@ def write_line_drawings(folder):
     """Write a corpus of one style, the things as black lines on white; returns its folder."""
     samples = []
     for thing in drawn.THINGS:
-        one = drawn.sample(thing, "3D render")
-        grey = np.asarray(decode(one.image).convert("L"), int)
+        original = drawn.sample(thing, "3D render")
+        grey = np.asarray(decode(original.image).convert("L"), int)
         edge = np.abs(np.diff(grey, axis=0, append=255)) + np.abs(np.diff(grey, axis=1, append=255))
         pixels = np.where(edge[..., None] > 12, 0, 255).repeat(3, -1).astype(np.uint8)
         name = drawn.THINGS[thing]
@@ -224,28 +231,30 @@ def write_line_drawings(folder):
                 encode(pixels),
                 "png",
                 (f"a {name}, outline",),
-                {**one.meta, "style": "outline"},
+                {**original.meta, "style": "outline"},
             )
         )
     write_shards(folder / "train", samples)
     return str(folder)
 
 
-def test_a_new_style_is_learnt_from_half_of_its_things_and_asked_of_the_others(
+def test_a_new_style_is_learnt_from_half_of_its_things_and_scored_on_the_others(
     judge, corpus, tmp_path
 ):
-    knowing, rows = learn_style(judge, write_line_drawings(tmp_path / "outline"), corpus)
+    extended, rows = learn_style(judge, write_line_drawings(tmp_path / "outline"), corpus)
     assert 0 < len(rows) < len(drawn.THINGS) and {row.style for row in rows} == {"outline"}
-    tried = knowing.accuracy["64"][NEW][STYLE]
-    assert tried["right"] == 1 and tried["pictures"] == len(rows) + min(len(rows), len(drawn.PAIRS))
-    assert knowing.accuracy["64"][SEEN] == judge.accuracy["64"][SEEN]
-    run = compose.ComposeRun(knowing, corpus, tmp_path / "out", 3, [SEEN], 64, new_style=rows)
+    accuracy = extended.accuracy["64"][NEW][STYLE]
+    assert accuracy["right"] == 1 and accuracy["pictures"] == len(rows) + min(
+        len(rows), len(drawn.PAIRS)
+    )
+    assert extended.accuracy["64"][SEEN] == judge.accuracy["64"][SEEN]
+    run = compose.ComposeRun(extended, corpus, tmp_path / "out", 3, [SEEN], 64, new_style=rows)
     figures = {(row["category"], row["question"]): row for row in run.score_real()}
     assert figures[NEW, STYLE]["right"] == 1 and figures[NEW, STYLE]["pictures"] == 3
-    assert knowing.digest() != judge.digest()
+    assert extended.digest() != judge.digest()
 
 
-def test_a_corpus_of_many_styles_is_no_new_one(judge, corpus):
+def test_a_corpus_with_several_styles_is_refused_as_a_new_style(judge, corpus):
     with pytest.raises(CorpusError, match="give --new-style a corpus of one style"):
         learn_style(judge, corpus, corpus)
 
@@ -253,9 +262,7 @@ def test_a_corpus_of_many_styles_is_no_new_one(judge, corpus):
 # -- command ---------------------------------------------------------------------------------------
 
 
-def test_the_shipped_weights_are_scored_by_one_command(
-    corpus, judge, tmp_path, monkeypatch, capsys
-):
+def test_one_command_scores_the_shipped_weights(corpus, judge, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fitting, "load_or_fit", lambda corpus: judge)
     main(
         command(
@@ -271,10 +278,10 @@ def test_the_shipped_weights_are_scored_by_one_command(
             INPAINTING,
         )
     )
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        "things in styles seen in training: object" in said
-        and "inpainting: known pixels equal" in said
+        "things in styles seen in training: object" in printed
+        and "inpainting: known pixels equal" in printed
     )
     figures = json.loads((tmp_path / "out" / compose.FIGURES).read_text())
     known = next(line for line in figures["lines"] if line["question"] == KNOWN_PIXELS)
@@ -301,11 +308,11 @@ def test_real_pictures_alone_are_judged_without_a_model(
         (["--corpus", "nowhere", "--real"], "glide corpus"),
     ],
 )
-def test_wrong_input_is_named_in_one_sentence(corpus, tmp_path, capsys, more, says):
+def test_invalid_input_is_refused_in_one_sentence(corpus, tmp_path, capsys, more, says):
     try:
         code = main(command(corpus, tmp_path / "out", *more))
     except SystemExit as ended:  # raised by argparse
         code = ended.code
-    said = capsys.readouterr().err
-    assert code and says in said and "Traceback" not in said
+    error = capsys.readouterr().err
+    assert code and says in error and "Traceback" not in error
     assert not (tmp_path / "out").exists()

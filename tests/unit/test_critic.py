@@ -69,7 +69,7 @@ def rank_gradient(rank, folder):
     dist.destroy_process_group()
 
 
-def test_two_workers_have_the_loss_and_the_gradient_of_one_with_the_joined_batch(tmp_path):
+def test_two_workers_have_the_loss_and_gradient_of_one_worker_with_the_whole_batch(tmp_path):
     multiprocessing.spawn(rank_gradient, (str(tmp_path),), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     model = clip_model()
@@ -88,7 +88,7 @@ def test_two_workers_have_the_loss_and_the_gradient_of_one_with_the_joined_batch
     )
 
 
-def test_the_contrastive_loss_is_that_of_its_closed_form():
+def test_the_contrastive_loss_equals_its_closed_form():
     """The loss at scale s is log(1 + (n - 1) exp(-s)) for n perfectly embedded pairs.
 
     Each image embedding equals that of its caption and is orthogonal to all others.
@@ -148,7 +148,7 @@ def test_gains_and_biases_of_clip_do_not_decay():
     assert len(parameter_groups(clip_model(), train)) == 1
 
 
-def test_held_out_loss_is_the_same_however_often_it_is_taken():
+def test_held_out_loss_is_the_same_at_every_evaluation():
     model, schedule = clip_model().eval(), make_schedule("cosine")
     first = held_out_sums(contrastive, model, schedule, [drawings(8)], 0, 8)
     assert first == held_out_sums(contrastive, model, schedule, [drawings(8)], 0, 8)
@@ -187,7 +187,7 @@ def request(critic, seed=3, scale=0.0, sampler="ancestral", steps="12", **option
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_clip_guidance_raises_the_score_beside_classifier_free_guidance(critic, sampler):
+def test_clip_guidance_raises_the_score_with_classifier_free_guidance_on(critic, sampler):
     scores = []
     for scale in (0.0, 10.0):
         image = to_8_bits(stepper(critic).run([request(critic, scale=scale, sampler=sampler)]))
@@ -197,7 +197,7 @@ def test_clip_guidance_raises_the_score_beside_classifier_free_guidance(critic, 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("batched", [False, True])
-def test_a_sample_without_clip_guidance_is_the_same_beside_one_that_has_it(
+def test_a_sample_without_clip_guidance_is_unchanged_by_a_guided_one_in_its_batch(
     critic, sampler, batched
 ):
     company = stepper(critic, batched=batched)
@@ -218,7 +218,7 @@ def test_a_sample_without_clip_guidance_is_the_same_beside_one_that_has_it(
         assert torch.equal(images[1], alone) and torch.equal(images[2], guided)
 
 
-def test_outside_of_the_interval_clip_does_not_guide(critic):
+def test_clip_guidance_is_off_outside_its_interval(critic):
     plain, never, always = (
         stepper(critic).run([request(critic, scale=scale, guidance_interval=interval)])[0]
         for scale, interval in ((0.0, (0.9999, 1)), (2.0, (0.9999, 1)), (2.0, (0, 1)))
@@ -226,16 +226,16 @@ def test_outside_of_the_interval_clip_does_not_guide(critic):
     assert torch.equal(plain, never) and not torch.allclose(plain, always, atol=1e-2)
 
 
-def test_clip_guidance_leaves_known_pixels_as_they_are(critic):
+def test_clip_guidance_keeps_known_pixels(critic):
     known = torch.linspace(-1, 1, 3 * 256).reshape(1, 3, 16, 16)
-    given = request(critic, scale=3.0)
+    guided = request(critic, scale=3.0)
     mask = (torch.arange(16) < 8).float().expand(1, 1, 16, 16)
     conditioning = Conditioning(
-        given.conditioning.tokens, given.conditioning.mask, None, known, mask
+        guided.conditioning.tokens, guided.conditioning.mask, None, known, mask
     )
     for sampler in SAMPLERS:
         edit = SampleRequest(
-            conditioning, 1, "6", sampler, 2.0, clip_text=given.clip_text, clip_scale=3.0
+            conditioning, 1, "6", sampler, 2.0, clip_text=guided.clip_text, clip_scale=3.0
         )
         assert torch.equal(stepper(critic).run([edit])[0][:, :, :8], known[0, :, :, :8]), sampler
 
@@ -253,7 +253,7 @@ def test_clip_guidance_without_a_clip_is_refused(critic, tiny_weights):
 # -- public CLIP -----------------------------------------------------------------------------------
 
 
-def test_a_public_clip_scores_as_transformers_does(public):
+def test_a_public_clip_scores_as_in_transformers(public):
     from transformers import CLIPModel, CLIPTokenizerFast
 
     critic, images = PublicClipScorer(public), torch.rand(2, 3, 32, 32) * 2 - 1
@@ -281,7 +281,7 @@ def test_a_public_clip_that_never_saw_noise_guides_too(public):
     assert scores[1] > scores[0]
 
 
-def test_a_folder_that_is_no_clip_is_refused_in_a_sentence(tmp_path):
+def test_a_folder_without_a_clip_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(
         WeightsError, match="does not hold a CLIP that transformers can read from safetensors"
@@ -292,7 +292,7 @@ def test_a_folder_that_is_no_clip_is_refused_in_a_sentence(tmp_path):
 # -- files and ranking -----------------------------------------------------------------------------
 
 
-def test_a_clip_of_another_size_another_noise_or_another_kind_is_refused(tiny_weights):
+def test_a_clip_of_another_image_size_schedule_or_type_is_refused(tiny_weights):
     base = tiny().model
     assert load_critic(tiny_weights["clip"], base).noised
     with pytest.raises(WeightsError, match="reads images of 16 pixels and nano-base makes 64"):
@@ -312,7 +312,7 @@ def test_a_clip_of_another_size_another_noise_or_another_kind_is_refused(tiny_we
         Cascade.load(tiny_weights["clip"])
 
 
-def test_the_best_of_several_is_the_one_that_clip_scores_highest(tiny_weights):
+def test_best_of_returns_the_candidate_with_the_highest_clip_score(tiny_weights):
     cascade = Cascade.load(
         tiny_weights["base"], tiny_weights["upsampler"], clip=tiny_weights["clip"]
     )

@@ -39,34 +39,34 @@ def as_bytes(image, form="PNG", **options):
 # -- images ----------------------------------------------------------------------------------------
 
 
-def test_transparency_is_laid_on_white():
+def test_transparent_pictures_are_composited_on_white():
     image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     image.putpixel((0, 0), (255, 0, 0, 255))
     pixels = np.asarray(images.decode(as_bytes(image)))
     assert pixels[0, 0].tolist() == [255, 0, 0] and pixels[1, 1].tolist() == [255, 255, 255]
 
 
-def test_exif_rotation_is_followed():
+def test_exif_rotation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6
     assert images.decode(as_bytes(Image.new("RGB", (40, 20)), "JPEG", exif=exif)).size == (20, 40)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "I;16", "1", "LA"])
-def test_every_mode_becomes_rgb(mode):
+def test_every_image_mode_is_converted_to_rgb(mode):
     form = "JPEG" if mode == "CMYK" else "PNG"
     assert images.decode(as_bytes(Image.new(mode, (8, 8)), form)).mode == "RGB"
 
 
 @pytest.mark.parametrize("order", ["<u2", ">u2"])
-def test_sixteen_bits_of_grey_become_their_upper_eight(order):
+def test_16_bit_grey_is_reduced_to_its_upper_8_bits(order):
     ramp = np.linspace(0, 65535, 64).astype(order).reshape(8, 8)
     image = Image.frombytes("I;16" if order == "<u2" else "I;16B", (8, 8), ramp.tobytes())
     assert np.array_equal(np.asarray(images.decode(as_bytes(image, "TIFF")))[:, :, 1], ramp >> 8)
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
-def test_pixels_of_an_unknown_range_are_refused(mode):
+def test_pixels_outside_the_expected_range_are_refused(mode):
     with pytest.raises(images.ImageError, match="whose white may be any number"):
         images.decode(as_bytes(Image.new(mode, (8, 8)), "TIFF"))
 
@@ -92,7 +92,7 @@ def test_a_huge_image_is_refused_before_its_pixels_are_read():
         images.decode(bomb)
 
 
-def test_the_centre_crop_takes_the_middle_square_and_means_over_boxes():
+def test_the_centre_crop_is_the_middle_square_resized_by_box_averages():
     pixels = np.zeros((4, 8, 3), np.uint8)
     pixels[:, 2:6] = [[0], [100], [200], [50]]
     cropped = images.centre_crop(Image.fromarray(pixels), 2)
@@ -100,7 +100,7 @@ def test_the_centre_crop_takes_the_middle_square_and_means_over_boxes():
     assert images.centre_crop(Image.new("RGB", (1, 1)), 16).shape == (16, 16, 3)
 
 
-def test_pixels_survive_the_way_to_a_tensor_and_back():
+def test_pixels_are_unchanged_by_a_round_trip_through_a_tensor():
     pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     tensor = images.to_tensor(pixels)
     assert tensor.shape == (3, 16, 16) and tensor.min() == -1 and tensor.max() == 1
@@ -108,7 +108,7 @@ def test_pixels_survive_the_way_to_a_tensor_and_back():
 
 
 @pytest.mark.parametrize("form", ["png", "jpeg", "webp"])
-def test_encoding_gives_that_format(form):
+def test_encoding_gives_the_requested_format(form):
     assert (
         images.open_image(images.encode(np.zeros((8, 8, 3), np.uint8), form)).format == form.upper()
     )
@@ -117,7 +117,7 @@ def test_encoding_gives_that_format(form):
 # -- masks -----------------------------------------------------------------------------------------
 
 
-def test_what_is_transparent_is_to_be_painted():
+def test_the_transparent_part_of_a_mask_is_painted():
     image = Image.new("RGBA", (4, 4), (0, 0, 0, 255))
     image.putpixel((1, 2), (0, 0, 0, 0))
     known = masks.mask_of(image)
@@ -128,7 +128,7 @@ def test_what_is_transparent_is_to_be_painted():
     assert masks.centre_crop_mask(known, 8).sum() == 60
 
 
-def test_a_mask_without_anything_to_paint_or_of_another_size_is_refused():
+def test_a_mask_with_no_pixel_to_paint_or_of_another_size_is_refused():
     with pytest.raises(masks.MaskError, match="no transparency"):
         masks.mask_of(Image.new("RGB", (4, 4)))
     with pytest.raises(masks.MaskError, match="nothing to paint"):
@@ -151,7 +151,7 @@ def test_an_emoji_has_several_captions_that_name_it():
     )
 
 
-def test_a_caption_is_chosen_by_key_epoch_and_seed_alone():
+def test_the_chosen_caption_depends_only_on_key_epoch_and_seed():
     captions = ["a", "b", "c"]
     chosen = [choose(captions, f"k{n}", epoch, 0) for n in range(200) for epoch in range(2)]
     assert chosen == [choose(captions, f"k{n}", epoch, 0) for n in range(200) for epoch in range(2)]
@@ -159,12 +159,12 @@ def test_a_caption_is_chosen_by_key_epoch_and_seed_alone():
     assert chosen != [choose(captions, f"k{n}", epoch, 1) for n in range(200) for epoch in range(2)]
 
 
-def test_captions_are_emptied_at_the_rate_asked_for():
+def test_captions_are_emptied_at_the_requested_rate():
     empty = sum(choose(["a"], f"k{n}", 0, 0, empty_rate=0.2) == "" for n in range(5000))
     assert abs(empty / 5000 - 0.2) < 0.02  # 3.5 standard deviations
 
 
-def test_a_caption_of_ten_thousand_characters_is_cut_at_128_tokens_and_says_so():
+def test_a_caption_of_10000_characters_is_truncated_at_128_tokens_and_marked():
     encoded = Tokenizer().encode("word " * 2000)
     assert encoded.cut and len(encoded.tokens) == 128 and all(encoded.mask)
     assert not Tokenizer().encode("word " * 60).cut
@@ -175,13 +175,13 @@ def test_the_empty_caption_is_all_padding():
     assert not any(Tokenizer().encode("").mask)
 
 
-def test_any_text_comes_back_from_its_tokens():
+def test_tokens_decode_to_the_original_text():
     text = "a \u00fc\u00df\u043f\u6f22\U0001f600 don't  3.14\t\n<|endoftext|> \x00\u00ad"
     assert Tokenizer().decode(Tokenizer().encode(text).tokens) == text
 
 
 @pytest.mark.parametrize("content", [None, b"IQ== 0\n"], ids=["missing", "altered"])
-def test_a_vocabulary_that_is_missing_or_altered_is_refused(tmp_path, monkeypatch, content):
+def test_a_missing_or_altered_vocabulary_is_refused(tmp_path, monkeypatch, content):
     data = tmp_path / "mbpe" / "data"
     data.mkdir(parents=True)
     (data.parent / "__init__.py").touch()
@@ -223,7 +223,7 @@ def test_each_rule_has_a_name_and_is_counted():
     ] == "c" and "2 with an unreadable image (such as c)" in str(report)
 
 
-def test_a_held_out_batch_without_a_usable_picture_is_filled_and_does_not_count(tmp_path):
+def test_a_held_out_batch_without_usable_pictures_is_padded_and_not_counted(tmp_path):
     """All ranks must make the same number of network calls."""
     samples = [
         replace(sample, image=sample.image[:-40]) if n in (0, 2, 5) else sample
@@ -231,9 +231,9 @@ def test_a_held_out_batch_without_a_usable_picture_is_filled_and_does_not_count(
     ]
     write_shards(tmp_path, samples)
     data, model = DataConfig(held_out=str(tmp_path), min_size=16), tiny().model
-    made = held_out_batches(data, model, 1, rank=0, world=2)
-    assert [batch.rows.tolist() for batch in made] == [[-1], [-1], [4]] and torch.equal(
-        made[0].image, made[2].image
+    batches = held_out_batches(data, model, 1, rank=0, world=2)
+    assert [batch.rows.tolist() for batch in batches] == [[-1], [-1], [4]] and torch.equal(
+        batches[0].image, batches[2].image
     )
     assert [batch.rows.tolist() for batch in held_out_batches(data, model, 2, rank=1, world=2)] == [
         [1, 3],
@@ -251,7 +251,7 @@ def test_a_held_out_batch_without_a_usable_picture_is_filled_and_does_not_count(
 # -- shards ----------------------------------------------------------------------------------------
 
 
-def test_shards_hold_what_was_written_and_an_index(tmp_path):
+def test_shards_contain_the_written_samples_and_an_index(tmp_path):
     index = write_shards(tmp_path, drawn_samples(10), per_shard=4)
     assert (
         [shard["count"] for shard in index["shards"]] == [4, 4, 2]
@@ -264,7 +264,7 @@ def test_shards_hold_what_was_written_and_an_index(tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} == {".tar", ".json"}
 
 
-def test_a_folder_without_its_index_or_with_a_shard_missing_is_not_complete(tmp_path):
+def test_a_folder_without_its_index_or_a_shard_is_incomplete(tmp_path):
     write_shards(tmp_path, drawn_samples(6), per_shard=2)
     (tmp_path / "000001.tar").unlink()
     assert read_index(tmp_path) is None
@@ -272,7 +272,7 @@ def test_a_folder_without_its_index_or_with_a_shard_missing_is_not_complete(tmp_
     assert [path.name for path in sorted(tmp_path.glob("*.tar"))] == ["000000.tar"]
 
 
-def test_a_truncated_tar_gives_the_samples_before_the_cut(tmp_path):
+def test_a_truncated_tar_gives_the_samples_before_its_end(tmp_path):
     write_shards(tmp_path, drawn_samples(8))
     whole = (tmp_path / "000000.tar").read_bytes()
     back, read = [], read_shard(whole[: len(whole) // 2])
@@ -284,7 +284,7 @@ def test_a_truncated_tar_gives_the_samples_before_the_cut(tmp_path):
         assert sample.image == original.image
 
 
-def test_a_link_to_itself_ends_its_shard_with_a_sentence():
+def test_a_tar_with_a_link_to_itself_is_refused_in_one_sentence():
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         link = tarfile.TarInfo("1.jpg")
@@ -294,7 +294,7 @@ def test_a_link_to_itself_ends_its_shard_with_a_sentence():
         list(read_shard(buffer.getvalue()))
 
 
-def test_rows_of_a_batch_are_those_of_its_pictures_when_one_is_broken():
+def test_the_row_numbers_of_a_batch_are_those_of_its_intact_pictures():
     collate = Collate(tiny().model, tiny("base", "data.min_size=16").data)
     samples = list(drawn_samples(4))
     rows = columns(
@@ -311,7 +311,7 @@ def test_rows_of_a_batch_are_those_of_its_pictures_when_one_is_broken():
     assert held_out.rows.tolist() == [11, 12, 13, -1] and collate.broken == 2
 
 
-def test_shards_as_img2dataset_writes_them_are_read():
+def test_shards_written_by_img2dataset_are_read():
     buffer = io.BytesIO()
     picture = images.encode(np.zeros((8, 8, 3), np.uint8), "jpeg")
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -331,14 +331,14 @@ def test_shards_as_img2dataset_writes_them_are_read():
     ]
 
 
-def test_captions_are_found_in_any_of_their_places():
+def test_captions_are_read_from_text_files_and_metadata():
     assert captions_of("text", {"captions": ["a", "b"]}) == ("a", "b")
     assert captions_of("text", {"caption": "c"}) == ("c",)
     assert captions_of(None, {"captions": [" a\u2028", " "]}) == ("a", "")
     assert captions_of(" text ", {}) == ("text",) and captions_of(None, {}) == ()
 
 
-def test_rows_can_be_joined_picked_and_moved():
+def test_conditioning_can_be_concatenated_indexed_and_converted():
     from glide_ray.tensors import Conditioning
 
     tokens, mask = Tokenizer(8).batch(["a cat", "a dog", ""])
@@ -352,7 +352,7 @@ def test_rows_can_be_joined_picked_and_moved():
         Conditioning.join([rows, Conditioning(tokens, mask)])
 
 
-def test_corpora_side_by_side_are_named_in_braces(tmp_path):
+def test_braces_name_several_corpora(tmp_path):
     for name in ("train", "scenes", "left"):
         write_shards(tmp_path / name, drawn_samples(4), per_shard=2)
     parts = find_parts(f"{tmp_path}/{{train,scenes}}")
@@ -365,7 +365,7 @@ def test_corpora_side_by_side_are_named_in_braces(tmp_path):
         find_parts(f"{tmp_path}/{{train,other}}")
 
 
-def test_an_epochs_share_of_rows_is_drawn_by_key_epoch_and_seed_alone():
+def test_the_share_of_rows_in_an_epoch_depends_only_on_key_epoch_and_seed():
     drawn = [in_share(f"key-{n}", 3, 0, 0.25) for n in range(4000)]
     assert np.mean(drawn) == pytest.approx(0.25, abs=0.03)
     assert drawn == [in_share(f"key-{n}", 3, 0, 0.25) for n in range(4000)]
@@ -375,7 +375,7 @@ def test_an_epochs_share_of_rows_is_drawn_by_key_epoch_and_seed_alone():
     assert share_of({"Flags": 0.5}, "train", replace(sample, meta={})) == 1
 
 
-def test_decoded_pictures_are_kept_as_far_as_the_cache_has_room():
+def test_decoded_pictures_are_cached_up_to_the_limit():
     samples = list(drawn_samples(8))
     rows = columns(enumerate(samples))
     kept = Collate(tiny().model, DataConfig(cache_gib=5 * 16 * 16 * 3 / 2**30))
@@ -385,7 +385,7 @@ def test_decoded_pictures_are_kept_as_far_as_the_cache_has_room():
     assert kept.broken == 3 and torch.equal(again.image[:5], first.image[:5])
 
 
-def test_an_inpainting_models_pictures_are_wholly_erased_at_the_rate_asked_for():
+def test_pictures_of_an_inpainting_model_are_fully_erased_at_the_requested_rate():
     model, samples = tiny("base", "model.unet.inpaint=true").model, list(drawn_samples(64))
     erased = Collate(model, DataConfig(generate_rate=0.75))(
         columns(enumerate(samples)), epoch=0

@@ -30,7 +30,7 @@ def full(index, batch=2):
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear"])
-def test_respacing_keeps_the_signal_power_of_each_timestep_it_keeps(name):
+def test_respacing_preserves_alpha_bar_at_the_kept_timesteps(name):
     schedule = make_schedule(name)
     short = respace(schedule, "10,10,3,2,2")
     assert len(short) == 27
@@ -40,7 +40,7 @@ def test_respacing_keeps_the_signal_power_of_each_timestep_it_keeps(name):
     )
 
 
-def test_the_posterior_is_what_bayes_rule_gives():
+def test_the_posterior_agrees_with_bayes_rule():
     """Product of q(x_{t-1}|x_0) and q(x_t|x_{t-1}), both normal, for one pixel."""
     schedule = respace(make_schedule("linear"), "50")
     for index in (1, 17, 49):
@@ -56,7 +56,7 @@ def test_the_posterior_is_what_bayes_rule_gives():
         assert ours.item() == pytest.approx(mean, abs=1e-6)
 
 
-def test_eps_and_x0_say_the_same_thing():
+def test_eps_and_x0_convert_into_each_other():
     schedule, i = make_schedule("cosine"), torch.tensor([3, 500])
     x0, noise = torch.rand(2, 3, 4, 4) * 2 - 1, torch.randn(2, 3, 4, 4)
     x = q_sample(schedule, x0, i, noise)
@@ -121,21 +121,23 @@ def ode_error(sampler, steps, s=0.3):
 
 
 @pytest.mark.parametrize("sampler", ["dpm++", "plms"])
-def test_multistep_samplers_follow_the_ode_several_times_closer_than_ddim_does(sampler):
+def test_multistep_samplers_follow_the_ode_several_times_more_closely_than_ddim(sampler):
     for steps in (20, 30):
         assert ode_error(sampler, steps) < ode_error("ddim", steps) / 3
 
 
-def test_the_first_step_of_a_multistep_sampler_is_ddims():
+def test_the_first_step_of_a_multistep_sampler_equals_ddim():
     schedule, i, x = respace(make_schedule("cosine"), "20"), full(12), torch.randn(2, 3, 4, 4)
     output, noise = ModelOutput(torch.randn_like(x), torch.zeros_like(x)), torch.zeros_like(x)
-    given = StepInput(schedule, output, x, i, noise)
+    step_input = StepInput(schedule, output, x, i, noise)
     for sampler in ("dpm++", "plms"):
-        assert torch.allclose(SAMPLERS[sampler](given).x, SAMPLERS["ddim"](given).x, atol=1e-6)
+        assert torch.allclose(
+            SAMPLERS[sampler](step_input).x, SAMPLERS["ddim"](step_input).x, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_gradient_does_not_move_known_pixels_in_the_end(sampler):
+def test_clip_guidance_does_not_move_known_pixels_in_the_last_step(sampler):
     schedule = respace(make_schedule("cosine"), "5")
     known = Known(torch.rand(2, 3, 8, 8) * 2 - 1, (torch.rand(2, 1, 8, 8) > 0.5).float())
     x = torch.randn(2, 3, 8, 8)
@@ -146,7 +148,7 @@ def test_a_gradient_does_not_move_known_pixels_in_the_end(sampler):
     assert torch.equal(after[kept], known.image[kept])
 
 
-def test_known_pixels_that_are_noised_anew_have_the_distribution_of_the_step():
+def test_renoised_known_pixels_have_the_distribution_of_their_timestep():
     schedule, i = respace(make_schedule("cosine"), "10"), full(6)
     known = Known(torch.full((2, 3, 64, 64), 0.5), torch.ones(2, 1, 64, 64))
     x = renoise_known(schedule, torch.zeros(2, 3, 64, 64), i, torch.randn(2, 3, 64, 64), known)
@@ -164,7 +166,7 @@ def test_known_pixels_that_are_noised_anew_have_the_distribution_of_the_step():
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_known_pixels_come_out_exactly(sampler):
+def test_known_pixels_are_reproduced_exactly(sampler):
     schedule = respace(make_schedule("cosine"), "7")
     known = Known(torch.rand(2, 3, 8, 8) * 2 - 1, (torch.rand(2, 1, 8, 8) > 0.5).float())
     x = torch.randn(2, 3, 8, 8)
@@ -196,7 +198,7 @@ def test_samples_of_different_samplers_share_a_step():
     history = History.none(x)
     for _ in range(2):
         history = history.then(torch.randn_like(x))
-    given = StepInput(
+    step_input = StepInput(
         schedule,
         ModelOutput(torch.randn_like(x), torch.rand_like(x) * 2 - 1),
         x,
@@ -207,31 +209,31 @@ def test_samples_of_different_samplers_share_a_step():
         history,
     )
     names = ["dpm++", "ancestral", "plms", "dpm++", "ddim"]
-    together = step_each(names, given)
+    together = step_each(names, step_input)
     for row, name in enumerate(names):
-        alone = SAMPLERS[name](given)
+        alone = SAMPLERS[name](step_input)
         assert torch.equal(together.x[row], alone.x[row])
         assert torch.equal(together.x0[row], alone.x0[row])
         assert torch.equal(together.remembered[row], alone.remembered[row])
 
 
-def test_guidance_extrapolates_per_sample_and_spares_scale_one_its_empty_half():
-    asked = []
+def test_guidance_extrapolates_per_sample_and_scale_one_skips_the_unconditional_call():
+    batch_sizes = []
 
     def paired(x, timestep):
-        asked.append(len(x))
+        batch_sizes.append(len(x))
         eps = torch.cat([torch.full((3, 3, 2, 2), 2.0), torch.full((len(x) - 3, 3, 2, 2), 1.0)])
         return ModelOutput(eps, eps)
 
     output = classifier_free(paired, torch.tensor([1.0, 3.0, 0.0]))(
         torch.zeros(3, 3, 2, 2), torch.zeros(3)
     )
-    assert asked == [5]
+    assert batch_sizes == [5]
     assert output.eps[:, 0, 0, 0].tolist() == [2.0, 4.0, 1.0]
     assert output.variance[:, 0, 0, 0].tolist() == [2.0, 2.0, 2.0]
 
 
-def test_the_kl_of_two_normals_is_that_of_torch():
+def test_the_kl_of_two_normals_agrees_with_torch():
     mean1, mean2, log1, log2 = torch.randn(4, 100)
     theirs = torch.distributions.kl_divergence(
         torch.distributions.Normal(mean1, (log1 / 2).exp()),
@@ -240,7 +242,7 @@ def test_the_kl_of_two_normals_is_that_of_torch():
     assert torch.allclose(gaussian_kl(mean1, log1, mean2, log2), theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_the_likelihoods_of_all_256_pixel_values_add_up_to_one():
+def test_the_likelihoods_of_all_256_pixel_values_sum_to_one():
     values = torch.arange(256, dtype=torch.float64) / 127.5 - 1
     total = discretised_log_likelihood(values, torch.tensor(0.1), torch.tensor(-2.0)).exp().sum()
     assert total.item() == pytest.approx(1, abs=1e-6)
@@ -264,19 +266,19 @@ def test_the_variance_term_sends_no_gradient_through_eps():
 @pytest.mark.parametrize(
     "spacing", ["0", "-3", "many", "", "1001", "300,800", "ddim999", "5,,3", "ddim", "1,"]
 )
-def test_a_respacing_that_makes_no_sense_is_refused_in_one_sentence(spacing):
+def test_an_invalid_respacing_is_refused_in_one_sentence(spacing):
     with pytest.raises(ScheduleError) as refusal:
         kept_timesteps(1000, spacing)
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) > 30
 
 
-def test_any_possible_number_of_steps_is_kept():
+def test_respacing_keeps_exactly_the_requested_number_of_steps():
     for count in (1, 2, 3, 27, 999, 1000):
         kept = kept_timesteps(1000, count)
         assert len(kept) == len(set(kept)) == count and kept == sorted(kept)
 
 
-def test_min_snr_gives_x0_an_error_weight_of_at_most_what_is_asked_for():
+def test_min_snr_caps_the_weight_of_the_error_of_x0():
     schedule, i = make_schedule("cosine"), torch.arange(1000)
     snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
     # The squared error of eps is SNR times that of x_0.
@@ -289,7 +291,7 @@ def test_min_snr_gives_x0_an_error_weight_of_at_most_what_is_asked_for():
     )
 
 
-def test_with_a_least_of_one_the_weighted_error_of_eps_is_that_of_v():
+def test_with_least_1_the_weighted_error_of_eps_equals_the_error_of_v():
     schedule, i = make_schedule("cosine"), torch.tensor([400, 700, 990])
     x0, noise, wrong = (torch.randn(3, 3, 4, 4).double() for _ in range(3))
     signal = schedule.at("alpha_bar", i).sqrt()
@@ -304,14 +306,15 @@ def test_with_a_least_of_one_the_weighted_error_of_eps_is_that_of_v():
     assert torch.allclose(weighted, wrong.square().flatten(1).mean(1), rtol=1e-5)
 
 
-def test_the_weight_moves_the_loss_and_neither_the_mse_nor_the_bound():
+def test_the_weight_changes_the_loss_but_not_the_reported_mse_and_bound():
     schedule, i = make_schedule("cosine"), torch.tensor([10, 900])
     x0, noise, eps = (torch.randn(2, 3, 4, 4) for _ in range(3))
     output, x_t = ModelOutput(eps, torch.zeros_like(eps)), q_sample(schedule, x0, i, noise)
     weight = min_snr_weight(schedule, i, 5.0, least=1.0)
     assert weight[0] < 1 < weight[1]
     even, weighted = (
-        hybrid_loss(schedule, output, x0, x_t, i, noise, given) for given in (None, weight)
+        hybrid_loss(schedule, output, x0, x_t, i, noise, loss_weight)
+        for loss_weight in (None, weight)
     )
     assert torch.equal(even.mse, weighted.mse) and torch.equal(even.vb, weighted.vb)
     assert torch.allclose(weighted.total, even.mse * weight + even.vb * weight.clamp(max=1))

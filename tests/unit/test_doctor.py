@@ -18,7 +18,7 @@ def lines(text):
     return {line[9:].partition(":")[0]: line for line in text.splitlines()}
 
 
-def test_doctor_has_a_line_for_each_subject_and_finds_this_machine_in_order(capsys, monkeypatch):
+def test_doctor_has_a_line_per_subject_and_passes_on_this_machine(capsys, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     main(["doctor"])
     found = lines(capsys.readouterr().out)
@@ -27,7 +27,7 @@ def test_doctor_has_a_line_for_each_subject_and_finds_this_machine_in_order(caps
     assert all(line.startswith(("ok ", "note ")) for line in found.values())
 
 
-def test_doctor_runs_without_torch_and_ray_and_its_status_says_that_torch_is_missing(tmp_path):
+def test_doctor_runs_without_torch_and_ray_and_fails_because_torch_is_missing(tmp_path):
     (tmp_path / "bare.py").write_text(
         "import sys\nfrom importlib import metadata\n"
         "away = {'torch', 'ray', 'deepspeed', 'triton', 'psutil'}\n"
@@ -48,31 +48,33 @@ def test_doctor_runs_without_torch_and_ray_and_its_status_says_that_torch_is_mis
     assert "pip install 'glide_ray[cluster]'" in found["extra cluster"]
 
 
-def test_doctor_says_who_has_the_servers_port_and_which_compiler_is_missing(monkeypatch, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        monkeypatch.setattr(doctor, "SERVER_PORT", taken.getsockname()[1])
-        found = {one.name: one for one in doctor._ports()}
-        here = found[f"port {doctor.SERVER_PORT}"]
-    assert f"process {os.getpid()}" in here.text and "--port" in here.remedy and not here.required
+def test_doctor_names_the_process_on_the_servers_port_and_the_missing_compiler(
+    monkeypatch, tmp_path
+):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(doctor, "SERVER_PORT", server.getsockname()[1])
+        found = {line.name: line for line in doctor._ports()}
+        port = found[f"port {doctor.SERVER_PORT}"]
+    assert f"process {os.getpid()}" in port.text and "--port" in port.remedy and not port.required
     monkeypatch.setenv("PATH", str(tmp_path))
     compiler = next(doctor._compiler())
     assert "build-essential" in compiler.remedy and compiler.required
 
 
-def test_doctor_asks_the_cluster_of_ray_address(tmp_path):
+def test_doctor_checks_the_cluster_at_ray_address(tmp_path):
     done = python("-m", "glide_ray", "doctor", cwd=tmp_path, RAY_ADDRESS=f"127.0.0.1:{free_port()}")
     assert done.returncode == 1
     assert re.search(r"MISSING  RAY_ADDRESS: No Ray cluster answers at .*; check", done.stdout)
 
 
-def test_a_small_disk_is_required_and_a_small_dev_shm_is_not(monkeypatch):
+def test_doctor_requires_disk_space_and_only_recommends_a_large_dev_shm(monkeypatch):
     monkeypatch.setattr(doctor, "DISK_BYTES", 2**60)
     monkeypatch.setattr(doctor, "STORE_BYTES", 2**60)
     disk, shared = doctor._space()
     assert disk.remedy and disk.required and "--shm-size" in shared.remedy and not shared.required
 
 
-def test_the_named_extra_is_the_one_that_pyproject_has_the_package_in():
+def test_the_named_extra_declares_the_package_in_pyproject():
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
@@ -93,18 +95,20 @@ def test_the_named_extra_is_the_one_that_pyproject_has_the_package_in():
     assert set(EXTRAS) <= set(extras) and install_command("glide_ray") is None
 
 
-def test_pictures_refuse_their_files_before_they_load_a_model(tmp_path, capsys, monkeypatch):
+def test_commands_for_pictures_check_their_files_before_loading_a_model(
+    tmp_path, capsys, monkeypatch
+):
     def load(*_, **__):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("glide_ray.sampling.cascade.Cascade.load", load)
     (tmp_path / "here.png").write_bytes(b"no picture yet")
-    here = str(tmp_path / "here.png")
+    existing = str(tmp_path / "here.png")
     for arguments, sentence in (
         (["generate", "a cat", "--out", str(tmp_path / "x.jpg")], r"x\.jpg is no PNG.*\.png"),
         (["generate", "a cat", "--out", "/proc/x.png"], "Nothing can be written to /proc"),
-        (["edit", "a cat", "--image", "none.png", "--mask", here], "no file none.png"),
-        (["vary", "a cat", "--image", here, "--sketch", "no.png"], "no file no.png"),
+        (["edit", "a cat", "--image", "none.png", "--mask", existing], "no file none.png"),
+        (["vary", "a cat", "--image", existing, "--sketch", "no.png"], "no file no.png"),
         (["reproduce", "none.png"], "no file none.png"),
     ):
         assert main(arguments) == 2

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from glide_ray.evaluation.elo import EloError, Vote, scores, standings, wins
+from glide_ray.evaluation.elo import EloError, Vote, scores, standings, win_counts
 from glide_ray.evaluation.tables import Ballot, figures, text
 
 
@@ -24,13 +24,13 @@ def drawn_votes(truth, count, seed=0):
 TRUTH = {"unguided": -100.0, "clip": 10.0, "free": 90.0}
 
 
-def test_scores_are_those_of_a_direct_fit_of_the_likelihood():
+def test_scores_equal_a_direct_fit_of_the_likelihood():
     models = list(TRUTH)
-    table = wins(drawn_votes(TRUTH, 1000), models)
+    table = win_counts(drawn_votes(TRUTH, 1000), models)
 
-    def loss(given):
+    def loss(model_scores):
         return sum(
-            table[i, j] * np.log1p(10 ** ((given[j] - given[i]) / 400))
+            table[i, j] * np.log1p(10 ** ((model_scores[j] - model_scores[i]) / 400))
             for i in range(3)
             for j in range(3)
         )
@@ -44,7 +44,7 @@ def test_scores_are_those_of_a_direct_fit_of_the_likelihood():
     assert scores(table) == pytest.approx(direct - direct.mean(), abs=0.1)
 
 
-def test_two_models_are_apart_by_the_logit_of_the_share_that_one_wins():
+def test_the_score_difference_of_two_models_is_the_logit_of_the_win_rate():
     # Odds of 10 to 1 are 400 points.
     assert np.diff(scores(np.array([[0, 1], [10, 0]])))[0] == pytest.approx(400)
     assert scores(np.array([[0, 5], [5, 0]])) == pytest.approx([0, 0])
@@ -52,19 +52,19 @@ def test_two_models_are_apart_by_the_logit_of_the_share_that_one_wins():
 
 def test_a_tie_is_half_a_win_for_each():
     assert np.array_equal(
-        wins([Vote("a", "b", 0.5), Vote("b", "a", 1.0)], ["a", "b"]), [[0, 0.5], [1.5, 0]]
+        win_counts([Vote("a", "b", 0.5), Vote("b", "a", 1.0)], ["a", "b"]), [[0, 0.5], [1.5, 0]]
     )
 
 
 def test_a_lopsided_table_is_fitted_too():
     table = np.array([[0, 1, 0.5], [999, 0, 1], [0, 5000, 0]])
-    given = scores(table)
-    chance = 1 / (1 + 10 ** ((given[None] - given[:, None]) / 400))
+    model_scores = scores(table)
+    chance = 1 / (1 + 10 ** ((model_scores[None] - model_scores[:, None]) / 400))
     # Each model's expected number of wins equals its actual number.
     assert table.sum(1) == pytest.approx((((table + table.T) * chance).sum(1)), rel=1e-6)
 
 
-def test_standings_hold_the_truth_in_their_intervals_and_come_best_first():
+def test_standings_are_best_first_and_their_intervals_contain_the_truth():
     found = standings(drawn_votes(TRUTH, 2000), draws=200)
     assert list(found) == ["free", "clip", "unguided"]
     mean = np.mean(list(TRUTH.values()))
@@ -77,7 +77,7 @@ def test_standings_hold_the_truth_in_their_intervals_and_come_best_first():
     assert sum(standing.comparisons for standing in found.values()) == 4000
 
 
-def test_intervals_cover_as_often_as_they_say():
+def test_intervals_have_their_nominal_coverage():
     """For two models without ties, about 95% of the intervals contain the true score."""
     truth = {"a": -40.0, "b": 40.0}
     inside = 0
@@ -89,7 +89,7 @@ def test_intervals_cover_as_often_as_they_say():
     assert 51 <= inside <= 60
 
 
-def test_intervals_cover_as_often_as_they_say_where_raters_agree_on_a_picture():
+def test_intervals_have_their_nominal_coverage_when_raters_agree_on_pictures():
     """Two equal models and five raters for each pair, who nearly always agree.
 
     Five such votes are less informative than five independent ones.
@@ -108,7 +108,7 @@ def test_intervals_cover_as_often_as_they_say_where_raters_agree_on_a_picture():
     assert 51 <= inside <= 60
 
 
-def test_an_interval_is_open_where_votes_say_no_more():
+def test_an_interval_is_unbounded_if_the_votes_set_no_bound():
     """With 99 wins to 1, more than a third of the resampled sets of votes have no loss.
 
     The upper end of the winner's interval is therefore infinite.
@@ -129,7 +129,7 @@ def test_an_interval_is_open_where_votes_say_no_more():
     )
 
 
-def test_votes_that_no_scores_follow_from_are_refused_by_name():
+def test_votes_that_determine_no_scores_are_refused_with_the_models_name():
     with pytest.raises(EloError, match="b has never won"):
         standings([Vote("a", "b", 1.0), Vote("a", "c", 1.0), Vote("c", "a", 1.0)])
     with pytest.raises(EloError, match="both groups"):

@@ -74,9 +74,9 @@ def small_set(emoji_corpus, tmp_path):
     return folder
 
 
-def test_the_emoji_corpus_is_whole_and_what_is_held_out_is_apart(emoji_corpus, rows):
+def test_the_emoji_corpus_is_complete_and_its_held_out_splits_are_disjoint(emoji_corpus, rows):
     indices = emoji_corpus[1]
-    assert {split: len(of) for split, of in rows.items()} == {
+    assert {split: len(samples) for split, samples in rows.items()} == {
         split: index["count"] for split, index in indices.items()
     }
     assert 6300 < sum(map(len, rows.values())) < 6700
@@ -90,7 +90,7 @@ def test_the_emoji_corpus_is_whole_and_what_is_held_out_is_apart(emoji_corpus, r
     assert {sample.meta["style"] for sample in rows["train"]} == {"3D render", "flat icon"}
 
 
-def test_a_held_out_pair_of_thing_and_style_is_new_though_both_are_known(rows):
+def test_a_held_out_pair_combines_a_known_thing_and_a_known_style(rows):
     trained = {
         (sample.meta["emoji"], sample.meta["style"])
         for split in ("train", "tones")
@@ -101,8 +101,8 @@ def test_a_held_out_pair_of_thing_and_style_is_new_though_both_are_known(rows):
     assert 0.03 < len(pairs) / len(pairs | trained) < 0.07
 
 
-def test_each_emoji_has_a_picture_captions_a_group_an_author_a_licence_and_a_source(rows):
-    every = {sample.key: sample for of in rows.values() for sample in of}
+def test_each_emoji_has_a_picture_captions_group_author_licence_and_source(rows):
+    every = {sample.key: sample for samples in rows.values() for sample in samples}
     apple = every["3d-render-1f34e"]
     assert apple.captions[0] == "a red apple, 3D render" and apple.meta["group"] == "Food & Drink"
     assert (apple.meta["author"], apple.meta["licence"]) == ("Microsoft Corporation", "MIT")
@@ -134,7 +134,7 @@ def test_a_rendered_picture_keeps_its_transparency(rows):
     ) > 0.95 * len(pictures)
 
 
-def test_people_of_a_skin_tone_have_a_split_of_their_own_and_a_caption_that_says_it(rows):
+def test_people_with_a_skin_tone_have_their_own_split_and_the_tone_in_their_captions(rows):
     assert all(f"{sample.meta['tone']} skin tone" in sample.captions[0] for sample in rows["tones"])
     # The "light" in "police car light" is no skin tone.
     assert {sample.meta["group"] for sample in rows["tones"]} == {"People & Body"}
@@ -145,30 +145,32 @@ def test_people_of_a_skin_tone_have_a_split_of_their_own_and_a_caption_that_says
     assert wave.captions[0] == "a waving hand, medium-dark skin tone, flat icon"
 
 
-def test_the_card_of_each_split_names_its_sources_and_counts_what_was_left_out(emoji_corpus, rows):
-    for split, of in rows.items():
+def test_the_card_of_each_split_names_its_sources_and_counts_the_dropped_pictures(
+    emoji_corpus, rows
+):
+    for split, samples in rows.items():
         card = read_card(emoji_corpus[0] / split)
-        assert card["rows"] == len(of) == sum(source["pictures"] for source in card["sources"])
+        assert card["rows"] == len(samples) == sum(source["pictures"] for source in card["sources"])
         assert {source["licence"] for source in card["sources"]} == {"MIT"}
         assert card["left_out"]["hidden by the set's maker"]["count"] == 35
     assert read_card(emoji_corpus[0] / "nowhere") is None
 
 
-def test_a_second_call_finds_the_corpus_there(emoji_corpus):
+def test_a_second_call_returns_the_existing_corpus(emoji_corpus):
     out, indices = emoji_corpus
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
     assert emoji.build_corpus(out, styles=("flat icon", "3D render")) == indices
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")} == before
 
 
-def test_a_corpus_of_other_styles_in_the_folder_is_said_and_not_returned(emoji_corpus):
+def test_an_existing_corpus_of_other_styles_is_refused(emoji_corpus):
     with pytest.raises(
         ConfigError, match="already has a corpus with the styles 3D render, flat icon, and others"
     ):
         emoji.build_corpus(emoji_corpus[0], styles=("blob",))
 
 
-def test_a_style_that_does_not_exist_is_answered_with_the_nearest():
+def test_an_unknown_style_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match="There is no style 'flat icn'; did you mean 'flat icon'"):
         choose_styles(["flat icn"])
     assert [style.words for style in choose_styles([" twemoji", "3D render"])] == [
@@ -178,13 +180,13 @@ def test_a_style_that_does_not_exist_is_answered_with_the_nearest():
     assert [style.words for style in choose_styles()] == list(DEFAULT) and "outline" not in DEFAULT
 
 
-def test_an_emoji_is_on_one_side_of_the_hold_out_in_every_skin_tone():
+def test_all_skin_tones_of_an_emoji_are_held_out_together():
     assert base_form("1f44b-1f3fd") == base_form("1f44b") == "1f44b"
     assert base_form("1f3c3-1f3fb-200d-2640-fe0f") == "1f3c3-200d-2640"
     assert base_form("23-fe0f-20e3") == "0023-20e3"
 
 
-def test_a_set_s_own_name_is_found_among_unicode_s(names):
+def test_names_used_by_emoji_sets_are_matched_to_unicode_names(names):
     found = {
         name: names.by_name([name]).name
         for name in (
@@ -216,20 +218,22 @@ def test_a_set_s_own_name_is_found_among_unicode_s(names):
     )
 
 
-def test_packages_of_a_folder_need_no_npm_and_what_is_missing_in_them_is_said(
+def test_packages_in_a_folder_need_no_npm_and_a_missing_one_is_named(
     small_set, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setenv("PATH", str(tmp_path))
     caplog.set_level("INFO", "glide_ray")
-    made = emoji.build_corpus(tmp_path / "out", styles=["Firefox"], packages=small_set)
-    said = caplog.messages
-    assert sum(index["count"] for index in made.values()) == 3
+    indexes = emoji.build_corpus(tmp_path / "out", styles=["Firefox"], packages=small_set)
+    messages = caplog.messages
+    assert sum(index["count"] for index in indexes.values()) == 3
     assert any(
         "fxemoji is version 9.0.0, not 1.2.2: 4 pictures with names, of the 1,034 in that one"
         in line
-        for line in said
+        for line in messages
     )
-    assert any("1 pictures did not render and are left out: firefox-rose" in line for line in said)
+    assert any(
+        "1 pictures did not render and are left out: firefox-rose" in line for line in messages
+    )
     left_out = [
         item for split in SPLITS for item in read_card(tmp_path / "out" / split)["left_out"].items()
     ]
@@ -242,7 +246,7 @@ def test_packages_of_a_folder_need_no_npm_and_what_is_missing_in_them_is_said(
     assert next(iter(read_card(tmp_path / "out" / "train")["sources"]))["version"] == "9.0.0"
 
 
-def test_the_same_packages_make_the_same_bytes(small_set, tmp_path):
+def test_the_same_packages_give_the_same_bytes(small_set, tmp_path):
     first, second = (
         emoji.build_corpus(tmp_path / name, styles=["Firefox"], packages=small_set)
         for name in ("a", "b")
@@ -252,7 +256,7 @@ def test_the_same_packages_make_the_same_bytes(small_set, tmp_path):
     }
 
 
-def test_a_tarball_that_is_missing_or_broken_is_named(small_set, tmp_path):
+def test_a_missing_or_broken_tarball_is_named(small_set, tmp_path):
     with pytest.raises(
         EmojiError,
         match="noto-1.2.9.tgz is missing; put it there with `npm pack @iconify-json/noto@1.2.9`",
@@ -267,17 +271,20 @@ def test_a_tarball_that_is_missing_or_broken_is_named(small_set, tmp_path):
         emoji.build_corpus(tmp_path / "out", styles=["Firefox"], packages=small_set)
 
 
-def test_only_the_first_of_two_pictures_of_a_thing_is_taken(small_set):
+def test_only_the_first_of_two_pictures_of_a_thing_is_used(small_set):
     both = {"fox": {"body": "<g/>"}, "foxface": {"body": "<g/>"}}
     pack(small_set, FIREFOX.version, {"icons": both})
-    found = {one.name: one for one in find_packages(small_set, [FIREFOX.source, NAMES, KEYWORDS])}
+    found = {
+        package.name: package
+        for package in find_packages(small_set, [FIREFOX.source, NAMES, KEYWORDS])
+    }
     left_out = LeftOut()
     pictures = read_pictures([FIREFOX], found, left_out)
     assert [picture.key for picture in pictures] == ["firefox-fox"]
     assert left_out["a second picture of the same thing"] == (1, ["firefox-foxface"])
 
 
-def test_worker_processes_end_with_the_one_that_started_them(tmp_path):
+def test_worker_processes_end_with_their_parent(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(
         "import os, time\nfrom glide_ray.data.render import process_pool\n"
@@ -296,7 +303,7 @@ def test_worker_processes_end_with_the_one_that_started_them(tmp_path):
     assert not os.path.exists(f"/proc/{worker}")
 
 
-def test_glide_corpus_says_bad_options_in_one_sentence(tmp_path, capsys):
+def test_glide_corpus_refuses_bad_options_in_one_sentence(tmp_path, capsys):
     assert main(["corpus", "--out", str(tmp_path), "--styles", "flat icon,twemogi"]) == 2
     assert "There is no style 'twemogi'; did you mean 'Twemoji'?" in capsys.readouterr().err
     assert main(["corpus", "--out", str(tmp_path), "--packages", str(tmp_path / "none")]) == 2
@@ -304,7 +311,7 @@ def test_glide_corpus_says_bad_options_in_one_sentence(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_without_npm_the_remedies_are_named(tmp_path, monkeypatch):
+def test_a_missing_npm_is_reported_with_remedies(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(
@@ -313,9 +320,7 @@ def test_without_npm_the_remedies_are_named(tmp_path, monkeypatch):
         emoji.build_corpus(tmp_path / "out")
 
 
-def test_an_npm_that_reaches_no_registry_is_said_in_one_sentence_and_leaves_nothing(
-    tmp_path, monkeypatch
-):
+def test_an_unreachable_registry_is_one_sentence_and_leaves_no_files(tmp_path, monkeypatch):
     """The real npm, with a registry on a port without a listener."""
     monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9")
     monkeypatch.setenv("npm_config_fetch_retries", "0")
@@ -327,7 +332,7 @@ def test_an_npm_that_reaches_no_registry_is_said_in_one_sentence_and_leaves_noth
     assert not list(tmp_path.iterdir())
 
 
-def test_an_npm_that_fails_is_quoted(tmp_path, monkeypatch):
+def test_the_error_of_a_failing_npm_is_quoted(tmp_path, monkeypatch):
     npm = tmp_path / "npm"
     npm.write_text("#!/bin/sh\necho 'npm error code E403' >&2\nexit 1\n")
     npm.chmod(npm.stat().st_mode | stat.S_IEXEC)

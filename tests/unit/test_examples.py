@@ -48,7 +48,7 @@ def test_generate_writes_the_picture_of_each_prompt_and_seed(run, tmp_path):
     assert pixels(tmp_path / "generated" / "0.png").shape == (SIZE, SIZE, 3)
 
 
-def test_edit_paints_the_centre_and_nothing_else(run, tmp_path):
+def test_edit_paints_only_the_centre(run, tmp_path):
     before = draw("blue", "ellipse", SIZE)
     Image.fromarray(before).save(tmp_path / "photo.png")
     run("edit.py", "photo.png", "a yellow star", "--steps", 2)
@@ -73,16 +73,16 @@ def test_fine_tuning_on_a_folder_of_pictures_changes_the_weights(run, tmp_path):
 # -- the pictures of the docs ----------------------------------------------------------------------
 
 
-def test_the_pictures_of_the_docs_can_be_made_again_at_the_size_that_they_have():
+def test_the_pictures_of_the_docs_can_be_regenerated_at_their_size():
     names = runpy.run_path(os.path.join(ROOT, "docs", "images", "make.py"))
     quick = glide_ray.SampleOptions(steps=2, upsampler_steps=2)
     names["edit"].__globals__["OPTIONS"] = quick
     cascade = glide_ray.load()
     for name in names["PICTURES"]:
-        kept = Image.open(Path(ROOT, "docs", "images", f"{name}.png"))
+        committed = Image.open(Path(ROOT, "docs", "images", f"{name}.png"))
         if name in ("edit", "sketch", "scene"):
-            made = names[name](cascade)
-            assert made.size == kept.size and np.asarray(made).std() > 10
+            regenerated = names[name](cascade)
+            assert regenerated.size == committed.size and np.asarray(regenerated).std() > 10
 
 
 # -- the notebook ----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from glide_ray.evaluation.report import contact_sheet, grid, stairs
 LETTERS = "ein grüner Baum, café, Привет → × —"
 
 
-def test_sheets_write_accents_cyrillic_and_arrows():
+def test_sheets_render_accents_cyrillic_and_arrows():
     font = fonts.font_for(LETTERS, 12)
     assert not fonts.missing(LETTERS, font) and fonts.readable(LETTERS, font) == LETTERS
     image = np.full((64, 64, 3), 128, np.uint8)
@@ -21,7 +21,7 @@ def test_sheets_write_accents_cyrillic_and_arrows():
         assert not np.array_equal(np.asarray(sheet("ü → П")), np.asarray(sheet("é × Ж")))
 
 
-def test_a_letter_that_no_font_has_becomes_its_plain_letter_or_its_number(monkeypatch):
+def test_a_missing_glyph_is_replaced_by_its_base_letter_or_code_point(monkeypatch):
     own = fonts.ImageFont.load_default(12)
     assert fonts.readable("grüner café, 中", own) == "gruner cafe, [4E2D]"
     monkeypatch.setattr(fonts, "_of_matplotlib", lambda: None)

@@ -82,16 +82,16 @@ def worst(a, b):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_unet_gives_the_released_output(form):
-    given, _ = read(f"{form}.forward.safetensors")
+    stored, _ = read(f"{form}.forward.safetensors")
     conditioning = Conditioning(
-        given["tokens"],
-        given["mask"],
-        given.get("low_res"),
-        given.get("inpaint_image"),
-        given.get("inpaint_mask"),
+        stored["tokens"],
+        stored["mask"],
+        stored.get("low_res"),
+        stored.get("inpaint_image"),
+        stored.get("inpaint_mask"),
     )
-    output = golden_model(form)(given["x"], given["t"], conditioning)
-    assert worst(torch.cat([output.eps, output.variance], 1), given["output"]) <= TOLERANCE
+    output = golden_model(form)(stored["x"], stored["t"], conditioning)
+    assert worst(torch.cat([output.eps, output.variance], 1), stored["output"]) <= TOLERANCE
 
 
 # -- schedules and losses --------------------------------------------------------------------------
@@ -103,33 +103,33 @@ def test_every_respacing_keeps_the_released_timesteps():
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear"])
-def test_schedule_tables_are_the_released_ones(name):
-    given, _ = read(f"loss.{name}.safetensors")
+def test_schedule_tables_equal_the_released_ones(name):
+    stored, _ = read(f"loss.{name}.safetensors")
     schedule = make_schedule(name)
-    assert worst(schedule.alpha_bar, given["alphas_cumprod"]) <= 1e-12
-    assert worst(schedule.max_log_variance.exp(), given["betas"]) <= 1e-12
-    assert worst(schedule.posterior_variance, given["posterior_variance"]) <= 1e-12
-    assert worst(schedule.min_log_variance, given["posterior_log_variance_clipped"]) <= 1e-9
+    assert worst(schedule.alpha_bar, stored["alphas_cumprod"]) <= 1e-12
+    assert worst(schedule.max_log_variance.exp(), stored["betas"]) <= 1e-12
+    assert worst(schedule.posterior_variance, stored["posterior_variance"]) <= 1e-12
+    assert worst(schedule.min_log_variance, stored["posterior_log_variance_clipped"]) <= 1e-9
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear"])
-def test_noising_and_the_hybrid_loss_are_the_released_ones(name):
-    given, _ = read(f"loss.{name}.safetensors")
+def test_noising_and_the_hybrid_loss_equal_the_released_ones(name):
+    stored, _ = read(f"loss.{name}.safetensors")
     schedule = make_schedule(name)
     assert (
-        worst(q_sample(schedule, given["x_start"], given["t"], given["noise"]), given["x_t"])
+        worst(q_sample(schedule, stored["x_start"], stored["t"], stored["noise"]), stored["x_t"])
         <= TOLERANCE
     )
     loss = hybrid_loss(
         schedule,
-        ModelOutput(*given["model_output"].chunk(2, 1)),
-        given["x_start"],
-        given["x_t"],
-        given["t"],
-        given["noise"],
+        ModelOutput(*stored["model_output"].chunk(2, 1)),
+        stored["x_start"],
+        stored["x_t"],
+        stored["t"],
+        stored["noise"],
     )
     for ours, theirs in ((loss.mse, "mse"), (loss.vb, "vb"), (loss.total, "loss")):
-        assert worst(ours, given[theirs]) <= TOLERANCE, theirs
+        assert worst(ours, stored[theirs]) <= TOLERANCE, theirs
 
 
 # -- samplers --------------------------------------------------------------------------------------
@@ -151,20 +151,22 @@ def test_every_step_of_a_released_trajectory_is_reproduced(name):
     (1/sqrt(alpha_bar) reaches 20,000 on the cosine schedule), and the file of gradient-guided DDIM
     has values in the thousands. In the other seven files the images agree within 2e-5 unscaled.
     """
-    given, meta = read(name)
+    stored, meta = read(name)
     schedule = respace(make_schedule(RELEASED_SCHEDULES[meta["schedule"]]), meta["respacing"])
-    assert schedule.timestep.tolist() == given["timesteps"].sort().values.tolist()
+    assert schedule.timestep.tolist() == stored["timesteps"].sort().values.tolist()
     model = golden_model("base")
-    denoiser = _denoiser(model, given, float(meta.get("guidance_scale", 1)))
-    x = given["x_T"]
+    denoiser = _denoiser(model, stored, float(meta.get("guidance_scale", 1)))
+    x = stored["x_T"]
     for number, i in enumerate(_countdown(schedule, x)):
         step_input = StepInput(
             schedule,
             denoiser(x, schedule.timestep[i]),
             x,
             i,
-            given["step_noise"][number],
-            gradient=float(meta["strength"]) * (given["target"] - x) if "target" in given else None,
+            stored["step_noise"][number],
+            gradient=float(meta["strength"]) * (stored["target"] - x)
+            if "target" in stored
+            else None,
         )
         step = (
             ancestral_step(step_input)
@@ -175,48 +177,48 @@ def test_every_step_of_a_released_trajectory_is_reproduced(name):
         to_x = to_x0 * schedule.at(
             "x0_weight" if meta["sampler"] == "ddpm" else "alpha_bar_prev", i
         ).max().item() ** (1 if meta["sampler"] == "ddpm" else 0.5)
-        if "pred_x0" in given:
-            assert worst(step.x0, given["pred_x0"][number]) <= TOLERANCE * max(1, to_x0), number
-        assert worst(step.x, given["samples"][number]) <= TOLERANCE * max(
+        if "pred_x0" in stored:
+            assert worst(step.x0, stored["pred_x0"][number]) <= TOLERANCE * max(1, to_x0), number
+        assert worst(step.x, stored["samples"][number]) <= TOLERANCE * max(
             1, to_x, x.abs().max().item()
         ), number
-        x = given["samples"][number]
+        x = stored["samples"][number]
 
 
 def test_a_trajectory_with_known_pixels_is_reproduced_to_its_end():
-    given, meta = read("sampler.inpaint.ddpm.safetensors")
+    stored, meta = read("sampler.inpaint.ddpm.safetensors")
     schedule = respace(make_schedule("cosine"), meta["respacing"])
     model, known = (
         golden_model("base_inpaint"),
-        Known(given["inpaint_image"], given["inpaint_mask"]),
+        Known(stored["inpaint_image"], stored["inpaint_mask"]),
     )
-    conditioning = Conditioning(given["tokens"], given["mask"], None, known.image, known.mask)
-    x = given["x_T"]
+    conditioning = Conditioning(stored["tokens"], stored["mask"], None, known.image, known.mask)
+    x = stored["x_T"]
     for number, i in enumerate(_countdown(schedule, x)):
         output = model(x, schedule.timestep[i], conditioning)
-        x = ancestral_step(StepInput(schedule, output, x, i, given["step_noise"][number], known)).x
-    assert worst(x, given["sample"]) <= TOLERANCE
+        x = ancestral_step(StepInput(schedule, output, x, i, stored["step_noise"][number], known)).x
+    assert worst(x, stored["sample"]) <= TOLERANCE
     kept = known.mask.expand_as(x) > 0.5
     assert torch.equal(x[kept], known.image[kept])
 
 
 def test_ddim_inversion_is_reproduced_to_its_end():
-    given, meta = read("sampler.ddim_inversion.safetensors")
+    stored, meta = read("sampler.ddim_inversion.safetensors")
     schedule = respace(make_schedule("cosine"), meta["respacing"])
-    denoiser = _denoiser(golden_model("base"), given, 1.0)
-    x = given["x_0"]
+    denoiser = _denoiser(golden_model("base"), stored, 1.0)
+    x = stored["x_0"]
     for number in range(len(schedule) - 1):
         i = torch.full((len(x),), number)
         x = ddim_inversion_step(schedule, denoiser(x, schedule.timestep[i]), x, i).x
-        assert worst(x, given["samples"][number]) <= TOLERANCE
+        assert worst(x, stored["samples"][number]) <= TOLERANCE
 
 
 def _countdown(schedule, x):
     return [torch.full((len(x),), index) for index in reversed(range(len(schedule)))]
 
 
-def _denoiser(model, given, scale):
-    tokens, mask = given["tokens"], given["mask"]
+def _denoiser(model, stored, scale):
+    tokens, mask = stored["tokens"], stored["mask"]
 
     def paired(x, timestep):
         twice = len(x) > len(tokens)
@@ -235,7 +237,7 @@ def _denoiser(model, given, scale):
 # -- tokens ----------------------------------------------------------------------------------------
 
 
-def test_captions_become_the_released_tokens():
+def test_captions_have_the_released_tokens():
     tokenizer = Tokenizer()
     for row in json.loads((GOLDEN / "tokenizer.gpt2.json").read_text()):
         encoded = tokenizer.encode(row["text"])
@@ -252,7 +254,7 @@ def golden_clip():
     All weights are random: the release initialises only some of the parameters randomly.
     """
     state, _ = read("clip.weights.safetensors")
-    given, meta = read("clip.forward.safetensors")
+    stored, meta = read("clip.forward.safetensors")
     layers, embedding = int(meta["layers"]), int(meta["embed_dim"])
     config = ClipConfig(
         image_size=int(meta["image_size"]),
@@ -278,17 +280,17 @@ def golden_clip():
     ]
     model = NoisedClip(config).eval().requires_grad_(False)
     model.load_state_dict(clip_from_released(*towers, config))
-    return model, given, meta, towers
+    return model, stored, meta, towers
 
 
-def test_noised_clip_embeds_as_the_release_does():
-    model, given, _, towers = golden_clip()
+def test_noised_clip_gives_the_released_embeddings():
+    model, stored, _, towers = golden_clip()
     assert (
-        worst(model.encode_text(given["tokens"], given["lengths"]), given["text_embeddings"])
+        worst(model.encode_text(stored["tokens"], stored["lengths"]), stored["text_embeddings"])
         <= TOLERANCE
     )
     assert (
-        worst(model.encode_image(given["images"], given["t"]), given["image_embeddings"])
+        worst(model.encode_image(stored["images"], stored["t"]), stored["image_embeddings"])
         <= TOLERANCE
     )
     for ours, theirs in zip(clip_to_released(model.state_dict()), towers, strict=True):
@@ -297,16 +299,17 @@ def test_noised_clip_embeds_as_the_release_does():
         )
 
 
-def test_the_gradient_of_clip_guidance_is_the_released_one():
-    model, given, meta, _ = golden_clip()
-    text = given["text_embeddings"]
+def test_the_gradient_of_clip_guidance_equals_the_released_one():
+    model, stored, meta, _ = golden_clip()
+    text = stored["text_embeddings"]
     gradient = score_gradient(
         model.score,
-        given["images"],
-        given["t"],
+        stored["images"],
+        stored["t"],
         text,
         torch.full((3,), float(meta["gradient_scale"])),
     )
     assert (
-        worst(gradient, given["guidance_gradient"]) <= 1e-4 * given["guidance_gradient"].abs().max()
+        worst(gradient, stored["guidance_gradient"])
+        <= 1e-4 * stored["guidance_gradient"].abs().max()
     )

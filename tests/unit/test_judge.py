@@ -67,7 +67,7 @@ def blobs(*boxes, colour=(200, 30, 30), background=(255, 255, 255), size=256):
 # -- the network -----------------------------------------------------------------------------------
 
 
-def test_the_network_sees_a_daisy_in_a_photograph_of_a_flower():
+def test_the_network_recognises_a_daisy_in_a_photograph():
     from sklearn.datasets import load_sample_image
 
     square = Image.fromarray(load_sample_image("flower.jpg")[:, 106:533]).resize(
@@ -80,7 +80,7 @@ def test_the_network_sees_a_daisy_in_a_photograph_of_a_flower():
     assert logits.argmax().item() == 985  # ImageNet's daisy
 
 
-def test_a_weights_file_that_is_not_the_published_one_is_refused_unread(tmp_path):
+def test_weights_with_another_checksum_than_the_published_ones_are_not_loaded(tmp_path):
     other = tmp_path / "network.pth"
     torch.save({"weight": torch.zeros(3)}, other)
     with pytest.raises(MissingNetworkError, match="SHA-256 differs"):
@@ -108,7 +108,7 @@ def test_every_named_colour_of_a_shaded_object_is_recognised_at_both_sizes():
             assert Regions.of(regions.resized(np.asarray(ground), size)).colour_name() == name
 
 
-def test_parts_are_counted_and_dirt_is_not():
+def test_separate_parts_are_counted_without_specks():
     picture = blobs(
         (10, 10, 90, 90), (150, 20, 240, 110), (60, 150, 150, 240), (200, 200, 206, 206)
     )
@@ -119,7 +119,7 @@ def test_parts_are_counted_and_dirt_is_not():
     )
 
 
-def test_objects_that_touch_come_apart_when_their_edges_are_taken_off():
+def test_erosion_separates_touching_objects():
     image = Image.new("RGB", (256, 256), "white")
     for middle in (74, 180):  # two diamonds, which touch at a corner
         corners = [(middle - 54, 128), (middle, 74), (middle + 54, 128), (middle, 182)]
@@ -136,13 +136,13 @@ def test_objects_that_touch_come_apart_when_their_edges_are_taken_off():
         (((140, 20, 240, 110), (150, 140, 230, 240)), False),
     ],
 )
-def test_two_objects_are_parted_along_the_line_they_stand_on(boxes, beside):
+def test_two_objects_are_split_along_the_axis_of_their_arrangement(boxes, beside):
     cut = halves(Regions.of(blobs(*boxes)).foreground)
     assert cut.beside == beside
     assert np.allclose(np.array([cut.first, cut.second]) * 4, boxes, atol=12)
 
 
-def test_one_round_object_and_an_empty_picture_are_not_two():
+def test_a_round_object_and_an_empty_picture_are_not_split():
     assert halves(Regions.of(blobs((50, 50, 200, 200))).foreground) is None
     assert halves(Regions.of(blobs()).foreground) is None
 
@@ -160,7 +160,7 @@ def test_a_crop_is_square_and_shows_no_background():
 # -- requests --------------------------------------------------------------------------------------
 
 
-def test_the_alternatives_to_a_thing_share_no_word_with_it_and_are_not_drawn_alike():
+def test_the_candidates_for_a_thing_share_no_word_and_no_look():
     rows = [
         (f"{n:x}", name, "Objects", style)
         for n, name in enumerate(
@@ -174,14 +174,14 @@ def test_the_alternatives_to_a_thing_share_no_word_with_it_and_are_not_drawn_ali
         {"sail boat", "ferry", "toy boat"} & set(names)
     ) == 1 == len({"wolf", "poodle"} & set(names))
     for thing, name in chosen.names.items():
-        among = chosen.among(thing)
-        assert among[0] == thing and len(among) == 3
+        candidates = chosen.candidates(thing)
+        assert candidates[0] == thing and len(candidates) == 3
         assert name not in ("ferry", "sail boat") or not {"toy boat", "sail boat", "ferry"} & {
-            chosen.names[other] for other in among[1:]
+            chosen.names[other] for other in candidates[1:]
         }
 
 
-def test_things_in_too_few_styles_of_no_plain_name_or_untold_are_not_asked_for():
+def test_things_with_few_styles_no_plain_name_or_misjudged_styles_are_not_in_prompts():
     rows = [
         (emoji, name, group, style)
         for emoji, name, group in (
@@ -206,9 +206,7 @@ def test_things_in_too_few_styles_of_no_plain_name_or_untold_are_not_asked_for()
 
 
 @pytest.mark.parametrize("size", [256, 64])
-def test_real_pictures_that_it_has_not_seen_are_judged_rightly_in_every_category(
-    judge, cases, size
-):
+def test_unseen_real_pictures_are_judged_correctly_in_every_category(judge, cases, size):
     for category, question in (
         (PAIRS, THING),
         (PAIRS, STYLE),
@@ -233,15 +231,15 @@ def test_degraded_pictures_are_still_recognised(judge, cases):
         assert right(judge, some, [degrade(case.picture, draws) for case in some], THING) > 0.9
 
 
-def test_pictures_of_other_prompts_are_judged_wrong(judge, cases):
+def test_pictures_of_other_prompts_are_judged_as_wrong(judge, cases):
     """Each prompt is judged with a picture made for a prompt that asks for something else."""
-    asked = {
+    questions = {
         BACKGROUND: (BACKGROUND_COLOUR, lambda case: case.labels["background"]),
         COLOUR: (OBJECT_COLOUR, lambda case: case.labels["colour"]),
         COUNT: (OBJECT_COUNT, lambda case: case.labels["count"]),
         "seen": (THING, lambda case: case.thing),
     }
-    for category, (question, label) in asked.items():
+    for category, (question, label) in questions.items():
         some = of(cases, category)
         shown = [
             next(other.picture for other in some if label(other) != label(case)) for case in some
@@ -249,7 +247,7 @@ def test_pictures_of_other_prompts_are_judged_wrong(judge, cases):
         assert right(judge, some, shown, question) == 0, category
 
 
-def test_two_objects_in_each_others_places_are_in_the_wrong_order(judge, cases):
+def test_two_swapped_objects_have_the_wrong_layout(judge, cases):
     some = of(cases, POSITION)
     mirrored = [
         case.picture[:, ::-1] if case.labels["relation"].endswith(" of") else case.picture[::-1]
@@ -258,7 +256,7 @@ def test_two_objects_in_each_others_places_are_in_the_wrong_order(judge, cases):
     assert right(judge, some, mirrored, LAYOUT) < 0.2
 
 
-def test_noise_shows_nothing_that_was_asked_for(judge, cases):
+def test_noise_shows_none_of_the_requested_content(judge, cases):
     draws = np.random.default_rng(0)
     noise = [draws.integers(0, 256, (256, 256, 3)).astype(np.uint8) for _ in cases]
     verdicts = [
@@ -289,7 +287,7 @@ def test_an_empty_hole_shows_nothing(judge, cases):
     )
 
 
-def test_a_style_that_is_added_later_is_told_from_the_others(judge, cases):
+def test_a_style_added_later_is_distinguished_from_the_others(judge, cases):
     def line_drawing(case):
         grey = np.asarray(Image.fromarray(case.picture).convert("L"), int)
         edge = (
@@ -300,15 +298,15 @@ def test_a_style_that_is_added_later_is_told_from_the_others(judge, cases):
 
     old, new = of(cases, "seen")[:8], of(cases, PAIRS)
     others = [case.picture for case in old]
-    knowing = judge.with_style("outline", [line_drawing(case) for case in old], others)
-    assert knowing.style_of([line_drawing(case) for case in new]) == ["outline"] * len(new)
-    assert "outline" not in knowing.style_of([case.picture for case in new])
+    extended = judge.with_style("outline", [line_drawing(case) for case in old], others)
+    assert extended.style_of([line_drawing(case) for case in new]) == ["outline"] * len(new)
+    assert "outline" not in extended.style_of([case.picture for case in new])
 
 
 # -- reported accuracy -----------------------------------------------------------------------------
 
 
-def test_it_is_judged_on_held_out_pictures_first_and_says_what_it_cannot_measure(corpus, judge):
+def test_the_judges_accuracy_on_held_out_pictures_decides_what_it_may_score(corpus, judge):
     tried = try_judge(corpus, judge, scenes=6)
     assert tried.accuracy["64"][PAIRS][THING] == {"right": 1.0, "pictures": len(drawn.PAIRS)}
     assert tried.measurable(64, COLOUR, OBJECT_COLOUR) and tried.measurable(256, "seen", STYLE)
@@ -327,36 +325,36 @@ def test_it_is_judged_on_held_out_pictures_first_and_says_what_it_cannot_measure
     )
 
 
-def test_what_was_saved_judges_the_same(judge, cases, tmp_path):
+def test_a_saved_judge_gives_the_same_verdicts(judge, cases, tmp_path):
     path = tmp_path / "judge.safetensors"
     replace(judge, accuracy={"256": {}}).save(path)
     kept = Judge.load(path)
     kept.save(path)
     pictures = [case.picture for case in cases]
-    again = Judge.load(path)
+    loaded = Judge.load(path)
     assert (
-        again.vocabulary == judge.vocabulary
-        and again.accuracy == {"256": {}}
-        and again.digest() == kept.digest()
+        loaded.vocabulary == judge.vocabulary
+        and loaded.accuracy == {"256": {}}
+        and loaded.digest() == kept.digest()
     )
-    assert again.verdicts(cases, pictures) == kept.verdicts(cases, pictures)
+    assert loaded.verdicts(cases, pictures) == kept.verdicts(cases, pictures)
     agree = [
-        one == other
-        for one, other in zip(
-            again.verdicts(cases, pictures), judge.verdicts(cases, pictures), strict=True
+        first == second
+        for first, second in zip(
+            loaded.verdicts(cases, pictures), judge.verdicts(cases, pictures), strict=True
         )
     ]
     assert np.mean(agree) > 0.98  # 16-bit weights from the file against 32-bit weights
 
 
-def test_a_file_that_is_no_judge_is_refused_in_a_sentence(tmp_path):
+def test_a_file_that_is_not_a_judge_is_refused_in_one_sentence(tmp_path):
     path = tmp_path / "judge.safetensors"
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(JudgeError, match="is not a judge that `glide compose` fitted"):
         Judge.load(path)
 
 
-def test_a_judge_is_fitted_once_for_a_corpus_and_again_for_another(corpus, tmp_path, monkeypatch):
+def test_a_judge_is_fitted_once_per_corpus(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(fitting, "fit", lambda *given: pytest.fail("fitted again"))
     monkeypatch.setattr(fitting, "try_judge", lambda corpus, judge: judge)
     path = fitting.cached_path(corpus, tmp_path)
@@ -373,17 +371,19 @@ def _small():
     from glide_ray.evaluation.heads import Discriminant, Logistic
     from glide_ray.evaluation.styles import Styles
 
-    one, logistic = np.ones(1, np.float32), Logistic(*(np.ones(1, np.float32) for _ in range(4)))
-    lines = Discriminant(("a",), one, one, np.ones((1, 1), np.float32), np.ones((1, 1), np.float32))
+    ones, logistic = np.ones(1, np.float32), Logistic(*(np.ones(1, np.float32) for _ in range(4)))
+    lines = Discriminant(
+        ("a",), ones, ones, np.ones((1, 1), np.float32), np.ones((1, 1), np.float32)
+    )
     return Judge(
         vocabulary.Vocabulary({"a": "key"}, ("a",)),
         lines,
-        Styles(("A",), np.zeros(1, np.int64), np.ones((1, 1), np.float32), one, lines, logistic),
+        Styles(("A",), np.zeros(1, np.int64), np.ones((1, 1), np.float32), ones, lines, logistic),
         logistic,
     )
 
 
-def test_a_corpus_that_is_not_there_or_of_one_style_is_named_in_a_sentence(tmp_path):
+def test_a_missing_corpus_or_one_with_a_single_style_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(
         CorpusError, match="There is no complete corpus .*nowhere/train; make it with `glide corpus"
     ):
@@ -394,7 +394,7 @@ def test_a_corpus_that_is_not_there_or_of_one_style_is_named_in_a_sentence(tmp_p
         fitting.fit(str(folder))
 
 
-def test_pictures_of_the_same_drawing_are_flattened_as_the_corpus_has_them(cases):
+def test_the_picture_of_a_case_is_the_flattened_picture_of_the_corpus(cases):
     case = of(cases, "seen")[0]
     assert np.array_equal(
         case.picture, np.asarray(flatten(drawn.draw_thing(case.thing, case.labels["style"])))

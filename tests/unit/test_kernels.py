@@ -27,8 +27,8 @@ RESAMPLED = {
 }
 
 
-def far(found, wanted):
-    return float((found - wanted).norm() / wanted.norm())
+def relative_error(actual, expected):
+    return float((actual - expected).norm() / expected.norm())
 
 
 def images(*shape, mean=0.0, spread=1.0):
@@ -64,7 +64,9 @@ def config_of(name):
         ((1, 80, 20, 30), 8, "SAME"),
     ],
 )
-def test_a_fused_normalisation_is_pytorchs_in_float64(monkeypatch, shape, groups, resample, whole):
+def test_fused_normalisation_agrees_with_pytorch_in_float64(
+    monkeypatch, shape, groups, resample, whole
+):
     """Includes means far from 0, and group widths and image sizes that are not powers of two."""
     if not whole:
         monkeypatch.setattr(kernels, "WHOLE", 0)
@@ -75,10 +77,10 @@ def test_a_fused_normalisation_is_pytorchs_in_float64(monkeypatch, shape, groups
         *torch.randn(3, channels, device=DEVICE),
     )
     scale, shift = torch.randn(shape[0], 2 * channels, device=DEVICE).chunk(2, dim=1)
-    wanted = F.group_norm(
+    expected = F.group_norm(
         x.double() + before.double()[:, None, None], groups, weight.double(), bias.double(), 1e-5
     )
-    wanted = wanted * (1 + scale.double()[..., None, None]) + shift.double()[..., None, None]
+    expected = expected * (1 + scale.double()[..., None, None]) + shift.double()[..., None, None]
     found = kernels.group_norm(
         x,
         groups,
@@ -91,14 +93,19 @@ def test_a_fused_normalisation_is_pytorchs_in_float64(monkeypatch, shape, groups
         silu=True,
         resample=resample,
     )
-    assert far(found, RESAMPLED[resample](F.silu(wanted))) < 3e-6
+    assert relative_error(found, RESAMPLED[resample](F.silu(expected))) < 3e-6
     assert found.is_contiguous(memory_format=torch.channels_last)
     plain = kernels.group_norm(x, groups, weight, bias, 1e-5)
-    assert far(plain, F.group_norm(x.double(), groups, weight.double(), bias.double(), 1e-5)) < 3e-6
+    assert (
+        relative_error(
+            plain, F.group_norm(x.double(), groups, weight.double(), bias.double(), 1e-5)
+        )
+        < 3e-6
+    )
 
 
 @pytest.mark.parametrize("resample", ["SAME", "UP", "DOWN"])
-def test_a_fused_sum_is_that_of_its_parts(resample):
+def test_a_fused_sum_equals_the_sum_of_its_terms(resample):
     torch.manual_seed(0)
     x, bias, other, resample = (
         images(2, 80, 8, 12),
@@ -108,13 +115,18 @@ def test_a_fused_sum_is_that_of_its_parts(resample):
     skip = RESAMPLED[resample](x)
     h = images(*skip.shape)
     assert (
-        far(kernels.add(h, x, bias, other, resample), h + skip + (bias + other)[:, None, None])
+        relative_error(
+            kernels.add(h, x, bias, other, resample), h + skip + (bias + other)[:, None, None]
+        )
         < 1e-6
     )
-    assert far(kernels.add(h, x, bias, resample=resample), h + skip + bias[:, None, None]) < 1e-6
+    assert (
+        relative_error(kernels.add(h, x, bias, resample=resample), h + skip + bias[:, None, None])
+        < 1e-6
+    )
 
 
-def test_keys_and_values_follow_those_of_the_text():
+def test_keys_and_values_of_the_image_follow_those_of_the_text():
     qkv, key, value = (
         torch.randn(2, 30, 3, 3, 16, device=DEVICE),
         *torch.randn(2, 2, 3, 7, 16, device=DEVICE),
@@ -125,7 +137,7 @@ def test_keys_and_values_follow_those_of_the_text():
 
 
 @pytest.mark.parametrize("name", ["nano-base", "nano-upsampler", "nano-base-inpaint"])
-def test_a_fused_network_is_the_plain_one_but_for_rounding(name):
+def test_a_fused_network_equals_the_plain_one_up_to_rounding(name):
     config = config_of(name)
     torch.manual_seed(0)
     model = random_model(config, torch.float32, device=DEVICE)
@@ -138,8 +150,8 @@ def test_a_fused_network_is_the_plain_one_but_for_rounding(name):
         )
         model.fuse()
         fused = model(x, timestep, conditioning)
-    assert far(fused.eps, plain.eps) < 1e-5
-    assert far(fused.variance, plain.variance) < 1e-5
+    assert relative_error(fused.eps, plain.eps) < 1e-5
+    assert relative_error(fused.variance, plain.variance) < 1e-5
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
@@ -166,7 +178,7 @@ def requests(config, count):
 
 @needs_gpu
 @pytest.mark.parametrize("name", ["nano-base", "nano-upsampler", "nano-base-inpaint"])
-def test_a_gpus_graphs_give_what_the_cpu_gives(name):
+def test_cuda_graphs_agree_with_the_cpu(name):
     """Samples of different lengths, samplers and guidance scales join and leave.
 
     A second round uses other captions with the same CUDA graphs.
@@ -175,14 +187,14 @@ def test_a_gpus_graphs_give_what_the_cpu_gives(name):
     torch.manual_seed(0)
     model = random_model(config, torch.float32)
     with torch.backends.cudnn.flags(allow_tf32=False):
-        wanted = Stepper(model, config, max_in_flight=5).run(requests(config, 9))
+        expected = Stepper(model, config, max_in_flight=5).run(requests(config, 9))
         found = Stepper(model, config, "cuda", max_in_flight=5).run(requests(config, 9)).cpu()
-    assert far(found, wanted) < 1e-3
-    assert (found - wanted).abs().median() < 1e-5
+    assert relative_error(found, expected) < 1e-3
+    assert (found - expected).abs().median() < 1e-5
 
 
 @needs_gpu
-def test_a_warm_gpu_records_nothing_more():
+def test_a_warmed_up_gpu_records_no_more_graphs():
     config = config_of("nano-base")
     stepper = Stepper(
         random_model(config, torch.float16), config, "cuda", torch.float16, max_in_flight=3

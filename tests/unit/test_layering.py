@@ -68,7 +68,7 @@ def test_every_module_belongs_to_a_room():
     assert {room(module) for module in MODULES} == set(FLOOR)
 
 
-def test_no_import_runs_up():
+def test_no_module_imports_from_a_room_below_its_own():
     wrong = []
     for module, path in MODULES.items():
         for name in imports(path, module):
@@ -79,7 +79,7 @@ def test_no_import_runs_up():
     assert not wrong
 
 
-def test_what_the_folders_of_distributed_share_imports_nothing_from_them():
+def test_shared_modules_of_distributed_import_nothing_from_its_folders():
     shared = [
         module
         for module in MODULES
@@ -92,7 +92,7 @@ def test_what_the_folders_of_distributed_share_imports_nothing_from_them():
             assert not inside, f"{module} imports {name}"
 
 
-def test_no_imports_go_round_in_a_circle():
+def test_there_are_no_circular_imports():
     graph = {
         module: {name for name in imports(path, module) if name in MODULES}
         for module, path in MODULES.items()
@@ -103,7 +103,7 @@ def test_no_imports_go_round_in_a_circle():
         raise AssertionError(f"circle: {' -> '.join(error.args[1])}") from None
 
 
-def test_only_rooms_above_training_and_serving_import_ray_and_only_the_training_loop_deepspeed():
+def test_only_ray_rooms_import_ray_and_only_the_training_loop_imports_deepspeed():
     for module, path in MODULES.items():
         names = {name.split(".")[0] for name in imports(path, module)}
         assert "ray" not in names or room(module) not in WITHOUT_RAY, module
@@ -111,7 +111,7 @@ def test_only_rooms_above_training_and_serving_import_ray_and_only_the_training_
         assert "torchvision" not in names, module
 
 
-def test_no_module_hides_one_of_the_standard_library():
+def test_no_module_shadows_the_standard_library():
     assert not {path.stem for path in MODULES.values()} & sys.stdlib_module_names
 
 
@@ -127,7 +127,7 @@ def test_tests_share_helpers_and_import_no_other_test():
         assert not {name for name in names if name.startswith("test_") or name == "conftest"}, path
 
 
-def test_no_two_helpers_have_one_name():
+def test_every_helper_has_a_unique_name():
     names = Counter(
         node.name
         for path in (ROOT / "tests" / "helpers").glob("*.py")
@@ -137,7 +137,7 @@ def test_no_two_helpers_have_one_name():
     assert not [name for name, count in names.items() if count > 1]
 
 
-def test_the_package_names_its_public_parts_and_loads_no_torch_before_their_use():
+def test_the_package_lists_its_public_names_and_imports_torch_only_on_use():
     script = (
         "import sys, glide_ray; assert 'torch' not in sys.modules; assert glide_ray.__version__; "
         "assert {'Cascade', 'SampleOptions', 'load'} <= set(dir(glide_ray)); "
@@ -147,7 +147,7 @@ def test_the_package_names_its_public_parts_and_loads_no_torch_before_their_use(
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
-def test_the_core_runs_where_ray_and_deepspeed_are_not_installed(tmp_path):
+def test_the_core_runs_without_ray_and_deepspeed(tmp_path):
     """Run in a process in which importing either package fails."""
     script = tmp_path / "core.py"
     core = sorted(

@@ -70,7 +70,7 @@ def declared(extras):
 
 
 @cache
-def own():
+def project_names():
     """Top-level names of this project: packages, folders of scripts, helpers of the tests."""
     tests = {path.stem for path in (ROOT / "tests").rglob("*") if path.suffix in ("", ".py")}
     return {"glide_ray", *FOLDERS} | tests
@@ -90,7 +90,7 @@ def third_party(path):
         found |= {name.partition(".")[0] for name in names}
     return {
         name: canonicalize_name(DISTRIBUTIONS.get(name, name))
-        for name in found - sys.stdlib_module_names - own()
+        for name in found - sys.stdlib_module_names - project_names()
     }
 
 
@@ -132,7 +132,7 @@ def test_every_module_that_needs_an_extra_imports_one_of_its_packages():
         assert any(extra_of(name) for file in found for name in third_party(file)), module
 
 
-def test_a_missing_package_is_named_with_an_extra_that_declares_it():
+def test_the_error_of_a_missing_package_names_an_extra_that_declares_it():
     for path in (ROOT / "glide_ray").rglob("*.py"):
         for name, distribution in third_party(path).items():
             if distribution not in declared(()):

@@ -46,7 +46,7 @@ def parameters(preset):
     return sum(parameter.numel() for parameter in build_model(preset.model).parameters())
 
 
-def at(moment, images):
+def bytes_at(moment, images):
     """(bytes saved, bytes in total) at a moment of the pass, for this number of images."""
     saved, rest = (
         sum(size * images**power for power, size in enumerate(sizes))
@@ -125,18 +125,18 @@ def real_pass(preset, precision, images):
     ],
     ids=["base", "dropout", "upsampler", "crop", "clip", "inpaint", "checkpointing"],
 )
-def test_a_pass_followed_on_the_meta_device_holds_what_a_real_one_does(preset, precision):
+def test_the_memory_of_a_pass_on_the_meta_device_equals_that_of_a_real_pass(preset, precision):
     saved, most = real_pass(preset, precision, 4)
-    planned = [at(moment, 4) for moment in training_pass(preset, precision, "cpu")]
+    planned = [bytes_at(moment, 4) for moment in training_pass(preset, precision, "cpu")]
     assert max(alive for _, alive in planned) == pytest.approx(most, rel=0.02)
     assert max(kept for kept, _ in planned) == pytest.approx(saved, rel=0.01)
 
 
-def test_a_pass_on_a_gpu_keeps_float32_copies_for_group_norm_and_a_byte_for_each_dropped_value():
+def test_a_pass_on_a_gpu_keeps_float32_copies_for_group_norm_and_a_byte_per_dropout_value():
     # With many levels the attention weights, which only a CPU keeps, are a small part of the total.
     deep = sized("model.unet.image_size=32", "model.unet.multipliers=1,1,1,1")
     greatest = {
-        device: max(at(moment, 4)[0] for moment in training_pass(deep, "bf16", device))
+        device: max(bytes_at(moment, 4)[0] for moment in training_pass(deep, "bf16", device))
         for device in ("cpu", "cuda")
     }
     assert greatest["cuda"] > 1.1 * greatest["cpu"]
@@ -146,7 +146,7 @@ def test_a_pass_on_a_gpu_keeps_float32_copies_for_group_norm_and_a_byte_for_each
         and F.dropout.__module__ == "torch.nn.functional"
     )
     noise, mask = (
-        max(at(moment, 4)[0] for moment in training_pass(preset, "fp32", device))
+        max(bytes_at(moment, 4)[0] for moment in training_pass(preset, "fp32", device))
         for device in ("cpu", "cuda")
     )
     unet = preset.model.unet
@@ -176,7 +176,7 @@ def _pixels(name, unet):
     }[name]
 
 
-def test_a_rank_among_others_plans_for_itself_without_asking_them(monkeypatch):
+def test_a_rank_plans_without_communicating_with_the_others(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     assert training_pass(tiny_clip("model.clip.embedding=24"), "fp32", "cpu")
@@ -190,7 +190,7 @@ def test_a_rank_among_others_plans_for_itself_without_asking_them(monkeypatch):
     "stage, precision",
     [(0, "fp32"), (1, "bf16"), (2, "bf16"), (2, "fp32"), (3, "bf16"), (3, "fp32")],
 )
-def test_what_is_planned_for_the_state_is_what_a_trainer_keeps(stage, precision):
+def test_the_planned_training_state_equals_that_of_a_trainer(stage, precision):
     from glide_ray.train import deepspeed_engine
     from glide_ray.train.loop import Trainer
 
@@ -218,7 +218,7 @@ def test_what_is_planned_for_the_state_is_what_a_trainer_keeps(stage, precision)
     )
 
 
-def test_memory_falls_with_each_stage_as_arithmetic_says():
+def test_each_zero_stage_reduces_memory_by_the_computed_amount():
     preset = presets.get("paper-base")
     whole, world = inspect(preset.model).parameters, 64
     part = -(-whole // world)
@@ -243,7 +243,7 @@ def test_memory_falls_with_each_stage_as_arithmetic_says():
     assert needs[0].total > needs[1].total > needs[2].total > needs[3].total
 
 
-def test_an_offloaded_optimizer_leaves_the_gpu_and_takes_more_of_a_cpu():
+def test_an_offloaded_optimizer_frees_gpu_memory_and_costs_memory_on_a_cpu():
     preset = presets.get("paper-base")
     away = override(preset, ["offload_optimizer=true"])
     assert memory(away, 8, 1, "fp16").averages == 0
@@ -253,7 +253,7 @@ def test_an_offloaded_optimizer_leaves_the_gpu_and_takes_more_of_a_cpu():
     assert memory(away, 8, 1, "bf16", "cpu").total > memory(preset, 8, 1, "bf16", "cpu").total
 
 
-def test_each_further_average_takes_four_bytes_for_each_parameter_of_the_part():
+def test_each_further_average_takes_four_bytes_per_parameter_of_the_shard():
     preset = sized("zero_stage=1")
     one, two = (
         memory(override(preset, [f"ema_rates={rates}"]), 2, 2, "bf16")
@@ -262,7 +262,7 @@ def test_each_further_average_takes_four_bytes_for_each_parameter_of_the_part():
     assert two.averages - one.averages == 4 * -(-parameters(preset) // 2) == one.averages
 
 
-def test_a_batch_in_several_calls_keeps_gradients_between_them():
+def test_gradients_stay_in_memory_between_the_calls_of_a_batch():
     preset = presets.get("paper-upsampler")
     whole = inspect(preset.model).parameters
     for stage, kept in ((1, 2 * whole), (2, 2 * -(-whole // 64))):
@@ -281,7 +281,7 @@ def test_a_batch_in_several_calls_keeps_gradients_between_them():
         assert often.gradients - once.gradients == pytest.approx(kept, rel=0.001)
 
 
-def test_without_float32_masters_stage_0_is_refused_as_training_refuses_it():
+def test_stage_0_without_float32_master_weights_is_refused_as_in_training():
     with pytest.raises(ConfigError, match="zero_stage: 0 keeps no float32 master weights"):
         memory(sized("zero_stage=0"), 1, 1, "bf16")
 
@@ -289,7 +289,7 @@ def test_without_float32_masters_stage_0_is_refused_as_training_refuses_it():
 # -- micro-batch -----------------------------------------------------------------------------------
 
 
-def test_the_micro_batch_is_the_largest_that_fits_evened_out():
+def test_the_micro_batch_is_the_largest_that_fits_split_evenly():
     preset = sized(batch=50)
     for budget in (
         memory(preset, 1, images, "fp32", "cpu").total for images in (1, 7, 12, 24, 26, 49)
@@ -311,7 +311,7 @@ def test_the_micro_batch_is_the_largest_that_fits_evened_out():
     )
 
 
-def test_a_micro_batch_that_is_set_is_taken_as_it_is():
+def test_a_micro_batch_from_the_settings_is_used_unchanged():
     preset = sized("micro_batch=3", batch=8)
     assert (
         choose_micro_batch(preset, 1, "fp32", 1, "cpu") == 3
@@ -328,24 +328,22 @@ def test_a_micro_batch_that_is_set_is_taken_as_it_is():
         ("paper-base", 1, "l40s", "fp16"),
     ],
 )
-def test_where_not_one_image_fits_one_sentence_says_what_would_help_and_it_does(
-    name, world, gpu, precision
-):
+def test_if_no_image_fits_one_sentence_names_a_remedy_that_works(name, world, gpu, precision):
     preset, budget = (
         override(presets.get(name), ["activation_checkpointing=false", "zero_stage=1"]),
         GPUS[gpu].memory * USABLE_GPU_MEMORY,
     )
     with pytest.raises(ConfigError) as error:
         choose_micro_batch(preset, world, precision, budget)
-    said = str(error.value)
+    message = str(error.value)
     assert (
-        said.startswith(f"Training {name} on {world} worker")
-        and said.endswith(".")
-        and "\n" not in said
+        message.startswith(f"Training {name} on {world} worker")
+        and message.endswith(".")
+        and "\n" not in message
     )
-    workers = re.search(r"use (\d+) workers", said)
+    workers = re.search(r"use (\d+) workers", message)
     changed = override(
-        preset, [setting.rstrip(".") for setting in re.findall(r"train\.\S+=\S+", said)]
+        preset, [setting.rstrip(".") for setting in re.findall(r"train\.\S+=\S+", message)]
     )
     assert (
         changed != preset
@@ -353,7 +351,7 @@ def test_where_not_one_image_fits_one_sentence_says_what_would_help_and_it_does(
     )
 
 
-def test_where_nothing_helps_that_is_said():
+def test_a_model_that_no_setting_makes_fit_is_reported():
     with pytest.raises(ConfigError, match="set train.zero_stage=2|use a device"):
         choose_micro_batch(override(presets.get("nano-base"), ["zero_stage=0"]), 2, "fp32", 1e8)
     with pytest.raises(ConfigError, match="use a device with more memory"):
@@ -363,7 +361,7 @@ def test_where_nothing_helps_that_is_said():
 # -- time ------------------------------------------------------------------------------------------
 
 
-def test_a_step_takes_three_times_the_forward_operations_or_four_and_what_is_sent():
+def test_a_step_takes_3_or_4_times_the_forward_operations_plus_communication():
     preset, machine = presets.get("filtered-base"), Machine("given", 1e12, 1e14, 5e10)
     forward = inspect(preset.model).flops + inspect(preset.model).text_flops
     sent = 2 * inspect(preset.model).parameters * 15 / 16 / 5e10
@@ -383,7 +381,7 @@ def test_a_step_takes_three_times_the_forward_operations_or_four_and_what_is_sen
     assert step_time(preset, 1, 2048, "fp16", machine).communication == 0
 
 
-def test_operations_are_those_of_the_size_that_is_trained_on():
+def test_operations_are_counted_at_the_training_size():
     whole, cropped = (
         presets.get("nano-upsampler").model_copy(
             update={"data": override(presets.get("nano-upsampler"), [f"crop={crop}"]).data}
@@ -396,7 +394,7 @@ def test_operations_are_those_of_the_size_that_is_trained_on():
     assert operations(cropped) - text == pytest.approx((operations(whole) - text) / 16, rel=0.05)
 
 
-def test_the_best_way_is_the_fastest_that_fits_and_changes_least():
+def test_the_best_plan_fits_and_is_within_10_percent_of_the_fastest():
     preset = override(presets.get("paper-base"), ["workers=8", "batch=64"])
     machine = find_machine("a100-80gb", 8, "fp16")
     ways = plans(preset, 8, "fp16", machine)
@@ -427,11 +425,11 @@ def test_the_best_way_is_the_fastest_that_fits_and_changes_least():
         ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
     ],
 )
-def test_a_gpu_is_known_by_the_name_that_its_driver_gives(name, precision, tflops):
+def test_a_gpu_is_recognised_by_the_name_from_its_driver(name, precision, tflops):
     assert peak_flops(name, precision) == pytest.approx(tflops * 1e12)
 
 
-def test_nothing_is_made_up_of_what_is_not_in_a_data_sheet():
+def test_figures_missing_from_a_data_sheet_are_not_guessed():
     assert (
         peak_flops("Tesla V100-SXM2-16GB", "bf16") is None
         and peak_flops("Some GPU 3000", "fp16") is None
@@ -441,7 +439,7 @@ def test_nothing_is_made_up_of_what_is_not_in_a_data_sheet():
     assert gpu_named("A100 80GB") is GPUS["a100-80gb"]
 
 
-def test_the_cpu_is_measured_and_its_memory_shared_among_workers():
+def test_the_cpu_is_measured_and_workers_share_its_memory():
     assert 1e9 < measured_peak(torch.float32, seconds=0.05) < 1e14
     assert (
         0 < cpu_budget(2) < cpu_budget(1)
@@ -452,7 +450,7 @@ def test_the_cpu_is_measured_and_its_memory_shared_among_workers():
 # -- command ---------------------------------------------------------------------------------------
 
 
-def test_a_plan_says_memory_by_part_time_and_price_and_its_flags_make_the_run(capsys):
+def test_a_plan_shows_memory_time_and_price_and_its_options_work_for_training(capsys):
     assert (
         main(
             [
@@ -498,7 +496,7 @@ def test_a_plan_says_memory_by_part_time_and_price_and_its_flags_make_the_run(ca
     )
 
 
-def test_plan_has_help_worth_reading(capsys):
+def test_plan_has_detailed_help(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["plan", "--help"])
     assert ended.value.code == 0 and "It computes and starts nothing" in capsys.readouterr().out
@@ -519,13 +517,13 @@ def test_a_plan_for_this_machine_needs_no_gpu(capsys):
         (["--gpu", "h100", "--tflops", "-1"], "above 0"),
     ],
 )
-def test_a_plan_that_makes_no_sense_is_refused_in_one_sentence(capsys, arguments, message):
+def test_an_invalid_plan_is_refused_in_one_sentence(capsys, arguments, message):
     assert main(["plan", "paper-base", *arguments]) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
-def test_a_run_that_fits_in_no_way_is_shown_and_refused(capsys):
+def test_a_run_that_does_not_fit_is_shown_and_refused(capsys):
     assert (
         main(
             [
@@ -550,7 +548,7 @@ def test_a_run_that_fits_in_no_way_is_shown_and_refused(capsys):
     )
 
 
-def test_the_table_marks_one_way_and_counts_its_calls():
+def test_the_table_marks_the_best_plan_and_counts_its_calls():
     preset = override(presets.get("nano-base"), ["workers=1", "batch=8192"])
     text, chosen = describe(preset, find_machine("t4", 1, "fp16"))
     (row,) = (line for line in text.splitlines() if line.startswith("*"))
@@ -560,7 +558,7 @@ def test_the_table_marks_one_way_and_counts_its_calls():
 # -- against this machine --------------------------------------------------------------------------
 
 
-def test_the_planned_memory_of_nano_base_is_within_15_percent_of_what_a_trainer_takes():
+def test_the_planned_memory_of_nano_base_is_within_15_percent_of_a_trainers():
     planned = memory(
         override(presets.get("nano-base"), single_worker(16, ())), 1, 16, "fp32", "cpu"
     ).total

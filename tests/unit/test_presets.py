@@ -31,14 +31,14 @@ def count(unet):
 
 
 @pytest.mark.parametrize("name, millions", [("paper-base", 3554), ("paper-upsampler", 1541)])
-def test_paper_models_have_the_papers_size(name, millions):
+def test_paper_presets_have_the_papers_parameter_counts(name, millions):
     assert round(count(presets.get(name).model.unet)[0] / 1e6) == millions
 
 
 @pytest.mark.parametrize(
     "name, millions", [("filtered-base", 385.03), ("filtered-upsampler", 398.36)]
 )
-def test_released_models_have_the_released_size(name, millions):
+def test_released_presets_have_the_released_parameter_counts(name, millions):
     assert round(count(presets.get(name).model.unet)[0] / 1e6, 2) == millions
 
 
@@ -48,7 +48,7 @@ def test_the_visual_part_of_the_paper_base_is_2_24_billion():
 
 
 @pytest.mark.parametrize("checkpoint", RELEASED)
-def test_every_key_and_shape_of_a_released_checkpoint_has_its_place(checkpoint):
+def test_every_key_of_a_released_checkpoint_is_loaded_with_its_shape(checkpoint):
     name, inpaint = RELEASED[checkpoint]
     unet = presets.get(name).model.unet.model_copy(update={"inpaint": inpaint})
     released = {key: torch.empty(shape, device="meta") for key, shape in SHAPES[checkpoint].items()}
@@ -59,7 +59,7 @@ def test_every_key_and_shape_of_a_released_checkpoint_has_its_place(checkpoint):
     assert {key: list(tensor.shape) for key, tensor in back.items()} == SHAPES[checkpoint]
 
 
-def test_a_released_checkpoint_with_a_missing_an_unexpected_or_a_misshapen_key_is_refused_by_name():
+def test_a_missing_unexpected_or_misshapen_key_of_a_released_checkpoint_is_named():
     unet = presets.get("filtered-base").model.unet
     released = {key: torch.empty(shape, device="meta") for key, shape in SHAPES["base"].items()}
     with pytest.raises(ReleasedError, match="'final_ln.bias' is missing"):
@@ -77,7 +77,7 @@ def test_a_released_checkpoint_with_a_missing_an_unexpected_or_a_misshapen_key_i
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
-def test_a_preset_survives_json(name):
+def test_a_preset_is_unchanged_by_a_round_trip_through_json(name):
     preset = presets.get(name)
     assert training.Preset.model_validate_json(preset.model_dump_json()) == preset
     assert preset.model.name == name
@@ -99,7 +99,7 @@ def test_an_inpainting_preset_adds_four_channels_to_its_model_and_starts_from_it
 @pytest.mark.parametrize(
     "name", ["paper-base", "paper-upsampler", "filtered-base", "filtered-upsampler"]
 )
-def test_fine_tuning_for_guidance_empties_a_fifth_of_the_captions_and_changes_no_model(name):
+def test_fine_tuning_for_guidance_empties_20_percent_of_captions_and_keeps_the_model(name):
     before, after = presets.get(name), presets.get(f"{name}-guided")
     assert before.data.empty_caption_rate == 0 and after.data.empty_caption_rate == 0.2  # sec. 4.2
     assert (
@@ -108,7 +108,7 @@ def test_fine_tuning_for_guidance_empties_a_fifth_of_the_captions_and_changes_no
     )
 
 
-def test_the_noised_clips_have_the_shape_of_their_sources():
+def test_the_noised_clips_have_the_shapes_of_their_sources():
     large, base = (presets.get(f"noised-clip-{size}").model.clip for size in "lb")
     assert (large.image_layers, large.image_width, large.patch_size, large.image_size) == (
         24,
@@ -133,7 +133,7 @@ def test_the_noised_clips_have_the_shape_of_their_sources():
     } == SHAPES["clip/text-enc"]
 
 
-def test_a_setting_of_clip_is_named_without_what_pydantic_calls_it():
+def test_the_error_of_a_clip_setting_names_the_setting_as_the_user_wrote_it():
     with pytest.raises(ConfigError, match="Setting model.clip.image_width: .*given: 'wide'"):
         override(presets.get("nano-clip"), ["model.clip.image_width=wide"])
     with pytest.raises(ConfigError, match="image_width 130 is not divisible by image_heads 4"):
@@ -146,7 +146,7 @@ def test_a_setting_of_clip_is_named_without_what_pydantic_calls_it():
         override(presets.get("nano-clip"), ["min_snr=5"])
 
 
-def test_an_unknown_preset_is_answered_with_the_nearest_one():
+def test_an_unknown_preset_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match="'paper-bass'; did you mean 'paper-base'"):
         presets.get("paper-bass")
 
@@ -175,7 +175,7 @@ def test_settings_are_overridden_by_name_and_checked():
         ("train.zero_stage=4", "Setting train.zero_stage"),
     ],
 )
-def test_a_setting_that_cannot_be_is_named(setting, message):
+def test_an_invalid_setting_is_named(setting, message):
     with pytest.raises(ConfigError, match=message):
         override(presets.get("nano-base"), [setting])
 

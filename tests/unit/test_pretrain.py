@@ -30,9 +30,7 @@ def join(out, name):
     return b"".join(part.read_bytes() for part in parts)
 
 
-def test_weights_come_out_of_packages_in_parts_with_their_sources_and_a_sheet(
-    emoji_corpus, tmp_path
-):
+def test_pretraining_writes_weights_in_parts_with_their_sources_and_a_sheet(emoji_corpus, tmp_path):
     corpus, _ = emoji_corpus
     done = pretrain(
         "emoji-base",
@@ -59,7 +57,7 @@ def test_weights_come_out_of_packages_in_parts_with_their_sources_and_a_sheet(
     assert (tmp_path / "out" / "emoji-base.metrics.jsonl").read_text().count("\n") >= 1
 
 
-def test_a_large_file_is_cut_into_parts_that_join_to_it(tmp_path):
+def test_a_large_file_is_split_into_parts_that_join_to_the_original(tmp_path):
     data = bytes(range(256)) * (PART_BYTES // 256) + b"the rest"
     (tmp_path / "whole").write_bytes(data)
     _write_parts(tmp_path / "whole", tmp_path / "out", "name", {})
@@ -67,6 +65,6 @@ def test_a_large_file_is_cut_into_parts_that_join_to_it(tmp_path):
     assert max(path.stat().st_size for path in (tmp_path / "out").iterdir()) <= PART_BYTES
 
 
-def test_a_model_that_does_not_ship_is_refused(tmp_path):
+def test_a_name_that_is_not_a_shipped_model_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'emoji-base'"):
         pretrain("emoji-bass", tmp_path, 1, tmp_path, tmp_path)

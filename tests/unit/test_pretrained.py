@@ -101,9 +101,9 @@ def refusal(capsys, *arguments):
     """The error message of `glide` for these arguments; must be one sentence."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 2
-    said = capsys.readouterr().err.removeprefix("glide: ")
-    assert said.count("\n") == 1 and ". " not in said.strip()
-    return said
+    message = capsys.readouterr().err.removeprefix("glide: ")
+    assert message.count("\n") == 1 and ". " not in message.strip()
+    return message
 
 
 def pixels(path):
@@ -113,7 +113,7 @@ def pixels(path):
 # -- by name -----------------------------------------------------------------------------------
 
 
-def test_the_name_alone_is_both_models(pair):
+def test_the_name_emoji_stands_for_both_models(pair):
     files = Cascade.load(pair / "emoji-base.safetensors", pair / "emoji-upsampler.safetensors")
     options = SampleOptions(steps=2, upsampler_steps=2)
     named = Cascade.load("emoji").generate(["a fox"], [1], options)[0]
@@ -122,7 +122,7 @@ def test_the_name_alone_is_both_models(pair):
     assert Cascade.load(shipped.find().base).size == 16
 
 
-def test_pictures_are_made_and_edited_without_naming_weights(pair, tmp_path):
+def test_pictures_are_generated_and_edited_without_naming_weights(pair, tmp_path):
     run("generate", "a fox", "--out", tmp_path / "a.png", *QUICK)
     assert pixels(tmp_path / "a.png").shape == (64, 64, 3)
     mask = Image.new("LA", (64, 64), (0, 255))
@@ -145,7 +145,7 @@ def test_pictures_are_made_and_edited_without_naming_weights(pair, tmp_path):
     assert pixels(tmp_path / "s.png").shape == (16, 16, 3)
 
 
-def test_the_name_may_be_given_where_a_path_may(pair, own_base, tmp_path, capsys):
+def test_the_name_is_accepted_in_place_of_a_path(pair, own_base, tmp_path, capsys):
     run("generate", "a fox", "--base", "emoji", "--out", tmp_path / "a.png", *QUICK)
     run(
         "generate",
@@ -163,18 +163,18 @@ def test_the_name_may_be_given_where_a_path_may(pair, own_base, tmp_path, capsys
     assert load_stepper("emoji", "upsampler").config.low_res_size == 16
 
 
-def test_a_picture_names_the_shipped_models_and_is_made_again(pair, tmp_path, capsys):
+def test_a_picture_names_the_shipped_models_and_is_reproducible(pair, tmp_path, capsys):
     run("generate", "a fox", "--out", tmp_path / "a.png", *QUICK)
     used = read_recipe(tmp_path / "a.png")[0].models
     card = read_card(pair / shipped.CARD)
-    assert {role: (one.path, one.sha256) for role, one in used.items()} == {
+    assert {role: (file.path, file.sha256) for role, file in used.items()} == {
         role: ("emoji", card.file(role).sha256) for role in ("base", "upsampler")
     }
     run("reproduce", tmp_path / "a.png")
     assert "to the last 8-bit value" in capsys.readouterr().out
 
 
-def test_a_servers_picture_from_the_shipped_models_is_made_again(pair, tmp_path, capsys):
+def test_a_servers_picture_from_the_shipped_models_is_reproducible(pair, tmp_path, capsys):
     """The recipe has the SHA-256 of the models, but no paths."""
     model_set = ModelSet.read({"base": "emoji", "upsampler": "emoji"}, "fp32", "cpu")
     options = SampleOptions(steps=2, upsampler_steps=2)
@@ -184,7 +184,7 @@ def test_a_servers_picture_from_the_shipped_models_is_made_again(pair, tmp_path,
     assert "to the last 8-bit value" in capsys.readouterr().out
 
 
-def test_an_unknown_name_is_answered_with_the_nearest(pair, capsys):
+def test_an_unknown_name_is_refused_with_the_nearest_one(pair, capsys):
     assert "no weights of that name ship with glide_ray; did you mean 'emoji'?" in refusal(
         capsys, "generate", "a fox", "--base", "emojis"
     )
@@ -206,7 +206,7 @@ def test_fine_tuning_starts_from_the_shipped_weights_by_name(pair):
         assert torch.equal(own, shipped_state[name].float())
 
 
-def test_the_name_is_no_clips(pair):
+def test_no_clip_ships_under_the_name_emoji(pair):
     with pytest.raises(WeightsError, match="No CLIP ships with glide_ray"):
         shipped.fetch("emoji", "clip")
 
@@ -214,7 +214,7 @@ def test_the_name_is_no_clips(pair):
 # -- a user's base model -----------------------------------------------------------------------
 
 
-def test_the_shipped_upsampler_enlarges_ones_own_base_model_and_says_so(
+def test_the_shipped_upsampler_follows_a_users_base_model_with_a_message(
     pair, own_base, tmp_path, capsys
 ):
     run("generate", "a fox", "--base", own_base, "--out", tmp_path / "a.png", *QUICK)
@@ -234,7 +234,7 @@ def test_the_shipped_upsampler_enlarges_ones_own_base_model_and_says_so(
     assert "enlarged" not in capsys.readouterr().err
 
 
-def test_ones_own_base_model_of_another_size_keeps_it_and_says_so(pair, tmp_path, capsys):
+def test_a_users_base_model_of_another_size_is_not_upsampled_with_a_message(pair, tmp_path, capsys):
     config = tiny("base", "model.unet.image_size=32").model
     save_weights(tmp_path / "w.safetensors", random_model(config.unet).state_dict(), config)
     run(
@@ -259,9 +259,9 @@ def test_altered_weights_are_refused_with_a_remedy(pair, capsys, role):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    said = refusal(capsys, "generate", "a fox")
-    assert f"{file}, which ships with glide_ray, has been altered" in said
-    assert "reinstall glide_ray" in said and "--base" in said
+    message = refusal(capsys, "generate", "a fox")
+    assert f"{file}, which ships with glide_ray, has been altered" in message
+    assert "reinstall glide_ray" in message and "--base" in message
 
 
 @pytest.mark.parametrize(
@@ -269,8 +269,8 @@ def test_altered_weights_are_refused_with_a_remedy(pair, capsys, role):
 )
 def test_deleted_files_are_named_with_a_remedy(pair, own_base, capsys, name, tmp_path):
     (pair / name).unlink()
-    said = refusal(capsys, "generate", "a fox")
-    assert str(pair / name) in said and "is missing; reinstall glide_ray" in said
+    message = refusal(capsys, "generate", "a fox")
+    assert str(pair / name) in message and "is missing; reinstall glide_ray" in message
     run(
         "generate",
         "a fox",
@@ -283,7 +283,7 @@ def test_deleted_files_are_named_with_a_remedy(pair, own_base, capsys, name, tmp
     )
 
 
-def test_a_card_that_is_none_is_refused(pair, capsys):
+def test_an_invalid_card_is_refused(pair, capsys):
     (pair / "card.json").write_text("{}")
     assert "cannot be read; reinstall glide_ray" in refusal(capsys, "card")
     with pytest.raises(CardError, match="name: Field required"):
@@ -301,7 +301,7 @@ def test_shipped_weights_are_hashed_once(pair, monkeypatch):
 # -- packing -----------------------------------------------------------------------------------
 
 
-def test_a_packed_pair_is_float16_and_says_what_it_is_made_of(pair):
+def test_a_packed_pair_is_float16_and_names_its_sources(pair):
     for role in ("base", "upsampler"):
         file = pair / f"emoji-{role}.safetensors"
         before, (config, state) = trained(role), load_weights(file)
@@ -317,14 +317,14 @@ def test_a_packed_pair_is_float16_and_says_what_it_is_made_of(pair):
 
 
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_float16_weights_are_loaded_at_the_precision_that_is_asked_for(pair, precision, dtype):
+def test_float16_weights_are_loaded_at_the_requested_precision(pair, precision, dtype):
     model = load_stepper("emoji", "base", precision).model
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     weight = trained("base").state["stem.weight"]
     assert torch.equal(model.state_dict()["stem.weight"], weight.half().to(dtype))
 
 
-def test_the_same_weights_give_the_same_bytes_and_a_new_card_keeps_what_it_is_not_given(pair):
+def test_packing_again_gives_the_same_bytes_and_keeps_the_cards_figures(pair):
     before = {path.name: path.read_bytes() for path in pair.iterdir()}
     files = [pair / f"emoji-{role}.safetensors" for role in ("base", "upsampler")]
     packing.pack(*map(packing.read_trained, files))
@@ -332,7 +332,7 @@ def test_the_same_weights_give_the_same_bytes_and_a_new_card_keeps_what_it_is_no
     assert read_card(pair / "card.json").figures["style right"].interval == (0.95, 0.98)
 
 
-def test_weights_are_not_packed_without_sources_exchanged_or_too_large(pair, monkeypatch):
+def test_weights_without_sources_swapped_or_too_large_are_not_packed(pair, monkeypatch):
     with pytest.raises(packing.PackError, match="does not name the sources.*--corpus"):
         packing.pack(trained("base", 0, ()), trained("upsampler"))
     with pytest.raises(WeightsError, match="The file given as the base holds nano-upsampler"):
@@ -344,14 +344,14 @@ def test_weights_are_not_packed_without_sources_exchanged_or_too_large(pair, mon
         packing.pack(trained("base"), trained("upsampler"))
 
 
-def test_values_that_float16_does_not_hold_are_refused(tmp_path):
+def test_values_outside_the_range_of_float16_are_refused(tmp_path):
     model = trained("base")
     model.state["stem.weight"][0, 0, 0, 0] = 1e6
     with pytest.raises(packing.PackError, match=r"stem.weight has values.*up to 1e\+06"):
         packing.write_half(model, tmp_path / "w.safetensors")
 
 
-def a_run(folder, kind, corpus):
+def make_run(folder, kind, corpus):
     """A run folder with one checkpoint after 4 steps, and its metrics."""
     preset = tiny(kind, "model.unet.inpaint=true", f"data.corpus={corpus}", "batch=8")
     state = list(random_model(preset.model.unet).state_dict().items())
@@ -374,10 +374,10 @@ def a_run(folder, kind, corpus):
     return folder
 
 
-def test_a_run_is_exported_in_float16_with_its_recipe_and_its_corpuss_sources(tmp_path, capsys):
+def test_a_run_is_exported_in_float16_with_its_recipe_and_the_corpus_sources(tmp_path, capsys):
     write_card(tmp_path / "corpus", {"sources": list(SOURCES), "rows": 7988})
     out = tmp_path / "w.safetensors"
-    run("export", a_run(tmp_path / "run", "base", tmp_path / "corpus"), "--half", "--out", out)
+    run("export", make_run(tmp_path / "run", "base", tmp_path / "corpus"), "--half", "--out", out)
     assert "nano-base after step 4, EMA rate 0.99, in float16; 2 sources" in capsys.readouterr().out
     card = card_of(out)
     assert [source.model_dump() for source in card.sources] == list(SOURCES)
@@ -385,8 +385,8 @@ def test_a_run_is_exported_in_float16_with_its_recipe_and_its_corpuss_sources(tm
     assert (recipe["steps"], recipe["images"], recipe["seconds"]) == (4, 32, 12)
 
 
-def test_the_job_exports_the_same_float16_file_and_once(tmp_path):
-    folder = a_run(tmp_path / "run", "base", tmp_path / "corpus")
+def test_the_job_exports_the_same_float16_file_once(tmp_path):
+    folder = make_run(tmp_path / "run", "base", tmp_path / "corpus")
     run("export", folder, "--half", "--out", tmp_path / "w.safetensors")
     job = [
         sys.executable,
@@ -396,17 +396,17 @@ def test_the_job_exports_the_same_float16_file_and_once(tmp_path):
         "--out",
         tmp_path / "job.safetensors",
     ]
-    first, again = (
+    first, second = (
         subprocess.run(job, capture_output=True, text=True, check=True, cwd=ROOT) for _ in range(2)
     )
     assert (tmp_path / "job.safetensors").read_bytes() == (tmp_path / "w.safetensors").read_bytes()
-    assert json.loads(first.stdout)["step"] == 4 and json.loads(again.stdout)["done_before"]
+    assert json.loads(first.stdout)["step"] == 4 and json.loads(second.stdout)["done_before"]
 
 
-def test_two_runs_are_packed_by_one_command(tmp_path, monkeypatch, capsys):
+def test_one_command_packs_two_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shipped, "FOLDER", tmp_path / "pretrained")
     write_card(tmp_path / "corpus", {"sources": list(SOURCES), "rows": 7988})
-    runs = [a_run(tmp_path / kind, kind, tmp_path / "corpus") for kind in ("base", "upsampler")]
+    runs = [make_run(tmp_path / kind, kind, tmp_path / "corpus") for kind in ("base", "upsampler")]
     for name, content in (("notes", NOTES.model_dump()), ("b", {"device": "H100"}), ("u", {})):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     run(
@@ -431,23 +431,21 @@ def test_two_runs_are_packed_by_one_command(tmp_path, monkeypatch, capsys):
         ("--recipe", "[1]", "is not a JSON object of names"),
     ],
 )
-def test_notes_and_recipes_that_cannot_be_read_are_refused(
-    pair, tmp_path, capsys, option, text, sentence
-):
+def test_unreadable_notes_and_recipes_are_refused(pair, tmp_path, capsys, option, text, sentence):
     (tmp_path / "x.json").write_text(text)
     files = [pair / f"emoji-{role}.safetensors" for role in ("base", "upsampler")]
-    given = [option, *[tmp_path / "x.json"] * (2 if option == "--recipe" else 1)]
-    assert sentence in refusal(capsys, "pack", *files, *given)
+    options = [option, *[tmp_path / "x.json"] * (2 if option == "--recipe" else 1)]
+    assert sentence in refusal(capsys, "pack", *files, *options)
 
 
-def test_a_corpuss_card_without_readable_sources_is_refused(tmp_path):
+def test_a_corpus_card_without_readable_sources_is_refused(tmp_path):
     assert packing.corpus_sources(str(tmp_path)) == ()
     write_card(tmp_path, {"sources": [{"style": "flat"}]})
     with pytest.raises(packing.PackError, match="lists no sources that can be read"):
         packing.corpus_sources(str(tmp_path))
 
 
-def test_pictures_of_a_corpuss_folders_are_added_up_and_scenes_have_none_of_their_own(tmp_path):
+def test_picture_counts_of_folders_are_summed_without_scenes(tmp_path):
     folders = (("train", 30, {}), ("tones", 12, {}), ("scenes", 30, {"scenes": 9}))
     for name, pictures, more in folders:
         write_card(tmp_path / name, {"sources": [{**SOURCES[0], "pictures": pictures}], **more})
@@ -455,7 +453,7 @@ def test_pictures_of_a_corpuss_folders_are_added_up_and_scenes_have_none_of_thei
     assert source.pictures == 42
 
 
-def test_a_fine_tuned_models_sources_are_those_of_both_trainings(pair, tmp_path):
+def test_a_fine_tuned_model_has_the_sources_of_both_trainings(pair, tmp_path):
     mine = {**SOURCES[0], "package": "mine", "style": "outline", "pictures": None}
     write_card(tmp_path / "corpus", {"sources": [mine, SOURCES[1]], "rows": 5})
     preset = tiny(
@@ -469,7 +467,7 @@ def test_a_fine_tuned_models_sources_are_those_of_both_trainings(pair, tmp_path)
     assert packing.sources_of(named) == packing.sources_of(preset)
 
 
-def test_a_source_stands_once_in_a_union():
+def test_a_union_of_sources_has_each_source_once():
     few, many = ((Source(package="a", licence="MIT", pictures=n),) for n in (3, 5))
     assert union(few, many, few) == many and total(few, many)[0].pictures == 8
 
@@ -477,7 +475,7 @@ def test_a_source_stands_once_in_a_union():
 # -- licences ----------------------------------------------------------------------------------
 
 
-def test_the_api_lists_each_models_licences_and_whom_to_credit(pair, own_base):
+def test_the_api_lists_the_licences_and_credits_of_each_model(pair, own_base):
     ask = asking(CascadeBackend(Cascade.load("emoji")))
     (model,) = ask("GET", "/v1/models").json()["data"]
     assert model["licence"] == ["Apache-2.0", "CC-BY-4.0"]
@@ -491,28 +489,28 @@ def test_the_api_lists_each_models_licences_and_whom_to_credit(pair, own_base):
     assert model["licence"] == model["sources"] == []
 
 
-def test_a_server_takes_the_name(pair):
+def test_a_server_accepts_the_name(pair):
     served = read_models(ServeConfig())["nano-base"]
     assert served.sizes == (16, 64) and len(served.model_set.sources) == 2
 
 
-def test_the_name_stays_a_name_for_other_nodes_whose_own_copy_is_used(pair, tmp_path):
+def test_every_node_resolves_the_name_to_its_own_copy(pair, tmp_path):
     assert shipped.absolute("emoji") == "emoji"
     assert Path(shipped.absolute("own.safetensors")).is_absolute()
     config = BulkConfig(upsampler="emoji", options=SampleOptions(steps=2, upsampler_steps=2))
     (tmp_path / "p.txt").write_text("a fox\n")
-    wanted = read_prompts(str(tmp_path / "p.txt"), 0)
-    assert _begin(wanted, str(tmp_path), config) == 128
+    prompts = read_prompts(str(tmp_path / "p.txt"), 0)
+    assert _begin(prompts, str(tmp_path), config) == 128
     threads = torch.get_num_threads()
-    Worker(str(tmp_path), config, threads)(pyarrow.Table.from_pylist(list(map(asdict, wanted))))
-    recipe = read_recipe(tmp_path / wanted[0].file)[0]
+    Worker(str(tmp_path), config, threads)(pyarrow.Table.from_pylist(list(map(asdict, prompts))))
+    recipe = read_recipe(tmp_path / prompts[0].file)[0]
     assert {role: used.path for role, used in recipe.models.items()} == {
         "base": "emoji",
         "upsampler": "emoji",
     }
 
 
-def test_glide_card_prints_the_shipped_models_card_and_that_of_a_file(pair, own_base, capsys):
+def test_glide_card_prints_the_card_of_the_shipped_models_or_of_a_file(pair, own_base, capsys):
     run("card")
     printed = capsys.readouterr().out
     assert printed == (pair / "MODEL_CARD.md").read_text()
@@ -531,7 +529,7 @@ def test_glide_card_prints_the_shipped_models_card_and_that_of_a_file(pair, own_
     assert "# nano-base" in (printed := capsys.readouterr().out) and "## Data" not in printed
 
 
-def test_weights_whose_sources_cannot_be_read_are_refused(tmp_path, own_base):
+def test_weights_with_unreadable_sources_are_refused(tmp_path, own_base):
     config, state = load_weights(own_base)
     save_weights(tmp_path / "w.safetensors", state, config, sources='[{"style": "flat"}]')
     with pytest.raises(WeightsError, match=r"The sources in .*w.safetensors cannot be read \(0"):
@@ -541,7 +539,7 @@ def test_weights_whose_sources_cannot_be_read_are_refused(tmp_path, own_base):
 # -- the package -------------------------------------------------------------------------------
 
 
-def test_a_wheel_carries_the_weights_and_their_card(pair, tmp_path):
+def test_a_wheel_contains_the_weights_and_their_card(pair, tmp_path):
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns("*.safetensors", "__pycache__", "card.json", "MODEL_CARD.md")
     shutil.copytree(Path(ROOT, "glide_ray"), source / "glide_ray", ignore=ignored)
@@ -571,11 +569,11 @@ def test_a_wheel_carries_the_weights_and_their_card(pair, tmp_path):
     assert {f"glide_ray/pretrained/{file.name}" for file in pair.iterdir()} <= carried
 
 
-def test_what_ships_is_as_its_card_says():
+def test_the_shipped_files_agree_with_their_card():
     pair, card = shipped.find(), shipped.shipped_card()
     assert pair.base.stat().st_size + pair.upsampler.stat().st_size <= packing.MAX_BYTES
     assert (shipped.FOLDER / shipped.PAGE).read_text() == render(card)
-    assert card.sources and card.limits and all(one.recipe for one in card.files)
+    assert card.sources and card.limits and all(file.recipe for file in card.files)
     for role in ("base", "upsampler"):
         config = load_stepper("emoji", role).config
         assert config.inpaint and config.image_size == card.file(role).pixels

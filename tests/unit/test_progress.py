@@ -23,7 +23,7 @@ def logger():
     logger.handlers, logger.level = handlers, level
 
 
-def test_a_library_user_sees_no_messages_and_a_warning_once():
+def test_a_library_user_sees_no_messages_and_each_warning_once():
     script = (
         "import logging; log = logging.getLogger('glide_ray.data.emoji'); "
         "log.info('rendering'); log.warning('no upsampler')"
@@ -46,13 +46,13 @@ def test_messages_are_plain_lines_and_warnings_name_the_program(logger, capsys):
     )
 
 
-def test_messages_leave_standard_output_to_data_if_asked(logger, capsys):
+def test_messages_can_be_kept_off_standard_output(logger, capsys):
     progress.show_messages(to_stderr=True)
     logger.info("measuring")
     assert tuple(capsys.readouterr()) == ("", "measuring\n")
 
 
-def test_messages_of_a_stage_are_indented_also_after_an_error(logger, capsys):
+def test_messages_of_a_stage_are_indented_even_after_an_error(logger, capsys):
     progress.show_messages()
     with pytest.raises(ValueError), progress.indented():
         logger.info("part of it")

@@ -72,13 +72,15 @@ def same_again(path, capsys):
         ["--no-upsampler"],
     ],
 )
-def test_a_generated_picture_is_made_again_from_its_file_alone(tmp_path, weights, capsys, options):
+def test_a_generated_picture_is_reproducible_from_its_file_alone(
+    tmp_path, weights, capsys, options
+):
     run("generate", "a naïve 🍎", "--seed", 9, "--out", tmp_path / "a.png", *weights, *options)
     printed = same_again(tmp_path / "a.png", capsys)
     assert "generate 'a naïve 🍎', seed 9" in printed
 
 
-def test_a_recipe_leaves_nothing_to_a_default(tmp_path, tiny_weights):
+def test_a_recipe_records_every_option_with_its_value(tmp_path, tiny_weights):
     run(
         "generate",
         "x",
@@ -101,7 +103,7 @@ def test_a_recipe_leaves_nothing_to_a_default(tmp_path, tiny_weights):
     assert recipe.precision == "fp32" and "torch" in recipe.made_with and not inputs
 
 
-def test_an_edit_carries_its_image_and_mask(files, weights, capsys):
+def test_the_recipe_of_an_edit_contains_its_image_and_mask(files, weights, capsys):
     run(
         "edit",
         "a dog",
@@ -118,7 +120,7 @@ def test_an_edit_carries_its_image_and_mask(files, weights, capsys):
     same_again(files / "e.png", capsys)
 
 
-def test_a_variation_keeps_to_its_mask_and_begins_from_its_sketch(files, weights, capsys):
+def test_a_variation_respects_its_mask_and_starts_from_its_sketch(files, weights, capsys):
     for name, options in (
         ("plain", []),
         ("sketched", ["--sketch", files / "sketch.png"]),
@@ -148,7 +150,7 @@ def test_a_variation_keeps_to_its_mask_and_begins_from_its_sketch(files, weights
     same_again(files / "all.png", capsys)
 
 
-def test_a_scene_is_one_edit_on_another_and_each_can_be_made_again(files, weights, capsys):
+def test_a_scene_is_a_chain_of_edits_and_each_is_reproducible(files, weights, capsys):
     run(
         "scene",
         "a room",
@@ -190,9 +192,7 @@ def test_a_scene_is_one_edit_on_another_and_each_can_be_made_again(files, weight
     )
 
 
-def test_clip_guidance_and_the_best_of_several_are_in_the_recipe(
-    tmp_path, tiny_weights, weights, capsys
-):
+def test_the_recipe_records_clip_guidance_and_best_of(tmp_path, tiny_weights, weights, capsys):
     run(
         "generate",
         "a red circle",
@@ -215,7 +215,7 @@ def test_clip_guidance_and_the_best_of_several_are_in_the_recipe(
     same_again(tmp_path / "b-1.png", capsys)
 
 
-def test_a_picture_made_from_other_weights_or_without_a_recipe_is_not_made_again(
+def test_reproduce_refuses_pictures_from_other_weights_or_without_a_recipe(
     files, weights, tiny_weights, capsys
 ):
     moved = files / "moved.safetensors"
@@ -245,7 +245,7 @@ def test_a_picture_made_from_other_weights_or_without_a_recipe_is_not_made_again
     run("reproduce", files / "a.png", "--base", files / "elsewhere.safetensors")
 
 
-def test_a_picture_changed_since_is_told_from_the_one_made_again(tmp_path, tiny_weights, capsys):
+def test_reproduce_reports_how_a_changed_picture_differs(tmp_path, tiny_weights, capsys):
     cascade = Cascade.load(tiny_weights["base"])
     options = SampleOptions(steps=2)
     recipe = ModelSet.of(cascade).recipe("generate", "x", 0, options)
@@ -270,17 +270,17 @@ def test_a_broken_recipe_is_refused(tmp_path):
         read_recipe(tmp_path / "a.png")
 
 
-def test_a_recipe_is_followed_in_python_too(tiny_weights, tmp_path):
+def test_a_recipe_is_reproducible_in_python(tiny_weights, tmp_path):
     cascade = Cascade.load(tiny_weights["base"], tiny_weights["upsampler"])
     options = SampleOptions(steps=2, upsampler_steps=2)
     image, known = np.full((64, 64, 3), 90, np.uint8), np.arange(64 * 64).reshape(64, 64) % 64 < 32
-    made = cascade.edit(image, known, "a dog", 3, options)
+    edited = cascade.edit(image, known, "a dog", 3, options)
     save_picture(
-        made,
+        edited,
         tmp_path / "e.png",
         ModelSet.of(cascade).recipe("edit", "a dog", 3, options),
         {"image": image, "mask": known},
     )
     recipe, inputs, stored = read_recipe(tmp_path / "e.png")
-    assert np.array_equal(inputs["mask"], known) and np.array_equal(stored, made)
-    assert np.array_equal(reproduce_picture(cascade, recipe, inputs), made)
+    assert np.array_equal(inputs["mask"], known) and np.array_equal(stored, edited)
+    assert np.array_equal(reproduce_picture(cascade, recipe, inputs), edited)

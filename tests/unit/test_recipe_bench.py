@@ -12,25 +12,27 @@ from glide_ray.train.single import SingleTrainer
 
 
 @pytest.mark.parametrize("name", VARIATIONS)
-def test_each_variation_is_a_preset(name):
+def test_each_variation_of_the_recipe_is_a_valid_preset(name):
     changed = override(presets.get("emoji-base"), VARIATIONS[name])
     assert (changed == presets.get("emoji-base")) == (name == "preset")
 
 
 def test_a_fresh_model_has_the_error_of_predicting_no_noise():
     settings = tiny("base", "workers=1", "batch=4", "precision=fp32")
-    given, trainer = batch(0), SingleTrainer(settings)
-    found = x0_error(trainer, [given])
+    first_batch, trainer = batch(0), SingleTrainer(settings)
+    found = x0_error(trainer, [first_batch])
     expected = []
     for timestep in TIMESTEPS:  # with eps = 0, x_0 = x_t / sqrt(alpha_bar)
         power = trainer.schedule.alpha_bar[timestep]
-        noise = torch.randn(given.image.shape, generator=torch.Generator().manual_seed(timestep))
-        x0 = given.image + ((1 - power) / power).sqrt() * noise
-        expected.append((x0.clamp(-1, 1) - given.image).square().mean().sqrt().item())
+        noise = torch.randn(
+            first_batch.image.shape, generator=torch.Generator().manual_seed(timestep)
+        )
+        x0 = first_batch.image + ((1 - power) / power).sqrt() * noise
+        expected.append((x0.clamp(-1, 1) - first_batch.image).square().mean().sqrt().item())
     assert found == pytest.approx(sum(expected) / len(expected), rel=1e-4)
 
 
-def test_more_seconds_of_training_leave_a_smaller_error(drawn_corpus, monkeypatch):
+def test_longer_training_gives_a_smaller_error(drawn_corpus, monkeypatch):
     small = [
         *TINY_BASE,
         "model.unet.patch=1",

@@ -28,7 +28,7 @@ def test_work_is_done_once_for_the_same_arguments(tmp_path, work):
     assert done_before and again == read_result(record) == {"number": 1, "names": ["a", "b"]}
 
 
-def test_other_arguments_a_broken_record_and_a_useless_result_mean_new_work(tmp_path, work):
+def test_other_arguments_a_broken_record_or_an_invalid_result_repeat_the_work(tmp_path, work):
     record = tmp_path / "record.json"
     cached_result(str(record), "a", work)
     assert cached_result(str(record), "b", work) == ({"number": 2, "names": ("a", "b")}, False)
@@ -41,7 +41,7 @@ def test_other_arguments_a_broken_record_and_a_useless_result_mean_new_work(tmp_
     )
 
 
-def test_work_that_fails_leaves_no_record_of_the_work_before(tmp_path, work):
+def test_failed_work_removes_the_earlier_record(tmp_path, work):
     record = str(tmp_path / "record.json")
     cached_result(record, "a", work)
     with pytest.raises(ZeroDivisionError):

@@ -80,7 +80,7 @@ def test_each_published_unet_is_recognised_by_its_keys_and_shapes(tmp_path, name
     } == SHAPES[name]
 
 
-def test_both_encoders_of_the_published_clip_make_one_model(tmp_path, vocabulary):
+def test_both_encoders_of_the_published_clip_form_one_model(tmp_path, vocabulary):
     # Either order of the files must work.
     paths = [published(tmp_path, f"clip/{tower}-enc") for tower in ("text", "image")]
     config, state, metadata = import_files(paths, vocabulary)
@@ -96,9 +96,7 @@ def test_both_encoders_of_the_published_clip_make_one_model(tmp_path, vocabulary
         import_files([published(tmp_path, "base"), published(tmp_path, "upsample")])
 
 
-def test_the_command_writes_a_weights_file_and_the_way_back_gives_the_same_tensors(
-    tmp_path, capsys
-):
+def test_import_writes_a_weights_file_and_export_restores_the_same_tensors(tmp_path, capsys):
     config = tiny().model
     ours = tmp_path / "ours.safetensors"
     save_weights(ours, random_model(config.unet).state_dict(), config)
@@ -143,7 +141,7 @@ def test_clip_is_exported_as_its_two_encoders(tmp_path, tiny_weights, capsys):
     }
 
 
-def test_an_imported_model_of_full_size_loads_and_says_what_it_is(tmp_path, capsys, vocabulary):
+def test_an_imported_model_of_full_size_loads_and_names_itself(tmp_path, capsys, vocabulary):
     paths = [str(published(tmp_path, f"clip/{tower}-enc")) for tower in ("image", "text")]
     out = tmp_path / "clip.safetensors"
     assert (
@@ -208,7 +206,7 @@ def damaged(folder, kind):
         ),
     ],
 )
-def test_a_damaged_a_malicious_or_another_checkpoint_is_refused_in_a_sentence(
+def test_a_damaged_malicious_or_foreign_checkpoint_is_refused_in_one_sentence(
     tmp_path, kind, message, capsys
 ):
     path = damaged(tmp_path, kind)
@@ -220,7 +218,7 @@ def test_a_damaged_a_malicious_or_another_checkpoint_is_refused_in_a_sentence(
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out.safetensors").exists()
 
 
-def test_a_file_that_is_not_there_or_is_no_vocabulary_is_named(tmp_path):
+def test_a_missing_file_or_an_invalid_vocabulary_is_named(tmp_path):
     with pytest.raises(ReleasedError, match="There is no file .*nothing.pt"):
         import_files([tmp_path / "nothing.pt"])
     (tmp_path / "text").write_text("hello")
@@ -230,7 +228,7 @@ def test_a_file_that_is_not_there_or_is_no_vocabulary_is_named(tmp_path):
             read_merges(tmp_path / name)
 
 
-def test_captions_become_clip_tokens_between_the_marks_of_their_ends(vocabulary):
+def test_captions_become_clip_tokens_between_start_and_end_tokens(vocabulary):
     """Numbering of tokens in CLIP's release.
 
     The letters in the order of GPT-2's byte alphabet, the same letters as ends of words, the
@@ -239,8 +237,8 @@ def test_captions_become_clip_tokens_between_the_marks_of_their_ends(vocabulary)
     tokenizer = ClipTokenizer(read_merges(vocabulary), 8)
     start, end = 512 + ClipTokenizer.MERGES, 513 + ClipTokenizer.MERGES
     cat, dog, letter = 512 + 1, 512 + 3, ord("q") - ord("!")
-    made = tokenizer.encode("  A cat,\n DOG &amp; q ")
-    assert made.tokens[:7] == [
+    encoded = tokenizer.encode("  A cat,\n DOG &amp; q ")
+    assert encoded.tokens[:7] == [
         start,
         ord("a") - ord("!") + 256,
         cat,
@@ -249,14 +247,14 @@ def test_captions_become_clip_tokens_between_the_marks_of_their_ends(vocabulary)
         ord("&") - ord("!") + 256,
         letter + 256,
     ]
-    assert made.tokens[7] == end and all(made.mask) and not made.cut
+    assert encoded.tokens[7] == end and all(encoded.mask) and not encoded.cut
     short = tokenizer.encode("cat")
     assert short.tokens == [start, cat, end, 0, 0, 0, 0, 0] and sum(short.mask) == 3
     assert tokenizer.encode("cat " * 7).cut and tokenizer.encode("cat " * 7).tokens[-1] == end
     assert tokenizer.encode("\u201ccat\u201d").tokens == tokenizer.encode('"cat"').tokens
 
 
-def test_the_published_clip_reads_captions_by_its_own_vocabulary(vocabulary):
+def test_the_published_clip_tokenizes_captions_with_its_own_vocabulary(vocabulary):
     config = tiny_clip("model.clip.tokenizer=clip", "model.clip.vocabulary=65536").model
     critic = NoisedClipScorer(NoisedClip(config.clip), config, merges=read_merges(vocabulary))
     embedded = critic.embed(["a cat", "A  cat", "a dog"])

@@ -87,20 +87,20 @@ def originals(corpus, size):
 # -- grid ------------------------------------------------------------------------------------------
 
 
-def test_a_base_models_grid_shows_the_prompts_with_the_seeds_0_1_2_and_is_the_same_each_time(
+def test_a_base_models_grid_shows_each_prompt_with_seeds_0_to_2_and_is_deterministic(
     tiny_weights, drawn_corpus
 ):
-    told = []
+    progress = []
     settings = preset(drawn_corpus, "base", PROMPTS)
     grid = sample_grid(
-        tiny_weights["base"], settings, lambda done, total: told.append((done, total))
+        tiny_weights["base"], settings, lambda done, total: progress.append((done, total))
     )
     assert grid.dtype == np.uint8 and grid.shape == (
         MARGIN + 28 + 192 + 20 + MARGIN,
         MARGIN + 4 * (192 + MARGIN),
         3,
     )
-    assert told == [(step, 9) for step in range(1, 10)]  # one sample after the other on a CPU
+    assert progress == [(step, 9) for step in range(1, 10)]  # one sample after the other on a CPU
     assert sample_grid(tiny_weights["base"], settings).tobytes() == grid.tobytes()
 
     pictures = [shrunk(cell, 16) for cell in cells(grid, 4, 3)]
@@ -125,23 +125,25 @@ def test_a_base_models_grid_shows_the_prompts_with_the_seeds_0_1_2_and_is_the_sa
     assert np.array_equal(grid, np.asarray(expected))  # labels and title too
 
 
-def test_other_weights_give_another_grid_and_its_title_tells_the_step(tmp_path, drawn_corpus):
+def test_other_weights_give_another_grid_titled_with_the_step(tmp_path, drawn_corpus):
     settings = preset(drawn_corpus, "base", PROMPTS)
-    one = sample_grid(weights_of(tmp_path / "1", settings, step="1200"), settings)
-    other = sample_grid(
+    first = sample_grid(weights_of(tmp_path / "1", settings, step="1200"), settings)
+    second = sample_grid(
         weights_of(
             tmp_path / "2", settings, random_model(settings.model.unet, seed=1), step="1200"
         ),
         settings,
     )
-    assert (one[40:232] != other[40:232]).any()
+    assert (first[40:232] != second[40:232]).any()
     title = np.asarray(
-        contact_sheet([one[40:232, 12:204]], [""], 4, 192, "nano-base after step 1,200")
+        contact_sheet([first[40:232, 12:204]], [""], 4, 192, "nano-base after step 1,200")
     )[: MARGIN + 28]
-    assert np.array_equal(one[: MARGIN + 28], title) and np.array_equal(other[: MARGIN + 28], title)
+    assert np.array_equal(first[: MARGIN + 28], title) and np.array_equal(
+        second[: MARGIN + 28], title
+    )
 
 
-def test_guidance_is_for_models_that_have_seen_empty_captions(tiny_weights, drawn_corpus):
+def test_grids_use_guidance_only_for_models_trained_with_empty_captions(tiny_weights, drawn_corpus):
     guided, plain, unguided = (
         sample_grid(
             tiny_weights["base"],
@@ -152,7 +154,7 @@ def test_guidance_is_for_models_that_have_seen_empty_captions(tiny_weights, draw
     assert (guided != plain).any() and np.array_equal(plain, unguided)
 
 
-def test_a_model_that_predicts_no_noise_at_all_has_a_grid(tmp_path, drawn_corpus):
+def test_a_model_that_predicts_zero_noise_has_a_grid(tmp_path, drawn_corpus):
     settings = preset(drawn_corpus, "base", PROMPTS)
     model = GlideUNet(settings.model.unet)  # the last layer is initialised to zero
     grid = sample_grid(weights_of(tmp_path / "w", settings, model), settings)
@@ -160,12 +162,12 @@ def test_a_model_that_predicts_no_noise_at_all_has_a_grid(tmp_path, drawn_corpus
     assert all(shrunk(cell, 16).std() > 50 for cell in cells(grid, 4, 3))
 
 
-def test_more_steps_than_a_process_has_are_not_asked_for(tmp_path, drawn_corpus, monkeypatch):
+def test_a_grid_uses_at_most_the_timesteps_of_the_schedule(tmp_path, drawn_corpus, monkeypatch):
     monkeypatch.setattr(samples, "STEPS", 25)
     settings = preset(drawn_corpus, "base", "model.diffusion.steps=4", "sample_prompts=x")
-    told = []
-    sample_grid(weights_of(tmp_path / "w", settings), settings, lambda *step: told.append(step))
-    assert told[-1] == (4, 4)
+    progress = []
+    sample_grid(weights_of(tmp_path / "w", settings), settings, lambda *step: progress.append(step))
+    assert progress[-1] == (4, 4)
 
 
 def test_an_upsamplers_grid_shows_low_resolution_sample_and_original_side_by_side(
@@ -187,7 +189,7 @@ def test_an_upsamplers_grid_shows_low_resolution_sample_and_original_side_by_sid
     )
 
 
-def test_an_inpainting_models_grid_keeps_what_is_known_and_fills_the_hole(tmp_path, drawn_corpus):
+def test_an_inpainting_models_grid_keeps_known_pixels_and_fills_the_hole(tmp_path, drawn_corpus):
     settings = preset(drawn_corpus, "base", "model.unet.inpaint=true")
     weights = weights_of(tmp_path / "w", settings)
     grid = sample_grid(weights, settings)
@@ -195,31 +197,33 @@ def test_an_inpainting_models_grid_keeps_what_is_known_and_fills_the_hole(tmp_pa
     shown, known = [shrunk(cell, 16) for cell in cells(grid, 3, 6)], centre_hole(16)
     assert (~known).sum() == 64
     for n, original in enumerate(originals(drawn_corpus, 16)):
-        given, filled, whole = shown[3 * n : 3 * n + 3]
+        masked, filled, whole = shown[3 * n : 3 * n + 3]
         assert np.array_equal(whole, original) and np.array_equal(filled[known], original[known])
         assert (
             (filled[~known] != original[~known]).any()
-            and (given[~known] == HOLE).all()
-            and np.array_equal(given[known], original[known])
+            and (masked[~known] == HOLE).all()
+            and np.array_equal(masked[known], original[known])
         )
 
 
-def test_an_inpainting_upsamplers_grid_shows_both_that_it_is_given(tmp_path, drawn_corpus):
+def test_an_inpainting_upsamplers_grid_shows_its_low_res_and_its_masked_input(
+    tmp_path, drawn_corpus
+):
     settings = preset(drawn_corpus, "upsampler", "model.unet.inpaint=true")
     grid = sample_grid(weights_of(tmp_path / "w", settings), settings)
     assert grid.shape[1] == MARGIN + 4 * (192 + MARGIN)
-    low_res, given, filled, whole = (
+    low_res, masked, filled, whole = (
         shrunk(cell, size) for cell, size in zip(cells(grid, 4, 4), (16, 64, 64, 64), strict=True)
     )
     known = centre_hole(64)
     assert (
         np.array_equal(filled[known], whole[known])
-        and (given[~known] == HOLE).all()
+        and (masked[~known] == HOLE).all()
         and np.array_equal(low_res, area_downsample(whole, 16))
     )
 
 
-def test_a_large_models_pictures_are_shown_at_their_own_size(tmp_path, drawn_corpus):
+def test_pictures_of_a_large_model_are_shown_at_full_size(tmp_path, drawn_corpus):
     settings = preset(
         drawn_corpus,
         "base",
@@ -232,11 +236,11 @@ def test_a_large_models_pictures_are_shown_at_their_own_size(tmp_path, drawn_cor
     assert grid.shape[1] == MARGIN + 4 * (256 + MARGIN)
 
 
-def test_clip_makes_no_pictures(tiny_weights, drawn_corpus):
+def test_a_clip_has_no_grid(tiny_weights, drawn_corpus):
     assert sample_grid(tiny_weights["clip"], preset(drawn_corpus, "clip")) is None
 
 
-def test_what_lacks_is_said(tmp_path, tiny_weights, drawn_corpus):
+def test_missing_weights_or_held_out_pictures_are_named(tmp_path, tiny_weights, drawn_corpus):
     with pytest.raises(WeightsError, match="There is no weights file"):
         sample_grid(tmp_path / "none", preset(drawn_corpus))
     (tmp_path / "held_out").mkdir()
@@ -289,7 +293,7 @@ def as_ranks(weights, settings, ranks):
     ],
 )
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_averages_held_out_loss_is_what_training_says_of_the_same_weights(
+def test_the_held_out_loss_of_the_average_equals_trainings_for_the_same_weights(
     tiny_weights, drawn_corpus, kind, names, ranks
 ):
     settings = preset(
@@ -301,7 +305,7 @@ def test_the_averages_held_out_loss_is_what_training_says_of_the_same_weights(
     assert held_out_of_average(tiny_weights[kind], settings) == figures
 
 
-def test_plain_clip_and_fewer_images(tmp_path, drawn_corpus):
+def test_held_out_loss_of_a_plain_clip_can_use_fewer_images(tmp_path, drawn_corpus):
     settings, five = (
         preset(drawn_corpus, "clip", "model.clip.noised=false", f"data.held_out_images={images}")
         for images in (16, 5)
@@ -315,7 +319,7 @@ def test_plain_clip_and_fewer_images(tmp_path, drawn_corpus):
     assert few != all_of_them and few == held_out_of_average(weights, five)
 
 
-def test_a_model_that_predicts_no_noise_has_the_noises_own_square_as_its_error(
+def test_the_error_of_a_model_that_predicts_zero_noise_is_the_mean_square_of_the_noise(
     tmp_path, drawn_corpus
 ):
     settings = preset(drawn_corpus)
@@ -333,16 +337,17 @@ def test_a_model_that_predicts_no_noise_has_the_noises_own_square_as_its_error(
         (1, {"num_gpus": 0, "runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}),
     ],
 )
-def test_a_review_takes_a_gpu_that_no_worker_wants_or_sees_none(
+def test_a_review_uses_a_gpu_that_no_worker_needs_or_none(
     drawn_corpus, tmp_path, monkeypatch, gpus, place
 ):
-    asked = []
+    task_options = []
     monkeypatch.setattr(review.ray, "cluster_resources", lambda: {"GPU": gpus})
     monkeypatch.setattr(
         review.ray,
         "remote",
         lambda **options: (
-            asked.append(options) or (lambda function: SimpleNamespace(remote=lambda *_: None))
+            task_options.append(options)
+            or (lambda function: SimpleNamespace(remote=lambda *_: None))
         ),
     )
     reviewer = review.Reviewer(
@@ -352,10 +357,10 @@ def test_a_review_takes_a_gpu_that_no_worker_wants_or_sees_none(
         print,
     )
     reviewer.offer(2, "checkpoint")
-    assert asked == [{"num_cpus": 0, "max_retries": 1, **place}]
+    assert task_options == [{"num_cpus": 0, "max_retries": 1, **place}]
 
 
-def test_a_grid_is_a_picture_that_can_be_stored(tiny_weights, drawn_corpus, tmp_path):
+def test_a_grid_can_be_stored_as_a_picture(tiny_weights, drawn_corpus, tmp_path):
     grid = sample_grid(tiny_weights["base"], preset(drawn_corpus))
     Image.fromarray(grid).save(tmp_path / "grid.png")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), grid)

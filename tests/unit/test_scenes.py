@@ -29,9 +29,10 @@ def sprites(emoji_corpus, tmp_path_factory):
 @pytest.fixture(scope="module")
 def composed(sprites):
     """Scenes by kind."""
-    made = [compose(sprites, 0, number) for number in range(SCENES)]
+    all_scenes = [compose(sprites, 0, number) for number in range(SCENES)]
     return {
-        kind: [scene for scene in made if scene.labels["scene"] == kind] for kind in scenes.KINDS
+        kind: [scene for scene in all_scenes if scene.labels["scene"] == kind]
+        for kind in scenes.KINDS
     }
 
 
@@ -53,7 +54,7 @@ def nearest_colour(rgb):
     return min(COLOURS, key=lambda name: np.linalg.norm(np.subtract(COLOURS[name], rgb)))
 
 
-def inside(image, box):
+def cut_out(image, box):
     left, top, right, bottom = box
     return np.asarray(image)[top:bottom, left:right]
 
@@ -68,7 +69,7 @@ def test_a_scene_is_the_same_for_the_same_seed_and_number(sprites):
     assert other.image.tobytes() != first.image.tobytes()
 
 
-def test_the_kinds_have_their_shares(composed):
+def test_the_kinds_of_scenes_have_their_shares(composed):
     for kind, share in scenes.KINDS.items():
         assert abs(len(composed[kind]) / SCENES - share) < 0.07
 
@@ -91,7 +92,7 @@ def test_a_recoloured_object_has_the_colour_that_the_caption_names_and_keeps_its
     right = 0
     for scene in composed["recolour"]:
         colour, (box,) = scene.labels["colour"], scene.labels["boxes"]
-        pixels = inside(scene.image, box).reshape(-1, 3)
+        pixels = cut_out(scene.image, box).reshape(-1, 3)
         background = COLOURS[scene.labels["background"] or "white"]
         pixels = pixels[(np.abs(pixels.astype(int) - background) > 6).any(1)]
         right += nearest_colour(np.median(pixels, 0)) == colour
@@ -100,35 +101,35 @@ def test_a_recoloured_object_has_the_colour_that_the_caption_names_and_keeps_its
     assert right > 0.95 * len(composed["recolour"])
 
 
-def test_what_is_white_stands_on_another_colour(composed):
+def test_white_objects_are_on_a_background_of_another_colour(composed):
     white = [scene for scene in composed["recolour"] if scene.labels["colour"] == "white"]
     assert white and all(scene.labels["background"] not in (None, "white") for scene in white)
 
 
-def test_as_many_objects_are_shown_as_the_caption_counts_and_none_overlap(composed):
+def test_a_scene_shows_as_many_objects_as_its_caption_says_without_overlap(composed):
     counts = Counter(scene.labels["count"] for scene in composed["count"])
     assert set(counts) == {1, 2, 3, 4} and min(counts.values()) > 5
     for scene in composed["count"]:
         count, boxes = scene.labels["count"], scene.labels["boxes"]
         assert len(boxes) == len(scene.labels["objects"]) == count
         assert not any(overlap(a, b) for a, b in combinations(boxes, 2))
-        assert all((inside(scene.image, box) < 250).any() for box in boxes)
+        assert all((cut_out(scene.image, box) < 250).any() for box in boxes)
         name = scene.labels["objects"][0]["name"].lower()
         assert scene.captions[0].startswith(
             f"{NUMBERS[count]} {name if count == 1 else plural(name)}, "
         )
 
 
-def test_two_objects_stand_in_the_relation_that_the_caption_says(composed):
+def test_two_objects_have_the_relation_that_the_caption_names(composed):
     for scene in composed["relation"]:
         first, second = scene.labels["boxes"]
-        apart = {
+        relations = {
             "to the left of": first[2] <= second[0],
             "to the right of": second[2] <= first[0],
             "above": first[3] <= second[1],
             "below": second[3] <= first[1],
         }
-        assert [relation for relation, holds in apart.items() if holds] == [
+        assert [relation for relation, holds in relations.items() if holds] == [
             scene.labels["relation"]
         ]
         a, b = (with_article(thing["name"].lower()) for thing in scene.labels["objects"])
@@ -138,19 +139,19 @@ def test_two_objects_stand_in_the_relation_that_the_caption_says(composed):
         )
 
 
-def test_boxes_are_as_tight_as_what_they_hold(composed):
+def test_the_boxes_of_a_scene_contain_its_objects_completely(composed):
     for scene in composed["count"] + composed["relation"]:
         for left, top, right, bottom in scene.labels["boxes"]:
             assert 0 <= left < right <= 256 and 0 <= top < bottom <= 256
-            assert (inside(scene.image, (left, top, right, bottom)) < 254).any()
+            assert (cut_out(scene.image, (left, top, right, bottom)) < 254).any()
     blank = np.asarray(composed["relation"][0].image).copy()
     for left, top, right, bottom in composed["relation"][0].labels["boxes"]:
         blank[top:bottom, left:right] = 255
     assert (blank == 255).all()
 
 
-def test_scenes_show_only_what_is_trained_on(sprites):
-    shown = [sprite.emoji for of in sprites.styles.values() for sprite in of]
+def test_scenes_show_only_things_of_the_training_split(sprites):
+    shown = [sprite.emoji for style_sprites in sprites.styles.values() for sprite in style_sprites]
     assert shown and not any(map(is_held_out, shown))
 
 
@@ -176,7 +177,7 @@ def test_white_stays_lighter_than_black_when_an_object_is_recoloured(sprites):
     assert np.corrcoef(before, after)[0, 1] > 0.9
 
 
-def test_plurals_and_articles_are_those_of_the_language():
+def test_captions_have_correct_plurals_and_articles():
     assert [
         plural(name)
         for name in (
@@ -207,7 +208,7 @@ def test_plurals_and_articles_are_those_of_the_language():
     ] == ["a unicorn", "an hourglass", "an octopus", "a bus", "scissors", "bread", "an ear of corn"]
 
 
-def test_pairs_of_thing_and_colour_that_are_held_out_are_in_no_scene_of_training(with_scenes):
+def test_held_out_pairs_of_thing_and_colour_are_in_no_training_scene(with_scenes):
     train, held_out = samples(with_scenes / "scenes"), samples(with_scenes / "held_out_colours")
     assert len(train) + len(held_out) == SCENES and 0.02 < len(held_out) / SCENES < 0.12
 
@@ -222,8 +223,12 @@ def test_pairs_of_thing_and_colour_that_are_held_out_are_in_no_scene_of_training
             for row in rows
         ]
 
-    assert not any(is_held_out_colour(*pair) for of in pairs(train) for pair in of)
-    assert all(any(is_held_out_colour(*pair) for pair in of) for of in pairs(held_out))
+    assert not any(
+        is_held_out_colour(*pair) for scene_pairs in pairs(train) for pair in scene_pairs
+    )
+    assert all(
+        any(is_held_out_colour(*pair) for pair in scene_pairs) for scene_pairs in pairs(held_out)
+    )
     card = read_card(with_scenes / "scenes")
     assert (
         card["rows"] == len(train) == sum(card["kinds"].values())
@@ -231,7 +236,7 @@ def test_pairs_of_thing_and_colour_that_are_held_out_are_in_no_scene_of_training
     )
 
 
-def test_scenes_in_shards_are_those_that_were_composed(with_scenes, composed):
+def test_shards_contain_the_composed_scenes(with_scenes, composed):
     row = next(row for row in samples(with_scenes / "scenes") if row.meta["scene"] == "relation")
     scene = next(
         scene for scene in composed["relation"] if list(scene.captions) == list(row.captions)
@@ -240,7 +245,7 @@ def test_scenes_in_shards_are_those_that_were_composed(with_scenes, composed):
     assert np.abs(np.asarray(decode(row.image)).astype(int) - np.asarray(scene.image)).mean() < 3
 
 
-def test_another_number_of_scenes_than_there_are_is_said_and_not_returned(with_scenes):
+def test_an_existing_corpus_with_another_number_of_scenes_is_refused(with_scenes):
     with pytest.raises(
         ConfigError, match=f"already has {SCENES} scenes, and --scenes asks for 500"
     ):
@@ -248,7 +253,7 @@ def test_another_number_of_scenes_than_there_are_is_said_and_not_returned(with_s
     assert emoji.build_corpus(with_scenes, styles=("3D render", "flat icon"))["scenes"]["count"] > 0
 
 
-def test_more_scenes_than_the_disk_holds_are_refused_before_anything_is_written(
+def test_more_scenes_than_fit_on_the_disk_are_refused_before_anything_is_written(
     emoji_corpus, tmp_path
 ):
     with pytest.raises(
@@ -259,14 +264,14 @@ def test_more_scenes_than_the_disk_holds_are_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_corpus_of_too_few_objects_for_a_scene_is_said(emoji_corpus, tmp_path):
+def test_a_corpus_with_too_few_objects_for_scenes_is_refused(emoji_corpus, tmp_path):
     flags = [row for row in samples(emoji_corpus[0] / "train") if row.meta["group"] == "Flags"]
     write_shards(tmp_path / "train", flags[:20])
     with pytest.raises(SceneError, match="has no two objects to compose scenes from; choose more"):
         write_scenes(str(tmp_path), 10)
 
 
-def test_a_core_composes_at_least_a_hundred_scenes_a_second(sprites):
+def test_one_core_composes_at_least_100_scenes_per_second(sprites):
     began = time.process_time()
     for number in range(200):
         scene_row(sprites, 0, number)
@@ -275,7 +280,7 @@ def test_a_core_composes_at_least_a_hundred_scenes_a_second(sprites):
     assert rate > 100
 
 
-def test_a_weapon_in_a_scene_is_found_by_the_rule_for_weapons():
+def test_the_weapon_rule_finds_a_weapon_in_a_scene():
     from glide_ray.data.filters import Candidate
     from glide_ray.data.shards import Sample
 

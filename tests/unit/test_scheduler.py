@@ -59,7 +59,7 @@ def test_a_deadline_is_the_submit_time_plus_a_multiple_of_the_steps():
     assert second.deadline == 3 + DEADLINE_STRETCH * 2
 
 
-def test_the_earliest_deadline_is_admitted_first_and_no_more_than_there_is_room_for():
+def test_the_earliest_deadlines_are_admitted_first_up_to_the_capacity():
     scheduler = Scheduler(2, 1)
     long, short, middle = submit(scheduler, 9, 2, 5)
     assert [scheduler.admit(), scheduler.admit(), scheduler.admit()] == [short, middle, None]
@@ -80,7 +80,7 @@ def test_a_step_advances_the_samples_with_the_earliest_deadlines(width, moving):
     assert (scheduler.steps_done, scheduler.sample_steps_done) == (1, width)
 
 
-def test_where_there_is_width_for_all_every_sample_advances_in_the_order_of_admission():
+def test_if_all_samples_fit_in_a_step_they_advance_in_the_order_of_admission():
     scheduler = Scheduler(4, 4)
     (long,) = submit(scheduler, 9)
     admit(scheduler)
@@ -88,7 +88,7 @@ def test_where_there_is_width_for_all_every_sample_advances_in_the_order_of_admi
     assert step(scheduler) == [long, short]
 
 
-def test_a_short_sample_overtakes_a_long_one_that_has_begun():
+def test_a_short_sample_overtakes_a_long_one_in_progress():
     scheduler = Scheduler(4, 1)
     (long,) = submit(scheduler, 50)
     for _ in range(10):
@@ -97,7 +97,7 @@ def test_a_short_sample_overtakes_a_long_one_that_has_begun():
     assert finishing_order(scheduler) == [short, long]
 
 
-def test_no_sample_starves_however_many_short_ones_arrive():
+def test_a_stream_of_short_samples_starves_no_long_one():
     """From 60 - 12 sample-steps on, every new short sample has a later deadline than the long."""
     scheduler = Scheduler(4, 1)
     (long,) = submit(scheduler, 20)
@@ -135,7 +135,7 @@ def test_a_request_for_many_images_delays_one_for_a_single_image_by_at_most_one_
     assert [sample for sample in order if sample is not single] == many
 
 
-def test_a_cancelled_sample_leaves_queue_or_flight_and_makes_room():
+def test_a_cancelled_sample_frees_its_place_queued_or_in_flight():
     scheduler = Scheduler(1, 1)
     flying, queued, next_one = submit(scheduler, 2, 3, 4)
     step(scheduler)
@@ -144,7 +144,7 @@ def test_a_cancelled_sample_leaves_queue_or_flight_and_makes_room():
     assert scheduler.admit() is next_one
 
 
-def test_a_sample_that_is_unknown_finished_or_cancelled_before_cannot_be_cancelled():
+def test_an_unknown_finished_or_already_cancelled_sample_cannot_be_cancelled():
     scheduler = Scheduler(1, 1)
     (sample,) = submit(scheduler, 1)
     step(scheduler)
@@ -166,5 +166,7 @@ def test_every_sample_advances_exactly_its_own_number_of_steps(width):
         advanced += moved
     while scheduler.in_flight or scheduler.queued:
         advanced += step(scheduler)
-    assert [advanced.count(sample) for sample in submitted] == [one.steps for one in submitted]
+    assert [advanced.count(sample) for sample in submitted] == [
+        sample.steps for sample in submitted
+    ]
     assert scheduler.sample_steps_done == len(advanced)

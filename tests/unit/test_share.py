@@ -13,7 +13,7 @@ from glide_ray.train.batch_split import BatchSplit
     "batch, world, micro_batch",
     [(8, 2, 4), (8, 3, 2), (2048, 504, 4), (7, 5, 1), (5, 2, 1), (3, 3, 8), (64, 7, 5)],
 )
-def test_each_row_is_computed_once_and_the_weighted_mean_of_the_calls_is_the_mean_of_the_batch(
+def test_each_row_is_computed_once_and_weighted_calls_average_to_the_batch_mean(
     batch, world, micro_batch
 ):
     values = torch.randn(batch, dtype=torch.float64)
@@ -28,5 +28,5 @@ def test_each_row_is_computed_once_and_the_weighted_mean_of_the_calls_is_the_mea
     assert torch.allclose(mean, values.mean())
 
 
-def test_equal_shares_have_weight_one():
+def test_equal_micro_batches_have_weight_one():
     assert [weight for _, _, weight in BatchSplit(32, 4, 2, 4).row_ranges()] == [1, 1]

@@ -48,7 +48,7 @@ def losses(folder):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_single_process_trains_as_one_rank_of_deepspeed_does(precision):
+def test_a_single_process_trains_like_one_deepspeed_rank(precision):
     settings = training_preset(f"precision={precision}")
     single, sharded = run(SingleTrainer(settings)), run(Trainer(settings))
     expected = [row["loss"] for row in sharded[0] if "loss" in row]
@@ -64,7 +64,7 @@ def test_a_single_process_trains_as_one_rank_of_deepspeed_does(precision):
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_text_rate_of_zero_leaves_the_text_transformer_as_it_is(stage):
+def test_a_text_rate_of_zero_freezes_the_text_transformer(stage):
     settings = training_preset(
         "text_rate=0", "weight_decay=0.1", "timestep_power=1", f"zero_stage={stage}"
     )
@@ -78,7 +78,7 @@ def test_a_text_rate_of_zero_leaves_the_text_transformer_as_it_is(stage):
     assert changed == {name for name in kept if not name.startswith("text.")}
 
 
-def test_half_a_text_rate_is_half_the_learning_rate_of_the_text_transformer():
+def test_a_text_rate_of_one_half_halves_the_text_transformers_learning_rate():
     whole, half = SingleTrainer(training_preset()), SingleTrainer(training_preset("text_rate=0.5"))
     before = whole.masters[0].detach().clone()
     assert whole.names[0] == "text.position"
@@ -100,10 +100,10 @@ def test_micro_batches_add_up_to_the_same_step():
 
 
 def _halves(epoch, rows):
-    return (part for made in epochs(epoch, rows) for part in (made[:2], made[2:]))
+    return (part for pair in epochs(epoch, rows) for part in (pair[:2], pair[2:]))
 
 
-def test_a_checkpoint_passes_between_one_process_and_deepspeed(tmp_path):
+def test_checkpoints_are_interchangeable_between_one_process_and_deepspeed(tmp_path):
     settings = training_preset()
     _, saved, expected = run(SingleTrainer(settings), tmp_path)
     resumed = Trainer(settings)
@@ -115,7 +115,7 @@ def test_a_checkpoint_passes_between_one_process_and_deepspeed(tmp_path):
     )
 
 
-def test_gradients_that_are_not_finite_leave_the_weights_alone_and_end_the_run_when_they_stay():
+def test_nonfinite_gradients_skip_the_step_and_end_the_run_if_they_persist():
     trainer = SingleTrainer(training_preset())
     before = [own.detach().clone() for own in trainer.masters]
     broken = iter([batch(0, broken=True) for _ in range(20)])
@@ -126,7 +126,7 @@ def test_gradients_that_are_not_finite_leave_the_weights_alone_and_end_the_run_w
         trainer.step(broken, 20)
 
 
-def test_fp16_is_refused_and_auto_is_a_precision_of_the_machine():
+def test_fp16_is_refused_and_auto_is_a_supported_precision():
     with pytest.raises(ConfigError, match="use bf16, fp32 or auto"):
         single_precision("fp16", "cpu")
     assert (
@@ -138,7 +138,7 @@ def test_fp16_is_refused_and_auto_is_a_precision_of_the_machine():
 # -- runs ------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_weights_figures_and_events_and_is_not_made_twice(drawn_corpus, tmp_path):
+def test_a_run_writes_weights_metrics_and_events_and_is_not_repeated(drawn_corpus, tmp_path):
     settings = preset(drawn_corpus, "sample_every=3", "sample_prompts=a red ellipse")
     done = train_alone(settings, tmp_path / "run", progress=False)
     assert done.finished and done.step == 6 and len(losses(tmp_path / "run")) == 6
@@ -148,7 +148,7 @@ def test_a_run_leaves_weights_figures_and_events_and_is_not_made_twice(drawn_cor
     assert train_alone(settings, tmp_path / "run", progress=False).images_per_s == 0.0
 
 
-def test_a_run_that_is_stopped_and_gone_on_with_makes_the_same_steps(drawn_corpus, tmp_path):
+def test_a_resumed_run_makes_the_same_steps(drawn_corpus, tmp_path):
     settings = preset(drawn_corpus, "data.cache_gib=1")
     train_alone(settings, tmp_path / "whole", progress=False)
     first = train_alone(settings, tmp_path / "parts", minutes=1e-9, progress=False)
@@ -157,8 +157,10 @@ def test_a_run_that_is_stopped_and_gone_on_with_makes_the_same_steps(drawn_corpu
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
 
 
-@pytest.mark.parametrize("given", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(drawn_corpus, tmp_path, given):
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_after_a_checkpoint_of_its_last_step(
+    drawn_corpus, tmp_path, signal_number
+):
     settings = [
         *TINY_BASE,
         *corpus_settings(drawn_corpus),
@@ -181,20 +183,20 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(drawn_corpus, tm
     while not ((tmp_path / "run" / "metrics.jsonl").exists() and losses(tmp_path / "run")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(given)
-    said = process.communicate(timeout=180)[0]
+    process.send_signal(signal_number)
+    output = process.communicate(timeout=180)[0]
     step = Checkpoints(tmp_path / "run").list_complete()[-1].step
     assert (
         process.returncode == 0
-        and f"stopped after step {step:,}; the same command resumes the run" in said
+        and f"stopped after step {step:,}; the same command resumes the run" in output
     )
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_refused(drawn_corpus, tmp_path):
+def test_a_run_with_only_damaged_checkpoints_is_refused(drawn_corpus, tmp_path):
     settings = preset(drawn_corpus)
     train_alone(settings, tmp_path / "run", minutes=1e-9, progress=False)
-    for made in Checkpoints(tmp_path / "run").list_complete():
-        path = os.path.join(made.path, "part.0.safetensors")
+    for checkpoint in Checkpoints(tmp_path / "run").list_complete():
+        path = os.path.join(checkpoint.path, "part.0.safetensors")
         with open(path, "r+b") as file:
             file.seek(-1, os.SEEK_END)
             file.write(b"\xff")
@@ -213,17 +215,19 @@ def test_settings_of_another_run_are_refused(drawn_corpus, tmp_path):
 # -- corpus ----------------------------------------------------------------------------------------
 
 
-def test_each_epoch_reads_each_row_once_in_an_order_of_its_own(drawn_corpus):
+def test_each_epoch_reads_each_row_once_in_a_new_order(drawn_corpus):
     corpus = MemoryCorpus(preset(drawn_corpus))
     first, second = (
-        [row for made in corpus.epoch_batches(epoch, 0) for row in made.rows.tolist()]
+        [row for batch in corpus.epoch_batches(epoch, 0) for row in batch.rows.tolist()]
         for epoch in (0, 1)
     )
     assert len(set(first)) == 96 and set(first) == set(second) and first != second
-    assert [row for made in corpus.epoch_batches(0, 40) for row in made.rows.tolist()] == first[40:]
+    assert [row for batch in corpus.epoch_batches(0, 40) for row in batch.rows.tolist()] == first[
+        40:
+    ]
 
 
-def test_an_epoch_reads_the_share_of_a_folder_that_is_asked_for(drawn_corpus):
+def test_an_epoch_reads_the_requested_share_of_a_folder(drawn_corpus):
     settings = tiny(
         "base",
         f"data.corpus={drawn_corpus}/{{train,held_out}}",

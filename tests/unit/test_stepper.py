@@ -37,58 +37,58 @@ def request(kind="base", seed=7, prompt="a red apple", **options):
     )
 
 
-def company(kind, crowd):
+def image_among_others(kind, shared_stepper):
     """The image of a sample in flight with four others; two of them finish before it."""
     for seed, steps in ((1, 3), (2, 5), (3, "fast27")):
-        crowd.submit(request(kind, seed, f"other {seed}", steps=steps))
-    crowd.step()
-    ticket = crowd.submit(request(kind, steps=8))
-    crowd.submit(request(kind, 9, "late", steps=12))
+        shared_stepper.submit(request(kind, seed, f"other {seed}", steps=steps))
+    shared_stepper.step()
+    ticket = shared_stepper.submit(request(kind, steps=8))
+    shared_stepper.submit(request(kind, 9, "late", steps=12))
     images = {}
     while ticket not in images:
-        images.update(crowd.step())
-    assert crowd.scheduler.in_flight >= 1
+        images.update(shared_stepper.step())
+    assert shared_stepper.scheduler.in_flight >= 1
     return images[ticket]
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize("kind", ["base", "upsampler"])
-def test_a_sample_is_the_same_to_the_bit_alone_and_among_four_others(kind, lanes):
+def test_a_sample_is_bitwise_identical_alone_and_among_four_others(kind, lanes):
     alone = stepper(kind, lanes=lanes).run([request(kind, steps=8)])[0]
-    assert torch.equal(company(kind, stepper(kind, lanes=lanes)), alone)
+    assert torch.equal(image_among_others(kind, stepper(kind, lanes=lanes)), alone)
 
 
 @pytest.mark.parametrize("kind", ["base", "upsampler"])
-def test_in_one_network_call_for_all_a_sample_differs_by_rounding_only(kind):
+def test_in_a_batched_network_call_a_sample_differs_only_by_rounding(kind):
     alone = stepper(kind).run([request(kind, steps=8)])[0]
-    together = company(kind, stepper(kind, batched=True))
+    together = image_among_others(kind, stepper(kind, batched=True))
     assert (together - alone).abs().max() < 2e-3
 
 
-def test_guidance_samplers_steps_and_captions_are_each_samples_own():
-    wanted = [
+def test_samples_in_a_batch_keep_their_own_guidance_sampler_steps_and_caption():
+    requests = [
         request(steps=4),
         request(steps=6, guidance_scale=1.0),
         request(steps=5, guidance_scale=5.0, sampler="ddim"),
         request(steps=4, prompt="a dog"),
     ]
-    together = stepper(batched=True).run(wanted)
-    for image, one in zip(together, wanted, strict=True):
-        assert torch.allclose(image, stepper().run([one])[0], atol=2e-3)
+    together = stepper(batched=True).run(requests)
+    for image, single_request in zip(together, requests, strict=True):
+        assert torch.allclose(image, stepper().run([single_request])[0], atol=2e-3)
     assert len({image.sum().item() for image in together}) == 4
 
 
-def test_every_sampler_makes_its_own_picture_the_same_in_any_company():
-    wanted = [
+def test_every_sampler_gives_the_same_picture_in_any_batch():
+    requests = [
         request(steps=5, sampler=sampler) for sampler in ("ancestral", "ddim", "plms", "dpm++")
     ]
-    together = stepper().run([*wanted, request(seed=3, steps=9, sampler="plms")])
-    for image, one in zip(together, wanted, strict=False):
-        assert torch.equal(image, stepper().run([one])[0])
+    together = stepper().run([*requests, request(seed=3, steps=9, sampler="plms")])
+    for image, single_request in zip(together, requests, strict=False):
+        assert torch.equal(image, stepper().run([single_request])[0])
     assert len({image.sum().item() for image in together}) == 5
 
 
-def test_outside_of_its_interval_guidance_is_off():
+def test_guidance_is_off_outside_its_interval():
     plain, whole, none, part = stepper().run(
         [
             request(steps=6, guidance_scale=1.0),
@@ -101,7 +101,7 @@ def test_outside_of_its_interval_guidance_is_off():
     assert not torch.allclose(part, whole, atol=1e-3) and not torch.allclose(part, plain, atol=1e-3)
 
 
-def test_a_small_strength_stays_near_the_image_it_begins_from():
+def test_a_small_strength_stays_near_the_starting_image():
     start = torch.rand(3, 16, 16) * 2 - 1
     near, far = (
         stepper().run([replace(request(steps=20, sampler="ddim"), start=start, strength=strength)])[
@@ -115,14 +115,14 @@ def test_a_small_strength_stays_near_the_image_it_begins_from():
             stepper().submit(replace(request(), start=start, strength=strength))
 
 
-def test_inversion_gives_the_noise_that_leads_back():
+def test_sampling_from_inverted_noise_reproduces_the_image():
     """Exact only in the limit of small steps: 200 must be closer than 20 and than other noise."""
     image = stepper().run([request(steps=50, sampler="ddim", guidance_scale=1.0)])
 
     def error(steps):
-        one = request(steps=steps, sampler="ddim", guidance_scale=1.0)
-        noise = invert(stepper(), [one], image)[0]
-        return (stepper().run([replace(one, noise=noise)]) - image).abs().mean().item()
+        inversion = request(steps=steps, sampler="ddim", guidance_scale=1.0)
+        noise = invert(stepper(), [inversion], image)[0]
+        return (stepper().run([replace(inversion, noise=noise)]) - image).abs().mean().item()
 
     other = (
         (stepper().run([request(seed=8, steps=50, sampler="ddim", guidance_scale=1.0)]) - image)
@@ -133,21 +133,21 @@ def test_inversion_gives_the_noise_that_leads_back():
     assert error(200) < error(20) / 3 and error(200) < other / 3
 
 
-def test_images_of_one_caption_are_inverted_each_under_its_own_conditions():
-    wanted = [replace(request("upsampler", seed, steps=4), guidance_scale=3.0) for seed in (1, 2)]
-    images = stepper("upsampler").run(wanted)
+def test_images_with_one_caption_are_inverted_with_their_own_conditioning():
+    requests = [replace(request("upsampler", seed, steps=4), guidance_scale=3.0) for seed in (1, 2)]
+    images = stepper("upsampler").run(requests)
     alone = torch.cat(
         [
-            invert(stepper("upsampler"), [one], image[None])
-            for one, image in zip(wanted, images, strict=True)
+            invert(stepper("upsampler"), [single_request], image[None])
+            for single_request, image in zip(requests, images, strict=True)
         ]
     )
     assert torch.allclose(
-        invert(stepper("upsampler", batched=True), wanted, images), alone, atol=2e-3
+        invert(stepper("upsampler", batched=True), requests, images), alone, atol=2e-3
     )
 
 
-def test_a_seed_gives_one_picture_and_another_seed_another():
+def test_equal_seeds_give_equal_pictures_and_different_seeds_different_ones():
     images = stepper().run(
         [request(seed=1, steps=3), request(seed=1, steps=3), request(seed=2, steps=3)]
     )
@@ -155,42 +155,45 @@ def test_a_seed_gives_one_picture_and_another_seed_another():
     assert images.abs().max() <= 1
 
 
-def test_no_more_samples_are_in_flight_than_there_is_room_for():
-    crowd = stepper(max_in_flight=2)
+def test_samples_in_flight_never_exceed_the_capacity():
+    shared_stepper = stepper(max_in_flight=2)
     for seed in range(5):
-        crowd.submit(request(seed=seed, steps=2))
-    crowd.step()
-    assert (crowd.scheduler.in_flight, crowd.scheduler.queued) == (2, 3)
+        shared_stepper.submit(request(seed=seed, steps=2))
+    shared_stepper.step()
+    assert (shared_stepper.scheduler.in_flight, shared_stepper.scheduler.queued) == (2, 3)
     done = 0
-    while crowd.scheduler.in_flight or crowd.scheduler.queued:
-        done += len(crowd.step())
-        assert crowd.scheduler.in_flight <= 2
+    while shared_stepper.scheduler.in_flight or shared_stepper.scheduler.queued:
+        done += len(shared_stepper.step())
+        assert shared_stepper.scheduler.in_flight <= 2
     assert done == 5
 
 
-def finished(crowd):
+def finished(shared_stepper):
     """Tickets in the order of completion."""
     order = []
-    while crowd.scheduler.in_flight or crowd.scheduler.queued:
-        order += [ticket for ticket, _ in crowd.step()]
+    while shared_stepper.scheduler.in_flight or shared_stepper.scheduler.queued:
+        order += [ticket for ticket, _ in shared_stepper.step()]
     return order
 
 
 def test_a_short_sample_overtakes_a_long_one():
-    crowd = stepper(max_in_flight=4)
-    long = crowd.submit(request(steps=50))
+    shared_stepper = stepper(max_in_flight=4)
+    long = shared_stepper.submit(request(steps=50))
     for _ in range(10):
-        crowd.step()
-    short = crowd.submit(request(steps=5))
-    assert finished(crowd) == [short, long]
+        shared_stepper.step()
+    short = shared_stepper.submit(request(steps=5))
+    assert finished(shared_stepper) == [short, long]
 
 
-def test_a_request_for_many_pictures_does_not_make_one_for_a_single_picture_wait():
-    crowd = stepper(max_in_flight=2)
-    many = [crowd.submit(replace(request(seed=seed, steps=4), group="many")) for seed in range(6)]
-    crowd.step()
-    single = crowd.submit(replace(request(seed=9, steps=4), group="single"))
-    order = finished(crowd)
+def test_a_request_for_many_pictures_does_not_delay_a_single_picture():
+    shared_stepper = stepper(max_in_flight=2)
+    many = [
+        shared_stepper.submit(replace(request(seed=seed, steps=4), group="many"))
+        for seed in range(6)
+    ]
+    shared_stepper.step()
+    single = shared_stepper.submit(replace(request(seed=9, steps=4), group="single"))
+    order = finished(shared_stepper)
     assert order.index(single) <= 2 and [ticket for ticket in order if ticket != single] == many
 
 
@@ -198,16 +201,16 @@ def test_a_request_for_many_pictures_does_not_make_one_for_a_single_picture_wait
     "steps, previews, taken",
     [(8, 3, [2, 4, 6]), (5, 0, []), (3, 3, [1, 2]), (10, 1, [5]), (1, 3, [])],
 )
-def test_previews_are_the_predicted_image_at_even_distances(steps, previews, taken):
-    crowd, seen = stepper(), []
-    crowd.submit(
+def test_previews_are_the_predicted_image_at_evenly_spaced_steps(steps, previews, taken):
+    shared_stepper, seen = stepper(), []
+    shared_stepper.submit(
         replace(
             request(steps=steps),
             previews=previews,
-            on_preview=lambda image: seen.append((crowd.scheduler.steps_done + 1, image)),
+            on_preview=lambda image: seen.append((shared_stepper.scheduler.steps_done + 1, image)),
         )
     )
-    while not (done := crowd.step()):
+    while not (done := shared_stepper.step()):
         pass
     assert [step for step, _ in seen] == taken
     assert all(image.shape == (3, 16, 16) and image.abs().max() <= 1 for _, image in seen)
@@ -217,56 +220,62 @@ def test_previews_are_the_predicted_image_at_even_distances(steps, previews, tak
         assert errors[2] < errors[0]
 
 
-def test_a_caption_is_encoded_once_for_all_samples_that_have_it():
-    one, calls = stepper(), []
-    encode = one.model.encode_text
-    one.model.encode_text = lambda tokens, mask: calls.append(1) or encode(tokens, mask)
-    one.run(
+def test_a_caption_shared_by_samples_is_encoded_once():
+    shared_stepper, calls = stepper(), []
+    encode = shared_stepper.model.encode_text
+    shared_stepper.model.encode_text = lambda tokens, mask: calls.append(1) or encode(tokens, mask)
+    shared_stepper.run(
         [
             request(seed=seed, steps=2, prompt=prompt)
             for seed, prompt in enumerate(["a", "b", "a", "a", "b"])
         ]
     )
     assert len(calls) == 3  # both captions, and the empty one
-    one.run([request(steps=2, prompt="b")])
+    shared_stepper.run([request(steps=2, prompt="b")])
     assert len(calls) == 3
 
 
-def test_a_cancelled_sample_leaves_at_once_and_changes_no_other():
+def test_a_cancelled_sample_leaves_immediately_and_changes_no_other_sample():
     alone = stepper().run([request(steps=5)])[0]
-    crowd = stepper()
-    leaver, stayer = crowd.submit(request(seed=3, steps=9)), crowd.submit(request(steps=5))
-    crowd.step()
-    assert crowd.scheduler.cancel(leaver) and crowd.scheduler.in_flight == 1
-    assert not crowd.scheduler.cancel(leaver)
+    shared_stepper = stepper()
+    leaver, stayer = (
+        shared_stepper.submit(request(seed=3, steps=9)),
+        shared_stepper.submit(request(steps=5)),
+    )
+    shared_stepper.step()
+    assert shared_stepper.scheduler.cancel(leaver) and shared_stepper.scheduler.in_flight == 1
+    assert not shared_stepper.scheduler.cancel(leaver)
     images = {}
     while not images:
-        images.update(crowd.step())
+        images.update(shared_stepper.step())
     assert torch.equal(images[stayer], alone)
 
 
-def test_a_run_that_is_interrupted_leaves_nothing_to_the_next():
-    one, wanted = stepper(), [request(seed=seed, steps=3) for seed in (1, 2)]
+def test_an_interrupted_run_leaves_no_samples_for_the_next():
+    shared_stepper, requests = stepper(), [request(seed=seed, steps=3) for seed in (1, 2)]
 
     def interrupt(done, total):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        one.run(wanted, interrupt)
+        shared_stepper.run(requests, interrupt)
     with pytest.raises(UserError, match="no sampler 'euler'"):
-        one.run([request(seed=8, steps=3), request(sampler="euler")])
-    assert (one.scheduler.in_flight, one.scheduler.queued) == (0, 0) and torch.equal(
-        one.run(wanted), stepper().run(wanted)
+        shared_stepper.run([request(seed=8, steps=3), request(sampler="euler")])
+    assert (shared_stepper.scheduler.in_flight, shared_stepper.scheduler.queued) == (
+        0,
+        0,
+    ) and torch.equal(shared_stepper.run(requests), stepper().run(requests))
+
+
+def test_a_run_returns_only_its_own_samples():
+    shared_stepper = stepper()
+    shared_stepper.submit(request(seed=8, steps=1))
+    assert torch.equal(
+        shared_stepper.run([request(steps=3)])[0], stepper().run([request(steps=3)])[0]
     )
 
 
-def test_a_run_gives_its_own_samples_only():
-    one = stepper()
-    one.submit(request(seed=8, steps=1))
-    assert torch.equal(one.run([request(steps=3)])[0], stepper().run([request(steps=3)])[0])
-
-
-def test_known_pixels_are_kept_and_the_rest_is_painted():
+def test_known_pixels_are_kept_and_the_others_are_painted():
     import numpy as np
 
     known = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -280,7 +289,7 @@ def test_known_pixels_are_kept_and_the_rest_is_painted():
 
 
 def test_an_engine_answers_many_threads_and_matches_the_stepper():
-    wanted = stepper().run([request(seed=seed, steps=3) for seed in range(6)])
+    expected = stepper().run([request(seed=seed, steps=3) for seed in range(6)])
     engine = Engine(stepper(max_in_flight=3))
     results = {}
 
@@ -293,10 +302,10 @@ def test_an_engine_answers_many_threads_and_matches_the_stepper():
     for thread in threads:
         thread.join()
     engine.close()
-    assert all(torch.equal(results[seed], wanted[seed]) for seed in range(6))
+    assert all(torch.equal(results[seed], expected[seed]) for seed in range(6))
 
 
-def test_a_future_that_is_cancelled_frees_its_place_within_two_steps():
+def test_a_cancelled_future_frees_its_slot_within_two_steps():
     engine = Engine(stepper())
     future = engine.submit(request(steps=1000))
     while engine.load.steps < 2:
@@ -315,7 +324,7 @@ def test_a_future_that_is_cancelled_frees_its_place_within_two_steps():
     engine.close()
 
 
-def test_an_engine_counts_what_it_does():
+def test_an_engine_counts_its_samples_and_steps():
     engine = Engine(stepper(lanes=2))
     for future in [engine.submit(request(seed=seed, steps=4)) for seed in range(4)]:
         future.result(60)
@@ -332,7 +341,7 @@ def test_an_engine_counts_what_it_does():
     engine.close()
 
 
-def test_an_engine_that_is_asked_for_nonsense_answers_and_goes_on():
+def test_an_engine_refuses_an_invalid_request_and_continues():
     engine = Engine(stepper())
     with pytest.raises(UserError, match="no sampler 'euler'"):
         engine.submit(request(sampler="euler")).result(60)
@@ -342,20 +351,20 @@ def test_an_engine_that_is_asked_for_nonsense_answers_and_goes_on():
     engine.close()
 
 
-def failing(crowd, fails):
+def failing(shared_stepper, fails):
     """The stepper with a network that raises in call N, counted from 1, if `fails(N)`."""
-    network, calls = crowd.denoiser.network, itertools.count(1)
+    network, calls = shared_stepper.denoiser.network, itertools.count(1)
 
-    def call(*given):
+    def call(*inputs):
         if fails(next(calls)):
             raise RuntimeError("out of memory")
-        return network(*given)
+        return network(*inputs)
 
-    crowd.denoiser.network = call
-    return crowd
+    shared_stepper.denoiser.network = call
+    return shared_stepper
 
 
-def test_a_step_that_fails_does_so_for_those_in_flight_and_what_waits_has_its_own_try():
+def test_a_failed_step_fails_the_samples_in_flight_and_queued_ones_still_run():
     submitted = threading.Event()
     engine = Engine(failing(stepper(max_in_flight=1), lambda call: call == 2))
     # Its first step waits until the others are submitted.
@@ -373,7 +382,7 @@ def test_a_step_that_fails_does_so_for_those_in_flight_and_what_waits_has_its_ow
     engine.close()
 
 
-def test_where_every_step_fails_every_sample_is_told_so():
+def test_if_every_step_fails_every_future_gets_the_error():
     engine = Engine(failing(stepper(max_in_flight=2), lambda call: True))
     for future in [engine.submit(request(seed=seed, steps=2)) for seed in range(5)]:
         with pytest.raises(RuntimeError, match="out of memory"):
@@ -382,22 +391,22 @@ def test_where_every_step_fails_every_sample_is_told_so():
     engine.close()
 
 
-def test_an_image_that_a_fault_of_the_gpu_keeps_back_fails():
+def test_an_image_lost_by_a_gpu_fault_fails_its_future():
     class Lost:
         def cpu(self):
             raise RuntimeError("an illegal memory access was encountered")
 
-    crowd = stepper()
-    step = crowd.step
-    crowd.step = lambda: [(ticket, Lost()) for ticket, _ in step()]
-    engine = Engine(crowd)
+    shared_stepper = stepper()
+    step = shared_stepper.step
+    shared_stepper.step = lambda: [(ticket, Lost()) for ticket, _ in step()]
+    engine = Engine(shared_stepper)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         engine.submit(request(steps=2)).result(60)
     assert (engine.load.failed, engine.load.finished) == (1, 0)
     engine.close()
 
 
-def test_a_request_that_cannot_even_be_queued_fails_alone():
+def test_a_request_that_cannot_be_queued_fails_alone():
     engine = Engine(stepper())
     with pytest.raises((RuntimeError, ValueError, OverflowError)):
         engine.submit(request(seed=2**70)).result(60)
@@ -407,13 +416,15 @@ def test_a_request_that_cannot_even_be_queued_fails_alone():
 
 
 def test_a_closed_engine_cancels_unfinished_samples_and_reports_unhealthy():
-    engine, begun, go = Engine(stepper()), threading.Event(), threading.Event()
+    engine, first_preview, go = Engine(stepper()), threading.Event(), threading.Event()
     first = engine.submit(
         replace(
-            request(steps=1000), previews=999, on_preview=lambda image: begun.set() or go.wait(60)
+            request(steps=1000),
+            previews=999,
+            on_preview=lambda image: first_preview.set() or go.wait(60),
         )
     )
-    assert begun.wait(60)
+    assert first_preview.wait(60)
     second = engine.submit(request(steps=2))  # stays queued until the current step ends
     engine.check()
     closing = threading.Thread(target=engine.close)
@@ -430,14 +441,14 @@ def test_a_closed_engine_cancels_unfinished_samples_and_reports_unhealthy():
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_whose_thread_ends_by_a_fault_leaves_nobody_waiting():
-    crowd = stepper()
+def test_an_engine_whose_thread_dies_fails_all_waiting_futures():
+    shared_stepper = stepper()
 
     def end():
         raise SystemExit
 
-    crowd.step = end
-    engine = Engine(crowd)
+    shared_stepper.step = end
+    engine = Engine(shared_stepper)
     with pytest.raises(CancelledError):
         engine.submit(request(steps=2)).result(60)
     engine._thread.join(60)
@@ -465,19 +476,19 @@ def test_an_engine_whose_thread_ends_by_a_fault_leaves_nobody_waiting():
         ({"strength": 0.0}, "strength"),
     ],
 )
-def test_options_that_make_no_sense_name_their_field(options, param):
+def test_the_error_for_an_invalid_option_names_its_field(options, param):
     with pytest.raises(RequestError) as refusal:
         beside = {name: options.pop(name) for name in ("seed", "strength") if name in options}
         check_options(SampleOptions(**options), **beside)
     assert refusal.value.param == param
 
 
-def test_a_refusal_keeps_its_field_on_the_way_from_another_process():
+def test_a_request_error_keeps_its_field_when_pickled():
     again = pickle.loads(pickle.dumps(RequestError("steps are too many.", "steps")))
     assert (type(again), str(again), again.param) == (RequestError, "steps are too many.", "steps")
 
 
-def test_a_variation_that_keeps_nothing_is_the_same_beside_an_edit_that_does():
+def test_a_variation_without_known_pixels_is_unchanged_by_an_edit_in_its_batch():
     """Noise is drawn for known pixels only in samples that have any."""
     picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     kept = np.arange(256).reshape(16, 16) % 16 < 8

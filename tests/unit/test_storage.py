@@ -18,7 +18,7 @@ def root(request, tmp_path):
     )
 
 
-def test_what_is_put_is_read_listed_and_fetched(root):
+def test_a_stored_file_can_be_read_listed_and_fetched(root):
     for name in ("b/1.tar", "a.tar", "a.txt"):
         storage.put(name.encode(), f"{root}/{name}")
     assert list(storage.list_files(root, (".tar",))) == [f"{root}/a.tar", f"{root}/b/1.tar"]
@@ -34,14 +34,14 @@ def test_a_missing_file_is_named(root):
     assert list(storage.list_files(f"{root}/nothing", (".tar",))) == []
 
 
-def test_a_file_is_replaced_whole(root, tmp_path):
+def test_a_file_is_replaced_completely(root, tmp_path):
     storage.put(b"old", f"{root}/w")
     (tmp_path / "new").write_bytes(b"new" * 1000)
     storage.put(tmp_path / "new", f"{root}/w")
     assert storage.read(f"{root}/w") == b"new" * 1000
 
 
-def test_a_copy_in_the_cache_is_used_until_the_object_changes(s3):
+def test_a_cached_copy_is_used_until_the_object_changes(s3):
     storage.put(b"one", f"{s3}/cached/w")
     first = storage.fetch(f"{s3}/cached/w")
     written = os.stat(first).st_mtime_ns
@@ -50,7 +50,7 @@ def test_a_copy_in_the_cache_is_used_until_the_object_changes(s3):
     assert storage.fetch(f"{s3}/cached/w").read_bytes() == b"two"
 
 
-def test_an_object_that_was_damaged_is_refused(s3):
+def test_a_damaged_object_is_refused(s3):
     storage.put(b"right", f"{s3}/damaged")
     client = boto3.client("s3")
     meta = client.head_object(Bucket="corpus", Key="damaged")["Metadata"]
@@ -59,7 +59,7 @@ def test_an_object_that_was_damaged_is_refused(s3):
         storage.read(f"{s3}/damaged")
 
 
-def test_an_object_that_does_not_come_whole_is_asked_for_again(s3, s3_faults):
+def test_an_incomplete_download_is_retried(s3, s3_faults):
     storage.put(b"whole" * 1000, f"{s3}/torn/w")
     s3_faults.truncate("torn/w", times=4)
     assert storage.read(f"{s3}/torn/w") == b"whole" * 1000 and s3_faults.asked("GET", "torn/w") == 5
@@ -79,9 +79,7 @@ def test_an_object_that_does_not_come_whole_is_asked_for_again(s3, s3_faults):
     )
 
 
-def test_what_is_missing_is_asked_for_once_and_told_from_what_cannot_be_read(
-    s3, s3_faults, tmp_path
-):
+def test_a_missing_file_is_not_retried_and_differs_from_an_unreadable_one(s3, s3_faults, tmp_path):
     (tmp_path / "file").write_text("")
     for path in (f"{s3}/no/such", tmp_path / "such", tmp_path / "file" / "such"):
         with pytest.raises(MissingError, match="such"):
@@ -100,13 +98,13 @@ def test_listing_reads_every_page(s3):
     assert len(list(storage.list_files(f"{s3}/many", (".tar",)))) == 1005
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_an_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file/below/w"):
         storage.put(b"x", tmp_path / "file" / "below" / "w")
 
 
-def test_an_error_leaves_no_empty_folder_that_was_not_there_and_every_file(tmp_path):
+def test_after_an_error_new_empty_folders_are_removed_and_files_are_kept(tmp_path):
     for name in ("empty", "full"):
         with pytest.raises(ZeroDivisionError), storage.no_empty_folders(tmp_path / "new" / name):
             (tmp_path / "new" / name / "below").mkdir(parents=True)
@@ -122,9 +120,7 @@ def test_an_s3_path_without_a_bucket_is_refused():
         storage.read("s3:///key")
 
 
-def test_with_a_twentieth_of_all_requests_failing_nothing_fails_and_nothing_is_left_wrong(
-    s3, s3_faults, tmp_path
-):
+def test_storage_works_correctly_while_5_percent_of_all_requests_fail(s3, s3_faults, tmp_path):
     """boto3 retries a truncated listing, which is invalid XML; a large object goes in parts."""
     large = tmp_path / "large"
     large.write_bytes(os.urandom(24 * 2**20))
@@ -145,7 +141,7 @@ def test_with_a_twentieth_of_all_requests_failing_nothing_fails_and_nothing_is_l
     }
 
 
-def test_the_cache_keeps_to_its_limit_and_what_was_used_last(s3, tmp_path, monkeypatch):
+def test_the_cache_stays_within_its_limit_and_keeps_recently_used_files(s3, tmp_path, monkeypatch):
     monkeypatch.setenv("GLIDE_CACHE_GB", "0.003")
     monkeypatch.setattr(storage, "IN_USE_SECONDS", 0)
     copies = []

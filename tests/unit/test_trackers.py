@@ -33,7 +33,7 @@ PICTURE = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
 
 
 @pytest.fixture(autouse=True)
-def surroundings(monkeypatch, tmp_path):
+def isolated_environment(monkeypatch, tmp_path):
     """Hide the user's configuration, and shorten the waits between retries."""
     monkeypatch.setattr(trackers, "RETRY_SECONDS", 0.1)
     for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_"))]:
@@ -96,16 +96,16 @@ def texts(folder, name):
     ]
 
 
-def test_tensorboard_has_figures_pictures_events_and_the_preset(tmp_path):
-    made, warned = start(tmp_path, "tensorboard")
-    made.metrics(0, {"held_out": 1.5})
-    made.metrics(
+def test_tensorboard_contains_figures_pictures_events_and_the_preset(tmp_path):
+    run_trackers, warned = start(tmp_path, "tensorboard")
+    run_trackers.metrics(0, {"held_out": 1.5})
+    run_trackers.metrics(
         10, {"step": 10, "loss": 0.5, "epoch": 1, "device": "cpu", "nothing": float("nan")}
     )
-    made.image(8, "samples", PICTURE)
-    made.add_event(9, "a worker was lost")
-    made.close()
-    made.close()
+    run_trackers.image(8, "samples", PICTURE)
+    run_trackers.add_event(9, "a worker was lost")
+    run_trackers.close()
+    run_trackers.close()
     assert scalars(tmp_path, "held_out") == [(0, 1.5)] and scalars(tmp_path, "loss") == [(10, 0.5)]
     assert set(events(tmp_path).Tags()["scalars"]) == {"held_out", "loss", "epoch", "nothing"}
     picture = events(tmp_path).Images("samples")[0]
@@ -116,7 +116,7 @@ def test_tensorboard_has_figures_pictures_events_and_the_preset(tmp_path):
     assert "| train.batch | " in texts(tmp_path, "preset")[0][1] and not warned
 
 
-def test_a_run_that_is_started_again_has_each_step_once_in_tensorboard_as_done_last(tmp_path):
+def test_after_a_restart_tensorboard_has_each_step_once_with_its_latest_values(tmp_path):
     before, _ = start(tmp_path, "tensorboard")
     for step in (0, 10, 20, 30):
         before.metrics(step, {"loss": step})
@@ -131,16 +131,16 @@ def test_a_run_that_is_started_again_has_each_step_once_in_tensorboard_as_done_l
 
 
 @pytest.mark.parametrize("rewinds", [False, True])
-def test_steps_that_workers_do_again_stand_once(tmp_path, rewinds):
-    made, _ = start(tmp_path, "tensorboard")
+def test_repeated_steps_appear_once(tmp_path, rewinds):
+    run_trackers, _ = start(tmp_path, "tensorboard")
     for step in (10, 20, 30):
-        made.metrics(step, {"loss": step})
+        run_trackers.metrics(step, {"loss": step})
     if rewinds:
-        made.rewind(11)
+        run_trackers.rewind(11)
     for step in (20, 30, 40):
-        made.metrics(step, {"loss": step + 0.5})
-    made.metrics(30, {"average_held_out": 7})  # computed in the background, hence late
-    made.close()
+        run_trackers.metrics(step, {"loss": step + 0.5})
+    run_trackers.metrics(30, {"average_held_out": 7})  # computed in the background, hence late
+    run_trackers.close()
     own = 0.5 if rewinds else 0
     assert scalars(tmp_path, "loss") == [(10, 10), (20, 20 + own), (30, 30 + own), (40, 40.5)]
     assert scalars(tmp_path, "average_held_out") == [(30, 7)]
@@ -148,19 +148,19 @@ def test_steps_that_workers_do_again_stand_once(tmp_path, rewinds):
 
 # The warning is about TensorBoard's own thread.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_tensorboards_folder_that_cannot_be_written_to_stops_nothing_and_is_told_of_once(tmp_path):
-    made, warned = start(tmp_path, "tensorboard")
-    made.metrics(10, {"loss": 1})
+def test_an_unwritable_tensorboard_folder_gives_one_warning_and_does_not_stop_training(tmp_path):
+    run_trackers, warned = start(tmp_path, "tensorboard")
+    run_trackers.metrics(10, {"loss": 1})
     until(lambda: (tmp_path / "tensorboard").exists() and scalars(tmp_path, "loss"))
     shutil.rmtree(tmp_path / "tensorboard")
     (tmp_path / "tensorboard").write_text("in the way")
     for step in (20, 30):
-        made.metrics(step, {"loss": 2})
+        run_trackers.metrics(step, {"loss": 2})
     until(lambda: warned)
     time.sleep(0.3)
     (tmp_path / "tensorboard").unlink()
-    made.metrics(40, {"loss": 3})
-    made.close()
+    run_trackers.metrics(40, {"loss": 3})
+    run_trackers.close()
     assert (
         len(warned) == 1
         and warned[0].startswith("TensorBoard cannot be written to: ")
@@ -186,14 +186,14 @@ def history(name, uri=None):
     ]
 
 
-def test_mlflow_has_a_run_that_goes_on_when_started_again(tmp_path):
-    made, warned = start(tmp_path, "mlflow")
-    made.metrics(10, {"loss": 0.5, "held_out": 0.25})
-    made.metrics(20, {"loss": 0.4})
-    made.image(10, "samples", PICTURE)
-    made.add_event(10, "a worker was lost")
-    made.add_event(10, "it is back")
-    made.close(failed=True)
+def test_a_restarted_run_continues_its_mlflow_run(tmp_path):
+    run_trackers, warned = start(tmp_path, "mlflow")
+    run_trackers.metrics(10, {"loss": 0.5, "held_out": 0.25})
+    run_trackers.metrics(20, {"loss": 0.4})
+    run_trackers.image(10, "samples", PICTURE)
+    run_trackers.add_event(10, "a worker was lost")
+    run_trackers.add_event(10, "it is back")
+    run_trackers.close(failed=True)
     client, (run,) = mlflow_runs()
     assert run.info.status == "FAILED" and run.info.run_name == "nano-base"
     again, _ = start(tmp_path, "mlflow", first_step=11, warned=warned, settings=["steps=77"])
@@ -224,11 +224,11 @@ def test_mlflow_has_a_run_that_goes_on_when_started_again(tmp_path):
     assert not warned
 
 
-def test_what_mlflow_refuses_is_dropped_and_the_rest_arrives(tmp_path):
-    made, warned = start(tmp_path, "mlflow")
-    made.metrics(10, {"loss (%)": 1})
-    made.metrics(20, {"loss": 2})
-    made.close()
+def test_values_refused_by_mlflow_are_dropped_and_the_others_arrive(tmp_path):
+    run_trackers, warned = start(tmp_path, "mlflow")
+    run_trackers.metrics(10, {"loss (%)": 1})
+    run_trackers.metrics(20, {"loss": 2})
+    run_trackers.close()
     assert history("loss") == [(20, 2)]
     assert len(warned) == 1 and "loss (%)" in warned[0]
 
@@ -288,50 +288,48 @@ while True:
 @pytest.fixture
 def server(tmp_path):
     pytest.importorskip("flask")  # installed with moto
-    made = MlflowServer(tmp_path / "server")
-    yield made
-    made.end()
+    mlflow_server = MlflowServer(tmp_path / "server")
+    yield mlflow_server
+    mlflow_server.end()
 
 
-def test_an_mlflow_server_that_goes_away_and_comes_back_has_everything(
-    tmp_path, monkeypatch, server
-):
+def test_an_mlflow_server_receives_everything_after_an_outage(tmp_path, monkeypatch, server):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-    made, warned = start(tmp_path, "mlflow")
-    made.metrics(10, {"loss": 1})
+    run_trackers, warned = start(tmp_path, "mlflow")
+    run_trackers.metrics(10, {"loss": 1})
     until(lambda: history("loss"))
     server.toggle(up=False)
     began = time.monotonic()
     for step in (20, 30, 40):
-        made.metrics(step, {"loss": step})
-    made.image(40, "samples", PICTURE)
+        run_trackers.metrics(step, {"loss": step})
+    run_trackers.image(40, "samples", PICTURE)
     assert time.monotonic() - began < 3
     until(lambda: warned)
     time.sleep(0.3)
     server.toggle(up=True)
-    made.metrics(50, {"loss": 50})
-    made.close()
+    run_trackers.metrics(50, {"loss": 50})
+    run_trackers.close()
     assert history("loss") == [(10, 1), (20, 20), (30, 30), (40, 40), (50, 50)]
     client, (run,) = mlflow_runs()
     assert run.info.status == "FINISHED" and client.list_artifacts(run.info.run_id, "images")
     assert len(warned) == 1 and warned[0].startswith("MLflow cannot be written to: ")
 
 
-def test_an_mlflow_server_that_is_never_there_stops_nothing_and_its_password_is_not_told(
+def test_an_absent_mlflow_server_does_not_stop_training_and_its_password_stays_secret(
     tmp_path, monkeypatch
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:dark-secret@127.0.0.1:{free_port()}")
     began = time.monotonic()
-    made, warned = start(tmp_path, "mlflow")
+    run_trackers, warned = start(tmp_path, "mlflow")
     for step in range(100):
-        made.metrics(step, {"loss": 1})
-    made.add_event(3, "x")
-    made.close()
+        run_trackers.metrics(step, {"loss": 1})
+    run_trackers.add_event(3, "x")
+    run_trackers.close()
     assert time.monotonic() - began < 30
     assert len(warned) == 1 and "dark-secret" not in warned[0] and "127.0.0.1" in warned[0]
 
 
-def test_an_address_of_no_kind_that_mlflow_knows_is_refused_in_one_sentence(tmp_path, monkeypatch):
+def test_an_address_that_mlflow_does_not_support_is_refused_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "gopher://somewhere")
     with pytest.raises(
         UserError,
@@ -410,19 +408,19 @@ class Listener:
             self.calls += 1
 
 
-def test_wandb_offline_has_everything_and_calls_nobody(tmp_path, monkeypatch, wandb):
+def test_wandb_offline_contains_everything_and_opens_no_connection(tmp_path, monkeypatch, wandb):
     listener = Listener()
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "WANDB_BASE_URL"):
         monkeypatch.setenv(name, listener.url)
-    made, warned = start(tmp_path, "wandb")
-    made.metrics(0, {"held_out": 1.5})
-    made.metrics(10, {"loss": 0.5})
-    made.metrics(10, {"held_out": 0.75})
-    made.image(8, "samples", PICTURE)
-    made.add_event(9, "a worker was lost")
-    made.metrics(10, {"loss": 0.5})
-    made.metrics(20, {"loss": 0.25})
-    made.close()
+    run_trackers, warned = start(tmp_path, "wandb")
+    run_trackers.metrics(0, {"held_out": 1.5})
+    run_trackers.metrics(10, {"loss": 0.5})
+    run_trackers.metrics(10, {"held_out": 0.75})
+    run_trackers.image(8, "samples", PICTURE)
+    run_trackers.add_event(9, "a worker was lost")
+    run_trackers.metrics(10, {"loss": 0.5})
+    run_trackers.metrics(20, {"loss": 0.25})
+    run_trackers.close()
     again, _ = start(tmp_path, "wandb", first_step=21, warned=warned)
     again.metrics(30, {"loss": 0.125})
     again.close()
@@ -451,20 +449,20 @@ def test_wandb_offline_has_everything_and_calls_nobody(tmp_path, monkeypatch, wa
     assert listener.calls == 0 and not warned
 
 
-def test_a_wandb_service_that_is_killed_stops_nothing_and_is_started_again(tmp_path, wandb):
-    made, warned = start(tmp_path, "wandb")
-    made.metrics(10, {"loss": 1})
+def test_a_killed_wandb_service_is_restarted_and_does_not_stop_training(tmp_path, wandb):
+    run_trackers, warned = start(tmp_path, "wandb")
+    run_trackers.metrics(10, {"loss": 1})
     # W&B's process has received the row, but writes it later.
-    until(lambda: made._threads[0]._store._row == 10)
+    until(lambda: run_trackers._threads[0]._store._row == 10)
     (service,) = children("wandb-core")
     os.kill(service, signal.SIGKILL)
     for step in range(20, 1000, 10):  # the first rows may still go to the killed process
-        made.metrics(step, {"loss": step})
+        run_trackers.metrics(step, {"loss": step})
         time.sleep(0.1)
         if warned:
             break
-    made.metrics(1000, {"loss": 1000})
-    made.close()
+    run_trackers.metrics(1000, {"loss": 1000})
+    run_trackers.close()
     until(lambda: [fields["loss"] for _, fields in rows(tmp_path)][-2:] == [step, 1000])
     assert len(warned) == 1 and warned[0].startswith("Weights & Biases cannot be written to: ")
 
@@ -485,7 +483,7 @@ def children(name):
     return found
 
 
-def test_wandb_without_a_key_is_refused_before_it_asks_on_the_terminal(
+def test_wandb_without_a_key_is_refused_before_it_prompts_on_the_terminal(
     tmp_path, monkeypatch, wandb
 ):
     monkeypatch.setenv("WANDB_MODE", "online")
@@ -497,7 +495,7 @@ def test_wandb_without_a_key_is_refused_before_it_asks_on_the_terminal(
         start(tmp_path, "wandb")
 
 
-def test_wandb_settings_that_are_none_are_refused_in_one_sentence(tmp_path, monkeypatch, wandb):
+def test_invalid_wandb_settings_are_refused_in_one_sentence(tmp_path, monkeypatch, wandb):
     monkeypatch.setenv("WANDB_MODE", "sometimes")
     with pytest.raises(
         UserError,
@@ -507,7 +505,7 @@ def test_wandb_settings_that_are_none_are_refused_in_one_sentence(tmp_path, monk
         start(tmp_path, "wandb")
 
 
-def test_a_wandb_server_that_is_away_stops_nothing_and_the_key_is_not_told(
+def test_an_absent_wandb_server_does_not_stop_training_and_the_key_stays_secret(
     tmp_path, monkeypatch, wandb
 ):
     for name, value in {
@@ -519,10 +517,10 @@ def test_a_wandb_server_that_is_away_stops_nothing_and_the_key_is_not_told(
     }.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     began = time.monotonic()
-    made, warned = start(tmp_path, "wandb")
-    made.metrics(10, {"loss": 1})
+    run_trackers, warned = start(tmp_path, "wandb")
+    run_trackers.metrics(10, {"loss": 1})
     until(lambda: warned)
-    made.close()
+    run_trackers.close()
     assert time.monotonic() - began < 60
     assert (
         len(warned) == 1
@@ -542,7 +540,7 @@ def test_a_wandb_server_that_is_away_stops_nothing_and_the_key_is_not_told(
         ("mlflow", "mlflow", "pip install 'glide_ray\\[trackers\\]'"),
     ],
 )
-def test_a_missing_package_is_named_with_the_command_that_mends_it(
+def test_the_error_of_a_missing_package_names_the_command_that_installs_it(
     tmp_path, monkeypatch, name, module, command
 ):
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
@@ -557,25 +555,25 @@ def test_a_missing_package_is_named_with_the_command_that_mends_it(
     assert "glide-TensorBoard" not in Counter(thread.name for thread in threading.enumerate())
 
 
-def test_a_run_without_trackers_tells_nobody(tmp_path):
+def test_a_run_without_trackers_sends_nothing(tmp_path):
     assert override(tiny(), ["trackers=none"]).train.trackers == ()
-    made = open_trackers((), tmp_path, tiny(), "run-7")
-    made.metrics(1, {"loss": 1})
-    made.close()
+    run_trackers = open_trackers((), tmp_path, tiny(), "run-7")
+    run_trackers.metrics(1, {"loss": 1})
+    run_trackers.close()
     assert not list(tmp_path.iterdir())
 
 
-def test_several_trackers_are_told_the_same_and_a_failing_one_holds_up_none(tmp_path, monkeypatch):
+def test_several_trackers_receive_the_same_and_a_failing_one_delays_no_other(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     warned = []
-    made = open_trackers(
+    run_trackers = open_trackers(
         tiny("base", "trackers=mlflow,tensorboard").train.trackers,
         tmp_path,
         tiny(),
         "run-7",
         warn=warned.append,
     )
-    made.metrics(10, {"loss": 1})
+    run_trackers.metrics(10, {"loss": 1})
     until(
         lambda: (
             (tmp_path / "tensorboard").exists()
@@ -583,5 +581,5 @@ def test_several_trackers_are_told_the_same_and_a_failing_one_holds_up_none(tmp_
             and warned
         )
     )
-    made.close()
+    run_trackers.close()
     assert len(warned) == 1 and scalars(tmp_path, "loss") == [(10, 1)]

@@ -47,7 +47,7 @@ def test_a_fresh_model_predicts_no_noise_and_every_parameter_is_initialised():
 
 
 @pytest.mark.parametrize("kind", ["base", "upsampler"])
-def test_every_parameter_takes_part_in_the_output(kind):
+def test_every_parameter_affects_the_output(kind):
     unet = tiny(kind).model.unet
     model = random_model(unet).requires_grad_(True)
     output = model(*inputs(unet))
@@ -59,7 +59,7 @@ def test_every_parameter_takes_part_in_the_output(kind):
     ]
 
 
-def test_text_that_is_computed_once_gives_the_same_output():
+def test_precomputed_text_gives_the_same_output():
     unet = tiny().model.unet
     model = random_model(unet)
     x, timestep, conditioning = inputs(unet)
@@ -70,14 +70,14 @@ def test_text_that_is_computed_once_gives_the_same_output():
     assert len(text.keys_values) == len(model.attention_layers())
 
 
-def test_channels_last_and_contiguous_memory_agree():
+def test_channels_last_and_contiguous_memory_give_the_same_output():
     unet = tiny().model.unet
     last, contiguous = random_model(unet).to(memory_format=torch.channels_last), random_model(unet)
     contiguous.memory_format = torch.contiguous_format
     assert torch.allclose(last(*inputs(unet)).eps, contiguous(*inputs(unet)).eps, atol=1e-5)
 
 
-def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients():
+def test_activation_checkpointing_saves_memory_and_gives_the_same_gradients():
     unet = tiny().model.unet
 
     def run(checkpointing):
@@ -101,28 +101,28 @@ def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients():
     )
 
 
-def test_the_known_pixels_of_a_fresh_inpainting_model_weigh_nothing():
+def test_the_known_channels_of_a_fresh_inpainting_model_have_zero_weights():
     unet = tiny().model.unet.model_copy(update={"inpaint": True})
     model = GlideUNet(unet)
     assert not model.stem.weight[:, 3:7].any() and model.stem.weight[:, :3].any()
 
 
-def test_an_inpainting_model_sees_the_known_part_only():
+def test_an_inpainting_model_sees_only_the_known_pixels():
     unet = tiny().model.unet.model_copy(update={"inpaint": True})
     model = random_model(unet)
     x, timestep, conditioning = inputs(unet)
     known, mask = torch.rand(2, 3, 16, 16), torch.zeros(2, 1, 16, 16)
     mask[:, :, :8] = 1
     other = torch.where(mask > 0, known, -known)
-    given = [
+    outputs = [
         model(x, timestep, replace(conditioning, known=image, known_mask=mask)).eps
         for image in (known, other)
     ]
-    assert torch.equal(*given)
-    assert not torch.equal(given[0], model(x, timestep, conditioning).eps)
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], model(x, timestep, conditioning).eps)
 
 
-def test_an_upsampler_without_its_low_res_image_says_so():
+def test_an_upsampler_without_its_low_res_image_is_refused():
     unet = tiny("upsampler").model.unet
     x, timestep, conditioning = inputs(unet)
     with pytest.raises(ValueError, match="low_res"):
@@ -138,7 +138,7 @@ def test_sixteen_bit_outputs_are_near_float32(dtype):
     assert (rough - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-def test_information_counts_parameters_and_operations_as_they_are():
+def test_inspect_agrees_with_the_models_parameters_and_torchs_flop_counter():
     preset = tiny()
     info = inspect(preset.model)
     model = GlideUNet(preset.model.unet)
@@ -150,7 +150,7 @@ def test_information_counts_parameters_and_operations_as_they_are():
     assert info.flops + info.text_flops == counter.get_total_flops()
 
 
-def test_squares_of_pixels_that_are_folded_come_out_where_they_were():
+def test_patches_are_unfolded_to_the_pixels_they_were_folded_from():
     config = tiny("base", "model.unet.patch=2", "model.unet.attention_sizes=4").model.unet
     model = random_model(config)
     seen = {}
@@ -170,7 +170,7 @@ def test_squares_of_pixels_that_are_folded_come_out_where_they_were():
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_a_network_that_predicts_v_gives_the_eps_that_x_t_was_made_with(schedule):
+def test_a_v_prediction_network_returns_the_eps_of_x_t(schedule):
     diffusion = DiffusionConfig(schedule=schedule)
     model = GlideUNet(tiny("base", "model.unet.prediction=v").model.unet, diffusion).eval()
     x0, eps, i = (
@@ -192,7 +192,7 @@ def test_a_network_that_predicts_v_gives_the_eps_that_x_t_was_made_with(schedule
 
 
 @pytest.mark.parametrize("kind", ["base", "upsampler"])
-def test_a_network_that_predicts_x0_gives_the_eps_that_leads_there(kind):
+def test_an_x0_prediction_network_returns_the_matching_eps(kind):
     model = GlideUNet(tiny(kind, "model.unet.prediction=x0").model.unet).eval()
     x, timestep, conditioning = inputs(model.config)
     output = model(x, timestep, conditioning)  # the last layer is zero
@@ -205,7 +205,7 @@ def test_a_network_that_predicts_x0_gives_the_eps_that_leads_there(kind):
     assert torch.allclose(x0, low, atol=1e-4)
 
 
-def test_attention_written_out_agrees_with_pytorchs_in_16_bits():
+def test_manual_attention_agrees_with_pytorchs_in_16_bits():
     query, key, value = (torch.randn(2, 3, 20, 16).bfloat16().requires_grad_() for _ in range(3))
     exact = torch.nn.functional.scaled_dot_product_attention(
         query.float(), key.float(), value.float()
@@ -217,7 +217,7 @@ def test_attention_written_out_agrees_with_pytorchs_in_16_bits():
     )
 
 
-def test_known_channels_are_added_where_squares_are_folded():
+def test_known_channels_can_be_added_to_a_model_with_patches():
     plain = tiny("base", "model.unet.patch=2", "model.unet.attention_sizes=4").model.unet
     inpaint = plain.model_copy(update={"inpaint": True})
     before, after = random_model(plain), GlideUNet(inpaint).eval().requires_grad_(False)
@@ -225,5 +225,5 @@ def test_known_channels_are_added_where_squares_are_folded():
     x, known = torch.randn(1, 3, 16, 16), torch.randn(1, 3, 16, 16)
     tokens, mask = torch.zeros(1, 128, dtype=torch.int64), torch.zeros(1, 128, dtype=torch.bool)
     expected = before(x, torch.tensor([500]), Conditioning(tokens, mask)).eps
-    given = Conditioning(tokens, mask, known=known, known_mask=torch.ones(1, 1, 16, 16))
-    assert torch.allclose(after(x, torch.tensor([500]), given).eps, expected, atol=1e-5)
+    conditioning = Conditioning(tokens, mask, known=known, known_mask=torch.ones(1, 1, 16, 16))
+    assert torch.allclose(after(x, torch.tensor([500]), conditioning).eps, expected, atol=1e-5)

@@ -31,7 +31,7 @@ def batches(seed=0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_captions_come_to_explain_pictures_and_the_unet_stays_as_it_is(dtype):
+def test_learn_words_makes_captions_explain_pictures_and_keeps_the_unet(dtype):
     model = random_model(tiny().model.unet).requires_grad_(True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert learn_words(model, batches(), 0.1, dtype=dtype) > 0.9
@@ -41,7 +41,7 @@ def test_captions_come_to_explain_pictures_and_the_unet_stays_as_it_is(dtype):
     assert changed and all(name.startswith("text.") for name in changed)
 
 
-def test_the_pooled_text_of_captions_is_centred_and_of_one_spread():
+def test_the_pooled_text_features_are_standardised():
     model = random_model(tiny().model.unet).requires_grad_(True)
     learn_words(model, batches(), 0.02)
     seen = torch.cat(
@@ -54,7 +54,7 @@ def test_the_pooled_text_of_captions_is_centred_and_of_one_spread():
     assert seen.std(0).mean().item() == pytest.approx(SPREAD, rel=0.3)
 
 
-def test_standardising_changes_the_layer_so_that_the_same_input_has_that_mean_and_spread():
+def test_standardising_gives_the_layers_output_the_requested_mean_and_spread():
     torch.manual_seed(0)
     pool, x = torch.nn.Linear(5, 7), torch.randn(1000, 5)
     standardise(pool, pool(x))

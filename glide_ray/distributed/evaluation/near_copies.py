@@ -17,7 +17,7 @@ from ... import storage
 from ...config.sampling import BulkConfig
 from ...data.images import ImageError, centre_crop, decode, encode
 from ...errors import UserError
-from ...evaluation.neighbours import Nearest, nearest, same_picture, to_own
+from ...evaluation.neighbours import Nearest, nearest, nearest_with_caption, same_picture
 from ...evaluation.pages import Picture, Section, page, thumbnail
 from ...evaluation.report import contact_sheet, on_square
 from ...models.clip_scorer import fetch_clip
@@ -152,7 +152,9 @@ def _distances(
     generated: EmbeddedCorpus, trained: EmbeddedCorpus, found: Nearest, baseline: Nearest
 ) -> dict[str, Any]:
     """Figures of the nearest training images: `found` of generated, `baseline` of held-out ones."""
-    own = to_own(generated.features, generated.captions, trained.features, trained.captions)
+    own = nearest_with_caption(
+        generated.features, generated.captions, trained.features, trained.captions
+    )
     near = float(np.quantile(baseline.distances, 0.01))
     return {
         "pictures": len(generated.names),

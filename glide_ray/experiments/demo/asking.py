@@ -67,10 +67,10 @@ def ask(out: Path, plan: Plan, pair: Pair, tuned: Path, name: str) -> Result:
     with (
         serving(config) as url,
         httpx.Client(base_url=url, timeout=ANSWER_SECONDS) as http,
-        bar("  pictures", "picture", plan.requests) as shown,
+        bar("  pictures", "picture", plan.requests) as progress,
     ):
         models = http.get("/v1/models").json()["data"]
-        client = Client(http, out, plan.options, shown.update)
+        client = Client(http, out, plan.options, progress.update)
         result = {
             "models": models,
             "pairs": _pairs(client, plan, name),
@@ -85,10 +85,10 @@ class Client:
     """Requests pictures and writes each on arrival; its PNG carries its recipe."""
 
     def __init__(
-        self, http: httpx.Client, out: Path, options: SampleOptions, told: Callable[[], Any]
+        self, http: httpx.Client, out: Path, options: SampleOptions, on_picture: Callable[[], Any]
     ):
-        given = options.model_dump(exclude_defaults=True, exclude_none=True)
-        self._http, self._told, self._options = http, told, given
+        fields = options.model_dump(exclude_defaults=True, exclude_none=True)
+        self._http, self._on_picture, self._options = http, on_picture, fields
         self.out = out
         self.written: list[str] = []
 
@@ -153,7 +153,7 @@ class Client:
             )
         png = base64.b64decode(answer.json()["data"][0]["b64_json"])
         self._write(name, png)
-        self._told()
+        self._on_picture()
         return np.asarray(decode(png))
 
     def _write(self, name: str, png: bytes) -> str:
@@ -180,13 +180,13 @@ def mask_png(known: np.ndarray) -> bytes:
 
 def _pairs(client: Client, plan: Plan, tuned: str) -> list[Result]:
     """Pictures of the same prompts and seeds by the shipped and by the fine-tuned model."""
-    asked = [
+    requests = [
         (f"{when}-{file_name(prompt)}", prompt, seed, model)
         for seed, prompt in enumerate(plan.pairs)
         for when, model in (("before", None), ("after", tuned))
     ]
     with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-        images = list(pool.map(lambda one: client.generate(*one), asked))
+        images = list(pool.map(lambda request: client.generate(*request), requests))
     draw_pairs(client.out, plan.pairs, images[::2], images[1::2])
     return [
         {
@@ -218,7 +218,7 @@ def _edit(client: Client, plan: Plan) -> Result:
 
 def _sketches(client: Client, plan: Plan, tuned: str) -> list[Result]:
     """Pictures that start from drawings."""
-    rows, shown = [], []
+    rows, figure_rows = [], []
     for sketch in plan.sketches:
         drawing = draw_sketch(sketch.drawing)
         answers = [
@@ -232,7 +232,7 @@ def _sketches(client: Client, plan: Plan, tuned: str) -> list[Result]:
             )
             for prompt, strength, from_tuned in sketch.answers
         ]
-        shown.append((drawing, answers))
+        figure_rows.append((drawing, answers))
         rows.append(
             {
                 "drawing": client.keep(f"sketch-{sketch.drawing}", drawing),
@@ -246,7 +246,7 @@ def _sketches(client: Client, plan: Plan, tuned: str) -> list[Result]:
                 ],
             }
         )
-    draw_sketches(client.out, plan.sketches, shown)
+    draw_sketches(client.out, plan.sketches, figure_rows)
     return rows
 
 

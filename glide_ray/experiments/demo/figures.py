@@ -45,11 +45,13 @@ def draw_edit(
 
 
 def draw_sketches(
-    out: Path, sketches: Sequence[Sketch], shown: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]]
+    out: Path,
+    sketches: Sequence[Sketch],
+    pictures: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]],
 ) -> None:
     """Write SKETCH: each drawing, followed by the pictures that started from it."""
     images, labels = [], []
-    for sketch, (drawing, answers) in zip(sketches, shown, strict=True):
+    for sketch, (drawing, answers) in zip(sketches, pictures, strict=True):
         images += [drawing, *answers]
         labels += [
             "sketch",

@@ -25,9 +25,9 @@ QUALITIES = (92, 85, 75, 60)  # of WebP, tried in order until the copies are sma
 def write_page(out: Path) -> None:
     """Write PAGE to `out` with the results so far. The page needs no network."""
     results = Results(out)
-    given: dict[str, Any] = {stage: results.read(stage) for stage in STAGES}
+    stages: dict[str, Any] = {stage: results.read(stage) for stage in STAGES}
     text = _template().render(
-        **given, out=out, style=STYLE, curve=LOSS, credits=_credits(given["answers"])
+        **stages, out=out, style=STYLE, curve=LOSS, credits=_credits(stages["answers"])
     )
     storage.put(text.encode(), out / PAGE)
 

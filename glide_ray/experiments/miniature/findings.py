@@ -16,10 +16,20 @@ import numpy as np
 
 from ...evaluation import elo, metrics
 from ...evaluation.elo import Vote
-from .pictures import BEST, CLIP_GUIDED, CLIPS, FREE, GUIDED, SMALL, UNGUIDED, SetFeatures
+from .pictures import (
+    BEST,
+    CLASSIFIER_FREE,
+    CLIP_GUIDED,
+    CLIPS,
+    GUIDED,
+    SMALL,
+    UNGUIDED,
+    SetFeatures,
+)
 
-ERRORS = 2.0  # least distance of a difference from zero, in standard errors
-LEAST = "guidance-1.5"  # set with the smallest distance to real pictures in the paper (table 2)
+MIN_ERRORS = 2.0  # least distance of a difference from zero, in standard errors
+# Set with the smallest distance to real pictures in the paper (table 2)
+NEAREST_SET = "guidance-1.5"
 DRAWS = 200  # bootstrap resamples
 Sets = Mapping[str, SetFeatures]
 
@@ -28,12 +38,15 @@ Sets = Mapping[str, SetFeatures]
 class Finding:
     """A finding of the paper and whether it holds here.
 
-    `text`: the finding; `here`: the figures measured here.
+    `text`: the finding; `measured`: the figures of these experiments.
     """
 
     text: str
-    here: str
+    measured: str
     holds: bool
+
+    def as_json(self) -> dict[str, Any]:
+        return {"text": self.text, "here": self.measured, "holds": self.holds}
 
 
 @dataclass(frozen=True)
@@ -52,11 +65,11 @@ class Gain:
 
     @property
     def up(self) -> bool:
-        return self.mean > ERRORS * self.error
+        return self.mean > MIN_ERRORS * self.error
 
     @property
     def down(self) -> bool:
-        return -self.mean > ERRORS * self.error
+        return -self.mean > MIN_ERRORS * self.error
 
     def __str__(self) -> str:
         return f"{self.mean:+.3g} (standard error {self.error:.2g})"
@@ -74,7 +87,7 @@ def findings(
         _diversity_for_fidelity(sets, real),
         _least_distance(sets, real),
         _clip_raises_more(sets),
-        *(_preferred(question, of) for question, of in votes.items()),
+        *(_preferred(question, question_votes) for question, question_votes in votes.items()),
         _more_than_size(sets),
         _joins_better(painted),
     ]
@@ -134,13 +147,13 @@ def standings(votes: Mapping[str, Sequence[Vote]]) -> dict[str, Mapping[str, elo
 
     Leaves out a question in which one set won, or lost, every comparison: it has no Elo scores.
     """
-    found = {}
-    for question, of in votes.items():
+    scores = {}
+    for question, question_votes in votes.items():
         try:
-            found[question] = elo.standings(of)
+            scores[question] = elo.standings(question_votes)
         except elo.EloError:
             continue
-    return found
+    return scores
 
 
 # -- one by one ------------------------------------------------------------------------------------
@@ -156,52 +169,55 @@ def _nearer_to_captions(sets: Sets) -> Finding:
 
 
 def _diversity_for_fidelity(sets: Sets, real: SetFeatures) -> Finding:
-    (fine, wide), (before, wide_before) = (
+    (precise, covered), (precise_unguided, covered_unguided) = (
         metrics.neighbourhood(real.looks, sets[name].looks) for name in (GUIDED, UNGUIDED)
     )
     precision, recall = (
-        Gain.of(after.astype(float) - of) for after, of in ((fine, before), (wide, wide_before))
+        Gain.of(guided.astype(float) - unguided)
+        for guided, unguided in ((precise, precise_unguided), (covered, covered_unguided))
     )
     return Finding(
         "It trades diversity for fidelity: precision rises and recall falls (fig. 6).",
-        f"precision {before.mean():.3f} to {fine.mean():.3f}, {precision}; "
-        f"recall {wide_before.mean():.3f} to {wide.mean():.3f}, {recall}",
+        f"precision {precise_unguided.mean():.3f} to {precise.mean():.3f}, {precision}; "
+        f"recall {covered_unguided.mean():.3f} to {covered.mean():.3f}, {recall}",
         precision.up and recall.down,
     )
 
 
 def _least_distance(sets: Sets, real: SetFeatures) -> Finding:
-    names = list(FREE)
+    names = list(CLASSIFIER_FREE)
     distances = {name: frechet(sets[name].looks, real.looks) for name in names}
-    drawn = _drawn_distances([sets[name].looks for name in names], real.looks)
-    apart = {
+    resampled = _bootstrap_distances([sets[name].looks for name in names], real.looks)
+    increases = {
         name: Gain(
-            distances[name] - distances[LEAST],
-            float((drawn[n] - drawn[names.index(LEAST)]).std(ddof=1)),
+            distances[name] - distances[NEAREST_SET],
+            float((resampled[n] - resampled[names.index(NEAREST_SET)]).std(ddof=1)),
         )
         for n, name in enumerate(names)
-        if name != LEAST
+        if name != NEAREST_SET
     }
     holds = (
-        all(gain.mean > 0 for gain in apart.values()) and apart[names[0]].up and apart[names[-1]].up
+        all(gain.mean > 0 for gain in increases.values())
+        and increases[names[0]].up
+        and increases[names[-1]].up
     )
     return Finding(
         "The distance to real pictures is least at a small scale, 1.5, and grows with more "
         "(table 2, fig. 6).",
-        f"{LEAST} {distances[LEAST]:.3f}; increase at the others: "
-        + "; ".join(f"{name} {gain}" for name, gain in apart.items()),
+        f"{NEAREST_SET} {distances[NEAREST_SET]:.3f}; increase at the others: "
+        + "; ".join(f"{name} {gain}" for name, gain in increases.items()),
         holds,
     )
 
 
 def _clip_raises_more(sets: Sets) -> Finding:
-    by_clip, free = (
-        max(names, key=lambda name: sets[name].cosines.mean()) for names in (CLIPS, FREE)
+    by_clip, classifier_free = (
+        max(names, key=lambda name: sets[name].cosines.mean()) for names in (CLIPS, CLASSIFIER_FREE)
     )
-    gain = _clip_gain(sets, by_clip, free)
+    gain = _clip_gain(sets, by_clip, classifier_free)
     return Finding(
         "CLIP guidance can raise the CLIP score more than classifier-free guidance (fig. 6).",
-        f"CLIP score of {by_clip} {gain} beside {free}, the best of each kind",
+        f"CLIP score of {by_clip} {gain} beside {classifier_free}, the best of each kind",
         gain.up,
     )
 
@@ -230,20 +246,20 @@ def _preferred(question: str, votes: Sequence[Vote]) -> Finding:
 def _more_than_size(sets: Sets) -> Finding:
     small, large = f"{SMALL}-{UNGUIDED}", UNGUIDED
     scale, size = _clip_gain(sets, f"{SMALL}-{GUIDED}", small), _clip_gain(sets, large, small)
-    apart = _clip_gain(sets, f"{SMALL}-{GUIDED}", large)
+    difference = _clip_gain(sets, f"{SMALL}-{GUIDED}", large)
     return Finding(
         "Guidance gains more than a model of ten times the size (app. C, table 4).",
         f"CLIP score of the small model {scale} by guidance, {size} by the larger one; "
-        f"difference {apart}",
-        apart.up,
+        f"difference {difference}",
+        difference.up,
     )
 
 
 def _joins_better(painted: Mapping[str, Any]) -> Finding:
     gains = {
-        sampler: Gain(of["border_gain"], of["gain_standard_error"])
-        for sampler, of in painted.items()
-        if isinstance(of, Mapping)
+        sampler: Gain(errors["border_gain"], errors["gain_standard_error"])
+        for sampler, errors in painted.items()
+        if isinstance(errors, Mapping)
     }
     return Finding(
         "A model trained for inpainting blends the painted part into the picture better than "
@@ -257,9 +273,9 @@ def _joins_better(painted: Mapping[str, Any]) -> Finding:
     )
 
 
-def _clip_gain(sets: Sets, one: str, other: str) -> Gain:
+def _clip_gain(sets: Sets, first: str, second: str) -> Gain:
     """Gain in CLIP score from `other` to `one`, paired by picture: the same noise."""
-    return Gain.of(100 * (sets[one].cosines - sets[other].cosines))
+    return Gain.of(100 * (sets[first].cosines - sets[second].cosines))
 
 
 # -- distances -------------------------------------------------------------------------------------
@@ -270,13 +286,13 @@ def frechet(generated: np.ndarray, real: np.ndarray) -> float:
     return float(_distances(generated, real, np.arange(len(generated))[None])[0])
 
 
-def _drawn_distances(generated: Sequence[np.ndarray], real: np.ndarray) -> np.ndarray:
+def _bootstrap_distances(generated: Sequence[np.ndarray], real: np.ndarray) -> np.ndarray:
     """Fréchet distances (S, DRAWS) of S sets to real pictures, over bootstrap resamples.
 
     A resample takes the same rows of every set, because the sets share their captions.
     """
     rows = np.random.default_rng(0).integers(len(generated[0]), size=(DRAWS, len(generated[0])))
-    return np.stack([_distances(of, real, rows) for of in generated])
+    return np.stack([_distances(features, real, rows) for features in generated])
 
 
 def _distances(generated: np.ndarray, real: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -288,17 +304,17 @@ def _distances(generated: np.ndarray, real: np.ndarray, rows: np.ndarray) -> np.
     generated, real = generated.astype(np.float64), real.astype(np.float64)
     centred = real - real.mean(0)
     spread, products = (centred**2).sum() / (len(real) - 1), generated @ centred.T
-    found = []
-    for chosen in rows:
-        some, product = generated[chosen], products[chosen]
-        mean = some.mean(0)
-        own = ((some - mean) ** 2).sum() / (len(some) - 1)
+    distances = []
+    for resample_rows in rows:
+        resample, product = generated[resample_rows], products[resample_rows]
+        mean = resample.mean(0)
+        resample_spread = ((resample - mean) ** 2).sum() / (len(resample) - 1)
         shared = (
             np.linalg.svd(product - product.mean(0), compute_uv=False).sum()
-            / ((len(some) - 1) * (len(real) - 1)) ** 0.5
+            / ((len(resample) - 1) * (len(real) - 1)) ** 0.5
         )
-        found.append(((mean - real.mean(0)) ** 2).sum() + own + spread - 2 * shared)
-    return np.array(found)
+        distances.append(((mean - real.mean(0)) ** 2).sum() + resample_spread + spread - 2 * shared)
+    return np.array(distances)
 
 
 def _directions(features: np.ndarray) -> np.ndarray:

@@ -52,7 +52,7 @@ class Real:
 
 
 @dataclass(frozen=True)
-class Way:
+class SetSampling:
     """How a set of pictures is sampled: the model and the options."""
 
     model: str
@@ -90,15 +90,16 @@ def by_clip(scale: float) -> SampleOptions:
 
 
 UNGUIDED, GUIDED, CLIP_GUIDED = "unguided", f"guidance-{BEST:g}", f"clip-{BY_CLIP:g}"
-FREE = {
-    UNGUIDED if scale == 1 else f"guidance-{scale:g}": Way(LARGE, guided(scale)) for scale in SCALES
+CLASSIFIER_FREE = {
+    UNGUIDED if scale == 1 else f"guidance-{scale:g}": SetSampling(LARGE, guided(scale))
+    for scale in SCALES
 }
-CLIPS = {f"clip-{scale:g}": Way(LARGE, by_clip(scale)) for scale in CLIP_SCALES}
+CLIPS = {f"clip-{scale:g}": SetSampling(LARGE, by_clip(scale)) for scale in CLIP_SCALES}
 SMALLS = {
-    f"{SMALL}-{name}": Way(SMALL, guided(scale))
+    f"{SMALL}-{name}": SetSampling(SMALL, guided(scale))
     for name, scale in ((UNGUIDED, 1.0), (GUIDED, BEST))
 }
-SETS = {**FREE, **CLIPS, **SMALLS}
+SETS = {**CLASSIFIER_FREE, **CLIPS, **SMALLS}
 
 
 def real_pictures(folder: Path) -> Real:
@@ -115,21 +116,25 @@ def real_pictures(folder: Path) -> Real:
 
 
 def make_set(
-    name: str, way: Way, weights: Mapping[str, Path], captions: Sequence[str], out: Path
+    name: str,
+    sampling: SetSampling,
+    weights: Mapping[str, Path],
+    captions: Sequence[str],
+    out: Path,
 ) -> np.ndarray:
     """Pictures uint8 (N, S, S, 3), caption n with seed n; read from `out` if they are there."""
-    clip = weights[CLIP] if way.options.clip_scale else None
-    asked = [
-        fingerprint(weights[way.model]),
+    clip = weights[CLIP] if sampling.options.clip_scale else None
+    key = [
+        fingerprint(weights[sampling.model]),
         fingerprint(clip) if clip else "",
-        way.options.model_dump(mode="json"),
+        sampling.options.model_dump(mode="json"),
         list(captions),
     ]
-    path = out / f"{name}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}.npy"
+    path = out / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.npy"
     if path.exists():
         return np.load(path)
     log.info(f"{name}: {len(captions):,} pictures")
-    pictures = generate(load(weights[way.model], clip), captions, way.options)
+    pictures = generate(load(weights[sampling.model], clip), captions, sampling.options)
     buffer = io.BytesIO()
     np.save(buffer, pictures)
     storage.put(buffer.getvalue(), path)
@@ -145,12 +150,12 @@ def load(weights: Path, clip: Path | None = None) -> Cascade:
 
 def generate(cascade: Cascade, captions: Sequence[str], options: SampleOptions) -> np.ndarray:
     """Sample pictures uint8 (N, S, S, 3), caption n with seed n."""
-    with bar("generate", "image", len(captions)) as shown:
+    with bar("generate", "image", len(captions)) as progress:
         pictures = []
         for start in range(0, len(captions), IMAGES_PER_CALL):
-            some = captions[start : start + IMAGES_PER_CALL]
-            pictures += cascade.generate(some, range(start, start + len(some)), options)
-            shown.update(len(some))
+            batch = captions[start : start + IMAGES_PER_CALL]
+            pictures += cascade.generate(batch, range(start, start + len(batch)), options)
+            progress.update(len(batch))
     return np.stack(pictures)
 
 
@@ -187,18 +192,18 @@ class FeatureNetworks:
     def features(self, pixels: np.ndarray, captions: Sequence[str]) -> SetFeatures:
         """Features of pictures uint8 (N, H, H, 3) and of their captions."""
         looks, classes = self._looks(pixels)
-        shown = self._clip.images([Image.fromarray(image) for image in pixels])
-        return SetFeatures(shown, self._clip.words(list(captions)), looks, classes)
+        clip_features = self._clip.images([Image.fromarray(image) for image in pixels])
+        return SetFeatures(clip_features, self._clip.words(list(captions)), looks, classes)
 
     @torch.no_grad()
     def _looks(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         looks, classes = [], []
         for start in range(0, len(pixels), IMAGES_PER_CALL):
-            large = [
+            resized = [
                 np.asarray(Image.fromarray(image).resize((INPUT, INPUT), Image.Resampling.BICUBIC))
                 for image in pixels[start : start + IMAGES_PER_CALL]
             ]
-            x = normalise(torch.from_numpy(np.stack(large)).permute(0, 3, 1, 2)).contiguous(
+            x = normalise(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)).contiguous(
                 memory_format=torch.channels_last
             )
             pooled = self._efficientnet.maps(x)[-1].mean((2, 3))

@@ -45,34 +45,37 @@ def run(out: Path, corpus: Path) -> list[Finding]:
     real = real_pictures(out / "corpus" / "held_out")
     own = Real(real.pixels[:IMAGES], real.captions[:IMAGES])
     pictures = {
-        name: make_set(name, way, weights, own.captions, out / "pictures")
-        for name, way in SETS.items()
+        name: make_set(name, sampling, weights, own.captions, out / "pictures")
+        for name, sampling in SETS.items()
     }
     painted = _inpainting_errors(out, weights)
     log.info("measuring the pictures")
     networks = FeatureNetworks(weights[JUDGE])
-    sets = {name: networks.features(of, own.captions) for name, of in pictures.items()}
+    sets = {
+        name: networks.features(set_pictures, own.captions)
+        for name, set_pictures in pictures.items()
+    }
     features = networks.features(real.pixels, real.captions)
     own_features = networks.features(own.pixels, own.captions)
     table = _figures(sets, features)
     votes = judged.votes_of(sets, features, own_features)
     found = judged.findings(sets, features, votes, painted)
-    shown = {
+    images = {
         "sets.png": sheets.sets_side_by_side(pictures, own),
         "figure-6.png": sheets.figure_6(table),
         "figure-9.png": sheets.figure_9(weights),
         "figure-11.png": sheets.figure_11(weights, real, weights[JUDGE]),
     }
-    for name, sheet in shown.items():
+    for name, sheet in images.items():
         storage.put(encode(sheet), out / name)
     standings = judged.standings(votes)
     report = sheets.report(
-        table, standings, painted, found, shown, len(own.captions), len(real.captions)
+        table, standings, painted, found, images, len(own.captions), len(real.captions)
     )
     storage.put(report.encode(), out / PAGE)
     elo = {
-        question: {name: vars(standing) for name, standing in of.items()}
-        for question, of in standings.items()
+        question: {name: vars(standing) for name, standing in scores.items()}
+        for question, scores in standings.items()
     }
     figures = {
         "sets": table,
@@ -80,7 +83,7 @@ def run(out: Path, corpus: Path) -> list[Finding]:
         "inpainting": painted,
         "clip_score_of_real": 100 * float(features.cosines.mean()),
     }
-    for name, result in ((FIGURES, figures), (FINDINGS, [vars(finding) for finding in found])):
+    for name, result in ((FIGURES, figures), (FINDINGS, [finding.as_json() for finding in found])):
         storage.put(json.dumps(result, indent=1, ensure_ascii=False).encode(), out / name)
     return found
 

@@ -18,14 +18,14 @@ from .models import CLIP, FILTERED, LARGE, SIDE, SMALL, STRIPPED
 from .pictures import (
     BEST,
     BY_CLIP,
+    CLASSIFIER_FREE,
     CLIP_GUIDED,
     CLIPS,
-    FREE,
     GUIDED,
     SMALLS,
     UNGUIDED,
     Real,
-    Way,
+    SetSampling,
     by_clip,
     fill,
     generate,
@@ -76,10 +76,10 @@ def figure_9(weights: Mapping[str, Path]) -> np.ndarray:
     with CLIP guidance. Seeds are 0 to 5, not selected.
     """
     rows = {
-        "large": Way(LARGE, guided(BEST)),
-        "small": Way(SMALL, guided(BEST)),
-        "small, filtered": Way(FILTERED, guided(BEST)),
-        "small, filtered, CLIP": Way(FILTERED, by_clip(BY_CLIP)),
+        "large": SetSampling(LARGE, guided(BEST)),
+        "small": SetSampling(SMALL, guided(BEST)),
+        "small, filtered": SetSampling(FILTERED, guided(BEST)),
+        "small, filtered, CLIP": SetSampling(FILTERED, by_clip(BY_CLIP)),
     }
     pictures = [
         list(
@@ -103,26 +103,27 @@ def figure_11(weights: Mapping[str, Path], real: Real, judge: Path) -> np.ndarra
     y, x = np.mgrid[:SIDE, :SIDE]
     known = (y - SIDE / 2) ** 2 + (x - SIDE / 2) ** 2 > (SIDE / 3) ** 2
     variants = {
-        "CLIP guidance": Way(STRIPPED, by_clip(BY_CLIP)),
-        "inpainting model": Way(LARGE, guided(BEST)),
-        "implicit": Way(STRIPPED, guided(BEST)),
+        "CLIP guidance": SetSampling(STRIPPED, by_clip(BY_CLIP)),
+        "inpainting model": SetSampling(LARGE, guided(BEST)),
+        "implicit": SetSampling(STRIPPED, guided(BEST)),
     }
     clip, images, labels = ClipFeatures(judge), [], []
     cascades = {
         name: load(weights[variant.model], weights[CLIP] if variant.options.clip_scale else None)
         for name, variant in variants.items()
     }
-    wanted = clip.words([INSIDE])[0]
-    for before in real.pixels[:: len(real.pixels) // HOLES][:HOLES]:
-        images.append(show_hole(before, known))
+    caption_features = clip.words([INSIDE])[0]
+    for picture in real.pixels[:: len(real.pixels) // HOLES][:HOLES]:
+        images.append(show_hole(picture, known))
         labels.append(f"{INSIDE}, into the hole")
         for name, variant in variants.items():
-            filled = fill(cascades[name], before, known, INSIDE, range(TRIES), variant.options)
+            filled = fill(cascades[name], picture, known, INSIDE, range(TRIES), variant.options)
             images.append(
                 filled[
                     int(
                         np.argmax(
-                            clip.images([Image.fromarray(image) for image in filled]) @ wanted
+                            clip.images([Image.fromarray(image) for image in filled])
+                            @ caption_features
                         )
                     )
                 ]
@@ -185,7 +186,10 @@ def report(
 
 
 def _findings_table(found: Sequence[Finding]) -> list[list[str]]:
-    rows = [[one.text, one.here, "holds" if one.holds else "does not hold"] for one in found]
+    rows = [
+        [finding.text, finding.measured, "holds" if finding.holds else "does not hold"]
+        for finding in found
+    ]
     return [["the paper", "here", ""], *rows]
 
 
@@ -193,7 +197,7 @@ def _guidance_sections(sheets: Mapping[str, np.ndarray], images: int) -> list[Se
     return [
         _sheet(
             "The same captions and seeds",
-            f"Rows: {', '.join(['real', *FREE, *CLIPS, *SMALLS])}.",
+            f"Rows: {', '.join(['real', *CLASSIFIER_FREE, *CLIPS, *SMALLS])}.",
             sheets["sets.png"],
             1040,
         ),
@@ -228,13 +232,13 @@ def _sheet(title: str, text: str, picture: np.ndarray, width: int) -> Section:
 
 
 def _elo_table(standings: Mapping[str, Mapping[str, Standing]]) -> list[list[str]]:
-    def cell(one: Standing) -> str:
-        return f"{one.score:+.1f} ({one.low:+.1f} to {one.high:+.1f})"
+    def cell(standing: Standing) -> str:
+        return f"{standing.score:+.1f} ({standing.low:+.1f} to {standing.high:+.1f})"
 
     names = (GUIDED, CLIP_GUIDED, UNGUIDED)
     return [
         ["", *standings],
-        *([name, *(cell(of[name]) for of in standings.values())] for name in names),
+        *([name, *(cell(scores[name]) for scores in standings.values())] for name in names),
     ]
 
 
@@ -247,9 +251,12 @@ def _figures_table(table: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
 
 
 def _errors_table(painted: Mapping[str, Any]) -> list[list[str]]:
-    samplers = {name: of for name, of in painted.items() if isinstance(of, Mapping)}
+    samplers = {name: errors for name, errors in painted.items() if isinstance(errors, Mapping)}
     columns = list(next(iter(samplers.values())))
     return [
         ["sampler", *(name.replace("_", " ") for name in columns)],
-        *([name, *(str(of[column]) for column in columns)] for name, of in samplers.items()),
+        *(
+            [name, *(str(errors[column]) for column in columns)]
+            for name, errors in samplers.items()
+        ),
     ]
