@@ -94,6 +94,7 @@ def test_a_run_on_two_workers_makes_weights_and_metrics_and_is_not_made_twice(
             train(preset(drawn_corpus, other), tmp_path / "run", progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_noised_clip_trains_on_two_workers(drawn_corpus, tmp_path):
     settings = tiny_clip(
