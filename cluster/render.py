@@ -233,7 +233,7 @@ def rendered(sizes: Sizes) -> dict[str, str]:
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -261,7 +261,11 @@ def main(arguments: list[str] | None = None) -> int:
         default=ROOT,
         help="folder to write the files to (default: the checkout)",
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
     try:
         files = rendered(read_sizes(options.sizes, options.set))
         changed = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -225,7 +226,7 @@ def _add_scene(commands: Commands) -> None:
     _add_picture_options(
         command,
         "scene.png",
-        "PNGs to write, with the number of the edit before the suffix (default: %(default)s)",
+        "PNGs to write, with the number of the edit before the suffix (default: {})",
     )
 
 
@@ -351,9 +352,9 @@ def _compare(path: str, before: np.ndarray, result: np.ndarray, made_with: str) 
 
 
 def _add_picture_options(
-    parser: Parser, out: str, out_help: str = "PNG to write (default: %(default)s)"
+    parser: Parser, out: str, out_help: str = "PNG to write (default: {})"
 ) -> None:
-    """Add sampling options, --out and the weights."""
+    """Add sampling options, --out and the weights. Without --out no picture is overwritten."""
     add_seed(parser)
     add_sampling(parser)
     parser.add_argument(
@@ -361,13 +362,16 @@ def _add_picture_options(
         action="store_true",
         help="write the base model's picture, without upsampling",
     )
-    parser.add_argument("--out", type=local_path, default=Path(out), help=out_help)
+    default = f"{out}, with a number if there is one"
+    parser.add_argument("--out", type=local_path, help=out_help.format(default))
+    parser.set_defaults(default_out=Path(out))
     add_weights(parser)
 
 
 def _load_cascade(options: Namespace) -> Cascade:
     """The models of the options, checked together with the options. Raises UserError."""
     sample_options(options)  # reject invalid options before loading anything
+    options.out = options.out or _unused(options.default_out)
     check_files(options)
     if options.prompt is not None and not options.prompt.strip():
         print_note("the prompt is empty, so it does not guide the picture.")
@@ -395,6 +399,12 @@ def _warn_of_cut(prompt: str, cascade: Cascade) -> None:
     context = cascade.base.config.context
     if Tokenizer(context).encode(prompt).cut:
         print_note(f"the prompt is longer than {context} tokens; the model does not read the rest.")
+
+
+def _unused(path: Path) -> Path:
+    """The first of NAME.png, NAME-2.png, NAME-3.png, ... that no command has written."""
+    names = (path.with_stem(f"{path.stem}-{n}") for n in count(2))
+    return next(p for p in chain([path], names) if not (p.exists() or _numbered(p, 0).exists()))
 
 
 def _numbered(path: Path, n: int) -> Path:

@@ -1,4 +1,4 @@
-"""Commands that compute and start nothing: settings, info and plan."""
+"""Commands that compute and start nothing: settings, presets, info and plan."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ def add_commands(commands: Commands) -> None:
         "every setting of training, cleaning, filtering, serving and bulk generation",
         "The same as docs/configuration.md, in Markdown: name, kind, default and meaning.\n"
         "example:\n  glide settings | grep -i checkpoint",
+    )
+    commands.add(
+        "presets",
+        list_presets,
+        "every preset of training, with the size of its pictures and of its training",
+        "A preset is a model with the settings of its training; docs/presets.md describes each.",
     )
     command = commands.add(
         "info", info, "parameters of each part of a preset, its memory and its operations"
@@ -51,6 +57,22 @@ def settings(options: Namespace) -> None:
         "# Settings\n\nWritten by `glide settings` from the config classes. `--set KEY=VALUE` "
         f"sets one by its dotted name; `none` is no value.\n\n{reference(configs)}",
         end="",
+    )
+
+
+def list_presets(options: Namespace) -> None:
+    rows = []
+    for name in presets.PRESETS:
+        preset = presets.get(name)
+        train = preset.train
+        rows.append(
+            (name, f"{preset.model.image_size} px", f"{train.steps:,} steps of {train.batch:,}")
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+    print(
+        "\n`glide info PRESET` has its parameters, `glide plan PRESET` its memory, days and price."
     )
 
 

@@ -8,15 +8,22 @@ from pathlib import Path
 import fastapi_offline  # carries Swagger UI
 from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import FileResponse, HTMLResponse
+from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
 
 SCRIPT, STYLE, ICON = "swagger-ui-bundle.js", "swagger-ui.css", "favicon.png"
 FOLDER = Path(fastapi_offline.__file__).parent / "static"
-PATHS = ("/docs", *(f"/docs/{name}" for name in (SCRIPT, STYLE, ICON)))
+PATHS = ("/", "/docs", *(f"/docs/{name}" for name in (SCRIPT, STYLE, ICON)))
 
 
 def add_docs(api: FastAPI) -> None:
-    """Add the page and its files to an application. Their addresses are relative to the page."""
+    """Add the page and its files to an application. Their addresses are relative to the page.
+
+    The root redirects to the page.
+    """
+
+    @api.get("/", include_in_schema=False)
+    async def root() -> RedirectResponse:
+        return RedirectResponse("docs")
 
     @api.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:

@@ -21,6 +21,11 @@ def test_the_documentation_page_asks_no_other_server(stranger):
     assert "SwaggerUIBundle" in stranger.get("/docs/swagger-ui-bundle.js").text
 
 
+def test_the_root_leads_to_the_documentation_page(stranger):
+    page = stranger.get("/")
+    assert page.status_code == 200 and page.url.path == "/docs"
+
+
 @pytest.fixture
 def stranger():
     """A client of the API on another machine, which has no key."""

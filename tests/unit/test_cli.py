@@ -94,6 +94,23 @@ def test_generate_without_the_upsampler_stops_at_the_base_size(tmp_path, weights
     assert Image.open(tmp_path / "s.png").size == (16, 16)
 
 
+def test_without_out_no_picture_is_overwritten(tmp_path, weights, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["generate", "x", "--no-upsampler", "--steps", "2", *weights]
+    written = {}
+    for more in ([], ["--seed", "5"], ["-n", "2"], []):
+        assert main([*command, *more]) == 0
+        assert all(path.read_bytes() == data for path, data in written.items())
+        written = {path: path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert {path.name for path in written} == {
+        "generate.png",
+        "generate-2.png",
+        "generate-3-0.png",
+        "generate-3-1.png",
+        "generate-4.png",
+    }
+
+
 def test_edit_keeps_the_pixels_that_are_opaque_in_the_mask(tmp_path, weights):
     image, mask = picture(tmp_path / "i.png"), picture(tmp_path / "m.png", hole=(16, 16, 48, 48))
     assert (
@@ -560,3 +577,10 @@ def test_jobs_have_help_and_refuse_bad_input_in_one_sentence(job, tmp_path):
         and "Traceback" not in done.stderr
         and not any(tmp_path.iterdir())
     )
+
+
+def test_presets_are_listed_with_their_sizes(capsys):
+    assert main(["presets"]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.split("\n\n")[0].splitlines()}
+    assert set(rows) == set(presets.PRESETS)
+    assert "64 px" in rows["paper-base"] and "2,500,000 steps of 2,048" in rows["paper-base"]
