@@ -24,6 +24,7 @@ from glide_ray.sampling.cascade import Cascade
 from glide_ray.train.run_folder import last_step, read_metrics
 
 STEPS, PROMPTS = 60, 120
+pytestmark = pytest.mark.slow  # three raylets start, and take as long as the tests
 
 
 def pictures(prefix):
@@ -44,7 +45,6 @@ def ray(s3):
         yield local_cluster
 
 
-@pytest.mark.slow
 def test_jobs_from_corpus_to_pictures_survive_resubmission_s3_errors_and_killed_raylets(
     ray, s3, s3_faults, tiny_weights
 ):
