@@ -17,6 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import ray
+from helpers import corpora as forms
 from helpers.drawings import drawn_samples
 from PIL import Image, ImageDraw
 
@@ -1204,6 +1205,15 @@ def test_invalid_requests_are_refused_in_one_sentence(
         and not printed.out
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_corpus_of_which_no_row_is_kept_ends_with_status_2_and_the_reasons(tmp_path, capsys):
+    forms.table("metadata.csv", "prompt")(tmp_path / "in")
+    out = str(tmp_path / "out")
+    assert main(["clean", str(tmp_path / "in"), "--out", out, "--set", "min_size=16"]) == 2
+    shown = capsys.readouterr()
+    assert "5 without a caption: metadata.csv has file_name, prompt" in shown.out
+    assert "No row of" in shown.err and "is kept" in shown.err
 
 
 def test_an_unknown_script_is_refused_and_case_does_not_matter():
