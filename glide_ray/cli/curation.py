@@ -276,3 +276,5 @@ def apply_filter(options: Namespace) -> None:
     if done.assessment is not None:
         print(done.assessment)
     print(f"{options.out.rstrip('/')}/report.html")
+    if not done.report.kept:
+        raise UserError(f"No row of {options.source} is kept.")

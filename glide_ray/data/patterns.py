@@ -25,25 +25,29 @@ MAX_EXPANDED = 10**6
 
 
 def mixture(path: str) -> list[tuple[str, float]]:
-    """(corpus, weight) of each corpus of a mixture, weights of sum 1; [] for another path.
+    """(corpus, weight) of each corpus of a mixture; [] for another path.
 
     Raises ShardError if the weights are all 0.
     """
+    weights = [(one, float(weight)) for one, weight in _weighted(path)]
+    if weights and not any(weight for _, weight in weights):
+        raise ShardError(f"The weights of {path} are all 0; give one corpus a larger one.")
+    return weights
+
+
+def _weighted(path: str) -> list[tuple[str, str]]:
+    """(corpus, weight as it is written) of each corpus of a mixture; [] for another path."""
     pieces = _split(path)
     found = [WEIGHTED.fullmatch(piece) for piece in pieces]
     if len(pieces) < 2 or not all(found):
         return []
-    weights = [(match[1], float(match[2])) for match in found if match]
-    total = sum(weight for _, weight in weights)
-    if not total:
-        raise ShardError(f"The weights of {path} are all 0; give one corpus a larger one.")
-    return [(one, weight / total) for one, weight in weights]
+    return [(match[1], match[2]) for match in found if match]
 
 
 def absolute(path: str) -> str:
     """The path with absolute paths of all corpora in it. Raises StorageError for another scheme."""
-    if weights := mixture(path):
-        return ",".join(f"{absolute(one)}:{weight:.12g}" for one, weight in weights)
+    if weights := _weighted(path):
+        return ",".join(f"{absolute(one)}:{weight}" for one, weight in weights)
     return JOIN.join(storage.absolute(one) for one in path.split(JOIN) if one)
 
 
@@ -74,7 +78,7 @@ def folders(path: str) -> list[str]:
 
 def is_pattern(path: str) -> bool:
     """Whether a path names several paths."""
-    return bool(BRACES.search(path) or JOIN in path or mixture(path) or glob.has_magic(path))
+    return bool(BRACES.search(path) or JOIN in path or _weighted(path) or glob.has_magic(path))
 
 
 def _split(path: str) -> list[str]:
@@ -113,6 +117,8 @@ def _matches(path: str) -> list[str]:
         return [path]
     if storage.is_remote(path):
         found = _remote_matches(path)
+        if not found and any(True for _ in storage.list_files(path, ("",))):
+            return [path]  # a name with brackets
     elif os.path.exists(path):  # a name with brackets
         return [path]
     else:

@@ -293,6 +293,8 @@ def _mixed(path: str, corpora: Sequence[tuple[list[Part], float]]) -> list[Part]
 
     The epoch is as long as the weights allow without reading a row twice.
     """
+    total = sum(weight for _, weight in corpora)
+    corpora = [(parts, weight / total) for parts, weight in corpora]
     counts = [sum(map(_count, parts)) for parts, _ in corpora]
     if not all(counts):
         raise ShardError(f"A corpus of {path} is empty; a mixture by weight needs rows of each.")

@@ -209,6 +209,15 @@ def table(name, field):
     return make
 
 
+def flickr(folder):
+    rows = [f"{n}.jpg,{text}" for n in range(COUNT) for text in (caption(n), "another")]
+    text = "image,caption\n" + "".join(f"{row}\n" for row in rows)
+    text = text.replace(", number", " number")
+    return write_files(
+        folder, {"captions.txt": text} | {f"Images/{n}.jpg": picture(n) for n in range(COUNT)}
+    )
+
+
 def listed_without_image(folder):
     table("metadata.csv", "text")(folder)
     (folder / "sub" / "0.jpg").unlink()

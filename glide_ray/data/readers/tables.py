@@ -10,12 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ... import storage
-from ..caption_text import CAPTION_COLUMNS, Captions, decode_text, find_captions, read_meta
+from ..caption_text import CAPTION_COLUMNS, LINE, Captions, decode_text, find_captions, read_meta
 from .parquet import PATH_COLUMNS
 
 # as in Hugging Face's ImageFolder; one {"file_name": ..., "text": ...} per line
 METADATA = "metadata.jsonl"
-TABLES = {METADATA: ",", "metadata.csv": ",", "metadata.tsv": "\t", "captions.csv": ","}
+TABLES = {  # file -> what separates its columns
+    METADATA: "",
+    "metadata.csv": ",",
+    "metadata.tsv": "\t",
+    "captions.csv": ",",
+    "captions.txt": ",",  # of Flickr8k
+}
 MAX_FIELDS = 8  # fields named in a reason
 NOT_LISTED = "listed in a table of captions without their image"
 
@@ -43,10 +49,11 @@ def read_tables(
     for file in files:
         coco = file.endswith(".json")
         for name, captions in _coco(file) if coco else _table(file, column):
+            same_name = by_name.get(posixpath.basename(name), [])
             path = (
-                _coco_image(by_name.get(posixpath.basename(name), []), file)
+                _coco_image(same_name, file)
                 if coco
-                else posixpath.join(posixpath.dirname(file), name)
+                else _listed_image(posixpath.join(posixpath.dirname(file), name), same_name, file)
             )
             if path not in there:
                 missing[path or name] = None
@@ -63,7 +70,11 @@ def read_tables(
 def _table(file: str, column: str | None) -> Iterator[tuple[str, Captions]]:
     """(path relative to the table, captions) of each row that names a file."""
     data = storage.read(file)
-    rows = _csv(data, file) if not file.endswith(".jsonl") else map(read_meta, data.splitlines())
+    rows = (
+        _csv(data, file)
+        if not file.endswith(".jsonl")
+        else map(_json, LINE.split(decode_text(data)))
+    )
     for row in rows:
         name = next((row[name] for name in ("image", *PATH_COLUMNS) if row.get(name)), None)
         if not isinstance(name, str):
@@ -72,6 +83,10 @@ def _table(file: str, column: str | None) -> Iterator[tuple[str, Captions]]:
         if not captions.texts and not {column, *CAPTION_COLUMNS} & set(row):
             captions = Captions((), _no_column(file, row))
         yield posixpath.normpath(name.replace("\\", "/")), captions
+
+
+def _json(line: str) -> dict[str, Any]:
+    return read_meta(line.encode(errors="replace"))
 
 
 def _csv(data: bytes, file: str) -> Iterator[dict[str, Any]]:
@@ -101,6 +116,12 @@ def _coco(file: str) -> Iterator[tuple[str, Captions]]:
                 )
     except (ValueError, KeyError, TypeError):
         return
+
+
+def _listed_image(path: str, images: Sequence[str], file: str) -> str:
+    """The image at a path; else the only one of its name in a folder below the table."""
+    below = [image for image in images if image.startswith(f"{posixpath.dirname(file)}/")]
+    return below[0] if path not in images and len(below) == 1 else path
 
 
 def _coco_image(images: Sequence[str], file: str) -> str | None:
