@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import time
 import uuid
@@ -31,15 +32,27 @@ from .s3 import (
 )
 
 CACHE_GB = 200  # GB (1e9 bytes), default size limit of the cache of objects
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 IN_USE_SECONDS = 600  # seconds since its last use before a copy may be deleted
 
 
 def is_remote(path: str | Path) -> bool:
-    return str(path).startswith(S3)
+    """Whether a path is in S3. Raises StorageError for a URL of another kind."""
+    if str(path).startswith(S3):
+        return True
+    if other := SCHEME.match(str(path)):
+        raise StorageError(
+            f"{path} begins with {other[0]}, which is not supported; give a local path or one that "
+            f"begins with {S3}, and copy or mount other storage."
+        )
+    return False
 
 
 def absolute(path: str | Path) -> str:
-    """The absolute path, valid in processes with another working directory."""
+    """The absolute path, valid in processes with another working directory.
+
+    Raises StorageError for a URL that is not of S3.
+    """
     return str(path) if is_remote(path) else os.path.abspath(path)
 
 
@@ -53,7 +66,8 @@ def same_place(path: str | Path, other: str | Path) -> bool:
 def list_files(path: str | Path, suffixes: tuple[str, ...]) -> Iterator[str]:
     """Files under a folder or prefix whose names end in one of `suffixes`, sorted.
 
-    A path that is itself a file yields itself. S3 is listed page by page.
+    `suffixes` are in lower case, and capitals in names do not matter. Links to folders are
+    followed. A path that is itself a file yields itself. S3 is listed page by page.
     """
     yield from (file for file, _ in list_states(path, suffixes))
 
@@ -77,16 +91,40 @@ def list_states(path: str | Path, suffixes: tuple[str, ...]) -> Iterator[tuple[s
             yield from (
                 (f"{S3}{bucket}/{item['Key']}", item["ETag"])
                 for item in list_objects(bucket, prefix)
-                if item["Key"].endswith(suffixes)
+                if item["Key"].lower().endswith(suffixes)
             )
     elif Path(path).is_file():
         yield path, _state(Path(path))
     else:
         yield from (
             (str(file), _state(file))
-            for file in sorted(Path(path).rglob("*"))
-            if file.name.endswith(suffixes) and not file.name.startswith(".") and file.is_file()
+            for file in sorted(_walk(path))
+            if file.name.lower().endswith(suffixes)
+            and not file.name.startswith(".")
+            and file.is_file()
         )
+
+
+def _walk(path: str) -> Iterator[Path]:
+    """Files under a folder, also behind links to folders, each real folder once."""
+    seen: set[tuple[int, int]] = set()
+
+    def is_new(folder: str) -> bool:
+        try:
+            status = os.stat(folder)
+        except OSError:  # deleted since it was listed, or a link to nowhere
+            return False
+        new = (status.st_dev, status.st_ino) not in seen
+        seen.add((status.st_dev, status.st_ino))
+        return new
+
+    is_new(path)
+    for folder, inside, files in os.walk(path, followlinks=True):
+        within = [os.path.join(folder, name) for name in inside]
+        # of a folder and a link to it beside it, the folder is taken
+        within.sort(key=lambda one: (os.path.islink(one), one))
+        inside[:] = [os.path.basename(one) for one in within if is_new(one)]
+        yield from (Path(folder, name) for name in files)
 
 
 def read(path: str | Path) -> bytes:

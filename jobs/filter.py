@@ -12,13 +12,13 @@ import sys
 from argparse import ArgumentParser, Namespace
 
 from glide_ray.cli.arguments import job_parser
-from glide_ray.cli.curation import add_clean_options, add_filter_clip
-from glide_ray.config.data import CleanConfig
-from glide_ray.config.overrides import override
+from glide_ray.cli.curation import add_clean_options, add_filter_clip, clean_config
 from glide_ray.data.filters import Report, import_rules
+from glide_ray.data.patterns import absolute
 from glide_ray.data.sources import find_parts, state
 from glide_ray.distributed.job import run, run_once
-from glide_ray.storage import absolute, fetch, fingerprint
+from glide_ray.errors import UserError
+from glide_ray.storage import fetch, fingerprint
 
 
 def parser() -> ArgumentParser:
@@ -46,6 +46,8 @@ def filter_once(options: Namespace) -> dict:
 
     def report() -> dict:
         done = work(options)
+        if not done.kept:
+            raise UserError(f"No row of {options.source} is kept: {done}")
         return {
             "out": options.out,
             "kept": done.kept,
@@ -59,8 +61,9 @@ def filter_once(options: Namespace) -> dict:
 def with_state(options: Namespace) -> dict:
     """The options, with the state of the files that they name: a changed file is a new job."""
     source = absolute(options.source)
+    parts = find_parts(source, options.caption_column)
     content = {"content_is": fingerprint(fetch(options.content))} if options.content else {}
-    return {**vars(options), "source_is": state(source, find_parts(source)), **content}
+    return {**vars(options), "source_is": state(source, parts), **content}
 
 
 def apply_content_filter(options: Namespace) -> Report:
@@ -70,7 +73,7 @@ def apply_content_filter(options: Namespace) -> Report:
 
 
 def apply_rules(options: Namespace) -> Report:
-    config, rules = override(CleanConfig(), options.set), import_rules(options.rule)
+    config, rules = clean_config(options), import_rules(options.rule)
     from glide_ray.distributed.curation.clean import clean, write_page
 
     done = clean(options.source, options.out, config, rules)

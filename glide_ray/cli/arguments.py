@@ -154,6 +154,15 @@ def add_packages(parser: Parser, path: PathType = local_path) -> None:
     )
 
 
+def add_caption_column(parser: Parser) -> None:
+    parser.add_argument(
+        "--caption-column",
+        metavar="NAME",
+        help="field or column of captions in tables, Parquet and JSON (default: captions, "
+        "caption, text, txt)",
+    )
+
+
 def add_shared_out(parser: Parser, default: str | None) -> None:
     """Add --out for results that workers on several nodes write. `default` None: required."""
     parser.add_argument(

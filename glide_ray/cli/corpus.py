@@ -5,7 +5,17 @@ from __future__ import annotations
 from argparse import Namespace
 
 from ..data.styles import STYLES
-from .arguments import CORPUS, Commands, Parser, PathType, add_packages, local_path, positive
+from ..errors import UserError
+from .arguments import (
+    CORPUS,
+    Commands,
+    Parser,
+    PathType,
+    add_caption_column,
+    add_packages,
+    local_path,
+    positive,
+)
 
 
 def add_commands(commands: Commands) -> None:
@@ -22,8 +32,9 @@ def add_commands(commands: Commands) -> None:
         "--survey",
         metavar="PATH",
         help="build nothing; only stream and count this corpus: a folder or s3:// prefix of .tar "
-        "or .parquet files",
+        "or .parquet files or images, or a pattern such as data/{00000..00999}.tar",
     )
+    add_caption_column(command)
 
 
 def add_corpus_options(parser: Parser, path: PathType = local_path) -> None:
@@ -62,7 +73,7 @@ def corpus(options: Namespace) -> None:
     from ..distributed.curation.corpus import prepare, survey
 
     if options.survey:
-        reports = [survey(options.survey, options.min_size)]
+        reports = [survey(options.survey, options.min_size, options.caption_column)]
     else:
         styles = (options.styles or "").split(",")
         reports = prepare(options.out, options.min_size, styles, options.packages, options.scenes)
@@ -71,3 +82,5 @@ def corpus(options: Namespace) -> None:
             f"{part.path}: {part.rows}; {part.captions:,} captions, {part.cut_captions} cut at "
             "128 tokens"
         )
+    if options.survey and not reports[0].rows.kept:
+        raise UserError(f"No row of {options.survey} can be used.")

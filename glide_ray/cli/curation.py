@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config.data import CleanConfig, FilterConfig
+from ..errors import UserError
 from .arguments import (
     CORPUS,
     Commands,
     Parser,
+    add_caption_column,
     add_judge_clip,
     add_settings,
     add_shared_out,
@@ -78,6 +80,7 @@ def add_clean_options(parser: Parser) -> None:
     )
     add_shared_out(parser, None)
     add_settings(parser)
+    add_caption_column(parser)
     parser.add_argument(
         "--rule",
         action="append",
@@ -88,11 +91,19 @@ def add_clean_options(parser: Parser) -> None:
     )
 
 
-def clean(options: Namespace) -> None:
+def clean_config(options: Namespace) -> CleanConfig:
+    """The settings of `glide clean` and jobs/filter.py."""
     from ..config.overrides import override
-    from ..data.filters import import_rules
 
     config = override(CleanConfig(), options.set)
+    column = options.caption_column or config.caption_column
+    return config.model_copy(update={"caption_column": column})
+
+
+def clean(options: Namespace) -> None:
+    from ..data.filters import import_rules
+
+    config = clean_config(options)
     rules = import_rules(options.rule)
     from ..distributed.curation import clean as cleaning
     from ..distributed.rows import DROPPED
@@ -105,6 +116,8 @@ def clean(options: Namespace) -> None:
         f"{megabytes:,.1f} MB; dropped rows and reasons: {DROPPED}"
     )
     print(cleaning.write_page(done, options.source, options.out))
+    if not done.report.kept:
+        raise UserError(f"No row of {options.source} is kept.")
 
 
 # -- filter fit ------------------------------------------------------------------------------------
@@ -263,3 +276,5 @@ def apply_filter(options: Namespace) -> None:
     if done.assessment is not None:
         print(done.assessment)
     print(f"{options.out.rstrip('/')}/report.html")
+    if not done.report.kept:
+        raise UserError(f"No row of {options.source} is kept.")

@@ -45,7 +45,10 @@ class DataConfig(Frozen):
     corpus: str = Field(
         "runs/corpus/train",
         description="folder or s3:// prefix of tar shards or "
-        "Parquet files; several as runs/corpus/{train,scenes}",
+        "Parquet files; several as runs/corpus/{train,scenes} or a::b, a mixture as a:0.7,b:0.3",
+    )
+    caption_column: str | None = Field(
+        None, description="field or column of captions, for tables and JSON with another name"
     )
     held_out: str = Field("runs/corpus/held_out", description="corpus of the held-out images")
     held_out_images: int = Field(
@@ -108,6 +111,9 @@ class CleanConfig(Frozen):
     )
     duplicates: bool = Field(True, description="drop near-duplicate images")
     per_shard: int = Field(10_000, gt=0, description="rows of an output shard")
+    caption_column: str | None = Field(
+        None, description="field or column of captions, for tables and JSON with another name"
+    )
 
     @model_validator(mode="after")
     def _scripts_exist(self) -> CleanConfig:

@@ -22,10 +22,11 @@ from PIL import Image
 
 from ..config.data import CleanConfig
 from ..errors import ConfigError
-from .images import ImageError, flatten, load, open_image
-from .shards import Sample
+from .images import MAX_PIXELS, ImageError, TooLargeError, flatten, load, open_image
+from .sample import Sample
 
 BROKEN = "with a broken image"  # decoding fails; broken headers are "with an unreadable image"
+NO_IMAGE, NO_CAPTION = "without an image", "without a caption"
 # found by comparing all rows of a corpus (`duplicates.py`), not row by row
 NEAR_DUPLICATE = "near-duplicates of another"
 
@@ -59,6 +60,15 @@ def has_image(candidate: Candidate) -> bool:
 
 
 def has_header(candidate: Candidate) -> bool:
+    try:
+        return bool(candidate.opened)
+    except TooLargeError:  # the next rule
+        return True
+    except ImageError:
+        return False
+
+
+def is_small_enough(candidate: Candidate) -> bool:
     return _succeeds(lambda: candidate.opened)
 
 
@@ -144,21 +154,18 @@ def _script(character: str) -> str:
 def header_rules(min_size: int) -> dict[str, Rule]:
     """Rules of a training run for each row. They do not decode images: the trainer does."""
     return {
-        "without an image": has_image,
+        NO_IMAGE: has_image,
         "with an unreadable image": has_header,
+        f"with more than {MAX_PIXELS // 10**6} million pixels": is_small_enough,
         "too small": lambda candidate: is_large_enough(candidate, min_size),
-        "without a caption": lambda candidate: any(
-            caption.strip() for caption in candidate.captions
-        ),
+        NO_CAPTION: lambda candidate: any(caption.strip() for caption in candidate.captions),
     }
 
 
 def image_rules(config: CleanConfig) -> dict[str, Rule]:
     """Name -> rule for the image, in order of application: the first broken rule is the reason."""
     rules = {
-        name: rule
-        for name, rule in header_rules(config.min_size).items()
-        if name != "without a caption"
+        name: rule for name, rule in header_rules(config.min_size).items() if name != NO_CAPTION
     }
     if (max_aspect := config.max_aspect) is not None:
         rules["too long and thin"] = lambda candidate: has_moderate_aspect(candidate, max_aspect)
@@ -168,7 +175,7 @@ def image_rules(config: CleanConfig) -> dict[str, Rule]:
 def caption_rules(config: CleanConfig) -> dict[str, Callable[[str], bool]]:
     """Name -> rule for one caption, in order of application."""
     return {
-        "without a caption": lambda caption: bool(caption.strip()),
+        NO_CAPTION: lambda caption: bool(caption.strip()),
         "with too short a caption": lambda caption: is_long_enough(caption, config.min_characters),
         "with too long a caption": lambda caption: is_short_enough(caption, config.max_characters),
         "with a caption in another script": lambda caption: is_in_scripts(caption, config.scripts),
@@ -177,8 +184,18 @@ def caption_rules(config: CleanConfig) -> dict[str, Callable[[str], bool]]:
 
 
 def first_broken(candidate: Candidate, rules: Mapping[str, Rule]) -> str | None:
-    """Name of the first rule that a sample breaks, or None."""
-    return next((name for name, rule in rules.items() if not rule(candidate)), None)
+    """Name of the first rule that a sample breaks, or None.
+
+    For a row without an image or a caption, the reason that its reader gives.
+    """
+    broken = next((name for name, rule in rules.items() if not rule(candidate)), None)
+    return broken and exact_reason(candidate.sample, broken)
+
+
+def exact_reason(sample: Sample, reason: str) -> str:
+    """The reason that the reader of a row gives for a lack of image or caption, if it gives one."""
+    known = {NO_IMAGE: sample.no_image, NO_CAPTION: sample.no_caption}
+    return known.get(reason) or reason
 
 
 def clean_captions(
@@ -230,17 +247,26 @@ def import_rules(names: Sequence[str], option: str = "--rule") -> dict[str, Rule
     return rules
 
 
+MISSING = re.compile(r"There is no (?:file|object) (.+)\.")
+SHOWN_FAULTS, MAX_FAULTS = 3, 10  # names of missing shards, and messages of others, in a report
+
+
 @dataclass
 class Report:
-    """Counts of kept and dropped rows, an example of each reason, and faults of broken parts."""
+    """Counts of kept and dropped rows, an example of each reason, and faults of broken parts.
+
+    `captions_unread` counts damaged captions that were left out, also of kept rows.
+    """
 
     kept: int = 0
+    captions_unread: int = 0
     dropped: Counter = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
-    def add(self, key: str, reason: str | None) -> None:
+    def add(self, key: str, reason: str | None, captions_unread: int = 0) -> None:
         """Count one row: kept, or dropped for `reason`."""
+        self.captions_unread += captions_unread
         if reason is None:
             self.kept += 1
         else:
@@ -249,6 +275,7 @@ class Report:
 
     def merge(self, other: Report) -> None:
         self.kept += other.kept
+        self.captions_unread += other.captions_unread
         self.dropped.update(other.dropped)
         self.examples = {**other.examples, **self.examples}
         self.faults += other.faults
@@ -258,14 +285,30 @@ class Report:
             f"{count:,} {rule} (such as {self.examples[rule]})"
             for rule, count in self.dropped.most_common()
         )
-        faults = (
-            f"; {len(self.faults)} shards not read to their end: "
-            f"{' '.join(sorted(set(self.faults)))}"
-            if self.faults
-            else ""
-        )
+        unread = f"; {self.captions_unread:,} damaged captions" if self.captions_unread else ""
         return (
             f"{self.kept:,} kept"
             + (f"; dropped: {reasons}" if reasons else ", none dropped")
-            + faults
+            + unread
+            + (f"; {self._faults()}" if self.faults else "")
         )
+
+    def _faults(self) -> str:
+        """Faults in few words: missing shards by number, with three names."""
+        faults = sorted(set(self.faults))
+        names = [found[1] for fault in faults if (found := MISSING.fullmatch(fault))]
+        others = [fault for fault in faults if not MISSING.fullmatch(fault)]
+        if len(names) <= SHOWN_FAULTS:
+            others, names = faults, []
+        texts = []
+        if others:
+            more = len(others) - MAX_FAULTS
+            texts.append(
+                f"{len(others)} shards not read to their end: {' '.join(others[:MAX_FAULTS])}"
+                + (f" And {more:,} more." if more > 0 else "")
+            )
+        if names:
+            texts.append(
+                f"{len(names):,} shards are missing, such as {', '.join(names[:SHOWN_FAULTS])}"
+            )
+        return "; ".join(texts)

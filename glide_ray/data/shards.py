@@ -11,41 +11,33 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
 from ..storage import MissingError, is_remote, put, read, remove, size
+from .caption_text import captions_of, read_meta
+from .readers.tar import read_shard
+from .sample import IMAGE_SUFFIXES, TEXT_SUFFIXES, Sample, ShardError
+
+__all__ = [  # what reads a shard is imported from here together with what writes one
+    "IMAGE_SUFFIXES",
+    "INDEX",
+    "TEXT_SUFFIXES",
+    "Sample",
+    "ShardError",
+    "begin",
+    "captions_of",
+    "finish",
+    "read_index",
+    "read_meta",
+    "read_shard",
+    "write_shard",
+    "write_shards",
+]
 
 INDEX = "index.json"
-IMAGE_SUFFIXES, TEXT_SUFFIXES = ("jpg", "jpeg", "png", "webp"), ("txt", "json")
-# raised by tarfile for damaged files: links to nowhere or to themselves, broken lengths
-BROKEN = (
-    tarfile.TarError,
-    OSError,
-    KeyError,
-    ValueError,
-    OverflowError,
-    RecursionError,
-)
-
-
-class ShardError(UserError):
-    """A corpus that cannot be read."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image with its captions. `meta` is the content of the sample's .json file."""
-
-    key: str
-    image: bytes
-    suffix: str  # of the image's file, without a dot
-    captions: tuple[str, ...]
-    meta: Mapping[str, Any]
 
 
 def write_shards(
@@ -128,105 +120,6 @@ def read_index(folder: str | Path) -> dict[str, Any] | None:
         )
     except (MissingError, ValueError, KeyError):
         return None
-
-
-def read_shard(data: bytes | str | Path, name: str | None = None) -> Iterator[Sample]:
-    """Yield the samples of one tar in order, also those without an image or a caption.
-
-    Raises ShardError for a broken or truncated tar, after the samples before the damage. `name` is
-    used in error messages.
-    """
-    name = name or ("a shard" if isinstance(data, bytes) else str(data))
-    try:
-        tar = (
-            tarfile.open(fileobj=io.BytesIO(data), mode="r:")
-            if isinstance(data, bytes)
-            else tarfile.open(data, mode="r:")
-        )
-    except FileNotFoundError:
-        raise ShardError(f"There is no file {name}.") from None
-    except BROKEN:
-        raise ShardError(f"{name} is not a tar file; copy it again.") from None
-    with tar:
-        parts: dict[str, bytes] = {}
-        current, ended = "", True
-        try:
-            for member in tar:
-                key, suffix = _key_and_suffix(member.name)
-                if not suffix:
-                    continue
-                if key != current and parts:
-                    yield from _sample(current, parts)
-                    parts = {}
-                current = key
-                content = tar.extractfile(member)
-                if content is not None:
-                    parts[suffix] = content.read()
-            # tarfile raises nothing if a header is broken or the file ends in place of one: check
-            # for the block of zeros at the end of a complete tar.
-            tar.fileobj.seek(tar.offset)
-            ended = tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-        except BROKEN:
-            ended = False
-        if parts and (
-            ended
-            or all(any(suffix in parts for suffix in of) for of in (IMAGE_SUFFIXES, TEXT_SUFFIXES))
-        ):
-            yield from _sample(current, parts)
-    if not ended:
-        raise ShardError(
-            f"{name} is broken or cut after {current or 'its beginning'}; copy it again."
-        )
-
-
-def captions_of(text: str | None, meta: Mapping[str, Any]) -> tuple[str, ...]:
-    """All captions of a sample: our `captions`, else img2dataset's `caption`, else the .txt.
-
-    () if there is none.
-    """
-    several = meta.get("captions")
-    if isinstance(several, Sequence) and not isinstance(several, str):
-        return tuple(
-            str(caption).strip() for caption in several if isinstance(caption, (str, int, float))
-        )
-    single = meta.get("caption")
-    single = single if single and isinstance(single, (str, int, float)) else text
-    return (str(single).strip(),) if single else ()
-
-
-def read_meta(data: bytes | None) -> dict[str, Any]:
-    """Parse a sample's .json; {} if it is missing or not a JSON object.
-
-    Lone surrogates, which JSON allows and UTF-8 does not, become "?".
-    """
-    try:
-        meta = json.loads(data or b"{}")
-        if b"\\ud" in (data or b"").lower():
-            meta = json.loads(json.dumps(meta, ensure_ascii=False).encode(errors="replace"))
-    except (ValueError, RecursionError):
-        return {}
-    return meta if isinstance(meta, dict) else {}
-
-
-def _sample(key: str, parts: Mapping[str, bytes]) -> Iterator[Sample]:
-    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in parts), None)
-    if suffix is None and not any(suffix in parts for suffix in TEXT_SUFFIXES):
-        return
-    meta = read_meta(parts.get("json"))
-    text = parts["txt"].decode(errors="replace") if "txt" in parts else None
-    key = meta["key"] if isinstance(meta.get("key"), str) else key
-    yield Sample(key, parts.get(suffix or "", b""), suffix or "", captions_of(text, meta), meta)
-
-
-def _key_and_suffix(name: str) -> tuple[str, str]:
-    """Split a member's name into key and suffix by WebDataset's rule: at the file's first dot.
-
-    The suffix is "" for a hidden file, or a file that belongs to no sample.
-    """
-    # names need not be UTF-8
-    folder, slash, file = name.encode(errors="replace").decode().removeprefix("./").rpartition("/")
-    stem, _, suffix = file.partition(".")
-    return f"{folder}{slash}{stem}", suffix.lower() if stem else ""
 
 
 def _free_name(key: str, taken: set[str]) -> str:

@@ -1,106 +1,77 @@
 """Reading a corpus: tar shards, Parquet with image bytes or paths, or folders of images.
 
 A corpus consists of parts, and one task reads one part. The path of a corpus is a folder, a file,
-an `s3://` prefix, a range of shards such as `data/{00000..00999}.tar`, or several paths such as
-`corpus/{train,scenes}`.
+an `s3://` prefix, or a pattern of them (`patterns.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from .. import storage
-from .shards import IMAGE_SUFFIXES, INDEX, Sample, ShardError, captions_of, read_meta, read_shard
+from . import patterns
+from .readers.fetch import Fetcher
+from .readers.folder import ImageFile, find_images, read_images
+from .readers.parquet import count_rows, has_images, names_images, read_parquet
+from .readers.tables import METADATA as METADATA
+from .readers.tar import read_shard
+from .sample import ARCHIVES, IMAGE_SUFFIXES, TEXT_SUFFIXES, Sample, ShardError, ending
+from .shards import INDEX
 
-SHARD_SUFFIXES = (".tar", ".parquet")
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
-PATH_COLUMNS = ("path", "image_path", "file_name", "filename", "url")
-CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "TEXT")
-# beside images, as in Hugging Face's ImageFolder; one {"file_name": ..., "text": ...} per line
-METADATA = "metadata.jsonl"
+log = logging.getLogger(__name__)
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+SHARD_SUFFIXES = (*TAR_SUFFIXES, ".parquet")
 FILES_PER_PART = 256
-ROWS_PER_BATCH = 64
-IMAGE_ENDINGS = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES)))
-RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-SEVERAL = re.compile(r"\{([^{},]+(?:,[^{},]+)+)\}")  # several corpora: corpus/{train,scenes}
+# Files of pictures, or of whole corpora, that are not read.
+NOT_READ = (
+    *("heic", "heif", "jxl", "svg", "psd", "ico", "tga", "exr", "hdr", "ppm", "eps", "pdf"),
+    *("cr2", "nef", "arw", "dng", "raw", "orf"),
+    *("tfrecord", "h5", "hdf5", "lmdb", "npz", "mdb", "beton"),
+)
+TABLE_SUFFIXES = ("jsonl", "csv", "tsv")
+ASIDE_KIND = "in files of a kind that is not read"
+ASIDE_TABLE = "in Parquet files without images, left aside"
+ASIDE_INDEX = "in shards that are not in the index of their folder"
+SPLIT = re.compile(r"(?:^|[/_.-])(train|test|val)(?:ing|id|idation)?\d*(?=$|[/_.-])")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A shard, or some images of a folder."""
+    """A shard, some images of a folder, or files of a corpus that are left aside."""
 
     url: str
     count: int | None = None  # number of rows, if the corpus has an index
-    # images of a folder: path, and captions if METADATA has them; empty for a shard
-    files: tuple[tuple[str, tuple[str, ...] | None], ...] = ()
+    files: tuple[ImageFile, ...] = ()  # images of a folder; empty for a shard
+    # (file, reason) of what is not read: each gives a row without an image, so that it is counted
+    aside: tuple[tuple[str, str], ...] = ()
+    column: str | None = None  # field or column of captions, if it was named
+    share: float = 1.0  # share of the rows that an epoch reads, in a mixture by weight
 
 
-def find_parts(path: str | Path) -> list[Part]:
+def find_parts(path: str | Path, column: str | None = None) -> list[Part]:
     """The parts of a corpus, in order. Raises ShardError if there are none.
 
-    The files of a range are not checked, and a folder with our index is not listed: the index names
-    its shards. Any other path is listed once.
+    `column` names the field or the column of captions. The shards that a pattern names are not
+    checked, and a folder with our index is not listed: the index names its shards. Any other path
+    is listed once.
     """
-    path = str(path)
-    if SEVERAL.search(path):
-        return [part for one in each_path(path) for part in find_parts(one)]
-    if span := RANGE.search(path):
-        first, last = span.groups()
-        if int(last) < int(first):
-            raise ShardError(f"The corpus {path} is empty: its range ends before it begins.")
-        return [
-            Part(f"{path[: span.start()]}{n:0{len(first)}d}{path[span.end() :]}")
-            for n in range(int(first), int(last) + 1)
-        ]
-    if indexed := _read_index(path):
-        return indexed
-    files = list(storage.list_files(path, (*SHARD_SUFFIXES, *IMAGE_ENDINGS, METADATA)))
-    images = [file for file in files if file.endswith(IMAGE_ENDINGS)]
-    # img2dataset writes 00000.parquet beside 00000.tar, or beside a folder 00000 of images. It has
-    # metadata of the rows but no images: leave it out.
-    known = {file.removesuffix(".tar") for file in files if file.endswith(".tar")} | {
-        file.rpartition("/")[0] for file in images
-    }
-    if shards := [
-        file
-        for file in files
-        if file.endswith(".tar")
-        or file.endswith(".parquet")
-        and file.removesuffix(".parquet") not in known
-    ]:
-        return [Part(file) for file in shards]
-    captions = _metadata([file for file in files if PurePosixPath(file).name == METADATA])
-    if not images:
-        raise ShardError(
-            f"The corpus {path} is empty: no .tar or .parquet file and no image is there; make the "
-            f"default one with `glide corpus`, or give the path of another."
-        )
-    return [
-        Part(
-            f"{path}#{start}",
-            files=tuple(
-                (file, captions.get(file)) for file in images[start : start + FILES_PER_PART]
-            ),
-        )
-        for start in range(0, len(images), FILES_PER_PART)
+    path = patterns.absolute(str(path))
+    if weights := patterns.mixture(path):
+        return _mixed(path, [(find_parts(one, column), weight) for one, weight in weights])
+    found = [
+        part
+        for one in patterns.expand(path)
+        for part in _parts_of(one, column, patterns.is_pattern(path))
     ]
-
-
-def each_path(path: str) -> list[str]:
-    """Expand the lists in braces of a path; a path without a list gives itself."""
-    if not (names := SEVERAL.search(path)):
-        return [path]
-    return [
-        one
-        for name in names.group(1).split(",")
-        for one in each_path(path[: names.start()] + name + path[names.end() :])
-    ]
+    return [replace(part, column=column) for part in found] if column else found
 
 
 def folder_name(part: Part) -> str:
@@ -129,13 +100,18 @@ def state(path: str | Path, parts: Sequence[Part]) -> str:
 
     Images that a Parquet file refers to by path do not count.
     """
-    read = (
-        (*IMAGE_ENDINGS, ".txt", ".json") if any(part.files for part in parts) else SHARD_SUFFIXES
-    )
-    roots = [part.url for part in parts] if RANGE.search(str(path)) else each_path(str(path))
-    return hashlib.sha256(
-        json.dumps([list(storage.list_states(root, read)) for root in roots]).encode()
-    ).hexdigest()
+    read: tuple[str, ...] = SHARD_SUFFIXES
+    if any(part.files for part in parts):
+        read = tuple(f".{one}" for one in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES, *TABLE_SUFFIXES))
+        read += SHARD_SUFFIXES if any(not part.files for part in parts) else ()
+    roots = patterns.expand(patterns.absolute(str(path)))
+    shards = {one for one in roots if storage.is_remote(one) and one.endswith(SHARD_SUFFIXES)}
+    # The shards of a range on S3 are listed by folder, not one by one.
+    folders = dict.fromkeys(one.rpartition("/")[0] for one in roots if one in shards)
+    states = [
+        [one for one in storage.list_states(folder, read) if one[0] in shards] for folder in folders
+    ] + [list(storage.list_states(root, read)) for root in roots if root not in shards]
+    return hashlib.sha256(json.dumps(states).encode()).hexdigest()
 
 
 def read_corpus(path: str | Path) -> Iterator[Sample]:
@@ -150,17 +126,8 @@ def read_part(part: Part) -> Iterator[Sample]:
     Raises ShardError or StorageError for a part that is missing, broken, or has another number of
     rows than the index says, after the samples that could be read.
     """
-    read = (
-        _read_files(part)
-        if part.files
-        else _read_parquet(part.url)
-        if part.url.endswith(".parquet")
-        else read_shard(
-            storage.read(part.url) if storage.is_remote(part.url) else part.url, part.url
-        )
-    )
     rows = 0
-    for sample in read:
+    for sample in _read(part):
         rows += 1
         yield sample
     if part.count is not None and rows != part.count:
@@ -193,146 +160,160 @@ def columns(samples: Iterable[tuple[int, Sample]]) -> dict[str, list]:
     }
 
 
-# -- reading of each form --------------------------------------------------------------------------
+def _read(part: Part) -> Iterator[Sample]:
+    if part.aside:
+        yield from (Sample(file, b"", "", (), {}, reason) for file, reason in part.aside)
+    elif part.files:
+        yield from read_images(part.files, part.url, part.column)
+    else:
+        source = storage.read(part.url) if storage.is_remote(part.url) else part.url
+        if not part.url.lower().endswith(".parquet"):
+            yield from read_shard(source, part.url, part.column)
+            return
+        fetch = Fetcher(part.url.rpartition("/")[0])
+        yield from read_parquet(source, part.url, fetch, part.column)
+        fetch.check(part.url)
+
+
+# -- finding parts ---------------------------------------------------------------------------------
+
+
+def _parts_of(path: str, column: str | None, named: bool) -> list[Part]:
+    """Parts of one path. A shard that a pattern names need not be there."""
+    is_shard = path.lower().endswith(SHARD_SUFFIXES)
+    if is_shard and (named or storage.is_remote(path) and storage.exists(path)):
+        return [Part(path)]
+    if not is_shard and (indexed := _read_index(path)):
+        return indexed
+    if ending(path) in IMAGE_SUFFIXES and not Path(path).is_dir():
+        raise ShardError(f"{path} is a picture; give the folder that holds it and its caption.")
+    files = [file for file in storage.list_files(path, ("",)) if not _is_hidden(path, file)]
+    if files == [path] and not is_shard:
+        raise ShardError(f"{path} is no corpus; give a .tar or .parquet file, or a folder.")
+    return _parts_of_files(path.rstrip("/"), files, column)
+
+
+def _parts_of_files(root: str, files: Sequence[str], column: str | None) -> list[Part]:
+    """Parts of the files of a folder: shards, images, and what is left aside."""
+    images, aside = find_images(root, files, column)
+    chosen = {file: False for file in files if file.lower().endswith(TAR_SUFFIXES)}
+    tables = [file for file in files if file.lower().endswith(".parquet")]
+    mixed = bool(chosen or images)
+    if mixed:
+        # img2dataset writes 00000.parquet beside 00000.tar, or beside a folder 00000 of images.
+        # It has metadata of the rows but no images.
+        folders = {image.path.rpartition("/")[0] for image in images}
+        known = folders | {file.removesuffix(".tar") for file in chosen}
+        tables = [file for file in tables if file.removesuffix(".parquet") not in known]
+    for file in tables:
+        # Among other shards or images, a Parquet file without images is left aside.
+        source = _source(file) if mixed else None
+        by_path = source is not None and has_images(source) is False
+        if source is None or not by_path or names_images(source):
+            chosen[file] = by_path
+        else:
+            aside.append((file, ASIDE_TABLE))
+    shards = [file for file in files if file in chosen]
+    if any(chosen.values()):
+        images = []  # those that a Parquet file names
+    aside += [(file, ASIDE_KIND) for file in files if _is_data(file) and file not in chosen]
+    parts = [Part(file) for file in shards] + [
+        Part(f"{root}#{start}", files=tuple(images[start : start + FILES_PER_PART]))
+        for start in range(0, len(images), FILES_PER_PART)
+    ]
+    if not parts:
+        raise ShardError(_emptiness(root, aside))
+    _warn_of_mixtures(root, shards, images)
+    return [*parts, _left_aside(root, aside)] if aside else parts
+
+
+def _source(file: str) -> str | bytes:
+    return storage.read(file) if storage.is_remote(file) else file
+
+
+def _left_aside(root: str, aside: Sequence[tuple[str, str]]) -> Part:
+    return Part(f"{root}/#aside", aside=tuple(aside))
+
+
+def _is_hidden(root: str, file: str) -> bool:
+    inside = file.removeprefix(root).strip("/").split("/")
+    return any(name.startswith(".") or name == "__MACOSX" for name in inside)
+
+
+def _is_data(file: str) -> bool:
+    """Whether a file is of a kind that may hold rows, but is not read."""
+    return ending(file) in NOT_READ or (ending(file) in ARCHIVES and ending(file) != "parquet")
+
+
+def _emptiness(root: str, aside: Sequence[tuple[str, str]]) -> str:
+    left = f", but {len(aside):,} {aside[0][1]} (such as {aside[0][0]})" if aside else ""
+    return (
+        f"The corpus {root} is empty: no .tar or .parquet file and no image is there{left}; make "
+        "the default one with `glide corpus`, or give the path of another."
+    )
+
+
+def _warn_of_mixtures(root: str, shards: Sequence[str], images: Sequence[ImageFile]) -> None:
+    if shards and images:
+        _warn(f"{root} has {len(shards):,} shards and {len(images):,} images: all are read.")
+    files = [*shards, *(image.path for image in images)]
+    splits = {found for file in files for found in SPLIT.findall(file.removeprefix(root).lower())}
+    if "train" in splits and len(splits) > 1:
+        _warn(
+            f"{root} has files of {', '.join(sorted(splits))}: they are read as one corpus; give "
+            "the path of one to leave out the others, such as PATH/train-*."
+        )
+
+
+@lru_cache(maxsize=256)
+def _warn(text: str) -> None:
+    """Log a warning, once in a process."""
+    log.warning(text)
 
 
 def _read_index(path: str) -> list[Part]:
-    if path.endswith(SHARD_SUFFIXES):
-        return []
+    """The parts that our index of a folder names; [] without one."""
     folder = path.rstrip("/")
     try:
         index = storage.read(f"{folder}/{INDEX}")
     except storage.MissingError:  # no other error: an index that cannot be read must not be ignored
         return []
     try:
-        return [
-            Part(f"{folder}/{shard['name']}", shard["count"])
-            for shard in json.loads(index)["shards"]
-        ]
+        names = {shard["name"]: shard["count"] for shard in json.loads(index)["shards"]}
     except (ValueError, KeyError, TypeError):  # an index.json of another program
         return []
+    parts = [Part(f"{folder}/{name}", count) for name, count in names.items()]
+    added = [] if storage.is_remote(folder) else sorted(Path(folder).glob("*.tar"))
+    aside = [(str(file), ASIDE_INDEX) for file in added if file.name not in names]
+    return [*parts, _left_aside(folder, aside)] if aside else parts
 
 
-def _read_parquet(url: str) -> Iterator[Sample]:
-    import pyarrow.parquet  # comes with ray[data]; not needed to read tars
+def _mixed(path: str, corpora: Sequence[tuple[list[Part], float]]) -> list[Part]:
+    """Parts of a mixture, each with the share of its rows that an epoch reads.
 
-    data = storage.read(url) if storage.is_remote(url) else url
-    try:
-        table = pyarrow.parquet.ParquetFile(io.BytesIO(data) if isinstance(data, bytes) else data)
-    except FileNotFoundError:
-        raise ShardError(f"There is no file {url}.") from None
-    except (pyarrow.ArrowInvalid, OSError):
-        raise ShardError(f"{url} is not a whole Parquet file; copy it again.") from None
-    names = table.schema_arrow.names
-    # A column of images is preferred to one of paths.
-    image, caption = (
-        _column(url, names, wanted) for wanted in ((*IMAGE_COLUMNS, *PATH_COLUMNS), CAPTION_COLUMNS)
-    )
-    embedded = image if image in IMAGE_COLUMNS else None
-    position = 0
-    try:
-        for batch in table.iter_batches(ROWS_PER_BATCH):
-            for row in batch.to_pylist():
-                content = _content(url, row[image])
-                captions = _captions(row[caption])
-                meta = {
-                    name: value
-                    for name, value in row.items()
-                    if name not in (embedded, caption) and isinstance(value, (str, int, float))
-                }
-                yield Sample(
-                    str(row.get("key", f"{PurePosixPath(url).stem}-{position:06d}")),
-                    content,
-                    _suffix(content),
-                    captions,
-                    meta,
-                )
-                position += 1
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError):  # a broken page inside the file
-        raise ShardError(
-            f"{url} is broken after its first {position:,} rows; copy it again."
-        ) from None
-
-
-def _column(url: str, names: Sequence[str], wanted: Sequence[str]) -> str:
-    """The first of the wanted column names that is there. Raises ShardError."""
-    for name in wanted:
-        if name in names:
-            return name
-    raise ShardError(
-        f"{url} has no column named {' or '.join(wanted)}; it has: {', '.join(names)}."
-    )
-
-
-def _content(url: str, value: object) -> bytes:
-    """Bytes of an image from a Parquet cell: bytes, a path, or either in Hugging Face's format."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str):
-        return _beside(url, value)
-    return value if isinstance(value, bytes) else b""
-
-
-def _read_files(part: Part) -> Iterator[Sample]:
-    """Images with captions from METADATA, or from a .txt or .json of the same name beside them."""
-    for file, captions in part.files:
-        stem, meta = file[: file.rindex(".")], {}
-        if captions is None:
-            text, meta = _read_or_none(f"{stem}.txt"), read_meta(_read_or_none(f"{stem}.json"))
-            captions = captions_of(text.decode(errors="replace") if text else None, meta)
-        yield Sample(
-            PurePosixPath(stem).name,
-            _read_or_none(file) or b"",
-            file[file.rindex(".") + 1 :],
-            captions,
-            meta,
-        )
-
-
-def _beside(url: str, path: str | None) -> bytes:
-    """The image at a path, absolute or relative to the folder of the file `url` that names it.
-
-    b"" if there is none.
+    The epoch is as long as the weights allow without reading a row twice.
     """
-    if not path or path.startswith(("http://", "https://")):  # to be downloaded by img2dataset
-        return b""
-    path = (
-        path
-        if storage.is_remote(path) or path.startswith("/")
-        else f"{url.rpartition('/')[0]}/{path}"
+    total = sum(weight for _, weight in corpora)
+    corpora = [(parts, weight / total) for parts, weight in corpora]
+    counts = [sum(map(_count, parts)) for parts, _ in corpora]
+    if not all(counts):
+        raise ShardError(f"A corpus of {path} is empty; a mixture by weight needs rows of each.")
+    rows = min(count / weight for count, (_, weight) in zip(counts, corpora, strict=True) if weight)
+    return [
+        replace(part, share=min(1.0, rows * weight / count))
+        for count, (parts, weight) in zip(counts, corpora, strict=True)
+        for part in parts
+        if weight and not part.aside
+    ]
+
+
+def _count(part: Part) -> int:
+    """Rows of a part. Raises ShardError for a tar that no index counts."""
+    if part.count is not None or part.files or part.aside:
+        return part.count or len(part.files)
+    if part.url.lower().endswith(".parquet"):
+        return count_rows(_source(part.url), part.url)
+    raise ShardError(
+        f"A mixture by weight needs the numbers of rows, and {part.url} is in no index; write one "
+        "with `glide clean`."
     )
-    return _read_or_none(path) or b""
-
-
-def _captions(value: object) -> tuple[str, ...]:
-    """Captions in one field, which holds a list or a single one."""
-    return captions_of(None, {"captions" if isinstance(value, list) else "caption": value})
-
-
-def _read_or_none(path: str) -> bytes | None:
-    try:
-        return storage.read(path)
-    except storage.StorageError:
-        return None
-
-
-def _metadata(files: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
-    """Image path -> captions, from all METADATA files."""
-    captions = {}
-    for file in files:
-        folder = file.rpartition("/")[0]
-        for line in storage.read(file).splitlines():
-            try:
-                row = read_meta(line)
-                captions[f"{folder}/{row['file_name']}"] = _captions(
-                    next((row[name] for name in CAPTION_COLUMNS if name in row), None)
-                )
-            except KeyError:
-                continue
-    return captions
-
-
-def _suffix(content: bytes) -> str:
-    """File suffix for an image, by its first bytes."""
-    head = content[:12]
-    return "png" if head.startswith(b"\x89PNG") else "webp" if head[8:12] == b"WEBP" else "jpg"

@@ -23,9 +23,9 @@ from ..errors import UserError
 from ..tensors import Batch, Conditioning
 from .captions import choose
 from .filters import Candidate, first_broken, header_rules
-from .images import ImageError, area_downsample, blur, centre_crop, decode, to_tensor
+from .images import ImageError, area_downsample, blur, decode_crop, to_tensor
 from .masks import random_known
-from .shards import ShardError
+from .sample import ShardError
 from .sources import columns, find_parts, read_part, row_id
 from .tokenizer import Tokenizer
 
@@ -101,7 +101,7 @@ class Collate:
         """Decoded centre crop, uint8 (H, W, 3) at the model's size. Raises ImageError."""
         if number in self._decoded:
             return self._decoded[number]
-        picture = centre_crop(decode(bytes(image)), self.model.image_size)
+        picture = decode_crop(bytes(image), self.model.image_size)
         if picture.nbytes <= self._room:
             self._decoded[number] = picture
             self._room -= picture.nbytes
@@ -197,7 +197,7 @@ def held_out_batches(
     that only pad are numbered -1. Raises ShardError if rows or decodable pictures are too few.
     """
     collate, rules, rows = Collate(model, data), header_rules(data.min_size), []
-    for part in find_parts(data.held_out):
+    for part in find_parts(data.held_out, data.caption_column):
         try:
             for position, sample in enumerate(read_part(part)):
                 if first_broken(Candidate(sample), rules) is None:

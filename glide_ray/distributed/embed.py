@@ -30,6 +30,7 @@ from ..config.data import CleanConfig
 from ..data.content import ContentError, ContentFilter
 from ..data.filters import BROKEN, Candidate, Report, Rule, first_broken, image_rules
 from ..data.images import ImageError, decode
+from ..data.readers.fetch import NO_FILE
 from ..data.sources import METADATA, Part, find_parts, read_part, state
 from ..errors import UserError
 from ..evaluation.features import ClipFeatures, Network, fetch_network, load_network
@@ -207,11 +208,11 @@ def _rows(
         for name, rule in image_rules(CleanConfig(min_size=1, max_aspect=None)).items()
         if name != BROKEN
     }
-    missing = 0
+    missing = 0  # files that a table names and that are not there
     try:
         for position, sample in enumerate(read_part(part)):
             candidate = Candidate(sample)
-            missing += not sample.image
+            missing += sample.no_image == NO_FILE
             shows, failed = _truth_of(candidate, truth)
             reason = first_broken(candidate, rules) or failed
             yield {
@@ -318,7 +319,7 @@ def embed_corpus(
         job = storage.read(f"{source}/{JOB}").decode()
     except storage.StorageError:
         job = ""
-    if job and any(captions is None for part in parts for _, captions in part.files):
+    if job and any(image.captions is None for part in parts for image in part.files):
         raise UserError(
             f"{source} is unfinished: {METADATA} does not list all of its pictures; run the "
             "command that makes them again."

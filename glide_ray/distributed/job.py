@@ -31,6 +31,11 @@ def run(name: str, work: Callable[[], Mapping[str, Any]]) -> int:
 def run_once(
     record: str, asked: Mapping[str, Any], work: Callable[[], Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Like `records.cached_result`; `done_before` in the result: an earlier run did the work."""
-    result, done_before = records.cached_result(record, asked, work)
+    """Like `records.cached_result`; `done_before` in the result: an earlier run did the work.
+
+    A result with `faults`, such as shards that could not be read, is made again.
+    """
+    result, done_before = records.cached_result(
+        record, asked, work, usable=lambda made: not made.get("faults")
+    )
     return {**result, "done_before": done_before}

@@ -34,7 +34,7 @@ Captions = Callable[[Sequence[str]], tuple[str, ...]]
 
 def refuse_source(source: str, parts: Sequence[Part], out: str) -> None:
     """Raise ConfigError if `out` is the corpus that is read, or the folder of one of its shards."""
-    folders = {source, *(part.url.rpartition("/")[0] for part in parts if not part.files)}
+    folders = {source, *(part.url.rpartition("#" if part.files else "/")[0] for part in parts)}
     if any(storage.same_place(folder, out) for folder in folders):
         raise ConfigError(f"--out {out} is the corpus to read; write to another folder.")
 

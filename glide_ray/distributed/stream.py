@@ -5,6 +5,7 @@ Only encoded images move through Ray's object store: the worker that trains on t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import ray.data
 from ray.exceptions import RayError
 
 from ..data.filters import Candidate, Report, first_broken, header_rules
-from ..data.shards import Sample
+from ..data.sample import Sample, ShardError
 from ..data.sources import (
     Part,
     columns,
@@ -33,6 +34,7 @@ from ..errors import UserError
 from .actors import Actor
 
 ROWS_PER_BLOCK, ROWS_PER_TASK = 64, 4096
+MAX_DEATHS = 3  # deaths of its process at a part, before a task leaves the part out
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,19 @@ class Plan:
 
     def reads(self, part: Part, sample: Sample) -> bool:
         """Whether the epoch reads this row of a part."""
-        return in_share(
-            sample.key, self.epoch, self.seed, share_of(self.shares, folder_name(part), sample)
-        )
+        share = part.share * share_of(self.shares, folder_name(part), sample)
+        return in_share(sample.key, self.epoch, self.seed, share)
 
 
-def open_corpus(path: str, min_size: int, tally=None) -> ray.data.Dataset:
+def open_corpus(
+    path: str, min_size: int, tally=None, column: str | None = None
+) -> ray.data.Dataset:
     """Stream a corpus in its own order, without rows that break a rule.
 
-    `tally`: a `Tally` actor, which counts them. Raises ShardError for an empty corpus.
+    `tally`: a `Tally` actor, which counts them. `column`: the field or column of captions. Raises
+    ShardError for an empty corpus.
     """
-    return open_parts(find_parts(path), min_size, tally)
+    return open_parts(find_parts(path, column), min_size, tally)
 
 
 def open_parts(
@@ -80,7 +84,7 @@ def open_parts(
             rows = (
                 row
                 for number in order[int(task) :: tasks]
-                for row in _kept_rows(parts[number], min_size, report, plan)
+                for row in _kept_rows(parts[number], min_size, report, plan, tally)
             )
             yield from _blocks(
                 rows,
@@ -114,20 +118,46 @@ def ray_data():
 
 
 def _kept_rows(
-    part: Part, min_size: int, report: Report, plan: Plan | None
+    part: Part, min_size: int, report: Report, plan: Plan | None, tally
 ) -> Iterator[tuple[int, Sample]]:
     """(id, row) of the rows of a part that the plan reads and that break no rule."""
     rules = header_rules(min_size)
     try:
+        begin_part(tally, part.url)
         for position, sample in enumerate(read_part(part)):
             if plan is not None and not plan.reads(part, sample):
                 continue
             reason = first_broken(Candidate(sample), rules)
-            report.add(sample.key, reason)
+            report.add(sample.key, reason, sample.captions_unread)
             if reason is None:
                 yield row_id(part.url, position), sample
     except UserError as error:
         report.faults.append(str(error))
+    finally:
+        end_part(tally, part.url)
+
+
+def begin_part(tally, url: str) -> None:
+    """Count that this task begins to read a part, before `end_part`.
+
+    Ray runs a task again whose process died, as often as it takes. Raises ShardError if this task
+    has died at the part MAX_DEATHS times: a picture may crash a decoder or take all memory.
+    `tally`: a `Tally` actor, or None to count nothing.
+    """
+    if tally is None:
+        return
+    task = ray.get_runtime_context().get_task_id()
+    if ray.get(tally.begin.remote(task, url)) > MAX_DEATHS:
+        raise ShardError(
+            f"{url} ended the process that read it {MAX_DEATHS} times; it is left out. A picture "
+            "or a rule crashes it, or takes all memory."
+        )
+
+
+def end_part(tally, url: str) -> None:
+    """Count that this task has read a part, or has left it."""
+    if tally is not None:
+        tally.end.remote(ray.get_runtime_context().get_task_id(), url)
 
 
 def _blocks(
@@ -179,6 +209,15 @@ class Tally(Actor):
 
     def __init__(self):
         self._report, self._counts = Report(), {}
+        self._begun: Counter[tuple[str | None, str]] = Counter()  # (task, part) -> times
+
+    def begin(self, task: str | None, url: str) -> int:
+        """Times that a task has begun to read a part, without an end."""
+        self._begun[task, url] += 1
+        return self._begun[task, url]
+
+    def end(self, task: str | None, url: str) -> None:
+        self._begun.pop((task, url), None)
 
     def add(self, report: Report, task: tuple[int, int] | None = None) -> None:
         self._report.merge(report)

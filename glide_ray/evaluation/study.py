@@ -18,6 +18,7 @@ import numpy as np
 
 from .. import storage
 from ..data.images import ImageError, centre_crop, decode, encode
+from ..data.readers.folder import ImageFile
 from ..data.shards import read_meta
 from ..data.sources import METADATA, Part, find_parts, read_part
 from ..errors import UserError
@@ -110,7 +111,7 @@ def _listed(folder: str) -> list[StudyPicture]:
         StudyPicture(
             Part(
                 f"{folder}/{row['file_name']}",
-                files=((f"{folder}/{row['file_name']}", (str(row["text"]),)),),
+                files=(ImageFile(f"{folder}/{row['file_name']}", (str(row["text"]),)),),
             ),
             0,
             str(row["text"]).strip(),

@@ -23,7 +23,7 @@ from ..config.models import SHIPPED, AnyModelConfig, Frozen, ModelConfig
 from ..config.training import Preset
 from ..data.card import CARD as CORPUS_CARD
 from ..data.card import read_card as read_corpus_card
-from ..data.sources import each_path
+from ..data.patterns import folders
 from ..errors import UserError
 from ..models.weights import check_pair, check_role, load_metadata, load_weights
 from ..pretrained import shipped
@@ -136,7 +136,7 @@ def corpus_sources(corpus: str) -> tuple[Source, ...]:
     Image counts of scene folders are dropped, because scenes are composed from images of other
     folders. Raises PackError.
     """
-    return total(*map(_card_sources, each_path(corpus)))
+    return total(*map(_card_sources, folders(corpus)))
 
 
 def _card_sources(folder: str) -> tuple[Source, ...]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .. import storage
 from ..config.training import Preset
+from ..data import patterns
 from ..pretrained import shipped
 from .checkpoint import CheckpointError, check_same, differences
 
@@ -105,8 +106,8 @@ def absolute(preset: Preset) -> Preset:
     data, start = preset.data, preset.train.start_from
     data = data.model_copy(
         update={
-            "corpus": storage.absolute(data.corpus),
-            "held_out": storage.absolute(data.held_out),
+            "corpus": patterns.absolute(data.corpus),
+            "held_out": patterns.absolute(data.held_out),
         }
     )
     train = preset.train.model_copy(update={"start_from": start and shipped.absolute(start)})

@@ -23,6 +23,10 @@ from .objectives import quartile_means
 Metrics = dict[str, float | int | str]
 
 
+class EmptyEpochError(TrainingError):
+    """An epoch without a batch."""
+
+
 class TrainerProtocol(Protocol):
     """Interface of a trainer, as used by `train_loop`."""
 
@@ -127,7 +131,7 @@ def _endless(
             yield batch
         # With `rows` > 0 no batch is normal: the run has resumed at the end of an epoch.
         if not has_batch and not rows:
-            raise TrainingError(
+            raise EmptyEpochError(
                 f"The corpus {trainer.preset.data.corpus} has too few usable images "
                 f"for one batch of {trainer.preset.train.batch}; lower train.batch, or add images."
             )

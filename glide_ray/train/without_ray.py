@@ -23,8 +23,18 @@ from ..config.training import Preset
 from ..data.filters import Candidate, Report, first_broken, header_rules
 from ..data.images import encode
 from ..data.shards import Sample, ShardError
-from ..data.sources import columns, find_parts, folder_name, in_share, read_part, row_id, share_of
+from ..data.sources import (
+    Part,
+    columns,
+    find_parts,
+    folder_name,
+    in_share,
+    read_part,
+    row_id,
+    share_of,
+)
 from ..data.transforms import Collate, collate_batches, held_out_batches, prefetch
+from ..data.usable import too_few
 from ..errors import ConfigError, UserError
 from ..progress import write_line
 from ..tensors import Batch
@@ -210,15 +220,15 @@ class MemoryCorpus:
 
     def __init__(self, preset: Preset):
         self.preset, self.report = preset, Report()
-        self.rows: list[tuple[int, str, Sample]] = []  # row number, folder name, sample
+        self.rows: list[tuple[int, Part, Sample]] = []  # row number, its part, sample
         self._collate = Collate(preset.model, preset.data, preset.train.seed)
         rules, size = header_rules(preset.data.min_size), 0
-        for part in find_parts(preset.data.corpus):
-            for position, sample in enumerate(read_part(part)):
+        for part in find_parts(preset.data.corpus, preset.data.caption_column):
+            for position, sample in enumerate(self._samples(part)):
                 reason = first_broken(Candidate(sample), rules)
-                self.report.add(sample.key, reason)
+                self.report.add(sample.key, reason, sample.captions_unread)
                 if reason is None:
-                    self.rows.append((row_id(part.url, position), folder_name(part), sample))
+                    self.rows.append((row_id(part.url, position), part, sample))
                     size += len(sample.image)
             if size > MAX_BYTES:
                 raise ShardError(
@@ -226,10 +236,14 @@ class MemoryCorpus:
                     f"of pictures, too many to hold in memory; leave out --no-ray to stream it."
                 )
         if len(self.rows) < preset.train.batch:
-            raise ShardError(
-                f"The corpus {preset.data.corpus} has {len(self.rows):,} usable rows, "
-                f"fewer than one batch of {preset.train.batch:,}; lower train.batch, or add images."
-            )
+            raise ShardError(too_few(preset.data.corpus, preset.train.batch, self.report))
+
+    def _samples(self, part: Part) -> Iterator[Sample]:
+        """Rows of a part. Damage of the part is reported after the rows before it."""
+        try:
+            yield from read_part(part)
+        except UserError as error:
+            self.report.faults.append(str(error))
 
     def epoch_batches(self, epoch: int, rows: int) -> Iterator[Batch]:
         """Micro-batches of an epoch, without its first `rows` rows; deterministic."""
@@ -252,8 +266,10 @@ class MemoryCorpus:
         seed, shares = self.preset.train.seed, self.preset.data.shares
         read = [
             n
-            for n, (_, folder, sample) in enumerate(self.rows)
-            if in_share(sample.key, epoch, seed, share_of(shares, folder, sample))
+            for n, (_, part, sample) in enumerate(self.rows)
+            if in_share(
+                sample.key, epoch, seed, part.share * share_of(shares, folder_name(part), sample)
+            )
         ]
         return np.random.default_rng([seed, epoch]).permutation(np.array(read))
 

@@ -17,6 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import ray
+from helpers import corpora as forms
 from helpers.drawings import drawn_samples
 from PIL import Image, ImageDraw
 
@@ -138,7 +139,9 @@ BAD = {
     "with too short a caption": row(16, "ab", key="short"),
     "with too long a caption": row(17, "word " * 201, key="long"),
     "with a caption in another script": row(18, "красный дом", key="cyrillic"),
-    "with boilerplate for a caption": row(19, "<b>click here</b> for more", key="boilerplate"),
+    "with boilerplate for a caption": row(
+        19, "<marquee>click here</marquee> for more", key="boilerplate"
+    ),
     NEAR_DUPLICATE: row(
         20, key="copy", image=image_bytes(blobs(2).resize((65, 65)), "jpeg", quality=80)
     ),
@@ -217,8 +220,9 @@ def test_the_summary_has_the_counts_and_the_settings(judged):
         and counts["settings"]["per_shard"] == 2
         and CleanConfig(**counts["settings"])
     )
-    # Three captions of a row that is kept, and those of the five rows that a caption rule drops.
-    assert counts["captions_dropped"] == 3 + 5
+    # Three captions of a row that is kept, and those of four of the five rows that a caption rule
+    # drops: an empty text is no caption.
+    assert counts["captions_dropped"] == 3 + 4
 
 
 def test_kept_rows_are_written_in_order_and_complete(judged):
@@ -263,7 +267,7 @@ def test_the_page_names_every_reason_loads_nothing_and_escapes_captions(judged):
     assert (
         written == f"{out}/{PAGE}"
         and "script" not in page.tags
-        and "b" not in page.tags
+        and "marquee" not in page.tags
         and "link" not in page.tags
     )
     assert (
@@ -274,7 +278,7 @@ def test_the_page_names_every_reason_loads_nothing_and_escapes_captions(judged):
     assert (
         all(name in page.text for name in BAD)
         and SCRIPT in page.text
-        and "<b>click here</b>" in page.text
+        and "<marquee>click here</marquee>" in page.text
     )
     pictures = [decode(base64.b64decode(what.partition(",")[2])) for what in page.loaded]
     assert all(max(picture.size) <= 112 for picture in pictures)
@@ -623,7 +627,7 @@ ODD = {
     "latin.json": ('{"caption": "Größe"}'.encode("latin-1"), "text"),
     "half.json": (b'{"caption": "a smile \\ud83d"}', "a smile ?"),
     "nothing.json": (b'{"captions": [null, "a house", 7.5]}', ("a house", "7.5")),
-    "dict.json": (b'{"caption": {"en": "a house"}}', "text"),
+    "dict.json": (b'{"caption": {"en": "a house"}}', "a house"),
 }
 
 
@@ -1049,10 +1053,9 @@ def test_the_metadata_of_img2dataset_beside_a_shard_is_not_read_as_data(tmp_path
             tmp_path / f"{name}.parquet",
         )
     (tmp_path / "00000_stats.json").write_text("{}")
-    assert [part.url.rpartition("/")[2] for part in find_parts(tmp_path)] == [
-        "00000.tar",
-        "00001.parquet",
-    ]
+    shard, aside = find_parts(tmp_path)
+    assert shard.url == str(tmp_path / "00000.tar")
+    assert [file for file, _ in aside.aside] == [str(tmp_path / "00001.parquet")]
 
 
 def test_the_metadata_of_img2dataset_beside_a_folder_of_images_is_not_read_as_data(tmp_path):
@@ -1202,6 +1205,15 @@ def test_invalid_requests_are_refused_in_one_sentence(
         and not printed.out
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_corpus_of_which_no_row_is_kept_ends_with_status_2_and_the_reasons(tmp_path, capsys):
+    forms.table("metadata.csv", "prompt")(tmp_path / "in")
+    out = str(tmp_path / "out")
+    assert main(["clean", str(tmp_path / "in"), "--out", out, "--set", "min_size=16"]) == 2
+    shown = capsys.readouterr()
+    assert "5 without a caption: metadata.csv has file_name, prompt" in shown.out
+    assert "No row of" in shown.err and "is kept" in shown.err
 
 
 def test_an_unknown_script_is_refused_and_case_does_not_matter():

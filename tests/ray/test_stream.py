@@ -1,6 +1,7 @@
 """The corpus through Ray Data: all sources, each row once, bad rows counted, seeded batches."""
 
 import json
+import os
 
 import numpy as np
 import pyarrow
@@ -9,17 +10,19 @@ import pytest
 import ray
 import scipy.ndimage
 import torch
+from helpers import corpora as forms
 from helpers.drawings import drawn_samples
 from helpers.tiny import tiny
 
 from glide_ray import storage
+from glide_ray.cli.main import main
 from glide_ray.config.data import DataConfig
 from glide_ray.data.images import area_downsample, blur, encode, to_tensor
 from glide_ray.data.shards import Sample, ShardError, write_shards
 from glide_ray.data.sources import Part, columns, find_parts, read_part
 from glide_ray.data.transforms import Collate, held_out_batches
 from glide_ray.distributed.curation.corpus import survey
-from glide_ray.distributed.stream import Tally, open_corpus
+from glide_ray.distributed.stream import Tally, begin_part, end_part, open_corpus
 from glide_ray.distributed.training.feed import Epoch, Feeder, micro_batches
 from glide_ray.train.batch_split import BatchSplit
 
@@ -133,6 +136,43 @@ def test_a_survey_counts_captions_and_truncated_ones(tmp_path):
     assert (counts.rows.kept, counts.captions, counts.cut_captions) == (2, 3, 1)
 
 
+@pytest.mark.parametrize(
+    "arguments, status, printed, error",
+    [
+        (["--caption-column", "prompt"], 0, "5 kept, none dropped; 5 captions", ""),
+        ([], 2, "5 without a caption: metadata.csv has file_name, prompt", "No row of in can be"),
+    ],
+)
+def test_a_survey_of_a_relative_path_ends_with_status_2_if_no_row_is_usable(
+    tmp_path, monkeypatch, capsys, arguments, status, printed, error
+):
+    forms.table("metadata.csv", "prompt")(tmp_path / "in")
+    monkeypatch.chdir(tmp_path)
+    command = ["corpus", "--survey", "in", "--min-size", "16", *arguments]
+    assert main(command) == status
+    shown = capsys.readouterr()
+    assert printed in shown.out and error in shown.err
+
+
+def test_a_part_that_ends_its_process_three_times_is_left_out_by_name():
+    tally = Tally.remote()
+
+    @ray.remote(num_cpus=0, max_retries=-1)
+    def read(url):
+        try:
+            begin_part(tally, url)
+        except ShardError as error:
+            return str(error)
+        if url == "deadly":
+            os._exit(1)
+        end_part(tally, url)
+        return "read"
+
+    said = ray.get([read.remote(url) for url in ("deadly", "good", "good")])
+    assert said[0].startswith("deadly ended the process that read it 3 times; it is left out")
+    assert said[1:] == ["read", "read"]
+
+
 # -- order, and resumption within an epoch ---------------------------------------------------------
 
 
@@ -183,6 +223,14 @@ def test_a_resumed_run_reads_exactly_the_remaining_batches_for_any_number_of_wor
 ):
     rest = batches_of(drawn_corpus / "train", rows=done, workers=workers)
     assert rest == undivided[done // 12 :]
+
+
+def test_a_mixture_is_resumed_with_any_number_of_workers_as_one_corpus_is(tmp_path):
+    write_shards(tmp_path / "a", drawn_samples(24), per_shard=8)
+    write_shards(tmp_path / "b", drawn_samples(96), per_shard=32)
+    path = f"{tmp_path}/a:0.5,{tmp_path}/b:0.5"
+    whole = batches_of(path, workers=1)
+    assert 3 <= len(whole) <= 5 and batches_of(path, rows=24, workers=2) == whole[2:]
 
 
 def test_fully_consumed_parts_are_not_read_again(tmp_path, monkeypatch):

@@ -334,7 +334,7 @@ def test_shards_written_by_img2dataset_are_read():
 def test_captions_are_read_from_text_files_and_metadata():
     assert captions_of("text", {"captions": ["a", "b"]}) == ("a", "b")
     assert captions_of("text", {"caption": "c"}) == ("c",)
-    assert captions_of(None, {"captions": [" a\u2028", " "]}) == ("a", "")
+    assert captions_of(None, {"captions": [" a\u2028", " "]}) == ("a",)
     assert captions_of(" text ", {}) == ("text",) and captions_of(None, {}) == ()
 
 

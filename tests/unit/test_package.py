@@ -27,7 +27,7 @@ NEEDS = {
     "data.content": "cluster",
     "data.duplicates": "cluster",
     "data.render": "emoji",
-    "data.sources": "cluster",
+    "data.readers.parquet": "cluster",
     "distributed": "cluster",
     "evaluation": "cluster judge",
     "experiments.demo": "cluster",

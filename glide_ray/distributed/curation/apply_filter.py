@@ -54,7 +54,7 @@ def apply_content(
     refuse_source(source, [], out)
     content = load_filter(path)
     clip = _same_clip(content, path, clip)
-    parts = find_parts(storage.absolute(source))
+    parts = find_parts(source)
     refuse_source(source, parts, out)
     storage.check_writable(out)  # fail before hours of embedding
     connect(2 + ACTORS)

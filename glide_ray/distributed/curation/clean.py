@@ -25,6 +25,7 @@ from ...data.filters import (
     Rule,
     caption_rules,
     clean_captions,
+    exact_reason,
     first_broken,
     image_rules,
 )
@@ -80,7 +81,7 @@ def clean(
     DROPPED lists the rows that were left out, with reasons. `rules` are the user's, applied after
     the built-in ones. Raises UserError.
     """
-    parts = find_parts(storage.absolute(source))
+    parts = find_parts(source, config.caption_column)
     refuse_source(source, parts, out)
     storage.check_writable(out)  # fail before hours of reading
     connect(2)
@@ -171,7 +172,7 @@ def _judge_part(
             captions, reason = clean_captions(sample.captions, rules_of_captions)
             reason = (
                 first_broken(candidate, rules_of_images)
-                or reason
+                or (reason and exact_reason(sample, reason))
                 or _first_broken_user_rule(candidate, rules)
             )
             row = {

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import ray
 
-from ... import storage
 from ...data import emoji
 from ...data.filters import Report
+from ...data.sources import find_parts
 from ...data.tokenizer import Tokenizer
 from ..cluster import connect
-from ..stream import Tally, open_corpus
+from ..stream import Tally, open_parts
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,17 @@ def prepare(
     ]
 
 
-def survey(path: str, min_size: int = 64) -> CorpusReport:
-    """Stream a corpus once, local or s3://, and count. Raises ShardError if it is empty."""
+def survey(path: str, min_size: int = 64, column: str | None = None) -> CorpusReport:
+    """Stream a corpus once, local or s3://, and count. Raises ShardError if it is empty.
+
+    `column` is the field or column of captions.
+    """
+    parts = find_parts(path, column)  # report an empty corpus before starting Ray
     connect(2)
     tally = Tally.remote()
     captions = cut = 0
     for batch in (
-        open_corpus(storage.absolute(path), min_size, tally)
+        open_parts(parts, min_size, tally)
         .map_batches(_count_captions)
         .iter_batches(batch_size=None)
     ):

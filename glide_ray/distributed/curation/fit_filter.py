@@ -227,8 +227,8 @@ def _candidates(
     Raises ContentError if the corpus was rewritten after labels were asked for: the labels' row
     names would then refer to other rows.
     """
-    parts = find_parts(storage.absolute(corpus))
-    now = state(storage.absolute(corpus), parts)
+    parts = find_parts(corpus)
+    now = state(corpus, parts)
     order = np.random.default_rng(config.seed).permutation(len(parts))
     parts = [parts[n] for n in order]
     key = json.dumps(
@@ -277,7 +277,7 @@ def _assess(
     truth: Rule,
 ) -> Assessment:
     if held_out:
-        parts = find_parts(storage.absolute(held_out))
+        parts = find_parts(held_out)
         log.info(f"embedding {held_out}")
         apart = EmbeddedCorpus.of(embed(parts, clip, truth, group=config.group)[0], parts)
         assert apart.truth is not None  # embedded with the rule, as is `embedded`

@@ -25,6 +25,7 @@ from ... import storage
 from ...config.training import Preset
 from ...data.filters import Report
 from ...data.sources import Part, find_parts
+from ...data.usable import check_usable
 from ...errors import ConfigError, UserError
 from ...models.weights import load_config
 from ...pretrained import shipped
@@ -82,8 +83,11 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
     if finished:
         return _result(out)
     preset = absolute(preset)
-    parts = find_parts(preset.data.corpus)  # report a missing corpus before starting anything
-    find_parts(preset.data.held_out)
+    column = preset.data.caption_column
+    # report a missing corpus before starting anything
+    parts = find_parts(preset.data.corpus, column)
+    find_parts(preset.data.held_out, column)
+    check_usable(preset.data.corpus, parts, preset.data.min_size, preset.train.batch)
     # A resumed run no longer needs the weights that it started from.
     if preset.train.start_from and not Checkpoints(out).list_complete():
         load_config(shipped.fetch(preset.train.start_from, preset.model.role))

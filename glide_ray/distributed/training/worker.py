@@ -67,7 +67,7 @@ def run_rank(settings: dict) -> None:
 
 def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
     from ...train.loop import Trainer  # imports DeepSpeed, which the driver does not need
-    from ...train.steps import TrainCallbacks, train_loop
+    from ...train.steps import EmptyEpochError, TrainCallbacks, train_loop
 
     context = ray.train.get_context()
     if not torch.cuda.is_available():
@@ -90,12 +90,15 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
         preset.data, preset.model, trainer.batch_split.micro_batch, trainer.rank, trainer.world
     )
     callbacks = _RankCallbacks(trainer, checkpoints, start, board, tally)
-    train_loop(
-        trainer,
-        _epochs(preset, feeder, start, trainer.batch_split),
-        held_out,
-        TrainCallbacks(callbacks.metrics, callbacks.checkpoint, callbacks.after_step),
-    )
+    try:
+        train_loop(
+            trainer,
+            _epochs(preset, feeder, start, trainer.batch_split),
+            held_out,
+            TrainCallbacks(callbacks.metrics, callbacks.checkpoint, callbacks.after_step),
+        )
+    except EmptyEpochError as error:
+        raise EmptyEpochError(f"{error} Its rows: {ray.get(tally.report.remote())}") from None
     callbacks.finish()
 
 

@@ -1,0 +1,103 @@
+"""A folder of images: the captions of each image are in a file of its name or in a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from ..caption_text import find_captions, json_fault, read_meta
+from ..sample import CAPTION_SUFFIXES, IMAGE_SUFFIXES, TEXT_SUFFIXES, Sample, ending
+from .fetch import Fetcher
+from .tables import NOT_LISTED, is_table, read_tables
+
+# Folders side by side that hold the images and the texts of the same names.
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "pictures", "photos")
+TEXT_FOLDERS = ("texts", "text", "txt", "captions", "caption", "prompts")
+
+
+class ImageFile(NamedTuple):
+    """An image of a folder, and where its captions are."""
+
+    path: str
+    captions: tuple[str, ...] | None = None  # from a table; None: no table lists it
+    texts: tuple[str, ...] = ()  # files of its name
+    reason: str = ""  # why a table has no caption for it
+    unread: int = 0  # damaged captions of the table
+
+
+def find_images(
+    root: str, files: Sequence[str], column: str | None
+) -> tuple[list[ImageFile], list[tuple[str, str]]]:
+    """The images among the files of a folder, and (file, reason) of rows that have no image.
+
+    `column` holds the captions in tables. Raises StorageError for a table that cannot be read.
+    """
+    images = [file for file in files if ending(file) in IMAGE_SUFFIXES]
+    tables = [file for file in files if is_table(file)]
+    captions, missing = read_tables(tables, images, column)
+    texts: dict[str, list[str]] = {}
+    apart: dict[str, list[str]] = {}
+    for file in files:
+        if ending(file) in TEXT_SUFFIXES and not is_table(file):
+            texts.setdefault(_stem(file), []).append(file)
+            if (key := _without(root, file, TEXT_FOLDERS)) is not None:
+                apart.setdefault(key, []).append(file)
+    found = []
+    for file in images:
+        listed = captions.get(file)
+        beside = texts.get(_stem(file), [])
+        if not beside and apart and (key := _without(root, file, IMAGE_FOLDERS)) is not None:
+            beside = apart.get(key, [])
+        found.append(
+            ImageFile(file, listed.texts, (), listed.reason, listed.unread)
+            if listed is not None
+            else ImageFile(file, None, tuple(beside))
+        )
+    return found, [(file, NOT_LISTED) for file in missing]
+
+
+def _stem(file: str) -> str:
+    return file[: file.rindex(".")]
+
+
+def _without(root: str, file: str, folders: Sequence[str]) -> str | None:
+    """Path below `root` without its ending and its first folder of these names; None without."""
+    parts = _stem(file).removeprefix(f"{root}/").split("/")
+    place = next((n for n, name in enumerate(parts[:-1]) if name.lower() in folders), None)
+    return None if place is None else "/".join([*parts[:place], *parts[place + 1 :]])
+
+
+def read_images(
+    images: Sequence[ImageFile], url: str, column: str | None = None
+) -> Iterator[Sample]:
+    """Yield images with captions from a table, or from files of their name.
+
+    Raises ShardError after the last image if the storage failed for a file.
+    """
+    fetch = Fetcher("")
+    for image in images:
+        content, no_image = fetch(image.path)
+        captions, reason, unread, meta = image.captions, image.reason, image.unread, {}
+        if captions is None:
+            content_of = {}
+            for file in image.texts:
+                content_of[ending(file)], failed = fetch(file)
+                reason = reason or failed
+            data = content_of.get("json")
+            meta = read_meta(data)
+            text = next((content_of[one] for one in CAPTION_SUFFIXES if one in content_of), None)
+            found = find_captions(text, meta, column)
+            captions, unread = found.texts, found.unread
+            reason = reason or json_fault(data, meta) or found.reason
+        yield Sample(
+            PurePosixPath(_stem(image.path)).name,
+            content,
+            ending(image.path),
+            captions,
+            meta,
+            no_image,
+            reason,
+            unread,
+        )
+    fetch.check(url)

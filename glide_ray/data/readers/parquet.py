@@ -1,0 +1,312 @@
+"""Rows of a Parquet file: images as bytes, base64 or paths, with captions in another column.
+
+Only columns of images, captions and plain values are read. Text is decoded row by row: a value that
+is not UTF-8 costs its own row, not the file.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from ..caption_text import CAPTION_COLUMNS, find_captions
+from ..sample import Sample, ShardError, image_suffix
+
+if TYPE_CHECKING:
+    import pyarrow
+    import pyarrow.parquet
+
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "images")
+PATH_COLUMNS = ("path", "image_path", "file_name", "filename", "url")
+ROWS_PER_BATCH = 64
+MAX_PATH = 4096  # characters; longer text is an image in base64
+SEVERAL = "with a list of several images"
+NOT_AN_IMAGE = "with an image column that holds neither bytes nor a path"
+UNREADABLE = "with a value that cannot be read"
+NOT_DOWNLOADED = "with a URL in place of an image (img2dataset downloads them)"
+
+Fetch = Callable[[str], tuple[bytes, str]]  # path -> content, and why there is none
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Columns to read. `needed` are those of images and captions."""
+
+    images: tuple[str, ...]
+    needed: tuple[str, ...]
+    others: tuple[str, ...]  # plain values, for a row's `meta`
+
+
+def has_images(source: str | bytes) -> bool | None:
+    """Whether a Parquet file has a column that may be of images, not only of paths and URLs.
+
+    None if it cannot be read.
+    """
+    try:
+        schema = _open(source).schema_arrow
+    except Exception:  # pyarrow raises many kinds for a damaged footer
+        return None
+    import pyarrow
+
+    return any(
+        "binary" in str(field.type)
+        or (field.name in IMAGE_COLUMNS and not _is_text(pyarrow, field.type))
+        for field in schema
+    )
+
+
+def count_rows(source: str | bytes, url: str) -> int:
+    """Rows of a Parquet file, from its footer. Raises ShardError."""
+    try:
+        return _open(source).metadata.num_rows
+    except Exception:
+        raise ShardError(f"{url} is not a whole Parquet file; copy it again.") from None
+
+
+def names_images(source: str | bytes) -> bool:
+    """Whether a Parquet file has a column of paths, and is no list of URLs of img2dataset."""
+    try:
+        names = set(_open(source).schema_arrow.names)
+    except Exception:
+        return False
+    return bool(names & {*IMAGE_COLUMNS, *PATH_COLUMNS} - {"url"})
+
+
+def read_parquet(
+    source: str | bytes, url: str, fetch: Fetch, column: str | None = None
+) -> Iterator[Sample]:
+    """Yield the rows of a local file or of the bytes of an object, in order.
+
+    `url` is used in error messages and keys, `fetch` reads the images at paths, `column` holds the
+    captions. Raises ShardError for a file that is missing or broken, after the rows before the
+    damage.
+    """
+    try:
+        table = _open(source)
+        chosen = _choose(url, table.schema_arrow, column)
+    except FileNotFoundError:
+        raise ShardError(f"There is no file {url}.") from None
+    except ShardError:
+        raise
+    except Exception:  # pyarrow raises many kinds for a damaged footer
+        raise ShardError(f"{url} is not a whole Parquet file; copy it again.") from None
+    position = 0
+    # Damage in a column of `meta` must not cost the images behind it: without it, go on.
+    for names in ([*chosen.needed, *chosen.others], chosen.needed):
+        try:
+            for number, row in enumerate(_rows(table, names)):
+                if number >= position:
+                    position += 1
+                    yield _sample(row, chosen, url, number, fetch, column)
+            return
+        except Exception:  # pyarrow raises many kinds for a damaged page
+            continue
+    raise ShardError(f"{url} is broken after its first {position:,} rows; copy it again.") from None
+
+
+def _open(source: str | bytes) -> pyarrow.parquet.ParquetFile:
+    import pyarrow.parquet  # comes with ray[data]; not needed to read tars
+
+    return pyarrow.parquet.ParquetFile(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def _choose(url: str, schema: pyarrow.Schema, column: str | None) -> _Columns:
+    """The columns to read. Raises ShardError if there is none of images or none of captions."""
+    import pyarrow
+
+    names = schema.names
+    columns = (*IMAGE_COLUMNS, *PATH_COLUMNS)
+    images = [name for name in columns if name in names]
+    # A column of bytes is preferred to a name beside it.
+    images.sort(key=lambda name: _is_text(pyarrow, schema.field(name).type))
+    captions = [name for name in (column or "", *CAPTION_COLUMNS) if name in names]
+    for found, wanted, remedy in (
+        (images, columns, ""),
+        (captions, CAPTION_COLUMNS, "; name one with --caption-column (data.caption_column)"),
+    ):
+        if not found:
+            raise ShardError(
+                f"{url} has no column named {' or '.join(wanted)}; it has: {', '.join(names)}"
+                f"{remedy}."
+            )
+    needed = dict.fromkeys([*images, *captions, *(["key"] if "key" in names else [])])
+    return _Columns(
+        tuple(images),
+        tuple(needed),
+        tuple(
+            name
+            for name in names
+            if name not in needed and _is_plain(pyarrow, schema.field(name).type)
+        ),
+    )
+
+
+def _is_text(arrow: Any, kind: pyarrow.DataType) -> bool:
+    kind = kind.value_type if arrow.types.is_dictionary(kind) else kind
+    return arrow.types.is_string(kind) or arrow.types.is_large_string(kind)
+
+
+def _is_plain(arrow: Any, kind: pyarrow.DataType) -> bool:
+    of = arrow.types
+    return (
+        _is_text(arrow, kind) or of.is_integer(kind) or of.is_floating(kind) or of.is_boolean(kind)
+    )
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+
+def _rows(table: pyarrow.parquet.ParquetFile, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for batch in table.iter_batches(ROWS_PER_BATCH, columns=list(names)):
+        values = {name: _values(batch.column(name)) for name in batch.schema.names}
+        for number in range(batch.num_rows):
+            yield {name: column[number] for name, column in values.items()}
+
+
+def _values(column: pyarrow.Array) -> list:
+    """Python values of a column, text with U+FFFD for bytes that are not UTF-8.
+
+    A value that cannot be converted is an exception in its place.
+    """
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kind = column.type
+    as_bytes = _bytes_type(pyarrow, kind)
+    try:
+        if as_bytes == kind:
+            return column.to_pylist()
+        return [_decoded(pyarrow, value, kind) for value in column.cast(as_bytes).to_pylist()]
+    except Exception:
+        values: list[Any] = []
+        for value in column:
+            try:
+                values.append(value.as_py())
+            except Exception as error:
+                values.append(error)
+        return values
+
+
+def _bytes_type(arrow: Any, kind: pyarrow.DataType) -> pyarrow.DataType:
+    """The type with binary in place of text, which pyarrow converts without a check of UTF-8."""
+    of = arrow.types
+    if of.is_string(kind):
+        return arrow.binary()
+    if of.is_large_string(kind):
+        return arrow.large_binary()
+    if of.is_list(kind):
+        return arrow.list_(_bytes_type(arrow, kind.value_type))
+    if of.is_large_list(kind):
+        return arrow.large_list(_bytes_type(arrow, kind.value_type))
+    if of.is_struct(kind):
+        return arrow.struct([(field.name, _bytes_type(arrow, field.type)) for field in kind])
+    return kind
+
+
+def _decoded(arrow: Any, value: Any, kind: pyarrow.DataType) -> Any:
+    """A value read as `_bytes_type(kind)` in the form that `kind` has."""
+    of = arrow.types
+    if value is None:
+        return None
+    if _is_text(arrow, kind):
+        return value.decode(errors="replace")
+    if of.is_list(kind) or of.is_large_list(kind):
+        return [_decoded(arrow, one, kind.value_type) for one in value]
+    if of.is_struct(kind):
+        return {field.name: _decoded(arrow, value[field.name], field.type) for field in kind}
+    return value
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+def _sample(
+    row: dict[str, Any],
+    chosen: _Columns,
+    url: str,
+    number: int,
+    fetch: Fetch,
+    column: str | None,
+) -> Sample:
+    content, reason, source = b"", "", ""
+    for name in chosen.images:
+        content, why = _content(row[name], fetch)
+        reason, source = reason or why, name
+        if content:
+            break
+    found = find_captions(None, {name: _plain(value) for name, value in row.items()}, column)
+    broken = any(
+        isinstance(row[name], Exception) for name in chosen.needed if name not in chosen.images
+    )
+    captions = column if column in row else next((n for n in CAPTION_COLUMNS if n in row), "")
+    path = isinstance(row[source], str) and len(row[source]) < MAX_PATH
+    used = {captions, "" if path else source}
+    key = row.get("key")
+    return Sample(
+        str(key) if isinstance(key, (str, int)) else f"{PurePosixPath(url).stem}-{number:06d}",
+        content,
+        image_suffix(content) or "jpg",
+        found.texts,
+        {
+            name: value
+            for name, value in row.items()
+            if name not in used and isinstance(value, (str, int, float))
+        },
+        no_image="" if content else reason,
+        no_caption=UNREADABLE if broken else found.reason,
+        captions_unread=found.unread,
+    )
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, Exception) else value
+
+
+def _content(value: Any, fetch: Fetch) -> tuple[bytes, str]:
+    """Bytes of an image from a cell, and the reason if there are none.
+
+    A cell holds bytes, a path, base64, Hugging Face's {bytes, path}, a list with one of these, or a
+    list of numbers.
+    """
+    if value is None:
+        return b"", ""
+    if isinstance(value, Exception):
+        return b"", UNREADABLE
+    if isinstance(value, dict):
+        return _content(value.get("bytes") or value.get("path"), fetch)
+    if isinstance(value, list):
+        if value and all(isinstance(one, int) and 0 <= one < 256 for one in value):
+            return bytes(value), ""
+        if len(value) > 1:
+            return b"", SEVERAL
+        return _content(value[0], fetch) if value else (b"", "")
+    if isinstance(value, bytes):
+        return _from_base64(value) or value, ""
+    if not isinstance(value, str):
+        return b"", NOT_AN_IMAGE
+    if content := _from_base64(value.encode(errors="replace")):
+        return content, ""
+    if value.startswith(("http://", "https://")):
+        return b"", NOT_DOWNLOADED
+    if not value:
+        return b"", ""
+    return fetch(value)
+
+
+def _from_base64(text: bytes) -> bytes:
+    """The image that base64 text holds, with or without `data:image/...;base64,`; else b""."""
+    if text[:11] == b"data:image/":
+        text = text.partition(b",")[2]
+    head = text[:24]
+    try:
+        if len(text) < 64 or not image_suffix(base64.b64decode(head, validate=True)):
+            return b""
+        return base64.b64decode(text)
+    except (binascii.Error, ValueError):
+        return b""

@@ -1,0 +1,64 @@
+"""One row of a corpus, whatever form it was read from, and the endings of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UserError
+
+# Endings of pictures that Pillow decodes here, in order of preference for a row with several.
+IMAGE_SUFFIXES = (
+    *("jpg", "jpeg", "png", "webp", "jfif", "avif", "gif", "bmp", "tif", "tiff"),
+    *("jp2", "j2k", "jpx", "jpf"),
+)
+CAPTION_SUFFIXES = ("txt", "caption")
+TEXT_SUFFIXES = (*CAPTION_SUFFIXES, "json")
+ARCHIVES = ("tar", "tgz", "gz", "bz2", "xz", "zst", "zip", "rar", "7z", "parquet", "arrow")
+MAGIC = {  # first bytes of a picture -> ending
+    b"\xff\xd8\xff": "jpg",
+    b"\x89PNG": "png",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+    b"II*\0": "tif",
+    b"MM\0*": "tif",
+    b"\0\0\0\x0cjP": "jp2",
+    b"\xff\x4f\xff\x51": "j2k",
+}
+
+
+class ShardError(UserError):
+    """A corpus that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its captions. `meta` is the content of the sample's .json file.
+
+    `no_image` and `no_caption` say why a row has none, and complete a count of rows as the names
+    of rules do: "3 with a caption that is not UTF-8". "" if nothing is known beyond that.
+    """
+
+    key: str
+    image: bytes
+    suffix: str  # of the image's file, without a dot
+    captions: tuple[str, ...]
+    meta: Mapping[str, Any]
+    no_image: str = ""
+    no_caption: str = ""
+    captions_unread: int = 0  # damaged captions that were left out
+
+
+def image_suffix(content: bytes) -> str:
+    """File ending of an image by its first bytes; "" for other content."""
+    if content[8:12] == b"WEBP":
+        return "webp"
+    if content[4:12] in (b"ftypavif", b"ftypavis"):
+        return "avif"
+    return next((suffix for head, suffix in MAGIC.items() if content.startswith(head)), "")
+
+
+def ending(name: str) -> str:
+    """Ending of a file's name in lower case, without a dot; "" if it has none."""
+    return name.rpartition("/")[2].rpartition(".")[2].lower() if "." in name else ""
