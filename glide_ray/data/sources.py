@@ -23,7 +23,7 @@ from .readers.parquet import count_rows, has_images, names_images, read_parquet
 from .readers.tables import METADATA as METADATA
 from .readers.tar import read_shard
 from .sample import ARCHIVES, IMAGE_SUFFIXES, TEXT_SUFFIXES, Sample, ShardError, ending
-from .shards import INDEX, refuse_unfinished
+from .shards import INDEX, MARKER, refuse_unfinished
 
 log = logging.getLogger(__name__)
 
@@ -192,8 +192,11 @@ def _parts_of(path: str, column: str | None, named: bool) -> list[Part]:
         return indexed
     if ending(path) in IMAGE_SUFFIXES and not Path(path).is_dir():
         raise ShardError(f"{path} is a picture; give the folder that holds it and its caption.")
-    refuse_unfinished(path)
-    files = [file for file in storage.list_files(path, ("",)) if not _is_hidden(path, file)]
+    listed = list(storage.list_files(path, ("",)))
+    for file in listed:
+        if file.endswith(f"/{MARKER}"):
+            refuse_unfinished(file.removesuffix(f"/{MARKER}"))
+    files = [file for file in listed if not _is_hidden(path, file)]
     if files == [path] and not is_shard:
         raise ShardError(f"{path} is no corpus; give a .tar or .parquet file, or a folder.")
     return _parts_of_files(path.rstrip("/"), files, column)
