@@ -67,6 +67,46 @@ def read_verified(path: str, use: Callable[[Any], tuple[Result, str]]) -> Result
     raise StorageError(fault)
 
 
+def read_object_range(path: str, start: int, stop: int) -> bytes:
+    """The bytes from `start` to `stop` of an object, requested again if the body breaks off."""
+    from botocore.exceptions import BotoCoreError
+    from urllib3.exceptions import HTTPError
+
+    bucket, key = split_url(path)
+    for wait in (*RETRY_WAITS, None):
+        answer = client().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}")
+        try:
+            data = answer["Body"].read()
+            if len(data) == stop - start:
+                return data
+            fault = f"{path} is shorter than {stop:,} bytes."
+        except (BotoCoreError, HTTPError, ConnectionError, TimeoutError) as error:
+            fault = f"{path} cannot be used: {error}."
+        if wait is not None:
+            time.sleep(wait * random.uniform(0.5, 1))
+    raise StorageError(fault)
+
+
+def put_object_if_absent(path: str, data: bytes) -> bool:
+    """Store an object unless one exists. Returns whether it holds `data` now."""
+    from botocore.exceptions import ClientError
+
+    bucket, key = split_url(path)
+    try:
+        client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+        return True
+    except ClientError as error:
+        if error.response["Error"]["Code"] not in (
+            "PreconditionFailed",
+            "ConditionalRequestConflict",
+            "412",
+            "409",
+        ):
+            raise
+    # A request whose answer was lost is sent again, and then refused because of itself.
+    return client().get_object(Bucket=bucket, Key=key)["Body"].read() == data
+
+
 def etag(path: str | Path) -> str:
     """ETag of an object; it changes when the object changes."""
     with storage_errors(path):

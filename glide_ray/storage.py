@@ -26,6 +26,8 @@ from .s3 import (
     etag,
     head,
     list_objects,
+    put_object_if_absent,
+    read_object_range,
     read_verified,
     split_url,
     storage_errors,
@@ -168,6 +170,39 @@ def put(data: bytes | Path, path: str | Path, sha256: str | None = None) -> None
                 shutil.copyfile(data, partial)
 
 
+def put_new(data: bytes, path: str | Path) -> bool:
+    """Store bytes unless the file or object exists. Returns whether it holds these bytes now.
+
+    Of several callers with different bytes exactly one gets True. Raises StorageError.
+    """
+    with storage_errors(path):
+        if is_remote(path):
+            return put_object_if_absent(str(path), data)
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+        try:
+            partial.write_bytes(data)
+            os.link(partial, target)  # unlike a rename, fails if the target exists
+            return True
+        except FileExistsError:
+            return False
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def read_range(path: str | Path, start: int, stop: int) -> bytes:
+    """The bytes from `start` to `stop` of a file or object. Raises StorageError."""
+    if stop <= start:
+        return b""
+    with storage_errors(path):
+        if is_remote(path):
+            return read_object_range(str(path), start, stop)
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
+
 def remove(path: str | Path) -> None:
     """Delete a file or object, if it exists."""
     with storage_errors(path):
@@ -270,8 +305,10 @@ def remove_folder(path: str | Path) -> None:
             client().abort_multipart_upload(
                 Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
             )
-        for item in list_objects(bucket, prefix):
-            client().delete_object(Bucket=bucket, Key=item["Key"])
+        keys = [{"Key": item["Key"]} for item in list_objects(bucket, prefix)]
+        for start in range(0, len(keys), 1000):  # as many as one request may name
+            some = {"Objects": keys[start : start + 1000], "Quiet": True}
+            client().delete_objects(Bucket=bucket, Delete=some)
 
 
 @contextmanager

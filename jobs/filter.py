@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python jobs/filter.py SOURCE --out OUT
 Without --content it drops rows that break a rule of image or caption, and near-duplicates
 (`glide clean`). With --content it keeps the rows that pass a content filter (`glide filter apply`).
 At the end it prints one line of JSON. Submitting the same command again does nothing, unless SOURCE
-or the content filter has changed.
+or the content filter has changed; a job that was stopped resumes.
 """
 
 import sys
@@ -74,11 +74,9 @@ def apply_content_filter(options: Namespace) -> Report:
 
 def apply_rules(options: Namespace) -> Report:
     config, rules = clean_config(options), import_rules(options.rule)
-    from glide_ray.distributed.curation.clean import clean, write_page
+    from glide_ray.distributed.curation.clean import clean
 
-    done = clean(options.source, options.out, config, rules)
-    write_page(done, options.source, options.out)
-    return done.report
+    return clean(options.source, options.out, config, rules).report
 
 
 if __name__ == "__main__":

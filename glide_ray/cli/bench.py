@@ -29,6 +29,8 @@ benchmarks of this machine, with random weights:
   serve       latency and cost of the server with --preset nano (default) or emoji, as ratios to
               whole-request batching and to a server without a model
   data        images per second of the stream, as a ratio to webdataset
+  clean       images per second of `glide clean`, as a ratio to a loop over Pillow
+  duplicates  seconds and peak memory of its search for near-duplicates, at 10^5 to 10^7 images
   memory      peak memory of the stream over 100,000 images, as a ratio to 10,000
 benchmarks of trained models:
   samplers    distance of each sampler's pictures to those of 250 DDIM steps
@@ -77,7 +79,7 @@ def add_commands(commands: Commands) -> None:
         "--repeats",
         type=positive,
         help="repetitions (default: 1 for forward, 5 for sample and train, 3 for cascade, plan, "
-        "data and recipe)",
+        "data, clean and recipe)",
     )
 
 
@@ -168,6 +170,18 @@ def _memory(options: Namespace) -> dict[str, Any]:
     return bench_memory(options.shards)
 
 
+def _clean(options: Namespace) -> dict[str, Any]:
+    from ..bench.clean import bench_clean
+
+    return bench_clean(options.repeats or 3)
+
+
+def _duplicates(_: Namespace) -> dict[str, Any]:
+    from ..bench.clean import bench_duplicates
+
+    return bench_duplicates()
+
+
 def _samplers(options: Namespace) -> dict[str, Any]:
     from ..bench.quality import bench_samplers
 
@@ -206,6 +220,8 @@ BENCHMARKS: dict[str, Callable[[Namespace], dict[str, Any]]] = {
     "serve": _serve,
     "data": _data,
     "memory": _memory,
+    "clean": _clean,
+    "duplicates": _duplicates,
     "samplers": _samplers,
     "inpainting": _inpainting,
     "guidance": _guidance,

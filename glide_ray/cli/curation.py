@@ -105,17 +105,17 @@ def clean(options: Namespace) -> None:
 
     config = clean_config(options)
     rules = import_rules(options.rule)
-    from ..distributed.curation import clean as cleaning
-    from ..distributed.rows import DROPPED
+    from ..distributed.curation.clean import clean as clean_corpus
+    from ..distributed.rows import DROPPED, PAGE
 
-    done = cleaning.clean(options.source, options.out, config, rules)
+    done = clean_corpus(options.source, options.out, config, rules)
     print(f"{done.report}")
     megabytes = sum(shard["bytes"] for shard in done.index["shards"]) / 1e6
     print(
         f"{options.out}: {done.report.kept:,} rows in shards of at most {config.per_shard:,}, "
         f"{megabytes:,.1f} MB; dropped rows and reasons: {DROPPED}"
     )
-    print(cleaning.write_page(done, options.source, options.out))
+    print(f"{options.out.rstrip('/')}/{PAGE}")
     if not done.report.kept:
         raise UserError(f"No row of {options.source} is kept.")
 

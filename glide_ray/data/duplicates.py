@@ -8,7 +8,7 @@ them. Mirrored pictures are not duplicates: an arrow to the left is not one to t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -33,6 +33,16 @@ MAX_LUMA, MAX_CHROMA = 8, 12
 # agrees by chance with about ten others in each pair of groups, few enough to compare. Up to 5
 # differing bits leave at least one of the first six groups untouched, and one of the last six.
 BANDS = [*np.array_split(np.arange(64), 6), *(np.arange(start, 64, 6) for start in range(6))]
+# Above so many images, candidates agree in 3 of 8 groups, 24 bits, so that few agree by chance; and
+# above 64 times as many in 4 of 9, 28 bits. Up to 5 differing bits leave at least so many groups
+# untouched, too; of the copies with 6, which are 0.03% at most, the pairs find more.
+LONGER_BANDS_FROM = 4_000_000
+# Rows with one value of the bands are compared with so many of the next rows. A larger set of
+# different pictures with one value is of blank or nearly blank ones.
+MAX_APART = 4096
+SLICE_ROWS = 1 << 20  # rows sorted at once: larger arrays are slower, each being mapped anew
+MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, with bits spread evenly
+CELLS = 2, 4  # rows and columns of the sketch: means of the thumbnail's brightness, a byte each
 
 
 def fingerprint(image: Image.Image) -> bytes:
@@ -75,10 +85,19 @@ def _first_alike(fingerprints: np.ndarray) -> np.ndarray:
 
     `fingerprints` (N, FINGERPRINT_BYTES), all different, the best first.
     """
-    hashes = np.ascontiguousarray(fingerprints[:, :8]).view(np.uint64)[:, 0]
-    alike = [pairs[_alike(fingerprints, pairs)] for pairs in _candidates(hashes)]
-    pairs = np.unique(np.sort(np.concatenate([np.empty((0, 2), np.int64), *alike]), axis=1), axis=0)
-    stays = np.arange(len(hashes))
+    hashes, sketches, masks = hash_of(fingerprints), sketch_of(fingerprints), band_masks(0)
+    near = [candidates(hashes, sketches, masks, n) for n in range(len(masks))]
+    pairs = np.concatenate([np.empty((0, 2), np.int64), *near])
+    return stays_of(len(hashes), pairs[alike(fingerprints, pairs)])
+
+
+def stays_of(count: int, pairs: np.ndarray) -> np.ndarray:
+    """For each of `count` images, the best first, the first of its similar ones that stays.
+
+    `pairs` (M, 2) of similar images. An image that stays has its own index.
+    """
+    pairs = np.sort(pairs, axis=1)
+    stays = np.arange(count)
     # in the order of `other`: whether the better ones stay is then already decided
     for better, other in pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))].tolist():
         if stays[better] == better and stays[other] == other:
@@ -86,27 +105,109 @@ def _first_alike(fingerprints: np.ndarray) -> np.ndarray:
     return stays
 
 
-def _candidates(hashes: np.ndarray) -> Iterator[np.ndarray]:
-    """Pairs of rows (M, 2) whose hashes agree in two bands and differ in at most MAX_BITS bits."""
-    for bands in itertools.combinations(BANDS, 2):
-        band = hashes & np.bitwise_or.reduce(
-            np.uint64(1) << np.concatenate(bands).astype(np.uint64)
-        )
-        order = np.argsort(band, kind="stable")
-        band, sorted_hashes = band[order], hashes[order]
-        start, apart = np.arange(len(order)), 0
-        # `start`: sorted rows whose bands agree with those of the row `apart` places further on
-        while len(start):
-            apart += 1
-            start = start[: np.searchsorted(start, len(order) - apart)]
-            start = start[band[start] == band[start + apart]]
-            near = start[
-                np.bitwise_count(sorted_hashes[start] ^ sorted_hashes[start + apart]) <= MAX_BITS
-            ]
-            yield np.stack([order[near], order[near + apart]], axis=1)
+def hash_of(fingerprints: np.ndarray) -> np.ndarray:
+    """The perceptual hashes (N,) uint64 of fingerprints (N, FINGERPRINT_BYTES)."""
+    return np.ascontiguousarray(fingerprints[:, :8]).view(np.uint64)[:, 0]
 
 
-def _alike(fingerprints: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+def sketch_of(fingerprints: np.ndarray) -> np.ndarray:
+    """Mean brightness of eight cells of each thumbnail, a byte each: (N,) uint64.
+
+    The cells of near-duplicates differ by at most MAX_LUMA, as do all their pixels.
+    """
+    rows, columns = CELLS
+    luma = fingerprints[:, 8 : 8 + LUMA**2].reshape(
+        -1, rows, LUMA // rows, columns, LUMA // columns
+    )
+    means = luma.sum((2, 4), dtype=np.uint32) // (LUMA**2 // (rows * columns))
+    return np.ascontiguousarray(means.reshape(-1, 8).astype(np.uint8)).view(np.uint64)[:, 0]
+
+
+def band_masks(images: int) -> list[np.uint64]:
+    """Masks of the hash bits in which candidates agree, by the number of images compared."""
+    chosen: Iterable[tuple[np.ndarray, ...]]
+    if images <= LONGER_BANDS_FROM:
+        chosen = itertools.combinations(BANDS, 2)
+    elif images <= 64 * LONGER_BANDS_FROM:
+        chosen = itertools.combinations(np.array_split(np.arange(64), 8), 3)
+    else:
+        chosen = itertools.combinations(np.array_split(np.arange(64), 9), 4)
+    return [
+        np.bitwise_or.reduce(np.uint64(1) << np.concatenate(bands).astype(np.uint64))
+        for bands in chosen
+    ]
+
+
+def slice_of(hashes: np.ndarray, mask: np.uint64, slices: int) -> np.ndarray:
+    """Slice (N,) of 0 to `slices` - 1 of each hash; hashes that agree in the mask share it."""
+    return (_band_values(hashes, mask).astype(np.uint64) * np.uint64(slices)) >> np.uint64(32)
+
+
+def _band_values(hashes: np.ndarray, mask: np.uint64) -> np.ndarray:
+    """The bits in the mask as (N,) uint32, mixed so that the values are spread evenly."""
+    return (((hashes & mask) * MIX) >> np.uint64(32)).astype(np.uint32)
+
+
+def candidates(
+    hashes: np.ndarray, sketches: np.ndarray, masks: Sequence[np.uint64], number: int
+) -> np.ndarray:
+    """Pairs (M, 2) of rows that agree in mask `number` and in no earlier one.
+
+    Their hashes differ in at most MAX_BITS bits, and their sketches by at most MAX_LUMA.
+    """
+    values = np.empty(len(hashes), np.uint32)
+    for start in range(0, len(hashes), SLICE_ROWS):
+        some = slice(start, start + SLICE_ROWS)
+        values[some] = _band_values(hashes[some], masks[number])
+    found = [np.empty((0, 2), np.int64)]
+    if len(hashes) <= SLICE_ROWS:
+        rows = np.arange(len(hashes))
+        found += _pairs_of_equal(values, rows, hashes, sketches, masks, number)
+    else:
+        low, high = int(values.min()), int(values.max()) + 1
+        step = -(-(high - low) // -(-len(hashes) // SLICE_ROWS))
+        for first in range(low, high, step):
+            rows = np.flatnonzero((values >= first) & (values <= min(first + step, high) - 1))
+            found += _pairs_of_equal(values, rows, hashes, sketches, masks, number)
+    return np.concatenate(found)
+
+
+def _pairs_of_equal(
+    values: np.ndarray,
+    rows: np.ndarray,
+    hashes: np.ndarray,
+    sketches: np.ndarray,
+    masks: Sequence[np.uint64],
+    number: int,
+) -> Iterator[np.ndarray]:
+    """Pairs (M, 2), as of `candidates`, among `rows` with equal `values`."""
+    # One sort of (value, row) as a single number is much faster than an argsort and a gather.
+    packed = np.sort(values[rows].astype(np.uint64) << np.uint64(32) | rows.astype(np.uint64))
+    order, sorted_values = packed.astype(np.uint32), (packed >> np.uint64(32)).astype(np.uint32)
+    # `start`: sorted rows whose value is that of the row `apart` places further on
+    start, apart = np.flatnonzero(sorted_values[:-1] == sorted_values[1:]), 1
+    while len(start) and apart <= MAX_APART:
+        one, other = order[start], order[start + apart]
+        differing = hashes[one] ^ hashes[other]
+        near = np.flatnonzero(np.bitwise_count(differing) <= MAX_BITS)
+        near = near[_cells_agree(sketches[one[near]], sketches[other[near]])]
+        one, other, differing = one[near], other[near], differing[near]
+        new = (differing & masks[number]) == 0  # equal values may be of other bits
+        for earlier in masks[:number]:
+            new &= (differing & earlier) != 0
+        yield np.stack([one[new], other[new]], axis=1).astype(np.int64)
+        apart += 1
+        start = start[: np.searchsorted(start, len(order) - apart)]
+        start = start[sorted_values[start] == sorted_values[start + apart]]
+
+
+def _cells_agree(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Whether the cells of two sketches, (M,) uint64 each, are within MAX_LUMA: (M,) bool."""
+    cells = [sketch.view(np.uint8).reshape(-1, 8).astype(np.int16) for sketch in (one, other)]
+    return np.abs(cells[0] - cells[1]).max(1, initial=0) <= MAX_LUMA
+
+
+def alike(fingerprints: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Whether the thumbnails of each pair (M, 2) are within the limits: (M,) bool."""
     alike = np.empty(len(pairs), bool)
     for start in range(0, len(pairs), 1 << 16):

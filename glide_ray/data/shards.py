@@ -1,7 +1,7 @@
 """Image-text shards: WebDataset tars in img2dataset's layout.
 
 `000000.tar` holds KEY.webp, KEY.txt and KEY.json of each sample. `index.json` is written last: a
-folder that has it is complete.
+folder that has it is complete, and one with MARKER is not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from ..storage import MissingError, is_remote, put, read, remove, size
+from ..storage import (
+    MissingError,
+    is_remote,
+    list_files,
+    put,
+    put_new,
+    read,
+    remove,
+    remove_folder,
+    size,
+)
 from .caption_text import captions_of, read_meta
 from .readers.tar import read_shard
 from .sample import IMAGE_SUFFIXES, TEXT_SUFFIXES, Sample, ShardError
@@ -38,6 +48,11 @@ __all__ = [  # what reads a shard is imported from here together with what write
 ]
 
 INDEX = "index.json"
+# In a folder that is being written: temporary files, the marker that readers refuse, and the names
+# of the shards that the earlier corpus there had.
+WORK = ".work"
+MARKER, EARLIER = f"{WORK}/run.json", f"{WORK}/earlier.json"
+SHARDS = (".tar", ".parquet")
 
 
 def write_shards(
@@ -52,12 +67,63 @@ def write_shards(
     )
 
 
-def begin(folder: str | Path) -> None:
-    """Delete the index of an earlier corpus: the folder is incomplete until `finish`."""
-    remove(f"{str(folder).rstrip('/')}/{INDEX}")
+def begin(folder: str | Path, run: bytes = b"{}") -> None:
+    """Mark a folder as unfinished until `finish`, and delete the index of an earlier corpus.
+
+    `run`: content of the marker. Raises ShardError if the folder holds shards of others. Calling
+    it again after an interruption is allowed.
+    """
+    refuse_others(folder)
+    put_new(run, _inside(folder, MARKER))
+    claim_earlier(folder)
 
 
-def write_shard(folder: str | Path, number: int, samples: Sequence[Sample]) -> dict[str, Any]:
+def refuse_others(folder: str | Path) -> None:
+    """Raise ShardError if a folder holds shards that neither an index nor a marker of ours covers.
+
+    Writing there would overwrite them or mix them with the new ones.
+    """
+    if _has_marker(folder):
+        return
+    root, ours = str(folder).rstrip("/"), {*read_names(folder), "dropped.parquet"}
+    files = (
+        (path for path in list_files(root, SHARDS) if path.rpartition("/")[0] == root)
+        if is_remote(root)
+        else (str(path) for path in sorted(Path(root).glob("*")) if path.suffix in SHARDS)
+    )
+    for file in files:
+        if (name := file.rpartition("/")[2]) not in ours:
+            raise ShardError(
+                f"{folder} holds shards that no index names, such as {name}; write to an empty "
+                "folder, or remove them."
+            )
+
+
+def claim_earlier(folder: str | Path, shards: Iterable[str] = ()) -> None:
+    """Remember the shards that `finish` may delete, and delete the index that names them.
+
+    `shards`: names besides those in the index.
+    """
+    earlier = {*read_names(folder), *read_names(folder, EARLIER), *shards}
+    if earlier:
+        content = json.dumps({"shards": [{"name": name} for name in sorted(earlier)]})
+        put(content.encode(), _inside(folder, EARLIER))
+    remove(_inside(folder, INDEX))
+
+
+def refuse_unfinished(path: str | Path) -> None:
+    """Raise ShardError if a folder, or the folder of a file or range, is marked as unfinished."""
+    folder = str(path).rstrip("/")
+    if folder.endswith((".tar", ".parquet")):
+        folder = folder.rpartition("/")[0] or "."
+    if _has_marker(folder):
+        raise ShardError(
+            f"{folder} is unfinished: the command that writes it was interrupted or still runs; "
+            "run it again, or delete the folder."
+        )
+
+
+def write_shard(folder: str | Path, number: int, samples: Iterable[Sample]) -> dict[str, Any]:
     """Write one shard atomically, local or s3://. Returns its entry for the index."""
     buffer = io.BytesIO()
     names: set[str] = set()
@@ -79,30 +145,54 @@ def write_shard(folder: str | Path, number: int, samples: Sequence[Sample]) -> d
                 member = tarfile.TarInfo(f"{name}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    data, name = buffer.getvalue(), f"{number:06d}.tar"
-    put(data, f"{str(folder).rstrip('/')}/{name}")
+    data, name = buffer.getvalue(), shard_name(number)
+    put(data, _inside(folder, name))
     return {
         "name": name,
-        "count": len(samples),
+        "count": len(names),
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
 
 
+def shard_name(number: int) -> str:
+    return f"{number:06d}.tar"
+
+
 def finish(folder: str | Path, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Write the index of a corpus, after all of its shards. Returns the index.
 
-    In a local folder, deletes the other shards, which an earlier and longer corpus left there.
+    Deletes the shards that only the earlier index named, and the marker.
     """
-    if not is_remote(folder):
-        for stale in set(Path(folder).glob("*.tar")) - {
-            Path(folder) / shard["name"] for shard in shards
-        }:
-            if re.fullmatch(r"\d{6}\.tar", stale.name):  # a name that `write_shard` gives
-                stale.unlink()
+    for stale in {*read_names(folder, EARLIER)} - {shard["name"] for shard in shards}:
+        if "/" not in stale:
+            remove(_inside(folder, stale))
     index = {"count": sum(shard["count"] for shard in shards), "shards": list(shards)}
-    put(json.dumps(index, indent=1).encode(), f"{str(folder).rstrip('/')}/{INDEX}")
+    put(json.dumps(index, indent=1).encode(), _inside(folder, INDEX))
+    remove(_inside(folder, MARKER))
+    remove_folder(_inside(folder, WORK))
     return index
+
+
+def read_names(folder: str | Path, file: str = INDEX) -> list[str]:
+    """Names of the shards in an index; [] without an index of ours."""
+    try:
+        index = json.loads(read(_inside(folder, file)))
+        return [str(shard["name"]) for shard in index["shards"]]
+    except (MissingError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _has_marker(folder: str | Path) -> bool:
+    try:
+        read(_inside(folder, MARKER))
+        return True
+    except MissingError:
+        return False
+
+
+def _inside(folder: str | Path, name: str) -> str:
+    return f"{str(folder).rstrip('/')}/{name}"
 
 
 def read_index(folder: str | Path) -> dict[str, Any] | None:

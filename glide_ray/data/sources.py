@@ -23,7 +23,7 @@ from .readers.parquet import count_rows, has_images, names_images, read_parquet
 from .readers.tables import METADATA as METADATA
 from .readers.tar import read_shard
 from .sample import ARCHIVES, IMAGE_SUFFIXES, TEXT_SUFFIXES, Sample, ShardError, ending
-from .shards import INDEX
+from .shards import INDEX, MARKER, refuse_unfinished
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,11 @@ def find_parts(path: str | Path, column: str | None = None) -> list[Part]:
         for one in patterns.expand(path)
         for part in _parts_of(one, column, patterns.is_pattern(path))
     ]
+    named = {
+        one.rpartition("/")[0] for one in patterns.expand(path) if one.endswith(SHARD_SUFFIXES)
+    }
+    for folder in sorted(named):
+        refuse_unfinished(folder)
     return [replace(part, column=column) for part in found] if column else found
 
 
@@ -187,7 +192,11 @@ def _parts_of(path: str, column: str | None, named: bool) -> list[Part]:
         return indexed
     if ending(path) in IMAGE_SUFFIXES and not Path(path).is_dir():
         raise ShardError(f"{path} is a picture; give the folder that holds it and its caption.")
-    files = [file for file in storage.list_files(path, ("",)) if not _is_hidden(path, file)]
+    listed = list(storage.list_files(path, ("",)))
+    for file in listed:
+        if file.endswith(f"/{MARKER}"):
+            refuse_unfinished(file.removesuffix(f"/{MARKER}"))
+    files = [file for file in listed if not _is_hidden(path, file)]
     if files == [path] and not is_shard:
         raise ShardError(f"{path} is no corpus; give a .tar or .parquet file, or a folder.")
     return _parts_of_files(path.rstrip("/"), files, column)

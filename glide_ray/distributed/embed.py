@@ -117,7 +117,7 @@ def embed(
     """
 
     def blocks(number: int, part: Part, report: Report) -> Iterator[pyarrow.Table]:
-        rows = _rows(number, part, truth, group, report)
+        rows = rows_to_embed(number, part, truth, group, report)
         while block := list(itertools.islice(rows, ROWS_PER_BATCH)):
             yield pyarrow.Table.from_pylist(block, READ_SCHEMA)
 
@@ -199,9 +199,10 @@ READ_SCHEMA = pyarrow.schema(
 )
 
 
-def _rows(
+def rows_to_embed(
     number: int, part: Part, truth: Rule | None, group: str, report: Report
 ) -> Iterator[dict[str, Any]]:
+    """Rows of a part with the fields of READ_SCHEMA; read errors are added to the report."""
     # Without the rule that decodes the image: the actor decodes it anyway.
     rules = {
         name: rule

@@ -41,7 +41,7 @@ from glide_ray.data.images import decode, encode
 from glide_ray.data.shards import INDEX, Sample, ShardError, read_shard, write_shards
 from glide_ray.data.sources import Part, find_parts, read_part
 from glide_ray.distributed import cluster as local
-from glide_ray.distributed.curation.clean import clean, write_page
+from glide_ray.distributed.curation.clean import clean
 from glide_ray.distributed.rows import DROPPED, PAGE, SUMMARY
 from glide_ray.distributed.stream import Tally, in_order, open_corpus
 from glide_ray.errors import ConfigError, UserError
@@ -176,7 +176,7 @@ def judged(tmp_path_factory, ray_session):
         source / "999.parquet",
     )
     done = clean(str(source), str(out), settings("per_shard=2"))
-    return done, source, out, write_page(done, str(source), str(out))
+    return done, source, out, f"{out}/{PAGE}"
 
 
 def test_each_rule_drops_its_row_and_is_counted_with_an_example(judged):
@@ -228,7 +228,7 @@ def test_the_summary_has_the_counts_and_the_settings(judged):
 def test_kept_rows_are_written_in_order_and_complete(judged):
     _, _, out, _ = judged
     kept = [*GOOD[:3], row(3, "a third thing"), GOOD[4]]
-    assert shown(samples_of(out)) == shown(kept) and check_index(out) == [2, 2, 1]
+    assert shown(samples_of(out)) == shown(kept) and check_index(out) == [2, 1, 2]
     assert {path.name for path in out.iterdir()} == {
         "000000.tar",
         "000001.tar",
@@ -519,13 +519,9 @@ def test_a_corpus_is_cleaned_from_s3_to_s3_despite_failing_writes(s3, s3_faults)
         storage.put(as_tar(rows[4 * number : 4 * number + 4]), f"{s3}/raw/{number}.tar")
     s3_faults.answer_503("cleaned/000000.tar", times=1)
     s3_faults.reset("cleaned/000001.tar")
-    done = clean(f"{s3}/raw", f"{s3}/cleaned/", settings("per_shard=5"))
-    write_page(done, f"{s3}/raw", f"{s3}/cleaned/")
-    assert shown(samples_of(f"{s3}/cleaned")) == shown(rows) and check_index(f"{s3}/cleaned") == [
-        5,
-        5,
-        1,
-    ]
+    clean(f"{s3}/raw", f"{s3}/cleaned/", settings("per_shard=5"))
+    assert shown(samples_of(f"{s3}/cleaned")) == shown(rows)
+    assert check_index(f"{s3}/cleaned") == [4, 4, 3]
     assert s3_faults.befallen["503"] == s3_faults.befallen["reset"] == 1
     assert (
         dropped(f"{s3}/cleaned") == []
@@ -569,25 +565,48 @@ def test_the_input_corpus_is_never_overwritten(tmp_path, s3, monkeypatch):
     assert {path: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
 
 
-def test_unrelated_files_in_the_folder_are_kept(tmp_path):
-    (tmp_path / "out").mkdir()
-    for name in ("mine.tar", "000007.tar"):  # the second as if left by a longer corpus
-        (tmp_path / "out" / name).write_bytes(b"")
-    write_shards(tmp_path / "out", [row(0)])
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"mine.tar", "000000.tar", INDEX}
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["000000.tar", "000007.tar", "mine.tar", "rows.parquet"])
+def test_shards_of_others_are_never_overwritten_or_deleted(tmp_path, name):
+    write_shards(tmp_path / "in", [row(0)])
+    for folder in (tmp_path / "bare", tmp_path / "indexed"):
+        write_shards(folder, [row(1)])
+        (folder / "000000.tar").rename(folder / name)
+        (folder / INDEX).unlink()
+    write_shards(tmp_path / "other", [row(2)])
+    (tmp_path / "other" / INDEX).rename(tmp_path / "indexed" / INDEX)
+    for folder in (tmp_path / "bare", *([tmp_path / "indexed"] if name != "000000.tar" else [])):
+        before = contents(folder)
+        for write in (
+            lambda: clean(str(tmp_path / "in"), str(folder), settings()),  # noqa: B023
+            lambda: write_shards(folder, [row(0)]),  # noqa: B023
+        ):
+            with pytest.raises(ShardError, match=f"shards that no index names, such as {name}"):
+                write()
+        assert contents(folder) == before
+
+
+def test_a_shorter_corpus_deletes_only_shards_of_the_earlier_index(tmp_path):
+    out = tmp_path / "out"
+    write_shards(tmp_path / "in", [row(0)])
+    write_shards(out, [row(n) for n in range(4)], per_shard=1)
+    (out / "notes.txt").write_text("mine")
+    clean(str(tmp_path / "in"), str(out), settings())
+    assert set(contents(out)) == {"000000.tar", INDEX, DROPPED, SUMMARY, PAGE, "notes.txt"}
 
 
 def test_a_corpus_that_loses_all_rows_is_reported_as_empty(tmp_path):
     write_shards(tmp_path / "in", [row(n, "ab") for n in range(3)])
     done = clean(str(tmp_path / "in"), str(tmp_path / "out"), settings())
-    write_page(done, "in", str(tmp_path / "out"))
     assert (done.report.kept, dict(done.report.dropped), check_index(tmp_path / "out")) == (
         0,
         {"with too short a caption": 3},
         [],
     )
     gone = clean(f"{tmp_path}/nowhere/{{0..2}}.tar", str(tmp_path / "none"), settings())
-    write_page(gone, "in", str(tmp_path / "none"))
     assert (
         gone.report.kept == 0
         and len(gone.report.faults) == 3
@@ -867,7 +886,7 @@ def test_cleaning_finishes_on_a_corpus_with_every_fault_and_counts_and_names_eac
     readable, path = faulty
     add_s3_faults(s3_faults)
     done = clean(path, str(tmp_path), settings("per_shard=40"))
-    page = write_page(done, path, str(tmp_path))
+    page = tmp_path / PAGE
     check_faults(
         done.report, path, readable, {"with an unreadable image": 2, "with a broken image": 1}
     )

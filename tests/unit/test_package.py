@@ -20,6 +20,7 @@ ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Modules and rooms that need an extra; the others import nothing but the core's dependencies.
 NEEDS = {
+    "bench.clean": "cluster",
     "bench.data": "cluster test",
     "bench.load_generator": "cluster",
     "bench.serving": "cluster",

@@ -1,6 +1,7 @@
 """One interface for local paths and S3. S3 is moto's server in its own process."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import boto3
 import pytest
@@ -159,3 +160,27 @@ def test_the_cache_stays_within_its_limit_and_keeps_recently_used_files(s3, tmp_
     storage.put(b"5", f"{s3}/limited/5")
     with pytest.raises(StorageError, match="GLIDE_CACHE_GB is 'many'"):
         storage.fetch(f"{s3}/limited/5", tmp_path)
+
+
+def test_of_several_writers_of_a_new_file_one_wins(root):
+    assert storage.put_new(b"first", f"{root}/lock")
+    assert not storage.put_new(b"second", f"{root}/lock")
+    assert storage.read(f"{root}/lock") == b"first"
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda n: storage.put_new(b"%d" % n, f"{root}/raced"), range(8)))
+    assert sum(won) == 1 and storage.read(f"{root}/raced") == b"%d" % won.index(True)
+
+
+def test_a_new_object_whose_answer_was_lost_belongs_to_its_writer(s3, s3_faults):
+    s3_faults.truncate("/lost", times=1)
+    assert storage.put_new(b"mine", f"{s3}/lost/lock")
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_range_of_a_file_is_read_despite_a_broken_connection(tmp_path, request, remote):
+    path = f"{request.getfixturevalue('s3')}/range" if remote else str(tmp_path / "range")
+    storage.put(bytes(range(200)), path)
+    if remote:
+        request.getfixturevalue("s3_faults").truncate("/range", times=2)
+    assert storage.read_range(path, 50, 150) == bytes(range(50, 150))
+    assert storage.read_range(path, 7, 7) == b""

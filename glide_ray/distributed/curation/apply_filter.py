@@ -1,15 +1,20 @@
-"""`glide filter apply`: write the rows of a corpus that pass a content filter."""
+"""`glide filter apply`: write the rows of a corpus that pass a content filter.
+
+The stages are those of `glide clean`: actors score each part into a file, and tasks write shards.
+"""
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow
-import pyarrow.parquet
+import ray
 
 from ... import storage
 from ...data.content import (
@@ -21,13 +26,48 @@ from ...data.filters import Report, Rule
 from ...data.sources import Part, find_parts
 from ...evaluation.features import ClipFeatures
 from ...models.clip_scorer import fetch_clip
+from ...progress import bar
 from ...storage import fingerprint
 from ..cluster import connect, ship_modules
-from ..embed import ACTORS, EmbeddedCorpus, embed
-from ..rows import PAGE, count, refuse_source, replace_reasons, rewrite, write_manifest
+from ..embed import (
+    ACTORS,
+    INLINE_IMAGES,
+    READ_SCHEMA,
+    ROWS_PER_BATCH,
+    EmbeddedCorpus,
+    Embedder,
+    rows_to_embed,
+)
+from ..rows import PAGE, refuse_source
+from .clean import digest_of, sources_of
+from .clean_page import PAGE_PARTS
 from .filter_report import Assessment, applied_page
+from .judge import (
+    Judged,
+    PartResult,
+    count_row,
+    died,
+    judged_file,
+    read_result,
+    save_judged,
+    state_of,
+)
+from .run_folder import own
+from .tables import load
+from .tasks import TRIES, run_on
+from .write import Writing, close, finish_corpus, write_rows
 
 log = logging.getLogger(__name__)
+
+SCORED_SCHEMA = pyarrow.schema(
+    [
+        ("key", pyarrow.large_string()),
+        ("reason", pyarrow.large_string()),
+        ("caption", pyarrow.large_string()),
+        ("score", pyarrow.float32()),
+        ("truth", pyarrow.bool_()),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +89,8 @@ def apply_content(
     """Write the rows of `source` that pass the filter at `path` to `out`, with an index and PAGE.
 
     A manifest lists the dropped rows. `clip`: current path of the CLIP that the filter was fitted
-    with, by default its path at that time. Raises UserError (ContentError for another CLIP).
+    with, by default its path at that time. `truth` is for small corpora: the scores of all rows
+    are then read into this process. Raises UserError (ContentError for another CLIP).
     """
     refuse_source(source, [], out)
     content = load_filter(path)
@@ -57,32 +98,34 @@ def apply_content(
     parts = find_parts(source)
     refuse_source(source, parts, out)
     storage.check_writable(out)  # fail before hours of embedding
-    connect(2 + ACTORS)
-    ship_modules([truth] if truth else [])
-    log.info(f"embedding {len(parts):,} parts of {source}")
-    rows, scanned = embed(parts, clip, truth, content)
-    scores = rows["score"].to_numpy()
-    reason = np.array(rows["reason"].to_pylist(), object)
-    reason[(reason == "") & (scores >= 0)] = f"with {content.name}"
-    rows = replace_reasons(rows, reason)
-    kept = np.flatnonzero(reason == "")
-    log.info(f"writing {len(kept):,} rows to {out}")
-    index, faults = rewrite(
-        parts, rows["part"].to_numpy()[kept], rows["position"].to_numpy()[kept], out, per_shard
-    )
-    report = count(rows, index, [*scanned.faults, *faults])
-    about = {"source": source, "filter": content.name, "clip_sha256": content.clip}
-    write_manifest(out, parts, rows, report, about)
-    scored = np.flatnonzero(~np.isnan(scores))
-    scored_rows, scores = _scored_rows(parts, rows, scored), scores[scored]
-    assessment = None
-    if truth is not None:
-        labels = np.array(rows["truth"].take(scored).to_pylist(), bool)
-        on = f"{source}, its labelled rows included"
-        assessment = Assessment(on, scored_rows, scores, labels)
-    title = f"{source} without {content.name}"
-    html = applied_page(title, len(rows), len(parts), report, scored_rows, scores, assessment)
-    storage.put(html.encode(), f"{out.rstrip('/')}/{PAGE}")
+    folder = storage.absolute(out).rstrip("/")
+    rules = sources_of({"truth": truth} if truth else {})
+    settings = [storage.digest(storage.fetch(path)), per_shard, rules, digest_of(parts)]
+    with own(folder, ["filter", settings]) as run:
+        connect(2 + ACTORS)
+        ship_modules([truth] if truth else [])
+        log.info(f"embedding {len(parts):,} parts of {source}")
+        judged = _score(parts, run.work, Scorer(clip, content, truth), (clip, content, truth))
+        run.check()
+        if not judged.read.sum():
+            why = " ".join(judged.report().faults)[:300]
+            raise ContentError(f"No row of the corpus can be read. {why}".strip())
+        log.info(f"writing {judged.kept.sum():,} rows to {out}")
+        writing = Writing(folder, run.work, f"{run.work}/{judged.digest}", per_shard, None, None)
+        entries, faults, tasks = write_rows(parts, judged, run, writing)
+        report = judged.report(faults)
+        report.kept = sum(entry["count"] for entry in entries)
+        about = {"source": source, "filter": content.name, "clip_sha256": content.clip}
+        finish_corpus(parts, judged, report, writing, tasks, about)
+        scored, scores, labels = _scored_rows(parts, judged, run.work, truth is not None)
+        assessment = None
+        if truth is not None:
+            on = f"{source}, its labelled rows included"
+            assessment = Assessment(on, scored, scores, labels)
+        title, read = f"{source} without {content.name}", int(judged.read.sum())
+        html = applied_page(title, read, len(parts), report, scored, scores, assessment)
+        storage.put(html.encode(), f"{folder}/{PAGE}")
+        close(run, entries)
     return AppliedFilter(report, assessment)
 
 
@@ -99,17 +142,91 @@ def _same_clip(content: ContentFilter, path: str | Path, clip: str | None) -> st
     return clip
 
 
-def _scored_rows(parts: Sequence[Part], rows: pyarrow.Table, scored: np.ndarray) -> EmbeddedCorpus:
-    """The rows with indices `scored`, for their pictures; without features."""
-    scored_rows = rows.take(scored)
-    return EmbeddedCorpus(
-        [],
-        list(
-            zip(scored_rows["part"].to_pylist(), scored_rows["position"].to_pylist(), strict=True)
-        ),
-        parts,
-        scored_rows["caption"].to_pylist(),
-        np.arange(len(scored)),
-        None,
-        np.empty((0, 0)),
+class Scorer:
+    """Scores the rows of a part, in this process or as an actor that loads the CLIP once."""
+
+    def __init__(
+        self, clip: str, content: ContentFilter, truth: Rule | None, threads: int | None = None
+    ):
+        self._name, self._truth = content.name, truth
+        self._embed = Embedder(ClipFeatures, clip, content, threads)
+
+    def score(self, number: int, part: Part, folder: str) -> PartResult:
+        """Write the judged file of a part, unless an earlier run did. Returns its counts."""
+        state = state_of(part)
+        earlier = read_result(folder, number)
+        if earlier is not None and earlier.state == state and state and not earlier.faults:
+            return earlier
+        result, read = PartResult(number, state), Report()
+        tables = [SCORED_SCHEMA.empty_table()]
+        rows = rows_to_embed(number, part, self._truth, "", read)
+        while block := list(itertools.islice(rows, ROWS_PER_BATCH)):
+            tables.append(self._scored(pyarrow.Table.from_pylist(block, READ_SCHEMA)))
+        result.faults = read.faults
+        table = pyarrow.concat_tables(tables)
+        for key, reason in zip(table["key"].to_pylist(), table["reason"].to_pylist(), strict=True):
+            count_row(result, key, reason)
+        save_judged(table, result, folder)
+        return result
+
+    def _scored(self, block: pyarrow.Table) -> pyarrow.Table:
+        scored = self._embed(block)
+        scores = scored["score"].to_numpy()
+        reason = np.array(scored["reason"].to_pylist(), object)
+        reason[(reason == "") & (scores >= 0)] = f"with {self._name}"
+        place = scored.schema.get_field_index("reason")
+        column = pyarrow.array(reason.tolist(), pyarrow.large_string())
+        return (
+            scored.set_column(place, "reason", column)
+            .select(SCORED_SCHEMA.names)
+            .cast(SCORED_SCHEMA)
+        )
+
+
+def _score(parts: Sequence[Part], folder: str, scorer: Scorer, settings: tuple) -> Judged:
+    judged = Judged(len(parts))
+    arguments = [(number, part, folder) for number, part in enumerate(parts)]
+    counts = [part.count or len(part.files) for part in parts]
+    results: Iterator[PartResult]
+    if all(counts) and sum(counts) <= INLINE_IMAGES:  # starting actors takes some 10 s
+        results = (scorer.score(*some) for some in arguments)
+    else:
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        threads = max(1, (os.cpu_count() or 1) // ACTORS)
+        options = {"num_cpus": 1, "num_gpus": 1 if gpus else 0}
+        create = ray.remote(Scorer).options(max_restarts=-1, max_task_retries=TRIES - 1, **options)
+        actors = [create.remote(*settings, threads) for _ in range(min(len(parts), gpus or ACTORS))]
+        results = run_on([actor.score for actor in actors], arguments, died)
+    with bar("embed", "part", len(parts)) as progress:
+        for result in results:
+            judged.add(result)
+            progress.update(1)
+    return judged
+
+
+def _scored_rows(
+    parts: Sequence[Part], judged: Judged, folder: str, everything: bool
+) -> tuple[EmbeddedCorpus, np.ndarray, np.ndarray]:
+    """Rows with a score, for their pictures, with scores (N,) and labels (N,) bool.
+
+    `everything`: of all parts, instead of a few drawn ones.
+    """
+    numbers = np.flatnonzero(judged.read)
+    if not everything and len(numbers) > PAGE_PARTS:
+        numbers = np.sort(np.random.default_rng(0).choice(numbers, PAGE_PARTS, replace=False))
+    tables = []
+    for number in numbers.tolist():
+        rows = load(judged_file(folder, number), ["caption", "score", "truth"])
+        rows = rows.append_column("part", pyarrow.array(np.full(len(rows), number)))
+        tables.append(rows.append_column("position", pyarrow.array(np.arange(len(rows)))))
+    rows = pyarrow.concat_tables(tables)
+    scores = rows["score"].to_numpy()
+    scored = np.flatnonzero(~np.isnan(scores))
+    rows = rows.take(scored)
+    places = list(zip(rows["part"].to_pylist(), rows["position"].to_pylist(), strict=True))
+    captions = rows["caption"].to_pylist()
+    labels = np.array(rows["truth"].to_pylist(), bool)
+    corpus = EmbeddedCorpus(
+        [], places, parts, captions, np.arange(len(scored)), None, np.empty((0, 0))
     )
+    return corpus, scores[scored], labels

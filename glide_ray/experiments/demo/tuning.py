@@ -54,7 +54,7 @@ def make_corpus(out: Path, packages: Path | None) -> Result:
     for split in SPLITS:
         with indented():
             done = clean(f"{raw}/{split}", f"{folder}/{split}", CleanConfig())
-        read, kept[split] = read + len(done.rows), done.report.kept
+        read, kept[split] = read + done.read, done.report.kept
         for reason, count in done.report.dropped.items():
             dropped[reason] = dropped.get(reason, 0) + count
     return {"read": read, "kept": kept, "dropped": dropped, **_write_examples(folder, out)}

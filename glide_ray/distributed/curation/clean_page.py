@@ -1,0 +1,152 @@
+"""Report page of `glide clean`, from a few parts of the corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow
+
+from ...data.filters import NEAR_DUPLICATE, Report
+from ...data.sources import Part
+from ...evaluation.pages import Picture, Section, histogram, page, thumbnail
+from ..rows import read_rows
+from .judge import Judged, judged_file
+from .near_duplicates import Search, dropped_copies
+from .tables import load
+
+# parts drawn, near-duplicate pairs, examples of each rule, random kept rows
+PAGE_PARTS, PAGE_PAIRS, PAGE_EXAMPLES, PAGE_SAMPLES = 12, 16, 8, 32
+
+Place = tuple[int, int]  # part and position of a row
+
+
+@dataclass
+class _Examples:
+    """Rows to show on the page: (kept, dropped) copies, dropped rows by reason, and kept rows.
+
+    `captions`: of these rows. `sizes` and `lengths`: of all kept rows of the parts drawn, in
+    pixels of the shorter side and characters of the first caption.
+    """
+
+    copies: list[tuple[Place, Place]]
+    dropped: dict[str, list[Place]]
+    kept: list[Place]
+    captions: dict[Place, str]
+    sizes: np.ndarray
+    lengths: np.ndarray
+    parts: int
+
+
+def clean_page(
+    title: str,
+    parts: Sequence[Part],
+    judged: Judged,
+    report: Report,
+    folder: str,
+    search: Search | None,
+    seed: int = 0,
+) -> str:
+    """HTML of sizes, caption lengths, drops by rule with examples, copies, and random rows.
+
+    `folder`: of the judged files.
+    """
+    examples = _choose_examples(judged, report, folder, search, np.random.default_rng(seed))
+    pictures = _pictures(parts, examples)
+    of_parts = f"of {examples.parts:,} of {len(parts):,} parts"
+    sections = [
+        Section(
+            "Rows by outcome",
+            f"{judged.read.sum():,} were read from {len(parts):,} parts; "
+            f"{judged.captions_dropped:,} captions were dropped, including those of dropped rows.",
+            bars=[("kept", report.kept), *report.dropped.most_common()],
+        ),
+        Section(
+            "Parts with a fault",
+            "Their rows before the fault were read.",
+            lines=sorted(set(report.faults)),
+        ),
+        Section(
+            f"Pixels on the shorter side, kept rows {of_parts}", bars=histogram(examples.sizes)
+        ),
+        Section(
+            f"Characters of the first caption, kept rows {of_parts}",
+            bars=histogram(examples.lengths),
+        ),
+        Section(
+            "Near-duplicates",
+            "Left: kept. Right: dropped.",
+            groups=[[pictures[kept], pictures[copy]] for kept, copy in examples.copies],
+        ),
+        *(
+            Section(f"Dropped: {why}", groups=[[pictures[row]] for row in of_rule])
+            for why, of_rule in examples.dropped.items()
+        ),
+        Section("Random kept rows", groups=[[pictures[row]] for row in examples.kept]),
+    ]
+    return page(title, sections)
+
+
+def _choose_examples(
+    judged: Judged, report: Report, folder: str, search: Search | None, rng: np.random.Generator
+) -> _Examples:
+    # Showing a row costs a read of its shard: take the examples from a few shards.
+    read = np.flatnonzero(judged.read)
+    drawn = sorted(rng.choice(read, min(PAGE_PARTS, len(read)), replace=False).tolist())
+    rows: list[pyarrow.Table] = []
+    copies: list[tuple[Place, Place]] = []
+    for part in drawn:
+        table = load(judged_file(folder, part), ["reason", "caption", "width", "height"])
+        reason = np.array(table["reason"].to_pylist(), object)
+        if search is not None:
+            found = dropped_copies(search, part)
+            reason[found["position"].to_numpy()] = NEAR_DUPLICATE
+            copies += [
+                ((row["kept_part"], row["kept_position"]), (part, row["position"]))
+                for row in found.to_pylist()
+            ]
+        rows += [
+            {**row, "reason": why, "place": (part, position)}
+            for position, (row, why) in enumerate(zip(table.to_pylist(), reason, strict=True))
+        ]
+
+    def choose(some: Sequence, count: int) -> list:
+        picked = rng.choice(len(some), min(count, len(some)), replace=False)
+        return [some[n] for n in sorted(picked.tolist())]
+
+    kept = [row for row in rows if row["reason"] == ""]
+    dropped = {
+        why: choose([row["place"] for row in rows if row["reason"] == why], PAGE_EXAMPLES)
+        for why, _ in report.dropped.most_common()
+        if why != NEAR_DUPLICATE
+    }
+    return _Examples(
+        choose(copies, PAGE_PAIRS),
+        dropped,
+        choose([row["place"] for row in kept], PAGE_SAMPLES),
+        {row["place"]: row["caption"] for row in rows},
+        np.array([min(row["width"], row["height"]) for row in kept if row["width"]]),
+        np.array([len(row["caption"]) for row in kept]),
+        len(drawn),
+    )
+
+
+def _pictures(parts: Sequence[Part], examples: _Examples) -> dict[Place, Picture]:
+    """Pictures of all examples and of the rows kept in place of near-duplicates."""
+    places = sorted(
+        {
+            *examples.kept,
+            *(place for pair in examples.copies for place in pair),
+            *(place for of_rule in examples.dropped.values() for place in of_rule),
+        }
+    )
+    samples = read_rows(parts, places)
+    pictures = {}
+    for place in places:
+        sample = samples.get(place)
+        text = examples.captions.get(place) or (
+            sample.captions[0] if sample and sample.captions else ""
+        )
+        pictures[place] = Picture(thumbnail(sample.image) if sample else None, text)
+    return pictures

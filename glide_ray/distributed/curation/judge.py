@@ -1,0 +1,288 @@
+"""First stage of `glide clean`: judge the rows of each part, in a file per part.
+
+A file is written whole or not at all. It is used again by a run that resumes, unless the part has
+changed since, or could not be read to its end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import ray
+
+from ... import storage
+from ...config.data import CleanConfig
+from ...data.duplicates import FINGERPRINT_BYTES, fingerprint, hash_of, sketch_of
+from ...data.filters import (
+    NEAR_DUPLICATE,
+    Candidate,
+    Report,
+    Rule,
+    caption_rules,
+    clean_captions,
+    exact_reason,
+    first_broken,
+    image_rules,
+)
+from ...data.shards import SHARDS
+from ...data.sources import Part, read_part
+from ...errors import UserError
+from ...progress import bar
+from .tables import load
+from .tasks import TRIES, run_each
+
+log = logging.getLogger(__name__)
+
+# The row of position n is the n-th of the table. The columns after `height` are null in dropped
+# rows: the hash, sketch and whole of the fingerprint (see data/duplicates.py), and a hash of it.
+SCHEMA = pyarrow.schema(
+    [
+        ("key", pyarrow.large_string()),
+        ("reason", pyarrow.large_string()),
+        ("caption", pyarrow.large_string()),
+        ("width", pyarrow.int32()),
+        ("height", pyarrow.int32()),
+        ("hash", pyarrow.uint64()),
+        ("sketch", pyarrow.uint64()),
+        ("digest", pyarrow.uint64()),
+        ("fingerprint", pyarrow.binary(FINGERPRINT_BYTES)),
+    ]
+)
+RESULT = b"glide_ray"  # key of a `PartResult` in the metadata of a file
+
+
+@dataclass
+class PartResult:
+    """Counts of one part, before near-duplicates are dropped."""
+
+    number: int
+    state: str  # of the part's file, see `state_of`
+    read: int = 0
+    kept: int = 0
+    captions_dropped: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    done_before: bool = False  # by the run that this one resumes
+
+
+class Judged:
+    """Counts of all parts: some bytes per part, and a report in the order of the parts."""
+
+    def __init__(self, parts: int):
+        self.read, self.kept = np.zeros(parts, np.int64), np.zeros(parts, np.int64)
+        self.captions_dropped = 0
+        self.dropped: dict[str, int] = {}
+        self._examples: dict[str, tuple[int, int, str]] = {}
+        self._faults: list[tuple[int, str]] = []
+        self._states = np.zeros((parts, 8), np.uint8)
+
+    def add(self, result: PartResult) -> None:
+        number = result.number
+        self.read[number], self.kept[number] = result.read, result.kept
+        self.captions_dropped += result.captions_dropped
+        for place, (reason, count) in enumerate(result.dropped.items()):
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+            self._set_example(reason, (number, place, result.examples[reason]))
+        self._faults += [(number, fault) for fault in result.faults]
+        state = json.dumps([result.state, result.read, result.kept, result.faults]).encode()
+        self._states[number] = np.frombuffer(hashlib.sha256(state).digest()[:8], np.uint8)
+
+    def _set_example(self, reason: str, example: tuple[int, int, str]) -> None:
+        """Keep the example of the first part: (part, place among its reasons, key of the row)."""
+        self._examples[reason] = min(self._examples.get(reason, example), example)
+
+    def drop_copies(
+        self, parts: Sequence[int], counts: Sequence[int], example: tuple[int, str] | None
+    ) -> None:
+        """Count near-duplicates by part, with (part, key) of the first one."""
+        if example is not None:
+            self.kept[parts] -= counts
+            self.dropped[NEAR_DUPLICATE] = self.dropped.get(NEAR_DUPLICATE, 0) + sum(counts)
+            part, key = example
+            self._set_example(NEAR_DUPLICATE, (part, len(self.dropped), key))
+
+    @property
+    def digest(self) -> str:
+        """Hash of what was read; later stages depend on it."""
+        return hashlib.sha256(self._states.tobytes()).hexdigest()[:16]
+
+    def report(self, faults: Sequence[str] = ()) -> Report:
+        report = Report(int(self.kept.sum()), faults=[*(f for _, f in sorted(self._faults))])
+        report.faults += faults
+        for reason, (*_, key) in sorted(self._examples.items(), key=lambda pair: pair[1]):
+            report.dropped[reason], report.examples[reason] = self.dropped[reason], key
+        return report
+
+
+def judge(
+    parts: Sequence[Part], folder: str, config: CleanConfig, rules: Mapping[str, Rule]
+) -> Judged:
+    """Judge each row independently of the others, into `judged_file`s of `folder`."""
+    settings, judged, resumed = ray.put((config, dict(rules))), Judged(len(parts)), 0
+    arguments = ((number, part, folder, settings) for number, part in enumerate(parts))
+    with bar("clean", "part", len(parts)) as progress:
+        for result in run_each(_judge_part, arguments, died):
+            judged.add(result)
+            resumed += result.done_before
+            progress.update(1)
+    if resumed:
+        log.info(f"{resumed:,} of {len(parts):,} parts were judged before the interruption")
+    return judged
+
+
+def judged_file(folder: str, number: int) -> str:
+    return f"{folder}/judged/{number:06d}.parquet"
+
+
+def state_of(part: Part) -> str:
+    """A string that changes when the file of a part changes; "" for one that cannot be read.
+
+    For images of a folder: when one of the files, or a text beside it, changes; in S3, whose
+    objects would need a request each, only when images are added or removed.
+    """
+    if not part.files:
+        try:
+            if storage.is_remote(part.url):
+                return storage.etag(part.url)
+            return next((state for _, state in storage.list_states(part.url, SHARDS)), "")
+        except storage.StorageError:  # `read_part` says why
+            return ""
+    if storage.is_remote(part.files[0].path):
+        return hashlib.sha256(repr(part.files).encode()).hexdigest()
+    found = [
+        list(storage.list_states(name, ("",)))
+        for image in part.files
+        for name in (image.path, *image.texts)
+    ]
+    return hashlib.sha256(repr([part.files, found]).encode()).hexdigest()
+
+
+def died(arguments: tuple[Any, ...]) -> PartResult:
+    """The result of a part that kills its worker: a fault. `arguments`: number, part, folder."""
+    number, part, folder, *_ = arguments
+    fault = f"{part.url} killed its worker {TRIES} times and was left out."
+    result = PartResult(number, "", faults=[fault])
+    write_judged([], result, folder)
+    return result
+
+
+def _judge_part(
+    number: int, part: Part, folder: str, settings: tuple[CleanConfig, Mapping[str, Rule]]
+) -> PartResult:
+    state = state_of(part)
+    earlier = read_result(folder, number)
+    if earlier is not None and earlier.state == state and state and not earlier.faults:
+        return replace(earlier, done_before=True)
+    result = PartResult(number, state)
+    write_judged(list(_judged_rows(part, *settings, result)), result, folder)
+    return result
+
+
+def _judged_rows(
+    part: Part, config: CleanConfig, rules: Mapping[str, Rule], result: PartResult
+) -> Iterator[dict[str, Any]]:
+    rules_of_images, rules_of_captions = image_rules(config), caption_rules(config)
+    try:
+        for sample in read_part(part):
+            candidate = Candidate(sample)
+            captions, reason = clean_captions(sample.captions, rules_of_captions)
+            reason = (
+                first_broken(candidate, rules_of_images)
+                or (reason and exact_reason(sample, reason))
+                or _first_broken_user_rule(candidate, rules)
+            )
+            result.captions_dropped += len(sample.captions) - len(captions)
+            row: dict[str, Any] = {
+                "key": sample.key,
+                "reason": reason or "",
+                "caption": captions[0] if captions else "",
+            }
+            if reason is None:
+                width, height = candidate.picture.size
+                row |= {"width": width, "height": height}
+                row |= {"fingerprint": fingerprint(candidate.picture)}
+            yield row
+    except UserError as error:
+        result.faults.append(str(error))
+
+
+def _first_broken_user_rule(candidate: Candidate, rules: Mapping[str, Rule]) -> str | None:
+    for name, rule in rules.items():
+        try:
+            if not rule(candidate):
+                return name
+        except Exception as error:
+            # A rule that raises has not approved the row: drop the row and continue.
+            return f"on which {name.removeprefix('against ')} raised {type(error).__name__}"
+    return None
+
+
+def write_judged(rows: Sequence[dict[str, Any]], result: PartResult, folder: str) -> None:
+    """Count rows in `result` and write them, with the fields of SCHEMA before `hash`."""
+    for row in rows:
+        count_row(result, row["key"], row["reason"])
+    columns = {
+        name: pyarrow.array([row.get(name) for row in rows], SCHEMA.field(name).type)
+        for name in SCHEMA.names
+    }
+    prints = [row["fingerprint"] for row in rows if row.get("fingerprint")]
+    if prints:
+        columns |= fingerprint_columns(rows, prints)
+    save_judged(pyarrow.table(columns, SCHEMA), result, folder)
+
+
+def fingerprint_columns(
+    rows: Sequence[Mapping[str, Any]], prints: Sequence[bytes]
+) -> dict[str, pyarrow.Array]:
+    """The columns `hash`, `sketch` and `digest` of rows of which some have a fingerprint."""
+    matrix = np.frombuffer(b"".join(prints), np.uint8).reshape(len(prints), FINGERPRINT_BYTES)
+    digests = [hashlib.blake2b(one, digest_size=8).digest() for one in prints]
+    missing = np.array([not row.get("fingerprint") for row in rows])
+    columns = {}
+    for name, values in (
+        ("hash", hash_of(matrix)),
+        ("sketch", sketch_of(matrix)),
+        ("digest", np.frombuffer(b"".join(digests), np.uint64)),
+    ):
+        whole = np.zeros(len(rows), np.uint64)
+        whole[~missing] = values
+        columns[name] = pyarrow.array(whole, mask=missing)
+    return columns
+
+
+def count_row(result: PartResult, key: str, reason: str) -> None:
+    result.read += 1
+    if reason:
+        result.dropped[reason] = result.dropped.get(reason, 0) + 1
+        result.examples.setdefault(reason, key)
+    else:
+        result.kept += 1
+
+
+def save_judged(table: pyarrow.Table, result: PartResult, folder: str) -> None:
+    about = {RESULT: json.dumps(asdict(result)).encode()}
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(table.replace_schema_metadata(about), sink)
+    storage.put(sink.getvalue().to_pybytes(), judged_file(folder, result.number))
+
+
+def read_result(folder: str, number: int) -> PartResult | None:
+    """The counts in a judged file, or None if there is no whole one."""
+    path = judged_file(folder, number)
+    try:
+        if storage.is_remote(path):
+            schema = load(path, []).schema
+        else:
+            schema = pyarrow.parquet.read_schema(path)
+        return PartResult(**json.loads(schema.metadata[RESULT]))
+    except (storage.MissingError, FileNotFoundError, pyarrow.ArrowInvalid, KeyError, TypeError):
+        return None
