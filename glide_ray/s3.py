@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,6 +105,17 @@ def put_object_if_absent(path: str, data: bytes) -> bool:
             raise
     # A request whose answer was lost is sent again, and then refused because of itself.
     return client().get_object(Bucket=bucket, Key=key)["Body"].read() == data
+
+
+def delete_objects(bucket: str, keys: Sequence[str]) -> None:
+    """Delete objects, 1,000 with each request. Raises ClientError for the first that is refused."""
+    from botocore.exceptions import ClientError
+
+    for start in range(0, len(keys), 1000):
+        objects = [{"Key": key} for key in keys[start : start + 1000]]
+        done = client().delete_objects(Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
+        for error in done.get("Errors", ()):  # the request as a whole succeeds even so
+            raise ClientError({"Error": error}, "DeleteObjects")
 
 
 def etag(path: str | Path) -> str:

@@ -23,6 +23,7 @@ from .s3 import (
     MissingError,
     StorageError,
     client,
+    delete_objects,
     etag,
     head,
     list_objects,
@@ -305,10 +306,7 @@ def remove_folder(path: str | Path) -> None:
             client().abort_multipart_upload(
                 Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
             )
-        keys = [{"Key": item["Key"]} for item in list_objects(bucket, prefix)]
-        for start in range(0, len(keys), 1000):  # as many as one request may name
-            some = {"Objects": keys[start : start + 1000], "Quiet": True}
-            client().delete_objects(Bucket=bucket, Delete=some)
+        delete_objects(bucket, [item["Key"] for item in list_objects(bucket, prefix)])
 
 
 @contextmanager

@@ -336,6 +336,8 @@ def test_a_workers_s3_permissions_are_exactly_those_the_project_needs(
         statement["Action"] = [action for action in statement["Action"] if action != lacking] or [
             "s3:Nothing"
         ]
+        # S3 asks each object whether it may be deleted, moto the bucket too.
+        statement["Resource"] = [statement["Resource"], f"arn:aws:s3:::{SIZES.bucket}"]
     boto3.client("s3").create_bucket(Bucket=SIZES.bucket)
     boto3.client("s3").create_bucket(Bucket="another")
     iam = boto3.client("iam")

@@ -200,7 +200,7 @@ def _judged_rows(
                 or (reason and exact_reason(sample, reason))
                 or _first_broken_user_rule(candidate, rules)
             )
-            result.captions_dropped += len(sample.captions) - len(captions)
+            result.captions_dropped += sample.captions_unread + len(sample.captions) - len(captions)
             row: dict[str, Any] = {
                 "key": sample.key,
                 "reason": reason or "",
