@@ -111,6 +111,7 @@ def check_kills(source, out, folder, kills, draw_wait, written):
         assert int(before.group(1)) >= len(judged)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_killed_runs_resume_and_write_the_same_bytes(tmp_path):
     source, out = str(tmp_path / "in"), str(tmp_path / "out")
