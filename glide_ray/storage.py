@@ -265,9 +265,10 @@ def size(path: str | Path) -> int:
 def check_writable(folder: str | Path) -> None:
     """Write and delete a small file in a folder or prefix.
 
-    Raises StorageError if that fails.
+    The name is always the same, so that the next call deletes what a killed one has left. Raises
+    StorageError if that fails.
     """
-    probe = f"{str(folder).rstrip('/')}/.probe-{uuid.uuid4().hex[:8]}"
+    probe = f"{str(folder).rstrip('/')}/.probe"
     try:
         put(b"glide_ray", probe)
         remove(probe)

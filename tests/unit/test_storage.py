@@ -99,6 +99,12 @@ def test_listing_reads_every_page(s3):
     assert len(list(storage.list_files(f"{s3}/many", (".tar",)))) == 1005
 
 
+def test_a_probe_of_a_killed_process_is_deleted_by_the_next(tmp_path):
+    (tmp_path / ".probe").write_bytes(b"as after a kill")
+    storage.check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file/below/w"):
