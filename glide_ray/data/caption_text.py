@@ -104,7 +104,10 @@ def read_meta(data: bytes | None) -> dict[str, Any]:
 
 
 def json_fault(data: bytes | None, meta: Mapping[str, Any]) -> str:
-    """Why a row has no captions if its JSON, of which `meta` was read, is damaged; else ""."""
+    """The reason for having no captions if the JSON `data` is damaged; "" otherwise.
+
+    `meta`: the result of `read_meta(data)`.
+    """
     return NO_JSON if data and not meta and data.strip() not in (b"{}", b"[]", b"null") else ""
 
 

@@ -33,13 +33,14 @@ MAX_LUMA, MAX_CHROMA = 8, 12
 # agrees by chance with about ten others in each pair of groups, few enough to compare. Up to 5
 # differing bits leave at least one of the first six groups untouched, and one of the last six.
 BANDS = [*np.array_split(np.arange(64), 6), *(np.arange(start, 64, 6) for start in range(6))]
-# Above so many images, candidates agree in 3 of 8 groups, 24 bits, so that few agree by chance; and
-# above 64 times as many in 4 of 9, 28 bits. Up to 5 differing bits leave at least so many groups
-# untouched, too; of the copies with 6, which are 0.03% at most, the pairs find more.
+# Above this number of images, candidates must agree in 3 of 8 groups (24 bits), and above 64 times
+# this number in 4 of 9 groups (28 bits), so that few agree by chance. Hashes that differ in up to 5
+# bits still agree in enough groups. At most 0.03% of copies differ in 6 bits; pairs of groups find
+# more of those.
 LONGER_BANDS_FROM = 4_000_000
-# Rows with one value of the bands are compared with so many of the next rows. A larger set of
-# different pictures with one value is of blank or nearly blank ones.
-MAX_APART = 4096
+# Each row is compared with at most this many following rows that have the same band value. Larger
+# sets of different pictures with the same value are blank or nearly blank.
+MAX_COMPARED = 4096
 SLICE_ROWS = 1 << 20  # rows sorted at once: larger arrays are slower, each being mapped anew
 MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, with bits spread evenly
 CELLS = 2, 4  # rows and columns of the sketch: means of the thumbnail's brightness, a byte each
@@ -186,7 +187,7 @@ def _pairs_of_equal(
     order, sorted_values = packed.astype(np.uint32), (packed >> np.uint64(32)).astype(np.uint32)
     # `start`: sorted rows whose value is that of the row `apart` places further on
     start, apart = np.flatnonzero(sorted_values[:-1] == sorted_values[1:]), 1
-    while len(start) and apart <= MAX_APART:
+    while len(start) and apart <= MAX_COMPARED:
         one, other = order[start], order[start + apart]
         differing = hashes[one] ^ hashes[other]
         near = np.flatnonzero(np.bitwise_count(differing) <= MAX_BITS)

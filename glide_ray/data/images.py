@@ -31,8 +31,8 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Text in a PNG, of which editors write megabytes, does not make it unusable. Pillow limits all
-# texts of an image to MAX_TEXT_MEMORY, 64 MiB.
+# Editors write megabytes of text into PNGs that are otherwise usable, and Pillow's default limit
+# refuses them. Pillow still limits all texts of an image to MAX_TEXT_MEMORY, 64 MiB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
@@ -112,7 +112,7 @@ def load(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation. Other tags are not looked at, many of which are damaged."""
+    """Apply the EXIF orientation and ignore other EXIF tags, which are often damaged."""
     try:
         orientation = image.getexif().get(ORIENTATION)
     except Exception:  # as Pillow's parsers of EXIF do

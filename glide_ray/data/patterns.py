@@ -3,7 +3,7 @@
 data/{00000..00999}.tar            a range of shards
 data/{cc3m,cc12m}/{0..9}.tar       lists and ranges, any number of them
 data/a::data/b                     several corpora
-data/*.tar                         what is there with such a name, local or on S3
+data/*.tar                         all files or objects whose names match, local or on S3
 data/a:0.7,data/b:0.3              a mixture, by the share of the rows that training reads
 """
 

@@ -50,7 +50,7 @@ class Part:
     url: str
     count: int | None = None  # number of rows, if the corpus has an index
     files: tuple[ImageFile, ...] = ()  # images of a folder; empty for a shard
-    # (file, reason) of what is not read: each gives a row without an image, so that it is counted
+    # (file, reason) of unread files; each becomes a row without an image, so that it is counted
     aside: tuple[tuple[str, str], ...] = ()
     column: str | None = None  # field or column of captions, if it was named
     share: float = 1.0  # share of the rows that an epoch reads, in a mixture by weight
@@ -203,7 +203,7 @@ def _parts_of(path: str, column: str | None, named: bool) -> list[Part]:
 
 
 def _parts_of_files(root: str, files: Sequence[str], column: str | None) -> list[Part]:
-    """Parts of the files of a folder: shards, images, and what is left aside."""
+    """Parts of a folder, from its files: shards, images, and files that are not read."""
     images, aside = find_images(root, files, column)
     chosen = {file: False for file in files if file.lower().endswith(TAR_SUFFIXES)}
     tables = [file for file in files if file.lower().endswith(".parquet")]

@@ -28,7 +28,7 @@ PARTS, EACH = 12, 6
 
 
 def corpus(folder):
-    """Shards of pictures of which a sixth are copies of others, and some have no caption."""
+    """Shards of pictures; a sixth are copies of others, and some have no caption."""
     draws = np.random.default_rng(0)
     rough = [draws.integers(0, 256, (5, 5, 3), dtype=np.uint8) for _ in range(PARTS * EACH)]
     samples = []

@@ -243,7 +243,7 @@ def write_judged(rows: Sequence[dict[str, Any]], result: PartResult, folder: str
 def fingerprint_columns(
     rows: Sequence[Mapping[str, Any]], prints: Sequence[bytes]
 ) -> dict[str, pyarrow.Array]:
-    """The columns `hash`, `sketch` and `digest` of rows of which some have a fingerprint."""
+    """The columns `hash`, `sketch` and `digest`, null in rows without a fingerprint."""
     matrix = np.frombuffer(b"".join(prints), np.uint8).reshape(len(prints), FINGERPRINT_BYTES)
     digests = [hashlib.blake2b(one, digest_size=8).digest() for one in prints]
     missing = np.array([not row.get("fingerprint") for row in rows])

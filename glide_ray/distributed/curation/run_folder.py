@@ -31,7 +31,7 @@ from ...errors import UserError
 from ..rows import RECORD
 
 BEAT_SECONDS = 20.0
-SILENT_BEATS = 3  # an owner elsewhere that writes no beat for so many intervals has ended
+SILENT_BEATS = 3  # intervals without a beat after which an owner elsewhere has ended
 PLAN = "plan.json"  # number of the shards that the run writes
 
 

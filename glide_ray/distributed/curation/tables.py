@@ -27,7 +27,7 @@ def load(path: str, columns: Sequence[str] | None = None) -> pyarrow.Table:
 
 
 def save_many(tables: Sequence[pyarrow.Table], path: str) -> None:
-    """Write tables of one schema to a file of which each can be read alone.
+    """Write tables of the same schema to one file, in which each can be read separately.
 
     The file begins with the offsets of all tables, and of its end, as uint64.
     """
