@@ -11,6 +11,28 @@ import triton.language as tl
 
 
 @triton.jit
+def load_float32(pointer, here):
+    """Values at `pointer` as float32; 0 where `here` is false."""
+    return tl.load(pointer, mask=here, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def shifted_sums(
+    x, middle, first, last, channels, lane, inside, ROWS: tl.constexpr, LANES: tl.constexpr
+):
+    """Each channel's sums of x - middle and of (x - middle)^2 over the pixels first to last - 1."""
+    sums, squares = tl.zeros([ROWS, LANES], tl.float32), tl.zeros([ROWS, LANES], tl.float32)
+    for start in range(first, last, ROWS):
+        row = (start + tl.arange(0, ROWS))[:, None]
+        here = (row < last) & inside[None, :]
+        values = load_float32(x + row * channels + lane[None, :], here)
+        away = tl.where(here, values - middle[None, :], 0.0)
+        sums += away
+        squares += away * away
+    return tl.sum(sums, 0), tl.sum(squares, 0)
+
+
+@triton.jit
 def group_moments(sums, squares, shift, pixels, inside, EACH: tl.constexpr):
     """Mean and variance of a group, from its channels' sums of x - shift and of (x - shift)^2.
 
@@ -37,29 +59,32 @@ def channel_factors(
     shift,
     channels,
     inside,
-    image,
-    stride,
     eps,
     BEFORE: tl.constexpr,
     MODULATED: tl.constexpr,
 ):
     """Normalisation of some channels of one group, as factor and offset of x.
 
-    x does not include the bias `before` yet.
+    x does not include the bias `before` yet. `scale` and `shift` are those of the image.
     """
-    factor = tl.load(weight + channels, mask=inside, other=0.0).to(tl.float32) / tl.sqrt(
-        variance + eps
-    )
-    offset = tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32) - mean * factor
+    factor = load_float32(weight + channels, inside) / tl.sqrt(variance + eps)
+    offset = load_float32(bias + channels, inside) - mean * factor
     if BEFORE:
-        offset += tl.load(before + channels, mask=inside, other=0.0).to(tl.float32) * factor
+        offset += load_float32(before + channels, inside) * factor
     if MODULATED:
-        by = 1.0 + tl.load(scale + image * stride + channels, mask=inside, other=0.0).to(tl.float32)
-        offset = offset * by + tl.load(
-            shift + image * stride + channels, mask=inside, other=0.0
-        ).to(tl.float32)
+        by = 1.0 + load_float32(scale + channels, inside)
+        offset = offset * by + load_float32(shift + channels, inside)
         factor *= by
     return factor, offset
+
+
+@triton.jit
+def apply_factors(pointer, here, factor, offset, SILU: tl.constexpr):
+    """Normalised values at `pointer` as float32, after SiLU if asked."""
+    y = load_float32(pointer, here) * factor[None, :] + offset[None, :]
+    if SILU:
+        y = y / (1.0 + tl.exp(-y))
+    return y
 
 
 @triton.jit(do_not_specialize=["stride", "pixels", "eps"])
@@ -89,49 +114,23 @@ def norm_group(
     channels = group * EACH + lane
     x += image.to(tl.int64) * pixels * (GROUPS * EACH)
     out += image.to(tl.int64) * pixels * (GROUPS * EACH)
-    rows = tl.arange(0, ROWS)[:, None]
-    middle = tl.load(x + (pixels // 2) * (GROUPS * EACH) + channels, mask=inside, other=0.0).to(
-        tl.float32
+    scale += image * stride
+    shift += image * stride
+    middle = load_float32(x + (pixels // 2) * (GROUPS * EACH) + channels, inside)
+    sums, squares = shifted_sums(
+        x, middle, 0, pixels, GROUPS * EACH, channels, inside, ROWS, PADDED
     )
-    sums, squares = tl.zeros([ROWS, PADDED], tl.float32), tl.zeros([ROWS, PADDED], tl.float32)
-    for start in range(0, pixels, ROWS):
-        here = (start + rows < pixels) & inside[None, :]
-        values = tl.load(
-            x + (start + rows) * (GROUPS * EACH) + channels[None, :], mask=here, other=0.0
-        ).to(tl.float32)
-        away = tl.where(here, values - middle[None, :], 0.0)
-        sums += away
-        squares += away * away
     if BEFORE:
-        middle += tl.load(before + channels, mask=inside, other=0.0).to(tl.float32)
-    mean, variance = group_moments(
-        tl.sum(sums, 0), tl.sum(squares, 0), middle, pixels, inside, EACH
-    )
+        middle += load_float32(before + channels, inside)
+    mean, variance = group_moments(sums, squares, middle, pixels, inside, EACH)
     factor, offset = channel_factors(
-        mean,
-        variance,
-        weight,
-        bias,
-        before,
-        scale,
-        shift,
-        channels,
-        inside,
-        image,
-        stride,
-        eps,
-        BEFORE,
-        MODULATED,
+        mean, variance, weight, bias, before, scale, shift, channels, inside, eps, BEFORE, MODULATED
     )
     for start in range(0, pixels, ROWS):
-        here = (start + rows < pixels) & inside[None, :]
-        place = (start + rows) * (GROUPS * EACH) + channels[None, :]
-        y = (
-            tl.load(x + place, mask=here, other=0.0).to(tl.float32) * factor[None, :]
-            + offset[None, :]
-        )
-        if SILU:
-            y = y / (1.0 + tl.exp(-y))
+        row = (start + tl.arange(0, ROWS))[:, None]
+        here = (row < pixels) & inside[None, :]
+        place = row * (GROUPS * EACH) + channels[None, :]
+        y = apply_factors(x + place, here, factor, offset, SILU)
         tl.store(out + place, y.to(out.dtype.element_ty), mask=here)
 
 
@@ -145,19 +144,14 @@ def channel_sums(x, sums, pixels, channels, rows, chunks, BLOCK: tl.constexpr, R
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = lane < channels
     x += image.to(tl.int64) * pixels * channels
-    middle = tl.load(x + (pixels // 2) * channels + lane, mask=inside, other=0.0).to(tl.float32)
-    total, squares = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
+    middle = load_float32(x + (pixels // 2) * channels + lane, inside)
     last = tl.minimum((chunk + 1) * rows, pixels)
-    for start in range(chunk * rows, last, ROWS):
-        row = (start + tl.arange(0, ROWS))[:, None]
-        here = (row < last) & inside[None, :]
-        values = tl.load(x + row * channels + lane[None, :], mask=here, other=0.0).to(tl.float32)
-        away = tl.where(here, values - middle[None, :], 0.0)
-        total += away
-        squares += away * away
+    total, squares = shifted_sums(
+        x, middle, chunk * rows, last, channels, lane, inside, ROWS, BLOCK
+    )
     at = sums + ((image * 2) * chunks + chunk) * channels + lane
-    tl.store(at, tl.sum(total, 0), mask=inside)
-    tl.store(at + chunks * channels, tl.sum(squares, 0), mask=inside)
+    tl.store(at, total, mask=inside)
+    tl.store(at + chunks * channels, squares, mask=inside)
 
 
 @triton.jit(do_not_specialize=["stride", "pixels", "chunks", "eps"])
@@ -186,44 +180,28 @@ def norm_factors(
     lane, part = tl.arange(0, PADDED), tl.arange(0, CHUNKS)[:, None]
     inside = lane < EACH
     channels = group * EACH + lane
+    scale += image * stride
+    shift += image * stride
     here = (part < chunks) & inside[None, :]
     at = sums + ((image * 2) * chunks + part) * (GROUPS * EACH) + channels[None, :]
-    total = tl.sum(tl.load(at, mask=here, other=0.0), 0)
-    squares = tl.sum(tl.load(at + chunks * (GROUPS * EACH), mask=here, other=0.0), 0)
-    middle = tl.load(
-        x + (image.to(tl.int64) * pixels + pixels // 2) * (GROUPS * EACH) + channels,
-        mask=inside,
-        other=0.0,
-    ).to(tl.float32)
+    total = tl.sum(load_float32(at, here), 0)
+    squares = tl.sum(load_float32(at + chunks * (GROUPS * EACH), here), 0)
+    at_middle = (image.to(tl.int64) * pixels + pixels // 2) * (GROUPS * EACH)
+    middle = load_float32(x + at_middle + channels, inside)
     if BEFORE:
-        middle += tl.load(before + channels, mask=inside, other=0.0).to(tl.float32)
+        middle += load_float32(before + channels, inside)
     mean, variance = group_moments(total, squares, middle, pixels, inside, EACH)
     factor, offset = channel_factors(
-        mean,
-        variance,
-        weight,
-        bias,
-        before,
-        scale,
-        shift,
-        channels,
-        inside,
-        image,
-        stride,
-        eps,
-        BEFORE,
-        MODULATED,
+        mean, variance, weight, bias, before, scale, shift, channels, inside, eps, BEFORE, MODULATED
     )
     tl.store(lines + image * 2 * (GROUPS * EACH) + channels, factor, mask=inside)
     tl.store(lines + (image * 2 + 1) * (GROUPS * EACH) + channels, offset, mask=inside)
 
 
 @triton.jit
-def apply_factors(x, place, here, factor, offset, SILU: tl.constexpr):
-    y = tl.load(x + place, mask=here, other=0.0).to(tl.float32) * factor[None, :] + offset[None, :]
-    if SILU:
-        y = y / (1.0 + tl.exp(-y))
-    return y
+def box_corner(row, width, channels, lane):
+    """Offset of the upper left pixel of box `row` of 2 x 2 pixels; `width` in boxes."""
+    return ((row // width) * 4 * width + (row % width) * 2) * channels + lane[None, :]
 
 
 @triton.jit(do_not_specialize=["pixels", "width"])
@@ -251,40 +229,24 @@ def norm_apply(
     factor = tl.load(lines + image * 2 * channels + lane, mask=inside, other=0.0)
     offset = tl.load(lines + (image * 2 + 1) * channels + lane, mask=inside, other=0.0)
     image = image.to(tl.int64)
+    place, below = (image * pixels + row) * channels + lane[None, :], 2 * width * channels
     if RESAMPLE == 2:
-        x += image * 4 * pixels * channels
-        corner = (row // width) * 4 * width + (row % width) * 2
-        y = apply_factors(x, corner * channels + lane[None, :], here, factor, offset, SILU)
-        y += apply_factors(x, (corner + 1) * channels + lane[None, :], here, factor, offset, SILU)
-        y += apply_factors(
-            x, (corner + 2 * width) * channels + lane[None, :], here, factor, offset, SILU
-        )
-        y += apply_factors(
-            x, (corner + 2 * width + 1) * channels + lane[None, :], here, factor, offset, SILU
-        )
-        tl.store(
-            out + (image * pixels + row) * channels + lane[None, :],
-            (y * 0.25).to(out.dtype.element_ty),
-            mask=here,
-        )
+        box = x + image * 4 * pixels * channels + box_corner(row, width, channels, lane)
+        y = apply_factors(box, here, factor, offset, SILU)
+        y += apply_factors(box + channels, here, factor, offset, SILU)
+        y += apply_factors(box + below, here, factor, offset, SILU)
+        y += apply_factors(box + below + channels, here, factor, offset, SILU)
+        tl.store(out + place, (y * 0.25).to(out.dtype.element_ty), mask=here)
     else:
-        y = apply_factors(
-            x + image * pixels * channels,
-            row * channels + lane[None, :],
-            here,
-            factor,
-            offset,
-            SILU,
-        ).to(out.dtype.element_ty)
+        y = apply_factors(x + place, here, factor, offset, SILU).to(out.dtype.element_ty)
         if RESAMPLE == 1:
-            out += image * 4 * pixels * channels
-            corner = (row // width) * 4 * width + (row % width) * 2
-            tl.store(out + corner * channels + lane[None, :], y, mask=here)
-            tl.store(out + (corner + 1) * channels + lane[None, :], y, mask=here)
-            tl.store(out + (corner + 2 * width) * channels + lane[None, :], y, mask=here)
-            tl.store(out + (corner + 2 * width + 1) * channels + lane[None, :], y, mask=here)
+            box = out + image * 4 * pixels * channels + box_corner(row, width, channels, lane)
+            tl.store(box, y, mask=here)
+            tl.store(box + channels, y, mask=here)
+            tl.store(box + below, y, mask=here)
+            tl.store(box + below + channels, y, mask=here)
         else:
-            tl.store(out + (image * pixels + row) * channels + lane[None, :], y, mask=here)
+            tl.store(out + place, y, mask=here)
 
 
 @triton.jit(do_not_specialize=["pixels", "width"])
@@ -309,30 +271,23 @@ def add_skip(
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     here = (row < pixels) & inside[None, :]
     place = (image * pixels + row) * channels + lane[None, :]
-    added = tl.load(bias + lane, mask=inside, other=0.0).to(tl.float32)
+    added = load_float32(bias + lane, inside)
     if OTHER:
-        added += tl.load(other + lane, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(h + place, mask=here, other=0.0).to(tl.float32) + added[None, :]
+        added += load_float32(other + lane, inside)
+    y = load_float32(h + place, here) + added[None, :]
     if RESAMPLE == 0:
-        y += tl.load(skip + place, mask=here, other=0.0).to(tl.float32)
+        y += load_float32(skip + place, here)
     elif RESAMPLE == 1:
         skip += image * (pixels // 4) * channels
         source = (row // width // 2) * (width // 2) + row % width // 2
-        y += tl.load(skip + source * channels + lane[None, :], mask=here, other=0.0).to(tl.float32)
+        y += load_float32(skip + source * channels + lane[None, :], here)
     else:
-        skip += image * 4 * pixels * channels
-        corner = (row // width) * 4 * width + (row % width) * 2
-        box = tl.load(skip + corner * channels + lane[None, :], mask=here, other=0.0).to(tl.float32)
-        box += tl.load(skip + (corner + 1) * channels + lane[None, :], mask=here, other=0.0).to(
-            tl.float32
-        )
-        box += tl.load(
-            skip + (corner + 2 * width) * channels + lane[None, :], mask=here, other=0.0
-        ).to(tl.float32)
-        box += tl.load(
-            skip + (corner + 2 * width + 1) * channels + lane[None, :], mask=here, other=0.0
-        ).to(tl.float32)
-        y += box * 0.25
+        below = 2 * width * channels
+        box = skip + image * 4 * pixels * channels + box_corner(row, width, channels, lane)
+        total = load_float32(box, here) + load_float32(box + channels, here)
+        total += load_float32(box + below, here)
+        total += load_float32(box + below + channels, here)
+        y += total * 0.25
     tl.store(out + place, y.to(out.dtype.element_ty), mask=here)
 
 
