@@ -51,7 +51,7 @@ def emoji_corpus(tmp_path_factory):
     with open(shared / "emoji.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not indices.exists():
-            built = emoji.build_corpus(out, styles=("3D render", "flat icon"))
+            built = emoji.build_corpus(out, styles=("3D render", "Firefox"))
             indices.write_bytes(pickle.dumps(built))
     return out, pickle.loads(indices.read_bytes())
 

@@ -14,6 +14,7 @@ from ..config.training import Preset
 from ..precision import BYTES
 from ..tensors import Batch, Conditioning
 from .clip import NoisedClip
+from .layers import shapes_only
 from .unet import GlideUNet
 from .weights import build_model
 
@@ -49,7 +50,7 @@ class ModelInfo:
 def inspect(config: AnyModelConfig) -> ModelInfo:
     """Count parameters and FLOPs of a model, without drawing weights."""
     size = config.image_size
-    with torch.device("meta"):
+    with shapes_only():
         x, timestep = torch.empty(1, 3, size, size), torch.empty(1, dtype=torch.int64)
         if isinstance(config, ClipModelConfig):
             clip = build_model(config).eval()

@@ -22,7 +22,7 @@ from ..data.tokenizer import ClipTokenizer
 from ..errors import UserError
 from ..storage import atomic_write
 from .clip import NoisedClip
-from .layers import AttentionBlock, ResBlock
+from .layers import AttentionBlock, ResBlock, shapes_only
 from .text import TextBlock
 from .unet import GlideUNet, Stage
 
@@ -76,7 +76,7 @@ def clip_from_released(
     The scale comes from the config, because the release keeps it in a settings file. Raises
     ReleasedError.
     """
-    with torch.device("meta"):
+    with shapes_only():
         ours = NoisedClip(config).state_dict()
     result = {"log_scale": torch.tensor([config.scale]).log()}
     for tower, state in (("image", image), ("text", text)):
@@ -335,7 +335,7 @@ def _clip_name(name: str) -> str:
 
 
 def _names_and_shapes(config: UNetConfig) -> tuple[dict[str, str], dict[str, torch.Size]]:
-    with torch.device("meta"):
+    with shapes_only():
         model = GlideUNet(config)
     modules = dict(TOP)
     for index, block in enumerate(model.text.blocks):

@@ -20,7 +20,7 @@ from ..config.overrides import validate
 from ..errors import ConfigError, UserError
 from ..storage import atomic_write
 from .clip import NoisedClip
-from .layers import Network, channels_last
+from .layers import Network, channels_last, shapes_only
 from .unet import GlideUNet
 
 
@@ -144,7 +144,7 @@ def _loaded(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Network:
-    with torch.device("meta"):
+    with shapes_only():
         model = build()
     check_shapes(
         state, {name: tensor.shape for name, tensor in model.state_dict().items()}, str(path)

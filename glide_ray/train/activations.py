@@ -22,7 +22,7 @@ from ..config.training import Preset
 from ..diffusion.schedule import make_schedule
 from ..models.clip import NoisedClip
 from ..models.cost import example_batch
-from ..models.layers import GroupNorm, attend_by_products, trains_in_16_bits
+from ..models.layers import GroupNorm, attend_by_products, shapes_only, trains_in_16_bits
 from ..models.unet import GlideUNet
 from ..models.weights import build_model
 from ..precision import DTYPES
@@ -72,7 +72,7 @@ def meta_model(config: AnyModelConfig, precision: str) -> GlideUNet | NoisedClip
     default = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[precision])
     try:
-        with torch.device("meta"):
+        with shapes_only():
             return build_model(config).train()
     finally:
         torch.set_default_dtype(default)

@@ -39,7 +39,7 @@ def test_pretraining_writes_weights_in_parts_with_their_sources_and_a_sheet(emoj
         corpus,
         tmp_path / "run",
         settings=[*SMALL, f"data.corpus={corpus}/train"],
-        styles=("3D render", "flat icon"),
+        styles=("3D render", "Firefox"),
         scenes=0,
     )
     assert done.step == 1
@@ -52,7 +52,7 @@ def test_pretraining_writes_weights_in_parts_with_their_sources_and_a_sheet(emoj
     assert config.inpaint and {
         source["style"]
         for source in json.loads(load_metadata(tmp_path / "whole.safetensors")["sources"])
-    } == {"3D render", "flat icon"}
+    } == {"3D render", "Firefox"}
     assert Image.open(tmp_path / "out" / "emoji-base.png").width > 64
     assert (tmp_path / "out" / "emoji-base.metrics.jsonl").read_text().count("\n") >= 1
 

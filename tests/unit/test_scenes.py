@@ -42,7 +42,7 @@ def with_scenes(emoji_corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("scenes")
     for folder in emoji_corpus[0].iterdir():
         (out / folder.name).symlink_to(folder)
-    emoji.build_corpus(out, styles=("3D render", "flat icon"), scenes=SCENES)
+    emoji.build_corpus(out, styles=("3D render", "Firefox"), scenes=SCENES)
     return out
 
 
@@ -166,7 +166,7 @@ def test_names_with_a_colour_are_not_recoloured(sprites):
 
 
 def test_white_stays_lighter_than_black_when_an_object_is_recoloured(sprites):
-    fox = next(sprite for sprite in sprites.counted["flat icon"] if sprite.name == "fox")
+    fox = next(sprite for sprite in sprites.counted["3D render"] if sprite.name == "fox")
     picture = sprites.picture(fox)
     purple = recolour(picture, "purple")
     assert purple.getchannel("A").tobytes() == picture.getchannel("A").tobytes()
@@ -249,8 +249,8 @@ def test_an_existing_corpus_with_another_number_of_scenes_is_refused(with_scenes
     with pytest.raises(
         ConfigError, match=f"already has {SCENES} scenes, and --scenes asks for 500"
     ):
-        emoji.build_corpus(with_scenes, styles=("3D render", "flat icon"), scenes=500)
-    assert emoji.build_corpus(with_scenes, styles=("3D render", "flat icon"))["scenes"]["count"] > 0
+        emoji.build_corpus(with_scenes, styles=("3D render", "Firefox"), scenes=500)
+    assert emoji.build_corpus(with_scenes, styles=("3D render", "Firefox"))["scenes"]["count"] > 0
 
 
 def test_more_scenes_than_fit_on_the_disk_are_refused_before_anything_is_written(
