@@ -803,9 +803,9 @@ def test_exactly_the_planted_copies_of_emoji_are_found(emoji_corpus, tmp_path):
     )
     done = clean(str(tmp_path / "planted"), str(tmp_path / "out"), settings("scripts="))
 
-    assert len(originals) >= 700 and len(family) == len(originals) + copies == done.report.kept + len(
-        dropped(tmp_path / "out")
-    )
+    assert len(originals) >= 700 and len(family) == len(
+        originals
+    ) + copies == done.report.kept + len(dropped(tmp_path / "out"))
     lines = dropped(tmp_path / "out")
     assert {line["reason"] for line in lines} == {NEAR_DUPLICATE}
     found = sum(family[line["key"]] == family[line["kept_instead"]] for line in lines)

@@ -379,7 +379,8 @@ def test_info_prints_parameters_memory_and_operations(capsys):
     assert "385.03M parameters" in printed and "one network call" in printed and "GiB" in printed
 
 
-def test_bench_times_a_training_step_against_a_plain_and_a_bare_loop(capsys):
+def test_bench_times_a_training_step_against_a_plain_and_a_bare_loop(capsys, monkeypatch):
+    monkeypatch.setattr(presets, "get", {"nano-base": tiny()}.get)
     assert main(["bench", "train", "--preset", "nano-base", "--repeats", "2"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert (
@@ -395,7 +396,7 @@ def test_bench_times_one_and_several_samples_of_a_cascade(capsys, monkeypatch):
     }
     monkeypatch.setattr(presets, "get", small.get)
     assert (
-        main(["bench", "cascade", "--preset", "nano", "--precision", "fp32", "--repeats", "2"]) == 0
+        main(["bench", "cascade", "--preset", "nano", "--precision", "fp32", "--repeats", "1"]) == 0
     )
     figures = json.loads(capsys.readouterr().out)
     assert (

@@ -84,7 +84,7 @@ def test_intervals_have_their_nominal_coverage():
     for seed in range(60):
         random = np.random.default_rng(seed)
         votes = [Vote("a", "b", float(random.random() < 1 / (1 + 10**0.2))) for _ in range(200)]
-        standing = standings(votes, draws=200, seed=seed)["b"]
+        standing = standings(votes, draws=100, seed=seed)["b"]
         inside += standing.low <= truth["b"] <= standing.high
     assert 51 <= inside <= 60
 
@@ -103,7 +103,7 @@ def test_intervals_have_their_nominal_coverage_when_raters_agree_on_pictures():
             for n, pair in enumerate(pairs)
             for _ in range(5)
         ]
-        standing = standings(votes, draws=200, seed=seed)["b"]
+        standing = standings(votes, draws=100, seed=seed)["b"]
         inside += standing.low <= 0 <= standing.high
     assert 51 <= inside <= 60
 

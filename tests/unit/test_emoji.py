@@ -125,9 +125,7 @@ def test_each_emoji_has_a_picture_captions_group_author_licence_and_source(rows)
 
 def test_a_rendered_picture_keeps_its_transparency(rows):
     pictures = [
-        open_image(sample.image)
-        for sample in rows["held_out"]
-        if sample.meta["style"] == "Firefox"
+        open_image(sample.image) for sample in rows["held_out"] if sample.meta["style"] == "Firefox"
     ]
     assert all(picture.mode == "RGBA" for picture in pictures)
     assert sum(

@@ -8,6 +8,7 @@ import json
 import os
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,11 @@ SIZE = 256
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A function that runs an example in an empty folder."""
+    """A function that runs an example in an empty folder, with few steps of the upsampler."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        glide_ray, "SampleOptions", partial(glide_ray.SampleOptions, upsampler_steps=2)
+    )
 
     def run(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
