@@ -6,6 +6,7 @@ Writes are atomic, and objects are verified by SHA-256.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -15,18 +16,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import IO
 
 from .s3 import (
-    CHECKSUM,
     CHUNK,
     S3,
     MissingError,
+    ObjectStream,
+    RangeReader,
     StorageError,
     client,
-    delete_objects,
+    delete_prefix,
     etag,
     head,
     list_objects,
+    put_object,
     put_object_if_absent,
     read_object_range,
     read_verified,
@@ -130,39 +134,49 @@ def _walk(path: str) -> Iterator[Path]:
         yield from (Path(folder, name) for name in files)
 
 
-def read(path: str | Path) -> bytes:
+def read(path: str | Path, etag: str = "") -> bytes:
     """All bytes of a file or object.
 
     Raises MissingError if it does not exist, StorageError if an object's SHA-256 does not match or
-    it cannot be read.
+    it cannot be read, ChangedError if an object has another ETag than `etag`.
     """
     with storage_errors(path):
-        return _read_object(str(path)) if is_remote(path) else Path(path).read_bytes()
+        return _read_object(str(path), etag) if is_remote(path) else Path(path).read_bytes()
 
 
-def put(data: bytes | Path, path: str | Path, sha256: str | None = None) -> None:
-    """Store bytes, or a local file of any size, atomically.
+def open_stream(path: str | Path, etag: str = "") -> IO[bytes]:
+    """A file or object to be read from its beginning; only a local one can seek.
 
-    `sha256`: checksum of the local file, if known; saves reading the file once more. Raises
-    StorageError.
+    Raises StorageError, also while it is read, and ChangedError if an object has another ETag than
+    `etag` or is replaced meanwhile.
     """
     with storage_errors(path):
         if is_remote(path):
-            bucket, key = split_url(str(path))
-            if isinstance(data, bytes):
-                client().put_object(
-                    Bucket=bucket,
-                    Key=key,
-                    Body=data,
-                    Metadata={CHECKSUM: hashlib.sha256(data).hexdigest()},
-                )
-            else:  # multipart: each part has its own checksum and retries
-                client().upload_file(
-                    str(data),
-                    bucket,
-                    key,
-                    ExtraArgs={"Metadata": {CHECKSUM: sha256 or digest(data)}},
-                )
+            return io.BufferedReader(ObjectStream(str(path), etag), CHUNK)
+        return open(path, "rb")
+
+
+def open_ranges(path: str | Path, etag: str = "") -> IO[bytes]:
+    """A file or object in which one can seek. Raises as `open_stream` does."""
+    with storage_errors(path):
+        if is_remote(path):
+            return RangeReader(str(path), etag)  # type: ignore[return-value]
+        return open(path, "rb")
+
+
+def put(
+    data: bytes | Path, path: str | Path, sha256: str | None = None, one_request_up_to: int = 2**23
+) -> None:
+    """Store bytes, or a local file of any size, atomically.
+
+    `sha256`: checksum of the local file, if known; saves reading the file once more.
+    `one_request_up_to`: bytes of a file that S3 receives whole; a larger one goes in parts, each
+    with its own checksum and retries. Raises StorageError.
+    """
+    with storage_errors(path):
+        if is_remote(path):
+            known = sha256 or digest(data) if isinstance(data, Path) else None
+            put_object(data, str(path), known, one_request_up_to)
             return
         with atomic_write(path) as partial:
             if isinstance(data, bytes):
@@ -300,14 +314,7 @@ def remove_folder(path: str | Path) -> None:
         if not is_remote(path):
             shutil.rmtree(path, ignore_errors=True)
             return
-        bucket, prefix = split_url(str(path).rstrip("/") + "/")
-        for upload in (
-            client().list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", ())
-        ):
-            client().abort_multipart_upload(
-                Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
-            )
-        delete_objects(bucket, [item["Key"] for item in list_objects(bucket, prefix)])
+        delete_prefix(str(path))
 
 
 @contextmanager
@@ -397,12 +404,12 @@ def _state(file: Path) -> str:
     return f"{found.st_size}@{found.st_mtime_ns}"
 
 
-def _read_object(path: str) -> bytes:
+def _read_object(path: str, etag: str) -> bytes:
     def whole_body(body) -> tuple[bytes, str]:
         data = body.read()
         return data, hashlib.sha256(data).hexdigest()
 
-    return read_verified(path, whole_body)
+    return read_verified(path, whole_body, etag)
 
 
 def _cached(name: str, cache: str | Path | None) -> Path:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import UserError
 
@@ -27,6 +27,8 @@ MAGIC = {  # first bytes of a picture -> ending
     b"\xff\x4f\xff\x51": "j2k",
 }
 
+Row = TypeVar("Row")
+
 
 class ShardError(UserError):
     """A corpus that cannot be read."""
@@ -48,6 +50,29 @@ class Sample:
     no_image: str = ""
     no_caption: str = ""
     captions_unread: int = 0  # damaged captions that were left out
+
+    @property
+    def bytes(self) -> int:
+        """Size of the encoded image and the captions."""
+        return len(self.image) + sum(map(len, self.captions))
+
+
+def in_groups(
+    rows: Iterable[Row], count: int, limit: int, bytes_of: Callable[[Row], int]
+) -> Iterator[list[Row]]:
+    """Consecutive rows in groups. A group ends with row `count`, or the row that reaches `limit`.
+
+    `limit`: bytes, as `bytes_of` gives them. A group exceeds it by less than one row.
+    """
+    group, held = list[Row](), 0
+    for row in rows:
+        group.append(row)
+        held += bytes_of(row)
+        if len(group) >= count or held >= limit:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
 
 
 def image_suffix(content: bytes) -> str:

@@ -11,13 +11,16 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterable, Sequence
-from itertools import count, islice
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..storage import (
     MissingError,
+    atomic_write,
     is_remote,
     list_files,
     put,
@@ -26,6 +29,7 @@ from ..storage import (
     remove,
     remove_folder,
     size,
+    storage_errors,
 )
 from .caption_text import captions_of, read_meta
 from .readers.tar import read_shard
@@ -53,6 +57,7 @@ INDEX = "index.json"
 WORK = ".work"
 MARKER, EARLIER = f"{WORK}/run.json", f"{WORK}/earlier.json"
 SHARDS = (".tar", ".parquet")
+SHARD_REQUEST = 2**30  # bytes of a shard up to which S3 receives it in one request
 
 
 def write_shards(
@@ -60,11 +65,15 @@ def write_shards(
 ) -> dict[str, Any]:
     """Write all samples and then the index, each file atomically. Returns the index."""
     begin(folder)
+    batches = enumerate(in_batches(samples, per_shard))
+    return finish(folder, [write_shard(folder, number, batch) for number, batch in batches])
+
+
+def in_batches(samples: Iterable[Sample], count: int) -> Iterator[Iterator[Sample]]:
+    """Batches of `count` samples, the last one smaller; each must be read before the next one."""
     rest = iter(samples)
-    batches = iter(lambda: list(islice(rest, per_shard)), [])
-    return finish(
-        folder, [write_shard(folder, number, batch) for number, batch in enumerate(batches)]
-    )
+    while (first := next(rest, None)) is not None:
+        yield chain([first], islice(rest, count - 1))
 
 
 def begin(folder: str | Path, run: bytes = b"{}") -> None:
@@ -124,35 +133,70 @@ def refuse_unfinished(path: str | Path) -> None:
 
 
 def write_shard(folder: str | Path, number: int, samples: Iterable[Sample]) -> dict[str, Any]:
-    """Write one shard atomically, local or s3://. Returns its entry for the index."""
-    buffer = io.BytesIO()
+    """Write one shard atomically, local or s3://. Returns its entry for the index.
+
+    The shard passes through a file, so that memory holds one sample at a time.
+    """
+    name = shard_name(number)
+    with _new_file(path := _inside(folder, name)) as file:
+        with storage_errors(path), open(file, "wb") as opened:
+            written = _Written(opened)
+            with tarfile.open(fileobj=written, mode="w") as tar:  # type: ignore[call-overload]
+                count = _add_all(tar, samples)
+        sha256 = written.sha256.hexdigest()
+        if is_remote(path):
+            put(file, path, sha256, one_request_up_to=SHARD_REQUEST)
+    return {"name": name, "count": count, "bytes": written.bytes, "sha256": sha256}
+
+
+@contextmanager
+def _new_file(path: str) -> Iterator[Path]:
+    """A local file to write: it becomes the file `path`, or is deleted if that is in S3."""
+    if not is_remote(path):
+        with storage_errors(path), atomic_write(path) as partial:
+            yield partial
+        return
+    with tempfile.TemporaryDirectory(prefix="glide-shard-") as scratch:
+        yield Path(scratch) / "shard.tar"
+
+
+class _Written:
+    """A file that counts and hashes the bytes that a tar writes to it."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file, self.bytes, self.sha256 = file, 0, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.bytes += len(data)
+        self.sha256.update(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self.bytes
+
+
+def _add_all(tar: tarfile.TarFile, samples: Iterable[Sample]) -> int:
+    """Add the files of all samples to a tar. Returns the number of samples."""
     names: set[str] = set()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for sample in samples:
-            name = _free_name(sample.key, names)
-            names.add(name)
-            meta = {
-                **sample.meta,
-                "key": sample.key,
-                "caption": sample.captions[0] if sample.captions else "",
-                "captions": list(sample.captions),
-            }
-            for suffix, content in (
-                (sample.suffix, sample.image),
-                ("txt", meta["caption"].encode(errors="replace")),
-                ("json", json.dumps(meta, ensure_ascii=False).encode(errors="replace")),
-            ):
-                member = tarfile.TarInfo(f"{name}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    data, name = buffer.getvalue(), shard_name(number)
-    put(data, _inside(folder, name))
-    return {
-        "name": name,
-        "count": len(names),
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
+    for sample in samples:
+        name = _free_name(sample.key, names)
+        names.add(name)
+        meta = {
+            **sample.meta,
+            "key": sample.key,
+            "caption": sample.captions[0] if sample.captions else "",
+            "captions": list(sample.captions),
+        }
+        for suffix, content in (
+            (sample.suffix, sample.image),
+            ("txt", meta["caption"].encode(errors="replace")),
+            ("json", json.dumps(meta, ensure_ascii=False).encode(errors="replace")),
+        ):
+            member = tarfile.TarInfo(f"{name}.{suffix}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        tar.members = []  # type: ignore[assignment]  # tarfile keeps all headers otherwise
+    return len(names)
 
 
 def shard_name(number: int) -> str:

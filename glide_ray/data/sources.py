@@ -19,7 +19,7 @@ from .. import storage
 from . import patterns
 from .readers.fetch import Fetcher
 from .readers.folder import ImageFile, find_images, read_images
-from .readers.parquet import count_rows, has_images, names_images, read_parquet
+from .readers.parquet import Source, count_rows, has_images, names_images, read_parquet
 from .readers.tables import METADATA as METADATA
 from .readers.tar import read_shard
 from .sample import ARCHIVES, IMAGE_SUFFIXES, TEXT_SUFFIXES, Sample, ShardError, ending
@@ -125,14 +125,15 @@ def read_corpus(path: str | Path) -> Iterator[Sample]:
         yield from read_part(part)
 
 
-def read_part(part: Part) -> Iterator[Sample]:
+def read_part(part: Part, etag: str = "") -> Iterator[Sample]:
     """Yield the samples of one part, always in the same order.
 
-    Raises ShardError or StorageError for a part that is missing, broken, or has another number of
-    rows than the index says, after the samples that could be read.
+    `etag`: that of a shard in S3, if it must not have changed since. Raises ShardError or
+    StorageError for a part that is missing, broken, or has another number of rows than the index
+    says, after the samples that could be read; ChangedError for one with another ETag.
     """
     rows = 0
-    for sample in _read(part):
+    for sample in _read(part, etag):
         rows += 1
         yield sample
     if part.count is not None and rows != part.count:
@@ -165,18 +166,16 @@ def columns(samples: Iterable[tuple[int, Sample]]) -> dict[str, list]:
     }
 
 
-def _read(part: Part) -> Iterator[Sample]:
+def _read(part: Part, etag: str) -> Iterator[Sample]:
     if part.aside:
         yield from (Sample(file, b"", "", (), {}, reason) for file, reason in part.aside)
     elif part.files:
         yield from read_images(part.files, part.url, part.column)
+    elif not part.url.lower().endswith(".parquet"):
+        yield from read_shard(part.url, part.url, part.column, etag)
     else:
-        source = storage.read(part.url) if storage.is_remote(part.url) else part.url
-        if not part.url.lower().endswith(".parquet"):
-            yield from read_shard(source, part.url, part.column)
-            return
         fetch = Fetcher(part.url.rpartition("/")[0])
-        yield from read_parquet(source, part.url, fetch, part.column)
+        yield from read_parquet(_source(part.url, etag), part.url, fetch, part.column)
         fetch.check(part.url)
 
 
@@ -236,8 +235,8 @@ def _parts_of_files(root: str, files: Sequence[str], column: str | None) -> list
     return [*parts, _left_aside(root, aside)] if aside else parts
 
 
-def _source(file: str) -> str | bytes:
-    return storage.read(file) if storage.is_remote(file) else file
+def _source(file: str, etag: str = "") -> Source:
+    return storage.open_ranges(file, etag) if storage.is_remote(file) else file
 
 
 def _left_aside(root: str, aside: Sequence[tuple[str, str]]) -> Part:

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import ray.data
 from ray.exceptions import RayError
 
 from ..data.filters import Candidate, Report, first_broken, header_rules
-from ..data.sample import Sample, ShardError
+from ..data.sample import Sample, ShardError, in_groups
 from ..data.sources import (
     Part,
     columns,
@@ -34,6 +33,9 @@ from ..errors import UserError
 from .actors import Actor
 
 ROWS_PER_BLOCK, ROWS_PER_TASK = 64, 4096
+# A block of pictures, and a shuffle window, end early at these bytes: large photos must not fill
+# the memory. Pictures of 128 kB on average fill a window of 2,048 rows.
+BLOCK_BYTES, WINDOW_BYTES = 2**24, 2**28
 MAX_DEATHS = 3  # deaths of its process at a part, before a task leaves the part out
 
 
@@ -46,7 +48,7 @@ class Plan:
 
     seed: int
     epoch: int
-    window: int  # rows
+    window: int  # rows; it ends earlier at WINDOW_BYTES
     first: int = 0  # task to start from
     shares: Mapping[str, float] = field(default_factory=dict)  # as DataConfig.shares
 
@@ -86,7 +88,7 @@ def open_parts(
                 for number in order[int(task) :: tasks]
                 for row in _kept_rows(parts[number], min_size, report, plan, tally)
             )
-            yield from _blocks(
+            yield from shuffled_blocks(
                 rows,
                 [plan.seed, plan.epoch, int(task)] if plan else None,
                 plan.window if plan else 0,
@@ -160,20 +162,23 @@ def end_part(tally, url: str) -> None:
         tally.end.remote(ray.get_runtime_context().get_task_id(), url)
 
 
-def _blocks(
+def shuffled_blocks(
     rows: Iterator[tuple[int, Sample]], seed: list[int] | None, window: int
 ) -> Iterator[dict[str, list]]:
     """Rows in blocks of columns; `seed` shuffles the rows within each window."""
-    size = max(ROWS_PER_BLOCK, window) if seed else ROWS_PER_BLOCK
-    number = 0
-    while held := list(islice(rows, size)):
-        if seed and window:
-            held = [held[n] for n in np.random.default_rng([*seed, number]).permutation(len(held))]
-        yield from (
-            columns(held[start : start + ROWS_PER_BLOCK])
-            for start in range(0, len(held), ROWS_PER_BLOCK)
-        )
-        number += 1
+    if not seed or not window:
+        yield from map(columns, in_groups(rows, ROWS_PER_BLOCK, BLOCK_BYTES, _bytes))
+        return
+    windows = in_groups(rows, max(ROWS_PER_BLOCK, window), WINDOW_BYTES, _bytes)
+    for number, held in enumerate(windows):
+        order = np.random.default_rng([*seed, number]).permutation(len(held))
+        shuffled = (held[n] for n in order.tolist())
+        yield from map(columns, in_groups(shuffled, ROWS_PER_BLOCK, BLOCK_BYTES, _bytes))
+        held.clear()  # before the next window is read
+
+
+def _bytes(row: tuple[int, Sample]) -> int:
+    return row[1].bytes
 
 
 def in_order(tables: Sequence[pyarrow.Table]) -> pyarrow.Table:

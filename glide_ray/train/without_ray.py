@@ -229,14 +229,17 @@ class MemoryCorpus:
                 self.report.add(sample.key, reason, sample.captions_unread)
                 if reason is None:
                     self.rows.append((row_id(part.url, position), part, sample))
-                    size += len(sample.image)
-            if size > MAX_BYTES:
-                raise ShardError(
-                    f"The corpus {preset.data.corpus} has more than {MAX_BYTES / 2**30:.0f} GiB "
-                    f"of pictures, too many to hold in memory; leave out --no-ray to stream it."
-                )
+                    size += sample.bytes
+                    self._check_size(size)
         if len(self.rows) < preset.train.batch:
             raise ShardError(too_few(preset.data.corpus, preset.train.batch, self.report))
+
+    def _check_size(self, size: int) -> None:
+        if size > MAX_BYTES:
+            raise ShardError(
+                f"The corpus {self.preset.data.corpus} has more than {MAX_BYTES / 2**30:.0f} GiB "
+                f"of pictures, too many to hold in memory; leave out --no-ray to stream it."
+            )
 
     def _samples(self, part: Part) -> Iterator[Sample]:
         """Rows of a part. Damage of the part is reported after the rows before it."""

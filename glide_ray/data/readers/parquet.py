@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from ...errors import UserError
 from ..caption_text import CAPTION_COLUMNS, find_captions
 from ..sample import Sample, ShardError, image_suffix
 
@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "images")
 PATH_COLUMNS = ("path", "image_path", "file_name", "filename", "url")
-ROWS_PER_BATCH = 64
+ROWS_PER_BATCH, BATCH_BYTES = 64, 2**26  # at most, to be read together
+BUFFER = 2**22  # bytes of a column that are read together
 MAX_PATH = 4096  # characters; longer text is an image in base64
 SEVERAL = "with a list of several images"
 NOT_AN_IMAGE = "with an image column that holds neither bytes nor a path"
 UNREADABLE = "with a value that cannot be read"
 NOT_DOWNLOADED = "with a URL in place of an image (img2dataset downloads them)"
 
+Source = str | IO[bytes]  # a path, or a file in which one can seek
 Fetch = Callable[[str], tuple[bytes, str]]  # path -> content, and why there is none
 
 
@@ -42,13 +44,15 @@ class _Columns:
     others: tuple[str, ...]  # plain values, for a row's `meta`
 
 
-def has_images(source: str | bytes) -> bool | None:
+def has_images(source: Source) -> bool | None:
     """Whether a Parquet file has a column that may be of images, not only of paths and URLs.
 
     None if it cannot be read.
     """
     try:
         schema = _open(source).schema_arrow
+    except UserError:
+        raise
     except Exception:  # pyarrow raises many kinds for a damaged footer
         return None
     import pyarrow
@@ -60,27 +64,31 @@ def has_images(source: str | bytes) -> bool | None:
     )
 
 
-def count_rows(source: str | bytes, url: str) -> int:
+def count_rows(source: Source, url: str) -> int:
     """Rows of a Parquet file, from its footer. Raises ShardError."""
     try:
         return _open(source).metadata.num_rows
+    except UserError:
+        raise
     except Exception:
         raise ShardError(f"{url} is not a whole Parquet file; copy it again.") from None
 
 
-def names_images(source: str | bytes) -> bool:
+def names_images(source: Source) -> bool:
     """Whether a Parquet file has a column of paths, and is no list of URLs of img2dataset."""
     try:
         names = set(_open(source).schema_arrow.names)
+    except UserError:
+        raise
     except Exception:
         return False
     return bool(names & {*IMAGE_COLUMNS, *PATH_COLUMNS} - {"url"})
 
 
 def read_parquet(
-    source: str | bytes, url: str, fetch: Fetch, column: str | None = None
+    source: Source, url: str, fetch: Fetch, column: str | None = None
 ) -> Iterator[Sample]:
-    """Yield the rows of a local file or of the bytes of an object, in order.
+    """Yield the rows of a file, in order.
 
     `url` is used in error messages and keys, `fetch` reads the images at paths, `column` holds the
     captions. Raises ShardError for a file that is missing or broken, after the rows before the
@@ -91,7 +99,7 @@ def read_parquet(
         chosen = _choose(url, table.schema_arrow, column)
     except FileNotFoundError:
         raise ShardError(f"There is no file {url}.") from None
-    except ShardError:
+    except UserError:
         raise
     except Exception:  # pyarrow raises many kinds for a damaged footer
         raise ShardError(f"{url} is not a whole Parquet file; copy it again.") from None
@@ -104,15 +112,18 @@ def read_parquet(
                     position += 1
                     yield _sample(row, chosen, url, number, fetch, column)
             return
+        except UserError:  # of the storage
+            raise
         except Exception:  # pyarrow raises many kinds for a damaged page
             continue
     raise ShardError(f"{url} is broken after its first {position:,} rows; copy it again.") from None
 
 
-def _open(source: str | bytes) -> pyarrow.parquet.ParquetFile:
+def _open(source: Source) -> pyarrow.parquet.ParquetFile:
     import pyarrow.parquet  # comes with ray[data]; not needed to read tars
 
-    return pyarrow.parquet.ParquetFile(io.BytesIO(source) if isinstance(source, bytes) else source)
+    # Without these, pyarrow reads a whole column of a row group at once.
+    return pyarrow.parquet.ParquetFile(source, buffer_size=BUFFER, pre_buffer=False)
 
 
 def _choose(url: str, schema: pyarrow.Schema, column: str | None) -> _Columns:
@@ -162,10 +173,17 @@ def _is_plain(arrow: Any, kind: pyarrow.DataType) -> bool:
 
 
 def _rows(table: pyarrow.parquet.ParquetFile, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for batch in table.iter_batches(ROWS_PER_BATCH, columns=list(names)):
+    for batch in table.iter_batches(_rows_per_batch(table), columns=list(names)):
         values = {name: _values(batch.column(name)) for name in batch.schema.names}
         for number in range(batch.num_rows):
             yield {name: column[number] for name, column in values.items()}
+
+
+def _rows_per_batch(table: pyarrow.parquet.ParquetFile) -> int:
+    """ROWS_PER_BATCH, or fewer if some row group has rows that are large on average."""
+    groups = (table.metadata.row_group(n) for n in range(table.num_row_groups))
+    largest = max((one.total_byte_size / max(1, one.num_rows) for one in groups), default=0)
+    return max(1, min(ROWS_PER_BATCH, int(BATCH_BYTES / max(1.0, largest))))
 
 
 def _values(column: pyarrow.Array) -> list:

@@ -15,11 +15,12 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from ... import storage
 from ..caption_text import find_captions, json_fault, read_meta
 from ..sample import (
     ARCHIVES,
@@ -78,22 +79,17 @@ class _Headers:
 
 
 def read_shard(
-    data: bytes | str | Path, name: str | None = None, column: str | None = None
+    data: bytes | str | Path, name: str | None = None, column: str | None = None, etag: str = ""
 ) -> Iterator[Sample]:
     """Yield the samples of one tar in order, also those without an image or a caption.
 
-    Raises ShardError for a broken or truncated tar, after the samples before the damage. `name` is
-    used in error messages; `column` is the field of a row's JSON that holds its captions.
+    Raises ShardError for a broken or truncated tar, after the samples before the damage, and
+    StorageError. `data`: the tar, or its path, local or s3://. `name` is used in error messages;
+    `column` is the field of a row's JSON that holds its captions; `etag`: that of the object.
     """
     name = name or ("a shard" if isinstance(data, bytes) else str(data))
-    try:
-        file: IO[bytes] = io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb")
-    except FileNotFoundError:
-        raise ShardError(f"There is no file {name}.") from None
-    except OSError as error:
-        raise ShardError(f"{name} cannot be read: {error.strerror or error}.") from None
-    with closing(file):
-        unpacked, whole = _unpacked(file, name)
+    with closing(_open(data, name, etag)) as file:
+        unpacked, whole = _seekable(file, name)
         with closing(unpacked):
             headers = _read_headers(unpacked, name)
             ended, groups = headers.ended and whole, headers.groups()
@@ -110,22 +106,40 @@ def read_shard(
         )
 
 
+def _open(data: bytes | str | Path, name: str, etag: str) -> IO[bytes]:
+    if isinstance(data, bytes):
+        return io.BytesIO(data)
+    if storage.is_remote(data):
+        return storage.open_stream(data, etag)
+    try:
+        return open(data, "rb")
+    except FileNotFoundError:
+        raise ShardError(f"There is no file {name}.") from None
+    except OSError as error:
+        raise ShardError(f"{name} cannot be read: {error.strerror or error}.") from None
+
+
 # -- headers ---------------------------------------------------------------------------------------
 
 
-def _unpacked(file: IO[bytes], name: str) -> tuple[IO[bytes], bool]:
-    """The tar without its compression, and whether it could be unpacked to its end."""
-    head = file.read(6)
-    file.seek(0)
+def _seekable(file: IO[bytes], name: str) -> tuple[IO[bytes], bool]:
+    """The tar unpacked, and whether that was possible to its end.
+
+    An object, or a compressed tar, is read once, into memory or a temporary file: files of a row
+    need not lie side by side, so the headers of the whole tar are needed before the first row.
+    """
+    head = file.read(6) if file.seekable() else file.peek(6)[:6]  # type: ignore[attr-defined]
+    if file.seekable():
+        file.seek(0)
     if head.startswith(ZSTANDARD):
         raise ShardError(f"{name} is compressed by zstd, which is not read; unpack it to a .tar.")
     unpack = next((of for mark, of in COMPRESSED.items() if head.startswith(mark)), None)
-    if unpack is None:
+    if unpack is None and file.seekable():
         return file, True
     unpacked = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)
     whole = True
     try:
-        with unpack(file) as stream:
+        with nullcontext(file) if unpack is None else unpack(file) as stream:
             while chunk := stream.read1(CHUNK):
                 unpacked.write(chunk)
     except UNPACKING:

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import ray
 
 from ... import storage
 from ...data.filters import NEAR_DUPLICATE, Report
-from ...data.shards import Sample, finish, write_shard
+from ...data.shards import Sample, finish, in_batches, write_shard
 from ...data.sources import Part, read_part
 from ...errors import UserError
 from ...progress import bar
@@ -124,14 +123,10 @@ def _write_parts(
             lists.append(_dropped_rows(table, part))
             yield from _kept_samples(table, part, int(kept[place]), writing.captions, faults)
 
-    samples = rows()
-    shards = []
-    for n in range(-(-int(kept.sum()) // writing.per_shard)):
-        some = list(islice(samples, writing.per_shard))
-        if some:
-            shards.append(write_shard(writing.out, shard + n, some))
-    for _ in samples:  # to the end: parts without kept rows have dropped ones
-        pass
+    shards = [
+        write_shard(writing.out, shard + n, some)
+        for n, some in enumerate(in_batches(rows(), writing.per_shard))
+    ]
     save(pyarrow.concat_tables(lists), _dropped_file(writing, number))
     storage.put(json.dumps({"shards": shards, "faults": faults}).encode(), entry)
     return number, shards, faults

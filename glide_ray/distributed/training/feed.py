@@ -11,9 +11,10 @@ only.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pyarrow
 import ray
@@ -23,9 +24,18 @@ from ...train.batch_split import BatchSplit
 from ..actors import Actor
 from ..stream import Plan, open_parts
 
-PREFETCHED_BATCHES = 8  # global batches that each worker has requested and not yet trained on
-KEPT_BATCHES = 4 * PREFETCHED_BATCHES  # latest global batches, kept for slower workers
-Segment = tuple[ray.ObjectRef, int, int]  # (block, start row, stop row)
+# Global batches that each worker has requested and not yet trained on: at most this number, and
+# only one if a batch has more bytes.
+PREFETCHED_BATCHES, PREFETCHED_BYTES = 8, 2**30
+
+
+class Segment(NamedTuple):
+    """Rows of a block; `row_bytes` is their mean size."""
+
+    block: ray.ObjectRef
+    start: int
+    stop: int
+    row_bytes: int
 
 
 @dataclass(frozen=True)
@@ -62,13 +72,21 @@ class Feeder(Actor):
         self._shares = dict(shares or {})
         self._epoch: Epoch | None = None
 
-    def take(self, epoch: Epoch, number: int) -> list[Segment] | None:
-        """Batch `number`, counted from `epoch.rows`; None if the epoch has no whole batch left."""
+    def take(self, epoch: Epoch, number: int, workers: int) -> list[Segment] | None:
+        """Batch `number`, counted from `epoch.rows`; None if the epoch has no whole batch left.
+
+        A batch is released when each of the workers has taken it.
+        """
         if epoch != self._epoch:
             self._begin(epoch)
         while self._next <= number and not self._ended:
             self._assemble()
-        return self._batches.get(number)
+        batch = self._batches.get(number)
+        self._taken[number] += 1
+        if self._taken[number] == workers:
+            del self._taken[number]
+            self._batches.pop(number, None)
+        return batch
 
     def _begin(self, epoch: Epoch) -> None:
         counts = ray.get(self._tally.counts.remote(epoch.number))
@@ -79,39 +97,43 @@ class Feeder(Actor):
             first += 1
         self._epoch, self._skip = epoch, epoch.rows - before
         plan = Plan(self._seed, epoch.number, self._window, first, self._shares)
-        self._blocks = iter(self._references(plan))
+        self._blocks = iter(self._segments(plan))
         self._left: deque[Segment] = deque()
         self._batches: dict[int, list[Segment]] = {}
+        self._taken: Counter[int] = Counter()  # batch -> workers that have taken it
         self._next, self._ended = 0, False
 
-    def _references(self, plan: Plan) -> Iterator[tuple[ray.ObjectRef, int]]:
+    def _segments(self, plan: Plan) -> Iterator[Segment]:
+        """All rows of each block of the epoch."""
         for bundle in open_parts(
             self._parts, self._min_size, self._tally, plan
         ).iter_internal_ref_bundles():
-            yield from ((entry.ref, entry.metadata.num_rows) for entry in bundle.blocks)
+            for entry in bundle.blocks:
+                rows = entry.metadata.num_rows
+                size = entry.metadata.size_bytes or 0
+                yield Segment(entry.ref, 0, rows, size // max(1, rows))
 
     def _assemble(self) -> None:
         """Assemble the next batch from the rest of the last block and from new blocks."""
         batch, missing = [], self._batch
         while missing:
             if not self._left:
-                block, rows = next(self._blocks, (None, 0))
+                block = next(self._blocks, None)
                 if block is None:
                     self._ended = True
                     return
-                skipped = min(self._skip, rows)
+                skipped = min(self._skip, block.stop)
                 self._skip -= skipped
-                if skipped < rows:
-                    self._left.append((block, skipped, rows))
+                if skipped < block.stop:
+                    self._left.append(block._replace(start=skipped))
                 continue
-            block, start, stop = self._left.popleft()
-            count = min(missing, stop - start)
-            batch.append((block, start, start + count))
-            missing -= count
-            if start + count < stop:
-                self._left.appendleft((block, start + count, stop))
+            rest = self._left.popleft()
+            end = rest.start + min(missing, rest.stop - rest.start)
+            batch.append(rest._replace(stop=end))
+            missing -= end - rest.start
+            if end < rest.stop:
+                self._left.appendleft(rest._replace(start=end))
         self._batches[self._next] = batch
-        self._batches.pop(self._next - KEPT_BATCHES, None)
         self._next += 1
 
 
@@ -120,19 +142,25 @@ def micro_batches(feeder, epoch: Epoch, split: BatchSplit) -> Iterator[dict[str,
 
     All ranks get the same number of micro-batches.
     """
-    in_flight = deque(feeder.take.remote(epoch, number) for number in range(PREFETCHED_BATCHES))
-    number = PREFETCHED_BATCHES
+    number, in_flight = 1, deque([feeder.take.remote(epoch, 0, split.world)])
     while (segments := ray.get(in_flight.popleft())) is not None:
-        in_flight.append(feeder.take.remote(epoch, number))
-        number += 1
+        while len(in_flight) < prefetched(segments):
+            in_flight.append(feeder.take.remote(epoch, number, split.world))
+            number += 1
         for start, stop, _ in split.row_ranges():
             yield _rows(segments, start, stop)
+
+
+def prefetched(batch: Sequence[Segment]) -> int:
+    """Number of batches like this one that a worker requests in advance."""
+    size = sum((one.stop - one.start) * one.row_bytes for one in batch)
+    return max(1, min(PREFETCHED_BATCHES, PREFETCHED_BYTES // max(1, size)))
 
 
 def _rows(segments: Sequence[Segment], start: int, stop: int) -> dict[str, list]:
     """Rows `start` to `stop` of a batch; only the blocks that contain them are fetched."""
     pieces, position = [], 0
-    for block, low, high in segments:
+    for block, low, high, _ in segments:
         first, last = max(start - position, 0), min(stop - position, high - low)
         if first < last:
             pieces.append((block, low + first, last - first))
