@@ -20,6 +20,7 @@ from .errors import UserError
 S3 = "s3://"
 CHECKSUM = "sha256"  # object metadata that `put` writes and `read` verifies
 CHUNK = 2**22  # bytes per read
+READ = 2**18  # bytes of a stream that are read together, and read again if the connection breaks
 TAIL = 2**16  # bytes at the end of an object that `RangeReader` reads first, for a Parquet footer
 RETRY_WAITS = (0.1, 0.2, 0.4, 0.8)  # seconds before each retry of an incomplete or damaged object
 
@@ -161,7 +162,7 @@ class ObjectStream(io.RawIOBase):
             try:
                 if self._body is None:
                     self._request()
-                data = self._body.read(min(count, self._size - self._offset))
+                data = self._body.read(min(count, READ, self._size - self._offset))
                 if data or self._offset == self._size:
                     return data
                 fault: Any = "the connection was closed"

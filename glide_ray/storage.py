@@ -357,17 +357,13 @@ def cache_folder() -> Path:
 
 def download(path: str, target: Path) -> None:
     """Copy an object of any size to a local file, atomically and verified by SHA-256."""
-
-    def write(body, partial: Path) -> str:
-        sha256 = hashlib.sha256()
-        with open(partial, "wb") as file:
-            while chunk := body.read(CHUNK):
-                sha256.update(chunk)
-                file.write(chunk)
-        return sha256.hexdigest()
-
-    with storage_errors(path), atomic_write(target) as partial:
-        read_verified(path, lambda body: (None, write(body, partial)))
+    with (
+        storage_errors(path),
+        atomic_write(target) as partial,
+        open_stream(path) as stream,
+        open(partial, "wb") as file,
+    ):
+        shutil.copyfileobj(stream, file, CHUNK)
 
 
 def fetch_folder(

@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -38,16 +39,20 @@ class Fault:
 
 
 class Faults:
-    """Planned faults, counts of injected faults by kind, and (method, path) of all requests."""
+    """Planned faults, counts of injected faults by kind, and the requests with their answers.
+
+    `requests`: (method, path) of each; `sent`: (path, bytes of the body of the answer) of each.
+    """
 
     def __init__(self):
         self._lock = threading.Lock()
         self.clear()
 
     def clear(self):
-        self._faults, self.befallen, self.requests, self._share, self._draw = (
+        self._faults, self.befallen, self.requests, self.sent, self._share, self._draw = (
             [],
             Counter(),
+            [],
             [],
             0.0,
             random.Random(0),
@@ -71,6 +76,9 @@ class Faults:
 
     def asked(self, method, containing):
         return sum(verb == method and containing in path for verb, path in self.requests)
+
+    def bytes_sent(self, containing):
+        return sum(size for path, size in self.sent if containing in path)
 
     def of(self, method, path):
         with self._lock:
@@ -139,7 +147,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content[:send])
+            self.server.faults.sent.append((self.path, send))
+            with suppress(ConnectionError):  # the client may not want the rest
+                self.wfile.write(content[:send])
 
     def log_message(self, *arguments):
         pass

@@ -36,7 +36,6 @@ from ...data.shards import SHARDS
 from ...data.sources import Part, read_part
 from ...errors import UserError
 from ...progress import bar
-from .tables import load
 from .tasks import TRIES, run_each
 
 log = logging.getLogger(__name__)
@@ -277,12 +276,9 @@ def save_judged(table: pyarrow.Table, result: PartResult, folder: str) -> None:
 
 def read_result(folder: str, number: int) -> PartResult | None:
     """The counts in a judged file, or None if there is no whole one."""
-    path = judged_file(folder, number)
     try:
-        if storage.is_remote(path):
-            schema = load(path, []).schema
-        else:
-            schema = pyarrow.parquet.read_schema(path)
+        with storage.open_ranges(judged_file(folder, number)) as file:
+            schema = pyarrow.parquet.read_schema(file)
         return PartResult(**json.loads(schema.metadata[RESULT]))
-    except (storage.MissingError, FileNotFoundError, pyarrow.ArrowInvalid, KeyError, TypeError):
+    except (storage.MissingError, pyarrow.ArrowInvalid, KeyError, TypeError):
         return None
