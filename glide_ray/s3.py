@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from .errors import UserError
 
@@ -246,7 +246,9 @@ def _size_of(answer: Mapping[str, Any]) -> int:
     return int(size) if size else answer["ContentLength"]
 
 
-def put_object(data: bytes | Path, path: str, sha256: str | None, one_request_up_to: int) -> None:
+def put_object(
+    data: bytes | Path | IO[bytes], path: str, sha256: str | None, one_request_up_to: int
+) -> None:
     """Store bytes, or a file with its SHA-256; a larger file goes in parts."""
     bucket, key = split_url(path)
     if isinstance(data, bytes):
@@ -255,13 +257,14 @@ def put_object(data: bytes | Path, path: str, sha256: str | None, one_request_up
         return
     from boto3.s3.transfer import TransferConfig
 
-    client().upload_file(
-        str(data),
-        bucket,
-        key,
-        ExtraArgs={"Metadata": {CHECKSUM: sha256}},
-        Config=TransferConfig(multipart_threshold=one_request_up_to + 1),
-    )
+    options = {
+        "ExtraArgs": {"Metadata": {CHECKSUM: sha256}},
+        "Config": TransferConfig(multipart_threshold=one_request_up_to + 1),
+    }
+    if isinstance(data, Path):
+        client().upload_file(str(data), bucket, key, **options)
+    else:
+        client().upload_fileobj(data, bucket, key, **options)
 
 
 def put_object_if_absent(path: str, data: bytes) -> bool:

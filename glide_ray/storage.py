@@ -165,9 +165,12 @@ def open_ranges(path: str | Path, etag: str = "") -> IO[bytes]:
 
 
 def put(
-    data: bytes | Path, path: str | Path, sha256: str | None = None, one_request_up_to: int = 2**23
+    data: bytes | Path | IO[bytes],
+    path: str | Path,
+    sha256: str | None = None,
+    one_request_up_to: int = 2**23,
 ) -> None:
-    """Store bytes, or a local file of any size, atomically.
+    """Store bytes, or a local file of any size, atomically; an open file only in S3.
 
     `sha256`: checksum of the local file, if known; saves reading the file once more.
     `one_request_up_to`: bytes of a file that S3 receives whole; a larger one goes in parts, each
@@ -175,13 +178,14 @@ def put(
     """
     with storage_errors(path):
         if is_remote(path):
-            known = sha256 or digest(data) if isinstance(data, Path) else None
-            put_object(data, str(path), known, one_request_up_to)
+            if isinstance(data, Path):
+                sha256 = sha256 or digest(data)
+            put_object(data, str(path), sha256, one_request_up_to)
             return
         with atomic_write(path) as partial:
             if isinstance(data, bytes):
                 partial.write_bytes(data)
-            else:
+            elif isinstance(data, Path):
                 shutil.copyfile(data, partial)
 
 

@@ -9,18 +9,19 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import IO, Any
 
 from ..storage import (
     MissingError,
-    atomic_write,
     is_remote,
     list_files,
     put,
@@ -138,26 +139,39 @@ def write_shard(folder: str | Path, number: int, samples: Iterable[Sample]) -> d
     The shard passes through a file, so that memory holds one sample at a time.
     """
     name = shard_name(number)
-    with _new_file(path := _inside(folder, name)) as file:
-        with storage_errors(path), open(file, "wb") as opened:
-            written = _Written(opened)
-            with tarfile.open(fileobj=written, mode="w") as tar:  # type: ignore[call-overload]
-                count = _add_all(tar, samples)
+    path = _inside(folder, name)
+    with storage_errors(path), _new_file(folder, name) as file:
+        written = _Written(file)
+        with tarfile.open(fileobj=written, mode="w") as tar:  # type: ignore[call-overload]
+            count = _add_all(tar, samples)
         sha256 = written.sha256.hexdigest()
         if is_remote(path):
+            file.seek(0)
             put(file, path, sha256, one_request_up_to=SHARD_REQUEST)
     return {"name": name, "count": count, "bytes": written.bytes, "sha256": sha256}
 
 
 @contextmanager
-def _new_file(path: str) -> Iterator[Path]:
-    """A local file to write: it becomes the file `path`, or is deleted if that is in S3."""
-    if not is_remote(path):
-        with storage_errors(path), atomic_write(path) as partial:
-            yield partial
+def _new_file(folder: str | Path, name: str) -> Iterator[IO[bytes]]:
+    """A file to write: it becomes `name` in a local folder, or is deleted if the folder is in S3.
+
+    Until then it is in WORK, which `finish` deletes, also after a process was killed.
+    """
+    if is_remote(folder):
+        with tempfile.TemporaryFile() as file:
+            yield file
         return
-    with tempfile.TemporaryDirectory(prefix="glide-shard-") as scratch:
-        yield Path(scratch) / "shard.tar"
+    work = Path(_inside(folder, WORK))
+    work.mkdir(parents=True, exist_ok=True)
+    partial = work / f"{name}.{uuid.uuid4().hex[:8]}"
+    try:
+        with open(partial, "wb") as file:
+            yield file
+        os.replace(partial, Path(folder) / name)
+    finally:
+        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: the folder of a run
+            work.rmdir()
 
 
 class _Written:

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
@@ -54,6 +54,8 @@ class Part:
     aside: tuple[tuple[str, str], ...] = ()
     column: str | None = None  # field or column of captions, if it was named
     share: float = 1.0  # share of the rows that an epoch reads, in a mixture by weight
+    # of each image in S3 and its texts, as they were listed
+    etags: tuple[str, ...] = field(default=(), repr=False)
 
 
 def find_parts(path: str | Path, column: str | None = None) -> list[Part]:
@@ -125,15 +127,16 @@ def read_corpus(path: str | Path) -> Iterator[Sample]:
         yield from read_part(part)
 
 
-def read_part(part: Part, etag: str = "") -> Iterator[Sample]:
+def read_part(part: Part, etags: Sequence[str] = ()) -> Iterator[Sample]:
     """Yield the samples of one part, always in the same order.
 
-    `etag`: that of a shard in S3, if it must not have changed since. Raises ShardError or
-    StorageError for a part that is missing, broken, or has another number of rows than the index
-    says, after the samples that could be read; ChangedError for one with another ETag.
+    `etags`: of the shard in S3, or of each image and its texts, if they must not have changed.
+    Raises ShardError or StorageError for a part that is missing, broken, or has another number of
+    rows than the index says, after the samples that could be read; ChangedError for a shard with
+    another ETag.
     """
     rows = 0
-    for sample in _read(part, etag):
+    for sample in _read(part, etags):
         rows += 1
         yield sample
     if part.count is not None and rows != part.count:
@@ -166,11 +169,12 @@ def columns(samples: Iterable[tuple[int, Sample]]) -> dict[str, list]:
     }
 
 
-def _read(part: Part, etag: str) -> Iterator[Sample]:
+def _read(part: Part, etags: Sequence[str]) -> Iterator[Sample]:
+    etag = "".join(etags[:1])
     if part.aside:
         yield from (Sample(file, b"", "", (), {}, reason) for file, reason in part.aside)
     elif part.files:
-        yield from read_images(part.files, part.url, part.column)
+        yield from read_images(part.files, part.url, part.column, etags)
     elif not part.url.lower().endswith(".parquet"):
         yield from read_shard(part.url, part.url, part.column, etag)
     else:
@@ -191,14 +195,21 @@ def _parts_of(path: str, column: str | None, named: bool) -> list[Part]:
         return indexed
     if ending(path) in IMAGE_SUFFIXES and not Path(path).is_dir():
         raise ShardError(f"{path} is a picture; give the folder that holds it and its caption.")
-    listed = list(storage.list_files(path, ("",)))
+    listed = dict(storage.list_states(path, ("",)))
     for file in listed:
         if file.endswith(f"/{MARKER}"):
             refuse_unfinished(file.removesuffix(f"/{MARKER}"))
     files = [file for file in listed if not _is_hidden(path, file)]
     if files == [path] and not is_shard:
         raise ShardError(f"{path} is no corpus; give a .tar or .parquet file, or a folder.")
-    return _parts_of_files(path.rstrip("/"), files, column)
+    etags = listed if storage.is_remote(path) else {}
+    return [_with_etags(part, etags) for part in _parts_of_files(path.rstrip("/"), files, column)]
+
+
+def _with_etags(part: Part, etags: Mapping[str, str]) -> Part:
+    files = (file for image in part.files for file in (image.path, *image.texts))
+    found = tuple(etags[file].strip('"') for file in files if file in etags)
+    return replace(part, etags=found) if found else part
 
 
 def _parts_of_files(root: str, files: Sequence[str], column: str | None) -> list[Part]:

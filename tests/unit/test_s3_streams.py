@@ -87,7 +87,7 @@ def test_a_shard_that_is_replaced_while_it_is_read_is_a_named_fault(path, s3_fau
 def test_a_shard_with_another_etag_than_expected_is_not_read(path, form):
     storage.put(noise(1, 100), f"{path}.{form}")
     with pytest.raises(ChangedError):
-        next(read_part(Part(f"{path}.{form}"), etag="another"))
+        next(read_part(Part(f"{path}.{form}"), ["another"]))
 
 
 def test_a_stream_with_a_wrong_checksum_is_refused(path, s3):

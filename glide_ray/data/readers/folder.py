@@ -69,20 +69,22 @@ def _without(root: str, file: str, folders: Sequence[str]) -> str | None:
 
 
 def read_images(
-    images: Sequence[ImageFile], url: str, column: str | None = None
+    images: Sequence[ImageFile], url: str, column: str | None = None, etags: Sequence[str] = ()
 ) -> Iterator[Sample]:
     """Yield images with captions from a table, or from files of their name.
 
-    Raises ShardError after the last image if the storage failed for a file.
+    `etags`: of each image and its texts in S3, if they must not have changed. Raises ShardError
+    after the last image if the storage failed for a file, or one has changed.
     """
-    fetch = Fetcher("")
+    fetch, expected = Fetcher(""), iter(etags)
     for image in images:
-        content, no_image = fetch(image.path)
+        etag, *etags_of_texts = (next(expected, "") for _ in (image.path, *image.texts))
+        content, no_image = fetch(image.path, etag)
         captions, reason, unread, meta = image.captions, image.reason, image.unread, {}
         if captions is None:
             content_of = {}
-            for file in image.texts:
-                content_of[ending(file)], failed = fetch(file)
+            for file, etag in zip(image.texts, etags_of_texts, strict=True):
+                content_of[ending(file)], failed = fetch(file, etag)
                 reason = reason or failed
             data = content_of.get("json")
             meta = read_meta(data)

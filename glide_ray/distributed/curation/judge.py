@@ -145,8 +145,8 @@ def judged_file(folder: str, number: int) -> str:
 def state_of(part: Part) -> str:
     """A string that changes when the file of a part changes; "" for one that cannot be read.
 
-    For images of a folder: when one of the files, or a text beside it, changes; in S3, whose
-    objects would need a request each, only when images are added or removed.
+    For images of a folder: when one of the files, or a text beside it, changes; in S3, by the ETags
+    of the listing.
     """
     if not part.files:
         try:
@@ -156,13 +156,20 @@ def state_of(part: Part) -> str:
         except storage.StorageError:  # `read_part` says why
             return ""
     if storage.is_remote(part.files[0].path):
-        return hashlib.sha256(repr(part.files).encode()).hexdigest()
+        return hashlib.sha256(repr([part.files, part.etags]).encode()).hexdigest()
     found = [
         list(storage.list_states(name, ("",)))
         for image in part.files
         for name in (image.path, *image.texts)
     ]
     return hashlib.sha256(repr([part.files, found]).encode()).hexdigest()
+
+
+def etags_of(part: Part, state: str) -> Sequence[str]:
+    """ETags that the objects of a part with this `state` must have; none for local files."""
+    if part.files:
+        return part.etags
+    return [state] if state and storage.is_remote(part.url) else ()
 
 
 def died(arguments: tuple[Any, ...]) -> PartResult:
@@ -191,7 +198,7 @@ def _judged_rows(
 ) -> Iterator[dict[str, Any]]:
     rules_of_images, rules_of_captions = image_rules(config), caption_rules(config)
     try:
-        for sample in read_part(part):
+        for sample in read_part(part, etags_of(part, result.state)):
             candidate = Candidate(sample)
             captions, reason = clean_captions(sample.captions, rules_of_captions)
             reason = (

@@ -23,12 +23,14 @@ import ray
 
 from ... import storage
 from ...data.filters import NEAR_DUPLICATE, Report
+from ...data.readers.fetch import CHANGED
 from ...data.shards import Sample, finish, in_batches, write_shard
 from ...data.sources import Part, read_part
 from ...errors import UserError
 from ...progress import bar
+from ...s3 import ChangedError
 from ..rows import DROPPED, SUMMARY, Captions, carry_card
-from .judge import RESULT, Judged, PartResult, judged_file, state_of
+from .judge import RESULT, Judged, PartResult, etags_of, judged_file, state_of
 from .near_duplicates import Search, dropped_copies
 from .run_folder import PLAN, RunFolder
 from .tables import load, save
@@ -119,9 +121,9 @@ def _write_parts(
 
     def rows() -> Iterator[Sample]:
         for place, part in enumerate(parts):
-            table = _with_copies(writing, first + place, part)
+            table, state = _with_copies(writing, first + place, part)
             lists.append(_dropped_rows(table, part))
-            yield from _kept_samples(table, part, int(kept[place]), writing.captions, faults)
+            yield from _kept_samples(table, part, state, int(kept[place]), writing.captions, faults)
 
     shards = [
         write_shard(writing.out, shard + n, some)
@@ -147,15 +149,15 @@ def _dropped_file(writing: Writing, number: int) -> str:
     return f"{writing.folder}/dropped/{number:06d}.parquet"
 
 
-def _with_copies(writing: Writing, number: int, part: Part) -> pyarrow.Table:
-    """Key, reason and key of the row kept instead of each row of a part.
+def _with_copies(writing: Writing, number: int, part: Part) -> tuple[pyarrow.Table, str]:
+    """Key, reason and key of the row kept instead of each row of a part, and the part's state.
 
     Raises UserError if the part has changed since it was judged.
     """
     table = load(judged_file(writing.judged, number), ["key", "reason"])
     result = PartResult(**json.loads(table.schema.metadata[RESULT]))
     if result.state and state_of(part) not in (result.state, ""):
-        raise UserError(f"{part.url} has changed since it was judged; run the same command again.")
+        raise _changed(part)
     reason, instead = table["reason"].to_pylist(), [None] * len(table)
     if writing.search is not None:
         copies = dropped_copies(writing.search, number)
@@ -163,14 +165,17 @@ def _with_copies(writing: Writing, number: int, part: Part) -> pyarrow.Table:
             copies["position"].to_pylist(), copies["kept_key"].to_pylist(), strict=True
         ):
             reason[position], instead[position] = NEAR_DUPLICATE, key
-    return pyarrow.table(
-        {
-            "key": table["key"],
-            "position": np.arange(len(table), dtype=np.int32),
-            "reason": pyarrow.array(reason, pyarrow.large_string()),
-            "kept_instead": pyarrow.array(instead, pyarrow.large_string()),
-        }
-    )
+    columns = {
+        "key": table["key"],
+        "position": np.arange(len(table), dtype=np.int32),
+        "reason": pyarrow.array(reason, pyarrow.large_string()),
+        "kept_instead": pyarrow.array(instead, pyarrow.large_string()),
+    }
+    return pyarrow.table(columns), result.state
+
+
+def _changed(part: Part) -> UserError:
+    return UserError(f"{part.url} has changed since it was judged; run the same command again.")
 
 
 def _dropped_rows(table: pyarrow.Table, part: Part) -> pyarrow.Table:
@@ -180,13 +185,22 @@ def _dropped_rows(table: pyarrow.Table, part: Part) -> pyarrow.Table:
 
 
 def _kept_samples(
-    table: pyarrow.Table, part: Part, kept: int, captions: Captions | None, faults: list[str]
+    table: pyarrow.Table,
+    part: Part,
+    state: str,
+    kept: int,
+    captions: Captions | None,
+    faults: list[str],
 ) -> Iterator[Sample]:
+    """Kept rows of a part. Raises UserError if an object has changed since it was judged."""
     wanted = set(np.flatnonzero(pyarrow.compute.equal(table["reason"], "").to_numpy()).tolist())
     last, found = max(wanted, default=-1), 0
     try:
-        for position, sample in enumerate(read_part(part) if wanted else ()):
-            if position in wanted:
+        rows = read_part(part, etags_of(part, state)) if wanted else ()
+        for position, sample in enumerate(rows):
+            if CHANGED in (sample.no_image, sample.no_caption):
+                raise ChangedError(sample.key)
+            if position in wanted and sample.image:
                 found += 1
                 yield (
                     sample
@@ -195,6 +209,8 @@ def _kept_samples(
                 )
             if position == last:
                 break
+    except ChangedError:
+        raise _changed(part) from None
     except UserError:  # the missing rows are counted
         pass
     if found < kept:
