@@ -38,7 +38,7 @@ from ..evaluation.pages import Picture, thumbnail
 from ..progress import bar
 from ..storage import fingerprint
 from .rows import read_rows
-from .stream import Tally, in_order, ray_data, task_errors
+from .stream import Tally, each_alone, in_order, its_own, task_errors
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ ROWS_PER_BATCH = 64  # rows in a batch of an actor
 ACTORS = 2  # on a cluster without GPUs
 # images; up to this many are embedded in this process, since starting actors takes some 10 s
 INLINE_IMAGES = 128
+PARTS_AT_ONCE = 1024  # of a stream, whose parts the driver holds; many more than a pool needs
 
 # (part number, part, report) -> tables of the part's rows; read errors are added to the report
 Blocks = Callable[[int, Part, Report], Iterator[pyarrow.Table]]
@@ -155,34 +156,31 @@ def _in_process(
 def _by_actors(
     parts: Sequence[Part], blocks: Blocks, *embedder: Any
 ) -> tuple[Iterator[pyarrow.Table], Callable[[], Report]]:
-    """Like `_in_process`, with a pool of actors."""
-    shared, tally = ray.put(list(parts)), Tally.remote()
+    """Like `_in_process`, with a pool of actors, for PARTS_AT_ONCE parts after each other."""
+    tally, gpus = Tally.remote(), int(ray.cluster_resources().get("GPU", 0))
 
     def read(batch: dict[str, np.ndarray]) -> Iterator[pyarrow.Table]:
-        for number in batch["item"]:
-            report = Report()
-            yield from blocks(int(number), ray.get(shared)[number], report)
-            ray.get(tally.add.remote(report))
+        report = Report()
+        yield from blocks(*its_own(batch), report)
+        ray.get(tally.add.remote(report))
 
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    stream = (
-        ray_data()
-        .from_items(list(range(len(parts))), override_num_blocks=len(parts))
-        .map_batches(read, batch_size=1)
-    )
-    stream = stream.map_batches(
-        Embedder,
-        fn_constructor_args=(*embedder, max(1, (os.cpu_count() or 1) // ACTORS)),
-        batch_format="pyarrow",
-        batch_size=ROWS_PER_BATCH,
-        concurrency=min(len(parts), gpus or ACTORS),
-        num_gpus=1 if gpus else 0,
-    )
-    # A limit must select the same rows each time.
-    stream.context.execution_options.preserve_order = True
-    return stream.iter_batches(batch_size=None, batch_format="pyarrow"), lambda: ray.get(
-        tally.report.remote()
-    )
+    def tables() -> Iterator[pyarrow.Table]:
+        for start in range(0, len(parts), PARTS_AT_ONCE):
+            some = parts[start : start + PARTS_AT_ONCE]
+            stream = each_alone(list(enumerate(some, start))).map_batches(read, batch_size=1)
+            stream = stream.map_batches(
+                Embedder,
+                fn_constructor_args=(*embedder, max(1, (os.cpu_count() or 1) // ACTORS)),
+                batch_format="pyarrow",
+                batch_size=ROWS_PER_BATCH,
+                concurrency=min(len(some), gpus or ACTORS),
+                num_gpus=1 if gpus else 0,
+            )
+            # A limit must select the same rows each time.
+            stream.context.execution_options.preserve_order = True
+            yield from stream.iter_batches(batch_size=None, batch_format="pyarrow")
+
+    return tables(), lambda: ray.get(tally.report.remote())
 
 
 READ_SCHEMA = pyarrow.schema(

@@ -5,6 +5,7 @@ Only encoded images move through Ray's object store: the worker that trains on t
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -73,36 +74,45 @@ def open_parts(
     parts: Sequence[Part], min_size: int, tally=None, plan: Plan | None = None
 ) -> ray.data.Dataset:
     """Stream parts as `open_corpus` does, in the order of `plan` if there is one."""
-    shared, tasks, first = ray.put(list(parts)), tasks_for(parts), plan.first if plan else 0
+    tasks, first = tasks_for(parts), plan.first if plan else 0
     order = (
         np.random.default_rng([plan.seed, plan.epoch]).permutation(len(parts))
         if plan
         else np.arange(len(parts))
     )
-
-    def read(batch: dict[str, np.ndarray]) -> Iterator[dict[str, list]]:
-        for task in batch["item"]:
-            report, parts = Report(), ray.get(shared)
-            rows = (
-                row
-                for number in order[int(task) :: tasks]
-                for row in _kept_rows(parts[number], min_size, report, plan, tally)
-            )
-            yield from shuffled_blocks(
-                rows,
-                [plan.seed, plan.epoch, int(task)] if plan else None,
-                plan.window if plan else 0,
-            )
-            if tally is not None:
-                ray.get(tally.add.remote(report, (plan.epoch, int(task)) if plan else None))
-
-    dataset = (
-        ray_data()
-        .from_items(list(range(first, tasks)), override_num_blocks=max(1, tasks - first))
-        .map_batches(read, batch_size=1)
+    own = [(task, [parts[n] for n in order[task::tasks]]) for task in range(first, tasks)]
+    dataset = each_alone(own).map_batches(
+        _read_task, batch_size=1, fn_kwargs={"min_size": min_size, "tally": tally, "plan": plan}
     )
     dataset.context.execution_options.preserve_order = plan is not None
     return dataset
+
+
+def each_alone(items: Sequence[Any]) -> ray.data.Dataset:
+    """A dataset with a block for each item, so that a task receives only its own.
+
+    `its_own` gives the item of a batch of one row.
+    """
+    rows = [{"item": pickle.dumps(item)} for item in items]
+    return ray_data().from_items(rows, override_num_blocks=max(1, len(rows)))
+
+
+def its_own(batch: dict[str, np.ndarray]) -> Any:
+    [item] = batch["item"]
+    return pickle.loads(item)
+
+
+def _read_task(
+    batch: dict[str, np.ndarray], min_size: int, tally, plan: Plan | None
+) -> Iterator[dict[str, list]]:
+    task, parts = its_own(batch)
+    report = Report()
+    rows = (row for part in parts for row in _kept_rows(part, min_size, report, plan, tally))
+    yield from shuffled_blocks(
+        rows, [plan.seed, plan.epoch, task] if plan else None, plan.window if plan else 0
+    )
+    if tally is not None:
+        ray.get(tally.add.remote(report, (plan.epoch, task) if plan else None))
 
 
 def tasks_for(parts: Sequence[Part]) -> int:

@@ -7,13 +7,14 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import ray
 from helpers.drawings import drawn_samples
 from helpers.tiny import corpus_settings, tiny
 
 from glide_ray.data.readers.parquet import BUFFER, read_parquet
 from glide_ray.data.sample import in_groups
 from glide_ray.data.shards import Sample, ShardError, write_shard
-from glide_ray.data.sources import read_part
+from glide_ray.data.sources import Part, read_part
 from glide_ray.distributed import stream
 from glide_ray.distributed.training import feed
 from glide_ray.train import without_ray
@@ -122,3 +123,45 @@ def test_a_row_group_of_large_pictures_is_read_in_pieces(tmp_path, monkeypatch):
     assert next(rows).image == pictures[0] and sum(reads) < 16 * MIB
     assert [sample.image for sample in rows] == pictures[1:]
     assert max(reads) <= BUFFER and sum(reads) < 26 * MIB
+
+
+# -- what a task receives --------------------------------------------------------------------------
+
+
+def largest_put(monkeypatch, work):
+    """Bytes of the largest object that goes to Ray's object store in this process."""
+    sizes, put = [], ray.put
+
+    def counted(value, **options):
+        sizes.append(len(ray.cloudpickle.dumps(value)))
+        return put(value, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ray, "put", counted)
+        work()
+    return max(sizes)
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("plan", [None, stream.Plan(0, 0, 16)])
+def test_a_reading_task_receives_its_own_parts_only(monkeypatch, plan):
+    few, many = (
+        largest_put(
+            monkeypatch,
+            lambda count=count: stream.open_parts(
+                [Part(f"corpus/{n:06d}.tar", 5000) for n in range(count)], 16, None, plan
+            ),
+        )
+        for count in (10, 300)
+    )
+    assert many <= few + 8
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_item_of_a_task_reaches_it_unchanged():
+    items = [(n, Part(f"{n}.tar", 5000, etags=("a",))) for n in range(20)]
+    received = [
+        stream.its_own({"item": np.array([row["item"]], object)})
+        for row in stream.each_alone(items).take_all()
+    ]
+    assert received == items

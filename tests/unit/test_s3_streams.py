@@ -12,7 +12,7 @@ from helpers.corpora import caption, picture, tar_bytes
 from glide_ray import storage
 from glide_ray.data.readers import tar
 from glide_ray.data.shards import Sample, write_shard
-from glide_ray.data.sources import Part, find_parts, read_part
+from glide_ray.data.sources import Part, find_parts, read_part, state
 from glide_ray.s3 import READ, ChangedError
 from glide_ray.storage import StorageError
 
@@ -159,3 +159,19 @@ def test_a_shard_is_stored_in_one_request_without_a_copy_in_memory(s3, path, s3_
     assert storage.size(f"{path}/000000.tar") == entry["bytes"] > 12 * MIB
     assert s3_faults.asked("PUT", "000000.tar") == 1 and not s3_faults.asked("POST", "000000.tar")
     assert len(list(read_part(Part(f"{path}/000000.tar")))) == 12
+
+
+# -- listing ---------------------------------------------------------------------------------------
+
+
+def test_the_shards_of_a_range_are_listed_once_per_folder(path, s3_faults):
+    for n in range(12):
+        storage.put(b"x", f"{path}/{'ab'[n % 2]}/{n:06d}.tar")
+    s3_faults.clear()
+    corpus = f"{path}/{{a,b}}/{{000000..000299}}.tar"
+    parts = find_parts(corpus)
+    assert len(parts) == 600 and len(s3_faults.requests) == 2  # whether a folder is unfinished
+    before = state(corpus, parts)
+    assert s3_faults.asked("GET", "list-type=2") == 2 and len(s3_faults.requests) == 4
+    storage.put(b"y", f"{path}/a/000000.tar")
+    assert state(corpus, parts) != before
