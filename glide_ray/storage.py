@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -79,10 +79,13 @@ def list_files(path: str | Path, suffixes: tuple[str, ...]) -> Iterator[str]:
     yield from (file for file, _ in list_states(path, suffixes))
 
 
-def list_states(path: str | Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+def list_states(
+    path: str | Path, suffixes: tuple[str, ...], found: Callable[[str], None] = lambda file: None
+) -> Iterator[tuple[str, str]]:
     """The files of `list_files`, each with a string that changes when its content changes.
 
-    The string is the S3 ETag, or the size and modification time of a local file.
+    The string is the S3 ETag, or the size and modification time of a local file. `found` is called
+    with each file as it is found, and may raise an error to end the listing.
     """
     path = str(path)
     if is_remote(path):
@@ -95,24 +98,23 @@ def list_states(path: str | Path, suffixes: tuple[str, ...]) -> Iterator[tuple[s
             else ""
         )
         with storage_errors(path):
-            yield from (
-                (f"{S3}{bucket}/{item['Key']}", item["ETag"])
-                for item in list_objects(bucket, prefix)
-                if item["Key"].lower().endswith(suffixes)
-            )
+            for item in list_objects(bucket, prefix):
+                found(item["Key"])
+                if item["Key"].lower().endswith(suffixes):
+                    yield f"{S3}{bucket}/{item['Key']}", item["ETag"]
     elif Path(path).is_file():
         yield path, _state(Path(path))
     else:
         yield from (
             (str(file), _state(file))
-            for file in sorted(_walk(path))
+            for file in sorted(_walk(path, found))
             if file.name.lower().endswith(suffixes)
             and not file.name.startswith(".")
             and file.is_file()
         )
 
 
-def _walk(path: str) -> Iterator[Path]:
+def _walk(path: str, found: Callable[[str], None]) -> Iterator[Path]:
     """Files under a folder, also behind links to folders, each real folder once."""
     seen: set[tuple[int, int]] = set()
 
@@ -131,7 +133,9 @@ def _walk(path: str) -> Iterator[Path]:
         # of a folder and a link to it beside it, the folder is taken
         within.sort(key=lambda one: (os.path.islink(one), one))
         inside[:] = [os.path.basename(one) for one in within if is_new(one)]
-        yield from (Path(folder, name) for name in files)
+        for name in files:
+            found(name)
+            yield Path(folder, name)
 
 
 def read(path: str | Path, etag: str = "") -> bytes:
@@ -361,13 +365,8 @@ def cache_folder() -> Path:
 
 def download(path: str, target: Path) -> None:
     """Copy an object of any size to a local file, atomically and verified by SHA-256."""
-    with (
-        storage_errors(path),
-        atomic_write(target) as partial,
-        open_stream(path) as stream,
-        open(partial, "wb") as file,
-    ):
-        shutil.copyfileobj(stream, file, CHUNK)
+    with storage_errors(path), atomic_write(target) as partial, open(partial, "wb") as file:
+        shutil.copyfileobj(open_stream(path), file, CHUNK)
 
 
 def fetch_folder(

@@ -13,6 +13,7 @@ import glob
 import os
 import re
 from collections.abc import Iterator
+from itertools import chain, islice
 
 from .. import storage
 from .sample import ShardError
@@ -58,11 +59,15 @@ def expand(path: str) -> list[str]:
     """
     if weights := mixture(path):
         return [one for name, _ in weights for one in expand(name)]
-    found = dict.fromkeys(
-        one for name in path.split(JOIN) if name for part in _braces(name) for one in _matches(part)
-    )
-    if len(found) > MAX_EXPANDED:
-        raise ShardError(f"{path} names {len(found):,} paths, too many; give a folder of shards.")
+    found = dict[str, None]()
+    for one in chain.from_iterable(
+        _matches(part) for name in path.split(JOIN) if name for part in _braces(name)
+    ):
+        found[one] = None
+        if len(found) > MAX_EXPANDED:
+            raise ShardError(
+                f"{path} names more than {MAX_EXPANDED:,} paths; give a folder of shards."
+            )
     return list(found)
 
 
@@ -122,7 +127,7 @@ def _matches(path: str) -> list[str]:
     elif os.path.exists(path):  # a name with brackets
         return [path]
     else:
-        found = sorted(glob.glob(path, recursive=True))
+        found = sorted(islice(glob.iglob(path, recursive=True), MAX_EXPANDED + 1))
     if not found:
         raise ShardError(f"Nothing matches {path}; check it, and put it in quotes for the shell.")
     return found
@@ -138,6 +143,8 @@ def _remote_matches(path: str) -> list[str]:
         whole = (("/".join(parts[:n])) for n in range(fixed.count("/") + 2, len(parts) + 1))
         if match := next((one for one in whole if pattern.fullmatch(one)), None):
             matches[match] = None
+        if len(matches) > MAX_EXPANDED:  # `expand` refuses them
+            break
     return sorted(matches)
 
 

@@ -10,7 +10,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 SHARD_SUFFIXES = (*TAR_SUFFIXES, ".parquet")
 FILES_PER_PART = 256
+MAX_IMAGES = 10**6  # single files of a corpus: the list of them is in memory
 # Files of pictures, or of whole corpora, that are not read.
 NOT_READ = (
     *("heic", "heif", "jxl", "svg", "psd", "ico", "tga", "exr", "hdr", "ppm", "eps", "pdf"),
@@ -68,10 +70,11 @@ def find_parts(path: str | Path, column: str | None = None) -> list[Part]:
     path = patterns.absolute(str(path))
     if weights := patterns.mixture(path):
         return _mixed(path, [(find_parts(one, column), weight) for one, weight in weights])
+    count_image = _image_limit(path)
     found = [
         part
         for one in patterns.expand(path)
-        for part in _parts_of(one, column, patterns.is_pattern(path))
+        for part in _parts_of(one, column, patterns.is_pattern(path), count_image)
     ]
     named = {
         one.rpartition("/")[0] for one in patterns.expand(path) if one.endswith(SHARD_SUFFIXES)
@@ -186,8 +189,28 @@ def _read(part: Part, etags: Sequence[str]) -> Iterator[Sample]:
 # -- finding parts ---------------------------------------------------------------------------------
 
 
-def _parts_of(path: str, column: str | None, named: bool) -> list[Part]:
-    """Parts of one path. A shard that a pattern names need not be there."""
+def _image_limit(corpus: str) -> Callable[[str], None]:
+    """A function that is called with each file of a corpus, and raises at too many images."""
+    counts = Counter[bool]()
+
+    def count(file: str) -> None:
+        counts[ending(file) in IMAGE_SUFFIXES] += 1
+        if counts[True] > MAX_IMAGES:
+            raise ShardError(
+                f"The corpus {corpus} has more than {MAX_IMAGES:,} images in files of their own; "
+                "make shards first, with `tar` as docs/curation.md shows, and give their folder."
+            )
+
+    return count
+
+
+def _parts_of(
+    path: str, column: str | None, named: bool, found: Callable[[str], None]
+) -> list[Part]:
+    """Parts of one path. A shard that a pattern names need not be there.
+
+    `found` is called with each file that is listed.
+    """
     is_shard = path.lower().endswith(SHARD_SUFFIXES)
     if is_shard and (named or storage.is_remote(path) and storage.exists(path)):
         return [Part(path)]
@@ -195,7 +218,7 @@ def _parts_of(path: str, column: str | None, named: bool) -> list[Part]:
         return indexed
     if ending(path) in IMAGE_SUFFIXES and not Path(path).is_dir():
         raise ShardError(f"{path} is a picture; give the folder that holds it and its caption.")
-    listed = dict(storage.list_states(path, ("",)))
+    listed = dict(storage.list_states(path, ("",), found))
     for file in listed:
         if file.endswith(f"/{MARKER}"):
             refuse_unfinished(file.removesuffix(f"/{MARKER}"))
