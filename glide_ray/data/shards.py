@@ -14,11 +14,13 @@ import re
 import tarfile
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
+
+import numpy as np
 
 from ..storage import (
     MissingError,
@@ -58,6 +60,7 @@ INDEX = "index.json"
 WORK = ".work"
 MARKER, EARLIER = f"{WORK}/run.json", f"{WORK}/earlier.json"
 SHARDS = (".tar", ".parquet")
+Result = TypeVar("Result")
 SHARD_REQUEST = 2**30  # bytes of a shard up to which S3 receives it in one request
 
 
@@ -138,17 +141,29 @@ def write_shard(folder: str | Path, number: int, samples: Iterable[Sample]) -> d
 
     The shard passes through a file, so that memory holds one sample at a time.
     """
+
+    def add(file: _Written) -> int:
+        with tarfile.open(fileobj=file, mode="w") as tar:  # type: ignore[call-overload]
+            return _add_all(tar, samples)
+
     name = shard_name(number)
+    written, count = _write(folder, name, add)
+    sha256 = written.sha256.hexdigest()
+    return {"name": name, "count": count, "bytes": written.bytes, "sha256": sha256}
+
+
+def _write(
+    folder: str | Path, name: str, add: Callable[[_Written], Result]
+) -> tuple[_Written, Result]:
+    """Write a file atomically, local or in S3, as `add` writes its content."""
     path = _inside(folder, name)
     with storage_errors(path), _new_file(folder, name) as file:
         written = _Written(file)
-        with tarfile.open(fileobj=written, mode="w") as tar:  # type: ignore[call-overload]
-            count = _add_all(tar, samples)
-        sha256 = written.sha256.hexdigest()
+        result = add(written)
         if is_remote(path):
             file.seek(0)
-            put(file, path, sha256, one_request_up_to=SHARD_REQUEST)
-    return {"name": name, "count": count, "bytes": written.bytes, "sha256": sha256}
+            put(file, path, written.sha256.hexdigest(), one_request_up_to=SHARD_REQUEST)
+    return written, result
 
 
 @contextmanager
@@ -217,26 +232,69 @@ def shard_name(number: int) -> str:
     return f"{number:06d}.tar"
 
 
-def finish(folder: str | Path, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
+class ShardEntries:
+    """Entries of many shards for an index, in the order of their numbers; 48 bytes each."""
+
+    def __init__(self, shards: int):
+        columns = [("count", np.int64), ("bytes", np.int64), ("sha256", np.void, 32)]
+        self._table = np.zeros(shards, columns)
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        number = int(entry["name"].removesuffix(".tar"))
+        digest = np.void(bytes.fromhex(entry["sha256"]))
+        self._table[number] = (entry["count"], entry["bytes"], digest)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for number in range(len(self._table)):
+            count, size, digest = self._table[number].item()
+            if size:  # a shard that became empty when its rows were read again is not written
+                name = shard_name(number)
+                yield {"name": name, "count": count, "bytes": size, "sha256": digest.hex()}
+
+    @property
+    def rows(self) -> int:
+        return int(self._table["count"].sum())
+
+
+def finish(folder: str | Path, shards: Sequence[dict[str, Any]] | ShardEntries) -> dict[str, Any]:
     """Write the index of a corpus, after all of its shards. Returns the index.
 
     Deletes the shards that only the earlier index named, and the marker.
     """
-    for stale in {*read_names(folder, EARLIER)} - {shard["name"] for shard in shards}:
-        if "/" not in stale:
-            remove(_inside(folder, stale))
-    index = {"count": sum(shard["count"] for shard in shards), "shards": list(shards)}
-    put(json.dumps(index, indent=1).encode(), _inside(folder, INDEX))
+    stale = {*read_names(folder, EARLIER)}
+    if stale:
+        stale.difference_update(shard["name"] for shard in shards)
+    for name in stale:
+        if "/" not in name:
+            remove(_inside(folder, name))
+    count = sum(shard["count"] for shard in shards)
+    _write(folder, INDEX, lambda file: _write_index(file, count, shards))
     remove(_inside(folder, MARKER))
     remove_folder(_inside(folder, WORK))
-    return index
+    return {"count": count, "shards": shards}
+
+
+def _write_index(file: _Written, count: int, shards: Iterable[dict[str, Any]]) -> None:
+    """Write the index entry by entry, as `json.dumps(index, indent=1)` gives it."""
+    file.write(f'{{\n "count": {count},\n "shards": ['.encode())
+    comma = ""
+    for shard in shards:
+        fields = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in shard.items())
+        file.write((f"{comma}\n  {{\n   " + ",\n   ".join(fields) + "\n  }").encode())
+        comma = ","
+    file.write(b"\n ]\n}" if comma else b"]\n}")
 
 
 def read_names(folder: str | Path, file: str = INDEX) -> list[str]:
     """Names of the shards in an index; [] without an index of ours."""
+
+    def name_of(entry: dict[str, Any]) -> Any:
+        """An entry at once as its name, which takes less memory; the index itself unchanged."""
+        return str(entry["name"]) if "name" in entry else entry
+
     try:
-        index = json.loads(read(_inside(folder, file)))
-        return [str(shard["name"]) for shard in index["shards"]]
+        names = json.loads(read(_inside(folder, file)), object_hook=name_of)["shards"]
+        return [name for name in names if isinstance(name, str)]
     except (MissingError, ValueError, KeyError, TypeError):
         return []
 

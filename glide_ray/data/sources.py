@@ -45,7 +45,7 @@ ASIDE_INDEX = "in shards that are not in the index of their folder"
 SPLIT = re.compile(r"(?:^|[/_.-])(train|test|val)(?:ing|id|idation)?\d*(?=$|[/_.-])")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # slots: a driver holds a million of them
 class Part:
     """A shard, some images of a folder, or files of a corpus that are left aside."""
 
@@ -70,18 +70,13 @@ def find_parts(path: str | Path, column: str | None = None) -> list[Part]:
     path = patterns.absolute(str(path))
     if weights := patterns.mixture(path):
         return _mixed(path, [(find_parts(one, column), weight) for one, weight in weights])
-    count_image = _image_limit(path)
-    found = [
-        part
-        for one in patterns.expand(path)
-        for part in _parts_of(one, column, patterns.is_pattern(path), count_image)
-    ]
-    named = {
-        one.rpartition("/")[0] for one in patterns.expand(path) if one.endswith(SHARD_SUFFIXES)
-    }
+    count_image, several = _image_limit(path), patterns.is_pattern(path)
+    paths = patterns.expand(path)
+    found = [part for one in paths for part in _parts_of(one, column, several, count_image)]
+    named = {one.rpartition("/")[0] for one in paths if one.endswith(SHARD_SUFFIXES)}
     for folder in sorted(named):
         refuse_unfinished(folder)
-    return [replace(part, column=column) for part in found] if column else found
+    return found
 
 
 def folder_name(part: Part) -> str:
@@ -213,8 +208,8 @@ def _parts_of(
     """
     is_shard = path.lower().endswith(SHARD_SUFFIXES)
     if is_shard and (named or storage.is_remote(path) and storage.exists(path)):
-        return [Part(path)]
-    if not is_shard and (indexed := _read_index(path)):
+        return [Part(path, column=column)]
+    if not is_shard and (indexed := _read_index(path, column)):
         return indexed
     if ending(path) in IMAGE_SUFFIXES and not Path(path).is_dir():
         raise ShardError(f"{path} is a picture; give the folder that holds it and its caption.")
@@ -259,22 +254,22 @@ def _parts_of_files(root: str, files: Sequence[str], column: str | None) -> list
     if any(chosen.values()):
         images = []  # those that a Parquet file names
     aside += [(file, ASIDE_KIND) for file in files if _is_data(file) and file not in chosen]
-    parts = [Part(file) for file in shards] + [
-        Part(f"{root}#{start}", files=tuple(images[start : start + FILES_PER_PART]))
+    parts = [Part(file, column=column) for file in shards] + [
+        Part(f"{root}#{start}", files=tuple(images[start : start + FILES_PER_PART]), column=column)
         for start in range(0, len(images), FILES_PER_PART)
     ]
     if not parts:
         raise ShardError(_emptiness(root, aside))
     _warn_of_mixtures(root, shards, images)
-    return [*parts, _left_aside(root, aside)] if aside else parts
+    return [*parts, _left_aside(root, aside, column)] if aside else parts
 
 
 def _source(file: str, etag: str = "") -> Source:
     return storage.open_ranges(file, etag) if storage.is_remote(file) else file
 
 
-def _left_aside(root: str, aside: Sequence[tuple[str, str]]) -> Part:
-    return Part(f"{root}/#aside", aside=tuple(aside))
+def _left_aside(root: str, aside: Sequence[tuple[str, str]], column: str | None) -> Part:
+    return Part(f"{root}/#aside", aside=tuple(aside), column=column)
 
 
 def _is_hidden(root: str, file: str) -> bool:
@@ -313,21 +308,29 @@ def _warn(text: str) -> None:
     log.warning(text)
 
 
-def _read_index(path: str) -> list[Part]:
+def _read_index(path: str, column: str | None) -> list[Part]:
     """The parts that our index of a folder names; [] without one."""
     folder = path.rstrip("/")
     try:
-        index = storage.read(f"{folder}/{INDEX}")
+        index = storage.read(f"{folder}/{INDEX}").decode(errors="replace")
     except storage.MissingError:  # no other error: an index that cannot be read must not be ignored
         return []
+
+    def part_of(entry: dict) -> dict | Part:
+        """An entry at once as its part, which takes less memory; the index itself unchanged."""
+        if "name" not in entry:
+            return entry
+        return Part(f"{folder}/{entry['name']}", entry["count"], column=column)
+
     try:
-        names = {shard["name"]: shard["count"] for shard in json.loads(index)["shards"]}
-    except (ValueError, KeyError, TypeError):  # an index.json of another program
+        named = json.loads(index, object_hook=part_of)["shards"]
+        parts = list({part.url: part for part in named}.values())
+    except (ValueError, KeyError, TypeError, AttributeError):  # of another program
         return []
-    parts = [Part(f"{folder}/{name}", count) for name, count in names.items()]
-    added = [] if storage.is_remote(folder) else sorted(Path(folder).glob("*.tar"))
-    aside = [(str(file), ASIDE_INDEX) for file in added if file.name not in names]
-    return [*parts, _left_aside(folder, aside)] if aside else parts
+    added = [] if storage.is_remote(folder) else sorted(map(str, Path(folder).glob("*.tar")))
+    known = {part.url for part in parts} if added else set()
+    aside = [(file, ASIDE_INDEX) for file in added if file not in known]
+    return [*parts, _left_aside(folder, aside, column)] if aside else parts
 
 
 def _mixed(path: str, corpora: Sequence[tuple[list[Part], float]]) -> list[Part]:

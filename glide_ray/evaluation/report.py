@@ -139,20 +139,21 @@ def show_hole(image: np.ndarray, known_mask: np.ndarray) -> np.ndarray:
     return np.where(known_mask[..., None], image, np.array(HOLE, np.uint8))
 
 
-def roc_curve(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
+def roc_curve(scores: np.ndarray, truth: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """ROC curve of a classifier that drops rows of a data set, as a picture (H, W, 3).
 
     `scores` (N,): decision boundary at 0. `truth` (N,) bool: rows that have the content to drop.
+    `counts` (N,): rows of the data set that each of them stands for.
     """
     pyplot = _pyplot()
     from sklearn.metrics import roc_curve as curve
 
-    false, true, _ = curve(truth, scores)
+    false, true, _ = curve(truth, scores, sample_weight=counts)
     figure, axis = pyplot.subplots(figsize=(4.4, 4), layout="constrained")
     axis.plot(false, true, linewidth=1.5)
     axis.plot(
-        [(scores[~truth] >= 0).mean()],
-        [(scores[truth] >= 0).mean()],
+        [np.average(scores[~truth] >= 0, weights=counts[~truth])],
+        [np.average(scores[truth] >= 0, weights=counts[truth])],
         "o",
         label="at the tuned bias",
     )

@@ -1,6 +1,7 @@
 """Memory that does not grow with the size of pictures, shards, objects or corpora."""
 
 import io
+import json
 import tracemalloc
 
 import numpy as np
@@ -10,12 +11,18 @@ import pytest
 import ray
 from helpers.drawings import drawn_samples
 from helpers.tiny import corpus_settings, tiny
+from sklearn.metrics import roc_auc_score
 
 from glide_ray.data.readers.parquet import BUFFER, read_parquet
 from glide_ray.data.sample import in_groups
-from glide_ray.data.shards import Sample, ShardError, write_shard
-from glide_ray.data.sources import Part, read_part
+from glide_ray.data.shards import Sample, ShardEntries, ShardError, finish, write_shard
+from glide_ray.data.sources import Part, find_parts, read_part
 from glide_ray.distributed import stream
+from glide_ray.distributed.curation import score_counts
+from glide_ray.distributed.curation.filter_report import MISSED_SHOWN, shown_errors
+from glide_ray.distributed.curation.judge import Judged, PartResult
+from glide_ray.distributed.curation.score_counts import ScoreCounts
+from glide_ray.distributed.curation.write import plan_tasks
 from glide_ray.distributed.training import feed
 from glide_ray.train import without_ray
 
@@ -165,3 +172,93 @@ def test_the_item_of_a_task_reaches_it_unchanged():
         for row in stream.each_alone(items).take_all()
     ]
     assert received == items
+
+
+# -- scores of a filter ----------------------------------------------------------------------------
+
+
+def labelled_scores(count):
+    draws = np.random.default_rng(count)
+    truth = draws.random(count) < 0.1
+    return draws.normal(truth * 1.5 - 1, 1).astype(np.float32), truth
+
+
+def test_the_counted_scores_of_all_parts_assess_a_filter_as_the_scores_themselves():
+    scores, truth = labelled_scores(5000)
+    scores[:100] = scores[100:200]  # ties
+    counts = ScoreCounts()
+    for part in np.array_split(np.random.default_rng(0).permutation(5000), 7):
+        counts.add(scores[part], truth[part])
+    assert counts.outcomes.tolist() == [
+        [(~truth & (scores < 0)).sum(), (~truth & (scores >= 0)).sum()],
+        [(truth & (scores < 0)).sum(), (truth & (scores >= 0)).sum()],
+    ]
+    assert counts.area == pytest.approx(roc_auc_score(truth, scores), abs=1e-12)
+    every, shows, rows = counts.weighted()
+    assert rows.sum() == 5000 and rows[shows].sum() == truth.sum()
+    assert (every * rows).sum() == pytest.approx(scores.sum(dtype=float), rel=1e-6)
+
+
+def test_scores_of_many_rows_take_bounded_memory_and_the_area_hardly_changes(monkeypatch):
+    monkeypatch.setattr(score_counts, "MAX_DISTINCT", 2**13)
+    monkeypatch.setattr(score_counts, "BUFFERED", 2**15)
+    scores, truth = labelled_scores(300_000)
+    orders = (np.arange(300_000), np.random.default_rng(1).permutation(300_000))
+    counted = []
+    for order in orders:
+        counts = ScoreCounts()
+        for part in np.array_split(order, 40):
+            counts.add(scores[part], truth[part])
+        assert len(counts.weighted()[0]) <= 2 * 2**13
+        assert counts.outcomes[1, 0] == (truth & (scores < 0)).sum()
+        counted.append(counts)
+    first, second = (counts.weighted() for counts in counted)
+    assert all(np.array_equal(one, other) for one, other in zip(first, second, strict=True))
+    assert counted[0].area == pytest.approx(roc_auc_score(truth, scores), abs=1e-3)
+
+
+def test_the_errors_shown_of_parts_are_those_of_the_whole_corpus():
+    scores, truth = labelled_scores(4000)
+    missed, sure = shown_errors(scores, truth)
+    assert len(missed) == MISSED_SHOWN and (scores[missed] < 0).all() and truth[missed].all()
+    left = np.empty(0, int)
+    for part in np.array_split(np.arange(4000), 9):
+        own = part[np.sort(np.concatenate(shown_errors(scores[part], truth[part])))]
+        left = np.concatenate([left, own])
+        left = left[np.sort(np.concatenate(shown_errors(scores[left], truth[left])))]
+    assert left.tolist() == sorted([*missed.tolist(), *sure.tolist()])
+
+
+# -- the driver ------------------------------------------------------------------------------------
+
+
+def entry(number):
+    sha256 = f"{number:064x}"
+    return {"name": f"{number:06d}.tar", "count": 9, "bytes": 10**9 + number, "sha256": sha256}
+
+
+def test_the_driver_of_cleaning_holds_less_than_300_bytes_a_part_with_its_shard():
+    count = 8_000
+    with Peak() as peak:
+        parts = find_parts(f"/corpora/raw/{{000000..{count - 1:06d}}}.tar")
+        judged, entries = Judged(count), ShardEntries(count)
+        for n in range(count):
+            counts = {"too small": 1000}, {"too small": "x"}
+            judged.add(PartResult(n, "state", 10_000, 9_000, 0, *counts))
+        starts, shards = plan_tasks(judged.kept, 10_000)
+        for n in range(count):
+            entries.add(entry(n))
+    assert len(parts) == len(starts) - 1 == shards[-1] == count
+    assert peak.bytes < 300 * count
+
+
+@pytest.mark.parametrize("numbers", [[], [0], [0, 1, 3]])
+def test_an_index_is_written_entry_by_entry_as_json_writes_it_whole(tmp_path, numbers):
+    entries = ShardEntries(5)
+    for number in reversed(numbers):
+        entries.add(entry(number))
+    index = finish(tmp_path, entries)
+    whole = {"count": 9 * len(numbers), "shards": [entry(number) for number in numbers]}
+    assert (tmp_path / "index.json").read_text() == json.dumps(whole, indent=1)
+    assert index["count"] == entries.rows == whole["count"]
+    assert list(index["shards"]) == whole["shards"] and not (tmp_path / ".work").exists()

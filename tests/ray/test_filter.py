@@ -427,10 +427,7 @@ def test_a_person_labels_in_rounds_and_the_filter_then_cleans_a_corpus(
         and len(left) + len(dropped) == 240
         and set(dropped["reason"].to_pylist()) == {"with red"}
     )
-    assert (
-        sum(caption.startswith(RED) for caption in left)
-        == (done.assessment.truth & (done.assessment.scores < 0)).sum()
-    )
+    assert sum(caption.startswith(RED) for caption in left) == done.assessment.counts.outcomes[1, 0]
     page = (tmp_path / "left" / "report.html").read_text()
     assert (
         "varied" in page
@@ -459,8 +456,10 @@ def test_with_known_labels_all_rounds_run_at_once_and_the_filter_is_assessed(
         truth=TRUTH,
         held_out=str(varied_corpus),
     )
-    assert (done.labelled, done.waiting) == (80, 0) and done.assessment.truth.sum() == 60
-    assert done.assessment.area > 0.9 and "of 60 missed" in str(done.assessment)
+    assert (done.labelled, done.waiting) == (80, 0) and done.assessment.counts.outcomes[
+        1
+    ].sum() == 60
+    assert done.assessment.counts.area > 0.9 and "of 60 missed" in str(done.assessment)
     page = (tmp_path / "report.html").read_text()
     assert (
         str(done.assessment)[:30] in page

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 import ray
 
 from ... import storage
@@ -41,7 +42,7 @@ from ..embed import (
 from ..rows import PAGE, refuse_source
 from .clean import digest_of, sources_of
 from .clean_page import PAGE_PARTS
-from .filter_report import Assessment, applied_page
+from .filter_report import Assessment, applied_page, shown_errors
 from .judge import (
     Judged,
     PartResult,
@@ -53,8 +54,9 @@ from .judge import (
     state_of,
 )
 from .run_folder import own
+from .score_counts import ScoreCounts
 from .tables import load
-from .tasks import TRIES, run_on
+from .tasks import TRIES, run_each, run_on
 from .write import Writing, close, finish_corpus, write_rows
 
 log = logging.getLogger(__name__)
@@ -89,8 +91,7 @@ def apply_content(
     """Write the rows of `source` that pass the filter at `path` to `out`, with an index and PAGE.
 
     A manifest lists the dropped rows. `clip`: current path of the CLIP that the filter was fitted
-    with, by default its path at that time. `truth` is for small corpora: the scores of all rows
-    are then read into this process. Raises UserError (ContentError for another CLIP).
+    with, by default its path at that time. Raises UserError (ContentError for another CLIP).
     """
     refuse_source(source, [], out)
     content = load_filter(path)
@@ -114,14 +115,18 @@ def apply_content(
         writing = Writing(folder, run.work, f"{run.work}/{judged.digest}", per_shard, None, None)
         entries, faults, tasks = write_rows(parts, judged, run, writing)
         report = judged.report(faults)
-        report.kept = sum(entry["count"] for entry in entries)
+        report.kept = entries.rows
         about = {"source": source, "filter": content.name, "clip_sha256": content.clip}
         finish_corpus(parts, judged, report, writing, tasks, about)
-        scored, scores, labels = _scored_rows(parts, judged, run.work, truth is not None)
+        numbers = np.flatnonzero(judged.read)
         assessment = None
         if truth is not None:
             on = f"{source}, its labelled rows included"
-            assessment = Assessment(on, scored, scores, labels)
+            assessment = _assess(on, parts, numbers, run.work)
+        if len(numbers) > PAGE_PARTS:
+            numbers = np.sort(np.random.default_rng(0).choice(numbers, PAGE_PARTS, replace=False))
+        tables = [_scored_rows(number, run.work) for number in numbers.tolist()]
+        scored, scores, _ = _rows_to_show(pyarrow.concat_tables(tables), parts)
         title, read = f"{source} without {content.name}", int(judged.read.sum())
         html = applied_page(title, read, len(parts), report, scored, scores, assessment)
         storage.put(html.encode(), f"{folder}/{PAGE}")
@@ -185,10 +190,11 @@ class Scorer:
 
 def _score(parts: Sequence[Part], folder: str, scorer: Scorer, settings: tuple) -> Judged:
     judged = Judged(len(parts))
-    arguments = [(number, part, folder) for number, part in enumerate(parts)]
-    counts = [part.count or len(part.files) for part in parts]
+    arguments = ((number, part, folder) for number, part in enumerate(parts))
+    known = all(part.count or part.files for part in parts)
+    rows = sum(part.count or len(part.files) for part in parts)
     results: Iterator[PartResult]
-    if all(counts) and sum(counts) <= INLINE_IMAGES:  # starting actors takes some 10 s
+    if known and rows <= INLINE_IMAGES:  # starting actors takes some 10 s
         results = (scorer.score(*some) for some in arguments)
     else:
         gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -204,29 +210,46 @@ def _score(parts: Sequence[Part], folder: str, scorer: Scorer, settings: tuple) 
     return judged
 
 
-def _scored_rows(
-    parts: Sequence[Part], judged: Judged, folder: str, everything: bool
-) -> tuple[EmbeddedCorpus, np.ndarray, np.ndarray]:
-    """Rows with a score, for their pictures, with scores (N,) and labels (N,) bool.
+def _scored_rows(number: int, folder: str) -> pyarrow.Table:
+    """Caption, score, truth, part and position of the rows of a part that have a score."""
+    rows = load(judged_file(folder, number), ["caption", "score", "truth"])
+    rows = rows.append_column("part", pyarrow.array(np.full(len(rows), number)))
+    rows = rows.append_column("position", pyarrow.array(np.arange(len(rows))))
+    return rows.filter(pyarrow.compute.invert(pyarrow.compute.is_nan(rows["score"])))
 
-    `everything`: of all parts, instead of a few drawn ones.
-    """
-    numbers = np.flatnonzero(judged.read)
-    if not everything and len(numbers) > PAGE_PARTS:
-        numbers = np.sort(np.random.default_rng(0).choice(numbers, PAGE_PARTS, replace=False))
-    tables = []
-    for number in numbers.tolist():
-        rows = load(judged_file(folder, number), ["caption", "score", "truth"])
-        rows = rows.append_column("part", pyarrow.array(np.full(len(rows), number)))
-        tables.append(rows.append_column("position", pyarrow.array(np.arange(len(rows)))))
-    rows = pyarrow.concat_tables(tables)
-    scores = rows["score"].to_numpy()
-    scored = np.flatnonzero(~np.isnan(scores))
-    rows = rows.take(scored)
+
+def _rows_to_show(
+    rows: pyarrow.Table, parts: Sequence[Part]
+) -> tuple[EmbeddedCorpus, np.ndarray, np.ndarray]:
+    """Rows for their pictures, with scores (N,) and labels (N,) bool."""
     places = list(zip(rows["part"].to_pylist(), rows["position"].to_pylist(), strict=True))
     captions = rows["caption"].to_pylist()
-    labels = np.array(rows["truth"].to_pylist(), bool)
     corpus = EmbeddedCorpus(
-        [], places, parts, captions, np.arange(len(scored)), None, np.empty((0, 0))
+        [], places, parts, captions, np.arange(len(rows)), None, np.empty((0, 0))
     )
-    return corpus, scores[scored], labels
+    return corpus, rows["score"].to_numpy(), np.array(rows["truth"].to_pylist(), bool)
+
+
+def _assess(on: str, parts: Sequence[Part], numbers: np.ndarray, folder: str) -> Assessment:
+    """The filter's errors on all rows of these parts, counted part by part."""
+    counts, shown = ScoreCounts(), None
+    arguments = ((number, folder) for number in numbers.tolist())
+    for scores, truth, rows in run_each(_errors_of_part, arguments):
+        counts.add(scores, truth)
+        shown = _shown(rows if shown is None else pyarrow.concat_tables([shown, rows]))
+    return Assessment(on, counts, *_rows_to_show(shown, parts))
+
+
+def _errors_of_part(number: int, folder: str) -> tuple[np.ndarray, np.ndarray, pyarrow.Table]:
+    """Scores (N,) and labels (N,) bool of a part, and its rows that the page may show."""
+    rows = _scored_rows(number, folder)
+    truth = np.array(rows["truth"].to_pylist(), bool)
+    return rows["score"].to_numpy(), truth, _shown(rows)
+
+
+def _shown(rows: pyarrow.Table) -> pyarrow.Table:
+    """The errors among rows that a page shows, in the order of the corpus."""
+    rows = rows.sort_by([("part", "ascending"), ("position", "ascending")])
+    truth = np.array(rows["truth"].to_pylist(), bool)
+    errors = shown_errors(rows["score"].to_numpy(), truth)
+    return rows.take(np.sort(np.concatenate(errors)))

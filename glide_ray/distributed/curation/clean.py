@@ -75,7 +75,7 @@ def clean(
         writing = Writing(folder, run.work, later, config.per_shard, search, edit)
         entries, faults, tasks = write_rows(parts, judged, run, writing)
         report = judged.report(faults)
-        report.kept = sum(entry["count"] for entry in entries)
+        report.kept = entries.rows
         about: dict[str, Any] = {"source": source, "settings": config.model_dump()}
         about["captions_dropped"] = judged.captions_dropped
         finish_corpus(parts, judged, report, writing, tasks, about)

@@ -5,50 +5,38 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
-from ...data.content import (
-    ContentFilter,
-    missed_interval,
-)
+from ...data.content import ContentFilter
 from ...data.filters import Report
 from ...evaluation.pages import Picture, Section, page
 from ...evaluation.report import roc_curve
 from ..embed import EmbeddedCorpus
+from .score_counts import ScoreCounts
 
 PICTURES_SHOWN = 24  # pictures in a section of the page
+MISSED_SHOWN = 4 * PICTURES_SHOWN
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """Performance of a filter on rows that it was not fitted on."""
+    """Performance of a filter on rows that it was not fitted on.
+
+    `counts` has all of them; `rows` are those that the page may show, with their scores and truth.
+    """
 
     on: str  # description of these rows
+    counts: ScoreCounts
     rows: EmbeddedCorpus
     scores: np.ndarray  # (N,), 0 at the decision boundary, dropped from there on
     truth: np.ndarray  # (N,) bool: whether a row has the content
 
-    def __str__(self) -> str:
-        missed, positives, caught, without = (
-            (self.truth & (self.scores < 0)).sum(),
-            self.truth.sum(),
-            (~self.truth & (self.scores >= 0)).sum(),
-            (~self.truth).sum(),
-        )
-        low, high = missed_interval(int(missed), int(positives))
-        return (
-            f"on {self.on}: {missed} of {positives:,} missed ({missed / max(1, positives):.2%}, "
-            f"95% interval {low:.2%} to {high:.2%}); {caught / max(1, without):.1%} of "
-            f"{without:,} rows without it dropped; area under the ROC {self.area:.3f}"
-        )
+    @classmethod
+    def of(cls, on: str, rows: EmbeddedCorpus, scores: np.ndarray, truth: np.ndarray) -> Assessment:
+        """An assessment of rows that are all in memory."""
+        return cls(on, ScoreCounts.of(scores, truth), rows, scores, truth)
 
-    @property
-    def area(self) -> float:
-        return (
-            float(roc_auc_score(self.truth, self.scores))
-            if 0 < self.truth.sum() < len(self.truth)
-            else float("nan")
-        )
+    def __str__(self) -> str:
+        return f"on {self.on}: {self.counts}"
 
 
 @dataclass(frozen=True)
@@ -98,31 +86,41 @@ def fit_page(done: FilterFit, embedded: EmbeddedCorpus) -> str:
 
 
 def truth_sections(assessment: Assessment) -> list[Section]:
-    rows, scores, truth = assessment.rows, assessment.scores, assessment.truth
-    missed, dropped = np.flatnonzero(truth & (scores < 0)), np.flatnonzero(~truth & (scores >= 0))
-    sure = dropped[np.argsort(-scores[dropped])][:PICTURES_SHOWN].tolist()
+    rows, counts = assessment.rows, assessment.counts
+    missed, sure = shown_errors(assessment.scores, assessment.truth)
+    all_missed = int(counts.outcomes[1, 0])
     return [
         Section(
             "Assessment",
             str(assessment),
             width=440,
-            groups=[[Picture(roc_curve(scores, truth))]] if 0 < truth.sum() < len(truth) else [],
+            groups=[[Picture(roc_curve(*counts.weighted()))]] if counts.both else [],
         ),
         Section(
-            f"Missed: all {len(missed)}"
-            if len(missed) <= 4 * PICTURES_SHOWN
-            else f"Missed: {4 * PICTURES_SHOWN} of {len(missed)}",
-            groups=rows.pictures(missed[: 4 * PICTURES_SHOWN].tolist()),
+            f"Missed: all {all_missed}"
+            if all_missed <= MISSED_SHOWN
+            else f"Missed: {MISSED_SHOWN} of {all_missed}",
+            groups=rows.pictures(missed.tolist()),
         ),
         Section(
             "Dropped although they lack the content, highest score first",
-            groups=rows.pictures(sure),
+            groups=rows.pictures(sure.tolist()),
         ),
     ]
 
 
-def score_bars(scores: np.ndarray, bins: int = 14) -> list[tuple[str, int]]:
-    counts, edges = np.histogram(scores, bins)
+def shown_errors(scores: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that a page shows: the first missed ones, and those dropped by the highest scores."""
+    missed, dropped = np.flatnonzero(truth & (scores < 0)), np.flatnonzero(~truth & (scores >= 0))
+    by_score = dropped[np.argsort(-scores[dropped], kind="stable")]
+    return missed[:MISSED_SHOWN], by_score[:PICTURES_SHOWN]
+
+
+def score_bars(
+    scores: np.ndarray, rows: np.ndarray | None = None, bins: int = 14
+) -> list[tuple[str, int]]:
+    """Histogram of scores (N,); `rows` (N,): rows that have each score, by default one."""
+    counts, edges = np.histogram(scores, bins, weights=rows)
     return [
         (f"{low:.2f} to {high:.2f}", int(count))
         for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
@@ -138,8 +136,16 @@ def applied_page(
     scores: np.ndarray,
     assessment: Assessment | None,
 ) -> str:
-    """Page on rows that a filter was applied to; `embedded` and `scores` (N,) are those it saw."""
+    """Page on rows that a filter was applied to.
+
+    `embedded` and `scores` (N,): rows of a few parts, or of all.
+    """
     draws = np.random.default_rng(0)
+    if assessment is None:
+        bars = score_bars(scores)
+    else:
+        every, _, rows = assessment.counts.weighted()
+        bars = score_bars(every, rows)
     passing, dropped = np.flatnonzero(scores < 0), np.flatnonzero(scores >= 0)
 
     def shown(rows: np.ndarray, count: int) -> list[list[Picture]]:
@@ -156,7 +162,7 @@ def applied_page(
             "Their rows before the fault were read.",
             lines=sorted(set(counted.faults)),
         ),
-        Section("Scores", "Rows with a score of 0 or more are dropped.", bars=score_bars(scores)),
+        Section("Scores", "Rows with a score of 0 or more are dropped.", bars=bars),
         *(truth_sections(assessment) if assessment else []),
         Section(
             "Kept rows, at random",

@@ -282,7 +282,7 @@ def _assess(
         apart = EmbeddedCorpus.of(embed(parts, clip, truth, group=config.group)[0], parts)
         assert apart.truth is not None  # embedded with the rule, as is `embedded`
         if apart.truth.sum() >= MIN_HELD_OUT_ROWS:
-            return Assessment(held_out, apart, content.score(apart.features), apart.truth)
+            return Assessment.of(held_out, apart, content.score(apart.features), apart.truth)
     assert embedded.truth is not None
     scores = assess(pool, embedded.truth, config)
     usable = np.flatnonzero(~np.isnan(scores)).tolist()
@@ -296,7 +296,7 @@ def _assess(
         truth=embedded.truth[usable],
         features=embedded.features[usable],
     )
-    return Assessment(on, rows, scores[usable], embedded.truth[usable])
+    return Assessment.of(on, rows, scores[usable], embedded.truth[usable])
 
 
 def _write_sheet(out: Path, embedded: EmbeddedCorpus, rows: Sequence[int], first_line: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ import ray
 from ... import storage
 from ...data.filters import NEAR_DUPLICATE, Report
 from ...data.readers.fetch import CHANGED
-from ...data.shards import Sample, finish, in_batches, write_shard
+from ...data.shards import Sample, ShardEntries, finish, in_batches, write_shard
 from ...data.sources import Part, read_part
 from ...errors import UserError
 from ...progress import bar
@@ -62,7 +63,7 @@ class Writing:
 
 def write_rows(
     parts: Sequence[Part], judged: Judged, run: RunFolder, writing: Writing
-) -> tuple[list[dict[str, Any]], list[str], int]:
+) -> tuple[ShardEntries, list[str], int]:
     """Write the kept rows. Returns the entries of the shards, messages on faults, and the tasks."""
     starts, shards = plan_tasks(judged.kept, writing.per_shard)
     plan = json.dumps({"shards": int(shards[-1])}).encode()
@@ -74,17 +75,15 @@ def write_rows(
             zip(starts[:-1], starts[1:], shards[:-1], strict=True)
         )
     )
-    written: list[tuple[int, list[dict[str, Any]], list[str]]] = []
+    written = ShardEntries(int(shards[-1]))
+    faults: list[tuple[int, str]] = []
     with bar("write", "row", int(judged.kept.sum())) as progress:
-        for number, entries, faults in run_each(_write_parts, arguments):
-            written.append((number, entries, faults))
+        for number, entries, messages in run_each(_write_parts, arguments):
+            for entry in entries:
+                written.add(entry)
+            faults += [(number, message) for message in messages]
             progress.update(sum(entry["count"] for entry in entries))
-    written.sort(key=lambda task: task[0])
-    return (
-        [entry for _, entries, _ in written for entry in entries],
-        [fault for *_, faults in written for fault in faults],
-        len(written),
-    )
+    return written, [message for _, message in sorted(faults)], len(starts) - 1
 
 
 def plan_tasks(kept: np.ndarray, per_shard: int) -> tuple[np.ndarray, np.ndarray]:
@@ -92,15 +91,17 @@ def plan_tasks(kept: np.ndarray, per_shard: int) -> tuple[np.ndarray, np.ndarray
 
     A task has the parts of one shard, or a part that makes several.
     """
-    starts, shards, rows, shard = [0], [0], 0, 0
-    for part, count in enumerate(kept.tolist()):
+    starts, shards, rows, shard = array("q", [0]), array("q", [0]), 0, 0
+    for part, count in enumerate(memoryview(kept)):
         if rows and rows + count > per_shard:
             shard += -(-rows // per_shard)
             starts.append(part)
             shards.append(shard)
             rows = 0
         rows += count
-    return np.array([*starts, len(kept)]), np.array([*shards, shard + -(-rows // per_shard)])
+    starts.append(len(kept))
+    shards.append(shard + -(-rows // per_shard))
+    return np.asarray(starts), np.asarray(shards)
 
 
 def _write_parts(
@@ -251,7 +252,7 @@ def finish_corpus(
     carry_card(parts, writing.out, report.kept)
 
 
-def close(run: RunFolder, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def close(run: RunFolder, entries: ShardEntries) -> dict[str, Any]:
     """Write the index and delete the files of the run. Returns the index."""
     run.check()
     run.stop()
