@@ -83,7 +83,9 @@ class DataConfig(Frozen):
         description="upsamplers: share of low-res images that are blurred; 0.5 in Ho et al. (2021)",
     )
     shuffle_buffer: int = Field(
-        2048, ge=0, description="rows in the shuffle buffer of each reading task"
+        2048,
+        ge=0,
+        description="rows in the shuffle buffer of each reading task, 256 MiB of pictures at most",
     )
     shares: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
         {},

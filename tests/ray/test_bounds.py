@@ -13,6 +13,7 @@ from helpers.drawings import drawn_samples
 from helpers.tiny import corpus_settings, tiny
 from sklearn.metrics import roc_auc_score
 
+from glide_ray.bench.data import bench_photos
 from glide_ray.data.readers.parquet import BUFFER, read_parquet
 from glide_ray.data.sample import in_groups
 from glide_ray.data.shards import Sample, ShardEntries, ShardError, finish, write_shard
@@ -262,3 +263,9 @@ def test_an_index_is_written_entry_by_entry_as_json_writes_it_whole(tmp_path, nu
     assert (tmp_path / "index.json").read_text() == json.dumps(whole, indent=1)
     assert index["count"] == entries.rows == whole["count"]
     assert list(index["shards"]) == whole["shards"] and not (tmp_path / ".work").exists()
+
+
+def test_the_benchmark_of_photos_compares_both_ways_to_decode_them():
+    figures = bench_photos(repeats=1, photos=1)
+    assert 0 < figures["photo_ms"] < figures["photo_ms_without_draft"]
+    assert figures["photo_ratio"] > 1
