@@ -224,7 +224,7 @@ def _add_all(tar: tarfile.TarFile, samples: Iterable[Sample]) -> int:
             member = tarfile.TarInfo(f"{name}.{suffix}")
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-        tar.members = []  # type: ignore[assignment]  # tarfile keeps all headers otherwise
+        tar.members = []  # type: ignore[attr-defined]  # tarfile keeps all headers otherwise
     return len(names)
 
 

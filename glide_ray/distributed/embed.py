@@ -161,7 +161,8 @@ def _by_actors(
 
     def read(batch: dict[str, np.ndarray]) -> Iterator[pyarrow.Table]:
         report = Report()
-        yield from blocks(*its_own(batch), report)
+        number, part = its_own(batch)
+        yield from blocks(number, part, report)
         ray.get(tally.add.remote(report))
 
     def tables() -> Iterator[pyarrow.Table]:

@@ -139,7 +139,8 @@ def _seekable(file: IO[bytes], name: str) -> tuple[IO[bytes], bool]:
     unpacked = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)
     whole = True
     try:
-        with nullcontext(file) if unpack is None else unpack(file) as stream:
+        source: Any = nullcontext(file) if unpack is None else unpack(file)
+        with source as stream:
             while chunk := stream.read1(CHUNK):
                 unpacked.write(chunk)
     except UNPACKING:

@@ -109,7 +109,7 @@ def dropped_copies(search: Search, part: int) -> pyarrow.Table:
 
 def _group_starts(kept: np.ndarray) -> np.ndarray:
     starts, rows = [0], 0
-    for part, count in enumerate(memoryview(kept)):
+    for part, count in enumerate(kept.data):
         if rows and rows + count > GROUP_ROWS:
             starts.append(part)
             rows = 0

@@ -92,7 +92,7 @@ def plan_tasks(kept: np.ndarray, per_shard: int) -> tuple[np.ndarray, np.ndarray
     A task has the parts of one shard, or a part that makes several.
     """
     starts, shards, rows, shard = array("q", [0]), array("q", [0]), 0, 0
-    for part, count in enumerate(memoryview(kept)):
+    for part, count in enumerate(kept.data):
         if rows and rows + count > per_shard:
             shard += -(-rows // per_shard)
             starts.append(part)
