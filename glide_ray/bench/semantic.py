@@ -29,12 +29,13 @@ def bench_semantic() -> dict[str, Any]:
     `copies_found` is the share of planted copies of which one of the two is dropped.
     """
     connect(2)
-    with tempfile.TemporaryDirectory() as folder, Watch() as watch:
+    with tempfile.TemporaryDirectory() as folder:
         judged = Judged(ROWS // PART_ROWS)
         for part in run_each(_draw_part, ((n, folder) for n in range(ROWS // PART_ROWS))):
             judged.add(part)
         began = time.monotonic()
-        search = find_semantic_duplicates(judged, folder, folder, f"{folder}/x", None, LIMIT)
+        with Watch() as watch:
+            search = find_semantic_duplicates(judged, folder, folder, f"{folder}/x", None, LIMIT)
         seconds = time.monotonic() - began
         found = false = 0
         for number in range(ROWS // PART_ROWS):
@@ -54,11 +55,11 @@ def bench_semantic() -> dict[str, Any]:
 
 def _draw_part(number: int, folder: str) -> PartResult:
     """Features around the centres; the last COPIES rows are noisy copies of the first ones."""
-    centres = np.random.default_rng(0).normal(size=(CENTRES, HEAD)).astype(np.float32)
+    centres = np.random.default_rng(0).standard_normal((CENTRES, HEAD), np.float32)
     draws = np.random.default_rng([1, number])
     features = centres[draws.integers(0, CENTRES, PART_ROWS)]
-    features = features + SPREAD * draws.normal(size=features.shape).astype(np.float32)
-    noise = draws.normal(size=(COPIES, HEAD)).astype(np.float32)
+    features += SPREAD * draws.standard_normal(features.shape, np.float32)
+    noise = draws.standard_normal((COPIES, HEAD), np.float32)
     features[-COPIES:] = features[:COPIES] + NOISE * np.sqrt(1 + SPREAD**2) * noise
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     save_features(folder, number, np.arange(PART_ROWS), features)

@@ -114,7 +114,9 @@ def check_kills(source, out, folder, kills, draw_wait, written, *changes):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("changes", [(), ("semantic=0.9", "baseline=image_based")])
+@pytest.mark.parametrize(
+    "changes", [(), ("semantic=0.9", "baseline=image_based")], ids=["plain", "with features"]
+)
 def test_killed_runs_resume_and_write_the_same_bytes(changes, tmp_path):
     source, out = str(tmp_path / "in"), str(tmp_path / "out")
     corpus(source)

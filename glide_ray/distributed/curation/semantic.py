@@ -74,6 +74,10 @@ def find_semantic_duplicates(
 
 
 def _assign(search: FeatureSearch, group: int, centroids: np.ndarray) -> None:
+    save_many(_by_bucket(search, group, centroids), search.path("assign", group))
+
+
+def _by_bucket(search: FeatureSearch, group: int, centroids: np.ndarray) -> list[pyarrow.Table]:
     tables = [ASSIGNED.empty_table()]
     for part in search.parts(group):
         position, key, features = search.kept(part)
@@ -83,7 +87,7 @@ def _assign(search: FeatureSearch, group: int, centroids: np.ndarray) -> None:
             tables.append(pyarrow.table([*columns, column_of(features)], schema=ASSIGNED))
     rows = pyarrow.concat_tables(tables)
     bucket = rows["cluster"].to_numpy().astype(np.int64) * search.buckets // len(centroids)
-    save_many(split(rows, bucket, search.buckets), search.path("assign", group))
+    return split(rows, bucket, search.buckets)
 
 
 def _compare(search: FeatureSearch, bucket: int, limit: float) -> None:
