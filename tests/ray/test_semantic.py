@@ -285,18 +285,20 @@ def test_intersection_keeps_what_both_keep(runs):
     assert kept_keys(folder / "intersection") == both and both
 
 
+@pytest.fixture(scope="module")
+def undisturbed(runs, tiny_weights):
+    """Settings of a run of all stages, and its output."""
+    folder, clip = runs[0], tiny_weights["clip"]
+    changes = ["baseline=clip_score", "clip_share=0.9", f"clip={clip}", "semantic=0.5"]
+    run(folder / "in", folder / "whole", *changes)
+    return changes, contents(folder / "whole")
+
+
 @pytest.mark.parametrize("stage", ["choose", "assign", "compare", "copies"])
 def test_a_run_that_is_interrupted_in_any_stage_resumes_to_the_same_bytes(
-    stage, runs, tiny_weights, tmp_path, monkeypatch
+    stage, runs, undisturbed, tmp_path, monkeypatch
 ):
-    folder, _ = runs
-    changes = [
-        "baseline=clip_score",
-        "clip_share=0.9",
-        f"clip={tiny_weights['clip']}",
-        "semantic=0.5",
-    ]
-    run(folder / "in", tmp_path / "whole", *changes)
+    folder, (changes, whole) = runs[0], undisturbed
 
     def interrupted(*arguments, **named):
         raise KeyboardInterrupt
@@ -315,7 +317,7 @@ def test_a_run_that_is_interrupted_in_any_stage_resumes_to_the_same_bytes(
             run(folder / "in", tmp_path / "out", *changes)
     assert list((tmp_path / "out").rglob("judged/000000.parquet"))
     done = run(folder / "in", tmp_path / "out", *changes)
-    ours, whole = contents(tmp_path / "out"), contents(tmp_path / "whole")
+    ours = contents(tmp_path / "out")
     assert ours.keys() == whole.keys() and done.report.dropped[SEMANTIC_DUPLICATE]
     assert all(ours[name] == whole[name] for name in ours if name != PAGE)
 

@@ -21,7 +21,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Modules and rooms that need an extra; the others import nothing but the core's dependencies.
 NEEDS = {
     "bench.clean": "cluster",
-    "bench.semantic": "cluster",
     "bench.data": "cluster test",
     "bench.load_generator": "cluster",
     "bench.serving": "cluster",

@@ -62,6 +62,8 @@ def clean(
     refuse_source(source, parts, out)
     storage.check_writable(out)  # fail before hours of reading
     files = check_settings(config)
+    if config.clip is not None:  # for processes with another working directory
+        config = config.model_copy(update={"clip": storage.absolute(config.clip)})
     folder = storage.absolute(out).rstrip("/")
     settings = [config.model_dump(), sources_of(rules), digest_of(parts), files]
     with own(folder, ["clean", settings]) as run:

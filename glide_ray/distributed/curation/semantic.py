@@ -21,7 +21,7 @@ import pyarrow
 
 from ...data.filters import SEMANTIC_DUPLICATE
 from .clusters import FEATURE_ROWS, FeatureSearch, cluster_count, fit_clusters, nearest, unit
-from .features import column_of, matrix_of
+from .features import column_of
 from .judge import Judged
 from .search import CopiesOfGroup, Search, gather_copies, group_starts, run_once
 from .tables import load_each, load_one, save_many, split
@@ -78,16 +78,18 @@ def _assign(search: FeatureSearch, group: int, centroids: np.ndarray) -> None:
 
 
 def _by_bucket(search: FeatureSearch, group: int, centroids: np.ndarray) -> list[pyarrow.Table]:
-    tables = [ASSIGNED.empty_table()]
+    pieces = [[ASSIGNED.empty_table()] for _ in range(search.buckets)]
     for part in search.parts(group):
         position, key, features = search.kept(part)
         if len(position):
             cluster, similarity = nearest(features, centroids)
             columns = [np.full(len(position), part, np.int32), position, key, cluster, similarity]
-            tables.append(pyarrow.table([*columns, column_of(features)], schema=ASSIGNED))
-    rows = pyarrow.concat_tables(tables)
-    bucket = rows["cluster"].to_numpy().astype(np.int64) * search.buckets // len(centroids)
-    return split(rows, bucket, search.buckets)
+            rows = pyarrow.table([*columns, column_of(features)], schema=ASSIGNED)
+            bucket = cluster.astype(np.int64) * search.buckets // len(centroids)
+            # part by part: sorting all rows of the group at once would take twice the memory
+            for some, piece in zip(pieces, split(rows, bucket, search.buckets), strict=True):
+                some.append(piece)
+    return [pyarrow.concat_tables(some) for some in pieces]
 
 
 def _compare(search: FeatureSearch, bucket: int, limit: float) -> None:
@@ -95,7 +97,7 @@ def _compare(search: FeatureSearch, bucket: int, limit: float) -> None:
     with tempfile.TemporaryFile() as file:  # a cluster may not fit into memory
         for path in search.paths("assign", search.groups):
             table = load_one(path, bucket)
-            file.write(matrix_of(table["feature"]).tobytes())
+            file.writelines(table["feature"].to_pylist())
             tables.append(table.drop_columns(["feature"]))
         file.flush()
         rows = pyarrow.concat_tables(tables)
