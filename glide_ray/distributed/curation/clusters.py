@@ -20,7 +20,8 @@ from .judge import judged_file
 from .search import Search, dropped_copies, run_once
 from .tables import load, load_each, save_many
 
-FEATURE_ROWS = 1 << 16  # rows of a group of parts whose features a task holds: 168 MB at width 1280
+# rows of a group of parts whose features a task holds: 168 MB at width 1280, and copies of them
+FEATURE_ROWS = 1 << 16
 MAX_CLUSTERS = 1 << 15  # that one process fits; 168 MB of centroids at width 1280
 SAMPLED = 256  # rows of the sample per cluster, as in Faiss
 BATCH_ROWS = 4  # rows per cluster of a batch of the sample, at least
