@@ -19,7 +19,7 @@ from .clean import Watch
 
 ROWS, PART_ROWS, COPIES = 10**5, 10_000, 300  # drawn features, of a part, and planted in each part
 CENTRES, SPREAD = 1000, 1.0  # of the drawn features; neighbours have a similarity of 0.5
-NOISE, LIMIT = 0.1, 0.95  # copies have a similarity of 0.99 or more
+NOISE, LIMIT = 0.1, 0.95  # copies have a similarity of 0.995
 
 
 def bench_semantic() -> dict[str, Any]:
