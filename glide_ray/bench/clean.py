@@ -30,7 +30,8 @@ from ..data.shards import Sample, write_shards
 from ..distributed.cluster import connect
 from ..distributed.curation.clean import clean
 from ..distributed.curation.judge import Judged, PartResult, write_judged
-from ..distributed.curation.near_duplicates import dropped_copies, find_near_duplicates
+from ..distributed.curation.near_duplicates import find_near_duplicates
+from ..distributed.curation.search import dropped_copies
 from ..distributed.curation.tasks import run_each
 from ..distributed.curation.write import plan_tasks
 

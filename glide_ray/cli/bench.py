@@ -32,6 +32,7 @@ benchmarks of this machine, with random weights:
               photo of 12 megapixels, as a ratio to decoding it whole
   clean       images per second of `glide clean`, as a ratio to a loop over Pillow
   duplicates  seconds and peak memory of its search for near-duplicates, at 10^5 to 10^7 images
+  semantic    seconds and peak memory of its search for semantic duplicates, at 10^5 images
   memory      peak memory of the stream over 100,000 images, as a ratio to 10,000
 benchmarks of trained models:
   samplers    distance of each sampler's pictures to those of 250 DDIM steps
@@ -183,6 +184,12 @@ def _duplicates(_: Namespace) -> dict[str, Any]:
     return bench_duplicates()
 
 
+def _semantic(_: Namespace) -> dict[str, Any]:
+    from ..bench.semantic import bench_semantic
+
+    return bench_semantic()
+
+
 def _samplers(options: Namespace) -> dict[str, Any]:
     from ..bench.quality import bench_samplers
 
@@ -223,6 +230,7 @@ BENCHMARKS: dict[str, Callable[[Namespace], dict[str, Any]]] = {
     "memory": _memory,
     "clean": _clean,
     "duplicates": _duplicates,
+    "semantic": _semantic,
     "samplers": _samplers,
     "inpainting": _inpainting,
     "guidance": _guidance,

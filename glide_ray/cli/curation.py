@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config.data import CleanConfig, FilterConfig
+from ..config.data import BASELINES, CleanConfig, FilterConfig
 from ..errors import UserError
 from .arguments import (
     CORPUS,
@@ -64,9 +64,12 @@ def _add_clean(commands: Commands) -> None:
         "clean",
         clean,
         "check every image and caption of a corpus, drop near-duplicates, write the rest as shards",
-        f"{settings_epilog(CleanConfig())}\nexample:\n"
+        f"{settings_epilog(CleanConfig())}\n"
+        f"baselines of DataComp: {', '.join(BASELINES)}\nexamples:\n"
         "  glide clean s3://bucket/raw --out s3://bucket/clean --set min_size=256 "
-        "--rule my_rules:is_outdoors",
+        "--rule my_rules:is_outdoors\n"
+        "  glide clean s3://bucket/raw --out s3://bucket/clean --set semantic=0.95 "
+        "--set baseline=clip_score --set clip=s3://models/clip-vit-large-patch14",
     )
     add_clean_options(command)
 

@@ -127,7 +127,8 @@ PURPOSES = {
     "cluster": "training with several workers, serving, curation and evaluation",
     "emoji": "the emoji corpus",
     "clip": "guidance by a public CLIP",
-    "judge": "`glide compose`",
+    "judge": "`glide compose`, and features of `glide clean`",
+    "language": "English captions in `glide clean`",
     "trackers": "MLflow and Weights & Biases",
 }
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
+from ..errors import nearest
 from .models import Frozen
 
 # Scripts common in web captions, as the first word of the Unicode names of their letters.
@@ -37,6 +38,9 @@ SCRIPTS = (
     "thai",
     "tibetan",
 )
+
+
+BASELINES = ("basic", "clip_score", "image_based", "intersection")  # see data/baselines.py
 
 
 class DataConfig(Frozen):
@@ -112,10 +116,44 @@ class CleanConfig(Frozen):
         ("latin",), description="scripts of the letters in captions, by Unicode name; none: any"
     )
     duplicates: bool = Field(True, description="drop near-duplicate images")
+    semantic: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="cosine similarity of features above which an image of the same cluster is a "
+        "semantic duplicate, such as 0.95 (SemDeDup); none: keep them",
+    )
+    baseline: str | None = Field(
+        None, description=f"filter of DataComp: {', '.join(BASELINES)}; none: no such filter"
+    )
+    clip: str | None = Field(
+        None,
+        description="CLIP of the features and scores: a weights file of glide_ray, or the folder "
+        "of a public CLIP; none: features of EfficientNet-Lite0",
+    )
+    clip_share: float = Field(
+        0.3,
+        gt=0,
+        le=1,
+        description="share of the rows, those with the highest CLIP scores, that clip_score and "
+        "intersection keep",
+    )
+    reference: str | None = Field(
+        None,
+        description="folder or corpus of reference images, for image_based and intersection; "
+        "DataComp takes ImageNet's training images",
+    )
     per_shard: int = Field(10_000, gt=0, description="rows of an output shard")
     caption_column: str | None = Field(
         None, description="field or column of captions, for tables and JSON with another name"
     )
+
+    @field_validator("baseline")
+    @classmethod
+    def _baseline_exists(cls, name: str | None) -> str | None:
+        if name is not None and name not in BASELINES:
+            raise ValueError(f"there is no filter {name!r}; {nearest(name, BASELINES)}")
+        return name
 
     @model_validator(mode="after")
     def _scripts_exist(self) -> CleanConfig:

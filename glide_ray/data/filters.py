@@ -29,6 +29,7 @@ BROKEN = "with a broken image"  # decoding fails; broken headers are "with an un
 NO_IMAGE, NO_CAPTION = "without an image", "without a caption"
 # found by comparing all rows of a corpus (`duplicates.py`), not row by row
 NEAR_DUPLICATE = "near-duplicates of another"
+SEMANTIC_DUPLICATE = "semantic duplicates of another"
 
 
 class Candidate:
@@ -208,7 +209,7 @@ def clean_captions(
     broken = [
         next((name for name, rule in rules.items() if not rule(caption)), None)
         for caption in captions
-    ] or [next(iter(rules))]
+    ] or [next(iter(rules), None)]
     kept = tuple(caption for caption, name in zip(captions, broken, strict=False) if name is None)
     return kept, None if kept else broken[0]
 

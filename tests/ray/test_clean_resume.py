@@ -42,10 +42,11 @@ def corpus(folder):
     write_shards(folder, samples, EACH)
 
 
-def start(source, out, folder):
+def start(source, out, folder, *changes):
     """Start the command as a driver of this session's Ray, which takes less time than its own."""
+    options = [word for change in ("per_shard=8", *changes) for word in ("--set", change)]
     return subprocess.Popen(
-        [sys.executable, "-m", "glide_ray", "clean", source, "--out", out, "--set", "per_shard=8"],
+        [sys.executable, "-m", "glide_ray", "clean", source, "--out", out, *options],
         cwd=folder,
         env={
             **without_ray(),
@@ -84,7 +85,7 @@ def files_of(out):
     return {file.removeprefix(out): storage.read(file) for file in found}
 
 
-def check_kills(source, out, folder, kills, draw_wait, written):
+def check_kills(source, out, folder, kills, draw_wait, written, *changes):
     """Kill runs, each after a drawn number of files written, and compare what the last ones make.
 
     A killed run is resumed by the next, until one ends before its wait; then all begins anew.
@@ -92,7 +93,7 @@ def check_kills(source, out, folder, kills, draw_wait, written):
     expected, judged = files_of(out), None
     storage.remove_folder(out)
     while kills:
-        process = start(source, out, folder)
+        process = start(source, out, folder, *changes)
         if not killed_at(process, written, written() + draw_wait()):
             assert process.returncode == 0, process.stdout.read()
             assert files_of(out) == expected
@@ -104,7 +105,7 @@ def check_kills(source, out, folder, kills, draw_wait, written):
         if f"/{MARKER}" in found and "/index.json" not in found:
             with pytest.raises(ShardError, match="is unfinished"):
                 find_parts(out)
-    printed = finished(start(source, out, folder))
+    printed = finished(start(source, out, folder, *changes))
     assert files_of(out) == expected
     if judged and f"/{MARKER}" in found:  # only parts that were in flight are judged again
         before = re.search(rf"(\d+) of {PARTS} parts were judged before", printed)
@@ -113,16 +114,21 @@ def check_kills(source, out, folder, kills, draw_wait, written):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_killed_runs_resume_and_write_the_same_bytes(tmp_path):
+@pytest.mark.parametrize(
+    "changes", [(), ("semantic=0.9", "baseline=image_based")], ids=["plain", "with features"]
+)
+def test_killed_runs_resume_and_write_the_same_bytes(changes, tmp_path):
     source, out = str(tmp_path / "in"), str(tmp_path / "out")
     corpus(source)
-    finished(start(source, out, tmp_path))
+    if changes:
+        changes += (f"reference={source}",)
+    finished(start(source, out, tmp_path, *changes))
     assert not (tmp_path / "out" / ".work").exists()
 
     def written():
         return sum(len(names) for *_, names in os.walk(out))
 
-    check_kills(source, out, tmp_path, 2, lambda: 12, written)
+    check_kills(source, out, tmp_path, 2, lambda: 12, written, *changes)
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ from glide_ray.data.duplicates import (
 )
 from glide_ray.distributed.curation import near_duplicates
 from glide_ray.distributed.curation.judge import Judged, PartResult, write_judged
-from glide_ray.distributed.curation.near_duplicates import dropped_copies, find_near_duplicates
+from glide_ray.distributed.curation.near_duplicates import find_near_duplicates
+from glide_ray.distributed.curation.search import dropped_copies
 
 PARTS, EACH = 7, 40
 

@@ -25,6 +25,7 @@ NEEDS = {
     "bench.load_generator": "cluster",
     "bench.serving": "cluster",
     "cli.doctor": "cluster",
+    "data.baselines": "language",
     "data.content": "cluster",
     "data.duplicates": "cluster",
     "data.render": "emoji",

@@ -112,7 +112,7 @@ def apply_content(
             why = " ".join(judged.report().faults)[:300]
             raise ContentError(f"No row of the corpus can be read. {why}".strip())
         log.info(f"writing {judged.kept.sum():,} rows to {out}")
-        writing = Writing(folder, run.work, f"{run.work}/{judged.digest}", per_shard, None, None)
+        writing = Writing(folder, run.work, f"{run.work}/{judged.digest}", per_shard, (), None)
         entries, faults, tasks = write_rows(parts, judged, run, writing)
         report = judged.report(faults)
         report.kept = entries.rows

@@ -1,7 +1,7 @@
-"""`glide clean`: judge every row of a corpus, drop near-duplicates, write the other rows as shards.
+"""`glide clean`: judge every row of a corpus, drop duplicates, write the other rows as shards.
 
-Near-duplicates are searched across the whole corpus. The corpus is read twice, once to judge and
-once to copy. In between the rows are in files of the output folder, and the driver holds some bytes
+Duplicates are searched across the whole corpus. The corpus is read twice, once to judge and once to
+copy. In between the rows are in files of the output folder, and the driver holds some bytes
 per part. A run that was interrupted resumes from these files.
 """
 
@@ -18,14 +18,19 @@ from typing import Any
 
 from ... import storage
 from ...config.data import CleanConfig
+from ...data.baselines import CLUSTERED, baseline_caption_rules, needs_scores
 from ...data.filters import Report, Rule, caption_rules, clean_captions
 from ...data.sources import Part, find_parts
 from ..cluster import connect, ship_modules
 from ..rows import PAGE, refuse_source
+from .baseline import choose_rows
 from .clean_page import clean_page
+from .features import check_settings
 from .judge import judge
 from .near_duplicates import find_near_duplicates
 from .run_folder import own
+from .search import Search
+from .semantic import find_semantic_duplicates
 from .write import Writing, close, finish_corpus, write_rows
 
 log = logging.getLogger(__name__)
@@ -56,23 +61,37 @@ def clean(
     parts = find_parts(source, config.caption_column)
     refuse_source(source, parts, out)
     storage.check_writable(out)  # fail before hours of reading
+    files = check_settings(config)
+    if config.clip is not None:  # for processes with another working directory
+        config = config.model_copy(update={"clip": storage.absolute(config.clip)})
     folder = storage.absolute(out).rstrip("/")
-    settings = [config.model_dump(), sources_of(rules), digest_of(parts)]
+    settings = [config.model_dump(), sources_of(rules), digest_of(parts), files]
     with own(folder, ["clean", settings]) as run:
         connect(2)
         ship_modules(rules.values())
         log.info(f"reading {len(parts):,} parts of {source}")
         judged = judge(parts, run.work, config, rules)
         run.check()
-        later = f"{run.work}/{judged.digest}"
-        search = None
+        later, chosen = f"{run.work}/{judged.digest}", run.work
+        if needs_scores(config) or config.baseline in CLUSTERED:
+            log.info(f"choosing rows as {config.baseline} among {judged.kept.sum():,}")
+            judged, chosen = choose_rows(parts, judged, run.work, f"{later}/baseline", config)
+            run.check()
+        searches: list[Search] = []
         if config.duplicates:
             log.info(f"looking for near-duplicates among {judged.kept.sum():,} images")
-            search = find_near_duplicates(judged, run.work, f"{later}/search")
+            searches = [find_near_duplicates(judged, chosen, f"{later}/search")]
+            run.check()
+        if config.semantic is not None:
+            log.info(f"looking for semantic duplicates among {judged.kept.sum():,} images")
+            near, limit = next(iter(searches), None), config.semantic
+            searches.append(
+                find_semantic_duplicates(judged, chosen, run.work, f"{later}/semantic", near, limit)
+            )
             run.check()
         log.info(f"writing {judged.kept.sum():,} rows to {out}")
         edit = partial(_clean, config=config)
-        writing = Writing(folder, run.work, later, config.per_shard, search, edit)
+        writing = Writing(folder, chosen, later, config.per_shard, searches, edit)
         entries, faults, tasks = write_rows(parts, judged, run, writing)
         report = judged.report(faults)
         report.kept = entries.rows
@@ -80,14 +99,15 @@ def clean(
         about["captions_dropped"] = judged.captions_dropped
         finish_corpus(parts, judged, report, writing, tasks, about)
         title = f"{source} cleaned into {out}"
-        html = clean_page(title, parts, judged, report, run.work, search)
+        html = clean_page(title, parts, judged, report, chosen, searches)
         storage.put(html.encode(), f"{folder}/{PAGE}")
         index = close(run, entries)
     return CleanResult(int(judged.read.sum()), report, judged.captions_dropped, index)
 
 
 def _clean(captions: Sequence[str], config: CleanConfig) -> tuple[str, ...]:
-    return clean_captions(captions, caption_rules(config))[0]
+    rules = {**caption_rules(config), **baseline_caption_rules(config)}
+    return clean_captions(captions, rules)[0]
 
 
 def sources_of(functions: Mapping[str, Callable]) -> dict[str, str]:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow
 
-from ...data.filters import NEAR_DUPLICATE, Report
+from ...data.filters import Report
 from ...data.sources import Part
 from ...evaluation.pages import Picture, Section, histogram, page, thumbnail
 from ..rows import read_rows
 from .judge import Judged, judged_file
-from .near_duplicates import Search, dropped_copies
+from .search import Search, dropped_copies
 from .tables import load
 
 # parts drawn, near-duplicate pairs, examples of each rule, random kept rows
@@ -24,13 +24,13 @@ Place = tuple[int, int]  # part and position of a row
 
 @dataclass
 class _Examples:
-    """Rows to show on the page: (kept, dropped) copies, dropped rows by reason, and kept rows.
+    """Rows to show on the page: (kept, dropped) copies and dropped rows by reason, and kept rows.
 
     `captions`: of these rows. `sizes` and `lengths`: of all kept rows of the parts drawn, in
     pixels of the shorter side and characters of the first caption.
     """
 
-    copies: list[tuple[Place, Place]]
+    copies: dict[str, list[tuple[Place, Place]]]
     dropped: dict[str, list[Place]]
     kept: list[Place]
     captions: dict[Place, str]
@@ -45,14 +45,14 @@ def clean_page(
     judged: Judged,
     report: Report,
     folder: str,
-    search: Search | None,
+    searches: Sequence[Search],
     seed: int = 0,
 ) -> str:
     """HTML of sizes, caption lengths, drops by rule with examples, copies, and random rows.
 
     `folder`: of the judged files.
     """
-    examples = _choose_examples(judged, report, folder, search, np.random.default_rng(seed))
+    examples = _choose_examples(judged, report, folder, searches, np.random.default_rng(seed))
     pictures = _pictures(parts, examples)
     of_parts = f"of {examples.parts:,} of {len(parts):,} parts"
     sections = [
@@ -74,10 +74,13 @@ def clean_page(
             f"Characters of the first caption, kept rows {of_parts}",
             bars=histogram(examples.lengths),
         ),
-        Section(
-            "Near-duplicates",
-            "Left: kept. Right: dropped.",
-            groups=[[pictures[kept], pictures[copy]] for kept, copy in examples.copies],
+        *(
+            Section(
+                f"Dropped: {why}",
+                "Left: kept. Right: dropped.",
+                groups=[[pictures[kept], pictures[copy]] for kept, copy in pairs],
+            )
+            for why, pairs in examples.copies.items()
         ),
         *(
             Section(f"Dropped: {why}", groups=[[pictures[row]] for row in of_rule])
@@ -89,20 +92,24 @@ def clean_page(
 
 
 def _choose_examples(
-    judged: Judged, report: Report, folder: str, search: Search | None, rng: np.random.Generator
+    judged: Judged,
+    report: Report,
+    folder: str,
+    searches: Sequence[Search],
+    rng: np.random.Generator,
 ) -> _Examples:
     # Showing a row costs a read of its shard: take the examples from a few shards.
     read = np.flatnonzero(judged.read)
     drawn = sorted(rng.choice(read, min(PAGE_PARTS, len(read)), replace=False).tolist())
     rows: list[pyarrow.Table] = []
-    copies: list[tuple[Place, Place]] = []
+    copies: dict[str, list[tuple[Place, Place]]] = {search.reason: [] for search in searches}
     for part in drawn:
         table = load(judged_file(folder, part), ["reason", "caption", "width", "height"])
         reason = np.array(table["reason"].to_pylist(), object)
-        if search is not None:
+        for search in searches:
             found = dropped_copies(search, part)
-            reason[found["position"].to_numpy()] = NEAR_DUPLICATE
-            copies += [
+            reason[found["position"].to_numpy()] = search.reason
+            copies[search.reason] += [
                 ((row["kept_part"], row["kept_position"]), (part, row["position"]))
                 for row in found.to_pylist()
             ]
@@ -119,10 +126,10 @@ def _choose_examples(
     dropped = {
         why: choose([row["place"] for row in rows if row["reason"] == why], PAGE_EXAMPLES)
         for why, _ in report.dropped.most_common()
-        if why != NEAR_DUPLICATE
+        if why not in copies
     }
     return _Examples(
-        choose(copies, PAGE_PAIRS),
+        {why: choose(pairs, PAGE_PAIRS) for why, pairs in copies.items()},
         dropped,
         choose([row["place"] for row in kept], PAGE_SAMPLES),
         {row["place"]: row["caption"] for row in rows},
@@ -137,7 +144,7 @@ def _pictures(parts: Sequence[Part], examples: _Examples) -> dict[Place, Picture
     places = sorted(
         {
             *examples.kept,
-            *(place for pair in examples.copies for place in pair),
+            *(place for pairs in examples.copies.values() for pair in pairs for place in pair),
             *(place for of_rule in examples.dropped.values() for place in of_rule),
         }
     )

@@ -20,9 +20,14 @@ import ray
 
 from ... import storage
 from ...config.data import CleanConfig
+from ...data.baselines import (
+    baseline_caption_rules,
+    baseline_image_rules,
+    needs_features,
+    needs_scores,
+)
 from ...data.duplicates import FINGERPRINT_BYTES, fingerprint, hash_of, sketch_of
 from ...data.filters import (
-    NEAR_DUPLICATE,
     Candidate,
     Report,
     Rule,
@@ -35,13 +40,16 @@ from ...data.filters import (
 from ...data.shards import SHARDS
 from ...data.sources import Part, read_part
 from ...errors import UserError
+from ...evaluation.picture_features import PictureFeatures
 from ...progress import bar
+from .features import PartFeatures, limit_threads, run_with_network, save_features
 from .tasks import TRIES, run_each
 
 log = logging.getLogger(__name__)
 
 # The row of position n is the n-th of the table. The columns after `height` are null in dropped
 # rows: the hash, sketch and whole of the fingerprint (see data/duplicates.py), and a hash of it.
+# `score` is the CLIP score, if there is one (see data/baselines.py).
 SCHEMA = pyarrow.schema(
     [
         ("key", pyarrow.large_string()),
@@ -53,6 +61,7 @@ SCHEMA = pyarrow.schema(
         ("sketch", pyarrow.uint64()),
         ("digest", pyarrow.uint64()),
         ("fingerprint", pyarrow.binary(FINGERPRINT_BYTES)),
+        ("score", pyarrow.float32()),
     ]
 )
 RESULT = b"glide_ray"  # key of a `PartResult` in the metadata of a file
@@ -100,14 +109,18 @@ class Judged:
         self._examples[reason] = min(self._examples.get(reason, example), example)
 
     def drop_copies(
-        self, parts: Sequence[int], counts: Sequence[int], example: tuple[int, str] | None
+        self,
+        reason: str,
+        parts: Sequence[int],
+        counts: Sequence[int],
+        example: tuple[int, str] | None,
     ) -> None:
-        """Count near-duplicates by part, with (part, key) of the first one."""
+        """Count duplicates by part, with (part, key) of the first one."""
         if example is not None:
             self.kept[parts] -= counts
-            self.dropped[NEAR_DUPLICATE] = self.dropped.get(NEAR_DUPLICATE, 0) + sum(counts)
+            self.dropped[reason] = self.dropped.get(reason, 0) + sum(counts)
             part, key = example
-            self._set_example(NEAR_DUPLICATE, (part, len(self.dropped), key))
+            self._set_example(reason, (part, len(self.dropped), key))
 
     @property
     def digest(self) -> str:
@@ -126,10 +139,17 @@ def judge(
     parts: Sequence[Part], folder: str, config: CleanConfig, rules: Mapping[str, Rule]
 ) -> Judged:
     """Judge each row independently of the others, into `judged_file`s of `folder`."""
-    settings, judged, resumed = ray.put((config, dict(rules))), Judged(len(parts)), 0
-    arguments = ((number, part, folder, settings) for number, part in enumerate(parts))
+    settings, judged, resumed = (config, dict(rules)), Judged(len(parts)), 0
+    results: Iterator[PartResult]
+    if needs_features(config) or needs_scores(config):
+        arguments = ((number, part, folder) for number, part in enumerate(parts))
+        results = run_with_network(NetworkJudge, settings, parts, arguments, died)
+    else:
+        shared = ray.put(settings)
+        with_rules = ((number, part, folder, shared) for number, part in enumerate(parts))
+        results = run_each(_judge_part, with_rules, died)
     with bar("clean", "part", len(parts)) as progress:
-        for result in run_each(_judge_part, arguments, died):
+        for result in results:
             judged.add(result)
             resumed += result.done_before
             progress.update(1)
@@ -181,24 +201,52 @@ def died(arguments: tuple[Any, ...]) -> PartResult:
     return result
 
 
+class NetworkJudge:
+    """Judges parts with a network that it loads once, as an actor or in this process."""
+
+    def __init__(self, config: CleanConfig, rules: Mapping[str, Rule]):
+        limit_threads()
+        self._settings, self._network = (config, rules), PictureFeatures(config.clip)
+
+    def judge(self, number: int, part: Part, folder: str) -> PartResult:
+        return _judge_part(number, part, folder, self._settings, self._network)
+
+
 def _judge_part(
-    number: int, part: Part, folder: str, settings: tuple[CleanConfig, Mapping[str, Rule]]
+    number: int,
+    part: Part,
+    folder: str,
+    settings: tuple[CleanConfig, Mapping[str, Rule]],
+    network: PictureFeatures | None = None,
 ) -> PartResult:
     state = state_of(part)
     earlier = read_result(folder, number)
     if earlier is not None and earlier.state == state and state and not earlier.faults:
         return replace(earlier, done_before=True)
     result = PartResult(number, state)
-    write_judged(list(_judged_rows(part, *settings, result)), result, folder)
+    config, rules = settings
+    features = PartFeatures(network, needs_scores(config)) if network else None
+    rows = list(_judged_rows(part, config, rules, result, features))
+    if features is not None:
+        # First: a judged file of a part means that its features are there.
+        positions, found = features.finish()
+        if needs_features(config):
+            save_features(folder, number, positions, found)
+    write_judged(rows, result, folder)
     return result
 
 
 def _judged_rows(
-    part: Part, config: CleanConfig, rules: Mapping[str, Rule], result: PartResult
+    part: Part,
+    config: CleanConfig,
+    rules: Mapping[str, Rule],
+    result: PartResult,
+    features: PartFeatures | None = None,
 ) -> Iterator[dict[str, Any]]:
-    rules_of_images, rules_of_captions = image_rules(config), caption_rules(config)
+    rules_of_images = {**image_rules(config), **baseline_image_rules(config)}
+    rules_of_captions, of_baseline = caption_rules(config), baseline_caption_rules(config)
     try:
-        for sample in read_part(part, etags_of(part, result.state)):
+        for position, sample in enumerate(read_part(part, etags_of(part, result.state))):
             candidate = Candidate(sample)
             captions, reason = clean_captions(sample.captions, rules_of_captions)
             reason = (
@@ -206,12 +254,13 @@ def _judged_rows(
                 or (reason and exact_reason(sample, reason))
                 or _first_broken_user_rule(candidate, rules)
             )
+            row: dict[str, Any] = {"key": sample.key}
+            if reason is None:
+                if features is not None:
+                    features.add(position, row, candidate.picture, captions)
+                captions, reason = clean_captions(captions, of_baseline)
             result.captions_dropped += sample.captions_unread + len(sample.captions) - len(captions)
-            row: dict[str, Any] = {
-                "key": sample.key,
-                "reason": reason or "",
-                "caption": captions[0] if captions else "",
-            }
+            row |= {"reason": reason or "", "caption": captions[0] if captions else ""}
             if reason is None:
                 width, height = candidate.picture.size
                 row |= {"width": width, "height": height}

@@ -20,10 +20,7 @@ took 28 s and 1.9 GB on two cores without comparing any; all the steps below too
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow
@@ -31,7 +28,6 @@ import ray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from ... import storage
 from ...data.duplicates import (
     FINGERPRINT_BYTES,
     alike,
@@ -40,39 +36,16 @@ from ...data.duplicates import (
     slice_of,
     stays_of,
 )
+from ...data.filters import NEAR_DUPLICATE
 from .judge import Judged, judged_file
+from .search import CopiesOfGroup, Search, gather_copies, group_starts, run_once, span
 from .tables import load, load_each, load_one, save, save_many, split
-from .tasks import run_each
 
 GROUP_ROWS = 1 << 20  # rows of a group of parts, unless a single part has more
 BUCKET_ROWS = 1 << 20  # rows of a bucket of fingerprints, on average
 SET_ROWS = 1 << 15  # rows of a set of components, unless a single component has more
 COMPARED_ROWS = 1 << 26  # rows that one task compares at most, on average
 MASK_ROWS = 1 << 22  # rows, times masks, that one task compares at least
-
-
-@dataclass(frozen=True)
-class Search:
-    """Folders and numbers of the search; every task receives it."""
-
-    judged: str  # folder of the judged files
-    folder: str  # folder of the search's own files
-    starts: np.ndarray  # first part of each group, and the number of parts
-    buckets: int
-    set_rows: int
-
-    def path(self, kind: str, number: int = 0) -> str:
-        return f"{self.folder}/{kind}/{number:06d}.parquet"
-
-    def paths(self, kind: str, count: int) -> list[str]:
-        return [self.path(kind, number) for number in range(count)]
-
-    @property
-    def groups(self) -> int:
-        return len(self.starts) - 1
-
-    def group_of(self, part: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self.starts, part, side="right") - 1
 
 
 def find_near_duplicates(judged: Judged, judged_folder: str, folder: str) -> Search:
@@ -82,67 +55,27 @@ def find_near_duplicates(judged: Judged, judged_folder: str, folder: str) -> Sea
     """
     rows = int(judged.kept.sum())
     buckets = -(-rows // BUCKET_ROWS) or 1
-    search = Search(judged_folder, folder, _group_starts(judged.kept), buckets, SET_ROWS)
-    _run(search, "partition", _partition, range(search.groups))
+    starts = group_starts(judged.kept, GROUP_ROWS)
+    search = Search(NEAR_DUPLICATE, judged_folder, folder, starts, buckets, SET_ROWS)
+    run_once(search, "partition", _partition, range(search.groups))
     distinct = np.zeros(search.buckets, np.int64)
-    for bucket, count in _run(search, "collapse", _collapse, range(search.buckets)):
+    for bucket, count in run_once(search, "collapse", _collapse, range(search.buckets)):
         distinct[bucket] = count
     offsets = np.concatenate([[0], np.cumsum(distinct)])
     compared = _compare_all(search, distinct)
-    [(_, sets)] = _run(search, "connect", _connect, [0], offsets, compared)
-    _run(search, "fetch", _fetch, range(search.groups), sets)
-    _run(search, "resolve", _resolve, range(sets), offsets)
-    _run(search, "equal", _replace_equal, range(search.buckets), sets, offsets)
-    for _, (parts, counts, example) in _run(search, "copies", _gather, range(search.groups), sets):
-        judged.drop_copies(parts, counts, example)
+    [(_, sets)] = run_once(search, "connect", _connect, [0], offsets, compared)
+    run_once(search, "fetch", _fetch, range(search.groups), sets)
+    run_once(search, "resolve", _resolve, range(sets), offsets)
+    run_once(search, "equal", _replace_equal, range(search.buckets), sets, offsets)
+    for _, copies in run_once(search, "copies", _gather, range(search.groups), sets):
+        judged.drop_copies(search.reason, *copies)
     return search
-
-
-def dropped_copies(search: Search, part: int) -> pyarrow.Table:
-    """The near-duplicates in a part: part, position, and kept_part, kept_position, kept_key.
-
-    The last three tell the row that stays instead.
-    """
-    copies = load(search.path("copies", int(search.group_of(np.array(part)))))
-    return copies.slice(*_span(copies["part"].to_numpy(), part))
-
-
-def _group_starts(kept: np.ndarray) -> np.ndarray:
-    starts, rows = [0], 0
-    for part, count in enumerate(kept.data):
-        if rows and rows + count > GROUP_ROWS:
-            starts.append(part)
-            rows = 0
-        rows += count
-    return np.array([*starts, len(kept)])
-
-
-def _run(
-    search: Search, kind: str, work: Callable[..., Any], numbers: Sequence[int], *more: Any
-) -> list[tuple[int, Any]]:
-    """(number, result) of a task for each number, in order of the numbers."""
-    shared = ray.put(search)
-    arguments = ((kind, work, shared, number, *more) for number in numbers)
-    return sorted(run_each(_once, arguments), key=lambda pair: pair[0])
-
-
-def _once(
-    kind: str, work: Callable[..., Any], search: Search, number: int, *more: Any
-) -> tuple[int, Any]:
-    """Do the work unless an earlier run has done it; its result is kept beside its file."""
-    done = f"{search.folder}/done/{kind}-{number:06d}.json"
-    try:
-        return number, json.loads(storage.read(done))
-    except storage.MissingError:
-        result = work(search, number, *more)
-        storage.put(json.dumps(result).encode(), done)
-        return number, result
 
 
 def _partition(search: Search, group: int) -> None:
     columns = ["reason", "width", "height", "hash", "sketch", "digest"]
     tables = []
-    for part in range(search.starts[group], search.starts[group + 1]):
+    for part in search.parts(group):
         rows = load(judged_file(search.judged, part), columns)
         position = np.flatnonzero(rows["hash"].is_valid().to_numpy())
         rows = rows.take(position)
@@ -208,7 +141,7 @@ def _compare_all(search: Search, distinct: np.ndarray) -> int:
         ray.remote(_load_hashes).remote(search.path("distinct", bucket))
         for bucket in range(search.buckets)
     ]
-    _run(search, "pairs", _compare, range(tasks), each, slices, rows, loaded)
+    run_once(search, "pairs", _compare, range(tasks), each, slices, rows, loaded)
     return tasks
 
 
@@ -296,7 +229,7 @@ def _fetch(search: Search, group: int, sets: int) -> None:
     ]
     part = wanted["part"].to_numpy()
     for one in np.unique(part).tolist():
-        rows = wanted.slice(*_span(part, one))
+        rows = wanted.slice(*span(part, one))
         judged = load(judged_file(search.judged, one), ["key", "fingerprint"])
         taken = judged.take(rows["position"])
         tables.append(
@@ -306,11 +239,6 @@ def _fetch(search: Search, group: int, sets: int) -> None:
         )
     rows = pyarrow.concat_tables(tables)
     save_many(split(rows, rows["set"].to_numpy(), sets), search.path("fetch", group))
-
-
-def _span(sorted_values: np.ndarray, value: int) -> tuple[int, int]:
-    start, stop = np.searchsorted(sorted_values, [value, value + 1]).tolist()
-    return start, stop - start
 
 
 def _resolve(search: Search, number: int, offsets: np.ndarray) -> None:
@@ -368,23 +296,8 @@ def _replace_equal(search: Search, bucket: int, sets: int, offsets: np.ndarray) 
     )
 
 
-def _gather(
-    search: Search, group: int, sets: int
-) -> tuple[list[int], list[int], tuple[int, str] | None]:
-    """Write the dropped rows of a group of parts.
-
-    Returns the parts, their numbers of dropped rows, and (part, key) of the first dropped row.
-    """
-    rows = pyarrow.concat_tables(
-        [
-            load_each(search.paths("near", sets), group),
-            load_each(search.paths("equal", search.buckets), group),
-        ]
-    ).sort_by([("part", "ascending"), ("position", "ascending")])
-    save(rows, search.path("copies", group))
-    parts, counts = np.unique(rows["part"].to_numpy(), return_counts=True)
-    if not len(rows):
-        return [], [], None
-    part, position = rows["part"][0].as_py(), rows["position"][0].as_py()
-    key = load(judged_file(search.judged, part), ["key"])["key"][position].as_py()
-    return parts.tolist(), counts.tolist(), (part, key)
+def _gather(search: Search, group: int, sets: int) -> CopiesOfGroup:
+    near = load_each(search.paths("near", sets), group)
+    return gather_copies(
+        search, group, [near, load_each(search.paths("equal", search.buckets), group)]
+    )

@@ -23,7 +23,7 @@ import pyarrow.parquet
 import ray
 
 from ... import storage
-from ...data.filters import NEAR_DUPLICATE, Report
+from ...data.filters import Report
 from ...data.readers.fetch import CHANGED
 from ...data.shards import Sample, ShardEntries, finish, in_batches, write_shard
 from ...data.sources import Part, read_part
@@ -32,8 +32,8 @@ from ...progress import bar
 from ...s3 import ChangedError
 from ..rows import DROPPED, SUMMARY, Captions, carry_card
 from .judge import RESULT, Judged, PartResult, etags_of, judged_file, state_of
-from .near_duplicates import Search, dropped_copies
 from .run_folder import PLAN, RunFolder
+from .search import Search, dropped_copies
 from .tables import load, save
 from .tasks import run_each
 
@@ -57,7 +57,7 @@ class Writing:
     judged: str  # folder of the judged files
     folder: str  # folder of the entries
     per_shard: int
-    search: Search | None  # near-duplicates
+    searches: Sequence[Search]  # for duplicates
     captions: Captions | None  # edits the captions of a row
 
 
@@ -160,12 +160,12 @@ def _with_copies(writing: Writing, number: int, part: Part) -> tuple[pyarrow.Tab
     if result.state and state_of(part) not in (result.state, ""):
         raise _changed(part)
     reason, instead = table["reason"].to_pylist(), [None] * len(table)
-    if writing.search is not None:
-        copies = dropped_copies(writing.search, number)
+    for search in writing.searches:
+        copies = dropped_copies(search, number)
         for position, key in zip(
             copies["position"].to_pylist(), copies["kept_key"].to_pylist(), strict=True
         ):
-            reason[position], instead[position] = NEAR_DUPLICATE, key
+            reason[position], instead[position] = search.reason, key
     columns = {
         "key": table["key"],
         "position": np.arange(len(table), dtype=np.int32),
