@@ -43,8 +43,13 @@ class ChangedError(StorageError):
         super().__init__(f"{path} has changed since it was read first; run the command again.")
 
 
-def list_objects(bucket: str, prefix: str) -> Iterator[Mapping[str, Any]]:
-    for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+class DeniedError(StorageError):
+    """An action that the storage does not allow this user."""
+
+
+def list_objects(bucket: str, prefix: str, **options: str) -> Iterator[Mapping[str, Any]]:
+    lister = client().get_paginator("list_objects_v2")
+    for page in lister.paginate(Bucket=bucket, Prefix=prefix, **options):
         yield from page.get("Contents", ())
 
 
@@ -353,6 +358,9 @@ class storage_errors:
         if isinstance(error, OSError):
             raise StorageError(f"{self.path} cannot be used: {error.strerror or error}.") from None
         if kind is not None and kind.__module__.startswith(("botocore", "boto3", "s3transfer")):
-            if getattr(error, "response", {}).get("Error", {}).get("Code") in ("NoSuchKey", "404"):
+            code = getattr(error, "response", {}).get("Error", {}).get("Code")
+            if code in ("NoSuchKey", "404"):
                 raise MissingError(f"There is no object {self.path}.") from None
+            if code in ("AccessDenied", "403"):
+                raise DeniedError(f"{self.path} cannot be used: {error}.") from None
             raise StorageError(f"{self.path} cannot be used: {error}.") from None

@@ -37,9 +37,10 @@ def export_once(options: Namespace) -> dict:
 
 
 def export(checkpoint: str, options: Namespace) -> dict:
+    from glide_ray.train.pack import source_metadata
     from glide_ray.train.partition import export_to
 
-    preset, step, rate = export_to(checkpoint, options.out, options.ema_rate)
+    preset, step, rate = export_to(checkpoint, options.out, options.ema_rate, source_metadata)
     return {"weights": options.out, "model": preset.model.name, "step": step, "ema_rate": rate}
 
 

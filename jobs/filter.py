@@ -69,7 +69,13 @@ def with_state(options: Namespace) -> dict:
 def apply_content_filter(options: Namespace) -> Report:
     from glide_ray.distributed.curation.apply_filter import apply_content
 
-    return apply_content(options.content, options.source, options.out, options.clip).report
+    return apply_content(
+        options.content,
+        options.source,
+        options.out,
+        options.clip,
+        column=options.caption_column,
+    ).report
 
 
 def apply_rules(options: Namespace) -> Report:

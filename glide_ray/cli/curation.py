@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ..config.data import BASELINES, CleanConfig, FilterConfig
 from ..errors import UserError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..data.filters import Rule
     from ..distributed.curation.fit_filter import FilterFit
 
+AnyConfig = TypeVar("AnyConfig", CleanConfig, FilterConfig)
 FILTERS = Path("runs/filters")
 WEAPONS = ("weapon", "dagger", "kitchen knife", "water pistol", "bomb", "bow and arrow", "axe")
 # Content that the emoji corpus can label by itself: rule, settings, search words.
@@ -98,12 +99,17 @@ def clean_config(options: Namespace) -> CleanConfig:
     """The settings of `glide clean` and jobs/filter.py."""
     from ..config.overrides import override
 
-    config = override(CleanConfig(), options.set)
+    return _with_column(override(CleanConfig(), options.set), options)
+
+
+def _with_column(config: AnyConfig, options: Namespace) -> AnyConfig:
+    """The settings with the column that --caption-column names, if it does."""
     column = options.caption_column or config.caption_column
     return config.model_copy(update={"caption_column": column})
 
 
 def clean(options: Namespace) -> None:
+    from ..data.card import licences_line
     from ..data.filters import import_rules
 
     config = clean_config(options)
@@ -118,6 +124,7 @@ def clean(options: Namespace) -> None:
         f"{options.out}: {done.report.kept:,} rows in shards of at most {config.per_shard:,}, "
         f"{megabytes:,.1f} MB; dropped rows and reasons: {DROPPED}"
     )
+    print(licences_line(done.card))
     print(f"{options.out.rstrip('/')}/{PAGE}")
     if not done.report.kept:
         raise UserError(f"No row of {options.source} is kept.")
@@ -159,6 +166,7 @@ def _add_fit(steps: Commands) -> None:
     )
     add_judge_clip(command)
     add_settings(command)
+    add_caption_column(command)
     command.add_argument(
         "--out",
         type=local_path,
@@ -180,7 +188,7 @@ def fit_filter(options: Namespace) -> None:
     known = KNOWN.get(options.name) if options.corpus is None else None
     own_truth, settings, words = known or (None, [], [])
     truth = _truth(options.truth or own_truth)
-    config = override(override(FilterConfig(), settings), options.set)
+    config = _with_column(override(override(FilterConfig(), settings), options.set), options)
     out = options.out or FILTERS / options.name
     from ..distributed.curation.fit_filter import fit_content
 
@@ -242,6 +250,7 @@ def _add_apply(steps: Commands) -> None:
     )
     add_shared_out(command, None)
     add_filter_clip(command)
+    add_caption_column(command)
     _add_truth(command, "that returns true for the content; the page then shows missed rows")
     command.add_argument(
         "--per-shard",
@@ -263,6 +272,7 @@ def add_filter_clip(parser: Parser) -> None:
 
 def apply_filter(options: Namespace) -> None:
     truth = _truth(options.truth)
+    from ..data.card import licences_line
     from ..distributed.curation.apply_filter import apply_content
     from ..distributed.curation.fit_filter import FILTER
 
@@ -274,8 +284,10 @@ def apply_filter(options: Namespace) -> None:
         options.clip,
         truth,
         options.per_shard,
+        options.caption_column,
     )
     print(done.report)
+    print(licences_line(done.card))
     if done.assessment is not None:
         print(done.assessment)
     print(f"{options.out.rstrip('/')}/report.html")

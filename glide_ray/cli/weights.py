@@ -60,6 +60,7 @@ def add_export_options(parser: Parser) -> None:
 def export(options: Namespace) -> None:
     from ..storage import is_remote
     from ..train.checkpoint import find_checkpoint
+    from ..train.pack import source_metadata
     from ..train.partition import export_to
 
     folder = Path() if is_remote(options.checkpoint) else Path(options.checkpoint)
@@ -67,7 +68,7 @@ def export(options: Namespace) -> None:
     checkpoint = find_checkpoint(options.checkpoint)
     if options.half:
         return _export_half(checkpoint, out, options.ema_rate)
-    preset, step, rate = export_to(checkpoint, out, options.ema_rate)
+    preset, step, rate = export_to(checkpoint, out, options.ema_rate, source_metadata)
     print(f"{out}: {preset.model.name} after step {step:,}, EMA rate {rate:g}")
 
 

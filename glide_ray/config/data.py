@@ -187,4 +187,7 @@ class FilterConfig(Frozen):
         description="json field that rows of the same thing share; a group "
         "is never split between fitting and validation",
     )
+    caption_column: str | None = Field(
+        None, description="field or column of captions, for tables and JSON with another name"
+    )
     seed: int = Field(0, description="seed of the draws")

@@ -16,7 +16,8 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..storage import cache_folder, check_writable, is_remote, no_empty_folders
-from .card import LeftOut, read_card, sources, write_card
+from .card import LeftOut, counts_of, read_card, sources, write_card
+from .credits import Credits
 from .packages import EmojiError, Package, fetch_packages, find_packages
 from .render import in_order, process_pool, render_all
 from .scene_shards import check_room, write_scenes
@@ -162,7 +163,7 @@ def _write_pictures(
             log.info(f"rendering {len(chosen):,} pictures for {split}")
             of_split = left_out.copy()
             rendered = _rendered(pool, chosen, (of_split, unrendered))
-            entries, counts = _write_shards(f"{out}/{split}", rendered)
+            entries, counts, credits = _write_shards(f"{out}/{split}", rendered)
             write_card(
                 f"{out}/{split}",
                 {
@@ -170,7 +171,7 @@ def _write_pictures(
                     "split": split,
                     "styles": [style.words for style in styles],
                     "sources": sources(styles, versions, counts),
-                    "rows": sum(counts.values()),
+                    **counts_of(credits),
                     "left_out": of_split.as_json(),
                 },
             )
@@ -183,16 +184,18 @@ def _write_pictures(
 
 def _write_shards(
     folder: str, samples: Iterator[Sample]
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Write shards of 1000 rows. Returns their index entries, and the number of rows by style."""
+) -> tuple[list[dict[str, Any]], dict[str, int], Credits]:
+    """Write shards of 1000 rows. Returns their index entries, rows by style, and by licence."""
     begin(folder)
+    credits = Credits()
     entries: list[dict[str, Any]] = []
     counts: dict[str, int] = {}
     while batch := list(islice(samples, 1000)):
         for sample in batch:
+            credits.add(sample.meta)
             counts[sample.meta["style"]] = counts.get(sample.meta["style"], 0) + 1
         entries.append(write_shard(folder, len(entries), batch))
-    return entries, counts
+    return entries, counts, credits
 
 
 def _rendered(

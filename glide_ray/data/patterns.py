@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 
 from .. import storage
-from .sample import ShardError
+from .sample import SHARD_SUFFIXES, ShardError
 
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 BRACES = re.compile(r"\{([^{}]*)\}")  # the innermost ones
@@ -76,7 +76,7 @@ def folders(path: str) -> list[str]:
     found = [one.rstrip("/") for one in expand(path)]
     return list(
         dict.fromkeys(
-            one.rpartition("/")[0] if one.endswith((".tar", ".parquet")) else one for one in found
+            one.rpartition("/")[0] if one.lower().endswith(SHARD_SUFFIXES) else one for one in found
         )
     )
 

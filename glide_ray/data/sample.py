@@ -15,7 +15,15 @@ IMAGE_SUFFIXES = (
 )
 CAPTION_SUFFIXES = ("txt", "caption")
 TEXT_SUFFIXES = (*CAPTION_SUFFIXES, "json")
-ARCHIVES = ("tar", "tgz", "gz", "bz2", "xz", "zst", "zip", "rar", "7z", "parquet", "arrow")
+TAR_SUFFIXES = (
+    *(".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz"),
+    *(".tar.zst", ".tzst", ".tar.lz4"),
+)
+SHARD_SUFFIXES = (*TAR_SUFFIXES, ".parquet")
+ARCHIVES = (
+    *("tar", "tgz", "gz", "tbz2", "tbz", "bz2", "txz", "xz", "tzst", "zst", "lz4", "lzma", "br"),
+    *("zip", "rar", "7z", "parquet", "arrow"),
+)
 MAGIC = {  # first bytes of a picture -> ending
     b"\xff\xd8\xff": "jpg",
     b"\x89PNG": "png",

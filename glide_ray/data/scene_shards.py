@@ -13,7 +13,8 @@ from typing import Any
 
 from ..errors import UserError
 from ..storage import is_remote
-from .card import read_card, write_card
+from .card import counts_of, read_card, write_card
+from .credits import Credits
 from .render import in_order, process_pool
 from .scenes import compose
 from .shards import Sample, begin, finish, write_shard
@@ -88,11 +89,13 @@ class _Writer:
         self._rows: list[Sample] = []
         self._entries: list[dict[str, Any]] = []
         self._kinds: Counter[str] = Counter()
+        self._credits = Credits()
         begin(folder)
 
     def add(self, sample: Sample) -> None:
         self._rows.append(sample)
         self._kinds[sample.meta["scene"]] += 1
+        self._credits.add(sample.meta)
         if len(self._rows) == 1000:
             self._write()
 
@@ -100,8 +103,8 @@ class _Writer:
         """Write the remaining rows, the card and the index. Returns the index."""
         if self._rows:
             self._write()
-        rows = sum(self._kinds.values())
-        write_card(self._folder, {**card, "rows": rows, "kinds": dict(sorted(self._kinds.items()))})
+        kinds = dict(sorted(self._kinds.items()))
+        write_card(self._folder, {**card, **counts_of(self._credits), "kinds": kinds})
         return finish(self._folder, self._entries)
 
     def _write(self) -> None:

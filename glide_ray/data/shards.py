@@ -25,7 +25,7 @@ import numpy as np
 from ..storage import (
     MissingError,
     is_remote,
-    list_files,
+    list_folder,
     put,
     put_new,
     read,
@@ -36,7 +36,7 @@ from ..storage import (
 )
 from .caption_text import captions_of, read_meta
 from .readers.tar import read_shard
-from .sample import IMAGE_SUFFIXES, TEXT_SUFFIXES, Sample, ShardError
+from .sample import IMAGE_SUFFIXES, SHARD_SUFFIXES, TEXT_SUFFIXES, Sample, ShardError
 
 __all__ = [  # what reads a shard is imported from here together with what writes one
     "IMAGE_SUFFIXES",
@@ -62,6 +62,7 @@ MARKER, EARLIER = f"{WORK}/run.json", f"{WORK}/earlier.json"
 SHARDS = (".tar", ".parquet")
 Result = TypeVar("Result")
 SHARD_REQUEST = 2**30  # bytes of a shard up to which S3 receives it in one request
+DROPPED = "dropped.parquet"  # beside shards that `glide clean` wrote: the rows that it left out
 
 
 def write_shards(
@@ -98,13 +99,8 @@ def refuse_others(folder: str | Path) -> None:
     """
     if _has_marker(folder):
         return
-    root, ours = str(folder).rstrip("/"), {*read_names(folder), "dropped.parquet"}
-    files = (
-        (path for path in list_files(root, SHARDS) if path.rpartition("/")[0] == root)
-        if is_remote(root)
-        else (str(path) for path in sorted(Path(root).glob("*")) if path.suffix in SHARDS)
-    )
-    for file in files:
+    ours = {*read_names(folder), DROPPED}
+    for file in list_folder(folder, SHARDS):
         if (name := file.rpartition("/")[2]) not in ours:
             raise ShardError(
                 f"{folder} holds shards that no index names, such as {name}; write to an empty "
@@ -127,7 +123,7 @@ def claim_earlier(folder: str | Path, shards: Iterable[str] = ()) -> None:
 def refuse_unfinished(path: str | Path) -> None:
     """Raise ShardError if a folder, or the folder of a file or range, is marked as unfinished."""
     folder = str(path).rstrip("/")
-    if folder.endswith((".tar", ".parquet")):
+    if folder.lower().endswith(SHARD_SUFFIXES):
         folder = folder.rpartition("/")[0] or "."
     if _has_marker(folder):
         raise ShardError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,19 +18,27 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from .. import storage
+from ..s3 import DeniedError
 from . import patterns
 from .readers.fetch import Fetcher
 from .readers.folder import ImageFile, find_images, read_images
 from .readers.parquet import Source, count_rows, has_images, names_images, read_parquet
 from .readers.tables import METADATA as METADATA
 from .readers.tar import read_shard
-from .sample import ARCHIVES, IMAGE_SUFFIXES, TEXT_SUFFIXES, Sample, ShardError, ending
-from .shards import INDEX, MARKER, refuse_unfinished
+from .sample import (
+    ARCHIVES,
+    IMAGE_SUFFIXES,
+    SHARD_SUFFIXES,
+    TAR_SUFFIXES,
+    TEXT_SUFFIXES,
+    Sample,
+    ShardError,
+    ending,
+)
+from .shards import DROPPED, INDEX, MARKER, refuse_unfinished
 
 log = logging.getLogger(__name__)
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-SHARD_SUFFIXES = (*TAR_SUFFIXES, ".parquet")
 FILES_PER_PART = 256
 MAX_IMAGES = 10**6  # single files of a corpus: the list of them is in memory
 # Files of pictures, or of whole corpora, that are not read.
@@ -64,8 +73,8 @@ def find_parts(path: str | Path, column: str | None = None) -> list[Part]:
     """The parts of a corpus, in order. Raises ShardError if there are none.
 
     `column` names the field or the column of captions. The shards that a pattern names are not
-    checked, and a folder with our index is not listed: the index names its shards. Any other path
-    is listed once.
+    checked. Of a folder with our index, the shards that the index names are read, and others that
+    lie beside them are left aside. Any path without a pattern is listed once.
     """
     path = patterns.absolute(str(path))
     if weights := patterns.mixture(path):
@@ -327,10 +336,19 @@ def _read_index(path: str, column: str | None) -> list[Part]:
         parts = list({part.url: part for part in named}.values())
     except (ValueError, KeyError, TypeError, AttributeError):  # of another program
         return []
-    added = [] if storage.is_remote(folder) else sorted(map(str, Path(folder).glob("*.tar")))
-    known = {part.url for part in parts} if added else set()
-    aside = [(file, ASIDE_INDEX) for file in added if file not in known]
+    shards = [file for file in _shards_in(folder) if posixpath.basename(file) != DROPPED]
+    known = {part.url for part in parts} if shards else set()
+    aside = [(file, ASIDE_INDEX) for file in shards if file not in known]
     return [*parts, _left_aside(folder, aside, column)] if aside else parts
+
+
+def _shards_in(folder: str) -> list[str]:
+    """Shards directly in a folder; none where one may read but not list."""
+    try:
+        return storage.list_folder(folder, SHARD_SUFFIXES)
+    except DeniedError as error:
+        _warn(f"{folder} is read by its index alone, because it may not be listed: {error}")
+        return []
 
 
 def _mixed(path: str, corpora: Sequence[tuple[list[Part], float]]) -> list[Part]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import ray
 
 from .. import storage
-from ..data.card import read_card, write_card
+from ..data.card import derived_card, read_card, write_card
+from ..data.credits import Credits
+from ..data.shards import DROPPED as DROPPED
 from ..data.shards import Sample
 from ..data.sources import Part, read_part
 from ..errors import ConfigError, UserError
 
 # files beside the shards of a corpus that was written from another one
-DROPPED, SUMMARY, PAGE = "dropped.parquet", "summary.json", "report.html"
-
+SUMMARY, PAGE = "summary.json", "report.html"
 
 RECORD = "filter.json"  # record of the filter job that wrote the corpus, see jobs/filter.py
 
@@ -30,17 +32,16 @@ def refuse_source(source: str, parts: Sequence[Part], out: str) -> None:
         raise ConfigError(f"--out {out} is the corpus to read; write to another folder.")
 
 
-def carry_card(parts: Sequence[Part], out: str, rows: int) -> None:
-    """Write the data card of the folders of `parts` to `out`, with the sources of all of them.
+def carry_card(parts: Sequence[Part], out: str, credits: Credits, about: str) -> dict[str, Any]:
+    """Write the data card of rows of `parts` to `out`, with the counts of the rows. Returns it.
 
-    Dropping rows does not change who must be credited.
+    The cards of the folders of `parts` describe the sources; `about`: the rows, without such cards.
     """
-    folders = dict.fromkeys(part.url.rpartition("/")[0] for part in parts if not part.files)
-    cards = [card for folder in folders if (card := read_card(folder))]
-    if cards:
-        sources = [source for card in cards for source in card.get("sources", ())]
-        unique = [source for n, source in enumerate(sources) if source not in sources[:n]]
-        write_card(out, {**cards[0], "sources": unique, "rows": rows})
+    folders = dict.fromkeys(part.url.rpartition("#" if part.files else "/")[0] for part in parts)
+    cards = [card for folder in folders if (card := read_card(folder.rstrip("/")))]
+    card = derived_card(cards, credits, about)
+    write_card(out, card)
+    return card
 
 
 def read_rows(

@@ -46,6 +46,11 @@ class Section:
     groups: Sequence[Sequence[Picture]] = ()
     width: int = SIDE
 
+    def is_number(self, column: int) -> bool:
+        """Whether all cells of a column of the table are whole numbers."""
+        cells = [row[column].replace(",", "") for row in self.table[1:]]
+        return bool(cells) and all(map(str.isdigit, cells))
+
     @property
     def longest(self) -> float:
         return max((abs(value) for _, value in self.bars), default=0) or 1
@@ -100,21 +105,27 @@ _TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).f
 <!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
 body { font: 14px/1.4 system-ui, sans-serif; color: #222; \
-max-width: 1080px; margin: 2em auto; padding: 0 1em }
+max-width: 1110px; margin: 2em auto; padding: 0 1em }
 h1 { font-size: 20px } h2 { font-size: 16px; margin: 2em 0 .4em } \
 p { margin: .3em 0 .8em; color: #555 }
 table { border-collapse: collapse } td { padding: 1px 10px 1px 0; vertical-align: middle } \
-td.number { text-align: right }
+.number, .figures .number { text-align: right; font-variant-numeric: tabular-nums }
+.bars td:first-child { min-width: 150px; max-width: 460px; overflow-wrap: anywhere }
+.bars .number { min-width: 56px }
 .wide { overflow-x: auto } \
 .figures th { text-align: left; vertical-align: bottom; font-weight: 600; \
 padding: 2px 12px 2px 0 } \
-.figures td { padding: 2px 12px 2px 0 }
+.figures td { padding: 2px 12px 2px 0 } \
+.figures td:not(.number) { min-width: 7em } \
+.figures td, .figures tr:not(:first-child) th { vertical-align: top }
 .bar { background: #4a7fb5; height: 12px; min-width: 1px }
 .groups { display: flex; flex-wrap: wrap; gap: 10px } \
-.group { display: flex; flex-wrap: wrap; gap: 4px; padding: 6px; \
+.group { display: flex; flex-wrap: wrap; gap: 8px; padding: 6px; \
 border: 1px solid #ddd; border-radius: 4px }
 figure { margin: 0; overflow-wrap: anywhere; font-size: 11px; color: #555 } \
-figure img { display: block; max-width: 100% }
+figure img { display: block; max-width: 100%; margin-bottom: 3px } \
+figcaption { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 6; \
+overflow: hidden }
 .none { height: 60px; display: grid; place-items: center; background: #eee }
 </style></head><body><h1>{{ title }}</h1>
 {% for section in sections %}
@@ -125,18 +136,20 @@ figure img { display: block; max-width: 100% }
 {% if section.table %}<div class="wide"><table class="figures">\
 {% for row in section.table %}{% set heading = loop.first %}
 <tr>{% for cell in row %}{% set tag = "th" if heading or loop.first else "td" %}\
-<{{ tag }}>{{ cell }}</{{ tag }}>{% endfor %}</tr>
+<{{ tag }}{% if section.is_number(loop.index0) %} class="number"{% endif %}>\
+{{ cell }}</{{ tag }}>{% endfor %}</tr>
 {% endfor %}</table></div>{% endif %}
-{% if section.bars %}<table>{% for name, value in section.bars %}
+{% if section.bars %}<table class="bars">{% for name, value in section.bars %}
 <tr><td>{{ name }}</td><td class="number">{{ "{:,}".format(value) }}</td>
-<td><div class="bar" style="width:{{ (420 * value / section.longest) | round(1) }}px">\
-</div></td></tr>
+<td>{% if value %}<div class="bar" style="width:calc(min(420px, 40vw) * \
+{{ (value / section.longest) | round(4) }})"></div>{% endif %}</td></tr>
 {% endfor %}</table>{% endif %}
 {% if section.groups %}<div class="groups">{% for group in section.groups %}\
 <div class="group">{% for picture in group %}
 <figure style="width:{{ section.width }}px">{% if picture.source %}\
 <img src="{{ picture.source }}" alt="">{% else %}<div class="none">no picture</div>{% endif %}
-{{ picture.label }}</figure>{% endfor %}</div>{% endfor %}</div>{% endif %}
+<figcaption title="{{ picture.label }}">{{ picture.label }}</figcaption></figure>\
+{% endfor %}</div>{% endfor %}</div>{% endif %}
 {% endfor %}
 </body></html>
 """)

@@ -181,9 +181,9 @@ def licences(sources: Iterable[Source]) -> list[str]:
 
 
 def credits(sources: Iterable[Source]) -> list[dict[str, str]]:
-    """Attribution of each package, once: name, author, licence, URL."""
+    """Attribution of each package and licence, once: name, author, licence, URL."""
     found = {
-        source.name: {
+        (source.name, source.licence): {
             "package": source.name,
             "author": source.author,
             "licence": source.licence,
@@ -255,10 +255,11 @@ def _data(card: Card) -> str:
         )
         for entry in card.sources
     ]
+    heads = ("style", "pictures", "author", "licence", "source")
+    first = 0 if any(entry.style for entry in card.sources) else 1  # only emoji have styles
     return (
         "The weights were trained on these works. Name their authors and licences where you "
-        "pass the weights on.\n\n"
-        + _table(("style", "pictures", "author", "licence", "source"), rows)
+        "pass the weights on.\n\n" + _table(heads[first:], (row[first:] for row in rows))
     )
 
 

@@ -6,6 +6,7 @@ Reproducible: the same weights always give the same bytes.
 from __future__ import annotations
 
 import json
+import logging
 import struct
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -48,6 +49,7 @@ from .partition import export_to
 # Limit for both files together, because every copy of the package includes them.
 MAX_BYTES = 64_000_000
 METRICS = "metrics.jsonl"
+log = logging.getLogger(__name__)
 NOTHING: Mapping[str, str | int | float | None] = MappingProxyType({})
 
 
@@ -130,6 +132,21 @@ def sources_of(preset: Preset) -> tuple[Source, ...]:
     return union(corpus, sources_in(load_metadata(before), before))
 
 
+def source_metadata(preset: Preset) -> dict[str, str]:
+    """The sources of a run as metadata of its weights; {} and a warning if they cannot be read."""
+    try:
+        found = sources_of(preset)
+        if not found:
+            log.info(
+                f"{preset.data.corpus} has no {CORPUS_CARD}, so the weights name no sources and "
+                "licences; `glide clean` writes one"
+            )
+        return to_metadata(found, {})
+    except UserError as error:  # not a reason to lose the weights
+        log.warning(f"the weights do not name the sources of their training pictures: {error}")
+        return {}
+
+
 def corpus_sources(corpus: str) -> tuple[Source, ...]:
     """Sources listed in the cards of a corpus's folders; empty for folders without a card.
 
@@ -146,7 +163,7 @@ def _card_sources(folder: str) -> tuple[Source, ...]:
     except (ValueError, KeyError, TypeError):
         raise PackError(
             f"The card of the corpus in {folder} lists no sources that can be read; "
-            f"make the corpus again with `glide corpus`."
+            f"make the corpus again with `glide corpus` or `glide clean`."
         ) from None
     if card and "scenes" in card:
         listed = [source.model_copy(update={"pictures": None}) for source in listed]

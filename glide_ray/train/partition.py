@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import struct
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -201,11 +201,15 @@ def export(
 
 
 def export_average(
-    folder: Path, target: str | Path, rate: float | None = None
+    folder: Path,
+    target: str | Path,
+    rate: float | None = None,
+    metadata_of: Callable[[Preset], Mapping[str, str]] | None = None,
 ) -> tuple[Preset, int, float]:
     """Write a checkpoint's EMA as a weights file. Returns (preset, step, rate).
 
-    `rate`: by default the preset's first EMA rate. Raises CheckpointError.
+    `rate`: by default the preset's first EMA rate. `metadata_of`: further metadata for a run of
+    this preset. Raises CheckpointError.
     """
     preset = read_preset(folder)
     rate, step = (
@@ -221,13 +225,17 @@ def export_average(
             "step": str(step),
             "weights": "ema",
             "ema_rate": f"{rate:g}",
+            **(metadata_of(preset) if metadata_of else {}),
         },
     )
     return preset, step, rate
 
 
 def export_to(
-    checkpoint: str, out: str | Path, rate: float | None = None
+    checkpoint: str,
+    out: str | Path,
+    rate: float | None = None,
+    metadata_of: Callable[[Preset], Mapping[str, str]] | None = None,
 ) -> tuple[Preset, int, float]:
     """`export_average` for a checkpoint folder and a target file that are local or s3://.
 
@@ -235,10 +243,10 @@ def export_to(
     """
     folder = fetch(checkpoint)
     if not storage.is_remote(out):
-        return export_average(folder, out, rate)
+        return export_average(folder, out, rate, metadata_of)
     with tempfile.TemporaryDirectory() as scratch:
         weights = Path(scratch) / "weights.safetensors"
-        exported = export_average(folder, weights, rate)
+        exported = export_average(folder, weights, rate, metadata_of)
         storage.put(weights, out)
         return exported
 

@@ -40,6 +40,7 @@ from ..progress import write_line
 from ..tensors import Batch
 from .checkpoint import CheckpointError, Checkpoints, verify
 from .checkpoint_writer import CheckpointWriter
+from .pack import source_metadata
 from .partition import export_average
 from .run_folder import EVENTS, METRICS, PRESET, WEIGHTS, absolute, check_run, last_step
 from .run_log import event_line, run_id, steps_bar
@@ -149,7 +150,8 @@ def _run(
             trainer.progress.step,
         )
     step = trainer.progress.step
-    export_average(_last_checkpoint(trainer, checkpoints, writer, out), out / WEIGHTS)
+    last = _last_checkpoint(trainer, checkpoints, writer, out)
+    export_average(last, out / WEIGHTS, metadata_of=source_metadata)
     return StartResult(
         step,
         finished,

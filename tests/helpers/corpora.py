@@ -134,8 +134,29 @@ def cut_gzip(folder):
     return write_files(folder, {"0.tar.gz": whole + rest[:20], "1.tar": shard(COUNT)})
 
 
-def zstandard(folder):
-    return write_files(folder, {"0.tar.zst": b"\x28\xb5\x2f\xfd" + bytes(100), "1.tar": shard()})
+def frames(data, codec="zstd"):
+    """Two frames, after one without content, as pzstd writes them."""
+    empty = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + bytes(4) if codec == "zstd" else b""
+    halves = (data[: len(data) // 2], data[len(data) // 2 :])
+    return empty + b"".join(pyarrow.compress(half, codec, asbytes=True) for half in halves)
+
+
+def by_pyarrow(folder):
+    return write_files(
+        folder,
+        {
+            "0.tar.zst": pyarrow.compress(shard(), "zstd", asbytes=True),
+            "1.tzst": frames(shard(COUNT)),
+            "2.tar.lz4": frames(shard(2 * COUNT), "lz4"),
+            "3.tar": pyarrow.compress(shard(3 * COUNT), "zstd", asbytes=True),
+        },
+    )
+
+
+def cut_zstd(folder):
+    """Cut before the first block is whole."""
+    data = pyarrow.compress(shard(), "zstd", asbytes=True)
+    return write_files(folder, {"0.tar.zst": data[:20], "1.tar": shard()})
 
 
 def joined(folder):
@@ -207,6 +228,49 @@ def table(name, field):
         )
 
     return make
+
+
+def torn_jsonl(folder):
+    """The last line is cut, one is no JSON, and one names no file."""
+    lines = [json.dumps({"file_name": f"{n}.jpg", "text": caption(n)}) for n in range(COUNT)]
+    lines[1:1] = ["# a comment", json.dumps({"text": "no file"}), ""]
+    text = "\n".join(lines)[:-12]
+    return write_files(
+        folder, {"metadata.jsonl": text} | {f"{n}.jpg": picture(n) for n in range(COUNT)}
+    )
+
+
+def torn_csv(folder):
+    """Quotation marks without a partner, in the middle and where the file is cut."""
+    lines = ["file_name,text,url"]
+    lines += [f'{n}.jpg,"{caption(n)}",http://x/{n}' for n in range(COUNT)]
+    lines[2] = lines[2].replace('",', ",")
+    return write_files(
+        folder,
+        {"metadata.csv": "\n".join(lines)[:-20]} | {f"{n}.jpg": picture(n) for n in range(COUNT)},
+    )
+
+
+def odd_csv(folder):
+    """More and fewer fields than the heading, a comma at the end, other separators of lines."""
+    rows = ["0.jpg,a house, a tree", "1.jpg", "2.jpg,a house,", '3.jpg, "a house, a tree"']
+    rows += ["4.jpg,a house\u2028with a door\x0b and a roof"]
+    text = "\r\n".join(["file_name,text", *rows])
+    return write_files(
+        folder, {"metadata.csv": text} | {f"{n}.jpg": picture(n) for n in range(COUNT)}
+    )
+
+
+def torn_coco(folder):
+    coco(folder)
+    path = folder / "annotations" / "captions_train2017.json"
+    path.write_bytes(path.read_bytes()[:-9])
+    return write_files(folder, {"annotations/captions_val2017.json": '{"info": 1}'})
+
+
+def other_archives(folder):
+    files = dict.fromkeys(("a.zip", "b.tar.lzma", "c.tar.br", "d.tar.gz.zst"), b"x")
+    return write_files(folder, dict(members()) | files)
 
 
 def flickr(folder):

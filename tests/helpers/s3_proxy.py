@@ -14,6 +14,9 @@ SLOW_DOWN = (
     b"<?xml version='1.0'?><Error><Code>SlowDown</Code>"
     b"<Message>Please reduce your request rate.</Message></Error>"
 )
+DENIED = (
+    b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+)
 ALWAYS = float("inf")
 SLOW_SECONDS = 1.5
 
@@ -62,6 +65,10 @@ class Faults:
         """Answer with 503, as S3 does when the request rate is too high."""
         self._faults.append(Fault("503", containing, times, seconds))
 
+    def deny(self, containing):
+        """Answer with 403, as S3 does without the right to an action."""
+        self._faults.append(Fault("403", containing))
+
     def truncate(self, containing, times=1):
         """Send half of the body after headers that announce all of it."""
         self._faults.append(Fault("truncate", containing, times))
@@ -105,8 +112,9 @@ class Handler(BaseHTTPRequestHandler):
     def pass_on(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = self.server.faults.of(self.command, self.path)
-        if fault == "503":
-            return self.answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN, len(SLOW_DOWN))
+        if content := {"503": SLOW_DOWN, "403": DENIED}.get(fault):
+            kind = {"Content-Type": "application/xml"}
+            return self.answer(int(fault), kind, content, len(content))
         if fault == "reset":
             self.close_connection = True
             return None

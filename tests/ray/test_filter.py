@@ -3,19 +3,23 @@
 import csv
 import json
 import re
+from itertools import islice
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 import scipy.stats
 import torch
+from helpers import corpora as forms
 from helpers.drawings import drawn_samples
 from helpers.tiny import tiny_clip
 from PIL import Image
 
+import jobs.filter
 from glide_ray import storage
 from glide_ray.cli.main import main
 from glide_ray.config.data import FilterConfig
+from glide_ray.data.card import read_card
 from glide_ray.data.content import (
     ContentError,
     fit,
@@ -38,7 +42,7 @@ from glide_ray.data.labelling import (
     write_labels,
 )
 from glide_ray.data.shards import write_shards
-from glide_ray.data.sources import find_parts, read_part
+from glide_ray.data.sources import find_parts, read_corpus, read_part
 from glide_ray.distributed import embed
 from glide_ray.distributed.curation.apply_filter import apply_content
 from glide_ray.distributed.curation.fit_filter import FILTER, LABELS, SHEET, fit_content
@@ -583,6 +587,54 @@ def test_the_commands_print_their_result_and_the_next_step(
     )
     assert main(["filter", "apply", "red", str(varied_corpus), "--out", "left"]) == 0
     assert "kept; dropped:" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("in_process")
+def test_captions_and_licences_of_any_column_go_through_fitting_and_applying(
+    varied_corpus, clip, tmp_path, capsys, monkeypatch
+):
+    """Parquet whose captions are in `prompt`, two thirds of the rows with a licence."""
+    rows = list(islice(read_corpus(varied_corpus), 120))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    columns = {
+        "jpg": [row.image for row in rows],
+        "prompt": [row.captions[0] for row in rows],
+        "license": ["CC0" if n % 3 else None for n in range(len(rows))],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), "in/0.parquet")
+    index = {"shards": [{"name": "0.parquet", "count": len(rows)}]}
+    (tmp_path / "in" / "index.json").write_text(json.dumps(index))
+    fit = ["filter", "fit", "red", "--corpus", "in", "--clip", clip, "--set", "first=40"]
+    assert main(fit) == 2
+    shown = capsys.readouterr().err
+    assert "it has: jpg, prompt, license; name one with --caption-column" in shown
+    assert main([*fit, "--caption-column", "prompt"]) == 0
+    answer("runs/filters/red/labels.csv")  # by the captions in it
+    assert main([*fit, "--caption-column", "prompt"]) == 0
+    capsys.readouterr()
+    apply = ["filter", "apply", "red", "in", "--out", "left", "--caption-column", "prompt"]
+    assert main(apply) == 0
+    left = list(read_corpus("left"))
+    card = read_card("left")
+    licensed = sum(row.meta.get("license") == "CC0" for row in left)
+    assert card["licences"] == {"CC0": licensed} and card["rows"] == len(left)
+    assert f"licences: CC0 {licensed}; {len(left) - licensed} rows name none" in (
+        capsys.readouterr().out
+    )
+    assert {row.captions[0] for row in left} <= set(columns["prompt"])
+    page = (tmp_path / "left" / "report.html").read_text()
+    assert "Licences of the kept rows" in page and "no licence named" in page
+
+
+def test_the_filter_job_reads_the_captions_that_its_option_names(red_filter, clip, tmp_path):
+    forms.prompts(tmp_path / "in")
+    options = ["in", "--out", str(tmp_path / "out"), "--content", str(red_filter)]
+    options[0] = str(tmp_path / "in")
+    job = jobs.filter.parser().parse_args([*options, "--caption-column", "prompt"])
+    report = jobs.filter.apply_content_filter(job)
+    assert report.kept + sum(report.dropped.values()) == forms.COUNT and not report.faults
+    assert "without a caption" not in report.dropped
 
 
 @pytest.mark.parametrize(

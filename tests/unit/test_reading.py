@@ -4,6 +4,7 @@ import io
 import json
 import random
 import struct
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -74,7 +75,8 @@ CASES = {
     "members of a key apart": Case(forms.unsorted, N),
     "compressed tars": Case(forms.compressed, 5 * N),
     "a compressed tar that is cut": Case(forms.cut_gzip, N + 2, faults=("broken or cut",)),
-    "Zstandard": Case(forms.zstandard, N, faults=("compressed by zstd",)),
+    "tars compressed by zstd and lz4": Case(forms.by_pyarrow, 4 * N),
+    "a tar of zstd that is cut": Case(forms.cut_zstd, N, faults=("copy it again",)),
     "tars joined into one": Case(forms.joined, 2 * N),
     "bytes after the end of a tar": Case(forms.joined_with_garbage, N, faults=("broken or cut",)),
     "a tar in a tar": Case(forms.nested, 0, dropped={"in an archive inside a tar": 1}),
@@ -94,6 +96,43 @@ CASES = {
     "metadata.csv, named column": Case(forms.table("metadata.csv", "prompt"), N, column="prompt"),
     "metadata.jsonl, named column": Case(
         forms.table("metadata.jsonl", "prompt"), N, column="prompt"
+    ),
+    "metadata.jsonl that is cut": Case(
+        forms.torn_jsonl,
+        N - 1,
+        dropped={
+            "in lines of a table that are not JSON": 2,
+            "in lines of a table that name no file": 1,
+            "without a caption": 1,
+        },
+    ),
+    "metadata.csv that is cut": Case(
+        forms.torn_csv,
+        N - 2,
+        dropped={
+            "in lines of a table with a quotation mark that is not closed": 2,
+            "without a caption": 2,
+        },
+    ),
+    "metadata.csv with odd lines": Case(
+        forms.odd_csv,
+        N - 2,
+        dropped={
+            "in lines of a table that have more fields than its heading": 1,
+            "in lines of a table that have fewer fields than its heading": 1,
+        },
+    ),
+    "COCO's annotations that are cut": Case(
+        forms.torn_coco,
+        0,
+        dropped={
+            "with a json that cannot be read": 1,
+            "in annotations of another form": 1,
+            "without a caption": N,
+        },
+    ),
+    "archives of other kinds": Case(
+        forms.other_archives, N, dropped={"in files of a kind that is not read": 4}
     ),
     "captions.txt of Flickr8k": Case(forms.flickr, N, 2 * N),
     "a table of an image that is missing": Case(
@@ -195,6 +234,50 @@ def test_captions_of_a_json_are_found_in_their_forms(tmp_path):
     json.dumps([sample.meta for sample in kept], allow_nan=False)
 
 
+def test_a_damaged_line_of_a_table_is_named_by_its_number_and_the_others_are_read(tmp_path):
+    kept, report = survey(forms.torn_jsonl(tmp_path / "jsonl"))
+    example = report.examples["in lines of a table that are not JSON"]
+    assert example == f"{tmp_path}/jsonl/metadata.jsonl:2"
+    assert [sample.captions for sample in kept] == [(forms.caption(n),) for n in range(N - 1)]
+    kept, report = survey(forms.torn_csv(tmp_path / "csv"))
+    example = report.examples["in lines of a table with a quotation mark that is not closed"]
+    assert example == f"{tmp_path}/csv/metadata.csv:3"
+    assert [sample.captions for sample in kept] == [(forms.caption(n),) for n in (0, 2, 3)]
+
+
+def test_a_caption_of_a_table_is_whole_or_absent(tmp_path):
+    kept, _ = survey(forms.odd_csv(tmp_path))
+    assert {sample.key: sample.captions for sample in kept} == {
+        "2": ("a house",),
+        "3": ("a house, a tree",),
+        "4": ("a house\u2028with a door\x0b and a roof",),
+    }
+
+
+def test_a_tar_of_zstd_without_pyarrow_is_a_fault_with_the_remedy(tmp_path, monkeypatch):
+    forms.by_pyarrow(tmp_path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    kept, report = survey(tmp_path / "0.tar.zst")
+    assert not kept
+    assert report.faults == [
+        f"{tmp_path}/0.tar.zst is compressed by zstd, which needs pyarrow; run `pip install "
+        "pyarrow`, or unpack it to a .tar."
+    ]
+
+
+def test_tars_of_zstd_and_lz4_are_read_from_s3(tmp_path, s3):
+    forms.by_pyarrow(tmp_path)
+    for file in tmp_path.iterdir():
+        storage.put(file.read_bytes(), f"{s3}/packed/{file.name}")
+    kept, report = survey(f"{s3}/packed")
+    assert len(kept) == 4 * N and not report.faults and not report.dropped
+
+
+def test_a_tar_in_a_tar_is_counted_by_name_with_the_remedy(tmp_path):
+    _, report = survey(forms.nested(tmp_path))
+    assert "1 in an archive inside a tar (unpack it) (such as shards/0.tar)" in str(report)
+
+
 def test_damaged_captions_of_rows_that_are_kept_are_counted(tmp_path):
     forms.write_files(tmp_path, {"0.jpg": forms.picture(0), "0.txt": b"a house\ncaf\xe9\nx\0y\n"})
     [sample], report = survey(tmp_path)
@@ -202,13 +285,35 @@ def test_damaged_captions_of_rows_that_are_kept_are_counted(tmp_path):
     assert "1 kept, none dropped; 2 damaged captions" in str(report)
 
 
-def test_shards_that_our_index_does_not_name_are_counted(tmp_path):
-    write_shards(tmp_path, drawn_samples(4))
-    forms.write_files(tmp_path, {"000001.tar": forms.shard()})
-    kept, report = survey(tmp_path)
+@pytest.fixture(params=["local", "s3"])
+def indexed(request, tmp_path):
+    """A folder, local or on S3, with a shard of 4 rows and its index."""
+    if request.param == "local":
+        root = str(tmp_path / "indexed")
+    else:
+        root = f"{request.getfixturevalue('s3')}/indexed"
+        storage.remove_folder(root)
+    write_shards(root, drawn_samples(4))
+    return root
+
+
+def test_shards_that_our_index_does_not_name_are_counted(indexed):
+    for name in ("000001.tar", "more.tar.gz", "rows.parquet"):
+        storage.put(forms.shard(), f"{indexed}/{name}")
+    for name in ("dropped.parquet", "report.html", "inside/0.tar"):
+        storage.put(b"x", f"{indexed}/{name}")
+    kept, report = survey(indexed)
     assert len(kept) == 4
-    assert dict(report.dropped) == {"in shards that are not in the index of their folder": 1}
-    assert report.examples.popitem()[1] == str(tmp_path / "000001.tar")
+    assert dict(report.dropped) == {"in shards that are not in the index of their folder": 3}
+    assert report.examples.popitem()[1] == f"{indexed}/000001.tar"
+
+
+def test_a_corpus_on_s3_that_may_be_read_but_not_listed_is_read_by_its_index(s3, s3_faults, caplog):
+    write_shards(f"{s3}/unlisted", drawn_samples(4))
+    s3_faults.deny("list-type=2")
+    kept, report = survey(f"{s3}/unlisted")
+    assert len(kept) == 4 and not report.dropped
+    assert "unlisted is read by its index alone, because it may not be listed" in caplog.text
 
 
 def test_a_corpus_with_splits_is_read_whole_with_a_warning(tmp_path, caplog):

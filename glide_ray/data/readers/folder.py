@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..caption_text import find_captions, json_fault, read_meta
 from ..sample import CAPTION_SUFFIXES, IMAGE_SUFFIXES, TEXT_SUFFIXES, Sample, ending
 from .fetch import Fetcher
-from .tables import NOT_LISTED, is_table, read_tables
+from .tables import is_table, read_tables
 
 # Folders side by side that hold the images and the texts of the same names.
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "pictures", "photos")
@@ -24,18 +24,19 @@ class ImageFile(NamedTuple):
     texts: tuple[str, ...] = ()  # files of its name
     reason: str = ""  # why a table has no caption for it
     unread: int = 0  # damaged captions of the table
+    credit: tuple[tuple[str, str], ...] = ()  # fields of the table: source, licence, author
 
 
 def find_images(
     root: str, files: Sequence[str], column: str | None
 ) -> tuple[list[ImageFile], list[tuple[str, str]]]:
-    """The images among the files of a folder, and (file, reason) of rows that have no image.
+    """The images among the files of a folder, and (file or line, reason) of rows without an image.
 
     `column` holds the captions in tables. Raises StorageError for a table that cannot be read.
     """
     images = [file for file in files if ending(file) in IMAGE_SUFFIXES]
     tables = [file for file in files if is_table(file)]
-    captions, missing = read_tables(tables, images, column)
+    captions, without_image = read_tables(tables, images, column)
     texts: dict[str, list[str]] = {}
     apart: dict[str, list[str]] = {}
     for file in files:
@@ -50,11 +51,11 @@ def find_images(
         if not beside and apart and (key := _without(root, file, IMAGE_FOLDERS)) is not None:
             beside = apart.get(key, [])
         found.append(
-            ImageFile(file, listed.texts, (), listed.reason, listed.unread)
+            ImageFile(file, listed.texts, (), listed.reason, listed.unread, listed.credit)
             if listed is not None
             else ImageFile(file, None, tuple(beside))
         )
-    return found, [(file, NOT_LISTED) for file in missing]
+    return found, without_image
 
 
 def _stem(file: str) -> str:
@@ -80,7 +81,8 @@ def read_images(
     for image in images:
         etag, *etags_of_texts = (next(expected, "") for _ in (image.path, *image.texts))
         content, no_image = fetch(image.path, etag)
-        captions, reason, unread, meta = image.captions, image.reason, image.unread, {}
+        captions, reason, unread = image.captions, image.reason, image.unread
+        meta: dict[str, Any] = dict(image.credit)
         if captions is None:
             content_of = {}
             for file, etag in zip(image.texts, etags_of_texts, strict=True):

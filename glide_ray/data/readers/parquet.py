@@ -1,7 +1,7 @@
 """Rows of a Parquet file: images as bytes, base64 or paths, with captions in another column.
 
-Only columns of images, captions and plain values are read. Text is decoded row by row: a value that
-is not UTF-8 costs its own row, not the file.
+Only columns of images, captions, sources, licences, authors and plain values are read. Text is
+decoded row by row: a value that is not UTF-8 costs its own row, not the file.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ...errors import UserError
 from ..caption_text import CAPTION_COLUMNS, find_captions
+from ..credits import is_credit, text_of
 from ..sample import Sample, ShardError, image_suffix
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class _Columns:
 
     images: tuple[str, ...]
     needed: tuple[str, ...]
-    others: tuple[str, ...]  # plain values, for a row's `meta`
+    others: tuple[str, ...]  # plain values and credits, for a row's `meta`
 
 
 def has_images(source: Source) -> bool | None:
@@ -152,7 +153,8 @@ def _choose(url: str, schema: pyarrow.Schema, column: str | None) -> _Columns:
         tuple(
             name
             for name in names
-            if name not in needed and _is_plain(pyarrow, schema.field(name).type)
+            if name not in needed
+            and (is_credit(name) or _is_plain(pyarrow, schema.field(name).type))
         ),
     )
 
@@ -273,13 +275,19 @@ def _sample(
         found.texts,
         {
             name: value
-            for name, value in row.items()
+            for name, value in ((name, _meta_value(name, row[name])) for name in row)
             if name not in used and isinstance(value, (str, int, float))
         },
         no_image="" if content else reason,
         no_caption=UNREADABLE if broken else found.reason,
         captions_unread=found.unread,
     )
+
+
+def _meta_value(name: str, value: Any) -> Any:
+    """A value for `meta`; that of a source, licence or author in any form as text."""
+    plain = isinstance(value, (str, int, float))
+    return value if plain or not is_credit(name) else text_of(value) or None
 
 
 def _plain(value: Any) -> Any:

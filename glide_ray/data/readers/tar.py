@@ -1,8 +1,9 @@
 """Rows of a WebDataset tar: the files of a row share a name.
 
 The headers are read first, so that files of a row need not lie side by side. Read are tars that are
-compressed (gzip, bzip2, xz), several tars joined into one, and names with dots. What makes no row
-is given as a row without an image, with the reason, so that it is counted and not lost.
+compressed (gzip, bzip2, xz, zstd, lz4), several tars joined into one, and names with dots. What
+makes no row is given as a row without an image, with the reason, so that it is counted and not
+lost.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,7 +42,11 @@ COMPRESSED: dict[bytes, Callable[..., Any]] = {
     b"BZh": bz2.open,
     b"\xfd7zXZ": lzma.open,
 }
-ZSTANDARD = b"\x28\xb5\x2f\xfd"
+BY_PYARROW = {  # the second is how pzstd begins
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x50\x2a\x4d\x18": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+}
 IN_MEMORY = 2**26  # bytes of an unpacked tar, before it goes to a temporary file
 CHUNK = 2**20  # bytes
 NOT_READ = "in files of a kind that is not read"
@@ -131,9 +137,16 @@ def _seekable(file: IO[bytes], name: str) -> tuple[IO[bytes], bool]:
     head = file.read(6) if file.seekable() else file.peek(6)[:6]  # type: ignore[attr-defined]
     if file.seekable():
         file.seek(0)
-    if head.startswith(ZSTANDARD):
-        raise ShardError(f"{name} is compressed by zstd, which is not read; unpack it to a .tar.")
     unpack = next((of for mark, of in COMPRESSED.items() if head.startswith(mark)), None)
+    if codec := BY_PYARROW.get(head[:4]):
+        try:
+            import pyarrow  # comes with ray[data]; not needed to read other tars
+        except ImportError:
+            raise ShardError(
+                f"{name} is compressed by {codec}, which needs pyarrow; run `pip install pyarrow`, "
+                "or unpack it to a .tar."
+            ) from None
+        unpack = partial(pyarrow.CompressedInputStream, compression=codec)
     if unpack is None and file.seekable():
         return file, True
     unpacked = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)

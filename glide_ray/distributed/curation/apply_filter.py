@@ -8,9 +8,10 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -74,10 +75,14 @@ SCORED_SCHEMA = pyarrow.schema(
 
 @dataclass(frozen=True)
 class AppliedFilter:
-    """Result of `apply_content`. `assessment` is None without a `truth` rule."""
+    """Result of `apply_content`: counts, the card of the shards that were written, and figures.
+
+    `assessment` is None without a `truth` rule.
+    """
 
     report: Report
     assessment: Assessment | None
+    card: Mapping[str, Any]
 
 
 def apply_content(
@@ -87,16 +92,18 @@ def apply_content(
     clip: str | None = None,
     truth: Rule | None = None,
     per_shard: int = 10_000,
+    column: str | None = None,
 ) -> AppliedFilter:
     """Write the rows of `source` that pass the filter at `path` to `out`, with an index and PAGE.
 
     A manifest lists the dropped rows. `clip`: current path of the CLIP that the filter was fitted
-    with, by default its path at that time. Raises UserError (ContentError for another CLIP).
+    with, by default its path at that time. `column`: field or column of captions. Raises UserError
+    (ContentError for another CLIP).
     """
     refuse_source(source, [], out)
     content = load_filter(path)
     clip = _same_clip(content, path, clip)
-    parts = find_parts(source)
+    parts = find_parts(source, column)
     refuse_source(source, parts, out)
     storage.check_writable(out)  # fail before hours of embedding
     folder = storage.absolute(out).rstrip("/")
@@ -117,7 +124,7 @@ def apply_content(
         report = judged.report(faults)
         report.kept = entries.rows
         about = {"source": source, "filter": content.name, "clip_sha256": content.clip}
-        finish_corpus(parts, judged, report, writing, tasks, about)
+        card = finish_corpus(parts, judged, report, writing, tasks, about)
         numbers = np.flatnonzero(judged.read)
         assessment = None
         if truth is not None:
@@ -128,10 +135,10 @@ def apply_content(
         tables = [_scored_rows(number, run.work) for number in numbers.tolist()]
         scored, scores, _ = _rows_to_show(pyarrow.concat_tables(tables), parts)
         title, read = f"{source} without {content.name}", int(judged.read.sum())
-        html = applied_page(title, read, len(parts), report, scored, scores, assessment)
+        html = applied_page(title, read, len(parts), report, scored, scores, assessment, card)
         storage.put(html.encode(), f"{folder}/{PAGE}")
         close(run, entries)
-    return AppliedFilter(report, assessment)
+    return AppliedFilter(report, assessment, card)
 
 
 def _same_clip(content: ContentFilter, path: str | Path, clip: str | None) -> str:

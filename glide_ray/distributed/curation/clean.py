@@ -38,12 +38,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CleanResult:
-    """Result of `clean`: the rows read, and the index of the shards that were written."""
+    """Result of `clean`: the rows read, and index and card of the shards that were written."""
 
     read: int
     report: Report
     captions_dropped: int
     index: Mapping[str, Any]
+    card: Mapping[str, Any]
 
 
 def clean(
@@ -97,12 +98,12 @@ def clean(
         report.kept = entries.rows
         about: dict[str, Any] = {"source": source, "settings": config.model_dump()}
         about["captions_dropped"] = judged.captions_dropped
-        finish_corpus(parts, judged, report, writing, tasks, about)
+        card = finish_corpus(parts, judged, report, writing, tasks, about)
         title = f"{source} cleaned into {out}"
-        html = clean_page(title, parts, judged, report, chosen, searches)
+        html = clean_page(title, parts, judged, report, chosen, searches, card)
         storage.put(html.encode(), f"{folder}/{PAGE}")
         index = close(run, entries)
-    return CleanResult(int(judged.read.sum()), report, judged.captions_dropped, index)
+    return CleanResult(int(judged.read.sum()), report, judged.captions_dropped, index, card)
 
 
 def _clean(captions: Sequence[str], config: CleanConfig) -> tuple[str, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -46,6 +47,7 @@ def clean_page(
     report: Report,
     folder: str,
     searches: Sequence[Search],
+    card: Mapping[str, Any],
     seed: int = 0,
 ) -> str:
     """HTML of sizes, caption lengths, drops by rule with examples, copies, and random rows.
@@ -54,12 +56,14 @@ def clean_page(
     """
     examples = _choose_examples(judged, report, folder, searches, np.random.default_rng(seed))
     pictures = _pictures(parts, examples)
-    of_parts = f"of {examples.parts:,} of {len(parts):,} parts"
+    some = examples.parts < len(parts)
+    rows = f"kept rows of {examples.parts:,} of {len(parts):,} parts" if some else "kept rows"
+    captions = judged.captions_dropped
     sections = [
         Section(
             "Rows by outcome",
-            f"{judged.read.sum():,} were read from {len(parts):,} parts; "
-            f"{judged.captions_dropped:,} captions were dropped, including those of dropped rows.",
+            f"{judged.read.sum():,} were read from {len(parts):,} parts."
+            + (f" {captions:,} captions were dropped, also of dropped rows." if captions else ""),
             bars=[("kept", report.kept), *report.dropped.most_common()],
         ),
         Section(
@@ -67,11 +71,10 @@ def clean_page(
             "Their rows before the fault were read.",
             lines=sorted(set(report.faults)),
         ),
+        *credit_sections(card),
+        Section(f"Pixels on the shorter side, {rows}", bars=histogram(examples.sizes)),
         Section(
-            f"Pixels on the shorter side, kept rows {of_parts}", bars=histogram(examples.sizes)
-        ),
-        Section(
-            f"Characters of the first caption, kept rows {of_parts}",
+            f"Characters of the first caption, {rows}",
             bars=histogram(examples.lengths),
         ),
         *(
@@ -89,6 +92,30 @@ def clean_page(
         Section("Random kept rows", groups=[[pictures[row]] for row in examples.kept]),
     ]
     return page(title, sections)
+
+
+def credit_sections(card: Mapping[str, Any]) -> list[Section]:
+    """Sections of a page on the licences and the sources that the card of a corpus counts."""
+    without, unnamed = card["without_licence"], card["without_source"]
+    bars = [*card["licences"].items(), *([("no licence named", without)] if without else [])]
+    sources = [("source", "licence", "author", "rows")] + [
+        (
+            f"{one.get('package')}{'@' if one.get('version') else ''}{one.get('version') or ''}",
+            str(one.get("licence") or ""),
+            str(one.get("author") or ""),
+            f"{one['pictures']:,}" if "pictures" in one else "",
+        )
+        for one in card["sources"]
+    ]
+    text = f"{unnamed:,} of {card['rows']:,} name no source." if unnamed else ""
+    return [
+        Section("Licences of the kept rows", text, bars=bars),
+        Section(
+            "Sources of the kept rows",
+            "Credit these authors where you pass on the pictures, or weights trained on them.",
+            table=sources if len(sources) > 1 else (),
+        ),
+    ]
 
 
 def _choose_examples(
@@ -152,8 +179,8 @@ def _pictures(parts: Sequence[Part], examples: _Examples) -> dict[Place, Picture
     pictures = {}
     for place in places:
         sample = samples.get(place)
-        text = examples.captions.get(place) or (
-            sample.captions[0] if sample and sample.captions else ""
-        )
-        pictures[place] = Picture(thumbnail(sample.image) if sample else None, text)
+        text = examples.captions.get(place)
+        if not text and sample is not None:
+            text = sample.captions[0] if sample.captions else sample.key
+        pictures[place] = Picture(thumbnail(sample.image) if sample else None, text or "")
     return pictures

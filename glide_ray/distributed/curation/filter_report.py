@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +13,7 @@ from ...data.filters import Report
 from ...evaluation.pages import Picture, Section, page
 from ...evaluation.report import roc_curve
 from ..embed import EmbeddedCorpus
+from .clean_page import credit_sections
 from .score_counts import ScoreCounts
 
 PICTURES_SHOWN = 24  # pictures in a section of the page
@@ -135,10 +138,12 @@ def applied_page(
     embedded: EmbeddedCorpus,
     scores: np.ndarray,
     assessment: Assessment | None,
+    card: Mapping[str, Any],
 ) -> str:
     """Page on rows that a filter was applied to.
 
-    `embedded` and `scores` (N,): rows of a few parts, or of all.
+    `embedded` and `scores` (N,): rows of a few parts, or of all. `card`: that of the rows which
+    passed.
     """
     draws = np.random.default_rng(0)
     if assessment is None:
@@ -162,6 +167,7 @@ def applied_page(
             "Their rows before the fault were read.",
             lines=sorted(set(counted.faults)),
         ),
+        *credit_sections(card),
         Section("Scores", "Rows with a score of 0 or more are dropped.", bars=bars),
         *(truth_sections(assessment) if assessment else []),
         Section(

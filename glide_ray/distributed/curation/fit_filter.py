@@ -227,7 +227,7 @@ def _candidates(
     Raises ContentError if the corpus was rewritten after labels were asked for: the labels' row
     names would then refer to other rows.
     """
-    parts = find_parts(corpus)
+    parts = find_parts(corpus, config.caption_column)
     now = state(corpus, parts)
     order = np.random.default_rng(config.seed).permutation(len(parts))
     parts = [parts[n] for n in order]
@@ -238,6 +238,7 @@ def _candidates(
             config.pool,
             config.seed,
             config.group,
+            *([config.caption_column] if config.caption_column else []),
             [part.url for part in parts],
             now,
         ]
@@ -277,7 +278,7 @@ def _assess(
     truth: Rule,
 ) -> Assessment:
     if held_out:
-        parts = find_parts(held_out)
+        parts = find_parts(held_out, config.caption_column)
         log.info(f"embedding {held_out}")
         apart = EmbeddedCorpus.of(embed(parts, clip, truth, group=config.group)[0], parts)
         assert apart.truth is not None  # embedded with the rule, as is `embedded`

@@ -23,6 +23,7 @@ import pyarrow.parquet
 import ray
 
 from ... import storage
+from ...data.credits import Credits
 from ...data.filters import Report
 from ...data.readers.fetch import CHANGED
 from ...data.shards import Sample, ShardEntries, finish, in_batches, write_shard
@@ -37,6 +38,7 @@ from .search import Search, dropped_copies
 from .tables import load, save
 from .tasks import run_each
 
+CREDITS = b"credits"  # key of the counts by licence in the metadata of a file of dropped rows
 READERS = 16  # files of dropped rows that are read ahead
 DROPPED_SCHEMA = pyarrow.schema(
     [
@@ -119,18 +121,24 @@ def _write_parts(
         return number, earlier["shards"], earlier["faults"]
     faults: list[str] = []
     lists: list[pyarrow.Table] = []
+    credits = Credits()
 
     def rows() -> Iterator[Sample]:
         for place, part in enumerate(parts):
             table, state = _with_copies(writing, first + place, part)
             lists.append(_dropped_rows(table, part))
-            yield from _kept_samples(table, part, state, int(kept[place]), writing.captions, faults)
+            samples = _kept_samples(table, part, state, int(kept[place]), writing.captions, faults)
+            for sample in samples:
+                credits.add(sample.meta)
+                yield sample
 
     shards = [
         write_shard(writing.out, shard + n, some)
         for n, some in enumerate(in_batches(rows(), writing.per_shard))
     ]
-    save(pyarrow.concat_tables(lists), _dropped_file(writing, number))
+    counts = json.dumps(credits.as_json()).encode()
+    dropped = pyarrow.concat_tables(lists).replace_schema_metadata({CREDITS: counts})
+    save(dropped, _dropped_file(writing, number))
     storage.put(json.dumps({"shards": shards, "faults": faults}).encode(), entry)
     return number, shards, faults
 
@@ -228,15 +236,19 @@ def finish_corpus(
     writing: Writing,
     tasks: int,
     about: Mapping[str, Any],
-) -> None:
+) -> dict[str, Any]:
     """Write DROPPED, SUMMARY with `about`, and the data card; the index is still to be written.
 
-    The card is that of the source corpus, if it has one.
+    Returns the card: that of the source corpus, if it has one, with counts of the written rows.
     """
+    credits = Credits()
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / DROPPED
         with pyarrow.parquet.ParquetWriter(whole, DROPPED_SCHEMA) as writer:
             for table in _in_order(range(tasks), lambda n: load(_dropped_file(writing, n))):
+                # absent if an earlier version began this run
+                if (counts := (table.schema.metadata or {}).get(CREDITS)) is not None:
+                    credits.merge(json.loads(counts))
                 if len(table):
                     writer.write_table(table.cast(DROPPED_SCHEMA))
         storage.put(whole, f"{writing.out}/{DROPPED}")
@@ -249,7 +261,10 @@ def finish_corpus(
     }
     content = json.dumps(summary, indent=1, ensure_ascii=False).encode()
     storage.put(content, f"{writing.out}/{SUMMARY}")
-    carry_card(parts, writing.out, report.kept)
+    description = (
+        f"Rows of {about['source']}; the json of each row names its source, licence and author."
+    )
+    return carry_card(parts, writing.out, credits, description)
 
 
 def close(run: RunFolder, entries: ShardEntries) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from ...models.weights import load_config
 from ...pretrained import shipped
 from ...train import partition
 from ...train.checkpoint import Checkpoints, fetch
+from ...train.pack import source_metadata
 from ...train.run_folder import (
     METRICS,
     PRESET,
@@ -221,7 +222,8 @@ def _export(out: str, steps: int) -> None:
         )
     with tempfile.TemporaryDirectory(prefix="glide-export-") as cache:
         local = Path(cache) / WEIGHTS if storage.is_remote(out) else Path(out) / WEIGHTS
-        partition.export_average(fetch(complete[-1], cache), local)
+        folder = fetch(complete[-1], cache)
+        partition.export_average(folder, local, metadata_of=source_metadata)
         if storage.is_remote(out):
             storage.put(local, f"{out}/{WEIGHTS}")
 
