@@ -79,21 +79,6 @@ def list_files(path: str | Path, suffixes: tuple[str, ...]) -> Iterator[str]:
     yield from (file for file, _ in list_states(path, suffixes))
 
 
-def list_folder(path: str | Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Files directly in a folder or prefix whose names end in one of `suffixes`, sorted.
-
-    `suffixes` as in `list_files`. Raises StorageError (DeniedError without the right to list).
-    """
-    path = str(path).rstrip("/")
-    if not is_remote(path):
-        files = sorted(str(file) for file in Path(path).glob("*"))
-        return [file for file in files if file.lower().endswith(suffixes)]
-    bucket, prefix = split_url(f"{path}/")
-    with storage_errors(path):
-        keys = [item["Key"] for item in list_objects(bucket, prefix, Delimiter="/")]
-        return [f"{S3}{bucket}/{key}" for key in keys if key.lower().endswith(suffixes)]
-
-
 def list_states(
     path: str | Path, suffixes: tuple[str, ...], found: Callable[[str], None] = lambda file: None
 ) -> Iterator[tuple[str, str]]:

@@ -22,10 +22,10 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
+from ..s3 import S3, list_objects, split_url
 from ..storage import (
     MissingError,
     is_remote,
-    list_folder,
     put,
     put_new,
     read,
@@ -106,6 +106,21 @@ def refuse_others(folder: str | Path) -> None:
                 f"{folder} holds shards that no index names, such as {name}; write to an empty "
                 "folder, or remove them."
             )
+
+
+def list_folder(path: str | Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Files directly in a folder or prefix whose names end in one of `suffixes`, sorted.
+
+    `suffixes` as in `list_files`. Raises StorageError (DeniedError without the right to list).
+    """
+    path = str(path).rstrip("/")
+    if not is_remote(path):
+        files = sorted(str(file) for file in Path(path).glob("*"))
+        return [file for file in files if file.lower().endswith(suffixes)]
+    bucket, prefix = split_url(f"{path}/")
+    with storage_errors(path):
+        keys = [item["Key"] for item in list_objects(bucket, prefix, Delimiter="/")]
+        return [f"{S3}{bucket}/{key}" for key in keys if key.lower().endswith(suffixes)]
 
 
 def claim_earlier(folder: str | Path, shards: Iterable[str] = ()) -> None:

@@ -35,7 +35,7 @@ from .sample import (
     ShardError,
     ending,
 )
-from .shards import DROPPED, INDEX, MARKER, refuse_unfinished
+from .shards import DROPPED, INDEX, MARKER, list_folder, refuse_unfinished
 
 log = logging.getLogger(__name__)
 
@@ -345,7 +345,7 @@ def _read_index(path: str, column: str | None) -> list[Part]:
 def _shards_in(folder: str) -> list[str]:
     """Shards directly in a folder; none where one may read but not list."""
     try:
-        return storage.list_folder(folder, SHARD_SUFFIXES)
+        return list_folder(folder, SHARD_SUFFIXES)
     except DeniedError as error:
         _warn(f"{folder} is read by its index alone, because it may not be listed: {error}")
         return []
