@@ -10,7 +10,7 @@ import itertools
 import logging
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -311,15 +311,7 @@ def _real_checks(
                     corpus[prompts[draw(secret, "other", n, attempt) % len(prompts)]][0]
                     for attempt in range(TRIES)
                 )
-                used = words[right.part.url, right.place]
-                wrong = next(
-                    (
-                        picture
-                        for picture in others
-                        if not words[picture.part.url, picture.place] & used
-                    ),
-                    None,
-                )
+                wrong = _first_of_other_words(others, right, words)
                 if wrong is None:
                     continue
             page_names |= {
@@ -342,6 +334,16 @@ def _real_checks(
         )
         for question, n, prompt, right, wrong in checks
     ]
+
+
+def _first_of_other_words(
+    pictures: Iterable[StudyPicture], right: StudyPicture, words: Mapping[tuple[str, int], set[str]]
+) -> StudyPicture | None:
+    """The first picture whose caption shares no word with that of `right`."""
+    used = words[right.part.url, right.place]
+    return next(
+        (picture for picture in pictures if not words[picture.part.url, picture.place] & used), None
+    )
 
 
 def _words_of_pictures(

@@ -152,12 +152,8 @@ def _run(
     step = trainer.progress.step
     last = _last_checkpoint(trainer, checkpoints, writer, out)
     export_average(last, out / WEIGHTS, metadata_of=source_metadata)
-    return StartResult(
-        step,
-        finished,
-        out / WEIGHTS,
-        (step - first) * train.batch / max(1e-9, time.monotonic() - began),
-    )
+    speed = (step - first) * train.batch / max(1e-9, time.monotonic() - began)
+    return StartResult(step, finished, out / WEIGHTS, speed)
 
 
 def _last_checkpoint(

@@ -126,19 +126,25 @@ def apply_content(
         about = {"source": source, "filter": content.name, "clip_sha256": content.clip}
         card = finish_corpus(parts, judged, report, writing, tasks, about)
         numbers = np.flatnonzero(judged.read)
-        assessment = None
-        if truth is not None:
-            on = f"{source}, its labelled rows included"
-            assessment = _assess(on, parts, numbers, run.work)
-        if len(numbers) > PAGE_PARTS:
-            numbers = np.sort(np.random.default_rng(0).choice(numbers, PAGE_PARTS, replace=False))
-        tables = [_scored_rows(number, run.work) for number in numbers.tolist()]
-        scored, scores, _ = _rows_to_show(pyarrow.concat_tables(tables), parts)
+        on = f"{source}, its labelled rows included"
+        assessment = None if truth is None else _assess(on, parts, numbers, run.work)
+        scored, scores = _rows_of_page(numbers, parts, run.work)
         title, read = f"{source} without {content.name}", int(judged.read.sum())
         html = applied_page(title, read, len(parts), report, scored, scores, assessment, card)
         storage.put(html.encode(), f"{folder}/{PAGE}")
         close(run, entries)
     return AppliedFilter(report, assessment, card)
+
+
+def _rows_of_page(
+    numbers: np.ndarray, parts: Sequence[Part], work: str
+) -> tuple[EmbeddedCorpus, np.ndarray]:
+    """Rows and scores (N,) of at most PAGE_PARTS of the parts with these numbers."""
+    if len(numbers) > PAGE_PARTS:
+        numbers = np.sort(np.random.default_rng(0).choice(numbers, PAGE_PARTS, replace=False))
+    tables = [_scored_rows(number, work) for number in numbers.tolist()]
+    scored, scores, _ = _rows_to_show(pyarrow.concat_tables(tables), parts)
+    return scored, scores
 
 
 def _same_clip(content: ContentFilter, path: str | Path, clip: str | None) -> str:

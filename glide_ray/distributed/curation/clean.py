@@ -26,9 +26,9 @@ from ..rows import PAGE, refuse_source
 from .baseline import choose_rows
 from .clean_page import clean_page
 from .features import check_settings
-from .judge import judge
+from .judge import Judged, judge
 from .near_duplicates import find_near_duplicates
-from .run_folder import own
+from .run_folder import RunFolder, own
 from .search import Search
 from .semantic import find_semantic_duplicates
 from .write import Writing, close, finish_corpus, write_rows
@@ -78,18 +78,7 @@ def clean(
             log.info(f"choosing rows as {config.baseline} among {judged.kept.sum():,}")
             judged, chosen = choose_rows(parts, judged, run.work, f"{later}/baseline", config)
             run.check()
-        searches: list[Search] = []
-        if config.duplicates:
-            log.info(f"looking for near-duplicates among {judged.kept.sum():,} images")
-            searches = [find_near_duplicates(judged, chosen, f"{later}/search")]
-            run.check()
-        if config.semantic is not None:
-            log.info(f"looking for semantic duplicates among {judged.kept.sum():,} images")
-            near, limit = next(iter(searches), None), config.semantic
-            searches.append(
-                find_semantic_duplicates(judged, chosen, run.work, f"{later}/semantic", near, limit)
-            )
-            run.check()
+        searches = _find_duplicates(judged, run, chosen, later, config)
         log.info(f"writing {judged.kept.sum():,} rows to {out}")
         edit = partial(_clean, config=config)
         writing = Writing(folder, chosen, later, config.per_shard, searches, edit)
@@ -104,6 +93,25 @@ def clean(
         storage.put(html.encode(), f"{folder}/{PAGE}")
         index = close(run, entries)
     return CleanResult(int(judged.read.sum()), report, judged.captions_dropped, index, card)
+
+
+def _find_duplicates(
+    judged: Judged, run: RunFolder, chosen: str, later: str, config: CleanConfig
+) -> list[Search]:
+    """Search for the duplicates that the settings name. `chosen`: folder of the judged files."""
+    searches: list[Search] = []
+    if config.duplicates:
+        log.info(f"looking for near-duplicates among {judged.kept.sum():,} images")
+        searches.append(find_near_duplicates(judged, chosen, f"{later}/search"))
+        run.check()
+    if config.semantic is not None:
+        log.info(f"looking for semantic duplicates among {judged.kept.sum():,} images")
+        near, limit = next(iter(searches), None), config.semantic
+        searches.append(
+            find_semantic_duplicates(judged, chosen, run.work, f"{later}/semantic", near, limit)
+        )
+        run.check()
+    return searches
 
 
 def _clean(captions: Sequence[str], config: CleanConfig) -> tuple[str, ...]:

@@ -73,10 +73,7 @@ def clean_page(
         ),
         *credit_sections(card),
         Section(f"Pixels on the shorter side, {rows}", bars=histogram(examples.sizes)),
-        Section(
-            f"Characters of the first caption, {rows}",
-            bars=histogram(examples.lengths),
-        ),
+        Section(f"Characters of the first caption, {rows}", bars=histogram(examples.lengths)),
         *(
             Section(
                 f"Dropped: {why}",

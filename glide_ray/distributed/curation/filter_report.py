@@ -17,6 +17,7 @@ from .clean_page import credit_sections
 from .score_counts import ScoreCounts
 
 PICTURES_SHOWN = 24  # pictures in a section of the page
+RANDOM_SHOWN = 2 * PICTURES_SHOWN
 MISSED_SHOWN = 4 * PICTURES_SHOWN
 
 
@@ -170,10 +171,7 @@ def applied_page(
         *credit_sections(card),
         Section("Scores", "Rows with a score of 0 or more are dropped.", bars=bars),
         *(truth_sections(assessment) if assessment else []),
-        Section(
-            "Kept rows, at random",
-            groups=shown(draws.permutation(passing), 2 * PICTURES_SHOWN),
-        ),
+        Section("Kept rows, at random", groups=shown(draws.permutation(passing), RANDOM_SHOWN)),
         Section(
             "Kept rows, nearest to the boundary",
             groups=shown(passing[np.argsort(-scores[passing])], PICTURES_SHOWN),

@@ -96,11 +96,8 @@ def fit_content(
     threshold = threshold_of(fitted, pool, labelled, config)
     positive = np.array(list(labelled.values()), bool)
     positives, missed = int(positive.sum()), int((fitted.out_of_fold[positive] < threshold).sum())
-    settings: dict[str, Any] = {
-        "corpus": corpus,
-        "clip": storage.absolute(clip),
-        "words": list(words),
-    }
+    settings: dict[str, Any] = {"corpus": corpus, "clip": storage.absolute(clip)}
+    settings["words"] = list(words)
     settings |= {"labelled": len(positive), "with_content": positives, "missed": missed}
     settings |= {"cost": fitted.cost, "width": fitted.width, **config.model_dump()}
     content = with_threshold(fitted, threshold, name, fingerprint(clip_path), settings)
@@ -231,18 +228,9 @@ def _candidates(
     now = state(corpus, parts)
     order = np.random.default_rng(config.seed).permutation(len(parts))
     parts = [parts[n] for n in order]
-    key = json.dumps(
-        [
-            corpus,
-            fingerprint(clip),
-            config.pool,
-            config.seed,
-            config.group,
-            *([config.caption_column] if config.caption_column else []),
-            [part.url for part in parts],
-            now,
-        ]
-    )
+    settings = [config.pool, config.seed, config.group]
+    settings += [config.caption_column] if config.caption_column else []
+    key = json.dumps([corpus, fingerprint(clip), *settings, [part.url for part in parts], now])
     before = json.loads(cached_table_key(out / FEATURES) or "[null]")
     if labels and before[0] == corpus and before[-1] != now:
         raise ContentError(

@@ -19,6 +19,7 @@ from ...config.sampling import SampleOptions
 from ...data import emoji
 from ...data.images import encode
 from ...data.shards import read_index
+from ...evaluation.elo import Standing
 from ...precision import fastest_precision
 from ...records import cached_result
 from ...storage import fingerprint
@@ -73,19 +74,19 @@ def run(out: Path, corpus: Path) -> list[Finding]:
         table, standings, painted, found, images, len(own.captions), len(real.captions)
     )
     storage.put(report.encode(), out / PAGE)
-    elo = {
-        question: {name: vars(standing) for name, standing in scores.items()}
-        for question, scores in standings.items()
-    }
     figures = {
         "sets": table,
-        "elo": elo,
+        "elo": {question: _by_name(scores) for question, scores in standings.items()},
         "inpainting": painted,
         "clip_score_of_real": 100 * float(features.cosines.mean()),
     }
     for name, result in ((FIGURES, figures), (FINDINGS, [finding.as_json() for finding in found])):
         storage.put(json.dumps(result, indent=1, ensure_ascii=False).encode(), out / name)
     return found
+
+
+def _by_name(scores: Mapping[str, Standing]) -> dict[str, dict[str, Any]]:
+    return {name: dict(vars(standing)) for name, standing in scores.items()}
 
 
 def _inpainting_errors(out: Path, weights: Mapping[str, Path]) -> dict[str, Any]:
