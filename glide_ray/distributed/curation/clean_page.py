@@ -62,8 +62,12 @@ def clean_page(
     sections = [
         Section(
             "Rows by outcome",
-            f"{judged.read.sum():,} were read from {len(parts):,} parts."
-            + (f" {captions:,} captions were dropped, also of dropped rows." if captions else ""),
+            f"Rows read: {judged.read.sum():,}. Parts: {len(parts):,}."
+            + (
+                f" Captions dropped, those of dropped rows included: {captions:,}."
+                if captions
+                else ""
+            ),
             bars=[("kept", report.kept), *report.dropped.most_common()],
         ),
         Section(

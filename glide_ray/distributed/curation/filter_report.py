@@ -160,7 +160,7 @@ def applied_page(
     sections = [
         Section(
             "Rows by outcome",
-            f"{read:,} were read from {parts:,} parts.",
+            f"Rows read: {read:,}. Parts: {parts:,}.",
             bars=[("kept", counted.kept), *counted.dropped.most_common()],
         ),
         Section(
