@@ -26,7 +26,7 @@ def bench_semantic() -> dict[str, Any]:
     """Seconds and peak memory of the search among ROWS drawn features of EfficientNet's width.
 
     The memory is that of all processes, Ray's included; `driver_mib` is the growth of this one.
-    `copies_found` is the share of planted copies of which one of the two is dropped.
+    `copies_found` is the share of planted pairs that lose one of the two.
     """
     connect(2)
     with tempfile.TemporaryDirectory() as folder:

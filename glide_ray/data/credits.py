@@ -48,7 +48,7 @@ class Credit:
 
 
 def credit_of(meta: Mapping[str, Any]) -> Credit:
-    """The credit in the fields of a row. Of a URL, the source is its host."""
+    """The credit in the fields of a row; a URL counts as its host."""
     found: dict[str, Any] = {}
     for name in meta:
         if (plain := _plain(str(name))) in FIELDS:
