@@ -47,6 +47,7 @@ def replaced_between(monkeypatch, replace):
     monkeypatch.setattr(cleaning, "find_near_duplicates", search_and_replace)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["image", "tar"])
 def test_a_file_replaced_after_it_was_judged_ends_the_run_and_the_next_run_reads_it_again(
     s3, tmp_path, monkeypatch, form

@@ -104,6 +104,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_driver_uses_a_token_where_the_head_wants_one_and_only_there(head, tmp_path):
     mode, address, home = head
     (tmp_path / "join.py").write_text(JOIN)

@@ -131,6 +131,7 @@ def test_training_goes_on_while_a_part_is_uploaded(s3, s3_faults, monkeypatch):
     assert committed == [10, 20]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_the_object_store_refuses_is_told_of_and_the_next_one_is_another_try(
     s3, s3_faults, monkeypatch
 ):

@@ -390,6 +390,7 @@ def test_bench_times_a_training_step_against_a_plain_and_a_bare_loop(capsys, mon
     )
 
 
+@pytest.mark.slow
 def test_bench_times_one_and_several_samples_of_a_cascade(capsys, monkeypatch):
     small = {
         f"nano-{role}": tiny(role, "model.sampling.respacing=2") for role in ("base", "upsampler")

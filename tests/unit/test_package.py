@@ -30,6 +30,7 @@ NEEDS = {
     "data.duplicates": "cluster",
     "data.render": "emoji",
     "data.readers.parquet": "cluster",
+    "data.readers.tar": "cluster",
     "distributed": "cluster",
     "evaluation": "cluster judge",
     "experiments.demo": "cluster",
