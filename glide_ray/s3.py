@@ -263,7 +263,7 @@ def put_object(
     from boto3.s3.transfer import TransferConfig
 
     options = {
-        "ExtraArgs": {"Metadata": {CHECKSUM: sha256}},
+        "ExtraArgs": {"Metadata": {CHECKSUM: sha256} if sha256 else {}},
         "Config": TransferConfig(multipart_threshold=one_request_up_to + 1),
     }
     if isinstance(data, Path):

@@ -169,21 +169,21 @@ def open_ranges(path: str | Path, etag: str = "") -> IO[bytes]:
 
 
 def put(
-    data: bytes | Path | IO[bytes],
+    data: bytes | str | Path | IO[bytes],
     path: str | Path,
     sha256: str | None = None,
     one_request_up_to: int = 2**23,
 ) -> None:
-    """Store bytes, or a local file of any size, atomically; an open file only in S3.
+    """Store bytes, a local file of any size by its path, or an open file, atomically.
 
     `sha256`: checksum of the local file, if known; saves reading the file once more.
     `one_request_up_to`: bytes of a file that S3 receives whole; a larger one goes in parts, each
     with its own checksum and retries. Raises StorageError.
     """
+    data = Path(data) if isinstance(data, str) else data
     with storage_errors(path):
         if is_remote(path):
-            if isinstance(data, Path):
-                sha256 = sha256 or digest(data)
+            sha256 = sha256 or (digest(data) if isinstance(data, Path) else None)
             put_object(data, str(path), sha256, one_request_up_to)
             return
         with atomic_write(path) as partial:
@@ -191,6 +191,9 @@ def put(
                 partial.write_bytes(data)
             elif isinstance(data, Path):
                 shutil.copyfile(data, partial)
+            else:
+                with open(partial, "wb") as file:
+                    shutil.copyfileobj(data, file)
 
 
 def put_new(data: bytes, path: str | Path) -> bool:

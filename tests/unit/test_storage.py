@@ -105,6 +105,16 @@ def test_a_probe_of_a_killed_process_is_deleted_by_the_next(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_bytes_a_path_of_either_kind_and_an_open_file_are_stored_whole(place, tmp_path, s3):
+    source, root = tmp_path / "source", s3 if place == "s3" else tmp_path
+    source.write_bytes(b"weights")
+    with open(source, "rb") as file:
+        for number, data in enumerate((b"weights", source, str(source), file)):
+            storage.put(data, f"{root}/put-{number}")
+            assert storage.read(f"{root}/put-{number}") == b"weights"
+
+
 def test_an_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file/below/w"):
