@@ -6,9 +6,9 @@ import numpy as np
 
 from ...data.content import missed_interval
 
-MAX_DISTINCT = 1 << 20  # scores that are told apart
-BUFFERED = 1 << 20  # rows that are counted together
-DROPPED_BITS = 4  # of the fraction of a float32, at each rounding
+MAX_DISTINCT = 1 << 20  # distinct scores kept before rounding
+BUFFERED = 1 << 20  # rows per merge into the counts
+DROPPED_BITS = 4  # mantissa bits removed by each rounding
 
 
 class ScoreCounts:
