@@ -86,6 +86,13 @@ class DataConfig(Frozen):
         le=1,
         description="upsamplers: share of low-res images that are blurred; 0.5 in Ho et al. (2021)",
     )
+    low_res_noise: float = Field(
+        0.0,
+        ge=0,
+        description="upsamplers: largest standard deviation, in 8-bit levels, of the noise added "
+        "to low-res images, drawn uniformly from 0; a base model's pictures are not flat where "
+        "real ones are",
+    )
     shuffle_buffer: int = Field(
         2048,
         ge=0,

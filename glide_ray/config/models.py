@@ -70,6 +70,12 @@ class UNetConfig(Frozen):
         description="pixels a side of the squares that are folded into "
         "channels at both ends (Hoogeboom et al. 2023)",
     )
+    pixel_channels: int = Field(
+        0,
+        ge=0,
+        description="channels of three convolutions at full resolution that correct the last "
+        "layer's output, in which the edges of patches show; 0: none",
+    )
     prediction: Literal["eps", "v", "x0"] = Field(
         "eps",
         description="output of the last layer, converted to eps; an upsampler's x0 is "

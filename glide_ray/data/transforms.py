@@ -120,6 +120,10 @@ class Collate:
         draws = self._draws("pair", key, epoch) if augment else None
         if draws is not None and draws.random() < self.data.low_res_blur_rate:
             small = blur(small, draws.uniform(*BLUR_SIGMAS))
+        if draws is not None and self.data.low_res_noise:
+            deviation = draws.uniform(0, self.data.low_res_noise)
+            noisy = small + deviation * draws.standard_normal(small.shape, dtype=np.float32)
+            small = noisy.round().clip(0, 255).astype(np.uint8)
         if draws is None or not self.data.crop:
             return picture, small
         # Draw the corner in low-res pixels, so that both crops start at a whole pixel.

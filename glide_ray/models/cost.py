@@ -110,7 +110,7 @@ def parts(model: GlideUNet | NoisedClip) -> dict[str, int]:
             "scale of the logits": 1,
         }
     attention = size(*model.attention_layers())
-    unet = (
+    unet = [
         model.time_in,
         model.time_out,
         model.stem,
@@ -119,7 +119,8 @@ def parts(model: GlideUNet | NoisedClip) -> dict[str, int]:
         model.up,
         model.out_norm,
         model.out,
-    )
+        *([model.pixel_head] if model.pixel_head is not None else []),
+    ]
     return {
         "text transformer": size(model.text),
         "UNet, convolutions": size(*unet) - attention,

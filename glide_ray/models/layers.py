@@ -223,6 +223,28 @@ class ResBlock(nn.Module):
         return kernels.add(h, F.conv2d(x, self.skip.weight), bias, self.skip.bias)
 
 
+class PixelHead(nn.Module):
+    """Convolutions at full resolution that correct a prediction made in patches.
+
+    Pixels on the two sides of a patch's edge come from different features; without these layers
+    the edges show as a grid. Modulated by the embedding (B, E) of timestep and text.
+    """
+
+    def __init__(self, in_channels: int, channels: int, embedding: int):
+        super().__init__()
+        self.in_conv = nn.Conv2d(3 + in_channels, channels, 3, padding=1)
+        self.embedding = nn.Linear(embedding, 2 * channels)
+        self.middle_conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.out_conv = nn.Conv2d(channels, 3, 3, padding=1)
+
+    def forward(self, prediction: Tensor, inputs: Tensor, embedding: Tensor) -> Tensor:
+        """prediction (B, 3, H, W) float32, inputs (B, C, H, W) -> corrected prediction, float32."""
+        scale, shift = self.embedding(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.in_conv(torch.cat([prediction.to(inputs), inputs], dim=1))
+        h = self.middle_conv(F.silu(torch.addcmul(shift, h, 1 + scale)))
+        return prediction + self.out_conv(F.silu(h)).float()
+
+
 class AttentionBlock(nn.Module):
     """Self-attention over pixels (sec. 4.1).
 

@@ -58,8 +58,14 @@ def from_released(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str, 
 def to_released(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
     """Our state dict -> the released names and shapes.
 
-    Raises ReleasedError for a missing or unexpected key.
+    Raises ReleasedError for a missing or unexpected key, and for a model that the released code
+    cannot run.
     """
+    if config.patch > 1 or config.pixel_channels or config.prediction != "eps":
+        raise ReleasedError(
+            "The released code runs models that predict eps for every pixel; this one works on "
+            "patches or predicts v or x_0, so there is no released form of it."
+        )
     names, _ = _names_and_shapes(config)
     _check_keys(set(names), set(state))
     return {

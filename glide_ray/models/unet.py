@@ -17,7 +17,15 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config.models import DiffusionConfig, UNetConfig
 from ..tensors import Conditioning, ModelOutput, TextFeatures
-from .layers import AttentionBlock, Downsample, GroupNorm, ResBlock, Upsample, timestep_embedding
+from .layers import (
+    AttentionBlock,
+    Downsample,
+    GroupNorm,
+    PixelHead,
+    ResBlock,
+    Upsample,
+    timestep_embedding,
+)
 from .text import TextBlock, TextTransformer
 
 
@@ -79,6 +87,11 @@ class GlideUNet(nn.Module):
         self.out_norm = GroupNorm(config.groups, channels)
         # Outputs: 3 channels of eps, v or x_0, and 3 of the variance interpolation.
         self.out = nn.Conv2d(channels, 6 * patch_area, 3, padding=1)
+        self.pixel_head = (
+            PixelHead(config.in_channels, config.pixel_channels, embedding)
+            if config.pixel_channels
+            else None
+        )
         self.initialise()
 
     # -- construction ---------------------------------------------------------------------------
@@ -167,6 +180,8 @@ class GlideUNet(nn.Module):
             elif isinstance(module, AttentionBlock):
                 _zero(module.out)
         _zero(self.out)  # the first prediction is eps = 0
+        if self.pixel_head is not None:
+            _zero(self.pixel_head.out_conv)
         for channels in self._conditioning_channels():
             nn.init.zeros_(self.stem.weight[:, channels])  # sec. 4.3
 
@@ -239,15 +254,13 @@ class GlideUNet(nn.Module):
             text = self.encode_text(conditioning.tokens, conditioning.mask)
         time = timestep_embedding(timestep, self.config.channels).to(dtype)
         # (B, 4C), input of every block.
-        embedding = F.silu(self.time_out(F.silu(self.time_in(time))) + text.pooled)
-        if self._embeddings is not None:
-            # (B, scales and shifts of all blocks).
-            embedding = F.linear(embedding, *self._embeddings)
-        h = self.stem(
-            self._network_input(x, conditioning).to(
-                dtype, memory_format=self.memory_format or self._fast_format(x.device)
-            )
-        )
+        pooled = F.silu(self.time_out(F.silu(self.time_in(time))) + text.pooled)
+        # With `fuse`: (B, scales and shifts of all blocks).
+        embedding = F.linear(pooled, *self._embeddings) if self._embeddings else pooled
+        memory_format = self.memory_format or self._fast_format(x.device)
+        inputs = self._network_input(x, conditioning).to(dtype)
+        folded = F.pixel_unshuffle(inputs, self.config.patch)
+        h = self.stem(folded.contiguous(memory_format=memory_format))
         keys_values = iter(text.keys_values or ())
         skips = [h]
         for stage in self.down:
@@ -265,6 +278,9 @@ class GlideUNet(nn.Module):
         predicted, variance = F.pixel_shuffle(self.out(h).float(), self.config.patch).chunk(
             2, dim=1
         )
+        if self.pixel_head is not None:
+            inputs = inputs.contiguous(memory_format=memory_format)
+            predicted = self.pixel_head(predicted, inputs, pooled)
         return ModelOutput(self._eps(predicted, x, timestep, conditioning), variance)
 
     def _eps(
@@ -314,7 +330,7 @@ class GlideUNet(nn.Module):
         )
 
     def _network_input(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        """All input channels of this variant of the model, with each patch folded into channels.
+        """All input channels of this variant of the model.
 
         In this order: x, known pixels, their mask, the enlarged low-res image.
         """
@@ -323,7 +339,7 @@ class GlideUNet(nn.Module):
             parts += self._known(x, conditioning)
         if self.config.low_res_size:
             parts.append(self._enlarged(x, conditioning))
-        return F.pixel_unshuffle(torch.cat(parts, dim=1), self.config.patch)
+        return torch.cat(parts, dim=1)
 
     def _enlarged(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         """The low-res image enlarged to the size of x; raises ValueError if there is none.

@@ -329,6 +329,25 @@ def test_low_res_images_are_blurred_at_the_requested_rate_and_only_in_training()
     )
 
 
+def test_low_res_images_get_noise_of_the_given_size_and_only_in_training():
+    samples = list(drawn_samples(64))
+    model = tiny("upsampler").model
+    clean = Collate(model, DataConfig())(rows_of(samples), 0)
+    noisy = Collate(model, DataConfig(low_res_noise=8.0))
+    given = noisy(rows_of(samples), 0)
+    assert torch.equal(given.image, clean.image)
+    levels = 127.5 * (given.conditioning.low_res - clean.conditioning.low_res)
+    inside = (clean.conditioning.low_res.abs() < 0.75).flatten(1)  # away from the clipping
+    deviations = torch.stack(
+        [row[kept].std() for row, kept in zip(levels.flatten(1), inside, strict=True)]
+    )
+    deviations = deviations[deviations.isfinite()]
+    # A standard deviation is uniform from 0 to 8 levels: 4 on the average, none far above 8.
+    assert 3 < deviations.mean() < 5 and deviations.max() < 9.5 and deviations.min() < 1.5
+    plain = noisy(rows_of(samples), 0, augment=False)
+    assert torch.equal(plain.conditioning.low_res, clean.conditioning.low_res)
+
+
 def test_the_blur_agrees_with_scipys_gaussian_of_three_pixels():
     pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3)).astype(np.uint8)
     expected = np.stack(

@@ -96,6 +96,17 @@ def test_both_encoders_of_the_published_clip_form_one_model(tmp_path, vocabulary
         import_files([published(tmp_path, "base"), published(tmp_path, "upsample")])
 
 
+@pytest.mark.parametrize(
+    "setting", ["model.unet.patch=2", "model.unet.pixel_channels=4", "model.unet.prediction=x0"]
+)
+def test_a_model_that_the_released_code_cannot_run_is_not_exported(tmp_path, capsys, setting):
+    config = tiny("base", "model.unet.attention_sizes=4", setting).model
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.pt"
+    save_weights(ours, random_model(config.unet).state_dict(), config)
+    assert main(["export-released", str(ours), "--out", str(theirs)]) == 2
+    assert "no released form" in capsys.readouterr().err and not theirs.exists()
+
+
 def test_import_writes_a_weights_file_and_export_restores_the_same_tensors(tmp_path, capsys):
     config = tiny().model
     ours = tmp_path / "ours.safetensors"

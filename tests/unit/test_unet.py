@@ -47,8 +47,9 @@ def test_a_fresh_model_predicts_no_noise_and_every_parameter_is_initialised():
 
 
 @pytest.mark.parametrize("kind", ["base", "upsampler"])
-def test_every_parameter_affects_the_output(kind):
-    unet = tiny(kind).model.unet
+@pytest.mark.parametrize("settings", [[], ["model.unet.pixel_channels=4"]])
+def test_every_parameter_affects_the_output(kind, settings):
+    unet = tiny(kind, *settings).model.unet
     model = random_model(unet).requires_grad_(True)
     output = model(*inputs(unet))
     (output.eps.square().sum() + output.variance.sum()).backward()
@@ -167,6 +168,31 @@ def test_patches_are_unfolded_to_the_pixels_they_were_folded_from():
     assert output.eps.shape == x.shape
     assert torch.equal(output.eps[:, 2, 9, 4], seen["out"][:, 4 * 2 + 2 * 1 + 0, 4, 2])
     assert torch.equal(output.variance[:, 0, 2, 3], seen["out"][:, 4 * 3 + 2 * 0 + 1, 1, 1])
+
+
+@pytest.mark.parametrize("kind", ["base", "upsampler"])
+def test_layers_at_full_resolution_start_as_the_identity(kind):
+    plain = tiny(kind, "model.unet.patch=2", "model.unet.attention_sizes=4").model.unet
+    corrected = plain.model_copy(update={"pixel_channels": 8})
+    before, after = random_model(plain), GlideUNet(corrected).eval().requires_grad_(False)
+    after.load_state_dict(before.state_dict(), strict=False)
+    given = inputs(plain)
+    expected, output = before(*given), after(*given)
+    assert torch.equal(output.eps, expected.eps)
+    assert torch.equal(output.variance, expected.variance)
+
+
+def test_layers_at_full_resolution_pass_a_change_across_the_edge_of_a_patch():
+    config = tiny("base", "model.unet.patch=8", "model.unet.multipliers=1").model.unet
+    model = random_model(config.model_copy(update={"pixel_channels": 8}))
+    head = model.pixel_head
+    prediction, given = torch.zeros(1, 3, 16, 16), torch.randn(1, 3, 16, 16)
+    prediction.requires_grad_(True)
+    output = head(prediction, given, torch.randn(1, head.embedding.in_features))
+    output[0, 0, 8, 8].backward()  # the first pixel of the last patch
+    reached = prediction.grad[0].abs().sum(0).nonzero()
+    # Three convolutions of 3 pixels see 3 pixels to each side.
+    assert reached.min(0).values.tolist() == [5, 5] and reached.max(0).values.tolist() == [11, 11]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
