@@ -37,6 +37,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(VENV)/bin/python || $(PYTHON) -c 'import sys; sys.exit("glide_ray needs Python 3.10 or newer; run make PYTHON=python3.11 ..." if sys.version_info < (3, 10) else 0)'
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --editable '.[cluster,emoji]'
+	@$(VENV)/bin/python -m compileall -q glide_ray  # pip does so only if not --editable
 	@touch $(READY)
 
 $(TESTS): $(READY)

@@ -37,7 +37,7 @@ from ..evaluation.features import ClipFeatures, Network, fetch_network, load_net
 from ..evaluation.pages import Picture, thumbnail
 from ..progress import bar
 from ..storage import fingerprint
-from .rows import read_rows
+from .rows import INLINE_IMAGES, read_rows
 from .stream import Tally, each_alone, in_order, its_own, task_errors
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,6 @@ log = logging.getLogger(__name__)
 JOB = "job.json"  # beside generated pictures: the settings and models that made them
 ROWS_PER_BATCH = 64  # rows in a batch of an actor
 ACTORS = 2  # on a cluster without GPUs
-# images; up to this many are embedded in this process, since starting actors takes some 10 s
-INLINE_IMAGES = 128
 PARTS_AT_ONCE = 1024  # of a stream, whose parts the driver holds; many more than a pool needs
 
 # (part number, part, report) -> tables of the part's rows; read errors are added to the report

@@ -18,6 +18,9 @@ from ..errors import ConfigError, UserError
 # files beside the shards of a corpus that was written from another one
 SUMMARY, PAGE = "summary.json", "report.html"
 
+# images; up to this many are embedded in this process, since starting actors takes some 10 s
+INLINE_IMAGES = 128
+
 RECORD = "filter.json"  # record of the filter job that wrote the corpus, see jobs/filter.py
 
 

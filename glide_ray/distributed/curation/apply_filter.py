@@ -33,14 +33,13 @@ from ...storage import fingerprint
 from ..cluster import connect, ship_modules
 from ..embed import (
     ACTORS,
-    INLINE_IMAGES,
     READ_SCHEMA,
     ROWS_PER_BATCH,
     EmbeddedCorpus,
     Embedder,
     rows_to_embed,
 )
-from ..rows import PAGE, refuse_source
+from ..rows import INLINE_IMAGES, PAGE, refuse_source
 from .clean import digest_of, sources_of
 from .clean_page import PAGE_PARTS
 from .filter_report import Assessment, applied_page, shown_errors

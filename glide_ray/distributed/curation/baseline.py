@@ -21,7 +21,6 @@ from ...data.baselines import CLUSTERED, needs_scores
 from ...data.filters import Candidate, first_broken, image_rules
 from ...data.sources import Part, read_part
 from ...errors import ConfigError, UserError
-from ...evaluation.picture_features import PictureFeatures
 from ...progress import bar
 from .clusters import FEATURE_ROWS, FeatureSearch, cluster_count, fit_clusters, nearest
 from .features import (
@@ -196,6 +195,8 @@ class ReferenceJudge:
 
     def __init__(self, clip: str | None):
         limit_threads()
+        from ...evaluation.picture_features import PictureFeatures
+
         self._network = PictureFeatures(clip)
         self._rules = image_rules(CleanConfig(min_size=1, max_aspect=None))
 

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 import ray
-from sklearn.cluster import MiniBatchKMeans
 
 from ... import storage
 from .features import column_of, load_features, matrix_of
@@ -75,6 +74,8 @@ def _sample(search: FeatureSearch, group: int, rate: float, batches: int) -> Non
 
 
 def _fit(search: FeatureSearch, _: int, clusters: int, batches: int) -> None:
+    from sklearn.cluster import MiniBatchKMeans  # takes a worker 1 s to import
+
     model = None
     for batch in [*range(batches)] * PASSES:
         rows = load_each(search.paths("sample", search.groups), batch)

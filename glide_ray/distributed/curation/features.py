@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow
 import ray
-import torch
 from PIL import Image
 
 from ... import storage
@@ -22,12 +21,12 @@ from ...data.baselines import CLUSTERED, check_language, needs_features, needs_s
 from ...data.shards import ShardError
 from ...data.sources import Part, find_parts
 from ...errors import ConfigError
-from ...evaluation.picture_features import PictureFeatures
-from ...models.clip_scorer import fetch_clip
-from ...models.weights import WeightsError
-from ..embed import INLINE_IMAGES
+from ..rows import INLINE_IMAGES
 from .tables import load, save
 from .tasks import TRIES, run_on
+
+if TYPE_CHECKING:  # PyTorch takes a worker 2 s to import; only those with a network do
+    from ...evaluation.picture_features import PictureFeatures
 
 ROWS_PER_BATCH = 64  # rows that a network sees at once
 SCHEMA = pyarrow.schema([("position", pyarrow.int32()), ("feature", pyarrow.binary())])
@@ -121,6 +120,10 @@ def check_settings(config: CleanConfig) -> list[str]:
     check_language(config)
     if not needs_features(config) and not needs_scores(config):
         return []
+    from ...evaluation.picture_features import PictureFeatures
+    from ...models.clip_scorer import fetch_clip
+    from ...models.weights import WeightsError
+
     digests = [repr(part) for part in reference_parts(config)]
     if config.clip is None:
         PictureFeatures()
@@ -173,5 +176,7 @@ def run_with_network(
 
 def limit_threads() -> None:
     """Let an actor without a GPU use one core: there are as many actors as cores."""
+    import torch
+
     if not torch.cuda.is_available() and ray.get_runtime_context().get_actor_id():
         torch.set_num_threads(1)

@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow
@@ -40,10 +40,12 @@ from ...data.filters import (
 from ...data.shards import SHARDS
 from ...data.sources import Part, read_part
 from ...errors import UserError
-from ...evaluation.picture_features import PictureFeatures
 from ...progress import bar
 from .features import PartFeatures, limit_threads, run_with_network, save_features
 from .tasks import TRIES, run_each
+
+if TYPE_CHECKING:  # PyTorch takes a worker 2 s to import; only those with a network do
+    from ...evaluation.picture_features import PictureFeatures
 
 log = logging.getLogger(__name__)
 
@@ -205,6 +207,8 @@ class NetworkJudge:
     """Judges parts with a network that it loads once, as an actor or in this process."""
 
     def __init__(self, config: CleanConfig, rules: Mapping[str, Rule]):
+        from ...evaluation.picture_features import PictureFeatures
+
         limit_threads()
         self._settings, self._network = (config, rules), PictureFeatures(config.clip)
 

@@ -25,8 +25,6 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow
 import ray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from ...data.duplicates import (
     FINGERPRINT_BYTES,
@@ -185,6 +183,9 @@ def _compare(
 
 def _connect(search: Search, _: int, offsets: np.ndarray, compared: int) -> int:
     """Divide the rows that resemble another into sets of components. Returns their number."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     found = pyarrow.concat_tables([load(path) for path in search.paths("pairs", compared)])
     pairs = np.stack([found["one"].to_numpy(), found["other"].to_numpy()], axis=1)
     ids, flat = np.unique(pairs, return_inverse=True)
