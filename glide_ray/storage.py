@@ -338,10 +338,23 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        yield partial
+        with usual_mode(partial):
+            yield partial
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def usual_mode(path: Path) -> Iterator[None]:
+    """Give the file that is written in this context the permissions of the process's umask.
+
+    safetensors 0.8 creates its files for their owner alone.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    yield
+    path.chmod(mode)
 
 
 def fetch(path: str | Path, cache: str | Path | None = None) -> Path:

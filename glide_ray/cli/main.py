@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import UserError, install_command
+from ..interrupts import exit_code, sigterm_raises
 from ..progress import show_messages
 from . import (
     bench,
@@ -49,13 +50,14 @@ Train and serve GLIDE (Nichol et al. 2021), text-to-image diffusion for generati
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code.
 
-    0 on success, 130 after Ctrl-C, and 2 for an error that the user can fix, with one sentence
-    about it on standard error.
+    0 on success, 130 after Ctrl-C, 143 after SIGTERM, and 2 for an error that the user can fix,
+    with one sentence about it on standard error.
     """
     options = build_parser().parse_args(arguments)
     show_messages(to_stderr=options.command is bench.bench)
     try:
-        options.command(options)
+        with sigterm_raises():
+            options.command(options)
     except UserError as error:
         print_note(str(error))
         return 2
@@ -65,10 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_note(f"this command needs {package}; run {command}.")
             return 2
         raise  # no extra has the package: a bug
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print(file=sys.stderr)
         print_note("interrupted; run the same command again to resume.")
-        return 130
+        return exit_code(interrupt)
     return 0
 
 

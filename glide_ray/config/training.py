@@ -105,6 +105,9 @@ class TrainConfig(Frozen):
     log_every: int = Field(10, gt=0, description="steps between log lines")
     evaluate_every: int = Field(100, gt=0, description="steps between held-out losses")
     checkpoint_every: int = Field(100, gt=0, description="steps between checkpoints")
+    checkpoint_minutes: float = Field(
+        30.0, gt=0, description="minutes after a checkpoint until the next, if it is not due before"
+    )
     keep_last: int = Field(2, gt=0, description="latest checkpoints that are kept")
     keep_every: int | None = Field(
         None, gt=0, description="steps; checkpoints at multiples of it are kept for good"

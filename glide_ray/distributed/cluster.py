@@ -20,6 +20,7 @@ from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 from ..errors import UserError
+from ..interrupts import kept_sigterm
 from ..progress import write_line
 from .noise import keep_off_terminal
 
@@ -68,7 +69,8 @@ def _join(address: str) -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     target = check_address(address)
     try:
-        ray.init(target, log_to_driver=False, logging_level=logging.WARNING)
+        with kept_sigterm():
+            ray.init(target, log_to_driver=False, logging_level=logging.WARNING)
     except ValueError as error:
         raise UserError(
             f"RAY_ADDRESS={address} is not where a driver joins a cluster "
@@ -160,14 +162,15 @@ def _start(cpus: int) -> None:
     patience.daemon = True
     patience.start()
     try:
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        with kept_sigterm():
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
     except Exception as error:  # Ray raises bare Exceptions, too
         raise UserError(
             f"Ray does not start on this machine ({_first_line(error)}); `glide doctor` checks "

@@ -13,17 +13,25 @@ from typing import Any
 
 from .. import records
 from ..errors import UserError
+from ..interrupts import exit_code, sigterm_raises
 from ..progress import show_messages
 
 
 def run(name: str, work: Callable[[], Mapping[str, Any]]) -> int:
-    """Print the result of `work` as a line of JSON. Returns the exit code, 2 for a UserError."""
+    """Print the result of `work` as a line of JSON. Returns the exit code.
+
+    2 for a UserError, 130 after Ctrl-C, 143 after SIGTERM.
+    """
     show_messages(to_stderr=True)
     try:
-        result = work()
+        with sigterm_raises():
+            result = work()
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"{name}: interrupted; submit it again to resume.", file=sys.stderr)
+        return exit_code(interrupt)
     print(json.dumps(result, ensure_ascii=False), flush=True)
     return 0
 

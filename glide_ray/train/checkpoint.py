@@ -6,12 +6,14 @@ OUT/checkpoints/STEP-START/   STEP has nine digits; START is the id of the start
     part.RANK.safetensors     each rank's shard of weights, EMA and Adam's moments (`partition.py`)
     complete.json             bytes and SHA-256 of every file; written last: a folder without it
                               is not a checkpoint
+    set_aside.json            in place of complete.json: the run continues from another checkpoint;
+                              the reason, and the content of complete.json
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from .. import storage
 from ..config.training import Preset
 from ..errors import UserError
 
-CHECKPOINTS, COMPLETE = "checkpoints", "complete.json"
+CHECKPOINTS, COMPLETE, SET_ASIDE = "checkpoints", "complete.json", "set_aside.json"
 Manifest = dict[str, tuple[int, str]]  # file name -> bytes, SHA-256
 
 
@@ -116,17 +118,15 @@ class Checkpoints:
     def retire(self, keep_last: int, keep_every: int | None, start: str) -> None:
         """Remove checkpoints, except the last `keep_last` and every multiple of `keep_every`.
 
-        If this start (id `start`) wrote a step again, its checkpoint stays and the older one of
-        that step is removed: a start repeats a step only if that checkpoint could not be read.
+        Those of this start (id `start`) count as the last ones, whatever steps earlier starts have
+        reached: a start repeats steps only if their checkpoints could not be read. The older
+        checkpoint of a step that it wrote again is removed.
         """
         complete = self.list_complete()
-        own_steps = {entry.step for entry in complete if entry.path.endswith(f"-{start}")}
-        again = [
-            entry
-            for entry in complete
-            if entry.step in own_steps and not entry.path.endswith(f"-{start}")
-        ]
-        rest = [entry for entry in complete if entry not in again]
+        own = {entry.step: entry for entry in complete if entry.path.endswith(f"-{start}")}
+        again = [entry for entry in complete if own.get(entry.step, entry) != entry]
+        rest = [entry for entry in complete if entry not in (*again, *own.values())]
+        rest += own.values()
         for entry in [
             *again,
             *(old for old in rest[:-keep_last] if not keep_every or old.step % keep_every),
@@ -135,15 +135,25 @@ class Checkpoints:
             storage.remove(f"{entry.path}/{COMPLETE}")
             storage.remove_folder(entry.path)
 
+    def set_aside(self, entry: CheckpointEntry, reason: str) -> None:
+        """Take a checkpoint out of the run. Its files stay, for a person to look at or delete."""
+        manifest = storage.read(f"{entry.path}/{COMPLETE}")
+        note = json.dumps({"reason": reason, COMPLETE: manifest.decode(errors="replace")}, indent=1)
+        storage.put(note.encode(), f"{entry.path}/{SET_ASIDE}")
+        storage.remove(f"{entry.path}/{COMPLETE}")
+
     def sweep(self) -> list[str]:
         """Remove incomplete checkpoints left by interrupted uploads. Returns their folders.
 
-        Call only while no process writes a checkpoint.
+        Those that were set aside stay. Call only while no process writes a checkpoint.
         """
-        complete = {entry.path for entry in self.list_complete()}
-        orphans = sorted(
-            {self._folder_of(file) for file in storage.list_files(self.path, ("",))} - complete
-        )
+        files = list(storage.list_files(self.path, ("",)))
+        marked = {
+            self._folder_of(file)
+            for file in files
+            if file.rpartition("/")[2] in (COMPLETE, SET_ASIDE)
+        }
+        orphans = sorted({self._folder_of(file) for file in files} - marked)
         for folder in orphans:
             storage.remove_folder(folder)
         return orphans
@@ -208,6 +218,15 @@ def find_checkpoint(path: str | Path) -> str:
             "wrote."
         )
     return entries[-1].path
+
+
+def unreadable(path: str, faults: Sequence[str]) -> CheckpointError:
+    """The error of a run with checkpoints in `path`, whose `faults` keep all from being read."""
+    number = f"None of the {len(faults)} checkpoints" if len(faults) > 1 else "No checkpoint"
+    return CheckpointError(
+        f"{number} in {path} can be read. If not all nodes see that folder, move it to one that "
+        f"they share or to s3://; to start again from step 0, delete it. The last: {faults[0]}"
+    )
 
 
 def check_same(

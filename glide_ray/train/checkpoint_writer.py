@@ -6,6 +6,7 @@ all-reduce per step, whose result is read one step later, so that no rank waits 
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import threading
@@ -27,19 +28,23 @@ from .checkpoint import Checkpoints, Manifest
 from .collectives import all_gather_object, broadcast_object
 
 CONTINUES = "Training continues, and the next checkpoint is tried."
+# Notices that a rank gives with its status; of several, the highest counts. SAVE: a checkpoint is
+# due; LEAVING: a node is about to be removed; CHANGE: other workers take over; STOP: the run ends.
+NONE, SAVE, LEAVING, CHANGE, STOP = range(5)
+WAIT_SECONDS = 1.0  # seconds of waiting for an upload that are worth a line in the log
 
 
 class RankStatus(NamedTuple):
     """A rank's status after a step.
 
     `done`: number of the last checkpoint whose upload has ended, successfully or not; `faulty`:
-    number of the last checkpoint that could not be written; `preempted`: 1 if the rank's node is
-    about to be preempted. Checkpoints are numbered from 1 since this start.
+    number of the last checkpoint that could not be written; `notice`: NONE, SAVE and so on.
+    Checkpoints are numbered from 1 since this start.
     """
 
     done: int = 0
     faulty: int = 0
-    preempted: int = 0
+    notice: int = NONE
 
 
 class StatusReduce:
@@ -59,17 +64,17 @@ class StatusReduce:
     def exchange(self, status: RankStatus) -> RankStatus:
         """Send this rank's status and return the reduced statuses of the previous exchange.
 
-        Minimum over ranks of `done`, maximum of `faulty` and `preempted`.
+        Minimum over ranks of `done`, maximum of `faulty` and `notice`.
         """
         if self._work is not None:
             self._work.wait()
-        done, faulty, preempted = self._sent.tolist()
-        self._sent = torch.tensor([-status.done, status.faulty, status.preempted])
+        done, faulty, notice = self._sent.tolist()
+        self._sent = torch.tensor([-status.done, status.faulty, status.notice])
         if self.group is not None:
             self._work = dist.all_reduce(
                 self._sent, dist.ReduceOp.MAX, group=self.group, async_op=True
             )
-        return RankStatus(-done, faulty, preempted)
+        return RankStatus(-done, faulty, notice)
 
 
 @dataclass
@@ -94,7 +99,7 @@ class CheckpointWriter:
     `on_event` receives, on rank 0, a sentence about a checkpoint that could not be written;
     training continues and tries again at the next one. `on_complete` receives, on rank 0, the step
     and the folder of each complete checkpoint. `start` is the id of this start, `timeout` in
-    seconds.
+    seconds; `minutes` after the last checkpoint another one is due.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class CheckpointWriter:
         on_event: Callable[[str], None],
         on_complete: Callable[[int, str], None] = lambda step, folder: None,
         timeout: float = 1800,
+        minutes: float = math.inf,
     ):
         self._checkpoints, self._start, self._keep, self._on_event, self._on_complete = (
             checkpoints,
@@ -119,13 +125,25 @@ class CheckpointWriter:
         self._number = 0
         self._commit_thread: threading.Thread | None = None
         self._last_complete_step = 0  # set on rank 0 only
+        self._minutes, self._saved, self._asked = minutes, time.monotonic(), False
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
+    def save(
+        self, step: int, write: Callable[[Path], None], beat: Callable[[], None] = lambda: None
+    ) -> None:
         """Start a checkpoint: `write` saves this rank's files to a folder, a thread uploads them.
 
-        Waits for the previous checkpoint first, and returns once `write` has returned.
+        Waits for the upload of the previous checkpoint first, with a `beat` after every exchange
+        between the ranks, and returns once `write` has returned.
         """
-        self._wait_for_upload()
+        began, previous = time.monotonic(), self._upload
+        self._wait_for_upload(beat)
+        waited = time.monotonic() - began
+        if previous is not None and waited > WAIT_SECONDS and self._status_reduce.rank == 0:
+            self._on_event(
+                f"training waited {waited:.0f} s for the upload of the checkpoint of step "
+                f"{previous.step:,}"
+            )
+        self._saved, self._asked = time.monotonic(), False
         self._number += 1
         upload = _Upload(self._number, step, self._checkpoints.folder(step, self._start))
         remote = storage.is_remote(upload.folder)
@@ -147,19 +165,26 @@ class CheckpointWriter:
             upload.thread.start()
         self._upload = upload
 
-    def step(self, preempted: bool = False) -> bool:
-        """Call after every optimizer step. `preempted`: this rank's node is about to be preempted.
+    def step(self, notice: int = NONE) -> int:
+        """Call after every optimizer step, with this rank's notice.
 
-        Returns whether the node of any rank is about to be preempted, as of the previous call.
+        Returns the highest notice of any rank, as of the previous call.
         """
+        if self._is_due():
+            notice, self._asked = max(notice, SAVE), True
         upload = self._upload
         done = self._number if upload is None or not upload.uploading else self._number - 1
         faulty = upload.number if upload is not None and upload.fault is not None else 0
-        reduced = self._status_reduce.exchange(RankStatus(done, faulty, int(preempted)))
+        reduced = self._status_reduce.exchange(RankStatus(done, faulty, notice))
         if upload is not None and reduced.done >= upload.number:
             self._upload = None
             self._complete_or_discard(upload, reduced.faulty == upload.number)
-        return bool(reduced.preempted)
+        return reduced.notice
+
+    def _is_due(self) -> bool:
+        """Whether this rank asks for a checkpoint now. Rank 0 alone watches the time."""
+        waited = time.monotonic() - self._saved
+        return self._status_reduce.rank == 0 and not self._asked and waited > 60 * self._minutes
 
     def finish(self, beat: Callable[[], None] = lambda: None) -> int:
         """Wait until the last checkpoint is complete or has failed.

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import storage
 from ..config.training import Preset
-from ..storage import StorageError, atomic_write
+from ..storage import StorageError, atomic_write, usual_mode
 from .checkpoint import CheckpointError, fetch, read_preset, read_progress
 
 FILES = "part.*.safetensors"
@@ -74,19 +74,13 @@ def save_part(path: Path, slices: Sequence[ParamSlice], state: State) -> None:
         for kind, flat in state.items()
         for param_slice in slices
     }
+    pieces = {
+        param_slice.name: [param_slice.shape, param_slice.start, param_slice.count]
+        for param_slice in slices
+    }
     try:
-        save_file(
-            tensors,
-            path,
-            metadata={
-                "pieces": json.dumps(
-                    {
-                        param_slice.name: [param_slice.shape, param_slice.start, param_slice.count]
-                        for param_slice in slices
-                    }
-                )
-            },
-        )
+        with usual_mode(path):
+            save_file(tensors, path, metadata={"pieces": json.dumps(pieces)})
     except SafetensorError as error:  # most often a full disk
         raise StorageError(f"{path.name} cannot be written: {error}.") from None
 

@@ -41,6 +41,7 @@ RESUMABLE = frozenset(
         "log_every",
         "evaluate_every",
         "checkpoint_every",
+        "checkpoint_minutes",
         "keep_last",
         "keep_every",
         "trackers",

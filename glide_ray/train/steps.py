@@ -27,6 +27,10 @@ class EmptyEpochError(TrainingError):
     """An epoch without a batch."""
 
 
+class StopTraining(Exception):
+    """Raised by `TrainCallbacks.step` to end the loop after a step."""
+
+
 class TrainerProtocol(Protocol):
     """Interface of a trainer, as used by `train_loop`."""
 
@@ -48,7 +52,7 @@ class TrainCallbacks:
 
     `metrics` receives the metrics of a step. `checkpoint` receives a function that writes this
     rank's shard to a folder. `step` receives the number of each finished step, and returns whether
-    a checkpoint must be saved now.
+    a checkpoint must be saved now; it raises StopTraining to end the loop.
     """
 
     metrics: Callable[[Metrics], None]

@@ -8,11 +8,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,17 +34,18 @@ from ..data.sources import (
 from ..data.transforms import Collate, collate_batches, held_out_batches, prefetch
 from ..data.usable import too_few
 from ..errors import ConfigError, UserError
+from ..interrupts import raise_interrupt, stop_requests
 from ..progress import write_line
 from ..tensors import Batch
-from .checkpoint import CheckpointError, Checkpoints, verify
-from .checkpoint_writer import CheckpointWriter
+from .checkpoint import CheckpointEntry, CheckpointError, Checkpoints, unreadable, verify
+from .checkpoint_writer import SAVE, CheckpointWriter
 from .pack import source_metadata
 from .partition import export_average
 from .run_folder import EVENTS, METRICS, PRESET, WEIGHTS, absolute, check_run, last_step
 from .run_log import event_line, run_id, steps_bar
 from .samples import sample_grid
 from .single import SingleTrainer
-from .steps import TrainCallbacks, train_loop
+from .steps import StopTraining, TrainCallbacks, train_loop
 from .trackers import open_trackers
 
 MAX_BYTES = 16 * 2**30  # limit for the encoded images in memory
@@ -72,7 +71,8 @@ def train_alone(
     """Train a preset in the local folder `out`, or resume the run in it. Raises UserError.
 
     `minutes`: time limit, after which a checkpoint and the current EMA weights are written. Ctrl-C
-    and SIGTERM stop training in the same way. `progress`: whether to print to the terminal.
+    and SIGTERM stop training in the same way, and are raised afterwards. `progress`: whether to
+    print to the terminal.
     """
     began = time.monotonic()
     if storage.is_remote(out):
@@ -94,17 +94,20 @@ def train_alone(
     corpus = MemoryCorpus(preset)
     storage.put(preset.model_dump_json(indent=1).encode(), out / PRESET)
     limit = 60 * minutes if minutes else math.inf
-    with _Log(out, preset, progress) as log, _stop_signals() as stop:
+    with _Log(out, preset, progress) as log, stop_requests() as stop:
         log.event(f"{corpus.report}")
         for text in turned:
             log.event(text)
-        return _run(
+        result = _run(
             preset,
             out,
             corpus,
             log,
             lambda: bool(stop) or time.monotonic() - began > limit,
         )
+    if not result.finished:
+        raise_interrupt(stop)
+    return result
 
 
 def _run(
@@ -120,7 +123,12 @@ def _run(
         f"batch {train.batch:,}, from step {first:,}"
     )
     writer = CheckpointWriter(
-        checkpoints, uuid.uuid4().hex[:8], train.keep_last, train.keep_every, log.event
+        checkpoints,
+        uuid.uuid4().hex[:8],
+        train.keep_last,
+        train.keep_every,
+        log.event,
+        minutes=train.checkpoint_minutes,
     )
     held_out = held_out_batches(preset.data, preset.model, trainer.batch_split.micro_batch)
 
@@ -132,11 +140,11 @@ def _run(
             log.grid(step, _grid(checkpoints, preset))
 
     def after_step(number: int) -> bool:
-        writer.step()
+        notice = writer.step()
         log.step(number)
         if ends():
-            raise _StopTraining
-        return False
+            raise StopTraining
+        return notice >= SAVE
 
     finished = False
     try:
@@ -144,7 +152,7 @@ def _run(
             trainer, corpus.epoch_batches, held_out, TrainCallbacks(log.metrics, save, after_step)
         )
         finished = True
-    except _StopTraining:
+    except StopTraining:
         log.event(
             f"stopped after step {trainer.progress.step:,}; the same command resumes the run",
             trainer.progress.step,
@@ -173,29 +181,25 @@ def _last_checkpoint(
     return Path(complete[-1].path)
 
 
-class _StopTraining(Exception):
-    """Stops the training loop after the current step."""
-
-
 def _resume(trainer: SingleTrainer, checkpoints: Checkpoints, log: _Log) -> None:
-    """Load the last undamaged checkpoint, if there are checkpoints.
+    """Load the last undamaged checkpoint, if there are checkpoints. Damaged ones are set aside.
 
     Raises CheckpointError if all of them are damaged.
     """
-    complete, fault = checkpoints.list_complete(), None
-    for entry in reversed(complete):
+    damaged: list[tuple[CheckpointEntry, str]] = []
+    for entry in reversed(checkpoints.list_complete()):
         try:
             verify(Path(entry.path))
             trainer.load(Path(entry.path))
-            return
         except CheckpointError as error:
-            fault = error
-            log.event(f"skipping the checkpoint of step {entry.step:,}: {error}")
-    if fault is not None:
-        raise CheckpointError(
-            f"None of the {len(complete)} checkpoints in {checkpoints.path} can be read; "
-            f"delete that folder to start again. The oldest: {fault}"
-        )
+            damaged.append((entry, str(error)))
+            continue
+        for other, fault in damaged:
+            checkpoints.set_aside(other, fault)
+            log.event(f"the checkpoint of step {other.step:,} is set aside: {fault}")
+        return
+    if damaged:
+        raise unreadable(checkpoints.path, [fault for _, fault in damaged])
 
 
 def _grid(checkpoints: Checkpoints, preset: Preset) -> np.ndarray | None:
@@ -326,18 +330,3 @@ class _Log:
         if pixels is not None:
             storage.put(encode(pixels), self._out / SAMPLES / f"{step:09d}.png")
             self._trackers.image(step, "samples", pixels)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Context that yields a list, to which SIGINT and SIGTERM are appended when received."""
-    asked: list[int] = []
-    before = {
-        number: signal.signal(number, lambda given, _: asked.append(given))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

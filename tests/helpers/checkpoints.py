@@ -4,11 +4,11 @@ from glide_ray.train.checkpoint import Checkpoints
 from glide_ray.train.checkpoint_writer import CheckpointWriter
 
 
-def keeper(place, keep_last=2, keep_every=None, **others):
+def keeper(place, keep_last=2, keep_every=None, start="start", **others):
     events, committed = [], []
     writer = CheckpointWriter(
         Checkpoints(place),
-        "start",
+        start,
         keep_last,
         keep_every,
         events.append,

@@ -273,20 +273,26 @@ def test_a_run_that_is_killed_or_interrupted_goes_on_from_its_checkpoint_with_th
     kept, before = max(checkpoints()), len(lines())
     assert kept < 2000 and not (out / "weights.safetensors").exists()
 
-    second = start()
-    wait_until(lambda: len(lines()) > before)
-    os.kill(second.pid, signal.SIGINT)
-    output, _ = second.communicate(timeout=180)
-    assert (
-        second.returncode == 130
-        and "run the same command again" in output
-        and "Traceback" not in output
-    ), output
-    assert resumed_after_a_checkpoint(before, kept)
+    # Both signals end a run after a checkpoint of its last step: nothing is made again. Ctrl-C
+    # reaches all processes of the terminal.
+    for number, send in ((signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)):
+        stopped = start("checkpoint_every=2000")
+        wait_until(lambda before=before: len(lines()) > before + 3)
+        send(stopped.pid, number)
+        output, _ = stopped.communicate(timeout=180)
+        assert stopped.returncode == 128 + number, output
+        assert "stopping after a checkpoint" in output
+        assert "run the same command again" in output
+        assert "Traceback" not in output and "SIGTERM" not in output
+        if number == signal.SIGINT:
+            assert resumed_after_a_checkpoint(before, kept)
+        else:
+            assert json.loads(lines()[before])["step"] == kept + 1
+        kept, before = max(checkpoints()), len(lines())
+        assert json.loads(lines()[-1])["step"] == kept
 
-    kept, before = max(checkpoints()), len(lines())
-    third = start(f"steps={max(row['step'] for row in read_metrics(out / 'metrics.jsonl')) + 20}")
-    output, _ = third.communicate(timeout=240)
-    assert third.returncode == 0, output
-    assert resumed_after_a_checkpoint(before, kept)
+    last = start(f"steps={kept + 20}")
+    output, _ = last.communicate(timeout=240)
+    assert last.returncode == 0, output
+    assert json.loads(lines()[before])["step"] == kept + 1
     assert (out / "weights.safetensors").exists()

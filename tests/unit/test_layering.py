@@ -14,7 +14,7 @@ from helpers.paths import ROOT
 
 # From low-level to high-level. Subpackages on the same line do not import each other.
 ROOMS = [
-    "errors progress",
+    "errors interrupts progress",
     "s3",
     "config storage tensors precision",
     "data diffusion records",

@@ -188,7 +188,7 @@ def test_a_signal_ends_a_run_after_a_checkpoint_of_its_last_step(
     output = process.communicate(timeout=180)[0]
     step = Checkpoints(tmp_path / "run").list_complete()[-1].step
     assert (
-        process.returncode == 0
+        process.returncode == 128 + signal_number
         and f"stopped after step {step:,}; the same command resumes the run" in output
     )
 
@@ -202,7 +202,7 @@ def test_a_run_with_only_damaged_checkpoints_is_refused(drawn_corpus, tmp_path):
             file.seek(-1, os.SEEK_END)
             file.write(b"\xff")
     with pytest.raises(
-        CheckpointError, match="None of the 1 checkpoints in .* can be read; delete that folder"
+        CheckpointError, match="No checkpoint in .* can be read.*from step 0, delete it"
     ):
         train_alone(settings, tmp_path / "run", progress=False)
 

@@ -20,6 +20,7 @@ from ... import storage
 from ...config.training import Preset
 from ...models.cost import operations
 from ...progress import write_line
+from ...train.checkpoint_writer import CHANGE, NONE
 from ...train.run_folder import EVENTS, METRICS, RUN, last_step
 from ...train.run_log import event_line, run_id, steps_bar
 from ...train.trackers import open_trackers
@@ -64,15 +65,38 @@ class Board(Actor):
         self._start: Start | None = None
         self._failure: str | None = None
         self._failed: set[int] = set()
+        self._notice, self._running, self._saved = NONE, False, False
         self._step, self._moved = 0, time.time()
 
     def post(self, metrics: dict) -> None:
         self._update.metrics.append(metrics)
         self.beat(metrics["step"])
 
-    def beat(self, step: int) -> None:
-        """Record that a step was made."""
+    def beat(self, step: int) -> int:
+        """Record that a step was made. Returns the notice for the workers."""
         self._step, self._moved = step, time.time()
+        return self._notice
+
+    def notify(self, notice: int) -> bool:
+        """Give the workers a notice with their next sign of life. Returns whether they are running.
+
+        CHANGE is for the running workers only: without workers, or with new ones, it is void.
+        """
+        if self._running or notice > CHANGE:
+            self._notice = max(self._notice, notice)
+        return self._running
+
+    def lost(self) -> None:
+        """Record that the workers have failed."""
+        self._running = False
+
+    def saved(self) -> None:
+        """Record that the workers have written the checkpoint for those that take over."""
+        self._saved = True
+
+    def seconds_since_beat(self) -> float | None:
+        """Seconds since the last sign of life; None once the workers have called `saved`."""
+        return None if self._saved else time.time() - self._moved
 
     def started(self, start: Start) -> None:
         if self._start is not None:
@@ -82,6 +106,8 @@ class Board(Actor):
                 f"{count(again, 'step')} repeated, {lost:.0f} s without a step"
             )
         self._start = self._update.start = start
+        self._running, self._saved = True, False
+        self._notice = NONE if self._notice == CHANGE else self._notice
         # Among the metrics, so that the driver handles both in order.
         self._update.metrics.append({"again_from": start.step})
         self.beat(start.step)

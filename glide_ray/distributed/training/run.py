@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import signal
+import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2.api.callback import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -27,10 +27,12 @@ from ...data.filters import Report
 from ...data.sources import Part, find_parts
 from ...data.usable import check_usable
 from ...errors import ConfigError, UserError
+from ...interrupts import raise_interrupt, stop_requests
 from ...models.weights import load_config
 from ...pretrained import shipped
 from ...train import partition
 from ...train.checkpoint import Checkpoints, fetch
+from ...train.checkpoint_writer import CHANGE, STOP
 from ...train.pack import source_metadata
 from ...train.run_folder import (
     METRICS,
@@ -53,6 +55,9 @@ log = logging.getLogger(__name__)
 # for it otherwise
 DATA_CPUS = 2
 RESIZE_SECONDS = 60  # seconds between checks whether nodes have come back
+# seconds without a step after which workers are taken to hang, and get no time for a checkpoint
+RESIZE_SILENCE_SECONDS = 300
+STOP_SECONDS = 0.2  # seconds between checks whether a signal has been received
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
     """Train a preset into `out`, or resume the run that is there.
 
     `out`: a folder that all nodes see, or an s3:// prefix. A complete run is not trained further.
-    Raises UserError.
+    Raises UserError. After Ctrl-C or SIGTERM, KeyboardInterrupt is raised once a checkpoint of the
+    current step has been written; after a second signal, or before the first step, at once.
     """
     out = storage.absolute(out).rstrip("/")
     finished = (
@@ -98,12 +104,15 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
     board, tally, feeder = _start_actors(preset, parts)
     folder = RunFolder(out)
     try:
-        with _interruptible(), Journal(board, folder, preset, progress) as journal:
+        with stop_requests() as stop, Journal(board, folder, preset, progress) as journal:
             for text in turned:
                 journal.event(text)
-            _fit(preset, out, board, tally, feeder, on_gpu)
+            trainer = _trainer(preset, out, board, tally, feeder, on_gpu)
+            _fit(trainer, journal, board, stop)
         if journal.failure:
             raise UserError(journal.failure)
+        if not _is_written(out, preset.train.steps):
+            raise_interrupt(stop)
         _export(out, preset.train.steps)
     finally:
         folder.close()
@@ -128,48 +137,100 @@ def _start_actors(preset: Preset, parts: Sequence[Part]) -> tuple:
 
 
 class Trainer(TorchTrainer):
-    """TorchTrainer without PlacementGroupCleanerCallback on a cluster that this process started.
+    """TorchTrainer that writes a checkpoint before other workers take over.
 
-    The callback frees the workers' placement groups when a controller dies. Here they end with the
-    process, and in Ray 2.60 shutting the callback down takes 12 s of every run.
+    Without PlacementGroupCleanerCallback on a cluster that this process started: it frees the
+    workers' placement groups when a controller dies. Here they end with the process, and in Ray
+    2.60 shutting the callback down takes 12 s of every run.
     """
 
     def _create_default_callbacks(self) -> list:
+        assert self.train_loop_config is not None
         return [
-            one
-            for one in super()._create_default_callbacks()
-            if is_connected() or not isinstance(one, PlacementGroupCleanerCallback)
+            *(
+                one
+                for one in super()._create_default_callbacks()
+                if is_connected() or not isinstance(one, PlacementGroupCleanerCallback)
+            ),
+            _CheckpointBeforeResize(self.train_loop_config["board"]),
         ]
 
 
-def _fit(preset: Preset, out: str, board, tally, feeder, on_gpu: bool) -> None:
+class _CheckpointBeforeResize(ControllerCallback):
+    """Callback in Ray Train's controller, which otherwise ends workers between two checkpoints."""
+
+    def __init__(self, board):
+        self._board = board
+
+    def before_controller_execute_resize_decision(self, resize_decision) -> None:
+        if not ray.get(self._board.notify.remote(CHANGE)):
+            return  # the first start, or one after a failure
+        self._board.add_event.remote("the number of nodes changes; writing a checkpoint")
+        while (silence := ray.get(self._board.seconds_since_beat.remote())) is not None:
+            if silence > RESIZE_SILENCE_SECONDS:
+                return
+            time.sleep(0.2)
+
+
+def _trainer(preset: Preset, out: str, board, tally, feeder, on_gpu: bool) -> Trainer:
     train = preset.train
     elastic = train.min_workers not in (None, train.workers)
-    # For Ray Train's own files of the run; CheckpointWriter writes the checkpoints to `out`.
-    with tempfile.TemporaryDirectory(prefix="glide-ray-train-") as scratch:
-        Trainer(
-            run_rank,
-            train_loop_config={
-                "preset": preset.model_dump_json(),
-                "out": out,
-                "board": board,
-                "tally": tally,
-                "feeder": feeder,
-            },
-            # Longer than the watchdog's timeout: its message says what hung.
-            torch_config=TorchConfig(timeout_s=int(2 * train.stall_seconds) + 60),
-            scaling_config=ScalingConfig(
-                num_workers=(train.min_workers, train.workers) if elastic else train.workers,
-                use_gpu=on_gpu,
-                **({"elastic_resize_monitor_interval_s": RESIZE_SECONDS} if elastic else {}),
-            ),
-            run_config=RunConfig(
-                name="run",
-                storage_path=scratch,
-                failure_config=FailureConfig(max_failures=train.max_failures),
-                callbacks=[_FailureEvents(board)],
-            ),
-        ).fit()
+    return Trainer(
+        run_rank,
+        train_loop_config={
+            "preset": preset.model_dump_json(),
+            "out": out,
+            "board": board,
+            "tally": tally,
+            "feeder": feeder,
+        },
+        # Longer than the watchdog's timeout: its message says what hung.
+        torch_config=TorchConfig(timeout_s=int(2 * train.stall_seconds) + 60),
+        scaling_config=ScalingConfig(
+            num_workers=(train.min_workers, train.workers) if elastic else train.workers,
+            use_gpu=on_gpu,
+            **({"elastic_resize_monitor_interval_s": RESIZE_SECONDS} if elastic else {}),
+        ),
+        run_config=RunConfig(
+            name="run",
+            # For Ray Train's own files of the run; CheckpointWriter writes checkpoints to `out`.
+            storage_path=tempfile.mkdtemp(prefix="glide-ray-train-"),
+            failure_config=FailureConfig(max_failures=train.max_failures),
+            callbacks=[_FailureEvents(board)],
+        ),
+    )
+
+
+def _fit(trainer: Trainer, journal: Journal, board, stop: list[int]) -> None:
+    """Run Ray Train in a thread, so that this one can answer signals.
+
+    Raises what `fit` raises, and KeyboardInterrupt as `train` does.
+    """
+    errors: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            errors.append(error)
+
+    thread, asked = threading.Thread(target=fit, name="glide-fit", daemon=True), 0
+    try:
+        thread.start()
+        while thread.is_alive():
+            thread.join(STOP_SECONDS)
+            if len(stop) > asked:
+                is_running = ray.get(board.notify.remote(STOP))
+                if asked or not is_running:
+                    raise_interrupt(stop)
+                asked = len(stop)
+                journal.event("stopping after a checkpoint; press Ctrl-C again to stop without one")
+    finally:
+        shutil.rmtree(trainer.run_config.storage_path, ignore_errors=True)
+    if errors:
+        raise errors[0]
+    if stop:
+        journal.event("stopped; the same command resumes the run")
 
 
 class _FailureEvents(UserCallback):
@@ -179,6 +240,7 @@ class _FailureEvents(UserCallback):
         self._board = board
 
     def after_exception(self, run_context, worker_exceptions: dict[int, Exception]) -> None:
+        self._board.lost.remote()
         # When a worker dies, the others fail in their common collective: report only the dead.
         dead = {
             rank: why
@@ -211,10 +273,16 @@ def _cause_of_death(error: Exception) -> str | None:
     return f"its process has ended ({detail.rstrip('.')})"
 
 
+def _is_written(out: str, step: int) -> bool:
+    """Whether the checkpoint of this step is complete."""
+    complete = Checkpoints(out).list_complete()
+    return bool(complete) and complete[-1].step >= step
+
+
 def _export(out: str, steps: int) -> None:
     """Write the weights file from the last checkpoint. Raises UserError if that is missing."""
     complete = Checkpoints(out).list_complete()
-    if not complete or complete[-1].step < steps:
+    if not _is_written(out, steps):
         raise UserError(
             f"Training has ended, but its last checkpoint could not be written to {out}; "
             "free space there and run the same command again: it resumes from "
@@ -270,23 +338,6 @@ def _missing_resources(preset: Preset) -> str | None:
             f"and the cluster has {cpus}."
         )
     return None
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt on Ctrl-C, and restore the SIGINT handler.
-
-    Ray Train's own handler ends the run, then the process with exit code 0, and stays installed
-    after `fit`.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
 
 
 def _result(out: str, rows: Report | None = None) -> TrainingResult:

@@ -23,10 +23,18 @@ from ...data.transforms import Collate, collate_batches, held_out_batches, prefe
 from ...errors import UserError
 from ...tensors import Batch
 from ...train.batch_split import BatchSplit
-from ...train.checkpoint import CheckpointEntry, CheckpointError, Checkpoints, fetch, verify
-from ...train.checkpoint_writer import CheckpointWriter
+from ...train.checkpoint import (
+    CheckpointEntry,
+    CheckpointError,
+    Checkpoints,
+    fetch,
+    unreadable,
+    verify,
+)
+from ...train.checkpoint_writer import CHANGE, LEAVING, NONE, SAVE, STOP, CheckpointWriter
 from ...train.collectives import all_gather_object, broadcast_object
 from ...train.hardware import measured_peak, peak_flops
+from ...train.steps import StopTraining
 from ...train.watchdog import Watchdog
 from .feed import Epoch, micro_batches
 from .journal import Start
@@ -38,6 +46,7 @@ COUNTS = "counts.json"  # in a checkpoint: rows that each reading task of the ep
 BEAT_SECONDS = 1.0  # seconds between progress reports to the board, at least
 # seconds to wait after each failed attempt to write the last checkpoint; one attempt per entry
 LAST_CHECKPOINT_WAITS = (10, 60, 300, 0)
+HAND_OVER_SECONDS = 300  # seconds to wait for the end of this worker, after which it fails
 FAILURE_SECONDS = 10.0  # seconds to wait for the other ranks to report a failure as well
 
 
@@ -82,7 +91,7 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
     own = (uuid.uuid4().hex[:8], checkpoints.list_complete() if trainer.rank == 0 else [])
     start, complete = broadcast_object(own)
     cache = Path(tempfile.gettempdir()) / f"glide-resume-{start}"
-    _resume(trainer, complete, cache, context.get_local_rank(), board, tally)
+    _resume(trainer, out, complete, cache, context.get_local_rank(), board, tally)
     if trainer.rank == 0:
         _remove_partial_uploads(checkpoints, board)
         _announce(trainer, board)
@@ -97,6 +106,8 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
             held_out,
             TrainCallbacks(callbacks.metrics, callbacks.checkpoint, callbacks.after_step),
         )
+    except StopTraining:
+        pass
     except EmptyEpochError as error:
         raise EmptyEpochError(f"{error} Its rows: {ray.get(tally.report.remote())}") from None
     callbacks.finish()
@@ -129,14 +140,16 @@ class _RankCallbacks:
             board.add_event.remote,
             board.committed.remote,
             2 * train.stall_seconds,
+            train.checkpoint_minutes,
         )
         prefix = f"rank {trainer.rank} hangs: "
         self._watchdog = Watchdog(
             train.stall_seconds,
             lambda text: ray.get(board.add_event.remote(f"{prefix}{text}; all workers restart")),
         )
-        self._preempted = False  # whether a checkpoint was saved because of a preempted node
+        self._left = False  # whether a checkpoint was saved because a node is about to be removed
         self._last_beat = 0.0  # time of the last sign of life on the board
+        self._answer = None  # the board's answer to it: a notice
 
     def metrics(self, metrics: dict) -> None:
         if self._trainer.rank == 0:
@@ -145,31 +158,67 @@ class _RankCallbacks:
     def checkpoint(self, write: Callable[[Path], None]) -> None:
         step = self._trainer.progress.step
         self._watchdog.beat(f"the checkpoint of step {step:,}")
-        self._writer.save(step, lambda folder: self._save(folder, write))
+        self._writer.save(
+            step,
+            lambda folder: self._save(folder, write),
+            lambda: self._watchdog.beat(f"the checkpoint of step {step:,}"),
+        )
         self._watchdog.beat(f"step {step + 1:,}")
 
     def after_step(self, number: int) -> bool:
-        """Whether a checkpoint must be saved now, because a node will be preempted."""
+        """Whether a checkpoint must be saved now: one is due, or a node is about to be removed.
+
+        Raises StopTraining if the user has asked to stop.
+        """
         self._watchdog.beat(f"step {number + 1:,}")
-        is_rank_0 = self._trainer.rank == 0
-        if is_rank_0 and time.monotonic() - self._last_beat > BEAT_SECONDS:
-            self._last_beat = time.monotonic()
-            self._board.beat.remote(number)
-        must_save = self._writer.step(preemption_noticed()) and not self._preempted
-        if must_save:
-            self._preempted = True
-            if is_rank_0:
-                self._board.add_event.remote(
-                    f"a node is about to be removed; writing a checkpoint at step {number:,}"
-                )
-        return must_save
+        own = LEAVING if preemption_noticed() else NONE
+        notice = self._writer.step(max(own, self._beat(number)))
+        if notice == STOP:
+            raise StopTraining
+        if notice == CHANGE:
+            self._hand_over(number)
+        if notice != LEAVING or self._left:
+            return notice == SAVE
+        self._left = True
+        if self._trainer.rank == 0:
+            self._board.add_event.remote(
+                f"a node is about to be removed; writing a checkpoint at step {number:,}"
+            )
+        return True
+
+    def _beat(self, number: int) -> int:
+        """Send signs of life from rank 0. Returns the notice that answers an earlier one."""
+        notice = NONE
+        if self._trainer.rank == 0:
+            if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+                notice, self._answer = ray.get(self._answer), None
+            if self._answer is None and time.monotonic() - self._last_beat > BEAT_SECONDS:
+                self._last_beat = time.monotonic()
+                self._answer = self._board.beat.remote(number)
+        return notice
+
+    def _hand_over(self, number: int) -> None:
+        """Write a checkpoint, and wait for the controller to end this worker."""
+
+        def beat() -> None:
+            self._watchdog.beat(f"the checkpoint of step {number:,}")
+            self._beat(number)
+
+        self.checkpoint(self._trainer.save)
+        self._writer.finish(beat)
+        if self._trainer.rank == 0:
+            ray.get(self._board.saved.remote())
+        self._watchdog.rest()
+        time.sleep(HAND_OVER_SECONDS)
+        raise RuntimeError(f"the other workers did not take over within {HAND_OVER_SECONDS} s")
 
     def finish(self) -> None:
-        """Save the last checkpoint, with several attempts."""
-        for wait in LAST_CHECKPOINT_WAITS:
+        """Save the checkpoint of the last step; at the end of the run, with several attempts."""
+        last = self._trainer.progress.step
+        ended = last == self._trainer.preset.train.steps
+        for wait in LAST_CHECKPOINT_WAITS if ended else (0,):
             self.checkpoint(self._trainer.save)
-            step = self._writer.finish(lambda: self._watchdog.beat("the last checkpoint"))
-            if step == self._trainer.preset.train.steps:
+            if self._writer.finish(lambda: self._watchdog.beat("the last checkpoint")) == last:
                 break
             self._watchdog.rest()
             time.sleep(wait)
@@ -186,19 +235,30 @@ class _RankCallbacks:
 
 
 def _resume(
-    trainer: Trainer, complete: list[CheckpointEntry], cache: Path, local_rank: int, board, tally
+    trainer: Trainer,
+    out: str,
+    complete: list[CheckpointEntry],
+    cache: Path,
+    local_rank: int,
+    board,
+    tally,
 ) -> None:
-    """Load the last undamaged checkpoint, if there is one. From S3 it is fetched once per node."""
+    """Load the last undamaged checkpoint, if there are checkpoints.
+
+    From S3 it is fetched once per node. Later ones are set aside if they are damaged, and stay if
+    the storage could not be reached. Raises CheckpointError if none can be read.
+    """
+    skipped: list[tuple[CheckpointEntry, str, bool]] = []  # the fault, and whether it is damage
     try:
         for entry in reversed(complete):
-            fault = None
+            fault: tuple[str, bool] | None = None
             try:
                 if not storage.is_remote(entry.path):
                     verify(Path(entry.path), trainer.rank, trainer.world)
                 elif local_rank == 0:
                     fetch(entry, cache)  # also verifies
             except (CheckpointError, storage.StorageError) as error:
-                fault = str(error)
+                fault = str(error), isinstance(error, CheckpointError)
             faults = all_gather_object(fault)
             if not any(faults):
                 folder = fetch(entry, cache)
@@ -207,18 +267,30 @@ def _resume(
                     ray.get(
                         tally.restore_counts.remote(trainer.progress.epoch, read_counts(folder))
                     )
+                    for other, text, is_damaged in skipped:
+                        _skip(Checkpoints(out), other, text, is_damaged, board)
                 return
-            if trainer.rank == 0:
-                ray.get(
-                    board.add_event.remote(
-                        f"skipping the checkpoint of step {entry.step:,}: "
-                        f"{next(filter(None, faults))}"
-                    )
-                )
+            skipped.append((entry, *next(filter(None, faults))))
+        if complete:
+            raise unreadable(Checkpoints(out).path, [text for _, text, _ in skipped])
     finally:
         dist.barrier()
         if local_rank == 0:
             shutil.rmtree(cache, ignore_errors=True)
+
+
+def _skip(
+    checkpoints: Checkpoints, entry: CheckpointEntry, fault: str, is_damaged: bool, board
+) -> None:
+    """Report a checkpoint that was not loaded, and set it aside if it is damaged."""
+    text = f"skipping the checkpoint of step {entry.step:,}: {fault}"
+    if is_damaged:
+        try:
+            checkpoints.set_aside(entry, fault)
+            text = f"the checkpoint of step {entry.step:,} is set aside: {fault}"
+        except storage.StorageError as error:
+            text += f" It could not be set aside: {error}"
+    ray.get(board.add_event.remote(text))
 
 
 def _remove_partial_uploads(checkpoints: Checkpoints, board) -> None:
