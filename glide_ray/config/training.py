@@ -129,7 +129,8 @@ class TrainConfig(Frozen):
     max_failures: int = Field(
         20,
         ge=-1,
-        description="failures of workers and nodes before a run is given up; -1: unlimited",
+        description="failures of workers and nodes within an hour before a run is given up; "
+        "-1: unlimited",
     )
     stall_seconds: float = Field(
         900, gt=0, description="seconds without a completed step before a worker is restarted"

@@ -19,9 +19,10 @@ from ..data import patterns
 from ..pretrained import shipped
 from .checkpoint import CheckpointError, check_same, differences
 
-METRICS, EVENTS, RUN, WEIGHTS, PRESET = (
+METRICS, EVENTS, TRACE, RUN, WEIGHTS, PRESET = (
     "metrics.jsonl",
     "events.log",
+    "failure.log",
     "run.json",
     "weights.safetensors",
     "preset.json",

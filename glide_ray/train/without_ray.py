@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from .. import storage
+from ..config.overrides import override
 from ..config.training import Preset
 from ..data.filters import Candidate, Report, first_broken, header_rules
 from ..data.images import encode
@@ -98,16 +100,32 @@ def train_alone(
         log.event(f"{corpus.report}")
         for text in turned:
             log.event(text)
-        result = _run(
-            preset,
-            out,
-            corpus,
-            log,
-            lambda: bool(stop) or time.monotonic() - began > limit,
+        result = _run_within_memory(
+            out, corpus, log, lambda: bool(stop) or time.monotonic() - began > limit
         )
     if not result.finished:
         raise_interrupt(stop)
     return result
+
+
+def _run_within_memory(
+    out: Path, corpus: MemoryCorpus, log: _Log, ends: Callable[[], bool]
+) -> StartResult:
+    """Train the corpus's preset; with half the micro-batch, whenever the GPU runs out of memory."""
+    while True:
+        try:
+            return _run(corpus.preset, out, corpus, log, ends)
+        except torch.OutOfMemoryError:
+            train = corpus.preset.train
+            half = (train.micro_batch or train.batch) // 2
+        if not half:
+            raise UserError(
+                f"The GPU has too little memory for one image of {corpus.preset.model.name}; train "
+                "a smaller model, or under Ray on several GPUs."
+            )
+        corpus.preset = override(corpus.preset, [f"micro_batch={half}"])
+        torch.cuda.empty_cache()
+        log.event(f"out of GPU memory; training resumes with micro-batches of {half:,}")
 
 
 def _run(

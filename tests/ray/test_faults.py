@@ -25,7 +25,11 @@ from helpers.tiny import corpus_settings, tiny
 
 from glide_ray import storage
 from glide_ray.cli.main import main
+from glide_ray.distributed.cluster import ship_modules
+from glide_ray.distributed.training import run as training
+from glide_ray.distributed.training.callbacks import FailureHistory
 from glide_ray.distributed.training.run import train
+from glide_ray.distributed.training.worker import run_rank
 from glide_ray.errors import UserError
 from glide_ray.models.weights import load_weights
 from glide_ray.train.checkpoint import CheckpointError, Checkpoints, fetch, verify
@@ -428,6 +432,82 @@ def test_a_run_on_s3_goes_on_with_other_workers_another_stage_and_another_learni
         load_weights(storage.fetch(result.weights))[1],
     )
     assert all(torch.equal(exported[name], tensor) for name, tensor in written.items())
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_after_too_many_failures_within_an_hour():
+    history = FailureHistory(max_failures=2)
+    lost = "the worker of rank 0 was lost"
+    minutes = [0, 50, 70, 125, 126]  # three within an hour at the end only
+    found = [history.verdict(7, lost, False, 60 * minute) for minute in minutes]
+    assert found[:4] == [None] * 4
+    assert found[4].startswith("The workers have failed 3 times within 1 h, more than train.max")
+    assert FailureHistory(0).verdict(1, lost, False, 0) and not any(
+        FailureHistory(-1).verdict(1, lost, False, second) for second in range(100)
+    )
+
+
+def test_a_run_ends_when_two_starts_raise_the_same_error_at_one_step():
+    history = FailureHistory(max_failures=20)
+    error = "rank 0 failed: KeyError: 'x'"
+    assert history.verdict(3, error, True, 0) is None
+    assert history.verdict(3, "the worker of rank 0 was lost", False, 1) is None
+    assert history.verdict(3, error, True, 2) is None  # not in a row
+    assert history.verdict(4, error, True, 3) is None  # a step was made
+    assert history.verdict(4, error, True, 4) == (
+        f"Two starts have failed after step 4 with the same error: {error}"
+    )
+
+
+def starved(settings):
+    """A rank whose GPU has memory for two images."""
+    from glide_ray.train import loop
+
+    def step(self, batches, number, whole=loop.Trainer.step):
+        if self.batch_split.micro_batch > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return whole(self, batches, number)
+
+    loop.Trainer.step = step
+    run_rank(settings)
+
+
+def broken(settings):
+    """A rank that fails in the third step of every start."""
+    from glide_ray.train import loop
+
+    def step(self, batches, number, whole=loop.Trainer.step):
+        return whole(self, batches, number) if number < 3 else {}["a key"]
+
+    loop.Trainer.step = step
+    run_rank(settings)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_lack_of_gpu_memory_halves_the_micro_batch(drawn_corpus, tmp_path, monkeypatch):
+    ship_modules([starved])
+    monkeypatch.setattr(training, "run_rank", starved)
+    settings = preset(drawn_corpus, "workers=1", "steps=4", "micro_batch=8")
+    done = train(settings, tmp_path / "run", progress=False)
+    assert done.steps == 4 and (tmp_path / "run" / "weights.safetensors").exists()
+    log = (tmp_path / "run" / "events.log").read_text()
+    found = re.findall(r"out of memory.* The next start has micro-batches of (\d) images", log)
+    assert found == ["4", "2"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_an_error_of_two_starts_ends_the_run_with_one_sentence(drawn_corpus, tmp_path, monkeypatch):
+    ship_modules([broken])
+    monkeypatch.setattr(training, "run_rank", broken)
+    settings = preset(drawn_corpus, "workers=1", "steps=4")
+    sentence = "failed after step 2 with the same error: .*KeyError: .a key.*failure.log"
+    with pytest.raises(UserError, match=sentence):
+        train(settings, tmp_path / "run", progress=False)
+    assert "Traceback" in (tmp_path / "run" / "failure.log").read_text()
 
 
 @pytest.mark.slow

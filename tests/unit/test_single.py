@@ -1,6 +1,7 @@
 """A training run in one process, without Ray and DeepSpeed: results, interruption, resumption."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -205,6 +206,22 @@ def test_a_run_with_only_damaged_checkpoints_is_refused(drawn_corpus, tmp_path):
         CheckpointError, match="No checkpoint in .* can be read.*from step 0, delete it"
     ):
         train_alone(settings, tmp_path / "run", progress=False)
+
+
+def test_a_lack_of_gpu_memory_halves_the_micro_batch(drawn_corpus, tmp_path, monkeypatch):
+    def step(self, batches, number, whole=SingleTrainer.step):
+        if self.batch_split.micro_batch > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return whole(self, batches, number)
+
+    monkeypatch.setattr(SingleTrainer, "step", step)
+    settings, room = preset(drawn_corpus, "steps=2", "evaluate_every=2"), 2
+    assert train_alone(settings, tmp_path / "run", progress=False).finished
+    log = (tmp_path / "run" / "events.log").read_text()
+    assert re.findall(r"resumes with micro-batches of (\d)", log) == ["4", "2"]
+    room = 0
+    with pytest.raises(UserError, match="too little memory for one image of nano-base"):
+        train_alone(settings, tmp_path / "other", progress=False)
 
 
 def test_settings_of_another_run_are_refused(drawn_corpus, tmp_path):

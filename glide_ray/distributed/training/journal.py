@@ -21,7 +21,7 @@ from ...config.training import Preset
 from ...models.cost import operations
 from ...progress import write_line
 from ...train.checkpoint_writer import CHANGE, NONE
-from ...train.run_folder import EVENTS, METRICS, RUN, last_step
+from ...train.run_folder import EVENTS, METRICS, RUN, TRACE, last_step
 from ...train.run_log import event_line, run_id, steps_bar
 from ...train.trackers import open_trackers
 from ..actors import Actor
@@ -53,7 +53,8 @@ class BoardUpdate:
     committed: list[tuple[int, str]] = field(default_factory=list)  # step, folder of the checkpoint
     start: Start | None = None
     waiting: float = 0.0  # seconds since the last step or start
-    failure: str | None = None  # error that the user can correct
+    failure: str | None = None  # error that ends the run
+    trace: str = ""  # its traceback, if it is not one that the user can correct
 
 
 @ray.remote(num_cpus=0)
@@ -65,7 +66,9 @@ class Board(Actor):
         self._start: Start | None = None
         self._failure: str | None = None
         self._failed: set[int] = set()
+        self._traces: dict[int, str] = {}
         self._notice, self._running, self._saved = NONE, False, False
+        self._micro_batch: int | None = None  # limit, once a GPU has run out of memory
         self._step, self._moved = 0, time.time()
 
     def post(self, metrics: dict) -> None:
@@ -86,9 +89,20 @@ class Board(Actor):
             self._notice = max(self._notice, notice)
         return self._running
 
-    def lost(self) -> None:
-        """Record that the workers have failed."""
+    def lost(self) -> int:
+        """Record that the workers have failed. Returns the last step that they made."""
         self._running = False
+        return self._step
+
+    def halve(self) -> int | None:
+        """Halve the micro-batch of the next starts. Returns it; None if it is one image already."""
+        last = self._micro_batch or (self._start.micro_batch if self._start else 1)
+        self._micro_batch = max(1, last // 2)
+        return self._micro_batch if last > 1 else None
+
+    def micro_batch(self) -> int | None:
+        """Limit of the micro-batch; None: none."""
+        return self._micro_batch
 
     def saved(self) -> None:
         """Record that the workers have written the checkpoint for those that take over."""
@@ -106,7 +120,7 @@ class Board(Actor):
                 f"{count(again, 'step')} repeated, {lost:.0f} s without a step"
             )
         self._start = self._update.start = start
-        self._running, self._saved = True, False
+        self._running, self._saved, self._traces = True, False, {}
         self._notice = NONE if self._notice == CHANGE else self._notice
         # Among the metrics, so that the driver handles both in order.
         self._update.metrics.append({"again_from": start.step})
@@ -118,9 +132,18 @@ class Board(Actor):
     def committed(self, step: int, folder: str) -> None:
         self._update.committed.append((step, folder))
 
-    def fail(self, message: str, rank: int) -> None:
-        """Record an error that stopped a rank and that the user can correct."""
+    def crashed(self, rank: int, trace: str) -> None:
+        """Record the traceback of an error that ended this start of a rank."""
+        self._traces[rank] = trace
+
+    def traces(self) -> dict[int, str]:
+        """The tracebacks of the ranks that crashed since the last start."""
+        return self._traces
+
+    def fail(self, message: str, rank: int, trace: str = "") -> None:
+        """Record an error that stopped a rank, and that the user can correct or look at."""
         self._failure = self._failure or message
+        self._update.trace = trace
         self._failed.add(rank)
 
     def failed(self) -> tuple[str | None, int]:
@@ -242,6 +265,8 @@ class Journal:
     def _poll(self) -> None:
         update: BoardUpdate = ray.get(self._board.take.remote())
         self.failure = update.failure
+        if update.trace:
+            self._append(TRACE, update.trace + "\n")
         if update.start is not None:
             if self._start is None:
                 self.event(_spread(update.start, self._preset), update.start.step)

@@ -17,8 +17,6 @@ from ray.autoscaler.sdk import request_resources
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2.api.callback import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ... import storage
@@ -32,7 +30,7 @@ from ...models.weights import load_config
 from ...pretrained import shipped
 from ...train import partition
 from ...train.checkpoint import Checkpoints, fetch
-from ...train.checkpoint_writer import CHANGE, STOP
+from ...train.checkpoint_writer import STOP
 from ...train.pack import source_metadata
 from ...train.run_folder import (
     METRICS,
@@ -45,6 +43,7 @@ from ...train.run_folder import (
 )
 from ..cluster import connect, is_connected, uses_gpu
 from ..stream import Tally
+from .callbacks import CheckpointBeforeResize, FailureWatch
 from .feed import Feeder
 from .journal import Board, Journal, RunFolder, count
 from .worker import run_rank
@@ -55,8 +54,6 @@ log = logging.getLogger(__name__)
 # for it otherwise
 DATA_CPUS = 2
 RESIZE_SECONDS = 60  # seconds between checks whether nodes have come back
-# seconds without a step after which workers are taken to hang, and get no time for a checkpoint
-RESIZE_SILENCE_SECONDS = 300
 STOP_SECONDS = 0.2  # seconds between checks whether a signal has been received
 
 
@@ -152,24 +149,8 @@ class Trainer(TorchTrainer):
                 for one in super()._create_default_callbacks()
                 if is_connected() or not isinstance(one, PlacementGroupCleanerCallback)
             ),
-            _CheckpointBeforeResize(self.train_loop_config["board"]),
+            CheckpointBeforeResize(self.train_loop_config["board"]),
         ]
-
-
-class _CheckpointBeforeResize(ControllerCallback):
-    """Callback in Ray Train's controller, which otherwise ends workers between two checkpoints."""
-
-    def __init__(self, board):
-        self._board = board
-
-    def before_controller_execute_resize_decision(self, resize_decision) -> None:
-        if not ray.get(self._board.notify.remote(CHANGE)):
-            return  # the first start, or one after a failure
-        self._board.add_event.remote("the number of nodes changes; writing a checkpoint")
-        while (silence := ray.get(self._board.seconds_since_beat.remote())) is not None:
-            if silence > RESIZE_SILENCE_SECONDS:
-                return
-            time.sleep(0.2)
 
 
 def _trainer(preset: Preset, out: str, board, tally, feeder, on_gpu: bool) -> Trainer:
@@ -195,8 +176,8 @@ def _trainer(preset: Preset, out: str, board, tally, feeder, on_gpu: bool) -> Tr
             name="run",
             # For Ray Train's own files of the run; CheckpointWriter writes checkpoints to `out`.
             storage_path=tempfile.mkdtemp(prefix="glide-ray-train-"),
-            failure_config=FailureConfig(max_failures=train.max_failures),
-            callbacks=[_FailureEvents(board)],
+            failure_config=FailureConfig(max_failures=-1),  # FailureWatch ends the run
+            callbacks=[FailureWatch(board, train.max_failures)],
         ),
     )
 
@@ -231,46 +212,6 @@ def _fit(trainer: Trainer, journal: Journal, board, stop: list[int]) -> None:
         raise errors[0]
     if stop:
         journal.event("stopped; the same command resumes the run")
-
-
-class _FailureEvents(UserCallback):
-    """Callback in Ray Train's controller that reports failures of workers to the board."""
-
-    def __init__(self, board):
-        self._board = board
-
-    def after_exception(self, run_context, worker_exceptions: dict[int, Exception]) -> None:
-        self._board.lost.remote()
-        # When a worker dies, the others fail in their common collective: report only the dead.
-        dead = {
-            rank: why
-            for rank, error in worker_exceptions.items()
-            if (why := _cause_of_death(error)) is not None
-        }
-        if dead:
-            rank, why = min(dead.items())
-            others = f" and {count(len(dead) - 1, 'other')}" if len(dead) > 1 else ""
-            self._board.add_event.remote(f"the worker of rank {rank}{others} was lost: {why}")
-        else:
-            rank, error = min(worker_exceptions.items())
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            self._board.add_event.remote(
-                f"rank {rank} failed: {(lines or [type(error).__name__])[-1][:300]}"
-            )
-
-
-def _cause_of_death(error: Exception) -> str | None:
-    """How a worker's process ended; None if it raised an error and is alive."""
-    error = getattr(error, "health_check_failure", error)
-    if isinstance(error, ray.exceptions.ActorUnavailableError):
-        return "neither it nor its node can be reached"
-    if not isinstance(error, ray.exceptions.RayActorError):
-        return None
-    detail = (
-        str(error).partition("Worker exit detail:")[2].partition("Some common causes")[0].strip()
-        or str(error).splitlines()[0]
-    )
-    return f"its process has ended ({detail.rstrip('.')})"
 
 
 def _is_written(out: str, step: int) -> bool:

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ... import storage
+from ...config.overrides import override
 from ...config.training import Preset
 from ...data.transforms import Collate, collate_batches, held_out_batches, prefetch
 from ...errors import UserError
@@ -57,7 +59,7 @@ def run_rank(settings: dict) -> None:
         return
     try:
         _train_rank(
-            Preset.model_validate_json(settings["preset"]),
+            _fitting(Preset.model_validate_json(settings["preset"]), board),
             settings["out"],
             board,
             settings["tally"],
@@ -72,6 +74,19 @@ def run_rank(settings: dict) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
+    except Exception:
+        # Ray Train passes on the error without its traceback.
+        ray.get(board.crashed.remote(context.get_world_rank(), traceback.format_exc()))
+        raise
+
+
+def _fitting(preset: Preset, board) -> Preset:
+    """The preset with the micro-batch that the board allows after a lack of GPU memory."""
+    limit = ray.get(board.micro_batch.remote())
+    if limit is None:
+        return preset
+    micro_batch = min(limit, preset.train.micro_batch or limit)
+    return override(preset, [f"micro_batch={micro_batch}"])
 
 
 def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
