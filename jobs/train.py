@@ -27,8 +27,12 @@ def main() -> int:
     def work() -> dict:
         preset = read_preset(options)
         from glide_ray.distributed.training.run import train
+        from glide_ray.train.run_folder import go_back
 
-        result = train(preset, options.out or f"runs/{preset.model.name}")
+        out = options.out or f"runs/{preset.model.name}"
+        if options.from_step is not None:
+            go_back(out, options.from_step)
+        result = train(preset, out)
         return dataclasses.asdict(dataclasses.replace(result, rows=None))
 
     return run("train", work)

@@ -34,6 +34,12 @@ def add_commands(commands: Commands) -> None:
         help="build nothing; only stream and count this corpus: a folder or s3:// prefix of .tar "
         "or .parquet files or images, or a pattern such as data/{00000..00999}.tar",
     )
+    command.add_argument(
+        "--row",
+        type=int,
+        metavar="NUMBER",
+        help="with --survey: only name the file of this row, whose number a training run reported",
+    )
     add_caption_column(command)
 
 
@@ -70,6 +76,13 @@ def add_corpus_options(parser: Parser, path: PathType = local_path) -> None:
 
 
 def corpus(options: Namespace) -> None:
+    if options.row is not None:
+        if not options.survey:
+            raise UserError("--row needs --survey PATH, the corpus that has the row.")
+        from ..data.sources import find_row
+
+        print(find_row(options.survey, options.row, options.caption_column))
+        return
     from ..distributed.curation.corpus import prepare, survey
 
     if options.survey:

@@ -57,11 +57,23 @@ def add_train_options(parser: Parser) -> None:
         "--out",
         help="folder of the run, visible to all nodes, or s3:// prefix (default: runs/PRESET)",
     )
+    parser.add_argument(
+        "--from",
+        dest="from_step",
+        type=int,
+        metavar="STEP",
+        help="go back to the checkpoint of this step, and set later ones aside; leave it out to "
+        "resume afterwards",
+    )
 
 
 def train(options: Namespace) -> None:
     preset = read_preset(options)
     out = options.out or Path("runs") / preset.model.name
+    if options.from_step is not None:
+        from ..train.run_folder import go_back
+
+        go_back(out, options.from_step)
     if options.no_ray:
         return _train_without_ray(preset, out, options.minutes)
     if options.minutes is not None:

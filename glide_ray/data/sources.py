@@ -165,6 +165,26 @@ def row_id(part: str, position: int) -> int:
     )
 
 
+def find_row(path: str, number: int, column: str | None = None) -> str:
+    """The part and the key of the row with this id, as "PART: KEY". Raises ShardError.
+
+    Ids are computed, not read; only the part that holds the row is read, and those that no index
+    counts.
+    """
+    for part in find_parts(path, column):
+        if part.count is not None and number not in (
+            row_id(part.url, position) for position in range(part.count)
+        ):
+            continue
+        for position, sample in enumerate(read_part(part)):
+            if row_id(part.url, position) == number:
+                return f"{part.url}: {sample.key}"
+    raise ShardError(
+        f"{path} has no row {number}; give the corpus that the run was trained on, under the same "
+        "path."
+    )
+
+
 def columns(samples: Iterable[tuple[int, Sample]]) -> dict[str, list]:
     """Pairs of row id and sample as the columns that `Collate` reads."""
     rows = [

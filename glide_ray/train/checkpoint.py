@@ -61,8 +61,8 @@ def read_progress(folder: Path, preset: Preset) -> tuple[TrainingPosition, dict[
             f"{folder} is not a complete glide_ray checkpoint; give the folder of another run."
         ) from None
     check_same(
-        saved.model.model_dump(),
-        preset.model.model_dump(),
+        saved.model.model_dump(exclude={"sampling"}),
+        preset.model.model_dump(exclude={"sampling"}),
         f"The checkpoint in {folder} is of another model",
         "model.",
     )
@@ -141,6 +141,22 @@ class Checkpoints:
         note = json.dumps({"reason": reason, COMPLETE: manifest.decode(errors="replace")}, indent=1)
         storage.put(note.encode(), f"{entry.path}/{SET_ASIDE}")
         storage.remove(f"{entry.path}/{COMPLETE}")
+
+    def rewind(self, step: int) -> list[CheckpointEntry]:
+        """Set aside the checkpoints after `step`, so that the run resumes there. Returns them.
+
+        Raises CheckpointError if there is none of that step.
+        """
+        complete = self.list_complete()
+        if step not in (entry.step for entry in complete):
+            steps = ", ".join(f"{entry.step:,}" for entry in complete) or "none"
+            raise CheckpointError(
+                f"{self.path} has no checkpoint of step {step:,}; there are those of: {steps}."
+            )
+        later = [entry for entry in complete if entry.step > step]
+        for entry in later:
+            self.set_aside(entry, f"The run was taken back to step {step:,}.")
+        return later
 
     def sweep(self) -> list[str]:
         """Remove incomplete checkpoints left by interrupted uploads. Returns their folders.

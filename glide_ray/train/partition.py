@@ -147,16 +147,17 @@ class CheckpointReader:
 def load_parts(folder: Path, slices: Sequence[ParamSlice], state: State) -> None:
     """Fill this rank's flat tensors from a checkpoint of any layout.
 
-    Raises CheckpointError if the checkpoint is incomplete or of another model.
+    An average at a rate that the checkpoint does not have starts from its weights. Raises
+    CheckpointError if the checkpoint is incomplete or of another model.
     """
     with CheckpointReader(folder) as parts:
-        missing = sorted(set(state) - parts.kinds)
-        if missing:
-            raise CheckpointError(
-                f"The checkpoint in {folder} has no {missing[0].replace('/', ' at rate ')}; "
-                f"use the same train.ema_rates, or another output folder."
-            )
         for kind, flat in state.items():
+            if kind not in parts.kinds and kind.startswith(AVERAGE):
+                kind = WEIGHTS
+            if kind not in parts.kinds:
+                raise CheckpointError(
+                    f"The checkpoint in {folder} has no {kind}; give an earlier checkpoint."
+                )
             for param_slice in slices:
                 if parts.shapes.get(param_slice.name) != param_slice.shape:
                     raise CheckpointError(

@@ -4,6 +4,7 @@ preset.json            config of the run
 run.json               id of the run, for trackers
 metrics.jsonl          metrics, one JSON object per line
 events.log             events of the run, such as restarts
+failure.log            traceback of the error that ended the run, if one did
 checkpoints/           see `checkpoint.py`
 weights.safetensors    EMA weights, written at the end
 """
@@ -11,13 +12,16 @@ weights.safetensors    EMA weights, written at the end
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 from .. import storage
 from ..config.training import Preset
 from ..data import patterns
 from ..pretrained import shipped
-from .checkpoint import CheckpointError, check_same, differences
+from .checkpoint import CheckpointError, Checkpoints, differences
+
+log = logging.getLogger(__name__)
 
 METRICS, EVENTS, TRACE, RUN, WEIGHTS, PRESET = (
     "metrics.jsonl",
@@ -27,8 +31,9 @@ METRICS, EVENTS, TRACE, RUN, WEIGHTS, PRESET = (
     "weights.safetensors",
     "preset.json",
 )
-# Settings that may differ when a run resumes. RESUMABLE ones do not change the loss (except CLIP's,
-# which is reported); RETUNABLE ones do, but are commonly adjusted during a run.
+# Settings of training that may differ when a run resumes. RESUMABLE ones do not change the loss
+# (except CLIP's, which is reported); RETUNABLE ones do, but fit the state of any run of the model.
+# So do all settings of the data and of sampling.
 RESUMABLE = frozenset(
     (
         "steps",
@@ -55,6 +60,9 @@ RESUMABLE = frozenset(
 )
 RETUNABLE = frozenset(
     (
+        "batch",
+        "ema_rates",
+        "min_snr",
         "learning_rate",
         "weight_decay",
         "warmup_steps",
@@ -70,8 +78,8 @@ RETUNABLE = frozenset(
 def check_run(preset: Preset, out: str, finished: bool) -> list[str]:
     """Check that `preset` may resume the run in folder `out`, if there is one.
 
-    `finished`: whether that run has ended; RETUNABLE settings must then be equal as well. Returns
-    a sentence per changed RETUNABLE setting. Raises CheckpointError if other settings differ.
+    `finished`: whether that run has ended; only RESUMABLE settings may differ then. Returns a
+    clause per changed setting that changes the loss. Raises CheckpointError if others differ.
     """
     try:
         saved = Preset.model_validate_json(storage.read(f"{out}/{PRESET}"))
@@ -85,22 +93,36 @@ def check_run(preset: Preset, out: str, finished: bool) -> list[str]:
             f"use another output folder."
         ) from None
     saved, preset = absolute(saved), absolute(preset)
-    free = RESUMABLE if finished else RESUMABLE | RETUNABLE
-    same = {
-        **saved.model_dump(),
-        "train": {
-            **saved.train.model_dump(),
-            **{name: getattr(preset.train, name) for name in free},
-        },
-    }
-    check_same(same, preset.model_dump(), f"The folder {out} holds a run with other settings")
-    return [
-        f"{key} changes from {there} to {here}"
-        for key, there, here in differences(
-            saved.train.model_dump(), preset.train.model_dump(), "train."
-        )
-        if key.removeprefix("train.") in RETUNABLE
+    changed = [
+        (key, there, here)
+        for key, there, here in differences(saved.model_dump(), preset.model_dump())
+        if key.removeprefix("train.") not in RESUMABLE
     ]
+    for key, there, here in changed:
+        if finished or not _is_retunable(key):
+            raise CheckpointError(
+                f"The folder {out} holds a run with other settings: {key} is {there!r} there and "
+                f"{here!r} here; use the same setting, or another output folder."
+            )
+    return [f"{key} changes from {there} to {here}" for key, there, here in changed]
+
+
+def go_back(out: str | Path, step: int) -> None:
+    """Let the run in folder `out` resume from its checkpoint of `step`.
+
+    Later checkpoints are set aside; weights are removed, since the run is not finished any more.
+    Raises CheckpointError if there is no such checkpoint.
+    """
+    later = Checkpoints(out).rewind(step)
+    for entry in later:
+        log.info(f"the checkpoint of step {entry.step:,} is set aside: {entry.path}")
+    if later:
+        storage.remove(f"{out}/{WEIGHTS}")
+
+
+def _is_retunable(key: str) -> bool:
+    group, _, name = key.partition(".")
+    return group == "data" or name in RETUNABLE or name.startswith("sampling.")
 
 
 def absolute(preset: Preset) -> Preset:

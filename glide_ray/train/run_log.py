@@ -35,6 +35,13 @@ def steps_bar(preset: Preset, first: int, visible: bool) -> Bar:
     )
 
 
+def move_bar(bar: Bar, step: int) -> None:
+    """Let the bar begin at `step`, where the run resumes: its rate and time count from there."""
+    bar.reset()
+    bar.initial = bar.n = bar.last_print_n = step
+    bar.refresh()
+
+
 def event_line(text: str, step: int, at: float | None = None) -> str:
     """Line of events.log. `at`: time of the event in seconds since 1970, by default now."""
     when = datetime.fromtimestamp(at or time.time()).isoformat(" ", "seconds")

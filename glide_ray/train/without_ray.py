@@ -44,7 +44,7 @@ from .checkpoint_writer import SAVE, CheckpointWriter
 from .pack import source_metadata
 from .partition import export_average
 from .run_folder import EVENTS, METRICS, PRESET, WEIGHTS, absolute, check_run, last_step
-from .run_log import event_line, run_id, steps_bar
+from .run_log import event_line, move_bar, run_id, steps_bar
 from .samples import sample_grid
 from .single import SingleTrainer
 from .steps import StopTraining, TrainCallbacks, train_loop
@@ -136,6 +136,7 @@ def _run(
     _resume(trainer, checkpoints, log)
     checkpoints.sweep()
     first, began = trainer.progress.step, time.monotonic()
+    log.begin(first)
     log.event(
         f"{preset.model.name} in one process ({trainer.device.type}), {trainer.precision}, "
         f"batch {train.batch:,}, from step {first:,}"
@@ -340,6 +341,9 @@ class _Log:
             if name in figures:
                 self._shown[short] = f"{figures[name]:.3g}"
         self._bar.set_postfix(self._shown, refresh=False)
+
+    def begin(self, step: int) -> None:
+        move_bar(self._bar, step)
 
     def step(self, number: int) -> None:
         self._bar.update(number - self._bar.n)

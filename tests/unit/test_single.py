@@ -1,11 +1,13 @@
 """A training run in one process, without Ray and DeepSpeed: results, interruption, resumption."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from helpers.tiny import TINY_BASE, corpus_settings, tiny
 from helpers.training import batch, epochs, run
 from helpers.training import preset as training_preset
 
+from glide_ray.cli.main import main
 from glide_ray.data.shards import ShardError
 from glide_ray.data.sources import folder_name
 from glide_ray.errors import ConfigError, UserError
@@ -20,7 +23,9 @@ from glide_ray.models.weights import load_weights
 from glide_ray.precision import single_precision
 from glide_ray.train.checkpoint import CheckpointError, Checkpoints
 from glide_ray.train.loop import Trainer
-from glide_ray.train.run_folder import read_metrics
+from glide_ray.train.partition import CheckpointReader
+from glide_ray.train.run_folder import go_back, read_metrics
+from glide_ray.train.run_log import move_bar, steps_bar
 from glide_ray.train.single import SingleTrainer
 from glide_ray.train.without_ray import MemoryCorpus, train_alone
 
@@ -224,10 +229,70 @@ def test_a_lack_of_gpu_memory_halves_the_micro_batch(drawn_corpus, tmp_path, mon
         train_alone(settings, tmp_path / "other", progress=False)
 
 
-def test_settings_of_another_run_are_refused(drawn_corpus, tmp_path):
-    train_alone(preset(drawn_corpus), tmp_path / "run", minutes=1e-9, progress=False)
-    with pytest.raises(CheckpointError, match="train.batch is 8 there and 4 here"):
-        train_alone(preset(drawn_corpus, "batch=4"), tmp_path / "run", progress=False)
+def test_another_model_is_refused_and_settings_that_fit_any_run_may_change(drawn_corpus, tmp_path):
+    out = tmp_path / "run"
+    train_alone(preset(drawn_corpus), out, minutes=1e-9, progress=False)
+    with pytest.raises(CheckpointError, match="model.unet.dropout is 0.1 there and 0.0 here"):
+        train_alone(preset(drawn_corpus, "model.unet.dropout=0"), out, progress=False)
+    changes = [
+        "batch=4",
+        "ema_rates=0.99,0.9",
+        f"data.corpus={drawn_corpus / 'held_out'}",
+        "data.held_out_images=8",
+        "data.empty_caption_rate=0.5",
+        "model.sampling.respacing=10",
+        "checkpoint_every=2",
+    ]
+    done = train_alone(preset(drawn_corpus, *changes), out, progress=False)
+    assert done.finished and len(losses(out)) == 6
+    log = (out / "events.log").read_text()
+    assert "step 1: train.batch changes from 8 to 4" in log
+    assert "data.held_out_images changes from 128 to 8" in log
+    assert "16 kept" in log and "checkpoint_every" not in log
+    last = Checkpoints(out).list_complete()[-1]
+    with CheckpointReader(Path(last.path)) as reader:
+        assert {"average/0.99", "average/0.9"} <= reader.kinds
+    # Its data are part of the result of a finished run.
+    with pytest.raises(CheckpointError, match="data.held_out_images is 8 there and 4 here"):
+        train_alone(preset(drawn_corpus, *changes, "data.held_out_images=4"), out, progress=False)
+
+
+def test_a_run_goes_back_to_an_earlier_checkpoint_and_makes_the_same_steps_again(
+    drawn_corpus, tmp_path, capsys
+):
+    settings, out = preset(drawn_corpus, "checkpoint_every=2", "keep_last=5"), tmp_path / "run"
+    train_alone(settings, out, progress=False)
+    weights, first = (out / "weights.safetensors").read_bytes(), losses(out)
+    steps = [entry.step for entry in Checkpoints(out).list_complete()]
+    assert steps == [2, 4, 6]
+    with pytest.raises(CheckpointError, match="no checkpoint of step 3; there are .*: 2, 4, 6"):
+        go_back(out, 3)
+    go_back(out, 2)
+    assert [entry.step for entry in Checkpoints(out).list_complete()] == [2]
+    assert len(list((out / "checkpoints").glob("*/set_aside.json"))) == 2
+    assert train_alone(settings, out, progress=False).finished
+    assert (out / "weights.safetensors").read_bytes() == weights and losses(out) == first
+    assert [json.loads(line)["step"] for line in lines_of(out)] == [1, 2, 3, 4, 5, 6, 3, 4, 5, 6]
+
+
+def lines_of(folder):
+    return [line for line in (folder / "metrics.jsonl").open() if '"loss"' in line]
+
+
+def test_the_bar_of_a_resumed_run_begins_at_its_checkpoint():
+    bar = steps_bar(tiny("base", "steps=300"), 250, visible=True)
+    move_bar(bar, 200)
+    bar.update(10)
+    assert bar.n == 210 and bar.format_dict["initial"] == 200 and bar.format_dict["elapsed"] >= 0
+
+
+def test_the_number_of_a_row_leads_to_its_file(drawn_corpus, capsys):
+    corpus = MemoryCorpus(preset(drawn_corpus))
+    number, part, sample = corpus.rows[40]
+    assert main(["corpus", "--survey", corpus.preset.data.corpus, "--row", str(number)]) == 0
+    assert capsys.readouterr().out == f"{part.url}: {sample.key}\n"
+    assert main(["corpus", "--survey", corpus.preset.data.corpus, "--row", "7"]) == 2
+    assert "has no row 7" in capsys.readouterr().err
 
 
 # -- corpus ----------------------------------------------------------------------------------------

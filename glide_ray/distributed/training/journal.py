@@ -22,7 +22,7 @@ from ...models.cost import operations
 from ...progress import write_line
 from ...train.checkpoint_writer import CHANGE, NONE
 from ...train.run_folder import EVENTS, METRICS, RUN, TRACE, last_step
-from ...train.run_log import event_line, run_id, steps_bar
+from ...train.run_log import event_line, move_bar, run_id, steps_bar
 from ...train.trackers import open_trackers
 from ..actors import Actor
 from .samples import Reviewer
@@ -306,6 +306,7 @@ class Journal:
         )
         for metrics in rows:
             if "again_from" in metrics:
+                move_bar(self._bar, metrics["again_from"])
                 if metrics["again_from"] != self._told:
                     self._trackers.rewind(metrics["again_from"] + 1)
                 self._told = None
