@@ -95,8 +95,8 @@ def _add_plan(commands: Commands) -> None:
         "examples:\n  glide plan paper-base --gpus 64 --gpu h100 --set batch=2048 --price 2.5\n"
         "  glide plan nano-base --gpu cpu\n"
         "It computes and starts nothing. The --set options that it prints are for `glide train`.\n"
-        "Peak FLOP/s and link speeds come from data sheets, and the part of them that training\n"
-        "reaches is an assumption, unless you pass measured values.",
+        "Peak FLOP/s and link speeds come from data sheets, the time to launch operations from a\n"
+        "measurement. The part of the peak that training reaches is assumed, unless you pass it.",
     )
     add_preset(command)
     command.add_argument(
@@ -127,6 +127,12 @@ def _add_measured(parser: Parser) -> None:
     )
     parser.add_argument("--tflops", type=float, help="measured TFLOP/s of one worker in training")
     parser.add_argument(
+        "--memory",
+        type=float,
+        metavar="GB",
+        help="memory of one GPU (default: from the data sheet); with --tflops, any --gpu will do",
+    )
+    parser.add_argument(
         "--link",
         type=float,
         metavar="GB/S",
@@ -150,6 +156,7 @@ def plan(options: Namespace) -> None:
         options.utilisation,
         options.tflops,
         options.link,
+        options.memory,
     )
     text, chosen = describe(preset, machine, options.price)
     print(text)

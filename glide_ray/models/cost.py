@@ -7,6 +7,7 @@ from functools import lru_cache, partial
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config.models import AnyModelConfig, ClipModelConfig, ModelConfig
@@ -89,6 +90,35 @@ def operations(preset: Preset) -> int:
         )
         model = model.model_copy(update={"unet": unet})
     return _operations(model)
+
+
+class _DeviceOperations(TorchDispatchMode):
+    """Counts the operations that launch work on a device: all but views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aliases = [result.alias_info for result in function._schema.returns]
+        self.count += not any(alias is not None and not alias.is_write for alias in aliases)
+        return function(*args, **(kwargs or {}))
+
+
+@lru_cache(maxsize=32)
+def launches(model: AnyModelConfig) -> tuple[int, int]:
+    """Device operations of a forward pass in 16 bits, and the model's tensors of parameters."""
+    with shapes_only():
+        network = build_model(model).eval().half()
+        x = torch.empty(1, 3, model.image_size, model.image_size)
+        timestep = torch.empty(1, dtype=torch.int64)
+        with torch.no_grad(), _DeviceOperations() as operations:
+            if isinstance(model, ClipModelConfig):
+                tokens = torch.zeros(1, model.context, dtype=torch.int64)
+                network(x, timestep, tokens, torch.ones_like(tokens))
+            else:
+                network(x, timestep, example_conditioning(model, 1))
+    return operations.count, len(list(network.parameters()))
 
 
 @lru_cache(maxsize=32)

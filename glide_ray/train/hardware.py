@@ -109,6 +109,21 @@ GPUS: dict[str, Gpu] = {
     "t4": _gpu(16, 65, 8.1, 32, 100, r"\bt4\b", False),
     # Ada white paper, with fp32 accumulation; PCIe 4; network of 100 assumed
     "rtx-4090": _gpu(24, 165.2, 82.6, 64, 100, r"\brtx 4090\b"),
+    # Blackwell white paper, with fp32 accumulation; PCIe 5; network of 100 assumed
+    "rtx-5090": _gpu(32, 209.5, 104.8, 128, 100, r"\brtx 5090\b"),
+    "rtx-5080": _gpu(16, 112.6, 56.3, 128, 100, r"\brtx 5080\b"),
+    # Ada white paper, with fp32 accumulation; PCIe 4; network of 100 assumed
+    "rtx-4080": _gpu(16, 97.5, 48.7, 64, 100, r"\brtx 4080\b"),
+    "rtx-4070": _gpu(12, 58.3, 29.2, 64, 100, r"\brtx 4070\b"),
+    # Data sheets, without sparsity; PCIe 4; network of 100 assumed
+    "rtx-6000-ada": _gpu(48, 364.2, 91.1, 64, 100, r"\brtx 6000 ada\b"),
+    "a6000": _gpu(48, 154.8, 38.7, 64, 100, r"\ba6000\b"),
+    "a40": _gpu(48, 149.7, 37.4, 64, 100, r"\ba40\b"),
+    # Ampere GA102 and GA106, with fp32 accumulation; PCIe 4; network of 100 assumed
+    "rtx-3080": _gpu(10, 59.5, 29.8, 64, 100, r"\brtx 3080\b"),
+    "rtx-3060": _gpu(12, 25.5, 12.7, 64, 100, r"\brtx 3060\b"),
+    # AMD's data sheet: peaks without sparsity, 7 links of 128 GB/s; network of 400 assumed
+    "mi300x": _gpu(192, 1307.4, 163.4, 896, 400, r"\bmi300x\b"),
     # Ampere GA102 white paper, with fp32 accumulation; PCIe 4; network of 100 assumed
     "rtx-3090": _gpu(24, 71, 35.6, 64, 100, r"\brtx 3090\b"),
 }
@@ -120,6 +135,12 @@ USABLE_GPU_MEMORY = 0.9
 USABLE_CPU_MEMORY = 1 / 1.5
 # Default fraction of a GPU's peak that training reaches. Our estimate: not measured on a GPU.
 UTILISATION = 0.35
+# Seconds to launch an operation on a GPU, by PyTorch without CUDA graphs. A plain training loop of
+# `filtered-base` with 16 images takes 0.188 s on an H100 (docs/benchmarks.md, "On a GPU") for its
+# 4,112 operations, more than the arithmetic needs.
+LAUNCH_SECONDS = 0.188 / 4112
+# Bytes per second that a worker uploads. Our assumption: one stream to S3.
+UPLOAD_BYTES_PER_S = 0.09 * GIGA
 # Default fraction of a matrix product's FLOP/s that training reaches on a CPU (`glide bench plan`).
 CPU_UTILISATION = 0.5
 # Bytes per second between two workers on one CPU machine: gloo all-reduce of 100 MB, measured on
@@ -134,11 +155,19 @@ HOST_ADAM = 1.6 * GIGA
 CPU_PROCESS = 0.59 * GIGA
 
 
+def find_key(name: str) -> str:
+    """The name of a GPU as the table writes it."""
+    return name.lower().replace("_", "-").replace(" ", "-")
+
+
 def gpu_named(name: str) -> Gpu:
     """The GPU with this name in the table. Raises ConfigError, which suggests the nearest name."""
-    key = name.lower().replace("_", "-").replace(" ", "-")
+    key = find_key(name)
     if key not in GPUS:
-        raise ConfigError(f"There is no GPU {name!r} in the table; {nearest(key, [*GPUS, 'cpu'])}")
+        raise ConfigError(
+            f"There is no GPU {name!r} in the table; {nearest(key, [*GPUS, 'cpu'])} For another "
+            "one, give --memory and --tflops."
+        )
     return GPUS[key]
 
 
@@ -220,6 +249,7 @@ class Machine:
     device: str = "cuda"
     single: float | None = None
     flops_origin: str = ""
+    launch: float = 0.0  # seconds to launch an operation; 0 on a CPU
 
 
 def find_machine(
@@ -229,19 +259,21 @@ def find_machine(
     utilisation: float | None = None,
     tflops: float | None = None,
     link: float | None = None,
+    memory: float | None = None,
 ) -> Machine:
     """The machine to plan for, from the name of a GPU in the table, or "cpu" for this machine.
 
     `kind` None detects this machine's GPU, or else takes "cpu". `precision` may be "auto".
     `utilisation`: fraction of the peak that training reaches. `tflops` (TFLOP/s) and `link`
-    (GB/s): measured values of one worker, which replace the estimates. Raises ConfigError.
+    (GB/s): measured values of one worker, which replace the estimates. `memory` (GB): of a GPU; a
+    GPU outside the table needs `memory` and `tflops`. Raises ConfigError.
     """
     if (
-        any(given is not None and given <= 0 for given in (utilisation, tflops, link))
+        any(given is not None and given <= 0 for given in (utilisation, tflops, link, memory))
         or (utilisation or 0) > 1
     ):
         raise ConfigError(
-            "The utilisation must lie above 0 and at most at 1, and FLOP/s and GB/s above 0."
+            "The utilisation must lie above 0 and at most at 1, and FLOP/s, GB/s and GB above 0."
         )
     if kind is None:
         here = find_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
@@ -257,7 +289,8 @@ def find_machine(
     flops, link_speed = tflops * TERA if tflops else None, link * GIGA if link else None
     if on_cpu:
         return _cpu_machine(workers, precision, part, flops, link_speed, flops_origin)
-    return _gpu_machine(kind, workers, precision, part, flops, link_speed, flops_origin)
+    size = memory * GIGA if memory else None
+    return _gpu_machine(kind, workers, precision, part, flops, link_speed, size, flops_origin)
 
 
 def _cpu_machine(
@@ -284,9 +317,14 @@ def _gpu_machine(
     part: float,
     flops: float | None,
     link: float | None,
+    memory: float | None,
     flops_origin: str,
 ) -> Machine:
-    gpu, precision = gpu_named(kind), training_precision(precision, "cuda")
+    precision = training_precision(precision, "cuda")
+    if find_key(kind) not in GPUS and memory and flops:  # PCIe 4; network of 100 Gbit/s assumed
+        gpu = _gpu(0, flops / TERA / part, flops / TERA / part, 64, 100, "")
+    else:
+        gpu = gpu_named(kind)
     peak = gpu.peak(precision)
     if peak is None:
         raise ConfigError(
@@ -294,10 +332,11 @@ def _gpu_machine(
         )
     return Machine(
         kind.lower(),
-        gpu.memory * USABLE_GPU_MEMORY,
+        (memory or gpu.memory) * USABLE_GPU_MEMORY,
         flops or peak * part,
         link or (gpu.inside if workers <= GPUS_PER_NODE else gpu.between),
         "cuda",
         gpu.single * part,
         flops_origin,
+        LAUNCH_SECONDS,
     )

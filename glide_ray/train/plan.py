@@ -10,11 +10,16 @@ from dataclasses import dataclass
 from ..config.overrides import override
 from ..config.training import Preset
 from ..errors import ConfigError
-from ..models.cost import operations
+from ..models.cost import launches, operations
 from ..precision import BYTES, training_precision
 from .batch_split import accumulation
-from .hardware import GIGA, HOST_ADAM, PCIE_BYTES_PER_S, TERA, Machine
+from .hardware import GIGA, HOST_ADAM, PCIE_BYTES_PER_S, TERA, UPLOAD_BYTES_PER_S, Machine
 from .memory import Memory, choose_micro_batch, gb, memory, offloaded_memory, parameter_sizes
+
+# Operations of a backward pass for each of the forward pass (`filtered-base`: 2,420 for 1,692)
+BACKWARD = 1.43
+# Operations of DeepSpeed's step for each tensor of parameters (3,283 for 783 tensors)
+DEEPSPEED = 4.2
 
 # -- time ------------------------------------------------------------------------------------------
 
@@ -23,18 +28,18 @@ from .memory import Memory, choose_micro_batch, gb, memory, offloaded_memory, pa
 class StepTime:
     """Seconds of an optimizer step.
 
-    `overlaps`: communication runs during compute, as in stage 3, so that only the longer of the
-    two counts. In the other stages they add up.
+    The host launches operations while the GPU computes: the longer of the two counts. No overlap
+    of communication is assumed, since none has been measured.
     """
 
     compute: float
+    launch: float
     communication: float
     offload: float
-    overlaps: bool
 
     @property
     def total(self) -> float:
-        return (max if self.overlaps else sum)((self.compute, self.communication)) + self.offload
+        return max(self.compute, self.launch) + self.communication + self.offload
 
 
 def step_time(
@@ -42,7 +47,9 @@ def step_time(
 ) -> StepTime:
     """Estimated time of an optimizer step.
 
-    Compute: 3 times the operations of a forward pass, 4 with activation checkpointing.
+    Compute: 3 times the operations of a forward pass, 4 with activation checkpointing. Launches:
+    of a forward pass, BACKWARD times as many for the backward pass, and DeepSpeed's for each tensor
+    of parameters.
     Communication, in units of all parameters at `width` bytes each: an all-reduce of gradients
     counts 2, an all-gather of weights or a reduce-scatter of gradients 1. DeepSpeed all-reduces in
     stages 0 and 1 once per step, in stage 2 once per network call; stages 1 and 2 gather weights
@@ -61,7 +68,17 @@ def step_time(
         if train.offload_optimizer and machine.device != "cpu"
         else 0.0
     )
-    return StepTime(compute, communication, offload, stage == 3)
+    return StepTime(
+        compute, machine.launch * _launches(preset, stage, calls), communication, offload
+    )
+
+
+def _launches(preset: Preset, stage: int, calls: int) -> float:
+    """Device operations of an optimizer step of `calls` network calls."""
+    forward, tensors = launches(preset.model)
+    passes = 1 + BACKWARD + preset.train.activation_checkpointing
+    gathers = 3 * tensors if stage == 3 else 0  # two gathers and a reduce-scatter of each
+    return calls * (passes * forward + gathers) + DEEPSPEED * tensors
 
 
 # -- comparison of settings ------------------------------------------------------------------------
@@ -172,9 +189,14 @@ def describe(
         "  " + " ".join(f"--set {flag}" for flag in _flags(chosen, precision)),
         "",
         f"a step of {seconds:,.3g} s: compute {chosen.time.compute:,.3g} s "
-        f"at {flops / TERA:,.3g} TFLOP/s a worker ({machine.flops_origin}), "
-        f"communication {chosen.time.communication:,.3g} s at {machine.link / GIGA:,.3g} GB/s"
-        f"{' beside it' if chosen.time.overlaps else ''}"
+        f"at {flops / TERA:,.3g} TFLOP/s a worker ({machine.flops_origin})"
+        + (
+            f", or {chosen.time.launch:,.3g} s to launch its operations if that is more"
+            if machine.launch
+            else ""
+        )
+        + f", communication {chosen.time.communication:,.3g} s "
+        f"at {machine.link / GIGA:,.3g} GB/s"
         + (
             f", offloaded optimizer {chosen.time.offload:,.3g} s "
             f"and {gb(on_host)} GB of the host for each worker"
@@ -186,9 +208,20 @@ def describe(
         f"{train.batch / seconds:,.{0 if train.batch > 100 * seconds else 1}f} images/s, "
         f"{hours * world:,.1f} worker hours"
         + (f", at {price:g} each {hours * world * price:,.0f}" if price is not None else ""),
-        "without held-out losses and checkpoints, and as long as the corpus is read as fast",
+        "without held-out losses, and as long as the corpus is read as fast",
+        _checkpoint_line(chosen.preset, world),
     ]
     return "\n".join(lines), chosen
+
+
+def _checkpoint_line(preset: Preset, world: int) -> str:
+    """Size of a checkpoint: float32 weights, two moments, and the averages."""
+    size = 4 * (3 + len(preset.train.ema_rates)) * sum(parameter_sizes(preset.model))
+    part = size / (world if preset.train.zero_stage else 1)
+    return (
+        f"a checkpoint has {gb(size)} GB, {gb(part)} a worker: uploaded beside training in "
+        f"{part / UPLOAD_BYTES_PER_S:,.2g} s at {UPLOAD_BYTES_PER_S / GIGA:g} GB/s each (assumed)"
+    )
 
 
 def _flags(option: Plan, precision: str) -> list[str]:
