@@ -28,6 +28,7 @@ from glide_ray.cli.main import main
 from glide_ray.distributed.cluster import ship_modules
 from glide_ray.distributed.training import run as training
 from glide_ray.distributed.training.callbacks import FailureHistory
+from glide_ray.distributed.training.goodput import Goodput, Outage
 from glide_ray.distributed.training.run import train
 from glide_ray.distributed.training.worker import run_rank
 from glide_ray.errors import UserError
@@ -461,6 +462,22 @@ def test_a_run_ends_when_two_starts_raise_the_same_error_at_one_step():
     )
 
 
+def test_goodput_counts_the_seconds_of_the_steps_that_were_kept():
+    goodput = Goodput()
+    for last in (10, 20, 30):
+        goodput.add_steps(last, 5.0)
+    assert goodput.share(20) == 0.75
+    goodput.rewind(20)  # steps 21 to 30 are made again
+    goodput.add_steps(30, 6.0)
+    goodput.outages += [Outage("worker lost", 10, 1, 8), Outage("worker lost", 5, 2, 10)]
+    goodput.outages.append(Outage("nodes returned", 1, 0, 7))
+    assert goodput.sentence(32) == (
+        "goodput 50%: 16 s in steps that were kept, of 32 s; worker lost 2 times: 1.5 s to detect, "
+        "9.0 s to recover, 15 steps repeated; nodes returned 1 time: 0.0 s to detect, "
+        "7.0 s to recover, 1 step repeated"
+    )
+
+
 def starved(settings):
     """A rank whose GPU has memory for two images."""
     from glide_ray.train import loop
@@ -496,6 +513,7 @@ def test_a_lack_of_gpu_memory_halves_the_micro_batch(drawn_corpus, tmp_path, mon
     log = (tmp_path / "run" / "events.log").read_text()
     found = re.findall(r"out of memory.* The next start has micro-batches of (\d) images", log)
     assert found == ["4", "2"]
+    assert re.search(r"goodput \d+%: .*; out of memory 2 times: .* 0 steps repeated$", log)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from ray.train.v2.api.callback import UserCallback
 
 from ...train.checkpoint_writer import CHANGE
 from ...train.run_folder import TRACE
+from .goodput import ERROR, LOST, MEMORY
 from .journal import count
 
 # seconds without a step after which workers are taken to hang, and get no time for a checkpoint
@@ -75,7 +76,7 @@ class FailureWatch(UserCallback):
         self._board, self._history = board, FailureHistory(max_failures)
 
     def after_exception(self, run_context, worker_exceptions: dict[int, Exception]) -> None:
-        step = ray.get(self._board.lost.remote())
+        step, cause = ray.get(self._board.step.remote()), ERROR
         # When a worker dies, the others fail in their common collective: report only the dead.
         dead = {
             rank: why
@@ -85,14 +86,15 @@ class FailureWatch(UserCallback):
         if dead:
             rank, why = min(dead.items())
             others = f" and {count(len(dead) - 1, 'other')}" if len(dead) > 1 else ""
-            text = f"the worker of rank {rank}{others} was lost: {why}"
+            text, cause = f"the worker of rank {rank}{others} was lost: {why}", LOST
         else:
             rank, trace = self._first_error(worker_exceptions)
             lines = [line.strip() for line in trace.splitlines() if line.strip()]
             text = f"rank {rank} failed: {lines[-1][:300]}"
             if OUT_OF_MEMORY.search(trace) and (half := ray.get(self._board.halve.remote())):
+                cause = MEMORY
                 text += f" The next start has micro-batches of {count(half, 'image')}."
-        ray.get(self._board.add_event.remote(text))
+        ray.get([self._board.lost.remote(cause), self._board.add_event.remote(text)])
         sentence = self._history.verdict(step, text, not dead, time.monotonic())
         if sentence is not None:
             if not dead:

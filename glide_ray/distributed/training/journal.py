@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ...train.run_folder import EVENTS, METRICS, RUN, TRACE, last_step
 from ...train.run_log import event_line, move_bar, run_id, steps_bar
 from ...train.trackers import open_trackers
 from ..actors import Actor
+from .goodput import NODES, Goodput, Outage
 from .samples import Reviewer
 
 # seconds between uploads to s3://; seconds without a step before a line in the log
@@ -52,6 +53,7 @@ class BoardUpdate:
     events: list[tuple[float, int, str]] = field(default_factory=list)  # time, step, what happened
     committed: list[tuple[int, str]] = field(default_factory=list)  # step, folder of the checkpoint
     start: Start | None = None
+    outages: list[Outage] = field(default_factory=list)
     waiting: float = 0.0  # seconds since the last step or start
     failure: str | None = None  # error that ends the run
     trace: str = ""  # its traceback, if it is not one that the user can correct
@@ -68,6 +70,10 @@ class Board(Actor):
         self._failed: set[int] = set()
         self._traces: dict[int, str] = {}
         self._notice, self._running, self._saved = NONE, False, False
+        # cause of the failure, and when it was noticed; None while the workers run
+        self._noticed: tuple[str, float] | None = None
+        # outages since the last step, each with the time when it was noticed
+        self._outages: list[tuple[float, Outage]] = []
         self._micro_batch: int | None = None  # limit, once a GPU has run out of memory
         self._step, self._moved = 0, time.time()
 
@@ -78,6 +84,11 @@ class Board(Actor):
     def beat(self, step: int) -> int:
         """Record that a step was made. Returns the notice for the workers."""
         self._step, self._moved = step, time.time()
+        if self._outages and self._start is not None and step > self._start.step:
+            self._update.outages += [
+                replace(outage, recover=self._moved - noticed) for noticed, outage in self._outages
+            ]
+            self._outages = []
         return self._notice
 
     def notify(self, notice: int) -> bool:
@@ -89,9 +100,12 @@ class Board(Actor):
             self._notice = max(self._notice, notice)
         return self._running
 
-    def lost(self) -> int:
-        """Record that the workers have failed. Returns the last step that they made."""
-        self._running = False
+    def lost(self, cause: str) -> None:
+        """Record that the workers have failed."""
+        self._running, self._noticed = False, (cause, time.time())
+
+    def step(self) -> int:
+        """The last step that the workers reported."""
         return self._step
 
     def halve(self) -> int | None:
@@ -114,11 +128,14 @@ class Board(Actor):
 
     def started(self, start: Start) -> None:
         if self._start is not None:
-            again, lost = max(0, self._step - start.step), time.time() - self._moved
+            again, now = max(0, self._step - start.step), time.time()
             self.add_event(
                 f"training resumes with {count(start.workers, 'worker')} from step {start.step:,}: "
-                f"{count(again, 'step')} repeated, {lost:.0f} s without a step"
+                f"{count(again, 'step')} repeated, {now - self._moved:.0f} s without a step"
             )
+            cause, noticed = self._noticed or (NODES, self._moved)
+            self._outages.append((noticed, Outage(cause, again, noticed - self._moved)))
+        self._noticed = None
         self._start = self._update.start = start
         self._running, self._saved, self._traces = True, False, {}
         self._notice = NONE if self._notice == CHANGE else self._notice
@@ -225,6 +242,8 @@ class Journal:
         self._pushed, self._waited, self._stop = time.monotonic(), 0.0, threading.Event()
         self._thread = threading.Thread(target=self._watch, name="glide-progress", daemon=True)
         self.failure: str | None = None
+        self._goodput, self._began = Goodput(), time.monotonic()
+        self._last_logged = first
 
     def __enter__(self) -> Journal:
         self._thread.start()
@@ -234,6 +253,8 @@ class Journal:
         self._stop.set()
         self._thread.join()
         self._poll()
+        if self._start is not None:
+            self.event(self._goodput.sentence(time.monotonic() - self._began))
         if kind is None and self.failure is None:
             self._reviewer.finish()
         self._bar.close()
@@ -271,6 +292,7 @@ class Journal:
             if self._start is None:
                 self.event(_spread(update.start, self._preset), update.start.step)
             self._start = update.start
+        self._goodput.outages += update.outages
         for at, step, text in update.events:
             self.event(text, step, at)
             self._trackers.add_event(step, text)
@@ -299,8 +321,15 @@ class Journal:
 
     def _write(self, rows: list[dict]) -> None:
         for metrics in rows:
+            if "again_from" in metrics:
+                self._goodput.rewind(metrics["again_from"])
+                self._last_logged = metrics["again_from"]
             if "images_per_s" in metrics:
+                images = self._preset.train.batch * (metrics["step"] - self._last_logged)
+                self._goodput.add_steps(metrics["step"], images / metrics["images_per_s"])
+                self._last_logged = metrics["step"]
                 metrics.update(self._speed(metrics["images_per_s"]))
+                metrics["goodput"] = self._goodput.share(time.monotonic() - self._began)
         self._append(
             METRICS, "".join(json.dumps(metrics) + "\n" for metrics in rows if "step" in metrics)
         )
