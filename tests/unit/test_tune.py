@@ -50,6 +50,11 @@ def test_a_folder_becomes_weights_and_a_sheet_of_before_and_after(
     assert config.role == role and config.name.endswith("-tuned")
     assert config.unet == load_weights(tiny_weights[role])[0].unet
     assert Image.open(run / "before_after.png").width > 3 * 192
+    if role == "base":
+        picture = tmp_path / "ellipse.png"
+        words = ["generate", "a red ellipse", "--base", str(run / "weights.safetensors")]
+        assert main([*words, "--steps", "2", "--out", str(picture)]) == 0
+        assert Image.open(picture).size == (config.image_size, config.image_size)
     # The same command does nothing more, and gives the same files.
     made = (run / "weights.safetensors").stat().st_mtime_ns
     assert tuned(tmp_path, tiny_weights[role], pictures) == 0
