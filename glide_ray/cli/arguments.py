@@ -124,9 +124,7 @@ def add_preset(parser: Parser) -> None:
 
 def read_preset(options: Namespace) -> Preset:
     """The preset with the settings of --set. Raises ConfigError."""
-    from ..config.overrides import override
-
-    return override(presets.get(options.preset), options.set)
+    return presets.with_settings(options.preset, options.set)
 
 
 def add_settings(parser: Parser) -> None:

@@ -6,7 +6,9 @@ guidance, inpainting and clean images.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,7 @@ from .emoji_presets import (
     nano_upsampler,
 )
 from .models import ClipModelConfig, ModelConfig
+from .overrides import override
 from .paper_presets import (
     filtered_base,
     filtered_upsampler,
@@ -29,6 +32,8 @@ from .paper_presets import (
     paper_upsampler,
 )
 from .training import Preset
+
+log = logging.getLogger(__name__)
 
 
 def get(name: str) -> Preset:
@@ -89,8 +94,10 @@ def _task_on(task: Callable[[Preset], Preset], make: Callable[[], Preset]) -> Pr
 def _fine_tuned(
     preset: Preset, task: str, unet: dict[str, Any], data: dict[str, Any], train: dict[str, Any]
 ) -> Preset:
-    model = preset.model
+    model, steps = preset.model, preset.train.steps // 10
     assert isinstance(model, ModelConfig)
+    # Trained weights are lost in the first steps without a warm-up and clipping.
+    gentle = {"warmup_steps": min(1000, max(20, steps // 20)), "clip_norm": 1.0}
     weights = f"runs/{model.name}/weights.safetensors"
     return preset.model_copy(
         update={
@@ -99,10 +106,29 @@ def _fine_tuned(
             ),
             "data": preset.data.model_copy(update=data),
             "train": preset.train.model_copy(
-                update={"start_from": weights, "steps": preset.train.steps // 10, **train}
+                update={"start_from": weights, "steps": steps, **gentle, **train}
             ),
         }
     )
+
+
+def with_settings(name: str, settings: Sequence[str]) -> Preset:
+    """The preset of this name with `key=value` settings. Raises ConfigError.
+
+    The learning rate of a preset that fine-tunes follows the root of the batch, unless it is set.
+    """
+    preset = get(name)
+    changed = override(preset, settings)
+    given = {setting.partition("=")[0].strip().removeprefix("train.") for setting in settings}
+    if preset.train.start_from is None or "learning_rate" in given or "batch" not in given:
+        return changed
+    ratio = changed.train.batch / preset.train.batch
+    rate = preset.train.learning_rate * math.sqrt(ratio)
+    log.info(
+        f"learning rate {rate:.2g} instead of {preset.train.learning_rate:g}, for a batch of "
+        f"{changed.train.batch:,} instead of {preset.train.batch:,}; train.learning_rate sets it"
+    )
+    return override(changed, [f"learning_rate={rate:.6g}"])
 
 
 PRESETS: dict[str, Callable[[], Preset]] = {

@@ -108,6 +108,22 @@ def test_fine_tuning_for_guidance_empties_20_percent_of_captions_and_keeps_the_m
     )
 
 
+@pytest.mark.parametrize("name", ["paper-base-guided", "filtered-upsampler-inpaint"])
+def test_a_fine_tuning_preset_warms_up_and_clips_and_its_learning_rate_follows_the_batch(name):
+    before, after = presets.get(name.rpartition("-")[0]).train, presets.get(name).train
+    assert before.warmup_steps == before.clip_norm == 0
+    assert after.warmup_steps == 1000 and after.clip_norm == 1
+    quarter = presets.with_settings(name, [f"batch={after.batch // 4}"]).train
+    assert quarter.learning_rate == pytest.approx(after.learning_rate / 2, rel=1e-5)
+    assert (
+        presets.with_settings(name, ["batch=8", "learning_rate=1e-5"]).train.learning_rate == 1e-5
+    )
+    assert presets.with_settings(name, ["steps=8"]).train.learning_rate == after.learning_rate
+    # A run from the beginning keeps the paper's.
+    base = presets.with_settings(name.rpartition("-")[0], ["batch=8"]).train
+    assert base.learning_rate == before.learning_rate
+
+
 def test_the_noised_clips_have_the_shapes_of_their_sources():
     large, base = (presets.get(f"noised-clip-{size}").model.clip for size in "lb")
     assert (large.image_layers, large.image_width, large.patch_size, large.image_size) == (
