@@ -116,11 +116,11 @@ def test_a_fine_tuning_preset_warms_up_and_clips_and_its_learning_rate_follows_t
     quarter = presets.with_settings(name, [f"batch={after.batch // 4}"]).train
     assert quarter.learning_rate == pytest.approx(after.learning_rate / 2, rel=1e-5)
     assert (
-        presets.with_settings(name, ["batch=8", "learning_rate=1e-5"]).train.learning_rate == 1e-5
+        presets.with_settings(name, ["batch=64", "learning_rate=1e-5"]).train.learning_rate == 1e-5
     )
     assert presets.with_settings(name, ["steps=8"]).train.learning_rate == after.learning_rate
     # A run from the beginning keeps the paper's.
-    base = presets.with_settings(name.rpartition("-")[0], ["batch=8"]).train
+    base = presets.with_settings(name.rpartition("-")[0], ["batch=64"]).train
     assert base.learning_rate == before.learning_rate
 
 
