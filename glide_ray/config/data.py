@@ -80,6 +80,12 @@ class DataConfig(Frozen):
         description="inpainting models: share of images "
         "without known pixels; the others are erased at random",
     )
+    flip_rate: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of images that training mirrors, left to right; captions stay",
+    )
     low_res_blur_rate: float = Field(
         0.0,
         ge=0,

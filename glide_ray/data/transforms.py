@@ -114,6 +114,9 @@ class Collate:
 
         The low-res version is None for a base model.
         """
+        rate = self.data.flip_rate
+        if augment and rate and self._draws("flip", key, epoch).random() < rate:
+            picture = np.ascontiguousarray(picture[:, ::-1])
         if not self.model.low_res_size:
             return picture, None
         small = area_downsample(picture, self.model.low_res_size)

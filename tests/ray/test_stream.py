@@ -329,6 +329,22 @@ def test_low_res_images_are_blurred_at_the_requested_rate_and_only_in_training()
     )
 
 
+def test_images_are_mirrored_at_the_requested_rate_and_only_in_training():
+    samples = list(drawn_samples(64))
+    for kind in ("base", "upsampler"):
+        model = tiny(kind).model
+        collate = Collate(model, DataConfig(flip_rate=0.5))
+        plain = collate(rows_of(samples), 0, augment=False)
+        drawn, again = collate(rows_of(samples), 0), collate(rows_of(samples), 1)
+        mirrored = (drawn.image == plain.image.flip(-1)).flatten(1).all(1)
+        same = (drawn.image == plain.image).flatten(1).all(1)
+        assert (mirrored | same).all() and 16 <= (mirrored & ~same).sum() <= 48
+        assert not torch.equal(drawn.image, again.image)  # drawn anew in each epoch
+        if kind == "upsampler":
+            small = torch.nn.functional.avg_pool2d(drawn.image, 4)
+            assert torch.allclose(drawn.conditioning.low_res, small, atol=1 / 127)
+
+
 def test_low_res_images_get_noise_of_the_given_size_and_only_in_training():
     samples = list(drawn_samples(64))
     model = tiny("upsampler").model
