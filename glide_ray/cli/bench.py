@@ -26,6 +26,7 @@ benchmarks of this machine, with random weights:
               and to a bare loop of the same precision
   plan        memory that `glide plan` predicts, as a ratio to the measured memory of training on
               the CPU, for all measured presets or only --preset
+  faults      goodput of a run on two workers, one of them killed every minute, for --seconds
   serve       latency and cost of the server with --preset nano (default) or emoji, as ratios to
               whole-request batching and to a server without a model
   data        images per second of the stream, as a ratio to webdataset; milliseconds to decode a
@@ -74,7 +75,8 @@ def add_commands(commands: Commands) -> None:
         "--seconds",
         type=positive,
         default=120,
-        help="seconds of open-loop load for serve; seconds of computing per run of recipe "
+        help="seconds of open-loop load for serve, of training for faults, of computing per run "
+        "of recipe "
         "(default: %(default)s)",
     )
     command.add_argument(
@@ -108,12 +110,12 @@ def _add_inputs(parser: Parser) -> None:
         "--corpus",
         type=local_path,
         default=Path(CORPUS, "held_out"),
-        help="held-out corpus, for inpainting and recipe (default: %(default)s)",
+        help="held-out corpus, for inpainting, faults and recipe (default: %(default)s)",
     )
     parser.add_argument(
         "--shards",
         default=f"{CORPUS}/train",
-        help="training corpus, for data, memory and recipe (default: %(default)s)",
+        help="training corpus, for data, memory, faults and recipe (default: %(default)s)",
     )
 
 
@@ -152,6 +154,12 @@ def _plan(options: Namespace) -> dict[str, Any]:
     from ..bench.training import bench_plan
 
     return bench_plan(options.preset, options.repeats or 3)
+
+
+def _faults(options: Namespace) -> dict[str, Any]:
+    from ..bench.faults import bench_faults
+
+    return bench_faults(options.shards, str(options.corpus), options.seconds)
 
 
 def _serve(options: Namespace) -> dict[str, Any]:
@@ -225,6 +233,7 @@ BENCHMARKS: dict[str, Callable[[Namespace], dict[str, Any]]] = {
     "cascade": _cascade,
     "train": _train,
     "plan": _plan,
+    "faults": _faults,
     "serve": _serve,
     "data": _data,
     "memory": _memory,

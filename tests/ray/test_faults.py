@@ -21,9 +21,10 @@ from helpers import elastic_run
 from helpers.checkpoints import keeper, write
 from helpers.paths import ROOT
 from helpers.processes import python_path, without_ray
-from helpers.tiny import corpus_settings, tiny
+from helpers.tiny import TINY_BASE, corpus_settings, tiny
 
 from glide_ray import storage
+from glide_ray.bench import faults
 from glide_ray.cli.main import main
 from glide_ray.distributed.cluster import ship_modules
 from glide_ray.distributed.training import run as training
@@ -526,6 +527,18 @@ def test_an_error_of_two_starts_ends_the_run_with_one_sentence(drawn_corpus, tmp
     with pytest.raises(UserError, match=sentence):
         train(settings, tmp_path / "run", progress=False)
     assert "Traceback" in (tmp_path / "run" / "failure.log").read_text()
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_faults_kills_a_worker_and_measures_the_recovery(
+    drawn_corpus, monkeypatch
+):
+    monkeypatch.setattr(faults, "EVERY_SECONDS", 5.0)
+    small = (*TINY_BASE, "data.min_size=16", "data.crop=none")
+    monkeypatch.setattr(faults, "SETTINGS", (*faults.SETTINGS, *small))
+    found = faults.bench_faults(str(drawn_corpus / "train"), str(drawn_corpus / "held_out"), 8.0)
+    assert found["kills"] == 1 and "worker lost 1 time: " in found["log"]
+    assert 0 < found["goodput"] < 1 and 1 < found["kill_to_step_s"][0] < found["seconds"]
 
 
 @pytest.mark.slow
