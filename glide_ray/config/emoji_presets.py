@@ -48,6 +48,7 @@ def emoji_base() -> Preset:
                 blocks=1,
                 attention_sizes=(4, 2),
                 patch=4,
+                pixel_channels=16,
                 prediction="x0",
                 inpaint=True,
                 text=TextConfig(width=128, layers=4, heads=2, context=32),
