@@ -16,7 +16,7 @@ import glide_ray
 from glide_ray.evaluation.report import grid, show_hole
 
 OPTIONS = glide_ray.SampleOptions(upsampler_steps=20)
-THINGS = ("a red apple", "a red heart", "a grinning face", "an orange", "a sunflower", "a dog face")
+THINGS = ("a red apple", "a red heart", "a grinning face", "a tangerine", "a sunflower", "a dog face")
 STYLES = ("3D render", "flat icon", "Noto", "Twemoji")
 SCALES = (1.0, 2.0, 3.0, 5.0, 8.0)
 
@@ -50,7 +50,7 @@ def sketch(cascade):
 
 def scene(cascade):
     """A strip that grows to the right: each edit keeps the end of it and paints what follows."""
-    first, *more = ("a red apple", "a red heart", "a grinning face", "an orange")
+    first, *more = ("a red apple", "a red heart", "a grinning face", "a tangerine")
     strip = cascade.generate([f"{first}, flat icon"], [1], OPTIONS)[0]
     for seed, thing in enumerate(more, 2):
         window = np.full_like(strip[:, :256], 255)
