@@ -16,7 +16,14 @@ import glide_ray
 from glide_ray.evaluation.report import grid, show_hole
 
 OPTIONS = glide_ray.SampleOptions(upsampler_steps=20)
-THINGS = ("a red apple", "a red heart", "a grinning face", "a tangerine", "a sunflower", "a dog face")
+THINGS = (
+    "a red apple",
+    "a red heart",
+    "a grinning face",
+    "a tangerine",
+    "a sunflower",
+    "a dog face",
+)
 STYLES = ("3D render", "flat icon", "Noto", "Twemoji")
 SCALES = (1.0, 2.0, 3.0, 5.0, 8.0)
 
