@@ -182,27 +182,11 @@ def describe(
     if chosen is None:
         return "\n".join(lines), None
     seconds, hours = chosen.time.total, train.steps * chosen.time.total / 3600
-    flops = machine.single if chosen.precision == "fp32" and machine.single else machine.flops
-    on_host = offloaded_memory(chosen.preset, chosen.micro_batch, chosen.precision)
     lines += [
         "the fastest that fits, for glide train:",
         "  " + " ".join(f"--set {flag}" for flag in _flags(chosen, precision)),
         "",
-        f"a step of {seconds:,.3g} s: compute {chosen.time.compute:,.3g} s "
-        f"at {flops / TERA:,.3g} TFLOP/s a worker ({machine.flops_origin})"
-        + (
-            f", or {chosen.time.launch:,.3g} s to launch its operations if that is more"
-            if machine.launch
-            else ""
-        )
-        + f", communication {chosen.time.communication:,.3g} s "
-        f"at {machine.link / GIGA:,.3g} GB/s"
-        + (
-            f", offloaded optimizer {chosen.time.offload:,.3g} s "
-            f"and {gb(on_host)} GB of the host for each worker"
-            if chosen.time.offload
-            else ""
-        ),
+        _step_line(chosen, machine),
         f"{train.steps:,} steps in "
         f"{f'{hours / 24:,.1f} days' if hours > 48 else f'{hours:,.1f} hours'}: "
         f"{train.batch / seconds:,.{0 if train.batch > 100 * seconds else 1}f} images/s, "
@@ -212,6 +196,26 @@ def describe(
         _checkpoint_line(chosen.preset, world),
     ]
     return "\n".join(lines), chosen
+
+
+def _step_line(chosen: Plan, machine: Machine) -> str:
+    """The parts of a step's time, and the rates that they come from."""
+    time = chosen.time
+    flops = machine.single if chosen.precision == "fp32" and machine.single else machine.flops
+    line = (
+        f"a step of {time.total:,.3g} s: compute {time.compute:,.3g} s "
+        f"at {flops / TERA:,.3g} TFLOP/s a worker ({machine.flops_origin})"
+    )
+    if machine.launch:
+        line += f", or {time.launch:,.3g} s to launch its operations if that is more"
+    line += f", communication {time.communication:,.3g} s at {machine.link / GIGA:,.3g} GB/s"
+    if time.offload:
+        on_host = offloaded_memory(chosen.preset, chosen.micro_batch, chosen.precision)
+        line += (
+            f", offloaded optimizer {time.offload:,.3g} s and {gb(on_host)} GB of the host for "
+            "each worker"
+        )
+    return line
 
 
 def _checkpoint_line(preset: Preset, world: int) -> str:

@@ -148,8 +148,7 @@ def tuning_preset(
             "empty_caption_rate=0.1",
             "log_every=5",
             f"evaluate_every={max(1, steps // 8)}",
-            f"checkpoint_every={max(1, steps // 4)}",
-            f"sample_every={max(1, steps // 4)}",
+            *(f"{name}_every={max(1, steps // 4)}" for name in ("checkpoint", "sample")),
             *settings,
         ],
     )

@@ -141,14 +141,8 @@ def _run(
         f"{preset.model.name} in one process ({trainer.device.type}), {trainer.precision}, "
         f"batch {train.batch:,}, from step {first:,}"
     )
-    writer = CheckpointWriter(
-        checkpoints,
-        uuid.uuid4().hex[:8],
-        train.keep_last,
-        train.keep_every,
-        log.event,
-        minutes=train.checkpoint_minutes,
-    )
+    keep, minutes = (train.keep_last, train.keep_every), train.checkpoint_minutes
+    writer = CheckpointWriter(checkpoints, uuid.uuid4().hex[:8], *keep, log.event, minutes=minutes)
     held_out = held_out_batches(preset.data, preset.model, trainer.batch_split.micro_batch)
 
     def save(write: Callable[[Path], None]) -> None:
