@@ -156,15 +156,17 @@ def _loaded(
 def with_known_channels(state: Mapping[str, Tensor], unet: UNetConfig) -> dict[str, Tensor]:
     """Weights of a model without inpainting -> initial weights of its inpainting variant.
 
-    The stem's input channels for known pixels and mask start at zero (sec. 4.3).
+    The input channels for known pixels and mask start at zero (sec. 4.3).
     """
     stem = state.get("stem.weight")
-    folded = unet.patch**2
-    if stem is None or not unet.inpaint or stem.shape[1] == unet.in_channels * folded:
+    if stem is None or not unet.inpaint or stem.shape[1] == unet.in_channels * unet.patch**2:
         return dict(state)
-    image, beside = stem[:, : 3 * folded], stem[:, 3 * folded :]
-    known = stem.new_zeros(len(stem), 4 * folded, *stem.shape[2:])
-    return {**state, "stem.weight": torch.cat([image, known, beside], dim=1)}
+
+    def with_known(weight: Tensor, first: int, width: int) -> Tensor:
+        known = weight.new_zeros(len(weight), width, *weight.shape[2:])
+        return torch.cat([weight[:, :first], known, weight[:, first:]], dim=1)
+
+    return _with_input_channels(state, unet, with_known)
 
 
 def without_known_channels(state: Mapping[str, Tensor], unet: UNetConfig) -> dict[str, Tensor]:
@@ -173,11 +175,26 @@ def without_known_channels(state: Mapping[str, Tensor], unet: UNetConfig) -> dic
     `unet`: the same network without inpainting. It computes the same as the inpainting model does
     when no pixel is known.
     """
-    stem, folded = state["stem.weight"], unet.patch**2
-    return {
-        **state,
-        "stem.weight": torch.cat([stem[:, : 3 * folded], stem[:, 7 * folded :]], dim=1),
-    }
+
+    def without_known(weight: Tensor, first: int, width: int) -> Tensor:
+        return torch.cat([weight[:, :first], weight[:, first + width :]], dim=1)
+
+    return _with_input_channels(state, unet, without_known)
+
+
+def _with_input_channels(
+    state: Mapping[str, Tensor], unet: UNetConfig, change: Callable[[Tensor, int, int], Tensor]
+) -> dict[str, Tensor]:
+    """The state dict with other input channels of the layers that see known pixels and mask.
+
+    `change` receives a weight, its first channel after those of x, and the number of channels.
+    """
+    folded = unet.patch**2
+    changed = {"stem.weight": change(state["stem.weight"], 3 * folded, 4 * folded)}
+    head = "pixel_head.in_conv.weight"
+    if head in state:  # after the 3 channels of the prediction
+        changed[head] = change(state[head], 6, 4)
+    return {**state, **changed}
 
 
 def check_shapes(

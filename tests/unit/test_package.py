@@ -22,6 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NEEDS = {
     "bench.clean": "cluster",
     "bench.data": "cluster test",
+    "bench.faults": "cluster",
     "bench.load_generator": "cluster",
     "bench.serving": "cluster",
     "cli.doctor": "cluster",

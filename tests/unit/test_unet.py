@@ -244,7 +244,8 @@ def test_manual_attention_agrees_with_pytorchs_in_16_bits():
 
 
 def test_known_channels_can_be_added_to_a_model_with_patches():
-    plain = tiny("base", "model.unet.patch=2", "model.unet.attention_sizes=4").model.unet
+    patches = ["model.unet.patch=2", "model.unet.attention_sizes=4", "model.unet.pixel_channels=4"]
+    plain = tiny("base", *patches).model.unet
     inpaint = plain.model_copy(update={"inpaint": True})
     before, after = random_model(plain), GlideUNet(inpaint).eval().requires_grad_(False)
     after.load_state_dict(with_known_channels(before.state_dict(), inpaint))
