@@ -43,6 +43,10 @@ class ChangedError(StorageError):
         super().__init__(f"{path} has changed since it was read first; run the command again.")
 
 
+class DamagedError(StorageError):
+    """An object whose content is not the one that was stored."""
+
+
 class DeniedError(StorageError):
     """An action that the storage does not allow this user."""
 
@@ -76,8 +80,8 @@ def read_verified(path: str, use: Callable[[Any], tuple[Result, str]], etag: str
     raise fault
 
 
-def damaged(path: str) -> StorageError:
-    return StorageError(
+def damaged(path: str) -> DamagedError:
+    return DamagedError(
         f"{path} is damaged: its SHA-256 is not the one it was stored with; put it there again."
     )
 

@@ -211,16 +211,17 @@ def test_a_checkpoint_that_the_object_store_refuses_is_told_of_and_the_next_one_
     for step in (10, 20):
         made.save(step, write(b"x" * 1000))
     assert made.finish() == 20 and committed == [20]
+    refused = [text for text in told if not text.startswith("training waited")]
     assert (
-        len(told) == 1
-        and "checkpoint of step 10 could not be written" in told[0]
-        and "next checkpoint is tried" in told[0]
+        len(refused) == 1
+        and "checkpoint of step 10 could not be written" in refused[0]
+        and "next checkpoint is tried" in refused[0]
     )
     assert [checkpoint.step for checkpoint in Checkpoints(f"{s3}/refused").list_complete()] == [20]
     assert not list(storage.list_files(f"{s3}/refused/checkpoints/000000010-start", ("",)))
     s3_faults.answer_503("000000030-start/complete.json")
     made.save(30, write(b"x" * 1000))
-    assert made.finish() == 20 and "checkpoint of step 30 could not be completed" in told[1]
+    assert made.finish() == 20 and "checkpoint of step 30 could not be completed" in told[-1]
 
 
 FULL_DISK = """

@@ -23,6 +23,7 @@ from ...config.overrides import override
 from ...config.training import Preset
 from ...data.transforms import Collate, collate_batches, held_out_batches, prefetch
 from ...errors import UserError
+from ...s3 import DamagedError
 from ...tensors import Batch
 from ...train.batch_split import BatchSplit
 from ...train.checkpoint import (
@@ -273,7 +274,7 @@ def _resume(
                 elif local_rank == 0:
                     fetch(entry, cache)  # also verifies
             except (CheckpointError, storage.StorageError) as error:
-                fault = str(error), isinstance(error, CheckpointError)
+                fault = str(error), isinstance(error, (CheckpointError, DamagedError))
             faults = all_gather_object(fault)
             if not any(faults):
                 folder = fetch(entry, cache)
