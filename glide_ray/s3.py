@@ -71,7 +71,7 @@ def read_verified(path: str, use: Callable[[Any], tuple[Result, str]], etag: str
             expected = answer["Metadata"].get(CHECKSUM)
             if not expected or sha256 == expected:
                 return result
-            fault = damaged(path)
+            fault: StorageError = damaged(path)
         except _broken() as error:
             fault = StorageError(f"{path} cannot be used: {error}.")
         if wait is not None:
