@@ -113,7 +113,7 @@ def _add_tune(commands: Commands) -> None:
         "examples:\n  glide tune emoji my_pictures --out runs/mine\n"
         '  glide tune base.safetensors photos --caption "a photo of a zog" '
         '--prompt "a zog on a beach"\n'
-        "docs/finetuning.md has times, and what to change for 20, 200 and 20,000 pictures.",
+        "docs/finetuning.md tells what to change for 20, 200 and 20,000 pictures.",
     )
     command.add_argument(
         "weights", help="weights to start from: a file of a base model or an upsampler, or emoji"
