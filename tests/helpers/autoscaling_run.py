@@ -316,9 +316,9 @@ def main(path, corpus, base, upsampler, out):
     )
     training.Trainer = Placed
     trained = pool.submit(
-        lambda: training._fit(
+        lambda: training._trainer(
             preset, "nowhere", None, None, None, training._wait_for_workers(preset)
-        )
+        ).fit()
     )
     added["training"] = watch.nodes_added("training", trained, Placed.done.is_set)
 
