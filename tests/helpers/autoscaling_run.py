@@ -139,7 +139,7 @@ class FakeCluster:
             "RAY_NODE_TYPE_NAME": HEAD,
         }
         command = [
-            shutil.which("ray", path=self.environment["PATH"]),
+            shutil.which("ray", path=self.environment["PATH"]) or "ray",
             "start",
             "--head",
             "--block",
