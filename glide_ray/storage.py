@@ -10,7 +10,6 @@ import io
 import os
 import re
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
+from .object_cache import cache_entry, make_room
 from .s3 import (
     CHUNK,
     S3,
@@ -38,9 +38,7 @@ from .s3 import (
     storage_errors,
 )
 
-CACHE_GB = 200  # GB (1e9 bytes), default size limit of the cache of objects
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-IN_USE_SECONDS = 600  # seconds since its last use before a copy may be deleted
 
 
 def is_remote(path: str | Path) -> bool:
@@ -367,16 +365,11 @@ def fetch(path: str | Path, cache: str | Path | None = None) -> Path:
         if not Path(path).exists():
             raise StorageError(f"There is no file {path}.")
         return Path(path)
-    local = _cached(f"{path}@{etag(path)}", cache) / str(path).rpartition("/")[2]
+    local = cache_entry(f"{path}@{etag(path)}", cache) / str(path).rpartition("/")[2]
     if not local.exists():
-        _make_room(local.parent, size(path))
+        make_room(local.parent, size(path))
         download(str(path), local)
     return local
-
-
-def cache_folder() -> Path:
-    """Folder for copies of objects: GLIDE_CACHE, or ~/.cache/glide_ray."""
-    return Path(os.environ.get("GLIDE_CACHE") or Path.home() / ".cache" / "glide_ray")
 
 
 def download(path: str, target: Path) -> None:
@@ -402,9 +395,9 @@ def fetch_folder(
     }
     if not files:
         raise StorageError(f"There is nothing in {path} that ends in {' or '.join(suffixes)}.")
-    local = _cached(" ".join(f"{file}@{state}" for file, state in files.items()), cache)
+    local = cache_entry(" ".join(f"{file}@{state}" for file, state in files.items()), cache)
     if not local.exists():
-        _make_room(local, sum(size(file) for file in files))
+        make_room(local, sum(size(file) for file in files))
     for file in files:
         if not (target := local / file.rpartition("/")[2]).exists():
             download(file, target)
@@ -425,39 +418,3 @@ def _read_object(path: str, etag: str) -> bytes:
         return data, hashlib.sha256(data).hexdigest()
 
     return read_verified(path, whole_body, etag)
-
-
-def _cached(name: str, cache: str | Path | None) -> Path:
-    """Cache folder for `name`, marked as used now."""
-    folder = Path(cache or cache_folder()) / hashlib.sha256(name.encode()).hexdigest()[:16]
-    with suppress(FileNotFoundError):
-        os.utime(folder)  # mark as used
-    return folder
-
-
-def _make_room(folder: Path, wanted: int) -> None:
-    """Delete the least recently used copies until `wanted` more bytes fit into the cache.
-
-    The limit is GLIDE_CACHE_GB. Copies used in the last IN_USE_SECONDS are kept. Raises
-    StorageError for an invalid limit.
-    """
-    given = os.environ.get("GLIDE_CACHE_GB", str(CACHE_GB))
-    try:
-        limit = float(given) * 1e9
-    except ValueError:
-        raise StorageError(
-            f"GLIDE_CACHE_GB is {given!r}; give a number of gigabytes, such as {CACHE_GB}."
-        ) from None
-    used, held = {}, {}
-    for entry in folder.parent.glob("[0-9a-f]" * 16):
-        with suppress(FileNotFoundError):  # deleted by another process
-            used[entry], held[entry] = (
-                entry.stat().st_mtime,
-                sum(file.stat().st_size for file in entry.iterdir() if file.is_file()),
-            )
-    for entry in sorted(held, key=used.__getitem__):
-        if sum(held.values()) + wanted <= limit or time.time() - used[entry] < IN_USE_SECONDS:
-            return
-        if entry != folder:
-            shutil.rmtree(entry, ignore_errors=True)
-            del held[entry]

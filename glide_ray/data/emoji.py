@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..storage import cache_folder, check_writable, is_remote, no_empty_folders
+from ..object_cache import cache_folder
+from ..storage import check_writable, is_remote, no_empty_folders
 from .card import LeftOut, counts_of, read_card, sources, write_card
 from .credits import Credits
 from .packages import EmojiError, Package, fetch_packages, find_packages

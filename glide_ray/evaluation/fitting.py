@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .. import storage
 from ..data.images import flatten
 from ..data.scenes import compose
 from ..data.shards import read_index
 from ..data.sprites import COLOURS, OBJECT_GROUPS, recolour
 from ..models.efficientnet import SHA256
+from ..object_cache import cache_folder
 from . import vocabulary as words
 from .cases import SCENE_SEED, CorpusError, Row, read_rows, sprites_of
 from .heads import Discriminant, Logistic
@@ -240,7 +240,7 @@ def cached_path(corpus: str, cache: str | Path | None = None) -> Path:
             )
         parts[split] = [shard["sha256"] for shard in index["shards"]]
     name = hashlib.sha256(json.dumps([VERSION, SHA256, parts]).encode()).hexdigest()[:16]
-    return Path(cache or storage.cache_folder()) / "judges" / f"{name}.safetensors"
+    return Path(cache or cache_folder()) / "judges" / f"{name}.safetensors"
 
 
 def load_or_fit(corpus: str, cache: str | Path | None = None) -> Judge:

@@ -16,6 +16,7 @@ from helpers.paths import ROOT
 ROOMS = [
     "errors interrupts progress",
     "s3",
+    "object_cache",
     "config storage tensors precision",
     "data diffusion records",
     "models",

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import boto3
 import pytest
 
-from glide_ray import storage
+from glide_ray import object_cache, storage
 from glide_ray.storage import MissingError, StorageError
 
 
@@ -160,7 +160,7 @@ def test_storage_works_correctly_while_5_percent_of_all_requests_fail(s3, s3_fau
 
 def test_the_cache_stays_within_its_limit_and_keeps_recently_used_files(s3, tmp_path, monkeypatch):
     monkeypatch.setenv("GLIDE_CACHE_GB", "0.003")
-    monkeypatch.setattr(storage, "IN_USE_SECONDS", 0)
+    monkeypatch.setattr(object_cache, "IN_USE_SECONDS", 0)
     copies = []
     for n in range(4):
         storage.put(bytes(10**6), f"{s3}/limited/{n}")
@@ -168,7 +168,7 @@ def test_the_cache_stays_within_its_limit_and_keeps_recently_used_files(s3, tmp_
             os.utime(copies[1].parent, (1, 1))  # last used long ago
         copies.append(storage.fetch(f"{s3}/limited/{n}", tmp_path))
     assert [copy.exists() for copy in copies] == [True, False, True, True]
-    monkeypatch.setattr(storage, "IN_USE_SECONDS", 600)
+    monkeypatch.setattr(object_cache, "IN_USE_SECONDS", 600)
     storage.put(bytes(10**6), f"{s3}/limited/4")
     storage.fetch(f"{s3}/limited/4", tmp_path)
     assert sum(copy.exists() for copy in copies) == 3  # recently used copies are kept
