@@ -125,6 +125,13 @@ class TrainConfig(Frozen):
         SAMPLE_PROMPTS, min_length=1, description="prompts of the grids of samples"
     )
 
+    profile_steps: str | None = Field(
+        None,
+        pattern=r"^[1-9]\d*:[1-9]\d*$",
+        description="first and last step of a profile of the first worker, such as 100:105, "
+        "written to profile/ in the folder of the run",
+    )
+
     # Failure handling.
     max_failures: int = Field(
         20,
@@ -156,6 +163,13 @@ class TrainConfig(Frozen):
                 "train.min_workers: CLIP's loss is over the embeddings of equally "
                 "many images on each worker; leave it out"
             )
+        if self.profile_steps is not None:
+            first, last = map(int, self.profile_steps.split(":"))
+            if not first <= last:
+                raise ValueError(
+                    f"train.profile_steps {self.profile_steps} ends before it begins; write "
+                    "FIRST:LAST"
+                )
         for name in ("keep_every", "sample_every"):
             every = getattr(self, name)
             if every is not None and every % self.checkpoint_every:

@@ -197,6 +197,15 @@ def stepped(engine) -> bool:
     return engine.was_step_applied()
 
 
+def gradient_norm(engine) -> Tensor | None:
+    """Norm of the last step's gradients before clipping, over all ranks, not finite if skipped.
+
+    None under ZeRO stage 0, where DeepSpeed computes none. Does not wait for the device.
+    """
+    norm = getattr(engine.optimizer, "_global_grad_norm", None)
+    return None if norm is None else torch.as_tensor(norm)
+
+
 def loss_scale(engine) -> float:
     """fp16's loss scale; only in fp16."""
     return float(engine.optimizer.loss_scaler.cur_scale)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from .memory import choose_micro_batch
 from .nonfinite import TrainingError, check_step
 from .objectives import by_quartile, draw, held_out_sums, images_in, mix, objective_of
 from .optimizer import FACTOR, deepspeed_config, learning_rate, parameter_groups
-from .steps import Metrics
+from .step_clock import DATA, FORWARD, StepClock
+from .steps import Metrics, norm_figures
 
 
 class Trainer:
@@ -66,6 +67,7 @@ class Trainer:
         self.param_slices = internals.param_slices(self.engine)
         self.ema = Ema(internals.masters(self.engine), train.ema_rates)
         self.progress = TrainingPosition()
+        self.clock = StepClock(self.device)
 
     def _micro_batch(self) -> int:
         """Micro-batch size: the largest that fits the worker with the least memory."""
@@ -102,19 +104,16 @@ class Trainer:
         sums: dict[str, torch.Tensor] = {}
         read = []
         for _, _, weight in self.batch_split.row_ranges():
-            batch = next(batches)
+            with self.clock.host(DATA):
+                batch = next(batches)
             read.append(batch)
             i, noise = (
                 to_device_async(drawn, self.device)
                 for drawn in draw(self.schedule, batch, train.seed, number, train.timestep_power)
             )
-            losses = self.objective(
-                self.engine,
-                self.schedule,
-                batch.map(lambda tensor: to_device_async(tensor, self.device)),
-                i,
-                noise,
-            )
+            on_device = batch.map(lambda tensor: to_device_async(tensor, self.device))
+            with self.clock.device(FORWARD):
+                losses = self.objective(self.engine, self.schedule, on_device, i, noise)
             self.engine.backward(losses["loss"].mean() * weight)
             self.engine.step()
             figures = {
@@ -128,6 +127,8 @@ class Trainer:
         check_step(self, read, number, sums["loss"])
         if internals.stepped(self.engine):  # fp16 skips a step whose gradients overflowed
             self.ema.update(number)
+        if (norm := internals.gradient_norm(self.engine)) is not None:
+            sums |= norm_figures(norm.to(self.device))
         return sums
 
     def held_out(self, batches: Sequence[Batch]) -> Metrics:
@@ -152,6 +153,10 @@ class Trainer:
     def scale(self) -> dict[str, float]:
         """The loss scale in fp16; empty in other precisions."""
         return {"loss_scale": internals.loss_scale(self.engine)} if self.precision == "fp16" else {}
+
+    def gathered(self, values: Mapping[str, float]) -> list[Mapping[str, float]]:
+        """The values of all ranks."""
+        return all_gather_object(values)
 
     def summed(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
         """Sum scalars over all ranks, in one all-reduce and one transfer to the host."""

@@ -6,6 +6,7 @@ metrics.jsonl          metrics, one JSON object per line
 events.log             events of the run, such as restarts
 failure.log            traceback of the error that ended the run, if one did
 checkpoints/           see `checkpoint.py`
+profile/               trace and table of `train.profile_steps`
 weights.safetensors    EMA weights, written at the end
 """
 
@@ -53,6 +54,7 @@ RESUMABLE = frozenset(
         "trackers",
         "sample_every",
         "sample_prompts",
+        "profile_steps",
         "max_failures",
         "stall_seconds",
         "wait_seconds",
@@ -118,6 +120,12 @@ def go_back(out: str | Path, step: int) -> None:
         log.info(f"the checkpoint of step {entry.step:,} is set aside: {entry.path}")
     if later:
         storage.remove(f"{out}/{WEIGHTS}")
+
+
+def save_profile(out: str, name: str, file: Path) -> None:
+    """Copy a file of a profile into the folder of the run."""
+    storage.put(file, f"{out}/profile/{name}")
+    log.info(f"profile: {out}/profile/{name}")
 
 
 def _is_retunable(key: str) -> bool:

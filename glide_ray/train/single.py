@@ -6,7 +6,7 @@ the format of `partition.py`, so that a run can resume under Ray Train, and vice
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -36,7 +36,8 @@ from .partition import (
     part_path,
     save_part,
 )
-from .steps import Metrics
+from .step_clock import DATA, FORWARD, StepClock
+from .steps import Metrics, norm_figures
 
 SKIPPED = 20  # consecutive steps with non-finite gradients before the run is stopped
 
@@ -73,6 +74,7 @@ class SingleTrainer:
         self.optimizer = self._optimizer(model)
         self.ema = Ema(self.masters, train.ema_rates)
         self.progress = TrainingPosition()
+        self.clock = StepClock(self.device)
         self._skipped = 0
 
     def _optimizer(self, model: torch.nn.Module) -> torch.optim.AdamW:
@@ -108,13 +110,15 @@ class SingleTrainer:
             group["lr"] = learning_rate(train, number) * group.get(FACTOR, 1.0)
         sums: dict[str, Tensor] = {}
         for _, _, weight in self.batch_split.row_ranges():
-            batch = next(batches)
+            with self.clock.host(DATA):
+                batch = next(batches)
             i, noise = (
                 to_device_async(drawn, self.device)
                 for drawn in draw(self.schedule, batch, train.seed, number, train.timestep_power)
             )
             on_device = batch.map(lambda tensor: to_device_async(tensor, self.device))
-            losses = self.objective(self.network, self.schedule, on_device, i, noise)
+            with self.clock.device(FORWARD):
+                losses = self.objective(self.network, self.schedule, on_device, i, noise)
             (losses["loss"].mean() * (weight / self.batch_split.calls)).backward()
             figures = {
                 name: values.detach().mean() * (weight / self.batch_split.calls)
@@ -124,14 +128,15 @@ class SingleTrainer:
                 figures |= by_quartile(losses["mse"].detach(), i, len(self.schedule))
             for name, value in figures.items():
                 sums[name] = sums.get(name, 0) + value
-        if self._apply(number):
+        norm, stepped = self._apply(number)
+        if stepped:
             self.ema.update(number)
-        return sums
+        return sums | norm_figures(norm)
 
-    def _apply(self, number: int) -> bool:
-        """Step the masters and clear the gradients.
+    def _apply(self, number: int) -> tuple[Tensor, bool]:
+        """Step the masters and clear the gradients; (norm of the gradients, whether it stepped).
 
-        Skips the step and returns False if the gradients are not finite.
+        Skips the step if the gradients are not finite.
         """
         parameters = list(self.network.parameters())
         if self.masters[0] is not parameters[0]:
@@ -157,7 +162,7 @@ class SingleTrainer:
             self.optimizer.step()
             self.refresh()
         self.optimizer.zero_grad(set_to_none=True)
-        return finite
+        return norm, finite
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -186,6 +191,10 @@ class SingleTrainer:
     def scale(self) -> dict[str, float]:
         """Empty: this trainer has no fp16, so no loss scale."""
         return {}
+
+    def gathered(self, values: Mapping[str, float]) -> list[Mapping[str, float]]:
+        """The values of the only rank."""
+        return [values]
 
     def summed(self, values: dict[str, Tensor]) -> dict[str, float]:
         """Convert scalars to Python floats, in one transfer to the host."""

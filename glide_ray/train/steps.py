@@ -7,7 +7,7 @@ A trainer is one process's part of a run: `loop.py` has the trainer of a DeepSpe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,8 +19,19 @@ from ..tensors import Batch
 from .checkpoint import TrainingPosition
 from .nonfinite import TrainingError
 from .objectives import quartile_means
+from .optimizer import learning_rate
+from .profiling import StepProfiler
+from .step_clock import CHECKPOINT, EVALUATION, StepClock, timings
 
 Metrics = dict[str, float | int | str]
+
+GRAD_NORM, SKIPPED = "grad_norm", "skipped_steps"
+
+
+def norm_figures(norm: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The metrics of a step whose gradients had this norm: the norm, or that it was skipped."""
+    finite = torch.isfinite(norm)
+    return {GRAD_NORM: norm.where(finite, 0.0).float(), SKIPPED: (~finite).float()}
 
 
 class EmptyEpochError(TrainingError):
@@ -37,11 +48,13 @@ class TrainerProtocol(Protocol):
     preset: Preset
     progress: TrainingPosition
     world: int
+    clock: StepClock
 
     def start(self) -> None: ...
     def step(self, batches: Iterator[Batch], number: int) -> dict[str, torch.Tensor]: ...
     def held_out(self, batches: Sequence[Batch]) -> Metrics: ...
     def summed(self, values: dict[str, torch.Tensor]) -> dict[str, float]: ...
+    def gathered(self, values: Mapping[str, float]) -> list[Mapping[str, float]]: ...
     def scale(self) -> dict[str, float]: ...
     def save(self, folder: Path) -> None: ...
 
@@ -52,12 +65,14 @@ class TrainCallbacks:
 
     `metrics` receives the metrics of a step. `checkpoint` receives a function that writes this
     rank's shard to a folder. `step` receives the number of each finished step, and returns whether
-    a checkpoint must be saved now; it raises StopTraining to end the loop.
+    a checkpoint must be saved now; it raises StopTraining to end the loop. `profile` receives the
+    files of `train.profile_steps`; None on ranks that are not profiled.
     """
 
     metrics: Callable[[Metrics], None]
     checkpoint: Callable[[Callable[[Path], None]], None]
     step: Callable[[int], bool] = lambda number: False
+    profile: Callable[[str, Path], None] | None = None
 
 
 def train_loop(
@@ -77,9 +92,12 @@ def train_loop(
         trainer.start()
         callbacks.metrics({"step": 0, **trainer.held_out(held_out)})
     recent: list[dict[str, torch.Tensor]] = []
+    profiler = StepProfiler(train.profile_steps, callbacks.profile)
     began = time.perf_counter()
     for number in range(trainer.progress.step + 1, train.steps + 1):
+        profiler.before(number)
         recent.append(trainer.step(batches, number))
+        profiler.after(number)
         trainer.progress = TrainingPosition(
             number, trainer.progress.epoch, trainer.progress.rows + train.batch
         )
@@ -87,33 +105,37 @@ def train_loop(
         # Metrics: one transfer from the device for all steps since the last logged one.
         if number % train.log_every == 0 or number == train.steps:
             means = _means(trainer, recent)
-            now = time.perf_counter()
+            now, own = time.perf_counter(), trainer.clock.take()
+            paused = own.get(EVALUATION, 0.0) + own.get(CHECKPOINT, 0.0)
             callbacks.metrics(
                 {
                     "step": number,
                     **means,
                     **trainer.scale(),
+                    "learning_rate": learning_rate(train, number),
+                    **timings(trainer.gathered(own), len(recent)),
                     "epoch": trainer.progress.epoch,
-                    "images_per_s": train.batch * len(recent) / (now - began),
+                    "images_per_s": train.batch * len(recent) / (now - began - paused),
                 }
             )
             recent, began = [], now
 
         if number % train.evaluate_every == 0 or number == train.steps:
-            paused = time.perf_counter()
-            callbacks.metrics({"step": number, **trainer.held_out(held_out)})
-            began += time.perf_counter() - paused  # exclude evaluation from images/s
+            with trainer.clock.host(EVALUATION):
+                callbacks.metrics({"step": number, **trainer.held_out(held_out)})
 
         must_save = callbacks.step(number)
         if number < train.steps and (must_save or number % train.checkpoint_every == 0):
-            paused = time.perf_counter()
-            callbacks.checkpoint(trainer.save)
-            began += time.perf_counter() - paused
+            with trainer.clock.host(CHECKPOINT):
+                callbacks.checkpoint(trainer.save)
 
 
 def _means(trainer: TrainerProtocol, steps: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Means of the metrics over steps and ranks."""
-    return quartile_means(
+    """Means of the metrics over steps and ranks, and the number of skipped steps.
+
+    The gradient norm is that of the steps that were not skipped.
+    """
+    means = quartile_means(
         trainer.summed(
             {
                 name: torch.stack([step[name] for step in steps]).mean() / trainer.world
@@ -121,6 +143,10 @@ def _means(trainer: TrainerProtocol, steps: Sequence[dict[str, torch.Tensor]]) -
             }
         )
     )
+    if (skipped := means.pop(SKIPPED, None)) is not None:
+        means[SKIPPED] = round(skipped * len(steps))
+        means[GRAD_NORM] /= max(1 - skipped, 1 / len(steps))
+    return means
 
 
 def _endless(

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,16 @@ from .checkpoint import CheckpointEntry, CheckpointError, Checkpoints, unreadabl
 from .checkpoint_writer import SAVE, CheckpointWriter
 from .pack import source_metadata
 from .partition import export_average
-from .run_folder import EVENTS, METRICS, PRESET, WEIGHTS, absolute, check_run, last_step
+from .run_folder import (
+    EVENTS,
+    METRICS,
+    PRESET,
+    WEIGHTS,
+    absolute,
+    check_run,
+    last_step,
+    save_profile,
+)
 from .run_log import event_line, move_bar, run_id, steps_bar
 from .samples import sample_grid
 from .single import SingleTrainer
@@ -162,7 +172,10 @@ def _run(
     finished = False
     try:
         train_loop(
-            trainer, corpus.epoch_batches, held_out, TrainCallbacks(log.metrics, save, after_step)
+            trainer,
+            corpus.epoch_batches,
+            held_out,
+            TrainCallbacks(log.metrics, save, after_step, partial(save_profile, str(out))),
         )
         finished = True
     except StopTraining:

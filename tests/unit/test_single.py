@@ -1,5 +1,6 @@
 """A training run in one process, without Ray and DeepSpeed: results, interruption, resumption."""
 
+import gzip
 import json
 import os
 import re
@@ -153,6 +154,20 @@ def test_a_run_writes_weights_metrics_and_events_and_is_not_repeated(drawn_corpu
     assert (tmp_path / "run" / "samples" / "000000003.png").exists()
     assert "96 kept" in (tmp_path / "run" / "events.log").read_text()
     assert train_alone(settings, tmp_path / "run", progress=False).images_per_s == 0.0
+
+
+def test_a_profile_of_some_steps_lies_in_the_folder_of_the_run(drawn_corpus, tmp_path):
+    settings = preset(drawn_corpus, "profile_steps=2:3")
+    train_alone(settings, tmp_path, progress=False)
+    with gzip.open(tmp_path / "profile" / "steps-2-3.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert "aten::conv2d" in names
+    assert "aten::" in (tmp_path / "profile" / "steps-2-3.txt").read_text()
+
+
+def test_a_profile_that_ends_before_it_begins_is_refused():
+    with pytest.raises(ConfigError, match="profile_steps 5:3 ends before it begins"):
+        training_preset("profile_steps=5:3")
 
 
 def test_a_resumed_run_makes_the_same_steps(drawn_corpus, tmp_path):

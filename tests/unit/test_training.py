@@ -28,11 +28,12 @@ from glide_ray.train.ema import Ema
 from glide_ray.train.loop import Trainer, TrainingError
 from glide_ray.train.objectives import denoising, draw, held_out_sums
 from glide_ray.train.optimizer import deepspeed_config, learning_rate
-from glide_ray.train.steps import TrainCallbacks, train_loop
+from glide_ray.train.step_clock import StepClock, timings
+from glide_ray.train.steps import TrainCallbacks, norm_figures, train_loop
 
 
 def plain_adamw(settings, steps=STEPS):
-    """The same training without DeepSpeed: (losses, EMA state)."""
+    """The same training without DeepSpeed: (losses, norms of the gradients, EMA state)."""
     torch.manual_seed(settings.train.seed)
     model = GlideUNet(settings.model.unet).train()
     optimiser = torch.optim.AdamW(
@@ -40,7 +41,7 @@ def plain_adamw(settings, steps=STEPS):
         lr=settings.train.learning_rate,
         weight_decay=settings.train.weight_decay,
     )
-    schedule, losses = make_schedule("cosine"), []
+    schedule, losses, norms = make_schedule("cosine"), [], []
     average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     numbers = [10 * epoch + n for epoch in range(9) for n in range(3)]
     for step in range(1, steps + 1):
@@ -49,21 +50,26 @@ def plain_adamw(settings, steps=STEPS):
         loss = denoising(model, schedule, given, *draw(schedule, given, 0, step))["loss"].mean()
         optimiser.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.train.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.train.clip_norm)
+        norms.append(norm.item())
         optimiser.step()
         losses.append(loss.item())
         rate = min(settings.train.ema_rates[0], (1 + step) / (10 + step))
         for name, parameter in model.named_parameters():
             average[name] = rate * average[name] + (1 - rate) * parameter.detach()
-    return losses, average
+    return losses, norms, average
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_zero_stage_trains_as_plain_adamw_does(stage):
     settings = preset(f"zero_stage={stage}")
-    losses, average = plain_adamw(settings)
+    losses, norms, average = plain_adamw(settings)
     metrics, _, weights = run(Trainer(settings))
-    assert [row["loss"] for row in metrics if "loss" in row] == pytest.approx(losses, rel=1e-4)
+    lines = [row for row in metrics if "loss" in row]
+    assert [row["loss"] for row in lines] == pytest.approx(losses, rel=1e-4)
+    if stage:  # DeepSpeed computes no norm under stage 0
+        assert [row["grad_norm"] for row in lines] == pytest.approx(norms, rel=1e-3)
+        assert not any(row["skipped_steps"] for row in lines)
     assert set(weights) == set(average)
     for name, tensor in weights.items():
         assert tensor.dtype == torch.float32 and tensor.shape == average[name].shape
@@ -157,11 +163,51 @@ def test_images_per_second_are_of_the_steps_and_not_of_what_is_done_between_them
         step=takes(1, {}),
         scale=dict,
         summed=lambda values: values,
+        gathered=lambda values: [values],
+        clock=StepClock(torch.device("cpu")),
     )
     monkeypatch.setattr(steps, "quartile_means", lambda figures: {})
     fake.step = takes(1, {"loss": torch.ones(())})
     train_loop(fake, epochs, [], TrainCallbacks(figures.append, takes(1000)))
-    assert [row["images_per_s"] for row in figures if "images_per_s" in row] == [4, 4]
+    lines = [row for row in figures if "images_per_s" in row]
+    assert [row["images_per_s"] for row in lines] == [4, 4]
+    assert [row["evaluation_s"] for row in lines] == [100, 100]
+    assert [row["checkpoint_s"] for row in lines] == [1000, 1000]
+
+
+def test_a_log_line_names_the_slowest_rank_and_the_longest_wait_of_any_rank():
+    ranks = [
+        {"data": 3.0, "forward": 2.0, "memory": 2.0**31},
+        {"data": 1.0, "forward": 5.0, "memory": 2.0**30},
+        {"data": 0.0, "forward": 2.5, "memory": 2.0**30},
+    ]
+    assert timings(ranks, 10) == {
+        "data_wait_s": 0.3,
+        "memory_gib": 2.0,
+        "slowest_rank": 1,
+        "slowest_rank_ratio": 2.0,
+    }
+    assert "slowest_rank" not in timings(ranks[:1], 10)
+
+
+def test_the_gradient_norm_of_a_log_line_leaves_out_its_skipped_steps():
+    figures = []
+    norms = iter([2.0, float("inf"), 4.0])
+    fake = SimpleNamespace(
+        preset=preset("steps=3", "log_every=3", "evaluate_every=5", "checkpoint_every=5"),
+        progress=TrainingPosition(),
+        world=1,
+        start=lambda: None,
+        held_out=lambda batches: {},
+        step=lambda batches, number: norm_figures(torch.tensor(next(norms))),
+        scale=dict,
+        summed=lambda values: {name: value.item() for name, value in values.items()},
+        gathered=lambda values: [values],
+        clock=StepClock(torch.device("cpu")),
+    )
+    train_loop(fake, epochs, [], TrainCallbacks(figures.append, lambda write: None))
+    [line] = [row for row in figures if "grad_norm" in row]
+    assert line["grad_norm"] == pytest.approx(3.0) and line["skipped_steps"] == 1
 
 
 def test_a_checkpoint_of_another_shape_is_refused_by_the_setting_that_differs(tmp_path):

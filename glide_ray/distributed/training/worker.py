@@ -10,6 +10,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ from ...train.checkpoint import (
 from ...train.checkpoint_writer import CHANGE, LEAVING, NONE, SAVE, STOP, CheckpointWriter
 from ...train.collectives import all_gather_object, broadcast_object
 from ...train.hardware import measured_peak, peak_flops
+from ...train.run_folder import save_profile
 from ...train.steps import StopTraining
 from ...train.watchdog import Watchdog
 from .feed import Epoch, micro_batches
@@ -120,7 +122,12 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
             trainer,
             _epochs(preset, feeder, start, trainer.batch_split),
             held_out,
-            TrainCallbacks(callbacks.metrics, callbacks.checkpoint, callbacks.after_step),
+            TrainCallbacks(
+                callbacks.metrics,
+                callbacks.checkpoint,
+                callbacks.after_step,
+                partial(save_profile, out) if trainer.rank == 0 else None,
+            ),
         )
     except StopTraining:
         pass
