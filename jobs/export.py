@@ -32,7 +32,11 @@ def main() -> int:
 def export_once(options: Namespace) -> dict:
     checkpoint = find_checkpoint(absolute(options.checkpoint))
     asked = {"checkpoint": checkpoint, "ema_rate": options.ema_rate, "half": options.half}
+    if options.ema_length is not None:
+        asked["ema_length"] = options.ema_length
     work = export_half if options.half else export
+    if options.ema_length is not None:
+        work = export_length
     return run_once(f"{options.out}.json", asked, lambda: work(checkpoint, options))
 
 
@@ -42,6 +46,15 @@ def export(checkpoint: str, options: Namespace) -> dict:
 
     preset, step, rate = export_to(checkpoint, options.out, options.ema_rate, source_metadata)
     return {"weights": options.out, "model": preset.model.name, "step": step, "ema_rate": rate}
+
+
+def export_length(checkpoint: str, options: Namespace) -> dict:
+    from glide_ray.train import ema_length
+    from glide_ray.train.pack import source_metadata
+
+    length, run = options.ema_length, absolute(options.checkpoint)
+    preset, step, _ = ema_length.export_length(run, options.out, length, source_metadata)
+    return {"weights": options.out, "model": preset.model.name, "step": step, "ema_length": length}
 
 
 def export_half(checkpoint: str, options: Namespace) -> dict:

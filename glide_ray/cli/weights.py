@@ -50,6 +50,13 @@ def add_export_options(parser: Parser) -> None:
         help="rate of the EMA to export (default: the first of the run's train.ema_rates)",
     )
     parser.add_argument(
+        "--ema-length",
+        type=float,
+        metavar="LENGTH",
+        help="export an average of this length instead, as a share of the run, such as 0.08; "
+        "combined from the averages of train.ema_lengths in the checkpoints of the run",
+    )
+    parser.add_argument(
         "--half",
         action="store_true",
         help="write float16, with the recipe and the sources in the corpus's card.json; needs the "
@@ -65,11 +72,29 @@ def export(options: Namespace) -> None:
 
     folder = Path() if is_remote(options.checkpoint) else Path(options.checkpoint)
     out = options.out or folder / "exported.safetensors"
+    if options.ema_length is not None:
+        return _export_length(options, out)
     checkpoint = find_checkpoint(options.checkpoint)
     if options.half:
         return _export_half(checkpoint, out, options.ema_rate)
     preset, step, rate = export_to(checkpoint, out, options.ema_rate, source_metadata)
     print(f"{out}: {preset.model.name} after step {step:,}, EMA rate {rate:g}")
+
+
+def _export_length(options: Namespace, out: str | Path) -> None:
+    from ..errors import UserError
+    from ..train.ema_length import export_length
+    from ..train.pack import source_metadata
+
+    if options.half or options.ema_rate is not None:
+        raise UserError("--ema-length writes one average in float32; leave out --half, --ema-rate.")
+    preset, step, error = export_length(
+        options.checkpoint, out, options.ema_length, source_metadata
+    )
+    print(
+        f"{out}: {preset.model.name} after step {step:,}, average of length "
+        f"{options.ema_length:g}, error {error:.1%}"
+    )
 
 
 def _export_half(checkpoint: str, out: str | Path, ema_rate: float | None) -> None:

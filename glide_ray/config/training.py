@@ -69,6 +69,11 @@ class TrainConfig(Frozen):
         min_length=1,
         description="decay rates of the weight averages; the first is written to the weights file",
     )
+    ema_lengths: tuple[Annotated[float, Field(gt=0, lt=0.28)], ...] = Field(
+        (),
+        description="relative lengths of further averages, such as 0.05,0.1, from which "
+        "`glide export --ema-length` makes one of any length (EDM2)",
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         description="precision of the network; auto: fp16 on a GPU (bf16 with --no-ray), "
@@ -145,6 +150,11 @@ class TrainConfig(Frozen):
     wait_seconds: float = Field(
         600, ge=0, description="seconds to wait for the cluster to provide the workers"
     )
+
+    @property
+    def averages(self) -> int:
+        """Number of weight averages."""
+        return len(self.ema_rates) + len(self.ema_lengths)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> TrainConfig:

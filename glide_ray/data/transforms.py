@@ -195,15 +195,9 @@ def prefetch(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
         yield item
 
 
-def held_out_batches(
-    data: DataConfig, model: AnyModelConfig, batch: int, rank: int = 0, world: int = 1
-) -> list[Batch]:
-    """This rank's batches of the first `held_out_images` usable held-out rows, always the same.
-
-    `Batch.rows` numbers the rows across all ranks. Every rank gets the same number of rows; those
-    that only pad are numbered -1. Raises ShardError if rows or decodable pictures are too few.
-    """
-    collate, rules, rows = Collate(model, data), header_rules(data.min_size), []
+def held_out_rows(data: DataConfig) -> list[tuple[int, Sample]]:
+    """(row number, sample) of the first `held_out_images` usable held-out rows, always the same."""
+    rules, rows = header_rules(data.min_size), []
     for part in find_parts(data.held_out, data.caption_column):
         try:
             for position, sample in enumerate(read_part(part)):
@@ -215,6 +209,23 @@ def held_out_batches(
             continue
         if len(rows) == data.held_out_images:
             break
+    return rows
+
+
+def held_out_batches(
+    data: DataConfig,
+    model: AnyModelConfig,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    rows: Sequence[tuple[int, Sample]] | None = None,
+) -> list[Batch]:
+    """This rank's batches of `rows`, by default of `held_out_rows`.
+
+    `Batch.rows` numbers the rows across all ranks. Every rank gets the same number of rows; those
+    that only pad are numbered -1. Raises ShardError if rows or decodable pictures are too few.
+    """
+    collate, rows = Collate(model, data), held_out_rows(data) if rows is None else rows
     if len(rows) < world:
         raise ShardError(
             f"The held-out corpus {data.held_out} has {len(rows)} usable rows, fewer than the "

@@ -195,13 +195,15 @@ def fetch(entry: CheckpointEntry | str, cache: str | Path | None = None) -> Path
     return storage.fetch_folder(path, (".json", ".safetensors"), cache)
 
 
-def verify(folder: Path, part: int = 0, of: int = 1) -> None:
+def verify(folder: Path, part: int = 0, of: int = 1, names: Collection[str] | None = None) -> None:
     """Check size and SHA-256 of every `of`-th file, from number `part`, against complete.json.
 
-    Raises CheckpointError.
+    `names`: the files to check, by default all. Raises CheckpointError.
     """
     manifest = read_manifest(folder)
-    for name, (size, sha256) in sorted(manifest.items())[part::of]:
+    chosen = sorted(name for name in manifest if names is None or name in names)
+    for name in chosen[part::of]:
+        size, sha256 = manifest[name]
         path = folder / name
         if not path.exists() or path.stat().st_size != size or storage.digest(path) != sha256:
             raise CheckpointError(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch.distributed as dist
+
+from ..errors import UserError
 
 Value = TypeVar("Value")
 
@@ -16,6 +19,20 @@ def all_gather_object(value: Value, group: dist.ProcessGroup | None = None) -> l
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def from_rank_0(make: Callable[[], Value]) -> Value:
+    """What `make` returns on rank 0, on every rank. Raises the UserError that it raises there."""
+    result: tuple[Value | None, UserError | None] = None, None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            result = make(), None
+        except UserError as error:
+            result = None, error
+    value, error = broadcast_object(result)
+    if error is not None:
+        raise error
+    return value  # type: ignore[return-value]
 
 
 def broadcast_object(value: Value, group: dist.ProcessGroup | None = None) -> Value:

@@ -37,9 +37,13 @@ from .steps import Metrics, norm_figures
 
 
 class Trainer:
-    """One rank's DeepSpeed engine, EMA and noise schedule. Raises TrainingError, ConfigError."""
+    """One rank's DeepSpeed engine, EMA and noise schedule. Raises TrainingError, ConfigError.
 
-    def __init__(self, preset: Preset):
+    `draws_weights`: whether to initialise the weights, which takes half a minute for the largest
+    models; not necessary if `load` or `start` replaces them.
+    """
+
+    def __init__(self, preset: Preset, draws_weights: bool = True):
         internals.join_process_group()
         self.preset, train = preset, preset.train
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -56,7 +60,12 @@ class Trainer:
         ).to(self.device)
         self.objective = objective_of(preset)
         torch.manual_seed(train.seed)  # every rank draws the same initial weights
-        model = build_model(preset.model)
+        if draws_weights and not train.start_from:
+            model = build_model(preset.model)
+        else:
+            with torch.device("meta"):
+                model = build_model(preset.model)
+            model = model.to_empty(device="cpu")
         model.activation_checkpointing = train.activation_checkpointing
         self.engine, *_ = deepspeed.initialize(
             model=model,
@@ -65,7 +74,7 @@ class Trainer:
         )
         internals.check_overflow_once(self.engine)
         self.param_slices = internals.param_slices(self.engine)
-        self.ema = Ema(internals.masters(self.engine), train.ema_rates)
+        self.ema = Ema(internals.masters(self.engine), train.ema_rates, train.ema_lengths)
         self.progress = TrainingPosition()
         self.clock = StepClock(self.device)
 
@@ -172,8 +181,8 @@ class Trainer:
             partition.WEIGHTS: self.ema.masters,
             **internals.moments(self.engine),
             **{
-                f"{partition.AVERAGE}/{rate:g}": average
-                for rate, average in self.ema.averages.items()
+                f"{partition.AVERAGE}/{name}": average
+                for name, average in self.ema.averages.items()
             },
         }
 

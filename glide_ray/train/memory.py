@@ -102,7 +102,7 @@ class _ZeroState:
             elements if stage < 3 else shard + (min(elements, LIVE) if world > 1 else 0)
         )
         # float32 masters and two moments. Stage 0 has no masters: it steps the network's weights.
-        optimizer, averages = (12 if stage else 8) * shard, 4 * shard * len(train.ema_rates)
+        optimizer, averages = (12 if stage else 8) * shard, 4 * shard * train.averages
         if train.offload_optimizer and on_cpu:
             # The optimizer stays in the same memory, but DeepSpeed still makes the buffers for
             # copies to the host: float32 gradients and, in stages 1 and 2, new weights, one

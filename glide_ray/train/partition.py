@@ -9,12 +9,15 @@ is unpickled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from math import prod
 from pathlib import Path
 
@@ -26,9 +29,20 @@ from torch import Tensor
 from .. import storage
 from ..config.training import Preset
 from ..storage import StorageError, atomic_write, usual_mode
-from .checkpoint import CheckpointError, fetch, read_preset, read_progress
+from .checkpoint import (
+    COMPLETE,
+    CheckpointError,
+    Manifest,
+    fetch,
+    read_preset,
+    read_progress,
+    verify,
+)
+from .collectives import from_rank_0
 
 FILES = "part.*.safetensors"
+HEADERS_AT_ONCE = 16  # headers of part files that are read from s3:// at once
+MAX_HEADER = 2**27  # bytes; a longer header is damage
 # Kinds of state. The rate is appended to the kind of an EMA: "average/0.999".
 WEIGHTS, FIRST, SECOND, AVERAGE = "weights", "exp_avg", "exp_avg_sq", "average"
 # Kind -> this rank's flat tensors, in the order of `deepspeed_engine.masters`.
@@ -112,15 +126,6 @@ class CheckpointReader:
                 raise CheckpointError(
                     f"{path} is damaged ({error}); give an earlier checkpoint."
                 ) from None
-        for name, found in self._where.items():
-            end = 0
-            for start, count, _ in sorted(found, key=lambda found_slice: found_slice[:2]):
-                end = max(end, start + count) if start <= end else end
-            if end != prod(self.shapes[name]):
-                raise CheckpointError(
-                    f"{folder} lacks the file of a rank: {name} is incomplete; give an earlier "
-                    "checkpoint."
-                )
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -130,18 +135,73 @@ class CheckpointReader:
 
     def read_slice(self, kind: str, name: str, start: int, count: int) -> Tensor:
         """Read range [start, start + count) of a flattened parameter's state."""
-        result = torch.empty(count)
-        for there, length, file in self._where[name]:
+        result, end = torch.empty(count), start
+        for there, length, file in sorted(self._where[name], key=lambda found: found[:2]):
             low, high = max(start, there), min(start + count, there + length)
             if low < high:
                 result[low - start : high - start] = file.get_slice(f"{kind}|{name}")[
                     low - there : high - there
                 ]
+                end = max(end, high) if low <= end else end
+        if end != start + count:
+            raise CheckpointError(
+                f"{self._folder} lacks the file of a rank: {name} is incomplete; give an earlier "
+                "checkpoint."
+            )
         return result
 
     def full(self, kind: str, name: str) -> Tensor:
         """Read a parameter's state in full, in the parameter's shape."""
         return self.read_slice(kind, name, 0, prod(self.shapes[name])).reshape(self.shapes[name])
+
+
+def fetch_parts(path: str, cache: Path, slices: Sequence[ParamSlice]) -> Path:
+    """A local folder with the files of the s3:// checkpoint `path` that hold this rank's slices.
+
+    All ranks call it together. With the layout that wrote the checkpoint, each fetches its own
+    file. Raises CheckpointError if a file is damaged, StorageError.
+    """
+    manifest, pieces = from_rank_0(lambda: _read_pieces(path))
+    folder = cache / hashlib.sha256(path.encode()).hexdigest()[:16]
+    wanted = [
+        name
+        for name in manifest
+        if name not in pieces or any(_overlap(pieces[name], one) for one in slices)
+    ]
+    for name in (COMPLETE, *wanted):
+        if not (folder / name).exists():
+            storage.download(f"{path}/{name}", folder / name)
+    verify(folder, names=wanted)
+    return folder
+
+
+def _overlap(pieces: Mapping[str, Sequence], wanted: ParamSlice) -> bool:
+    """Whether a file with `pieces` holds a part of the slice."""
+    if wanted.name not in pieces:
+        return False
+    _, start, count = pieces[wanted.name]
+    return max(start, wanted.start) < min(start + count, wanted.start + wanted.count)
+
+
+def _read_pieces(path: str) -> tuple[Manifest, dict[str, dict[str, list]]]:
+    """The manifest of an s3:// checkpoint, and the pieces of each of its part files."""
+    try:
+        manifest = json.loads(storage.read(f"{path}/{COMPLETE}"))
+        parts = [name for name in manifest if fnmatch(name, FILES)]
+        with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+            return manifest, dict(
+                zip(parts, pool.map(lambda name: _pieces(f"{path}/{name}"), parts), strict=True)
+            )
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); give an earlier checkpoint.") from None
+
+
+def _pieces(path: str) -> dict[str, list]:
+    """The pieces of a part file, from its header."""
+    (length,) = struct.unpack("<Q", storage.read_range(path, 0, 8))
+    if length > MAX_HEADER:
+        raise ValueError(f"its header has {length:,} bytes")
+    return json.loads(json.loads(storage.read_range(path, 8, 8 + length))["__metadata__"]["pieces"])
 
 
 def load_parts(folder: Path, slices: Sequence[ParamSlice], state: State) -> None:
@@ -188,11 +248,22 @@ def export(
         if kind not in parts.kinds:
             known = ", ".join(sorted(parts.kinds - {FIRST, SECOND}))
             raise CheckpointError(f"The checkpoint in {folder} holds no {kind}; it has {known}.")
-        names = list(order or sorted(parts.shapes))
-        with atomic_write(target) as partial, open(partial, "wb") as file:
-            file.write(_header({name: parts.shapes[name] for name in names}, metadata))
-            for name in names:
-                file.write(parts.full(kind, name).numpy().tobytes())
+        shapes = {name: parts.shapes[name] for name in order or sorted(parts.shapes)}
+        with atomic_write(target) as partial:
+            write_weights(partial, shapes, lambda name: parts.full(kind, name), metadata)
+
+
+def write_weights(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensor_of: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write float32 tensors of these shapes to a safetensors file, one at a time."""
+    with open(path, "wb") as file:
+        file.write(_header(shapes, metadata))
+        for name in shapes:
+            file.write(tensor_of(name).numpy().tobytes())
 
 
 def export_average(
@@ -237,13 +308,20 @@ def export_to(
     Raises CheckpointError, StorageError.
     """
     folder = fetch(checkpoint)
+    with local_target(out) as target:
+        return export_average(folder, target, rate, metadata_of)
+
+
+@contextmanager
+def local_target(out: str | Path) -> Iterator[Path]:
+    """A local file to write: `out`, or a temporary file that is then stored at the s3:// `out`."""
     if not storage.is_remote(out):
-        return export_average(folder, out, rate, metadata_of)
+        yield Path(out)
+        return
     with tempfile.TemporaryDirectory() as scratch:
         weights = Path(scratch) / "weights.safetensors"
-        exported = export_average(folder, weights, rate, metadata_of)
+        yield weights
         storage.put(weights, out)
-        return exported
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> bytes:

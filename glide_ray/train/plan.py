@@ -220,7 +220,7 @@ def _step_line(chosen: Plan, machine: Machine) -> str:
 
 def _checkpoint_line(preset: Preset, world: int) -> str:
     """Size of a checkpoint: float32 weights, two moments, and the averages."""
-    size = 4 * (3 + len(preset.train.ema_rates)) * sum(parameter_sizes(preset.model))
+    size = 4 * (3 + preset.train.averages) * sum(parameter_sizes(preset.model))
     part = size / (world if preset.train.zero_stage else 1)
     return (
         f"a checkpoint has {gb(size)} GB, {gb(part)} a worker: uploaded beside training in "

@@ -63,6 +63,7 @@ RESUMABLE = frozenset(
 RETUNABLE = frozenset(
     (
         "batch",
+        "ema_lengths",
         "ema_rates",
         "min_snr",
         "learning_rate",

@@ -72,7 +72,7 @@ class SingleTrainer:
         # A float32 network's parameters are its masters.
         self.masters: list[Tensor] = list(model.parameters()) if dtype == torch.float32 else masters
         self.optimizer = self._optimizer(model)
-        self.ema = Ema(self.masters, train.ema_rates)
+        self.ema = Ema(self.masters, train.ema_rates, train.ema_lengths)
         self.progress = TrainingPosition()
         self.clock = StepClock(self.device)
         self._skipped = 0
@@ -229,7 +229,7 @@ class SingleTrainer:
         return {
             WEIGHTS: [master.detach() for master in self.masters],
             **moments,
-            **{f"{AVERAGE}/{rate:g}": average for rate, average in self.ema.averages.items()},
+            **{f"{AVERAGE}/{name}": average for name, average in self.ema.averages.items()},
         }
 
     def start(self) -> None:

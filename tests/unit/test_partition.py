@@ -116,7 +116,7 @@ def rank_of_two(rank, folder, stage, start, more):
             getattr(p, "ds_tensor", p).numel() for p in trainer.engine.module.parameters()
         ),
         "masters": sum(t.numel() for t in trainer.ema.masters),
-        "average": sum(t.numel() for t in trainer.ema.averages[0.9]),
+        "average": sum(t.numel() for t in trainer.ema.averages["0.9"]),
         "moments": sum(t.numel() for t in deepspeed_engine.moments(trainer.engine)["exp_avg"]),
     }
     if stage == 3:

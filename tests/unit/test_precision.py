@@ -523,7 +523,7 @@ def test_the_average_follows_what_a_network_in_bf16_cannot_see():
         weight += 1e-4
         ema.update(number)
     assert weight.to(torch.bfloat16).tolist() == [1, 1, 1, 1]
-    assert 1.0005 < ema.averages[0.5][0][0] < weight[0]
+    assert 1.0005 < ema.averages["0.5"][0][0] < weight[0]
 
 
 # -- optimizer offload -----------------------------------------------------------------------------

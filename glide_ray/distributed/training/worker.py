@@ -22,7 +22,7 @@ import torch.distributed as dist
 from ... import storage
 from ...config.overrides import override
 from ...config.training import Preset
-from ...data.transforms import Collate, collate_batches, held_out_batches, prefetch
+from ...data.transforms import Collate, collate_batches, held_out_batches, held_out_rows, prefetch
 from ...errors import UserError
 from ...s3 import DamagedError
 from ...tensors import Batch
@@ -31,13 +31,13 @@ from ...train.checkpoint import (
     CheckpointEntry,
     CheckpointError,
     Checkpoints,
-    fetch,
     unreadable,
     verify,
 )
 from ...train.checkpoint_writer import CHANGE, LEAVING, NONE, SAVE, STOP, CheckpointWriter
-from ...train.collectives import all_gather_object, broadcast_object
+from ...train.collectives import all_gather_object, from_rank_0
 from ...train.hardware import measured_peak, peak_flops
+from ...train.partition import fetch_parts
 from ...train.run_folder import save_profile
 from ...train.steps import StopTraining
 from ...train.watchdog import Watchdog
@@ -99,22 +99,26 @@ def _train_rank(preset: Preset, out: str, board, tally, feeder) -> None:
     context = ray.train.get_context()
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-    trainer = Trainer(preset)
-    if trainer.rank == 0:
-        # Check here again: a worker's permissions may differ from the driver's.
-        storage.check_writable(out)
     checkpoints = Checkpoints(out)
     # A name for this start, shared by all ranks: separates its batches and checkpoint folders from
     # those of earlier starts.
-    own = (uuid.uuid4().hex[:8], checkpoints.list_complete() if trainer.rank == 0 else [])
-    start, complete = broadcast_object(own)
+    start, complete = from_rank_0(lambda: (uuid.uuid4().hex[:8], checkpoints.list_complete()))
+    trainer = Trainer(preset, draws_weights=not complete)
+    if trainer.rank == 0:
+        # Check here again: a worker's permissions may differ from the driver's.
+        storage.check_writable(out)
     cache = Path(tempfile.gettempdir()) / f"glide-resume-{start}"
     _resume(trainer, out, complete, cache, context.get_local_rank(), board, tally)
     if trainer.rank == 0:
         _remove_partial_uploads(checkpoints, board)
         _announce(trainer, board)
     held_out = held_out_batches(
-        preset.data, preset.model, trainer.batch_split.micro_batch, trainer.rank, trainer.world
+        preset.data,
+        preset.model,
+        trainer.batch_split.micro_batch,
+        trainer.rank,
+        trainer.world,
+        from_rank_0(lambda: held_out_rows(preset.data)),
     )
     callbacks = _RankCallbacks(trainer, checkpoints, start, board, tally)
     try:
@@ -268,23 +272,24 @@ def _resume(
 ) -> None:
     """Load the last undamaged checkpoint, if there are checkpoints.
 
-    From S3 it is fetched once per node. Later ones are set aside if they are damaged, and stay if
-    the storage could not be reached. Raises CheckpointError if none can be read.
+    From S3 each rank fetches the files with its slices. Later checkpoints are set aside if they
+    are damaged, and stay if the storage could not be reached. Raises CheckpointError if none can be
+    read.
     """
     skipped: list[tuple[CheckpointEntry, str, bool]] = []  # the fault, and whether it is damage
     try:
         for entry in reversed(complete):
             fault: tuple[str, bool] | None = None
+            folder = Path(entry.path)
             try:
-                if not storage.is_remote(entry.path):
-                    verify(Path(entry.path), trainer.rank, trainer.world)
-                elif local_rank == 0:
-                    fetch(entry, cache)  # also verifies
+                if storage.is_remote(entry.path):
+                    folder = fetch_parts(entry.path, cache, trainer.param_slices)
+                else:
+                    verify(folder, trainer.rank, trainer.world)
             except (CheckpointError, storage.StorageError) as error:
                 fault = str(error), isinstance(error, (CheckpointError, DamagedError))
             faults = all_gather_object(fault)
             if not any(faults):
-                folder = fetch(entry, cache)
                 trainer.load(folder)
                 if trainer.rank == 0:
                     ray.get(
