@@ -25,7 +25,7 @@ from .captions import choose
 from .filters import Candidate, first_broken, header_rules
 from .images import ImageError, area_downsample, blur, decode_crop, to_tensor
 from .masks import random_known
-from .sample import ShardError
+from .sample import Sample, ShardError
 from .sources import columns, find_parts, read_part, row_id
 from .tokenizer import Tokenizer
 

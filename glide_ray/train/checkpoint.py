@@ -13,7 +13,7 @@ OUT/checkpoints/STEP-START/   STEP has nine digits; START is the id of the start
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any

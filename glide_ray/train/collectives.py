@@ -23,15 +23,15 @@ def all_gather_object(value: Value, group: dist.ProcessGroup | None = None) -> l
 
 def from_rank_0(make: Callable[[], Value]) -> Value:
     """What `make` returns on rank 0, on every rank. Raises the UserError that it raises there."""
-    result: tuple[Value | None, UserError | None] = None, None
+    made: tuple[Value | None, UserError | None] = None, None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            result = make(), None
+            made = make(), None
         except UserError as error:
-            result = None, error
-    value, error = broadcast_object(result)
-    if error is not None:
-        raise error
+            made = None, error
+    value, fault = broadcast_object(made)
+    if fault is not None:
+        raise fault
     return value  # type: ignore[return-value]
 
 

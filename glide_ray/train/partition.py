@@ -187,21 +187,28 @@ def _read_pieces(path: str) -> tuple[Manifest, dict[str, dict[str, list]]]:
     """The manifest of an s3:// checkpoint, and the pieces of each of its part files."""
     try:
         manifest = json.loads(storage.read(f"{path}/{COMPLETE}"))
-        parts = [name for name in manifest if fnmatch(name, FILES)]
-        with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
-            return manifest, dict(
-                zip(parts, pool.map(lambda name: _pieces(f"{path}/{name}"), parts), strict=True)
-            )
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); give an earlier checkpoint.") from None
+    except ValueError as error:
+        raise _damaged(f"{path}/{COMPLETE}", error) from None
+    parts = [name for name in manifest if fnmatch(name, FILES)]
+    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+        pieces = pool.map(lambda name: _pieces(f"{path}/{name}"), parts)
+        return manifest, dict(zip(parts, pieces, strict=True))
 
 
 def _pieces(path: str) -> dict[str, list]:
     """The pieces of a part file, from its header."""
-    (length,) = struct.unpack("<Q", storage.read_range(path, 0, 8))
-    if length > MAX_HEADER:
-        raise ValueError(f"its header has {length:,} bytes")
-    return json.loads(json.loads(storage.read_range(path, 8, 8 + length))["__metadata__"]["pieces"])
+    try:
+        (length,) = struct.unpack("<Q", storage.read_range(path, 0, 8))
+        if length > MAX_HEADER:
+            raise ValueError(f"its header has {length:,} bytes")
+        header = json.loads(storage.read_range(path, 8, 8 + length))
+        return json.loads(header["__metadata__"]["pieces"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: str, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged ({error}); give an earlier checkpoint.")
 
 
 def load_parts(folder: Path, slices: Sequence[ParamSlice], state: State) -> None:

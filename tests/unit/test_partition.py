@@ -17,9 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import distributed as dist
 
+from glide_ray import storage
+from glide_ray.errors import UserError
 from glide_ray.models.weights import load_model
 from glide_ray.train import deepspeed_engine, partition
-from glide_ray.train.checkpoint import CheckpointError, Checkpoints, TrainingPosition
+from glide_ray.train.checkpoint import COMPLETE, CheckpointError, Checkpoints, TrainingPosition
 
 
 def losses(metrics):
@@ -258,8 +260,11 @@ def test_a_checkpoint_that_lacks_a_rank_or_is_damaged_is_refused(tmp_path):
     tensors = {"a": torch.randn(40), "b": torch.randn(7)}
     cut_into(tmp_path / "x", tensors, 3)
     partition.part_path(tmp_path / "x", 1).unlink()
-    with pytest.raises(CheckpointError, match="lacks the file of a rank: a is incomplete"):
-        partition.CheckpointReader(tmp_path / "x")
+    with (
+        partition.CheckpointReader(tmp_path / "x") as parts,
+        pytest.raises(CheckpointError, match="lacks the file of a rank: a is incomplete"),
+    ):
+        parts.full("average/0.9", "a")
     cut_into(tmp_path / "x", tensors, 3)
     path = partition.part_path(tmp_path / "x", 2)
     path.write_bytes(path.read_bytes()[:-8])
@@ -270,6 +275,54 @@ def test_a_checkpoint_that_lacks_a_rank_or_is_damaged_is_refused(tmp_path):
         partition.CheckpointReader(tmp_path)
     with pytest.raises(CheckpointError, match="not a complete glide_ray checkpoint"):
         partition.CheckpointReader(tmp_path / "none")
+
+
+def test_a_rank_fetches_only_the_files_with_its_slices(s3, s3_faults, tmp_path):
+    """Three files on S3: a rank of three needs one of them, a rank of two needs two."""
+    tensors = {"a": torch.randn(42), "b": torch.randn(12)}
+    cut_into(tmp_path / "local", tensors, 3)
+    put_checkpoint(tmp_path / "local", f"{s3}/parts/1")
+
+    def slices(rank, ranks):
+        return [
+            partition.ParamSlice(name, tuple(tensor.shape), rank * count, count, 0, 0)
+            for name, tensor in tensors.items()
+            for count in [tensor.numel() // ranks]
+        ]
+
+    for rank, ranks, fetched in [(2, 3, [2]), (0, 2, [0, 1])]:
+        folder = partition.fetch_parts(
+            f"{s3}/parts/1", tmp_path / f"cache-{rank}-{ranks}", slices(rank, ranks)
+        )
+        names = sorted(path.name for path in folder.iterdir())
+        expected = [f"part.{number}.safetensors" for number in fetched]
+        assert names == ["complete.json", *expected, "progress.json"]
+        with partition.CheckpointReader(folder) as parts:
+            for own in slices(rank, ranks):
+                found = parts.read_slice("average/0.9", own.name, own.start, own.count)
+                assert torch.equal(found, tensors[own.name][own.start : own.start + own.count])
+
+
+@pytest.mark.parametrize("place", [0, 4, -1], ids=["length", "header", "tensor"])
+def test_a_damaged_file_on_s3_is_named(s3, tmp_path, place):
+    cut_into(tmp_path / "local", {"a": torch.randn(40)}, 2)
+    put_checkpoint(tmp_path / "local", f"{s3}/parts/damaged")
+    path = tmp_path / "local" / "part.1.safetensors"
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0xFF
+    storage.put(bytes(data), f"{s3}/parts/damaged/part.1.safetensors")
+    whole = [partition.ParamSlice("a", (40,), 0, 40, 0, 0)]
+    with pytest.raises(UserError, match="part.1.safetensors is damaged"):
+        partition.fetch_parts(f"{s3}/parts/damaged", tmp_path / "cache", whole)
+
+
+def put_checkpoint(folder, target):
+    """Store a checkpoint's files with their manifest."""
+    (folder / "progress.json").write_text("{}")
+    manifest = {file.name: (file.stat().st_size, storage.digest(file)) for file in folder.iterdir()}
+    for name in manifest:
+        storage.put(folder / name, f"{target}/{name}")
+    storage.put(json.dumps(manifest).encode(), f"{target}/{COMPLETE}")
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
