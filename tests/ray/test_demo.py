@@ -24,7 +24,7 @@ from glide_ray.data.splits import is_held_out
 from glide_ray.data.styles import STYLES
 from glide_ray.errors import UserError
 from glide_ray.evaluation.report import HOLE, contact_sheet, loss_curves, show_hole, stairs
-from glide_ray.experiments.demo.asking import Client, left_half, mask_png
+from glide_ray.experiments.demo.asking import Client, left_part, mask_png
 from glide_ray.experiments.demo.figures import DRAWINGS, draw_sketch
 from glide_ray.experiments.demo.page import MAX_BYTES, PICTURES, copy_pictures
 from glide_ray.experiments.demo.plan import STYLE, Plan, Sketch
@@ -314,10 +314,10 @@ def check_answers(out):
         assert before.models["upsampler"].sha256 == after.models["upsampler"].sha256
     edited = np.asarray(Image.open(out / answers["edit"]["after"]))
     whole = np.asarray(Image.open(out / answers["edit"]["before"]))
-    known = left_half(len(whole))
+    known = left_part(len(whole), 1 / 2)
     assert np.array_equal(edited[known], whole[known]) and (edited != whole).any()
     first, grown = (np.asarray(Image.open(out / step["file"])) for step in answers["scene"])
-    assert grown.shape[1] == first.shape[1] * 3 // 2
+    assert grown.shape[1] == first.shape[1] * 15 // 8
     assert np.array_equal(grown[:, : first.shape[1]], first)
     sketches = [
         read_recipe(out / answer["file"])[0] for answer in answers["sketches"][0]["answers"]
@@ -380,7 +380,7 @@ def answering(pixels):
 
 
 def test_an_edit_that_changes_what_was_to_be_kept_is_refused(tmp_path):
-    image, known = np.full((8, 8, 3), 7, np.uint8), left_half(8)
+    image, known = np.full((8, 8, 3), 7, np.uint8), left_part(8, 1 / 2)
     changed = image.copy()
     changed[:, 4:] = 200
     kept = client_of(answering(changed), tmp_path).edit("edit", image, known, "a fox", 0)
@@ -400,5 +400,7 @@ def test_a_servers_refusal_is_passed_on(tmp_path):
 
 
 def test_the_mask_is_transparent_where_to_paint():
-    alpha = np.asarray(Image.open(io.BytesIO(mask_png(left_half(4)))).convert("RGBA"))[..., 3]
+    alpha = np.asarray(Image.open(io.BytesIO(mask_png(left_part(4, 1 / 2)))).convert("RGBA"))[
+        ..., 3
+    ]
     assert alpha[0].tolist() == [255, 255, 0, 0]

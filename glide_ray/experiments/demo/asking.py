@@ -200,12 +200,12 @@ def _pairs(client: Client, plan: Plan, tuned: str) -> list[Result]:
 
 def _edit(client: Client, plan: Plan) -> Result:
     """Generate a picture, then inpaint its right half."""
-    first, prompt = plan.edit
-    before = client.generate("edit-before", first, 0)
-    known = left_half(len(before))
-    after = client.edit("edit-after", before, known, prompt, 1)
+    (first, first_seed), (prompt, seed) = plan.edit
+    before = client.generate("edit-before", first, first_seed)
+    known = left_part(len(before), 1 / 2)
+    after = client.edit("edit-after", before, known, prompt, seed)
     hole = client.keep("edit-hole", show_hole(before, known))
-    draw_edit(client.out, before, known, after, plan.edit)
+    draw_edit(client.out, before, known, after, (first, prompt))
     return {
         "first": first,
         "prompt": prompt,
@@ -253,15 +253,16 @@ def _sketches(client: Client, plan: Plan, tuned: str) -> list[Result]:
 def _scene(client: Client, plan: Plan) -> list[Result]:
     """A picture that grows to the right.
 
-    At S pixels high, each edit sees the last S/2 columns and inpaints S/2 columns beside them.
+    At S pixels high, each edit sees the last S/8 columns and inpaints the 7/8 S beside them.
     """
-    strip = client.generate("scene-0", plan.scene[0], 0)
-    strips, half = [strip], len(strip) // 2
+    strip = client.generate("scene-0", plan.scene[0], 1)
+    strips, size, seen = [strip], len(strip), len(strip) // 8
     for number, prompt in enumerate(plan.scene[1:], 1):
-        window = np.full_like(strip[:, : 2 * half], 255)
-        window[:, :half] = strip[:, -half:]
-        edited = client.edit(f"scene-edit-{number}", window, left_half(len(window)), prompt, number)
-        strip = np.concatenate([strip[:, :-half], edited], axis=1)
+        window = np.full_like(strip[:, :size], 255)
+        window[:, :seen] = strip[:, -seen:]
+        known = left_part(size, 1 / 8)
+        edited = client.edit(f"scene-edit-{number}", window, known, prompt, number + 1)
+        strip = np.concatenate([strip[:, :-seen], edited], axis=1)
         strips.append(strip)
     draw_scene(client.out, strips, plan.scene)
     return [
@@ -270,6 +271,6 @@ def _scene(client: Client, plan: Plan) -> list[Result]:
     ]
 
 
-def left_half(size: int) -> np.ndarray:
-    """Mask (size, size), true in the left half."""
-    return np.broadcast_to(np.arange(size) < size // 2, (size, size))
+def left_part(size: int, share: float) -> np.ndarray:
+    """Mask (size, size), true in the left `share` of the columns."""
+    return np.broadcast_to(np.arange(size) < share * size, (size, size))

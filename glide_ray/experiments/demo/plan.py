@@ -11,13 +11,13 @@ from ...data.styles import DEFAULT
 STYLE = "outline"  # for fine-tuning: the shipped weights have not seen it
 THINGS = (
     "a red apple",
-    "a fox",
-    "an octopus",
+    "a red heart",
+    "a grinning face",
+    "a tangerine",
     "a sunflower",
-    "a house",
-    "a rocket",
+    "a dog face",
     "a mushroom",
-    "a pizza",
+    "a rocket",
 )
 
 
@@ -67,9 +67,10 @@ class Plan:
 
     options: SampleOptions = SampleOptions(steps=20, upsampler_steps=12)
     pairs: tuple[str, ...] = tuple(f"{thing}, {STYLE}" for thing in THINGS)
-    edit: tuple[str, str] = (
-        "a fox to the left of a house, 3D render",
-        "a fox to the left of a star, 3D render",
+    # (prompt, seed) of the picture, and of the edit that inpaints its right half.
+    edit: tuple[tuple[str, int], tuple[str, int]] = (
+        ("a red apple, 3D render", 4),
+        ("a green apple, 3D render", 3),
     )
     sketches: tuple[Sketch, ...] = (
         Sketch(
@@ -90,10 +91,10 @@ class Plan:
         ),
     )
     scene: tuple[str, ...] = (
-        "a crab to the left of a house, flat icon",
-        "a house to the left of a fox, flat icon",
-        "a fox to the left of a mushroom, flat icon",
-        "a mushroom to the left of a rocket, flat icon",
+        "a red apple, flat icon",
+        "a red heart, flat icon",
+        "a grinning face, flat icon",
+        "a tangerine, flat icon",
     )
 
     @property
