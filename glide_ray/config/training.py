@@ -106,6 +106,12 @@ class TrainConfig(Frozen):
         False, description="recompute activations in the backward pass, to save memory"
     )
 
+    fused_norms: bool = Field(
+        False,
+        description="on an NVIDIA GPU, compute norms, their modulation and SiLU with Triton "
+        "kernels that keep channels-last memory",
+    )
+
     # Logs, checkpoints and samples.
     log_every: int = Field(10, gt=0, description="steps between log lines")
     evaluate_every: int = Field(100, gt=0, description="steps between held-out losses")

@@ -58,22 +58,51 @@ def group_norm(
     """
     b, channels, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
-    modulated = scale is not None
     if scale is not None and shift is not None and scale.stride() != shift.stride():
         scale, shift = scale.contiguous(), shift.contiguous()
+    line, form = _arguments(x, weight, bias, before, scale, shift)
+    if resample == SAME and height * width * channels // groups <= WHOLE:
+        return _norm_small(x, groups, line, eps, form, silu)
+    return _norm_large(x, groups, line, eps, form, silu, resample)
+
+
+def factors_of(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    statistics: Tensor,
+) -> Tensor:
+    """Factor and offset of each channel that normalise and modulate x: (B, 2, C) float32.
+
+    Writes mean and reciprocal deviation of each channel's group to `statistics` (B, 2, C).
+    """
+    line, form = _arguments(x, weight, bias, None, scale, shift)
+    return _factors(x, groups, line, eps, form, statistics)
+
+
+def _arguments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    before: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[tuple, dict[str, bool]]:
+    """Arguments that the kernels of group norm share; x stands for tensors that are not there."""
     line = (
         weight,
         bias,
         x if before is None else before,
-        scale if modulated else x,
-        shift if modulated else x,
+        x if scale is None else scale,
+        x if shift is None else shift,
         0 if scale is None else scale.stride(0),
-        height * width,
+        x.shape[2] * x.shape[3],
     )
-    form = {"BEFORE": before is not None, "MODULATED": modulated}
-    if resample == SAME and height * width * channels // groups <= WHOLE:
-        return _norm_small(x, groups, line, eps, form, silu)
-    return _norm_large(x, groups, line, eps, form, silu, resample)
+    return line, {"BEFORE": before is not None, "MODULATED": scale is not None}
 
 
 def _norm_small(
@@ -103,18 +132,7 @@ def _norm_large(
 ) -> Tensor:
     """Group norm in three launches: sums of chunks of pixels, factors of channels, result."""
     b, channels, height, width = x.shape
-    pixels, each = height * width, channels // groups
-    padded = triton.next_power_of_2(each)
-    blocks = triton.cdiv(channels, BLOCK)
-    chunks = min(CHUNKS, triton.cdiv(pixels, 64), triton.cdiv(PROGRAMS, b * blocks))
-    rows = triton.cdiv(triton.cdiv(pixels, chunks), 64) * 64
-    chunks = triton.cdiv(pixels, rows)
-    sums = torch.empty(b, 2, chunks, channels, dtype=torch.float32, device=x.device)
-    lines = torch.empty(b, 2, channels, dtype=torch.float32, device=x.device)
-    channel_sums[blocks, chunks, b](x, sums, pixels, channels, rows, chunks, BLOCK, 64)
-    norm_factors[groups, b](
-        x, sums, lines, *line, chunks, eps, groups, each, padded, CHUNKS, **form
-    )
+    lines = _factors(x, groups, line, eps, form)
     size = (
         (height, width)
         if resample == SAME
@@ -125,11 +143,56 @@ def _norm_large(
     out = torch.empty(
         b, channels, *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
+    pixels = height * width
     pixels, width = (pixels // 4, width // 2) if resample == DOWN else (pixels, width)
-    norm_apply[triton.cdiv(pixels, 64), blocks, b](
+    norm_apply[triton.cdiv(pixels, 64), triton.cdiv(channels, BLOCK), b](
         x, out, lines, pixels, width, channels, BLOCK, 64, silu, resample
     )
     return out
+
+
+def _factors(
+    x: Tensor,
+    groups: int,
+    line: tuple,
+    eps: float,
+    form: dict[str, bool],
+    statistics: Tensor | None = None,
+) -> Tensor:
+    """Sums of chunks of pixels, and from them the factors of each channel: (B, 2, C) float32."""
+    b, channels, height, width = x.shape
+    pixels, each = height * width, channels // groups
+    chunks, rows = chunked(pixels, b, channels)
+    sums = torch.empty(b, 2, chunks, channels, dtype=torch.float32, device=x.device)
+    lines = torch.empty(b, 2, channels, dtype=torch.float32, device=x.device)
+    channel_sums[triton.cdiv(channels, BLOCK), chunks, b](
+        x, sums, pixels, channels, rows, chunks, BLOCK, 64
+    )
+    kept, padded = lines if statistics is None else statistics, triton.next_power_of_2(each)
+    norm_factors[groups, b](
+        x,
+        sums,
+        lines,
+        kept,
+        *line,
+        chunks,
+        eps,
+        groups,
+        each,
+        padded,
+        CHUNKS,
+        statistics is not None,
+        **form,
+    )
+    return lines
+
+
+def chunked(pixels: int, images: int, channels: int) -> tuple[int, int]:
+    """(chunks, pixels of each) over which the sums of an image are split."""
+    blocks = triton.cdiv(channels, BLOCK)
+    chunks = min(CHUNKS, triton.cdiv(pixels, 64), triton.cdiv(PROGRAMS, images * blocks))
+    rows = triton.cdiv(triton.cdiv(pixels, chunks), 64) * 64
+    return triton.cdiv(pixels, rows), rows
 
 
 def add(

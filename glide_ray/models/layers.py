@@ -91,10 +91,29 @@ class GroupNorm(nn.GroupNorm):
     Keeps fp16 training stable (sec. 4.1).
     """
 
-    fused = False
+    fused = False  # without gradients, for inference
+    trains_fused = False  # with gradients, for training
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fused_norm(x) if self.fused else self.normalised(x)
+    def forward(
+        self,
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        silu: bool = False,
+    ) -> Tensor:
+        """The norm of x (B, C, ...), times 1 + `scale` plus `shift` (B, C, 1, 1), through SiLU."""
+        if self.trains_fused:
+            from .norm_training import norm
+
+            scale, shift = (None if one is None else one.flatten(1) for one in (scale, shift))
+            weight, bias = self.weight, self.bias
+            return norm(x, self.num_groups, weight, bias, self.eps, scale, shift, silu)
+        if self.fused and scale is None:
+            return self.fused_norm(x, silu=silu)
+        x = self.normalised(x)
+        if scale is not None and shift is not None:
+            x = torch.addcmul(shift, x, 1 + scale)
+        return F.silu(x) if silu else x
 
     def fused_norm(self, x: Tensor, **and_more) -> Tensor:
         """GPU normalisation, fused with the further options of `kernels.group_norm`."""
@@ -196,9 +215,9 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         if self.fused:
             return self._fused(x, *embedding[:, self.fused].chunk(2, dim=1))
-        h = self.in_conv(self.resample(F.silu(self.in_norm(x))))  # (B, out, H', W')
+        h = self.in_conv(self.resample(self.in_norm(x, silu=True)))  # (B, out, H', W')
         scale, shift = self.embedding(embedding)[:, :, None, None].chunk(2, dim=1)
-        h = F.silu(torch.addcmul(shift, self.out_norm(h), 1 + scale))
+        h = self.out_norm(h, scale, shift, silu=True)
         return self.skip(self.resample(x)) + self.out_conv(self.dropout(h))
 
     def _fused(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -159,6 +159,7 @@ def norm_factors(
     x,
     sums,
     lines,
+    statistics,
     weight,
     bias,
     before,
@@ -172,10 +173,14 @@ def norm_factors(
     EACH: tl.constexpr,
     PADDED: tl.constexpr,
     CHUNKS: tl.constexpr,
+    KEPT: tl.constexpr,
     BEFORE: tl.constexpr,
     MODULATED: tl.constexpr,
 ):
-    """Factor and offset of each channel of one group of one image: `lines` (B, 2, C) float32."""
+    """Factor and offset of each channel of one group of one image: `lines` (B, 2, C) float32.
+
+    `statistics`: mean and reciprocal deviation of each channel's group, in the same form, if KEPT.
+    """
     group, image = tl.program_id(0), tl.program_id(1)
     lane, part = tl.arange(0, PADDED), tl.arange(0, CHUNKS)[:, None]
     inside = lane < EACH
@@ -191,6 +196,11 @@ def norm_factors(
     if BEFORE:
         middle += load_float32(before + channels, inside)
     mean, variance = group_moments(total, squares, middle, pixels, inside, EACH)
+    if KEPT:
+        at = statistics + image * 2 * (GROUPS * EACH) + channels
+        tl.store(at, mean + tl.zeros([PADDED], tl.float32), mask=inside)
+        deviation = 1.0 / tl.sqrt(variance + eps)
+        tl.store(at + GROUPS * EACH, deviation + tl.zeros([PADDED], tl.float32), mask=inside)
     factor, offset = channel_factors(
         mean, variance, weight, bias, before, scale, shift, channels, inside, eps, BEFORE, MODULATED
     )

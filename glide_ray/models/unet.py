@@ -190,6 +190,12 @@ class GlideUNet(nn.Module):
         patch_area = self.config.patch**2
         return [slice(3 * patch_area, 7 * patch_area)] if self.config.inpaint else []
 
+    def fuse_training(self) -> None:
+        """Compute norms with `norm_training.py` from now on: for training on an NVIDIA GPU."""
+        for module in self.modules():
+            if isinstance(module, GroupNorm):
+                module.trains_fused = True
+
     def fuse(self) -> None:
         """Use `kernels.py` between convolutions from now on: NVIDIA inference only, no gradients.
 
@@ -270,11 +276,7 @@ class GlideUNet(nn.Module):
             h = self._run(stage, h, embedding, keys_values)
         for stage in self.up:
             h = self._run(stage, torch.cat([h, skips.pop()], dim=1), embedding, keys_values)
-        h = (
-            self.out_norm.fused_norm(h, silu=True)
-            if self.out_norm.fused
-            else F.silu(self.out_norm(h))
-        )
+        h = self.out_norm(h, silu=True)
         predicted, variance = F.pixel_shuffle(self.out(h).float(), self.config.patch).chunk(
             2, dim=1
         )

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from ..config.training import Preset
 from ..diffusion.schedule import make_schedule
+from ..models.layers import shapes_only
 from ..models.unet import GlideUNet
 from ..models.weights import build_model, check_shapes, load_weights, with_known_channels
 from ..precision import training_precision
@@ -31,7 +32,7 @@ from .hardware import USABLE_GPU_MEMORY, cpu_budget
 from .memory import choose_micro_batch
 from .nonfinite import TrainingError, check_step
 from .objectives import by_quartile, draw, held_out_sums, images_in, mix, objective_of
-from .optimizer import FACTOR, deepspeed_config, learning_rate, parameter_groups
+from .optimizer import FACTOR, deepspeed_config, learning_rate, parameter_groups, speed_up
 from .step_clock import DATA, FORWARD, StepClock
 from .steps import Metrics, norm_figures
 
@@ -63,10 +64,11 @@ class Trainer:
         if draws_weights and not train.start_from:
             model = build_model(preset.model)
         else:
-            with torch.device("meta"):
+            with shapes_only():
                 model = build_model(preset.model)
             model = model.to_empty(device="cpu")
         model.activation_checkpointing = train.activation_checkpointing
+        speed_up(model, train, self.device)
         self.engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups(model, train),

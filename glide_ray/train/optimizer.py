@@ -1,13 +1,15 @@
-"""Optimizer settings from a TrainConfig: learning rate, groups, DeepSpeed config."""
+"""Optimizer and kernels from a TrainConfig: learning rate, groups, DeepSpeed config."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from ..config.training import TrainConfig
 from ..errors import ConfigError
+from ..models.unet import GlideUNet
 from .batch_split import BatchSplit
 
 # Dynamic loss scaling (sec. 4.1: traditional loss scaling): a step whose gradients overflow is
@@ -109,3 +111,14 @@ def parameter_groups(model: torch.nn.Module, train: TrainConfig) -> list[dict]:
         }
         for own_rate, still in sorted(groups)
     ]
+
+
+def speed_up(model: torch.nn.Module, train: TrainConfig, device: torch.device) -> None:
+    """Choose the fastest kernels of a GPU for the model's fixed shapes. Raises ConfigError."""
+    if device.type != "cuda":
+        return
+    torch.backends.cudnn.benchmark = True
+    if train.fused_norms and isinstance(model, GlideUNet):
+        if not find_spec("triton"):
+            raise ConfigError("train.fused_norms needs Triton, which PyTorch has for Linux only.")
+        model.fuse_training()

@@ -45,6 +45,7 @@ RESUMABLE = frozenset(
         "zero_stage",
         "offload_optimizer",
         "activation_checkpointing",
+        "fused_norms",
         "log_every",
         "evaluate_every",
         "checkpoint_every",

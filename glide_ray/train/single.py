@@ -24,7 +24,7 @@ from .checkpoint import TrainingPosition, read_progress, write_progress
 from .ema import Ema
 from .nonfinite import TrainingError, remedy
 from .objectives import by_quartile, draw, held_out_sums, images_in, mix, objective_of
-from .optimizer import FACTOR, learning_rate, parameter_groups
+from .optimizer import FACTOR, learning_rate, parameter_groups, speed_up
 from .partition import (
     AVERAGE,
     FIRST,
@@ -63,6 +63,7 @@ class SingleTrainer:
         torch.manual_seed(train.seed)
         model = build_model(preset.model).to(self.device)
         model.activation_checkpointing = train.activation_checkpointing
+        speed_up(model, train, self.device)
         self.names = [name for name, _ in model.named_parameters()]
         dtype = DTYPES[self.precision]
         masters: list[Tensor] = [

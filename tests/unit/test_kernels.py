@@ -204,3 +204,53 @@ def test_a_warmed_up_gpu_records_no_more_graphs():
     assert sorted(recorded) == [1, 2, 3, 4, 6]
     assert torch.isfinite(stepper.run(requests(config, 7))).all()
     assert stepper.denoiser.network._graphs == recorded
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def test_a_network_with_fused_norms_has_the_gradients_of_the_plain_one():
+    config = config_of("nano-base")
+    conditioning = example_conditioning(config, 2).to(DEVICE)
+    x, timestep = torch.randn(2, 3, 16, 16, device=DEVICE), torch.tensor([500, 20], device=DEVICE)
+    found = []
+    for fuse in (False, True):
+        torch.manual_seed(0)
+        model = random_model(config, torch.float32, device=DEVICE).train().requires_grad_()
+        if fuse:
+            model.fuse_training()
+        torch.manual_seed(1)
+        model(x, timestep, conditioning).eps.square().sum().backward()
+        found.append({name: weight.grad for name, weight in model.named_parameters()})
+    for name, gradient in found[0].items():
+        if gradient is not None and gradient.any():
+            assert relative_error(found[1][name], gradient) < 1e-4, name
+
+
+@pytest.mark.parametrize("silu", [True, False], ids=["with SiLU", "without SiLU"])
+@pytest.mark.parametrize("modulated", [True, False], ids=["modulated", "plain"])
+@pytest.mark.parametrize(
+    "shape, groups", [((2, 96, 8, 12), 32), ((3, 80, 20, 15), 8)], ids=["small", "in chunks"]
+)
+def test_the_fused_norm_of_training_has_the_gradients_of_pytorch_in_float64(
+    shape, groups, modulated, silu
+):
+    from glide_ray.models.norm_training import norm
+
+    torch.manual_seed(0)
+    x, gradient = images(*shape, mean=5, spread=3), images(*shape)
+    others = [*torch.randn(2, shape[1], device=DEVICE)]
+    if modulated:
+        others += torch.randn(shape[0], 2 * shape[1], device=DEVICE).chunk(2, dim=1)
+    given = [tensor.detach().clone().requires_grad_() for tensor in (x, *others)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, *others)]
+    expected = F.group_norm(exact[0], groups, exact[1], exact[2], 1e-5)
+    if modulated:
+        expected = expected * (1 + exact[3][..., None, None]) + exact[4][..., None, None]
+    expected = F.silu(expected) if silu else expected
+    found = norm(given[0], groups, *given[1:3], 1e-5, *given[3:], silu=silu)
+    assert relative_error(found, expected) < 3e-6
+    expected.backward(gradient.double())
+    found.backward(gradient)
+    for one, other in zip(given, exact, strict=True):
+        assert relative_error(one.grad, other.grad) < 1e-5

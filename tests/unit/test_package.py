@@ -38,6 +38,8 @@ NEEDS = {
     "models.clip_scorer": "clip",
     "models.efficientnet": "judge",
     "models.kernels": "test",
+    "models.norm_training": "test",
+    "models.triton_gradients": "test",
     "models.triton_kernels": "test",
     "s3": "cluster",
     "serving": "cluster",
