@@ -11,7 +11,7 @@ from ..errors import UserError
 # Endings of pictures that Pillow decodes here, in order of preference for a row with several.
 IMAGE_SUFFIXES = (
     *("jpg", "jpeg", "png", "webp", "jfif", "avif", "gif", "bmp", "tif", "tiff"),
-    *("jp2", "j2k", "jpx", "jpf"),
+    *("jp2", "j2k", "jpx", "jpf", "jpe", "apng"),
 )
 CAPTION_SUFFIXES = ("txt", "caption")
 TEXT_SUFFIXES = (*CAPTION_SUFFIXES, "json")
@@ -23,6 +23,13 @@ SHARD_SUFFIXES = (*TAR_SUFFIXES, ".parquet")
 ARCHIVES = (
     *("tar", "tgz", "gz", "tbz2", "tbz", "bz2", "txz", "xz", "tzst", "zst", "lz4", "lzma", "br"),
     *("zip", "rar", "7z", "parquet", "arrow"),
+)
+# Files of pictures, or of whole corpora, that are not read.
+NOT_READ = (
+    *("heic", "heif", "jxl", "svg", "psd", "ico", "tga", "exr", "hdr", "ppm", "eps", "pdf"),
+    *("cr2", "nef", "arw", "dng", "raw", "orf", "pgm", "pbm", "pnm", "dib"),
+    *("tfrecord", "h5", "hdf5", "lmdb", "npz", "mdb", "beton", "pq", "parq", "feather", "orc"),
+    *("avro", "pkl", "pickle", "sqlite", "msgpack"),
 )
 MAGIC = {  # first bytes of a picture -> ending
     b"\xff\xd8\xff": "jpg",

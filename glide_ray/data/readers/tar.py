@@ -215,6 +215,10 @@ def _member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> _Member | None:
     # names need not be UTF-8
     name = info.name.encode(errors="replace").decode().removeprefix("./")
     folder, slash, file = name.rpartition("/")
+    image, _, text = file.rpartition(".")
+    if text.lower() in TEXT_SUFFIXES and ending(image) in IMAGE_SUFFIXES:
+        # 0.jpg.txt, as programs for downloads name the text of 0.jpg
+        file = f"{image.rpartition('.')[0]}.{text}"
     stem, _, rest = file.partition(".")
     if not (info.isfile() or info.issym() or info.islnk()) or not stem or "__MACOSX" in folder:
         return None
