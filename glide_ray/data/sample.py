@@ -31,6 +31,9 @@ NOT_READ = (
     *("tfrecord", "h5", "hdf5", "lmdb", "npz", "mdb", "beton", "pq", "parq", "feather", "orc"),
     *("avro", "pkl", "pickle", "sqlite", "msgpack"),
 )
+# Git leaves pointers in the place of large files that it was not told to fetch.
+POINTER = b"version https://git-lfs"
+IS_POINTER = "is a pointer of Git LFS; run `git lfs pull`."
 MAGIC = {  # first bytes of a picture -> ending
     b"\xff\xd8\xff": "jpg",
     b"\x89PNG": "png",

@@ -190,6 +190,18 @@ def test_texts_named_after_the_whole_name_of_a_picture_are_its_captions(tmp_path
         assert [sample.captions for sample in kept.values()] == [("one",), ("two",)], str(report)
 
 
+def test_pointers_of_git_lfs_are_named_with_the_remedy(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n"
+    for name in ("0.tar", "1.parquet"):
+        write_files(tmp_path / name[:1], {name: pointer})
+        _, report = read(tmp_path / name[:1])
+        assert f"{name} is a pointer of Git LFS; run `git lfs pull`." in str(report)
+    write_files(tmp_path / "2", {"a.jpg": pointer, "a.txt": "x", "b.jpg": picture(0), "b.txt": "x"})
+    kept, report = read(tmp_path / "2")
+    assert list(kept) == ["b"]
+    assert report.dropped == {"in pointers of Git LFS (git lfs pull fetches the files)": 1}
+
+
 # -- Parquet ---------------------------------------------------------------------------------------
 
 

@@ -6,9 +6,10 @@ import posixpath
 
 from ... import storage
 from ...s3 import ChangedError
-from ..sample import ShardError
+from ..sample import POINTER, ShardError
 
 NO_FILE = "without the file that their path names"
+POINTERS = "in pointers of Git LFS (git lfs pull fetches the files)"
 BACKSLASH = chr(92)
 FAILED = "with a file that the storage could not give"
 CHANGED = "with a file that was replaced while the corpus was read"
@@ -40,7 +41,8 @@ class Fetcher:
         `etag`: that of an object, if it must not have changed.
         """
         try:
-            return storage.read(resolved(self._folder, path), etag), ""
+            content = storage.read(resolved(self._folder, path), etag)
+            return (b"", POINTERS) if content.startswith(POINTER) else (content, "")
         except storage.MissingError:
             return b"", NO_FILE
         except storage.StorageError as error:  # boto3 has retried by now

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 from ...errors import UserError
 from ..caption_text import CAPTION_COLUMNS, find_captions
 from ..credits import is_credit, text_of
-from ..sample import Sample, ShardError, image_suffix
+from ..sample import IS_POINTER, POINTER, Sample, ShardError, image_suffix
 
 if TYPE_CHECKING:
     import pyarrow
@@ -131,7 +131,8 @@ def read_parquet(
     except UserError:
         raise
     except Exception:  # pyarrow raises many kinds for a damaged footer
-        raise ShardError(f"{url} is not a whole Parquet file; copy it again.") from None
+        why = IS_POINTER if _is_pointer(source) else "is not a whole Parquet file; copy it again."
+        raise ShardError(f"{url} {why}") from None
     position = 0
     # Damage in a column of `meta` must not cost the images behind it: without it, go on.
     for names in ([*chosen.needed, *chosen.others], chosen.needed):
@@ -153,6 +154,13 @@ def _open(source: Source) -> pyarrow.parquet.ParquetFile:
 
     # Without these, pyarrow reads a whole column of a row group at once.
     return pyarrow.parquet.ParquetFile(source, buffer_size=BUFFER, pre_buffer=False)
+
+
+def _is_pointer(source: Source) -> bool:
+    with suppress(OSError), open(source, "rb") if isinstance(source, str) else source as file:
+        file.seek(0)
+        return file.read(len(POINTER)) == POINTER
+    return False
 
 
 def _choose(url: str, schema: pyarrow.Schema, column: str | None) -> _Columns:

@@ -28,6 +28,8 @@ from ..sample import (
     ARCHIVES,
     CAPTION_SUFFIXES,
     IMAGE_SUFFIXES,
+    IS_POINTER,
+    POINTER,
     TEXT_SUFFIXES,
     Sample,
     ShardError,
@@ -172,6 +174,9 @@ def _read_headers(file: IO[bytes], name: str) -> _Headers:
             tar = tarfile.open(fileobj=file, mode="r:")
         except BROKEN:
             if start == 0:
+                file.seek(0)
+                if file.read(len(POINTER)) == POINTER:
+                    raise ShardError(f"{name} {IS_POINTER}") from None
                 raise ShardError(f"{name} is not a tar file; copy it again.") from None
             headers.ended = False
             break
