@@ -38,15 +38,23 @@ from .s3 import (
     storage_errors,
 )
 
-SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# also the known ones with a single slash, which would be written to a local folder such as "s3:"
+SCHEME = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.-]*://|(?:s3[an]?|gs|gcs|hdfs|https?|ftp|file|abfss?|wasbs?|az|hf):/",
+    re.I,
+)
+
+
+class UnsupportedError(StorageError):
+    """A URL of a storage that is not supported."""
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether a path is in S3. Raises StorageError for a URL of another kind."""
+    """Whether a path is in S3. Raises UnsupportedError for a URL of another kind."""
     if str(path).startswith(S3):
         return True
     if other := SCHEME.match(str(path)):
-        raise StorageError(
+        raise UnsupportedError(
             f"{path} begins with {other[0]}, which is not supported; give a local path or one that "
             f"begins with {S3}, and copy or mount other storage."
         )
@@ -56,9 +64,12 @@ def is_remote(path: str | Path) -> bool:
 def absolute(path: str | Path) -> str:
     """The absolute path, valid in processes with another working directory.
 
-    Raises StorageError for a URL that is not of S3.
+    Raises StorageError for a URL that is not of S3, or names no bucket.
     """
-    return str(path) if is_remote(path) else os.path.abspath(path)
+    if not is_remote(path):
+        return os.path.abspath(path)
+    split_url(str(path))
+    return str(path)
 
 
 def same_place(path: str | Path, other: str | Path) -> bool:
@@ -68,11 +79,19 @@ def same_place(path: str | Path, other: str | Path) -> bool:
     return Path(path).resolve() == Path(other).resolve()
 
 
+def is_inside(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path is below a folder or prefix."""
+    if is_remote(path) or is_remote(folder):
+        return str(path).startswith(f"{str(folder).rstrip('/')}/")
+    return Path(folder).resolve() in Path(path).resolve().parents
+
+
 def list_files(path: str | Path, suffixes: tuple[str, ...]) -> Iterator[str]:
     """Files under a folder or prefix whose names end in one of `suffixes`, sorted.
 
     `suffixes` are in lower case, and capitals in names do not matter. Links to folders are
-    followed. A path that is itself a file yields itself. S3 is listed page by page.
+    followed. A path that is itself a file yields itself. S3 is listed page by page. Raises
+    StorageError, also for a folder inside that may not be read.
     """
     yield from (file for file, _ in list_states(path, suffixes))
 
@@ -82,8 +101,9 @@ def list_states(
 ) -> Iterator[tuple[str, str]]:
     """The files of `list_files`, each with a string that changes when its content changes.
 
-    The string is the S3 ETag, or the size and modification time of a local file. `found` is called
-    with each file as it is found, and may raise an error to end the listing.
+    The string is the S3 ETag, or the size and modification time of a local file; it is "" for a
+    link that leads nowhere. `found` is called with each file as it is found, and may raise an
+    error to end the listing.
     """
     path = str(path)
     if is_remote(path):
@@ -108,7 +128,7 @@ def list_states(
             for file in sorted(_walk(path, found))
             if file.name.lower().endswith(suffixes)
             and not file.name.startswith(".")
-            and file.is_file()
+            and (file.is_file() or (file.is_symlink() and not file.exists()))
         )
 
 
@@ -125,8 +145,13 @@ def _walk(path: str, found: Callable[[str], None]) -> Iterator[Path]:
         seen.add((status.st_dev, status.st_ino))
         return new
 
+    def refuse(error: OSError) -> None:
+        """Its files must not be lost in silence; a folder that is not there has none."""
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise StorageError(f"{error.filename} cannot be read: {error.strerror or error}.")
+
     is_new(path)
-    for folder, inside, files in os.walk(path, followlinks=True):
+    for folder, inside, files in os.walk(path, followlinks=True, onerror=refuse):
         within = [os.path.join(folder, name) for name in inside]
         # of a folder and a link to it beside it, the folder is taken
         within.sort(key=lambda one: (os.path.islink(one), one))
@@ -134,6 +159,19 @@ def _walk(path: str, found: Callable[[str], None]) -> Iterator[Path]:
         for name in files:
             found(name)
             yield Path(folder, name)
+
+
+def state(path: str | Path) -> str:
+    """A string that changes when a file or object changes, as in `list_states`; "" without one.
+
+    Raises StorageError.
+    """
+    if not is_remote(path):
+        return _state(Path(path))
+    try:
+        return etag(path)
+    except MissingError:
+        return ""
 
 
 def read(path: str | Path, etag: str = "") -> bytes:
@@ -407,7 +445,7 @@ def fetch_folder(
 def _state(file: Path) -> str:
     try:
         found = file.stat()
-    except FileNotFoundError:  # deleted since it was listed
+    except OSError:  # deleted since it was listed, or a link that leads nowhere
         return ""
     return f"{found.st_size}@{found.st_mtime_ns}"
 

@@ -9,10 +9,15 @@ from typing import Any
 import numpy as np
 
 from ..distributed.cluster import connect
+from ..distributed.curation.clusters import MAX_CLUSTERS, nearest, unit
 from ..distributed.curation.features import save_features
 from ..distributed.curation.judge import Judged, PartResult, write_judged
 from ..distributed.curation.search import dropped_copies
-from ..distributed.curation.semantic import find_semantic_duplicates
+from ..distributed.curation.semantic import (
+    BLOCK_ROWS,
+    find_semantic_duplicates,
+    most_similar_earlier,
+)
 from ..distributed.curation.tasks import run_each
 from ..models.efficientnet import HEAD
 from .clean import Watch
@@ -26,7 +31,7 @@ def bench_semantic() -> dict[str, Any]:
     """Seconds and peak memory of the search among ROWS drawn features of EfficientNet's width.
 
     The memory is that of all processes, Ray's included; `driver_mib` is the growth of this one.
-    `copies_found` is the share of planted pairs that lose one of the two.
+    `copies_found` is the share of planted pairs that lose one of the two. `slopes` gives the rest.
     """
     connect(2)
     with tempfile.TemporaryDirectory() as folder:
@@ -50,6 +55,28 @@ def bench_semantic() -> dict[str, Any]:
         "driver_mib": round(watch.driver / 2**20),
         "copies_found": round(found / (COPIES * ROWS // PART_ROWS), 5),
         "false_alarms": false,
+        **slopes(),
+    }
+
+
+def slopes() -> dict[str, float]:
+    """Processor time per row and per pair of a cluster at the size of 10^9 rows, in one process.
+
+    At that size there are MAX_CLUSTERS clusters, and a row is assigned to one of them and then
+    compared with half of its cluster. Processor time, because other processes may run.
+    """
+    draws = np.random.default_rng(0)
+    centroids = unit(draws.standard_normal((MAX_CLUSTERS, HEAD), np.float32))
+    features = draws.standard_normal((2 * BLOCK_ROWS, HEAD), np.float32).astype(np.float16)
+    began = time.process_time()
+    nearest(features[:BLOCK_ROWS], centroids)
+    assigned = time.process_time()
+    most_similar_earlier(features, np.arange(len(features)), LIMIT)
+    compared = time.process_time()
+    pairs = len(features) * (len(features) - 1) / 2
+    return {
+        "assign_ms_per_row": round((assigned - began) / BLOCK_ROWS * 1e3, 3),
+        "compare_ns_per_pair": round((compared - assigned) / pairs * 1e9, 1),
     }
 
 

@@ -83,6 +83,7 @@ def corpus(options: Namespace) -> None:
 
         print(find_row(options.survey, options.row, options.caption_column))
         return
+    from ..data.card import licences_line
     from ..distributed.curation.corpus import prepare, survey
 
     if options.survey:
@@ -95,5 +96,7 @@ def corpus(options: Namespace) -> None:
             f"{part.path}: {part.rows}; {part.captions:,} captions, {part.cut_captions} cut at "
             "128 tokens"
         )
+        if options.survey:
+            print(licences_line(part.licences))
     if options.survey and not reports[0].rows.kept:
         raise UserError(f"No row of {options.survey} can be used.")

@@ -2,7 +2,7 @@
 
 Each line of a text file is a caption. Texts that are damaged are left out and counted: bytes that
 are not UTF-8 (UTF-16 and UTF-32 are read if they begin with a byte order mark), U+FFFD, NUL. Empty
-texts, NaN and the words none, nan and null are no captions.
+texts, NaN and the words that programs write for a missing value are no captions.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ TAG = re.compile(
 ENTITY = re.compile(r"&(?:#\d+|#x[0-9a-f]+|[a-z][a-z0-9]+);", re.IGNORECASE)
 # zero-width spaces and marks of direction; joiners stay, which emoji and some scripts need
 INVISIBLE = re.compile("[\ufeff\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069]")
-NO_CAPTION = ("none", "nan", "null")
+SURROGATE = re.compile("[\ud800-\udfff]")
+# as Python, NumPy, JSON, pandas, spreadsheets and JavaScript write a missing value
+NO_CAPTION = ("none", "nan", "null", "<na>", "n/a", "#n/a", "undefined")
 NO_JSON = "with a json that cannot be read"
 NOT_UTF8 = "with a caption that is not UTF-8"
 DAMAGED = "with a damaged caption (U+FFFD or NUL)"
@@ -90,12 +92,12 @@ def read_meta(data: bytes | None) -> dict[str, Any]:
     """Parse a sample's .json; {} if it is missing or not a JSON object.
 
     A list of texts becomes `captions`. NaN, which is not JSON, becomes None. Lone surrogates, which
-    JSON allows and UTF-8 does not, become "?".
+    JSON allows and UTF-8 does not, become U+FFFD: a caption with one is damaged.
     """
     try:
         meta = json.loads(data or b"{}", parse_constant=lambda _: None)
         if b"\\ud" in (data or b"").lower():
-            meta = json.loads(json.dumps(meta, ensure_ascii=False).encode(errors="replace"))
+            meta = json.loads(SURROGATE.sub("\ufffd", json.dumps(meta, ensure_ascii=False)))
     except (ValueError, RecursionError):
         return {}
     if isinstance(meta, list) and all(isinstance(value, str) for value in meta):
@@ -140,15 +142,18 @@ def _texts(value: object, faults: list[str], depth: int = 0) -> Iterator[str]:
         except UnicodeDecodeError:
             faults.append(NOT_UTF8)
             return
-    if isinstance(value, float) and math.isnan(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return
     if isinstance(value, (int, float)):
         value = str(value)
     if isinstance(value, str):
-        if "\ufffd" in value or "\0" in value:
+        caption = clean_text(value)  # an entity such as &#0; becomes U+FFFD
+        if any(mark in text for mark in "\ufffd\0" for text in (value, caption)):
             faults.append(DAMAGED)
-        elif caption := clean_text(value):
+        elif caption:
             yield caption
+    elif isinstance(value, Sequence) and value and depth < 3 and isinstance(value[0], tuple):
+        yield from _of_object(dict(value), faults, depth)  # pyarrow's form of a map
     elif isinstance(value, Sequence) and depth < 3:
         for one in value:
             yield from _texts(one, faults, depth + 1)

@@ -11,7 +11,7 @@ from ..errors import UserError
 # Endings of pictures that Pillow decodes here, in order of preference for a row with several.
 IMAGE_SUFFIXES = (
     *("jpg", "jpeg", "png", "webp", "jfif", "avif", "gif", "bmp", "tif", "tiff"),
-    *("jp2", "j2k", "jpx", "jpf"),
+    *("jp2", "j2k", "jpx", "jpf", "jpe", "apng"),
 )
 CAPTION_SUFFIXES = ("txt", "caption")
 TEXT_SUFFIXES = (*CAPTION_SUFFIXES, "json")
@@ -24,6 +24,16 @@ ARCHIVES = (
     *("tar", "tgz", "gz", "tbz2", "tbz", "bz2", "txz", "xz", "tzst", "zst", "lz4", "lzma", "br"),
     *("zip", "rar", "7z", "parquet", "arrow"),
 )
+# Files of pictures, or of whole corpora, that are not read.
+NOT_READ = (
+    *("heic", "heif", "jxl", "svg", "psd", "ico", "tga", "exr", "hdr", "ppm", "eps", "pdf"),
+    *("cr2", "nef", "arw", "dng", "raw", "orf", "pgm", "pbm", "pnm", "dib"),
+    *("tfrecord", "h5", "hdf5", "lmdb", "npz", "mdb", "beton", "pq", "parq", "feather", "orc"),
+    *("avro", "pkl", "pickle", "sqlite", "msgpack"),
+)
+# Git leaves pointers in the place of large files that it was not told to fetch.
+POINTER = b"version https://git-lfs"
+IS_POINTER = "is a pointer of Git LFS; run `git lfs pull`."
 MAGIC = {  # first bytes of a picture -> ending
     b"\xff\xd8\xff": "jpg",
     b"\x89PNG": "png",

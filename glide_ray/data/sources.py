@@ -13,6 +13,7 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -20,14 +21,22 @@ from pathlib import Path, PurePosixPath
 from .. import storage
 from ..s3 import DeniedError
 from . import patterns
-from .readers.fetch import Fetcher
-from .readers.folder import ImageFile, find_images, read_images
-from .readers.parquet import Source, count_rows, has_images, names_images, read_parquet
+from .readers.fetch import Fetcher, resolved
+from .readers.folder import ImageFile, find_images, lone_texts, read_images
+from .readers.parquet import (
+    Source,
+    count_rows,
+    has_images,
+    named_files,
+    names_images,
+    read_parquet,
+)
 from .readers.tables import METADATA as METADATA
 from .readers.tar import read_shard
 from .sample import (
     ARCHIVES,
     IMAGE_SUFFIXES,
+    NOT_READ,
     SHARD_SUFFIXES,
     TAR_SUFFIXES,
     TEXT_SUFFIXES,
@@ -41,15 +50,11 @@ log = logging.getLogger(__name__)
 
 FILES_PER_PART = 256
 MAX_IMAGES = 10**6  # single files of a corpus: the list of them is in memory
-# Files of pictures, or of whole corpora, that are not read.
-NOT_READ = (
-    *("heic", "heif", "jxl", "svg", "psd", "ico", "tga", "exr", "hdr", "ppm", "eps", "pdf"),
-    *("cr2", "nef", "arw", "dng", "raw", "orf"),
-    *("tfrecord", "h5", "hdf5", "lmdb", "npz", "mdb", "beton"),
-)
 TABLE_SUFFIXES = ("jsonl", "csv", "tsv")
 ASIDE_KIND = "in files of a kind that is not read"
 ASIDE_TABLE = "in Parquet files without images, left aside"
+ASIDE_LINK = "in links that lead nowhere"
+ASIDE_NAME = "in files whose names are not UTF-8 (rename them)"
 ASIDE_INDEX = "in shards that are not in the index of their folder"
 SPLIT = re.compile(r"(?:^|[/_.-])(train|test|val)(?:ing|id|idation)?\d*(?=$|[/_.-])")
 
@@ -80,7 +85,8 @@ def find_parts(path: str | Path, column: str | None = None) -> list[Part]:
     if weights := patterns.mixture(path):
         return _mixed(path, [(find_parts(one, column), weight) for one, weight in weights])
     count_image, several = _image_limit(path), patterns.is_pattern(path)
-    paths = patterns.expand(path)
+    if not (paths := patterns.expand(path)):
+        raise ShardError("The path of the corpus is empty; give a folder, a file or s3://...")
     found = [part for one in paths for part in _parts_of(one, column, several, count_image)]
     named = {one.rpartition("/")[0] for one in paths if one.endswith(SHARD_SUFFIXES)}
     for folder in sorted(named):
@@ -150,6 +156,18 @@ def read_part(part: Part, etags: Sequence[str] = ()) -> Iterator[Sample]:
         raise ShardError(
             f"{part.url} has {rows} rows and its index says {part.count}; copy it again."
         )
+
+
+def named_by_path(part: Part) -> Iterator[str]:
+    """The images that a Parquet part names by path; nothing for another part.
+
+    Raises StorageError.
+    """
+    if part.url.lower().endswith(".parquet") and not part.files:
+        folder = part.url.rpartition("/")[0]
+        for path in named_files(_source(part.url)):
+            with suppress(storage.UnsupportedError):  # `read_part` says why
+                yield resolved(folder, path)
 
 
 # -- rows ------------------------------------------------------------------------------------------
@@ -246,11 +264,29 @@ def _parts_of(
     for file in listed:
         if file.endswith(f"/{MARKER}"):
             refuse_unfinished(file.removesuffix(f"/{MARKER}"))
-    files = [file for file in listed if not _is_hidden(path, file)]
+    files, aside = _readable(path, listed)
     if files == [path] and not is_shard:
         raise ShardError(f"{path} is no corpus; give a .tar or .parquet file, or a folder.")
     etags = listed if storage.is_remote(path) else {}
-    return [_with_etags(part, etags) for part in _parts_of_files(path.rstrip("/"), files, column)]
+    parts = _parts_of_files(path.rstrip("/"), files, aside, column)
+    return [_with_etags(part, etags) for part in parts]
+
+
+def _readable(root: str, listed: Mapping[str, str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Files with readable names that are not hidden, and (file, reason) of others in `listed`."""
+    files: list[str] = []
+    aside: list[tuple[str, str]] = []
+    for file, state in listed.items():
+        if _is_hidden(root, file):
+            continue
+        name = file.encode(errors="replace").decode()
+        if name != file and (_is_data(file) or ending(file) in (*IMAGE_SUFFIXES, "parquet")):
+            aside.append((name, ASIDE_NAME))
+        elif not state:
+            aside.append((file, ASIDE_LINK))
+        elif name == file:
+            files.append(file)
+    return files, aside
 
 
 def _with_etags(part: Part, etags: Mapping[str, str]) -> Part:
@@ -259,9 +295,15 @@ def _with_etags(part: Part, etags: Mapping[str, str]) -> Part:
     return replace(part, etags=found) if found else part
 
 
-def _parts_of_files(root: str, files: Sequence[str], column: str | None) -> list[Part]:
-    """Parts of a folder, from its files: shards, images, and files that are not read."""
-    images, aside = find_images(root, files, column)
+def _parts_of_files(
+    root: str, files: Sequence[str], aside: list[tuple[str, str]], column: str | None
+) -> list[Part]:
+    """Parts of a folder, from its files: shards, images, and files that are not read.
+
+    `aside`: (file, reason) of more files that are not read.
+    """
+    images, without_image = find_images(root, files, column)
+    aside += without_image
     chosen = {file: False for file in files if file.lower().endswith(TAR_SUFFIXES)}
     tables = [file for file in files if file.lower().endswith(".parquet")]
     mixed = bool(chosen or images)
@@ -283,6 +325,8 @@ def _parts_of_files(root: str, files: Sequence[str], column: str | None) -> list
     if any(chosen.values()):
         images = []  # those that a Parquet file names
     aside += [(file, ASIDE_KIND) for file in files if _is_data(file) and file not in chosen]
+    if images or not shards:  # beside shards alone, a text is a note on them
+        aside = list((dict(lone_texts(files, images)) | dict(aside)).items())
     parts = [Part(file, column=column) for file in shards] + [
         Part(f"{root}#{start}", files=tuple(images[start : start + FILES_PER_PART]), column=column)
         for start in range(0, len(images), FILES_PER_PART)
@@ -313,6 +357,8 @@ def _is_data(file: str) -> bool:
 
 def _emptiness(root: str, aside: Sequence[tuple[str, str]]) -> str:
     left = f", but {len(aside):,} {aside[0][1]} (such as {aside[0][0]})" if aside else ""
+    if "," in root and re.search(r":[\d.]", root):
+        left += "; a mixture has a weight for each corpus, as A:0.7,B:0.3"
     return (
         f"The corpus {root} is empty: no .tar or .parquet file and no image is there{left}; make "
         "the default one with `glide corpus`, or give the path of another."

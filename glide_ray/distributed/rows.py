@@ -10,6 +10,8 @@ import ray
 from .. import storage
 from ..data.card import derived_card, read_card, write_card
 from ..data.credits import Credits
+from ..data.patterns import is_pattern
+from ..data.sample import SHARD_SUFFIXES
 from ..data.shards import DROPPED as DROPPED
 from ..data.shards import Sample
 from ..data.sources import Part, read_part
@@ -29,10 +31,17 @@ Captions = Callable[[Sequence[str]], tuple[str, ...]]
 
 
 def refuse_source(source: str, parts: Sequence[Part], out: str) -> None:
-    """Raise ConfigError if `out` is the corpus that is read, or the folder of one of its shards."""
+    """Raise ConfigError if `out` is the corpus that is read, or the folder of one of its shards.
+
+    Also if it is inside a folder that is read with all folders in it: the rows would be there
+    twice, and the run could not be resumed, since the corpus would have an unfinished folder.
+    """
     folders = {source, *(part.url.rpartition("#" if part.files else "/")[0] for part in parts)}
     if any(storage.same_place(folder, out) for folder in folders):
         raise ConfigError(f"--out {out} is the corpus to read; write to another folder.")
+    roots = [] if is_pattern(source) or source.endswith(SHARD_SUFFIXES) else [source]
+    if any(storage.is_inside(out, root) for root in roots):
+        raise ConfigError(f"--out {out} is inside the corpus to read; write to another folder.")
 
 
 def carry_card(parts: Sequence[Part], out: str, credits: Credits, about: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
+from ..data.credits import Credits
 from ..data.filters import Candidate, Report, first_broken, header_rules
 from ..data.sample import Sample, ShardError, in_groups
 from ..data.sources import (
@@ -106,13 +107,16 @@ def _read_task(
     batch: dict[str, np.ndarray], min_size: int, tally, plan: Plan | None
 ) -> Iterator[dict[str, list]]:
     task, parts = its_own(batch)
-    report = Report()
-    rows = (row for part in parts for row in _kept_rows(part, min_size, report, plan, tally))
+    report, credits = Report(), Credits()
+    rows = (
+        row for part in parts for row in _kept_rows(part, min_size, report, plan, tally, credits)
+    )
     yield from shuffled_blocks(
         rows, [plan.seed, plan.epoch, task] if plan else None, plan.window if plan else 0
     )
     if tally is not None:
-        ray.get(tally.add.remote(report, (plan.epoch, task) if plan else None))
+        of_epoch = (plan.epoch, task) if plan else None
+        ray.get(tally.add.remote(report, of_epoch, None if plan else credits.as_json()))
 
 
 def tasks_for(parts: Sequence[Part]) -> int:
@@ -130,9 +134,12 @@ def ray_data():
 
 
 def _kept_rows(
-    part: Part, min_size: int, report: Report, plan: Plan | None, tally
+    part: Part, min_size: int, report: Report, plan: Plan | None, tally, credits: Credits
 ) -> Iterator[tuple[int, Sample]]:
-    """(id, row) of the rows of a part that the plan reads and that break no rule."""
+    """(id, row) of the rows of a part that the plan reads and that break no rule.
+
+    `credits` are counted without a plan, that is in a survey and not in training.
+    """
     rules = header_rules(min_size)
     try:
         begin_part(tally, part.url)
@@ -142,6 +149,8 @@ def _kept_rows(
             reason = first_broken(Candidate(sample), rules)
             report.add(sample.key, reason, sample.captions_unread)
             if reason is None:
+                if plan is None:
+                    credits.add(sample.meta)
                 yield row_id(part.url, position), sample
     except UserError as error:
         report.faults.append(str(error))
@@ -223,7 +232,7 @@ class Tally(Actor):
     """Count rows kept and dropped by all tasks of a stream, and kept by each task of an epoch."""
 
     def __init__(self):
-        self._report, self._counts = Report(), {}
+        self._report, self._credits, self._counts = Report(), Credits(), {}
         self._begun: Counter[tuple[str | None, str]] = Counter()  # (task, part) -> times
 
     def begin(self, task: str | None, url: str) -> int:
@@ -234,8 +243,15 @@ class Tally(Actor):
     def end(self, task: str | None, url: str) -> None:
         self._begun.pop((task, url), None)
 
-    def add(self, report: Report, task: tuple[int, int] | None = None) -> None:
+    def add(
+        self,
+        report: Report,
+        task: tuple[int, int] | None = None,
+        credits: Mapping[str, Any] | None = None,
+    ) -> None:
         self._report.merge(report)
+        if credits is not None:
+            self._credits.merge(credits)
         if task is not None:
             self._counts[task] = report.kept
 
@@ -245,6 +261,9 @@ class Tally(Actor):
 
     def report(self) -> Report:
         return self._report
+
+    def credits(self) -> Credits:
+        return self._credits
 
     def counts(self, epoch: int) -> dict[int, int]:
         """Task -> rows kept, for the tasks of an epoch that have ended."""

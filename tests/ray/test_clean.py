@@ -125,6 +125,8 @@ def test_licences_and_sources_of_the_kept_rows_are_in_card_page_and_output(tmp_p
     out = str(tmp_path / "out")
     assert main(["clean", str(tmp_path / "in"), "--out", out, "--set", "per_shard=3"]) == 0
     assert "licences: CC-BY-4.0 5, MIT 1; 2 rows name none" in capsys.readouterr().out
+    assert main(["corpus", "--survey", str(tmp_path / "out"), "--min-size", "16"]) == 0
+    assert "licences: CC-BY-4.0 5, MIT 1; 2 rows name none" in capsys.readouterr().out
     card = read_card(out)
     assert card == {
         "about": f"Rows of {tmp_path}/in; the json of each row names its source, licence and "
@@ -664,6 +666,8 @@ def test_the_input_corpus_is_never_overwritten(tmp_path, s3, monkeypatch):
         (tmp_path, "in"),
         (f"{s3}/in", f"{s3}/in/"),
         (f"{s3}/in/{{0..3}}.tar", f"{s3}/in"),
+        (f"{s3}/in", f"{s3}/in/clean"),  # the next run would read its own output
+        ("in", f"{tmp_path}/in/a/clean"),
     ):
         with pytest.raises(ConfigError, match="write to another folder"):
             clean(str(source), str(out), settings())
@@ -749,7 +753,7 @@ ODD = {
     "number.json": (b'{"caption": 12.5}', "12.5"),
     "torn.json": (b'{"caption": ', "text"),
     "latin.json": ('{"caption": "Größe"}'.encode("latin-1"), "text"),
-    "half.json": (b'{"caption": "a smile \\ud83d"}', "a smile ?"),
+    "half.json": (b'{"caption": "a smile \\ud83d"}', "text"),  # half an emoji
     "nothing.json": (b'{"captions": [null, "a house", 7.5]}', ("a house", "7.5")),
     "dict.json": (b'{"caption": {"en": "a house"}}', "a house"),
 }

@@ -6,12 +6,26 @@ import posixpath
 
 from ... import storage
 from ...s3 import ChangedError
-from ..sample import ShardError
+from ..sample import POINTER, ShardError
 
 NO_FILE = "without the file that their path names"
+POINTERS = "in pointers of Git LFS (git lfs pull fetches the files)"
 BACKSLASH = chr(92)
 FAILED = "with a file that the storage could not give"
 CHANGED = "with a file that was replaced while the corpus was read"
+
+
+def resolved(folder: str, path: str) -> str:
+    """A path that a table in `folder` names. Raises StorageError for a URL that is not of S3.
+
+    A relative path may have backslashes, as Windows writes them.
+    """
+    if storage.is_remote(path) or path.startswith("/"):
+        return path
+    path = posixpath.normpath(path.replace(BACKSLASH, "/"))
+    while path.startswith("../") and storage.is_remote(folder):  # S3 has no such folder
+        folder, path = folder.rpartition("/")[0], path.removeprefix("../")
+    return f"{folder}/{path}"
 
 
 class Fetcher:
@@ -24,13 +38,11 @@ class Fetcher:
     def __call__(self, path: str, etag: str = "") -> tuple[bytes, str]:
         """(content, "") of a path, absolute or relative to the folder; else (b"", reason).
 
-        A relative path may have backslashes, as Windows writes them. `etag`: that of an object, if
-        it must not have changed.
+        `etag`: that of an object, if it must not have changed.
         """
-        if not storage.is_remote(path) and not path.startswith("/"):
-            path = f"{self._folder}/{posixpath.normpath(path.replace(BACKSLASH, '/'))}"
         try:
-            return storage.read(path, etag), ""
+            content = storage.read(resolved(self._folder, path), etag)
+            return (b"", POINTERS) if content.startswith(POINTER) else (content, "")
         except storage.MissingError:
             return b"", NO_FILE
         except storage.StorageError as error:  # boto3 has retried by now

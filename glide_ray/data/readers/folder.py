@@ -14,6 +14,9 @@ from .tables import is_table, read_tables
 # Folders side by side that hold the images and the texts of the same names.
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "pictures", "photos")
 TEXT_FOLDERS = ("texts", "text", "txt", "captions", "caption", "prompts")
+OTHER_TABLES = ("csv", "tsv", "jsonl", "json", "xlsx")
+UNKNOWN_KIND = "in files with a text beside them, whose ending is not that of a picture"
+NO_PICTURE = "in texts without a picture of their name"
 
 
 class ImageFile(NamedTuple):
@@ -21,7 +24,7 @@ class ImageFile(NamedTuple):
 
     path: str
     captions: tuple[str, ...] | None = None  # from a table; None: no table lists it
-    texts: tuple[str, ...] = ()  # files of its name
+    texts: tuple[str, ...] = ()  # files of its name; read only without `captions`
     reason: str = ""  # why a table has no caption for it
     unread: int = 0  # damaged captions of the table
     credit: tuple[tuple[str, str], ...] = ()  # fields of the table: source, licence, author
@@ -47,19 +50,69 @@ def find_images(
     found = []
     for file in images:
         listed = captions.get(file)
-        beside = texts.get(_stem(file), [])
+        # of 0.jpg: 0.txt, or 0.jpg.txt as programs for downloads name it
+        beside = texts.get(_stem(file)) or texts.get(file, [])
         if not beside and apart and (key := _without(root, file, IMAGE_FOLDERS)) is not None:
             beside = apart.get(key, [])
-        found.append(
-            ImageFile(file, listed.texts, (), listed.reason, listed.unread, listed.credit)
-            if listed is not None
-            else ImageFile(file, None, tuple(beside))
-        )
+        image = ImageFile(file, None, tuple(beside))
+        if listed is not None:
+            own = (
+                listed.texts if listed.texts or not beside else None
+            )  # an empty cell beats no text
+            image = ImageFile(file, own, image.texts, listed.reason, listed.unread, listed.credit)
+        found.append(image)
+    if any(image.captions is None and not image.texts for image in found):
+        found = _with_hint(found, files)
     return found, without_image
 
 
+def _with_hint(images: Sequence[ImageFile], files: Sequence[str]) -> list[ImageFile]:
+    """Images, with a reason if they have no caption and a table is there that is not read."""
+    stems = {_stem(image.path) for image in images}
+    table = next(
+        (
+            file
+            for file in files
+            if ending(file) in OTHER_TABLES
+            and not is_table(file)
+            and _stem(file) not in stems
+            and "stats" not in file  # img2dataset's
+        ),
+        None,
+    )
+    if table is None:
+        return list(images)
+    name = PurePosixPath(table).name
+    reason = f"without a caption: {name} is not read (metadata.csv and metadata.jsonl are)"
+    return [
+        image if image.captions is not None or image.texts else image._replace(reason=reason)
+        for image in images
+    ]
+
+
+def lone_texts(files: Sequence[str], images: Sequence[ImageFile]) -> Iterator[tuple[str, str]]:
+    """(file, reason) of texts without an image: the file that is perhaps the image, or the text."""
+    taken = {file for image in images for file in image.texts}
+    listed = {_stem(image.path) for image in images if image.captions is not None}
+    lone = [
+        file
+        for file in files
+        if ending(file) in CAPTION_SUFFIXES
+        and file not in taken
+        and not is_table(file)
+        and _stem(file) not in listed
+    ]
+    if lone:
+        others = {_stem(file): file for file in files if ending(file) not in TEXT_SUFFIXES}
+        for file in lone:
+            other = others.get(_stem(file))
+            yield (file, NO_PICTURE) if other is None else (other, UNKNOWN_KIND)
+
+
 def _stem(file: str) -> str:
-    return file[: file.rindex(".")]
+    """A path without its ending."""
+    folder, slash, name = file.rpartition("/")
+    return f"{folder}{slash}{name[: name.rindex('.')] if '.' in name else name}"
 
 
 def _without(root: str, file: str, folders: Sequence[str]) -> str | None:
@@ -84,16 +137,17 @@ def read_images(
         captions, reason, unread = image.captions, image.reason, image.unread
         meta: dict[str, Any] = dict(image.credit)
         if captions is None:
-            content_of = {}
+            content_of, failures = {}, []
             for file, etag in zip(image.texts, etags_of_texts, strict=True):
                 content_of[ending(file)], failed = fetch(file, etag)
-                reason = reason or failed
+                failures.append(failed)
             data = content_of.get("json")
-            meta = read_meta(data)
+            own = read_meta(data)
             text = next((content_of[one] for one in CAPTION_SUFFIXES if one in content_of), None)
-            found = find_captions(text, meta, column)
-            captions, unread = found.texts, found.unread
-            reason = reason or json_fault(data, meta) or found.reason
+            found = find_captions(text, own, column)
+            captions, unread, meta = found.texts, unread + found.unread, meta | own
+            faults = (*failures, json_fault(data, own), found.reason, reason)
+            reason = next(filter(None, faults), "")
         yield Sample(
             PurePosixPath(_stem(image.path)).name,
             content,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 from ...errors import UserError
 from ..caption_text import CAPTION_COLUMNS, find_captions
 from ..credits import is_credit, text_of
-from ..sample import Sample, ShardError, image_suffix
+from ..sample import IS_POINTER, POINTER, Sample, ShardError, image_suffix
 
 if TYPE_CHECKING:
     import pyarrow
@@ -26,7 +27,8 @@ IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", 
 PATH_COLUMNS = ("path", "image_path", "file_name", "filename", "url")
 ROWS_PER_BATCH, BATCH_BYTES = 64, 2**26  # at most, to be read together
 BUFFER = 2**22  # bytes of a column that are read together
-MAX_PATH = 4096  # characters; longer text is an image in base64
+MAX_PATH, MAX_NAME = 4096, 255  # bytes of a path, and of each name in it
+URL_SAFE = bytes.maketrans(b"-_", b"+/")
 SEVERAL = "with a list of several images"
 NOT_AN_IMAGE = "with an image column that holds neither bytes nor a path"
 UNREADABLE = "with a value that cannot be read"
@@ -75,6 +77,32 @@ def count_rows(source: Source, url: str) -> int:
         raise ShardError(f"{url} is not a whole Parquet file; copy it again.") from None
 
 
+def named_files(source: Source) -> Iterator[str]:
+    """The paths of images in a Parquet file that has no column of image bytes, in its order.
+
+    Raises UserError of the storage. A damaged file gives those before the damage.
+    """
+    try:
+        table = _open(source)
+        names = [
+            name for name in (*IMAGE_COLUMNS, *PATH_COLUMNS) if name in table.schema_arrow.names
+        ]
+        if not all(_is_text_column(table.schema_arrow, name) for name in names):
+            return
+        for row in _rows(table, names):
+            values = (row[name] for name in names if isinstance(row[name], str))
+            yield from (one for one in values if _names_file(one))
+    except UserError:
+        raise
+    except Exception:  # as in `read_parquet`, which says so
+        return
+
+
+def _names_file(text: str) -> bool:
+    web = text.startswith(("http://", "https://"))
+    return bool(text) and not web and _is_path(text) and _decoder(text.encode()) is None
+
+
 def names_images(source: Source) -> bool:
     """Whether a Parquet file has a column of paths, and is no list of URLs of img2dataset."""
     try:
@@ -103,7 +131,8 @@ def read_parquet(
     except UserError:
         raise
     except Exception:  # pyarrow raises many kinds for a damaged footer
-        raise ShardError(f"{url} is not a whole Parquet file; copy it again.") from None
+        why = IS_POINTER if _is_pointer(source) else "is not a whole Parquet file; copy it again."
+        raise ShardError(f"{url} {why}") from None
     position = 0
     # Damage in a column of `meta` must not cost the images behind it: without it, go on.
     for names in ([*chosen.needed, *chosen.others], chosen.needed):
@@ -127,6 +156,13 @@ def _open(source: Source) -> pyarrow.parquet.ParquetFile:
     return pyarrow.parquet.ParquetFile(source, buffer_size=BUFFER, pre_buffer=False)
 
 
+def _is_pointer(source: Source) -> bool:
+    with suppress(OSError), open(source, "rb") if isinstance(source, str) else source as file:
+        file.seek(0)
+        return file.read(len(POINTER)) == POINTER
+    return False
+
+
 def _choose(url: str, schema: pyarrow.Schema, column: str | None) -> _Columns:
     """The columns to read. Raises ShardError if there is none of images or none of captions."""
     import pyarrow
@@ -135,8 +171,11 @@ def _choose(url: str, schema: pyarrow.Schema, column: str | None) -> _Columns:
     columns = (*IMAGE_COLUMNS, *PATH_COLUMNS)
     images = [name for name in columns if name in names]
     # A column of bytes is preferred to a name beside it.
-    images.sort(key=lambda name: _is_text(pyarrow, schema.field(name).type))
+    images.sort(key=lambda name: names.count(name) == 1 and _is_text_column(schema, name))
     captions = [name for name in (column or "", *CAPTION_COLUMNS) if name in names]
+    twice = next((name for name in (*images, *captions) if names.count(name) > 1), None)
+    if twice is not None:
+        raise ShardError(f"{url} has several columns named {twice}; rename all but one.")
     for found, wanted, remedy in (
         (images, columns, ""),
         (captions, CAPTION_COLUMNS, "; name one with --caption-column (data.caption_column)"),
@@ -157,6 +196,12 @@ def _choose(url: str, schema: pyarrow.Schema, column: str | None) -> _Columns:
             and (is_credit(name) or _is_plain(pyarrow, schema.field(name).type))
         ),
     )
+
+
+def _is_text_column(schema: pyarrow.Schema, name: str) -> bool:
+    import pyarrow
+
+    return _is_text(pyarrow, schema.field(name).type)
 
 
 def _is_text(arrow: Any, kind: pyarrow.DataType) -> bool:
@@ -265,7 +310,8 @@ def _sample(
         isinstance(row[name], Exception) for name in chosen.needed if name not in chosen.images
     )
     captions = column if column in row else next((n for n in CAPTION_COLUMNS if n in row), "")
-    path = isinstance(row[source], str) and len(row[source]) < MAX_PATH
+    value = row[source]
+    path = isinstance(value, str) and _is_path(value) and _decoder(value.encode()) is None
     used = {captions, "" if path else source}
     key = row.get("key")
     return Sample(
@@ -305,34 +351,78 @@ def _content(value: Any, fetch: Fetch) -> tuple[bytes, str]:
     if isinstance(value, Exception):
         return b"", UNREADABLE
     if isinstance(value, dict):
+        if not value.keys() & {"bytes", "path"}:
+            return b"", NOT_AN_IMAGE
         return _content(value.get("bytes") or value.get("path"), fetch)
     if isinstance(value, list):
-        if value and all(isinstance(one, int) and 0 <= one < 256 for one in value):
-            return bytes(value), ""
-        if len(value) > 1:
-            return b"", SEVERAL
-        return _content(value[0], fetch) if value else (b"", "")
+        return _content_of_list(value, fetch)
     if isinstance(value, bytes):
-        return _from_base64(value) or value, ""
+        decode = _decoder(value)
+        return (decode(value) if decode else value), ""
     if not isinstance(value, str):
         return b"", NOT_AN_IMAGE
-    if content := _from_base64(value.encode(errors="replace")):
-        return content, ""
+    if decode := _decoder(text := value.encode(errors="replace")):
+        return decode(text), ""
     if value.startswith(("http://", "https://")):
         return b"", NOT_DOWNLOADED
     if not value:
         return b"", ""
-    return fetch(value)
+    return fetch(value) if _is_path(value) else (b"", NOT_AN_IMAGE)
+
+
+def _content_of_list(values: list, fetch: Fetch) -> tuple[bytes, str]:
+    """Bytes of the image in a list: its only item, or numbers, signed or not."""
+    if values and all(isinstance(one, int) and -128 <= one < 256 for one in values):
+        return bytes(one & 255 for one in values), ""
+    if len(values) < 2:
+        return _content(values[0], fetch) if values else (b"", "")
+    several = all(one is None or isinstance(one, (bytes, str, dict)) for one in values)
+    return b"", SEVERAL if several else NOT_AN_IMAGE
+
+
+def _is_path(text: str) -> bool:
+    """Whether text may be a path: anything longer is an image in an encoding that is not known."""
+    data = text.encode(errors="replace")
+    names = max(map(len, data.replace(b"\\", b"/").split(b"/")))
+    return len(data) < MAX_PATH and names <= MAX_NAME and b"\0" not in data and b"\n" not in data
+
+
+def _decoder(text: bytes) -> Callable[[bytes], bytes] | None:
+    """The function that decodes an image in base64 or hexadecimal digits; None for other content.
+
+    Base64 may follow `data:...;base64,`, may have line breaks, "-" and "_" in the place of "+" and
+    "/", and lack the padding; hexadecimal digits may follow the "\\x" of PostgreSQL.
+    """
+    head = text[:128].lstrip()
+    if head.startswith(b"data:"):
+        head = head.partition(b"base64,")[2]
+    digits = head.removeprefix(b"\\x")[:24]
+    with suppress(binascii.Error, ValueError):
+        if len(text) >= 64 and image_suffix(binascii.unhexlify(digits)):
+            return _from_hexadecimal
+    with suppress(binascii.Error, ValueError):
+        if len(text) >= 64 and image_suffix(
+            base64.b64decode(head[:24].translate(URL_SAFE), validate=True)
+        ):
+            return _from_base64
+    return None
+
+
+def _from_hexadecimal(text: bytes) -> bytes:
+    digits = b"".join(text.lstrip().removeprefix(b"\\x").split())
+    try:
+        return binascii.unhexlify(digits[: len(digits) // 2 * 2])
+    except binascii.Error:
+        return b""
 
 
 def _from_base64(text: bytes) -> bytes:
-    """The image that base64 text holds, with or without `data:image/...;base64,`; else b""."""
-    if text[:11] == b"data:image/":
-        text = text.partition(b",")[2]
-    head = text[:24]
+    """The bytes of base64 text; without its last digit if that makes no byte."""
+    if text[:64].lstrip().startswith(b"data:"):
+        text = text.partition(b"base64,")[2]
+    digits = b"".join(text.translate(URL_SAFE).split()).rstrip(b"=")
+    digits = digits[: len(digits) - (len(digits) % 4 == 1)]
     try:
-        if len(text) < 64 or not image_suffix(base64.b64decode(head, validate=True)):
-            return b""
-        return base64.b64decode(text)
+        return base64.b64decode(digits + b"=" * (-len(digits) % 4))
     except (binascii.Error, ValueError):
         return b""

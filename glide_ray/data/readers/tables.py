@@ -129,7 +129,10 @@ def _json_lines(text: str) -> Iterator[tuple[int, dict[str, Any], str]]:
 def _csv_lines(text: str, file: str) -> Iterator[tuple[int, dict[str, Any], str]]:
     """(number of its line from 1, row by the heading, fault) of each row after the heading."""
     heading: list[str] = []
-    for number, cells in _cells(text, TABLES[posixpath.basename(file)]):
+    first, delimiter = LINE.split(text, maxsplit=1)[0], TABLES[posixpath.basename(file)]
+    if delimiter not in first:  # programs write semicolons where a comma is the decimal point
+        delimiter = next((one for one in ";\t" if one in first), delimiter)
+    for number, cells in _cells(text, delimiter):
         if cells is None:
             yield number, {}, TORN
         elif not heading:

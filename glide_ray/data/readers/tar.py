@@ -28,6 +28,8 @@ from ..sample import (
     ARCHIVES,
     CAPTION_SUFFIXES,
     IMAGE_SUFFIXES,
+    IS_POINTER,
+    POINTER,
     TEXT_SUFFIXES,
     Sample,
     ShardError,
@@ -172,6 +174,9 @@ def _read_headers(file: IO[bytes], name: str) -> _Headers:
             tar = tarfile.open(fileobj=file, mode="r:")
         except BROKEN:
             if start == 0:
+                file.seek(0)
+                if file.read(len(POINTER)) == POINTER:
+                    raise ShardError(f"{name} {IS_POINTER}") from None
                 raise ShardError(f"{name} is not a tar file; copy it again.") from None
             headers.ended = False
             break
@@ -215,6 +220,10 @@ def _member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> _Member | None:
     # names need not be UTF-8
     name = info.name.encode(errors="replace").decode().removeprefix("./")
     folder, slash, file = name.rpartition("/")
+    image, _, text = file.rpartition(".")
+    if text.lower() in TEXT_SUFFIXES and ending(image) in IMAGE_SUFFIXES:
+        # 0.jpg.txt, as programs for downloads name the text of 0.jpg
+        file = f"{image.rpartition('.')[0]}.{text}"
     stem, _, rest = file.partition(".")
     if not (info.isfile() or info.issym() or info.islnk()) or not stem or "__MACOSX" in folder:
         return None

@@ -55,19 +55,27 @@ def clean_page(
     `folder`: of the judged files.
     """
     examples = _choose_examples(judged, report, folder, searches, np.random.default_rng(seed))
-    pictures = _pictures(parts, examples)
     some = examples.parts < len(parts)
     rows = f"kept rows of {examples.parts:,} of {len(parts):,} parts" if some else "kept rows"
-    captions = judged.captions_dropped
     sections = [
+        *_count_sections(len(parts), judged, report),
+        *credit_sections(card),
+        Section(f"Pixels on the shorter side, {rows}", bars=histogram(examples.sizes)),
+        Section(f"Characters of the first caption, {rows}", bars=histogram(examples.lengths)),
+        *_example_sections(examples, _pictures(parts, examples)),
+    ]
+    return page(title, sections)
+
+
+def _count_sections(parts: int, judged: Judged, report: Report) -> list[Section]:
+    captions = judged.captions_dropped
+    dropped = (
+        f" Captions dropped, those of dropped rows included: {captions:,}." if captions else ""
+    )
+    return [
         Section(
             "Rows by outcome",
-            f"Rows read: {judged.read.sum():,}. Parts: {len(parts):,}."
-            + (
-                f" Captions dropped, those of dropped rows included: {captions:,}."
-                if captions
-                else ""
-            ),
+            f"Rows read: {judged.read.sum():,}. Parts: {parts:,}.{dropped}",
             bars=[("kept", report.kept), *report.dropped.most_common()],
         ),
         Section(
@@ -75,9 +83,11 @@ def clean_page(
             "Their rows before the fault were read.",
             lines=sorted(set(report.faults)),
         ),
-        *credit_sections(card),
-        Section(f"Pixels on the shorter side, {rows}", bars=histogram(examples.sizes)),
-        Section(f"Characters of the first caption, {rows}", bars=histogram(examples.lengths)),
+    ]
+
+
+def _example_sections(examples: _Examples, pictures: Mapping[Place, Picture]) -> list[Section]:
+    return [
         *(
             Section(
                 f"Dropped: {why}",
@@ -92,7 +102,6 @@ def clean_page(
         ),
         Section("Random kept rows", groups=[[pictures[row]] for row in examples.kept]),
     ]
-    return page(title, sections)
 
 
 def credit_sections(card: Mapping[str, Any]) -> list[Section]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from ...data import emoji
+from ...data.card import counts_of
 from ...data.filters import Report
 from ...data.sources import find_parts
 from ...data.tokenizer import Tokenizer
@@ -19,12 +21,16 @@ from ..stream import Tally, open_parts
 
 @dataclass(frozen=True)
 class CorpusReport:
-    """Counts of a corpus. `cut_captions` are those longer than the model's context."""
+    """Counts of a corpus. `cut_captions` are those longer than the model's context.
+
+    `licences` are the fields of a corpus card that count the kept rows.
+    """
 
     path: str
     rows: Report
     captions: int
     cut_captions: int
+    licences: Mapping[str, Any]
 
 
 def prepare(
@@ -62,7 +68,8 @@ def survey(path: str, min_size: int = 64, column: str | None = None) -> CorpusRe
     ):
         captions += int(batch["captions"].sum())
         cut += int(batch["cut"].sum())
-    return CorpusReport(path, ray.get(tally.report.remote()), captions, cut)
+    report, credits = ray.get([tally.report.remote(), tally.credits.remote()])
+    return CorpusReport(path, report, captions, cut, counts_of(credits))
 
 
 def _count_captions(rows: dict) -> dict:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,7 @@ from ...data.filters import (
     first_broken,
     image_rules,
 )
-from ...data.shards import SHARDS
-from ...data.sources import Part, read_part
+from ...data.sources import Part, named_by_path, read_part
 from ...errors import UserError
 from ...progress import bar
 from .features import PartFeatures, limit_threads, run_with_network, save_features
@@ -66,6 +66,7 @@ SCHEMA = pyarrow.schema(
         ("score", pyarrow.float32()),
     ]
 )
+STATES_AT_ONCE = 16  # requests for the states of images that a Parquet file names by path
 RESULT = b"glide_ray"  # key of a `PartResult` in the metadata of a file
 
 
@@ -168,15 +169,18 @@ def state_of(part: Part) -> str:
     """A string that changes when the file of a part changes; "" for one that cannot be read.
 
     For images of a folder: when one of the files, or a text beside it, changes; in S3, by the ETags
-    of the listing.
+    of the listing. For images that a Parquet file names by path: when the file or an image changes.
+    The state of a shard in S3 begins with its ETag.
     """
     if not part.files:
         try:
-            if storage.is_remote(part.url):
-                return storage.etag(part.url)
-            return next((state for _, state in storage.list_states(part.url, SHARDS)), "")
+            if not (state := storage.state(part.url)):
+                return ""
+            with ThreadPoolExecutor(STATES_AT_ONCE) as pool:
+                named = list(pool.map(storage.state, named_by_path(part)))
         except storage.StorageError:  # `read_part` says why
             return ""
+        return f"{state} {hashlib.sha256(repr(named).encode()).hexdigest()}" if named else state
     if storage.is_remote(part.files[0].path):
         return hashlib.sha256(repr([part.files, part.etags]).encode()).hexdigest()
     found = [
@@ -191,7 +195,7 @@ def etags_of(part: Part, state: str) -> Sequence[str]:
     """ETags that the objects of a part with this `state` must have; none for local files."""
     if part.files:
         return part.etags
-    return [state] if state and storage.is_remote(part.url) else ()
+    return state.split(" ")[:1] if state and storage.is_remote(part.url) else ()
 
 
 def died(arguments: tuple[Any, ...]) -> PartResult:
