@@ -110,7 +110,7 @@ def test_pictures_go_to_s3_as_they_go_to_a_folder(config, prompts, s3, finished)
             "upsampler": f"{s3}/bulk/upsampler.safetensors",
         }
     )
-    generate(f"{s3}/bulk/prompts.txt", f"{s3}/bulk/out", there)
+    generate(f"{s3}/bulk/prompts.txt", f"{s3}/bulk/out", there, workers=1)
     for file in sorted(finished[1].rglob("*.png")):
         local, remote = file, storage.fetch(f"{s3}/bulk/out/00000/{file.name}")
         assert np.array_equal(pixels(local), pixels(remote))
@@ -130,7 +130,7 @@ def test_with_a_twentieth_of_all_s3_requests_failing_the_job_does_not_and_its_pi
         }
     )
     s3_faults.at_random(0.05)
-    generate(prompts, f"{s3}/unlucky/out", there)
+    generate(prompts, f"{s3}/unlucky/out", there, workers=1)
     s3_faults.clear()
     for file in sorted(finished[1].rglob("*.png")):
         assert np.array_equal(
