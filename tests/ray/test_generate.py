@@ -23,7 +23,7 @@ from glide_ray.sampling.cascade import Cascade
 from glide_ray.sampling.recipe import read_recipe
 
 OPTIONS = SampleOptions(steps=2, upsampler_steps=1)
-PROMPTS = int(os.environ.get("GLIDE_TEST_PROMPTS", 200))  # number in the job that is killed
+PROMPTS = int(os.environ.get("GLIDE_TEST_PROMPTS", 80))  # number in the job that is killed
 
 
 @pytest.fixture(scope="module")
