@@ -30,6 +30,42 @@ from glide_ray.models.weights import save_weights
 os.environ.update(BUSY_MACHINE)
 
 
+# Files that take longest come first, so that no test process is left with one at the end.
+LONGEST = (
+    "test_cluster",
+    "test_faults",
+    "test_autoscaling",
+    "test_docs",
+    "test_serving_faults",
+    "test_schema",
+    "test_clean_resume",
+    "test_serving",
+    "test_distributed_training",
+    "test_demo",
+    "test_precision",
+    "test_partition",
+    "test_plan",
+    "test_filter",
+    "test_stream",
+    "test_clean",
+    "test_wheel",
+    "test_judge",
+    "test_critic",
+    "test_compose",
+    "test_miniature",
+    "test_evaluate",
+    "test_study",
+    "test_generate",
+    "test_connection",
+    "test_examples",
+)
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def nothing_old_to_collect():
     """Exempt the imported modules from garbage collection, which takes 0.3 s a time with them."""

@@ -48,6 +48,7 @@ def preset(corpus, *settings):
         "trackers=",
         "log_every=1",
         "precision=fp32",
+        "micro_batch=8",  # or every start plans its memory
         *settings,
     )
 
@@ -201,11 +202,9 @@ def test_training_goes_on_while_a_part_is_uploaded(s3, s3_faults, monkeypatch):
 def test_a_checkpoint_that_the_object_store_refuses_is_told_of_and_the_next_one_is_another_try(
     s3, s3_faults, monkeypatch
 ):
-    monkeypatch.setattr(
-        storage,
-        "client",
-        lambda: boto3.client("s3", config=boto3.session.Config(retries={"max_attempts": 1})),
-    )
+    # One retry only; more of them would wait for a minute.
+    impatient = boto3.client("s3", config=boto3.session.Config(retries={"max_attempts": 1}))
+    monkeypatch.setattr("glide_ray.s3.client", lambda: impatient)
     made, told, committed = keeper(f"{s3}/refused")
     s3_faults.answer_503("000000010-start/part")
     for step in (10, 20):

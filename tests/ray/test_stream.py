@@ -2,7 +2,9 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from uuid import uuid4
 
 import numpy as np
 import pyarrow
@@ -177,32 +179,43 @@ def test_a_part_that_ends_its_process_three_times_is_left_out_by_name():
 # -- order, and resumption within an epoch ---------------------------------------------------------
 
 
-def batches_of(corpus, epoch=0, rows=0, workers=2, batch=12, tally=None, seed=0, window=16):
-    """The global batches of an epoch, each a list of keys, as this number of workers reads them."""
-    feeder = Feeder.remote(find_parts(corpus), 16, batch, window, seed, tally or Tally.remote())
+@pytest.fixture(scope="module")
+def batches_of():
+    """A function that reads the global batches of an epoch, each a list of keys.
 
-    @ray.remote(num_cpus=0)
-    def read(rank):
-        own = batch // workers
-        return [
-            rows["key"]
-            for rows in micro_batches(
-                feeder, Epoch("x", epoch, rows), BatchSplit(batch, workers, rank, own)
-            )
-        ]
+    The ranks are threads of this process. A corpus keeps its feeder and tally for the whole file,
+    because new actors take longer to start than to read; `tally` asks for a feeder of its own.
+    """
+    tallies, feeders = {}, {}
 
-    by_rank = ray.get([read.remote(rank) for rank in range(workers)])
-    return [[key for part in parts for key in part] for parts in zip(*by_rank, strict=True)]
+    def read(corpus, epoch=0, rows=0, workers=2, batch=12, tally=None, seed=0, window=16):
+        corpus = str(corpus)
+        if tally is None:
+            tally = tallies[corpus] = tallies.get(corpus) or Tally.remote()
+        given = corpus, batch, seed, window, tally
+        if given not in feeders:
+            feeders[given] = Feeder.remote(find_parts(corpus), 16, batch, window, seed, tally)
+        feeder, start = feeders[given], Epoch(uuid4().hex, epoch, rows)
+
+        def keys(rank):
+            split = BatchSplit(batch, workers, rank, batch // workers)
+            return [rows["key"] for rows in micro_batches(feeder, start, split)]
+
+        with ThreadPoolExecutor(workers) as pool:
+            by_rank = list(pool.map(keys, range(workers)))
+        return [[key for part in parts for key in part] for parts in zip(*by_rank, strict=True)]
+
+    return read
 
 
 @pytest.fixture(scope="module")
-def undivided(drawn_corpus):
+def undivided(batches_of, drawn_corpus):
     """The batches of epoch 0, read by one worker."""
     return batches_of(drawn_corpus / "train", workers=1)
 
 
 def test_every_row_is_in_one_batch_per_epoch_and_each_epoch_has_another_order(
-    drawn_corpus, undivided
+    batches_of, drawn_corpus, undivided
 ):
     first, second = undivided, batches_of(drawn_corpus / "train", epoch=1)
     for batches in (first, second):
@@ -213,20 +226,27 @@ def test_every_row_is_in_one_batch_per_epoch_and_each_epoch_has_another_order(
 
 @pytest.mark.parametrize("workers", [2, 3, 4, 6])
 def test_a_batch_has_the_same_rows_in_the_same_order_for_any_number_of_workers(
-    drawn_corpus, undivided, workers
+    batches_of, drawn_corpus, undivided, workers
 ):
     assert batches_of(drawn_corpus / "train", workers=workers) == undivided
 
 
 @pytest.mark.parametrize("done, workers", [(12, 3), (36, 1), (60, 2), (96, 2)])
 def test_a_resumed_run_reads_exactly_the_remaining_batches_for_any_number_of_workers(
-    drawn_corpus, undivided, done, workers
+    batches_of, drawn_corpus, undivided, done, workers
 ):
     rest = batches_of(drawn_corpus / "train", rows=done, workers=workers)
     assert rest == undivided[done // 12 :]
 
 
-def test_a_mixture_is_resumed_with_any_number_of_workers_as_one_corpus_is(tmp_path):
+def test_a_resumed_run_that_has_no_counts_of_rows_skips_those_that_it_has_trained_on(
+    batches_of, drawn_corpus, undivided
+):
+    corpus, done = drawn_corpus / "train", 96
+    assert batches_of(corpus, rows=done, tally=Tally.remote()) == undivided[done // 12 :] == []
+
+
+def test_a_mixture_is_resumed_with_any_number_of_workers_as_one_corpus_is(batches_of, tmp_path):
     write_shards(tmp_path / "a", drawn_samples(24), per_shard=8)
     write_shards(tmp_path / "b", drawn_samples(96), per_shard=32)
     path = f"{tmp_path}/a:0.5,{tmp_path}/b:0.5"
@@ -234,7 +254,7 @@ def test_a_mixture_is_resumed_with_any_number_of_workers_as_one_corpus_is(tmp_pa
     assert 3 <= len(whole) <= 5 and batches_of(path, rows=24, workers=2) == whole[2:]
 
 
-def test_fully_consumed_parts_are_not_read_again(tmp_path, monkeypatch):
+def test_fully_consumed_parts_are_not_read_again(batches_of, tmp_path):
     write_shards(tmp_path, drawn_samples(48), per_shard=8)
     for path in tmp_path.glob("index.json"):  # without it part sizes are unknown: one task each
         path.unlink()
@@ -253,7 +273,7 @@ def test_fully_consumed_parts_are_not_read_again(tmp_path, monkeypatch):
     )
 
 
-def test_an_incomplete_last_batch_of_an_epoch_is_dropped(drawn_corpus):
+def test_an_incomplete_last_batch_of_an_epoch_is_dropped(batches_of, drawn_corpus):
     assert len(batches_of(drawn_corpus / "train", batch=36)) == 2 and not batches_of(
         drawn_corpus / "train", batch=100, workers=4
     )

@@ -556,16 +556,21 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("job", REFUSED)
-def test_jobs_have_help_and_refuse_bad_input_in_one_sentence(job, tmp_path):
+def test_jobs_have_help_and_refuse_bad_input_in_one_sentence(job, tmp_path, monkeypatch, capsys):
     script, (arguments, sentence) = os.path.join(ROOT, "jobs", f"{job}.py"), REFUSED[job]
-    helped = subprocess.run(
-        [sys.executable, script, "--help"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert helped.returncode == 0 and "ray job submit" in helped.stdout
+    monkeypatch.chdir(tmp_path)
+    for given, code in ((["--help"], 0), (arguments, 2)):
+        monkeypatch.setattr(sys, "argv", [script, *given])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(script, run_name="__main__")
+        printed = capsys.readouterr()
+        assert ended.value.code == code
+        assert "ray job submit" in printed.out if code == 0 else re.search(sentence, printed.err)
+    assert printed.err.count("\n") == 1 and not any(tmp_path.iterdir())
+
+
+def test_a_job_is_a_script_that_refuses_bad_input_without_a_traceback(tmp_path):
+    script, (arguments, sentence) = os.path.join(ROOT, "jobs", "train.py"), REFUSED["train"]
     done = subprocess.run(
         [sys.executable, script, *arguments],
         capture_output=True,
@@ -573,12 +578,8 @@ def test_jobs_have_help_and_refuse_bad_input_in_one_sentence(job, tmp_path):
         check=False,
         cwd=tmp_path,
     )
-    assert (
-        done.returncode == 2
-        and re.search(sentence, done.stderr)
-        and "Traceback" not in done.stderr
-        and not any(tmp_path.iterdir())
-    )
+    assert done.returncode == 2 and re.search(sentence, done.stderr)
+    assert "Traceback" not in done.stderr and not any(tmp_path.iterdir())
 
 
 def test_presets_are_listed_with_their_sizes(capsys):

@@ -111,10 +111,11 @@ def test_noised_clip_learns_which_caption_goes_with_which_image():
     from glide_ray.train.loop import Trainer
 
     trainer = Trainer(tiny_clip("workers=1", "batch=8", "learning_rate=3e-3", "warmup_steps=0"))
-    before = trainer.held_out([drawings(8)])
+    batch = drawings(8)
+    before = trainer.held_out([batch])
     for number in range(1, 121):
-        trainer.step(iter([drawings(8)]), number)
-    after = trainer.held_out([drawings(8)])
+        trainer.step(iter([batch]), number)
+    after = trainer.held_out([batch])
     assert (
         before["held_out"] > 1.8
         and after["held_out"] < before["held_out"] * 0.7

@@ -81,12 +81,12 @@ def test_intervals_have_their_nominal_coverage():
     """For two models without ties, about 95% of the intervals contain the true score."""
     truth = {"a": -40.0, "b": 40.0}
     inside = 0
-    for seed in range(60):
+    for seed in range(40):
         random = np.random.default_rng(seed)
         votes = [Vote("a", "b", float(random.random() < 1 / (1 + 10**0.2))) for _ in range(200)]
         standing = standings(votes, draws=100, seed=seed)["b"]
         inside += standing.low <= truth["b"] <= standing.high
-    assert 51 <= inside <= 60
+    assert 33 <= inside <= 40
 
 
 def test_intervals_have_their_nominal_coverage_when_raters_agree_on_pictures():
@@ -95,7 +95,7 @@ def test_intervals_have_their_nominal_coverage_when_raters_agree_on_pictures():
     Five such votes are less informative than five independent ones.
     """
     inside = 0
-    for seed in range(60):
+    for seed in range(40):
         random = np.random.default_rng(seed)
         pairs = random.random(100) < 0.5
         votes = [
@@ -105,7 +105,7 @@ def test_intervals_have_their_nominal_coverage_when_raters_agree_on_pictures():
         ]
         standing = standings(votes, draws=100, seed=seed)["b"]
         inside += standing.low <= 0 <= standing.high
-    assert 51 <= inside <= 60
+    assert 33 <= inside <= 40
 
 
 def test_an_interval_is_unbounded_if_the_votes_set_no_bound():
@@ -123,10 +123,9 @@ def test_an_interval_is_unbounded_if_the_votes_set_no_bound():
     assert found["b"].low == -np.inf and found["b"].high == pytest.approx(-found["a"].low)
     beside = standings([*votes, *[Vote("b", "c", won) for won in (1.0, 0.0) for _ in range(50)]])
     assert beside["a"].high == np.inf and np.isfinite([beside["c"].low, beside["c"].high]).all()
-    [scores_] = figures(Ballot({"photorealism": votes}))["questions"].values()
-    assert scores_["scores"]["a"]["high"] is None and "inf]" in text(
-        figures(Ballot({"photorealism": votes}))
-    )
+    counted = figures(Ballot({"photorealism": votes}))
+    [scores_] = counted["questions"].values()
+    assert scores_["scores"]["a"]["high"] is None and "inf]" in text(counted)
 
 
 def test_votes_that_determine_no_scores_are_refused_with_the_models_name():

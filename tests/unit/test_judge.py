@@ -337,12 +337,11 @@ def test_a_saved_judge_gives_the_same_verdicts(judge, cases, tmp_path):
         and loaded.accuracy == {"256": {}}
         and loaded.digest() == kept.digest()
     )
-    assert loaded.verdicts(cases, pictures) == kept.verdicts(cases, pictures)
+    found = loaded.verdicts(cases, pictures)
+    assert found == kept.verdicts(cases, pictures)
     agree = [
         first == second
-        for first, second in zip(
-            loaded.verdicts(cases, pictures), judge.verdicts(cases, pictures), strict=True
-        )
+        for first, second in zip(found, judge.verdicts(cases, pictures), strict=True)
     ]
     assert np.mean(agree) > 0.98  # 16-bit weights from the file against 32-bit weights
 

@@ -7,6 +7,7 @@ import ast
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from importlib.util import find_spec
 
@@ -47,8 +48,13 @@ MODULES = {
 }
 
 
+@cache
 def imports(path, module):
     """Absolute names of everything that a file imports, including imports inside functions."""
+    return list(_imports(path, module))
+
+
+def _imports(path, module):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -35,6 +35,7 @@ from glide_ray.train.optimizer import deepspeed_config
 SMALL = [
     "workers=1",
     "batch=4",
+    "micro_batch=4",  # or each new model's memory is planned
     "warmup_steps=3",
     "ema_rates=0.9",
     "clip_norm=0.5",
@@ -45,7 +46,13 @@ SMALL = [
     "model.unet.text.context=16",
     "model.unet.text.vocabulary=300",
 ]
-SMALL_CLIP = ["workers=1", "batch=4", "model.clip.context=16", "model.clip.vocabulary=300"]
+SMALL_CLIP = [
+    "workers=1",
+    "batch=4",
+    "micro_batch=4",
+    "model.clip.context=16",
+    "model.clip.vocabulary=300",
+]
 
 
 def preset(*settings):
@@ -543,7 +550,7 @@ def test_an_offloaded_optimizer_trains_as_one_on_the_device_does(stage, precisio
         type(offloaded.engine.optimizer.optimizer) is torch.optim.AdamW
         and offloaded.engine.zero_use_cpu_optimizer()
     )
-    assert steps(offloaded, 1, 6) == pytest.approx(steps(on_device, 1, 6), rel=1e-4)
+    assert steps(offloaded, 1, 4) == pytest.approx(steps(on_device, 1, 4), rel=1e-4)
     assert apart(masters(offloaded), masters(on_device)) < (
         0.01 if precision == "fp32" else 0.1
     ) * apart(masters(on_device), start)
