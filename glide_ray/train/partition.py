@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,8 +26,10 @@ from torch import Tensor
 
 from .. import storage
 from ..config.training import Preset
+from ..models.weights import ADAPTER
 from ..storage import StorageError, atomic_write, usual_mode
-from .checkpoint import CheckpointError, fetch, read_preset, read_progress
+from .checkpoint import CheckpointError, fetch, read_base, read_preset, read_progress
+from .trained_part import adapter_config, kept_weights
 
 FILES = "part.*.safetensors"
 # Kinds of state. The rate is appended to the kind of an EMA: "average/0.999".
@@ -178,21 +181,24 @@ def export(
     target: str | Path,
     metadata: Mapping[str, str],
     order: Sequence[str] | None = None,
+    kept: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Write one kind of state as a float32 weights file, without a GPU. Raises CheckpointError.
 
     Writes tensor by tensor, so that it needs memory for the largest tensor only. `order`: names of
-    the tensors, by default sorted.
+    the tensors, by default sorted. `kept`: tensors that are not in the checkpoint.
     """
     with CheckpointReader(folder) as parts:
         if kind not in parts.kinds:
             known = ", ".join(sorted(parts.kinds - {FIRST, SECOND}))
             raise CheckpointError(f"The checkpoint in {folder} holds no {kind}; it has {known}.")
-        names = list(order or sorted(parts.shapes))
+        shapes = {**{name: tuple(one.shape) for name, one in kept.items()}, **parts.shapes}
+        names = list(order or sorted(shapes))
         with atomic_write(target) as partial, open(partial, "wb") as file:
-            file.write(_header({name: parts.shapes[name] for name in names}, metadata))
+            file.write(_header({name: shapes[name] for name in names}, metadata))
             for name in names:
-                file.write(parts.full(kind, name).numpy().tobytes())
+                tensor = kept[name].float() if name in kept else parts.full(kind, name)
+                file.write(tensor.contiguous().numpy().tobytes())
 
 
 def export_average(
@@ -201,12 +207,16 @@ def export_average(
     rate: float | None = None,
     metadata_of: Callable[[Preset], Mapping[str, str]] | None = None,
 ) -> tuple[Preset, int, float]:
-    """Write a checkpoint's EMA as a weights file. Returns (preset, step, rate).
+    """Write a checkpoint's EMA as a weights file, or an adapter's. Returns (preset, step, rate).
 
     `rate`: by default the preset's first EMA rate. `metadata_of`: further metadata for a run of
-    this preset. Raises CheckpointError.
+    this preset. Raises CheckpointError, and WeightsError without the weights that the run keeps.
     """
-    preset = read_preset(folder)
+    preset, base = read_preset(folder), read_base(folder)
+    about, kept = "config", kept_weights(preset, base)
+    described = preset.model.model_dump_json()
+    if base and preset.train.lora_rank:
+        about, described = ADAPTER, adapter_config(preset, base).model_dump_json()
     rate, step = (
         preset.train.ema_rates[0] if rate is None else rate,
         read_progress(folder, preset)[0].step,
@@ -216,12 +226,13 @@ def export_average(
         f"{AVERAGE}/{rate:g}",
         target,
         {
-            "config": preset.model.model_dump_json(),
+            about: described,
             "step": str(step),
             "weights": "ema",
             "ema_rate": f"{rate:g}",
             **(metadata_of(preset) if metadata_of else {}),
         },
+        kept=kept,
     )
     return preset, step, rate
 

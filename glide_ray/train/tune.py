@@ -28,8 +28,8 @@ from ..models.cost import inspect
 from ..models.weights import load_config
 from ..pretrained import shipped
 from ..sampling.cascade import Cascade
-from .run_folder import METRICS, WEIGHTS, read_metrics
-from .samples import sample_grid
+from .run_folder import METRICS, read_metrics, result_of
+from .samples import files_of, sample_grid
 
 SPLIT = "data/split.json"  # what the shards in data/ were made from
 FEWEST, MOST = 4, 100_000  # pictures
@@ -89,7 +89,7 @@ def tune(
     _write_sheet(start, out, preset)
     losses = [row["held_out"] for row in read_metrics(out / METRICS) if "held_out" in row]
     return Tuned(
-        out / WEIGHTS,
+        out / result_of(preset.train),
         out / SHEET,
         report,
         len(held_out),
@@ -230,16 +230,16 @@ def _captions(shards: Path) -> list[str]:
 
 def _write_sheet(start: Path, out: Path, preset: Preset) -> None:
     """Write SHEET: each prompt with the weights before and after, from the same noise."""
-    after = out / WEIGHTS
+    result = out / result_of(preset.train)
     if preset.model.low_res_size:  # an upsampler: its input, its sample and the original
-        grids = [sample_grid(one, preset) for one in (start, after)]
+        grids = [sample_grid(one, preset) for one in (start, result)]
         sheet = np.concatenate([grid for grid in grids if grid is not None])
     else:
         prompts = list(preset.train.sample_prompts)
         upsampler = SHIPPED if preset.train.start_from == SHIPPED else None
         before_after = [
-            Cascade.load(one, upsampler=upsampler).generate(prompts, list(range(len(prompts))))
-            for one in (start, after)
+            Cascade.load(one, upsampler, loras=loras).generate(prompts, list(range(len(prompts))))
+            for one, loras in ((start, ()), files_of(result, preset))
         ]
         pictures = [picture for pair in zip(*before_after, strict=True) for picture in pair]
         labels = [f"{when}: {text}" for text in prompts for when in ("before", "after")]
