@@ -15,6 +15,7 @@ from argparse import ArgumentParser
 from glide_ray.cli.arguments import (
     add_base,
     add_device,
+    add_loras,
     add_precision,
     add_sampling,
     add_seed,
@@ -36,6 +37,7 @@ def parser() -> ArgumentParser:
     add_shared_out(parser, None)
     add_base(parser, str)
     add_upsampler(parser, f"{SHIPPED} for the base model {SHIPPED}, none for others", str)
+    add_loras(parser)
     parser.add_argument(
         "--no-upsampler",
         action="store_true",
@@ -74,7 +76,9 @@ def main() -> int:
             name: getattr(options, name)
             for name in ("base", "upsampler", "clip", "device", "precision", "seed", "per_prompt")
         }
-        config = validate(BulkConfig, {**given, "options": sample_options(options)})
+        config = validate(
+            BulkConfig, {**given, "loras": options.lora, "options": sample_options(options)}
+        )
         return dataclasses.asdict(generate(options.prompts, options.out, config, options.workers))
 
     return run("generate", work)

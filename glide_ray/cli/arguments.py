@@ -51,6 +51,23 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def rank(text: str) -> int:
+    """A whole number from 0 upwards. Raises ArgumentTypeError for anything else."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 upwards")
+    return int(text)
+
+
+def lora(text: str) -> str:
+    """An adapter as FILE or FILE:SCALE. Raises ArgumentTypeError for a scale that is no number."""
+    from ..config.lora import read_lora
+
+    try:
+        return str(read_lora(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def named_sets(arguments: list[str]) -> dict[str, str]:
     """Parse arguments NAME=FOLDER, or FOLDER named after its last part, into name -> folder.
 
@@ -216,10 +233,24 @@ def add_precision(parser: Parser) -> None:
     )
 
 
+def add_loras(parser: Parser) -> None:
+    """Add --lora, whose texts `Cascade.load` reads."""
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        type=lora,
+        metavar="FILE[:SCALE]",
+        help="adapter (LoRA) to add to the base model or the upsampler, whichever it was trained "
+        "on; 0.5 halves its effect (default: 1); may be repeated",
+    )
+
+
 def add_weights(parser: Parser) -> None:
-    """Add --base, --upsampler and --precision of a cascade on this machine."""
+    """Add --base, --upsampler, --lora and --precision of a cascade on this machine."""
     add_base(parser)
     add_upsampler(parser, f"{SHIPPED}, if it fits the size of the base model")
+    add_loras(parser)
     add_precision(parser)
 
 
@@ -327,6 +358,7 @@ def add_bulk(
     )
     add_base(parser, str)
     add_upsampler(parser, "none; pictures have the size of the base model", str)
+    add_loras(parser)
     add_sampler(parser)
     add_seed(parser, "seed of the first picture; each next one adds 1 (default: %(default)s)")
     add_device(parser)
@@ -345,4 +377,6 @@ def bulk_config(
     )
     names = ("base", "upsampler", "device", "precision", "seed")
     settings = {name: getattr(options, name) for name in names}
-    return validate(BulkConfig, {**settings, "clip": clip, "options": sampling})
+    return validate(
+        BulkConfig, {**settings, "clip": clip, "loras": options.lora, "options": sampling}
+    )

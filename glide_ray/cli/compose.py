@@ -145,7 +145,9 @@ def _load_cascade(options: Namespace) -> Cascade:
         upsampler = options.upsampler or upsampler_for(options.base)
     precision = fastest_precision() if options.precision == "auto" else options.precision
     base = locate(options.base, "base")
-    cascade = Cascade.load(base, upsampler, precision, PROMPTS_PER_CALL, batched=True)
+    cascade = Cascade.load(
+        base, upsampler, precision, PROMPTS_PER_CALL, batched=True, loras=options.lora
+    )
     if cascade.size != options.size:
         remedy = f"give --size {cascade.size}."
         if cascade.size == 64:

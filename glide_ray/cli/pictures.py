@@ -305,11 +305,25 @@ def _add_reproduce(commands: Commands) -> None:
             help=f"new location of the {model} weights, which must be unchanged (default: the "
             "location in the recipe)",
         )
+    command.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="new location of an adapter, which must be unchanged; may be repeated (default: the "
+        "location in the recipe)",
+    )
     command.add_argument("--out", type=local_path, help="PNG to write the new picture to")
 
 
 def reproduce(options: Namespace) -> None:
-    from ..sampling.recipe import find_models, read_recipe, reproduce_picture, save_picture
+    from ..sampling.recipe import (
+        find_loras,
+        find_models,
+        read_recipe,
+        reproduce_picture,
+        save_picture,
+    )
 
     check_files(options)
     recipe, inputs, before = read_recipe(options.picture)
@@ -318,7 +332,11 @@ def reproduce(options: Namespace) -> None:
     from ..sampling.cascade import Cascade
 
     cascade = Cascade.load(
-        models["base"], models.get("upsampler"), recipe.precision, clip=models.get("clip")
+        models["base"],
+        models.get("upsampler"),
+        recipe.precision,
+        clip=models.get("clip"),
+        loras=find_loras(recipe, options.lora),
     )
     result = with_step_bars(lambda progress: reproduce_picture(cascade, recipe, inputs, progress))
     print(
@@ -387,7 +405,11 @@ def _load_cascade(options: Namespace) -> Cascade:
     if not options.no_upsampler:
         upsampler = options.upsampler or upsampler_for(options.base)
     cascade = Cascade.load(
-        locate(options.base, "base"), upsampler, options.precision, clip=options.clip
+        locate(options.base, "base"),
+        upsampler,
+        options.precision,
+        clip=options.clip,
+        loras=options.lora,
     )
     _warn_of_cut(options.prompt or "", cascade)
     return cascade

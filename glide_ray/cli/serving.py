@@ -17,7 +17,9 @@ from .arguments import (
 )
 
 # Settings that have an option of their own or, for more_models, need a file
-WITH_OPTION = {"base", "upsampler", "clip", "keys", "host", "port", "precision", "more_models"}
+WITH_OPTION = {
+    *("base", "upsampler", "clip", "loras", "keys", "host", "port", "precision", "more_models"),
+}
 
 
 def add_commands(commands: Commands) -> None:
@@ -89,7 +91,7 @@ def _serve_config(options: Namespace) -> ServeConfig:
     settings = {
         name: getattr(options, name) for name in ("host", "port", "precision", "clip", "keys")
     }
-    settings["base"] = str(options.base)
+    settings |= {"base": str(options.base), "loras": options.lora}
     if options.upsampler:
         settings["upsampler"] = str(options.upsampler)
     config = override(validate(ServeConfig, settings), options.set)

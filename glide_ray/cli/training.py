@@ -17,6 +17,7 @@ from .arguments import (
     add_settings,
     local_path,
     positive,
+    rank,
     read_preset,
 )
 
@@ -127,6 +128,34 @@ def _add_tune(commands: Commands) -> None:
     command.add_argument("--caption", metavar="TEXT", help="caption of pictures without one")
     add_caption_column(command)
     command.add_argument(
+        "--lora",
+        type=rank,
+        metavar="RANK",
+        help="train an adapter of this rank (LoRA), a small file that leaves the weights as they "
+        "are; 0: train the weights (default: 8 for fewer than 200 pictures, 0 for more)",
+    )
+    command.add_argument(
+        "--prior",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="prompt of pictures that the weights make before training and must keep, such as the "
+        "kind of thing that yours is; may be repeated (prior preservation)",
+    )
+    command.add_argument(
+        "--prior-pictures",
+        type=positive,
+        default=100,
+        metavar="N",
+        help="number of pictures of --prior, over all prompts; at least as many as yours are made "
+        "(default: %(default)s)",
+    )
+    command.add_argument(
+        "--prior-corpus",
+        metavar="CORPUS",
+        help="pictures that the weights must keep, in place of --prior",
+    )
+    command.add_argument(
         "--prompt",
         action="append",
         default=[],
@@ -138,6 +167,7 @@ def _add_tune(commands: Commands) -> None:
 
 
 def tune(options: Namespace) -> None:
+    from ..train.prior import Prior
     from ..train.tune import tune
 
     def train(preset: Preset, out: Path) -> None:
@@ -159,11 +189,13 @@ def tune(options: Namespace) -> None:
         options.prompt,
         options.caption,
         options.caption_column,
+        options.lora,
+        Prior(tuple(options.prior), options.prior_pictures, options.prior_corpus),
     )
     print(
         f"{done.pictures}; {done.held_out_pictures} held out; {done.steps:,} steps: held-out loss "
-        f"{done.before:.4f} -> {done.after:.4f}\nbefore and after: {done.sheet}\nweights: "
-        f"{done.weights}"
+        f"{done.before:.4f} -> {done.after:.4f}\nbefore and after: {done.sheet}\n"
+        f"{done.what}: {done.weights}"
     )
 
 

@@ -6,7 +6,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from ..config.models import SHIPPED
-from .arguments import Commands, Parser, add_base, local_path
+from ..errors import UserError
+from .arguments import Commands, Parser, add_base, local_path, lora
 
 
 def add_commands(commands: Commands) -> None:
@@ -27,13 +28,23 @@ def _add_export(commands: Commands) -> None:
         "write the weights of a checkpoint to a file, tensor by tensor: needs no GPU and the "
         "memory of the largest tensor",
         "examples:\n  glide export runs/filtered-base --ema-rate 0.999 --out weights.safetensors\n"
-        "  glide export runs/emoji-base --half --out emoji-base.safetensors",
+        "  glide export runs/emoji-base --half --out emoji-base.safetensors\n"
+        "  glide export emoji --lora runs/mine/adapter.safetensors:0.8 --out mine.safetensors",
     )
     add_export_options(command)
     command.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        type=lora,
+        metavar="FILE[:SCALE]",
+        help="adapter to add to weights: give a weights file or emoji in place of the run; may be "
+        "repeated",
+    )
+    command.add_argument(
         "--out",
         help="weights file to write, local or s3:// (default: exported.safetensors in the folder "
-        "of the checkpoint)",
+        "of the checkpoint; with --lora merged.safetensors here)",
     )
 
 
@@ -70,6 +81,8 @@ def export(options: Namespace) -> None:
     from ..train.pack import source_metadata
     from ..train.partition import export_to
 
+    if options.lora:
+        return _export_merged(options)
     folder = Path() if is_remote(options.checkpoint) else Path(options.checkpoint)
     out = options.out or folder / "exported.safetensors"
     if options.ema_length is not None:
@@ -95,6 +108,17 @@ def _export_length(options: Namespace, out: str | Path) -> None:
         f"{out}: {preset.model.name} after step {step:,}, average of length "
         f"{options.ema_length:g}, error {error:.1%}"
     )
+
+
+def _export_merged(options: Namespace) -> None:
+    from ..train.pack import read_merged, write_half, write_whole
+
+    if options.ema_rate is not None:
+        raise UserError("--ema-rate is for runs, and --lora for weights files; leave one out.")
+    merged = read_merged(options.checkpoint, options.lora)
+    out = options.out or "merged.safetensors"
+    (write_half if options.half else write_whole)(merged, out)
+    print(f"{out}: {merged.config.name} with {merged.recipe['adapters']}")
 
 
 def _export_half(checkpoint: str, out: str | Path, ema_rate: float | None) -> None:

@@ -32,6 +32,9 @@ class BulkConfig(Frozen):
     base: str = Field(SHIPPED, description="weights of the base model")
     upsampler: str | None = Field(None, description="weights of the upsampler; none: no upsampling")
     clip: str | None = Field(None, description="weights of the CLIP for CLIP guidance")
+    loras: tuple[str, ...] = Field(
+        (), description="adapters of the base model and the upsampler, each as FILE or FILE:SCALE"
+    )
     device: Literal["auto", "cpu", "gpu"] = Field(
         "auto",
         description="device of a worker; auto: GPUs if the cluster has any; gpu: wait for "

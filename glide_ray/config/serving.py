@@ -45,6 +45,9 @@ class ServedModel(Frozen):
         SHIPPED, description="weights of the upsampler; none: pictures of the base model's size"
     )
     clip: str | None = Field(None, description="weights of the CLIP for clip_scale and best_of")
+    loras: tuple[str, ...] = Field(
+        (), description="adapters of the base model and the upsampler, each as FILE or FILE:SCALE"
+    )
     base_scale: Scale = Field(Scale(), description="replicas of the base model")
     upsampler_scale: Scale = Field(Scale(), description="replicas of the upsampler")
 

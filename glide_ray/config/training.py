@@ -22,6 +22,9 @@ SAMPLE_PROMPTS = (
 )
 
 
+PARTS = ("text", "attention", "convolutions")  # of a U-Net with its text transformer
+
+
 class TrainConfig(Frozen):
     """One training run."""
 
@@ -61,7 +64,26 @@ class TrainConfig(Frozen):
         1.0,
         ge=0,
         description="learning rate of the text transformer, in "
-        "multiples of learning_rate; 0: frozen",
+        "multiples of learning_rate; 0: unchanged, but part of checkpoints, so that a resumed run "
+        "may change it",
+    )
+    freeze: tuple[Literal["text", "attention", "convolutions"], ...] = Field(
+        (),
+        description="parts that stay as they are in start_from: text (the text transformer), "
+        "attention, convolutions (with norms and embeddings); all but attention: "
+        "text,convolutions",
+    )
+    lora_rank: int | None = Field(
+        None,
+        gt=0,
+        description="train a low-rank adapter of this rank for start_from (LoRA, Hu et al. 2021), "
+        "in all linear layers and convolutions but those of freeze; none: train the weights",
+    )
+    lora_alpha: float = Field(
+        8.0,
+        gt=0,
+        description="an adapter's change of the weights is multiplied by lora_alpha / lora_rank, "
+        "so that one learning rate suits all ranks",
     )
     clip_norm: float = Field(0.0, ge=0, description="largest norm of the gradients; 0: unlimited")
     ema_rates: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
@@ -186,6 +208,12 @@ class TrainConfig(Frozen):
                     f"train.profile_steps {self.profile_steps} ends before it begins; write "
                     "FIRST:LAST"
                 )
+        kept = "lora_rank" if self.lora_rank else "freeze" if self.freeze else ""
+        if kept and (self.start_from is None or self.objective == "clip"):
+            wrong = "a CLIP is trained whole" if self.start_from else "there are none without it"
+            raise ValueError(f"train.{kept} keeps weights of train.start_from as they are; {wrong}")
+        if len(set(self.freeze)) == len(PARTS):
+            raise ValueError("train.freeze names all parts; leave out the one to train")
         for name in ("keep_every", "sample_every"):
             every = getattr(self, name)
             if every is not None and every % self.checkpoint_every:

@@ -182,8 +182,11 @@ def _begin(requests: Sequence[PictureRequest], out: str, config: BulkConfig) -> 
     precision, and hashes of the weights, but not their paths. The first call writes it. Raises
     UserError for another job.
     """
-    model_set = ModelSet.read({role: getattr(config, role) for role in ROLES}, config.precision, "")
-    models = {role: used.sha256 for role, used in model_set.models.items()}
+    paths = {role: getattr(config, role) for role in ROLES}
+    model_set = ModelSet.read(paths, config.precision, "", config.loras)
+    models: dict[str, object] = {role: used.sha256 for role, used in model_set.models.items()}
+    if model_set.loras:
+        models["loras"] = [[used.sha256, used.scale] for used in model_set.loras]
     if config.options.clip_scale and not config.clip:
         raise UserError(
             "clip_scale asks for CLIP guidance, which needs a CLIP model; give one with it."
@@ -243,6 +246,7 @@ class Worker:
             config.precision,
             IMAGES_PER_CALL,
             local.get("clip"),
+            loras=config.loras,
         )
         self._out, self._options, self._model_set = out, config.options, ModelSet.of(self._cascade)
 

@@ -86,6 +86,7 @@ class ComposeRun:
         recipe = ModelSet.of(cascade).recipe("generate", "", self.seed, self.options)
         settings = {
             "models": {role: model.model_dump() for role, model in recipe.models.items()},
+            **({"loras": [one.model_dump() for one in recipe.loras]} if recipe.loras else {}),
             "options": recipe.options.model_dump(),
             "made_with": recipe.made_with,
             "corpus": self.corpus,

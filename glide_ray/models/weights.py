@@ -23,9 +23,18 @@ from .clip import NoisedClip
 from .layers import Network, channels_last, shapes_only
 from .unet import GlideUNet
 
+ADAPTER = "adapter"  # metadata of an adapter's file; see `adapters.py`
+
+
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
 
 class WeightsError(UserError):
     """A weights file that cannot be used."""
+
+
+def unchanged(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return state
 
 
 def save_weights(
@@ -53,6 +62,11 @@ def load_weights(path: str | Path) -> tuple[AnyModelConfig, dict[str, Tensor]]:
 def load_config(path: str | Path) -> AnyModelConfig:
     """Config of a weights file, without reading the tensors. Raises WeightsError."""
     metadata = load_metadata(path)
+    if ADAPTER in metadata:
+        raise WeightsError(
+            f"{path} is an adapter, which is added to the weights that it was trained on; give it "
+            f"with --lora."
+        )
     if "config" not in metadata:
         raise WeightsError(
             f"{path} carries no glide_ray config; only weights that glide_ray wrote can be loaded "
@@ -100,14 +114,18 @@ def build_model(config: AnyModelConfig) -> GlideUNet | NoisedClip:
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    change: Change = unchanged,
 ) -> tuple[GlideUNet | NoisedClip, AnyModelConfig]:
     """The model in eval mode, channels last, frozen, and its config.
 
-    Raises WeightsError if the weights do not fit their config.
+    `change`: of the state dict before it is loaded. Raises WeightsError if the weights do not fit
+    their config.
     """
     config, state = load_weights(path)
-    return _loaded(lambda: build_model(config), state, path, dtype, device), config
+    return _loaded(lambda: build_model(config), change(state), path, dtype, device), config
 
 
 def load_unet(
@@ -115,6 +133,7 @@ def load_unet(
     role: str,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    change: Change = unchanged,
 ) -> tuple[GlideUNet, ModelConfig]:
     """As `load_model`, for a U-Net of the role "base" or "upsampler".
 
@@ -123,7 +142,7 @@ def load_unet(
     config, state = load_weights(path)
     check_role(config, role, path)
     assert isinstance(config, ModelConfig)
-    return _loaded(lambda: build_model(config), state, path, dtype, device), config
+    return _loaded(lambda: build_model(config), change(state), path, dtype, device), config
 
 
 def load_noised_clip(path: str | Path) -> tuple[NoisedClip, ClipModelConfig]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.lora import Lora
 from ..config.models import SHIPPED
 from ..config.sampling import SampleOptions
 from ..data.images import to_8_bits, to_uint8
+from ..models.adapters import adding, check_roles, loras_of
 from ..models.clip_scorer import ClipScorer, load_critic
-from ..models.weights import check_pair, load_unet
+from ..models.weights import check_pair, load_unet, unchanged
 from ..precision import DTYPES, resolve_precision
 from ..pretrained.shipped import locate
 from .cascade_calls import CascadeCalls, CascadeImage, ScoreCall, StageCall, cascade_calls
@@ -44,6 +47,7 @@ class Cascade:
     upsampler: Stepper | None = None
     sources: Mapping[str, str | Path] = field(default_factory=dict)  # role -> loaded weights file
     precision: str = "fp32"
+    loras: tuple[Lora, ...] = ()
 
     @classmethod
     def load(
@@ -54,9 +58,12 @@ class Cascade:
         max_in_flight: int = 8,
         clip: str | Path | None = None,
         batched: bool | None = None,
+        loras: Sequence[str | Lora] = (),
     ) -> Cascade:
-        """Load weights files, on the GPU if there is one. Raises WeightsError.
+        """Load weights files, on the GPU if there is one. Raises WeightsError, ConfigError.
 
+        `loras`: adapters, as FILE or FILE:SCALE, each of which is added to the base model or to the
+        upsampler, whichever it was trained on.
         `clip` may also be the folder of a public CLIP. `batched`: up to `max_in_flight` images in
         each network call, which is faster. The default on a CPU is one image per call, so that an
         image is bit-identical whatever else is in flight. "emoji" names the shipped weights: as
@@ -68,11 +75,12 @@ class Cascade:
             locate(base, "base"),
             locate(upsampler, "upsampler") if upsampler else None,
         )
+        adapters = loras_of(loras)
+        check_roles(adapters, ("base", "upsampler") if upsampler else ("base",))
+        load = partial(load_stepper, batched=batched, loras=adapters)
         cascade = cls(
-            load_stepper(base, "base", precision, max_in_flight, clip, batched=batched),
-            load_stepper(upsampler, "upsampler", precision, max_in_flight, batched=batched)
-            if upsampler
-            else None,
+            load(base, "base", precision, max_in_flight, clip),
+            load(upsampler, "upsampler", precision, max_in_flight) if upsampler else None,
         )
         check_pair(cascade.base.config, cascade.upsampler.config if cascade.upsampler else None)
         sources = {
@@ -84,6 +92,7 @@ class Cascade:
         return replace(
             cascade,
             sources=sources,
+            loras=adapters,
             precision=next(name for name, kind in DTYPES.items() if kind == dtype),
         )
 
@@ -263,15 +272,21 @@ def load_stepper(
     clip: str | Path | None = None,
     lanes: int = 1,
     batched: bool | None = None,
+    loras: Sequence[Lora] = (),
 ) -> Stepper:
     """Load weights, by path or name, into a Stepper for `role`: "base" or "upsampler".
 
-    Raises WeightsError, also for weights of another role.
+    `loras`: adapters; those of the other role are left out. Raises WeightsError, also for weights
+    of another role.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = locate(path, role)
     model, config = load_unet(
-        path, role, DTYPES[resolve_precision(precision, device, portable=True)], device
+        path,
+        role,
+        DTYPES[resolve_precision(precision, device, portable=True)],
+        device,
+        adding(loras, role, path) if loras else unchanged,
     )
     critic = load_critic(clip, config, device) if clip else None
     dtype = next(model.parameters()).dtype

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,15 +17,17 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
+from ..config.lora import Lora
 from ..config.models import SHIPPED, AnyModelConfig, ClipModelConfig, Frozen, ModelConfig
 from ..config.sampling import SampleOptions
 from ..data.images import decode, encode, open_image
 from ..errors import UserError
+from ..models.adapters import check_roles, loras_of, read_adapters
 from ..models.clip_scorer import check_clip, fetch_clip
 from ..models.weights import check_pair, check_role, load_config, load_metadata
 from ..pretrained import shipped
 from ..pretrained.card import Source, sources_in, union
-from ..storage import fingerprint, put, read
+from ..storage import exists, fetch, fingerprint, put, read
 from .cascade import Cascade, Progress
 
 CHUNK = "glide_ray"  # keyword of the PNG text chunk; inputs have chunks named CHUNK.NAME
@@ -48,6 +50,23 @@ class ModelUsed(Frozen):
     sha256: str
 
 
+class LoraUsed(Frozen):
+    """An adapter that was added to the models of an image.
+
+    `path` and `sha256`: as those of `ModelUsed`. `scale`: its strength.
+    """
+
+    path: str
+    sha256: str
+    scale: float
+
+    @classmethod
+    def of(cls, lora: Lora, path: str | None = None) -> LoraUsed:
+        """`path`: to record, by default the adapter's own."""
+        sha256 = fingerprint(fetch(lora.path))
+        return cls(path=lora.path if path is None else path, sha256=sha256, scale=lora.scale)
+
+
 class Recipe(Frozen):
     """How one image was made, with a value for every option."""
 
@@ -58,6 +77,7 @@ class Recipe(Frozen):
     strength: float = 1.0
     precision: str  # fp32, bf16 or fp16; auto: a server chose it by device
     models: dict[str, ModelUsed]  # by role: base, upsampler, clip
+    loras: tuple[LoraUsed, ...] = ()
     made_with: str  # versions and device, to explain a difference when reproducing
 
 
@@ -71,14 +91,23 @@ class ModelSet:
     precision: str
     made_with: str
     sources: tuple[Source, ...] = ()  # origins of the training images, if the weights name them
+    loras: tuple[LoraUsed, ...] = ()
 
     @classmethod
-    def read(cls, paths: Mapping[str, str | None], precision: str, device: str) -> ModelSet:
+    def read(
+        cls,
+        paths: Mapping[str, str | None],
+        precision: str,
+        device: str,
+        loras: Sequence[str] = (),
+    ) -> ModelSet:
         """Read weights by role (local path, s3:// URL or name) without loading their tensors.
 
-        Leaves the paths out of the recipes. Raises WeightsError or StorageError if a file is
-        missing, broken, of the wrong role, or incompatible with another.
+        `loras`: adapters as FILE or FILE:SCALE. Leaves the paths out of the recipes. Raises
+        UserError if a file is missing, broken, of the wrong role, or incompatible with another.
         """
+        added = loras_of(loras)
+        check_roles(added, [role for role, path in paths.items() if path])
         configs: dict[str, AnyModelConfig] = {}
         used: dict[str, ModelUsed] = {}
         sources: list[tuple[Source, ...]] = []
@@ -90,6 +119,7 @@ class ModelSet:
                 configs[role] = load_config(local)
                 check_role(configs[role], role, path)
                 sources.append(sources_in(load_metadata(local), path))
+                read_adapters(added, role, local)
             name = configs[role].name if role in configs else "public CLIP"
             used[role] = ModelUsed(name=name, path="", sha256=fingerprint(local))
         base, upsampler, clip = (configs.get(role) for role in ("base", "upsampler", "clip"))
@@ -104,7 +134,8 @@ class ModelSet:
             used,
             precision,
             versions(device),
-            union(*sources),
+            union(*sources, *map(_sources_of, added)),
+            tuple(LoraUsed.of(lora, "") for lora in added),
         )
 
     @classmethod
@@ -127,10 +158,17 @@ class ModelSet:
                 sources_in(load_metadata(path), path)
                 for path in cascade.sources.values()
                 if Path(path).is_file()
-            )
+            ),
+            *map(_sources_of, cascade.loras),
         )
         return cls(
-            base, upsampler, models, cascade.precision, versions(cascade.base.device.type), sources
+            base,
+            upsampler,
+            models,
+            cascade.precision,
+            versions(cascade.base.device.type),
+            sources,
+            tuple(map(LoraUsed.of, cascade.loras)),
         )
 
     def recipe(
@@ -160,8 +198,13 @@ class ModelSet:
             strength=strength,
             precision=self.precision,
             models=models,
+            loras=self.loras,
             made_with=self.made_with,
         )
+
+
+def _sources_of(lora: Lora) -> tuple[Source, ...]:
+    return sources_in(load_metadata(fetch(lora.path)), lora.path)
 
 
 def png_text(recipe: Recipe, inputs: Mapping[str, np.ndarray] | None = None) -> dict[str, str]:
@@ -243,6 +286,25 @@ def find_models(recipe: Recipe, elsewhere: Mapping[str, Path | None]) -> dict[st
             )
         found[role] = path
     return found
+
+
+def find_loras(recipe: Recipe, elsewhere: Sequence[str]) -> tuple[Lora, ...]:
+    """Find a recipe's adapters: among the files `elsewhere`, or at the recorded paths.
+
+    Raises RecipeError if one is in neither.
+    """
+    found = []
+    for used in recipe.loras:
+        files = [path for path in (*elsewhere, used.path) if path and exists(path)]
+        same = [path for path in files if fingerprint(fetch(path)) == used.sha256]
+        if not same:
+            name = used.path or "An adapter of the picture"
+            raise RecipeError(
+                f"{name} (SHA-256 {used.sha256[:16]}...) is not there, or has changed; give the "
+                "path of the right file with --lora."
+            )
+        found.append(Lora(path=same[0], scale=used.scale))
+    return tuple(found)
 
 
 def _path_of(role: str, model: ModelUsed, elsewhere: Path | None) -> Path:

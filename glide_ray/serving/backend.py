@@ -67,6 +67,7 @@ class ModelInfo:
             {role: getattr(config, role) for role in ("base", "upsampler", "clip")},
             precision,
             "server",
+            config.loras,
         )
         return cls(name or model_set.base.name, config, model_set)
 

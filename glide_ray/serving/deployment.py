@@ -23,6 +23,7 @@ from ray.serve.config import AutoscalingConfig
 from ..config.overrides import validate
 from ..config.serving import Scale, ServeConfig
 from ..errors import UserError
+from ..models.adapters import loras_of
 from ..pretrained import shipped
 from ..sampling.checks import TIMESTEPS
 from ..storage import absolute
@@ -100,6 +101,9 @@ def _stages(
     """Deployments of a model's base stage and, if it has one, its upsampler stage."""
     settings = model.config
     base, upsampler = kinds
+    loras = tuple(
+        lora.model_copy(update={"path": absolute(lora.path)}) for lora in loras_of(settings.loras)
+    )
     stages = [(base, settings.base_scale, settings.base, settings.clip)]
     if settings.upsampler is not None:
         stages.append((upsampler, settings.upsampler_scale, settings.upsampler, None))
@@ -112,6 +116,7 @@ def _stages(
             config.precision,
             config.max_in_flight,
             clip and absolute(clip),
+            loras,
         )
         for kind, scale, path, clip in stages
     )

@@ -9,13 +9,14 @@ import asyncio
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from ray import serve
 
+from ..config.lora import Lora
 from ..config.sampling import SampleOptions
 from ..data.images import to_tensor, to_uint8
 from ..models.clip_scorer import fetch_clip
@@ -49,7 +50,13 @@ class Stage(ABC):
     niceness: int  # of the process on a CPU; lower for the later stage, which finishes images
 
     def __init__(
-        self, model: str, path: str, precision: str, max_in_flight: int, clip: str | None = None
+        self,
+        model: str,
+        path: str,
+        precision: str,
+        max_in_flight: int,
+        clip: str | None = None,
+        loras: Sequence[Lora] = (),
     ):
         if not torch.cuda.is_available():
             # Stages share all cores, however many Ray assigns to each: with lanes, stages do not
@@ -58,7 +65,13 @@ class Stage(ABC):
             os.nice(self.niceness)
         local = shipped.fetch(path, self.role)
         stepper = load_stepper(
-            local, self.role, precision, max_in_flight, fetch_clip(clip) if clip else None, LANES
+            local,
+            self.role,
+            precision,
+            max_in_flight,
+            fetch_clip(clip) if clip else None,
+            LANES,
+            loras=loras,
         )
         self.config, self.critic, self.device = stepper.config, stepper.critic, stepper.device
         stepper.warm(self._warm_up_request())

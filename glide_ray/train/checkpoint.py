@@ -3,6 +3,7 @@
 OUT/checkpoints/STEP-START/   STEP has nine digits; START is the id of the start that wrote it
     preset.json               config of the run
     progress.json             step, epoch, rows, Adam's step count and the loss scale
+    base.json                 weights that the run keeps as they are, if it trains not all of them
     part.RANK.safetensors     each rank's shard of weights, EMA and Adam's moments (`partition.py`)
     complete.json             bytes and SHA-256 of every file; written last: a folder without it
                               is not a checkpoint
@@ -23,7 +24,9 @@ from ..config.training import Preset
 from ..errors import UserError
 
 CHECKPOINTS, COMPLETE, SET_ASIDE = "checkpoints", "complete.json", "set_aside.json"
+BASE = "base.json"
 Manifest = dict[str, tuple[int, str]]  # file name -> bytes, SHA-256
+Base = dict[str, str]  # name and sha256 of weights that a run keeps as they are, in part or whole
 
 
 class CheckpointError(UserError):
@@ -40,10 +43,20 @@ class TrainingPosition:
 
 
 def write_progress(
-    folder: Path, preset: Preset, progress: TrainingPosition, optimizer: dict[str, Any]
+    folder: Path,
+    preset: Preset,
+    progress: TrainingPosition,
+    optimizer: dict[str, Any],
+    base: Base | None = None,
 ) -> None:
+    """Write the small files of a checkpoint.
+
+    `base`: the weights whose unchanged parts, or all of them, are not in the checkpoint.
+    """
     (folder / "preset.json").write_text(preset.model_dump_json(indent=1))
     (folder / "progress.json").write_text(json.dumps({**asdict(progress), "optimizer": optimizer}))
+    if base:
+        (folder / BASE).write_text(json.dumps(base))
 
 
 def read_progress(folder: Path, preset: Preset) -> tuple[TrainingPosition, dict[str, Any]]:
@@ -67,6 +80,15 @@ def read_progress(folder: Path, preset: Preset) -> tuple[TrainingPosition, dict[
         "model.",
     )
     return progress, optimizer
+
+
+def read_base(folder: Path) -> Base | None:
+    """The weights that a checkpoint is to be used with; None if it holds all. See `Base`."""
+    try:
+        base: Base = json.loads((folder / BASE).read_text())
+        return base
+    except (OSError, ValueError):
+        return None
 
 
 def read_preset(folder: Path) -> Preset:

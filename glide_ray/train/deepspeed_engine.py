@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .partition import FIRST, SECOND, ParamSlice, put_slice
+from .trained_part import trained_parameters
 
 # Smallest fp16 loss scale: a smaller one would shrink the gradients below their true size.
 MIN_LOSS_SCALE = 1.0
@@ -78,17 +79,18 @@ def masters(engine) -> list[Tensor]:
         tensors = getattr(engine.optimizer, attribute, None)
         if tensors:
             return list(tensors)
-    return list(engine.module.parameters())  # stage 0 in float32
+    return list(trained_parameters(engine.module).values())  # stage 0 in float32
 
 
 def param_slices(engine) -> list[ParamSlice]:
-    """This rank's slices of the parameters.
+    """This rank's slices of the trained parameters.
 
-    All ranks together cover every parameter once; under stage 0 each rank covers all of them.
+    All ranks together cover each once; under stage 0 each rank covers all of them.
     """
     found = []
     place = {id(tensor): number for number, tensor in enumerate(masters(engine))}
-    for name, parameter in engine.module.named_parameters():
+    parameter: Any  # with DeepSpeed's attributes
+    for name, parameter in trained_parameters(engine.module).items():
         if hasattr(parameter, "ds_id"):  # stage 3: equal slices on every rank, the last padded
             master, offset, length = engine.optimizer.grad_position[
                 engine.optimizer.get_param_id(parameter)

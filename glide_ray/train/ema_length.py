@@ -20,6 +20,7 @@ from ..storage import atomic_write
 from .checkpoint import CheckpointError, Checkpoints, fetch, read_preset, read_progress
 from .ema import LENGTH, exponent
 from .partition import AVERAGE, CheckpointReader, local_target, write_weights
+from .trained_part import keeps_weights
 
 # Largest part of a profile, by its norm, that the checkpoints' averages may fail to reproduce.
 LARGEST_ERROR = 0.1
@@ -79,6 +80,10 @@ def export_length(
         raise CheckpointError(f"{run} has no complete checkpoint; give the folder of a run.")
     folders = [fetch(entry) for entry in entries]
     preset = read_preset(folders[-1])
+    if keeps_weights(preset.train):
+        raise CheckpointError(
+            f"The checkpoints of {run} hold only the part that it trains; export with --ema-rate."
+        )
     found = [one for folder in folders for one in _snapshots(folder)]
     if not found:
         raise CheckpointError(

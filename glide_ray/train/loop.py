@@ -17,15 +17,13 @@ import torch.distributed as dist
 from ..config.training import Preset
 from ..diffusion.schedule import make_schedule
 from ..models.layers import shapes_only
-from ..models.unet import GlideUNet
-from ..models.weights import build_model, check_shapes, load_weights, with_known_channels
+from ..models.weights import build_model
 from ..precision import training_precision
-from ..pretrained import shipped
 from ..tensors import Batch, to_device_async
 from . import deepspeed_engine as internals
 from . import partition
 from .batch_split import BatchSplit
-from .checkpoint import TrainingPosition, read_progress, write_progress
+from .checkpoint import TrainingPosition, read_base, read_progress, write_progress
 from .collectives import all_gather_object, broadcast_object
 from .ema import Ema
 from .hardware import USABLE_GPU_MEMORY, cpu_budget
@@ -35,6 +33,7 @@ from .objectives import by_quartile, draw, held_out_sums, images_in, mix, object
 from .optimizer import FACTOR, deepspeed_config, learning_rate, parameter_groups, speed_up
 from .step_clock import DATA, FORWARD, StepClock
 from .steps import Metrics, norm_figures
+from .trained_part import check_base, prepare, starting_state, trained_parameters
 
 
 class Trainer:
@@ -69,6 +68,8 @@ class Trainer:
             model = model.to_empty(device="cpu")
         model.activation_checkpointing = train.activation_checkpointing
         speed_up(model, train, self.device)
+        self.base = prepare(model, preset)
+        self._first = _copies(model) if self.base else {}
         self.engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups(model, train),
@@ -194,14 +195,12 @@ class Trainer:
         Writes them to the float32 masters, so that they are exact: DeepSpeed has made the masters
         from the 16-bit network.
         """
-        path, module = self.preset.train.start_from, self.engine.module
-        if not path:
+        if not self.preset.train.start_from:
             return
-        _, state = load_weights(shipped.fetch(path, self.preset.model.role))
-        state = (
-            with_known_channels(state, module.config) if isinstance(module, GlideUNet) else state
+        state = self._first or starting_state(
+            self.preset, self.engine.module, internals.full_shapes(self.engine)
         )
-        check_shapes(state, internals.full_shapes(self.engine), path)
+        self._first = {}
         internals.set_masters(self.engine, self.param_slices, state)
         self.ema.restart()
 
@@ -211,7 +210,8 @@ class Trainer:
         slices = self.param_slices if self.preset.train.zero_stage or self.rank == 0 else []
         partition.save_part(partition.part_path(folder, self.rank), slices, self.state())
         if self.rank == 0:
-            write_progress(folder, self.preset, self.progress, self._optimizer_state())
+            state = self._optimizer_state()
+            write_progress(folder, self.preset, self.progress, state, self.base)
 
     def load(self, folder: Path) -> None:
         """Resume from a checkpoint written with any number of workers and any ZeRO stage.
@@ -219,6 +219,7 @@ class Trainer:
         Raises CheckpointError.
         """
         self.progress, optimizer = read_progress(folder, self.preset)
+        check_base(self.base, read_base(folder), self.preset)
         partition.load_parts(folder, self.param_slices, self.state())
         internals.refresh(self.engine)
         internals.set_adam_steps(self.engine, optimizer["adam_steps"])
@@ -230,3 +231,8 @@ class Trainer:
             "adam_steps": internals.adam_steps(self.engine),
             "loss_scale": internals.scaler_state(self.engine) if self.precision == "fp16" else {},
         }
+
+
+def _copies(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What the run trains, in float32, before DeepSpeed rounds it to the network's precision."""
+    return {name: one.detach().clone() for name, one in trained_parameters(model).items()}

@@ -11,6 +11,7 @@ from ..config.training import TrainConfig
 from ..errors import ConfigError
 from ..models.unet import GlideUNet
 from .batch_split import BatchSplit
+from .trained_part import trained_parameters
 
 # Dynamic loss scaling (sec. 4.1: traditional loss scaling): a step whose gradients overflow is
 # skipped, and the scale halved.
@@ -92,14 +93,14 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 
 
 def parameter_groups(model: torch.nn.Module, train: TrainConfig) -> list[dict]:
-    """The optimizer's parameter groups, without empty ones.
+    """The optimizer's parameter groups of what is trained, without empty ones.
 
     Gains and biases have no weight decay (Radford et al. 2021, sec. 2.5). The trainer multiplies
     a group's learning rate by its FACTOR, which the text transformer has if `train.text_rate` is
     not 1.
     """
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained_parameters(model).items():
         decays = not train.weight_decay or parameter.dim() > 1
         own_rate = train.text_rate != 1 and name.startswith("text.")
         groups.setdefault((own_rate, not decays), []).append(parameter)

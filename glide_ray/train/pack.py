@@ -9,7 +9,7 @@ import json
 import logging
 import struct
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -20,12 +20,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .. import storage
+from ..config.lora import Lora
 from ..config.models import SHIPPED, AnyModelConfig, Frozen, ModelConfig
 from ..config.training import Preset
 from ..data.card import CARD as CORPUS_CARD
 from ..data.card import read_card as read_corpus_card
 from ..data.patterns import folders
 from ..errors import UserError
+from ..models.adapters import adding, check_roles, loras_of, read_config
 from ..models.weights import check_pair, check_role, load_metadata, load_weights
 from ..pretrained import shipped
 from ..pretrained.card import (
@@ -101,6 +103,22 @@ def read_trained(
 def _read_file(path: Path) -> Trained:
     metadata = load_metadata(path)
     return Trained(*load_weights(path), sources_in(metadata, path), recipe_in(metadata, path))
+
+
+def read_merged(weights: str | Path, loras: Sequence[str | Lora]) -> Trained:
+    """Read weights, by path or name, and add adapters of them. Raises UserError."""
+    added = loras_of(loras)
+    role = read_config(added[0].path).role
+    check_roles(added, (role,))
+    path = shipped.fetch(weights, role)
+    found = _read_file(path)
+    state = {
+        name: tensor.float().contiguous()
+        for name, tensor in adding(added, role, path)(dict(found.state)).items()
+    }
+    sources = [sources_in(load_metadata(storage.fetch(one.path)), one.path) for one in added]
+    recipe = {**found.recipe, "adapters": ", ".join(map(str, added))}
+    return Trained(found.config, state, union(found.sources, *sources), recipe)
 
 
 def _read_run(checkpoint: str, ema_rate: float | None) -> Trained:
@@ -192,11 +210,16 @@ def write_half(trained: Trained, path: str | Path) -> None:
     Raises PackError if a value overflows float16.
     """
     state = {name: _half(name, tensor) for name, tensor in trained.state.items()}
+    write_whole(replace(trained, state=state), path)
+
+
+def write_whole(trained: Trained, path: str | Path) -> None:
+    """As `write_half`, in the number format of the tensors."""
     metadata = {
         "config": trained.config.model_dump_json(),
         **to_metadata(trained.sources, trained.recipe),
     }
-    storage.put(_sorted_metadata(save(state, metadata)), path)
+    storage.put(_sorted_metadata(save(dict(trained.state), metadata)), path)
 
 
 def _half(name: str, tensor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,17 +29,20 @@ from torch import Tensor
 
 from .. import storage
 from ..config.training import Preset
+from ..models.weights import ADAPTER
 from ..storage import StorageError, atomic_write, usual_mode
 from .checkpoint import (
     COMPLETE,
     CheckpointError,
     Manifest,
     fetch,
+    read_base,
     read_preset,
     read_progress,
     verify,
 )
 from .collectives import from_rank_0
+from .trained_part import adapter_config, kept_weights
 
 FILES = "part.*.safetensors"
 HEADERS_AT_ONCE = 16  # headers of part files that are read from s3:// at once
@@ -245,19 +249,25 @@ def export(
     target: str | Path,
     metadata: Mapping[str, str],
     order: Sequence[str] | None = None,
+    kept: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Write one kind of state as a float32 weights file, without a GPU. Raises CheckpointError.
 
     Writes tensor by tensor, so that it needs memory for the largest tensor only. `order`: names of
-    the tensors, by default sorted.
+    the tensors, by default sorted. `kept`: tensors that are not in the checkpoint.
     """
     with CheckpointReader(folder) as parts:
         if kind not in parts.kinds:
             known = ", ".join(sorted(parts.kinds - {FIRST, SECOND}))
             raise CheckpointError(f"The checkpoint in {folder} holds no {kind}; it has {known}.")
-        shapes = {name: parts.shapes[name] for name in order or sorted(parts.shapes)}
+        shapes = {**{name: tuple(one.shape) for name, one in kept.items()}, **parts.shapes}
+        shapes = {name: shapes[name] for name in order or sorted(shapes)}
+
+        def tensor_of(name: str) -> Tensor:
+            return kept[name].float() if name in kept else parts.full(kind, name)
+
         with atomic_write(target) as partial:
-            write_weights(partial, shapes, lambda name: parts.full(kind, name), metadata)
+            write_weights(partial, shapes, tensor_of, metadata)
 
 
 def write_weights(
@@ -270,7 +280,7 @@ def write_weights(
     with open(path, "wb") as file:
         file.write(_header(shapes, metadata))
         for name in shapes:
-            file.write(tensor_of(name).numpy().tobytes())
+            file.write(tensor_of(name).contiguous().numpy().tobytes())
 
 
 def export_average(
@@ -279,12 +289,16 @@ def export_average(
     rate: float | None = None,
     metadata_of: Callable[[Preset], Mapping[str, str]] | None = None,
 ) -> tuple[Preset, int, float]:
-    """Write a checkpoint's EMA as a weights file. Returns (preset, step, rate).
+    """Write a checkpoint's EMA as a weights file, or an adapter's. Returns (preset, step, rate).
 
     `rate`: by default the preset's first EMA rate. `metadata_of`: further metadata for a run of
-    this preset. Raises CheckpointError.
+    this preset. Raises CheckpointError, and WeightsError without the weights that the run keeps.
     """
-    preset = read_preset(folder)
+    preset, base = read_preset(folder), read_base(folder)
+    about, kept = "config", kept_weights(preset, base)
+    described = preset.model.model_dump_json()
+    if base and preset.train.lora_rank:
+        about, described = ADAPTER, adapter_config(preset, base).model_dump_json()
     rate, step = (
         preset.train.ema_rates[0] if rate is None else rate,
         read_progress(folder, preset)[0].step,
@@ -294,12 +308,13 @@ def export_average(
         f"{AVERAGE}/{rate:g}",
         target,
         {
-            "config": preset.model.model_dump_json(),
+            about: described,
             "step": str(step),
             "weights": "ema",
             "ema_rate": f"{rate:g}",
             **(metadata_of(preset) if metadata_of else {}),
         },
+        kept=kept,
     )
     return preset, step, rate
 

@@ -7,7 +7,7 @@ events.log             events of the run, such as restarts
 failure.log            traceback of the error that ended the run, if one did
 checkpoints/           see `checkpoint.py`
 profile/               trace and table of `train.profile_steps`
-weights.safetensors    EMA weights, written at the end
+weights.safetensors    EMA weights, written at the end; adapter.safetensors if an adapter is trained
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import logging
 from pathlib import Path
 
 from .. import storage
-from ..config.training import Preset
+from ..config.training import Preset, TrainConfig
 from ..data import patterns
 from ..pretrained import shipped
 from .checkpoint import CheckpointError, Checkpoints, differences
@@ -32,6 +32,7 @@ METRICS, EVENTS, TRACE, RUN, WEIGHTS, PRESET = (
     "weights.safetensors",
     "preset.json",
 )
+ADAPTER = "adapter.safetensors"
 # Settings of training that may differ when a run resumes. RESUMABLE ones do not change the loss
 # (except CLIP's, which is reported); RETUNABLE ones do, but fit the state of any run of the model.
 # So do all settings of the data and of sampling.
@@ -121,7 +122,13 @@ def go_back(out: str | Path, step: int) -> None:
     for entry in later:
         log.info(f"the checkpoint of step {entry.step:,} is set aside: {entry.path}")
     if later:
-        storage.remove(f"{out}/{WEIGHTS}")
+        for name in (WEIGHTS, ADAPTER):
+            storage.remove(f"{out}/{name}")
+
+
+def result_of(train: TrainConfig) -> str:
+    """Name of the file with the result of a run."""
+    return ADAPTER if train.lora_rank else WEIGHTS
 
 
 def save_profile(out: str, name: str, file: Path) -> None:

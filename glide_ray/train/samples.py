@@ -12,14 +12,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..config.lora import Lora
 from ..config.training import Preset
 from ..data.images import to_uint8
 from ..data.tokenizer import Tokenizer
 from ..data.transforms import held_out_batches
 from ..diffusion.schedule import make_schedule
 from ..evaluation.report import contact_sheet, show_hole
+from ..models.adapters import adding, is_adapter
 from ..models.weights import load_config, load_metadata, load_model
 from ..precision import DTYPES, resolve_precision
+from ..pretrained import shipped
 from ..progress import Progress
 from ..sampling.cascade import load_stepper
 from ..sampling.request import SampleRequest
@@ -43,10 +46,11 @@ def sample_grid(
     sample from the first held-out images: each row shows their input, the sample and the original.
     Uses the GPU if there is one. Raises WeightsError, ShardError, StorageError.
     """
-    config = load_config(weights)
-    if config.role == "clip":
+    if preset.model.role == "clip":
         return None
-    stepper = load_stepper(weights, config.role, _precision(preset))
+    whole, loras = files_of(weights, preset)
+    config = load_config(whole)
+    stepper = load_stepper(whole, config.role, _precision(preset), loras=loras)
     shown = (
         _from_held_out
         if config.low_res_size or config.inpaint and not preset.data.generate_rate
@@ -67,7 +71,8 @@ def held_out_of_average(
     StorageError.
     """
     dtype = DTYPES[resolve_precision(_precision(preset), _device(), portable=True)]
-    model, config = load_model(weights, dtype, _device())
+    whole, loras = files_of(weights, preset)
+    model, config = load_model(whole, dtype, _device(), adding(loras, preset.model.role, whole))
     data = (
         preset.data
         if images is None
@@ -99,6 +104,18 @@ def held_out_of_average(
         "average_held_out" if name == "loss" else f"average_held_out_{name}": float(value / count)
         for name, value in sums.items()
     }
+
+
+def files_of(weights: Path, preset: Preset) -> tuple[Path, tuple[Lora, ...]]:
+    """The whole weights of a run's file, and the adapters to add to them.
+
+    A run that trains an adapter has whole weights in `start_from` only. Raises WeightsError.
+    """
+    if not is_adapter(weights):
+        return weights, ()
+    assert preset.train.start_from
+    whole = shipped.fetch(preset.train.start_from, preset.model.role)
+    return whole, (Lora(path=str(weights)),)
 
 
 # -- prompts and pictures --------------------------------------------------------------------------

@@ -14,13 +14,11 @@ from torch import Tensor
 
 from ..config.training import Preset
 from ..diffusion.schedule import make_schedule
-from ..models.unet import GlideUNet
-from ..models.weights import build_model, check_shapes, load_weights, with_known_channels
+from ..models.weights import build_model
 from ..precision import DTYPES, single_precision
-from ..pretrained import shipped
 from ..tensors import Batch, to_device_async
 from .batch_split import BatchSplit
-from .checkpoint import TrainingPosition, read_progress, write_progress
+from .checkpoint import TrainingPosition, read_base, read_progress, write_progress
 from .ema import Ema
 from .nonfinite import TrainingError, remedy
 from .objectives import by_quartile, draw, held_out_sums, images_in, mix, objective_of
@@ -38,6 +36,7 @@ from .partition import (
 )
 from .step_clock import DATA, FORWARD, StepClock
 from .steps import Metrics, norm_figures
+from .trained_part import check_base, prepare, starting_state, trained_parameters
 
 SKIPPED = 20  # consecutive steps with non-finite gradients before the run is stopped
 
@@ -64,14 +63,16 @@ class SingleTrainer:
         model = build_model(preset.model).to(self.device)
         model.activation_checkpointing = train.activation_checkpointing
         speed_up(model, train, self.device)
-        self.names = [name for name, _ in model.named_parameters()]
+        self.base = prepare(model, preset)
+        trained = trained_parameters(model)
+        self.names, self.parameters = list(trained), list(trained.values())
         dtype = DTYPES[self.precision]
         masters: list[Tensor] = [
-            parameter.detach().float().clone().requires_grad_() for parameter in model.parameters()
+            parameter.detach().float().clone().requires_grad_() for parameter in self.parameters
         ]
         self.network = model.to(dtype)
         # A float32 network's parameters are its masters.
-        self.masters: list[Tensor] = list(model.parameters()) if dtype == torch.float32 else masters
+        self.masters: list[Tensor] = list(self.parameters) if dtype == torch.float32 else masters
         self.optimizer = self._optimizer(model)
         self.ema = Ema(self.masters, train.ema_rates, train.ema_lengths)
         self.progress = TrainingPosition()
@@ -82,7 +83,7 @@ class SingleTrainer:
         """AdamW over the masters, in the parameter groups of their parameters."""
         master_of = {
             id(parameter): master
-            for parameter, master in zip(model.parameters(), self.masters, strict=True)
+            for parameter, master in zip(self.parameters, self.masters, strict=True)
         }
         groups = [
             {**group, "params": [master_of[id(parameter)] for parameter in group["params"]]}
@@ -139,9 +140,8 @@ class SingleTrainer:
 
         Skips the step if the gradients are not finite.
         """
-        parameters = list(self.network.parameters())
-        if self.masters[0] is not parameters[0]:
-            for master, parameter in zip(self.masters, parameters, strict=True):
+        if self.masters[0] is not self.parameters[0]:
+            for master, parameter in zip(self.masters, self.parameters, strict=True):
                 master.grad = None if parameter.grad is None else parameter.grad.float()
                 parameter.grad = None
         norm = torch.nn.utils.get_total_norm(
@@ -168,7 +168,7 @@ class SingleTrainer:
     @torch.no_grad()
     def refresh(self) -> None:
         """Update the network's weights from the masters."""
-        parameters: list[Tensor] = list(self.network.parameters())
+        parameters: list[Tensor] = list(self.parameters)
         if self.masters[0] is not parameters[0]:
             torch._foreach_copy_(parameters, self.masters)
 
@@ -235,20 +235,9 @@ class SingleTrainer:
 
     def start(self) -> None:
         """Load the weights to fine-tune, if any. Raises WeightsError if their shapes differ."""
-        path = self.preset.train.start_from
-        if not path:
+        if not self.preset.train.start_from or self.base:  # `prepare` has loaded them
             return
-        _, state = load_weights(shipped.fetch(path, self.preset.model.role))
-        state = (
-            with_known_channels(state, self.network.config)
-            if isinstance(self.network, GlideUNet)
-            else state
-        )
-        check_shapes(
-            state,
-            {name: parameter.shape for name, parameter in self.network.named_parameters()},
-            path,
-        )
+        state = starting_state(self.preset, self.network)
         with torch.no_grad():
             for name, master in zip(self.names, self.masters, strict=True):
                 master.copy_(state[name])
@@ -260,11 +249,13 @@ class SingleTrainer:
         state = self.state()
         save_part(part_path(folder, 0), self.param_slices(), state)
         steps = float(self.optimizer.state[self.masters[0]]["step"])
-        write_progress(folder, self.preset, self.progress, {"adam_steps": steps, "loss_scale": {}})
+        optimizer = {"adam_steps": steps, "loss_scale": {}}
+        write_progress(folder, self.preset, self.progress, optimizer, self.base)
 
     def load(self, folder: Path) -> None:
         """Resume from a checkpoint written with any number of workers. Raises CheckpointError."""
         self.progress, optimizer = read_progress(folder, self.preset)
+        check_base(self.base, read_base(folder), self.preset)
         load_parts(folder, self.param_slices(), self.state())
         for master in self.masters:
             self.optimizer.state[master]["step"].fill_(optimizer["adam_steps"])

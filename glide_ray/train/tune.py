@@ -28,8 +28,9 @@ from ..models.cost import inspect
 from ..models.weights import load_config
 from ..pretrained import shipped
 from ..sampling.cascade import Cascade
-from .run_folder import METRICS, WEIGHTS, read_metrics
-from .samples import sample_grid
+from .prior import Prior, corpus_of, equal_mixture
+from .run_folder import ADAPTER, METRICS, read_metrics, result_of
+from .samples import files_of, sample_grid
 
 SPLIT = "data/split.json"  # what the shards in data/ were made from
 FEWEST, MOST = 4, 100_000  # pictures
@@ -39,6 +40,8 @@ HELD_OUT_SHARE, MOST_HELD_OUT = 0.1, 256
 SEEN = 400
 LARGE = 100e6  # parameters of a model that takes the small learning rate
 RATES = {True: 2e-5, False: 3e-4}  # large model or not: learning rate at a batch of 64
+FEW, RANK = 200, 8  # below so many pictures an adapter is trained; its rank
+LORA_RATE = 18  # learning rate of an adapter, in multiples of that of the weights
 PROMPTS = 2  # captions of held-out pictures on the sheets, and of pictures in training
 SHEET = "before_after.png"
 
@@ -55,6 +58,10 @@ class Tuned:
     before: float
     after: float
 
+    @property
+    def what(self) -> str:
+        return "adapter" if self.weights.name == ADAPTER else "weights"
+
 
 def tune(
     weights: str,
@@ -65,12 +72,16 @@ def tune(
     prompts: Sequence[str] = (),
     caption: str | None = None,
     column: str | None = None,
+    lora: int | None = None,
+    prior: Prior | None = None,
 ) -> Tuned:
     """Fine-tune `weights` (a file or "emoji") on the pictures of a corpus; the same call resumes.
 
     `train`: trains a preset into a folder, such as `train_alone`. `settings`: overrides of the
     preset. `prompts`: of the sheets, by default captions of pictures. `caption`: of pictures
-    without one. `column`: field or column of captions. Raises UserError.
+    without one. `column`: field or column of captions. `lora`: rank of the adapter; 0: train the
+    weights themselves; None: by the number of pictures. `prior`: pictures to keep. Raises
+    UserError.
     """
     out = Path(storage.absolute(out))
     start = shipped.fetch(weights, "base")
@@ -80,7 +91,8 @@ def tune(
     storage.check_writable(out)
     report = _split(folder, out, config.image_size, caption, column)
     held_out, known = (_captions(out / "data" / name) for name in ("held_out", "train"))
-    preset = tuning_preset(config, weights, out, report.kept, len(held_out), settings)
+    kept = corpus_of(prior, report.kept, config, start, out) if prior else None
+    preset = tuning_preset(config, weights, out, report.kept, len(held_out), settings, lora, kept)
     shown = tuple(prompts) or (*held_out[:PROMPTS], *known[:PROMPTS])
     preset = preset.model_copy(
         update={"train": preset.train.model_copy(update={"sample_prompts": shown})}
@@ -89,7 +101,7 @@ def tune(
     _write_sheet(start, out, preset)
     losses = [row["held_out"] for row in read_metrics(out / METRICS) if "held_out" in row]
     return Tuned(
-        out / WEIGHTS,
+        out / result_of(preset.train),
         out / SHEET,
         report,
         len(held_out),
@@ -109,23 +121,32 @@ def tuning_preset(
     pictures: int,
     held_out: int,
     settings: Sequence[str] = (),
+    lora: int | None = None,
+    prior: str | None = None,
 ) -> Preset:
     """Preset that fine-tunes a model on `pictures`, the `held_out` ones included.
 
     The batch grows with the pictures, the learning rate with the root of the batch, and each
-    picture is seen more often the fewer there are. `settings` override the result.
+    picture is seen more often the fewer there are. `lora`: as of `tune`. `prior`: corpus of
+    pictures to keep, which are half of those that are seen. `settings` override the result.
     """
+    rank = (RANK if pictures < FEW else 0) if lora is None else lora
     name = "upsampler" if model.low_res_size else "base"
     recipe = presets.get(f"{'emoji' if model.unet.prediction == 'x0' else 'filtered'}-{name}")
     batch = 2 ** round(math.log2(min(64, max(8, pictures / 2))))
     steps = max(20, round(SEEN * math.sqrt(pictures) / batch))
     rate = RATES[inspect(model).parameters > LARGE] * math.sqrt(batch / 64)
+    corpus = str(out / "data" / "train")
+    if prior:
+        steps, corpus = 2 * steps, equal_mixture(corpus, prior)
+    if rank:
+        rate *= LORA_RATE
     preset = recipe.model_copy(
         update={"model": model.model_copy(update={"name": f"{model.name}-tuned"})}
     )
     data = preset.data.model_copy(
         update={
-            "corpus": str(out / "data" / "train"),
+            "corpus": corpus,
             "held_out": str(out / "data" / "held_out"),
             "shares": {},
             "min_size": 1,  # `_split` has dropped the small ones
@@ -135,6 +156,7 @@ def tuning_preset(
         preset.model_copy(update={"data": data}),
         [
             f"start_from={weights}",
+            f"lora_rank={rank or None}",
             "workers=1",
             f"steps={steps}",
             f"batch={batch}",
@@ -230,16 +252,16 @@ def _captions(shards: Path) -> list[str]:
 
 def _write_sheet(start: Path, out: Path, preset: Preset) -> None:
     """Write SHEET: each prompt with the weights before and after, from the same noise."""
-    after = out / WEIGHTS
+    result = out / result_of(preset.train)
     if preset.model.low_res_size:  # an upsampler: its input, its sample and the original
-        grids = [sample_grid(one, preset) for one in (start, after)]
+        grids = [sample_grid(one, preset) for one in (start, result)]
         sheet = np.concatenate([grid for grid in grids if grid is not None])
     else:
         prompts = list(preset.train.sample_prompts)
         upsampler = SHIPPED if preset.train.start_from == SHIPPED else None
         before_after = [
-            Cascade.load(one, upsampler=upsampler).generate(prompts, list(range(len(prompts))))
-            for one in (start, after)
+            Cascade.load(one, upsampler, loras=loras).generate(prompts, list(range(len(prompts))))
+            for one, loras in ((start, ()), files_of(result, preset))
         ]
         pictures = [picture for pair in zip(*before_after, strict=True) for picture in pair]
         labels = [f"{when}: {text}" for text in prompts for when in ("before", "after")]

@@ -48,10 +48,10 @@ from .run_folder import (
     EVENTS,
     METRICS,
     PRESET,
-    WEIGHTS,
     absolute,
     check_run,
     last_step,
+    result_of,
     save_profile,
 )
 from .run_log import event_line, move_bar, run_id, steps_bar
@@ -68,7 +68,8 @@ SAMPLES = "samples"
 class StartResult:
     """Result of one start of the run.
 
-    `step`: last step made; `finished`: whether it is the run's last; `weights`: file with the EMA.
+    `step`: last step made; `finished`: whether it is the run's last; `weights`: file with the EMA
+    of the weights or of the adapter.
     """
 
     step: int
@@ -98,10 +99,11 @@ def train_alone(
         )
     out = Path(storage.absolute(out))
     storage.check_writable(out)
-    done = (out / WEIGHTS).exists() and last_step(out / METRICS) >= preset.train.steps
+    weights = out / result_of(preset.train)
+    done = weights.exists() and last_step(out / METRICS) >= preset.train.steps
     turned = check_run(preset, str(out), done)
     if done:
-        return StartResult(preset.train.steps, True, out / WEIGHTS, 0.0)
+        return StartResult(preset.train.steps, True, weights, 0.0)
     preset = absolute(preset)
     corpus = MemoryCorpus(preset)
     storage.put(preset.model_dump_json(indent=1).encode(), out / PRESET)
@@ -185,9 +187,10 @@ def _run(
         )
     step = trainer.progress.step
     last = _last_checkpoint(trainer, checkpoints, writer, out)
-    export_average(last, out / WEIGHTS, metadata_of=source_metadata)
+    weights = out / result_of(train)
+    export_average(last, weights, metadata_of=source_metadata)
     speed = (step - first) * train.batch / max(1e-9, time.monotonic() - began)
-    return StartResult(step, finished, out / WEIGHTS, speed)
+    return StartResult(step, finished, weights, speed)
 
 
 def _last_checkpoint(

@@ -9,9 +9,14 @@ from helpers.tiny import tiny
 from PIL import Image
 
 from glide_ray.cli.main import main
+from glide_ray.config.training import Preset
+from glide_ray.data.patterns import mixture
 from glide_ray.data.sources import read_corpus
+from glide_ray.models.adapters import read_config
 from glide_ray.models.weights import load_weights
+from glide_ray.storage import fingerprint
 from glide_ray.train.checkpoint import Checkpoints
+from glide_ray.train.prior import equal_mixture
 from glide_ray.train.run_folder import read_metrics
 from glide_ray.train.tune import tuning_preset
 
@@ -38,10 +43,30 @@ def captions(folder):
 
 
 @pytest.mark.parametrize("role", ["base", "upsampler"])
-def test_a_folder_becomes_weights_and_a_sheet_of_before_and_after(
+def test_a_small_folder_becomes_an_adapter_and_a_sheet_of_before_and_after(
     tmp_path, tiny_weights, pictures, capsys, role
 ):
     assert tuned(tmp_path, tiny_weights[role], pictures) == 0
+    run = tmp_path / "run"
+    assert f"adapter: {run / 'adapter.safetensors'}" in capsys.readouterr().out
+    assert not (run / "weights.safetensors").exists()
+    about = read_config(run / "adapter.safetensors")
+    assert (about.role, about.rank) == (role, 8)
+    assert about.base_sha256 == fingerprint(tiny_weights[role])
+    assert Image.open(run / "before_after.png").width > 3 * 192
+    if role == "base":
+        picture = tmp_path / "ellipse.png"
+        words = ["generate", "a red ellipse", "--base", str(tiny_weights["base"]), "--steps", "2"]
+        lora = ["--lora", f"{run / 'adapter.safetensors'}:0.9", "--no-upsampler"]
+        assert main([*words, *lora, "--out", str(picture)]) == 0
+        assert Image.open(picture).size == (16, 16)
+
+
+@pytest.mark.parametrize("role", ["base", "upsampler"])
+def test_a_folder_becomes_weights_and_a_sheet_of_before_and_after(
+    tmp_path, tiny_weights, pictures, capsys, role
+):
+    assert tuned(tmp_path, tiny_weights[role], pictures, "--lora", "0") == 0
     run = tmp_path / "run"
     output = capsys.readouterr().out
     assert "24 kept, none dropped; 2 held out; 4 steps: held-out loss" in output
@@ -57,7 +82,7 @@ def test_a_folder_becomes_weights_and_a_sheet_of_before_and_after(
         assert Image.open(picture).size == (config.image_size, config.image_size)
     # The same command does nothing more, and gives the same files.
     made = (run / "weights.safetensors").stat().st_mtime_ns
-    assert tuned(tmp_path, tiny_weights[role], pictures) == 0
+    assert tuned(tmp_path, tiny_weights[role], pictures, "--lora", "0") == 0
     assert (run / "weights.safetensors").stat().st_mtime_ns == made
 
 
@@ -91,8 +116,8 @@ def test_pictures_without_a_caption_get_the_given_one(tmp_path, tiny_weights, pi
 def test_settings_follow_the_number_of_pictures(tmp_path):
     model = tiny("base").model
 
-    def preset(pictures, *settings):
-        return tuning_preset(model, "weights", tmp_path, pictures, 2, settings).train
+    def preset(pictures, *settings, lora=0):
+        return tuning_preset(model, "weights", tmp_path, pictures, 2, settings, lora).train
 
     few, some, many = preset(20), preset(200), preset(20_000)
     assert (few.batch, some.batch, many.batch) == (8, 64, 64)
@@ -102,6 +127,52 @@ def test_settings_follow_the_number_of_pictures(tmp_path):
     assert some.learning_rate == 3e-4 and few.learning_rate == pytest.approx(1.1e-4, rel=0.02)
     assert all(one.warmup_steps >= 5 and one.clip_norm == 1 for one in (few, some, many))
     assert preset(20, "learning_rate=1e-5", "batch=2").learning_rate == 1e-5
+    # An adapter takes a larger one, and is the default for few pictures.
+    ranks = [preset(number, lora=None).lora_rank for number in (20, 199, 200, 20_000)]
+    assert ranks == [8, 8, None, None] and preset(20, lora=3).lora_rank == 3
+    assert preset(20, lora=8).learning_rate > 5 * few.learning_rate
+
+
+def test_prior_pictures_are_made_once_and_are_half_of_those_that_are_seen(
+    tmp_path, tiny_weights, pictures, capsys
+):
+    prior = ["--prior", "a red ellipse", "--prior", "a square", "--prior-pictures", "5"]
+    assert tuned(tmp_path, tiny_weights["base"], pictures, *prior) == 0
+    run = tmp_path / "run"
+    # No fewer than those of the folder.
+    assert captions(run / "data" / "prior") == 12 * [("a red ellipse",), ("a square",)]
+    assert "46 kept" in (run / "events.log").read_text()  # 22 of the folder and 24 of the weights
+    preset = Preset.model_validate_json((run / "preset.json").read_text())
+    assert mixture(preset.data.corpus) == [
+        (str(run / "data" / "train"), 0.5),
+        (str(run / "data" / "prior"), 0.5),
+    ]
+    capsys.readouterr()
+    assert tuned(tmp_path, tiny_weights["base"], pictures, *prior) == 0
+    assert tuned(tmp_path, tiny_weights["base"], pictures, "--prior", "a dog") == 2
+    assert "other prior pictures" in capsys.readouterr().err
+
+
+def test_a_corpus_may_be_the_prior(tmp_path, tiny_weights, pictures, drawn_corpus, capsys):
+    corpus = ["--prior-corpus", str(drawn_corpus / "train")]
+    assert tuned(tmp_path, tiny_weights["upsampler"], pictures, *corpus) == 0
+    preset = Preset.model_validate_json((tmp_path / "run" / "preset.json").read_text())
+    assert [weight for _, weight in mixture(preset.data.corpus)] == [0.5, 0.5]
+    assert equal_mixture("new", "a:3,b:1") == "new:0.5,a:0.375,b:0.125"
+    other = ["tune", str(tiny_weights["upsampler"]), str(pictures), "--out", str(tmp_path / "b")]
+    assert main([*other, "--prior", "a dog"]) == 2
+    assert "is an upsampler; give pictures with --prior-corpus" in capsys.readouterr().err
+    assert main([*other, "--prior", "a dog", *corpus]) == 2
+    assert "--prior makes pictures and --prior-corpus reads them" in capsys.readouterr().err
+
+
+def test_twice_the_steps_are_made_with_prior_pictures(tmp_path):
+    model = tiny("base").model
+    plain, with_prior = (
+        tuning_preset(model, "weights", tmp_path, 20, 2, (), 0, prior).train
+        for prior in (None, "prior")
+    )
+    assert with_prior.steps == 2 * plain.steps and with_prior.batch == plain.batch
 
 
 def test_an_interrupted_run_resumes(tmp_path, tiny_weights, pictures, monkeypatch):

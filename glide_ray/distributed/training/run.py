@@ -20,7 +20,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ... import storage
-from ...config.training import Preset
+from ...config.training import Preset, TrainConfig
 from ...data.filters import Report
 from ...data.sources import Part, find_parts
 from ...data.usable import check_usable
@@ -35,12 +35,13 @@ from ...train.pack import source_metadata
 from ...train.run_folder import (
     METRICS,
     PRESET,
-    WEIGHTS,
     absolute,
     check_run,
     last_step,
     read_metrics,
+    result_of,
 )
+from ...train.trained_part import keeps_weights
 from ..cluster import connect, is_connected, uses_gpu
 from ..stream import Tally
 from .callbacks import CheckpointBeforeResize, FailureWatch
@@ -78,22 +79,22 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
     current step has been written; after a second signal, or before the first step, at once.
     """
     out = storage.absolute(out).rstrip("/")
-    finished = (
-        storage.exists(f"{out}/{WEIGHTS}") and last_step(f"{out}/{METRICS}") >= preset.train.steps
-    )
+    weights = f"{out}/{result_of(preset.train)}"
+    finished = storage.exists(weights) and last_step(f"{out}/{METRICS}") >= preset.train.steps
     if not finished:
         storage.check_writable(out)
     turned = check_run(preset, out, finished)
     if finished:
-        return _result(out)
+        return _result(out, weights)
     preset = absolute(preset)
     column = preset.data.caption_column
     # report a missing corpus before starting anything
     parts = find_parts(preset.data.corpus, column)
     find_parts(preset.data.held_out, column)
     check_usable(preset.data.corpus, parts, preset.data.min_size, preset.train.batch)
-    # A resumed run no longer needs the weights that it started from.
-    if preset.train.start_from and not Checkpoints(out).list_complete():
+    # A resumed run no longer needs the weights that it started from, unless it keeps some.
+    begins = keeps_weights(preset.train) or not Checkpoints(out).list_complete()
+    if preset.train.start_from and begins:
         load_config(shipped.fetch(preset.train.start_from, preset.model.role))
     connect(preset.train.workers + DATA_CPUS)
     on_gpu = _wait_for_workers(preset)
@@ -110,10 +111,10 @@ def train(preset: Preset, out: str | Path, progress: bool = True) -> TrainingRes
             raise UserError(journal.failure)
         if not _is_written(out, preset.train.steps):
             raise_interrupt(stop)
-        _export(out, preset.train.steps)
+        _export(out, preset.train)
     finally:
         folder.close()
-    return _result(out, ray.get(tally.report.remote()))
+    return _result(out, weights, ray.get(tally.report.remote()))
 
 
 def _start_actors(preset: Preset, parts: Sequence[Part]) -> tuple:
@@ -220,21 +221,21 @@ def _is_written(out: str, step: int) -> bool:
     return bool(complete) and complete[-1].step >= step
 
 
-def _export(out: str, steps: int) -> None:
-    """Write the weights file from the last checkpoint. Raises UserError if that is missing."""
-    complete = Checkpoints(out).list_complete()
-    if not _is_written(out, steps):
+def _export(out: str, train: TrainConfig) -> None:
+    """Write the run's result from the last checkpoint. Raises UserError if that is missing."""
+    complete, name = Checkpoints(out).list_complete(), result_of(train)
+    if not _is_written(out, train.steps):
         raise UserError(
             f"Training has ended, but its last checkpoint could not be written to {out}; "
             "free space there and run the same command again: it resumes from "
             f"{f'step {complete[-1].step:,}' if complete else 'the beginning'}."
         )
     with tempfile.TemporaryDirectory(prefix="glide-export-") as cache:
-        local = Path(cache) / WEIGHTS if storage.is_remote(out) else Path(out) / WEIGHTS
+        local = (Path(cache) if storage.is_remote(out) else Path(out)) / name
         folder = fetch(complete[-1], cache)
         partition.export_average(folder, local, metadata_of=source_metadata)
         if storage.is_remote(out):
-            storage.put(local, f"{out}/{WEIGHTS}")
+            storage.put(local, f"{out}/{name}")
 
 
 # -- waiting for workers, interrupts, result -------------------------------------------------------
@@ -281,9 +282,7 @@ def _missing_resources(preset: Preset) -> str | None:
     return None
 
 
-def _result(out: str, rows: Report | None = None) -> TrainingResult:
+def _result(out: str, weights: str, rows: Report | None = None) -> TrainingResult:
     metrics = f"{out}/{METRICS}"
     held_out = [row["held_out"] for row in read_metrics(metrics) if "held_out" in row]
-    return TrainingResult(
-        f"{out}/{WEIGHTS}", metrics, last_step(metrics), held_out[0], held_out[-1], rows
-    )
+    return TrainingResult(weights, metrics, last_step(metrics), held_out[0], held_out[-1], rows)
