@@ -25,6 +25,7 @@ def settings(corpus, *more):
         f"data.held_out={corpus}/held_out",
         "data.min_size=16",
         "batch=6",
+        "micro_batch=6",  # or every start plans its memory
         f"steps={ELASTIC_STEPS}",
         "log_every=1",
         f"evaluate_every={ELASTIC_STEPS}",

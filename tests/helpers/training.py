@@ -20,6 +20,7 @@ def preset(*settings):
         "base",
         "workers=1",
         "batch=4",
+        "micro_batch=4",  # or each new model's memory is planned
         f"steps={STEPS}",
         "log_every=1",
         "evaluate_every=3",

@@ -101,6 +101,7 @@ def test_noised_clip_trains_on_two_workers(drawn_corpus, tmp_path):
         f"data.corpus={drawn_corpus / 'train'}",
         f"data.held_out={drawn_corpus / 'held_out'}",
         "batch=8",
+        "micro_batch=4",
         "steps=4",
         "log_every=2",
         "evaluate_every=4",
@@ -219,6 +220,7 @@ def test_a_run_that_is_killed_or_interrupted_goes_on_from_its_checkpoint_with_th
         *TINY_BASE,
         *corpus_settings(drawn_corpus),
         "batch=4",
+        "micro_batch=4",  # or every start plans its memory
         "workers=1",
         "steps=2000",
         "log_every=1",
