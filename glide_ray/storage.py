@@ -79,13 +79,6 @@ def same_place(path: str | Path, other: str | Path) -> bool:
     return Path(path).resolve() == Path(other).resolve()
 
 
-def is_inside(path: str | Path, folder: str | Path) -> bool:
-    """Whether a path is below a folder or prefix."""
-    if is_remote(path) or is_remote(folder):
-        return str(path).startswith(f"{str(folder).rstrip('/')}/")
-    return Path(folder).resolve() in Path(path).resolve().parents
-
-
 def list_files(path: str | Path, suffixes: tuple[str, ...]) -> Iterator[str]:
     """Files under a folder or prefix whose names end in one of `suffixes`, sorted.
 
@@ -145,8 +138,7 @@ def _walk(path: str, found: Callable[[str], None]) -> Iterator[Path]:
         seen.add((status.st_dev, status.st_ino))
         return new
 
-    def refuse(error: OSError) -> None:
-        """Its files must not be lost in silence; a folder that is not there has none."""
+    def refuse(error: OSError) -> None:  # a folder that is not there has no files to lose
         if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
             raise StorageError(f"{error.filename} cannot be read: {error.strerror or error}.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -40,8 +41,14 @@ def refuse_source(source: str, parts: Sequence[Part], out: str) -> None:
     if any(storage.same_place(folder, out) for folder in folders):
         raise ConfigError(f"--out {out} is the corpus to read; write to another folder.")
     roots = [] if is_pattern(source) or source.endswith(SHARD_SUFFIXES) else [source]
-    if any(storage.is_inside(out, root) for root in roots):
+    if any(_is_inside(out, root) for root in roots):
         raise ConfigError(f"--out {out} is inside the corpus to read; write to another folder.")
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    if storage.is_remote(path) or storage.is_remote(folder):
+        return path.startswith(f"{folder.rstrip('/')}/")
+    return Path(folder).resolve() in Path(path).resolve().parents
 
 
 def carry_card(parts: Sequence[Part], out: str, credits: Credits, about: str) -> dict[str, Any]:
