@@ -51,13 +51,6 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def rank(text: str) -> int:
-    """A whole number from 0 upwards. Raises ArgumentTypeError for anything else."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 upwards")
-    return int(text)
-
-
 def lora(text: str) -> str:
     """An adapter as FILE or FILE:SCALE. Raises ArgumentTypeError for a scale that is no number."""
     from ..config.lora import read_lora

@@ -17,7 +17,6 @@ from .arguments import (
     add_settings,
     local_path,
     positive,
-    rank,
     read_preset,
 )
 
@@ -129,10 +128,11 @@ def _add_tune(commands: Commands) -> None:
     add_caption_column(command)
     command.add_argument(
         "--lora",
-        type=rank,
+        type=positive,
+        default=0,
         metavar="RANK",
-        help="train an adapter of this rank (LoRA), a small file that leaves the weights as they "
-        "are; 0: train the weights (default: 8 for fewer than 200 pictures, 0 for more)",
+        help="train an adapter of this rank (LoRA), such as 8: a small file that leaves the "
+        "weights as they are (default: train the weights)",
     )
     command.add_argument(
         "--prior",

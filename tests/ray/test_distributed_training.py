@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from helpers.drawings import drawn_samples
@@ -21,8 +22,10 @@ from glide_ray.distributed.training.run import train
 from glide_ray.distributed.training.worker import _clip_batch_note
 from glide_ray.errors import UserError
 from glide_ray.models.weights import load_model
+from glide_ray.sampling.cascade import Cascade
 from glide_ray.train.batch_split import BatchSplit
 from glide_ray.train.checkpoint import Checkpoints
+from glide_ray.train.partition import CheckpointReader
 from glide_ray.train.run_folder import read_metrics
 
 
@@ -164,6 +167,21 @@ def test_weights_to_be_fine_tuned_are_asked_for_where_there_is_no_checkpoint_yet
     checkpoints.complete(checkpoints.folder(2, "x"), {})
     with pytest.raises(Started):
         train(settings, tmp_path / "run", progress=False)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_run_on_two_workers_makes_an_adapter(drawn_corpus, tmp_path, tiny_weights):
+    settings = preset(
+        drawn_corpus, "lora_rank=2", f"start_from={tiny_weights['base']}", "sample_every=2"
+    )
+    result = train(settings, tmp_path / "run", progress=False)
+    assert result.weights == f"{tmp_path}/run/adapter.safetensors"
+    cascade = Cascade.load(tiny_weights["base"], loras=[result.weights])
+    assert cascade.base.config.name == "nano-base"
+    assert read_metrics(result.metrics)[-1]["average_held_out"] < 10
+    assert (tmp_path / "run" / "samples" / "000000004.png").exists()
+    with CheckpointReader(Path(Checkpoints(tmp_path / "run").list_complete()[-1].path)) as parts:
+        assert all(".lora." in name for name in parts.shapes)
 
 
 @pytest.mark.parametrize(

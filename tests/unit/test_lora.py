@@ -19,6 +19,7 @@ from glide_ray.models.cost import example_conditioning
 from glide_ray.models.lora import DOWN, UP, Adapter, add_adapters, merge
 from glide_ray.models.weights import load_config, load_unet, load_weights, save_weights
 from glide_ray.sampling.cascade import Cascade
+from glide_ray.sampling.recipe import read_recipe
 from glide_ray.storage import fingerprint
 from glide_ray.train.checkpoint import CheckpointError
 from glide_ray.train.loop import Trainer
@@ -385,3 +386,15 @@ def test_export_writes_merged_weights(trained, tiny_weights, generate, tmp_path,
     _, found = load_weights(merged)
     assert all(torch.allclose(found[name].float(), expected[name], atol=2e-3) for name in expected)
     assert {one.dtype for one in found.values()} == {torch.float16 if half else torch.float32}
+
+
+def test_tune_trains_an_adapter_that_generate_adds(tiny_weights, drawn_corpus, tmp_path):
+    run_folder = tmp_path / "run"
+    words = ["tune", str(tiny_weights["base"]), str(drawn_corpus / "held_out"), "--lora", "2"]
+    few = ["--set", "steps=2", "--set", "trackers=", "--set", "sample_every=none"]
+    assert main([*words, "--out", str(run_folder), *few]) == 0
+    picture = tmp_path / "a.png"
+    file = run_folder / "adapter.safetensors"
+    words = ["generate", "a fox", "--base", str(tiny_weights["base"]), "--no-upsampler"]
+    assert main([*words, "--steps", "2", "--lora", f"{file}:0.7", "--out", str(picture)]) == 0
+    assert read_recipe(picture)[0].loras[0].scale == 0.7

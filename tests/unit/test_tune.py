@@ -43,10 +43,10 @@ def captions(folder):
 
 
 @pytest.mark.parametrize("role", ["base", "upsampler"])
-def test_a_small_folder_becomes_an_adapter_and_a_sheet_of_before_and_after(
+def test_a_folder_becomes_an_adapter_and_a_sheet_of_before_and_after(
     tmp_path, tiny_weights, pictures, capsys, role
 ):
-    assert tuned(tmp_path, tiny_weights[role], pictures) == 0
+    assert tuned(tmp_path, tiny_weights[role], pictures, "--lora", "8") == 0
     run = tmp_path / "run"
     assert f"adapter: {run / 'adapter.safetensors'}" in capsys.readouterr().out
     assert not (run / "weights.safetensors").exists()
@@ -66,7 +66,7 @@ def test_a_small_folder_becomes_an_adapter_and_a_sheet_of_before_and_after(
 def test_a_folder_becomes_weights_and_a_sheet_of_before_and_after(
     tmp_path, tiny_weights, pictures, capsys, role
 ):
-    assert tuned(tmp_path, tiny_weights[role], pictures, "--lora", "0") == 0
+    assert tuned(tmp_path, tiny_weights[role], pictures) == 0
     run = tmp_path / "run"
     output = capsys.readouterr().out
     assert "24 kept, none dropped; 2 held out; 4 steps: held-out loss" in output
@@ -82,7 +82,7 @@ def test_a_folder_becomes_weights_and_a_sheet_of_before_and_after(
         assert Image.open(picture).size == (config.image_size, config.image_size)
     # The same command does nothing more, and gives the same files.
     made = (run / "weights.safetensors").stat().st_mtime_ns
-    assert tuned(tmp_path, tiny_weights[role], pictures, "--lora", "0") == 0
+    assert tuned(tmp_path, tiny_weights[role], pictures) == 0
     assert (run / "weights.safetensors").stat().st_mtime_ns == made
 
 
@@ -127,9 +127,8 @@ def test_settings_follow_the_number_of_pictures(tmp_path):
     assert some.learning_rate == 3e-4 and few.learning_rate == pytest.approx(1.1e-4, rel=0.02)
     assert all(one.warmup_steps >= 5 and one.clip_norm == 1 for one in (few, some, many))
     assert preset(20, "learning_rate=1e-5", "batch=2").learning_rate == 1e-5
-    # An adapter takes a larger one, and is the default for few pictures.
-    ranks = [preset(number, lora=None).lora_rank for number in (20, 199, 200, 20_000)]
-    assert ranks == [8, 8, None, None] and preset(20, lora=3).lora_rank == 3
+    # An adapter takes a larger one.
+    assert preset(20).lora_rank is None and preset(20, lora=3).lora_rank == 3
     assert preset(20, lora=8).learning_rate > 5 * few.learning_rate
 
 
