@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Set by SIGTERM: libraries that catch Terminated may raise a plain KeyboardInterrupt in its place.
+_terminated = threading.Event()
 
 
 class Terminated(KeyboardInterrupt):
@@ -16,14 +18,18 @@ class Terminated(KeyboardInterrupt):
 
 def exit_code(interrupt: KeyboardInterrupt) -> int:
     """Exit code of an interrupted command, as shells count: 128 and the signal's number."""
-    return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
+    terminated = isinstance(interrupt, Terminated) or _terminated.is_set()
+    return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
 
 
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
     """Context in which SIGTERM raises Terminated, so that it ends a command as Ctrl-C does."""
 
+    _terminated.clear()
+
     def terminate(number: int, frame: object) -> None:
+        _terminated.set()
         raise Terminated
 
     with _handlers({signal.SIGTERM: terminate}):

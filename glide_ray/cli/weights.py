@@ -95,7 +95,6 @@ def export(options: Namespace) -> None:
 
 
 def _export_length(options: Namespace, out: str | Path) -> None:
-    from ..errors import UserError
     from ..train.ema_length import export_length
     from ..train.pack import source_metadata
 

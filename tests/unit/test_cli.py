@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import runpy
+import signal
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from PIL import Image
 import glide_ray
 from glide_ray.cli.main import build_parser, main
 from glide_ray.config import presets
+from glide_ray.interrupts import Terminated, exit_code, sigterm_raises
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.weights import save_weights
 
@@ -587,3 +589,14 @@ def test_presets_are_listed_with_their_sizes(capsys):
     rows = {line.split()[0]: line for line in capsys.readouterr().out.split("\n\n")[0].splitlines()}
     assert set(rows) == set(presets.PRESETS)
     assert "64 px" in rows["paper-base"] and "2,500,000 steps of 2,048" in rows["paper-base"]
+
+
+def test_a_sigterm_that_a_library_catches_still_ends_the_command_with_143():
+    with sigterm_raises():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Terminated:
+            pass
+    assert exit_code(KeyboardInterrupt()) == 143
+    with sigterm_raises():  # the next command of the process
+        assert exit_code(KeyboardInterrupt()) == 130
