@@ -1,6 +1,7 @@
 """The command line: printed output, written files and error messages."""
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -593,10 +594,8 @@ def test_presets_are_listed_with_their_sizes(capsys):
 
 def test_a_sigterm_that_a_library_catches_still_ends_the_command_with_143():
     with sigterm_raises():
-        try:
+        with contextlib.suppress(Terminated):
             os.kill(os.getpid(), signal.SIGTERM)
-        except Terminated:
-            pass
     assert exit_code(KeyboardInterrupt()) == 143
     with sigterm_raises():  # the next command of the process
         assert exit_code(KeyboardInterrupt()) == 130
