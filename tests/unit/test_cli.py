@@ -593,9 +593,8 @@ def test_presets_are_listed_with_their_sizes(capsys):
 
 
 def test_a_sigterm_that_a_library_catches_still_ends_the_command_with_143():
-    with sigterm_raises():
-        with contextlib.suppress(Terminated):
-            os.kill(os.getpid(), signal.SIGTERM)
+    with sigterm_raises(), contextlib.suppress(Terminated):
+        os.kill(os.getpid(), signal.SIGTERM)
     assert exit_code(KeyboardInterrupt()) == 143
     with sigterm_raises():  # the next command of the process
         assert exit_code(KeyboardInterrupt()) == 130
