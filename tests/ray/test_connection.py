@@ -22,7 +22,7 @@ from glide_ray.errors import UserError
 ANSWER_SECONDS, SENTENCE_SECONDS = 2, 7
 COMMANDS = {
     "glide": ("-m", "glide_ray", "corpus", "--survey", "."),
-    "job": (ROOT / "jobs" / "filter.py", ".", "--out", "out"),
+    "job": (ROOT / "jobs" / "filter.py", ".", "--out", "../out"),
 }
 
 
