@@ -134,6 +134,19 @@ def _add_tune(commands: Commands) -> None:
         help="train an adapter of this rank (LoRA), such as 8: a small file that leaves the "
         "weights as they are (default: train the weights)",
     )
+    _add_prior(command)
+    command.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="prompt of the samples before and after; may be repeated (default: captions of "
+        "pictures, held out and not)",
+    )
+    add_settings(command)
+
+
+def _add_prior(command: Parser) -> None:
     command.add_argument(
         "--prior",
         action="append",
@@ -155,15 +168,6 @@ def _add_tune(commands: Commands) -> None:
         metavar="CORPUS",
         help="pictures that the weights must keep, in place of --prior",
     )
-    command.add_argument(
-        "--prompt",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="prompt of the samples before and after; may be repeated (default: captions of "
-        "pictures, held out and not)",
-    )
-    add_settings(command)
 
 
 def tune(options: Namespace) -> None:

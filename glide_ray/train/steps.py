@@ -105,18 +105,9 @@ def train_loop(
         # Metrics: one transfer from the device for all steps since the last logged one.
         if number % train.log_every == 0 or number == train.steps:
             means = _means(trainer, recent)
-            now, own = time.perf_counter(), trainer.clock.take()
-            paused = own.get(EVALUATION, 0.0) + own.get(CHECKPOINT, 0.0)
+            now = time.perf_counter()
             callbacks.metrics(
-                {
-                    "step": number,
-                    **means,
-                    **trainer.scale(),
-                    "learning_rate": learning_rate(train, number),
-                    **timings(trainer.gathered(own), len(recent)),
-                    "epoch": trainer.progress.epoch,
-                    "images_per_s": train.batch * len(recent) / (now - began - paused),
-                }
+                {"step": number, **means, **_state_of_step(trainer, len(recent), now - began)}
             )
             recent, began = [], now
 
@@ -128,6 +119,19 @@ def train_loop(
         if number < train.steps and (must_save or number % train.checkpoint_every == 0):
             with trainer.clock.host(CHECKPOINT):
                 callbacks.checkpoint(trainer.save)
+
+
+def _state_of_step(trainer: TrainerProtocol, steps: int, seconds: float) -> Metrics:
+    """Metrics of a log line beside the objective's: of the last `steps` steps, in `seconds`."""
+    train, number, own = trainer.preset.train, trainer.progress.step, trainer.clock.take()
+    paused = own.get(EVALUATION, 0.0) + own.get(CHECKPOINT, 0.0)
+    return {
+        **trainer.scale(),
+        "learning_rate": learning_rate(train, number),
+        **timings(trainer.gathered(own), steps),
+        "epoch": trainer.progress.epoch,
+        "images_per_s": train.batch * steps / (seconds - paused),
+    }
 
 
 def _means(trainer: TrainerProtocol, steps: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:

@@ -130,8 +130,7 @@ def tuning_preset(
     picture is seen more often the fewer there are. `lora`: as of `tune`. `prior`: corpus of
     pictures to keep, which are half of those that are seen. `settings` override the result.
     """
-    name = "upsampler" if model.low_res_size else "base"
-    recipe = presets.get(f"{'emoji' if model.unet.prediction == 'x0' else 'filtered'}-{name}")
+    recipe = _recipe_of(model)
     batch = 2 ** round(math.log2(min(64, max(8, pictures / 2))))
     steps = max(20, round(SEEN * math.sqrt(pictures) / batch))
     rate = RATES[inspect(model).parameters > LARGE] * math.sqrt(batch / 64)
@@ -140,10 +139,7 @@ def tuning_preset(
         steps, corpus = 2 * steps, equal_mixture(corpus, prior)
     if lora:
         rate *= LORA_RATE
-    preset = recipe.model_copy(
-        update={"model": model.model_copy(update={"name": f"{model.name}-tuned"})}
-    )
-    data = preset.data.model_copy(
+    data = recipe.data.model_copy(
         update={
             "corpus": corpus,
             "held_out": str(out / "data" / "held_out"),
@@ -151,8 +147,9 @@ def tuning_preset(
             "min_size": 1,  # `_split` has dropped the small ones
         }
     )
+    named = model.model_copy(update={"name": f"{model.name}-tuned"})
     return override(
-        preset.model_copy(update={"data": data}),
+        recipe.model_copy(update={"model": named, "data": data}),
         [
             f"start_from={weights}",
             f"lora_rank={lora or None}",
@@ -161,18 +158,21 @@ def tuning_preset(
             f"batch={batch}",
             f"learning_rate={rate:.2g}",
             f"warmup_steps={max(5, steps // 20)}",
-            "precision=auto",
-            "constant_steps=none",
-            "clip_norm=1",
             f"ema_rates={1 - 1 / max(10, steps // 10):.4g}",
             f"held_out_images={held_out}",
-            "empty_caption_rate=0.1",
-            "log_every=5",
+            *("precision=auto", "constant_steps=none", "clip_norm=1"),
+            *("empty_caption_rate=0.1", "log_every=5"),
             f"evaluate_every={max(1, steps // 8)}",
             *(f"{name}_every={max(1, steps // 4)}" for name in ("checkpoint", "sample")),
             *settings,
         ],
     )
+
+
+def _recipe_of(model: ModelConfig) -> Preset:
+    """The preset that a model like this one is trained with."""
+    family = "emoji" if model.unet.prediction == "x0" else "filtered"
+    return presets.get(f"{family}-{'upsampler' if model.low_res_size else 'base'}")
 
 
 # -- pictures --------------------------------------------------------------------------------------

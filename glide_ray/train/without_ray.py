@@ -185,9 +185,8 @@ def _run(
             f"stopped after step {trainer.progress.step:,}; the same command resumes the run",
             trainer.progress.step,
         )
-    step = trainer.progress.step
+    step, weights = trainer.progress.step, out / result_of(train)
     last = _last_checkpoint(trainer, checkpoints, writer, out)
-    weights = out / result_of(train)
     export_average(last, weights, metadata_of=source_metadata)
     speed = (step - first) * train.batch / max(1e-9, time.monotonic() - began)
     return StartResult(step, finished, weights, speed)
