@@ -62,8 +62,8 @@ class Cascade:
     ) -> Cascade:
         """Load weights files, on the GPU if there is one. Raises WeightsError, ConfigError.
 
-        `loras`: adapters, as FILE or FILE:SCALE, each of which is added to the base model or to the
-        upsampler, whichever it was trained on.
+        `loras`: adapters, as FILE or FILE:SCALE; each is added to the model that it was trained
+        on, the base model or the upsampler.
         `clip` may also be the folder of a public CLIP. `batched`: up to `max_in_flight` images in
         each network call, which is faster. The default on a CPU is one image per call, so that an
         image is bit-identical whatever else is in flight. "emoji" names the shipped weights: as

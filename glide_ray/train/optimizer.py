@@ -93,7 +93,7 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 
 
 def parameter_groups(model: torch.nn.Module, train: TrainConfig) -> list[dict]:
-    """The optimizer's parameter groups of what is trained, without empty ones.
+    """The optimizer's parameter groups: trainable parameters only, and no empty groups.
 
     Gains and biases have no weight decay (Radford et al. 2021, sec. 2.5). The trainer multiplies
     a group's learning rate by its FACTOR, which the text transformer has if `train.text_rate` is

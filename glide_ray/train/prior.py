@@ -72,7 +72,7 @@ def corpus_of(prior: Prior, new: int, config: ModelConfig, weights: Path, out: P
 
 
 def equal_mixture(new: str, kept: str) -> str:
-    """The corpus of which half the rows are of `new` and half of `kept`, a corpus or a mixture."""
+    """A mixture with half its rows from `new`, half from `kept` (a corpus or a mixture)."""
     parts = patterns.mixture(kept) or [(kept, 1.0)]
     total = sum(weight for _, weight in parts)
     return ",".join([f"{new}:0.5", *(f"{one}:{weight / total / 2:.6g}" for one, weight in parts)])
