@@ -23,7 +23,7 @@ from glide_ray.config.sampling import SampleOptions
 from glide_ray.sampling.cascade import Cascade
 from glide_ray.train.run_folder import last_step, read_metrics
 
-STEPS, PROMPTS = 60, 80
+STEPS, PROMPTS = 60, 120
 pytestmark = pytest.mark.slow  # three raylets start, and take as long as the tests
 
 

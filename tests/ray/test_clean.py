@@ -886,12 +886,12 @@ def copied(image, draws):
 
 
 def test_exactly_the_planted_copies_of_emoji_are_found(emoji_corpus, tmp_path):
-    copies, draws = 120, np.random.default_rng(0)
+    copies, draws = 180, np.random.default_rng(0)
     emoji = samples_of(emoji_corpus[0] / "train")
     write_shards(
         tmp_path / "emoji",
-        [emoji[n] for n in sorted(draws.choice(len(emoji), 500, replace=False))],
-        per_shard=300,
+        [emoji[n] for n in sorted(draws.choice(len(emoji), 800, replace=False))],
+        per_shard=500,
     )
     clean(str(tmp_path / "emoji"), str(tmp_path / "originals"), settings("scripts="))
     originals = samples_of(tmp_path / "originals")
@@ -912,7 +912,7 @@ def test_exactly_the_planted_copies_of_emoji_are_found(emoji_corpus, tmp_path):
     )
     done = clean(str(tmp_path / "planted"), str(tmp_path / "out"), settings("scripts="))
 
-    assert len(originals) >= 430 and len(family) == len(
+    assert len(originals) >= 700 and len(family) == len(
         originals
     ) + copies == done.report.kept + len(dropped(tmp_path / "out"))
     lines = dropped(tmp_path / "out")

@@ -143,7 +143,7 @@ def test_random_kills_and_failing_s3_requests_change_no_byte(tmp_path, s3, s3_fa
 
     total, draws = written(), random.Random(0)
     s3_faults.at_random(0.05)
-    kills = int(os.environ.get("GLIDE_TEST_KILLS", "4"))
+    kills = int(os.environ.get("GLIDE_TEST_KILLS", "6"))
     check_kills(source, out, tmp_path, kills, lambda: draws.randrange(1, total // 2), written)
 
 

@@ -23,7 +23,7 @@ from glide_ray.sampling.cascade import Cascade
 from glide_ray.sampling.recipe import read_recipe
 
 OPTIONS = SampleOptions(steps=2, upsampler_steps=1)
-PROMPTS = int(os.environ.get("GLIDE_TEST_PROMPTS", 80))  # number in the job that is killed
+PROMPTS = int(os.environ.get("GLIDE_TEST_PROMPTS", 200))  # number in the job that is killed
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_pictures_go_to_s3_as_they_go_to_a_folder(config, prompts, s3, finished)
             "upsampler": f"{s3}/bulk/upsampler.safetensors",
         }
     )
-    generate(f"{s3}/bulk/prompts.txt", f"{s3}/bulk/out", there, workers=1)
+    generate(f"{s3}/bulk/prompts.txt", f"{s3}/bulk/out", there)
     for file in sorted(finished[1].rglob("*.png")):
         local, remote = file, storage.fetch(f"{s3}/bulk/out/00000/{file.name}")
         assert np.array_equal(pixels(local), pixels(remote))
@@ -130,7 +130,7 @@ def test_with_a_twentieth_of_all_s3_requests_failing_the_job_does_not_and_its_pi
         }
     )
     s3_faults.at_random(0.05)
-    generate(prompts, f"{s3}/unlucky/out", there, workers=1)
+    generate(prompts, f"{s3}/unlucky/out", there)
     s3_faults.clear()
     for file in sorted(finished[1].rglob("*.png")):
         assert np.array_equal(

@@ -20,7 +20,7 @@ from glide_ray.config.serving import ServeConfig
 from glide_ray.data.images import encode
 from glide_ray.sampling.cascade import Cascade
 
-FIXED, NEW = 80, 200  # requests for each operation
+FIXED, NEW = 100, 400  # requests for each operation
 # Files are drawn as text with a character for each byte, because schemathesis cannot negate a file:
 # its validator has no type for bytes. `ask` sends them as bytes.
 PNG = encode(np.full((64, 64, 4), 99, np.uint8))

@@ -202,7 +202,7 @@ def test_a_client_that_leaves_a_stream_frees_its_place(url):
         "POST",
         f"{url}/v1/images/generations",
         timeout=300,
-        json={"prompt": "x", "model": "small", "steps": 200, "stream": True, "partial_images": 3},
+        json={"prompt": "x", "model": "small", "steps": 400, "stream": True, "partial_images": 3},
     ) as answer:
         assert (
             json.loads(

@@ -145,7 +145,7 @@ def test_load_brings_a_second_replica_and_quiet_takes_it_away_and_no_request_fai
 
 
 def test_malformed_requests_are_refused_and_cost_neither_a_crash_nor_memory(url):
-    check_malformed_requests(url, 500, seed=1)
+    check_malformed_requests(url, 1000, seed=1)
 
 
 def test_new_weights_take_the_place_of_the_old_ones_and_no_request_fails(url, config, weights):

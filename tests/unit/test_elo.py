@@ -81,12 +81,12 @@ def test_intervals_have_their_nominal_coverage():
     """For two models without ties, about 95% of the intervals contain the true score."""
     truth = {"a": -40.0, "b": 40.0}
     inside = 0
-    for seed in range(40):
+    for seed in range(60):
         random = np.random.default_rng(seed)
         votes = [Vote("a", "b", float(random.random() < 1 / (1 + 10**0.2))) for _ in range(200)]
         standing = standings(votes, draws=100, seed=seed)["b"]
         inside += standing.low <= truth["b"] <= standing.high
-    assert 33 <= inside <= 40
+    assert 51 <= inside <= 60
 
 
 def test_intervals_have_their_nominal_coverage_when_raters_agree_on_pictures():
@@ -95,7 +95,7 @@ def test_intervals_have_their_nominal_coverage_when_raters_agree_on_pictures():
     Five such votes are less informative than five independent ones.
     """
     inside = 0
-    for seed in range(40):
+    for seed in range(60):
         random = np.random.default_rng(seed)
         pairs = random.random(100) < 0.5
         votes = [
@@ -105,7 +105,7 @@ def test_intervals_have_their_nominal_coverage_when_raters_agree_on_pictures():
         ]
         standing = standings(votes, draws=100, seed=seed)["b"]
         inside += standing.low <= 0 <= standing.high
-    assert 33 <= inside <= 40
+    assert 51 <= inside <= 60
 
 
 def test_an_interval_is_unbounded_if_the_votes_set_no_bound():

@@ -41,7 +41,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def judge(corpus):
-    return fitting.fit(corpus, least_styles=2, scenes=100)
+    return fitting.fit(corpus, least_styles=2, scenes=150)
 
 
 @pytest.fixture(scope="module")

@@ -133,21 +133,21 @@ def train_on(two_ranks, folder, stage, start=None, more=()):
     return [json.loads((folder / f"rank.{rank}.json").read_text()) for rank in range(2)]
 
 
-TWELVE = ("steps=12", "evaluate_every=50", "checkpoint_every=4", "ema_rates=0.9,0.5")
+TWENTY = ("steps=20", "evaluate_every=50", "checkpoint_every=4", "ema_rates=0.9,0.5")
 
 
 @pytest.fixture(scope="module")
 def alone():
     from glide_ray.train.loop import Trainer
 
-    return losses(run(Trainer(preset("zero_stage=1", *TWELVE)))[0])
+    return losses(run(Trainer(preset("zero_stage=1", *TWENTY)))[0])
 
 
 @pytest.fixture(scope="module")
 def under_stage_3(tmp_path_factory, two_ranks):
-    """A run of 12 steps on two ranks under ZeRO stage 3: (folder, contents of `rank.N.json`)."""
+    """A run of 20 steps on two ranks under ZeRO stage 3: (folder, contents of `rank.N.json`)."""
     folder = tmp_path_factory.mktemp("stage3")
-    return folder, train_on(two_ranks, folder, 3, more=TWELVE)
+    return folder, train_on(two_ranks, folder, 3, more=TWENTY)
 
 
 def test_what_two_ranks_wrote_under_stage_3_one_rank_takes_up_and_the_reverse_to_the_last_bit(
@@ -156,7 +156,7 @@ def test_what_two_ranks_wrote_under_stage_3_one_rank_takes_up_and_the_reverse_to
     from glide_ray.train.loop import Trainer
 
     folder, _ = under_stage_3
-    one = Trainer(preset("zero_stage=1", *TWELVE))
+    one = Trainer(preset("zero_stage=1", *TWENTY))
     one.load(folder / "4")
     assert one.progress == TrainingPosition(step=4, epoch=1, rows=4)
     (tmp_path / "one").mkdir()
@@ -170,15 +170,15 @@ def test_what_two_ranks_wrote_under_stage_3_one_rank_takes_up_and_the_reverse_to
         "average/0.5",
     }
     assert all(torch.equal(there[key], here[key]) for key in there)
-    again = train_on(two_ranks, tmp_path / "back", 2, start=tmp_path / "one", more=TWELVE)
+    again = train_on(two_ranks, tmp_path / "back", 2, start=tmp_path / "one", more=TWENTY)
     assert losses(again[0]["metrics"]) == pytest.approx(alone[4:], rel=1e-4)
 
 
-def test_two_workers_have_the_losses_of_one_in_12_steps(tmp_path, under_stage_3, alone, two_ranks):
+def test_two_workers_have_the_losses_of_one_in_20_steps(tmp_path, under_stage_3, alone, two_ranks):
     assert losses(under_stage_3[1][0]["metrics"]) == pytest.approx(alone, rel=1e-4)
     for stage in (0, 2):
         assert losses(
-            train_on(two_ranks, tmp_path / str(stage), stage, more=TWELVE)[0]["metrics"]
+            train_on(two_ranks, tmp_path / str(stage), stage, more=TWENTY)[0]["metrics"]
         ) == pytest.approx(alone, rel=1e-4)
 
 
