@@ -7,7 +7,6 @@ folder that has it is complete, and one with MARKER is not.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -37,6 +36,7 @@ from ..storage import (
 from .caption_text import captions_of, read_meta
 from .readers.tar import read_shard
 from .sample import IMAGE_SUFFIXES, SHARD_SUFFIXES, TEXT_SUFFIXES, Sample, ShardError
+from .tar_headers import header_of, padding
 
 __all__ = [  # what reads a shard is imported from here together with what writes one
     "IMAGE_SUFFIXES",
@@ -154,8 +154,10 @@ def write_shard(folder: str | Path, number: int, samples: Iterable[Sample]) -> d
     """
 
     def add(file: _Written) -> int:
-        with tarfile.open(fileobj=file, mode="w") as tar:  # type: ignore[call-overload]
-            return _add_all(tar, samples)
+        count = _add_all(file, samples)
+        file.write(bytes(2 * tarfile.BLOCKSIZE))
+        file.write(padding(file.bytes, tarfile.RECORDSIZE))
+        return count
 
     name = shard_name(number)
     written, count = _write(folder, name, add)
@@ -201,7 +203,7 @@ def _new_file(folder: str | Path, name: str) -> Iterator[IO[bytes]]:
 
 
 class _Written:
-    """A file that counts and hashes the bytes that a tar writes to it."""
+    """A file that counts and hashes the bytes that are written to it."""
 
     def __init__(self, file: IO[bytes]):
         self._file, self.bytes, self.sha256 = file, 0, hashlib.sha256()
@@ -211,12 +213,9 @@ class _Written:
         self.sha256.update(data)
         return self._file.write(data)
 
-    def tell(self) -> int:
-        return self.bytes
 
-
-def _add_all(tar: tarfile.TarFile, samples: Iterable[Sample]) -> int:
-    """Add the files of all samples to a tar. Returns the number of samples."""
+def _add_all(file: _Written, samples: Iterable[Sample]) -> int:
+    """Write the files of all samples as members of a tar. Returns the number of samples."""
     names: set[str] = set()
     for sample in samples:
         name = _free_name(sample.key, names)
@@ -232,10 +231,8 @@ def _add_all(tar: tarfile.TarFile, samples: Iterable[Sample]) -> int:
             ("txt", meta["caption"].encode(errors="replace")),
             ("json", json.dumps(meta, ensure_ascii=False).encode(errors="replace")),
         ):
-            member = tarfile.TarInfo(f"{name}.{suffix}")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-        tar.members = []  # type: ignore[attr-defined]  # tarfile keeps all headers otherwise
+            header = header_of(f"{name}.{suffix}", len(content))
+            file.write(b"".join((header, content, padding(len(content)))))
     return len(names)
 
 

@@ -35,6 +35,7 @@ from ..sample import (
     ShardError,
     ending,
 )
+from ..tar_headers import QuickTarInfo
 
 # raised by tarfile for damaged files: links to nowhere or to themselves, broken lengths
 BROKEN = (tarfile.TarError, OSError, KeyError, ValueError, OverflowError, RecursionError)
@@ -171,7 +172,7 @@ def _read_headers(file: IO[bytes], name: str) -> _Headers:
     while start is not None:
         file.seek(start)
         try:
-            tar = tarfile.open(fileobj=file, mode="r:")
+            tar = tarfile.open(fileobj=file, mode="r:", tarinfo=QuickTarInfo)
         except BROKEN:
             if start == 0:
                 file.seek(0)
@@ -318,5 +319,13 @@ def _sample(row: dict[str, _Member], column: str | None) -> Sample:
 
 def _content(member: _Member) -> bytes:
     """Content of a file of the tar; of a link, that of the file in the tar that it names."""
-    stream = member.tar.extractfile(member.info)
+    info = member.info
+    if info.isreg() and not info.issparse():
+        file: Any = member.tar.fileobj
+        file.seek(info.offset_data)
+        content = file.read(info.size)
+        if len(content) < info.size:
+            raise tarfile.ReadError("unexpected end of data")
+        return content
+    stream = member.tar.extractfile(info)
     return b"" if stream is None else stream.read()
