@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 from ..errors import nearest
 from .models import Frozen
@@ -40,13 +40,20 @@ SCRIPTS = (
 )
 
 
+def _not_empty(path: str) -> str:
+    if not path.strip():
+        raise ValueError("the path is empty; give a folder, a file or s3://...")
+    return path
+
+
+CorpusPath = Annotated[str, AfterValidator(_not_empty)]
 BASELINES = ("basic", "clip_score", "image_based", "intersection")  # see data/baselines.py
 
 
 class DataConfig(Frozen):
     """Data of a training run."""
 
-    corpus: str = Field(
+    corpus: CorpusPath = Field(
         "runs/corpus/train",
         description="folder or s3:// prefix of tar shards or "
         "Parquet files; several as runs/corpus/{train,scenes} or a::b, a mixture as a:0.7,b:0.3",
@@ -54,7 +61,9 @@ class DataConfig(Frozen):
     caption_column: str | None = Field(
         None, description="field or column of captions, for tables and JSON with another name"
     )
-    held_out: str = Field("runs/corpus/held_out", description="corpus of the held-out images")
+    held_out: CorpusPath = Field(
+        "runs/corpus/held_out", description="corpus of the held-out images"
+    )
     held_out_images: int = Field(
         1024, gt=0, description="held-out images of an evaluation, over all workers, at most"
     )

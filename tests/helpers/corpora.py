@@ -454,6 +454,8 @@ def not_utf8(folder):
         folder / "b.parquet",
         {"jpg": images(), "caption": captions(), "exif": bad_text(captions())},
     )
+    encoded = bad_text(captions()).dictionary_encode()
+    parquet(folder / "c.parquet", {"jpg": images(), "caption": encoded})
     return str(folder)
 
 

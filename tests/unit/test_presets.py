@@ -189,6 +189,8 @@ def test_settings_are_overridden_by_name_and_checked():
         ("train.steps=-4", "Setting train.steps: .*given: '-4'"),
         ("train.batch=33", "train.batch 33 is not divisible by train.workers 2; 32 is"),
         ("train.zero_stage=4", "Setting train.zero_stage"),
+        ("data.held_out=", "Setting data.held_out: the path is empty"),
+        ("data.corpus= ", "Setting data.corpus: the path is empty"),
     ],
 )
 def test_an_invalid_setting_is_named(setting, message):

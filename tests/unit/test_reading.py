@@ -170,7 +170,7 @@ CASES = {
     ),
     "a damaged footer": Case(forms.damaged_footer, N, faults=("not a whole Parquet file",)),
     "text that is not UTF-8": Case(
-        forms.not_utf8, 2 * N - 1, dropped={"with a damaged caption": 1}
+        forms.not_utf8, 3 * N - 2, dropped={"with a damaged caption": 2}
     ),
     "a date out of range": Case(forms.odd_columns, 2 * N),
     "a damaged column that is not needed": Case(forms.damaged_column, N),
