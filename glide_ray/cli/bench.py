@@ -31,6 +31,7 @@ benchmarks of this machine, with random weights:
               whole-request batching and to a server without a model
   data        images per second of the stream, as a ratio to webdataset; milliseconds to decode a
               photo of 12 megapixels, as a ratio to decoding it whole
+  feeder      CPU milliseconds of the feeder for a training step of 256 workers
   clean       images per second of `glide clean`, as a ratio to a loop over Pillow
   duplicates  seconds and peak memory of its search for near-duplicates, at 10^5 to 10^7 images
   semantic    seconds and peak memory of its search for semantic duplicates, at 10^5 images
@@ -180,6 +181,12 @@ def _memory(options: Namespace) -> dict[str, Any]:
     return bench_memory(options.shards)
 
 
+def _feeder(options: Namespace) -> dict[str, Any]:
+    from ..bench.feeder import bench_feeder
+
+    return bench_feeder(options.repeats or 3)
+
+
 def _clean(options: Namespace) -> dict[str, Any]:
     from ..bench.clean import bench_clean
 
@@ -237,6 +244,7 @@ BENCHMARKS: dict[str, Callable[[Namespace], dict[str, Any]]] = {
     "serve": _serve,
     "data": _data,
     "memory": _memory,
+    "feeder": _feeder,
     "clean": _clean,
     "duplicates": _duplicates,
     "semantic": _semantic,

@@ -83,11 +83,23 @@ def test_a_group_of_rows_ends_at_its_number_or_bytes_and_loses_none():
 
 
 def test_a_worker_requests_fewer_batches_in_advance_if_they_are_large():
-    def batch(row_bytes):
-        return [feed.Segment(None, 0, 512, row_bytes)] * 4
+    def batch_bytes(row_bytes):
+        batch = [feed.Segment(None, 0, 512, row_bytes)] * 4
+        return feed.share_of(batch, 0, 512).batch_bytes
 
     kilobytes = (10, 100, 200, 5000)
-    assert [feed.prefetched(batch(1024 * kib)) for kib in kilobytes] == [8, 5, 2, 1]
+    assert [feed.prefetched(batch_bytes(1024 * kib)) for kib in kilobytes] == [8, 5, 2, 1]
+
+
+def test_a_rank_gets_the_blocks_with_its_rows_alone():
+    sizes = (3, 5, 1, 7)
+    batch = [feed.Segment(n, 10, 10 + size, 100) for n, size in enumerate(sizes)]
+    blocks = [block for block, size in enumerate(sizes) for _ in range(size)]
+    for start in range(16):
+        for stop in range(start + 1, 17):
+            share = feed.share_of(batch, start, stop)
+            assert [one.block for one in share.segments] == sorted(set(blocks[start:stop]))
+            assert blocks.index(share.segments[0].block) == share.first
 
 
 def test_a_corpus_in_memory_is_refused_at_the_row_that_exceeds_the_limit(drawn_corpus, monkeypatch):

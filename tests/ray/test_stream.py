@@ -246,6 +246,20 @@ def test_a_resumed_run_that_has_no_counts_of_rows_skips_those_that_it_has_traine
     assert batches_of(corpus, rows=done, tally=Tally.remote()) == undivided[done // 12 :] == []
 
 
+def test_a_late_request_for_an_earlier_epoch_does_not_begin_it_again(drawn_corpus):
+    parts = find_parts(str(drawn_corpus / "train"))
+    feeder = Feeder.remote(parts, 16, 12, 16, 0, Tally.remote())
+
+    def take(epoch, first):
+        return ray.get(feeder.take.remote(Epoch("one", epoch, 0), first, 2, (0, 12), 2))
+
+    take(0, 0)
+    second = take(1, 0)
+    assert take(0, 1000) == []
+    # the same batches for the other worker, and not those of an epoch begun anew
+    assert take(1, 0) == second
+
+
 def test_a_mixture_is_resumed_with_any_number_of_workers_as_one_corpus_is(batches_of, tmp_path):
     write_shards(tmp_path / "a", drawn_samples(24), per_shard=8)
     write_shards(tmp_path / "b", drawn_samples(96), per_shard=32)

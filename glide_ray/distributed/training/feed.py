@@ -38,6 +38,17 @@ class Segment(NamedTuple):
     row_bytes: int
 
 
+class Share(NamedTuple):
+    """The segments of a batch with one rank's rows; `first`: the batch's row that begins them.
+
+    `batch_bytes`: of the whole batch.
+    """
+
+    segments: list[Segment]
+    first: int
+    batch_bytes: int
+
+
 @dataclass(frozen=True)
 class Epoch:
     """An epoch as one start of the workers reads it."""
@@ -72,21 +83,28 @@ class Feeder(Actor):
         self._shares = dict(shares or {})
         self._epoch: Epoch | None = None
 
-    def take(self, epoch: Epoch, number: int, workers: int) -> list[Segment] | None:
-        """Batch `number`, counted from `epoch.rows`; None if the epoch has no whole batch left.
+    def take(
+        self, epoch: Epoch, first: int, count: int, rows: tuple[int, int], workers: int
+    ) -> list[Share]:
+        """`count` batches from number `first`, counted from `epoch.rows`; fewer at the end.
 
-        A batch is released when each of the workers has taken it.
+        Only the segments with some of `rows` (start, stop) of each batch: references are what a
+        call costs. A batch is released when each of the workers has taken it.
         """
         if epoch != self._epoch:
+            earlier = self._epoch
+            if earlier and epoch.group == earlier.group and epoch.number < earlier.number:
+                return []  # asked beyond the end of an epoch, and late
             self._begin(epoch)
-        while self._next <= number and not self._ended:
+        while self._next < first + count and not self._ended:
             self._assemble()
-        batch = self._batches.get(number)
-        self._taken[number] += 1
-        if self._taken[number] == workers:
-            del self._taken[number]
-            self._batches.pop(number, None)
-        return batch
+        last = min(first + count, self._next)
+        shares = [share_of(self._batches[number], *rows) for number in range(first, last)]
+        for number in range(first, last):
+            self._taken[number] += 1
+            if self._taken[number] == workers:
+                del self._taken[number], self._batches[number]
+        return shares
 
     def _begin(self, epoch: Epoch) -> None:
         counts = ray.get(self._tally.counts.remote(epoch.number))
@@ -137,30 +155,56 @@ class Feeder(Actor):
         self._next += 1
 
 
+def share_of(batch: Sequence[Segment], start: int, stop: int) -> Share:
+    """The segments of a batch that overlap its rows `start` to `stop`."""
+    chosen: list[Segment] = []
+    first = position = size = 0
+    for segment in batch:
+        end = position + segment.stop - segment.start
+        if position < stop and end > start:
+            first = first if chosen else position
+            chosen.append(segment)
+        size += (end - position) * segment.row_bytes
+        position = end
+    return Share(chosen, first, size)
+
+
 def micro_batches(feeder, epoch: Epoch, split: BatchSplit) -> Iterator[dict[str, list]]:
     """A rank's rows of each global batch, as micro-batches of the columns that `Collate` reads.
 
-    All ranks get the same number of micro-batches.
+    All ranks get the same number of micro-batches. Batches are requested several at a time: with
+    hundreds of ranks, the feeder's time goes to the number of calls.
     """
-    number, in_flight = 1, deque([feeder.take.remote(epoch, 0, split.world)])
-    while (segments := ray.get(in_flight.popleft())) is not None:
-        while len(in_flight) < prefetched(segments):
-            in_flight.append(feeder.take.remote(epoch, number, split.world))
-            number += 1
-        for start, stop, _ in split.row_ranges():
-            yield _rows(segments, start, stop)
+    ranges = [(start, stop) for start, stop, _ in split.row_ranges()]
+    rows = min(start for start, _ in ranges), max(stop for _, stop in ranges)
+    asked, got = 1, 0  # batches requested, and those that are used up to the current one
+    calls = deque([(1, feeder.take.remote(epoch, 0, 1, rows, split.world))])
+    while calls:
+        count, call = calls.popleft()
+        shares = ray.get(call)
+        for share in shares:
+            got += 1
+            limit = prefetched(share.batch_bytes)
+            several = max(1, limit // 2)
+            while asked - got + several <= limit:
+                call = feeder.take.remote(epoch, asked, several, rows, split.world)
+                calls.append((several, call))
+                asked += several
+            for start, stop in ranges:
+                yield _rows(share, start, stop)
+        if len(shares) < count:
+            return
 
 
-def prefetched(batch: Sequence[Segment]) -> int:
-    """Number of batches like this one that a worker requests in advance."""
-    size = sum((one.stop - one.start) * one.row_bytes for one in batch)
-    return max(1, min(PREFETCHED_BATCHES, PREFETCHED_BYTES // max(1, size)))
+def prefetched(batch_bytes: int) -> int:
+    """Number of batches of this size that a worker requests in advance."""
+    return max(1, min(PREFETCHED_BATCHES, PREFETCHED_BYTES // max(1, batch_bytes)))
 
 
-def _rows(segments: Sequence[Segment], start: int, stop: int) -> dict[str, list]:
+def _rows(share: Share, start: int, stop: int) -> dict[str, list]:
     """Rows `start` to `stop` of a batch; only the blocks that contain them are fetched."""
-    pieces, position = [], 0
-    for block, low, high, _ in segments:
+    pieces, position = [], share.first
+    for block, low, high, _ in share.segments:
         first, last = max(start - position, 0), min(stop - position, high - low)
         if first < last:
             pieces.append((block, low + first, last - first))
