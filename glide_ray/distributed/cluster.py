@@ -43,10 +43,9 @@ def connect(cpus: int) -> None:
     if ray.is_initialized():
         return
     keep_off_terminal()
-    # Ray logs that a new cluster has a token, as it should; users need no message.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(
-        logging.ERROR
-    )
+    # Users need no message that a new cluster has a token, or that a file shows no progress bars.
+    for name in ("_private.authentication.authentication_token_setup", "data._internal.progress"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
     if is_connected():
         _join(os.environ["RAY_ADDRESS"])
     else:
