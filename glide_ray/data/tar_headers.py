@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 NAME_BYTES, MAX_SIZE = 100, 8**11
 # Places of the fields, as in POSIX's ustar
-NAME, SIZE, CHECKSUM, TYPE, MAGIC, PREFIX = 0, 124, 148, 156, 257, 345
+SIZE, CHECKSUM, TYPE, MAGIC, PREFIX = 124, 148, 156, 257, 345
 SPACES = 8 * ord(" ")  # the checksum is that of the header with spaces in its place
 MAGICS = (tarfile.POSIX_MAGIC, tarfile.GNU_MAGIC)
 BLANK = bytearray(tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT))
