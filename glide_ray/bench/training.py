@@ -38,6 +38,8 @@ SHAPES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("emoji-upsampler", 2, ()),
     ("emoji-base", 16, ("activation_checkpointing=true",)),
     ("nano-base", 16, ("batch=32",)),
+    ("emoji-base", 8, ("start_from=emoji", "lora_rank=8")),
+    ("emoji-base", 8, ("start_from=emoji", "freeze=text,attention")),
 )
 
 

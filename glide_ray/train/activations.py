@@ -27,6 +27,7 @@ from ..models.unet import GlideUNet
 from ..models.weights import build_model
 from ..precision import DTYPES
 from .objectives import objective_of
+from .trained_part import choose_trained, keeps_weights, trained_parameters
 
 # Images in the traced batch. A prime: dividing a tensor's size by it shows the power of the batch.
 IMAGES = 10_007
@@ -56,6 +57,8 @@ def training_pass(preset: Preset, precision: str, device: str = "cuda") -> tuple
         preset.model,
         preset.data.crop,
         preset.train.activation_checkpointing,
+        preset.train.lora_rank,
+        preset.train.freeze,
         precision,
         device == "cpu",
     )
@@ -65,6 +68,15 @@ def training_pass(preset: Preset, precision: str, device: str = "cuda") -> tuple
 
 
 _PASSES: dict[tuple, tuple[Moment, ...]] = {}
+
+
+def trained_model(preset: Preset, precision: str) -> GlideUNet | NoisedClip:
+    """The model of a run on the meta device, with its frozen weights and its adapters."""
+    model = meta_model(preset.model, precision)
+    if keeps_weights(preset.train):
+        with torch.device("meta"):
+            choose_trained(model, preset.train)
+    return model
 
 
 def meta_model(config: AnyModelConfig, precision: str) -> GlideUNet | NoisedClip:
@@ -79,7 +91,7 @@ def meta_model(config: AnyModelConfig, precision: str) -> GlideUNet | NoisedClip
 
 
 def _follow(preset: Preset, precision: str, on_cpu: bool) -> tuple[Moment, ...]:
-    model = meta_model(preset.model, precision)
+    model = trained_model(preset, precision)
     model.activation_checkpointing = preset.train.activation_checkpointing
     if on_cpu:
         # `GlideUNet` trains in this format on a CPU.
@@ -116,7 +128,7 @@ class _LiveTensors(TorchDispatchMode):
         # Candidate peaks since the last gradient was computed.
         self._most: list[Moment] = []
         self._kept: list[Moment] = []
-        for parameter in model.parameters():
+        for parameter in trained_parameters(model).values():
             parameter.register_post_accumulate_grad_hook(self._take)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

@@ -16,10 +16,11 @@ from ..config.overrides import override
 from ..config.training import Preset
 from ..errors import ConfigError
 from ..precision import BYTES
-from .activations import Moment, meta_model, training_pass
+from .activations import Moment, meta_model, trained_model, training_pass
 from .batch_split import BatchSplit, accumulation
 from .hardware import GIGA
 from .optimizer import deepspeed_config
+from .trained_part import keeps_weights, trained_parameters
 
 # DeepSpeed's defaults, in elements: reduce_bucket_size, stage3_max_live_parameters, sub_group_size.
 BUCKET, LIVE, SUBGROUP = 5 * 10**8, 10**9, 10**9
@@ -71,11 +72,12 @@ def memory(
 class _ZeroState:
     """Inputs to the memory estimate of one worker's device under ZeRO.
 
-    Numbers of elements: `all` parameters, the worker's shard of them `shard`, the `largest`
-    parameter, and the reduction `bucket`.
+    Numbers of elements: `all` trained parameters, the worker's shard of them `shard`, the `largest`
+    of them, the reduction `bucket`, and the parameters that the run keeps as they are, `kept`.
     """
 
     all: int
+    kept: int
     shard: int
     largest: int
     world: int
@@ -93,13 +95,15 @@ class _ZeroState:
     def of(preset: Preset, world: int, micro_batch: int, precision: str, device: str) -> _ZeroState:
         train, width, on_cpu = preset.train, BYTES[precision], device == "cpu"
         config = deepspeed_config(train, precision, BatchSplit(train.batch, world, 0, micro_batch))
-        sizes, stage = parameter_sizes(preset.model), train.zero_stage
+        sizes, stage = trained_sizes(preset), train.zero_stage
         elements, largest = sum(sizes), max(sizes)
+        kept = sum(parameter_sizes(preset.model)) - (0 if train.lora_rank else elements)
         shard = -(-elements // world) if stage else elements
         accumulates = accumulation(train.batch, world, micro_batch) > 1
         # Stage 3 holds its shard, and up to LIVE elements of gathered parameters.
+        whole = elements + kept
         parameters = width * (
-            elements if stage < 3 else shard + (min(elements, LIVE) if world > 1 else 0)
+            whole if stage < 3 else -(-whole // world) + (min(whole, LIVE) if world > 1 else 0)
         )
         # float32 masters and two moments. Stage 0 has no masters: it steps the network's weights.
         optimizer, averages = (12 if stage else 8) * shard, 4 * shard * train.averages
@@ -118,6 +122,7 @@ class _ZeroState:
         )
         return _ZeroState(
             elements,
+            kept,
             shard,
             largest,
             world,
@@ -151,8 +156,11 @@ class _ZeroState:
             )
 
     def afterwards(self) -> Iterator[Memory]:
-        """Memory during the last gradient reduction, and during the optimizer's step."""
+        """Memory while weights are loaded, gradients reduced last, and the optimizer steps."""
         width, elements, part = self.width, self.all, 0 if self._away else self.width * self.shard
+        if self.kept and self.on_cpu:  # the weights of `start_from` and the model, in float32
+            whole = 4 * (elements + self.kept)
+            yield Memory(parameters=whole, workspace=whole)
         flat, bucket = width * min(elements, self.bucket), self._bucket(elements)
         if self.stage == 0:
             # Reduction of a flat copy, then the step.
@@ -164,12 +172,15 @@ class _ZeroState:
         if self.stage == 3:
             # In order of the yields: reduce-scatter of a flat copy (gloo makes more copies of it);
             # initialisation, when the whole network is present before it is sharded; step.
-            last = width * (self.shard + (self.largest if self.world > 1 else 0))
+            last = width * (
+                self.shard + -(-self.kept // self.world) + (self.largest if self.world > 1 else 0)
+            )
             copies = 1 + self.on_cpu * (1 + (self.world > 1))
             yield replace(
                 self.fixed, parameters=last, gradients=bucket + part, workspace=flat * copies
             )
-            yield Memory(parameters=width * (elements + self.shard), gradients=self._bucket(0))
+            whole = elements + self.kept + self.shard
+            yield Memory(parameters=width * whole, gradients=self._bucket(0))
             yield from (
                 ()
                 if self._away
@@ -246,6 +257,14 @@ def offloaded_memory(preset: Preset, micro_batch: int, precision: str) -> int:
 def parameter_sizes(model: AnyModelConfig) -> tuple[int, ...]:
     """Number of elements of each parameter."""
     return tuple(parameter.numel() for parameter in meta_model(model, "fp32").parameters())
+
+
+def trained_sizes(preset: Preset) -> tuple[int, ...]:
+    """Number of elements of each parameter that a run trains: all, or those of its adapters."""
+    if not keeps_weights(preset.train):
+        return parameter_sizes(preset.model)
+    model = trained_model(preset, "fp32")
+    return tuple(parameter.numel() for parameter in trained_parameters(model).values())
 
 
 def choose_micro_batch(

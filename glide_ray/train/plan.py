@@ -14,7 +14,15 @@ from ..models.cost import launches, operations
 from ..precision import BYTES, training_precision
 from .batch_split import accumulation
 from .hardware import GIGA, HOST_ADAM, PCIE_BYTES_PER_S, TERA, UPLOAD_BYTES_PER_S, Machine
-from .memory import Memory, choose_micro_batch, gb, memory, offloaded_memory, parameter_sizes
+from .memory import (
+    Memory,
+    choose_micro_batch,
+    gb,
+    memory,
+    offloaded_memory,
+    parameter_sizes,
+    trained_sizes,
+)
 
 # Operations of a backward pass for each of the forward pass (`filtered-base`: 2,420 for 1,692)
 BACKWARD = 1.43
@@ -219,8 +227,8 @@ def _step_line(chosen: Plan, machine: Machine) -> str:
 
 
 def _checkpoint_line(preset: Preset, world: int) -> str:
-    """Size of a checkpoint: float32 weights, two moments, and the averages."""
-    size = 4 * (3 + preset.train.averages) * sum(parameter_sizes(preset.model))
+    """Size of a checkpoint: trained weights in float32, two moments, averages."""
+    size = 4 * (3 + preset.train.averages) * sum(trained_sizes(preset))
     part = size / (world if preset.train.zero_stage else 1)
     return (
         f"a checkpoint has {gb(size)} GB, {gb(part)} a worker: uploaded beside training in "

@@ -45,17 +45,23 @@ def prepare(model: nn.Module, preset: Preset) -> Base | None:
     if not keeps_weights(train):
         return None
     model.load_state_dict(starting_state(preset, model))
+    if train.lora_rank:
+        torch.manual_seed(train.seed)  # the same adapters on every rank and at every start
+    choose_trained(model, train)
+    return _base_of(preset)
+
+
+def choose_trained(model: nn.Module, train: TrainConfig) -> None:
+    """Freeze the weights that a run keeps, and add the adapters that it trains."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not train.lora_rank and part_of(name) not in train.freeze)
     if train.lora_rank:
-        torch.manual_seed(train.seed)  # the same adapters on every rank and at every start
         add_adapters(
             model,
             train.lora_rank,
             train.lora_alpha,
             lambda name: part_of(name) not in train.freeze,
         )
-    return _base_of(preset)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

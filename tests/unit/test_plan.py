@@ -18,6 +18,7 @@ from glide_ray.config.overrides import override
 from glide_ray.diffusion.schedule import make_schedule
 from glide_ray.errors import ConfigError
 from glide_ray.models.cost import example_batch, inspect, launches, operations
+from glide_ray.models.lora import add_adapters
 from glide_ray.models.unet import GlideUNet
 from glide_ray.models.weights import build_model
 from glide_ray.precision import DTYPES
@@ -32,9 +33,10 @@ from glide_ray.train.hardware import (
     measured_peak,
     peak_flops,
 )
-from glide_ray.train.memory import choose_micro_batch, memory
+from glide_ray.train.memory import choose_micro_batch, memory, trained_sizes
 from glide_ray.train.objectives import objective_of
 from glide_ray.train.plan import best, describe, plans, step_time
+from glide_ray.train.trained_part import part_of
 
 CROPPED = ["model.unet.image_size=64", "model.unet.low_res_size=16", "data.crop=32"]
 # Of models of the paper: their widths make the memory, and the layers the time of a test.
@@ -603,3 +605,28 @@ def test_the_planned_memory_of_nano_base_is_within_15_percent_of_a_trainers():
     ).total
     measured = measure_training("nano-base", 8, (), 2, RETURNED_MEMORY)["bytes"]
     assert abs(planned / measured - 1) < 0.15
+
+
+@pytest.mark.parametrize(
+    "settings, names",
+    [
+        (["lora_rank=4"], lambda name: ".lora." in name),
+        (["freeze=text,attention"], lambda name: part_of(name) == "convolutions"),
+    ],
+    ids=["an adapter", "parts"],
+)
+def test_weights_that_a_run_keeps_need_no_gradient_and_no_optimizer(settings, names):
+    preset = override(
+        presets.get("nano-base"), ["workers=1", "zero_stage=1", "start_from=any", *settings]
+    )
+    whole = build_model(preset.model)
+    if preset.train.lora_rank:
+        add_adapters(whole, 4, preset.train.lora_alpha)
+    trained = sum(one.numel() for name, one in whole.named_parameters() if names(name))
+    assert sum(trained_sizes(preset)) == trained
+    needs = memory(preset, 1, 4, "bf16", "cuda")
+    assert needs.parameters == 2 * sum(one.numel() for one in whole.parameters())
+    assert needs.optimizer == 12 * trained
+    assert needs.averages == 4 * trained * preset.train.averages
+    every = override(presets.get("nano-base"), ["workers=1", "zero_stage=1"])
+    assert needs.total < memory(every, 1, 4, "bf16", "cuda").total
