@@ -8,10 +8,7 @@ left to `tarfile`.
 from __future__ import annotations
 
 import tarfile
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from typing_extensions import Self  # in typing from Python 3.11
+from typing import TypeVar
 
 NAME_BYTES, MAX_SIZE = 100, 8**11
 # Places of the fields, as in POSIX's ustar
@@ -43,16 +40,19 @@ def padding(size: int, block: int = tarfile.BLOCKSIZE) -> bytes:
     return bytes(-size % block)
 
 
+Member = TypeVar("Member", bound="QuickTarInfo")
+
+
 class QuickTarInfo(tarfile.TarInfo):
     """A member whose name and size alone are read from a plain header."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+    def frombuf(cls: type[Member], buf: bytes | bytearray, encoding: str, errors: str) -> Member:
         """The member of a header of 512 bytes. Raises `tarfile.HeaderError`, as the base does."""
         return cls._plain(buf) or super().frombuf(buf, encoding, errors)
 
     @classmethod
-    def _plain(cls, buf: bytes | bytearray) -> Self | None:
+    def _plain(cls: type[Member], buf: bytes | bytearray) -> Member | None:
         if len(buf) != tarfile.BLOCKSIZE or buf[TYPE : TYPE + 1] != tarfile.REGTYPE:
             return None
         name = buf[:NAME_BYTES].rstrip(b"\0")

@@ -23,6 +23,7 @@ NEEDS = {
     "bench.clean": "cluster",
     "bench.data": "cluster test",
     "bench.faults": "cluster",
+    "bench.feeder": "cluster",
     "bench.load_generator": "cluster",
     "bench.serving": "cluster",
     "cli.doctor": "cluster",
