@@ -53,8 +53,8 @@ def bench_clean(repeats: int) -> dict[str, Any]:
     processes = _processes()
     rates: list[tuple[float, ...]] = []
     with tempfile.TemporaryDirectory() as folder:
-        write_shards(f"{folder}/raw", _drawn_pictures(PICTURES), PER_SHARD)
-        write_shards(f"{folder}/few", _drawn_pictures(4 * processes), 2)
+        write_shards(f"{folder}/raw", drawn_pictures(PICTURES), PER_SHARD)
+        write_shards(f"{folder}/few", drawn_pictures(4 * processes), 2)
         clean(f"{folder}/few", f"{folder}/warm-up", CleanConfig())  # starts Ray's workers
         for number in range(repeats):
             seconds = (
@@ -81,13 +81,13 @@ def _processes() -> int:
     return int(ray.cluster_resources()["CPU"])
 
 
-def _drawn_pictures(count: int) -> Iterator[Sample]:
-    """JPEG pictures of blobs of colour, all different."""
+def drawn_pictures(count: int, side: int = SIDE) -> Iterator[Sample]:
+    """JPEG pictures of blobs of colour, all different, with `side` pixels a side."""
     draws = np.random.default_rng(0)
     for n in range(count):
         coarse = Image.fromarray(draws.integers(0, 256, (6, 6, 3), dtype=np.uint8))
         buffer = io.BytesIO()
-        coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+        coarse.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
         yield Sample(f"{n:07d}", buffer.getvalue(), "jpg", (f"blobs, number {n}",), {})
 
 

@@ -47,6 +47,7 @@ def _not_empty(path: str) -> str:
 
 
 CorpusPath = Annotated[str, AfterValidator(_not_empty)]
+
 BASELINES = ("basic", "clip_score", "image_based", "intersection")  # see data/baselines.py
 
 

@@ -68,7 +68,7 @@ def find_duplicates(fingerprints: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     """
     # best first: the largest, then the earliest
     rank = np.lexsort((np.arange(len(pixels)), -np.asarray(pixels, np.int64)))
-    # Compare only the best image of each distinct fingerprint: a web crawl has the same placeholder
+    # Compare only the best image of each distinct fingerprint: a web crawl has the same grey square
     # ten thousand times, and all pairs of its copies would not fit in memory.
     _, best, unique_index = np.unique(
         fingerprints[rank], axis=0, return_index=True, return_inverse=True

@@ -96,7 +96,7 @@ def _succeeds(action: Callable[[], Any]) -> bool:
 # -- rules for captions, applied to each one; a sample stays while one of its captions does --------
 
 # Texts that web pages have in place of a caption: file names of cameras and programs, URLs, calls
-# to click, licences, placeholders. The list is our own, after the reports of Conceptual Captions
+# to click, licences, default texts. The list is our own, after the reports of Conceptual Captions
 # and LAION.
 FILE_NAME = re.compile(
     r"(?:img|dsc[nf]?|image|picture|photo|screen\s?shot|thumbnail|untitled|file|scan|figure)?"

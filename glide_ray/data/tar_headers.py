@@ -1,8 +1,8 @@
 """Headers of plain tar members, read and written faster than `tarfile` does it.
 
 A shard has three members a row, and its headers took half of the time to read and to write one.
-Plain are regular files with an ASCII name of up to 100 bytes and less than 8 GiB. All others are
-left to `tarfile`.
+A plain member is a regular file of less than 8 GiB with an ASCII name of up to 100 bytes. All other
+members are left to `tarfile`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ NAME_BYTES, MAX_SIZE = 100, 8**11
 SIZE, CHECKSUM, TYPE, MAGIC, PREFIX = 124, 148, 156, 257, 345
 SPACES = 8 * ord(" ")  # the checksum is that of the header with spaces in its place
 MAGICS = (tarfile.POSIX_MAGIC, tarfile.GNU_MAGIC)
+# a header without name, size and checksum
 BLANK = bytearray(tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT))
 BLANK[SIZE : SIZE + 11] = bytes(11)
 BLANK[CHECKSUM : CHECKSUM + 8] = bytes(8)

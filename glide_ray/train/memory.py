@@ -159,8 +159,8 @@ class _ZeroState:
         """Memory while weights are loaded, gradients reduced last, and the optimizer steps."""
         width, elements, part = self.width, self.all, 0 if self._away else self.width * self.shard
         if self.kept and self.on_cpu:  # the weights of `start_from` and the model, in float32
-            whole = 4 * (elements + self.kept)
-            yield Memory(parameters=whole, workspace=whole)
+            loaded = 4 * (elements + self.kept)
+            yield Memory(parameters=loaded, workspace=loaded)
         flat, bucket = width * min(elements, self.bucket), self._bucket(elements)
         if self.stage == 0:
             # Reduction of a flat copy, then the step.
@@ -179,8 +179,8 @@ class _ZeroState:
             yield replace(
                 self.fixed, parameters=last, gradients=bucket + part, workspace=flat * copies
             )
-            whole = elements + self.kept + self.shard
-            yield Memory(parameters=width * whole, gradients=self._bucket(0))
+            present = elements + self.kept + self.shard
+            yield Memory(parameters=width * present, gradients=self._bucket(0))
             yield from (
                 ()
                 if self._away
@@ -260,7 +260,7 @@ def parameter_sizes(model: AnyModelConfig) -> tuple[int, ...]:
 
 
 def trained_sizes(preset: Preset) -> tuple[int, ...]:
-    """Number of elements of each parameter that a run trains: all, or those of its adapters."""
+    """Number of elements of each parameter that a run trains."""
     if not keeps_weights(preset.train):
         return parameter_sizes(preset.model)
     model = trained_model(preset, "fp32")

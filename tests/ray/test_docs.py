@@ -84,7 +84,7 @@ def test_commands_of_glide_and_jobs_take_the_options_that_are_shown(path):
         line = line.removeprefix(".venv/bin/")
         if job := re.search(r"python (jobs/\w+\.py) (.*)", line):
             parser = runpy.run_path(os.path.join(ROOT, job[1]))["parser"]()
-            # Without lower-case letters, these are placeholders and not real arguments.
+            # Words in capitals alone, such as FOLDER, stand for arguments of the user's.
             words = ["", *shlex.split(job[2], comments=True)] if re.search("[a-z]", job[2]) else []
         elif line.startswith("glide "):
             parser, words = cli.build_parser(), shlex.split(line, comments=True)

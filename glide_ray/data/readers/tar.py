@@ -320,7 +320,7 @@ def _sample(row: dict[str, _Member], column: str | None) -> Sample:
 def _content(member: _Member) -> bytes:
     """Content of a file of the tar; of a link, that of the file in the tar that it names."""
     info = member.info
-    if info.isreg() and not info.issparse():
+    if info.isreg() and not info.issparse():  # without extractfile's buffered file for each member
         file: Any = member.tar.fileobj
         file.seek(info.offset_data)
         content = file.read(info.size)

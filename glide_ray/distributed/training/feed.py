@@ -39,9 +39,10 @@ class Segment(NamedTuple):
 
 
 class Share(NamedTuple):
-    """The segments of a batch with one rank's rows; `first`: the batch's row that begins them.
+    """The segments of a batch that hold one rank's rows.
 
-    `batch_bytes`: of the whole batch.
+    `first`: place in the batch of the first segment's first row. `batch_bytes`: size of the whole
+    batch.
     """
 
     segments: list[Segment]
@@ -177,18 +178,18 @@ def micro_batches(feeder, epoch: Epoch, split: BatchSplit) -> Iterator[dict[str,
     """
     ranges = [(start, stop) for start, stop, _ in split.row_ranges()]
     rows = min(start for start, _ in ranges), max(stop for _, stop in ranges)
-    asked, got = 1, 0  # batches requested, and those that are used up to the current one
+    asked, used = 1, 0  # batches requested, and batches up to the current one
     calls = deque([(1, feeder.take.remote(epoch, 0, 1, rows, split.world))])
     while calls:
         count, call = calls.popleft()
         shares = ray.get(call)
         for share in shares:
-            got += 1
+            used += 1
             limit = prefetched(share.batch_bytes)
             several = max(1, limit // 2)
-            while asked - got + several <= limit:
-                call = feeder.take.remote(epoch, asked, several, rows, split.world)
-                calls.append((several, call))
+            while asked - used + several <= limit:
+                more = feeder.take.remote(epoch, asked, several, rows, split.world)
+                calls.append((several, more))
                 asked += several
             for start, stop in ranges:
                 yield _rows(share, start, stop)
