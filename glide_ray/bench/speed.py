@@ -20,7 +20,7 @@ from ..config.sampling import SampleOptions
 from ..config.training import SAMPLE_PROMPTS as PROMPTS
 from ..config.training import Preset
 from ..diffusion.guidance import combine
-from ..diffusion.schedule import kept_timesteps
+from ..diffusion.schedule import make_schedule, respace
 from ..errors import UserError
 from ..models.cost import example_conditioning, inspect
 from ..models.layers import channels_last as in_channels_last
@@ -130,7 +130,7 @@ def bench_cascade(
     work = sum(
         inspect(stepper.config).flops
         * (1 if stepper.config.sampling.guidance_scale == 1 else 2)
-        * len(kept_timesteps(1000, steps))
+        * len(respace(make_schedule(stepper.config.diffusion.schedule), steps))
         for stepper, steps in zip(steppers, own, strict=True)
     )
     for name, options in (

@@ -253,24 +253,32 @@ def add_seed(
     parser.add_argument("--seed", type=int, default=0, help=help)
 
 
+SAMPLER_NAMES = "ancestral, ddim, plms, dpm++, or unipc for 8 to 30 steps"
+STEPS_HELP = "a number, or a respacing such as mixed15 or 10,10,3,2,2 (default: the model's own)"
+
+
 def add_sampler(parser: Parser) -> None:
     """Add --sampler and --steps, of the base model."""
     parser.add_argument(
         "--sampler",
-        help="sampler of the base model: ancestral, ddim, plms, or dpm++ for 15 to 30 steps "
-        "(default: the model's own)",
+        help=f"sampler of the base model: {SAMPLER_NAMES} (default: the model's own)",
     )
-    parser.add_argument(
-        "--steps",
-        help="steps of the base model: a number, or a respacing such as 10,10,3,2,2 "
-        "(default: the model's own)",
-    )
+    parser.add_argument("--steps", help=f"steps of the base model: {STEPS_HELP}")
 
 
-def add_upsampler_steps(parser: Parser) -> None:
+def add_upsampler_sampling(parser: Parser) -> None:
+    """Add the upsampler's sampler, steps and guidance scale."""
     parser.add_argument(
-        "--upsampler-steps",
-        help="steps of the upsampler: a number or a respacing (default: the model's own)",
+        "--upsampler-sampler",
+        metavar="SAMPLER",
+        help="sampler of the upsampler, as --sampler (default: the model's own)",
+    )
+    parser.add_argument("--upsampler-steps", help=f"steps of the upsampler: {STEPS_HELP}")
+    parser.add_argument(
+        "--upsampler-guidance-scale",
+        type=float,
+        metavar="SCALE",
+        help="classifier-free guidance scale of the upsampler (default: the model's own)",
     )
 
 
@@ -295,7 +303,7 @@ def add_guiding_clip(parser: Parser) -> None:
 def add_sampling(parser: Parser) -> None:
     """Add the sampling options of a request, which `sample_options` reads."""
     add_sampler(parser)
-    add_upsampler_steps(parser)
+    add_upsampler_sampling(parser)
     add_guidance_scale(parser)
     add_guiding_clip(parser)
     parser.add_argument(

@@ -17,7 +17,7 @@ from .arguments import (
     add_guidance_scale,
     add_sampler,
     add_seed,
-    add_upsampler_steps,
+    add_upsampler_sampling,
     add_weights,
     local_path,
     positive,
@@ -49,7 +49,7 @@ def add_commands(commands: Commands) -> None:
         help="judge the real pictures of the prompts; generate nothing",
     )
     add_sampler(command)
-    add_upsampler_steps(command)
+    add_upsampler_sampling(command)
     add_guidance_scale(command)
     add_seed(
         command,

@@ -193,13 +193,18 @@ class DiffusionConfig(Frozen):
 class SamplingConfig(Frozen):
     """A model's default sampling (app. B.2)."""
 
-    sampler: Literal["ancestral", "ddim", "plms", "dpm++"] = Field(
+    sampler: Literal["ancestral", "ddim", "plms", "dpm++", "unipc"] = Field(
         "ancestral", description="sampler of the reverse process"
     )
     respacing: str = Field(
         "150",
-        description="steps: a number, steps of equal sections such as "
-        "10,10,3,2,2, or a name such as fast27",
+        description="timesteps: a number of evenly spaced ones, numbers for equal sections such "
+        "as 10,10,3,2,2, a grid such as lambda15, mixed15 or edm15, fast27, or a list such as "
+        "t0,90,400,995",
+    )
+    tuned_grids: dict[int, str] = Field(
+        {},
+        description="timesteps for unipc by number of steps, as `glide tune-sampler` finds them",
     )
     guidance_scale: float = Field(3.0, ge=0, description="classifier-free guidance scale; 1: none")
     noise_scale: float = Field(
@@ -207,6 +212,20 @@ class SamplingConfig(Frozen):
         gt=0,
         description="standard deviation of the initial noise; 0.997 for the released upsampler",
     )
+
+    def respacing_for(self, steps: int | str | None, sampler: str | None) -> str:
+        """The respacing of a request; None for `steps` or `sampler` is this model's own.
+
+        A plain number means evenly spaced timesteps, except in UniPC: there it means the tuned
+        grid of so many steps, or the `mixed` one. The respacing that is returned can be given as
+        `steps` again.
+        """
+        if steps is None:
+            return self.respacing
+        number = str(steps).strip()
+        if (sampler or self.sampler) != "unipc" or not number.isdecimal():
+            return number
+        return self.tuned_grids.get(int(number), f"mixed{number}")
 
 
 class ModelConfig(Frozen):

@@ -157,7 +157,13 @@ def filtered_upsampler() -> Preset:
             ),
             # Release.
             diffusion=DiffusionConfig(schedule="linear"),
-            sampling=SamplingConfig(respacing="fast27", guidance_scale=1.0, noise_scale=0.997),
+            sampling=SamplingConfig(
+                # The released notebooks sample this model by DDIM.
+                sampler="ddim",
+                respacing="fast27",
+                guidance_scale=1.0,
+                noise_scale=0.997,
+            ),
         ),
         data=DataConfig(corpus="s3://bucket/train", held_out="s3://bucket/held_out", min_size=256),
         train=TrainConfig(

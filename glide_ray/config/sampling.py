@@ -16,10 +16,16 @@ class SampleOptions(Frozen):
     steps: int | str | None = Field(
         None, description="steps of the base model: a number, or a respacing such as 10,10,3,2,2"
     )
+    upsampler_sampler: str | None = Field(None, description="sampler of the upsampler")
     upsampler_steps: int | str | None = Field(
         None, description="steps of the upsampler: a number or a respacing"
     )
-    guidance_scale: float | None = Field(None, description="classifier-free guidance scale")
+    guidance_scale: float | None = Field(
+        None, description="classifier-free guidance scale of the base model"
+    )
+    upsampler_guidance_scale: float | None = Field(
+        None, description="classifier-free guidance scale of the upsampler"
+    )
     clip_scale: float = Field(0.0, description="CLIP guidance scale; 0: none")
     guidance_interval: tuple[float, float] = Field(
         (0.0, 1.0), description="interval of the timesteps with guidance, where 1 is the noisiest"

@@ -44,6 +44,7 @@ class History(Rows):
     """
 
     past: Tensor  # (B, 3 steps, 3 channels, H, W)
+    x: Tensor  # (B, 3, H, W), from which the last step started
     count: Tensor  # (B,) number of earlier steps
 
     @classmethod
@@ -51,12 +52,14 @@ class History(Rows):
         """Empty history of samples x (B, 3, H, W) before their first step."""
         return cls(
             x.new_zeros(len(x), 3, *x.shape[1:]),
+            torch.zeros_like(x),
             torch.zeros(len(x), dtype=torch.int64, device=x.device),
         )
 
-    def then(self, remembered: Tensor) -> History:
+    def then(self, step: Step) -> History:
         """The history after one more step."""
-        return History(torch.cat([remembered[:, None], self.past[:, :-1]], dim=1), self.count + 1)
+        past = torch.cat([step.remembered[:, None], self.past[:, :-1]], dim=1)
+        return History(past, step.start, self.count + 1)
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class Step(Rows):
     x: Tensor
     x0: Tensor
     remembered: Tensor  # x_0, or eps in PLMS, for the `History` of later steps
+    start: Tensor  # from which the step started: the input, in UniPC after its correction
 
 
 def ancestral_step(step_input: StepInput) -> Step:
@@ -111,7 +115,7 @@ def ancestral_step(step_input: StepInput) -> Step:
     moved = torch.where(
         ~schedule.at("last", i), mean + (0.5 * log_variance).exp() * step_input.noise, mean
     )
-    return Step(_exact_at_last(schedule, moved, i, known), x0, x0)
+    return Step(_exact_at_last(schedule, moved, i, known), x0, x0, x)
 
 
 def ddim_step(step_input: StepInput, eta: float = 0.0) -> Step:
@@ -121,7 +125,7 @@ def ddim_step(step_input: StepInput, eta: float = 0.0) -> Step:
     of the mean (Dhariwal & Nichol 2021, algorithm 2).
     """
     x0 = _guided_x0(step_input)
-    return Step(_towards(step_input, x0, eta), x0, x0)
+    return Step(_towards(step_input, x0, eta), x0, x0, step_input.x)
 
 
 def plms_step(step_input: StepInput) -> Step:
@@ -138,7 +142,7 @@ def plms_step(step_input: StepInput) -> Step:
     ]
     combined = (weights * torch.cat([eps[:, None], history.past], dim=1)).sum(1)
     x0 = _settle(x0_from_eps(schedule, x, i, combined), step_input.known)
-    return Step(_towards(step_input, x0, 0.0), x0, eps)
+    return Step(_towards(step_input, x0, 0.0), x0, eps, x)
 
 
 def dpm_solver_step(step_input: StepInput) -> Step:
@@ -168,7 +172,74 @@ def dpm_solver_step(step_input: StepInput) -> Step:
     moved = ((1 - previous) / (1 - alpha_bar)).sqrt().float() * x - (
         previous.sqrt() * torch.expm1(-h)
     ).float() * direction
-    return Step(torch.where(last, x0, moved), x0, x0)
+    return Step(torch.where(last, x0, moved), x0, x0, x)
+
+
+def unipc_step(step_input: StepInput) -> Step:
+    """UniPC of second order, in its B2(h) form (Zhao et al. 2023, algorithms 1 and 2).
+
+    A corrector uses the network output at x to move x itself nearer to the ODE, and a predictor
+    steps on from there. Both reuse that one network call.
+    """
+    history = step_input.history or History.none(step_input.x)
+    x0 = _guided_x0(step_input)
+    x = _corrected(step_input, history, x0)
+    return Step(_predicted(step_input, history, x, x0), x0, x0, x)
+
+
+def _corrected(step_input: StepInput, history: History, x0: Tensor) -> Tensor:
+    """x as the step before would have made it, had it known the prediction x0 at its end.
+
+    First order after a single step, then second. A sample's first step has nothing to correct.
+    """
+    before, two_before = history.past[:, 0], history.past[:, 1]
+    lambdas, levels = _lambdas_from(step_input, 0, 1, 2)
+    h = lambdas[0] - lambdas[1]
+    # Zhao et al. 2023, eq. 5: R rho = phi / B(h), solved for the two weights.
+    first = torch.expm1(-h)
+    phi = -first / h - 1
+    b1, b2 = phi / first, 2 * (-phi / h - 0.5) / first
+    second_order = _as_images(history.count > 1)
+    r = torch.where(second_order, (lambdas[2] - lambdas[1]) / h, -1.0)
+    rho_before = torch.where(second_order, (b1 - b2) / (1 - r), 0.0)
+    rho_now = torch.where(second_order, b1 - rho_before, 0.5)
+    slope = (rho_before / r).float() * (two_before - before) + rho_now.float() * (x0 - before)
+    moved = ((1 - levels[0]) / (1 - levels[1])).sqrt().float() * history.x - (
+        levels[0].sqrt() * first
+    ).float() * (before + slope)
+    if step_input.known is not None:  # implicit inpainting has drawn its known pixels anew
+        moved = torch.where(step_input.known.mask > 0.5, step_input.x, moved)
+    return torch.where(_as_images(history.count > 0), moved, step_input.x)
+
+
+def _predicted(step_input: StepInput, history: History, x: Tensor, x0: Tensor) -> Tensor:
+    """The next x, from x and its prediction x0; x0 itself at the last step.
+
+    First order in a sample's first step, then second.
+    """
+    last = step_input.schedule.at("last", step_input.i)
+    lambdas, levels = _lambdas_from(step_input, -1, 0, 1)
+    h = torch.where(last, 1.0, lambdas[0] - lambdas[1])
+    r = (lambdas[2] - lambdas[1]) / h  # negative
+    weight = torch.where(_as_images(history.count > 0), 0.5 / r, 0.0).float()
+    moved = ((1 - levels[0]) / (1 - levels[1])).sqrt().float() * x - (
+        levels[0].sqrt() * torch.expm1(-h)
+    ).float() * (x0 + weight * (history.past[:, 0] - x0))
+    return torch.where(last, x0, moved)
+
+
+def _lambdas_from(step_input: StepInput, *offsets: int) -> tuple[list[Tensor], list[Tensor]]:
+    """lambda and alpha_bar (B, 1, 1, 1) of the steps at i + offset.
+
+    Offsets beyond the schedule give any value: they belong to steps that were not made.
+    """
+    schedule, i = step_input.schedule, step_input.i
+    levels = [schedule.at("alpha_bar", (i + k).clamp(0, len(schedule) - 1)) for k in offsets]
+    return [_half_log_snr(level) for level in levels], levels
+
+
+def _as_images(flags: Tensor) -> Tensor:
+    return flags.reshape(-1, 1, 1, 1)
 
 
 def renoise_known(schedule: Schedule, x: Tensor, i: Tensor, noise: Tensor, known: Known) -> Tensor:
@@ -186,7 +257,7 @@ def ddim_inversion_step(schedule: Schedule, output: ModelOutput, x: Tensor, i: T
     x0 = predict_x0(schedule, output, x, i, None)
     eps = eps_from_x0(schedule, x, i, x0)
     following = schedule.at("alpha_bar_next", i)
-    return Step(x0 * following.sqrt().float() + (1 - following).sqrt().float() * eps, x0, x0)
+    return Step(x0 * following.sqrt().float() + (1 - following).sqrt().float() * eps, x0, x0, x)
 
 
 def predict_x0(
@@ -249,6 +320,7 @@ SAMPLERS: dict[str, Callable[[StepInput], Step]] = {
     "ddim": ddim_step,
     "plms": plms_step,
     "dpm++": dpm_solver_step,
+    "unipc": unipc_step,
 }
 
 

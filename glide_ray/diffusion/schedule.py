@@ -8,6 +8,7 @@ too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -16,6 +17,18 @@ from torch import Tensor
 
 from ..config.models import DiffusionConfig
 from ..errors import UserError
+
+# The noisiest step of the grids that are even in lambda or sigma has at least this
+# lambda = log(signal / noise): on a cosine schedule the last few of 1000 timesteps lie far below,
+# where a step changes nothing (Lu et al. 2022b use -5.1 for cosine schedules).
+MIN_LAMBDA = -5.1
+# Share of lambda in the `mixed` grid. Even in lambda alone, few steps are left where the picture
+# takes shape, and the first 4 of 1000 timesteps are missing.
+MIXED_LAMBDA = 0.75
+EDM_RHO = 7.0  # exponent of the grid of Karras et al. 2022, eq. 5
+# Largest share of signal at the first step, which starts from pure noise. Above it, pictures are
+# flat (measured: `ddim5` begins at timestep 800 of 1000, with 9%).
+MAX_FIRST_SIGNAL = 0.05
 
 
 class ScheduleError(UserError):
@@ -72,9 +85,9 @@ def make_schedule(name: str, steps: int = 1000) -> Schedule:
 def respace(schedule: Schedule, spacing: str | int) -> Schedule:
     """Keep some of the timesteps, with unchanged alpha_bar and betas recomputed to fit.
 
-    Raises ScheduleError.
+    `spacing`: see `grid`. Raises ScheduleError.
     """
-    kept = torch.tensor(kept_timesteps(len(schedule), spacing))
+    kept = torch.tensor(grid(schedule, spacing))
     return _tables(schedule.total, schedule.timestep[kept], schedule.alpha_bar[kept])
 
 
@@ -91,8 +104,79 @@ def join(schedules: Sequence[Schedule]) -> Schedule:
     )
 
 
+def grid(process: Schedule, spacing: str | int) -> list[int]:
+    """The timesteps of a process that a respacing keeps, ascending. Raises ScheduleError.
+
+    - `"lambda15"`: 15, even in lambda = log(signal / noise) (Lu et al. 2022b).
+    - `"mixed15"`: 15, even in 3/4 lambda + 1/4 timestep, each scaled to 0..1, from first to last.
+    - `"edm15"`: 15, even in sigma^(1/7), sigma = noise / signal (Karras et al. 2022, eq. 5).
+    - `"t0,90,400,995"`: these timesteps, as `glide tune-sampler` finds them.
+    - all others: see `kept_timesteps`.
+
+    Sampling starts from pure noise, so a respacing whose noisiest timestep still has signal is
+    refused.
+    """
+    total, spacing = len(process), str(spacing).replace(" ", "")
+    if spacing == "1":
+        return [total - 1]
+    if named := re.fullmatch(r"(lambda|mixed|edm)(\d+)", spacing):
+        kept = _even_in_noise(process, named[1], int(named[2]), spacing)
+    elif spacing.startswith("t"):
+        kept = _listed(total, spacing)
+    else:
+        kept = kept_timesteps(total, spacing)
+    signal = float(process.alpha_bar[kept[-1]])
+    if signal > max(MAX_FIRST_SIGNAL, float(process.alpha_bar[-1])):
+        raise ScheduleError(
+            f"Respacing {spacing!r} begins at timestep {kept[-1]}, where {signal:.0%} of the power "
+            f"is signal, but sampling begins from pure noise; use more steps."
+        )
+    return kept
+
+
+def _even_in_noise(process: Schedule, name: str, count: int, spacing: str) -> list[int]:
+    """`count` timesteps of the grid `name` (see `grid`), each rounded to the nearest.
+
+    Where several round to the same timestep, the later ones move on to the next.
+    """
+    lambdas = 0.5 * (process.alpha_bar / (1 - process.alpha_bar)).log()
+    usable = lambdas if name == "mixed" else lambdas[lambdas >= MIN_LAMBDA]
+    if not 2 <= count <= len(usable):
+        raise ScheduleError(
+            f"Respacing {spacing!r} may have 2 to {len(usable)} steps of this process."
+        )
+    if name == "edm":
+        level = (-usable).exp() ** (1 / EDM_RHO)
+    else:
+        level = (usable - usable[0]) / (usable[-1] - usable[0])
+    if name == "mixed":
+        level = MIXED_LAMBDA * level + (1 - MIXED_LAMBDA) * torch.linspace(0, 1, len(level))
+    wanted = torch.linspace(0, 1, count, dtype=torch.float64)
+    wanted = level[0] + wanted * (level[-1] - level[0])
+    nearest = (level[None] - wanted[:, None]).abs().argmin(1).tolist()
+    kept: list[int] = []
+    for n, timestep in enumerate(nearest):
+        after_last = kept[-1] + 1 if kept else 0
+        kept.append(min(max(timestep, after_last), len(usable) - count + n))
+    return kept
+
+
+def _listed(total: int, spacing: str) -> list[int]:
+    """The timesteps that a respacing such as `t0,90,400,995` lists."""
+    numbers = spacing[1:].split(",")
+    kept = [int(number) for number in numbers if number.isdecimal()]
+    if len(kept) < len(numbers) or kept != sorted(set(kept)) or kept[-1] >= total:
+        raise ScheduleError(
+            f"Respacing {spacing!r} must list timesteps from 0 to {total - 1} in ascending order, "
+            f"such as 't0,90,400,995'."
+        )
+    return kept
+
+
 def kept_timesteps(total: int, spacing: str | int) -> list[int]:
-    """The timesteps out of `total` that a respacing keeps, ascending. Raises ScheduleError.
+    """The timesteps out of `total` that a released respacing keeps, ascending.
+
+    Raises ScheduleError.
 
     - `"27"`: 27, evenly spaced from first to last.
     - `"10,10,3,2,2"`: these numbers of evenly spaced timesteps in equal segments, the least noisy
@@ -176,8 +260,8 @@ class RespacedSchedules:
 def _positive(text: str, spacing: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ScheduleError(
-            f"Respacing {spacing!r} is not understood; write '27', '10,10,3,2,2', 'ddim50' or "
-            f"'fast27'."
+            f"Respacing {spacing!r} is not understood; write '27', 'mixed15', 'lambda15', 'edm15', "
+            f"'10,10,3,2,2', 'ddim50' or 'fast27'."
         )
     return int(text)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..config.models import ModelConfig
+from ..config.models import DiffusionConfig, ModelConfig, SamplingConfig
 from ..config.sampling import SampleOptions
 from ..diffusion.samplers import SAMPLERS
-from ..diffusion.schedule import ScheduleError, kept_timesteps
+from ..diffusion.schedule import ScheduleError, grid, make_schedule
 from ..errors import UserError, nearest
 
 MAX_SCALE = 100.0  # largest scale of classifier-free and CLIP guidance
@@ -33,19 +33,21 @@ def check_options(
 ) -> None:
     """Raise RequestError for an invalid option, seed or strength.
 
-    Steps are checked against the timesteps of the models, or TIMESTEPS for a model that is None.
+    Steps are checked against the schedules of the models, or the default one for a model that is
+    None.
     """
-    for param in ("guidance_scale", "clip_scale"):
+    for param in ("guidance_scale", "upsampler_guidance_scale", "clip_scale"):
         scale = getattr(options, param)
         if scale is not None and not 0 <= scale <= MAX_SCALE:  # true for NaN, too
             raise RequestError(
                 f"{param} must lie between 0 and {MAX_SCALE:g} (given: {scale}); 3 is usual.",
                 param,
             )
-    check_steps("steps", options.steps, base)
-    check_steps("upsampler_steps", options.upsampler_steps, upsampler)
-    if options.sampler is not None:
-        check_sampler(options.sampler)
+    check_steps("steps", options.steps, options.sampler, base)
+    check_steps("upsampler_steps", options.upsampler_steps, options.upsampler_sampler, upsampler)
+    for param in ("sampler", "upsampler_sampler"):
+        if (name := getattr(options, param)) is not None:
+            check_sampler(name, param)
     low, high = options.guidance_interval
     if not 0 <= low <= high <= 1:
         raise RequestError(
@@ -59,21 +61,29 @@ def check_options(
         check_strength(strength)
 
 
-def check_steps(param: str, steps: int | str | None, model: ModelConfig | None) -> None:
+def check_steps(
+    param: str, steps: int | str | None, sampler: str | None, model: ModelConfig | None
+) -> None:
     """Raise RequestError unless a model can take these steps: a number or a respacing."""
-    total = model.diffusion.steps if model else TIMESTEPS
+    if steps is None:
+        return
+    diffusion = model.diffusion if model else DiffusionConfig()
+    sampling = model.sampling if model else SamplingConfig()
     try:
-        kept_timesteps(total, "1" if steps is None else steps)
+        grid(
+            make_schedule(diffusion.schedule, diffusion.steps),
+            sampling.respacing_for(steps, sampler),
+        )
     except ScheduleError as error:
         number = str(steps).lstrip("-").isdecimal()
-        hint = f" Steps may be a number from 1 to {total}." if number else ""
+        hint = f" Steps may be a number from 1 to {diffusion.steps}." if number else ""
         raise RequestError(f"{error}{hint}", param) from None
 
 
-def check_sampler(name: str) -> None:
+def check_sampler(name: str, param: str = "sampler") -> None:
     """Raise RequestError for an unknown sampler."""
     if name not in SAMPLERS:
-        raise RequestError(f"There is no sampler {name!r}; {nearest(name, SAMPLERS)}", "sampler")
+        raise RequestError(f"There is no sampler {name!r}; {nearest(name, SAMPLERS)}", param)
 
 
 def check_strength(strength: float) -> None:

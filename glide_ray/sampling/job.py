@@ -111,7 +111,7 @@ def base_request(
     return SampleRequest(
         _conditioning(config, prompt, None, known, known_mask),
         seed,
-        _respacing(options.steps),
+        config.sampling.respacing_for(options.steps, options.sampler),
         options.sampler,
         options.guidance_scale,
         options.guidance_interval,
@@ -172,7 +172,9 @@ def upsampler_request(
     return SampleRequest(
         _conditioning(config, prompt, to_8_bits(low_res)[None], known, known_mask),
         seed,
-        _respacing(options.upsampler_steps),
+        config.sampling.respacing_for(options.upsampler_steps, options.upsampler_sampler),
+        options.upsampler_sampler,
+        options.upsampler_guidance_scale,
     )
 
 
@@ -200,7 +202,3 @@ def _conditioning(
         return Conditioning(tokens, mask, low_res)
     keep = torch.tensor(known_mask)[None, None].float()
     return Conditioning(tokens, mask, low_res, to_tensor(known)[None], keep)
-
-
-def _respacing(steps: int | str | None) -> str | None:
-    return None if steps is None else str(steps)

@@ -175,18 +175,15 @@ class ModelSet:
         self, task: str, prompt: str, seed: int, options: SampleOptions, strength: float = 1.0
     ) -> Recipe:
         """The recipe of a request to these models, whose defaults fill unset options."""
-        defaults = {
-            "sampler": self.base.sampling.sampler,
-            "steps": self.base.sampling.respacing,
-            "guidance_scale": self.base.sampling.guidance_scale,
-        }
-        if self.upsampler is not None:
-            defaults["upsampler_steps"] = self.upsampler.sampling.respacing
-        filled = options.model_copy(
-            update={
-                name: value for name, value in defaults.items() if getattr(options, name) is None
-            }
-        )
+        stages = {"": self.base} | ({"upsampler_": self.upsampler} if self.upsampler else {})
+        filled: dict[str, str | float] = {}
+        for prefix, config in stages.items():
+            own, sampler = config.sampling, getattr(options, f"{prefix}sampler")
+            filled[f"{prefix}sampler"] = sampler or own.sampler
+            steps = getattr(options, f"{prefix}steps")
+            filled[f"{prefix}steps"] = own.respacing_for(steps, sampler)
+            scale = getattr(options, f"{prefix}guidance_scale")
+            filled[f"{prefix}guidance_scale"] = own.guidance_scale if scale is None else scale
         models = {
             role: used for role, used in self.models.items() if role != "clip" or options.clip_scale
         }
@@ -194,7 +191,7 @@ class ModelSet:
             task=task,
             prompt=prompt,
             seed=seed,
-            options=filled,
+            options=options.model_copy(update=filled),
             strength=strength,
             precision=self.precision,
             models=models,

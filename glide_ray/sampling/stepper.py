@@ -256,7 +256,7 @@ class Stepper:
         for n, sample in enumerate(samples):
             if sample.request.on_preview is not None and sample.shows_preview():
                 sample.request.on_preview(step.x0[n].cpu())
-        return replace(batch, x=x, history=batch.history.then(step.remembered))
+        return replace(batch, x=x, history=batch.history.then(step))
 
     def _noise_of_edits(self, samples: list[ActiveSample], x: Tensor) -> Tensor:
         """Fresh noise (S, 3, H, W) for samples with known pixels, zeros for the others.

@@ -225,8 +225,10 @@ def _job(
     options = SampleOptions(
         sampler=fields.sampler,
         steps=fields.steps,
+        upsampler_sampler=fields.upsampler_sampler,
         upsampler_steps=fields.upsampler_steps,
         guidance_scale=fields.guidance_scale,
+        upsampler_guidance_scale=fields.upsampler_guidance_scale,
         clip_scale=clip_scale,
     )
     strength = None if source is None else getattr(fields, "strength", None)

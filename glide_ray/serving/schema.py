@@ -73,8 +73,11 @@ class ImageFields(BaseModel):
     )
     steps: int | None = Field(None, ge=1)
     upsampler_steps: int | None = Field(None, ge=1)
-    sampler: Literal["ancestral", "ddim", "plms", "dpm++"] | None = Field(
+    sampler: Literal["ancestral", "ddim", "plms", "dpm++", "unipc"] | None = Field(
         None, description="Sampler of the base model."
+    )
+    upsampler_sampler: Literal["ancestral", "ddim", "plms", "dpm++", "unipc"] | None = Field(
+        None, description="Sampler of the upsampler."
     )
     guidance_scale: float | None = Field(
         None,
@@ -82,6 +85,13 @@ class ImageFields(BaseModel):
         le=MAX_SCALE,
         allow_inf_nan=False,
         description="Classifier-free guidance scale; 1: none, 3: a common value.",
+    )
+    upsampler_guidance_scale: float | None = Field(
+        None,
+        ge=0,
+        le=MAX_SCALE,
+        allow_inf_nan=False,
+        description="Classifier-free guidance scale of the upsampler.",
     )
 
     @model_validator(mode="before")

@@ -496,7 +496,10 @@ def test_version_prints_the_version_of_the_package(capsys):
         (["ev"], ["evaluate"]),
         (["filter", "a"], ["apply"]),
         (["train", "emoji-b"], ["emoji-base"]),
-        (["generate", "a dog", "--upsampler-"], ["--upsampler-steps"]),
+        (
+            ["generate", "a dog", "--upsampler-"],
+            ["--upsampler-sampler", "--upsampler-steps", "--upsampler-guidance-scale"],
+        ),
         (["serve", "--precision", "f"], ["fp32", "fp16"]),
         (["pack", "--out", "dir"], ["directory"]),
     ],

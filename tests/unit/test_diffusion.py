@@ -17,11 +17,19 @@ from glide_ray.diffusion.samplers import (
     SAMPLERS,
     History,
     Known,
+    Step,
     StepInput,
     renoise_known,
     step_each,
 )
-from glide_ray.diffusion.schedule import ScheduleError, join, kept_timesteps, make_schedule, respace
+from glide_ray.diffusion.schedule import (
+    ScheduleError,
+    grid,
+    join,
+    kept_timesteps,
+    make_schedule,
+    respace,
+)
 from glide_ray.tensors import ModelOutput
 
 
@@ -95,18 +103,18 @@ def test_sampling_gaussian_data_with_its_exact_denoiser_gives_its_standard_devia
         step = SAMPLERS[sampler](
             StepInput(schedule, output, x, full(index, 8), noise, history=history)
         )
-        x, history = step.x, history.then(step.remembered)
+        x, history = step.x, history.then(step)
     # DDIM has an error of 2% with 250 steps.
     assert x.std().item() == pytest.approx(s, rel={"ddim": 0.03}.get(sampler, 0.01))
     assert abs(x.mean().item()) < 0.01
 
 
-def ode_error(sampler, steps, s=0.3):
+def ode_error(sampler, spacing, s=0.3):
     """Relative error of a deterministic sampler against the probability-flow ODE.
 
     For data from N(0, s^2) the ODE ends at x_T s / std_T.
     """
-    schedule = respace(make_schedule("cosine"), str(steps))
+    schedule = respace(make_schedule("cosine"), spacing)
     x = torch.tensor([0.2, -0.5, 0.9]).reshape(1, 3, 1, 1)
     first, history = x, History.none(x)
     top = schedule.alpha_bar[-1].item()
@@ -116,21 +124,34 @@ def ode_error(sampler, steps, s=0.3):
         step = SAMPLERS[sampler](
             StepInput(schedule, output, x, full(index, 1), torch.zeros_like(x), history=history)
         )
-        x, history = step.x, history.then(step.remembered)
+        x, history = step.x, history.then(step)
     return (x / first * math.sqrt(top * s**2 + 1 - top) / s - 1).abs().max().item()
 
 
-@pytest.mark.parametrize("sampler", ["dpm++", "plms"])
-def test_multistep_samplers_follow_the_ode_several_times_more_closely_than_ddim(sampler):
+@pytest.mark.parametrize("s", [0.3, 0.9])
+def test_the_corrector_of_unipc_raises_the_order_to_three(s):
+    """Half the step in lambda divides the error by 8 (Zhao et al. 2023, theorem 3.1)."""
+    error = {n: ode_error("unipc", f"lambda{n}", s) for n in (20, 40, 80)}
+    assert error[20] / error[40] > 7
+    assert error[40] / error[80] > 7
+    for steps in (40, 80):
+        assert error[steps] < ode_error("dpm++", f"lambda{steps}", s) / 2
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing"), [("dpm++", "{}"), ("plms", "{}"), ("unipc", "lambda{}")]
+)
+def test_multistep_samplers_follow_the_ode_several_times_more_closely_than_ddim(sampler, spacing):
     for steps in (20, 30):
-        assert ode_error(sampler, steps) < ode_error("ddim", steps) / 3
+        spaced = spacing.format(steps)
+        assert ode_error(sampler, spaced) < ode_error("ddim", spaced) / 3
 
 
 def test_the_first_step_of_a_multistep_sampler_equals_ddim():
     schedule, i, x = respace(make_schedule("cosine"), "20"), full(12), torch.randn(2, 3, 4, 4)
     output, noise = ModelOutput(torch.randn_like(x), torch.zeros_like(x)), torch.zeros_like(x)
     step_input = StepInput(schedule, output, x, i, noise)
-    for sampler in ("dpm++", "plms"):
+    for sampler in ("dpm++", "plms", "unipc"):
         assert torch.allclose(
             SAMPLERS[sampler](step_input).x, SAMPLERS["ddim"](step_input).x, atol=1e-6
         )
@@ -197,7 +218,7 @@ def test_samples_of_different_samplers_share_a_step():
     schedule, x = respace(make_schedule("cosine"), "20"), torch.randn(5, 3, 8, 8)
     history = History.none(x)
     for _ in range(2):
-        history = history.then(torch.randn_like(x))
+        history = history.then(Step(*(torch.randn_like(x) for _ in range(4))))
     step_input = StepInput(
         schedule,
         ModelOutput(torch.randn_like(x), torch.rand_like(x) * 2 - 1),
@@ -208,7 +229,7 @@ def test_samples_of_different_samplers_share_a_step():
         torch.randn_like(x),
         history,
     )
-    names = ["dpm++", "ancestral", "plms", "dpm++", "ddim"]
+    names = ["dpm++", "ancestral", "plms", "unipc", "ddim"]
     together = step_each(names, step_input)
     for row, name in enumerate(names):
         alone = SAMPLERS[name](step_input)
@@ -270,6 +291,48 @@ def test_an_invalid_respacing_is_refused_in_one_sentence(spacing):
     with pytest.raises(ScheduleError) as refusal:
         kept_timesteps(1000, spacing)
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) > 30
+
+
+@pytest.mark.parametrize("spacing", ["10,1", "ddim2", "ddim5", "t0,500"])
+def test_a_respacing_that_begins_in_the_middle_of_the_process_is_refused(spacing):
+    with pytest.raises(ScheduleError, match="begins at timestep"):
+        respace(make_schedule("cosine"), spacing)
+
+
+@pytest.mark.parametrize(
+    "spacing",
+    ["lambda1", "lambda1000", "edm0", "mixed1001", "t", "t5,4", "t0,0,999", "t-1,9", "t1000"],
+)
+def test_an_invalid_grid_is_refused_in_one_sentence(spacing):
+    with pytest.raises(ScheduleError) as refusal:
+        respace(make_schedule("cosine"), spacing)
+    assert "\n" not in str(refusal.value) and spacing in str(refusal.value)
+
+
+def test_a_single_step_begins_at_the_noisiest_timestep():
+    assert grid(make_schedule("cosine"), "1") == [999]
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+@pytest.mark.parametrize("spacing", ["lambda", "mixed", "edm"])
+def test_grids_have_as_many_steps_as_asked_up_to_all(name, spacing):
+    process = make_schedule(name)
+    for count in (2, 3, 8, 27, 200, 900):
+        kept = grid(process, f"{spacing}{count}")
+        assert len(kept) == count and kept == sorted(set(kept)) and kept[0] == 0
+    assert grid(process, "mixed1000") == list(range(1000))
+
+
+def test_grids_are_even_in_their_measure_of_noise():
+    """Up to the rounding to whole timesteps: at most half the distance of two timesteps."""
+    process = make_schedule("cosine")
+    sigma = ((1 - process.alpha_bar) / process.alpha_bar).sqrt()
+    for spacing, measure in (("lambda15", sigma.log()), ("edm15", sigma ** (1 / 7))):
+        kept = grid(process, spacing)
+        assert process.alpha_bar[kept[-1]] >= 1 / (1 + math.exp(2 * 5.1))
+        even = torch.linspace(measure[0], measure[kept[-1]], 15, dtype=torch.float64)
+        rounding = (measure[1:] - measure[:-1])[[min(t, 998) for t in kept]].abs() / 2
+        assert ((measure[kept] - even).abs() <= 1.5 * rounding.clamp(min=1e-9)).all()
 
 
 def test_respacing_keeps_exactly_the_requested_number_of_steps():

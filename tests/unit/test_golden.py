@@ -17,11 +17,13 @@ from glide_ray.diffusion.guidance import classifier_free, score_gradient
 from glide_ray.diffusion.loss import hybrid_loss
 from glide_ray.diffusion.process import q_sample
 from glide_ray.diffusion.samplers import (
+    History,
     Known,
     StepInput,
     ancestral_step,
     ddim_inversion_step,
     ddim_step,
+    unipc_step,
 )
 from glide_ray.diffusion.schedule import kept_timesteps, make_schedule, respace
 from glide_ray.models.clip import NoisedClip
@@ -37,6 +39,23 @@ FORMS = {
     "base_inpaint": {"inpaint": True},
     "upsampler_inpaint": {"low_res_size": 4, "inpaint": True},
 }
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+@pytest.mark.parametrize("spacing", ["lambda8", "edm8", "20"])
+def test_unipc_agrees_with_an_independent_implementation(name, spacing):
+    """The trajectories of another library, on a network in closed form (see the README there)."""
+    stored = load_file(GOLDEN / "unipc.safetensors")
+    schedule, x = respace(make_schedule(name), spacing), stored["start"]
+    assert schedule.timestep.tolist() == stored[f"{name}.{spacing}.timesteps"].tolist()
+    history = History.none(x)
+    for i in reversed(range(len(schedule))):
+        eps = torch.tanh(1.3 * x) + 0.2 * torch.sin(0.01 * schedule.timestep[i] + x)
+        output = ModelOutput(eps, torch.zeros_like(x))
+        indices, noise = torch.full((2,), i), torch.zeros_like(x)
+        step = unipc_step(StepInput(schedule, output, x, indices, noise, history=history))
+        x, history = step.x, history.then(step)
+    assert torch.allclose(x, stored[f"{name}.{spacing}"], atol=TOLERANCE)
 
 
 def golden_model(form):

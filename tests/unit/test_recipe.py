@@ -93,7 +93,12 @@ def test_a_recipe_records_every_option_with_its_value(tmp_path, tiny_weights):
     )
     recipe, inputs, _ = read_recipe(tmp_path / "a.png")
     assert recipe.options == SampleOptions(
-        sampler="ancestral", steps="50", upsampler_steps="10,10,3,2,2", guidance_scale=2.0
+        sampler="ancestral",
+        steps="50",
+        guidance_scale=2.0,
+        upsampler_sampler="ancestral",
+        upsampler_steps="10,10,3,2,2",
+        upsampler_guidance_scale=1.0,
     )
     assert (
         recipe.models["base"].name == "nano-base"

@@ -80,12 +80,13 @@ def test_samples_in_a_batch_keep_their_own_guidance_sampler_steps_and_caption():
 
 def test_every_sampler_gives_the_same_picture_in_any_batch():
     requests = [
-        request(steps=5, sampler=sampler) for sampler in ("ancestral", "ddim", "plms", "dpm++")
+        request(steps=5, sampler=sampler)
+        for sampler in ("ancestral", "ddim", "plms", "dpm++", "unipc")
     ]
     together = stepper().run([*requests, request(seed=3, steps=9, sampler="plms")])
     for image, single_request in zip(together, requests, strict=False):
         assert torch.equal(image, stepper().run([single_request])[0])
-    assert len({image.sum().item() for image in together}) == 5
+    assert len({image.sum().item() for image in together}) == 6
 
 
 def test_guidance_is_off_outside_its_interval():
