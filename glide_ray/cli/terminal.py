@@ -18,13 +18,13 @@ def print_note(line: str) -> None:
 
 
 @contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(label: str, unit: str = "picture") -> Iterator[Callable[[int, int], None]]:
     """A function of the number done and the total that shows a bar from its first call."""
     shown: list[Bar] = []
 
     def progress(done: int, total: int) -> None:
         if not shown:
-            shown.append(bar(label, "picture", total))
+            shown.append(bar(label, unit, total))
         shown[0].update(done - shown[0].n)
 
     yield progress

@@ -59,6 +59,11 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.timestep)
 
+    @property
+    def lambdas(self) -> Tensor:
+        """lambda = log(signal / noise) of each step (S,), in amplitudes."""
+        return 0.5 * (self.alpha_bar / (1 - self.alpha_bar)).log()
+
     def at(self, name: str, i: Tensor) -> Tensor:
         """Table `name` at the indices i (B,), shaped (B, 1, 1, 1) for images, on i's device.
 
@@ -135,29 +140,37 @@ def grid(process: Schedule, spacing: str | int) -> list[int]:
 
 
 def _even_in_noise(process: Schedule, name: str, count: int, spacing: str) -> list[int]:
-    """`count` timesteps of the grid `name` (see `grid`), each rounded to the nearest.
-
-    Where several round to the same timestep, the later ones move on to the next.
-    """
-    lambdas = 0.5 * (process.alpha_bar / (1 - process.alpha_bar)).log()
+    """`count` timesteps of the grid `name`: see `grid`."""
+    lambdas = process.lambdas
     usable = lambdas if name == "mixed" else lambdas[lambdas >= MIN_LAMBDA]
     if not 2 <= count <= len(usable):
         raise ScheduleError(
             f"Respacing {spacing!r} may have 2 to {len(usable)} steps of this process."
         )
     if name == "edm":
-        level = (-usable).exp() ** (1 / EDM_RHO)
-    else:
-        level = (usable - usable[0]) / (usable[-1] - usable[0])
-    if name == "mixed":
-        level = MIXED_LAMBDA * level + (1 - MIXED_LAMBDA) * torch.linspace(0, 1, len(level))
+        return even_timesteps((-usable).exp() ** (1 / EDM_RHO), count)
+    return even_timesteps(mixed_level(usable, MIXED_LAMBDA if name == "mixed" else 1.0), count)
+
+
+def mixed_level(lambdas: Tensor, lambda_share: float) -> Tensor:
+    """A mixture of lambda and timestep, each scaled to 0..1, for consecutive timesteps (T,)."""
+    scaled = (lambdas - lambdas[0]) / (lambdas[-1] - lambdas[0])
+    return lambda_share * scaled + (1 - lambda_share) * torch.linspace(0, 1, len(lambdas))
+
+
+def even_timesteps(level: Tensor, count: int) -> list[int]:
+    """`count` of the timesteps 0..T-1, ascending, whose levels (T,) are evenly spaced.
+
+    `level` is monotone. Each is rounded to the nearest timestep; where several round to the same,
+    the later ones move on to the next.
+    """
     wanted = torch.linspace(0, 1, count, dtype=torch.float64)
     wanted = level[0] + wanted * (level[-1] - level[0])
     nearest = (level[None] - wanted[:, None]).abs().argmin(1).tolist()
     kept: list[int] = []
     for n, timestep in enumerate(nearest):
         after_last = kept[-1] + 1 if kept else 0
-        kept.append(min(max(timestep, after_last), len(usable) - count + n))
+        kept.append(min(max(timestep, after_last), len(level) - count + n))
     return kept
 
 
