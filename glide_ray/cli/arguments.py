@@ -305,6 +305,12 @@ def add_sampling(parser: Parser) -> None:
     add_sampler(parser)
     add_upsampler_sampling(parser)
     add_guidance_scale(parser)
+    parser.add_argument(
+        "--negative-prompt",
+        default="",
+        metavar="TEXT",
+        help="text that the pictures should not show; needs a guidance scale other than 1",
+    )
     add_guiding_clip(parser)
     parser.add_argument(
         "--clip-scale",

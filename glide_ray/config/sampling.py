@@ -12,6 +12,9 @@ from .models import SHIPPED, Frozen
 class SampleOptions(Frozen):
     """Sampling of one request. None: the model's own `SamplingConfig`."""
 
+    noise_scheme: Literal[1, 2] = Field(
+        2, description="how noise is drawn from the seed; 1: as before version 0.2"
+    )
     sampler: str | None = Field(None, description="sampler of the base model")
     steps: int | str | None = Field(
         None, description="steps of the base model: a number, or a respacing such as 10,10,3,2,2"
@@ -25,6 +28,11 @@ class SampleOptions(Frozen):
     )
     upsampler_guidance_scale: float | None = Field(
         None, description="classifier-free guidance scale of the upsampler"
+    )
+    negative_prompt: str = Field(
+        "",
+        description="text that guidance leads away from, in place of the empty caption; needs a "
+        "guidance scale other than 1",
     )
     clip_scale: float = Field(0.0, description="CLIP guidance scale; 0: none")
     guidance_interval: tuple[float, float] = Field(

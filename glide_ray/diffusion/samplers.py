@@ -121,8 +121,8 @@ def ancestral_step(step_input: StepInput) -> Step:
 def ddim_step(step_input: StepInput, eta: float = 0.0) -> Step:
     """DDIM (Song et al. 2020, eq. 12).
 
-    Deterministic at eta 0, as noisy as ancestral sampling at eta 1. A `gradient` shifts eps instead
-    of the mean (Dhariwal & Nichol 2021, algorithm 2).
+    Deterministic at eta 0, as noisy as ancestral sampling at eta 1. A `gradient` moves the
+    predicted x_0 (Dhariwal & Nichol 2021, algorithm 2).
     """
     x0 = _guided_x0(step_input)
     return Step(_towards(step_input, x0, eta), x0, x0, step_input.x)
@@ -276,19 +276,20 @@ def _keep(x0: Tensor, known: Known | None) -> Tensor:
 
 
 def _guided_x0(step_input: StepInput) -> Tensor:
-    """Predicted x_0 after adding -sqrt(1 - alpha_bar) * gradient to eps.
+    """Predicted x_0, moved by the gradient and clipped again.
 
-    A gradient of 0 leaves it exactly unchanged.
+    The move is that of the ancestral step, whose mean moves by variance * gradient: one scale means
+    the same in all samplers. The step that ends at x_0 is not moved. A gradient of 0 leaves x_0
+    exactly unchanged.
     """
     x0 = predict_x0(
         step_input.schedule, step_input.output, step_input.x, step_input.i, step_input.known
     )
     if step_input.gradient is None:
         return x0
-    alpha_bar = step_input.schedule.at("alpha_bar", step_input.i)
-    return _keep(
-        x0 + ((1 - alpha_bar) / alpha_bar.sqrt()).float() * step_input.gradient, step_input.known
-    )
+    previous = step_input.schedule.at("alpha_bar_prev", step_input.i)
+    moved = x0 + ((1 - previous) / previous.sqrt()).float() * step_input.gradient
+    return _settle(moved, step_input.known)
 
 
 def _towards(step_input: StepInput, x0: Tensor, eta: float) -> Tensor:

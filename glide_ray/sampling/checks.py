@@ -96,6 +96,16 @@ def check_strength(strength: float) -> None:
         )
 
 
+def check_negative(base: ModelConfig, options: SampleOptions) -> None:
+    """Raise RequestError for a negative prompt without guidance, where it would do nothing."""
+    scale = options.guidance_scale
+    if options.negative_prompt and (base.sampling.guidance_scale if scale is None else scale) == 1:
+        raise RequestError(
+            "negative_prompt needs classifier-free guidance; set a guidance scale other than 1.",
+            "negative_prompt",
+        )
+
+
 def check_clip(clip_scale: float, has_clip: bool) -> None:
     """Raise RequestError for CLIP guidance without a CLIP model."""
     if clip_scale and not has_clip:

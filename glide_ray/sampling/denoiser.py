@@ -1,8 +1,8 @@
 """The guided network call: model output for a batch of samples, and the text features of captions.
 
 A network call has one row for each sample with its caption, then a second row with the empty
-caption for each sample with classifier-free guidance. On a GPU it replays a CUDA graph. CLIP
-guidance is computed separately, as a gradient.
+caption, or its negative prompt, for each sample with classifier-free guidance. On a GPU it replays
+a CUDA graph. CLIP guidance is computed separately, as a gradient.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class PairedInputs:
     samples: Conditioning  # first rows, of the samples; identifies the batch
     guided: list[int]  # indices of the samples whose guidance scale is not 1
     conditioning: Conditioning  # of all rows: the samples, then the guided ones again
-    text: TextFeatures  # of all rows: the captions, then the empty caption
+    text: TextFeatures  # of all rows: the captions, then the negative ones
 
 
 class GuidedDenoiser:
@@ -165,7 +165,7 @@ class GuidedDenoiser:
     def _paired_inputs(
         self, batch: SampleBatch, guided: Tensor
     ) -> tuple[Conditioning, TextFeatures]:
-        """Network inputs: all samples, then the `guided` ones (G,) with the empty caption."""
+        """Network inputs: all samples, then the `guided` ones (G,) with the negative caption."""
         if not len(guided):
             return batch.conditioning, batch.text
         paired = self._paired
@@ -176,21 +176,22 @@ class GuidedDenoiser:
             or paired.guided != guided.tolist()
         ):
             repeated = batch.conditioning[to_device_async(guided, self.device)]
-            empty = self._empty_text().map(
-                lambda tensor: tensor.expand(len(guided), *tensor.shape[1:])
-            )
             paired = PairedInputs(
                 batch.conditioning,
                 guided.tolist(),
                 Conditioning.join([batch.conditioning, repeated]),
-                TextFeatures.join([batch.text, empty]),
+                TextFeatures.join(
+                    [batch.text, batch.negative[to_device_async(guided, self.device)]]
+                ),
             )
             if self._reuse_inputs:
                 self._paired = paired
         return paired.conditioning, paired.text
 
-    def _empty_text(self) -> TextFeatures:
-        """Text features of the empty caption, shared by all guided samples."""
+    def negative_text(self, caption: Conditioning | None) -> TextFeatures:
+        """Text features (1, ...) of the caption that guidance leads away from; None: the empty."""
+        if caption is not None:
+            return self._text_features(caption.tokens.cpu(), caption.mask.cpu())
         context = self.config.unet.text.context
         return self._text_features(
             torch.zeros(1, context, dtype=torch.int64), torch.zeros(1, context, dtype=torch.bool)

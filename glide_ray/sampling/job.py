@@ -15,7 +15,7 @@ from ..data.images import area_downsample, to_8_bits, to_tensor
 from ..data.tokenizer import Tokenizer
 from ..models.clip_scorer import ClipScorer
 from ..tensors import Conditioning
-from .checks import check_clip
+from .checks import check_clip, check_negative
 from .request import SampleRequest
 
 
@@ -83,6 +83,7 @@ class Job:
             self.seed,
             low_res,
             self.options,
+            task=self.task,
             known=None if source is None else source.image,
             known_mask=None if source is None else source.known_mask,
         )
@@ -108,15 +109,19 @@ def base_request(
     a `critic`.
     """
     check_clip(options.clip_scale, critic is not None)
+    check_negative(config, options)
     return SampleRequest(
         _conditioning(config, prompt, None, known, known_mask),
         seed,
-        config.sampling.respacing_for(options.steps, options.sampler),
-        options.sampler,
-        options.guidance_scale,
-        options.guidance_interval,
-        critic.embed([prompt]) if critic is not None and options.clip_scale else None,
-        options.clip_scale,
+        task="vary" if start is not None else "generate" if known is None else "edit",
+        noise_scheme=options.noise_scheme,
+        respacing=config.sampling.respacing_for(options.steps, options.sampler),
+        sampler=options.sampler,
+        guidance_scale=options.guidance_scale,
+        negative=_negative(config, options.negative_prompt, options.guidance_scale),
+        guidance_interval=options.guidance_interval,
+        clip_text=critic.embed([prompt]) if critic is not None and options.clip_scale else None,
+        clip_scale=options.clip_scale,
         start=None if start is None else to_tensor(start),
         strength=strength,
     )
@@ -161,6 +166,7 @@ def upsampler_request(
     low_res: Tensor,
     options: SampleOptions = SampleOptions(),
     *,
+    task: Literal["generate", "edit", "vary"] = "generate",
     known: np.ndarray | None = None,
     known_mask: np.ndarray | None = None,
 ) -> SampleRequest:
@@ -172,9 +178,12 @@ def upsampler_request(
     return SampleRequest(
         _conditioning(config, prompt, to_8_bits(low_res)[None], known, known_mask),
         seed,
-        config.sampling.respacing_for(options.upsampler_steps, options.upsampler_sampler),
-        options.upsampler_sampler,
-        options.upsampler_guidance_scale,
+        task=task,
+        noise_scheme=options.noise_scheme,
+        respacing=config.sampling.respacing_for(options.upsampler_steps, options.upsampler_sampler),
+        sampler=options.upsampler_sampler,
+        guidance_scale=options.upsampler_guidance_scale,
+        negative=_negative(config, options.negative_prompt, options.upsampler_guidance_scale),
     )
 
 
@@ -188,6 +197,12 @@ def shrink_known(
     factor = len(known_mask) // size
     squares = known_mask.reshape(size, factor, size, factor)
     return area_downsample(image, size), np.all(squares, axis=(1, 3))
+
+
+def _negative(config: ModelConfig, prompt: str, scale: float | None) -> Conditioning | None:
+    """The negative prompt's caption; None if it is empty or this model does not guide."""
+    guided = (config.sampling.guidance_scale if scale is None else scale) != 1
+    return _conditioning(config, prompt, None, None, None) if prompt and guided else None
 
 
 def _conditioning(

@@ -11,11 +11,11 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from ..config.lora import Lora
 from ..config.models import SHIPPED, AnyModelConfig, ClipModelConfig, Frozen, ModelConfig
@@ -79,6 +79,14 @@ class Recipe(Frozen):
     models: dict[str, ModelUsed]  # by role: base, upsampler, clip
     loras: tuple[LoraUsed, ...] = ()
     made_with: str  # versions and device, to explain a difference when reproducing
+
+    @model_validator(mode="before")
+    @classmethod
+    def _noise_of_old_recipes(cls, given: Any) -> Any:
+        """Recipes before version 0.2 name no noise scheme; theirs is the first."""
+        if isinstance(given, dict) and isinstance(given.get("options"), dict):
+            return {**given, "options": {"noise_scheme": 1, **given["options"]}}
+        return given
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ..diffusion.samplers import History
 from ..tensors import Conditioning, Rows, TextFeatures
+from .noise import NoiseSource
 from .scheduler import ScheduledSample
 
 
@@ -32,10 +33,14 @@ class SampleRequest:
     clip_scale: float = 0.0
     noise: Tensor | None = None  # (3, H, W), initial x_T instead of the seed's, from `invert`
     start: Tensor | None = None  # (3, H, W), initial image, to which noise is added (SDEdit)
-    strength: float = 1.0  # fraction of the schedule that is run from `start`
+    # Share of the process's timesteps: the noisiest of the kept ones below it is the first.
+    strength: float = 1.0
     group: str | None = None  # samples of a group are scheduled as if they were one sample
     previews: int = 0  # number of calls of `on_preview`, evenly spaced over the steps
     on_preview: Callable[[Tensor], None] | None = None  # receives the predicted x_0 (3, H, W)
+    negative: Conditioning | None = None  # caption that guidance leads away from; None: the empty
+    task: Literal["generate", "edit", "vary"] = "generate"  # draws other noise than other tasks
+    noise_scheme: int = 2  # see `noise.noise_source`
 
     def guidance_on_at(self, timestep: int, timesteps: int) -> bool:
         """Whether guidance (classifier-free or CLIP) is on at this timestep of `timesteps`."""
@@ -57,6 +62,7 @@ class SampleBatch(Rows):
     history: History
     conditioning: Conditioning  # `known` and `known_mask` are set, with zeros if nothing is known
     text: TextFeatures
+    negative: TextFeatures  # of the empty caption, or of the negative prompt
 
 
 @dataclass(eq=False, kw_only=True)
@@ -70,7 +76,7 @@ class ActiveSample(ScheduledSample):
     respacing: str
     sampler: str
     guidance_scale: float  # classifier-free
-    generator: torch.Generator  # on the CPU
+    noise: NoiseSource
     has_known_pixels: bool
     # Its tensors on the device: set at admission, outdated while it is part of a joint batch.
     row: SampleBatch = field(init=False)

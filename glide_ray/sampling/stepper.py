@@ -25,6 +25,7 @@ from ..models.unet import GlideUNet
 from ..tensors import to_device_async
 from .checks import check_clip, check_sampler, check_strength
 from .denoiser import GuidedDenoiser
+from .noise import noise_source
 from .request import ActiveSample, SampleBatch, SampleRequest
 from .scheduler import Scheduler
 
@@ -146,7 +147,10 @@ class Stepper:
         check_clip(request.clip_scale, self.critic is not None and request.clip_text is not None)
         steps = len(self.schedules.schedule(respacing))
         if request.start is not None:
-            steps = max(1, round(request.strength * steps))
+            # The noisiest kept timestep up to this share of the process, whatever the respacing
+            noisiest = request.strength * (self.config.diffusion.steps - 1)
+            kept = self.schedules.timesteps(respacing)
+            steps = max(1, sum(timestep <= noisiest for timestep in kept))
         scale = request.guidance_scale
         return ActiveSample(
             steps=steps,
@@ -155,7 +159,7 @@ class Stepper:
             respacing=respacing,
             sampler=sampler,
             guidance_scale=defaults.guidance_scale if scale is None else scale,
-            generator=torch.Generator().manual_seed(request.seed),
+            noise=noise_source(request.noise_scheme, request.seed, request.task, self.config.role),
             has_known_pixels=request.has_known_pixels,
         )
 
@@ -165,6 +169,7 @@ class Stepper:
         conditioning, text, clip_text = self.denoiser.prepare(
             request.conditioning, request.clip_text
         )
+        negative = self.denoiser.negative_text(request.negative)
         x = (
             self._noise(sample) * self.config.sampling.noise_scale
             if request.noise is None
@@ -174,12 +179,12 @@ class Stepper:
             schedule = self.schedules.schedule(sample.respacing)
             i = torch.tensor([sample.steps_left - 1], device=self.device)
             x = q_sample(schedule, request.start[None].to(self.device), i, x)
-        return SampleBatch(x, clip_text, History.none(x), conditioning, text)
+        return SampleBatch(x, clip_text, History.none(x), conditioning, text, negative)
 
     def _noise(self, sample: ActiveSample) -> Tensor:
         """Fresh noise (1, 3, H, W) of a sample, on the CPU."""
         size = self.config.unet.image_size
-        return torch.randn(1, 3, size, size, generator=sample.generator)
+        return sample.noise.normal((1, 3, size, size))
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -261,7 +266,7 @@ class Stepper:
     def _noise_of_edits(self, samples: list[ActiveSample], x: Tensor) -> Tensor:
         """Fresh noise (S, 3, H, W) for samples with known pixels, zeros for the others.
 
-        The generator of a sample must not depend on whether an edit is in the batch.
+        The noise of a sample must not depend on whether an edit is in the batch.
         """
         none = torch.zeros_like(x[:1], device="cpu")
         noise = [self._noise(sample) if sample.has_known_pixels else none for sample in samples]

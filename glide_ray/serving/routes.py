@@ -20,7 +20,7 @@ from ..data.tokenizer import Tokenizer
 from ..errors import nearest
 from ..pretrained.card import credits, licences
 from ..sampling.cascade_calls import image_jobs
-from ..sampling.checks import TIMESTEPS, check_options
+from ..sampling.checks import TIMESTEPS, check_negative, check_options
 from ..sampling.job import Job, Source
 from .admission import ANONYMOUS
 from .docs_page import add_docs
@@ -229,6 +229,7 @@ def _job(
         upsampler_steps=fields.upsampler_steps,
         guidance_scale=fields.guidance_scale,
         upsampler_guidance_scale=fields.upsampler_guidance_scale,
+        negative_prompt=fields.negative_prompt or "",
         clip_scale=clip_scale,
     )
     strength = None if source is None else getattr(fields, "strength", None)
@@ -237,6 +238,7 @@ def _job(
     check_options(
         options, fields.seed, strength, backend.model_set.base, backend.model_set.upsampler
     )
+    check_negative(backend.model_set.base, options)
     prompt = fields.prompt or ""
     seed = fields.seed if fields.seed is not None else secrets.randbelow(2**31)
     log_fields = request.scope["glide"]

@@ -93,6 +93,11 @@ class ImageFields(BaseModel):
         allow_inf_nan=False,
         description="Classifier-free guidance scale of the upsampler.",
     )
+    negative_prompt: str | None = Field(
+        None,
+        max_length=32_000,
+        description="What the image should not show; needs a guidance scale other than 1.",
+    )
 
     @model_validator(mode="before")
     @classmethod

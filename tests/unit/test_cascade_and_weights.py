@@ -23,7 +23,7 @@ from glide_ray.sampling.checks import RequestError
 from glide_ray.sampling.job import shrink_known
 from glide_ray.sampling.stepper import Stepper
 
-QUICK = SampleOptions(steps=3, upsampler_steps="2,1")
+QUICK = SampleOptions(steps=3, upsampler_steps="2,2")
 
 
 @pytest.fixture(scope="module")
