@@ -284,16 +284,6 @@ def test_a_truncated_tar_gives_the_samples_before_its_end(tmp_path):
         assert sample.image == original.image
 
 
-def test_a_tar_with_a_link_to_itself_is_refused_in_one_sentence():
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        link = tarfile.TarInfo("1.jpg")
-        link.type, link.linkname = tarfile.SYMTYPE, "1.jpg"
-        tar.addfile(link)
-    with pytest.raises(ShardError, match="is broken or cut"):
-        list(read_shard(buffer.getvalue()))
-
-
 def test_the_row_numbers_of_a_batch_are_those_of_its_intact_pictures():
     collate = Collate(tiny().model, tiny("base", "data.min_size=16").data)
     samples = list(drawn_samples(4))

@@ -1,9 +1,12 @@
 """Odd inputs: each row is kept or counted with a true reason, and one value costs its own row."""
 
 import base64
+import io
 import json
 import os
 import stat
+import tarfile
+from itertools import count
 
 import pyarrow
 import pytest
@@ -41,6 +44,21 @@ def with_texts(folder, texts, ending="txt"):
         {f"{key}.{ending}": text for key, text in texts.items()}
         | {f"{key}.jpg": picture(n) for n, key in enumerate(texts)},
     )
+
+
+def tar_with_links(members):
+    """A tar of members in order: name -> content, or (type of a link, target)."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+            else:
+                info.type, info.linkname = content
+                tar.addfile(info)
+    return buffer.getvalue()
 
 
 # -- captions --------------------------------------------------------------------------------------
@@ -122,6 +140,14 @@ def test_links_that_lead_nowhere_are_counted(tmp_path):
     write_files(tmp_path, dict(forms.members()))
     for name in ("x.jpg", "y.tar", "folder"):
         os.symlink(tmp_path / "nowhere" / name, tmp_path / name)
+    kept, report = read(tmp_path)
+    assert len(kept) == N and report.dropped == {"in links that lead nowhere": 3}
+
+
+def test_links_of_a_folder_that_lead_in_a_circle_are_counted(tmp_path):
+    write_files(tmp_path, dict(forms.members()))
+    for name, target in (("x.jpg", "x.jpg"), ("y.jpg", "z.jpg"), ("z.jpg", "y.jpg")):
+        os.symlink(tmp_path / target, tmp_path / name)
     kept, report = read(tmp_path)
     assert len(kept) == N and report.dropped == {"in links that lead nowhere": 3}
 
@@ -277,6 +303,80 @@ def test_other_names_for_parquet_are_counted(tmp_path):
         forms.parquet(tmp_path / name, {"jpg": forms.images(), "caption": forms.captions()})
     kept, report = read(tmp_path)
     assert len(kept) == N and report.dropped == {"in files of a kind that is not read": 2}
+
+
+SYMBOLIC, HARD = tarfile.SYMTYPE, tarfile.LNKTYPE
+LOOPS = {
+    "symbolic, to itself": {"x.jpg": (SYMBOLIC, "x.jpg")},
+    "symbolic, by another path": {"x.jpg": (SYMBOLIC, "./a/../x.jpg")},
+    "two symbolic": {"x.jpg": (SYMBOLIC, "b/y"), "b/y": (SYMBOLIC, "../x.jpg")},
+    "symbolic and hard": {"x.jpg": (SYMBOLIC, "y"), "y": (HARD, "x.jpg")},
+}
+LOST = {
+    "symbolic, to nothing": {"x.jpg": (SYMBOLIC, "nothing.jpg")},
+    "symbolic, out of the tar": {"x.jpg": (SYMBOLIC, "/photos/0.jpg")},
+    "symbolic, to a folder": {"x.jpg": (SYMBOLIC, "b"), "b": (tarfile.DIRTYPE, "")},
+    "hard, to itself": {"x.jpg": (HARD, "x.jpg")},
+    "hard, to a later member": {"x.jpg": (HARD, "y"), "y": (SYMBOLIC, "000000000.jpg")},
+}
+LOST_LINK = "with a link to a file that is not in the tar (make it with tar --dereference)"
+LOOP = "with a link that leads back to itself (replace it with the file)"
+
+
+@pytest.mark.parametrize("name", [*LOOPS, *LOST])
+def test_a_link_of_a_tar_without_a_file_costs_its_own_row(tmp_path, name):
+    links = LOOPS.get(name) or LOST[name]
+    members = {"x.txt": b"a house"} | links | dict(forms.members())
+    write_files(tmp_path, {"0.tar": tar_with_links(members)})
+    kept, report = read(tmp_path)
+    assert [*kept] == [f"{n:09d}" for n in range(N)] and not report.faults
+    reason = LOOP if name in LOOPS else LOST_LINK
+    assert report.dropped[reason] == 1 and report.examples[reason] == "x"
+
+
+def test_links_of_a_tar_are_followed_to_their_files(tmp_path):
+    members = {
+        "a/0.jpg": picture(0),
+        "0.txt": b"first",
+        "1.txt": b"second",
+        "2.txt": b"third",
+        "b/chain": (SYMBOLIC, "../a/0.jpg"),
+        "0.jpg": (HARD, "b/chain"),
+        "1.jpg": (SYMBOLIC, "c/../b/chain"),
+        "2.jpg": (SYMBOLIC, "2.jpg"),
+        "2.png": (SYMBOLIC, "a/0.jpg"),
+        "3.jpg": (SYMBOLIC, "a/0.jpg"),
+        "3.txt": (SYMBOLIC, "nothing.txt"),
+    }
+    write_files(tmp_path, {"0.tar": tar_with_links(members)})
+    kept, report = read(tmp_path)
+    assert {key: (one.image, one.captions) for key, one in kept.items()} == {
+        str(n): (picture(0), (text,)) for n, text in enumerate(("first", "second", "third"))
+    }
+    assert report.examples[LOST_LINK] == "3"
+
+
+def test_a_link_in_a_tar_that_never_ends_is_followed_among_the_members_before_the_damage(
+    tmp_path, monkeypatch
+):
+    text = b"a house"
+    members = {"0.jpg": (SYMBOLIC, "1.jpg"), "0.txt": text, "1.jpg": picture(1), "1.txt": text}
+    data = bytearray(tar_with_links(members | {"2.txt": text}))
+    header = data.rindex(b"2.txt")
+    data[header + 124 : header + 136] = b"-0000003000\0"  # bytes back, to the header of 1.txt
+    data[header + 148 : header + 156] = b" " * 8
+    data[header + 148 : header + 156] = b"%06o\0 " % sum(data[header : header + 512])
+    write_files(tmp_path, {"0.tar": bytes(data)})
+    reads, following = count(), tarfile.TarFile.next
+
+    def read_header(tar):
+        assert next(reads) < 100
+        return following(tar)
+
+    monkeypatch.setattr(tarfile.TarFile, "next", read_header)
+    kept, report = read(tmp_path)
+    assert kept["0"].image == kept["1"].image == picture(1)
+    assert len(report.faults) == 1 and "broken or cut after 1" in report.faults[0]
 
 
 def test_the_pictures_that_a_parquet_file_names_are_listed_without_reading_them(tmp_path):
