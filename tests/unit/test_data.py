@@ -272,6 +272,17 @@ def test_a_folder_without_its_index_or_a_shard_is_incomplete(tmp_path):
     assert [path.name for path in sorted(tmp_path.glob("*.tar"))] == ["000000.tar"]
 
 
+@pytest.mark.parametrize(
+    "index", ['{"version": 2, "shards": [{"raw_data": {"basename": "0.mds"}}]}', "[]", "notes"]
+)
+def test_the_index_of_another_program_is_never_overwritten(tmp_path, index):
+    (tmp_path / "index.json").write_text(index)
+    with pytest.raises(ShardError, match=r"holds an index.json of another program; write to an"):
+        write_shards(tmp_path, drawn_samples(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["index.json"]
+    assert (tmp_path / "index.json").read_text() == index
+
+
 def test_a_truncated_tar_gives_the_samples_before_its_end(tmp_path):
     write_shards(tmp_path, drawn_samples(8))
     whole = (tmp_path / "000000.tar").read_bytes()
