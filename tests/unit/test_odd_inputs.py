@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import os
 import stat
 import tarfile
@@ -17,6 +18,7 @@ from glide_ray import storage
 from glide_ray.data.filters import Candidate, Report, first_broken, header_rules
 from glide_ray.data.readers.fetch import resolved
 from glide_ray.data.sample import ShardError
+from glide_ray.data.shards import write_shards
 from glide_ray.data.sources import find_parts, named_by_path, read_part
 from glide_ray.errors import UserError
 
@@ -285,7 +287,10 @@ def test_a_path_of_another_storage_costs_its_own_row(tmp_path):
     forms.parquet(tmp_path / "a.parquet", {"image_path": paths, "caption": forms.captions()})
     kept, report = read(tmp_path)
     assert list(kept) == ["a-000000", "a-000003"]
-    assert report.dropped == {"with a file that the storage could not give": 3}
+    assert report.dropped == {
+        "with a file that the storage could not give": 3,
+        "without a caption": 3,  # the pictures that no row names
+    }
     assert "3 files of" in report.faults[0] and "gs://, which is not supported" in report.faults[0]
 
 
@@ -377,6 +382,70 @@ def test_a_link_in_a_tar_that_never_ends_is_followed_among_the_members_before_th
     kept, report = read(tmp_path)
     assert kept["0"].image == kept["1"].image == picture(1)
     assert len(report.faults) == 1 and "broken or cut after 1" in report.faults[0]
+
+
+BESIDE = {
+    "URLs in a column of images": (
+        {"image": ["https://x.org/0.jpg", "https://x.org/1.jpg"], "caption": ["a", "b"]},
+        {"in Parquet files without images, left aside": 1},
+    ),
+    "no row": (
+        {"image": pyarrow.array([], pyarrow.string()), "caption": []},
+        {"in Parquet files without images, left aside": 1},
+    ),
+    "no captions": (
+        {"file_name": ["000000000.jpg", "000000001.jpg"], "score": [0.5, 0.25]},
+        {"in Parquet files that name images without captions, left aside": 1},
+    ),
+    "paths elsewhere": (
+        {"path": ["/nowhere/0.jpg", "/nowhere/1.jpg"], "caption": ["a", "b"]},
+        {"without the file that their path names": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_parquet_file_beside_images_hides_none_of_them(tmp_path, name):
+    columns, dropped = BESIDE[name]
+    write_files(tmp_path, dict(forms.members()))
+    forms.parquet(tmp_path / "a.parquet", columns)
+    kept, report = read(tmp_path)
+    assert {key: one.captions for key, one in kept.items()} == {
+        f"{n:09d}": (caption(n),) for n in range(N)
+    }
+    assert {reason.partition(" (")[0]: rows for reason, rows in report.dropped.items()} == dropped
+
+
+def test_images_that_a_parquet_file_names_are_read_once_and_the_others_by_their_texts(tmp_path):
+    write_files(tmp_path, dict(forms.members(name="images/{n:09d}")))
+    names = ["images/000000000.jpg", "images/../images/000000001.jpg"]
+    forms.parquet(tmp_path / "metadata.parquet", {"file_name": names, "text": ["first", "second"]})
+    kept, report = read(tmp_path)
+    captions = [one.captions[0] for one in kept.values()]
+    assert captions == ["first", "second", *(caption(n) for n in range(2, N))]
+    assert not report.dropped
+
+
+def test_a_parquet_file_with_other_names_for_its_columns_is_named_with_the_remedy(tmp_path):
+    forms.parquet(tmp_path / "a.parquet", {"Photo": forms.images(), "caption": forms.captions()})
+    _, report = read(tmp_path)
+    [fault] = report.faults
+    assert fault.endswith("it has: Photo, caption; rename that of the images to image.")
+
+
+def test_numbers_that_json_does_not_have_are_written_as_null(tmp_path):
+    scores = [math.nan, -math.inf, 0.5, None, 1.0]
+    columns = {"jpg": forms.images(), "caption": forms.captions(), "score": scores}
+    forms.parquet(tmp_path / "in" / "a.parquet", columns)
+    write_shards(tmp_path / "out", read(tmp_path / "in")[0].values())
+    with tarfile.open(tmp_path / "out" / "000000.tar") as tar:
+        rows = [
+            json.loads(tar.extractfile(one).read(), parse_constant=pytest.fail)
+            for one in tar
+            if one.name.endswith(".json")
+        ]
+    assert [row.get("score") for row in rows] == [None, None, 0.5, None, 1.0]
+    assert [row["caption"] for row in rows] == [caption(n) for n in range(N)]
 
 
 def test_the_pictures_that_a_parquet_file_names_are_listed_without_reading_them(tmp_path):
