@@ -319,11 +319,12 @@ def _parts_of_files(
         known = {path.rpartition("/")[0] for path in paths}
         known |= {file.removesuffix(".tar") for file in chosen}
         tables = [file for file in tables if file.removesuffix(".parquet") not in known]
-        without_rows = {file: _no_rows(file, column) for file in tables}
-        aside += [(file, reason) for file, reason in without_rows.items() if reason]
-        tables = [file for file in tables if not without_rows[file]]
+        reasons = {file: _no_rows(file, column) for file in tables}
+        aside += [(file, reason) for file, reason in reasons.items() if reason]
+        tables = [file for file in tables if not reasons[file]]
         for file in tables if images else ():
-            named |= paths.intersection(named_by_path(Part(file)))
+            if reasons[file] is None:
+                named |= paths.intersection(named_by_path(Part(file)))
     chosen.update(tables)
     shards = [file for file in files if file in chosen]
     aside += [(file, ASIDE_KIND) for file in files if _is_data(file) and file not in chosen]
@@ -340,17 +341,18 @@ def _parts_of_files(
     return [*parts, _left_aside(root, aside, column)] if aside else parts
 
 
-def _no_rows(file: str, column: str | None) -> str:
-    """Why a Parquet file beside other shards or images is not read; "" for one that is.
+def _no_rows(file: str, column: str | None) -> str | None:
+    """Why a Parquet file beside other shards or images is not read.
 
-    A damaged file is read, which says what is wrong.
+    "" for a file that is read, None if it names its images by path. A damaged file is read, which
+    says what is wrong.
     """
     source = _source(file)
     if has_images(source) is not False:
         return ""
     if not names_images(source) or next(named_by_path(Part(file)), None) is None:
         return ASIDE_TABLE
-    return "" if has_captions(source, column) else ASIDE_SCORES
+    return None if has_captions(source, column) else ASIDE_SCORES
 
 
 def _source(file: str, etag: str = "") -> Source:
