@@ -93,13 +93,20 @@ def begin(folder: str | Path, run: bytes = b"{}") -> None:
 
 
 def refuse_others(folder: str | Path) -> None:
-    """Raise ShardError if a folder holds shards that neither an index nor a marker of ours covers.
+    """Raise ShardError if a folder holds shards or an index that are not ours.
 
-    Writing there would overwrite them or mix them with the new ones.
+    Writing there would overwrite them or mix them with the new ones. Ours are what an index or a
+    marker of ours covers.
     """
     if _has_marker(folder):
         return
-    ours = {*read_names(folder), DROPPED}
+    names = _names_in(folder, INDEX)
+    if names is None:
+        raise ShardError(
+            f"{folder} holds an {INDEX} of another program; write to an empty folder, or remove "
+            "that file."
+        )
+    ours = {*names, DROPPED}
     for file in list_folder(folder, SHARDS):
         if (name := file.rpartition("/")[2]) not in ours:
             raise ShardError(
@@ -229,11 +236,20 @@ def _add_all(file: _Written, samples: Iterable[Sample]) -> int:
         for suffix, content in (
             (sample.suffix, sample.image),
             ("txt", meta["caption"].encode(errors="replace")),
-            ("json", json.dumps(meta, ensure_ascii=False).encode(errors="replace")),
+            ("json", _to_json(meta).encode(errors="replace")),
         ):
             header = header_of(f"{name}.{suffix}", len(content))
             file.write(b"".join((header, content, padding(len(content)))))
     return len(names)
+
+
+def _to_json(value: Any) -> str:
+    """A value as JSON, with null for the numbers that JSON does not have: NaN and the infinite."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+        return json.dumps(finite, ensure_ascii=False)
 
 
 def shard_name(number: int) -> str:
@@ -295,6 +311,11 @@ def _write_index(file: _Written, count: int, shards: Iterable[dict[str, Any]]) -
 
 def read_names(folder: str | Path, file: str = INDEX) -> list[str]:
     """Names of the shards in an index; [] without an index of ours."""
+    return _names_in(folder, file) or []
+
+
+def _names_in(folder: str | Path, file: str) -> list[str] | None:
+    """Names of the shards in an index, [] without an index; None for that of another program."""
 
     def name_of(entry: dict[str, Any]) -> Any:
         """An entry at once as its name, which takes less memory; the index itself unchanged."""
@@ -302,9 +323,12 @@ def read_names(folder: str | Path, file: str = INDEX) -> list[str]:
 
     try:
         names = json.loads(read(_inside(folder, file)), object_hook=name_of)["shards"]
-        return [name for name in names if isinstance(name, str)]
-    except (MissingError, ValueError, KeyError, TypeError):
+    except MissingError:
         return []
+    except (ValueError, KeyError, TypeError):
+        return None
+    ours = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if ours else None
 
 
 def _has_marker(folder: str | Path) -> bool:

@@ -26,6 +26,7 @@ from .readers.folder import ImageFile, find_images, lone_texts, read_images
 from .readers.parquet import (
     Source,
     count_rows,
+    has_captions,
     has_images,
     named_files,
     names_images,
@@ -53,9 +54,14 @@ MAX_IMAGES = 10**6  # single files of a corpus: the list of them is in memory
 TABLE_SUFFIXES = ("jsonl", "csv", "tsv")
 ASIDE_KIND = "in files of a kind that is not read"
 ASIDE_TABLE = "in Parquet files without images, left aside"
+ASIDE_SCORES = (
+    "in Parquet files that name images without captions, left aside (--caption-column names the "
+    "column of captions)"
+)
 ASIDE_LINK = "in links that lead nowhere"
 ASIDE_NAME = "in files whose names are not UTF-8 (rename them)"
 ASIDE_INDEX = "in shards that are not in the index of their folder"
+ASIDE_IMAGE = "in images beside the shards that the index of their folder names"
 SPLIT = re.compile(r"(?:^|[/_.-])(train|test|val)(?:ing|id|idation)?\d*(?=$|[/_.-])")
 
 
@@ -304,29 +310,27 @@ def _parts_of_files(
     """
     images, without_image = find_images(root, files, column)
     aside += without_image
-    chosen = {file: False for file in files if file.lower().endswith(TAR_SUFFIXES)}
+    chosen = {file for file in files if file.lower().endswith(TAR_SUFFIXES)}
     tables = [file for file in files if file.lower().endswith(".parquet")]
-    mixed = bool(chosen or images)
-    if mixed:
+    paths, named = {image.path for image in images}, set[str]()
+    if chosen or images:
         # img2dataset writes 00000.parquet beside 00000.tar, or beside a folder 00000 of images.
         # It has metadata of the rows but no images.
-        folders = {image.path.rpartition("/")[0] for image in images}
-        known = folders | {file.removesuffix(".tar") for file in chosen}
+        known = {path.rpartition("/")[0] for path in paths}
+        known |= {file.removesuffix(".tar") for file in chosen}
         tables = [file for file in tables if file.removesuffix(".parquet") not in known]
-    for file in tables:
-        # Among other shards or images, a Parquet file without images is left aside.
-        source = _source(file) if mixed else None
-        by_path = source is not None and has_images(source) is False
-        if source is None or not by_path or names_images(source):
-            chosen[file] = by_path
-        else:
-            aside.append((file, ASIDE_TABLE))
+        reasons = {file: _no_rows(file, column) for file in tables}
+        aside += [(file, reason) for file, reason in reasons.items() if reason]
+        tables = [file for file in tables if not reasons[file]]
+        for file in tables if images else ():
+            if reasons[file] is None:
+                named |= paths.intersection(named_by_path(Part(file)))
+    chosen.update(tables)
     shards = [file for file in files if file in chosen]
-    if any(chosen.values()):
-        images = []  # those that a Parquet file names
     aside += [(file, ASIDE_KIND) for file in files if _is_data(file) and file not in chosen]
     if images or not shards:  # beside shards alone, a text is a note on them
         aside = list((dict(lone_texts(files, images)) | dict(aside)).items())
+    images = [image for image in images if image.path not in named]
     parts = [Part(file, column=column) for file in shards] + [
         Part(f"{root}#{start}", files=tuple(images[start : start + FILES_PER_PART]), column=column)
         for start in range(0, len(images), FILES_PER_PART)
@@ -335,6 +339,20 @@ def _parts_of_files(
         raise ShardError(_emptiness(root, aside))
     _warn_of_mixtures(root, shards, images)
     return [*parts, _left_aside(root, aside, column)] if aside else parts
+
+
+def _no_rows(file: str, column: str | None) -> str | None:
+    """Why a Parquet file beside other shards or images is not read.
+
+    "" for a file that is read, None if it names its images by path. A damaged file is read, which
+    says what is wrong.
+    """
+    source = _source(file)
+    if has_images(source) is not False:
+        return ""
+    if not names_images(source) or next(named_by_path(Part(file)), None) is None:
+        return ASIDE_TABLE
+    return None if has_captions(source, column) else ASIDE_SCORES
 
 
 def _source(file: str, etag: str = "") -> Source:
@@ -402,16 +420,20 @@ def _read_index(path: str, column: str | None) -> list[Part]:
         parts = list({part.url: part for part in named}.values())
     except (ValueError, KeyError, TypeError, AttributeError):  # of another program
         return []
-    shards = [file for file in _shards_in(folder) if posixpath.basename(file) != DROPPED]
-    known = {part.url for part in parts} if shards else set()
-    aside = [(file, ASIDE_INDEX) for file in shards if file not in known]
+    files = [file for file in _rows_in(folder) if posixpath.basename(file) != DROPPED]
+    known = {part.url for part in parts} if files else set()
+    aside = [
+        (file, ASIDE_INDEX if file.lower().endswith(SHARD_SUFFIXES) else ASIDE_IMAGE)
+        for file in files
+        if file not in known
+    ]
     return [*parts, _left_aside(folder, aside, column)] if aside else parts
 
 
-def _shards_in(folder: str) -> list[str]:
-    """Shards directly in a folder; none where one may read but not list."""
+def _rows_in(folder: str) -> list[str]:
+    """Shards and images directly in a folder; none where one may read but not list."""
     try:
-        return list_folder(folder, SHARD_SUFFIXES)
+        return list_folder(folder, (*SHARD_SUFFIXES, *(f".{one}" for one in IMAGE_SUFFIXES)))
     except DeniedError as error:
         _warn(f"{folder} is read by its index alone, because it may not be listed: {error}")
         return []

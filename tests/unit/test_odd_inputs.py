@@ -1,9 +1,13 @@
 """Odd inputs: each row is kept or counted with a true reason, and one value costs its own row."""
 
 import base64
+import io
 import json
+import math
 import os
 import stat
+import tarfile
+from itertools import count
 
 import pyarrow
 import pytest
@@ -14,6 +18,7 @@ from glide_ray import storage
 from glide_ray.data.filters import Candidate, Report, first_broken, header_rules
 from glide_ray.data.readers.fetch import resolved
 from glide_ray.data.sample import ShardError
+from glide_ray.data.shards import write_shards
 from glide_ray.data.sources import find_parts, named_by_path, read_part
 from glide_ray.errors import UserError
 
@@ -41,6 +46,21 @@ def with_texts(folder, texts, ending="txt"):
         {f"{key}.{ending}": text for key, text in texts.items()}
         | {f"{key}.jpg": picture(n) for n, key in enumerate(texts)},
     )
+
+
+def tar_with_links(members):
+    """A tar of members in order: name -> content, or (type of a link, target)."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+            else:
+                info.type, info.linkname = content
+                tar.addfile(info)
+    return buffer.getvalue()
 
 
 # -- captions --------------------------------------------------------------------------------------
@@ -122,6 +142,14 @@ def test_links_that_lead_nowhere_are_counted(tmp_path):
     write_files(tmp_path, dict(forms.members()))
     for name in ("x.jpg", "y.tar", "folder"):
         os.symlink(tmp_path / "nowhere" / name, tmp_path / name)
+    kept, report = read(tmp_path)
+    assert len(kept) == N and report.dropped == {"in links that lead nowhere": 3}
+
+
+def test_links_of_a_folder_that_lead_in_a_circle_are_counted(tmp_path):
+    write_files(tmp_path, dict(forms.members()))
+    for name, target in (("x.jpg", "x.jpg"), ("y.jpg", "z.jpg"), ("z.jpg", "y.jpg")):
+        os.symlink(tmp_path / target, tmp_path / name)
     kept, report = read(tmp_path)
     assert len(kept) == N and report.dropped == {"in links that lead nowhere": 3}
 
@@ -259,7 +287,10 @@ def test_a_path_of_another_storage_costs_its_own_row(tmp_path):
     forms.parquet(tmp_path / "a.parquet", {"image_path": paths, "caption": forms.captions()})
     kept, report = read(tmp_path)
     assert list(kept) == ["a-000000", "a-000003"]
-    assert report.dropped == {"with a file that the storage could not give": 3}
+    assert report.dropped == {
+        "with a file that the storage could not give": 3,
+        "without a caption": 3,  # the pictures that no row names
+    }
     assert "3 files of" in report.faults[0] and "gs://, which is not supported" in report.faults[0]
 
 
@@ -277,6 +308,144 @@ def test_other_names_for_parquet_are_counted(tmp_path):
         forms.parquet(tmp_path / name, {"jpg": forms.images(), "caption": forms.captions()})
     kept, report = read(tmp_path)
     assert len(kept) == N and report.dropped == {"in files of a kind that is not read": 2}
+
+
+SYMBOLIC, HARD = tarfile.SYMTYPE, tarfile.LNKTYPE
+LOOPS = {
+    "symbolic, to itself": {"x.jpg": (SYMBOLIC, "x.jpg")},
+    "symbolic, by another path": {"x.jpg": (SYMBOLIC, "./a/../x.jpg")},
+    "two symbolic": {"x.jpg": (SYMBOLIC, "b/y"), "b/y": (SYMBOLIC, "../x.jpg")},
+    "symbolic and hard": {"x.jpg": (SYMBOLIC, "y"), "y": (HARD, "x.jpg")},
+}
+LOST = {
+    "symbolic, to nothing": {"x.jpg": (SYMBOLIC, "nothing.jpg")},
+    "symbolic, out of the tar": {"x.jpg": (SYMBOLIC, "/photos/0.jpg")},
+    "symbolic, to a folder": {"x.jpg": (SYMBOLIC, "b"), "b": (tarfile.DIRTYPE, "")},
+    "hard, to itself": {"x.jpg": (HARD, "x.jpg")},
+    "hard, to a later member": {"x.jpg": (HARD, "y"), "y": (SYMBOLIC, "000000000.jpg")},
+}
+LOST_LINK = "with a link to a file that is not in the tar (make it with tar --dereference)"
+LOOP = "with a link that leads back to itself (replace it with the file)"
+
+
+@pytest.mark.parametrize("name", [*LOOPS, *LOST])
+def test_a_link_of_a_tar_without_a_file_costs_its_own_row(tmp_path, name):
+    links = LOOPS.get(name) or LOST[name]
+    members = {"x.txt": b"a house"} | links | dict(forms.members())
+    write_files(tmp_path, {"0.tar": tar_with_links(members)})
+    kept, report = read(tmp_path)
+    assert [*kept] == [f"{n:09d}" for n in range(N)] and not report.faults
+    reason = LOOP if name in LOOPS else LOST_LINK
+    assert report.dropped[reason] == 1 and report.examples[reason] == "x"
+
+
+def test_links_of_a_tar_are_followed_to_their_files(tmp_path):
+    members = {
+        "a/0.jpg": picture(0),
+        "0.txt": b"first",
+        "1.txt": b"second",
+        "2.txt": b"third",
+        "b/chain": (SYMBOLIC, "../a/0.jpg"),
+        "0.jpg": (HARD, "b/chain"),
+        "1.jpg": (SYMBOLIC, "c/../b/chain"),
+        "2.jpg": (SYMBOLIC, "2.jpg"),
+        "2.png": (SYMBOLIC, "a/0.jpg"),
+        "3.jpg": (SYMBOLIC, "a/0.jpg"),
+        "3.txt": (SYMBOLIC, "nothing.txt"),
+    }
+    write_files(tmp_path, {"0.tar": tar_with_links(members)})
+    kept, report = read(tmp_path)
+    assert {key: (one.image, one.captions) for key, one in kept.items()} == {
+        str(n): (picture(0), (text,)) for n, text in enumerate(("first", "second", "third"))
+    }
+    assert report.examples[LOST_LINK] == "3"
+
+
+def test_a_link_in_a_tar_that_never_ends_is_followed_among_the_members_before_the_damage(
+    tmp_path, monkeypatch
+):
+    text = b"a house"
+    members = {"0.jpg": (SYMBOLIC, "1.jpg"), "0.txt": text, "1.jpg": picture(1), "1.txt": text}
+    data = bytearray(tar_with_links(members | {"2.txt": text}))
+    header = data.rindex(b"2.txt")
+    data[header + 124 : header + 136] = b"-0000003000\0"  # bytes back, to the header of 1.txt
+    data[header + 148 : header + 156] = b" " * 8
+    data[header + 148 : header + 156] = b"%06o\0 " % sum(data[header : header + 512])
+    write_files(tmp_path, {"0.tar": bytes(data)})
+    reads, following = count(), tarfile.TarFile.next
+
+    def read_header(tar):
+        assert next(reads) < 100
+        return following(tar)
+
+    monkeypatch.setattr(tarfile.TarFile, "next", read_header)
+    kept, report = read(tmp_path)
+    assert kept["0"].image == kept["1"].image == picture(1)
+    assert len(report.faults) == 1 and "broken or cut after 1" in report.faults[0]
+
+
+BESIDE = {
+    "URLs in a column of images": (
+        {"image": ["https://x.org/0.jpg", "https://x.org/1.jpg"], "caption": ["a", "b"]},
+        {"in Parquet files without images, left aside": 1},
+    ),
+    "no row": (
+        {"image": pyarrow.array([], pyarrow.string()), "caption": []},
+        {"in Parquet files without images, left aside": 1},
+    ),
+    "no captions": (
+        {"file_name": ["000000000.jpg", "000000001.jpg"], "score": [0.5, 0.25]},
+        {"in Parquet files that name images without captions, left aside": 1},
+    ),
+    "paths elsewhere": (
+        {"path": ["/nowhere/0.jpg", "/nowhere/1.jpg"], "caption": ["a", "b"]},
+        {"without the file that their path names": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_parquet_file_beside_images_hides_none_of_them(tmp_path, name):
+    columns, dropped = BESIDE[name]
+    write_files(tmp_path, dict(forms.members()))
+    forms.parquet(tmp_path / "a.parquet", columns)
+    kept, report = read(tmp_path)
+    assert {key: one.captions for key, one in kept.items()} == {
+        f"{n:09d}": (caption(n),) for n in range(N)
+    }
+    assert {reason.partition(" (")[0]: rows for reason, rows in report.dropped.items()} == dropped
+
+
+def test_images_that_a_parquet_file_names_are_read_once_and_the_others_by_their_texts(tmp_path):
+    write_files(tmp_path, dict(forms.members(name="images/{n:09d}")))
+    names = ["images/000000000.jpg", "images/../images/000000001.jpg"]
+    forms.parquet(tmp_path / "metadata.parquet", {"file_name": names, "text": ["first", "second"]})
+    kept, report = read(tmp_path)
+    captions = [one.captions[0] for one in kept.values()]
+    assert captions == ["first", "second", *(caption(n) for n in range(2, N))]
+    assert not report.dropped
+
+
+def test_a_parquet_file_with_other_names_for_its_columns_is_named_with_the_remedy(tmp_path):
+    forms.parquet(tmp_path / "a.parquet", {"Photo": forms.images(), "caption": forms.captions()})
+    _, report = read(tmp_path)
+    [fault] = report.faults
+    assert fault.endswith("it has: Photo, caption; rename that of the images to image.")
+
+
+def test_numbers_that_json_does_not_have_are_written_as_null(tmp_path):
+    scores = [math.nan, -math.inf, 0.5, None, 1.0]
+    columns = {"jpg": forms.images(), "caption": forms.captions(), "score": scores}
+    forms.parquet(tmp_path / "in" / "a.parquet", columns)
+    write_shards(tmp_path / "out", read(tmp_path / "in")[0].values())
+    with tarfile.open(tmp_path / "out" / "000000.tar") as tar:
+        rows = [
+            json.loads(tar.extractfile(one).read(), parse_constant=pytest.fail)
+            for one in tar
+            if one.name.endswith(".json")
+        ]
+    assert [row.get("score") for row in rows] == [None, None, 0.5, None, 1.0]
+    assert [row["caption"] for row in rows] == [caption(n) for n in range(N)]
 
 
 def test_the_pictures_that_a_parquet_file_names_are_listed_without_reading_them(tmp_path):

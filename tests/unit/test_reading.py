@@ -297,15 +297,19 @@ def indexed(request, tmp_path):
     return root
 
 
-def test_shards_that_our_index_does_not_name_are_counted(indexed):
+def test_shards_and_images_that_our_index_does_not_name_are_counted(indexed):
     for name in ("000001.tar", "more.tar.gz", "rows.parquet"):
         storage.put(forms.shard(), f"{indexed}/{name}")
-    for name in ("dropped.parquet", "report.html", "inside/0.tar"):
+    for name in ("dropped.parquet", "report.html", "inside/0.tar", "photo.JPG"):
         storage.put(b"x", f"{indexed}/{name}")
     kept, report = survey(indexed)
     assert len(kept) == 4
-    assert dict(report.dropped) == {"in shards that are not in the index of their folder": 3}
-    assert report.examples.popitem()[1] == f"{indexed}/000001.tar"
+    shards, images = (
+        "in shards that are not in the index of their folder",
+        "in images beside the shards that the index of their folder names",
+    )
+    assert dict(report.dropped) == {shards: 3, images: 1}
+    assert report.examples == {shards: f"{indexed}/000001.tar", images: f"{indexed}/photo.JPG"}
 
 
 def test_a_corpus_on_s3_that_may_be_read_but_not_listed_is_read_by_its_index(s3, s3_faults, caplog):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from glide_ray.distributed.job import run_once
 from glide_ray.records import cached_result, read_result
 
 
@@ -47,3 +48,13 @@ def test_failed_work_removes_the_earlier_record(tmp_path, work):
     with pytest.raises(ZeroDivisionError):
         cached_result(record, "b", lambda: 1 / 0)
     assert read_result(record) is None
+
+
+def test_a_job_whose_result_has_faults_is_done_again(tmp_path):
+    results = iter([{"kept": 3, "faults": ["0.tar is broken"]}, {"kept": 4, "faults": []}])
+    done = [run_once(str(tmp_path / "record.json"), {}, lambda: next(results)) for _ in range(3)]
+    assert [(one["kept"], one["done_before"]) for one in done] == [
+        (3, False),
+        (4, False),
+        (4, True),
+    ]

@@ -114,6 +114,11 @@ def names_images(source: Source) -> bool:
     return bool(names & {*IMAGE_COLUMNS, *PATH_COLUMNS} - {"url"})
 
 
+def has_captions(source: Source, column: str | None) -> bool:
+    """Whether a Parquet file has a column of captions: `column`, or one with a usual name."""
+    return not {column, *CAPTION_COLUMNS}.isdisjoint(_open(source).schema_arrow.names)
+
+
 def read_parquet(
     source: Source, url: str, fetch: Fetch, column: str | None = None
 ) -> Iterator[Sample]:
@@ -177,7 +182,7 @@ def _choose(url: str, schema: pyarrow.Schema, column: str | None) -> _Columns:
     if twice is not None:
         raise ShardError(f"{url} has several columns named {twice}; rename all but one.")
     for found, wanted, remedy in (
-        (images, columns, ""),
+        (images, columns, "; rename that of the images to image"),
         (captions, CAPTION_COLUMNS, "; name one with --caption-column (data.caption_column)"),
     ):
         if not found:

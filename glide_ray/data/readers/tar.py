@@ -12,13 +12,15 @@ import bz2
 import gzip
 import io
 import lzma
+import posixpath
 import tarfile
 import tempfile
 import zlib
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,7 +39,7 @@ from ..sample import (
 )
 from ..tar_headers import QuickTarInfo
 
-# raised by tarfile for damaged files: links to nowhere or to themselves, broken lengths
+# raised by tarfile for damaged files
 BROKEN = (tarfile.TarError, OSError, KeyError, ValueError, OverflowError, RecursionError)
 UNPACKING = (EOFError, OSError, zlib.error, lzma.LZMAError, ValueError)
 COMPRESSED: dict[bytes, Callable[..., Any]] = {
@@ -56,13 +58,52 @@ NOT_READ = "in files of a kind that is not read"
 ARCHIVED = "in an archive inside a tar (unpack it)"
 COMPOUND = "with an image and a text of different names (name them KEY.jpg and KEY.txt)"
 AMBIGUOUS = "with a name that is there several times, with other files each time"
+LOST_LINK = "with a link to a file that is not in the tar (make it with tar --dereference)"
+LOOP = "with a link that leads back to itself (replace it with the file)"
+
+
+class _Tar(tarfile.TarFile):
+    """A tar that finds the targets of links among the headers that were read.
+
+    `tarfile` would read on to the end of the tar, which a damaged one does not have.
+    """
+
+    members: list[tarfile.TarInfo]  # those that were read
+
+    @cached_property
+    def _named(self) -> dict[str, list[tarfile.TarInfo]]:
+        """Members by path, in the order of the tar."""
+        named: dict[str, list[tarfile.TarInfo]] = {}
+        for info in self.members:
+            named.setdefault(posixpath.normpath(info.name), []).append(info)
+        return named
+
+    def target(self, info: tarfile.TarInfo) -> tuple[tarfile.TarInfo | None, str]:
+        """(the file that a member is or leads to, ""); without one, (None, reason)."""
+        passed = set[int]()
+        while info.issym() or info.islnk():
+            if info.offset in passed:
+                return None, LOOP
+            passed.add(info.offset)
+            folder = posixpath.dirname(info.name) if info.issym() else ""
+            same = self._named.get(posixpath.normpath(posixpath.join(folder, info.linkname)), [])
+            # a hard link leads to an earlier member
+            end = bisect_left(same, info.offset, key=_offset) if info.islnk() else len(same)
+            if not end:
+                return None, LOST_LINK
+            info = same[end - 1]
+        return (info, "") if info.isfile() and info.size >= 0 else (None, LOST_LINK)
+
+
+def _offset(info: tarfile.TarInfo) -> int:
+    return info.offset
 
 
 @dataclass
 class _Member:
     """A file of a tar. Its name is split at the first dot and at the last one."""
 
-    tar: tarfile.TarFile
+    tar: _Tar
     info: tarfile.TarInfo
     name: str
     stem: str  # WebDataset's key: up to the first dot of the file's name
@@ -172,7 +213,7 @@ def _read_headers(file: IO[bytes], name: str) -> _Headers:
     while start is not None:
         file.seek(start)
         try:
-            tar = tarfile.open(fileobj=file, mode="r:", tarinfo=QuickTarInfo)
+            tar = _Tar.open(fileobj=file, mode="r:", tarinfo=QuickTarInfo)
         except BROKEN:
             if start == 0:
                 file.seek(0)
@@ -185,7 +226,7 @@ def _read_headers(file: IO[bytes], name: str) -> _Headers:
     return headers
 
 
-def _read_members(tar: tarfile.TarFile, headers: _Headers) -> int | None:
+def _read_members(tar: _Tar, headers: _Headers) -> int | None:
     """Read the headers up to the end of a tar. Returns where another tar begins, or None."""
     headers.ended, before = False, -1
     try:
@@ -216,7 +257,7 @@ def _after_zeros(file: IO[bytes]) -> int | None:
     return None
 
 
-def _member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> _Member | None:
+def _member(tar: _Tar, info: tarfile.TarInfo) -> _Member | None:
     """None for a folder, a device or a hidden file."""
     # names need not be UTF-8
     name = info.name.encode(errors="replace").decode().removeprefix("./")
@@ -300,32 +341,39 @@ def _without_image(
 
 
 def _sample(row: dict[str, _Member], column: str | None) -> Sample:
-    content = {suffix: _content(one) for suffix, one in row.items()}
-    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in row), "")
+    content, reasons = {}, {}
+    for suffix, one in row.items():
+        content[suffix], reasons[suffix] = _content(one)
+    images = [suffix for suffix in IMAGE_SUFFIXES if suffix in row]
+    suffix = next((one for one in images if content[one]), next(iter(images), ""))
     meta = read_meta(content.get("json"))
     text = next((content[one] for one in CAPTION_SUFFIXES if one in content), None)
     found = find_captions(text, meta, column)
     key = meta["key"] if isinstance(meta.get("key"), str) else next(iter(row.values())).long_stem
+    no_text = next((reasons[one] for one in TEXT_SUFFIXES if reasons.get(one)), "")
     return Sample(
         key,
         content.get(suffix, b""),
         suffix,
         found.texts,
         meta,
-        no_caption=json_fault(content.get("json"), meta) or found.reason,
+        no_image=reasons.get(suffix, ""),
+        no_caption=no_text or json_fault(content.get("json"), meta) or found.reason,
         captions_unread=found.unread,
     )
 
 
-def _content(member: _Member) -> bytes:
-    """Content of a file of the tar; of a link, that of the file in the tar that it names."""
-    info = member.info
-    if info.isreg() and not info.issparse():  # without extractfile's buffered file for each member
-        file: Any = member.tar.fileobj
-        file.seek(info.offset_data)
-        content = file.read(info.size)
-        if len(content) < info.size:
-            raise tarfile.ReadError("unexpected end of data")
-        return content
-    stream = member.tar.extractfile(info)
-    return b"" if stream is None else stream.read()
+def _content(member: _Member) -> tuple[bytes, str]:
+    """Content of a file of the tar, or of that which a link leads to; else (b"", reason)."""
+    info, reason = member.tar.target(member.info)
+    if info is None:
+        return b"", reason
+    if info.issparse():
+        stream = member.tar.extractfile(info)
+        return (b"" if stream is None else stream.read()), ""
+    file: Any = member.tar.fileobj  # quicker than extractfile's buffered file for each member
+    file.seek(info.offset_data)
+    content = file.read(info.size)
+    if len(content) < info.size:
+        raise tarfile.ReadError("unexpected end of data")
+    return content, ""
