@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.samplers import History
+from ..models.row_adapters import ScaledAdapter
 from ..tensors import Conditioning, Rows, TextFeatures
 from .scheduler import ScheduledSample
 
@@ -33,6 +34,7 @@ class SampleRequest:
     noise: Tensor | None = None  # (3, H, W), initial x_T instead of the seed's, from `invert`
     start: Tensor | None = None  # (3, H, W), initial image, to which noise is added (SDEdit)
     strength: float = 1.0  # fraction of the schedule that is run from `start`
+    adapters: tuple[ScaledAdapter, ...] = ()  # low-rank changes of the network for this sample
     group: str | None = None  # samples of a group are scheduled as if they were one sample
     previews: int = 0  # number of calls of `on_preview`, evenly spaced over the steps
     on_preview: Callable[[Tensor], None] | None = None  # receives the predicted x_0 (3, H, W)

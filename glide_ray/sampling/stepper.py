@@ -163,7 +163,7 @@ class Stepper:
         """The tensors of a sample before its first step."""
         request = sample.request
         conditioning, text, clip_text = self.denoiser.prepare(
-            request.conditioning, request.clip_text
+            request.conditioning, request.clip_text, request.adapters
         )
         x = (
             self._noise(sample) * self.config.sampling.noise_scale
