@@ -143,8 +143,8 @@ class LoraFolder:
         if len(known) >= self._most:
             raise ApiError(
                 409,
-                f"{len(known)} adapters are loaded, the most that this server takes (max_loras); "
-                "unload one by DELETE /v1/loras/NAME.",
+                f"The server has {len(known)} adapters, at most {self._most} (max_loras); unload "
+                "one by DELETE /v1/loras/NAME.",
                 code="too_many_loras",
             )
 

@@ -285,7 +285,7 @@ def test_the_number_and_the_size_of_adapters_are_limited(backend, folder):
     few = {"lora_folder": str(folder), "max_loras": 1}
     ask = asking(backend, CONFIG.model_copy(update=few))
     load(ask)
-    sentence = "1 adapters are loaded, the most that this server takes (max_loras); unload one by"
+    sentence = "has 1 adapters, at most 1 (max_loras); unload one by DELETE"
     refused(load(ask, "x", "fine.safetensors"), 409, sentence, None, "too_many_loras")
     ask("DELETE", f"{LORAS}/my-cat")
     assert load(ask, "x", "fine.safetensors").status_code == 200
