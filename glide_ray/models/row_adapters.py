@@ -151,17 +151,18 @@ class AdaptedNetwork:
         for one in self._call.rows:
             if name in one.adapter.layers:
                 x = inputs[0] if one.rows is None else inputs[0][one.rows]
-                change = _change(layer, x, *one.adapter.layers[name])
-                change = one.factors.view(-1, *[1] * (change.dim() - 1)) * change
+                change = _change(layer, x, *one.adapter.layers[name], one.factors)
                 if one.rows is None:
-                    output = output + change
+                    output.add_(change)
                 else:  # rows are unique, so the sum is deterministic also on a GPU
-                    output = output.index_add(0, one.rows, change)
+                    output.index_add_(0, one.rows, change)
         return output
 
 
-def _change(layer: nn.Module, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """up(down(x)) of a linear layer or convolution."""
+def _change(layer: nn.Module, x: Tensor, down: Tensor, up: Tensor, factors: Tensor) -> Tensor:
+    """The change of a layer's output for x (R, ...): factors (R,) * up(down(x))."""
     if isinstance(layer, nn.Conv2d):
-        return F.conv2d(F.conv2d(x, down, None, layer.stride, layer.padding), up)
-    return F.linear(F.linear(x, down), up)
+        inner = F.conv2d(x, down, None, layer.stride, layer.padding)
+        return F.conv2d(inner * factors[:, None, None, None], up)
+    inner = F.linear(x, down)
+    return F.linear(inner * factors.view(-1, *[1] * (inner.dim() - 1)), up)
