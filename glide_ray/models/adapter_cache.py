@@ -44,6 +44,11 @@ class AdapterCache:
         with self._lock:
             return sum(adapter.size for adapter in self._loaded.values())
 
+    def release(self, sha256: str) -> None:
+        """Free the memory of an adapter, if it is loaded, once no sample uses it."""
+        with self._lock:
+            self._loaded.pop(sha256, None)
+
     def _get(self, lora: NamedLora) -> LoadedAdapter:
         with self._lock:
             if (found := self._loaded.get(lora.sha256)) is not None:

@@ -151,7 +151,8 @@ class AdaptedNetwork:
         for one in self._call.rows:
             if name in one.adapter.layers:
                 x = inputs[0] if one.rows is None else inputs[0][one.rows]
-                change = _change(layer, x, *one.adapter.layers[name], one.factors)
+                down, up = one.adapter.layers[name]
+                change = _change(layer, x, down, up, one.factors)
                 if one.rows is None:
                     output.add_(change)
                 else:  # rows are unique, so the sum is deterministic also on a GPU

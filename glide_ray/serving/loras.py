@@ -64,13 +64,14 @@ class LoraFolder:
             raise _taken(file.name)
         return entry
 
-    def unload(self, name: str) -> None:
+    def unload(self, name: str) -> LoraEntry:
         """Remove an adapter from those that requests can name; requests under way keep it.
 
-        Raises ApiError 404 for an unknown name.
+        Returns its former record. Raises ApiError 404 for an unknown name.
         """
-        self._entry(name, None)
+        entry = self._entry(name, None)
         storage.remove(self._record(name))
+        return entry
 
     def named(self, uses: Sequence[LoraUse], model: str, used: ModelSet) -> tuple[NamedLora, ...]:
         """The adapters that a request to the model of this name and these weights names.

@@ -164,7 +164,8 @@ def _add_loras(api: FastAPI, state: State, loras: LoraFolder) -> None:
     @api.delete(f"{LORAS}/{{name}}", responses=LORA_ERRORS)
     async def unload_lora(name: str) -> LoraDeleted:
         """Unload an adapter. Its file stays, and requests under way keep the adapter."""
-        await asyncio.to_thread(loras.unload, name)
+        entry = await asyncio.to_thread(loras.unload, name)
+        await state().release_adapter(entry.sha256)
         return LoraDeleted(name=name)
 
 

@@ -154,8 +154,16 @@ class Stage(ABC):
     def state(self) -> StageLoad:
         """Load and counters of this replica."""
         return StageLoad(
-            self._model, self.role, serve.get_replica_context().replica_tag, self._engine.load
+            self._model,
+            self.role,
+            serve.get_replica_context().replica_tag,
+            self._engine.load,
+            self._adapters.size,
         )
+
+    def release_adapter(self, sha256: str) -> None:
+        """Free the memory of an adapter that is no longer loaded in the server."""
+        self._adapters.release(sha256)
 
 
 class Base(Stage):

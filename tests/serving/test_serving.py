@@ -226,8 +226,10 @@ def test_adapters_are_loaded_used_together_and_unloaded(client, url, weights, ad
     for picture in alone:
         # Random weights amplify rounding at single pixels: merged weights round otherwise.
         assert differences(tmp_path, weights, picture, files).mean() < 0.01
+    assert loads(url)["base", "lora_bytes"] and loads(url)["upsampler", "lora_bytes"]
     for name in ("cat", "dog", "fine"):
         assert httpx.delete(f"{url}/v1/loras/{name}").json()["deleted"]
+    assert not loads(url)["base", "lora_bytes"] + loads(url)["upsampler", "lora_bytes"]
     with pytest.raises(openai.NotFoundError, match="no adapter 'cat'; none is loaded"):
         ask([("cat", 1.0)])
 

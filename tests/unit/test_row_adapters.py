@@ -167,6 +167,9 @@ def test_the_least_recently_used_adapters_leave_the_cache_and_samples_keep_their
     assert cache.scaled([named(files["a"])])[0].adapter is first
     assert cache.scaled([named(files["b"])])[0].adapter is not second
     assert second.layers  # samples in flight still have it
+    cache.release(fingerprint(files["b"]))
+    cache.release(fingerprint(third))
+    assert cache.size == size
 
 
 def test_a_scale_of_zero_loads_nothing(stepper, files, tiny_weights):
