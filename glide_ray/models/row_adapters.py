@@ -118,10 +118,16 @@ class AdaptedNetwork:
     def _calling(self, adapters: Sequence[Sequence[ScaledAdapter]]) -> Iterator[None]:
         """Apply these adapters of each row to the layers called in this context and thread."""
         self._call.rows = self._by_adapter(adapters)
+        # An adapter's number of rows changes often: for each, cuDNN would time its algorithms anew.
+        cudnn, benchmark = torch.backends.cudnn, torch.backends.cudnn.benchmark
+        if self._device.type == "cuda":  # where one thread makes all calls
+            cudnn.benchmark = False
         try:
             yield
         finally:
             del self._call.rows
+            if self._device.type == "cuda":
+                cudnn.benchmark = benchmark
 
     def _by_adapter(self, adapters: Sequence[Sequence[ScaledAdapter]]) -> list[_Rows]:
         """The rows of each adapter, in the order in which the rows name them."""

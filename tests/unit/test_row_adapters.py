@@ -10,6 +10,7 @@ from glide_ray.config.lora import Lora, NamedLora
 from glide_ray.config.sampling import SampleOptions
 from glide_ray.diffusion.samplers import SAMPLERS
 from glide_ray.models.adapter_cache import AdapterCache
+from glide_ray.models.cost import example_conditioning
 from glide_ray.models.row_adapters import AdaptedNetwork, ScaledAdapter
 from glide_ray.models.weights import WeightsError, load_unet
 from glide_ray.sampling.cascade import load_stepper
@@ -136,9 +137,14 @@ def test_the_upsampler_takes_adapters_too(tiny_weights, files):
 
 def test_layers_of_a_fused_network_are_called_one_by_one(tiny_weights):
     """The kernels of a fused network read weights directly, past the hooks of the layers."""
-    model = load_unet(tiny_weights["base"], "base")[0]
+    pytest.importorskip("triton")
+    model, config = load_unet(tiny_weights["base"], "base")
+    inputs = torch.randn(2, 3, 16, 16), torch.tensor([10, 900]), example_conditioning(config, 2)
+    before = model(*inputs)
     model.fuse()
     copied = model.unfused_copy()
+    after = copied(*inputs)
+    assert torch.equal(after.eps, before.eps) and torch.equal(after.variance, before.variance)
     fused = [name for name, one in copied.named_modules() if getattr(one, "fused", None)]
     assert fused == [] and any(getattr(one, "fused", None) for one in model.modules())
     pairs = zip(model.parameters(), copied.parameters(), strict=True)
