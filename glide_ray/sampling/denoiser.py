@@ -103,7 +103,8 @@ class GuidedDenoiser:
 
         def paired(x: Tensor, timestep: Tensor) -> ModelOutput:
             if any(adapters):
-                # Without a CUDA graph: a graph holds the addresses of one set of adapters.
+                # Without CUDA graph and fused kernels: a graph would hold the addresses of one set
+                # of adapters, and fused kernels read weights past the layers' hooks.
                 rows = [*adapters, *(adapters[n] for n in guided.tolist())]
                 return self.adapted(rows, x, timestep, conditioning, text)
             output: ModelOutput = self.network(x, timestep, conditioning, text)

@@ -109,7 +109,9 @@ def failure(request_id: str, error: Exception) -> ApiError:
 def refusal(errors: Sequence[ErrorDetails], known: Sequence[str]) -> ApiError:
     """Response 400 with pydantic's first error in one sentence. `known`: names of valid fields."""
     first = errors[0]
-    path = [str(part) for part in first["loc"][first["loc"][:1] in (("body",), ("query",)) :]]
+    path = [str(part) for part in first["loc"]]
+    if path[:1] in (["body"], ["query"]):  # where the field was, which is not part of its name
+        path = path[1:]
     param, where = (path[0], ".".join(path)) if path else (None, "The body")
     if first["type"] == "json_invalid":
         return ApiError(400, "The body is not valid JSON.", None, "invalid_json")
