@@ -25,6 +25,14 @@ class Lora(Frozen):
         return self.path if self.scale == 1 else f"{self.path}:{self.scale:g}"
 
 
+class NamedLora(Lora):
+    """An adapter that a request names, and the model that it changes."""
+
+    name: str = Field(description="name under which it was loaded")
+    sha256: str = Field(description="SHA-256 of the file")
+    role: str = Field(description="kind of the model that it changes: base or upsampler")
+
+
 class AdapterConfig(Frozen):
     """What an adapter was trained on. Stored in its file."""
 

@@ -81,6 +81,18 @@ class ServeConfig(ServedModel):
         None,
         description="file of API keys, written by `glide key`; none: only this machine is served",
     )
+    lora_folder: str | None = Field(
+        None,
+        description="folder or `s3://` prefix with the adapters that POST /v1/loras may load, "
+        "which all nodes can read and the ingress can write; none: no adapters by request",
+    )
+    max_loras: int = Field(64, gt=0, description="most adapters loaded by request at a time")
+    lora_bytes: int = Field(
+        512 * 2**20,
+        gt=0,
+        description="adapters by request that a replica keeps in memory, in bytes; the least "
+        "recently used leave first, and a larger file is refused",
+    )
     log_prompts: bool = Field(False, description="write prompts to the request log")
     drain_seconds: float = Field(
         300, gt=0, description="seconds for a replica to finish its requests before it is stopped"

@@ -90,9 +90,16 @@ def _read(lora: Lora, config: AdapterConfig, weights: str | Path) -> Adapter:
             f"{storage.fingerprint(weights)[:16]}; give the weights that it was trained on with "
             f"--{config.role}."
         )
+    return read_adapter(lora, config, storage.fetch(lora.path))
+
+
+def read_adapter(lora: Lora, config: AdapterConfig, file: str | Path) -> Adapter:
+    """The adapter in a local file, whatever its base. Raises WeightsError if it is damaged."""
     try:
-        with safe_open(storage.fetch(lora.path), "pt") as file:
-            return Adapter(lora, config, {name: file.get_tensor(name) for name in file.keys()})
+        with safe_open(file, "pt") as tensors:
+            return Adapter(
+                lora, config, {name: tensors.get_tensor(name) for name in tensors.keys()}
+            )
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{lora.path} is damaged ({error}); copy it again.") from None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from copy import deepcopy
 from importlib.util import find_spec
 
 import torch
@@ -221,6 +222,22 @@ class GlideUNet(nn.Module):
             block.fused = slice(start, start := start + block.embedding.out_features)
             for name, joined in zip(("weight", "bias"), (weight, bias), strict=True):
                 getattr(block.embedding, name).data = joined[block.fused]
+
+    def unfused_copy(self) -> GlideUNet:
+        """A network with the same parameter objects that calls every layer as a module.
+
+        It takes no memory for weights, and computes the same as this one did before `fuse`.
+        """
+        cached = *(self._embeddings or ()), *self._signal_noise_cache.values()
+        shared = [*self.parameters(), *self.buffers(), *cached]
+        copied = deepcopy(self, {id(tensor): tensor for tensor in shared})
+        copied._embeddings = None
+        for module in copied.modules():
+            if isinstance(module, (GroupNorm, AttentionBlock)):
+                module.fused = False
+            elif isinstance(module, ResBlock):
+                module.fused = None
+        return copied
 
     # -- forward --------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 A network call has one row for each sample with its caption, then a second row with the empty
 caption, or its negative prompt, for each sample with classifier-free guidance. On a GPU it replays
-a CUDA graph. CLIP guidance is computed separately, as a gradient.
+a CUDA graph. CLIP guidance is computed separately, as a gradient. Samples with different adapters,
+or none, share a call.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from ..diffusion.samplers import StepInput, predict_x0
 from ..models.clip_scorer import ClipScorer
 from ..models.cuda_graphs import GraphRunner
 from ..models.layers import channels_last
+from ..models.row_adapters import AdaptedNetwork, ScaledAdapter
 from ..models.unet import GlideUNet
 from ..tensors import Conditioning, ModelOutput, TextFeatures, to_device_async
 from .request import ActiveSample, SampleBatch
@@ -65,7 +68,12 @@ class GuidedDenoiser:
             self.network = GraphRunner(self.model, max_samples * rows)
         self._reuse_inputs = reuse_inputs
         self._paired: PairedInputs | None = None
-        self._captions: OrderedDict[bytes, TextFeatures] = OrderedDict()
+        self._captions: OrderedDict[tuple[object, ...], TextFeatures] = OrderedDict()
+
+    @cached_property
+    def adapted(self) -> AdaptedNetwork:
+        """The network for calls with adapters; made at the first of them."""
+        return AdaptedNetwork(self.model)
 
     def record_graphs(self) -> None:
         """Record the CUDA graphs of all batch sizes; without effect on a CPU."""
@@ -89,9 +97,16 @@ class GuidedDenoiser:
                 for sample, t in zip(samples, timesteps, strict=True)
             ]
         )
-        conditioning, text = self._paired_inputs(batch, scale.ne(1).nonzero()[:, 0])
+        guided = scale.ne(1).nonzero()[:, 0]
+        adapters = [sample.request.adapters for sample in samples]
+        conditioning, text = self._paired_inputs(batch, guided)
 
         def paired(x: Tensor, timestep: Tensor) -> ModelOutput:
+            if any(adapters):
+                # Without CUDA graph and fused kernels: a graph would hold the addresses of one set
+                # of adapters, and fused kernels read weights past the layers' hooks.
+                rows = [*adapters, *(adapters[n] for n in guided.tolist())]
+                return self.adapted(rows, x, timestep, conditioning, text)
             output: ModelOutput = self.network(x, timestep, conditioning, text)
             return output
 
@@ -139,14 +154,17 @@ class GuidedDenoiser:
         return gradient
 
     def prepare(
-        self, conditioning: Conditioning, clip_text: Tensor | None
+        self,
+        conditioning: Conditioning,
+        clip_text: Tensor | None,
+        adapters: Sequence[ScaledAdapter] = (),
     ) -> tuple[Conditioning, TextFeatures, Tensor]:
         """Conditioning, text features and CLIP embedding of one sample, on the device.
 
         Zeros stand for known pixels and CLIP embeddings that are None, so that samples with and
         without them share a batch.
         """
-        text = self._text_features(conditioning.tokens.cpu(), conditioning.mask.cpu())
+        text = self._text_features(conditioning.tokens.cpu(), conditioning.mask.cpu(), adapters)
         conditioning = conditioning.to(self.device)
         if conditioning.known is None:
             size = self.config.unet.image_size
@@ -188,21 +206,36 @@ class GuidedDenoiser:
                 self._paired = paired
         return paired.conditioning, paired.text
 
-    def negative_text(self, caption: Conditioning | None) -> TextFeatures:
+    def negative_text(
+        self, caption: Conditioning | None, adapters: Sequence[ScaledAdapter] = ()
+    ) -> TextFeatures:
         """Text features (1, ...) of the caption that guidance leads away from; None: the empty."""
         if caption is not None:
-            return self._text_features(caption.tokens.cpu(), caption.mask.cpu())
+            return self._text_features(caption.tokens.cpu(), caption.mask.cpu(), adapters)
         context = self.config.unet.text.context
         return self._text_features(
-            torch.zeros(1, context, dtype=torch.int64), torch.zeros(1, context, dtype=torch.bool)
+            torch.zeros(1, context, dtype=torch.int64),
+            torch.zeros(1, context, dtype=torch.bool),
+            adapters,
         )
 
-    def _text_features(self, tokens: Tensor, mask: Tensor) -> TextFeatures:
+    def _text_features(
+        self, tokens: Tensor, mask: Tensor, adapters: Sequence[ScaledAdapter]
+    ) -> TextFeatures:
         """Text features of a caption, `tokens` and `mask` (1, K), from an LRU cache."""
-        caption = tokens.numpy().tobytes() + mask.numpy().tobytes()
+        caption = (
+            tokens.numpy().tobytes(),
+            mask.numpy().tobytes(),
+            *(adapter.key for adapter in adapters),
+        )
         features = self._captions.pop(caption, None)
         if features is None:
-            features = self.model.encode_text(tokens.to(self.device), mask.to(self.device))
+            tokens, mask = tokens.to(self.device), mask.to(self.device)
+            features = (
+                self.adapted.encode_text(adapters, tokens, mask)
+                if adapters
+                else self.model.encode_text(tokens, mask)
+            )
         self._captions[caption] = features
         if len(self._captions) > CACHED_CAPTIONS:
             self._captions.popitem(last=False)

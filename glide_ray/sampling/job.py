@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.lora import NamedLora
 from ..config.models import ModelConfig
 from ..config.sampling import SampleOptions
 from ..data.images import area_downsample, to_8_bits, to_tensor
@@ -37,7 +38,7 @@ class Job:
     """One image to make, of `size` x `size` pixels.
 
     With `source` it is an edit; with `source` and `strength` it is a variation, which starts from
-    the source image plus noise (SDEdit).
+    the source image plus noise (SDEdit). `loras` are added to those of the loaded models.
     """
 
     prompt: str
@@ -49,6 +50,7 @@ class Job:
     best_of: int = 1
     previews: int = 0
     request: str = ""  # request id; images of one request are scheduled as one sample
+    loras: tuple[NamedLora, ...] = ()
 
     @property
     def task(self) -> Literal["generate", "edit", "vary"]:

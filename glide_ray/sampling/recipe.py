@@ -53,9 +53,11 @@ class ModelUsed(Frozen):
 class LoraUsed(Frozen):
     """An adapter that was added to the models of an image.
 
-    `path` and `sha256`: as those of `ModelUsed`. `scale`: its strength.
+    `path` and `sha256`: as those of `ModelUsed`. `scale`: its strength. `name`: under which a
+    server had loaded it, if the request named it.
     """
 
+    name: str = ""
     path: str
     sha256: str
     scale: float
@@ -303,7 +305,8 @@ def find_loras(recipe: Recipe, elsewhere: Sequence[str]) -> tuple[Lora, ...]:
         files = [path for path in (*elsewhere, used.path) if path and exists(path)]
         same = [path for path in files if fingerprint(fetch(path)) == used.sha256]
         if not same:
-            name = used.path or "An adapter of the picture"
+            served = f"The adapter {used.name!r}" if used.name else "An adapter of the picture"
+            name = used.path or served
             raise RecipeError(
                 f"{name} (SHA-256 {used.sha256[:16]}...) is not there, or has changed; give the "
                 "path of the right file with --lora."

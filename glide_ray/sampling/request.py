@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..diffusion.samplers import History
+from ..models.row_adapters import ScaledAdapter
 from ..tensors import Conditioning, Rows, TextFeatures
 from .noise import NoiseSource
 from .scheduler import ScheduledSample
@@ -35,6 +36,7 @@ class SampleRequest:
     start: Tensor | None = None  # (3, H, W), initial image, to which noise is added (SDEdit)
     # Share of the process's timesteps: the noisiest of the kept ones below it is the first.
     strength: float = 1.0
+    adapters: tuple[ScaledAdapter, ...] = ()  # low-rank changes of the network for this sample
     group: str | None = None  # samples of a group are scheduled as if they were one sample
     previews: int = 0  # number of calls of `on_preview`, evenly spaced over the steps
     on_preview: Callable[[Tensor], None] | None = None  # receives the predicted x_0 (3, H, W)

@@ -167,9 +167,9 @@ class Stepper:
         """The tensors of a sample before its first step."""
         request = sample.request
         conditioning, text, clip_text = self.denoiser.prepare(
-            request.conditioning, request.clip_text
+            request.conditioning, request.clip_text, request.adapters
         )
-        negative = self.denoiser.negative_text(request.negative)
+        negative = self.denoiser.negative_text(request.negative, request.adapters)
         x = (
             self._noise(sample) * self.config.sampling.noise_scale
             if request.noise is None

@@ -26,10 +26,11 @@ from ..errors import UserError
 from ..models.adapters import loras_of
 from ..pretrained import shipped
 from ..sampling.checks import TIMESTEPS
-from ..storage import absolute
+from ..storage import absolute, check_writable
 from .api_keys import Key, read_keys
 from .backend import ModelInfo, read_models
 from .ingress import Ingress
+from .loras import LOADED
 from .routes import build_api
 from .stages import LANES, Base, Stage, Upsampler
 from .state import ServerState
@@ -44,9 +45,13 @@ def build_application(
 ) -> serve.Application:
     """Build the Ray Serve application. `kinds`: classes of the base and upsampler stages.
 
-    Raises UserError for weights that are missing, broken or of the wrong kind, and for a non-local
-    host without API keys.
+    Raises UserError for weights that are missing, broken or of the wrong kind, for a non-local host
+    without API keys, and for a folder of adapters that cannot be written.
     """
+    if config.lora_folder:  # replicas have other working directories
+        folder = absolute(config.lora_folder)
+        check_writable(f"{folder}/{LOADED}")
+        config = config.model_copy(update={"lora_folder": folder})
     served, keys = read_models(config), read_keys(config.keys)
     _check_host(config, keys)
     gpus = ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0
@@ -117,6 +122,7 @@ def _stages(
             config.max_in_flight,
             clip and absolute(clip),
             loras,
+            config.lora_bytes,
         )
         for kind, scale, path, clip in stages
     )

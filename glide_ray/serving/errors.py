@@ -62,10 +62,11 @@ class ApiError(HTTPException):
         return JSONResponse(self.body, self.status, headers=self.headers)
 
 
-def handle_errors(api: FastAPI, fields: Sequence[str]) -> None:
+def handle_errors(api: FastAPI, fields: Mapping[str, Sequence[str]]) -> None:
     """Register exception handlers that answer in OpenAI's format.
 
-    `fields`: valid fields of a JSON body; the message about an unknown field suggests the nearest.
+    `fields`: valid fields of the JSON body of each path; the message about an unknown field
+    suggests the nearest.
     """
 
     @api.exception_handler(ApiError)
@@ -75,7 +76,8 @@ def handle_errors(api: FastAPI, fields: Sequence[str]) -> None:
 
     @api.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> Response:
-        return refusal(error.errors(), fields).response
+        known = fields.get(getattr(request.scope.get("route"), "path", ""), ())
+        return refusal(error.errors(), known).response
 
     @api.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -107,25 +109,25 @@ def failure(request_id: str, error: Exception) -> ApiError:
 def refusal(errors: Sequence[ErrorDetails], known: Sequence[str]) -> ApiError:
     """Response 400 with pydantic's first error in one sentence. `known`: names of valid fields."""
     first = errors[0]
-    path = [str(part) for part in first["loc"] if part not in ("body", "query")]
-    param = path[0] if path else None
+    path = [str(part) for part in first["loc"]]
+    if path[:1] in (["body"], ["query"]):  # where the field was, which is not part of its name
+        path = path[1:]
+    param, where = (path[0], ".".join(path)) if path else (None, "The body")
     if first["type"] == "json_invalid":
         return ApiError(400, "The body is not valid JSON.", None, "invalid_json")
     if first["type"] == "extra_forbidden":
-        return ApiError(
-            400,
-            UNAVAILABLE.get(path[0]) or f"There is no field {path[0]!r}; {nearest(path[0], known)}",
-            param,
-            "unknown_parameter",
-        )
+        hint = f"There is no field {where!r}"
+        if len(path) == 1:
+            hint = UNAVAILABLE.get(where) or f"{hint}; {nearest(where, known)}"
+        else:
+            hint += "; /docs describes those that there are."
+        return ApiError(400, hint, param, "unknown_parameter")
     if first["type"] == "missing":
-        return ApiError(
-            400, f"{param or 'The body'} is missing.", param, "missing_required_parameter"
-        )
+        return ApiError(400, f"{where} is missing.", param, "missing_required_parameter")
     value = repr(first["input"])
     shown = (
         f" (given: {value[:40]}{'...' if len(value) > 40 else ''})"
         if not isinstance(first["input"], dict)
         else ""
     )
-    return ApiError(400, f"{param or 'The body'}: {first['msg']}{shown}.", param, "invalid_value")
+    return ApiError(400, f"{where}: {first['msg']}{shown}.", param, "invalid_value")

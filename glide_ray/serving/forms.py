@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import json
+from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import Request
@@ -18,6 +19,7 @@ from .errors import ApiError, refusal
 from .schema import ImageFields
 
 FILES = ("image", "mask")
+JSON_FIELDS = ("loras",)  # fields of a form whose text is JSON
 Form = TypeVar("Form", bound=ImageFields)
 
 
@@ -27,7 +29,7 @@ async def read_form(
     """Read and validate the fields and files of a multipart form. Raises ApiError."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(400, "Send images as multipart/form-data, each image as a file.")
-    fields: dict[str, str] = {}
+    fields: dict[str, Any] = {}
     files: dict[str, bytes] = {}
     async with request.form(max_files=4, max_fields=40) as form:
         for name, value in form.multi_items():
@@ -39,13 +41,21 @@ async def read_form(
             elif name in fields:
                 raise ApiError(400, f"{name} is given twice; send it once.", name)
             else:
-                fields[name] = value
+                fields[name] = _from_json(name, value) if name in JSON_FIELDS else value
     if "image" not in files:
         raise ApiError(400, "image is missing; send it as a file.", "image")
     try:
         return kind.model_validate(fields, strict=False), files
     except ValidationError as error:
         raise refusal(error.errors(), [*kind.model_fields, *FILES]) from None
+
+
+def _from_json(name: str, text: str) -> Any:
+    """The value of a field in JSON. Raises ApiError."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ApiError(400, f"{name} is not valid JSON.", name, "invalid_json") from None
 
 
 async def _read_file(

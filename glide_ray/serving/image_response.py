@@ -14,7 +14,7 @@ import numpy as np
 from ..data.images import encode
 from ..data.tokenizer import Tokens
 from ..sampling.job import Job, shrink_known
-from ..sampling.recipe import png_text
+from ..sampling.recipe import LoraUsed, png_text
 from .schema import GeneratedImage, ImageFields
 from .state import Backend, PreviewCallback, ServerState
 from .tasks import gather_or_cancel
@@ -126,13 +126,18 @@ class ImageMaker:
         }
         if job.size != self.backend.sizes[-1]:  # the upsampler took no part
             model_set = replace(model_set, upsampler=None)
+        loras = tuple(
+            LoraUsed(name=lora.name, path="", sha256=lora.sha256, scale=lora.scale)
+            for lora in job.loras
+            if lora.role == "base" or model_set.upsampler is not None
+        )
         if model_set.upsampler is None:
             models.pop("upsampler", None)
         if job.source is not None:
             source, known = shrink_known(job.source.image, job.source.known_mask, job.size)
             inputs = {"image": source, "mask": known}
         return png_text(
-            replace(model_set, models=models).recipe(
+            replace(model_set, models=models, loras=model_set.loras + loras).recipe(
                 job.task, job.prompt, image.seed, job.options, job.strength or 1.0
             ),
             inputs,

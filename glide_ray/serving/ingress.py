@@ -87,6 +87,16 @@ class Ingress(ServerState):
         )
         return [load for loads in replica_loads for load in loads], all(replica_loads)
 
+    async def release_adapter(self, sha256: str) -> None:
+        """Let all stage replicas free the memory of an adapter that is no longer loaded."""
+        await asyncio.gather(
+            *[
+                _all_replicas(getattr(backend, stage), "release_adapter", object, sha256)
+                for backend in self.models.values()
+                for stage in _roles(backend)
+            ]
+        )
+
     async def texts(self) -> list[str]:
         """Metrics of all ingress replicas that answer, or at least of this one."""
         return await self._ask_ingresses("text") or [self.text()]
@@ -112,14 +122,14 @@ def _roles(backend: RayBackend) -> tuple[str, ...]:
 
 
 async def _all_replicas(
-    handle: DeploymentHandle[Any], method: str, kind: type[Answer]
+    handle: DeploymentHandle[Any], method: str, kind: type[Answer], *arguments: str
 ) -> list[Answer]:
     """Results of a method from all replicas, without those that fail or do not answer in time.
 
     `kind`: type of a valid result.
     """
     try:
-        answers = await handle.broadcast(method).results_async(
+        answers = await handle.broadcast(method, *arguments).results_async(
             timeout_s=STATE_SECONDS, return_exceptions=True
         )
     except (TimeoutError, DeploymentUnavailableError, RayActorError):

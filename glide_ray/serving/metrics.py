@@ -42,6 +42,7 @@ class StageLoad:
     stage: str
     replica: str
     load: Load
+    lora_bytes: int = 0  # adapters of requests in its memory, in bytes
 
 
 class Metrics:
@@ -152,4 +153,9 @@ def _loads(stages: Sequence[StageLoad]) -> list[Metric]:
         for stage in stages:
             family.add_metric([stage.model, stage.stage, stage.replica], getattr(stage.load, name))
         families.append(family)
-    return families
+    adapters = GaugeMetricFamily(
+        "glide_stage_lora_bytes", "bytes of requests' adapters in memory", labels=labels
+    )
+    for stage in stages:
+        adapters.add_metric([stage.model, stage.stage, stage.replica], stage.lora_bytes)
+    return [*families, adapters]

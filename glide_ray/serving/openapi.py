@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from .errors import ErrorBody
+from .forms import JSON_FIELDS
 from .schema import ImageFields, ImagesResponse
 
 Responses = dict[int | str, dict[str, Any]]
@@ -20,13 +21,21 @@ ERRORS: Responses = {
         (400, "Invalid request; error.param names the field"),
         (401, "Missing or unknown API key"),
         (403, "The server has no API keys, and the client is on another machine"),
-        (404, "Unknown model"),
+        (404, "Unknown model or adapter"),
         (408, "The request body did not arrive in time"),
         (413, "The request body or an image is too large"),
         (429, "The server or the key is at its limit; retry after Retry-After seconds"),
         (500, "Internal error"),
         (503, "No replica is available"),
     )
+}
+TAKEN = {"model": ErrorBody, "description": "The name is taken, or too many adapters are loaded"}
+# Error responses of the routes of adapters.
+LORA_ERRORS: Responses = {status: ERRORS[status] for status in (401, 403, 404, 500)}
+LORA_BODY_ERRORS: Responses = {
+    **{status: ERRORS[status] for status in (400, 408, 413)},
+    **LORA_ERRORS,
+    409: TAKEN,
 }
 # Error responses of routes without a body that need an API key.
 KEY_ERRORS: Responses = {status: ERRORS[status] for status in (401, 403, 500)}
@@ -64,16 +73,37 @@ class ImagesApi(FastAPI):
 
 
 def multipart_body(form: type[ImageFields], files: Sequence[str]) -> dict[str, Any]:
-    """OpenAPI request body of a multipart form with these files. Only the first is required."""
-    schema = form.model_json_schema()
+    """OpenAPI request body of a multipart form with these files. Only the first is required.
+
+    Fields in JSON_FIELDS are JSON text.
+    """
+    schema = _inlined(form.model_json_schema())
     schema["properties"] = {
         **{name: {"type": "string", "format": "binary"} for name in files},
         **schema["properties"],
     }
     schema["required"] = [files[0], *schema.get("required", [])]
-    return {
-        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
-    }
+    encoding = {name: {"contentType": "application/json"} for name in JSON_FIELDS}
+    body = {"multipart/form-data": {"schema": schema, "encoding": encoding}}
+    return {"requestBody": {"required": True, "content": body}}
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """A JSON schema without references to its own `$defs`, which an OpenAPI file has elsewhere."""
+    schema = dict(schema)
+    kinds = schema.pop("$defs", {})
+
+    def resolved(part: Any) -> Any:
+        if isinstance(part, list):
+            return [resolved(one) for one in part]
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            return resolved(kinds[part["$ref"].rpartition("/")[2]])
+        return {key: resolved(one) for key, one in part.items()}
+
+    inlined: dict[str, Any] = resolved(schema)
+    return inlined
 
 
 def _with_integer_bounds(schema: Any) -> Any:

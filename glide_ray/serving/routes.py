@@ -1,14 +1,15 @@
 """The OpenAI Images API as FastAPI routes over any backend. Independent of Ray, for testing.
 
-Generations, edits and variations, whole or streamed; models, health and metrics. Fields beyond
-OpenAI's: seed, steps, sampler, guidance scale, strength and others, see `schema.py`. Every error is
-in OpenAI's format.
+Generations, edits and variations, whole or streamed; models, adapters, health and metrics. Fields
+beyond OpenAI's: seed, steps, sampler, guidance scale, strength and others, see `schema.py`. Every
+error is in OpenAI's format.
 """
 
 import asyncio
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -27,13 +28,32 @@ from .docs_page import add_docs
 from .errors import ApiError, handle_errors
 from .forms import FILES, read_form, read_source
 from .image_response import ImageMaker
+from .loras import LoraFolder
 from .metrics import exposition
 from .middleware import RequestMiddleware
-from .openapi import ERRORS, IMAGES, KEY_ERRORS, ImagesApi, multipart_body
-from .schema import Edit, Generation, Variation, narrowed
+from .openapi import (
+    ERRORS,
+    IMAGES,
+    KEY_ERRORS,
+    LORA_BODY_ERRORS,
+    LORA_ERRORS,
+    ImagesApi,
+    multipart_body,
+)
+from .schema import (
+    Edit,
+    Generation,
+    LoraDeleted,
+    LoraEntry,
+    LoraFile,
+    LoraList,
+    Variation,
+    narrowed,
+)
 from .state import Backend, ServerState
 from .streaming import stream_events
 
+GENERATIONS, LORAS = "/v1/images/generations", "/v1/loras"
 Form = Generation | Variation
 State = Callable[[], ServerState]
 
@@ -61,25 +81,28 @@ def build_api(
     generation = narrowed(Generation, config, sizes, clip, timesteps)
     edit = narrowed(Edit, config, sizes, clip, timesteps)
     variation = narrowed(Variation, config, sizes, clip, timesteps)
-    handle_errors(api, list(generation.model_fields))
+    loras = LoraFolder(config)
+    bodies = {GENERATIONS: list(generation.model_fields), LORAS: list(LoraFile.model_fields)}
+    handle_errors(api, bodies)
     api.add_middleware(RequestMiddleware, state=state, config=config)
-    _add_generations(api, state, config, generation)
-    _add_multipart_route(api, state, config, "edits", edit)
-    _add_multipart_route(api, state, config, "variations", variation)
+    _add_generations(api, state, config, loras, generation)
+    _add_multipart_route(api, state, config, loras, "edits", edit)
+    _add_multipart_route(api, state, config, loras, "variations", variation)
     _add_models(api, state)
+    _add_loras(api, state, loras)
     _add_health(api, state)
     return api
 
 
 def _add_generations(
-    api: FastAPI, state: State, config: ServeConfig, form: type[Generation]
+    api: FastAPI, state: State, config: ServeConfig, loras: LoraFolder, form: type[Generation]
 ) -> None:
     async def generations(request: Request, body: Generation) -> Response:
-        return await _answer(state(), config, request, body)
+        return await _answer(state(), config, loras, request, body)
 
     generations.__annotations__["body"] = form  # FastAPI validates with the annotated class
     api.post(
-        "/v1/images/generations",
+        GENERATIONS,
         description=form.__doc__ or "",
         responses=IMAGES | ERRORS,
         response_model=None,
@@ -87,7 +110,12 @@ def _add_generations(
 
 
 def _add_multipart_route(
-    api: FastAPI, state: State, config: ServeConfig, name: str, form: type[Form]
+    api: FastAPI,
+    state: State,
+    config: ServeConfig,
+    loras: LoraFolder,
+    name: str,
+    form: type[Form],
 ) -> None:
     """Add /v1/images/`name`, which makes images from an uploaded image and its mask."""
 
@@ -97,7 +125,7 @@ def _add_multipart_route(
         source = await asyncio.to_thread(
             read_source, files, config, backend.sizes[-1], issubclass(form, Variation)
         )
-        return await _answer(state(), config, request, fields, source)
+        return await _answer(state(), config, loras, request, fields, source)
 
     api.post(
         f"/v1/images/{name}",
@@ -117,6 +145,28 @@ def _add_models(api: FastAPI, state: State) -> None:
             "object": "list",
             "data": [_model_entry(name, backend) for name, backend in state().models.items()],
         }
+
+
+def _add_loras(api: FastAPI, state: State, loras: LoraFolder) -> None:
+    """Add the list of adapters, and how to load and unload them."""
+
+    @api.get(LORAS, responses=KEY_ERRORS)
+    async def list_loras() -> LoraList:
+        """List the adapters (LoRA) that requests can name in the field loras."""
+        return LoraList(data=await asyncio.to_thread(loras.entries))
+
+    async def load_lora(body: LoraFile) -> LoraEntry:
+        served = [backend.model_set for backend in state().models.values()]
+        return await asyncio.to_thread(loras.load, body, served)
+
+    api.post(LORAS, description=LoraFile.__doc__ or "", responses=LORA_BODY_ERRORS)(load_lora)
+
+    @api.delete(f"{LORAS}/{{name}}", responses=LORA_ERRORS)
+    async def unload_lora(name: str) -> LoraDeleted:
+        """Unload an adapter. Its file stays, and requests under way keep the adapter."""
+        entry = await asyncio.to_thread(loras.unload, name)
+        await state().release_adapter(entry.sha256)
+        return LoraDeleted(name=name)
 
 
 def _add_health(api: FastAPI, state: State) -> None:
@@ -167,6 +217,7 @@ def _model_entry(name: str, backend: Backend) -> dict[str, Any]:
 async def _answer(
     state: ServerState,
     config: ServeConfig,
+    loras: LoraFolder,
     request: Request,
     fields: Form,
     source: Source | None = None,
@@ -177,6 +228,9 @@ async def _answer(
     """
     job, model = _job(state, config, fields, source, request)
     backend = state.models[model]
+    if fields.loras:
+        named = await asyncio.to_thread(loras.named, fields.loras, model, backend.model_set)
+        job = replace(job, loras=named)
     jobs = image_jobs(job, fields.n or 1)
     log_fields = request.scope["glide"]
     prompt = Tokenizer(backend.model_set.base.context).encode(job.prompt)

@@ -12,6 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from ..config.serving import ServeConfig
 from ..sampling.checks import MAX_SCALE
 
+MAX_LORAS = 8  # adapters of a request
+MAX_LORA_SCALE = 10.0
+LORA_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+# No name in the path begins with a dot, so that it cannot lead out of the folder.
+LORA_PATH = r"^([A-Za-z0-9_][A-Za-z0-9._-]*/)*[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors$"
 MAX_BEST_OF = 64  # as in the paper, app. E
 
 
@@ -27,6 +32,21 @@ class GeneratedImage:
     seed: int
     models: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+class LoraUse(BaseModel):
+    """An adapter of GET /v1/loras, and how strongly it changes the image."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str = Field(max_length=200, description="Name under which it was loaded.")
+    scale: float = Field(
+        1.0,
+        ge=-MAX_LORA_SCALE,
+        le=MAX_LORA_SCALE,
+        allow_inf_nan=False,
+        description="0 leaves the model as it is, 1 is as trained.",
+    )
 
 
 class ImageFields(BaseModel):
@@ -97,6 +117,13 @@ class ImageFields(BaseModel):
         None,
         max_length=32_000,
         description="What the image should not show; needs a guidance scale other than 1.",
+    )
+
+    loras: list[LoraUse] | None = Field(
+        None,
+        max_length=MAX_LORAS,
+        description="Adapters of GET /v1/loras for these images, which add up. In a form: one "
+        "field with this JSON array as its text.",
     )
 
     @model_validator(mode="before")
@@ -185,6 +212,54 @@ class ImagesResponse(BaseModel):
     background: Literal["opaque"]
     usage: dict[str, Any]
     warnings: list[str] = []
+
+
+# -- adapters --------------------------------------------------------------------------------------
+
+
+class LoraFile(BaseModel):
+    """Load an adapter (LoRA) from the server's folder under a name for the field `loras`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str = Field(pattern=LORA_NAME, description="Name for the field loras of requests.")
+    path: str = Field(
+        pattern=LORA_PATH, max_length=500, description="File, relative to the server's lora_folder."
+    )
+
+
+class LoraEntry(BaseModel):
+    """A loaded adapter."""
+
+    object: Literal["lora"] = "lora"
+    name: str
+    path: str = Field(description="File, relative to the server's lora_folder.")
+    sha256: str = Field(description="SHA-256 of the file.")
+    bytes: int = Field(description="Size of the file.")
+    rank: int = Field(description="Largest rank of a layer's change.")
+    base: str = Field(description="Name of the model that it was trained on.")
+    base_sha256: str = Field(description="SHA-256 of that model's weights file.")
+    role: str = Field(description="Kind of that model: base or upsampler.")
+    created: int = Field(description="When it was loaded, in seconds since 1970.")
+    licence: list[str] = Field(
+        description="Licences of its training images, if its file names them."
+    )
+    sources: list[dict[str, str]] = Field(description="Authors of its training images to credit.")
+
+
+class LoraList(BaseModel):
+    """The loaded adapters, by name."""
+
+    object: Literal["list"] = "list"
+    data: list[LoraEntry]
+
+
+class LoraDeleted(BaseModel):
+    """An adapter that is no longer loaded. Its file stays."""
+
+    object: Literal["lora"] = "lora"
+    name: str
+    deleted: Literal[True] = True
 
 
 Form = TypeVar("Form", bound=ImageFields)

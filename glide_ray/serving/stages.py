@@ -19,9 +19,12 @@ from ray import serve
 from ..config.lora import Lora
 from ..config.sampling import SampleOptions
 from ..data.images import to_tensor, to_uint8
+from ..errors import UserError
+from ..models.adapter_cache import AdapterCache
 from ..models.clip_scorer import fetch_clip
 from ..pretrained import shipped
 from ..sampling.cascade import clip_scores, load_stepper
+from ..sampling.checks import RequestError
 from ..sampling.engine import Engine
 from ..sampling.job import Job, base_request, upsampler_request
 from ..sampling.request import SampleRequest
@@ -57,6 +60,7 @@ class Stage(ABC):
         max_in_flight: int,
         clip: str | None = None,
         loras: Sequence[Lora] = (),
+        lora_bytes: int = 0,
     ):
         if not torch.cuda.is_available():
             # Stages share all cores, however many Ray assigns to each: with lanes, stages do not
@@ -76,6 +80,7 @@ class Stage(ABC):
         self.config, self.critic, self.device = stepper.config, stepper.critic, stepper.device
         stepper.warm(self._warm_up_request())
         self._model, self._sha256, self._engine = model, fingerprint(local), Engine(stepper)
+        self._adapters = AdapterCache(stepper.model, self._sha256, lora_bytes)
 
     @abstractmethod
     def _warm_up_request(self) -> SampleRequest:
@@ -91,7 +96,8 @@ class Stage(ABC):
         If the caller cancels, the sample is dropped before the next step.
         """
         began = time.monotonic()
-        return await self._sampled(await asyncio.to_thread(self._request, job, low_res), began)
+        request = await asyncio.to_thread(self._adapted_request, job, low_res)
+        return await self._sampled(request, began)
 
     async def make_with_previews(
         self, job: Job, low_res: np.ndarray | None = None
@@ -107,7 +113,7 @@ class Stage(ABC):
             loop.call_soon_threadsafe(previews.put_nowait, to_uint8(image))
 
         request = replace(
-            await asyncio.to_thread(self._request, job, low_res),
+            await asyncio.to_thread(self._adapted_request, job, low_res),
             previews=job.previews,
             on_preview=on_preview,
         )
@@ -119,6 +125,18 @@ class Stage(ABC):
             yield sampling.result()
         finally:
             sampling.cancel()
+
+    def _adapted_request(self, job: Job, low_res: np.ndarray | None) -> SampleRequest:
+        """The sample request of a job with its adapters, whose files are read at their first use.
+
+        So replicas that are started later have them too. Raises RequestError for an adapter that
+        cannot be used.
+        """
+        try:
+            adapters = self._adapters.scaled([one for one in job.loras if one.role == self.role])
+        except UserError as error:
+            raise RequestError(str(error), "loras") from error
+        return replace(self._request(job, low_res), adapters=adapters)
 
     async def _sampled(self, request: SampleRequest, began: float) -> StageResult:
         return self._made(await asyncio.wrap_future(self._engine.submit(request)), began)
@@ -136,8 +154,16 @@ class Stage(ABC):
     def state(self) -> StageLoad:
         """Load and counters of this replica."""
         return StageLoad(
-            self._model, self.role, serve.get_replica_context().replica_tag, self._engine.load
+            self._model,
+            self.role,
+            serve.get_replica_context().replica_tag,
+            self._engine.load,
+            self._adapters.size,
         )
+
+    def release_adapter(self, sha256: str) -> None:
+        """Free the memory of an adapter that is no longer loaded in the server."""
+        self._adapters.release(sha256)
 
 
 class Base(Stage):

@@ -40,6 +40,9 @@ class ServerState:
         """Loads of all stage replicas that answer, and whether every stage has at least one."""
         return [], True
 
+    async def release_adapter(self, sha256: str) -> None:
+        """Let all stage replicas free the memory of an adapter that is no longer loaded."""
+
     async def texts(self) -> list[str]:
         """Metrics of all ingress replicas, one text per replica."""
         return [self.metrics.text(self.admission)]

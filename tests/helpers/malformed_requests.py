@@ -60,6 +60,7 @@ def broken_request(draw):
         "stream",
         "best_of",
         "strength",
+        "loras",
         draw.choice("abc") * 9,
     ]
     kind = draw.randrange(6)

@@ -19,6 +19,7 @@ from glide_ray.config.sampling import SampleOptions
 from glide_ray.config.serving import ServeConfig
 from glide_ray.data.images import encode
 from glide_ray.errors import UserError
+from glide_ray.models.adapter_cache import AdapterCache
 from glide_ray.sampling.cascade import Cascade
 from glide_ray.sampling.checks import RequestError
 from glide_ray.sampling.engine import Engine, Load
@@ -379,6 +380,7 @@ class InProcess:
             stepper.device,
         )
         self.stage._engine, self.stage._sha256 = Engine(stepper), kind.role
+        self.stage._adapters = AdapterCache(stepper.model, kind.role, 2**20)
         self.make, self.make_with_previews = (
             SimpleNamespace(remote=self.stage.make),
             SimpleNamespace(remote=self.stage.make_with_previews),

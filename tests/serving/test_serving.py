@@ -11,12 +11,14 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from pathlib import Path
 
 import httpx
 import numpy as np
 import openai
 import pytest
+from helpers.adapters import random_adapter
 from helpers.malformed_requests import check_malformed_requests
 from helpers.paths import ROOT
 from helpers.tiny import serving_weights
@@ -29,7 +31,7 @@ from glide_ray.config.serving import ServeConfig, ServedModel
 from glide_ray.errors import ConfigError, UserError
 from glide_ray.sampling.cascade import Cascade
 from glide_ray.sampling.job import Job
-from glide_ray.sampling.recipe import find_models, read_recipe, reproduce_picture
+from glide_ray.sampling.recipe import find_loras, find_models, read_recipe, reproduce_picture
 from glide_ray.serving.metrics import Metrics
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -42,11 +44,23 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def url(weights):
+def adapters(weights, tmp_path_factory):
+    """A folder with adapters of the base model, cat and dog, and one of the upsampler, fine."""
+    folder, roles = tmp_path_factory.mktemp("loras"), {"cat": "base", "dog": "base"}
+    for seed, (name, role) in enumerate((roles | {"fine": "upsampler"}).items()):
+        random_adapter(folder / f"{name}.safetensors", weights[role], seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(weights, adapters):
     from glide_ray.serving.deployment import serving
 
     small = ServedModel(base=weights["base"], upsampler=None)
-    with serving(ServeConfig(**weights, port=free_port(), more_models={"small": small})) as url:
+    config = ServeConfig(
+        **weights, port=free_port(), more_models={"small": small}, lora_folder=str(adapters)
+    )
+    with serving(config) as url:
         yield url
 
 
@@ -59,9 +73,11 @@ def generate(client, seed, **options):
     answer = client.images.generate(
         prompt=PROMPT, extra_body={"seed": seed, "steps": STEPS}, **options
     )
-    return [
-        np.asarray(Image.open(io.BytesIO(base64.b64decode(item.b64_json)))) for item in answer.data
-    ]
+    return [decoded(item.b64_json) for item in answer.data]
+
+
+def decoded(b64):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64))))
 
 
 def test_openais_client_generates(client):
@@ -111,13 +127,26 @@ def test_openais_client_edits_and_what_is_known_is_kept_exactly(client, weights,
 
 def assert_reproduced(folder, weights, b64):
     """Check that the recipe in a PNG answer reproduces the picture from the weights alone."""
+    assert differences(folder, weights, b64).max() <= 1
+
+
+def differences(folder, weights, b64, loras=()):
+    """A PNG answer against the picture that its recipe makes: (S, S, 3), in levels of 255."""
     (folder / "answer.png").write_bytes(base64.b64decode(b64))
     recipe, inputs, served = read_recipe(folder / "answer.png")
     models = find_models(recipe, {role: Path(path) for role, path in weights.items()})
     here = reproduce_picture(
-        Cascade.load(models["base"], models.get("upsampler"), recipe.precision), recipe, inputs
+        Cascade.load(
+            models["base"],
+            models.get("upsampler"),
+            recipe.precision,
+            loras=find_loras(recipe, [str(path) for path in loras]),
+        ),
+        recipe,
+        inputs,
     )
-    assert here.shape == served.shape and np.abs(here.astype(int) - served).max() <= 1
+    assert here.shape == served.shape
+    return np.abs(here.astype(int) - served)
 
 
 @pytest.mark.parametrize("size", ["64x64", "256x256"])
@@ -168,6 +197,65 @@ def test_openais_client_watches_a_picture_come(client):
     assert [event.partial_image_index for event in seen[:3]] == [0, 1, 2]
     whole = client.images.generate(prompt=PROMPT, extra_body={"seed": 1, "steps": 6})
     assert seen[-1].b64_json == whole.data[0].b64_json
+
+
+def named(*loras):
+    """Fields of a request with these adapters, as (name, scale)."""
+    uses = [{"name": name, "scale": scale} for name, scale in loras]
+    return {"seed": 3, "steps": STEPS, "loras": uses}
+
+
+def test_adapters_are_loaded_used_together_and_unloaded(client, url, weights, adapters, tmp_path):
+    for name in ("cat", "dog", "fine"):
+        file = {"name": name, "path": f"{name}.safetensors"}
+        assert httpx.post(f"{url}/v1/loras", json=file).json()["name"] == name
+    listed = httpx.get(f"{url}/v1/loras").json()["data"]
+    assert [one["name"] for one in listed] == ["cat", "dog", "fine"]
+    uses = [[], [("cat", 1.0)], [("dog", 0.5)], [("cat", -0.3), ("fine", 1.0)], [], [("cat", 1.0)]]
+
+    def ask(use):
+        return client.images.generate(prompt=PROMPT, extra_body=named(*use)).data[0].b64_json
+
+    alone = [ask(use) for use in uses[:4]]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(ask, uses)) == [*alone, alone[0], alone[1]]
+    pixels = [decoded(picture) for picture in alone]
+    for one, other in combinations(pixels, 2):
+        assert np.abs(one.astype(int) - other).mean() > 1
+    files = [adapters / f"{name}.safetensors" for name in ("cat", "dog", "fine")]
+    for picture in alone:
+        # Random weights amplify rounding at single pixels: merged weights round otherwise.
+        assert differences(tmp_path, weights, picture, files).mean() < 0.01
+    assert loads(url)["base", "lora_bytes"] and loads(url)["upsampler", "lora_bytes"]
+    for name in ("cat", "dog", "fine"):
+        assert httpx.delete(f"{url}/v1/loras/{name}").json()["deleted"]
+    assert not loads(url)["base", "lora_bytes"] + loads(url)["upsampler", "lora_bytes"]
+    with pytest.raises(openai.NotFoundError, match="no adapter 'cat'; none is loaded"):
+        ask([("cat", 1.0)])
+
+
+def test_a_request_under_way_keeps_an_adapter_that_is_unloaded(client, url):
+    file = {"name": "fine", "path": "fine.safetensors"}
+    assert httpx.post(f"{url}/v1/loras", json=file).status_code == 200
+    body = {"prompt": PROMPT, "extra_body": named(("fine", 1.0)) | {"steps": 50}}
+    whole = client.images.generate(**body).data[0].b64_json
+    seen = iter(client.images.generate(**body, stream=True, partial_images=3))
+    assert next(seen).type == "image_generation.partial_image"  # of the base model
+    assert httpx.delete(f"{url}/v1/loras/fine").status_code == 200
+    assert [*seen][-1].b64_json == whole
+    assert httpx.get(f"{url}/v1/loras").json()["data"] == []
+
+
+def test_a_file_that_has_changed_since_it_was_loaded_is_refused(client, url, weights, adapters):
+    """The replica reads the file at its first use, and knows it by its SHA-256."""
+    random_adapter(adapters / "new.safetensors", weights["base"], 8)
+    file = {"name": "new", "path": "new.safetensors"}
+    assert httpx.post(f"{url}/v1/loras", json=file).status_code == 200
+    random_adapter(adapters / "new.safetensors", weights["base"], 9)
+    with pytest.raises(openai.BadRequestError, match="'new' has changed.*unload it") as refusal:
+        client.images.generate(prompt=PROMPT, extra_body=named(("new", 1.0)))
+    assert refusal.value.param == "loras"
+    assert httpx.delete(f"{url}/v1/loras/new").status_code == 200
 
 
 def test_openais_client_lists_the_models_and_the_server_is_healthy(client, url):

@@ -13,6 +13,7 @@ import time
 import httpx
 import numpy as np
 import pytest
+from helpers.adapters import random_adapter
 from helpers.malformed_requests import check_malformed_requests
 from helpers.processes import replica_processes
 from helpers.tiny import serving_weights
@@ -37,11 +38,13 @@ def weights(tmp_path_factory, s3):
     first, second = serving_weights(folder / "first"), serving_weights(folder / "second", seed=1)
     for role, path in first.items():
         storage.put(path, f"{s3}/weights/{role}.safetensors")
+        adapter = random_adapter(folder / f"{role}-adapter.safetensors", path)
+        storage.put(adapter, f"{s3}/loras/{role}.safetensors")
     return {role: f"{s3}/weights/{role}.safetensors" for role in first}, second
 
 
 @pytest.fixture(scope="module")
-def config(weights):
+def config(weights, s3):
     return ServeConfig(
         **weights[0],
         base_scale=TWO,
@@ -49,6 +52,7 @@ def config(weights):
         ingress_scale=Scale(cpus=0.5, gpus=0),
         port=free_port(),
         max_waiting=1000,
+        lora_folder=f"{s3}/loras",
         more_models={
             "small": ServedModel(base=weights[1]["base"], upsampler=None, base_scale=ONE_TO_TWO)
         },
@@ -79,10 +83,17 @@ def pictures(answers):
 
 
 def test_every_request_is_answered_with_its_picture_while_replicas_are_killed(url):
+    """Every second request has adapters, which a new replica reads at their first use."""
     from glide_ray.bench import load_generator as load
 
-    wanted = pictures(load.Clients(url, asked(REQUESTS), clients=4, keep_images=True).answers())
-    going = load.Clients(url, asked(REQUESTS), clients=4, keep_images=True)
+    for role in ("base", "upsampler"):
+        file = {"name": role, "path": f"{role}.safetensors"}
+        assert httpx.post(f"{url}/v1/loras", json=file, timeout=60).status_code == 200
+    requests = asked(REQUESTS)
+    for request in requests[::2]:
+        request["loras"] = [{"name": "base", "scale": 0.5}, {"name": "upsampler"}]
+    wanted = pictures(load.Clients(url, requests, clients=4, keep_images=True).answers())
+    going = load.Clients(url, requests, clients=4, keep_images=True)
     killed, draw, deadline = 0, random.Random(0), time.monotonic() + 20 * REQUESTS
     while going.going() and time.monotonic() < deadline:
         stage = ("base", "upsampler")[killed % 2]
