@@ -313,6 +313,10 @@ def test_a_single_step_begins_at_the_noisiest_timestep():
     assert grid(make_schedule("cosine"), "1") == [999]
 
 
+def test_even_names_the_evenly_spaced_timesteps():
+    assert grid(make_schedule("cosine"), "even27") == kept_timesteps(1000, "27")
+
+
 @pytest.mark.parametrize("name", ["cosine", "linear"])
 @pytest.mark.parametrize("spacing", ["lambda", "mixed", "edm"])
 def test_grids_have_as_many_steps_as_asked_up_to_all(name, spacing):
