@@ -117,21 +117,16 @@ class Tokenizer:
         """Text of the tokens, without padding."""
         return self._bpe.decode([token for token in tokens if token != PADDING])
 
-    def tokens_of(self, caption: str, first: int, last: int) -> list[int]:
-        """Positions of the tokens that have a character of caption[first:last], up to the context.
+    def spans(self, caption: str) -> list[tuple[int, int]]:
+        """First and last character (exclusive) of each token, up to the context.
 
-        Spaces between words belong to no word.
+        Spaces before a word belong to no token. Characters are those of `caption.lower()`.
         """
-        lowered = caption.lower()
-        if len(lowered) != len(caption):  # a few letters have longer lower forms, such as İ
-            first, last = len(caption[:first].lower()), len(caption[:last].lower())
-        spans = self._bpe.encode(lowered).offsets[: self.context]
-        found = []
-        for position, (start, end) in enumerate(spans):
-            start += len(lowered[start:end]) - len(lowered[start:end].lstrip())
-            if start < last and end > first:
-                found.append(position)
-        return found
+        lowered = caption[: self.context * 512].lower()
+        return [
+            (end - len(lowered[start:end].lstrip()), end)
+            for start, end in self._bpe.encode(lowered).offsets[: self.context]
+        ]
 
     def batch(self, captions: list[str]):
         """Encode B captions: tokens (B, K) int64, mask (B, K) bool."""

@@ -19,6 +19,7 @@ from ..data.tokenizer import Tokenizer
 from .checks import RequestError
 
 MAX_WEIGHT = 4.0  # beyond about 3, pictures break
+MAX_CHANGES = 16  # shares of the process at which a prompt changes
 _NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
 _WEIGHT = re.compile(rf"(?<!\\)\(([^()]+):\s*{_NUMBER}\s*\)")
 _PART = r"((?:\([^()]*\)|[^\[\]:()])*)"  # weights inside have a colon of their own
@@ -56,6 +57,11 @@ def read_prompt(prompt: str, context: int) -> tuple[Caption, ...]:
                 "prompt",
             )
         shares.add(share)
+    if len(shares) > MAX_CHANGES + 1:
+        raise RequestError(
+            f"A prompt may change {MAX_CHANGES} times; this one changes {len(shares) - 1} times.",
+            "prompt",
+        )
     return tuple(_caption(_at(prompt, share), share, context) for share in sorted(shares))
 
 
@@ -81,17 +87,19 @@ def _caption(text: str, begin: float, context: int) -> Caption:
                 "prompt",
             )
         plain += _ESCAPED.sub(lambda match: match[1], text[end : found.start()])
-        inside = _ESCAPED.sub(lambda match: match[1], found[1])
-        spans.append((len(plain), len(plain) + len(inside), weight))
-        plain += inside
+        first = len(plain.lower())  # a few letters, such as İ, have longer lower forms
+        plain += _ESCAPED.sub(lambda match: match[1], found[1])
+        spans.append((first, len(plain.lower()), weight))
         end = found.end()
     plain += _ESCAPED.sub(lambda match: match[1], text[end:])
     tokenizer = Tokenizer(context)
     tokens, mask = tokenizer.batch([plain])
     emphasis = []
+    token_spans = tokenizer.spans(plain) if spans else []
     for first, last, weight in spans:
-        without = mask.clone()
-        without[0, tokenizer.tokens_of(plain, first, last)] = False
-        if weight != 1 and not torch.equal(without, mask):
+        words = [start < last and end > first for start, end in token_spans]
+        if weight != 1 and any(words):
+            without = mask.clone()
+            without[0, : len(words)] &= ~torch.tensor(words)
             emphasis.append((without, weight))
     return Caption(tokens, mask, tuple(emphasis), begin)

@@ -69,6 +69,7 @@ def test_changes_divide_a_prompt_into_captions():
         ("(a:5)", "may be at most 4"),
         ("[a:b:0]", "above 0 and below 1"),
         ("[a:b:1.5]", "above 0 and below 1"),
+        ("".join(f"[a:b:0.{n}]" for n in range(100, 3000)), "may change 16 times"),
     ],
 )
 def test_weights_and_shares_out_of_range_are_refused(prompt, sentence):
