@@ -29,6 +29,14 @@ EMOJI: dict[str, Any] = {
     "shares": SHARES,
 }
 
+# From `glide tune-sampler`, on the weights that ship
+BASE_GRIDS = {
+    6: "t0,104,251,611,880,995",
+    8: "t0,41,132,310,606,809,938,998",
+    15: "t0,9,29,102,161,284,422,498,638,704,834,892,946,974,998",
+}
+UPSAMPLER_GRIDS = {4: "t0,46,405,836"}
+
 
 def emoji_base() -> Preset:
     """The shipped base model, for generation and for inpainting.
@@ -53,7 +61,12 @@ def emoji_base() -> Preset:
                 inpaint=True,
                 text=TextConfig(width=128, layers=4, heads=2, context=32),
             ),
-            sampling=SamplingConfig(sampler="dpm++", respacing="25", guidance_scale=2.5),
+            sampling=SamplingConfig(
+                sampler="unipc",
+                respacing=BASE_GRIDS[8],
+                tuned_grids=BASE_GRIDS,
+                guidance_scale=2.5,
+            ),
         ),
         data=DataConfig(
             **EMOJI, empty_caption_rate=0.1, generate_rate=0.8, held_out_images=256, cache_gib=4
@@ -99,7 +112,13 @@ def emoji_upsampler() -> Preset:
                 text=TextConfig(width=16, layers=1, heads=1, context=32),
             ),
             diffusion=DiffusionConfig(schedule="linear"),
-            sampling=SamplingConfig(respacing=STRIDED_27, guidance_scale=1.0, noise_scale=0.997),
+            sampling=SamplingConfig(
+                sampler="unipc",
+                respacing=UPSAMPLER_GRIDS[4],
+                tuned_grids=UPSAMPLER_GRIDS,
+                guidance_scale=1.0,
+                noise_scale=0.997,
+            ),
         ),
         data=DataConfig(
             **EMOJI,

@@ -118,27 +118,29 @@ def grid(process: Schedule, spacing: str | int) -> list[int]:
     - `"edm15"`: 15, even in sigma^(1/7), sigma = noise / signal (Karras et al. 2022, eq. 5).
     - `"t0,90,400,995"`: these timesteps, as `glide tune-sampler` finds them.
     - all others: see `kept_timesteps`.
-
-    Sampling starts from pure noise, so a respacing whose noisiest timestep still has signal is
-    refused.
     """
     total, spacing = len(process), str(spacing).replace(" ", "")
     spacing = spacing.removeprefix("even")
     if spacing == "1":
         return [total - 1]
     if named := re.fullmatch(r"(lambda|mixed|edm)(\d+)", spacing):
-        kept = _even_in_noise(process, named[1], int(named[2]), spacing)
-    elif spacing.startswith("t"):
-        kept = _listed(total, spacing)
-    else:
-        kept = kept_timesteps(total, spacing)
-    signal = float(process.alpha_bar[kept[-1]])
+        return _even_in_noise(process, named[1], int(named[2]), spacing)
+    return _listed(total, spacing) if spacing.startswith("t") else kept_timesteps(total, spacing)
+
+
+def listed(timesteps: Sequence[int]) -> str:
+    """The respacing that lists these timesteps, as `grid` reads it."""
+    return "t" + ",".join(map(str, timesteps))
+
+
+def check_pure_noise(process: Schedule, timestep: int, spacing: str) -> None:
+    """Raise ScheduleError if a process still has signal at the timestep where sampling begins."""
+    signal = float(process.alpha_bar[timestep])
     if signal > max(MAX_FIRST_SIGNAL, float(process.alpha_bar[-1])):
         raise ScheduleError(
-            f"Respacing {spacing!r} begins at timestep {kept[-1]}, where {signal:.0%} of the power "
+            f"Respacing {spacing!r} begins at timestep {timestep}, where {signal:.0%} of the power "
             f"is signal, but sampling begins from pure noise; use more steps."
         )
-    return kept
 
 
 def _even_in_noise(process: Schedule, name: str, count: int, spacing: str) -> list[int]:

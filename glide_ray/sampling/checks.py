@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..config.models import DiffusionConfig, ModelConfig, SamplingConfig
 from ..config.sampling import SampleOptions
 from ..diffusion.samplers import SAMPLERS
-from ..diffusion.schedule import ScheduleError, grid, make_schedule
+from ..diffusion.schedule import ScheduleError, check_pure_noise, grid, make_schedule
 from ..errors import UserError, nearest
 
 MAX_SCALE = 100.0  # largest scale of classifier-free and CLIP guidance
@@ -43,7 +43,7 @@ def check_options(
                 f"{param} must lie between 0 and {MAX_SCALE:g} (given: {scale}); 3 is usual.",
                 param,
             )
-    check_steps("steps", options.steps, options.sampler, base)
+    check_steps("steps", options.steps, options.sampler, base, strength is None)
     check_steps("upsampler_steps", options.upsampler_steps, options.upsampler_sampler, upsampler)
     for param in ("sampler", "upsampler_sampler"):
         if (name := getattr(options, param)) is not None:
@@ -62,18 +62,25 @@ def check_options(
 
 
 def check_steps(
-    param: str, steps: int | str | None, sampler: str | None, model: ModelConfig | None
+    param: str,
+    steps: int | str | None,
+    sampler: str | None,
+    model: ModelConfig | None,
+    from_noise: bool = True,
 ) -> None:
-    """Raise RequestError unless a model can take these steps: a number or a respacing."""
+    """Raise RequestError unless a model can take these steps: a number or a respacing.
+
+    `from_noise`: sampling begins from pure noise, not from a picture.
+    """
     if steps is None:
         return
     diffusion = model.diffusion if model else DiffusionConfig()
-    sampling = model.sampling if model else SamplingConfig()
+    spacing = (model.sampling if model else SamplingConfig()).respacing_for(steps, sampler)
+    process = make_schedule(diffusion.schedule, diffusion.steps)
     try:
-        grid(
-            make_schedule(diffusion.schedule, diffusion.steps),
-            sampling.respacing_for(steps, sampler),
-        )
+        kept = grid(process, spacing)
+        if from_noise:
+            check_pure_noise(process, kept[-1], spacing)
     except ScheduleError as error:
         number = str(steps).lstrip("-").isdecimal()
         hint = f" Steps may be a number from 1 to {diffusion.steps}." if number else ""

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from ..config.models import ModelConfig
 from ..config.sampling import SampleOptions
-from ..diffusion.schedule import Schedule, even_timesteps, grid, make_schedule, mixed_level
+from ..diffusion.schedule import (
+    Schedule,
+    even_timesteps,
+    grid,
+    listed,
+    make_schedule,
+    mixed_level,
+)
 from .job import base_request, upsampler_request
 from .request import SampleRequest
 from .stepper import Stepper
@@ -68,7 +75,7 @@ def tune_grid(
 
     def better(kept: list[int]) -> bool:
         nonlocal best, least, tried
-        distance = search.distance(spelled(kept))
+        distance = search.distance(listed(kept))
         tried += 1
         if distance < least:
             best, least = kept, distance
@@ -86,7 +93,7 @@ def tune_grid(
                     break  # the other direction leads back
     if progress:
         progress(most, most)
-    return spelled(best), least
+    return listed(best), least
 
 
 def starting_grids(process: Schedule, steps: int) -> list[list[int]]:
@@ -120,11 +127,6 @@ def moved(kept: list[int], index: int, share: float, total: int) -> list[int] | 
         return None
     distance = max(1, round(abs(share * gap))) * (1 if share > 0 else -1)
     return [*kept[:index], kept[index] + distance, *kept[index + 1 :]]
-
-
-def spelled(kept: Sequence[int]) -> str:
-    """The respacing that lists these timesteps, as `diffusion.schedule.grid` reads it."""
-    return "t" + ",".join(map(str, kept))
 
 
 def base_requests(

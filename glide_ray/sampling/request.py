@@ -35,7 +35,7 @@ class SampleRequest:
     clip_scale: float = 0.0
     noise: Tensor | None = None  # (3, H, W), initial x_T instead of the seed's, from `invert`
     start: Tensor | None = None  # (3, H, W), initial image, to which noise is added (SDEdit)
-    # Share of the process's timesteps: the noisiest of the kept ones below it is the first.
+    # Share of the process at which a sample with `start` begins, whatever the respacing
     strength: float = 1.0
     adapters: tuple[ScaledAdapter, ...] = ()  # low-rank changes of the network for this sample
     group: str | None = None  # samples of a group are scheduled as if they were one sample

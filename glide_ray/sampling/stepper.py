@@ -19,7 +19,12 @@ from torch import Tensor
 from ..config.models import ModelConfig
 from ..diffusion.process import q_sample
 from ..diffusion.samplers import History, Known, StepInput, renoise_known, step_each
-from ..diffusion.schedule import RespacedSchedules, make_schedule
+from ..diffusion.schedule import (
+    RespacedSchedules,
+    check_pure_noise,
+    listed,
+    make_schedule,
+)
 from ..models.clip_scorer import ClipScorer
 from ..models.unet import GlideUNet
 from ..tensors import to_device_async
@@ -57,9 +62,8 @@ class Stepper:
         self.batched = self.device.type != "cpu" if batched is None else batched
         width = max_in_flight if self.batched else min(lanes, max_in_flight)
         self.scheduler: Scheduler[ActiveSample] = Scheduler(max_in_flight, width)
-        self.schedules = RespacedSchedules(
-            make_schedule(config.diffusion.schedule, config.diffusion.steps), self.device
-        )
+        self.process = make_schedule(config.diffusion.schedule, config.diffusion.steps)
+        self.schedules = RespacedSchedules(self.process, self.device)
         # Unbatched calls reuse no inputs: they gain nothing, and lanes would overwrite each other.
         self.denoiser = GuidedDenoiser(
             model, config, self.device, dtype, max_in_flight, self.batched, critic
@@ -146,12 +150,16 @@ class Stepper:
         check_sampler(sampler)
         check_strength(request.strength)
         check_clip(request.clip_scale, self.critic is not None and request.clip_text is not None)
-        steps = len(self.schedules.schedule(respacing))
-        if request.start is not None:
-            # The noisiest kept timestep up to this share of the process, whatever the respacing
-            noisiest = request.strength * (self.config.diffusion.steps - 1)
-            kept = self.schedules.timesteps(respacing)
-            steps = max(1, sum(timestep <= noisiest for timestep in kept))
+        kept = self.schedules.timesteps(respacing)
+        steps = len(kept)
+        if request.start is None:
+            check_pure_noise(self.process, kept[-1], respacing)
+        elif request.noise_scheme == 1:  # of recipes before version 0.2
+            steps = max(1, round(request.strength * steps))
+        else:
+            first = round(request.strength * (len(self.process) - 1))
+            kept = [*(timestep for timestep in kept if timestep < first), first]
+            respacing, steps = listed(kept), len(kept)
         scale = request.guidance_scale
         return ActiveSample(
             steps=steps,

@@ -6,14 +6,13 @@ from helpers.tiny import random_model, tiny
 
 from glide_ray.bench.samplers import _ratios, _resampled, bench_samplers
 from glide_ray.cli.main import main
-from glide_ray.diffusion.schedule import ScheduleError, grid, make_schedule
+from glide_ray.diffusion.schedule import ScheduleError, grid, listed, make_schedule
 from glide_ray.evaluation.metrics import kid
 from glide_ray.models.weights import load_config, load_weights
 from glide_ray.sampling.grids import (
     GridSearch,
     base_requests,
     moved,
-    spelled,
     starting_grids,
     tune_grid,
 )
@@ -33,7 +32,7 @@ def test_a_tuned_grid_is_closer_to_the_ode_than_all_grids_that_it_began_with(sea
     process = make_schedule("cosine")
     assert len(grid(process, respacing)) == 4
     assert distance == search.distance(respacing)
-    started = [search.distance(spelled(kept)) for kept in starting_grids(process, 4)]
+    started = [search.distance(listed(kept)) for kept in starting_grids(process, 4)]
     assert distance < min(started)
     assert tried[-1][0] == tried[-1][1] >= len(started)
 
@@ -43,8 +42,8 @@ def test_the_search_begins_with_different_grids_of_the_asked_length(schedule):
     process = make_schedule(schedule)
     for steps in (2, 8, 30):
         found = starting_grids(process, steps)
-        assert len({spelled(kept) for kept in found}) == len(found) > 3
-        assert all(len(grid(process, spelled(kept))) == steps for kept in found)
+        assert len({listed(kept) for kept in found}) == len(found) > 3
+        assert all(len(grid(process, listed(kept))) == steps for kept in found)
     with pytest.raises(ScheduleError):
         starting_grids(process, 1001)
 

@@ -166,13 +166,16 @@ def test_the_noise_of_old_recipes_is_unchanged():
 
 @pytest.mark.parametrize("respacing", ["10", "50", "10,10,3,2,2", "mixed20", "lambda12"])
 def test_the_strength_of_a_variation_is_a_share_of_the_noise_in_every_respacing(respacing):
-    """It begins at the noisiest kept timestep below that share of the process."""
-    kept = grid(make_schedule("cosine"), respacing)
-    start = torch.zeros(3, 16, 16)
-    for strength in (0.3, 0.6, 1.0):
+    """It begins at that share of the process and goes on with the kept timesteps below."""
+    kept, start = grid(make_schedule("cosine"), respacing), torch.zeros(3, 16, 16)
+    for strength in (0.001, 0.3, 0.6, 1.0):
         asked = replace(request(steps=respacing), start=start, strength=strength)
-        sample = stepper().prepare(asked)
-        assert kept[sample.steps - 1] == max(t for t in kept if t <= strength * 999)
+        shared = stepper()
+        sample = shared.prepare(asked)
+        first = round(strength * 999)
+        below = [timestep for timestep in kept if timestep < first]
+        assert shared.schedules.timesteps(sample.respacing) == [*below, first]
+        assert sample.steps == len(below) + 1
 
 
 def test_guidance_is_off_outside_its_interval():

@@ -42,7 +42,7 @@ class Plan:
 
     things: tuple[str, ...] = THINGS
     styles: tuple[str, ...] = DEFAULT
-    sheet_options: SampleOptions = SampleOptions(steps=12, upsampler_steps=8)
+    sheet_options: SampleOptions = SampleOptions()
 
     # Overrides of the shipped base model's preset. 130 steps of 64 images take about three minutes
     # on two cores. A moderate learning rate teaches the style and keeps what the model knows.
@@ -65,7 +65,7 @@ class Plan:
         "trackers=",
     )
 
-    options: SampleOptions = SampleOptions(steps=20, upsampler_steps=12)
+    options: SampleOptions = SampleOptions()
     pairs: tuple[str, ...] = tuple(f"{thing}, {STYLE}" for thing in THINGS)
     # (prompt, seed) of the picture, and of the edit that inpaints its right half.
     edit: tuple[tuple[str, int], tuple[str, int]] = (
