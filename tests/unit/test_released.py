@@ -75,6 +75,14 @@ def vocabulary(tmp_path):
 def test_each_published_unet_is_recognised_by_its_keys_and_shapes(tmp_path, name):
     config, state, _ = import_files([published(tmp_path, name)])
     assert config.name == NAMES[name] and config.inpaint == name.endswith("inpaint")
+    # As in the released notebooks: text2im.ipynb upsamples by DDIM, inpaint.ipynb does not.
+    sampling = config.sampling
+    assert (sampling.sampler, sampling.respacing, sampling.noise_scale) == {
+        "base": ("ancestral", "100", 1.0),
+        "base-inpaint": ("ancestral", "100", 1.0),
+        "upsample": ("ddim", "fast27", 0.997),
+        "upsample-inpaint": ("ancestral", "fast27", 0.997),
+    }[name]
     assert {
         key: list(tensor.shape) for key, tensor in to_released(state, config.unet).items()
     } == SHAPES[name]
