@@ -322,6 +322,11 @@ def test_missing_truncated_foreign_or_misshapen_weights_are_refused_in_one_sente
     refuse(tmp_path / "cut.safetensors", "not a whole safetensors file")
     (tmp_path / "text.safetensors").write_text("hello")
     refuse(tmp_path / "text.safetensors", "not a whole safetensors file")
+    (tmp_path / "page.safetensors").write_text("<!doctype html>Not found")
+    refuse(tmp_path / "page.safetensors", "is a web page and no weights.*download it again")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / "pointer.safetensors").write_text(pointer)
+    refuse(tmp_path / "pointer.safetensors", "is a pointer of Git LFS.*git lfs pull")
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     refuse(tmp_path / "foreign.safetensors", "carries no glide_ray config")
     config, state = load_weights(tiny_weights["base"])
@@ -334,6 +339,12 @@ def test_missing_truncated_foreign_or_misshapen_weights_are_refused_in_one_sente
         tmp_path / "less.safetensors", {name: state[name] for name in list(state)[1:]}, config
     )
     refuse(tmp_path / "less.safetensors", "has no tensor")
+    quantised = {
+        name: (100 * one).to(torch.int8) if "qkv.weight" in name else one
+        for name, one in state.items()
+    }
+    save_weights(tmp_path / "int8.safetensors", quantised, config)
+    refuse(tmp_path / "int8.safetensors", "qkv.weight in int8: it is quantised; give the weights")
     save_weights(tmp_path / "more.safetensors", state | {"surprise": torch.zeros(1)}, config)
     refuse(tmp_path / "more.safetensors", "'surprise'")
 
