@@ -85,6 +85,29 @@ def import_files(
         raise ReleasedError(f"{path} {known}: {error}") from None
 
 
+@dataclass(frozen=True)
+class ReleasedModel:
+    """What a file under the released names holds.
+
+    `config`: of a U-Net; None for an encoder of CLIP, whose `tower` is image or text.
+    """
+
+    config: ModelConfig | None
+    tower: str | None
+    state: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def identify(path: Path) -> ReleasedModel:
+    """The model in a published or exported file. Raises ReleasedError for any other."""
+    state = read_checkpoint(path)
+    if tower := _tower(state):
+        return ReleasedModel(None, tower, state, {})
+    model = import_files([path])
+    assert isinstance(model.config, ModelConfig)
+    return ReleasedModel(model.config, None, model.state, model.metadata)
+
+
 def _import_clip(
     towers: Mapping[str | None, tuple[Path, dict[str, Tensor]]],
     config: AnyModelConfig | None,
