@@ -53,11 +53,20 @@ def import_files(
     NAME.glide.json beside a file; else the published one that is nearest. Tensors that belong to
     no layer, such as a step, are left out, with a line in the log. Raises ReleasedError.
     """
-    states = {Path(path): read_checkpoint(path) for path in paths}
+    return _import_states({Path(path): read_checkpoint(path) for path in paths}, vocabulary, config)
+
+
+def _import_states(
+    states: Mapping[Path, dict[str, Tensor]],
+    vocabulary: str | Path | None = None,
+    config: AnyModelConfig | None = None,
+) -> Imported:
+    """`import_files` of state dicts by the paths of their files."""
     metadata: dict[str, str] = {}
+    origin = "the preset"
     beside = next((one for path in states if (one := settings_of(path)).is_file()), None)
     if config is None and beside is not None:
-        config, metadata = _read_settings(beside)
+        origin, (config, metadata) = beside.name, _read_settings(beside)
     towers = {_tower(state): (path, state) for path, state in states.items()}
     if None not in towers:
         return _import_clip(towers, config, metadata, vocabulary)
@@ -67,20 +76,15 @@ def import_files(
     unet = _recognise(state) if config is None else config
     if not isinstance(unet, ModelConfig):
         raise ReleasedError(f"{path} is a UNet, and {unet.name} a CLIP; give the right preset.")
+    weights = _of_model(state, set(names_and_shapes(unet.unet)[0].values()), path)
     try:
-        return Imported(
-            unet,
-            from_released(
-                _of_model(state, set(names_and_shapes(unet.unet)[0].values()), path), unet.unet
-            ),
-            metadata,
-        )
+        return Imported(unet, from_released(weights, unet.unet), metadata)
     except ReleasedError as error:
         known = (
             f"is none of the six published checkpoints (--preset NAME gives another shape); "
             f"{unet.name} is nearest, but"
             if config is None
-            else f"does not fit {unet.name}"
+            else f"does not fit {unet.name} of {origin}"
         )
         raise ReleasedError(f"{path} {known}: {error}") from None
 
@@ -103,7 +107,7 @@ def identify(path: Path) -> ReleasedModel:
     state = read_checkpoint(path)
     if tower := _tower(state):
         return ReleasedModel(None, tower, state, {})
-    model = import_files([path])
+    model = _import_states({path: state})
     assert isinstance(model.config, ModelConfig)
     return ReleasedModel(model.config, None, model.state, model.metadata)
 

@@ -168,11 +168,18 @@ def test_an_export_of_any_shape_is_imported_again_with_its_config_and_recipe(tmp
     again.unlink()
     assert main(["import-released", str(theirs), "--out", str(again), *shape]) == 0
     assert load_config(again).unet == config.unet
-    # Another preset, and settings that are no export's, are named.
+    # The settings of another file are named.
+    other = tmp_path / "other.safetensors"
+    save_weights(other, random_model(tiny().model.unet).state_dict(), tiny().model)
+    assert main(["export-released", str(other), "--out", str(tmp_path / "u.pt")]) == 0
+    os.rename(tmp_path / "u.glide.json", tmp_path / "t.glide.json")
     again.unlink()
+    assert main(["import-released", str(theirs), "--out", str(again)]) == 2
+    assert "does not fit nano-base of t.glide.json: The key" in capsys.readouterr().err
+    # Another preset, and settings that are no export's, are named.
     wrong = ["import-released", str(theirs), "--out", str(again)]
     assert main([*wrong, "--preset", "nano-base"]) == 2
-    assert "does not fit nano-base: The key" in capsys.readouterr().err
+    assert "does not fit nano-base of the preset: The key" in capsys.readouterr().err
     assert main([*wrong, "--preset", "nano-clip"]) == 2
     assert "is a UNet, and nano-clip a CLIP" in capsys.readouterr().err
     assert main([*wrong, "--set", "model.unet.channels=32"]) == 2
