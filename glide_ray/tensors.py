@@ -73,6 +73,19 @@ class TextFeatures(Rows):
     # per attention layer: key and value, each (B, heads, K, D)
     keys_values: tuple[tuple[Tensor, Tensor], ...] | None = None
 
+    def plus(self, other: TextFeatures, factor: float) -> TextFeatures:
+        """self + factor * other, tensor by tensor."""
+        pairs = zip(self.keys_values or (), other.keys_values or (), strict=True)
+        return TextFeatures(
+            self.pooled + factor * other.pooled,
+            self.sequence + factor * other.sequence,
+            tuple(
+                (key + factor * other_key, value + factor * other_value)
+                for (key, value), (other_key, other_value) in pairs
+            )
+            or None,
+        )
+
 
 @dataclass(frozen=True)
 class Conditioning(Rows):

@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ..config.sampling import SampleOptions
@@ -20,39 +19,6 @@ from ..sampling.job import base_request
 from ..sampling.stepper import Stepper
 
 IMAGES_PER_CALL = 32  # images per model call
-
-
-def bench_samplers(
-    base: str | Path, steps: Sequence[int] = (10, 15, 20, 30), truth: int = 250
-) -> dict:
-    """Mean squared distance of each sampler's pictures to those of `truth` DDIM steps.
-
-    All start from the same noise, at guidance scale 1. Raises WeightsError.
-    """
-    stepper = load_stepper(base, "base", "fp32", max_in_flight=len(PROMPTS))
-
-    def pictures(sampler: str, count: int) -> torch.Tensor:
-        options = SampleOptions(sampler=sampler, steps=str(count), guidance_scale=1.0)
-        return stepper.run(
-            [
-                base_request(stepper.config, prompt, seed, options)
-                for seed, prompt in enumerate(PROMPTS)
-            ]
-        )
-
-    best = pictures("ddim", truth)
-    return {
-        "base": stepper.config.name,
-        "pictures": len(PROMPTS),
-        "truth": f"ddim {truth}",
-        "mse": {
-            sampler: {
-                count: float(f"{(pictures(sampler, count) - best).square().mean():.3g}")
-                for count in steps
-            }
-            for sampler in ("ddim", "plms", "dpm++")
-        },
-    }
 
 
 def bench_inpainting(

@@ -37,7 +37,9 @@ benchmarks of this machine, with random weights:
   semantic    seconds and peak memory of its search for semantic duplicates, at 10^5 images
   memory      peak memory of the stream over 100,000 images, as a ratio to 10,000
 benchmarks of trained models:
-  samplers    distance of each sampler's pictures to those of 250 DDIM steps
+  samplers    RMSE of each sampler and grid to 250 DDIM steps, of --base and --upsampler
+  distance    distance to real pictures of the corpus beside --shards, as a ratio to 150 and 27
+              ancestral steps, of --base and --upsampler
   inpainting  error at the border of the hole, of --base and of --inpaint
   guidance    score by --clip over the guidance scale
   recipe      held-out error of emoji-base with other training settings, at equal computing time
@@ -81,6 +83,11 @@ def add_commands(commands: Commands) -> None:
         "(default: %(default)s)",
     )
     command.add_argument(
+        "--pictures",
+        type=positive,
+        help="pictures to make (default: 64 for samplers, 200 for distance)",
+    )
+    command.add_argument(
         "--repeats",
         type=positive,
         help="repetitions (default: 1 for forward, 5 for sample and train, 3 for cascade, plan, "
@@ -94,6 +101,12 @@ def _add_inputs(parser: Parser) -> None:
         "--base",
         type=local_path,
         help=f"weights of the base model (default: {BASE} for inpainting, {SHIPPED} otherwise)",
+    )
+    parser.add_argument(
+        "--upsampler",
+        type=local_path,
+        default=Path(SHIPPED),
+        help="weights of the upsampler, for samplers and distance (default: %(default)s)",
     )
     parser.add_argument(
         "--inpaint",
@@ -116,7 +129,8 @@ def _add_inputs(parser: Parser) -> None:
     parser.add_argument(
         "--shards",
         default=f"{CORPUS}/train",
-        help="training corpus, for data, memory, faults and recipe (default: %(default)s)",
+        help="training corpus, for data, memory, faults, recipe and distance "
+        "(default: %(default)s)",
     )
 
 
@@ -206,9 +220,16 @@ def _semantic(_: Namespace) -> dict[str, Any]:
 
 
 def _samplers(options: Namespace) -> dict[str, Any]:
-    from ..bench.quality import bench_samplers
+    from ..bench.samplers import bench_samplers
 
-    return bench_samplers(options.base or SHIPPED)
+    return bench_samplers(options.base or SHIPPED, options.upsampler, options.pictures or 64)
+
+
+def _distance(options: Namespace) -> dict[str, Any]:
+    from ..bench.samplers import bench_distance
+
+    corpus, pictures = str(Path(options.shards).parent), options.pictures or 200
+    return bench_distance(options.base or SHIPPED, options.upsampler, corpus, pictures)
 
 
 def _inpainting(options: Namespace) -> dict[str, Any]:
@@ -249,6 +270,7 @@ BENCHMARKS: dict[str, Callable[[Namespace], dict[str, Any]]] = {
     "duplicates": _duplicates,
     "semantic": _semantic,
     "samplers": _samplers,
+    "distance": _distance,
     "inpainting": _inpainting,
     "guidance": _guidance,
     "recipe": _recipe,

@@ -289,7 +289,7 @@ def tune_sampler(options: Namespace) -> None:
         with progress_bar(f"{steps} steps", "grid") as progress:
             respacing, distance = tune_grid(search, steps, progress)
         grids[steps] = respacing
-        before = search.distance(str(steps), "dpm++")
+        before = search.distance(f"even{steps}", "dpm++")
         print(
             f"{steps} steps: {respacing}, RMSE {distance:.4f}; evenly spaced dpm++ {before:.4f}",
             flush=True,
@@ -312,12 +312,16 @@ def _grid_search(
 
     from ..config.models import ModelConfig
     from ..config.training import SAMPLE_PROMPTS
+    from ..diffusion.schedule import make_schedule
     from ..sampling.cascade import load_stepper
-    from ..sampling.grids import GridSearch, base_requests, upsampler_requests
+    from ..sampling.grids import GridSearch, base_requests, starting_grids, upsampler_requests
     from ..storage import read
 
     if not isinstance(config, ModelConfig):
         raise UserError(f"{weights} is a CLIP; tune-sampler takes a base model or an upsampler.")
+    process = make_schedule(config.diffusion.schedule, config.diffusion.steps)
+    for steps in options.steps:
+        starting_grids(process, steps)  # refuse a wrong number before making pictures
     prompts: Sequence[str] = SAMPLE_PROMPTS
     if options.prompts:
         lines = read(options.prompts).decode(errors="replace").splitlines()

@@ -117,6 +117,17 @@ class Tokenizer:
         """Text of the tokens, without padding."""
         return self._bpe.decode([token for token in tokens if token != PADDING])
 
+    def spans(self, caption: str) -> list[tuple[int, int]]:
+        """First and last character (exclusive) of each token, up to the context.
+
+        Spaces before a word belong to no token. Characters are those of `caption.lower()`.
+        """
+        lowered = caption[: self.context * 512].lower()
+        return [
+            (end - len(lowered[start:end].lstrip()), end)
+            for start, end in self._bpe.encode(lowered).offsets[: self.context]
+        ]
+
     def batch(self, captions: list[str]):
         """Encode B captions: tokens (B, K) int64, mask (B, K) bool."""
         import torch  # imported here, because the rest of the module works without torch

@@ -112,6 +112,7 @@ def join(schedules: Sequence[Schedule]) -> Schedule:
 def grid(process: Schedule, spacing: str | int) -> list[int]:
     """The timesteps of a process that a respacing keeps, ascending. Raises ScheduleError.
 
+    - `"even15"`: 15, evenly spaced: as `"15"`, also for samplers to which a number means a grid.
     - `"lambda15"`: 15, even in lambda = log(signal / noise) (Lu et al. 2022b).
     - `"mixed15"`: 15, even in 3/4 lambda + 1/4 timestep, each scaled to 0..1, from first to last.
     - `"edm15"`: 15, even in sigma^(1/7), sigma = noise / signal (Karras et al. 2022, eq. 5).
@@ -122,6 +123,7 @@ def grid(process: Schedule, spacing: str | int) -> list[int]:
     refused.
     """
     total, spacing = len(process), str(spacing).replace(" ", "")
+    spacing = spacing.removeprefix("even")
     if spacing == "1":
         return [total - 1]
     if named := re.fullmatch(r"(lambda|mixed|edm)(\d+)", spacing):

@@ -17,12 +17,12 @@ import numpy as np
 
 from .. import storage
 from ..config.sampling import SampleOptions
-from ..data.images import ImageError, area_downsample
+from ..data.images import area_downsample
 from ..errors import UserError
 from ..progress import Progress
 from ..records import cached_result
 from ..sampling.cascade import Cascade
-from ..sampling.recipe import ModelSet, Recipe, RecipeError, read_recipe, save_picture
+from ..sampling.recipe import ModelSet, Recipe, save_picture, stored_picture
 from .cases import Case, Row, first_seed, make_cases, single_cases
 from .categories import INPAINTING, KNOWN_PIXELS, LINES, MIN_ACCURACY, NEW, Line
 from .judge import Judge, Verdict, kind_of_size
@@ -206,23 +206,8 @@ class _Job:
         )
 
     def stored(self) -> np.ndarray | None:
-        """The stored picture; None if missing or made from another recipe or other inputs.
-
-        `made_with` may differ.
-        """
-        try:
-            recipe, inputs, picture = read_recipe(self.path)
-        except (storage.MissingError, ImageError, RecipeError):
-            return None
-        same = (
-            recipe.model_copy(update={"made_with": self.recipe.made_with}) == self.recipe
-            and inputs.keys() == self.inputs.keys()
-        )
-        return (
-            picture
-            if same and all(np.array_equal(inputs[name], self.inputs[name]) for name in inputs)
-            else None
-        )
+        """The stored picture; None if missing or made from another recipe or other inputs."""
+        return stored_picture(self.path, self.recipe, self.inputs)
 
 
 def _batches(jobs: Sequence[_Job]) -> Iterator[list[int]]:

@@ -25,6 +25,7 @@ from ..models.layers import channels_last
 from ..models.row_adapters import AdaptedNetwork, ScaledAdapter
 from ..models.unet import GlideUNet
 from ..tensors import Conditioning, ModelOutput, TextFeatures, to_device_async
+from .prompt import Caption
 from .request import ActiveSample, SampleBatch
 
 CACHED_CAPTIONS = 64  # captions whose text features are cached
@@ -158,13 +159,15 @@ class GuidedDenoiser:
         conditioning: Conditioning,
         clip_text: Tensor | None,
         adapters: Sequence[ScaledAdapter] = (),
+        emphasis: Sequence[tuple[Tensor, float]] = (),
     ) -> tuple[Conditioning, TextFeatures, Tensor]:
         """Conditioning, text features and CLIP embedding of one sample, on the device.
 
         Zeros stand for known pixels and CLIP embeddings that are None, so that samples with and
         without them share a batch.
         """
-        text = self._text_features(conditioning.tokens.cpu(), conditioning.mask.cpu(), adapters)
+        caption = Caption(conditioning.tokens.cpu(), conditioning.mask.cpu(), tuple(emphasis))
+        text = self.text_of(caption, adapters)
         conditioning = conditioning.to(self.device)
         if conditioning.known is None:
             size = self.config.unet.image_size
@@ -205,6 +208,19 @@ class GuidedDenoiser:
             if self._reuse_inputs:
                 self._paired = paired
         return paired.conditioning, paired.text
+
+    def text_of(self, caption: Caption, adapters: Sequence[ScaledAdapter] = ()) -> TextFeatures:
+        """Text features (1, ...) of a caption.
+
+        A word of weight w moves them along its effect: f + (w - 1) (f - f without the word). This
+        is linear, as are the keys and values that the network's attention makes of the text.
+        """
+        whole = self._text_features(caption.tokens, caption.mask, adapters)
+        weighted = whole
+        for mask, weight in caption.emphasis:
+            without = self._text_features(caption.tokens, mask, adapters)
+            weighted = weighted.plus(whole, weight - 1).plus(without, 1 - weight)
+        return weighted
 
     def negative_text(
         self, caption: Conditioning | None, adapters: Sequence[ScaledAdapter] = ()

@@ -17,6 +17,7 @@ from ..data.tokenizer import Tokenizer
 from ..models.clip_scorer import ClipScorer
 from ..tensors import Conditioning
 from .checks import check_clip, check_negative
+from .prompt import Caption, plain_text, read_prompt
 from .request import SampleRequest
 
 
@@ -112,17 +113,24 @@ def base_request(
     """
     check_clip(options.clip_scale, critic is not None)
     check_negative(config, options)
+    caption, *later = read_prompt(prompt, config.unet.text.context)
     return SampleRequest(
-        _conditioning(config, prompt, None, known, known_mask),
+        _conditioning(caption, None, known, known_mask),
         seed,
         task="vary" if start is not None else "generate" if known is None else "edit",
         noise_scheme=options.noise_scheme,
         respacing=config.sampling.respacing_for(options.steps, options.sampler),
         sampler=options.sampler,
         guidance_scale=options.guidance_scale,
+        emphasis=caption.emphasis,
+        later=tuple(later),
         negative=_negative(config, options.negative_prompt, options.guidance_scale),
         guidance_interval=options.guidance_interval,
-        clip_text=critic.embed([prompt]) if critic is not None and options.clip_scale else None,
+        clip_text=(
+            critic.embed([plain_text(prompt)])
+            if critic is not None and options.clip_scale
+            else None
+        ),
         clip_scale=options.clip_scale,
         start=None if start is None else to_tensor(start),
         strength=strength,
@@ -177,14 +185,17 @@ def upsampler_request(
     `low_res` (3, h, w): the base stage's image, rounded here to the 8 bits of a saved image.
     `known` and `known_mask`: as in `base_request`, at the upsampler's image size.
     """
+    caption, *later = read_prompt(prompt, config.unet.text.context)
     return SampleRequest(
-        _conditioning(config, prompt, to_8_bits(low_res)[None], known, known_mask),
+        _conditioning(caption, to_8_bits(low_res)[None], known, known_mask),
         seed,
         task=task,
         noise_scheme=options.noise_scheme,
         respacing=config.sampling.respacing_for(options.upsampler_steps, options.upsampler_sampler),
         sampler=options.upsampler_sampler,
         guidance_scale=options.upsampler_guidance_scale,
+        emphasis=caption.emphasis,
+        later=tuple(later),
         negative=_negative(config, options.negative_prompt, options.upsampler_guidance_scale),
     )
 
@@ -204,17 +215,18 @@ def shrink_known(
 def _negative(config: ModelConfig, prompt: str, scale: float | None) -> Conditioning | None:
     """The negative prompt's caption; None if it is empty or this model does not guide."""
     guided = (config.sampling.guidance_scale if scale is None else scale) != 1
-    return _conditioning(config, prompt, None, None, None) if prompt and guided else None
+    if not prompt or not guided:
+        return None
+    return Conditioning(*Tokenizer(config.unet.text.context).batch([prompt]))
 
 
 def _conditioning(
-    config: ModelConfig,
-    prompt: str,
+    caption: Caption,
     low_res: Tensor | None,
     known: np.ndarray | None,
     known_mask: np.ndarray | None,
 ) -> Conditioning:
-    tokens, mask = Tokenizer(config.unet.text.context).batch([prompt])
+    tokens, mask = caption.tokens, caption.mask
     if known is None:
         return Conditioning(tokens, mask, low_res)
     keep = torch.tensor(known_mask)[None, None].float()

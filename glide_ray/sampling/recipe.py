@@ -20,14 +20,14 @@ from pydantic import ValidationError, model_validator
 from ..config.lora import Lora
 from ..config.models import SHIPPED, AnyModelConfig, ClipModelConfig, Frozen, ModelConfig
 from ..config.sampling import SampleOptions
-from ..data.images import decode, encode, open_image
+from ..data.images import ImageError, decode, encode, open_image
 from ..errors import UserError
 from ..models.adapters import check_roles, loras_of, read_adapters
 from ..models.clip_scorer import check_clip, fetch_clip
 from ..models.weights import check_pair, check_role, load_config, load_metadata
 from ..pretrained import shipped
 from ..pretrained.card import Source, sources_in, union
-from ..storage import exists, fetch, fingerprint, put, read
+from ..storage import MissingError, exists, fetch, fingerprint, put, read
 from .cascade import Cascade, Progress
 
 CHUNK = "glide_ray"  # keyword of the PNG text chunk; inputs have chunks named CHUNK.NAME
@@ -264,6 +264,25 @@ def read_recipe(path: str | Path) -> tuple[Recipe, dict[str, np.ndarray], np.nda
     if "mask" in inputs:
         inputs["mask"] = inputs["mask"][:, :, 0] > 127
     return recipe, inputs, pixels
+
+
+def stored_picture(
+    path: str | Path, recipe: Recipe, inputs: Mapping[str, np.ndarray] | None = None
+) -> np.ndarray | None:
+    """The picture in a PNG, uint8 (S, S, 3); None if missing or of another recipe or input.
+
+    `made_with` may differ.
+    """
+    try:
+        stored, stored_inputs, picture = read_recipe(path)
+    except (MissingError, ImageError, RecipeError):
+        return None
+    same = stored.model_copy(update={"made_with": recipe.made_with}) == recipe
+    wanted = inputs or {}
+    if not same or stored_inputs.keys() != wanted.keys():
+        return None
+    equal = all(np.array_equal(stored_inputs[name], wanted[name]) for name in wanted)
+    return picture if equal else None
 
 
 def find_models(recipe: Recipe, elsewhere: Mapping[str, Path | None]) -> dict[str, Path]:

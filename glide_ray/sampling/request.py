@@ -12,6 +12,7 @@ from ..diffusion.samplers import History
 from ..models.row_adapters import ScaledAdapter
 from ..tensors import Conditioning, Rows, TextFeatures
 from .noise import NoiseSource
+from .prompt import Caption
 from .scheduler import ScheduledSample
 
 
@@ -41,6 +42,9 @@ class SampleRequest:
     previews: int = 0  # number of calls of `on_preview`, evenly spaced over the steps
     on_preview: Callable[[Tensor], None] | None = None  # receives the predicted x_0 (3, H, W)
     negative: Conditioning | None = None  # caption that guidance leads away from; None: the empty
+    # Weighted words of the caption; see `prompt.Caption`
+    emphasis: tuple[tuple[Tensor, float], ...] = ()
+    later: tuple[Caption, ...] = ()  # captions that replace it on the way, in order
     task: Literal["generate", "edit", "vary"] = "generate"  # draws other noise than other tasks
     noise_scheme: int = 2  # see `noise.noise_source`
 
@@ -80,8 +84,19 @@ class ActiveSample(ScheduledSample):
     guidance_scale: float  # classifier-free
     noise: NoiseSource
     has_known_pixels: bool
+    changes: int = 0  # number of `request.later` that have replaced the caption
     # Its tensors on the device: set at admission, outdated while it is part of a joint batch.
     row: SampleBatch = field(init=False)
+
+    def due_caption(self, timestep: int, timesteps: int) -> Caption | None:
+        """The caption that replaces the present one at this timestep of `timesteps`, if any."""
+        due = None
+        while self.changes < len(self.request.later):
+            following = self.request.later[self.changes]
+            if timestep >= (1 - following.begin) * timesteps:
+                break
+            due, self.changes = following, self.changes + 1
+        return due
 
     def shows_preview(self) -> bool:
         """Whether a preview is due after the step that is being done."""

@@ -106,6 +106,7 @@ class Stepper:
         samples = self.scheduler.next_samples()
         if not samples:
             return []
+        self._change_captions(samples)
         x = self._step_together(samples) if self.batched else self._step_each(samples)
         self.scheduler.complete(samples)
         return [(sample.ticket, x[n]) for n, sample in enumerate(samples) if not sample.steps_left]
@@ -194,7 +195,7 @@ class Stepper:
         """The tensors of a sample before its first step."""
         request = sample.request
         conditioning, text, clip_text = self.denoiser.prepare(
-            request.conditioning, request.clip_text, request.adapters
+            request.conditioning, request.clip_text, request.adapters, request.emphasis
         )
         negative = self.denoiser.negative_text(request.negative, request.adapters)
         x = (
@@ -214,6 +215,18 @@ class Stepper:
         return sample.noise.normal((1, 3, size, size))
 
     # -- one step ----------------------------------------------------------------------------------
+
+    def _change_captions(self, samples: list[ActiveSample]) -> None:
+        """Give the samples whose prompt changes before this step their next caption."""
+        for sample in samples:
+            timestep = self.schedules.timesteps(sample.respacing)[sample.steps_left - 1]
+            caption = sample.due_caption(timestep, self.config.diffusion.steps)
+            if caption is not None:
+                self._split()  # `row` is outdated in a joint batch
+                text = self.denoiser.text_of(caption, sample.request.adapters)
+                tokens, mask = (part.to(self.device) for part in (caption.tokens, caption.mask))
+                conditioning = replace(sample.row.conditioning, tokens=tokens, mask=mask)
+                sample.row = replace(sample.row, conditioning=conditioning, text=text)
 
     def _step_each(self, samples: list[ActiveSample]) -> list[Tensor]:
         """One step of each sample in a network call of its own. Returns x (3, H, W) of each."""

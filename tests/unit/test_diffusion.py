@@ -157,6 +157,46 @@ def test_the_first_step_of_a_multistep_sampler_equals_ddim():
         )
 
 
+def guided_images(sampler, gradient, s=0.3):
+    """Images of N(0, s^2) by its exact denoiser, with the same guidance gradient at every step."""
+    schedule = respace(make_schedule("cosine"), "mixed30")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 32, 32, generator=generator)
+    history = History.none(x)
+    for index in reversed(range(len(schedule))):
+        abar = schedule.alpha_bar[index].item()
+        eps = x * math.sqrt(1 - abar) / (abar * s**2 + 1 - abar)
+        output, noise = (
+            ModelOutput(eps, -torch.ones_like(x)),
+            torch.randn(x.shape, generator=generator),
+        )
+        gradients = torch.full_like(x, gradient)
+        step = SAMPLERS[sampler](
+            StepInput(schedule, output, x, full(index, 4), noise, None, gradients, history)
+        )
+        x, history = step.x, history.then(step)
+    return x
+
+
+def test_a_gradient_moves_the_pictures_of_all_samplers_alike_and_burns_none():
+    """Deterministic samplers agree to a tenth; ancestral sampling forgets a part of every move.
+
+    A gradient of 1 is large: it moves pictures of standard deviation 0.3 by 0.35.
+    """
+    moved = {name: guided_images(name, 1.0) for name in SAMPLERS}
+    mean = {name: images.mean().item() for name, images in moved.items()}
+    for name in ("plms", "dpm++", "unipc"):
+        assert mean[name] == pytest.approx(mean["ddim"], rel=0.1)
+    assert 0.5 < mean["ancestral"] / mean["ddim"] < 1
+    for images in moved.values():
+        assert (images.abs() > 0.99).float().mean() < 0.03
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm++", "unipc"])
+def test_a_large_gradient_leaves_the_predicted_picture_in_range(sampler):
+    assert guided_images(sampler, 100.0).abs().max() <= 1.0
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_clip_guidance_does_not_move_known_pixels_in_the_last_step(sampler):
     schedule = respace(make_schedule("cosine"), "5")
@@ -311,6 +351,10 @@ def test_an_invalid_grid_is_refused_in_one_sentence(spacing):
 
 def test_a_single_step_begins_at_the_noisiest_timestep():
     assert grid(make_schedule("cosine"), "1") == [999]
+
+
+def test_even_names_the_evenly_spaced_timesteps():
+    assert grid(make_schedule("cosine"), "even27") == kept_timesteps(1000, "27")
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear"])
