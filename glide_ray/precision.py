@@ -15,9 +15,10 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from .errors import ConfigError
+from .errors import ConfigError, nearest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = ("auto", *DTYPES)
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # per number
 
 
@@ -26,7 +27,10 @@ def resolve_precision(precision: str, device: str, portable: bool = False) -> st
 
     `device`: "cpu" or "cuda". `auto` is fp16 on a GPU, as in the paper; on a CPU it is the faster
     of bf16 and fp32, or with `portable` always fp32, so that every CPU computes the same picture.
+    Raises ConfigError for another name.
     """
+    if precision not in NAMES:
+        raise ConfigError(f"There is no precision {precision!r}; {nearest(precision, NAMES)}")
     if precision != "auto":
         return precision
     if device == "cuda":

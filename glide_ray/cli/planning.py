@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
 
 from ..config import presets
+from ..config.models import SHIPPED
 from ..errors import UserError
-from .arguments import Commands, Parser, add_preset, positive, read_preset
+from .arguments import Commands, Parser, add_preset, add_settings, positive, read_preset
 
 
 def add_commands(commands: Commands) -> None:
@@ -24,9 +26,21 @@ def add_commands(commands: Commands) -> None:
         "A preset is a model with the settings of its training; docs/presets.md describes each.",
     )
     command = commands.add(
-        "info", info, "parameters of each part of a preset, its memory and its operations"
+        "info",
+        info,
+        "what a preset or a file of weights is: parameters, size, operations, sampling, sources",
+        "examples:\n  glide info filtered-base\n  glide info runs/mine/weights.safetensors\n"
+        "  glide info adapter.safetensors\n  glide info base.pt\n  glide info emoji\n"
+        "Of a preset it prints the parameters of each part, memory and operations; of a file what "
+        "it is,\nits parameters, size, SHA-256, default sampling, recipe and sources.",
     )
-    add_preset(command)
+    command.add_argument(
+        "preset",
+        metavar="PRESET|FILE",
+        help="a preset (`glide presets`); or a weights file, an adapter, a published .pt file, a "
+        "CLIP, the folder of a run, local or s3://, or emoji, the shipped weights",
+    )
+    add_settings(command)
     _add_plan(commands)
 
 
@@ -77,10 +91,22 @@ def list_presets(options: Namespace) -> None:
 
 
 def info(options: Namespace) -> None:
+    name = options.preset
+    if name not in presets.PRESETS and (name == SHIPPED or _is_path(name)):
+        if options.set:
+            raise UserError("--set changes a preset, and a file stays as it is; leave it out.")
+        from ..pretrained.about import about
+
+        return print(about(name))
     preset = read_preset(options)
     from ..models.cost import describe
 
     print(describe(preset))
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text can only be a path: it has a slash or an ending, or is there."""
+    return "/" in text or bool(Path(text).suffix) or Path(text).exists()
 
 
 # -- plan ------------------------------------------------------------------------------------------

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING
 
 from ..config.models import SHIPPED
 from ..errors import UserError
-from .arguments import Commands, Parser, add_base, add_seed, local_path, lora, positive
+from .arguments import (
+    Commands,
+    Parser,
+    add_base,
+    add_seed,
+    add_settings,
+    local_path,
+    lora,
+    positive,
+    read_preset,
+)
 from .terminal import progress_bar
 
 if TYPE_CHECKING:
@@ -366,7 +376,11 @@ def _add_import_released(commands: Commands) -> None:
         "is checked",
         "examples:\n  glide import-released base.pt\n"
         "  glide import-released image-enc.pt text-enc.pt --vocabulary "
-        "bpe_simple_vocab_16e6.txt.gz\nPickled code is refused, never run.",
+        "bpe_simple_vocab_16e6.txt.gz\n"
+        "  glide import-released mine.pt --preset nano-base --set model.unet.channels=96\n"
+        "State dicts within 'state_dict' or 'model' and prefixes such as 'module.' are unwrapped. "
+        "A file of export-released needs its NAME.glide.json beside it, or --preset. Pickled code "
+        "is refused, never run.",
     )
     command.add_argument(
         "files",
@@ -376,6 +390,11 @@ def _add_import_released(commands: Commands) -> None:
     )
     command.add_argument("--vocabulary", help="CLIP's bpe_simple_vocab_16e6.txt.gz")
     command.add_argument(
+        "--preset",
+        help="preset with the shape of the model, for another than the published ones",
+    )
+    add_settings(command)
+    command.add_argument(
         "--out",
         type=local_path,
         help="weights file to write (default: runs/NAME/weights.safetensors)",
@@ -383,14 +402,17 @@ def _add_import_released(commands: Commands) -> None:
 
 
 def import_released(options: Namespace) -> None:
-    from ..models.released import import_files
+    from ..models.released_files import import_files
     from ..models.weights import save_weights
 
-    config, state, metadata = import_files(options.files, options.vocabulary)
-    out = options.out or Path("runs") / config.name / "weights.safetensors"
-    save_weights(out, state, config, source="released", **metadata)
-    parameters = sum(tensor.numel() for tensor in state.values()) / 1e6
-    print(f"{out}: {config.name}, {parameters:,.2f}M parameters, every key and shape checked")
+    if options.set and not options.preset:
+        raise UserError("--set changes a preset; name it with --preset.")
+    config = read_preset(options).model if options.preset else None
+    model = import_files(options.files, options.vocabulary, config)
+    out = options.out or Path("runs") / model.config.name / "weights.safetensors"
+    save_weights(out, model.state, model.config, **{"source": "released", **model.metadata})
+    parameters = sum(tensor.numel() for tensor in model.state.values()) / 1e6
+    print(f"{out}: {model.config.name}, {parameters:,.2f}M parameters, every key and shape checked")
 
 
 def _add_export_released(commands: Commands) -> None:
@@ -398,6 +420,8 @@ def _add_export_released(commands: Commands) -> None:
         "export-released",
         export_released,
         "convert a weights file of glide_ray to a .pt file with the key names of OpenAI's release",
+        "NAME.glide.json beside the .pt file has the config, with which `glide import-released "
+        "NAME.pt` makes the weights file again.",
     )
     command.add_argument(
         "weights",
@@ -412,9 +436,10 @@ def _add_export_released(commands: Commands) -> None:
 
 
 def export_released(options: Namespace) -> None:
-    from ..models.released import export_files
-    from ..models.weights import load_weights
+    from ..models.released_files import export_files, settings_of
+    from ..models.weights import load_metadata, load_weights
 
     config, state = load_weights(options.weights)
-    for path in export_files(state, config, options.out or options.weights.with_suffix(".pt")):
-        print(f"{path}: {config.name} under the released names")
+    out = options.out or options.weights.with_suffix(".pt")
+    for path in export_files(state, config, out, load_metadata(options.weights)):
+        print(f"{path}: {config.name} under the released names; config in {settings_of(path).name}")

@@ -84,7 +84,13 @@ def inpaint(preset: Preset) -> Preset:
         if preset.model.name.startswith("nano")
         else {}
     )
-    return _fine_tuned(preset, "inpaint", {"inpaint": True}, {"empty_caption_rate": 0.2}, train)
+    tuned = _fine_tuned(preset, "inpaint", {"inpaint": True}, {"empty_caption_rate": 0.2}, train)
+    model = tuned.model
+    if not isinstance(model, ModelConfig) or model.sampling.sampler != "ddim":
+        return tuned
+    # The released notebooks enlarge by DDIM, but inpaint by ancestral sampling with both models.
+    sampling = model.sampling.model_copy(update={"sampler": "ancestral"})
+    return tuned.model_copy(update={"model": model.model_copy(update={"sampling": sampling})})
 
 
 def _task_on(task: Callable[[Preset], Preset], make: Callable[[], Preset]) -> Preset:

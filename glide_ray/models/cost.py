@@ -212,7 +212,7 @@ def describe(preset: Preset) -> str:
         f"{model.name}: {info.parameters / 1e6:,.2f}M parameters",
         f"  image        {image} pixels, {model.diffusion.schedule} schedule of "
         f"{model.diffusion.steps} timesteps",
-        *_architecture(model),
+        *architecture(model),
         "",
         "parameters by part",
     ]
@@ -243,7 +243,8 @@ def describe(preset: Preset) -> str:
     return "\n".join(lines)
 
 
-def _architecture(model: AnyModelConfig) -> list[str]:
+def architecture(model: AnyModelConfig) -> list[str]:
+    """Lines with the widths and depths of a network: two spaces, a name, its value."""
     if not isinstance(model, ModelConfig):
         clip = model.clip
         return [

@@ -1,37 +1,23 @@
-"""Import and export of OpenAI's published checkpoints.
+"""State dicts of OpenAI's published checkpoints, to our names and back.
 
-Strict: every key and shape is checked, and no pickled code runs. The released names number the
+Strict: every key and shape is checked. The released names number the
 modules of nested Sequentials; they are mapped to our names. The release uses convolutions of width
 1 for linear layers over pixels, so those weights gain or lose a last axis.
 """
 
 from __future__ import annotations
 
-import gzip
-import pickle
-import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from ..config import presets
-from ..config.models import AnyModelConfig, ClipConfig, ClipModelConfig, ModelConfig, UNetConfig
-from ..data.tokenizer import ClipTokenizer
-from ..errors import UserError
-from ..storage import atomic_write
+from ..config.models import ClipConfig, UNetConfig
+from .checkpoint_file import ReleasedError
 from .clip import NoisedClip
 from .layers import AttentionBlock, ResBlock, shapes_only
 from .text import TextBlock
 from .unet import GlideUNet, Stage
-
-
-class ReleasedError(UserError):
-    """A state dict that is not the released form of the model.
-
-    The message names the first key that differs.
-    """
 
 
 def from_released(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
@@ -39,7 +25,7 @@ def from_released(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str, 
 
     Raises ReleasedError for a missing or unexpected key, or another shape.
     """
-    names, ours = _names_and_shapes(config)
+    names, ours = names_and_shapes(config)
     _check_keys(set(names.values()), set(state))
     result = {}
     for name, released in names.items():
@@ -66,7 +52,7 @@ def to_released(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Te
             "The released code runs models that predict eps for every pixel; this one works on "
             "patches or predicts v or x_0, so there is no released form of it."
         )
-    names, _ = _names_and_shapes(config)
+    names, _ = names_and_shapes(config)
     _check_keys(set(names), set(state))
     return {
         released: state[name][..., None] if _is_convolution(released) else state[name]
@@ -86,11 +72,7 @@ def clip_from_released(
         ours = NoisedClip(config).state_dict()
     result = {"log_scale": torch.tensor([config.scale]).log()}
     for tower, state in (("image", image), ("text", text)):
-        names = {
-            name: _clip_name(name.removeprefix(f"{tower}."))
-            for name in ours
-            if name.startswith(f"{tower}.")
-        }
+        names = clip_names(config)[tower]
         _check_keys(set(names.values()), set(state))
         for name, released in names.items():
             if state[released].shape != ours[name].shape:
@@ -114,164 +96,6 @@ def clip_to_released(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
         }
 
     return encoder("image"), encoder("text")
-
-
-# -- files --------------------------------------------------------------------------------------
-
-
-def import_files(
-    paths: Sequence[str | Path], vocabulary: str | Path | None = None
-) -> tuple[AnyModelConfig, dict[str, Tensor], dict[str, str]]:
-    """Published checkpoint files -> config, state dict and more metadata for our weights file.
-
-    `paths`: the file of one of the four U-Nets, or those of both CLIP encoders; CLIP also needs its
-    `vocabulary` (bpe_simple_vocab_16e6.txt.gz). Raises ReleasedError.
-    """
-    states = {Path(path): read_checkpoint(path) for path in paths}
-    towers = {_tower(state): (path, state) for path, state in states.items()}
-    if None not in towers:
-        if set(towers) != {"image", "text"}:
-            there = next(iter(towers))
-            raise ReleasedError(
-                f"{towers[there][0]} is CLIP's {there} encoder alone; give the image and the text "
-                f"encoder together."
-            )
-        if vocabulary is None:
-            raise ReleasedError(
-                "The published CLIP reads captions by a vocabulary of its own; give its file "
-                "bpe_simple_vocab_16e6.txt.gz, which is published beside its code, with "
-                "--vocabulary."
-            )
-        clip = released_clip()
-        merges = read_merges(vocabulary)
-        state = clip_from_released(towers["image"][1], towers["text"][1], clip.clip)
-        return clip, state, {"merges": merges}
-    if len(states) > 1:
-        raise ReleasedError("Give one UNet at a time, or the two encoders of CLIP together.")
-    ((path, state),) = states.items()
-    config = _recognise(state)
-    try:
-        return config, from_released(state, config.unet), {}
-    except ReleasedError as error:
-        raise ReleasedError(
-            f"{path} is none of the six published checkpoints; {config.name} is nearest, but: "
-            f"{error}"
-        ) from None
-
-
-def export_files(state: Mapping[str, Tensor], config: AnyModelConfig, path: Path) -> list[Path]:
-    """Write our weights under the released names; returns the paths.
-
-    One .pt file, or for CLIP two: -image-enc and -text-enc.
-    """
-    if isinstance(config, ModelConfig):
-        parts = {path: to_released(state, config.unet)}
-    else:
-        parts = dict(
-            zip(
-                (path.with_stem(f"{path.stem}-{tower}-enc") for tower in ("image", "text")),
-                clip_to_released(state),
-                strict=True,
-            )
-        )
-    for target, tensors in parts.items():
-        with atomic_write(target) as partial:
-            torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    return list(parts)
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .pt file. Other pickled objects are refused, never run.
-
-    Raises ReleasedError.
-    """
-    if not Path(path).is_file():
-        raise ReleasedError(f"There is no file {path}.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols, irrelevant to the user
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
-            raise ReleasedError(
-                f"{path} holds code or objects beside its tensors; it has not been run, and will "
-                f"not be: the published checkpoints hold tensors only."
-            ) from None
-        raise ReleasedError(f"{path} is not a whole checkpoint; download it again.") from None
-    except Exception:  # torch raises RuntimeError, EOFError, struct.error and more
-        raise ReleasedError(f"{path} is not a whole checkpoint; download it again.") from None
-    if (
-        not isinstance(state, dict)
-        or not state
-        or not all(isinstance(value, Tensor) for value in state.values())
-    ):
-        raise ReleasedError(
-            f"{path} is not a state dict of tensors; give one of the six published checkpoints."
-        )
-    return state
-
-
-def released_clip() -> ClipModelConfig:
-    """Config of the published noised CLIP (its config.yaml)."""
-    config = presets.get("noised-clip-b").model
-    assert isinstance(config, ClipModelConfig)
-    return config.model_copy(
-        update={
-            "clip": config.clip.model_copy(
-                update={"vocabulary": 65536, "scale": 100.0, "tokenizer": "clip"}
-            )
-        }
-    )
-
-
-def read_merges(path: str | Path) -> str:
-    """The merges in CLIP's vocabulary file, one per line. Raises ReleasedError."""
-    try:
-        lines = (
-            gzip.decompress(Path(path).read_bytes())
-            .decode()
-            .split("\n")[1 : ClipTokenizer.MERGES + 1]
-        )
-    except (OSError, EOFError, ValueError):
-        raise ReleasedError(
-            f"{path} is not CLIP's vocabulary; give bpe_simple_vocab_16e6.txt.gz as it was "
-            f"published."
-        ) from None
-    if len(lines) < ClipTokenizer.MERGES or not all(len(line.split()) == 2 for line in lines):
-        raise ReleasedError(
-            f"{path} is not CLIP's vocabulary; give bpe_simple_vocab_16e6.txt.gz as it was "
-            f"published."
-        )
-    return "\n".join(lines)
-
-
-def _tower(state: Mapping[str, Tensor]) -> str | None:
-    return (
-        "image"
-        if "blocks.input.patch_proj" in state
-        else "text"
-        if "blocks.input.w_voc" in state
-        else None
-    )
-
-
-def _recognise(state: Mapping[str, Tensor]) -> ModelConfig:
-    """The published model that shares the most keys and sizes with a state dict."""
-    configs = [
-        presets.get(f"filtered-{kind}{task}").model
-        for kind in ("base", "upsampler")
-        for task in ("", "-inpaint")
-    ]
-    candidates = [config for config in configs if isinstance(config, ModelConfig)]
-
-    def shared(config: ModelConfig) -> int:
-        names, shapes = _names_and_shapes(config.unet)
-        return sum(
-            released in state and state[released].numel() == shapes[ours].numel()
-            for ours, released in names.items()
-        )
-
-    return max(candidates, key=shared)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -327,6 +151,20 @@ CLIP_BLOCK = {
 }
 
 
+def clip_names(config: ClipConfig) -> dict[str, dict[str, str]]:
+    """For each tower, image and text: our name -> the released name in that encoder's file."""
+    with shapes_only():
+        ours = list(NoisedClip(config).state_dict())
+    return {
+        tower: {
+            name: _clip_name(name.removeprefix(f"{tower}."))
+            for name in ours
+            if name.startswith(f"{tower}.")
+        }
+        for tower in ("image", "text")
+    }
+
+
 def _clip_name(name: str) -> str:
     """A tower's parameter name -> the released name."""
     if name in CLIP:
@@ -340,7 +178,8 @@ def _clip_name(name: str) -> str:
     return f"blocks.{CLIP[module]}.{leaf}"
 
 
-def _names_and_shapes(config: UNetConfig) -> tuple[dict[str, str], dict[str, torch.Size]]:
+def names_and_shapes(config: UNetConfig) -> tuple[dict[str, str], dict[str, torch.Size]]:
+    """Our name -> the released name of each tensor, and our name -> our shape."""
     with shapes_only():
         model = GlideUNet(config)
     modules = dict(TOP)

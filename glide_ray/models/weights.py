@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,7 @@ from ..config.overrides import validate
 from ..errors import ConfigError, UserError
 from ..storage import atomic_write
 from .clip import NoisedClip
+from .foreign import mistaken_for_weights
 from .layers import Network, channels_last, shapes_only
 from .unet import GlideUNet
 
@@ -73,14 +74,18 @@ def load_config(path: str | Path) -> AnyModelConfig:
             f"as they are."
         )
     try:
-        tree = json.loads(metadata["config"])
-        if "clip" in tree:
-            return validate(ClipModelConfig, tree)
-        return validate(ModelConfig, tree)
+        return config_of(json.loads(metadata["config"]))
     except (ConfigError, json.JSONDecodeError) as error:
         raise WeightsError(
             f"{path} carries a config that this version does not read: {error}"
         ) from None
+
+
+def config_of(tree: dict[str, Any]) -> AnyModelConfig:
+    """The config of a model from its JSON. Raises ConfigError."""
+    if "clip" in tree:
+        return validate(ClipModelConfig, tree)
+    return validate(ModelConfig, tree)
 
 
 def load_metadata(path: str | Path) -> dict[str, str]:
@@ -95,6 +100,8 @@ def load_metadata(path: str | Path) -> dict[str, str]:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
+        if mistake := mistaken_for_weights(path):
+            raise WeightsError(mistake) from None
         raise WeightsError(
             f"{path} is not a whole safetensors file ({error}); export or copy it again."
         ) from None
@@ -163,6 +170,7 @@ def _loaded(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Network:
+    check_floats(state, str(path))
     with shapes_only():
         model = build()
     check_shapes(
@@ -214,6 +222,16 @@ def _with_input_channels(
     if head in state:  # after the 3 channels of the prediction
         changed[head] = change(state[head], 6, 4)
     return {**state, **changed}
+
+
+def check_floats(state: Mapping[str, Tensor], source: str) -> None:
+    """Raise WeightsError for a tensor of integers, as in quantised weights."""
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise WeightsError(
+                f"{source} holds {name} in {str(tensor.dtype).removeprefix('torch.')}: it is "
+                f"quantised; give the weights in fp16, bf16 or fp32."
+            )
 
 
 def check_shapes(

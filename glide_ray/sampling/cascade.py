@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -22,7 +22,19 @@ from ..models.weights import check_pair, load_unet, unchanged
 from ..precision import DTYPES, resolve_precision
 from ..pretrained.shipped import locate
 from .cascade_calls import CascadeCalls, CascadeImage, ScoreCall, StageCall, cascade_calls
-from .checks import RequestError
+from .checks import RequestError, check_clip, check_negative, check_options, check_seed
+from .inputs import (
+    Mask,
+    Picture,
+    Prompts,
+    Seeds,
+    known_of,
+    pairs_of,
+    pixels_of,
+    prompt_of,
+    seed_of,
+    seeds_of,
+)
 from .job import Job, Source
 from .stepper import Stepper
 
@@ -41,7 +53,15 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Cascade:
-    """A base model with an optional CLIP (`base.critic`), and an optional 4x upsampler."""
+    """A base model with an optional CLIP (`base.critic`), and an optional 4x upsampler.
+
+    Its methods take seeds from 0 to 2^63 - 1 as whole numbers of Python, numpy or torch; pictures
+    of `size` x `size` pixels as images of Pillow, or as arrays of uint8 from 0 to 255 or of floats
+    from 0 to 1, grey, RGB or RGBA, where transparency is laid on white; and masks as arrays (S, S)
+    of bool, of 0 and 1 or of 0 and 255, or as images of Pillow with these values or with alpha.
+    Everything is checked before sampling: they raise RequestError, a ValueError whose `param` names
+    the argument or option, and NonFiniteError for a picture that is not finite.
+    """
 
     base: Stepper
     upsampler: Stepper | None = None
@@ -62,6 +82,7 @@ class Cascade:
     ) -> Cascade:
         """Load weights files, on the GPU if there is one. Raises WeightsError, ConfigError.
 
+        `precision`: auto, fp32, bf16 or fp16; auto is fp16 on a GPU and fp32 on a CPU.
         `loras`: adapters, as FILE or FILE:SCALE; each is added to the model that it was trained
         on, the base model or the upsampler.
         `clip` may also be the folder of a public CLIP. `batched`: up to `max_in_flight` images in
@@ -102,31 +123,40 @@ class Cascade:
 
     def generate(
         self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
+        prompts: Prompts,
+        seeds: Seeds,
         options: SampleOptions = SampleOptions(),
         progress: Progress | None = None,
     ) -> list[np.ndarray]:
-        """Generate an image uint8 (S, S, 3) for each prompt and seed. Calls `progress` per step."""
-        jobs = [
-            Job(prompt, seed, self.size, options)
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
+        """Generate an image uint8 (S, S, 3) for each prompt and seed. Calls `progress` per step.
+
+        One str as `prompts` goes with every seed, one number as `seeds` with every prompt; lists
+        must have equal lengths. Empty lists give an empty list.
+        """
+        pairs = pairs_of(prompts, seeds)
+        self._check(options, [seed for _, seed in pairs])
+        jobs = [Job(prompt, seed, self.size, options) for prompt, seed in pairs]
+        if not jobs:
+            return []
         return [_pixels(image) for image in self._make([[job] for job in jobs], progress)]
 
     def best_of(
         self,
         prompt: str,
-        seeds: Sequence[int],
+        seeds: Seeds,
         options: SampleOptions = SampleOptions(),
         progress: Progress | None = None,
     ) -> Ranked:
         """Generate an image per seed and keep the one with the highest CLIP score (app. E: 64).
 
-        Only the best base image is upsampled. Raises RequestError without a CLIP.
+        Only the best base image is upsampled. Raises RequestError without a CLIP or a seed.
         """
         self._critic()
-        jobs = [Job(prompt, seed, self.size, options) for seed in seeds]
+        prompt, numbers = prompt_of(prompt), seeds_of(seeds)
+        if not numbers:
+            raise RequestError("seeds is empty; give a seed for each candidate.", "seeds")
+        self._check(options, numbers)
+        jobs = [Job(prompt, seed, self.size, options) for seed in numbers]
         (image,) = self._make([jobs], progress)
         scores = image.scores or {image.seed: self.score(image.base_image[None], [prompt])[0]}
         return Ranked(_pixels(image), image.seed, scores)
@@ -134,16 +164,21 @@ class Cascade:
     def score(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
         """CLIP score (sec. 5.2) of each base-size image (N, 3, h, w): its logit with its prompt.
 
-        Raises RequestError without a CLIP.
+        Raises RequestError without a CLIP, and for another number of prompts.
         """
-        return clip_scores(self._critic(), self.base.device, images, prompts)
+        critic = self._critic()
+        if isinstance(prompts, str) or len(prompts) != len(images):
+            raise RequestError(
+                f"prompts must be a list with one for each of the {len(images)} images.", "prompts"
+            )
+        return clip_scores(critic, self.base.device, images, prompts)
 
     def edit(
         self,
-        image: np.ndarray,
-        known_mask: np.ndarray,
+        image: Picture,
+        known_mask: Mask,
         prompt: str,
-        seed: int,
+        seed: SupportsIndex,
         options: SampleOptions = SampleOptions(),
         progress: Progress | None = None,
     ) -> np.ndarray:
@@ -151,61 +186,99 @@ class Cascade:
 
         Returns uint8 (S, S, 3); every known pixel has exactly the value it has in `image`.
         """
-        return self._paint(
-            Job(prompt, seed, self.size, options, Source(image, known_mask)), progress
-        )
+        source = self._source(image, known_mask)
+        job = Job(prompt_of(prompt), seed_of(seed), self.size, options, source)
+        self._check(options, [job.seed])
+        return self._paint(job, progress)
 
     def vary(
         self,
-        image: np.ndarray,
+        image: Picture,
         prompt: str,
-        seed: int,
+        seed: SupportsIndex,
         strength: float,
-        known_mask: np.ndarray | None = None,
-        sketch: np.ndarray | None = None,
+        known_mask: Mask | None = None,
+        sketch: Picture | None = None,
         options: SampleOptions = SampleOptions(),
         progress: Progress | None = None,
     ) -> np.ndarray:
         """Vary an image by SDEdit (Meng et al. 2021; fig. 4).
 
-        Sampling starts from `image` uint8 (S, S, 3) plus noise and runs the last `strength`
-        fraction of the schedule. `sketch`, the image with strokes drawn on it, replaces the image
-        as the start. Pixels that `known_mask` (S, S) keeps are those of `image`.
+        Sampling starts from `image` (S, S, 3) plus noise and runs the last `strength` fraction,
+        above 0 and at most 1, of the schedule. `sketch`, the image with strokes drawn on it,
+        replaces the image as the start. Pixels that `known_mask` (S, S) keeps are those of `image`.
+        Returns uint8 (S, S, 3).
         """
-        known_mask = np.zeros((self.size, self.size), bool) if known_mask is None else known_mask
-        source = Source(image, known_mask, sketch)
-        return self._paint(Job(prompt, seed, self.size, options, source, strength), progress)
+        known = np.zeros((self.size, self.size), bool) if known_mask is None else known_mask
+        source = self._source(image, known, sketch)
+        job = Job(prompt_of(prompt), seed_of(seed), self.size, options, source, strength)
+        self._check(options, [job.seed], strength)
+        return self._paint(job, progress)
 
     def scene(
         self,
-        image: np.ndarray,
-        edits: Sequence[tuple[np.ndarray, str]],
-        seed: int,
+        image: Picture,
+        edits: Iterable[tuple[Mask, str]],
+        seed: SupportsIndex,
         options: SampleOptions = SampleOptions(),
         progress: Progress | None = None,
     ) -> Iterator[np.ndarray]:
         """Apply edits (known mask, prompt) one after another, each to the last result (fig. 3).
 
-        Edit n uses the seed `seed` + n. Yields the image after each edit.
+        Edit n uses the seed `seed` + n. All arguments are checked at the call; then yields the
+        image uint8 (S, S, 3) after each edit.
         """
-        for n, (known_mask, prompt) in enumerate(edits):
-            image = self.edit(image, known_mask, prompt, seed + n, options, progress)
+        first = seed_of(seed)
+        jobs = [
+            Job(
+                prompt_of(prompt),
+                first + n,
+                self.size,
+                options,
+                self._source(image, known_mask),
+            )
+            for n, (known_mask, prompt) in enumerate(edits)
+        ]
+        self._check(options, [first, *(job.seed for job in jobs)])
+        return self._painted(jobs, progress)
+
+    def _painted(self, jobs: Sequence[Job], progress: Progress | None) -> Iterator[np.ndarray]:
+        """The image of each edit, from the second on of the image before."""
+        image: np.ndarray | None = None
+        for job in jobs:
+            assert job.source is not None
+            if image is not None:
+                job = replace(job, source=replace(job.source, image=image))
+            image = self._paint(job, progress)
             yield image
 
     def _paint(self, job: Job, progress: Progress | None) -> np.ndarray:
-        """The image of an edit or variation, whose inputs must have the cascade's size."""
-        source = job.source
-        assert source is not None
-        mask, size = source.known_mask, self.size
-        for pixels in (source.image, source.image if source.sketch is None else source.sketch):
-            if mask.shape != (size, size) or pixels.shape != (size, size, 3):
-                raise RequestError(
-                    f"The image and its mask must be {size}x{size} pixels "
-                    f"(given: {pixels.shape[1]}x{pixels.shape[0]} and "
-                    f"{mask.shape[1]}x{mask.shape[0]}).",
-                    "mask",
-                )
+        """The image uint8 (S, S, 3) of an edit or variation."""
         return _pixels(self._make([[job]], progress)[0])
+
+    def _check(
+        self, options: SampleOptions, seeds: Iterable[int], strength: float | None = None
+    ) -> None:
+        """Raise RequestError for an option, seed or strength that these models cannot take."""
+        base, upsampler = self.base.config, self.upsampler.config if self.upsampler else None
+        check_options(options, None, strength, base, upsampler)
+        check_negative(base, options)
+        check_clip(options.clip_scale, self.base.critic is not None)
+        for seed in seeds:
+            check_seed(seed)
+
+    def _source(self, image: Picture, known_mask: Mask, sketch: Picture | None = None) -> Source:
+        """The input of an edit or variation. Raises RequestError unless it has the right size."""
+        pixels, mask, size = pixels_of(image), known_of(known_mask), self.size
+        start = None if sketch is None else pixels_of(sketch, "sketch")
+        given = {"image": pixels, "known_mask": mask} | ({} if start is None else {"sketch": start})
+        sides = " and ".join(f"{one.shape[1]}x{one.shape[0]}" for one in given.values())
+        for name, one in given.items():
+            if one.shape[:2] != (size, size):
+                raise RequestError(
+                    f"{', '.join(given)} must be {size}x{size} pixels (given: {sides}).", name
+                )
+        return Source(pixels, mask, start)
 
     def _make(
         self, images: Sequence[Sequence[Job]], progress: Progress | None
@@ -280,6 +353,10 @@ def load_stepper(
     of another role.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if max_in_flight < 1:
+        raise RequestError(
+            f"max_in_flight must be at least 1 (given: {max_in_flight}).", "max_in_flight"
+        )
     path = locate(path, role)
     model, config = load_unet(
         path,

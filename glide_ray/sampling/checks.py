@@ -55,10 +55,16 @@ def check_options(
             f"(given: {low} and {high}).",
             "guidance_interval",
         )
-    if seed is not None and not 0 <= seed < 2**63:
-        raise RequestError(f"seed must lie between 0 and 2^63 - 1 (given: {seed}).", "seed")
+    if seed is not None:
+        check_seed(seed)
     if strength is not None:
         check_strength(strength)
+
+
+def check_seed(seed: int) -> None:
+    """Raise RequestError for a seed outside of 63 bits."""
+    if not 0 <= seed < 2**63:
+        raise RequestError(f"seed must lie between 0 and 2^63 - 1 (given: {seed}).", "seed")
 
 
 def check_steps(

@@ -59,7 +59,7 @@ class GuidedDenoiser:
         reuse_inputs: bool,
         critic: ClipScorer | None,
     ):
-        self.config, self.device, self.critic = config, device, critic
+        self.config, self.device, self.dtype, self.critic = config, device, dtype, critic
         model = channels_last(model.to(device, dtype))
         self.model: GlideUNet = model.eval().requires_grad_(False)
         self.network: GlideUNet | GraphRunner = self.model

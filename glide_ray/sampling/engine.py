@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .finite import finite_rows
 from .request import SampleRequest
 from .stepper import Stepper
 
@@ -29,6 +30,7 @@ class Load:
     finished: int  # samples
     cancelled: int  # samples
     failed: int  # samples
+    not_finite: int = 0  # samples among the failed: their image had NaN or infinite values
 
 
 class Engine:
@@ -43,8 +45,10 @@ class Engine:
             queue.SimpleQueue()
         )
         self._futures: dict[int, Future[Tensor]] = {}
+        self._requests: dict[int, SampleRequest] = {}  # of the same tickets
         self._closed = False
-        self._busy_seconds, self._ended = 0.0, {"finished": 0, "cancelled": 0, "failed": 0}
+        self._busy_seconds, self._not_finite = 0.0, 0
+        self._ended = {"finished": 0, "cancelled": 0, "failed": 0}
         self._thread = threading.Thread(target=self._loop, name="glide-engine", daemon=True)
         self._thread.start()
 
@@ -59,12 +63,14 @@ class Engine:
             scheduler.sample_steps_done,
             self._busy_seconds,
             **self._ended,
+            not_finite=self._not_finite,
         )
 
     def submit(self, request: SampleRequest) -> Future[Tensor]:
         """Queue a request and return a Future of its image (3, H, W) in [-1, 1], on the CPU.
 
-        The Future raises UserError for an invalid request. Raises RuntimeError after `close`.
+        The Future raises UserError for an invalid request, NonFiniteError for an image that is not
+        finite. Raises RuntimeError after `close`.
         """
         future: Future[Tensor] = Future()
         self._inbox.put((request, future))
@@ -113,8 +119,7 @@ class Engine:
             for ticket, image in self._stepper.step():
                 # GPU errors surface here. Copy before `_end`, so that the sample is still
                 # registered and fails with the others.
-                pixels = image.cpu()
-                _settle(self._end(ticket, "finished"), pixels)
+                self._finish(ticket, image.cpu())
         except Exception as error:
             # A failed step fails every sample in flight; queued samples may still succeed.
             waiting = self._stepper.scheduler.waiting
@@ -122,8 +127,18 @@ class Engine:
                 self._stepper.scheduler.cancel(ticket)
                 _settle(self._end(ticket, "failed"), error)
 
+    def _finish(self, ticket: int, image: Tensor) -> None:
+        """Deliver a finished image (3, H, W), or the error of one that is not finite."""
+        if all(finite_rows(image[None])):
+            _settle(self._end(ticket, "finished"), image)
+            return
+        error = self._stepper.fault(self._requests[ticket])
+        self._not_finite += 1
+        _settle(self._end(ticket, "failed"), error)
+
     def _end(self, ticket: int, how: str) -> Future[Tensor]:
         self._ended[how] += 1
+        del self._requests[ticket]
         return self._futures.pop(ticket)
 
     def _receive(self, block: bool) -> None:
@@ -134,7 +149,8 @@ class Engine:
                 return
             request, future = item
             try:
-                self._futures[self._stepper.submit(request)] = future
+                ticket = self._stepper.submit(request)
+                self._futures[ticket], self._requests[ticket] = future, request
                 block = False
             except Exception as error:  # fails this request only; the thread serves the others
                 self._ended["failed"] += not isinstance(error, UserError)

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,6 +31,14 @@ from ..models.unet import GlideUNet
 from ..tensors import to_device_async
 from .checks import check_clip, check_sampler, check_strength
 from .denoiser import GuidedDenoiser
+from .finite import (
+    NonFiniteError,
+    fault_of_adapters,
+    fault_of_precision,
+    fault_of_weights,
+    finite_rows,
+    zero_or_nan,
+)
 from .noise import noise_source
 from .request import ActiveSample, SampleBatch, SampleRequest
 from .scheduler import Scheduler
@@ -93,7 +102,8 @@ class Stepper:
     def step(self) -> list[tuple[int, Tensor]]:
         """Admit queued samples, then advance those with the earliest deadlines by one step.
 
-        Returns the finished samples as pairs (ticket, image (3, H, W) in [-1, 1]).
+        Returns the finished samples as pairs (ticket, image (3, H, W) in [-1, 1]). An image with
+        NaN belongs to a sample whose computation overflowed; `fault` says why.
         """
         while (sample := self.scheduler.admit()) is not None:
             sample.row = self._first_row(sample)
@@ -111,6 +121,7 @@ class Stepper:
         """Run requests to the end and return their images (N, 3, H, W) in [-1, 1], in order.
 
         `on_step` receives the denoising steps done and their total, both summed over the requests.
+        Raises UserError for an invalid request, NonFiniteError if an image is not finite.
         """
         tickets: dict[int, int] = {}  # ticket -> steps
         images: dict[int, Tensor] = {}
@@ -127,7 +138,23 @@ class Stepper:
             for ticket in tickets:
                 self.scheduler.cancel(ticket)
             raise
-        return torch.stack([images[ticket] for ticket in tickets])
+        finished = torch.stack([images[ticket] for ticket in tickets])
+        for request, finite in zip(requests, finite_rows(finished), strict=True):
+            if not finite:
+                raise self.fault(request)
+        return finished
+
+    def fault(self, request: SampleRequest) -> NonFiniteError:
+        """The error of a request whose image is not finite: by its weights, or the precision."""
+        return NonFiniteError(
+            self._fault_of_weights
+            or fault_of_adapters(request.adapters)
+            or fault_of_precision(self.config.name, self.denoiser.dtype, bool(request.clip_scale))
+        )
+
+    @cached_property
+    def _fault_of_weights(self) -> str | None:
+        return fault_of_weights(self.model, self.config.name)
 
     @torch.inference_mode()
     def warm(self, request: SampleRequest) -> None:
@@ -268,6 +295,7 @@ class Stepper:
             self.schedules.timesteps(sample.respacing)[sample.steps_left - 1] for sample in samples
         ]
         output = self.denoiser.denoise(samples, batch, schedule.timestep[i], timesteps)
+        batch = replace(batch, x=batch.x + zero_or_nan(output))
         noise = to_device_async(torch.cat([self._noise(sample) for sample in samples]), self.device)
         known = _known(batch) if any(sample.has_known_pixels for sample in samples) else None
         step_input = StepInput(schedule, output, batch.x, i, noise, known, history=batch.history)
@@ -281,7 +309,9 @@ class Stepper:
             x = renoise_known(schedule, x, i, self._noise_of_edits(samples, x), known)
         for n, sample in enumerate(samples):
             if sample.request.on_preview is not None and sample.shows_preview():
-                sample.request.on_preview(step.x0[n].cpu())
+                preview = step.x0[n].cpu()
+                if preview.isfinite().all():
+                    sample.request.on_preview(preview)
         return replace(batch, x=x, history=batch.history.then(step))
 
     def _noise_of_edits(self, samples: list[ActiveSample], x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from ..sampling.cascade_calls import (
     cascade_calls,
 )
 from ..sampling.checks import RequestError
+from ..sampling.finite import NonFiniteError
 from ..sampling.job import Job
 from ..sampling.recipe import ModelSet
 from .errors import ApiError
@@ -182,7 +183,8 @@ class RayBackend:
         """Result of a call of a stage, which is repeated if the replica is lost.
 
         `start`: starts the call and returns Serve's response. `wait`: awaits the response's result.
-        Raises RequestError for a request that the stage refuses, and ApiError 503.
+        Raises RequestError for a request that the stage refuses, NonFiniteError for an image that
+        is not finite, and ApiError 503.
         """
         for attempt in range(MAX_ATTEMPTS):
             try:
@@ -193,7 +195,7 @@ class RayBackend:
                 with suppress(Exception):  # the response may have failed at the same moment
                     response.cancel()
                 raise
-            except RequestError as error:
+            except (RequestError, NonFiniteError) as error:
                 # Unwrap Ray's error, whose message contains the replica's traceback.
                 raise getattr(error, "cause", error) from None
             except (RayActorError, DeploymentUnavailableError):

@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
 from ..errors import nearest
+from ..sampling import finite
 from ..sampling.checks import RequestError
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -71,7 +72,8 @@ def handle_errors(api: FastAPI, fields: Mapping[str, Sequence[str]]) -> None:
 
     @api.exception_handler(ApiError)
     @api.exception_handler(RequestError)
-    async def refused(request: Request, error: ApiError | RequestError) -> Response:
+    @api.exception_handler(finite.NonFiniteError)
+    async def refused(request: Request, error: Exception) -> Response:
         return answer_of(request.scope["glide"]["id"], error).response
 
     @api.exception_handler(RequestValidationError)
@@ -92,6 +94,9 @@ def answer_of(request_id: str, error: Exception) -> ApiError:
     """The error response to any exception of a request."""
     if isinstance(error, RequestError):
         return ApiError(400, str(error), error.param)
+    if isinstance(error, finite.NonFiniteError):
+        log.error(json.dumps({"event": "failure", "id": request_id, "error": str(error)}))
+        return ApiError(500, str(error), code=finite.CODE)
     return error if isinstance(error, ApiError) else failure(request_id, error)
 
 

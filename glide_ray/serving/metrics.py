@@ -28,6 +28,7 @@ LOAD_HELP = {
     "finished": "samples finished",
     "cancelled": "samples dropped because the client disconnected",
     "failed": "samples ended by an error",
+    "not_finite": "samples ended because their image had NaN or infinite values",
 }
 GAUGES = ("in_flight", "queued", "width")
 

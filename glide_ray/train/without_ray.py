@@ -39,6 +39,7 @@ from ..data.usable import too_few
 from ..errors import ConfigError, UserError
 from ..interrupts import raise_interrupt, stop_requests
 from ..progress import write_line
+from ..sampling.finite import NonFiniteError
 from ..tensors import Batch
 from .checkpoint import CheckpointEntry, CheckpointError, Checkpoints, unreadable, verify
 from .checkpoint_writer import SAVE, CheckpointWriter
@@ -162,7 +163,10 @@ def _run(
         writer.save(step, write)
         if train.sample_every and step % train.sample_every == 0:
             writer.finish()
-            log.grid(step, _grid(checkpoints, preset))
+            try:
+                log.grid(step, _grid(checkpoints, preset))
+            except NonFiniteError as error:  # training goes on, as it does on a cluster
+                log.event(f"the samples of step {step:,} failed: {error}")
 
     def after_step(number: int) -> bool:
         notice = writer.step()

@@ -4,6 +4,7 @@ import torch
 
 from glide_ray.config import presets
 from glide_ray.config.overrides import override
+from glide_ray.data.tokenizer import Tokenizer
 from glide_ray.models.unet import GlideUNet
 from glide_ray.models.weights import save_weights
 
@@ -67,6 +68,21 @@ def random_model(unet, seed=0):
     for parameter in model.parameters():
         parameter.add_(0.05 * torch.randn_like(parameter))
     return model
+
+
+def with_nan_for(word, config, seed=0):
+    """A random model's state dict that gives NaN for captions that begin with this word only."""
+    state = random_model(config.unet, seed).state_dict()
+    token = Tokenizer(config.context).encode(word).tokens[0]
+    state["text.token.weight"][token] = float("nan")
+    return state
+
+
+def overflowing(config):
+    """A random model's state dict whose activations are right in fp32 and overflow in fp16."""
+    state = random_model(config.unet).state_dict()
+    state["down.0.block.out_conv.weight"] *= 2.0**18  # a norm behind it divides by as much
+    return state
 
 
 def serving_weights(folder, seed=0):

@@ -13,6 +13,7 @@ import httpx
 import numpy as np
 import pytest
 from helpers.api import CONFIG, CascadeBackend, asking
+from helpers.tiny import tiny, with_nan_for
 from PIL import Image
 
 from glide_ray.config.sampling import SampleOptions
@@ -20,10 +21,12 @@ from glide_ray.config.serving import ServeConfig
 from glide_ray.data.images import encode
 from glide_ray.errors import UserError
 from glide_ray.models.adapter_cache import AdapterCache
+from glide_ray.models.unet import GlideUNet
 from glide_ray.sampling.cascade import Cascade
 from glide_ray.sampling.checks import RequestError
 from glide_ray.sampling.engine import Engine, Load
 from glide_ray.sampling.job import Job, Source
+from glide_ray.sampling.stepper import Stepper
 from glide_ray.serving.admission import Admission
 from glide_ray.serving.api_keys import Key, key_sha256, new_key, read_keys
 from glide_ray.serving.errors import ApiError
@@ -1052,6 +1055,24 @@ def test_a_failure_of_the_backend_is_a_500_that_says_nothing_of_its_inside(backe
     assert "secret" not in answer.text and answer.json()["error"]["type"] == "server_error"
     # The client receives the request's ID; the log has the error for the operator.
     assert answer.headers["x-request-id"] in answer.text and "secret path" in caplog.text
+
+
+def test_a_picture_that_is_not_finite_is_a_500_with_a_code_and_no_black_picture(backend, caplog):
+    config = tiny().model
+    model = GlideUNet(config.unet)
+    model.load_state_dict(with_nan_for("apple", config))
+    send = asking(CascadeBackend(Cascade(Stepper(model, config), backend.cascade.upsampler)))
+    answer = send("POST", GENERATIONS, json={"prompt": "apple"})
+    refused(answer, 500, "its weights hold NaN", None)
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("server_error", "picture_not_finite")
+    assert "weights hold NaN" in caplog.text
+    ((_, data),) = events(send("POST", GENERATIONS, json={"prompt": "apple", "stream": True}))
+    assert data["error"]["code"] == "picture_not_finite"
+    assert send("POST", GENERATIONS, json={"prompt": "a dog"}).status_code == 200
+    assert 'path="/v1/images/generations",replica="0",status="500"} 1.0' in (
+        send("GET", "/metrics").text
+    )
 
 
 def test_a_server_without_clip_says_so(backend):

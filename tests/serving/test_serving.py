@@ -24,6 +24,8 @@ from helpers.paths import ROOT
 from helpers.tiny import serving_weights
 from PIL import Image
 from ray import serve
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from glide_ray.bench.load_generator import free_port
 from glide_ray.config.sampling import SampleOptions
@@ -256,6 +258,30 @@ def test_a_file_that_has_changed_since_it_was_loaded_is_refused(client, url, wei
         client.images.generate(prompt=PROMPT, extra_body=named(("new", 1.0)))
     assert refusal.value.param == "loras"
     assert httpx.delete(f"{url}/v1/loras/new").status_code == 200
+
+
+def test_a_picture_with_nan_is_a_500_with_a_code_and_its_neighbours_are_made(client, url, adapters):
+    path = adapters / "nan.safetensors"
+    with safe_open(adapters / "cat.safetensors", "pt") as cat:
+        tensors = {name: cat.get_tensor(name) for name in cat.keys()}
+        tensors["out.lora.up.weight"][:] = float("nan")
+        save_file(tensors, path, cat.metadata())
+    file = {"name": "nan", "path": path.name}
+    assert httpx.post(f"{url}/v1/loras", json=file).status_code == 200
+    before = loads(url)["base", "not_finite"]
+
+    def ask(*loras):
+        body = {"prompt": PROMPT, **named(*loras)}
+        return httpx.post(f"{url}/v1/images/generations", json=body, timeout=120)
+
+    with ThreadPoolExecutor(3) as pool:
+        good, bad, also_good = pool.map(lambda loras: ask(*loras), [[], [("nan", 1.0)], []])
+    assert good.status_code == 200 and good.json()["data"] == also_good.json()["data"]
+    error = bad.json()["error"]
+    assert (bad.status_code, error["code"]) == (500, "picture_not_finite")
+    assert error["type"] == "server_error" and "adapter" in error["message"]
+    assert loads(url)["base", "not_finite"] == before + 1
+    assert httpx.delete(f"{url}/v1/loras/nan").status_code == 200
 
 
 def test_openais_client_lists_the_models_and_the_server_is_healthy(client, url):

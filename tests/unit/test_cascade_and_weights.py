@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.tiny import random_model, tiny
+from PIL import Image
 from safetensors.torch import save_file
 
 from glide_ray.config import presets
@@ -107,6 +108,185 @@ def test_an_edit_with_a_mask_of_another_size_is_refused(cascade):
         cascade.edit(np.zeros((64, 64, 3), np.uint8), np.ones((32, 32), bool), "x", 0)
 
 
+# -- arguments -------------------------------------------------------------------------------------
+
+
+def test_prompts_and_seeds_may_be_one_or_several_and_of_numpy_and_torch(cascade):
+    small = Cascade(cascade.base)
+    expected = small.generate(["a dog"] * 3, [0, 1, 2], QUICK)
+    for seeds in (np.arange(3), (np.int64(n) for n in range(3)), torch.arange(3), range(3)):
+        assert np.array_equal(small.generate("a dog", seeds, QUICK), expected)
+    for seed in (2, np.int64(2), np.uint8(2), np.array(2), torch.tensor(2), [2]):
+        assert np.array_equal(small.generate("a dog", seed, QUICK), expected[2:])
+    both = small.generate(("a dog", "a cat"), 2, QUICK)
+    assert np.array_equal(both[0], expected[2]) and not np.array_equal(both[0], both[1])
+    assert small.generate([], [], QUICK) == [] and small.generate([], 3, QUICK) == []
+
+
+@pytest.mark.parametrize(
+    "prompts, seeds, param",
+    [
+        ("a dog", 0.5, "seeds"),
+        ("a dog", [0, 1.0], "seeds"),
+        ("a dog", None, "seeds"),
+        ("a dog", np.zeros((2, 2), int), "seeds"),
+        ("a dog", -1, "seed"),
+        ("a dog", [0, 2**63], "seed"),
+        (["a dog"], [0, 1], "seeds"),
+        (["a dog", "a cat"], [0], "seeds"),
+        (["a dog"], [], "seeds"),
+        ([b"a dog"], [0], "prompts"),
+        (None, [0], "prompts"),
+        ([7], 0, "prompts"),
+        ("caf\udce9", 0, "prompts"),
+    ],
+)
+def test_prompts_and_seeds_without_one_meaning_are_refused_by_name(cascade, prompts, seeds, param):
+    with pytest.raises(ValueError) as refusal:
+        cascade.generate(prompts, seeds, QUICK)
+    assert type(refusal.value) is RequestError and refusal.value.param == param
+    assert param.rstrip("s") in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "options, param",
+    [
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"guidance_scale": -5.0}, "guidance_scale"),
+        ({"guidance_scale": 1e6}, "guidance_scale"),
+        ({"upsampler_guidance_scale": float("inf")}, "upsampler_guidance_scale"),
+        ({"guidance_interval": (1, 0)}, "guidance_interval"),
+        ({"sampler": "euler"}, "sampler"),
+        ({"upsampler_sampler": "euler"}, "upsampler_sampler"),
+        ({"steps": 1001}, "steps"),
+        ({"upsampler_steps": 0}, "upsampler_steps"),
+        ({"clip_scale": 1.0}, "clip_scale"),
+        ({"guidance_scale": 1.0, "negative_prompt": "blue"}, "negative_prompt"),
+    ],
+)
+def test_every_method_checks_its_options_before_the_first_step(cascade, options, param):
+    image, known = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), bool)
+    asked = QUICK.model_copy(update=options)
+    before = cascade.base.scheduler.steps_done
+    for call in (
+        lambda: cascade.generate("a dog", 0, asked),
+        lambda: cascade.edit(image, known, "a dog", 0, asked),
+        lambda: cascade.vary(image, "a dog", 0, 0.5, options=asked),
+        lambda: cascade.scene(image, [(known, "a dog")], 0, asked),
+    ):
+        with pytest.raises(RequestError) as refusal:
+            call()
+        assert refusal.value.param == param
+    assert cascade.base.scheduler.steps_done == before
+
+
+def test_strength_seeds_and_names_of_edits_are_checked(cascade):
+    image, known = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), bool)
+    for param, call in {
+        "strength": lambda: cascade.vary(image, "a dog", 0, float("nan")),
+        "seed": lambda: cascade.scene(image, [(known, "a dog")] * 2, 2**63 - 1),
+        "prompt": lambda: cascade.edit(image, known, None, 0),
+        "sketch": lambda: cascade.vary(image, "a dog", 0, 0.5, sketch=image[:32]),
+        "known_mask": lambda: cascade.vary(image, "a dog", 0, 0.5, known[:32]),
+        "best_of": lambda: cascade.best_of("a dog", []),
+    }.items():
+        with pytest.raises(RequestError) as refusal:
+            call()
+        assert refusal.value.param == param
+
+
+def test_a_picture_is_the_same_as_array_of_any_kind_and_as_pillow_image(cascade):
+    grey = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    rgb = np.stack([grey] * 3, 2)
+    opaque = np.dstack([rgb, np.full_like(grey, 255)])
+    half = np.zeros((64, 64), bool)
+    half[:32] = True
+    expected = cascade.edit(rgb, half, "a dog", 3, QUICK)
+    assert np.array_equal(expected[half], rgb[half])
+    for image in (
+        grey,
+        grey[:, :, None],
+        opaque,
+        rgb.astype(np.int64),
+        rgb / 255,
+        (grey / 255).astype(np.float32),
+        *(Image.fromarray(one) for one in (grey, rgb, opaque)),
+    ):
+        assert np.array_equal(cascade.edit(image, half, "a dog", 3, QUICK), expected)
+    alpha = Image.fromarray(np.dstack([rgb, half * np.uint8(255)]))
+    for mask in (
+        half.astype(np.uint8),
+        half * np.uint8(255),
+        half.astype(float),
+        half[:, :, None],
+        Image.fromarray(half),
+        Image.fromarray(half * np.uint8(255)),
+        alpha,
+    ):
+        assert np.array_equal(cascade.edit(rgb, mask, "a dog", 3, QUICK), expected)
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (np.full((64, 64, 3), 1.5), "from 1.5 to 1.5"),
+        (np.full((64, 64, 3), -1.0), "from -1 to -1"),
+        (np.full((64, 64, 3), np.nan), "from nan to nan"),
+        (np.full((64, 64, 3), 256), "from 256 to 256"),
+        (np.zeros((64, 64, 3), bool), "given: bool"),
+        (np.zeros((64, 64, 2), np.uint8), r"given: \[64, 64, 2\]"),
+        (np.zeros((3, 64, 64), np.uint8), r"given: \[3, 64, 64\]"),
+        (np.zeros((0, 64, 3), np.uint8), r"\[0, 64, 3\]"),
+        ("picture.png", "given: <U11"),
+        (Image.new("F", (64, 64)), "32 bits"),
+        (Image.new("RGB", (32, 64)), "must be 64x64 pixels .given: 32x64 and 64x64"),
+    ],
+)
+def test_an_image_without_one_meaning_is_refused_by_name(cascade, image, message):
+    with pytest.raises(RequestError, match=message) as refusal:
+        cascade.edit(image, np.zeros((64, 64), bool), "a dog", 0, QUICK)
+    assert refusal.value.param == "image" and "image" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (np.full((64, 64), 128, np.uint8), "choose a limit, as in known_mask > 127"),
+        (np.full((64, 64), 0.5), "choose a limit"),
+        (np.full((64, 64), np.nan), "choose a limit"),
+        (np.zeros((64, 64, 3), np.uint8), r"given: \[64, 64, 3\]"),
+        (Image.new("RGB", (64, 64)), "no transparency"),
+    ],
+)
+def test_a_mask_without_one_meaning_is_refused_by_name(cascade, mask, message):
+    with pytest.raises(RequestError, match=message) as refusal:
+        cascade.edit(np.zeros((64, 64, 3), np.uint8), mask, "a dog", 0, QUICK)
+    assert refusal.value.param == "known_mask" and "known_mask" in str(refusal.value)
+
+
+def test_scores_need_a_prompt_for_each_image(tiny_weights):
+    judged = Cascade.load(tiny_weights["base"], clip=tiny_weights["clip"])
+    images = torch.zeros(2, 3, 16, 16)
+    assert len(judged.score(images, ["a dog", "a cat"])) == 2
+    for prompts in ("ab", ["a dog"]):
+        with pytest.raises(RequestError, match="one for each of the 2 images"):
+            judged.score(images, prompts)
+    with pytest.raises(RequestError, match="seeds is empty"):
+        judged.best_of("a dog", [])
+    assert judged.best_of("a dog", np.arange(2), QUICK).seed in (0, 1)
+
+
+def test_an_unknown_precision_name_or_width_is_refused_while_loading(tiny_weights):
+    for arguments, message in (
+        ({"precision": "fp8"}, "no precision 'fp8'; did you mean 'fp"),
+        ({"max_in_flight": 0}, "max_in_flight must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Cascade.load(tiny_weights["base"], **arguments)
+    with pytest.raises(ValueError, match="no weights file emojii.*did you mean 'emoji'"):
+        Cascade.load("emojii")
+
+
 # -- weights ---------------------------------------------------------------------------------------
 
 
@@ -142,6 +322,11 @@ def test_missing_truncated_foreign_or_misshapen_weights_are_refused_in_one_sente
     refuse(tmp_path / "cut.safetensors", "not a whole safetensors file")
     (tmp_path / "text.safetensors").write_text("hello")
     refuse(tmp_path / "text.safetensors", "not a whole safetensors file")
+    (tmp_path / "page.safetensors").write_text("<!doctype html>Not found")
+    refuse(tmp_path / "page.safetensors", "is a web page and no weights.*download it again")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / "pointer.safetensors").write_text(pointer)
+    refuse(tmp_path / "pointer.safetensors", "is a pointer of Git LFS.*git lfs pull")
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     refuse(tmp_path / "foreign.safetensors", "carries no glide_ray config")
     config, state = load_weights(tiny_weights["base"])
@@ -154,6 +339,12 @@ def test_missing_truncated_foreign_or_misshapen_weights_are_refused_in_one_sente
         tmp_path / "less.safetensors", {name: state[name] for name in list(state)[1:]}, config
     )
     refuse(tmp_path / "less.safetensors", "has no tensor")
+    quantised = {
+        name: (100 * one).to(torch.int8) if "qkv.weight" in name else one
+        for name, one in state.items()
+    }
+    save_weights(tmp_path / "int8.safetensors", quantised, config)
+    refuse(tmp_path / "int8.safetensors", "qkv.weight in int8: it is quantised; give the weights")
     save_weights(tmp_path / "more.safetensors", state | {"surprise": torch.zeros(1)}, config)
     refuse(tmp_path / "more.safetensors", "'surprise'")
 

@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 from helpers.paths import ROOT
-from helpers.tiny import picture_options, tiny
+from helpers.tiny import overflowing, picture_options, tiny, with_nan_for
 from PIL import Image
 
 import glide_ray
@@ -112,6 +112,22 @@ def test_without_out_no_picture_is_overwritten(tmp_path, weights, monkeypatch):
         "generate-3-1.png",
         "generate-4.png",
     }
+
+
+def test_a_picture_that_is_not_finite_is_one_sentence_and_no_file(tmp_path, weights, capsys):
+    config, path = tiny().model, tmp_path / "base.safetensors"
+    arguments = ["generate", "apple", *weights, "--base", str(path), "-n", "2"]
+    out = tmp_path / "made.png"
+    save_weights(path, with_nan_for("apple", config), config)
+    assert main([*arguments, "--out", str(out)]) == 2
+    assert "glide: nano-base makes no picture, because its weights hold NaN" in (
+        capsys.readouterr().err
+    )
+    save_weights(path, overflowing(config), config)
+    assert main([*arguments, "--out", str(out), "--precision", "fp16"]) == 2
+    assert "try --precision bf16 or fp32" in capsys.readouterr().err
+    assert [found.name for found in tmp_path.iterdir()] == ["base.safetensors"]
+    assert main([*arguments, "--out", str(out), "--precision", "fp32"]) == 0
 
 
 def test_edit_keeps_the_pixels_that_are_opaque_in_the_mask(tmp_path, weights):

@@ -4,6 +4,7 @@ The README there describes each file.
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from helpers.paths import GOLDEN
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from glide_ray.config.models import ClipConfig, TextConfig, UNetConfig
+from glide_ray.config import presets
+from glide_ray.config.models import (
+    ClipConfig,
+    DiffusionConfig,
+    ModelConfig,
+    TextConfig,
+    UNetConfig,
+)
 from glide_ray.data.tokenizer import Tokenizer
 from glide_ray.diffusion.guidance import classifier_free, score_gradient
 from glide_ray.diffusion.loss import hybrid_loss
@@ -29,6 +37,8 @@ from glide_ray.diffusion.schedule import kept_timesteps, make_schedule, respace
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.released import clip_from_released, clip_to_released, from_released
 from glide_ray.models.unet import GlideUNet
+from glide_ray.sampling import stepper
+from glide_ray.sampling.request import SampleRequest
 from glide_ray.tensors import Conditioning, ModelOutput
 
 TOLERANCE = 2e-5
@@ -250,6 +260,57 @@ def test_a_trajectory_with_known_pixels_is_reproduced_to_its_end():
     assert worst(x, stored["sample"]) <= TOLERANCE
     kept = known.mask.expand_as(x) > 0.5
     assert torch.equal(x[kept], known.image[kept])
+
+
+def _sampled(stored, meta, form, preset, monkeypatch):
+    """The images of a `Stepper` with a preset's sampler, from stored noise instead of a seed's."""
+    sampling = presets.get(preset).model.sampling
+    schedule = RELEASED_SCHEDULES[meta["schedule"]]
+    model = golden_model(form)
+    config = ModelConfig(name=form, unet=model.config, diffusion=DiffusionConfig(schedule=schedule))
+    drawn = (iter(stored["step_noise"][:, n : n + 1]) for n in range(len(stored["x_T"])))
+
+    def noise_source(*_):
+        rows = next(drawn)
+        return SimpleNamespace(normal=lambda shape: next(rows))
+
+    monkeypatch.setattr(stepper, "noise_source", noise_source)
+    requests = [
+        SampleRequest(
+            Conditioning(
+                stored["tokens"][n : n + 1],
+                stored["mask"][n : n + 1],
+                None,
+                *(
+                    None if image is None else image[n : n + 1]
+                    for image in (stored.get("inpaint_image"), stored.get("inpaint_mask"))
+                ),
+            ),
+            seed=n,
+            respacing=meta["respacing"],
+            sampler=sampling.sampler,
+            guidance_scale=float(meta.get("guidance_scale", 1)),
+            noise=noise,
+        )
+        for n, noise in enumerate(stored["x_T"])
+    ]
+    return stepper.Stepper(model, config).run(requests)
+
+
+def test_the_released_upsampler_is_sampled_by_the_released_ddim_loop(monkeypatch):
+    """Whole trajectories; rounding in the first steps is scaled by up to 1/sqrt(alpha_bar)."""
+    stored, meta = read("sampler.ddim.linear.ddim10.safetensors")
+    images = _sampled(stored, meta, "base", "filtered-upsampler", monkeypatch)
+    assert worst(images, stored["samples"][-1]) <= 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("preset", ["filtered-base-inpaint", "filtered-upsampler-inpaint"])
+def test_the_released_inpainting_models_are_sampled_by_the_released_p_sample_loop(
+    preset, monkeypatch
+):
+    stored, meta = read("sampler.inpaint.ddpm.safetensors")
+    images = _sampled(stored, meta, "base_inpaint", preset, monkeypatch)
+    assert worst(images, stored["sample"]) <= 10 * TOLERANCE
 
 
 def test_ddim_inversion_is_reproduced_to_its_end():

@@ -9,8 +9,9 @@ from helpers.paths import GOLDEN
 from glide_ray.config import data, models, presets, sampling, serving, training
 from glide_ray.config.overrides import override
 from glide_ray.errors import ConfigError
+from glide_ray.models.checkpoint_file import ReleasedError
 from glide_ray.models.clip import NoisedClip
-from glide_ray.models.released import ReleasedError, clip_to_released, from_released, to_released
+from glide_ray.models.released import clip_to_released, from_released, to_released
 from glide_ray.models.unet import GlideUNet
 
 SHAPES = json.loads((GOLDEN / "openai_state_dict_shapes.json").read_text())

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import random_model, tiny, tiny_clip
+from helpers.tiny import random_model, tiny, tiny_clip, with_nan_for
 from PIL import Image
 
 from glide_ray.data.images import area_downsample, centre_crop, decode
@@ -20,6 +20,7 @@ from glide_ray.models.clip import NoisedClip
 from glide_ray.models.unet import GlideUNet
 from glide_ray.models.weights import WeightsError, load_model, save_weights
 from glide_ray.sampling.cascade import load_stepper
+from glide_ray.sampling.finite import NonFiniteError
 from glide_ray.sampling.request import SampleRequest
 from glide_ray.tensors import Conditioning
 from glide_ray.train import samples
@@ -238,6 +239,14 @@ def test_pictures_of_a_large_model_are_shown_at_full_size(tmp_path, drawn_corpus
 
 def test_a_clip_has_no_grid(tiny_weights, drawn_corpus):
     assert sample_grid(tiny_weights["clip"], preset(drawn_corpus, "clip")) is None
+
+
+def test_a_grid_with_nan_is_one_sentence_and_no_black_pictures(tmp_path, drawn_corpus):
+    settings = preset(drawn_corpus, "base", "sample_prompts=apple")
+    path = tmp_path / "w.safetensors"
+    save_weights(path, with_nan_for("apple", settings.model), settings.model)
+    with pytest.raises(NonFiniteError, match="its weights hold NaN"):
+        sample_grid(path, settings)
 
 
 def test_missing_weights_or_held_out_pictures_are_named(tmp_path, tiny_weights, drawn_corpus):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import TINY_BASE, corpus_settings, tiny
+from helpers.tiny import TINY_BASE, corpus_settings, tiny, with_nan_for
 from helpers.training import batch, epochs, run
 from helpers.training import preset as training_preset
 
@@ -20,7 +20,7 @@ from glide_ray.cli.main import main
 from glide_ray.data.shards import ShardError
 from glide_ray.data.sources import folder_name
 from glide_ray.errors import ConfigError, UserError
-from glide_ray.models.weights import load_weights
+from glide_ray.models.weights import load_weights, save_weights
 from glide_ray.precision import single_precision
 from glide_ray.train.checkpoint import CheckpointError, Checkpoints
 from glide_ray.train.loop import Trainer
@@ -154,6 +154,16 @@ def test_a_run_writes_weights_metrics_and_events_and_is_not_repeated(drawn_corpu
     assert (tmp_path / "run" / "samples" / "000000003.png").exists()
     assert "96 kept" in (tmp_path / "run" / "events.log").read_text()
     assert train_alone(settings, tmp_path / "run", progress=False).images_per_s == 0.0
+
+
+def test_samples_with_nan_are_an_event_and_training_goes_on(drawn_corpus, tmp_path):
+    start, model = tmp_path / "start.safetensors", tiny().model
+    save_weights(start, with_nan_for("apple", model), model)
+    more = [f"start_from={start}", "text_rate=0", "sample_every=3", "sample_prompts=apple"]
+    result = train_alone(preset(drawn_corpus, *more), tmp_path / "run")
+    assert result.step == 6 and not (tmp_path / "run" / "samples").exists()
+    said = (tmp_path / "run" / "events.log").read_text()
+    assert "the samples of step 3 failed: nano-base makes no picture" in said
 
 
 def test_a_profile_of_some_steps_lies_in_the_folder_of_the_run(drawn_corpus, tmp_path):

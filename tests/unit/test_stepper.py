@@ -10,13 +10,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import random_model, tiny
+from helpers.tiny import overflowing, random_model, tiny, with_nan_for
 
 from glide_ray.config.sampling import SampleOptions
 from glide_ray.diffusion.schedule import grid, make_schedule
 from glide_ray.errors import UserError
+from glide_ray.models.unet import GlideUNet
 from glide_ray.sampling.checks import RequestError, check_options
 from glide_ray.sampling.engine import Engine
+from glide_ray.sampling.finite import NonFiniteError
 from glide_ray.sampling.inversion import invert
 from glide_ray.sampling.job import base_request, upsampler_request
 from glide_ray.sampling.noise import noise_source
@@ -495,6 +497,61 @@ def test_an_image_lost_by_a_gpu_fault_fails_its_future():
         engine.submit(request(steps=2)).result(60)
     assert (engine.load.failed, engine.load.finished) == (1, 0)
     engine.close()
+
+
+def loaded(state, config, dtype=torch.float32, **options):
+    model = GlideUNet(config.unet)
+    model.load_state_dict(state)
+    return Stepper(model, config, dtype=dtype, **options)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_sample_with_nan_fails_alone_in_its_batch_and_is_counted(batched):
+    config = tiny().model
+    state = with_nan_for("apple", config)
+    good = [request(seed=seed, prompt="a dog", steps=4) for seed in range(3)]
+    alone = loaded(state, config, batched=batched).run(good)
+    engine = Engine(loaded(state, config, batched=batched))
+    bad = engine.submit(request(prompt="apple", steps=4))
+    futures = [engine.submit(one) for one in good]
+    with pytest.raises(NonFiniteError, match="weights hold NaN.*first in text.token.weight"):
+        bad.result(60)
+    for future, image in zip(futures, alone, strict=True):
+        assert torch.allclose(future.result(60), image, atol=2e-3 if batched else 0)
+    load = engine.load
+    assert (load.not_finite, load.failed, load.finished) == (1, 1, 3)
+    engine.close()
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "plms", "dpm++", "unipc"])
+def test_an_overflow_in_fp16_names_the_precision_and_fp32_gives_a_picture(sampler):
+    config = tiny().model
+    state = overflowing(config)
+    asked = request(steps=3, sampler=sampler)
+    assert loaded(state, config).run([asked]).isfinite().all()
+    with pytest.raises(NonFiniteError, match="fp16, which overflows; try --precision bf16 or fp32"):
+        loaded(state, config, torch.float16).run([asked])
+    state["out.weight"] *= 1e6  # becomes infinite in fp16
+    with pytest.raises(NonFiniteError, match="its weight out.weight is too large"):
+        loaded(state, config, torch.float16).run([asked])
+
+
+def test_an_infinite_output_is_no_black_picture_though_x0_is_clipped():
+    """The last convolution overflows: eps is infinite, and no NaN arises without guidance."""
+    config = tiny().model
+    state = random_model(config.unet).state_dict()
+    state["out.bias"][:] = 3e38
+    state["out.weight"] *= 3e38
+    with pytest.raises(NonFiniteError, match="in fp32: its output is not finite"):
+        loaded(state, config).run([request(steps=3, guidance_scale=1.0, sampler="ddim")])
+
+
+def test_previews_of_a_picture_with_nan_are_not_shown():
+    config, shown = tiny().model, []
+    asked = replace(request(prompt="apple", steps=4), previews=2, on_preview=shown.append)
+    with pytest.raises(NonFiniteError):
+        loaded(with_nan_for("apple", config), config).run([asked])
+    assert shown == []
 
 
 def test_a_request_that_cannot_be_queued_fails_alone():
