@@ -24,6 +24,7 @@ from ..pretrained.shipped import locate
 from .cascade_calls import CascadeCalls, CascadeImage, ScoreCall, StageCall, cascade_calls
 from .checks import RequestError
 from .job import Job, Source
+from .regions import part_to_paint, paste
 from .stepper import Stepper
 
 # Arguments: stage name, denoising steps done in this stage, denoising steps of this stage.
@@ -100,6 +101,11 @@ class Cascade:
     def size(self) -> int:
         return (self.upsampler or self.base).config.image_size
 
+    @property
+    def at_once(self) -> int:
+        """Number of pictures that take less time together than one after another: 1 on a CPU."""
+        return self.base.scheduler.max_in_flight if self.base.batched else 1
+
     def generate(
         self,
         prompts: Sequence[str],
@@ -154,6 +160,31 @@ class Cascade:
         return self._paint(
             Job(prompt, seed, self.size, options, Source(image, known_mask)), progress
         )
+
+    def edit_whole(
+        self,
+        image: np.ndarray,
+        known_mask: np.ndarray,
+        prompt: str,
+        seed: int,
+        options: SampleOptions = SampleOptions(),
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Inpaint a picture of any size and shape: `image` uint8 (H, W, 3), `known_mask` (H, W).
+
+        A square around the unknown pixels is painted at the cascade's size and resized back.
+        Returns uint8 (H, W, 3); every known pixel has exactly the value it has in `image`. Raises
+        RequestError if the two have different sizes, and MaskError if there is nothing to paint.
+        """
+        if image.shape != (*known_mask.shape, 3):
+            raise RequestError(
+                f"The image and its mask must have one size (given: {image.shape[1]}x"
+                f"{image.shape[0]} and {known_mask.shape[1]}x{known_mask.shape[0]}).",
+                "mask",
+            )
+        part = part_to_paint(image, known_mask, self.size)
+        painted = self.edit(part.image, part.known, prompt, seed, options, progress)
+        return paste(image, known_mask, part.square, painted)
 
     def vary(
         self,
