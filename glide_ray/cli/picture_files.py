@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}  # by ending of --out
+FORMATS = (".png", ".jpg", ".jpeg", ".webp")  # endings of --out
+ANIMATIONS = (".gif", ".webp")  # endings of --frames
+FRAME, LAST_FRAME = 80, 2000  # duration in milliseconds
 Result = TypeVar("Result")
 
 
@@ -117,26 +119,34 @@ def check_inputs(options: Namespace) -> None:
 # -- outputs ---------------------------------------------------------------------------------------
 
 
-def check_out(path: Path, written: list[Path] | None = None) -> None:
+def check_out(
+    path: Path,
+    option: str = "--out",
+    endings: Sequence[str] = FORMATS,
+    written: Sequence[Path] = (),
+) -> None:
     """Raise UserError for a name of another format, a folder, or a place that is not writable.
 
-    `written`: the files that the command writes, by default `path` alone. Leaves no folder behind.
+    `option`: which gave the path. `written`: files that the command writes in its place. Leaves no
+    folder behind.
     """
     if path.is_dir():
-        raise UserError(f"--out {path} is a folder; give the name of a file in it.")
-    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"{option} {path} is a folder; give the name of a file in it.")
+    if path.suffix.lower() not in endings:
         raise UserError(
-            f"--out {path} does not end in a format that is written; give a name that ends in "
-            f"{', '.join([*FORMATS][:-1])} or {[*FORMATS][-1]}."
+            f"{option} {path} does not end in a format that is written; give a name that ends in "
+            f"{', '.join(endings[:-1])} or {endings[-1]}."
         )
-    for name in written or [path]:
+    for name in written:
         if name.is_dir():
-            raise UserError(f"{name}, a picture of --out {path}, is a folder; give another name.")
+            raise UserError(
+                f"{name}, a picture of {option} {path}, is a folder; give another name."
+            )
     folder = path.parent
     while not folder.exists() and folder != folder.parent:  # it is made with the first picture
         folder = folder.parent
     if not folder.is_dir():
-        raise UserError(f"--out {path} lies in {folder}, which is a file; give another folder.")
+        raise UserError(f"{option} {path} lies in {folder}, which is a file; give another folder.")
     check_writable(folder)
 
 
@@ -149,3 +159,25 @@ def unused(path: Path) -> Path:
 def numbered(path: Path, n: int) -> Path:
     """NAME-`n`.png of a path NAME.png."""
     return path.with_stem(f"{path.stem}-{n}")
+
+
+def save_animation(frames: Sequence[np.ndarray], path: Path) -> None:
+    """Write pictures uint8 (s, s, 3) as a GIF or WebP animation of the last one's size."""
+    import io
+
+    from PIL import Image
+
+    from ..storage import put
+
+    size = (frames[-1].shape[1], frames[-1].shape[0])
+    images = [Image.fromarray(one).resize(size, Image.Resampling.NEAREST) for one in frames]
+    buffer = io.BytesIO()
+    images[0].save(
+        buffer,
+        path.suffix[1:].upper(),
+        save_all=True,
+        append_images=images[1:],
+        duration=[FRAME] * (len(images) - 1) + [LAST_FRAME],
+        loop=0,
+    )
+    put(buffer.getvalue(), path)

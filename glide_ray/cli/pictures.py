@@ -1,4 +1,4 @@
-"""Commands that make pictures: generate, edit, vary, scene and reproduce."""
+"""Commands that make pictures: generate, edit, vary, scene, enlarge and reproduce."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .arguments import (
     Parser,
     add_sampling,
     add_seed,
+    add_upsampler_sampling,
     add_weights,
     check_text,
     local_path,
@@ -23,6 +24,7 @@ from .arguments import (
     seed_or_random,
 )
 from .picture_files import (
+    ANIMATIONS,
     check_hole,
     check_inputs,
     check_out,
@@ -32,6 +34,7 @@ from .picture_files import (
     open_picture,
     picture_pixels,
     read_mask,
+    save_animation,
     unused,
 )
 from .picture_series import Wanted, is_there, write, write_missing
@@ -54,6 +57,7 @@ def add_commands(commands: Commands) -> None:
     _add_edit(commands)
     _add_vary(commands)
     _add_scene(commands)
+    _add_enlarge(commands)
     _add_reproduce(commands)
 
 
@@ -72,11 +76,21 @@ def _add_generate(commands: Commands) -> None:
         help="generate N candidates for each picture and keep the one with the highest score by "
         "--clip (default: %(default)s)",
     )
+    command.add_argument(
+        "--frames",
+        type=local_path,
+        metavar="FILE",
+        help="also write an animation of the predicted picture after each step, as .gif or .webp",
+    )
     _add_picture_options(command, "generate.png")
 
 
 def generate(options: Namespace) -> None:
+    if options.frames and (options.n > 1 or options.best_of > 1):
+        raise UserError("--frames shows one picture; leave out -n and --best-of.")
     _check(options)
+    if options.frames:
+        check_out(options.frames, "--frames", ANIMATIONS)
     cascade, sampling = _load_cascade(options), sample_options(options)
     from ..sampling.recipe import ModelSet
 
@@ -85,11 +99,14 @@ def generate(options: Namespace) -> None:
         _write_best(cascade, model_set, options, sampling)
         return
 
+    frames: list[np.ndarray] = []
+
     def make(group: Sequence[Wanted]) -> list[np.ndarray]:
         seeds = [one.recipe.seed for one in group]
+        on_frame = (lambda n, pixels: frames.append(pixels)) if options.frames else None
         return with_step_bars(
             lambda progress: cascade.generate(
-                [options.prompt] * len(seeds), seeds, sampling, progress
+                [options.prompt] * len(seeds), seeds, sampling, progress, on_frame
             )
         )
 
@@ -97,7 +114,10 @@ def generate(options: Namespace) -> None:
         Wanted(path, model_set.recipe("generate", options.prompt, options.seed + n, sampling))
         for n, path in enumerate(_paths(options))
     ]
-    write_missing(wanted, make, cascade.at_once, options.keep)
+    write_missing(wanted, make, cascade.at_once, options.keep and not options.frames)
+    if options.frames:
+        save_animation(frames, options.frames)
+        print(f"{options.frames}  {len(frames)} frames")
 
 
 def _write_best(
@@ -341,6 +361,48 @@ def _kept(one: Wanted, options: Namespace) -> np.ndarray | None:
     return read_recipe(one.path)[2]
 
 
+# -- enlarge ---------------------------------------------------------------------------------------
+
+
+def _add_enlarge(commands: Commands) -> None:
+    command = commands.add(
+        "enlarge",
+        enlarge,
+        "enlarge a picture four times with the upsampler alone",
+        "The centred square of the picture is used, shrunk to the size that the upsampler reads:\n"
+        "64 pixels for the shipped weights, which become 256. Details of a larger picture are\n"
+        "painted anew.",
+    )
+    command.add_argument("image", metavar="FILE", help="picture to enlarge")
+    command.add_argument("--prompt", default="", help="text that describes the picture")
+    _add_number(command)
+    _add_seed(command)
+    add_upsampler_sampling(command)
+    _add_out(command, "enlarge.png")
+    add_weights(command)
+    command.set_defaults(no_upsampler=False, clip=None, clip_scale=0.0, negative_prompt="")
+
+
+def enlarge(options: Namespace) -> None:
+    _check(options)
+    picture = open_picture(options.image)
+    cascade, sampling = _load_cascade(options), sample_options(options)
+    from ..sampling.recipe import ModelSet
+
+    low_res, _ = crop_square(picture, cascade.low_res_size)
+
+    def make(group: Sequence[Wanted]) -> list[np.ndarray]:
+        seed = group[0].recipe.seed
+        return [
+            with_step_bars(
+                lambda progress: cascade.enlarge(low_res, options.prompt, seed, sampling, progress)
+            )
+        ]
+
+    recipe = ModelSet.of(cascade).recipe("enlarge", options.prompt, options.seed, sampling)
+    write_missing(_series(options, recipe, {"image": low_res}), make, 1, options.keep)
+
+
 # -- reproduce -------------------------------------------------------------------------------------
 
 
@@ -426,26 +488,36 @@ def _compare(path: str, before: np.ndarray, result: np.ndarray, made_with: str) 
 # -- shared by the commands ------------------------------------------------------------------------
 
 
-def _add_picture_options(
-    parser: Parser, out: str, out_help: str = "file to write, as .png, .jpg or .webp (default: {})"
-) -> None:
-    """Add sampling options, --out and the weights. Without --out no picture is overwritten."""
-    add_seed(
-        parser,
-        "the same seed gives the same picture; random: a new one, which is printed "
-        "(default: %(default)s)",
-        seed_or_random,
-    )
+OUT_HELP = "file to write, as .png, .jpg or .webp (default: {})"
+
+
+def _add_picture_options(parser: Parser, out: str, out_help: str = OUT_HELP) -> None:
+    """Add sampling options, --out and the weights."""
+    _add_seed(parser)
     add_sampling(parser)
     parser.add_argument(
         "--no-upsampler",
         action="store_true",
         help="write the base model's picture, without upsampling",
     )
+    _add_out(parser, out, out_help)
+    add_weights(parser)
+
+
+def _add_seed(parser: Parser) -> None:
+    add_seed(
+        parser,
+        "the same seed gives the same picture; random: a new one, which is printed "
+        "(default: %(default)s)",
+        seed_or_random,
+    )
+
+
+def _add_out(parser: Parser, out: str, out_help: str = OUT_HELP) -> None:
+    """Add --out. Without it, no picture is overwritten."""
     default = f"{out}, with a number if there is one"
     parser.add_argument("--out", type=local_path, help=out_help.format(default))
     parser.set_defaults(default_out=Path(out))
-    add_weights(parser)
 
 
 def _add_number(parser: Parser) -> None:
@@ -467,7 +539,6 @@ def _add_invert_mask(parser: Parser) -> None:
 
 def _check(options: Namespace) -> None:
     """Check all that needs no model, and choose the name of the output. Raises UserError."""
-    sample_options(options)
     texts = [options.prompt, *(prompt for _, prompt in getattr(options, "edit", None) or ())]
     for text in texts:
         check_text(text or "", "The prompt")
@@ -479,7 +550,8 @@ def _check(options: Namespace) -> None:
         f"to make {missing}"
     )
     check_inputs(options)
-    check_out(options.out, _paths(options))
+    check_out(options.out, written=_paths(options))
+    sample_options(options)
     if (options.clip_scale or getattr(options, "best_of", 1) > 1) and not options.clip:
         raise UserError(
             "--clip-scale and --best-of need a CLIP model; give one with --clip, trained by "

@@ -34,7 +34,12 @@ from .regions import Square, paste
 
 CHUNK = "glide_ray"  # keyword of the PNG text chunk; inputs have chunks named CHUNK.NAME
 INPUTS = ("image", "mask", "sketch", "whole_mask")
-NEEDED = {"generate": (), "edit": ("image", "mask"), "vary": ("image",)}  # of old recipes, by task
+NEEDED = {
+    "generate": (),
+    "edit": ("image", "mask"),
+    "vary": ("image",),
+    "enlarge": ("image",),
+}  # of old recipes, by task
 FORMATS = {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}  # by the ending of a file; else PNG
 
 
@@ -76,7 +81,7 @@ class LoraUsed(Frozen):
 class Recipe(Frozen):
     """How one image was made, with a value for every option."""
 
-    task: Literal["generate", "edit", "vary"]
+    task: Literal["generate", "edit", "vary", "enlarge"]
     prompt: str
     seed: int
     options: SampleOptions
@@ -403,6 +408,10 @@ def reproduce_picture(
     """
     if recipe.task == "generate":
         return cascade.generate([recipe.prompt], [recipe.seed], recipe.options, progress)[0]
+    if recipe.task == "enlarge":
+        return cascade.enlarge(
+            inputs["image"], recipe.prompt, recipe.seed, recipe.options, progress
+        )
     if recipe.task == "edit":
         if recipe.square is not None and (
             picture is None or picture.shape[:2] != inputs["whole_mask"].shape

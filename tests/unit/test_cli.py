@@ -401,11 +401,11 @@ def interrupted_after(monkeypatch, pictures):
     """Raise KeyboardInterrupt after some finished pictures of the cascade."""
     real, calls = Cascade._make, []
 
-    def make(self, images, progress):
+    def make(self, images, *more):
         calls.extend(images)
         if len(calls) > pictures:
             raise KeyboardInterrupt
-        return real(self, images, progress)
+        return real(self, images, *more)
 
     monkeypatch.setattr(Cascade, "_make", make)
 
@@ -476,6 +476,50 @@ def test_a_random_seed_is_printed_and_makes_the_same_picture_again(tmp_path, wei
     with pytest.raises(SystemExit):
         main(["generate", "x", "--seed", "soon"])
     assert "neither a whole number nor `random`" in capsys.readouterr().err
+
+
+def test_enlarging_a_picture_of_the_base_model_is_the_upsampler_of_generate(
+    tmp_path, weights, capsys
+):
+    made = ["a red apple", "--seed", "3", *weights]
+    assert main(["generate", *made, "--out", f"{tmp_path}/ref.png"]) == 0
+    assert main(["generate", *made, "--no-upsampler", "--out", f"{tmp_path}/small.png"]) == 0
+    weights = [*weights[:4], "--upsampler-steps", "2"]
+    enlarge = ["enlarge", f"{tmp_path}/small.png", "--prompt", "a red apple", "--seed", "3"]
+    assert main([*enlarge, *weights, "--out", f"{tmp_path}/large.png"]) == 0
+    large, reference = (np.asarray(Image.open(tmp_path / f"{n}.png")) for n in ("large", "ref"))
+    assert np.array_equal(large, reference)
+    assert main(["reproduce", f"{tmp_path}/large.png"]) == 0
+    assert "the same as" in capsys.readouterr().out
+    wide = picture(tmp_path / "wide.png", (300, 100))
+    assert main(["enlarge", wide, "-n", "2", *weights, "--out", f"{tmp_path}/w.webp"]) == 0
+    assert Image.open(tmp_path / "w-1.webp").size == (64, 64)
+    capsys.readouterr()
+    alone = ["--base", weights[1], "--out", f"{tmp_path}/x.png"]
+    assert main(["enlarge", wide, "--prompt", "x", *alone]) == 2
+    assert "none is loaded; give its weights with --upsampler" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp"])
+def test_the_frames_of_a_picture_are_its_predictions_and_end_with_it(
+    tmp_path, weights, capsys, ending
+):
+    out, frames = str(tmp_path / "a.png"), str(tmp_path / f"f.{ending}")
+    command = ["generate", "x", "--out", out, *weights, "--steps", "3"]
+    assert main([*command, "--frames", frames]) == 0
+    assert f"f.{ending}  5 frames" in capsys.readouterr().out  # 3 and 2 steps
+    animation, picture = Image.open(frames), Image.open(out)
+    assert animation.n_frames == 5 and animation.size == picture.size
+    shown = []
+    for n in range(5):
+        animation.seek(n)
+        shown.append(np.asarray(animation.convert("RGB")).astype(int))
+    nearest = [np.abs(one - np.asarray(picture)).mean() for one in shown]
+    assert np.argmin(nearest) == 4 if ending == "gif" else max(nearest[3:]) < min(nearest[:3])
+    blocks = shown[0].reshape(16, 4, 16, 4, 3)  # a prediction of the base model, 4 times as large
+    assert ending == "webp" or np.ptp(blocks, axis=(1, 3)).max() == 0
+    refused(capsys, [*command, "--frames", out], "--frames")
+    refused(capsys, [*command, "--frames", frames, "-n", "2"], "--frames shows one picture")
 
 
 def test_a_photograph_in_display_p3_is_edited_in_srgb(tmp_path, weights):
