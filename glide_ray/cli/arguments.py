@@ -360,7 +360,7 @@ def sample_options(options: Namespace) -> SampleOptions:
     from ..config.sampling import SampleOptions
     from ..sampling.checks import check_options
 
-    check_text(options.negative_prompt, "The negative prompt")
+    check_text(getattr(options, "negative_prompt", ""), "The negative prompt")
     names = SampleOptions.model_fields.keys() & vars(options).keys()
     sampling = SampleOptions(**{name: getattr(options, name) for name in names})
     check_options(sampling, options.seed, getattr(options, "strength", None))

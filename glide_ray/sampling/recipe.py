@@ -93,7 +93,9 @@ class Recipe(Frozen):
     # Left, top and side of the square that was painted of a larger picture, whose mask is stored
     # as `whole_mask`; None: the whole picture.
     square: Square | None = None
-    inputs: tuple[str, ...] | None = None  # names of the stored inputs; None: old recipes
+    # Names of the inputs of a stored recipe, so that a missing one is noticed; None: old recipes,
+    # and recipes that are not stored.
+    inputs: tuple[str, ...] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -294,7 +296,7 @@ def read_recipe(path: str | Path) -> tuple[Recipe, dict[str, np.ndarray], np.nda
     for name in ("mask", "whole_mask"):
         if name in inputs:
             inputs[name] = inputs[name][:, :, 0] > 127
-    return recipe, inputs, pixels
+    return recipe.model_copy(update={"inputs": None}), inputs, pixels
 
 
 def _in_comment(comment: str) -> str | None:
@@ -327,8 +329,11 @@ def kept_picture(
         stored, images, pixels = read_recipe(path)
     except UserError:
         return None
-    same = stored == _with_inputs(recipe, inputs) and all(
-        np.array_equal(images[name], array) for name, array in (inputs or {}).items()
+    inputs = inputs or {}
+    same = (
+        stored == recipe
+        and images.keys() == inputs.keys()
+        and all(np.array_equal(images[name], array) for name, array in inputs.items())
     )
     return pixels if same else None
 
