@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")  # endings of --out
 ANIMATIONS = (".gif", ".webp")  # endings of --frames
+JPEG_TEXT = 50_000  # characters of the prompts in EXIF, which has 64 KiB in a JPEG
 FRAME, LAST_FRAME = 80, 2000  # duration in milliseconds
 Result = TypeVar("Result")
 
@@ -148,6 +149,18 @@ def check_out(
     if not folder.is_dir():
         raise UserError(f"{option} {path} lies in {folder}, which is a file; give another folder.")
     check_writable(folder)
+
+
+def check_recipe_fits(path: Path, texts: Sequence[str]) -> None:
+    """Raise UserError if the prompts of a recipe are too long for the EXIF of a JPEG."""
+    import json
+
+    length = sum(len(json.dumps(text)) for text in texts)
+    if path.suffix.lower() in (".jpg", ".jpeg") and length > JPEG_TEXT:
+        raise UserError(
+            f"--out {path}: a JPEG has no room for a recipe with so long a prompt ({length:,} "
+            f"characters with escapes, of {JPEG_TEXT:,}); give a name that ends in .png."
+        )
 
 
 def unused(path: Path) -> Path:

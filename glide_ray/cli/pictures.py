@@ -28,6 +28,7 @@ from .picture_files import (
     check_hole,
     check_inputs,
     check_out,
+    check_recipe_fits,
     crop_square,
     draw_sketch,
     numbered,
@@ -551,6 +552,7 @@ def _check(options: Namespace) -> None:
     )
     check_inputs(options)
     check_out(options.out, written=_paths(options))
+    check_recipe_fits(options.out, [*filter(None, texts), getattr(options, "negative_prompt", "")])
     sample_options(options)
     if (options.clip_scale or getattr(options, "best_of", 1) > 1) and not options.clip:
         raise UserError(

@@ -352,6 +352,7 @@ def test_a_hole_outside_of_the_square_that_is_used_is_refused(tmp_path, weights,
         (["generate", "x", "--out", "x"], "ends in .png, .jpg, .jpeg or .webp"),
         (["generate", "x", "--out", "text.png/x.png"], "lies in text.png, which is a file"),
         (["generate", "x", "--out", "/proc/new/x.png"], "Nothing can be written to /proc"),
+        (["generate", "🍎" * 9999, "--out", "x.jpg"], "a JPEG has no room for a recipe with so"),
         (["edit", "x", "--image", "no.png", "--mask", "f.png"], "There is no file no.png"),
         (["edit", "x", "--image", "text.png", "--mask", "no.png"], "There is no file no.png"),
         (["edit", "x", "--image", "text.png", "--mask", "text.png"], "not an image"),
@@ -395,6 +396,13 @@ def test_the_ending_of_out_is_the_format_and_the_recipe_comes_along(
     assert main([*edit, *weights]) == 0
     capsys.readouterr()
     refused(capsys, ["reproduce", str(out)], "lacks the image and the mask of its edit")
+
+
+def test_a_long_recipe_fits_into_a_jpeg(tmp_path, weights, capsys):
+    out, prompt = str(tmp_path / "a.jpg"), "🍎" * 4000
+    assert main(["generate", prompt, "--out", out, *weights]) == 0
+    assert main(["reproduce", out]) == 0
+    assert prompt in capsys.readouterr().out
 
 
 def interrupted_after(monkeypatch, pictures):
