@@ -89,7 +89,9 @@ def _stage_figures(search: GridSearch, pictures: int, steps: Sequence[int]) -> d
     for count in steps:
         found = {}
         for sampler, grid in SETTINGS:
-            spacing = sampling.tuned_grids.get(count) if grid == "tuned" else grid.format(count)
+            spacing = (
+                sampling.tuned_grids.get(str(count)) if grid == "tuned" else grid.format(count)
+            )
             if spacing is not None:
                 began = time.perf_counter()
                 distance = search.distance(spacing, sampler)

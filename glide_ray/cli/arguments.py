@@ -7,6 +7,7 @@ paths: `local_path` for commands that run on this machine, `str` for jobs, which
 from __future__ import annotations
 
 import argparse
+import secrets
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -49,6 +50,29 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 upwards")
     return int(text)
+
+
+def seed_or_random(text: str) -> int:
+    """A seed, or a new one below 2^32 for "random". Raises ArgumentTypeError for anything else."""
+    if text == "random":
+        return secrets.randbelow(2**32)
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a whole number nor `random`"
+        ) from None
+
+
+def check_text(text: str, name: str) -> None:
+    """Raise UserError for text that is not Unicode, from an argument that is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name} is not UTF-8 at character {error.start + 1}; set the terminal or the script "
+            "to UTF-8."
+        ) from None
 
 
 def lora(text: str) -> str:
@@ -248,9 +272,11 @@ def add_weights(parser: Parser) -> None:
 
 
 def add_seed(
-    parser: Parser, help: str = "the same seed gives the same picture (default: %(default)s)"
+    parser: Parser,
+    help: str = "the same seed gives the same picture (default: %(default)s)",
+    kind: Callable[[str], int] = int,
 ) -> None:
-    parser.add_argument("--seed", type=int, default=0, help=help)
+    parser.add_argument("--seed", type=kind, default=0, help=help)
 
 
 SAMPLER_NAMES = "ancestral, ddim, plms, dpm++, or unipc for 8 to 30 steps"
@@ -334,6 +360,7 @@ def sample_options(options: Namespace) -> SampleOptions:
     from ..config.sampling import SampleOptions
     from ..sampling.checks import check_options
 
+    check_text(getattr(options, "negative_prompt", ""), "The negative prompt")
     names = SampleOptions.model_fields.keys() & vars(options).keys()
     sampling = SampleOptions(**{name: getattr(options, name) for name in names})
     check_options(sampling, options.seed, getattr(options, "strength", None))

@@ -48,6 +48,9 @@ Train and serve GLIDE (Nichol et al. 2021), text-to-image diffusion for generati
 """
 
 
+RESUME = "run the same command again to resume"  # after an interrupt, of most commands
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code.
 
@@ -70,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise  # no extra has the package: a bug
     except KeyboardInterrupt as interrupt:
         print(file=sys.stderr)
-        print_note("interrupted; run the same command again to resume.")
+        print_note(f"interrupted; {getattr(options, 'after_interrupt', RESUME)}.")
         return exit_code(interrupt)
     return 0
 

@@ -53,11 +53,11 @@ def plot(options: Namespace) -> None:
     from ..evaluation.plot import Axis, make_cells, make_plot
     from ..evaluation.report import grid
     from ..storage import put
-    from .pictures import _load_cascade
+    from .pictures import load_cascade
 
     columns, rows = Axis.read(options.x), Axis.read(options.y)
     cells = make_cells(options.prompt, options.seed, sample_options(options), columns, rows)
-    cascade, folder = _load_cascade(options), options.out.with_suffix("")
+    cascade, folder = load_cascade(options), options.out.with_suffix("")
     pictures = with_step_bars(lambda progress: make_plot(cascade, cells, folder, progress))
     sheet = grid(pictures, columns.labels, rows.labels, max(128, cascade.size))
     put(encode(np.asarray(sheet)), options.out)

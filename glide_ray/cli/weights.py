@@ -288,20 +288,22 @@ def tune_sampler(options: Namespace) -> None:
     for steps in options.steps:
         with progress_bar(f"{steps} steps", "grid") as progress:
             respacing, distance = tune_grid(search, steps, progress)
-        grids[steps] = respacing
+        grids[str(steps)] = respacing
         before = search.distance(f"even{steps}", "dpm++")
         print(
             f"{steps} steps: {respacing}, RMSE {distance:.4f}; evenly spaced dpm++ {before:.4f}",
             flush=True,
         )
-    sampling = config.sampling.model_copy(update={"tuned_grids": dict(sorted(grids.items()))})
+    sampling = config.sampling.model_copy(
+        update={"tuned_grids": dict(sorted(grids.items(), key=lambda item: int(item[0])))}
+    )
     if options.default is not None:
         sampling = sampling.model_copy(
-            update={"sampler": "unipc", "respacing": grids[options.default]}
+            update={"sampler": "unipc", "respacing": grids[str(options.default)]}
         )
     tuned = config.model_copy(update={"sampling": sampling})
     write_whole(replace(trained, config=tuned), options.out)
-    print(f"{options.out}: {config.name} with grids of {', '.join(map(str, sorted(grids)))} steps")
+    print(f"{options.out}: {config.name} with grids of {', '.join(sampling.tuned_grids)} steps")
 
 
 def _grid_search(

@@ -202,7 +202,7 @@ class SamplingConfig(Frozen):
         "as 10,10,3,2,2, a grid such as lambda15, mixed15 or edm15, fast27, or a list such as "
         "t0,90,400,995",
     )
-    tuned_grids: dict[int, str] = Field(
+    tuned_grids: dict[str, str] = Field(
         {},
         description="timesteps for unipc by number of steps, as `glide tune-sampler` finds them",
     )
@@ -225,7 +225,7 @@ class SamplingConfig(Frozen):
         number = str(steps).strip()
         if (sampler or self.sampler) != "unipc" or not number.isdecimal():
             return number
-        return self.tuned_grids.get(int(number), f"mixed{number}")
+        return self.tuned_grids.get(str(int(number)), f"mixed{number}")
 
 
 class ModelConfig(Frozen):

@@ -9,10 +9,10 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from ..errors import UserError
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 64 * 10**6  # pixels of an image in a corpus; checked before decoding
 ORIENTATION = 0x0112  # tag of EXIF
+ASCII = b"ASCII\0\0\0"  # begins the UserComment of EXIF
 # EXIF orientation -> how Pillow turns the image upright
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -120,13 +121,59 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
+def to_srgb(image: Image.Image) -> Image.Image:
+    """Convert a loaded image with an ICC profile, such as Display P3, to the colours of sRGB.
+
+    Without a profile, or with a broken one, the values are taken as sRGB. Alpha stays as it is.
+    Corpora are read without this conversion, which takes longer than decoding a small JPEG.
+    """
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image
+    alpha = image.convert("RGBA").getchannel("A") if has_alpha(image) else None
+    if image.mode not in ("RGB", "L", "CMYK", "LAB"):
+        image = image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
+    try:
+        converted = ImageCms.profileToProfile(
+            image,
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+            ImageCms.createProfile("sRGB"),
+            outputMode="RGB",
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        converted = image.convert("RGB")
+    assert converted is not None  # only a conversion in place returns None
+    if alpha is not None:
+        converted.putalpha(alpha)
+    converted.info.pop("transparency", None)
+    return converted
+
+
 def flatten(image: Image.Image) -> Image.Image:
     """Convert to RGB, with transparency on white as the emoji are shown."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if has_alpha(image):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether an image has an alpha channel, or a transparent colour."""
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def unblended(image: Image.Image, known: np.ndarray) -> Image.Image:
+    """An image to edit whose unknown pixels have their own colours, not blended with white.
+
+    Known pixels, where `known` (H, W) is true, are as viewers show them. The result is RGB, or RGBA
+    if some unknown pixel is transparent; its alpha keeps invisible colours out of resized pixels.
+    """
+    if not has_alpha(image):
+        return image.convert("RGB")
+    result = image.convert("RGBA")
+    result.paste(flatten(image), mask=Image.fromarray(known))
+    return result
 
 
 def lay_over(image: Image.Image, strokes: Image.Image) -> Image.Image:
@@ -140,9 +187,16 @@ def lay_over(image: Image.Image, strokes: Image.Image) -> Image.Image:
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     """The largest centred square, resized to (size, size, 3).
 
-    Box filter to shrink, bicubic to enlarge.
+    Box filter to shrink, bicubic to enlarge. Of an RGBA image, colours are weighted by alpha;
+    fully transparent pixels become white, and the others keep their colour.
     """
-    return _squares(image, size, (0.5,))[0]
+    pixels = _squares(image, size, (0.5,))[0]
+    return straight(pixels) if image.mode == "RGBA" else pixels
+
+
+def straight(pixels: np.ndarray) -> np.ndarray:
+    """RGB of RGBA pixels (H, W, 4), without blending: white where alpha is 0."""
+    return np.where(pixels[:, :, 3:] == 0, np.uint8(255), pixels[:, :, :3])
 
 
 def decode_crop(data: bytes, size: int) -> np.ndarray:
@@ -234,26 +288,42 @@ def to_uint8(image: Tensor) -> np.ndarray:
     )
 
 
+def comment_of(image: Image.Image) -> str:
+    """The ASCII text in the EXIF UserComment of an opened image; empty if it has none."""
+    try:
+        comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+    except Exception:  # as Pillow's parsers of EXIF do
+        return ""
+    is_text = isinstance(comment, bytes) and comment.startswith(ASCII)
+    return comment.removeprefix(ASCII).decode("ascii", "replace") if is_text else ""
+
+
 def encode(
     pixels: np.ndarray,
     form: str = "png",
     text: Mapping[str, str] | None = None,
     quality: int | None = None,
     fast: bool = False,
+    comment: str | None = None,
 ) -> bytes:
     """Encode uint8 (H, W, 3) or (H, W) as a png, jpeg or webp file.
 
     `text`: text chunks of a png. `quality`: of jpeg and webp, 95 by default. `fast`: a png in a
-    fifth of the time, with a fifth more bytes.
+    fifth of the time, with a fifth more bytes. `comment`: ASCII text in the EXIF UserComment of a
+    jpeg or webp, at most 60,000 characters.
     """
     buffer = io.BytesIO()
     chunks = PngImagePlugin.PngInfo()
     for name, value in (text or {}).items():
         chunks.add_itxt(name, value, zip=True)
-    options = (
+    options: dict[str, Any] = (
         {"pnginfo": chunks, "compress_level": 1 if fast else 6}
         if form == "png"
         else {"quality": 95 if quality is None else quality}
     )
+    if comment is not None:
+        exif = Image.Exif()
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = ASCII + comment.encode("ascii")
+        options["exif"] = exif
     Image.fromarray(pixels).save(buffer, form.upper(), **options)
     return buffer.getvalue()

@@ -9,29 +9,76 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..errors import UserError
+from .images import has_alpha
+
+NEAR = 16  # largest distance of an 8-bit value from black or white that still counts as it
 
 
 class MaskError(UserError):
     """A mask that cannot be used with its image."""
 
 
-def mask_of(image: Image.Image) -> np.ndarray:
-    """Known pixels of an image with transparency: the transparent ones are to be painted.
+def mask_of(image: Image.Image, invert: bool = False) -> np.ndarray:
+    """Known pixels of a mask, bool (H, W). Soft edges are always painted.
 
-    As in the OpenAI Images API. Raises MaskError if nothing is transparent.
+    With transparency, opaque pixels (alpha 255) are known, as in the OpenAI Images API. Otherwise
+    the mask must be black and white: black pixels are known, white ones are painted. `invert`: the
+    fully transparent or the white pixels are known. Raises MaskError if there is nothing to paint,
+    or for an opaque mask that is not black and white.
     """
-    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
-        raise MaskError(
-            "The mask has no transparency; make the part to paint transparent, and save it as "
-            "a PNG with alpha."
-        )
-    known = np.asarray(image.convert("RGBA"))[:, :, 3] >= 128
+    alpha = _alpha(image)
+    if alpha.min() < 255:
+        known = alpha == (0 if invert else 255)
+    else:
+        light = _light(image)
+        known = light > 255 - NEAR if invert else light < NEAR
     if known.all():
+        name, kinds = (
+            ("inverted mask", ("opaque", "black")) if invert else ("mask", ("transparent", "white"))
+        )
         raise MaskError(
-            "The mask has no transparent pixel, so there is nothing to paint; make the part to "
-            "paint transparent."
+            f"The {name} has no {kinds[0]} and no {kinds[1]} pixel, so there is nothing to paint; "
+            f"make the part to paint {kinds[0]}, or {kinds[1]} in a black-and-white mask."
         )
     return known
+
+
+def mask_of_transparency(image: Image.Image) -> np.ndarray:
+    """Known pixels of an image that is its own mask, bool (H, W): those with alpha 255.
+
+    Raises MaskError if no pixel is transparent.
+    """
+    known = _alpha(image) == 255
+    if known.all():
+        raise MaskError(
+            "The image has no transparent pixel, so there is nothing to paint; make the part to "
+            "paint transparent and save it as a PNG with alpha, or give a mask."
+        )
+    return known
+
+
+def _alpha(image: Image.Image) -> np.ndarray:
+    """Alpha of an image, uint8 (H, W): 255 everywhere if it has none."""
+    if not has_alpha(image):
+        return np.full((image.height, image.width), 255, np.uint8)
+    return np.asarray(image.convert("RGBA"))[:, :, 3]
+
+
+def _light(image: Image.Image) -> np.ndarray:
+    """Grey values of a black-and-white mask, uint8 (H, W).
+
+    Raises MaskError if one pixel in a hundred has a colour, or half of them are grey: a picture.
+    """
+    colours = np.asarray(image.convert("RGB"))
+    coloured = np.ptp(colours, axis=2) > 2 * NEAR
+    light = np.asarray(image.convert("L"))
+    grey = (light >= NEAR) & (light <= 255 - NEAR)
+    if coloured.mean() > 0.01 or grey.mean() > 0.5:
+        raise MaskError(
+            "The mask has no transparent pixel and is not black and white, so there is nothing to "
+            "paint; make the part to paint transparent, or white on black."
+        )
+    return light
 
 
 def check_sizes(image: Image.Image, mask: Image.Image, name: str = "mask") -> None:
@@ -53,16 +100,35 @@ def centre_crop_mask(known: np.ndarray, size: int) -> np.ndarray:
     """
     height, width = known.shape
     side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    square = Image.fromarray(known.astype(np.uint8) * 255)
-    return (
-        np.asarray(
-            square.resize(
-                (size, size), Image.Resampling.BOX, box=(left, top, left + side, top + side)
-            )
-        )
-        == 255
+    return resize_mask(known, size, ((width - side) // 2, (height - side) // 2, side))
+
+
+def resize_mask(known: np.ndarray, size: int, square: tuple[int, int, int]) -> np.ndarray:
+    """The square (left, top, side) of a mask, resized to `size` pixels.
+
+    A pixel is known only if everything that it covers is known.
+    """
+    left, top, side = square
+    # As floats: in 8 bits, a small hole in a large square is rounded away.
+    unknown = Image.fromarray(np.where(known, 0.0, 1.0).astype(np.float32))
+    resized = unknown.resize(
+        (size, size), Image.Resampling.BOX, box=(left, top, left + side, top + side)
     )
+    return np.asarray(resized) <= 0
+
+
+def check_in_square(known: np.ndarray, remedy: str) -> None:
+    """Raise MaskError if the centred square of a mask has no pixel to paint.
+
+    `remedy`: the end of the message.
+    """
+    height, width = known.shape
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    if known[top : top + side, left : left + side].all():
+        raise MaskError(
+            f"The part to paint lies outside of the centred square that is used; {remedy}."
+        )
 
 
 # -- training --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config.lora import Lora
 from ..config.models import SHIPPED
 from ..config.sampling import SampleOptions
-from ..data.images import to_8_bits, to_uint8
+from ..data.images import to_8_bits, to_tensor, to_uint8
 from ..models.adapters import adding, check_roles, loras_of
 from ..models.clip_scorer import ClipScorer, load_critic
 from ..models.weights import check_pair, load_unet, unchanged
@@ -36,10 +36,14 @@ from .inputs import (
     seeds_of,
 )
 from .job import Job, Source
+from .regions import part_to_paint, paste
 from .stepper import Stepper
 
 # Arguments: stage name, denoising steps done in this stage, denoising steps of this stage.
 Progress = Callable[[str, int, int], None]
+# Arguments: number of the image, its predicted pixels uint8 (s, s, 3) at the size of the stage.
+OnFrame = Callable[[int, np.ndarray], None]
+ALL_STEPS = 1000  # previews of a sample, so that each of its steps has one
 
 
 @dataclass(frozen=True)
@@ -121,24 +125,43 @@ class Cascade:
     def size(self) -> int:
         return (self.upsampler or self.base).config.image_size
 
+    @property
+    def low_res_size(self) -> int:
+        """Side in pixels of what the upsampler enlarges. Raises RequestError without one."""
+        low_res = self.upsampler.config.unet.low_res_size if self.upsampler else None
+        if low_res is None:
+            raise RequestError(
+                "A picture is enlarged by the upsampler, and none is loaded; give its weights with "
+                "--upsampler, in Python as upsampler=.",
+                "upsampler",
+            )
+        return low_res
+
+    @property
+    def at_once(self) -> int:
+        """Number of pictures that take less time together than one after another: 1 on a CPU."""
+        return self.base.scheduler.max_in_flight if self.base.batched else 1
+
     def generate(
         self,
         prompts: Prompts,
         seeds: Seeds,
         options: SampleOptions = SampleOptions(),
         progress: Progress | None = None,
+        on_frame: OnFrame | None = None,
     ) -> list[np.ndarray]:
         """Generate an image uint8 (S, S, 3) for each prompt and seed. Calls `progress` per step.
 
         One str as `prompts` goes with every seed, one number as `seeds` with every prompt; lists
-        must have equal lengths. Empty lists give an empty list.
+        must have equal lengths. Empty lists give an empty list. `on_frame` receives the image that
+        is predicted after each step of each stage.
         """
         pairs = pairs_of(prompts, seeds)
         self._check(options, [seed for _, seed in pairs])
         jobs = [Job(prompt, seed, self.size, options) for prompt, seed in pairs]
         if not jobs:
             return []
-        return [_pixels(image) for image in self._make([[job] for job in jobs], progress)]
+        return [_pixels(image) for image in self._make([[job] for job in jobs], progress, on_frame)]
 
     def best_of(
         self,
@@ -190,6 +213,57 @@ class Cascade:
         job = Job(prompt_of(prompt), seed_of(seed), self.size, options, source)
         self._check(options, [job.seed])
         return self._paint(job, progress)
+
+    def edit_whole(
+        self,
+        image: Picture,
+        known_mask: Mask,
+        prompt: str,
+        seed: SupportsIndex,
+        options: SampleOptions = SampleOptions(),
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Inpaint a picture of any size and shape: `image` (H, W), `known_mask` (H, W).
+
+        A square around the unknown pixels is painted at the cascade's size and resized back.
+        Returns uint8 (H, W, 3); every known pixel has exactly the value it has in `image`. Raises
+        RequestError if the two have different sizes, and MaskError if there is nothing to paint.
+        """
+        pixels, known = pixels_of(image), known_of(known_mask)
+        if pixels.shape != (*known.shape, 3):
+            raise RequestError(
+                f"The image and its mask must have one size (given: {pixels.shape[1]}x"
+                f"{pixels.shape[0]} and {known.shape[1]}x{known.shape[0]}).",
+                "known_mask",
+            )
+        part = part_to_paint(pixels, known, self.size)
+        painted = self.edit(part.image, part.known, prompt, seed, options, progress)
+        return paste(pixels, known, part.square, painted)
+
+    def enlarge(
+        self,
+        image: Picture,
+        prompt: str,
+        seed: SupportsIndex,
+        options: SampleOptions = SampleOptions(),
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Enlarge an image (s, s) of the upsampler's low-res size by the upsampler alone.
+
+        Returns uint8 (S, S, 3): of a base model's image, its prompt and seed, the image that
+        `generate` returns. Raises RequestError without an upsampler, or for another size.
+        """
+        size, pixels = self.low_res_size, pixels_of(image)
+        if pixels.shape != (size, size, 3):
+            raise RequestError(
+                f"The image must be {size}x{size} pixels, which the upsampler enlarges "
+                f"(given: {pixels.shape[1]}x{pixels.shape[0]}).",
+                "image",
+            )
+        job = Job(prompt_of(prompt), seed_of(seed), self.size, options)
+        self._check(options, [job.seed])
+        call: StageCall[Tensor] = StageCall("upsampler", [job], [to_tensor(pixels)])
+        return to_uint8(self._run(call, progress)[0])
 
     def vary(
         self,
@@ -281,7 +355,10 @@ class Cascade:
         return Source(pixels, mask, start)
 
     def _make(
-        self, images: Sequence[Sequence[Job]], progress: Progress | None
+        self,
+        images: Sequence[Sequence[Job]],
+        progress: Progress | None,
+        on_frame: OnFrame | None = None,
     ) -> list[CascadeImage[Tensor]]:
         """Make images (3, H, W), each from its candidates, with both stages in this process."""
         calls: CascadeCalls[Tensor] = cascade_calls(images, self.upsampler is not None)
@@ -297,9 +374,14 @@ class Cascade:
                     torch.stack(list(call.images)), [call.prompt] * len(call.images)
                 )
             else:
-                result = self._run(call, progress)
+                result = self._run(call, progress, on_frame)
 
-    def _run(self, call: StageCall[Tensor], progress: Progress | None) -> Tensor:
+    def _run(
+        self,
+        call: StageCall[Tensor],
+        progress: Progress | None,
+        on_frame: OnFrame | None = None,
+    ) -> Tensor:
         """Run a stage. Returns images (N, 3, H, W)."""
         stepper = self.base if call.stage == "base" else self.upsampler
         assert stepper is not None
@@ -310,9 +392,18 @@ class Cascade:
                 job.upsampler_request(stepper.config, image)
                 for job, image in zip(call.jobs, call.low_res, strict=True)
             ]
-        return stepper.run(
+        if on_frame is not None:
+            requests = [
+                replace(request, previews=ALL_STEPS, on_preview=partial(_show, on_frame, n))
+                for n, request in enumerate(requests)
+            ]
+        images = stepper.run(
             requests, None if progress is None else lambda *steps: progress(call.stage, *steps)
         )
+        if on_frame is not None:
+            for n, image in enumerate(images):
+                _show(on_frame, n, image)
+        return images
 
     def _critic(self) -> ClipScorer:
         if self.base.critic is None:
@@ -320,6 +411,10 @@ class Cascade:
                 "The best of several pictures is chosen by CLIP; give a CLIP model.", "best_of"
             )
         return self.base.critic
+
+
+def _show(on_frame: OnFrame, n: int, predicted: Tensor) -> None:
+    on_frame(n, to_uint8(predicted))
 
 
 def _pixels(image: CascadeImage[Tensor]) -> np.ndarray:

@@ -1,13 +1,14 @@
-"""Recipes: how an image was made, stored in its PNG, from which it can be reproduced.
+"""Recipes: how an image was made, stored in its file, from which it can be reproduced.
 
-A recipe holds the prompt, seed, options and the models with their hashes; the input images of an
-edit are stored beside it.
+A recipe holds the prompt, seed, options and the models with their hashes. A PNG also holds the
+input images of an edit; JPEG and WebP hold the recipe alone, as a comment of EXIF.
 """
 
 from __future__ import annotations
 
 import base64
 import importlib.metadata
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from pydantic import ValidationError, model_validator
 from ..config.lora import Lora
 from ..config.models import SHIPPED, AnyModelConfig, ClipModelConfig, Frozen, ModelConfig
 from ..config.sampling import SampleOptions
-from ..data.images import ImageError, decode, encode, open_image
+from ..data.images import ImageError, comment_of, decode, encode, open_image
 from ..errors import UserError
 from ..models.adapters import check_roles, loras_of, read_adapters
 from ..models.clip_scorer import check_clip, fetch_clip
@@ -29,9 +30,17 @@ from ..pretrained import shipped
 from ..pretrained.card import Source, sources_in, union
 from ..storage import MissingError, exists, fetch, fingerprint, put, read
 from .cascade import Cascade, Progress
+from .regions import Square, paste
 
 CHUNK = "glide_ray"  # keyword of the PNG text chunk; inputs have chunks named CHUNK.NAME
-INPUTS = ("image", "mask", "sketch")
+INPUTS = ("image", "mask", "sketch", "whole_mask")
+NEEDED = {
+    "generate": (),
+    "edit": ("image", "mask"),
+    "vary": ("image",),
+    "enlarge": ("image",),
+}  # of old recipes, by task
+FORMATS = {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}  # by the ending of a file; else PNG
 
 
 class RecipeError(UserError):
@@ -72,7 +81,7 @@ class LoraUsed(Frozen):
 class Recipe(Frozen):
     """How one image was made, with a value for every option."""
 
-    task: Literal["generate", "edit", "vary"]
+    task: Literal["generate", "edit", "vary", "enlarge"]
     prompt: str
     seed: int
     options: SampleOptions
@@ -81,6 +90,12 @@ class Recipe(Frozen):
     models: dict[str, ModelUsed]  # by role: base, upsampler, clip
     loras: tuple[LoraUsed, ...] = ()
     made_with: str  # versions and device, to explain a difference when reproducing
+    # Left, top and side of the square that was painted of a larger picture, whose mask is stored
+    # as `whole_mask`; None: the whole picture.
+    square: Square | None = None
+    # Names of the inputs of a stored recipe, so that a missing one is noticed; None: old recipes,
+    # and recipes that are not stored.
+    inputs: tuple[str, ...] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -218,13 +233,17 @@ def png_text(recipe: Recipe, inputs: Mapping[str, np.ndarray] | None = None) -> 
     """PNG text chunks of a recipe and its inputs.
 
     `inputs`: the input images of an edit: `image` and `sketch` uint8 (S, S, 3), `mask` bool (S, S),
-    true = known.
+    true = known; `whole_mask` bool (H, W) of a larger picture.
     """
-    text = {CHUNK: recipe.model_dump_json()}
+    text = {CHUNK: _with_inputs(recipe, inputs).model_dump_json()}
     for name, array in (inputs or {}).items():
         pixels = np.where(array, 255, 0).astype(np.uint8) if array.dtype == bool else array
         text[f"{CHUNK}.{name}"] = base64.b64encode(encode(pixels)).decode()
     return text
+
+
+def _with_inputs(recipe: Recipe, inputs: Mapping[str, np.ndarray] | None) -> Recipe:
+    return recipe.model_copy(update={"inputs": tuple(inputs or ())})
 
 
 def save_picture(
@@ -233,24 +252,36 @@ def save_picture(
     recipe: Recipe,
     inputs: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Write a PNG with its recipe and inputs."""
-    put(encode(pixels, text=png_text(recipe, inputs)), path)
+    """Write a picture uint8 (H, W, 3) with its recipe, in the format of the path's ending.
+
+    A PNG also has the inputs, which a JPEG or WebP has no room for.
+    """
+    form = FORMATS.get(Path(path).suffix.lower())
+    if form is None:
+        put(encode(pixels, text=png_text(recipe, inputs)), path)
+    else:
+        comment = json.dumps({CHUNK: _with_inputs(recipe, inputs).model_dump(mode="json")})
+        put(encode(pixels, form, comment=comment), path)
 
 
 def read_recipe(path: str | Path) -> tuple[Recipe, dict[str, np.ndarray], np.ndarray]:
-    """Read a PNG's recipe, inputs and pixels. Raises RecipeError, ImageError."""
+    """Read a picture's recipe, inputs and pixels.
+
+    Raises RecipeError, also if an input is missing, and ImageError.
+    """
     data = read(path)
     opened = open_image(data)
     pixels = np.asarray(decode(data))
     # `.text` loads the pixels too, because text chunks may follow them.
     text = getattr(opened, "text", {})
-    if CHUNK not in text:
+    stored = text.get(CHUNK) or _in_comment(comment_of(opened))
+    if stored is None:
         raise RecipeError(
-            f"{path} carries no recipe: only PNGs that `glide` wrote do, and a program that has "
-            f"saved one since may have dropped it."
+            f"{path} carries no recipe: only pictures that `glide` wrote do, and a program that "
+            f"has saved one since may have dropped it."
         )
     try:
-        recipe = Recipe.model_validate_json(text[CHUNK])
+        recipe = Recipe.model_validate_json(stored)
         inputs = {
             name: np.asarray(decode(base64.b64decode(text[f"{CHUNK}.{name}"])))
             for name in INPUTS
@@ -261,15 +292,37 @@ def read_recipe(path: str | Path) -> tuple[Recipe, dict[str, np.ndarray], np.nda
             f"{path} carries a recipe that this version does not read "
             f"({str(error).splitlines()[0]})."
         ) from None
-    if "mask" in inputs:
-        inputs["mask"] = inputs["mask"][:, :, 0] > 127
-    return recipe, inputs, pixels
+    _check_inputs(path, recipe, inputs)
+    for name in ("mask", "whole_mask"):
+        if name in inputs:
+            inputs[name] = inputs[name][:, :, 0] > 127
+    return recipe.model_copy(update={"inputs": None}), inputs, pixels
+
+
+def _in_comment(comment: str) -> str | None:
+    """The recipe in the comment of a JPEG or WebP, as JSON; None if there is none."""
+    try:
+        return json.dumps(json.loads(comment)[CHUNK])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _check_inputs(path: str | Path, recipe: Recipe, inputs: Mapping[str, np.ndarray]) -> None:
+    """Raise RecipeError unless all inputs of the recipe are there."""
+    needed = NEEDED[recipe.task] if recipe.inputs is None else recipe.inputs
+    missing = [name.replace("_", " ") for name in needed if name not in inputs]
+    if missing:
+        raise RecipeError(
+            f"{path} lacks the {' and the '.join(missing)} of its {recipe.task}, so that it cannot "
+            "be made again: only the PNG that glide wrote has them, and a program that has saved "
+            "it since may have dropped them."
+        )
 
 
 def stored_picture(
     path: str | Path, recipe: Recipe, inputs: Mapping[str, np.ndarray] | None = None
 ) -> np.ndarray | None:
-    """The picture in a PNG, uint8 (S, S, 3); None if missing or of another recipe or input.
+    """The picture in a file, uint8 (H, W, 3); None if missing or of another recipe or input.
 
     `made_with` may differ.
     """
@@ -351,14 +404,35 @@ def reproduce_picture(
     recipe: Recipe,
     inputs: Mapping[str, np.ndarray],
     progress: Progress | None = None,
+    picture: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Reproduce the image of a recipe: uint8 (S, S, 3)."""
+    """Reproduce the image of a recipe: uint8 (S, S, 3), or (H, W, 3) of an edited larger picture.
+
+    `picture`: the stored pixels, from which the known pixels of a larger picture are taken; its
+    painted pixels are made again. Raises RecipeError without them, or at another size.
+    """
     if recipe.task == "generate":
         return cascade.generate([recipe.prompt], [recipe.seed], recipe.options, progress)[0]
+    if recipe.task == "enlarge":
+        return cascade.enlarge(
+            inputs["image"], recipe.prompt, recipe.seed, recipe.options, progress
+        )
     if recipe.task == "edit":
-        return cascade.edit(
+        if recipe.square is not None and (
+            picture is None or picture.shape[:2] != inputs["whole_mask"].shape
+        ):
+            height, width = inputs["whole_mask"].shape
+            raise RecipeError(
+                f"The picture was edited at {width}x{height} and has been resized since; give the "
+                "file as glide wrote it."
+            )
+        painted = cascade.edit(
             inputs["image"], inputs["mask"], recipe.prompt, recipe.seed, recipe.options, progress
         )
+        if recipe.square is None:
+            return painted
+        assert picture is not None
+        return paste(picture, inputs["whole_mask"], recipe.square, painted)
     return cascade.vary(
         inputs["image"],
         recipe.prompt,

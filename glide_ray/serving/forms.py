@@ -11,8 +11,14 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from ..config.serving import ServeConfig
-from ..data.images import centre_crop, flatten, load, open_image
-from ..data.masks import centre_crop_mask, check_sizes, mask_of
+from ..data.images import centre_crop, flatten, load, open_image, to_srgb, unblended
+from ..data.masks import (
+    centre_crop_mask,
+    check_in_square,
+    check_sizes,
+    mask_of,
+    mask_of_transparency,
+)
 from ..errors import UserError, nearest
 from ..sampling.job import Source
 from .errors import ApiError, refusal
@@ -77,21 +83,22 @@ async def _read_file(
 def read_source(files: dict[str, bytes], config: ServeConfig, size: int, vary: bool) -> Source:
     """Decode an image and its mask, centre-crop both and resize them to `size` pixels.
 
-    `vary`: without a mask, no pixel is known (for variations); otherwise the transparent part of
-    the image is unknown. Raises ApiError.
+    `vary`: without a mask, no pixel is known (for variations); otherwise the pixels of the image
+    that are not opaque are unknown. Raises ApiError.
     """
     param = "image"
     try:
-        image = load(open_image(files["image"], config.max_pixels))
+        image = to_srgb(load(open_image(files["image"], config.max_pixels)))
         if vary and "mask" not in files:
             return Source(centre_crop(flatten(image), size), np.zeros((size, size), bool))
-        param = "mask" if "mask" in files else "image"
-        mask = load(open_image(files[param], config.max_pixels)) if "mask" in files else image
-        check_sizes(image, mask)
-        known = mask_of(mask)
+        if "mask" in files:
+            param = "mask"
+            mask = load(open_image(files["mask"], config.max_pixels))
+            check_sizes(image, mask)
+            known = mask_of(mask)
+        else:
+            known = mask_of_transparency(image)
+        check_in_square(known, "crop the image and its mask to a square around it")
     except UserError as error:
         raise ApiError(400, str(error), param) from None
-    # Without a mask, unknown pixels are the image's transparent ones, which have no colour to show.
-    if "mask" not in files:
-        image = image.convert("RGBA")
-    return Source(centre_crop(flatten(image), size), centre_crop_mask(known, size))
+    return Source(centre_crop(unblended(image, known), size), centre_crop_mask(known, size))

@@ -163,7 +163,12 @@ class Generation(ImageFields):
 
 
 class Edit(Generation):
-    """Inpaint the transparent part of the mask, or of the image itself if there is no mask."""
+    """Inpaint the part of the image that the mask leaves to be painted.
+
+    A mask with transparency: all but its opaque pixels. A black-and-white mask: all but its black
+    pixels. No mask: the pixels of the image itself that are not opaque. The centred square of the
+    image and of its mask is used.
+    """
 
     input_fidelity: Literal["high", "low"] | None = Field(
         None, description="Accepted and ignored: known pixels are kept exactly."

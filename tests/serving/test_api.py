@@ -13,8 +13,9 @@ import httpx
 import numpy as np
 import pytest
 from helpers.api import CONFIG, CascadeBackend, asking
+from helpers.colours import display_p3_to_srgb, p3_profile
 from helpers.tiny import tiny, with_nan_for
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from glide_ray.config.sampling import SampleOptions
 from glide_ray.config.serving import ServeConfig
@@ -265,6 +266,43 @@ def test_an_image_with_its_own_transparency_needs_no_mask(ask, backend):
         files={"image": ("i.png", png(hole=(0, 0, 64, 32)), "image/png")},
     )
     assert answer.status_code == 200 and backend.jobs[-1].source.known_mask.mean() == 0.5
+
+
+def test_soft_transparency_of_an_image_is_painted_and_its_colours_are_not_blended(ask, backend):
+    alpha = Image.new("L", (64, 64), 255)
+    alpha.paste(0, (24, 24, 40, 40))
+    alpha = alpha.filter(ImageFilter.GaussianBlur(3))
+    soft = Image.new("RGBA", (64, 64), (20, 40, 60, 255))
+    soft.putalpha(alpha)
+    buffer = io.BytesIO()
+    soft.save(buffer, "PNG")
+    files = {"image": ("i.png", buffer.getvalue(), "image/png")}
+    answer = ask("POST", EDITS, data={"prompt": "a dog"}, files=files)
+    assert answer.status_code == 200
+    source, opaque = backend.jobs[-1].source, np.asarray(alpha) == 255
+    assert np.array_equal(source.known_mask, opaque) and 0.3 < opaque.mean() < 0.9
+    assert (source.image[np.asarray(alpha) > 0] == (20, 40, 60)).all()
+    assert (np.asarray(picture(answer))[opaque] == (20, 40, 60)).all()
+
+
+def test_the_white_part_of_a_black_and_white_mask_is_painted(ask, backend):
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 16, 64))
+    buffer = io.BytesIO()
+    mask.save(buffer, "PNG")
+    answer = ask("POST", EDITS, data={"prompt": "x"}, files=edit_files(mask=buffer.getvalue()))
+    assert answer.status_code == 200
+    known = backend.jobs[-1].source.known_mask
+    assert not known[:, :16].any() and known[:, 16:].all()
+
+
+def test_an_image_in_display_p3_is_converted_to_srgb(ask, backend):
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (200, 60, 60)).save(buffer, "PNG", icc_profile=p3_profile())
+    answer = ask("POST", EDITS, data={"prompt": "x"}, files=edit_files(buffer.getvalue()))
+    assert answer.status_code == 200
+    shown = backend.jobs[-1].source.image[0, 0]
+    assert np.abs(shown - display_p3_to_srgb((200, 60, 60))).max() <= 1
 
 
 def test_a_wide_image_and_its_mask_are_cut_to_the_same_centred_square(ask, backend):
@@ -967,9 +1005,20 @@ def test_masks_that_do_not_fit_are_refused(ask):
     refused(
         ask("POST", EDITS, data={"prompt": "x"}, files=edit_files(mask=png(mode="RGB"))),
         400,
-        "no transparency",
+        "no transparent pixel and is not black and white",
         "mask",
     )
+    wide = png((160, 64), hole=(0, 0, 20, 64))
+    for files, param in (
+        (edit_files(png((160, 64)), wide), "mask"),
+        ({"image": ("i.png", wide, "image/png")}, "image"),
+    ):
+        refused(
+            ask("POST", EDITS, data={"prompt": "x"}, files=files),
+            400,
+            "outside of the centred square that is used; crop the image and its mask",
+            param,
+        )
     refused(
         ask("POST", EDITS, data={"prompt": "x"}, files={"image": ("i.png", png(), "image/png")}),
         400,

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from glide_ray.config import presets
 from glide_ray.config.overrides import override
 from glide_ray.config.sampling import SampleOptions
-from glide_ray.data.masks import random_known
+from glide_ray.data.masks import MaskError, random_known
 from glide_ray.diffusion.samplers import SAMPLERS
 from glide_ray.models.weights import (
     WeightsError,
@@ -22,6 +22,7 @@ from glide_ray.models.weights import (
 from glide_ray.sampling.cascade import Cascade
 from glide_ray.sampling.checks import RequestError
 from glide_ray.sampling.job import shrink_known
+from glide_ray.sampling.regions import part_to_paint, paste, square_around
 from glide_ray.sampling.stepper import Stepper
 
 QUICK = SampleOptions(steps=3, upsampler_steps="2,2")
@@ -255,7 +256,7 @@ def test_an_image_without_one_meaning_is_refused_by_name(cascade, image, message
         (np.full((64, 64), 0.5), "choose a limit"),
         (np.full((64, 64), np.nan), "choose a limit"),
         (np.zeros((64, 64, 3), np.uint8), r"given: \[64, 64, 3\]"),
-        (Image.new("RGB", (64, 64)), "no transparency"),
+        (Image.new("RGB", (64, 64)), "no transparent and no white"),
     ],
 )
 def test_a_mask_without_one_meaning_is_refused_by_name(cascade, mask, message):
@@ -285,6 +286,64 @@ def test_an_unknown_precision_name_or_width_is_refused_while_loading(tiny_weight
             Cascade.load(tiny_weights["base"], **arguments)
     with pytest.raises(ValueError, match="no weights file emojii.*did you mean 'emoji'"):
         Cascade.load("emojii")
+
+
+# -- pictures larger than the model's --------------------------------------------------------------
+
+
+def test_a_picture_of_any_size_keeps_its_known_pixels(cascade):
+    image = np.random.default_rng(0).integers(0, 256, (150, 210, 3), dtype=np.uint8)
+    known = np.ones((150, 210), bool)
+    known[5:20, 190:205] = False
+    edited = cascade.edit_whole(image, known, "a dog", 3, QUICK)
+    assert np.array_equal(edited[known], image[known]) and edited.shape == image.shape
+    assert (edited[~known] != image[~known]).mean() > 0.9
+    # The square is the corner of 64 pixels, so nothing is resized.
+    alone = cascade.edit(image[:64, 146:], known[:64, 146:], "a dog", 3, QUICK)
+    assert np.array_equal(edited[:64, 146:], alone)
+    same = cascade.edit_whole(image[:64, 146:], known[:64, 146:], "a dog", 3, QUICK)
+    assert np.array_equal(same, alone)
+    with pytest.raises(MaskError, match="nothing to paint"):
+        cascade.edit_whole(image, np.ones((150, 210), bool), "a dog", 3, QUICK)
+    with pytest.raises(RequestError, match="must have one size.*210x150 and 64x64"):
+        cascade.edit_whole(image, np.zeros((64, 64), bool), "a dog", 3, QUICK)
+
+
+@pytest.mark.parametrize(
+    "size, hole, square",
+    [
+        ((300, 400), (0, 0, 10, 10), (0, 0, 64)),  # no smaller than the model
+        ((300, 400), (295, 390, 5, 10), (336, 236, 64)),
+        ((300, 400), (100, 150, 40, 50), (125, 70, 100)),  # twice the hole, which is in the middle
+        ((300, 400), (0, 0, 300, 10), (0, 0, 300)),  # no larger than the picture, if that will do
+        ((300, 400), (0, 0, 10, 400), (0, -50, 400)),  # beyond the picture
+        ((40, 400), (0, 200, 10, 10), (185, 0, 40)),  # a picture lower than the model's
+        ((1, 1), (0, 0, 1, 1), (0, 0, 1)),
+    ],
+)
+def test_the_painted_square_surrounds_the_hole(size, hole, square):
+    """`hole`: top, left, height, width. `square`: left, top, side."""
+    known = np.ones(size, bool)
+    top, left, height, width = hole
+    known[top : top + height, left : left + width] = False
+    assert square_around(known, 64) == square
+
+
+def test_a_painted_square_is_pasted_at_its_place_and_smooth_when_it_is_enlarged():
+    """A gradient that is cut, shrunk, enlarged and pasted is the same gradient, up to rounding."""
+    ramp = np.broadcast_to(np.arange(250, dtype=np.uint8)[:, None, None], (250, 250, 3)).copy()
+    known = np.ones((250, 250), bool)
+    known[60:190, 40:230] = False
+    part = part_to_paint(ramp, known, 64)
+    assert part.square == (0, 0, 250) and part.image.shape == (64, 64, 3)
+    pasted = paste(ramp, known, part.square, part.image).astype(int)
+    assert np.abs(pasted - ramp).max() <= 2 and np.array_equal(pasted[known], ramp[known])
+    wide = np.ones((100, 250), bool)
+    wide[:, 20:230] = False
+    part = part_to_paint(ramp[50:150], wide, 64)
+    assert part.square == (20, -55, 210) and not part.known[:16].any()
+    pasted = paste(ramp[50:150], wide, part.square, part.image).astype(int)
+    assert np.abs(pasted[4:-4] - ramp[54:146]).max() <= 2
 
 
 # -- weights ---------------------------------------------------------------------------------------

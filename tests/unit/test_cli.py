@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import re
@@ -13,16 +14,19 @@ import sys
 
 import numpy as np
 import pytest
+from helpers.colours import display_p3_to_srgb, p3_profile
 from helpers.paths import ROOT
 from helpers.tiny import overflowing, picture_options, tiny, with_nan_for
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 
 import glide_ray
 from glide_ray.cli.main import build_parser, main
 from glide_ray.config import presets
+from glide_ray.data.images import encode
 from glide_ray.interrupts import Terminated, exit_code, sigterm_raises
 from glide_ray.models.clip import NoisedClip
 from glide_ray.models.weights import save_weights
+from glide_ray.sampling.cascade import Cascade
 
 GLIDE = os.path.join(os.path.dirname(sys.executable), "glide")
 
@@ -227,13 +231,13 @@ def test_rgba_and_grey_alpha_masks_are_equivalent_and_an_empty_mask_repaints_eve
 @pytest.mark.parametrize(
     "mode, message",
     [
-        ("full", "has no transparent pixel, so there is nothing to paint"),
-        ("L", "has no transparency"),
-        ("RGB", "has no transparency"),
-        ("1", "has no transparency"),
+        ("full", "has no transparent and no white pixel, so there is nothing to paint"),
+        ("L", "has no transparent and no white pixel"),
+        ("RGB", "has no transparent and no white pixel"),
+        ("1", "has no transparent and no white pixel"),
     ],
 )
-def test_a_mask_that_is_full_or_has_no_alpha_is_refused(tmp_path, weights, capsys, mode, message):
+def test_a_mask_that_is_opaque_or_black_is_refused(tmp_path, weights, capsys, mode, message):
     mask = tmp_path / "m.png"
     Image.new("RGBA", (64, 64), (0, 0, 0, 255)).save(mask) if mode == "full" else Image.new(
         mode, (64, 64), 0
@@ -276,11 +280,278 @@ def test_pictures_of_every_format_are_read_as_viewers_show_them(tmp_path, weight
     assert (edited(tmp_path, weights, tmp_path / "turned.png", mask)[:, 32:] == 255).all()
     Image.new("RGB", (1, 1), (7, 8, 9)).save(tmp_path / "dot.png")
     Image.new("LA", (1, 1), (0, 0)).save(tmp_path / "dot-mask.png")
-    assert edited(tmp_path, weights, tmp_path / "dot.png", tmp_path / "dot-mask.png").shape == (
-        64,
-        64,
-        3,
-    )
+    dot = (tmp_path / "dot.png", tmp_path / "dot-mask.png")
+    assert edited(tmp_path, weights, *dot).shape == (1, 1, 3)
+    assert edited(tmp_path, [*weights, "--centred-square"], *dot).shape == (64, 64, 3)
+
+
+def test_a_soft_eraser_leaves_no_ring(tmp_path, weights):
+    """One RGBA file as image and mask: soft pixels are painted, opaque ones keep their colour."""
+    alpha = Image.new("L", (64, 64), 255)
+    alpha.paste(0, (24, 24, 40, 40))
+    alpha = alpha.filter(ImageFilter.GaussianBlur(3))
+    soft = Image.new("RGBA", (64, 64), (20, 40, 60, 255))
+    soft.putalpha(alpha)
+    soft.save(tmp_path / "soft.png")
+    result = edited(tmp_path, weights, tmp_path / "soft.png", tmp_path / "soft.png")
+    opaque = np.asarray(alpha) == 255
+    assert (result[opaque] == (20, 40, 60)).all() and 0.3 < opaque.mean() < 0.9
+    assert (result[~opaque] != (20, 40, 60)).any(-1).mean() > 0.9
+
+
+def test_black_and_white_masks_and_inverted_ones_paint_the_same_pixels(tmp_path, weights):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "i.png")
+    drawing = Image.new("L", (64, 64), 0)
+    drawing.paste(255, (0, 0, 32, 64))
+    drawing.convert("1").save(tmp_path / "white.png")
+    ImageOps.invert(drawing).convert("RGB").save(tmp_path / "black.png")
+    Image.merge("LA", [drawing, drawing]).save(tmp_path / "opaque.png")
+    expected = edited(tmp_path, weights, tmp_path / "i.png", half_mask(tmp_path / "m.png"))
+    inverted = [*weights, "--invert-mask"]
+    for options, name in ((weights, "white"), (inverted, "black"), (inverted, "opaque")):
+        result = edited(tmp_path, options, tmp_path / "i.png", tmp_path / f"{name}.png")
+        assert np.array_equal(result, expected), name
+
+
+@pytest.mark.parametrize(
+    "size, hole",
+    [
+        ((160, 90), (2, 30, 20, 60)),  # outside of the centred square
+        ((90, 160), (10, 10, 80, 150)),  # higher than any square inside is
+        ((64, 200), (0, 0, 64, 200)),  # everything
+        ((301, 203), (150, 100, 151, 101)),
+        ((20, 30), (4, 4, 9, 9)),  # smaller than the model's pictures
+    ],
+)
+def test_an_edited_picture_keeps_its_size_and_all_its_known_pixels(
+    tmp_path, weights, capsys, size, hole
+):
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "i.png")
+    mask = Image.new("L", size, 0)
+    mask.paste(255, hole)
+    mask.save(tmp_path / "m.png")
+    result = edited(tmp_path, weights, tmp_path / "i.png", tmp_path / "m.png")
+    known = np.asarray(mask) == 0
+    assert result.shape == picture.shape and np.array_equal(result[known], picture[known])
+    assert (result[~known] != picture[~known]).any(-1).mean() > 0.9
+    (tmp_path / "i.png").unlink()
+    (tmp_path / "m.png").unlink()
+    assert main(["reproduce", str(tmp_path / "e.png")]) == 0
+    assert "the same as" in capsys.readouterr().out
+
+
+def test_a_hole_outside_of_the_square_that_is_used_is_refused(tmp_path, weights, capsys):
+    image = picture(tmp_path / "i.png", (160, 64))
+    mask = picture(tmp_path / "m.png", (160, 64), (0, 0, 20, 64))
+    inputs = ["x", "--image", image, "--mask", mask, "--out", str(tmp_path / "o.png"), *weights]
+    outside = "m.png: The part to paint lies outside of the centred square that is used; "
+    refused(capsys, ["edit", *inputs, "--centred-square"], outside + "leave out --centred-square")
+    refused(capsys, ["vary", *inputs], outside + "crop the picture and its mask")
+    scene = ["scene", "--image", image, "--edit", mask, "x", *inputs[5:]]
+    refused(capsys, scene, outside + "crop the picture and its mask")
+    scene[4] = picture(tmp_path / "small.png", (32, 32), (0, 0, 9, 9))
+    refused(capsys, scene, "The mask has 32x32 pixels and the image 160x64; they must be of one")
+    assert not list(tmp_path.glob("o*"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["generate", "x", "--out", "folder"], "--out folder is a folder"),
+        (["generate", "x", "--out", "."], "--out . is a folder"),
+        (["generate", "x", "--out", "f.png"], "--out f.png is a folder"),
+        (["generate", "x", "-n", "2", "--out", "g.png"], "g-1.png, a picture of --out g.png, is a"),
+        (["generate", "x", "--out", "x.gif"], "x.gif does not end in a format that is written"),
+        (["generate", "x", "--out", "x"], "ends in .png, .jpg, .jpeg or .webp"),
+        (["generate", "x", "--out", "text.png/x.png"], "lies in text.png, which is a file"),
+        (["generate", "x", "--out", "/proc/new/x.png"], "Nothing can be written to /proc"),
+        (["generate", "🍎" * 9999, "--out", "x.jpg"], "a JPEG has no room for a recipe with so"),
+        (["edit", "x", "--image", "no.png", "--mask", "f.png"], "There is no file no.png"),
+        (["edit", "x", "--image", "text.png", "--mask", "no.png"], "There is no file no.png"),
+        (["edit", "x", "--image", "text.png", "--mask", "text.png"], "not an image"),
+        (["vary", "x", "--image", "text.png", "--sketch", "no.png"], "There is no file no.png"),
+        (["scene", "x", "--edit", "no.png", "y"], "There is no file no.png"),
+        (["generate", "caf\udce9"], "The prompt is not UTF-8 at character 4"),
+        (["generate", "x", "--negative-prompt", "\udce9"], "The negative prompt is not UTF-8"),
+        (["scene", "x", "--edit", "text.png", "\udce9"], "The prompt is not UTF-8"),
+    ],
+)
+def test_inputs_and_outputs_are_checked_before_models_are_loaded(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    """The weights are broken: reading them would be another error."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("folder", "f.png", "g-1.png"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "text.png").write_text("hello")
+    before = sorted(tmp_path.rglob("*"))
+    weights = ["--base", "text.png", "--upsampler", "text.png"]
+    refused(capsys, [*arguments, *weights], message)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("ending", ["jpg", "JPEG", "webp"])
+def test_the_ending_of_out_is_the_format_and_the_recipe_comes_along(
+    tmp_path, weights, capsys, ending
+):
+    out = tmp_path / "new" / f"a.{ending}"
+    assert main(["generate", "a naïve 🍎", "--seed", "3", "--out", str(out), *weights]) == 0
+    assert main(["generate", "a naïve 🍎", "--seed", "3", "--out", str(out), *weights]) == 0
+    assert "already there" in capsys.readouterr().out
+    written = Image.open(out)
+    assert written.format == ("WEBP" if ending == "webp" else "JPEG")
+    assert main(["reproduce", str(out), "--out", str(tmp_path / "again.png")]) == 0
+    assert "generate 'a naïve 🍎', seed 3" in capsys.readouterr().out
+    exact = encode(np.asarray(Image.open(tmp_path / "again.png")), written.format.lower())
+    assert np.array_equal(np.asarray(written), np.asarray(Image.open(io.BytesIO(exact))))
+    image = picture(tmp_path / "i.png", hole=(0, 0, 9, 9))
+    edit = ["edit", "x", "--image", image, "--mask", image, "--out", str(out)]
+    assert main([*edit, *weights]) == 0
+    capsys.readouterr()
+    refused(capsys, ["reproduce", str(out)], "lacks the image and the mask of its edit")
+
+
+def test_a_long_recipe_fits_into_a_jpeg(tmp_path, weights, capsys):
+    out, prompt = str(tmp_path / "a.jpg"), "🍎" * 4000
+    assert main(["generate", prompt, "--out", out, *weights]) == 0
+    assert main(["reproduce", out]) == 0
+    assert prompt in capsys.readouterr().out
+
+
+def interrupted_after(monkeypatch, pictures):
+    """Raise KeyboardInterrupt after some finished pictures of the cascade."""
+    real, calls = Cascade._make, []
+
+    def make(self, images, *more):
+        calls.extend(images)
+        if len(calls) > pictures:
+            raise KeyboardInterrupt
+        return real(self, images, *more)
+
+    monkeypatch.setattr(Cascade, "_make", make)
+
+
+def test_an_interrupted_series_keeps_its_pictures_and_the_named_command_makes_the_others(
+    tmp_path, weights, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    command = ["generate", "a red apple", "-n", "4", *weights]
+    assert main([*command, "--out", "whole.png"]) == 0
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, 2)
+        assert main(command) == 130
+    printed = capsys.readouterr()
+    assert "generate-1.png  seed 1\n" in printed.out and "generate-2.png" not in printed.out
+    assert "run the same command with --seed 0 --out generate.png to make the mis" in printed.err
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("generate-*")}
+    assert len(kept) == 2
+    assert main([*command, "--seed", "0", "--out", "generate.png"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("already there") == 2 and "generate-3.png  seed 3\n" in printed
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    for n in range(4):
+        assert (tmp_path / f"generate-{n}.png").read_bytes() == (
+            tmp_path / f"whole-{n}.png"
+        ).read_bytes()
+    assert main([*command, "--seed", "1", "--out", "generate.png"]) == 0
+    assert "already there" not in capsys.readouterr().out
+
+
+def test_an_interrupted_scene_goes_on_from_its_last_picture(tmp_path, weights, capsys, monkeypatch):
+    mask = str(half_mask(tmp_path / "m.png"))
+    other = picture(tmp_path / "o.png", hole=(40, 0, 64, 64))
+    scene = ["scene", "a room", "--edit", mask, "a dog", "--edit", other, "a lamp", *weights]
+    assert main([*scene, "--out", str(tmp_path / "whole.png")]) == 0
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, 2)
+        assert main([*scene, "--out", str(tmp_path / "s.png")]) == 130
+    assert not (tmp_path / "s-2.png").exists()
+    capsys.readouterr()
+    assert main([*scene, "--out", str(tmp_path / "s.png")]) == 0
+    assert capsys.readouterr().out.count("already there") == 2
+    for n in range(3):
+        assert (tmp_path / f"s-{n}.png").read_bytes() == (tmp_path / f"whole-{n}.png").read_bytes()
+
+
+@pytest.mark.parametrize("command", ["edit", "vary"])
+def test_several_edits_and_variations_have_consecutive_seeds(tmp_path, weights, command, capsys):
+    image = picture(tmp_path / "i.png", hole=(0, 0, 64, 30))
+    options = ["x", "--image", image, "--mask", image, *weights]
+    assert main([command, *options, "-n", "2", "--seed", "4", "--out", f"{tmp_path}/n.png"]) == 0
+    assert "n-1.png  seed 5" in capsys.readouterr().out
+    assert main([command, *options, "--seed", "5", "--out", f"{tmp_path}/one.png"]) == 0
+    first, second = ((tmp_path / f"n-{n}.png").read_bytes() for n in range(2))
+    assert second == (tmp_path / "one.png").read_bytes() and first != second
+
+
+def test_a_random_seed_is_printed_and_makes_the_same_picture_again(tmp_path, weights, capsys):
+    seeds = []
+    for name in ("a", "b"):
+        out = str(tmp_path / f"{name}.png")
+        assert main(["generate", "x", "--seed", "random", "--out", out, *weights]) == 0
+        seeds.append(re.search(r"seed (\d+)", capsys.readouterr().out)[1])
+    assert seeds[0] != seeds[1]
+    out = tmp_path / "again.png"
+    assert main(["generate", "x", "--seed", seeds[0], "--out", str(out), *weights]) == 0
+    assert out.read_bytes() == (tmp_path / "a.png").read_bytes()
+    with pytest.raises(SystemExit):
+        main(["generate", "x", "--seed", "soon"])
+    assert "neither a whole number nor `random`" in capsys.readouterr().err
+
+
+def test_enlarging_a_picture_of_the_base_model_is_the_upsampler_of_generate(
+    tmp_path, weights, capsys
+):
+    made = ["a red apple", "--seed", "3", *weights]
+    assert main(["generate", *made, "--out", f"{tmp_path}/ref.png"]) == 0
+    assert main(["generate", *made, "--no-upsampler", "--out", f"{tmp_path}/small.png"]) == 0
+    weights = [*weights[:4], "--upsampler-steps", "2"]
+    enlarge = ["enlarge", f"{tmp_path}/small.png", "--prompt", "a red apple", "--seed", "3"]
+    assert main([*enlarge, *weights, "--out", f"{tmp_path}/large.png"]) == 0
+    large, reference = (np.asarray(Image.open(tmp_path / f"{n}.png")) for n in ("large", "ref"))
+    assert np.array_equal(large, reference)
+    assert main(["reproduce", f"{tmp_path}/large.png"]) == 0
+    assert "the same as" in capsys.readouterr().out
+    wide = picture(tmp_path / "wide.png", (300, 100))
+    assert main(["enlarge", wide, "-n", "2", *weights, "--out", f"{tmp_path}/w.webp"]) == 0
+    assert Image.open(tmp_path / "w-1.webp").size == (64, 64)
+    capsys.readouterr()
+    alone = ["--base", weights[1], "--out", f"{tmp_path}/x.png"]
+    assert main(["enlarge", wide, "--prompt", "x", *alone]) == 2
+    assert "none is loaded; give its weights with --upsampler" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp"])
+def test_the_frames_of_a_picture_are_its_predictions_and_end_with_it(
+    tmp_path, weights, capsys, ending
+):
+    out, frames = str(tmp_path / "a.png"), str(tmp_path / f"f.{ending}")
+    command = ["generate", "x", "--out", out, *weights, "--steps", "3"]
+    assert main([*command, "--frames", frames]) == 0
+    assert f"f.{ending}  5 frames" in capsys.readouterr().out  # 3 and 2 steps
+    animation, picture = Image.open(frames), Image.open(out)
+    assert animation.n_frames == 5 and animation.size == picture.size
+    shown = []
+    for n in range(5):
+        animation.seek(n)
+        shown.append(np.asarray(animation.convert("RGB")).astype(int))
+    nearest = [np.abs(one - np.asarray(picture)).mean() for one in shown]
+    assert np.argmin(nearest) == 4 if ending == "gif" else max(nearest[3:]) < min(nearest[:3])
+    blocks = shown[0].reshape(16, 4, 16, 4, 3)  # a prediction of the base model, 4 times as large
+    assert ending == "webp" or np.ptp(blocks, axis=(1, 3)).max() == 0
+    refused(capsys, [*command, "--frames", out], "--frames")
+    refused(capsys, [*command, "--frames", frames, "-n", "2"], "--frames shows one picture")
+
+
+def test_a_photograph_in_display_p3_is_edited_in_srgb(tmp_path, weights):
+    photograph = Image.new("RGB", (64, 64), (200, 60, 60))
+    photograph.save(tmp_path / "i.png", icc_profile=p3_profile())
+    result = edited(tmp_path, weights, tmp_path / "i.png", half_mask(tmp_path / "m.png"))
+    expected = display_p3_to_srgb((200, 60, 60))
+    assert np.abs(result[:, 32:] - expected).max() <= 1 and expected[0] > 210
 
 
 @pytest.mark.parametrize("side", [9_000, 20_000])

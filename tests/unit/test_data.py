@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.colours import display_p3_to_srgb, p3_profile
 from helpers.drawings import drawn_samples
 from helpers.tiny import tiny
 from PIL import Image
@@ -129,12 +130,109 @@ def test_the_transparent_part_of_a_mask_is_painted():
 
 
 def test_a_mask_with_no_pixel_to_paint_or_of_another_size_is_refused():
-    with pytest.raises(masks.MaskError, match="no transparency"):
-        masks.mask_of(Image.new("RGB", (4, 4)))
-    with pytest.raises(masks.MaskError, match="nothing to paint"):
-        masks.mask_of(Image.new("RGBA", (4, 4), (0, 0, 0, 255)))
+    for mode in ("RGB", "L", "1", "RGBA"):
+        opaque = Image.new("RGB", (4, 4)).convert(mode)
+        with pytest.raises(masks.MaskError, match="no transparent and no white .* nothing to pai"):
+            masks.mask_of(opaque)
+        with pytest.raises(masks.MaskError, match="The image has no transparent pixel"):
+            masks.mask_of_transparency(opaque)
+    with pytest.raises(masks.MaskError, match="not black and white"):
+        masks.mask_of(Image.new("RGB", (4, 4), (200, 30, 30)))
+    with pytest.raises(masks.MaskError, match="not black and white"):
+        masks.mask_of(Image.linear_gradient("L"))
+    with pytest.raises(masks.MaskError, match="inverted mask has no opaque and no black"):
+        masks.mask_of(Image.new("LA", (4, 4)), invert=True)
     with pytest.raises(masks.MaskError, match="4x4 pixels and the image 8x4"):
         masks.check_sizes(Image.new("RGB", (8, 4)), Image.new("RGBA", (4, 4)))
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "RGB", "P", "RGBA"])
+def test_the_white_part_of_a_black_and_white_mask_is_painted_or_the_black_one_inverted(mode):
+    drawing = Image.new("L", (8, 8), 0)
+    drawing.paste(255, (2, 1, 6, 4))
+    painted = np.zeros((8, 8), bool)
+    painted[1:4, 2:6] = True
+    mask = drawing.convert(mode)
+    assert np.array_equal(masks.mask_of(mask), ~painted)
+    assert np.array_equal(masks.mask_of(mask, invert=True), painted)
+
+
+def test_soft_edges_of_a_mask_are_painted_whichever_way_it_is_read():
+    levels = np.full((8, 8), 255, np.uint8)
+    levels[2] = [0, 1, 60, 128, 200, 239, 254, 255]
+    alpha = Image.merge("LA", [Image.new("L", (8, 8)), Image.fromarray(levels)])
+    assert np.array_equal(masks.mask_of(alpha), levels == 255)
+    assert np.array_equal(masks.mask_of(alpha, invert=True), levels == 0)
+    assert np.array_equal(masks.mask_of(Image.fromarray(levels)), levels < 16)
+    assert np.array_equal(masks.mask_of(Image.fromarray(levels), invert=True), levels > 239)
+
+
+def test_a_hole_of_one_pixel_in_a_large_mask_stays_a_hole():
+    known = np.ones((2400, 2400), bool)
+    known[777, 1234] = False
+    assert (~masks.centre_crop_mask(known, 64)).sum() == 1
+
+
+def test_a_hole_outside_of_the_centred_square_is_refused():
+    known = np.ones((4, 12), bool)
+    known[:, :3] = False
+    with pytest.raises(masks.MaskError, match="outside of the centred square.*; crop it"):
+        masks.check_in_square(known, "crop it")
+    known[2, 4] = False
+    masks.check_in_square(known, "crop it")
+
+
+@pytest.mark.parametrize("size", [8, 16, 32])
+def test_colours_under_soft_alpha_are_not_blended_with_white(size):
+    """At the same size, half and double: known pixels, and soft ones, keep the image's colour."""
+    pixels = np.full((16, 16, 4), (20, 40, 60, 255), np.uint8)
+    pixels[4:12, 4:12, 3] = 150
+    pixels[6:10, 6:10] = (255, 0, 0, 0)
+    image = Image.fromarray(pixels)
+    known = masks.mask_of_transparency(image)
+    square = images.centre_crop(images.unblended(image, known), size)
+    clear = (
+        np.asarray(Image.fromarray(pixels[:, :, 3]).resize((size, size), Image.Resampling.BOX)) == 0
+    )
+    # Pillow weights colours by alpha in 8 bits, so that faint pixels are rounded.
+    assert np.abs(square[~clear].astype(int) - (20, 40, 60)).max() <= 2
+    assert size > 16 or (square[masks.centre_crop_mask(known, size)] == (20, 40, 60)).all()
+    assert clear.any() and (square[clear] == 255).all() == (size <= 16)
+
+
+def test_known_pixels_of_an_image_with_a_mask_of_its_own_are_shown_on_white():
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    known = np.arange(16).reshape(4, 4) < 8
+    assert (images.centre_crop(images.unblended(image, known), 4) == 255).all()
+
+
+# -- colour profiles -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_colours_of_display_p3_are_converted_to_srgb(mode):
+    """Greys are the same in both, and alpha stays."""
+    image = Image.new(mode, (2, 1), (128, 153, 102, 90)[: len(mode)])
+    image.putpixel((1, 0), (128, 128, 128, 0)[: len(mode)])
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", icc_profile=p3_profile())
+    opened = images.load(images.open_image(buffer.getvalue()))
+    converted = images.to_srgb(opened)
+    expected = display_p3_to_srgb((128, 153, 102))
+    assert np.abs(np.asarray(converted)[0, 0, :3] - expected).max() <= 1
+    assert abs(expected[0] - 128) > 3  # the conversion is visible
+    assert np.abs(np.asarray(converted)[0, 1, :3].astype(int) - 128).max() <= 1
+    assert converted.mode == mode
+    assert mode == "RGB" or list(np.asarray(converted)[0, :, 3]) == [90, 0]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "LA"])
+def test_a_broken_profile_or_one_of_another_colour_space_is_ignored(mode):
+    image = Image.new("RGB", (3, 3), (90, 90, 90)).convert(mode, palette=Image.Palette.ADAPTIVE)
+    image.info["icc_profile"] = b"not a profile"
+    assert (np.asarray(images.to_srgb(image).convert("RGB")) == 90).all()
+    image.info["icc_profile"] = p3_profile()
+    assert np.abs(np.asarray(images.to_srgb(image).convert("RGB")).astype(int) - 90).max() <= 1
 
 
 # -- captions and filters --------------------------------------------------------------------------

@@ -275,6 +275,43 @@ def test_a_broken_recipe_is_refused(tmp_path):
         read_recipe(tmp_path / "a.png")
 
 
+def test_reproduce_names_the_inputs_that_a_program_has_dropped(files, weights, capsys):
+    common = ["--image", files / "image.png", "--mask", files / "mask.png", *weights]
+    run("edit", "a dog", "--out", files / "e.png", *common)
+    run("vary", "a dog", "--sketch", files / "sketch.png", "--out", files / "v.png", *common)
+    for name, dropped, missing in (
+        ("e.png", ["image"], "lacks the image of its edit"),
+        ("e.png", ["image", "mask"], "lacks the image and the mask of its edit"),
+        ("v.png", ["mask", "sketch"], "lacks the mask and the sketch of its vary"),
+    ):
+        picture = Image.open(files / name)
+        kept = {
+            key: value
+            for key, value in picture.text.items()
+            if key not in [f"glide_ray.{one}" for one in dropped]
+        }
+        (files / "dropped.png").write_bytes(encode(np.asarray(picture), text=kept))
+        capsys.readouterr()
+        assert main(["reproduce", str(files / "dropped.png")]) == 2
+        printed = capsys.readouterr().err
+        assert printed.count("\n") == 1 and missing in printed
+
+
+def test_an_edited_photograph_that_was_resized_cannot_be_made_again(files, weights, capsys):
+    for name in ("image", "mask"):
+        Image.open(files / f"{name}.png").resize((150, 90)).save(files / f"{name}.png")
+    inputs = ["--image", files / "image.png", "--mask", files / "mask.png"]
+    run("edit", "a dog", *inputs, "--out", files / "e.png", *weights)
+    picture = Image.open(files / "e.png")
+    assert picture.size == (150, 90)
+    smaller = np.asarray(picture.resize((75, 45)))
+    (files / "small.png").write_bytes(encode(smaller, text=picture.text))
+    capsys.readouterr()
+    assert main(["reproduce", str(files / "small.png")]) == 2
+    assert "edited at 150x90 and has been resized since" in capsys.readouterr().err
+    same_again(files / "e.png", capsys)
+
+
 def test_a_recipe_is_reproducible_in_python(tiny_weights, tmp_path):
     cascade = Cascade.load(tiny_weights["base"], tiny_weights["upsampler"])
     options = SampleOptions(steps=2, upsampler_steps=2)
