@@ -193,7 +193,7 @@ class DiffusionConfig(Frozen):
 class SamplingConfig(Frozen):
     """A model's default sampling (app. B.2)."""
 
-    sampler: Literal["ancestral", "ddim", "plms", "dpm++", "unipc"] = Field(
+    sampler: Literal["ancestral", "ddim", "plms", "dpm++", "dpm++sde", "unipc"] = Field(
         "ancestral", description="sampler of the reverse process"
     )
     respacing: str = Field(
@@ -216,16 +216,18 @@ class SamplingConfig(Frozen):
     def respacing_for(self, steps: int | str | None, sampler: str | None) -> str:
         """The respacing of a request; None for `steps` or `sampler` is this model's own.
 
-        A plain number means evenly spaced timesteps, except in UniPC: there it means the tuned
-        grid of so many steps, or the `mixed` one. The respacing that is returned can be given as
-        `steps` again.
+        A plain number means evenly spaced timesteps, except in `unipc` and `dpm++sde`: there it
+        means the `mixed` grid of so many steps, and in `unipc` a tuned one if there is one. The
+        respacing that is returned can be given as `steps` again.
         """
         if steps is None:
             return self.respacing
         number = str(steps).strip()
-        if (sampler or self.sampler) != "unipc" or not number.isdecimal():
+        sampler = sampler or self.sampler
+        if sampler not in ("unipc", "dpm++sde") or not number.isdecimal():
             return number
-        return self.tuned_grids.get(str(int(number)), f"mixed{number}")
+        tuned = self.tuned_grids if sampler == "unipc" else {}
+        return tuned.get(str(int(number)), f"mixed{number}")
 
 
 class ModelConfig(Frozen):

@@ -151,6 +151,18 @@ def dpm_solver_step(step_input: StepInput) -> Step:
     Second order in lambda = log(signal / noise). The first step is first order and equals DDIM's;
     the last, whose lambda is infinite, returns the predicted x_0.
     """
+    return _dpm_solver(step_input, noisy=False)
+
+
+def dpm_solver_sde_step(step_input: StepInput) -> Step:
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022b, eq. 19): as `dpm_solver_step`, with fresh noise.
+
+    Fresh noise corrects errors of earlier steps, which helps models whose predictions are poor.
+    """
+    return _dpm_solver(step_input, noisy=True)
+
+
+def _dpm_solver(step_input: StepInput, noisy: bool) -> Step:
     schedule, x, i = step_input.schedule, step_input.x, step_input.i
     history = History.none(x) if step_input.history is None else step_input.history
     x0 = _guided_x0(step_input)
@@ -169,9 +181,14 @@ def dpm_solver_step(step_input: StepInput) -> Step:
         0.0,
     ).float()
     direction = x0 + weight * (x0 - history.past[:, 0])
-    moved = ((1 - previous) / (1 - alpha_bar)).sqrt().float() * x - (
-        previous.sqrt() * torch.expm1(-h)
+    # The noise of x shrinks by exp(-h) more in the SDE, and fresh noise makes up for it.
+    shrink, decay = (torch.exp(-h), -2 * h) if noisy else (torch.ones_like(h), -h)
+    moved = (((1 - previous) / (1 - alpha_bar)).sqrt() * shrink).float() * x - (
+        previous.sqrt() * torch.expm1(decay)
     ).float() * direction
+    if noisy:
+        fresh = ((1 - previous) * -torch.expm1(decay)).sqrt().float()
+        moved = moved + fresh * step_input.noise
     return Step(torch.where(last, x0, moved), x0, x0, x)
 
 
@@ -321,6 +338,7 @@ SAMPLERS: dict[str, Callable[[StepInput], Step]] = {
     "ddim": ddim_step,
     "plms": plms_step,
     "dpm++": dpm_solver_step,
+    "dpm++sde": dpm_solver_sde_step,
     "unipc": unipc_step,
 }
 

@@ -93,11 +93,11 @@ class ImageFields(BaseModel):
     )
     steps: int | None = Field(None, ge=1)
     upsampler_steps: int | None = Field(None, ge=1)
-    sampler: Literal["ancestral", "ddim", "plms", "dpm++", "unipc"] | None = Field(
+    sampler: Literal["ancestral", "ddim", "plms", "dpm++", "dpm++sde", "unipc"] | None = Field(
         None, description="Sampler of the base model."
     )
-    upsampler_sampler: Literal["ancestral", "ddim", "plms", "dpm++", "unipc"] | None = Field(
-        None, description="Sampler of the upsampler."
+    upsampler_sampler: Literal["ancestral", "ddim", "plms", "dpm++", "dpm++sde", "unipc"] | None = (
+        Field(None, description="Sampler of the upsampler.")
     )
     guidance_scale: float | None = Field(
         None,

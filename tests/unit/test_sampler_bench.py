@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers.tiny import random_model, tiny
 
-from glide_ray.bench.samplers import _ratios, _resampled, bench_samplers
+from glide_ray.bench.samplers import _compared, _resampled, bench_samplers
 from glide_ray.cli.main import main
 from glide_ray.diffusion.schedule import ScheduleError, grid, listed, make_schedule
 from glide_ray.evaluation.metrics import kid
@@ -106,6 +106,8 @@ def test_distances_are_unbiased_and_paired_by_picture():
     everything = [np.arange(60)]
     expected, _ = kid(real, far, subsets=1, size=60)
     assert _resampled(real, far, everything)[0] == pytest.approx(expected)
-    found = _ratios(real, {"a": far, "b": far, "c": near})
-    assert found["b"]["ratio"] == 1.0 and found["b"]["interval"] == [1.0, 1.0]
-    assert found["c"]["interval"][1] < 0.5
+    found = _compared(real, {"a": far, "b": far, "c": near})
+    assert found["b"]["ratio"] == 1.0 and found["b"]["ratio_interval"] == [1.0, 1.0]
+    assert found["c"]["ratio_interval"][1] < 0.5 and found["c"]["difference_interval"][1] < 0
+    # Around 0, where a ratio has no meaning, only the difference is told
+    assert "ratio" not in _compared(real, {"near": near, "far": far})["far"]
