@@ -279,7 +279,7 @@ def add_seed(
     parser.add_argument("--seed", type=kind, default=0, help=help)
 
 
-SAMPLER_NAMES = "ancestral, ddim, plms, dpm++, or unipc for 8 to 30 steps"
+SAMPLER_NAMES = "ancestral, ddim, plms, dpm++, or unipc for 6 to 30 steps"
 STEPS_HELP = "a number, or a respacing such as mixed15 or 10,10,3,2,2 (default: the model's own)"
 
 

@@ -217,15 +217,16 @@ class SamplingConfig(Frozen):
         """The respacing of a request; None for `steps` or `sampler` is this model's own.
 
         A plain number means evenly spaced timesteps, except in UniPC: there it means the tuned
-        grid of so many steps, or the `mixed` one. The respacing that is returned can be given as
-        `steps` again.
+        grid of so many steps, or the `mixed` one, which has at least 2. The respacing that is
+        returned can be given as `steps` again.
         """
         if steps is None:
             return self.respacing
         number = str(steps).strip()
         if (sampler or self.sampler) != "unipc" or not number.isdecimal():
             return number
-        return self.tuned_grids.get(str(int(number)), f"mixed{number}")
+        count = int(number)
+        return self.tuned_grids.get(str(count), f"mixed{count}" if count > 1 else str(count))
 
 
 class ModelConfig(Frozen):
