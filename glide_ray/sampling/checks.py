@@ -117,9 +117,10 @@ def check_negative(model: ModelConfig, options: SampleOptions) -> None:
     prefix = "" if model.low_res_size is None else "upsampler_"
     scale = getattr(options, f"{prefix}guidance_scale")
     if options.negative_prompt and (model.sampling.guidance_scale if scale is None else scale) == 1:
+        which = "an upsampler" if prefix else "a"
         raise RequestError(
-            f"negative_prompt needs classifier-free guidance; set {prefix}guidance_scale to a "
-            "number other than 1.",
+            f"negative_prompt needs classifier-free guidance; set {which} guidance scale other "
+            "than 1.",
             "negative_prompt",
         )
 
