@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 import glide_ray
 from glide_ray.evaluation.report import grid, show_hole
 
-OPTIONS = glide_ray.SampleOptions(upsampler_steps=20)
+OPTIONS = glide_ray.SampleOptions()
 THINGS = (
     "a red apple",
     "a red heart",

@@ -134,9 +134,10 @@ def check_out(
     if path.is_dir():
         raise UserError(f"{option} {path} is a folder; give the name of a file in it.")
     if path.suffix.lower() not in endings:
+        choices = " or ".join([*filter(None, [", ".join(endings[:-1])]), endings[-1]])
         raise UserError(
             f"{option} {path} does not end in a format that is written; give a name that ends in "
-            f"{', '.join(endings[:-1])} or {endings[-1]}."
+            f"{choices}."
         )
     for name in written:
         if name.is_dir():

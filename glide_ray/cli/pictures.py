@@ -541,8 +541,11 @@ def _add_invert_mask(parser: Parser) -> None:
 def _check(options: Namespace) -> None:
     """Check all that needs no model, and choose the name of the output. Raises UserError."""
     texts = [options.prompt, *(prompt for _, prompt in getattr(options, "edit", None) or ())]
-    for text in texts:
-        check_text(text or "", "The prompt")
+    from ..sampling.prompt import check_prompt
+
+    for text in filter(None, texts):
+        check_text(text, "The prompt")
+        check_prompt(text)
     options.keep = options.out is not None  # files of an interrupted run with this name
     options.out = options.out or unused(options.default_out)
     missing = "all pictures" if getattr(options, "best_of", 1) > 1 else "the missing pictures"
@@ -583,10 +586,10 @@ def load_cascade(options: Namespace) -> Cascade:
 
 
 def _warn_of_cut(prompt: str, cascade: Cascade) -> None:
-    from ..data.tokenizer import Tokenizer
+    from ..sampling.prompt import is_cut
 
     context = cascade.base.config.context
-    if Tokenizer(context).encode(prompt).cut:
+    if is_cut(prompt, context):
         print_note(f"the prompt is longer than {context} tokens; the model does not read the rest.")
 
 

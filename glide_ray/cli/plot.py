@@ -5,7 +5,16 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from .arguments import Commands, add_sampling, add_seed, add_weights, local_path, sample_options
+from .arguments import (
+    Commands,
+    add_sampling,
+    add_seed,
+    add_weights,
+    check_text,
+    local_path,
+    sample_options,
+)
+from .picture_files import check_out
 from .terminal import with_step_bars
 
 
@@ -55,6 +64,8 @@ def plot(options: Namespace) -> None:
     from ..storage import put
     from .pictures import load_cascade
 
+    check_text(options.prompt, "The prompt")
+    check_out(options.out, endings=(".png",))
     columns, rows = Axis.read(options.x), Axis.read(options.y)
     cells = make_cells(options.prompt, options.seed, sample_options(options), columns, rows)
     cascade, folder = load_cascade(options), options.out.with_suffix("")

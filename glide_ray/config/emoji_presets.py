@@ -63,7 +63,7 @@ def emoji_base() -> Preset:
             ),
             sampling=SamplingConfig(
                 sampler="unipc",
-                respacing=BASE_GRIDS["8"],
+                respacing=BASE_GRIDS["15"],
                 tuned_grids=BASE_GRIDS,
                 guidance_scale=2.5,
             ),

@@ -217,8 +217,8 @@ class SamplingConfig(Frozen):
         """The respacing of a request; None for `steps` or `sampler` is this model's own.
 
         A plain number means evenly spaced timesteps, except in `unipc` and `dpm++sde`: there it
-        means the `mixed` grid of so many steps, and in `unipc` a tuned one if there is one. The
-        respacing that is returned can be given as `steps` again.
+        means the `mixed` grid of so many steps, which has at least 2, and in `unipc` a tuned one if
+        there is one. The respacing that is returned can be given as `steps` again.
         """
         if steps is None:
             return self.respacing
@@ -226,8 +226,9 @@ class SamplingConfig(Frozen):
         sampler = sampler or self.sampler
         if sampler not in ("unipc", "dpm++sde") or not number.isdecimal():
             return number
+        count = int(number)
         tuned = self.tuned_grids if sampler == "unipc" else {}
-        return tuned.get(str(int(number)), f"mixed{number}")
+        return tuned.get(str(count), f"mixed{count}" if count > 1 else number)
 
 
 class ModelConfig(Frozen):

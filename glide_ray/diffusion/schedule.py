@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -237,11 +238,16 @@ def kept_timesteps(total: int, spacing: str | int) -> list[int]:
 
 
 class RespacedSchedules:
-    """Respaced schedules of one process on one device, each computed once."""
+    """Respaced schedules of one process on one device; the last CACHED ones are kept.
+
+    Every strength of a variation has a schedule of its own.
+    """
+
+    CACHED = 256  # of up to 90 kB
 
     def __init__(self, process: Schedule, device: torch.device | str):
         self._process, self._device = process, device
-        self._schedules: dict[str, tuple[Schedule, list[int]]] = {}
+        self._computed = lru_cache(self.CACHED)(self._compute)
 
     def schedule(self, respacing: str) -> Schedule:
         """The schedule on the device. Raises ScheduleError."""
@@ -267,11 +273,9 @@ class RespacedSchedules:
             [starts[respacing] for respacing in respacings],
         )
 
-    def _computed(self, respacing: str) -> tuple[Schedule, list[int]]:
-        if respacing not in self._schedules:
-            schedule = respace(self._process, respacing)
-            self._schedules[respacing] = schedule.to(self._device), schedule.timestep.tolist()
-        return self._schedules[respacing]
+    def _compute(self, respacing: str) -> tuple[Schedule, list[int]]:
+        schedule = respace(self._process, respacing)
+        return schedule.to(self._device), schedule.timestep.tolist()
 
 
 def _positive(text: str, spacing: str) -> int:

@@ -21,13 +21,13 @@ from ray.data import ActorPoolStrategy
 from .. import storage
 from ..config.sampling import BulkConfig
 from ..data.sources import METADATA
-from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..models.clip_scorer import fetch_clip
 from ..pretrained import shipped
 from ..progress import bar
 from ..sampling.cascade import Cascade
-from ..sampling.checks import check_options
+from ..sampling.checks import RequestError, check_negative, check_options
+from ..sampling.prompt import check_prompt, is_cut, plain_text
 from ..sampling.recipe import ModelSet, save_picture
 from .cluster import connect, is_connected, uses_gpu
 from .embed import JOB
@@ -102,17 +102,17 @@ def generate(
             )
     lines = (
         json.dumps(
-            {"file_name": item.file, "text": item.prompt, "seed": item.seed}, ensure_ascii=False
+            {"file_name": item.file, "text": plain_text(item.prompt), "seed": item.seed},
+            ensure_ascii=False,
         )
         for item in requests
     )
     storage.put("".join(f"{line}\n" for line in lines).encode(), f"{out}/{METADATA}")
-    tokenizer = Tokenizer(context)
     return BulkResult(
         out,
         len(requests),
         len(missing),
-        sum(tokenizer.encode(prompt).cut for prompt in {item.prompt for item in requests}),
+        sum(is_cut(prompt, context) for prompt in {item.prompt for item in requests}),
     )
 
 
@@ -129,7 +129,12 @@ def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[PictureReque
             f"{path} is not text in UTF-8; give a file with one prompt per line, or .jsonl."
         ) from None
     rows = [
-        _parse_line(f"{path}, line {n}", line) if path.endswith(".jsonl") else (line.strip(), None)
+        _checked(
+            f"{path}, line {n}",
+            _parse_line(f"{path}, line {n}", line)
+            if path.endswith(".jsonl")
+            else (line.strip(), None),
+        )
         for n, line in enumerate(lines, 1)
         if line.strip()
     ]
@@ -146,6 +151,14 @@ def read_prompts(path: str, seed: int, per_prompt: int = 1) -> list[PictureReque
             for number in range(len(requests), len(requests) + per_prompt)
         ]
     return requests
+
+
+def _checked(where: str, row: tuple[str, int | None]) -> tuple[str, int | None]:
+    try:
+        check_prompt(row[0])
+    except RequestError as error:
+        raise UserError(f"{where}: {error}") from None
+    return row
 
 
 def _parse_line(where: str, line: str) -> tuple[str, int | None]:
@@ -184,6 +197,8 @@ def _begin(requests: Sequence[PictureRequest], out: str, config: BulkConfig) -> 
     """
     paths = {role: getattr(config, role) for role in ROLES}
     model_set = ModelSet.read(paths, config.precision, "", config.loras)
+    check_options(config.options, base=model_set.base, upsampler=model_set.upsampler)
+    check_negative(model_set.base, config.options)
     models: dict[str, object] = {role: used.sha256 for role, used in model_set.models.items()}
     if model_set.loras:
         models["loras"] = [[used.sha256, used.scale] for used in model_set.loras]

@@ -14,6 +14,7 @@ from ..config.sampling import SampleOptions
 from ..errors import UserError, nearest
 from ..sampling.cascade import Cascade, Progress
 from ..sampling.checks import check_options
+from ..sampling.prompt import check_prompt
 from ..sampling.recipe import ModelSet, save_picture, stored_picture
 
 SETTINGS = ("prompt", "seed", *(name for name in SampleOptions.model_fields))
@@ -89,6 +90,7 @@ def _cell(prompt: str, seed: int, options: SampleOptions, chosen: dict[str, str]
         shown = ", ".join(f"{name}={value}" for name, value in chosen.items())
         raise PlotError(f"A value of {shown} is not valid for its setting.") from None
     check_options(filled, seed)
+    check_prompt(prompt)
     return Cell(prompt, seed, filled)
 
 

@@ -143,7 +143,10 @@ def _sampling(config: AnyModelConfig) -> dict[str, str]:
     }
     if sampling.tuned_grids:
         rows["tuned grids"] = "\n".join(
-            f"{steps} steps: {grid}" for steps, grid in sorted(sampling.tuned_grids.items())
+            f"{steps} steps: {grid}"
+            for steps, grid in sorted(
+                sampling.tuned_grids.items(), key=lambda one: (len(one[0]), one[0])
+            )
         )
     return rows
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from .inputs import (
     seeds_of,
 )
 from .job import Job, Source
+from .prompt import check_prompt, plain_text
 from .regions import part_to_paint, paste
 from .stepper import Stepper
 
@@ -157,7 +158,7 @@ class Cascade:
         is predicted after each step of each stage.
         """
         pairs = pairs_of(prompts, seeds)
-        self._check(options, [seed for _, seed in pairs])
+        self._check(options, (prompt for prompt, _ in pairs), (seed for _, seed in pairs))
         jobs = [Job(prompt, seed, self.size, options) for prompt, seed in pairs]
         if not jobs:
             return []
@@ -178,10 +179,12 @@ class Cascade:
         prompt, numbers = prompt_of(prompt), seeds_of(seeds)
         if not numbers:
             raise RequestError("seeds is empty; give a seed for each candidate.", "seeds")
-        self._check(options, numbers)
+        self._check(options, [prompt], numbers)
         jobs = [Job(prompt, seed, self.size, options) for seed in numbers]
         (image,) = self._make([jobs], progress)
-        scores = image.scores or {image.seed: self.score(image.base_image[None], [prompt])[0]}
+        scores = image.scores or {
+            image.seed: self.score(image.base_image[None], [plain_text(prompt)])[0]
+        }
         return Ranked(_pixels(image), image.seed, scores)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
@@ -211,7 +214,7 @@ class Cascade:
         """
         source = self._source(image, known_mask)
         job = Job(prompt_of(prompt), seed_of(seed), self.size, options, source)
-        self._check(options, [job.seed])
+        self._check(options, [job.prompt], [job.seed])
         return self._paint(job, progress)
 
     def edit_whole(
@@ -261,7 +264,7 @@ class Cascade:
                 "image",
             )
         job = Job(prompt_of(prompt), seed_of(seed), self.size, options)
-        self._check(options, [job.seed])
+        self._check(options, [job.prompt], [job.seed], first="upsampler")
         call: StageCall[Tensor] = StageCall("upsampler", [job], [to_tensor(pixels)])
         return to_uint8(self._run(call, progress)[0])
 
@@ -286,7 +289,7 @@ class Cascade:
         known = np.zeros((self.size, self.size), bool) if known_mask is None else known_mask
         source = self._source(image, known, sketch)
         job = Job(prompt_of(prompt), seed_of(seed), self.size, options, source, strength)
-        self._check(options, [job.seed], strength)
+        self._check(options, [job.prompt], [job.seed], strength)
         return self._paint(job, progress)
 
     def scene(
@@ -313,7 +316,7 @@ class Cascade:
             )
             for n, (known_mask, prompt) in enumerate(edits)
         ]
-        self._check(options, [first, *(job.seed for job in jobs)])
+        self._check(options, (job.prompt for job in jobs), (first, *(job.seed for job in jobs)))
         return self._painted(jobs, progress)
 
     def _painted(self, jobs: Sequence[Job], progress: Progress | None) -> Iterator[np.ndarray]:
@@ -331,13 +334,23 @@ class Cascade:
         return _pixels(self._make([[job]], progress)[0])
 
     def _check(
-        self, options: SampleOptions, seeds: Iterable[int], strength: float | None = None
+        self,
+        options: SampleOptions,
+        prompts: Iterable[str],
+        seeds: Iterable[int],
+        strength: float | None = None,
+        first: Literal["base", "upsampler"] = "base",
     ) -> None:
-        """Raise RequestError for an option, seed or strength that these models cannot take."""
+        """Raise RequestError for anything in a request that these models cannot take.
+
+        `first`: the first stage, whose guidance a negative prompt needs.
+        """
         base, upsampler = self.base.config, self.upsampler.config if self.upsampler else None
         check_options(options, None, strength, base, upsampler)
-        check_negative(base, options)
+        check_negative(upsampler if first == "upsampler" and upsampler else base, options)
         check_clip(options.clip_scale, self.base.critic is not None)
+        for prompt in set(prompts):
+            check_prompt(prompt)
         for seed in seeds:
             check_seed(seed)
 

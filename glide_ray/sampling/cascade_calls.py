@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 
 from .job import Job
+from .prompt import plain_text
 
 SEED_COUNT = 2**63  # seeds count up from the request's, modulo this
 T = TypeVar("T")  # image of a stage: a tensor in `Cascade`, a StageResult in the server
@@ -95,7 +96,7 @@ def cascade_calls(image_candidates: Sequence[Sequence[Job]], upsample: bool) -> 
         candidate_images, base_images = base_images[: len(jobs)], base_images[len(jobs) :]
         scores: Sequence[float] = ()
         if len(jobs) > 1:
-            scores = yield ScoreCall(candidate_images, jobs[0].prompt)
+            scores = yield ScoreCall(candidate_images, plain_text(jobs[0].prompt))
         best = int(np.argmax(scores)) if len(jobs) > 1 else 0
         by_seed = {job.seed: score for job, score in zip(jobs, scores, strict=False)}
         best_jobs.append(jobs[best])

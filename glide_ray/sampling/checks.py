@@ -109,12 +109,18 @@ def check_strength(strength: float) -> None:
         )
 
 
-def check_negative(base: ModelConfig, options: SampleOptions) -> None:
-    """Raise RequestError for a negative prompt without guidance, where it would do nothing."""
-    scale = options.guidance_scale
-    if options.negative_prompt and (base.sampling.guidance_scale if scale is None else scale) == 1:
+def check_negative(model: ModelConfig, options: SampleOptions) -> None:
+    """Raise RequestError for a negative prompt without guidance, where it would do nothing.
+
+    `model`: the base model, or the upsampler where it works alone.
+    """
+    prefix = "" if model.low_res_size is None else "upsampler_"
+    scale = getattr(options, f"{prefix}guidance_scale")
+    if options.negative_prompt and (model.sampling.guidance_scale if scale is None else scale) == 1:
+        which = "an upsampler" if prefix else "a"
         raise RequestError(
-            "negative_prompt needs classifier-free guidance; set a guidance scale other than 1.",
+            f"negative_prompt needs classifier-free guidance; set {which} guidance scale other "
+            "than 1.",
             "negative_prompt",
         )
 

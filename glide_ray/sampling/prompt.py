@@ -19,6 +19,7 @@ from ..data.tokenizer import Tokenizer
 from .checks import RequestError
 
 MAX_WEIGHT = 4.0  # beyond about 3, pictures break
+MAX_WEIGHTS = 16  # in a caption; each takes one more run of the text transformer
 MAX_CHANGES = 16  # shares of the process at which a prompt changes
 _NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
 _WEIGHT = re.compile(rf"(?<!\\)\(([^()]+):\s*{_NUMBER}\s*\)")
@@ -44,9 +45,36 @@ class Caption:
 def read_prompt(prompt: str, context: int) -> tuple[Caption, ...]:
     """The captions of a prompt in the order of sampling, the first with `begin` 0.
 
-    `context`: tokens that the model reads. Raises RequestError for a weight or a share that is out
-    of range.
+    `context`: tokens that the model reads. Raises RequestError as `check_prompt` does.
     """
+    return tuple(_caption(text, share, context) for share, text in _checked_texts(prompt))
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise RequestError for a weight or a share that is out of range, or for too many."""
+    _checked_texts(prompt)
+
+
+def plain_text(prompt: str) -> str:
+    """The prompt's first caption without weights, for models that read text alone."""
+    return _plain(_at(prompt, 0.0))
+
+
+def is_cut(prompt: str, context: int) -> bool:
+    """Whether a caption of the prompt is longer than the tokens that the model reads."""
+    tokenizer = Tokenizer(context)
+    return any(tokenizer.encode(_plain(text)).cut for _, text in _checked_texts(prompt))
+
+
+def literal(prompt: str) -> str:
+    """The prompt that reads as this text, with its brackets as ordinary characters."""
+    if not any(pattern.search(prompt) for pattern in (_WEIGHT, _CHANGE, _ESCAPED)):
+        return prompt
+    return re.sub(r"([()\[\]])", r"\\\1", prompt)
+
+
+def _checked_texts(prompt: str) -> list[tuple[float, str]]:
+    """The shares at which the captions begin, and their texts with weights and backslashes."""
     shares = {0.0}
     for change in _CHANGE.finditer(prompt):
         share = float(change[3])
@@ -62,12 +90,31 @@ def read_prompt(prompt: str, context: int) -> tuple[Caption, ...]:
             f"A prompt may change {MAX_CHANGES} times; this one changes {len(shares) - 1} times.",
             "prompt",
         )
-    return tuple(_caption(_at(prompt, share), share, context) for share in sorted(shares))
+    texts = [(share, _at(prompt, share)) for share in sorted(shares)]
+    for _, text in texts:
+        _check_weights(text)
+    return texts
 
 
-def plain_text(prompt: str) -> str:
-    """The prompt's first caption without weights, for models that read text alone."""
-    text = _WEIGHT.sub(lambda found: found[1], _at(prompt, 0.0))
+def _check_weights(text: str) -> None:
+    weights = [*_WEIGHT.finditer(text)]
+    if len(weights) > MAX_WEIGHTS:
+        raise RequestError(
+            f"A prompt may have {MAX_WEIGHTS} weights at a time; this one has {len(weights)}.",
+            "prompt",
+        )
+    for found in weights:
+        if float(found[2]) > MAX_WEIGHT:
+            raise RequestError(
+                f"The weight in {found[0]!r} may be at most {MAX_WEIGHT:g}; 1 is without effect. A "
+                "backslash before each bracket makes it ordinary.",
+                "prompt",
+            )
+
+
+def _plain(text: str) -> str:
+    """A caption's text without weights and backslashes."""
+    text = _WEIGHT.sub(lambda found: found[1], text)
     return _ESCAPED.sub(lambda found: found[1], text)
 
 
@@ -80,16 +127,10 @@ def _caption(text: str, begin: float, context: int) -> Caption:
     """Split a text without changes into plain text and spans of weighted characters."""
     plain, spans, end = "", [], 0
     for found in _WEIGHT.finditer(text):
-        weight = float(found[2])
-        if weight > MAX_WEIGHT:
-            raise RequestError(
-                f"The weight in {found[0]!r} may be at most {MAX_WEIGHT:g}; 1 is without effect.",
-                "prompt",
-            )
         plain += _ESCAPED.sub(lambda match: match[1], text[end : found.start()])
         first = len(plain.lower())  # a few letters, such as İ, have longer lower forms
         plain += _ESCAPED.sub(lambda match: match[1], found[1])
-        spans.append((first, len(plain.lower()), weight))
+        spans.append((first, len(plain.lower()), float(found[2])))
         end = found.end()
     plain += _ESCAPED.sub(lambda match: match[1], text[end:])
     tokenizer = Tokenizer(context)

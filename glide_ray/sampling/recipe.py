@@ -30,6 +30,7 @@ from ..pretrained import shipped
 from ..pretrained.card import Source, sources_in, union
 from ..storage import MissingError, exists, fetch, fingerprint, put, read
 from .cascade import Cascade, Progress
+from .prompt import literal
 from .regions import Square, paste
 
 CHUNK = "glide_ray"  # keyword of the PNG text chunk; inputs have chunks named CHUNK.NAME
@@ -99,11 +100,20 @@ class Recipe(Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _noise_of_old_recipes(cls, given: Any) -> Any:
-        """Recipes before version 0.2 name no noise scheme; theirs is the first."""
-        if isinstance(given, dict) and isinstance(given.get("options"), dict):
-            return {**given, "options": {"noise_scheme": 1, **given["options"]}}
-        return given
+    def _of_old_recipes(cls, given: Any) -> Any:
+        """Recipes before version 0.2 name no noise scheme; theirs is the first.
+
+        In their prompts all brackets are ordinary characters.
+        """
+        options = given.get("options") if isinstance(given, dict) else None
+        if not isinstance(options, dict) or "noise_scheme" in options:
+            return given
+        prompt = given.get("prompt")
+        return {
+            **given,
+            "prompt": literal(prompt) if isinstance(prompt, str) else prompt,
+            "options": {"noise_scheme": 1, **options},
+        }
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ..pretrained.card import credits, licences
 from ..sampling.cascade_calls import image_jobs
 from ..sampling.checks import TIMESTEPS, check_negative, check_options
 from ..sampling.job import Job, Source
+from ..sampling.prompt import check_prompt, is_cut, plain_text
 from .admission import ANONYMOUS
 from .docs_page import add_docs
 from .errors import ApiError, handle_errors
@@ -233,8 +234,10 @@ async def _answer(
         job = replace(job, loras=named)
     jobs = image_jobs(job, fields.n or 1)
     log_fields = request.scope["glide"]
-    prompt = Tokenizer(backend.model_set.base.context).encode(job.prompt)
-    maker = ImageMaker(state, model, backend, fields, prompt, log_fields)
+    context = backend.model_set.base.context
+    tokens = Tokenizer(context).encode(plain_text(job.prompt))
+    tokens = replace(tokens, cut=is_cut(job.prompt, context))
+    maker = ImageMaker(state, model, backend, fields, tokens, log_fields)
     admitted = ExitStack()
     admitted.enter_context(
         state.admission.admit(log_fields.get("key", ANONYMOUS), model, len(jobs) * job.best_of)
@@ -294,6 +297,7 @@ def _job(
     )
     check_negative(backend.model_set.base, options)
     prompt = fields.prompt or ""
+    check_prompt(prompt)
     seed = fields.seed if fields.seed is not None else secrets.randbelow(2**31)
     log_fields = request.scope["glide"]
     log_fields |= {"model": name, "seed": seed} | ({"prompt": prompt} if config.log_prompts else {})

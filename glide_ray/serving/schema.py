@@ -118,7 +118,6 @@ class ImageFields(BaseModel):
         max_length=32_000,
         description="What the image should not show; needs a guidance scale other than 1.",
     )
-
     loras: list[LoraUse] | None = Field(
         None,
         max_length=MAX_LORAS,

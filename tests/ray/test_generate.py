@@ -166,6 +166,7 @@ def test_a_prompt_file_says_which_seeds_it_likes(tmp_path):
         ("p.jsonl", b'{"prompt": "a", "seed": -1}', "line 1 has a seed"),
         ("p.jsonl", b'["a"]', "line 1 has no prompt"),
         ("p.jsonl", b'{"prompt": "a", "seed": true}', "line 1 has a seed"),
+        ("p.txt", b"a dog\na (cat:9)", "line 2: The weight"),
     ],
 )
 def test_a_prompt_file_that_is_none_is_refused_by_line(tmp_path, name, text, sentence):

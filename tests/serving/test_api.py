@@ -163,11 +163,30 @@ def test_every_way_of_sampling_reaches_the_model(ask, backend):
         "steps": 3,
         "upsampler_steps": 4,
         "sampler": "dpm++",
+        "upsampler_sampler": "unipc",
         "guidance_scale": 2.5,
+        "upsampler_guidance_scale": 1.5,
+        "negative_prompt": "blue",
         "clip_scale": 1,
     }
     assert ask("POST", GENERATIONS, json={"prompt": "a cat", **wanted}).status_code == 200
     assert backend.jobs[-1].options == SampleOptions(**wanted)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_weight_out_of_range_is_refused_before_the_response_begins(ask, backend, stream):
+    made = len(backend.jobs)
+    answer = ask("POST", GENERATIONS, json={"prompt": "a (dog:9)", "stream": stream})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt"
+    assert len(backend.jobs) == made
+
+
+def test_usage_counts_what_the_model_reads(ask):
+    tokens = [
+        ask("POST", GENERATIONS, json={"prompt": prompt}).json()["usage"]["input_tokens"]
+        for prompt in ("a red cat", "a (red:1.5) cat")
+    ]
+    assert tokens[0] == tokens[1]
 
 
 @pytest.mark.parametrize("form", ["png", "jpeg", "webp"])

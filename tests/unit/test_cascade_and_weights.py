@@ -190,10 +190,19 @@ def test_strength_seeds_and_names_of_edits_are_checked(cascade):
         "sketch": lambda: cascade.vary(image, "a dog", 0, 0.5, sketch=image[:32]),
         "known_mask": lambda: cascade.vary(image, "a dog", 0, 0.5, known[:32]),
         "best_of": lambda: cascade.best_of("a dog", []),
+        "negative_prompt": lambda: cascade.enlarge(
+            image[:16, :16], "a dog", 0, SampleOptions(negative_prompt="blue")
+        ),
     }.items():
         with pytest.raises(RequestError) as refusal:
             call()
         assert refusal.value.param == param
+
+
+def test_the_prompts_of_all_edits_are_checked_at_the_call(cascade):
+    image, known = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), bool)
+    with pytest.raises(RequestError, match="at most 4"):
+        cascade.scene(image, [(known, "a dog"), (known, "a (dog:9)")], 0)
 
 
 def test_a_picture_is_the_same_as_array_of_any_kind_and_as_pillow_image(cascade):

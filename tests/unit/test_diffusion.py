@@ -23,6 +23,7 @@ from glide_ray.diffusion.samplers import (
     step_each,
 )
 from glide_ray.diffusion.schedule import (
+    RespacedSchedules,
     ScheduleError,
     check_pure_noise,
     grid,
@@ -427,3 +428,11 @@ def test_the_weight_changes_the_loss_but_not_the_reported_mse_and_bound():
     )
     assert torch.equal(even.mse, weighted.mse) and torch.equal(even.vb, weighted.vb)
     assert torch.allclose(weighted.total, even.mse * weight + even.vb * weight.clamp(max=1))
+
+
+def test_variations_of_many_strengths_do_not_fill_the_memory():
+    schedules = RespacedSchedules(make_schedule("cosine"), "cpu")
+    for first in range(2 * RespacedSchedules.CACHED):
+        assert schedules.timesteps(f"t{first},999") == [first, 999]
+    assert schedules._computed.cache_info().currsize == RespacedSchedules.CACHED
+    assert schedules.schedule("t0,999").timestep.tolist() == [0, 999]

@@ -47,6 +47,7 @@ def test_values_with_commas_are_separated_by_bars():
         ("guidance-scale=x", "seed=1", "is not valid for its setting"),
         ("guidance-scale=-1", "seed=1", "guidance_scale must lie between"),
         ("sampler=euler", "seed=1", "no sampler 'euler'"),
+        ("prompt=a dog|a (cat:9)", "seed=1", "may be at most 4"),
         ("seed=1", "seed=2", "Both axes are seed"),
         ("guidance-interval=0 0.5|0.5", "seed=1", "is not valid for its setting"),
     ],
@@ -65,3 +66,12 @@ def test_two_numbers_are_one_guidance_interval():
     columns = Axis.read("guidance-interval=0 1|0.2 0.8")
     (row,) = make_cells("a", 0, SampleOptions(), columns, Axis("seed", ("1",)))
     assert [cell.options.guidance_interval for cell in row] == [(0.0, 1.0), (0.2, 0.8)]
+
+
+@pytest.mark.parametrize("name", ["sheet", "sheet.jpg"])
+def test_a_sheet_that_is_no_png_is_refused_before_its_pictures_are_made(tmp_path, capsys, name):
+    assert (
+        main(["plot", "a", "--x", "seed=1", "--y", "steps=2", "--out", str(tmp_path / name)]) == 2
+    )
+    assert "give a name that ends in .png." in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())

@@ -10,7 +10,7 @@ from glide_ray.config.sampling import SampleOptions
 from glide_ray.data.tokenizer import Tokenizer
 from glide_ray.sampling.checks import RequestError
 from glide_ray.sampling.job import base_request
-from glide_ray.sampling.prompt import plain_text, read_prompt
+from glide_ray.sampling.prompt import is_cut, literal, plain_text, read_prompt
 from glide_ray.sampling.stepper import Stepper
 
 CONTEXT = 32
@@ -69,6 +69,8 @@ def test_changes_divide_a_prompt_into_captions():
         ("(a:5)", "may be at most 4"),
         ("[a:b:0]", "above 0 and below 1"),
         ("[a:b:1.5]", "above 0 and below 1"),
+        ("(a:2) " * 17, "may have 16 weights"),
+        ("[(a:2):" * 4571, "may have 16 weights"),
         ("".join(f"[a:b:0.{n}]" for n in range(100, 3000)), "may change 16 times"),
     ],
 )
@@ -78,12 +80,28 @@ def test_weights_and_shares_out_of_range_are_refused(prompt, sentence):
     assert refusal.value.param == "prompt"
 
 
-@pytest.mark.parametrize(
-    "part", ["[", "(a:", "[(", "[a", "[:", "[a:b", "((a:", "(a)", "[:(a", "[(a:2):"]
-)
+@pytest.mark.parametrize("part", ["[", "(a:", "[(", "[a", "[:", "[a:b", "((a:", "(a)", "[:(a"])
 def test_unfinished_brackets_take_no_longer_than_any_text(part):
     """Read in linear time; a pattern that backtracks would not end here."""
     assert len(read_prompt(part * (32_000 // len(part)), CONTEXT)) == 1
+
+
+def test_many_weights_take_no_longer_than_any_text():
+    """Text features of each word with a weight, for each caption, would take minutes."""
+    with pytest.raises(RequestError, match="weights at a time"):
+        read_prompt("[a:b:0.5]" + "(é:2)" * 6000, CONTEXT)
+
+
+@pytest.mark.parametrize("text", ["a clock (12:30)", "[a:b:0.5] (c:2)", r"a \(b\\)", "a (b) dog"])
+def test_literal_text_is_read_as_it_stands(text):
+    (caption,) = read_prompt(literal(text), CONTEXT)
+    assert torch.equal(caption.tokens, Tokenizer(CONTEXT).batch([text])[0])
+    assert caption.emphasis == () and plain_text(literal(text)) == text
+
+
+def test_only_what_the_model_reads_counts_towards_its_context():
+    assert not is_cut("(a:2)" + " (a:2)" * 15, 16) and is_cut("a " * 17, 16)
+    assert is_cut("[a:" + "b " * 17 + ":0.5]", 16)
 
 
 def test_words_beyond_the_context_have_no_weight():

@@ -1,5 +1,6 @@
 """Recipes in PNG files, and the commands for them: generate, edit, vary, scene, reproduce."""
 
+import json
 import shutil
 
 import numpy as np
@@ -11,8 +12,10 @@ from glide_ray.cli.main import main
 from glide_ray.config.sampling import SampleOptions
 from glide_ray.data.images import encode
 from glide_ray.sampling.cascade import Cascade
+from glide_ray.sampling.prompt import plain_text
 from glide_ray.sampling.recipe import (
     ModelSet,
+    Recipe,
     RecipeError,
     read_recipe,
     reproduce_picture,
@@ -106,6 +109,17 @@ def test_a_recipe_records_every_option_with_its_value(tmp_path, tiny_weights):
         and set(recipe.models) == {"base", "upsampler"}
     )
     assert recipe.precision == "fp32" and "torch" in recipe.made_with and not inputs
+
+
+def test_a_recipe_of_version_0_1_has_its_noise_and_a_prompt_of_ordinary_characters(
+    tmp_path, tiny_weights
+):
+    run("generate", "a clock", "--out", tmp_path / "a.png", "--base", tiny_weights["base"])
+    tree = json.loads(read_recipe(tmp_path / "a.png")[0].model_dump_json())
+    del tree["options"]["noise_scheme"]
+    old = Recipe.model_validate(tree | {"prompt": "a clock (12:30)"})
+    assert old.options.noise_scheme == 1 and plain_text(old.prompt) == "a clock (12:30)"
+    assert Recipe.model_validate_json(old.model_dump_json()) == old
 
 
 def test_the_recipe_of_an_edit_contains_its_image_and_mask(files, weights, capsys):

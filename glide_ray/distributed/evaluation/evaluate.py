@@ -25,6 +25,7 @@ from ...evaluation.metrics import MetricError
 from ...evaluation.pages import Picture, Section, page
 from ...evaluation.report import Point, fronts, number
 from ...records import cached_result
+from ...sampling.prompt import literal
 from ...storage import fingerprint
 from ..cluster import connect
 from ..embed import ACTORS, JOB, EmbeddedCorpus, embed_corpus
@@ -130,7 +131,8 @@ def generate_sets(
     order = np.random.default_rng(config.seed).permutation(len(captions))
     lines = [
         json.dumps(
-            {"prompt": captions[order[n % len(order)]], "seed": config.seed + n}, ensure_ascii=False
+            {"prompt": literal(captions[order[n % len(order)]]), "seed": config.seed + n},
+            ensure_ascii=False,
         )
         for n in range(images)
     ]
