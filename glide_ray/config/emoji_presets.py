@@ -36,6 +36,16 @@ BASE_GRIDS = {
     "15": "t0,9,29,102,161,284,422,498,638,704,834,892,946,974,998",
 }
 UPSAMPLER_GRIDS = {"4": "t0,46,405,836"}
+BASE_SAMPLING = SamplingConfig(
+    sampler="unipc", respacing=BASE_GRIDS["15"], tuned_grids=BASE_GRIDS, guidance_scale=2.5
+)
+UPSAMPLER_SAMPLING = SamplingConfig(
+    sampler="unipc",
+    respacing=UPSAMPLER_GRIDS["4"],
+    tuned_grids=UPSAMPLER_GRIDS,
+    guidance_scale=1.0,
+    noise_scale=0.997,
+)
 
 
 def emoji_base() -> Preset:
@@ -61,12 +71,7 @@ def emoji_base() -> Preset:
                 inpaint=True,
                 text=TextConfig(width=128, layers=4, heads=2, context=32),
             ),
-            sampling=SamplingConfig(
-                sampler="unipc",
-                respacing=BASE_GRIDS["15"],
-                tuned_grids=BASE_GRIDS,
-                guidance_scale=2.5,
-            ),
+            sampling=BASE_SAMPLING,
         ),
         data=DataConfig(
             **EMOJI, empty_caption_rate=0.1, generate_rate=0.8, held_out_images=256, cache_gib=4
@@ -112,13 +117,7 @@ def emoji_upsampler() -> Preset:
                 text=TextConfig(width=16, layers=1, heads=1, context=32),
             ),
             diffusion=DiffusionConfig(schedule="linear"),
-            sampling=SamplingConfig(
-                sampler="unipc",
-                respacing=UPSAMPLER_GRIDS["4"],
-                tuned_grids=UPSAMPLER_GRIDS,
-                guidance_scale=1.0,
-                noise_scale=0.997,
-            ),
+            sampling=UPSAMPLER_SAMPLING,
         ),
         data=DataConfig(
             **EMOJI,

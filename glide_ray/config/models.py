@@ -190,12 +190,13 @@ class DiffusionConfig(Frozen):
         return list(accumulate(signal_kept, operator.mul))
 
 
+SamplerName = Literal["ancestral", "ddim", "plms", "dpm++", "dpm++sde", "unipc"]
+
+
 class SamplingConfig(Frozen):
     """A model's default sampling (app. B.2)."""
 
-    sampler: Literal["ancestral", "ddim", "plms", "dpm++", "dpm++sde", "unipc"] = Field(
-        "ancestral", description="sampler of the reverse process"
-    )
+    sampler: SamplerName = Field("ancestral", description="sampler of the reverse process")
     respacing: str = Field(
         "150",
         description="timesteps: a number of evenly spaced ones, numbers for equal sections such "

@@ -30,6 +30,7 @@ class AdapterCache:
         self._base_sha256, self._most_bytes = base_sha256, most_bytes
         self._loaded: OrderedDict[str, LoadedAdapter] = OrderedDict()  # by SHA-256
         self._lock = threading.Lock()
+        self._reading: dict[str, threading.Lock] = {}  # by SHA-256, of files that are being read
 
     def scaled(self, loras: Sequence[NamedLora]) -> tuple[ScaledAdapter, ...]:
         """Those of these adapters whose scale is not 0; reads files that are not loaded yet.
@@ -50,17 +51,33 @@ class AdapterCache:
             self._loaded.pop(sha256, None)
 
     def _get(self, lora: NamedLora) -> LoadedAdapter:
+        """The adapter, which one of the requests that first name it reads for all of them."""
         with self._lock:
-            if (found := self._loaded.get(lora.sha256)) is not None:
-                self._loaded.move_to_end(lora.sha256)
+            if (found := self._used(lora)) is not None:
                 return found
-        loaded = self._read(lora)  # without the lock: requests with other adapters do not wait
+            reading = self._reading.setdefault(lora.sha256, threading.Lock())
+        with reading:  # without the other lock: requests with other adapters do not wait
+            with self._lock:
+                if (found := self._used(lora)) is not None:
+                    return found
+            try:
+                loaded = self._read(lora)
+                self._keep(lora, loaded)
+            finally:
+                self._reading.pop(lora.sha256, None)
+        return loaded
+
+    def _used(self, lora: NamedLora) -> LoadedAdapter | None:
+        if (found := self._loaded.get(lora.sha256)) is not None:
+            self._loaded.move_to_end(lora.sha256)
+        return found
+
+    def _keep(self, lora: NamedLora, loaded: LoadedAdapter) -> None:
         with self._lock:
             self._loaded[lora.sha256] = loaded
             size = sum(adapter.size for adapter in self._loaded.values())
             while size > self._most_bytes and len(self._loaded) > 1:
                 size -= self._loaded.popitem(last=False)[1].size
-        return loaded
 
     def _read(self, lora: NamedLora) -> LoadedAdapter:
         try:

@@ -43,8 +43,11 @@ def check_options(
                 f"{param} must lie between 0 and {MAX_SCALE:g} (given: {scale}); 3 is usual.",
                 param,
             )
-    check_steps("steps", options.steps, options.sampler, base, strength is None)
-    check_steps("upsampler_steps", options.upsampler_steps, options.upsampler_sampler, upsampler)
+    strict = options.noise_scheme > 1  # recipes before version 0.2 begin at any timestep
+    check_steps("steps", options.steps, options.sampler, base, strict and strength is None)
+    check_steps(
+        "upsampler_steps", options.upsampler_steps, options.upsampler_sampler, upsampler, strict
+    )
     for param in ("sampler", "upsampler_sampler"):
         if (name := getattr(options, param)) is not None:
             check_sampler(name, param)

@@ -180,7 +180,8 @@ class Stepper:
         kept = self.schedules.timesteps(respacing)
         steps = len(kept)
         if request.start is None:
-            check_pure_noise(self.process, kept[-1], respacing)
+            if request.noise_scheme > 1:
+                check_pure_noise(self.process, kept[-1], respacing)
         elif request.noise_scheme == 1:  # of recipes before version 0.2
             steps = max(1, round(request.strength * steps))
         else:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
+from ..config.models import SamplerName
 from ..config.serving import ServeConfig
 from ..sampling.checks import MAX_SCALE
 
@@ -93,12 +94,8 @@ class ImageFields(BaseModel):
     )
     steps: int | None = Field(None, ge=1)
     upsampler_steps: int | None = Field(None, ge=1)
-    sampler: Literal["ancestral", "ddim", "plms", "dpm++", "dpm++sde", "unipc"] | None = Field(
-        None, description="Sampler of the base model."
-    )
-    upsampler_sampler: Literal["ancestral", "ddim", "plms", "dpm++", "dpm++sde", "unipc"] | None = (
-        Field(None, description="Sampler of the upsampler.")
-    )
+    sampler: SamplerName | None = Field(None, description="Sampler of the base model.")
+    upsampler_sampler: SamplerName | None = Field(None, description="Sampler of the upsampler.")
     guidance_scale: float | None = Field(
         None,
         ge=0,

@@ -163,10 +163,7 @@ def _run(
         writer.save(step, write)
         if train.sample_every and step % train.sample_every == 0:
             writer.finish()
-            try:
-                log.grid(step, _grid(checkpoints, preset))
-            except NonFiniteError as error:  # training goes on, as it does on a cluster
-                log.event(f"the samples of step {step:,} failed: {error}")
+            _log_grid(log, step, checkpoints, preset)
 
     def after_step(number: int) -> bool:
         notice = writer.step()
@@ -194,6 +191,13 @@ def _run(
     export_average(last, weights, metadata_of=source_metadata)
     speed = (step - first) * train.batch / max(1e-9, time.monotonic() - began)
     return StartResult(step, finished, weights, speed)
+
+
+def _log_grid(log: _Log, step: int, checkpoints: Checkpoints, preset: Preset) -> None:
+    try:
+        log.grid(step, _grid(checkpoints, preset))
+    except NonFiniteError as error:  # training goes on, as it does on a cluster
+        log.event(f"the samples of step {step:,} failed: {error}")
 
 
 def _last_checkpoint(

@@ -12,6 +12,7 @@ from glide_ray.cli.main import main
 from glide_ray.config.sampling import SampleOptions
 from glide_ray.data.images import encode
 from glide_ray.sampling.cascade import Cascade
+from glide_ray.sampling.checks import RequestError
 from glide_ray.sampling.prompt import plain_text
 from glide_ray.sampling.recipe import (
     ModelSet,
@@ -120,6 +121,16 @@ def test_a_recipe_of_version_0_1_has_its_noise_and_a_prompt_of_ordinary_characte
     old = Recipe.model_validate(tree | {"prompt": "a clock (12:30)"})
     assert old.options.noise_scheme == 1 and plain_text(old.prompt) == "a clock (12:30)"
     assert Recipe.model_validate_json(old.model_dump_json()) == old
+
+
+def test_a_recipe_of_version_0_1_may_begin_at_any_timestep(tiny_weights):
+    """Also where later versions refuse to: `ddim5` begins at timestep 800 of 1000."""
+    cascade = Cascade.load(tiny_weights["base"])
+    options = SampleOptions(steps="ddim5")
+    with pytest.raises(RequestError, match="begins at timestep 800"):
+        cascade.generate("a dog", 0, options)
+    old = options.model_copy(update={"noise_scheme": 1})
+    assert cascade.generate("a dog", 0, old)[0].shape == (16, 16, 3)
 
 
 def test_the_recipe_of_an_edit_contains_its_image_and_mask(files, weights, capsys):

@@ -1,5 +1,7 @@
 """Samples with different adapters in one batch, and the cache of a model's adapters."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -10,6 +12,7 @@ from glide_ray.config.lora import Lora, NamedLora
 from glide_ray.config.sampling import SampleOptions
 from glide_ray.diffusion.samplers import SAMPLERS
 from glide_ray.models.adapter_cache import AdapterCache
+from glide_ray.models.adapters import read_adapter
 from glide_ray.models.cost import example_conditioning
 from glide_ray.models.row_adapters import AdaptedNetwork, ScaledAdapter
 from glide_ray.models.weights import WeightsError, load_unet
@@ -162,6 +165,32 @@ def test_layers_of_a_fused_network_are_called_one_by_one(tiny_weights):
 @pytest.fixture(scope="module")
 def stepper(tiny_weights):
     return load_stepper(tiny_weights["base"], "base", "fp32")
+
+
+def test_requests_that_first_name_an_adapter_together_read_its_file_once(
+    tiny_weights, files, monkeypatch
+):
+    stepper = load_stepper(tiny_weights["base"], "base", "fp32")
+    cache, reads = cache_of(stepper, tiny_weights["base"]), []
+
+    def slow_read(config, *rest):
+        reads.append(config)
+        time.sleep(0.1)
+        return read_adapter(config, *rest)
+
+    monkeypatch.setattr("glide_ray.models.adapter_cache.read_adapter", slow_read)
+    with ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(lambda _: cache.scaled([named(files["a"])])[0], range(4))]
+    assert len(reads) == 1 and len({id(one.adapter) for one in found}) == 1
+    lora = named(files["a"])
+    cache.release(lora.sha256)
+    files["a"].rename(files["a"].with_suffix(".away"))
+    try:
+        for _ in range(2):  # a failure leaves nothing locked
+            with pytest.raises(WeightsError, match="cannot be read"):
+                cache.scaled([lora])
+    finally:
+        files["a"].with_suffix(".away").rename(files["a"])
 
 
 def test_the_least_recently_used_adapters_leave_the_cache_and_samples_keep_theirs(
