@@ -480,9 +480,12 @@ def _compare(path: str, before: np.ndarray, result: np.ndarray, made_with: str) 
     difference = abs(result.astype(int) - before)
     if not difference.any():
         return f"the same as {path}, to the last 8-bit value"
+    why = f"it was made with {made_with}"
+    if Path(path).suffix.lower() != ".png":
+        why += ", and saving it in this format has changed values: only a PNG keeps them"
     return (
         f"differs from {path} by up to {difference.max()} of 255, in "
-        f"{(difference > 0).mean():.2%} of its values; it was made with {made_with}"
+        f"{(difference > 0).mean():.2%} of its values; {why}"
     )
 
 

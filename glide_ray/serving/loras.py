@@ -7,6 +7,7 @@ of a stage reads the adapter's file when a request first needs it.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from ..sampling.recipe import ModelSet
 from .errors import ApiError
 from .schema import LoraEntry, LoraFile, LoraUse
 
+log = logging.getLogger(__name__)
+
 LOADED = "loaded"  # folder of the records, in the folder of adapters
 
 
@@ -40,8 +43,20 @@ class LoraFolder:
         self._most, self._most_bytes = config.max_loras, config.lora_bytes
 
     def entries(self) -> list[LoraEntry]:
-        """The loaded adapters, by name. Raises StorageError."""
-        return [entry for name in self._names() if (entry := self._read(name)) is not None]
+        """The loaded adapters, by name. Raises StorageError.
+
+        A damaged record hides its own adapter only, and the log names it.
+        """
+        found = []
+        for name in self._names():
+            try:
+                entry = self._read(name)
+            except UserError as error:
+                log.warning(str(error))
+                continue
+            if entry is not None:
+                found.append(entry)
+        return found
 
     def load(self, file: LoraFile, served: Sequence[ModelSet]) -> LoraEntry:
         """Check an adapter and add it to those that requests can name.

@@ -82,6 +82,14 @@ def test_a_loaded_adapter_is_listed_with_its_file_rank_and_base(ask, folder, tin
     assert listed["data"][1] == loaded.json()
 
 
+def test_a_damaged_record_hides_its_own_adapter_only(ask, folder):
+    assert load(ask).status_code == 200
+    (folder / "loaded" / "broken.json").write_text("{")
+    listed = ask("GET", LORAS)
+    assert listed.status_code == 200
+    assert [entry["name"] for entry in listed.json()["data"]] == ["my-cat"]
+
+
 def test_another_replica_and_a_restarted_server_have_the_same_adapters(ask, backend, folder):
     load(ask)
     other = asking(backend, CONFIG.model_copy(update={"lora_folder": str(folder)}))
