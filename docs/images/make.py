@@ -26,6 +26,7 @@ THINGS = (
 )
 STYLES = ("3D render", "flat icon", "Noto", "Twemoji")
 SCALES = (1.0, 2.0, 3.0, 5.0, 8.0)
+CALLS = (("ancestral", 150), ("dpm++", 25), ("unipc", 15), ("unipc", 8), ("unipc", 6))
 
 
 def prompt(cascade):
@@ -87,12 +88,25 @@ def guidance(cascade):
     return grid(list(zip(*columns, strict=True)), [f"scale {scale:g}" for scale in SCALES], prompts)
 
 
+def steps(cascade):
+    """The same prompts and seeds by samplers and numbers of network calls of the base model."""
+    prompts = ("a red apple, 3D render", "a grinning face, 3D render", "a tangerine, Twemoji")
+    columns = [
+        cascade.generate(
+            prompts, [4, 2, 5], OPTIONS.model_copy(update={"sampler": sampler, "steps": calls})
+        )
+        for sampler, calls in CALLS
+    ]
+    names = [f"{sampler}, {calls} steps" for sampler, calls in CALLS]
+    return grid(list(zip(*columns, strict=True)), names, prompts)
+
+
 def _left(size, share):
     """Mask (size, size), true in the left `share` of the columns."""
     return np.broadcast_to(np.arange(size) < share * size, (size, size))
 
 
-PICTURES = {made.__name__: made for made in (prompt, edit, sketch, scene, styles, guidance)}
+PICTURES = {made.__name__: made for made in (prompt, edit, sketch, scene, styles, guidance, steps)}
 
 if __name__ == "__main__":
     loaded = glide_ray.load()
