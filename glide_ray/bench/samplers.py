@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..config.models import steps_of
 from ..config.sampling import SampleOptions
 from ..config.training import SAMPLE_PROMPTS
 from ..data.images import area_downsample, to_tensor, to_uint8
@@ -87,13 +88,12 @@ def bench_samplers(
 
 def _stage_figures(search: GridSearch, pictures: int, steps: Sequence[int]) -> dict[str, Any]:
     sampling = search.stepper.config.sampling
+    tuned = {steps_of(grid): grid for grid in sampling.tuned_grids}
     figures: dict[str, Any] = {"pictures": pictures, "guidance_scale": sampling.guidance_scale}
     for count in steps:
         found = {}
         for sampler, grid in SETTINGS:
-            spacing = (
-                sampling.tuned_grids.get(str(count)) if grid == "tuned" else grid.format(count)
-            )
+            spacing = tuned.get(count) if grid == "tuned" else grid.format(count)
             if spacing is not None:
                 began = time.perf_counter()
                 distance = search.distance(spacing, sampler)

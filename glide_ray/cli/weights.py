@@ -274,6 +274,7 @@ def _add_tune_sampler(commands: Commands) -> None:
 
 
 def tune_sampler(options: Namespace) -> None:
+    from ..config.models import steps_of
     from ..pretrained.shipped import locate
     from ..sampling.grids import tune_grid
     from ..train.pack import read_trained, write_whole
@@ -284,26 +285,25 @@ def tune_sampler(options: Namespace) -> None:
     weights = Path(locate(path, "base")) if path == SHIPPED else options.weights
     trained = read_trained(weights)
     search, config = _grid_search(weights, trained.config, options)
-    grids = dict(config.sampling.tuned_grids)
+    grids = {steps_of(grid): grid for grid in config.sampling.tuned_grids}
     for steps in options.steps:
         with progress_bar(f"{steps} steps", "grid") as progress:
             respacing, distance = tune_grid(search, steps, progress)
-        grids[str(steps)] = respacing
+        grids[steps] = respacing
         before = search.distance(f"even{steps}", "dpm++")
         print(
             f"{steps} steps: {respacing}, RMSE {distance:.4f}; evenly spaced dpm++ {before:.4f}",
             flush=True,
         )
-    sampling = config.sampling.model_copy(
-        update={"tuned_grids": dict(sorted(grids.items(), key=lambda item: int(item[0])))}
-    )
+    tuned_grids = tuple(grids[steps] for steps in sorted(grids))
+    sampling = config.sampling.model_copy(update={"tuned_grids": tuned_grids})
     if options.default is not None:
         sampling = sampling.model_copy(
-            update={"sampler": "unipc", "respacing": grids[str(options.default)]}
+            update={"sampler": "unipc", "respacing": grids[options.default]}
         )
     tuned = config.model_copy(update={"sampling": sampling})
     write_whole(replace(trained, config=tuned), options.out)
-    print(f"{options.out}: {config.name} with grids of {', '.join(sampling.tuned_grids)} steps")
+    print(f"{options.out}: {config.name} with grids of {', '.join(map(str, sorted(grids)))} steps")
 
 
 def _grid_search(

@@ -30,18 +30,18 @@ EMOJI: dict[str, Any] = {
 }
 
 # From `glide tune-sampler`, on the weights that ship
-BASE_GRIDS = {
-    "6": "t0,104,251,611,880,995",
-    "8": "t0,41,132,310,606,809,938,998",
-    "15": "t0,9,29,102,161,284,422,498,638,704,834,892,946,974,998",
-}
-UPSAMPLER_GRIDS = {"4": "t0,46,405,836"}
+BASE_GRIDS = (
+    "t0,104,251,611,880,995",
+    "t0,41,132,310,606,809,938,998",
+    "t0,9,29,102,161,284,422,498,638,704,834,892,946,974,998",
+)
+UPSAMPLER_GRIDS = ("t0,46,405,836",)
 BASE_SAMPLING = SamplingConfig(
-    sampler="unipc", respacing=BASE_GRIDS["15"], tuned_grids=BASE_GRIDS, guidance_scale=2.5
+    sampler="unipc", respacing=BASE_GRIDS[2], tuned_grids=BASE_GRIDS, guidance_scale=2.5
 )
 UPSAMPLER_SAMPLING = SamplingConfig(
     sampler="unipc",
-    respacing=UPSAMPLER_GRIDS["4"],
+    respacing=UPSAMPLER_GRIDS[0],
     tuned_grids=UPSAMPLER_GRIDS,
     guidance_scale=1.0,
     noise_scale=0.997,

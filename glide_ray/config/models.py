@@ -193,6 +193,11 @@ class DiffusionConfig(Frozen):
 SamplerName = Literal["ancestral", "ddim", "plms", "dpm++", "dpm++sde", "unipc"]
 
 
+def steps_of(grid: str) -> int:
+    """Number of steps of a list of timesteps such as `t0,90,400,995`."""
+    return grid.count(",") + 1
+
+
 class SamplingConfig(Frozen):
     """A model's default sampling (app. B.2)."""
 
@@ -203,9 +208,10 @@ class SamplingConfig(Frozen):
         "as 10,10,3,2,2, a grid such as lambda15, mixed15 or edm15, fast27, or a list such as "
         "t0,90,400,995",
     )
-    tuned_grids: dict[str, str] = Field(
-        {},
-        description="timesteps for unipc by number of steps, as `glide tune-sampler` finds them",
+    tuned_grids: tuple[str, ...] = Field(
+        (),
+        description="lists of timesteps for unipc, one for each number of steps, as "
+        "`glide tune-sampler` finds them",
     )
     guidance_scale: float = Field(3.0, ge=0, description="classifier-free guidance scale; 1: none")
     noise_scale: float = Field(
@@ -228,8 +234,8 @@ class SamplingConfig(Frozen):
         if sampler not in ("unipc", "dpm++sde") or not number.isdecimal():
             return number
         count = int(number)
-        tuned = self.tuned_grids if sampler == "unipc" else {}
-        return tuned.get(str(count), f"mixed{count}" if count > 1 else number)
+        tuned = {steps_of(grid): grid for grid in self.tuned_grids} if sampler == "unipc" else {}
+        return tuned.get(count, f"mixed{count}" if count > 1 else number)
 
 
 class ModelConfig(Frozen):

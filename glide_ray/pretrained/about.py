@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from .. import storage
-from ..config.models import SHIPPED, AnyModelConfig, ModelConfig
+from ..config.models import SHIPPED, AnyModelConfig, ModelConfig, steps_of
 from ..models.adapters import read_config
 from ..models.cost import architecture
 from ..models.released_files import ReleasedModel, identify
@@ -143,10 +143,7 @@ def _sampling(config: AnyModelConfig) -> dict[str, str]:
     }
     if sampling.tuned_grids:
         rows["tuned grids"] = "\n".join(
-            f"{steps} steps: {grid}"
-            for steps, grid in sorted(
-                sampling.tuned_grids.items(), key=lambda one: (len(one[0]), one[0])
-            )
+            f"{steps_of(grid)} steps: {grid}" for grid in sorted(sampling.tuned_grids, key=steps_of)
         )
     return rows
 

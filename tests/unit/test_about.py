@@ -33,7 +33,7 @@ def refused(capsys, path, message):
 @pytest.fixture
 def file(tmp_path):
     config = tiny("upsampler", "model.unet.inpaint=True", "model.sampling.respacing=fast27").model
-    grids = {15: "t0,300,995", 8: "t0,995"}
+    grids = ("t0,300,995", "t0,995")
     sampling = config.sampling.model_copy(update={"tuned_grids": grids})
     config = config.model_copy(update={"sampling": sampling, "name": "mine"})
     state = random_model(config.unet).half().state_dict()
@@ -54,7 +54,7 @@ def test_a_weights_file_is_described_by_its_config_and_metadata(file, capsys):
     assert rows["noise"] == ["linear schedule of 1000 timesteps; predicts eps"]
     assert rows["parameters"] == [f"{numbers / 1e6:.2f}M in {len(state)} tensors, fp16"]
     assert rows["sampling"] == ["ancestral, timesteps fast27, guidance scale 1, noise scale 0.997"]
-    assert rows["tuned grids"] == ["8 steps: t0,995", "15 steps: t0,300,995"]
+    assert rows["tuned grids"] == ["2 steps: t0,995", "3 steps: t0,300,995"]
     assert rows["recipe"] == ["steps: 12,345", "device: CPU"] and rows["step"] == ["12345"]
     assert rows["sources"] == ["p, MIT"] and rows["file"] == [f"{path.stat().st_size:,} bytes"]
     assert rows["SHA-256"] == [fingerprint(path)]

@@ -213,3 +213,9 @@ def test_every_setting_has_a_description(room):
         if not field.description
     ]
     assert configs and not missing
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_models_of_presets_are_keys_of_caches(name):
+    """Costs are remembered by model; a dict or list among the settings would have no hash."""
+    assert len({presets.get(name).model, presets.get(name).model}) == 1

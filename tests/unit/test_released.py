@@ -152,7 +152,7 @@ def same_weights(one, other):
 
 def test_an_export_of_any_shape_is_imported_again_with_its_config_and_recipe(tmp_path, capsys):
     config = tiny("upsampler", "model.sampling.sampler=unipc").model
-    sampling = config.sampling.model_copy(update={"tuned_grids": {2: "t0,500"}})
+    sampling = config.sampling.model_copy(update={"tuned_grids": ("t0,500",)})
     config = config.model_copy(update={"sampling": sampling, "name": "mine"})
     ours, theirs, again = (tmp_path / name for name in ("o.safetensors", "t.pt", "a.safetensors"))
     metadata = {"recipe": '{"steps": 7}', "sources": '[{"package": "caf\u00e9", "licence": "MIT"}]'}

@@ -62,8 +62,8 @@ def test_a_tuned_grid_travels_in_the_weights_and_is_used_by_its_number(
     arguments = ["--steps", "3", "--default", "3", "--pictures", "2", "--out", str(out)]
     assert main(["tune-sampler", str(tiny_weights["base"]), *arguments]) == 0
     sampling = load_config(out).sampling
-    assert sampling.sampler == "unipc" and sampling.respacing == sampling.tuned_grids["3"]
-    assert sampling.respacing_for(3, None) == sampling.tuned_grids["3"]
+    assert sampling.sampler == "unipc" and sampling.respacing == sampling.tuned_grids[0]
+    assert sampling.respacing_for(3, None) == sampling.tuned_grids[0]
     assert sampling.respacing_for(3, "ddim") == "3"
     assert sampling.respacing_for(4, "unipc") == "mixed4"
     assert sampling.respacing_for(1, "unipc") == "1"  # a server warms up by one step
