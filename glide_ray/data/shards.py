@@ -62,6 +62,7 @@ MARKER, EARLIER = f"{WORK}/run.json", f"{WORK}/earlier.json"
 SHARDS = (".tar", ".parquet")
 Result = TypeVar("Result")
 SHARD_REQUEST = 2**30  # bytes of a shard up to which S3 receives it in one request
+BESIDE = ("report.html", "summary.json", "card.json")  # what a corpus has beside its shards
 DROPPED = "dropped.parquet"  # beside shards that `glide clean` wrote: the rows that it left out
 
 
@@ -93,7 +94,7 @@ def begin(folder: str | Path, run: bytes = b"{}") -> None:
 
 
 def refuse_others(folder: str | Path) -> None:
-    """Raise ShardError if a folder holds shards or an index that are not ours.
+    """Raise ShardError if a folder holds shards, an index or a report that are not ours.
 
     Writing there would overwrite them or mix them with the new ones. Ours are what an index or a
     marker of ours covers.
@@ -106,6 +107,10 @@ def refuse_others(folder: str | Path) -> None:
             f"{folder} holds an {INDEX} of another program; write to an empty folder, or remove "
             "that file."
         )
+    if not names and (other := _report_in(folder)):
+        raise ShardError(
+            f"{folder} holds a {other} without a corpus; write to an empty folder, or remove it."
+        )
     ours = {*names, DROPPED}
     for file in list_folder(folder, SHARDS):
         if (name := file.rpartition("/")[2]) not in ours:
@@ -113,6 +118,14 @@ def refuse_others(folder: str | Path) -> None:
                 f"{folder} holds shards that no index names, such as {name}; write to an empty "
                 "folder, or remove them."
             )
+
+
+def _report_in(folder: str | Path) -> str | None:
+    """Name of a file or folder that a corpus has beside its shards; None without one."""
+    found = {file.rpartition("/")[2] for file in list_folder(folder, (".html", ".json"))}
+    if not is_remote(folder) and Path(folder, WORK).is_dir():
+        return WORK
+    return next((name for name in BESIDE if name in found), None)
 
 
 def list_folder(path: str | Path, suffixes: tuple[str, ...]) -> list[str]:

@@ -375,6 +375,9 @@ def _is_data(file: str) -> bool:
 
 def _emptiness(root: str, aside: Sequence[tuple[str, str]]) -> str:
     left = f", but {len(aside):,} {aside[0][1]} (such as {aside[0][0]})" if aside else ""
+    pattern = storage.is_remote(root) or re.search(r"[*?,{]|::|\.\.", root)
+    if not aside and not pattern and not Path(root).exists():
+        return f"There is no corpus {root}: no folder or file of that name; give another path."
     if "," in root and re.search(r":[\d.]", root):
         left += "; a mixture has a weight for each corpus, as A:0.7,B:0.3"
     return (

@@ -1317,7 +1317,7 @@ def test_the_command_prints_counts_and_writes_to_the_current_folder_wherever_ray
         (["in", "--out", "out", "--set", "per_shard=0"], "per_shard"),
         (["in", "--out", "out", "--set", "min_size"], "not of the form key=value"),
         (["in", "--out", "in/"], "write to another folder"),
-        (["nowhere", "--out", "out"], "nowhere is empty"),
+        (["nowhere", "--out", "out"], "There is no corpus"),
         (["in", "--out", "out", "--rule", "nothing:there"], "cannot be imported"),
         (["s3://", "--out", "out"], "names no bucket"),
     ],

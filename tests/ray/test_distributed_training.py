@@ -194,7 +194,7 @@ def test_a_clip_run_says_how_many_captions_a_picture_is_contrasted_with(share, o
 
 @pytest.mark.usefixtures("ray_session")
 def test_what_the_user_can_mend_is_said_before_or_instead_of_training(drawn_corpus, tmp_path):
-    with pytest.raises(UserError, match="corpus .*empty is empty"):
+    with pytest.raises(UserError, match="There is no corpus .*empty"):
         train(
             preset(drawn_corpus, f"data.corpus={tmp_path / 'empty'}"),
             tmp_path / "a",

@@ -488,7 +488,7 @@ def test_bad_input_is_refused_in_one_sentence_before_any_work(
     common = ["--reference", str(drawn_corpus / "held_out"), "--out", str(tmp_path / "out")]
     for arguments, sentence in (
         (["a=x", "b/a", *common], "Two sets of pictures are called a"),
-        ([str(tmp_path / "none"), "--clip", clip, *common], "none is empty"),
+        ([str(tmp_path / "none"), "--clip", clip, *common], "There is no corpus"),
         (
             ["--base", base, "--clip", str(tmp_path / "no.safetensors"), *common],
             "There is no weights file",

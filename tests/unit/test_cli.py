@@ -838,7 +838,7 @@ def test_a_command_that_needs_ray_is_refused_if_ray_is_not_installed(tmp_path):
 # Job -> arguments that it refuses, and a pattern of its error message.
 REFUSED = {
     "prepare": (["--out", "/proc/corpus"], "/proc/corpus"),
-    "filter": (["nowhere", "--out", "x"], "The corpus .*nowhere is empty"),
+    "filter": (["nowhere", "--out", "x"], "There is no corpus .*nowhere"),
     "train": (["nano-bass"], "did you mean 'nano-base'"),
     "export": (["nowhere", "--out", "x"], "neither a checkpoint nor a run"),
     "generate": (["nowhere.txt", "--out", "x", "--base", "y"], "There is no file nowhere.txt"),

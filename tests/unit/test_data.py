@@ -381,6 +381,16 @@ def test_the_index_of_another_program_is_never_overwritten(tmp_path, index):
     assert (tmp_path / "index.json").read_text() == index
 
 
+@pytest.mark.parametrize("name", ["report.html", "summary.json", "card.json", ".work/notes"])
+def test_reports_that_no_corpus_of_ours_wrote_are_never_overwritten(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("of someone else")
+    with pytest.raises(ShardError, match=r"without a corpus; write to an empty folder"):
+        write_shards(tmp_path, drawn_samples(2))
+    assert (tmp_path / name).read_text() == "of someone else"
+    assert not list(tmp_path.glob("*.tar"))
+
+
 def test_a_truncated_tar_gives_the_samples_before_its_end(tmp_path):
     write_shards(tmp_path, drawn_samples(8))
     whole = (tmp_path / "000000.tar").read_bytes()
@@ -460,7 +470,7 @@ def test_braces_name_several_corpora(tmp_path):
         find_parts(f"{tmp_path}/{{train,scenes}}/{{000000..000001}}.tar")[3].url
         == f"{tmp_path}/scenes/000001.tar"
     )
-    with pytest.raises(ShardError, match="other is empty"):
+    with pytest.raises(ShardError, match="There is no corpus .*other"):
         find_parts(f"{tmp_path}/{{train,other}}")
 
 
