@@ -12,7 +12,9 @@ from typing import TypeVar
 
 NAME_BYTES, MAX_SIZE = 100, 8**11
 # Places of the fields, as in POSIX's ustar
-SIZE, CHECKSUM, TYPE, MAGIC, PREFIX = 124, 148, 156, 257, 345
+SIZE, CHECKSUM, TYPE, LINK, MAGIC, PREFIX = 124, 148, 156, 157, 257, 345
+# Numbers that are checked and not kept: mode, user, group, time, device numbers
+OTHERS = ((100, 108), (108, 116), (116, 124), (136, 148), (329, 337), (337, 345))
 SPACES = 8 * ord(" ")  # the checksum is that of the header with spaces in its place
 MAGICS = (tarfile.POSIX_MAGIC, tarfile.GNU_MAGIC)
 # a header without name, size and checksum
@@ -60,12 +62,15 @@ class QuickTarInfo(tarfile.TarInfo):
         if (
             b"\0" in name
             or not name.isascii()
+            or buf[LINK]
             or buf[PREFIX]
             or buf[MAGIC : MAGIC + 8] not in MAGICS
         ):
             return None
         try:
             size, checksum = int(buf[SIZE : SIZE + 11], 8), int(buf[CHECKSUM : CHECKSUM + 6], 8)
+            for start, end in OTHERS:
+                int(buf[start:end].rstrip(b"\0 ") or b"0", 8)
         except ValueError:  # a number in another form
             return None
         ends = buf[SIZE + 11], buf[CHECKSUM + 6]

@@ -908,7 +908,7 @@ def test_invalid_input_to_a_study_is_refused_in_one_sentence(folders, tmp_path, 
         ([other[0], "--out", tmp_path / "s"], "two or more models"),
         (["--out", tmp_path / "new"], "holds no study yet; name the pictures"),
         ([other[0], f"x={strange}", "--out", tmp_path / "t"], "no prompt in common"),
-        ([other[0], f"x={tmp_path / 'empty'}", "--out", tmp_path / "u"], "is empty"),
+        ([other[0], f"x={tmp_path / 'empty'}", "--out", tmp_path / "u"], "There is no corpus"),
         (["--out", "s3://bucket/study"], "give a local folder"),
         (
             [*other, "--out", tmp_path / "v", "--database", "oracular://x"],

@@ -160,10 +160,10 @@ def test_held_out_loss_is_the_same_at_every_evaluation():
 
 @pytest.fixture(scope="module")
 def critic():
-    model = clip_model()
+    model, generator = clip_model(), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return NoisedClipScorer(model, CLIP)
 
 
