@@ -806,7 +806,7 @@ def test_a_failed_study_can_be_replaced_and_missing_pictures_are_copied_again(
     bare = bulk(tmp_path / "bare", (9, 9, 9), ["", ""])
     typo = StudyDefinition({**folders, "umbrella": str(tmp_path / "no")}, ["photorealism"], 9)
     for definition, message in (
-        (typo, "is empty"),
+        (typo, "There is no corpus"),
         (StudyDefinition(folders, ["photorealism"], 9, bare), "bare has a caption"),
     ):
         with pytest.raises(UserError, match=message):
@@ -908,7 +908,7 @@ def test_invalid_input_to_a_study_is_refused_in_one_sentence(folders, tmp_path, 
         ([other[0], "--out", tmp_path / "s"], "two or more models"),
         (["--out", tmp_path / "new"], "holds no study yet; name the pictures"),
         ([other[0], f"x={strange}", "--out", tmp_path / "t"], "no prompt in common"),
-        ([other[0], f"x={tmp_path / 'empty'}", "--out", tmp_path / "u"], "There is no corpus"),
+        ([other[0], f"x={tmp_path / 'empty'}", "--out", tmp_path / "u"], "is empty"),
         (["--out", "s3://bucket/study"], "give a local folder"),
         (
             [*other, "--out", tmp_path / "v", "--database", "oracular://x"],
