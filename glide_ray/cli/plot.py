@@ -62,7 +62,7 @@ def plot(options: Namespace) -> None:
     from ..evaluation.plot import Axis, make_cells, make_plot
     from ..evaluation.report import grid
     from ..storage import put
-    from .pictures import load_cascade
+    from .picture_options import load_cascade
 
     check_text(options.prompt, "The prompt")
     check_out(options.out, endings=(".png",))

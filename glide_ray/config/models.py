@@ -224,7 +224,7 @@ class SamplingConfig(Frozen):
         """The respacing of a request; None for `steps` or `sampler` is this model's own.
 
         A plain number means evenly spaced timesteps, except in `unipc` and `dpm++sde`: there it
-        means the `mixed` grid of so many steps, which has at least 2, and in `unipc` a tuned one if
+        means the `mixed` grid of that size, which has at least 2, and in `unipc` a tuned one if
         there is one. The respacing that is returned can be given as `steps` again.
         """
         if steps is None:

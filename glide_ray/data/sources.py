@@ -344,8 +344,8 @@ def _parts_of_files(
 def _no_rows(file: str, column: str | None) -> str | None:
     """Why a Parquet file beside other shards or images is not read.
 
-    "" for a file that is read, None if it names its images by path. A damaged file is read, which
-    says what is wrong.
+    "" for a file that is read, None if it names its images by path. A damaged file counts as read:
+    the error of reading it names the damage.
     """
     source = _source(file)
     if has_images(source) is not False:

@@ -33,8 +33,8 @@ class ReleasedError(UserError):
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .pt file, by their names in the model.
 
-    A state dict within an entry of WRAPPERS is taken out, PREFIXES are removed, and what is no
-    tensor is left out, each with a line in the log. Other pickled objects are refused, never run.
+    Unwraps a state dict in an entry of WRAPPERS, removes PREFIXES and drops entries that are not
+    tensors, each with a line in the log. Other pickled objects are refused, never run.
     Raises ReleasedError.
     """
     state, notes = _loaded(path), []

@@ -66,7 +66,7 @@ class GridSearch:
 def tune_grid(
     search: GridSearch, steps: int, progress: Progress | None = None
 ) -> tuple[str, float]:
-    """The best respacing found for UniPC with so many steps, and its RMSE."""
+    """Search the best respacing for UniPC with `steps` steps. Returns it and its RMSE."""
     config = search.stepper.config.diffusion
     process = make_schedule(config.schedule, config.steps)
     candidates = starting_grids(process, steps)
@@ -97,7 +97,7 @@ def tune_grid(
 
 
 def starting_grids(process: Schedule, steps: int) -> list[list[int]]:
-    """Grids with so many timesteps to begin the search with, without repetition.
+    """Different grids of `steps` timesteps to begin the search with.
 
     Raises ScheduleError for a number that the named grids do not have.
     """

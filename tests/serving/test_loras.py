@@ -12,7 +12,8 @@ from glide_ray.config.serving import ServeConfig
 from glide_ray.data.images import encode
 from glide_ray.errors import UserError
 from glide_ray.sampling.cascade import Cascade
-from glide_ray.sampling.recipe import find_loras, read_recipe
+from glide_ray.sampling.recipe import read_recipe
+from glide_ray.sampling.reproduction import find_loras
 from glide_ray.serving.api_keys import Key, key_sha256
 from glide_ray.serving.loras import LOADED
 from glide_ray.storage import fingerprint

@@ -33,7 +33,8 @@ from glide_ray.config.serving import ServeConfig, ServedModel
 from glide_ray.errors import ConfigError, UserError
 from glide_ray.sampling.cascade import Cascade
 from glide_ray.sampling.job import Job
-from glide_ray.sampling.recipe import find_loras, find_models, read_recipe, reproduce_picture
+from glide_ray.sampling.recipe import read_recipe
+from glide_ray.sampling.reproduction import find_loras, find_models, reproduce_picture
 from glide_ray.serving.metrics import Metrics
 
 pytestmark = pytest.mark.usefixtures("ray_session")

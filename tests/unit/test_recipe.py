@@ -19,9 +19,9 @@ from glide_ray.sampling.recipe import (
     Recipe,
     RecipeError,
     read_recipe,
-    reproduce_picture,
     save_picture,
 )
+from glide_ray.sampling.reproduction import reproduce_picture
 
 
 @pytest.fixture

@@ -110,5 +110,5 @@ def test_distances_are_unbiased_and_paired_by_picture():
     found = _compared(real, {"a": far, "b": far, "c": near})
     assert found["b"]["ratio"] == 1.0 and found["b"]["ratio_interval"] == [1.0, 1.0]
     assert found["c"]["ratio_interval"][1] < 0.5 and found["c"]["difference_interval"][1] < 0
-    # Around 0, where a ratio has no meaning, only the difference is told
+    # Around 0, where a ratio has no meaning, only the difference is reported
     assert "ratio" not in _compared(real, {"near": near, "far": far})["far"]
